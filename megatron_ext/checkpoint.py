@@ -1,0 +1,175 @@
+"""Save and resume through Megatron-Core's distributed checkpointing: sharded, and loadable under another layout.
+
+A checkpoint is a folder ``step_000012`` that holds the model, the optimiser (FP32 masters and moments), the learning-rate
+schedule, every rank's RNG state and ``progress.json``. ``latest.json`` is written last, so an interrupted save is never read.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_ext import platform
+from megatron_ext.model import Model
+
+# The one format of Megatron-Core's distributed optimiser that loads under any layout.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: Model,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    progress: dict[str, Any],
+    keep: int,
+) -> None:
+    """Collective: write ``folder/step_…`` and point ``latest.json`` at it; older checkpoints beyond ``keep`` are removed."""
+    _check_padding(optimizer)
+    target = folder / f"step_{step:06d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+    dist.barrier()
+    state = _state(model, optimizer, loading=False)
+    state["scheduler"] = scheduler.state_dict()
+    state["rng"] = _rng_tensors()
+    dist_checkpointing.save(state, str(target))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        layout = {**progress, "step": step, "layout": _layout(model)}
+        (target / "progress.json").write_text(json.dumps(layout, indent=2))
+        pointer = folder / "latest.json.partial"
+        pointer.write_text(json.dumps({"folder": target.name, "step": step}))
+        os.replace(pointer, folder / "latest.json")
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None when there is none."""
+    pointer = folder / "latest.json"
+    return folder / json.loads(pointer.read_text())["folder"] if pointer.is_file() else None
+
+
+def load(
+    checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> dict[str, Any]:
+    """Collective: restore everything in place and return ``progress``.
+
+    Another layout may load it as long as attention and vocabulary are padded to the same sizes; raises ValueError naming
+    both paddings otherwise. RNG states belong to a layout and are restored only into the same one.
+    """
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    written, now = progress.pop("layout"), _layout(model)
+    for field in ("padded_groups", "padded_vocab"):
+        if written[field] != now[field]:
+            raise ValueError(
+                f"{checkpoint}: written with {field}={written[field]} (parallel.tensor={written['tensor']}), "
+                f"parallel.tensor={now['tensor']} needs {now[field]}: resume with a tensor-parallel size that pads alike"
+            )
+    _prime(optimizer)
+    state = _state(model, optimizer, loading=True)
+    same_layout = written == now
+    if same_layout:
+        state["rng"] = _rng_tensors()
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    for i, chunk in enumerate(model.chunks):
+        chunk.module.load_state_dict(loaded[f"model{i}"])
+    _load_optimizer(optimizer, loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    if same_layout:
+        _set_rng_tensors(loaded["rng"])
+    return progress
+
+
+def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        f"model{i}": chunk.module.sharded_state_dict(prefix=f"model{i}." if len(model.chunks) > 1 else "")
+        for i, chunk in enumerate(model.chunks)
+    }
+    parameters = {name: value for i in range(len(model.chunks)) for name, value in state[f"model{i}"].items()}
+    state["optimizer"] = optimizer.sharded_state_dict(parameters, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+    return state
+
+
+def _layout(model: Model) -> dict[str, Any]:
+    return {
+        "tensor": model.parallel.tensor,
+        "pipeline": model.parallel.pipeline,
+        "data": model.parallel.data,
+        "padded_groups": model.sharding.padded_groups,
+        "padded_vocab": model.sharding.padded_vocab,
+    }
+
+
+def _distributed(optimizer: MegatronOptimizer) -> Any:
+    """The one DistributedOptimizer behind Megatron-Core's chain (experts would add a second)."""
+    (only,) = optimizer.chained_optimizers  # type: ignore[attr-defined]
+    return only
+
+
+def _check_padding(optimizer: MegatronOptimizer) -> None:
+    """Megatron-Core 0.19 saves shifted moments behind a gradient bucket that it had to pad. Raises ValueError then.
+
+    Only pipeline stages with tied embeddings have a second bucket, and only odd vocabulary shards are padded.
+    """
+    for buffer in _distributed(optimizer).buffers:
+        for bucket in buffer.buckets[:-1]:
+            if bucket.grad_data.numel() != bucket.numel_unpadded:
+                raise ValueError(
+                    f"the tied embedding has {bucket.numel_unpadded} elements on this rank, which Megatron-Core pads to "
+                    f"{bucket.grad_data.numel()}: it can't checkpoint that; use another parallel.tensor, or "
+                    "parallel.pipeline=1"
+                )
+
+
+def _prime(optimizer: MegatronOptimizer) -> None:
+    """Create zero moments: Megatron-Core reads the step counter of a torch optimiser before it has one."""
+    inner = _distributed(optimizer).optimizer
+    if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
+        for parameter in (p for group in inner.param_groups for p in group["params"] if not inner.state[p]):
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Load in two parts, because Megatron-Core 0.19 mishandles torch's per-parameter ``step`` tensor.
+
+    Its state loader looks ``step`` up among the saved tensors (it is not there), and its group loader gives every parameter
+    the same ``step`` tensor, so that each update would count once per parameter. docs/dependencies.md names the version.
+    """
+    distributed = _distributed(optimizer)
+    moments = loaded.pop("param_state")
+    distributed.load_state_dict(loaded)
+    states = list(distributed.optimizer.state.values())
+    counters = [state.pop("step", None) for state in states]
+    distributed.load_parameter_state_from_fully_reshardable(moments)
+    for state, counter in zip(states, counters, strict=True):
+        if counter is not None:
+            state["step"] = counter.clone()
+
+
+def _rng_tensors() -> dict[str, ShardedTensor]:
+    """This rank's RNG states as tensors under keys of its own (no pickled objects)."""
+    states = {"device": platform.current().rng_state(), **get_cuda_rng_tracker().get_states()}
+    rank = dist.get_rank()
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{rank}.{name}", state.cpu()) for name, state in states.items()
+    }
+
+
+def _set_rng_tensors(states: dict[str, torch.Tensor]) -> None:
+    platform.current().set_rng_state(states.pop("device"))
+    get_cuda_rng_tracker().set_states(states)

@@ -1,0 +1,16 @@
+"""Model families: one file each, found by the architecture name in the Hugging Face configuration."""
+
+import importlib
+from types import ModuleType
+
+FAMILIES = {"LlamaForCausalLM": "llama"}
+
+
+def family(architecture: str) -> ModuleType:
+    """The family module. Raises ValueError naming the architecture and the known ones."""
+    if architecture not in FAMILIES:
+        raise ValueError(
+            f"model.path holds a {architecture!r}: known architectures are {', '.join(sorted(FAMILIES))}; "
+            "add one file under megatron_ext/models/ and a line in FAMILIES (docs/architecture.md)"
+        )
+    return importlib.import_module(f"megatron_ext.models.{FAMILIES[architecture]}")

@@ -1,0 +1,77 @@
+"""AdamW with the distributed optimiser, and its learning-rate schedule, from Megatron-Core."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ext.model import Model
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Hyper-parameters; fractions are of ``learning_rate`` and of the run's steps. Norms and biases get no weight decay."""
+
+    learning_rate: float
+    minimum_fraction: float
+    warmup_fraction: float
+    decay: str
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    clip_grad_norm: float
+
+
+def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """FP32 master weights and moments, sharded over the data-parallel ranks where the model was built so."""
+    bf16 = model.config.bf16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            min_lr=settings.learning_rate * settings.minimum_fraction,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad_norm,
+            bf16=bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=model.chunks[0].ddp_config.use_distributed_optimizer,
+        ),
+        model.chunks,
+        use_gloo_process_groups=False,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.learning_rate * settings.minimum_fraction,
+        lr_warmup_steps=int(settings.warmup_fraction * steps),
+        lr_decay_steps=steps,
+        lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def reload_from_model(optimizer: MegatronOptimizer) -> None:
+    """Refresh the FP32 master weights after weights were loaded into the model from outside."""
+    optimizer.reload_model_params()
+
+
+def step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
+    """One update; returns the gradient norm before clipping. Raises FloatingPointError on a NaN or infinite norm.
+
+    The check comes before the update, so that the weights stay usable.
+    """
+    norm = torch.tensor(float(optimizer.get_grad_norm()))
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {float(norm)}: the update was not applied")
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=1)
+    return float(grad_norm)

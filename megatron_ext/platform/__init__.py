@@ -1,0 +1,38 @@
+"""Everything that differs between CUDA and CPU: one module each, with the same functions.
+
+``name``, ``backend``            platform and torch.distributed backend
+``activate()``                   once per process, before any Megatron-Core module is built
+``device()``                     where this rank's tensors live
+``layer_specs(config)``          Megatron-Core TransformerBlockSubmodules for a decoder-only model
+``config_options()``             TransformerConfig fields that depend on the kernels at hand
+``rng_state`` / ``set_rng_state`` the state that dropout and sampling on this device use
+``machine()``                    what to print about the hardware
+"""
+
+import importlib
+from types import ModuleType
+
+PLATFORMS = ("cpu", "cuda")
+_active: ModuleType | None = None
+
+
+def activate(name: str) -> ModuleType:
+    """Select and activate the platform for this process; raises ValueError on an unknown name or on a second choice."""
+    global _active
+    if name not in PLATFORMS:
+        raise ValueError(f"cluster.platform={name!r}: use one of {', '.join(PLATFORMS)}")
+    if _active is not None:
+        if _active.name != name:
+            raise ValueError(f"cluster.platform={name!r}: this process already runs on {_active.name!r}; start a new one")
+        return _active
+    module = importlib.import_module(f"megatron_ext.platform.{name}")
+    module.activate()
+    _active = module
+    return module
+
+
+def current() -> ModuleType:
+    """The active platform module; raises RuntimeError before ``activate``."""
+    if _active is None:
+        raise RuntimeError("no platform is active: call megatron_ext.platform.activate('cpu' or 'cuda') first")
+    return _active

@@ -1,0 +1,144 @@
+"""Forward and training passes over packed micro-batches, on any layout: log-probabilities and one optimiser step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from megatron_ext.model import Model
+from megatron_ext.packing import MicroBatch
+
+# (log-probs [R], micro-batch) → (loss, sums of metrics to be added up over micro-batches and ranks)
+LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0) -> list[torch.Tensor]:
+    """Log-probabilities [R] (FP32) of each micro-batch's response tokens; an empty list off the last pipeline stage."""
+    keep = lambda output, non_loss_data=False: output.detach()  # noqa: E731
+    with torch.no_grad():
+        return _run(model, batches, temperature, lambda batch: keep, forward_only=True, collect_non_loss_data=True)
+
+
+def accumulate_gradients(
+    model: Model, batches: list[MicroBatch], loss: LossFunction, temperature: float = 1.0
+) -> dict[str, float]:
+    """Add the batch's gradients, reduced over all groups, to the parameters; returns the metric sums of the whole batch.
+
+    ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.losses.token_weights``): gradients are
+    summed over micro-batches and data-parallel ranks, so the update depends on neither.
+    """
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.config.finalize_model_grads_func = lambda chunks, tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+
+    def loss_of(batch: MicroBatch) -> Callable[..., Any]:
+        def with_metrics(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            value, metrics = loss(output, batch)
+            return value, torch.ones((), dtype=torch.int), {**metrics, "loss": value.detach()}
+
+        return with_metrics
+
+    return reduce_metrics(model, _run(model, batches, temperature, loss_of, forward_only=False))
+
+
+def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Add metrics over micro-batches and data-parallel ranks (names ending in ``/max`` take the maximum); known on all ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    local = None
+    if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
+        local = [{name: float(value) for name, value in entry.items()} for entry in sums]
+    dist.all_gather_object(gathered, local)
+    total: dict[str, float] = {}
+    for entry in (e for rank in gathered if rank for e in rank):
+        for name, value in entry.items():
+            total[name] = max(total.get(name, value), value) if name.endswith("/max") else total.get(name, 0.0) + value
+    return total
+
+
+def _run(
+    model: Model, batches: list[MicroBatch], temperature: float, loss_of: Callable[[MicroBatch], Any], **options: Any
+) -> list[Any]:
+    def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(iterator)
+        output = chunk(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=None,
+            packed_seq_params=batch.packed,
+            output_processor=partial(_log_probs_of_hidden, model, temperature),
+            output_processor_context=batch,
+        )
+        return output, loss_of(batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(batches)] * len(model.chunks) if len(model.chunks) > 1 else iter(batches),
+        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        num_microbatches=len(batches),
+        seq_length=max(batch.tokens.shape[1] for batch in batches),
+        micro_batch_size=1,
+        **options,
+    )
+
+
+def _log_probs_of_hidden(
+    model: Model, temperature: float, *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Any, **_: Any
+) -> torch.Tensor:
+    """Hidden states [T(/TP), 1, H] → log-probs [R]: logits are made only where a response token is predicted.
+
+    Padded vocabulary columns are excluded from the softmax.
+    """
+    batch: MicroBatch = context
+    if model.parallel.sequence:
+        hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden_states)
+    weight = output_layer.weight if output_weight is None else output_weight
+    logits = linear_with_grad_accumulation_and_async_allreduce(
+        input=hidden[batch.predict],
+        weight=weight,
+        bias=None,
+        gradient_accumulation_fusion=model.config.gradient_accumulation_fusion,
+        allreduce_dgrad=False,  # the gather's (or copy's) backward reduces
+        sequence_parallel=False,
+    ).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    valid = model.sharding.vocab - model.parallel.tensor_rank * weight.shape[0]
+    if valid < weight.shape[0]:
+        padding = torch.arange(weight.shape[0], device=logits.device) >= valid
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+    return -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
+
+
+@contextmanager
+def weights_of(model: Model, weights: list[torch.Tensor]) -> Iterator[None]:
+    """Run the model with other weights (the reference policy's, kept on the host) and put its own back, bit for bit."""
+    own = copy_weights(model)
+    try:
+        _assign(model, weights)
+        yield
+    finally:
+        _assign(model, own)
+
+
+def copy_weights(model: Model) -> list[torch.Tensor]:
+    """A host copy of this rank's weights, in shard order."""
+    return [shard.tensor.to("cpu", copy=True) for shard in model.shards]
+
+
+def _assign(model: Model, weights: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for shard, weight in zip(model.shards, weights, strict=True):
+            shard.tensor.copy_(weight)

@@ -1,0 +1,409 @@
+"""report.html of a run, one file without scripts or outside resources: `python -m recipes.report runs/demo`.
+
+Needs config.yaml and metrics.jsonl; evaluation.json, samples.jsonl and environment.json are shown where the run has
+got as far as writing them, and named as missing where not.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from recipes.display import duration
+from recipes.records import (
+    choose_transcripts,
+    evaluation_rows,
+    model_stages,
+    read_rows,
+    reward_verifiers,
+    significance,
+    time_phases,
+)
+
+WIDTH, HEIGHT = 380, 220  # of a plot, in SVG units that come out near one CSS pixel, so text keeps its size on a phone
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+COLOURS = 6  # --c0 ... --c5 below
+TRANSCRIPTS_OPEN = 6  # shown at once; the rest are folded away
+MARKED_POINTS = 120  # up to this many steps every value is a dot with its figure on hover
+
+STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1d2330;--soft:#5d6675;--line:#d9dde4;
+--c0:#2f6fde;--c1:#d97a1d;--c2:#1f9a6a;--c3:#9256d6;--c4:#d1455b;--c5:#2797ad;
+--base:#8a93a3;--before:#d97a1d;--after:#2f6fde;--good:#157a50;--bad:#c02f47}
+@media(prefers-color-scheme:dark){:root{--bg:#14171d;--card:#1d222b;--ink:#e6e9ef;--soft:#9aa4b4;--line:#343b48;
+--c0:#6ea2ff;--c1:#f0a052;--c2:#4cc996;--c3:#b98cf0;--c4:#f07a8c;--c5:#5cc4d8;
+--base:#98a2b3;--before:#f0a052;--after:#6ea2ff;--good:#4cc996;--bad:#f07a8c}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1240px;padding:20px 16px 48px;background:var(--bg);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+h1{font-size:1.6rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0 .7rem}h3{font-size:.95rem;margin:0 0 .3rem}
+p{margin:.3rem 0 .8rem}.soft{color:var(--soft)}small{font-size:.85rem}
+.grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 12px 10px;min-width:0}
+.scroll{overflow-x:auto;margin-top:14px}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:5px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
+th:first-child,td:first-child{text-align:left}thead th{color:var(--soft);font-weight:600}
+td small{display:block;color:var(--soft)}.better{color:var(--good);font-weight:600}
+.worse{color:var(--bad);font-weight:600}
+@media(max-width:560px){th,td{padding:5px 4px;white-space:normal}td small{font-size:.75rem}}
+.legend{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:.82rem;color:var(--soft)}
+.legend i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:5px}
+svg{display:block;width:100%;height:auto;max-width:560px}svg text{fill:var(--soft);font-size:11px}
+svg .axis{stroke:var(--line)}svg .strong{fill:var(--ink)}
+.talk{margin-bottom:14px}.answers{display:grid;gap:10px;grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:20rem;overflow-y:auto;background:var(--bg);
+border:1px solid var(--line);border-radius:8px;padding:8px 10px;font-size:.9rem}
+.chip{display:inline-block;border:1px solid currentColor;border-radius:99px;padding:0 9px;font-size:.8rem;
+color:var(--soft);overflow-wrap:anywhere}.chip.changed{color:var(--after);font-weight:600}
+.head{display:flex;flex-wrap:wrap;gap:4px 8px;align-items:center;margin:.5rem 0 .3rem}
+details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
+pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;font-size:.85rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px;margin:0}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Build `run_dir`/report.html from the run's records and return its path.
+
+    Raises:
+        FileNotFoundError: config.yaml or metrics.jsonl is missing.
+        ValueError: metrics.jsonl has no rows, or a record is not valid JSON.
+    """
+    configuration = (run_dir / "config.yaml").read_text()
+    rows = list(read_rows(run_dir / "metrics.jsonl"))
+    if not rows:
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty: the report needs at least one finished step")
+    evaluation = _optional_json(run_dir / "evaluation.json")
+    machine = _optional_json(run_dir / "environment.json")
+    name = run_dir.resolve().name
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{_text(name)}: RL report</title><style>{STYLE}</style></head><body>",
+        _header(name, rows),
+        _result(evaluation) if evaluation else _missing("evaluation.json", "Result"),
+        _training(rows),
+        _transcripts(evaluation) if evaluation else "",
+        _samples(run_dir / "samples.jsonl"),
+        "<h2>Configuration</h2><details><summary>config.yaml, resolved</summary>"
+        f"<pre>{_text(configuration)}</pre></details>",
+        _machine(machine) if machine else _missing("environment.json", "Machine and versions"),
+        "</body></html>",
+    ]
+    path = run_dir / "report.html"
+    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    return path
+
+
+def _header(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    total = sum(row["time/step"] for row in rows)
+    pace = f"{len(rows)} RL steps in {duration(total)}, {duration(total / len(rows))} per step"
+    return f'<h1>{_text(name)}</h1><p class="soft">{pace}</p>'
+
+
+def _missing(file: str, heading: str) -> str:
+    return f'<h2>{heading}</h2><p class="soft">This run has no {file} yet.</p>'
+
+
+def _result(evaluation: Mapping[str, Any]) -> str:
+    stages = model_stages(evaluation)
+    table = list(evaluation_rows(evaluation))
+    panels = []
+    for greedy, sampled in zip(table[::2], table[1::2], strict=True):
+        plot = _interval_plot(
+            [(heading, stage, greedy[2][stage], sampled[2][stage]) for stage, heading in stages.items()]
+        )
+        panels.append(f'<div class="card"><h3>{_text(greedy[0])}</h3>{plot}</div>')
+    body = []
+    for verifier, decoding, scores, difference in table:
+        verdict = significance(difference)
+        cells = [f"<td>{score['mean']:.2f}<small>{_span(score, '.2f')}</small></td>" for score in scores.values()]
+        name = f"{_text(verifier)}<small>{decoding}, n = {scores['after']['n']}</small>"
+        effect = f"{difference['mean']:+.2f}<small>{_span(difference, '+.2f')}</small>"
+        effect += f'<span class="{verdict.split()[0]}">{verdict}</span>'
+        body.append(f"<tr><td>{name}</td>{''.join(cells)}<td>{effect}</td></tr>")
+    heads = "".join(f"<th>{heading}</th>" for heading in stages.values())
+    return (
+        "<h2>Result on held-out prompts</h2>"
+        "<p>Mean score per verifier with its 95&nbsp;% interval: filled dot greedy decoding, open dot sampled at "
+        "temperature&nbsp;1.</p>"
+        f'<div class="grid">{"".join(panels)}</div>'
+        '<div class="scroll"><table><thead><tr><th>verifier</th>'
+        f"{heads}<th>RL&rsquo;s effect</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<p class="soft"><small>RL&rsquo;s effect is after RL minus {stages["before"]} on the same prompts; '
+        "&ldquo;better&rdquo; or &ldquo;worse&rdquo; where its 95&nbsp;% interval leaves out zero. n counts prompts; "
+        "several samples of one prompt are averaged first.</small></p>"
+    )
+
+
+def _interval_plot(entries: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """One line per model on a 0 to 1 axis: greedy (filled) above sampled (open), each with its interval."""
+    left, row = 66, 44
+    height = row * len(entries) + BOTTOM
+    scale = WIDTH - left - 18
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + tick * scale
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 9}" text-anchor="middle">{tick:g}</text>')
+    for index, (heading, stage, greedy, sampled) in enumerate(entries):
+        middle = 4 + row * (index + 0.5)
+        parts.append(f'<text class="strong" x="0" y="{middle + 4:.1f}">{heading}</text>')
+        for score, offset, fill, name in (
+            (greedy, -8, f"var(--{stage})", "greedy"),
+            (sampled, 8, "var(--card)", "sampled"),
+        ):
+            low, high = score["interval"]
+            y, x = middle + offset, left + score["mean"] * scale
+            parts.append(
+                f'<g stroke="var(--{stage})" stroke-width="2"><title>{heading}, {name}: {score["mean"]:.3f} '
+                f"({_span(score, '.3f')}, n = {score['n']})</title>"
+                f'<line x1="{left + low * scale:.1f}" x2="{left + high * scale:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}"/></g>'
+            )
+    return _svg(parts, height)
+
+
+def _training(rows: Sequence[Mapping[str, Any]]) -> str:
+    verifiers, phases = reward_verifiers(rows), time_phases(rows)
+    megabytes = [{**row, "sync/megabytes": row["sync/bytes"] / 1e6} for row in rows]
+    plots = [
+        ("Reward per verifier", _lines(rows, {name: f"reward/{name}" for name in verifiers})),
+        ("Mean reward", _lines(rows, {"mean": "reward/mean"})),
+        ("KL to the reference policy", _lines(rows, {"KL": "kl/reference"}, zero=True)),
+        ("Log-prob gap to vLLM, mean", _lines(rows, {"mean": "logprob_gap/mean"}, zero=True)),
+        ("Log-prob gap to vLLM, largest", _lines(rows, {"max": "logprob_gap/max"}, zero=True)),
+        ("Gradient norm", _lines(rows, {"norm": "grad_norm"}, zero=True)),
+        ("Response length, tokens", _lines(rows, {"mean": "response_length/mean"}, zero=True)),
+        ("Time per phase, seconds", _stacked(rows, {name: f"time/{name}" for name in phases})),
+        ("Weight sync, megabytes", _lines(megabytes, {"sent": "sync/megabytes"}, zero=True)),
+    ]
+    if "sync" in phases:
+        plots.append(("Weight sync, seconds", _lines(rows, {"time": "time/sync"}, zero=True)))
+    cards = "".join(f'<div class="card"><h3>{title}</h3>{plot}</div>' for title, plot in plots)
+    return f'<h2>Training, per RL step</h2><div class="grid">{cards}</div>'
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], zero: bool = False) -> str:
+    """Line plot of metrics over steps.
+
+    Args:
+        series: legend -> metric key; steps without a value (absent or null) are gaps.
+        zero: whether the vertical axis starts at zero.
+    """
+    values = [row[key] for row in rows for key in series.values() if row.get(key) is not None]
+    if not values:
+        return '<p class="soft">no values</p>'
+    low, high = min(values), max(values)
+    ticks = _ticks(min(low, 0.0) if zero else low, high)
+    low, high = ticks[0], ticks[-1]
+    x_of = _steps_axis(rows)
+    parts = _axes(rows, x_of, ticks)
+    for index, (name, key) in enumerate(series.items()):
+        colour = f"var(--c{index % COLOURS})"
+        commands, dots, pen = [], [], "M"
+        for row in rows:
+            if row.get(key) is None:
+                pen = "M"
+                continue
+            x, y = x_of(row["step"]), _y(row[key], low, high)
+            commands.append(f"{pen}{x:.1f} {y:.1f}")
+            pen = "L"
+            label = f"<title>step {row['step']}, {_text(name)}: {row[key]:.5g}</title>"
+            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{colour}">{label}</circle>')
+        parts.append(
+            f'<path d="{"".join(commands)}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-linejoin="round"/>'
+        )
+        if len(rows) <= MARKED_POINTS:
+            parts += dots
+    return _svg(parts, HEIGHT) + (_legend(list(series)) if len(series) > 1 else "")
+
+
+def _stacked(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str]) -> str:
+    """One bar per step, split by series; legend -> metric key, in seconds."""
+    ticks = _ticks(0.0, max(sum(row.get(key, 0.0) for key in series.values()) for row in rows))
+    high = ticks[-1]
+    x_of = _steps_axis(rows)
+    width = (WIDTH - LEFT - RIGHT) / len(rows) * (0.8 if len(rows) <= MARKED_POINTS else 1.0)
+    parts = _axes(rows, x_of, ticks)
+    below = [0.0] * len(rows)
+    for index, (name, key) in enumerate(series.items()):
+        bars = []
+        for place, row in enumerate(rows):
+            value = row.get(key, 0.0)
+            if value:
+                top = _y(below[place] + value, 0.0, high)
+                bars.append(
+                    f"M{x_of(row['step']) - width / 2:.1f} {top:.1f}h{width:.2f}"
+                    f"V{_y(below[place], 0.0, high):.1f}h{-width:.2f}z"
+                )
+            below[place] += value
+        mean = sum(row.get(key, 0.0) for row in rows) / len(rows)
+        label = f"<title>{_text(name)}: {mean:.2f} s per step</title>"
+        parts.append(f'<path d="{"".join(bars)}" fill="var(--c{index % COLOURS})">{label}</path>')
+    return _svg(parts, HEIGHT) + _legend(list(series))
+
+
+def _steps_axis(rows: Sequence[Mapping[str, Any]]) -> Callable[[int], float]:
+    """A function from a step to its horizontal place: one equal share of the plot per step, drawn in its middle."""
+    first, last = rows[0]["step"], rows[-1]["step"]
+    share = (WIDTH - LEFT - RIGHT) / (last - first + 1)
+    return lambda step: LEFT + (step - first + 0.5) * share
+
+
+def _axes(rows: Sequence[Mapping[str, Any]], x_of: Callable[[int], float], ticks: Sequence[float]) -> list[str]:
+    parts = []
+    for tick in ticks:
+        y = _y(tick, ticks[0], ticks[-1])
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
+    first, last = rows[0]["step"], rows[-1]["step"]
+    for step in sorted({first, (first + last) // 2, last}):
+        parts.append(f'<text x="{x_of(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step}</text>')
+    return parts
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Two to six round numbers that enclose [low, high]."""
+    span = (high - low) or abs(high) or 1.0
+    size = 10 ** math.floor(math.log10(span / 4))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if span / (size * factor) <= 4)
+    start = math.floor(low / step + 1e-9)
+    end = max(math.ceil(high / step - 1e-9), start + 1)
+    return [round(index * step, 12) for index in range(start, end + 1)]
+
+
+def _y(value: float, low: float, high: float) -> float:
+    return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _svg(parts: Sequence[str], height: float) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def _legend(names: Sequence[str]) -> str:
+    items = (
+        f'<span><i style="background:var(--c{index % COLOURS})"></i>{_text(name)}</span>'
+        for index, name in enumerate(names)
+    )
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _transcripts(evaluation: Mapping[str, Any]) -> str:
+    everything = evaluation["transcripts"]
+    cards = [_transcript(item, model_stages(evaluation)) for item in choose_transcripts(everything, len(everything))]
+    folded = cards[TRANSCRIPTS_OPEN:]
+    more = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>" if folded else ""
+    return (
+        "<h2>Transcripts</h2><p>Greedy answers to held-out prompts, each with its verdict; a coloured verdict is one "
+        f"RL changed.</p>{''.join(cards[:TRANSCRIPTS_OPEN])}{more}"
+    )
+
+
+def _transcript(item: Mapping[str, Any], stages: Mapping[str, str]) -> str:
+    labels = item["labels"]
+    answers = []
+    for stage, heading in stages.items():
+        changed = " changed" if stage == "after" and labels["after"] != labels["before"] else ""
+        answers.append(
+            f'<div><div class="head"><b>{heading}</b><span class="chip{changed}">{_text(labels[stage])}</span></div>'
+            f'<div class="text">{_text(item[stage])}</div></div>'
+        )
+    return (
+        f'<div class="card talk"><div class="head"><b>Prompt</b><span class="soft">{_text(item["kind"])}</span></div>'
+        f'<div class="text">{_text(item["prompt"])}</div><div class="answers">{"".join(answers)}</div></div>'
+    )
+
+
+def _samples(path: Path) -> str:
+    """One prompt's group of samples from the first and the last step: what the algorithm compares."""
+    heading = "What RL learned from"
+    if not path.exists():
+        return _missing(path.name, heading)
+    blocks = []
+    for rows in _first_and_last_step(path):
+        group = _widest_group(rows)
+        cards = "".join(_sample(row) for row in group)
+        blocks.append(
+            f'<details><summary>Step {group[0]["step"]}</summary><div class="card talk"><div class="head"><b>Prompt</b>'
+            f'</div><div class="text">{_text(group[0]["prompt"])}</div><div class="answers">{cards}</div></div>'
+            "</details>"
+        )
+    return (
+        f"<h2>{heading}</h2><p>All samples of one prompt, with reward and advantage: the prompt of that step whose "
+        f"rewards differ most.</p>{''.join(blocks)}"
+    )
+
+
+def _sample(row: Mapping[str, Any]) -> str:
+    verdicts = "".join(
+        f'<span class="chip">{_text(name)}: {_text(verdict["label"])}</span>'
+        for name, verdict in row["verdicts"].items()
+    )
+    return (
+        f'<div><div class="head"><b>reward {row["reward"]:.2f}</b><span class="soft">advantage {row["advantage"]:+.2f}'
+        f'</span>{verdicts}</div><div class="text">{_text(row["response"])}</div></div>'
+    )
+
+
+def _first_and_last_step(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the first and of the last step, read as a stream: the file can be larger than memory."""
+    first: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
+    for row in read_rows(path):
+        if not first or row["step"] == first[0]["step"]:
+            first.append(row)
+        elif not last or row["step"] == last[0]["step"]:
+            last.append(row)
+        else:
+            last = [row]
+    return (rows for rows in (first, last) if rows)
+
+
+def _widest_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    widest = max(groups.values(), key=lambda group: max(r["reward"] for r in group) - min(r["reward"] for r in group))
+    return sorted(widest, key=lambda row: row["sample_index"])
+
+
+def _machine(machine: Mapping[str, Mapping[str, Any]]) -> str:
+    cards = []
+    for title, facts in machine.items():
+        items = "".join(
+            f"<dt>{_text(key.replace('_', ' '))}</dt><dd>{_text(value)}</dd>" for key, value in facts.items()
+        )
+        cards.append(f'<div class="card"><h3>{_text(title)}</h3><dl>{items}</dl></div>')
+    return f'<h2>Machine and versions</h2><div class="grid">{"".join(cards)}</div>'
+
+
+def _span(score: Mapping[str, Any], form: str) -> str:
+    low, high = score["interval"]
+    return f"{low:{form}} to {high:{form}}"
+
+
+def _text(value: Any) -> str:
+    """Escaped for HTML, with the characters HTML does not allow or that turn the reading direction made visible."""
+    return escape(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", str(value)))
+
+
+def _optional_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def main() -> None:
+    """Command line: rebuild the report of a run's folder."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.report", description="Rebuild a run's report.html.")
+    parser.add_argument("run_dir", type=Path, help="the run's folder, for example runs/demo")
+    print(write_report(parser.parse_args().run_dir))
+
+
+if __name__ == "__main__":
+    main()

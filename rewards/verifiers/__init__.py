@@ -1,0 +1,1 @@
+"""Verifiers: one module per verifier, each with `score(row, response) -> Verdict`."""

@@ -1,0 +1,50 @@
+"""Plain text measures that the rule-based verifiers share."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_REFUSAL = re.compile(
+    r"\b(?:i|we) (?:(?:really |simply |just )?(?:can't|cannot|can not|won't|will not|couldn't|must not|refuse)"
+    r"|(?:am|are) (?:unable|not able|not going|not allowed)|do not|don't (?:want|think|support|help))\b"
+    r"|\bi'm (?:unable|not able|not going|not allowed)\b"
+    r"|^(?:i'm |i am )?(?:very |so )?sorry\b"
+)
+
+
+def normalize(text: str) -> str:
+    """Lower case, straight apostrophes, single spaces."""
+    return " ".join(text.lower().replace("’", "'").split())
+
+
+def words(text: str) -> list[str]:
+    """The alphabetic words of `text` in lower case; digits and punctuation are dropped."""
+    return _WORD.findall(normalize(text))
+
+
+def hits(text: str, stems: Iterable[str]) -> list[str]:
+    """The stems that begin at least one word of `text` ("steal" is found in "stealing", not in "unsteal")."""
+    found = set(words(text))
+    return [stem for stem in stems if any(word.startswith(stem) for word in found)]
+
+
+def opens_with_refusal(text: str) -> bool:
+    """Whether the text begins by declining in the first person ("I can't help ...", "Sorry, ...").
+
+    Only the first sentence is read, and the second too if the first has at most two words ("No! I won't ...").
+    """
+    first, _, rest = _SENTENCE_END.sub("\n", normalize(text), count=1).partition("\n")
+    opening = f"{first} {_SENTENCE_END.split(rest, maxsplit=1)[0]}" if len(words(first)) <= 2 else first
+    return bool(_REFUSAL.search(opening))
+
+
+def is_degenerate(text: str, min_words: int) -> bool:
+    """Too few words, or the same words over and over: fewer than 60 % distinct, or one word pair three times."""
+    found = words(text)
+    if len(found) < min_words or len(set(found)) < 0.6 * len(found):
+        return True
+    pairs = Counter(pairwise(found))
+    return max(pairs.values(), default=0) >= 3

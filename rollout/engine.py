@@ -1,0 +1,247 @@
+"""Generation engines as child processes: start, talk to, stop. This side imports neither torch nor vLLM.
+
+An engine lives exactly as long as the process that started it: the kernel kills it when that process dies in any way
+(``PR_SET_PDEATHSIG``, set by the engine itself), and :func:`stop_engines` ends it on every ordinary way out.
+"""
+
+import atexit
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout.sample import Request, Sample, Sampling
+
+LOG_TAIL_BYTES = 4000
+
+
+class EngineError(RuntimeError):
+    """An engine died, refused a request, or answered with an error."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One engine (a vLLM instance with ``tensor_parallel_size`` workers).
+
+    ``model`` is a folder with ``config.json``; weights are never read from it, they come over the weight bridge.
+    ``kv_cache_gib`` is the key-value cache per worker in GiB; ``threads`` the OpenMP threads per worker (CPU only).
+    Raises ValueError for impossible values.
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_gib: float
+    tensor_parallel_size: int = 1
+    threads: int = 1
+    device: str = "cpu"
+    enforce_eager: bool = True
+
+    def __post_init__(self) -> None:
+        if not Path(self.model, "config.json").is_file():
+            raise ValueError(f"rollout.model={self.model!r}: no config.json in that folder")
+        for field, allowed in (("dtype", ("bfloat16", "float32")), ("device", ("cpu", "cuda"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"rollout.{field}={getattr(self, field)!r}: must be one of {allowed}")
+        for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "threads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"rollout.{field}={getattr(self, field)}: must be at least 1")
+        least = max(self.max_num_seqs, self.max_model_len if self.device == "cpu" else 1)
+        if self.max_num_batched_tokens < least:
+            raise ValueError(
+                f"rollout.max_num_batched_tokens={self.max_num_batched_tokens}: must be at least {least} (max_num_seqs, "
+                "and on a CPU max_model_len, because prompts are not split there)"
+            )
+        if self.kv_cache_gib <= 0:
+            raise ValueError(f"rollout.kv_cache_gib={self.kv_cache_gib}: must be positive")
+
+
+def environment(settings: EngineSettings) -> dict[str, str]:
+    """Environment of the engine process: the caller's, minus its distributed rendezvous, plus what vLLM needs.
+
+    On a CPU: no thread pinning (the trainer shares the cores; pinned, a batch took 12 times as long), passive OpenMP
+    waiting (an idle engine burns no core), no torch.compile (its first call costs half a minute).
+    """
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    env = {
+        key: value for key, value in os.environ.items() if key not in torchrun and not key.startswith("TORCHELASTIC")
+    }
+    env |= {
+        # One process, one import of vLLM; with several workers vLLM starts them itself.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
+    if settings.device == "cpu":
+        env |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCH_COMPILE_DISABLE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(settings.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    return env
+
+
+class Engine:
+    """A running engine process and its HTTP address. Made by :func:`start_engines`."""
+
+    def __init__(self, settings: EngineSettings, log_path: Path) -> None:
+        """Start the process; :meth:`wait_until_ready` waits for it.
+
+        Call from a thread that lives as long as the engine: the kernel ties the engine's life to that thread.
+        """
+        self.settings = settings
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        # The listening socket is made here and inherited, so the port can't be taken by anyone else in between.
+        with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, open(log_path, "ab") as log:
+            self.port: int = listener.getsockname()[1]
+            arguments = [json.dumps(asdict(settings)), str(listener.fileno()), str(os.getpid())]
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rollout.engine_server", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(settings),
+                pass_fds=(listener.fileno(),),
+                start_new_session=True,  # Ctrl-C reaches the owner only, which stops its engines in order
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_until_ready(self, deadline: float) -> None:
+        """Block until the engine answers. Raises EngineError with the log's tail when it dies or ``deadline`` (of
+        ``time.monotonic``) passes first."""
+        while True:
+            try:
+                self.call("GET", "/health", timeout=1.0)
+                return
+            except EngineError:
+                if not self.alive:
+                    raise EngineError(
+                        self._describe(f"died while starting (exit code {self.process.returncode})")
+                    ) from None
+                if time.monotonic() > deadline:
+                    raise EngineError(self._describe("did not become ready in time")) from None
+            time.sleep(0.1)
+
+    def health(self) -> dict[str, Any]:
+        """``weight_version`` (None before the first good sync), ``stale`` (a sync failed), ``workers``."""
+        return self.call("GET", "/health", timeout=30.0)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
+        """Samples in completion order. All requests enter the engine between the same two of its steps.
+
+        The same requests on the same weights give the same bits, as long as no other batch runs at the same time.
+        Raises EngineError before the first sync, after a failed one, for a request that does not fit, and when the
+        engine dies.
+        """
+        body = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling)}
+        connection = self._connect(timeout=None)
+        try:
+            response = self._send(connection, "POST", "/generate", body)
+            finished = False
+            for line in response:
+                message = json.loads(line)
+                if "error" in message:
+                    raise EngineError(self._describe(message["error"], log=False))
+                if "sample" in message:
+                    yield Sample.from_json(message["sample"])
+                finished = "done" in message
+            if not finished:
+                raise EngineError(self._describe("broke off in the middle of a batch"))
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            raise EngineError(self._describe(f"broke off in the middle of a batch ({error})")) from error
+        finally:
+            connection.close()
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> dict[str, Any]:
+        """One JSON request and its JSON answer; ``timeout`` in seconds. Raises EngineError."""
+        connection = self._connect(timeout)
+        try:
+            return json.loads(self._send(connection, method, path, body).read())
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            raise EngineError(self._describe(f"{method} {path} failed: {error!r}")) from error
+        finally:
+            connection.close()
+
+    def stop(self, grace: float = 10.0) -> None:
+        """End the process and its workers: ask, and after ``grace`` seconds kill. Does nothing when it is gone."""
+        if self.alive:
+            try:
+                self.call("POST", "/shutdown", timeout=grace)
+                self.process.wait(grace)
+            except (EngineError, subprocess.TimeoutExpired):
+                self.process.kill()  # its workers die with it
+                self.process.wait()
+
+    def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+
+    def _send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any
+    ) -> http.client.HTTPResponse:
+        connection.request(
+            method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"}
+        )
+        response = connection.getresponse()
+        if response.status != 200:
+            answer = response.read().decode(errors="replace")
+            reason = (
+                json.loads(answer)["error"] if response.headers.get_content_type() == "application/json" else answer
+            )
+            raise EngineError(self._describe(reason, log=False))
+        return response
+
+    def _describe(self, what: str, log: bool = True) -> str:
+        text = f"engine {self.log_path.stem} (pid {self.pid}): {what}"
+        if not log:
+            return text
+        tail = self.log_path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+        return f"{text}\n--- end of {self.log_path} ---\n{tail}"
+
+
+def start_engines(settings: EngineSettings, count: int, log_dir: Path, startup_timeout: float = 600.0) -> list[Engine]:
+    """Start ``count`` engines at once and wait until all answer; logs go to ``log_dir/engine_<i>.log``.
+
+    Call it from the main thread of the process that owns them. Raises EngineError (the others are stopped) when one
+    does not come up within ``startup_timeout`` seconds.
+    """
+    engines: list[Engine] = []
+    deadline = time.monotonic() + startup_timeout
+    try:
+        for i in range(count):
+            engines.append(Engine(settings, log_dir / f"engine_{i}.log"))
+        for engine in engines:
+            engine.wait_until_ready(deadline)
+    except BaseException:
+        stop_engines(engines)
+        raise
+    atexit.register(stop_engines, engines)
+    return engines
+
+
+def stop_engines(engines: Sequence[Engine]) -> None:
+    """Stop all; safe to call again."""
+    for engine in engines:
+        engine.stop()

@@ -1,0 +1,307 @@
+"""The engine process: vLLM in the main thread, a small HTTP server beside it.
+
+Started by ``rollout.engine.Engine`` as ``python -m rollout.engine_server SETTINGS_JSON LISTEN_FD OWNER_PID``.
+
+The main thread owns vLLM. HTTP handlers hand it callables, which it runs between two engine steps; when there is
+nothing to generate it sleeps on the queue. A batch is added by one such callable, so that the composition of every
+step, and with it every bit of the result, depends on the requests alone.
+
+Routes (JSON; errors are ``{"error": text}`` with status 409):
+``GET /health``; ``POST /generate`` (NDJSON: ``{"sample": …}`` lines, at last ``{"done": n}`` or ``{"error": …}``);
+``POST /weights/layout``, ``/weights/plan``, ``/weights/update``, ``GET /weights/checksum``, ``GET /weights/digest``
+(see ``rollout.weight_sync``); ``POST /shutdown``.
+"""
+
+import asyncio
+import ctypes
+import json
+import math
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from rollout.engine import EngineSettings
+from rollout.sample import Sample
+from rollout.weight_sync.receiver import WeightReceiver
+
+PR_SET_PDEATHSIG = 1
+WORKER_EXTENSION = "rollout.weight_sync.worker.WeightBridgeWorker"
+
+
+class Refused(Exception):
+    """A request that the engine does not serve; the text goes to the client."""
+
+
+def die_with(owner_pid: int) -> None:
+    """Have the kernel kill this process when its owner dies; exit at once if that has happened already."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != owner_pid:
+        sys.exit(f"the owner (pid {owner_pid}) is gone")
+
+
+def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> Any:
+    """vLLM's engine with the bridge's worker extension. ``"dummy"`` weights are never used: a sync comes first."""
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=settings.model,
+            # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit.
+            skip_tokenizer_init=True,
+            load_format=load_format,
+            dtype=settings.dtype,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            # On a CPU vLLM 0.32 fails when it splits the prompt of a request that has a seed: it would rewind the
+            # request's generator, which CPU generators can't.
+            enable_chunked_prefill=settings.device != "cpu",
+            kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+            enforce_eager=settings.enforce_eager,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # sampling is what the request says, never defaults from the model's folder
+            worker_extension_cls=WORKER_EXTENSION,
+            disable_log_stats=True,
+            seed=0,
+        )
+    )
+
+
+class EngineLoop:
+    """vLLM, its weights' state and the queue of callables that other threads hand to it."""
+
+    def __init__(self, settings: EngineSettings, llm_engine: Any) -> None:
+        self.settings = settings
+        self.llm = llm_engine
+        self.weights = WeightReceiver(llm_engine)
+        self.commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self.sinks: dict[str, Callable[[Any], None]] = {}
+        self.next_id = 0
+        self.stopping = False
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        """Have the main thread run ``function`` between two engine steps."""
+        future: Future[Any] = Future()
+        self.commands.put((function, future))
+        return future
+
+    def run(self) -> None:
+        """Serve until :meth:`stop` was run. Raises what vLLM's step raises: the engine is then unusable."""
+        while not self.stopping:
+            busy = self.llm.has_unfinished_requests()
+            try:
+                self._execute(*self.commands.get(block=not busy))
+                continue
+            except queue.Empty:
+                pass
+            self._step()
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def health(self) -> dict[str, Any]:
+        return {
+            "weight_version": self.weights.version,
+            "stale": self.weights.stale,
+            "workers": self.settings.tensor_parallel_size,
+            "unfinished_requests": len(self.sinks),
+        }
+
+    def add_batch(self, body: dict[str, Any], sink: Callable[[dict[str, Any]], Any]) -> list[str]:
+        """Check every request, then add all; ``sink`` gets a sample's dict for each. Returns vLLM's request ids."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        version = self._usable_version()
+        sampling, requests = body["sampling"], body["requests"]
+        for request in requests:
+            length = len(request["prompt_token_ids"])
+            if not length or length + sampling["max_tokens"] > self.settings.max_model_len:
+                raise Refused(
+                    f"prompt {request['prompt_id']!r}: {length} prompt tokens and max_tokens={sampling['max_tokens']} "
+                    f"do not fit into rollout.max_model_len={self.settings.max_model_len}, or the prompt is empty"
+                )
+        if not self.llm.has_unfinished_requests():
+            # What earlier batches left in the prefix cache would change the composition of this one's steps.
+            self.llm.reset_prefix_cache()
+        ids: list[str] = []
+        try:
+            for request in requests:
+                ids.append(str(self.next_id))
+                self.next_id += 1
+                params = SamplingParams(
+                    temperature=sampling["temperature"],
+                    top_p=sampling["top_p"],
+                    max_tokens=sampling["max_tokens"],
+                    stop_token_ids=list(sampling["stop_token_ids"]),
+                    seed=request["seed"],
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                self.llm.add_request(ids[-1], tokens_input(list(request["prompt_token_ids"])), params)
+                self.sinks[ids[-1]] = partial(self._finish, sink, request, version)
+        except Exception:  # vLLM refused one: none of the batch may run
+            self.abort(ids)
+            raise
+        return ids
+
+    def abort(self, ids: list[str]) -> None:
+        """Drop requests nobody waits for any more."""
+        unfinished = [request_id for request_id in ids if self.sinks.pop(request_id, None)]
+        if unfinished:
+            self.llm.abort_request(unfinished)
+
+    def change_weights(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
+        """Run a step of the weight bridge; refused while samples are being generated."""
+        if self.llm.has_unfinished_requests():
+            raise Refused(f"{len(self.sinks)} requests are still running: weights change only between batches")
+        return function(body)
+
+    def _usable_version(self) -> int:
+        if self.weights.stale:
+            raise Refused("the last weight sync failed, so the weights are stale: sync again before generating")
+        if self.weights.version is None:
+            raise Refused("no weights yet: sync once before generating")
+        return self.weights.version
+
+    def _execute(self, function: Callable[[], Any], future: "Future[Any]") -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:  # the client is told; the engine goes on
+            traceback.print_exc()
+            future.set_exception(error)
+
+    @staticmethod
+    def _finish(sink: Callable[[dict[str, Any]], Any], request: dict[str, Any], version: int, output: Any) -> None:
+        sink(finished_sample(request, output, version))
+
+    def _step(self) -> None:
+        for output in self.llm.step():
+            if output.finished and output.request_id in self.sinks:
+                self.sinks.pop(output.request_id)(output)
+
+
+def finished_sample(request: dict[str, Any], output: Any, version: int) -> dict[str, Any]:
+    """A finished ``RequestOutput`` of vLLM as the stream's message. A log-probability that is no finite number means
+    broken weights or a broken kernel and becomes an error."""
+    completion = output.outputs[0]
+    tokens = tuple(completion.token_ids)
+    logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True))
+    if not all(math.isfinite(value) for value in logprobs):
+        return {"error": f"prompt {request['prompt_id']!r}: log-probabilities are not finite: check the weights"}
+    sample = Sample(
+        request["prompt_id"],
+        request["sample_index"],
+        tuple(request["prompt_token_ids"]),
+        tokens,
+        logprobs,
+        completion.finish_reason,
+        version,
+    )
+    return {"sample": sample.to_json()}
+
+
+async def serve(loop: EngineLoop, listener: socket.socket) -> None:
+    """Answer HTTP on ``listener`` for as long as the process lives."""
+    from aiohttp import web
+
+    async def on_main_thread(function: Callable[[], Any]) -> Any:
+        return await asyncio.wrap_future(loop.submit(function))
+
+    async def generate(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        event_loop = asyncio.get_running_loop()
+        ids = await on_main_thread(
+            lambda: loop.add_batch(body, lambda line: event_loop.call_soon_threadsafe(lines.put_nowait, line))
+        )
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        try:
+            await response.prepare(http)
+            for _ in ids:
+                line = await lines.get()
+                await response.write(json.dumps(line).encode() + b"\n")
+            await response.write(json.dumps({"done": len(ids)}).encode() + b"\n")
+        finally:
+            loop.submit(lambda: loop.abort(ids))
+        return response
+
+    def weights(function: Callable[[Any], dict[str, Any]]) -> Callable[[web.Request], Any]:
+        async def handler(http: web.Request) -> web.Response:
+            body = await http.json() if http.can_read_body else None
+            return web.json_response(await on_main_thread(lambda: loop.change_weights(function, body)))
+
+        return handler
+
+    async def health(_: web.Request) -> web.Response:
+        return web.json_response(loop.health())
+
+    async def shutdown(_: web.Request) -> web.Response:
+        loop.submit(loop.stop)
+        return web.json_response({})
+
+    @web.middleware
+    async def errors_as_json(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException:
+            raise
+        except Exception as error:
+            text = str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
+            return web.json_response({"error": text}, status=409)
+
+    app = web.Application(client_max_size=2**30, middlewares=[errors_as_json], handler_args={"access_log": None})
+    app.add_routes(
+        [
+            web.get("/health", health),
+            web.post("/generate", generate),
+            web.post("/weights/layout", weights(loop.weights.layout)),
+            web.post("/weights/plan", weights(loop.weights.set_plan)),
+            web.post("/weights/update", weights(loop.weights.update)),
+            web.get("/weights/checksum", weights(lambda _: loop.weights.checksum())),
+            web.get("/weights/digest", weights(lambda _: loop.weights.digest())),
+            web.post("/shutdown", shutdown),
+        ]
+    )
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Start vLLM, then serve until told to stop. Exits with status 1 and a traceback in the log when vLLM fails."""
+    settings = EngineSettings(**json.loads(sys.argv[1]))
+    die_with(int(sys.argv[3]))
+    listener = socket.socket(fileno=int(sys.argv[2]))
+    loop = EngineLoop(settings, build_llm_engine(settings))
+    threading.Thread(target=lambda: asyncio.run(serve(loop, listener)), daemon=True).start()
+    status = 1
+    try:
+        loop.run()
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    # The weights and caches are worth nothing now: no slow teardown. The kernel ends vLLM's workers with this process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

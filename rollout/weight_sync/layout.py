@@ -1,0 +1,90 @@
+"""How a vLLM worker's parameters are made of rectangles of Hugging Face tensors: plain data, plain JSON."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Index = tuple[int, ...]
+
+
+class LayoutError(ValueError):
+    """Elements that nothing provides, that two things provide, or that nobody takes; names the tensor."""
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """``start`` and extent ``shape`` in elements, one entry per dimension."""
+
+    start: Index
+    shape: Index
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> Index:
+        return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
+
+    def contains(self, other: "Rectangle") -> bool:
+        starts = zip(self.start, other.start, strict=True)
+        stops = zip(self.stop, other.stop, strict=True)
+        return all(a <= b for a, b in starts) and all(a >= b for a, b in stops)
+
+    def intersect(self, other: "Rectangle") -> "Rectangle | None":
+        start = tuple(map(max, self.start, other.start))
+        shape = tuple(b - a for a, b in zip(start, map(min, self.stop, other.stop), strict=True))
+        return Rectangle(start, shape) if all(n > 0 for n in shape) else None
+
+
+@dataclass(frozen=True)
+class Region:
+    """The rectangle of ``shape`` at ``start`` of a worker's parameter is that at ``hf_start`` of tensor ``hf_name``."""
+
+    start: Index
+    hf_name: str
+    hf_start: Index
+    shape: Index
+
+    @property
+    def target(self) -> Rectangle:
+        return Rectangle(self.start, self.shape)
+
+    @property
+    def source(self) -> Rectangle:
+        return Rectangle(self.hf_start, self.shape)
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """One parameter of one vLLM worker; ``padding`` are the rectangles that hold zeros and no weight."""
+
+    name: str
+    shape: Index
+    dtype: str
+    regions: tuple[Region, ...]
+    padding: tuple[Rectangle, ...]
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "ParameterLayout":
+        """From ``dataclasses.asdict`` of it after a trip through JSON."""
+        regions = (
+            Region(tuple(r["start"]), r["hf_name"], tuple(r["hf_start"]), tuple(r["shape"])) for r in data["regions"]
+        )
+        padding = (Rectangle(tuple(r["start"]), tuple(r["shape"])) for r in data["padding"])
+        return ParameterLayout(data["name"], tuple(data["shape"]), data["dtype"], tuple(regions), tuple(padding))
+
+
+def check_exact_cover(what: str, shape: Index, rectangles: Sequence[Rectangle]) -> None:
+    """Raise LayoutError naming ``what`` unless ``rectangles`` tile a tensor of ``shape``: each element exactly once."""
+    whole = Rectangle((0,) * len(shape), shape)
+    for i, one in enumerate(rectangles):
+        if not whole.contains(one):
+            raise LayoutError(f"{what} of shape {shape}: {one} sticks out of it")
+        for other in rectangles[:i]:
+            if one.intersect(other):
+                raise LayoutError(f"{what} of shape {shape}: {one} and {other} provide the same elements")
+    covered = sum(rectangle.size for rectangle in rectangles)
+    if covered != whole.size:
+        raise LayoutError(f"{what} of shape {shape}: only {covered} of {whole.size} elements are provided")

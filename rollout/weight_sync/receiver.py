@@ -1,0 +1,79 @@
+"""The weights of one engine, as its main thread sees them: which version, and whether they may be used."""
+
+import json
+from typing import Any
+
+from rollout.weight_sync.checksum import wrap
+from rollout.weight_sync.layout import LayoutError
+
+
+def total_checksums(workers: list[list[Any]]) -> dict[str, int]:
+    """Checksum of each HF tensor from the workers' ``[hf_name, hf_start, checksum]`` of the rectangles they hold.
+
+    Rectangles that several workers hold count once. Raises LayoutError naming the tensor when such replicas differ.
+    """
+    rectangles: dict[tuple[str, tuple[int, ...]], int] = {}
+    for hf_name, hf_start, value in (item for worker in workers for item in worker):
+        if rectangles.setdefault((hf_name, tuple(hf_start)), value) != value:
+            raise LayoutError(f"{hf_name}: vLLM's workers hold different values of the part that starts at {hf_start}")
+    totals: dict[str, int] = {}
+    for (hf_name, _), value in rectangles.items():
+        totals[hf_name] = wrap(totals.get(hf_name, 0) + value)
+    return totals
+
+
+class WeightReceiver:
+    """Runs the bridge's methods on all workers of an engine and keeps account.
+
+    ``version`` is that of the last good sync (None before), ``stale`` is true from the start of an update until it has
+    been verified: the engine generates only when it is false. All methods raise RuntimeError with the workers' report.
+    """
+
+    def __init__(self, llm_engine: Any) -> None:
+        self.llm = llm_engine
+        self.version: int | None = None
+        self.stale = False
+        self._call("bridge_started")
+
+    def layout(self, body: dict[str, Any]) -> dict[str, Any]:
+        """``{"tensors": {hf_name: shape}}`` → ``{"workers": [layouts of the parameters of each worker]}``."""
+        answers = self._call("bridge_layout", json.dumps(body["tensors"]))
+        return {"workers": [answer["parameters"] for answer in answers]}
+
+    def set_plan(self, body: dict[str, Any]) -> dict[str, Any]:
+        """``{"plan": Plan, "addresses": [of each sender]}``."""
+        self._call("bridge_plan", json.dumps(body))
+        return {}
+
+    def update(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Take the weights that the senders have packed and check them against ``{"version", "checksums"}``."""
+        self.stale = True
+        actual = total_checksums([answer["checksums"] for answer in self._call("bridge_update")])
+        expected = body["checksums"]
+        wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+        if wrong:
+            raise RuntimeError(
+                f"{wrong[0]}: vLLM's checksum {actual.get(wrong[0])} after the copy is not the trainer's "
+                f"{expected.get(wrong[0])} ({len(wrong)} of {len(expected)} tensors differ)"
+            )
+        self._call("bridge_finish")
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
+        self.llm.reset_encoder_cache()
+        self.version, self.stale = body["version"], False
+        return {}
+
+    def checksum(self) -> dict[str, Any]:
+        """``{"tensors": {hf_name: checksum of what vLLM holds now}}``."""
+        return {"tensors": total_checksums([answer["checksums"] for answer in self._call("bridge_checksums")])}
+
+    def digest(self) -> dict[str, Any]:
+        """``{"workers": [{parameter: SHA-256 of its bytes}]}``."""
+        return {"workers": [answer["digests"] for answer in self._call("bridge_digests")]}
+
+    def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
+        answers = [json.loads(answer) for answer in self.llm.collective_rpc(method, args=args)]
+        errors = [f"worker {i}: {answer['error']}" for i, answer in enumerate(answers) if "error" in answer]
+        if errors:
+            raise RuntimeError("; ".join(errors))
+        return answers

@@ -1,0 +1,136 @@
+"""Ask a vLLM model where each element of its parameters comes from, by watching its own weight loaders.
+
+The model's ``load_weights`` is called with meta tensors in place of a checkpoint. A view of a meta tensor carries its
+offset and strides, so when a loader finally copies into a parameter, source and target say which rectangle goes where.
+Nothing is read or written. A loader that does more than slice and copy (converts, adds, transposes) can't be expressed
+as rectangles and is refused with the parameter's name.
+
+Uses no vLLM internals: any module with ``load_weights(iterable of (name, tensor))`` works.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rollout.weight_sync.layout import Index, LayoutError, ParameterLayout, Rectangle, Region, check_exact_cover
+
+# Buffers of vLLM's attention layers that are 1 unless the key-value cache is quantised.
+UNIT_SCALES = ("_q_scale", "_k_scale", "_v_scale", "_prob_scale")
+
+
+def _strides(shape: Index) -> Index:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def view_rectangle(view: torch.Tensor, base_shape: Index) -> Rectangle | None:
+    """The rectangle of a contiguous tensor of ``base_shape`` that ``view`` shows; None when it shows none in order."""
+    if view.ndim != len(base_shape):
+        return None
+    strides = _strides(base_shape)
+    if any(n > 1 and a != b for n, a, b in zip(view.shape, view.stride(), strides, strict=True)):
+        return None
+    start, rest = [], view.storage_offset()
+    for stride in strides:
+        start.append(rest // stride)
+        rest %= stride
+    rectangle = Rectangle(tuple(start), tuple(view.shape))
+    return rectangle if Rectangle((0,) * len(base_shape), base_shape).contains(rectangle) else None
+
+
+class _Recorder(TorchDispatchMode):
+    """Records copies from the meta tensors ``sources`` into ``parameters`` instead of making them."""
+
+    def __init__(self, sources: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.sources = {tensor.untyped_storage()._cdata: (name, tensor) for name, tensor in sources.items()}
+        self.parameters = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items()}
+        self.regions: dict[str, list[Region]] = {name: [] for name in parameters}
+        self.padding: dict[str, list[Rectangle]] = {name: [] for name in parameters}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[1].is_meta:
+            self._record_copy(args[0], args[1])
+            return args[0]
+        if func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default) and not args[0].is_meta:
+            self._record_fill(args[0], args[1] if len(args) > 1 else 0)
+        return func(*args, **(kwargs or {}))
+
+    def _target(self, target: torch.Tensor, what: str) -> tuple[str, Rectangle]:
+        name, parameter = self.parameters.get(target.untyped_storage().data_ptr(), (None, None))
+        if name is None or parameter is None:
+            raise LayoutError(
+                f"{what}: vLLM writes it into a tensor of shape {tuple(target.shape)} that is no parameter"
+            )
+        rectangle = view_rectangle(target, tuple(parameter.shape))
+        if rectangle is None:
+            raise LayoutError(f"{what}: vLLM writes it into {name} but not as a rectangle")
+        return name, rectangle
+
+    def _record_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        hf_name, tensor = self.sources.get(source.untyped_storage()._cdata, (None, None))
+        if hf_name is None or tensor is None:
+            name, _ = self._target(target, "a converted tensor")
+            raise LayoutError(f"{name}: vLLM's loader computes its values instead of slicing them")
+        name, rectangle = self._target(target, hf_name)
+        taken = view_rectangle(source, tuple(tensor.shape))
+        if taken is None or taken.shape != rectangle.shape:
+            raise LayoutError(f"{name}: vLLM's loader takes no plain rectangle of {hf_name} for it")
+        self.regions[name].append(Region(rectangle.start, hf_name, taken.start, rectangle.shape))
+
+    def _record_fill(self, target: torch.Tensor, value: Any) -> None:
+        if target.untyped_storage().data_ptr() not in self.parameters or not target.numel():
+            return
+        name, rectangle = self._target(target, "padding")
+        if value != 0:
+            raise LayoutError(f"{name}: vLLM's loader fills {rectangle} with {value}; only zero padding is known")
+        self.padding[name].append(rectangle)
+
+
+def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer of ``model`` that weights must provide, tied ones once.
+
+    Raises LayoutError for a parameter that vLLM has emptied or made strided: weights can't be written in place then.
+    """
+    buffers = dict(model.named_buffers())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for name in model.state_dict():
+        buffer = buffers.get(name)
+        if buffer is None or id(buffer) in parameters:
+            continue
+        if name.rpartition(".")[2] in UNIT_SCALES:
+            if bool((buffer != 1).any()):
+                raise LayoutError(f"{name} is {buffer}: quantised key-value caches are not supported")
+            continue
+        tensors[name] = buffer
+    for name, tensor in tensors.items():
+        if not tensor.numel() or not tensor.is_contiguous():
+            raise LayoutError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} after loading: vLLM keeps this "
+                "weight elsewhere (packed), so it can't be written in place; adapt rollout/weight_sync/worker.py"
+            )
+    return tensors
+
+
+def trace_layout(model: torch.nn.Module, hf_shapes: Mapping[str, Index]) -> list[ParameterLayout]:
+    """Layout of every weight tensor of ``model`` in terms of checkpoint tensors ``hf_shapes`` (name → shape).
+
+    Raises LayoutError naming the parameter when an element is covered by no or by two of them, or when a loader does
+    what rectangles can't say.
+    """
+    tensors = weight_tensors(model)
+    dtype = next(model.parameters()).dtype
+    sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in hf_shapes.items()}
+    recorder = _Recorder(sources, {name: tensor.detach() for name, tensor in tensors.items()})
+    with torch.no_grad(), recorder:
+        model.load_weights(iter(sources.items()))  # type: ignore[operator]
+    layouts = []
+    for name, tensor in tensors.items():
+        regions, padding = recorder.regions[name], recorder.padding[name]
+        check_exact_cover(f"vLLM parameter {name}", tuple(tensor.shape), [*(r.target for r in regions), *padding])
+        dtype_name = str(tensor.dtype).removeprefix("torch.")
+        layouts.append(ParameterLayout(name, tuple(tensor.shape), dtype_name, tuple(regions), tuple(padding)))
+    return layouts

@@ -1,0 +1,153 @@
+"""Records on disk: valid JSON always, whole after a resume, the old file or the new one and nothing between."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from recipes import records
+
+
+def rows_of_step(step):
+    return [
+        {"step": step, "sample_index": i, "response": f"line\nbreak \u2028 你好 {i}", "reward": 0.1 * i}
+        for i in range(3)
+    ]
+
+
+def metrics_row(**changes):
+    row = dict.fromkeys(records.REQUIRED_METRICS, 1.0)
+    row.update({"step": 3, "reward/safety": 0.5, "time/generate": 2.0, "time/train": 1.0})
+    return row | changes
+
+
+def test_a_resumed_file_equals_an_unbroken_one(tmp_path):
+    unbroken, resumed = tmp_path / "unbroken.jsonl", tmp_path / "resumed.jsonl"
+    for step in range(1, 11):
+        records.append_rows(unbroken, rows_of_step(step))
+    for step in range(1, 8):
+        records.append_rows(resumed, rows_of_step(step))
+    with resumed.open("ab") as file:
+        file.write(b'{"step": 8, "sample_index": 0, "resp')  # killed in the middle of a line
+    assert records.truncate_after(resumed, 5) == 15
+    for step in range(6, 11):
+        records.append_rows(resumed, rows_of_step(step))
+    assert resumed.read_bytes() == unbroken.read_bytes()
+    assert [row["step"] for row in records.read_rows(resumed)] == [s for s in range(1, 11) for _ in range(3)]
+
+
+def test_truncating_keeps_nothing_at_step_zero_and_accepts_a_file_not_yet_begun(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert records.truncate_after(path, 0) == 0
+    assert not path.exists()
+    records.append_rows(path, rows_of_step(1))
+    assert records.truncate_after(path, 0) == 0
+    assert path.read_bytes() == b""
+
+
+def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        records.truncate_after(path, 1)
+    assert path.read_text().count("\n") == 3
+    with pytest.raises(ValueError, match="line 2"):
+        list(records.read_rows(path))
+
+
+def test_every_row_is_on_disk_before_the_next_is_asked_for(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    seen = []
+
+    def rows():
+        for step in (1, 2, 3):
+            seen.append(path.read_bytes().count(b"\n"))
+            yield {"step": step}
+
+    records.append_rows(path, rows())
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float32("nan"), torch.tensor(float("-inf"))])
+def test_nan_is_refused_by_name_and_null_is_allowed(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: grad_norm is (nan|inf|-inf)"):
+        records.append_rows(path, [{"step": 1, "grad_norm": bad}])
+    assert path.read_bytes() == b""
+    with pytest.raises(ValueError, match=r"evaluation\.json: after: interval\[1\]"):
+        records.write_json(tmp_path / "evaluation.json", {"after": {"interval": [0.0, bad]}})
+    records.append_rows(path, [{"step": 1, "grad_norm": None}])
+    assert path.read_text() == '{"step": 1, "grad_norm": null}\n'
+
+
+def test_scalars_of_numpy_and_torch_and_odd_text_become_plain_json(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    text = "lone \ud800 surrogate, \x00 zero"
+    records.append_rows(path, [{"step": 1, "a": np.float32(0.5), "b": torch.tensor(3), "c": (np.int64(2),), "t": text}])
+    assert json.loads(path.read_bytes()) == {"step": 1, "a": 0.5, "b": 3, "c": [2], "t": text}
+
+
+def test_a_row_needs_its_step(tmp_path):
+    with pytest.raises(ValueError, match="step is None"):
+        records.append_rows(tmp_path / "metrics.jsonl", [{"reward/mean": 1.0}])
+
+
+def test_write_json_leaves_the_old_file_when_it_fails_and_no_partial_file(tmp_path):
+    path = tmp_path / "evaluation.json"
+    records.write_json(path, {"after": 1})
+    with pytest.raises(ValueError):
+        records.write_json(path, {"after": float("nan")})
+    with pytest.raises(TypeError):
+        records.write_json(path, {"after": object()})
+    assert json.loads(path.read_text()) == {"after": 1}
+    records.write_json(path, {"after": 2})
+    assert json.loads(path.read_text()) == {"after": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_the_metrics_people_rely_on():
+    """The list is a promise to whoever reads metrics.jsonl; a key may be added, none may go."""
+    promised = "step reward/mean kl/reference logprob_gap/mean logprob_gap/max grad_norm response_length/mean time/step"
+    assert {*promised.split(), "sync/bytes"} <= set(records.REQUIRED_METRICS)
+    records.check_metrics(metrics_row(), ["safety"])
+    row = metrics_row(grad_norm=float("nan"))
+    del row["sync/bytes"]
+    with pytest.raises(ValueError, match=r"step 3: sync/bytes is missing; reward/value is missing; grad_norm is nan"):
+        records.check_metrics(row, ["safety", "value"])
+    row = {key: value for key, value in metrics_row().items() if key not in ("time/generate", "time/train")}
+    with pytest.raises(ValueError, match="no time/<phase>"):
+        records.check_metrics(row, ["safety"])
+
+
+def test_phases_come_in_the_order_of_the_loop_then_by_name():
+    rows = [{"time/step": 1, "time/zip": 1, "time/sync": 1, "time/generate": 1}, {"time/train": 1, "time/advantage": 1}]
+    assert records.time_phases(rows) == ["generate", "train", "sync", "advantage", "zip"]
+
+
+def test_significance_is_read_off_the_interval():
+    assert records.significance({"interval": [0.01, 0.2]}) == "better"
+    assert records.significance({"interval": [-0.2, -0.01]}) == "worse"
+    assert records.significance({"interval": [0.0, 0.2]}) == "not significant"
+
+
+def test_transcripts_show_every_kind_and_changes_first():
+    def item(name, kind, before, after):
+        return {"id": name, "kind": kind, "labels": {"before": before, "after": after}}
+
+    items = [
+        item("a", "harmful", "safe", "safe"),
+        item("b", "harmful", "unsafe", "safe"),
+        item("c", "harmful", "unsafe", "safe"),
+        item("d", "benign", "helpful", "helpful"),
+    ]
+    assert [chosen["id"] for chosen in records.choose_transcripts(items, 3)] == ["b", "d", "c"]
+
+
+def test_environment_names_machine_and_versions():
+    found = records.environment("cpu", processes=2)
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["machine"]["device"] == "cpu"
+    assert found["machine"]["processes"] == 2
+    assert found["machine"]["memory_gib"] > 0

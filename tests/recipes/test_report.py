@@ -1,0 +1,226 @@
+"""report.html: well formed, complete, nothing from outside, and model text can do nothing in it."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from recipes import records
+from recipes.report import _ticks, write_report
+
+VOID = {"meta"}
+PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "small", "div", "span", "i", "b"}
+TABLE_TAGS = {"table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre", "dl", "dt", "dd"}
+PLOT_TAGS = {"svg", "g", "text", "line", "circle", "path"}
+HOSTILE = (
+    "<script>alert(1)</script></div></pre> <img src=https://evil.example/x onerror=alert(2)> & \"quotes\" 'x' 你好"
+)
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.data: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert tag not in VOID
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.data.append(data)
+
+
+def metrics(step):
+    return {
+        "step": step,
+        "reward/mean": 0.5,
+        "reward/safety": 0.1 * step,
+        "reward/<b>odd</b>": 0.5,
+        "kl/reference": 0.0 if step == 1 else 0.01,
+        "logprob_gap/mean": 1e-4,
+        "logprob_gap/max": 2e-3,
+        "grad_norm": None if step == 2 else 1.5,
+        "response_length/mean": 40.0,
+        "time/step": 9.0,
+        "time/generate": 5.0,
+        "time/train": 3.0,
+        "time/sync": 0.5,
+        "sync/bytes": 269_000_000,
+    }
+
+
+def evaluation():
+    def stage(mean):
+        scores = {"safety": {"mean": mean, "interval": [mean - 0.125, mean + 0.0625], "n": 57}}
+        return scores | {"sampled": dict(scores)}
+
+    effect = {"safety": {"mean": 0.25, "interval": [0.125, 0.375]}}
+    transcript = {"id": "h", "kind": HOSTILE, "prompt": HOSTILE, "base": HOSTILE + "\x00\x1b[31m\u202e"}
+    transcript |= {
+        "before": HOSTILE,
+        "after": HOSTILE,
+        "labels": {"base": HOSTILE, "before": "unsafe", "after": "safe"},
+    }
+    return {
+        "base": stage(0.25),
+        "before": stage(0.5),
+        "after": stage(0.75),
+        "difference": effect | {"sampled": dict(effect)},
+        "transcripts": [transcript] * 8,
+    }
+
+
+def samples(step):
+    for prompt, rewards in (("dull", [0.5, 0.5]), ("split", [0.0, 1.0])):
+        for index, reward in enumerate(rewards):
+            yield {
+                "step": step,
+                "prompt_id": prompt,
+                "sample_index": index,
+                "prompt": f"{prompt} prompt of {step}",
+                "response": HOSTILE,
+                "reward": reward,
+                "verdicts": {"safety": {"score": reward, "label": HOSTILE}},
+                "advantage": reward - 0.5,
+                "weight_version": step - 1,
+            }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run = tmp_path / "demo <1>"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"recipe: demo\nseed: 7  # {HOSTILE}\n")
+    for step in (1, 2, 3):
+        records.append_rows(run / "metrics.jsonl", [metrics(step)])
+        records.append_rows(run / "samples.jsonl", samples(step))
+    records.write_json(run / "evaluation.json", evaluation())
+    records.write_json(run / "environment.json", records.environment(HOSTILE, 2))
+    return run
+
+
+def test_well_formed_and_from_known_elements_only(run_dir):
+    text = write_report(run_dir).read_text()
+    page = Page(text)
+    assert set(page.tags) <= PAGE_TAGS | TABLE_TAGS | PLOT_TAGS
+    names = {name for name, _ in page.attributes}
+    assert not {name for name in names if name.startswith("on") or name in ("src", "href", "action", "srcset", "data")}
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    # Every address in the page is text of the hostile transcript, not something a browser would fetch.
+    assert set(re.findall(r"https?://\S+", text)) == {"https://evil.example/x"}
+
+
+def test_hostile_text_is_shown_as_written(run_dir):
+    page = Page(write_report(run_dir).read_text())
+    shown = "".join(page.data)
+    # 8 transcripts: kind, prompt, three answers, base label. Samples of two steps: two responses and labels each.
+    # Then the configuration and the device.
+    assert shown.count(HOSTILE) == 8 * 6 + 2 * 2 * 2 + 2
+    assert "\x00" not in shown and "\x1b" not in shown and "\u202e" not in shown
+    assert HOSTILE + "\ufffd\ufffd[31m\ufffd" in shown
+
+
+def test_holds_every_figure_of_the_result(run_dir):
+    shown = "".join(Page(write_report(run_dir).read_text()).data)
+    for figure in ("0.25", "0.50", "0.75", "+0.25", "+0.12 to +0.38", "better", "greedy, n = 57", "sampled, n = 57"):
+        assert figure in shown
+    assert "seed: 7" in shown
+    assert "megatron-core" in shown
+
+
+def test_error_bars_span_the_interval(run_dir):
+    text = write_report(run_dir).read_text()
+    bars = re.findall(
+        r'<title>after RL, greedy: 0\.750 .*?</title><line x1="([\d.]+)" x2="([\d.]+)" .*?<circle cx="([\d.]+)"', text
+    )
+    axis = [float(x) for x in re.findall(r'<line class="axis" x1="([\d.]+)" x2="\1"', text)[:5]]  # 0, 0.25, ... 1
+    low, high, mean = (float(x) for x in bars[0])
+    length = axis[-1] - axis[0]
+    assert [(x - axis[0]) / length for x in (low, high, mean)] == pytest.approx([0.625, 0.8125, 0.75], abs=1e-3)
+
+
+def test_plots_cover_every_metric_and_leave_gaps_for_null(run_dir):
+    text = write_report(run_dir).read_text()
+    for title in (
+        "Reward per verifier",
+        "KL",
+        "Log-prob gap",
+        "Gradient norm",
+        "Response length",
+        "Time per phase",
+        "sync",
+    ):
+        assert re.search(rf"<h3>[^<]*{title}", text), title
+    norm = text[text.index("Gradient norm") : text.index("Response length")]
+    assert re.search(r'<path d="M[\d. ]+M[\d. ]+" ', norm)  # step 2 is null: two pieces, no line through it
+    assert norm.count("<circle") == 2
+    assert "step 3, safety: 0.3<" in text
+
+
+def test_shows_the_group_whose_rewards_differ_in_the_first_and_last_step(run_dir):
+    shown = "".join(Page(write_report(run_dir).read_text()).data)
+    assert "split prompt of 1" in shown and "split prompt of 3" in shown
+    assert "dull prompt" not in shown and "prompt of 2" not in shown
+
+
+def test_a_run_of_one_step_that_is_not_evaluated_yet(tmp_path):
+    (tmp_path / "config.yaml").write_text("recipe: demo\n")
+    records.append_rows(tmp_path / "metrics.jsonl", [metrics(1)])
+    shown = "".join(Page(write_report(tmp_path).read_text()).data)
+    for missing in ("evaluation.json", "samples.jsonl", "environment.json"):
+        assert f"This run has no {missing} yet." in shown
+
+
+def test_no_steps_and_no_folder_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
+        write_report(tmp_path)
+    (tmp_path / "config.yaml").write_text("recipe: demo\n")
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is empty"):
+        write_report(tmp_path)
+
+
+def test_command_line_rebuilds_the_same_file(run_dir):
+    first = write_report(run_dir).read_bytes()
+    (run_dir / "report.html").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.report", str(run_dir)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(run_dir / "report.html")
+    assert (run_dir / "report.html").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1.0]),
+        (0.0, 269.0, [0, 100, 200, 300]),
+        (0.0, 0.0, [0, 0.25]),
+        (0.31, 0.52, [0.3, 0.4, 0.5, 0.6]),
+        (5.0, 5.0, [4, 6]),
+        (-0.002, 0.007, [-0.0025, 0.0, 0.0025, 0.005, 0.0075]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_values(low, high, expected):
+    assert _ticks(low, high) == pytest.approx(expected)

@@ -1,0 +1,370 @@
+"""Real vLLM on the CPU, fed by two trainer ranks: this process is rank 0, a spawned one is rank 1.
+
+All processes start at once, because importing vLLM takes most of the time; the tests share them and run in order.
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
+from rollout.sample import Prompt, Sample, Sampling
+from rollout.sampler import generate, make_requests
+from rollout.weight_sync.bridge import WeightBridge, WeightSyncError
+from tests.rollout.twins import TIED, UNTIED, Twin, tensor_parallel_shards
+from tests.rollout.vllm_processes import ForeignEngine, as_argument
+
+TWINS = {"tied": TIED, "untied": UNTIED}
+STARTUP_SECONDS = 400
+SAMPLING = Sampling(max_tokens=10, stop_token_ids=(2, 11))
+PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 180 for j in range(3 + 10 * i))) for i in range(4)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings_of(twin: Twin, folder: Path, tp: int) -> EngineSettings:
+    dtype = str(twin.dtype).removeprefix("torch.")
+    return EngineSettings(
+        model=str(folder),
+        dtype=dtype,
+        max_model_len=96,
+        max_num_seqs=8,
+        max_num_batched_tokens=96,  # less than the prompts of a batch: they enter over several steps
+        kv_cache_gib=0.02,
+        tensor_parallel_size=tp,
+    )
+
+
+class TrainerRank:
+    """One of two trainer ranks: shards of both twins in FP32 and a bridge for each."""
+
+    def __init__(self, rank: int, store: str) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        self.rank = rank
+        self.made: dict[str, Any] = {}
+        self.bridges: dict[str, WeightBridge] = {}
+
+    def connect(self, name: str, engine: Engine | None) -> None:
+        twin = TWINS[name]
+        self.made[name] = tensor_parallel_shards(twin, twin.model(0).state_dict(), 2, self.rank, torch.float32)
+        engines = [engine] if engine else None
+        self.bridges[name] = WeightBridge(self.made[name].shards, engines, dist.group.WORLD)
+
+    def load(self, name: str, seed: int) -> None:
+        self.made[name].weights = TWINS[name].model(seed).state_dict()
+        self.made[name].fill()
+
+    def disturb(self, name: str, shard_name: str, rank: int) -> None:
+        if rank == self.rank:
+            (shard,) = [shard for shard in self.made[name].shards if shard.name == shard_name]
+            shard.tensor[0] += 1
+
+    def sync(self, name: str, version: int) -> Any:
+        return self.bridges[name].sync(version)
+
+
+def second_rank(store: str, pipe: Any) -> None:
+    trainer = TrainerRank(1, store)
+    while True:
+        method, args = pipe.recv()
+        if method == "exit":
+            return
+        try:
+            pipe.send(getattr(trainer, method)(*args))
+        except WeightSyncError as error:
+            pipe.send(error)
+
+
+class Trainer:
+    """Runs a method of :class:`TrainerRank` on both ranks."""
+
+    def __init__(self, store: str) -> None:
+        self.pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+        arguments = (store, theirs)
+        self.process = multiprocessing.get_context("spawn").Process(target=second_rank, args=arguments, daemon=True)
+        self.process.start()
+        self.rank_zero = TrainerRank(0, store)
+
+    def connect(self, name: str, engine: Engine) -> None:
+        self.pipe.send(("connect", (name, None)))
+        self.rank_zero.connect(name, engine)
+        assert self.pipe.recv() is None
+
+    def do(self, method: str, *args: Any) -> Any:
+        """The result on rank 0. When it raises, the other rank must have raised the same."""
+        self.pipe.send((method, args))
+        try:
+            result = getattr(self.rank_zero, method)(*args)
+        except WeightSyncError as error:
+            theirs = self.pipe.recv()
+            assert isinstance(theirs, WeightSyncError) and str(theirs) == str(error)
+            raise
+        theirs = self.pipe.recv()
+        assert not isinstance(theirs, Exception), theirs
+        return result
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.pipe.send(("exit", ()))
+            self.process.join(30)
+        dist.destroy_process_group()
+
+
+@dataclass
+class World:
+    """Everything that the tests share."""
+
+    tied: Engine
+    untied: ForeignEngine
+    doomed: Engine
+    owner: subprocess.Popen[bytes]
+    fresh: subprocess.Popen[bytes]
+    fresh_output: Path
+    trainer: Trainer
+    shared_memory_before: set[str]
+
+    def ready(self, engine: Engine) -> Engine:
+        engine.wait_until_ready(time.monotonic() + STARTUP_SECONDS)
+        return engine
+
+
+def program(*arguments: str) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.rollout.vllm_processes", *arguments], cwd=ROOT, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("vllm")
+    before = set(os.listdir("/dev/shm"))
+    models = {name: twin.save(folder / name, seed=0) for name, twin in TWINS.items()}
+    tied = settings_of(TIED, models["tied"], tp=1)
+    untied = settings_of(UNTIED, models["untied"], tp=2)
+    too_long = EngineSettings(**(vars(tied) | {"max_model_len": 100_000, "max_num_batched_tokens": 100_000}))
+
+    requests = make_requests(PROMPTS, 2, seed=5, step=0)
+    fresh_output, owner_output = folder / "fresh.json", folder / "owner.json"
+    fresh = program("fresh", as_argument(tied), as_argument(requests), as_argument(SAMPLING), str(fresh_output))
+    owner = program("owner", as_argument(untied), str(folder / "untied.log"), str(owner_output))
+    engines = [Engine(tied, folder / "tied.log"), Engine(too_long, folder / "doomed.log")]
+    trainer = Trainer(str(folder / "store"))
+    try:
+        while not owner_output.exists() or not owner_output.read_text():
+            time.sleep(0.1)
+        foreign = ForeignEngine(untied, folder / "untied.log", **json.loads(owner_output.read_text()))
+        yield World(engines[0], foreign, engines[1], owner, fresh, fresh_output, trainer, before)
+    finally:
+        trainer.close()
+        for process in (owner, fresh):
+            process.kill()
+            process.wait()
+        stop_engines(engines)
+
+
+def sample(engine: Engine, sampling: Sampling = SAMPLING, seed: int = 5) -> list[Sample]:
+    return generate([engine], PROMPTS, sampling, samples_per_prompt=2, seed=seed, step=0)
+
+
+def digests(engine: Engine) -> list[dict[str, str]]:
+    return engine.call("GET", "/weights/digest")["workers"]
+
+
+def hf_logprobs(twin: Twin, seed: int, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
+    """Of the response's tokens, by a plain FP32 forward of the weights as vLLM holds them."""
+    model = twin.model(seed).float()
+    ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids])
+    with torch.no_grad():
+        logprobs = (model(ids).logits[0] / temperature).log_softmax(-1)
+    first = len(sample.prompt_token_ids) - 1
+    return logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
+
+
+def gap(twin: Twin, samples: list[Sample], temperature: float = 1.0) -> torch.Tensor:
+    return torch.cat([(hf_logprobs(twin, 0, s, temperature) - torch.tensor(s.logprobs)).abs() for s in samples])
+
+
+def test_no_samples_before_the_first_sync(world: World) -> None:
+    engine = world.ready(world.tied)
+    assert engine.health()["weight_version"] is None
+    with pytest.raises(EngineError, match="no weights yet: sync once before generating"):
+        sample(engine)
+
+
+def test_after_a_sync_weights_and_samples_equal_those_of_vllm_that_loaded_the_checkpoint(world: World) -> None:
+    """From FP32 shards at TP 2 with padded heads to BF16 vLLM: every parameter's bits, every token and log-prob."""
+    world.trainer.connect("tied", world.ready(world.tied))
+    report = world.trainer.do("sync", "tied", 1)
+    model = TIED.model(0)
+    assert report["bytes"] == 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert world.fresh.wait(STARTUP_SECONDS) == 0
+    expected = json.loads(world.fresh_output.read_text())
+    assert digests(world.tied) == expected["workers"]
+    samples = sample(world.tied)
+    assert {(s.prompt_id, s.sample_index): (s.response_token_ids, s.logprobs) for s in samples} == {
+        (s["prompt_id"], s["sample_index"]): (tuple(s["response_token_ids"]), tuple(s["logprobs"]))
+        for s in expected["samples"]
+    }
+
+
+def test_samples_say_how_they_were_made(world: World) -> None:
+    samples = sample(world.tied)
+    assert {s.weight_version for s in samples} == {1}
+    by_id = {prompt.prompt_id: prompt.token_ids for prompt in PROMPTS}
+    for s in samples:
+        assert s.prompt_token_ids == by_id[s.prompt_id]
+        assert len(s.logprobs) == len(s.response_token_ids) <= SAMPLING.max_tokens
+        stopped = [i for i, token in enumerate(s.response_token_ids) if token in SAMPLING.stop_token_ids]
+        assert s.finish_reason == ("stop" if stopped else "length")
+        assert stopped in ([], [len(s.response_token_ids) - 1]), "the stop token is kept, and nothing follows it"
+    frequent = {token for s in samples for token in s.response_token_ids}
+    early = sample(world.tied, Sampling(max_tokens=10, stop_token_ids=tuple(sorted(frequent))))
+    assert all(len(s.response_token_ids) < 10 and s.finish_reason == "stop" for s in early)
+
+
+def test_the_same_requests_give_the_same_bits_and_other_seeds_others(world: World) -> None:
+    first = sample(world.tied)
+    other = sample(world.tied, seed=6)
+    assert sample(world.tied) == first
+    assert [s.response_token_ids for s in other] != [s.response_token_ids for s in first]
+
+
+def test_logprobs_in_bf16_are_those_of_a_plain_forward(world: World) -> None:
+    """Bounds from BF16's 8 bits at logits of order 10: one rounding of a logit is up to 0.03."""
+    difference = gap(TIED, sample(world.tied))
+    assert difference.max() < 0.5 and difference.mean() < 0.08
+    cool = Sampling(max_tokens=10, stop_token_ids=(2,), temperature=0.5)
+    difference = gap(TIED, sample(world.tied, cool), temperature=0.5)
+    assert difference.max() < 1.0 and difference.mean() < 0.16
+
+
+def test_other_weights_change_everything_and_the_old_ones_bring_all_bits_back(world: World) -> None:
+    before, samples = digests(world.tied), sample(world.tied)
+    world.trainer.do("load", "tied", 1)
+    world.trainer.do("sync", "tied", 2)
+    (changed,) = digests(world.tied)
+    assert all(changed[name] != digest for name, digest in before[0].items())
+    assert [s.logprobs for s in sample(world.tied)] != [s.logprobs for s in samples]
+    world.trainer.do("load", "tied", 0)
+    world.trainer.do("sync", "tied", 1)
+    assert digests(world.tied) == before
+    assert sample(world.tied) == samples
+
+
+def test_ranks_that_disagree_about_a_shared_tensor_are_found_before_anything_is_touched(world: World) -> None:
+    before = digests(world.tied)
+    world.trainer.do("disturb", "tied", "model.norm.weight", 1)
+    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight at \(0,\): ranks \[\d, \d\] should hold the same"):
+        world.trainer.do("sync", "tied", 3)
+    assert digests(world.tied) == before
+    assert world.tied.health() | {"unfinished_requests": 0} == {
+        "weight_version": 1,
+        "stale": False,
+        "workers": 1,
+        "unfinished_requests": 0,
+    }
+    world.trainer.do("load", "tied", 0)
+
+
+def test_a_transfer_that_corrupts_a_bit_makes_the_engine_refuse_until_a_good_sync(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = world.trainer.rank_zero.bridges["tied"]
+    (piece,) = [p for p in bridge.plan.pieces if p.hf_name.endswith("1.mlp.up_proj.weight") and p.holders[0].rank == 0]
+    pack = bridge._pack
+
+    def pack_and_corrupt() -> Any:
+        checksums = pack()
+        bridge.sender.buffer[piece.offset] ^= 1
+        return checksums
+
+    monkeypatch.setattr(bridge, "_pack", pack_and_corrupt)
+    with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: vLLM's checksum .* \(1 of "):
+        world.trainer.do("sync", "tied", 4)
+    assert world.tied.health()["stale"]
+    with pytest.raises(EngineError, match="the weights are stale: sync again"):
+        sample(world.tied)
+    monkeypatch.undo()
+    world.trainer.do("sync", "tied", 5)
+    assert {s.weight_version for s in sample(world.tied)} == {5}
+
+
+def test_a_prompt_that_does_not_fit_is_refused_by_name_and_the_batch_with_it(world: World) -> None:
+    prompts = [PROMPTS[0], Prompt("long", (5,) * 120)]
+    with pytest.raises(EngineError, match="prompt 'long': 120 prompt tokens and max_tokens=10 do not fit"):
+        generate([world.tied], prompts, SAMPLING, samples_per_prompt=1, seed=0, step=0)
+    assert world.tied.health()["unfinished_requests"] == 0
+    assert len(sample(world.tied)) == 8
+
+
+def test_an_idle_engine_burns_no_cpu(world: World) -> None:
+    process = psutil.Process(world.tied.pid)
+    before = sum(process.cpu_times()[:2])
+    time.sleep(2)
+    assert sum(process.cpu_times()[:2]) - before < 0.2
+
+
+def test_an_engine_that_dies_while_starting_says_why(world: World) -> None:
+    with pytest.raises(
+        EngineError, match=r"(?s)doomed \(pid \d+\): died while starting \(exit code 1\).*max_model_len"
+    ):
+        world.ready(world.doomed)
+
+
+def test_two_vllm_workers_in_fp32(world: World) -> None:
+    """TP 2 trainer → TP 2 vLLM with fused biases: the engine first held the checkpoint itself, loaded by vLLM."""
+    engine = world.ready(world.untied)
+    loaded = digests(engine)
+    assert len(loaded) == 2 and loaded[0] != loaded[1]
+    world.trainer.connect("untied", engine)
+    world.trainer.do("load", "untied", 1)
+    world.trainer.do("sync", "untied", 1)
+    assert digests(engine) != loaded
+    world.trainer.do("load", "untied", 0)
+    world.trainer.do("sync", "untied", 2)
+    assert digests(engine) == loaded
+    samples = sample(engine)
+    assert sample(engine) == samples
+    assert gap(UNTIED, samples).max() < 2e-4
+
+
+def test_nothing_outlives_an_owner_that_is_killed(world: World) -> None:
+    """Engine, its two vLLM workers and their helpers, and every name in shared memory."""
+    engine = psutil.Process(world.untied.pid)
+    family = [engine, *engine.children(recursive=True)]
+    assert len(family) >= 3
+    world.owner.kill()
+    world.owner.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    leaked = {name for name in os.listdir("/dev/shm") if name not in world.shared_memory_before and "vllm" in name}
+    assert not leaked
+    with pytest.raises(EngineError, match="Connection refused"):
+        sample(world.untied)
+
+
+def test_a_trainer_rank_that_dies_ends_the_sync_with_an_error(world: World) -> None:
+    world.trainer.process.kill()
+    world.trainer.process.join()
+    with pytest.raises(RuntimeError, match="[Cc]onnection"):
+        world.trainer.rank_zero.sync("tied", 6)
+
+
+def test_stop_ends_the_engine_at_once_and_can_be_repeated(world: World) -> None:
+    started = time.monotonic()
+    stop_engines([world.tied])
+    stop_engines([world.tied])
+    assert time.monotonic() - started < 5
+    assert world.tied.process.returncode == 0 and not world.tied.alive

@@ -1,0 +1,166 @@
+"""The pins, the extras, the installed environment and docs/dependencies.md say the same thing."""
+
+import ast
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+PINS: dict[str, str] = SETUP["read_pins"](ROOT / "pins.txt")
+
+# The registry's packages of these names are not the projects that the field means by them.
+UNRELATED = {"apex", "nemo-rl", "slime"}
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as the registry normalises it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed_versions() -> dict[str, str]:
+    """Name to version of what lies in this interpreter's site-packages."""
+    distributions = metadata.distributions(path=[sysconfig.get_path("purelib")])
+    return {canonical(distribution.name): distribution.version for distribution in distributions}
+
+
+def direct_dependencies() -> set[str]:
+    lists = [SETUP["COMMON"], *SETUP["EXTRAS"].values()]
+    return {requirement.partition("[")[0] for requirements in lists for requirement in requirements}
+
+
+def test_every_direct_dependency_is_pinned_exactly() -> None:
+    for requirements in [SETUP["COMMON"], *SETUP["EXTRAS"].values()]:
+        for requirement, pinned in zip(requirements, SETUP["pinned"](requirements, PINS), strict=True):
+            assert pinned == f"{requirement}=={PINS[requirement.partition('[')[0]]}"
+
+
+def test_a_requirement_without_a_pin_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no line for made-up-package; add `name==version`"):
+        SETUP["pinned"](["torch", "made-up-package"], PINS)
+
+
+def test_a_line_that_is_no_exact_pin_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "pins.txt"
+    path.write_text("# comment\n\ntorch==2.13.0\nnumpy>=2\n")
+    with pytest.raises(ValueError, match=r"pins.txt: 'numpy>=2' is not `name==version`"):
+        SETUP["read_pins"](path)
+
+
+def test_pins_are_sorted_and_unique() -> None:
+    lines = (ROOT / "pins.txt").read_text().splitlines()
+    names = [line.partition("==")[0] for line in lines if not line.startswith("#")]
+    assert names == sorted(set(names))
+    assert names == [canonical(name) for name in names]
+
+
+def test_versions_stand_in_pins_only() -> None:
+    for name in ("setup.py", "pyproject.toml", "Makefile"):
+        assert re.findall(r"[A-Za-z\]]==\d[^\s\"']*", (ROOT / name).read_text()) == [], name
+
+
+def test_unrelated_packages_are_neither_pinned_nor_installed() -> None:
+    assert not UNRELATED & set(PINS)
+    assert not UNRELATED & set(installed_versions())
+
+
+def test_the_environment_holds_the_pinned_versions() -> None:
+    """Every installed distribution has its pin; pip comes with Python, the package is ours."""
+    installed = installed_versions()
+    for name in ("pip", "safework-recipes"):
+        installed.pop(name, None)
+    wrong = {name: (version, PINS.get(name)) for name, version in installed.items() if version != PINS.get(name)}
+    assert wrong == {}, f"installed and pinned versions differ: {wrong}; make the environment again: make clean env"
+    assert set(SETUP["COMMON"]) <= set(installed)
+
+
+def test_the_documented_dependencies_are_the_real_ones() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| ([^ |]+) \|", (ROOT / "docs" / "dependencies.md").read_text(), re.MULTILINE)
+    documented = dict(rows)
+    assert len(rows) == len(documented), "a dependency stands twice in docs/dependencies.md"
+    expected = {name: PINS[name] for name in direct_dependencies() | {"uv"}}
+    assert documented == expected
+
+
+def imported_modules(room: str) -> dict[str, str]:
+    """Top-level modules that a room's files import, each with one file that does."""
+    found = {}
+    for path in sorted((ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            else:
+                continue
+            found.update({name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names})
+    return found
+
+
+@pytest.mark.parametrize("room", ["recipes", "megatron_ext", "rollout", "rewards", "benchmarks", "tests"])
+def test_what_is_imported_is_declared(room: str) -> None:
+    """An import of a package that is only there because another one needs it breaks with that one's next release."""
+    ours = {"recipes", "megatron_ext", "rollout", "rewards", "conf", "tests", "benchmarks"}
+    providers = metadata.packages_distributions()
+    declared = direct_dependencies()
+    for module, path in imported_modules(room).items():
+        if module in sys.stdlib_module_names or module in ours:
+            continue
+        names = {canonical(name) for name in providers.get(module, [])}
+        # The CPU and the GPU build of vLLM give the same module; transformer-engine is there on a GPU machine only.
+        if module == "transformer_engine":
+            names = {"transformer-engine"}
+        assert names & declared, (
+            f"{path} imports {module} ({names or 'not installed'}): add it to setup.py and pins.txt"
+        )
+
+
+def make_env(folder: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `make env` on a copy of the files that it needs, with `path` in front of PATH."""
+    for name in ("Makefile", "setup.py", "pyproject.toml", "pins.txt"):
+        shutil.copy(ROOT / name, folder)
+    environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
+    run = subprocess.run(["make", "env", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert not (folder / ".venv").exists()
+    return run
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_make_refuses_an_interpreter_that_does_not_run(tmp_path: Path) -> None:
+    """A pyenv shim can be on the PATH and fail; the message says what would do."""
+    shim = executable(tmp_path / "python3", "echo 'python3.12: command not found' >&2; exit 127")
+    run = make_env(tmp_path, f"PYTHON={shim}")
+    assert f"error: no Python 3.12, 3.13 or 3.14 at PYTHON={shim}" in run.stderr
+    assert "make env PYTHON=/path/to/python3.12" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "remedy"), [("ensurepip", "apt-get install python3-venv"), ("libnuma", "apt-get install libnuma1")]
+)
+def test_make_names_the_missing_system_package(tmp_path: Path, module: str, remedy: str) -> None:
+    """Debian's python3 comes without ensurepip, and a small image without vLLM's system library."""
+    script = f'case "$2" in *{module}*) exit 1;; *) exec {sys.executable} "$@";; esac'
+    run = make_env(tmp_path, f"PYTHON={executable(tmp_path / 'python3', script)}")
+    assert run.stderr.startswith("error: ")
+    assert remedy in run.stderr
+
+
+def test_make_refuses_a_full_disk(tmp_path: Path) -> None:
+    executable(tmp_path / "df", "printf 'Filesystem 1024-blocks Used Available\\n/dev/x 9 9 5242880 9%% /\\n'")
+    run = make_env(tmp_path, f"PYTHON={sys.executable}", path=str(tmp_path))
+    assert f"error: 5 GiB free on the disk of {tmp_path}, 10 GiB are needed" in run.stderr
