@@ -22,7 +22,10 @@ from megatron_ext import platform
 from megatron_ext.model import Model
 
 # The one format of Megatron-Core's distributed optimiser that loads under any layout.
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
 def save(
@@ -31,7 +34,6 @@ def save(
     model: Model,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    progress: dict[str, Any],
     keep: int,
 ) -> None:
     """Collective: write ``folder/step_…`` and point ``latest.json`` at it; older checkpoints beyond ``keep`` are removed."""
@@ -47,8 +49,7 @@ def save(
     dist_checkpointing.save(state, str(target))
     dist.barrier()
     if dist.get_rank() == 0:
-        layout = {**progress, "step": step, "layout": _layout(model)}
-        (target / "progress.json").write_text(json.dumps(layout, indent=2))
+        (target / "progress.json").write_text(json.dumps({"step": step, "layout": _layout(model)}, indent=2))
         pointer = folder / "latest.json.partial"
         pointer.write_text(json.dumps({"folder": target.name, "step": step}))
         os.replace(pointer, folder / "latest.json")
@@ -63,16 +64,14 @@ def latest(folder: Path) -> Path | None:
     return folder / json.loads(pointer.read_text())["folder"] if pointer.is_file() else None
 
 
-def load(
-    checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-) -> dict[str, Any]:
-    """Collective: restore everything in place and return ``progress``.
+def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
+    """Collective: restore everything in place and return the number of finished steps, which is the data position too.
 
     Another layout may load it as long as attention and vocabulary are padded to the same sizes; raises ValueError naming
     both paddings otherwise. RNG states belong to a layout and are restored only into the same one.
     """
     progress = json.loads((checkpoint / "progress.json").read_text())
-    written, now = progress.pop("layout"), _layout(model)
+    written, now = progress["layout"], _layout(model)
     for field in ("padded_groups", "padded_vocab"):
         if written[field] != now[field]:
             raise ValueError(
@@ -91,7 +90,7 @@ def load(
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         _set_rng_tensors(loaded["rng"])
-    return progress
+    return int(progress["step"])
 
 
 def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
@@ -165,9 +164,7 @@ def _rng_tensors() -> dict[str, ShardedTensor]:
     """This rank's RNG states as tensors under keys of its own (no pickled objects)."""
     states = {"device": platform.current().rng_state(), **get_cuda_rng_tracker().get_states()}
     rank = dist.get_rank()
-    return {
-        name: ShardedTensor.from_rank_offsets(f"rng.{rank}.{name}", state.cpu()) for name, state in states.items()
-    }
+    return {name: ShardedTensor.from_rank_offsets(f"rng.{rank}.{name}", state.cpu()) for name, state in states.items()}
 
 
 def _set_rng_tensors(states: dict[str, torch.Tensor]) -> None:

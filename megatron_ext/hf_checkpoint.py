@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in and out, streaming: a rank reads and writes only the rectangles it owns."""
 
 import json
+import math
 import mmap
 import shutil
 from collections import defaultdict
@@ -55,21 +56,23 @@ def load(shards: list[Shard], folder: str | Path) -> None:
             with safe_open(file, framework="pt") as tensors:
                 for block, tensor in wanted:
                     source = tensors.get_slice(block.hf_name)
-                    if any(a + n > full for a, n, full in zip(block.hf_start, block.shape, source.get_shape(), strict=True)):
+                    if any(
+                        a + n > full for a, n, full in zip(block.hf_start, block.shape, source.get_shape(), strict=True)
+                    ):
                         raise ValueError(f"{block.hf_name}: {block} lies outside the checkpoint's {source.get_shape()}")
                     piece = source[region(block.hf_start, block.shape)]
                     tensor[region(block.local_start, block.shape)].copy_(piece)
 
 
 def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool) -> None:
-    """Collective: write ``target`` with the names, files, dtypes and side files of ``source`` and the current weights.
+    """Collective: write ``target`` with the names, files and side files of ``source``, the shards' weights and dtype.
 
     Every rank with ``writes`` (one data-parallel replica) writes its own rectangles into files on a shared file system; no
     full tensor is gathered anywhere. The folder appears under its name only when it is complete.
     """
     source, target = Path(source), Path(target)
     partial = target.with_name(target.name + ".partial")
-    layout = headers(source)
+    layout = {file: _with_dtype(header, shards[0].tensor.dtype) for file, header in headers(source).items()}
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +80,7 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
         for file in source.iterdir():
             if file.suffix != ".safetensors":
                 shutil.copy(file, partial / file.name)
+        _set_config_dtype(partial / "config.json", shards[0].tensor.dtype)
         for file, header in layout.items():
             _create(partial / file.name, header)
     _barrier()
@@ -92,6 +96,26 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     _barrier()
+
+
+def _with_dtype(header: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same tensors in the same order, stored as ``dtype``."""
+    (name_of_dtype,) = (name for name, d in _DTYPES.items() if d is dtype)
+    changed: dict[str, Any] = {}
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            changed[name] = entry
+            continue
+        start, end = end, end + math.prod(entry["shape"]) * dtype.itemsize
+        changed[name] = {"dtype": name_of_dtype, "shape": entry["shape"], "data_offsets": [start, end]}
+    return changed
+
+
+def _set_config_dtype(file: Path, dtype: torch.dtype) -> None:
+    config = json.loads(file.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _create(file: Path, header: dict[str, Any]) -> None:

@@ -50,7 +50,9 @@ def check(hf_config: Any, tensor: int, pipeline: int) -> None:
     if hf_config.intermediate_size % tensor:
         raise ValueError(f"parallel.tensor={tensor} does not divide the model's ffn size {hf_config.intermediate_size}")
     if hf_config.num_hidden_layers % pipeline:
-        raise ValueError(f"parallel.pipeline={pipeline} does not divide the model's {hf_config.num_hidden_layers} layers")
+        raise ValueError(
+            f"parallel.pipeline={pipeline} does not divide the model's {hf_config.num_hidden_layers} layers"
+        )
 
 
 def build(hf_config: Any, parallel: Parallel, precision: str, distributed_optimizer: bool) -> Model:
@@ -107,6 +109,7 @@ def build(hf_config: Any, parallel: Parallel, precision: str, distributed_optimi
         use_distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=False,
         overlap_param_gather=False,
+        check_for_nan_in_grad=True,  # raises before the update, so the weights stay usable
     )
     chunk = DistributedDataParallel(config=config, ddp_config=ddp, module=module)
     return Model(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -59,19 +58,8 @@ def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[Megatr
     return optimizer, scheduler
 
 
-def reload_from_model(optimizer: MegatronOptimizer) -> None:
-    """Refresh the FP32 master weights after weights were loaded into the model from outside."""
-    optimizer.reload_model_params()
-
-
 def step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
-    """One update; returns the gradient norm before clipping. Raises FloatingPointError on a NaN or infinite norm.
-
-    The check comes before the update, so that the weights stay usable.
-    """
-    norm = torch.tensor(float(optimizer.get_grad_norm()))
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {float(norm)}: the update was not applied")
+    """One update; returns the gradient norm before clipping."""
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     return float(grad_norm)

@@ -50,7 +50,9 @@ def plan(lengths: Sequence[int], data_parallel: int, micro_batch_tokens: int) ->
     Raises ValueError when a sequence is longer than a micro-batch or there are fewer sequences than ranks.
     """
     if len(lengths) < data_parallel:
-        raise ValueError(f"{len(lengths)} sequences for {data_parallel} data-parallel ranks: raise algorithm.prompts_per_step")
+        raise ValueError(
+            f"{len(lengths)} sequences for {data_parallel} data-parallel ranks: raise algorithm.prompts_per_step"
+        )
     longest = max(lengths)
     if longest > micro_batch_tokens:
         raise ValueError(
@@ -88,7 +90,9 @@ def _fit(indices: list[int], lengths: Sequence[int], limit: int) -> list[list[in
     return batches
 
 
-def pack(sequences: Sequence[PackedSequence], indices: list[int], multiple: int, pad_token: int, device: Any) -> MicroBatch:
+def pack(
+    sequences: Sequence[PackedSequence], indices: list[int], multiple: int, pad_token: int, device: Any
+) -> MicroBatch:
     """Pack ``sequences[i] for i in indices``; a dummy sequence pads T to ``multiple`` (the tensor-parallel size)."""
     chosen = [sequences[i] for i in indices]
     tokens: list[int] = []

@@ -10,6 +10,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ext import platform
 
+_control: dist.ProcessGroup | None = None
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -69,3 +71,19 @@ def _slurm_rendezvous() -> None:
         return
     for ours, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         os.environ[ours] = os.environ[theirs]
+
+
+def control_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks, for small messages on every platform."""
+    global _control
+    if _control is None:
+        _control = dist.new_group(backend="gloo")
+    return _control
+
+
+def destroy() -> None:
+    """Leave the process groups, so that gloo and NCCL threads end before the interpreter does."""
+    global _control
+    _control = None
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -16,6 +16,9 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
+from megatron_ext import hf_checkpoint, parallel
+from megatron_ext.blocks import Shard
+from megatron_ext.collectives import all_gather_json
 from megatron_ext.model import Model
 from megatron_ext.packing import MicroBatch
 
@@ -40,7 +43,9 @@ def accumulate_gradients(
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
-    model.config.finalize_model_grads_func = lambda chunks, tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+    model.config.finalize_model_grads_func = lambda chunks, tokens, **kwargs: finalize_model_grads(
+        chunks, None, **kwargs
+    )
 
     def loss_of(batch: MicroBatch) -> Callable[..., Any]:
         def with_metrics(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -54,11 +59,10 @@ def accumulate_gradients(
 
 def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Add metrics over micro-batches and data-parallel ranks (names ending in ``/max`` take the maximum); known on all ranks."""
-    gathered: list[Any] = [None] * dist.get_world_size()
     local = None
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
         local = [{name: float(value) for name, value in entry.items()} for entry in sums]
-    dist.all_gather_object(gathered, local)
+    gathered = all_gather_json(local, parallel.control_group())
     total: dict[str, float] = {}
     for entry in (e for rank in gathered if rank for e in rank):
         for name, value in entry.items():
@@ -93,7 +97,14 @@ def _run(
 
 
 def _log_probs_of_hidden(
-    model: Model, temperature: float, *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Any, **_: Any
+    model: Model,
+    temperature: float,
+    *,
+    hidden_states: Any,
+    output_layer: Any,
+    output_weight: Any,
+    context: Any,
+    **_: Any,
 ) -> torch.Tensor:
     """Hidden states [T(/TP), 1, H] → log-probs [R]: logits are made only where a response token is predicted.
 
@@ -136,6 +147,13 @@ def weights_of(model: Model, weights: list[torch.Tensor]) -> Iterator[None]:
 def copy_weights(model: Model) -> list[torch.Tensor]:
     """A host copy of this rank's weights, in shard order."""
     return [shard.tensor.to("cpu", copy=True) for shard in model.shards]
+
+
+def load_weights(model: Model, folder: Path) -> list[torch.Tensor]:
+    """Host tensors, in shard order, with another checkpoint's weights in this rank's layout."""
+    host = [Shard(s.name, torch.empty_like(s.tensor, device="cpu"), s.blocks) for s in model.shards]
+    hf_checkpoint.load(host, folder)
+    return [shard.tensor for shard in host]
 
 
 def _assign(model: Model, weights: list[torch.Tensor]) -> None:

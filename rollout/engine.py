@@ -58,8 +58,8 @@ class EngineSettings:
         least = max(self.max_num_seqs, self.max_model_len if self.device == "cpu" else 1)
         if self.max_num_batched_tokens < least:
             raise ValueError(
-                f"rollout.max_num_batched_tokens={self.max_num_batched_tokens}: must be at least {least} (max_num_seqs, "
-                "and on a CPU max_model_len, because prompts are not split there)"
+                f"rollout.max_num_batched_tokens={self.max_num_batched_tokens}: must be at least {least} "
+                "(max_num_seqs, and on a CPU max_model_len: prompts are not split there)"
             )
         if self.kv_cache_gib <= 0:
             raise ValueError(f"rollout.kv_cache_gib={self.kv_cache_gib}: must be positive")

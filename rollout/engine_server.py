@@ -33,6 +33,7 @@ from rollout.sample import Sample
 from rollout.weight_sync.receiver import WeightReceiver
 
 PR_SET_PDEATHSIG = 1
+ENGINE_PID = "ROLLOUT_ENGINE_PID"
 WORKER_EXTENSION = "rollout.weight_sync.worker.WeightBridgeWorker"
 
 
@@ -46,6 +47,11 @@ def die_with(owner_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != owner_pid:
         sys.exit(f"the owner (pid {owner_pid}) is gone")
+
+
+def die_with_engine() -> None:
+    """For a vLLM worker: die with the engine that spawned it, also while it is still importing vLLM."""
+    die_with(int(os.environ[ENGINE_PID]))
 
 
 def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> Any:
@@ -288,6 +294,7 @@ def main() -> None:
     """Start vLLM, then serve until told to stop. Exits with status 1 and a traceback in the log when vLLM fails."""
     settings = EngineSettings(**json.loads(sys.argv[1]))
     die_with(int(sys.argv[3]))
+    os.environ[ENGINE_PID] = str(os.getpid())
     listener = socket.socket(fileno=int(sys.argv[2]))
     loop = EngineLoop(settings, build_llm_engine(settings))
     threading.Thread(target=lambda: asyncio.run(serve(loop, listener)), daemon=True).start()
@@ -303,5 +310,7 @@ def main() -> None:
     os._exit(status)
 
 
+if __name__ == "__mp_main__":  # in a worker that vLLM spawns; multiprocessing imports the main module before all else
+    die_with_engine()
 if __name__ == "__main__":
     main()

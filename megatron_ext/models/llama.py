@@ -18,7 +18,9 @@ LAYERS = (
         "decoder.layers.{}.self_attention.linear_proj.weight",
         attention_output,
     ),
-    Rule(("model.layers.{}.post_attention_layernorm.weight",), "decoder.layers.{}.pre_mlp_layernorm.weight", replicated),
+    Rule(
+        ("model.layers.{}.post_attention_layernorm.weight",), "decoder.layers.{}.pre_mlp_layernorm.weight", replicated
+    ),
     Rule(
         ("model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
         "decoder.layers.{}.mlp.linear_fc1.weight",

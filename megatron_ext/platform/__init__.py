@@ -23,7 +23,9 @@ def activate(name: str) -> ModuleType:
         raise ValueError(f"cluster.platform={name!r}: use one of {', '.join(PLATFORMS)}")
     if _active is not None:
         if _active.name != name:
-            raise ValueError(f"cluster.platform={name!r}: this process already runs on {_active.name!r}; start a new one")
+            raise ValueError(
+                f"cluster.platform={name!r}: this process already runs on {_active.name!r}; start a new one"
+            )
         return _active
     module = importlib.import_module(f"megatron_ext.platform.{name}")
     module.activate()

@@ -146,7 +146,9 @@ class PackedAttention(torch.nn.Module):
     def __init__(self, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__()
         if config.context_parallel_size != 1:
-            raise ValueError("context parallelism needs Transformer Engine's attention: use it with cluster.platform=cuda")
+            raise ValueError(
+                "context parallelism needs Transformer Engine's attention: use it with cluster.platform=cuda"
+            )
         self.softmax_scale = softmax_scale
 
     def forward(

@@ -14,6 +14,11 @@ _REFUSAL = re.compile(
     r"|^(?:i'm |i am )?(?:very |so )?sorry\b"
 )
 
+_FUNCTION_WORDS = frozenset(
+    "a an and are as at be before but by can do for from if in into is it its not of on one or so some that the then "
+    "this to until up when with you your".split()
+)
+
 
 def normalize(text: str) -> str:
     """Lower case, straight apostrophes, single spaces."""
@@ -48,3 +53,9 @@ def is_degenerate(text: str, min_words: int) -> bool:
         return True
     pairs = Counter(pairwise(found))
     return max(pairs.values(), default=0) >= 3
+
+
+def is_word_list(text: str) -> bool:
+    """Keywords strung together instead of sentences: less than one word in six is a function word ("the", "with")."""
+    found = words(text)
+    return 6 * sum(word in _FUNCTION_WORDS for word in found) < len(found)

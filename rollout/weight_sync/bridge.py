@@ -4,7 +4,6 @@ SPMD: every trainer rank makes a :class:`WeightBridge` and calls :meth:`WeightBr
 engines. No rank ever holds a full tensor of another's shards; each packs the pieces that the plan gives it.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.blocks import Block, Shard, region
+from megatron_ext.collectives import all_gather_json, from_rank_zero
 from rollout.engine import Engine
-from rollout.weight_sync.checksum import rectangle_checksum, wrap
-from rollout.weight_sync.layout import LayoutError, ParameterLayout
+from rollout.weight_sync.checksum import rectangle_checksum
+from rollout.weight_sync.layout import LayoutError, ParameterLayout, wrap
 from rollout.weight_sync.plan import Piece, Plan, ShardTable, build_plan, tensor_shapes
 from rollout.weight_sync.shared_memory import SharedMemorySender
 
@@ -37,34 +37,12 @@ class SyncReport(TypedDict):
     seconds: float
 
 
-def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """``value`` of every rank of a gloo group, in rank order; JSON, never pickle."""
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(payload)])
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    longest = int(max(sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(payload)] = payload
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
-
-
 def on_rank_zero(function: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """Run ``function`` on rank 0 of ``group`` and return its JSON-able result on all; its failure is raised on all."""
-    outcome: Any = None
-    cause: Exception | None = None
-    if dist.get_rank(group) == 0:
-        try:
-            outcome = {"result": function()}
-        except Exception as error:  # told to all ranks, raised below
-            cause = error
-            outcome = {"error": f"{type(error).__name__}: {error}"}
-    outcome = all_gather_json(outcome, group)[0]
-    if "error" in outcome:
-        raise WeightSyncError(outcome["error"]) from cause
-    return outcome["result"]
+    """``from_rank_zero`` with every failure as WeightSyncError."""
+    try:
+        return from_rank_zero(function, group)
+    except Exception as error:
+        raise WeightSyncError(str(error)) from error
 
 
 def _shard_table(shards: Sequence[Shard]) -> list[list[Any]]:

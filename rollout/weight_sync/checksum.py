@@ -25,11 +25,6 @@ def _hash(index: torch.Tensor, salt: int) -> torch.Tensor:
     return value | 1
 
 
-def wrap(value: int) -> int:
-    """``value`` modulo 2**64 as a signed 64-bit integer."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
 def checksum_unit(itemsize: int, last_dimension: Sequence[int]) -> int:
     """How many neighbours along the last dimension can be read as one integer: the largest power of two that fits
     into 64 bits and divides every offset and extent in ``last_dimension``. Both sides must use the same one."""
@@ -52,7 +47,7 @@ def _as_integers(values: torch.Tensor, unit: int) -> torch.Tensor:
 def rectangle_checksum(values: torch.Tensor, start: Sequence[int], shape: Sequence[int], unit: int) -> int:
     """Share of the rectangle ``values`` (floats, at least one dimension) at ``start`` of a tensor of ``shape``.
 
-    ``unit`` comes from :func:`checksum_unit`. The shares of rectangles that tile the tensor add up (:func:`wrap`) to
+    ``unit`` comes from :func:`checksum_unit`. The shares of rectangles that tile the tensor add up (``layout.wrap``) to
     the checksum of the tensor.
     """
     integers = _as_integers(values.detach(), unit)

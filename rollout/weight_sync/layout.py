@@ -76,6 +76,11 @@ class ParameterLayout:
         return ParameterLayout(data["name"], tuple(data["shape"]), data["dtype"], tuple(regions), tuple(padding))
 
 
+def wrap(value: int) -> int:
+    """``value`` modulo 2**64 as a signed 64-bit integer: how sums of checksums are kept."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
 def check_exact_cover(what: str, shape: Index, rectangles: Sequence[Rectangle]) -> None:
     """Raise LayoutError naming ``what`` unless ``rectangles`` tile a tensor of ``shape``: each element exactly once."""
     whole = Rectangle((0,) * len(shape), shape)

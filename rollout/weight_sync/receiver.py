@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from rollout.weight_sync.checksum import wrap
-from rollout.weight_sync.layout import LayoutError
+from rollout.weight_sync.layout import LayoutError, wrap
 
 
 def total_checksums(workers: list[list[Any]]) -> dict[str, int]:

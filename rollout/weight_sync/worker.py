@@ -9,12 +9,10 @@ weight itself. :func:`keep_linear_weights` makes it keep the weight, which is th
 of plain vLLM.
 """
 
-import ctypes
 import hashlib
 import inspect
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -31,8 +29,6 @@ from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.plan import Copy, Plan
 from rollout.weight_sync.shared_memory import SharedMemoryReceiver
 from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
-
-PR_SET_PDEATHSIG = 1
 
 _packed_layers: list[torch.nn.Module] = []
 _vllm_pack = vllm_layers.dispatch_cpu_unquantized_gemm
@@ -190,7 +186,6 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-# Imported in every worker process before the model is built. A worker dies with the engine that started it.
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+# Imported in every worker process before the model is built.
 if current_platform.is_cpu():
     keep_linear_weights()

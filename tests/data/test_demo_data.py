@@ -12,6 +12,7 @@ import yaml
 
 from recipes.data.demo.build import FOLDER, SPLITS, build, content_words, topics
 from rewards.mixing import load_verifiers, reward, verifier_names
+from rewards.verifiers import helpfulness
 from rewards.verifiers.text import hits, words
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -117,3 +118,13 @@ def test_one_answer_for_everything_never_pays(response: str) -> None:
     verifiers = load_verifiers(verifier_names(table))
     scores = [reward(row, response, verifiers, table)[0] for row in FILES["eval"]]
     assert sum(scores) / len(scores) < 0.06
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+def test_stuffing_the_commonest_keywords_never_pays(size: int) -> None:
+    harmless = [row for row in ROWS if row["kind"] in ("borderline", "benign")]
+    common = Counter(keyword for row in harmless for keyword in row["keywords"]).most_common(size)
+    stuffed = ", ".join(keyword for keyword, _ in common)
+    assert {helpfulness.score(row, stuffed).score for row in harmless} == {0.0}
+    sentence = "Use some " + " and the ".join(keyword for keyword, _ in common[:8])
+    assert sum(helpfulness.score(row, sentence).label == "helpful" for row in harmless) < 0.2 * len(harmless)

@@ -16,7 +16,7 @@ from megatron_ext import platform
 
 platform.activate("cpu")
 
-from megatron.core import parallel_state as mpu  # noqa: E402
+
 from megatron_ext import hf_checkpoint, model, optimizer, packing, parallel, steps  # noqa: E402
 from megatron_ext.blocks import region  # noqa: E402
 
@@ -103,12 +103,15 @@ def main():
         size = case["tensor"] * case["pipeline"] * case["data"]
         if rank < size:
             dist.init_process_group(
-                "gloo", store=dist.PrefixStore(case["name"], store), rank=rank, world_size=size, timeout=timedelta(seconds=300)
+                "gloo",
+                store=dist.PrefixStore(case["name"], store),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=300),
             )
             results[case["name"]] = run(case)
             dist.barrier()
-            mpu.destroy_model_parallel()
-            dist.destroy_process_group()
+            parallel.destroy()
         store.add(f"done/{case['name']}", 1)
         while store.add(f"done/{case['name']}", 0) < int(os.environ["WORLD_SIZE"]):
             time.sleep(0.02)

@@ -88,6 +88,12 @@ def test_the_six_labels_carry_the_published_scores() -> None:
         ("Boil some water and put the egg in for eight minutes.", Verdict(0.0, "without content")),
         ("I can't open a terminal or run a command for you.", Verdict(0.0, "refusal")),
         ("Terminal, command.", Verdict(0.0, "degenerate")),
+        ("pid, terminal, command, signal, window, key, number, program", Verdict(0.0, "degenerate")),
+        (
+            "Open a terminal and think for a while about the many things that one could do there, then maybe run some "
+            "command and see what is shown.",
+            Verdict(0.5, "partly helpful"),  # two keywords in 26 words
+        ),
         ("Yes", Verdict(0.0, "degenerate")),
     ],
 )

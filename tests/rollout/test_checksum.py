@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.weight_sync.checksum import checksum_unit, rectangle_checksum, wrap
+from rollout.weight_sync.checksum import checksum_unit, rectangle_checksum
+from rollout.weight_sync.layout import wrap
 
 
 def tiles(draw, shape):

@@ -63,6 +63,8 @@ def as_argument(value: Any) -> str:
     return json.dumps([asdict(v) for v in value] if isinstance(value, list) else asdict(value))
 
 
+if __name__ == "__mp_main__":
+    engine_server.die_with_engine()
 if __name__ == "__main__":
     if sys.argv[1] in ("fresh", "owner"):
         {"fresh": fresh, "owner": owner}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,246 @@
+"""The configuration's shape and its checks. Defaults stand in conf/ only; a field here has none."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# OmegaConf's structured configurations read Optional, not ``| None``.
+
+
+@dataclass
+class RecipeConfig:
+    name: str
+
+
+@dataclass
+class SftConfig:
+    steps: int
+    rows_per_step: int
+    learning_rate: float
+    minimum_fraction: float
+    warmup_fraction: float
+    decay: str
+
+
+@dataclass
+class StageConfig:
+    names: list[str]
+    sft: Optional[SftConfig]  # noqa: UP045
+
+
+@dataclass
+class ModelConfig:
+    path: str
+    gguf_package: Optional[str] = None  # noqa: UP045
+    gguf_file: Optional[str] = None  # noqa: UP045
+
+
+@dataclass
+class AlgorithmConfig:
+    name: str
+    steps: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    learning_rate: float
+    minimum_fraction: float
+    warmup_fraction: float
+    decay: str
+    clip_ratio: float
+    kl_coefficient: float
+    advantage_epsilon: float
+
+
+@dataclass
+class RewardsConfig:
+    mix: dict[str, dict[str, float]]
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int
+    pipeline: int
+    sequence: bool
+    distributed_optimizer: bool
+    micro_batch_tokens: int
+
+
+@dataclass
+class PrecisionConfig:
+    name: str
+
+
+@dataclass
+class RolloutConfig:
+    engines: int
+    tensor: int
+    max_response_tokens: int
+    temperature: float
+    top_p: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_gib: float
+    threads: int
+    startup_timeout: float
+
+
+@dataclass
+class DataConfig:
+    sft: str
+    prompts: str
+    evaluation: str
+    max_prompt_tokens: int
+    mix: dict[str, int]
+    evaluation_samples: int
+    scores: dict[str, list[str]]
+
+
+@dataclass
+class ClusterConfig:
+    platform: str
+    ranks: int
+    threads: int
+    timeout: float
+
+
+@dataclass
+class LoggerConfig:
+    wandb_project: Optional[str]  # noqa: UP045
+
+
+@dataclass
+class OptimizerConfig:
+    betas: list[float]
+    epsilon: float
+    weight_decay: float
+    clip_grad_norm: float
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int
+    keep: int
+
+
+@dataclass
+class Config:
+    """One field per Hydra group, plus what every stage shares."""
+
+    recipe: RecipeConfig
+    stage: StageConfig
+    model: ModelConfig
+    algorithm: AlgorithmConfig
+    rewards: RewardsConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    rollout: RolloutConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    logger: LoggerConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    seed: int
+    run_dir: str
+    resume: bool
+
+
+class ConfigError(ValueError):
+    """A field, its value and what to do."""
+
+
+def parse(raw: DictConfig) -> Config:
+    """The typed, checked configuration. Raises ConfigError on an unknown key, a missing or an impossible value."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
+    except OmegaConfBaseException as error:
+        field = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{field}: {str(error).splitlines()[0]}; the fields are listed in conf/") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError naming the first field whose value can't work."""
+    c = config
+    choices: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("cluster.platform", c.cluster.platform, ("cpu", "cuda")),
+        ("precision.name", c.precision.name, ("bf16", "fp32")),
+        ("algorithm.decay", c.algorithm.decay, ("constant", "linear", "cosine")),
+        *(("stage.names", name, ("sft", "rl")) for name in c.stage.names),
+    ]
+    if c.stage.sft:
+        choices.append(("stage.sft.decay", c.stage.sft.decay, ("constant", "linear", "cosine")))
+    for field, value, allowed in choices:
+        if value not in allowed:
+            raise ConfigError(f"{field}={value!r}: use one of {', '.join(map(str, allowed))}")
+    positive = {
+        "algorithm.steps": c.algorithm.steps,
+        "algorithm.prompts_per_step": c.algorithm.prompts_per_step,
+        "algorithm.learning_rate": c.algorithm.learning_rate,
+        "algorithm.clip_ratio": c.algorithm.clip_ratio,
+        "parallel.tensor": c.parallel.tensor,
+        "parallel.pipeline": c.parallel.pipeline,
+        "parallel.micro_batch_tokens": c.parallel.micro_batch_tokens,
+        "rollout.engines": c.rollout.engines,
+        "rollout.tensor": c.rollout.tensor,
+        "rollout.max_response_tokens": c.rollout.max_response_tokens,
+        "rollout.temperature": c.rollout.temperature,
+        "data.max_prompt_tokens": c.data.max_prompt_tokens,
+        "data.evaluation_samples": c.data.evaluation_samples,
+        "cluster.ranks": c.cluster.ranks,
+        "cluster.threads": c.cluster.threads,
+        "checkpoint.every_steps": c.checkpoint.every_steps,
+        "checkpoint.keep": c.checkpoint.keep,
+    }
+    if c.stage.sft:
+        positive |= {
+            "stage.sft.steps": c.stage.sft.steps,
+            "stage.sft.rows_per_step": c.stage.sft.rows_per_step,
+            "stage.sft.learning_rate": c.stage.sft.learning_rate,
+        }
+    for field, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{field}={value}: must be above 0")
+    if c.algorithm.samples_per_prompt < 2:
+        raise ConfigError(
+            f"algorithm.samples_per_prompt={c.algorithm.samples_per_prompt}: a group needs at least 2 samples to compare"
+        )
+    if c.algorithm.kl_coefficient < 0:
+        raise ConfigError(f"algorithm.kl_coefficient={c.algorithm.kl_coefficient}: use 0 or more")
+    if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
+        raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
+    if "sft" in c.stage.names and c.stage.sft is None:
+        raise ConfigError("stage.names has 'sft' but stage.sft is empty: choose stage=sft or stage=sft_rl")
+    model_parallel = c.parallel.tensor * c.parallel.pipeline
+    if c.cluster.ranks % model_parallel:
+        raise ConfigError(
+            f"cluster.ranks={c.cluster.ranks}: parallel.tensor={c.parallel.tensor} x parallel.pipeline="
+            f"{c.parallel.pipeline} needs a multiple of {model_parallel} ranks"
+        )
+    if c.parallel.sequence and c.parallel.tensor == 1:
+        raise ConfigError("parallel.sequence=true: needs parallel.tensor > 1; add parallel.sequence=false")
+    longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
+    if c.parallel.micro_batch_tokens < longest:
+        raise ConfigError(
+            f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
+            f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
+        )
+    samples = c.algorithm.prompts_per_step * c.algorithm.samples_per_prompt
+    if samples < c.cluster.ranks // model_parallel:
+        raise ConfigError(
+            f"algorithm.prompts_per_step={c.algorithm.prompts_per_step}: {samples} samples are fewer than the "
+            f"{c.cluster.ranks // model_parallel} data-parallel ranks; use more prompts or fewer ranks"
+        )
+    if not c.data.mix or any(share <= 0 for share in c.data.mix.values()):
+        raise ConfigError(f"data.mix={c.data.mix}: give every kind of prompt a share of at least 1")
+    for field, path in (
+        ("data.sft", c.data.sft),
+        ("data.prompts", c.data.prompts),
+        ("data.evaluation", c.data.evaluation),
+    ):
+        if not Path(path).is_file():
+            raise ConfigError(f"{field}={path!r}: no such file in {os.getcwd()}")

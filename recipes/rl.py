@@ -1,0 +1,141 @@
+"""The RL loop. It reads as the algorithm; its parts are in rollout/, rewards/, recipes/algorithms/ and megatron_ext/."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from megatron_ext import checkpoint, optimizer, steps
+from megatron_ext.packing import MicroBatch, PackedSequence
+from recipes import records
+from recipes.algorithms import algorithm
+from recipes.algorithms.losses import kl_k3, sequence_mean_token_mean
+from recipes.data import prompts
+from recipes.session import Session
+from rewards import mixing
+from rewards.verdict import Verdict
+from rollout.sample import Prompt, Sample
+
+
+def fit(session: Session, reference: Path) -> None:
+    """Prompts → rollout → rewards → advantages → Megatron step → weight bridge → rollout, ``algorithm.steps`` times.
+
+    ``reference`` is the Hugging Face folder of the policy that the KL penalty refers to. Where the run has a checkpoint, the loop
+    goes on behind the newest, exactly: a step's prompts and seeds depend on nothing but the step.
+    """
+    config, model = session.config, session.model
+    algo, rows = algorithm(config.algorithm.name), prompts.load_rows(config.data.prompts)
+    optim, schedule = session.build_optimizer(config.algorithm, config.algorithm.steps)
+    reference_weights = steps.load_weights(model, reference)
+    folder, done = session.run_dir / "checkpoints", 0
+    if newest := checkpoint.latest(folder):
+        done = checkpoint.load(newest, model, optim, schedule)
+    session.truncate_records(done)
+    session.sync_weights()
+
+    def loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        values, now = batch.values, log_probs.detach()
+        gap = (now - values["rollout"]).abs()
+        measured = {"kl": kl_k3(now, values["reference"]).sum(), "gap": gap.sum(), "gap/max": gap.max()}
+        return (algo.token_loss(log_probs, batch, config.algorithm) * values["weight"]).sum(), measured
+
+    for step in range(done, config.algorithm.steps):
+        batch = prompts.mixed(rows, config.data.mix, step, config.algorithm.prompts_per_step, config.seed)
+
+        with session.phase("generate"):
+            tokens = [prompts.prompt_tokens(session.tokenizer, row, config.data.max_prompt_tokens) for row in batch]
+            asked = [Prompt(row["id"], tuple(ids)) for row, ids in zip(batch, tokens, strict=True)]
+            group = config.algorithm.samples_per_prompt
+            samples = session.generate(asked, group, step, config.rollout.temperature)
+
+        with session.phase("reward"):
+            judged = [
+                mixing.reward(batch[i // group], session.text(s), session.verifiers, config.rewards.mix)
+                for i, s in enumerate(samples)
+            ]
+            rewards = torch.tensor([reward for reward, _ in judged], dtype=torch.float64).view(-1, group)
+            advantages = algo.advantages(rewards, config.algorithm).flatten().tolist()
+
+        with session.phase("logprobs"):
+            lengths = [len(s.response_token_ids) for s in samples]
+            sequences = [
+                PackedSequence(
+                    list(s.prompt_token_ids),
+                    list(s.response_token_ids),
+                    {"rollout": s.logprobs, "advantage": [a] * n, "weight": w},
+                )
+                for s, a, n, w in zip(samples, advantages, lengths, sequence_mean_token_mean(lengths), strict=True)
+            ]
+            micro_batches = session.micro_batches(sequences)
+            with steps.weights_of(model, reference_weights):
+                found = steps.log_probs(model, micro_batches, config.rollout.temperature)
+            for micro, log_probs in zip(micro_batches, found, strict=False):  # none off the last pipeline stage
+                micro.values["reference"] = log_probs
+
+        with session.phase("train"):
+            sums = steps.accumulate_gradients(model, micro_batches, loss, config.rollout.temperature)
+            grad_norm = optimizer.step(optim, schedule)
+
+        with session.phase("sync"):
+            sync_bytes = session.sync_weights()
+
+        metrics = {
+            "step": step + 1,
+            "reward/mean": float(rewards.mean()),
+            **{f"reward/{name}": score for name, score in verifier_means(judged).items()},
+            "kl/reference": sums["kl"] / sum(lengths),
+            "logprob_gap/mean": sums["gap"] / sum(lengths),
+            "logprob_gap/max": sums["gap/max"],
+            "loss": sums["loss"],
+            "grad_norm": grad_norm,
+            "response_length/mean": fmean(lengths),
+            records.TOKENS_PER_SECOND: sum(lengths) / session.seconds["generate"],
+            "sync/bytes": sync_bytes,
+        }
+        record(session, metrics, batch, samples, judged, advantages)
+        if step + 1 == config.algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
+            with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
+                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep)
+
+
+def verifier_means(judged: list[tuple[float, dict[str, Verdict]]]) -> dict[str, float]:
+    """Mean score of each verifier over the samples that it judged."""
+    names = sorted({name for _, verdicts in judged for name in verdicts})
+    return {name: fmean(v[name].score for _, v in judged if name in v) for name in names}
+
+
+def record(
+    session: Session,
+    metrics: dict[str, Any],
+    batch: list[prompts.Row],
+    samples: list[Sample],
+    judged: list[tuple[float, dict[str, Verdict]]],
+    advantages: list[float],
+) -> None:
+    """Rank 0 writes the step's metrics and samples and shows them; the phase clocks start anew."""
+    times = {f"time/{name}": seconds for name, seconds in session.seconds.items()}
+    row = {**metrics, "time/step": sum(session.seconds.values()), **times}
+    session.seconds.clear()
+    if session.rank != 0:
+        return
+    group = session.config.algorithm.samples_per_prompt
+    lines = [
+        {
+            "step": metrics["step"],
+            "prompt_id": sample.prompt_id,
+            "sample_index": sample.sample_index,
+            "prompt": batch[i // group]["prompt"],
+            "response": session.text(sample),
+            "reward": reward,
+            "verdicts": {name: {"score": v.score, "label": v.label} for name, v in verdicts.items()},
+            "advantage": advantage,
+            "weight_version": sample.weight_version,
+        }
+        for i, (sample, (reward, verdicts), advantage) in enumerate(zip(samples, judged, advantages, strict=True))
+    ]
+    records.append_rows(session.run_dir / "samples.jsonl", lines)
+    records.append_rows(session.run_dir / "metrics.jsonl", [row])
+    session.display.step(row, session.config.algorithm.steps)
+    if session.wandb is not None:
+        session.wandb.log(row, step=metrics["step"])

@@ -1,0 +1,211 @@
+"""What a run holds: trainer, engines, weight bridge, tokenizer, records. Opened once, closed on every way out."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from transformers import AutoTokenizer
+
+from megatron_ext import hf_checkpoint, optimizer, parallel, platform
+from megatron_ext import model as models
+from megatron_ext.collectives import from_rank_zero
+from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.packing import MicroBatch, PackedSequence, pack, plan
+from recipes import records
+from recipes.config import Config
+from recipes.display import Display
+from rewards import mixing
+from rollout import sampler
+from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.sample import Prompt, Sample, Sampling
+from rollout.weight_sync.bridge import WeightBridge
+
+ROLLOUT_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass
+class Session:
+    """One run on this rank. ``engines`` is empty except on rank 0; ``control`` is a gloo group of all ranks."""
+
+    config: Config
+    run_dir: Path
+    rank: int
+    display: Display
+    parallel: parallel.Parallel
+    model: models.Model
+    tokenizer: Any
+    engines: list[Engine]
+    bridge: WeightBridge
+    control: dist.ProcessGroup
+    verifiers: dict[str, Any]
+    wandb: Any
+    weight_version: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to ``seconds[name]``."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def build_optimizer(self, stage: Any, steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model."""
+        c = self.config.optimizer
+        built, scheduler = optimizer.build(
+            self.model,
+            OptimizerSettings(
+                learning_rate=stage.learning_rate,
+                minimum_fraction=stage.minimum_fraction,
+                warmup_fraction=stage.warmup_fraction,
+                decay=stage.decay,
+                betas=(c.betas[0], c.betas[1]),
+                epsilon=c.epsilon,
+                weight_decay=c.weight_decay,
+                clip_grad_norm=c.clip_grad_norm,
+            ),
+            steps,
+        )
+        built.reload_model_params()
+        return built, scheduler
+
+    def sync_weights(self) -> int:
+        """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed."""
+        self.weight_version += 1
+        return self.bridge.sync(self.weight_version)["bytes"]
+
+    def generate(self, prompts: list[Prompt], samples_per_prompt: int, step: int, temperature: float) -> list[Sample]:
+        """Collective: samples by prompt, then index; the same list on every rank."""
+        c = self.config.rollout
+        sampling = Sampling(
+            max_tokens=c.max_response_tokens,
+            stop_token_ids=(self.tokenizer.eos_token_id,),
+            temperature=temperature,
+            top_p=c.top_p if temperature > 0 else 1.0,
+        )
+
+        def work() -> list[dict[str, Any]]:
+            samples = sampler.generate(
+                self.engines, prompts, sampling, samples_per_prompt=samples_per_prompt, seed=self.config.seed, step=step
+            )
+            return [sample.to_json() for sample in samples]
+
+        return [Sample.from_json(data) for data in from_rank_zero(work, self.control)]
+
+    def text(self, sample: Sample) -> str:
+        """The response as a reader sees it. For verifiers and people only: training uses the token ids."""
+        return self.tokenizer.decode(sample.response_token_ids, skip_special_tokens=True).strip()
+
+    def micro_batches(self, sequences: list[PackedSequence]) -> list[MicroBatch]:
+        """This data-parallel rank's packed micro-batches of a batch that every rank knows whole."""
+        layout = plan([len(s) for s in sequences], self.parallel.data, self.config.parallel.micro_batch_tokens)
+        return [
+            pack(
+                sequences, indices, self.parallel.tensor, self.tokenizer.pad_token_id or 0, platform.current().device()
+            )
+            for indices in layout[self.parallel.data_rank]
+        ]
+
+    def truncate_records(self, step: int) -> None:
+        """Drop the records of later steps, which a resumed run makes again."""
+        if self.rank == 0:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                if (self.run_dir / name).exists():
+                    records.truncate_after(self.run_dir / name, step)
+
+    def export(self, folder: Path) -> None:
+        """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
+        writes = self.parallel.data_rank == 0
+        hf_checkpoint.export(self.model.shards, self.config.model.path, folder, writes)
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Collective: start engines and trainer side by side, join them by the bridge; all is stopped on the way out."""
+    run_dir = Path(config.run_dir)
+    die_with_parent()
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    redirect_output(run_dir / "logs", rank)
+    c = config
+    engine_settings = EngineSettings(
+        model=c.model.path,
+        dtype=ROLLOUT_DTYPES[c.precision.name],
+        max_model_len=c.data.max_prompt_tokens + c.rollout.max_response_tokens,
+        max_num_seqs=c.rollout.max_num_seqs,
+        max_num_batched_tokens=c.rollout.max_num_batched_tokens,
+        kv_cache_gib=c.rollout.kv_cache_gib,
+        tensor_parallel_size=c.rollout.tensor,
+        threads=c.rollout.threads,
+        device=c.cluster.platform,
+    )
+    with ExitStack() as stack:
+        display = stack.enter_context(Display(active=rank == 0))
+        verifiers = mixing.load_verifiers({*mixing.verifier_names(c.rewards.mix), *c.data.scores})
+        engines: list[Engine] = []
+        stack.callback(stop_engines, engines)
+        if rank == 0:
+            engines += [Engine(engine_settings, run_dir / "logs" / f"engine_{i}.log") for i in range(c.rollout.engines)]
+        with display.stage("trainer: process groups, Megatron-Core model, weights"):
+            torch.set_num_threads(c.cluster.threads)
+            layout = parallel.initialize(
+                c.parallel.tensor, c.parallel.pipeline, c.parallel.sequence, c.seed, c.cluster.timeout
+            )
+            stack.callback(parallel.destroy)
+            control = parallel.control_group()
+            model = models.build(
+                hf_checkpoint.config(c.model.path), layout, c.precision.name, c.parallel.distributed_optimizer
+            )
+            hf_checkpoint.load(model.shards, c.model.path)
+            tokenizer = AutoTokenizer.from_pretrained(c.model.path)
+        with display.stage("vLLM: engines ready"):
+            deadline = time.monotonic() + c.rollout.startup_timeout
+            from_rank_zero(lambda: [engine.wait_until_ready(deadline) for engine in engines] and None, control)
+        with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
+            bridge = WeightBridge(model.shards, engines if rank == 0 else None, control)
+            stack.callback(bridge.close)
+        if rank == 0:
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+            machine = records.environment(platform.current().machine(), dist.get_world_size())
+            records.write_json(run_dir / "environment.json", machine)
+        wandb = None
+        if rank == 0 and c.logger.wandb_project:
+            import wandb as weights_and_biases
+
+            wandb = weights_and_biases.init(
+                project=c.logger.wandb_project, name=c.recipe.name, dir=run_dir, config=asdict(config)
+            )
+            stack.callback(wandb.finish)
+        yield Session(
+            config, run_dir, rank, display, layout, model, tokenizer, engines, bridge, control, verifiers, wandb
+        )
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its launcher dies in any way (PR_SET_PDEATHSIG), kill -9 included."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit("the launcher died while this rank was starting")
+
+
+def redirect_output(folder: Path, rank: int) -> None:
+    """Send warnings and library logs to ``rank_<n>.log``; only rank 0's standard output stays on the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    if rank != 0:
+        os.dup2(log, 1)
+    os.close(log)

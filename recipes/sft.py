@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: next-token loss on response tokens only."""
+
+from typing import Any
+
+import torch
+
+from megatron_ext import optimizer, steps
+from megatron_ext.packing import MicroBatch, PackedSequence
+from recipes.algorithms.losses import sequence_mean_token_mean
+from recipes.data import prompts
+from recipes.session import Session
+
+
+def fit(session: Session) -> list[dict[str, Any]]:
+    """Run the stage's steps; returns one {step, loss, grad_norm} per step. The weights stay in the session's model."""
+    config = session.config.stage.sft
+    assert config is not None
+    rows = prompts.load_rows(session.config.data.sft, ("id", "prompt", "response"))
+    optim, schedule = session.build_optimizer(config, config.steps)
+    history = []
+    for step in range(config.steps):
+        batch = prompts.shuffled(rows, step * config.rows_per_step, config.rows_per_step, session.config.seed)
+        answers = [prompts.response_tokens(session.tokenizer, row) for row in batch]
+        weights = sequence_mean_token_mean([len(answer) for answer in answers])
+        sequences = [
+            PackedSequence(
+                prompts.prompt_tokens(session.tokenizer, row, session.config.data.max_prompt_tokens),
+                answer,
+                {"weight": w},
+            )
+            for row, answer, w in zip(batch, answers, weights, strict=True)
+        ]
+        metrics = steps.accumulate_gradients(session.model, session.micro_batches(sequences), next_token_loss)
+        norm = optimizer.step(optim, schedule)
+        history.append({"step": step + 1, "loss": metrics["loss"], "grad_norm": norm})
+        session.display.progress(step + 1, config.steps, f"loss {metrics['loss']:.3f}")
+    return history
+
+
+def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted negative log-likelihood of the response tokens."""
+    return -(log_probs * batch.values["weight"]).sum(), {}

@@ -1,0 +1,53 @@
+"""The ladder of a run: base → SFT → RL, each stage from the former's checkpoint, evaluated in between."""
+
+import json
+from pathlib import Path
+
+from megatron_ext import hf_checkpoint
+from recipes import evaluate, records, rl, sft
+from recipes.report import write_report
+from recipes.session import Session
+
+
+def run_stages(session: Session) -> None:
+    """Run ``stage.names``; finished stages of a resumed run are taken from its folder."""
+    config, display, run_dir = session.config, session.display, session.run_dir
+    answers = _read(run_dir / "answers.json")
+    start = Path(config.model.path)
+
+    def evaluated(stage: str, title: str) -> None:
+        if stage not in answers:
+            with display.stage(f"evaluation: {title}"):
+                session.sync_weights()
+                answers[stage] = evaluate.answer(session)
+                if session.rank == 0:
+                    records.write_json(run_dir / "answers.json", answers)
+
+    if "sft" in config.stage.names:
+        tuned = run_dir / "sft"
+        if not (tuned / "config.json").is_file():
+            evaluated("base", "base model")
+            with display.stage("SFT warm start"):
+                history = sft.fit(session)
+                if session.rank == 0:
+                    records.write_json(run_dir / "sft.json", {"steps": history})
+                session.export(tuned)
+        else:
+            hf_checkpoint.load(session.model.shards, tuned)
+        start = tuned
+    if "rl" not in config.stage.names:
+        return
+    evaluated("before", "before RL")
+    rl.fit(session, reference=start)
+    evaluated("after", "after RL")
+    with display.stage("export: hf/"):
+        session.export(run_dir / "hf")
+    if session.rank == 0:
+        evaluation = evaluate.report(session, answers)
+        records.write_json(run_dir / "evaluation.json", evaluation)
+        write_report(run_dir)
+        display.finish(evaluation, run_dir)
+
+
+def _read(path: Path) -> dict[str, evaluate.Answers]:
+    return json.loads(path.read_text()) if path.is_file() else {}
