@@ -1,4 +1,4 @@
-"""The one primitive of every weight transfer: a rectangle of a Hugging Face tensor and where it lies in a local shard."""
+"""The one primitive of every weight transfer: a rectangle of a Hugging Face tensor and its place in a local shard."""
 
 from dataclasses import dataclass
 

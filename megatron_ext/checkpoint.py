@@ -1,7 +1,8 @@
 """Save and resume through Megatron-Core's distributed checkpointing: sharded, and loadable under another layout.
 
-A checkpoint is a folder ``step_000012`` that holds the model, the optimiser (FP32 masters and moments), the learning-rate
-schedule, every rank's RNG state and ``progress.json``. ``latest.json`` is written last, so an interrupted save is never read.
+A checkpoint is a folder ``step_000012`` that holds the model, the optimiser (FP32 masters and moments), the
+learning-rate schedule, every rank's RNG state and ``progress.json``. ``latest.json`` is written last, so an interrupted
+save is never read.
 """
 
 import json
@@ -19,7 +20,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ext import platform
+from megatron_ext.collectives import all_gather_json
 from megatron_ext.model import Model
+from megatron_ext.parallel import control_group
 
 # The one format of Megatron-Core's distributed optimiser that loads under any layout.
 _OPTIMIZER_FORMAT = {
@@ -36,7 +39,7 @@ def save(
     scheduler: OptimizerParamScheduler,
     keep: int,
 ) -> None:
-    """Collective: write ``folder/step_…`` and point ``latest.json`` at it; older checkpoints beyond ``keep`` are removed."""
+    """Collective: write ``folder/step_…``, point ``latest.json`` at it, remove older checkpoints beyond ``keep``."""
     _check_padding(optimizer)
     target = folder / f"step_{step:06d}"
     if dist.get_rank() == 0:
@@ -53,9 +56,20 @@ def save(
         pointer = folder / "latest.json.partial"
         pointer.write_text(json.dumps({"folder": target.name, "step": step}))
         os.replace(pointer, folder / "latest.json")
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+        _remove_old(folder, target, keep)
     dist.barrier()
+
+
+def _remove_old(folder: Path, newest: Path, keep: int) -> None:
+    """Leave the ``keep`` last complete checkpoints up to ``newest``; what interrupted saves left goes too."""
+    complete = []
+    for found in sorted(folder.glob("step_*")):
+        if not (found / "progress.json").is_file():
+            shutil.rmtree(found)
+        elif found.name <= newest.name:
+            complete.append(found)
+    for old in complete[:-keep]:
+        shutil.rmtree(old)
 
 
 def latest(folder: Path) -> Path | None:
@@ -67,8 +81,8 @@ def latest(folder: Path) -> Path | None:
 def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
     """Collective: restore everything in place and return the number of finished steps, which is the data position too.
 
-    Another layout may load it as long as attention and vocabulary are padded to the same sizes; raises ValueError naming
-    both paddings otherwise. RNG states belong to a layout and are restored only into the same one.
+    Another layout may load it as long as attention and vocabulary are padded to the same sizes; raises ValueError
+    naming both paddings otherwise. RNG states belong to a layout and are restored only into the same one.
     """
     progress = json.loads((checkpoint / "progress.json").read_text())
     written, now = progress["layout"], _layout(model)
@@ -76,7 +90,8 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
         if written[field] != now[field]:
             raise ValueError(
                 f"{checkpoint}: written with {field}={written[field]} (parallel.tensor={written['tensor']}), "
-                f"parallel.tensor={now['tensor']} needs {now[field]}: resume with a tensor-parallel size that pads alike"
+                f"parallel.tensor={now['tensor']} needs {now[field]}: resume with a tensor-parallel size that pads "
+                "alike"
             )
     _prime(optimizer)
     state = _state(model, optimizer, loading=True)
@@ -115,23 +130,24 @@ def _layout(model: Model) -> dict[str, Any]:
 
 def _distributed(optimizer: MegatronOptimizer) -> Any:
     """The one DistributedOptimizer behind Megatron-Core's chain (experts would add a second)."""
-    (only,) = optimizer.chained_optimizers  # type: ignore[attr-defined]
+    (only,) = optimizer.chained_optimizers
     return only
 
 
 def _check_padding(optimizer: MegatronOptimizer) -> None:
-    """Megatron-Core 0.19 saves shifted moments behind a gradient bucket that it had to pad. Raises ValueError then.
+    """Megatron-Core 0.19 saves shifted moments behind a gradient bucket that it had to pad. All raise ValueError then.
 
     Only pipeline stages with tied embeddings have a second bucket, and only odd vocabulary shards are padded.
     """
-    for buffer in _distributed(optimizer).buffers:
-        for bucket in buffer.buckets[:-1]:
-            if bucket.grad_data.numel() != bucket.numel_unpadded:
-                raise ValueError(
-                    f"the tied embedding has {bucket.numel_unpadded} elements on this rank, which Megatron-Core pads to "
-                    f"{bucket.grad_data.numel()}: it can't checkpoint that; use another parallel.tensor, or "
-                    "parallel.pipeline=1"
-                )
+    buckets = [bucket for buffer in _distributed(optimizer).buffers for bucket in buffer.buckets[:-1]]
+    local = [[b.numel_unpadded, b.grad_data.numel()] for b in buckets if b.grad_data.numel() != b.numel_unpadded]
+    found = [sizes for rank in all_gather_json(local, control_group()) for sizes in rank]
+    if found:
+        size, padded = found[0]
+        raise ValueError(
+            f"the tied embedding has {size} elements on a rank, which Megatron-Core pads to {padded}: it can't "
+            "checkpoint that; use another parallel.tensor, or parallel.pipeline=1"
+        )
 
 
 def _prime(optimizer: MegatronOptimizer) -> None:
@@ -146,8 +162,9 @@ def _prime(optimizer: MegatronOptimizer) -> None:
 def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Load in two parts, because Megatron-Core 0.19 mishandles torch's per-parameter ``step`` tensor.
 
-    Its state loader looks ``step`` up among the saved tensors (it is not there), and its group loader gives every parameter
-    the same ``step`` tensor, so that each update would count once per parameter. docs/dependencies.md names the version.
+    Its state loader looks ``step`` up among the saved tensors (it is not there), and its group loader gives every
+    parameter the same ``step`` tensor, so that each update would count once per parameter. docs/dependencies.md names
+    the version.
     """
     distributed = _distributed(optimizer)
     moments = loaded.pop("param_state")

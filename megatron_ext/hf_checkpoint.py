@@ -67,8 +67,8 @@ def load(shards: list[Shard], folder: str | Path) -> None:
 def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool) -> None:
     """Collective: write ``target`` with the names, files and side files of ``source``, the shards' weights and dtype.
 
-    Every rank with ``writes`` (one data-parallel replica) writes its own rectangles into files on a shared file system; no
-    full tensor is gathered anywhere. The folder appears under its name only when it is complete.
+    Every rank with ``writes`` (one data-parallel replica) writes its own rectangles into files on a shared file system;
+    no full tensor is gathered anywhere. The folder appears under its name only when it is complete.
     """
     source, target = Path(source), Path(target)
     partial = target.with_name(target.name + ".partial")
@@ -78,7 +78,7 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for file in source.iterdir():
-            if file.suffix != ".safetensors":
+            if file.is_file() and file.suffix != ".safetensors":
                 shutil.copy(file, partial / file.name)
         _set_config_dtype(partial / "config.json", shards[0].tensor.dtype)
         for file, header in layout.items():

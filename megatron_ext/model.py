@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Model:
-    """A policy on this rank: ``chunks`` (Megatron-Core DDP), its configuration and where its weights come from in HF."""
+    """A policy on this rank: ``chunks`` (Megatron-Core DDP), configuration, which HF weights its ``shards`` hold."""
 
     chunks: list[DistributedDataParallel]
     config: TransformerConfig
@@ -56,10 +56,10 @@ def check(hf_config: Any, tensor: int, pipeline: int) -> None:
 
 
 def build(hf_config: Any, parallel: Parallel, precision: str, distributed_optimizer: bool) -> Model:
-    """This rank's part of the model, zero-filled (load weights with ``hf_checkpoint.load``), wrapped for data parallelism.
+    """This rank's part of the model, zero-filled (load weights with ``hf_checkpoint.load``), wrapped for DDP.
 
-    KV groups that the tensor-parallel size does not divide are zero padded: outputs are unchanged, padded weights get zero
-    gradients and stay zero.
+    KV groups that the tensor-parallel size does not divide are zero padded: outputs are unchanged, padded weights get
+    zero gradients and stay zero.
     """
     check(hf_config, parallel.tensor, parallel.pipeline)
     dtype = DTYPES[precision]

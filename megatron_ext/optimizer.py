@@ -10,7 +10,7 @@ from megatron_ext.model import Model
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Hyper-parameters; fractions are of ``learning_rate`` and of the run's steps. Norms and biases get no weight decay."""
+    """Fractions are of ``learning_rate`` and of the run's steps. Norms and biases get no weight decay."""
 
     learning_rate: float
     minimum_fraction: float

@@ -1,11 +1,12 @@
 """Packed (THD) micro-batches: which sequences go together, and their tensors.
 
-The plan is a pure function of all sequence lengths, so every rank derives the same one: ranks cannot disagree on the number
-of micro-batches, and a data-parallel rank may get any sequence without changing the update.
+The plan is a pure function of all sequence lengths, so every rank derives the same one: ranks cannot disagree on the
+number of micro-batches, and a data-parallel rank may get any sequence without changing the update.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,23 +48,26 @@ def plan(lengths: Sequence[int], data_parallel: int, micro_batch_tokens: int) ->
     """rank → micro-batches → sequence indices: balanced, each at most ``micro_batch_tokens``, as many on every rank.
 
     Longest first into the emptiest rank, then first-fit by length; a rank short of micro-batches splits its largest.
-    Raises ValueError when a sequence is longer than a micro-batch or there are fewer sequences than ranks.
+    Every rank gets as many sequences, or a rank could have fewer sequences than another has micro-batches.
+    Raises ValueError when a sequence is longer than a micro-batch or the ranks do not divide the sequences.
     """
-    if len(lengths) < data_parallel:
+    per_rank, rest = divmod(len(lengths), data_parallel)
+    if per_rank == 0 or rest:
         raise ValueError(
-            f"{len(lengths)} sequences for {data_parallel} data-parallel ranks: raise algorithm.prompts_per_step"
+            f"{len(lengths)} sequences for {data_parallel} data-parallel ranks: use a multiple of {data_parallel} "
+            "(algorithm.prompts_per_step x algorithm.samples_per_prompt, stage.sft.rows_per_step)"
         )
     longest = max(lengths)
     if longest > micro_batch_tokens:
         raise ValueError(
-            f"parallel.micro_batch_tokens={micro_batch_tokens} is below a sequence of {longest} tokens: raise it to the "
-            "longest prompt plus response"
+            f"parallel.micro_batch_tokens={micro_batch_tokens} is below a sequence of {longest} tokens: raise it to "
+            "the longest prompt plus response"
         )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     ranks: list[list[int]] = [[] for _ in range(data_parallel)]
     load = [0] * data_parallel
     for i in order:
-        rank = min(range(data_parallel), key=lambda r: (load[r], len(ranks[r]), r))
+        rank = min((r for r in range(data_parallel) if len(ranks[r]) < per_rank), key=lambda r: (load[r], r))
         ranks[rank].append(i)
         load[rank] += lengths[i]
     micro = [_fit(indices, lengths, micro_batch_tokens) for indices in ranks]
@@ -106,9 +110,9 @@ def pack(
     if padding := -len(tokens) % multiple:
         tokens += [pad_token] * padding
         starts.append(len(tokens))
-    positions = [p for a, b in zip(starts, starts[1:], strict=False) for p in range(b - a)]
+    positions = [p for a, b in pairwise(starts) for p in range(b - a)]
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-    longest = max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(starts))
     names = chosen[0].values.keys()
     return MicroBatch(
         tokens=torch.tensor([tokens], device=device),

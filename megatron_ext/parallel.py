@@ -1,6 +1,5 @@
 """Process groups: torch.distributed and Megatron-Core's model-parallel state."""
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,9 +44,8 @@ def check(world: int, tensor: int, pipeline: int, sequence: bool) -> None:
 
 
 def initialize(tensor: int, pipeline: int, sequence: bool, seed: int, timeout_seconds: float) -> Parallel:
-    """Collective: join torch.distributed (torchrun's variables, or Slurm's) and build Megatron-Core's groups."""
+    """Collective: join torch.distributed (torchrun's variables) and build Megatron-Core's groups."""
     if not dist.is_initialized():
-        _slurm_rendezvous()
         dist.init_process_group(platform.current().backend, timeout=timedelta(seconds=timeout_seconds))
     check(dist.get_world_size(), tensor, pipeline, sequence)
     mpu.initialize_model_parallel(
@@ -63,14 +61,6 @@ def initialize(tensor: int, pipeline: int, sequence: bool, seed: int, timeout_se
         pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
         data_rank=mpu.get_data_parallel_rank(),
     )
-
-
-def _slurm_rendezvous() -> None:
-    """Under ``srun`` torchrun's variables are absent: derive them. MASTER_ADDR and MASTER_PORT come from the batch script."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
-        return
-    for ours, theirs in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        os.environ[ours] = os.environ[theirs]
 
 
 def control_group() -> dist.ProcessGroup:

@@ -36,9 +36,9 @@ def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0)
 def accumulate_gradients(
     model: Model, batches: list[MicroBatch], loss: LossFunction, temperature: float = 1.0
 ) -> dict[str, float]:
-    """Add the batch's gradients, reduced over all groups, to the parameters; returns the metric sums of the whole batch.
+    """Add the batch's gradients, reduced over all groups, to the parameters; returns the whole batch's metric sums.
 
-    ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.losses.token_weights``): gradients are
+    ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.losses``): gradients are
     summed over micro-batches and data-parallel ranks, so the update depends on neither.
     """
     for chunk in model.chunks:
@@ -58,7 +58,7 @@ def accumulate_gradients(
 
 
 def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Add metrics over micro-batches and data-parallel ranks (names ending in ``/max`` take the maximum); known on all ranks."""
+    """Sums of metrics over micro-batches and data-parallel ranks, known to all (names in ``/max``: the maximum)."""
     local = None
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
         local = [{name: float(value) for name, value in entry.items()} for entry in sums]
@@ -117,7 +117,7 @@ def _log_probs_of_hidden(
         hidden = copy_to_tensor_model_parallel_region(hidden_states)
     weight = output_layer.weight if output_weight is None else output_weight
     logits = linear_with_grad_accumulation_and_async_allreduce(
-        input=hidden[batch.predict],
+        input=hidden.index_select(0, batch.predict),
         weight=weight,
         bias=None,
         gradient_accumulation_fusion=model.config.gradient_accumulation_fusion,

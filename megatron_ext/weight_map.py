@@ -20,7 +20,7 @@ _FUSED_NORM_NAMES = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """One rank's tensor-parallel position and the true (unpadded) sizes: heads, KV groups and vocabulary of the HF model."""
+    """One rank's tensor-parallel position, and the HF model's true (unpadded) heads, KV groups and vocabulary."""
 
     tensor: int
     tensor_rank: int
@@ -48,7 +48,7 @@ Layout = Callable[[tuple[str, ...], tuple[int, ...], Sharding], list[Block]]
 
 @dataclass(frozen=True)
 class Rule:
-    """HF name pattern(s) (``{}`` is the layer), Megatron name pattern, and how the local shard is cut from the former."""
+    """HF name pattern(s) (``{}`` is the layer), Megatron name pattern, and how the local shard is cut from HF's."""
 
     hf: tuple[str, ...]
     megatron: str
@@ -127,7 +127,7 @@ def shards(models: Iterable[torch.nn.Module], rules: Sequence[Rule], sharding: S
                 raise KeyError(f"parameter {name!r} matches no rule of the family's weight map: add one to its table")
             names = rule.hf
             if match.groups():
-                layer = layers[int(match[1])].layer_number - 1  # type: ignore[index, union-attr, operator]
+                layer = layers[int(match[1])].layer_number - 1  # type: ignore[index, union-attr]
                 names = tuple(n.format(layer) for n in rule.hf)
             blocks = tuple(rule.layout(names, tuple(parameter.shape), sharding))
             found.append(Shard(f"{chunk}.{name}", parameter.data, blocks))

@@ -8,6 +8,9 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+# ${cores:N} in conf/ is this machine's cores shared among N processes.
+OmegaConf.register_new_resolver("cores", lambda share: max(1, len(os.sched_getaffinity(0)) // share), replace=True)
+
 # OmegaConf's structured configurations read Optional, not ``| None``.
 
 
@@ -52,6 +55,7 @@ class AlgorithmConfig:
     clip_ratio: float
     kl_coefficient: float
     advantage_epsilon: float
+    skip_zero_advantage: bool
 
 
 @dataclass
@@ -205,9 +209,27 @@ def check(config: Config) -> None:
     for field, value in positive.items():
         if value <= 0:
             raise ConfigError(f"{field}={value}: must be above 0")
+    fractions = {
+        "algorithm.minimum_fraction": (c.algorithm.minimum_fraction, 0 <= c.algorithm.minimum_fraction <= 1, "[0, 1]"),
+        "algorithm.warmup_fraction": (c.algorithm.warmup_fraction, 0 <= c.algorithm.warmup_fraction < 1, "[0, 1)"),
+        "rollout.top_p": (c.rollout.top_p, 0 < c.rollout.top_p <= 1, "(0, 1]"),
+    }
+    if c.stage.sft:
+        fractions |= {
+            "stage.sft.minimum_fraction": (
+                c.stage.sft.minimum_fraction, 0 <= c.stage.sft.minimum_fraction <= 1, "[0, 1]",
+            ),
+            "stage.sft.warmup_fraction": (c.stage.sft.warmup_fraction, 0 <= c.stage.sft.warmup_fraction < 1, "[0, 1)"),
+        }  # fmt: skip
+    for field, (value, fits, interval) in fractions.items():
+        if not fits:
+            raise ConfigError(f"{field}={value}: must be in {interval}")
+    if not c.stage.names:
+        raise ConfigError("stage.names=[]: name at least one of sft, rl")
     if c.algorithm.samples_per_prompt < 2:
         raise ConfigError(
-            f"algorithm.samples_per_prompt={c.algorithm.samples_per_prompt}: a group needs at least 2 samples to compare"
+            f"algorithm.samples_per_prompt={c.algorithm.samples_per_prompt}: a group needs at least 2 samples to "
+            "compare"
         )
     if c.algorithm.kl_coefficient < 0:
         raise ConfigError(f"algorithm.kl_coefficient={c.algorithm.kl_coefficient}: use 0 or more")

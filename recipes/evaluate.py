@@ -67,7 +67,7 @@ def difference(before: Answers, after: Answers, names: list[str]) -> dict[str, A
 
 
 def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
-    """evaluation.json: a summary per stage (``base``, ``before``, ``after`` RL), the difference, and greedy transcripts."""
+    """evaluation.json: summaries of ``base``, ``before`` and ``after`` RL, the difference, and greedy transcripts."""
     names = list(session.config.data.scores)
     rows = {row["id"]: row for row in prompts.load_rows(session.config.data.evaluation)}
     transcripts = []

@@ -1,4 +1,4 @@
-"""The RL loop. It reads as the algorithm; its parts are in rollout/, rewards/, recipes/algorithms/ and megatron_ext/."""
+"""The RL loop. It reads as the algorithm; its parts are in rollout/, rewards/, recipes/algorithms/, megatron_ext/."""
 
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +21,8 @@ from rollout.sample import Prompt, Sample
 def fit(session: Session, reference: Path) -> None:
     """Prompts → rollout → rewards → advantages → Megatron step → weight bridge → rollout, ``algorithm.steps`` times.
 
-    ``reference`` is the Hugging Face folder of the policy that the KL penalty refers to. Where the run has a checkpoint, the loop
-    goes on behind the newest, exactly: a step's prompts and seeds depend on nothing but the step.
+    ``reference`` is the Hugging Face folder of the policy that the KL penalty refers to. Where the run has a
+    checkpoint, the loop goes on behind the newest, exactly: a step's prompts and seeds depend on nothing but the step.
     """
     config, model = session.config, session.model
     algo, rows = algorithm(config.algorithm.name), prompts.load_rows(config.data.prompts)
@@ -32,7 +32,7 @@ def fit(session: Session, reference: Path) -> None:
     if newest := checkpoint.latest(folder):
         done = checkpoint.load(newest, model, optim, schedule)
     session.truncate_records(done)
-    session.sync_weights()
+    session.sync_weights(done)
 
     def loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         values, now = batch.values, log_probs.detach()
@@ -59,14 +59,8 @@ def fit(session: Session, reference: Path) -> None:
 
         with session.phase("logprobs"):
             lengths = [len(s.response_token_ids) for s in samples]
-            sequences = [
-                PackedSequence(
-                    list(s.prompt_token_ids),
-                    list(s.response_token_ids),
-                    {"rollout": s.logprobs, "advantage": [a] * n, "weight": w},
-                )
-                for s, a, n, w in zip(samples, advantages, lengths, sequence_mean_token_mean(lengths), strict=True)
-            ]
+            sequences = contributing(samples, advantages, config.algorithm.skip_zero_advantage, session.parallel.data)
+            trained_tokens = sum(len(s.response) for s in sequences)
             micro_batches = session.micro_batches(sequences)
             with steps.weights_of(model, reference_weights):
                 found = steps.log_probs(model, micro_batches, config.rollout.temperature)
@@ -78,17 +72,18 @@ def fit(session: Session, reference: Path) -> None:
             grad_norm = optimizer.step(optim, schedule)
 
         with session.phase("sync"):
-            sync_bytes = session.sync_weights()
+            sync_bytes = session.sync_weights(step + 1)
 
         metrics = {
             "step": step + 1,
             "reward/mean": float(rewards.mean()),
             **{f"reward/{name}": score for name, score in verifier_means(judged).items()},
-            "kl/reference": sums["kl"] / sum(lengths),
-            "logprob_gap/mean": sums["gap"] / sum(lengths),
+            "kl/reference": sums["kl"] / trained_tokens,
+            "logprob_gap/mean": sums["gap"] / trained_tokens,
             "logprob_gap/max": sums["gap/max"],
             "loss": sums["loss"],
             "grad_norm": grad_norm,
+            "trained_samples": len(sequences),
             "response_length/mean": fmean(lengths),
             records.TOKENS_PER_SECOND: sum(lengths) / session.seconds["generate"],
             "sync/bytes": sync_bytes,
@@ -97,6 +92,29 @@ def fit(session: Session, reference: Path) -> None:
         if step + 1 == config.algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep)
+
+
+def contributing(
+    samples: list[Sample], advantages: list[float], skip_zero_advantage: bool, data_parallel: int
+) -> list[PackedSequence]:
+    """The sequences to train on, weighted as a mean over *all* samples.
+
+    A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes and
+    drops only their KL term. All are kept where too few would be left for the data-parallel ranks.
+    """
+    weights = sequence_mean_token_mean([len(s.response_token_ids) for s in samples])
+    sequences = [
+        PackedSequence(
+            list(s.prompt_token_ids),
+            list(s.response_token_ids),
+            {"rollout": s.logprobs, "advantage": [advantage] * len(weight), "weight": weight},
+        )
+        for s, advantage, weight in zip(samples, advantages, weights, strict=True)
+    ]
+    if not skip_zero_advantage:
+        return sequences
+    chosen = [sequence for sequence, advantage in zip(sequences, advantages, strict=True) if advantage != 0]
+    return chosen if len(chosen) >= data_parallel else sequences
 
 
 def verifier_means(judged: list[tuple[float, dict[str, Verdict]]]) -> dict[str, float]:

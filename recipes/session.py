@@ -1,14 +1,12 @@
 """What a run holds: trainer, engines, weight bridge, tokenizer, records. Opened once, closed on every way out."""
 
-import ctypes
 import os
-import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,6 @@ class Session:
     control: dist.ProcessGroup
     verifiers: dict[str, Any]
     wandb: Any
-    weight_version: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -82,10 +79,12 @@ class Session:
         built.reload_model_params()
         return built, scheduler
 
-    def sync_weights(self) -> int:
-        """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed."""
-        self.weight_version += 1
-        return self.bridge.sync(self.weight_version)["bytes"]
+    def sync_weights(self, version: int) -> int:
+        """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed.
+
+        ``version`` is the number of RL steps that made the weights, so that a resumed run's samples name the same one.
+        """
+        return self.bridge.sync(version)["bytes"]
 
     def generate(self, prompts: list[Prompt], samples_per_prompt: int, step: int, temperature: float) -> list[Sample]:
         """Collective: samples by prompt, then index; the same list on every rank."""
@@ -136,7 +135,6 @@ class Session:
 def open_session(config: Config) -> Iterator[Session]:
     """Collective: start engines and trainer side by side, join them by the bridge; all is stopped on the way out."""
     run_dir = Path(config.run_dir)
-    die_with_parent()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     redirect_output(run_dir / "logs", rank)
     c = config
@@ -172,7 +170,7 @@ def open_session(config: Config) -> Iterator[Session]:
             tokenizer = AutoTokenizer.from_pretrained(c.model.path)
         with display.stage("vLLM: engines ready"):
             deadline = time.monotonic() + c.rollout.startup_timeout
-            from_rank_zero(lambda: [engine.wait_until_ready(deadline) for engine in engines] and None, control)
+            from_rank_zero(partial(wait_until_ready, engines, deadline), control)
         with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
             bridge = WeightBridge(model.shards, engines if rank == 0 else None, control)
             stack.callback(bridge.close)
@@ -193,12 +191,9 @@ def open_session(config: Config) -> Iterator[Session]:
         )
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when its launcher dies in any way (PR_SET_PDEATHSIG), kill -9 included."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:
-        sys.exit("the launcher died while this rank was starting")
+def wait_until_ready(engines: list[Engine], deadline: float) -> None:
+    for engine in engines:
+        engine.wait_until_ready(deadline)
 
 
 def redirect_output(folder: Path, rank: int) -> None:

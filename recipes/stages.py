@@ -15,10 +15,10 @@ def run_stages(session: Session) -> None:
     answers = _read(run_dir / "answers.json")
     start = Path(config.model.path)
 
-    def evaluated(stage: str, title: str) -> None:
+    def evaluated(stage: str, title: str, version: int) -> None:
         if stage not in answers:
             with display.stage(f"evaluation: {title}"):
-                session.sync_weights()
+                session.sync_weights(version)
                 answers[stage] = evaluate.answer(session)
                 if session.rank == 0:
                     records.write_json(run_dir / "answers.json", answers)
@@ -26,7 +26,7 @@ def run_stages(session: Session) -> None:
     if "sft" in config.stage.names:
         tuned = run_dir / "sft"
         if not (tuned / "config.json").is_file():
-            evaluated("base", "base model")
+            evaluated("base", "base model", 0)
             with display.stage("SFT warm start"):
                 history = sft.fit(session)
                 if session.rank == 0:
@@ -37,9 +37,9 @@ def run_stages(session: Session) -> None:
         start = tuned
     if "rl" not in config.stage.names:
         return
-    evaluated("before", "before RL")
+    evaluated("before", "before RL", 0)
     rl.fit(session, reference=start)
-    evaluated("after", "after RL")
+    evaluated("after", "after RL", config.algorithm.steps)
     with display.stage("export: hf/"):
         session.export(run_dir / "hf")
     if session.rank == 0:

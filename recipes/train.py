@@ -1,42 +1,50 @@
 """Entry point: ``python -m recipes.train recipe=demo [overrides…]``.
 
-Called plainly it checks the configuration, prepares the model and becomes ``torchrun`` with ``cluster.ranks`` processes of
-itself; under torchrun or srun each process is one rank of the run.
+Called plainly it checks the configuration, prepares the model and becomes ``torchrun`` with ``cluster.ranks`` processes
+of itself; under torchrun or srun each process is one rank of the run.
 """
 
+import ctypes
+import itertools
 import os
 import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from recipes.config import Config, ConfigError, parse
+from recipes.slurm import adopt_step
 
 RESULTS = ("metrics.jsonl", "samples.jsonl", "answers.json", "evaluation.json", "report.html", "sft.json")
+LAUNCHER = "RECIPES_LAUNCHER_PID"  # set for the ranks that ``launch`` starts
+PR_SET_PDEATHSIG = 1
+APPEND = "To append to your config use +"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
     try:
         config = parse(raw)
-        if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        adopt_step()
+        if "RANK" not in os.environ:
             launch(config)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", flush=True)  # standard error may be a log file by now
+        sys.exit(1)
     run(config)
 
 
-def launch(config: Config) -> None:
-    """Become torchrun: same arguments, ``cluster.ranks`` processes. Never returns."""
-    from recipes.data.prompts import load_rows, mixed
+def prepare_run(config: Config) -> None:
+    """Check the data, make the model's folder, and empty the run's folder unless it is resumed. Raises ConfigError."""
     from recipes.display import Display
     from recipes.prepare_model import prepare
 
-    load_rows(config.data.evaluation)
-    mixed(load_rows(config.data.prompts), config.data.mix, 0, config.algorithm.prompts_per_step, config.seed)
+    check_parts(config)
     run_dir = Path(config.run_dir)
     if not config.resume:
         for name in (*RESULTS, "checkpoints", "sft", "hf", "logs"):
@@ -49,7 +57,38 @@ def launch(config: Config) -> None:
     if not (Path(config.model.path) / "config.json").is_file():
         with Display() as display, display.stage(f"model: {config.model.path}"):
             prepare(config.model)
-    os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
+
+
+def check_parts(config: Config) -> None:
+    """Find the algorithm, the verifiers and the data that the run will ask for. Raises ConfigError naming the field."""
+    from recipes.algorithms import module_path
+    from recipes.data.prompts import SFT_FIELDS, load_rows, mixed
+    from rewards import mixing
+
+    module_path(config.algorithm.name)
+    rows = load_rows(config.data.prompts)
+    mixed(rows, config.data.mix, 0, config.algorithm.prompts_per_step, config.seed)
+    try:
+        mixing.load_verifiers({*mixing.verifier_names(config.rewards.mix), *config.data.scores})
+        for row in rows:
+            mixing.label_weights(row, config.rewards.mix)
+    except ValueError as error:
+        raise ConfigError(f"rewards.mix, data.scores: {error}") from error
+    kinds = {row["kind"] for row in load_rows(config.data.evaluation)}
+    for name, wanted in config.data.scores.items():
+        if not kinds.intersection(wanted):
+            raise ConfigError(
+                f"data.scores.{name}={wanted}: {config.data.evaluation} has rows of the kinds {sorted(kinds)} only; "
+                "name one of these or drop the score"
+            )
+    if "sft" in config.stage.names:
+        load_rows(config.data.sft, SFT_FIELDS)
+
+
+def launch(config: Config) -> None:
+    """Become torchrun: same arguments, ``cluster.ranks`` processes. Never returns."""
+    prepare_run(config)
+    os.environ |= {"OMP_NUM_THREADS": str(config.cluster.threads), LAUNCHER: str(os.getpid())}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.cluster.ranks)]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *torchrun, "-m", "recipes.train", *sys.argv[1:]])
@@ -57,6 +96,7 @@ def launch(config: Config) -> None:
 
 def run(config: Config) -> None:
     """One rank of the run. A failure is told in one line on standard output; its traceback is in the rank's log."""
+    die_with_launcher()
     from megatron_ext import platform
 
     platform.activate(config.cluster.platform)
@@ -73,5 +113,30 @@ def run(config: Config) -> None:
         sys.exit(1)
 
 
+def die_with_launcher() -> None:
+    """Have the kernel end this process when its parent (torchrun, srun) dies in any way, kill -9 included.
+
+    Exits at once when ``launch`` started this rank and is gone already.
+    """
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(f"the launcher (pid {parent}) is gone")
+
+
+def one_line(error: HydraException) -> str:
+    """Hydra's message about the command line without its advice to add unknown keys, which ``parse`` refuses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unknown = [line for line in lines if line.startswith(APPEND)]
+    if unknown:
+        return f"{unknown[0].removeprefix(APPEND)}: no such field; the fields are listed in conf/"
+    return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
+
+
 if __name__ == "__main__":
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines
+    try:
+        main()
+    except HydraException as error:
+        print(f"error: {one_line(error)}", flush=True)
+        sys.exit(1)

@@ -7,8 +7,8 @@ from torch import Tensor
 def sequence_mean_token_mean(lengths: list[int]) -> list[list[float]]:
     """Weight of each response token in the mean over sequences of token means (SafeWork-R1's aggregation).
 
-    ``lengths`` counts all sequences of the update, on all ranks: the weights of an update sum to one, so neither the micro-batch
-    split nor the number of ranks changes it.
+    ``lengths`` counts all sequences of the update, on all ranks: the weights of an update sum to one, so neither the
+    micro-batch split nor the number of ranks changes it.
     """
     return [[1.0 / (len(lengths) * n)] * n for n in lengths]
 

@@ -10,6 +10,7 @@ from typing import Any
 from recipes.config import ConfigError
 
 Row = Mapping[str, Any]
+SFT_FIELDS = ("id", "prompt", "response")
 
 
 def load_rows(path: str, required: Sequence[str] = ("id", "label", "kind", "prompt")) -> list[Row]:
@@ -20,7 +21,9 @@ def load_rows(path: str, required: Sequence[str] = ("id", "label", "kind", "prom
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not a JSON object ({error})") from error
+            raise ConfigError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}:{number}: not a JSON object but {type(row).__name__}; write one object a line")
         missing = [field for field in required if not isinstance(row.get(field), str) or not row[field]]
         if missing:
             raise ConfigError(

@@ -7,20 +7,22 @@ from rewards.verdict import Row, Verdict
 _ATOM = re.compile(r"-?\d+|[a-z]+")
 
 
-def final_answer(response: str) -> str | None:
-    """The last number or word of the response in lower case, None if there is none."""
-    atoms = _ATOM.findall(response.lower())
-    return atoms[-1] if atoms else None
+def atoms(text: str) -> list[str]:
+    """The numbers and words of ``text`` in lower case, in order."""
+    return _ATOM.findall(text.lower())
 
 
 def score(row: Row, response: str) -> Verdict:
-    """1 "correct" when the response's last number or word equals the row's `answer`, else 0.
+    """1 "correct" or 0 "wrong", by the row's ``answer``.
 
-    Only the last one counts, so listing candidates does not help. Raises ValueError for a row without `answer`.
+    A single number or word must be the response's last one (listing candidates does not help); an answer of several must
+    be the whole response, in order. Raises ValueError for a row without ``answer``.
     """
     if "answer" not in row:
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `capability` from the mix of label {row['label']!r}")
-    found = final_answer(response)
-    if found is None:
+    wanted, found = atoms(row["answer"]), atoms(response)
+    if not found:
         return Verdict(0.0, "no answer")
-    return Verdict(1.0, "correct") if found == row["answer"].lower() else Verdict(0.0, "wrong")
+    if len(wanted) == 1:
+        found = found[-1:]
+    return Verdict(1.0, "correct") if found == wanted else Verdict(0.0, "wrong")

@@ -1,0 +1,247 @@
+"""The two yardsticks of ``benchmarks.loop``, each in a process of its own: plain transformers, and bare vLLM.
+
+Nothing of the trainer or of the rollout engine is used here, except the loss (the algorithm's own function, so that
+both sides minimise the same) and the engine's environment variables (so that both vLLMs run alike). A yardstick reads
+one JSON line per repetition on standard input and answers with one; between repetitions it sleeps in that read.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any, Self
+
+from recipes.config import Config
+from rollout.engine import EngineSettings, environment
+from rollout.engine_server import die_with
+
+TRAINING = (
+    "Plain transformers: AutoModelForCausalLM.from_pretrained, SDPA attention, weights, activations and gradients in "
+    "the run's precision; torch.optim.AdamW(fused=True) on FP32 master weights, clip_grad_norm_, update copied back. "
+    "Samples in the order they came, prompts padded left and responses right, in micro-batches of at most "
+    "parallel.micro_batch_tokens padded tokens; logits of the response part only (logits_to_keep). One process, "
+    "every core. Timed: forward, loss, backward, clipping, update; not timed: padding. Ours is the whole train phase."
+)
+GENERATION = (
+    "Bare vLLM: LLM.generate in one process; same prompts, seeds, sampling, log-probs, dtype, threads, limits and "
+    "environment, no detokenisation on either side; weights from the same checkpoint, without the weight bridge. "
+    "Timed: LLM.generate alone. Ours is the whole generate phase: with tokenisation, HTTP and broadcast to the ranks."
+)
+
+
+class Yardstick:
+    """A yardstick process. A context manager: the process ends with the block, and with its owner in any case."""
+
+    def __init__(self, name: str, settings: dict[str, Any], env: dict[str, str], log: Path) -> None:
+        """Start it; the first :meth:`ask` waits until it is ready."""
+        self.name, self.log = name, log
+        with log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.yardsticks", name, json.dumps(settings), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=env,
+                text=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """One repetition. Raises RuntimeError with the log's place when the process has died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # told below, with the exit code
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the yardstick {self.name!r} ended with code {self.process.wait()}: see {self.log}")
+        return json.loads(answer)
+
+
+def training(config: Config, engine: EngineSettings, folder: Path, log: Path) -> Yardstick:
+    """Plain transformers on the model in ``folder`` with every core of this machine."""
+    settings = {
+        "model": str(folder),
+        "precision": config.precision.name,
+        "temperature": config.rollout.temperature,
+        "micro_batch_tokens": config.parallel.micro_batch_tokens,
+        "optimizer": asdict(config.optimizer),
+        "algorithm": asdict(config.algorithm),
+    }
+    env = {**environment(engine), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    env.pop("OMP_WAIT_POLICY", None)  # torch's own choice, as in a process that shares nothing
+    return Yardstick("training", settings, env, log)
+
+
+def generation(engine: EngineSettings, folder: Path, log: Path) -> Yardstick:
+    """Bare vLLM with the settings of ``engine`` on the model in ``folder``."""
+    return Yardstick("generation", {**asdict(engine), "model": str(folder)}, environment(engine), log)
+
+
+def padded_batches(lengths: Sequence[tuple[int, int]], limit: int) -> list[list[int]]:
+    """Consecutive samples, as many as fit into ``limit`` tokens once all are padded.
+
+    ``lengths``: (prompt, response) tokens of each sample. A batch of n takes n × (longest prompt + longest response).
+    """
+    batches: list[list[int]] = []
+    prompt = response = 0
+    for i, (p, r) in enumerate(lengths):
+        prompt, response = max(prompt, p), max(response, r)
+        if batches and (len(batches[-1]) + 1) * (prompt + response) <= limit:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            prompt, response = p, r
+    return batches
+
+
+def train(settings: dict[str, Any]) -> Any:
+    """The plain trainer: question {"sequences": [{prompt, response, values}]} → {seconds, loss, grad_norm, …}."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    from recipes.algorithms import algorithm
+
+    options = SimpleNamespace(**settings["algorithm"])
+    token_loss = algorithm(options.name).token_loss
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["precision"]]
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).train()
+    weights = list(model.parameters())
+    masters = weights if dtype is torch.float32 else [weight.detach().float().requires_grad_() for weight in weights]
+    adam = torch.optim.AdamW(
+        masters,
+        lr=options.learning_rate,
+        betas=tuple(settings["optimizer"]["betas"]),
+        eps=settings["optimizer"]["epsilon"],
+        weight_decay=settings["optimizer"]["weight_decay"],
+        fused=True,
+    )
+
+    def tensors(sequences: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Tokens and mask [n, prompt + response], mask of response tokens [n, response], values [all their tokens]."""
+        prompt = max(len(s["prompt"]) for s in sequences)
+        response = max(len(s["response"]) for s in sequences)
+        tokens = torch.zeros(len(sequences), prompt + response, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, s in enumerate(sequences):
+            start, end = prompt - len(s["prompt"]), prompt + len(s["response"])
+            tokens[row, start:end] = torch.tensor(s["prompt"] + s["response"])
+            mask[row, start:end] = 1
+        values = {name: torch.tensor([v for s in sequences for v in s["values"][name]]) for name in s["values"]}
+        return tokens, mask, mask[:, prompt:].bool(), values
+
+    def answer(question: dict[str, Any]) -> dict[str, Any]:
+        sequences = question["sequences"]
+        lengths = [(len(s["prompt"]), len(s["response"])) for s in sequences]
+        plan = padded_batches(lengths, settings["micro_batch_tokens"])
+        batches = [tensors([sequences[i] for i in indices]) for indices in plan]
+        total = 0.0
+        started = time.perf_counter()
+        for tokens, mask, responses, values in batches:
+            width = responses.shape[1]
+            output = model(tokens, attention_mask=mask, logits_to_keep=width + 1, use_cache=False)
+            logits = output.logits[:, :-1][responses].float()
+            if settings["temperature"] != 1.0:
+                logits = logits / settings["temperature"]
+            log_probs = -F.cross_entropy(logits, tokens[:, -width:][responses], reduction="none")
+            losses = token_loss(log_probs, SimpleNamespace(values=values), options)
+            loss = (losses * values["weight"]).sum()
+            loss.backward()
+            total += loss.item()
+        if masters is not weights:
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        grad_norm = torch.nn.utils.clip_grad_norm_(masters, settings["optimizer"]["clip_grad_norm"])
+        adam.step()
+        adam.zero_grad()
+        if masters is not weights:
+            with torch.no_grad():
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.copy_(master)
+        return {
+            "seconds": time.perf_counter() - started,
+            "loss": total,
+            "grad_norm": float(grad_norm),
+            "micro_batches": len(batches),
+            "tokens": sum(p + r for p, r in lengths),
+            "padded_tokens": sum(tokens.numel() for tokens, *_ in batches),
+        }
+
+    return answer
+
+
+def generate(settings: dict[str, Any]) -> Any:
+    """Bare vLLM: question {"requests", "sampling"} → {seconds, responses: token ids of each request}."""
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import tokens_input
+
+    llm = LLM(
+        model=settings["model"],
+        skip_tokenizer_init=True,
+        dtype=settings["dtype"],
+        tensor_parallel_size=settings["tensor_parallel_size"],
+        max_model_len=settings["max_model_len"],
+        max_num_seqs=settings["max_num_seqs"],
+        max_num_batched_tokens=settings["max_num_batched_tokens"],
+        enable_chunked_prefill=settings["device"] != "cpu",  # a seeded request's prompt can't be split on a CPU
+        kv_cache_memory_bytes=int(settings["kv_cache_gib"] * 2**30),
+        enforce_eager=settings["enforce_eager"],
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        disable_log_stats=True,
+        seed=0,
+    )
+
+    def answer(question: dict[str, Any]) -> dict[str, Any]:
+        sampling = question["sampling"]
+        prompts = [tokens_input(request["prompt_token_ids"]) for request in question["requests"]]
+        parameters = [
+            SamplingParams(
+                temperature=sampling["temperature"],
+                top_p=sampling["top_p"],
+                max_tokens=sampling["max_tokens"],
+                stop_token_ids=sampling["stop_token_ids"],
+                seed=request["seed"],
+                logprobs=0,
+                detokenize=False,
+            )
+            for request in question["requests"]
+        ]
+        llm.reset_prefix_cache()
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "responses": [list(output.outputs[0].token_ids) for output in outputs]}
+
+    return answer
+
+
+def main() -> None:
+    """One yardstick process: ``python -m benchmarks.yardsticks NAME SETTINGS_JSON OWNER_PID``."""
+    die_with(int(sys.argv[3]))
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what libraries print must not mix with the answers
+        answer = {"training": train, "generation": generate}[sys.argv[1]](json.loads(sys.argv[2]))
+        for line in sys.stdin:
+            answers.write(json.dumps(answer(json.loads(line))) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()

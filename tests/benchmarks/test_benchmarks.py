@@ -1,0 +1,143 @@
+"""The benchmarks' arithmetic and collection; nothing here measures time."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from benchmarks import demo_seeds, loop
+from benchmarks.yardsticks import padded_batches
+
+SCORE = {"mean": 0.25, "interval": [0.1, 0.4], "n": 20}
+GAIN = {"mean": 0.5, "interval": [0.2, 0.7], "n": 20}
+
+
+def text_of(*tables):
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(*tables)
+    return capture.get()
+
+
+def step_row(step, generate, train):
+    return {
+        "step": step,
+        "loss": 0.5,
+        "grad_norm": 2.0,
+        "time/step": 9.0,
+        "time/generate": generate,
+        "time/train": train,
+    }
+
+
+def plain(seconds):
+    keys = {"loss": 0.4, "grad_norm": 1.9, "micro_batches": 3, "tokens": 900, "padded_tokens": 1000}
+    return {"seconds": seconds, **keys}
+
+
+def bare(seconds):
+    return {"bare_seconds": seconds, "tokens": 300, "bare_tokens": 200, "samples": 4, "identical_samples": 3}
+
+
+def test_loop_pairs_each_step_with_its_yardsticks_and_leaves_out_the_warm_up():
+    rows = [step_row(1, 90.0, 90.0), step_row(2, 2.0, 6.0), step_row(3, 3.0, 4.0), step_row(4, 1.0, 5.0)]
+    answers = {
+        "training": [plain(s) for s in (1.0, 3.0, 4.0, 10.0)],
+        "generation": [bare(s) for s in (1.0, 2.0, 2.0, 2.0)],
+    }
+    result = loop.summarise(rows, answers)
+    assert result["phases"] == {
+        "generate": {"median": 2.0, "min": 1.0, "max": 3.0},
+        "train": {"median": 5.0, "min": 4.0, "max": 6.0},
+    }
+    # seconds: 6/3, 4/4, 5/10
+    assert result["training"]["ratio"] == {"median": 1.0, "min": 0.5, "max": 2.0}
+    assert result["training"]["met"]
+    # tokens/s: 150, 100, 300 against 100 each
+    assert result["generation"]["ratio"] == {"median": 1.5, "min": 1.0, "max": 3.0}
+    assert len(result["repetitions"]) == 3
+    assert result["repetitions"][0]["training"]["plain_loss"] == 0.4
+    shown = text_of(*loop.tables(result))
+    assert "1.500" in shown
+    assert "≤ 1.0" in shown
+
+
+def test_a_missed_goal_is_said():
+    rows = [step_row(1, 1.0, 1.0), step_row(2, 1.0, 2.0)]
+    result = loop.summarise(rows, {"training": [plain(1.0)] * 2, "generation": [bare(0.5)] * 2})
+    assert not result["training"]["met"]  # 2.0
+    assert not result["generation"]["met"]  # 300/s against 400/s
+    assert " no " in text_of(*loop.tables(result))
+
+
+def test_loop_refuses_a_run_without_a_measured_step_or_with_a_missing_answer():
+    with pytest.raises(ValueError, match="run 2 or more"):
+        loop.summarise([step_row(1, 1.0, 1.0)], {"training": [plain(1.0)], "generation": [bare(1.0)]})
+    with pytest.raises(ValueError, match="shorter"):
+        loop.summarise([step_row(1, 1.0, 1.0)] * 2, {"training": [plain(1.0)], "generation": [bare(1.0)] * 2})
+
+
+def test_padded_batches_hold_every_sample_once_and_keep_the_limit():
+    lengths = [(10, 6), (4, 20), (4, 2), (30, 3), (1, 1), (1, 1)]
+    found = padded_batches(lengths, 64)
+    # (10 + 20) × 2 = 60 fits and × 3 does not; (30 + 3) × 2 would be 66.
+    assert found == [[0, 1], [2], [3], [4, 5]]
+    assert padded_batches(lengths, 1000) == [[0, 1, 2, 3, 4, 5]]
+
+
+def demo_run(folder, rewards, response="hello", speed=1.0):
+    folder.mkdir()
+    rows = [
+        {
+            "step": i + 1,
+            "reward/mean": reward,
+            "response_length/mean": 10.0 + i,
+            "tokens_per_second": 100.0 * speed,
+            "time/step": 4.0 / speed,
+            "time/train": 2.0 / speed,
+        }
+        for i, reward in enumerate(rewards)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "response": response}) + "\n")
+    stage = {"safety": SCORE, "sampled": {"safety": SCORE}}
+    difference = {"safety": GAIN, "sampled": {"safety": GAIN}}
+    evaluation = {"base": stage, "before": stage, "after": stage, "difference": difference, "transcripts": ["long"]}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "finished.json").write_text(json.dumps({"minutes": 7.5, "overrides": ["seed=1"]}))
+    return folder
+
+
+def test_collect_takes_curves_lengths_and_scores_but_no_transcripts_or_times(tmp_path):
+    found = demo_seeds.collect(demo_run(tmp_path / "a", [0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert found["curves"] == {
+        "step": [1, 2, 3, 4, 5],
+        "reward/mean": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "response_length/mean": [10.0, 11.0, 12.0, 13.0, 14.0],
+    }
+    assert found["response_length"] == {"first": 11.0, "last": 13.0}
+    assert found["seconds_per_step"] == 4.0
+    assert found["minutes"] == 7.5
+    assert sorted(found["evaluation"]) == ["after", "base", "before", "difference"]
+
+
+def test_compare_ignores_times_and_names_the_first_differing_step(tmp_path):
+    first = demo_run(tmp_path / "a", [0.1, 0.2, 0.3])
+    second = demo_run(tmp_path / "b", [0.1, 0.2, 0.3], speed=3.0)
+    assert demo_seeds.compare(first, second) == {"identical": True, "differences": []}
+    third = demo_run(tmp_path / "c", [0.1, 0.25, 0.3], response="other")
+    assert demo_seeds.compare(first, third) == {
+        "identical": False,
+        "differences": ["reward/mean from step 2", "samples.jsonl"],
+    }
+    shorter = demo_run(tmp_path / "d", [0.1, 0.2])
+    assert "reward/mean from step 3" in demo_seeds.compare(first, shorter)["differences"]
+
+
+def test_the_table_has_every_seed_score_and_mode(tmp_path):
+    seeds = {str(n): demo_seeds.collect(demo_run(tmp_path / str(n), [0.1] * 4)) for n in (1, 2)}
+    shown = text_of(demo_seeds.table(seeds))
+    assert shown.count("safety, greedy") == shown.count("safety, sampled") == 2
+    assert shown.count("+0.500 [+0.200, +0.700]") == 4
+    assert "10.0 → 12.0" not in shown
+    assert shown.count("11.0 → 12.0") == 2

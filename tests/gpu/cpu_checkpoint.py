@@ -1,0 +1,46 @@
+"""The CPU half of the checkpoint test: ``python -m tests.gpu.cpu_checkpoint save|load MODEL_FOLDER FOLDER``.
+
+``save`` makes one update and a checkpoint, ``load`` reads one; either leaves the weights, by Hugging Face
+name, in ``weights.pt``.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from megatron_ext import platform
+
+platform.activate("cpu")
+
+import torch  # noqa: E402
+
+from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, parallel  # noqa: E402
+from tests.gpu.conftest import SETTINGS  # noqa: E402
+
+
+def main() -> None:
+    action, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    layout = parallel.initialize(tensor=1, pipeline=1, sequence=False, seed=1, timeout_seconds=120)
+    policy = model.build(hf_checkpoint.config(source), layout, "bf16", distributed_optimizer=True)
+    hf_checkpoint.load(policy.shards, source)
+    optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
+    optim.reload_model_params()
+    if action == "save":
+        draw = torch.Generator().manual_seed(1)
+        for parameter in policy.chunks[0].module.parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=draw))
+        optimizer.step(optim, schedule)
+        checkpoint.save(target, 1, policy, optim, schedule, keep=1)
+    else:
+        newest = checkpoint.latest(target)
+        assert newest is not None and checkpoint.load(newest, policy, optim, schedule) == 1
+    torch.save({s.blocks[0].hf_name: s.tensor for s in policy.shards}, target / "weights.pt")
+    parallel.destroy()
+
+
+if __name__ == "__main__":
+    main()

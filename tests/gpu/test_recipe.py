@@ -1,0 +1,45 @@
+"""The demo recipe on one GPU: the CPU run's command with another ``cluster`` and ``parallel``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def run_dir(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    overrides = ["cluster=slurm_h100", "cluster.ranks=1", "parallel=tp1", f"algorithm.steps={STEPS}"]
+    overrides += ["stage.sft.steps=2", f"run_dir={folder}"]
+    command = [sys.executable, "-m", "recipes.train", "recipe=demo", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder
+
+
+def test_the_run_measures_what_the_cpu_run_measures(run_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[0]["kl/reference"] == 0, "before the first update the policy is the reference"
+    assert rows[1]["kl/reference"] > 0
+    for row in rows:
+        assert 0 < row["logprob_gap/mean"] < 0.05 and row["grad_norm"] > 0 and row["sync/bytes"] > 2e8
+    machine = json.loads((run_dir / "environment.json").read_text())["machine"]
+    assert machine["processes"] == 1 and machine["device"].startswith("1 x NVIDIA")
+
+
+def test_the_trained_model_loads_in_transformers(run_dir: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 134_515_008
+
+
+def test_no_process_of_the_run_is_left(run_dir: Path) -> None:
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(p.info["cmdline"] or [])]
+    assert left == []

@@ -1,0 +1,101 @@
+"""vLLM on the GPU, fed from the trainer's GPU tensors through the shared-memory transport."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext import hf_checkpoint, model, packing, parallel, steps
+from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.sample import Prompt, Sample, Sampling
+from rollout.sampler import generate
+from rollout.weight_sync.bridge import WeightBridge
+from rollout.weight_sync.checksum import rectangle_checksum
+from tests.gpu.conftest import TINY
+
+SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
+PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
+
+
+class Rollout:
+    """A trainer model, an engine beside it on the same GPU, and the bridge between them."""
+
+    def __init__(self, policy: model.Model, engine: Engine) -> None:
+        self.policy, self.engine = policy, engine
+        self.bridge = WeightBridge(policy.shards, [engine], parallel.control_group())
+
+    def samples(self) -> list[Sample]:
+        return generate([self.engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
+
+    def digests(self) -> dict[str, str]:
+        (worker,) = self.engine.call("GET", "/weights/digest")["workers"]
+        return worker
+
+
+@pytest.fixture(scope="module")
+def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    settings = EngineSettings(
+        model=str(folder),
+        dtype="bfloat16",
+        max_model_len=96,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        kv_cache_gib=0.5,
+        device="cuda",
+    )
+    engine = Engine(settings, tmp_path_factory.mktemp("engine") / "engine_0.log")
+    try:
+        policy = model.build(hf_checkpoint.config(folder), layout, "bf16", distributed_optimizer=True)
+        hf_checkpoint.load(policy.shards, folder)
+        engine.wait_until_ready(time.monotonic() + 400)
+        made = Rollout(policy, engine)
+        made.bridge.sync(1)
+        yield made
+        made.bridge.close()
+    finally:
+        stop_engines([engine])
+
+
+def test_after_a_sync_vllm_holds_the_checkpoints_bits(rollout: Rollout) -> None:
+    """vLLM's checksums against those of the Hugging Face tensors, which never went through the trainer."""
+    found = rollout.engine.call("GET", "/weights/checksum")["tensors"]
+    plan = rollout.bridge.plan.tensors
+    expected = {
+        name: rectangle_checksum(tensor, (0,) * tensor.ndim, tuple(tensor.shape), plan[name].unit)
+        for name, tensor in TINY.model(0).state_dict().items()
+    }
+    assert found == expected
+
+
+def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(rollout: Rollout) -> None:
+    before = rollout.digests()
+    own = steps.copy_weights(rollout.policy)
+    for shard in rollout.policy.shards:
+        shard.tensor.mul_(1.5)
+    rollout.bridge.sync(2)
+    changed = rollout.digests()
+    assert all(changed[name] != digest for name, digest in before.items())
+    with torch.no_grad():
+        for shard, weight in zip(rollout.policy.shards, own, strict=True):
+            shard.tensor.copy_(weight)
+    rollout.bridge.sync(1)
+    assert rollout.digests() == before
+
+
+def test_the_same_batch_gives_the_same_bits(rollout: Rollout) -> None:
+    assert rollout.samples() == rollout.samples()
+
+
+def test_log_probs_of_samples_are_the_trainers(rollout: Rollout) -> None:
+    """The bounds of the CPU test: BF16's 8 bits at logits of order 10 (one rounding of a logit is up to 0.03)."""
+    samples = rollout.samples()
+    sequences = [packing.PackedSequence(list(s.prompt_token_ids), list(s.response_token_ids)) for s in samples]
+    (plan,) = packing.plan([len(s) for s in sequences], 1, 256)
+    batches = [packing.pack(sequences, indices, 1, 0, "cuda") for indices in plan]
+    gaps = []
+    for values, batch in zip(steps.log_probs(rollout.policy, batches), batches, strict=True):
+        theirs = torch.tensor([p for i in batch.indices for p in samples[i].logprobs])
+        gaps.append((values.cpu() - theirs).abs())
+    gap = torch.cat(gaps)
+    assert gap.mean() < 0.08 and gap.max() < 0.5

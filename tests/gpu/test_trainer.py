@@ -1,0 +1,190 @@
+"""The trainer on one GPU: Transformer Engine layers, NCCL, the distributed optimiser, checkpoints."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, packing, parallel, steps
+from megatron_ext.blocks import region
+from tests.gpu.conftest import SETTINGS, TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sequences() -> list[packing.PackedSequence]:
+    """Six prompts and responses of random tokens; weights make the loss the mean of token means."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 20, (6, 2), generator=draw).tolist()
+    tokens = [[torch.randint(0, TINY.vocab, (n,), generator=draw).tolist() for n in pair] for pair in lengths]
+    return [packing.PackedSequence(p, r, {"weight": [1 / (6 * len(r))] * len(r)}) for p, r in tokens]
+
+
+def micro_batches() -> list[packing.MicroBatch]:
+    (plan,) = packing.plan([len(s) for s in sequences()], 1, 64)
+    assert len(plan) > 1 and max(map(len, plan)) > 1, "several micro-batches, several sequences in one"
+    return [packing.pack(sequences(), indices, 1, 0, "cuda") for indices in plan]
+
+
+def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -(log_probs * batch.values["weight"]).sum(), {}
+
+
+def hugging_face(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """transformers' model with the same BF16 weights, computing in ``dtype``, and its log-probs of each response."""
+    network = TINY.model(0).to(dtype)
+    found = []
+    for s in sequences():
+        ids = torch.tensor([s.prompt + s.response])
+        scores = network(ids).logits[0].float().log_softmax(-1)
+        first = len(s.prompt) - 1
+        found.append(scores[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0])
+    return network, found
+
+
+def gradients_of_hugging_face(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    network, log_probs = hugging_face(dtype)
+    (-torch.stack([values.mean() for values in log_probs]).mean()).backward()
+    return {name: p.grad.float() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def ours(policy: model.Model) -> torch.Tensor:
+    """All log-probs in the order of the sequences."""
+    batches = micro_batches()
+    by_index = {}
+    for values, batch in zip(steps.log_probs(policy, batches), batches, strict=True):
+        by_index |= dict(zip(batch.indices, values.cpu().split(batch.lengths), strict=True))
+    return torch.cat([by_index[i] for i in sorted(by_index)])
+
+
+def weights(policy: model.Model) -> list[torch.Tensor]:
+    return [shard.tensor.clone() for shard in policy.shards]
+
+
+def test_the_process_group_is_nccl_and_its_sums_are_exact(layout: parallel.Parallel) -> None:
+    assert dist.get_backend() == "nccl"
+    values = torch.arange(1000.0, device="cuda")
+    dist.all_reduce(values)
+    assert torch.equal(values.cpu(), torch.arange(1000.0))
+    assert dist.get_backend(parallel.control_group()) == "gloo"
+
+
+def test_log_probs_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: model.Model) -> None:
+    exact = torch.cat(hugging_face(torch.float32)[1]).detach()
+    rounded = torch.cat(hugging_face(torch.bfloat16)[1]).detach()
+    error, allowed = (ours(policy) - exact).abs(), (rounded - exact).abs()
+    assert error.mean() <= 1.5 * allowed.mean()
+    assert error.max() <= 2 * allowed.max()
+
+
+def test_gradients_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: model.Model) -> None:
+    """Every parameter, mapped back to its Hugging Face name; distances relative to the norm of the FP32 gradient."""
+    exact, rounded = (gradients_of_hugging_face(dtype) for dtype in (torch.float32, torch.bfloat16))
+    steps.accumulate_gradients(policy, micro_batches(), loss)
+    seen = {name: torch.zeros_like(g) for name, g in exact.items()}
+    parameters = [p for chunk in policy.chunks for p in chunk.module.parameters()]
+    for shard, parameter in zip(policy.shards, parameters, strict=True):
+        for block in shard.blocks:
+            piece = parameter.main_grad[region(block.local_start, block.shape)].cpu()
+            seen[block.hf_name][region(block.hf_start, block.shape)] = piece
+    for name, gradient in exact.items():
+        distance, allowed = ((g[name] - gradient).norm() / gradient.norm() for g in (seen, rounded))
+        assert distance <= 1.5 * allowed + 0.01, name
+
+
+def test_one_step_of_the_distributed_optimizer_is_adamw(policy: model.Model) -> None:
+    """FP32 master weights: the new BF16 weight is the exact one, rounded once (by 2**-8 at most)."""
+    optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
+    optim.reload_model_params()
+    steps.accumulate_gradients(policy, micro_batches(), loss)
+    parameters = [p for chunk in policy.chunks for p in chunk.module.parameters()]
+    gradients = [p.main_grad.double().clone() for p in parameters]
+    before = [p.detach().double() for p in parameters]
+    norm = float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
+    assert optimizer.step(optim, schedule) == pytest.approx(norm, rel=1e-4)
+    for parameter, old, gradient in zip(parameters, before, gradients, strict=True):
+        g = gradient * min(1.0, SETTINGS.clip_grad_norm / norm)
+        decay = SETTINGS.weight_decay if old.ndim > 1 else 0.0
+        # The first step's bias-corrected moments are g and g²: AdamW, Loshchilov and Hutter 2019, algorithm 2.
+        new = old * (1 - SETTINGS.learning_rate * decay) - SETTINGS.learning_rate * g / (g.abs() + SETTINGS.epsilon)
+        assert not torch.equal(parameter.detach().double(), old)
+        torch.testing.assert_close(parameter.detach().double(), new, rtol=2**-8, atol=1e-4)
+
+
+def test_the_reference_swap_gives_the_weights_back_bit_for_bit(policy: model.Model, folder: Path) -> None:
+    before, first = weights(policy), ours(policy)
+    for shard in policy.shards:
+        shard.tensor.mul_(1.5)
+    with steps.weights_of(policy, steps.load_weights(policy, folder)):
+        assert all(torch.equal(a, b) for a, b in zip(weights(policy), before, strict=True))
+        assert torch.equal(ours(policy), first)
+    assert all(torch.equal(a, 1.5 * b) for a, b in zip(weights(policy), before, strict=True))
+
+
+def step_with_noise(policy: model.Model, optim: object, schedule: object, seed: int) -> None:
+    """One update from seeded gradients: attention kernels need not repeat their bits, the optimiser must."""
+    draw = torch.Generator(device="cuda").manual_seed(seed)
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+        for parameter in chunk.module.parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=draw, device="cuda"))
+    optimizer.step(optim, schedule)  # type: ignore[arg-type]
+
+
+def fresh(folder: Path, layout: parallel.Parallel) -> model.Model:
+    built = model.build(hf_checkpoint.config(folder), layout, "bf16", distributed_optimizer=True)
+    hf_checkpoint.load(built.shards, folder)
+    return built
+
+
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(folder: Path, layout: parallel.Parallel, tmp_path: Path) -> None:
+    first = fresh(folder, layout)
+    optim, schedule = optimizer.build(first, SETTINGS, steps=10)
+    optim.reload_model_params()
+    step_with_noise(first, optim, schedule, seed=1)
+    checkpoint.save(tmp_path, 1, first, optim, schedule, keep=1)
+    drawn = torch.rand(4, device="cuda")
+    step_with_noise(first, optim, schedule, seed=2)
+
+    second = fresh(folder, layout)
+    optim, schedule = optimizer.build(second, SETTINGS, steps=10)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert checkpoint.load(newest, second, optim, schedule) == 1
+    assert torch.equal(torch.rand(4, device="cuda"), drawn), "the RNG goes on where it was"
+    step_with_noise(second, optim, schedule, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(second), weights(first), strict=True))
+
+
+@pytest.mark.parametrize("direction", ["cpu to gpu", "gpu to cpu"])
+def test_a_checkpoint_moves_between_cpu_and_gpu(
+    direction: str, folder: Path, layout: parallel.Parallel, tmp_path: Path
+) -> None:
+    """The weights in the checkpoint differ from the folder's, and arrive on the other platform with the same bits."""
+
+    def on_the_cpu(action: str) -> None:
+        command = [sys.executable, "-m", "tests.gpu.cpu_checkpoint", action, str(folder), str(tmp_path)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+
+    here = fresh(folder, layout)
+    optim, schedule = optimizer.build(here, SETTINGS, steps=10)
+    optim.reload_model_params()
+    if direction == "cpu to gpu":
+        on_the_cpu("save")
+        newest = checkpoint.latest(tmp_path)
+        assert newest is not None
+        assert checkpoint.load(newest, here, optim, schedule) == 1
+    else:
+        step_with_noise(here, optim, schedule, seed=1)
+        checkpoint.save(tmp_path, 1, here, optim, schedule, keep=1)
+        on_the_cpu("load")
+    there = torch.load(tmp_path / "weights.pt", weights_only=True)
+    # The two platforms name fused norms differently; the Hugging Face names of their blocks are common.
+    mine = {s.blocks[0].hf_name: s.tensor.cpu() for s in here.shards}
+    assert mine.keys() == there.keys()
+    assert [name for name in mine if not torch.equal(mine[name], there[name])] == []
+    start = {s.blocks[0].hf_name: s.tensor.cpu() for s in fresh(folder, layout).shards}
+    assert not torch.equal(mine["model.norm.weight"], start["model.norm.weight"])

@@ -1,0 +1,133 @@
+"""What the ranks compute and what the tests compare: tiny models, layouts, and the one batch of sequences."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_ext.packing import PackedSequence
+
+WORLD = 4
+STEPS = 3
+# Enough to clip: the gradient norm of the random models is above 1.
+SETTINGS = {
+    "learning_rate": 1e-3,
+    "minimum_fraction": 0.1,
+    "warmup_fraction": 0.0,
+    "decay": "constant",
+    "betas": (0.9, 0.95),
+    "epsilon": 1e-8,
+    "weight_decay": 0.01,
+    "clip_grad_norm": 1.0,
+}
+# Three key-value groups and 130 tokens do not divide by 2 or 4: attention and vocabulary get padded. The untied model's
+# 132 tokens need no padding under any layout here, so its checkpoints may change layout.
+VOCAB = {"tied": 130, "untied": 132, "sharded": 132}
+
+
+def make_twins(folder: Path) -> None:
+    """Random Hugging Face models ``tied``, ``untied``, and ``sharded``: the untied one again, in several files."""
+    for name, tied, limit in (("tied", True, "5GB"), ("untied", False, "5GB"), ("sharded", False, "700KB")):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCAB[name],
+            hidden_size=192,
+            intermediate_size=240,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=32,
+            max_position_embeddings=128,
+            tie_word_embeddings=tied,
+            rms_norm_eps=1e-5,
+            initializer_range=0.1,
+        )
+        model = LlamaForCausalLM(config).float()
+        with torch.no_grad():
+            for parameter in (p for n, p in model.named_parameters() if "norm" in n):
+                parameter.normal_(1.0, 0.2)
+        model.save_pretrained(folder / name, max_shard_size=limit)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and how the batch goes through it; ``reverse`` turns the order of the sequences around."""
+
+    name: str
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    micro_batch_tokens: int = 64
+    reverse: bool = False
+    distributed_optimizer: bool = True
+    twin: str = "tied"
+    precision: str = "fp32"
+    temperature: float = 1.0
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+CASES = (
+    Case("one"),
+    Case("one-micro-batch", micro_batch_tokens=400),
+    Case("one-small-micro-batches", micro_batch_tokens=38),
+    Case("one-reversed", reverse=True),
+    Case("one-temperature", temperature=0.7),
+    Case("tp2-sp", tensor=2, sequence=True),
+    Case("tp3", tensor=3),
+    Case("tp3-sp-temperature", tensor=3, sequence=True, temperature=0.7),
+    Case("tp4-sp", tensor=4, sequence=True),
+    Case("pp2", pipeline=2),
+    Case("pp4", pipeline=4),
+    Case("dp2", data=2),
+    Case("dp2-reversed", data=2, reverse=True),
+    Case("dp2-whole-optimizer", data=2, distributed_optimizer=False),
+    Case("dp4", data=4),
+    Case("tp2-sp-dp2", tensor=2, data=2, sequence=True),
+    Case("tp2-sp-pp2", tensor=2, pipeline=2, sequence=True),
+    Case("pp2-dp2", pipeline=2, data=2),
+    Case("untied-one", twin="untied"),
+    Case("untied-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="untied"),
+    Case("sharded-tp2-dp2", tensor=2, data=2, twin="sharded"),
+    Case("bf16-one", precision="bf16"),
+    Case("bf16-tp2-sp", tensor=2, sequence=True, precision="bf16"),
+)
+
+# Checkpoints: who saves, and who goes on from it under the same layout and then under another one.
+TP2_SP_DP2 = Case("untied-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="untied")
+PP2_DP2 = Case("untied-pp2-dp2", pipeline=2, data=2, twin="untied")
+RESUMES = (TP2_SP_DP2, PP2_DP2, Case("bf16-pp2", pipeline=2, precision="bf16"))
+RELAYOUTS = (
+    (TP2_SP_DP2, Case("untied-tp4", tensor=4, twin="untied")),
+    (PP2_DP2, Case("untied-dp4", data=4, twin="untied")),
+)
+OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))
+PADDED_BUCKET = Case("tied-tp2-pp2", tensor=2, pipeline=2)
+
+
+def by_name(name: str) -> Case:
+    (found,) = (case for case in CASES if case.name == name)
+    return found
+
+
+def batch(case: Case) -> list[PackedSequence]:
+    """8 sequences of 6 to 38 tokens. ``weight`` makes the loss the mean over sequences of token means."""
+    generator = torch.Generator().manual_seed(0)
+    draw: Callable[[int], list[int]] = lambda n: torch.randint(0, VOCAB[case.twin], (n,), generator=generator).tolist()  # noqa: E731
+    lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
+    made = [PackedSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r}) for p, r in lengths]
+    return made[::-1] if case.reverse else made
+
+
+def original_index(case: Case, index: int) -> int:
+    """The place of a sequence of ``batch(case)`` in the batch that is not reversed."""
+    return 7 - index if case.reverse else index
+
+
+def renamed(case: Case, name: str) -> Case:
+    return replace(case, name=name)

@@ -1,0 +1,74 @@
+"""The tiny models, one launch of four ranks for all that needs several, and Hugging Face's answer to compare with."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.megatron_ext import cases
+from tests.megatron_ext.cases import Case
+from tests.megatron_ext.reference import Reference, train_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH_SECONDS = 900
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the models that ``cases.make_twins`` describes."""
+    folder = tmp_path_factory.mktemp("trainer")
+    cases.make_twins(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def launched(twins: Path) -> Path:
+    """The twins' folder after ``worker.py`` ran on four ranks: with results, exports and checkpoints."""
+    log = twins / "worker.log"
+    with log.open("w") as output:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cases.WORLD}"]
+        launcher = subprocess.Popen(
+            [*torchrun, "-m", "tests.megatron_ext.worker", str(twins)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = launcher.wait(LAUNCH_SECONDS)
+        finally:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+                launcher.wait()
+    assert code == 0, f"the ranks failed:\n{log.read_text()[-6000:]}"
+    return twins
+
+
+@pytest.fixture(scope="session")
+def results(launched: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """``results(name)`` is what each rank of a run found, by rank."""
+
+    @cache
+    def load(name: str) -> list[dict[str, Any]]:
+        files = sorted((launched / "results").glob(f"{name}.*.pt"))
+        assert files, f"the worker made nothing under the name {name}"
+        return [torch.load(file, weights_only=True) for file in files]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def reference(twins: Path) -> Callable[[Case], Reference]:
+    @cache
+    def compute(twin: str, precision: str, temperature: float) -> Reference:
+        return train_reference(twins / twin, Case("reference", twin=twin, precision=precision, temperature=temperature))
+
+    return lambda case: compute(case.twin, case.precision, case.temperature)

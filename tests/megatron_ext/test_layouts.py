@@ -1,0 +1,177 @@
+"""One update in any layout is Hugging Face's update: loss, log-probs, every gradient, every weight, padding included."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.megatron_ext import cases
+from tests.megatron_ext.cases import Case
+from tests.megatron_ext.reference import Reference, all_pieces, assemble
+
+Results = Callable[[str], list[dict[str, Any]]]
+References = Callable[[Case], Reference]
+
+FP32 = [case for case in cases.CASES if case.precision == "fp32"]
+BF16 = [case for case in cases.CASES if case.precision == "bf16"]
+every_case = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+fp32_cases = pytest.mark.parametrize("case", FP32, ids=lambda case: case.name)
+bf16_cases = pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
+
+
+def log_probs(ranks: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
+    """By sequence of the batch; tensor-parallel ranks that hold the same sequence must agree bit for bit."""
+    found: dict[int, torch.Tensor] = {}
+    for rank in ranks:
+        for index, values in rank["log_probs"].items():
+            assert torch.equal(found.setdefault(index, values), values)
+    return found
+
+
+def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Tensor → ‖found − expected‖ / ‖expected‖."""
+    return {name: float((found[name] - e).norm() / e.norm()) for name, e in expected.items()}
+
+
+def above(errors: dict[Any, float], bound: float) -> dict[Any, float]:
+    return {name: error for name, error in errors.items() if not error <= bound}
+
+
+@fp32_cases
+def test_loss_and_gradient_norm_equal_hugging_face(case: Case, results: Results, reference: References) -> None:
+    expected = reference(case)
+    assert min(expected.grad_norm) > cases.SETTINGS["clip_grad_norm"]  # clipping is at work
+    for rank in results(case.name):
+        assert rank["loss"] == pytest.approx(expected.loss, abs=2e-6)
+        assert rank["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-6)
+
+
+@fp32_cases
+def test_log_probs_equal_hugging_face(case: Case, results: Results, reference: References) -> None:
+    found, expected = log_probs(results(case.name)), reference(case).log_probs
+    assert found.keys() == expected.keys()
+    assert above({i: float((found[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
+
+
+# Reduce-scatter leaves each rank the sum of its own part of the gradients only, so these layouts show theirs in the weights.
+@pytest.mark.parametrize("case", [c for c in FP32 if c.data == 1 or not c.distributed_optimizer], ids=lambda c: c.name)
+def test_every_gradient_equals_hugging_face(case: Case, results: Results, reference: References) -> None:
+    expected = reference(case)
+    found = assemble(all_pieces(results(case.name), "gradients"), expected.start)
+    assert above(relative_errors(found, expected.gradients), 2e-6) == {}
+
+
+@fp32_cases
+def test_weights_after_three_steps_equal_torch_adamw(case: Case, results: Results, reference: References) -> None:
+    expected = reference(case)
+    found = assemble(all_pieces(results(case.name), "weights"), expected.start)
+    assert above({name: float((found[name] - e).abs().max()) for name, e in expected.weights.items()}, 1e-5) == {}
+
+
+@bf16_cases
+def test_bf16_follows_fp32_from_the_same_rounded_weights(
+    case: Case, results: Results, reference: References
+) -> None:
+    """Bounds for BF16 activations: 8 bits of mantissa, 4 layers, logits of order 1."""
+    ranks, expected = results(case.name), reference(case)
+    found = log_probs(ranks)
+    gaps = torch.cat([(found[i] - e).abs() for i, e in expected.log_probs.items()])
+    assert float(gaps.max()) < 0.1 and float(gaps.mean()) < 0.02
+    assert ranks[0]["loss"] == pytest.approx(expected.loss, abs=0.01)
+    assert ranks[0]["grad_norm"] == pytest.approx(expected.grad_norm, rel=0.02)
+    gradients = assemble(all_pieces(ranks, "gradients"), expected.start)
+    assert above(relative_errors(gradients, expected.gradients), 0.05) == {}
+    weights = assemble(all_pieces(ranks, "weights"), expected.start)
+    # A step moves no weight by more than the learning rate or so; the weights themselves are rounded to 8 bits.
+    most = {n: float((weights[n] - e).abs().max() - 2**-8 * e.abs().max()) for n, e in expected.weights.items()}
+    assert above(most, 2 * cases.STEPS * cases.SETTINGS["learning_rate"]) == {}
+
+
+@every_case
+def test_padding_stays_zero(case: Case, results: Results) -> None:
+    """Padded heads and vocabulary rows get no gradient and no decay, else they would no longer be neutral."""
+    ranks = results(case.name)
+    padded = sum(
+        math.prod(shape) - sum(math.prod(extent) for _, _, _, extent in blocks)
+        for rank in ranks
+        for _, shape, blocks in rank["blocks"]
+    )
+    assert (padded > 0) == (case.tensor in (2, 4) or (case.tensor == 3 and case.twin == "tied"))
+    assert all(rank["padding_is_zero"] for rank in ranks)
+
+
+@every_case
+def test_ranks_agree_on_the_micro_batches(case: Case, results: Results) -> None:
+    ranks = results(case.name)
+    plan = ranks[0]["plan"]
+    assert len(plan) == case.data
+    assert len({len(micro_batches) for micro_batches in plan}) == 1
+    assert Counter(i for micro_batches in plan for batch in micro_batches for i in batch) == Counter(range(8))
+    assert all(rank["plan"] == plan for rank in ranks)
+
+
+def test_the_cases_differ_in_how_the_batch_is_cut(results: Results) -> None:
+    """Else equal results would say nothing about micro-batches, order and ranks."""
+    plans = {name: results(name)[0]["plan"] for name in ("one", "one-micro-batch", "one-small-micro-batches", "dp2")}
+    assert len(plans["one-micro-batch"][0]) == 1
+    assert 1 < len(plans["one"][0]) < len(plans["one-small-micro-batches"][0])
+    on_rank = {name: {cases.original_index(cases.by_name(name), i) for m in plan[0] for i in m}
+               for name, plan in (("dp2", plans["dp2"]), ("dp2-reversed", results("dp2-reversed")[0]["plan"]))}  # fmt: skip
+    assert on_rank["dp2"] != on_rank["dp2-reversed"]
+
+
+@pytest.mark.parametrize("name", ["one-micro-batch", "one-small-micro-batches", "one-reversed"])
+def test_the_gradient_does_not_depend_on_micro_batches_or_order(
+    name: str, results: Results, reference: References
+) -> None:
+    like = reference(cases.by_name("one")).start
+    one, other = (assemble(all_pieces(results(n), "gradients"), like) for n in ("one", name))
+    assert above(relative_errors(other, one), 1e-6) == {}
+
+
+@pytest.mark.parametrize("name", ["dp2-reversed", "dp2-whole-optimizer", "dp4"])
+def test_the_update_does_not_depend_on_the_rank_of_a_sample(
+    name: str, results: Results, reference: References
+) -> None:
+    like = reference(cases.by_name("dp2")).start
+    two, other = (assemble(all_pieces(results(n), "weights"), like) for n in ("dp2", name))
+    assert above({n: float((two[n] - other[n]).abs().max()) for n in like}, 1e-5) == {}
+
+
+@every_case
+def test_metrics_named_max_take_the_maximum_over_micro_batches_and_ranks(case: Case, results: Results) -> None:
+    longest = max(len(s.response) for s in cases.batch(case))
+    assert all(rank["longest"] == [longest] * cases.STEPS for rank in results(case.name))
+
+
+@every_case
+def test_the_reference_policy_is_exact(case: Case, results: Results) -> None:
+    """With equal weights the reference's log-probs have the policy's bits, so KL is exactly 0 before the first update.
+    The weights come back bit for bit, after an error too."""
+    for rank in results(case.name):
+        assert rank["reference_log_probs_equal"]
+        assert rank["log_probs_moved"]
+        assert rank["own_weights_back"]
+        assert rank["own_weights_back_after_error"]
+
+
+@every_case
+def test_blocks_cover_every_hugging_face_element_once(case: Case, results: Results, reference: References) -> None:
+    """Over one data-parallel replica: matrices once in all (tied embeddings once per stage that has them), norms on every
+    tensor-parallel rank. No name is missing, none is invented, and no local element is covered twice."""
+    like = reference(case).start
+    times = {name: torch.zeros_like(tensor, dtype=torch.int32) for name, tensor in like.items()}
+    for rank in results(case.name):
+        for name, shape, blocks in rank["blocks"]:
+            local = torch.zeros(shape, dtype=torch.int32)
+            for hf_name, hf_start, local_start, extent in blocks:
+                times[hf_name][tuple(slice(a, a + n) for a, n in zip(hf_start, extent, strict=True))] += 1
+                local[tuple(slice(a, a + n) for a, n in zip(local_start, extent, strict=True))] += 1
+            assert local.max() <= 1, f"{name}: blocks overlap"
+    copies = {name: case.data * (case.tensor if tensor.dim() == 1 else 1) for name, tensor in like.items()}
+    if case.twin == "tied" and case.pipeline > 1:
+        copies["model.embed_tokens.weight"] *= 2
+    assert {name: sorted(set(t.flatten().tolist())) for name, t in times.items()} == {n: [c] for n, c in copies.items()}

@@ -1,0 +1,280 @@
+"""Run under torchrun on ``cases.WORLD`` ranks: every case and checkpoint scenario, one after the other.
+
+``worker.py FOLDER``: FOLDER has the twins; ``results/<name>.<rank>.pt`` is what each rank found. Ranks that a layout
+does not use wait.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext import platform
+
+platform.activate("cpu")
+
+from megatron_ext import checkpoint, collectives, hf_checkpoint, model, optimizer, packing, parallel, steps  # noqa: E402
+from megatron_ext.blocks import Shard, region  # noqa: E402
+from tests.megatron_ext import cases  # noqa: E402
+from tests.megatron_ext.cases import Case  # noqa: E402
+
+RANK = int(os.environ["RANK"])
+SEED = 1
+
+
+def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -(log_probs * batch.values["weight"]).sum(), {"longest/max": torch.tensor(float(max(batch.lengths)))}
+
+
+def pieces(shards: list[Shard], tensors: list[torch.Tensor]) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
+    """(HF name, start, values) of every block of this rank."""
+    return [
+        (b.hf_name, b.hf_start, tensor[region(b.local_start, b.shape)].clone())
+        for shard, tensor in zip(shards, tensors, strict=True)
+        for b in shard.blocks
+    ]
+
+
+def padding_is_zero(shard: Shard) -> bool:
+    rest = shard.tensor.clone()
+    for block in shard.blocks:
+        rest[region(block.local_start, block.shape)] = 0
+    return not rest.any().item()
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class Policy:
+    """A freshly built model with the twin's weights, its optimiser and this rank's micro-batches."""
+
+    def __init__(self, folder: Path, case: Case, layout: parallel.Parallel) -> None:
+        self.case, self.twin = case, folder / case.twin
+        hf = hf_checkpoint.config(self.twin)
+        self.model = model.build(hf, layout, case.precision, case.distributed_optimizer)
+        hf_checkpoint.load(self.model.shards, self.twin)
+        self.optimizer, self.schedule = optimizer.build(
+            self.model, optimizer.OptimizerSettings(**cases.SETTINGS), steps=10
+        )
+        self.optimizer.reload_model_params()
+        sequences = cases.batch(case)
+        self.plan = packing.plan([len(s) for s in sequences], layout.data, case.micro_batch_tokens)
+        device = platform.current().device()
+        self.micro = [packing.pack(sequences, i, layout.tensor, 0, device) for i in self.plan[layout.data_rank]]
+
+    def weights(self) -> list[torch.Tensor]:
+        return steps.copy_weights(self.model)
+
+    def log_probs(self) -> list[torch.Tensor]:
+        return steps.log_probs(self.model, self.micro, self.case.temperature)
+
+    def gradients(self) -> dict[str, float]:
+        return steps.accumulate_gradients(self.model, self.micro, loss, self.case.temperature)
+
+    def train(self, count: int) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of ``count`` steps."""
+        return [(self.gradients()["loss"], optimizer.step(self.optimizer, self.schedule)) for _ in range(count)]
+
+    def save(self, folder: Path, step: int, keep: int) -> None:
+        checkpoint.save(folder, step, self.model, self.optimizer, self.schedule, keep)
+
+    def load(self, folder: Path) -> int:
+        newest = checkpoint.latest(folder)
+        assert newest is not None
+        return checkpoint.load(newest, self.model, self.optimizer, self.schedule)
+
+
+def numbers_read(policy: Policy) -> int:
+    """Load the twin again and count the numbers that safetensors hands out."""
+    counted = 0
+
+    class Counting:
+        def __init__(self, source: Any) -> None:
+            self.source = source
+
+        def get_shape(self) -> list[int]:
+            return self.source.get_shape()
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            nonlocal counted
+            piece = self.source[index]
+            counted += piece.numel()
+            return piece
+
+    @contextmanager
+    def counting_open(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with real_open(*args, **kwargs) as tensors:
+            # Only slices are offered: asking for a whole tensor fails.
+            yield type("Slices", (), {"get_slice": staticmethod(lambda name: Counting(tensors.get_slice(name)))})
+
+    real_open = hf_checkpoint.safe_open
+    hf_checkpoint.safe_open = counting_open
+    try:
+        hf_checkpoint.load(policy.model.shards, policy.twin)
+    finally:
+        hf_checkpoint.safe_open = real_open
+    return counted
+
+
+def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    policy = Policy(folder, case, layout)
+    shards = policy.model.shards
+    found: dict[str, Any] = {"plan": policy.plan, "loss": [], "grad_norm": [], "longest": []}
+    found["blocks"] = [
+        (s.name, tuple(s.tensor.shape), [(b.hf_name, b.hf_start, b.local_start, b.shape) for b in s.blocks])
+        for s in shards
+    ]
+    found["numbers_read"] = numbers_read(policy)
+    hf_checkpoint.export(shards, policy.twin, folder / "exports" / case.name, writes=layout.data_rank == 0)
+
+    first = policy.log_probs()
+    found["log_probs"] = {
+        cases.original_index(case, index): values
+        for log_probs, m in zip(first, policy.micro, strict=False)  # none off the last pipeline stage
+        for index, values in zip(m.indices, log_probs.split(m.lengths), strict=True)
+    }
+    for step in range(cases.STEPS):
+        sums = policy.gradients()
+        found["loss"].append(sums["loss"])
+        found["longest"].append(sums["longest/max"])
+        if step == 0 and (case.data == 1 or not case.distributed_optimizer):
+            parameters = [p for chunk in policy.model.chunks for p in chunk.module.parameters()]
+            found["gradients"] = pieces(shards, [p.main_grad for p in parameters])
+        found["grad_norm"].append(optimizer.step(policy.optimizer, policy.schedule))
+    found["weights"] = pieces(shards, [s.tensor for s in shards])
+    found["padding_is_zero"] = all(padding_is_zero(s) for s in shards)
+
+    # The reference policy is the one that training began with.
+    trained = policy.weights()
+    reference = steps.load_weights(policy.model, policy.twin)
+    moved = policy.log_probs()
+    with steps.weights_of(policy.model, reference):
+        found["reference_log_probs_equal"] = equal(policy.log_probs(), first)
+    found["log_probs_moved"] = not moved or not equal(moved, first)
+    found["own_weights_back"] = equal(policy.weights(), trained) and not equal(trained, reference)
+    try:
+        with steps.weights_of(policy.model, reference):
+            raise KeyError("on purpose")
+    except KeyError:
+        found["own_weights_back_after_error"] = equal(policy.weights(), trained)
+    return found
+
+
+def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Save twice around an interrupted save, go on; start anew from the checkpoint, go on: both must be the same."""
+    to = folder / "checkpoints" / case.name
+    policy = Policy(folder, case, layout)
+    policy.train(1)
+    policy.save(to, 1, keep=2)
+    policy.train(1)
+    if dist.get_rank() == 0:
+        (to / "step_000009").mkdir()  # what an interrupted save leaves
+    dist.barrier()
+    latest_with_interrupted = checkpoint.latest(to)
+    policy.save(to, 2, keep=2)
+    policy.train(1)
+    policy.save(to, 3, keep=2)
+    saved, drawn = policy.weights(), torch.rand(4)
+    went_on, after = policy.train(2), policy.weights()
+
+    again = Policy(folder, case, layout)
+    torch.manual_seed(RANK + 77)
+    step = again.load(to)
+    found = {
+        "step": step,
+        "loaded": equal(again.weights(), saved),
+        "random_numbers": torch.equal(torch.rand(4), drawn),
+        "went_on": went_on,
+        "resumed": again.train(2),
+        "same_weights": equal(again.weights(), after),
+        "weights": pieces(again.model.shards, after),
+        "latest_with_interrupted": latest_with_interrupted.name if latest_with_interrupted else None,
+        "folders": sorted(p.name for p in to.iterdir()),
+    }
+    dist.barrier()
+    return found
+
+
+def run_relayout(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    policy = Policy(folder, case, layout)
+    step = policy.load(folder / "checkpoints" / saved.name)
+    resumed = policy.train(2)
+    return {"step": step, "resumed": resumed, "weights": pieces(policy.model.shards, policy.weights())}
+
+
+def error_text(work: Callable[[], Any]) -> str:
+    """Type and text of the error that ``work`` raises."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def run_other_padding(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    policy = Policy(folder, case, layout)
+    return {"error": error_text(lambda: policy.load(folder / "checkpoints" / saved.name))}
+
+
+def run_padded_bucket(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    policy = Policy(folder, case, layout)
+    return {"error": error_text(lambda: policy.save(folder / "checkpoints" / case.name, 1, keep=1))}
+
+
+def run_collectives(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    group = parallel.control_group()
+
+    def fails() -> None:
+        raise OSError("the engine is gone")
+
+    return {
+        "gathered": collectives.all_gather_json({"rank": RANK, "text": "ö" * RANK}, group),
+        "from_rank_zero": collectives.from_rank_zero(lambda: {"who": RANK, "many": list(range(1000))}, group),
+        "error": error_text(lambda: collectives.from_rank_zero(fails, group)),
+        "after_error": collectives.from_rank_zero(lambda: "goes on", group),
+        "second_platform": error_text(lambda: platform.activate("cuda")),
+        "same_platform": platform.activate("cpu") is platform.current(),
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    (folder / "results").mkdir(exist_ok=True)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=600)
+    )
+    # A layout is destroyed behind each run, so each run finds a fresh process.
+    runs: list[tuple[str, Case, Callable[..., dict[str, Any]], tuple[Case, ...]]] = [
+        ("collectives", Case("collectives", data=4), run_collectives, ()),
+        *((case.name, case, run_case, ()) for case in cases.CASES),
+        *((f"resume-{case.name}", case, run_resume, ()) for case in cases.RESUMES),
+        *((f"relayout-{case.name}", case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS),
+        ("other-padding", cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),
+        ("padded-bucket", cases.PADDED_BUCKET, run_padded_bucket, ()),
+    ]
+    for name, case, work, others in runs:
+        if case.ranks > RANK:
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore(name, store),
+                rank=RANK,
+                world_size=case.ranks,
+                timeout=timedelta(seconds=600),
+            )
+            layout = parallel.initialize(case.tensor, case.pipeline, case.sequence, SEED, timeout_seconds=600)
+            torch.save(work(folder, *others, case, layout), folder / "results" / f"{name}.{RANK}.pt")
+            dist.barrier()
+            parallel.destroy()
+        store.set(f"done/{name}/{RANK}", "1")
+        store.wait([f"done/{name}/{rank}" for rank in range(cases.WORLD)])
+
+
+if __name__ == "__main__":
+    main()

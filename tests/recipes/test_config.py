@@ -1,0 +1,232 @@
+"""The configuration: what stands in conf/ is what the code reads, and what can't work stops with a useful line."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from recipes.config import Config, ConfigError, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+GROUPS = "recipe stage model algorithm rewards parallel precision rollout data cluster logger".split()
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's data paths are relative to it."""
+    monkeypatch.chdir(ROOT)
+
+
+def configured(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return parse(compose("config", overrides=["recipe=demo", *overrides]))
+
+
+def paths(type_: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every field below a dataclass: dotted path and field."""
+    hints = get_type_hints(type_)
+    for field in fields(type_):
+        hint = next((arg for arg in get_args(hints[field.name]) if is_dataclass(arg)), hints[field.name])
+        if is_dataclass(hint):
+            yield from paths(hint, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def yaml_keys(value: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all mappings' keys in a YAML value."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield f"{prefix}{key}"
+            yield from yaml_keys(below, f"{prefix}{key}.")
+
+
+FIELDS = dict(paths(Config))
+
+
+def test_the_demo_is_what_its_files_say() -> None:
+    config = configured()
+    assert config.recipe.name == "demo"
+    assert config.run_dir == "runs/demo"
+    assert config.stage.names == ["sft", "rl"]
+    assert config.parallel.tensor > 1
+    assert config.parallel.sequence
+    assert config.parallel.distributed_optimizer
+    assert config.algorithm.name == "grpo"
+    assert config.resume is False
+
+
+def test_overrides_work_as_people_know_them() -> None:
+    config = configured("algorithm.learning_rate=2e-6", "parallel.tensor=1", "parallel.sequence=false", "stage=rl")
+    assert config.algorithm.learning_rate == 2e-6
+    assert (config.parallel.tensor, config.parallel.sequence) == (1, False)
+    assert (config.stage.names, config.stage.sft) == (["rl"], None)
+
+
+def test_groups_are_the_ones_that_people_are_told_of() -> None:
+    assert sorted({group for group, _ in OPTIONS}) == sorted(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_every_value_has_a_typed_field(group: str, option: str) -> None:
+    chosen = [] if group == "recipe" else [f"{group}={option}"]
+    config = configured(f"recipe={option if group == 'recipe' else 'demo'}", *chosen, "cluster.ranks=8")
+    content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    content.pop("defaults", None)
+    for key in yaml_keys(content if group == "recipe" else {group: content}):
+        value: Any = config
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+
+
+def test_no_field_has_a_default_in_code() -> None:
+    defaults = {path for path, field in FIELDS.items() if field.default is not MISSING}
+    assert defaults == {"model.gguf_package", "model.gguf_file"}  # null: an ordinary model is not made from a package
+    assert all(field.default_factory is MISSING for field in FIELDS.values())
+
+
+def test_every_field_stands_in_its_group_or_in_the_main_file() -> None:
+    main = yaml.safe_load((CONF / "config.yaml").read_text())
+    shared = {key for key in yaml_keys({k: v for k, v in main.items() if k not in ("defaults", "hydra")})}
+    of_groups = {
+        f"{group}.{key}"
+        for group, option in OPTIONS
+        if group != "recipe"
+        for key in yaml_keys(yaml.safe_load((CONF / group / f"{option}.yaml").read_text()))
+    }
+    assert not {key.partition(".")[0] for key in shared} & set(GROUPS), "a group's default belongs into the group"
+    assert set(FIELDS) - shared - of_groups == {"recipe.name"}, "which each recipe sets"
+
+
+def test_a_default_stands_once() -> None:
+    """Options that are derived from another one repeat none of its values."""
+    for group, option in OPTIONS:
+        content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+        parents = [name for name in content.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
+        for parent in parents:
+            inherited = yaml.safe_load((CONF / group / f"{parent}.yaml").read_text())
+            repeated = {key for key, value in content.items() if inherited.get(key) == value}
+            assert not repeated, f"{group}/{option}.yaml repeats {repeated} of {parent}.yaml"
+
+
+def test_every_field_is_read_somewhere() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "recipes").rglob("*.py") if path.name != "config.py")
+    # A field that only a check reads is no setting.
+    unread = [path for path in FIELDS if not re.search(rf"\.{path.rpartition('.')[2]}\b", code)]
+    assert unread == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "value", "remedy"),
+    [
+        (["cluster.platform=tpu"], "cluster.platform", "tpu", "use one of cpu, cuda"),
+        (["precision.name=fp8"], "precision.name", "fp8", "use one of bf16, fp32"),
+        (["algorithm.decay=step"], "algorithm.decay", "step", "use one of constant, linear, cosine"),
+        (["stage.sft.decay=step"], "stage.sft.decay", "step", "use one of constant, linear, cosine"),
+        (["stage.names=[sft,dpo]"], "stage.names", "dpo", "use one of sft, rl"),
+        (["stage.names=[]"], "stage.names", "[]", "at least one of sft, rl"),
+        (["stage=rl", "stage.names=[sft]"], "stage.sft", "empty", "stage=sft_rl"),
+        (["algorithm.steps=0"], "algorithm.steps", "0", "above 0"),
+        (["algorithm.prompts_per_step=0"], "algorithm.prompts_per_step", "0", "above 0"),
+        (["algorithm.learning_rate=-1e-6"], "algorithm.learning_rate", "-1e-06", "above 0"),
+        (["algorithm.clip_ratio=0"], "algorithm.clip_ratio", "0.0", "above 0"),
+        (["algorithm.samples_per_prompt=1"], "algorithm.samples_per_prompt", "1", "at least 2"),
+        (["algorithm.kl_coefficient=-1"], "algorithm.kl_coefficient", "-1.0", "0 or more"),
+        (["algorithm.warmup_fraction=1"], "algorithm.warmup_fraction", "1.0", "in [0, 1)"),
+        (["algorithm.minimum_fraction=1.5"], "algorithm.minimum_fraction", "1.5", "in [0, 1]"),
+        (["stage.sft.steps=0"], "stage.sft.steps", "0", "above 0"),
+        (["stage.sft.rows_per_step=0"], "stage.sft.rows_per_step", "0", "above 0"),
+        (["stage.sft.learning_rate=0"], "stage.sft.learning_rate", "0.0", "above 0"),
+        (["stage.sft.warmup_fraction=-0.1"], "stage.sft.warmup_fraction", "-0.1", "in [0, 1)"),
+        (["stage.sft.minimum_fraction=2"], "stage.sft.minimum_fraction", "2.0", "in [0, 1]"),
+        (["parallel.tensor=0"], "parallel.tensor", "0", "above 0"),
+        (["parallel.pipeline=-1"], "parallel.pipeline", "-1", "above 0"),
+        (["parallel.tensor=3"], "cluster.ranks", "2", "a multiple of 3 ranks"),
+        (["parallel.tensor=1"], "parallel.sequence", "true", "parallel.sequence=false"),
+        (["parallel.micro_batch_tokens=50"], "parallel.micro_batch_tokens", "50", "use at least that"),
+        (["rollout.engines=0", "rollout.threads=1"], "rollout.engines", "0", "above 0"),
+        (["rollout.tensor=0"], "rollout.tensor", "0", "above 0"),
+        (["rollout.max_response_tokens=0"], "rollout.max_response_tokens", "0", "above 0"),
+        (["rollout.temperature=0"], "rollout.temperature", "0.0", "above 0"),
+        (["rollout.top_p=1.1"], "rollout.top_p", "1.1", "in (0, 1]"),
+        (["data.max_prompt_tokens=0"], "data.max_prompt_tokens", "0", "above 0"),
+        (["data.evaluation_samples=0"], "data.evaluation_samples", "0", "above 0"),
+        (["data.mix.harmful=0"], "data.mix", "'harmful': 0", "at least 1"),
+        (["data.sft=gone.jsonl"], "data.sft", "gone.jsonl", "no such file in"),
+        (["data.prompts=gone.jsonl"], "data.prompts", "gone.jsonl", "no such file in"),
+        (["data.evaluation=gone.jsonl"], "data.evaluation", "gone.jsonl", "no such file in"),
+        (["cluster.ranks=0", "cluster.threads=1"], "cluster.ranks", "0", "above 0"),
+        (["cluster.threads=0"], "cluster.threads", "0", "above 0"),
+        (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "10", "fewer ranks"),
+        (["checkpoint.every_steps=0"], "checkpoint.every_steps", "0", "above 0"),
+        (["checkpoint.keep=0"], "checkpoint.keep", "0", "above 0"),
+        (["optimizer.betas=[0.9]"], "optimizer.betas", "[0.9]", "two values in [0, 1)"),
+        (["optimizer.betas=[0.9,1.0]"], "optimizer.betas", "[0.9, 1.0]", "two values in [0, 1)"),
+        (["+algorithm.foo=1"], "algorithm.foo", "'foo'", "the fields are listed in conf/"),
+        (["algorithm.steps=many"], "algorithm.steps", "'many'", "Integer"),
+        (["parallel.sequence=perhaps"], "parallel.sequence", "perhaps", "bool"),
+        (["seed=null"], "seed", "None", "int"),
+        (
+            ["rollout.max_response_tokens=???"],
+            "rollout.max_response_tokens",
+            "missing",
+            "the fields are listed in conf/",
+        ),
+    ],
+)
+def test_impossible_values_name_field_value_and_remedy(
+    overrides: list[str], field: str, value: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured(*overrides)
+    text = str(caught.value)
+    assert text.startswith(field)
+    assert value in text
+    assert remedy in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["algorithm.lerning_rate=1"],
+            "error: algorithm.lerning_rate=1: no such field; the fields are listed in conf/",
+        ),
+        (["nonsense=1"], "error: nonsense=1: no such field; the fields are listed in conf/"),
+        (["+algorithm.foo=1"], "error: algorithm.foo: Key 'foo' not in 'AlgorithmConfig'; the fields are listed"),
+        (["parallel=tp3"], "error: In 'config': Could not find 'parallel/tp3' Available options in 'parallel': "),
+        (["algorithm.steps=0"], "error: algorithm.steps=0: must be above 0"),
+        (["algorithm.name=gpro"], "error: algorithm.name='gpro': no module recipes.algorithms.gpro; use grpo or"),
+        (["algorithm.prompts_per_step=1000"], "error: data.mix has 'harmful', of which data.prompts holds "),
+        (["+data.scores.wit=[benign]"], "error: rewards.mix, data.scores: unknown verifier 'wit' ("),
+        (["data.scores.safety=[none]"], "error: data.scores.safety=['none']: recipes/data/demo/eval.jsonl has rows"),
+        (["data.sft=recipes/data/demo/rl.jsonl"], "error: recipes/data/demo/rl.jsonl:1: field 'response' is missing"),
+    ],
+)
+def test_the_command_stops_at_once_with_one_line(overrides: list[str], line: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipes.train", "recipe=demo", f"run_dir={tmp_path / 'run'}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    assert done.stdout.startswith(line)
+    assert done.stdout.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    """On the terminal, though libraries' warnings go to a log by then."""
+    command = [sys.executable, "-m", "recipes.train", "recipe=demo", f"run_dir={tmp_path / 'run'}"]
+    command += [f"model.path={tmp_path / 'gone'}", "model.gguf_package=null"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith(f"error: model.path='{tmp_path / 'gone'}': no config.json there;")

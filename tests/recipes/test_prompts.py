@@ -1,0 +1,146 @@
+"""Rows in a fixed order that is a function of seed and position, and their token ids."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipes.config import ConfigError
+from recipes.data.prompts import (
+    SFT_FIELDS,
+    interleaved,
+    load_rows,
+    mixed,
+    prompt_tokens,
+    response_tokens,
+    shuffled,
+)
+from tests.recipes import tiny
+
+MIX = {"harmful": 3, "borderline": 2, "benign": 2, "task": 3}
+ROW = {"id": "a", "label": "safety", "kind": "benign", "prompt": "p"}
+
+
+def rows_of(counts: dict[str, int]) -> list[dict[str, Any]]:
+    return [{"id": f"{kind}{i}", "kind": kind} for kind, count in counts.items() for i in range(count)]
+
+
+def ids(rows: Any) -> list[str]:
+    return [row["id"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny.make_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], r"rows\.jsonl: holds no rows"),
+        ([json.dumps(ROW), "{"], r"rows\.jsonl:2: not JSON"),
+        (["[1]"], r"rows\.jsonl:1: not a JSON object but list"),
+        ([json.dumps({**ROW, "kind": ""})], r"rows\.jsonl:1: field 'kind' is missing or empty; every row needs"),
+        ([json.dumps({**ROW, "prompt": 3})], r"rows\.jsonl:1: field 'prompt' is missing or empty"),
+        ([json.dumps({k: v for k, v in ROW.items() if k != "label"})], r"rows\.jsonl:1: field 'label' is missing"),
+        ([json.dumps(ROW), json.dumps(ROW)], r"rows\.jsonl:2: id 'a' occurs twice; make ids unique"),
+    ],
+)
+def test_a_broken_file_is_named_with_line_and_field(tmp_path: Path, lines: list[str], message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=message):
+        load_rows(str(path))
+
+
+def test_rows_are_loaded_in_order_with_all_their_fields(tmp_path: Path) -> None:
+    rows = [{**ROW, "id": str(i), "keywords": ["ü"]} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert load_rows(str(path)) == rows
+    with pytest.raises(ConfigError, match="'response' is missing"):
+        load_rows(str(path), SFT_FIELDS)
+
+
+@given(size=st.integers(1, 12), start=st.integers(0, 40), count=st.integers(0, 40), seed=st.integers(0, 5))
+def test_shuffled_is_one_stream_cut_anywhere(size: int, start: int, count: int, seed: int) -> None:
+    rows = rows_of({"a": size})
+    stream = shuffled(rows, 0, start + count, seed)
+    assert shuffled(rows, start, count, seed) == stream[start:]
+    for epoch in range(len(stream) // size):
+        assert sorted(ids(stream[epoch * size : (epoch + 1) * size])) == sorted(ids(rows))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    rows = rows_of({"a": 20})
+    first, second = shuffled(rows, 0, 20, 1), shuffled(rows, 20, 20, 1)
+    assert first != second
+    assert first != shuffled(rows, 0, 20, 2)
+    assert first != rows
+
+
+def test_mixed_keeps_the_shares_exactly_and_spreads_them() -> None:
+    cycle = interleaved(MIX)
+    assert Counter(cycle) == MIX
+    assert all(a != b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True))
+    rows = rows_of(dict.fromkeys(MIX, 12))
+    for step in range(7):
+        assert Counter(row["kind"] for row in mixed(rows, MIX, step, 10, 1)) == MIX
+
+
+@given(count=st.integers(1, 20), seed=st.integers(0, 3))
+def test_mixed_steps_are_cuts_of_one_stream_that_covers_each_kind_per_epoch(count: int, seed: int) -> None:
+    sizes = {"harmful": 6, "borderline": 5, "benign": 4, "task": 7}
+    rows = rows_of(sizes)
+    steps = -(-60 // count)
+    stream = [row for step in range(steps) for row in mixed(rows, MIX, step, count, seed)]
+    for kind, size in sizes.items():
+        of_kind = ids(row for row in stream if row["kind"] == kind)
+        for epoch in range(len(of_kind) // size):
+            assert len(set(of_kind[epoch * size : (epoch + 1) * size])) == size
+    for end in range(0, len(stream), 10):
+        assert Counter(row["kind"] for row in stream[:end]) == {k: n * (end // 10) for k, n in MIX.items() if end}
+
+
+@given(count=st.integers(1, 20), step=st.integers(0, 50), seed=st.integers(0, 3))
+def test_no_prompt_occurs_twice_in_a_step_within_an_epoch(count: int, step: int, seed: int) -> None:
+    """A step that spans two epochs of a kind may draw a prompt at the end of one and the start of the next."""
+    rows = rows_of(dict.fromkeys(MIX, 6))
+    batch = mixed(rows, MIX, step, count, seed)
+    assert len(batch) == count
+    assert len(set(ids(batch))) == count
+
+
+def test_a_kind_with_too_few_rows_is_refused() -> None:
+    rows = rows_of({**dict.fromkeys(MIX, 6), "task": 2})
+    with pytest.raises(ConfigError, match="'task', of which data.prompts holds 2 rows and one step may need 3"):
+        mixed(rows, MIX, 0, 10, 1)
+    with pytest.raises(ConfigError, match="'joke', of which data.prompts holds 0 rows"):
+        mixed(rows, {"joke": 1}, 0, 1, 1)
+
+
+def test_prompt_tokens_are_the_chat_template_with_an_open_answer(tokenizer: Any) -> None:
+    found = prompt_tokens(tokenizer, {"id": "x", "prompt": "the task prompt 1"}, 40)
+    text = "<|im_start|>user\nthe task prompt 1<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(found) == text
+    assert found == tokenizer.encode(text, add_special_tokens=False)
+    assert found.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_prompt_that_is_too_long_is_named(tokenizer: Any) -> None:
+    row = {"id": "x", "prompt": "the task prompt 1"}
+    length = len(prompt_tokens(tokenizer, row, 40))
+    assert len(prompt_tokens(tokenizer, row, length)) == length
+    with pytest.raises(ConfigError, match=rf"row 'x' has {length} prompt tokens, data.max_prompt_tokens={length - 1}"):
+        prompt_tokens(tokenizer, row, length - 1)
+
+
+def test_response_tokens_end_the_turn_once(tokenizer: Any) -> None:
+    found = response_tokens(tokenizer, {"id": "x", "response": "the answer"})
+    assert found[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(found[:-1]) == "the answer"
+    assert tokenizer.eos_token_id not in found[:-1]

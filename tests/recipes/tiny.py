@@ -1,0 +1,228 @@
+"""A tiny random Llama with a tokenizer and data sets of its own, and whole runs on it, started as a user starts them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rewards.verdict import Row, Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KINDS = {"harmful": "safety", "borderline": "safety", "benign": "safety", "task": "general_rule"}
+LETTERS = "tests.recipes.tiny.letters"
+
+
+def letters(row: Row, response: str) -> Verdict:
+    """A verifier of the tests, which even a random model does not always fail: the share of ASCII letters."""
+    good = sum(character.isascii() and character.isalpha() for character in response)
+    return Verdict(good / max(len(response), 1), "some letters" if good else "no letters")
+
+
+def make_tokenizer() -> Any:
+    """Byte-level BPE with a few merges and ChatML's special tokens: most id sequences are not what encoding would give."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    tokenizer.train_from_iterator([row["prompt"] for row in make_rows(4)] + ["user", "assistant"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+
+
+def make_rows(per_kind: int) -> list[dict[str, Any]]:
+    """Rows of the demo's schema, ``per_kind`` of each kind."""
+    return [
+        {"id": f"{kind}-{i}", "label": label, "kind": kind, "prompt": f"the {kind} prompt {i}"}
+        | ({"answer": str(i)} if kind == "task" else {"keywords": ["prompt", kind]})
+        for kind, label in KINDS.items()
+        for i in range(per_kind)
+    ]
+
+
+def make(folder: Path) -> None:
+    """Write ``model/``, ``sft.jsonl``, ``rl.jsonl``, ``eval.jsonl`` and ``conf/rewards/letters.yaml`` into ``folder``.
+
+    Three key-value groups do not divide by two (the trainer pads them), nor the vocabulary of 300 by 128.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=96,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=32,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = {
+        "rl": make_rows(4),
+        "eval": [{**row, "id": f"eval-{row['id']}"} for row in make_rows(2)],
+        "sft": [{**row, "response": f"the answer {row['id']}"} for row in make_rows(2)],
+    }
+    for name, content in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    mix = {"safety": {"safety": 0.5, LETTERS: 0.5}, "general_rule": {"capability": 0.5, LETTERS: 0.5}}
+    (folder / "conf" / "rewards").mkdir(parents=True)
+    (folder / "conf" / "rewards" / "letters.yaml").write_text(json.dumps({"mix": mix}))
+
+
+def overrides(folder: Path, run_dir: Path, *more: str) -> list[str]:
+    """Hydra overrides that make the demo's recipe a tiny one: 2 SFT steps, 4 RL steps of 4 prompts x 4 samples."""
+    return [
+        f"--config-dir={folder / 'conf'}",
+        "recipe=demo",
+        "rewards=letters",
+        f"model.path={folder / 'model'}",
+        *(f"data.{field}={folder / file}" for field, file in DATA_FILES.items()),
+        f"run_dir={run_dir}",
+        "data.max_prompt_tokens=40",
+        "rollout.max_response_tokens=8",
+        "rollout.kv_cache_gib=0.05",
+        "rollout.threads=1",
+        "parallel.micro_batch_tokens=128",
+        "stage.sft.steps=2",
+        "stage.sft.rows_per_step=4",
+        "stage.sft.learning_rate=1e-3",
+        "algorithm.steps=4",
+        "algorithm.prompts_per_step=4",
+        "algorithm.samples_per_prompt=4",
+        "algorithm.learning_rate=1e-3",
+        "checkpoint.every_steps=1",
+        *more,
+    ]
+
+
+DATA_FILES = {"sft": "sft.jsonl", "prompts": "rl.jsonl", "evaluation": "eval.jsonl"}
+
+
+def marked(pid: int, marker: str) -> bool:
+    try:
+        return marker.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # ended, or another user's
+        return False
+
+
+def mapped_shared_memory() -> set[str]:
+    """Names in /dev/shm that a living process has mapped or open."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            found |= {
+                line.split("/dev/shm/", 1)[1].strip() for line in (process / "maps").open() if "/dev/shm/" in line
+            }
+            for descriptor in (process / "fd").iterdir():
+                target = os.readlink(descriptor)
+                if target.startswith("/dev/shm/"):
+                    found.add(target.removeprefix("/dev/shm/"))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+class Run:
+    """One start of ``python -m recipes.train`` in a process group of its own, as a shell starts it.
+
+    All its processes inherit a marker in their environment, by which they are found whatever their parent.
+    """
+
+    count = 0
+
+    def __init__(self, arguments: list[str]) -> None:
+        Run.count += 1
+        self.marker = f"TINY_RUN={os.getpid()}-{Run.count}-end"
+        self.shared_before = set(os.listdir("/dev/shm"))
+        keep = {key: value for key, value in os.environ.items() if key not in ("RANK", "SLURM_STEP_ID")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "recipes.train", *arguments],
+            cwd=ROOT,
+            env=keep | dict([self.marker.split("=")]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def processes(self) -> dict[int, str]:
+        """Living processes of the run: pid → command line."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and marked(int(entry.name), self.marker):
+                try:
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:
+                    continue
+        return found
+
+    def rank(self, rank: int) -> int | None:
+        """Pid of a rank, None before it has started."""
+        return next((pid for pid in self.processes() if marked(pid, f"\0RANK={rank}\0")), None)
+
+    def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 400) -> Any:
+        """Wait until ``happened`` returns something true, and return it. Fails when the run ends first or time is up."""
+        deadline = time.monotonic() + seconds
+        while not (result := happened()):
+            assert self.process.poll() is None, f"the run ended before {what}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+            time.sleep(0.01)
+        return result
+
+    def output(self, seconds: float = 400) -> str:
+        """What the run printed, waiting for its end."""
+        return self.process.communicate(timeout=seconds)[0].decode()
+
+    def remains(self, seconds: float) -> tuple[dict[int, str], set[str]]:
+        """Processes and orphaned names in /dev/shm that are left after at most ``seconds``; both empty if all is well."""
+        deadline = time.monotonic() + seconds
+        while True:
+            shared = set(os.listdir("/dev/shm")) - self.shared_before - mapped_shared_memory()
+            left = (self.processes(), shared)
+            if not any(left) or time.monotonic() > deadline:
+                return left
+            time.sleep(0.1)
+
+    def kill_all(self) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def complete(arguments: list[str]) -> str:
+    """A whole run; returns what it printed. Fails with the end of its logs when it fails."""
+    run = Run(arguments)
+    try:
+        printed = run.output()
+    finally:
+        run.kill_all()
+    assert run.process.returncode == 0, printed[-4000:]
+    return printed
