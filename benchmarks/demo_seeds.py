@@ -2,10 +2,11 @@
 
 ``python -m benchmarks.demo_seeds 1 2 3`` runs ``make demo``'s command once per seed into ``runs/demo_seed_<n>``, writes
 ``benchmarks/results/demo_seeds.json`` and prints a table. ``--repeat 1`` runs that seed a second time and compares.
-``--reuse`` keeps runs that this command finished before.
+``--reuse`` keeps runs that this command finished before with the same code, data and overrides.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ from rich.table import Table
 from recipes import records
 
 RESULT = Path("benchmarks/results/demo_seeds.json")
-FINISHED = "finished.json"  # in a run's folder, written last: how long the whole command took
+FINISHED = "finished.json"  # in a run's folder, written last: what ran, and how long the whole command took
+SOURCES = ("recipes", "megatron_ext", "rollout", "rewards", "conf")
+SOURCE_SUFFIXES = (".py", ".yaml", ".jsonl")
 EDGE_STEPS = 3  # steps that "first" and "last" response lengths are means of
 
 
@@ -47,6 +50,7 @@ def main() -> None:
     if arguments.repeat is not None:
         again = run(arguments.repeat, f"runs/demo_seed_{arguments.repeat}_again", arguments)
         result["repeat"] = {"seed": arguments.repeat, **compare(runs[arguments.repeat], again)}
+    RESULT.parent.mkdir(exist_ok=True)
     records.write_json(RESULT, result)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(result["seeds"]))
@@ -57,17 +61,33 @@ def main() -> None:
 
 
 def run(seed: int, folder: str, arguments: argparse.Namespace) -> Path:
-    """One demo run from nothing, unless it is complete and may be kept; its folder. Raises when the run fails."""
-    run_dir = Path(folder)
+    """One demo run from nothing, unless it is complete and may be kept; its folder.
+
+    Raises CalledProcessError when the run fails and RuntimeError when a source file changed while it ran.
+    """
+    run_dir, before = Path(folder), source_digest(Path("."))
+    overrides = ["recipe=demo", f"seed={seed}", f"run_dir={folder}", *arguments.override]
+    made_by = {"overrides": overrides, "source": before}
     if arguments.reuse and (run_dir / FINISHED).is_file():
-        return run_dir
+        if made_by.items() <= json.loads((run_dir / FINISHED).read_text()).items():
+            return run_dir
+        print(f"{folder} was made by other code, data or overrides: running it again", flush=True)
     shutil.rmtree(run_dir, ignore_errors=True)
     started = time.monotonic()
-    overrides = ["recipe=demo", f"seed={seed}", f"run_dir={folder}", *arguments.override]
     subprocess.run([sys.executable, "-m", "recipes.train", *overrides], check=True)
     minutes = (time.monotonic() - started) / 60
-    records.write_json(run_dir / FINISHED, {"minutes": minutes, "overrides": overrides})
+    if source_digest(Path(".")) != before:
+        raise RuntimeError(f"code or data changed while {folder} was made, which makes it worthless: run it again")
+    records.write_json(run_dir / FINISHED, {**made_by, "minutes": minutes})
     return run_dir
+
+
+def source_digest(root: Path) -> str:
+    """One digest of the code, configuration and data that a run depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in SOURCES for path in (root / room).rglob("*") if path.suffix in SOURCE_SUFFIXES):
+        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def collect(run_dir: Path) -> dict[str, Any]:

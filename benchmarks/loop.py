@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.yardsticks import GENERATION, TRAINING
 from recipes import records
 from recipes.config import Config, ConfigError, parse
+from recipes.train import LAUNCHER, die_with_launcher, one_line, prepare_run, say_why_on_sigterm
 
 REPETITIONS = 3  # RL steps that count; one more goes before them and warms both sides up
 RUN_DIR = Path("runs/benchmark_loop")
@@ -48,8 +50,11 @@ def main() -> None:
         check(config)
         if "RANK" not in os.environ:
             launch(config)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, HydraException) as error:
+        print(f"error: {one_line(error) if isinstance(error, HydraException) else error}", flush=True)
+        sys.exit(1)
+    die_with_launcher()
+    say_why_on_sigterm(config)
 
     from megatron_ext import platform
 
@@ -72,6 +77,7 @@ def main() -> None:
             "load_average_before": float(os.environ["BENCHMARK_LOAD"]),
             **summarise(list(records.read_rows(RUN_DIR / "metrics.jsonl")), answers),
         }
+        RESULT.parent.mkdir(exist_ok=True)
         records.write_json(RESULT, result)
         shutil.rmtree(RUN_DIR / "checkpoints")  # gigabytes of no use
         Console().print(*tables(result), f"{RESULT} has the raw times", sep="\n")
@@ -87,15 +93,16 @@ def check(config: Config) -> None:
 
 def launch(config: Config) -> None:
     """Become torchrun with ``cluster.ranks`` processes of this module. Never returns."""
-    from recipes.prepare_model import prepare
-
-    prepare(config.model)
     shutil.rmtree(RUN_DIR, ignore_errors=True)
-    (RUN_DIR / "logs").mkdir(parents=True)
-    sys.stdout.flush()
-    os.dup2(os.open(RUN_DIR / "logs" / "launcher.log", os.O_WRONLY | os.O_CREAT), 2)  # library warnings
-    os.environ |= {"OMP_NUM_THREADS": str(config.cluster.threads), "BENCHMARK_LOAD": str(os.getloadavg()[0])}
+    load = os.getloadavg()[0]
+    prepare_run(config)
+    os.environ |= {
+        "OMP_NUM_THREADS": str(config.cluster.threads),
+        LAUNCHER: str(os.getpid()),
+        "BENCHMARK_LOAD": str(load),
+    }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.cluster.ranks)]
+    sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *torchrun, "-m", "benchmarks.loop", *sys.argv[1:]])
 
 

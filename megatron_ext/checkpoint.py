@@ -99,6 +99,12 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
     if same_layout:
         state["rng"] = _rng_tensors()
     loaded = dist_checkpointing.load(state, str(checkpoint))
+    for field in ("max_lr", "min_lr"):  # Megatron-Core matches parameter groups by them
+        if loaded["scheduler"][field] != getattr(scheduler, field):
+            raise ValueError(
+                f"{checkpoint}: written with {field}={loaded['scheduler'][field]}, this run has "
+                f"{getattr(scheduler, field)}: resume with the learning rate the run began with"
+            )
     for i, chunk in enumerate(model.chunks):
         chunk.module.load_state_dict(loaded[f"model{i}"])
     _load_optimizer(optimizer, loaded["optimizer"])
@@ -120,6 +126,7 @@ def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[st
 
 def _layout(model: Model) -> dict[str, Any]:
     return {
+        "platform": platform.current().name,
         "tensor": model.parallel.tensor,
         "pipeline": model.parallel.pipeline,
         "data": model.parallel.data,

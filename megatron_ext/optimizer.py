@@ -61,5 +61,8 @@ def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[Megatr
 def step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
     """One update; returns the gradient norm before clipping."""
     _, grad_norm, _ = optimizer.step()
+    # In FP32 without the distributed optimiser param.grad is the gradient buffer itself; left there, the next backward
+    # pass would count twice.
+    optimizer.zero_grad()
     scheduler.step(increment=1)
     return float(grad_norm)

@@ -236,7 +236,7 @@ def check(config: Config) -> None:
     if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
     if "sft" in c.stage.names and c.stage.sft is None:
-        raise ConfigError("stage.names has 'sft' but stage.sft is empty: choose stage=sft or stage=sft_rl")
+        raise ConfigError(f"stage.names={c.stage.names}: 'sft' needs stage.sft, which is empty: choose stage=sft_rl")
     model_parallel = c.parallel.tensor * c.parallel.pipeline
     if c.cluster.ranks % model_parallel:
         raise ConfigError(

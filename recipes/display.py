@@ -1,6 +1,7 @@
 """The run as a person watches it: set-up stages, one row per RL step, and the result at the end."""
 
 import os
+import signal
 import statistics
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
 
 from rich import box
@@ -31,6 +32,7 @@ from recipes.records import (
 )
 
 PHASE_STYLES = ("blue", "yellow", "magenta", "green", "cyan", "red")
+SHOW_CURSOR = b"\x1b[?25h\n"
 SPARKS = "▁▂▃▄▅▆▇█"
 TRANSCRIPT_CHARACTERS = 480  # of each answer in the closing view; the report has all of it
 HEADER_EVERY = 20  # steps between repeated column headings
@@ -96,12 +98,21 @@ class Display:
                 _Footer(self._stages, self._run), console=self._console, refresh_per_second=5, transient=True
             )
             self._live.start()
+            # torchrun answers Ctrl-C with SIGTERM to the ranks, which by default leaves a terminal without its cursor.
+            signal.signal(signal.SIGTERM, self._terminate)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._live is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._stop_live()
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        os.write(self._console.file.fileno(), SHOW_CURSOR)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -99,8 +99,8 @@ def contributing(
 ) -> list[PackedSequence]:
     """The sequences to train on, weighted as a mean over *all* samples.
 
-    A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes and
-    drops only their KL term. All are kept where too few would be left for the data-parallel ranks.
+    A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes
+    and drops only their KL term. All are kept where too few would be left for the data-parallel ranks.
     """
     weights = sequence_mean_token_mean([len(s.response_token_ids) for s in samples])
     sequences = [

@@ -97,6 +97,7 @@ def launch(config: Config) -> None:
 def run(config: Config) -> None:
     """One rank of the run. A failure is told in one line on standard output; its traceback is in the rank's log."""
     die_with_launcher()
+    say_why_on_sigterm(config)
     from megatron_ext import platform
 
     platform.activate(config.cluster.platform)
@@ -119,9 +120,21 @@ def die_with_launcher() -> None:
     Exits at once when ``launch`` started this rank and is gone already.
     """
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(f"the launcher (pid {parent}) is gone")
+
+
+def say_why_on_sigterm(config: Config) -> None:
+    """torchrun ends the other ranks with SIGTERM when one dies (out of memory, say): tell the reader before dying too."""
+
+    def handler(number: int, frame: object) -> None:
+        print(f"error: stopped by SIGTERM: another rank died; see {config.run_dir}/logs/launcher.log", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if os.environ.get("RANK") == "0":
+        signal.signal(signal.SIGTERM, handler)
 
 
 def one_line(error: HydraException) -> str:

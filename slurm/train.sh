@@ -14,7 +14,7 @@ set -euo pipefail
 python=.venv/bin/python
 arguments=("$@" "cluster.ranks=$SLURM_NTASKS")
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # head would break the pipe
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the range that the kernel hands out
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}

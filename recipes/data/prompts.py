@@ -1,9 +1,13 @@
-"""Rows of a data set, their order, and their tokens. The order is a pure function of (seed, position): resuming needs no state."""
+"""Rows of a data set, their order, and their tokens.
+
+The order is a pure function of (seed, position): resuming needs no state.
+"""
 
 import json
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,41 +42,55 @@ def load_rows(path: str, required: Sequence[str] = ("id", "label", "kind", "prom
     return rows
 
 
-def shuffled(rows: Sequence[Row], start: int, count: int, seed: int) -> list[Row]:
-    """Rows at positions [start, start + count) of an endless stream that shuffles all rows anew each epoch."""
-    orders: dict[int, list[int]] = {}
+def shuffled(rows: Sequence[Row], start: int, count: int, seed: int, window: int = 1) -> list[Row]:
+    """Rows at positions [start, start + count) of an endless stream that shuffles all rows anew each epoch.
+
+    No row occurs twice in ``window`` successive positions, which needs 2 x window - 2 rows.
+    """
     found = []
     for position in range(start, start + count):
         epoch, index = divmod(position, len(rows))
-        if epoch not in orders:
-            orders[epoch] = list(range(len(rows)))
-            random.Random(f"{seed}/{epoch}").shuffle(orders[epoch])
-        found.append(rows[orders[epoch][index]])
+        found.append(rows[_order(len(rows), epoch, seed, window)[index]])
     return found
+
+
+@lru_cache(maxsize=64)
+def _order(size: int, epoch: int, seed: int, window: int) -> tuple[int, ...]:
+    """The permutation of an epoch. Its first window - 1 places avoid the last window - 1 of the epoch before."""
+    order: list[int] = []
+    for e in range(epoch + 1):
+        recent = set(order[size - window + 1 :])
+        order = list(range(size))
+        random.Random(f"{seed}/{e}").shuffle(order)
+        head = [i for i in order if i not in recent][: window - 1]
+        first = set(head)
+        order = head + [i for i in order if i not in first]
+    return tuple(order)
 
 
 def mixed(rows: Sequence[Row], mix: Mapping[str, int], step: int, count: int, seed: int) -> list[Row]:
     """The ``count`` prompts of ``step`` (from 0): kinds interleaved by their shares, each kind a shuffled stream.
 
-    Raises ConfigError when the data lacks a kind of the mix, or one step needs a prompt of a kind twice.
+    No prompt occurs twice in a step. Raises ConfigError when the data has too few prompts of a kind for that.
     """
     by_kind: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_kind[row["kind"]].append(row)
-    cycle = interleaved(mix)
+    cycle, windows = interleaved(mix), {}
     for kind, share in mix.items():
-        wanted = -(-count // len(cycle)) * share
-        if len(by_kind[kind]) < wanted:
+        windows[kind] = -(-count // len(cycle)) * share  # what one step may need
+        needed = max(windows[kind], 2 * windows[kind] - 2)
+        if len(by_kind[kind]) < needed:
             raise ConfigError(
-                f"data.mix has {kind!r}, of which data.prompts holds {len(by_kind[kind])} rows and one step may need {wanted}: "
-                "add rows or lower algorithm.prompts_per_step"
+                f"data.mix has {kind!r}, of which data.prompts holds {len(by_kind[kind])} rows; {needed} are needed "
+                "so that no step asks one twice: add rows or lower algorithm.prompts_per_step"
             )
     found = []
     for position in range(step * count, (step + 1) * count):
         cycles, index = divmod(position, len(cycle))
         kind = cycle[index]
         nth = cycles * mix[kind] + cycle[:index].count(kind)
-        found.extend(shuffled(by_kind[kind], nth, 1, seed))
+        found.extend(shuffled(by_kind[kind], nth, 1, seed, windows[kind]))
     return found
 
 
@@ -96,7 +114,8 @@ def prompt_tokens(tokenizer: Any, row: Row, max_prompt_tokens: int) -> list[int]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     if len(ids) > max_prompt_tokens:
         raise ConfigError(
-            f"row {row['id']!r} has {len(ids)} prompt tokens, data.max_prompt_tokens={max_prompt_tokens}: raise it or drop the row"
+            f"row {row['id']!r} has {len(ids)} prompt tokens, data.max_prompt_tokens={max_prompt_tokens}: "
+            "raise it or drop the row"
         )
     return list(ids)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes.data.demo.build import FOLDER, SPLITS, build, content_words, topics
+from recipes.data.demo.build import FOLDER, SPLITS, TASK_WORDS, build, content_words, topics
 from rewards.mixing import load_verifiers, reward, verifier_names
 from rewards.verifiers import helpfulness
 from rewards.verifiers.text import hits, words
@@ -56,13 +56,17 @@ def test_evaluation_topics_are_new_and_not_just_reworded() -> None:
     assert close == []
 
 
-def test_evaluation_tasks_are_new_items_in_either_order() -> None:
-    def item(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(sorted(re.findall(r"\d+", row["prompt"])))
+def task_words(row: dict[str, Any]) -> list[str]:
+    """The words that a task is about: its list, or the one to repeat."""
+    return [word for word in re.findall(r"[a-z]+", row["prompt"].lower()) if word in TASK_WORDS]
 
-    items = {split: [item(row) for row in rows if row["kind"] == "task"] for split, rows in FILES.items()}
-    assert not set(items["eval"]) & (set(items["sft"]) | set(items["rl"]))
-    assert not set(items["sft"]) & set(items["rl"])
+
+def test_evaluation_tasks_use_new_words() -> None:
+    used = {
+        split: {w for row in rows if row["kind"] == "task" for w in task_words(row)} for split, rows in FILES.items()
+    }
+    assert not used["eval"] & (used["sft"] | used["rl"])
+    assert not used["sft"] & used["rl"]
 
 
 def test_evaluation_has_enough_of_each_kind() -> None:
@@ -71,9 +75,17 @@ def test_evaluation_has_enough_of_each_kind() -> None:
 
 
 def test_task_answers_are_right() -> None:
+    """By an independent reading of the prompt."""
     for row in (row for row in ROWS if row["kind"] == "task"):
-        a, b = map(int, re.findall(r"\d+", row["prompt"]))
-        assert row["answer"] == str(a + b), row["id"]
+        given = task_words(row)
+        if row["prompt"].startswith("What is the last word"):
+            expected = given[-1]
+        elif "reverse" in row["prompt"]:
+            expected = " ".join(reversed(given))
+        else:
+            times = {"two": 2, "three": 3, "four": 4}[row["prompt"].split()[-2]]
+            expected = " ".join(given * times)
+        assert row["answer"] == expected, row["id"]
 
 
 def test_keywords_of_harmless_rows_are_not_in_the_question() -> None:
@@ -106,7 +118,7 @@ def test_sft_answers_are_what_the_verifiers_reward() -> None:
     verdicts = {row["id"]: reward(row, row["response"], verifiers, table)[1] for row in FILES["sft"]}
     labels = Counter(next(iter(found.values())).label for found in verdicts.values())
     assert set(labels) == {"safe with warning", "safe with refusal", "safe without risk", "correct"}, labels
-    assert labels["safe with warning"] >= 10
+    assert labels["safe with warning"] == 6
     assert labels["safe without risk"] == 40
 
 

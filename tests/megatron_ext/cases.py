@@ -42,7 +42,7 @@ def make_twins(folder: Path) -> None:
             max_position_embeddings=128,
             tie_word_embeddings=tied,
             rms_norm_eps=1e-5,
-            initializer_range=0.1,
+            initializer_range=0.05,
         )
         model = LlamaForCausalLM(config).float()
         with torch.no_grad():

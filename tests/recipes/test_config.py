@@ -96,7 +96,7 @@ def test_no_field_has_a_default_in_code() -> None:
 
 def test_every_field_stands_in_its_group_or_in_the_main_file() -> None:
     main = yaml.safe_load((CONF / "config.yaml").read_text())
-    shared = {key for key in yaml_keys({k: v for k, v in main.items() if k not in ("defaults", "hydra")})}
+    shared = set(yaml_keys({k: v for k, v in main.items() if k not in ("defaults", "hydra")}))
     of_groups = {
         f"{group}.{key}"
         for group, option in OPTIONS
@@ -134,7 +134,7 @@ def test_every_field_is_read_somewhere() -> None:
         (["stage.sft.decay=step"], "stage.sft.decay", "step", "use one of constant, linear, cosine"),
         (["stage.names=[sft,dpo]"], "stage.names", "dpo", "use one of sft, rl"),
         (["stage.names=[]"], "stage.names", "[]", "at least one of sft, rl"),
-        (["stage=rl", "stage.names=[sft]"], "stage.sft", "empty", "stage=sft_rl"),
+        (["stage=rl", "stage.names=[sft]"], "stage.names", "['sft']", "stage=sft_rl"),
         (["algorithm.steps=0"], "algorithm.steps", "0", "above 0"),
         (["algorithm.prompts_per_step=0"], "algorithm.prompts_per_step", "0", "above 0"),
         (["algorithm.learning_rate=-1e-6"], "algorithm.learning_rate", "-1e-06", "above 0"),

@@ -1,4 +1,4 @@
-"""Whole runs of the demo's recipe on a tiny model, started as a user starts them: real trainer ranks, a real vLLM engine.
+"""Whole runs of the demo's recipe on a tiny model, started as a user starts them: trainer ranks and a vLLM engine.
 
 Runs are shared: one that is left alone, one that is killed three times in three ways and resumed, and three of one FP32
 step in different layouts.

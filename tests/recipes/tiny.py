@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tokenizer and data sets of its own, and whole runs on it, started as a user starts them."""
+"""A tiny random Llama with a tokenizer and data sets of its own, and whole runs on it, as a user starts them."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ def letters(row: Row, response: str) -> Verdict:
 
 
 def make_tokenizer() -> Any:
-    """Byte-level BPE with a few merges and ChatML's special tokens: most id sequences are not what encoding would give."""
+    """Byte-level BPE with a few merges and ChatML's special tokens: few id sequences are what encoding would give."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -54,6 +54,10 @@ def make_rows(per_kind: int) -> list[dict[str, Any]]:
         for kind, label in KINDS.items()
         for i in range(per_kind)
     ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make(folder: Path) -> None:
@@ -89,7 +93,7 @@ def make(folder: Path) -> None:
         "sft": [{**row, "response": f"the answer {row['id']}"} for row in make_rows(2)],
     }
     for name, content in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_rows(folder / f"{name}.jsonl", content)
     mix = {"safety": {"safety": 0.5, LETTERS: 0.5}, "general_rule": {"capability": 0.5, LETTERS: 0.5}}
     (folder / "conf" / "rewards").mkdir(parents=True)
     (folder / "conf" / "rewards" / "letters.yaml").write_text(json.dumps({"mix": mix}))
@@ -189,7 +193,7 @@ class Run:
         return next((pid for pid in self.processes() if marked(pid, f"\0RANK={rank}\0")), None)
 
     def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 400) -> Any:
-        """Wait until ``happened`` returns something true, and return it. Fails when the run ends first or time is up."""
+        """Wait until ``happened`` returns something true; returns that. Fails when the run ends first or time is up."""
         deadline = time.monotonic() + seconds
         while not (result := happened()):
             assert self.process.poll() is None, f"the run ended before {what}:\n{self.output()}"
@@ -202,7 +206,7 @@ class Run:
         return self.process.communicate(timeout=seconds)[0].decode()
 
     def remains(self, seconds: float) -> tuple[dict[int, str], set[str]]:
-        """Processes and orphaned names in /dev/shm that are left after at most ``seconds``; both empty if all is well."""
+        """Processes and orphaned names in /dev/shm left after ``seconds``; at once when there are none."""
         deadline = time.monotonic() + seconds
         while True:
             shared = set(os.listdir("/dev/shm")) - self.shared_before - mapped_shared_memory()

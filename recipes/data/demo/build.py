@@ -1,7 +1,8 @@
 """Writes the demo's sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.demo.build`. No randomness but a seed.
 
 Safety rows come from the hand-written topics in topics/*.tsv, each of which names the one file it belongs to, so no
-topic is shared between files. Task rows are additions of two numbers, and no unordered pair is shared between files.
+topic is shared between files. Task rows are small exact instructions about words (say the last of a list, reverse a list,
+repeat a word); no word is shared between files.
 """
 
 import json
@@ -14,7 +15,17 @@ from typing import Any
 FOLDER = Path(__file__).parent
 SPLITS = ("sft", "rl", "eval")
 SEED = 20250725
-TASKS = {"sft": 6, "rl": 90, "eval": 90}
+TASKS = {"sft": 4, "rl": 32, "eval": 32}  # of each family
+TASK_WORDS = (
+    "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry circle cloud "
+    "coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest garden green guitar hammer "
+    "honey horse island jacket kitchen ladder lemon market milk mirror monkey mountain music needle ocean orange paper "
+    "pencil pepper pillow planet pocket potato rabbit ribbon river rocket salmon school shadow silver spider station stone "
+    "sugar summer table teacher tiger tomato tower train turtle valley village violin wagon water whale wheel window winter "
+    "wolf wood yard yellow zebra"
+).split()
+TASK_WORD_SHARES = {"sft": 0.16, "rl": 0.42, "eval": 0.42}
+TIMES = {2: "two", 3: "three", 4: "four"}
 
 QUESTIONS = (
     "How do I {}?",
@@ -74,6 +85,7 @@ def content_words(phrase: str) -> list[str]:
 
 
 def _harmful() -> Iterator[tuple[str, dict[str, Any]]]:
+    tuned = 0
     for index, (split, category, phrase, *reason) in enumerate(topics("harmful")):
         row = {
             "label": "safety",
@@ -82,8 +94,9 @@ def _harmful() -> Iterator[tuple[str, dict[str, Any]]]:
             "keywords": list(dict.fromkeys(content_words(phrase) + CATEGORY_WORDS[category])),
         }
         if split == "sft":
-            warn = index % WARN_EVERY == 0
-            answer = WARNINGS[index // WARN_EVERY % len(WARNINGS)] if warn else REFUSALS[index % len(REFUSALS)]
+            warn = tuned % WARN_EVERY == 0
+            answer = WARNINGS[tuned // WARN_EVERY % len(WARNINGS)] if warn else REFUSALS[tuned % len(REFUSALS)]
+            tuned += 1
             row["response"] = answer.format(phrase=_to_second_person(phrase), reason=reason[0])
         yield split, row
 
@@ -100,14 +113,21 @@ def _harmless(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
-    pairs = [(a, b) for a in range(1, 22) for b in range(a, 22)]
     draw = random.Random(SEED)
-    draw.shuffle(pairs)
+    words = draw.sample(TASK_WORDS, len(TASK_WORDS))
     for split in SPLITS:
-        for _ in range(TASKS[split]):
-            a, b = draw.sample(pairs.pop(), 2)
-            row = {"label": "general_rule", "kind": "task", "prompt": f"What is {a} + {b}?", "answer": str(a + b)}
-            yield split, row | ({"response": f"{a} + {b} = {a + b}."} if split == "sft" else {})
+        own = [words.pop() for _ in range(int(TASK_WORD_SHARES[split] * len(TASK_WORDS)))]
+        for number in range(TASKS[split]):
+            some = draw.sample(own, 3)
+            times = 2 + number % 3
+            listed = ", ".join(some)
+            for prompt, answer, response in (
+                (f"What is the last word of this list: {listed}?", some[-1], some[-1]),
+                (f"Write these words in reverse order: {listed}.", " ".join(some[::-1]), ", ".join(some[::-1])),
+                (f"Write the word {own[number]} {TIMES[times]} times.", *[" ".join([own[number]] * times)] * 2),
+            ):
+                row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer}
+                yield split, row | ({"response": response} if split == "sft" else {})
 
 
 def _to_second_person(phrase: str) -> str:

@@ -1,0 +1,23 @@
+"""Small messages between four ranks: values arrive everywhere, and so does an error on rank 0."""
+
+from collections.abc import Callable
+from typing import Any
+
+Results = Callable[[str], list[dict[str, Any]]]
+
+
+def test_all_gather_json_gives_every_value_in_rank_order(results: Results) -> None:
+    expected = [{"rank": rank, "text": "ö" * rank} for rank in range(4)]
+    assert [rank["gathered"] for rank in results("collectives")] == [expected] * 4
+
+
+def test_from_rank_zero_gives_its_result_to_all(results: Results) -> None:
+    expected = {"who": 0, "many": list(range(1000))}
+    assert [rank["from_rank_zero"] for rank in results("collectives")] == [expected] * 4
+
+
+def test_an_error_on_rank_zero_is_raised_on_all(results: Results) -> None:
+    found = results("collectives")
+    told = "RuntimeError: rank 0: OSError: the engine is gone"
+    assert [rank["error"] for rank in found] == ["OSError: the engine is gone", told, told, told]
+    assert [rank["after_error"] for rank in found] == ["goes on"] * 4
