@@ -91,6 +91,7 @@ class Display:
         self._run = _Run()
         self._columns: list[str] = []
         self._live: Live | None = None
+        self._on_sigterm: Any = signal.SIG_DFL
 
     def __enter__(self) -> Self:
         if self._active and self._terminal:
@@ -99,19 +100,19 @@ class Display:
             )
             self._live.start()
             # torchrun answers Ctrl-C with SIGTERM to the ranks, which by default leaves a terminal without its cursor.
-            signal.signal(signal.SIGTERM, self._terminate)
+            self._on_sigterm = signal.signal(signal.SIGTERM, self._terminate)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, self._on_sigterm)
         self._stop_live()
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         os.write(self._console.file.fileno(), SHOW_CURSOR)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self._on_sigterm)
         os.kill(os.getpid(), number)
 
     @contextmanager

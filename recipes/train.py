@@ -126,10 +126,13 @@ def die_with_launcher() -> None:
 
 
 def say_why_on_sigterm(config: Config) -> None:
-    """torchrun ends the other ranks with SIGTERM when one dies (out of memory, say): tell the reader before dying too."""
+    """torchrun ends the ranks with SIGTERM on Ctrl-C and when one of them dies (out of memory, say): tell so."""
 
     def handler(number: int, frame: object) -> None:
-        print(f"error: stopped by SIGTERM: another rank died; see {config.run_dir}/logs/launcher.log", flush=True)
+        print(
+            f"error: stopped by SIGTERM (Ctrl-C, or another rank died); see {config.run_dir}/logs/launcher.log",
+            flush=True,
+        )
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

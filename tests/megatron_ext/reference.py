@@ -71,9 +71,7 @@ def assemble(pieces: Pieces, like: dict[str, torch.Tensor]) -> dict[str, torch.T
     for name, start, piece in pieces:
         place = whole[name][region(start, tuple(piece.shape))]
         seen = ~place.isnan()
-        assert torch.equal(place[seen], piece.float()[seen]), (
-            f"{name}: ranks hold different values of an element"
-        )
+        assert torch.equal(place[seen], piece.float()[seen]), f"{name}: ranks hold different values of an element"
         place.copy_(piece)
     missing = [name for name, tensor in whole.items() if tensor.isnan().any()]
     assert missing == [], f"no rank holds all of {missing}"

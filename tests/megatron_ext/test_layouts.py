@@ -72,9 +72,7 @@ def test_weights_after_three_steps_equal_torch_adamw(case: Case, results: Result
 
 
 @bf16_cases
-def test_bf16_follows_fp32_from_the_same_rounded_weights(
-    case: Case, results: Results, reference: References
-) -> None:
+def test_bf16_follows_fp32_from_the_same_rounded_weights(case: Case, results: Results, reference: References) -> None:
     """Bounds for BF16 activations: 8 bits of mantissa, 4 layers, logits of order 1."""
     ranks, expected = results(case.name), reference(case)
     found = log_probs(ranks)
@@ -133,9 +131,7 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(
 
 
 @pytest.mark.parametrize("name", ["dp2-reversed", "dp2-whole-optimizer", "dp4"])
-def test_the_update_does_not_depend_on_the_rank_of_a_sample(
-    name: str, results: Results, reference: References
-) -> None:
+def test_the_update_does_not_depend_on_the_rank_of_a_sample(name: str, results: Results, reference: References) -> None:
     like = reference(cases.by_name("dp2")).start
     two, other = (assemble(all_pieces(results(n), "weights"), like) for n in ("dp2", name))
     assert above({n: float((two[n] - other[n]).abs().max()) for n in like}, 1e-5) == {}

@@ -17,7 +17,9 @@ def batches(draw: st.DrawFn) -> tuple[list[int], int, int]:
     """(lengths, data-parallel ranks, limit) of a batch that can be planned; often with sequences of half the limit."""
     ranks = draw(st.integers(1, 5))
     limit = draw(st.integers(1, 60))
-    length = st.one_of(st.integers(1, limit), st.sampled_from(sorted({limit, limit // 2 + 1})).filter(lambda n: n <= limit))
+    length = st.one_of(
+        st.integers(1, limit), st.sampled_from(sorted({limit, limit // 2 + 1})).filter(lambda n: n <= limit)
+    )
     count = ranks * draw(st.integers(1, 8))
     return draw(st.lists(length, min_size=count, max_size=count)), ranks, limit
 
@@ -38,10 +40,10 @@ def test_plan_is_a_partition_within_the_limit_with_equal_counts(batch: tuple[lis
 @given(batches())
 @settings(max_examples=100, deadline=None)
 def test_plan_balances_tokens(batch: tuple[list[int], int, int]) -> None:
-    """No rank has the longest sequence more than another would with the same number of sequences each."""
+    """Ranks differ by at most the longest sequence."""
     lengths, ranks, limit = batch
     loads = [sum(lengths[i] for micro in rank for i in micro) for rank in plan(lengths, ranks, limit)]
-    assert max(loads) - min(loads) <= max(lengths) - min(lengths) + max(lengths)
+    assert max(loads) - min(loads) <= max(lengths)
 
 
 def test_plan_of_long_and_short_sequences_has_no_empty_micro_batch() -> None:
@@ -94,9 +96,7 @@ def test_pack_adds_nothing_when_the_tokens_fit() -> None:
 def test_pack_never_predicts_across_a_border_or_from_padding(sizes: list[tuple[int, int]], multiple: int) -> None:
     """Tokens are numbered through, so that each prediction can be read off."""
     numbers = iter(range(10_000))
-    sequences = [
-        PackedSequence([next(numbers) for _ in range(p)], [next(numbers) for _ in range(r)]) for p, r in sizes
-    ]
+    sequences = [PackedSequence([next(numbers) for _ in range(p)], [next(numbers) for _ in range(r)]) for p, r in sizes]
     micro = pack(sequences, list(range(len(sizes))), multiple, -1, CPU)
     tokens = micro.tokens[0]
     assert len(tokens) % multiple == 0

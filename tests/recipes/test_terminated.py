@@ -9,14 +9,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import time
+import os, signal, time
 from recipes.display import Display
+def last_word(number, frame):
+    print("the last word", flush=True)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+signal.signal(signal.SIGTERM, last_word)
 with Display() as display, display.stage("the long stage"):
     time.sleep(60)
 """
 
 
-def test_sigterm_gives_the_cursor_back_and_still_ends_the_process() -> None:
+def test_sigterm_gives_the_cursor_back_and_goes_on_to_the_handler_that_stood() -> None:
     """SIGTERM is what torchrun sends to the ranks when it gets Ctrl-C."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -36,7 +41,8 @@ def test_sigterm_gives_the_cursor_back_and_still_ends_the_process() -> None:
         os.close(ours)
     assert process.returncode == -signal.SIGTERM
     assert shown.count(b"\x1b[?25l") == 1
-    assert shown.rstrip().endswith(b"\x1b[?25h")
+    assert b"the last word" in shown
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
 
 
 def read(terminal: int) -> bytes:
