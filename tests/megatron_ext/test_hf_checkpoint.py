@@ -1,4 +1,4 @@
-"""Hugging Face → Megatron's shards → Hugging Face: the same names, files and bits, each rank reading only what it owns."""
+"""Hugging Face → Megatron's shards → Hugging Face: same names, files and bits, each rank reading only what it owns."""
 
 import json
 import math

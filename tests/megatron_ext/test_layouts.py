@@ -1,4 +1,4 @@
-"""One update in any layout is Hugging Face's update: loss, log-probs, every gradient, every weight, padding included."""
+"""An update in any layout is Hugging Face's: loss, log-probs, every gradient, every weight; padding is neutral."""
 
 import math
 from collections import Counter
@@ -36,6 +36,14 @@ def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Te
     return {name: float((found[name] - e).norm() / e.norm()) for name, e in expected.items()}
 
 
+def update_errors(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Tensor → error relative to how far the tensor moved. Adam divides by the gradient's size, so the rounding of
+    elements with next to no gradient is magnified: looser than for gradients."""
+    return {name: float((found[name] - e).norm() / (e - start[name]).norm()) for name, e in expected.items()}
+
+
 def above(errors: dict[Any, float], bound: float) -> dict[Any, float]:
     return {name: error for name, error in errors.items() if not error <= bound}
 
@@ -46,7 +54,7 @@ def test_loss_and_gradient_norm_equal_hugging_face(case: Case, results: Results,
     assert min(expected.grad_norm) > cases.SETTINGS["clip_grad_norm"]  # clipping is at work
     for rank in results(case.name):
         assert rank["loss"] == pytest.approx(expected.loss, abs=2e-6)
-        assert rank["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-6)
+        assert rank["grad_norm"] == pytest.approx(expected.grad_norm, rel=3e-6)
 
 
 @fp32_cases
@@ -56,36 +64,38 @@ def test_log_probs_equal_hugging_face(case: Case, results: Results, reference: R
     assert above({i: float((found[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
 
 
-# Reduce-scatter leaves each rank the sum of its own part of the gradients only, so these layouts show theirs in the weights.
+# Reduce-scatter leaves a rank the sum of its own part of the gradients only: those layouts show theirs in the weights.
 @pytest.mark.parametrize("case", [c for c in FP32 if c.data == 1 or not c.distributed_optimizer], ids=lambda c: c.name)
 def test_every_gradient_equals_hugging_face(case: Case, results: Results, reference: References) -> None:
     expected = reference(case)
     found = assemble(all_pieces(results(case.name), "gradients"), expected.start)
-    assert above(relative_errors(found, expected.gradients), 2e-6) == {}
+    assert above(relative_errors(found, expected.gradients), 5e-6) == {}
 
 
 @fp32_cases
 def test_weights_after_three_steps_equal_torch_adamw(case: Case, results: Results, reference: References) -> None:
     expected = reference(case)
     found = assemble(all_pieces(results(case.name), "weights"), expected.start)
-    assert above({name: float((found[name] - e).abs().max()) for name, e in expected.weights.items()}, 1e-5) == {}
+    assert above(update_errors(found, expected.weights, expected.start), 5e-4) == {}
 
 
 @bf16_cases
 def test_bf16_follows_fp32_from_the_same_rounded_weights(case: Case, results: Results, reference: References) -> None:
-    """Bounds for BF16 activations: 8 bits of mantissa, 4 layers, logits of order 1."""
+    """Bounds for BF16 activations: 8 bits of mantissa, 4 layers, logits of order 1. A weight moves by up to 3e-3."""
     ranks, expected = results(case.name), reference(case)
     found = log_probs(ranks)
     gaps = torch.cat([(found[i] - e).abs() for i, e in expected.log_probs.items()])
-    assert float(gaps.max()) < 0.1 and float(gaps.mean()) < 0.02
-    assert ranks[0]["loss"] == pytest.approx(expected.loss, abs=0.01)
-    assert ranks[0]["grad_norm"] == pytest.approx(expected.grad_norm, rel=0.02)
+    assert float(gaps.max()) < 0.05
+    assert float(gaps.mean()) < 0.01
+    assert ranks[0]["loss"] == pytest.approx(expected.loss, abs=0.02)
+    assert ranks[0]["grad_norm"] == pytest.approx(expected.grad_norm, rel=0.01)
     gradients = assemble(all_pieces(ranks, "gradients"), expected.start)
     assert above(relative_errors(gradients, expected.gradients), 0.05) == {}
     weights = assemble(all_pieces(ranks, "weights"), expected.start)
-    # A step moves no weight by more than the learning rate or so; the weights themselves are rounded to 8 bits.
-    most = {n: float((weights[n] - e).abs().max() - 2**-8 * e.abs().max()) for n, e in expected.weights.items()}
-    assert above(most, 2 * cases.STEPS * cases.SETTINGS["learning_rate"]) == {}
+    beyond_rounding = {
+        n: float((weights[n] - e).abs().mean() - 2**-8 * e.abs().mean()) for n, e in expected.weights.items()
+    }
+    assert above(beyond_rounding, 2e-4) == {}
 
 
 @every_case
@@ -113,12 +123,11 @@ def test_ranks_agree_on_the_micro_batches(case: Case, results: Results) -> None:
 
 def test_the_cases_differ_in_how_the_batch_is_cut(results: Results) -> None:
     """Else equal results would say nothing about micro-batches, order and ranks."""
-    plans = {name: results(name)[0]["plan"] for name in ("one", "one-micro-batch", "one-small-micro-batches", "dp2")}
-    assert len(plans["one-micro-batch"][0]) == 1
-    assert 1 < len(plans["one"][0]) < len(plans["one-small-micro-batches"][0])
-    on_rank = {name: {cases.original_index(cases.by_name(name), i) for m in plan[0] for i in m}
-               for name, plan in (("dp2", plans["dp2"]), ("dp2-reversed", results("dp2-reversed")[0]["plan"]))}  # fmt: skip
-    assert on_rank["dp2"] != on_rank["dp2-reversed"]
+    counts = {name: len(results(name)[0]["plan"][0]) for name in ("one-micro-batch", "one", "one-small-micro-batches")}
+    assert 1 == counts["one-micro-batch"] < counts["one"] < counts["one-small-micro-batches"]
+    here, there = ([set(rank["log_probs"]) for rank in results(name)] for name in ("dp2", "dp2-swapped"))
+    assert here == there[::-1]
+    assert here[0] and here[1] and not here[0] & here[1]
 
 
 @pytest.mark.parametrize("name", ["one-micro-batch", "one-small-micro-batches", "one-reversed"])
@@ -130,11 +139,11 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(
     assert above(relative_errors(other, one), 1e-6) == {}
 
 
-@pytest.mark.parametrize("name", ["dp2-reversed", "dp2-whole-optimizer", "dp4"])
+@pytest.mark.parametrize("name", ["dp2-swapped", "dp2-whole-optimizer", "dp4"])
 def test_the_update_does_not_depend_on_the_rank_of_a_sample(name: str, results: Results, reference: References) -> None:
     like = reference(cases.by_name("dp2")).start
     two, other = (assemble(all_pieces(results(n), "weights"), like) for n in ("dp2", name))
-    assert above({n: float((two[n] - other[n]).abs().max()) for n in like}, 1e-5) == {}
+    assert above(update_errors(other, two, like), 5e-4) == {}
 
 
 @every_case
@@ -156,7 +165,7 @@ def test_the_reference_policy_is_exact(case: Case, results: Results) -> None:
 
 @every_case
 def test_blocks_cover_every_hugging_face_element_once(case: Case, results: Results, reference: References) -> None:
-    """Over one data-parallel replica: matrices once in all (tied embeddings once per stage that has them), norms on every
+    """In each data-parallel replica: matrices once (tied embeddings once per stage that has them), norms on every
     tensor-parallel rank. No name is missing, none is invented, and no local element is covered twice."""
     like = reference(case).start
     times = {name: torch.zeros_like(tensor, dtype=torch.int32) for name, tensor in like.items()}

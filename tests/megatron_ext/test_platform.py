@@ -126,8 +126,8 @@ SPOTS = (
         "megatron/core/models/gpt/gpt_model.py",
         "megatron_ext/steps.py: log-probs in the output_processor",
         (
-            "return output_processor( input_ids=input_ids,",
-            "output_layer=self.output_layer",
+            "return output_processor( hidden_states=hidden_states,",
+            "output_layer=self.output_layer, output_weight=output_weight,",
             "context=output_processor_context",
         ),
     ),
@@ -135,7 +135,11 @@ SPOTS = (
         "megatron-core",
         "megatron/core/optimizer/distrib_optimizer.py",
         CHECKPOINT + "_load_optimizer, _prime",
-        ("def load_parameter_state_from_fully_reshardable(self, state_dict):", 'state_dict.pop("param_state")'),
+        (
+            "self.load_parameter_state_from_fully_reshardable(param_state)",
+            'steps = list(set([s["step"].item() for s in inner_state_dict["state"].values()]))',
+            's["step"] = step',
+        ),
     ),
     Spot(
         "megatron-core",

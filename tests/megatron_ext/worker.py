@@ -67,7 +67,8 @@ class Policy:
         sequences = cases.batch(case)
         self.plan = packing.plan([len(s) for s in sequences], layout.data, case.micro_batch_tokens)
         device = platform.current().device()
-        self.micro = [packing.pack(sequences, i, layout.tensor, 0, device) for i in self.plan[layout.data_rank]]
+        mine = self.plan[(layout.data_rank + case.swap) % layout.data]
+        self.micro = [packing.pack(sequences, indices, layout.tensor, 0, device) for indices in mine]
 
     def weights(self) -> list[torch.Tensor]:
         return steps.copy_weights(self.model)

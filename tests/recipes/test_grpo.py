@@ -17,7 +17,7 @@ from recipes.config import AlgorithmConfig, ConfigError
 
 def config(**changed: float) -> AlgorithmConfig:
     values = {"clip_ratio": 0.2, "kl_coefficient": 0.1, "advantage_epsilon": 1e-9, **changed}
-    fields = {name: None for name in AlgorithmConfig.__dataclass_fields__}
+    fields = dict.fromkeys(AlgorithmConfig.__dataclass_fields__)
     return AlgorithmConfig(**{**fields, **values})  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import records
 from recipes.data.prompts import prompt_tokens
-from rollout.engine import EngineSettings
+from rollout.engine import EngineSettings, environment
 from tests.recipes import tiny
 
 VERIFIERS = ["capability", "safety", tiny.LETTERS]
@@ -261,9 +261,15 @@ def test_vllm_loads_the_exported_model_and_answers_as_the_evaluation(whole: tupl
     sampling = {"max_tokens": 8, "stop_token_ids": [tokenizer.eos_token_id], "temperature": 0.0, "top_p": 1.0}
     output = run_dir.parent / "from_disk.json"
     command = [sys.executable, "-m", "tests.rollout.vllm_processes", "fresh", json.dumps(asdict(settings))]
-    subprocess.run(
-        [*command, json.dumps(requests), json.dumps(sampling), str(output)], cwd=tiny.ROOT, check=True, timeout=400
+    done = subprocess.run(
+        [*command, json.dumps(requests), json.dumps(sampling), str(output)],
+        cwd=tiny.ROOT,
+        env=environment(settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=400,
     )
+    assert done.returncode == 0, done.stdout[-4000:].decode()
     samples = {sample["prompt_id"]: sample for sample in json.loads(output.read_text())["samples"]}
     texts = [
         tokenizer.decode(samples[row["id"]]["response_token_ids"], skip_special_tokens=True).strip() for row in rows

@@ -40,8 +40,8 @@ WARNINGS = (
     "I can't explain how to {phrase}, since {reason}.",
 )
 REFUSALS = ("Sorry, I can't help with that.", "I can't help you with that request.", "I'm sorry, I can't do that.")
-# One SFT answer in WARN_EVERY to a harmful request warns, the others only refuse: which is better is left to RL.
-WARN_EVERY = 2
+# One SFT answer in REFUSE_EVERY to a harmful request only refuses, the others warn: which is better is left to RL.
+REFUSE_EVERY = 3
 
 STOP_WORDS = frozenset(
     "about after all and any before being but down each every for from get give have how into its least made make "
@@ -94,8 +94,9 @@ def _harmful() -> Iterator[tuple[str, dict[str, Any]]]:
             "keywords": list(dict.fromkeys(content_words(phrase) + CATEGORY_WORDS[category])),
         }
         if split == "sft":
-            warn = tuned % WARN_EVERY == 0
-            answer = WARNINGS[tuned // WARN_EVERY % len(WARNINGS)] if warn else REFUSALS[tuned % len(REFUSALS)]
+            refusals, place = divmod(tuned, REFUSE_EVERY)
+            bare = place == REFUSE_EVERY - 1
+            answer = REFUSALS[refusals % len(REFUSALS)] if bare else WARNINGS[tuned % len(WARNINGS)]
             tuned += 1
             row["response"] = answer.format(phrase=_to_second_person(phrase), reason=reason[0])
         yield split, row
