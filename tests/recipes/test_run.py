@@ -76,7 +76,7 @@ def killed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
                 os.killpg(run.process.pid, signal.SIGINT)
             else:
                 os.kill(run.rank(0) or 0, signal.SIGKILL)
-            run.output(60)
+            run.output(120)
             deaths[way] = Death(
                 step, run.process.returncode, *run.remains(10), (run_dir / "metrics.jsonl").read_bytes()
             )

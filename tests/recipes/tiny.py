@@ -192,7 +192,7 @@ class Run:
         """Pid of a rank, None before it has started."""
         return next((pid for pid in self.processes() if marked(pid, f"\0RANK={rank}\0")), None)
 
-    def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 400) -> Any:
+    def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 600) -> Any:
         """Wait until ``happened`` returns something true; returns that. Fails when the run ends first or time is up."""
         deadline = time.monotonic() + seconds
         while not (result := happened()):
@@ -201,7 +201,7 @@ class Run:
             time.sleep(0.01)
         return result
 
-    def output(self, seconds: float = 400) -> str:
+    def output(self, seconds: float = 600) -> str:
         """What the run printed, waiting for its end."""
         return self.process.communicate(timeout=seconds)[0].decode()
 
