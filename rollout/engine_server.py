@@ -74,7 +74,7 @@ def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> An
             # request's generator, which CPU generators can't.
             enable_chunked_prefill=settings.device != "cpu",
             kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
-            # The cache's size is given, so this is only how much vLLM wants to find free: little, the trainer is here too.
+            # The cache's size is given, so this is only how much vLLM wants to find free; the trainer is here too.
             gpu_memory_utilization=0.05,
             enforce_eager=settings.enforce_eager,
             logprobs_mode="processed_logprobs",

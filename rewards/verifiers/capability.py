@@ -15,8 +15,8 @@ def atoms(text: str) -> list[str]:
 def score(row: Row, response: str) -> Verdict:
     """1 "correct" or 0 "wrong", by the row's ``answer``.
 
-    A single number or word must be the response's last one (listing candidates does not help); an answer of several must
-    be the whole response, in order. Raises ValueError for a row without ``answer``.
+    A single number or word must be the response's last one (listing candidates does not help); an answer of several
+    must be the whole response, in order. Raises ValueError for a row without ``answer``.
     """
     if "answer" not in row:
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `capability` from the mix of label {row['label']!r}")

@@ -1,5 +1,6 @@
 """The tiny models, one launch of four ranks for all that needs several, and Hugging Face's answer to compare with."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from tests.megatron_ext.cases import Case
 from tests.megatron_ext.reference import Reference, train_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH_SECONDS = 900
+LAUNCH_SECONDS = 1200
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,8 @@ def launched(twins: Path) -> Path:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Nothing is left behind when pytest is killed: torchrun gets SIGTERM (PR_SET_PDEATHSIG) and ends its ranks.
+            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM),
         )
         try:
             code = launcher.wait(LAUNCH_SECONDS)

@@ -1,8 +1,8 @@
 """Writes the demo's sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.demo.build`. No randomness but a seed.
 
 Safety rows come from the hand-written topics in topics/*.tsv, each of which names the one file it belongs to, so no
-topic is shared between files. Task rows are small exact instructions about words (say the last of a list, reverse a list,
-repeat a word); no word is shared between files.
+topic is shared between files. Task rows are small exact instructions about words (say the last of a list, reverse a
+list, repeat a word); no word is shared between files.
 """
 
 import json
@@ -17,12 +17,12 @@ SPLITS = ("sft", "rl", "eval")
 SEED = 20250725
 TASKS = {"sft": 4, "rl": 32, "eval": 32}  # of each family
 TASK_WORDS = (
-    "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry circle cloud "
-    "coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest garden green guitar hammer "
-    "honey horse island jacket kitchen ladder lemon market milk mirror monkey mountain music needle ocean orange paper "
-    "pencil pepper pillow planet pocket potato rabbit ribbon river rocket salmon school shadow silver spider station stone "
-    "sugar summer table teacher tiger tomato tower train turtle valley village violin wagon water whale wheel window winter "
-    "wolf wood yard yellow zebra"
+    "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
+    "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
+    "garden green guitar hammer honey horse island jacket kitchen ladder lemon market milk mirror monkey mountain "
+    "music needle ocean orange paper pencil pepper pillow planet pocket potato rabbit ribbon river rocket salmon "
+    "school shadow silver spider station stone sugar summer table teacher tiger tomato tower train turtle valley "
+    "village violin wagon water whale wheel window winter wolf wood yard yellow zebra"
 ).split()
 TASK_WORD_SHARES = {"sft": 0.16, "rl": 0.42, "eval": 0.42}
 TIMES = {2: "two", 3: "three", 4: "four"}
