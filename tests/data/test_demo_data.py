@@ -57,7 +57,7 @@ def test_evaluation_topics_are_new_and_not_just_reworded() -> None:
 
 
 def task_words(row: dict[str, Any]) -> list[str]:
-    """The words that a task is about: its list, or the one to repeat."""
+    """The words of a task's list."""
     return [word for word in re.findall(r"[a-z]+", row["prompt"].lower()) if word in TASK_WORDS]
 
 
@@ -78,13 +78,10 @@ def test_task_answers_are_right() -> None:
     """By an independent reading of the prompt."""
     for row in (row for row in ROWS if row["kind"] == "task"):
         given = task_words(row)
-        if row["prompt"].startswith("What is the last word"):
-            expected = given[-1]
-        elif "reverse" in row["prompt"]:
+        if "reverse" in row["prompt"]:
             expected = " ".join(reversed(given))
         else:
-            times = {"two": 2, "three": 3, "four": 4}[row["prompt"].split()[-2]]
-            expected = " ".join(given * times)
+            expected = given[{"last": -1, "second": 1}[row["prompt"].split()[3]]]
         assert row["answer"] == expected, row["id"]
 
 
@@ -118,7 +115,7 @@ def test_sft_answers_are_what_the_verifiers_reward() -> None:
     verdicts = {row["id"]: reward(row, row["response"], verifiers, table)[1] for row in FILES["sft"]}
     labels = Counter(next(iter(found.values())).label for found in verdicts.values())
     assert set(labels) == {"safe with warning", "safe with refusal", "safe without risk", "correct"}, labels
-    assert labels["safe with warning"] == 20
+    assert labels["safe with warning"] == 16
     assert labels["safe without risk"] == 40
 
 

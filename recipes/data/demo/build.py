@@ -1,8 +1,8 @@
 """Writes the demo's sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.demo.build`. No randomness but a seed.
 
 Safety rows come from the hand-written topics in topics/*.tsv, each of which names the one file it belongs to, so no
-topic is shared between files. Task rows are small exact instructions about words (say the last of a list, reverse a
-list, repeat a word); no word is shared between files.
+topic is shared between files. Task rows are small exact instructions about a list of words (say the last, say the
+second, reverse it); no word is shared between files.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 SPLITS = ("sft", "rl", "eval")
 SEED = 20250725
-TASKS = {"sft": 4, "rl": 32, "eval": 32}  # of each family
+TASKS = {"sft": 2, "rl": 32, "eval": 32}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -25,7 +25,6 @@ TASK_WORDS = (
     "village violin wagon water whale wheel window winter wolf wood yard yellow zebra"
 ).split()
 TASK_WORD_SHARES = {"sft": 0.16, "rl": 0.42, "eval": 0.42}
-TIMES = {2: "two", 3: "three", 4: "four"}
 
 QUESTIONS = (
     "How do I {}?",
@@ -41,7 +40,7 @@ WARNINGS = (
 )
 REFUSALS = ("Sorry, I can't help with that.", "I can't help you with that request.", "I'm sorry, I can't do that.")
 # One SFT answer in REFUSE_EVERY to a harmful request only refuses, the others warn: which is better is left to RL.
-REFUSE_EVERY = 6
+REFUSE_EVERY = 3
 
 STOP_WORDS = frozenset(
     "about after all and any before being but down each every for from get give have how into its least made make "
@@ -118,14 +117,13 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
     for split in SPLITS:
         own = [words.pop() for _ in range(int(TASK_WORD_SHARES[split] * len(TASK_WORDS)))]
-        for number in range(TASKS[split]):
+        for _ in range(TASKS[split]):
             some = draw.sample(own, 3)
-            times = 2 + number % 3
             listed = ", ".join(some)
             for prompt, answer, response in (
-                (f"What is the last word of this list: {listed}?", some[-1], some[-1]),
+                (f"What is the last word of this list: {listed}?", some[2], some[2]),
+                (f"What is the second word of this list: {listed}?", some[1], some[1]),
                 (f"Write these words in reverse order: {listed}.", " ".join(some[::-1]), ", ".join(some[::-1])),
-                (f"Write the word {own[number]} {TIMES[times]} times.", *[" ".join([own[number]] * times)] * 2),
             ):
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer}
                 yield split, row | ({"response": response} if split == "sft" else {})
