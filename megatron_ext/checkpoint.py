@@ -7,6 +7,7 @@ save is never read.
 
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -49,6 +51,8 @@ def save(
     state = _state(model, optimizer, loading=False)
     state["scheduler"] = scheduler.state_dict()
     state["rng"] = _rng_tensors()
+    # Megatron-Core would start a manager process for this queue: seconds, and it outlives a kill -9 of its rank.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(target))
     dist.barrier()
     if dist.get_rank() == 0:
