@@ -52,6 +52,15 @@ SPOTS = (
     ),
     Spot(
         "megatron-core",
+        "megatron/core/dist_checkpointing/strategies/filesystem_async.py",
+        CHECKPOINT + "save, _results_queue",
+        (
+            "if _results_queue is None: ctx = mp.get_context(mp_mode) _results_queue = ctx.Manager().Queue()",
+            "return _results_queue",
+        ),
+    ),
+    Spot(
+        "megatron-core",
         "megatron/core/tensor_parallel/random.py",
         CPU + "_set_cuda_rng_state, torch.cuda RNG functions",
         (
