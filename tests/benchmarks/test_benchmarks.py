@@ -1,6 +1,8 @@
 """The benchmarks' arithmetic and collection; nothing here measures time."""
 
+import argparse
 import json
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -154,3 +156,34 @@ def test_the_source_digest_changes_with_code_configuration_and_data_only(tmp_pat
     (tmp_path / "recipes" / "a.pyc").write_text("cache")
     (tmp_path / "README.md").write_text("text")
     assert demo_seeds.source_digest(tmp_path) == found[-1]
+
+
+def test_reuse_keeps_a_finished_run_of_the_same_code_and_overrides_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    made = []
+
+    def train(command, check):
+        (tmp_path / "runs" / "demo_seed_7").mkdir(parents=True)
+        made.append(command[3:])
+
+    monkeypatch.setattr(demo_seeds.subprocess, "run", train)
+    run = partial(demo_seeds.run, 7, "runs/demo_seed_7")
+    keep, fresh = (argparse.Namespace(reuse=reuse, override=["algorithm.steps=2"]) for reuse in (True, False))
+    for options in (keep, keep, fresh):
+        run(options)
+    assert made == [["recipe=demo", "seed=7", "run_dir=runs/demo_seed_7", "algorithm.steps=2"]] * 2
+    run(argparse.Namespace(reuse=True, override=["algorithm.steps=3"]))
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 2")
+    run(argparse.Namespace(reuse=True, override=["algorithm.steps=3"]))
+    assert [command[-1] for command in made] == ["algorithm.steps=2"] * 2 + ["algorithm.steps=3"] * 2
+
+
+def test_a_run_whose_code_changed_meanwhile_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    monkeypatch.setattr(
+        demo_seeds.subprocess, "run", lambda command, check: (tmp_path / "conf" / "a.yaml").write_text("seed: 2")
+    )
+    with pytest.raises(RuntimeError, match="changed while runs/demo_seed_7 was made"):
+        demo_seeds.run(7, "runs/demo_seed_7", argparse.Namespace(reuse=False, override=[]))

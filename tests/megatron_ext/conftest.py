@@ -72,6 +72,12 @@ def results(launched: Path) -> Callable[[str], list[dict[str, Any]]]:
 def reference(twins: Path) -> Callable[[Case], Reference]:
     @cache
     def compute(twin: str, precision: str, temperature: float) -> Reference:
-        return train_reference(twins / twin, Case("reference", twin=twin, precision=precision, temperature=temperature))
+        case = Case("reference", twin=twin, precision=precision, temperature=temperature)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the model is too small for more, and on a busy machine threads wait for each other
+        try:
+            return train_reference(twins / twin, case)
+        finally:
+            torch.set_num_threads(threads)
 
     return lambda case: compute(case.twin, case.precision, case.temperature)
