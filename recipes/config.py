@@ -167,6 +167,11 @@ def parse(raw: DictConfig) -> Config:
     return config
 
 
+def samples_per_step(config: Config) -> int:
+    """Responses of one RL step, all ranks together."""
+    return config.algorithm.prompts_per_step * config.algorithm.samples_per_prompt
+
+
 def check(config: Config) -> None:
     """Raises ConfigError naming the first field whose value can't work."""
     c = config
@@ -251,12 +256,13 @@ def check(config: Config) -> None:
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
             f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
         )
-    samples = c.algorithm.prompts_per_step * c.algorithm.samples_per_prompt
-    if samples < c.cluster.ranks // model_parallel:
-        raise ConfigError(
-            f"algorithm.prompts_per_step={c.algorithm.prompts_per_step}: {samples} samples are fewer than the "
-            f"{c.cluster.ranks // model_parallel} data-parallel ranks; use more prompts or fewer ranks"
-        )
+    data_parallel = c.cluster.ranks // model_parallel
+    shared_out = {"algorithm.prompts_per_step x samples_per_prompt": samples_per_step(c)}
+    if c.stage.sft:
+        shared_out["stage.sft.rows_per_step"] = c.stage.sft.rows_per_step
+    for field, count in shared_out.items():
+        if count % data_parallel:
+            raise ConfigError(f"{field}={count}: use a multiple of the {data_parallel} data-parallel ranks")
     if not c.data.mix or any(share <= 0 for share in c.data.mix.values()):
         raise ConfigError(f"data.mix={c.data.mix}: give every kind of prompt a share of at least 1")
     for field, path in (

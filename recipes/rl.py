@@ -8,6 +8,7 @@ import torch
 
 from megatron_ext import checkpoint, optimizer, steps
 from megatron_ext.packing import MicroBatch, PackedSequence
+from megatron_ext.weight_map import round_up
 from recipes import records
 from recipes.algorithms import algorithm
 from recipes.algorithms.losses import kl_k3, sequence_mean_token_mean
@@ -100,7 +101,7 @@ def contributing(
     """The sequences to train on, weighted as a mean over *all* samples.
 
     A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes
-    and drops only their KL term. All are kept where too few would be left for the data-parallel ranks.
+    and drops only their KL term. Some are kept to make a multiple of the data-parallel ranks, and at least one a rank.
     """
     weights = sequence_mean_token_mean([len(s.response_token_ids) for s in samples])
     sequences = [
@@ -113,8 +114,9 @@ def contributing(
     ]
     if not skip_zero_advantage:
         return sequences
-    chosen = [sequence for sequence, advantage in zip(sequences, advantages, strict=True) if advantage != 0]
-    return chosen if len(chosen) >= data_parallel else sequences
+    order = sorted(range(len(sequences)), key=lambda i: advantages[i] == 0)  # stable: the useful ones first
+    wanted = max(1, sum(advantage != 0 for advantage in advantages))
+    return [sequences[i] for i in order[: round_up(wanted, data_parallel)]]
 
 
 def verifier_means(judged: list[tuple[float, dict[str, Verdict]]]) -> dict[str, float]:

@@ -59,7 +59,9 @@ def test_leaving_out_zero_advantages_leaves_the_other_weights(samples: list[Samp
     every = contributing(samples, advantages, False, 1)
     chosen = contributing(samples, advantages, True, 2)
     assert chosen == [every[1], every[4]]
-    assert contributing(samples, advantages, True, 3) == every, "too few are left for three data-parallel ranks"
+    assert contributing(samples, advantages, True, 3) == [every[1], every[4], every[0]], "filled up for three ranks"
+    none = [0.0] * 6
+    assert contributing(samples, none, True, 2) == contributing(samples, none, False, 1)[:2], "no rank goes without"
 
 
 def test_a_verifier_is_averaged_over_the_samples_it_judged() -> None:
