@@ -3,15 +3,13 @@
 ``recipes.train`` does this itself before it becomes torchrun; a Slurm script calls it before ``srun``.
 """
 
-import os
 import sys
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from recipes.config import ConfigError, parse
-from recipes.train import one_line, prepare_run
+from recipes.train import from_command_line, prepare_run
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -24,9 +22,4 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines
-    try:
-        main()
-    except HydraException as error:
-        print(f"error: {one_line(error)}", flush=True)
-        sys.exit(1)
+    from_command_line(main)

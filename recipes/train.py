@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -149,10 +150,15 @@ def one_line(error: HydraException) -> str:
     return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
 
 
-if __name__ == "__main__":
+def from_command_line(hydra_main: Callable[[], None]) -> None:
+    """Call a Hydra main; what is wrong with the command line is told in one line, with exit code 1."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines
     try:
-        main()
+        hydra_main()
     except HydraException as error:
         print(f"error: {one_line(error)}", flush=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    from_command_line(main)
