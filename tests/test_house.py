@@ -134,7 +134,7 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["cd /work/main", 'open("/root/x")', "/home/ann/model", "https://pypi.example/simple", "pip --index-url x"],
+    ["cd /work/trainer", 'open("/root/x")', "/home/ann/model", "https://pypi.example/simple", "pip --index-url x"],
 )
 def test_the_machine_patterns_match(line: str) -> None:
     assert any(pattern.search(line) for pattern in MACHINE_PATTERNS)
