@@ -20,10 +20,12 @@ COMMON = [
     "megatron-core",
     "numpy",
     "omegaconf",
+    "pillow",
     "pyyaml",
     "rich",
     "safetensors",
     "torch",
+    "torchvision",
     "transformers",
     "wandb",
 ]
@@ -75,7 +77,7 @@ if __name__ == "__main__":
         packages=find_namespace_packages(
             include=["recipes*", "megatron_ext*", "rollout*", "rewards*", "conf*"],
         ),
-        package_data={"": ["*.yaml", "*.jsonl"]},
+        package_data={"": ["*.yaml", "*.json", "*.jsonl"]},
         install_requires=pinned(COMMON, pins),
         extras_require={extra: pinned(requirements, pins) for extra, requirements in EXTRAS.items()},
     )

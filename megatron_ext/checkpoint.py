@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
     """
     progress = json.loads((checkpoint / "progress.json").read_text())
     written, now = progress["layout"], _layout(model)
-    for field in ("padded_groups", "padded_vocab"):
+    for field in ("padded_groups", "padded_vocab", "padded_vision_heads"):
         if written[field] != now[field]:
             raise ValueError(
                 f"{checkpoint}: written with {field}={written[field]} (parallel.tensor={written['tensor']}), "
@@ -119,23 +120,20 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
 
 
 def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        f"model{i}": chunk.module.sharded_state_dict(prefix=f"model{i}." if len(model.chunks) > 1 else "")
-        for i, chunk in enumerate(model.chunks)
-    }
-    parameters = {name: value for i in range(len(model.chunks)) for name, value in state[f"model{i}"].items()}
-    state["optimizer"] = optimizer.sharded_state_dict(parameters, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+    # Names count layers in the whole model, so a checkpoint does not depend on chunks and stages.
+    state: dict[str, Any] = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(model.chunks)}
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=_OPTIMIZER_FORMAT)
     return state
 
 
 def _layout(model: Model) -> dict[str, Any]:
     return {
         "platform": platform.current().name,
-        "tensor": model.parallel.tensor,
-        "pipeline": model.parallel.pipeline,
+        **asdict(model.parallel.layout),
         "data": model.parallel.data,
         "padded_groups": model.sharding.padded_groups,
         "padded_vocab": model.sharding.padded_vocab,
+        "padded_vision_heads": model.padded_vision_heads,
     }
 
 

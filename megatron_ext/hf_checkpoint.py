@@ -5,6 +5,7 @@ import math
 import mmap
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from megatron_ext.blocks import Shard, region
+from megatron_ext.models import family
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def config(folder: str | Path) -> Any:
     """The model's configuration. Raises FileNotFoundError when the folder holds no model."""
-    if not (Path(folder) / "config.json").is_file():
+    file = Path(folder) / "config.json"
+    if not file.is_file():
         raise FileNotFoundError(f"model.path={str(folder)!r} holds no config.json: give a Hugging Face model folder")
+    found = json.loads(file.read_text())
+    if found["model_type"] == "internvl_chat":  # transformers does not know it: its own code comes with the folder
+        from megatron_ext.models import internvl3
+
+        return internvl3.config_from_chat(found)
     return AutoConfig.from_pretrained(folder)
 
 
@@ -38,24 +46,38 @@ def headers(folder: str | Path) -> dict[Path, dict[str, Any]]:
     return found
 
 
+def published_name(folder: str | Path) -> Callable[[str], str]:
+    """From a tensor's name in this checkpoint to its name in the weight map.
+
+    A family whose checkpoints come with two kinds of names has ``RENAMED``: prefix → prefix in the published ones.
+    """
+    prefixes: dict[str, str] = getattr(family(config(folder).architectures[0]), "RENAMED", {})
+    return lambda name: next(
+        (new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), name
+    )
+
+
 def load(shards: list[Shard], folder: str | Path) -> None:
     """Fill the local shards in place (cast to their dtype; uncovered elements become zero).
 
     Raises KeyError naming a tensor that the checkpoint lacks and ValueError on a rectangle outside its shape.
     """
-    where = {name: file for file, header in headers(folder).items() for name in header if name != "__metadata__"}
-    by_file: dict[Path, list[tuple[Any, torch.Tensor]]] = defaultdict(list)
+    found = headers(folder)
+    published = published_name(folder)
+    where = {published(name): (file, name) for file, header in found.items() for name in header}
+    by_file: dict[Path, list[tuple[Any, str, torch.Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for shard in shards:
             shard.tensor.zero_()
             for block in shard.blocks:
                 if block.hf_name not in where:
                     raise KeyError(f"{folder}: tensor {block.hf_name!r} is missing (needed by {shard.name})")
-                by_file[where[block.hf_name]].append((block, shard.tensor))
+                file, stored = where[block.hf_name]
+                by_file[file].append((block, stored, shard.tensor))
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as tensors:
-                for block, tensor in wanted:
-                    source = tensors.get_slice(block.hf_name)
+                for block, stored, tensor in wanted:
+                    source = tensors.get_slice(stored)
                     if any(
                         a + n > full for a, n, full in zip(block.hf_start, block.shape, source.get_shape(), strict=True)
                     ):
@@ -89,8 +111,9 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
         for shard in shards:
             for block in shard.blocks:
                 blocks[block.hf_name].append((block, shard.tensor))
+        published = published_name(source)
         for file, header in layout.items():
-            _fill(partial / file.name, header, blocks)
+            _fill(partial / file.name, header, {name: blocks.get(published(name), []) for name in header})
     _barrier()
     if first:
         shutil.rmtree(target, ignore_errors=True)
@@ -115,6 +138,7 @@ def _with_dtype(header: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def _set_config_dtype(file: Path, dtype: torch.dtype) -> None:
     config = json.loads(file.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)  # the field's older name
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 

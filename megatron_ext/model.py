@@ -1,4 +1,4 @@
-"""Build a Megatron-Core GPTModel for a Hugging Face configuration, in any layout."""
+"""Build a Megatron-Core model for a Hugging Face configuration, in any layout."""
 
 import logging
 from dataclasses import dataclass
@@ -8,20 +8,44 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext import platform
 from megatron_ext.blocks import Shard
+from megatron_ext.layout import Layout
 from megatron_ext.models import family
 from megatron_ext.parallel import Parallel
-from megatron_ext.weight_map import Sharding, shards
+from megatron_ext.precision import Precision
+from megatron_ext.vision_language import VisionLanguageModel
+from megatron_ext.weight_map import Sharding, sharding_of, shards
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """``recompute``: activations made again in the backward pass (a key of ``RECOMPUTE``). ``frozen``: prefixes of
+    Megatron parameter names that are not trained; "vision" is the tower without its projector.
+    """
+
+    precision: Precision
+    recompute: str
+    distributed_optimizer: bool
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass
 class Model:
-    """A policy on this rank: ``chunks`` (Megatron-Core DDP), configuration, which HF weights its ``shards`` hold."""
+    """A policy on this rank: ``chunks`` (Megatron-Core DDP, one per virtual stage), the HF weights of its ``shards``.
+
+    ``hf_config`` is the whole model's configuration; ``config`` and ``sharding`` are the language model's. Tokens of a
+    packed micro-batch on one rank come padded to ``token_multiple``: sequence parallelism cuts them, FP8 wants 16.
+    """
 
     chunks: list[DistributedDataParallel]
     config: TransformerConfig
@@ -29,57 +53,108 @@ class Model:
     sharding: Sharding
     parallel: Parallel
     shards: list[Shard]
+    token_multiple: int
+    padded_vision_heads: int
 
 
-def sharding_of(hf_config: Any, tensor: int, tensor_rank: int) -> Sharding:
-    """True head, group and vocabulary counts with this rank's tensor-parallel position."""
-    heads = hf_config.num_attention_heads
-    return Sharding(
-        tensor=tensor,
-        tensor_rank=tensor_rank,
-        heads=heads,
-        groups=getattr(hf_config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
-        vocab=hf_config.vocab_size,
-    )
-
-
-def check(hf_config: Any, tensor: int, pipeline: int) -> None:
+def check(hf_config: Any, layout: Layout) -> None:
     """Raises ValueError naming the field when the architecture does not fit the layout."""
-    family(hf_config.architectures[0]).gpt_options(hf_config)
-    if hf_config.intermediate_size % tensor:
-        raise ValueError(f"parallel.tensor={tensor} does not divide the model's ffn size {hf_config.intermediate_size}")
-    if hf_config.num_hidden_layers % pipeline:
+    arch = family(hf_config.architectures[0])
+    text = arch.text_config(hf_config)
+    arch.gpt_options(text)
+    arch.transformer_options(text)
+    if text.intermediate_size % layout.tensor:
         raise ValueError(
-            f"parallel.pipeline={pipeline} does not divide the model's {hf_config.num_hidden_layers} layers"
+            f"parallel.tensor={layout.tensor} does not divide the model's ffn size {text.intermediate_size}"
+        )
+    inner, stages = text.num_hidden_layers, layout.pipeline
+    for field, layers in (("first", layout.first_stage_layers), ("last", layout.last_stage_layers)):
+        if layers is None:
+            continue
+        if layout.pipeline == 1 or layers < 1 or layers % layout.virtual:
+            raise ValueError(
+                f"parallel.{field}_stage_layers={layers}: needs parallel.pipeline > 1 and a positive multiple of "
+                f"parallel.virtual_pipeline={layout.virtual}; null shares the layers out evenly"
+            )
+        inner, stages = inner - layers, stages - 1
+    if inner < 0 or inner % (max(stages, 1) * layout.virtual) or (stages == 0 and inner):
+        raise ValueError(
+            f"parallel.pipeline={layout.pipeline} does not divide the model's {text.num_hidden_layers} layers: {inner} "
+            f"are left for {stages} stages of {layout.virtual} chunks (parallel.virtual_pipeline, "
+            "parallel.first_stage_layers, parallel.last_stage_layers)"
         )
 
 
-def build(hf_config: Any, parallel: Parallel, precision: str, distributed_optimizer: bool) -> Model:
+def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
     """This rank's part of the model, zero-filled (load weights with ``hf_checkpoint.load``), wrapped for DDP.
 
     KV groups that the tensor-parallel size does not divide are zero padded: outputs are unchanged, padded weights get
     zero gradients and stay zero.
     """
-    check(hf_config, parallel.tensor, parallel.pipeline)
-    dtype = DTYPES[precision]
+    layout = parallel.layout
+    check(hf_config, layout)
     arch = family(hf_config.architectures[0])
-    sharding = sharding_of(hf_config, parallel.tensor, parallel.tensor_rank)
+    text = arch.text_config(hf_config)
+    sharding = sharding_of(text, layout.tensor, parallel.tensor_rank)
     if sharding.padded_groups != sharding.groups:
         logger.warning(
             "parallel.tensor=%d does not divide %d KV heads: attention is zero-padded to %d KV and %d query heads",
-            parallel.tensor, sharding.groups, sharding.padded_groups, sharding.padded_heads,
+            layout.tensor, sharding.groups, sharding.padded_groups, sharding.padded_heads,
         )  # fmt: skip
-    config = TransformerConfig(
-        **arch.transformer_options(hf_config),
+    config = language_config(arch, text, sharding, layout, settings)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.distributed_optimizer,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        check_for_nan_in_grad=True,  # raises before the update, so the weights stay usable
+        **settings.precision.ddp_options(),
+    )
+    parts = arch.parts(hf_config, layout.tensor, parallel.tensor_rank)
+    chunks = []
+    for stage in range(layout.virtual):
+        module = build_chunk(hf_config, config, parallel, settings, stage)
+        module.to(device=platform.current().device(), dtype=settings.precision.dtype)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=module))
+    return Model(
+        chunks=chunks,
+        config=config,
+        hf_config=hf_config,
+        sharding=sharding,
+        parallel=parallel,
+        shards=shards([c.module for c in chunks], parts),
+        token_multiple=layout.tensor * settings.precision.token_multiple,
+        padded_vision_heads=sum(part.sharding.padded_heads for part in parts if part.prefix == "vision."),
+    )
+
+
+def language_config(
+    arch: Any, text: Any, sharding: Sharding, layout: Layout, settings: ModelSettings
+) -> TransformerConfig:
+    """Megatron-Core's configuration of the language model."""
+    dtype = settings.precision.dtype
+    return TransformerConfig(
+        **arch.transformer_options(text),
         **platform.current().config_options(),
+        **RECOMPUTE[settings.recompute],
+        **settings.precision.transformer_options(),
         num_attention_heads=sharding.padded_heads,
         num_query_groups=sharding.padded_groups,
         kv_channels=sharding.head_dim,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        sequence_parallel=parallel.sequence,
-        variable_seq_lengths=parallel.pipeline > 1,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        sequence_parallel=layout.sequence,
+        variable_seq_lengths=layout.pipeline > 1,
+        # The interleaved schedule's other way mixes up both directions between the same two ranks when there are two.
+        overlap_p2p_comm=layout.virtual > 1,
+        batch_p2p_comm=layout.virtual == 1,
         moe_token_dispatcher_type="alltoall",  # Megatron-Core ties variable lengths to this, dense models included
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -90,33 +165,42 @@ def build(hf_config: Any, parallel: Parallel, precision: str, distributed_optimi
         # The loss is already divided by the whole batch's counts: sum over micro-batches and data-parallel ranks.
         calculate_per_token_loss=True,
     )
-    module = GPTModel(
+
+
+def build_chunk(
+    hf_config: Any, config: TransformerConfig, parallel: Parallel, settings: ModelSettings, stage: int
+) -> MegatronModule:
+    """The bare module of one virtual stage: GPTModel, in a VisionLanguageModel where the family has a vision tower."""
+    arch = family(hf_config.architectures[0])
+    text = arch.text_config(hf_config)
+    layout = parallel.layout
+    first = parallel.pipeline_rank == 0 and stage == 0
+    last = parallel.is_last_stage and stage == layout.virtual - 1
+    sees = hasattr(arch, "vision_tower")
+    virtual = stage if layout.virtual > 1 else None
+    model: MegatronModule = GPTModel(
         config=config,
-        transformer_layer_spec=platform.current().layer_specs(config),
-        vocab_size=sharding.padded_vocab,
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=parallel.pipeline_rank == 0,
-        post_process=parallel.is_last_stage,
-        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        **arch.gpt_options(hf_config),
+        transformer_layer_spec=platform.current().layer_specs(config, virtual),
+        vocab_size=sharding_of(text, layout.tensor, parallel.tensor_rank).padded_vocab,
+        max_sequence_length=text.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=text.tie_word_embeddings,
+        scatter_embedding_sequence_parallel=not sees,  # the tower's rows go in first
+        vp_stage=virtual,
+        **arch.gpt_options(text),
     )
-    module.to(device=platform.current().device(), dtype=dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=distributed_optimizer,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
-        check_for_nan_in_grad=True,  # raises before the update, so the weights stay usable
-    )
-    chunk = DistributedDataParallel(config=config, ddp_config=ddp, module=module)
-    return Model(
-        chunks=[chunk],
-        config=config,
-        hf_config=hf_config,
-        sharding=sharding,
-        parallel=parallel,
-        shards=shards([chunk.module], arch.rules(hf_config), sharding),
-    )
+    if model.position_embedding_type == "mrope":
+        model.rotary_pos_emb.cp_group = None  # positions of a packed batch are cut behind the rotation, not before
+    if sees:
+        tower = arch.vision_tower(hf_config, parallel, settings.precision.dtype) if first else None
+        model = VisionLanguageModel(config, model, tower)
+    for name, parameter in model.named_parameters():
+        if any(frozen_by(prefix, name) for prefix in settings.frozen):
+            parameter.requires_grad = False
+    return model
+
+
+def frozen_by(prefix: str, name: str) -> bool:
+    """Whether ``model.frozen``'s entry covers a parameter; a tower's projector is named for itself."""
+    return name.startswith(f"{prefix}.") and (prefix != "vision" or not name.startswith("vision.projector."))

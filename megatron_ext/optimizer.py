@@ -38,6 +38,7 @@ def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[Megatr
             bf16=bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=model.chunks[0].ddp_config.use_distributed_optimizer,
+            fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
         ),
         model.chunks,
         use_gloo_process_groups=False,

@@ -7,58 +7,57 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_ext import layout as layouts
 from megatron_ext import platform
+from megatron_ext.layout import Layout
 
 _control: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """The trainer's layout: group sizes and this rank's place. ``data`` is what is left of the world."""
+    """The layout in this world, and this rank's place in it."""
 
-    tensor: int
-    pipeline: int
-    sequence: bool
+    layout: Layout
     data: int
     tensor_rank: int
     pipeline_rank: int
+    context_rank: int
     data_rank: int
 
     @property
+    def tensor(self) -> int:
+        return self.layout.tensor
+
+    @property
     def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline - 1
+        return self.pipeline_rank == self.layout.pipeline - 1
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank's weights are the ones to write: data and context ranks hold the same."""
+        return self.data_rank == 0 and self.context_rank == 0
 
 
-def check(world: int, tensor: int, pipeline: int, sequence: bool) -> None:
-    """Raises ValueError naming the field when the sizes do not fit the number of ranks."""
-    for field, size in (("parallel.tensor", tensor), ("parallel.pipeline", pipeline)):
-        if size < 1:
-            raise ValueError(f"{field}={size}: use 1 or more")
-    if world % (tensor * pipeline):
-        raise ValueError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {world} ranks: "
-            f"start a multiple of {tensor * pipeline} ranks (cluster.ranks) or change the layout"
-        )
-    if sequence and tensor == 1:
-        raise ValueError("parallel.sequence=true needs parallel.tensor > 1: set parallel.sequence=false")
-
-
-def initialize(tensor: int, pipeline: int, sequence: bool, seed: int, timeout_seconds: float) -> Parallel:
+def initialize(layout: Layout, seed: int, timeout_seconds: float) -> Parallel:
     """Collective: join torch.distributed (torchrun's variables) and build Megatron-Core's groups."""
     if not dist.is_initialized():
         dist.init_process_group(platform.current().backend, timeout=timedelta(seconds=timeout_seconds))
-    check(dist.get_world_size(), tensor, pipeline, sequence)
+    layouts.check(dist.get_world_size(), layout)
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
     return Parallel(
-        tensor=tensor,
-        pipeline=pipeline,
-        sequence=sequence,
+        layout=layout,
         data=mpu.get_data_parallel_world_size(),
         tensor_rank=mpu.get_tensor_model_parallel_rank(),
         pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+        context_rank=mpu.get_context_parallel_rank(),
         data_rank=mpu.get_data_parallel_rank(),
     )
 

@@ -27,7 +27,10 @@ LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str
 
 
 def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0) -> list[torch.Tensor]:
-    """Log-probabilities [R] (FP32) of each micro-batch's response tokens; an empty list off the last pipeline stage."""
+    """Log-probabilities [R] (FP32) of each micro-batch's response tokens; an empty list off the last pipeline stage.
+
+    Under context parallelism R is this rank's part of them.
+    """
     keep = lambda output, non_loss_data=False: output.detach()  # noqa: E731
     with torch.no_grad():
         return _run(model, batches, temperature, lambda batch: keep, forward_only=True, collect_non_loss_data=True)
@@ -58,7 +61,7 @@ def accumulate_gradients(
 
 
 def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sums of metrics over micro-batches and data-parallel ranks, known to all (names in ``/max``: the maximum)."""
+    """Sums of metrics over micro-batches, data- and context-parallel ranks, known to all (``/max``: the maximum)."""
     local = None
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
         local = [{name: float(value) for name, value in entry.items()} for entry in sums]
@@ -75,7 +78,9 @@ def _run(
 ) -> list[Any]:
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
+        images = {} if batch.vision is None else {"vision": batch.vision}
         output = chunk(
+            **images,
             input_ids=batch.tokens,
             position_ids=batch.positions,
             attention_mask=None,
@@ -87,7 +92,7 @@ def _run(
 
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=[iter(batches)] * len(model.chunks) if len(model.chunks) > 1 else iter(batches),
+        data_iterator=[iter(batches) for _ in model.chunks] if len(model.chunks) > 1 else iter(batches),
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(batches),
         seq_length=max(batch.tokens.shape[1] for batch in batches),
@@ -111,7 +116,7 @@ def _log_probs_of_hidden(
     Padded vocabulary columns are excluded from the softmax.
     """
     batch: MicroBatch = context
-    if model.parallel.sequence:
+    if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden_states)

@@ -4,8 +4,9 @@ Loading, export, gradient mapping and the bridge to vLLM all read the blocks mad
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,8 +14,8 @@ from megatron_ext.blocks import Block, Shard
 
 # Transformer Engine fuses a norm into the linear layer behind it; the tables use the unfused names.
 _FUSED_NORM_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 
 
@@ -43,6 +44,19 @@ class Sharding:
         return round_up(self.vocab, self.tensor)
 
 
+def sharding_of(text: Any, tensor: int, tensor_rank: int) -> Sharding:
+    """A language model's true head, group and vocabulary counts with this rank's tensor-parallel position."""
+    heads = text.num_attention_heads
+    return Sharding(
+        tensor=tensor,
+        tensor_rank=tensor_rank,
+        heads=heads,
+        groups=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+    )
+
+
 Layout = Callable[[tuple[str, ...], tuple[int, ...], Sharding], list[Block]]
 
 
@@ -55,6 +69,19 @@ class Rule:
     layout: Layout
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module of a model: its Megatron names begin with ``prefix``; ``rules`` speak of the names behind it.
+
+    A text model is one part with prefix "". A vision-language model has "language." and "vision.", each with heads of
+    its own.
+    """
+
+    prefix: str
+    rules: Sequence[Rule]
+    sharding: Sharding
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -63,6 +90,11 @@ def replicated(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> l
     """Every rank holds the whole tensor."""
     zero = (0,) * len(shape)
     return [Block(names[0], zero, zero, shape)]
+
+
+def column_parallel(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+    """Output dimension (rows) cut evenly. Weight or bias."""
+    return [Block(names[0], (s.tensor_rank * shape[0], *(0,) * len(shape[1:])), (0,) * len(shape), shape)]
 
 
 def row_parallel(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
@@ -88,6 +120,16 @@ def gate_up(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list
 
 def qkv(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
     """Megatron's grouped layout: for each KV group its query heads, its key head, its value head. Weight or bias."""
+    return _grouped(names, (0, 0, 0), shape, s)
+
+
+def fused_qkv(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+    """As ``qkv``, from one HF tensor with the rows of all query, then all key, then all value heads."""
+    query, key = s.heads * s.head_dim, s.groups * s.head_dim
+    return _grouped(names * 3, (0, query, query + key), shape, s)
+
+
+def _grouped(names: tuple[str, ...], offsets: tuple[int, int, int], shape: tuple[int, ...], s: Sharding) -> list[Block]:
     per_group = s.heads // s.groups
     rest = shape[1:]
     zeros = (0,) * len(rest)
@@ -98,11 +140,18 @@ def qkv(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Blo
         if group >= s.groups:
             break
         start = local * (per_group + 2) * s.head_dim
-        for name, heads in zip(names, (per_group, 1, 1), strict=True):
+        for name, offset, heads in zip(names, offsets, (per_group, 1, 1), strict=True):
             rows = heads * s.head_dim
-            blocks.append(Block(name, (group * rows, *zeros), (start, *zeros), (rows, *rest)))
+            blocks.append(Block(name, (offset + group * rows, *zeros), (start, *zeros), (rows, *rest)))
             start += rows
     return blocks
+
+
+def heads(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+    """A vector over all heads (a QK-norm of the full width), cut like them; padded heads stay zero."""
+    start = s.tensor_rank * shape[0]
+    length = max(0, min(shape[0], s.heads * s.head_dim - start))
+    return [Block(names[0], (start,), (0,), (length,))] if length else []
 
 
 def attention_output(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
@@ -112,22 +161,26 @@ def attention_output(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding
     return [Block(names[0], (0, start), (0, 0), (shape[0], columns))] if columns else []
 
 
-def shards(models: Iterable[torch.nn.Module], rules: Sequence[Rule], sharding: Sharding) -> list[Shard]:
+def shards(models: Sequence[torch.nn.Module], parts: Sequence[Part]) -> list[Shard]:
     """Every local parameter with its blocks. Raises KeyError naming a parameter that no rule matches."""
-    patterns = [(re.compile(re.escape(rule.megatron).replace(r"\{\}", r"(\d+)")), rule) for rule in rules]
+    rules = [
+        (re.compile(re.escape(part.prefix + rule.megatron).replace(r"\{\}", r"(\d+)")), rule, part.sharding)
+        for part in parts
+        for rule in part.rules
+    ]
     found = []
     for chunk, model in enumerate(models):
-        layers = model.decoder.layers  # type: ignore[union-attr]
         for name, parameter in model.named_parameters():
             plain = name
             for fused, unfused in _FUSED_NORM_NAMES.items():
                 plain = plain.replace(fused, unfused)
-            match, rule = next(((m, r) for p, r in patterns if (m := p.fullmatch(plain))), (None, None))
-            if match is None or rule is None:
+            matching = ((m, rule, sharding) for p, rule, sharding in rules if (m := p.fullmatch(plain)))
+            match, rule, sharding = next(matching, (None, None, None))
+            if match is None or rule is None or sharding is None:
                 raise KeyError(f"parameter {name!r} matches no rule of the family's weight map: add one to its table")
             names = rule.hf
-            if match.groups():
-                layer = layers[int(match[1])].layer_number - 1  # type: ignore[index, union-attr]
+            if match.groups():  # a local layer's number in the whole model is Megatron-Core's, which counts from 1
+                layer = model.get_submodule(plain[: match.end(1)]).layer_number - 1  # type: ignore[operator]
                 names = tuple(n.format(layer) for n in rule.hf)
             blocks = tuple(rule.layout(names, tuple(parameter.shape), sharding))
             found.append(Shard(f"{chunk}.{name}", parameter.data, blocks))

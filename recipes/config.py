@@ -8,6 +8,9 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_ext import layout, precision
+from recipes import trainer
+
 # ${cores:N} in conf/ is this machine's cores shared among N processes.
 OmegaConf.register_new_resolver("cores", lambda share: max(1, len(os.sched_getaffinity(0)) // share), replace=True)
 
@@ -38,6 +41,7 @@ class StageConfig:
 @dataclass
 class ModelConfig:
     path: str
+    frozen: list[str]
     gguf_package: Optional[str] = None  # noqa: UP045
     gguf_file: Optional[str] = None  # noqa: UP045
 
@@ -67,7 +71,12 @@ class RewardsConfig:
 class ParallelConfig:
     tensor: int
     pipeline: int
+    virtual_pipeline: int
+    first_stage_layers: Optional[int]  # noqa: UP045
+    last_stage_layers: Optional[int]  # noqa: UP045
+    context: int
     sequence: bool
+    recompute: str
     distributed_optimizer: bool
     micro_batch_tokens: int
 
@@ -75,6 +84,10 @@ class ParallelConfig:
 @dataclass
 class PrecisionConfig:
     name: str
+    recipe: Optional[str]  # noqa: UP045
+    format: Optional[str]  # noqa: UP045
+    bf16_layers: int
+    parameter_gather: bool
 
 
 @dataclass
@@ -92,12 +105,20 @@ class RolloutConfig:
 
 
 @dataclass
+class ImagesConfig:
+    min_pixels: int
+    max_pixels: int
+    max_aspect_ratio: float
+
+
+@dataclass
 class DataConfig:
     sft: str
     prompts: str
     evaluation: str
     max_prompt_tokens: int
     mix: dict[str, int]
+    images: ImagesConfig
     evaluation_samples: int
     scores: dict[str, list[str]]
 
@@ -177,7 +198,7 @@ def check(config: Config) -> None:
     c = config
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("cluster.platform", c.cluster.platform, ("cpu", "cuda")),
-        ("precision.name", c.precision.name, ("bf16", "fp32")),
+        ("parallel.recompute", c.parallel.recompute, ("none", "selective", "full")),
         ("algorithm.decay", c.algorithm.decay, ("constant", "linear", "cosine")),
         *(("stage.names", name, ("sft", "rl")) for name in c.stage.names),
     ]
@@ -191,14 +212,15 @@ def check(config: Config) -> None:
         "algorithm.prompts_per_step": c.algorithm.prompts_per_step,
         "algorithm.learning_rate": c.algorithm.learning_rate,
         "algorithm.clip_ratio": c.algorithm.clip_ratio,
-        "parallel.tensor": c.parallel.tensor,
-        "parallel.pipeline": c.parallel.pipeline,
         "parallel.micro_batch_tokens": c.parallel.micro_batch_tokens,
         "rollout.engines": c.rollout.engines,
         "rollout.tensor": c.rollout.tensor,
         "rollout.max_response_tokens": c.rollout.max_response_tokens,
         "rollout.temperature": c.rollout.temperature,
         "data.max_prompt_tokens": c.data.max_prompt_tokens,
+        "data.images.min_pixels": c.data.images.min_pixels,
+        "data.images.max_pixels": c.data.images.max_pixels,
+        "data.images.max_aspect_ratio": c.data.images.max_aspect_ratio,
         "data.evaluation_samples": c.data.evaluation_samples,
         "cluster.ranks": c.cluster.ranks,
         "cluster.threads": c.cluster.threads,
@@ -242,27 +264,29 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
     if "sft" in c.stage.names and c.stage.sft is None:
         raise ConfigError(f"stage.names={c.stage.names}: 'sft' needs stage.sft, which is empty: choose stage=sft_rl")
-    model_parallel = c.parallel.tensor * c.parallel.pipeline
-    if c.cluster.ranks % model_parallel:
-        raise ConfigError(
-            f"cluster.ranks={c.cluster.ranks}: parallel.tensor={c.parallel.tensor} x parallel.pipeline="
-            f"{c.parallel.pipeline} needs a multiple of {model_parallel} ranks"
-        )
-    if c.parallel.sequence and c.parallel.tensor == 1:
-        raise ConfigError("parallel.sequence=true: needs parallel.tensor > 1; add parallel.sequence=false")
+    try:
+        layout.check(c.cluster.ranks, trainer.layout(c))
+        precision.check(trainer.precision(c))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if c.precision.name == "fp8" and c.cluster.platform == "cpu":
+        raise ConfigError("precision.name='fp8': needs a GPU with FP8 (H100 or newer); use precision=bf16 on a CPU")
     longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
     if c.parallel.micro_batch_tokens < longest:
         raise ConfigError(
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
             f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
         )
-    data_parallel = c.cluster.ranks // model_parallel
+    multiple = trainer.sequence_multiple(c)
     shared_out = {"algorithm.prompts_per_step x samples_per_prompt": samples_per_step(c)}
     if c.stage.sft:
         shared_out["stage.sft.rows_per_step"] = c.stage.sft.rows_per_step
     for field, count in shared_out.items():
-        if count % data_parallel:
-            raise ConfigError(f"{field}={count}: use a multiple of the {data_parallel} data-parallel ranks")
+        if count % multiple:
+            stages = (
+                ", times the pipeline's stages for parallel.virtual_pipeline" if c.parallel.virtual_pipeline > 1 else ""
+            )
+            raise ConfigError(f"{field}={count}: use a multiple of {multiple}, the data-parallel ranks{stages}")
     if not c.data.mix or any(share <= 0 for share in c.data.mix.values()):
         raise ConfigError(f"data.mix={c.data.mix}: give every kind of prompt a share of at least 1")
     for field, path in (

@@ -7,7 +7,6 @@ from recipes.data import prompts
 from recipes.session import Session
 from recipes.statistics import mean_interval, paired_difference
 from rewards.verdict import Verdict
-from rollout.sample import Prompt
 
 EVALUATION_STEP = -1  # its own sampling seeds, the same for every model that is compared
 Answers = dict[str, list[dict[str, Any]]]
@@ -20,10 +19,7 @@ def answer(session: Session) -> Answers:
     """
     config = session.config
     rows = prompts.load_rows(config.data.evaluation)
-    asked = [
-        Prompt(row["id"], tuple(prompts.prompt_tokens(session.tokenizer, row, config.data.max_prompt_tokens)))
-        for row in rows
-    ]
+    asked = [session.prompts(row).prompt for row in rows]
     found: Answers = {}
     for name, count, temperature in (
         ("greedy", 1, 0.0),

@@ -1,5 +1,6 @@
 """The RL loop. It reads as the algorithm; its parts are in rollout/, rewards/, recipes/algorithms/, megatron_ext/."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -7,16 +8,16 @@ from typing import Any
 import torch
 
 from megatron_ext import checkpoint, optimizer, steps
-from megatron_ext.packing import MicroBatch, PackedSequence
+from megatron_ext.packing import MicroBatch, PackedSequence, VisionInputs
 from megatron_ext.weight_map import round_up
-from recipes import records
+from recipes import records, trainer
 from recipes.algorithms import algorithm
 from recipes.algorithms.losses import kl_k3, sequence_mean_token_mean
 from recipes.data import prompts
 from recipes.session import Session
 from rewards import mixing
 from rewards.verdict import Verdict
-from rollout.sample import Prompt, Sample
+from rollout.sample import Sample
 
 
 def fit(session: Session, reference: Path) -> None:
@@ -38,17 +39,17 @@ def fit(session: Session, reference: Path) -> None:
     def loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         values, now = batch.values, log_probs.detach()
         gap = (now - values["rollout"]).abs()
-        measured = {"kl": kl_k3(now, values["reference"]).sum(), "gap": gap.sum(), "gap/max": gap.max()}
+        worst = gap.max() if len(gap) else gap.sum()  # a context-parallel rank can have none of a micro-batch's tokens
+        measured = {"kl": kl_k3(now, values["reference"]).sum(), "gap": gap.sum(), "gap/max": worst}
         return (algo.token_loss(log_probs, batch, config.algorithm) * values["weight"]).sum(), measured
 
     for step in range(done, config.algorithm.steps):
         batch = prompts.mixed(rows, config.data.mix, step, config.algorithm.prompts_per_step, config.seed)
 
         with session.phase("generate"):
-            tokens = [prompts.prompt_tokens(session.tokenizer, row, config.data.max_prompt_tokens) for row in batch]
-            asked = [Prompt(row["id"], tuple(ids)) for row, ids in zip(batch, tokens, strict=True)]
+            asked = [session.prompts(row) for row in batch]
             group = config.algorithm.samples_per_prompt
-            samples = session.generate(asked, group, step, config.rollout.temperature)
+            samples = session.generate([a.prompt for a in asked], group, step, config.rollout.temperature)
 
         with session.phase("reward"):
             judged = [
@@ -60,7 +61,10 @@ def fit(session: Session, reference: Path) -> None:
 
         with session.phase("logprobs"):
             lengths = [len(s.response_token_ids) for s in samples]
-            sequences = contributing(samples, advantages, config.algorithm.skip_zero_advantage, session.parallel.data)
+            images = [a.vision for a in asked for _ in range(group)]
+            sequences = contributing(
+                samples, images, advantages, config.algorithm.skip_zero_advantage, trainer.sequence_multiple(config)
+            )
             trained_tokens = sum(len(s.response) for s in sequences)
             micro_batches = session.micro_batches(sequences)
             with steps.weights_of(model, reference_weights):
@@ -96,12 +100,16 @@ def fit(session: Session, reference: Path) -> None:
 
 
 def contributing(
-    samples: list[Sample], advantages: list[float], skip_zero_advantage: bool, data_parallel: int
+    samples: list[Sample],
+    images: Sequence[VisionInputs | None],
+    advantages: list[float],
+    skip_zero_advantage: bool,
+    multiple: int,
 ) -> list[PackedSequence]:
     """The sequences to train on, weighted as a mean over *all* samples.
 
     A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes
-    and drops only their KL term. Some are kept to make a multiple of the data-parallel ranks, and at least one a rank.
+    and drops only their KL term. Some are kept to make a multiple of ``multiple`` (``trainer.sequence_multiple``).
     """
     weights = sequence_mean_token_mean([len(s.response_token_ids) for s in samples])
     sequences = [
@@ -109,14 +117,15 @@ def contributing(
             list(s.prompt_token_ids),
             list(s.response_token_ids),
             {"rollout": s.logprobs, "advantage": [advantage] * len(weight), "weight": weight},
+            vision,
         )
-        for s, advantage, weight in zip(samples, advantages, weights, strict=True)
+        for s, vision, advantage, weight in zip(samples, images, advantages, weights, strict=True)
     ]
     if not skip_zero_advantage:
         return sequences
     order = sorted(range(len(sequences)), key=lambda i: advantages[i] == 0)  # stable: the useful ones first
     wanted = max(1, sum(advantage != 0 for advantage in advantages))
-    return [sequences[i] for i in order[: round_up(wanted, data_parallel)]]
+    return [sequences[i] for i in order[: round_up(wanted, multiple)]]
 
 
 def verifier_means(judged: list[tuple[float, dict[str, Verdict]]]) -> dict[str, float]:

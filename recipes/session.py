@@ -15,23 +15,23 @@ import torch.distributed as dist
 import yaml
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from transformers import AutoTokenizer
 
 from megatron_ext import hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
 from megatron_ext.collectives import from_rank_zero
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import MicroBatch, PackedSequence, pack, plan
-from recipes import records
+from megatron_ext.precision import DTYPES
+from megatron_ext.weight_map import round_up
+from recipes import records, trainer
 from recipes.config import Config
+from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
 from rewards import mixing
 from rollout import sampler
 from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.weight_sync.bridge import WeightBridge
-
-ROLLOUT_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Session:
     display: Display
     parallel: parallel.Parallel
     model: models.Model
+    prompts: PromptProcessor
     tokenizer: Any
     engines: list[Engine]
     bridge: WeightBridge
@@ -110,12 +111,17 @@ class Session:
 
     def micro_batches(self, sequences: list[PackedSequence]) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank knows whole."""
-        layout = plan([len(s) for s in sequences], self.parallel.data, self.config.parallel.micro_batch_tokens)
+        layout = self.parallel.layout
+        ranks = plan(
+            [round_up(len(s), layout.token_multiple) for s in sequences],
+            self.parallel.data,
+            self.config.parallel.micro_batch_tokens,
+            layout.micro_batch_multiple,
+        )
+        pad, device = self.tokenizer.pad_token_id or 0, platform.current().device()
         return [
-            pack(
-                sequences, indices, self.parallel.tensor, self.tokenizer.pad_token_id or 0, platform.current().device()
-            )
-            for indices in layout[self.parallel.data_rank]
+            pack(sequences, indices, self.model.token_multiple, pad, device, layout.context, self.parallel.context_rank)
+            for indices in ranks[self.parallel.data_rank]
         ]
 
     def truncate_records(self, step: int) -> None:
@@ -127,8 +133,7 @@ class Session:
 
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
-        writes = self.parallel.data_rank == 0
-        hf_checkpoint.export(self.model.shards, self.config.model.path, folder, writes)
+        hf_checkpoint.export(self.model.shards, self.config.model.path, folder, self.parallel.is_first_replica)
 
 
 @contextmanager
@@ -140,7 +145,7 @@ def open_session(config: Config) -> Iterator[Session]:
     c = config
     engine_settings = EngineSettings(
         model=c.model.path,
-        dtype=ROLLOUT_DTYPES[c.precision.name],
+        dtype=DTYPES[c.precision.name],
         max_model_len=c.data.max_prompt_tokens + c.rollout.max_response_tokens,
         max_num_seqs=c.rollout.max_num_seqs,
         max_num_batched_tokens=c.rollout.max_num_batched_tokens,
@@ -158,16 +163,15 @@ def open_session(config: Config) -> Iterator[Session]:
             engines += [Engine(engine_settings, run_dir / "logs" / f"engine_{i}.log") for i in range(c.rollout.engines)]
         with display.stage("trainer: process groups, Megatron-Core model, weights"):
             torch.set_num_threads(c.cluster.threads)
-            layout = parallel.initialize(
-                c.parallel.tensor, c.parallel.pipeline, c.parallel.sequence, c.seed, c.cluster.timeout
-            )
+            layout = parallel.initialize(trainer.layout(c), c.seed, c.cluster.timeout)
             stack.callback(parallel.destroy)
             control = parallel.control_group()
-            model = models.build(
-                hf_checkpoint.config(c.model.path), layout, c.precision.name, c.parallel.distributed_optimizer
+            settings = models.ModelSettings(
+                trainer.precision(c), c.parallel.recompute, c.parallel.distributed_optimizer, tuple(c.model.frozen)
             )
+            model = models.build(hf_checkpoint.config(c.model.path), layout, settings)
             hf_checkpoint.load(model.shards, c.model.path)
-            tokenizer = AutoTokenizer.from_pretrained(c.model.path)
+            prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
         with display.stage("vLLM: engines ready"):
             deadline = time.monotonic() + c.rollout.startup_timeout
             from_rank_zero(partial(wait_until_ready, engines, deadline), control)
@@ -187,7 +191,19 @@ def open_session(config: Config) -> Iterator[Session]:
             )
             stack.callback(wandb.finish)
         yield Session(
-            config, run_dir, rank, display, layout, model, tokenizer, engines, bridge, control, verifiers, wandb
+            config,
+            run_dir,
+            rank,
+            display,
+            layout,
+            model,
+            prompts,
+            prompts.tokenizer,
+            engines,
+            bridge,
+            control,
+            verifiers,
+            wandb,
         )
 
 

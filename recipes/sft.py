@@ -22,13 +22,10 @@ def fit(session: Session) -> list[dict[str, Any]]:
         batch = prompts.shuffled(rows, step * config.rows_per_step, config.rows_per_step, session.config.seed)
         answers = [prompts.response_tokens(session.tokenizer, row) for row in batch]
         weights = sequence_mean_token_mean([len(answer) for answer in answers])
+        asked = [session.prompts(row) for row in batch]
         sequences = [
-            PackedSequence(
-                prompts.prompt_tokens(session.tokenizer, row, session.config.data.max_prompt_tokens),
-                answer,
-                {"weight": w},
-            )
-            for row, answer, w in zip(batch, answers, weights, strict=True)
+            PackedSequence(list(a.prompt.token_ids), answer, {"weight": weight}, a.vision)
+            for a, answer, weight in zip(asked, answers, weights, strict=True)
         ]
         metrics = steps.accumulate_gradients(session.model, session.micro_batches(sequences), next_token_loss)
         norm = optimizer.step(optim, schedule)

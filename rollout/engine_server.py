@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rollout.engine import EngineSettings
@@ -56,33 +57,41 @@ def die_with_engine() -> None:
 
 def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> Any:
     """vLLM's engine with the bridge's worker extension. ``"dummy"`` weights are never used: a sync comes first."""
-    from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=settings.model,
-            # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit.
-            skip_tokenizer_init=True,
-            load_format=load_format,
-            dtype=settings.dtype,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            # On a CPU vLLM 0.32 fails when it splits the prompt of a request that has a seed: it would rewind the
-            # request's generator, which CPU generators can't.
-            enable_chunked_prefill=settings.device != "cpu",
-            kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
-            # The cache's size is given, so this is only how much vLLM wants to find free; the trainer is here too.
-            gpu_memory_utilization=0.05,
-            enforce_eager=settings.enforce_eager,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",  # sampling is what the request says, never defaults from the model's folder
-            worker_extension_cls=WORKER_EXTENSION,
-            disable_log_stats=True,
-            seed=0,
-        )
+    return LLMEngine.from_engine_args(engine_args(settings, load_format))
+
+
+def engine_args(settings: EngineSettings, load_format: str) -> Any:
+    """The settings as vLLM's."""
+    from vllm import EngineArgs
+
+    sees = "vision_config" in json.loads(Path(settings.model, "config.json").read_text())
+    return EngineArgs(
+        model=settings.model,
+        # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit. vLLM's processor
+        # of images needs one, for the placeholder tokens.
+        skip_tokenizer_init=not sees,
+        mm_processor_cache_gb=0,  # a prompt's images are processed once for all its samples, see ``add_batch``
+        mm_device_do_normalize=False,  # pixel values as transformers' processor makes them, for the trainer too
+        load_format=load_format,
+        dtype=settings.dtype,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        # On a CPU vLLM 0.32 fails when it splits the prompt of a request that has a seed: it would rewind the
+        # request's generator, which CPU generators can't.
+        enable_chunked_prefill=settings.device != "cpu",
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+        # The cache's size is given, so this is only how much vLLM wants to find free; the trainer is here too.
+        gpu_memory_utilization=0.05,
+        enforce_eager=settings.enforce_eager,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",  # sampling is what the request says, never defaults from the model's folder
+        worker_extension_cls=WORKER_EXTENSION,
+        disable_log_stats=True,
+        seed=0,
     )
 
 
@@ -129,7 +138,6 @@ class EngineLoop:
     def add_batch(self, body: dict[str, Any], sink: Callable[[dict[str, Any]], Any]) -> list[str]:
         """Check every request, then add all; ``sink`` gets a sample's dict for each. Returns vLLM's request ids."""
         from vllm import SamplingParams
-        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         version = self._usable_version()
@@ -141,9 +149,15 @@ class EngineLoop:
                     f"prompt {request['prompt_id']!r}: {length} prompt tokens and max_tokens={sampling['max_tokens']} "
                     f"do not fit into rollout.max_model_len={self.settings.max_model_len}, or the prompt is empty"
                 )
+        inputs: dict[str, dict[str, Any]] = {}
+        for request in requests:
+            if request["prompt_id"] not in inputs:
+                inputs[request["prompt_id"]] = engine_input(self.llm.renderer, request)
         if not self.llm.has_unfinished_requests():
-            # What earlier batches left in the prefix cache would change the composition of this one's steps.
+            # What earlier batches left in the prefix cache would change the composition of this one's steps, and images
+            # in the encoder cache were seen by earlier weights.
             self.llm.reset_prefix_cache()
+            self.llm.reset_encoder_cache()
         ids: list[str] = []
         try:
             for request in requests:
@@ -159,7 +173,8 @@ class EngineLoop:
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                self.llm.add_request(ids[-1], tokens_input(list(request["prompt_token_ids"])), params)
+                tokens = list(request["prompt_token_ids"])
+                self.llm.add_request(ids[-1], inputs[request["prompt_id"]] | {"prompt_token_ids": tokens}, params)
                 self.sinks[ids[-1]] = partial(self._finish, sink, request, version)
         except Exception:  # vLLM refused one: none of the batch may run
             self.abort(ids)
@@ -200,6 +215,36 @@ class EngineLoop:
         for output in self.llm.step():
             if output.finished and output.request_id in self.sinks:
                 self.sinks.pop(output.request_id)(output)
+
+
+def engine_input(renderer: Any, request: dict[str, Any]) -> Any:
+    """A request's prompt as vLLM's engine takes it; images and clips go through vLLM's own processor.
+
+    Refused when that makes other token ids than the trainer has.
+    """
+    from transformers.image_utils import load_image
+    from vllm.inputs import TokensPrompt, tokens_input
+
+    from rollout.media import clip
+
+    tokens, media = list(request["prompt_token_ids"]), request["media"]
+    if media is None:
+        return tokens_input(tokens)
+    data = {
+        "image": [load_image(path) for path in media["images"]],
+        "video": [clip([load_image(path) for path in frames]) for frames in media["videos"]],
+    }
+    prompt = TokensPrompt(
+        prompt_token_ids=list(media["marked_token_ids"]),
+        multi_modal_data={kind: items for kind, items in data.items() if items},
+    )
+    (made,) = renderer.render_cmpl([prompt])
+    if (found := made["prompt_token_ids"]) != tokens:
+        raise Refused(
+            f"prompt {request['prompt_id']!r}: the {len(found)} tokens that vLLM's processor makes of it are not the "
+            f"trainer's {len(tokens)}: give both the same model folder and files, and one environment"
+        )
+    return made
 
 
 def finished_sample(request: dict[str, Any], output: Any, version: int) -> dict[str, Any]:

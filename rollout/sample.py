@@ -1,4 +1,4 @@
-"""What goes to a generation engine and what comes back: token ids only, JSON only.
+"""What goes to a generation engine and what comes back: token ids and names of image files, JSON only.
 
 Tokens are never decoded and encoded again on the way: the ids a sample carries are the ids vLLM sampled.
 """
@@ -9,11 +9,26 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Media:
+    """Image files and clips (lists of frame files) of a prompt, each in prompt order.
+
+    ``marked_token_ids`` are the prompt's with one mark for each image or clip, from which vLLM's own processor has to
+    make exactly the prompt's ``token_ids``.
+    """
+
+    images: tuple[str, ...]
+    videos: tuple[tuple[str, ...], ...]
+    marked_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A prompt of the data set: its stable name and its token ids (chat template already applied)."""
+    """A prompt of the data set: its stable name and its token ids (chat template applied, a placeholder token for each
+    row of the vision tower's output)."""
 
     prompt_id: str
     token_ids: tuple[int, ...]
+    media: Media | None = None
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One wanted sample: the prompt's ids, which of its samples this is, and the seed that alone decides its noise."""
+    """One wanted sample: the prompt, which of its samples this is, and the seed that alone decides its noise."""
 
     prompt_id: str
     sample_index: int
     prompt_token_ids: tuple[int, ...]
     seed: int
+    media: Media | None = None
 
 
 @dataclass(frozen=True)

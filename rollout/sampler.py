@@ -31,7 +31,13 @@ def make_requests(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int,
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt={samples_per_prompt}: must be at least 1")
     return [
-        Request(prompt.prompt_id, index, prompt.token_ids, request_seed(seed, step, prompt.prompt_id, index))
+        Request(
+            prompt.prompt_id,
+            index,
+            prompt.token_ids,
+            request_seed(seed, step, prompt.prompt_id, index),
+            prompt.media,
+        )
         for prompt in prompts
         for index in range(samples_per_prompt)
     ]

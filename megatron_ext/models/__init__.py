@@ -3,7 +3,14 @@
 import importlib
 from types import ModuleType
 
-FAMILIES = {"LlamaForCausalLM": "llama"}
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "InternVLForConditionalGeneration": "internvl3",
+    "InternVLChatModel": "internvl3",
+}
 
 
 def family(architecture: str) -> ModuleType:

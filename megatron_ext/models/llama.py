@@ -4,50 +4,69 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from megatron_ext.weight_map import Rule, attention_output, gate_up, qkv, replicated, row_parallel, vocabulary
-
-LAYERS = (
-    Rule(("model.layers.{}.input_layernorm.weight",), "decoder.layers.{}.input_layernorm.weight", replicated),
-    Rule(
-        tuple(f"model.layers.{{}}.self_attn.{p}_proj.weight" for p in "qkv"),
-        "decoder.layers.{}.self_attention.linear_qkv.weight",
-        qkv,
-    ),
-    Rule(
-        ("model.layers.{}.self_attn.o_proj.weight",),
-        "decoder.layers.{}.self_attention.linear_proj.weight",
-        attention_output,
-    ),
-    Rule(
-        ("model.layers.{}.post_attention_layernorm.weight",), "decoder.layers.{}.pre_mlp_layernorm.weight", replicated
-    ),
-    Rule(
-        ("model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
-        "decoder.layers.{}.mlp.linear_fc1.weight",
-        gate_up,
-    ),
-    Rule(("model.layers.{}.mlp.down_proj.weight",), "decoder.layers.{}.mlp.linear_fc2.weight", row_parallel),
+from megatron_ext.weight_map import (
+    Part,
+    Rule,
+    attention_output,
+    gate_up,
+    qkv,
+    replicated,
+    row_parallel,
+    sharding_of,
+    vocabulary,
 )
 
 
-def rules(hf_config: Any) -> tuple[Rule, ...]:
-    """The weight map; with tied embeddings the last pipeline stage's output layer is the embedding again."""
-    head = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
+def text_config(hf_config: Any) -> Any:
+    """The language model's configuration: this one."""
+    return hf_config
+
+
+def rules(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[Rule, ...]:
+    """The weight map of a decoder whose HF names begin with ``prefix``.
+
+    With tied embeddings the last pipeline stage's output layer is the embedding again.
+    """
+    layer = f"{prefix}layers.{{}}."
     return (
-        Rule(("model.embed_tokens.weight",), "embedding.word_embeddings.weight", vocabulary),
-        *LAYERS,
-        Rule(("model.norm.weight",), "decoder.final_layernorm.weight", replicated),
-        Rule((head,), "output_layer.weight", vocabulary),
+        Rule((f"{prefix}embed_tokens.weight",), "embedding.word_embeddings.weight", vocabulary),
+        Rule((f"{layer}input_layernorm.weight",), "decoder.layers.{}.input_layernorm.weight", replicated),
+        Rule(
+            tuple(f"{layer}self_attn.{p}_proj.weight" for p in "qkv"),
+            "decoder.layers.{}.self_attention.linear_qkv.weight",
+            qkv,
+        ),
+        Rule(
+            (f"{layer}self_attn.o_proj.weight",),
+            "decoder.layers.{}.self_attention.linear_proj.weight",
+            attention_output,
+        ),
+        Rule((f"{layer}post_attention_layernorm.weight",), "decoder.layers.{}.pre_mlp_layernorm.weight", replicated),
+        Rule(
+            (f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
+            "decoder.layers.{}.mlp.linear_fc1.weight",
+            gate_up,
+        ),
+        Rule((f"{layer}mlp.down_proj.weight",), "decoder.layers.{}.mlp.linear_fc2.weight", row_parallel),
+        Rule((f"{prefix}norm.weight",), "decoder.final_layernorm.weight", replicated),
+        Rule(
+            (f"{prefix}embed_tokens.weight" if text.tie_word_embeddings else head,), "output_layer.weight", vocabulary
+        ),
     )
 
 
-def transformer_options(hf_config: Any) -> dict[str, Any]:
+def parts(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Part, ...]:
+    """The whole model is one part."""
+    return (Part("", rules(hf_config), sharding_of(hf_config, tensor, tensor_rank)),)
+
+
+def transformer_options(text: Any) -> dict[str, Any]:
     """TransformerConfig fields that the architecture fixes (heads come padded from the sharding)."""
     return {
-        "num_layers": hf_config.num_hidden_layers,
-        "hidden_size": hf_config.hidden_size,
-        "ffn_hidden_size": hf_config.intermediate_size,
-        "layernorm_epsilon": hf_config.rms_norm_eps,
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "ffn_hidden_size": text.intermediate_size,
+        "layernorm_epsilon": text.rms_norm_eps,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
@@ -56,9 +75,9 @@ def transformer_options(hf_config: Any) -> dict[str, Any]:
     }
 
 
-def gpt_options(hf_config: Any) -> dict[str, Any]:
+def gpt_options(text: Any) -> dict[str, Any]:
     """GPTModel arguments: rotary base and Llama 3's frequency scaling. Raises ValueError on another scaling."""
-    rope = hf_config.rope_parameters
+    rope = text.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
         expected = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -3,7 +3,8 @@
 ``name``, ``backend``            platform and torch.distributed backend
 ``activate()``                   once per process, before any Megatron-Core module is built
 ``device()``                     where this rank's tensors live
-``layer_specs(config)``          Megatron-Core TransformerBlockSubmodules for a decoder-only model
+``layer_specs(config, stage)``   Megatron-Core TransformerBlockSubmodules of a decoder (of a virtual pipeline stage)
+``encoder_layer(config)``        ModuleSpec of a bidirectional layer, for vision towers
 ``config_options()``             TransformerConfig fields that depend on the kernels at hand
 ``rng_state`` / ``set_rng_state`` the state that dropout and sampling on this device use
 ``machine()``                    what to print about the hardware

@@ -10,6 +10,7 @@ import os
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # Megatron-Core compiles at import; on a CPU that costs more than it gives
 
 import platform as host
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,19 +96,37 @@ def config_options() -> dict[str, Any]:
     }
 
 
-def layer_specs(config: Any) -> Any:
-    """Megatron-Core's local layers with a norm that knows sequence parallelism and a core attention on torch SDPA."""
+def layer_specs(config: Any, virtual_stage: int | None = None) -> Any:
+    """Megatron-Core's local layers with a norm that knows sequence parallelism and a packed core attention."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    layer = _layer(config, AttnMaskType.causal)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def encoder_layer(config: Any) -> Any:
+    """A bidirectional layer, for vision towers; RMS or layer norm by ``config.normalization``."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    return _layer(config, AttnMaskType.no_mask)
+
+
+def _layer(config: Any, mask: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    submodules = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    submodules.input_layernorm = RMSNorm
-    submodules.pre_mlp_layernorm = RMSNorm
+    submodules = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    if config.normalization == "RMSNorm":
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            submodules.self_attention.submodules.q_layernorm = RMSNorm
+            submodules.self_attention.submodules.k_layernorm = RMSNorm
+    submodules.self_attention.params = {"attn_mask_type": mask}
     submodules.self_attention.submodules.core_attention = PackedAttention
-    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
 def rng_state() -> torch.Tensor:
@@ -144,17 +163,17 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal attention over packed (THD) sequences: unpack to a padded batch, attend, pack again.
+    """Attention over packed (THD) sequences, causal or bidirectional: unpack to a padded batch, attend, pack again.
 
     Query [tokens, heads, head_dim], key and value [tokens, groups, head_dim], all of this rank, give
-    [tokens, heads, head_dim]. Padding lies to the right of every sequence, so the causal mask alone keeps it out. Plain
-    matrix products with an FP32 softmax: at a few hundred tokens four times as fast as torch's BF16 SDPA on a CPU.
+    [tokens, heads, head_dim]. Padding lies to the right of every sequence. Plain matrix products with an FP32 softmax:
+    at a few hundred tokens four times as fast as torch's BF16 SDPA on a CPU. Under context parallelism keys and values
+    are gathered and a rank attends with its own queries only.
     """
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError("context parallelism needs Transformer Engine's attention: use cluster.platform=cuda")
+        self.context = config.context_parallel_size
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(
@@ -167,16 +186,71 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Any = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        rows, batch, longest = _padded_rows(packed_seq_params)
+        from megatron.core.transformer.enums import AttnMaskType
+
+        places = _places(packed_seq_params, self.context)
+        batch, longest = places.lengths.numel(), int(places.lengths.max())
+        if self.context > 1:
+            key, value = (_gather_context(t) for t in (key, value))
         q, k, v = (
             _Unpack.apply(t, rows, batch * longest).view(batch, longest, *t.shape[1:]).transpose(1, 2)
-            for t in (query, key, value)
+            for t, rows in ((query, places.queries), (key, places.keys), (value, places.keys))
         )
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
-        future = torch.ones(longest, longest, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(q.dtype)
-        return _Pack.apply((weights @ v).transpose(1, 2).reshape(batch * longest, *query.shape[1:]), rows)
+        if attn_mask_type is AttnMaskType.causal:
+            hidden = torch.ones(longest, longest, dtype=torch.bool).triu(1)
+        else:
+            hidden = (torch.arange(longest) >= places.lengths.unsqueeze(1))[:, None, None, :]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
+        return _Pack.apply((weights @ v).transpose(1, 2).reshape(batch * longest, *query.shape[1:]), places.queries)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Of a pack: ``lengths`` of its sequences; row in the padded batch of each of this rank's ``queries``, and of each
+    of the ``keys`` (all context-parallel ranks', one rank behind the other)."""
+
+    lengths: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+
+def _places(packed: Any, context: int) -> _Places:
+    """Computed once per micro-batch."""
+    found = getattr(packed, "places", None)
+    if found is None:
+        starts = packed.cu_seqlens_q.long()
+        lengths = starts.diff()
+        row_of = torch.arange(int(starts[-1])) + torch.repeat_interleave(
+            torch.arange(len(lengths)) * int(lengths.max()) - starts[:-1], lengths
+        )
+        ranks = [_context_slices(starts, context, rank) for rank in range(context)]
+        local = ranks[_context_rank()] if context > 1 else ranks[0]
+        found = packed.places = _Places(lengths, row_of[local], row_of[torch.cat(ranks)])
+    return found
+
+
+def _context_slices(starts: torch.Tensor, context: int, rank: int) -> torch.Tensor:
+    from megatron_ext.packing import context_slices
+
+    return torch.tensor(context_slices(starts.tolist(), context, rank))
+
+
+def _context_rank() -> int:
+    from megatron.core.parallel_state import get_context_parallel_rank
+
+    return get_context_parallel_rank()
+
+
+def _gather_context(local: torch.Tensor) -> torch.Tensor:
+    """All context-parallel ranks' rows; the backward pass sums and scatters."""
+    from megatron.core.parallel_state import get_context_parallel_group
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    return gather_from_sequence_parallel_region(
+        local, tensor_parallel_output_grad=True, group=get_context_parallel_group()
+    )
 
 
 class _Unpack(torch.autograd.Function):
@@ -209,17 +283,6 @@ class _Pack(torch.autograd.Function):
         return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, rows, gradient), None
 
 
-def _padded_rows(packed: Any) -> tuple[torch.Tensor, int, int]:
-    """(row of every packed token in the padded batch, sequences, longest); computed once per micro-batch."""
-    found = getattr(packed, "padded_rows", None)
-    if found is None:
-        starts, longest = packed.cu_seqlens_q.long(), packed.max_seqlen_q
-        sequence = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
-        rows = sequence * longest + torch.arange(int(starts[-1])) - starts[sequence]
-        found = packed.padded_rows = (rows, len(starts) - 1, longest)
-    return found
-
-
 def _rotary_packed(
     t: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -228,14 +291,20 @@ def _rotary_packed(
     cp_rank: int = 0,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """Rotary embedding for packed sequences, t [tokens, heads, head_dim], freqs [max_len, 1, 1, head_dim].
+    """Rotary embedding for packed sequences, t [tokens, heads, head_dim], freqs [positions, 1, 1, head_dim].
 
-    Same function as Transformer Engine's kernel of this name, in one gather instead of a loop over sequences.
+    Same function as Transformer Engine's kernel of this name, in one gather instead of a loop over sequences. As many
+    positions as tokens of all context-parallel ranks are one for each (mRoPE, vision); else they count from a
+    sequence's start.
     """
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     starts = cu_seqlens.long()
-    position = torch.arange(int(starts[-1])) - torch.repeat_interleave(starts[:-1], starts.diff())
+    position = torch.arange(int(starts[-1]))
+    if freqs.shape[0] != t.shape[0] * cp_size:
+        position -= torch.repeat_interleave(starts[:-1], starts.diff())
+    if cp_size > 1:
+        position = position[_context_slices(starts, cp_size, cp_rank)]
     return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[position], rotary_interleaved=interleaved).squeeze(1)
 
 

@@ -21,6 +21,7 @@ def activate() -> None:
     torch.cuda.set_device(local_rank if visible > 1 else 0)
     # Megatron-Core overlaps tensor-parallel communication correctly only with a single hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _rotary_per_token()
 
 
 def device() -> torch.device:
@@ -40,14 +41,49 @@ def config_options() -> dict[str, Any]:
     }
 
 
-def layer_specs(config: Any) -> Any:
+def layer_specs(config: Any, virtual_stage: int | None = None) -> Any:
     """Transformer Engine layers: fused norm + linear, THD flash attention, FP8 when ``config.fp8`` is set."""
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=TENorm)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
+
+
+def encoder_layer(config: Any) -> Any:
+    """A bidirectional Transformer Engine layer, for vision towers."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.transformer.enums import AttnMaskType
+
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
+    return layer
+
+
+def _rotary_per_token() -> None:
+    """Let Transformer Engine's packed rotary kernel take one position for each token (mRoPE, vision).
+
+    The kernel counts positions from a sequence's start; a pack told to be one sequence has its own for each token.
+    """
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+
+    kernel = rope_utils.fused_apply_rotary_pos_emb_thd
+
+    def rotary(
+        t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, cp_size: int = 1, cp_rank: int = 0, **rest: Any
+    ) -> torch.Tensor:
+        if freqs.shape[0] != t.shape[0] * cp_size:
+            return kernel(t, cu_seqlens, freqs, cp_size=cp_size, cp_rank=cp_rank, **rest)
+        if cp_size > 1:
+            from megatron_ext.packing import context_slices
+
+            freqs = freqs[torch.tensor(context_slices(cu_seqlens.tolist(), cp_size, cp_rank), device=freqs.device)]
+        whole = torch.tensor([0, t.shape[0]], dtype=torch.int32, device=t.device)
+        return kernel(t, whole, freqs, **rest)
+
+    rope_utils.fused_apply_rotary_pos_emb_thd = rotary
 
 
 def rng_state() -> torch.Tensor:

@@ -18,7 +18,12 @@ SFT_FIELDS = ("id", "prompt", "response")
 
 
 def load_rows(path: str, required: Sequence[str] = ("id", "label", "kind", "prompt")) -> list[Row]:
-    """JSONL rows. Raises ConfigError naming file, line and field for a missing field or a repeated id."""
+    """JSONL rows. ``images`` (files) and ``videos`` (lists of frame files) are relative to the data file, in the result
+    absolute; the prompt has ``<image>`` and ``<video>`` where they stand.
+
+    Raises ConfigError naming file, line and field for a missing field or file, a repeated id, and marks in the prompt
+    that are not as many as the files.
+    """
     rows: list[Row] = []
     seen: set[str] = set()
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
@@ -36,10 +41,47 @@ def load_rows(path: str, required: Sequence[str] = ("id", "label", "kind", "prom
         if row["id"] in seen:
             raise ConfigError(f"{path}:{number}: id {row['id']!r} occurs twice; make ids unique")
         seen.add(row["id"])
-        rows.append(row)
+        try:
+            rows.append(row | _media(row, Path(path).resolve().parent))
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: {error}") from error
     if not rows:
         raise ConfigError(f"{path}: holds no rows")
     return rows
+
+
+def _media(row: Row, folder: Path) -> dict[str, Any]:
+    """The row's ``images`` and ``videos`` with absolute paths. Raises ValueError naming the field."""
+    found: dict[str, Any] = {}
+    images, videos = row.get("images", []), row.get("videos", [])
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise ValueError("field 'images' is not a list of file names")
+    if not isinstance(videos, list) or not all(
+        isinstance(frames, list) and frames and all(isinstance(path, str) for path in frames) for frames in videos
+    ):
+        raise ValueError("field 'videos' is not a list of clips, each a list of the names of its frames' files")
+    for field, mark, count in (("images", "<image>", len(images)), ("videos", "<video>", len(videos))):
+        if row["prompt"].count(mark) != count:
+            raise ValueError(
+                f"field {field!r} has {count} entries, the prompt has {row['prompt'].count(mark)} times {mark}: write "
+                f"{mark} once for each, where it stands in the prompt"
+            )
+    if images:
+        found["images"] = [str(folder / path) for path in images]
+    if videos:
+        found["videos"] = [[str(folder / path) for path in frames] for frames in videos]
+    for field, file in media_files(found):
+        if not Path(file).is_file():
+            raise ValueError(f"field {field}: no file {file}; names are relative to the data file")
+    return found
+
+
+def media_files(row: Row) -> list[tuple[str, str]]:
+    """Field and file of each image and frame of a row."""
+    images = [(f"images[{i}]", file) for i, file in enumerate(row.get("images", []))]
+    return images + [
+        (f"videos[{i}][{j}]", file) for i, frames in enumerate(row.get("videos", [])) for j, file in enumerate(frames)
+    ]
 
 
 def shuffled(rows: Sequence[Row], start: int, count: int, seed: int, window: int = 1) -> list[Row]:
@@ -112,12 +154,17 @@ def prompt_tokens(tokenizer: Any, row: Row, max_prompt_tokens: int) -> list[int]
     """The chat-templated prompt's token ids. Raises ConfigError naming the row when it is too long."""
     messages = [{"role": "user", "content": row["prompt"]}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    check_length(row, ids, max_prompt_tokens)
+    return list(ids)
+
+
+def check_length(row: Row, ids: Sequence[int], max_prompt_tokens: int) -> None:
+    """Raises ConfigError naming the row when its prompt is too long."""
     if len(ids) > max_prompt_tokens:
         raise ConfigError(
             f"row {row['id']!r} has {len(ids)} prompt tokens, data.max_prompt_tokens={max_prompt_tokens}: "
             "raise it or drop the row"
         )
-    return list(ids)
 
 
 def response_tokens(tokenizer: Any, row: Row) -> list[int]:

@@ -115,7 +115,7 @@ def test_sft_answers_are_what_the_verifiers_reward() -> None:
     verdicts = {row["id"]: reward(row, row["response"], verifiers, table)[1] for row in FILES["sft"]}
     labels = Counter(next(iter(found.values())).label for found in verdicts.values())
     assert set(labels) == {"safe with warning", "safe with refusal", "safe without risk", "correct"}, labels
-    assert labels["safe with warning"] == 16
+    assert labels["safe with warning"] == 12
     assert labels["safe without risk"] == 40
 
 

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.layout import Layout
+from megatron_ext.model import ModelSettings
 from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.precision import Precision
 from tests.rollout.twins import Twin
 
 TINY = Twin(heads=4, kv_heads=2, vocab=256, tied=False, bias=False, dtype=torch.bfloat16)
+BF16 = ModelSettings(Precision("bf16"), recompute="none", distributed_optimizer=True)
 SETTINGS = OptimizerSettings(
     learning_rate=0.1,  # far above what BF16 rounds away
     minimum_fraction=1.0,
@@ -45,7 +49,7 @@ def layout(gpu: None):
         port = free.getsockname()[1]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
-    yield parallel.initialize(tensor=1, pipeline=1, sequence=False, seed=1, timeout_seconds=120)
+    yield parallel.initialize(Layout(), seed=1, timeout_seconds=120)
     parallel.destroy()
 
 
@@ -54,6 +58,6 @@ def policy(layout, folder: Path):
     """A fresh trainer model on Transformer Engine with the tiny model's weights."""
     from megatron_ext import hf_checkpoint, model
 
-    built = model.build(hf_checkpoint.config(folder), layout, "bf16", distributed_optimizer=True)
+    built = model.build(hf_checkpoint.config(folder), layout, BF16)
     hf_checkpoint.load(built.shards, folder)
     return built

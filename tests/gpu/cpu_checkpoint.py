@@ -16,7 +16,8 @@ platform.activate("cpu")
 import torch  # noqa: E402
 
 from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, parallel  # noqa: E402
-from tests.gpu.conftest import SETTINGS  # noqa: E402
+from megatron_ext.layout import Layout  # noqa: E402
+from tests.gpu.conftest import BF16, SETTINGS  # noqa: E402
 
 
 def main() -> None:
@@ -24,8 +25,8 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    layout = parallel.initialize(tensor=1, pipeline=1, sequence=False, seed=1, timeout_seconds=120)
-    policy = model.build(hf_checkpoint.config(source), layout, "bf16", distributed_optimizer=True)
+    layout = parallel.initialize(Layout(), seed=1, timeout_seconds=120)
+    policy = model.build(hf_checkpoint.config(source), layout, BF16)
     hf_checkpoint.load(policy.shards, source)
     optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
     optim.reload_model_params()

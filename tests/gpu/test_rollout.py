@@ -12,7 +12,7 @@ from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate
 from rollout.weight_sync.bridge import WeightBridge
 from rollout.weight_sync.checksum import rectangle_checksum
-from tests.gpu.conftest import TINY
+from tests.gpu.conftest import BF16, TINY
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
 PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
@@ -46,7 +46,7 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
     )
     engine = Engine(settings, tmp_path_factory.mktemp("engine") / "engine_0.log")
     try:
-        policy = model.build(hf_checkpoint.config(folder), layout, "bf16", distributed_optimizer=True)
+        policy = model.build(hf_checkpoint.config(folder), layout, BF16)
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
         made = Rollout(policy, engine)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, packing, parallel, steps
 from megatron_ext.blocks import region
-from tests.gpu.conftest import SETTINGS, TINY
+from tests.gpu.conftest import BF16, SETTINGS, TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,7 +135,7 @@ def step_with_noise(policy: model.Model, optim: object, schedule: object, seed: 
 
 
 def fresh(folder: Path, layout: parallel.Parallel) -> model.Model:
-    built = model.build(hf_checkpoint.config(folder), layout, "bf16", distributed_optimizer=True)
+    built = model.build(hf_checkpoint.config(folder), layout, BF16)
     hf_checkpoint.load(built.shards, folder)
     return built
 

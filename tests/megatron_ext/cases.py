@@ -5,8 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from megatron_ext.layout import Layout
 from megatron_ext.packing import PackedSequence
 
 WORLD = 4
@@ -24,15 +32,20 @@ SETTINGS = {
 }
 # Three key-value groups and 130 tokens do not divide by 2 or 4: attention and vocabulary get padded. The untied model's
 # 132 tokens need no padding under any layout here, so its checkpoints may change layout.
-VOCAB = {"tied": 130, "untied": 132, "sharded": 132}
+TWINS = {
+    "tied": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 130, "tie_word_embeddings": True}),
+    "untied": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 132, "tie_word_embeddings": False}),
+    "sharded": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 132, "tie_word_embeddings": False}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": True}),
+}
 
 
 def make_twins(folder: Path) -> None:
-    """Random Hugging Face models ``tied``, ``untied``, and ``sharded``: the untied one again, in several files."""
-    for name, tied, limit in (("tied", True, "5GB"), ("untied", False, "5GB"), ("sharded", False, "700KB")):
+    """Random Hugging Face models; ``sharded`` is the untied one again, in several files."""
+    for name, (config_class, model_class, options) in TWINS.items():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCAB[name],
+        config = config_class(
             hidden_size=192,
             intermediate_size=240,
             num_hidden_layers=4,
@@ -40,15 +53,17 @@ def make_twins(folder: Path) -> None:
             num_key_value_heads=3,
             head_dim=32,
             max_position_embeddings=128,
-            tie_word_embeddings=tied,
             rms_norm_eps=1e-5,
             initializer_range=0.05,
+            **options,
         )
-        model = LlamaForCausalLM(config).float()
+        model = model_class(config).float()
         with torch.no_grad():
             for parameter in (p for n, p in model.named_parameters() if "norm" in n):
                 parameter.normal_(1.0, 0.2)
-        model.save_pretrained(folder / name, max_shard_size=limit)
+            for parameter in (p for n, p in model.named_parameters() if n.endswith("bias")):
+                parameter.normal_(0.0, 0.2)
+        model.save_pretrained(folder / name, max_shard_size="700KB" if name == "sharded" else "5GB")
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,10 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
+    virtual: int = 1
+    first_stage_layers: int | None = None
+    recompute: str = "none"
     sequence: bool = False
     micro_batch_tokens: int = 64
     reverse: bool = False
@@ -73,7 +92,18 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.layout.model_parallel * self.data
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            virtual=self.virtual,
+            context=self.context,
+            sequence=self.sequence,
+            first_stage_layers=self.first_stage_layers,
+        )
 
 
 CASES = (
@@ -95,6 +125,22 @@ CASES = (
     Case("tp2-sp-dp2", tensor=2, data=2, sequence=True),
     Case("tp2-sp-pp2", tensor=2, pipeline=2, sequence=True),
     Case("pp2-dp2", pipeline=2, data=2),
+    Case("pp2-vp2", pipeline=2, virtual=2),
+    Case("pp2-uneven", pipeline=2, first_stage_layers=1),
+    Case("cp2", context=2),
+    Case("cp2-dp2", context=2, data=2),
+    Case("tp2-sp-cp2", tensor=2, context=2, sequence=True),
+    Case("pp2-vp2-cp2", pipeline=2, virtual=2, context=2),
+    Case("one-recompute-selective", recompute="selective"),
+    Case("tp2-sp-recompute-full", tensor=2, sequence=True, recompute="full"),
+    Case("pp2-vp2-recompute-full", pipeline=2, virtual=2, recompute="full"),
+    Case("qwen2-one", twin="qwen2"),
+    Case("qwen2-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="qwen2"),
+    Case("qwen2-tp4-sp", tensor=4, sequence=True, twin="qwen2"),
+    Case("qwen3-one", twin="qwen3"),
+    Case("qwen3-tp2", tensor=2, twin="qwen3"),
+    Case("qwen3-tp2-sp-cp2", tensor=2, context=2, sequence=True, twin="qwen3"),
+    Case("qwen3-pp2-dp2", pipeline=2, data=2, twin="qwen3"),
     Case("untied-one", twin="untied"),
     Case("untied-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="untied"),
     Case("sharded-tp2-dp2", tensor=2, data=2, twin="sharded"),
@@ -105,10 +151,12 @@ CASES = (
 # Checkpoints: who saves, and who goes on from it under the same layout and then under another one.
 TP2_SP_DP2 = Case("untied-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="untied")
 PP2_DP2 = Case("untied-pp2-dp2", pipeline=2, data=2, twin="untied")
-RESUMES = (TP2_SP_DP2, PP2_DP2, Case("bf16-pp2", pipeline=2, precision="bf16"))
+PP2_VP2_CP2 = Case("untied-pp2-vp2-cp2", pipeline=2, virtual=2, context=2, twin="untied")
+RESUMES = (TP2_SP_DP2, PP2_DP2, PP2_VP2_CP2, Case("bf16-pp2", pipeline=2, precision="bf16"))
 RELAYOUTS = (
     (TP2_SP_DP2, Case("untied-tp4", tensor=4, twin="untied")),
     (PP2_DP2, Case("untied-dp4", data=4, twin="untied")),
+    (PP2_VP2_CP2, Case("untied-pp4", pipeline=4, twin="untied")),
 )
 OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))
 PADDED_BUCKET = Case("tied-tp2-pp2", tensor=2, pipeline=2)
@@ -119,12 +167,21 @@ def by_name(name: str) -> Case:
     return found
 
 
+def has_whole_gradients(case: Case) -> bool:
+    """Reduce-scatter leaves a rank the sum of its own part of the gradients only."""
+    return case.data * case.context == 1 or not case.distributed_optimizer
+
+
 def batch(case: Case) -> list[PackedSequence]:
-    """8 sequences of 6 to 38 tokens. ``weight`` makes the loss the mean over sequences of token means."""
+    """8 sequences of 6 to 38 tokens. ``weight`` makes the loss the mean over sequences of token means; ``place`` is the
+    token's in its response."""
     generator = torch.Generator().manual_seed(0)
-    draw: Callable[[int], list[int]] = lambda n: torch.randint(0, VOCAB[case.twin], (n,), generator=generator).tolist()  # noqa: E731
+    vocabulary = TWINS[case.twin][2]["vocab_size"]
+    draw: Callable[[int], list[int]] = lambda n: torch.randint(0, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
-    made = [PackedSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r}) for p, r in lengths]
+    made = [
+        PackedSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths
+    ]
     return made[::-1] if case.reverse else made
 
 

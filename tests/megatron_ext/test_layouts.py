@@ -23,12 +23,15 @@ bf16_cases = pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
 
 
 def log_probs(ranks: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
-    """By sequence of the batch; tensor-parallel ranks that hold the same sequence must agree bit for bit."""
-    found: dict[int, torch.Tensor] = {}
+    """By sequence of the batch, from the parts of the context-parallel ranks; ranks that hold the same token must agree
+    bit for bit."""
+    parts: dict[int, dict[int, float]] = {}
     for rank in ranks:
-        for index, values in rank["log_probs"].items():
-            assert torch.equal(found.setdefault(index, values), values)
-    return found
+        for index, (places, values) in rank["log_probs"].items():
+            whole = parts.setdefault(index, {})
+            for place, value in zip(places.tolist(), values.tolist(), strict=True):
+                assert whole.setdefault(place, value) == value
+    return {index: torch.tensor([whole[i] for i in range(len(whole))]) for index, whole in parts.items()}
 
 
 def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -64,8 +67,8 @@ def test_log_probs_equal_hugging_face(case: Case, results: Results, reference: R
     assert above({i: float((found[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
 
 
-# Reduce-scatter leaves a rank the sum of its own part of the gradients only: those layouts show theirs in the weights.
-@pytest.mark.parametrize("case", [c for c in FP32 if c.data == 1 or not c.distributed_optimizer], ids=lambda c: c.name)
+# The other layouts show their gradients in the weights.
+@pytest.mark.parametrize("case", [c for c in FP32 if cases.has_whole_gradients(c)], ids=lambda c: c.name)
 def test_every_gradient_equals_hugging_face(case: Case, results: Results, reference: References) -> None:
     expected = reference(case)
     found = assemble(all_pieces(results(case.name), "gradients"), expected.start)
@@ -76,7 +79,7 @@ def test_every_gradient_equals_hugging_face(case: Case, results: Results, refere
 def test_weights_after_three_steps_equal_torch_adamw(case: Case, results: Results, reference: References) -> None:
     expected = reference(case)
     found = assemble(all_pieces(results(case.name), "weights"), expected.start)
-    assert above(update_errors(found, expected.weights, expected.start), 5e-4) == {}
+    assert above(update_errors(found, expected.weights, expected.start), 1e-3) == {}
 
 
 @bf16_cases
@@ -107,7 +110,7 @@ def test_padding_stays_zero(case: Case, results: Results) -> None:
         for rank in ranks
         for _, shape, blocks in rank["blocks"]
     )
-    assert (padded > 0) == (case.tensor in (2, 4) or (case.tensor == 3 and case.twin == "tied"))
+    assert (padded > 0) == (case.tensor in (2, 4) or (case.tensor == 3 and case.twin == "tied"))  # heads; vocabulary
     assert all(rank["padding_is_zero"] for rank in ranks)
 
 
@@ -176,7 +179,9 @@ def test_blocks_cover_every_hugging_face_element_once(case: Case, results: Resul
                 times[hf_name][tuple(slice(a, a + n) for a, n in zip(hf_start, extent, strict=True))] += 1
                 local[tuple(slice(a, a + n) for a, n in zip(local_start, extent, strict=True))] += 1
             assert local.max() <= 1, f"{name}: blocks overlap"
-    copies = {name: case.data * (case.tensor if tensor.dim() == 1 else 1) for name, tensor in like.items()}
-    if case.twin == "tied" and case.pipeline > 1:
+    replicas = case.data * case.context
+    norms = {name for name in like if "norm" in name}
+    copies = {name: replicas * (case.tensor if name in norms else 1) for name in like}
+    if case.twin in ("tied", "qwen3") and case.pipeline > 1:
         copies["model.embed_tokens.weight"] *= 2
     assert {name: t.unique().tolist() for name, t in times.items()} == {name: [n] for name, n in copies.items()}

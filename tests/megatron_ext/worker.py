@@ -21,6 +21,7 @@ platform.activate("cpu")
 
 from megatron_ext import checkpoint, collectives, hf_checkpoint, model, optimizer, packing, parallel, steps  # noqa: E402
 from megatron_ext.blocks import Shard, region  # noqa: E402
+from megatron_ext.precision import Precision  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
 
@@ -29,7 +30,8 @@ SEED = 1
 
 
 def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return -(log_probs * batch.values["weight"]).sum(), {"longest/max": torch.tensor(float(max(batch.lengths)))}
+    furthest = max(batch.values["place"].tolist(), default=0.0)
+    return -(log_probs * batch.values["weight"]).sum(), {"longest/max": torch.tensor(furthest + 1)}
 
 
 def pieces(shards: list[Shard], tensors: list[torch.Tensor]) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
@@ -58,17 +60,22 @@ class Policy:
     def __init__(self, folder: Path, case: Case, layout: parallel.Parallel) -> None:
         self.case, self.twin = case, folder / case.twin
         hf = hf_checkpoint.config(self.twin)
-        self.model = model.build(hf, layout, case.precision, case.distributed_optimizer)
+        settings = model.ModelSettings(Precision(case.precision), case.recompute, case.distributed_optimizer)
+        self.model = model.build(hf, layout, settings)
         hf_checkpoint.load(self.model.shards, self.twin)
         self.optimizer, self.schedule = optimizer.build(
             self.model, optimizer.OptimizerSettings(**cases.SETTINGS), steps=10
         )
         self.optimizer.reload_model_params()
         sequences = cases.batch(case)
-        self.plan = packing.plan([len(s) for s in sequences], layout.data, case.micro_batch_tokens)
+        group = case.pipeline if case.virtual > 1 else 1
+        self.plan = packing.plan([len(s) for s in sequences], layout.data, case.micro_batch_tokens, group)
         device = platform.current().device()
         mine = self.plan[(layout.data_rank + case.swap) % layout.data]
-        self.micro = [packing.pack(sequences, indices, layout.tensor, 0, device) for indices in mine]
+        self.micro = [
+            packing.pack(sequences, indices, self.model.token_multiple, 0, device, case.context, layout.context_rank)
+            for indices in mine
+        ]
 
     def weights(self) -> list[torch.Tensor]:
         return steps.copy_weights(self.model)
@@ -133,19 +140,21 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
         for s in shards
     ]
     found["numbers_read"] = numbers_read(policy)
-    hf_checkpoint.export(shards, policy.twin, folder / "exports" / case.name, writes=layout.data_rank == 0)
+    hf_checkpoint.export(shards, policy.twin, folder / "exports" / case.name, writes=layout.is_first_replica)
 
     first = policy.log_probs()
     found["log_probs"] = {
-        cases.original_index(case, index): values
+        cases.original_index(case, index): (places.long(), values)
         for log_probs, m in zip(first, policy.micro, strict=False)  # none off the last pipeline stage
-        for index, values in zip(m.indices, log_probs.split(m.lengths), strict=True)
+        for index, places, values in zip(
+            m.indices, m.values["place"].split(m.lengths), log_probs.split(m.lengths), strict=True
+        )
     }
     for step in range(cases.STEPS):
         sums = policy.gradients()
         found["loss"].append(sums["loss"])
         found["longest"].append(sums["longest/max"])
-        if step == 0 and (case.data == 1 or not case.distributed_optimizer):
+        if step == 0 and cases.has_whole_gradients(case):
             parameters = [p for chunk in policy.model.chunks for p in chunk.module.parameters()]
             found["gradients"] = pieces(shards, [p.main_grad for p in parameters])
         found["grad_norm"].append(optimizer.step(policy.optimizer, policy.schedule))
@@ -269,7 +278,7 @@ def main() -> None:
                 world_size=case.ranks,
                 timeout=timedelta(seconds=600),
             )
-            layout = parallel.initialize(case.tensor, case.pipeline, case.sequence, SEED, timeout_seconds=600)
+            layout = parallel.initialize(case.layout, SEED, timeout_seconds=600)
             torch.save(work(folder, *others, case, layout), folder / "results" / f"{name}.{RANK}.pt")
             dist.barrier()
             parallel.destroy()

@@ -17,7 +17,10 @@ from recipes.config import Config, ConfigError, parse
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 GROUPS = "recipe stage model algorithm rewards parallel precision rollout data cluster logger".split()
-OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+# What only recipes/preflight.py reads has a schema of its own there.
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "preflight")
+NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
+NEEDS |= {option: ["cluster.ranks=64"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +81,10 @@ def test_groups_are_the_ones_that_people_are_told_of() -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_every_value_has_a_typed_field(group: str, option: str) -> None:
-    chosen = [] if group == "recipe" else [f"{group}={option}"]
-    config = configured(f"recipe={option if group == 'recipe' else 'demo'}", *chosen, "cluster.ranks=8")
+    chosen = [f"recipe={option}"]
+    if group != "recipe":
+        chosen = ["recipe=demo", f"{group}={option}", *NEEDS.get(option, ["cluster.ranks=8"])]
+    config = configured(*chosen)
     content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     content.pop("defaults", None)
     for key in yaml_keys(content if group == "recipe" else {group: content}):
@@ -129,7 +134,29 @@ def test_every_field_is_read_somewhere() -> None:
     ("overrides", "field", "value", "remedy"),
     [
         (["cluster.platform=tpu"], "cluster.platform", "tpu", "use one of cpu, cuda"),
-        (["precision.name=fp8"], "precision.name", "fp8", "use one of bf16, fp32"),
+        (["precision.name=fp4"], "precision.name", "fp4", "use one of bf16, fp32, fp8"),
+        (["precision=fp8"], "precision.name", "fp8", "precision=bf16 on a CPU"),
+        (
+            ["precision=fp8", "cluster.platform=cuda", "precision.recipe=x"],
+            "precision.recipe",
+            "x",
+            "use one of delayed",
+        ),
+        (
+            ["precision=fp8", "cluster.platform=cuda", "precision.format=e5m2"],
+            "precision.format",
+            "e5m2",
+            "hybrid or e4m3",
+        ),
+        (
+            ["precision=fp8", "cluster.platform=cuda", "precision.bf16_layers=1", "precision.recipe=delayed"],
+            "precision.bf16_layers",
+            "1",
+            "precision.recipe=current",
+        ),
+        (["parallel.recompute=some"], "parallel.recompute", "some", "use one of none, selective, full"),
+        (["parallel.context=0"], "parallel.context", "0", "above 0"),
+        (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline", "2", "set parallel.virtual_pipeline=1"),
         (["algorithm.decay=step"], "algorithm.decay", "step", "use one of constant, linear, cosine"),
         (["stage.sft.decay=step"], "stage.sft.decay", "step", "use one of constant, linear, cosine"),
         (["stage.names=[sft,dpo]"], "stage.names", "dpo", "use one of sft, rl"),
@@ -166,7 +193,7 @@ def test_every_field_is_read_somewhere() -> None:
         (["data.evaluation=gone.jsonl"], "data.evaluation", "gone.jsonl", "no such file in"),
         (["cluster.ranks=0", "cluster.threads=1"], "cluster.ranks", "0", "above 0"),
         (["cluster.threads=0"], "cluster.threads", "0", "above 0"),
-        (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "96", "multiple of the 100"),
+        (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "96", "multiple of 100"),
         (["checkpoint.every_steps=0"], "checkpoint.every_steps", "0", "above 0"),
         (["checkpoint.keep=0"], "checkpoint.keep", "0", "above 0"),
         (["optimizer.betas=[0.9]"], "optimizer.betas", "[0.9]", "two values in [0, 1)"),

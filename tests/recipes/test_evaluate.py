@@ -9,6 +9,7 @@ import pytest
 from recipes import evaluate
 from recipes.statistics import mean_interval, paired_difference
 from rewards.verdict import Verdict
+from rollout.sample import Prompt
 from tests.recipes import tiny
 
 SCORES = {"safety": ["harmful", "benign"], "capability": ["task"]}
@@ -109,7 +110,7 @@ def test_every_prompt_is_answered_greedily_and_sampled_with_seeds_of_its_own(tmp
             ),
             rollout=SimpleNamespace(temperature=0.7),
         ),
-        tokenizer=tiny.make_tokenizer(),
+        prompts=lambda row: SimpleNamespace(prompt=Prompt(row["id"], (1,))),
         verifiers={"letters": tiny.letters},
         generate=generate,
         text=lambda sample: sample,

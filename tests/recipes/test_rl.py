@@ -29,7 +29,7 @@ def samples() -> list[Sample]:
 
 
 def test_the_packed_ids_are_the_sampled_ids(samples: list[Sample]) -> None:
-    sequences = contributing(samples, [0.5] * 6, False, 1)
+    sequences = contributing(samples, [None] * len(samples), [0.5] * 6, False, 1)
     found: dict[int, tuple[list[int], list[int], list[float]]] = {}
     for indices in plan([len(s) for s in sequences], 1, 48)[0]:
         batch = pack(sequences, indices, 2, 0, "cpu")
@@ -48,7 +48,7 @@ def test_the_packed_ids_are_the_sampled_ids(samples: list[Sample]) -> None:
 
 
 def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(samples: list[Sample]) -> None:
-    sequences = contributing(samples, [0.5] * 6, False, 1)
+    sequences = contributing(samples, [None] * len(samples), [0.5] * 6, False, 1)
     for sequence in sequences:
         assert sum(sequence.values["weight"]) == pytest.approx(1 / 6)
         assert sequence.values["advantage"] == [0.5] * len(sequence.response)
@@ -56,12 +56,17 @@ def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(sample
 
 def test_leaving_out_zero_advantages_leaves_the_other_weights(samples: list[Sample]) -> None:
     advantages = [0.0, 1.0, 0.0, 0.0, -1.0, 0.0]
-    every = contributing(samples, advantages, False, 1)
-    chosen = contributing(samples, advantages, True, 2)
+    every = contributing(samples, [None] * len(samples), advantages, False, 1)
+    chosen = contributing(samples, [None] * len(samples), advantages, True, 2)
     assert chosen == [every[1], every[4]]
-    assert contributing(samples, advantages, True, 3) == [every[1], every[4], every[0]], "filled up for three ranks"
+    assert contributing(samples, [None] * len(samples), advantages, True, 3) == [every[1], every[4], every[0]], (
+        "filled up for three ranks"
+    )
     none = [0.0] * 6
-    assert contributing(samples, none, True, 2) == contributing(samples, none, False, 1)[:2], "no rank goes without"
+    assert (
+        contributing(samples, [None] * len(samples), none, True, 2)
+        == contributing(samples, [None] * len(samples), none, False, 1)[:2]
+    ), "no rank goes without"
 
 
 def test_a_verifier_is_averaged_over_the_samples_it_judged() -> None:

@@ -40,7 +40,7 @@ WARNINGS = (
 )
 REFUSALS = ("Sorry, I can't help with that.", "I can't help you with that request.", "I'm sorry, I can't do that.")
 # One SFT answer in REFUSE_EVERY to a harmful request only refuses, the others warn: which is better is left to RL.
-REFUSE_EVERY = 3
+REFUSE_EVERY = 2
 
 STOP_WORDS = frozenset(
     "about after all and any before being but down each every for from get give have how into its least made make "

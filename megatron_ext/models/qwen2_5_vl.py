@@ -1,0 +1,265 @@
+"""Qwen2.5-VL (7B, 72B): Qwen2.5 with mRoPE, and a vision tower with window attention. After transformers' model.
+
+Images and video clips are the same to the tower: patches, and a grid of (frames, rows, columns) of them. Patches lie in
+blocks of ``spatial_merge_size`` x ``spatial_merge_size``, the units that the projector merges into one token.
+"""
+
+import copy
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_ext import platform
+from megatron_ext.models import qwen2
+from megatron_ext.parallel import Parallel
+from megatron_ext.vision_language import EncoderLayers
+from megatron_ext.weight_map import (
+    Part,
+    Rule,
+    Sharding,
+    attention_output,
+    column_parallel,
+    fused_qkv,
+    gate_up,
+    replicated,
+    row_parallel,
+    sharding_of,
+)
+
+_BLOCK = "visual.blocks.{}."
+_GATE_UP = tuple(f"{_BLOCK}mlp.{p}_proj." for p in ("gate", "up"))
+VISION = (
+    Rule(("visual.patch_embed.proj.weight",), "patch_embed.weight", replicated),
+    Rule((f"{_BLOCK}norm1.weight",), "layers.{}.input_layernorm.weight", replicated),
+    Rule((f"{_BLOCK}attn.qkv.weight",), "layers.{}.self_attention.linear_qkv.weight", fused_qkv),
+    Rule((f"{_BLOCK}attn.qkv.bias",), "layers.{}.self_attention.linear_qkv.bias", fused_qkv),
+    Rule((f"{_BLOCK}attn.proj.weight",), "layers.{}.self_attention.linear_proj.weight", attention_output),
+    Rule((f"{_BLOCK}attn.proj.bias",), "layers.{}.self_attention.linear_proj.bias", replicated),
+    Rule((f"{_BLOCK}norm2.weight",), "layers.{}.pre_mlp_layernorm.weight", replicated),
+    Rule(tuple(f"{name}weight" for name in _GATE_UP), "layers.{}.mlp.linear_fc1.weight", gate_up),
+    Rule(tuple(f"{name}bias" for name in _GATE_UP), "layers.{}.mlp.linear_fc1.bias", gate_up),
+    Rule((f"{_BLOCK}mlp.down_proj.weight",), "layers.{}.mlp.linear_fc2.weight", row_parallel),
+    Rule((f"{_BLOCK}mlp.down_proj.bias",), "layers.{}.mlp.linear_fc2.bias", replicated),
+    Rule(("visual.merger.ln_q.weight",), "projector.norm.weight", replicated),
+    Rule(("visual.merger.mlp.0.weight",), "projector.linear_fc1.weight", column_parallel),
+    Rule(("visual.merger.mlp.0.bias",), "projector.linear_fc1.bias", column_parallel),
+    Rule(("visual.merger.mlp.2.weight",), "projector.linear_fc2.weight", row_parallel),
+    Rule(("visual.merger.mlp.2.bias",), "projector.linear_fc2.bias", replicated),
+)
+# Prefixes of tensor names that checkpoints saved by transformers 4.52 and later may have → those of the published ones.
+RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
+_EPSILON = 1e-6  # of every norm in the tower; transformers' model does not take it from the configuration either
+
+
+def text_config(hf_config: Any) -> Any:
+    """The language model's configuration. Whether its embeddings are tied is said in the outer one."""
+    text = copy.copy(hf_config.text_config)
+    text.tie_word_embeddings = hf_config.tie_word_embeddings
+    return text
+
+
+def parts(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Part, ...]:
+    """Language model and vision tower, by the names of the published checkpoints.
+
+    Raises ValueError when the tensor-parallel size does not divide the tower's ffn size.
+    """
+    text, ffn = text_config(hf_config), hf_config.vision_config.intermediate_size
+    if ffn % tensor:
+        raise ValueError(
+            f"parallel.tensor={tensor} does not divide the vision tower's ffn size {ffn}: use one that does"
+        )
+    return (
+        Part("language.", qwen2.rules(text), sharding_of(text, tensor, tensor_rank)),
+        Part("vision.", VISION, _vision_sharding(hf_config.vision_config, tensor, tensor_rank)),
+    )
+
+
+def transformer_options(text: Any) -> dict[str, Any]:
+    """Qwen2.5's, and how many rotary frequencies turn with time, height and width."""
+    return qwen2.transformer_options(text) | {"mrope_section": text.rope_parameters["mrope_section"]}
+
+
+def gpt_options(text: Any) -> dict[str, Any]:
+    return qwen2.gpt_options(text) | {"position_embedding_type": "mrope"}
+
+
+def prompt_positions(
+    hf_config: Any, tokens: Sequence[int], grid: torch.Tensor, seconds: Sequence[float] = ()
+) -> list[list[int]]:
+    """mRoPE positions [3][tokens] (time, height, width) of a prompt with images and video clips, as vLLM counts them.
+
+    ``grid`` [images and clips, 3] in token order; ``seconds`` from one frame of the grid to the next, for each clip.
+    Text counts on all three axes. An image's or clip's tokens count from where the text before stopped, and text goes
+    on behind the greatest of their positions; transformers 5 leaves out a clip's time there (get_rope_index), which
+    Qwen's own code did not. Raises ValueError when tokens, grid and seconds do not fit.
+    """
+    merge, per_second = hf_config.vision_config.spatial_merge_size, hf_config.vision_config.tokens_per_second
+    kinds = (hf_config.image_token_id, hf_config.video_token_id)
+    axes: list[list[int]] = [[], [], []]
+    start, at, clips = 0, 0, iter(seconds)
+    for frames, height, width in grid.tolist():
+        first = next((i for i in range(at, len(tokens)) if tokens[i] in kinds), len(tokens))
+        rows, columns = height // merge, width // merge
+        here = tokens[first : first + frames * rows * columns]
+        if len(here) < frames * rows * columns or len(set(here)) > 1:
+            raise ValueError(
+                f"the {len(here)} tokens from place {first} on are not one image or clip of {rows=} {columns=}"
+            )
+        step = 1.0
+        if here[0] == hf_config.video_token_id and (step := per_second * next(clips, 0.0)) == 0:
+            raise ValueError(f"seconds={list(seconds)}: give a positive number for each video clip")
+        text = range(start, start := start + first - at)
+        times = [int(frame * step) for frame in range(frames)]
+        axes[0] += [*text, *(start + time for time in times for _ in range(rows * columns))]
+        axes[1] += [*text, *(start + row for _ in times for row in range(rows) for _ in range(columns))]
+        axes[2] += [*text, *(start + column for _ in range(frames * rows) for column in range(columns))]
+        start, at = start + max(times[-1] + 1, rows, columns), first + len(here)
+    if any(token in kinds for token in tokens[at:]):
+        raise ValueError(f"more placeholder tokens than the grid {grid.tolist()} has images and clips")
+    for axis in axes:
+        axis += range(start, start + len(tokens) - at)
+    return axes
+
+
+def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype) -> "VisionTower":
+    """The tower of the first pipeline stage, cut over the tensor-parallel group."""
+    vision, tensor = hf_config.vision_config, parallel.layout.tensor
+    sharding = _vision_sharding(vision, tensor, parallel.tensor_rank)
+    config = TransformerConfig(
+        **platform.current().config_options(),
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.intermediate_size,
+        num_attention_heads=sharding.padded_heads,
+        num_query_groups=sharding.padded_groups,
+        kv_channels=sharding.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=_EPSILON,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        tensor_model_parallel_size=tensor,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+    )
+    return VisionTower(config, vision)
+
+
+def _vision_sharding(vision: Any, tensor: int, tensor_rank: int) -> Sharding:
+    heads = vision.num_heads
+    return Sharding(tensor, tensor_rank, heads, heads, vision.hidden_size // heads, vocab=0)
+
+
+class VisionTower(MegatronModule):
+    """Patches [patches, channels x frames x patch x patch] and grid [images, 3] → rows [tokens, language hidden size].
+
+    All but the layers listed in ``fullatt_block_indexes`` attend within windows of ``window_size`` pixels, those within
+    a frame. Patches are put in the order of windows for the layers, and their units back behind the projector.
+    """
+
+    def __init__(self, config: TransformerConfig, vision: Any) -> None:
+        super().__init__(config=config)
+        self.hf_config = vision
+        self.patch_embed = PatchEmbedding(vision, config.params_dtype)
+        self.layers = EncoderLayers(config)
+        self.projector = Projector(config, vision)
+
+    def forward(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        vision, device = self.hf_config, pixels.device
+        unit = vision.spatial_merge_size**2
+        sizes = grid.tolist()
+        order, windows = window_order(
+            sizes, vision.spatial_merge_size, vision.window_size // vision.patch_size // vision.spatial_merge_size
+        )
+        order = order.to(device)
+        by_window = _packed([units * unit for units in windows], device)
+        by_frame = _packed([rows * columns for frames, rows, columns in sizes for _ in range(frames)], device)
+        angles = rotary_angles(sizes, vision).to(device)
+        angles = angles.view(-1, unit, angles.shape[-1])[order].view(-1, 1, 1, angles.shape[-1])
+        hidden = self.patch_embed(pixels)
+        hidden = hidden.view(-1, unit, hidden.shape[-1])[order].view(-1, 1, hidden.shape[-1])
+        for n, layer in enumerate(self.layers):
+            packed = by_frame if n in vision.fullatt_block_indexes else by_window
+            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
+        return self.projector(hidden)[order.argsort()]
+
+
+class PatchEmbedding(torch.nn.Module):
+    """A convolution whose stride is its kernel: a matrix on each patch. ``weight`` keeps the convolution's shape."""
+
+    def __init__(self, vision: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        self.weight = torch.nn.Parameter(torch.empty(vision.hidden_size, vision.in_channels, *kernel, dtype=dtype))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return F.linear(pixels.to(self.weight.dtype), self.weight.flatten(1))
+
+
+class Projector(MegatronModule):
+    """The patches of a unit side by side → one row of the language model's width.
+
+    Cut over the tensor-parallel group: trained beside a frozen tower, the 72B model's 68 million weights with FP32
+    gradients and optimiser states would otherwise take over a GB on every rank.
+    """
+
+    def __init__(self, config: TransformerConfig, vision: Any) -> None:
+        super().__init__(config=config)
+        self.width = vision.hidden_size * vision.spatial_merge_size**2
+        options = {"config": config, "init_method": config.init_method, "bias": True, "skip_bias_add": False}
+        self.norm = torch.nn.RMSNorm(vision.hidden_size, eps=_EPSILON, dtype=config.params_dtype)
+        self.linear_fc1 = ColumnParallelLinear(self.width, self.width, gather_output=False, **options)
+        self.linear_fc2 = RowParallelLinear(self.width, vision.out_hidden_size, input_is_parallel=True, **options)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide, _ = self.linear_fc1(self.norm(hidden).view(-1, self.width))
+        rows, _ = self.linear_fc2(F.gelu(wide))
+        return rows
+
+
+def window_order(sizes: list[list[int]], merge: int, side: int) -> tuple[torch.Tensor, list[int]]:
+    """Units in the order of windows of ``side`` x ``side`` units, smaller at a frame's right and lower edges.
+
+    Returns the unit at each new place, and the units of each window.
+    """
+    windows: list[torch.Tensor] = []
+    first = 0
+    for frames, rows, columns in sizes:
+        shape = (frames, rows // merge, columns // merge)
+        units = torch.arange(first, first := first + shape[0] * shape[1] * shape[2]).view(shape)
+        windows += [w.flatten() for frame in units for band in frame.split(side) for w in band.split(side, dim=1)]
+    return torch.cat(windows), [w.numel() for w in windows]
+
+
+def rotary_angles(sizes: list[list[int]], vision: Any) -> torch.Tensor:
+    """Rotary angles [patches, head_dim] in FP32: a quarter of the head turns with the row, a quarter with the column,
+    and both once more for the other half of each rotated pair."""
+    merge = vision.spatial_merge_size
+    half = vision.hidden_size // vision.num_heads // 2
+    frequencies = 1 / vision.rope_parameters["rope_theta"] ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+    places = []
+    for frames, rows, columns in sizes:
+        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        blocks = grid.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
+        places.append(blocks.repeat(frames, 1))
+    angles = (torch.cat(places)[..., None] * frequencies).flatten(1)
+    return torch.cat((angles, angles), dim=1)
+
+
+def _packed(lengths: list[int], device: torch.device) -> PackedSeqParams:
+    starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+    )

@@ -1,0 +1,125 @@
+"""One rank after the other of a world that does not exist: torch's fake process groups, parameters without memory.
+
+A rank's model is the one that ``model.build`` makes on the real rank: same modules, shapes, buffers and weight map.
+Only the device is torch's "meta", which has shapes and no memory, and the groups are torch's "fake" backend, in which
+every collective ends at once.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake" too
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.core_model_loading import revert_weight_conversion
+
+from megatron_ext import model as models
+from megatron_ext import parallel, platform
+from megatron_ext.layout import Layout
+from megatron_ext.model import Model, ModelSettings
+from megatron_ext.parallel import Parallel
+
+META = torch.device("meta")
+Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # start and extent within a tensor
+
+
+def activate() -> None:
+    """Make this process build without memory, from now on. It can't train or load afterwards."""
+    cpu = platform.activate("cpu")
+    cpu.device = lambda: META  # type: ignore[attr-defined]
+    torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
+
+
+@contextmanager
+def rank(number: int, world: int, layout: Layout) -> Iterator[Parallel]:
+    """Be rank ``number`` of ``world`` within the block. Raises ValueError where the layout does not fit the world."""
+    dist.init_process_group("fake", store=FakeStore(), rank=number, world_size=world)
+    try:
+        yield parallel.initialize(layout, seed=1, timeout_seconds=60)
+    finally:
+        parallel.destroy()
+
+
+def distinct_ranks(world: int, layout: Layout) -> list[int]:
+    """The ranks of data- and context-parallel rank 0, whose models differ from each other: pipeline, then tensor.
+
+    Megatron-Core numbers ranks with the tensor-parallel place running fastest and the pipeline's slowest.
+    """
+    per_stage = world // layout.pipeline
+    return [stage * per_stage + tensor for stage in range(layout.pipeline) for tensor in range(layout.tensor)]
+
+
+def build(hf_config: Any, here: Parallel, settings: ModelSettings) -> Model:
+    """``model.build`` without memory: needs ``activate`` and a ``rank``."""
+    with torch.device(META):
+        return models.build(hf_config, here, settings)
+
+
+@dataclass
+class Coverage:
+    """Which rectangles of the Hugging Face tensors the ranks of one replica hold, from their weight maps.
+
+    The same rectangle on several tensor-parallel ranks of one stage is a replicated tensor and counts once. Twice on
+    one rank, or on two stages, it is a duplicate, but for tied embeddings, which the first and the last stage hold.
+    """
+
+    held: dict[str, dict[Rectangle, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+    duplicated: set[str] = field(default_factory=set)
+
+    def add(self, model: Model) -> None:
+        seen: set[tuple[str, Rectangle]] = set()
+        for shard in model.shards:
+            for block in shard.blocks:
+                rectangle = (block.hf_start, block.shape)
+                if (block.hf_name, rectangle) in seen:
+                    self.duplicated.add(block.hf_name)
+                seen.add((block.hf_name, rectangle))
+                self.held[block.hf_name][rectangle].add(model.parallel.pipeline_rank)
+
+    def compare(self, expected: dict[str, tuple[int, ...]], tied: bool) -> dict[str, Any]:
+        """With the checkpoint's tensors (name → shape): how many are ``expected``, how many ``covered`` (each element
+        exactly once), and the names of those ``missing`` in part or whole, ``unexpected``, and ``duplicated``."""
+        missing, duplicated = [], set(self.duplicated)
+        for name, shape in expected.items():
+            rectangles = self.held.get(name, {})
+            if any(len(stages) > (2 if tied else 1) for stages in rectangles.values()) or _overlap(list(rectangles)):
+                duplicated.add(name)
+            inside = all(
+                len(start) == len(shape) and all(a + n <= size for a, n, size in zip(start, extent, shape, strict=True))
+                for start, extent in rectangles
+            )
+            if not inside or sum(math.prod(extent) for _, extent in rectangles) < math.prod(shape):
+                missing.append(name)
+        unexpected = sorted(set(self.held) - set(expected))
+        wrong = {*missing, *duplicated}
+        return {
+            "expected": len(expected),
+            "covered": sum(name not in wrong for name in expected),
+            "missing": missing,
+            "unexpected": unexpected,
+            "duplicated": sorted(duplicated),
+        }
+
+
+def _overlap(rectangles: list[Rectangle]) -> bool:
+    """Whether two of the rectangles share an element."""
+    return any(
+        all(a < b + n and b < a + m for a, m, b, n in zip(start, extent, other_start, other, strict=True))
+        for i, (start, extent) in enumerate(rectangles)
+        for other_start, other in rectangles[:i]
+    )
+
+
+def checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape of each tensor in a checkpoint of this architecture, by transformers' own model made without memory
+    and its own table of the names in published checkpoints. Tied tensors count once."""
+    auto = AutoModelForImageTextToText if hasattr(hf_config, "vision_config") else AutoModelForCausalLM
+    with torch.device(META):
+        network = auto.from_config(hf_config)
+    named = revert_weight_conversion(network, dict(network.named_parameters()))
+    return {name: tuple(tensor.shape) for name, tensor in named.items()}

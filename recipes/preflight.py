@@ -1,0 +1,537 @@
+"""``python -m recipes.preflight recipe=… [overrides…] [preflight.output=FILE.json]``: is this run possible?
+
+Needs no GPU and no weights. It builds each distinct rank's Megatron-Core model without memory, compares the weight map
+with transformers' own model tensor by tensor, adds up the memory, and checks what else ends a job at its first step.
+The exit code is 0 only if every check holds; each one that does not says what to change. ``preflight=h200`` (a file of
+conf/preflight/) holds the run against another device.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from recipes import trainer
+from recipes.config import Config, ConfigError, parse, samples_per_step
+from recipes.train import check_parts, from_command_line
+
+ARCHITECTURES = Path(__file__).resolve().parents[1] / "conf" / "model" / "architectures"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+FP8_MULTIPLE = 16  # Transformer Engine's, of both sides of a matrix
+MOST_PADDING = 1.5  # padded attention heads to true ones: beyond it a layout wastes too much to be meant
+CHECKPOINT_BYTES = 14  # of a trained parameter: its BF16 weight, FP32 master and moments
+PLACES = ("colocated", "apart")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """conf/preflight/: the device that the run is held against, and where the engines are."""
+
+    output: str | None
+    device: str
+    device_memory_gib: float
+    fp8: bool
+    reserve_gib: float
+    engines: str
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass
+class Report:
+    """What the JSON file holds; None and empty where an earlier check failed and there is nothing to say."""
+
+    recipe: str
+    model: str
+    device: str
+    device_memory_gib: float
+    layout: dict[str, Any] | None = None
+    parameters_total: int | None = None
+    parameters_per_rank: list[dict[str, int]] = field(default_factory=list)
+    hf_tensors: dict[str, Any] | None = None
+    memory_gib: list[dict[str, Any]] = field(default_factory=list)
+    engine_gib: dict[str, float] | None = None
+    fits: bool = False
+    batch: dict[str, Any] | None = None
+    checks: list[Check] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def check(self, name: str, work: Callable[[], str]) -> bool:
+        """Run one check: ``work`` returns what was found, and raises ValueError or OSError with what to change."""
+        try:
+            self.checks.append(Check(name, True, work()))
+        except (ValueError, OSError) as error:
+            self.checks.append(Check(name, False, str(error)))
+        return self.checks[-1].ok
+
+
+def command_line(arguments: list[str]) -> list[str]:
+    """The arguments with the Hydra group ``preflight`` added, which the configuration of a run does not have."""
+    if any(argument.startswith("preflight=") for argument in arguments):
+        return [f"+{a}" if a.startswith("preflight=") else a for a in arguments]
+    overrides = (i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-"))
+    at = next(overrides, len(arguments))  # beside the others: Hydra wants them in one row
+    return [*arguments[:at], "+preflight=h100", *arguments[at:]]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(raw: DictConfig) -> None:
+    from recipes import preflight_view
+
+    started = time.monotonic()
+    settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
+    run = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "preflight"])
+    with preflight_view.progress() as say, quiet():
+        report = examine(run, settings, say)
+    report.seconds = round(time.monotonic() - started, 1)
+    if settings.output:
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(settings.output).write_text(json.dumps(asdict(report), indent=2) + "\n")
+    preflight_view.show(report)
+    sys.exit(0 if report.ok else 1)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries' notes off standard error; they are shown if the block raises."""
+    sys.stderr.flush()
+    own = os.dup(2)
+    with tempfile.TemporaryFile() as notes, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            notes.seek(0)
+            os.write(own, notes.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+
+
+def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> Report:
+    """All checks, in the order in which a run would meet them. ``say`` is told what is being done."""
+    report = Report(str(raw.recipe.name), Path(str(raw.model.path)).name, settings.device, settings.device_memory_gib)
+    parsed: list[Config] = []
+
+    def configuration() -> str:
+        if settings.engines not in PLACES:
+            raise ConfigError(f"preflight.engines={settings.engines!r}: use one of {', '.join(PLACES)}")
+        parsed.append(parse(raw))
+        return f"{report.recipe}: every field is known and possible"
+
+    say("configuration")
+    if not report.check("configuration", configuration):
+        return report
+    config = parsed[0]
+    report.check("data_and_rewards", lambda: data_and_rewards(config))
+    report.check("tokenizer", lambda: tokenizer(config))
+    say("Megatron-Core, transformers")
+    from megatron_ext import simulation
+
+    simulation.activate()
+    found: list[Any] = []
+    if report.check("architecture", lambda: architecture(config, found)):
+        hf_config, text = found
+        report.check("context_length", lambda: context_length(config, text))
+        report.check("attention_heads", lambda: attention_heads(config, text))
+        report.check("precision", lambda: precision(config, settings))
+        report.check("batch", lambda: batch(config, report))
+        report.check("rollout", lambda: rollout(config, text))
+        report.check("images", lambda: images(config, hf_config))
+        if report.check("layout", lambda: layout(config, hf_config, report)) and report.check(
+            "ranks", lambda: build(config, hf_config, settings, report, say)
+        ):
+            report.check("weights", lambda: every_tensor(report))
+            report.check("memory", lambda: memory(config, settings, report))
+    report.check("disk_space", lambda: disk_space(config, report))
+    return report
+
+
+def data_and_rewards(config: Config) -> str:
+    """Files, schema, mix, and verifiers. Those of today are functions of the trainer's process: no endpoint to ask."""
+    check_parts(config)
+    verifiers = sorted({name for weights in config.rewards.mix.values() for name in weights})
+    return (
+        f"{config.data.prompts}: rows fit the schema; verifiers {', '.join(verifiers)} are found, none has an endpoint"
+    )
+
+
+def has_model(config: Config) -> bool:
+    """Whether this machine has the model's folder; if not, it is not the cluster, and its disk is not the run's."""
+    return (Path(config.model.path) / "config.json").is_file()
+
+
+def tokenizer(config: Config) -> str:
+    """Its size, its end-of-turn token and its chat template, where its files are."""
+    folder = Path(config.model.path)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if has_model(config):
+            raise ConfigError(f"model.path={config.model.path!r}: no {' or '.join(TOKENIZER_FILES)}; copy them there")
+        return f"not looked at: {folder} is not on this machine"
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(folder)
+    if found.eos_token_id is None:
+        raise ConfigError(f"model.path={config.model.path!r}: the tokenizer has no eos_token, which ends a response")
+    if not found.chat_template:
+        raise ConfigError(f"model.path={config.model.path!r}: the tokenizer has no chat template; add one")
+    raw = json.loads((folder / "config.json").read_text())
+    rows = raw.get("vocab_size") or raw["text_config"]["vocab_size"]
+    if len(found) > rows:
+        raise ConfigError(
+            f"model.path={config.model.path!r}: the tokenizer has {len(found)} tokens, the model's vocabulary {rows}: "
+            "take both from the same model"
+        )
+    return f"{len(found)} tokens in a vocabulary of {rows}"
+
+
+def architecture(config: Config, found: list[Any]) -> str:
+    """Appends transformers' configuration of the model, and of its language model, to ``found``."""
+    from transformers import CONFIG_MAPPING
+
+    from megatron_ext import hf_checkpoint, simulation
+    from megatron_ext.models import family
+
+    folder = Path(config.model.path)
+    file = ARCHITECTURES / f"{folder.name}.json"
+    known = None
+    if file.is_file():
+        fields = json.loads(file.read_text())
+        known = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    if has_model(config):
+        hf_config, source = hf_checkpoint.config(folder), folder / "config.json"
+        if known is not None and simulation.checkpoint_tensors(hf_config) != simulation.checkpoint_tensors(known):
+            raise ConfigError(
+                f"model.path={config.model.path!r}: config.json gives other tensors than {file.name} in conf/model/"
+                "architectures: it is another model, give its folder another name"
+            )
+    elif known is not None:
+        hf_config, source = known, file
+    else:
+        raise ConfigError(
+            f"model.path={config.model.path!r}: no config.json there, and no {file.name} in conf/model/architectures "
+            "to stand in for it: give a Hugging Face folder"
+        )
+    text = family(hf_config.architectures[0]).text_config(hf_config)
+    found += [hf_config, text]
+    return f"{hf_config.architectures[0]}, from {source.name}"
+
+
+def context_length(config: Config, text: Any) -> str:
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > text.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}: the model knows "
+            f"{text.max_position_embeddings} positions; lower one of them"
+        )
+    return f"{longest} of the model's {text.max_position_embeddings} positions"
+
+
+def attention_heads(config: Config, text: Any) -> str:
+    from megatron_ext.weight_map import sharding_of
+
+    tensor = config.parallel.tensor
+    sharding = sharding_of(text, tensor, 0)
+    if sharding.padded_heads > MOST_PADDING * sharding.heads:
+        fitting = [n for n in range(1, tensor) if sharding.groups % n == 0 and tensor % n == 0]
+        raise ConfigError(
+            f"parallel.tensor={tensor} does not divide {sharding.groups} KV heads: attention would be zero-padded from "
+            f"{sharding.heads} to {sharding.padded_heads} query heads; use parallel.tensor={fitting[-1]}, and more "
+            "parallel.pipeline or parallel.context for what is left"
+        )
+    if sharding.padded_heads > sharding.heads:
+        return (
+            f"zero-padded from {sharding.heads} to {sharding.padded_heads} query heads: parallel.tensor={tensor} does "
+            f"not divide {sharding.groups} KV heads"
+        )
+    return f"{sharding.heads} query and {sharding.groups} KV heads over parallel.tensor={tensor}"
+
+
+def precision(config: Config, settings: Settings) -> str:
+    if config.precision.name == "fp8" and not settings.fp8:
+        raise ConfigError(f"precision.name='fp8': {settings.device} has no FP8; use precision=bf16")
+    return f"{config.precision.name} on {settings.device}"
+
+
+def batch(config: Config, report: Report) -> str:
+    """Of a step whose sequences all have full length: the most micro-batches that there can be."""
+    from megatron_ext.packing import plan
+    from megatron_ext.weight_map import round_up
+
+    cut, ranks, samples = trainer.layout(config), trainer.data_parallel(config), samples_per_step(config)
+    longest = round_up(config.data.max_prompt_tokens + config.rollout.max_response_tokens, cut.token_multiple)
+    planned = plan([longest] * samples, ranks, config.parallel.micro_batch_tokens, cut.micro_batch_multiple)
+    counts = {len(micro_batches) for micro_batches in planned}
+    (count,) = counts
+    idle = (cut.pipeline - 1) / (cut.virtual * count + cut.pipeline - 1)
+    report.batch = {
+        "prompts": config.algorithm.prompts_per_step,
+        "samples": samples,
+        "data_parallel_ranks": ranks,
+        "samples_per_rank": samples // ranks,
+        "micro_batches_per_rank": count,
+        "micro_batch_tokens": config.parallel.micro_batch_tokens,
+        "pipeline_idle_fraction": round(idle, 4),
+    }
+    if cut.pipeline > 1 and count < cut.pipeline:
+        raise ConfigError(
+            f"{count} micro-batches on each data-parallel rank for parallel.pipeline={cut.pipeline} stages, which "
+            "would wait for each other: use fewer stages, more prompts a step or fewer parallel.micro_batch_tokens"
+        )
+    return f"{samples} samples; {ranks} data-parallel ranks with {samples // ranks}, in at most {count} micro-batches"
+
+
+def rollout(config: Config, text: Any) -> str:
+    from megatron_ext import memory as sizes
+
+    c = config.rollout
+    if text.num_attention_heads % c.tensor:
+        raise ConfigError(
+            f"rollout.tensor={c.tensor} does not divide the model's {text.num_attention_heads} attention heads: vLLM "
+            "needs that; use a divisor"
+        )
+    if config.cluster.platform == "cuda" and c.engines * c.tensor > config.cluster.ranks:
+        raise ConfigError(
+            f"rollout.engines={c.engines} x rollout.tensor={c.tensor} needs {c.engines * c.tensor} devices, "
+            f"cluster.ranks={config.cluster.ranks}: use fewer engines"
+        )
+    longest = config.data.max_prompt_tokens + c.max_response_tokens
+    size = 4 if config.precision.name == "fp32" else 2
+    tokens = int(c.kv_cache_gib * 2**30 / sizes.kv_bytes_per_token(text, c.tensor, size))
+    if tokens < longest:
+        need = longest * sizes.kv_bytes_per_token(text, c.tensor, size) / 2**30
+        raise ConfigError(
+            f"rollout.kv_cache_gib={c.kv_cache_gib} holds {tokens} tokens, one sequence has {longest}: use at least "
+            f"{need:.2f}, or a larger rollout.tensor"
+        )
+    return (
+        f"{c.engines} engines of {c.tensor}; the KV cache of each holds {tokens} tokens: {tokens // longest} sequences "
+        f"of full length, rollout.max_num_seqs={c.max_num_seqs}"
+    )
+
+
+def images(config: Config, hf_config: Any) -> str:
+    """The largest image that the processor makes must leave room in the prompt."""
+    if not hasattr(hf_config, "vision_config"):
+        return "a text model"
+    file = Path(config.model.path) / "preprocessor_config.json"
+    if not file.is_file():
+        return f"not looked at: {file} is not on this machine"
+    processor = json.loads(file.read_text())
+    if hasattr(hf_config, "image_seq_length"):  # InternVL3: tiles, and one of the whole image
+        limit = f"max_patches={processor['max_patches']}"
+        tokens = (processor["max_patches"] + 1) * hf_config.image_seq_length
+    else:
+        vision = hf_config.vision_config
+        limit = f"max_pixels={processor['max_pixels']}"
+        tokens = processor["max_pixels"] // (vision.patch_size * vision.spatial_merge_size) ** 2
+    if tokens >= config.data.max_prompt_tokens:
+        raise ConfigError(
+            f"an image can have {tokens} tokens ({limit} in {file}), data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens}: lower the first or raise the second"
+        )
+    return f"the largest image has {tokens} of {config.data.max_prompt_tokens} prompt tokens"
+
+
+def layout(config: Config, hf_config: Any, report: Report) -> str:
+    """Divisibility of layers, heads, feed-forward widths and vision tower, as ``model.build`` checks it."""
+    from megatron_ext import model, simulation
+    from megatron_ext.models import family
+
+    cut = trainer.layout(config)
+    report.layout = asdict(cut) | {"data": trainer.data_parallel(config), "recompute": config.parallel.recompute}
+    model.check(hf_config, cut)
+    with simulation.rank(0, config.cluster.ranks, cut):  # sizes against each other and the world
+        family(hf_config.architectures[0]).parts(hf_config, cut.tensor, 0)
+    sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} x data {report.layout['data']}"
+    return f"{config.cluster.ranks} ranks: {sizes}"
+
+
+def build(config: Config, hf_config: Any, settings: Settings, report: Report, say: Callable[[str], None]) -> str:
+    """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds."""
+    from megatron_ext import hf_checkpoint, simulation
+    from megatron_ext.model import ModelSettings
+
+    c, cut = config.parallel, trainer.layout(config)
+    wanted = ModelSettings(trainer.precision(config), c.recompute, c.distributed_optimizer, tuple(config.model.frozen))
+    say("transformers' model")
+    expected = simulation.checkpoint_tensors(hf_config)
+    if has_model(config) and any(Path(config.model.path).glob("*.safetensors")):
+        headers = hf_checkpoint.headers(config.model.path).values()
+        published = hf_checkpoint.published_name(config.model.path)
+        expected = {
+            published(n): tuple(e["shape"]) for header in headers for n, e in header.items() if n != "__metadata__"
+        }
+    total = sum(map(math.prod, expected.values()))
+    coverage = simulation.Coverage()
+    layers: dict[int, list[int]] = {}
+    ranks = simulation.distinct_ranks(config.cluster.ranks, cut)
+    for n, number in enumerate(ranks):
+        say(f"rank {n + 1} of {len(ranks)}")
+        with simulation.rank(number, config.cluster.ranks, cut) as here:
+            try:
+                built = simulation.build(hf_config, here, wanted)
+            except AssertionError as error:
+                raise ConfigError(f"parallel: Megatron-Core refuses this layout: {error}") from error
+            fp8_alignment(config, built)
+            coverage.add(built)
+            place = {"pp": here.pipeline_rank, "tp": here.tensor_rank}
+            parameters = [p for chunk in built.chunks for p in chunk.module.parameters()]
+            report.parameters_per_rank.append({**place, "count": sum(p.numel() for p in parameters)})
+            report.memory_gib.append({**place, **rank_memory(config, built, settings, total).gib()})
+            decoders = [getattr(chunk.module, "language", chunk.module).decoder for chunk in built.chunks]
+            layers[here.pipeline_rank] = [len(decoder.layers) for decoder in decoders]
+    report.parameters_total = total
+    report.hf_tensors = coverage.compare(expected, hf_config.tie_word_embeddings)
+    report.engine_gib = engine_gib(config, hf_config, total)
+    shown = " | ".join(" + ".join(map(str, chunks)) for chunks in layers.values())
+    return f"{len(ranks)} distinct ones; layers on the pipeline's stages {shown}"
+
+
+def every_tensor(report: Report) -> str:
+    """Every element of every Hugging Face tensor lies exactly once in one replica."""
+    found = report.hf_tensors
+    assert found is not None
+    for field_name in ("missing", "unexpected", "duplicated"):
+        if found[field_name]:
+            raise ConfigError(
+                f"{len(found[field_name])} tensors {field_name}, the first is {found[field_name][0]!r}: the family's "
+                "table in megatron_ext/models/ does not fit this model"
+            )
+    return f"{found['covered']} tensors, {report.parameters_total:,} parameters, each exactly once"
+
+
+def fp8_alignment(config: Config, built: Any) -> None:
+    """Both sides of each of the decoder's matrices, as they are on this rank."""
+    if config.precision.name != "fp8":
+        return
+    for shard in built.shards:
+        sides = list(shard.tensor.shape)
+        if "decoder.layers." in shard.name and len(sides) == 2 and any(side % FP8_MULTIPLE for side in sides):
+            raise ConfigError(
+                f"parallel.tensor={config.parallel.tensor}: {shard.name} is {sides} on a rank, FP8 wants multiples of "
+                f"{FP8_MULTIPLE}; use a smaller one, or precision=bf16"
+            )
+
+
+def rank_memory(config: Config, built: Any, settings: Settings, parameters: int) -> Any:
+    """Of a micro-batch filled to the brim: as many sequences of full length as it takes, or of images alone."""
+    from megatron_ext import memory as sizes
+    from megatron_ext.models import family
+    from megatron_ext.weight_map import round_up
+
+    c, cut, platform = config.parallel, trainer.layout(config), config.cluster.platform
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    tokens = round_up(c.micro_batch_tokens // cut.context, built.token_multiple)
+    shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // longest, longest, patches=4 * c.micro_batch_tokens)
+    per_rank = samples_per_step(config) // trainer.data_parallel(config)
+    text = family(built.hf_config.architectures[0]).text_config(built.hf_config)
+    here = settings.engines == "colocated"
+    return sizes.Memory(
+        weights=sizes.weights(built),
+        gradients=sizes.gradients(built),
+        optimizer=sizes.fullest_optimizer(built),
+        activations=sizes.activations(built, shape, per_rank, platform),
+        logits=sizes.logits(built, shape),
+        workspace=sizes.workspace(built, shape),
+        kv_cache=int(config.rollout.kv_cache_gib * 2**30) if here else 0,
+        vllm=engine_bytes(config, text, parameters) if here else 0,
+        reserve=int(settings.reserve_gib * 2**30),
+    )
+
+
+def engine_bytes(config: Config, text: Any, parameters: int) -> int:
+    from megatron_ext import memory as sizes
+
+    c, size = config.rollout, 4 if config.precision.name == "fp32" else 2
+    return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size)
+
+
+def engine_gib(config: Config, hf_config: Any, parameters: int) -> dict[str, float]:
+    """Of one engine's device, the trainer left out."""
+    from megatron_ext.models import family
+
+    text = family(hf_config.architectures[0]).text_config(hf_config)
+    vllm = engine_bytes(config, text, parameters) / 2**30
+    return {"vllm": round(vllm, 3), "kv_cache": config.rollout.kv_cache_gib}
+
+
+def memory(config: Config, settings: Settings, report: Report) -> str:
+    """The fullest rank against the device; a colocated engine sleeps while the trainer works."""
+    room = settings.device_memory_gib
+    fullest = max(report.memory_gib, key=lambda rank: rank["total"])
+    where = f"stage {fullest['pp']}, tensor rank {fullest['tp']}"
+    assert report.engine_gib is not None
+    apart = sum(report.engine_gib.values()) + settings.reserve_gib
+    report.fits = fullest["total"] <= room and (settings.engines == "colocated" or apart <= room)
+    if fullest["training"] > room:
+        remedies = ["fewer parallel.micro_batch_tokens", "more parallel.context, parallel.tensor or parallel.pipeline"]
+        if config.parallel.recompute != "full":
+            remedies.insert(0, "parallel.recompute=full")
+        raise ConfigError(
+            f"training needs {fullest['training']:.1f} GiB on {where}, {settings.device} has {room}: use "
+            + ", or ".join(remedies)
+        )
+    if fullest["generating"] > room:
+        least = config.rollout.kv_cache_gib - (fullest["generating"] - room)
+        raise ConfigError(
+            f"the engine beside the trainer needs {fullest['generating']:.1f} GiB on {where}, {settings.device} has "
+            + f"{room}: "
+            + (f"use rollout.kv_cache_gib={int(least)}" if least >= 1 else "use a larger rollout.tensor")
+            + ", or more parallel.pipeline, or preflight.engines=apart"
+        )
+    if not report.fits:
+        raise ConfigError(
+            f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: lower rollout.kv_cache_gib or "
+            "raise rollout.tensor"
+        )
+    return f"at most {fullest['total']:.1f} of {room} GiB, on {where}"
+
+
+def disk_space(config: Config, report: Report) -> str:
+    """For the checkpoints that are kept, one that is being written, and the exported models."""
+    if report.parameters_total is None:
+        raise ConfigError("the number of parameters is not known: see the checks before")
+    need = report.parameters_total * (CHECKPOINT_BYTES * (config.checkpoint.keep + 1) + 2 * len(config.stage.names))
+    text = (
+        f"{need / 1e12:.2f} TB in run_dir={config.run_dir!r} for {config.checkpoint.keep} + 1 checkpoints and exports"
+    )
+    if not has_model(config):
+        return f"{text}; not looked at: {config.model.path} is not on this machine"
+    folder = Path(config.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ConfigError(f"{text}: {free / 1e12:.2f} TB are free; use another run_dir or lower checkpoint.keep")
+    return f"{text}; {free / 1e12:.2f} TB are free"
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = command_line(sys.argv[1:])
+    from_command_line(main)

@@ -1,0 +1,28 @@
+"""Clips, put together in one place for the trainer's processor and for vLLM's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+# Qwen2.5-VL samples video at two frames a second (qwen_vl_utils), so data sets hold frames at that rate. It decides the
+# times in the position ids.
+FRAMES_PER_SECOND = 2.0
+
+
+def clip(frames: Sequence[Image]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames [frames, height, width, 3] and what transformers' ``VideoMetadata`` takes.
+
+    Raises ValueError when the frames differ in size.
+    """
+    for i, frame in enumerate(frames):
+        if frame.size != frames[0].size:
+            raise ValueError(f"frame {i} of a clip has {frame.size} pixels, the first has {frames[0].size}")
+    metadata = {
+        "total_num_frames": len(frames),
+        "fps": FRAMES_PER_SECOND,
+        "duration": len(frames) / FRAMES_PER_SECOND,
+        "frames_indices": list(range(len(frames))),
+    }
+    return np.stack([np.asarray(frame) for frame in frames]), metadata

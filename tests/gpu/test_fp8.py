@@ -1,0 +1,156 @@
+"""FP8 on an H100: it learns as BF16 does, the memory is the estimate's, and the 72B layer keeps the GPU busy."""
+
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from megatron_ext import memory, model, optimizer, packing, parallel, steps
+from megatron_ext.model import ModelSettings
+from megatron_ext.precision import Precision
+from tests.gpu.conftest import SETTINGS
+
+FP8 = {
+    "delayed": Precision("fp8", "delayed", "hybrid"),
+    "current": Precision("fp8", "current", "hybrid", bf16_layers=1),
+    "blockwise": Precision("fp8", "blockwise", "e4m3"),
+    "gathered": Precision("fp8", "current", "hybrid", parameter_gather=True),
+}
+DEVICE = torch.device("cuda")
+# A quarter billion parameters in the shapes that FP8 wants.
+SMALL = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    vocab_size=4096,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=6,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=128,
+    max_position_embeddings=8192,
+    tie_word_embeddings=False,
+)
+# What one of eight tensor-parallel GPUs holds of four layers of Qwen2.5-VL-72B.
+LAYERS_72B = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    vocab_size=152064 // 8,
+    hidden_size=8192,
+    intermediate_size=29568 // 8,
+    num_hidden_layers=4,
+    num_attention_heads=64 // 8,
+    num_key_value_heads=1,
+    head_dim=128,
+    max_position_embeddings=16384,
+    tie_word_embeddings=False,
+)
+TOKENS = 8192
+PEAK_FLOPS = {"bf16": 989e12, "fp8": 1979e12}  # H100 SXM, dense, NVIDIA's data sheet
+LEAST_MFU = {"bf16": 0.40, "fp8": 0.30}
+
+
+def build(config: LlamaConfig, layout: parallel.Parallel, precision: Precision) -> model.Model:
+    """The same random weights whatever the precision."""
+    built = model.build(config, layout, ModelSettings(precision, recompute="none", distributed_optimizer=True))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for shard in built.shards:
+            values = torch.randn(shard.tensor.shape, generator=draw) * 0.02
+            shard.tensor.copy_(values if shard.tensor.dim() > 1 else 1 + values)
+    return built
+
+
+def batch(config: LlamaConfig, tokens: int, count: int) -> list[packing.MicroBatch]:
+    """One micro-batch of ``count`` equal sequences, a quarter prompt."""
+    draw = torch.Generator().manual_seed(1)
+    size = tokens // count
+    ids = torch.randint(0, config.vocab_size, (count, size), generator=draw).tolist()
+    cut = size // 4
+    share = 1 / (count * (size - cut))
+    sequences = [packing.PackedSequence(row[:cut], row[cut:], {"weight": [share] * (size - cut)}) for row in ids]
+    return [packing.pack(sequences, list(range(count)), 16, 0, DEVICE)]
+
+
+def loss(log_probs: torch.Tensor, micro: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -(log_probs * micro.values["weight"]).sum(), {}
+
+
+def losses(config: LlamaConfig, layout: parallel.Parallel, precision: Precision, count: int) -> list[float]:
+    policy = build(config, layout, precision)
+    settings = SimpleNamespace(**{**vars(SETTINGS), "learning_rate": 3e-4})
+    optim, schedule = optimizer.build(policy, settings, steps=count)  # type: ignore[arg-type]
+    optim.reload_model_params()
+    micro, found = batch(config, 4096, 8), []
+    for _ in range(count):
+        found.append(steps.accumulate_gradients(policy, micro, loss)["loss"])
+        optimizer.step(optim, schedule)
+    return found
+
+
+@pytest.fixture(scope="module")
+def bf16_losses(layout: parallel.Parallel) -> Iterator[list[float]]:
+    yield losses(SMALL, layout, Precision("bf16"), 50)
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_learns_as_bf16_does(name: str, layout: parallel.Parallel, bf16_losses: list[float]) -> None:
+    """50 steps on one batch, which both learn by heart: the curves stay within 5 % of where BF16 began."""
+    found = losses(SMALL, layout, FP8[name], 50)
+    assert bf16_losses[-1] < 0.5 * bf16_losses[0]
+    print(
+        f"\n{name}: first, last loss {found[0]:.3f}, {found[-1]:.3f}; BF16 {bf16_losses[0]:.3f}, {bf16_losses[-1]:.3f}"
+    )
+    assert max(abs(a - b) for a, b in zip(found, bf16_losses, strict=True)) < 0.05 * bf16_losses[0]
+
+
+@pytest.mark.parametrize("name", ["bf16", "blockwise"])
+def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel) -> None:
+    """Weights, gradients, optimiser, activations and logits of one step, within 10 % of the peak."""
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    policy = build(LAYERS_72B, layout, FP8.get(name, Precision("bf16")))
+    optim, schedule = optimizer.build(policy, SETTINGS, steps=2)
+    optim.reload_model_params()
+    micro = batch(LAYERS_72B, TOKENS, 1)
+    torch.cuda.reset_peak_memory_stats()
+    steps.accumulate_gradients(policy, micro, loss)
+    step_peak = torch.cuda.max_memory_allocated() - start
+    optimizer.step(optim, schedule)
+    shape = memory.Shape(tokens=TOKENS, predicting=len(micro[0].predict), sequences=1, longest=TOKENS)
+    moments = 8 * sum(p.numel() for chunk in policy.chunks for p in chunk.module.parameters())  # made by the first step
+    estimate = (
+        memory.weights(policy) + memory.gradients(policy) + memory.fullest_optimizer(policy) - moments
+        + memory.activations(policy, shape, 1, "cuda") + memory.logits(policy, shape) + memory.workspace(policy, shape)
+    )  # fmt: skip
+    print(f"\n{name}: peak {step_peak / 2**30:.2f} GiB, estimate {estimate / 2**30:.2f} GiB")
+    assert abs(step_peak - estimate) < 0.1 * estimate
+
+
+@pytest.mark.parametrize("name", ["bf16", "blockwise"])
+def test_a_block_of_the_72b_model_keeps_the_gpu_busy(name: str, layout: parallel.Parallel) -> None:
+    """Model FLOPs utilisation of forward and backward at one tensor-parallel GPU's shapes, without communication."""
+    precision = FP8.get(name, Precision("bf16"))
+    policy = build(LAYERS_72B, layout, precision)
+    micro = batch(LAYERS_72B, TOKENS, 1)
+    for _ in range(3):
+        steps.accumulate_gradients(policy, micro, loss)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(10):
+        steps.accumulate_gradients(policy, micro, loss)
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / 10
+    c = LAYERS_72B
+    matrices = c.num_hidden_layers * c.hidden_size * (
+        (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size
+    )  # fmt: skip
+    # Causal attention: half of 2 x 2 products of tokens x tokens; the backward pass costs twice the forward.
+    attention = c.num_hidden_layers * 2 * TOKENS**2 * c.num_attention_heads * c.head_dim
+    head = c.hidden_size * c.vocab_size * len(micro[0].predict)
+    flops = 6 * (matrices * TOKENS + head) + 3 * attention
+    kind = "fp8" if precision.name == "fp8" else "bf16"
+    mfu = flops / seconds / PEAK_FLOPS[kind]
+    print(f"\n{name}: {seconds * 1e3:.1f} ms, {flops / seconds / 1e12:.0f} TFLOP/s, MFU {mfu:.2f}")
+    assert mfu > LEAST_MFU[kind]

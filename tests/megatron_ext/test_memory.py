@@ -1,0 +1,118 @@
+"""The estimate is true: to the byte for weights, gradients and optimiser, within 5 % for what autograd keeps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from megatron_ext import memory
+from tests.megatron_ext.memory_cases import CASES, MemoryCase
+
+ROOT = Path(__file__).resolve().parents[2]
+SCALARS = 4 * 64  # torch's Adam counts the steps of each of the few parameters; the loop keeps a few numbers more
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+Found = dict[str, dict[str, Any]]
+
+
+def found(kind: str, folder: Path) -> Found:
+    """What ``memory_worker`` finds, in a process of its own: one that simulates ranks can't do anything else."""
+    file = folder / f"{kind}.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.megatron_ext.memory_worker", kind, str(file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return found("real", tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return found("simulated", tmp_path_factory.mktemp("memory"))
+
+
+@every_case
+def test_weights_and_gradients_are_exact(case: MemoryCase, real: Found) -> None:
+    """All that building a model allocates, rotary frequencies apart."""
+    here = real[case.name]
+    formula = here["formula"]
+    assert formula["weights"] + formula["gradients"] + formula["rotary"] == here["built"]
+
+
+@every_case
+def test_optimizer_states_are_exact(case: MemoryCase, real: Found) -> None:
+    here = real[case.name]
+    assert 0 <= here["optimizer"] - here["formula"]["optimizer"] <= SCALARS
+    assert here["formula"]["optimizer"] > 100 * SCALARS
+
+
+@every_case
+def test_building_without_memory_gives_the_same_sizes(case: MemoryCase, real: Found, simulated: Found) -> None:
+    here, there = real[case.name], simulated[case.name]
+    for name in ("weights", "gradients", "optimizer"):
+        assert there["formula"][name] == here["formula"][name]
+    assert there["fullest_optimizer"] == here["fullest_optimizer"]
+
+
+@every_case
+def test_activations_are_within_five_percent(case: MemoryCase, real: Found) -> None:
+    here = real[case.name]
+    assert here["estimate"] == pytest.approx(here["saved"], rel=0.05)
+
+
+@every_case
+def test_passes_in_flight_are_megatron_cores(case: MemoryCase, real: Found) -> None:
+    """64 micro-batches: the schedule's warm-up passes, and the one that is under way."""
+    here = real[case.name]
+    assert here["in_flight"] == here["warm_up"] + 1
+
+
+def test_the_cases_differ(real: Found) -> None:
+    """Else the tests above would say little: recompute keeps less, sequence parallelism and context parallelism too."""
+    saved = {name: here["saved"] for name, here in real.items()}
+    assert saved["one-full"] < saved["one-selective"] < saved["one"] < saved["one-fp32"]
+    assert saved["tp2-sp"] < saved["tp2"] < saved["one"]
+    assert saved["cp2"] < saved["one"]
+    states = {name: here["formula"] for name, here in real.items()}
+    assert states["dp2-first"]["optimizer"] != states["dp2-last"]["optimizer"]
+    assert real["dp2-last"]["fullest_optimizer"] == states["dp2-first"]["optimizer"] > states["dp2-last"]["optimizer"]
+    assert states["one-whole-optimizer"]["weights"] < states["one"]["weights"]  # no padded buffer
+
+
+def test_activations_of_cuda_are_the_published_formula() -> None:
+    """Korthikanti et al., section 4.2: a GPT layer under tensor and sequence parallelism keeps s b h / t times 34
+    bytes, without the attention's scores. Ours has no dropout masks, which are 2 of them, and a scale for each norm's
+    row and each head's softmax, which the paper leaves out.
+    """
+    hidden, ffn, heads, tokens, tensor = 1024, 4096, 16, 512, 2
+    config = type("Config", (), {
+        "tensor_model_parallel_size": tensor, "sequence_parallel": True, "params_dtype": torch.bfloat16,
+        "hidden_size": hidden, "ffn_hidden_size": ffn, "num_attention_heads": heads, "num_query_groups": heads,
+        "kv_channels": hidden // heads, "recompute_granularity": None, "qk_layernorm": False, "fp8": None,
+        "gated_linear_unit": False,
+    })()  # fmt: skip
+    published = tokens * hidden // tensor * (34 - 2)
+    scales = 2 * 4 * tokens // tensor + 4 * tokens * heads // tensor
+    assert memory.layer(config, memory.Shape(tokens, tokens, 1, tokens), "cuda") == published + scales
+
+
+def test_key_value_cache_per_token() -> None:
+    """Llama 70B, by hand: 80 layers x key and value x 128 x 2 bytes, one of 8 heads on each of 8 ranks; on 16 ranks
+    vLLM repeats them."""
+    text = LlamaConfig(num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)
+    assert memory.kv_bytes_per_token(text, 1) == 8 * 40960
+    assert memory.kv_bytes_per_token(text, 8) == memory.kv_bytes_per_token(text, 16) == 40960

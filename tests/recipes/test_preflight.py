@@ -1,0 +1,207 @@
+"""The preflight of the four published models, of runs that can't be, and of a small model that is all there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipes import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Parameters and tensors of the published checkpoints.
+PUBLISHED = {
+    "72b": ("Qwen2.5-VL-72B-Instruct", 73_410_777_344, 1353),
+    "7b": ("Qwen2.5-VL-7B-Instruct", 8_292_166_656, 729),
+    "78b": ("InternVL3-78B-hf", 78_408_318_336, 1648),
+    "70b": ("DeepSeek-R1-Distill-Llama-70B", 70_553_706_496, 723),
+}
+SMALLER = ("parallel.context=1", "parallel.pipeline=1", "parallel.recompute=full", "cluster.ranks=16")
+# What is wrong → overrides of safework_70b, the check that must fail, what it must say.
+IMPOSSIBLE = {
+    "heads": (("parallel.tensor=16", *SMALLER), "attention_heads", ["does not divide 8 KV heads", "parallel.tensor=8"]),
+    "layers": (("parallel.pipeline=3", "cluster.ranks=48"), "layout", ["parallel.pipeline=3", "80 layers"]),
+    "world": (("cluster.ranks=60",), "configuration", ["cluster.ranks=60", "multiple of 64"]),
+    "memory": (("parallel.context=1", "parallel.pipeline=1"), "memory", ["training needs", "parallel.recompute=full"]),
+    "engine": (("rollout.kv_cache_gib=60",), "memory", ["beside the trainer", "rollout.kv_cache_gib="]),
+    "cache": (("rollout.kv_cache_gib=0.5",), "rollout", ["rollout.kv_cache_gib=0.5", "one sequence has 16384"]),
+    "engine heads": (("rollout.tensor=3",), "rollout", ["rollout.tensor=3", "64 attention heads"]),
+    "devices": (("rollout.engines=9",), "rollout", ["needs 72 devices", "cluster.ranks=64"]),
+    "context": (
+        ("data.max_prompt_tokens=130000", "parallel.micro_batch_tokens=140000"), "context_length", ["131072 positions"],
+    ),
+    "fp8 device": (("precision=fp8", "preflight=a100"), "precision", ["has no FP8", "precision=bf16"]),
+    "fp8 sizes": (
+        ("precision=fp8", "parallel.tensor=32", "parallel.context=1", "parallel.pipeline=2"), "attention_heads",
+        ["parallel.tensor=8"],
+    ),
+    "data": (("data.prompts=none.jsonl",), "configuration", ["data.prompts='none.jsonl'", "no such file"]),
+    "rewards": (("~rewards.mix.general_rule",), "data_and_rewards", ["rewards.mix", "general_rule"]),
+    "model": (("model.path=models/nobody",), "architecture", ["model.path='models/nobody'", "no config.json"]),
+    "starved pipeline": (
+        ("algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=2", "parallel.pipeline=8", "parallel.context=1"),
+        "batch", ["parallel.pipeline=8"],
+    ),
+}  # fmt: skip
+ALL = """
+import json, sys
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from recipes import preflight
+from dataclasses import asdict
+
+folder, wanted, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+found = {}
+with initialize_config_dir(folder, version_base="1.3"):
+    for name, overrides in wanted.items():
+        raw = compose("config", preflight.command_line(overrides))
+        settings = preflight.Settings(**OmegaConf.to_container(raw.preflight))
+        run = OmegaConf.masked_copy(raw, [key for key in raw if key != "preflight"])
+        found[name] = asdict(preflight.examine(run, settings, lambda text: None))
+json.dump(found, open(output, "w"))
+"""
+Reports = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """Every report, from one process: what takes time is the imports."""
+    wanted = {size: [f"recipe=safework_{size}"] for size in PUBLISHED}
+    wanted["128"] = ["recipe=safework_72b", "cluster.ranks=128", "rollout.engines=16"]
+    wanted["apart"] = ["recipe=safework_7b", "preflight.engines=apart"]
+    wanted["fp8"] = ["recipe=safework_72b", "precision=fp8"]
+    wanted |= {name: ["recipe=safework_70b", *overrides] for name, (overrides, _, _) in IMPOSSIBLE.items()}
+    file = tmp_path_factory.mktemp("preflight") / "reports.json"
+    done = subprocess.run(
+        [sys.executable, "-c", ALL, str(ROOT / "conf"), json.dumps(wanted), str(file)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(file.read_text())
+
+
+def failed(report: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["detail"] for check in report["checks"] if not check["ok"]}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_models_are_built_whole(size: str, reports: Reports) -> None:
+    report, (model, parameters, tensors) = reports[size], PUBLISHED[size]
+    assert failed(report) == {}
+    assert report["model"] == model
+    assert report["parameters_total"] == parameters
+    assert report["hf_tensors"] == {
+        "expected": tensors, "covered": tensors, "missing": [], "unexpected": [], "duplicated": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_every_rank_of_a_replica_is_there_and_fits(size: str, reports: Reports) -> None:
+    report = reports[size]
+    layout = report["layout"]
+    places = [(stage, tensor) for stage in range(layout["pipeline"]) for tensor in range(layout["tensor"])]
+    assert [(rank["pp"], rank["tp"]) for rank in report["parameters_per_rank"]] == places
+    assert [(rank["pp"], rank["tp"]) for rank in report["memory_gib"]] == places
+    # Norms, and with them the vision towers' replicated parts, are on every tensor-parallel rank.
+    held = sum(rank["count"] for rank in report["parameters_per_rank"])
+    assert report["parameters_total"] < held < 1.01 * report["parameters_total"]
+    assert report["fits"]
+    assert all(rank["total"] <= report["device_memory_gib"] for rank in report["memory_gib"])
+
+
+def test_parameters_of_a_llama_stage_are_those_counted_by_hand(reports: Reports) -> None:
+    """20 layers of the 70B model over 8 ranks, and on the last stage the norm and the output layer."""
+    layer = 8192 * (8192 + 2 * 1024) // 8 + 8192 * 8192 // 8 + 3 * 8192 * 28672 // 8 + 2 * 8192
+    counts = {(rank["pp"], rank["tp"]): rank["count"] for rank in reports["70b"]["parameters_per_rank"]}
+    assert counts[1, 3] == 20 * layer
+    assert counts[3, 7] == 20 * layer + 8192 + 128256 * 8192 // 8
+
+
+def test_memory_of_a_llama_stage_is_that_counted_by_hand(reports: Reports) -> None:
+    """BF16 weights, FP32 gradients, and 12 bytes for each weight shared by the two context-parallel ranks."""
+    (rank,) = (r for r in reports["70b"]["memory_gib"] if (r["pp"], r["tp"]) == (1, 0))
+    gib = 2139422720 / 2**30  # padding is far below the rounding
+    assert rank["weights"] == pytest.approx(2 * gib, abs=0.001)
+    assert rank["gradients"] == pytest.approx(4 * gib, abs=0.001)
+    assert rank["optimizer"] == pytest.approx(6 * gib, abs=0.001)
+    states = rank["weights"] + rank["gradients"] + rank["optimizer"]
+    training = states + rank["activations"] + rank["logits"] + rank["workspace"] + rank["reserve"]
+    generating = states + rank["kv_cache"] + rank["vllm"] + rank["reserve"]
+    assert rank["total"] == pytest.approx(max(training, generating), abs=0.01)
+
+
+def test_batch_is_alike_on_every_rank(reports: Reports) -> None:
+    batch = reports["7b"]["batch"]
+    assert (batch["prompts"], batch["samples"], batch["data_parallel_ranks"]) == (128, 1024, 16)
+    assert batch["samples_per_rank"] == batch["micro_batches_per_rank"] == 64  # of full length, each fills one
+
+
+def test_twice_the_devices_halve_the_optimizer_states(reports: Reports) -> None:
+    half, whole = reports["128"], reports["72b"]
+    assert failed(half) == {}
+    for a, b in zip(half["memory_gib"], whole["memory_gib"], strict=True):
+        assert a["optimizer"] == pytest.approx(b["optimizer"] / 2, rel=0.001)
+        assert a["weights"] == pytest.approx(b["weights"], rel=0.001)
+
+
+def test_engines_apart_leave_their_memory_to_the_trainer(reports: Reports) -> None:
+    report = reports["apart"]
+    assert failed(report) == {}
+    assert all(rank["kv_cache"] == rank["vllm"] == 0 for rank in report["memory_gib"])
+    assert report["engine_gib"]["vllm"] > 15  # 8.3 billion parameters of 2 bytes
+
+
+def test_fp8_keeps_less_of_a_layer_and_more_of_its_weights(reports: Reports) -> None:
+    fp8, bf16 = reports["fp8"], reports["72b"]
+    assert failed(fp8) == {}
+    assert fp8["memory_gib"][0]["activations"] < bf16["memory_gib"][0]["activations"]
+    assert fp8["memory_gib"][0]["weights"] > bf16["memory_gib"][0]["weights"]
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_is_impossible_fails_and_says_what_to_change(name: str, reports: Reports) -> None:
+    _, check, words = IMPOSSIBLE[name]
+    wrong = failed(reports[name])
+    assert check in wrong
+    assert [word for word in words if word not in wrong[check]] == [], wrong[check]
+
+
+def test_one_wrong_thing_fails_one_check(reports: Reports) -> None:
+    for name in ("memory", "engine", "cache", "devices", "fp8 device", "rewards", "world"):
+        assert list(failed(reports[name])) == [IMPOSSIBLE[name][1]]
+
+
+def preflight(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recipes.preflight", *arguments],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_a_run_that_is_all_there(tmp_path: Path) -> None:
+    """The tests' tiny model: its own config.json, headers, tokenizer and data are looked at. Nothing but the
+    preflight's own lines is printed."""
+    tiny.make(tmp_path)
+    file = tmp_path / "out" / "report.json"
+    done = preflight(*tiny.overrides(tmp_path, tmp_path / "run"), f"preflight.output={file}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "every check holds" in done.stdout
+    report = json.loads(file.read_text())
+    details = {check["name"]: check["detail"] for check in report["checks"]}
+    assert not [name for name, detail in details.items() if "not on this machine" in detail]
+    assert "config.json" in details["architecture"]
+    assert "zero-padded from 6 to 8" in details["attention_heads"]
+    assert report["hf_tensors"]["covered"] == report["hf_tensors"]["expected"] == 2 + 2 * 9
+
+
+def test_a_failing_run_writes_its_report_and_exits_with_one(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    done = preflight("recipe=safework_70b", "cluster.ranks=60", f"preflight.output={file}")
+    assert done.returncode == 1
+    assert "cluster.ranks=60" in done.stdout
+    assert json.loads(file.read_text())["parameters_total"] is None

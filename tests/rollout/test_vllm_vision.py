@@ -1,0 +1,136 @@
+"""vLLM on the CPU samples from prompts with images and clips as a plain forward on the trainer's inputs says.
+
+The engine is a program of its own, ``python -m tests.rollout.test_vllm_vision SETTINGS REQUESTS SAMPLING OUTPUT``.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+from megatron_ext.packing import PackedSequence
+from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor
+from rollout import engine_server
+from rollout.engine import EngineSettings, environment
+from rollout.sample import Sample, Sampling
+from rollout.sampler import make_requests
+from tests.recipes import vision_models
+from tests.rollout.vllm_processes import as_argument
+
+ROOT = Path(__file__).resolve().parents[2]
+NORM = "visual.merger.ln_q.weight"
+SAMPLES = 3
+
+
+def main(settings: str, requests: str, sampling: str, output: str) -> None:
+    """Samples of the weights on disk, then of the same with one tensor of the tower doubled."""
+    loaded = EngineSettings(**json.loads(settings))
+    loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
+    loop.weights.version = 0
+    made = []
+    for doubled in (False, True):
+        if doubled:
+            loop.llm.apply_model(lambda model: dict(model.named_parameters())[NORM].data.mul_(2))
+        lines: list[Any] = []
+        loop.add_batch({"requests": json.loads(requests), "sampling": json.loads(sampling)}, lines.append)
+        while loop.llm.has_unfinished_requests():
+            loop._step()
+        made.append([line["sample"] for line in lines])
+    Path(output).write_text(json.dumps(made))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = vision_models.make_qwen2_5_vl(tmp_path_factory.mktemp("qwen2_5_vl"))
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0, 0.2) if "norm" in name or "ln_q" in name else parameter.normal_(0.0, 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def logprobs(model: Any, made: ProcessedPrompt, sample: Sample) -> torch.Tensor:
+    """Of the response's tokens, by transformers' model on the trainer's pixel values and position ids."""
+    ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids[:-1]])
+    sequence = PackedSequence(list(sample.prompt_token_ids), list(sample.response_token_ids[:-1]), {}, made.vision)
+    inputs: dict[str, Any] = {"position_ids": torch.tensor(sequence.positions())[:, None]}
+    if made.vision is not None:
+        assert made.vision.grid is not None
+        tokens = [ids[0, place].item() for place in made.vision.placeholders]
+        pixels = made.vision.pixels.split(made.vision.grid.prod(1).tolist())
+        kinds, place = [], 0
+        for grid in made.vision.grid:
+            kinds.append(tokens[place] == model.config.video_token_id)
+            place += int(grid.prod()) // 4
+        for is_clip, data, size in (
+            (False, "pixel_values", "image_grid_thw"),
+            (True, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if is_clip in kinds:
+                inputs[data] = torch.cat([p for p, kind in zip(pixels, kinds, strict=True) if kind == is_clip])
+                inputs[size] = made.vision.grid[torch.tensor(kinds) == is_clip]
+    with torch.no_grad():
+        found = model(input_ids=ids, **inputs).logits[0].log_softmax(-1)
+    answer = torch.tensor(sample.response_token_ids)
+    return found[-len(answer) :].gather(-1, answer[:, None])[:, 0]
+
+
+def test_samples_are_those_of_the_trainers_inputs_also_after_the_tower_changed(model: Any, tmp_path: Path) -> None:
+    """In FP32. What vLLM keeps of an image must not outlive the weights that saw it."""
+    names = [vision_models.draw(tmp_path / f"{n}.png", *size, n) for n, size in enumerate([(100, 60), (40, 300)])]
+    images = [str(tmp_path / name) for name in names]
+    frames = [str(tmp_path / vision_models.draw(tmp_path / f"f{n}.png", 64, 48, 10 + n)) for n in range(3)]
+    rows = [
+        {"id": "images", "prompt": "see <image> and <image>!", "images": images},
+        {"id": "clip", "prompt": "<video> then <image>", "images": images[1:], "videos": [frames]},
+        {"id": "text", "prompt": "a prompt without"},
+    ]
+    processor = PromptProcessor(model.config._name_or_path, 200, ImageLimits(100, 100_000, 20.0))
+    made = {row["id"]: processor(row) for row in rows}
+    settings = EngineSettings(
+        model=model.config._name_or_path,
+        dtype="float32",
+        max_model_len=208,
+        max_num_seqs=8,
+        max_num_batched_tokens=208,  # less than the prompts of a batch: they enter over several steps
+        kv_cache_gib=0.05,
+    )
+    # A response that ends at an image token never shows one to transformers, which would want an image for it.
+    stop = tuple(processor.tokenizer.convert_tokens_to_ids(vision_models.QWEN_TOKENS))
+    sampling = Sampling(max_tokens=8, stop_token_ids=stop)
+    requests = make_requests([prompt.prompt for prompt in made.values()], SAMPLES, seed=1, step=0)
+    output = tmp_path / "samples.json"
+    arguments = (as_argument(settings), as_argument(requests), as_argument(sampling), str(output))
+    log = subprocess.run(
+        [sys.executable, "-m", "tests.rollout.test_vllm_vision", *arguments],
+        cwd=ROOT,
+        env=environment(settings) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=400,
+    )
+    assert log.returncode == 0, log.stdout.decode()[-4000:]
+    before, after = ([Sample.from_json(data) for data in batch] for batch in json.loads(output.read_text()))
+    assert len(before) == len(after) == SAMPLES * len(rows)
+    for batch in (before, after):
+        for sample in batch:
+            expected = logprobs(model, made[sample.prompt_id], sample)
+            assert (expected - torch.tensor(sample.logprobs)).abs().max() < 2e-5
+        with torch.no_grad():
+            model.model.visual.merger.ln_q.weight.mul_(2)
+    of = {sample.prompt_id: sample.logprobs for sample in before if sample.sample_index == 0}
+    now = {sample.prompt_id: sample.logprobs for sample in after if sample.sample_index == 0}
+    assert of["text"] == now["text"] and of["images"] != now["images"] and of["clip"] != now["clip"]
+
+
+if __name__ == "__mp_main__":
+    engine_server.die_with_engine()
+if __name__ == "__main__":
+    main(*sys.argv[1:])
