@@ -348,11 +348,12 @@ def images(config: Config, hf_config: Any) -> str:
         tokens = (processor["max_patches"] + 1) * hf_config.image_seq_length
     else:
         vision = hf_config.vision_config
-        limit = f"max_pixels={processor['max_pixels']}"
-        tokens = processor["max_pixels"] // (vision.patch_size * vision.spatial_merge_size) ** 2
+        pixels = min(processor["max_pixels"], config.data.images.max_pixels)
+        limit = f"max_pixels={processor['max_pixels']}, data.images.max_pixels={config.data.images.max_pixels}"
+        tokens = pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
     if tokens >= config.data.max_prompt_tokens:
         raise ConfigError(
-            f"an image can have {tokens} tokens ({limit} in {file}), data.max_prompt_tokens="
+            f"an image can have {tokens} tokens ({limit}; {file}), data.max_prompt_tokens="
             f"{config.data.max_prompt_tokens}: lower the first or raise the second"
         )
     return f"the largest image has {tokens} of {config.data.max_prompt_tokens} prompt tokens"
