@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes import trainer
 from recipes.config import Config, ConfigError, parse, samples_per_step
+from recipes.data.prompts import PROMPT_FIELDS, SFT_FIELDS
 from recipes.train import check_parts, from_command_line
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "conf" / "model" / "architectures"
@@ -163,6 +164,8 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
         report.check("batch", lambda: batch(config, report))
         report.check("rollout", lambda: rollout(config, text))
         report.check("images", lambda: images(config, hf_config))
+        say("prompts")
+        report.check("prompts", lambda: every_prompt(config))
         if report.check("layout", lambda: layout(config, hf_config, report)) and report.check(
             "ranks", lambda: build(config, hf_config, settings, report, say)
         ):
@@ -357,6 +360,22 @@ def images(config: Config, hf_config: Any) -> str:
             f"{config.data.max_prompt_tokens}: lower the first or raise the second"
         )
     return f"the largest image has {tokens} of {config.data.max_prompt_tokens} prompt tokens"
+
+
+def every_prompt(config: Config) -> str:
+    """Each prompt as the run will make it: its length, its images. Every image is read and resized once."""
+    if not has_model(config):
+        return f"not looked at: {config.model.path} is not on this machine"
+    from recipes.data.processor import ImageLimits, PromptProcessor, check_rows
+
+    processor = PromptProcessor(
+        config.model.path, config.data.max_prompt_tokens, ImageLimits(**vars(config.data.images))
+    )
+    files = {config.data.prompts: PROMPT_FIELDS, config.data.evaluation: PROMPT_FIELDS}
+    if "sft" in config.stage.names:
+        files[config.data.sft] = SFT_FIELDS
+    counts = [f"{len(check_rows(processor, path, fields))} of {path}" for path, fields in files.items()]
+    return f"prompts are made: {', '.join(counts)}"
 
 
 def layout(config: Config, hf_config: Any, report: Report) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 from recipes.config import ConfigError
 
 Row = Mapping[str, Any]
+PROMPT_FIELDS = ("id", "label", "kind", "prompt")
 SFT_FIELDS = ("id", "prompt", "response")
 
 
-def load_rows(path: str, required: Sequence[str] = ("id", "label", "kind", "prompt")) -> list[Row]:
+def load_rows(path: str, required: Sequence[str] = PROMPT_FIELDS) -> list[Row]:
     """JSONL rows. ``images`` (files) and ``videos`` (lists of frame files) are relative to the data file, in the result
     absolute; the prompt has ``<image>`` and ``<video>`` where they stand.
 

@@ -87,10 +87,17 @@ def test_every_option_composes_and_every_value_has_a_typed_field(group: str, opt
     config = configured(*chosen)
     content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     content.pop("defaults", None)
-    for key in yaml_keys(content if group == "recipe" else {group: content}):
+    missing = object()
+
+    def found(key: str) -> Any:
         value: Any = config
         for part in key.split("."):
-            value = value[part] if isinstance(value, dict) else getattr(value, part)
+            value = value.get(part, missing) if isinstance(value, dict) else getattr(value, part, missing)
+        return value
+
+    keys = list(yaml_keys(content if group == "recipe" else {group: content}))
+    assert keys
+    assert [key for key in keys if found(key) is missing] == []
 
 
 def test_no_field_has_a_default_in_code() -> None:
