@@ -255,6 +255,7 @@ def test_vllm_loads_the_exported_model_and_answers_as_the_evaluation(whole: tupl
             "sample_index": 0,
             "prompt_token_ids": prompt_tokens(tokenizer, row, 40),
             "seed": 0,
+            "media": None,
         }
         for row in rows
     ]
