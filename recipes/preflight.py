@@ -371,7 +371,10 @@ def every_prompt(config: Config) -> str:
     processor = PromptProcessor(
         config.model.path, config.data.max_prompt_tokens, ImageLimits(**vars(config.data.images))
     )
-    files = {config.data.prompts: PROMPT_FIELDS, config.data.evaluation: PROMPT_FIELDS}
+    files: dict[str, tuple[str, ...]] = {
+        config.data.prompts: PROMPT_FIELDS,
+        config.data.evaluation: PROMPT_FIELDS,
+    }
     if "sft" in config.stage.names:
         files[config.data.sft] = SFT_FIELDS
     counts = [f"{len(check_rows(processor, path, fields))} of {path}" for path, fields in files.items()]
