@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import build_module
 
 from megatron_ext import platform
 from megatron_ext.packing import VisionBatch
+from megatron_ext.weight_map import Sharding
 
 
 class VisionLanguageModel(MegatronModule):
@@ -69,6 +70,23 @@ class VisionLanguageModel(MegatronModule):
             output_processor=output_processor,
             output_processor_context=output_processor_context,
         )
+
+
+def tower_config(sharding: Sharding, dtype: torch.dtype, **options: Any) -> TransformerConfig:
+    """A vision tower's configuration: heads as ``sharding`` pads them, what towers share, and the family's options."""
+    return TransformerConfig(
+        **platform.current().config_options() | options,
+        num_attention_heads=sharding.padded_heads,
+        num_query_groups=sharding.padded_groups,
+        kv_channels=sharding.head_dim,
+        add_bias_linear=True,
+        tensor_model_parallel_size=sharding.tensor,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+    )
 
 
 def tower_groups() -> ProcessGroupCollection:

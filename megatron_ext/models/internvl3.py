@@ -32,7 +32,7 @@ from megatron_ext import platform
 from megatron_ext.models import qwen2
 from megatron_ext.models.qwen2 import transformer_options
 from megatron_ext.parallel import Parallel
-from megatron_ext.vision_language import tower_groups
+from megatron_ext.vision_language import tower_config, tower_groups
 from megatron_ext.weight_map import (
     Layout,
     Part,
@@ -193,26 +193,17 @@ def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype) -> "Vis
     """Tower and projector, sharded over the tensor-parallel group."""
     vision = hf_config.vision_config
     sharding = _vision_sharding(hf_config, parallel.tensor, parallel.tensor_rank)
-    config = TransformerConfig(
-        # Megatron-Core's fused GELU is the tanh approximation, InternViT's is exact.
-        **platform.current().config_options() | {"bias_activation_fusion": False},
+    config = tower_config(
+        sharding,
+        dtype,
+        bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation, InternViT's is exact
         num_layers=vision.num_hidden_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
-        num_attention_heads=sharding.padded_heads,
-        num_query_groups=sharding.padded_groups,
-        kv_channels=sharding.head_dim,
         normalization=NORMS[vision.norm_type],
         layernorm_epsilon=vision.layer_norm_eps,
         qk_layernorm=vision.use_qk_norm,
         activation_func=F.gelu,
-        add_bias_linear=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        perform_initialization=False,
     )
     return VisionTower(config, hf_config)
 

@@ -16,10 +16,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_ext import platform
 from megatron_ext.models import qwen2
 from megatron_ext.parallel import Parallel
-from megatron_ext.vision_language import EncoderLayers
+from megatron_ext.vision_language import EncoderLayers, tower_config
 from megatron_ext.weight_map import (
     Part,
     Rule,
@@ -132,26 +131,17 @@ def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype) -> "Vis
     """The tower of the first pipeline stage, cut over the tensor-parallel group."""
     vision, tensor = hf_config.vision_config, parallel.layout.tensor
     sharding = _vision_sharding(vision, tensor, parallel.tensor_rank)
-    config = TransformerConfig(
-        **platform.current().config_options(),
+    config = tower_config(
+        sharding,
+        dtype,
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
-        num_attention_heads=sharding.padded_heads,
-        num_query_groups=sharding.padded_groups,
-        kv_channels=sharding.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=_EPSILON,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=True,
         add_qkv_bias=True,
-        tensor_model_parallel_size=tensor,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        perform_initialization=False,
     )
     return VisionTower(config, vision)
 
