@@ -102,6 +102,8 @@ class RolloutConfig:
     kv_cache_gib: float
     threads: int
     startup_timeout: float
+    sync_bucket_mib: int
+    sync_verify_every: int
 
 
 @dataclass
@@ -216,6 +218,8 @@ def check(config: Config) -> None:
         "rollout.engines": c.rollout.engines,
         "rollout.tensor": c.rollout.tensor,
         "rollout.max_response_tokens": c.rollout.max_response_tokens,
+        "rollout.sync_bucket_mib": c.rollout.sync_bucket_mib,
+        "rollout.sync_verify_every": c.rollout.sync_verify_every,
         "rollout.temperature": c.rollout.temperature,
         "data.max_prompt_tokens": c.data.max_prompt_tokens,
         "data.images.min_pixels": c.data.images.min_pixels,

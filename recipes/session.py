@@ -176,8 +176,14 @@ def open_session(config: Config) -> Iterator[Session]:
             deadline = time.monotonic() + c.rollout.startup_timeout
             from_rank_zero(partial(wait_until_ready, engines, deadline), control)
         with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
-            bridge = WeightBridge(model.shards, engines if rank == 0 else None, control)
-            stack.callback(bridge.close)
+            bridge = WeightBridge(
+                model.shards,
+                engines,
+                control,
+                bucket_bytes=c.rollout.sync_bucket_mib << 20,
+                verify_every=c.rollout.sync_verify_every,
+                plans=Path("build/weight_sync"),
+            )
         if rank == 0:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())

@@ -1,13 +1,17 @@
 """The trainer's side of the weight bridge: from each rank's shards straight into vLLM's parameters.
 
-SPMD: every trainer rank makes a :class:`WeightBridge` and calls :meth:`WeightBridge.sync`. Rank 0 of the group owns the
-engines. No rank ever holds a full tensor of another's shards; each packs the pieces that the plan gives it.
+SPMD: every rank makes a :class:`WeightBridge` and calls :meth:`WeightBridge.sync`. A rank that starts engines passes
+them; on every host with engines there is one such rank, so that engines are only ever called over loopback. No rank
+ever holds a full tensor of another's shards.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -18,8 +22,9 @@ from megatron_ext.collectives import all_gather_json, from_rank_zero
 from rollout.engine import Engine
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.layout import LayoutError, ParameterLayout, wrap
-from rollout.weight_sync.plan import Piece, Plan, ShardTable, build_plan, tensor_shapes
-from rollout.weight_sync.shared_memory import SharedMemorySender
+from rollout.weight_sync.memory import here, share_tensors
+from rollout.weight_sync.network import Network
+from rollout.weight_sync.plan import Piece, Place, Plan, ShardTable, Topology, cached_plan, tensor_shapes
 
 
 class WeightSyncError(RuntimeError):
@@ -31,31 +36,11 @@ class WeightSyncError(RuntimeError):
 
 
 class SyncReport(TypedDict):
-    """Bytes written into the workers of all engines, and seconds from the call to the verified end."""
+    """Bytes written into the workers of all engines, seconds from the call to the end, and whether it was verified."""
 
     bytes: int
     seconds: float
-
-
-def on_rank_zero(function: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """``from_rank_zero`` whose failure is a WeightSyncError with the same text on every rank."""
-    cause: Exception | None = None
-
-    def outcome() -> dict[str, Any]:
-        nonlocal cause
-        try:
-            return {"result": function()}
-        except (WeightSyncError, LayoutError) as error:
-            cause = error
-            return {"error": str(error)}
-        except Exception as error:  # told to all ranks, raised below
-            cause = error
-            return {"error": f"{type(error).__name__}: {error}"}
-
-    told = from_rank_zero(outcome, group)
-    if "error" in told:
-        raise WeightSyncError(told["error"]) from cause
-    return told["result"]
+    verified: bool
 
 
 def _shard_table(shards: Sequence[Shard]) -> list[list[Any]]:
@@ -80,58 +65,99 @@ def _parse_table(table: list[list[Any]]) -> ShardTable:
 
 
 class WeightBridge:
-    """The plan, this rank's buffer and the engines.
+    """The plan and this rank's part in it.
 
-    ``shards``: this rank's parameters; their tensors are read anew at each sync, so they must be updated in place.
-    ``engines``: on rank 0 of ``group``, else None. ``group``: a gloo group of all trainer ranks.
+    ``shards``: this rank's parameters (none on a rank that only has engines); read anew at each sync, so they must be
+    updated in place; their memory becomes visible to processes of this user on this host. ``engines``: those that this
+    rank starts; all engines hold the same layout. ``group``: a gloo group of all ranks. ``bucket_bytes``: a rank's
+    memory for weights on their way over the network is at most twice this; on one host there are none.
+    ``verify_every``: every so many syncs, and at the first after each :meth:`attach`, the checksums of all live
+    parameters are compared. ``plans``: folder in which plans are kept.
+
     Construction is collective. Raises WeightSyncError on every rank when the plan can't be made, naming the tensor.
     """
 
-    def __init__(self, shards: Sequence[Shard], engines: Sequence[Engine] | None, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        engines: Sequence[Engine],
+        group: dist.ProcessGroup,
+        *,
+        bucket_bytes: int,
+        verify_every: int,
+        plans: Path,
+    ) -> None:
         if dist.get_backend(group) != "gloo":
             raise ValueError(
                 f"group has backend {dist.get_backend(group)!r}: give a gloo group, the table and checks are small"
             )
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.engines = list(engines or [])
-        self.tensors = {shard.name: shard.tensor for shard in shards}
-        tables = self._gather(lambda: _shard_table(shards))
-        plan = on_rank_zero(lambda: self._make_plan([_parse_table(table) for table in tables]).to_json(), group)
-        self.plan = Plan.from_json(plan)
-        self.sender = SharedMemorySender(self.plan.buffer_bytes[self.rank])
-        addresses = all_gather_json(self.sender.address, group)
-        on_rank_zero(lambda: self._tell_engines("/weights/plan", {"plan": plan, "addresses": addresses}), group)
-        # This rank's pieces: index, piece, and the view of the live parameter is made at each sync.
+        self.group, self.rank = group, dist.get_rank(group)
+        self.bucket_bytes, self.verify_every, self.plans = bucket_bytes, verify_every, plans
+        self.tensors = {shard.name: shard.tensor.detach() for shard in shards}
+        cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.network_group = dist.new_group(backend="nccl") if cuda else group
+        self.tables = [_parse_table(table) for table in self._gather(lambda: _shard_table(shards))]
+        self.attach(engines)
+
+    def attach(self, engines: Sequence[Engine]) -> None:
+        """Plan for these engines of this rank, after a restart too. Collective; a sync must follow."""
+        self.engines = list(engines)
+        topology, layouts = self._topology()
+        made = self._on_rank_zero(
+            lambda: cached_plan(self.tables, layouts, topology, self.bucket_bytes, self.plans).to_json()
+        )
+        self.plan = Plan.from_json(made)
         self.held = [
-            (i, piece, holder, holder is piece.holders[0])
+            (i, piece, self.tensors[holder.shard][region(holder.local_start, piece.shape)])
             for i, piece in enumerate(self.plan.pieces)
             for holder in piece.holders
             if holder.rank == self.rank
         ]
+        readers = _readers(self.plan)
+        self.network = Network(
+            self.plan, self.rank, self.tensors, self.device, len(readers[self.rank]), self.network_group
+        )
+        memory = {"slots": self.network.slots, "signals": self.network.signals.values}
+        addresses = self._gather(
+            lambda: {
+                "shards": share_tensors(self.tensors),
+                "slots": share_tensors(memory) if readers[self.rank] else None,
+            }
+        )
+        mine = [e for e, owner in enumerate(self.owners) if owner == self.rank]
+        orders = [_engine_share(self.plan, e, readers, addresses) for e in mine]
+        self._gather(lambda: self._tell_engines("/weights/plan", orders))
+        self.syncs = 0
 
     def sync(self, version: int) -> SyncReport:
-        """Bring the engines to this rank's present weights and call them ``version``. Collective.
+        """Bring all engines to the ranks' present weights and call them ``version``. Collective.
 
-        Verified: the trainer's checksums of its live parameters (in vLLM's dtype) must equal those of vLLM's live
-        parameters, for every tensor; replicas on several trainer ranks must agree. Raises WeightSyncError on every rank
-        naming the first tensor that differs.
+        When it is verified, the trainer's checksums of its live parameters (in vLLM's dtype) must equal those of vLLM's
+        live parameters, for every tensor, and replicas on several ranks must agree. Raises WeightSyncError on every
+        rank naming the first tensor that differs.
         """
         started = time.perf_counter()
-        checksums = self._gather(self._pack)
-        totals = on_rank_zero(lambda: self._totals(checksums), self.group)
-        message = {"version": version, "checksums": totals}
-        placed = on_rank_zero(lambda: self._tell_engines("/weights/update", message), self.group)
-        return {"bytes": placed * self.plan.placed_bytes(), "seconds": time.perf_counter() - started}
-
-    def close(self) -> None:
-        """Free this rank's buffer. No sync may follow."""
-        self.sender.close()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        verify = self.syncs % self.verify_every == 0
+        gathered = self._gather(self._checksums if verify else dict)  # also: all ranks are here
+        totals = self._on_rank_zero(lambda: self._totals(gathered)) if verify else None
+        sequence = self.syncs
+        self.syncs += 1
+        order = {"version": version, "sequence": sequence, "checksums": totals}
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(self._tell_engines, "/weights/update", [order] * len(self.engines))
+            self.network.run(sequence)
+            self._gather(told.result)
+        return {"bytes": self.plan.placed_bytes, "seconds": time.perf_counter() - started, "verified": verify}
 
     def _gather(self, function: Callable[[], Any]) -> list[Any]:
         """``function()`` of every rank; a failure on one is raised on all."""
         try:
             outcome = {"result": function()}
+        except (WeightSyncError, LayoutError) as error:
+            outcome = {"error": str(error)}
         except Exception as error:  # told to all ranks, raised below
             outcome = {"error": f"rank {self.rank}: {type(error).__name__}: {error}"}
         outcomes = all_gather_json(outcome, self.group)
@@ -140,32 +166,62 @@ class WeightBridge:
             raise WeightSyncError("; ".join(errors))
         return [outcome["result"] for outcome in outcomes]
 
-    def _make_plan(self, tables: list[ShardTable]) -> Plan:
-        if not self.engines:
-            raise ValueError("engines is empty on rank 0: start the generation engines before the bridge")
-        body = {"tensors": tensor_shapes(tables)}
-        answers = [engine.call("POST", "/weights/layout", body)["workers"] for engine in self.engines]
-        if any(answer != answers[0] for answer in answers):
-            raise LayoutError(
+    def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
+        """``function()`` of rank 0; its failure is a WeightSyncError with the same text on every rank."""
+
+        def outcome() -> dict[str, Any]:
+            try:
+                return {"result": function()}
+            except (WeightSyncError, LayoutError) as error:
+                return {"error": str(error)}
+            except Exception as error:  # told to all ranks, raised below
+                return {"error": f"{type(error).__name__}: {error}"}
+
+        told = from_rank_zero(outcome, self.group)
+        if "error" in told:
+            raise WeightSyncError(told["error"])
+        return told["result"]
+
+    def _topology(self) -> tuple[Topology, list[list[ParameterLayout]]]:
+        """Where all ranks and engines are (sets ``owners``, the rank of each engine), and the engines' layout."""
+        body = {"tensors": tensor_shapes(self.tables)}
+        answers: list[Any] = []
+        self._gather(lambda: answers.extend(self._tell_engines("/weights/layout", [body] * len(self.engines))))
+        found = self._gather(
+            lambda: {
+                "place": here(self.device),
+                "engines": [[answer["places"], _digest(answer["workers"])] for answer in answers],
+            }
+        )
+        engines = [(rank, *engine) for rank, entry in enumerate(found) for engine in entry["engines"]]
+        if not engines:
+            raise WeightSyncError("no rank has an engine: start the generation engines before the bridge")
+        if any(digest != engines[0][2] for _, _, digest in engines):
+            raise WeightSyncError(
                 "the engines hold their parameters in different layouts: start all with the same settings"
             )
-        layouts = [[ParameterLayout.from_json(parameter) for parameter in worker] for worker in answers[0]]
-        return build_plan(tables, layouts)
+        self.owners = [rank for rank, _, _ in engines]
+        source = self.owners[0]
+        (workers,) = [
+            told for told in self._gather(lambda: answers[0]["workers"] if self.rank == source else None) if told
+        ]
+        layouts = [[ParameterLayout.from_json(parameter) for parameter in worker] for worker in workers]
+        return (
+            Topology(
+                tuple(Place(*entry["place"]) for entry in found),
+                tuple(tuple(Place(*place) for place in places) for _, places, _ in engines),
+            ),
+            layouts,
+        )
 
     @torch.no_grad()
-    def _pack(self) -> dict[int, int]:
-        """Copy the pieces that this rank sends into its buffer; checksums of all pieces that it holds, by index."""
+    def _checksums(self) -> dict[int, int]:
+        """Of all pieces that this rank holds, by index."""
         checksums = {}
-        for i, piece, holder, sends in self.held:
+        for i, piece, values in self.held:
             info = self.plan.tensors[piece.hf_name]
-            dtype = getattr(torch, info.dtype)
-            start = piece.rectangle.start
-            values = self.tensors[holder.shard][region(holder.local_start, piece.rectangle.shape)].to(dtype)
-            if sends:
-                size = values.numel() * values.element_size()
-                target = self.sender.buffer[piece.offset : piece.offset + size]
-                target.view(dtype).view(values.shape).copy_(values)
-            checksums[i] = rectangle_checksum(values, start, info.shape, info.unit)
+            values = values.to(getattr(torch, info.dtype))
+            checksums[i] = rectangle_checksum(values, piece.start, info.shape, info.unit)
         return checksums
 
     def _totals(self, gathered: list[dict[str, int]]) -> dict[str, int]:
@@ -176,16 +232,49 @@ class WeightBridge:
             totals[piece.hf_name] = wrap(totals.get(piece.hf_name, 0) + value)
         return totals
 
-    def _tell_engines(self, path: str, body: dict[str, Any]) -> int:
-        """Post to all engines at once; returns how many answered. Raises the first EngineError after all have ended."""
+    def _tell_engines(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Post to this rank's engines at once. Raises the first EngineError after all have ended."""
         with ThreadPoolExecutor(max(len(self.engines), 1)) as pool:
-            return len(list(pool.map(lambda engine: engine.call("POST", path, body), self.engines)))
+            return list(pool.map(lambda engine, body: engine.call("POST", path, body), self.engines, bodies))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _readers(plan: Plan) -> list[list[tuple[int, int]]]:
+    """For each rank the (engine, worker)s that read from its slots."""
+    readers: list[list[tuple[int, int]]] = [[] for _ in plan.slot_bytes]
+    for e, engine in enumerate(plan.arrivals):
+        for w, worker in enumerate(engine):
+            for rank in sorted({arrival.rank for arrival in worker}):
+                readers[rank].append((e, w))
+    return readers
+
+
+def _engine_share(plan: Plan, e: int, readers: list[list[tuple[int, int]]], addresses: list[Any]) -> dict[str, Any]:
+    """What engine ``e`` has to know, see ``WeightBridgeWorker.bridge_plan``."""
+    workers: list[dict[str, Any]] = [
+        {
+            "copies": copies,
+            "arrivals": arrivals,
+            "readers": {rank: readers[rank].index((e, w)) for rank in sorted({a.rank for a in arrivals})},
+        }
+        for w, (copies, arrivals) in enumerate(zip(plan.copies[e], plan.arrivals[e], strict=True))
+    ]
+    shards = sorted({copy.rank for copies in plan.copies[e] for copy in copies})
+    slots = sorted({rank for worker in workers for rank in worker["readers"]})
+    return {
+        "tensors": plan.tensors,
+        "rounds": plan.rounds,
+        "workers": workers,
+        "shards": {rank: addresses[rank]["shards"] for rank in shards},
+        "slots": {rank: addresses[rank]["slots"] for rank in slots},
+    }
 
 
 def _agreed(piece: Piece, values: list[int]) -> int:
     if any(value != values[0] for value in values):
         ranks = [holder.rank for holder in piece.holders]
-        raise WeightSyncError(
-            f"{piece.hf_name} at {piece.rectangle.start}: ranks {ranks} should hold the same values and do not"
-        )
+        raise WeightSyncError(f"{piece.hf_name} at {piece.start}: ranks {ranks} should hold the same values and do not")
     return values[0]

@@ -35,20 +35,25 @@ class WeightReceiver:
         self._call("bridge_started")
 
     def layout(self, body: dict[str, Any]) -> dict[str, Any]:
-        """``{"tensors": {hf_name: shape}}`` → ``{"workers": [layouts of the parameters of each worker]}``."""
+        """``{"tensors": {hf_name: shape}}`` → ``{"workers": [layouts of the parameters of each worker], "places"}``."""
         answers = self._call("bridge_layout", json.dumps(body["tensors"]))
-        return {"workers": [answer["parameters"] for answer in answers]}
+        return {
+            "workers": [answer["parameters"] for answer in answers],
+            "places": [answer["place"] for answer in answers],
+        }
 
     def set_plan(self, body: dict[str, Any]) -> dict[str, Any]:
-        """``{"plan": Plan, "addresses": [of each sender]}``."""
+        """The workers' shares of a plan, see ``WeightBridgeWorker.bridge_plan``."""
         self._call("bridge_plan", json.dumps(body))
         return {}
 
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the weights that the senders have packed and check them against ``{"version", "checksums"}``."""
+        """Take the trainer's present weights: ``{"version", "sequence", "checksums"}``; the last to check them
+        against, or null."""
         self.stale = True
-        actual = total_checksums([answer["checksums"] for answer in self._call("bridge_update")])
-        expected = body["checksums"]
+        expected = body["checksums"] or {}
+        order = json.dumps({"sequence": body["sequence"], "verify": body["checksums"] is not None})
+        actual = total_checksums([answer["checksums"] for answer in self._call("bridge_update", order)])
         wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
         if wrong:
             raise RuntimeError(

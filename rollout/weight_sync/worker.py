@@ -24,10 +24,12 @@ import torch
 from vllm.model_executor.layers import utils as vllm_layers
 from vllm.platforms import current_platform
 
+from megatron_ext.blocks import region
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.layout import ParameterLayout
-from rollout.weight_sync.plan import Copy, Plan
-from rollout.weight_sync.shared_memory import SharedMemoryReceiver
+from rollout.weight_sync.memory import Signals, attach_tensors, here
+from rollout.weight_sync.network import slot_view
+from rollout.weight_sync.plan import Arrival, Copy, TensorInfo, read
 from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
 
 _packed_layers: list[torch.nn.Module] = []
@@ -82,11 +84,15 @@ def _reports_errors(method: Callable[..., Any]) -> Callable[..., str]:
 
 @dataclass
 class _Placement:
-    """A worker's share of a plan: target and source views per copy, and what its parameters' checksums need."""
+    """A worker's share of a plan: (target, source) views, and what its parameters' checksums need.
 
-    plan: Plan
-    copies: list[tuple[Copy, torch.Tensor, torch.Tensor]]
-    buffers: list[SharedMemoryReceiver]
+    ``arrivals``: for each round the ranks in whose slots it lands and the views to copy when it has.
+    """
+
+    tensors: dict[str, TensorInfo]
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
+    arrivals: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    signals: dict[int, tuple[Signals, int]]
 
 
 class WeightBridgeWorker:
@@ -108,37 +114,84 @@ class WeightBridgeWorker:
     def bridge_layout(self, hf_shapes: str) -> Any:
         """Trace vLLM's loaders with checkpoint tensors ``{name: shape}``; returns the layout of each parameter."""
         shapes = {name: tuple(shape) for name, shape in json.loads(hf_shapes).items()}
-        self.bridge_layouts = trace_layout(self.get_model(), shapes)  # type: ignore[attr-defined]
-        return {"parameters": [asdict(layout) for layout in self.bridge_layouts]}
+        model = self.get_model()  # type: ignore[attr-defined]
+        self.bridge_layouts = trace_layout(model, shapes)
+        return {
+            "parameters": [asdict(layout) for layout in self.bridge_layouts],
+            "place": here(next(model.parameters()).device),
+        }
 
     @_reports_errors
     def bridge_plan(self, message: str) -> Any:
-        """Map the senders' buffers and resolve the plan's copies for this worker to pairs of views."""
+        """Map the memory of the ranks on this host and resolve this worker's share of the plan to pairs of views.
+
+        ``{"tensors", "shards": {rank: address}, "slots": {rank: address}, "rounds", "workers": [its share of each
+        worker: {"copies", "arrivals", "readers": {rank: number among the readers of its slots}}]}``.
+        """
         body = json.loads(message)
-        plan = Plan.from_json(body["plan"])
-        buffers = [SharedMemoryReceiver(address) for address in body["addresses"]]
-        tensors = weight_tensors(self.get_model())  # type: ignore[attr-defined]
-        copies = []
-        for copy in plan.copies[self.rank]:  # type: ignore[attr-defined]
-            piece = plan.pieces[copy.piece]
-            dtype = getattr(torch, plan.tensors[piece.hf_name].dtype)
-            size = piece.rectangle.size * dtype.itemsize
-            packed = buffers[piece.holders[0].rank].buffer[piece.offset : piece.offset + size]
-            source = _part(packed.view(dtype).view(piece.rectangle.shape), copy.start, copy.shape)
-            target = _part(tensors[copy.parameter].detach(), copy.parameter_start, copy.shape)
-            copies.append((copy, target, source))
-        self.bridge_placement = _Placement(plan, copies, buffers)
+        share = body["workers"][self.rank]  # type: ignore[attr-defined]
+        parameters = weight_tensors(self.get_model())  # type: ignore[attr-defined]
+        shards = {rank: attach_tensors(address) for rank, address in body["shards"].items()}
+        slots = {rank: attach_tensors(address) for rank, address in body["slots"].items()}
+
+        def target(item: Copy | Arrival) -> torch.Tensor:
+            return parameters[item.parameter].detach()[region(item.parameter_start, item.shape)]
+
+        copies = [
+            (target(c), shards[str(c.rank)][c.shard][region(c.local_start, c.shape)])
+            for c in read(Copy, share["copies"])
+        ]
+        arrivals: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(body["rounds"])]
+        for a in read(Arrival, share["arrivals"]):
+            place = target(a)
+            packed = slot_view(slots[str(a.rank)]["slots"], a.round, a.offset, a.shape, place.dtype)
+            arrivals[a.round].append((place, packed))
+        signals = {}
+        for rank, reader in share["readers"].items():
+            signals[int(rank)] = (Signals(slots[rank]["signals"], body["slots"][rank]["pid"]), reader)
+            signals[int(rank)][0].register(reader)
+        tensors = {
+            name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in body["tensors"].items()
+        }
+        self.bridge_placement = _Placement(tensors, copies, arrivals, signals)
         return {}
 
     @_reports_errors
-    def bridge_update(self) -> Any:
-        """Copy every rectangle into place, then return the checksums of what the parameters hold now."""
-        for copy, target, source in self._placement().copies:
-            try:
+    def bridge_update(self, message: str) -> Any:
+        """Copy every rectangle into place; ``{"sequence", "verify"}``. Returns the checksums of what the parameters
+        hold then, if they are to be verified."""
+        body = json.loads(message)
+        placement = self._placement()
+        rounds = len(placement.arrivals)
+        first = body["sequence"] * rounds
+        local = iter(placement.copies)
+
+        def copy_one() -> bool:
+            for target, source in local:
                 target.copy_(source)
-            except Exception as error:
-                raise RuntimeError(f"{copy.parameter}: {error}") from error
-        return self._region_checksums()
+                return True
+            return False
+
+        try:
+            for t, arrivals in enumerate(placement.arrivals):
+                for signals, _ in placement.signals.values():
+                    signals.wait_landed(first + t + 1, meanwhile=copy_one)
+                for target, source in arrivals:
+                    target.copy_(source)
+                self._finish_copies()
+                for signals, reader in placement.signals.values():
+                    signals.place(reader, first + t + 1)
+            while copy_one():
+                pass
+            self._finish_copies()
+        finally:  # after a failure too: the ranks must not wait for this worker
+            for signals, reader in placement.signals.values():
+                signals.place(reader, first + rounds)
+        return self._region_checksums() if body["verify"] else {"checksums": []}
+
+    def _finish_copies(self) -> None:
+        if current_platform.is_cuda():
+            torch.cuda.current_stream().synchronize()
 
     @_reports_errors
     def bridge_checksums(self) -> Any:
@@ -165,21 +218,17 @@ class WeightBridgeWorker:
 
     def _region_checksums(self) -> Any:
         tensors = weight_tensors(self.get_model())  # type: ignore[attr-defined]
-        return {"checksums": [[*item] for item in _checksums(self.bridge_layouts, tensors, self._placement().plan)]}
-
-
-def _part(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+        return {"checksums": [[*item] for item in _checksums(self.bridge_layouts, tensors, self._placement().tensors)]}
 
 
 def _checksums(
-    layouts: list[ParameterLayout], tensors: dict[str, torch.Tensor], plan: Plan
+    layouts: list[ParameterLayout], parameters: dict[str, torch.Tensor], tensors: dict[str, TensorInfo]
 ) -> Iterator[tuple[str, tuple[int, ...], int]]:
     for layout in layouts:
-        for region in layout.regions:
-            info = plan.tensors[region.hf_name]
-            values = _part(tensors[layout.name], region.start, region.shape)
-            yield region.hf_name, region.hf_start, rectangle_checksum(values, region.hf_start, info.shape, info.unit)
+        for part in layout.regions:
+            info = tensors[part.hf_name]
+            values = parameters[layout.name][region(part.start, part.shape)]
+            yield part.hf_name, part.hf_start, rectangle_checksum(values, part.hf_start, info.shape, info.unit)
 
 
 def _digest(tensor: torch.Tensor) -> str:

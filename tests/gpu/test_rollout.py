@@ -1,4 +1,4 @@
-"""vLLM on the GPU, fed from the trainer's GPU tensors through the shared-memory transport."""
+"""vLLM on the GPU, fed from the trainer's tensors on the same GPU by CUDA IPC."""
 
 import time
 from pathlib import Path
@@ -21,9 +21,11 @@ PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i
 class Rollout:
     """A trainer model, an engine beside it on the same GPU, and the bridge between them."""
 
-    def __init__(self, policy: model.Model, engine: Engine) -> None:
+    def __init__(self, policy: model.Model, engine: Engine, plans: Path) -> None:
         self.policy, self.engine = policy, engine
-        self.bridge = WeightBridge(policy.shards, [engine], parallel.control_group())
+        self.bridge = WeightBridge(
+            policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=plans
+        )
 
     def samples(self) -> list[Sample]:
         return generate([self.engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
@@ -44,15 +46,15 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
         kv_cache_gib=0.5,
         device="cuda",
     )
-    engine = Engine(settings, tmp_path_factory.mktemp("engine") / "engine_0.log")
+    scratch = tmp_path_factory.mktemp("engine")
+    engine = Engine(settings, scratch / "engine_0.log")
     try:
         policy = model.build(hf_checkpoint.config(folder), layout, BF16)
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
-        made = Rollout(policy, engine)
+        made = Rollout(policy, engine, scratch)
         made.bridge.sync(1)
         yield made
-        made.bridge.close()
     finally:
         stop_engines([engine])
 

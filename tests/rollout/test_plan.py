@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.blocks import Block
+from rollout.weight_sync import plan as plan_module
 from rollout.weight_sync.layout import LayoutError, ParameterLayout, Rectangle, Region
-from rollout.weight_sync.plan import Plan, build_plan, tensor_shapes
+from rollout.weight_sync.plan import ALIGNMENT, Place, Plan, Topology, build_plan, cached_plan, tensor_shapes
 
 
 def cut(draw, extent: int, parts: int) -> list[tuple[int, int]]:
@@ -81,28 +83,60 @@ def used(layouts):
     return {region.hf_name for worker in layouts for parameter in worker for region in parameter.regions}
 
 
-def emulate(plan: Plan, local, layouts):
-    """Pack, copy and return every worker's parameters."""
-    buffers = [torch.full((size // 4,), math.nan) for size in plan.buffer_bytes]
-    for piece in plan.pieces:
-        sender = piece.holders[0]
-        here = tuple(slice(o, o + n) for o, n in zip(sender.local_start, piece.rectangle.shape, strict=True))
-        target = buffers[sender.rank][piece.offset // 4 : piece.offset // 4 + piece.rectangle.size]
-        assert target.isnan().all(), "two pieces share a place in a buffer"
-        target.view(piece.rectangle.shape).copy_(local[sender.rank, sender.shard][here])
-    results = []
-    for worker, copies in zip(layouts, plan.copies, strict=True):
-        parameters = {parameter.name: torch.full(parameter.shape, math.nan) for parameter in worker}
-        for copy in copies:
-            piece = plan.pieces[copy.piece]
-            offset = piece.offset // 4
-            packed = buffers[piece.holders[0].rank][offset : offset + piece.rectangle.size].view(piece.rectangle.shape)
-            there = tuple(slice(o, o + n) for o, n in zip(copy.parameter_start, copy.shape, strict=True))
-            assert parameters[copy.parameter][there].isnan().all(), "an element arrives twice"
-            here = tuple(slice(o, o + n) for o, n in zip(copy.start, copy.shape, strict=True))
-            parameters[copy.parameter][there] = packed[here]
-        results.append(parameters)
+def rectangle(start, shape):
+    return tuple(slice(o, o + n) for o, n in zip(start, shape, strict=True))
+
+
+def emulate(plan: Plan, topology: Topology, local, layouts):
+    """Do as the plan says, round by round with two slots a rank, and return every engine's workers' parameters."""
+    slots = [[torch.full((size // 4,), math.nan) for _ in range(2)] for size in plan.slot_bytes]
+    results = [
+        [{parameter.name: torch.full(parameter.shape, math.nan) for parameter in worker} for worker in layouts]
+        for _ in topology.engines
+    ]
+
+    def place(e, w, item, values):
+        target = results[e][w][item.parameter][rectangle(item.parameter_start, item.shape)]
+        assert target.isnan().all(), "an element arrives twice"
+        target.copy_(values)
+
+    for e, engine in enumerate(topology.engines):
+        for w, worker in enumerate(engine):
+            for copy in plan.copies[e][w]:
+                assert topology.ranks[copy.rank].host == worker.host
+                place(e, w, copy, local[copy.rank, copy.shard][rectangle(copy.local_start, copy.shape)])
+    for t in range(plan.rounds):
+        now = [pair[t % 2].fill_(math.nan) for pair in slots]
+        before = [pair[1 - t % 2] for pair in slots]
+        for rank, packings in enumerate(plan.packings):
+            for p in (p for p in packings if p.round == t):
+                target = now[rank][p.offset // 4 :][: math.prod(p.shape)]
+                assert target.isnan().all(), "two parcels share a place in a slot"
+                target.copy_(local[rank, p.shard][rectangle(p.local_start, p.shape)].flatten())
+        for m in (m for m in plan.messages if m.round == t):
+            assert topology.ranks[m.sender].host != topology.ranks[m.receiver].host
+            source = (before if m.forwarded else now)[m.sender][m.sender_offset // 4 :][: m.size // 4]
+            target = now[m.receiver][m.receiver_offset // 4 :][: m.size // 4]
+            assert target.isnan().all(), "two messages share a place in a slot"
+            target.copy_(source)
+        for e, engine in enumerate(topology.engines):
+            for w, worker in enumerate(engine):
+                for a in (a for a in plan.arrivals[e][w] if a.round == t):
+                    assert topology.ranks[a.rank].host == worker.host
+                    place(e, w, a, now[a.rank][a.offset // 4 :][: math.prod(a.shape)].view(a.shape))
     return results
+
+
+@st.composite
+def places(draw, ranks, workers):
+    """Up to three hosts with at least one rank each; one to three engines, each on one of these hosts or on several."""
+    hosts = [draw(st.integers(0, 2)) for _ in range(ranks)]
+    used = st.sampled_from(sorted(set(hosts)))
+    device = st.sampled_from(["0", "1"])
+    engines = [
+        tuple(Place(f"h{draw(used)}", draw(device)) for _ in range(workers)) for _ in range(draw(st.integers(1, 3)))
+    ]
+    return Topology(tuple(Place(f"h{host}", draw(device)) for host in hosts), tuple(engines))
 
 
 @given(st.data())
@@ -119,19 +153,26 @@ def test_any_two_layouts_compose(data):
     tensors = {name: tensor for name, tensor in tensors.items() if name in used(layouts)}
     tables, local = data.draw(trainer_side(tensors))
 
-    plan = build_plan(tables, layouts)
+    topology = data.draw(places(len(tables), len(layouts)))
+    bucket = data.draw(st.sampled_from([ALIGNMENT, 2 * ALIGNMENT, 1 << 20]))
+    plan = build_plan(tables, layouts, topology, bucket)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert tensor_shapes(tables) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert sum(p.rectangle.size for p in plan.pieces) == sum(t.numel() for t in tensors.values()), "sent exactly once"
+    assert sum(math.prod(p.shape) for p in plan.pieces) == sum(t.numel() for t in tensors.values())
+    assert max(plan.slot_bytes) <= bucket
 
-    for worker, parameters in zip(layouts, emulate(plan, local, layouts), strict=True):
-        for parameter in worker:
-            expected = torch.full(parameter.shape, math.nan)
-            for region in parameter.regions:
-                there = tuple(slice(o, o + n) for o, n in zip(region.start, region.shape, strict=True))
-                here = tuple(slice(o, o + n) for o, n in zip(region.hf_start, region.shape, strict=True))
-                expected[there] = tensors[region.hf_name][here]
-            torch.testing.assert_close(parameters[parameter.name], expected, rtol=0, atol=0, equal_nan=True)
+    made = emulate(plan, topology, local, layouts)
+    assert plan.placed_bytes == 4 * sum(
+        int((~p.isnan()).sum()) for engine in made for worker in engine for p in worker.values()
+    )
+    for engine in made:
+        for worker, parameters in zip(layouts, engine, strict=True):
+            for parameter in worker:
+                expected = torch.full(parameter.shape, math.nan)
+                for region in parameter.regions:
+                    there, here = rectangle(region.start, region.shape), rectangle(region.hf_start, region.shape)
+                    expected[there] = tensors[region.hf_name][here]
+                torch.testing.assert_close(parameters[parameter.name], expected, rtol=0, atol=0, equal_nan=True)
 
 
 def whole(name, shape, rank_local=None):
@@ -146,13 +187,80 @@ def one_worker(*parameters):
     return [regions]
 
 
-def test_replicas_share_the_sending():
-    """Eight equal tensors held by all of four ranks: each rank sends two."""
-    table = [whole(f"t{i}", (16, 16)) for i in range(8)]
-    plan = build_plan([table] * 4, one_worker(*((f"p{i}", f"t{i}", (16, 16)) for i in range(8))))
-    assert plan.buffer_bytes == (2 * 1024,) * 4
-    assert plan.placed_bytes() == 8 * 1024
+HERE, THERE = Place("here", "0"), Place("there", "0")
+
+
+def one_engine(ranks: int) -> Topology:
+    return Topology((HERE,) * ranks, ((HERE,),))
+
+
+def equal_tensors(count: int):
+    """``count`` tensors of 1 KiB, held whole by a rank, and one worker that wants them."""
+    table = [whole(f"t{i}", (16, 16)) for i in range(count)]
+    return table, one_worker(*((f"p{i}", f"t{i}", (16, 16)) for i in range(count)))
+
+
+def test_on_one_host_nothing_is_packed_and_replicas_share_the_reading() -> None:
+    """Eight equal tensors held by all of four ranks: each rank gives two."""
+    table, worker = equal_tensors(8)
+    plan = build_plan([table] * 4, worker, one_engine(4), 1 << 20)
+    assert Counter(copy.rank for copy in plan.copies[0][0]) == dict.fromkeys(range(4), 2)
+    assert (plan.rounds, plan.slot_bytes, plan.placed_bytes) == (0, (0,) * 4, 8 * 1024)
     assert all(len(piece.holders) == 4 for piece in plan.pieces)
+
+
+def test_a_rank_on_the_workers_own_device_is_read_first() -> None:
+    table, worker = equal_tensors(4)
+    topology = Topology((Place("here", "0"), Place("here", "1")), ((Place("here", "1"),),))
+    plan = build_plan([table] * 2, worker, topology, 1 << 20)
+    assert {copy.rank for copy in plan.copies[0][0]} == {1}
+
+
+def test_what_crosses_the_network_crosses_once_for_a_host_and_holders_share_the_sending() -> None:
+    """Two holders here; two ranks and two engines there: 8 KiB cross, 4 from each holder, 4 to each receiver."""
+    table, worker = equal_tensors(8)
+    topology = Topology((HERE, HERE, THERE, THERE), ((THERE,), (THERE,)))
+    plan = build_plan([table, table, [], []], worker, topology, 8 * 1024)
+    sent, received = Counter(), Counter()
+    for message in plan.messages:
+        sent[message.sender] += message.size
+        received[message.receiver] += message.size
+    assert sent == {0: 4096, 1: 4096} and received == {2: 4096, 3: 4096}
+    assert [len(plan.arrivals[e][0]) for e in range(2)] == [8, 8] and plan.copies == (((),), ((),))
+
+
+def test_one_holder_and_many_hosts_make_a_chain_many_holders_do_not() -> None:
+    """64 KiB from one rank to six hosts: sending each its own takes 6 x 64 KiB of one link, handing on 64 KiB and five
+    rounds more. With six holders each sends to one host."""
+    table, worker = equal_tensors(64)
+    hosts = [Place(f"h{i}", "0") for i in range(6)]
+    engines = tuple((host,) for host in hosts)
+    chain = build_plan([table, *([[]] * 6)], worker, Topology((HERE, *hosts), engines), 8 * 1024)
+    assert sum(m.size for m in chain.messages if m.sender == 0) == 64 * 1024
+    assert {m.forwarded for m in chain.messages if m.sender == 0} == {False}
+    assert sum(m.size for m in chain.messages if m.forwarded) == 5 * 64 * 1024
+    assert chain.rounds == 8 + 5
+    split = build_plan([*([table] * 6), *([[]] * 6)], worker, Topology((*(HERE,) * 6, *hosts), engines), 8 * 1024)
+    assert not any(m.forwarded for m in split.messages)
+    assert {rank: sum(m.size for m in split.messages if m.sender == rank) for rank in range(6)} == dict.fromkeys(
+        range(6), 64 * 1024
+    )
+
+
+def test_a_plan_is_taken_from_its_file(tmp_path, monkeypatch) -> None:
+    table, worker = equal_tensors(3)
+    made = cached_plan([table], worker, one_engine(1), 1024, tmp_path)
+    assert made == build_plan([table], worker, one_engine(1), 1024)
+    monkeypatch.setattr(plan_module, "build_plan", None)
+    assert cached_plan([table], worker, one_engine(1), 1024, tmp_path) == made
+    with pytest.raises(TypeError):
+        cached_plan([table], worker, one_engine(1), 2048, tmp_path)  # another bucket, so another plan
+
+
+def test_a_host_with_engines_and_no_rank_is_named() -> None:
+    table, worker = equal_tensors(1)
+    with pytest.raises(LayoutError, match="engine 0 is on host there, where no rank runs: start one there"):
+        build_plan([table], worker, Topology((HERE,), ((THERE,),)), 1024)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +288,7 @@ def test_replicas_share_the_sending():
 )
 def test_gaps_overlaps_and_strangers_are_named(tables, layouts, message):
     with pytest.raises(LayoutError, match=message):
-        build_plan(tables, layouts)
+        build_plan(tables, layouts, one_engine(len(tables)), 1024)
 
 
 def test_a_tensor_that_vllm_keeps_in_two_dtypes_is_refused():
@@ -189,4 +297,4 @@ def test_a_tensor_that_vllm_keeps_in_two_dtypes_is_refused():
         for name, dtype in (("p", "float32"), ("q", "bfloat16"))
     ]
     with pytest.raises(LayoutError, match=r"a: vLLM holds it as \['bfloat16', 'float32'\]"):
-        build_plan([[whole("a", (4,))]], [two])
+        build_plan([[whole("a", (4,))]], [two], Topology((HERE,), ((HERE, HERE),)), 1024)

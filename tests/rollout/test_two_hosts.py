@@ -1,0 +1,132 @@
+"""Weights over TCP between two hosts' worth of processes: network and host name namespaces joined by a virtual cable.
+
+Host a has two trainer ranks (TP 2) and an engine, host b only an engine and the rank that owns it. The engine on a
+reads the trainer's memory; the one on b gets everything over gloo, in many small rounds.
+``python -m tests.rollout.test_two_hosts hosts|rank FOLDER [RANK]``.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rollout.engine import EngineSettings, start_engines, stop_engines
+from rollout.weight_sync.bridge import WeightBridge, WeightSyncError
+from tests.rollout.twins import TIED, tensor_parallel_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+BUCKET = 1 << 16
+PRIVATE = ["unshare", "--user", "--map-root-user", "--net", "--uts"]
+HOST_B = """
+hostname host-b
+ip link set lo up
+until ip link show cable-b > /dev/null 2>&1; do sleep 0.1; done
+ip address add 10.77.0.2/24 dev cable-b
+ip link set cable-b up
+exec "$@"
+"""
+
+
+def hosts(folder: str) -> None:
+    """In a namespace of its own: be host a, make host b and the cable, run three ranks. Exits as the worst of them."""
+    rank = [sys.executable, "-m", "tests.rollout.test_two_hosts", "rank", folder]
+    subprocess.run(["hostname", "host-a"], check=True)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable-b"}
+    b = subprocess.Popen(["unshare", "--net", "--uts", "sh", "-c", HOST_B, "sh", *rank, "2"], env=environment)
+    net = Path(f"/proc/{b.pid}/ns/net")
+    while net.readlink() == Path("/proc/self/ns/net").readlink():
+        time.sleep(0.05)
+    for command in (
+        f"link add cable-a type veth peer name cable-b netns {b.pid}",
+        "address add 10.77.0.1/24 dev cable-a",
+        "link set cable-a up",
+    ):
+        subprocess.run(["ip", *command.split()], check=True)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable-a"}
+    ranks = [b, *(subprocess.Popen([*rank, str(i)], env=environment) for i in range(2))]
+    sys.exit(max(abs(process.wait()) for process in ranks))
+
+
+def run_rank(folder: str, number: str) -> None:
+    rank = int(number)
+    dist.init_process_group("gloo", init_method="tcp://10.77.0.1:29511", rank=rank, world_size=3)
+    settings = EngineSettings(
+        model=f"{folder}/model",
+        dtype="bfloat16",
+        max_model_len=96,
+        max_num_seqs=8,
+        max_num_batched_tokens=96,
+        kv_cache_gib=0.02,
+    )
+    engines = [] if rank == 1 else start_engines(settings, 1, Path(folder, f"logs-{rank}"))
+    made = tensor_parallel_shards(TIED, TIED.model(0).state_dict(), 2, rank, torch.float32) if rank < 2 else None
+    bridge = WeightBridge(
+        made.shards if made else [], engines, dist.group.WORLD,
+        bucket_bytes=BUCKET, verify_every=2, plans=Path(folder, "plans"),
+    )  # fmt: skip
+    found: dict[str, Any] = {"slots": list(bridge.network.slots.shape), "digests": [], "reports": []}
+
+    def digests() -> None:
+        found["digests"].append([engine.call("GET", "/weights/digest")["workers"] for engine in engines])
+
+    for version, seed in enumerate((0, 1, 2, 0)):
+        if made:
+            made.weights = TIED.model(seed).state_dict()
+            made.fill()
+        found["reports"].append(bridge.sync(version))
+        digests()
+    if rank == 2:  # the engine that gets its weights over the network dies while they are on their way
+        engines[0].process.kill()
+    try:
+        bridge.sync(5)
+    except WeightSyncError as error:
+        found["error"] = str(error)
+    found["messages"] = [m._asdict() for m in bridge.plan.messages]
+    found["placed"] = [
+        [len(c) for c in bridge.plan.copies[e]] + [len(a) for a in bridge.plan.arrivals[e]] for e in (0, 1)
+    ]
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    stop_engines(engines)
+
+
+def test_an_engine_on_another_host_holds_the_same_bits(tmp_path: Path) -> None:
+    if not shutil.which("ip") or subprocess.run([*PRIVATE, "true"], capture_output=True).returncode:
+        pytest.skip("needs iproute2 and the right to make user and network namespaces (unshare --user --net)")
+    TIED.save(tmp_path / "model", seed=0)
+    command = [*PRIVATE, sys.executable, "-m", "tests.rollout.test_two_hosts", "hosts", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    a, silent, b = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(3))
+    assert a["digests"] == b["digests"], "read in place on one host, over the network on the other"
+    first, second, third, again = a["digests"]
+    assert first == again and first != second != third != first
+    assert silent["digests"] == [[], [], [], []]
+    assert [report["verified"] for report in a["reports"]] == [True, False, True, False]
+
+    weights = sum(2 * math.prod(tensor.shape) for tensor in dict(TIED.model(0).named_parameters()).values())
+    crossed = sum(message["size"] for message in a["messages"])
+    assert weights <= crossed < 1.02 * weights, "once, and little of it padding"
+    assert {m["receiver"] for m in a["messages"]} == {2} and {m["sender"] for m in a["messages"]} == {0, 1}
+    rounds = 1 + max(m["round"] for m in a["messages"])
+    assert rounds >= weights / BUCKET and all(rank["slots"][1] <= BUCKET for rank in (a, silent, b))
+    copies, arrivals = zip(*a["placed"], strict=True)
+    assert copies[0] and not copies[1] and arrivals[1] and not arrivals[0]
+
+    assert "engine_0" in b["error"] and b["error"] == a["error"] == silent["error"], "told to all, and nobody hangs"
+
+
+if __name__ == "__main__":
+    {"hosts": hosts, "rank": run_rank}[sys.argv[1]](*sys.argv[2:])
