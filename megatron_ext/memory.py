@@ -124,24 +124,30 @@ def fullest_optimizer(model: Model) -> int:
 
 def layer(config: TransformerConfig, shape: Shape, platform: str) -> int:
     """What one decoder layer keeps for its backward pass, ``recompute_granularity`` None."""
+    kept = _norms_and_mlp(config, shape, platform) + attention(config, shape, platform)
+    if config.qk_layernorm:
+        heads = (config.num_attention_heads + config.num_query_groups) // config.tensor_model_parallel_size
+        kept += _norm(config, shape.tokens * heads, config.kv_channels, platform)
+    return kept
+
+
+def _norms_and_mlp(config: TransformerConfig, shape: Shape, platform: str) -> int:
+    """Both norms, the inputs of the joint projection and of the feed-forward layer, and what is inside the latter."""
     local = _local(config, shape)
     linear_input = 1 if config.fp8 else local.size
     norms = 2 * _norm(config, local.cut, config.hidden_size, platform)
     linear_inputs = 2 * local.cut * config.hidden_size * linear_input
-    if config.qk_layernorm:
-        heads = (config.num_attention_heads + config.num_query_groups) // config.tensor_model_parallel_size
-        norms += _norm(config, shape.tokens * heads, config.kv_channels, platform)
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     if platform == "cuda":
         # The fused activation keeps its input, for SwiGLU both halves; its output is kept as the next layer's input.
         mlp = shape.tokens * ffn * ((2 if config.gated_linear_unit else 1) * local.size + linear_input)
     else:
-        # SwiGLU as Megatron-Core writes it: gate and up, silu(gate), up + 0, and their product.
-        mlp = shape.tokens * ffn * 5 * local.size
-    return norms + linear_inputs + mlp + attention(config, shape, platform)
+        # SwiGLU as Megatron-Core writes it: gate and up, silu(gate), up + 0, and their product. Else input and output.
+        mlp = shape.tokens * ffn * (5 if config.gated_linear_unit else 2) * local.size
+    return norms + linear_inputs + mlp
 
 
-def attention(config: TransformerConfig, shape: Shape, platform: str) -> int:
+def attention(config: TransformerConfig, shape: Shape, platform: str, rotates: bool = True, causal: bool = True) -> int:
     """From the rotated query, key and value to the output projection's input."""
     local = _local(config, shape)
     inputs = shape.tokens * (local.query + 2 * local.group) * local.size
@@ -152,13 +158,15 @@ def attention(config: TransformerConfig, shape: Shape, platform: str) -> int:
             # The value is a cut of the joint projection and keeps it all alive.
             return inputs + shape.tokens * (local.query + local.group) * local.size + output
         return inputs + output + heads * shape.tokens * FP32
-    rotary = 4 * shape.tokens * config.kv_channels * local.size  # sines and cosines, of query and key
+    # Sines and cosines, of query and key.
+    rotary = 4 * shape.tokens * config.kv_channels * local.size if rotates else 0
     if config.recompute_granularity == "selective":
         return rotary + inputs + shape.tokens * (local.query + local.group) * local.size + output
     padded = shape.sequences * shape.longest
     copies = 3 * padded * local.query * local.size  # query, key and value, each in as many heads as the query
     scores = shape.sequences * heads * shape.longest**2 * (FP32 + (local.size if local.size < FP32 else 0))
-    return rotary + copies + scores + shape.longest**2 + output
+    mask = shape.longest * (shape.longest if causal else shape.sequences)
+    return rotary + copies + scores + mask + output
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,10 @@ def _local(config: TransformerConfig, shape: Shape) -> _Local:
 
 
 def _norm(config: TransformerConfig, rows: int, width: int, platform: str) -> int:
-    """An RMS norm's input and the scale of each row. torch's own, on a CPU, keeps FP32 copies of input and output."""
+    """An RMS norm's input and the scale of each row, a layer norm's mean too. torch's own RMS norm, on a CPU, keeps
+    FP32 copies of input and output."""
+    if config.normalization == "LayerNorm":
+        return rows * (width * config.params_dtype.itemsize + 2 * FP32)
     if platform == "cuda":
         return rows * (width * config.params_dtype.itemsize + FP32)
     return rows * (2 * width * FP32 + FP32)
@@ -213,27 +224,44 @@ def activations(model: Model, shape: Shape, micro_batches: int, platform: str) -
     chunk = deepest * (row if full else per_layer)
     if model.parallel.layout.pipeline > 1:
         chunk += row  # what goes to the next stage is kept for the call of backward
-    total = in_flight(model, micro_batches) * chunk + (per_layer if full else 0)
+    tower, remade = vision(model, shape, platform)
+    total = in_flight(model, micro_batches) * chunk + max(per_layer if full else 0, remade)
     if any(decoder.pre_process for decoder in decoders):
-        total += in_flight(model, micro_batches) * (shape.tokens * INT64 + vision(model, shape))
+        total += in_flight(model, micro_batches) * (shape.tokens * INT64 + tower)
     if any(decoder.post_process for decoder in decoders):
         total += _norm(config, local.cut, config.hidden_size, platform)
     return total
 
 
-def vision(model: Model, shape: Shape) -> int:
-    """What the vision tower keeps for ``patches``: nothing where it is frozen, as pixels have no gradient. Its
-    projector, for each token: the norm's input and output, the first layer's output and the second's input."""
+def vision(model: Model, shape: Shape, platform: str) -> tuple[int, int]:
+    """What the vision tower keeps for ``patches`` of one image, and what full recompute makes again at a time.
+
+    A frozen one keeps nothing, as pixels have no gradient. The projector, for each token: the norm's input and output,
+    the first layer's output and the second's input.
+    """
     tower: Any = getattr(model.chunks[0].module, "vision", None)
     if tower is None or not shape.patches:
-        return 0
+        return 0, 0
+    config, size = tower.config, model.config.params_dtype.itemsize
     inner, width = next(p.shape for p in tower.projector.parameters() if p.dim() == 2)
     tokens = shape.patches // 4  # both families merge two by two patches into one token
-    kept = tokens * 2 * (width + inner) * model.config.params_dtype.itemsize
-    # A trained tower, as on CUDA: no recipe trains it.
-    if any(p.requires_grad for n, p in tower.named_parameters() if not n.startswith("projector.")):
-        kept += tower.config.num_layers * layer(tower.config, Shape(shape.patches, 0, 0, 0), "cuda")
-    return kept
+    norm = tokens * width * size
+    if any(isinstance(module, torch.nn.RMSNorm) for module in tower.projector.children()):
+        norm = _norm(config, shape.patches, config.hidden_size, platform)
+    kept = norm + tokens * (width + 2 * inner) * size
+    if not any(p.requires_grad for n, p in tower.named_parameters() if not n.startswith("projector.")):
+        return kept, 0
+    kept += shape.patches * next(p[0].numel() for p in tower.parameters() if p.dim() > 3) * size  # pixels
+    packs = [Shape(count * longest, 0, count, longest) for count, longest in tower.packs(shape.patches)]
+    layers = [
+        _norms_and_mlp(config, pack, platform)
+        + attention(config, pack, platform, rotates=tower.rotates, causal=False)
+        + tower.own_bytes(pack.tokens)
+        for pack in packs
+    ]
+    if config.recompute_granularity == "full":
+        return kept + sum(pack.tokens for pack in packs) * config.hidden_size * size, max(layers)
+    return kept + sum(layers), 0
 
 
 def logits(model: Model, shape: Shape) -> int:

@@ -193,11 +193,22 @@ def build_chunk(
     if model.position_embedding_type == "mrope":
         model.rotary_pos_emb.cp_group = None  # positions of a packed batch are cut behind the rotation, not before
     if sees:
-        tower = arch.vision_tower(hf_config, parallel, settings.precision.dtype) if first else None
+        recompute = RECOMPUTE[settings.recompute]
+        tower = arch.vision_tower(hf_config, parallel, settings.precision.dtype, recompute) if first else None
         model = VisionLanguageModel(config, model, tower)
     for name, parameter in model.named_parameters():
         if any(frozen_by(prefix, name) for prefix in settings.frozen):
             parameter.requires_grad = False
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if (
+        settings.recompute == "full"
+        and any(trained.values())
+        and not all(trains for name, trains in trained.items() if "word_embeddings" in name)
+    ):
+        raise ValueError(
+            f"model.frozen={list(settings.frozen)} with parallel.recompute='full': layers made again behind a frozen "
+            "embedding get no gradient from Megatron-Core; use parallel.recompute=selective, or train the embedding"
+        )
     return model
 
 

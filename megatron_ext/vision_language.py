@@ -1,6 +1,7 @@
 """A vision tower in front of a Megatron-Core GPTModel, and the tower's transformer layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -60,7 +62,8 @@ class VisionLanguageModel(MegatronModule):
                 rows = self.vision(vision.pixels, vision.grid).index_select(0, vision.rows)
                 embeddings = embeddings.index_copy(0, vision.places, rows.unsqueeze(1).to(embeddings.dtype))
             if self.config.sequence_parallel:
-                embeddings = scatter_to_sequence_parallel_region(embeddings)
+                # A copy, as in Megatron-Core's embedding: the cut is a view, which would keep all tokens' rows alive.
+                embeddings = scatter_to_sequence_parallel_region(embeddings).clone()
         return self.language(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -109,6 +112,21 @@ class EncoderLayers(torch.nn.ModuleList):
             build_module(spec, config=config, layer_number=n + 1, pg_collection=groups, add_layer_offset=False)
             for n in range(config.num_layers)
         )
+        self.recompute = config.recompute_granularity == "full"
+
+    def forward(self, hidden: torch.Tensor, rotary: torch.Tensor, packs: Sequence[PackedSeqParams]) -> torch.Tensor:
+        """[patches, 1, width], each layer with its own of the ``packs``. Under full recompute a layer keeps its input
+        alone, as in Megatron-Core's TransformerBlock."""
+
+        def run(n: int, hidden: torch.Tensor) -> torch.Tensor:
+            output, _ = self[n](hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packs[n])
+            return output
+
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            hidden.requires_grad_()  # behind a frozen embedding a checkpoint would give the layers no gradient
+        for n in range(len(self)):
+            hidden = checkpoint(partial(run, n), False, hidden) if self.recompute else run(n, hidden)
+        return hidden
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -189,13 +189,14 @@ def _vision_sharding(hf_config: Any, tensor: int, tensor_rank: int) -> Sharding:
     return Sharding(tensor, tensor_rank, heads=count, groups=count, head_dim=vision.hidden_size // count, vocab=0)
 
 
-def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype) -> "VisionTower":
-    """Tower and projector, sharded over the tensor-parallel group."""
+def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompute: dict[str, Any]) -> "VisionTower":
+    """Tower and projector, sharded over the tensor-parallel group; ``recompute``: TransformerConfig's."""
     vision = hf_config.vision_config
     sharding = _vision_sharding(hf_config, parallel.tensor, parallel.tensor_rank)
     config = tower_config(
         sharding,
         dtype,
+        **recompute,
         bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation, InternViT's is exact
         num_layers=vision.num_hidden_layers,
         hidden_size=vision.hidden_size,
@@ -214,6 +215,8 @@ class VisionTower(MegatronModule):
     Raises ValueError when tiles are of another size than the configuration's.
     """
 
+    rotates = False
+
     def __init__(self, config: TransformerConfig, hf_config: Any) -> None:
         super().__init__(config)
         vision, dtype = hf_config.vision_config, config.params_dtype
@@ -229,6 +232,17 @@ class VisionTower(MegatronModule):
             config, _layer(config, vision.attention_bias), post_layer_norm=False, pg_collection=tower_groups()
         )
         self.projector = Projector(config, 4 * width, hf_config.text_config.hidden_size)
+
+    def packs(self, patches: int) -> list[tuple[int, int]]:
+        """Each layer's sequences and their length, for ``memory``: tiles, and their patches with the class token."""
+        return [(-(-patches // self.side**2), self.side**2 + 1)] * self.config.num_layers
+
+    def own_bytes(self, rows: int) -> int:
+        """What a layer keeps beside Megatron-Core's: the inputs of both scales; those of the QK-norm in FP32, and its
+        output before the weight."""
+        config, size = self.config, self.config.params_dtype.itemsize
+        heads = 2 * config.num_attention_heads // config.tensor_model_parallel_size if config.qk_layernorm else 0
+        return rows * (2 * config.hidden_size * size + heads * config.kv_channels * (4 + size))
 
     def forward(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
         if pixels.shape[1:] != self.tile:

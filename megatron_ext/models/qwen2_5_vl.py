@@ -127,13 +127,14 @@ def prompt_positions(
     return axes
 
 
-def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype) -> "VisionTower":
-    """The tower of the first pipeline stage, cut over the tensor-parallel group."""
+def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompute: dict[str, Any]) -> "VisionTower":
+    """The tower of the first pipeline stage, cut over the tensor-parallel group; ``recompute``: TransformerConfig's."""
     vision, tensor = hf_config.vision_config, parallel.layout.tensor
     sharding = _vision_sharding(vision, tensor, parallel.tensor_rank)
     config = tower_config(
         sharding,
         dtype,
+        **recompute,
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
@@ -158,12 +159,23 @@ class VisionTower(MegatronModule):
     a frame. Patches are put in the order of windows for the layers, and their units back behind the projector.
     """
 
+    rotates = True
+
     def __init__(self, config: TransformerConfig, vision: Any) -> None:
         super().__init__(config=config)
         self.hf_config = vision
         self.patch_embed = PatchEmbedding(vision, config.params_dtype)
         self.layers = EncoderLayers(config)
         self.projector = Projector(config, vision)
+
+    def packs(self, patches: int) -> list[tuple[int, int]]:
+        """Each layer's sequences and their length, for ``memory``: of one image, in whole windows."""
+        window = (self.hf_config.window_size // self.hf_config.patch_size) ** 2
+        whole = self.hf_config.fullatt_block_indexes
+        return [(1, patches) if n in whole else (-(-patches // window), window) for n in range(len(self.layers))]
+
+    def own_bytes(self, rows: int) -> int:
+        return 0
 
     def forward(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         vision, device = self.hf_config, pixels.device
@@ -179,10 +191,9 @@ class VisionTower(MegatronModule):
         angles = angles.view(-1, unit, angles.shape[-1])[order].view(-1, 1, 1, angles.shape[-1])
         hidden = self.patch_embed(pixels)
         hidden = hidden.view(-1, unit, hidden.shape[-1])[order].view(-1, 1, hidden.shape[-1])
-        for n, layer in enumerate(self.layers):
-            packed = by_frame if n in vision.fullatt_block_indexes else by_window
-            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
-        return self.projector(hidden)[order.argsort()]
+        whole = vision.fullatt_block_indexes
+        packs = [by_frame if n in whole else by_window for n in range(len(self.layers))]
+        return self.projector(self.layers(hidden, angles, packs))[order.argsort()]
 
 
 class PatchEmbedding(torch.nn.Module):

@@ -260,12 +260,18 @@ def _tensors(
     return infos
 
 
-class _Want(NamedTuple):
-    """The rectangle at ``start`` of a piece belongs at ``parameter_start`` of a worker's parameter."""
+class _Part(NamedTuple):
+    """The rectangle at ``start`` of a piece."""
 
     piece: int
     start: Index
     shape: Index
+
+
+class _Want(NamedTuple):
+    """The part belongs at ``parameter_start`` of a worker's parameter."""
+
+    part: _Part
     parameter: str
     parameter_start: Index
 
@@ -278,7 +284,7 @@ def _wants(worker: Sequence[ParameterLayout], pieces: Sequence[Piece], by_name: 
                 part = piece.intersect(region.source)
                 if part:
                     target = _add(region.start, _subtract(part.start, region.hf_start))
-                    yield _Want(i, _subtract(part.start, piece.start), part.shape, parameter.name, target)
+                    yield _Want(_Part(i, _subtract(part.start, piece.start), part.shape), parameter.name, target)
 
 
 def build_plan(
@@ -301,41 +307,42 @@ def build_plan(
         name: range((found := list(group))[0], found[-1] + 1)
         for name, group in itertools.groupby(range(len(pieces)), lambda i: pieces[i].hf_name)
     }
-    wants = [list(_wants(worker, pieces, by_name)) for worker in layouts]
-    size = lambda want: math.prod(want.shape) * ITEMSIZE[tensors[pieces[want.piece].hf_name].dtype]  # noqa: E731
+    size = lambda part: math.prod(part.shape) * ITEMSIZE[tensors[pieces[part.piece].hf_name].dtype]  # noqa: E731
+    # Large ones first, so that small ones can even out what these leave.
+    wants = [sorted(_wants(worker, pieces, by_name), key=lambda want: -size(want.part)) for worker in layouts]
 
     on_host: dict[str, list[int]] = defaultdict(list)
     for rank, place in enumerate(topology.ranks):
         on_host[place.host].append(rank)
-    read_bytes = [0] * len(topology.ranks)
+    given = [0] * len(topology.ranks)
 
-    def nearest(ranks: Iterable[int], worker: Place, extra: int) -> int:
-        """On the worker's own device if possible, else with least to give so far."""
-        chosen = min(ranks, key=lambda rank: (topology.ranks[rank].device != worker.device, read_bytes[rank], rank))
-        read_bytes[chosen] += extra
+    def nearest(ranks: Iterable[int], devices: Iterable[str], extra: int) -> int:
+        """On one of the devices if possible, else on another of the host; among these with least to give so far."""
+        chosen = min(ranks, key=lambda rank: (topology.ranks[rank].device not in devices, given[rank], rank))
+        given[chosen] += extra
         return chosen
 
     copies: list[list[list[Copy]]] = []
-    landings: dict[tuple[int, Index, Index], dict[str, int]] = defaultdict(dict)  # part of a piece → host → rank
     far: list[tuple[int, int, _Want]] = []
+    devices: dict[tuple[_Part, str], set[str]] = defaultdict(set)  # of a host, on which a part of a far piece is wanted
     for e, engine in enumerate(topology.engines):
         copies.append([[] for _ in engine])
         for w, place in enumerate(engine):
             if place.host not in on_host:
                 raise LayoutError(f"engine {e} is on host {place.host}, where no rank runs: start one there")
             for want in wants[w]:
-                here = {h.rank: h for h in pieces[want.piece].holders if topology.ranks[h.rank].host == place.host}
+                part, name, at = want
+                here = {h.rank: h for h in pieces[part.piece].holders if topology.ranks[h.rank].host == place.host}
                 if here:
-                    holder = here[nearest(here, place, size(want))]
-                    at = _add(holder.local_start, want.start)
-                    copies[e][w].append(
-                        Copy(holder.rank, holder.shard, at, want.shape, want.parameter, want.parameter_start)
-                    )
-                    continue
-                far.append((e, w, want))
-                hosts = landings[want.piece, want.start, want.shape]
-                if place.host not in hosts:
-                    hosts[place.host] = nearest(on_host[place.host], place, size(want))
+                    holder = here[nearest(here, {place.device}, size(part))]
+                    start = _add(holder.local_start, part.start)
+                    copies[e][w].append(Copy(holder.rank, holder.shard, start, part.shape, name, at))
+                else:
+                    far.append((e, w, want))
+                    devices[part, place.host].add(place.device)
+    landings: dict[_Part, dict[str, int]] = defaultdict(dict)  # host → rank
+    for (part, host), wanting in sorted(devices.items(), key=lambda item: -size(item[0][0])):
+        landings[part][host] = nearest(on_host[host], wanting, size(part))
     routes = list(_routes(landings, pieces, tensors, bucket_bytes // PARCELS_PER_BUCKET))
     schedules = [_schedule(routes, bucket_bytes, chained) for chained in (False, True)]
     schedule = min(schedules, key=lambda s: _duration(s.messages))
@@ -347,7 +354,7 @@ def build_plan(
         tuple(tuple(sorted(schedule.packings[rank])) for rank in range(len(topology.ranks))),
         tuple(sorted(schedule.messages)),
         tuple(schedule.slot_bytes[rank] for rank in range(len(topology.ranks))),
-        sum(size(want) for engine in topology.engines for w in range(len(engine)) for want in wants[w]),
+        sum(size(want.part) for engine in topology.engines for w in range(len(engine)) for want in wants[w]),
     )
 
 
@@ -364,7 +371,7 @@ class _Route(NamedTuple):
 
 
 def _routes(
-    landings: Mapping[tuple[int, Index, Index], Mapping[str, int]],
+    landings: Mapping[_Part, Mapping[str, int]],
     pieces: Sequence[Piece],
     tensors: Mapping[str, TensorInfo],
     parcel_bytes: int,
@@ -478,7 +485,7 @@ def _duration(messages: Sequence[Message]) -> int:
 def _arrivals(
     topology: Topology,
     far: Sequence[tuple[int, int, _Want]],
-    landings: Mapping[tuple[int, Index, Index], Mapping[str, int]],
+    landings: Mapping[_Part, Mapping[str, int]],
     routes: Sequence[_Route],
     schedule: _Schedule,
 ) -> tuple[tuple[tuple[Arrival, ...], ...], ...]:
@@ -489,13 +496,13 @@ def _arrivals(
             parts[receiver, route.piece].append(i)
     made: list[list[list[Arrival]]] = [[[] for _ in engine] for engine in topology.engines]
     for e, w, want in far:
-        receiver = landings[want.piece, want.start, want.shape][topology.engines[e][w].host]
-        wanted = Rectangle(want.start, want.shape)
-        for i in parts[receiver, want.piece]:
+        receiver = landings[want.part][topology.engines[e][w].host]
+        wanted = Rectangle(want.part.start, want.part.shape)
+        for i in parts[receiver, want.part.piece]:
             route = routes[i]
             if wanted.contains(Rectangle(route.start, route.shape)):
                 when, offset = schedule.landed[receiver, i]
-                target = _add(want.parameter_start, _subtract(route.start, want.start))
+                target = _add(want.parameter_start, _subtract(route.start, want.part.start))
                 made[e][w].append(Arrival(when, receiver, offset, route.shape, want.parameter, target))
     return tuple(tuple(tuple(sorted(worker)) for worker in engine) for engine in made)
 

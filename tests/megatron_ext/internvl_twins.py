@@ -1,70 +1,28 @@
-"""Tiny random InternVL3 models in both layouts of the hub, a batch, and what transformers and ranks make of it."""
+"""Tiny random InternVL3 models in both layouts of the hub, and a batch for them."""
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from megatron_ext import hf_checkpoint, model, packing, parallel, platform, steps
-from megatron_ext.blocks import Shard, region
-from megatron_ext.layout import Layout
 from megatron_ext.packing import PackedSequence, VisionInputs
-from megatron_ext.precision import Precision
 
 TILE, PATCH, TOKENS_PER_TILE = 56, 14, 4
-VOCAB = 131  # does not divide by 2
 IMAGE_TOKEN, IMAGE_START, IMAGE_END = 128, 129, 130
 # As InternViT-6B, and as the InternViT-300M of the smaller models. Their five heads do not divide by 2.
 TWINS: dict[str, dict[str, Any]] = {
     "6b": {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "layer_norm_eps": 1e-6},
     "300m": {"norm_type": "layer_norm", "use_qk_norm": False, "attention_bias": True, "layer_norm_eps": 1e-5},
 }
+# 131 does not divide by 2. Where 132 does, the tower's heads alone are padded.
+VOCAB = {"6b": 131, "300m": 132}
 # Tiles of each image of each prompt; two prompts are text alone.
 TILES: tuple[tuple[int, ...], ...] = ((3,), (), (2, 1), (1,), (), (1, 1, 2))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A twin, the layout of the hub that it is read from, and how it is cut. ``frozen`` as in ``ModelSettings``."""
-
-    twin: str
-    source: str
-    cut: str
-    frozen: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return "-".join((self.twin, self.source, self.cut, *self.frozen))
-
-    @property
-    def folder(self) -> str:
-        return f"{self.twin}-{self.source}"
-
-    @property
-    def layout(self) -> Layout:
-        return CUTS[self.cut]
-
-
-CUTS = {
-    "one": Layout(),
-    "tp2": Layout(tensor=2),
-    "tp2-sp": Layout(tensor=2, sequence=True),
-    "pp2": Layout(pipeline=2),
-    "cp2": Layout(context=2),
-}
-RUNS = (
-    *(Run("6b", "hf", cut) for cut in CUTS),
-    Run("6b", "hf", "tp2-sp", frozen=("vision",)),
-    *(Run("6b", "chat", cut) for cut in ("one", "tp2-sp")),
-    *(Run("300m", source, cut) for source in ("hf", "chat") for cut in ("one", "tp2-sp")),
-)
+MICRO_BATCHES = ([0, 1], [4], [2, 3], [5])  # one is text alone
 
 
 def make_twins(folder: Path) -> None:
@@ -88,7 +46,7 @@ def _make(folder: Path, twin: str) -> None:
         },
         text_config={
             "model_type": "qwen2",
-            "vocab_size": VOCAB,
+            "vocab_size": VOCAB[twin],
             "hidden_size": 64,
             "intermediate_size": 96,
             "num_hidden_layers": 4,
@@ -215,107 +173,8 @@ def batch() -> list[PackedSequence]:
     return made
 
 
-@dataclass(frozen=True)
-class Reference:
-    """transformers, one sequence at a time: ``rows`` of the tower and projector for ``pixels(5, 99)``; ``log_probs`` by
-    sequence; ``gradients`` by the names of the checkpoint."""
-
-    rows: torch.Tensor
-    log_probs: dict[int, torch.Tensor]
-    loss: float
-    gradients: dict[str, torch.Tensor]
-
-
-def reference(folder: Path) -> Reference:
-    hugging_face = InternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    with torch.no_grad():
-        rows = hugging_face.get_image_features(pixels(5, 99)).pooler_output.flatten(0, 1)
-    log_probs = {}
-    loss = torch.zeros(())
-    for i, s in enumerate(batch()):
-        images = {} if s.vision is None else {"pixel_values": s.vision.pixels}
-        logits = hugging_face(input_ids=torch.tensor([s.prompt + s.response]), **images).logits
-        logits = logits[0, len(s.prompt) - 1 : -1]
-        found = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(s.response))
-        log_probs[i] = found.detach()
-        loss = loss - found.mean() / len(TILES)
-    loss.backward()
-    gradients = {_saved_name(name): p.grad for name, p in hugging_face.named_parameters()}
-    return Reference(rows, log_probs, loss.item(), gradients)
-
-
-def _saved_name(name: str) -> str:
+def published(name: str) -> str:
     """A parameter's name in transformers' model → in a checkpoint."""
     name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
     name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
     return name.removeprefix("model.")
-
-
-def compute(rank: int, folder: str) -> None:
-    """In a process of its own, as ``rank`` of two: all of ``RUNS``, results to ``<run>.<rank>.pt`` in ``folder``."""
-    platform.activate("cpu")
-    for run in RUNS:
-        ranks = run.layout.model_parallel
-        if rank >= ranks:
-            continue
-        store = dist.FileStore(str(Path(folder) / f"{run.name}.store"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        here = parallel.initialize(run.layout, seed=1, timeout_seconds=600)
-        torch.save(_compute(Path(folder), run, here), Path(folder) / f"{run.name}.{rank}.pt")
-        dist.barrier()
-        parallel.destroy()
-
-
-def _compute(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
-    twin = folder / run.folder
-    settings = model.ModelSettings(Precision("fp32"), "none", distributed_optimizer=False, frozen=run.frozen)
-    policy = model.build(hf_checkpoint.config(twin), here, settings)
-    hf_checkpoint.load(policy.shards, twin)
-    hf_checkpoint.export(policy.shards, twin, folder / f"export-{run.name}", writes=here.is_first_replica)
-    found: dict[str, Any] = {"weights": {s.name: s.tensor.clone() for s in policy.shards}}
-
-    module = policy.chunks[0].module
-    if module.vision is not None:
-        found["rows"] = module.vision(pixels(5, 99), None).detach()
-        state = module.sharded_state_dict()
-        found["whole_shapes"] = {key: list(t.global_shape) for key, t in state.items() if isinstance(t, ShardedTensor)}
-    sequences = batch()
-    plan = packing.plan([len(s) for s in sequences], here.data, micro_batch_tokens=64)
-    micro = [
-        packing.pack(
-            sequences, indices, policy.token_multiple, 0, platform.current().device(),
-            here.layout.context, here.context_rank,
-        )
-        for indices in plan[here.data_rank]
-    ]  # fmt: skip
-    found["images"] = [None if m.vision is None else len(m.vision.pixels) for m in micro]
-    found["log_probs"] = [
-        (index, places.long(), values)
-        for log_probs, m in zip(steps.log_probs(policy, micro), micro, strict=False)  # none off the last stage
-        for index, places, values in zip(
-            m.indices, m.values["place"].split(m.lengths), log_probs.split(m.lengths), strict=True
-        )
-    ]
-    sums = steps.accumulate_gradients(policy, micro, lambda found, m: (-(found * m.values["weight"]).sum(), {}))
-    found["loss"] = sums["loss"]
-    trained = [
-        Shard(s.name, p.main_grad, s.blocks)
-        for s, p in zip(policy.shards, module.parameters(), strict=True)
-        if p.requires_grad
-    ]
-    found["gradients"] = [
-        (b.hf_name, b.hf_start, s.tensor[region(b.local_start, b.shape)].clone()) for s in trained for b in s.blocks
-    ]
-    found["padding"] = {s.name: _padding(s) for s in policy.shards}
-    found["padding_gradients"] = {s.name: _padding(s) for s in trained}
-    return found
-
-
-def _padding(shard: Shard) -> torch.Tensor:
-    """The elements that no block covers."""
-    covered = torch.zeros_like(shard.tensor, dtype=torch.bool)
-    for block in shard.blocks:
-        covered[region(block.local_start, block.shape)] = True
-    return shard.tensor[~covered]

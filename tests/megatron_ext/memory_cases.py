@@ -19,7 +19,8 @@ class MemoryCase:
     recompute: str = "none"
     distributed_optimizer: bool = True
     tied: bool = False
-    vision: bool = False
+    vision: str = ""
+    frozen: bool = False
 
 
 TP2_SP = Layout(tensor=2, sequence=True)
@@ -40,6 +41,13 @@ CASES = (
     MemoryCase("tp2-sp-pp2-last", TP2_SP_PP2, world=8, rank=6, tied=True),
     MemoryCase("pp2-virtual-first", Layout(pipeline=2, virtual=2), world=2),
     MemoryCase("tp2-sp-full", TP2_SP, world=2, recompute="full"),
-    MemoryCase("vision", vision=True),
-    MemoryCase("vision-tp2-sp", TP2_SP, world=4, rank=2, vision=True),
+    MemoryCase("qwen-frozen", vision="qwen", frozen=True),
+    MemoryCase("qwen-tp2-sp-frozen", TP2_SP, world=4, rank=2, vision="qwen", frozen=True),
+    MemoryCase("qwen", vision="qwen"),
+    MemoryCase("qwen-selective", vision="qwen", recompute="selective"),
+    MemoryCase("qwen-full", vision="qwen", recompute="full"),
+    MemoryCase("internvl-frozen", vision="internvl", frozen=True),
+    MemoryCase("internvl", vision="internvl"),
+    MemoryCase("internvl-selective", vision="internvl", recompute="selective"),
+    MemoryCase("internvl-tp2-sp-full", TP2_SP, world=2, vision="internvl", recompute="full"),
 )

@@ -6,14 +6,16 @@ The ranks are one process in fake process groups: collectives give nonsense, siz
 import gc
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import schedules
-from transformers import LlamaConfig, Qwen2_5_VLConfig
+from transformers import InternVLConfig, LlamaConfig, Qwen2_5_VLConfig
 
 from megatron_ext import memory, model, optimizer, packing, platform, simulation, steps
 from megatron_ext.memory import Shape
@@ -27,7 +29,7 @@ SEQUENCES = ((10, 20), (6, 14), (30, 3))  # prompt and response tokens; 83 in al
 
 
 def hf_config(case: MemoryCase) -> Any:
-    """Four KV groups and a vocabulary of 130: padded under TP 4. With ``vision`` a Qwen2.5-VL with a frozen tower."""
+    """Four KV groups and a vocabulary of 130: padded under TP 4. With ``vision`` a family's tower before Qwen2.5."""
     text = {
         "vocab_size": 130, "hidden_size": 192, "intermediate_size": 240, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
@@ -35,19 +37,30 @@ def hf_config(case: MemoryCase) -> Any:
     }  # fmt: skip
     if not case.vision:
         return LlamaConfig(architectures=["LlamaForCausalLM"], **text)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    if case.vision == "internvl":
+        return InternVLConfig(
+            architectures=["InternVLForConditionalGeneration"],
+            text_config=text | {"model_type": "qwen2", "rope_parameters": rope},
+            vision_config={
+                "hidden_size": 160, "intermediate_size": 240, "num_hidden_layers": 4, "num_attention_heads": 5,
+                "image_size": 112, "patch_size": 14, "norm_type": "rms_norm", "use_qk_norm": True,
+            },
+            tie_word_embeddings=case.tied,
+        )  # fmt: skip
     return Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
-        text_config=text | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 4, 4]}},
+        text_config=text | {"rope_parameters": rope | {"mrope_section": [4, 4, 4]}},
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 192,
-            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1],
+            "depth": 4, "hidden_size": 160, "intermediate_size": 240, "num_heads": 4, "out_hidden_size": 192,
+            "patch_size": 14, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1],
         },
         tie_word_embeddings=case.tied,
     )  # fmt: skip
 
 
 def build(case: MemoryCase, here: Parallel) -> model.Model:
-    frozen = ("vision",) if case.vision else ()
+    frozen = ("vision",) if case.frozen else ()
     settings = ModelSettings(Precision(case.precision), case.recompute, case.distributed_optimizer, frozen)
     return model.build(hf_config(case), here, settings)
 
@@ -65,12 +78,16 @@ def new_bytes(before: dict[int, int]) -> int:
 
 def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
     sequences = [packing.PackedSequence([1] * p, [2] * r, {"weight": [1.0] * r}) for p, r in SEQUENCES]
-    if case.vision:  # 32 patches of a four by eight frame are eight tokens
-        first = sequences[0]
-        places = list(range(8))
-        pixels = torch.zeros(32, 3 * 2 * 14 * 14)
-        seen = packing.VisionInputs(pixels, torch.tensor([[1, 4, 8]]), places, [list(range(len(first.prompt)))] * 3)
-        sequences[0] = packing.PackedSequence(first.prompt, first.response, first.values, seen)
+    if case.vision:  # 64 patches of an eight by eight frame are 16 tokens
+        last = sequences[-1]
+        qwen = case.vision == "qwen"
+        seen = packing.VisionInputs(
+            torch.zeros((64, 3 * 2 * 14 * 14) if qwen else (1, 3, 112, 112)),
+            torch.tensor([[1, 8, 8]]) if qwen else None,
+            placeholders=list(range(16)),
+            positions=[list(range(len(last.prompt)))] * 3 if qwen else None,
+        )
+        sequences[-1] = packing.PackedSequence(last.prompt, last.response, last.values, seen)
     layout = built.parallel.layout
     device = platform.current().device()
     return packing.pack(
@@ -80,22 +97,28 @@ def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
 
 def shape_of(batch: packing.MicroBatch) -> Shape:
     starts = batch.packed.cu_seqlens_q
-    patches = 0 if batch.vision is None else len(batch.vision.pixels)
+    patches = 0 if batch.vision is None else 4 * len(batch.vision.rows)
     return Shape(batch.tokens.shape[1], len(batch.predict), len(starts) - 1, batch.packed.max_seqlen_q, patches)
 
 
+@dataclass(eq=False)
+class Saved:
+    tensor: torch.Tensor
+
+
 def saved_bytes(built: model.Model, batch: packing.MicroBatch) -> int:
-    """What autograd keeps of one forward pass through all of this rank's chunks, parameters left out."""
+    """What autograd keeps of one forward pass through all of this rank's chunks, parameters left out, and what
+    belongs to a part of the graph that is gone at the end: recompute drops some."""
     own = {p.untyped_storage()._cdata for chunk in built.chunks for p in chunk.module.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    kept: WeakSet[Saved] = WeakSet()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+    def keep(tensor: torch.Tensor) -> Saved:
+        kept.add(saved := Saved(tensor))
+        return saved
 
+    outputs = []
     images = {} if batch.vision is None else {"vision": batch.vision}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         for chunk in built.chunks:
             if not chunk.module.pre_process:
                 rows = batch.tokens.shape[1]
@@ -103,7 +126,7 @@ def saved_bytes(built: model.Model, batch: packing.MicroBatch) -> int:
                     rows //= built.parallel.tensor
                 received = torch.zeros(rows, 1, built.config.hidden_size, dtype=built.config.params_dtype)
                 chunk.module.set_input_tensor(received.requires_grad_())
-            chunk(
+            output = chunk(
                 **images,
                 input_ids=batch.tokens,
                 position_ids=batch.positions,
@@ -112,7 +135,8 @@ def saved_bytes(built: model.Model, batch: packing.MicroBatch) -> int:
                 output_processor=partial(steps._log_probs_of_hidden, built, 1.0),
                 output_processor_context=batch,
             )
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+            outputs.append(output)  # the graph lives as long as they do
+    return memory.storage_bytes(s.tensor for s in kept if s.tensor.untyped_storage()._cdata not in own)
 
 
 def measure(case: MemoryCase, here: Parallel) -> dict[str, Any]:
@@ -152,7 +176,7 @@ def estimate(built: model.Model, shape: Shape) -> int:
     in_flight = memory.in_flight(built, 1)
     total = memory.activations(built, shape, 1, "cpu") + memory.logits(built, shape)
     if config.recompute_granularity == "full":
-        total -= memory.layer(config, shape, "cpu")
+        total -= max(memory.layer(config, shape, "cpu"), memory.vision(built, shape, "cpu")[1])
     if built.parallel.layout.pipeline > 1:
         total -= in_flight * local.cut * config.hidden_size * local.size
     if built.parallel.is_last_stage and local.size < 4:

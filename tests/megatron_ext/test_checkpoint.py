@@ -3,22 +3,33 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_ext import checkpoint
-from tests.megatron_ext import cases
+from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
-from tests.megatron_ext.reference import Reference, all_pieces, assemble
+from tests.megatron_ext.reference import all_pieces, assemble
+from tests.megatron_ext.vl_twins import Results, Run
 
-Results = Callable[[str], list[dict[str, Any]]]
-resumes = pytest.mark.parametrize("case", cases.RESUMES, ids=lambda case: case.name)
+Folders = Callable[[Case], Path]
 
 
-@resumes
-def test_resuming_goes_on_bit_for_bit(case: Case, results: Results) -> None:
-    for rank in results(f"resume-{case.name}"):
+@pytest.fixture(scope="module")
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Folder with a case's twin and results: text and vision-language cases have launches of their own."""
+
+    def of(case: Case) -> Path:
+        if isinstance(case, Run):
+            return vl_twins.launch(tmp_path_factory.getbasetemp())
+        return request.getfixturevalue("launched")
+
+    return of
+
+
+@pytest.mark.parametrize("case", [*cases.RESUMES, *vl_twins.RESUMES], ids=lambda case: case.name)
+def test_resuming_goes_on_bit_for_bit(case: Case, folders: Folders) -> None:
+    for rank in vl_twins.results(folders(case))(f"resume-{case.name}"):
         assert rank["step"] == 3
         assert rank["loaded"], "the loaded weights differ from the saved ones"
         assert rank["random_numbers"], "the random numbers do not go on"
@@ -26,23 +37,22 @@ def test_resuming_goes_on_bit_for_bit(case: Case, results: Results) -> None:
         assert rank["same_weights"], "the weights after the resumed steps differ"
 
 
-@pytest.mark.parametrize(("saved", "case"), cases.RELAYOUTS, ids=lambda case: case.name)
-def test_another_layout_goes_on_within_fp32_bounds(
-    saved: Case, case: Case, results: Results, reference: Callable[[Case], Reference]
-) -> None:
+@pytest.mark.parametrize(("saved", "case"), [*cases.RELAYOUTS, *vl_twins.RELAYOUTS], ids=lambda case: case.name)
+def test_another_layout_goes_on_within_fp32_bounds(saved: Case, case: Case, folders: Folders) -> None:
+    results = vl_twins.results(folders(case))
     before, after = results(f"resume-{saved.name}"), results(f"relayout-{case.name}")
     for rank in after:
         assert rank["step"] == 3
         for (loss, norm), (loss_before, norm_before) in zip(rank["resumed"], before[0]["went_on"], strict=True):
             assert loss == pytest.approx(loss_before, abs=2e-6)
             assert norm == pytest.approx(norm_before, rel=2e-6)
-    like = reference(case).start
+    like = vl_twins.tensors(folders(case) / case.twin)
     expected, found = (assemble(all_pieces(ranks, "weights"), like) for ranks in (before, after))
     # Two steps from equal weights and moments; a lost moment or master weight would show at 1e-4 and above.
     assert {n: e for n in like if (e := float((found[n] - expected[n]).abs().max())) > 5e-6} == {}
 
 
-@resumes
+@pytest.mark.parametrize("case", cases.RESUMES, ids=lambda case: case.name)
 def test_old_and_interrupted_saves_are_removed_and_never_read(case: Case, results: Results) -> None:
     """Three saves with ``keep`` 2, and a folder that an interrupted fourth left before the second."""
     for rank in results(f"resume-{case.name}"):
@@ -54,6 +64,12 @@ def test_a_layout_with_other_padding_is_refused(results: Results) -> None:
     (rank,) = results("other-padding")
     assert rank["error"].startswith("ValueError")
     assert "padded_groups=4 (parallel.tensor=2), parallel.tensor=1 needs 3" in rank["error"]
+
+
+def test_a_tower_with_other_padding_is_refused(folders: Folders) -> None:
+    (rank,) = vl_twins.results(folders(vl_twins.OTHER_PADDING[1]))("other-padding")
+    assert rank["error"].startswith("ValueError")
+    assert "padded_vision_heads=6 (parallel.tensor=2), parallel.tensor=1 needs 5" in rank["error"]
 
 
 def test_a_padded_tied_embedding_is_refused_on_every_rank(results: Results) -> None:

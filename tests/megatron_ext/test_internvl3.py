@@ -1,10 +1,7 @@
-"""InternVL3 against transformers, from both layouts of the hub, on one rank and on two: tower, log-probs, gradients."""
+"""InternVL3's own: both layouts of the hub, padded heads, limits. Parity in every layout: ``test_qwen2_5_vl.py``."""
 
 import json
-import os
-import unittest.mock
-from collections.abc import Callable
-from functools import cache
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +12,20 @@ from transformers import AutoConfig
 
 from megatron_ext import hf_checkpoint
 from megatron_ext.models import internvl3
-from tests.megatron_ext import internvl_twins
-from tests.megatron_ext.internvl_twins import RUNS, Reference, Run
-from tests.megatron_ext.reference import all_pieces, assemble
+from tests.megatron_ext import internvl_twins, vl_twins
+from tests.megatron_ext.vl_twins import Results, Run
 
-Results = Callable[[Run], list[dict[str, Any]]]
-References = Callable[[Run], Reference]
-every_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+INTERNVL = [run for run in vl_twins.RUNS if run.is_internvl]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("internvl3")
-    internvl_twins.make_twins(made)
-    return made
+    return vl_twins.launch(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
-    """What each rank of a run found, by rank: two processes go through all of ``RUNS``."""
-    with unittest.mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}):
-        torch.multiprocessing.spawn(internvl_twins.compute, (str(folder),), nprocs=2)
-
-    @cache
-    def load(run: Run) -> list[dict[str, Any]]:
-        found = [torch.load(file, weights_only=True) for file in sorted(folder.glob(f"{run.name}.?.pt"))]
-        assert len(found) == run.layout.model_parallel
-        return found
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> References:
-    compute = cache(lambda twin: internvl_twins.reference(folder / f"{twin}-hf"))
-    return lambda run: compute(run.twin)
+    return vl_twins.results(folder)
 
 
 def test_transformers_saves_the_names_of_the_hub(folder: Path) -> None:
@@ -73,100 +49,39 @@ def test_transformers_saves_the_names_of_the_hub(folder: Path) -> None:
     assert {name for name in saved if ".1." in name or "layer." not in name.replace("layers.", "layer.")} == expected
 
 
-@every_run
-def test_the_tower_equals_transformers(run: Run, results: Results, reference: References) -> None:
-    """With its projector; on the first pipeline stage only."""
-    expected = reference(run).rows
-    towers = [rank["rows"] for rank in results(run) if "rows" in rank]
-    assert len(towers) == (1 if run.layout.pipeline == 2 else len(results(run)))
-    for rows in towers:
-        assert rows.shape == expected.shape
-        assert float((rows - expected).abs().max() / expected.abs().max()) < 2e-6
-
-
-@every_run
-def test_log_probs_equal_transformers(run: Run, results: Results, reference: References) -> None:
-    """Packed, text with images; the pieces of context-parallel ranks together."""
-    found: dict[int, dict[int, float]] = {}
-    for rank in results(run):
-        assert len(rank["images"]) > 1 and max(tiles or 0 for tiles in rank["images"]) > 1
-        for index, places, values in rank["log_probs"]:
-            found.setdefault(index, {}).update(zip(places.tolist(), values.tolist(), strict=True))
-    assert sorted(found) == sorted(reference(run).log_probs)
-    for index, expected in reference(run).log_probs.items():
-        values = torch.tensor([found[index][place] for place in range(len(expected))])
-        assert (values - expected).abs().max() < 1e-5
-
-
-@every_run
-def test_the_loss_equals_transformers(run: Run, results: Results, reference: References) -> None:
-    for rank in results(run):
-        assert rank["loss"] == pytest.approx(reference(run).loss, rel=1e-6)
-
-
-@every_run
-def test_every_gradient_equals_transformers(run: Run, results: Results, reference: References) -> None:
-    """By tensor of the checkpoint; a frozen tower has none but its projector's."""
-    expected = reference(run).gradients
-    # Adding one vector to all keys leaves a softmax as it is: what is there is rounding. The query's shows the scale.
-    key_biases = {name for name in expected if name.startswith("vision") and name.endswith("k_proj.bias")}
-    scale = {name: expected[name.replace("k_proj", "q_proj")].norm() for name in key_biases}
-    if run.source == "chat":
-        expected = internvl_twins.chat_tensors(expected)
-    if run.frozen:
-        expected = {name: gradient for name, gradient in expected.items() if not name.startswith("vision_")}
-    found = assemble(all_pieces(results(run), "gradients"), expected)
-    errors = {n: float((found[n] - e).norm() / scale.get(n, e.norm())) for n, e in expected.items()}
-    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
-
-
-@every_run
-def test_padded_heads_and_vocabulary_stay_zero(run: Run, results: Results) -> None:
-    """Five heads become six on two ranks, 131 tokens 132; their gradients are zero, so training leaves them so."""
-    padded = {"language.embedding.word_embeddings.weight", "language.output_layer.weight"}
+@pytest.mark.parametrize("run", INTERNVL, ids=lambda run: run.name)
+def test_padded_heads_and_vocabulary(run: Run, results: Results) -> None:
+    """Five heads become six on two ranks, 131 tokens 132. That padding stays zero: ``test_qwen2_5_vl.py``."""
+    large = run.twin.startswith("6b")
+    expected = {"language.embedding.word_embeddings.weight", "language.output_layer.weight"} if large else set()
     for layer in range(3):
         attention = f"vision.encoder.layers.{layer}.self_attention."
-        padded |= {f"{attention}linear_qkv.weight", f"{attention}linear_proj.weight"}
-        names = ("q_layernorm.weight", "k_layernorm.weight") if run.twin == "6b" else ("linear_qkv.bias",)
-        padded |= {attention + name for name in names}
-    for field in ("padding", "padding_gradients"):
-        values = {name.removeprefix("0."): v for rank in results(run) for name, v in rank[field].items() if v.numel()}
-        expected = padded if run.layout.tensor == 2 else set()
-        if run.frozen and field == "padding_gradients":
-            expected = {name for name in expected if not name.startswith("vision.encoder")}
-        assert set(values) == expected
-        assert not any(v.any() for v in values.values())
+        expected |= {f"{attention}linear_qkv.weight", f"{attention}linear_proj.weight"}
+        names = ("q_layernorm.weight", "k_layernorm.weight") if large else ("linear_qkv.bias",)
+        expected |= {attention + name for name in names}
+    found = {re.sub(r"^\d\.", "", name) for rank in results(run.name) for name in rank["padded"]}
+    assert found == (expected if run.tensor == 2 else set())
 
 
-@pytest.mark.parametrize("run", [r for r in RUNS if r.source == "chat"], ids=lambda run: run.name)
-def test_both_layouts_load_the_same_parameters(run: Run, results: Results) -> None:
-    other = Run(run.twin, "hf", run.cut)
-    for chat, hf in zip(results(run), results(other), strict=True):
-        assert chat["weights"].keys() == hf["weights"].keys()
-        assert all(torch.equal(chat["weights"][name], hf["weights"][name]) for name in hf["weights"])
+@pytest.mark.parametrize("name", ["6b-{}-one", "6b-{}-tp2-sp", "300m-{}-one", "300m-{}-tp2-sp"])
+def test_both_layouts_load_the_same_parameters(name: str, results: Results) -> None:
+    for chat, hf in zip(*(results(name.format(source)) for source in ("chat", "hf")), strict=True):
+        assert chat["loaded"].keys() == hf["loaded"].keys()
+        assert all(torch.equal(chat["loaded"][name], hf["loaded"][name]) for name in hf["loaded"])
 
 
-@every_run
-def test_an_export_is_the_checkpoint_bit_for_bit(run: Run, results: Results, folder: Path) -> None:
-    results(run)
-    source, export = folder / run.folder, folder / f"export-{run.name}"
-    assert sorted(f.name for f in export.iterdir()) == sorted(f.name for f in source.iterdir())
-    expected, found = load_file(source / "model.safetensors"), load_file(export / "model.safetensors")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize("run", [r for r in RUNS if "tp2" in r.cut], ids=lambda run: run.name)
-def test_a_checkpoint_joins_the_tower(run: Run, results: Results) -> None:
+@pytest.mark.parametrize("name", ["6b-hf-tp2", "6b-hf-tp2-sp-pp2", "300m-hf-tp2-sp"])
+def test_a_checkpoint_joins_the_tower(name: str, results: Results) -> None:
     """Megatron-Core's checkpoint knows which of the tower's parameters are cut; it stacks the three layers."""
-    for rank in results(run):
-        shapes = rank["whole_shapes"]
+    found = [rank["whole_shapes"] for rank in results(name) if "whole_shapes" in rank]
+    assert len(found) == 2
+    for shapes in found:
         layer = "vision.encoder.layers.2."
         assert shapes[f"{layer}self_attention.linear_qkv.weight"] == [3, 3 * 6 * 16, 80]
         assert shapes[f"{layer}mlp.linear_fc1.weight"] == [3, 96, 80]
         assert shapes[f"{layer}self_attn_bda.scale"] == [3, 80]
         assert shapes["vision.projector.linear_1.weight"] == [64, 320]
-        if run.twin == "6b":
+        if name.startswith("6b"):
             assert shapes[f"{layer}self_attention.q_layernorm.weight"] == [3, 6 * 16]
 
 

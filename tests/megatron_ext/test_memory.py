@@ -15,7 +15,7 @@ from megatron_ext import memory
 from tests.megatron_ext.memory_cases import CASES, MemoryCase
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALARS = 4 * 64  # torch's Adam counts the steps of each of the few parameters; the loop keeps a few numbers more
+SCALARS = 4 * 128  # torch's Adam counts the steps of each of the few parameters; the loop keeps a few numbers more
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 Found = dict[str, dict[str, Any]]
 
@@ -74,6 +74,15 @@ def test_activations_are_within_five_percent(case: MemoryCase, real: Found) -> N
     assert here["estimate"] == pytest.approx(here["saved"], rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["qwen", "internvl"])
+def test_what_a_trained_tower_keeps_is_within_five_percent(name: str, real: Found) -> None:
+    """Beyond the same model with a frozen tower: the language model's share would hide an error."""
+    trained, frozen = real[name], real[f"{name}-frozen"]
+    expected = trained["saved"] - frozen["saved"]
+    assert expected > frozen["saved"] / 2
+    assert trained["estimate"] - frozen["estimate"] == pytest.approx(expected, rel=0.05)
+
+
 @every_case
 def test_passes_in_flight_are_megatron_cores(case: MemoryCase, real: Found) -> None:
     """64 micro-batches: the schedule's warm-up passes, and the one that is under way."""
@@ -87,6 +96,9 @@ def test_the_cases_differ(real: Found) -> None:
     assert saved["one-full"] < saved["one-selective"] < saved["one"] < saved["one-fp32"]
     assert saved["tp2-sp"] < saved["tp2"] < saved["one"]
     assert saved["cp2"] < saved["one"]
+    # Towers too: without, they keep more than half of what their language models keep.
+    assert saved["qwen-full"] < saved["qwen"] / 6
+    assert saved["internvl"] - saved["internvl-selective"] > saved["one"] - saved["one-selective"]
     states = {name: here["formula"] for name, here in real.items()}
     assert states["dp2-first"]["optimizer"] != states["dp2-last"]["optimizer"]
     assert real["dp2-last"]["fullest_optimizer"] == states["dp2-first"]["optimizer"] > states["dp2-last"]["optimizer"]
@@ -103,7 +115,7 @@ def test_activations_of_cuda_are_the_published_formula() -> None:
         "tensor_model_parallel_size": tensor, "sequence_parallel": True, "params_dtype": torch.bfloat16,
         "hidden_size": hidden, "ffn_hidden_size": ffn, "num_attention_heads": heads, "num_query_groups": heads,
         "kv_channels": hidden // heads, "recompute_granularity": None, "qk_layernorm": False, "fp8": None,
-        "gated_linear_unit": False,
+        "gated_linear_unit": False, "normalization": "RMSNorm",
     })()  # fmt: skip
     published = tokens * hidden // tensor * (34 - 2)
     scales = 2 * 4 * tokens // tensor + 4 * tokens * heads // tensor

@@ -1,7 +1,10 @@
-"""Qwen2.5-VL against transformers, on one rank and on two: tower, positions, names, log-probs, loss, gradients."""
+"""Both vision-language families against transformers in every layout; then Qwen2.5-VL's own: positions, names, limits.
 
-import os
-import unittest.mock
+InternVL3's own tests are in ``test_internvl3.py``.
+"""
+
+import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,128 +18,152 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from megatron_ext import hf_checkpoint
 from megatron_ext.blocks import Block, Shard
-from megatron_ext.layout import Layout
 from megatron_ext.models import qwen2_5_vl
-from tests.megatron_ext import vl_twins
+from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.reference import all_pieces, assemble
+from tests.megatron_ext.test_hf_checkpoint import tensors_by_file
+from tests.megatron_ext.test_layouts import above, log_probs
+from tests.megatron_ext.vl_twins import RUNS, SETTINGS, Reference, Results, Run
 
-# name → (layout, prefixes of frozen parameters)
-RUNS: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "one": (Layout(), ()),
-    "one-frozen": (Layout(), ("vision",)),
-    "tp2": (Layout(tensor=2), ()),
-    "tp2-sp": (Layout(tensor=2, sequence=True), ()),
-    "pp2": (Layout(pipeline=2), ()),
-    "pp2-vp2": (Layout(pipeline=2, virtual=2), ()),
-    "cp2": (Layout(context=2), ()),
-}
-every_run = pytest.mark.parametrize("name", RUNS)
+References = Callable[[Run], Reference]
+every_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 # (frames, rows, columns): whole windows; rests at the right, below, and both; clips; sides below a window.
 GRIDS = ([(1, 8, 8)], [(1, 6, 10), (1, 2, 2)], [(3, 4, 6), (1, 10, 4)], [(2, 14, 18), (1, 2, 12), (4, 4, 4)])
-Results = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qwen2_5_vl") / "twin"
-    vl_twins.make_qwen2_5_vl(folder)
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vl_twins.launch(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
-def hugging_face(twin: Path) -> Qwen2_5_VLForConditionalGeneration:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(twin, dtype=torch.float32, attn_implementation="eager")
+def results(folder: Path) -> Results:
+    return vl_twins.results(folder)
 
 
 @pytest.fixture(scope="module")
-def reference(hugging_face: Qwen2_5_VLForConditionalGeneration) -> dict[str, Any]:
-    """transformers on the same batch, one sequence at a time: log-probs by sequence, loss, gradients by tensor."""
-    log_probs, loss = {}, torch.zeros(())
-    for i, s in enumerate(vl_twins.batch(hugging_face.config)):
-        inputs = vl_twins.hugging_face_inputs(hugging_face.config, s)
-        logits = hugging_face(**inputs).logits[0, len(s.prompt) - 1 : -1]
-        found = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(s.response))
-        log_probs[i] = found.detach()
-        loss = loss - found.mean() / len(vl_twins.SIZES)
-    loss.backward()
-    gradients = {vl_twins.published(name): p.grad for name, p in hugging_face.named_parameters()}
-    return {"log_probs": log_probs, "loss": loss.item(), "gradients": gradients}
+def reference(folder: Path) -> References:
+    compute = cache(lambda twin: vl_twins.reference(folder, Run("reference", twin=twin)))
+    return lambda run: compute(run.twin)
 
 
 @pytest.fixture(scope="module")
-def results(twin: Path) -> Results:
-    """``results(run)`` is what each rank found, by rank: two processes go through all of ``RUNS``."""
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
-    with unittest.mock.patch.dict(os.environ, environment):
-        torch.multiprocessing.spawn(vl_twins.run, (str(twin), RUNS), nprocs=2)
-
-    @cache
-    def load(name: str) -> list[dict[str, Any]]:
-        return [torch.load(file, weights_only=True) for file in sorted(twin.parent.glob(f"{name}.*.pt"))]
-
-    return load
+def hugging_face(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "qwen", dtype=torch.float32)
 
 
-def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {n: float((found[n] - e).norm() / e.norm()) for n, e in expected.items()}
+def trained(run: Run, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of tensors that the run does not freeze."""
+    frozen = [vl_twins.FROZEN_TENSORS[prefix] for prefix in run.frozen]
+    return {name: g for name, g in gradients.items() if not any(re.match(pattern, name) for pattern in frozen)}
+
+
+def scales(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensor → the norm that errors are relative to: its own. Adding one vector to all keys leaves a softmax as it is,
+    so the gradient of a key's bias is rounding where no rotation comes between; there the query's shows the scale."""
+    like_query = re.compile(r"(vision_tower.*)k_proj\.bias")
+    return {name: tensors[like_query.sub(r"\1q_proj.bias", name)].norm() for name in tensors}
+
+
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float((found[name] - expected[name]).norm() / scale) for name, scale in scales(expected).items()}
 
 
 @every_run
-def test_the_tower_equals_transformers(
-    name: str, results: Results, hugging_face: Qwen2_5_VLForConditionalGeneration
+def test_the_tower_equals_transformers(run: Run, results: Results, reference: References) -> None:
+    """With its projector; on the first pipeline stage only."""
+    towers = [rank["rows"] for rank in results(run.name) if "rows" in rank]
+    assert len(towers) == run.ranks // run.pipeline
+    for rows in towers:
+        assert rows.shape == reference(run).rows.shape
+        assert above(errors({"rows": rows}, {"rows": reference(run).rows}), 2e-6) == {}
+
+
+@every_run
+def test_log_probs_equal_transformers(run: Run, results: Results, reference: References) -> None:
+    """Packed, with and without images in a micro-batch; the pieces of data- and context-parallel ranks together."""
+    found, expected = log_probs(results(run.name)), reference(run).log_probs
+    assert found.keys() == expected.keys()
+    assert above({i: float((found[i] - e).abs().max()) for i, e in expected.items()}, 1e-5) == {}
+
+
+@every_run
+def test_loss_and_gradient_norm_equal_transformers(run: Run, results: Results, reference: References) -> None:
+    gradients = trained(run, reference(run).gradients).values()
+    norm = float(torch.stack([g.norm() for g in gradients]).norm())
+    assert norm > SETTINGS["clip_grad_norm"]  # clipping is at work
+    for rank in results(run.name):
+        assert rank["loss"] == pytest.approx(reference(run).loss, abs=2e-6)
+        assert rank["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("run", [r for r in RUNS if cases.has_whole_gradients(r)], ids=lambda run: run.name)
+def test_every_gradient_equals_transformers(run: Run, results: Results, reference: References) -> None:
+    """With and without recompute. A frozen tower has none but its projector's."""
+    expected = trained(run, reference(run).gradients)
+    found = assemble(all_pieces(results(run.name), "gradients"), expected)
+    assert above(errors(found, expected), 2e-5) == {}
+
+
+@every_run
+def test_weights_after_a_step_equal_torch_adamw(
+    run: Run, results: Results, reference: References, folder: Path
 ) -> None:
-    vision = [s.vision for s in vl_twins.batch(hugging_face.config) if s.vision is not None]
-    with torch.no_grad():
-        expected = [hugging_face.model.visual(v.pixels, grid_thw=v.grid).pooler_output for v in vision]
-    towers = [rank["tower"] for rank in results(name) if "tower" in rank]
-    assert len(towers) == (1 if RUNS[name][0].pipeline == 2 else len(results(name)))
-    for found in towers:
-        assert found.shape == torch.cat(expected).shape
-        assert relative_errors({"tower": found}, {"tower": torch.cat(expected)})["tower"] < 2e-6
+    """What is frozen keeps its bits."""
+    start = vl_twins.tensors(folder / run.twin)
+    expected = {name: torch.nn.Parameter(start[name].clone()) for name in trained(run, reference(run).gradients)}
+    for name, parameter in expected.items():
+        parameter.grad = reference(run).gradients[name].clone()
+    groups = [
+        {"params": [p for p in expected.values() if p.dim() > 1], "weight_decay": SETTINGS["weight_decay"]},
+        {"params": [p for p in expected.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, SETTINGS["learning_rate"], SETTINGS["betas"], SETTINGS["epsilon"])
+    torch.nn.utils.clip_grad_norm_(expected.values(), SETTINGS["clip_grad_norm"])
+    adam.step()
+    found = assemble(all_pieces(results(run.name), "weights"), start)
+    assert [n for n, tensor in start.items() if n not in expected and not torch.equal(found[n], tensor)] == []
+    moved, should = ({n: tensors[n].detach() - start[n] for n in expected} for tensors in (found, expected))
+    assert above(errors(moved, should), 1e-3) == {}
 
 
 @every_run
-def test_log_probs_equal_transformers(name: str, results: Results, reference: dict[str, Any]) -> None:
-    """Packed, with and without images in a micro-batch; the pieces of context-parallel ranks together."""
-    found: dict[int, dict[int, float]] = {}
-    for rank in results(name):
-        for index, (places, values) in rank["log_probs"].items():
-            found.setdefault(index, {}).update(zip(places.tolist(), values.tolist(), strict=True))
-    assert sorted(found) == sorted(reference["log_probs"])
-    for index, expected in reference["log_probs"].items():
-        values = torch.tensor([found[index][place] for place in range(len(expected))])
-        assert (values - expected).abs().max() < 1e-5
+def test_padding_stays_zero(run: Run, results: Results) -> None:
+    assert all(rank["padding_is_zero"] for rank in results(run.name))
 
 
 @every_run
-def test_the_loss_equals_transformers(name: str, results: Results, reference: dict[str, Any]) -> None:
-    for rank in results(name):
-        assert rank["loss"] == pytest.approx(reference["loss"], abs=2e-6)
+def test_a_round_trip_keeps_names_files_and_bits(run: Run, results: Results, folder: Path) -> None:
+    assert results(run.name)
+    source, export = folder / run.twin, folder / f"export-{run.name}"
+    assert sorted(f.name for f in export.iterdir()) == sorted(f.name for f in source.iterdir())
+    before, after = tensors_by_file(source), tensors_by_file(export)
+    assert {file: list(t) for file, t in after.items()} == {file: list(t) for file, t in before.items()}
+    differ = [n for file, t in before.items() for n, tensor in t.items() if not torch.equal(tensor, after[file][n])]
+    assert differ == []
+    for index in source.glob("*.index.json"):
+        assert json.loads((export / index.name).read_text()) == json.loads(index.read_text())
+
+
+def test_qwens_twin_has_several_files(folder: Path) -> None:
+    assert len(list((folder / "qwen").glob("*.safetensors"))) > 2
+    assert (folder / "qwen" / "model.safetensors.index.json").is_file()
 
 
 @every_run
-def test_every_gradient_equals_transformers(name: str, results: Results, reference: dict[str, Any]) -> None:
-    """A frozen tower has none but its projector's."""
-    expected = reference["gradients"]
-    if "vision" in RUNS[name][1]:
-        frozen = {n for n in expected if n.startswith("visual.") and not n.startswith("visual.merger.")}
-        assert len(frozen) == 1 + 4 * 12  # patch embedding and layers
-        expected = {n: g for n, g in expected.items() if n not in frozen}
-    found = assemble(all_pieces(results(name), "gradients"), expected)
-    assert {n: e for n, e in relative_errors(found, expected).items() if not e < 2e-5} == {}
-
-
-@every_run
-def test_a_round_trip_keeps_every_tensor(name: str, twin: Path, results: Results) -> None:
-    assert results(name)
-    before, after = (load_file(folder / "model.safetensors") for folder in (twin, twin.parent / f"export-{name}"))
-    assert list(after) == list(before)
-    assert [n for n in before if not torch.equal(before[n], after[n])] == []
+def test_a_rank_reads_only_what_it_owns(run: Run, results: Results, folder: Path) -> None:
+    """The ranks of a replica read every number once between them; twice what tensor-parallel ranks both have (norms,
+    embeddings of patches) and tied embeddings on two stages. Replicas read as much."""
+    stored = sum(tensor.numel() for tensor in vl_twins.tensors(folder / run.twin).values())
+    ranks = results(run.name)
+    assert [rank["numbers_read"] for rank in ranks] == [rank["numbers_owned"] for rank in ranks]
+    read = sum(rank["numbers_read"] for rank in ranks) / (run.data * run.context)
+    assert read == stored if run.tensor == 1 and "tied" not in run.twin else 1 < read / stored < 1.2
 
 
 def test_a_checkpoint_knows_how_the_tower_is_cut(results: Results) -> None:
     """Whole shapes of tensors cut by columns, by rows and not at all, from each rank's halves."""
-    for rank in results("tp2"):
+    for rank in results("qwen-tp2"):
         expected = {
             "vision.patch_embed.weight": [48, 3, 2, 4, 4],
             "vision.layers.3.self_attention.linear_qkv.weight": [144, 48],
@@ -226,10 +253,10 @@ def test_tokens_that_do_not_fit_the_grid_are_refused(
 
 
 def test_both_ways_of_naming_tensors_are_known(
-    twin: Path, tmp_path: Path, hugging_face: Qwen2_5_VLForConditionalGeneration
+    folder: Path, tmp_path: Path, hugging_face: Qwen2_5_VLForConditionalGeneration
 ) -> None:
     """transformers writes the published names, and its own where it read its own."""
-    stored = load_file(twin / "model.safetensors")
+    stored = vl_twins.tensors(folder / "qwen")
     hugging_face.save_pretrained(tmp_path / "own", save_original_format=False)
     own = load_file(tmp_path / "own" / "model.safetensors")
     assert not own.keys() & stored.keys() - {"lm_head.weight"}
@@ -254,9 +281,7 @@ def test_where_embeddings_are_tied_is_read_from_the_outer_configuration(tied: bo
     (head,) = (rule.hf[0] for rule in language.rules if rule.megatron == "output_layer.weight")
     assert text.tie_word_embeddings is tied
     assert head == ("model.embed_tokens.weight" if tied else "lm_head.weight")
-    assert (head in load_file(tmp_path / "model.safetensors")) and not hasattr(
-        config.text_config, "tie_word_embeddings"
-    )
+    assert (head in vl_twins.tensors(tmp_path)) and not hasattr(config.text_config, "tie_word_embeddings")
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_the_tower_is_refused(

@@ -1,19 +1,115 @@
-"""A tiny random vision-language model, a batch of images, clips and text for it, and what ranks compute with them."""
+"""Both vision-language families: in which layouts they run, what ranks and transformers compute, and Qwen2.5-VL's twin.
 
+InternVL3's twins are in ``internvl_twins``.
+"""
+
+import math
+import os
+import unittest.mock
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_ext import hf_checkpoint, model, packing, parallel, platform, steps
-from megatron_ext.blocks import region
+from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, packing, parallel, platform, steps
 from megatron_ext.layout import Layout
 from megatron_ext.models import qwen2_5_vl
 from megatron_ext.packing import PackedSequence, VisionInputs
 from megatron_ext.precision import Precision
+from tests.megatron_ext import cases, internvl_twins
+from tests.megatron_ext.cases import Case
+
+Results = Callable[[str], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Run(Case):
+    """A case of a vision-language twin. ``frozen`` as in ``ModelSettings``."""
+
+    frozen: tuple[str, ...] = ()
+    last_stage_layers: int | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return replace(super().layout, last_stage_layers=self.last_stage_layers)
+
+    @property
+    def is_internvl(self) -> bool:
+        return not self.twin.startswith("qwen")
+
+
+def qwen(name: str, **options: Any) -> Run:
+    return Run(f"qwen-{name}", **{"twin": "qwen"} | options)
+
+
+def internvl(twin: str, name: str, **options: Any) -> Run:
+    return Run(f"{twin}-{name}", twin=twin, **options)
+
+
+TP2_SP: dict[str, Any] = {"tensor": 2, "sequence": True}
+CP2: dict[str, Any] = {"context": 2, "distributed_optimizer": False}  # so that a rank has whole gradients
+VISION = ("vision",)
+RUNS = (
+    qwen("one"),
+    qwen("frozen", frozen=VISION),
+    qwen("tp2", tensor=2),
+    qwen("tp2-sp", **TP2_SP),
+    qwen("pp2", pipeline=2),
+    qwen("pp2-uneven", pipeline=2, first_stage_layers=1, last_stage_layers=3),
+    qwen("pp2-vp2", pipeline=2, virtual=2),
+    qwen("cp2", **CP2),
+    qwen("dp2", data=2),
+    qwen("tp2-sp-dp2-frozen", data=2, frozen=VISION, **TP2_SP),
+    qwen("tp2-sp-pp2", pipeline=2, **TP2_SP),
+    qwen("recompute-selective", recompute="selective"),
+    qwen("recompute-full", recompute="full"),
+    qwen("recompute-full-frozen", recompute="full", frozen=VISION),
+    qwen("recompute-full-frozen-embedding", recompute="full", frozen=("vision.patch_embed",)),
+    qwen("tp2-sp-recompute-full", recompute="full", **TP2_SP),
+    qwen("tied-pp2", pipeline=2, twin="qwen-tied"),
+    internvl("6b-hf", "one"),
+    internvl("6b-hf", "tp2", tensor=2),
+    internvl("6b-hf", "tp2-sp", **TP2_SP),
+    internvl("6b-hf", "tp2-sp-frozen", frozen=VISION, **TP2_SP),
+    internvl("6b-hf", "pp2", pipeline=2),
+    internvl("6b-hf", "pp2-uneven", pipeline=2, last_stage_layers=1),
+    internvl("6b-hf", "pp2-vp2", pipeline=2, virtual=2),
+    internvl("6b-hf", "cp2", **CP2),
+    internvl("6b-hf", "dp2", data=2),
+    internvl("6b-hf", "tp2-sp-pp2", pipeline=2, **TP2_SP),
+    internvl("6b-hf", "pp2-recompute-selective", pipeline=2, recompute="selective"),
+    internvl("6b-hf", "tp2-sp-recompute-full", recompute="full", **TP2_SP),
+    internvl("6b-hf", "recompute-full-frozen", recompute="full", frozen=VISION),
+    internvl("6b-chat", "one"),
+    internvl("6b-chat", "tp2-sp", **TP2_SP),
+    internvl("300m-hf", "one"),
+    internvl("300m-hf", "tp2-sp", **TP2_SP),
+    internvl("300m-hf", "recompute-full", recompute="full"),
+    internvl("300m-chat", "one"),
+    internvl("300m-chat", "tp2-sp", **TP2_SP),
+)
+# Checkpoints, as in ``cases``. InternVL3's five heads are padded under TP 2, so its degree must stay.
+TP2_DP2 = qwen("tp2-dp2", tensor=2, data=2)
+PP2_DP2 = internvl("6b-hf", "pp2-dp2", pipeline=2, data=2)
+TP2_DP2_FROZEN = internvl("300m-hf", "tp2-dp2-frozen", tensor=2, data=2, frozen=VISION)
+RESUMES = (TP2_DP2, PP2_DP2, TP2_DP2_FROZEN)
+RELAYOUTS = (
+    (TP2_DP2, qwen("pp2", pipeline=2)),
+    (PP2_DP2, internvl("6b-hf", "dp2", data=2)),
+    (TP2_DP2_FROZEN, internvl("300m-hf", "tp2-pp2-frozen", tensor=2, pipeline=2, frozen=VISION)),
+)
+OTHER_PADDING = (TP2_DP2_FROZEN, internvl("300m-hf", "frozen", frozen=VISION))
+# Adam divides by a gradient's size: a greater epsilon keeps rounding out of the step where there is next to none.
+SETTINGS: dict[str, Any] = cases.SETTINGS | {"epsilon": 1e-4, "clip_grad_norm": 0.1}
+# Prefixes of frozen parameters → tensors of the checkpoint.
+FROZEN_TENSORS = {"vision": r"visual\.(?!merger\.)|vision_", "vision.patch_embed": r"visual\.patch_embed\."}
 
 TEXT_TOKENS = 120  # of the vocabulary; the special ones stand behind
 SECONDS = 0.75  # between the frames of every clip's grid
@@ -34,7 +130,8 @@ MICRO_BATCHES = ([0, 3, 6], [1], [4, 5], [2, 7])
 
 
 def make_qwen2_5_vl(folder: Path, tied: bool = False) -> None:
-    """4 tower layers, two of them with full attention, and 4 language layers with 4 query and 2 key-value heads."""
+    """4 tower layers, two of them with full attention, and 4 language layers with 4 query and 2 key-value heads, in
+    several files."""
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(
         text_config={
@@ -74,7 +171,7 @@ def make_qwen2_5_vl(folder: Path, tied: bool = False) -> None:
                 parameter.normal_(1.0, 0.2)
             else:
                 parameter.normal_(0.0, 0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="200KB")
 
 
 def batch(hf_config: Any) -> list[PackedSequence]:
@@ -142,58 +239,211 @@ def published(name: str) -> str:
     return name
 
 
-def run(rank: int, twin: str, runs: dict[str, tuple[Layout, tuple[str, ...]]]) -> None:
-    """In a process of its own, as ``rank`` of two: each run's results to ``<run>.<rank>.pt`` beside the twin."""
+@cache
+def launch(session: Path) -> Path:
+    """Folder with the twins and with what four processes found, which went through all runs; once in a test session,
+    whose folder is ``session``."""
+    folder = session / "vision_language"
+    (folder / "results").mkdir(parents=True)
+    make_qwen2_5_vl(folder / "qwen")
+    make_qwen2_5_vl(folder / "qwen-tied", tied=True)
+    internvl_twins.make_twins(folder)
+    with unittest.mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}):
+        torch.multiprocessing.spawn(_work, (folder,), nprocs=cases.WORLD)
+    return folder
+
+
+def results(folder: Path) -> Results:
+    """``results(folder)(name)`` is what each rank of a run found, by rank."""
+
+    @cache
+    def load(name: str) -> list[dict[str, Any]]:
+        files = sorted((folder / "results").glob(f"{name}.*.pt"))
+        assert files, f"no rank ran {name}"
+        return [torch.load(file, weights_only=True) for file in files]
+
+    return load
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All of a checkpoint's, by name."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """transformers, one sequence at a time: the tower's ``rows`` of all images and clips, ``log_probs`` by sequence,
+    ``gradients`` by tensor of the checkpoint."""
+
+    rows: torch.Tensor
+    log_probs: dict[int, torch.Tensor]
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def reference(folder: Path, run: Run) -> Reference:
+    source = folder / run.twin.replace("-chat", "-hf")
+    hf = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    sequences = batch_of(run, hf.config)
+    seen = [s.vision for s in sequences if s.vision is not None]
+    with torch.no_grad():
+        if run.is_internvl:
+            rows = [hf.get_image_features(v.pixels).pooler_output.flatten(0, 1) for v in seen]
+        else:
+            rows = [hf.model.visual(v.pixels, grid_thw=v.grid).pooler_output for v in seen]
+    log_probs, loss = {}, torch.zeros(())
+    for i, s in enumerate(sequences):
+        if run.is_internvl:
+            images = {} if s.vision is None else {"pixel_values": s.vision.pixels}
+            inputs = {"input_ids": torch.tensor([s.prompt + s.response]), **images}
+        else:
+            inputs = hugging_face_inputs(hf.config, s)
+        logits = hf(**inputs).logits[0, len(s.prompt) - 1 : -1]
+        found = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(s.response))
+        log_probs[i] = found.detach()
+        loss = loss - found.mean() / len(sequences)
+    loss.backward()
+    saved_name = internvl_twins.published if run.is_internvl else published
+    gradients = {saved_name(name): p.grad for name, p in hf.named_parameters()}
+    if run.twin.endswith("-chat"):
+        gradients = internvl_twins.chat_tensors(gradients)
+    return Reference(torch.cat(rows), log_probs, loss.item(), gradients)
+
+
+def batch_of(run: Run, hf_config: Any) -> list[PackedSequence]:
+    return internvl_twins.batch() if run.is_internvl else batch(hf_config)
+
+
+class Policy:
+    """A freshly built model with the twin's weights, its optimiser and this rank's micro-batches."""
+
+    def __init__(self, folder: Path, run: Run, here: parallel.Parallel) -> None:
+        self.twin = folder / run.twin
+        hf_config = hf_checkpoint.config(self.twin)
+        settings = model.ModelSettings(Precision("fp32"), run.recompute, run.distributed_optimizer, run.frozen)
+        self.model = model.build(hf_config, here, settings)
+        hf_checkpoint.load(self.model.shards, self.twin)
+        self.optimizer, self.schedule = optimizer.build(self.model, optimizer.OptimizerSettings(**SETTINGS), steps=10)
+        self.optimizer.reload_model_params()
+        self.sequences = batch_of(run, hf_config)
+        micro_batches = internvl_twins.MICRO_BATCHES if run.is_internvl else MICRO_BATCHES
+        device, context = platform.current().device(), run.context
+        self.micro = [
+            packing.pack(self.sequences, indices, self.model.token_multiple, 0, device, context, here.context_rank)
+            for indices in micro_batches[here.data_rank :: run.data]
+        ]
+
+    def gradients(self) -> float:
+        """Accumulates them; returns the loss."""
+        loss = lambda found, m: (-(found * m.values["weight"]).sum(), {})  # noqa: E731
+        return steps.accumulate_gradients(self.model, self.micro, loss)["loss"]
+
+    def step(self) -> float:
+        """Returns the gradients' norm."""
+        return optimizer.step(self.optimizer, self.schedule)
+
+    def train(self, count: int) -> list[tuple[float, float]]:
+        return [(self.gradients(), self.step()) for _ in range(count)]
+
+    def load(self, folder: Path) -> int:
+        newest = checkpoint.latest(folder)
+        assert newest is not None
+        return checkpoint.load(newest, self.model, self.optimizer, self.schedule)
+
+
+def _work(rank: int, folder: Path) -> None:
+    """One of four processes. Each run has its own process groups, in which the ranks that it needs meet."""
+    os.environ["RANK"] = str(rank)
     platform.activate("cpu")
-    folder = Path(twin).parent
-    for name, (layout, frozen) in runs.items():
-        if rank >= layout.model_parallel:
-            continue
-        store = dist.FileStore(str(folder / f"{name}.store"), layout.model_parallel)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.model_parallel)
-        here = parallel.initialize(layout, seed=1, timeout_seconds=600)
-        torch.save(_compute(Path(twin), name, here, frozen), folder / f"{name}.{rank}.pt")
-        dist.barrier()
-        parallel.destroy()
+    jobs: list[tuple[str, Run, Callable[..., dict[str, Any]], tuple[Run, ...]]] = [
+        *((run.name, run, _run, ()) for run in RUNS),
+        *((f"resume-{run.name}", run, _resume, ()) for run in RESUMES),
+        *((f"relayout-{run.name}", run, _relayout, (saved,)) for saved, run in RELAYOUTS),
+        ("other-padding", OTHER_PADDING[1], _other_padding, OTHER_PADDING[:1]),
+    ]
+    for name, run, compute, others in jobs:
+        if rank < run.ranks:
+            store = dist.FileStore(str(folder / f"{name}.store"), run.ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=run.ranks)
+            here = parallel.initialize(run.layout, seed=1, timeout_seconds=600)
+            torch.save(compute(folder, *others, run, here), folder / "results" / f"{name}.{rank}.pt")
+            dist.barrier()
+            parallel.destroy()
 
 
-def _compute(twin: Path, name: str, here: parallel.Parallel, frozen: tuple[str, ...]) -> dict[str, Any]:
-    hf_config = hf_checkpoint.config(twin)
-    settings = model.ModelSettings(Precision("fp32"), "none", distributed_optimizer=False, frozen=frozen)
-    policy = model.build(hf_config, here, settings)
-    hf_checkpoint.load(policy.shards, twin)
-    hf_checkpoint.export(policy.shards, twin, twin.parent / f"export-{name}", writes=here.is_first_replica)
-    modules = [chunk.module for chunk in policy.chunks]
-    found: dict[str, Any] = {}
-    sequences = batch(hf_config)
+def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
+    from tests.megatron_ext import worker  # only in a rank's process
+
+    policy = Policy(folder, run, here)
+    shards, modules = policy.model.shards, [chunk.module for chunk in policy.model.chunks]
+    found: dict[str, Any] = {
+        "loaded": {s.name: s.tensor.clone() for s in shards},
+        "numbers_read": worker.numbers_read(policy),
+        "numbers_owned": sum(math.prod(b.shape) for s in shards for b in s.blocks),
+    }
+    hf_checkpoint.export(shards, policy.twin, folder / f"export-{run.name}", writes=here.is_first_replica)
     if modules[0].vision is not None:
-        images = [s.vision for s in sequences if s.vision is not None]
-        with torch.no_grad():
-            pixels, grid = torch.cat([v.pixels for v in images]), torch.cat([v.grid for v in images])
-            found["tower"] = modules[0].vision(pixels, grid)
+        seen = [s.vision for s in policy.sequences if s.vision is not None]
+        grid = None if run.is_internvl else torch.cat([v.grid for v in seen])
+        found["rows"] = modules[0].vision(torch.cat([v.pixels for v in seen]), grid).detach()
         state = modules[0].sharded_state_dict()
         found["whole_shapes"] = {key: list(t.global_shape) for key, t in state.items() if isinstance(t, ShardedTensor)}
-    micro = [
-        packing.pack(
-            sequences, indices, policy.token_multiple, 0, platform.current().device(),
-            here.layout.context, here.context_rank,
-        )
-        for indices in MICRO_BATCHES
-    ]  # fmt: skip
     found["log_probs"] = {
         index: (places.long(), values)
-        for log_probs, m in zip(steps.log_probs(policy, micro), micro, strict=False)  # none off the last stage
+        for log_probs, m in zip(steps.log_probs(policy.model, policy.micro), policy.micro, strict=False)
         for index, places, values in zip(
             m.indices, m.values["place"].split(m.lengths), log_probs.split(m.lengths), strict=True
         )
     }
-    sums = steps.accumulate_gradients(policy, micro, lambda found, m: (-(found * m.values["weight"]).sum(), {}))
-    found["loss"] = sums["loss"]
+    found["loss"] = policy.gradients()
     parameters = [p for module in modules for p in module.parameters()]
-    found["gradients"] = [
-        (b.hf_name, b.hf_start, p.main_grad[region(b.local_start, b.shape)].clone())
-        for shard, p in zip(policy.shards, parameters, strict=True)
-        for b in shard.blocks
-        if p.requires_grad
-    ]
+    if cases.has_whole_gradients(run):
+        trained = [(s, p) for s, p in zip(shards, parameters, strict=True) if p.requires_grad]
+        found["gradients"] = worker.pieces([s for s, _ in trained], [p.main_grad for _, p in trained])
+    found["grad_norm"] = policy.step()
+    found["weights"] = worker.pieces(shards, parameters)
+    found["padded"] = [s.name for s in shards if sum(math.prod(b.shape) for b in s.blocks) < s.tensor.numel()]
+    found["padding_is_zero"] = all(worker.padding_is_zero(s) for s in shards)
     return found
+
+
+def _resume(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
+    """Save and go on; start anew from the checkpoint and go on: both must be the same."""
+    from tests.megatron_ext import worker
+
+    to = folder / "checkpoints" / run.name
+    policy = Policy(folder, run, here)
+    policy.train(1)
+    checkpoint.save(to, 3, policy.model, policy.optimizer, policy.schedule, keep=1)
+    saved, drawn = steps.copy_weights(policy.model), torch.rand(4)
+    went_on, after = policy.train(2), steps.copy_weights(policy.model)
+    again = Policy(folder, run, here)
+    torch.manual_seed(here.tensor_rank + 77)
+    return {
+        "step": again.load(to),
+        "loaded": worker.equal(steps.copy_weights(again.model), saved),
+        "random_numbers": torch.equal(torch.rand(4), drawn),
+        "went_on": went_on,
+        "resumed": again.train(2),
+        "same_weights": worker.equal(steps.copy_weights(again.model), after),
+        "weights": worker.pieces(again.model.shards, after),
+    }
+
+
+def _relayout(folder: Path, saved: Run, run: Run, here: parallel.Parallel) -> dict[str, Any]:
+    from tests.megatron_ext import worker
+
+    policy = Policy(folder, run, here)
+    step, resumed = policy.load(folder / "checkpoints" / saved.name), policy.train(2)
+    return {
+        "step": step,
+        "resumed": resumed,
+        "weights": worker.pieces(policy.model.shards, steps.copy_weights(policy.model)),
+    }
+
+
+def _other_padding(folder: Path, saved: Run, run: Run, here: parallel.Parallel) -> dict[str, Any]:
+    from tests.megatron_ext import worker
+
+    policy = Policy(folder, run, here)
+    return {"error": worker.error_text(lambda: policy.load(folder / "checkpoints" / saved.name))}

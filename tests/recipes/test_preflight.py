@@ -46,6 +46,9 @@ IMPOSSIBLE = {
         ("algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=2", "parallel.pipeline=8", "parallel.context=1"),
         "batch", ["parallel.pipeline=8"],
     ),
+    "frozen embedding": (
+        ("model.frozen=[embedding]", "parallel.recompute=full"), "ranks", ["model.frozen=['embedding']", "selective"],
+    ),
 }  # fmt: skip
 ALL = """
 import json, sys
