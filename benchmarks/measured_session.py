@@ -23,14 +23,14 @@ class RecordingEngine:
     """An engine that remembers its last batch: what was asked, and the response to each (prompt_id, sample_index)."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, self.settings, self.alive = engine, engine.settings, True
         self.question: dict[str, Any] = {}
         self.responses: dict[tuple[str, int], list[int]] = {}
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
-        self.question = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling)}
+    def generate(self, requests: Sequence[Request], sampling: Sampling, enough: int | None = None) -> Iterator[Sample]:
+        self.question = {"requests": [request.to_json() for request in requests], "sampling": asdict(sampling)}
         self.responses = {}
-        for sample in self.engine.generate(requests, sampling):
+        for sample in self.engine.generate(requests, sampling, enough):
             self.responses[sample.prompt_id, sample.sample_index] = list(sample.response_token_ids)
             yield sample
 

@@ -116,10 +116,10 @@ def train(settings: dict[str, Any]) -> Any:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
-    from recipes.algorithms import algorithm
+    from recipes.algorithms import objective
 
     options = SimpleNamespace(**settings["algorithm"])
-    token_loss = algorithm(options.name).token_loss
+    loss_of: Any = objective.loss(options, None)  # type: ignore[arg-type]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["precision"]]
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).train()
     weights = list(model.parameters())
@@ -160,8 +160,8 @@ def train(settings: dict[str, Any]) -> Any:
             if settings["temperature"] != 1.0:
                 logits = logits / settings["temperature"]
             log_probs = -F.cross_entropy(logits, tokens[:, -width:][responses], reduction="none")
-            losses = token_loss(log_probs, SimpleNamespace(values=values), options)
-            loss = (losses * values["weight"]).sum()
+            counts = responses.sum(dim=1).tolist()
+            loss, _ = loss_of(log_probs, SimpleNamespace(values=values, lengths=counts))
             loss.backward()
             total += loss.item()
         if masters is not weights:
@@ -201,6 +201,7 @@ def generate(settings: dict[str, Any]) -> Any:
         max_num_batched_tokens=settings["max_num_batched_tokens"],
         enable_chunked_prefill=settings["device"] != "cpu",  # a seeded request's prompt can't be split on a CPU
         kv_cache_memory_bytes=int(settings["kv_cache_gib"] * 2**30),
+        **({"block_size": 32} if settings["device"] == "cpu" else {}),  # the engines' choice, so that bits agree
         enforce_eager=settings["enforce_eager"],
         logprobs_mode="processed_logprobs",
         generation_config="vllm",

@@ -41,8 +41,12 @@ def save(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     keep: int,
+    progress: dict[str, Any],
 ) -> None:
-    """Collective: write ``folder/step_…``, point ``latest.json`` at it, remove older checkpoints beyond ``keep``."""
+    """Collective: write ``folder/step_…``, point ``latest.json`` at it, remove older checkpoints beyond ``keep``.
+
+    ``progress``: what else the caller goes on from (JSON; :func:`progress` gives it back).
+    """
     _check_padding(optimizer)
     target = folder / f"step_{step:06d}"
     if dist.get_rank() == 0:
@@ -57,7 +61,7 @@ def save(
     dist_checkpointing.save(state, str(target))
     dist.barrier()
     if dist.get_rank() == 0:
-        (target / "progress.json").write_text(json.dumps({"step": step, "layout": _layout(model)}, indent=2))
+        (target / "progress.json").write_text(json.dumps(progress | {"step": step, "layout": _layout(model)}))
         pointer = folder / "latest.json.partial"
         pointer.write_text(json.dumps({"folder": target.name, "step": step}))
         os.replace(pointer, folder / "latest.json")
@@ -83,14 +87,18 @@ def latest(folder: Path) -> Path | None:
     return folder / json.loads(pointer.read_text())["folder"] if pointer.is_file() else None
 
 
+def progress(checkpoint: Path) -> dict[str, Any]:
+    """The step, the layout and what the caller gave :func:`save`."""
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
 def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
     """Collective: restore everything in place and return the number of finished steps, which is the data position too.
 
     Another layout may load it as long as attention and vocabulary are padded to the same sizes; raises ValueError
     naming both paddings otherwise. RNG states belong to a layout and are restored only into the same one.
     """
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    written, now = progress["layout"], _layout(model)
+    written, now = progress(checkpoint)["layout"], _layout(model)
     for field in ("padded_groups", "padded_vocab", "padded_vision_heads"):
         if written[field] != now[field]:
             raise ValueError(
@@ -116,7 +124,7 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         _set_rng_tensors(loaded["rng"])
-    return int(progress["step"])
+    return int(progress(checkpoint)["step"])
 
 
 def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class MicroBatch:
     ``tokens`` [1, T]. ``positions`` [3, 1, T x context ranks]: mRoPE's, of all context-parallel ranks. ``predict`` [R]
     indexes the token whose hidden state predicts a response token; ``targets`` [R] those tokens; ``values`` name → [R]
     FP32; ``lengths`` response tokens of each sequence on this rank; ``indices`` the place of each sequence in the whole
-    batch. Under context parallelism a rank's R tokens are a part of the sequences' response tokens, else all.
+    batch; ``places`` [R] that of each token among the response tokens of the whole batch. Under context parallelism a
+    rank's R tokens are a part of the sequences' response tokens, else all.
     """
 
     tokens: torch.Tensor
@@ -79,6 +80,7 @@ class MicroBatch:
     values: dict[str, torch.Tensor]
     lengths: list[int]
     indices: list[int]
+    places: torch.Tensor
     vision: VisionBatch | None
 
 
@@ -156,6 +158,7 @@ def pack(
     if dummy := -sum(padded) % (multiple * cuts):
         padded.append(dummy)
     starts = list(accumulate(padded, initial=0))
+    first = list(accumulate((len(s.response) for s in sequences), initial=0))
     tokens = [pad_token] * starts[-1]
     positions: list[list[int]] = [[], [], []]
     # By place in the whole pack: which response token it predicts, as (sequence in the pack, place in the response).
@@ -191,6 +194,7 @@ def pack(
         },
         lengths=[sum(n == m for _, m, _ in mine) for n in range(len(chosen))],
         indices=list(indices),
+        places=torch.tensor([first[indices[n]] + i for _, n, i in mine], dtype=torch.long, device=device),
         vision=_pack_vision([s.vision for s in chosen if s.vision is not None], placeholders, local, device),
     )
 

@@ -30,6 +30,11 @@ class Parallel:
         return self.layout.tensor
 
     @property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share this rank's sequences; None where it has them whole."""
+        return mpu.get_context_parallel_group() if self.layout.context > 1 else None
+
+    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.layout.pipeline - 1
 

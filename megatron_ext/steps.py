@@ -1,12 +1,14 @@
 """Forward and training passes over packed micro-batches, on any layout: log-probabilities and one optimiser step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -19,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron_ext import hf_checkpoint, parallel
 from megatron_ext.blocks import Shard
 from megatron_ext.collectives import all_gather_json
+from megatron_ext.entropy import vocab_parallel_entropy
 from megatron_ext.model import Model
 from megatron_ext.packing import MicroBatch
 
@@ -36,13 +39,27 @@ def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0)
         return _run(model, batches, temperature, lambda batch: keep, forward_only=True, collect_non_loss_data=True)
 
 
+def gather_tokens(model: Model, batches: list[MicroBatch], found: list[torch.Tensor], total: int) -> torch.Tensor:
+    """Collective: what ``log_probs`` found, of all the batch's ``total`` response tokens, FP32, on every rank's host.
+
+    Each token lies on one data- and context-parallel rank of the last pipeline stage, so the sum is exact.
+    """
+    whole = torch.zeros(total, device=batches[0].tokens.device)
+    if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
+        for batch, values in zip(batches, found, strict=True):
+            whole[batch.places] = values
+    dist.all_reduce(whole)
+    return whole.cpu()
+
+
 def accumulate_gradients(
-    model: Model, batches: list[MicroBatch], loss: LossFunction, temperature: float = 1.0
+    model: Model, batches: list[MicroBatch], loss: LossFunction, temperature: float = 1.0, entropy: bool = False
 ) -> dict[str, float]:
     """Add the batch's gradients, reduced over all groups, to the parameters; returns the whole batch's metric sums.
 
-    ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.losses``): gradients are
-    summed over micro-batches and data-parallel ranks, so the update depends on neither.
+    ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.aggregation``): gradients are
+    summed over micro-batches and data-parallel ranks, so the update depends on neither. With ``entropy`` it is given
+    [2, R]: log-probs and, behind them, the entropies of the distributions.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -57,7 +74,7 @@ def accumulate_gradients(
 
         return with_metrics
 
-    return reduce_metrics(model, _run(model, batches, temperature, loss_of, forward_only=False))
+    return reduce_metrics(model, _run(model, batches, temperature, loss_of, entropy, forward_only=False))
 
 
 def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -68,14 +85,20 @@ def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[st
     gathered = all_gather_json(local, parallel.control_group())
     total: dict[str, float] = {}
     for entry in (e for rank in gathered if rank for e in rank):
-        for name, value in entry.items():
-            total[name] = max(total.get(name, value), value) if name.endswith("/max") else total.get(name, 0.0) + value
+        add_metrics(total, entry)
     return total
 
 
+def add_metrics(total: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add ``more`` to ``total``, in place; of a ``/max`` the greater."""
+    for name, value in more.items():
+        total[name] = max(total.get(name, value), value) if name.endswith("/max") else total.get(name, 0.0) + value
+
+
 def _run(
-    model: Model, batches: list[MicroBatch], temperature: float, loss_of: Callable[[MicroBatch], Any], **options: Any
-) -> list[Any]:
+    model: Model, batches: list[MicroBatch], temperature: float, loss_of: Callable[[MicroBatch], Any],
+    entropy: bool = False, **options: Any,
+) -> list[Any]:  # fmt: skip
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
         images = {} if batch.vision is None else {"vision": batch.vision}
@@ -85,7 +108,7 @@ def _run(
             position_ids=batch.positions,
             attention_mask=None,
             packed_seq_params=batch.packed,
-            output_processor=partial(_log_probs_of_hidden, model, temperature),
+            output_processor=partial(_log_probs_of_hidden, model, temperature, entropy),
             output_processor_context=batch,
         )
         return output, loss_of(batch)
@@ -104,6 +127,7 @@ def _run(
 def _log_probs_of_hidden(
     model: Model,
     temperature: float,
+    entropy: bool,
     *,
     hidden_states: Any,
     output_layer: Any,
@@ -111,8 +135,9 @@ def _log_probs_of_hidden(
     context: Any,
     **_: Any,
 ) -> torch.Tensor:
-    """Hidden states [T(/TP), 1, H] → log-probs [R]: logits are made only where a response token is predicted.
+    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R] with the entropies behind them.
 
+    Logits are made only where a response token is predicted.
     Padded vocabulary columns are excluded from the softmax.
     """
     batch: MicroBatch = context
@@ -135,7 +160,10 @@ def _log_probs_of_hidden(
     if valid < weight.shape[0]:
         padding = torch.arange(weight.shape[0], device=logits.device) >= valid
         logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-    return -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
+    # Before the cross-entropy, which overwrites the logits.
+    entropies = vocab_parallel_entropy(logits.squeeze(1), mpu.get_tensor_model_parallel_group()) if entropy else None
+    found = -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
+    return found if entropies is None else torch.stack([found, entropies])
 
 
 @contextmanager

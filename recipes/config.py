@@ -48,18 +48,42 @@ class ModelConfig:
 
 @dataclass
 class AlgorithmConfig:
-    name: str
     steps: int
     prompts_per_step: int
     samples_per_prompt: int
+    updates_per_rollout: int
+    sampling_rounds: int
     learning_rate: float
     minimum_fraction: float
     warmup_fraction: float
     decay: str
-    clip_ratio: float
-    kl_coefficient: float
+    advantage: str
     advantage_epsilon: float
+    clip_filter_cap: float
+    cale_alpha: float
+    cale_mu: float
+    discount: float
+    gae_lambda: float
+    overlong_fraction: float
     skip_zero_advantage: bool
+    policy_loss: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    drift_coefficient: float
+    drift_cap: float
+    entropy_coefficient: float
+    kl_estimator: str
+    kl_in: str
+    kl_coefficient: float
+    aggregation: str
+    token_divisor: float
+    importance_sampling: bool
+    importance_cap: float
+    sequence_ratio_bounds: Optional[list[float]]  # noqa: UP045
+    token_ratio_veto: Optional[float]  # noqa: UP045
+    mismatch_alarm: float
+    own: dict[str, Any]
 
 
 @dataclass
@@ -102,6 +126,12 @@ class RolloutConfig:
     kv_cache_gib: float
     threads: int
     startup_timeout: float
+    staleness: int
+    oversample: float
+    max_step_tokens: Optional[int]  # noqa: UP045
+    thinking_budget: Optional[int]  # noqa: UP045
+    thinking_marks: list[str]
+    sleep: bool
     sync_bucket_mib: int
     sync_verify_every: int
 
@@ -195,6 +225,68 @@ def samples_per_step(config: Config) -> int:
     return config.algorithm.prompts_per_step * config.algorithm.samples_per_prompt
 
 
+def samples_per_update(config: Config) -> int:
+    """Responses of one optimiser step, all ranks together."""
+    return samples_per_step(config) // config.algorithm.updates_per_rollout
+
+
+def check_algorithm(c: Config) -> None:
+    """Raises ConfigError for what the algorithm's parts can't do together."""
+    a = c.algorithm
+    if a.samples_per_prompt < 2:
+        raise ConfigError(
+            f"algorithm.samples_per_prompt={a.samples_per_prompt}: a group needs at least 2 samples to compare"
+        )
+    for name in ("kl_coefficient", "drift_coefficient", "drift_cap", "entropy_coefficient", "advantage_epsilon"):
+        if (value := getattr(a, name)) < 0:
+            raise ConfigError(f"algorithm.{name}={value}: use 0 or more")
+    if a.dual_clip <= 1:
+        raise ConfigError(f"algorithm.dual_clip={a.dual_clip}: must be above 1, the ratio of an unchanged policy")
+    if a.kl_estimator == "k1" and a.kl_in == "loss" and a.kl_coefficient > 0:
+        raise ConfigError(
+            "algorithm.kl_estimator='k1': its gradient in the loss is zero on average; use k2 or k3, or "
+            "algorithm.kl_in=reward"
+        )
+    if a.prompts_per_step % a.updates_per_rollout:
+        raise ConfigError(
+            f"algorithm.updates_per_rollout={a.updates_per_rollout}: must divide algorithm.prompts_per_step="
+            f"{a.prompts_per_step}"
+        )
+    bounds = a.sequence_ratio_bounds
+    if bounds is not None and (len(bounds) != 2 or not 0 <= bounds[0] <= 1 <= bounds[1]):
+        raise ConfigError(f"algorithm.sequence_ratio_bounds={bounds}: give two values around 1, or null for none")
+    if a.token_ratio_veto is not None and not 0 < a.token_ratio_veto < 1:
+        raise ConfigError(f"algorithm.token_ratio_veto={a.token_ratio_veto}: must be in (0, 1), or null for none")
+
+
+def check_rollout(c: Config) -> None:
+    """Raises ConfigError for what the rollout's settings can't do, alone or with each other."""
+    r = c.rollout
+    for field, bound in (("max_step_tokens", r.max_step_tokens), ("thinking_budget", r.thinking_budget)):
+        if bound is not None and bound < 1:
+            raise ConfigError(f"rollout.{field}={bound}: use 1 or more, or null for no bound")
+    if r.staleness not in (0, 1):
+        raise ConfigError(f"rollout.staleness={r.staleness}: use 0 (generate, then train) or 1 (one step ahead)")
+    if r.oversample < 1:
+        raise ConfigError(f"rollout.oversample={r.oversample}: use 1 (as many prompts as a step takes) or more")
+    if r.max_step_tokens is not None and r.oversample == 1:
+        raise ConfigError(
+            f"rollout.max_step_tokens={r.max_step_tokens}: carries over what rollout.oversample puts in flight; with "
+            "rollout.oversample=1 nothing is left over: use more than 1, or null"
+        )
+    if (r.staleness or r.max_step_tokens) and not c.algorithm.importance_sampling:
+        field = "staleness=1" if r.staleness else f"max_step_tokens={r.max_step_tokens}"
+        raise ConfigError(
+            f"rollout.{field}: samples come from older weights; correct for it: algorithm.importance_sampling=true"
+        )
+    if r.sleep and (c.cluster.platform == "cpu" or r.staleness):
+        raise ConfigError(
+            "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
+        )
+    if r.thinking_budget is not None and len(r.thinking_marks) != 2:
+        raise ConfigError(f"rollout.thinking_marks={r.thinking_marks}: give what begins and what ends the thinking")
+
+
 def check(config: Config) -> None:
     """Raises ConfigError naming the first field whose value can't work."""
     c = config
@@ -202,6 +294,7 @@ def check(config: Config) -> None:
         ("cluster.platform", c.cluster.platform, ("cpu", "cuda")),
         ("parallel.recompute", c.parallel.recompute, ("none", "selective", "full")),
         ("algorithm.decay", c.algorithm.decay, ("constant", "linear", "cosine")),
+        ("algorithm.kl_in", c.algorithm.kl_in, ("loss", "reward")),
         *(("stage.names", name, ("sft", "rl")) for name in c.stage.names),
     ]
     if c.stage.sft:
@@ -213,7 +306,12 @@ def check(config: Config) -> None:
         "algorithm.steps": c.algorithm.steps,
         "algorithm.prompts_per_step": c.algorithm.prompts_per_step,
         "algorithm.learning_rate": c.algorithm.learning_rate,
-        "algorithm.clip_ratio": c.algorithm.clip_ratio,
+        "algorithm.updates_per_rollout": c.algorithm.updates_per_rollout,
+        "algorithm.sampling_rounds": c.algorithm.sampling_rounds,
+        "algorithm.clip_high": c.algorithm.clip_high,
+        "algorithm.clip_filter_cap": c.algorithm.clip_filter_cap,
+        "algorithm.importance_cap": c.algorithm.importance_cap,
+        "algorithm.mismatch_alarm": c.algorithm.mismatch_alarm,
         "parallel.micro_batch_tokens": c.parallel.micro_batch_tokens,
         "rollout.engines": c.rollout.engines,
         "rollout.tensor": c.rollout.tensor,
@@ -230,6 +328,7 @@ def check(config: Config) -> None:
         "cluster.threads": c.cluster.threads,
         "checkpoint.every_steps": c.checkpoint.every_steps,
         "checkpoint.keep": c.checkpoint.keep,
+        "algorithm.token_divisor": c.algorithm.token_divisor,  # may be the longest response: behind it
     }
     if c.stage.sft:
         positive |= {
@@ -243,6 +342,15 @@ def check(config: Config) -> None:
     fractions = {
         "algorithm.minimum_fraction": (c.algorithm.minimum_fraction, 0 <= c.algorithm.minimum_fraction <= 1, "[0, 1]"),
         "algorithm.warmup_fraction": (c.algorithm.warmup_fraction, 0 <= c.algorithm.warmup_fraction < 1, "[0, 1)"),
+        "algorithm.clip_low": (c.algorithm.clip_low, 0 < c.algorithm.clip_low < 1, "(0, 1)"),
+        "algorithm.discount": (c.algorithm.discount, 0 <= c.algorithm.discount <= 1, "[0, 1]"),
+        "algorithm.gae_lambda": (c.algorithm.gae_lambda, 0 <= c.algorithm.gae_lambda <= 1, "[0, 1]"),
+        "algorithm.overlong_fraction": (
+            c.algorithm.overlong_fraction,
+            0 <= c.algorithm.overlong_fraction <= 1,
+            "[0, 1]",
+        ),
+        "algorithm.cale_mu": (c.algorithm.cale_mu, 0 <= c.algorithm.cale_mu <= 1, "[0, 1]"),
         "rollout.top_p": (c.rollout.top_p, 0 < c.rollout.top_p <= 1, "(0, 1]"),
     }
     if c.stage.sft:
@@ -255,15 +363,10 @@ def check(config: Config) -> None:
     for field, (value, fits, interval) in fractions.items():
         if not fits:
             raise ConfigError(f"{field}={value}: must be in {interval}")
+    check_rollout(c)
     if not c.stage.names:
         raise ConfigError("stage.names=[]: name at least one of sft, rl")
-    if c.algorithm.samples_per_prompt < 2:
-        raise ConfigError(
-            f"algorithm.samples_per_prompt={c.algorithm.samples_per_prompt}: a group needs at least 2 samples to "
-            "compare"
-        )
-    if c.algorithm.kl_coefficient < 0:
-        raise ConfigError(f"algorithm.kl_coefficient={c.algorithm.kl_coefficient}: use 0 or more")
+    check_algorithm(c)
     if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
     if "sft" in c.stage.names and c.stage.sft is None:
@@ -282,7 +385,7 @@ def check(config: Config) -> None:
             f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
         )
     multiple = trainer.sequence_multiple(c)
-    shared_out = {"algorithm.prompts_per_step x samples_per_prompt": samples_per_step(c)}
+    shared_out = {"algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout": samples_per_update(c)}
     if c.stage.sft:
         shared_out["stage.sft.rows_per_step"] = c.stage.sft.rows_per_step
     for field, count in shared_out.items():

@@ -25,7 +25,7 @@ def answer(session: Session) -> Answers:
         ("greedy", 1, 0.0),
         ("sampled", config.data.evaluation_samples, config.rollout.temperature),
     ):
-        samples = session.generate(asked, count, EVALUATION_STEP, temperature)
+        samples, _ = session.generate(asked, count, EVALUATION_STEP, temperature)
         texts = [session.text(sample) for sample in samples]
         found[name] = [
             {"id": row["id"], "response": text, "scores": judge(session.verifiers, config.data.scores, row, text)}

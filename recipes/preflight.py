@@ -198,13 +198,16 @@ def tokenizer(config: Config) -> str:
         return f"not looked at: {folder} is not on this machine"
     from transformers import AutoTokenizer
 
+    from rollout import chat_layout
+
+    chat_layout.register()  # or transformers asks at the terminal whether to run the folder's code
     found = AutoTokenizer.from_pretrained(folder)
     if found.eos_token_id is None:
         raise ConfigError(f"model.path={config.model.path!r}: the tokenizer has no eos_token, which ends a response")
     if not found.chat_template:
         raise ConfigError(f"model.path={config.model.path!r}: the tokenizer has no chat template; add one")
     raw = json.loads((folder / "config.json").read_text())
-    rows = raw.get("vocab_size") or raw["text_config"]["vocab_size"]
+    rows = (raw.get("text_config") or raw.get("llm_config") or raw)["vocab_size"]
     if len(found) > rows:
         raise ConfigError(
             f"model.path={config.model.path!r}: the tokenizer has {len(found)} tokens, the model's vocabulary {rows}: "

@@ -1,6 +1,9 @@
 """The RL loop. It reads as the algorithm; its parts are in rollout/, rewards/, recipes/algorithms/, megatron_ext/."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,121 +14,242 @@ from megatron_ext import checkpoint, optimizer, steps
 from megatron_ext.packing import MicroBatch, PackedSequence, VisionInputs
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
-from recipes.algorithms import algorithm
-from recipes.algorithms.losses import kl_k3, sequence_mean_token_mean
+from recipes.algorithms import mismatch, objective
+from recipes.algorithms.advantages import Outcomes, per_token
+from recipes.algorithms.parts import part
+from recipes.algorithms.shaping import informative, overlong_penalty, select_groups
 from recipes.data import prompts
+from recipes.data.processor import ProcessedPrompt
 from recipes.session import Session
 from rewards import mixing
 from rewards.verdict import Verdict
+from rollout.pool import Pool, Rollout
 from rollout.sample import Sample
 
 
+@dataclass(frozen=True)
+class Group:
+    """A prompt and what was made of it: its responses, and the reward of each with the verdicts behind it."""
+
+    row: prompts.Row
+    vision: VisionInputs | None
+    samples: list[Sample]
+    judged: list[tuple[float, dict[str, Verdict]]]
+
+
 def fit(session: Session, reference: Path) -> None:
-    """Prompts → rollout → rewards → advantages → Megatron step → weight bridge → rollout, ``algorithm.steps`` times.
+    """Prompts → rollout → rewards → advantages → Megatron steps → weight bridge → rollout, ``algorithm.steps`` times.
 
     ``reference`` is the Hugging Face folder of the policy that the KL penalty refers to. Where the run has a
-    checkpoint, the loop goes on behind the newest, exactly: a step's prompts and seeds depend on nothing but the step.
+    checkpoint, the loop goes on behind the newest. With ``rollout.staleness`` the next step's samples are made, by
+    weights one update older, while the trainer works on this one's.
     """
-    config, model = session.config, session.model
-    algo, rows = algorithm(config.algorithm.name), prompts.load_rows(config.data.prompts)
-    optim, schedule = session.build_optimizer(config.algorithm, config.algorithm.steps)
+    config, model, algorithm = session.config, session.model, session.config.algorithm
+    rows = prompts.load_rows(config.data.prompts)
+    advantage, aggregation = part("advantage", algorithm), part("aggregation", algorithm)
+    loss = objective.loss(algorithm, session.parallel.context_group)
+    optim, schedule = session.build_optimizer(algorithm, algorithm.steps * algorithm.updates_per_rollout)
     reference_weights = steps.load_weights(model, reference)
-    folder, done = session.run_dir / "checkpoints", 0
+    folder, done, ahead = session.run_dir / "checkpoints", 0, config.rollout.staleness
+    by_id = {row["id"]: row for row in rows}
+    pool = make_pool(session, rows)
     if newest := checkpoint.latest(folder):
         done = checkpoint.load(newest, model, optim, schedule)
+        pool.load(checkpoint.progress(newest)["pool"])
     session.truncate_records(done)
-    session.sync_weights(done)
+    rollout = Rollout(pool, session.engines, session.control, partial(judge, session, by_id))
+    sync_bytes = session.sync_weights(done)
 
-    def loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        values, now = batch.values, log_probs.detach()
-        gap = (now - values["rollout"]).abs()
-        worst = gap.max() if len(gap) else gap.sum()  # a context-parallel rank can have none of a micro-batch's tokens
-        measured = {"kl": kl_k3(now, values["reference"]).sum(), "gap": gap.sum(), "gap/max": worst}
-        return (algo.token_loss(log_probs, batch, config.algorithm) * values["weight"]).sum(), measured
+    for step in range(done, algorithm.steps):
+        with session.phase("generate"):  # and reward: each sample is judged while others are being generated
+            groups = collect(session, rollout, by_id, step, started=ahead > 0 and step > done)
+            session.sleep_engines()
+        if ahead and step + 1 < algorithm.steps:
+            with session.phase("sync"):
+                sync_bytes = session.sync_weights(step)
+            rollout.start((step + 1) * algorithm.sampling_rounds)
 
-    for step in range(done, config.algorithm.steps):
-        batch = prompts.mixed(rows, config.data.mix, step, config.algorithm.prompts_per_step, config.seed)
-
-        with session.phase("generate"):
-            asked = [session.prompts(row) for row in batch]
-            group = config.algorithm.samples_per_prompt
-            samples = session.generate([a.prompt for a in asked], group, step, config.rollout.temperature)
-
-        with session.phase("reward"):
-            judged = [
-                mixing.reward(batch[i // group], session.text(s), session.verifiers, config.rewards.mix)
-                for i, s in enumerate(samples)
-            ]
-            rewards = torch.tensor([reward for reward, _ in judged], dtype=torch.float64).view(-1, group)
-            advantages = algo.advantages(rewards, config.algorithm).flatten().tolist()
+        samples, judged = [s for g in groups for s in g.samples], [j for g in groups for j in g.judged]
+        lengths = torch.tensor([[len(s.response_token_ids) for s in g.samples] for g in groups])
+        rewards = torch.tensor([[reward for reward, _ in g.judged] for g in groups], dtype=torch.float64)
+        longest = config.rollout.max_response_tokens
+        shaped = rewards + overlong_penalty(lengths, longest=longest, overlong_fraction=algorithm.overlong_fraction)
 
         with session.phase("logprobs"):
-            lengths = [len(s.response_token_ids) for s in samples]
-            images = [a.vision for a in asked for _ in range(group)]
-            sequences = contributing(
-                samples, images, advantages, config.algorithm.skip_zero_advantage, trainer.sequence_multiple(config)
-            )
-            trained_tokens = sum(len(s.response) for s in sequences)
-            micro_batches = session.micro_batches(sequences)
-            with steps.weights_of(model, reference_weights):
-                found = steps.log_probs(model, micro_batches, config.rollout.temperature)
-            for micro, log_probs in zip(micro_batches, found, strict=False):  # none off the last pipeline stage
-                micro.values["reference"] = log_probs
+            sequences = [packed(s, g.vision) for g in groups for s in g.samples]
+            penalties = kl_rewards(session, sequences, reference_weights)
+            advantages = per_token(advantage(Outcomes(shaped, lengths, penalties)), lengths)
+            size = len(samples) // algorithm.updates_per_rollout
+            chosen = [
+                contributing(
+                    sequences[i : i + size],
+                    advantages[i : i + size],
+                    token_weights(aggregation, sequences[i : i + size], rewards.flatten()[i : i + size].tolist()),
+                    algorithm.skip_zero_advantage,
+                    trainer.sequence_multiple(config),
+                )
+                for i in range(0, len(samples), size)
+            ]
+            updates = [session.micro_batches(sequences) for sequences in chosen]
+            for micro_batches in updates:
+                with steps.weights_of(model, reference_weights):
+                    add_log_probs(session, micro_batches, "reference")
+                if len(updates) > 1:
+                    add_log_probs(session, micro_batches, "old")
 
+        sums: dict[str, float] = {}
         with session.phase("train"):
-            sums = steps.accumulate_gradients(model, micro_batches, loss, config.rollout.temperature)
-            grad_norm = optimizer.step(optim, schedule)
+            for micro_batches in updates:
+                found = steps.accumulate_gradients(
+                    model, micro_batches, loss, config.rollout.temperature, algorithm.entropy_coefficient > 0
+                )
+                mismatch.check(mismatch.report(found), mismatch_alarm=algorithm.mismatch_alarm)
+                found["grad_norm"] = optimizer.step(optim, schedule)
+                steps.add_metrics(sums, found)
+        trained_tokens = sums["logprob_gap/tokens"]
 
-        with session.phase("sync"):
-            sync_bytes = session.sync_weights(step + 1)
+        if not ahead or step + 1 == algorithm.steps:
+            with session.phase("sync"):
+                sync_bytes = session.sync_weights(step + 1)
 
         metrics = {
             "step": step + 1,
-            "reward/mean": float(rewards.mean()),
+            "reward/mean": float(rewards.nanmean()),
             **{f"reward/{name}": score for name, score in verifier_means(judged).items()},
             "kl/reference": sums["kl"] / trained_tokens,
-            "logprob_gap/mean": sums["gap"] / trained_tokens,
-            "logprob_gap/max": sums["gap/max"],
-            "loss": sums["loss"],
-            "grad_norm": grad_norm,
-            "trained_samples": len(sequences),
-            "response_length/mean": fmean(lengths),
-            records.TOKENS_PER_SECOND: sum(lengths) / session.seconds["generate"],
+            **mismatch.report(sums),
+            **({"entropy": sums["entropy"] / trained_tokens} if "entropy" in sums else {}),
+            "loss": sums["loss"] / len(updates),
+            "grad_norm": sums["grad_norm"] / len(updates),
+            "trained_samples": sum(map(len, chosen)),
+            "response_length/mean": float(lengths.double().mean()),
+            "staleness/max": step - min(version for s in samples for version in s.weight_versions),
+            "forced_tokens": sum(len(s.forced) for s in samples),
+            records.TOKENS_PER_SECOND: int(lengths.sum()) / session.seconds["generate"],
             "sync/bytes": sync_bytes,
         }
-        record(session, metrics, batch, samples, judged, advantages)
-        if step + 1 == config.algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
+        record(session, metrics, groups, advantages)
+        if step + 1 == algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep)
+                progress = {"pool": pool.to_json()}
+                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, progress)
+
+
+def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
+    """The prompts of the data's successive steps, and how many of them are in flight."""
+    c = session.config
+
+    def draw(step: int) -> list[ProcessedPrompt]:
+        batch = prompts.mixed(rows, c.data.mix, step, c.algorithm.prompts_per_step, c.seed)
+        return [session.prompts(row) for row in batch]
+
+    return Pool(
+        draw,
+        session.sampling(c.rollout.temperature, c.rollout.max_step_tokens),
+        wanted=c.algorithm.prompts_per_step,
+        oversample=c.rollout.oversample,
+        samples_per_prompt=c.algorithm.samples_per_prompt,
+        seed=c.seed,
+    )
+
+
+def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> list[Any]:
+    """Reward and verdicts of a sample, as JSON; runs beside the engines in several threads."""
+    row = rows[sample.prompt_id]
+    reward, verdicts = mixing.reward(row, session.text(sample), session.verifiers, session.config.rewards.mix)
+    return [reward, {name: [verdict.score, verdict.label] for name, verdict in verdicts.items()}]
+
+
+def collect(session: Session, rollout: Rollout, rows: dict[str, prompts.Row], step: int, started: bool) -> list[Group]:
+    """The step's groups, generated and judged; ``started``: the engines are at it already. Collective.
+
+    Dynamic sampling (``algorithm.sampling_rounds`` above 1): further prompts are asked until enough groups have
+    differing rewards; where the rounds do not give as many, others fill up.
+    """
+    algorithm = session.config.algorithm
+    indices = range(algorithm.samples_per_prompt)
+    groups: list[Group] = []
+    for draw in range(step * algorithm.sampling_rounds, (step + 1) * algorithm.sampling_rounds):
+        if groups or not started:
+            rollout.start(draw)
+        for made in rollout.collect(partial(session.sync_weights, step)):
+            judged = [
+                (reward, {name: Verdict(*verdict) for name, verdict in verdicts.items()})
+                for reward, verdicts in (made.results[i] for i in indices)
+            ]
+            row = rows[made.asked.prompt.prompt_id]
+            groups.append(Group(row, made.asked.vision, [made.samples[i] for i in indices], judged))
+        rewards = torch.tensor([[reward for reward, _ in g.judged] for g in groups], dtype=torch.float64)
+        if int(informative(rewards).sum()) >= algorithm.prompts_per_step:
+            break
+    return [groups[i] for i in select_groups(rewards, algorithm.prompts_per_step)]
+
+
+def packed(sample: Sample, vision: VisionInputs | None) -> PackedSequence:
+    """A sample as the trainer takes it: exactly the ids that were sampled, and which of them were not but forced."""
+    sampled = [float(i not in sample.forced) for i in range(len(sample.response_token_ids))]
+    values = {"rollout": sample.logprobs, "sampled": sampled}
+    return PackedSequence(list(sample.prompt_token_ids), list(sample.response_token_ids), values, vision)
+
+
+def kl_rewards(session: Session, sequences: list[PackedSequence], reference: list[torch.Tensor]) -> torch.Tensor:
+    """What each response token of the rollout pays for leaving the reference, [tokens]; 0 where the loss has the KL."""
+    algorithm, temperature = session.config.algorithm, session.config.rollout.temperature
+    total = sum(len(s.response) for s in sequences)
+    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0:
+        return torch.zeros(total, dtype=torch.float64)
+    batches = session.micro_batches(sequences)
+    policy = steps.gather_tokens(session.model, batches, steps.log_probs(session.model, batches, temperature), total)
+    with steps.weights_of(session.model, reference):
+        found = steps.log_probs(session.model, batches, temperature)
+    kl = part("kl_estimator", algorithm)(policy, steps.gather_tokens(session.model, batches, found, total))
+    return -algorithm.kl_coefficient * kl.double()
+
+
+def add_log_probs(session: Session, micro_batches: list[MicroBatch], name: str) -> None:
+    """``values[name]``: log-probs of the micro-batches' response tokens under the model's present weights."""
+    found = steps.log_probs(session.model, micro_batches, session.config.rollout.temperature)
+    for micro, log_probs in zip(micro_batches, found, strict=False):  # none off the last pipeline stage
+        micro.values[name] = log_probs
+
+
+def token_weights(
+    aggregation: Callable[[list[int]], list[list[float]]], sequences: list[PackedSequence], rewards: list[float]
+) -> list[list[float]]:
+    """The weights of an update's response tokens. Forced tokens, and samples without a reward (NaN), count as if they
+    were not there."""
+    counted = [
+        0 if math.isnan(reward) else int(sum(s.values["sampled"])) for s, reward in zip(sequences, rewards, strict=True)
+    ]
+    weights = iter(aggregation([n for n in counted if n]))
+    found = []
+    for sequence, n in zip(sequences, counted, strict=True):
+        own = iter(next(weights) if n else [])
+        found.append([next(own) if n and sampled else 0.0 for sampled in sequence.values["sampled"]])
+    return found
 
 
 def contributing(
-    samples: list[Sample],
-    images: Sequence[VisionInputs | None],
-    advantages: list[float],
+    sequences: list[PackedSequence],
+    advantages: list[list[float]],
+    weights: list[list[float]],
     skip_zero_advantage: bool,
     multiple: int,
 ) -> list[PackedSequence]:
-    """The sequences to train on, weighted as a mean over *all* samples.
+    """The sequences to train on, with their tokens' advantages and weights; the weights stay those of *all* samples.
 
     A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes
     and drops only their KL term. Some are kept to make a multiple of ``multiple`` (``trainer.sequence_multiple``).
     """
-    weights = sequence_mean_token_mean([len(s.response_token_ids) for s in samples])
-    sequences = [
-        PackedSequence(
-            list(s.prompt_token_ids),
-            list(s.response_token_ids),
-            {"rollout": s.logprobs, "advantage": [advantage] * len(weight), "weight": weight},
-            vision,
-        )
-        for s, vision, advantage, weight in zip(samples, images, advantages, weights, strict=True)
+    weighted = [
+        replace(s, values={**s.values, "advantage": advantage, "weight": weight})
+        for s, advantage, weight in zip(sequences, advantages, weights, strict=True)
     ]
     if not skip_zero_advantage:
-        return sequences
-    order = sorted(range(len(sequences)), key=lambda i: advantages[i] == 0)  # stable: the useful ones first
-    wanted = max(1, sum(advantage != 0 for advantage in advantages))
-    return [sequences[i] for i in order[: round_up(wanted, multiple)]]
+        return weighted
+    order = sorted(range(len(weighted)), key=lambda i: not any(advantages[i]))  # stable: the useful ones first
+    wanted = max(1, sum(map(any, advantages)))
+    return [weighted[i] for i in order[: round_up(wanted, multiple)]]
 
 
 def verifier_means(judged: list[tuple[float, dict[str, Verdict]]]) -> dict[str, float]:
@@ -137,34 +261,32 @@ def verifier_means(judged: list[tuple[float, dict[str, Verdict]]]) -> dict[str, 
 def record(
     session: Session,
     metrics: dict[str, Any],
-    batch: list[prompts.Row],
-    samples: list[Sample],
-    judged: list[tuple[float, dict[str, Verdict]]],
-    advantages: list[float],
+    groups: list[Group],
+    advantages: list[list[float]],
 ) -> None:
     """Rank 0 writes the step's metrics and samples and shows them; the phase clocks start anew."""
     times = {f"time/{name}": seconds for name, seconds in session.seconds.items()}
-    row = {**metrics, "time/step": sum(session.seconds.values()), **times}
+    line = {**metrics, "time/step": sum(session.seconds.values()), **times}
     session.seconds.clear()
     if session.rank != 0:
         return
-    group = session.config.algorithm.samples_per_prompt
+    of_samples = [(g.row, s, *j) for g in groups for s, j in zip(g.samples, g.judged, strict=True)]
     lines = [
         {
             "step": metrics["step"],
             "prompt_id": sample.prompt_id,
             "sample_index": sample.sample_index,
-            "prompt": batch[i // group]["prompt"],
+            "prompt": row["prompt"],
             "response": session.text(sample),
             "reward": reward,
             "verdicts": {name: {"score": v.score, "label": v.label} for name, v in verdicts.items()},
-            "advantage": advantage,
+            "advantage": fmean(advantage),
             "weight_version": sample.weight_version,
         }
-        for i, (sample, (reward, verdicts), advantage) in enumerate(zip(samples, judged, advantages, strict=True))
+        for (row, sample, reward, verdicts), advantage in zip(of_samples, advantages, strict=True)
     ]
     records.append_rows(session.run_dir / "samples.jsonl", lines)
-    records.append_rows(session.run_dir / "metrics.jsonl", [row])
-    session.display.step(row, session.config.algorithm.steps)
+    records.append_rows(session.run_dir / "metrics.jsonl", [line])
+    session.display.step(line, session.config.algorithm.steps)
     if session.wandb is not None:
-        session.wandb.log(row, step=metrics["step"])
+        session.wandb.log(line, step=metrics["step"])

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ import torch.distributed as dist
 import yaml
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from transformers import AutoTokenizer
 
 from megatron_ext import hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
@@ -30,6 +31,7 @@ from recipes.display import Display
 from rewards import mixing
 from rollout import sampler
 from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.generation import Generation
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.weight_sync.bridge import WeightBridge
 
@@ -51,6 +53,7 @@ class Session:
     control: dist.ProcessGroup
     verifiers: dict[str, Any]
     wandb: Any
+    version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -84,26 +87,56 @@ class Session:
         """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed.
 
         ``version`` is the number of RL steps that made the weights, so that a resumed run's samples name the same one.
+        Engines that died are started again first.
         """
-        return self.bridge.sync(version)["bytes"]
 
-    def generate(self, prompts: list[Prompt], samples_per_prompt: int, step: int, temperature: float) -> list[Sample]:
-        """Collective: samples by prompt, then index; the same list on every rank."""
+        def prepare() -> int:
+            died = [engine for engine in self.engines if not engine.alive]
+            for engine in died:
+                engine.restart()
+            wait_until_ready(died, time.monotonic() + self.config.rollout.startup_timeout)
+            self._tell_sleepers("/wake", ["weights"])
+            return len(died)
+
+        if from_rank_zero(prepare, self.control):
+            self.bridge.attach(self.engines)
+        placed, self.version = self.bridge.sync(version)["bytes"], version
+        from_rank_zero(lambda: self._tell_sleepers("/wake", ["kv_cache"]), self.control)
+        return placed
+
+    def sleep_engines(self) -> None:
+        """Collective: the engines' GPU memory is the trainer's until the next sync, where ``rollout.sleep`` says so."""
+        from_rank_zero(lambda: self._tell_sleepers("/sleep", ["weights", "kv_cache"]), self.control)
+
+    def _tell_sleepers(self, path: str, tags: list[str]) -> None:
+        for engine in self.engines:
+            if engine.settings.sleep and engine.alive:
+                engine.call("POST", path, {"tags": tags})
+
+    def sampling(self, temperature: float, round_tokens: int | None = None) -> Sampling:
         c = self.config.rollout
-        sampling = Sampling(
+        return Sampling(
             max_tokens=c.max_response_tokens,
             stop_token_ids=(self.tokenizer.eos_token_id,),
             temperature=temperature,
             top_p=c.top_p if temperature > 0 else 1.0,
+            round_tokens=round_tokens,
+            thinking_budget=c.thinking_budget,
         )
 
-        def work() -> list[dict[str, Any]]:
-            samples = sampler.generate(
-                self.engines, prompts, sampling, samples_per_prompt=samples_per_prompt, seed=self.config.seed, step=step
-            )
-            return [sample.to_json() for sample in samples]
-
-        return [Sample.from_json(data) for data in from_rank_zero(work, self.control)]
+    def generate(
+        self,
+        prompts: list[Prompt],
+        samples_per_prompt: int,
+        step: int,
+        temperature: float,
+        on_sample: Callable[[Sample], Any] | None = None,
+    ) -> tuple[list[Sample], list[Any]]:
+        """Collective: samples by prompt, then index, and what ``on_sample`` (``Generation``) said of each; the same on
+        every rank. ``step`` decides the noise."""
+        requests = sampler.make_requests(prompts, samples_per_prompt, self.config.seed, step)
+        generation = Generation(self.engines, requests, self.sampling(temperature), on_sample)
+        return generation.collect(self.control, partial(self.sync_weights, self.version))
 
     def text(self, sample: Sample) -> str:
         """The response as a reader sees it. For verifiers and people only: training uses the token ids."""
@@ -153,6 +186,8 @@ def open_session(config: Config) -> Iterator[Session]:
         tensor_parallel_size=c.rollout.tensor,
         threads=c.rollout.threads,
         device=c.cluster.platform,
+        thinking=thinking_marks(c),
+        sleep=c.rollout.sleep,
     )
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
@@ -211,6 +246,15 @@ def open_session(config: Config) -> Iterator[Session]:
             verifiers,
             wandb,
         )
+
+
+def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Token ids of ``rollout.thinking_marks``; None without a budget."""
+    if config.rollout.thinking_budget is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    begin, end = (tuple(tokenizer.encode(mark, add_special_tokens=False)) for mark in config.rollout.thinking_marks)
+    return begin, end
 
 
 def wait_until_ready(engines: list[Engine], deadline: float) -> None:

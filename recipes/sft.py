@@ -6,7 +6,7 @@ import torch
 
 from megatron_ext import optimizer, steps
 from megatron_ext.packing import MicroBatch, PackedSequence
-from recipes.algorithms.losses import sequence_mean_token_mean
+from recipes.algorithms.aggregation import sequence_mean_token_mean
 from recipes.data import prompts
 from recipes.session import Session
 

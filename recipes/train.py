@@ -61,12 +61,21 @@ def prepare_run(config: Config) -> None:
 
 
 def check_parts(config: Config) -> None:
-    """Find the algorithm, the verifiers and the data that the run will ask for. Raises ConfigError naming the field."""
-    from recipes.algorithms import module_path
+    """Find the algorithm's parts, the verifiers and the data that the run will ask for.
+
+    Raises ConfigError naming the field.
+    """
+    from recipes.algorithms.parts import PARTS, part
     from recipes.data.prompts import SFT_FIELDS, load_rows, mixed
     from rewards import mixing
 
-    module_path(config.algorithm.name)
+    for name in PARTS:
+        part(name, config.algorithm)
+    if config.algorithm.advantage in ("gae", "gae_whitened"):
+        raise ConfigError(
+            f"algorithm.advantage={config.algorithm.advantage!r}: needs a critic, which this loop does not train; "
+            "choose another advantage"
+        )
     rows = load_rows(config.data.prompts)
     mixed(rows, config.data.mix, 0, config.algorithm.prompts_per_step, config.seed)
     try:

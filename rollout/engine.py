@@ -26,13 +26,18 @@ class EngineError(RuntimeError):
     """An engine died, refused a request, or answered with an error."""
 
 
+class EngineDied(EngineError):
+    """An engine's process ended in the middle of a batch. What it has not finished can be asked of another."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """One engine (a vLLM instance with ``tensor_parallel_size`` workers).
 
     ``model`` is a folder with ``config.json``; weights are never read from it, they come over the weight bridge.
     ``kv_cache_gib`` is the key-value cache per worker in GiB; ``threads`` the OpenMP threads per worker (CPU only).
-    Raises ValueError for impossible values.
+    ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``); ``sleep``
+    lets the engine give its GPU memory back between batches. Raises ValueError for impossible values.
     """
 
     model: str
@@ -45,6 +50,8 @@ class EngineSettings:
     threads: int = 1
     device: str = "cpu"
     enforce_eager: bool = True
+    thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    sleep: bool = False
 
     def __post_init__(self) -> None:
         if not Path(self.model, "config.json").is_file():
@@ -63,6 +70,10 @@ class EngineSettings:
             )
         if self.kv_cache_gib <= 0:
             raise ValueError(f"rollout.kv_cache_gib={self.kv_cache_gib}: must be positive")
+        if self.thinking is not None and not all(self.thinking):
+            raise ValueError(f"rollout.thinking={self.thinking!r}: give the token ids of both marks, or null")
+        if self.sleep and self.device == "cpu":
+            raise ValueError("rollout.sleep=true: vLLM has no sleep mode on a CPU; use false there")
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:
@@ -97,7 +108,10 @@ def environment(settings: EngineSettings) -> dict[str, str]:
 
 
 class Engine:
-    """A running engine process and its HTTP address. Made by :func:`start_engines`."""
+    """A running engine process and its HTTP address. Made by :func:`start_engines`.
+
+    ``starts`` counts its processes: after :meth:`restart` it is empty and needs a plan and a sync, like a new one.
+    """
 
     def __init__(self, settings: EngineSettings, log_path: Path) -> None:
         """Start the process; :meth:`wait_until_ready` waits for it.
@@ -106,17 +120,22 @@ class Engine:
         """
         self.settings = settings
         self.log_path = log_path
+        self.starts = 0
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._start()
+
+    def _start(self) -> None:
+        self.starts += 1
         # The listening socket is made here and inherited, so the port can't be taken by anyone else in between.
-        with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, open(log_path, "ab") as log:
+        with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, open(self.log_path, "ab") as log:
             self.port: int = listener.getsockname()[1]
-            arguments = [json.dumps(asdict(settings)), str(listener.fileno()), str(os.getpid())]
+            arguments = [json.dumps(asdict(self.settings)), str(listener.fileno()), str(os.getpid())]
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "rollout.engine_server", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(settings),
+                env=environment(self.settings),
                 pass_fds=(listener.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches the owner only, which stops its engines in order
             )
@@ -128,6 +147,14 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
+
+    def restart(self) -> None:
+        """Put a new process in the place of the old one; :meth:`wait_until_ready` waits for it.
+
+        Call from a thread that lives as long as the engine.
+        """
+        self.kill()
+        self._start()
 
     def wait_until_ready(self, deadline: float) -> None:
         """Block until the engine answers. Raises EngineError with the log's tail when it dies or ``deadline`` (of
@@ -149,14 +176,16 @@ class Engine:
         """``weight_version`` (None before the first good sync), ``stale`` (a sync failed), ``workers``."""
         return self.call("GET", "/health", timeout=30.0)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
-        """Samples in completion order. All requests enter the engine between the same two of its steps.
+    def generate(self, requests: Sequence[Request], sampling: Sampling, enough: int | None = None) -> Iterator[Sample]:
+        """Samples in completion order, with what had been begun of them; until ``enough`` prompts have all of theirs.
 
-        The same requests on the same weights give the same bits, as long as no other batch runs at the same time.
-        Raises EngineError before the first sync, after a failed one, for a request that does not fit, and when the
-        engine dies.
+        All requests enter the engine between the same two of its steps: the same requests on the same weights give the
+        same bits, as long as no other batch runs at the same time.
+        Raises EngineError before the first sync, after a failed one, and for a request that does not fit; EngineDied
+        when the engine dies or breaks off (it is killed then).
         """
-        body = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling)}
+        body = {"requests": [request.to_json() for request in requests], "sampling": asdict(sampling), "enough": enough}
+        begun = {request.key: request.begun for request in requests}
         connection = self._connect(timeout=None)
         try:
             response = self._send(connection, "POST", "/generate", body)
@@ -166,12 +195,14 @@ class Engine:
                 if "error" in message:
                     raise EngineError(self._describe(message["error"], log=False))
                 if "sample" in message:
-                    yield Sample.from_json(message["sample"])
+                    sample = Sample.from_json(message["sample"])
+                    yield sample.after(begun[sample.key])
                 finished = "done" in message
             if not finished:
-                raise EngineError(self._describe("broke off in the middle of a batch"))
+                raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-            raise EngineError(self._describe(f"broke off in the middle of a batch ({error})")) from error
+            self.kill()
+            raise EngineDied(self._describe(f"broke off in the middle of a batch ({error})")) from error
         finally:
             connection.close()
 
@@ -185,6 +216,11 @@ class Engine:
         finally:
             connection.close()
 
+    def kill(self) -> None:
+        """End the process at once; its workers die with it."""
+        self.process.kill()
+        self.process.wait()
+
     def stop(self, grace: float = 10.0) -> None:
         """End the process and its workers: ask, and after ``grace`` seconds kill. Does nothing when it is gone."""
         if self.alive:
@@ -192,8 +228,7 @@ class Engine:
                 self.call("POST", "/shutdown", timeout=grace)
                 self.process.wait(grace)
             except (EngineError, subprocess.TimeoutExpired):
-                self.process.kill()  # its workers die with it
-                self.process.wait()
+                self.kill()
 
     def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)

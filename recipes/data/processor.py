@@ -29,6 +29,7 @@ from megatron_ext.models import family
 from megatron_ext.packing import VisionInputs
 from recipes.config import ConfigError
 from recipes.data.prompts import Row, check_length, load_rows, media_files, prompt_tokens
+from rollout import chat_layout
 from rollout.media import clip
 from rollout.sample import Media, Prompt
 
@@ -267,6 +268,7 @@ def internvl_chat_processor(model_path: str, config: dict[str, Any]) -> InternVL
     vLLM cut them: with Pillow's resize and ImageNet's mean and deviation. Raises ConfigError for a tokenizer without
     the tokens, and for settings that transformers' processor does not have.
     """
+    chat_layout.register()  # or transformers asks at the terminal whether to run the folder's code
     known = AutoTokenizer.from_pretrained(model_path).get_vocab()
     if missing := [token for token in CHAT_TOKENS.values() if token not in known]:
         raise ConfigError(f"model.path={model_path!r}: its tokenizer has no {missing[0]!r}: take InternVL3's own")

@@ -2,10 +2,10 @@
 
 The model's ``load_weights`` is called with meta tensors in place of a checkpoint. A view of a meta tensor carries its
 offset and strides, so when a loader finally copies into a parameter, source and target say which rectangle goes where.
-Nothing is read or written. A loader that does more than slice and copy (converts, adds, transposes) can't be expressed
-as rectangles and is refused with the parameter's name.
+Nothing is read, and only padding is written: zeros. A loader that does more than slice and copy (converts, adds,
+transposes) can't be expressed as rectangles and is refused with the parameter's name.
 
-Uses no vLLM internals: any module with ``load_weights(iterable of (name, tensor))`` works.
+Uses no vLLM internals: any module with ``load_weights(iterable of (name, tensor))`` works, on the meta device too.
 """
 
 import math
@@ -46,7 +46,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, sources: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.sources = {tensor.untyped_storage()._cdata: (name, tensor) for name, tensor in sources.items()}
-        self.parameters = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items()}
+        self.parameters = {tensor.untyped_storage()._cdata: (name, tensor) for name, tensor in parameters.items()}
         self.regions: dict[str, list[Region]] = {name: [] for name in parameters}
         self.padding: dict[str, list[Rectangle]] = {name: [] for name in parameters}
 
@@ -54,18 +54,29 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and args[1].is_meta:
             self._record_copy(args[0], args[1])
             return args[0]
-        if func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default) and not args[0].is_meta:
+        fills = func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+        if fills and args[0].untyped_storage()._cdata in self.parameters:
             self._record_fill(args[0], args[1] if len(args) > 1 else 0)
+        else:
+            self._refuse_writes(func, args)
         return func(*args, **(kwargs or {}))
 
+    def _refuse_writes(self, func: Any, args: Any) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, torch.Tensor):
+                continue
+            storage = value.untyped_storage()._cdata
+            for name, _ in (known[storage] for known in (self.sources, self.parameters) if storage in known):
+                raise LayoutError(f"{name}: vLLM's loader changes it by {func}: more than slicing and copying")
+
     def _target(self, target: torch.Tensor, what: str) -> tuple[str, Rectangle]:
-        name, parameter = self.parameters.get(target.untyped_storage().data_ptr(), (None, None))
+        name, parameter = self.parameters.get(target.untyped_storage()._cdata, (None, None))
         if name is None or parameter is None:
             raise LayoutError(
                 f"{what}: vLLM writes it into a tensor of shape {tuple(target.shape)} that is no parameter"
             )
         rectangle = view_rectangle(target, tuple(parameter.shape))
-        if rectangle is None:
+        if rectangle is None or target.dtype != parameter.dtype:
             raise LayoutError(f"{what}: vLLM writes it into {name} but not as a rectangle")
         return name, rectangle
 
@@ -76,12 +87,12 @@ class _Recorder(TorchDispatchMode):
             raise LayoutError(f"{name}: vLLM's loader computes its values instead of slicing them")
         name, rectangle = self._target(target, hf_name)
         taken = view_rectangle(source, tuple(tensor.shape))
-        if taken is None or taken.shape != rectangle.shape:
+        if taken is None or taken.shape != rectangle.shape or source.dtype != tensor.dtype:
             raise LayoutError(f"{name}: vLLM's loader takes no plain rectangle of {hf_name} for it")
         self.regions[name].append(Region(rectangle.start, hf_name, taken.start, rectangle.shape))
 
     def _record_fill(self, target: torch.Tensor, value: Any) -> None:
-        if target.untyped_storage().data_ptr() not in self.parameters or not target.numel():
+        if not target.numel():
             return
         name, rectangle = self._target(target, "padding")
         if value != 0:
@@ -102,7 +113,7 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if buffer is None or id(buffer) in parameters:
             continue
         if name.rpartition(".")[2] in UNIT_SCALES:
-            if bool((buffer != 1).any()):
+            if not buffer.is_meta and bool((buffer != 1).any()):
                 raise LayoutError(f"{name} is {buffer}: quantised key-value caches are not supported")
             continue
         tensors[name] = buffer

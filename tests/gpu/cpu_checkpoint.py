@@ -35,7 +35,7 @@ def main() -> None:
         for parameter in policy.chunks[0].module.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=draw))
         optimizer.step(optim, schedule)
-        checkpoint.save(target, 1, policy, optim, schedule, keep=1)
+        checkpoint.save(target, 1, policy, optim, schedule, keep=1, progress={})
     else:
         newest = checkpoint.latest(target)
         assert newest is not None and checkpoint.load(newest, policy, optim, schedule) == 1

@@ -91,7 +91,7 @@ class Policy:
         return [(self.gradients()["loss"], optimizer.step(self.optimizer, self.schedule)) for _ in range(count)]
 
     def save(self, folder: Path, step: int, keep: int) -> None:
-        checkpoint.save(folder, step, self.model, self.optimizer, self.schedule, keep)
+        checkpoint.save(folder, step, self.model, self.optimizer, self.schedule, keep, {})
 
     def load(self, folder: Path) -> int:
         newest = checkpoint.latest(folder)

@@ -1,5 +1,6 @@
 """The configuration: what stands in conf/ is what the code reads, and what can't work stops with a useful line."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from recipes.algorithms.parts import PARTS
 from recipes.config import Config, ConfigError, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +66,7 @@ def test_the_demo_is_what_its_files_say() -> None:
     assert config.parallel.tensor > 1
     assert config.parallel.sequence
     assert config.parallel.distributed_optimizer
-    assert config.algorithm.name == "grpo"
+    assert (config.algorithm.advantage, config.algorithm.policy_loss) == ("grpo", "ppo_clip")
     assert config.resume is False
 
 
@@ -133,7 +135,13 @@ def test_a_default_stands_once() -> None:
 def test_every_field_is_read_somewhere() -> None:
     code = "".join(path.read_text() for path in (ROOT / "recipes").rglob("*.py") if path.name != "config.py")
     # A field that only a check reads is no setting.
-    unread = [path for path in FIELDS if not re.search(rf"\.{path.rpartition('.')[2]}\b", code)]
+    # A part's name is read by ``parts.part``, which also sets the fields that are its keywords.
+    bound = {
+        *PARTS,
+        *(name for parts in PARTS.values() for part in parts for name in inspect.signature(part).parameters),
+    }
+    names = {path: path.rpartition(".")[2] for path in FIELDS}
+    unread = [path for path, name in names.items() if name not in bound and not re.search(rf"\.{name}\b", code)]
     assert unread == []
 
 
@@ -172,7 +180,17 @@ def test_every_field_is_read_somewhere() -> None:
         (["algorithm.steps=0"], "algorithm.steps", "0", "above 0"),
         (["algorithm.prompts_per_step=0"], "algorithm.prompts_per_step", "0", "above 0"),
         (["algorithm.learning_rate=-1e-6"], "algorithm.learning_rate", "-1e-06", "above 0"),
-        (["algorithm.clip_ratio=0"], "algorithm.clip_ratio", "0.0", "above 0"),
+        (["algorithm.clip_low=1"], "algorithm.clip_low", "1.0", "in (0, 1)"),
+        (["algorithm.clip_high=0"], "algorithm.clip_high", "0.0", "above 0"),
+        (["algorithm.dual_clip=1"], "algorithm.dual_clip", "1.0", "above 1"),
+        (["algorithm.discount=1.5"], "algorithm.discount", "1.5", "in [0, 1]"),
+        (["algorithm.overlong_fraction=-1"], "algorithm.overlong_fraction", "-1.0", "in [0, 1]"),
+        (["algorithm.kl_in=rewards"], "algorithm.kl_in", "rewards", "use one of loss, reward"),
+        (["algorithm.kl_estimator=k1"], "algorithm.kl_estimator", "k1", "use k2 or k3"),
+        (["algorithm.drift_cap=-1"], "algorithm.drift_cap", "-1.0", "0 or more"),
+        (["algorithm.updates_per_rollout=5"], "algorithm.updates_per_rollout", "5", "divide"),
+        (["algorithm.sequence_ratio_bounds=[2,3]"], "algorithm.sequence_ratio_bounds", "[2.0, 3.0]", "around 1"),
+        (["algorithm.token_ratio_veto=2"], "algorithm.token_ratio_veto", "2.0", "in (0, 1)"),
         (["algorithm.samples_per_prompt=1"], "algorithm.samples_per_prompt", "1", "at least 2"),
         (["algorithm.kl_coefficient=-1"], "algorithm.kl_coefficient", "-1.0", "0 or more"),
         (["algorithm.warmup_fraction=1"], "algorithm.warmup_fraction", "1.0", "in [0, 1)"),
@@ -192,6 +210,12 @@ def test_every_field_is_read_somewhere() -> None:
         (["rollout.max_response_tokens=0"], "rollout.max_response_tokens", "0", "above 0"),
         (["rollout.temperature=0"], "rollout.temperature", "0.0", "above 0"),
         (["rollout.top_p=1.1"], "rollout.top_p", "1.1", "in (0, 1]"),
+        (["rollout.staleness=2"], "rollout.staleness", "2", "use 0"),
+        (["rollout.staleness=1"], "rollout.staleness", "1", "algorithm.importance_sampling=true"),
+        (["rollout.oversample=0.5"], "rollout.oversample", "0.5", "use 1"),
+        (["rollout.max_step_tokens=8"], "rollout.max_step_tokens", "8", "more than 1"),
+        (["rollout.thinking_budget=0"], "rollout.thinking_budget", "0", "null"),
+        (["rollout.sleep=true"], "rollout.sleep", "true", "needs a GPU"),
         (["data.max_prompt_tokens=0"], "data.max_prompt_tokens", "0", "above 0"),
         (["data.evaluation_samples=0"], "data.evaluation_samples", "0", "above 0"),
         (["data.mix.harmful=0"], "data.mix", "'harmful': 0", "at least 1"),
@@ -240,7 +264,8 @@ def test_impossible_values_name_field_value_and_remedy(
         (["+algorithm.foo=1"], "error: algorithm.foo: Key 'foo' not in 'AlgorithmConfig'; the fields are listed"),
         (["parallel=tp3"], "error: In 'config': Could not find 'parallel/tp3' Available options in 'parallel': "),
         (["algorithm.steps=0"], "error: algorithm.steps=0: must be above 0"),
-        (["algorithm.name=gpro"], "error: algorithm.name='gpro': no module recipes.algorithms.gpro; use grpo or"),
+        (["algorithm.advantage=gpro"], "error: algorithm.advantage='gpro': no such function; use one of grpo, "),
+        (["algorithm=ppo"], "error: algorithm.advantage='gae_whitened': needs a critic"),
         (["algorithm.prompts_per_step=1000"], "error: data.mix has 'harmful', of which data.prompts holds "),
         (["+data.scores.wit=[benign]"], "error: rewards.mix, data.scores: unknown verifier 'wit' ("),
         (["data.scores.safety=[none]"], "error: data.scores.safety=['none']: recipes/data/demo/eval.jsonl has rows"),

@@ -3,13 +3,15 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, Qwen2_5_VLModel, Qwen2Config
+from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLModel
 
+from recipes import preflight
 from recipes.config import ConfigError
 from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor, check_rows
 from rollout import engine_server
@@ -189,17 +191,12 @@ def test_tiles_of_the_two_internvl_layouts_are_of_the_same_places(
         assert (levels[0] - levels[1]).abs().mean() < 1  # two tiles in each other's place: some 60
 
 
-class ChatConfig(PretrainedConfig):
-    """What vLLM reads of the chat layout's configuration, whose class comes as code with the model."""
-
-    model_type = "internvl_chat"
-
-    def __init__(
-        self, llm_config: dict[str, Any] | None = None, vision_config: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        self.text_config = Qwen2Config(**(llm_config or {}))
-        self.vision_config = PretrainedConfig(**(vision_config or {}))
-        super().__init__(**options)
+@pytest.mark.parametrize("name", MODELS)
+def test_preflight_counts_the_tokens_of_every_layout(folder: Path, name: str) -> None:
+    config: Any = SimpleNamespace(model=SimpleNamespace(path=str(folder / name)))
+    fields = json.loads((folder / name / "config.json").read_text())
+    text = fields.get("text_config") or fields["llm_config"]
+    assert preflight.tokenizer(config).endswith(f"in a vocabulary of {text['vocab_size']}")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -213,7 +210,6 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    AutoConfig.register("internvl_chat", ChatConfig, exist_ok=True)
     settings = EngineSettings(
         model=str(folder / name),
         dtype="float32",

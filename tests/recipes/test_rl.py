@@ -1,12 +1,15 @@
 """What the loop trains on: exactly the ids that were sampled, weighted over all samples."""
 
+import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from megatron_ext.packing import pack, plan
-from recipes.rl import contributing, verifier_means
+from megatron_ext.packing import PackedSequence, pack, plan
+from recipes.algorithms.aggregation import sequence_mean_token_mean
+from recipes.rl import contributing, packed, token_weights, verifier_means
 from rewards.verdict import Verdict
 from rollout.sample import Sample
 from tests.recipes import tiny
@@ -24,12 +27,21 @@ def samples() -> list[Sample]:
         assert tokenizer.encode(text, add_special_tokens=False) != response[:-1]
         prompt = tokenizer.encode(f"the prompt {i}", add_special_tokens=False)
         log_probs = tuple(-draw.random() for _ in response)
-        made.append(Sample(f"p{i // 2}", i % 2, tuple(prompt), tuple(response), log_probs, "stop", 0))
+        made.append(
+            Sample(f"p{i // 2}", i % 2, tuple(prompt), tuple(response), log_probs, "stop", (0,) * len(response))
+        )
     return made
 
 
+def chosen(samples: list[Sample], advantages: list[float], skip: bool, multiple: int) -> list[PackedSequence]:
+    sequences = [packed(s, None) for s in samples]
+    of_tokens = [[a] * len(s.response) for a, s in zip(advantages, sequences, strict=True)]
+    weights = token_weights(sequence_mean_token_mean, sequences, [0.0] * len(samples))
+    return contributing(sequences, of_tokens, weights, skip, multiple)
+
+
 def test_the_packed_ids_are_the_sampled_ids(samples: list[Sample]) -> None:
-    sequences = contributing(samples, [None] * len(samples), [0.5] * 6, False, 1)
+    sequences = chosen(samples, [0.5] * 6, False, 1)
     found: dict[int, tuple[list[int], list[int], list[float]]] = {}
     for indices in plan([len(s) for s in sequences], 1, 48)[0]:
         batch = pack(sequences, indices, 2, 0, "cpu")
@@ -48,7 +60,7 @@ def test_the_packed_ids_are_the_sampled_ids(samples: list[Sample]) -> None:
 
 
 def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(samples: list[Sample]) -> None:
-    sequences = contributing(samples, [None] * len(samples), [0.5] * 6, False, 1)
+    sequences = chosen(samples, [0.5] * 6, False, 1)
     for sequence in sequences:
         assert sum(sequence.values["weight"]) == pytest.approx(1 / 6)
         assert sequence.values["advantage"] == [0.5] * len(sequence.response)
@@ -56,17 +68,34 @@ def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(sample
 
 def test_leaving_out_zero_advantages_leaves_the_other_weights(samples: list[Sample]) -> None:
     advantages = [0.0, 1.0, 0.0, 0.0, -1.0, 0.0]
-    every = contributing(samples, [None] * len(samples), advantages, False, 1)
-    chosen = contributing(samples, [None] * len(samples), advantages, True, 2)
-    assert chosen == [every[1], every[4]]
-    assert contributing(samples, [None] * len(samples), advantages, True, 3) == [every[1], every[4], every[0]], (
-        "filled up for three ranks"
-    )
+    every = chosen(samples, advantages, False, 1)
+    found = chosen(samples, advantages, True, 2)
+    assert found == [every[1], every[4]]
+    assert chosen(samples, advantages, True, 3) == [every[1], every[4], every[0]], "filled up for three ranks"
     none = [0.0] * 6
-    assert (
-        contributing(samples, [None] * len(samples), none, True, 2)
-        == contributing(samples, [None] * len(samples), none, False, 1)[:2]
-    ), "no rank goes without"
+    assert chosen(samples, none, True, 2) == chosen(samples, none, False, 1)[:2], "no rank goes without"
+
+
+def test_a_sample_without_a_reward_weighs_nothing_and_the_others_what_they_would_without_it(
+    samples: list[Sample],
+) -> None:
+    sequences = [packed(s, None) for s in samples]
+    found = token_weights(sequence_mean_token_mean, sequences, [1.0, math.nan, 0.0, 1.0, math.nan, 0.5])
+    without = token_weights(sequence_mean_token_mean, [sequences[i] for i in (0, 2, 3, 5)], [0.0] * 4)
+    assert [found[i] for i in (0, 2, 3, 5)] == without
+    assert found[1] == [0.0] * len(sequences[1].response)
+    assert found[4] == [0.0] * len(sequences[4].response)
+
+
+def test_a_forced_token_weighs_nothing_and_the_others_share_what_it_had(samples: list[Sample]) -> None:
+    forced = [replace(samples[0], forced=(1, 3)), *samples[1:]]
+    found, whole = (
+        token_weights(sequence_mean_token_mean, [packed(s, None) for s in made], [0.0] * 6)
+        for made in (forced, samples)
+    )
+    n = len(samples[0].response_token_ids)
+    assert found[0] == [0.0 if i in (1, 3) else 1 / (6 * (n - 2)) for i in range(n)]
+    assert found[1:] == whole[1:]
 
 
 def test_a_verifier_is_averaged_over_the_samples_it_judged() -> None:

@@ -47,6 +47,36 @@ def test_column_slices_are_rectangles_too():
     assert layout.regions == (Region((0, 0), "a", (0, 4), (3, 2)),)
 
 
+def test_a_model_without_memory_has_the_same_layout():
+    model = Model((5, 3), fused)
+    assert trace_layout(model.to("meta"), {"gate": (4, 3), "up": (4, 3)}) == trace_layout(
+        Model((5, 3), fused), {"gate": (4, 3), "up": (4, 3)}
+    )
+
+
+def test_weights_of_convolutions_and_of_tokens_keep_their_dimensions():
+    """Patch embeddings: whole in three dimensions of space and time, and cut by channels; a class token."""
+    (layout,) = trace_layout(Model((4, 3, 2, 5, 5), lambda p, _, t: p.data.copy_(t)), {"a": (4, 3, 2, 5, 5)})
+    assert layout.regions == (Region((0,) * 5, "a", (0,) * 5, (4, 3, 2, 5, 5)),)
+    (layout,) = trace_layout(Model((4, 2, 5, 5), lambda p, _, t: p.data.copy_(t.narrow(1, 1, 2))), {"a": (4, 3, 5, 5)})
+    assert layout.regions == (Region((0,) * 4, "a", (0, 1, 0, 0), (4, 2, 5, 5)),)
+    (layout,) = trace_layout(Model((1, 1, 6), lambda p, _, t: p.data.copy_(t)), {"a": (1, 1, 6)})
+    assert layout.regions == (Region((0,) * 3, "a", (0,) * 3, (1, 1, 6)),)
+
+
+def test_a_buffer_that_weights_fill_is_listed():
+    model = Model((4, 2), lambda p, n, t: (p if n == "a" else model.mean).data.copy_(t), mean=torch.ones(3))
+    layouts = trace_layout(model, {"a": (4, 2), "b": (3,)})
+    assert [(layout.name, layout.regions[0].hf_name) for layout in layouts] == [("p", "a"), ("mean", "b")]
+
+
+def test_a_buffer_that_is_not_saved_is_refused_when_weights_fill_it():
+    model = Model((4, 2), lambda p, n, t: (p if n == "a" else model.cache).data.copy_(t))
+    model.register_buffer("cache", torch.ones(3), persistent=False)
+    with pytest.raises(LayoutError, match=r"b: vLLM writes it into a tensor of shape \(3,\) that is no parameter"):
+        trace_layout(model, {"a": (4, 2), "b": (3,)})
+
+
 def test_a_tied_parameter_is_listed_once():
     model = Model((4, 2), lambda p, _, t: p.data.copy_(t))
     model.other = nn.Module()
@@ -67,6 +97,12 @@ def test_a_tied_parameter_is_listed_once():
         (lambda p, n, t: p.data.copy_(t.view(2, 4).t()), "p: vLLM's loader takes no plain rectangle of a"),
         (lambda p, n, t: p.data.copy_(t[:1]), "p: vLLM's loader takes no plain rectangle of a"),
         (lambda p, n, t: p.data.fill_(1), "p: vLLM's loader fills .* with 1"),
+        (lambda p, n, t: (p.data.copy_(t), p.data.add_(1)), r"p: vLLM's loader changes it by aten\.add_"),
+        (lambda p, n, t: (p.data.copy_(t), p.data[:1].copy_(torch.ones(1, 2))), "p: vLLM's loader changes it by aten"),
+        (lambda p, n, t: p.data.copy_(t.mul_(-1)), r"a: vLLM's loader changes it by aten\.mul_"),
+        (lambda p, n, t: p.data.copy_(t.zero_()), r"a: vLLM's loader changes it by aten\.zero_"),
+        (lambda p, n, t: p.data.copy_(t.view(torch.int32)), "p: vLLM's loader takes no plain rectangle of a"),
+        (lambda p, n, t: p.data.view(torch.int32).copy_(t), "a: vLLM writes it into p but not as a rectangle"),
         (lambda p, n, t: torch.empty(4, 2).copy_(t), "a: vLLM writes it into a tensor .* that is no parameter"),
     ],
 )

@@ -1,6 +1,8 @@
 """Programs that the vLLM tests start: ``python -m tests.rollout.vllm_processes fresh|owner …``."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -58,9 +60,12 @@ class ForeignEngine(Engine):
     def alive(self) -> bool:
         return Path(f"/proc/{self._pid}").exists()
 
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
 
 def as_argument(value: Any) -> str:
-    return json.dumps([asdict(v) for v in value] if isinstance(value, list) else asdict(value))
+    return json.dumps([request.to_json() for request in value] if isinstance(value, list) else asdict(value))
 
 
 if __name__ == "__mp_main__":

@@ -1,0 +1,38 @@
+"""vLLM's worker with one more method: load a peer's exported tensors as the peers' users do."""
+
+import json
+import os
+import time
+from typing import Any
+
+import torch
+
+from rollout.weight_sync.worker import WeightBridgeWorker
+
+
+class LoadingWorker(WeightBridgeWorker):
+    """The bridge's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
+
+    def load_exported(self, message: str) -> str:
+        """vLLM's ``load_weights`` of all tensors, which are views of shared memory; its seconds, or the error.
+
+        ``{"pid", "fd", "bytes", "tensors": [[name, shape, offset]]}``, all BF16. Reading the list and mapping the
+        memory are not timed.
+        """
+        try:
+            body = json.loads(message)
+            path = f"/proc/{body['pid']}/fd/{body['fd']}"
+            memory = torch.from_file(path, shared=True, size=body["bytes"], dtype=torch.uint8)
+            weights = [(name, _view(memory, offset, shape)) for name, shape, offset in body["tensors"]]
+            model: Any = self.get_model()  # type: ignore[attr-defined]
+            started = time.perf_counter()
+            with torch.no_grad():
+                model.load_weights(iter(weights))
+            return json.dumps({"seconds": time.perf_counter() - started, "pid": os.getpid()})
+        except Exception as error:  # reported to the caller; raising would kill the engine
+            return json.dumps({"error": f"{type(error).__name__}: {error}"})
+
+
+def _view(memory: torch.Tensor, offset: int, shape: list[int]) -> torch.Tensor:
+    size = torch.Size(shape).numel() * torch.bfloat16.itemsize
+    return memory[offset : offset + size].view(torch.bfloat16).view(shape)

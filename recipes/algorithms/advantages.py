@@ -1,0 +1,200 @@
+"""Advantages of a rollout: for each sample, [prompts, samples], or for each response token, [tokens].
+
+They are made of the whole rollout, which every rank knows, in FP64. A sample that no verifier could judge has the
+reward NaN: it is left out of every mean and gets the advantage 0. ``per_token`` gives the advantages to the tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What came of a rollout; raises ValueError where the shapes do not fit.
+
+    ``rewards`` [prompts, samples], NaN where there is none. ``lengths`` [prompts, samples]: response tokens.
+    ``token_rewards`` [tokens], prompt by prompt, sample by sample: what a token gets beside its sequence's reward,
+    which is −``kl_coefficient`` × KL where ``algorithm.kl_in`` is the reward. ``values`` [tokens]: a critic's, before
+    each token; None without a critic.
+    """
+
+    rewards: Tensor
+    lengths: Tensor
+    token_rewards: Tensor
+    values: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.rewards.dim() != 2 or self.rewards.shape != self.lengths.shape:
+            raise ValueError(
+                f"rewards {list(self.rewards.shape)} and lengths {list(self.lengths.shape)}: both must be "
+                "[prompts, samples]; a group can't be told from one dimension"
+            )
+        tokens = int(self.lengths.sum())
+        for name, given in (("token_rewards", self.token_rewards), ("values", self.values)):
+            if given is not None and given.shape != (tokens,):
+                raise ValueError(f"{name} {list(given.shape)}: the lengths make [{tokens}]")
+
+    @property
+    def judged(self) -> Tensor:
+        """[prompts, samples]: whether there is a reward."""
+        return ~self.rewards.isnan()
+
+    @property
+    def totals(self) -> Tensor:
+        """[prompts, samples]: each sample's reward and its tokens' together."""
+        sums = [part.sum() for part in self.token_rewards.double().split(self.lengths.flatten().tolist())]
+        return self.rewards.double() + torch.stack(sums).view_as(self.rewards)
+
+
+def dr_grpo(outcomes: Outcomes) -> Tensor:
+    """R − group mean (Dr. GRPO, Liu et al. 2025, section 3.2; CPGD's equal weight). Equal rewards give exactly 0."""
+    return _centred(outcomes.totals)
+
+
+def grpo(outcomes: Outcomes, *, advantage_epsilon: float) -> Tensor:
+    """(R − group mean) / (group std + ε) (DeepSeekMath, Shao et al. 2024; CPGD's std weight).
+
+    The std is the population's (our choice: the SafeWork-R1 report does not say).
+    """
+    centred = _centred(outcomes.totals)
+    std = _group_mean((centred**2).masked_fill(~outcomes.judged, torch.nan)).sqrt()
+    return (centred / (std + advantage_epsilon)).masked_fill(centred == 0, 0.0)
+
+
+def clip_filter(outcomes: Outcomes, *, clip_filter_cap: float) -> Tensor:
+    """min(cap, groups / groups with differing rewards) × (R − group mean): CPGD's clip-filter-like weight.
+
+    As if groups of equal rewards had been replaced by others (Liu et al. 2025, arXiv 2505.12504, section 4.3).
+    """
+    centred = _centred(outcomes.totals)
+    useful = int((centred != 0).any(dim=1).sum())
+    return centred * min(clip_filter_cap, len(centred) / max(useful, 1))
+
+
+def rloo(outcomes: Outcomes) -> Tensor:
+    """R − mean of the others in the group (Ahmadian et al. 2024, eq. 8), which is n/(n − 1) × (R − group mean)."""
+    n = outcomes.judged.sum(dim=1, keepdim=True)
+    return _centred(outcomes.totals) * n / (n - 1).clamp(min=1)
+
+
+def cale(outcomes: Outcomes, *, cale_alpha: float, cale_mu: float) -> Tensor:
+    """Length-conditioned: μ inter + (1 − μ) intra, over the shorter and the longer half of each group.
+
+    Inter: α R − mean of the shorter half for a long answer, R − α × mean of the longer half for a short one. Intra:
+    R − mean of its own half. With α < 1 a short right answer is worth more than a long one. Not published by
+    SafeWork-R1; from its authors' description. Our choices: of an odd group the shorter half has one more; equal
+    lengths stand in the order of the samples; a group of one length has no halves and gets R − mean.
+    """
+    totals = outcomes.totals
+    found = torch.zeros_like(totals)
+    for row, rewards, lengths, judged in zip(found, totals, outcomes.lengths, outcomes.judged, strict=True):
+        group = judged.nonzero().squeeze(1)
+        order = group[lengths[group].argsort(stable=True)]
+        short, long = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
+        if len(long) == 0 or lengths[order[0]] == lengths[order[-1]]:
+            row.copy_(_centred(rewards.unsqueeze(0))[0])
+            continue
+        inter_short = rewards[short] - cale_alpha * rewards[long].mean()
+        inter_long = cale_alpha * rewards[long] - rewards[short].mean()
+        row[short] = cale_mu * inter_short + (1 - cale_mu) * (rewards[short] - rewards[short].mean())
+        row[long] = cale_mu * inter_long + (1 - cale_mu) * (rewards[long] - rewards[long].mean())
+    return found
+
+
+def reinforce_plus_plus(outcomes: Outcomes, *, discount: float) -> Tensor:
+    """Each token's discounted return, made mean 0 and std 1 over all tokens of the rollout, [tokens] (Hu 2025)."""
+    rewards = _token_rewards(outcomes)
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros(len(rewards), dtype=rewards.dtype)
+    for t in reversed(range(rewards.shape[1])):
+        following = rewards[:, t] + discount * following
+        returns[:, t] = following
+    return _whitened(_packed(returns, outcomes.lengths), outcomes)
+
+
+def reinforce_plus_plus_baseline(outcomes: Outcomes) -> Tensor:
+    """R − group mean, made mean 0 and std 1 over all tokens of the rollout, [tokens] (Hu 2025, with a group mean)."""
+    per_sample = dr_grpo(outcomes).flatten()
+    return _whitened(per_sample.repeat_interleave(outcomes.lengths.flatten()), outcomes)
+
+
+def gae(outcomes: Outcomes, *, discount: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16); a critic's returns are these + values.
+
+    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t; the value behind the last token is 0. Raises ValueError
+    without ``values``.
+    """
+    if outcomes.values is None:
+        raise ValueError("algorithm.advantage=gae: needs a critic's values; choose another advantage without a critic")
+    rewards = _token_rewards(outcomes)
+    values = _padded(outcomes.values.double(), outcomes.lengths)
+    found = torch.zeros_like(rewards)
+    value_after = advantage_after = torch.zeros(len(rewards), dtype=rewards.dtype)
+    for t in reversed(range(rewards.shape[1])):
+        # Behind a sequence's end rewards and values are 0, so what is carried to its last token is 0.
+        error = rewards[:, t] + discount * value_after - values[:, t]
+        advantage_after = error + discount * gae_lambda * advantage_after
+        value_after = values[:, t]
+        found[:, t] = advantage_after
+    return _packed(found, outcomes.lengths).masked_fill(~_judged_tokens(outcomes), 0.0)
+
+
+def gae_whitened(outcomes: Outcomes, *, discount: float, gae_lambda: float) -> Tensor:
+    """``gae``, made mean 0 and std 1 over all tokens of the rollout, [tokens], as PPO implementations do."""
+    return _whitened(gae(outcomes, discount=discount, gae_lambda=gae_lambda), outcomes)
+
+
+def per_token(advantages: Tensor, lengths: Tensor) -> list[list[float]]:
+    """Advantages of samples or of tokens → those of each sequence's response tokens."""
+    counts = lengths.flatten()
+    if advantages.dim() == 2:
+        advantages = advantages.flatten().repeat_interleave(counts)
+    return [part.tolist() for part in advantages.split(counts.tolist())]
+
+
+def _group_mean(values: Tensor) -> Tensor:
+    """[prompts, 1]: the mean of what is not NaN."""
+    return values.nanmean(dim=1, keepdim=True)
+
+
+def _centred(totals: Tensor) -> Tensor:
+    """Minus the group's mean; 0 for what has no reward and, exactly, for a group of equal ones (a mean is rounded)."""
+    missing = totals.isnan()
+    equal = totals.masked_fill(missing, -torch.inf).amax(1, keepdim=True) == totals.masked_fill(
+        missing, torch.inf
+    ).amin(1, keepdim=True)
+    return (totals - _group_mean(totals)).masked_fill(missing | equal, 0.0)
+
+
+def _token_rewards(outcomes: Outcomes) -> Tensor:
+    """[sequences, longest]: each token's reward, the sequence's own at its last token, 0 behind it."""
+    found = _padded(outcomes.token_rewards.double(), outcomes.lengths)
+    lengths = outcomes.lengths.flatten()
+    rewards = outcomes.rewards.double().flatten().nan_to_num(nan=0.0)
+    found[torch.arange(len(found)), lengths - 1] += rewards
+    return found
+
+
+def _padded(tokens: Tensor, lengths: Tensor) -> Tensor:
+    return pad_sequence(tokens.split(lengths.flatten().tolist()), batch_first=True)
+
+
+def _packed(padded: Tensor, lengths: Tensor) -> Tensor:
+    return torch.cat([row[:n] for row, n in zip(padded, lengths.flatten().tolist(), strict=True)])
+
+
+def _judged_tokens(outcomes: Outcomes) -> Tensor:
+    return outcomes.judged.flatten().repeat_interleave(outcomes.lengths.flatten())
+
+
+def _whitened(tokens: Tensor, outcomes: Outcomes) -> Tensor:
+    """Mean 0 and population std 1 over the tokens of judged samples; 0 elsewhere, and where all are equal."""
+    judged = _judged_tokens(outcomes)
+    known = tokens[judged]
+    if len(known) == 0 or known.amax() == known.amin():
+        return torch.zeros_like(tokens)
+    whitened = (tokens - known.mean()) / known.std(correction=0)
+    return whitened.masked_fill(~judged, 0.0)

@@ -1,0 +1,89 @@
+"""vLLM's sleep mode on the GPU: memory goes and comes back, and only a sync makes the engine usable again."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext import hf_checkpoint, model, parallel
+from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
+from rollout.sample import Prompt, Sample, Sampling
+from rollout.sampler import generate
+from rollout.weight_sync.bridge import WeightBridge
+from tests.gpu.conftest import BF16
+
+KV_CACHE_GIB = 4.0
+SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
+PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """An engine that may sleep and the bridge to it, after a sync."""
+    settings = EngineSettings(
+        model=str(folder),
+        dtype="bfloat16",
+        max_model_len=96,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        kv_cache_gib=KV_CACHE_GIB,
+        device="cuda",
+        sleep=True,
+    )
+    home = tmp_path_factory.mktemp("sleep")
+    engine = Engine(settings, home / "engine_0.log")
+    try:
+        policy = model.build(hf_checkpoint.config(folder), layout, BF16)
+        hf_checkpoint.load(policy.shards, folder)
+        engine.wait_until_ready(time.monotonic() + 400)
+        group = parallel.control_group()
+        bridge = WeightBridge(
+            policy.shards, [engine], group, bucket_bytes=1 << 20, verify_every=1, plans=home / "plans"
+        )
+        bridge.sync(1)
+        yield engine, bridge
+    finally:
+        stop_engines([engine])
+
+
+def samples(engine: Engine) -> list[Sample]:
+    return generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
+
+
+def free_gib() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**30
+
+
+def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
+    rollout: tuple[Engine, WeightBridge],
+) -> None:
+    """Twice: sleep, wake the weights, sync, wake the key-value cache. No memory is lost on the way."""
+    engine, bridge = rollout
+    before = samples(engine)
+    awake = free_gib()
+    for _ in range(2):
+        engine.call("POST", "/sleep", {})
+        assert free_gib() - awake > 0.95 * KV_CACHE_GIB
+        with pytest.raises(EngineError, match="asleep: kv_cache, weights"):
+            samples(engine)
+        engine.call("POST", "/wake", {"tags": ["weights"]})
+        assert free_gib() - awake > 0.9 * KV_CACHE_GIB, "the cache sleeps while the weights arrive"
+        bridge.sync(1)
+        with pytest.raises(EngineError, match="asleep: kv_cache"):
+            samples(engine)
+        engine.call("POST", "/wake", {"tags": ["kv_cache"]})
+        assert samples(engine) == before
+        assert abs(free_gib() - awake) < 0.25
+
+
+def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(rollout: tuple[Engine, WeightBridge]) -> None:
+    engine, bridge = rollout
+    engine.call("POST", "/sleep", {})
+    with pytest.raises(EngineError, match="the weights are asleep"):
+        engine.call("GET", "/weights/checksum")
+    engine.call("POST", "/wake", {"tags": ["weights", "kv_cache"]})
+    with pytest.raises(EngineError, match="the weights are stale"):
+        samples(engine)
+    bridge.sync(1)
+    assert len(samples(engine)) == 8

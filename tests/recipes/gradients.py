@@ -1,0 +1,28 @@
+"""Gradients two ways, and numbers to try them at: what the tests of the algorithms' parts share. All in FP64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
+    """Central differences of a scalar function, element by element."""
+    steps = h * torch.eye(len(at), dtype=at.dtype)
+    return torch.stack([(function(at + step) - function(at - step)) / (2 * h) for step in steps])
+
+
+def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Autograd's, of a scalar function."""
+    x = at.clone().requires_grad_()
+    (found,) = torch.autograd.grad(function(x), x)
+    return found
+
+
+def draws(n: int, seed: int = 0) -> Tensor:
+    """[n] standard normal numbers."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

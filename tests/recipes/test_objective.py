@@ -1,0 +1,160 @@
+"""The parts of an algorithm, found by name, and the loss of a micro-batch that they make."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from megatron_ext.packing import MicroBatch, PackedSequence, pack
+from recipes.algorithms import advantages, aggregation, kl, objective, policy_losses
+from recipes.algorithms.advantages import Outcomes
+from recipes.algorithms.parts import PARTS, part
+from recipes.algorithms.sequences import Sequences
+from recipes.config import AlgorithmConfig, ConfigError, parse
+from tests.recipes.gradients import draws, gradient, numbers
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = [3, 1, 5, 2]
+NAMES = sorted(path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's data paths are relative to it."""
+    monkeypatch.chdir(ROOT)
+
+
+def configured(name: str = "grpo", **changed: Any) -> AlgorithmConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = parse(compose("config", overrides=["recipe=demo", f"algorithm={name}"])).algorithm
+    return replace(config, **changed)
+
+
+def micro_batches(split: list[list[int]]) -> tuple[list[MicroBatch], list[Tensor]]:
+    """Packed sequences of ``LENGTHS`` with random values, FP64, and log-probs for their tokens."""
+    names = ["rollout", "old", "reference", "advantage"]
+    values = {name: draws(11, seed).mul(0.3).split(LENGTHS) for seed, name in enumerate([*names, "now"])}
+    weights = aggregation.sequence_mean_token_mean(LENGTHS)
+    sequences = [
+        PackedSequence([1], [2] * n, {**{k: values[k][i].tolist() for k in names}, "weight": weights[i]})
+        for i, n in enumerate(LENGTHS)
+    ]
+    made = [pack(sequences, indices, 1, 0, torch.device("cpu")) for indices in split]
+    for batch in made:
+        batch.values = {
+            **{k: torch.cat([values[k][i] for i in batch.indices]) for k in names},
+            "weight": numbers(*(w for i in batch.indices for w in weights[i])),
+            "sampled": torch.ones(sum(batch.lengths), dtype=torch.float64),
+        }
+    return made, [torch.cat([values["now"][i] for i in batch.indices]) for batch in made]
+
+
+def test_grpo_s_loss_and_gradient_have_their_closed_form() -> None:
+    """One update: −A + β k3, weighted; gradient −A + β (1 − reference / policy): the policy gradient and k3's."""
+    config = configured(kl_coefficient=0.1)
+    (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
+    del batch.values["old"]
+    v, d = batch.values, batch.values["reference"] - now
+    loss = objective.loss(config, None)
+    expected = ((-v["advantage"] + 0.1 * (d.exp() - d - 1)) * v["weight"]).sum()
+    assert loss(now, batch)[0].item() == pytest.approx(expected.item())
+    steep = (-v["advantage"] + 0.1 * (1 - d.exp())) * v["weight"]
+    assert gradient(lambda x: loss(x, batch)[0], now).tolist() == pytest.approx(steep.tolist(), rel=1e-12)
+
+
+def test_the_corrections_the_entropy_and_a_kl_in_the_reward_are_put_together() -> None:
+    config = configured(
+        importance_sampling=True, importance_cap=1.2, sequence_ratio_bounds=[0.8, 1.1], entropy_coefficient=0.01,
+        kl_in="reward", kl_coefficient=0.5,
+    )  # fmt: skip
+    (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
+    v, entropy = batch.values, draws(11, 9).abs()
+    gap = v["old"] - v["rollout"]
+    keep = torch.cat([torch.full((len(x),), 0.8 <= x.mean().exp() <= 1.1) for x in gap.split(LENGTHS)])
+    assert keep.any()
+    assert not keep.all()
+    losses = policy_losses.ppo_clip(now, v["old"], v["advantage"], Sequences(LENGTHS), clip_low=0.2, clip_high=0.2)
+    losses = losses * gap.exp().clamp(max=1.2) * keep - 0.01 * entropy
+    found, measured = objective.loss(config, None)(torch.stack([now, entropy]), batch)
+    assert found.item() == pytest.approx((losses * v["weight"]).sum().item())
+    assert measured["entropy"].item() == pytest.approx(entropy.sum().item())
+    assert measured["logprob_gap/gap"].item() == pytest.approx(gap.abs().sum().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_update_depends_on_neither_order_nor_micro_batches(name: str) -> None:
+    """Sum of the losses, and each token's gradient, by its place in the whole batch."""
+    config = configured(name, importance_sampling=True, sequence_ratio_bounds=[0.5, 1.5])
+    loss = objective.loss(config, None)
+
+    def update(split: list[list[int]]) -> tuple[float, Tensor]:
+        total, steep = 0.0, torch.zeros(11, dtype=torch.float64)
+        for batch, now in zip(*micro_batches(split), strict=True):
+            total += loss(now, batch)[0].item()
+            steep[batch.places] = gradient(lambda x, batch=batch: loss(x, batch)[0], now)  # type: ignore[misc]
+        return total, steep
+
+    total, steep = update([[0, 1, 2, 3]])
+    assert (steep != 0).any()
+    for split in ([[3, 1, 0, 2]], [[0], [1], [2], [3]], [[2, 0], [3, 1]]):
+        other, gradients = update(split)
+        assert other == pytest.approx(total, rel=1e-12)
+        assert torch.equal(gradients, steep)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_algorithm_s_parts_are_found_and_set(name: str) -> None:
+    config = configured(name)
+    found = {kind: part(kind, config) for kind in PARTS}
+    assert {kind: function.func.__name__ for kind, function in found.items()} == {  # type: ignore[attr-defined]
+        kind: getattr(config, kind) for kind in PARTS
+    }
+    log_probs = draws(11)
+    assert found["policy_loss"](log_probs, log_probs, log_probs, Sequences(LENGTHS)).shape == (11,)
+    assert len(found["aggregation"](LENGTHS)) == 4
+
+
+def test_settings_reach_the_functions() -> None:
+    outcomes = Outcomes(numbers(1.0, 0.0).view(1, 2), torch.tensor([[1, 2]]), torch.zeros(3))
+    config = configured("cale", cale_alpha=0.5, cale_mu=1.0)
+    assert part("advantage", config)(outcomes).tolist() == advantages.cale(outcomes, cale_alpha=0.5, cale_mu=1).tolist()
+    config = configured("dr_grpo", token_divisor=8.0)
+    assert part("aggregation", config)([2]) == aggregation.sequence_sum([2], token_divisor=8.0)
+
+
+def thirds(lengths: list[int], *, share: float) -> list[list[float]]:
+    """An aggregation of one's own."""
+    return [[share] * n for n in lengths]
+
+
+def test_a_function_of_one_s_own_is_found_by_its_path_with_its_own_keywords() -> None:
+    path = f"{__name__}.thirds"
+    assert part("kl_estimator", configured(kl_estimator="recipes.algorithms.kl.k2")).func is kl.k2  # type: ignore[attr-defined]
+    assert part("aggregation", configured(aggregation=path, own={"share": 0.3}))([2]) == [[0.3, 0.3]]
+    with pytest.raises(ConfigError, match=r"thirds': wants 'share'; give \+algorithm\.own\.share"):
+        part("aggregation", configured(aggregation=path))
+
+
+@pytest.mark.parametrize("chosen", ["ppo", "no_such_package.loss", "recipes.algorithms.kl.k4", "k4."])
+def test_an_unknown_function_is_told_with_the_known_ones(chosen: str) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm\.kl_estimator='.*': no such function; use one of k1, k2, k3 or"):
+        part("kl_estimator", configured(kl_estimator=chosen))
+
+
+def test_a_forced_token_counts_in_no_measure() -> None:
+    """Its recorded log-prob is 0, which is nobody's; its weight is 0 (``rl.token_weights``)."""
+    config = configured(importance_sampling=True, kl_coefficient=0.1)
+    (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
+    batch.values["sampled"][4], batch.values["weight"][4] = 0.0, 0.0
+    found = []
+    for recorded in (0.0, -7.0):
+        batch.values["rollout"][4] = recorded
+        value, measured = objective.loss(config, None)(now, batch)
+        found.append((value.item(), {name: float(number) for name, number in measured.items()}))
+    assert found[0] == found[1]
+    batch.values["sampled"][4] = 1.0
+    assert objective.loss(config, None)(now, batch)[1]["kl"] > found[0][1]["kl"]

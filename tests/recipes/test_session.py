@@ -1,0 +1,56 @@
+"""A whole run that generates one step ahead, oversamples, carries responses over, and loses its only engine."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from recipes import records
+from tests.recipes import tiny
+
+STEPS = 4
+OPTIONS = ("stage.names=[rl]", "precision=fp32", "parallel=tp2_sp", "cluster.ranks=2", "rollout.staleness=1")
+CORRECTED = ("algorithm.importance_sampling=true", "algorithm.mismatch_alarm=5")  # large steps of a tiny model
+CARRY = ("rollout.oversample=1.5", "rollout.max_step_tokens=3", f"algorithm.steps={STEPS}")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's folder; its engine was killed behind the first step, while it was working for the third."""
+    folder = tmp_path_factory.mktemp("session")
+    tiny.make(folder)
+    run = tiny.Run(tiny.overrides(folder, folder / "run", *OPTIONS, *CORRECTED, *CARRY))
+    try:
+        metrics = folder / "run" / "metrics.jsonl"
+        run.wait_for("the first step", lambda: metrics.is_file() and metrics.read_bytes())
+        (engine,) = [pid for pid, command in run.processes().items() if "rollout.engine_server" in command]
+        os.kill(engine, signal.SIGKILL)
+        printed = run.output()
+    finally:
+        run.kill_all()
+    assert run.process.returncode == 0, printed[-4000:]
+    return folder / "run"
+
+
+def test_the_run_goes_on_with_a_new_engine(run_dir: Path) -> None:
+    rows = list(records.read_rows(run_dir / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[0]["kl/reference"] == 0.0 and rows[0]["logprob_gap/max"] < 1e-4
+    starts = (run_dir / "logs" / "engine_0.log").read_text().count("Initializing a V1 LLM engine")
+    assert starts == 2
+
+
+def test_samples_are_one_update_old_and_older_where_they_were_carried_over(run_dir: Path) -> None:
+    rows = list(records.read_rows(run_dir / "metrics.jsonl"))
+    stale = [row["staleness/max"] for row in rows]
+    assert stale[0] == 0 and all(0 <= age <= step for step, age in enumerate(stale)) and max(stale) >= 1
+    assert rows[1]["logprob_gap/mean"] > 1e-3, "by other weights than those that are trained"
+
+
+def test_every_step_has_whole_groups_of_different_prompts(run_dir: Path) -> None:
+    samples = list(records.read_rows(run_dir / "samples.jsonl"))
+    assert [s["step"] for s in samples] == [step for step in range(1, STEPS + 1) for _ in range(16)]
+    assert [s["sample_index"] for s in samples] == [0, 1, 2, 3] * 4 * STEPS
+    taken = [s["prompt_id"] for s in samples[::4]]
+    assert all(len(set(taken[4 * step : 4 * step + 4])) == 4 for step in range(STEPS))

@@ -1,0 +1,179 @@
+"""Each family in real vLLM on the CPU, loaded from our export: greedy samples, and where vLLM puts each weight.
+
+Two processes export from Megatron-Core at TP 2. ``python -m tests.rollout.test_vllm_families``, started by the first of
+them in the engine server's place, builds one engine after another from the exports, and then is the engine server.
+"""
+
+import gc
+import json
+import os
+import sys
+import unittest.mock
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rollout import engine_server
+from rollout.engine import EngineSettings
+from rollout.sample import Request
+from tests.rollout import family_twins
+
+NAMES = ("qwen2", "qwen3", "qwen2_5_vl", "internvl_6b", "internvl_6b_chat", "internvl_300m", "internvl_300m_chat")
+every_family = pytest.mark.parametrize("name", NAMES)
+
+
+def main() -> None:
+    """All families' results to ``families.json``; then serve as the engine server does."""
+    engine_server.die_with(int(sys.argv[3]))
+    folder = Path(json.loads(sys.argv[1])["model"]).parent
+    found = {}
+    for name, work in json.loads((folder / "work.json").read_text()).items():
+        import_model(folder / f"{name}-export")
+        found[name] = examine(family_twins.engine_settings(folder / f"{name}-export"), work)
+    (folder / "families.partial").write_text(json.dumps(found))
+    (folder / "families.partial").rename(folder / "families.json")
+    engine_server.main()
+
+
+def import_model(folder: Path) -> None:
+    """vLLM would start a process of a quarter of a minute to look at each new class, were it not imported here."""
+    from vllm import ModelRegistry
+
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def examine(settings: EngineSettings, work: dict[str, Any]) -> dict[str, Any]:
+    """Samples and digests of an engine that loaded its weights from disk, and what became of its layout."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    loop = engine_server.EngineLoop(settings, engine_server.build_llm_engine(settings, load_format="auto"))
+    loop.weights.version = 0
+    lines: list[Any] = []
+    requests = [Request(**request).to_json() for request in work["requests"]]
+    loop.add_batch({"requests": requests, "sampling": work["sampling"]}, lines.append)
+    while loop.llm.has_unfinished_requests():
+        loop._step()
+    samples = sorted((line["sample"] for line in lines), key=lambda sample: sample["prompt_id"])
+    found = {**loop.weights.digest(), "samples": samples}
+    (model,) = loop.llm.apply_model(lambda model: model)
+    found |= examine_layout(model, load_file(Path(settings.model) / "model.safetensors"))
+    loop.llm.engine_core.shutdown()
+    del loop, model
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return found
+
+
+@torch.no_grad()
+def examine_layout(model: torch.nn.Module, checkpoint: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """``covered``: names in the traced layout. ``wrong``: those that plain slices of the checkpoint do not give, bit
+    for bit. ``changed``: all tensors, buffers of every kind too, that other weights in the checkpoint change.
+    """
+    from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
+
+    tensors = weight_tensors(model)
+    layouts = trace_layout(model, {name: tuple(tensor.shape) for name, tensor in checkpoint.items()})
+    wrong = []
+    for layout in layouts:
+        built = torch.full(layout.shape, float("nan"), dtype=getattr(torch, layout.dtype))
+        for padding in layout.padding:
+            built[_slices(padding.start, padding.shape)] = 0
+        for region in layout.regions:
+            source = checkpoint[region.hf_name][_slices(region.hf_start, region.shape)]
+            built[_slices(region.start, region.shape)] = source
+        if not torch.equal(built, tensors[layout.name]):
+            wrong.append(layout.name)
+    everything = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {name: tensor.clone() for name, tensor in everything.items()}
+    model.load_weights((name, tensor + 1) for name, tensor in checkpoint.items())  # type: ignore[operator]
+    changed = [name for name, tensor in everything.items() if not torch.equal(tensor, before[name])]
+    return {"covered": [layout.name for layout in layouts], "wrong": wrong, "changed": changed}
+
+
+def _slices(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, family_twins.Twin]:
+    return family_twins.make(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def processes(twins: dict[str, family_twins.Twin]) -> Iterator[Any]:
+    """The exporting ranks, one of which starts the engines."""
+    folder = next(iter(twins.values())).folder.parent
+    work = {}
+    for name, twin in twins.items():
+        requests, sampling = family_twins.requests(twin)
+        work[name] = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling)}
+    (folder / "work.json").write_text(json.dumps(work))
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    with unittest.mock.patch.dict(os.environ, environment):
+        arguments = (str(folder), "tests.rollout.test_vllm_families")
+        context = torch.multiprocessing.spawn(family_twins.ranks, arguments, nprocs=2, join=False)
+    assert context is not None
+    yield context
+    for process in context.processes:
+        process.kill()
+
+
+def result(folder: Path, name: str, processes: Any) -> Any:
+    """The file ``name`` as soon as it is there; raises what a rank raised before."""
+    while not (folder / name).exists():
+        assert not processes.join(timeout=0.1) or (folder / name).exists()
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def families(twins: dict[str, family_twins.Twin], processes: Any) -> dict[str, Any]:
+    return result(next(iter(twins.values())).folder.parent, "families.json", processes)
+
+
+@every_family
+def test_greedy_samples_of_the_export_are_transformers(
+    name: str, twins: dict[str, family_twins.Twin], families: dict[str, Any]
+) -> None:
+    """In FP32, of the model that the export goes back to."""
+    samples = {sample["prompt_id"]: sample for sample in families[name]["samples"]}
+    assert len(samples) == len(twins[name].prompts)
+    for made in twins[name].prompts:
+        tokens, logprobs = family_twins.greedy(twins[name], made)
+        sample = samples[made.prompt.prompt_id]
+        assert sample["response_token_ids"] == tokens
+        assert (torch.tensor(sample["logprobs"]) - torch.tensor(logprobs)).abs().max() < 2e-5
+
+
+@every_family
+def test_the_layout_says_where_vllm_puts_every_weight(name: str, families: dict[str, Any]) -> None:
+    found = families[name]
+    assert found["wrong"] == []
+    assert sorted(found["covered"]) == sorted(found["changed"]) and len(found["covered"]) > 10
+
+
+def test_a_model_that_sees_goes_over_the_bridge(
+    twins: dict[str, family_twins.Twin], families: dict[str, Any], processes: Any
+) -> None:
+    """From two ranks: bits and samples equal those of the vLLM that loaded the export, tower included."""
+    first, other, again = result(twins[family_twins.SYNCED].folder.parent, "synced.json", processes)
+    loaded = families[family_twins.SYNCED]
+    assert first["workers"] == again["workers"] == loaded["workers"]
+    (before,), (changed,) = first["workers"], other["workers"]
+    assert [name for name in before if changed[name] == before[name]] == []
+
+    def said(state: dict[str, Any]) -> list[Any]:
+        return [(s["prompt_id"], s["response_token_ids"], s["logprobs"]) for s in state["samples"]]
+
+    assert said(first) == said(again) == said(loaded) != said(other)
+
+
+if __name__ == "__mp_main__":
+    engine_server.die_with_engine()
+if __name__ == "__main__":
+    main()
