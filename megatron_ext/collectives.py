@@ -48,5 +48,24 @@ def from_rank_zero(work: Callable[[], Any], group: dist.ProcessGroup) -> Any:
     return message["value"]
 
 
+def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
+    """Run ``work`` on every rank of ``group`` and give all JSON-able results, in rank order, to all.
+
+    A rank's exception is raised there as it is, and as RuntimeError with its text on the others.
+    """
+    failure: Exception | None = None
+    try:
+        message = {"value": work()}
+    except Exception as error:  # told to all ranks, raised below
+        failure, message = error, {"error": f"{type(error).__name__}: {error}"}
+    messages = all_gather_json(message, group)
+    if failure is not None:
+        raise failure
+    errors = [f"rank {rank}: {told['error']}" for rank, told in enumerate(messages) if "error" in told]
+    if errors:
+        raise RuntimeError("; ".join(errors))
+    return [told["value"] for told in messages]
+
+
 def _bytes(value: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

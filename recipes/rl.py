@@ -57,7 +57,7 @@ def fit(session: Session, reference: Path) -> None:
         done = checkpoint.load(newest, model, optim, schedule)
         pool.load(checkpoint.progress(newest)["pool"])
     session.truncate_records(done)
-    rollout = Rollout(pool, session.engines, session.control, partial(judge, session, by_id))
+    rollout = Rollout(pool, session.fleet, session.control, partial(judge, session, by_id))
     sync_bytes = session.sync_weights(done)
 
     for step in range(done, algorithm.steps):

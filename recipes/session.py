@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,27 @@ from transformers import AutoTokenizer
 
 from megatron_ext import hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
-from megatron_ext.collectives import from_rank_zero
+from megatron_ext.collectives import on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import MicroBatch, PackedSequence, pack, plan
 from megatron_ext.precision import DTYPES
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
-from recipes.config import Config
+from recipes.config import Config, ConfigError
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
 from rewards import mixing
 from rollout import sampler
 from rollout.engine import Engine, EngineSettings, stop_engines
-from rollout.generation import Generation
+from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.weight_sync.bridge import WeightBridge
 
 
 @dataclass
 class Session:
-    """One run on this rank. ``engines`` is empty except on rank 0; ``control`` is a gloo group of all ranks."""
+    """One run on this rank. ``engines``: those of this node, on its first rank, else none; ``node`` of ``nodes``;
+    ``control`` is a gloo group of all ranks."""
 
     config: Config
     run_dir: Path
@@ -53,6 +54,8 @@ class Session:
     control: dist.ProcessGroup
     verifiers: dict[str, Any]
     wandb: Any
+    node: int
+    nodes: int
     version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -98,20 +101,24 @@ class Session:
             self._tell_sleepers("/wake", ["weights"])
             return len(died)
 
-        if from_rank_zero(prepare, self.control):
+        if any(on_all_ranks(prepare, self.control)):
             self.bridge.attach(self.engines)
         placed, self.version = self.bridge.sync(version)["bytes"], version
-        from_rank_zero(lambda: self._tell_sleepers("/wake", ["kv_cache"]), self.control)
+        on_all_ranks(lambda: self._tell_sleepers("/wake", ["kv_cache"]), self.control)
         return placed
 
     def sleep_engines(self) -> None:
         """Collective: the engines' GPU memory is the trainer's until the next sync, where ``rollout.sleep`` says so."""
-        from_rank_zero(lambda: self._tell_sleepers("/sleep", ["weights", "kv_cache"]), self.control)
+        on_all_ranks(lambda: self._tell_sleepers("/sleep", ["weights", "kv_cache"]), self.control)
 
     def _tell_sleepers(self, path: str, tags: list[str]) -> None:
         for engine in self.engines:
             if engine.settings.sleep and engine.alive:
                 engine.call("POST", path, {"tags": tags})
+
+    @property
+    def fleet(self) -> Fleet:
+        return Fleet(self.engines, self.node, self.nodes)
 
     def sampling(self, temperature: float, round_tokens: int | None = None) -> Sampling:
         c = self.config.rollout
@@ -135,7 +142,7 @@ class Session:
         """Collective: samples by prompt, then index, and what ``on_sample`` (``Generation``) said of each; the same on
         every rank. ``step`` decides the noise."""
         requests = sampler.make_requests(prompts, samples_per_prompt, self.config.seed, step)
-        generation = Generation(self.engines, requests, self.sampling(temperature), on_sample)
+        generation = Generation(self.fleet, requests, self.sampling(temperature), on_sample)
         return generation.collect(self.control, partial(self.sync_weights, self.version))
 
     def text(self, sample: Sample) -> str:
@@ -176,26 +183,16 @@ def open_session(config: Config) -> Iterator[Session]:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     redirect_output(run_dir / "logs", rank)
     c = config
-    engine_settings = EngineSettings(
-        model=c.model.path,
-        dtype=DTYPES[c.precision.name],
-        max_model_len=c.data.max_prompt_tokens + c.rollout.max_response_tokens,
-        max_num_seqs=c.rollout.max_num_seqs,
-        max_num_batched_tokens=c.rollout.max_num_batched_tokens,
-        kv_cache_gib=c.rollout.kv_cache_gib,
-        tensor_parallel_size=c.rollout.tensor,
-        threads=c.rollout.threads,
-        device=c.cluster.platform,
-        thinking=thinking_marks(c),
-        sleep=c.rollout.sleep,
-    )
+    node, nodes = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
+    settings_of_engines = engine_settings(c, nodes) if int(os.environ["LOCAL_RANK"]) == 0 else []
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
         verifiers = mixing.load_verifiers({*mixing.verifier_names(c.rewards.mix), *c.data.scores})
         engines: list[Engine] = []
         stack.callback(stop_engines, engines)
-        if rank == 0:
-            engines += [Engine(engine_settings, run_dir / "logs" / f"engine_{i}.log") for i in range(c.rollout.engines)]
+        for i, its in enumerate(settings_of_engines):
+            number = node * len(settings_of_engines) + i
+            engines.append(Engine(its, run_dir / "logs" / f"engine_{number}.log"))
         with display.stage("trainer: process groups, Megatron-Core model, weights"):
             torch.set_num_threads(c.cluster.threads)
             layout = parallel.initialize(trainer.layout(c), c.seed, c.cluster.timeout)
@@ -209,7 +206,7 @@ def open_session(config: Config) -> Iterator[Session]:
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
         with display.stage("vLLM: engines ready"):
             deadline = time.monotonic() + c.rollout.startup_timeout
-            from_rank_zero(partial(wait_until_ready, engines, deadline), control)
+            on_all_ranks(partial(wait_until_ready, engines, deadline), control)
         with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
             bridge = WeightBridge(
                 model.shards,
@@ -245,7 +242,41 @@ def open_session(config: Config) -> Iterator[Session]:
             control,
             verifiers,
             wandb,
+            node,
+            nodes,
         )
+
+
+def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
+    """Of the engines of one of the job's nodes. Raises ConfigError when these don't share the engines evenly."""
+    c = config
+    if c.rollout.engines % nodes:
+        raise ConfigError(
+            f"rollout.engines={c.rollout.engines}: the job has {nodes} nodes; use a multiple, each gets as many"
+        )
+    count, gpus = c.rollout.engines // nodes, int(os.environ["LOCAL_WORLD_SIZE"])  # a rank a GPU
+    if c.cluster.platform == "cuda" and count * c.rollout.tensor > gpus:
+        raise ConfigError(
+            f"rollout.engines={c.rollout.engines}, rollout.tensor={c.rollout.tensor}: {count} engines of so many GPUs "
+            f"do not fit on a node's {gpus}"
+        )
+    shared = EngineSettings(
+        model=c.model.path,
+        dtype=DTYPES[c.precision.name],
+        max_model_len=c.data.max_prompt_tokens + c.rollout.max_response_tokens,
+        max_num_seqs=c.rollout.max_num_seqs,
+        max_num_batched_tokens=c.rollout.max_num_batched_tokens,
+        kv_cache_gib=c.rollout.kv_cache_gib,
+        tensor_parallel_size=c.rollout.tensor,
+        threads=c.rollout.threads,
+        device=c.cluster.platform,
+        thinking=thinking_marks(c),
+        sleep=c.rollout.sleep,
+    )
+    if c.cluster.platform == "cpu":
+        return [shared] * count
+    own_first = [sorted(range(gpus), key=lambda gpu: gpu // c.rollout.tensor != i) for i in range(count)]
+    return [replace(shared, devices=tuple(gpus)) for gpus in own_first]
 
 
 def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

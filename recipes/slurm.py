@@ -9,7 +9,7 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 def adopt_step() -> None:
-    """In a task of a Slurm step set ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; the script gives ``MASTER_ADDR``.
+    """In a task of a Slurm step set torchrun's variables of ranks and nodes; the script gives ``MASTER_ADDR``.
 
     Does nothing outside a step, under torchrun, and in a step of one task without ``MASTER_ADDR`` (``srun --pty
     bash``): Slurm sets SLURM_PROCID in batch scripts and shells too, so it alone does not make a rank. Raises
@@ -30,4 +30,7 @@ def adopt_step() -> None:
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // int(os.environ["SLURM_STEP_NUM_NODES"])),
+        "GROUP_RANK": os.environ["SLURM_NODEID"],
+        "GROUP_WORLD_SIZE": os.environ["SLURM_STEP_NUM_NODES"],
     }

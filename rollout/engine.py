@@ -36,6 +36,7 @@ class EngineSettings:
 
     ``model`` is a folder with ``config.json``; weights are never read from it, they come over the weight bridge.
     ``kv_cache_gib`` is the key-value cache per worker in GiB; ``threads`` the OpenMP threads per worker (CPU only).
+    ``devices`` are the node's GPUs, the engine's own first: it sees the others too, to read trainer weights there.
     ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``); ``sleep``
     lets the engine give its GPU memory back between batches. Raises ValueError for impossible values.
     """
@@ -50,6 +51,7 @@ class EngineSettings:
     threads: int = 1
     device: str = "cpu"
     enforce_eager: bool = True
+    devices: tuple[int, ...] = ()
     thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     sleep: bool = False
 
@@ -82,7 +84,8 @@ def environment(settings: EngineSettings) -> dict[str, str]:
     On a CPU: no thread pinning (the trainer shares the cores; pinned, a batch took 12 times as long), passive OpenMP
     waiting (an idle engine burns no core), no torch.compile (its first call costs half a minute).
     """
-    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    torchrun |= {"GROUP_RANK", "GROUP_WORLD_SIZE"}
     env = {
         key: value for key, value in os.environ.items() if key not in torchrun and not key.startswith("TORCHELASTIC")
     }
@@ -96,6 +99,9 @@ def environment(settings: EngineSettings) -> dict[str, str]:
             [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),
     }
+    if settings.devices:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(settings.devices))))).split(",")
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] for i in settings.devices)
     if settings.device == "cpu":
         env |= {
             "CUDA_VISIBLE_DEVICES": "",

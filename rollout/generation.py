@@ -1,15 +1,27 @@
-"""A batch of samples as all trainer ranks see it: rank 0 has the engines make it in the background, all collect it."""
+"""A batch of samples as all ranks see it: the engines' ranks have it made in the background, all collect it."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext.collectives import from_rank_zero
+from megatron_ext.collectives import on_all_ranks
 from rollout import sampler
 from rollout.engine import EngineDied
 from rollout.sample import Request, Sample, Sampling
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The engines of all nodes as one rank sees them: its own (on a node one rank has all, the others none), and which
+    of the ``nodes`` it is on. Every node has as many engines."""
+
+    engines: Sequence[sampler.Generator]
+    node: int = 0
+    nodes: int = 1
+
 
 JUDGED_AT_ONCE = 32  # calls of ``on_sample`` that may wait for a verifier at the same time
 
@@ -17,21 +29,27 @@ JUDGED_AT_ONCE = 32  # calls of ``on_sample`` that may wait for a verifier at th
 class Generation:
     """Requests that the engines are working on since this was made; :meth:`collect` waits for the samples.
 
-    Every rank makes one; ``engines`` is empty but on rank 0. There ``on_sample`` gets each finished sample at once, in
-    a thread, while others are still being made; its result (JSON) goes with the sample. With ``enough``, only until so
-    many prompts have all their samples.
+    Every rank makes one. A node's engines get the node's share of the requests (``sampler.assign``), from the rank that
+    has them; there ``on_sample`` gets each finished sample at once, in a thread, while others are still being made, and
+    its result (JSON) goes with the sample. With ``enough``, only until so many prompts have all their samples.
     """
 
     def __init__(
         self,
-        engines: Sequence[sampler.Generator],
+        fleet: Fleet,
         requests: Sequence[Request],
         sampling: Sampling,
         on_sample: Callable[[Sample], Any] | None = None,
         enough: int | None = None,
     ) -> None:
-        self.engines, self.requests, self.sampling = engines, requests, sampling
-        self.on_sample, self.enough = on_sample, enough
+        self.engines, self.requests, self.sampling = fleet.engines, requests, sampling
+        self.on_sample = on_sample
+        parts = sampler.assign(requests, fleet.nodes, sampling)
+        self.own = parts[fleet.node] if fleet.engines else []
+        self.enough = enough
+        if enough is not None:
+            prompts = [len({request.prompt_id for request in part}) for part in parts]
+            self.enough = sampler.shares(enough, prompts)[fleet.node]
         self.samples: dict[tuple[str, int], Sample] = {}
         self.judged: dict[tuple[str, int], Future[Any]] = {}
         self.judges = ThreadPoolExecutor(JUDGED_AT_ONCE, "on_sample")
@@ -42,33 +60,39 @@ class Generation:
         """Collective over ``group`` (gloo): the samples in the order of the requests, and what ``on_sample`` said of
         each (None for none).
 
-        When no engine is left, every rank calls ``resync``, which starts and syncs them, and what is missing is asked
-        again: same seeds, by the weights of that sync. Raises on every rank what an engine or ``on_sample`` raised, and
-        EngineDied when all engines die a second time without having finished anything.
+        When a node has no engine left, every rank calls ``resync``, which starts and syncs them, and what is missing is
+        asked again: same seeds, by the weights of that sync. Raises on every rank what an engine or ``on_sample``
+        raised, and EngineDied when a node's engines all die a second time without having finished anything.
         """
-        while from_rank_zero(self._lost, group):
+        while any(on_all_ranks(self._lost, group)):
             resync()
             self._start()
-        samples, results = from_rank_zero(self._outcome, group)
+        gathered = [pair for rank in on_all_ranks(self._outcome, group) for pair in rank]
         self.judges.shutdown()
-        return [Sample.from_json(sample) for sample in samples], results
+        found = [(Sample.from_json(sample), result) for sample, result in gathered]
+        results = {sample.key: result for sample, result in found}
+        made = [request for request in self.requests if request.key in results]
+        samples = sampler.in_order(made, (sample for sample, _ in found))
+        return samples, [results[sample.key] for sample in samples]
 
     def _start(self) -> None:
-        """Have the missing samples made by a thread of rank 0."""
+        """Have the missing samples made by a thread."""
         self.finished_before = len(self.samples)
-        if self.engines:
+        if self.own:
             worker = ThreadPoolExecutor(1, "generation")
             self.running = worker.submit(self._generate)
             worker.shutdown(wait=False)
 
     def _generate(self) -> None:
-        for sample in sampler.stream(self.engines, self.requests, self.sampling, self.enough, self.samples.keys()):
+        for sample in sampler.stream(self.engines, self.own, self.sampling, self.enough, self.samples.keys()):
             self.samples[sample.key] = sample
             if self.on_sample is not None and sample.finish_reason != "unfinished":
                 self.judged[sample.key] = self.judges.submit(self.on_sample, sample)
 
     def _lost(self) -> bool:
-        """Wait for the thread; true when all engines died and it is worth starting them again."""
+        """Wait for the thread; true when all its engines died and it is worth starting them again."""
+        if not self.own:
+            return False
         try:
             self.running.result()
             return False
@@ -78,8 +102,9 @@ class Generation:
             self.restarted = True
             return True
 
-    def _outcome(self) -> tuple[list[dict[str, Any]], list[Any]]:
-        made = [request for request in self.requests if request.key in self.samples]
-        samples = sampler.in_order(made, self.samples.values())
-        results = [self.judged[sample.key].result() if sample.key in self.judged else None for sample in samples]
-        return [sample.to_json() for sample in samples], results
+    def _outcome(self) -> list[tuple[dict[str, Any], Any]]:
+        """This rank's samples, each with what ``on_sample`` said of it."""
+        return [
+            (sample.to_json(), self.judged[key].result() if key in self.judged else None)
+            for key, sample in self.samples.items()
+        ]

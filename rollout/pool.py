@@ -16,9 +16,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rollout.generation import Generation
+from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Request, Sample, Sampling
-from rollout.sampler import Generator, request_seed
+from rollout.sampler import request_seed
 
 
 @dataclass(eq=False)
@@ -139,11 +139,11 @@ class Rollout:
     def __init__(
         self,
         pool: Pool,
-        engines: Sequence[Generator],
+        fleet: Fleet,
         group: dist.ProcessGroup,
         on_sample: Callable[[Sample], Any] | None = None,
     ) -> None:
-        self.pool, self.engines, self.group, self.on_sample = pool, engines, group, on_sample
+        self.pool, self.fleet, self.group, self.on_sample = pool, fleet, group, on_sample
 
     def start(self, step: int) -> None:
         """Have the engines begin; every rank calls it."""
@@ -164,6 +164,4 @@ class Rollout:
     def _next_round(self) -> None:
         requests, sampling = self.pool.requests(self.groups, self.step), self.pool.sampling
         cut = sampling.round_tokens is None and len(self.groups) > self.pool.wanted
-        self.generation = Generation(
-            self.engines, requests, sampling, self.on_sample, self.pool.wanted if cut else None
-        )
+        self.generation = Generation(self.fleet, requests, sampling, self.on_sample, self.pool.wanted if cut else None)

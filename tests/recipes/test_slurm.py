@@ -13,16 +13,20 @@ from recipes.slurm import adopt_step
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
 TASK = {**BATCH, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+TASK |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}
 SHELL = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}
+SHELL |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "12345"}
 RANK = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+NODE = {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}
+ONLY = {"LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        (TASK | MASTER, RANK),
-        (SHELL | MASTER, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}),
+        (TASK | MASTER, RANK | NODE),
+        (SHELL | MASTER, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | ONLY),
         ({}, {}),
         (BATCH | MASTER, {}),  # the batch script itself has SLURM_PROCID
         (SHELL, {}),  # srun --pty bash
@@ -38,21 +42,21 @@ def test_only_a_task_of_a_step_becomes_a_rank(
     environment: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in RANK or name in MASTER:
+        if name.startswith("SLURM_") or name in RANK | NODE or name in MASTER:
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
     try:
         adopt_step()
-        assert {name: os.environ[name] for name in RANK if name in os.environ} == expected
+        assert {name: os.environ[name] for name in RANK | NODE if name in os.environ} == expected
     finally:
         os.environ.clear()
         os.environ |= before
 
 
 def test_tasks_without_a_master_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*RANK, *MASTER):
+    for name in (*RANK, *NODE, *MASTER):
         monkeypatch.delenv(name, raising=False)
     for name, value in TASK.items():
         monkeypatch.setenv(name, value)

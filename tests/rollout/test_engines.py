@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from rollout.engine import Engine, EngineDied, EngineError, EngineSettings, stop_engines
-from rollout.generation import Generation
+from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Request, Sample, Sampling
 from rollout.sampler import assign, generate, in_order, make_requests, stream
 from rollout.thinking import forced_positions
@@ -158,7 +158,7 @@ def test_rounds_make_the_whole_response_with_its_log_probs_and_versions(world: W
     finished: dict[Any, Sample] = {}
     for version in range(1, 8):
         world.bridge.sync(version)
-        found = Generation(world.engines, requests, sampling).collect(dist.group.WORLD, pytest.fail)[0]
+        found = Generation(Fleet(world.engines), requests, sampling).collect(dist.group.WORLD, pytest.fail)[0]
         for request, sample in zip(requests, found, strict=True):
             made = len(sample.response_token_ids) - len(request.begun_token_ids)
             assert 1 <= made <= 5 and sample.weight_versions[-made:] == (version,) * made
@@ -207,7 +207,7 @@ def test_a_killed_engines_samples_are_made_by_the_other(world: World) -> None:
     world.undisturbed = versionless(undisturbed)
     requests = make_requests(PROMPTS, 4, seed=1, step=0)
     first = threading.Event()
-    generation = Generation(world.engines, requests, SAMPLING, lambda sample: first.set())
+    generation = Generation(Fleet(world.engines), requests, SAMPLING, lambda sample: first.set())
     assert first.wait(30)
     os.kill(world.engines[1].pid, signal.SIGKILL)
     survived = generation.collect(dist.group.WORLD, pytest.fail)[0]
@@ -224,7 +224,7 @@ def test_when_no_engine_is_left_one_is_started_and_synced_and_makes_the_batch(wo
     (version,) = {sample.weight_version for sample in world.samples()}
     requests = make_requests(PROMPTS, 4, seed=1, step=0)
     first = threading.Event()
-    generation = Generation(world.engines, requests, SAMPLING, lambda sample: first.set())
+    generation = Generation(Fleet(world.engines), requests, SAMPLING, lambda sample: first.set())
     assert first.wait(30)
     os.kill(world.engines[0].pid, signal.SIGKILL)
     world.engines[0].process.wait()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from rollout.engine import EngineDied
-from rollout.generation import Generation
+from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import make_requests
 
@@ -43,6 +43,34 @@ def verdict(sample):
     return {"of": [sample.prompt_id, sample.sample_index], "token": sample.response_token_ids[0]}
 
 
+def on_two_nodes():
+    """Each rank has the engines of a node: the first one's dies once, and all ranks resync."""
+    engine, syncs = Engine({1: 0} if dist.get_rank() == 0 else None), []
+
+    def resync():
+        syncs.append(1)
+        dist.barrier()
+        engine.alive = True
+
+    fleet = Fleet([engine], node=dist.get_rank(), nodes=2)
+    samples, results = Generation(fleet, REQUESTS, SAMPLING, verdict).collect(dist.group.WORLD, resync)
+    return samples, results, len(syncs), engine.batches
+
+
+def enough_on_two_nodes():
+    """Two of three prompts: one from each node."""
+    asked = []
+
+    class Asked(Engine):
+        def generate(self, requests, sampling, enough=None):
+            asked.append(enough)
+            yield from super().generate(requests, sampling)
+
+    fleet = Fleet([Asked()], node=dist.get_rank(), nodes=2)
+    samples, results = Generation(fleet, REQUESTS, SAMPLING, None, enough=2).collect(dist.group.WORLD, None)
+    return samples, results, asked
+
+
 def judged_early():
     """The last sample comes only when the first has been judged."""
     gate = threading.Event()
@@ -51,7 +79,7 @@ def judged_early():
         gate.set()
         return verdict(sample)
 
-    return Generation(on_rank_zero(Engine(gate=gate)), REQUESTS, SAMPLING, judge).collect(dist.group.WORLD, None)
+    return Generation(Fleet(on_rank_zero(Engine(gate=gate))), REQUESTS, SAMPLING, judge).collect(dist.group.WORLD, None)
 
 
 def all_lost_once():
@@ -64,7 +92,9 @@ def all_lost_once():
         for engine in engines:
             engine.alive = True
 
-    samples, results = Generation(on_rank_zero(*engines), REQUESTS, SAMPLING, verdict).collect(dist.group.WORLD, resync)
+    samples, results = Generation(Fleet(on_rank_zero(*engines)), REQUESTS, SAMPLING, verdict).collect(
+        dist.group.WORLD, resync
+    )
     return samples, results, len(syncs)
 
 
@@ -74,14 +104,17 @@ def all_lost_for_ever():
     def resync():
         engine.alive = True
 
-    Generation(on_rank_zero(engine), REQUESTS, SAMPLING).collect(dist.group.WORLD, resync)
+    Generation(Fleet(on_rank_zero(engine)), REQUESTS, SAMPLING).collect(dist.group.WORLD, resync)
 
 
 def judge_raises():
     def judge(sample):
         raise ValueError(f"no verdict on {sample.prompt_id}")
 
-    Generation(on_rank_zero(Engine()), REQUESTS, SAMPLING, judge).collect(dist.group.WORLD, None)
+    Generation(Fleet(on_rank_zero(Engine())), REQUESTS, SAMPLING, judge).collect(dist.group.WORLD, None)
+
+
+CASES = (judged_early, all_lost_once, all_lost_for_ever, judge_raises, on_two_nodes, enough_on_two_nodes)
 
 
 def outcome(case):
@@ -96,7 +129,7 @@ def outcome(case):
 
 def run_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {case.__name__: outcome(case) for case in (judged_early, all_lost_once, all_lost_for_ever, judge_raises)}
+    found = {case.__name__: outcome(case) for case in CASES}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -136,3 +169,16 @@ def test_a_verifier_that_raises_ends_the_run_on_every_rank(ranks):
     first, second = (found["judge_raises"] for found in ranks)
     assert first["type"] == "ValueError" and "no verdict on p" in first["error"]
     assert second["type"] == "RuntimeError" and second["error"] == f"rank 0: ValueError: {first['error']}"
+
+
+def test_two_nodes_make_a_batch_together(ranks):
+    """Their shares are those of ``assign``; both have all samples in the order of the requests."""
+    first, second = (rank["on_two_nodes"] for rank in ranks)
+    assert first["samples"] == second["samples"] == ranks[0]["all_lost_once"]["samples"]
+    assert first["results"] == second["results"] == ranks[0]["all_lost_once"]["results"]
+    assert first["more"] == [1, 2] and second["more"] == [1, 1], "only the one that lost its engine asks again"
+
+
+def test_nodes_share_what_is_enough(ranks):
+    shares = [rank["enough_on_two_nodes"]["more"][0] for rank in ranks]
+    assert sorted(shares) == [[1], [1]]

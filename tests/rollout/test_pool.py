@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch.distributed as dist
 
+from rollout.generation import Fleet
 from rollout.pool import Pool, Rollout
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import shares
@@ -76,7 +77,7 @@ def run(pool, engine, group, steps, first=0):
     taken = []
     for step in range(first, first + steps):
         engine.version = step
-        rollout = Rollout(pool, [engine], group, lambda sample: len(sample.response_token_ids))
+        rollout = Rollout(pool, Fleet([engine]), group, lambda sample: len(sample.response_token_ids))
         rollout.start(step)
         state = json.dumps(pool.to_json())
         taken.append(rollout.collect(pytest.fail))
@@ -155,7 +156,7 @@ def test_a_run_resumed_from_the_pools_state_takes_the_same(group, round_tokens):
     whole = run(make_pool(1.5, round_tokens), Engine(), group, 8)
     engine, pool = Engine(), make_pool(1.5, round_tokens)
     assert content(run(pool, engine, group, 4)) == content(whole)[:4]
-    Rollout(pool, [engine], group).start(4)
+    Rollout(pool, Fleet([engine]), group).start(4)
     resumed = make_pool(1.5, round_tokens)
     resumed.load(json.loads(json.dumps(pool.to_json())))
     assert content(run(resumed, engine, group, 4, first=4)) == content(whole)[4:]

@@ -1,65 +1,31 @@
-"""Weights over TCP between two hosts' worth of processes: network and host name namespaces joined by a virtual cable.
+"""Weights over TCP between two hosts' worth of processes (``two_hosts``).
 
 Host a has two trainer ranks (TP 2) and an engine, host b only an engine and the rank that owns it. The engine on a
 reads the trainer's memory; the one on b gets everything over gloo, in many small rounds.
-``python -m tests.rollout.test_two_hosts hosts|rank FOLDER [RANK]``.
+``python -m tests.rollout.test_two_hosts FOLDER RANK`` is one rank.
 """
 
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from rollout.engine import EngineSettings, start_engines, stop_engines
 from rollout.weight_sync.bridge import WeightBridge, WeightSyncError
+from tests.rollout import two_hosts
 from tests.rollout.twins import TIED, tensor_parallel_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = 1 << 16
-PRIVATE = ["unshare", "--user", "--map-root-user", "--net", "--uts"]
-HOST_B = """
-hostname host-b
-ip link set lo up
-until ip link show cable-b > /dev/null 2>&1; do sleep 0.1; done
-ip address add 10.77.0.2/24 dev cable-b
-ip link set cable-b up
-exec "$@"
-"""
-
-
-def hosts(folder: str) -> None:
-    """In a namespace of its own: be host a, make host b and the cable, run three ranks. Exits as the worst of them."""
-    rank = [sys.executable, "-m", "tests.rollout.test_two_hosts", "rank", folder]
-    subprocess.run(["hostname", "host-a"], check=True)
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable-b"}
-    b = subprocess.Popen(["unshare", "--net", "--uts", "sh", "-c", HOST_B, "sh", *rank, "2"], env=environment)
-    net = Path(f"/proc/{b.pid}/ns/net")
-    while net.readlink() == Path("/proc/self/ns/net").readlink():
-        time.sleep(0.05)
-    for command in (
-        f"link add cable-a type veth peer name cable-b netns {b.pid}",
-        "address add 10.77.0.1/24 dev cable-a",
-        "link set cable-a up",
-    ):
-        subprocess.run(["ip", *command.split()], check=True)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable-a"}
-    ranks = [b, *(subprocess.Popen([*rank, str(i)], env=environment) for i in range(2))]
-    sys.exit(max(abs(process.wait()) for process in ranks))
 
 
 def run_rank(folder: str, number: str) -> None:
     rank = int(number)
-    dist.init_process_group("gloo", init_method="tcp://10.77.0.1:29511", rank=rank, world_size=3)
+    dist.init_process_group("gloo", init_method=f"tcp://{two_hosts.ADDRESS_A}:29511", rank=rank, world_size=3)
     settings = EngineSettings(
         model=f"{folder}/model",
         dtype="bfloat16",
@@ -101,13 +67,9 @@ def run_rank(folder: str, number: str) -> None:
 
 
 def test_an_engine_on_another_host_holds_the_same_bits(tmp_path: Path) -> None:
-    if not shutil.which("ip") or subprocess.run([*PRIVATE, "true"], capture_output=True).returncode:
-        pytest.skip("needs iproute2 and the right to make user and network namespaces (unshare --user --net)")
     TIED.save(tmp_path / "model", seed=0)
-    command = [*PRIVATE, sys.executable, "-m", "tests.rollout.test_two_hosts", "hosts", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
-    )
+    rank = [sys.executable, "-m", "tests.rollout.test_two_hosts", str(tmp_path)]
+    done = two_hosts.run([[*rank, "0"], [*rank, "1"]], [[*rank, "2"]])
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     a, silent, b = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(3))
     assert a["digests"] == b["digests"], "read in place on one host, over the network on the other"
@@ -129,4 +91,4 @@ def test_an_engine_on_another_host_holds_the_same_bits(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"hosts": hosts, "rank": run_rank}[sys.argv[1]](*sys.argv[2:])
+    run_rank(*sys.argv[1:])
