@@ -69,11 +69,12 @@ def fit(session: Session, reference: Path) -> None:
                 sync_bytes = session.sync_weights(step)
             rollout.start((step + 1) * algorithm.sampling_rounds)
 
-        samples, judged = [s for g in groups for s in g.samples], [j for g in groups for j in g.judged]
-        lengths = torch.tensor([[len(s.response_token_ids) for s in g.samples] for g in groups])
-        rewards = torch.tensor([[reward for reward, _ in g.judged] for g in groups], dtype=torch.float64)
-        longest = config.rollout.max_response_tokens
-        shaped = rewards + overlong_penalty(lengths, longest=longest, overlong_fraction=algorithm.overlong_fraction)
+        with session.phase("reward"):
+            samples, judged = [s for g in groups for s in g.samples], [j for g in groups for j in g.judged]
+            lengths = torch.tensor([[len(s.response_token_ids) for s in g.samples] for g in groups])
+            rewards = torch.tensor([[reward for reward, _ in g.judged] for g in groups], dtype=torch.float64)
+            longest = config.rollout.max_response_tokens
+            shaped = rewards + overlong_penalty(lengths, longest=longest, overlong_fraction=algorithm.overlong_fraction)
 
         with session.phase("logprobs"):
             sequences = [packed(s, g.vision) for g in groups for s in g.samples]

@@ -132,7 +132,7 @@ def saved_bytes(built: model.Model, batch: packing.MicroBatch) -> int:
                 position_ids=batch.positions,
                 attention_mask=None,
                 packed_seq_params=batch.packed,
-                output_processor=partial(steps._log_probs_of_hidden, built, 1.0),
+                output_processor=partial(steps._log_probs_of_hidden, built, 1.0, False),
                 output_processor_context=batch,
             )
             outputs.append(output)  # the graph lives as long as they do

@@ -19,8 +19,9 @@ from recipes.config import Config, ConfigError, parse
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 GROUPS = "recipe stage model algorithm rewards parallel precision rollout data cluster logger".split()
-# What only recipes/preflight.py reads has a schema of its own there.
-OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "preflight")
+# What only recipes/preflight.py and rollout/weight_sync/simulate.py read has a schema of its own there.
+ASIDE = ("preflight", "simulate")
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
 NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
 NEEDS |= {option: ["cluster.ranks=64"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
 

@@ -99,9 +99,10 @@ def test_every_prompt_is_answered_greedily_and_sampled_with_seeds_of_its_own(tmp
     tiny.write_rows(data, rows)
     calls = []
 
-    def generate(prompts: Any, samples_per_prompt: int, step: int, temperature: float) -> list[str]:
+    def generate(prompts: Any, samples_per_prompt: int, step: int, temperature: float) -> tuple[list[str], list[Any]]:
         calls.append((samples_per_prompt, step, temperature))
-        return [f"{p.prompt_id}/{i}/{temperature}" for p in prompts for i in range(samples_per_prompt)]
+        made = [f"{p.prompt_id}/{i}/{temperature}" for p in prompts for i in range(samples_per_prompt)]
+        return made, [None] * len(made)
 
     session: Any = SimpleNamespace(
         config=SimpleNamespace(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes import records
 from recipes.data.prompts import prompt_tokens
 from rollout.engine import EngineSettings, environment
+from rollout.sample import Request, Sampling
 from tests.recipes import tiny
 
 VERIFIERS = ["capability", "safety", tiny.LETTERS]
@@ -249,17 +250,8 @@ def test_vllm_loads_the_exported_model_and_answers_as_the_evaluation(whole: tupl
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     rows = [json.loads(line) for line in (twin / "eval.jsonl").read_text().splitlines()]
     settings = EngineSettings(str(run_dir / "hf"), "bfloat16", 48, 128, 4096, 0.05)
-    requests = [
-        {
-            "prompt_id": row["id"],
-            "sample_index": 0,
-            "prompt_token_ids": prompt_tokens(tokenizer, row, 40),
-            "seed": 0,
-            "media": None,
-        }
-        for row in rows
-    ]
-    sampling = {"max_tokens": 8, "stop_token_ids": [tokenizer.eos_token_id], "temperature": 0.0, "top_p": 1.0}
+    requests = [Request(row["id"], 0, tuple(prompt_tokens(tokenizer, row, 40)), 0).to_json() for row in rows]
+    sampling = asdict(Sampling(max_tokens=8, stop_token_ids=(tokenizer.eos_token_id,), temperature=0.0))
     output = run_dir.parent / "from_disk.json"
     command = [sys.executable, "-m", "tests.rollout.vllm_processes", "fresh", json.dumps(asdict(settings))]
     done = subprocess.run(
