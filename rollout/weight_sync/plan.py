@@ -314,12 +314,14 @@ def build_plan(
     on_host: dict[str, list[int]] = defaultdict(list)
     for rank, place in enumerate(topology.ranks):
         on_host[place.host].append(rank)
-    given = [0] * len(topology.ranks)
+    given = [[0] * len(topology.ranks) for _ in range(2)]  # to its own device, and over the link to others
 
     def nearest(ranks: Iterable[int], devices: Iterable[str], extra: int) -> int:
         """On one of the devices if possible, else on another of the host; among these with least to give so far."""
-        chosen = min(ranks, key=lambda rank: (topology.ranks[rank].device not in devices, given[rank], rank))
-        given[chosen] += extra
+        far, _, chosen = min(
+            (far := topology.ranks[rank].device not in devices, given[far][rank], rank) for rank in ranks
+        )
+        given[far][chosen] += extra
         return chosen
 
     copies: list[list[list[Copy]]] = []

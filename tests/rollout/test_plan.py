@@ -216,6 +216,17 @@ def test_a_rank_on_the_workers_own_device_is_read_first() -> None:
     assert {copy.rank for copy in plan.copies[0][0]} == {1}
 
 
+def test_ranks_share_what_goes_to_other_devices_whatever_they_give_to_their_own() -> None:
+    """Two ranks hold one tensor, two the other, and an engine on each one's device wants both."""
+    table, worker = equal_tensors(2)
+    places = tuple(Place("here", str(i)) for i in range(4))
+    tables = [[table[i // 2]] for i in range(4)]
+    plan = build_plan(tables, worker, Topology(places, tuple((place,) for place in places)), 1 << 20)
+    read = Counter((copy.rank, e) for e in range(4) for copy in plan.copies[e][0])
+    assert all(read[i, i] == 1 for i in range(4)), "its own half from its own device"
+    assert [sum(n for (rank, e), n in read.items() if rank == i != e) for i in range(4)] == [1, 1, 1, 1]
+
+
 def test_what_crosses_the_network_crosses_once_for_a_host_and_holders_share_the_sending() -> None:
     """Two holders here; two ranks and two engines there: 8 KiB cross, 4 from each holder, 4 to each receiver."""
     table, worker = equal_tensors(8)
