@@ -10,6 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ext import layout, precision
 from recipes import trainer
+from rewards import settings
+from rewards.settings import RewardsConfig
 
 # ${cores:N} in conf/ is this machine's cores shared among N processes.
 OmegaConf.register_new_resolver("cores", lambda share: max(1, len(os.sched_getaffinity(0)) // share), replace=True)
@@ -84,11 +86,6 @@ class AlgorithmConfig:
     token_ratio_veto: Optional[float]  # noqa: UP045
     mismatch_alarm: float
     own: dict[str, Any]
-
-
-@dataclass
-class RewardsConfig:
-    mix: dict[str, dict[str, float]]
 
 
 @dataclass
@@ -374,6 +371,7 @@ def check(config: Config) -> None:
     try:
         layout.check(c.cluster.ranks, trainer.layout(c))
         precision.check(trainer.precision(c))
+        settings.check(c.rewards)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if c.precision.name == "fp8" and c.cluster.platform == "cpu":

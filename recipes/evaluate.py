@@ -1,12 +1,14 @@
 """Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference RL made."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from recipes.data import prompts
 from recipes.session import Session
 from recipes.statistics import mean_interval, paired_difference
-from rewards.verdict import Verdict
+from rewards import mixing
+from rewards.verdict import to_json
+from rollout.sample import Sample
 
 EVALUATION_STEP = -1  # its own sampling seeds, the same for every model that is compared
 Answers = dict[str, list[dict[str, Any]]]
@@ -15,31 +17,31 @@ Answers = dict[str, list[dict[str, Any]]]
 def answer(session: Session) -> Answers:
     """Collective: the engines' present weights answer every held-out prompt, greedy and sampled.
 
-    Returns {"greedy": rows, "sampled": rows}; a row is {id, response, scores: {score name: verdict}}.
+    Returns {"greedy": rows, "sampled": rows}; a row is {id, response, scores: {score name: verdict or failure}}.
     """
     config = session.config
     rows = prompts.load_rows(config.data.evaluation)
+    by_id = {row["id"]: row for row in rows}
     asked = [session.prompts(row).prompt for row in rows]
     found: Answers = {}
     for name, count, temperature in (
         ("greedy", 1, 0.0),
         ("sampled", config.data.evaluation_samples, config.rollout.temperature),
     ):
-        samples, _ = session.generate(asked, count, EVALUATION_STEP, temperature)
-        texts = [session.text(sample) for sample in samples]
+        samples, scores = session.generate(asked, count, EVALUATION_STEP, temperature, partial(judge, session, by_id))
         found[name] = [
-            {"id": row["id"], "response": text, "scores": judge(session.verifiers, config.data.scores, row, text)}
-            for row, text in ((rows[i // count], text) for i, text in enumerate(texts))
+            {"id": rows[i // count]["id"], "response": session.text(sample), "scores": judged}
+            for i, (sample, judged) in enumerate(zip(samples, scores, strict=True))
         ]
     return found
 
 
-def judge(
-    verifiers: dict[str, Callable[..., Verdict]], scores: dict[str, list[str]], row: prompts.Row, response: str
-) -> dict[str, dict[str, Any]]:
-    """The verdicts of the verifiers that score this kind of row."""
-    verdicts = {name: verifiers[name](row, response) for name, kinds in scores.items() if row["kind"] in kinds}
-    return {name: {"score": verdict.score, "label": verdict.label} for name, verdict in verdicts.items()}
+def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dict[str, dict[str, Any]]:
+    """What the verifiers that score this kind of row say, as JSON; runs beside the engines in several threads."""
+    row = rows[sample.prompt_id]
+    names = [name for name, kinds in session.config.data.scores.items() if row["kind"] in kinds]
+    (judged,) = mixing.judge_all([(row, session.text(sample), names)], session.verifiers)
+    return {name: to_json(judgement) for name, judgement in judged.items()}
 
 
 def summary(answers: Answers, names: list[str]) -> dict[str, Any]:
@@ -50,15 +52,7 @@ def summary(answers: Answers, names: list[str]) -> dict[str, Any]:
 
 def difference(before: Answers, after: Answers, names: list[str]) -> dict[str, Any]:
     """Paired after − before on the same prompts, shaped like ``summary``."""
-    of = {
-        mode: {
-            name: paired_difference(
-                _column(before[mode], name)[0], _column(after[mode], name)[0], _column(after[mode], name)[1]
-            )
-            for name in names
-        }
-        for mode in after
-    }
+    of = {mode: {name: paired_difference(*_pairs(before[mode], after[mode], name)) for name in names} for mode in after}
     return {**of["greedy"], "sampled": of["sampled"]}
 
 
@@ -76,7 +70,7 @@ def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
                 "prompt": row["prompt"],
                 **{stage: entry["response"] for stage, entry in greedy.items()},
                 "labels": {
-                    stage: ", ".join(f"{name}: {s['label']}" for name, s in entry["scores"].items())
+                    stage: ", ".join(f"{name}: {s.get('label', 'no verdict')}" for name, s in entry["scores"].items())
                     for stage, entry in greedy.items()
                 },
             }
@@ -89,5 +83,19 @@ def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[str]]:
-    chosen = [row for row in rows if name in row["scores"]]
+    chosen = [row for row in rows if _score(row, name) is not None]
     return [row["scores"][name]["score"] for row in chosen], [row["id"] for row in chosen]
+
+
+def _pairs(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], name: str
+) -> tuple[list[float], list[float], list[str]]:
+    """Scores before and after and the prompt, of the answers that have a verdict on both sides."""
+    found = [(_score(b, name), _score(a, name), a["id"]) for b, a in zip(before, after, strict=True)]
+    both = [(b, a, row_id) for b, a, row_id in found if b is not None and a is not None]
+    return [b for b, _, _ in both], [a for _, a, _ in both], [row_id for _, _, row_id in both]
+
+
+def _score(row: dict[str, Any], name: str) -> float | None:
+    """None where this verifier wasn't asked or gave no verdict."""
+    return row["scores"].get(name, {}).get("score")

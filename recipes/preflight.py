@@ -27,6 +27,7 @@ from recipes import trainer
 from recipes.config import Config, ConfigError, parse, samples_per_step
 from recipes.data.prompts import PROMPT_FIELDS, SFT_FIELDS
 from recipes.train import check_parts, from_command_line
+from rewards import mixing
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "conf" / "model" / "architectures"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -176,11 +177,14 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
 
 
 def data_and_rewards(config: Config) -> str:
-    """Files, schema, mix, and verifiers. Those of today are functions of the trainer's process: no endpoint to ask."""
+    """Files, schema, mix, and verifiers. Their servers are named, not asked: they run when the run does."""
     check_parts(config)
-    verifiers = sorted({name for weights in config.rewards.mix.values() for name in weights})
+    verifiers = mixing.verifier_names(config.rewards.mix)
+    servers = mixing.servers_of([*verifiers, *config.data.scores], config.rewards)
+    asked = ", ".join(f"{name} at {' '.join(server.addresses)}" for name, server in servers.items()) or "none"
     return (
-        f"{config.data.prompts}: rows fit the schema; verifiers {', '.join(verifiers)} are found, none has an endpoint"
+        f"{config.data.prompts}: rows fit the schema; verifiers {', '.join(verifiers)} are found; servers that the run "
+        f"will ask: {asked}"
     )
 
 

@@ -21,20 +21,22 @@ from recipes.algorithms.shaping import informative, overlong_penalty, select_gro
 from recipes.data import prompts
 from recipes.data.processor import ProcessedPrompt
 from recipes.session import Session
-from rewards import mixing
-from rewards.verdict import Verdict
+from rewards import mixing, objectives
+from rewards.verdict import Judgement, from_json, or_nan, to_json
 from rollout.pool import Pool, Rollout
 from rollout.sample import Sample
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and what was made of it: its responses, and the reward of each with the verdicts behind it."""
+    """A prompt and what was made of it: its responses, what the verifiers say of each, and its reward, NaN where one of
+    them failed."""
 
     row: prompts.Row
     vision: VisionInputs | None
     samples: list[Sample]
-    judged: list[tuple[float, dict[str, Verdict]]]
+    judged: list[dict[str, Judgement]]
+    rewards: list[float]
 
 
 def fit(session: Session, reference: Path) -> None:
@@ -52,17 +54,19 @@ def fit(session: Session, reference: Path) -> None:
     reference_weights = steps.load_weights(model, reference)
     folder, done, ahead = session.run_dir / "checkpoints", 0, config.rollout.staleness
     by_id = {row["id"]: row for row in rows}
-    pool = make_pool(session, rows)
+    pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
     if newest := checkpoint.latest(folder):
         done = checkpoint.load(newest, model, optim, schedule)
-        pool.load(checkpoint.progress(newest)["pool"])
+        progress = checkpoint.progress(newest)
+        pool.load(progress["pool"])
+        constraint = progress["constraint"]
     session.truncate_records(done)
     rollout = Rollout(pool, session.fleet, session.control, partial(judge, session, by_id))
     sync_bytes = session.sync_weights(done)
 
     for step in range(done, algorithm.steps):
         with session.phase("generate"):  # and reward: each sample is judged while others are being generated
-            groups = collect(session, rollout, by_id, step, started=ahead > 0 and step > done)
+            groups = collect(session, rollout, by_id, constraint, step, started=ahead > 0 and step > done)
             session.sleep_engines()
         if ahead and step + 1 < algorithm.steps:
             with session.phase("sync"):
@@ -72,7 +76,9 @@ def fit(session: Session, reference: Path) -> None:
         with session.phase("reward"):
             samples, judged = [s for g in groups for s in g.samples], [j for g in groups for j in g.judged]
             lengths = torch.tensor([[len(s.response_token_ids) for s in g.samples] for g in groups])
-            rewards = torch.tensor([[reward for reward, _ in g.judged] for g in groups], dtype=torch.float64)
+            failed = mixing.failed_share(judged, config.rewards.client.max_failed)
+            constraint = objectives.next_state(constraint, config.rewards.constraint, judged)
+            rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
             longest = config.rollout.max_response_tokens
             shaped = rewards + overlong_penalty(lengths, longest=longest, overlong_fraction=algorithm.overlong_fraction)
 
@@ -116,7 +122,9 @@ def fit(session: Session, reference: Path) -> None:
         metrics = {
             "step": step + 1,
             "reward/mean": float(rewards.nanmean()),
-            **{f"reward/{name}": score for name, score in verifier_means(judged).items()},
+            "reward_failed": failed,
+            "constraint/multiplier": constraint["multiplier"],
+            **{f"reward/{name}": score for name, score in mixing.verifier_means(judged).items()},
             "kl/reference": sums["kl"] / trained_tokens,
             **mismatch.report(sums),
             **({"entropy": sums["entropy"] / trained_tokens} if "entropy" in sums else {}),
@@ -132,7 +140,7 @@ def fit(session: Session, reference: Path) -> None:
         record(session, metrics, groups, advantages)
         if step + 1 == algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                progress = {"pool": pool.to_json()}
+                progress = {"pool": pool.to_json(), "constraint": constraint}
                 checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, progress)
 
 
@@ -154,33 +162,44 @@ def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
     )
 
 
-def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> list[Any]:
-    """Reward and verdicts of a sample, as JSON; runs beside the engines in several threads."""
+def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dict[str, Any]:
+    """What the verifiers of its label say of a sample, as JSON; runs beside the engines in several threads."""
     row = rows[sample.prompt_id]
-    reward, verdicts = mixing.reward(row, session.text(sample), session.verifiers, session.config.rewards.mix)
-    return [reward, {name: [verdict.score, verdict.label] for name, verdict in verdicts.items()}]
+    names = mixing.label_weights(row, session.config.rewards.mix)
+    (judged,) = mixing.judge_all([(row, session.text(sample), names)], session.verifiers)
+    return {name: to_json(judgement) for name, judgement in judged.items()}
 
 
-def collect(session: Session, rollout: Rollout, rows: dict[str, prompts.Row], step: int, started: bool) -> list[Group]:
-    """The step's groups, generated and judged; ``started``: the engines are at it already. Collective.
+def collect(
+    session: Session,
+    rollout: Rollout,
+    rows: dict[str, prompts.Row],
+    constraint: dict[str, Any],
+    step: int,
+    started: bool,
+) -> list[Group]:
+    """The step's groups, generated and judged; ``constraint``: the multiplier's state; ``started``: the engines are at
+    it already. Collective.
 
     Dynamic sampling (``algorithm.sampling_rounds`` above 1): further prompts are asked until enough groups have
     differing rewards; where the rounds do not give as many, others fill up.
     """
-    algorithm = session.config.algorithm
+    algorithm, rewarding = session.config.algorithm, session.config.rewards
     indices = range(algorithm.samples_per_prompt)
     groups: list[Group] = []
     for draw in range(step * algorithm.sampling_rounds, (step + 1) * algorithm.sampling_rounds):
         if groups or not started:
             rollout.start(draw)
         for made in rollout.collect(partial(session.sync_weights, step)):
-            judged = [
-                (reward, {name: Verdict(*verdict) for name, verdict in verdicts.items()})
-                for reward, verdicts in (made.results[i] for i in indices)
-            ]
+            judged = [{name: from_json(data) for name, data in made.results[i].items()} for i in indices]
             row = rows[made.asked.prompt.prompt_id]
-            groups.append(Group(row, made.asked.vision, [made.samples[i] for i in indices], judged))
-        rewards = torch.tensor([[reward for reward, _ in g.judged] for g in groups], dtype=torch.float64)
+            weights = objectives.constrained_weights(
+                mixing.label_weights(row, rewarding.mix), rewarding.constraint, constraint
+            )
+            mixed = objectives.group_rewards(judged, weights, rewarding.normalise)
+            samples = [made.samples[i] for i in indices]
+            groups.append(Group(row, made.asked.vision, samples, judged, list(map(or_nan, mixed))))
+        rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
         if int(informative(rewards).sum()) >= algorithm.prompts_per_step:
             break
     return [groups[i] for i in select_groups(rewards, algorithm.prompts_per_step)]
@@ -253,12 +272,6 @@ def contributing(
     return [weighted[i] for i in order[: round_up(wanted, multiple)]]
 
 
-def verifier_means(judged: list[tuple[float, dict[str, Verdict]]]) -> dict[str, float]:
-    """Mean score of each verifier over the samples that it judged."""
-    names = sorted({name for _, verdicts in judged for name in verdicts})
-    return {name: fmean(v[name].score for _, v in judged if name in v) for name in names}
-
-
 def record(
     session: Session,
     metrics: dict[str, Any],
@@ -271,7 +284,7 @@ def record(
     session.seconds.clear()
     if session.rank != 0:
         return
-    of_samples = [(g.row, s, *j) for g in groups for s, j in zip(g.samples, g.judged, strict=True)]
+    of_samples = [(g.row, *each) for g in groups for each in zip(g.samples, g.rewards, g.judged, strict=True)]
     lines = [
         {
             "step": metrics["step"],
@@ -279,8 +292,8 @@ def record(
             "sample_index": sample.sample_index,
             "prompt": row["prompt"],
             "response": session.text(sample),
-            "reward": reward,
-            "verdicts": {name: {"score": v.score, "label": v.label} for name, v in verdicts.items()},
+            "reward": None if math.isnan(reward) else reward,
+            "verdicts": {name: to_json(judgement) for name, judgement in verdicts.items()},
             "advantage": fmean(advantage),
             "weight_version": sample.weight_version,
         }

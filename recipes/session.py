@@ -29,6 +29,8 @@ from recipes.config import Config, ConfigError
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
 from rewards import mixing
+from rewards.client import Client
+from rewards.verdict import Verifier
 from rollout import sampler
 from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.generation import Fleet, Generation
@@ -38,8 +40,8 @@ from rollout.weight_sync.bridge import WeightBridge
 
 @dataclass
 class Session:
-    """One run on this rank. ``engines``: those of this node, on its first rank, else none; ``node`` of ``nodes``;
-    ``control`` is a gloo group of all ranks."""
+    """One run on this rank. ``engines``: those of this node, on its first rank, else none, and ``verifiers`` alike;
+    ``node`` of ``nodes``; ``control`` is a gloo group of all ranks."""
 
     config: Config
     run_dir: Path
@@ -52,7 +54,7 @@ class Session:
     engines: list[Engine]
     bridge: WeightBridge
     control: dist.ProcessGroup
-    verifiers: dict[str, Any]
+    verifiers: dict[str, Verifier]
     wandb: Any
     node: int
     nodes: int
@@ -187,7 +189,11 @@ def open_session(config: Config) -> Iterator[Session]:
     settings_of_engines = engine_settings(c, nodes) if int(os.environ["LOCAL_RANK"]) == 0 else []
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
-        verifiers = mixing.load_verifiers({*mixing.verifier_names(c.rewards.mix), *c.data.scores})
+        verifiers: dict[str, Verifier] = {}
+        if settings_of_engines:  # samples are judged where the engines are
+            names = {*mixing.verifier_names(c.rewards.mix), *c.data.scores}
+            client = stack.enter_context(Client(mixing.servers_of(names, c.rewards), c.rewards.client))
+            verifiers = mixing.open_verifiers(names, c.rewards, client)
         engines: list[Engine] = []
         stack.callback(stop_engines, engines)
         for i, its in enumerate(settings_of_engines):

@@ -46,6 +46,7 @@ def prepare_run(config: Config) -> None:
     from recipes.prepare_model import prepare
 
     check_parts(config)
+    check_servers(config)
     run_dir = Path(config.run_dir)
     if not config.resume:
         for name in (*RESULTS, "checkpoints", "sft", "hf", "logs"):
@@ -68,6 +69,7 @@ def check_parts(config: Config) -> None:
     from recipes.algorithms.parts import PARTS, part
     from recipes.data.prompts import SFT_FIELDS, load_rows, mixed
     from rewards import mixing
+    from rewards.client import Client
 
     for name in PARTS:
         part(name, config.algorithm)
@@ -79,9 +81,11 @@ def check_parts(config: Config) -> None:
     rows = load_rows(config.data.prompts)
     mixed(rows, config.data.mix, 0, config.algorithm.prompts_per_step, config.seed)
     try:
-        mixing.load_verifiers({*mixing.verifier_names(config.rewards.mix), *config.data.scores})
+        names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
+        with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
+            verifiers = mixing.open_verifiers(names, config.rewards, client)
         for row in rows:
-            mixing.label_weights(row, config.rewards.mix)
+            mixing.check_row(row, verifiers, config.rewards.mix)
     except ValueError as error:
         raise ConfigError(f"rewards.mix, data.scores: {error}") from error
     kinds = {row["kind"] for row in load_rows(config.data.evaluation)}
@@ -93,6 +97,19 @@ def check_parts(config: Config) -> None:
             )
     if "sft" in config.stage.names:
         load_rows(config.data.sft, SFT_FIELDS)
+
+
+def check_servers(config: Config) -> None:
+    """Ask the verifiers' servers whether they are there. Raises ConfigError naming those that are not."""
+    from rewards import mixing
+    from rewards.client import Client
+
+    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
+    try:
+        with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
+            client.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def launch(config: Config) -> None:

@@ -4,14 +4,33 @@ The table is SafeWork-R1's (arXiv 2507.18576): reward = sum of weight x score ov
 """
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from statistics import fmean
+from typing import Any
 
-from rewards.verdict import Row, Verdict, Verifier
+from rewards import settings
+from rewards.client import Client
+from rewards.settings import RewardsConfig, Server, VerifierSettings
+from rewards.verdict import Failure, Judgement, Row, Verdict, Verifier
+from rewards.verifiers.judges import Judge, Scalar
+from rewards.verifiers.served import ServedVerifier
+from rewards.verifiers.templates import TEMPLATES
 
 REGISTERED = {
     "safety": "rewards.verifiers.safety.score",
     "capability": "rewards.verifiers.capability.score",
     "helpfulness": "rewards.verifiers.helpfulness.score",
+    "format": "rewards.verifiers.format.score",
+    "math": "rewards.verifiers.mathematics.score",
+    "exact": "rewards.verifiers.exact.score",
+    "choice": "rewards.verifiers.choice.score",
+    "rule_check": "rewards.verifiers.rule_check.score",
+    "instructions": "rewards.verifiers.instructions.score",
+    "length": "rewards.verifiers.length.score",
+    "repetition": "rewards.verifiers.repetition.score",
 }
 
 
@@ -23,15 +42,53 @@ def load_verifiers(names: Iterable[str]) -> dict[str, Verifier]:
     return {name: _load(name) for name in names}
 
 
-def _load(name: str) -> Verifier:
-    module, _, function = REGISTERED.get(name, name).rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ValueError, ModuleNotFoundError, AttributeError) as error:
-        known = ", ".join(sorted(REGISTERED))
+def servers_of(names: Iterable[str], config: RewardsConfig) -> dict[str, Server]:
+    """The servers behind these verifiers, by name."""
+    found = settings.verifiers(config)
+    wanted = {found[name].server for name in names if name in found}
+    return {name: server for name, server in settings.servers(config).items() if name in wanted}
+
+
+def open_verifiers(names: Iterable[str], config: RewardsConfig, client: Client) -> dict[str, Verifier]:
+    """The same, where ``rewards.verifiers`` says what some of the names are; it goes before the registered ones.
+
+    ``client`` has the servers of :func:`servers_of`. Raises ValueError naming an unknown template or rule.
+    """
+    found = settings.verifiers(config)
+    return {name: _configured(found[name], client) if name in found else _load(name) for name in names}
+
+
+def _configured(verifier: VerifierSettings, client: Client) -> Verifier:
+    if verifier.rule is not None:
+        return partial(_load(verifier.rule), **verifier.arguments)
+    assert verifier.template is not None and verifier.server is not None  # settings.check
+    model = client.pools[verifier.server].server.model
+    return ServedVerifier(_template(verifier.template), verifier.server, model, verifier.request, client)
+
+
+def _template(name: str) -> Judge | Scalar:
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    found = _import(name, f"unknown template {name!r}", TEMPLATES, "a rewards.verifiers.judges.Judge")
+    if not isinstance(found, Judge | Scalar):
         raise ValueError(
-            f"unknown verifier {name!r} ({error}); use a registered one ({known}) or the dotted path of a function "
-            "score(row, response) -> Verdict"
+            f"template {name!r} is a {type(found).__name__}, not a rewards.verifiers.judges.Judge or Scalar"
+        )
+    return found
+
+
+def _load(name: str) -> Verifier:
+    path = REGISTERED.get(name, name)
+    return _import(path, f"unknown verifier {name!r}", REGISTERED, "a function score(row, response) -> Verdict")
+
+
+def _import(path: str, unknown: str, known: Iterable[str], what: str) -> Any:
+    module, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ValueError, ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"{unknown} ({error}); use a registered one ({', '.join(sorted(known))}) or the dotted path of {what}"
         ) from error
 
 
@@ -51,18 +108,92 @@ def label_weights(row: Row, table: Mapping[str, Mapping[str, float]]) -> Mapping
     return table[label]
 
 
-def mix(verdicts: Mapping[str, Verdict], weights: Mapping[str, float]) -> float:
-    """Weighted sum of the scores. Raises ValueError when a weighted verifier gave no verdict."""
+def check_row(row: Row, verifiers: Mapping[str, Verifier], table: Mapping[str, Mapping[str, float]]) -> None:
+    """Raises ValueError for a label without a mix and for a row that a verifier of its mix can't judge.
+
+    A rule says so by judging an empty response; judges are not asked.
+    """
+    for name in label_weights(row, table):
+        verifier = verifiers[name]
+        if isinstance(verifier, ServedVerifier):
+            verifier.judge.check(row)
+        else:
+            verifier(row, "")
+
+
+def mix(verdicts: Mapping[str, Judgement], weights: Mapping[str, float]) -> float | None:
+    """Weighted sum of the scores; None when a weighted verifier failed.
+
+    Raises ValueError when a weighted verifier said nothing at all.
+    """
     missing = sorted(set(weights) - set(verdicts))
     if missing:
         raise ValueError(f"no verdict from {missing}, which the mix weighs; verdicts came from {sorted(verdicts)}")
-    return sum(weight * verdicts[name].score for name, weight in weights.items())
+    total = 0.0
+    for name, weight in weights.items():
+        verdict = verdicts[name]
+        if isinstance(verdict, Failure):
+            return None
+        total += weight * verdict.score
+    return total
+
+
+def judge_all(
+    asked: Sequence[tuple[Row, str, Iterable[str]]], verifiers: Mapping[str, Verifier]
+) -> list[dict[str, Judgement]]:
+    """What the named verifiers say of each (row, response, names). Servers are asked everything at once, rules go on
+    meanwhile."""
+    waiting: dict[tuple[int, str], Future[Judgement]] = {}
+    for i, (row, response, names) in enumerate(asked):
+        for name in names:
+            if isinstance(verifier := verifiers[name], ServedVerifier):
+                waiting[i, name] = verifier.submit(row, response)
+    ruled = {
+        (i, name): verifiers[name](row, response)
+        for i, (row, response, names) in enumerate(asked)
+        for name in names
+        if (i, name) not in waiting
+    }
+    return [
+        {name: ruled[i, name] if (i, name) in ruled else waiting[i, name].result() for name in names}
+        for i, (_, _, names) in enumerate(asked)
+    ]
 
 
 def reward(
     row: Row, response: str, verifiers: Mapping[str, Verifier], table: Mapping[str, Mapping[str, float]]
-) -> tuple[float, dict[str, Verdict]]:
-    """The mixed reward of one response and the verdicts behind it; only the verifiers of the row's label run."""
+) -> tuple[float | None, dict[str, Judgement]]:
+    """The mixed reward of one response (None when a verifier failed) and the verdicts behind it; only the verifiers of
+    the row's label run."""
     weights = label_weights(row, table)
-    verdicts = {name: verifiers[name](row, response) for name in weights}
+    (verdicts,) = judge_all([(row, response, weights)], verifiers)
     return mix(verdicts, weights), verdicts
+
+
+def verifier_means(judged: Iterable[Mapping[str, Judgement]]) -> dict[str, float]:
+    """Mean score of each verifier over the samples that it gave a verdict on."""
+    scores: dict[str, list[float]] = {}
+    for verdicts in judged:
+        for name, verdict in verdicts.items():
+            if isinstance(verdict, Verdict):
+                scores.setdefault(name, []).append(verdict.score)
+    return {name: fmean(scores[name]) for name in sorted(scores)}
+
+
+def failed_share(judged: Sequence[Mapping[str, Judgement]], most: float) -> float:
+    """The share of the samples on which some verifier failed. Raises RuntimeError, with the reasons, above ``most``."""
+    found = [
+        (name, verdict.reason)
+        for verdicts in judged
+        for name, verdict in list(verdicts.items())
+        if isinstance(verdict, Failure)
+    ]
+    failed = sum(any(isinstance(v, Failure) for v in verdicts.values()) for verdicts in judged)
+    share = failed / max(len(judged), 1)
+    if share > most:
+        reasons = "; ".join(f"{count} x {name}: {why}" for (name, why), count in Counter(found).most_common(3))
+        raise RuntimeError(
+            f"{failed} of {len(judged)} samples have no reward, rewards.client.max_failed={most}: {reasons}; see to "
+            "the servers, then go on with resume=true"
+        )
+    return share

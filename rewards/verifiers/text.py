@@ -20,6 +20,16 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+
+
+def without_thinking(response: str) -> str:
+    """The answer behind the last end of thinking; empty where thinking began and never ended."""
+    if THINK_END in response:
+        return response.rpartition(THINK_END)[2].strip()
+    return "" if THINK_BEGIN in response else response.strip()
+
+
 def normalize(text: str) -> str:
     """Lower case, straight apostrophes, single spaces."""
     return " ".join(text.lower().replace("’", "'").split())

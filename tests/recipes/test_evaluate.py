@@ -1,5 +1,6 @@
 """evaluation.json from made-up answers: means, paired differences and transcripts."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,11 +61,22 @@ def test_only_the_verifiers_of_a_kind_judge_a_row() -> None:
 
         return score
 
-    found = evaluate.judge(
-        {name: verifier(name) for name in ("safety", "capability")}, SCORES, {"id": "b", "kind": "benign"}, "yes"
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(data=SimpleNamespace(scores=SCORES)),
+        text=lambda sample: "yes",
+        verifiers={name: verifier(name) for name in ("safety", "capability")},
     )
-    assert found == {"safety": {"score": 0.25, "label": "safety says so"}}
+    sample: Any = SimpleNamespace(prompt_id="b")
+    found = evaluate.judge(session, {"b": {"id": "b", "kind": "benign"}}, sample)
+    assert found == {"safety": {"score": 0.25, "label": "safety says so", "raw": ""}}
     assert asked == [("safety", "b", "yes")]
+
+
+def test_an_answer_without_a_verdict_is_in_no_mean_and_its_pair_in_no_difference() -> None:
+    after = copy.deepcopy(AFTER)
+    after["greedy"][0]["scores"]["safety"] = {"reason": "no reply", "raw": ""}
+    assert evaluate.summary(after, list(SCORES))["safety"] == mean_interval([1.0], ["b"])
+    assert evaluate.difference(BEFORE, after, list(SCORES))["safety"] == paired_difference([1.0], [1.0], ["b"])
 
 
 def test_the_report_has_every_stage_the_difference_and_all_transcripts(tmp_path: Path) -> None:
@@ -99,10 +111,16 @@ def test_every_prompt_is_answered_greedily_and_sampled_with_seeds_of_its_own(tmp
     tiny.write_rows(data, rows)
     calls = []
 
-    def generate(prompts: Any, samples_per_prompt: int, step: int, temperature: float) -> tuple[list[str], list[Any]]:
+    def generate(
+        prompts: Any, samples_per_prompt: int, step: int, temperature: float, on_sample: Any
+    ) -> tuple[list[Any], list[Any]]:
         calls.append((samples_per_prompt, step, temperature))
-        made = [f"{p.prompt_id}/{i}/{temperature}" for p in prompts for i in range(samples_per_prompt)]
-        return made, [None] * len(made)
+        made = [
+            SimpleNamespace(prompt_id=p.prompt_id, text=f"{p.prompt_id}/{i}/{temperature}")
+            for p in prompts
+            for i in range(samples_per_prompt)
+        ]
+        return made, [on_sample(sample) for sample in made]
 
     session: Any = SimpleNamespace(
         config=SimpleNamespace(
@@ -114,7 +132,7 @@ def test_every_prompt_is_answered_greedily_and_sampled_with_seeds_of_its_own(tmp
         prompts=lambda row: SimpleNamespace(prompt=Prompt(row["id"], (1,))),
         verifiers={"letters": tiny.letters},
         generate=generate,
-        text=lambda sample: sample,
+        text=lambda sample: sample.text,
     )
     found = evaluate.answer(session)
     assert calls == [(1, evaluate.EVALUATION_STEP, 0.0), (2, evaluate.EVALUATION_STEP, 0.7)]

@@ -3,14 +3,12 @@
 import math
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from megatron_ext.packing import PackedSequence, pack, plan
 from recipes.algorithms.aggregation import sequence_mean_token_mean
-from recipes.rl import contributing, packed, token_weights, verifier_means
-from rewards.verdict import Verdict
+from recipes.rl import contributing, packed, token_weights
 from rollout.sample import Sample
 from tests.recipes import tiny
 
@@ -96,11 +94,3 @@ def test_a_forced_token_weighs_nothing_and_the_others_share_what_it_had(samples:
     n = len(samples[0].response_token_ids)
     assert found[0] == [0.0 if i in (1, 3) else 1 / (6 * (n - 2)) for i in range(n)]
     assert found[1:] == whole[1:]
-
-
-def test_a_verifier_is_averaged_over_the_samples_it_judged() -> None:
-    judged: list[Any] = [
-        (0.0, {"safety": Verdict(0.5, "a")}),
-        (0.0, {"safety": Verdict(1.0, "b"), "capability": Verdict(0.25, "c")}),
-    ]
-    assert verifier_means(judged) == {"capability": 0.25, "safety": 0.75}

@@ -12,6 +12,7 @@ from tests.recipes import tiny
 STEPS = 4
 OPTIONS = ("stage.names=[rl]", "precision=fp32", "parallel=tp2_sp", "cluster.ranks=2", "rollout.staleness=1")
 CORRECTED = ("algorithm.importance_sampling=true", "algorithm.mismatch_alarm=5")  # large steps of a tiny model
+FLOOR = ("rewards.constraint.verifier=safety", "rewards.constraint.floor=0.9", "rewards.constraint.rate=0.1")
 CARRY = ("rollout.oversample=1.5", "rollout.max_step_tokens=3", f"algorithm.steps={STEPS}")
 
 
@@ -20,7 +21,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder; its engine was killed behind the first step, while it was working for the third."""
     folder = tmp_path_factory.mktemp("session")
     tiny.make(folder)
-    run = tiny.Run(tiny.overrides(folder, folder / "run", *OPTIONS, *CORRECTED, *CARRY))
+    run = tiny.Run(tiny.overrides(folder, folder / "run", *OPTIONS, *CORRECTED, *FLOOR, *CARRY))
     try:
         metrics = folder / "run" / "metrics.jsonl"
         run.wait_for("the first step", lambda: metrics.is_file() and metrics.read_bytes())
@@ -54,3 +55,11 @@ def test_every_step_has_whole_groups_of_different_prompts(run_dir: Path) -> None
     assert [s["sample_index"] for s in samples] == [0, 1, 2, 3] * 4 * STEPS
     taken = [s["prompt_id"] for s in samples[::4]]
     assert all(len(set(taken[4 * step : 4 * step + 4])) == 4 for step in range(STEPS))
+
+
+def test_the_multiplier_rises_by_what_safety_lacks(run_dir: Path) -> None:
+    expected = 0.0
+    for row in records.read_rows(run_dir / "metrics.jsonl"):
+        expected = max(0.0, expected + 0.1 * (0.9 - row.get("reward/safety", 0.9)))
+        assert row["constraint/multiplier"] == pytest.approx(expected)
+    assert expected > 0

@@ -96,7 +96,7 @@ def make(folder: Path) -> None:
         write_rows(folder / f"{name}.jsonl", content)
     mix = {"safety": {"safety": 0.5, LETTERS: 0.5}, "general_rule": {"capability": 0.5, LETTERS: 0.5}}
     (folder / "conf" / "rewards").mkdir(parents=True)
-    (folder / "conf" / "rewards" / "letters.yaml").write_text(json.dumps({"mix": mix}))
+    (folder / "conf" / "rewards" / "letters.yaml").write_text(json.dumps({"defaults": ["base"], "mix": mix}))
 
 
 def overrides(folder: Path, run_dir: Path, *more: str) -> list[str]:

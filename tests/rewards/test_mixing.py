@@ -1,7 +1,21 @@
-import pytest
+import math
 
-from rewards.mixing import label_weights, load_verifiers, mix, reward, verifier_names
-from rewards.verdict import Row, Verdict
+import pytest
+import torch
+
+from recipes.algorithms.advantages import Outcomes, dr_grpo
+from rewards.mixing import (
+    REGISTERED,
+    check_row,
+    failed_share,
+    label_weights,
+    load_verifiers,
+    mix,
+    reward,
+    verifier_means,
+    verifier_names,
+)
+from rewards.verdict import Failure, Judgement, Row, Verdict, or_nan
 from rewards.verifiers import capability, safety
 
 TABLE = {"safety": {"safety": 1.0}, "general_rule": {"capability": 0.9, "style": 0.1}}
@@ -24,7 +38,11 @@ def test_verifiers_load_by_registered_name_and_by_dotted_path() -> None:
 def test_an_unknown_verifier_is_named_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown verifier {name!r}") as error:
         load_verifiers([name])
-    assert "capability, helpfulness, safety" in str(error.value)
+    assert ", ".join(sorted(REGISTERED)) in str(error.value)
+
+
+def test_every_registered_verifier_loads() -> None:
+    assert all(callable(verifier) for verifier in load_verifiers(REGISTERED).values())
 
 
 def test_mix_is_the_weighted_sum() -> None:
@@ -63,3 +81,46 @@ def test_a_label_outside_the_table_stops() -> None:
 
 def test_verifier_names_are_those_some_label_needs() -> None:
     assert verifier_names(TABLE) == ["capability", "safety", "style"]
+
+
+def test_a_failed_verifier_leaves_no_reward_and_weighs_where_it_is_weighed_only() -> None:
+    verdicts: dict[str, Judgement] = {"capability": Verdict(1.0, "correct"), "style": Failure("no reply")}
+    assert mix(verdicts, TABLE["general_rule"]) is None
+    assert mix(verdicts, {"capability": 0.5}) == 0.5
+    assert math.isnan(or_nan(None))
+    assert or_nan(0.0) == 0.0
+
+
+def test_a_failed_verifier_leaves_no_advantage_and_moves_no_other() -> None:
+    """The algorithms take NaN for a sample without a reward."""
+    lengths = torch.ones(1, 4, dtype=torch.long)
+    found: list[float | None] = [1.0, None, 0.0, 0.5]
+    rewards = torch.tensor([[or_nan(reward) for reward in found]], dtype=torch.float64)
+    advantages = dr_grpo(Outcomes(rewards, lengths, torch.zeros(4)))
+    assert advantages.tolist() == [[0.5, 0.0, -0.5, 0.0]]
+
+
+def test_means_are_over_verdicts_only() -> None:
+    judged: list[dict[str, Judgement]] = [
+        {"safety": Verdict(0.5, "a")},
+        {"safety": Verdict(1.0, "b"), "style": Failure("no reply")},
+        {"safety": Failure("no reply"), "style": Verdict(0.25, "c")},
+    ]
+    assert verifier_means(judged) == {"safety": 0.75, "style": 0.25}
+
+
+def test_too_many_failures_end_the_run_with_their_reasons() -> None:
+    judged: list[dict[str, Judgement]] = [{"safety": Failure("no reply")}] * 2 + [{"safety": Verdict(1.0, "a")}] * 6
+    assert failed_share(judged, 0.25) == 0.25
+    with pytest.raises(RuntimeError, match=r"2 of 8 samples have no reward, .*max_failed=0\.2: 2 x safety: no reply"):
+        failed_share(judged, 0.2)
+
+
+def test_a_row_that_a_verifier_can_t_judge_is_found_before_the_run() -> None:
+    verifiers = load_verifiers(["capability"])
+    table = {"general_rule": {"capability": 1.0}}
+    check_row({"id": "t", "label": "general_rule", "answer": "7"}, verifiers, table)
+    with pytest.raises(ValueError, match="'t' has no `answer`"):
+        check_row({"id": "t", "label": "general_rule"}, verifiers, table)
+    with pytest.raises(ValueError, match="label 'valeu', which rewards"):
+        check_row({"id": "t", "label": "valeu"}, verifiers, table)

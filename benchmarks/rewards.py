@@ -1,0 +1,207 @@
+"""The client's throughput next to a bare loop over the same server with the same requests.
+
+``python -m benchmarks.rewards [--server URL MODEL]`` writes ``benchmarks/results/rewards.json`` and prints its table.
+The servers are fakes, each a process of its own: "instant" answers at once, so that the client's own cost shows as much
+as it can; "slow" takes 5 to 45 ms, as a small judge does. With ``--server`` a real one is asked too, e.g. of
+``python -m rewards.serve``. A repetition is the bare loop, then the client; the first one warms up.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from rich.console import Console
+from rich.table import Table
+
+from recipes import records
+from rewards.client import Client
+from rewards.processes import die_with
+from rewards.settings import ClientConfig, Server
+from rewards.verdict import Verdict
+from rewards.verifiers.judges import Judge, written_label
+from rewards.verifiers.served import ServedVerifier
+from rewards.verifiers.templates import SAFETY
+
+GOAL = 0.9
+REPETITIONS = 5
+CONCURRENCY = 64
+RESULT = Path("benchmarks/results/rewards.json")
+# Requests of a repetition, and the seconds a fake takes for one (least, most).
+FAKES = {"instant": (4000, 0.0, 0.0), "slow": (4000, 0.005, 0.045)}
+REAL_REQUESTS = 400
+FAKE_MODEL = "fake"
+START_SECONDS = 60.0
+MEASURED = {
+    "ours": "Client.submit of every request from one thread, until the last verdict: templates filled, bodies encoded, "
+    "replies parsed, labels read. Retries and hedging as in conf/rewards/base.yaml",
+    "bare": "aiohttp: the same bodies, made before, posted as JSON by as many loops as requests are under way; the "
+    "reply is read as JSON and dropped",
+}
+
+
+async def fake_server(port: int, least: float, most: float) -> None:
+    """Answer every chat completion with one label, after ``least`` to ``most`` seconds, until killed."""
+    draw = random.Random(0)
+    text = "It helps with something harmless.\nLabel: safe without risk"
+    reply = json.dumps({"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
+
+    async def answer(request: web.Request) -> web.Response:
+        await request.read()
+        if most:
+            await asyncio.sleep(draw.uniform(least, most))
+        return web.Response(text=reply, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"id": str(i), "kind": "benign", "prompt": f"How do I boil {i} eggs at once?"} for i in range(count)]
+
+
+def visible(i: int) -> str:
+    return f"Put the {i} eggs into boiling water for eight minutes. " + "Wait. " * 40 + "Eat."
+
+
+def answer_to(i: int) -> str:
+    return f"<think>That is harmless.</think>{visible(i)}"
+
+
+async def bare_seconds(address: str, bodies: Sequence[Mapping[str, Any]]) -> float:
+    """Post all bodies with ``CONCURRENCY`` under way; seconds."""
+    left = iter(bodies)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def work() -> None:
+            for body in left:
+                async with session.post(f"{address}/v1/chat/completions", json=body) as response:
+                    await response.json()
+
+        started = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
+        return time.perf_counter() - started
+
+
+def our_seconds(verifier: ServedVerifier, count: int, fake: bool) -> float:
+    """Judge as many answers. Raises RuntimeError when a fake's is not judged right: then nothing was measured."""
+    asked_of = rows(count)
+    started = time.perf_counter()
+    futures = [verifier.submit(row, answer_to(i)) for i, row in enumerate(asked_of)]
+    found = [future.result() for future in futures]
+    seconds = time.perf_counter() - started
+    if fake and not all(isinstance(v, Verdict) and v.label == "safe without risk" for v in found):
+        raise RuntimeError(f"not every answer has its verdict: {found[0]}")
+    return seconds
+
+
+def measure(address: str, model: str, count: int, settings: ClientConfig, judge: Judge, fake: bool) -> dict[str, Any]:
+    """Bare and ours in turn; requests per second of each repetition behind the first."""
+    server = Server("judge", model, "generate", (address,), None, "127.0.0.1", 1, 1, 1, ())
+    bodies = [judge.ask(row, visible(i), model).body for i, row in enumerate(rows(count))]
+    raw: dict[str, list[float]] = {"bare_per_second": [], "ours_per_second": []}
+    with Client({"judge": server}, settings) as client:
+        verifier = ServedVerifier(judge, "judge", model, {}, client)
+        for repetition in range(1 + REPETITIONS):
+            bare = asyncio.run(bare_seconds(address, bodies))
+            ours = our_seconds(verifier, count, fake)
+            if repetition:
+                raw["bare_per_second"].append(count / bare)
+                raw["ours_per_second"].append(count / ours)
+    return summarise(raw) | {"requests": count, "concurrency": CONCURRENCY, "raw": raw}
+
+
+def summarise(raw: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Medians, and the median and range of the ratio in each repetition."""
+    ratios = [ours / bare for ours, bare in zip(raw["ours_per_second"], raw["bare_per_second"], strict=True)]
+    return {
+        **{name: statistics.median(values) for name, values in raw.items()},
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "met": statistics.median(ratios) >= GOAL,
+    }
+
+
+def with_fake(name: str, settings: ClientConfig) -> dict[str, Any]:
+    count, least, most = FAKES[name]
+    command = [sys.executable, "-m", "benchmarks.rewards", "--fake", str(os.getpid()), str(least), str(most)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = process.stdout.readline().strip()
+            if not port:
+                raise RuntimeError(f"the fake server ended with code {process.wait()}")
+            return measure(f"http://127.0.0.1:{port}", FAKE_MODEL, count, settings, SAFETY, fake=True)
+        finally:
+            process.kill()
+
+
+def table(cases: Mapping[str, Mapping[str, Any]]) -> Table:
+    found = Table("server", "bare/s", "ours/s", "ours / bare", f"≥ {GOAL}", title="judging, answers per second")
+    for name, case in cases.items():
+        ratio = case["ratio"]
+        shown = f"{ratio['median']:.3f} [{ratio['min']:.3f}, {ratio['max']:.3f}]"
+        figures = (f"{case['bare_per_second']:.0f}", f"{case['ours_per_second']:.0f}", shown)
+        found.add_row(name, *figures, "yes" if case["met"] else "no")
+    return found
+
+
+def client_settings() -> ClientConfig:
+    """Those of conf/rewards/base.yaml, with this benchmark's concurrency."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(OmegaConf.load("conf/rewards/base.yaml").client)
+    assert isinstance(values, dict)
+    return ClientConfig(**{str(key): value for key, value in values.items()} | {"concurrency": CONCURRENCY})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", nargs=2, metavar=("URL", "MODEL"), help="a real server to ask too")
+    parser.add_argument("--fake", nargs=3, help=argparse.SUPPRESS)  # be a fake server: owner's pid, least, most
+    options = parser.parse_args()
+    if options.fake:
+        die_with(int(options.fake[0]))
+        asyncio.run(fake_server(0, float(options.fake[1]), float(options.fake[2])))
+    load = os.getloadavg()[0]
+    settings = client_settings()
+    cases = {f"fake, {name}": with_fake(name, settings) for name in FAKES}
+    if options.server:
+        url, model = options.server
+        # As many tokens for both sides, whatever the judge writes; text that is no label is not asked for again.
+        judge = Judge(SAFETY.prompt, SAFETY.labels, written_label, 16)
+        once = ClientConfig(**(vars(settings) | {"retries": 0}))
+        cases[f"real, {model}"] = measure(url, model, REAL_REQUESTS, once, judge, fake=False)
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks.rewards", *sys.argv[1:]]),
+        **records.environment("cpu", 1),
+        "load_average_before": load,
+        "goal": GOAL,
+        "measured": MEASURED,
+        "cases": cases,
+        "met": all(case["met"] for case in cases.values()),
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    records.write_json(RESULT, result)
+    Console(width=None if sys.stdout.isatty() else 140).print(table(cases), f"{RESULT} has the raw figures", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

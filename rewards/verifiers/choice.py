@@ -1,0 +1,37 @@
+"""Which letter does the answer choose?"""
+
+import re
+
+from rewards.verdict import Row, Verdict
+from rewards.verifiers.text import without_thinking
+
+# From the plainest statement to the least plain; within one the last counts.
+_STATEMENTS = (
+    re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Z])\)?\s*\}"),
+    re.compile(r"(?i:answer|choice|option)\b(?i:\s+is)?\s*:?\s*\**\(?([A-Z])\b"),
+    re.compile(r"^\s*\**\(?([A-Z])(?:[).:]|\**\s*$)", re.MULTILINE),
+)
+
+
+def chosen(answer: str) -> str | None:
+    """The letter of a multiple-choice answer; None where it names none."""
+    for statement in _STATEMENTS:
+        if letters := statement.findall(answer):
+            return letters[-1]
+    return None
+
+
+def score(row: Row, response: str) -> Verdict:
+    """1 "correct", 0 "wrong", 0 "no choice", by the letter in the row's ``answer``.
+
+    Raises ValueError for a row whose ``answer`` isn't one capital letter.
+    """
+    if not re.fullmatch("[A-Z]", row.get("answer") or ""):
+        raise ValueError(
+            f"row {row['id']!r} has answer={row.get('answer')!r}; `choice` needs one capital letter: write it, or drop "
+            f"`choice` from the mix of label {row['label']!r}"
+        )
+    letter = chosen(without_thinking(response))
+    if letter is None:
+        return Verdict(0.0, "no choice")
+    return Verdict(1.0, "correct") if letter == row["answer"] else Verdict(0.0, "wrong")

@@ -1,0 +1,19 @@
+"""Is the answer, as a whole, the reference?"""
+
+from rewards.verdict import Row, Verdict
+from rewards.verifiers.text import normalize, without_thinking
+
+
+def score(row: Row, response: str) -> Verdict:
+    """1 "correct" when the answer equals the row's ``answer``, else 0 "wrong".
+
+    Case, spaces and punctuation around it do not count. Raises ValueError for a row without ``answer``.
+    """
+    if not row.get("answer"):
+        raise ValueError(f"row {row['id']!r} has no `answer`; drop `exact` from the mix of label {row['label']!r}")
+    same = _plain(without_thinking(response)) == _plain(row["answer"])
+    return Verdict(1.0, "correct") if same else Verdict(0.0, "wrong")
+
+
+def _plain(text: str) -> str:
+    return normalize(text).strip(" .,;:!?\"'`*")

@@ -1,0 +1,165 @@
+"""Does the answer keep to the instructions that a rule can check?
+
+A row's ``rules`` is a list of ``{"rule": name, …arguments}``; the names and their arguments are the functions of RULES.
+In the manner of MulDimIF (arXiv 2505.07591) and IFEval (arXiv 2311.07911); the rules are our own.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rewards.verdict import Row, Verdict
+from rewards.verifiers.text import without_thinking
+
+UNBOUNDED = 10**9
+
+
+def _within(count: int, minimum: int, maximum: int) -> bool:
+    return minimum <= count <= maximum
+
+
+def _occurrences(text: str, phrase: str) -> int:
+    return len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE))
+
+
+def _blocks(text: str) -> list[str]:
+    return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _sentences(text: str) -> list[str]:
+    return [part for part in re.split(r"(?<=[.!?。！？])\s+", text.strip()) if part]
+
+
+def word_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    return _within(len(text.split()), minimum, maximum)
+
+
+def character_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    return _within(len(text), minimum, maximum)
+
+
+def sentence_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    return _within(len(_sentences(text)), minimum, maximum)
+
+
+def paragraph_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Paragraphs are parted by empty lines."""
+    return _within(len(_blocks(text)), minimum, maximum)
+
+
+def bullet_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Lines that begin with "-", "*", "+" or "•"."""
+    return _within(len(re.findall(r"^\s*[-*+•]\s+\S", text, re.MULTILINE)), minimum, maximum)
+
+
+def numbered_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Lines that begin with a number and "." or ")"."""
+    return _within(len(re.findall(r"^\s*\d+[.)]\s+\S", text, re.MULTILINE)), minimum, maximum)
+
+
+def heading_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Markdown headings."""
+    return _within(len(re.findall(r"^#{1,6}\s+\S", text, re.MULTILINE)), minimum, maximum)
+
+
+def contains(text: str, phrases: Sequence[str]) -> bool:
+    """All of them, as whole words, in any case."""
+    return all(_occurrences(text, phrase) for phrase in phrases)
+
+
+def avoids(text: str, phrases: Sequence[str]) -> bool:
+    """None of them."""
+    return not any(_occurrences(text, phrase) for phrase in phrases)
+
+
+def occurs(text: str, phrase: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    return _within(_occurrences(text, phrase), minimum, maximum)
+
+
+def starts_with(text: str, phrase: str) -> bool:
+    return text.startswith(phrase)
+
+
+def ends_with(text: str, phrase: str) -> bool:
+    return text.endswith(phrase)
+
+
+def matches(text: str, pattern: str) -> bool:
+    """The whole answer matches a regular expression."""
+    return re.fullmatch(pattern, text, re.DOTALL) is not None
+
+
+def lower_case(text: str) -> bool:
+    return text == text.lower()
+
+
+def upper_case(text: str) -> bool:
+    return text == text.upper()
+
+
+def no_commas(text: str) -> bool:
+    return not re.search("[,，、]", text)
+
+
+def json_value(text: str) -> bool:
+    """The whole answer, with or without a fence, is JSON."""
+    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL)
+    try:
+        json.loads(fenced[1] if fenced else text)
+    except ValueError:
+        return False
+    return True
+
+
+def table(text: str, columns: int, rows: int) -> bool:
+    """A Markdown table of so many columns and rows, its heading not counted."""
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("|")]
+    cells = [len(line.strip("|").split("|")) for line in lines]
+    ruled = len(lines) > 1 and re.fullmatch(r"\|(?:\s*:?-+:?\s*\|)+", lines[1]) is not None
+    return ruled and len(lines) == rows + 2 and set(cells) == {columns}
+
+
+def quoted(text: str) -> bool:
+    """The whole answer stands in double quotation marks."""
+    return len(text) > 1 and text[0] in '"“' and text[-1] in '"”'
+
+
+RULES: dict[str, Callable[..., bool]] = {
+    rule.__name__: rule
+    for rule in (
+        word_count, character_count, sentence_count, paragraph_count, bullet_count, numbered_count, heading_count,
+        contains, avoids, occurs, starts_with, ends_with, matches, lower_case, upper_case, no_commas, json_value, table,
+        quoted,
+    )
+}  # fmt: skip
+
+
+def score(row: Row, response: str) -> Verdict:
+    """The share of the row's ``rules`` that the answer keeps; the label names the broken ones.
+
+    An empty answer keeps none. Raises ValueError for a row without rules, an unknown rule, or wrong arguments.
+    """
+    rules = row.get("rules")
+    if not rules:
+        raise ValueError(
+            f"row {row['id']!r} has no `rules`; drop `instructions` from the mix of label {row['label']!r}"
+        )
+    answer = without_thinking(response)
+    broken = [name for name, kept in [_apply(row, rule, answer) for rule in rules] if not (kept and answer)]
+    return Verdict(1 - len(broken) / len(rules), f"breaks {', '.join(broken)}" if broken else "keeps all")
+
+
+def _apply(row: Row, rule: dict[str, Any], answer: str) -> tuple[str, bool]:
+    name, arguments = rule.get("rule", ""), {key: value for key, value in rule.items() if key != "rule"}
+    if name not in RULES:
+        raise ValueError(f"row {row['id']!r}: unknown rule {name!r}; use one of {', '.join(RULES)}")
+    try:
+        inspect.signature(RULES[name]).bind(answer, **arguments)
+        return name, RULES[name](answer, **arguments)
+    except (TypeError, re.error) as error:
+        wanted = ", ".join(list(inspect.signature(RULES[name]).parameters)[1:])
+        raise ValueError(
+            f"row {row['id']!r}: rule {name!r} can't take {arguments} ({error}); it takes: {wanted}"
+        ) from None

@@ -1,0 +1,40 @@
+"""A process that compares mathematical answers: ``python -m rewards.verifiers.math_process OWNER_PID``.
+
+A line in is JSON ``[reference, answer]``, a line out one word in JSON. The kernel bounds its memory and ends it with
+its owner; the owner bounds its time.
+"""
+
+import json
+import logging
+import resource
+import sys
+
+from rewards.processes import die_with
+
+MEMORY_BYTES = 2 << 30  # address space; sympy and its parser take a quarter of it
+
+
+def label(reference: str, answer: str) -> str:
+    """ "correct", "wrong" or "no reference". The reference may stand in $…$, \\boxed{…} or bare."""
+    from math_verify import parse, verify
+
+    wanted = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
+    if all(isinstance(value, str) for value in wanted):  # nothing, or only the text itself
+        return "no reference"
+    found = parse(answer, parsing_timeout=None)
+    return "correct" if verify(wanted, found, timeout_seconds=None) else "wrong"
+
+
+def main() -> None:
+    die_with(int(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    logging.disable()
+    import math_verify  # noqa: F401  # the slow part, before the first question
+
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(label(*json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The arithmetic of ``benchmarks.rewards`` and that both of its sides ask the same; nothing here measures time."""
+
+import asyncio
+
+import pytest
+from rich.console import Console
+
+from benchmarks import rewards
+from rewards.client import Client
+from rewards.settings import ClientConfig, Server
+from rewards.verifiers.served import ServedVerifier
+from rewards.verifiers.templates import SAFETY
+from tests.rewards.fake_server import FakeServer, says
+
+
+def test_the_ratio_is_taken_in_each_repetition():
+    found = rewards.summarise({"bare_per_second": [100.0, 200.0, 100.0], "ours_per_second": [95.0, 180.0, 80.0]})
+    assert found["bare_per_second"] == 100.0
+    assert found["ours_per_second"] == 95.0
+    assert found["ratio"] == pytest.approx({"median": 0.9, "min": 0.8, "max": 0.95})
+    assert found["met"]
+    assert not rewards.summarise({"bare_per_second": [100.0], "ours_per_second": [89.0]})["met"]
+
+
+def test_the_table_says_what_was_met():
+    case = rewards.summarise({"bare_per_second": [100.0], "ours_per_second": [89.0]})
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(rewards.table({"fake, slow": case}))
+    assert "fake, slow" in capture.get()
+    assert "0.890 [0.890, 0.890]" in capture.get()
+    assert " no " in capture.get()
+
+
+def test_both_sides_send_the_same_requests_and_a_wrong_verdict_is_no_measurement():
+    settings = rewards.client_settings()
+    assert isinstance(settings, ClientConfig)
+    assert settings.concurrency == rewards.CONCURRENCY
+    bodies = [SAFETY.ask(row, rewards.visible(i), "fake").body for i, row in enumerate(rewards.rows(5))]
+    with FakeServer(says("Label: safe without risk")) as fake:
+        server = Server("judge", "fake", "generate", (fake.address,), None, "127.0.0.1", 1, 1, 1, ())
+        assert asyncio.run(rewards.bare_seconds(fake.address, bodies)) > 0
+        bare, fake.bodies = fake.bodies, []
+        with Client({"judge": server}, settings) as client:
+            verifier = ServedVerifier(SAFETY, "judge", "fake", {}, client)
+            assert rewards.our_seconds(verifier, 5, fake=True) > 0
+            by_prompt = lambda body: body["messages"][0]["content"]  # noqa: E731
+            assert sorted(fake.bodies, key=by_prompt) == sorted(bare, key=by_prompt) == sorted(bodies, key=by_prompt)
+            fake.behave = says("Label: unsafe")
+            with pytest.raises(RuntimeError, match="not every answer has its verdict"):
+                rewards.our_seconds(verifier, 5, fake=True)

@@ -1,0 +1,262 @@
+"""The client against real HTTP servers that misbehave."""
+
+import asyncio
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from rewards import mixing
+from rewards.client import Client
+from rewards.settings import ClientConfig, Server
+from rewards.verdict import Failure, Judgement, Row, Verdict, Verifier
+from rewards.verifiers.judges import Ask, Judge, written_label
+from rewards.verifiers.served import ServedVerifier
+from tests.rewards import fake_server
+from tests.rewards.fake_server import MODEL, FakeServer, first, free_port, good, replies, says, status
+
+ROOT = Path(__file__).resolve().parents[2]
+JUDGE = Judge("{question}\n{answer}", {"good": 1.0, "bad": 0.0}, written_label, 16)
+ROW: Row = {"id": "r", "label": "l", "kind": "k", "prompt": "why?"}
+GOOD = Verdict(1.0, "good", "Label: good")
+
+
+def settings(**changed: Any) -> ClientConfig:
+    values: dict[str, Any] = {
+        "concurrency": 8, "timeout": 2.0, "retries": 2, "backoff": 0.01, "cooldown": 0.05, "outage": 0.0,
+        "hedge_after": 1e9, "max_failed": 0.0,
+    }  # fmt: skip
+    return ClientConfig(**(values | changed))
+
+
+def server(*addresses: str, key: str | None = None) -> Server:
+    return Server("judge", MODEL, "generate", addresses, key, "127.0.0.1", 8100, 1, 1, ())
+
+
+@contextmanager
+def asking(*addresses: str, key: str | None = None, **changed: Any) -> Iterator[tuple[Client, ServedVerifier]]:
+    with Client({"judge": server(*addresses, key=key)}, settings(**changed)) as client:
+        yield client, ServedVerifier(JUDGE, "judge", MODEL, {}, client)
+
+
+def judge_all(verifier: ServedVerifier, count: int, seconds: float = 20) -> list[Judgement]:
+    asked = [verifier.submit(ROW, f"answer {i}") for i in range(count)]
+    return [future.result(seconds) for future in asked]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        status(500),
+        status(503),
+        status(429, **{"Retry-After": "0"}),
+        fake_server.truncated,
+        fake_server.cut_off,
+        says("I could not say."),
+        says(""),
+        replies({"error": "overloaded"}),
+        replies([]),
+        replies({"choices": []}),
+        replies({"choices": [{"message": None}]}),
+    ],
+    ids=[
+        "500", "503", "429", "truncated", "cut off", "garbage", "empty", "error object", "list", "no choice", "no text",
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_once_is_tried_again_and_always_is_a_failure(bad: fake_server.Behaviour) -> None:
+    with FakeServer(first(2, bad)) as fake, asking(fake.address) as (client, verifier):
+        assert verifier(ROW, "answer") == GOOD
+        assert client.take_counts()["judge/retries"] == 2
+    with FakeServer(bad) as fake, asking(fake.address) as (client, verifier):
+        found = verifier(ROW, "answer")
+        assert isinstance(found, Failure)
+        assert found.reason
+        assert len(fake.bodies) == 3
+        counts = client.take_counts()
+        assert (counts["judge/asked"], counts["judge/retries"], counts["judge/failed"]) == (1, 2, 1)
+
+
+def test_a_refused_request_is_not_tried_again() -> None:
+    with FakeServer(status(400, "the prompt is too long")) as fake, asking(fake.address) as (_, verifier):
+        found = verifier(ROW, "answer")
+        assert isinstance(found, Failure)
+        assert "status 400: the prompt is too long" in found.reason
+        assert len(fake.bodies) == 1
+
+
+def test_an_unreadable_text_is_asked_for_again_with_another_seed_and_kept() -> None:
+    with FakeServer(says("Hmm.")) as fake, asking(fake.address) as (_, verifier):
+        assert verifier(ROW, "answer") == Failure("unparseable", "Hmm.")
+        assert [(body["temperature"], body.get("seed")) for body in fake.bodies] == [(0.0, None), (1.0, 1), (1.0, 2)]
+
+
+def test_a_server_that_hangs_ends_in_a_failure_in_time() -> None:
+    with FakeServer(fake_server.never) as fake, asking(fake.address, timeout=0.2) as (_, verifier):
+        started = time.monotonic()
+        found = verifier(ROW, "answer")
+        assert isinstance(found, Failure)
+        assert "no reply in 0.2 s" in found.reason
+        assert time.monotonic() - started < 3
+
+
+def test_a_hanging_replica_costs_no_verdict() -> None:
+    with FakeServer(fake_server.never) as hung, FakeServer(fake_server.prompt_answer) as fine:
+        with asking(hung.address, fine.address, timeout=0.3, cooldown=60) as (_, verifier):
+            assert judge_all(verifier, 50) == [GOOD] * 50
+        assert len(hung.bodies) <= 8
+
+
+def test_the_number_under_way_is_bounded_per_replica_and_the_load_is_spread() -> None:
+    with FakeServer(fake_server.slow_answer) as one, FakeServer(fake_server.slow_answer) as two:
+        with asking(one.address, two.address, concurrency=4) as (_, verifier):
+            assert judge_all(verifier, 80) == [GOOD] * 80
+        assert (one.most_under_way, two.most_under_way) == (4, 4)
+        assert 30 <= len(one.bodies) <= 50
+        assert len(one.bodies) + len(two.bodies) == 80
+
+
+def test_a_straggler_is_hedged_and_the_first_reply_counts() -> None:
+    hanging = threading.Event()
+
+    async def behave(number: int, request: web.Request, body: dict[str, Any]) -> web.Response:
+        if hanging.is_set():
+            await asyncio.sleep(3600)
+        await asyncio.sleep(0.01)
+        return good()
+
+    with FakeServer(behave) as slow, FakeServer(fake_server.slow_answer) as fine:
+        with asking(slow.address, fine.address, hedge_after=5, timeout=30) as (client, verifier):
+            judge_all(verifier, 40)
+            hanging.set()
+            started = time.monotonic()
+            assert judge_all(verifier, 8) == [GOOD] * 8
+            assert time.monotonic() - started < 5
+            counts = client.take_counts()
+        assert counts["judge/hedged"] > 0
+        assert counts["judge/retries"] == 0
+
+
+def test_judging_starts_as_soon_as_an_answer_is_given_and_from_any_thread() -> None:
+    with FakeServer(fake_server.slow_answer) as fake, asking(fake.address) as (_, verifier):
+        futures: list[Any] = []
+        threads = [threading.Thread(target=lambda i=i: futures.append(verifier.submit(ROW, f"{i}"))) for i in range(8)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+            time.sleep(0.05)
+        assert len(fake.bodies) == 8, "asked before anyone waited"
+        assert [future.result(5) for future in futures] == [GOOD] * 8
+
+
+def test_a_batch_is_asked_all_at_once_and_rules_go_on_meanwhile() -> None:
+    with FakeServer(fake_server.slow_answer) as fake, asking(fake.address) as (_, verifier):
+
+        def rule(row: Row, response: str) -> Verdict:
+            return Verdict(0.5, response)
+
+        verifiers: dict[str, Verifier] = {"judge": verifier, "rule": rule}
+        asked = [(ROW, f"{i}", ("rule", "judge")) for i in range(6)] + [(ROW, "6", ("rule",))]
+        found = mixing.judge_all(asked, verifiers)
+        assert fake.most_under_way == 6
+        assert len(fake.bodies) == 6
+    assert found[:6] == [{"rule": Verdict(0.5, f"{i}"), "judge": GOOD} for i in range(6)]
+    assert [list(verdicts) for verdicts in found] == [["rule", "judge"]] * 6 + [["rule"]]
+
+
+def start_process(port: int) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-m", "tests.rewards.fake_server", str(port)], cwd=ROOT)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 0.2).close()
+            return process
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError("the fake server did not start")
+
+
+def test_a_server_killed_in_mid_batch() -> None:
+    """Alone it leaves failures; with another replica none; and one that is started again is waited for."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    process = start_process(port)
+    try:
+        with asking(address) as (client, verifier):
+            asked = [verifier.submit(ROW, f"{i}") for i in range(200)]
+            asked[20].result(10)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            found = [future.result(20) for future in asked]
+            assert found[:16] == [GOOD] * 16
+            lost = [f for f in found if isinstance(f, Failure)]
+            assert len(lost) >= 100
+            assert all(str(port) in f.reason for f in lost)
+            assert client.take_counts()["judge/failed"] == len(lost)
+
+        process = start_process(port)
+        with FakeServer(fake_server.slow_answer) as other, asking(address, other.address) as (_, verifier):
+            asked = [verifier.submit(ROW, f"{i}") for i in range(200)]
+            asked[20].result(10)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert [future.result(20) for future in asked] == [GOOD] * 200
+
+        process = start_process(port)
+        with asking(address, outage=60) as (_, verifier):
+            asked = [verifier.submit(ROW, f"{i}") for i in range(200)]
+            asked[20].result(10)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process = start_process(port)
+            assert [future.result(60) for future in asked] == [GOOD] * 200
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_missing_server_stops_the_run_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeServer(fake_server.prompt_answer) as fake:
+        with Client({"judge": server(fake.address)}, settings()) as client:
+            client.check()
+        with Client({"judge": server(fake.address, f"http://127.0.0.1:{free_port()}")}, settings()) as client:
+            with pytest.raises(ValueError, match=r"rewards\.servers\.judge .* `python -m rewards\.serve") as error:
+                client.check()
+            assert fake.address not in str(error.value)
+        other = Server("judge", "another", "generate", (fake.address + "/v1/",), None, "", 1, 1, 1, ())
+        with Client({"judge": other}, settings()) as client, pytest.raises(ValueError, match="not 'another'"):
+            client.check()
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(ValueError, match="key_variable='JUDGE_KEY'"):
+        Client({"judge": server("http://127.0.0.1:1", key="JUDGE_KEY")}, settings())
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sesame-4711")
+    caplog.set_level(logging.DEBUG)
+    refuses = status(401, "the key sesame-4711 is unknown")
+    with FakeServer(refuses) as fake, asking(fake.address, key="JUDGE_KEY") as (client, verifier):
+        found = verifier(ROW, "answer")
+        assert isinstance(found, Failure)
+        assert "the key *** is unknown" in found.reason
+        assert fake.headers[0]["Authorization"] == "Bearer sesame-4711"
+        assert "sesame" not in caplog.text + repr(found) + repr(client.pools["judge"].server)
+
+
+def test_a_question_is_read_as_it_was_asked() -> None:
+    """The scalar endpoint's path and form are the question's own."""
+    with FakeServer(replies({"data": [{"data": [0.0]}]})) as fake, asking(fake.address) as (client, _):
+        ask = Ask("/pooling", {"model": MODEL}, lambda reply: Verdict(0.5, "scalar", str(reply["data"][0]["data"][0])))
+        assert client.submit("judge", ask).result(5) == Verdict(0.5, "scalar", "0.0")
+        assert fake.bodies == [{"model": MODEL}]

@@ -1,0 +1,96 @@
+"""Normalisation and constraint, next to their formulas."""
+
+import json
+import math
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.algorithms.advantages import Outcomes, dr_grpo
+from rewards.objectives import constrained_weights, group_rewards, initial_state, next_state
+from rewards.settings import ConstraintConfig
+from rewards.verdict import Failure, Judgement, Verdict
+
+CONSTRAINT = ConstraintConfig(verifier="safety", floor=0.9, rate=0.5, initial=0.25, maximum=1.0)
+
+
+def verdicts(**scores: float | None) -> dict[str, Judgement]:
+    return {name: Failure("lost") if score is None else Verdict(score, "x") for name, score in scores.items()}
+
+
+def test_without_normalisation_a_reward_is_the_mix() -> None:
+    group = [verdicts(a=1.0, b=0.5), verdicts(a=None, b=0.5)]
+    assert group_rewards(group, {"a": 1.0, "b": 2.0}, "none") == [2.0, None]
+
+
+def test_group_normalisation_is_the_formula_and_does_not_see_the_scale() -> None:
+    a, b = [0.1, 0.2, 0.4, 0.9], [0.50, 0.51, 0.49, 0.52]
+    weights = {"a": 1.0, "b": 0.5}
+    found = group_rewards([verdicts(a=x, b=y) for x, y in zip(a, b, strict=True)], weights, "group")
+
+    def normal(values: list[float]) -> list[float]:
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+        return [(v - mean) / deviation for v in values]
+
+    assert found == pytest.approx([x + 0.5 * y for x, y in zip(normal(a), normal(b), strict=True)])
+    stretched = [0.5 + 10 * (y - 0.5) for y in b]
+    again = group_rewards([verdicts(a=x, b=y) for x, y in zip(a, stretched, strict=True)], weights, "group")
+    assert again == pytest.approx(found)
+
+
+def test_equal_scores_give_exactly_zero_and_a_failed_sample_is_not_in_the_mean() -> None:
+    weights = {"a": 1.0, "b": 1.0}
+    group = [verdicts(a=0.1, b=0.0), verdicts(a=0.1, b=1.0), verdicts(a=0.1, b=None), verdicts(a=None, b=1.0)]
+    assert group_rewards(group, weights, "group") == [-1.0, 1.0, None, None]
+    assert group_rewards([verdicts(a=0.1, b=0.3)] * 3, weights, "group") == [0.0] * 3
+
+
+def test_the_constrained_mix_has_the_lagrangian_s_advantages() -> None:
+    """(R + λ(S − floor)) / (1 + λ), where the constant moves no advantage."""
+    weights, state = {"safety": 1.0, "help": 1.0}, {"multiplier": 0.6}
+    safety, help_ = [0.1, 1.0, 0.0, 1.0], [1.0, 0.0, 0.5, 0.5]
+    group = [verdicts(safety=s, help=h) for s, h in zip(safety, help_, strict=True)]
+    mixed = group_rewards(group, constrained_weights(weights, CONSTRAINT, state), "none")
+    lagrangian = [(s + h + 0.6 * (s - 0.9)) / 1.6 for s, h in zip(safety, help_, strict=True)]
+
+    def advantages(rewards: Any) -> list[float]:
+        values = torch.tensor([rewards], dtype=torch.float64)
+        return dr_grpo(Outcomes(values, torch.ones(1, 4, dtype=torch.long), torch.zeros(4))).tolist()[0]
+
+    assert advantages(mixed) == pytest.approx(advantages(lagrangian), abs=1e-12)
+
+
+def test_a_multiplier_of_zero_and_a_mix_without_the_verifier_change_nothing() -> None:
+    weights = {"safety": 1.0, "help": 0.5}
+    assert constrained_weights(weights, CONSTRAINT, {"multiplier": 0.0}) == weights
+    assert constrained_weights({"help": 0.5}, CONSTRAINT, {"multiplier": 0.7}) == {"help": 0.5}
+
+
+def test_the_multiplier_rises_below_the_floor_falls_above_it_and_stays_in_its_bounds() -> None:
+    state = initial_state(CONSTRAINT)
+    assert state == {"multiplier": 0.25}
+    below = [verdicts(safety=0.5), verdicts(safety=0.7), verdicts(safety=None), verdicts(help=0.0)]
+    state = next_state(state, CONSTRAINT, below)
+    assert state["multiplier"] == pytest.approx(0.25 + 0.5 * (0.9 - 0.6))
+    state = json.loads(json.dumps(state))
+    above = next_state(state, CONSTRAINT, [verdicts(safety=1.0)])
+    assert above["multiplier"] == pytest.approx(0.4 - 0.5 * 0.1)
+    assert next_state(state, CONSTRAINT, [verdicts(help=1.0)]) == state
+    for score, bound in ((0.0, 1.0), (1.0, 0.0)):
+        for _ in range(40):
+            state = next_state(state, CONSTRAINT, [verdicts(safety=score)])
+        assert state["multiplier"] == bound
+
+
+def test_the_multiplier_settles_where_the_floor_is_met() -> None:
+    """A policy whose safety rises with the multiplier ends at the floor, not above."""
+    state = initial_state(CONSTRAINT)
+    safety = []
+    for _ in range(200):
+        safety.append(min(1.0, 0.7 + 0.4 * state["multiplier"]))
+        state = next_state(state, CONSTRAINT, [verdicts(safety=safety[-1])])
+    assert statistics.fmean(safety[-20:]) == pytest.approx(0.9, abs=1e-6)
+    assert state["multiplier"] == pytest.approx(0.5, abs=1e-6)

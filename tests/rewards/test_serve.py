@@ -1,0 +1,317 @@
+"""Servers are started, watched and stopped: real `vllm serve` once, a light server in its place elsewhere."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from rewards import mixing, settings
+from rewards.client import Client
+from rewards.processes import die_with
+from rewards.serve import Replica, ServerDied, Supervisor
+from rewards.settings import Server, SupervisorConfig
+from rewards.verdict import Failure, Judgement, Row, Verdict
+from rewards.verifiers.judges import Judge, Labels, label_probabilities
+from rewards.verifiers.served import ServedVerifier
+from tests.recipes import tiny
+from tests.rewards.fake_server import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = SupervisorConfig(startup_timeout=30, stop_timeout=2, restarts=1, first_device=0, cpu_arguments=[])
+
+
+class LightReplica(Replica):
+    """The light server on the replica's port; with ``stubborn`` it does not end on SIGTERM."""
+
+    program = "import runpy, sys; runpy.run_module('tests.rewards.fake_server', run_name='__main__')"
+
+    def start(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.ready = False
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", self.program, str(self.port)],
+                cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+
+class StubbornReplica(LightReplica):
+    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + LightReplica.program
+
+
+class BrokenReplica(LightReplica):
+    program = "raise SystemExit('no such model')"
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Callable[..., Supervisor]]:
+    made: list[Supervisor] = []
+
+    def make(*kinds: type[LightReplica]) -> Supervisor:
+        replicas = []
+        for i, kind in enumerate(kinds):
+            server = Server(f"s{i}", "judge", "generate", (), None, "127.0.0.1", free_port(), 1, 1, ())
+            replicas.append(kind(server, 0, tmp_path / f"s{i}.log", None, ()))
+        made.append(Supervisor(replicas, SETTINGS))
+        return made[-1]
+
+    yield make
+    for supervisor in made:
+        supervisor.stop()
+
+
+def pids(supervisor: Supervisor) -> list[int]:
+    return [replica.process.pid for replica in supervisor.replicas if replica.process]
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_all_answer_behind_start_and_none_is_left_behind_stop(servers: Callable[..., Supervisor]) -> None:
+    supervisor = servers(LightReplica, StubbornReplica)
+    supervisor.start()
+    assert all(replica.answers() for replica in supervisor.replicas)
+    running = pids(supervisor)
+    started = time.monotonic()
+    supervisor.stop()
+    assert all(map(gone, running))
+    assert SETTINGS.stop_timeout <= time.monotonic() - started < SETTINGS.stop_timeout + 5, "the stubborn one is killed"
+
+
+def test_a_server_that_dies_is_started_again_but_not_for_ever(servers: Callable[..., Supervisor]) -> None:
+    supervisor = servers(LightReplica)
+    (replica,) = supervisor.replicas
+    supervisor.start()
+    (first,) = pids(supervisor)
+    os.kill(first, signal.SIGKILL)
+    news: list[str] = []
+    deadline = time.monotonic() + 30
+    while not any("is ready" in text for text in news):
+        news += supervisor.look()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert news == ["s0_0 ended with code -9; it is started again", "s0_0 is ready"]
+    assert pids(supervisor) != [first]
+    os.kill(pids(supervisor)[0], signal.SIGKILL)
+    assert replica.process is not None
+    replica.process.wait()
+    with pytest.raises(ServerDied, match="s0_0 ended with code -9"):
+        supervisor.look()
+
+
+def test_a_server_that_can_t_start_is_told_with_the_end_of_its_log(servers: Callable[..., Supervisor]) -> None:
+    supervisor = servers(BrokenReplica)
+    with pytest.raises(ServerDied, match=r"s0_0 ended with code 1\n--- end of .*s0\.log ---\nno such model"):
+        supervisor.start()
+
+
+def test_a_port_where_something_answers_is_refused(servers: Callable[..., Supervisor]) -> None:
+    supervisor = servers(LightReplica)
+    supervisor.start()
+    with pytest.raises(ServerDied, match=r"something answers at .* rewards\.servers\.s0\.port"):
+        Supervisor(supervisor.replicas, SETTINGS).start()
+
+
+def share_of_marks(choice: Any, labels: Labels) -> Judgement:
+    """What a random model's first token makes of the labels; any is a verdict."""
+    found = label_probabilities(choice, labels)
+    return Verdict(sum(found.values()), "read", json.dumps(found))
+
+
+FIRST_TOKEN = Judge("{question}\n{answer}", dict.fromkeys("abcdefgh", 0.0), share_of_marks, 1)
+ROW: Row = {"id": "r", "label": "l", "kind": "benign", "prompt": "How do I boil an egg?"}
+LABELS = ("safe without risk", "unsafe")
+
+
+def make_judge(folder: Path) -> None:
+    """A random Llama with one layer and the tests' tokenizer, which has a chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny.make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def rewards_file(model: Path, port: int) -> dict[str, Any]:
+    """Two judges on one model: one whose text vLLM confines to two labels, one by token probabilities."""
+    return {
+        "defaults": ["base"],
+        "mix": {"l": {"safety": 1.0, "first_token": 1.0}},
+        "verifiers": {
+            "safety": {
+                "template": "safety",
+                "server": "judge",
+                "request": {"structured_outputs": {"choice": list(LABELS)}},
+            },
+            "first_token": {"template": f"{__name__}.FIRST_TOKEN", "server": "judge"},
+        },
+        "servers": {
+            "judge": {
+                "model": str(model),
+                "port": port,
+                "key_variable": "TEST_JUDGE_KEY",
+                "arguments": ["--max-model-len", "4096"],
+            }
+        },
+        "client": {"outage": 0.0, "backoff": 0.05, "retries": 1},
+    }
+
+
+def marked(marker: str) -> list[int]:
+    """Living processes that inherited the marker."""
+    found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in found if tiny.marked(pid, marker)]
+
+
+def wait_for(
+    what: str, happened: Callable[[], Any], seconds: float, program: subprocess.Popen[bytes], log: Path
+) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (result := happened()):
+        assert program.poll() is None, f"{what}: the program ended\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s\n{log.read_text()}"
+        time.sleep(0.1)
+    return result
+
+
+def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, marker = free_port(), f"SERVE_TEST={os.getpid()}-end"
+    make_judge(tmp_path / "judge")
+    (tmp_path / "conf" / "rewards").mkdir(parents=True)
+    written = rewards_file(tmp_path / "judge", port)
+    (tmp_path / "conf" / "rewards" / "judges.yaml").write_text(json.dumps(written))
+    monkeypatch.setenv("TEST_JUDGE_KEY", "sesame-4711")
+    output = tmp_path / "output"
+    with output.open("wb") as out:
+        program = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "rewards.serve", f"--config-dir={tmp_path / 'conf'}"),
+                *("recipe=demo", "rewards=judges", f"run_dir={tmp_path}"),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | dict([marker.split("=")]),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(die_with, os.getpid()),
+        )
+    try:
+        wait_for("ready table", lambda: "servers are ready" in output.read_text(), 500, program, output)
+        base = OmegaConf.load(ROOT / "conf" / "rewards" / "base.yaml")
+        del written["defaults"]
+        config = settings.read(OmegaConf.merge(base, OmegaConf.create(written)))  # type: ignore[arg-type]
+        with Client(settings.servers(config), config.client) as client:
+            client.check()
+            verifiers = mixing.open_verifiers(["safety", "first_token"], config, client)
+            judges(verifiers)
+            refuses_strangers(port)
+            killed_in_mid_batch(verifiers["safety"], port)
+        wait_for("restart", lambda: "it is started again" in output.read_text(), 30, program, output)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(60) == 0
+        assert output.read_text().rstrip().endswith("stopped")
+        deadline = time.monotonic() + 10
+        while left := marked(marker):
+            assert time.monotonic() < deadline, f"left over: {left}"
+            time.sleep(0.1)
+    finally:
+        for pid in marked(marker):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        program.wait()
+
+
+def judges(verifiers: dict[str, Any]) -> None:
+    reward, verdicts = mixing.reward(
+        ROW, "<think>Harmless.</think>Put it into boiling water.", verifiers, {"l": {"safety": 1.0, "first_token": 1.0}}
+    )
+    safety, first = verdicts["safety"], verdicts["first_token"]
+    assert isinstance(safety, Verdict)
+    assert safety.label in LABELS
+    assert safety.raw == safety.label
+    assert safety.score == float(safety.label == LABELS[0])
+    assert isinstance(first, Verdict)
+    assert 0 < first.score < 1
+    assert reward == safety.score + first.score
+    assert verifiers["safety"](ROW, "<think>and so on") == Verdict(0.0, "no answer")
+    too_long = verifiers["safety"](ROW, "egg " * 5000)
+    assert isinstance(too_long, Failure)
+    assert "status 400" in too_long.reason
+
+
+def refuses_strangers(port: int) -> None:
+    """The token is asked for on every path but /health, also where vLLM alone would not."""
+    for path, expected in (("/health", 200), ("/v1/models", 401), ("/tokenize", 401), ("/metrics", 401)):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", path)
+        assert connection.getresponse().status == expected, path
+        connection.close()
+
+
+def killed_in_mid_batch(verifier: ServedVerifier, port: int) -> None:
+    """What was judged before stands, the rest fails; vLLM's own engine process goes with its server."""
+    server, engine = listener(port), 0
+    (engine,) = [
+        int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split() if is_engine(pid)
+    ]
+    asked = [verifier.submit(ROW, f"Answer {i}. " * 20) for i in range(400)]
+    assert isinstance(asked[10].result(120), Verdict)
+    os.kill(server, signal.SIGKILL)
+    found = [future.result(60) for future in asked]
+    lost = [judgement for judgement in found if isinstance(judgement, Failure)]
+    assert len(lost) > 100
+    assert all(judgement.label in LABELS for judgement in found if isinstance(judgement, Verdict))
+    assert all(str(port) in judgement.reason for judgement in lost)
+    deadline = time.monotonic() + 10
+    while not gone(engine):
+        assert time.monotonic() < deadline, "the engine outlived its server"
+        time.sleep(0.05)
+
+
+def listener(port: int) -> int:
+    """The process that listens on a port of the loopback."""
+    hexadecimal = f":{port:04X} "
+    inodes = {
+        line.split()[9]
+        for line in Path("/proc/net/tcp").read_text().splitlines()
+        if hexadecimal in line and " 0A " in line
+    }
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            for descriptor in (entry / "fd").iterdir() if entry.name.isdigit() else ():
+                if any(os.readlink(descriptor) == f"socket:[{inode}]" for inode in inodes):
+                    return int(entry.name)
+    raise AssertionError(f"nobody listens on port {port}")
+
+
+def is_engine(pid: str) -> bool:
+    return "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()

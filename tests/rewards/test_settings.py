@@ -1,0 +1,177 @@
+"""What conf/rewards may say, and what is told of a value that can't work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rewards import mixing, settings
+from rewards.client import Client
+from rewards.serve import ready_table, replicas
+from rewards.verdict import Row
+from rewards.verifiers import instructions
+from rewards.verifiers.served import ServedVerifier
+from rewards.verifiers.templates import TEMPLATES
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+# SafeWork-R1's table, written out again: verifier weights by label, the format reward added to all but two.
+SAFEWORK = {
+    "safety": {"safety": 1},
+    "value": {"value": 1},
+    "knowledge": {"knowledge": 1, "normal": 1},
+    "knowledge_rule": {"rule_check": 1, "normal": 1},
+    "normal": {"normal": 1},
+    "general": {"general": 1},
+    "general_rule": {"rule_check": 1},
+    "muldimif": {"instructions": 1, "normal": 1},
+    "geo3k": {"math": 0.9, "format": 0.1},
+    "gsm8k": {"math": 0.9, "format": 0.1},
+}
+
+
+def read(*overrides: str) -> settings.RewardsConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        raw = compose("config", ["recipe=demo", "rewards=safework", *overrides])
+    return settings.read(raw.rewards)
+
+
+def test_safework_s_mixes_are_the_table() -> None:
+    expected = {
+        label: weights if label in ("geo3k", "gsm8k") else {**weights, "format": 1}
+        for label, weights in SAFEWORK.items()
+    }
+    assert read().mix == expected
+
+
+def test_verifiers_of_one_model_share_a_server_and_each_finds_its_judge() -> None:
+    config = read()
+    servers = settings.servers(config)
+    assert [settings.verifiers(config)[name].server for name in ("knowledge", "normal", "general")] == ["knowledge"] * 3
+    assert mixing.servers_of(["math", "value", "normal", "general"], config).keys() == {"value", "knowledge"}
+    names = mixing.verifier_names(config.mix)
+    with Client(mixing.servers_of(names, config), config.client) as client:
+        verifiers = mixing.open_verifiers(names, config, client)
+    for name in ("safety", "value", "knowledge", "normal", "general"):
+        found = verifiers[name]
+        assert isinstance(found, ServedVerifier)
+        assert found.judge is TEMPLATES[name]
+        assert found.model == servers[settings.verifiers(config)[name].server or ""].model
+    assert verifiers["instructions"] is instructions.score
+    general: Row = {"id": "g", "label": "general", "kind": "k", "prompt": "?"}
+    with pytest.raises(ValueError, match="'g' has no `answer`"):
+        mixing.check_row(general, verifiers, config.mix)
+    mixing.check_row({**general, "label": "safety"}, verifiers, config.mix)
+
+
+def test_replicas_get_ports_gpus_and_only_those_that_run_here_are_started(tmp_path: Path) -> None:
+    config = read(
+        "rewards.servers.safety.replicas=2",
+        "rewards.servers.value.endpoints=[http://elsewhere:80/v1]",
+        "rewards.supervisor.first_device=4",
+        "+rewards.servers.knowledge.arguments=[--max-model-len, '20000']",
+    )
+    found = replicas(config, tmp_path, "cuda")
+    assert [r.name for r in found] == ["safety_0", "safety_1", "knowledge_0"]
+    assert [r.port for r in found] == [8100, 8101, 8120]
+    assert [list(r.devices or ()) for r in found] == [[4], [5], list(range(6, 14))]
+    assert found[1].environment()["CUDA_VISIBLE_DEVICES"] == "5"
+    command = found[2].command()
+    assert command[:2] == ["serve", "models/Qwen2.5-VL-72B-Instruct"]
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--tensor-parallel-size") + 1] == "8"
+    assert command[-2:] == ["--max-model-len", "20000"]
+    assert "--enforce-eager" not in command
+    assert "--enforce-eager" in replicas(config, tmp_path, "cpu")[0].command()
+    assert settings.servers(config)["value"].addresses == ["http://elsewhere:80"]
+
+
+def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"rewards\.servers\.safety\.host='0\.0\.0\.0'.*key_variable"):
+        read("+rewards.servers.safety.host=0.0.0.0")
+    config = read("+rewards.servers.safety.host=0.0.0.0", "+rewards.servers.safety.key_variable=JUDGE_KEY")
+    replica = replicas(config, tmp_path, "cpu")[0]
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(ValueError, match="'JUDGE_KEY': no such environment variable"):
+        replica.environment()
+    monkeypatch.setenv("JUDGE_KEY", "sesame-4711")
+    assert replica.environment()["VLLM_API_KEY"] == "sesame-4711"
+    assert "sesame" not in " ".join(replica.command())
+    assert replica.command()[replica.command().index("--middleware") + 1] == "rewards.token_guard.require_token"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rewards.verifiers.safety.server=sfaety"], r"verifiers\.safety\.server='sfaety': no such server"),
+        (["rewards.verifiers.safety.template=null"], r"verifiers\.safety: give a template"),
+        (["+rewards.verifiers.safety.rule=math"], r"verifiers\.safety: give a template"),
+        (["+rewards.verifiers.safety.arguments={limit: 3}"], r"arguments are a rule's"),
+        (["+rewards.verifiers.safety.colour=red"], r"rewards\.verifiers\.safety: 'colour' is unknown"),
+        (["+rewards.servers.safety.colour=red"], r"rewards\.servers\.safety: 'colour' is unknown or missing"),
+        (["+rewards.servers.safety.runner=guess"], r"servers\.safety\.runner='guess': use one of generate, pooling"),
+        (["rewards.servers.safety.replicas=0"], r"servers\.safety\.replicas=0: must be at least 1"),
+        (["rewards.servers.safety.replicas=11"], r"servers\.value\.port=8110: .* port 8110, which is 'safety''s"),
+        (
+            ["rewards.servers.safety.model=models/Qwen2.5-VL-72B-Instruct"],
+            r"servers\.knowledge\.model=.* is served by 'safety' already: name that one",
+        ),
+        (["rewards.client.hedge_after=1"], r"client\.hedge_after=1\.0: must be above 1"),
+        (["rewards.client.max_failed=2"], r"client\.max_failed=2\.0: must be in \[0, 1\]"),
+        (["rewards.normalise=batch"], r"normalise='batch': must be one of none, group"),
+        (
+            ["rewards.constraint.verifier=sfaety"],
+            r"constraint\.verifier='sfaety': no mix has it",
+        ),
+        (
+            ["rewards.constraint.verifier=safety", "rewards.constraint.floor=1.9"],
+            r"constraint\.floor=1\.9",
+        ),
+        (
+            ["rewards.constraint.verifier=safety", "rewards.constraint.initial=9"],
+            r"constraint: .*initial=9\.0 in \[0, maximum=5\.0\]",
+        ),
+    ],
+)  # fmt: skip
+def test_a_value_that_can_t_work_is_named(overrides: list[str], message: str) -> None:
+
+    with pytest.raises(ValueError, match=message):
+        read(*overrides)
+
+
+def test_a_rule_takes_arguments_and_a_template_may_be_a_dotted_path() -> None:
+    raw: Any = OmegaConf.load(CONF / "rewards" / "base.yaml")
+    raw.mix = {"l": {"brief": 1.0, "own": 1.0}}
+    raw.servers = {"judge": {"model": "m"}}
+    raw.verifiers = {
+        "brief": {"rule": "length", "arguments": {"limit": 2}},
+        "own": {"template": "rewards.verifiers.templates.NORMAL", "server": "judge"},
+        "lost": {"template": "norml", "server": "judge"},
+    }
+    config = settings.read(raw)
+    with Client(settings.servers(config), config.client) as client:
+        found = mixing.open_verifiers(["brief", "own", "capability"], config, client)
+        with pytest.raises(ValueError, match="unknown template 'norml'"):
+            mixing.open_verifiers(["lost"], config, client)
+    assert found["brief"]({}, "one two three").score == 0.5  # type: ignore[union-attr]
+    assert isinstance(found["own"], ServedVerifier)
+    assert found["own"].judge is TEMPLATES["normal"]
+
+
+def test_the_ready_table_says_who_serves_what(tmp_path: Path) -> None:
+    config = read()
+
+    class Started:
+        pid = 4711
+
+    found = replicas(config, tmp_path, "cpu")
+    for replica in found:
+        replica.process = Started()  # type: ignore[assignment]
+    table = ready_table(config, found)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["verifiers"] == ["safety", "value", "knowledge, normal, general"]
+    assert cells["address"] == [f"http://127.0.0.1:{port}" for port in (8100, 8110, 8120)]
