@@ -28,6 +28,7 @@ from recipes.config import Config, ConfigError, parse, samples_per_step
 from recipes.data.prompts import PROMPT_FIELDS, SFT_FIELDS
 from recipes.train import check_parts, from_command_line
 from rewards import mixing
+from rewards.client import Client
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "conf" / "model" / "architectures"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -151,6 +152,7 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
         return report
     config = parsed[0]
     report.check("data_and_rewards", lambda: data_and_rewards(config))
+    report.check("reward_servers", lambda: reward_servers(config))
     report.check("tokenizer", lambda: tokenizer(config))
     say("Megatron-Core, transformers")
     from megatron_ext import simulation
@@ -177,15 +179,20 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
 
 
 def data_and_rewards(config: Config) -> str:
-    """Files, schema, mix, and verifiers. Their servers are named, not asked: they run when the run does."""
+    """Files, schema, mix, and verifiers."""
     check_parts(config)
-    verifiers = mixing.verifier_names(config.rewards.mix)
-    servers = mixing.servers_of([*verifiers, *config.data.scores], config.rewards)
-    asked = ", ".join(f"{name} at {' '.join(server.addresses)}" for name, server in servers.items()) or "none"
-    return (
-        f"{config.data.prompts}: rows fit the schema; verifiers {', '.join(verifiers)} are found; servers that the run "
-        f"will ask: {asked}"
-    )
+    verifiers = ", ".join(mixing.verifier_names(config.rewards.mix))
+    return f"{config.data.prompts}: rows fit the schema; verifiers {verifiers} are found"
+
+
+def reward_servers(config: Config) -> str:
+    """Those that are up serve the models that the verifiers need; the others start with the run."""
+    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
+    servers = mixing.servers_of(names, config.rewards)
+    with Client(servers, config.rewards.client) as client:
+        client.check(started=False)
+    addresses = ", ".join(f"{name} at {' '.join(server.addresses)}" for name, server in servers.items())
+    return f"{addresses}: those that are up serve their model" if addresses else "no verifier has a server"
 
 
 def has_model(config: Config) -> bool:

@@ -210,11 +210,12 @@ class Pool:
         resting = all(replica.rests_until > now for replica in self.replicas)
         return resting and self.lost_since is not None and now - self.lost_since >= self.settings.outage
 
-    async def check(self) -> list[str]:
-        """What is wrong with each replica; empty when all serve the model."""
-        return [f"{r.address}: {why}" for r in self.replicas if (why := await self._missing(r))]
+    async def check(self, started: bool) -> list[str]:
+        """What is wrong with each replica; empty when all serve the model. Without ``started`` one that can't be
+        reached is not wrong: its server may not run yet."""
+        return [f"{r.address}: {why}" for r in self.replicas if (why := await self._missing(r, started))]
 
-    async def _missing(self, replica: Replica) -> str | None:
+    async def _missing(self, replica: Replica, started: bool) -> str | None:
         try:
             timeout = aiohttp.ClientTimeout(total=CHECK_SECONDS)
             url = f"{replica.address}/v1/models"
@@ -225,6 +226,8 @@ class Pool:
             served = [entry["id"] for entry in json.loads(text)["data"]]
         except TimeoutError:
             return f"no reply in {CHECK_SECONDS:g} s"
+        except aiohttp.ClientConnectorError as error:
+            return self._excerpt(f"{type(error).__name__}: {error}") if started else None
         except aiohttp.ClientError as error:
             return self._excerpt(f"{type(error).__name__}: {error}")
         except (ValueError, LookupError, TypeError):
@@ -247,12 +250,13 @@ class Client:
         self.session = self._run(self._open())
         self.pools = {name: Pool(server, settings, self.session, keys[name]) for name, server in servers.items()}
 
-    def check(self) -> None:
-        """Raises ValueError naming every server that does not answer, and what to do."""
+    def check(self, started: bool = True) -> None:
+        """Raises ValueError naming every server that does not answer as it should, and what to do. Without ``started``
+        those that can't be reached are left out."""
         wrong = [
             f"rewards.servers.{name} ({pool.server.model}) {why}"
             for name, pool in self.pools.items()
-            for why in self._run(pool.check())
+            for why in self._run(pool.check(started))
         ]
         if wrong:
             raise ValueError(

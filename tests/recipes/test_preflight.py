@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from recipes.config import parse
+from recipes.preflight import reward_servers
 from tests.recipes import tiny
+from tests.rewards import fake_server
+from tests.rewards.fake_server import FakeServer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -176,6 +181,25 @@ def test_what_is_impossible_fails_and_says_what_to_change(name: str, reports: Re
 def test_one_wrong_thing_fails_one_check(reports: Reports) -> None:
     for name in ("memory", "engine", "cache", "devices", "fp8 device", "rewards", "world"):
         assert list(failed(reports[name])) == [IMPOSSIBLE[name][1]]
+
+
+def test_reward_servers_that_are_up_must_serve_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other two are not up, which is no failure: they start with the run."""
+    monkeypatch.chdir(ROOT)
+
+    async def never(n: int, request: Any, body: Any) -> Any:
+        raise AssertionError("nothing is to be judged")
+
+    def detail(address: str, model: str) -> str:
+        servers = ("rewards=safework", f"rewards.servers.safety.endpoints=[{address}]")
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            raw = compose("config", ["recipe=demo", *servers, f"rewards.servers.safety.model={model}"])
+        return reward_servers(parse(raw))
+
+    with FakeServer(never) as fake:
+        assert f"safety at {fake.address}" in detail(fake.address, fake_server.MODEL)
+        with pytest.raises(ValueError, match=r"rewards\.servers\.safety .*not 'another'"):
+            detail(fake.address, "another")
 
 
 def preflight(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -232,9 +232,10 @@ def test_a_missing_server_stops_the_run_before_it_starts(monkeypatch: pytest.Mon
             with pytest.raises(ValueError, match=r"rewards\.servers\.judge .* `python -m rewards\.serve") as error:
                 client.check()
             assert fake.address not in str(error.value)
+            client.check(started=False)
         other = Server("judge", "another", "generate", (fake.address + "/v1/",), None, "", 1, 1, 1, ())
         with Client({"judge": other}, settings()) as client, pytest.raises(ValueError, match="not 'another'"):
-            client.check()
+            client.check(started=False)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match="key_variable='JUDGE_KEY'"):
         Client({"judge": server("http://127.0.0.1:1", key="JUDGE_KEY")}, settings())
