@@ -24,6 +24,7 @@ COMMON = [
     "pyyaml",
     "rich",
     "safetensors",
+    "starlette",
     "torch",
     "torchvision",
     "transformers",
