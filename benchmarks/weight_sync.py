@@ -111,8 +111,9 @@ def environment(peer: str, folder: Path) -> Path:
     say(f"making the environment of {peer} in {folder} (minutes the first time)")
     uv = str(Path(sys.executable).with_name("uv"))
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-    # Without dependencies: both ask for packages that need a GPU's compiler. The list is complete.
-    command = [uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "-r", str(pins)]
+    # Without dependencies: both ask for packages that need a GPU's compiler. The list is complete. And without the
+    # project's own settings for uv, which take torch's version from its pins.
+    command = [uv, "pip", "install", "--quiet", "--no-config", "--python", str(python), "--no-deps", "-r", str(pins)]
     subprocess.run(command, check=True)
     stamp.write_text(pins.read_text())
     return python
