@@ -94,7 +94,7 @@ class MeasuredSession(Session):
 def run(config: Config) -> dict[str, list[dict[str, Any]]] | None:
     """Collective: the demo's stages up to RL, then its RL steps with yardsticks; their answers, on rank 0 only."""
     with open_session(config) as session, ExitStack() as stack:
-        if config.stage.sft is not None:
+        if "sft" in config.stage.trains:
             with session.display.stage("SFT warm start"):
                 sft.fit(session)
         start = session.run_dir / "start"

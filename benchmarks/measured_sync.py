@@ -186,11 +186,13 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     changed = wanted is None or digests() != wanted
     size = first["bytes"] // trainer.ranks
     target = torch.zeros(size, dtype=torch.uint8)
-    copies, syncs, verified = [], [], []
+    copies, syncs, packings, verified = [], [], [], []
     for i in range(settings["repetitions"]):
         loads.append(load())
         trainer.negate()
-        syncs.append(bridge.sync(2 * i + 1)["seconds"])
+        synced = bridge.sync(2 * i + 1)
+        syncs.append(synced["seconds"])
+        packings.append(synced["packing_seconds"])
         bridge.verify_every = 1
         verified.append(bridge.sync(2 * i + 2)["seconds"])
         bridge.verify_every = NEVER
@@ -205,6 +207,7 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         "plan_seconds": planned,
         "first_sync_verified_seconds": first["seconds"],
         "sync_seconds": syncs,
+        "sync_packing_seconds": packings,
         "verified_sync_seconds": verified,
         "memcpy_seconds": copies,
         "loads": None if loads[0] is None else loads,

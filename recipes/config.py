@@ -36,8 +36,11 @@ class SftConfig:
 
 @dataclass
 class StageConfig:
-    names: list[str]
-    sft: Optional[SftConfig]  # noqa: UP045
+    name: str
+    trains: list[str]
+    after: Optional[str]  # noqa: UP045
+    ladder: list[str]
+    sft: SftConfig
 
 
 @dataclass
@@ -213,6 +216,7 @@ def parse(raw: DictConfig) -> Config:
         field = getattr(error, "full_key", None) or "configuration"
         raise ConfigError(f"{field}: {str(error).splitlines()[0]}; the fields are listed in conf/") from error
     assert isinstance(config, Config)
+    config.model.path = os.path.normpath(config.model.path)  # a stage's is beside its own folder: ${run_dir}/../…
     check(config)
     return config
 
@@ -291,11 +295,10 @@ def check(config: Config) -> None:
         ("cluster.platform", c.cluster.platform, ("cpu", "cuda")),
         ("parallel.recompute", c.parallel.recompute, ("none", "selective", "full")),
         ("algorithm.decay", c.algorithm.decay, ("constant", "linear", "cosine")),
+        ("stage.sft.decay", c.stage.sft.decay, ("constant", "linear", "cosine")),
         ("algorithm.kl_in", c.algorithm.kl_in, ("loss", "reward")),
-        *(("stage.names", name, ("sft", "rl")) for name in c.stage.names),
+        *(("stage.trains", name, ("sft", "rl")) for name in c.stage.trains),
     ]
-    if c.stage.sft:
-        choices.append(("stage.sft.decay", c.stage.sft.decay, ("constant", "linear", "cosine")))
     for field, value, allowed in choices:
         if value not in allowed:
             raise ConfigError(f"{field}={value!r}: use one of {', '.join(map(str, allowed))}")
@@ -309,6 +312,9 @@ def check(config: Config) -> None:
         "algorithm.clip_filter_cap": c.algorithm.clip_filter_cap,
         "algorithm.importance_cap": c.algorithm.importance_cap,
         "algorithm.mismatch_alarm": c.algorithm.mismatch_alarm,
+        "stage.sft.steps": c.stage.sft.steps,
+        "stage.sft.rows_per_step": c.stage.sft.rows_per_step,
+        "stage.sft.learning_rate": c.stage.sft.learning_rate,
         "parallel.micro_batch_tokens": c.parallel.micro_batch_tokens,
         "rollout.engines": c.rollout.engines,
         "rollout.tensor": c.rollout.tensor,
@@ -327,16 +333,13 @@ def check(config: Config) -> None:
         "checkpoint.keep": c.checkpoint.keep,
         "algorithm.token_divisor": c.algorithm.token_divisor,  # may be the longest response: behind it
     }
-    if c.stage.sft:
-        positive |= {
-            "stage.sft.steps": c.stage.sft.steps,
-            "stage.sft.rows_per_step": c.stage.sft.rows_per_step,
-            "stage.sft.learning_rate": c.stage.sft.learning_rate,
-        }
     for field, value in positive.items():
         if value <= 0:
             raise ConfigError(f"{field}={value}: must be above 0")
+    sft = c.stage.sft
     fractions = {
+        "stage.sft.minimum_fraction": (sft.minimum_fraction, 0 <= sft.minimum_fraction <= 1, "[0, 1]"),
+        "stage.sft.warmup_fraction": (sft.warmup_fraction, 0 <= sft.warmup_fraction < 1, "[0, 1)"),
         "algorithm.minimum_fraction": (c.algorithm.minimum_fraction, 0 <= c.algorithm.minimum_fraction <= 1, "[0, 1]"),
         "algorithm.warmup_fraction": (c.algorithm.warmup_fraction, 0 <= c.algorithm.warmup_fraction < 1, "[0, 1)"),
         "algorithm.clip_low": (c.algorithm.clip_low, 0 < c.algorithm.clip_low < 1, "(0, 1)"),
@@ -350,24 +353,15 @@ def check(config: Config) -> None:
         "algorithm.cale_mu": (c.algorithm.cale_mu, 0 <= c.algorithm.cale_mu <= 1, "[0, 1]"),
         "rollout.top_p": (c.rollout.top_p, 0 < c.rollout.top_p <= 1, "(0, 1]"),
     }
-    if c.stage.sft:
-        fractions |= {
-            "stage.sft.minimum_fraction": (
-                c.stage.sft.minimum_fraction, 0 <= c.stage.sft.minimum_fraction <= 1, "[0, 1]",
-            ),
-            "stage.sft.warmup_fraction": (c.stage.sft.warmup_fraction, 0 <= c.stage.sft.warmup_fraction < 1, "[0, 1)"),
-        }  # fmt: skip
     for field, (value, fits, interval) in fractions.items():
         if not fits:
             raise ConfigError(f"{field}={value}: must be in {interval}")
     check_rollout(c)
-    if not c.stage.names:
-        raise ConfigError("stage.names=[]: name at least one of sft, rl")
+    if not c.stage.trains and not c.stage.ladder:
+        raise ConfigError("stage.trains=[]: name at least one of sft, rl, or a ladder of stages")
     check_algorithm(c)
     if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
-    if "sft" in c.stage.names and c.stage.sft is None:
-        raise ConfigError(f"stage.names={c.stage.names}: 'sft' needs stage.sft, which is empty: choose stage=sft_rl")
     try:
         layout.check(c.cluster.ranks, trainer.layout(c))
         precision.check(trainer.precision(c))
@@ -383,8 +377,10 @@ def check(config: Config) -> None:
             f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
         )
     multiple = trainer.sequence_multiple(c)
-    shared_out = {"algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout": samples_per_update(c)}
-    if c.stage.sft:
+    shared_out = {}
+    if "rl" in c.stage.trains:
+        shared_out["algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout"] = samples_per_update(c)
+    if "sft" in c.stage.trains:
         shared_out["stage.sft.rows_per_step"] = c.stage.sft.rows_per_step
     for field, count in shared_out.items():
         if count % multiple:

@@ -183,13 +183,13 @@ class Display:
         self._print(result_table(evaluation))
         self._print(Text(result_note(evaluation), style="dim"))
         for transcript in choose_transcripts(evaluation["transcripts"], 3):
-            self._print(self._transcript(transcript))
+            self._print(self._transcript(transcript, model_stages(evaluation)))
         self._print(Text("\nWhere things are", style="bold"))
         for name, what in (
             ("report.html", "the report: open it in a browser"),
             ("evaluation.json", "the table above with every transcript"),
             ("metrics.jsonl", "one object per step"),
-            ("samples.jsonl", "every response RL learned from"),
+            ("samples.jsonl", "every response that RL learned from"),
             ("config.yaml", "the resolved configuration"),
             ("hf", "the trained model, for transformers and vLLM"),
         ):
@@ -197,13 +197,12 @@ class Display:
                 self._print(Text.assemble((f"  {run_dir / name}", "cyan"), f"  {what}"))
         self._print(Text(f"  in all {duration(time.monotonic() - self._started)}"))
 
-    def _transcript(self, transcript: Mapping[str, Any]) -> Table:
+    def _transcript(self, transcript: Mapping[str, Any], headings: Mapping[str, str]) -> Table:
         labels = transcript["labels"]
         title = Text(self._printable(f"{transcript['kind']}: {labels['before']} -> {labels['after']}"), style="bold")
         table = Table(box=None, show_header=False, title=title, title_justify="left", padding=(0, 1), expand=True)
         table.add_column(style="dim", width=9, no_wrap=True)
         table.add_column(overflow="fold", ratio=1)
-        headings = model_stages({key: None for key in ("base", "before", "after") if key in transcript})
         for key, heading in (("prompt", "prompt"), ("before", headings["before"]), ("after", headings["after"])):
             text = self._printable(transcript[key])
             short = text if len(text) <= TRANSCRIPT_CHARACTERS else text[:TRANSCRIPT_CHARACTERS] + " [...]"
@@ -342,7 +341,7 @@ def step_columns(metrics: Mapping[str, Any], total_steps: int, width: int) -> li
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
-    """Mean and interval per verifier and decoding for every model, and the paired difference after - before RL."""
+    """Mean and interval per verifier and decoding for every model, and the paired difference after - before."""
     stages = model_stages(evaluation)
     table = Table(
         box=box.SIMPLE_HEAD, title="Held-out prompts", title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
@@ -351,7 +350,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     table.add_column("decoding", no_wrap=True)
     for heading in stages.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("RL's effect", justify="right", no_wrap=True)
+    table.add_column("effect", justify="right", no_wrap=True)
     styles = {"better": "bold green", "worse": "bold red", "not significant": "dim"}
     for verifier, decoding, scores, difference in evaluation_rows(evaluation):
         effect = Text.assemble(f"{difference['mean']:+.2f}\n", (_range(difference, "+.2f"), "dim"))
@@ -369,9 +368,9 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 def result_note(evaluation: Mapping[str, Any]) -> str:
     """What the table's figures are, in two lines."""
-    before = model_stages(evaluation)["before"]
+    stages = model_stages(evaluation)
     return (
-        f"Mean score, 95 % interval. RL's effect: after RL minus {before}, same prompts;\n"
+        f"Mean score, 95 % interval. Effect: {stages['after']} minus {stages['before']}, same prompts;\n"
         "better or worse where its 95 % interval leaves out zero.\n"
     )
 

@@ -1,5 +1,6 @@
-"""Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference RL made."""
+"""Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference training made."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,16 +9,29 @@ from recipes.session import Session
 from recipes.statistics import mean_interval, paired_difference
 from rewards import mixing
 from rewards.verdict import to_json
+from rewards.verifiers.text import THINK_BEGIN, THINK_END
 from rollout.sample import Sample
 
 EVALUATION_STEP = -1  # its own sampling seeds, the same for every model that is compared
+MODELS = ["base", "before", "after"]  # that one launch compares; a base only where it trains twice
 Answers = dict[str, list[dict[str, Any]]]
+
+
+def asked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration's evaluation asks: answers to equal ones can be compared."""
+    data, rollout = config["data"], config["rollout"]
+    return {
+        "seed": config["seed"],
+        **{name: data[name] for name in ("evaluation", "evaluation_samples", "max_prompt_tokens", "scores")},
+        **{name: rollout[name] for name in ("temperature", "top_p", "max_response_tokens", "thinking_budget")},
+    }
 
 
 def answer(session: Session) -> Answers:
     """Collective: the engines' present weights answer every held-out prompt, greedy and sampled.
 
-    Returns {"greedy": rows, "sampled": rows}; a row is {id, response, scores: {score name: verdict or failure}}.
+    Returns {"greedy": rows, "sampled": rows}; a row is {id, response, thinking_tokens, scores: {score name: verdict or
+    failure}}.
     """
     config = session.config
     rows = prompts.load_rows(config.data.evaluation)
@@ -30,10 +44,23 @@ def answer(session: Session) -> Answers:
     ):
         samples, scores = session.generate(asked, count, EVALUATION_STEP, temperature, partial(judge, session, by_id))
         found[name] = [
-            {"id": rows[i // count]["id"], "response": session.text(sample), "scores": judged}
+            {
+                "id": rows[i // count]["id"],
+                "response": session.text(sample),
+                "thinking_tokens": thinking_tokens(session, sample),
+                "scores": judged,
+            }
             for i, (sample, judged) in enumerate(zip(samples, scores, strict=True))
         ]
     return found
+
+
+def thinking_tokens(session: Session, sample: Sample) -> int:
+    """Tokens up to the end of the thinking: none where there is no thinking, all where it does not end."""
+    text = session.text(sample)
+    if THINK_END in text:
+        return len(session.tokenizer.encode(text.partition(THINK_END)[0], add_special_tokens=False))
+    return len(sample.response_token_ids) if THINK_BEGIN in text else 0
 
 
 def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dict[str, dict[str, Any]]:
@@ -57,7 +84,7 @@ def difference(before: Answers, after: Answers, names: list[str]) -> dict[str, A
 
 
 def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
-    """evaluation.json: summaries of ``base``, ``before`` and ``after`` RL, the difference, and greedy transcripts."""
+    """evaluation.json: summaries of the models (``MODELS``), the last difference, and greedy transcripts."""
     names = list(session.config.data.scores)
     rows = {row["id"]: row for row in prompts.load_rows(session.config.data.evaluation)}
     transcripts = []
@@ -76,14 +103,20 @@ def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
             }
         )
     return {
+        "stage": session.config.stage.name,
         **{stage: summary(answers, names) for stage, answers in stages.items()},
         "difference": difference(stages["before"], stages["after"], names),
         "transcripts": transcripts,
     }
 
 
+def scored(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The answers that this verifier gave a verdict on."""
+    return [row for row in rows if _score(row, name) is not None]
+
+
 def _column(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[str]]:
-    chosen = [row for row in rows if _score(row, name) is not None]
+    chosen = scored(rows, name)
     return [row["scores"][name]["score"] for row in chosen], [row["id"] for row in chosen]
 
 

@@ -389,7 +389,7 @@ def every_prompt(config: Config) -> str:
         config.data.prompts: PROMPT_FIELDS,
         config.data.evaluation: PROMPT_FIELDS,
     }
-    if "sft" in config.stage.names:
+    if "sft" in config.stage.trains:
         files[config.data.sft] = SFT_FIELDS
     counts = [f"{len(check_rows(processor, path, fields))} of {path}" for path, fields in files.items()]
     return f"prompts are made: {', '.join(counts)}"
@@ -554,7 +554,7 @@ def disk_space(config: Config, report: Report) -> str:
     """For the checkpoints that are kept, one that is being written, and the exported models."""
     if report.parameters_total is None:
         raise ConfigError("the number of parameters is not known: see the checks before")
-    need = report.parameters_total * (CHECKPOINT_BYTES * (config.checkpoint.keep + 1) + 2 * len(config.stage.names))
+    need = report.parameters_total * (CHECKPOINT_BYTES * (config.checkpoint.keep + 1) + 2 * len(config.stage.trains))
     text = (
         f"{need / 1e12:.2f} TB in run_dir={config.run_dir!r} for {config.checkpoint.keep} + 1 checkpoints and exports"
     )

@@ -123,7 +123,7 @@ def model_stages(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """The models an evaluation compares, key -> heading; beside a raw `base`, `before` is the model after SFT."""
     if "base" in evaluation:
         return {"base": "base", "before": "after SFT", "after": "after RL"}
-    return {"before": "before RL", "after": "after RL"}
+    return {"before": f"before {evaluation['stage']}", "after": f"after {evaluation['stage']}"}
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
@@ -151,7 +151,7 @@ def significance(difference: Mapping[str, Any]) -> str:
 
 
 def choose_transcripts(transcripts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Up to `count` transcripts that say most: every kind once first, and within a kind those RL changed first."""
+    """Up to `count` transcripts that say most: every kind once first, and within a kind those that changed first."""
     changed_first = sorted(transcripts, key=lambda item: item["labels"]["before"] == item["labels"]["after"])
     seen: dict[str, int] = {}
     ranked = []

@@ -85,14 +85,14 @@ def write_report(run_dir: Path) -> Path:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_text(name)}: RL report</title><style>{STYLE}</style></head><body>",
+        f"<title>{text(name)}: report</title><style>{STYLE}</style></head><body>",
         _header(name, rows),
         _result(evaluation) if evaluation else _missing("evaluation.json", "Result"),
         _training(rows),
         _transcripts(evaluation) if evaluation else "",
         _samples(run_dir / "samples.jsonl"),
         "<h2>Configuration</h2><details><summary>config.yaml, resolved</summary>"
-        f"<pre>{_text(configuration)}</pre></details>",
+        f"<pre>{text(configuration)}</pre></details>",
         _machine(machine) if machine else _missing("environment.json", "Machine and versions"),
         "</body></html>",
     ]
@@ -103,8 +103,8 @@ def write_report(run_dir: Path) -> Path:
 
 def _header(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     total = sum(row["time/step"] for row in rows)
-    pace = f"{len(rows)} RL steps in {duration(total)}, {duration(total / len(rows))} per step"
-    return f'<h1>{_text(name)}</h1><p class="soft">{pace}</p>'
+    pace = f"{len(rows)} steps in {duration(total)}, {duration(total / len(rows))} per step"
+    return f'<h1>{text(name)}</h1><p class="soft">{pace}</p>'
 
 
 def _missing(file: str, heading: str) -> str:
@@ -119,13 +119,13 @@ def _result(evaluation: Mapping[str, Any]) -> str:
         plot = _interval_plot(
             [(heading, stage, greedy[2][stage], sampled[2][stage]) for stage, heading in stages.items()]
         )
-        panels.append(f'<div class="card"><h3>{_text(greedy[0])}</h3>{plot}</div>')
+        panels.append(f'<div class="card"><h3>{text(greedy[0])}</h3>{plot}</div>')
     body = []
     for verifier, decoding, scores, difference in table:
         verdict = significance(difference)
-        cells = [f"<td>{score['mean']:.2f}<small>{_span(score, '.2f')}</small></td>" for score in scores.values()]
-        name = f"{_text(verifier)}<small>{decoding}, n = {scores['after']['n']}</small>"
-        effect = f"{difference['mean']:+.2f}<small>{_span(difference, '+.2f')}</small>"
+        cells = [f"<td>{score['mean']:.2f}<small>{span(score, '.2f')}</small></td>" for score in scores.values()]
+        name = f"{text(verifier)}<small>{decoding}, n = {scores['after']['n']}</small>"
+        effect = f"{difference['mean']:+.2f}<small>{span(difference, '+.2f')}</small>"
         effect += f'<span class="{verdict.split()[0]}">{verdict}</span>'
         body.append(f"<tr><td>{name}</td>{''.join(cells)}<td>{effect}</td></tr>")
     heads = "".join(f"<th>{heading}</th>" for heading in stages.values())
@@ -135,8 +135,8 @@ def _result(evaluation: Mapping[str, Any]) -> str:
         "temperature&nbsp;1.</p>"
         f'<div class="grid">{"".join(panels)}</div>'
         '<div class="scroll"><table><thead><tr><th>verifier</th>'
-        f"{heads}<th>RL&rsquo;s effect</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f'<p class="soft"><small>RL&rsquo;s effect is after RL minus {stages["before"]} on the same prompts; '
+        f"{heads}<th>effect</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<p class="soft"><small>The effect is {stages["after"]} minus {stages["before"]} on the same prompts; '
         "&ldquo;better&rdquo; or &ldquo;worse&rdquo; where its 95&nbsp;% interval leaves out zero. n counts prompts; "
         "several samples of one prompt are averaged first.</small></p>"
     )
@@ -163,18 +163,19 @@ def _interval_plot(entries: Sequence[tuple[str, str, Mapping[str, Any], Mapping[
             y, x = middle + offset, left + score["mean"] * scale
             parts.append(
                 f'<g stroke="var(--{stage})" stroke-width="2"><title>{heading}, {name}: {score["mean"]:.3f} '
-                f"({_span(score, '.3f')}, n = {score['n']})</title>"
+                f"({span(score, '.3f')}, n = {score['n']})</title>"
                 f'<line x1="{left + low * scale:.1f}" x2="{left + high * scale:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}"/></g>'
             )
-    return _svg(parts, height)
+    return svg(parts, height)
 
 
 def _training(rows: Sequence[Mapping[str, Any]]) -> str:
     verifiers, phases = reward_verifiers(rows), time_phases(rows)
-    megabytes = [{**row, "sync/megabytes": row["sync/bytes"] / 1e6} for row in rows]
+    megabytes = [{**row, "sync/megabytes": row["sync/bytes"] / 1e6} for row in rows if "sync/bytes" in row]
     plots = [
         ("Reward per verifier", _lines(rows, {name: f"reward/{name}" for name in verifiers})),
+        ("Loss", _lines(rows, {"loss": "loss"})),
         ("Mean reward", _lines(rows, {"mean": "reward/mean"})),
         ("KL to the reference policy", _lines(rows, {"KL": "kl/reference"}, zero=True)),
         ("Log-prob gap to vLLM, mean", _lines(rows, {"mean": "logprob_gap/mean"}, zero=True)),
@@ -186,8 +187,8 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     if "sync" in phases:
         plots.append(("Weight sync, seconds", _lines(rows, {"time": "time/sync"}, zero=True)))
-    cards = "".join(f'<div class="card"><h3>{title}</h3>{plot}</div>' for title, plot in plots)
-    return f'<h2>Training, per RL step</h2><div class="grid">{cards}</div>'
+    cards = "".join(f'<div class="card"><h3>{title}</h3>{plot}</div>' for title, plot in plots if plot)
+    return f'<h2>Training, per step</h2><div class="grid">{cards}</div>'
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], zero: bool = False) -> str:
@@ -199,9 +200,9 @@ def _lines(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], zero: b
     """
     values = [row[key] for row in rows for key in series.values() if row.get(key) is not None]
     if not values:
-        return '<p class="soft">no values</p>'
+        return ""
     low, high = min(values), max(values)
-    ticks = _ticks(min(low, 0.0) if zero else low, high)
+    ticks = round_ticks(min(low, 0.0) if zero else low, high)
     low, high = ticks[0], ticks[-1]
     x_of = _steps_axis(rows)
     parts = _axes(rows, x_of, ticks)
@@ -215,19 +216,19 @@ def _lines(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], zero: b
             x, y = x_of(row["step"]), _y(row[key], low, high)
             commands.append(f"{pen}{x:.1f} {y:.1f}")
             pen = "L"
-            label = f"<title>step {row['step']}, {_text(name)}: {row[key]:.5g}</title>"
+            label = f"<title>step {row['step']}, {text(name)}: {row[key]:.5g}</title>"
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{colour}">{label}</circle>')
         parts.append(
             f'<path d="{"".join(commands)}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-linejoin="round"/>'
         )
         if len(rows) <= MARKED_POINTS:
             parts += dots
-    return _svg(parts, HEIGHT) + (_legend(list(series)) if len(series) > 1 else "")
+    return svg(parts, HEIGHT) + (_legend(list(series)) if len(series) > 1 else "")
 
 
 def _stacked(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str]) -> str:
     """One bar per step, split by series; legend -> metric key, in seconds."""
-    ticks = _ticks(0.0, max(sum(row.get(key, 0.0) for key in series.values()) for row in rows))
+    ticks = round_ticks(0.0, max(sum(row.get(key, 0.0) for key in series.values()) for row in rows))
     high = ticks[-1]
     x_of = _steps_axis(rows)
     width = (WIDTH - LEFT - RIGHT) / len(rows) * (0.8 if len(rows) <= MARKED_POINTS else 1.0)
@@ -245,9 +246,9 @@ def _stacked(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str]) -> st
                 )
             below[place] += value
         mean = sum(row.get(key, 0.0) for row in rows) / len(rows)
-        label = f"<title>{_text(name)}: {mean:.2f} s per step</title>"
+        label = f"<title>{text(name)}: {mean:.2f} s per step</title>"
         parts.append(f'<path d="{"".join(bars)}" fill="var(--c{index % COLOURS})">{label}</path>')
-    return _svg(parts, HEIGHT) + _legend(list(series))
+    return svg(parts, HEIGHT) + _legend(list(series))
 
 
 def _steps_axis(rows: Sequence[Mapping[str, Any]]) -> Callable[[int], float]:
@@ -269,7 +270,7 @@ def _axes(rows: Sequence[Mapping[str, Any]], x_of: Callable[[int], float], ticks
     return parts
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Two to six round numbers that enclose [low, high]."""
     span = (high - low) or abs(high) or 1.0
     size = 10 ** math.floor(math.log10(span / 4))
@@ -283,13 +284,13 @@ def _y(value: float, low: float, high: float) -> float:
     return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _svg(parts: Sequence[str], height: float) -> str:
+def svg(parts: Sequence[str], height: float) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
 
 
 def _legend(names: Sequence[str]) -> str:
     items = (
-        f'<span><i style="background:var(--c{index % COLOURS})"></i>{_text(name)}</span>'
+        f'<span><i style="background:var(--c{index % COLOURS})"></i>{text(name)}</span>'
         for index, name in enumerate(names)
     )
     return f'<div class="legend">{"".join(items)}</div>'
@@ -302,7 +303,7 @@ def _transcripts(evaluation: Mapping[str, Any]) -> str:
     more = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>" if folded else ""
     return (
         "<h2>Transcripts</h2><p>Greedy answers to held-out prompts, each with its verdict; a coloured verdict is one "
-        f"RL changed.</p>{''.join(cards[:TRANSCRIPTS_OPEN])}{more}"
+        f"training changed.</p>{''.join(cards[:TRANSCRIPTS_OPEN])}{more}"
     )
 
 
@@ -312,12 +313,12 @@ def _transcript(item: Mapping[str, Any], stages: Mapping[str, str]) -> str:
     for stage, heading in stages.items():
         changed = " changed" if stage == "after" and labels["after"] != labels["before"] else ""
         answers.append(
-            f'<div><div class="head"><b>{heading}</b><span class="chip{changed}">{_text(labels[stage])}</span></div>'
-            f'<div class="text">{_text(item[stage])}</div></div>'
+            f'<div><div class="head"><b>{heading}</b><span class="chip{changed}">{text(labels[stage])}</span></div>'
+            f'<div class="text">{text(item[stage])}</div></div>'
         )
     return (
-        f'<div class="card talk"><div class="head"><b>Prompt</b><span class="soft">{_text(item["kind"])}</span></div>'
-        f'<div class="text">{_text(item["prompt"])}</div><div class="answers">{"".join(answers)}</div></div>'
+        f'<div class="card talk"><div class="head"><b>Prompt</b><span class="soft">{text(item["kind"])}</span></div>'
+        f'<div class="text">{text(item["prompt"])}</div><div class="answers">{"".join(answers)}</div></div>'
     )
 
 
@@ -332,7 +333,7 @@ def _samples(path: Path) -> str:
         cards = "".join(_sample(row) for row in group)
         blocks.append(
             f'<details><summary>Step {group[0]["step"]}</summary><div class="card talk"><div class="head"><b>Prompt</b>'
-            f'</div><div class="text">{_text(group[0]["prompt"])}</div><div class="answers">{cards}</div></div>'
+            f'</div><div class="text">{text(group[0]["prompt"])}</div><div class="answers">{cards}</div></div>'
             "</details>"
         )
     return (
@@ -343,12 +344,11 @@ def _samples(path: Path) -> str:
 
 def _sample(row: Mapping[str, Any]) -> str:
     verdicts = "".join(
-        f'<span class="chip">{_text(name)}: {_text(verdict["label"])}</span>'
-        for name, verdict in row["verdicts"].items()
+        f'<span class="chip">{text(name)}: {text(verdict["label"])}</span>' for name, verdict in row["verdicts"].items()
     )
     return (
         f'<div><div class="head"><b>reward {row["reward"]:.2f}</b><span class="soft">advantage {row["advantage"]:+.2f}'
-        f'</span>{verdicts}</div><div class="text">{_text(row["response"])}</div></div>'
+        f'</span>{verdicts}</div><div class="text">{text(row["response"])}</div></div>'
     )
 
 
@@ -377,19 +377,17 @@ def _widest_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _machine(machine: Mapping[str, Mapping[str, Any]]) -> str:
     cards = []
     for title, facts in machine.items():
-        items = "".join(
-            f"<dt>{_text(key.replace('_', ' '))}</dt><dd>{_text(value)}</dd>" for key, value in facts.items()
-        )
-        cards.append(f'<div class="card"><h3>{_text(title)}</h3><dl>{items}</dl></div>')
+        items = "".join(f"<dt>{text(key.replace('_', ' '))}</dt><dd>{text(value)}</dd>" for key, value in facts.items())
+        cards.append(f'<div class="card"><h3>{text(title)}</h3><dl>{items}</dl></div>')
     return f'<h2>Machine and versions</h2><div class="grid">{"".join(cards)}</div>'
 
 
-def _span(score: Mapping[str, Any], form: str) -> str:
+def span(score: Mapping[str, Any], form: str) -> str:
     low, high = score["interval"]
     return f"{low:{form}} to {high:{form}}"
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     """Escaped for HTML, with the characters HTML does not allow or that turn the reading direction made visible."""
     return escape(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", str(value)))
 

@@ -14,7 +14,6 @@ from recipes.session import Session
 def fit(session: Session) -> list[dict[str, Any]]:
     """Run the stage's steps; returns one {step, loss, grad_norm} per step. The weights stay in the session's model."""
     config = session.config.stage.sft
-    assert config is not None
     rows = prompts.load_rows(session.config.data.sft, prompts.SFT_FIELDS)
     optim, schedule = session.build_optimizer(config, config.steps)
     history = []

@@ -1,53 +1,76 @@
-"""The ladder of a run: base → SFT → RL, each stage from the former's checkpoint, evaluated in between."""
+"""One launch of a recipe: what ``stage.trains`` names, in order, and the policy's evaluation around it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from megatron_ext import hf_checkpoint
 from recipes import evaluate, records, rl, sft
+from recipes.config import Config
 from recipes.report import write_report
 from recipes.session import Session
 
 
-def run_stages(session: Session) -> None:
-    """Run ``stage.names``; finished stages of a resumed run are taken from its folder."""
-    config, display, run_dir = session.config, session.display, session.run_dir
-    answers = _read(run_dir / "answers.json")
-    start = Path(config.model.path)
-
-    def evaluated(stage: str, title: str, version: int) -> None:
-        if stage not in answers:
-            with display.stage(f"evaluation: {title}"):
-                session.sync_weights(version)
-                answers[stage] = evaluate.answer(session)
-                if session.rank == 0:
-                    records.write_json(run_dir / "answers.json", answers)
-
-    if "sft" in config.stage.names:
-        tuned = run_dir / "sft"
-        if not (tuned / "config.json").is_file():
-            evaluated("base", "base model", 0)
-            with display.stage("SFT warm start"):
-                history = sft.fit(session)
-                if session.rank == 0:
-                    records.write_json(run_dir / "sft.json", {"steps": history})
-                session.export(tuned)
+def run_stage(session: Session) -> None:
+    """Train, evaluate, export to ``run_dir/hf`` and report; what a resumed run has done is taken from its folder."""
+    config, run_dir, trains = session.config, session.run_dir, session.config.stage.trains
+    answers: dict[str, evaluate.Answers] = _read(run_dir / "answers.json") or answers_before(config)
+    reference = Path(config.model.path)
+    models = evaluate.MODELS[-1 - len(trains) :]
+    for part, before in zip(trains, models, strict=False):
+        trained = run_dir / ("hf" if part == trains[-1] else part)
+        if part != trains[-1] and (trained / "config.json").is_file():
+            hf_checkpoint.load(session.model.shards, trained)
         else:
-            hf_checkpoint.load(session.model.shards, tuned)
-        start = tuned
-    if "rl" not in config.stage.names:
-        return
-    evaluated("before", "before RL", 0)
-    rl.fit(session, reference=start)
-    evaluated("after", "after RL", config.algorithm.steps)
-    with display.stage("export: hf/"):
-        session.export(run_dir / "hf")
+            _evaluate(session, before, answers)
+            version = train(session, part, reference)
+            if part == trains[-1]:
+                _evaluate(session, "after", answers, version)
+            with session.display.stage(f"export: {trained.name}/"):
+                session.export(trained)
+        reference = trained
     if session.rank == 0:
         evaluation = evaluate.report(session, answers)
         records.write_json(run_dir / "evaluation.json", evaluation)
         write_report(run_dir)
-        display.finish(evaluation, run_dir)
+        session.display.finish(evaluation, run_dir)
 
 
-def _read(path: Path) -> dict[str, evaluate.Answers]:
+def train(session: Session, part: str, reference: Path) -> int:
+    """One of ``stage.trains``, from the session's weights; returns the version of the weights that it leaves."""
+    if part == "sft":
+        with session.display.stage("SFT"):
+            history = sft.fit(session)
+            if session.rank == 0:
+                records.write_json(session.run_dir / "sft.json", {"steps": history})
+        return 0
+    rl.fit(session, reference)
+    return session.config.algorithm.steps
+
+
+def answers_before(config: Config) -> dict[str, evaluate.Answers]:
+    """The former stage's last answers, where it was asked the same: its model is the one that this one begins with."""
+    former = Path(config.model.path).parent
+    if config.stage.after is None or not (found := _read(former / "answers.json")):
+        return {}
+    asked = evaluate.asked(yaml.safe_load((former / "config.yaml").read_text()))
+    return {"before": found["after"]} if asked == evaluate.asked(asdict(config)) else {}
+
+
+def _evaluate(session: Session, model: str, answers: dict[str, evaluate.Answers], version: int = 0) -> None:
+    """Collective: have the present weights answer the held-out prompts, once in a run's life."""
+    if model in answers:
+        return
+    headings = records.model_stages({"stage": session.config.stage.name} | dict.fromkeys(answers))
+    with session.display.stage(f"evaluation: {headings.get(model, model)}"):
+        session.sync_weights(version)
+        answers[model] = evaluate.answer(session)
+        if session.rank == 0:
+            records.write_json(session.run_dir / "answers.json", answers)
+
+
+def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -53,6 +53,19 @@ def mean_interval(scores: ArrayLike, prompts: Sequence[Hashable] | None = None, 
     }
 
 
+def normal_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Mean of values without bounds (lengths), [number of prompts], with the normal interval mean ± z s / sqrt(n).
+
+    Raises:
+        ValueError: fewer than two values, or an impossible confidence.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or len(found) < 2:
+        raise ValueError(f"values have shape {found.shape}: pass a flat list of at least two")
+    mean, half = float(found.mean()), _normal_quantile(confidence) * float(found.std(ddof=1)) / len(found) ** 0.5
+    return {"mean": mean, "interval": [mean - half, mean + half], "n": len(found)}
+
+
 def paired_difference(
     before: ArrayLike, after: ArrayLike, prompts: Sequence[Hashable] | None = None, confidence: float = 0.95
 ) -> Interval:

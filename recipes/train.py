@@ -32,6 +32,11 @@ def main(raw: DictConfig) -> None:
     try:
         config = parse(raw)
         adopt_step()
+        if config.stage.ladder:
+            from recipes.ladder import climb
+
+            climb(config, sys.argv[1:])
+            return
         if "RANK" not in os.environ:
             launch(config)
     except ConfigError as error:
@@ -57,6 +62,11 @@ def prepare_run(config: Config) -> None:
     log = os.open(run_dir / "logs" / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
     if not (Path(config.model.path) / "config.json").is_file():
+        if config.stage.after is not None:
+            raise ConfigError(
+                f"model.path={config.model.path!r}: stage {config.stage.name} starts from what stage "
+                f"{config.stage.after} leaves there; run that first, or give model.path"
+            )
         with Display() as display, display.stage(f"model: {config.model.path}"):
             prepare(config.model)
 
@@ -95,7 +105,7 @@ def check_parts(config: Config) -> None:
                 f"data.scores.{name}={wanted}: {config.data.evaluation} has rows of the kinds {sorted(kinds)} only; "
                 "name one of these or drop the score"
             )
-    if "sft" in config.stage.names:
+    if "sft" in config.stage.trains:
         load_rows(config.data.sft, SFT_FIELDS)
 
 
@@ -130,11 +140,11 @@ def run(config: Config) -> None:
     platform.activate(config.cluster.platform)
 
     from recipes.session import open_session
-    from recipes.stages import run_stages
+    from recipes.stages import run_stage
 
     try:
         with open_session(config) as session:
-            run_stages(session)
+            run_stage(session)
     except Exception as error:
         traceback.print_exc()
         print(f"error: {error}\n(rank {os.environ.get('RANK', '?')}; logs in {config.run_dir}/logs)", flush=True)

@@ -36,10 +36,12 @@ class WeightSyncError(RuntimeError):
 
 
 class SyncReport(TypedDict):
-    """Bytes written into the workers of all engines, seconds from the call to the end, and whether it was verified."""
+    """Bytes written into the workers of all engines, seconds from the call to the end, how many of these this rank's
+    slowest engine took to pack its linear layers anew (on a CPU), and whether it was verified."""
 
     bytes: int
     seconds: float
+    packing_seconds: float
     verified: bool
 
 
@@ -150,7 +152,12 @@ class WeightBridge:
             told = pool.submit(self._tell_engines, "/weights/update", [order] * len(self.engines))
             self.network.run(sequence)
             self._gather(told.result)
-        return {"bytes": self.plan.placed_bytes, "seconds": time.perf_counter() - started, "verified": verify}
+        return {
+            "bytes": self.plan.placed_bytes,
+            "seconds": time.perf_counter() - started,
+            "packing_seconds": max((answer["packing_seconds"] for answer in told.result()), default=0.0),
+            "verified": verify,
+        }
 
     def _gather(self, function: Callable[[], Any]) -> list[Any]:
         """``function()`` of every rank; a failure on one is raised on all."""

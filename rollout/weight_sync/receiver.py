@@ -1,6 +1,7 @@
 """The weights of one engine, as its main thread sees them: which version, and whether they may be used."""
 
 import json
+import time
 from typing import Any
 
 from rollout.weight_sync.layout import LayoutError, wrap
@@ -60,12 +61,14 @@ class WeightReceiver:
                 f"{wrong[0]}: vLLM's checksum {actual.get(wrong[0])} after the copy is not the trainer's "
                 f"{expected.get(wrong[0])} ({len(wrong)} of {len(expected)} tensors differ)"
             )
+        started = time.perf_counter()
         self._call("bridge_finish")
+        packing = time.perf_counter() - started
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
         self.llm.reset_encoder_cache()
         self.version, self.stale = body["version"], False
-        return {}
+        return {"packing_seconds": packing}
 
     def checksum(self) -> dict[str, Any]:
         """``{"tensors": {hf_name: checksum of what vLLM holds now}}``."""

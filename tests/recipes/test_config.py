@@ -21,7 +21,8 @@ CONF = ROOT / "conf"
 GROUPS = "recipe stage model algorithm rewards parallel precision rollout data cluster logger".split()
 # What only recipes/preflight.py and rollout/weight_sync/simulate.py read has a schema of its own there.
 ASIDE = ("preflight", "simulate")
-OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
+FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
+OPTIONS = [found for found in FILES if found != ("stage", "base")]  # which is no stage
 NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
 NEEDS |= {option: ["cluster.ranks=64"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
 
@@ -63,7 +64,7 @@ def test_the_demo_is_what_its_files_say() -> None:
     config = configured()
     assert config.recipe.name == "demo"
     assert config.run_dir == "runs/demo"
-    assert config.stage.names == ["sft", "rl"]
+    assert config.stage.trains == ["sft", "rl"]
     assert config.parallel.tensor > 1
     assert config.parallel.sequence
     assert config.parallel.distributed_optimizer
@@ -75,7 +76,7 @@ def test_overrides_work_as_people_know_them() -> None:
     config = configured("algorithm.learning_rate=2e-6", "parallel.tensor=1", "parallel.sequence=false", "stage=rl")
     assert config.algorithm.learning_rate == 2e-6
     assert (config.parallel.tensor, config.parallel.sequence) == (1, False)
-    assert (config.stage.names, config.stage.sft) == (["rl"], None)
+    assert config.stage.trains == ["rl"]
 
 
 def test_groups_are_the_ones_that_people_are_told_of() -> None:
@@ -88,7 +89,8 @@ def test_every_option_composes_and_every_value_has_a_typed_field(group: str, opt
     if group != "recipe":
         chosen = ["recipe=demo", f"{group}={option}", *NEEDS.get(option, ["cluster.ranks=8"])]
     config = configured(*chosen)
-    content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    text = (CONF / group / f"{option}.yaml").read_text()
+    content = yaml.safe_load(text)
     content.pop("defaults", None)
     missing = object()
 
@@ -98,7 +100,7 @@ def test_every_option_composes_and_every_value_has_a_typed_field(group: str, opt
             value = value.get(part, missing) if isinstance(value, dict) else getattr(value, part, missing)
         return value
 
-    keys = list(yaml_keys(content if group == "recipe" else {group: content}))
+    keys = list(yaml_keys(content if text.startswith("# @package _global_") else {group: content}))
     assert keys
     assert [key for key in keys if found(key) is missing] == []
 
@@ -114,7 +116,7 @@ def test_every_field_stands_in_its_group_or_in_the_main_file() -> None:
     shared = set(yaml_keys({k: v for k, v in main.items() if k not in ("defaults", "hydra")}))
     of_groups = {
         f"{group}.{key}"
-        for group, option in OPTIONS
+        for group, option in FILES
         if group != "recipe"
         for key in yaml_keys(yaml.safe_load((CONF / group / f"{option}.yaml").read_text()))
     }
@@ -124,10 +126,11 @@ def test_every_field_stands_in_its_group_or_in_the_main_file() -> None:
 
 def test_a_default_stands_once() -> None:
     """Options that are derived from another one repeat none of its values."""
-    for group, option in OPTIONS:
+    for group, option in FILES:
         content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
         parents = [name for name in content.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
-        for parent in parents:
+        content = content.get(group, content)
+        for parent in (name.partition("@")[0] for name in parents):
             inherited = yaml.safe_load((CONF / group / f"{parent}.yaml").read_text())
             repeated = {key for key, value in content.items() if inherited.get(key) == value}
             assert not repeated, f"{group}/{option}.yaml repeats {repeated} of {parent}.yaml"
@@ -176,9 +179,8 @@ def test_every_field_is_read_somewhere() -> None:
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline", "2", "set parallel.virtual_pipeline=1"),
         (["algorithm.decay=step"], "algorithm.decay", "step", "use one of constant, linear, cosine"),
         (["stage.sft.decay=step"], "stage.sft.decay", "step", "use one of constant, linear, cosine"),
-        (["stage.names=[sft,dpo]"], "stage.names", "dpo", "use one of sft, rl"),
-        (["stage.names=[]"], "stage.names", "[]", "at least one of sft, rl"),
-        (["stage=rl", "stage.names=[sft]"], "stage.names", "['sft']", "stage=sft_rl"),
+        (["stage.trains=[sft,dpo]"], "stage.trains", "dpo", "use one of sft, rl"),
+        (["stage.trains=[]"], "stage.trains", "[]", "at least one of sft, rl"),
         (["algorithm.steps=0"], "algorithm.steps", "0", "above 0"),
         (["algorithm.prompts_per_step=0"], "algorithm.prompts_per_step", "0", "above 0"),
         (["algorithm.learning_rate=-1e-6"], "algorithm.learning_rate", "-1e-06", "above 0"),

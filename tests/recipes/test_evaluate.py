@@ -87,8 +87,10 @@ def test_the_report_has_every_stage_the_difference_and_all_transcripts(tmp_path:
             for row_id, kind in ROWS
         )
     )
-    session: Any = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(scores=SCORES, evaluation=str(data))))
+    asked = SimpleNamespace(scores=SCORES, evaluation=str(data))
+    session: Any = SimpleNamespace(config=SimpleNamespace(data=asked, stage=SimpleNamespace(name="rl_safety")))
     found = evaluate.report(session, {"base": BEFORE, "before": BEFORE, "after": AFTER})
+    assert found["stage"] == "rl_safety"
     assert found["base"] == found["before"] == evaluate.summary(BEFORE, list(SCORES))
     assert found["after"] == evaluate.summary(AFTER, list(SCORES))
     assert found["difference"] == evaluate.difference(BEFORE, AFTER, list(SCORES))

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from recipes import records
-from recipes.report import _ticks, write_report
+from recipes.report import round_ticks, write_report
 
 VOID = {"meta"}
 PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "small", "div", "span", "i", "b"}
@@ -223,4 +223,4 @@ def test_command_line_rebuilds_the_same_file(run_dir):
     ],
 )
 def test_ticks_are_round_and_enclose_the_values(low, high, expected):
-    assert _ticks(low, high) == pytest.approx(expected)
+    assert round_ticks(low, high) == pytest.approx(expected)

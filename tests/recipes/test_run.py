@@ -29,7 +29,7 @@ VERIFIERS = ["capability", "safety", tiny.LETTERS]
 STEPS = 4
 # Measured: 0.028 and 6e-6. In BF16 vLLM and Megatron-Core round in different places; log-probs are near -5.7 here.
 BF16_GAP, FP32_GAP = 0.1, 1e-4
-ONE_STEP = ("stage.names=[rl]", "algorithm.steps=1", "precision=fp32")
+ONE_STEP = ("stage.trains=[rl]", "algorithm.steps=1", "precision=fp32")
 LAYOUTS = {
     "tp2": ("parallel=tp2_sp", "cluster.ranks=2"),
     "single": ("parallel.tensor=1", "parallel.sequence=false", "cluster.ranks=1"),

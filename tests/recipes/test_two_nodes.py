@@ -10,7 +10,7 @@ from tests.recipes import tiny
 from tests.rollout import two_hosts
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ("stage.names=[rl]", "parallel=tp2_sp", "cluster.ranks=2", "rollout.engines=2", "algorithm.steps=2")
+OPTIONS = ("stage.trains=[rl]", "parallel=tp2_sp", "cluster.ranks=2", "rollout.engines=2", "algorithm.steps=2")
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,112 @@
+"""The whole ladder: ``stage.ladder``'s stages, each launched by itself, and what came of each on the same prompts.
+
+Every stage is what ``python -m recipes.train stage=NAME recipe=…`` runs, in a folder of its own beside the others.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+
+from recipes import records
+from recipes.config import Config, ConfigError, parse
+from recipes.data import prompts
+from recipes.evaluate import Answers, scored
+from recipes.ladder_report import write_ladder_report
+from recipes.statistics import mean_interval, normal_interval
+from rewards.processes import die_with
+from rewards.serve import Supervisor, replicas
+
+MEASURES = ("safety", "helpfulness", "accuracy", "reasoning_length", "false_certain")
+POLL_SECONDS = 1.0
+
+
+def climb(config: Config, arguments: Sequence[str]) -> None:
+    """Launch the stages in order with the command line's ``arguments``; a resumed ladder leaves finished ones alone.
+
+    The servers that a stage's verifiers need, and that have no endpoints, run beside it. Raises ConfigError for any
+    stage's configuration before the first begins, and when a stage fails.
+    """
+    folder = Path(config.run_dir)
+    own = [argument for argument in arguments if not argument.startswith(("stage=", "run_dir="))]
+    launched = {name: [*own, f"stage={name}", f"run_dir={folder / name}"] for name in config.stage.ladder}
+    configs = {
+        name: parse(compose("config", overrides=[argument for argument in given if not argument.startswith("--")]))
+        for name, given in launched.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
+    for name, given in launched.items():
+        if config.resume and (folder / name / "finished.json").is_file():
+            print(f"==> stage {name}: finished before", flush=True)
+        else:
+            print(f"==> stage {name}", flush=True)
+            if code := run_beside_servers([sys.executable, "-m", "recipes.train", *given], configs[name]):
+                raise ConfigError(
+                    f"stage {name} ended with code {code}; its logs are in {folder / name}/logs; go on with resume=true"
+                )
+            records.write_json(folder / name / "finished.json", {"stage": name})
+        write(folder, config.stage.ladder, config.data.evaluation)
+
+
+def run_beside_servers(command: Sequence[str], config: Config) -> int:
+    """The command's exit code. It ends with this process in any way, and so do the servers."""
+    found = replicas(config.rewards, Path(config.run_dir) / "servers", config.cluster.platform)
+    supervisor = Supervisor(found, config.rewards.supervisor)
+    try:
+        if found:
+            print(f"servers: {', '.join(replica.name for replica in found)}", flush=True)
+            supervisor.start()
+        with subprocess.Popen(command, preexec_fn=partial(die_with, os.getpid())) as run:
+            try:
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return run.wait(POLL_SECONDS)
+                    for news in supervisor.look():
+                        print(news, flush=True)
+            finally:
+                run.terminate()
+    finally:
+        supervisor.stop()
+
+
+def write(folder: Path, stages: Sequence[str], evaluation: str) -> None:
+    """``ladder.json`` and ``report.html`` of the stages that are there; ``evaluation``: the held-out prompts."""
+    answers: dict[str, Answers] = {}
+    for name in stages:
+        path = folder / name / "answers.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            answers |= {"base": found["before"]} if not answers else {}
+            answers[name] = found["after"]
+    if answers:
+        ladder = {"stages": [{"stage": name, **measures(rows)} for name, rows in answers.items()]}
+        records.write_json(folder / "ladder.json", ladder)
+        rows = {row["id"]: row for row in prompts.load_rows(evaluation)}
+        write_ladder_report(folder, ladder, answers, rows)
+
+
+def measures(answers: Answers) -> dict[str, Any]:
+    """Each of ``MEASURES`` of one model's greedy answers, with its 95 % interval, where the evaluation has it.
+
+    ``reasoning_length``: thinking tokens on the prompts that ``accuracy`` judges.
+    """
+    found: dict[str, Any] = {}
+    for name in MEASURES:
+        rows = scored(answers["greedy"], "accuracy" if name == "reasoning_length" else name)
+        if not rows:
+            continue
+        if name == "reasoning_length":
+            of = normal_interval([row["thinking_tokens"] for row in rows])
+        else:
+            of = mean_interval([row["scores"][name]["score"] for row in rows])
+        found |= {name: of["mean"], f"{name}_interval": of["interval"], f"{name}_n": of["n"]}
+    return found
