@@ -326,7 +326,6 @@ def check(config: Config) -> None:
         "data.images.min_pixels": c.data.images.min_pixels,
         "data.images.max_pixels": c.data.images.max_pixels,
         "data.images.max_aspect_ratio": c.data.images.max_aspect_ratio,
-        "data.evaluation_samples": c.data.evaluation_samples,
         "cluster.ranks": c.cluster.ranks,
         "cluster.threads": c.cluster.threads,
         "checkpoint.every_steps": c.checkpoint.every_steps,
@@ -388,8 +387,10 @@ def check(config: Config) -> None:
                 ", times the pipeline's stages for parallel.virtual_pipeline" if c.parallel.virtual_pipeline > 1 else ""
             )
             raise ConfigError(f"{field}={count}: use a multiple of {multiple}, the data-parallel ranks{stages}")
-    if not c.data.mix or any(share <= 0 for share in c.data.mix.values()):
-        raise ConfigError(f"data.mix={c.data.mix}: give every kind of prompt a share of at least 1")
+    if c.data.evaluation_samples < 0:
+        raise ConfigError(f"data.evaluation_samples={c.data.evaluation_samples}: use 1 or more, or 0 for greedy only")
+    if not any(c.data.mix.values()) or any(share < 0 for share in c.data.mix.values()):
+        raise ConfigError(f"data.mix={c.data.mix}: give kinds of prompts shares of 1 and more, 0 for none of a kind")
     for field, path in (
         ("data.sft", c.data.sft),
         ("data.prompts", c.data.prompts),

@@ -28,7 +28,8 @@ def asked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer(session: Session) -> Answers:
-    """Collective: the engines' present weights answer every held-out prompt, greedy and sampled.
+    """Collective: the engines' present weights answer every held-out prompt, greedy and ``data.evaluation_samples``
+    times sampled.
 
     Returns {"greedy": rows, "sampled": rows}; a row is {id, response, thinking_tokens, scores: {score name: verdict or
     failure}}.
@@ -42,6 +43,8 @@ def answer(session: Session) -> Answers:
         ("greedy", 1, 0.0),
         ("sampled", config.data.evaluation_samples, config.rollout.temperature),
     ):
+        if count == 0:
+            continue
         samples, scores = session.generate(asked, count, EVALUATION_STEP, temperature, partial(judge, session, by_id))
         found[name] = [
             {
@@ -72,15 +75,19 @@ def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dic
 
 
 def summary(answers: Answers, names: list[str]) -> dict[str, Any]:
-    """{score: {mean, interval, n}, "sampled": the same} of one model's answers."""
-    of = {mode: {name: mean_interval(*_column(rows, name)) for name in names} for mode, rows in answers.items()}
-    return {**of["greedy"], "sampled": of["sampled"]}
+    """{score: {mean, interval, n}, "sampled": the same, if any} of one model's answers."""
+    of: dict[str, Any] = {
+        mode: {name: mean_interval(*_column(rows, name)) for name in names} for mode, rows in answers.items()
+    }
+    return of.pop("greedy") | of
 
 
 def difference(before: Answers, after: Answers, names: list[str]) -> dict[str, Any]:
     """Paired after − before on the same prompts, shaped like ``summary``."""
-    of = {mode: {name: paired_difference(*_pairs(before[mode], after[mode], name)) for name in names} for mode in after}
-    return {**of["greedy"], "sampled": of["sampled"]}
+    of: dict[str, Any] = {
+        mode: {name: paired_difference(*_pairs(before[mode], after[mode], name)) for name in names} for mode in after
+    }
+    return of.pop("greedy") | of
 
 
 def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:

@@ -136,6 +136,8 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, d
             {stage: evaluation[stage][verifier] for stage in stages},
             evaluation["difference"][verifier],
         )
+        if "sampled" not in evaluation["after"]:
+            continue
         yield (
             verifier,
             "sampled",

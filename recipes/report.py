@@ -115,11 +115,12 @@ def _result(evaluation: Mapping[str, Any]) -> str:
     stages = model_stages(evaluation)
     table = list(evaluation_rows(evaluation))
     panels = []
-    for greedy, sampled in zip(table[::2], table[1::2], strict=True):
+    for verifier in dict.fromkeys(row[0] for row in table):
+        scores = {decoding: of for name, decoding, of, _ in table if name == verifier}
         plot = _interval_plot(
-            [(heading, stage, greedy[2][stage], sampled[2][stage]) for stage, heading in stages.items()]
+            [(heading, stage, {d: of[stage] for d, of in scores.items()}) for stage, heading in stages.items()]
         )
-        panels.append(f'<div class="card"><h3>{text(greedy[0])}</h3>{plot}</div>')
+        panels.append(f'<div class="card"><h3>{text(verifier)}</h3>{plot}</div>')
     body = []
     for verifier, decoding, scores, difference in table:
         verdict = significance(difference)
@@ -142,7 +143,7 @@ def _result(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _interval_plot(entries: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Any]]]) -> str:
+def _interval_plot(entries: Sequence[tuple[str, str, Mapping[str, Mapping[str, Any]]]]) -> str:
     """One line per model on a 0 to 1 axis: greedy (filled) above sampled (open), each with its interval."""
     left, row = 66, 44
     height = row * len(entries) + BOTTOM
@@ -152,13 +153,11 @@ def _interval_plot(entries: Sequence[tuple[str, str, Mapping[str, Any], Mapping[
         x = left + tick * scale
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - BOTTOM}"/>')
         parts.append(f'<text x="{x:.1f}" y="{height - 9}" text-anchor="middle">{tick:g}</text>')
-    for index, (heading, stage, greedy, sampled) in enumerate(entries):
+    for index, (heading, stage, scores) in enumerate(entries):
         middle = 4 + row * (index + 0.5)
         parts.append(f'<text class="strong" x="0" y="{middle + 4:.1f}">{heading}</text>')
-        for score, offset, fill, name in (
-            (greedy, -8, f"var(--{stage})", "greedy"),
-            (sampled, 8, "var(--card)", "sampled"),
-        ):
+        for name, score in scores.items():
+            offset, fill = (-8, f"var(--{stage})") if name == "greedy" else (8, "var(--card)")
             low, high = score["interval"]
             y, x = middle + offset, left + score["mean"] * scale
             parts.append(

@@ -119,6 +119,7 @@ def mixed(rows: Sequence[Row], mix: Mapping[str, int], step: int, count: int, se
     by_kind: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_kind[row["kind"]].append(row)
+    mix = {kind: share for kind, share in mix.items() if share}
     cycle, windows = interleaved(mix), {}
     for kind, share in mix.items():
         windows[kind] = -(-count // len(cycle)) * share  # what one step may need

@@ -22,7 +22,7 @@ GROUPS = "recipe stage model algorithm rewards parallel precision rollout data c
 # What only recipes/preflight.py and rollout/weight_sync/simulate.py read has a schema of its own there.
 ASIDE = ("preflight", "simulate")
 FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
-OPTIONS = [found for found in FILES if found != ("stage", "base")]  # which is no stage
+OPTIONS = [found for found in FILES if found not in (("stage", "base"), ("data", "base"))]  # which are no choices
 NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
 NEEDS |= {option: ["cluster.ranks=64"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
 
@@ -221,8 +221,8 @@ def test_every_field_is_read_somewhere() -> None:
         (["rollout.thinking_budget=0"], "rollout.thinking_budget", "0", "null"),
         (["rollout.sleep=true"], "rollout.sleep", "true", "needs a GPU"),
         (["data.max_prompt_tokens=0"], "data.max_prompt_tokens", "0", "above 0"),
-        (["data.evaluation_samples=0"], "data.evaluation_samples", "0", "above 0"),
-        (["data.mix.harmful=0"], "data.mix", "'harmful': 0", "at least 1"),
+        (["data.evaluation_samples=-1"], "data.evaluation_samples", "-1", "0 for greedy only"),
+        (["data.mix.harmful=-1"], "data.mix", "'harmful': -1", "1 and more"),
         (["data.sft=gone.jsonl"], "data.sft", "gone.jsonl", "no such file in"),
         (["data.prompts=gone.jsonl"], "data.prompts", "gone.jsonl", "no such file in"),
         (["data.evaluation=gone.jsonl"], "data.evaluation", "gone.jsonl", "no such file in"),
