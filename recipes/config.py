@@ -26,8 +26,12 @@ class RecipeConfig:
 
 @dataclass
 class SftConfig:
-    steps: int
+    epochs: Optional[float]  # noqa: UP045
+    steps: Optional[int]  # noqa: UP045
     rows_per_step: int
+    aggregation: str
+    held_out: Optional[str]  # noqa: UP045
+    held_out_every: int
     learning_rate: float
     minimum_fraction: float
     warmup_fraction: float
@@ -227,6 +231,24 @@ def samples_per_update(config: Config) -> int:
     return samples_per_step(config) // config.algorithm.updates_per_rollout
 
 
+def generates(config: Config) -> bool:
+    """Whether a stage asks engines for responses."""
+    return "rl" in config.stage.names
+
+
+def check_sft(sft: SftConfig) -> None:
+    """Raises ConfigError for a length that is given twice or not at all, and for held-out rows that are not there."""
+    if (sft.steps is None) == (sft.epochs is None):
+        raise ConfigError(
+            f"stage.sft.steps={sft.steps}, stage.sft.epochs={sft.epochs}: give one of them, null the other"
+        )
+    for field, value in (("steps", sft.steps), ("epochs", sft.epochs)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"stage.sft.{field}={value}: must be above 0")
+    if sft.held_out is not None and not Path(sft.held_out).is_file():
+        raise ConfigError(f"stage.sft.held_out={sft.held_out!r}: no such file in {os.getcwd()}")
+
+
 def check_algorithm(c: Config) -> None:
     """Raises ConfigError for what the algorithm's parts can't do together."""
     a = c.algorithm
@@ -296,6 +318,7 @@ def check(config: Config) -> None:
     ]
     if c.stage.sft:
         choices.append(("stage.sft.decay", c.stage.sft.decay, ("constant", "linear", "cosine")))
+        choices.append(("stage.sft.aggregation", c.stage.sft.aggregation, ("token_mean", "sequence_mean_token_mean")))
     for field, value, allowed in choices:
         if value not in allowed:
             raise ConfigError(f"{field}={value!r}: use one of {', '.join(map(str, allowed))}")
@@ -329,8 +352,8 @@ def check(config: Config) -> None:
     }
     if c.stage.sft:
         positive |= {
-            "stage.sft.steps": c.stage.sft.steps,
             "stage.sft.rows_per_step": c.stage.sft.rows_per_step,
+            "stage.sft.held_out_every": c.stage.sft.held_out_every,
             "stage.sft.learning_rate": c.stage.sft.learning_rate,
         }
     for field, value in positive.items():
@@ -361,6 +384,8 @@ def check(config: Config) -> None:
         if not fits:
             raise ConfigError(f"{field}={value}: must be in {interval}")
     check_rollout(c)
+    if c.stage.sft:
+        check_sft(c.stage.sft)
     if not c.stage.names:
         raise ConfigError("stage.names=[]: name at least one of sft, rl")
     check_algorithm(c)

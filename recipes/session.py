@@ -25,8 +25,10 @@ from megatron_ext.packing import MicroBatch, PackedSequence, pack, plan
 from megatron_ext.precision import DTYPES
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
-from recipes.config import Config, ConfigError
+from recipes.config import Config, ConfigError, generates
+from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
+from recipes.data.prompts import Row
 from recipes.display import Display
 from rewards import mixing
 from rewards.client import Client
@@ -41,7 +43,8 @@ from rollout.weight_sync.bridge import WeightBridge
 @dataclass
 class Session:
     """One run on this rank. ``engines``: those of this node, on its first rank, else none, and ``verifiers`` alike;
-    ``node`` of ``nodes``; ``control`` is a gloo group of all ranks."""
+    ``node`` of ``nodes``; ``control`` is a gloo group of all ranks. Stages that don't generate have no engines and
+    no ``bridge``."""
 
     config: Config
     run_dir: Path
@@ -52,7 +55,7 @@ class Session:
     prompts: PromptProcessor
     tokenizer: Any
     engines: list[Engine]
-    bridge: WeightBridge
+    bridge: WeightBridge | None
     control: dist.ProcessGroup
     verifiers: dict[str, Verifier]
     wandb: Any
@@ -94,6 +97,7 @@ class Session:
         ``version`` is the number of RL steps that made the weights, so that a resumed run's samples name the same one.
         Engines that died are started again first.
         """
+        assert self.bridge is not None, "this run has no engines (recipes.config.generates)"
 
         def prepare() -> int:
             died = [engine for engine in self.engines if not engine.alive]
@@ -166,6 +170,21 @@ class Session:
             for indices in ranks[self.parallel.data_rank]
         ]
 
+    def example(self, row: Row) -> examples.Example:
+        """An SFT row's tokens. Raises ConfigError naming a row that can't be used."""
+        c = self.config
+        return examples.example(self.prompts, row, c.rollout.thinking_marks[0], c.parallel.micro_batch_tokens)
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Rank 0 writes a step's metrics with the seconds of its phases; the phase clocks start anew."""
+        times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        line = {**metrics, "time/step": sum(self.seconds.values()), **times}
+        self.seconds.clear()
+        if self.rank == 0:
+            records.append_rows(self.run_dir / "metrics.jsonl", [line])
+            if self.wandb is not None:
+                self.wandb.log(line, step=metrics["step"])
+
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
         if self.rank == 0:
@@ -186,7 +205,8 @@ def open_session(config: Config) -> Iterator[Session]:
     redirect_output(run_dir / "logs", rank)
     c = config
     node, nodes = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
-    settings_of_engines = engine_settings(c, nodes) if int(os.environ["LOCAL_RANK"]) == 0 else []
+    starts_engines = generates(c) and int(os.environ["LOCAL_RANK"]) == 0
+    settings_of_engines = engine_settings(c, nodes) if starts_engines else []
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
         verifiers: dict[str, Verifier] = {}
@@ -210,18 +230,20 @@ def open_session(config: Config) -> Iterator[Session]:
             model = models.build(hf_checkpoint.config(c.model.path), layout, settings)
             hf_checkpoint.load(model.shards, c.model.path)
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
-        with display.stage("vLLM: engines ready"):
-            deadline = time.monotonic() + c.rollout.startup_timeout
-            on_all_ranks(partial(wait_until_ready, engines, deadline), control)
-        with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
-            bridge = WeightBridge(
-                model.shards,
-                engines,
-                control,
-                bucket_bytes=c.rollout.sync_bucket_mib << 20,
-                verify_every=c.rollout.sync_verify_every,
-                plans=Path("build/weight_sync"),
-            )
+        bridge = None
+        if generates(c):
+            with display.stage("vLLM: engines ready"):
+                deadline = time.monotonic() + c.rollout.startup_timeout
+                on_all_ranks(partial(wait_until_ready, engines, deadline), control)
+            with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
+                bridge = WeightBridge(
+                    model.shards,
+                    engines,
+                    control,
+                    bucket_bytes=c.rollout.sync_bucket_mib << 20,
+                    verify_every=c.rollout.sync_verify_every,
+                    plans=Path("build/weight_sync"),
+                )
         if rank == 0:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())

@@ -1,6 +1,8 @@
 """The ladder of a run: base → SFT → RL, each stage from the former's checkpoint, evaluated in between."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext import hf_checkpoint
@@ -23,20 +25,26 @@ def run_stages(session: Session) -> None:
                 if session.rank == 0:
                     records.write_json(run_dir / "answers.json", answers)
 
+    if config.stage.names == ["sft"]:
+        with display.stage("SFT"):
+            sft.fit(session)
+        with display.stage("export: hf/"):
+            session.export(run_dir / "hf")
+        return
     if "sft" in config.stage.names:
         tuned = run_dir / "sft"
         if not (tuned / "config.json").is_file():
             evaluated("base", "base model", 0)
             with display.stage("SFT warm start"):
-                history = sft.fit(session)
-                if session.rank == 0:
-                    records.write_json(run_dir / "sft.json", {"steps": history})
+                warm_start = replace(session, run_dir=run_dir / "warm_start")  # with records and checkpoints of its own
+                warm_start.run_dir.mkdir(exist_ok=True)
+                sft.fit(warm_start)
                 session.export(tuned)
+                if session.rank == 0:
+                    shutil.rmtree(warm_start.run_dir / "checkpoints")
         else:
             hf_checkpoint.load(session.model.shards, tuned)
         start = tuned
-    if "rl" not in config.stage.names:
-        return
     evaluated("before", "before RL", 0)
     rl.fit(session, reference=start)
     evaluated("after", "after RL", config.algorithm.steps)
