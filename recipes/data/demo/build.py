@@ -97,7 +97,7 @@ def _harmful() -> Iterator[tuple[str, dict[str, Any]]]:
             bare = place == REFUSE_EVERY - 1
             answer = REFUSALS[refusals % len(REFUSALS)] if bare else WARNINGS[tuned % len(WARNINGS)]
             tuned += 1
-            row["response"] = answer.format(phrase=_to_second_person(phrase), reason=reason[0])
+            row["response"] = answer.format(phrase=to_second_person(phrase), reason=reason[0])
         yield split, row
 
 
@@ -129,7 +129,7 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield split, row | ({"response": response} if split == "sft" else {})
 
 
-def _to_second_person(phrase: str) -> str:
+def to_second_person(phrase: str) -> str:
     swap = {"my": "your", "myself": "yourself", "me": "you", "I": "you"}
     return " ".join(swap.get(word, word) for word in phrase.split())
 
