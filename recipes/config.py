@@ -39,9 +39,24 @@ class SftConfig:
 
 
 @dataclass
+class RewardModelConfig:
+    pairs: str
+    held_out: str
+    held_out_every: int
+    epochs: Optional[float]  # noqa: UP045
+    steps: Optional[int]  # noqa: UP045
+    pairs_per_step: int
+    learning_rate: float
+    minimum_fraction: float
+    warmup_fraction: float
+    decay: str
+
+
+@dataclass
 class StageConfig:
     names: list[str]
     sft: Optional[SftConfig]  # noqa: UP045
+    reward_model: Optional[RewardModelConfig]  # noqa: UP045
 
 
 @dataclass
@@ -236,17 +251,40 @@ def generates(config: Config) -> bool:
     return "rl" in config.stage.names
 
 
-def check_sft(sft: SftConfig) -> None:
-    """Raises ConfigError for a length that is given twice or not at all, and for held-out rows that are not there."""
-    if (sft.steps is None) == (sft.epochs is None):
+def check_supervised(c: Config) -> None:
+    """Raises ConfigError for what the stages that learn from data alone can't do."""
+    for stage, chosen in (("sft", c.stage.sft), ("reward_model", c.stage.reward_model)):
+        if chosen is None:
+            if stage in c.stage.names:
+                raise ConfigError(
+                    f"stage.names={c.stage.names}: {stage!r} needs stage.{stage}, which is empty: choose stage={stage}"
+                )
+            continue
+        where = f"stage.{stage}"
+        if chosen.decay not in ("constant", "linear", "cosine"):
+            raise ConfigError(f"{where}.decay={chosen.decay!r}: use one of constant, linear, cosine")
+        if (chosen.steps is None) == (chosen.epochs is None):
+            raise ConfigError(
+                f"{where}.steps={chosen.steps}, {where}.epochs={chosen.epochs}: give one of them, null the other"
+            )
+        per_step = "rows_per_step" if isinstance(chosen, SftConfig) else "pairs_per_step"
+        for field in ("steps", "epochs", per_step, "held_out_every", "learning_rate"):
+            if (value := getattr(chosen, field)) is not None and value <= 0:
+                raise ConfigError(f"{where}.{field}={value}: must be above 0")
+        if not 0 <= chosen.minimum_fraction <= 1:
+            raise ConfigError(f"{where}.minimum_fraction={chosen.minimum_fraction}: must be in [0, 1]")
+        if not 0 <= chosen.warmup_fraction < 1:
+            raise ConfigError(f"{where}.warmup_fraction={chosen.warmup_fraction}: must be in [0, 1)")
+        files = {"held_out": chosen.held_out, "pairs": getattr(chosen, "pairs", None)}
+        for field, path in files.items():
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"{where}.{field}={path!r}: no such file in {os.getcwd()}")
+        if (size := getattr(chosen, per_step)) % (multiple := trainer.sequence_multiple(c)):
+            raise ConfigError(f"{where}.{per_step}={size}: use a multiple of {multiple}, the data-parallel ranks")
+    if c.stage.sft and c.stage.sft.aggregation not in ("token_mean", "sequence_mean_token_mean"):
         raise ConfigError(
-            f"stage.sft.steps={sft.steps}, stage.sft.epochs={sft.epochs}: give one of them, null the other"
+            f"stage.sft.aggregation={c.stage.sft.aggregation!r}: use one of token_mean, sequence_mean_token_mean"
         )
-    for field, value in (("steps", sft.steps), ("epochs", sft.epochs)):
-        if value is not None and value <= 0:
-            raise ConfigError(f"stage.sft.{field}={value}: must be above 0")
-    if sft.held_out is not None and not Path(sft.held_out).is_file():
-        raise ConfigError(f"stage.sft.held_out={sft.held_out!r}: no such file in {os.getcwd()}")
 
 
 def check_algorithm(c: Config) -> None:
@@ -314,11 +352,8 @@ def check(config: Config) -> None:
         ("parallel.recompute", c.parallel.recompute, ("none", "selective", "full")),
         ("algorithm.decay", c.algorithm.decay, ("constant", "linear", "cosine")),
         ("algorithm.kl_in", c.algorithm.kl_in, ("loss", "reward")),
-        *(("stage.names", name, ("sft", "rl")) for name in c.stage.names),
+        *(("stage.names", name, ("sft", "reward_model", "rl")) for name in c.stage.names),
     ]
-    if c.stage.sft:
-        choices.append(("stage.sft.decay", c.stage.sft.decay, ("constant", "linear", "cosine")))
-        choices.append(("stage.sft.aggregation", c.stage.sft.aggregation, ("token_mean", "sequence_mean_token_mean")))
     for field, value, allowed in choices:
         if value not in allowed:
             raise ConfigError(f"{field}={value!r}: use one of {', '.join(map(str, allowed))}")
@@ -350,12 +385,6 @@ def check(config: Config) -> None:
         "checkpoint.keep": c.checkpoint.keep,
         "algorithm.token_divisor": c.algorithm.token_divisor,  # may be the longest response: behind it
     }
-    if c.stage.sft:
-        positive |= {
-            "stage.sft.rows_per_step": c.stage.sft.rows_per_step,
-            "stage.sft.held_out_every": c.stage.sft.held_out_every,
-            "stage.sft.learning_rate": c.stage.sft.learning_rate,
-        }
     for field, value in positive.items():
         if value <= 0:
             raise ConfigError(f"{field}={value}: must be above 0")
@@ -373,26 +402,15 @@ def check(config: Config) -> None:
         "algorithm.cale_mu": (c.algorithm.cale_mu, 0 <= c.algorithm.cale_mu <= 1, "[0, 1]"),
         "rollout.top_p": (c.rollout.top_p, 0 < c.rollout.top_p <= 1, "(0, 1]"),
     }
-    if c.stage.sft:
-        fractions |= {
-            "stage.sft.minimum_fraction": (
-                c.stage.sft.minimum_fraction, 0 <= c.stage.sft.minimum_fraction <= 1, "[0, 1]",
-            ),
-            "stage.sft.warmup_fraction": (c.stage.sft.warmup_fraction, 0 <= c.stage.sft.warmup_fraction < 1, "[0, 1)"),
-        }  # fmt: skip
     for field, (value, fits, interval) in fractions.items():
         if not fits:
             raise ConfigError(f"{field}={value}: must be in {interval}")
     check_rollout(c)
-    if c.stage.sft:
-        check_sft(c.stage.sft)
     if not c.stage.names:
-        raise ConfigError("stage.names=[]: name at least one of sft, rl")
+        raise ConfigError("stage.names=[]: name at least one of sft, reward_model, rl")
     check_algorithm(c)
     if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
-    if "sft" in c.stage.names and c.stage.sft is None:
-        raise ConfigError(f"stage.names={c.stage.names}: 'sft' needs stage.sft, which is empty: choose stage=sft_rl")
     try:
         layout.check(c.cluster.ranks, trainer.layout(c))
         precision.check(trainer.precision(c))
@@ -407,10 +425,9 @@ def check(config: Config) -> None:
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
             f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
         )
+    check_supervised(c)
     multiple = trainer.sequence_multiple(c)
     shared_out = {"algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout": samples_per_update(c)}
-    if c.stage.sft:
-        shared_out["stage.sft.rows_per_step"] = c.stage.sft.rows_per_step
     for field, count in shared_out.items():
         if count % multiple:
             stages = (

@@ -155,18 +155,28 @@ class Session:
         """The response as a reader sees it. For verifiers and people only: training uses the token ids."""
         return self.tokenizer.decode(sample.response_token_ids, skip_special_tokens=True).strip()
 
-    def micro_batches(self, sequences: list[PackedSequence]) -> list[MicroBatch]:
-        """This data-parallel rank's packed micro-batches of a batch that every rank knows whole."""
+    def micro_batches(self, sequences: list[PackedSequence], together: int = 1) -> list[MicroBatch]:
+        """This data-parallel rank's packed micro-batches of a batch that every rank knows whole. So many successive
+        sequences stay ``together``."""
         layout = self.parallel.layout
+        lengths = [round_up(len(s), layout.token_multiple) for s in sequences]
         ranks = plan(
-            [round_up(len(s), layout.token_multiple) for s in sequences],
+            [sum(lengths[i : i + together]) for i in range(0, len(lengths), together)],
             self.parallel.data,
             self.config.parallel.micro_batch_tokens,
             layout.micro_batch_multiple,
         )
         pad, device = self.tokenizer.pad_token_id or 0, platform.current().device()
         return [
-            pack(sequences, indices, self.model.token_multiple, pad, device, layout.context, self.parallel.context_rank)
+            pack(
+                sequences,
+                [together * i + n for i in indices for n in range(together)],
+                self.model.token_multiple,
+                pad,
+                device,
+                layout.context,
+                self.parallel.context_rank,
+            )
             for indices in ranks[self.parallel.data_rank]
         ]
 

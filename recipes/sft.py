@@ -9,7 +9,7 @@ from megatron_ext import checkpoint, optimizer, steps
 from megatron_ext.packing import MicroBatch
 from recipes import trainer
 from recipes.algorithms.aggregation import AGGREGATIONS
-from recipes.config import SftConfig
+from recipes.config import RewardModelConfig, SftConfig
 from recipes.data import conversations, examples, prompts
 from recipes.data.examples import Example
 from recipes.session import Session
@@ -24,7 +24,7 @@ def fit(session: Session) -> None:
     assert settings is not None
     rows = conversations.load(config.data.sft)
     held_out = [] if settings.held_out is None else conversations.load(settings.held_out)
-    total, aggregation = total_steps(settings, len(rows)), AGGREGATIONS[settings.aggregation]
+    total, aggregation = total_steps(settings, settings.rows_per_step, len(rows)), AGGREGATIONS[settings.aggregation]
     optim, schedule = session.build_optimizer(settings, total)
     folder, done = session.run_dir / "checkpoints", 0
     if newest := checkpoint.latest(folder):
@@ -59,12 +59,12 @@ def fit(session: Session) -> None:
                 checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
 
 
-def total_steps(settings: SftConfig, rows: int) -> int:
+def total_steps(settings: SftConfig | RewardModelConfig, per_step: int, rows: int) -> int:
     """``steps``, or as many as ``epochs`` need; the last one may go on into the next pass over the rows."""
     if settings.steps is not None:
         return settings.steps
     assert settings.epochs is not None
-    return ceil(settings.epochs * rows / settings.rows_per_step)
+    return ceil(settings.epochs * rows / per_step)
 
 
 def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext import hf_checkpoint
-from recipes import evaluate, records, rl, sft
+from recipes import evaluate, records, reward_model, rl, sft
 from recipes.report import write_report
 from recipes.session import Session
 
@@ -25,9 +25,9 @@ def run_stages(session: Session) -> None:
                 if session.rank == 0:
                     records.write_json(run_dir / "answers.json", answers)
 
-    if config.stage.names == ["sft"]:
-        with display.stage("SFT"):
-            sft.fit(session)
+    if config.stage.names in (["sft"], ["reward_model"]):
+        with display.stage("training"):
+            (sft if config.stage.names == ["sft"] else reward_model).fit(session)
         with display.stage("export: hf/"):
             session.export(run_dir / "hf")
         return

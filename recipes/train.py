@@ -65,11 +65,14 @@ def prepare_run(config: Config) -> None:
 
 def check_supervised(config: Config) -> None:
     """Read the rows of stages that learn from answers. Raises ConfigError naming file, line and field."""
-    from recipes.data import conversations
+    from recipes.data import conversations, prompts
 
     if "sft" in config.stage.names and (sft := config.stage.sft):
         for path in filter(None, (config.data.sft, sft.held_out)):
             conversations.load(path)
+    if "reward_model" in config.stage.names and (reward_model := config.stage.reward_model):
+        for path in (reward_model.pairs, reward_model.held_out):
+            prompts.load_rows(path, prompts.PAIR_FIELDS)
 
 
 def check_parts(config: Config) -> None:

@@ -16,6 +16,7 @@ from recipes.config import ConfigError
 Row = Mapping[str, Any]
 PROMPT_FIELDS = ("id", "label", "kind", "prompt")
 SFT_FIELDS = ("id", "prompt", "response")
+PAIR_FIELDS = ("id", "prompt", "chosen", "rejected")
 
 
 def load_rows(path: str, required: Sequence[str] = PROMPT_FIELDS) -> list[Row]:
