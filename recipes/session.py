@@ -71,11 +71,14 @@ class Session:
         yield
         self.seconds[name] += time.perf_counter() - started
 
-    def build_optimizer(self, stage: Any, steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-        """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model."""
+    def build_optimizer(
+        self, stage: Any, steps: int, model: models.Model | None = None
+    ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model: the
+        policy, or another ``model``."""
         c = self.config.optimizer
         built, scheduler = optimizer.build(
-            self.model,
+            model or self.model,
             OptimizerSettings(
                 learning_rate=stage.learning_rate,
                 minimum_fraction=stage.minimum_fraction,
@@ -204,7 +207,8 @@ class Session:
 
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
-        hf_checkpoint.export(self.model.shards, self.config.model.path, folder, self.parallel.is_first_replica)
+        writes, scalar = self.parallel.is_first_replica, self.model.is_scalar
+        hf_checkpoint.export(self.model.shards, self.config.model.path, folder, writes, scalar)
 
 
 @contextmanager
@@ -234,10 +238,7 @@ def open_session(config: Config) -> Iterator[Session]:
             layout = parallel.initialize(trainer.layout(c), c.seed, c.cluster.timeout)
             stack.callback(parallel.destroy)
             control = parallel.control_group()
-            settings = models.ModelSettings(
-                trainer.precision(c), c.parallel.recompute, c.parallel.distributed_optimizer, tuple(c.model.frozen)
-            )
-            model = models.build(hf_checkpoint.config(c.model.path), layout, settings)
+            model = models.build(hf_checkpoint.config(c.model.path), layout, model_settings(c))
             hf_checkpoint.load(model.shards, c.model.path)
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
         bridge = None
@@ -283,6 +284,14 @@ def open_session(config: Config) -> Iterator[Session]:
             node,
             nodes,
         )
+
+
+def model_settings(config: Config) -> models.ModelSettings:
+    """Of every model that is trained."""
+    c = config.parallel
+    return models.ModelSettings(
+        trainer.precision(config), c.recompute, c.distributed_optimizer, tuple(config.model.frozen)
+    )
 
 
 def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
