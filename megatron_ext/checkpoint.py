@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,34 @@ def save(
     scheduler: OptimizerParamScheduler,
     keep: int,
     progress: dict[str, Any],
+    also: Callable[[Path], None] = lambda checkpoint: None,
 ) -> None:
     """Collective: write ``folder/step_…``, point ``latest.json`` at it, remove older checkpoints beyond ``keep``.
 
-    ``progress``: what else the caller goes on from (JSON; :func:`progress` gives it back).
+    ``progress``: what else the caller goes on from (JSON; :func:`progress` gives it back). ``also`` may write more into
+    the checkpoint before it counts as complete: another model, by :func:`write`.
     """
-    _check_padding(optimizer)
     target = folder / f"step_{step:06d}"
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
+    dist.barrier()
+    write(target, model, optimizer, scheduler)
+    also(target)
+    if dist.get_rank() == 0:
+        (target / "progress.json").write_text(json.dumps(progress | {"step": step, "layout": _layout(model)}))
+        pointer = folder / "latest.json.partial"
+        pointer.write_text(json.dumps({"folder": target.name, "step": step}))
+        os.replace(pointer, folder / "latest.json")
+        _remove_old(folder, target, keep)
+    dist.barrier()
+
+
+def write(target: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
+    """Collective: write one model's state into the folder, which is made where it is not there. ``read`` reads it."""
+    _check_padding(optimizer)
+    if dist.get_rank() == 0:
+        target.mkdir(exist_ok=True)
     dist.barrier()
     state = _state(model, optimizer, loading=False)
     state["scheduler"] = scheduler.state_dict()
@@ -59,13 +78,6 @@ def save(
     # Megatron-Core would start a manager process for this queue: seconds, and it outlives a kill -9 of its rank.
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(target))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (target / "progress.json").write_text(json.dumps(progress | {"step": step, "layout": _layout(model)}))
-        pointer = folder / "latest.json.partial"
-        pointer.write_text(json.dumps({"folder": target.name, "step": step}))
-        os.replace(pointer, folder / "latest.json")
-        _remove_old(folder, target, keep)
     dist.barrier()
 
 
@@ -106,25 +118,31 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
                 f"parallel.tensor={now['tensor']} needs {now[field]}: resume with a tensor-parallel size that pads "
                 "alike"
             )
+    read(checkpoint, model, optimizer, scheduler, rng=written == now)
+    return int(progress(checkpoint)["step"])
+
+
+def read(
+    folder: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, rng: bool
+) -> None:
+    """Collective: restore what ``write`` wrote, in place; ``rng``: the ranks' RNG states too, in the same layout."""
     _prime(optimizer)
     state = _state(model, optimizer, loading=True)
-    same_layout = written == now
-    if same_layout:
+    if rng:
         state["rng"] = _rng_tensors()
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = dist_checkpointing.load(state, str(folder))
     for field in ("max_lr", "min_lr"):  # Megatron-Core matches parameter groups by them
         if loaded["scheduler"][field] != getattr(scheduler, field):
             raise ValueError(
-                f"{checkpoint}: written with {field}={loaded['scheduler'][field]}, this run has "
+                f"{folder}: written with {field}={loaded['scheduler'][field]}, this run has "
                 f"{getattr(scheduler, field)}: resume with the learning rate the run began with"
             )
     for i, chunk in enumerate(model.chunks):
         chunk.module.load_state_dict(loaded[f"model{i}"])
     _load_optimizer(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
-    if same_layout:
+    if rng:
         _set_rng_tensors(loaded["rng"])
-    return int(progress(checkpoint)["step"])
 
 
 def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:

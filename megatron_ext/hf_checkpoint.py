@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from megatron_ext import scalar_head
 from megatron_ext.blocks import Shard, region
 from megatron_ext.models import family
 
@@ -60,16 +61,20 @@ def published_name(folder: str | Path) -> Callable[[str], str]:
 def load(shards: list[Shard], folder: str | Path) -> None:
     """Fill the local shards in place (cast to their dtype; uncovered elements become zero).
 
+    A scalar head that a language model's folder is loaded into begins at zero (our choice): all its values are 0 then.
     Raises KeyError naming a tensor that the checkpoint lacks and ValueError on a rectangle outside its shape.
     """
     found = headers(folder)
     published = published_name(folder)
+    new = () if scalar_head.has_scalar_head(config(folder)) else (scalar_head.TENSOR,)
     where = {published(name): (file, name) for file, header in found.items() for name in header}
     by_file: dict[Path, list[tuple[Any, str, torch.Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for shard in shards:
             shard.tensor.zero_()
             for block in shard.blocks:
+                if block.hf_name in new:
+                    continue
                 if block.hf_name not in where:
                     raise KeyError(f"{folder}: tensor {block.hf_name!r} is missing (needed by {shard.name})")
                 file, stored = where[block.hf_name]
@@ -86,15 +91,19 @@ def load(shards: list[Shard], folder: str | Path) -> None:
                     tensor[region(block.local_start, block.shape)].copy_(piece)
 
 
-def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool) -> None:
+def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool, scalar: bool = False) -> None:
     """Collective: write ``target`` with the names, files and side files of ``source``, the shards' weights and dtype.
 
+    ``scalar``: the shards are a model's with a scalar head, which ``source`` may be too, or a language model.
     Every rank with ``writes`` (one data-parallel replica) writes its own rectangles into files on a shared file system;
     no full tensor is gathered anywhere. The folder appears under its name only when it is complete.
     """
     source, target = Path(source), Path(target)
     partial = target.with_name(target.name + ".partial")
-    layout = {file: _with_dtype(header, shards[0].tensor.dtype) for file, header in headers(source).items()}
+    stored = headers(source)
+    if scalar:
+        stored = scalar_head.with_score_tensor(stored, config(source).get_text_config().hidden_size)
+    layout = {file: _with_dtype(header, shards[0].tensor.dtype) for file, header in stored.items()}
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -103,6 +112,8 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
             if file.is_file() and file.suffix != ".safetensors":
                 shutil.copy(file, partial / file.name)
         _set_config_dtype(partial / "config.json", shards[0].tensor.dtype)
+        if scalar:
+            scalar_head.describe(partial, layout)
         for file, header in layout.items():
             _create(partial / file.name, header)
     _barrier()

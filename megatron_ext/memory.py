@@ -266,11 +266,14 @@ def vision(model: Model, shape: Shape, platform: str) -> tuple[int, int]:
 
 def logits(model: Model, shape: Shape) -> int:
     """Of the last stage: the selected hidden states; FP32 logits, which become the softmax and then the gradient in
-    place, and their 16-bit copy on the way in and on the way back; indices."""
+    place, and their 16-bit copy on the way in and on the way back; indices. A scalar head has no logits: the selected
+    states, and their FP32 copy."""
     if not model.parallel.is_last_stage:
         return 0
     config, size = model.config, model.config.params_dtype.itemsize
     rows = shape.predicting
+    if model.is_scalar:
+        return rows * (config.hidden_size * (size + (FP32 if size < FP32 else 0)) + INT64)
     columns = model.sharding.padded_vocab // config.tensor_model_parallel_size
     return rows * (config.hidden_size * size + columns * (FP32 + (size if size < FP32 else 0)) + 3 * INT64)
 

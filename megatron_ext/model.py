@@ -16,6 +16,7 @@ from megatron_ext.layout import Layout
 from megatron_ext.models import family
 from megatron_ext.parallel import Parallel
 from megatron_ext.precision import Precision
+from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
 from megatron_ext.vision_language import VisionLanguageModel
 from megatron_ext.weight_map import Sharding, sharding_of, shards
 
@@ -41,7 +42,8 @@ class ModelSettings:
 
 @dataclass
 class Model:
-    """A policy on this rank: ``chunks`` (Megatron-Core DDP, one per virtual stage), the HF weights of its ``shards``.
+    """A policy, critic or reward model on this rank: ``chunks`` (Megatron-Core DDP, one per virtual stage), the HF
+    weights of its ``shards``.
 
     ``hf_config`` is the whole model's configuration; ``config`` and ``sharding`` are the language model's. Tokens of a
     packed micro-batch on one rank come padded to ``token_multiple``: sequence parallelism cuts them, FP8 wants 16.
@@ -55,6 +57,11 @@ class Model:
     shards: list[Shard]
     token_multiple: int
     padded_vision_heads: int
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it gives each token a number (``scalar_head``) and not a distribution."""
+        return has_scalar_head(self.hf_config)
 
 
 def check(hf_config: Any, layout: Layout) -> None:
@@ -111,6 +118,8 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
         **settings.precision.ddp_options(),
     )
     parts = arch.parts(hf_config, layout.tensor, parallel.tensor_rank)
+    if has_scalar_head(hf_config):
+        parts = with_scalar_head(parts)
     chunks = []
     for stage in range(layout.virtual):
         module = build_chunk(hf_config, config, parallel, settings, stage)
@@ -176,7 +185,7 @@ def build_chunk(
     layout = parallel.layout
     first = parallel.pipeline_rank == 0 and stage == 0
     last = parallel.is_last_stage and stage == layout.virtual - 1
-    sees = hasattr(arch, "vision_tower")
+    sees, scalar = hasattr(arch, "vision_tower"), has_scalar_head(hf_config)
     virtual = stage if layout.virtual > 1 else None
     model: MegatronModule = GPTModel(
         config=config,
@@ -185,11 +194,13 @@ def build_chunk(
         max_sequence_length=text.max_position_embeddings,
         pre_process=first,
         post_process=last,
-        share_embeddings_and_output_weights=text.tie_word_embeddings,
+        share_embeddings_and_output_weights=text.tie_word_embeddings and not scalar,
         scatter_embedding_sequence_parallel=not sees,  # the tower's rows go in first
         vp_stage=virtual,
         **arch.gpt_options(text),
     )
+    if scalar and last:
+        model.output_layer = ScalarHead(config.hidden_size, config.params_dtype)
     if model.position_embedding_type == "mrope":
         model.rotary_pos_emb.cp_group = None  # positions of a packed batch are cut behind the rotation, not before
     if sees:

@@ -59,6 +59,12 @@ def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[Megatr
     return optimizer, scheduler
 
 
+def skip(optimizer: MegatronOptimizer) -> float:
+    """Leave the gradients unused: no update, and a norm of 0."""
+    optimizer.zero_grad()
+    return 0.0
+
+
 def step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
     """One update; returns the gradient norm before clipping."""
     _, grad_norm, _ = optimizer.step()

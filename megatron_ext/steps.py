@@ -1,4 +1,4 @@
-"""Forward and training passes over packed micro-batches, on any layout: log-probabilities and one optimiser step."""
+"""Forward and training passes over packed micro-batches, on any layout: log-probabilities, values, gradients."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from megatron_ext.entropy import vocab_parallel_entropy
 from megatron_ext.model import Model
 from megatron_ext.packing import MicroBatch
 
-# (log-probs [R], micro-batch) → (loss, sums of metrics to be added up over micro-batches and ranks)
+# (log-probs or values [R], micro-batch) → (loss, sums of metrics to be added up over micro-batches and ranks)
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -34,13 +34,20 @@ def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0)
 
     Under context parallelism R is this rank's part of them.
     """
-    keep = lambda output, non_loss_data=False: output.detach()  # noqa: E731
-    with torch.no_grad():
-        return _run(model, batches, temperature, lambda batch: keep, forward_only=True, collect_non_loss_data=True)
+    return _without_gradient(model, batches, partial(_log_probs_of_hidden, model, temperature, False))
+
+
+def values(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
+    """Of a model with a scalar head: the value [R] (FP32) before each response token, as ``log_probs`` otherwise.
+
+    That of a whole sequence stands before a further token, whatever it is: give such a one as the response.
+    """
+    return _without_gradient(model, batches, partial(_values_of_hidden, model))
 
 
 def gather_tokens(model: Model, batches: list[MicroBatch], found: list[torch.Tensor], total: int) -> torch.Tensor:
-    """Collective: what ``log_probs`` found, of all the batch's ``total`` response tokens, FP32, on every rank's host.
+    """Collective: what ``log_probs`` or ``values`` found of all the batch's ``total`` response tokens, FP32, on every
+    rank's host.
 
     Each token lies on one data- and context-parallel rank of the last pipeline stage, so the sum is exact.
     """
@@ -59,7 +66,8 @@ def accumulate_gradients(
 
     ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.aggregation``): gradients are
     summed over micro-batches and data-parallel ranks, so the update depends on neither. With ``entropy`` it is given
-    [2, R]: log-probs and, behind them, the entropies of the distributions.
+    [2, R]: log-probs and, behind them, the entropies of the distributions. Of a model with a scalar head it is given
+    the values [R].
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -74,7 +82,10 @@ def accumulate_gradients(
 
         return with_metrics
 
-    return reduce_metrics(model, _run(model, batches, temperature, loss_of, entropy, forward_only=False))
+    head = partial(_log_probs_of_hidden, model, temperature, entropy)
+    if model.is_scalar:
+        head = partial(_values_of_hidden, model)
+    return reduce_metrics(model, _run(model, batches, head, loss_of, forward_only=False))
 
 
 def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -95,10 +106,19 @@ def add_metrics(total: dict[str, float], more: Mapping[str, float]) -> None:
         total[name] = max(total.get(name, value), value) if name.endswith("/max") else total.get(name, 0.0) + value
 
 
+def _without_gradient(model: Model, batches: list[MicroBatch], head: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    keep = lambda output, non_loss_data=False: output.detach()  # noqa: E731
+    with torch.no_grad():
+        return _run(model, batches, head, lambda batch: keep, forward_only=True, collect_non_loss_data=True)
+
+
 def _run(
-    model: Model, batches: list[MicroBatch], temperature: float, loss_of: Callable[[MicroBatch], Any],
-    entropy: bool = False, **options: Any,
-) -> list[Any]:  # fmt: skip
+    model: Model,
+    batches: list[MicroBatch],
+    head: Callable[..., torch.Tensor],
+    loss_of: Callable[[MicroBatch], Any],
+    **options: Any,
+) -> list[Any]:
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
         images = {} if batch.vision is None else {"vision": batch.vision}
@@ -108,7 +128,7 @@ def _run(
             position_ids=batch.positions,
             attention_mask=None,
             packed_seq_params=batch.packed,
-            output_processor=partial(_log_probs_of_hidden, model, temperature, entropy),
+            output_processor=head,
             output_processor_context=batch,
         )
         return output, loss_of(batch)
@@ -164,6 +184,18 @@ def _log_probs_of_hidden(
     entropies = vocab_parallel_entropy(logits.squeeze(1), mpu.get_tensor_model_parallel_group()) if entropy else None
     found = -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
     return found if entropies is None else torch.stack([found, entropies])
+
+
+def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, context: Any, **_: Any) -> torch.Tensor:
+    """Hidden states [T(/TP), 1, H] → values [R]."""
+    batch: MicroBatch = context
+    hidden = hidden_states
+    if model.config.sequence_parallel:
+        # Every rank makes all values from the whole head: its gradient is whole already, and of the hidden states' it
+        # takes its own slice.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    values: torch.Tensor = output_layer(hidden.squeeze(1).index_select(0, batch.predict))
+    return values
 
 
 @contextmanager

@@ -26,8 +26,26 @@ class RecipeConfig:
 
 @dataclass
 class SftConfig:
-    steps: int
+    epochs: Optional[float]  # noqa: UP045
+    steps: Optional[int]  # noqa: UP045
     rows_per_step: int
+    aggregation: str
+    held_out: Optional[str]  # noqa: UP045
+    held_out_every: int
+    learning_rate: float
+    minimum_fraction: float
+    warmup_fraction: float
+    decay: str
+
+
+@dataclass
+class RewardModelConfig:
+    pairs: str
+    held_out: str
+    held_out_every: int
+    epochs: Optional[float]  # noqa: UP045
+    steps: Optional[int]  # noqa: UP045
+    pairs_per_step: int
     learning_rate: float
     minimum_fraction: float
     warmup_fraction: float
@@ -39,8 +57,10 @@ class StageConfig:
     name: str
     trains: list[str]
     after: Optional[str]  # noqa: UP045
+    evaluates: bool
     ladder: list[str]
     sft: SftConfig
+    reward_model: RewardModelConfig
 
 
 @dataclass
@@ -231,6 +251,43 @@ def samples_per_update(config: Config) -> int:
     return samples_per_step(config) // config.algorithm.updates_per_rollout
 
 
+def generates(config: Config) -> bool:
+    """Whether a stage asks engines for responses."""
+    return config.stage.evaluates or "rl" in config.stage.trains
+
+
+def check_supervised(c: Config) -> None:
+    """Raises ConfigError for what the stages that learn from data alone can't do."""
+    for stage, chosen in (("sft", c.stage.sft), ("reward_model", c.stage.reward_model)):
+        if stage not in c.stage.trains:
+            continue
+        where = f"stage.{stage}"
+        if chosen.decay not in ("constant", "linear", "cosine"):
+            raise ConfigError(f"{where}.decay={chosen.decay!r}: use one of constant, linear, cosine")
+        if (chosen.steps is None) == (chosen.epochs is None):
+            raise ConfigError(
+                f"{where}.steps={chosen.steps}, {where}.epochs={chosen.epochs}: give one of them, null the other"
+            )
+        per_step = "rows_per_step" if isinstance(chosen, SftConfig) else "pairs_per_step"
+        for field in ("steps", "epochs", per_step, "held_out_every", "learning_rate"):
+            if (value := getattr(chosen, field)) is not None and value <= 0:
+                raise ConfigError(f"{where}.{field}={value}: must be above 0")
+        if not 0 <= chosen.minimum_fraction <= 1:
+            raise ConfigError(f"{where}.minimum_fraction={chosen.minimum_fraction}: must be in [0, 1]")
+        if not 0 <= chosen.warmup_fraction < 1:
+            raise ConfigError(f"{where}.warmup_fraction={chosen.warmup_fraction}: must be in [0, 1)")
+        files = {"held_out": chosen.held_out, "pairs": getattr(chosen, "pairs", None)}
+        for field, path in files.items():
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"{where}.{field}={path!r}: no such file in {os.getcwd()}")
+        if (size := getattr(chosen, per_step)) % (multiple := trainer.sequence_multiple(c)):
+            raise ConfigError(f"{where}.{per_step}={size}: use a multiple of {multiple}, the data-parallel ranks")
+    if c.stage.sft.aggregation not in ("token_mean", "sequence_mean_token_mean"):
+        raise ConfigError(
+            f"stage.sft.aggregation={c.stage.sft.aggregation!r}: use one of token_mean, sequence_mean_token_mean"
+        )
+
+
 def check_algorithm(c: Config) -> None:
     """Raises ConfigError for what the algorithm's parts can't do together."""
     a = c.algorithm
@@ -295,9 +352,8 @@ def check(config: Config) -> None:
         ("cluster.platform", c.cluster.platform, ("cpu", "cuda")),
         ("parallel.recompute", c.parallel.recompute, ("none", "selective", "full")),
         ("algorithm.decay", c.algorithm.decay, ("constant", "linear", "cosine")),
-        ("stage.sft.decay", c.stage.sft.decay, ("constant", "linear", "cosine")),
         ("algorithm.kl_in", c.algorithm.kl_in, ("loss", "reward")),
-        *(("stage.trains", name, ("sft", "rl")) for name in c.stage.trains),
+        *(("stage.trains", name, ("sft", "reward_model", "rl")) for name in c.stage.trains),
     ]
     for field, value, allowed in choices:
         if value not in allowed:
@@ -312,9 +368,6 @@ def check(config: Config) -> None:
         "algorithm.clip_filter_cap": c.algorithm.clip_filter_cap,
         "algorithm.importance_cap": c.algorithm.importance_cap,
         "algorithm.mismatch_alarm": c.algorithm.mismatch_alarm,
-        "stage.sft.steps": c.stage.sft.steps,
-        "stage.sft.rows_per_step": c.stage.sft.rows_per_step,
-        "stage.sft.learning_rate": c.stage.sft.learning_rate,
         "parallel.micro_batch_tokens": c.parallel.micro_batch_tokens,
         "rollout.engines": c.rollout.engines,
         "rollout.tensor": c.rollout.tensor,
@@ -335,10 +388,7 @@ def check(config: Config) -> None:
     for field, value in positive.items():
         if value <= 0:
             raise ConfigError(f"{field}={value}: must be above 0")
-    sft = c.stage.sft
     fractions = {
-        "stage.sft.minimum_fraction": (sft.minimum_fraction, 0 <= sft.minimum_fraction <= 1, "[0, 1]"),
-        "stage.sft.warmup_fraction": (sft.warmup_fraction, 0 <= sft.warmup_fraction < 1, "[0, 1)"),
         "algorithm.minimum_fraction": (c.algorithm.minimum_fraction, 0 <= c.algorithm.minimum_fraction <= 1, "[0, 1]"),
         "algorithm.warmup_fraction": (c.algorithm.warmup_fraction, 0 <= c.algorithm.warmup_fraction < 1, "[0, 1)"),
         "algorithm.clip_low": (c.algorithm.clip_low, 0 < c.algorithm.clip_low < 1, "(0, 1)"),
@@ -357,7 +407,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{field}={value}: must be in {interval}")
     check_rollout(c)
     if not c.stage.trains and not c.stage.ladder:
-        raise ConfigError("stage.trains=[]: name at least one of sft, rl, or a ladder of stages")
+        raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
     check_algorithm(c)
     if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
@@ -375,12 +425,9 @@ def check(config: Config) -> None:
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
             f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
         )
+    check_supervised(c)
     multiple = trainer.sequence_multiple(c)
-    shared_out = {}
-    if "rl" in c.stage.trains:
-        shared_out["algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout"] = samples_per_update(c)
-    if "sft" in c.stage.trains:
-        shared_out["stage.sft.rows_per_step"] = c.stage.sft.rows_per_step
+    shared_out = {"algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout": samples_per_update(c)}
     for field, count in shared_out.items():
         if count % multiple:
             stages = (

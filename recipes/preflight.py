@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes import trainer
 from recipes.config import Config, ConfigError, parse, samples_per_step
-from recipes.data.prompts import PROMPT_FIELDS, SFT_FIELDS
-from recipes.train import check_parts, from_command_line
+from recipes.data.prompts import PROMPT_FIELDS
+from recipes.train import check_parts, check_supervised, from_command_line
 from rewards import mixing
 from rewards.client import Client
 
@@ -180,6 +180,7 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
 
 def data_and_rewards(config: Config) -> str:
     """Files, schema, mix, and verifiers."""
+    check_supervised(config)
     check_parts(config)
     verifiers = ", ".join(mixing.verifier_names(config.rewards.mix))
     return f"{config.data.prompts}: rows fit the schema; verifiers {verifiers} are found"
@@ -380,6 +381,7 @@ def every_prompt(config: Config) -> str:
     """Each prompt as the run will make it: its length, its images. Every image is read and resized once."""
     if not has_model(config):
         return f"not looked at: {config.model.path} is not on this machine"
+    from recipes.data import examples
     from recipes.data.processor import ImageLimits, PromptProcessor, check_rows
 
     processor = PromptProcessor(
@@ -389,9 +391,11 @@ def every_prompt(config: Config) -> str:
         config.data.prompts: PROMPT_FIELDS,
         config.data.evaluation: PROMPT_FIELDS,
     }
-    if "sft" in config.stage.trains:
-        files[config.data.sft] = SFT_FIELDS
     counts = [f"{len(check_rows(processor, path, fields))} of {path}" for path, fields in files.items()]
+    if "sft" in config.stage.trains:
+        mark, longest = config.rollout.thinking_marks[0], config.parallel.micro_batch_tokens
+        for path in filter(None, (config.data.sft, config.stage.sft.held_out)):
+            counts.append(f"{examples.check(processor, path, mark, longest)} of {path}")
     return f"prompts are made: {', '.join(counts)}"
 
 

@@ -25,8 +25,10 @@ from megatron_ext.packing import MicroBatch, PackedSequence, pack, plan
 from megatron_ext.precision import DTYPES
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
-from recipes.config import Config, ConfigError
+from recipes.config import Config, ConfigError, generates
+from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
+from recipes.data.prompts import Row
 from recipes.display import Display
 from rewards import mixing
 from rewards.client import Client
@@ -41,7 +43,8 @@ from rollout.weight_sync.bridge import WeightBridge
 @dataclass
 class Session:
     """One run on this rank. ``engines``: those of this node, on its first rank, else none, and ``verifiers`` alike;
-    ``node`` of ``nodes``; ``control`` is a gloo group of all ranks."""
+    ``node`` of ``nodes``; ``control`` is a gloo group of all ranks. Stages that don't generate have no engines and
+    no ``bridge``."""
 
     config: Config
     run_dir: Path
@@ -52,7 +55,7 @@ class Session:
     prompts: PromptProcessor
     tokenizer: Any
     engines: list[Engine]
-    bridge: WeightBridge
+    bridge: WeightBridge | None
     control: dist.ProcessGroup
     verifiers: dict[str, Verifier]
     wandb: Any
@@ -68,11 +71,14 @@ class Session:
         yield
         self.seconds[name] += time.perf_counter() - started
 
-    def build_optimizer(self, stage: Any, steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-        """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model."""
+    def build_optimizer(
+        self, stage: Any, steps: int, model: models.Model | None = None
+    ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model: the
+        policy, or another ``model``."""
         c = self.config.optimizer
         built, scheduler = optimizer.build(
-            self.model,
+            model or self.model,
             OptimizerSettings(
                 learning_rate=stage.learning_rate,
                 minimum_fraction=stage.minimum_fraction,
@@ -94,6 +100,7 @@ class Session:
         ``version`` is the number of RL steps that made the weights, so that a resumed run's samples name the same one.
         Engines that died are started again first.
         """
+        assert self.bridge is not None, "this run has no engines (recipes.config.generates)"
 
         def prepare() -> int:
             died = [engine for engine in self.engines if not engine.alive]
@@ -151,20 +158,45 @@ class Session:
         """The response as a reader sees it. For verifiers and people only: training uses the token ids."""
         return self.tokenizer.decode(sample.response_token_ids, skip_special_tokens=True).strip()
 
-    def micro_batches(self, sequences: list[PackedSequence]) -> list[MicroBatch]:
-        """This data-parallel rank's packed micro-batches of a batch that every rank knows whole."""
+    def micro_batches(self, sequences: list[PackedSequence], together: int = 1) -> list[MicroBatch]:
+        """This data-parallel rank's packed micro-batches of a batch that every rank knows whole. So many successive
+        sequences stay ``together``."""
         layout = self.parallel.layout
+        lengths = [round_up(len(s), layout.token_multiple) for s in sequences]
         ranks = plan(
-            [round_up(len(s), layout.token_multiple) for s in sequences],
+            [sum(lengths[i : i + together]) for i in range(0, len(lengths), together)],
             self.parallel.data,
             self.config.parallel.micro_batch_tokens,
             layout.micro_batch_multiple,
         )
         pad, device = self.tokenizer.pad_token_id or 0, platform.current().device()
         return [
-            pack(sequences, indices, self.model.token_multiple, pad, device, layout.context, self.parallel.context_rank)
+            pack(
+                sequences,
+                [together * i + n for i in indices for n in range(together)],
+                self.model.token_multiple,
+                pad,
+                device,
+                layout.context,
+                self.parallel.context_rank,
+            )
             for indices in ranks[self.parallel.data_rank]
         ]
+
+    def example(self, row: Row) -> examples.Example:
+        """An SFT row's tokens. Raises ConfigError naming a row that can't be used."""
+        c = self.config
+        return examples.example(self.prompts, row, c.rollout.thinking_marks[0], c.parallel.micro_batch_tokens)
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Rank 0 writes a step's metrics with the seconds of its phases; the phase clocks start anew."""
+        times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        line = {**metrics, "time/step": sum(self.seconds.values()), **times}
+        self.seconds.clear()
+        if self.rank == 0:
+            records.append_rows(self.run_dir / "metrics.jsonl", [line])
+            if self.wandb is not None:
+                self.wandb.log(line, step=metrics["step"])
 
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
@@ -175,7 +207,8 @@ class Session:
 
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
-        hf_checkpoint.export(self.model.shards, self.config.model.path, folder, self.parallel.is_first_replica)
+        writes, scalar = self.parallel.is_first_replica, self.model.is_scalar
+        hf_checkpoint.export(self.model.shards, self.config.model.path, folder, writes, scalar)
 
 
 @contextmanager
@@ -186,7 +219,8 @@ def open_session(config: Config) -> Iterator[Session]:
     redirect_output(run_dir / "logs", rank)
     c = config
     node, nodes = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
-    settings_of_engines = engine_settings(c, nodes) if int(os.environ["LOCAL_RANK"]) == 0 else []
+    starts_engines = generates(c) and int(os.environ["LOCAL_RANK"]) == 0
+    settings_of_engines = engine_settings(c, nodes) if starts_engines else []
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
         verifiers: dict[str, Verifier] = {}
@@ -204,24 +238,23 @@ def open_session(config: Config) -> Iterator[Session]:
             layout = parallel.initialize(trainer.layout(c), c.seed, c.cluster.timeout)
             stack.callback(parallel.destroy)
             control = parallel.control_group()
-            settings = models.ModelSettings(
-                trainer.precision(c), c.parallel.recompute, c.parallel.distributed_optimizer, tuple(c.model.frozen)
-            )
-            model = models.build(hf_checkpoint.config(c.model.path), layout, settings)
+            model = models.build(hf_checkpoint.config(c.model.path), layout, model_settings(c))
             hf_checkpoint.load(model.shards, c.model.path)
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
-        with display.stage("vLLM: engines ready"):
-            deadline = time.monotonic() + c.rollout.startup_timeout
-            on_all_ranks(partial(wait_until_ready, engines, deadline), control)
-        with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
-            bridge = WeightBridge(
-                model.shards,
-                engines,
-                control,
-                bucket_bytes=c.rollout.sync_bucket_mib << 20,
-                verify_every=c.rollout.sync_verify_every,
-                plans=Path("build/weight_sync"),
-            )
+        bridge = None
+        if generates(c):
+            with display.stage("vLLM: engines ready"):
+                deadline = time.monotonic() + c.rollout.startup_timeout
+                on_all_ranks(partial(wait_until_ready, engines, deadline), control)
+            with display.stage("weight bridge: plan from trainer shards to vLLM's layout"):
+                bridge = WeightBridge(
+                    model.shards,
+                    engines,
+                    control,
+                    bucket_bytes=c.rollout.sync_bucket_mib << 20,
+                    verify_every=c.rollout.sync_verify_every,
+                    plans=Path("build/weight_sync"),
+                )
         if rank == 0:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())
@@ -251,6 +284,14 @@ def open_session(config: Config) -> Iterator[Session]:
             node,
             nodes,
         )
+
+
+def model_settings(config: Config) -> models.ModelSettings:
+    """Of every model that is trained."""
+    c = config.parallel
+    return models.ModelSettings(
+        trainer.precision(config), c.recompute, c.distributed_optimizer, tuple(config.model.frozen)
+    )
 
 
 def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:

@@ -1,38 +1,84 @@
-"""Supervised fine-tuning: next-token loss on response tokens only."""
+"""Supervised fine-tuning: next-token loss on the assistant's tokens only, packed, with images, on any layout."""
 
-from typing import Any
+from dataclasses import replace
+from math import ceil
 
 import torch
 
-from megatron_ext import optimizer, steps
-from megatron_ext.packing import MicroBatch, PackedSequence
-from recipes.algorithms.aggregation import sequence_mean_token_mean
-from recipes.data import prompts
+from megatron_ext import checkpoint, optimizer, steps
+from megatron_ext.packing import MicroBatch
+from recipes import trainer
+from recipes.algorithms.aggregation import AGGREGATIONS
+from recipes.config import RewardModelConfig, SftConfig
+from recipes.data import conversations, examples, prompts
+from recipes.data.examples import Example
 from recipes.session import Session
 
 
-def fit(session: Session) -> list[dict[str, Any]]:
-    """Run the stage's steps; returns one {step, loss, grad_norm} per step. The weights stay in the session's model."""
-    config = session.config.stage.sft
-    rows = prompts.load_rows(session.config.data.sft, prompts.SFT_FIELDS)
-    optim, schedule = session.build_optimizer(config, config.steps)
-    history = []
-    for step in range(config.steps):
-        batch = prompts.shuffled(rows, step * config.rows_per_step, config.rows_per_step, session.config.seed)
-        answers = [prompts.response_tokens(session.tokenizer, row) for row in batch]
-        weights = sequence_mean_token_mean([len(answer) for answer in answers])
-        asked = [session.prompts(row) for row in batch]
-        sequences = [
-            PackedSequence(list(a.prompt.token_ids), answer, {"weight": weight}, a.vision)
-            for a, answer, weight in zip(asked, answers, weights, strict=True)
-        ]
-        metrics = steps.accumulate_gradients(session.model, session.micro_batches(sequences), next_token_loss)
-        norm = optimizer.step(optim, schedule)
-        history.append({"step": step + 1, "loss": metrics["loss"], "grad_norm": norm})
-        session.display.progress(step + 1, config.steps, f"loss {metrics['loss']:.3f}")
-    return history
+def fit(session: Session) -> None:
+    """The steps of ``stage.sft`` over ``data.sft``; each has its line in metrics.jsonl. The weights stay in the model.
+
+    Where the run has a checkpoint, the loop goes on behind the newest and ends with the bits of a run left alone.
+    """
+    config, settings, model = session.config, session.config.stage.sft, session.model
+    rows = conversations.load(config.data.sft)
+    held_out = [] if settings.held_out is None else conversations.load(settings.held_out)
+    total, aggregation = total_steps(settings, settings.rows_per_step, len(rows)), AGGREGATIONS[settings.aggregation]
+    optim, schedule = session.build_optimizer(settings, total)
+    folder, done = session.run_dir / "checkpoints", 0
+    if newest := checkpoint.latest(folder):
+        done = checkpoint.load(newest, model, optim, schedule)
+    session.truncate_records(done)
+
+    for step in range(done, total):
+        last = step + 1 == total
+        with session.phase("data"):
+            batch = prompts.shuffled(rows, step * settings.rows_per_step, settings.rows_per_step, config.seed)
+            made = [session.example(row) for row in batch]
+            micro_batches = session.micro_batches(examples.weighted(made, aggregation))
+        rate = schedule.get_lr({})
+        with session.phase("train"):
+            found = steps.accumulate_gradients(model, micro_batches, next_token_loss)
+            norm = optimizer.step(optim, schedule)
+        metrics = {
+            "step": step + 1,
+            "epoch": (step + 1) * settings.rows_per_step / len(rows),
+            "loss": found["loss"],
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "learnt_tokens": sum(sum(e.learnt) for e in made),
+        }
+        if held_out and (last or (step + 1) % settings.held_out_every == 0):
+            with session.phase("held_out"):
+                metrics["held_out_loss"] = held_out_loss(session, [session.example(row) for row in held_out])
+        session.record(metrics)
+        session.display.progress(step + 1, total, f"loss {metrics['loss']:.3f}")
+        if last or (step + 1) % config.checkpoint.every_steps == 0:
+            with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
+                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
+
+
+def total_steps(settings: SftConfig | RewardModelConfig, per_step: int, rows: int) -> int:
+    """``steps``, or as many as ``epochs`` need; the last one may go on into the next pass over the rows."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    return ceil(settings.epochs * rows / per_step)
 
 
 def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted negative log-likelihood of the response tokens."""
     return -(log_probs * batch.values["weight"]).sum(), {}
+
+
+def held_out_loss(session: Session, held_out: list[Example]) -> float:
+    """Collective: the mean over all learnt tokens of rows that are not trained on."""
+    sequences = examples.weighted(held_out, AGGREGATIONS["token_mean"])
+    missing = -len(sequences) % trainer.sequence_multiple(session.config)
+    weightless = replace(sequences[0], values={"weight": [0.0] * len(sequences[0].response)})
+    batches = session.micro_batches(sequences + [weightless] * missing)
+    found = steps.log_probs(session.model, batches)
+    sums = [
+        {"loss": next_token_loss(*each)[0]} for each in zip(found, batches, strict=False)
+    ]  # none off the last stage
+    return steps.reduce_metrics(session.model, sums)["loss"]

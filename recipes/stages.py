@@ -1,17 +1,20 @@
 """One launch of a recipe: what ``stage.trains`` names, in order, and the policy's evaluation around it."""
 
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_ext import hf_checkpoint
-from recipes import evaluate, records, rl, sft
+from recipes import evaluate, records, reward_model, rl, sft
 from recipes.config import Config
 from recipes.report import write_report
 from recipes.session import Session
+
+WARM_START = "warm_start"
 
 
 def run_stage(session: Session) -> None:
@@ -21,18 +24,21 @@ def run_stage(session: Session) -> None:
     reference = Path(config.model.path)
     models = evaluate.MODELS[-1 - len(trains) :]
     for part, before in zip(trains, models, strict=False):
-        trained = run_dir / ("hf" if part == trains[-1] else part)
-        if part != trains[-1] and (trained / "config.json").is_file():
+        last = part == trains[-1]
+        trained = run_dir / ("hf" if last else part)
+        if not last and (trained / "config.json").is_file():
             hf_checkpoint.load(session.model.shards, trained)
         else:
             _evaluate(session, before, answers)
-            version = train(session, part, reference)
-            if part == trains[-1]:
+            version = train(session if last else warm_start(session), part, reference)
+            if last:
                 _evaluate(session, "after", answers, version)
             with session.display.stage(f"export: {trained.name}/"):
                 session.export(trained)
+            if not last and session.rank == 0:
+                shutil.rmtree(run_dir / WARM_START / "checkpoints")
         reference = trained
-    if session.rank == 0:
+    if session.rank == 0 and config.stage.evaluates:
         evaluation = evaluate.report(session, answers)
         records.write_json(run_dir / "evaluation.json", evaluation)
         write_report(run_dir)
@@ -41,14 +47,19 @@ def run_stage(session: Session) -> None:
 
 def train(session: Session, part: str, reference: Path) -> int:
     """One of ``stage.trains``, from the session's weights; returns the version of the weights that it leaves."""
-    if part == "sft":
-        with session.display.stage("SFT"):
-            history = sft.fit(session)
-            if session.rank == 0:
-                records.write_json(session.run_dir / "sft.json", {"steps": history})
-        return 0
-    rl.fit(session, reference)
-    return session.config.algorithm.steps
+    if part == "rl":
+        rl.fit(session, reference)
+        return session.config.algorithm.steps
+    with session.display.stage({"sft": "SFT", "reward_model": "reward model"}[part]):
+        (sft if part == "sft" else reward_model).fit(session)
+    return 0
+
+
+def warm_start(session: Session) -> Session:
+    """For a part that another follows: with records and checkpoints of its own."""
+    folder = session.run_dir / WARM_START
+    folder.mkdir(exist_ok=True)
+    return replace(session, run_dir=folder)
 
 
 def answers_before(config: Config) -> dict[str, evaluate.Answers]:
@@ -62,7 +73,7 @@ def answers_before(config: Config) -> dict[str, evaluate.Answers]:
 
 def _evaluate(session: Session, model: str, answers: dict[str, evaluate.Answers], version: int = 0) -> None:
     """Collective: have the present weights answer the held-out prompts, once in a run's life."""
-    if model in answers:
+    if model in answers or not session.config.stage.evaluates:
         return
     headings = records.model_stages({"stage": session.config.stage.name} | dict.fromkeys(answers))
     with session.display.stage(f"evaluation: {headings.get(model, model)}"):

@@ -18,10 +18,10 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes.config import Config, ConfigError, parse
+from recipes.config import Config, ConfigError, generates, parse
 from recipes.slurm import adopt_step
 
-RESULTS = ("metrics.jsonl", "samples.jsonl", "answers.json", "evaluation.json", "report.html", "sft.json")
+RESULTS = ("metrics.jsonl", "samples.jsonl", "answers.json", "evaluation.json", "report.html")
 LAUNCHER = "RECIPES_LAUNCHER_PID"  # set for the ranks that ``launch`` starts
 PR_SET_PDEATHSIG = 1
 APPEND = "To append to your config use +"
@@ -50,11 +50,13 @@ def prepare_run(config: Config) -> None:
     from recipes.display import Display
     from recipes.prepare_model import prepare
 
-    check_parts(config)
-    check_servers(config)
+    check_supervised(config)
+    if generates(config):
+        check_parts(config)
+        check_servers(config)
     run_dir = Path(config.run_dir)
     if not config.resume:
-        for name in (*RESULTS, "checkpoints", "sft", "hf", "logs"):
+        for name in (*RESULTS, "checkpoints", "warm_start", "sft", "hf", "logs"):
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -71,13 +73,25 @@ def prepare_run(config: Config) -> None:
             prepare(config.model)
 
 
+def check_supervised(config: Config) -> None:
+    """Read the rows of stages that learn from answers. Raises ConfigError naming file, line and field."""
+    from recipes.data import conversations, prompts
+
+    if "sft" in config.stage.trains:
+        for path in filter(None, (config.data.sft, config.stage.sft.held_out)):
+            conversations.load(path)
+    if "reward_model" in config.stage.trains:
+        for path in (config.stage.reward_model.pairs, config.stage.reward_model.held_out):
+            prompts.load_rows(path, prompts.PAIR_FIELDS)
+
+
 def check_parts(config: Config) -> None:
     """Find the algorithm's parts, the verifiers and the data that the run will ask for.
 
     Raises ConfigError naming the field.
     """
     from recipes.algorithms.parts import PARTS, part
-    from recipes.data.prompts import SFT_FIELDS, load_rows, mixed
+    from recipes.data.prompts import load_rows, mixed
     from rewards import mixing
     from rewards.client import Client
 
@@ -105,8 +119,6 @@ def check_parts(config: Config) -> None:
                 f"data.scores.{name}={wanted}: {config.data.evaluation} has rows of the kinds {sorted(kinds)} only; "
                 "name one of these or drop the score"
             )
-    if "sft" in config.stage.trains:
-        load_rows(config.data.sft, SFT_FIELDS)
 
 
 def check_servers(config: Config) -> None:

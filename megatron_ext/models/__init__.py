@@ -10,6 +10,12 @@ FAMILIES = {
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "InternVLForConditionalGeneration": "internvl3",
     "InternVLChatModel": "internvl3",
+    # With a scalar head in place of the output layer (megatron_ext/scalar_head.py).
+    "LlamaForSequenceClassification": "llama",
+    "Qwen2ForSequenceClassification": "qwen2",
+    "Qwen3ForSequenceClassification": "qwen3",
+    "Qwen2_5_VLForSequenceClassification": "qwen2_5_vl",
+    "InternVLForSequenceClassification": "internvl3",
 }
 
 

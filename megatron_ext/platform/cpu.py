@@ -137,6 +137,10 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.set_rng_state(state)
 
 
+def empty_cache() -> None:
+    """Nothing: freed memory is not kept."""
+
+
 def machine() -> str:
     """Cores and processor model."""
     model = host.processor() or "CPU"

@@ -94,6 +94,11 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state)
 
 
+def empty_cache() -> None:
+    """Give freed memory back to the device, for other processes on it."""
+    torch.cuda.empty_cache()
+
+
 def machine() -> str:
     """Name and count of the visible GPUs."""
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -22,3 +22,7 @@ def sequence_sum(lengths: list[int], *, token_divisor: float) -> list[list[float
     ``token_divisor``: the longest response allowed, as in the paper; it scales the loss alone.
     """
     return [[1.0 / (len(lengths) * token_divisor)] * n for n in lengths]
+
+
+# Of supervised stages, by name; those of RL, which may take settings, are in ``parts.PARTS``.
+AGGREGATIONS = {function.__name__: function for function in (token_mean, sequence_mean_token_mean)}

@@ -28,7 +28,7 @@ from megatron_ext import hf_checkpoint
 from megatron_ext.models import family
 from megatron_ext.packing import VisionInputs
 from recipes.config import ConfigError
-from recipes.data.prompts import Row, check_length, load_rows, media_files, prompt_tokens
+from recipes.data.prompts import Row, asked, check_length, load_rows, media_files, prompt_tokens
 from rollout import chat_layout
 from rollout.media import clip
 from rollout.sample import Media, Prompt
@@ -117,18 +117,18 @@ class PromptProcessor:
 
     def _text(self, row: Row, images: int, videos: int) -> str:
         """The chat-templated prompt with a placeholder token for each image and clip, which the processor repeats."""
-        content: Any
-        if self.architecture == INTERNVL_CHAT:  # its template knows text only
-            content = row["prompt"].replace("<image>", self.hf.image_token)
-        else:
-            content = [
+
+        def content(text: str) -> Any:
+            if self.architecture == INTERNVL_CHAT:  # its template knows text only
+                return text.replace("<image>", self.hf.image_token)
+            return [
                 {"type": part[1:-1]} if MARK.fullmatch(part) else {"type": "text", "text": part}
-                for part in MARK.split(row["prompt"])
+                for part in MARK.split(text)
                 if part
             ]
-        text = self.hf.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+
+        messages = [{"role": turn["role"], "content": content(turn["content"])} for turn in asked(row)]
+        text = self.hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         for token, count in {self.hf.video_token: videos, self.hf.image_token: images}.items():
             if text.count(token) != count:
                 raise ValueError(

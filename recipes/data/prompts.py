@@ -16,6 +16,7 @@ from recipes.config import ConfigError
 Row = Mapping[str, Any]
 PROMPT_FIELDS = ("id", "label", "kind", "prompt")
 SFT_FIELDS = ("id", "prompt", "response")
+PAIR_FIELDS = ("id", "prompt", "chosen", "rejected")
 
 
 def load_rows(path: str, required: Sequence[str] = PROMPT_FIELDS) -> list[Row]:
@@ -61,10 +62,11 @@ def _media(row: Row, folder: Path) -> dict[str, Any]:
         isinstance(frames, list) and frames and all(isinstance(path, str) for path in frames) for frames in videos
     ):
         raise ValueError("field 'videos' is not a list of clips, each a list of the names of its frames' files")
+    prompt = "".join(turn["content"] for turn in asked(row))
     for field, mark, count in (("images", "<image>", len(images)), ("videos", "<video>", len(videos))):
-        if row["prompt"].count(mark) != count:
+        if prompt.count(mark) != count:
             raise ValueError(
-                f"field {field!r} has {count} entries, the prompt has {row['prompt'].count(mark)} times {mark}: write "
+                f"field {field!r} has {count} entries, the prompt has {prompt.count(mark)} times {mark}: write "
                 f"{mark} once for each, where it stands in the prompt"
             )
     if images:
@@ -75,6 +77,16 @@ def _media(row: Row, folder: Path) -> dict[str, Any]:
         if not Path(file).is_file():
             raise ValueError(f"field {field}: no file {file}; names are relative to the data file")
     return found
+
+
+def asked(row: Row) -> list[dict[str, str]]:
+    """The row's ``messages``; its ``prompt`` is one of the user. Raises ValueError for messages of another form."""
+    turns = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt", "")}]
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns
+    ):
+        raise ValueError("field 'messages' is not a list of {role, content}, both text")
+    return turns
 
 
 def media_files(row: Row) -> list[tuple[str, str]]:
@@ -154,8 +166,7 @@ def interleaved(mix: Mapping[str, int]) -> list[str]:
 
 def prompt_tokens(tokenizer: Any, row: Row, max_prompt_tokens: int) -> list[int]:
     """The chat-templated prompt's token ids. Raises ConfigError naming the row when it is too long."""
-    messages = [{"role": "user", "content": row["prompt"]}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(asked(row), add_generation_prompt=True, tokenize=True, return_dict=False)
     check_length(row, ids, max_prompt_tokens)
     return list(ids)
 

@@ -8,8 +8,10 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -38,6 +40,12 @@ TWINS = {
     "sharded": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 132, "tie_word_embeddings": False}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": True}),
+    "scalar": (
+        LlamaConfig,
+        LlamaForSequenceClassification,
+        {"vocab_size": 130, "tie_word_embeddings": True, "num_labels": 1},
+    ),
+    "scalar-qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {"vocab_size": 130, "num_labels": 1}),
 }
 
 
@@ -89,6 +97,10 @@ class Case:
     twin: str = "tied"
     precision: str = "fp32"
     temperature: float = 1.0
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.twin.startswith("scalar")
 
     @property
     def ranks(self) -> int:
@@ -144,6 +156,14 @@ CASES = (
     Case("untied-one", twin="untied"),
     Case("untied-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="untied"),
     Case("sharded-tp2-dp2", tensor=2, data=2, twin="sharded"),
+    Case("scalar-one", twin="scalar"),
+    Case("scalar-tp2", tensor=2, twin="scalar"),
+    Case("scalar-tp2-sp-cp2", tensor=2, context=2, sequence=True, twin="scalar"),
+    Case("scalar-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="scalar"),
+    Case("scalar-pp2-vp2-dp2", pipeline=2, virtual=2, data=2, twin="scalar"),
+    Case("scalar-dp2", data=2, micro_batch_tokens=38, twin="scalar"),
+    Case("scalar-qwen2-one", twin="scalar-qwen2"),
+    Case("scalar-qwen2-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="scalar-qwen2"),
     Case("bf16-one", precision="bf16"),
     Case("bf16-tp2-sp", tensor=2, sequence=True, precision="bf16"),
 )
@@ -152,7 +172,8 @@ CASES = (
 TP2_SP_DP2 = Case("untied-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="untied")
 PP2_DP2 = Case("untied-pp2-dp2", pipeline=2, data=2, twin="untied")
 PP2_VP2_CP2 = Case("untied-pp2-vp2-cp2", pipeline=2, virtual=2, context=2, twin="untied")
-RESUMES = (TP2_SP_DP2, PP2_DP2, PP2_VP2_CP2, Case("bf16-pp2", pipeline=2, precision="bf16"))
+SCALAR_TP2_SP_PP2 = Case("scalar-resume-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="scalar")
+RESUMES = (TP2_SP_DP2, PP2_DP2, PP2_VP2_CP2, SCALAR_TP2_SP_PP2, Case("bf16-pp2", pipeline=2, precision="bf16"))
 RELAYOUTS = (
     (TP2_SP_DP2, Case("untied-tp4", tensor=4, twin="untied")),
     (PP2_DP2, Case("untied-dp4", data=4, twin="untied")),
@@ -165,6 +186,11 @@ PADDED_BUCKET = Case("tied-tp2-pp2", tensor=2, pipeline=2)
 def by_name(name: str) -> Case:
     (found,) = (case for case in CASES if case.name == name)
     return found
+
+
+def token_loss(case: Case, output: torch.Tensor) -> torch.Tensor:
+    """Of log-probs or values [R]; far enough from the values that their gradient is clipped too."""
+    return (output - 3) ** 2 / 4 if case.is_scalar else -output
 
 
 def has_whole_gradients(case: Case) -> bool:

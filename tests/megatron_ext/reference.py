@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_ext.blocks import region
 from tests.megatron_ext import cases
@@ -18,8 +18,8 @@ Pieces = list[tuple[str, tuple[int, ...], torch.Tensor]]
 class Reference:
     """Plain transformers and torch AdamW on the same batch, one sequence at a time, FP32.
 
-    ``log_probs`` by sequence and ``gradients`` by tensor before the first step; ``loss`` and ``grad_norm`` of each
-    step; ``start`` and ``weights``: tensors before and after all steps.
+    ``log_probs`` (values, of a scalar head) by sequence and ``gradients`` by tensor before the first step; ``loss`` and
+    ``grad_norm`` of each step; ``start`` and ``weights``: tensors before and after all steps.
     """
 
     loss: list[float]
@@ -31,7 +31,8 @@ class Reference:
 
 
 def train_reference(folder: Path, case: Case) -> Reference:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    auto = AutoModelForSequenceClassification if case.is_scalar else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     named = dict(model.named_parameters())
     if case.precision == "bf16":  # the trainer starts from rounded weights and keeps FP32 masters of them
         with torch.no_grad():
@@ -50,11 +51,15 @@ def train_reference(folder: Path, case: Case) -> Reference:
         adam.zero_grad()
         total = torch.zeros(())
         for i, s in enumerate(sequences):
-            logits = model(torch.tensor([s.prompt + s.response])).logits[0, len(s.prompt) - 1 : -1]
-            found = torch.distributions.Categorical(logits=logits / case.temperature).log_prob(torch.tensor(s.response))
+            tokens = torch.tensor([s.prompt + s.response])
+            if case.is_scalar:
+                found = model.score(model.model(tokens).last_hidden_state)[0, len(s.prompt) - 1 : -1, 0]
+            else:
+                logits = model(tokens).logits[0, len(s.prompt) - 1 : -1] / case.temperature
+                found = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(s.response))
             if step == 0:
                 log_probs[i] = found.detach()
-            total = total - found.mean() / len(sequences)
+            total = total + cases.token_loss(case, found).mean() / len(sequences)
         total.backward()
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in named.items()}

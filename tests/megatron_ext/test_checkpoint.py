@@ -37,6 +37,16 @@ def test_resuming_goes_on_bit_for_bit(case: Case, folders: Folders) -> None:
         assert rank["same_weights"], "the weights after the resumed steps differ"
 
 
+@pytest.mark.parametrize("case", cases.RESUMES, ids=lambda case: case.name)
+def test_a_model_goes_to_the_host_and_back_bit_for_bit(case: Case, results: Results) -> None:
+    """In the test above the run that goes on did so in the middle, the resumed one did not."""
+    for rank in results(f"resume-{case.name}"):
+        on_host = rank["on_host"]
+        assert on_host["left"] == 0
+        assert on_host["left_with_weights"] == on_host["weights"]
+        assert on_host["back"] == on_host["all"] > 2 * on_host["weights"]
+
+
 @pytest.mark.parametrize(("saved", "case"), [*cases.RELAYOUTS, *vl_twins.RELAYOUTS], ids=lambda case: case.name)
 def test_another_layout_goes_on_within_fp32_bounds(saved: Case, case: Case, folders: Folders) -> None:
     results = vl_twins.results(folders(case))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from megatron_ext import hf_checkpoint
+from megatron_ext import hf_checkpoint, scalar_head
 from megatron_ext.blocks import Block, Shard
 from tests.megatron_ext import cases
 from tests.megatron_ext.cases import Case
@@ -115,3 +115,59 @@ def test_export_replaces_an_older_export_and_leaves_folders_out(twins: Path, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
     assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in source.iterdir() if p.is_file())
     assert all(torch.equal(t, stored[name] + 1) for name, t in load_file(target / "model.safetensors").items())
+
+
+def test_an_export_of_a_scalar_head_gives_the_same_scores(launched: Path) -> None:
+    sequence = cases.batch(cases.by_name("scalar-one"))[0]
+    tokens = torch.tensor([sequence.prompt + sequence.response])
+    for name in ("scalar-tp2-sp-pp2", "scalar-qwen2-tp2-sp-dp2"):
+        exported, loading = AutoModelForSequenceClassification.from_pretrained(
+            launched / "exports" / name, output_loading_info=True
+        )
+        assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+        source = AutoModelForSequenceClassification.from_pretrained(launched / cases.by_name(name).twin)
+        scores = exported(tokens).logits
+        assert scores.shape == (1, 1) and scores.any()
+        assert torch.equal(scores, source(tokens).logits)
+
+
+@pytest.mark.parametrize(("twin", "files"), [("tied", 1), ("untied", 1), ("sharded", 3)])
+def test_a_language_model_becomes_one_with_a_scalar_head(twin: str, files: int, twins: Path, tmp_path: Path) -> None:
+    """The head is loaded as zeros; an export has it, and no output layer, and transformers loads it as it is said to
+    be."""
+    head = whole("score.weight", torch.full((1, 192), float("nan")))
+    hf_checkpoint.load([head], twins / twin)
+    assert torch.equal(head.tensor, torch.zeros(1, 192))
+    head.tensor.normal_(generator=torch.Generator().manual_seed(1))
+    stored = {n: t for part in tensors_by_file(twins / twin).values() for n, t in part.items() if n != "lm_head.weight"}
+    shards = [*(whole(name, tensor) for name, tensor in stored.items()), head]
+    hf_checkpoint.export(shards, twins / twin, tmp_path / "value", writes=True, scalar=True)
+    found = tensors_by_file(tmp_path / "value")
+    assert len(found) >= files
+    assert {name for tensors in found.values() for name in tensors} == {*stored, "score.weight"}
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "value", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    assert (model.config.num_labels, model.config.architectures) == (1, ["LlamaForSequenceClassification"])
+    language = AutoModelForCausalLM.from_pretrained(twins / twin, attn_implementation="eager")
+    tokens = torch.tensor([[5, 7, 11]])
+    expected = language.model(tokens).last_hidden_state[0, -1] @ head.tensor[0]
+    assert float(model(tokens).logits) == pytest.approx(float(expected), abs=1e-5)
+    again = whole("score.weight", torch.zeros(1, 192))
+    hf_checkpoint.load([again], tmp_path / "value")
+    assert torch.equal(again.tensor, head.tensor)
+
+
+def test_a_folder_that_says_it_has_a_scalar_head_must_have_it(twins: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((twins / "scalar" / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((twins / "tied" / "model.safetensors").read_bytes())
+    with pytest.raises(KeyError, match=r"tensor 'score\.weight' is missing"):
+        hf_checkpoint.load([whole("score.weight", torch.zeros(1, 192))], tmp_path)
+
+
+def test_an_architecture_without_a_scalar_form_is_named() -> None:
+    assert scalar_head.architecture("Qwen3ForCausalLM") == "Qwen3ForSequenceClassification"
+    assert scalar_head.architecture("LlamaForSequenceClassification") == "LlamaForSequenceClassification"
+    with pytest.raises(ValueError, match="a 'InternVLChatModel' has no form with a scalar head"):
+        scalar_head.architecture("InternVLChatModel")

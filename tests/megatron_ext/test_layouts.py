@@ -168,8 +168,9 @@ def test_the_reference_policy_is_exact(case: Case, results: Results) -> None:
 
 @every_case
 def test_blocks_cover_every_hugging_face_element_once(case: Case, results: Results, reference: References) -> None:
-    """In each data-parallel replica: matrices once (tied embeddings once per stage that has them), norms on every
-    tensor-parallel rank. No name is missing, none is invented, and no local element is covered twice."""
+    """In each data-parallel replica: matrices once (tied embeddings once per stage that has them), norms and a scalar
+    head on every tensor-parallel rank. No name is missing, none is invented, and no local element is covered twice.
+    """
     like = reference(case).start
     times = {name: torch.zeros_like(tensor, dtype=torch.int32) for name, tensor in like.items()}
     for rank in results(case.name):
@@ -180,8 +181,8 @@ def test_blocks_cover_every_hugging_face_element_once(case: Case, results: Resul
                 local[tuple(slice(a, a + n) for a, n in zip(local_start, extent, strict=True))] += 1
             assert local.max() <= 1, f"{name}: blocks overlap"
     replicas = case.data * case.context
-    norms = {name for name in like if "norm" in name}
-    copies = {name: replicas * (case.tensor if name in norms else 1) for name in like}
+    whole = {name for name in like if "norm" in name or name == "score.weight"}
+    copies = {name: replicas * (case.tensor if name in whole else 1) for name in like}
     if case.twin in ("tied", "qwen3") and case.pipeline > 1:
         copies["model.embed_tokens.weight"] *= 2
     assert {name: t.unique().tolist() for name, t in times.items()} == {name: [n] for name, n in copies.items()}

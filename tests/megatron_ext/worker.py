@@ -19,19 +19,25 @@ from megatron_ext import platform
 
 platform.activate("cpu")
 
-from megatron_ext import checkpoint, collectives, hf_checkpoint, model, optimizer, packing, parallel, steps  # noqa: E402
+from megatron_ext import (  # noqa: E402
+    checkpoint,
+    collectives,
+    hf_checkpoint,
+    memory,
+    model,
+    optimizer,
+    packing,
+    parallel,
+    steps,
+)
 from megatron_ext.blocks import Shard, region  # noqa: E402
+from megatron_ext.offload import HostCopy  # noqa: E402
 from megatron_ext.precision import Precision  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 SEED = 1
-
-
-def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    furthest = max(batch.values["place"].tolist(), default=0.0)
-    return -(log_probs * batch.values["weight"]).sum(), {"longest/max": torch.tensor(furthest + 1)}
 
 
 def pieces(shards: list[Shard], tensors: list[torch.Tensor]) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
@@ -80,11 +86,19 @@ class Policy:
     def weights(self) -> list[torch.Tensor]:
         return steps.copy_weights(self.model)
 
+    def loss(self, output: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        furthest = max(batch.values["place"].tolist(), default=0.0)
+        losses = cases.token_loss(self.case, output) * batch.values["weight"]
+        return losses.sum(), {"longest/max": torch.tensor(furthest + 1)}
+
     def log_probs(self) -> list[torch.Tensor]:
+        """Or the values, of a model with a scalar head."""
+        if self.case.is_scalar:
+            return steps.values(self.model, self.micro)
         return steps.log_probs(self.model, self.micro, self.case.temperature)
 
     def gradients(self) -> dict[str, float]:
-        return steps.accumulate_gradients(self.model, self.micro, loss, self.case.temperature)
+        return steps.accumulate_gradients(self.model, self.micro, self.loss, self.case.temperature)
 
     def train(self, count: int) -> list[tuple[float, float]]:
         """(loss, gradient norm) of ``count`` steps."""
@@ -140,7 +154,9 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
         for s in shards
     ]
     found["numbers_read"] = numbers_read(policy)
-    hf_checkpoint.export(shards, policy.twin, folder / "exports" / case.name, writes=layout.is_first_replica)
+    hf_checkpoint.export(
+        shards, policy.twin, folder / "exports" / case.name, layout.is_first_replica, scalar=policy.model.is_scalar
+    )
 
     first = policy.log_probs()
     found["log_probs"] = {
@@ -177,6 +193,25 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
     return found
 
 
+def run_on_host(policy: Policy) -> dict[str, int]:
+    """Bytes on the device: of all, of the weights, and what is left with all and with all but the weights away. All is
+    back afterwards."""
+    chunks = policy.model.chunks
+    weights = [p.data for chunk in chunks for p in chunk.module.parameters()]
+    gradients = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+    (inner,) = (optimizer.optimizer for optimizer in policy.optimizer.chained_optimizers)
+    masters = [p.data for group in inner.param_groups for p in group["params"]]
+    moments = [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    all_of_it = [*weights, *gradients, *masters, *moments]
+    found = {"all": memory.storage_bytes(all_of_it), "weights": memory.storage_bytes(weights)}
+    for name, with_weights in (("left", True), ("left_with_weights", False)):
+        host = HostCopy(policy.model, policy.optimizer, with_weights)
+        host.release()
+        found[name] = memory.storage_bytes(all_of_it)
+        host.restore()
+    return found | {"back": memory.storage_bytes(all_of_it)}
+
+
 def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
     """Save twice around an interrupted save, go on; start anew from the checkpoint, go on: both must be the same."""
     to = folder / "checkpoints" / case.name
@@ -192,6 +227,7 @@ def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str,
     policy.train(1)
     policy.save(to, 3, keep=2)
     saved, drawn = policy.weights(), torch.rand(4)
+    on_host = run_on_host(policy)
     went_on, after = policy.train(2), policy.weights()
 
     again = Policy(folder, case, layout)
@@ -205,6 +241,7 @@ def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str,
         "resumed": again.train(2),
         "same_weights": equal(again.weights(), after),
         "weights": pieces(again.model.shards, after),
+        "on_host": on_host,
         "latest_with_interrupted": latest_with_interrupted.name if latest_with_interrupted else None,
         "folders": sorted(p.name for p in to.iterdir()),
     }

@@ -184,7 +184,7 @@ def test_the_other_files_are_there_and_named_on_the_screen(whole: tuple[Path, st
     resolved = (run_dir / "config.yaml").read_text()
     assert "max_response_tokens: 8" in resolved
     assert "${" not in resolved
-    history = json.loads((run_dir / "sft.json").read_text())["steps"]
+    history = metrics(run_dir / "warm_start")
     assert [entry["step"] for entry in history] == [1, 2]
     assert history[1]["loss"] < history[0]["loss"]
     for name in ("report.html", "evaluation.json", "metrics.jsonl", "samples.jsonl", "config.yaml", "hf"):
@@ -279,7 +279,8 @@ def test_a_killed_and_resumed_run_ends_as_one_left_alone(
     assert timeless(metrics(resumed)) == timeless(metrics(alone))
     assert (resumed / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (alone / "hf" / "model.safetensors").read_bytes()
-    for name in ("answers.json", "evaluation.json", "sft.json"):
+    assert timeless(metrics(resumed / "warm_start")) == timeless(metrics(alone / "warm_start"))
+    for name in ("answers.json", "evaluation.json"):
         assert (resumed / name).read_bytes() == (alone / name).read_bytes()
 
 

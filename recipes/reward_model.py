@@ -1,0 +1,110 @@
+"""A Bradley-Terry reward model: a language model with a scalar head that learns to score the better answer higher.
+
+The probability that an answer is preferred is σ(r_chosen − r_rejected) (Bradley and Terry, Biometrika 39, 1952); the
+loss is its negative logarithm, the mean over pairs (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_ext import checkpoint, optimizer, steps
+from megatron_ext.packing import MicroBatch
+from recipes import records, trainer
+from recipes.algorithms.sequences import Sequences
+from recipes.data import pairs, prompts
+from recipes.data.prompts import PAIR_FIELDS, Row
+from recipes.session import Session
+from recipes.sft import total_steps
+from recipes.statistics import mean_interval
+
+
+def fit(session: Session) -> None:
+    """The steps of ``stage.reward_model``; each has its line in metrics.jsonl. The weights stay in the model.
+
+    Where the run has a checkpoint, the loop goes on behind the newest. At the end ``reward_model.json`` has the
+    accuracy on the held-out pairs and every score of theirs.
+    """
+    config, settings, model = session.config, session.config.stage.reward_model, session.model
+    rows = prompts.load_rows(settings.pairs, PAIR_FIELDS)
+    held_out = prompts.load_rows(settings.held_out, PAIR_FIELDS)
+    count, total = settings.pairs_per_step, total_steps(settings, settings.pairs_per_step, len(rows))
+    loss = partial(bradley_terry, pairs=count, context_group=session.parallel.context_group)
+    optim, schedule = session.build_optimizer(settings, total)
+    folder, done = session.run_dir / "checkpoints", 0
+    if newest := checkpoint.latest(folder):
+        done = checkpoint.load(newest, model, optim, schedule)
+    session.truncate_records(done)
+
+    for step in range(done, total):
+        last = step + 1 == total
+        with session.phase("data"):
+            batch = prompts.shuffled(rows, step * count, count, config.seed)
+            micro_batches = session.micro_batches(both(session, batch), together=2)
+        rate = schedule.get_lr({})
+        with session.phase("train"):
+            found = steps.accumulate_gradients(model, micro_batches, loss)
+            norm = optimizer.step(optim, schedule)
+        metrics = {"step": step + 1, "epoch": (step + 1) * count / len(rows), "learning_rate": rate, "grad_norm": norm}
+        metrics |= {"loss": found["loss"], "accuracy": found["accuracy"], "margin": found["margin"]}
+        if last or (step + 1) % settings.held_out_every == 0:
+            with session.phase("held_out"):
+                report = judge(session, held_out)
+            metrics |= {f"held_out_{name}": report[name] for name in ("loss", "margin")}
+            metrics["held_out_accuracy"] = report["accuracy"]["mean"]
+        session.record(metrics)
+        session.display.progress(step + 1, total, f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.2f}")
+        if last or (step + 1) % config.checkpoint.every_steps == 0:
+            with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
+                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
+    report = judge(session, held_out)
+    if session.rank == 0:
+        records.write_json(session.run_dir / "reward_model.json", report)
+
+
+def both(session: Session, rows: list[Row]) -> list[Any]:
+    """Chosen and rejected of each row, one behind the other."""
+    longest = session.config.parallel.micro_batch_tokens
+    return [sequence for row in rows for sequence in pairs.both(session.prompts, row, longest)]
+
+
+def bradley_terry(
+    values: torch.Tensor, batch: MicroBatch, *, pairs: int, context_group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """−log σ(r_chosen − r_rejected), summed over the micro-batch's pairs and divided by the update's.
+
+    ``values`` [R]: the scores whose tokens are on this context-parallel rank. The margin is made of whole sequences,
+    without gradient; each score takes the loss's derivative by it, −σ(−margin), with its sign.
+    """
+    sequences = Sequences(batch.lengths, context_group)
+    scores = sequences.sum(values)
+    margins = scores[0::2] - scores[1::2]
+    slopes = -torch.sigmoid(-margins) / pairs
+    surrogate = (sequences.spread(torch.stack([slopes, -slopes], dim=1).flatten(), values) * values).sum()
+    parts = pairs * (1 if context_group is None else dist.get_world_size(context_group))  # which all count the same
+    loss = F.softplus(-margins).sum() / parts
+    metrics = {"accuracy": (margins > 0).double().sum() / parts, "margin": margins.sum() / parts}
+    return surrogate - surrogate.detach() + loss.to(surrogate.dtype), metrics
+
+
+def judge(session: Session, rows: list[Row]) -> dict[str, Any]:
+    """Collective: loss, mean margin, the share of pairs ranked right (ties count half) with its interval, scores."""
+    missing = -len(rows) % trainer.sequence_multiple(session.config)
+    sequences = both(session, [*rows, *[rows[0]] * missing])
+    batches = session.micro_batches(sequences, together=2)
+    found = steps.values(session.model, batches)
+    scores = steps.gather_tokens(session.model, batches, found, len(sequences)).double().view(-1, 2)[: len(rows)]
+    margins = scores[:, 0] - scores[:, 1]
+    right = (0.5 + 0.5 * margins.sign()).tolist()
+    return {
+        "accuracy": mean_interval(right, [str(prompts.asked(row)) for row in rows]),
+        "loss": float(F.softplus(-margins).mean()),
+        "margin": float(margins.mean()),
+        "scores": [
+            {"id": row["id"], "chosen": chosen, "rejected": rejected}
+            for row, (chosen, rejected) in zip(rows, scores.tolist(), strict=True)
+        ],
+    }

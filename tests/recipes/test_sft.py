@@ -1,0 +1,166 @@
+"""The SFT stage as a user starts it: equal to transformers' Trainer in any layout, and to itself when it is resumed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes import records
+from recipes.data.prompts import shuffled
+from tests.recipes import tiny
+from tests.recipes.trained_by_transformers import Trained, train
+
+STEPS, ROWS = 5, 6
+SETTINGS = ("stage=sft", "stage.sft.epochs=null", f"stage.sft.steps={STEPS}", f"stage.sft.rows_per_step={ROWS}")
+RATES = ("stage.sft.learning_rate=1e-3", "stage.sft.minimum_fraction=0", "stage.sft.warmup_fraction=0.4")
+RATES += (
+    "stage.sft.decay=cosine",
+    "precision=fp32",
+    "checkpoint.keep=9",
+    "checkpoint.every_steps=1",
+    "rollout.max_response_tokens=60",
+)
+LAYOUTS = {
+    "tp2": ("parallel=tp2_sp", "cluster.ranks=2", "parallel.micro_batch_tokens=400"),
+    "dp2": ("parallel=tp1", "cluster.ranks=2", "parallel.micro_batch_tokens=128"),
+}
+TRAINER = {"learning_rate": 1e-3, "warmup_steps": 2, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0}
+TRAINER |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "weight_decay": 0.01}
+IGNORED = -100
+
+
+def conversations() -> list[dict[str, Any]]:
+    """Answers of 1 to 12 words, and conversations of several turns."""
+    rows: list[dict[str, Any]] = [
+        {"id": f"s{i}", "prompt": f"the task prompt {i}", "response": " ".join(["the answer", *["word"] * i])}
+        for i in range(11)
+    ]
+    for i in range(4):
+        turns = [
+            ("user", f"the prompt {i}"),
+            ("assistant", "<think>so</think>yes"),
+            ("user", "sure?"),
+            ("assistant", f"no {i}"),
+        ]
+        system = [("system", "be brief")] if i % 2 else []
+        rows.append({"id": f"m{i}", "messages": [{"role": r, "content": c} for r, c in system + turns]})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    tiny.make(folder)
+    tiny.write_rows(folder / "sft.jsonl", conversations())
+    tiny.write_rows(folder / "held_out.jsonl", conversations()[9:])
+    return folder
+
+
+def run(twin: Path, run_dir: Path, *options: str) -> Path:
+    tiny.complete(
+        tiny.overrides(twin, run_dir, *SETTINGS, *RATES, f"stage.sft.held_out={twin / 'held_out.jsonl'}", *options)
+    )
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(twin: Path) -> dict[str, Path]:
+    return {name: run(twin, twin / name, *options) for name, options in LAYOUTS.items()}
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return list(records.read_rows(run_dir / "metrics.jsonl"))
+
+
+def labelled(tokenizer: Any, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The whole conversation as the template writes it, with labels on the assistant's words and end of turn alone."""
+    turns = row.get("messages") or [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["response"]},
+    ]
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in turns:
+        head = tokenizer.encode(f"<|im_start|>{turn['role']}\n", add_special_tokens=False)
+        body = tokenizer.encode(turn["content"] + "<|im_end|>", add_special_tokens=False)
+        tail = tokenizer.encode("\n", add_special_tokens=False)
+        learnt = body if turn["role"] == "assistant" else [IGNORED] * len(body)
+        ids += head + body + tail
+        labels += [IGNORED] * len(head) + learnt + [IGNORED] * len(tail)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+
+
+@pytest.fixture(scope="module")
+def expected(twin: Path) -> Trained:
+    model = AutoModelForCausalLM.from_pretrained(twin / "model", dtype=torch.float32, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(twin / "model")
+    rows = shuffled(conversations(), 0, STEPS * ROWS, seed=1)
+    return train(model, [labelled(tokenizer, dict(row)) for row in rows], ROWS, twin / "trainer", **TRAINER)
+
+
+def test_it_starts_no_engine(runs: dict[str, Path]) -> None:
+    for run_dir in runs.values():
+        assert [path.name for path in (run_dir / "logs").glob("engine*")] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_step_equals_transformers_trainer(runs: dict[str, Path], expected: Trained, layout: str) -> None:
+    rows = metrics(runs[layout])
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["learning_rate"] for row in rows] == pytest.approx(expected.learning_rate, rel=1e-12)
+    assert [row["loss"] for row in rows] == pytest.approx(expected.loss, rel=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norm, rel=1e-4)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1, "it learns"
+    assert rows[-1]["epoch"] == STEPS * ROWS / 15
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_weights_behind_all_steps_equal_transformers_trainers(
+    runs: dict[str, Path], expected: Trained, layout: str
+) -> None:
+    found = load_file(runs[layout] / "hf" / "model.safetensors")
+    start = load_file(runs[layout].parent / "model" / "model.safetensors")
+    assert found.keys() == expected.weights.keys()
+    for name, value in expected.weights.items():
+        moved = value - start[name].float()
+        assert float((found[name] - value).norm() / moved.norm()) < 1e-3, name
+
+
+def test_the_held_out_loss_is_the_mean_over_its_answers_tokens(runs: dict[str, Path], twin: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(twin / "model")
+    for run_dir in runs.values():
+        model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32)
+        total, count = 0.0, 0
+        for row in conversations()[9:]:
+            made = labelled(tokenizer, row)
+            learnt = int((made["labels"] != IGNORED).sum())
+            total, count = total + float(model(**made).loss) * learnt, count + learnt
+        *before, last = metrics(run_dir)
+        assert last["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
+        assert all("held_out_loss" not in row for row in before)
+
+
+def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(runs: dict[str, Path], twin: Path) -> None:
+    """A copy of the run is put back to what stood on the disk behind step 2, with a part of step 3's line."""
+    alone, resumed = runs["dp2"], twin / "resumed"
+    shutil.copytree(alone, resumed)
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(resumed / "checkpoints" / f"step_{step:06d}")
+    (resumed / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000002", "step": 2}))
+    lines = (alone / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])
+    shutil.rmtree(resumed / "hf")
+    run(twin, resumed, *LAYOUTS["dp2"], "resume=true")
+    timeless = [
+        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metrics(folder)]
+        for folder in (alone, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    assert (resumed / "hf" / "model.safetensors").read_bytes() == (alone / "hf" / "model.safetensors").read_bytes()
+    assert (resumed / "metrics.jsonl").read_bytes().startswith(b"".join(lines[:2])), "not begun anew"
