@@ -21,7 +21,7 @@ from megatron_ext import hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
 from megatron_ext.collectives import on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
-from megatron_ext.packing import MicroBatch, PackedSequence, pack, plan
+from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
@@ -58,6 +58,7 @@ class Session:
     wandb: Any
     node: int
     nodes: int
+    cost: Cost  # of a sequence of the model
     version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -153,18 +154,22 @@ class Session:
 
     def micro_batches(self, sequences: list[PackedSequence]) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank knows whole."""
-        layout = self.parallel.layout
-        ranks = plan(
-            [round_up(len(s), layout.token_multiple) for s in sequences],
-            self.parallel.data,
-            self.config.parallel.micro_batch_tokens,
-            layout.micro_batch_multiple,
-        )
+        layout, costs = self.parallel.layout, [self.cost.of(s) for s in sequences]
+        tokens = self.config.parallel.micro_batch_tokens
+        ranks = plan(self._lengths(sequences), self.parallel.data, tokens, layout.micro_batch_multiple, costs)
         pad, device = self.tokenizer.pad_token_id or 0, platform.current().device()
         return [
             pack(sequences, indices, self.model.token_multiple, pad, device, layout.context, self.parallel.context_rank)
             for indices in ranks[self.parallel.data_rank]
         ]
+
+    def enough(self, sequences: list[PackedSequence], wanted: int) -> int:
+        """How many of the first sequences, at least ``wanted``, ``micro_batches`` can share out."""
+        tokens, group = self.config.parallel.micro_batch_tokens, self.parallel.layout.micro_batch_multiple
+        return enough(self._lengths(sequences), wanted, self.parallel.data, tokens, group)
+
+    def _lengths(self, sequences: list[PackedSequence]) -> list[int]:
+        return [round_up(len(s), self.parallel.layout.token_multiple) for s in sequences]
 
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
@@ -207,7 +212,8 @@ def open_session(config: Config) -> Iterator[Session]:
             settings = models.ModelSettings(
                 trainer.precision(c), c.parallel.recompute, c.parallel.distributed_optimizer, tuple(c.model.frozen)
             )
-            model = models.build(hf_checkpoint.config(c.model.path), layout, settings)
+            hf_config = hf_checkpoint.config(c.model.path)
+            model = models.build(hf_config, layout, settings)
             hf_checkpoint.load(model.shards, c.model.path)
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
         with display.stage("vLLM: engines ready"):
@@ -250,6 +256,7 @@ def open_session(config: Config) -> Iterator[Session]:
             wandb,
             node,
             nodes,
+            cost_of(hf_config, c.model.frozen),
         )
 
 
