@@ -419,7 +419,8 @@ def check(config: Config) -> None:
         raise ConfigError(str(error)) from error
     if c.precision.name == "fp8" and c.cluster.platform == "cpu":
         raise ConfigError("precision.name='fp8': needs a GPU with FP8 (H100 or newer); use precision=bf16 on a CPU")
-    longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
+    cuts = trainer.layout(c).token_multiple
+    longest = -(-(c.data.max_prompt_tokens + c.rollout.max_response_tokens) // cuts) * cuts
     if c.parallel.micro_batch_tokens < longest:
         raise ConfigError(
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "

@@ -12,8 +12,7 @@ import torch
 
 from megatron_ext import checkpoint, optimizer, steps
 from megatron_ext.packing import MicroBatch, PackedSequence, VisionInputs
-from megatron_ext.weight_map import round_up
-from recipes import records, trainer
+from recipes import records
 from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import Outcomes, per_token
 from recipes.algorithms.parts import part
@@ -93,7 +92,7 @@ def fit(session: Session, reference: Path) -> None:
                     advantages[i : i + size],
                     token_weights(aggregation, sequences[i : i + size], rewards.flatten()[i : i + size].tolist()),
                     algorithm.skip_zero_advantage,
-                    trainer.sequence_multiple(config),
+                    session.enough,
                 )
                 for i in range(0, len(samples), size)
             ]
@@ -254,12 +253,13 @@ def contributing(
     advantages: list[list[float]],
     weights: list[list[float]],
     skip_zero_advantage: bool,
-    multiple: int,
+    enough: Callable[[list[PackedSequence], int], int],
 ) -> list[PackedSequence]:
     """The sequences to train on, with their tokens' advantages and weights; the weights stay those of *all* samples.
 
     A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes
-    and drops only their KL term. Some are kept to make a multiple of ``multiple`` (``trainer.sequence_multiple``).
+    and drops only their KL term. Some are kept where the others are too few for every rank (``enough``: how many of
+    the first sequences, at least so many, do).
     """
     weighted = [
         replace(s, values={**s.values, "advantage": advantage, "weight": weight})
@@ -269,7 +269,8 @@ def contributing(
         return weighted
     order = sorted(range(len(weighted)), key=lambda i: not any(advantages[i]))  # stable: the useful ones first
     wanted = max(1, sum(map(any, advantages)))
-    return [weighted[i] for i in order[: round_up(wanted, multiple)]]
+    ordered = [weighted[i] for i in order]
+    return ordered[: enough(ordered, wanted)]
 
 
 def record(

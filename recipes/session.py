@@ -21,7 +21,7 @@ from megatron_ext import hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
 from megatron_ext.collectives import on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
-from megatron_ext.packing import MicroBatch, PackedSequence, pack, plan
+from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
@@ -61,6 +61,7 @@ class Session:
     wandb: Any
     node: int
     nodes: int
+    cost: Cost  # of a sequence of the model
     version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -162,12 +163,12 @@ class Session:
         """This data-parallel rank's packed micro-batches of a batch that every rank knows whole. So many successive
         sequences stay ``together``."""
         layout = self.parallel.layout
-        lengths = [round_up(len(s), layout.token_multiple) for s in sequences]
         ranks = plan(
-            [sum(lengths[i : i + together]) for i in range(0, len(lengths), together)],
+            _sums(self._lengths(sequences), together),
             self.parallel.data,
             self.config.parallel.micro_batch_tokens,
             layout.micro_batch_multiple,
+            _sums([self.cost.of(s) for s in sequences], together),
         )
         pad, device = self.tokenizer.pad_token_id or 0, platform.current().device()
         return [
@@ -182,6 +183,14 @@ class Session:
             )
             for indices in ranks[self.parallel.data_rank]
         ]
+
+    def enough(self, sequences: list[PackedSequence], wanted: int) -> int:
+        """How many of the first sequences, at least ``wanted``, ``micro_batches`` can share out."""
+        tokens, group = self.config.parallel.micro_batch_tokens, self.parallel.layout.micro_batch_multiple
+        return enough(self._lengths(sequences), wanted, self.parallel.data, tokens, group)
+
+    def _lengths(self, sequences: list[PackedSequence]) -> list[int]:
+        return [round_up(len(s), self.parallel.layout.token_multiple) for s in sequences]
 
     def example(self, row: Row) -> examples.Example:
         """An SFT row's tokens. Raises ConfigError naming a row that can't be used."""
@@ -238,7 +247,8 @@ def open_session(config: Config) -> Iterator[Session]:
             layout = parallel.initialize(trainer.layout(c), c.seed, c.cluster.timeout)
             stack.callback(parallel.destroy)
             control = parallel.control_group()
-            model = models.build(hf_checkpoint.config(c.model.path), layout, model_settings(c))
+            hf_config = hf_checkpoint.config(c.model.path)
+            model = models.build(hf_config, layout, model_settings(c))
             hf_checkpoint.load(model.shards, c.model.path)
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
         bridge = None
@@ -283,6 +293,7 @@ def open_session(config: Config) -> Iterator[Session]:
             wandb,
             node,
             nodes,
+            cost_of(hf_config, c.model.frozen),
         )
 
 
@@ -333,6 +344,11 @@ def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     begin, end = (tuple(tokenizer.encode(mark, add_special_tokens=False)) for mark in config.rollout.thinking_marks)
     return begin, end
+
+
+def _sums(values: list[int], count: int) -> list[int]:
+    """Of so many successive values each."""
+    return [sum(values[i : i + count]) for i in range(0, len(values), count)]
 
 
 def wait_until_ready(engines: list[Engine], deadline: float) -> None:

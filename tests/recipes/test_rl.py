@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ext.packing import PackedSequence, pack, plan
+from megatron_ext.packing import PackedSequence, enough, pack, plan
 from recipes.algorithms.aggregation import sequence_mean_token_mean
 from recipes.rl import contributing, packed, token_weights
 from rollout.sample import Sample
@@ -31,15 +31,21 @@ def samples() -> list[Sample]:
     return made
 
 
-def chosen(samples: list[Sample], advantages: list[float], skip: bool, multiple: int) -> list[PackedSequence]:
+def chosen(
+    samples: list[Sample], advantages: list[float], skip: bool, ranks: int = 1, limit: int = 48
+) -> list[PackedSequence]:
     sequences = [packed(s, None) for s in samples]
     of_tokens = [[a] * len(s.response) for a, s in zip(advantages, sequences, strict=True)]
     weights = token_weights(sequence_mean_token_mean, sequences, [0.0] * len(samples))
-    return contributing(sequences, of_tokens, weights, skip, multiple)
+
+    def planned(ordered: list[PackedSequence], wanted: int) -> int:
+        return enough([len(s) for s in ordered], wanted, ranks, limit)
+
+    return contributing(sequences, of_tokens, weights, skip, planned)
 
 
 def test_the_packed_ids_are_the_sampled_ids(samples: list[Sample]) -> None:
-    sequences = chosen(samples, [0.5] * 6, False, 1)
+    sequences = chosen(samples, [0.5] * 6, False)
     found: dict[int, tuple[list[int], list[int], list[float]]] = {}
     for indices in plan([len(s) for s in sequences], 1, 48)[0]:
         batch = pack(sequences, indices, 2, 0, "cpu")
@@ -58,7 +64,7 @@ def test_the_packed_ids_are_the_sampled_ids(samples: list[Sample]) -> None:
 
 
 def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(samples: list[Sample]) -> None:
-    sequences = chosen(samples, [0.5] * 6, False, 1)
+    sequences = chosen(samples, [0.5] * 6, False)
     for sequence in sequences:
         assert sum(sequence.values["weight"]) == pytest.approx(1 / 6)
         assert sequence.values["advantage"] == [0.5] * len(sequence.response)
@@ -66,12 +72,20 @@ def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(sample
 
 def test_leaving_out_zero_advantages_leaves_the_other_weights(samples: list[Sample]) -> None:
     advantages = [0.0, 1.0, 0.0, 0.0, -1.0, 0.0]
-    every = chosen(samples, advantages, False, 1)
-    found = chosen(samples, advantages, True, 2)
-    assert found == [every[1], every[4]]
-    assert chosen(samples, advantages, True, 3) == [every[1], every[4], every[0]], "filled up for three ranks"
+    every = chosen(samples, advantages, False)
+    assert chosen(samples, advantages, True, ranks=1) == chosen(samples, advantages, True, ranks=2) == every[1:5:3]
+    assert chosen(samples, advantages, True, ranks=3) == [every[1], every[4], every[0]], "filled up for three ranks"
     none = [0.0] * 6
-    assert chosen(samples, none, True, 2) == chosen(samples, none, False, 1)[:2], "no rank goes without"
+    assert chosen(samples, none, True, ranks=2) == chosen(samples, none, False)[:2], "no rank goes without"
+
+
+def test_three_sequences_for_two_ranks_are_filled_up_only_where_a_micro_batch_takes_one(samples: list[Sample]) -> None:
+    advantages = [0.0, 1.0, 1.0, 0.0, -1.0, 0.0]
+    every = chosen(samples, advantages, False)
+    useful = [every[i] for i in (1, 2, 4)]
+    longest = max(map(len, every))
+    assert chosen(samples, advantages, True, ranks=2, limit=2 * longest) == useful
+    assert chosen(samples, advantages, True, ranks=2, limit=longest) == [*useful, every[0]]
 
 
 def test_a_sample_without_a_reward_weighs_nothing_and_the_others_what_they_would_without_it(
