@@ -56,8 +56,8 @@ class MeasuredSession(Session):
             references = all_gather_json(self._references(), self.control)
             self.answers["training"].append(from_rank_zero(lambda: self._train_plain(references), self.control))
 
-    def micro_batches(self, sequences: list[PackedSequence]) -> list[MicroBatch]:
-        self.sequences, self.packed = sequences, super().micro_batches(sequences)
+    def micro_batches(self, sequences: list[PackedSequence], together: int = 1) -> list[MicroBatch]:
+        self.sequences, self.packed = sequences, super().micro_batches(sequences, together)
         return self.packed
 
     def _generate_bare(self) -> dict[str, Any]:
