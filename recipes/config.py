@@ -146,6 +146,7 @@ class RolloutConfig:
     kv_cache_gib: float
     threads: int
     startup_timeout: float
+    stall_timeout: float
     staleness: int
     oversample: float
     max_step_tokens: Optional[int]  # noqa: UP045
@@ -375,6 +376,7 @@ def check(config: Config) -> None:
         "rollout.sync_bucket_mib": c.rollout.sync_bucket_mib,
         "rollout.sync_verify_every": c.rollout.sync_verify_every,
         "rollout.temperature": c.rollout.temperature,
+        "rollout.stall_timeout": c.rollout.stall_timeout,
         "data.max_prompt_tokens": c.data.max_prompt_tokens,
         "data.images.min_pixels": c.data.images.min_pixels,
         "data.images.max_pixels": c.data.images.max_pixels,
@@ -424,7 +426,7 @@ def check(config: Config) -> None:
     if c.parallel.micro_batch_tokens < longest:
         raise ConfigError(
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
-            f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
+            "(data.max_prompt_tokens + rollout.max_response_tokens, cut for parallel.context); use at least that"
         )
     check_supervised(c)
     multiple = trainer.sequence_multiple(c)

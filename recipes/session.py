@@ -330,6 +330,7 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
         device=c.cluster.platform,
         thinking=thinking_marks(c),
         sleep=c.rollout.sleep,
+        stall_timeout=c.rollout.stall_timeout,
     )
     if c.cluster.platform == "cpu":
         return [shared] * count

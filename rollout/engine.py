@@ -11,8 +11,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from rollout.sample import Request, Sample, Sampling
 
 LOG_TAIL_BYTES = 4000
+STALL_POLLS = 20
 
 
 class EngineError(RuntimeError):
@@ -27,7 +30,8 @@ class EngineError(RuntimeError):
 
 
 class EngineDied(EngineError):
-    """An engine's process ended in the middle of a batch. What it has not finished can be asked of another."""
+    """An engine's process ended in the middle of a batch, or hung and was killed. What it has not finished can be asked
+    of another."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class EngineSettings:
     ``kv_cache_gib`` is the key-value cache per worker in GiB; ``threads`` the OpenMP threads per worker (CPU only).
     ``devices`` are the node's GPUs, the engine's own first: it sees the others too, to read trainer weights there.
     ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``); ``sleep``
-    lets the engine give its GPU memory back between batches. Raises ValueError for impossible values.
+    lets the engine give its GPU memory back between batches. An engine at work that makes no progress for
+    ``stall_timeout`` seconds is killed (``Engine._watched``); None: never. Raises ValueError for impossible values.
     """
 
     model: str
@@ -54,6 +59,7 @@ class EngineSettings:
     devices: tuple[int, ...] = ()
     thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     sleep: bool = False
+    stall_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if not Path(self.model, "config.json").is_file():
@@ -76,6 +82,8 @@ class EngineSettings:
             raise ValueError(f"rollout.thinking={self.thinking!r}: give the token ids of both marks, or null")
         if self.sleep and self.device == "cpu":
             raise ValueError("rollout.sleep=true: vLLM has no sleep mode on a CPU; use false there")
+        if self.stall_timeout is not None and self.stall_timeout <= 0:
+            raise ValueError(f"rollout.stall_timeout={self.stall_timeout}: must be above 0 seconds")
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:
@@ -191,8 +199,12 @@ class Engine:
         All requests enter the engine between the same two of its steps: the same requests on the same weights give the
         same bits, as long as no other batch runs at the same time.
         Raises EngineError before the first sync, after a failed one, and for a request that does not fit; EngineDied
-        when the engine dies or breaks off (it is killed then).
+        when the engine dies, breaks off or hangs (it is killed then).
         """
+        with self._watched():
+            yield from self._generate(requests, sampling, enough)
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling, enough: int | None) -> Iterator[Sample]:
         body = {"requests": [request.to_json() for request in requests], "sampling": asdict(sampling), "enough": enough}
         begun = {request.key: request.begun for request in requests}
         connection = self._connect(timeout=None)
@@ -216,7 +228,14 @@ class Engine:
             connection.close()
 
     def call(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> dict[str, Any]:
-        """One JSON request and its JSON answer; ``timeout`` in seconds. Raises EngineError."""
+        """One JSON request and its JSON answer; ``timeout`` in seconds, None: until the engine dies or hangs. Raises
+        EngineError."""
+        if timeout is None:
+            with self._watched():
+                return self._call(method, path, body, timeout)
+        return self._call(method, path, body, timeout)
+
+    def _call(self, method: str, path: str, body: Any, timeout: float | None) -> dict[str, Any]:
         connection = self._connect(timeout)
         try:
             return json.loads(self._send(connection, method, path, body).read())
@@ -224,6 +243,45 @@ class Engine:
             raise EngineError(self._describe(f"{method} {path} failed: {error!r}")) from error
         finally:
             connection.close()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Kill the engine when it makes no progress during the block, which then raises EngineDied.
+
+        Progress is a step of vLLM, a request taken in or a command done (a sync counts as one), as ``/health`` tells,
+        which a thread of the engine answers while the main thread works. So a slow engine is never killed unless a
+        single step takes longer than ``stall_timeout``. It is found after one to two times that: polls are counted,
+        not seconds, because a trainer that was stopped itself must not take its own pause for the engine's.
+        """
+        if (limit := self.settings.stall_timeout) is None:
+            yield
+            return
+        ended, hung = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            progress, idle = None, 0
+            while idle < STALL_POLLS:
+                if ended.wait(limit / STALL_POLLS):
+                    return
+                try:
+                    now = self._call("GET", "/health", None, timeout=limit / STALL_POLLS)["progress"]
+                except EngineError:  # silent, or dead, which the block finds out itself
+                    now = progress
+                progress, idle = now, idle + 1 if now == progress else 0
+            if not ended.is_set():
+                hung.set()
+                self.kill()
+
+        threading.Thread(target=watch, name="stall watch", daemon=True).start()
+        try:
+            yield
+        except EngineError as error:
+            if not hung.is_set():
+                raise
+            what = f"made no progress for rollout.stall_timeout={limit:g} seconds and was killed"
+            raise EngineDied(self._describe(what)) from error
+        finally:
+            ended.set()
 
     def kill(self) -> None:
         """End the process at once; its workers die with it."""

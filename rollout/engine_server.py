@@ -130,6 +130,7 @@ class EngineLoop:
         self.commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self.sinks: dict[str, Callable[[Any], None]] = {}
         self.next_id = 0
+        self.progress = 0
         self.asleep: set[str] = set()
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
@@ -161,6 +162,7 @@ class EngineLoop:
             "stale": self.weights.stale,
             "workers": self.settings.tensor_parallel_size,
             "unfinished_requests": len(self.sinks),
+            "progress": self.progress,  # steps, requests taken in and commands done so far
             "asleep": sorted(self.asleep),
             # Of all requests so far; the second counts those that came from the prefix cache.
             "prompt_tokens": self.prompt_tokens,
@@ -193,6 +195,7 @@ class EngineLoop:
         for request in requests:
             if request["prompt_id"] not in inputs:
                 inputs[request["prompt_id"]] = engine_input(self.llm.renderer, request)
+                self.progress += 1
         if not self.llm.has_unfinished_requests():
             # What earlier batches left in the prefix cache would change the composition of this one's steps, and images
             # in the encoder cache were seen by earlier weights.
@@ -276,6 +279,7 @@ class EngineLoop:
         except Exception as error:  # the client is told; the engine goes on
             traceback.print_exc()
             future.set_exception(error)
+        self.progress += 1
 
     def _finish(self, batch: "Batch", request: dict[str, Any], output: Any) -> None:
         self.prompt_tokens += len(output.prompt_token_ids)
@@ -290,6 +294,7 @@ class EngineLoop:
         for output in self.llm.step():
             if output.finished and output.request_id in self.sinks:
                 self.sinks.pop(output.request_id)(output)
+        self.progress += 1
 
 
 def engine_input(renderer: Any, request: dict[str, Any]) -> Any:

@@ -59,6 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         max_num_batched_tokens=512,
         kv_cache_gib=0.05,
         thinking=(THINK, ANSWER),
+        stall_timeout=5.0,
     )
     engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -220,14 +221,16 @@ def test_a_killed_engines_samples_are_made_by_the_other(world: World) -> None:
     assert [s for s in survived if s.key in own] == [s for s in undisturbed if s.key in own], "bit for bit"
 
 
-def test_when_no_engine_is_left_one_is_started_and_synced_and_makes_the_batch(world: World) -> None:
+def test_an_engine_that_hangs_is_killed_started_again_and_synced_and_makes_the_batch(world: World) -> None:
+    """The last one, stopped in the middle of a batch: alive, and silent."""
     (version,) = {sample.weight_version for sample in world.samples()}
     requests = make_requests(PROMPTS, 4, seed=1, step=0)
     first = threading.Event()
     generation = Generation(Fleet(world.engines), requests, SAMPLING, lambda sample: first.set())
     assert first.wait(30)
-    os.kill(world.engines[0].pid, signal.SIGKILL)
-    world.engines[0].process.wait()
+    os.kill(world.engines[0].pid, signal.SIGSTOP)
+    with pytest.raises(EngineDied, match=r"made no progress for rollout\.stall_timeout=5 seconds and was killed"):
+        generation.running.result(30)
     with pytest.raises(EngineDied, match="none of the 2 engines is alive"):
         world.samples()
     samples = generation.collect(dist.group.WORLD, lambda: world.revive(version + 1))[0]

@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,28 @@ def test_a_simulated_engine_answers_as_a_real_one(world: World) -> None:
     answer = engine.call("POST", "/weights/layout", {"tensors": shapes})["workers"]
     real = [[ParameterLayout.from_json(parameter) for parameter in worker] for worker in answer]
     assert layouts(engine.settings.model, engine.settings.dtype, 2, 1, shapes) == real
+
+
+def test_an_engine_that_answers_but_makes_no_step_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its two workers is stopped in the middle of a batch. In place of the kill the worker may go on, and the
+    batch is that of an undisturbed engine; one that goes on in time is left alone."""
+    untied = world.untied
+    engine = ForeignEngine(replace(untied.settings, stall_timeout=3), untied.log_path, untied.pid, untied.port)
+    undisturbed = sample(untied)
+    killed: list[int] = []
+    _, worker = (p for p in psutil.Process(engine.pid).children() if "Worker" in p.name())
+
+    def go_on() -> None:
+        killed.append(engine.health()["progress"])
+        worker.resume()
+
+    monkeypatch.setattr(engine, "kill", go_on)
+    for pause in (1.0, None):
+        worker.suspend()
+        if pause is not None:
+            threading.Timer(pause, worker.resume).start()
+        assert sample(engine) == undisturbed
+        assert len(killed) == (pause is None)
 
 
 def mapped_shared_memory(pid: int) -> list[str]:
