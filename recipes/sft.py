@@ -8,6 +8,7 @@ from megatron_ext import optimizer, steps
 from megatron_ext.packing import MicroBatch, PackedSequence
 from recipes.algorithms.aggregation import sequence_mean_token_mean
 from recipes.data import prompts
+from recipes.data.episodes import episode_tokens
 from recipes.session import Session
 
 
@@ -20,8 +21,9 @@ def fit(session: Session) -> list[dict[str, Any]]:
     history = []
     for step in range(config.steps):
         batch = prompts.shuffled(rows, step * config.rows_per_step, config.rows_per_step, session.config.seed)
-        answers = [prompts.response_tokens(session.tokenizer, row) for row in batch]
-        weights = sequence_mean_token_mean([len(answer) for answer in answers])
+        answers, learnt = zip(*(episode_tokens(session.tokenizer, row) for row in batch), strict=True)
+        of_learnt = [iter(weight) for weight in sequence_mean_token_mean([sum(own) for own in learnt])]
+        weights = [[next(w) if own else 0.0 for own in each] for w, each in zip(of_learnt, learnt, strict=True)]
         asked = [session.prompts(row) for row in batch]
         sequences = [
             PackedSequence(list(a.prompt.token_ids), answer, {"weight": weight}, a.vision)
