@@ -95,21 +95,20 @@ class Generation:
             worker.shutdown(wait=False)
 
     def _generate(self) -> None:
-        ended = True
-        while ended:  # turns; without an environment there are none
-            ended = False
+        while True:  # a round of turns; without an environment there is one
             waiting: list[Future[Sample]] = []
             requests = [self._next_turn(request) for request in self.own]
             try:
                 for sample in sampler.stream(self.engines, requests, self.sampling, self.enough, self.samples.keys()):
                     if sample.finish_reason == "turn" and self.turns is not None:
-                        ended = True
                         waiting.append(self.replies.submit(self.turns.go_on, sample, self.sampling.max_tokens))
                     else:
                         self._keep(sample)
             finally:  # an engine's death takes no turn that has ended
                 for reply in waiting:
                     self._keep(reply.result())
+            if not waiting:
+                return
 
     def _next_turn(self, request: Request) -> Request:
         """The request, going on from the turns there are, with noise of its own."""

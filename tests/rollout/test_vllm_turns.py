@@ -5,10 +5,10 @@ The tests share the engines and run in order: the last ones kill them.
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
-from rollout.environment import Segment, Turns, Unavailable, segments
+from rollout.environment import Turns, segments
 from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import make_requests, stream
 from rollout.weight_sync.bridge import WeightBridge
 from tests.recipes.tiny import make_tokenizer
+from tests.rollout.letters import Letters, answer
 from tests.rollout.twins import Twin, tensor_parallel_shards
 
 TWIN = Twin(heads=4, kv_heads=2, vocab=300, tied=False, bias=False, dtype=torch.float32)
@@ -30,30 +31,6 @@ PROMPTS = [Prompt(f"p{i}", tuple(8 + (7 * i + j) % 200 for j in range(70 - 20 * 
 REQUESTS = make_requests(PROMPTS, 4, seed=1, step=0)
 MAX_TURNS = 3
 STARTUP_SECONDS = 300
-
-
-@dataclass
-class Letters:
-    """Replies behind each of these letters with how much was said, which a random model often writes."""
-
-    stops: Sequence[str] = tuple("etaoinshr")
-    on_reply: Any = None
-    replied: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def reply(self, segments: Sequence[Segment]) -> str:
-        with self.lock:
-            self.replied += 1
-            if self.on_reply is not None:
-                self.on_reply(self.replied)
-        return answer(segments)
-
-    def check(self) -> None:
-        pass
-
-
-def answer(segments: Sequence[Segment]) -> str:
-    return f"<{len(segments)} pieces, {sum(len(segment.text) for segment in segments)} characters>"
 
 
 @dataclass
@@ -122,19 +99,19 @@ def test_the_environment_s_tokens_stand_where_a_turn_ended_and_all_others_are_sa
     turns, kept = 0, 0
     for sample in samples:
         said = segments(world.tokenizer, sample)
-        assert sample.forced == tuple(i for i in range(len(sample.logprobs)) if sample.logprobs[i] == 0)
-        position = 0
-        for place, segment in enumerate(said):
-            if segment.by_environment:
-                reply = world.tokenizer.encode(answer(said[:place]), add_special_tokens=False)
-                position = sample.forced[turns_tokens(world, said[:place])]
-                assert list(sample.response_token_ids[position : position + len(reply)]) == reply
-                assert segment.text == answer(said[:place])
-                turns += 1
+        assert sample.forced == tuple(i for i, logprob in enumerate(sample.logprobs) if logprob == 0)
+        pieces = [
+            (own, [token for _, token in run])
+            for own, run in groupby(enumerate(sample.response_token_ids), key=lambda at: at[0] not in sample.forced)
+        ]
+        for place, (own, ids) in enumerate(pieces):
+            if own:
+                assert not stopped(world, ids[:-1]), "a turn ends with the first token that completes a stop"
+                assert place + 1 == len(pieces) or stopped(world, ids)
             else:
-                body = segment.text[:-1]  # the token that ends a turn may be of several letters
-                assert place + 1 == len(said) or any(letter in segment.text[-4:] for letter in Letters().stops)
-                assert not any(letter in body[:-4] for letter in Letters().stops)
+                assert ids == world.tokenizer.encode(answer(said[:place]), add_special_tokens=False)
+                assert said[place].text == answer(said[:place])
+                turns += 1
         assert sum(segment.by_environment for segment in said) <= MAX_TURNS
         assert sample.finish_reason in ("stop", "length", "turns")
         assert len(sample.response_token_ids) <= SAMPLING.max_tokens
@@ -147,10 +124,8 @@ def test_the_environment_s_tokens_stand_where_a_turn_ended_and_all_others_are_sa
     assert {sample.finish_reason for sample in samples} >= {"turns"}
 
 
-def turns_tokens(world: World, before: Sequence[Segment]) -> int:
-    """How many forced tokens there are in these segments."""
-    replies = [segment.text for segment in before if segment.by_environment]
-    return sum(len(world.tokenizer.encode(reply, add_special_tokens=False)) for reply in replies)
+def stopped(world: World, ids: Sequence[int]) -> bool:
+    return any(letter in world.tokenizer.decode(ids, skip_special_tokens=True) for letter in Letters().stops)
 
 
 def test_the_same_requests_give_the_same_bits_whatever_the_environment_s_pace(world: World) -> None:
@@ -158,13 +133,7 @@ def test_the_same_requests_give_the_same_bits_whatever_the_environment_s_pace(wo
 
 
 def test_a_failed_reply_marks_its_sample_and_no_other(world: World) -> None:
-    class Fails(Letters):
-        def reply(self, segments: Sequence[Segment]) -> str:
-            if len(segments) > 2:
-                raise Unavailable("gone")
-            return super().reply(segments)
-
-    samples = world.episodes(Fails())
+    samples = world.episodes(Letters(fails=True))
     failed = {sample.key for sample in samples if sample.finish_reason == "failed"}
     for sample, whole in zip(samples, world.undisturbed, strict=True):
         assert (sample.failure == "gone") == (sample.key in failed)
