@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent
 COMMON = [
     "accelerate",
     "aiohttp",
+    "bm25s",
     "datasets",
     "gguf",
     "hydra-core",

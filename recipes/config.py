@@ -135,6 +135,15 @@ class PrecisionConfig:
 
 
 @dataclass
+class EnvironmentConfig:
+    """``settings`` are the keywords of the environment's function (``rollout.environment``)."""
+
+    name: Optional[str]  # noqa: UP045
+    max_turns: int
+    settings: dict[str, Any]
+
+
+@dataclass
 class RolloutConfig:
     engines: int
     tensor: int
@@ -152,6 +161,7 @@ class RolloutConfig:
     max_step_tokens: Optional[int]  # noqa: UP045
     thinking_budget: Optional[int]  # noqa: UP045
     thinking_marks: list[str]
+    environment: EnvironmentConfig
     sleep: bool
     sync_bucket_mib: int
     sync_verify_every: int
@@ -344,6 +354,13 @@ def check_rollout(c: Config) -> None:
         )
     if r.thinking_budget is not None and len(r.thinking_marks) != 2:
         raise ConfigError(f"rollout.thinking_marks={r.thinking_marks}: give what begins and what ends the thinking")
+    if r.environment.max_turns < 1:
+        raise ConfigError(f"rollout.environment.max_turns={r.environment.max_turns}: use 1 or more")
+    if r.environment.name is not None and (r.oversample > 1 or r.thinking_budget is not None):
+        raise ConfigError(
+            f"rollout.environment.name={r.environment.name!r}: its turns are made in rounds, whole, and its tokens are "
+            "the only forced ones: use rollout.oversample=1 and rollout.thinking_budget=null"
+        )
 
 
 def check(config: Config) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 from recipes.data import prompts
 from recipes.session import Session
 from recipes.statistics import mean_interval, paired_difference
-from rewards import mixing
-from rewards.verdict import to_json
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
 from rollout.sample import Sample
 
@@ -70,8 +68,7 @@ def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dic
     """What the verifiers that score this kind of row say, as JSON; runs beside the engines in several threads."""
     row = rows[sample.prompt_id]
     names = [name for name, kinds in session.config.data.scores.items() if row["kind"] in kinds]
-    (judged,) = mixing.judge_all([(row, session.text(sample), names)], session.verifiers)
-    return {name: to_json(judgement) for name, judgement in judged.items()}
+    return session.judge(row, sample, names)
 
 
 def summary(answers: Answers, names: list[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from recipes.data.processor import ProcessedPrompt
 from recipes.session import Session
 from rewards import mixing, objectives
 from rewards.verdict import Judgement, from_json, or_nan, to_json
+from rewards.verifiers import search
 from rollout.pool import Pool, Rollout
 from rollout.sample import Sample
 
@@ -124,6 +125,7 @@ def fit(session: Session, reference: Path) -> None:
             "reward_failed": failed,
             "constraint/multiplier": constraint["multiplier"],
             **{f"reward/{name}": score for name, score in mixing.verifier_means(judged).items()},
+            **search.metrics(judged, constraint["multiplier"]),
             "kl/reference": sums["kl"] / trained_tokens,
             **mismatch.report(sums),
             **({"entropy": sums["entropy"] / trained_tokens} if "entropy" in sums else {}),
@@ -164,9 +166,7 @@ def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
 def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dict[str, Any]:
     """What the verifiers of its label say of a sample, as JSON; runs beside the engines in several threads."""
     row = rows[sample.prompt_id]
-    names = mixing.label_weights(row, session.config.rewards.mix)
-    (judged,) = mixing.judge_all([(row, session.text(sample), names)], session.verifiers)
-    return {name: to_json(judgement) for name, judgement in judged.items()}
+    return session.judge(row, sample, list(mixing.label_weights(row, session.config.rewards.mix)))
 
 
 def collect(
@@ -195,7 +195,7 @@ def collect(
             weights = objectives.constrained_weights(
                 mixing.label_weights(row, rewarding.mix), rewarding.constraint, constraint
             )
-            mixed = objectives.group_rewards(judged, weights, rewarding.normalise)
+            mixed = objectives.group_rewards(judged, weights, rewarding.normalise, rewarding.gate)
             samples = [made.samples[i] for i in indices]
             groups.append(Group(row, made.asked.vision, samples, judged, list(map(or_nan, mixed))))
         rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
@@ -206,7 +206,8 @@ def collect(
 
 def packed(sample: Sample, vision: VisionInputs | None) -> PackedSequence:
     """A sample as the trainer takes it: exactly the ids that were sampled, and which of them were not but forced."""
-    sampled = [float(i not in sample.forced) for i in range(len(sample.response_token_ids))]
+    forced = set(sample.forced)
+    sampled = [float(i not in forced) for i in range(len(sample.response_token_ids))]
     values = {"rollout": sample.logprobs, "sampled": sampled}
     return PackedSequence(list(sample.prompt_token_ids), list(sample.response_token_ids), values, vision)
 

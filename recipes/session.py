@@ -28,13 +28,13 @@ from recipes import records, trainer
 from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
-from recipes.data.prompts import Row
 from recipes.display import Display
 from rewards import mixing
 from rewards.client import Client
-from rewards.verdict import Verifier
+from rewards.verdict import Failure, Row, Verifier, to_json
 from rollout import sampler
 from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.environment import Turns, open_environment, segments
 from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.weight_sync.bridge import WeightBridge
@@ -42,9 +42,9 @@ from rollout.weight_sync.bridge import WeightBridge
 
 @dataclass
 class Session:
-    """One run on this rank. ``engines``: those of this node, on its first rank, else none, and ``verifiers`` alike;
-    ``node`` of ``nodes``; ``control`` is a gloo group of all ranks. Stages that don't generate have no engines and
-    no ``bridge``."""
+    """One run on this rank. ``engines``: those of this node, on its first rank, else none, ``verifiers`` and ``turns``
+    (an environment's) alike; ``node`` of ``nodes``; ``control`` is a gloo group of all ranks. Stages that don't
+    generate have no engines and no ``bridge``."""
 
     config: Config
     run_dir: Path
@@ -58,6 +58,7 @@ class Session:
     bridge: WeightBridge | None
     control: dist.ProcessGroup
     verifiers: dict[str, Verifier]
+    turns: Turns | None
     wandb: Any
     node: int
     nodes: int
@@ -128,7 +129,7 @@ class Session:
 
     @property
     def fleet(self) -> Fleet:
-        return Fleet(self.engines, self.node, self.nodes)
+        return Fleet(self.engines, self.node, self.nodes, self.turns)
 
     def sampling(self, temperature: float, round_tokens: int | None = None) -> Sampling:
         c = self.config.rollout
@@ -158,6 +159,18 @@ class Session:
     def text(self, sample: Sample) -> str:
         """The response as a reader sees it. For verifiers and people only: training uses the token ids."""
         return self.tokenizer.decode(sample.response_token_ids, skip_special_tokens=True).strip()
+
+    def judge(self, row: Row, sample: Sample, names: list[str]) -> dict[str, Any]:
+        """What the named verifiers say of a sample, as JSON; runs beside the engines in several threads.
+
+        With an environment the row also has the response's ``segments``; where that failed, all verifiers have.
+        """
+        if sample.failure:
+            return {name: to_json(Failure(sample.failure)) for name in names}
+        if self.turns is not None:
+            row = {**row, "segments": segments(self.tokenizer, sample)}
+        (judged,) = mixing.judge_all([(row, self.text(sample), names)], self.verifiers)
+        return {name: to_json(judgement) for name, judgement in judged.items()}
 
     def micro_batches(self, sequences: list[PackedSequence], together: int = 1) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank knows whole. So many successive
@@ -237,6 +250,11 @@ def open_session(config: Config) -> Iterator[Session]:
             names = {*mixing.verifier_names(c.rewards.mix), *c.data.scores}
             client = stack.enter_context(Client(mixing.servers_of(names, c.rewards), c.rewards.client))
             verifiers = mixing.open_verifiers(names, c.rewards, client)
+        turns: Turns | None = None
+        if settings_of_engines and c.rollout.environment.name is not None:
+            replies = open_environment(c.rollout.environment.name, c.rollout.environment.settings)
+            tokenizer = AutoTokenizer.from_pretrained(c.model.path)
+            turns = Turns(replies, tokenizer, c.rollout.environment.max_turns)
         engines: list[Engine] = []
         stack.callback(stop_engines, engines)
         for i, its in enumerate(settings_of_engines):
@@ -290,6 +308,7 @@ def open_session(config: Config) -> Iterator[Session]:
             bridge,
             control,
             verifiers,
+            turns,
             wandb,
             node,
             nodes,
@@ -331,6 +350,7 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
         thinking=thinking_marks(c),
         sleep=c.rollout.sleep,
         stall_timeout=c.rollout.stall_timeout,
+        tokenizer=c.rollout.environment.name is not None,
     )
     if c.cluster.platform == "cpu":
         return [shared] * count

@@ -94,6 +94,7 @@ def check_parts(config: Config) -> None:
     from recipes.data.prompts import load_rows, mixed
     from rewards import mixing
     from rewards.client import Client
+    from rollout.environment import open_environment
 
     for name in PARTS:
         part(name, config.algorithm)
@@ -110,8 +111,11 @@ def check_parts(config: Config) -> None:
             verifiers = mixing.open_verifiers(names, config.rewards, client)
         for row in rows:
             mixing.check_row(row, verifiers, config.rewards.mix)
+        if (place := config.rollout.environment).name is not None:
+            open_environment(place.name, place.settings)
     except ValueError as error:
-        raise ConfigError(f"rewards.mix, data.scores: {error}") from error
+        where = "" if str(error).startswith("rollout.") else "rewards.mix, data.scores: "
+        raise ConfigError(f"{where}{error}") from error
     kinds = {row["kind"] for row in load_rows(config.data.evaluation)}
     for name, wanted in config.data.scores.items():
         if not kinds.intersection(wanted):
@@ -122,15 +126,19 @@ def check_parts(config: Config) -> None:
 
 
 def check_servers(config: Config) -> None:
-    """Ask the verifiers' servers whether they are there. Raises ConfigError naming those that are not."""
+    """Ask the verifiers' servers and the environment whether they are there. Raises ConfigError naming those that are
+    not."""
     from rewards import mixing
     from rewards.client import Client
+    from rollout.environment import Unavailable, open_environment
 
     names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
     try:
         with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
             client.check()
-    except ValueError as error:
+        if (place := config.rollout.environment).name is not None:
+            open_environment(place.name, place.settings).check()
+    except (ValueError, Unavailable) as error:
         raise ConfigError(str(error)) from error
 
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 LOOPBACK = ("127.0.0.1", "localhost")
 RUNNERS = ("generate", "pooling")
 NORMALISATIONS = ("none", "group")
+DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS = "dual_ascent", "multiplicative_weights"
 
 # OmegaConf's structured configurations read Optional, not ``| None``.
 
@@ -43,6 +44,7 @@ class SupervisorConfig:
 @dataclass
 class ConstraintConfig:
     verifier: Optional[str]  # noqa: UP045
+    update: str
     floor: float
     rate: float
     initial: float
@@ -61,6 +63,7 @@ class RewardsConfig:
     client: ClientConfig
     supervisor: SupervisorConfig
     normalise: str
+    gate: Optional[str]  # noqa: UP045
     constraint: ConstraintConfig
 
 
@@ -196,7 +199,22 @@ def check(config: RewardsConfig) -> None:
     ):
         if not fits:
             raise ValueError(f"rewards.{field_name}={value!r}: must be {wanted}")
+    if config.gate is not None and (
+        config.normalise != "none" or not any(config.gate in weights for weights in config.mix.values())
+    ):
+        raise ValueError(
+            f"rewards.gate={config.gate!r}: multiplies the sum of a mix that has it, which some mix must, and is not "
+            f"brought to mean 0: rewards.normalise={config.normalise!r} must be none"
+        )
     if (limit := config.constraint).verifier is not None:
+        if limit.update not in (DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS):
+            raise ValueError(
+                f"rewards.constraint.update={limit.update!r}: use {DUAL_ASCENT} or {MULTIPLICATIVE_WEIGHTS}"
+            )
+        if limit.update == MULTIPLICATIVE_WEIGHTS and limit.initial == 0:
+            raise ValueError(
+                "rewards.constraint.initial=0.0: multiplied it stays 0; use more with update=multiplicative_weights"
+            )
         if not any(limit.verifier in weights for weights in config.mix.values()):
             raise ValueError(
                 f"rewards.constraint.verifier={limit.verifier!r}: no mix has it; name one that some mix has"

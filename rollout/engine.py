@@ -42,8 +42,9 @@ class EngineSettings:
     ``kv_cache_gib`` is the key-value cache per worker in GiB; ``threads`` the OpenMP threads per worker (CPU only).
     ``devices`` are the node's GPUs, the engine's own first: it sees the others too, to read trainer weights there.
     ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``); ``sleep``
-    lets the engine give its GPU memory back between batches. An engine at work that makes no progress for
-    ``stall_timeout`` seconds is killed (``Engine._watched``); None: never. Raises ValueError for impossible values.
+    lets the engine give its GPU memory back between batches; ``tokenizer``: the folder has one and vLLM reads it (for
+    ``Sampling.stops``). An engine at work that makes no progress for ``stall_timeout`` seconds is killed
+    (``Engine._watched``); None: never. Raises ValueError for impossible values.
     """
 
     model: str
@@ -60,6 +61,7 @@ class EngineSettings:
     thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     sleep: bool = False
     stall_timeout: float | None = None
+    tokenizer: bool = False
 
     def __post_init__(self) -> None:
         if not Path(self.model, "config.json").is_file():

@@ -78,8 +78,8 @@ def engine_args(settings: EngineSettings, load_format: str) -> Any:
     return EngineArgs(
         model=settings.model,
         # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit. vLLM's processor
-        # of images needs one, for the placeholder tokens.
-        skip_tokenizer_init=not sees,
+        # of images needs one, for the placeholder tokens, and so does stopping behind a text.
+        skip_tokenizer_init=not (sees or settings.tokenizer),
         mm_processor_cache_gb=0,  # a prompt's images are processed once for all its samples, see ``add_batch``
         mm_device_do_normalize=False,  # pixel values as transformers' processor makes them, for the trainer too
         load_format=load_format,
@@ -184,6 +184,8 @@ class EngineLoop:
             raise Refused(
                 f"sampling.thinking_budget={sampling['thinking_budget']} needs rollout.thinking, which is null"
             )
+        if sampling["stops"] and not self.settings.tokenizer:
+            raise Refused(f"sampling.stops={sampling['stops']} needs an engine with a tokenizer")
         for request in requests:
             length = len(request["prompt_token_ids"])
             if not length or length + sampling["max_tokens"] > self.settings.max_model_len:
@@ -216,7 +218,9 @@ class EngineLoop:
                     stop_token_ids=list(sampling["stop_token_ids"]),
                     seed=request["seed"],
                     logprobs=0,
-                    detokenize=False,
+                    stop=list(sampling["stops"]),
+                    detokenize=bool(sampling["stops"]),
+                    include_stop_str_in_output=True,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 tokens = [*request["prompt_token_ids"], *request["begun_token_ids"]]
@@ -345,6 +349,8 @@ def finished_sample(
     if any(logprobs[position] != 0 for position in forced):
         return {"error": f"prompt {request['prompt_id']!r}: vLLM did not end the thinking after {budget} tokens"}
     reason = completion.finish_reason
+    if isinstance(completion.stop_reason, str):  # one of ``stops``; a stop token's is its id or None
+        reason = "turn"
     if reason == "length" and len(begun) + len(tokens) < sampling["max_tokens"]:
         reason = "unfinished"
     sample = Sample(

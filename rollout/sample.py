@@ -37,7 +37,8 @@ class Sampling:
 
     ``max_tokens`` bounds a whole response, ``round_tokens`` what one batch adds to it: a response that reaches that
     comes back with finish reason ``"unfinished"``. ``thinking_budget`` bounds the tokens between the engine's
-    ``thinking`` marks; then the end mark is forced and the answer goes on. Raises ValueError for impossible values.
+    ``thinking`` marks; then the end mark is forced and the answer goes on. ``stops`` are texts behind which a turn ends
+    and an environment replies (finish reason ``"turn"``). Raises ValueError for impossible values.
     """
 
     max_tokens: int
@@ -46,6 +47,7 @@ class Sampling:
     top_p: float = 1.0
     round_tokens: int | None = None
     thinking_budget: int | None = None
+    stops: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -96,8 +98,9 @@ class Sample:
     ``logprobs[i]`` is the natural-log probability of ``response_token_ids[i]`` under the distribution it was sampled
     from (after temperature and top-p; for greedy decoding the plain softmax), and ``weight_versions[i]`` names the sync
     whose weights made it. ``finish_reason`` is ``"stop"`` (the last token is a stop token), ``"length"``, or
-    ``"unfinished"`` (``Sampling.round_tokens``). ``forced`` are positions in the response that were not sampled but
-    put there (end of thinking): their log-prob is 0, and no loss may count them.
+    ``"unfinished"`` (``Sampling.round_tokens``, an environment's turn to come); those of an environment are in
+    ``rollout.environment``, and ``failure`` says why it failed. ``forced`` are positions in the response that were not
+    sampled but put there (end of thinking, an environment's replies): their log-prob is 0, and no loss may count them.
     """
 
     prompt_id: str
@@ -108,6 +111,7 @@ class Sample:
     finish_reason: str
     weight_versions: tuple[int, ...]
     forced: tuple[int, ...] = ()
+    failure: str = ""
 
     @property
     def key(self) -> tuple[str, int]:

@@ -7,8 +7,9 @@ from typing import Any
 from megatron_ext.packing import PackedSequence, VisionInputs
 from recipes.config import ConfigError
 from recipes.data.conversations import ASSISTANT, conversation, load
+from recipes.data.episodes import episode_tokens
 from recipes.data.processor import PromptProcessor
-from recipes.data.prompts import Row, response_tokens
+from recipes.data.prompts import Row
 
 Aggregation = Callable[[list[int]], list[list[float]]]
 
@@ -16,7 +17,7 @@ Aggregation = Callable[[list[int]], list[list[float]]]
 @dataclass(frozen=True)
 class Example:
     """``response``: all tokens behind the prompt; ``learnt`` marks the assistant's, whose loss counts. Between two
-    answers stand what the others say and the chat template's own tokens."""
+    answers stand what the others say and the chat template's own tokens, in an answer an environment's replies."""
 
     prompt: list[int]
     response: list[int]
@@ -60,8 +61,11 @@ def example(processor: PromptProcessor, row: Row, thinking_begins: str, longest:
         text = turns[place]["content"]
         if opened and text.lstrip().startswith(thinking_begins):
             text = text.lstrip().removeprefix(thinking_begins).lstrip("\n")
-        answer = response_tokens(processor.tokenizer, {"response": text})
-        response, learnt = response + answer, learnt + [True] * len(answer)
+        spans = row.get("environment", []) if place == answers[-1] else []
+        removed = len(turns[place]["content"]) - len(text)  # before the first span, as it was thinking's mark
+        spans = [[start - removed, end - removed] for start, end in spans]
+        answer, own = episode_tokens(processor.tokenizer, {**row, "response": text, "environment": spans})
+        response, learnt = response + answer, learnt + own
         shown = _rendered(processor.tokenizer, turns[:place]) + text + processor.tokenizer.eos_token
     if (tokens := len(prompt) + len(response)) > longest:
         raise ConfigError(

@@ -11,9 +11,10 @@ def score(row: Row, response: str) -> Verdict:
     """
     if not row.get("answer"):
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `exact` from the mix of label {row['label']!r}")
-    same = _plain(without_thinking(response)) == _plain(row["answer"])
+    same = plain(without_thinking(response)) == plain(row["answer"])
     return Verdict(1.0, "correct") if same else Verdict(0.0, "wrong")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Lower case, single spaces, without punctuation around it."""
     return normalize(text).strip(" .,;:!?\"'`*")

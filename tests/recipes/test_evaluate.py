@@ -1,6 +1,7 @@
 """evaluation.json from made-up answers: means, paired differences and transcripts."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from recipes import evaluate
+from recipes.session import Session
 from recipes.statistics import mean_interval, paired_difference
 from rewards.verdict import Verdict
 from rollout.sample import Prompt
@@ -65,8 +67,10 @@ def test_only_the_verifiers_of_a_kind_judge_a_row() -> None:
         config=SimpleNamespace(data=SimpleNamespace(scores=SCORES)),
         text=lambda sample: "yes",
         verifiers={name: verifier(name) for name in ("safety", "capability")},
+        turns=None,
     )
-    sample: Any = SimpleNamespace(prompt_id="b")
+    session.judge = partial(Session.judge, session)
+    sample: Any = SimpleNamespace(prompt_id="b", failure="")
     found = evaluate.judge(session, {"b": {"id": "b", "kind": "benign"}}, sample)
     assert found == {"safety": {"score": 0.25, "label": "safety says so", "raw": ""}}
     assert asked == [("safety", "b", "yes")]
@@ -118,7 +122,7 @@ def test_every_prompt_is_answered_greedily_and_sampled_with_seeds_of_its_own(tmp
     ) -> tuple[list[Any], list[Any]]:
         calls.append((samples_per_prompt, step, temperature))
         made = [
-            SimpleNamespace(prompt_id=p.prompt_id, text=f"{p.prompt_id}/{i}/{temperature}")
+            SimpleNamespace(prompt_id=p.prompt_id, failure="", text=f"{p.prompt_id}/{i}/{temperature}")
             for p in prompts
             for i in range(samples_per_prompt)
         ]
@@ -135,7 +139,9 @@ def test_every_prompt_is_answered_greedily_and_sampled_with_seeds_of_its_own(tmp
         verifiers={"letters": tiny.letters},
         generate=generate,
         text=lambda sample: sample.text,
+        turns=None,
     )
+    session.judge = partial(Session.judge, session)
     found = evaluate.answer(session)
     assert calls == [(1, evaluate.EVALUATION_STEP, 0.0), (2, evaluate.EVALUATION_STEP, 0.7)]
     assert [row["response"] for row in found["greedy"]] == [f"{row['id']}/0/0.0" for row in rows]

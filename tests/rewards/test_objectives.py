@@ -3,6 +3,8 @@
 import json
 import math
 import statistics
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from rewards.objectives import constrained_weights, group_rewards, initial_state
 from rewards.settings import ConstraintConfig
 from rewards.verdict import Failure, Judgement, Verdict
 
-CONSTRAINT = ConstraintConfig(verifier="safety", floor=0.9, rate=0.5, initial=0.25, maximum=1.0)
+CONSTRAINT = ConstraintConfig(verifier="safety", update="dual_ascent", floor=0.9, rate=0.5, initial=0.25, maximum=1.0)
 
 
 def verdicts(**scores: float | None) -> dict[str, Judgement]:
@@ -94,3 +96,31 @@ def test_the_multiplier_settles_where_the_floor_is_met() -> None:
         state = next_state(state, CONSTRAINT, [verdicts(safety=safety[-1])])
     assert statistics.fmean(safety[-20:]) == pytest.approx(0.9, abs=1e-6)
     assert state["multiplier"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_multiplicative_weights_are_the_closed_form() -> None:
+    """λ after n steps of the same violation v is λ0 · exp(n · rate · v): up below the floor, down above it."""
+    limit = replace(CONSTRAINT, update="multiplicative_weights", rate=0.5, initial=0.25, maximum=10.0)
+    for score, steps in ((0.1, 4), (1.0, 7)):
+        state = initial_state(limit)
+        for _ in range(steps):
+            state = next_state(state, limit, [verdicts(safety=score), verdicts(safety=score), verdicts(other=1.0)])
+        assert state["multiplier"] == pytest.approx(0.25 * math.exp(steps * 0.5 * (0.9 - score)), rel=1e-12)
+    assert next_state(state, limit, [verdicts(other=1.0)]) == state
+    assert next_state({"multiplier": 9.9}, limit, [verdicts(safety=0.0)]) == {"multiplier": 10.0}
+    assert json.loads(json.dumps(state)) == state
+
+
+def test_the_gated_reward_is_deliberative_search_s_formula() -> None:
+    """r_format · (0.1·r_format + 0.9·r_acc + λ·r_reliability), over all outcomes."""
+    limit = replace(CONSTRAINT, verifier="reliability", update="multiplicative_weights")
+    mix = {"format": 0.1, "accuracy": 0.9, "reliability": 0.0}
+    for multiplier in (0.0, 0.4, 3.0):
+        weights = constrained_weights(mix, limit, {"multiplier": multiplier})
+        for f, a, r in product((0.0, 1.0), repeat=3):
+            group = [verdicts(format=f, accuracy=a, reliability=r)]
+            expected = f * (0.1 * f + 0.9 * a + multiplier * r)
+            assert group_rewards(group, weights, "none", "format") == pytest.approx([expected])
+    lost = [verdicts(format=1.0, accuracy=None, reliability=1.0), verdicts(format=None, accuracy=1.0, reliability=1.0)]
+    assert group_rewards(lost, mix, "none", "format") == [None, None]
+    assert group_rewards([verdicts(a=0.5)], {"a": 1.0}, "none", "format") == [0.5], "a mix without the gate"

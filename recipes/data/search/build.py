@@ -1,0 +1,117 @@
+"""Writes corpus.jsonl, sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.search.build`. Nothing but a seed.
+
+Facts about lands that do not exist, so that only the corpus can tell them. A land has three facts; its document tells
+two of them, and some lands have no document: questions about what is missing can't be answered, and the model should
+not be certain there. No land is shared between the files of questions.
+
+The episodes of sft.jsonl are legal and end with what the corpus says, or "unknown". Their confidence is drawn without a
+look at whether the answer was found: that it should fit is left for RL to learn.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rollout.environment import Segment
+from rollout.retrieval import Bm25, Document
+from rollout.search import Search
+
+FOLDER = Path(__file__).parent
+SEED = 20260716
+FACTS = ("capital", "river", "ruler")
+LANDS = {"sft": (42, 9), "rl": (56, 11), "eval": (28, 6)}  # with a document, and without
+QUESTIONS = ("What is the {fact} of {land}?", "Name the {fact} of {land}.")
+CERTAIN = 0.75  # share of the episodes that state a high confidence
+RESULTS, SNIPPET_WORDS = 1, 6  # as in conf/rollout/search.yaml; a fact's sentence has six words
+STARTS = "b d f g h j k l m n p r s t v w br dr gr kr tr st".split()
+VOWELS = "a e i o u".split()
+ENDS = "l m n r s t nd rk sh".split()
+
+Land = dict[str, str]  # "name", and the value of each fact
+
+
+def build() -> dict[str, list[dict[str, Any]]]:
+    """The rows of each file, in file order."""
+    draw = random.Random(SEED)
+    names = _names(draw)
+    lands: dict[str, list[tuple[Land, list[str]]]] = {}
+    for split, (told, untold) in LANDS.items():
+        lands[split] = []
+        for number in range(told + untold):
+            land = {"name": next(names)} | {fact: next(names) for fact in FACTS}
+            lands[split].append((land, draw.sample(FACTS, 2) if number < told else []))
+    corpus = [
+        Document(land["name"].lower(), " ".join(sentence(land, fact) for fact in facts))
+        for split in lands
+        for land, facts in lands[split]
+        if facts
+    ]
+    draw.shuffle(corpus)
+    search = Search(Bm25.of(corpus), RESULTS, SNIPPET_WORDS)
+    files: dict[str, list[dict[str, Any]]] = {"corpus": [{"id": d.id, "text": d.text} for d in corpus]}
+    for split in lands:
+        files[split] = [_row(split, land, facts, fact, draw) for land, facts in lands[split] for fact in FACTS]
+        draw.shuffle(files[split])
+        for number, row in enumerate(files[split]):
+            row["id"] = f"search-{split}-{number:03d}"
+            land, facts, fact = row.pop("asked")
+            if split == "sft":
+                row |= _episode(search, land, facts, fact, row["kind"], draw)
+    return files
+
+
+def sentence(land: Land, fact: str) -> str:
+    return f"The {fact} of {land['name']} is {land[fact]}."
+
+
+def _row(split: str, land: Land, facts: list[str], fact: str, draw: random.Random) -> dict[str, Any]:
+    """``kind``: the fact is in the document's part that a search lists, needs a read, or is missing."""
+    kind = "missing" if fact not in facts else "listed" if fact == facts[0] else "read"
+    prompt = draw.choice(QUESTIONS).format(fact=fact, land=land["name"])
+    row = {"id": "", "label": "search", "kind": kind, "prompt": prompt, "answer": land[fact]}
+    return row | {"asked": (land, facts, fact)}
+
+
+def _episode(search: Search, land: Land, facts: list[str], fact: str, kind: str, draw: random.Random) -> dict[str, Any]:
+    """``response``, and which of its characters the environment wrote: ``environment``, a list of [start, end]."""
+    query = f"{fact} of {land['name']}"
+    turns = [f"<think>I look it up.</think><search>{query}</search>"]
+    if facts and kind != "listed":
+        turns.append(f"<read>{land['name'].lower()}</read>")
+    segments: list[Segment] = []
+    for turn in turns:
+        segments.append(Segment(turn, by_environment=False))
+        segments.append(Segment(search.reply(segments), by_environment=True))
+    confidence = draw.choice((8, 9) if draw.random() < CERTAIN else (1, 2))
+    thought, answer = ("It is not there.", "unknown") if kind == "missing" else (f"It is {land[fact]}.", land[fact])
+    end = f"<think>{thought}</think><confidence>{confidence}</confidence><answer>{answer}</answer>"
+    segments.append(Segment(end, by_environment=False))
+    spans, length = [], 0
+    for segment in segments:
+        if segment.by_environment:
+            spans.append([length, length + len(segment.text)])
+        length += len(segment.text)
+    return {"response": "".join(segment.text for segment in segments), "environment": spans}
+
+
+def _names(draw: random.Random) -> Iterator[str]:
+    """Different made-up names of two syllables."""
+    seen: set[str] = set()
+    while True:
+        name = "".join(
+            draw.choice(part) for part in (STARTS, VOWELS, STARTS[:16], VOWELS, ENDS if draw.random() < 0.5 else [""])
+        ).capitalize()
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
+def main() -> None:
+    for name, rows in build().items():
+        (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

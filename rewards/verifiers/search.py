@@ -1,0 +1,82 @@
+"""Deliberative search (arXiv 2507.16727): is the episode legal, is the answer right, does the confidence fit it?
+
+The reward is r_format · (0.1·r_format + 0.9·r_acc + λ·r_reliability): `gate`, `mix` and `constraint` in
+conf/rewards/search.yaml. A row's ``segments`` say which part of the response the environment wrote; without them the
+model wrote all of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rewards.verdict import Judgement, Row, Verdict
+from rewards.verifiers.exact import plain
+from rollout import search
+from rollout.environment import Segment
+
+RELIABILITY = "search_reliability"
+OUTCOMES = ("true certain", "false certain", "true uncertain", "false uncertain", "no answer")
+
+
+def format_score(row: Row, response: str) -> Verdict:
+    """1 "legal" when no action has a fault (``rollout.search.steps``), else 0 and the first fault.
+
+    ``raw`` has the verdict on each action.
+    """
+    found = search.steps(_segments(row, response))
+    first = next((f"{step.action}: {step.fault}" for step in found if step.fault), None)
+    each = "; ".join(f"{step.action}: {step.fault or 'ok'}" for step in found)
+    return Verdict(1.0, "legal", each) if first is None else Verdict(0.0, first, each)
+
+
+def accuracy(row: Row, response: str) -> Verdict:
+    """1 "correct" when the stated answer equals the row's ``answer`` or one of its ``aliases``, else 0 "wrong".
+
+    Case, spaces and punctuation around it do not count. Raises ValueError for a row without ``answer``.
+    """
+    answer, _ = search.stated(_segments(row, response))
+    return Verdict(1.0, "correct") if _right(row, answer) else Verdict(0.0, "wrong")
+
+
+def reliability(row: Row, response: str, *, certain_from: int) -> Verdict:
+    """1 when the model is certain of a right answer or uncertain of a wrong one, else 0; the label is the outcome.
+
+    Certain: a confidence of at least ``certain_from`` (the paper's ζ, 5) on the scale from 0 to 10. An answer without a
+    stated confidence counts as certain, and no answer scores 0 (both our choice).
+    """
+    answer, confidence = search.stated(_segments(row, response))
+    label = outcome(_right(row, answer), answer, confidence, certain_from)
+    return Verdict(float(label in ("true certain", "false uncertain")), label)
+
+
+def outcome(right: bool, answer: str | None, confidence: int | None, certain_from: int) -> str:
+    """One of ``OUTCOMES``."""
+    if answer is None:
+        return "no answer"
+    certain = confidence is None or confidence >= certain_from
+    return f"{'true' if right else 'false'} {'certain' if certain else 'uncertain'}"
+
+
+def metrics(judged: Sequence[Mapping[str, Judgement]], multiplier: float) -> dict[str, float]:
+    """Of a step, over the samples that have a verdict on their reliability: ``search/false_certain``, the share of all
+    that are wrong and certain (the rate that the paper reports), ``search/certain`` and ``search/lambda``; nothing
+    without such a verdict."""
+    found = [verdicts[RELIABILITY] for verdicts in judged if RELIABILITY in verdicts]
+    labels = [verdict.label for verdict in found if isinstance(verdict, Verdict)]
+    if not labels:
+        return {}
+    return {
+        "search/false_certain": labels.count("false certain") / len(labels),
+        "search/certain": sum(label.endswith(" certain") for label in labels) / len(labels),
+        "search/lambda": multiplier,
+    }
+
+
+def _right(row: Row, answer: str | None) -> bool:
+    if not row.get("answer"):
+        raise ValueError(f"row {row['id']!r} has no `answer`, which the label {row['label']!r} needs")
+    accepted: list[Any] = [row["answer"], *row.get("aliases", [])]
+    return answer is not None and plain(answer) in map(plain, accepted)
+
+
+def _segments(row: Row, response: str) -> Sequence[Segment]:
+    return row.get("segments") or [Segment(response, by_environment=False)]

@@ -1,0 +1,162 @@
+"""Documents for a search environment: BM25 over a corpus in this process, or a search engine behind HTTP."""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import bm25s
+import numpy as np
+
+from rollout.environment import Unavailable
+
+LONGEST_REPLY = 1 << 20  # bytes of an endpoint's reply that are read
+PAUSE = 0.2  # seconds before the first retry, doubled each time
+
+
+@dataclass(frozen=True)
+class Document:
+    """Raises ValueError for an ``id`` that is empty or has a bracket or a line break: results name it in brackets."""
+
+    id: str
+    text: str
+
+    def __post_init__(self) -> None:
+        if not self.id.strip() or set(self.id) & set("[]\n"):
+            raise ValueError(f"document id {self.id!r}: use a name without brackets and line breaks")
+
+
+class Retriever(Protocol):
+    """Called from several threads. ``read``: the whole text, None for an unknown id. Both raise Unavailable."""
+
+    def search(self, query: str, count: int) -> list[Document]: ...
+
+    def read(self, document_id: str) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Bm25:
+    """Okapi BM25 in Lucene's form (Robertson et al. 1994; the library's defaults k1 = 1.5, b = 0.75).
+
+    A word is two or more word characters in lower case; English stop words don't count. Equal scores come in the
+    corpus's order, documents without a word of the query not at all.
+    """
+
+    documents: Sequence[Document]
+    texts: dict[str, str]
+    index: bm25s.BM25
+
+    @staticmethod
+    def of(documents: Sequence[Document]) -> "Bm25":
+        """Index the documents. Raises ValueError for none and for a repeated id."""
+        if not documents:
+            raise ValueError("the corpus has no document")
+        texts: dict[str, str] = {}
+        for document in documents:
+            if document.id in texts:
+                raise ValueError(f"document id {document.id!r} occurs twice; make ids unique")
+            texts[document.id] = document.text
+        index = bm25s.BM25(method="lucene", auto_compile=False)
+        index.index([words(document.text) for document in documents], show_progress=False)
+        return Bm25(documents, texts, index)
+
+    @staticmethod
+    def load(path: str) -> "Bm25":
+        """Of a JSONL file with ``id`` and ``text`` in each line. Raises ValueError naming file and line."""
+        documents = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                documents.append(_document(row))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+        try:
+            return Bm25.of(documents)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def scores(self, query: str) -> np.ndarray:
+        """Of every document, [documents]."""
+        known = [word for word in words(query) if word in self.index.vocab_dict]
+        return self.index.get_scores(known) if known else np.zeros(len(self.documents))
+
+    def search(self, query: str, count: int) -> list[Document]:
+        scores = self.scores(query)
+        best = np.argsort(-scores, kind="stable")[:count]
+        return [self.documents[i] for i in best if scores[i] > 0]
+
+    def read(self, document_id: str) -> str | None:
+        return self.texts.get(document_id)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text that the index counts."""
+    return [word for word in bm25s.tokenize(text, stopwords="en", return_ids=False, show_progress=False)[0] if word]
+
+
+def _document(row: Any) -> Document:
+    if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("id", "text")):
+        raise ValueError("a document is an object with the strings `id` and `text`")
+    return Document(row["id"], row["text"])
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A search engine behind HTTP at ``address``; requests and replies are JSON.
+
+    ``POST address/search {"query": text, "count": n}`` → ``{"documents": [{"id": …, "text": …}, …]}``, best first;
+    ``POST address/read {"id": …}`` → ``{"text": …}``, or ``{"text": null}`` for an unknown id.
+    ``timeout``: seconds for a try as a whole, ``retries``: further tries.
+    """
+
+    address: str
+    timeout: float
+    retries: int
+
+    def search(self, query: str, count: int) -> list[Document]:
+        reply = self._ask("search", {"query": query, "count": count})
+        try:
+            return [_document(row) for row in reply["documents"][:count]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unavailable(f"{self.address}/search: not {{documents: [{{id, text}}]}} ({error!r})") from error
+
+    def read(self, document_id: str) -> str | None:
+        reply = self._ask("read", {"id": document_id})
+        text = reply.get("text")
+        if "text" not in reply or not isinstance(text, str | None):
+            raise Unavailable(f"{self.address}/read: not {{text: …}}")
+        return text
+
+    def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Raises Unavailable when no try had a JSON object as its reply."""
+        reason = ""
+        for again in range(self.retries + 1):
+            if again:
+                time.sleep(PAUSE * 2 ** (again - 1))
+            try:
+                found = json.loads(self._post(f"{self.address.rstrip('/')}/{path}", body))
+                if isinstance(found, dict):
+                    return found
+                reason = f"a reply that is a {type(found).__name__}, not an object"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = str(error) or type(error).__name__
+        raise Unavailable(f"{self.address}/{path}: {reason} ({self.retries + 1} tries)")
+
+    def _post(self, address: str, body: dict[str, Any]) -> bytes:
+        """The reply's body. urllib's timeout is for each read, so a server that drips is ended here."""
+        deadline = time.monotonic() + self.timeout
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+            parts: list[bytes] = []
+            while part := reply.read1(1 << 16):
+                parts.append(part)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no whole reply within {self.timeout} s")
+                if sum(map(len, parts)) > LONGEST_REPLY:
+                    raise ValueError(f"a reply of more than {LONGEST_REPLY} bytes")
+        return b"".join(parts)

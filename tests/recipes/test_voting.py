@@ -1,0 +1,76 @@
+"""Votes and rates by hand."""
+
+from typing import Any
+
+import pytest
+
+from recipes.voting import Reply, search_summary, vote
+
+
+def reply(answer: str | None, confidence: int | None = 5) -> Reply:
+    return Reply(answer, confidence, answer == "Veska")
+
+
+@pytest.mark.parametrize(
+    ("replies", "majority", "weighted"),
+    [
+        ([reply("Tarn", 2), reply("tarn. ", 1), reply("Veska", 9)], "Tarn", "Veska"),
+        ([reply("Tarn", 5), reply("Tarn", 4), reply("Veska", 9)], "Tarn", "Tarn"),  # 9 against 9: more replies win
+        ([reply("Tarn", 5), reply("Veska", 5)], "Tarn", "Tarn"),  # the first
+        ([reply("Tarn", 9), reply("Veska", None)], "Tarn", "Veska"),  # not stated: 10
+        ([reply("Tarn", 0), reply(None, 10), reply("Veska", 0), reply("Veska", 0)], "Veska", "Veska"),
+        ([reply(None, 9)], None, None),
+        ([], None, None),
+    ],
+)
+def test_votes(replies: list[Reply], majority: str | None, weighted: str | None) -> None:
+    for expected, by_confidence in ((majority, False), (weighted, True)):
+        won = vote(replies, by_confidence)
+        assert (None if won is None else won.answer) == expected
+
+
+def row(name: str, answer: str, confidence: int | str, right: bool) -> dict[str, Any]:
+    text = f"<think>x</think><confidence>{confidence}</confidence><answer>{answer}</answer>"
+    certain = "uncertain" if confidence in range(5) else "certain"
+    scores = {
+        "search_accuracy": {"score": float(right), "label": ""},
+        "search_reliability": {
+            "score": float(right == (certain == "certain")),
+            "label": f"{str(right).lower()} {certain}",
+        },
+    }
+    return {"id": name, "response": text, "scores": scores}
+
+
+def test_the_summary_of_two_questions() -> None:
+    rows = [
+        row("a", "Tarn", 2, False),
+        row("a", "Tarn", 1, False),
+        row("a", "Veska", 9, True),
+        row("b", "Ombra", 9, True),
+        row("b", "unknown", 8, False),
+        row("b", "unknown", "?", False),
+        {"id": "c", "response": "", "scores": {"search_accuracy": {"reason": "lost", "raw": ""}}},
+    ]
+    found = search_summary(rows)
+    shares = {"true certain": 1 / 3, "false certain": 1 / 3, "false uncertain": 1 / 3}
+    assert found["outcomes"] == pytest.approx(shares | {"true uncertain": 0.0, "no answer": 0.0})
+    assert found["false_certain"]["mean"] == pytest.approx(1 / 3)
+    accuracy = {name: value["mean"] for name, value in found["accuracy"].items()}
+    # b: unknown has 8 and, unstated, 10 against 9
+    assert accuracy == pytest.approx({"single": 1 / 3, "majority": 0.0, "confidence_weighted": 0.5})
+    assert found["by_samples"] == {
+        1: {"majority": 0.5, "confidence_weighted": 0.5},
+        2: {"majority": 0.5, "confidence_weighted": 0.5},
+        3: {"majority": 0.0, "confidence_weighted": 0.5},
+    }
+    with pytest.raises(ValueError, match="search_accuracy"):
+        search_summary([{"id": "c", "response": "", "scores": {}}])
+
+
+def test_four_calibrated_replies_do_what_sixteen_alike_can_t() -> None:
+    """Right with confidence 9 one time in four, and wrong, always the same way, with confidence 1 else."""
+    rows = [row("q", "Veska" if i % 4 == 3 else "Tarn", 9 if i % 4 == 3 else 1, i % 4 == 3) for i in range(16)]
+    found = search_summary(rows)["by_samples"]
+    assert found[4] == {"majority": 0.0, "confidence_weighted": 1.0}
+    assert found[16]["majority"] == 0.0

@@ -1,0 +1,180 @@
+"""Real vLLM on the CPU with an environment in the middle of responses: two FP32 engines, fed by one trainer rank.
+
+The tests share the engines and run in order: the last ones kill them.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
+from rollout.environment import Turns, segments
+from rollout.generation import Fleet, Generation
+from rollout.sample import Prompt, Sample, Sampling
+from rollout.sampler import make_requests, stream
+from rollout.weight_sync.bridge import WeightBridge
+from tests.recipes.tiny import make_tokenizer
+from tests.rollout.letters import Letters, answer
+from tests.rollout.twins import Twin, tensor_parallel_shards
+
+TWIN = Twin(heads=4, kv_heads=2, vocab=300, tied=False, bias=False, dtype=torch.float32)
+SAMPLING = Sampling(max_tokens=60, stop_token_ids=(2,))
+PROMPTS = [Prompt(f"p{i}", tuple(8 + (7 * i + j) % 200 for j in range(70 - 20 * i))) for i in range(3)]
+REQUESTS = make_requests(PROMPTS, 4, seed=1, step=0)
+MAX_TURNS = 3
+STARTUP_SECONDS = 300
+
+
+@dataclass
+class World:
+    engines: list[Engine]
+    bridge: WeightBridge
+    tokenizer: Any
+    undisturbed: list[Sample] = field(default_factory=list)
+
+    def episodes(self, environment: Letters, resync: Any = pytest.fail) -> list[Sample]:
+        fleet = Fleet(self.engines, turns=Turns(environment, self.tokenizer, MAX_TURNS))
+        return Generation(fleet, REQUESTS, SAMPLING).collect(dist.group.WORLD, resync)[0]
+
+    def revive(self) -> None:
+        self.engines[0].restart()
+        self.engines[0].wait_until_ready(time.monotonic() + STARTUP_SECONDS)
+        self.bridge.attach(self.engines[:1])
+        self.bridge.sync(0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("turns")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    settings = EngineSettings(
+        model=str(TWIN.save(folder / "model", seed=0)),
+        dtype="float32",
+        max_model_len=160,
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        kv_cache_gib=0.05,
+        tokenizer=True,
+    )
+    engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
+        for engine in engines:
+            engine.wait_until_ready(time.monotonic() + STARTUP_SECONDS)
+        bridge = WeightBridge(
+            made.shards, engines, dist.group.WORLD, bucket_bytes=2**20, verify_every=1, plans=folder / "plans"
+        )
+        bridge.sync(0)
+        yield World(engines, bridge, tokenizer)
+    finally:
+        stop_engines(engines)
+        dist.destroy_process_group()
+
+
+def gap(sample: Sample) -> float:
+    """Largest distance of the sampled tokens' log-probs to those of one plain forward of the whole sequence."""
+    ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids])
+    with torch.no_grad():
+        logprobs = TWIN.model(0)(ids).logits[0].log_softmax(-1)
+    first = len(sample.prompt_token_ids) - 1
+    found = logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
+    difference = (found - torch.tensor(sample.logprobs)).abs()
+    difference[list(sample.forced)] = 0
+    return float(difference.max())
+
+
+def test_the_environment_s_tokens_stand_where_a_turn_ended_and_all_others_are_sampled(world: World) -> None:
+    samples = world.undisturbed = world.episodes(Letters())
+    assert [sample.key for sample in samples] == [request.key for request in REQUESTS]
+    turns, kept = 0, 0
+    for sample in samples:
+        said = segments(world.tokenizer, sample)
+        assert sample.forced == tuple(i for i, logprob in enumerate(sample.logprobs) if logprob == 0)
+        pieces = [
+            (own, [token for _, token in run])
+            for own, run in groupby(enumerate(sample.response_token_ids), key=lambda at: at[0] not in sample.forced)
+        ]
+        for place, (own, ids) in enumerate(pieces):
+            if own:
+                assert not stopped(world, ids[:-1]), "a turn ends with the first token that completes a stop"
+                assert place + 1 == len(pieces) or stopped(world, ids)
+            else:
+                assert ids == world.tokenizer.encode(answer(said[:place]), add_special_tokens=False)
+                assert said[place].text == answer(said[:place])
+                turns += 1
+        assert sum(segment.by_environment for segment in said) <= MAX_TURNS
+        assert sample.finish_reason in ("stop", "length", "turns")
+        assert len(sample.response_token_ids) <= SAMPLING.max_tokens
+        assert set(sample.weight_versions) == {0}
+        assert gap(sample) < 2e-4
+        text = world.tokenizer.decode(sample.response_token_ids)
+        kept += world.tokenizer.encode(text, add_special_tokens=False) != list(sample.response_token_ids)
+    assert turns > len(samples), "several turns in a response"
+    assert kept, "encoding the text again would have given other ids"
+    assert {sample.finish_reason for sample in samples} >= {"turns"}
+
+
+def stopped(world: World, ids: Sequence[int]) -> bool:
+    return any(letter in world.tokenizer.decode(ids, skip_special_tokens=True) for letter in Letters().stops)
+
+
+def test_the_same_requests_give_the_same_bits_whatever_the_environment_s_pace(world: World) -> None:
+    assert world.episodes(Letters(on_reply=lambda n: time.sleep(0.02 * (n % 3)))) == world.undisturbed
+
+
+def test_a_failed_reply_marks_its_sample_and_no_other(world: World) -> None:
+    samples = world.episodes(Letters(fails=True))
+    failed = {sample.key for sample in samples if sample.finish_reason == "failed"}
+    for sample, whole in zip(samples, world.undisturbed, strict=True):
+        assert (sample.failure == "gone") == (sample.key in failed)
+        count = len(sample.response_token_ids)
+        assert sample.response_token_ids == whole.response_token_ids[:count]
+    assert 0 < len(failed) < len(samples)
+
+
+def test_a_killed_engine_s_episodes_go_on_in_the_other(world: World) -> None:
+    def kill(count: int) -> None:
+        if count == 10:  # in the middle of the first turns' replies
+            os.kill(world.engines[1].pid, signal.SIGKILL)
+
+    samples = world.episodes(Letters(on_reply=kill))
+    assert [engine.alive for engine in world.engines] == [True, False]
+    assert [s.response_token_ids for s in samples] == [s.response_token_ids for s in world.undisturbed]
+    assert max(map(gap, samples)) < 2e-4
+
+
+def test_when_none_is_left_one_is_started_and_goes_on_behind_the_turns_there_are(world: World) -> None:
+    killed_at: list[int] = []
+
+    def kill(count: int) -> None:
+        if count == len(REQUESTS) + 2:  # in the second turns: the first ones are not made again
+            killed_at.append(count)
+            os.kill(world.engines[0].pid, signal.SIGKILL)
+            world.engines[0].process.wait()
+
+    environment = Letters(on_reply=kill)
+    samples = world.episodes(environment, resync=world.revive)
+    assert killed_at and world.engines[0].starts == 2
+    assert [s.response_token_ids for s in samples] == [s.response_token_ids for s in world.undisturbed]
+    assert max(map(gap, samples)) < 2e-4
+    undisturbed = sum(len([s for s in segments(world.tokenizer, w) if s.by_environment]) for w in world.undisturbed)
+    ended = sum(sample.finish_reason == "length" for sample in samples)
+    assert environment.replied <= undisturbed + ended
+
+
+def test_stops_need_an_engine_with_a_tokenizer(world: World) -> None:
+    engine = world.engines[0]
+    body = {"sampling": vars(replace(SAMPLING, stops=("e",))), "requests": [], "enough": None}
+    assert engine.call("POST", "/generate", body) == {"done": 0}
+    with pytest.raises(EngineError):
+        list(stream([], REQUESTS, SAMPLING))
