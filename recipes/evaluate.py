@@ -1,14 +1,18 @@
 """Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference training made."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.data import prompts
-from recipes.session import Session
 from recipes.statistics import mean_interval, paired_difference
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
 from rollout.sample import Sample
+
+if TYPE_CHECKING:  # the ladder, which starts nothing itself, reads this module too
+    from recipes.session import Session
 
 EVALUATION_STEP = -1  # its own sampling seeds, the same for every model that is compared
 MODELS = ["base", "before", "after"]  # that one launch compares; a base only where it trains twice

@@ -1,0 +1,119 @@
+"""The ladder: stages that start from what the one before left, and what is reported of all of them."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import ladder, records
+from recipes.statistics import mean_interval
+from tests.recipes import tiny
+from tests.recipes.test_config import configured
+from tests.recipes.test_report import HOSTILE, Page
+
+LADDER = (
+    "stage=ladder",
+    "stage.ladder=[sft,rl_safety]",
+    "stage.sft.epochs=null",
+    "algorithm.steps=2",
+    "+data.scores.accuracy=[task]",
+)
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twin")
+    tiny.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def climbed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a ladder whose second stage was killed with its launcher, and resumed."""
+    folder = tmp_path_factory.mktemp("ladder") / "run"
+    given = tiny.overrides(twin, folder, *LADDER)
+    run = tiny.Run(given)
+    try:
+        run.wait_for("a step of the second stage", (folder / "rl_safety" / "metrics.jsonl").is_file)
+        run.process.send_signal(signal.SIGKILL)
+        run.output(60)
+        left = run.remains(20)
+    finally:
+        run.kill_all()
+    assert left == ({}, set())
+    printed = tiny.complete([*given, "resume=true"])
+    assert "stage sft: finished before" in printed
+    return folder
+
+
+def answers(score: float, tokens: int) -> dict[str, list[dict[str, Any]]]:
+    rows = [
+        {"id": "t", "response": HOSTILE, "thinking_tokens": tokens, "scores": {"accuracy": {"score": score}}},
+        {"id": "u", "response": "b", "thinking_tokens": tokens + 2, "scores": {"accuracy": {"score": 0.0}}},
+        {"id": "h", "response": "c", "thinking_tokens": 99, "scores": {"safety": {"score": score, "label": HOSTILE}}},
+    ]
+    return {"greedy": rows}
+
+
+def test_measures_have_their_intervals_and_lengths_are_of_what_accuracy_judges() -> None:
+    found = ladder.measures(answers(1.0, 4))
+    accuracy = mean_interval([1.0, 0.0])
+    assert (found["accuracy"], found["accuracy_interval"], found["accuracy_n"]) == (0.5, accuracy["interval"], 2)
+    assert (found["safety"], found["safety_n"]) == (1.0, 1)
+    # 4 and 6: standard deviation sqrt(2), over sqrt(2) prompts
+    assert found["reasoning_length"] == 5.0
+    assert found["reasoning_length_interval"] == pytest.approx([5 - 1.959964, 5 + 1.959964])
+    assert "helpfulness" not in found
+    assert "false_certain" not in found
+
+
+def test_the_report_shows_every_stage_and_model_text_stays_text(tmp_path: Path) -> None:
+    data = tmp_path / "eval.jsonl"
+    tiny.write_rows(data, [{"id": i, "label": "l", "kind": HOSTILE, "prompt": f"{HOSTILE} {i}"} for i in "tuh"])
+    for name, before, after in (("sft", 0.0, 1.0), ("rl_safety", 1.0, 0.5)):
+        (tmp_path / name).mkdir()
+        records.write_json(tmp_path / name / "answers.json", {"before": answers(before, 1), "after": answers(after, 9)})
+    ladder.write(tmp_path, ["sft", "rl_safety", "rl_search"], str(data))
+    stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
+    assert [(stage["stage"], stage["safety"]) for stage in stages] == [("base", 0.0), ("sft", 1.0), ("rl_safety", 0.5)]
+    page = Page((tmp_path / "report.html").read_text())
+    assert not {"script", "img"} & set(page.tags)
+    shown = "".join(page.data)
+    assert shown.count(f"{HOSTILE} t") == 1
+    assert all(heading in shown for heading in ("base", "sft", "rl_safety", "Reasoning length"))
+    assert ("href", "rl_safety/report.html") in page.attributes
+
+
+def test_a_stage_starts_from_the_folder_of_the_one_before() -> None:
+    config = configured("stage=rl_safety", "run_dir=somewhere/rl_safety")
+    assert (config.model.path, config.stage.after) == ("somewhere/rl_general/hf", "rl_general")
+    assert configured("stage=rl_safety").run_dir == "runs/demo/rl_safety"
+    assert configured("stage=rl_safety", "model.path=models/own").model.path == "models/own"
+    with pytest.raises(ValueError, match=r"stage\.trains=\[\].*stage\.ladder"):
+        configured("stage.trains=[]")
+
+
+def test_a_stage_without_the_one_before_says_what_to_run(tmp_path: Path, twin: Path) -> None:
+    run = tiny.Run([f"--config-dir={twin / 'conf'}", "recipe=demo", "stage=rl_safety", f"run_dir={tmp_path / 'b'}"])
+    printed = run.output(120)
+    assert run.process.returncode == 1
+    assert "stage rl_safety starts from what stage rl_general leaves there; run that first" in printed
+
+
+def test_every_stage_begins_with_the_former_models_answers(climbed: Path) -> None:
+    sft, rl = (json.loads((climbed / name / "answers.json").read_text()) for name in ("sft", "rl_safety"))
+    assert rl["before"] == sft["after"]
+    assert rl["after"] != rl["before"]
+    stages = json.loads((climbed / "ladder.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["base", "sft", "rl_safety"]
+    assert all({"accuracy", "accuracy_interval", "reasoning_length"} <= stage.keys() for stage in stages)
+    assert (climbed / "report.html").is_file()
+    assert (climbed / "rl_safety" / "report.html").is_file()
+
+
+def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(climbed: Path) -> None:
+    first, second = records.read_rows(climbed / "rl_safety" / "metrics.jsonl")
+    assert first["kl/reference"] == 0.0
+    assert second["kl/reference"] > 0.0
