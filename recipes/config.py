@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ext import layout, precision
 from recipes import trainer
+from recipes.data import specification
 from rewards import settings
 from rewards.settings import RewardsConfig
 
@@ -141,12 +141,21 @@ class ImagesConfig:
 
 
 @dataclass
+class PhaseConfig:
+    from_step: int
+    mix: dict[str, int]
+
+
+@dataclass
 class DataConfig:
+    """``prompts`` is a source, or a list of {source, weight}: see ``recipes.data.specification``."""
+
     sft: str
-    prompts: str
+    prompts: Any
     evaluation: str
     max_prompt_tokens: int
     mix: dict[str, int]
+    curriculum: list[PhaseConfig]
     images: ImagesConfig
     evaluation_samples: int
     scores: dict[str, list[str]]
@@ -225,6 +234,29 @@ def samples_per_step(config: Config) -> int:
 def samples_per_update(config: Config) -> int:
     """Responses of one optimiser step, all ranks together."""
     return samples_per_step(config) // config.algorithm.updates_per_rollout
+
+
+def phases(data: DataConfig) -> list[tuple[int, dict[str, int]]]:
+    """The first step of each phase of the data, and the phase's mix."""
+    return [(phase.from_step, phase.mix) for phase in data.curriculum] or [(0, data.mix)]
+
+
+def check_data(data: DataConfig) -> None:
+    """Raises ConfigError for shares, phases and sources that can't be."""
+    for i, (from_step, mix) in enumerate(phases(data)):
+        field = f"data.curriculum[{i}]" if data.curriculum else "data"
+        if not mix or any(share <= 0 for share in mix.values()):
+            raise ConfigError(f"{field}.mix={mix}: give every kind of prompt a share of at least 1")
+        before = phases(data)[i - 1][0] if i else None
+        if before is None and from_step:
+            raise ConfigError(f"{field}.from_step={from_step}: the first phase begins with step 0")
+        if before is not None and from_step <= before:
+            raise ConfigError(f"{field}.from_step={from_step}: must be above {before}, the step of the phase before it")
+    for name in ("sft", "prompts", "evaluation"):
+        try:
+            specification.read(getattr(data, name))
+        except ValueError as error:
+            raise ConfigError(f"data.{name}={error}") from error
 
 
 def check_algorithm(c: Config) -> None:
@@ -392,12 +424,4 @@ def check(config: Config) -> None:
                 ", times the pipeline's stages for parallel.virtual_pipeline" if c.parallel.virtual_pipeline > 1 else ""
             )
             raise ConfigError(f"{field}={count}: use a multiple of {multiple}, the data-parallel ranks{stages}")
-    if not c.data.mix or any(share <= 0 for share in c.data.mix.values()):
-        raise ConfigError(f"data.mix={c.data.mix}: give every kind of prompt a share of at least 1")
-    for field, path in (
-        ("data.sft", c.data.sft),
-        ("data.prompts", c.data.prompts),
-        ("data.evaluation", c.data.evaluation),
-    ):
-        if not Path(path).is_file():
-            raise ConfigError(f"{field}={path!r}: no such file in {os.getcwd()}")
+    check_data(c.data)

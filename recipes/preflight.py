@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes import trainer
 from recipes.config import Config, ConfigError, parse, samples_per_step
+from recipes.data import specification
 from recipes.data.prompts import PROMPT_FIELDS, SFT_FIELDS
 from recipes.train import check_parts, from_command_line
 from rewards import mixing
@@ -182,7 +183,7 @@ def data_and_rewards(config: Config) -> str:
     """Files, schema, mix, and verifiers."""
     check_parts(config)
     verifiers = ", ".join(mixing.verifier_names(config.rewards.mix))
-    return f"{config.data.prompts}: rows fit the schema; verifiers {verifiers} are found"
+    return f"{specification.shown(config.data.prompts)}: rows fit the schema; verifiers {verifiers} are found"
 
 
 def reward_servers(config: Config) -> str:
@@ -385,13 +386,15 @@ def every_prompt(config: Config) -> str:
     processor = PromptProcessor(
         config.model.path, config.data.max_prompt_tokens, ImageLimits(**vars(config.data.images))
     )
-    files: dict[str, tuple[str, ...]] = {
-        config.data.prompts: PROMPT_FIELDS,
-        config.data.evaluation: PROMPT_FIELDS,
-    }
+    sources: list[tuple[Any, tuple[str, ...]]] = [
+        (config.data.prompts, PROMPT_FIELDS),
+        (config.data.evaluation, PROMPT_FIELDS),
+    ]
     if "sft" in config.stage.names:
-        files[config.data.sft] = SFT_FIELDS
-    counts = [f"{len(check_rows(processor, path, fields))} of {path}" for path, fields in files.items()]
+        sources.append((config.data.sft, SFT_FIELDS))
+    counts = [
+        f"{len(check_rows(processor, source, fields))} of {specification.shown(source)}" for source, fields in sources
+    ]
     return f"prompts are made: {', '.join(counts)}"
 
 

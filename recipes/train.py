@@ -18,7 +18,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes.config import Config, ConfigError, parse
+from recipes.config import Config, ConfigError, parse, phases
 from recipes.slurm import adopt_step
 
 RESULTS = ("metrics.jsonl", "samples.jsonl", "answers.json", "evaluation.json", "report.html", "sft.json")
@@ -67,7 +67,7 @@ def check_parts(config: Config) -> None:
     Raises ConfigError naming the field.
     """
     from recipes.algorithms.parts import PARTS, part
-    from recipes.data.prompts import SFT_FIELDS, load_rows, mixed
+    from recipes.data.prompts import SFT_FIELDS, load_rows, scheduled
     from rewards import mixing
     from rewards.client import Client
 
@@ -79,7 +79,7 @@ def check_parts(config: Config) -> None:
             "choose another advantage"
         )
     rows = load_rows(config.data.prompts)
-    mixed(rows, config.data.mix, 0, config.algorithm.prompts_per_step, config.seed)
+    scheduled(rows, phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
         with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
@@ -88,7 +88,7 @@ def check_parts(config: Config) -> None:
             mixing.check_row(row, verifiers, config.rewards.mix)
     except ValueError as error:
         raise ConfigError(f"rewards.mix, data.scores: {error}") from error
-    kinds = {row["kind"] for row in load_rows(config.data.evaluation)}
+    kinds = set(load_rows(config.data.evaluation).kinds)
     for name, wanted in config.data.scores.items():
         if not kinds.intersection(wanted):
             raise ConfigError(

@@ -28,7 +28,8 @@ from megatron_ext import hf_checkpoint
 from megatron_ext.models import family
 from megatron_ext.packing import VisionInputs
 from recipes.config import ConfigError
-from recipes.data.prompts import Row, check_length, load_rows, media_files, prompt_tokens
+from recipes.data.prompts import Row, asked, check_length, load_rows, media_files, prompt_tokens, templated
+from recipes.data.sources import Rows
 from rollout import chat_layout
 from rollout.media import clip
 from rollout.sample import Media, Prompt
@@ -117,18 +118,18 @@ class PromptProcessor:
 
     def _text(self, row: Row, images: int, videos: int) -> str:
         """The chat-templated prompt with a placeholder token for each image and clip, which the processor repeats."""
-        content: Any
-        if self.architecture == INTERNVL_CHAT:  # its template knows text only
-            content = row["prompt"].replace("<image>", self.hf.image_token)
-        else:
-            content = [
+
+        def content(text: str) -> Any:
+            if self.architecture == INTERNVL_CHAT:  # its template knows text only
+                return text.replace("<image>", self.hf.image_token)
+            return [
                 {"type": part[1:-1]} if MARK.fullmatch(part) else {"type": "text", "text": part}
-                for part in MARK.split(row["prompt"])
+                for part in MARK.split(text)
                 if part
             ]
-        text = self.hf.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+
+        messages = [{"role": turn["role"], "content": content(turn["content"])} for turn in asked(row)]
+        text = templated(self.hf, row, messages, tokenize=False)
         for token, count in {self.hf.video_token: videos, self.hf.image_token: images}.items():
             if text.count(token) != count:
                 raise ValueError(
@@ -247,17 +248,17 @@ def by_item(made: Any, pixels: str, grid: str) -> Iterator[tuple[torch.Tensor, t
         yield from zip(made[pixels].split(made[grid].prod(1).tolist()), made[grid], strict=True)
 
 
-def check_rows(processor: PromptProcessor, path: str, required: Sequence[str]) -> list[Row]:
-    """Load a data file and make every prompt once, before anything is started; images take their time to resize.
+def check_rows(processor: PromptProcessor, source: Any, required: Sequence[str]) -> Rows:
+    """Load a source and make every prompt once, before anything is started; images take their time to resize.
 
     Raises ConfigError naming file, line and field of the first row that can't be used.
     """
-    rows = load_rows(path, required)
-    for number, row in enumerate(rows, start=1):
+    rows = load_rows(source, required)
+    for number, row in enumerate(rows):
         try:
             processor(row)
         except ConfigError as error:
-            raise ConfigError(f"{path}:{number}: {error}") from error
+            raise ConfigError(f"{rows.where(number)}: {error}") from error
     return rows
 
 
