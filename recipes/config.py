@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ext import layout, precision
 from recipes import trainer
+from recipes.data import specification
 from rewards import settings
 from rewards.settings import RewardsConfig
 
@@ -175,12 +175,21 @@ class ImagesConfig:
 
 
 @dataclass
+class PhaseConfig:
+    from_step: int
+    mix: dict[str, int]
+
+
+@dataclass
 class DataConfig:
-    sft: str
-    prompts: str
-    evaluation: str
+    """``sft``, ``prompts`` and ``evaluation`` are sources, or lists of them: see ``recipes.data.specification``."""
+
+    sft: Any
+    prompts: Any
+    evaluation: Any
     max_prompt_tokens: int
     mix: dict[str, int]
+    curriculum: list[PhaseConfig]
     images: ImagesConfig
     evaluation_samples: int
     scores: dict[str, list[str]]
@@ -287,16 +296,45 @@ def check_supervised(c: Config) -> None:
             raise ConfigError(f"{where}.minimum_fraction={chosen.minimum_fraction}: must be in [0, 1]")
         if not 0 <= chosen.warmup_fraction < 1:
             raise ConfigError(f"{where}.warmup_fraction={chosen.warmup_fraction}: must be in [0, 1)")
-        files = {"held_out": chosen.held_out, "pairs": getattr(chosen, "pairs", None)}
-        for field, path in files.items():
-            if path is not None and not Path(path).is_file():
-                raise ConfigError(f"{where}.{field}={path!r}: no such file in {os.getcwd()}")
+        sources = {"held_out": chosen.held_out, "pairs": getattr(chosen, "pairs", None)}
+        for field, source in sources.items():
+            try:
+                if source is not None:
+                    specification.read(source)
+            except ValueError as error:
+                raise ConfigError(f"{where}.{field}={error}") from error
         if (size := getattr(chosen, per_step)) % (multiple := trainer.sequence_multiple(c)):
             raise ConfigError(f"{where}.{per_step}={size}: use a multiple of {multiple}, the data-parallel ranks")
     if c.stage.sft.aggregation not in ("token_mean", "sequence_mean_token_mean"):
         raise ConfigError(
             f"stage.sft.aggregation={c.stage.sft.aggregation!r}: use one of token_mean, sequence_mean_token_mean"
         )
+
+
+def phases(data: DataConfig) -> list[tuple[int, dict[str, int]]]:
+    """The first step of each phase of the data, and the phase's mix."""
+    found = [(phase.from_step, phase.mix) for phase in data.curriculum] or [(0, data.mix)]
+    return [(from_step, {kind: share for kind, share in mix.items() if share}) for from_step, mix in found]
+
+
+def check_data(data: DataConfig) -> None:
+    """Raises ConfigError for shares, phases and sources that can't be."""
+    for i, (from_step, mix) in enumerate(phases(data)):
+        field = f"data.curriculum[{i}]" if data.curriculum else "data"
+        if not mix or any(share < 0 for share in mix.values()):
+            raise ConfigError(f"{field}.mix={mix}: give kinds of prompts shares of 1 and more, 0 for none of a kind")
+        before = phases(data)[i - 1][0] if i else None
+        if before is None and from_step:
+            raise ConfigError(f"{field}.from_step={from_step}: the first phase begins with step 0")
+        if before is not None and from_step <= before:
+            raise ConfigError(f"{field}.from_step={from_step}: must be above {before}, the step of the phase before it")
+    if data.evaluation_samples < 0:
+        raise ConfigError(f"data.evaluation_samples={data.evaluation_samples}: use 1 or more, or 0 for greedy only")
+    for name in ("sft", "prompts", "evaluation"):
+        try:
+            specification.read(getattr(data, name))
+        except ValueError as error:
+            raise ConfigError(f"data.{name}={error}") from error
 
 
 def check_algorithm(c: Config) -> None:
@@ -454,14 +492,4 @@ def check(config: Config) -> None:
                 ", times the pipeline's stages for parallel.virtual_pipeline" if c.parallel.virtual_pipeline > 1 else ""
             )
             raise ConfigError(f"{field}={count}: use a multiple of {multiple}, the data-parallel ranks{stages}")
-    if c.data.evaluation_samples < 0:
-        raise ConfigError(f"data.evaluation_samples={c.data.evaluation_samples}: use 1 or more, or 0 for greedy only")
-    if not any(c.data.mix.values()) or any(share < 0 for share in c.data.mix.values()):
-        raise ConfigError(f"data.mix={c.data.mix}: give kinds of prompts shares of 1 and more, 0 for none of a kind")
-    for field, path in (
-        ("data.sft", c.data.sft),
-        ("data.prompts", c.data.prompts),
-        ("data.evaluation", c.data.evaluation),
-    ):
-        if not Path(path).is_file():
-            raise ConfigError(f"{field}={path!r}: no such file in {os.getcwd()}")
+    check_data(c.data)

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes import trainer
 from recipes.config import Config, ConfigError, parse, samples_per_step
+from recipes.data import specification
 from recipes.data.prompts import PROMPT_FIELDS
 from recipes.train import check_parts, check_supervised, from_command_line
 from rewards import mixing
@@ -183,7 +184,7 @@ def data_and_rewards(config: Config) -> str:
     check_supervised(config)
     check_parts(config)
     verifiers = ", ".join(mixing.verifier_names(config.rewards.mix))
-    return f"{config.data.prompts}: rows fit the schema; verifiers {verifiers} are found"
+    return f"{specification.shown(config.data.prompts)}: rows fit the schema; verifiers {verifiers} are found"
 
 
 def reward_servers(config: Config) -> str:
@@ -387,15 +388,14 @@ def every_prompt(config: Config) -> str:
     processor = PromptProcessor(
         config.model.path, config.data.max_prompt_tokens, ImageLimits(**vars(config.data.images))
     )
-    files: dict[str, tuple[str, ...]] = {
-        config.data.prompts: PROMPT_FIELDS,
-        config.data.evaluation: PROMPT_FIELDS,
-    }
-    counts = [f"{len(check_rows(processor, path, fields))} of {path}" for path, fields in files.items()]
+    counts = [
+        f"{len(check_rows(processor, source, PROMPT_FIELDS))} of {specification.shown(source)}"
+        for source in (config.data.prompts, config.data.evaluation)
+    ]
     if "sft" in config.stage.trains:
         mark, longest = config.rollout.thinking_marks[0], config.parallel.micro_batch_tokens
-        for path in filter(None, (config.data.sft, config.stage.sft.held_out)):
-            counts.append(f"{examples.check(processor, path, mark, longest)} of {path}")
+        for source in filter(None, (config.data.sft, config.stage.sft.held_out)):
+            counts.append(f"{examples.check(processor, source, mark, longest)} of {specification.shown(source)}")
     return f"prompts are made: {', '.join(counts)}"
 
 

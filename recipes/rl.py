@@ -1,7 +1,7 @@
 """The RL loop. It reads as the algorithm; its parts are in rollout/, rewards/, recipes/algorithms/, megatron_ext/."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import Outcomes, per_token
 from recipes.algorithms.parts import part
 from recipes.algorithms.shaping import informative, overlong_penalty, select_groups
+from recipes.config import phases
 from recipes.data import prompts
 from recipes.data.processor import ProcessedPrompt
+from recipes.data.sources import ById
 from recipes.session import Session
 from rewards import mixing, objectives
 from rewards.verdict import Judgement, from_json, or_nan, to_json
@@ -53,7 +55,7 @@ def fit(session: Session, reference: Path) -> None:
     optim, schedule = session.build_optimizer(algorithm, algorithm.steps * algorithm.updates_per_rollout)
     reference_weights = steps.load_weights(model, reference)
     folder, done, ahead = session.run_dir / "checkpoints", 0, config.rollout.staleness
-    by_id = {row["id"]: row for row in rows}
+    by_id = ById(rows)
     pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
     if newest := checkpoint.latest(folder):
         done = checkpoint.load(newest, model, optim, schedule)
@@ -150,7 +152,7 @@ def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
     c = session.config
 
     def draw(step: int) -> list[ProcessedPrompt]:
-        batch = prompts.mixed(rows, c.data.mix, step, c.algorithm.prompts_per_step, c.seed)
+        batch = prompts.scheduled(rows, phases(c.data), step, c.algorithm.prompts_per_step, c.seed)
         return [session.prompts(row) for row in batch]
 
     return Pool(
@@ -163,7 +165,7 @@ def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
     )
 
 
-def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dict[str, Any]:
+def judge(session: Session, rows: Mapping[str, prompts.Row], sample: Sample) -> dict[str, Any]:
     """What the verifiers of its label say of a sample, as JSON; runs beside the engines in several threads."""
     row = rows[sample.prompt_id]
     return session.judge(row, sample, list(mixing.label_weights(row, session.config.rewards.mix)))
@@ -172,7 +174,7 @@ def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dic
 def collect(
     session: Session,
     rollout: Rollout,
-    rows: dict[str, prompts.Row],
+    rows: Mapping[str, prompts.Row],
     constraint: dict[str, Any],
     step: int,
     started: bool,

@@ -18,7 +18,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes.config import Config, ConfigError, generates, parse
+from recipes.config import Config, ConfigError, generates, parse, phases
 from recipes.slurm import adopt_step
 
 RESULTS = ("metrics.jsonl", "samples.jsonl", "answers.json", "evaluation.json", "report.html")
@@ -91,7 +91,8 @@ def check_parts(config: Config) -> None:
     Raises ConfigError naming the field.
     """
     from recipes.algorithms.parts import PARTS, part
-    from recipes.data.prompts import load_rows, mixed
+    from recipes.data import specification
+    from recipes.data.prompts import load_rows, scheduled
     from rewards import mixing
     from rewards.client import Client
     from rollout.environment import open_environment
@@ -104,7 +105,7 @@ def check_parts(config: Config) -> None:
             "choose another advantage"
         )
     rows = load_rows(config.data.prompts)
-    mixed(rows, config.data.mix, 0, config.algorithm.prompts_per_step, config.seed)
+    scheduled(rows, phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
         with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
@@ -116,11 +117,11 @@ def check_parts(config: Config) -> None:
     except ValueError as error:
         where = "" if str(error).startswith("rollout.") else "rewards.mix, data.scores: "
         raise ConfigError(f"{where}{error}") from error
-    kinds = {row["kind"] for row in load_rows(config.data.evaluation)}
+    kinds = set(load_rows(config.data.evaluation).kinds)
     for name, wanted in config.data.scores.items():
         if not kinds.intersection(wanted):
             raise ConfigError(
-                f"data.scores.{name}={wanted}: {config.data.evaluation} has rows of the kinds {sorted(kinds)} only; "
+                f"data.scores.{name}={wanted}: {specification.shown(config.data.evaluation)} has rows of the kinds {sorted(kinds)} only; "
                 "name one of these or drop the score"
             )
 

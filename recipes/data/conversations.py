@@ -1,19 +1,22 @@
 """Rows with answers: ``prompt`` and ``response``, or ``messages`` ({role, content} each) that end with an answer."""
 
+from typing import Any
+
 from recipes.config import ConfigError
 from recipes.data.prompts import SFT_FIELDS, Row, asked, load_rows
+from recipes.data.sources import Rows
 
 ASSISTANT = "assistant"
 
 
-def load(path: str) -> list[Row]:
-    """The rows of a file. Raises ConfigError naming file, line and field for what is neither of both forms."""
-    rows = load_rows(path, ("id",))
-    for number, row in enumerate(rows, start=1):
+def load(source: Any) -> Rows:
+    """The rows of a source. Raises ConfigError naming file, line and field for what is neither of both forms."""
+    rows = load_rows(source, ("id",))
+    for number, row in enumerate(rows):
         try:
             conversation(row)
         except ConfigError as error:
-            raise ConfigError(f"{path}:{number}: {error}") from error
+            raise ConfigError(f"{rows.where(number)}: {error}") from error
     return rows
 
 

@@ -25,14 +25,14 @@ class Example:
     vision: VisionInputs | None
 
 
-def check(processor: PromptProcessor, path: str, thinking_begins: str, longest: int) -> int:
-    """Load a file and make every example once; returns their number. Raises ConfigError naming file, line and field."""
-    rows = load(path)
-    for number, row in enumerate(rows, start=1):
+def check(processor: PromptProcessor, source: Any, thinking_begins: str, longest: int) -> int:
+    """Load a source and make every example once; returns their number. Raises ConfigError naming file, line and field."""
+    rows = load(source)
+    for number, row in enumerate(rows):
         try:
             example(processor, row, thinking_begins, longest)
         except ConfigError as error:
-            raise ConfigError(f"{path}:{number}: {error}") from error
+            raise ConfigError(f"{rows.where(number)}: {error}") from error
     return len(rows)
 
 

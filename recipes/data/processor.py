@@ -28,7 +28,8 @@ from megatron_ext import hf_checkpoint
 from megatron_ext.models import family
 from megatron_ext.packing import VisionInputs
 from recipes.config import ConfigError
-from recipes.data.prompts import Row, asked, check_length, load_rows, media_files, prompt_tokens
+from recipes.data.prompts import Row, asked, check_length, load_rows, media_files, prompt_tokens, templated
+from recipes.data.sources import Rows
 from rollout import chat_layout
 from rollout.media import clip
 from rollout.sample import Media, Prompt
@@ -128,7 +129,7 @@ class PromptProcessor:
             ]
 
         messages = [{"role": turn["role"], "content": content(turn["content"])} for turn in asked(row)]
-        text = self.hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = templated(self.hf, row, messages, tokenize=False)
         for token, count in {self.hf.video_token: videos, self.hf.image_token: images}.items():
             if text.count(token) != count:
                 raise ValueError(
@@ -247,17 +248,17 @@ def by_item(made: Any, pixels: str, grid: str) -> Iterator[tuple[torch.Tensor, t
         yield from zip(made[pixels].split(made[grid].prod(1).tolist()), made[grid], strict=True)
 
 
-def check_rows(processor: PromptProcessor, path: str, required: Sequence[str]) -> list[Row]:
-    """Load a data file and make every prompt once, before anything is started; images take their time to resize.
+def check_rows(processor: PromptProcessor, source: Any, required: Sequence[str]) -> Rows:
+    """Load a source and make every prompt once, before anything is started; images take their time to resize.
 
     Raises ConfigError naming file, line and field of the first row that can't be used.
     """
-    rows = load_rows(path, required)
-    for number, row in enumerate(rows, start=1):
+    rows = load_rows(source, required)
+    for number, row in enumerate(rows):
         try:
             processor(row)
         except ConfigError as error:
-            raise ConfigError(f"{path}:{number}: {error}") from error
+            raise ConfigError(f"{rows.where(number)}: {error}") from error
     return rows
 
 

@@ -8,7 +8,7 @@ import base64
 import math
 import mimetypes
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -142,8 +142,10 @@ class Scalar:
 
     def ask(self, row: Row, answer: str, model: str) -> Ask:
         """The request about an answer without thinking."""
+        asked = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        contents = parted([turn["content"] for turn in asked], row)
         messages = [
-            {"role": "user", "content": content(row["prompt"], row)},
+            *({"role": turn["role"], "content": made} for turn, made in zip(asked, contents, strict=True)),
             {"role": "assistant", "content": answer},
         ]
         body = {"model": model, "messages": messages, "task": "classify", "use_activation": False}
@@ -163,9 +165,18 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 def content(text: str, row: Row) -> str | list[dict[str, Any]]:
     """A message's content: the text, with the row's images (and the frames of its clips) where their marks stand."""
+    return parted([text], row)[0]
+
+
+def parted(texts: Sequence[str], row: Row) -> list[str | list[dict[str, Any]]]:
+    """The contents of successive messages, which share the row's images and clips."""
     if not row.get("images") and not row.get("videos"):
-        return text
+        return [*texts]
     images, videos = iter(row.get("images", [])), iter(row.get("videos", []))
+    return [_parts(text, images, videos) for text in texts]
+
+
+def _parts(text: str, images: Iterator[str], videos: Iterator[list[str]]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for piece in re.split("(<image>|<video>)", text):
         files = [next(images, None)] if piece == "<image>" else next(videos, []) if piece == "<video>" else None

@@ -44,6 +44,19 @@ def processors(folder: Path) -> dict[str, PromptProcessor]:
     return {name: PromptProcessor(str(folder / name), 1000, LIMITS) for name in MODELS}
 
 
+TALK = {
+    "label": "l",
+    "kind": "k",
+    "messages": [
+        {"role": "system", "content": "the task is short"},
+        {"role": "user", "content": "<image> and <image>?"},
+        {"role": "assistant", "content": "the task prompt"},
+        {"role": "user", "content": "but <image>?"},
+    ],
+    "images": ["i1.png", "i4.png", "i6.png"],
+}
+
+
 def row(prompt: str, images: list[str] | None = None, videos: list[list[str]] | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"id": "x", "label": "l", "kind": "k", "prompt": prompt}
     return found | ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
@@ -52,6 +65,7 @@ def row(prompt: str, images: list[str] | None = None, videos: list[list[str]] | 
 ROWS = [
     *(row("what is <image>?", [f"i{n}.png"]) for n in range(len(SIZES))),
     row("<image><image> and\n<image> differ", ["i1.png", "i4.png", "i1.png"]),
+    TALK,
     row("the task prompt without one"),
 ]
 CLIPS = [
@@ -70,20 +84,24 @@ def process(processor: PromptProcessor, folder: Path, *rows: dict[str, Any]) -> 
 
 def conversation(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The row as transformers' chat templates want it, files named in it."""
-    parts: list[dict[str, Any]] = []
-    images, videos, text = iter(row.get("images", [])), iter(row.get("videos", [])), row["prompt"]
-    while text:
-        places = {text.find(mark): mark for mark in ("<image>", "<video>") if mark in text}
-        at = min(places, default=len(text))
-        if at:
-            parts.append({"type": "text", "text": text[:at]})
-        mark = places.get(at)
-        if mark == "<image>":
-            parts.append({"type": "image", "path": str(folder / next(images))})
-        elif mark == "<video>":
-            parts.append({"type": "video", "path": [str(folder / name) for name in next(videos)]})
-        text = text[at + len(mark or "") :]
-    return [{"role": "user", "content": parts}]
+    images, videos = iter(row.get("images", [])), iter(row.get("videos", []))
+    found = []
+    for turn in row.get("messages") or [{"role": "user", "content": row["prompt"]}]:
+        parts: list[dict[str, Any]] = []
+        text = turn["content"]
+        while text:
+            places = {text.find(mark): mark for mark in ("<image>", "<video>") if mark in text}
+            at = min(places, default=len(text))
+            if at:
+                parts.append({"type": "text", "text": text[:at]})
+            mark = places.get(at)
+            if mark == "<image>":
+                parts.append({"type": "image", "path": str(folder / next(images))})
+            elif mark == "<video>":
+                parts.append({"type": "video", "path": [str(folder / name) for name in next(videos)]})
+            text = text[at + len(mark or "") :]
+        found.append({"role": turn["role"], "content": parts})
+    return found
 
 
 def transformers_inputs(processor: Any, row: dict[str, Any], folder: Path) -> Any:

@@ -15,8 +15,11 @@ from recipes.data.prompts import (
     interleaved,
     load_rows,
     mixed,
+    ordered,
+    permuted,
     prompt_tokens,
     response_tokens,
+    scheduled,
     shuffled,
 )
 from tests.recipes import tiny
@@ -61,9 +64,38 @@ def test_rows_are_loaded_in_order_with_all_their_fields(tmp_path: Path) -> None:
     rows = [{**ROW, "id": str(i), "keywords": ["ü"]} for i in range(3)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert load_rows(str(path)) == rows
+    assert [*load_rows(str(path))] == rows
     with pytest.raises(ConfigError, match="'response' is missing"):
         load_rows(str(path), SFT_FIELDS)
+
+
+@given(size=st.integers(1, 400), key=st.text(max_size=5))
+def test_the_keyed_permutation_is_one(size: int, key: str) -> None:
+    assert sorted(permuted(place, size, key) for place in range(size)) == list(range(size))
+
+
+def test_every_order_of_five_rows_is_equally_frequent() -> None:
+    """Chi-squared over the 120 orders, within four deviations of its mean."""
+    counts = Counter(tuple(permuted(place, 5, str(key)) for place in range(5)) for key in range(6000))
+    statistic = sum((count - 50) ** 2 / 50 for count in counts.values()) + 50 * (120 - len(counts))
+    assert abs(statistic - 119) < 4 * (2 * 119) ** 0.5
+
+
+@given(size=st.integers(1, 60), window=st.integers(1, 30), seed=st.integers(0, 9))
+def test_no_row_comes_back_within_the_window(size: int, window: int, seed: int) -> None:
+    """In each epoch every row, at any size that the window allows."""
+    window = min(window, size // 2 + 1)
+    stream = [ordered(position, size, seed, window) for position in range(5 * size)]
+    for epoch in range(5):
+        assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert all(len(set(stream[i : i + window])) == window for i in range(len(stream) - window + 1))
+
+
+def test_a_far_place_of_large_data_is_found_at_once() -> None:
+    """Ten million rows, a thousandth epoch: by computing it, not by going there."""
+    size = 10_000_000
+    begin = 1000 * size
+    assert len({ordered(begin + place, size, 1, 100) for place in range(-200, 400)}) == 600
 
 
 @given(size=st.integers(1, 12), start=st.integers(0, 40), count=st.integers(0, 40), seed=st.integers(0, 5))
@@ -115,12 +147,45 @@ def test_no_prompt_occurs_twice_in_a_step(count: int, step: int, seed: int) -> N
     assert len(set(ids(batch))) == count
 
 
+PHASES = [(0, {"harmful": 1, "task": 3}), (4, {"harmful": 2, "benign": 2, "task": 1}), (9, {"benign": 1})]
+
+
+@given(count=st.integers(1, 9), seed=st.integers(0, 3), cut=st.integers(0, 14))
+def test_a_curriculum_changes_the_mix_and_skips_nothing(count: int, seed: int, cut: int) -> None:
+    """Each kind's stream goes on where it stopped: whatever the phases, its rows come in the order of one stream. A
+    step depends on its number alone, so a resumed run needs no state."""
+    sizes = {"harmful": 23, "benign": 19, "task": 21}
+    rows = rows_of(sizes)
+    steps = [ids(scheduled(rows, PHASES, step, count, seed)) for step in range(15)]
+    assert steps[cut:] == [ids(scheduled(rows, PHASES, step, count, seed)) for step in range(cut, 15)]
+    drawn = [name for step in steps for name in step]
+    window = {kind: max(-(-count // sum(m.values())) * m[kind] for _, m in PHASES if kind in m) for kind in sizes}
+    for kind, size in sizes.items():
+        own = [name for name in drawn if name.startswith(kind)]
+        whole = [f"{kind}{ordered(position, size, seed, window[kind])}" for position in range(len(own))]
+        assert own == whole
+    for (begin, mix), end in zip(PHASES, (4, 9, 15), strict=True):
+        kinds = [name.rstrip("0123456789") for step in steps[begin:end] for name in step]
+        total = sum(mix.values())
+        for cycle in range(len(kinds) // total):
+            assert Counter(kinds[cycle * total : (cycle + 1) * total]) == mix
+    assert all(len(set(step)) == count for step in steps)
+
+
+def test_one_phase_is_the_mix() -> None:
+    rows = rows_of(dict.fromkeys(MIX, 12))
+    for step in range(5):
+        assert scheduled(rows, [(0, MIX), (3, MIX)], step, 10, 1) == mixed(rows, MIX, step, 10, 1)
+
+
 def test_a_kind_with_too_few_rows_is_refused() -> None:
     rows = rows_of({**dict.fromkeys(MIX, 6), "task": 3})
     with pytest.raises(ConfigError, match=r"'task', of which data\.prompts holds 3 rows; 4 are needed"):
         mixed(rows, MIX, 0, 10, 1)
     with pytest.raises(ConfigError, match=r"'joke', of which data\.prompts holds 0 rows"):
         mixed(rows, {"joke": 1}, 0, 1, 1)
+    with pytest.raises(ConfigError, match=r"data\.curriculum has 'joke', of which data\.prompts holds 0 rows"):
+        scheduled(rows, [(0, {"task": 1}), (7, {"joke": 1})], 0, 1, 1)
 
 
 def test_prompt_tokens_are_the_chat_template_with_an_open_answer(tokenizer: Any) -> None:

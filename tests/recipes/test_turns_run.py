@@ -21,7 +21,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
         tiny.overrides(
             folder,
             folder / "run",
-            "stage.names=[rl]",
+            "stage.trains=[rl]",
             "algorithm.steps=1",
             "precision=fp32",
             "parallel.tensor=1",

@@ -197,3 +197,20 @@ def test_judgements_survive_json() -> None:
         assert from_json(to_json(judgement)) == judgement
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         Verdict(1.5, "too much")
+
+
+def test_a_reward_model_is_asked_with_the_whole_conversation(tmp_path: Path) -> None:
+    """Each image stands in the message that has its mark."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    talk = [("system", "Be short."), ("user", "<image>?"), ("assistant", "A cat."), ("user", "And <image>?")]
+    row = {**ROW, "messages": [{"role": role, "content": text} for role, text in talk], "images": files}
+    messages = Scalar().ask(row, "a dog", "m").body["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[1]["content"] == [
+        {"type": "image_url", "image_url": {"url": data_url(files[0])}},
+        {"type": "text", "text": "?"},
+    ]
+    assert messages[3]["content"][1] == {"type": "image_url", "image_url": {"url": data_url(files[1])}}
+    assert messages[4]["content"] == "a dog"
