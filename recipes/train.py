@@ -121,8 +121,8 @@ def check_parts(config: Config) -> None:
     for name, wanted in config.data.scores.items():
         if not kinds.intersection(wanted):
             raise ConfigError(
-                f"data.scores.{name}={wanted}: {specification.shown(config.data.evaluation)} has rows of the kinds {sorted(kinds)} only; "
-                "name one of these or drop the score"
+                f"data.scores.{name}={wanted}: {specification.shown(config.data.evaluation)} has rows of the kinds "
+                f"{sorted(kinds)} only; name one of these or drop the score"
             )
 
 

@@ -26,7 +26,7 @@ class Example:
 
 
 def check(processor: PromptProcessor, source: Any, thinking_begins: str, longest: int) -> int:
-    """Load a source and make every example once; returns their number. Raises ConfigError naming file, line and field."""
+    """Load a source and make every example once; returns their number. Raises ConfigError naming line and field."""
     rows = load(source)
     for number, row in enumerate(rows):
         try:
