@@ -73,11 +73,6 @@ def check_parts(config: Config) -> None:
 
     for name in PARTS:
         part(name, config.algorithm)
-    if config.algorithm.advantage in ("gae", "gae_whitened"):
-        raise ConfigError(
-            f"algorithm.advantage={config.algorithm.advantage!r}: needs a critic, which this loop does not train; "
-            "choose another advantage"
-        )
     rows = load_rows(config.data.prompts)
     mixed(rows, config.data.mix, 0, config.algorithm.prompts_per_step, config.seed)
     try:
