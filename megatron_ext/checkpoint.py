@@ -72,6 +72,7 @@ def write(target: Path, model: Model, optimizer: MegatronOptimizer, scheduler: O
     if dist.get_rank() == 0:
         target.mkdir(exist_ok=True)
     dist.barrier()
+    _prime(optimizer)
     state = _state(model, optimizer, loading=False)
     state["scheduler"] = scheduler.state_dict()
     state["rng"] = _rng_tensors()
@@ -186,7 +187,7 @@ def _check_padding(optimizer: MegatronOptimizer) -> None:
 
 
 def _prime(optimizer: MegatronOptimizer) -> None:
-    """Create zero moments: Megatron-Core reads the step counter of a torch optimiser before it has one."""
+    """Create zero moments before the first step: Megatron-Core reads a torch optimiser's step counter."""
     inner = _distributed(optimizer).optimizer
     if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
         for parameter in (p for group in inner.param_groups for p in group["params"] if not inner.state[p]):

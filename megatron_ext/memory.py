@@ -37,7 +37,8 @@ class Shape:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device. ``activations`` are those kept for the backward pass at their peak, ``workspace`` is what
-    comes and goes within one layer; ``vllm`` is the engine's weights and buffers."""
+    comes and goes within one layer; ``vllm`` is the engine's weights and buffers. ``critic``: what a critic's weights,
+    gradients and optimiser add at the peak of training, ``critic_idle`` what they leave while the engine generates."""
 
     weights: int
     gradients: int
@@ -48,20 +49,22 @@ class Memory:
     kv_cache: int
     vllm: int
     reserve: int
+    critic: int
+    critic_idle: int
 
     @property
     def states(self) -> int:
-        """What stays from step to step."""
+        """What stays of the policy from step to step."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def training(self) -> int:
-        return self.states + self.activations + self.logits + self.workspace + self.reserve
+        return self.states + self.critic + self.activations + self.logits + self.workspace + self.reserve
 
     @property
     def generating(self) -> int:
         """With the engine awake beside a trainer that is idle but keeps its states."""
-        return self.states + self.kv_cache + self.vllm + self.reserve
+        return self.states + self.critic_idle + self.kv_cache + self.vllm + self.reserve
 
     @property
     def total(self) -> int:
@@ -71,6 +74,20 @@ class Memory:
     def gib(self) -> dict[str, float]:
         names = [*(f.name for f in fields(self)), "training", "generating", "total"]
         return {name: round(getattr(self, name) / 2**30, 3) for name in names}
+
+
+def critic(policy: Model, beside: Model | None, offload: bool) -> tuple[int, int]:
+    """A critic's bytes on the fullest rank as ``Memory`` has them, training and idle; 0 without one.
+
+    With ``offload`` it takes the place of the policy's gradients and optimiser while it is trained, and of nothing at
+    other times. The policy's activations and logits stand for the critic's, which are not more.
+    """
+    if beside is None:
+        return 0, 0
+    own = weights(beside) + gradients(beside) + fullest_optimizer(beside)
+    if offload:
+        return max(0, own - gradients(policy) - fullest_optimizer(policy)), 0
+    return own, own
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

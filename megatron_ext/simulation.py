@@ -23,6 +23,7 @@ from megatron_ext import parallel, platform
 from megatron_ext.layout import Layout
 from megatron_ext.model import Model, ModelSettings
 from megatron_ext.parallel import Parallel
+from megatron_ext.scalar_head import HF_OUTPUT_LAYER, TENSOR, has_scalar_head
 
 META = torch.device("meta")
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # start and extent within a tensor
@@ -122,4 +123,8 @@ def checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device(META):
         network = auto.from_config(hf_config)
     named = revert_weight_conversion(network, dict(network.named_parameters()))
-    return {name: tuple(tensor.shape) for name, tensor in named.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    if has_scalar_head(hf_config):  # not every family has this form in transformers: from its language model
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(HF_OUTPUT_LAYER)}
+        shapes[TENSOR] = (1, hf_config.get_text_config().hidden_size)
+    return shapes

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
@@ -103,6 +104,7 @@ class AlgorithmConfig:
     kl_coefficient: float
     aggregation: str
     token_divisor: float
+    value_clip: float
     importance_sampling: bool
     importance_cap: float
     sequence_ratio_bounds: Optional[list[float]]  # noqa: UP045
@@ -217,6 +219,17 @@ class OptimizerConfig:
 
 
 @dataclass
+class CriticConfig:
+    path: Optional[str]  # noqa: UP045
+    learning_rate: float
+    minimum_fraction: float
+    warmup_fraction: float
+    decay: str
+    warmup_steps: int
+    offload: bool
+
+
+@dataclass
 class CheckpointConfig:
     every_steps: int
     keep: int
@@ -238,6 +251,7 @@ class Config:
     cluster: ClusterConfig
     logger: LoggerConfig
     optimizer: OptimizerConfig
+    critic: CriticConfig
     checkpoint: CheckpointConfig
     seed: int
     run_dir: str
@@ -401,6 +415,34 @@ def check_rollout(c: Config) -> None:
         )
 
 
+def check_critic(c: Config) -> None:
+    """Raises ConfigError for what the critic's settings can't do."""
+    k = c.critic
+    if k.decay not in ("constant", "linear", "cosine"):
+        raise ConfigError(f"critic.decay={k.decay!r}: use one of constant, linear, cosine")
+    for field, value, fits, interval in (
+        ("algorithm.value_clip", c.algorithm.value_clip, c.algorithm.value_clip > 0, "above 0"),
+        ("critic.learning_rate", k.learning_rate, k.learning_rate > 0, "above 0"),
+        ("critic.minimum_fraction", k.minimum_fraction, 0 <= k.minimum_fraction <= 1, "in [0, 1]"),
+        ("critic.warmup_fraction", k.warmup_fraction, 0 <= k.warmup_fraction < 1, "in [0, 1)"),
+    ):
+        if not fits:
+            raise ConfigError(f"{field}={value}: must be {interval}")
+    if k.path is not None and not (Path(k.path) / "config.json").is_file():
+        raise ConfigError(
+            f"critic.path={k.path!r}: no config.json there: give a Hugging Face folder, or null for the policy's"
+        )
+    if not 0 <= k.warmup_steps < c.algorithm.steps:
+        raise ConfigError(
+            f"critic.warmup_steps={k.warmup_steps}: the policy is trained in what is left of algorithm.steps="
+            f"{c.algorithm.steps}; use 0 or more, and fewer than these"
+        )
+    if k.offload and c.precision.parameter_gather:
+        raise ConfigError(
+            "critic.offload=true: can't move FP8 weights (precision.parameter_gather=true) to the host; set one false"
+        )
+
+
 def check(config: Config) -> None:
     """Raises ConfigError naming the first field whose value can't work."""
     c = config
@@ -463,6 +505,7 @@ def check(config: Config) -> None:
         if not fits:
             raise ConfigError(f"{field}={value}: must be in {interval}")
     check_rollout(c)
+    check_critic(c)
     if not c.stage.trains and not c.stage.ladder:
         raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
     check_algorithm(c)

@@ -70,6 +70,7 @@ class Report:
     parameters_total: int | None = None
     parameters_per_rank: list[dict[str, int]] = field(default_factory=list)
     hf_tensors: dict[str, Any] | None = None
+    critic_tensors: dict[str, Any] | None = None
     memory_gib: list[dict[str, Any]] = field(default_factory=list)
     engine_gib: dict[str, float] | None = None
     fits: bool = False
@@ -415,7 +416,7 @@ def layout(config: Config, hf_config: Any, report: Report) -> str:
 
 def build(config: Config, hf_config: Any, settings: Settings, report: Report, say: Callable[[str], None]) -> str:
     """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds."""
-    from megatron_ext import hf_checkpoint, simulation
+    from megatron_ext import hf_checkpoint, scalar_head, simulation
     from megatron_ext.model import ModelSettings
 
     c, cut = config.parallel, trainer.layout(config)
@@ -429,7 +430,11 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
             published(n): tuple(e["shape"]) for header in headers for n, e in header.items() if n != "__metadata__"
         }
     total = sum(map(math.prod, expected.values()))
-    coverage = simulation.Coverage()
+    critic_config = None
+    if trainer.has_critic(config):
+        path = config.critic.path
+        critic_config = scalar_head.scalar_config(hf_checkpoint.config(path) if path else hf_config)
+    coverage, of_critic = simulation.Coverage(), simulation.Coverage()
     layers: dict[int, list[int]] = {}
     ranks = simulation.distinct_ranks(config.cluster.ranks, cut)
     for n, number in enumerate(ranks):
@@ -437,18 +442,23 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
         with simulation.rank(number, config.cluster.ranks, cut) as here:
             try:
                 built = simulation.build(hf_config, here, wanted)
+                critic = simulation.build(critic_config, here, wanted) if critic_config else None
             except AssertionError as error:
                 raise ConfigError(f"parallel: Megatron-Core refuses this layout: {error}") from error
             fp8_alignment(config, built)
             coverage.add(built)
+            if critic:
+                of_critic.add(critic)
             place = {"pp": here.pipeline_rank, "tp": here.tensor_rank}
             parameters = [p for chunk in built.chunks for p in chunk.module.parameters()]
             report.parameters_per_rank.append({**place, "count": sum(p.numel() for p in parameters)})
-            report.memory_gib.append({**place, **rank_memory(config, built, settings, total).gib()})
+            report.memory_gib.append({**place, **rank_memory(config, built, critic, settings, total).gib()})
             decoders = [getattr(chunk.module, "language", chunk.module).decoder for chunk in built.chunks]
             layers[here.pipeline_rank] = [len(decoder.layers) for decoder in decoders]
     report.parameters_total = total
     report.hf_tensors = coverage.compare(expected, hf_config.tie_word_embeddings)
+    if critic_config:
+        report.critic_tensors = of_critic.compare(simulation.checkpoint_tensors(critic_config), tied=False)
     report.engine_gib = engine_gib(config, hf_config, total)
     shown = " | ".join(" + ".join(map(str, chunks)) for chunks in layers.values())
     return f"{len(ranks)} distinct ones; layers on the pipeline's stages {shown}"
@@ -456,15 +466,15 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
 
 def every_tensor(report: Report) -> str:
     """Every element of every Hugging Face tensor lies exactly once in one replica."""
-    found = report.hf_tensors
-    assert found is not None
-    for field_name in ("missing", "unexpected", "duplicated"):
-        if found[field_name]:
-            raise ConfigError(
-                f"{len(found[field_name])} tensors {field_name}, the first is {found[field_name][0]!r}: the family's "
-                "table in megatron_ext/models/ does not fit this model"
-            )
-    return f"{found['covered']} tensors, {report.parameters_total:,} parameters, each exactly once"
+    assert report.hf_tensors is not None
+    for whose, found in (("", report.hf_tensors), ("the critic's ", report.critic_tensors or {})):
+        for field_name in ("missing", "unexpected", "duplicated"):
+            if names := found.get(field_name):
+                raise ConfigError(
+                    f"{whose}{len(names)} tensors {field_name}, the first is {names[0]!r}: the family's table in "
+                    "megatron_ext/models/ does not fit this model"
+                )
+    return f"{report.hf_tensors['covered']} tensors, {report.parameters_total:,} parameters, each exactly once"
 
 
 def fp8_alignment(config: Config, built: Any) -> None:
@@ -480,7 +490,7 @@ def fp8_alignment(config: Config, built: Any) -> None:
             )
 
 
-def rank_memory(config: Config, built: Any, settings: Settings, parameters: int) -> Any:
+def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, parameters: int) -> Any:
     """Of a micro-batch filled to the brim: as many sequences of full length as it takes, or of images alone."""
     from megatron_ext import memory as sizes
     from megatron_ext.models import family
@@ -493,6 +503,7 @@ def rank_memory(config: Config, built: Any, settings: Settings, parameters: int)
     per_rank = samples_per_step(config) // trainer.data_parallel(config)
     text = family(built.hf_config.architectures[0]).text_config(built.hf_config)
     here = settings.engines == "colocated"
+    critic_bytes, critic_idle = sizes.critic(built, critic, config.critic.offload)
     return sizes.Memory(
         weights=sizes.weights(built),
         gradients=sizes.gradients(built),
@@ -503,6 +514,8 @@ def rank_memory(config: Config, built: Any, settings: Settings, parameters: int)
         kv_cache=int(config.rollout.kv_cache_gib * 2**30) if here else 0,
         vllm=engine_bytes(config, text, parameters) if here else 0,
         reserve=int(settings.reserve_gib * 2**30),
+        critic=critic_bytes,
+        critic_idle=critic_idle,
     )
 
 
@@ -534,6 +547,8 @@ def memory(config: Config, settings: Settings, report: Report) -> str:
         remedies = ["fewer parallel.micro_batch_tokens", "more parallel.context, parallel.tensor or parallel.pipeline"]
         if config.parallel.recompute != "full":
             remedies.insert(0, "parallel.recompute=full")
+        if trainer.has_critic(config) and not config.critic.offload:
+            remedies.insert(0, "critic.offload=true")
         raise ConfigError(
             f"training needs {fullest['training']:.1f} GiB on {where}, {settings.device} has {room}: use "
             + ", or ".join(remedies)
@@ -543,6 +558,7 @@ def memory(config: Config, settings: Settings, report: Report) -> str:
         raise ConfigError(
             f"the engine beside the trainer needs {fullest['generating']:.1f} GiB on {where}, {settings.device} has "
             + f"{room}: "
+            + ("use critic.offload=true, or " if fullest["critic_idle"] else "")
             + (f"use rollout.kv_cache_gib={int(least)}" if least >= 1 else "use a larger rollout.tensor")
             + ", or more parallel.pipeline, or preflight.engines=apart"
         )
@@ -558,7 +574,9 @@ def disk_space(config: Config, report: Report) -> str:
     """For the checkpoints that are kept, one that is being written, and the exported models."""
     if report.parameters_total is None:
         raise ConfigError("the number of parameters is not known: see the checks before")
-    need = report.parameters_total * (CHECKPOINT_BYTES * (config.checkpoint.keep + 1) + 2 * len(config.stage.trains))
+    trained = 2 if trainer.has_critic(config) else 1  # a critic is taken to be of the policy's size
+    kept = CHECKPOINT_BYTES * trained * (config.checkpoint.keep + 1)
+    need = report.parameters_total * (kept + 2 * len(config.stage.trains))
     text = (
         f"{need / 1e12:.2f} TB in run_dir={config.run_dir!r} for {config.checkpoint.keep} + 1 checkpoints and exports"
     )

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 WIDTH = 40  # cells of a bar; the last one is the device's last GiB
 STATES = {"weights": "blue", "gradients": "cyan", "optimizer": "magenta"}
-TRAINING = {"activations": "green", "logits": "yellow", "workspace": "white"}
-GENERATING = {"kv_cache": "green", "vllm": "yellow"}
+TRAINING = {"critic": "red", "activations": "green", "logits": "yellow", "workspace": "white"}
+GENERATING = {"critic_idle": "red", "kv_cache": "green", "vllm": "yellow"}
 RESERVE = {"reserve": "bright_black"}
 LETTERS = {
     "weights": "W", "gradients": "G", "optimizer": "O", "activations": "A", "logits": "L", "workspace": "w",
     "kv_cache": "K", "vllm": "V", "reserve": "r",
+    "critic": "C", "critic_idle": "C",
 }  # fmt: skip
 
 
@@ -77,6 +78,8 @@ def memory_table(report: "Report") -> Group:
             f"{first['training']:.1f}", f"{first['generating']:.1f}", bars,
         )  # fmt: skip
     names = {**STATES, **TRAINING, **GENERATING, **RESERVE}
+    names = {name: style for name, style in names.items() if any(rank[name] for rank in report.memory_gib)}
+    names.pop("critic_idle", None)  # the critic's letter is there once
     legend = Text("  ").join(Text(f"{LETTERS[name]} {name}", style=style) for name, style in names.items())
     return Group(table, legend)
 

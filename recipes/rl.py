@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from megatron_ext import checkpoint, optimizer, steps
 from megatron_ext.packing import MicroBatch, PackedSequence, VisionInputs
-from recipes import records
+from recipes import critic as critics
+from recipes import records, trainer
 from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import Outcomes, per_token
 from recipes.algorithms.parts import part
@@ -52,13 +54,16 @@ def fit(session: Session, reference: Path) -> None:
     rows = prompts.load_rows(config.data.prompts)
     advantage, aggregation = part("advantage", algorithm), part("aggregation", algorithm)
     loss = objective.loss(algorithm, session.parallel.context_group)
-    optim, schedule = session.build_optimizer(algorithm, algorithm.steps * algorithm.updates_per_rollout)
+    warmup = config.critic.warmup_steps if trainer.has_critic(config) else 0  # steps in which the policy stays as it is
+    optim, schedule = session.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
+    critic = critics.build(session, reference, optim)  # None where the advantages need none
     reference_weights = steps.load_weights(model, reference)
     folder, done, ahead = session.run_dir / "checkpoints", 0, config.rollout.staleness
     by_id = ById(rows)
     pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
     if newest := checkpoint.latest(folder):
         done = checkpoint.load(newest, model, optim, schedule)
+        critics.load(critic, newest)
         progress = checkpoint.progress(newest)
         pool.load(progress["pool"])
         constraint = progress["constraint"]
@@ -87,17 +92,15 @@ def fit(session: Session, reference: Path) -> None:
         with session.phase("logprobs"):
             sequences = [packed(s, g.vision) for g in groups for s in g.samples]
             penalties = kl_rewards(session, sequences, reference_weights)
-            advantages = per_token(advantage(Outcomes(shaped, lengths, penalties)), lengths)
+            outcomes = Outcomes(shaped, lengths, penalties, critics.values(session, critic, sequences))
+            advantages = per_token(advantage(outcomes), lengths)
             size = len(samples) // algorithm.updates_per_rollout
+            shares = [slice(i, i + size) for i in range(0, len(samples), size)]
+            weights = [token_weights(aggregation, sequences[s], rewards.flatten()[s].tolist()) for s in shares]
+            skip = algorithm.skip_zero_advantage
             chosen = [
-                contributing(
-                    sequences[i : i + size],
-                    advantages[i : i + size],
-                    token_weights(aggregation, sequences[i : i + size], rewards.flatten()[i : i + size].tolist()),
-                    algorithm.skip_zero_advantage,
-                    session.enough,
-                )
-                for i in range(0, len(samples), size)
+                contributing(sequences[s], advantages[s], weighing, skip, session.enough)
+                for s, weighing in zip(shares, weights, strict=True)
             ]
             updates = [session.micro_batches(sequences) for sequences in chosen]
             for micro_batches in updates:
@@ -113,8 +116,9 @@ def fit(session: Session, reference: Path) -> None:
                     model, micro_batches, loss, config.rollout.temperature, algorithm.entropy_coefficient > 0
                 )
                 mismatch.check(mismatch.report(found), mismatch_alarm=algorithm.mismatch_alarm)
-                found["grad_norm"] = optimizer.step(optim, schedule)
+                found["grad_norm"] = optimizer.step(optim, schedule) if step >= warmup else optimizer.skip(optim)
                 steps.add_metrics(sums, found)
+            value_metrics = critics.train(session, critic, outcomes, sequences, list(chain(*weights)))
         trained_tokens = sums["logprob_gap/tokens"]
 
         if not ahead or step + 1 == algorithm.steps:
@@ -133,6 +137,7 @@ def fit(session: Session, reference: Path) -> None:
             **({"entropy": sums["entropy"] / trained_tokens} if "entropy" in sums else {}),
             "loss": sums["loss"] / len(updates),
             "grad_norm": sums["grad_norm"] / len(updates),
+            **value_metrics,
             "trained_samples": sum(map(len, chosen)),
             "response_length/mean": float(lengths.double().mean()),
             "staleness/max": step - min(version for s in samples for version in s.weight_versions),
@@ -144,7 +149,8 @@ def fit(session: Session, reference: Path) -> None:
         if step + 1 == algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 progress = {"pool": pool.to_json(), "constraint": constraint}
-                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, progress)
+                also, keep = partial(critics.save, critic), config.checkpoint.keep
+                checkpoint.save(folder, step + 1, model, optim, schedule, keep, progress, also)
 
 
 def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:

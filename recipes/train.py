@@ -99,11 +99,6 @@ def check_parts(config: Config) -> None:
 
     for name in PARTS:
         part(name, config.algorithm)
-    if config.algorithm.advantage in ("gae", "gae_whitened"):
-        raise ConfigError(
-            f"algorithm.advantage={config.algorithm.advantage!r}: needs a critic, which this loop does not train; "
-            "choose another advantage"
-        )
     rows = load_rows(config.data.prompts)
     scheduled(rows, phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:

@@ -35,6 +35,11 @@ def precision(config: Config) -> Precision:
     )
 
 
+def has_critic(config: Config) -> bool:
+    """Whether the algorithm trains one."""
+    return config.algorithm.advantage in ("gae", "gae_whitened")
+
+
 def data_parallel(config: Config) -> int:
     """Replicas of the trainer's model."""
     return config.cluster.ranks // layout(config).model_parallel

@@ -154,6 +154,16 @@ def test_every_field_is_read_somewhere() -> None:
     ("overrides", "field", "value", "remedy"),
     [
         (["cluster.platform=tpu"], "cluster.platform", "tpu", "use one of cpu, cuda"),
+        (["critic.decay=exponential"], "critic.decay", "exponential", "use one of constant"),
+        (["critic.learning_rate=0"], "critic.learning_rate", "0", "above 0"),
+        (["critic.path=nowhere"], "critic.path", "nowhere", "null for the policy's"),
+        (["algorithm.value_clip=0"], "algorithm.value_clip", "0", "above 0"),
+        (
+            ["critic.offload=true", "precision=fp8", "cluster.platform=cuda", "precision.parameter_gather=true"],
+            "critic.offload",
+            "true",
+            "set one false",
+        ),
         (["precision.name=fp4"], "precision.name", "fp4", "use one of bf16, fp32, fp8"),
         (["precision=fp8"], "precision.name", "fp8", "precision=bf16 on a CPU"),
         (
@@ -293,7 +303,10 @@ def test_impossible_values_name_field_value_and_remedy(
         (["parallel=tp3"], "error: In 'config': Could not find 'parallel/tp3' Available options in 'parallel': "),
         (["algorithm.steps=0"], "error: algorithm.steps=0: must be above 0"),
         (["algorithm.advantage=gpro"], "error: algorithm.advantage='gpro': no such function; use one of grpo, "),
-        (["algorithm=ppo"], "error: algorithm.advantage='gae_whitened': needs a critic"),
+        (
+            ["algorithm=ppo", "critic.warmup_steps=22"],
+            "error: critic.warmup_steps=22: the policy is trained in what is",
+        ),
         (["algorithm.prompts_per_step=1000"], "error: data.mix has 'harmful', of which data.prompts holds "),
         (["+data.scores.wit=[benign]"], "error: rewards.mix, data.scores: unknown verifier 'wit' ("),
         (

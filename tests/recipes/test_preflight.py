@@ -82,6 +82,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted["128"] = ["recipe=safework_72b", "cluster.ranks=128", "rollout.engines=16"]
     wanted["apart"] = ["recipe=safework_7b", "preflight.engines=apart"]
     wanted["fp8"] = ["recipe=safework_72b", "precision=fp8"]
+    wanted["critic"] = ["recipe=safework_7b", "algorithm=ppo"]
+    wanted["sleeping critic"] = [*wanted["critic"], "critic.offload=true"]
     wanted |= {name: ["recipe=safework_70b", *overrides] for name, (overrides, _, _) in IMPOSSIBLE.items()}
     file = tmp_path_factory.mktemp("preflight") / "reports.json"
     done = subprocess.run(
@@ -168,6 +170,25 @@ def test_fp8_keeps_less_of_a_layer_and_more_of_its_weights(reports: Reports) -> 
     assert failed(fp8) == {}
     assert fp8["memory_gib"][0]["activations"] < bf16["memory_gib"][0]["activations"]
     assert fp8["memory_gib"][0]["weights"] > bf16["memory_gib"][0]["weights"]
+
+
+def test_a_critic_is_counted(reports: Reports) -> None:
+    """The policy's states once more, without the output layer of 152,064 rows; asleep, nothing while the engine
+    generates, and while it is trained what it has beyond the policy's gradients and optimiser: weights."""
+    (policy,), (awake,), (asleep,) = (reports[name]["memory_gib"][:1] for name in ("7b", "critic", "sleeping critic"))
+    states = sum(policy[name] for name in ("weights", "gradients", "optimizer"))
+    # Over two tensor-parallel ranks; its optimiser over the 32 data- and context-parallel ones.
+    output_layer = 152064 * 3584 / 2 * (2 + 4 + 12 / 32) / 2**30
+    assert awake["critic"] == awake["critic_idle"]
+    assert states - awake["critic"] == pytest.approx(output_layer, abs=0.003)
+    assert awake["training"] == pytest.approx(policy["training"] + awake["critic"], abs=0.01)
+    assert awake["generating"] == pytest.approx(policy["generating"] + awake["critic"], abs=0.01)
+    assert asleep["critic"] < policy["weights"]
+    assert asleep["generating"] == policy["generating"]
+    assert policy["critic"] == policy["critic_idle"] == 0
+    assert failed(reports["sleeping critic"]) == {}
+    assert "critic.offload=true" in failed(reports["critic"])["memory"]  # no room for both and the engine
+    assert reports["critic"]["critic_tensors"] == reports["7b"]["hf_tensors"]  # score.weight for lm_head.weight
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)

@@ -1,0 +1,129 @@
+"""PPO's critic: what it learns from, and whole runs with it, of which the resumed one is the one left alone."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_ext.packing import PackedSequence, pack
+from recipes import critic, records
+from recipes.algorithms.advantages import Outcomes
+from tests.recipes import tiny
+
+STEPS = 4
+VALUES = ["value/loss", "value/grad_norm", "value/clipped", "value/mean", "value/explained_variance"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run whose critic sleeps on the host between its uses, and one resumed behind the first's second step whose
+    critic does not. In the first step the critic alone is trained."""
+    folder = tmp_path_factory.mktemp("ppo")
+    tiny.make(folder)
+    whole, resumed = folder / "whole", folder / "resumed"
+    ppo = ("stage.names=[rl]", "algorithm=ppo", "precision=fp32", f"algorithm.steps={STEPS}", "critic.warmup_steps=1")
+    ppo = (*ppo, "critic.learning_rate=1e-3", "checkpoint.keep=4", "algorithm.updates_per_rollout=2")
+    tiny.complete(tiny.overrides(folder, whole, *ppo, "critic.offload=true"))
+    shutil.copytree(whole, resumed)
+    (resumed / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000002", "step": 2}))
+    for step in (3, 4):
+        shutil.rmtree(resumed / "checkpoints" / f"step_{step:06d}")
+    shutil.rmtree(resumed / "hf")
+    tiny.complete(tiny.overrides(folder, resumed, *ppo, "resume=true"))
+    return whole, resumed
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Without what a clock measured."""
+    clock = ("time/", records.TOKENS_PER_SECOND)
+    rows = records.read_rows(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(clock)} for row in rows]
+
+
+def test_the_critic_learns(runs: tuple[Path, Path]) -> None:
+    """From zero values, whose loss is half the mean squared return; every number is finite."""
+    rows = metrics(runs[0])
+    assert all(set(VALUES) <= set(row) for row in rows)
+    first, *_, last = rows
+    assert (first["value/mean"], first["value/explained_variance"]) == (0.0, 0.0)
+    assert last["value/loss"] < first["value/loss"] / 2
+    assert 0 < last["value/mean"] < 1
+    assert all(row["value/grad_norm"] > 0 and 0 <= row["value/clipped"] <= 1 for row in rows)
+
+
+def test_the_policy_is_the_reference_until_the_critic_is_warm(runs: tuple[Path, Path]) -> None:
+    first, second, *later = metrics(runs[0])
+    assert (first["kl/reference"], first["grad_norm"]) == (0.0, 0.0)
+    assert second["grad_norm"] > 0
+    assert all(row["kl/reference"] > 0 for row in later)
+
+
+def test_a_resumed_run_ends_as_the_one_left_alone(runs: tuple[Path, Path]) -> None:
+    """Which also says that moving the critic and the policy's optimiser to the host and back changes no bit."""
+    whole, resumed = runs
+    assert metrics(resumed) == metrics(whole)
+    assert (resumed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert (resumed / "hf" / "model.safetensors").read_bytes() == (whole / "hf" / "model.safetensors").read_bytes()
+    last, its = (run_dir / "checkpoints" / f"step_{STEPS:06d}" / "critic" for run_dir in runs)
+    names = FileSystemReader(str(last)).read_metadata().state_dict_metadata.keys()
+    assert "output_layer.weight" in names and any(name.startswith("optimizer.") for name in names)
+    assert stored(last).keys() == stored(its).keys()
+    assert [name for name, tensor in stored(last).items() if not torch.equal(tensor, stored(its)[name])] == []
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read without Megatron-Core."""
+    from torch.distributed.checkpoint import load
+
+    known = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in known.items()
+        if hasattr(entry, "size")
+    }
+    load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:
+    """With λ = 1 and no discount a return is the sum of the rewards from its token on, whatever the values are; with
+    λ = 0 it is the token's reward and the next value. What the micro-batch has is in the order of its tokens."""
+    lengths = torch.tensor([[3, 1], [2, 4]])
+    rewards = torch.tensor([[1.0, torch.nan], [0.5, -1.0]], dtype=torch.float64)
+    token_rewards = torch.tensor([0.1, 0.2, 0.0, 9.0, -0.1, 0.3, 0.0, 0.0, 0.5, 0.25], dtype=torch.float64)
+    values = torch.arange(10, dtype=torch.float32) / 8
+    outcomes = Outcomes(rewards, lengths, token_rewards, values)
+    weights = [[0.1, 0.0, 0.1], [0.0], [0.2, 0.2], [0.1] * 4]
+    sequences = [PackedSequence([7] * (n + 1), [3] * n) for n in lengths.flatten().tolist()]
+
+    made, returns = critic.targets(outcomes, sequences, weights, discount=1.0, gae_lambda=1.0)
+    to_come = [1.3, 1.2, 1.0, None, 0.7, 0.8, -0.25, -0.25, -0.25, -0.75]
+    judged = [i for i, value in enumerate(to_come) if value is not None]
+    assert returns[judged].tolist() == pytest.approx([value for value in to_come if value is not None])
+
+    _, bootstrapped = critic.targets(outcomes, sequences, weights, discount=0.5, gae_lambda=0.0)
+    nexts = [0.1 + 1 / 16, 0.2 + 2 / 16, 1.0, None, -0.1 + 5 / 16, 0.8, 7 / 16, 8 / 16, 0.5 + 9 / 16, -0.75]
+    assert bootstrapped[judged].tolist() == pytest.approx([value for value in nexts if value is not None])
+
+    batch = pack(made, [3, 0], 1, 0, "cpu")
+    assert batch.values["return"].tolist() == pytest.approx([-0.25, -0.25, -0.25, -0.75, 1.3, 1.2, 1.0])
+    assert batch.values["old"].tolist() == [0.75, 0.875, 1.0, 1.125, 0.0, 0.125, 0.25]
+    found = torch.zeros(7, requires_grad=True)
+    loss, measured = critic.loss(value_clip=0.2)(found, batch)
+    loss.backward()
+    # Below their old values by more than 0.2, and further from there: the clipped branch has no gradient.
+    assert found.grad is not None
+    assert found.grad.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, -0.13, 0.0, -0.1])
+    assert int(measured["clipped"]) == 4
+
+
+def test_explained_variance() -> None:
+    returns = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    assert critic.explained_variance(returns + 5, returns) == 1.0
+    assert critic.explained_variance(torch.full_like(returns, 7.0), returns) == 0.0
+    assert critic.explained_variance(-returns, returns) == pytest.approx(-3.0)
+    assert critic.explained_variance(returns, torch.ones_like(returns)) == 0.0
