@@ -29,6 +29,7 @@ REGISTERED = {
     "search_format": "rewards.verifiers.search.format_score",
     "search_accuracy": "rewards.verifiers.search.accuracy",
     "search_reliability": "rewards.verifiers.search.reliability",
+    "false_certain": "rewards.verifiers.search.false_certain",
     "choice": "rewards.verifiers.choice.score",
     "rule_check": "rewards.verifiers.rule_check.score",
     "instructions": "rewards.verifiers.instructions.score",

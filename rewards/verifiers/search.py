@@ -10,6 +10,7 @@ from typing import Any
 
 from rewards.verdict import Judgement, Row, Verdict
 from rewards.verifiers.exact import plain
+from rewards.verifiers.text import without_thinking
 from rollout import search
 from rollout.environment import Segment
 
@@ -48,6 +49,21 @@ def reliability(row: Row, response: str, *, certain_from: int) -> Verdict:
     return Verdict(float(label in ("true certain", "false uncertain")), label)
 
 
+def false_certain(row: Row, response: str, *, certain_from: int) -> Verdict:
+    """1 for an answer that is wrong and certain: the rate that is to fall (a measure; as a reward it is reliability's).
+
+    A response without an answer action answers by its text behind the thinking, without a confidence, and is right
+    where the wanted answer stands in it, so that models that were never taught the actions can be compared (our choice).
+    """
+    answer, confidence = search.stated(_segments(row, response))
+    if answer is not None:
+        label = outcome(_right(row, answer), answer, confidence, certain_from)
+    else:
+        text = without_thinking(response)
+        label = outcome(_right(row, text, within=True), text or None, None, certain_from)
+    return Verdict(float(label == "false certain"), label)
+
+
 def outcome(right: bool, answer: str | None, confidence: int | None, certain_from: int) -> str:
     """One of ``OUTCOMES``."""
     if answer is None:
@@ -71,11 +87,14 @@ def metrics(judged: Sequence[Mapping[str, Judgement]], multiplier: float) -> dic
     }
 
 
-def _right(row: Row, answer: str | None) -> bool:
+def _right(row: Row, answer: str | None, within: bool = False) -> bool:
     if not row.get("answer"):
         raise ValueError(f"row {row['id']!r} has no `answer`, which the label {row['label']!r} needs")
     accepted: list[Any] = [row["answer"], *row.get("aliases", [])]
-    return answer is not None and plain(answer) in map(plain, accepted)
+    if answer is None:
+        return False
+    given = plain(answer)
+    return any(f" {plain(text)} " in f" {given} " if within else plain(text) == given for text in accepted)
 
 
 def _segments(row: Row, response: str) -> Sequence[Segment]:
