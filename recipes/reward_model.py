@@ -4,6 +4,7 @@ The probability that an answer is preferred is σ(r_chosen − r_rejected) (Brad
 loss is its negative logarithm, the mean over pairs (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,7 @@ def fit(session: Session) -> None:
         records.write_json(session.run_dir / "reward_model.json", report)
 
 
-def both(session: Session, rows: list[Row]) -> list[Any]:
+def both(session: Session, rows: Sequence[Row]) -> list[Any]:
     """Chosen and rejected of each row, one behind the other."""
     longest = session.config.parallel.micro_batch_tokens
     return [sequence for row in rows for sequence in pairs.both(session.prompts, row, longest)]
@@ -90,7 +91,7 @@ def bradley_terry(
     return surrogate - surrogate.detach() + loss.to(surrogate.dtype), metrics
 
 
-def judge(session: Session, rows: list[Row]) -> dict[str, Any]:
+def judge(session: Session, rows: Sequence[Row]) -> dict[str, Any]:
     """Collective: loss, mean margin, the share of pairs ranked right (ties count half) with its interval, scores."""
     missing = -len(rows) % trainer.sequence_multiple(session.config)
     sequences = both(session, [*rows, *[rows[0]] * missing])

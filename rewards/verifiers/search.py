@@ -53,7 +53,7 @@ def false_certain(row: Row, response: str, *, certain_from: int) -> Verdict:
     """1 for an answer that is wrong and certain: the rate that is to fall (a measure; as a reward it is reliability's).
 
     A response without an answer action answers by its text behind the thinking, without a confidence, and is right
-    where the wanted answer stands in it, so that models that were never taught the actions can be compared (our choice).
+    where the wanted answer stands in it (our choice: models that were never taught the actions can be compared).
     """
     answer, confidence = search.stated(_segments(row, response))
     if answer is not None:
