@@ -325,19 +325,13 @@ def check_supervised(c: Config) -> None:
         )
 
 
-def phases(data: DataConfig) -> list[tuple[int, dict[str, int]]]:
-    """The first step of each phase of the data, and the phase's mix."""
-    found = [(phase.from_step, phase.mix) for phase in data.curriculum] or [(0, data.mix)]
-    return [(from_step, {kind: share for kind, share in mix.items() if share}) for from_step, mix in found]
-
-
 def check_data(data: DataConfig) -> None:
     """Raises ConfigError for shares, phases and sources that can't be."""
-    for i, (from_step, mix) in enumerate(phases(data)):
+    for i, (from_step, mix) in enumerate(specification.phases(data)):
         field = f"data.curriculum[{i}]" if data.curriculum else "data"
         if not mix or any(share < 0 for share in mix.values()):
             raise ConfigError(f"{field}.mix={mix}: give kinds of prompts shares of 1 and more, 0 for none of a kind")
-        before = phases(data)[i - 1][0] if i else None
+        before = specification.phases(data)[i - 1][0] if i else None
         if before is None and from_step:
             raise ConfigError(f"{field}.from_step={from_step}: the first phase begins with step 0")
         if before is not None and from_step <= before:
@@ -526,7 +520,6 @@ def check(config: Config) -> None:
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
             "(data.max_prompt_tokens + rollout.max_response_tokens, cut for parallel.context); use at least that"
         )
-    check_supervised(c)
     multiple = trainer.sequence_multiple(c)
     shared_out = {"algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout": samples_per_update(c)}
     for field, count in shared_out.items():
@@ -535,4 +528,5 @@ def check(config: Config) -> None:
                 ", times the pipeline's stages for parallel.virtual_pipeline" if c.parallel.virtual_pipeline > 1 else ""
             )
             raise ConfigError(f"{field}={count}: use a multiple of {multiple}, the data-parallel ranks{stages}")
+    check_supervised(c)
     check_data(c.data)

@@ -36,7 +36,7 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
     stage's configuration before the first begins, and when a stage fails.
     """
     folder = Path(config.run_dir)
-    own = [argument for argument in arguments if not argument.startswith(("stage=", "run_dir="))]
+    own = [argument for argument in arguments if not argument.startswith(("stage=", "stage.ladder=", "run_dir="))]
     launched = {name: [*own, f"stage={name}", f"run_dir={folder / name}"] for name in config.stage.ladder}
     configs = {
         name: parse(compose("config", overrides=[argument for argument in given if not argument.startswith("--")]))

@@ -19,8 +19,7 @@ from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import Outcomes, per_token
 from recipes.algorithms.parts import part
 from recipes.algorithms.shaping import informative, overlong_penalty, select_groups
-from recipes.config import phases
-from recipes.data import prompts
+from recipes.data import prompts, specification
 from recipes.data.processor import ProcessedPrompt
 from recipes.data.sources import ById
 from recipes.session import Session
@@ -158,7 +157,7 @@ def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
     c = session.config
 
     def draw(step: int) -> list[ProcessedPrompt]:
-        batch = prompts.scheduled(rows, phases(c.data), step, c.algorithm.prompts_per_step, c.seed)
+        batch = prompts.scheduled(rows, specification.phases(c.data), step, c.algorithm.prompts_per_step, c.seed)
         return [session.prompts(row) for row in batch]
 
     return Pool(

@@ -18,7 +18,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes.config import Config, ConfigError, generates, parse, phases
+from recipes.config import Config, ConfigError, generates, parse
 from recipes.slurm import adopt_step
 
 RESULTS = ("metrics.jsonl", "samples.jsonl", "answers.json", "evaluation.json", "report.html")
@@ -100,7 +100,7 @@ def check_parts(config: Config) -> None:
     for name in PARTS:
         part(name, config.algorithm)
     rows = load_rows(config.data.prompts)
-    scheduled(rows, phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
+    scheduled(rows, specification.phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
         with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:

@@ -68,3 +68,9 @@ def _form(name: str) -> Literal["jsonl", "parquet", "folder", "hub"]:
     if HUB.fullmatch(name):
         return "hub"
     raise ValueError(f"{name!r}: no such file in {os.getcwd()}; give {FORMS}")
+
+
+def phases(data: Any) -> list[tuple[int, dict[str, int]]]:
+    """The first step of each phase of the configuration's ``data``, and the phase's mix without empty shares."""
+    found = [(phase.from_step, phase.mix) for phase in data.curriculum] or [(0, data.mix)]
+    return [(from_step, {kind: share for kind, share in mix.items() if share}) for from_step, mix in found]
