@@ -12,9 +12,10 @@ from benchmarks import yardsticks
 from benchmarks.yardsticks import Yardstick
 from megatron_ext.collectives import all_gather_json, from_rank_zero
 from megatron_ext.packing import MicroBatch, PackedSequence
-from recipes import rl, sft
+from recipes import rl
 from recipes.config import Config
 from recipes.session import Session, open_session
+from recipes.stages import warm_start
 from rollout.engine import Engine
 from rollout.sample import Request, Sample, Sampling
 
@@ -56,8 +57,8 @@ class MeasuredSession(Session):
             references = all_gather_json(self._references(), self.control)
             self.answers["training"].append(from_rank_zero(lambda: self._train_plain(references), self.control))
 
-    def micro_batches(self, sequences: list[PackedSequence]) -> list[MicroBatch]:
-        self.sequences, self.packed = sequences, super().micro_batches(sequences)
+    def micro_batches(self, sequences: list[PackedSequence], together: int = 1) -> list[MicroBatch]:
+        self.sequences, self.packed = sequences, super().micro_batches(sequences, together)
         return self.packed
 
     def _generate_bare(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def run(config: Config) -> dict[str, list[dict[str, Any]]] | None:
     with open_session(config) as session, ExitStack() as stack:
         if config.stage.sft is not None:
             with session.display.stage("SFT warm start"):
-                sft.fit(session)
+                warm_start(session)
         start = session.run_dir / "start"
         session.export(start)
         measured = MeasuredSession(**vars(session))

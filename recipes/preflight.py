@@ -395,7 +395,7 @@ def every_prompt(config: Config) -> str:
     if "sft" in config.stage.names and (sft := config.stage.sft):
         mark, longest = config.rollout.thinking_marks[0], config.parallel.micro_batch_tokens
         for path in filter(None, (config.data.sft, sft.held_out)):
-            counts.append(f"{examples.check(processor, path, mark, longest)} of {path}")
+            counts.append(f"{examples.check(processor, path, sft.judge, mark, longest)} of {path}")
     return f"prompts are made: {', '.join(counts)}"
 
 

@@ -36,12 +36,10 @@ def run_stages(session: Session) -> None:
         if not (tuned / "config.json").is_file():
             evaluated("base", "base model", 0)
             with display.stage("SFT warm start"):
-                warm_start = replace(session, run_dir=run_dir / "warm_start")  # with records and checkpoints of its own
-                warm_start.run_dir.mkdir(exist_ok=True)
-                sft.fit(warm_start)
+                warm_start(session)
                 session.export(tuned)
                 if session.rank == 0:
-                    shutil.rmtree(warm_start.run_dir / "checkpoints")
+                    shutil.rmtree(run_dir / "warm_start" / "checkpoints")
         else:
             hf_checkpoint.load(session.model.shards, tuned)
         start = tuned
@@ -55,6 +53,13 @@ def run_stages(session: Session) -> None:
         records.write_json(run_dir / "evaluation.json", evaluation)
         write_report(run_dir)
         display.finish(evaluation, run_dir)
+
+
+def warm_start(session: Session) -> None:
+    """SFT before RL in one run, with records and checkpoints in a folder of its own."""
+    folder = session.run_dir / "warm_start"
+    folder.mkdir(exist_ok=True)
+    sft.fit(replace(session, run_dir=folder))
 
 
 def _read(path: Path) -> dict[str, evaluate.Answers]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_ext.packing import PackedSequence, VisionInputs
 from recipes.config import ConfigError
-from recipes.data.conversations import ASSISTANT, conversation, load
+from recipes.data import judging
+from recipes.data.conversations import ASSISTANT, conversation
 from recipes.data.processor import PromptProcessor
 from recipes.data.prompts import Row, response_tokens
 
@@ -24,9 +25,9 @@ class Example:
     vision: VisionInputs | None
 
 
-def check(processor: PromptProcessor, path: str, thinking_begins: str, longest: int) -> int:
+def check(processor: PromptProcessor, path: str, judge: str | None, thinking_begins: str, longest: int) -> int:
     """Load a file and make every example once; returns their number. Raises ConfigError naming file, line and field."""
-    rows = load(path)
+    rows = judging.lessons(path, judge)
     for number, row in enumerate(rows, start=1):
         try:
             example(processor, row, thinking_begins, longest)
