@@ -426,7 +426,6 @@ def check(config: Config) -> None:
             f"parallel.micro_batch_tokens={c.parallel.micro_batch_tokens}: the longest sequence has {longest} tokens "
             f"(data.max_prompt_tokens + rollout.max_response_tokens); use at least that"
         )
-    check_supervised(c)
     multiple = trainer.sequence_multiple(c)
     shared_out = {"algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout": samples_per_update(c)}
     for field, count in shared_out.items():
@@ -435,6 +434,7 @@ def check(config: Config) -> None:
                 ", times the pipeline's stages for parallel.virtual_pipeline" if c.parallel.virtual_pipeline > 1 else ""
             )
             raise ConfigError(f"{field}={count}: use a multiple of {multiple}, the data-parallel ranks{stages}")
+    check_supervised(c)
     if not c.data.mix or any(share <= 0 for share in c.data.mix.values()):
         raise ConfigError(f"data.mix={c.data.mix}: give every kind of prompt a share of at least 1")
     for field, path in (
