@@ -82,8 +82,8 @@ def scores(model: Any, tokenizer: Any, row: dict[str, Any]) -> torch.Tensor:
     for name in ("chosen", "rejected"):
         answer = row[name].removeprefix("<think>hm</think>")
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
-        made = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
-        found.append(model(**made).logits[0, 0])
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+        found.append(model(ids).logits[0, 0])
     return torch.stack(found)
 
 
