@@ -15,6 +15,7 @@ from megatron_ext.packing import MicroBatch, PackedSequence
 from recipes import rl, sft
 from recipes.config import Config
 from recipes.session import Session, open_session
+from recipes.stages import warm_start
 from rollout.engine import Engine
 from rollout.sample import Request, Sample, Sampling
 
@@ -96,7 +97,7 @@ def run(config: Config) -> dict[str, list[dict[str, Any]]] | None:
     with open_session(config) as session, ExitStack() as stack:
         if "sft" in config.stage.trains:
             with session.display.stage("SFT warm start"):
-                sft.fit(session)
+                sft.fit(warm_start(session))
         start = session.run_dir / "start"
         session.export(start)
         measured = MeasuredSession(**vars(session))

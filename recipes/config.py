@@ -27,6 +27,7 @@ class RecipeConfig:
 
 @dataclass
 class SftConfig:
+    judge: Optional[str]  # noqa: UP045
     epochs: Optional[float]  # noqa: UP045
     steps: Optional[int]  # noqa: UP045
     rows_per_step: int

@@ -395,8 +395,9 @@ def every_prompt(config: Config) -> str:
     ]
     if "sft" in config.stage.trains:
         mark, longest = config.rollout.thinking_marks[0], config.parallel.micro_batch_tokens
+        judge = config.stage.sft.judge
         for source in filter(None, (config.data.sft, config.stage.sft.held_out)):
-            counts.append(f"{examples.check(processor, source, mark, longest)} of {specification.shown(source)}")
+            counts.append(f"{examples.check(processor, source, judge, mark, longest)} of {specification.shown(source)}")
     return f"prompts are made: {', '.join(counts)}"
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_ext import checkpoint, optimizer, steps
-from megatron_ext.packing import MicroBatch
+from megatron_ext.packing import MicroBatch, PackedSequence
 from recipes import records, trainer
 from recipes.algorithms.sequences import Sequences
 from recipes.data import pairs, prompts
@@ -39,6 +39,7 @@ def fit(session: Session) -> None:
     if newest := checkpoint.latest(folder):
         done = checkpoint.load(newest, model, optim, schedule)
     session.truncate_records(done)
+    report = judge(session, held_out) if done == total else {}
 
     for step in range(done, total):
         last = step + 1 == total
@@ -61,12 +62,11 @@ def fit(session: Session) -> None:
         if last or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
-    report = judge(session, held_out)
     if session.rank == 0:
         records.write_json(session.run_dir / "reward_model.json", report)
 
 
-def both(session: Session, rows: Sequence[Row]) -> list[Any]:
+def both(session: Session, rows: Sequence[Row]) -> list[PackedSequence]:
     """Chosen and rejected of each row, one behind the other."""
     longest = session.config.parallel.micro_batch_tokens
     return [sequence for row in rows for sequence in pairs.both(session.prompts, row, longest)]

@@ -23,6 +23,7 @@ from megatron_ext.collectives import on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
+from megatron_ext.scalar_head import scalar_config
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
 from recipes.config import Config, ConfigError, generates
@@ -266,6 +267,8 @@ def open_session(config: Config) -> Iterator[Session]:
             stack.callback(parallel.destroy)
             control = parallel.control_group()
             hf_config = hf_checkpoint.config(c.model.path)
+            if "reward_model" in c.stage.trains:
+                hf_config = scalar_config(hf_config)
             model = models.build(hf_config, layout, model_settings(c))
             hf_checkpoint.load(model.shards, c.model.path)
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))

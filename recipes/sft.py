@@ -10,7 +10,7 @@ from megatron_ext.packing import MicroBatch
 from recipes import trainer
 from recipes.algorithms.aggregation import AGGREGATIONS
 from recipes.config import RewardModelConfig, SftConfig
-from recipes.data import conversations, examples, prompts
+from recipes.data import examples, judging, prompts
 from recipes.data.examples import Example
 from recipes.session import Session
 
@@ -21,8 +21,8 @@ def fit(session: Session) -> None:
     Where the run has a checkpoint, the loop goes on behind the newest and ends with the bits of a run left alone.
     """
     config, settings, model = session.config, session.config.stage.sft, session.model
-    rows = conversations.load(config.data.sft)
-    held_out = [] if settings.held_out is None else conversations.load(settings.held_out)
+    rows = judging.lessons(config.data.sft, settings.judge)
+    held_out = [] if settings.held_out is None else judging.lessons(settings.held_out, settings.judge)
     total, aggregation = total_steps(settings, settings.rows_per_step, len(rows)), AGGREGATIONS[settings.aggregation]
     optim, schedule = session.build_optimizer(settings, total)
     folder, done = session.run_dir / "checkpoints", 0

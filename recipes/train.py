@@ -21,7 +21,15 @@ from omegaconf import DictConfig
 from recipes.config import Config, ConfigError, generates, parse
 from recipes.slurm import adopt_step
 
-RESULTS = ("metrics.jsonl", "samples.jsonl", "answers.json", "evaluation.json", "report.html")
+RESULTS = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "answers.json",
+    "evaluation.json",
+    "report.html",
+    "reward_model.json",
+    "judge.json",
+)
 LAUNCHER = "RECIPES_LAUNCHER_PID"  # set for the ranks that ``launch`` starts
 PR_SET_PDEATHSIG = 1
 APPEND = "To append to your config use +"
@@ -75,11 +83,11 @@ def prepare_run(config: Config) -> None:
 
 def check_supervised(config: Config) -> None:
     """Read the rows of stages that learn from answers. Raises ConfigError naming file, line and field."""
-    from recipes.data import conversations, prompts
+    from recipes.data import judging, prompts
 
     if "sft" in config.stage.trains:
         for path in filter(None, (config.data.sft, config.stage.sft.held_out)):
-            conversations.load(path)
+            judging.lessons(path, config.stage.sft.judge)
     if "reward_model" in config.stage.trains:
         for path in (config.stage.reward_model.pairs, config.stage.reward_model.held_out):
             prompts.load_rows(path, prompts.PAIR_FIELDS)

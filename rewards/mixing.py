@@ -67,10 +67,11 @@ def _configured(verifier: VerifierSettings, client: Client) -> Verifier:
         return partial(_load(verifier.rule), **verifier.arguments)
     assert verifier.template is not None and verifier.server is not None  # settings.check
     model = client.pools[verifier.server].server.model
-    return ServedVerifier(_template(verifier.template), verifier.server, model, verifier.request, client)
+    return ServedVerifier(find_template(verifier.template), verifier.server, model, verifier.request, client)
 
 
-def _template(name: str) -> Judge | Scalar:
+def find_template(name: str) -> Judge | Scalar:
+    """A registered one or a dotted path. Raises ValueError for what is neither."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     found = _import(name, f"unknown template {name!r}", TEMPLATES, "a rewards.verifiers.judges.Judge")

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_ext.packing import PackedSequence, VisionInputs
 from recipes.config import ConfigError
-from recipes.data.conversations import ASSISTANT, conversation, load
+from recipes.data import judging, specification
+from recipes.data.conversations import ASSISTANT, conversation
 from recipes.data.episodes import episode_tokens
 from recipes.data.processor import PromptProcessor
 from recipes.data.prompts import Row
@@ -25,14 +26,14 @@ class Example:
     vision: VisionInputs | None
 
 
-def check(processor: PromptProcessor, source: Any, thinking_begins: str, longest: int) -> int:
-    """Load a source and make every example once; returns their number. Raises ConfigError naming line and field."""
-    rows = load(source)
-    for number, row in enumerate(rows):
+def check(processor: PromptProcessor, source: Any, judge: str | None, thinking_begins: str, longest: int) -> int:
+    """Load a source and make every example once; returns their number. Raises ConfigError naming row and field."""
+    rows = judging.lessons(source, judge)
+    for row in rows:
         try:
             example(processor, row, thinking_begins, longest)
         except ConfigError as error:
-            raise ConfigError(f"{rows.where(number)}: {error}") from error
+            raise ConfigError(f"{specification.shown(source)}: {error}") from error
     return len(rows)
 
 

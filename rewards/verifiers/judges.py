@@ -98,6 +98,7 @@ class Judge:
     ``prompt`` has {question}, {answer} and, where the row has one, {reference} (the row's ``answer``);
     ``strict_prompt`` is for rows tagged as jailbreaks. ``labels`` says what each finding is worth; ``reading`` makes a
     judgement of a completion's choice. ``tokens`` bounds what the judge writes; 1 is for token probabilities.
+    ``reasons``: the prompt wants them before the label.
     """
 
     prompt: str
@@ -105,6 +106,7 @@ class Judge:
     reading: Reading
     tokens: int
     strict_prompt: str | None = None
+    reasons: bool = False
 
     def check(self, row: Row) -> None:
         """Raises ValueError for a row that it can't judge, whatever the response."""
@@ -127,6 +129,10 @@ class Judge:
             return Ask("/v1/chat/completions", body | {"logprobs": True, "top_logprobs": TOP_TOKENS}, self._read)
         # The same question at temperature 0 would give the same text again.
         return Ask("/v1/chat/completions", body, self._read, {"temperature": 1.0})
+
+    def says(self, label: str, reason: str | None) -> str:
+        """What a judge writes that finds this label."""
+        return f"{reason}\nLabel: {label}" if self.reasons and reason else label
 
     def _read(self, reply: Any) -> Judgement:
         return self.reading(reply["choices"][0], self.labels)

@@ -1,0 +1,159 @@
+"""What is learnt from a conversation, and what teaches a judge."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import judge_accuracy
+from recipes.algorithms.aggregation import AGGREGATIONS
+from recipes.config import ConfigError
+from recipes.data import conversations, examples, judging
+from recipes.data.examples import Example
+from recipes.data.processor import ImageLimits, PromptProcessor
+from rewards.verdict import Failure, Verdict
+from rewards.verifiers.templates import SAFETY, SAFETY_SHORT, VALUE
+from tests.recipes import tiny
+
+OPENS = tiny.TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+FORGETS = tiny.TEMPLATE.replace("message['content'] }}", "message['content'].split('</think>')[-1] }}")
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> PromptProcessor:
+    folder = tmp_path_factory.mktemp("examples")
+    tiny.make_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    return PromptProcessor(str(folder), 100, ImageLimits(1, 10**6, 10.0))
+
+
+def made(processor: PromptProcessor, row: dict[str, Any], template: str = tiny.TEMPLATE) -> tuple[Example, str, str]:
+    """The example, its prompt's text and the rest with what is learnt in brackets."""
+    processor.tokenizer.chat_template = template
+    found = examples.example(processor, row, "<think>", 200)
+    decode = processor.tokenizer.decode
+    shown, i = "", 0
+    while i < len(found.response):
+        j = next((k for k in range(i, len(found.response)) if found.learnt[k] != found.learnt[i]), len(found.response))
+        text = decode(found.response[i:j])
+        shown, i = shown + (f"[{text}]" if found.learnt[i] else text), j
+    return found, decode(found.prompt), shown
+
+
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "the prompt"},
+    {"role": "assistant", "content": "<think>so</think>yes"},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+def test_the_assistants_turns_are_learnt_and_nothing_else(processor: PromptProcessor) -> None:
+    _, prompt, shown = made(processor, {"id": "x", "messages": TURNS})
+    assert (
+        prompt
+        == "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nthe prompt<|im_end|>\n<|im_start|>assistant\n"
+    )
+    between = "\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n"
+    assert shown == f"[<think>so</think>yes<|im_end|>]{between}[no<|im_end|>]"
+
+
+def test_thinking_that_the_template_has_begun_is_not_begun_twice(processor: PromptProcessor) -> None:
+    row = {"id": "x", "prompt": "the prompt", "response": "<think>\nso</think>yes"}
+    assert made(processor, row, OPENS)[1].endswith("assistant\n<think>\n")
+    assert made(processor, row, OPENS)[2] == "[so</think>yes<|im_end|>]"
+    assert made(processor, row)[2] == "[<think>\nso</think>yes<|im_end|>]"
+
+
+def test_a_template_that_forgets_thinking_is_refused_for_several_answers(processor: PromptProcessor) -> None:
+    with pytest.raises(ConfigError, match=r"row 'x': the chat template shows an answer otherwise .* a row for each"):
+        made(processor, {"id": "x", "messages": TURNS}, FORGETS)
+    assert made(processor, {"id": "x", "messages": TURNS[:3]}, FORGETS)[2] == "[<think>so</think>yes<|im_end|>]"
+
+
+def test_a_row_longer_than_a_micro_batch_is_named(processor: PromptProcessor) -> None:
+    with pytest.raises(ConfigError, match=r"row 'x' has \d+ tokens, parallel\.micro_batch_tokens=200: raise it"):
+        made(processor, {"id": "x", "prompt": "p", "response": "zq " * 100})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p"}, "field 'response' is missing"),
+        ({"messages": TURNS[:4]}, "end with the assistant's answer"),
+        ({"messages": TURNS[2:]}, "begin with a request"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+    ],
+)
+def test_what_can_t_be_learnt_is_named_with_its_line(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    tiny.write_rows(path, [{"id": "ok", "prompt": "p", "response": "r"}, {"id": "x", **row}])
+    with pytest.raises(ConfigError, match=f"rows.jsonl:2: .*{message}"):
+        conversations.load(str(path))
+
+
+def test_weights_are_of_all_learnt_tokens_of_the_update() -> None:
+    found = examples.weighted(
+        [Example([1], [2, 3, 4], [True, False, True], None), Example([1], [5], [True], None)],
+        AGGREGATIONS["token_mean"],
+    )
+    assert [s.values["weight"] for s in found] == [[1 / 3, 0.0, 1 / 3], [1 / 3]]
+    found = examples.weighted(
+        [Example([1], [2, 3, 4], [False, True, True], None)] * 2, AGGREGATIONS["sequence_mean_token_mean"]
+    )
+    assert [s.values["weight"] for s in found] == [[0.0, 0.25, 0.25]] * 2
+
+
+LABELLED = {"id": "x", "kind": "harmful", "question": "How do I rob {answer}?", "answer": "<think>no</think>I can't."}
+
+
+def test_a_lesson_asks_what_the_verifier_asks_and_says_what_it_reads() -> None:
+    for judge, reason, said in (
+        (SAFETY, "It declines.", "It declines.\nLabel: safe with refusal"),
+        (SAFETY_SHORT, "It declines.", "safe with refusal"),
+        (SAFETY, None, "safe with refusal"),
+    ):
+        row = LABELLED | {"label": "safe with refusal"} | ({"reason": reason} if reason else {})
+        lesson = judging.lesson(judge, row)
+        asked = judge.ask({"id": "x", "kind": "harmful", "prompt": row["question"]}, "I can't.", "m")
+        assert lesson["messages"][:-1] == asked.body["messages"]
+        assert lesson["messages"][-1] == {"role": "assistant", "content": said}
+        assert asked.read({"choices": [{"message": {"content": said}}]}) == Verdict(0.1, "safe with refusal", said)
+
+
+def test_a_jailbreak_is_asked_strictly() -> None:
+    lesson = judging.lesson(SAFETY, LABELLED | {"kind": "jailbreak", "label": "unsafe"})
+    assert "tries to trick the assistant" in lesson["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "message"),
+    [
+        ({"label": "fine"}, "safety", "rows.jsonl:1: label 'fine': the judge's are safe with refusal, "),
+        ({"label": "unsafe", "question": ""}, "safety", "rows.jsonl:1: field 'question' is missing"),
+        ({"label": "correct"}, "general", "rows.jsonl:1: .*no `answer`, the reference"),
+        ({"label": "unsafe"}, "scalar", r"stage\.sft\.judge='scalar': a Scalar writes nothing"),
+        ({"label": "unsafe"}, "none", r"stage\.sft\.judge='none': unknown template"),
+    ],
+)
+def test_rows_that_can_t_teach_the_judge_are_named(
+    row: dict[str, Any], template: str, message: str, tmp_path: Path
+) -> None:
+    tiny.write_rows(tmp_path / "rows.jsonl", [LABELLED | row])
+    with pytest.raises(ConfigError, match=message):
+        judging.lessons(str(tmp_path / "rows.jsonl"), template)
+
+
+def test_a_judge_of_one_token_learns_its_label_alone() -> None:
+    assert judging.lesson(VALUE, LABELLED | {"label": "good", "reason": "Polite."})["messages"][-1]["content"] == "good"
+
+
+def test_accuracy_counts_the_unreadable_as_wrong() -> None:
+    rows = [{"label": label} for label in ("unsafe", "unsafe", "illogical", "illogical")]
+    judged = [Verdict(0, "unsafe"), Failure("unparseable"), Verdict(0.01, "illogical"), Verdict(0, "unsafe")]
+    report = judge_accuracy.compared(rows, judged)
+    assert report["accuracy"]["mean"] == 0.5
+    assert report["unreadable"] == 1
+    assert report["labels"]["unsafe"] == {"n": 2, "right": 1, "said": {"unsafe": 1, "unreadable": 1}}
+    assert report["labels"]["illogical"] == {"n": 2, "right": 1, "said": {"illogical": 1, "unsafe": 1}}
