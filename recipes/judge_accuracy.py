@@ -1,4 +1,4 @@
-"""How often a trained judge finds the label: ``python -m recipes.judge_accuracy recipe=judge_demo [overrides…]``.
+"""How often a trained judge finds the label: ``python -m recipes.judge_accuracy recipe=ladder_demo stage=judge [overrides…]``.
 
 `vllm serve` serves the verifier's model as in an RL run; the client asks it about ``stage.sft.held_out`` with the
 template and the parsing of the verifier. The run's folder gets ``judge.json``.
@@ -42,7 +42,7 @@ def measure(config: Config) -> dict[str, Any]:
     Raises ConfigError when the recipe trains no judge or no verifier asks it, ServerDied.
     """
     sft = config.stage.sft
-    if sft is None or sft.judge is None or sft.held_out is None:
+    if sft.judge is None or sft.held_out is None:
         raise ConfigError("stage.sft.judge, stage.sft.held_out: name the judge's template and its held-out rows")
     found = settings.verifiers(config.rewards)
     name = next((name for name, verifier in found.items() if verifier.template == sft.judge), None)

@@ -16,8 +16,8 @@ from typing import Any
 
 from hydra import compose
 
-from recipes import records
-from recipes.config import Config, ConfigError, parse
+from recipes import judge_accuracy, records
+from recipes.config import Config, ConfigError, generates, parse
 from recipes.data import prompts
 from recipes.evaluate import Answers, scored
 from recipes.ladder_report import write_ladder_report
@@ -53,13 +53,17 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
                 raise ConfigError(
                     f"stage {name} ended with code {code}; its logs are in {folder / name}/logs; go on with resume=true"
                 )
+            if configs[name].stage.sft.judge and configs[name].stage.sft.held_out:
+                found = judge_accuracy.measure(configs[name])["accuracy"]
+                print(f"the judge finds {found['mean']:.2f} of the held-out labels", flush=True)
             records.write_json(folder / name / "finished.json", {"stage": name})
         write(folder, config.stage.ladder, config.data.evaluation)
 
 
 def run_beside_servers(command: Sequence[str], config: Config) -> int:
     """The command's exit code. It ends with this process in any way, and so do the servers."""
-    found = replicas(config.rewards, Path(config.run_dir) / "servers", config.cluster.platform)
+    folder = Path(config.run_dir) / "servers"
+    found = replicas(config.rewards, folder, config.cluster.platform) if generates(config) else []
     supervisor = Supervisor(found, config.rewards.supervisor)
     try:
         if found:
