@@ -1,4 +1,4 @@
-"""How often a trained judge finds the label: ``python -m recipes.judge_accuracy recipe=ladder_demo stage=judge [overrides…]``.
+"""How often a trained judge finds the label: ``python -m recipes.judge_accuracy recipe=ladder_demo stage=judge``.
 
 `vllm serve` serves the verifier's model as in an RL run; the client asks it about ``stage.sft.held_out`` with the
 template and the parsing of the verifier. The run's folder gets ``judge.json``.
