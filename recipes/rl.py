@@ -128,6 +128,7 @@ def fit(session: Session, reference: Path) -> None:
             "step": step + 1,
             "reward/mean": float(rewards.nanmean()),
             "reward_failed": failed,
+            **session.server_counts(),
             "constraint/multiplier": constraint["multiplier"],
             **{f"reward/{name}": score for name, score in mixing.verifier_means(judged).items()},
             **search.metrics(judged, constraint["multiplier"]),

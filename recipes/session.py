@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from megatron_ext import hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
-from megatron_ext.collectives import on_all_ranks
+from megatron_ext.collectives import all_gather_json, on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
@@ -59,6 +59,7 @@ class Session:
     bridge: WeightBridge | None
     control: dist.ProcessGroup
     verifiers: dict[str, Verifier]
+    client: Client | None
     turns: Turns | None
     wandb: Any
     node: int
@@ -173,6 +174,13 @@ class Session:
         (judged,) = mixing.judge_all([(row, self.text(sample), names)], self.verifiers)
         return {name: to_json(judgement) for name, judgement in judged.items()}
 
+    def server_counts(self) -> dict[str, int]:
+        """Collective: what became of the requests of all nodes to each verifier's server since the last call."""
+        total: Counter[str] = Counter()
+        for counts in all_gather_json(self.client.take_counts() if self.client else {}, self.control):
+            total.update(counts)
+        return {f"servers/{name}": count for name, count in total.items()}
+
     def micro_batches(self, sequences: list[PackedSequence], together: int = 1) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank knows whole. So many successive
         sequences stay ``together``."""
@@ -247,6 +255,7 @@ def open_session(config: Config) -> Iterator[Session]:
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
         verifiers: dict[str, Verifier] = {}
+        client: Client | None = None
         if settings_of_engines:  # samples are judged where the engines are
             names = {*mixing.verifier_names(c.rewards.mix), *c.data.scores}
             client = stack.enter_context(Client(mixing.servers_of(names, c.rewards), c.rewards.client))
@@ -311,6 +320,7 @@ def open_session(config: Config) -> Iterator[Session]:
             bridge,
             control,
             verifiers,
+            client,
             turns,
             wandb,
             node,
