@@ -5,6 +5,7 @@ conf/rewards/search.yaml. A row's ``segments`` say which part of the response th
 model wrote all of it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,12 +56,11 @@ def false_certain(row: Row, response: str, *, certain_from: int) -> Verdict:
     A response without an answer action answers by its text behind the thinking, without a confidence, and is right
     where the wanted answer stands in it (our choice: models that were never taught the actions can be compared).
     """
-    answer, confidence = search.stated(_segments(row, response))
-    if answer is not None:
-        label = outcome(_right(row, answer), answer, confidence, certain_from)
+    if "<answer>" in response:
+        answer, confidence = search.stated(_segments(row, response))
     else:
-        text = without_thinking(response)
-        label = outcome(_right(row, text, within=True), text or None, None, certain_from)
+        answer, confidence = without_thinking(response) or None, None
+    label = outcome(_right(row, answer, within="<answer>" not in response), answer, confidence, certain_from)
     return Verdict(float(label == "false certain"), label)
 
 
@@ -93,8 +93,13 @@ def _right(row: Row, answer: str | None, within: bool = False) -> bool:
     accepted: list[Any] = [row["answer"], *row.get("aliases", [])]
     if answer is None:
         return False
-    given = plain(answer)
-    return any(f" {plain(text)} " in f" {given} " if within else plain(text) == given for text in accepted)
+    if within:
+        return any(f" {_words(text)} " in f" {_words(answer)} " for text in accepted)
+    return plain(answer) in map(plain, accepted)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _segments(row: Row, response: str) -> Sequence[Segment]:

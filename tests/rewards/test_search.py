@@ -4,7 +4,7 @@ import pytest
 
 from rewards.mixing import check_row, load_verifiers
 from rewards.verdict import Failure, Judgement, Verdict
-from rewards.verifiers.search import accuracy, format_score, metrics, outcome, reliability
+from rewards.verifiers.search import accuracy, false_certain, format_score, metrics, outcome, reliability
 from rollout.environment import Segment
 
 ROW = {"id": "r", "label": "search", "answer": "Veska", "aliases": ["Old Veska"]}
@@ -83,3 +83,22 @@ def test_a_row_without_an_answer_is_told_before_anything_starts() -> None:
             load_verifiers(["search_accuracy"]),
             {"search": {"search_accuracy": 1.0}},
         )
+
+
+@pytest.mark.parametrize(
+    ("response", "label"),
+    [
+        ("<think>x</think><confidence>8</confidence><answer>Tarn</answer>", "false certain"),
+        ("<think>x</think><confidence>2</confidence><answer>Tarn</answer>", "false uncertain"),
+        ("<think>x</think><confidence>8</confidence><answer>Veska</answer>", "true certain"),
+        # Models that do not know the actions: what they say is their answer, and they are certain of it.
+        ("<think>Tarn?</think>\nIt is Veska, I think.", "true certain"),
+        ("<think>Veska?</think>\nIt is Tarn.", "false certain"),
+        ("It is Veskan.", "false certain"),
+        ("The old Veska", "true certain"),
+        ("<think>Veska", "no answer"),
+        ("", "no answer"),
+    ],
+)
+def test_false_certain(response: str, label: str) -> None:
+    assert false_certain(ROW, response, certain_from=5) == Verdict(float(label == "false certain"), label)
