@@ -352,17 +352,19 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("effect", justify="right", no_wrap=True)
     styles = {"better": "bold green", "worse": "bold red", "not significant": "dim"}
+    named = ""
     for verifier, decoding, scores, difference in evaluation_rows(evaluation):
         effect = Text.assemble(f"{difference['mean']:+.2f}\n", (_range(difference, "+.2f"), "dim"))
         verdict = significance(difference)
         effect.append(f"\n{verdict}", styles[verdict])
         table.add_row(
-            f"{verifier}\n" if decoding == "greedy" else "",
+            f"{verifier}\n" if verifier != named else "",
             Text.assemble(f"{decoding}\n", (f"n={scores['after']['n']}", "dim")),
             *(Text.assemble(f"{score['mean']:.2f}\n", (_range(score, ".2f"), "dim")) for score in scores.values()),
             effect,
             end_section=decoding == "sampled",
         )
+        named = verifier
     return table
 
 

@@ -76,17 +76,22 @@ def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dic
 
 
 def summary(answers: Answers, names: list[str]) -> dict[str, Any]:
-    """{score: {mean, interval, n}, "sampled": the same, if any} of one model's answers."""
+    """{score: {mean, interval, n}, "sampled": the same, if any} of one model's answers; without the scores that no
+    answer got a verdict of."""
     of: dict[str, Any] = {
-        mode: {name: mean_interval(*_column(rows, name)) for name in names} for mode, rows in answers.items()
+        mode: {name: mean_interval(*column) for name in names if (column := _column(rows, name))[0]}
+        for mode, rows in answers.items()
     }
     return of.pop("greedy") | of
 
 
 def difference(before: Answers, after: Answers, names: list[str]) -> dict[str, Any]:
-    """Paired after − before on the same prompts, shaped like ``summary``."""
+    """Paired after − before on the same prompts, shaped like ``summary``; without the scores that no pair has."""
     of: dict[str, Any] = {
-        mode: {name: paired_difference(*_pairs(before[mode], after[mode], name)) for name in names} for mode in after
+        mode: {
+            name: paired_difference(*pairs) for name in names if (pairs := _pairs(before[mode], after[mode], name))[0]
+        }
+        for mode in after
     }
     return of.pop("greedy") | of
 

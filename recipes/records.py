@@ -127,23 +127,19 @@ def model_stages(evaluation: Mapping[str, Any]) -> dict[str, str]:
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """The result table: (verifier, "greedy" or "sampled", stage key -> score, paired difference after - before)."""
+    """The result table: (verifier, "greedy" or "sampled", stage key -> score, paired difference after - before).
+
+    Without a row where a model has no score: none of its answers got a verdict.
+    """
     stages = model_stages(evaluation)
-    for verifier in [name for name in evaluation["after"] if name != "sampled"]:
-        yield (
-            verifier,
-            "greedy",
-            {stage: evaluation[stage][verifier] for stage in stages},
-            evaluation["difference"][verifier],
-        )
-        if "sampled" not in evaluation["after"]:
-            continue
-        yield (
-            verifier,
-            "sampled",
-            {stage: evaluation[stage]["sampled"][verifier] for stage in stages},
-            evaluation["difference"]["sampled"][verifier],
-        )
+    modes = {"greedy": {name: evaluation[name] for name in (*stages, "difference")}}
+    if "sampled" in evaluation["after"]:
+        modes["sampled"] = {name: scores["sampled"] for name, scores in modes["greedy"].items()}
+    verifiers = dict.fromkeys(name for of in modes.values() for name in of["difference"] if name != "sampled")
+    for verifier in verifiers:
+        for mode, of in modes.items():
+            if all(verifier in scores for scores in of.values()):
+                yield verifier, mode, {stage: of[stage][verifier] for stage in stages}, of["difference"][verifier]
 
 
 def significance(difference: Mapping[str, Any]) -> str:

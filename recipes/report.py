@@ -343,10 +343,12 @@ def _samples(path: Path) -> str:
 
 def _sample(row: Mapping[str, Any]) -> str:
     verdicts = "".join(
-        f'<span class="chip">{text(name)}: {text(verdict["label"])}</span>' for name, verdict in row["verdicts"].items()
+        f'<span class="chip">{text(name)}: {text(verdict.get("label", "no verdict"))}</span>'
+        for name, verdict in row["verdicts"].items()
     )
+    reward = "no reward" if row["reward"] is None else f"reward {row['reward']:.2f}"
     return (
-        f'<div><div class="head"><b>reward {row["reward"]:.2f}</b><span class="soft">advantage {row["advantage"]:+.2f}'
+        f'<div><div class="head"><b>{reward}</b><span class="soft">advantage {row["advantage"]:+.2f}'
         f'</span>{verdicts}</div><div class="text">{text(row["response"])}</div></div>'
     )
 
@@ -369,8 +371,9 @@ def _widest_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
-    widest = max(groups.values(), key=lambda group: max(r["reward"] for r in group) - min(r["reward"] for r in group))
-    return sorted(widest, key=lambda row: row["sample_index"])
+    rewards = {i: [r["reward"] for r in group if r["reward"] is not None] for i, group in groups.items()}
+    widest = max(groups, key=lambda i: max(rewards[i]) - min(rewards[i]) if rewards[i] else -1.0)
+    return sorted(groups[widest], key=lambda row: row["sample_index"])
 
 
 def _machine(machine: Mapping[str, Mapping[str, Any]]) -> str:

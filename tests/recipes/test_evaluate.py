@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from recipes import evaluate
+from recipes import evaluate, records
+from recipes.display import result_table
 from recipes.session import Session
 from recipes.statistics import mean_interval, paired_difference
 from rewards.verdict import Verdict
@@ -81,6 +82,20 @@ def test_an_answer_without_a_verdict_is_in_no_mean_and_its_pair_in_no_difference
     after["greedy"][0]["scores"]["safety"] = {"reason": "no reply", "raw": ""}
     assert evaluate.summary(after, list(SCORES))["safety"] == mean_interval([1.0], ["b"])
     assert evaluate.difference(BEFORE, after, list(SCORES))["safety"] == paired_difference([1.0], [1.0], ["b"])
+
+
+def test_a_score_without_any_verdict_is_left_out_and_has_no_row_in_the_tables() -> None:
+    after = copy.deepcopy(AFTER)
+    for row in after["greedy"][:2]:
+        row["scores"]["safety"] = {"reason": "no reply", "raw": ""}
+    models = {"before": BEFORE, "after": after}
+    evaluation = {name: evaluate.summary(answers, list(SCORES)) for name, answers in models.items()}
+    evaluation |= {"stage": "rl", "difference": evaluate.difference(BEFORE, after, list(SCORES))}
+    assert "safety" in evaluation["before"]
+    assert list(evaluation["after"]) == list(evaluation["difference"]) == ["capability", "sampled"]
+    modes = [(name, mode) for name, mode, _, _ in records.evaluation_rows(evaluation)]
+    assert modes == [("capability", "greedy"), ("capability", "sampled"), ("safety", "sampled")]
+    assert [text.strip() for text in result_table(evaluation).columns[0].cells] == ["capability", "", "safety"]
 
 
 def test_the_report_has_every_stage_the_difference_and_all_transcripts(tmp_path: Path) -> None:

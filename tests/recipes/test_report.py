@@ -91,7 +91,7 @@ def evaluation():
 
 
 def samples(step):
-    for prompt, rewards in (("dull", [0.5, 0.5]), ("split", [0.0, 1.0])):
+    for prompt, rewards in (("failed", [None, None]), ("dull", [0.5, 0.5]), ("split", [0.0, 1.0, None])):
         for index, reward in enumerate(rewards):
             yield {
                 "step": step,
@@ -100,8 +100,12 @@ def samples(step):
                 "prompt": f"{prompt} prompt of {step}",
                 "response": HOSTILE,
                 "reward": reward,
-                "verdicts": {"safety": {"score": reward, "label": HOSTILE}},
-                "advantage": reward - 0.5,
+                "verdicts": {
+                    "safety": {"reason": "no reply", "raw": ""}
+                    if reward is None
+                    else {"score": reward, "label": HOSTILE}
+                },
+                "advantage": 0.0 if reward is None else reward - 0.5,
                 "weight_version": step - 1,
             }
 
@@ -134,9 +138,9 @@ def test_well_formed_and_from_known_elements_only(run_dir):
 def test_hostile_text_is_shown_as_written(run_dir):
     page = Page(write_report(run_dir).read_text())
     shown = "".join(page.data)
-    # 8 transcripts: kind, prompt, three answers, base label. Samples of two steps: two responses and labels each.
+    # 8 transcripts: kind, prompt, three answers, base label. Samples of two steps: three responses and two labels each.
     # Then the configuration and the device.
-    assert shown.count(HOSTILE) == 8 * 6 + 2 * 2 * 2 + 2
+    assert shown.count(HOSTILE) == 8 * 6 + 2 * (3 + 2) + 2
     assert "\x00" not in shown and "\x1b" not in shown and "\u202e" not in shown
     assert HOSTILE + "\ufffd\ufffd[31m\ufffd" in shown
 
@@ -181,7 +185,8 @@ def test_plots_cover_every_metric_and_leave_gaps_for_null(run_dir):
 def test_shows_the_group_whose_rewards_differ_in_the_first_and_last_step(run_dir):
     shown = "".join(Page(write_report(run_dir).read_text()).data)
     assert "split prompt of 1" in shown and "split prompt of 3" in shown
-    assert "dull prompt" not in shown and "prompt of 2" not in shown
+    assert "dull prompt" not in shown and "failed prompt" not in shown and "prompt of 2" not in shown
+    assert "reward 1.00" in shown and "no reward" in shown and "safety: no verdict" in shown
 
 
 def test_a_run_of_one_step_that_is_not_evaluated_yet(tmp_path):

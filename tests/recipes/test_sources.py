@@ -207,10 +207,10 @@ def test_a_source_with_too_few_rows_for_its_weight_is_refused(tmp_path: Path) ->
     [
         ("gone.jsonl", "'gone.jsonl': no such file in .*; give a file of JSON lines, "),
         ([], r"\[\]: give a file of JSON lines, .* or a list of"),
-        ([{"source": "here.jsonl"}], "an entry of the list has `source` and `weight`, and nothing else"),
+        ([{"source": "here.jsonl"}], "an entry of the list is a name, or has `source` and `weight`"),
         ([{"source": "here.jsonl", "weight": 0}], "weight is a whole number, at least 1"),
         ([{"source": 3, "weight": 1}], "source is a name"),
-        ([{"source": "here.jsonl", "weight": 1}] * 2, "'here.jsonl': occurs twice"),
+        (["here.jsonl", {"source": "here.jsonl", "weight": 2}], "'here.jsonl': occurs twice"),
     ],
 )
 def test_what_names_no_source_is_refused(value: Any, message: str, tmp_path: Path) -> None:
