@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from recipes import voting
 from recipes.data import prompts
 from recipes.statistics import mean_interval, paired_difference
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
@@ -97,7 +98,8 @@ def difference(before: Answers, after: Answers, names: list[str]) -> dict[str, A
 
 
 def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
-    """evaluation.json: summaries of the models (``MODELS``), the last difference, and greedy transcripts."""
+    """evaluation.json: summaries of the models (``MODELS``), the last difference, and greedy transcripts; of search
+    questions also ``votes``, what several sampled answers say together (``recipes.voting``)."""
     names = list(session.config.data.scores)
     rows = {row["id"]: row for row in prompts.load_rows(session.config.data.evaluation)}
     transcripts = []
@@ -115,11 +117,17 @@ def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
                 },
             }
         )
+    votes = {
+        stage: voting.search_summary(answers["sampled"])
+        for stage, answers in stages.items()
+        if {"search_accuracy", "search_reliability"} <= {*names} and "sampled" in answers
+    }
     return {
         "stage": session.config.stage.name,
         **{stage: summary(answers, names) for stage, answers in stages.items()},
         "difference": difference(stages["before"], stages["after"], names),
         "transcripts": transcripts,
+        **({"votes": votes} if votes else {}),
     }
 
 
