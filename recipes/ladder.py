@@ -36,12 +36,10 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
     stage's configuration before the first begins, and when a stage fails.
     """
     folder = Path(config.run_dir)
-    own = [argument for argument in arguments if not argument.startswith(("stage=", "stage.ladder=", "run_dir="))]
-    launched = {name: [*own, f"stage={name}", f"run_dir={folder / name}"] for name in config.stage.ladder}
-    configs = {
-        name: parse(compose("config", overrides=[argument for argument in given if not argument.startswith("--")]))
-        for name, given in launched.items()
-    }
+    launched, configs, former = {}, {}, None
+    for name in config.stage.ladder:
+        launched[name], configs[name] = of_stage(name, arguments, folder, former)
+        former = name if configs[name].stage.evaluates else former  # a judge's stage leaves no policy
     folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     for name, given in launched.items():
@@ -58,6 +56,26 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
                 print(f"the judge finds {found['mean']:.2f} of the held-out labels", flush=True)
             records.write_json(folder / name / "finished.json", {"stage": name})
         write(folder, config.stage.ladder, config.data.evaluation)
+
+
+def of_stage(name: str, arguments: Sequence[str], folder: Path, former: str | None) -> tuple[list[str], Config]:
+    """The arguments of a stage's launch, and its configuration.
+
+    A stage that starts from another starts from ``former``; ``model.path`` is for those that don't.
+    """
+    own = [argument for argument in arguments if not argument.startswith(("stage=", "stage.ladder=", "run_dir="))]
+    given = [*own, f"stage={name}", f"run_dir={folder / name}"]
+    config = composed(given)
+    if config.stage.after is not None and former is not None:
+        given = [argument for argument in given if not argument.startswith("model.path=")]
+        given.append(f"stage.after={former}")
+        config = composed(given)
+    return given, config
+
+
+def composed(arguments: Sequence[str]) -> Config:
+    """The configuration of a command line. Raises ConfigError."""
+    return parse(compose("config", overrides=[argument for argument in arguments if not argument.startswith("--")]))
 
 
 def run_beside_servers(command: Sequence[str], config: Config) -> int:
@@ -87,8 +105,8 @@ def write(folder: Path, stages: Sequence[str], evaluation: str) -> None:
     answers: dict[str, Answers] = {}
     for name in stages:
         path = folder / name / "answers.json"
-        if path.is_file():
-            found = json.loads(path.read_text())
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if "after" in found:
             answers |= {"base": found["before"]} if not answers else {}
             answers[name] = found["after"]
     if answers:

@@ -19,6 +19,7 @@ LADDER = (
     "stage.sft.epochs=null",
     "algorithm.steps=2",
     "+data.scores.accuracy=[task]",
+    "+rewards.verifiers.accuracy={rule:capability}",
 )
 
 
