@@ -25,8 +25,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("ppo")
     tiny.make(folder)
     whole, resumed = folder / "whole", folder / "resumed"
-    ppo = ("stage.names=[rl]", "algorithm=ppo", "precision=fp32", f"algorithm.steps={STEPS}", "critic.warmup_steps=1")
-    ppo = (*ppo, "critic.learning_rate=1e-3", "checkpoint.keep=4", "algorithm.updates_per_rollout=2")
+    ppo = ("stage.trains=[rl]", "stage.evaluates=false", "algorithm=ppo", "precision=fp32", f"algorithm.steps={STEPS}")
+    ppo = (
+        *ppo,
+        "critic.learning_rate=1e-3",
+        "critic.warmup_steps=1",
+        "checkpoint.keep=4",
+        "algorithm.updates_per_rollout=2",
+    )
     tiny.complete(tiny.overrides(folder, whole, *ppo, "critic.offload=true"))
     shutil.copytree(whole, resumed)
     (resumed / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000002", "step": 2}))
