@@ -286,6 +286,7 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
         thinking=thinking_marks(c),
         sleep=c.rollout.sleep,
         stall_timeout=c.rollout.stall_timeout,
+        quantization=c.rollout.quantization,
     )
     if c.cluster.platform == "cpu":
         return [shared] * count
