@@ -314,8 +314,23 @@ def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:
     return 2 * text.num_hidden_layers * max(1, groups // tensor) * head_dim * size
 
 
-def engine(text: Any, parameters: int, tensor: int, batched_tokens: int, sequences: int, size: int = 2) -> int:
+def engine(
+    text: Any, parameters: int, tensor: int, batched_tokens: int, sequences: int, size: int = 2, fp8: bool = False
+) -> int:
     """A vLLM rank's weights, and our estimate of its buffers: one layer's for ``batched_tokens``, and FP32 logits and
-    their probabilities for ``sequences``."""
+    their probabilities for ``sequences``. ``fp8``: the decoder's matrices have one byte an element there, and room for
+    one layer of them before and after they are quantised (``rollout/weight_sync/quantised.py``)."""
     layer_buffers = batched_tokens * (4 * text.hidden_size + 3 * text.intermediate_size // tensor) * size
-    return -(-parameters * size // tensor) + layer_buffers + sequences * text.vocab_size * 2 * FP32
+    weights = parameters * size
+    if fp8:
+        matrices = decoder_matrices(text)
+        weights += matrices * (size + 1) - text.num_hidden_layers * matrices * (size - 1)
+    return -(-weights // tensor) + layer_buffers + sequences * text.vocab_size * 2 * FP32
+
+
+def decoder_matrices(text: Any) -> int:
+    """Elements of one decoder layer's matrices: query, key, value and output, gate, up and down."""
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return text.hidden_size * (2 * (heads + groups) * head_dim + 3 * text.intermediate_size)

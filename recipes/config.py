@@ -13,6 +13,7 @@ from recipes import trainer
 from recipes.data import specification
 from rewards import settings
 from rewards.settings import RewardsConfig
+from rollout.engine import CPU_QUANTIZATION, QUANTIZATIONS
 
 # ${cores:N} in conf/ is this machine's cores shared among N processes.
 OmegaConf.register_new_resolver("cores", lambda share: max(1, len(os.sched_getaffinity(0)) // share), replace=True)
@@ -166,6 +167,7 @@ class RolloutConfig:
     thinking_marks: list[str]
     environment: EnvironmentConfig
     sleep: bool
+    quantization: Optional[str]  # noqa: UP045
     sync_bucket_mib: int
     sync_verify_every: int
 
@@ -399,6 +401,19 @@ def check_rollout(c: Config) -> None:
         raise ConfigError(
             "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
         )
+    if r.quantization is not None:
+        if r.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"rollout.quantization={r.quantization!r}: use null or one of {', '.join(QUANTIZATIONS)}")
+        if c.cluster.platform == "cpu" and r.quantization != CPU_QUANTIZATION:
+            raise ConfigError(
+                f"rollout.quantization={r.quantization!r}: needs cluster.platform=cuda; on a CPU vLLM has "
+                f"{CPU_QUANTIZATION} only"
+            )
+        if c.precision.name == "fp32" or not c.algorithm.importance_sampling:
+            raise ConfigError(
+                f"rollout.quantization={r.quantization!r}: samples come from rounded weights: needs precision=bf16 (or "
+                "fp8), and correct for it: algorithm.importance_sampling=true"
+            )
     if r.thinking_budget is not None and len(r.thinking_marks) != 2:
         raise ConfigError(f"rollout.thinking_marks={r.thinking_marks}: give what begins and what ends the thinking")
     if r.environment.max_turns < 1:

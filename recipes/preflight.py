@@ -524,7 +524,8 @@ def engine_bytes(config: Config, text: Any, parameters: int) -> int:
     from megatron_ext import memory as sizes
 
     c, size = config.rollout, 4 if config.precision.name == "fp32" else 2
-    return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size)
+    fp8 = c.quantization is not None
+    return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size, fp8)
 
 
 def engine_gib(config: Config, hf_config: Any, parameters: int) -> dict[str, float]:

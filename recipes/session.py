@@ -364,6 +364,7 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
         sleep=c.rollout.sleep,
         stall_timeout=c.rollout.stall_timeout,
         tokenizer=c.rollout.environment.name is not None,
+        quantization=c.rollout.quantization,
     )
     if c.cluster.platform == "cpu":
         return [shared] * count

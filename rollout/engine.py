@@ -23,6 +23,10 @@ from rollout.sample import Request, Sample, Sampling
 
 LOG_TAIL_BYTES = 4000
 STALL_POLLS = 20
+# vLLM's online FP8 of linear layers, by what has a scale of its own: a whole weight, each output channel, each block of
+# 128 x 128. Activations are FP8 too, with a scale for each token, or for 128 neighbours of it with blocks.
+QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
+CPU_QUANTIZATION = "fp8_per_channel"
 
 
 class EngineError(RuntimeError):
@@ -44,7 +48,8 @@ class EngineSettings:
     ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``); ``sleep``
     lets the engine give its GPU memory back between batches; ``tokenizer``: the folder has one and vLLM reads it (for
     ``Sampling.stops``). An engine at work that makes no progress for ``stall_timeout`` seconds is killed
-    (``Engine._watched``); None: never. Raises ValueError for impossible values.
+    (``Engine._watched``); None: never. ``quantization``: one of QUANTIZATIONS, or None: weights in ``dtype``. Raises
+    ValueError for impossible values.
     """
 
     model: str
@@ -62,13 +67,21 @@ class EngineSettings:
     sleep: bool = False
     stall_timeout: float | None = None
     tokenizer: bool = False
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         if not Path(self.model, "config.json").is_file():
             raise ValueError(f"rollout.model={self.model!r}: no config.json in that folder")
-        for field, allowed in (("dtype", ("bfloat16", "float32")), ("device", ("cpu", "cuda"))):
+        choices = {"dtype": ("bfloat16", "float32"), "device": ("cpu", "cuda"), "quantization": (None, *QUANTIZATIONS)}
+        for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"rollout.{field}={getattr(self, field)!r}: must be one of {allowed}")
+        if self.quantization and self.dtype != "bfloat16":
+            raise ValueError(f"rollout.quantization={self.quantization!r}: needs precision=bf16, this is {self.dtype}")
+        if self.device == "cpu" and self.quantization not in (None, CPU_QUANTIZATION):
+            raise ValueError(
+                f"rollout.quantization={self.quantization!r}: vLLM has it on GPUs only; on a CPU use {CPU_QUANTIZATION}"
+            )
         for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "threads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"rollout.{field}={getattr(self, field)}: must be at least 1")

@@ -84,6 +84,7 @@ def engine_args(settings: EngineSettings, load_format: str) -> Any:
         mm_device_do_normalize=False,  # pixel values as transformers' processor makes them, for the trainer too
         load_format=load_format,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         tensor_parallel_size=settings.tensor_parallel_size,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

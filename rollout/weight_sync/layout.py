@@ -58,13 +58,15 @@ class Region:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """One parameter of one vLLM worker; ``padding`` are the rectangles that hold zeros and no weight."""
+    """One parameter of one vLLM worker; ``padding`` are the rectangles that hold zeros and no weight. ``staged``: it is
+    put together in memory of its own and then quantised (``quantised.py``)."""
 
     name: str
     shape: Index
     dtype: str
     regions: tuple[Region, ...]
     padding: tuple[Rectangle, ...]
+    staged: bool = False
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "ParameterLayout":
@@ -73,7 +75,8 @@ class ParameterLayout:
             Region(tuple(r["start"]), r["hf_name"], tuple(r["hf_start"]), tuple(r["shape"])) for r in data["regions"]
         )
         padding = (Rectangle(tuple(r["start"]), tuple(r["shape"])) for r in data["padding"])
-        return ParameterLayout(data["name"], tuple(data["shape"]), data["dtype"], tuple(regions), tuple(padding))
+        name, shape, dtype = data["name"], tuple(data["shape"]), data["dtype"]
+        return ParameterLayout(name, shape, dtype, tuple(regions), tuple(padding), data["staged"])
 
 
 def wrap(value: int) -> int:

@@ -308,8 +308,13 @@ def build_plan(
         for name, group in itertools.groupby(range(len(pieces)), lambda i: pieces[i].hf_name)
     }
     size = lambda part: math.prod(part.shape) * ITEMSIZE[tensors[pieces[part.piece].hf_name].dtype]  # noqa: E731
-    # Large ones first, so that small ones can even out what these leave.
-    wants = [sorted(_wants(worker, pieces, by_name), key=lambda want: -size(want.part)) for worker in layouts]
+    # Large ones first, so that small ones can even out what these leave. Staged ones one after the other, so that a
+    # worker has few of them begun at a time.
+    turn = {p.name: i for worker in layouts for i, p in enumerate(worker) if p.staged}
+    wants = [
+        sorted(_wants(worker, pieces, by_name), key=lambda want: (turn.get(want.parameter, -1), -size(want.part)))
+        for worker in layouts
+    ]
 
     on_host: dict[str, list[int]] = defaultdict(list)
     for rank, place in enumerate(topology.ranks):
@@ -327,6 +332,7 @@ def build_plan(
     copies: list[list[list[Copy]]] = []
     far: list[tuple[int, int, _Want]] = []
     devices: dict[tuple[_Part, str], set[str]] = defaultdict(set)  # of a host, on which a part of a far piece is wanted
+    turns: dict[_Part, int] = {}
     for e, engine in enumerate(topology.engines):
         copies.append([[] for _ in engine])
         for w, place in enumerate(engine):
@@ -342,8 +348,9 @@ def build_plan(
                 else:
                     far.append((e, w, want))
                     devices[part, place.host].add(place.device)
+                    turns[part] = turn.get(name, -1)
     landings: dict[_Part, dict[str, int]] = defaultdict(dict)  # host → rank
-    for (part, host), wanting in sorted(devices.items(), key=lambda item: -size(item[0][0])):
+    for (part, host), wanting in sorted(devices.items(), key=lambda item: (turns[item[0][0]], -size(item[0][0]))):
         landings[part][host] = nearest(on_host[host], wanting, size(part))
     routes = list(_routes(landings, pieces, tensors, bucket_bytes // PARCELS_PER_BUCKET))
     schedules = [_schedule(routes, bucket_bytes, chained) for chained in (False, True)]

@@ -13,14 +13,16 @@ import hashlib
 import inspect
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers import utils as vllm_layers
 from vllm.platforms import current_platform
 
@@ -30,6 +32,7 @@ from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.memory import Signals, attach_tensors, here
 from rollout.weight_sync.network import slot_view
 from rollout.weight_sync.plan import Arrival, Copy, TensorInfo, read
+from rollout.weight_sync.quantised import Staging, check_kernels, quantised_layers, unquantised
 from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
 
 _packed_layers: list[torch.nn.Module] = []
@@ -86,13 +89,32 @@ def _reports_errors(method: Callable[..., Any]) -> Callable[..., str]:
 class _Placement:
     """A worker's share of a plan: (target, source) views, and what its parameters' checksums need.
 
-    ``arrivals``: for each round the ranks in whose slots it lands and the views to copy when it has.
+    ``arrivals``: for each round the ranks in whose slots it lands and the views to copy when it has. ``staged_copies``:
+    those of each quantised weight. ``complete``: the quantised weights that have all their arrivals after a round, on
+    every worker of the engine, which quantise together; -1: that have none.
     """
 
     tensors: dict[str, TensorInfo]
-    copies: list[tuple[torch.Tensor, torch.Tensor]]
-    arrivals: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    copies: list[tuple["_Target", torch.Tensor]]
+    arrivals: list[list[tuple["_Target", torch.Tensor]]]
     signals: dict[int, tuple[Signals, int]]
+    staging: Staging
+    staged_copies: dict[str, list[tuple["_Target", torch.Tensor]]]
+    complete: dict[int, list[str]]
+    checksums: list[list[Any]]  # of the quantised weights, as they were at the last verified sync
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A rectangle of a live parameter, or of a quantised weight (``parameter`` None) when it is being staged."""
+
+    name: str
+    region: tuple[slice, ...]
+    parameter: torch.Tensor | None
+
+    def view(self, staging: Staging) -> torch.Tensor:
+        tensor = staging.weight(self.name) if self.parameter is None else self.parameter
+        return tensor[self.region]
 
 
 class WeightBridgeWorker:
@@ -115,7 +137,10 @@ class WeightBridgeWorker:
         """Trace vLLM's loaders with checkpoint tensors ``{name: shape}``; returns the layout of each parameter."""
         shapes = {name: tuple(shape) for name, shape in json.loads(hf_shapes).items()}
         model = self.get_model()  # type: ignore[attr-defined]
-        self.bridge_layouts = trace_layout(model, shapes)
+        with unquantised(model) as layers:
+            check_kernels(layers)
+            traced = trace_layout(model, shapes)
+        self.bridge_layouts = [replace(layout, staged=layout.name in layers) for layout in traced]
         return {
             "parameters": [asdict(layout) for layout in self.bridge_layouts],
             "place": here(next(model.parameters()).device),
@@ -130,22 +155,33 @@ class WeightBridgeWorker:
         """
         body = json.loads(message)
         share = body["workers"][self.rank]  # type: ignore[attr-defined]
-        parameters = weight_tensors(self.get_model())  # type: ignore[attr-defined]
+        with unquantised(self.get_model()) as layers:  # type: ignore[attr-defined]
+            parameters = weight_tensors(self.get_model())  # type: ignore[attr-defined]
         shards = {rank: attach_tensors(address) for rank, address in body["shards"].items()}
         slots = {rank: attach_tensors(address) for rank, address in body["slots"].items()}
 
-        def target(item: Copy | Arrival) -> torch.Tensor:
-            return parameters[item.parameter].detach()[region(item.parameter_start, item.shape)]
+        def target(item: Copy | Arrival) -> _Target:
+            live = None if item.parameter in layers else parameters[item.parameter].detach()
+            return _Target(item.parameter, region(item.parameter_start, item.shape), live)
 
-        copies = [
-            (target(c), shards[str(c.rank)][c.shard][region(c.local_start, c.shape)])
-            for c in read(Copy, share["copies"])
-        ]
-        arrivals: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(body["rounds"])]
+        copies: list[tuple[_Target, torch.Tensor]] = []
+        staged_copies: dict[str, list[tuple[_Target, torch.Tensor]]] = {name: [] for name in layers}
+        for c in read(Copy, share["copies"]):
+            mine = staged_copies.get(c.parameter, copies)
+            mine.append((target(c), shards[str(c.rank)][c.shard][region(c.local_start, c.shape)]))
+        arrivals: list[list[tuple[_Target, torch.Tensor]]] = [[] for _ in range(body["rounds"])]
         for a in read(Arrival, share["arrivals"]):
-            place = target(a)
-            packed = slot_view(slots[str(a.rank)]["slots"], a.round, a.offset, a.shape, place.dtype)
-            arrivals[a.round].append((place, packed))
+            dtype = parameters[a.parameter].dtype
+            packed = slot_view(slots[str(a.rank)]["slots"], a.round, a.offset, a.shape, dtype)
+            arrivals[a.round].append((target(a), packed))
+        last = dict.fromkeys(layers, -1)
+        for worker in body["workers"]:
+            for a in read(Arrival, worker["arrivals"]):
+                if a.parameter in last:
+                    last[a.parameter] = max(last[a.parameter], a.round)
+        complete: dict[int, list[str]] = defaultdict(list)
+        for name, at in last.items():
+            complete[at].append(name)
         signals = {}
         for rank, reader in share["readers"].items():
             signals[int(rank)] = (Signals(slots[rank]["signals"], body["slots"][rank]["pid"]), reader)
@@ -153,7 +189,10 @@ class WeightBridgeWorker:
         tensors = {
             name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in body["tensors"].items()
         }
-        self.bridge_placement = _Placement(tensors, copies, arrivals, signals)
+        device = next(self.get_model().parameters()).device  # type: ignore[attr-defined]
+        self.bridge_placement = _Placement(
+            tensors, copies, arrivals, signals, Staging(layers, device), staged_copies, complete, []
+        )
         return {}
 
     @_reports_errors
@@ -162,32 +201,50 @@ class WeightBridgeWorker:
         hold then, if they are to be verified."""
         body = json.loads(message)
         placement = self._placement()
+        staging, verify = placement.staging, body["verify"]
         rounds = len(placement.arrivals)
         first = body["sequence"] * rounds
         local = iter(placement.copies)
 
         def copy_one() -> bool:
             for target, source in local:
-                target.copy_(source)
+                target.view(staging).copy_(source)
                 return True
             return False
 
+        if verify:
+            placement.checksums = []
         try:
             for t, arrivals in enumerate(placement.arrivals):
                 for signals, _ in placement.signals.values():
                     signals.wait_landed(first + t + 1, meanwhile=copy_one)
                 for target, source in arrivals:
-                    target.copy_(source)
+                    target.view(staging).copy_(source)
                 self._finish_copies()
                 for signals, reader in placement.signals.values():
                     signals.place(reader, first + t + 1)
+                self._quantise(placement.complete[t], verify)
             while copy_one():
                 pass
+            self._quantise(placement.complete[-1], verify)
             self._finish_copies()
         finally:  # after a failure too: the ranks must not wait for this worker
             for signals, reader in placement.signals.values():
                 signals.place(reader, first + rounds)
-        return self._region_checksums() if body["verify"] else {"checksums": []}
+        return self._region_checksums() if verify else {"checksums": []}
+
+    def _quantise(self, names: list[str], verify: bool) -> None:
+        """Quantise these weights, one after the other, when the copies from this host are made too."""
+        placement = self._placement()
+        layouts = {layout.name: layout for layout in self.bridge_layouts} if verify else {}
+        for name in names:
+            for target, source in placement.staged_copies[name]:
+                target.view(placement.staging).copy_(source)
+            if verify:
+                weight = {name: placement.staging.weight(name)}
+                placement.checksums += map(list, _checksums([layouts[name]], weight, placement.tensors))
+            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                placement.staging.quantise(name)
 
     def _finish_copies(self) -> None:
         if current_platform.is_cuda():
@@ -195,7 +252,8 @@ class WeightBridgeWorker:
 
     @_reports_errors
     def bridge_checksums(self) -> Any:
-        """Checksums of the live parameters, one per region of the layout."""
+        """Checksums of the live parameters, one per region of the layout; of a quantised weight, those of what it was
+        made of at the last verified sync."""
         return self._region_checksums()
 
     @_reports_errors
@@ -208,7 +266,13 @@ class WeightBridgeWorker:
     @_reports_errors
     def bridge_digests(self) -> Any:
         """SHA-256 of the bytes of every parameter: equal digests mean equal bits."""
-        tensors = weight_tensors(self.get_model())  # type: ignore[attr-defined]
+        model = self.get_model()  # type: ignore[attr-defined]
+        quantised = quantised_layers(model)
+        with unquantised(model):
+            tensors = {name: tensor for name, tensor in weight_tensors(model).items() if name not in quantised}
+        for name, layer in quantised.items():
+            prefix = name.removesuffix("weight")
+            tensors |= {prefix + each: tensor for each, tensor in layer.named_parameters()}
         return {"digests": {name: _digest(tensor) for name, tensor in tensors.items()}}
 
     def _placement(self) -> _Placement:
@@ -217,8 +281,11 @@ class WeightBridgeWorker:
         return self.bridge_placement
 
     def _region_checksums(self) -> Any:
-        tensors = weight_tensors(self.get_model())  # type: ignore[attr-defined]
-        return {"checksums": [[*item] for item in _checksums(self.bridge_layouts, tensors, self._placement().tensors)]}
+        placement = self._placement()
+        with unquantised(self.get_model()) as layers:  # type: ignore[attr-defined]
+            tensors = weight_tensors(self.get_model())  # type: ignore[attr-defined]
+        layouts = [layout for layout in self.bridge_layouts if layout.name not in layers]
+        return {"checksums": [*placement.checksums, *map(list, _checksums(layouts, tensors, placement.tensors))]}
 
 
 def _checksums(
@@ -232,7 +299,8 @@ def _checksums(
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+    flat = tensor.detach().contiguous().cpu().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 # Imported in every worker process before the model is built.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ext import memory
 from tests.megatron_ext.memory_cases import CASES, MemoryCase
@@ -128,3 +128,19 @@ def test_key_value_cache_per_token() -> None:
     text = LlamaConfig(num_hidden_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)
     assert memory.kv_bytes_per_token(text, 1) == 8 * 40960
     assert memory.kv_bytes_per_token(text, 8) == memory.kv_bytes_per_token(text, 16) == 40960
+
+
+def test_fp8_halves_an_engines_matrices_and_needs_room_to_quantise_a_layer() -> None:
+    """Against transformers' model: embeddings, norms and the output layer stay in BF16."""
+    text = LlamaConfig(
+        num_hidden_layers=6, hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2
+    )
+    with torch.device("meta"):
+        network = LlamaForCausalLM(text)
+    in_fp8 = [
+        sum(module.weight.numel() for module in layer.modules() if isinstance(module, torch.nn.Linear))
+        for layer in network.model.layers
+    ]
+    parameters = network.num_parameters()
+    saved = memory.engine(text, parameters, 2, 1, 1) - memory.engine(text, parameters, 2, 1, 1, fp8=True)
+    assert saved == (sum(in_fp8) - (2 + 1) * in_fp8[0]) // 2

@@ -309,3 +309,31 @@ def test_a_tensor_that_vllm_keeps_in_two_dtypes_is_refused():
     ]
     with pytest.raises(LayoutError, match=r"a: vLLM holds it as \['bfloat16', 'float32'\]"):
         build_plan([[whole("a", (4,))]], [two], Topology((HERE,), ((HERE, HERE),)), 1024)
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_staged_parameters_arrive_one_after_the_other(staged: bool) -> None:
+    """Fused parameters of large and small tensors in each of 16 layers, over the network: memory for those that have
+    begun to arrive is a few buckets, where the order by size alone has most of the model begun."""
+    bucket, layers = 1 << 12, 16
+    tables, layout = [[]], []
+    for i in range(layers):
+        regions, row = [], 0
+        for part, rows in (("q", 24), ("k", 4), ("v", 4)):
+            name = f"{i}.{part}"
+            tables[0].append((name, Block(name, (0, 0), (0, 0), (rows, 32))))
+            regions.append(Region((row, 0), name, (0, 0), (rows, 32)))
+            row += rows
+        layout.append(ParameterLayout(f"{i}.qkv", (row, 32), "float32", tuple(regions), (), staged))
+    topology = Topology((Place("a", "0"), Place("b", "0")), ((Place("b", "0"),),))
+    plan = build_plan([*tables, []], [layout], topology, bucket)
+    rounds = {}
+    for arrival in plan.arrivals[0][0]:
+        rounds.setdefault(arrival.parameter, set()).add(arrival.round)
+    begun = [sum(min(r) <= t <= max(r) for r in rounds.values()) for t in range(plan.rounds)]
+    size, model = 32 * 32 * 4, layers * 32 * 32 * 4
+    assert plan.rounds >= model / bucket and len(rounds) == layers
+    if staged:
+        assert max(begun) * size <= 2 * bucket + size
+    else:
+        assert max(begun) * size > model / 2

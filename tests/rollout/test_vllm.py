@@ -187,7 +187,10 @@ def digests(engine: Engine) -> list[dict[str, str]]:
 
 def hf_logprobs(twin: Twin, seed: int, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
     """Of the response's tokens, by a plain FP32 forward of the weights as vLLM holds them."""
-    model = twin.model(seed).float()
+    return logprobs_of(twin.model(seed).float(), sample, temperature)
+
+
+def logprobs_of(model: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
     ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids])
     with torch.no_grad():
         logprobs = (model(ids).logits[0] / temperature).log_softmax(-1)

@@ -16,6 +16,7 @@ from rollout.engine import Engine, EngineSettings
 
 def fresh(settings: str, requests: str, sampling: str, output: str) -> None:
     """vLLM that loads its weights from disk: digests of its parameters and the samples it makes, as JSON."""
+    os.environ[engine_server.ENGINE_PID] = str(os.getpid())
     loaded = EngineSettings(**json.loads(settings))
     loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
     loop.weights.version = 0

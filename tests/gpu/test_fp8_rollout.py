@@ -1,0 +1,59 @@
+"""FP8 weights in vLLM on the GPU: a sync makes of the trainer's weights what vLLM makes of the checkpoint's."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ext import hf_checkpoint, model, parallel
+from rollout.engine import QUANTIZATIONS, Engine, EngineSettings, stop_engines
+from rollout.sample import Prompt, Sampling
+from rollout.sampler import generate, make_requests
+from rollout.weight_sync.bridge import WeightBridge
+from tests.gpu.conftest import BF16
+from tests.rollout.test_vllm import program
+from tests.rollout.vllm_processes import as_argument
+
+SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
+PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(
+    quantization: str, layout: parallel.Parallel, folder: Path, tmp_path: Path
+) -> None:
+    """Digests of all tensors, FP8 values and scales, and every token and log-prob, of a fresh vLLM on the export."""
+    policy = model.build(hf_checkpoint.config(folder), layout, BF16)
+    hf_checkpoint.load(policy.shards, folder)
+    export = tmp_path / "export"
+    hf_checkpoint.export(policy.shards, folder, export, True)
+    settings = EngineSettings(
+        model=str(export),
+        dtype="bfloat16",
+        max_model_len=96,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        kv_cache_gib=0.5,
+        device="cuda",
+        quantization=quantization,
+    )
+    requests, output = make_requests(PROMPTS, 2, seed=5, step=0), tmp_path / "fresh.json"
+    fresh = program("fresh", as_argument(settings), as_argument(requests), as_argument(SAMPLING), str(output))
+    assert fresh.wait(400) == 0
+    expected = json.loads(output.read_text())
+    engine = Engine(settings, tmp_path / "engine.log")
+    try:
+        engine.wait_until_ready(time.monotonic() + 400)
+        bridge = WeightBridge(
+            policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
+        )
+        for version in (1, 2):  # the second quantises over what the first left
+            bridge.sync(version)
+            assert engine.call("GET", "/weights/digest")["workers"] == expected["workers"]
+        samples = generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
+        assert {(s.prompt_id, s.sample_index): (list(s.response_token_ids), list(s.logprobs)) for s in samples} == {
+            (s["prompt_id"], s["sample_index"]): (s["response_token_ids"], s["logprobs"]) for s in expected["samples"]
+        }
+    finally:
+        stop_engines([engine])
