@@ -193,7 +193,7 @@ def hf_logprobs(twin: Twin, seed: int, sample: Sample, temperature: float = 1.0)
 def logprobs_of(model: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
     ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids])
     with torch.no_grad():
-        logprobs = (model(ids).logits[0].float() / temperature).log_softmax(-1)
+        logprobs = (model(ids).logits[0] / temperature).log_softmax(-1)
     first = len(sample.prompt_token_ids) - 1
     return logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
 
