@@ -95,11 +95,12 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
             name: rectangle_checksum(w, (0,) * w.ndim, tuple(w.shape), bridge.plan.tensors[name].unit)
             for name, w in weights.items()
         }, "of the weights that were quantised"
-        gaps = [
+        written_out, plain = (
             torch.cat([(logprobs_of(model, s) - torch.tensor(s.logprobs)).abs() for s in samples])
             for model in (in_fp8(TWIN.model(0).float(), workers=2), TWIN.model(0).float())
-        ]
-        print("GAPS", [(g.mean().item(), g.max().item(), g.numel()) for g in gaps])
+        )
+        # Measured: 0.25 and 0.45 on average, 0.9 and 2.2 at most. BF16 before an FP8 rounding tips some values over.
+        assert written_out.mean() < 0.35 < plain.mean() and written_out.max() < 1.5
     finally:
         fresh.kill()
         stop_engines([engine])
