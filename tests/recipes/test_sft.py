@@ -16,7 +16,13 @@ from tests.recipes import tiny
 from tests.recipes.trained_by_transformers import Trained, train
 
 STEPS, ROWS = 5, 6
-SETTINGS = ("stage=sft", "stage.sft.epochs=null", f"stage.sft.steps={STEPS}", f"stage.sft.rows_per_step={ROWS}")
+SETTINGS = (
+    "stage=sft",
+    "stage.evaluates=false",
+    "stage.sft.epochs=null",
+    f"stage.sft.steps={STEPS}",
+    f"stage.sft.rows_per_step={ROWS}",
+)
 RATES = ("stage.sft.learning_rate=1e-3", "stage.sft.minimum_fraction=0", "stage.sft.warmup_fraction=0.4")
 RATES += (
     "stage.sft.decay=cosine",

@@ -10,7 +10,7 @@ from rollout.environment import Segment, Unavailable
 @dataclass
 class Letters:
     """Replies how much was said. ``on_reply`` gets the number of replies so far; with ``fails`` there is none behind a
-    number of characters that three divides, from the second turn on."""
+    number of characters that seven divides, from the second turn on."""
 
     stops: Sequence[str] = tuple("etaoinshr")
     on_reply: Callable[[int], object] | None = None
@@ -23,7 +23,7 @@ class Letters:
             self.replied += 1
             if self.on_reply is not None:
                 self.on_reply(self.replied)
-        if self.fails and len(segments) > 1 and sum(len(segment.text) for segment in segments) % 3 == 0:
+        if self.fails and len(segments) > 1 and sum(len(segment.text) for segment in segments) % 7 == 0:
             raise Unavailable("gone")
         return answer(segments)
 
