@@ -14,7 +14,16 @@ from tests.recipes import tiny, vision_models
 from tests.recipes.trained_by_transformers import train
 
 STEPS, ROWS = 2, 4
-SETTINGS = ("stage=sft", "stage.sft.epochs=null", f"stage.sft.steps={STEPS}", f"stage.sft.rows_per_step={ROWS}")
+SETTINGS = (
+    "stage=sft",
+    "stage.evaluates=false",
+    "stage.sft.epochs=null",
+    f"stage.sft.steps={STEPS}",
+    f"stage.sft.rows_per_step={ROWS}",
+)
+SETTINGS += ("stage.sft.aggregation=sequence_mean_token_mean",)  # what the Trainer does with this family
+# The Trainer finds norms by their names, and would decay the tower's, called norm1, norm2 and ln_q; we decay no norm.
+SETTINGS += ("optimizer.weight_decay=0",)
 SETTINGS += ("stage.sft.learning_rate=1e-3", "stage.sft.decay=constant", "stage.sft.warmup_fraction=0")
 SETTINGS += ("parallel=tp2_sp", "cluster.ranks=2", "precision=fp32", "checkpoint.every_steps=9")
 LENGTHS = ("data.max_prompt_tokens=300", "parallel.micro_batch_tokens=512", "rollout.max_response_tokens=40")
@@ -64,7 +73,7 @@ def test_losses_gradients_and_weights_equal_transformers_trainer(tmp_path: Path)
     processor = AutoProcessor.from_pretrained(folder)
     batches = [labelled(processor, dict(row), tmp_path) for row in shuffled(rows, 0, STEPS * ROWS, seed=1)]
     start = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
-    options = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "weight_decay": 0.01}
+    options = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0}
     expected = train(model, batches, ROWS, tmp_path / "trainer", **options, adam_beta2=0.95)
     model.save_pretrained(tmp_path / "expected")
 
@@ -75,4 +84,4 @@ def test_losses_gradients_and_weights_equal_transformers_trainer(tmp_path: Path)
     assert ours.keys() == theirs.keys()
     apart = {n: float((ours[n] - v).norm() / (v - start[n]).norm()) for n, v in theirs.items() if (v != start[n]).any()}
     assert any("visual" in name for name in apart), "the tower learns as well"
-    assert {name: distance for name, distance in apart.items() if distance > 1e-2} == {}
+    assert {name: distance for name, distance in apart.items() if distance > 1e-3} == {}

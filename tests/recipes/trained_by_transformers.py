@@ -43,8 +43,9 @@ class Norms(TrainerCallback):
 def train(
     model: Any, examples: list[dict[str, torch.Tensor]], rows_per_step: int, folder: Path, **options: Any
 ) -> Trained:
-    """``examples``: all steps' rows one behind the other, each as the model takes it (a batch of one); their losses are
-    the token mean over a step's rows (gradient accumulation with ``num_items_in_batch``)."""
+    """``examples``: all steps' rows one behind the other, each as the model takes it (a batch of one). A step's loss
+    is the mean over its rows' tokens (gradient accumulation with ``num_items_in_batch``), or, of a model that refuses
+    that (``accepts_loss_kwargs``; Qwen2.5-VL's does), the mean over its rows of each one's token mean."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -66,7 +67,8 @@ def train(
     )  # fmt: skip
     trainer.losses = []
     trainer.train()
-    losses = [sum(trainer.losses[i : i + rows_per_step]) for i in range(0, len(examples), rows_per_step)]
+    parts = 1 if trainer.model_accepts_loss_kwargs else rows_per_step
+    losses = [sum(trainer.losses[i : i + rows_per_step]) / parts for i in range(0, len(examples), rows_per_step)]
     return Trained(
         losses,
         [row["grad_norm"] for row in norms.rows],
