@@ -10,7 +10,8 @@ from recipes import records
 from tests.recipes import tiny
 
 STEPS = 4
-OPTIONS = ("stage.trains=[rl]", "precision=fp32", "parallel=tp2_sp", "cluster.ranks=2", "rollout.staleness=1")
+OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", "precision=fp32", "rollout.staleness=1")
+OPTIONS += ("parallel=tp2_sp", "cluster.ranks=2")
 CORRECTED = ("algorithm.importance_sampling=true", "algorithm.mismatch_alarm=5")  # large steps of a tiny model
 FLOOR = ("rewards.constraint.verifier=safety", "rewards.constraint.floor=0.9", "rewards.constraint.rate=0.1")
 CARRY = ("rollout.oversample=1.5", "rollout.max_step_tokens=3", f"algorithm.steps={STEPS}")
