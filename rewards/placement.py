@@ -2,7 +2,7 @@
 
 The hosts have ``GPUS`` each, those from number ``FIRST`` on are free for servers. Prints nothing when the run needs no
 server from here. Else: the trainer's overrides; ``rewards.supervisor.startup_timeout`` and the addresses; for each host
-that serves, its name and the overrides of its ``python -m rewards.serve``. ``REWARDS_TOKEN`` has the token on both sides.
+that serves, its name and the overrides of its ``python -m rewards.serve``. The token is in ``REWARDS_TOKEN`` on both.
 """
 
 import sys
