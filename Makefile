@@ -36,13 +36,15 @@ lint: $(STAMP)
 gpu-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/gpu
 
+NODES = $(patsubst cluster.nodes=%,--nodes=% :,$(filter cluster.nodes=%,$(ARGS)))
+
 # Takes the environment that is there, which on a cluster may be another than EXTRA's.
 preflight:
 	@[[ -x $(PY) ]] || { echo "error: no $(PY); make it first: make env EXTRA=gpu" >&2; exit 1; }
 	$(PY) -m recipes.preflight recipe=$(RECIPE) $(ARGS)
 	if [[ -f slurm/$(RECIPE).sh ]] && command -v sbatch > /dev/null; then
-	  echo "==> sbatch --test-only slurm/$(RECIPE).sh"
-	  sbatch --test-only slurm/$(RECIPE).sh
+	  echo "==> sbatch --test-only $(NODES) slurm/$(RECIPE).sh"
+	  sbatch --test-only $(NODES) slurm/$(RECIPE).sh
 	fi
 
 env: $(STAMP)
