@@ -1,12 +1,14 @@
 # `make demo` trains a real model on this machine; `make test` checks everything. Both make their environment first.
 #
 #   make demo ARGS="seed=2"    Hydra overrides for the run
+#   make preflight RECIPE=safework_72b ARGS="algorithm=cpgd"     is this run possible? On a login node: would Slurm take it?
 #   make env EXTRA=gpu         the environment of a GPU machine: .[gpu] in place of .[cpu]
 #   make env PYTHON=/path/to/python3.12
 
 EXTRA ?= cpu
 ARGS ?=
 PYTHON ?=
+RECIPE ?= demo
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -16,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint gpu-check env clean
+.PHONY: demo test lint gpu-check preflight env clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
@@ -33,6 +35,17 @@ lint: $(STAMP)
 
 gpu-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/gpu
+
+NODES = $(patsubst cluster.nodes=%,--nodes=% :,$(filter cluster.nodes=%,$(ARGS)))
+
+# Takes the environment that is there, which on a cluster may be another than EXTRA's.
+preflight:
+	@[[ -x $(PY) ]] || { echo "error: no $(PY); make it first: make env EXTRA=gpu" >&2; exit 1; }
+	$(PY) -m recipes.preflight recipe=$(RECIPE) $(ARGS)
+	if [[ -f slurm/$(RECIPE).sh ]] && command -v sbatch > /dev/null; then
+	  echo "==> sbatch --test-only $(NODES) slurm/$(RECIPE).sh"
+	  sbatch --test-only $(NODES) slurm/$(RECIPE).sh
+	fi
 
 env: $(STAMP)
 

@@ -1,5 +1,6 @@
 """The configuration's shape and its checks. Defaults stand in conf/ only; a field here has none."""
 
+import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rollout.engine import CPU_QUANTIZATION, QUANTIZATIONS
 
 # ${cores:N} in conf/ is this machine's cores shared among N processes.
 OmegaConf.register_new_resolver("cores", lambda share: max(1, len(os.sched_getaffinity(0)) // share), replace=True)
+OmegaConf.register_new_resolver("times", operator.mul, replace=True)
 
 # OmegaConf's structured configurations read Optional, not ``| None``.
 
@@ -203,6 +205,7 @@ class DataConfig:
 @dataclass
 class ClusterConfig:
     platform: str
+    nodes: int
     ranks: int
     threads: int
     timeout: float
@@ -488,6 +491,7 @@ def check(config: Config) -> None:
         "data.images.min_pixels": c.data.images.min_pixels,
         "data.images.max_pixels": c.data.images.max_pixels,
         "data.images.max_aspect_ratio": c.data.images.max_aspect_ratio,
+        "cluster.nodes": c.cluster.nodes,
         "cluster.ranks": c.cluster.ranks,
         "cluster.threads": c.cluster.threads,
         "checkpoint.every_steps": c.checkpoint.every_steps,

@@ -270,6 +270,7 @@ IMPOSSIBLE = [
     (["data.prompts=gone.jsonl"], "data.prompts", "gone.jsonl", "no such file in"),
     (["data.evaluation=gone.jsonl"], "data.evaluation", "gone.jsonl", "no such file in"),
     (["cluster.ranks=0", "cluster.threads=1"], "cluster.ranks", "0", "above 0"),
+    (["cluster.nodes=0"], "cluster.nodes", "0", "above 0"),
     (["cluster.threads=0"], "cluster.threads", "0", "above 0"),
     (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "96", "multiple of 100"),
     (["checkpoint.every_steps=0"], "checkpoint.every_steps", "0", "above 0"),

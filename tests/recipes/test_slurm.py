@@ -1,7 +1,6 @@
 """Who is a rank under Slurm, and what slurm/train.sh runs. The variables are those that Slurm 24.11 was seen to set."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -70,18 +69,15 @@ def program(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def run_script(folder: Path, *arguments: str, srun: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run slurm/train.sh with programs that only write down how they were called."""
-    shutil.copy(ROOT / "slurm" / "train.sh", folder)
-    program(folder / ".venv/bin/python", 'echo "python $*" >> calls')
-    program(folder / "bin/scontrol", 'echo "$*" >> calls; printf "node7\\nnode8\\n"')
-    program(folder / "bin/srun", srun)
-    slurm = {"SLURM_NTASKS": "16", "SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[7-8]"}
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+def run_script(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Run slurm/train.sh with programs that only write down how they were called; the ranks exit with 7."""
+    (folder / "slurm").symlink_to(ROOT / "slurm")
+    program(folder / "bin/scontrol", 'printf "node7\\nnode8\\n"')
+    program(folder / "bin/srun", 'echo "$MASTER_ADDR $MASTER_PORT $*" >> calls; [[ $* != *recipes.train* ]] || exit 7')
     done = subprocess.run(
-        ["bash", "train.sh", *arguments],
+        ["bash", "slurm/train.sh", *arguments],
         cwd=folder,
-        env={"PATH": path, **(slurm if environment is None else environment)},
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **environment},
         capture_output=True,
         text=True,
     )
@@ -89,19 +85,47 @@ def run_script(folder: Path, *arguments: str, srun: str, environment: dict[str, 
     return done.returncode, (calls.read_text() if calls.exists() else "") + done.stderr
 
 
-def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(tmp_path: Path) -> None:
-    srun = 'echo "srun $MASTER_ADDR $MASTER_PORT $*" >> calls; exit 7'
-    status, calls = run_script(tmp_path, "recipe=demo", "algorithm.steps=2", srun=srun)
+JOB = {"SLURM_NTASKS": "16", "SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+ONCE = "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --cpu-bind=none"
+RANKS = "--nodes=2 --ntasks=16 --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60"
+
+
+@pytest.mark.parametrize(
+    ("container", "python"),
+    [
+        ("", ".venv/bin/python"),
+        ("apptainer:/i/x.sif", "apptainer exec --nv --bind {here},/models --pwd {here} /i/x.sif python3"),
+        (
+            "pyxis:nvcr.io#x:1",
+            "--container-image=nvcr.io#x:1 --container-workdir={here} "
+            "--container-mounts={here}:{here},/models:/models python3",
+        ),
+    ],
+    ids=["venv", "apptainer", "pyxis"],
+)
+def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(
+    container: str, python: str, tmp_path: Path
+) -> None:
+    environment = JOB | {"CONTAINER": container, "CONTAINER_MOUNTS": "/models"}
+    status, calls = run_script(tmp_path, "recipe=demo", "preflight=a100", "algorithm.steps=2", **environment)
     assert status == 7, "the job ends with the step's exit code"
+    python = python.format(here=tmp_path)
+    hydra = "recipe=demo algorithm.steps=2 cluster.nodes=2 cluster.ranks=16"
     assert calls.splitlines() == [
-        "show hostnames node[7-8]",
-        "python -m recipes.prepare recipe=demo algorithm.steps=2 cluster.ranks=16",
-        "srun node7 10007 --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 "
-        ".venv/bin/python -m recipes.train recipe=demo algorithm.steps=2 cluster.ranks=16",
+        f"node7 10007 {ONCE} {python} -m recipes.preflight {hydra} preflight=a100",
+        f"node7 10007 {ONCE} {python} -m rewards.placement node7,node8 8 0 {hydra}",
+        f"node7 10007 {ONCE} {python} -m recipes.prepare {hydra}",
+        f"node7 10007 {RANKS} {python} -m recipes.train {hydra}",
     ]
 
 
 def test_the_script_wants_the_number_of_tasks(tmp_path: Path) -> None:
-    status, output = run_script(tmp_path, srun="echo srun >> calls", environment={"SLURM_JOB_ID": "1"})
+    status, output = run_script(tmp_path, SLURM_JOB_ID="1")
     assert status != 0
-    assert "give --ntasks-per-node (ranks per node) to sbatch" in output and "srun" not in output
+    assert "give --ntasks-per-node (ranks per node) to sbatch" in output and "-m" not in output
+
+
+def test_an_unknown_container_is_told(tmp_path: Path) -> None:
+    status, output = run_script(tmp_path, **JOB, CONTAINER="docker:x")
+    assert status == 1
+    assert "CONTAINER=docker:x: use apptainer:IMAGE" in output and "-m" not in output

@@ -1,0 +1,173 @@
+# shellcheck shell=bash
+# What the job scripts share. Sourced from the repository's root; `run_job recipe=NAME "$@"` is the whole job: the
+# preflight, reward servers where the recipe needs them, and one task per rank. The exit code is the first that failed.
+#
+# A heterogeneous job has the ranks in component 0 and the servers in component 1; in a job of one component the servers
+# share its nodes. A site's variables are in slurm/sites/template.sh.
+set -euo pipefail
+
+stop() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# Sorts the command line into hydra (for every program), checks (the preflight's own) and nodes (cluster.nodes).
+read_arguments() {
+  hydra=() checks=() nodes=
+  local argument flags=()
+  for argument in "$@"; do
+    case $argument in
+      --*) flags+=("$argument") ;; # Hydra wants overrides in one row
+      preflight=* | preflight.*) checks+=("$argument") ;;
+      cluster.nodes=*) nodes=${argument#*=} ;;
+      *) hydra+=("$argument") ;;
+    esac
+  done
+  hydra=(${flags[@]+"${flags[@]}"} "${hydra[@]}")
+}
+
+# Sets what Slurm gave us: hosts, tasks and GPUs of the trainer, and where servers go.
+read_job() {
+  tasks=${SLURM_NTASKS:?give --ntasks-per-node (ranks per node) to sbatch}
+  gpus=${SLURM_GPUS_PER_NODE:-0}
+  cpus=${SLURM_CPUS_PER_TASK:-1}
+  trainer=() rewards=(--overlap)
+  server_job=$SLURM_JOB_ID
+  server_nodes=$SLURM_JOB_NODELIST
+  first_free=$((tasks / SLURM_JOB_NUM_NODES))
+  if [[ -n ${SLURM_HET_SIZE:-} ]]; then
+    cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}
+    gpus=${SLURM_GPUS_PER_NODE_HET_GROUP_1:-0}
+    trainer=(--het-group=0) rewards=(--het-group=1)
+    server_job=$SLURM_JOB_ID_HET_GROUP_1
+    server_nodes=$SLURM_JOB_NODELIST_HET_GROUP_1
+    first_free=0
+  fi
+  gpus=${gpus##*:} # of h100:8
+  hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
+
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # head would break the pipe
+  MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))                            # below the range that the kernel hands out
+  OMP_NUM_THREADS=$cpus
+  export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+}
+
+# The nodes are given before Hydra reads anything. A job with other nodes than cluster.nodes submits itself again, with its
+# trainer's tasks, CPUs, GPUs and partition, and is cancelled, so that what depends on it does not start.
+resubmit() {
+  local script name job=$SLURM_JOB_ID colon=${SLURM_HET_SIZE:+:}
+  local gpus=${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_PER_NODE:-}}
+  local size=(--nodes="$nodes" --ntasks-per-node=$((tasks / SLURM_JOB_NUM_NODES)) --cpus-per-task="$cpus")
+  size+=(--partition="$SLURM_JOB_PARTITION" ${gpus:+--gpus-per-node="$gpus"})
+  script=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | sed -n '1s/ Command=//p')
+  echo "cluster.nodes=$nodes, the job has $SLURM_JOB_NUM_NODES: submitted again (sbatch --nodes=$nodes saves this)"
+  for name in $(compgen -e SLURM_); do # of this job, which the next would inherit
+    [[ $name == SLURM_CONF ]] || unset "$name"
+  done
+  sbatch "${size[@]}" ${colon:+"$colon"} "$script" "$@"
+  scancel "$job"
+  sleep 60 # until Slurm ends us
+}
+
+# Sets python (the command) and in_container (srun's options) from the one variable CONTAINER.
+read_container() {
+  python=(.venv/bin/python) in_container=()
+  local mounts=$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+  case ${CONTAINER:-} in
+    "") ;;
+    apptainer:* | singularity:*)
+      python=("${CONTAINER%%:*}" exec --nv --bind "$mounts" --pwd "$PWD" "${CONTAINER#*:}" python3)
+      ;;
+    pyxis:*)
+      python=(python3)
+      in_container=(--container-image="${CONTAINER#*:}" --container-workdir="$PWD")
+      in_container+=(--container-mounts="$(sed -E 's/[^,:]+/&:&/g' <<< "$mounts")")
+      ;;
+    *) stop "CONTAINER=$CONTAINER: use apptainer:IMAGE, singularity:IMAGE or pyxis:IMAGE, or nothing for .venv" ;;
+  esac
+}
+
+# One process on the trainer's first node.
+once() {
+  srun "${trainer[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" --cpu-bind=none \
+    "${in_container[@]}" "${python[@]}" "$@"
+}
+
+# Whether http://HOST:PORT/health says 200.
+healthy() {
+  local host=${1#http://}
+  # shellcheck disable=SC2016  # the inner shell expands it
+  timeout 5 bash -c 'exec 3<> "/dev/tcp/$1/$2" && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && read -r _ code _ <&3 &&
+    [[ $code == 200 ]]' bash "${host%:*}" "${host##*:}" 2> /dev/null
+}
+
+# Starts the servers that the recipe needs, waits until they answer, and tells the trainer where they are.
+start_servers() {
+  servers=()
+  local plan host words timeout addresses address pid
+  host=$(scontrol show hostnames "$server_nodes" | paste -sd,)
+  plan=$(once -m rewards.placement "$host" "$first_free" "$gpus" "${hydra[@]}")
+  [[ -n $plan ]] || return 0
+  REWARDS_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # in the environment: command lines can be read by others
+  export REWARDS_TOKEN
+  while read -r host words; do
+    read -ra words <<< "$words"
+    srun "${rewards[@]}" --job-name=rewards --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$host" \
+      --cpu-bind=none "${in_container[@]}" "${python[@]}" -m rewards.serve "${hydra[@]}" "${words[@]}" &
+    servers+=($!)
+  done < <(tail -n +3 <<< "$plan")
+  read -r timeout addresses <<< "$(sed -n 2p <<< "$plan")"
+  timeout=$((SECONDS + timeout))
+  for address in $addresses; do
+    until healthy "$address"; do
+      for pid in "${servers[@]}"; do
+        kill -0 "$pid" 2> /dev/null || stop "reward servers ended before $address answered; see <run_dir>/servers"
+      done
+      ((SECONDS < timeout)) || stop "$address does not answer $(hostname) within rewards.supervisor.startup_timeout"
+      sleep 1
+    done
+  done
+  read -ra words <<< "$(sed -n 1p <<< "$plan")"
+  hydra+=("${words[@]}")
+}
+
+# Ends the servers in order: SIGTERM to their steps, since a signal to srun would kill them.
+stop_servers() {
+  local steps
+  ((${#servers[@]})) || return 0
+  steps=$(squeue --noheader --steps --jobs="$server_job" --format='%i %j' | sed -n 's/ rewards$//p')
+  # shellcheck disable=SC2086  # one word a step
+  [[ -z $steps ]] || scancel --signal=TERM $steps
+  wait "${servers[@]}" || true
+}
+
+# The ranks. Tasks are not bound to cores: the engines are children of the ranks and use the whole node. One dead rank
+# ends the step.
+train() {
+  local training status=0
+  srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --cpus-per-task="$cpus" --cpu-bind=none \
+    --kill-on-bad-exit=1 --wait=60 "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
+  training=$!
+  wait -n "$training" "${servers[@]}" || status=$?
+  if kill -0 "$training" 2> /dev/null; then
+    kill "$training"
+    stop "a reward server ended with code $status in the middle of the run; see <run_dir>/servers"
+  fi
+  return "$status"
+}
+
+run_job() {
+  # shellcheck disable=SC1090  # the site's own file
+  [[ -z ${SITE_FILE:-} ]] || source "$SITE_FILE"
+  read_arguments "$@"
+  read_job
+  if [[ -n $nodes && $nodes != "$SLURM_JOB_NUM_NODES" ]]; then
+    resubmit "$@"
+  fi
+  read_container
+  once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
+  trap stop_servers EXIT
+  start_servers
+  once -m recipes.prepare "${hydra[@]}"
+  train
+}

@@ -1,0 +1,52 @@
+"""Which host serves what: sizes, what does not fit, and that both sides' overrides are what rewards.settings takes."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from rewards import placement, settings
+from rewards.settings import RewardsConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rewards(*overrides: str) -> RewardsConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return settings.read(compose("config", ["recipe=safework_72b", *overrides]).rewards)
+
+
+def test_the_largest_take_the_emptiest_host() -> None:
+    config = rewards("rewards.servers.safety.replicas=2")
+    placed = placement.place(placement.needed(config), ["a", "b", "c"], 8)
+    assert placed == {"value": "a", "knowledge": "b", "safety": "c"}
+    assert placement.place(placement.needed(config), ["a", "b"], 10) == {"value": "a", "knowledge": "b", "safety": "a"}
+    assert set(placement.place(placement.needed(config), ["a"], None).values()) == {"a"}, "CPUs are shared"
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"rewards.servers.safety: replicas=1 x tensor=1 GPUs are not free on one of 2"
+    ):
+        placement.place(placement.needed(rewards()), ["a", "b"], 8)
+
+
+def test_servers_that_run_elsewhere_are_left_alone() -> None:
+    config = rewards("rewards.servers.value.endpoints=[http://elsewhere:1]")
+    assert [server.name for server in placement.needed(config)] == ["safety", "knowledge"]
+
+
+def test_both_sides_read_their_overrides() -> None:
+    """The trainer's servers are all elsewhere; every host starts what is placed on it and nothing else."""
+    config = rewards("rewards.servers.safety.replicas=2")
+    placed = placement.place(placement.needed(config), ["a", "b", "c"], 8)
+    trainer, ready, *hosts = placement.lines(config, placed)
+    assert ready == "1800 http://c:8100 http://c:8101 http://a:8110 http://b:8120"
+    theirs = settings.servers(rewards("rewards.servers.safety.replicas=2", *trainer.split()))
+    assert [address for server in theirs.values() for address in server.addresses] == ready.split()[1:]
+    for line in hosts:
+        host, *overrides = line.split()
+        here = rewards("rewards.servers.safety.replicas=2", *overrides)
+        started = placement.needed(here)
+        assert {server.name: host for server in started} == {n: h for n, h in placed.items() if h == host}
+        assert {(server.host, server.key_variable) for server in started} == {("0.0.0.0", placement.TOKEN)}

@@ -1,0 +1,180 @@
+"""A real Slurm of several nodes on this machine: munged, slurmctld and a slurmd for each node.
+
+A node is a process namespace with its own host name, address (127.0.1.K), /dev/shm and /proc; all share one network and
+one file system. Their GPUs are links to /dev/null: **fake**, Slurm counts and hands them out, and nothing can run on
+them. Nothing needs systemd, cgroups, or a Slurm that is set up; everything is in one folder.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge"]
+PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged"]
+SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+FAKE_GPUS, CPUS, MEMORY_MIB = 8, 128, 20000  # what a node says that it has, not what it has
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+# A node's first process. All nodes' names are in its /etc/hosts, as a cluster's name service has them.
+NODE = """
+hostname "$1"
+mount -t tmpfs tmpfs /dev/shm
+mount --bind "$2/hosts" /etc/hosts
+exec slurmd -D -N "$1" -f "$2/slurm.conf"
+"""
+
+
+def install() -> str | None:
+    """Install Debian's packages where they are absent. Returns why there can be no cluster, None if there can."""
+    if os.geteuid() != 0:
+        return "a Slurm of several nodes needs root (namespaces, slurmd)"
+    if subprocess.run(["unshare", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
+        return "this machine does not let root make namespaces (unshare --uts --mount --pid)"
+    if not all(shutil.which(program, path=SBIN) for program in PROGRAMS):
+        if not shutil.which("apt-get"):
+            return "Slurm is not installed, and there is no apt-get to install it with"
+        command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            return f"Slurm is not installed, and apt-get can't install it: {done.stderr.strip().splitlines()[-1]}"
+    return None
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+def configuration(folder: Path, nodes: int) -> str:
+    """slurm.conf. Heterogeneous jobs start only in the backfill scheduler, hence its short interval."""
+    control, *ports = free_ports(nodes + 1)
+    lines = [
+        "ClusterName=tests",
+        f"SlurmctldHost={socket.gethostname()}(127.0.0.1)",
+        f"SlurmctldPort={control}",
+        f"AuthInfo=socket={folder}/munge/socket,cred_expire=5",  # a requeue waits that long; less is refused
+        "SlurmUser=root",
+        "SlurmdUser=root",
+        "ProctrackType=proctrack/linuxproc",
+        "TaskPlugin=task/none",
+        "SelectType=select/cons_tres",
+        "GresTypes=gpu",
+        "SlurmdParameters=config_overrides",
+        "SchedulerParameters=bf_interval=1,sched_interval=5,batch_sched_delay=0",
+        "SlurmdTimeout=10",
+        "KillWait=5",
+        "MessageTimeout=10",
+        "TCPTimeout=2",
+        "JobRequeue=1",
+        "ReturnToService=2",
+        "MinJobAge=600",
+        "MpiDefault=none",
+        f"StateSaveLocation={folder}/state",
+        f"SlurmdSpoolDir={folder}/spool-%n",
+        f"SlurmctldPidFile={folder}/slurmctld.pid",
+        f"SlurmdPidFile={folder}/slurmd-%n.pid",
+        f"SlurmctldLogFile={folder}/slurmctld.log",
+        f"SlurmdLogFile={folder}/slurmd-%n.log",
+    ]
+    for k, port in enumerate(ports, start=1):
+        lines.append(
+            f"NodeName=node{k} NodeAddr=127.0.1.{k} NodeHostname=node{k} Port={port} CPUs={CPUS} "
+            f"RealMemory={MEMORY_MIB} Gres=gpu:{FAKE_GPUS}"
+        )
+    lines.append(f"PartitionName=tests Nodes=node[1-{nodes}] Default=YES MaxTime=INFINITE OverSubscribe=NO")
+    return "\n".join(lines) + "\n"
+
+
+class Cluster:
+    """``folder`` is the cluster's own, with a short path (a socket is in it). Ends with :meth:`stop`."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder, self.nodes = folder, nodes
+        self.processes: list[subprocess.Popen[bytes]] = []
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RANK", "MASTER_"))}
+        self.environment = keep | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}
+        for name in ("munge", "state"):
+            (folder / name).mkdir(mode=0o700)
+        (folder / "munge" / "key").write_bytes(os.urandom(128))
+        (folder / "munge" / "key").chmod(0o600)
+        (folder / "slurm.conf").write_text(configuration(folder, nodes))
+        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        fakes = [folder / f"fake-gpu{i}" for i in range(FAKE_GPUS)]
+        for fake in fakes:
+            fake.symlink_to("/dev/null")
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File={fake}\n" for fake in fakes))
+        names = [f"127.0.1.{k} node{k}\n" for k in range(1, nodes + 1)]
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
+
+    def start(self) -> None:
+        munge = self.folder / "munge"
+        self.daemon(
+            ["munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket"]
+            + [f"--{what}-file={munge}/{what}" for what in ("pid", "log", "seed")]
+        )
+        self.wait_for("munge's socket", (munge / "socket").exists)
+        self.daemon(["slurmctld", "-D", "-f", str(self.folder / "slurm.conf")])
+        for k in range(1, self.nodes + 1):
+            own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+            self.daemon([*own, "bash", "-ec", NODE, "bash", f"node{k}", str(self.folder)])
+        self.wait_for("nodes that are idle", lambda: self.call("sinfo", "-hN", "-o%t").split() == ["idle"] * self.nodes)
+
+    def daemon(self, command: list[str]) -> None:
+        log = (self.folder / "daemons.log").open("ab")
+        self.processes.append(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment)
+        )
+
+    def wait_for(self, what: str, happened, seconds: float = 60) -> None:  # type: ignore[no-untyped-def]
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.logs()}"
+            time.sleep(0.1)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
+
+    def call(self, *command: str) -> str:
+        """A Slurm command's standard output; empty while the controller is not up."""
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+
+    def field(self, job: str, name: str) -> str:
+        """A field of ``scontrol show job``; of a heterogeneous job's first component."""
+        words = self.call("scontrol", "show", "job", "--oneliner", job).split()
+        return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")
+
+    def wait_for_end(self, job: str, seconds: float) -> tuple[str, str]:
+        """The job's state and exit code (CODE:SIGNAL)."""
+        self.wait_for(f"end of job {job}", lambda: self.field(job, "JobState") in ENDED, seconds)
+        return self.field(job, "JobState"), self.field(job, "ExitCode")
+
+    def processes_with(self, marker: str) -> dict[int, str]:
+        """Living processes, on any node, with the text in their environment: pid → command line."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if marker.encode() in (entry / "environ").read_bytes():
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def stop(self) -> None:
+        """End all by pid: the nodes with everything on them, then the controller and munged."""
+        munged, slurmctld, *nodes = self.processes
+        for process in nodes:
+            process.kill()  # the kernel ends what is in its process namespace
+            process.wait()
+        for process in (slurmctld, munged):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,213 @@
+"""The project's job scripts on a real Slurm of four nodes with fake GPUs; stand_in.py is in the place of Python."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVERS = ("safety", "value", "knowledge")
+SECONDS = 60
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder from which jobs are submitted: the scripts and the configuration, with a stand-in for Python."""
+    for name in ("conf", "rewards", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    stand_in = tmp_path / ".venv" / "bin" / "python"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "slurm" / "stand_in.py").read_text())
+    stand_in.chmod(0o755)
+    return tmp_path
+
+
+def sbatch(slurm: Cluster, folder: Path, *arguments: str, **environment: str) -> str:
+    """The job's number."""
+    done = subprocess.run(
+        ["sbatch", "--parsable", *arguments],
+        cwd=folder,
+        env=slurm.environment | {"STAND_IN_PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def calls(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "calls.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def log(folder: Path, job: str) -> str:
+    return (folder / f"slurm-{job}.log").read_text()
+
+
+def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: Cluster, project: Path) -> None:
+    """One node of ranks, three of judges. Overrides reach every program, the preflight's own it alone; the trainer is
+    told where the judges are, the judges' nodes whose model is theirs; a token is on both sides; the judges are stopped
+    in order behind the training."""
+    job = sbatch(
+        slurm, project, "--nodes=1", ":", "--nodes=3", "slurm/safework_72b.sh", "algorithm=cpgd", "preflight=h200"
+    )
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    made = calls(project)
+    common = ["recipe=safework_72b", "algorithm=cpgd", "cluster.nodes=1", "cluster.ranks=8"]
+    by_module = {
+        module: [call for call in made if call["module"] == module]
+        for module in ("recipes.preflight", "rewards.serve", "recipes.prepare", "recipes.train", "stopped")
+    }
+    assert [call["arguments"] for call in by_module["recipes.preflight"]] == [[*common, "preflight=h200"]]
+    order = list(dict.fromkeys(call["module"] for call in made))
+    assert order == list(by_module), "in this order"
+
+    serving = by_module["rewards.serve"]
+    assert sorted(call["host"] for call in serving) == ["node2", "node3", "node4"]
+    ours = {
+        name: call["host"]
+        for call in serving
+        for name in SERVERS
+        if f"++rewards.servers.{name}.host=0.0.0.0" in call["arguments"]
+    }
+    assert len(ours) == 3 and len(set(ours.values())) == 3, "17 GPUs on nodes of 8"
+    ports = {"safety": 8100, "value": 8110, "knowledge": 8120}
+    told = [
+        word
+        for name in SERVERS
+        for word in (
+            f"++rewards.servers.{name}.endpoints=['http://{ours[name]}:{ports[name]}']",
+            f"++rewards.servers.{name}.key_variable=REWARDS_TOKEN",
+        )
+    ]
+    for module in ("recipes.prepare", "recipes.train"):
+        assert all(call["arguments"] == [*common, *told] for call in by_module[module])
+    training = by_module["recipes.train"]
+    assert sorted(int(call["SLURM_PROCID"]) for call in training) == list(range(8))
+    assert {call["host"] for call in training} == {call["MASTER_ADDR"] for call in training} == {"node1"}
+    assert {call["OMP_NUM_THREADS"] for call in training} == {"8"}
+    assert {call["token"] for call in (*serving, *training)} == {64}
+    assert sorted(name for call in by_module["stopped"] for name in call["servers"]) == sorted(SERVERS)
+
+
+@pytest.mark.parametrize(("module", "code"), [("recipes.preflight", 1), ("recipes.train", 7)])
+def test_the_job_fails_with_the_code_of_what_failed(slurm: Cluster, project: Path, module: str, code: int) -> None:
+    job = sbatch(
+        slurm, project, "--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh", STAND_IN_EXIT=f"{module}={code}"
+    )
+    assert slurm.wait_for_end(job, SECONDS) == ("FAILED", f"{code}:0"), log(project, job)
+    modules = [call["module"] for call in calls(project)]
+    assert modules.count("stopped") == modules.count("rewards.serve"), "no server is left"
+    assert ("recipes.prepare" in modules) == (module == "recipes.train"), "nothing behind a preflight that fails"
+    assert slurm.processes_with(str(project)) == {}
+
+
+def test_servers_without_room_are_told(slurm: Cluster, project: Path) -> None:
+    job = sbatch(slurm, project, "--nodes=1", ":", "--nodes=2", "slurm/safework_7b.sh")
+    assert slurm.wait_for_end(job, SECONDS) == ("FAILED", "1:0"), log(project, job)
+    assert "give the servers more nodes" in log(project, job)
+    assert "recipes.train" not in [call["module"] for call in calls(project)]
+
+
+def test_a_server_that_ends_in_the_middle_ends_the_job(slurm: Cluster, project: Path) -> None:
+    script = ("--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh")
+    job = sbatch(slurm, project, *script, STAND_IN_EXIT="rewards.serve=4")
+    assert slurm.wait_for_end(job, SECONDS) == ("FAILED", "1:0"), log(project, job)
+    assert "a reward server ended with code 4 in the middle of the run" in log(project, job)
+    assert slurm.processes_with(str(project)) == {}
+
+
+def test_on_one_component_the_judges_share_the_nodes(slurm: Cluster, project: Path) -> None:
+    """``rewards.supervisor.first_device``: the ranks have the GPUs before it; the default leaves the judges none."""
+    options = ["--nodes=3", "--ntasks-per-node=4", "--gpus-per-node=8", "slurm/train.sh", "recipe=safework_7b"]
+    small = [f"rewards.servers.{name}.tensor=4" for name in ("value", "knowledge")]
+    refused = sbatch(slurm, project, *options, *small)
+    job = sbatch(slurm, project, *options, *small, "rewards.supervisor.first_device=4")
+    assert slurm.wait_for_end(refused, SECONDS) == ("FAILED", "1:0")
+    assert "rewards.supervisor.first_device=0: the trainer's ranks have the GPUs below 4" in log(project, refused)
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    made = calls(project)
+    assert {call["host"] for call in made if call["module"] == "rewards.serve"} == {"node1", "node2", "node3"}
+    assert sum(call["module"] == "recipes.train" for call in made) == 12
+
+
+def test_other_nodes_by_hydra_are_other_nodes_of_slurm(slurm: Cluster, project: Path) -> None:
+    """``cluster.nodes`` in the plain command line: the job is submitted again with as many, and its first form is
+    cancelled, so that what waits for its success does not start."""
+    job = sbatch(slurm, project, "--nodes=1", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo", "cluster.nodes=2")
+    assert slurm.wait_for_end(job, SECONDS)[0] == "CANCELLED", log(project, job)
+    again = log(project, job).rsplit("Submitted batch job ", 1)[1].split()[0]
+    assert slurm.wait_for_end(again, SECONDS) == ("COMPLETED", "0:0"), log(project, again)
+    training = [call for call in calls(project) if call["module"] == "recipes.train"]
+    assert {call["host"] for call in training} == {"node1", "node2"}
+    assert training[0]["arguments"] == ["recipe=demo", "cluster.nodes=2", f"cluster.ranks={len(training)}"]
+
+
+def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster, project: Path) -> None:
+    script = project / "small.sh"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=1 --output=slurm-%j.log\n"
+        "[[ $1 == stage=rl_general ]] && export STAND_IN_EXIT=recipes.train=3\n"
+        'source slurm/library.sh\nrun_job recipe=ladder_demo "$@"\n'
+    )
+    done = subprocess.run(
+        ["bash", "slurm/ladder.sh", "small.sh", "seed=5", "cluster.nodes=2"],
+        cwd=project,
+        env=slurm.environment | {"STAND_IN_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = [line.split(": job ") for line in done.stdout.splitlines()]
+    assert [stage for stage, _ in jobs] == ["sft", "rl_general", "rl_safety", "rl_efficient", "rl_search"]
+    ends = [slurm.wait_for_end(job, SECONDS) for _, job in jobs]
+    assert ends[:2] == [("COMPLETED", "0:0"), ("FAILED", "3:0")]
+    assert {state for state, _ in ends[2:]} == {"CANCELLED"}
+    trained = [call["arguments"] for call in calls(project) if call["module"] == "recipes.train"]
+    assert trained[0][:3] == ["recipe=ladder_demo", "stage=sft", "seed=5"]
+    assert {argument for call in trained for argument in call if "nodes" in argument} == {"cluster.nodes=2"}
+
+
+def test_slurm_says_what_it_would_not_take(slurm: Cluster, project: Path) -> None:
+    """The second half of `make preflight`: the scripts' own sizes (11 nodes) on this cluster of four, and fewer."""
+    for size in ("72b", "78b", "70b", "7b"):
+        for options, code in ((["--nodes=1", ":", "--nodes=3"], 0), ([], 1)):
+            done = subprocess.run(
+                ["sbatch", "--test-only", *options, f"slurm/safework_{size}.sh"],
+                cwd=project, env=slurm.environment, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == code, done.stderr
+
+
+def test_a_site_file_reaches_submission_and_job(slurm: Cluster, project: Path) -> None:
+    site = project / "site.sh"
+    template = (ROOT / "slurm" / "sites" / "template.sh").read_text()
+    site.write_text(template.replace("SBATCH_PARTITION=gpu", "SBATCH_PARTITION=tests"))
+    module = 'module() { echo "modules: $*"; }; export -f module; '
+    submit = "sbatch --parsable --nodes=1 --ntasks-per-node=1 slurm/train.sh recipe=demo"
+    done = subprocess.run(
+        ["bash", "-c", f"{module} source site.sh; {submit}"],
+        cwd=project,
+        env=slurm.environment | {"STAND_IN_PYTHON": sys.executable, "USER": "somebody"},
+        capture_output=True,
+        text=True,
+    )
+    job = done.stdout.strip()
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), done.stderr + log(project, job)
+    assert "modules: load cuda/13.0" in log(project, job)
+    assert slurm.field(job, "TimeLimit") == "1-00:00:00" and slurm.field(job, "Account") == "my-project"
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "slurm").rglob("*.sh"))]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert os.access(ROOT / "slurm" / "train.sh", os.X_OK)
