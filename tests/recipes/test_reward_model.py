@@ -1,7 +1,6 @@
 """The reward-model stage as a user starts it: its updates, its export, and what a real `vllm serve` makes of it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +153,6 @@ def test_the_report_has_the_scores_that_transformers_gives_the_export(runs: dict
     last = metrics(run_dir)[-1]
     assert last["held_out_accuracy"] == report["accuracy"]["mean"]
     assert last["accuracy"] > metrics(run_dir)[0]["accuracy"] == 0, "it learns"
-
-
-def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(runs: dict[str, Path], twin: Path) -> None:
-    alone, resumed = runs["dp2"], twin / "resumed"
-    shutil.copytree(alone, resumed)
-    (resumed / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000002", "step": 2}))
-    shutil.rmtree(resumed / "hf")
-    tiny.complete(overrides(twin, resumed, *LAYOUTS["dp2"], "resume=true"))
-    for name in ("hf/model.safetensors", "reward_model.json"):
-        assert (resumed / name).read_bytes() == (alone / name).read_bytes()
-    assert [row["loss"] for row in metrics(resumed)] == [row["loss"] for row in metrics(alone)]
 
 
 def test_a_real_vllm_server_gives_the_trainers_scores_to_the_verifier(

@@ -1,6 +1,6 @@
 """Whole runs of the demo's recipe on a tiny model, started as a user starts them: trainer ranks and a vLLM engine.
 
-Runs are shared: one that is left alone, one that is killed three times in three ways and resumed, and two of one FP32
+Runs are shared: one that is left alone, one that is killed in two ways and resumed, and two of one FP32
 step in different layouts, with an environment some of whose replies fail.
 """
 
@@ -66,16 +66,17 @@ def whole(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 @pytest.fixture(scope="module")
 def killed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Death]]:
-    """The folder of a run with the same settings that was killed behind steps 1, 2 and 3 and resumed each time."""
+    """The folder of a run with the same settings that was killed behind steps 1 and 2 and resumed each time.
+
+    What a launcher's kill -9 leaves is in test_ladder.
+    """
     run_dir = tmp_path_factory.mktemp("killed") / "run"
     deaths = {}
-    for step, way in enumerate(("launcher killed", "Ctrl-C", "rank 0 killed"), start=1):
+    for step, way in enumerate(("Ctrl-C", "rank 0 killed"), start=1):
         run = tiny.Run(tiny.overrides(twin, run_dir, f"resume={step > 1}"))
         try:
             run.wait_for(f"a checkpoint of step {step}", lambda: saved_step(run_dir) >= step)  # noqa: B023
-            if way == "launcher killed":
-                os.kill(run.process.pid, signal.SIGKILL)
-            elif way == "Ctrl-C":
+            if way == "Ctrl-C":
                 os.killpg(run.process.pid, signal.SIGINT)
             else:
                 os.kill(run.rank(0) or 0, signal.SIGKILL)
@@ -294,7 +295,7 @@ def test_a_resumed_run_did_not_start_anew(killed: tuple[Path, dict[str, Death]])
         assert final[: death.step] == death.metrics.splitlines()[: death.step]
 
 
-@pytest.mark.parametrize("way", ["launcher killed", "Ctrl-C", "rank 0 killed"])
+@pytest.mark.parametrize("way", ["Ctrl-C", "rank 0 killed"])
 def test_nothing_is_left_behind(killed: tuple[Path, dict[str, Death]], way: str) -> None:
     death = killed[1][way]
     assert death.exit_code != 0
