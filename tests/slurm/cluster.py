@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge"]
+INSTALL_SECONDS = 120
 PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged"]
 SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 FAKE_GPUS, CPUS, MEMORY_MIB = 8, 128, 20000  # what a node says that it has, not what it has
@@ -40,9 +41,12 @@ def install() -> str | None:
             return "Slurm is not installed, and there is no apt-get to install it with"
         command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=INSTALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"Slurm is not installed, and apt-get did not install it in {INSTALL_SECONDS} s"
         if done.returncode:
-            return f"Slurm is not installed, and apt-get can't install it: {done.stderr.strip().splitlines()[-1]}"
+            return f"Slurm is not installed, and apt-get can't install it: {done.stderr.strip()[-200:]}"
     return None
 
 
