@@ -18,20 +18,23 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint gpu-check preflight env clean
+.PHONY: demo test lint gpu-check slurm-check preflight env clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
 
 test: lint
 	@echo "==> pytest"
-	exec $(PY) -m pytest -q --durations=15 --ignore=tests/gpu
+	exec $(PY) -m pytest -q --durations=15 --ignore=tests/gpu --ignore=tests/slurm
 
 lint: $(STAMP)
 	@echo "==> ruff, mypy"
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+slurm-check: $(STAMP)
+	@exec $(PY) -m pytest -q tests/slurm
 
 gpu-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/gpu

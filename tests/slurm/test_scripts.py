@@ -116,6 +116,14 @@ def test_servers_without_room_are_told(slurm: Cluster, project: Path) -> None:
     assert "recipes.train" not in [call["module"] for call in calls(project)]
 
 
+def test_a_server_that_ends_in_the_middle_ends_the_job(slurm: Cluster, project: Path) -> None:
+    script = ("--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh")
+    job = sbatch(slurm, project, *script, STAND_IN_EXIT="rewards.serve=4")
+    assert slurm.wait_for_end(job, SECONDS) == ("FAILED", "1:0"), log(project, job)
+    assert "a reward server ended with code 4 in the middle of the run" in log(project, job)
+    assert slurm.processes_with(str(project)) == {}
+
+
 def test_on_one_component_the_judges_share_the_nodes(slurm: Cluster, project: Path) -> None:
     """``rewards.supervisor.first_device``: the ranks have the GPUs before it; the default leaves the judges none."""
     options = ["--nodes=3", "--ntasks-per-node=4", "--gpus-per-node=8", "slurm/train.sh", "recipe=safework_7b"]
