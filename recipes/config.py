@@ -296,26 +296,33 @@ def generates(config: Config) -> bool:
     return config.stage.evaluates or "rl" in config.stage.trains
 
 
+def check_schedule(where: str, chosen: SftConfig | RewardModelConfig | CriticConfig) -> None:
+    """Raises ConfigError for learning-rate settings that can't be."""
+    if chosen.decay not in ("constant", "linear", "cosine"):
+        raise ConfigError(f"{where}.decay={chosen.decay!r}: use one of constant, linear, cosine")
+    if chosen.learning_rate <= 0:
+        raise ConfigError(f"{where}.learning_rate={chosen.learning_rate}: must be above 0")
+    if not 0 <= chosen.minimum_fraction <= 1:
+        raise ConfigError(f"{where}.minimum_fraction={chosen.minimum_fraction}: must be in [0, 1]")
+    if not 0 <= chosen.warmup_fraction < 1:
+        raise ConfigError(f"{where}.warmup_fraction={chosen.warmup_fraction}: must be in [0, 1)")
+
+
 def check_supervised(c: Config) -> None:
     """Raises ConfigError for what the stages that learn from data alone can't do."""
     for stage, chosen in (("sft", c.stage.sft), ("reward_model", c.stage.reward_model)):
         if stage not in c.stage.trains:
             continue
         where = f"stage.{stage}"
-        if chosen.decay not in ("constant", "linear", "cosine"):
-            raise ConfigError(f"{where}.decay={chosen.decay!r}: use one of constant, linear, cosine")
+        check_schedule(where, chosen)
         if (chosen.steps is None) == (chosen.epochs is None):
             raise ConfigError(
                 f"{where}.steps={chosen.steps}, {where}.epochs={chosen.epochs}: give one of them, null the other"
             )
         per_step = "rows_per_step" if isinstance(chosen, SftConfig) else "pairs_per_step"
-        for field in ("steps", "epochs", per_step, "held_out_every", "learning_rate"):
+        for field in ("steps", "epochs", per_step, "held_out_every"):
             if (value := getattr(chosen, field)) is not None and value <= 0:
                 raise ConfigError(f"{where}.{field}={value}: must be above 0")
-        if not 0 <= chosen.minimum_fraction <= 1:
-            raise ConfigError(f"{where}.minimum_fraction={chosen.minimum_fraction}: must be in [0, 1]")
-        if not 0 <= chosen.warmup_fraction < 1:
-            raise ConfigError(f"{where}.warmup_fraction={chosen.warmup_fraction}: must be in [0, 1)")
         sources = {"held_out": chosen.held_out, "pairs": getattr(chosen, "pairs", None)}
         for field, source in sources.items():
             try:
@@ -431,16 +438,9 @@ def check_rollout(c: Config) -> None:
 def check_critic(c: Config) -> None:
     """Raises ConfigError for what the critic's settings can't do."""
     k = c.critic
-    if k.decay not in ("constant", "linear", "cosine"):
-        raise ConfigError(f"critic.decay={k.decay!r}: use one of constant, linear, cosine")
-    for field, value, fits, interval in (
-        ("algorithm.value_clip", c.algorithm.value_clip, c.algorithm.value_clip > 0, "above 0"),
-        ("critic.learning_rate", k.learning_rate, k.learning_rate > 0, "above 0"),
-        ("critic.minimum_fraction", k.minimum_fraction, 0 <= k.minimum_fraction <= 1, "in [0, 1]"),
-        ("critic.warmup_fraction", k.warmup_fraction, 0 <= k.warmup_fraction < 1, "in [0, 1)"),
-    ):
-        if not fits:
-            raise ConfigError(f"{field}={value}: must be {interval}")
+    check_schedule("critic", k)
+    if c.algorithm.value_clip <= 0:
+        raise ConfigError(f"algorithm.value_clip={c.algorithm.value_clip}: must be above 0")
     if k.path is not None and not (Path(k.path) / "config.json").is_file():
         raise ConfigError(
             f"critic.path={k.path!r}: no config.json there: give a Hugging Face folder, or null for the policy's"

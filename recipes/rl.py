@@ -288,29 +288,24 @@ def record(
     groups: list[Group],
     advantages: list[list[float]],
 ) -> None:
-    """Rank 0 writes the step's metrics and samples and shows them; the phase clocks start anew."""
-    times = {f"time/{name}": seconds for name, seconds in session.seconds.items()}
-    line = {**metrics, "time/step": sum(session.seconds.values()), **times}
-    session.seconds.clear()
-    if session.rank != 0:
-        return
-    of_samples = [(g.row, *each) for g in groups for each in zip(g.samples, g.rewards, g.judged, strict=True)]
-    lines = [
-        {
-            "step": metrics["step"],
-            "prompt_id": sample.prompt_id,
-            "sample_index": sample.sample_index,
-            "prompt": row["prompt"],
-            "response": session.text(sample),
-            "reward": None if math.isnan(reward) else reward,
-            "verdicts": {name: to_json(judgement) for name, judgement in verdicts.items()},
-            "advantage": fmean(advantage),
-            "weight_version": sample.weight_version,
-        }
-        for (row, sample, reward, verdicts), advantage in zip(of_samples, advantages, strict=True)
-    ]
-    records.append_rows(session.run_dir / "samples.jsonl", lines)
-    records.append_rows(session.run_dir / "metrics.jsonl", [line])
-    session.display.step(line, session.config.algorithm.steps)
-    if session.wandb is not None:
-        session.wandb.log(line, step=metrics["step"])
+    """Rank 0 writes the step's samples and metrics and shows them; the phase clocks start anew."""
+    if session.rank == 0:
+        of_samples = [(g.row, *each) for g in groups for each in zip(g.samples, g.rewards, g.judged, strict=True)]
+        lines = [
+            {
+                "step": metrics["step"],
+                "prompt_id": sample.prompt_id,
+                "sample_index": sample.sample_index,
+                "prompt": row["prompt"],
+                "response": session.text(sample),
+                "reward": None if math.isnan(reward) else reward,
+                "verdicts": {name: to_json(judgement) for name, judgement in verdicts.items()},
+                "advantage": fmean(advantage),
+                "weight_version": sample.weight_version,
+            }
+            for (row, sample, reward, verdicts), advantage in zip(of_samples, advantages, strict=True)
+        ]
+        records.append_rows(session.run_dir / "samples.jsonl", lines)
+    line = session.record(metrics)
+    if session.rank == 0:
+        session.display.step(line, session.config.algorithm.steps)

@@ -219,8 +219,8 @@ class Session:
         c = self.config
         return examples.example(self.prompts, row, c.rollout.thinking_marks[0], c.parallel.micro_batch_tokens)
 
-    def record(self, metrics: dict[str, Any]) -> None:
-        """Rank 0 writes a step's metrics with the seconds of its phases; the phase clocks start anew."""
+    def record(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0 writes a step's metrics with the seconds of its phases, which are returned; the clocks start anew."""
         times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         line = {**metrics, "time/step": sum(self.seconds.values()), **times}
         self.seconds.clear()
@@ -228,6 +228,7 @@ class Session:
             records.append_rows(self.run_dir / "metrics.jsonl", [line])
             if self.wandb is not None:
                 self.wandb.log(line, step=metrics["step"])
+        return line
 
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
