@@ -216,11 +216,6 @@ def shuffled(rows: Sequence[Row], start: int, count: int, seed: int, window: int
 type Phases = Sequence[tuple[int, Mapping[str, int]]]  # the first step of each, ascending from 0, and its mix
 
 
-def mixed(rows: Sequence[Row], mix: Mapping[str, int], step: int, count: int, seed: int) -> list[Row]:
-    """:func:`scheduled` with one mix all along."""
-    return scheduled(rows, [(0, mix)], step, count, seed)
-
-
 def scheduled(rows: Sequence[Row], phases: Phases, step: int, count: int, seed: int) -> list[Row]:
     """The ``count`` prompts of ``step`` (from 0): kinds interleaved by their shares in the step's phase.
 

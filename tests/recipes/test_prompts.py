@@ -14,7 +14,6 @@ from recipes.data.prompts import (
     SFT_FIELDS,
     interleaved,
     load_rows,
-    mixed,
     ordered,
     permuted,
     prompt_tokens,
@@ -30,6 +29,11 @@ ROW = {"id": "a", "label": "safety", "kind": "benign", "prompt": "p"}
 
 def rows_of(counts: dict[str, int]) -> list[dict[str, Any]]:
     return [{"id": f"{kind}{i}", "kind": kind} for kind, count in counts.items() for i in range(count)]
+
+
+def mixed(rows: Any, mix: dict[str, int], step: int, count: int, seed: int) -> list[Any]:
+    """One mix all along."""
+    return scheduled(rows, [(0, mix)], step, count, seed)
 
 
 def ids(rows: Any) -> list[str]:
