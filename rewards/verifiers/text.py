@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
@@ -21,6 +21,7 @@ _FUNCTION_WORDS = frozenset(
 
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
+WINDOW = 30  # words
 
 
 def without_thinking(response: str) -> str:
@@ -57,12 +58,21 @@ def opens_with_refusal(text: str) -> bool:
 
 
 def is_degenerate(text: str, min_words: int) -> bool:
-    """Too few words, or the same words over and over: fewer than 60 % distinct, or one word pair three times."""
+    """Too few words, or the same words over and over: in some window of thirty fewer than 60 % distinct, or one word
+    pair three times.
+
+    In a window, because the share of distinct words falls with a text's length (Covington and McFall 2010, Cutting the
+    Gordian Knot: the moving-average type-token ratio).
+    """
     found = words(text)
-    if len(found) < min_words or len(set(found)) < 0.6 * len(found):
+    if len(found) < min_words:
         return True
+    return any(_is_repetitive(found[i : i + WINDOW]) for i in range(max(1, len(found) - WINDOW + 1)))
+
+
+def _is_repetitive(found: Sequence[str]) -> bool:
     pairs = Counter(pairwise(found))
-    return max(pairs.values(), default=0) >= 3
+    return len(set(found)) < 0.6 * len(found) or max(pairs.values(), default=0) >= 3
 
 
 def is_word_list(text: str) -> bool:

@@ -154,6 +154,15 @@ def test_refusals_are_first_person_and_come_first(text: str, refuses: bool) -> N
     assert opens_with_refusal(text) is refuses
 
 
+# Ordinary English, where a pair of words comes a third time within a hundred.
+LONG_ANSWER = (
+    "To clean a garden bench, start by taking the leaves and the dirt off it with a dry brush. Mix some soap with warm "
+    "water in a bucket. Dip a soft cloth in the water and wipe the seat, the arms and the back. Use an old toothbrush "
+    "for the corners, where the dirt is deep. Rinse the dirt away and let the wood dry in the sun for a day. "
+    "When it is dry, sand the rough places and put a thin coat of oil on the wood, so that the rain does not get in."
+)
+
+
 @pytest.mark.parametrize(
     ("text", "degenerate"),
     [
@@ -162,6 +171,8 @@ def test_refusals_are_first_person_and_come_first(text: str, refuses: bool) -> N
         ("go go go go stop stop stop stop", True),
         ("too short", True),
         ("12 34 56 78 90 12 34 56", True),
+        (LONG_ANSWER, False),
+        (LONG_ANSWER + " Scrub, rinse the tub, then rinse the tub and once more rinse the tub.", True),
     ],
 )
 def test_degenerate_text(text: str, degenerate: bool) -> None:
