@@ -23,7 +23,7 @@ from recipes.evaluate import Answers, scored
 from recipes.ladder_report import write_ladder_report
 from recipes.statistics import mean_interval, normal_interval
 from rewards.processes import die_with
-from rewards.serve import Supervisor, replicas
+from rewards.serve import ServerDied, Supervisor, replicas
 
 MEASURES = ("safety", "helpfulness", "accuracy", "reasoning_length", "false_certain")
 POLL_SECONDS = 1.0
@@ -47,13 +47,14 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
             print(f"==> stage {name}: finished before", flush=True)
         else:
             print(f"==> stage {name}", flush=True)
-            if code := run_beside_servers([sys.executable, "-m", "recipes.train", *given], configs[name]):
-                raise ConfigError(
-                    f"stage {name} ended with code {code}; its logs are in {folder / name}/logs; go on with resume=true"
-                )
-            if configs[name].stage.sft.judge and configs[name].stage.sft.held_out:
-                found = judge_accuracy.measure(configs[name])["accuracy"]
-                print(f"the judge finds {found['mean']:.2f} of the held-out labels", flush=True)
+            try:
+                if code := run_beside_servers([sys.executable, "-m", "recipes.train", *given], configs[name]):
+                    raise ConfigError(f"it ended with code {code}; its logs are in {folder / name}/logs")
+                if configs[name].stage.sft.judge and configs[name].stage.sft.held_out:
+                    found = judge_accuracy.measure(configs[name])["accuracy"]
+                    print(f"the judge finds {found['mean']:.2f} of the held-out labels", flush=True)
+            except (ConfigError, ServerDied) as error:
+                raise ConfigError(f"stage {name}: {error}; go on with resume=true") from error
             records.write_json(folder / name / "finished.json", {"stage": name})
         write(folder, config.stage.ladder, config.data.evaluation)
 
