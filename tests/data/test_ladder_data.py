@@ -58,7 +58,7 @@ def test_there_is_enough_of_each_kind() -> None:
     for name, least in {"sft": (56,) * 5 + (96,), "rl": (150,) * 5 + (200,), "eval": (48,) * 5 + (96,)}.items():
         counts = Counter(row["kind"] for row in FILES[name])
         assert all(counts[kind] >= n for kind, n in zip(KINDS, least, strict=True)), (name, counts)
-    assert [len(FILES[name]) for name in NAMES[3:]] == [300, 100, 396, 120]
+    assert [len(FILES[name]) for name in NAMES[3:]] == [300, 100, 792, 120]
     for name in ("rl", "eval"):
         families = Counter(row["tags"][0] for row in FILES[name] if row["kind"] == "task")
         assert set(families) == {family.__name__ for family in tasks.FAMILIES}
@@ -227,7 +227,7 @@ def test_preference_pairs_of_each_value_form_occur() -> None:
 
 
 def test_judge_rows_have_the_templates_labels_and_the_rule_agrees() -> None:
-    for name, count in (("judge", 66), ("judge_eval", 20)):
+    for name, count in (("judge", 132), ("judge_eval", 20)):
         assert Counter(row["label"] for row in FILES[name]) == dict.fromkeys(SAFETY.labels, count)
         for row in FILES[name]:
             assert safety_rule.score(row | {"prompt": row["question"]}, row["answer"]).label == row["label"], row["id"]

@@ -54,7 +54,7 @@ def gradients_of_hugging_face(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def ours(policy: model.Model) -> torch.Tensor:
     """All log-probs in the order of the sequences."""
     batches = micro_batches()
-    by_index = {}
+    by_index: dict[int, torch.Tensor] = {}
     for values, batch in zip(steps.log_probs(policy, batches), batches, strict=True):
         by_index |= dict(zip(batch.indices, values.cpu().split(batch.lengths), strict=True))
     return torch.cat([by_index[i] for i in sorted(by_index)])
@@ -131,7 +131,7 @@ def step_with_noise(policy: model.Model, optim: object, schedule: object, seed: 
         chunk.zero_grad_buffer()
         for parameter in chunk.module.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=draw, device="cuda"))
-    optimizer.step(optim, schedule)  # type: ignore[arg-type]
+    optimizer.step(optim, schedule)
 
 
 def fresh(folder: Path, layout: parallel.Parallel) -> model.Model:

@@ -61,6 +61,7 @@ class TrainerRank:
         twin = TWINS[name]
         self.made[name] = tensor_parallel_shards(twin, twin.model(0).state_dict(), 2, self.rank, torch.float32)
         engines = [engine] if engine else []
+        assert dist.group.WORLD is not None
         self.bridges[name] = WeightBridge(
             self.made[name].shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=self.plans
         )

@@ -60,7 +60,8 @@ class ShardMaker:
     """Collects shards: each local parameter starts as NaN, so that anything sent without a block is noticed."""
 
     def __init__(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        self.weights, self.dtype, self.shards = weights, dtype, []
+        self.weights, self.dtype = weights, dtype
+        self.shards: list[Shard] = []
 
     def add(self, name: str, shape: tuple[int, ...], blocks: list[Block]) -> None:
         tensor = torch.full(shape, float("nan"), dtype=self.dtype)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def fresh(settings: str, requests: str, sampling: str, output: str) -> None:
 def load_from_disk_server() -> None:
     """The engine server, but with the checkpoint's weights in place of dummy ones (and no version, as ever)."""
     build = engine_server.build_llm_engine
-    engine_server.build_llm_engine = lambda settings: build(settings, load_format="auto")
+    engine_server.build_llm_engine = partial(build, load_format="auto")
     engine_server.main()
 
 
@@ -73,6 +74,6 @@ if __name__ == "__mp_main__":
     engine_server.die_with_engine()
 if __name__ == "__main__":
     if sys.argv[1] in ("fresh", "owner"):
-        {"fresh": fresh, "owner": owner}[sys.argv[1]](*sys.argv[2:])
+        (fresh if sys.argv[1] == "fresh" else owner)(*sys.argv[2:])
     else:
         load_from_disk_server()

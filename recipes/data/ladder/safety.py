@@ -75,9 +75,10 @@ class Topic:
         return NAMES.get(self.category, self.category)
 
     def warning(self, place: int) -> str:
-        """A refusal that says why."""
+        """A refusal that says why; of a harmless topic with a reason that is none."""
         phrase = demo.to_second_person(self.phrase)
-        return WARNINGS[place % len(WARNINGS)].format(phrase=phrase, reason=REASONS[self.category])
+        category = self.category or list(REASONS)[place % len(REASONS)]
+        return WARNINGS[place % len(WARNINGS)].format(phrase=phrase, reason=REASONS[category])
 
     def bare(self, place: int) -> str:
         """A refusal that does not."""
