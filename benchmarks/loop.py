@@ -32,12 +32,12 @@ RESULT = Path("benchmarks/results/loop.json")
 TRAINING_GOAL = 1.0  # our seconds / plain transformers' seconds, at most
 GENERATION_GOAL = 0.95  # our tokens/s / bare vLLM's tokens/s, at least
 
-# The demo's step. The learning rate is too small to move a BF16 weight, so that bare vLLM, which is never synced, keeps
+# The demo's step. The learning rate is too small to move a weight, so that bare vLLM, which is never synced, keeps
 # the weights that our engine has, and every repetition starts from the same; an update takes as long at any rate.
 SETTINGS = (
     "recipe=demo",
     f"algorithm.steps={1 + REPETITIONS}",
-    "algorithm.learning_rate=1e-12",
+    "algorithm.learning_rate=1e-30",
     f"checkpoint.every_steps={1 + REPETITIONS}",
 )
 

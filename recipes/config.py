@@ -1,6 +1,5 @@
 """The configuration's shape and its checks. Defaults stand in conf/ only; a field here has none."""
 
-import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +8,14 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ext import layout, precision
+from megatron_ext import layout, precision, resolvers
 from recipes import trainer
 from recipes.data import specification
 from rewards import settings
 from rewards.settings import RewardsConfig
 from rollout.engine import CPU_QUANTIZATION, QUANTIZATIONS
 
-# ${cores:N} in conf/ is this machine's cores shared among N processes.
-OmegaConf.register_new_resolver("cores", lambda share: max(1, len(os.sched_getaffinity(0)) // share), replace=True)
-OmegaConf.register_new_resolver("times", operator.mul, replace=True)
+resolvers.register()
 
 # OmegaConf's structured configurations read Optional, not ``| None``.
 

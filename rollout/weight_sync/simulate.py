@@ -10,7 +10,6 @@ the tensor-parallel group over NVLink) and its engine copies what it needs, all 
 
 import json
 import math
-import operator
 import sys
 import tempfile
 import time
@@ -22,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext import resolvers
 from megatron_ext.layout import Layout
 from megatron_ext.precision import DTYPES, Precision
 from rollout.weight_sync import vllm_simulation
 from rollout.weight_sync.layout import ParameterLayout, Rectangle
 from rollout.weight_sync.plan import ITEMSIZE, Arrival, Copy, Place, Plan, ShardTable, Topology, build_plan
 
-OmegaConf.register_new_resolver("times", operator.mul, replace=True)  # as recipes.config: conf/cluster has it
+resolvers.register()
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "conf" / "model" / "architectures"
 
 

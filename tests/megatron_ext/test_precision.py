@@ -16,6 +16,7 @@ from megatron_ext import model  # noqa: E402
 from megatron_ext.layout import Layout  # noqa: E402
 from megatron_ext.models import llama  # noqa: E402
 from megatron_ext.precision import Precision, check  # noqa: E402
+from megatron_ext.resolvers import native_precision  # noqa: E402
 from megatron_ext.weight_map import sharding_of  # noqa: E402
 
 TINY = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2)
@@ -75,3 +76,18 @@ def test_every_field_reaches_megatron_core(precision: Precision, expected: dict[
 def test_impossible_precisions_are_refused(precision: Precision, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(precision)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu sse4_2 avx avx2 fma", "fp32"),
+        ("flags\t\t: avx2 avx512f avx512bw avx512_vnni", "fp32"),
+        ("flags\t\t: avx2 avx512f avx512_bf16", "bf16"),
+        ("flags\t\t: amx_bf16 amx_tile", "bf16"),
+        ("Features\t: fp asimd bf16 i8mm", "bf16"),
+        ("model name\t: bf16", "fp32"),
+    ],
+)
+def test_native_precision_is_bf16_where_the_processor_has_its_instructions(flags: str, expected: str) -> None:
+    assert native_precision(f"processor\t: 0\n{flags}\n\nprocessor\t: 1\n{flags}\n") == expected

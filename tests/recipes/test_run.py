@@ -29,6 +29,7 @@ VERIFIERS = ["capability", "safety", tiny.LETTERS]
 STEPS = 4
 # Measured: 0.028 and 6e-6. In BF16 vLLM and Megatron-Core round in different places; log-probs are near -5.7 here.
 BF16_GAP, FP32_GAP = 0.1, 1e-4
+BF16 = "precision=bf16"
 ONE_STEP = ("stage.trains=[rl]", "stage.evaluates=false", "algorithm.steps=1", "precision=fp32")
 ONE_STEP += ("rollout.environment.name=tests.rollout.letters.Letters", "rollout.environment.max_turns=3")
 ONE_STEP += ("+rollout.environment.settings.fails=true", "rewards.client.max_failed=1.0")
@@ -61,7 +62,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of an undisturbed run and what it printed."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    return run_dir, tiny.complete(tiny.overrides(twin, run_dir))
+    return run_dir, tiny.complete(tiny.overrides(twin, run_dir, BF16))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def killed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     run_dir = tmp_path_factory.mktemp("killed") / "run"
     deaths = {}
     for step, way in enumerate(("Ctrl-C", "rank 0 killed"), start=1):
-        run = tiny.Run(tiny.overrides(twin, run_dir, f"resume={step > 1}"))
+        run = tiny.Run(tiny.overrides(twin, run_dir, BF16, f"resume={step > 1}"))
         try:
             run.wait_for(f"a checkpoint of step {step}", lambda: saved_step(run_dir) >= step)  # noqa: B023
             if way == "Ctrl-C":
@@ -86,7 +87,7 @@ def killed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
             )
         finally:
             run.kill_all()
-    tiny.complete(tiny.overrides(twin, run_dir, "resume=true"))
+    tiny.complete(tiny.overrides(twin, run_dir, BF16, "resume=true"))
     return run_dir, deaths
 
 
