@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
+from torch import set_num_threads  # now: vLLM's CPU worker puts a function there that does nothing
 
 # What a thread copies in one call, at least (of a tensor with longer rows at most one row): small enough that the
 # threads end at the same time and a round that lands meanwhile waits little.
@@ -45,11 +46,11 @@ class Copiers:
             before, started = torch.get_num_threads(), threading.Barrier(threads)
 
             def start(_: int) -> None:
-                torch.set_num_threads(1)  # of this thread, and of those that start later
+                set_num_threads(1)  # of this thread, and of those that start later
                 started.wait()
 
             list(self.pool.map(start, range(threads)))
-            torch.set_num_threads(before)
+            set_num_threads(before)
         self.threads = threads
 
     def run(self, work: Callable[[], bool]) -> None:
