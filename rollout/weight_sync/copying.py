@@ -46,6 +46,7 @@ class Copiers:
             before, started = torch.get_num_threads(), threading.Barrier(threads)
 
             def start(_: int) -> None:
+                torch.get_num_threads()  # the first call in a thread takes the process's number, over the next line's
                 set_num_threads(1)  # of this thread, and of those that start later
                 started.wait()
 
