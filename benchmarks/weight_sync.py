@@ -39,13 +39,15 @@ TIME_LIMIT = 480  # seconds for one group of ranks: it hangs
 MEASURED = {
     "ours": "WeightBridge.sync from the call to its end on all ranks: with vLLM's packing of linear layers for a CPU, "
     "without the verification by checksums (which no peer has; verified_sync_seconds are with it)",
+    "bound": "what a sync's seconds are made of: copying and vLLM's packing of its linear layers for a CPU, as the "
+    "slowest worker times them, and the calls and collectives, which are the rest",
     "peers": "export: all ranks iterate the peer's generator of full tensors to its end and drop them; load: vLLM's "
     "model.load_weights of the same tensors from shared memory, slowest worker, and the same packing. The sum of "
     "both: no disk, no process start, no hand-over, no remote call. The loads are the same for both peers",
-    "placing": "of ours, without vLLM's packing, both measured in the same sync; ratio_to_memcpy is made of it, "
-    "ratio_to_memcpy_with_packing of the whole",
+    "placing": "of ours, calls, collectives and copying, without vLLM's packing of the same sync; ratio_to_memcpy is "
+    "made of it, ratio_to_memcpy_with_packing of the whole",
     "memcpy": "the same number of bytes, from the parameters to memory touched before, a share per trainer rank, all "
-    "ranks at once",
+    "ranks at once, while vLLM's workers are as idle as before a sync",
 }
 
 
@@ -245,10 +247,13 @@ def layout(sync: Mapping[str, Any], exports: Mapping[str, Any]) -> dict[str, Any
     ours, verified, memcpy = (
         statistics.median(sync[name]) for name in ("sync_seconds", "verified_sync_seconds", "memcpy_seconds")
     )
-    placing = statistics.median(
-        all_of_it - packing
-        for all_of_it, packing in zip(sync["sync_seconds"], sync["sync_packing_seconds"], strict=True)
-    )
+    parts = [
+        {"calls": all_of_it - copying - packing, "copying": copying, "packing": packing}
+        for all_of_it, copying, packing in zip(
+            sync["sync_seconds"], sync["sync_copying_seconds"], sync["sync_packing_seconds"], strict=True
+        )
+    ]
+    placing = statistics.median(part["calls"] + part["copying"] for part in parts)
     found: dict[str, Any] = {
         "bytes": sync["bytes"],
         "ours_seconds": ours,
@@ -256,6 +261,7 @@ def layout(sync: Mapping[str, Any], exports: Mapping[str, Any]) -> dict[str, Any
         "verification_seconds": verified - ours,
         "memcpy_seconds": memcpy,
         "placing_seconds": placing,
+        "bound": {f"{name}_seconds": statistics.median(part[name] for part in parts) for name in parts[0]},
         "ratio_to_memcpy": memcpy / placing,
         "ratio_to_memcpy_with_packing": memcpy / ours,
         "first_sync_to_memcpy": sync["first_sync_verified_seconds"] / memcpy,
@@ -313,6 +319,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         "÷ peer",
         "÷ memcpy",
         "with packing",
+        "calls, copying, packing ms",
     )
     shown.title = "medians of the later syncs; ratios are the other's seconds over ours"
     for name, model in result["models"].items():
@@ -327,6 +334,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
                 f"{found['ratio_to_best_peer']:.2f}" if peer else "",
                 f"{found['ratio_to_memcpy']:.2f}",
                 f"{found['ratio_to_memcpy_with_packing']:.2f}",
+                ", ".join(f"{1e3 * seconds:.0f}" for seconds in found["bound"].values()),
             )
     goals = Table("goal", "at least", "found (least of all rows)", "met")
     for name, goal in result["goals"].items():

@@ -7,18 +7,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# The first so many bytes of a value travel with its size: a small one takes one collective instead of two.
+HEAD_BYTES = 1024
+
 
 def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """``value`` of every rank of a gloo group, in rank order."""
-    payload = _bytes(value)
-    size = torch.tensor([len(payload)])
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-    padded[: len(payload)] = payload
-    parts = [torch.empty_like(padded) for _ in sizes]
+    payload = json.dumps(value).encode()
+    heads = _all_gather(len(payload).to_bytes(8, "little") + payload[:HEAD_BYTES], 8 + HEAD_BYTES, group)
+    sizes = [int.from_bytes(head[:8], "little") for head in heads]
+    rest = max(sizes) - HEAD_BYTES
+    tails = _all_gather(payload[HEAD_BYTES:], rest, group) if rest > 0 else [b""] * len(heads)
+    return [json.loads((head[8:] + tail)[:size]) for head, tail, size in zip(heads, tails, sizes, strict=True)]
+
+
+def _all_gather(data: bytes, length: int, group: dist.ProcessGroup) -> list[bytes]:
+    """``data`` of every rank, padded to ``length``."""
+    padded = torch.frombuffer(bytearray(data.ljust(length, b"\0")), dtype=torch.uint8)
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, padded, group=group)
-    return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
+    return [part.numpy().tobytes() for part in parts]
 
 
 def from_rank_zero(work: Callable[[], Any], group: dist.ProcessGroup) -> Any:

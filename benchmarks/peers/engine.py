@@ -4,7 +4,6 @@ Both sides of the comparison are so the same vLLM process with the same paramete
 """
 
 import json
-import time
 from typing import Any
 
 from rollout import engine_server
@@ -13,17 +12,12 @@ from rollout.weight_sync.receiver import WeightReceiver
 
 class LoadingReceiver(WeightReceiver):
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A sync of the weight bridge, or a peer's load: seconds of the slowest worker, and of packing on a CPU."""
+        """A sync of the weight bridge, or a peer's load: seconds of the slowest worker, and those of packing."""
         if "exported" not in body:
             return super().update(body)
         self.stale = True
         answers = self._call("load_exported", json.dumps(body["exported"]))
-        started = time.perf_counter()
-        self._call("bridge_finish")
-        return {
-            "load_seconds": max(answer["seconds"] for answer in answers),
-            "pack_seconds": time.perf_counter() - started,
-        }
+        return {name: max(answer[name] for answer in answers) for name in ("load_seconds", "pack_seconds")}
 
 
 def main() -> None:

@@ -1,20 +1,19 @@
 """vLLM's worker with one more method: load a peer's exported tensors as the peers' users do."""
 
 import json
-import os
 import time
 from typing import Any
 
 import torch
 
-from rollout.weight_sync.worker import WeightBridgeWorker
+from rollout.weight_sync.worker import WeightBridgeWorker, pack_layers
 
 
 class LoadingWorker(WeightBridgeWorker):
     """The bridge's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
 
     def load_exported(self, message: str) -> str:
-        """vLLM's ``load_weights`` of all tensors, which are views of shared memory; its seconds, or the error.
+        """``load_weights`` of all tensors, views of shared memory, then the packing; seconds of both, or an error.
 
         ``{"pid", "fd", "bytes", "tensors": [[name, shape, offset]]}``, all BF16. Reading the list and mapping the
         memory are not timed.
@@ -28,7 +27,8 @@ class LoadingWorker(WeightBridgeWorker):
             started = time.perf_counter()
             with torch.no_grad():
                 model.load_weights(iter(weights))
-            return json.dumps({"seconds": time.perf_counter() - started, "pid": os.getpid()})
+            loaded = time.perf_counter() - started
+            return json.dumps({"load_seconds": loaded, "pack_seconds": pack_layers()})
         except Exception as error:  # reported to the caller; raising would kill the engine
             return json.dumps({"error": f"{type(error).__name__}: {error}"})
 

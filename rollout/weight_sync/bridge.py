@@ -36,11 +36,13 @@ class WeightSyncError(RuntimeError):
 
 
 class SyncReport(TypedDict):
-    """Bytes written into the workers of all engines, seconds from the call to the end, how many of these this rank's
-    slowest engine took to pack its linear layers anew (on a CPU), and whether it was verified."""
+    """Bytes written into the workers of all engines, seconds from the call to the end, how many of these the slowest
+    worker of this rank's engines took to copy the weights into place and to pack its linear layers anew (on a CPU), and
+    whether it was verified."""
 
     bytes: int
     seconds: float
+    copying_seconds: float
     packing_seconds: float
     verified: bool
 
@@ -152,10 +154,13 @@ class WeightBridge:
             told = pool.submit(self._tell_engines, "/weights/update", [order] * len(self.engines))
             self.network.run(sequence)
             self._gather(told.result)
+        times = [(answer["copying_seconds"], answer["packing_seconds"]) for answer in told.result()]
+        copying, packing = max(times, key=sum, default=(0.0, 0.0))
         return {
             "bytes": self.plan.placed_bytes,
             "seconds": time.perf_counter() - started,
-            "packing_seconds": max((answer["packing_seconds"] for answer in told.result()), default=0.0),
+            "copying_seconds": copying,
+            "packing_seconds": packing,
             "verified": verify,
         }
 

@@ -1,7 +1,6 @@
 """The weights of one engine, as its main thread sees them: which version, and whether they may be used."""
 
 import json
-import time
 from typing import Any
 
 from rollout.weight_sync.layout import LayoutError, wrap
@@ -50,25 +49,24 @@ class WeightReceiver:
 
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take the trainer's present weights: ``{"version", "sequence", "checksums"}``; the last to check them
-        against, or null."""
+        against, or null. Returns ``{"copying_seconds", "packing_seconds"}`` of the slowest worker."""
         self.stale = True
         expected = body["checksums"] or {}
         order = json.dumps({"sequence": body["sequence"], "verify": body["checksums"] is not None})
-        actual = total_checksums([answer["checksums"] for answer in self._call("bridge_update", order)])
+        answers = self._call("bridge_update", order)
+        actual = total_checksums([answer["checksums"] for answer in answers])
         wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
         if wrong:
             raise RuntimeError(
                 f"{wrong[0]}: vLLM's checksum {actual.get(wrong[0])} after the copy is not the trainer's "
                 f"{expected.get(wrong[0])} ({len(wrong)} of {len(expected)} tensors differ)"
             )
-        started = time.perf_counter()
-        self._call("bridge_finish")
-        packing = time.perf_counter() - started
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
         self.llm.reset_encoder_cache()
         self.version, self.stale = body["version"], False
-        return {"packing_seconds": packing}
+        slowest = max(answers, key=lambda answer: answer["copying_seconds"] + answer["packing_seconds"])
+        return {name: slowest[name] for name in ("copying_seconds", "packing_seconds")}
 
     def checksum(self) -> dict[str, Any]:
         """``{"tensors": {hf_name: checksum of what vLLM holds now}}``."""

@@ -5,14 +5,14 @@ a collective call kills the engine: a failure comes back as ``{"error": …}``.
 
 On a CPU vLLM packs the weight of every linear layer into a oneDNN handle and drops (or, for the LM head, forgets) the
 weight itself. :func:`keep_linear_weights` makes it keep the weight, which is then written in place, and
-:meth:`WeightBridgeWorker.bridge_finish` packs it again with vLLM's own code, so that kernels, bits and speed are those
-of plain vLLM.
+:func:`pack_layers` packs it again with vLLM's own code, so that kernels, bits and speed are those of plain vLLM.
 """
 
 import hashlib
 import inspect
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +28,7 @@ from vllm.platforms import current_platform
 
 from megatron_ext.blocks import region
 from rollout.weight_sync.checksum import rectangle_checksum
+from rollout.weight_sync.copying import Batch, Copiers, batches, copy_batch
 from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.memory import Signals, attach_tensors, here
 from rollout.weight_sync.network import slot_view
@@ -50,6 +51,14 @@ def _pack(layer: torch.nn.Module) -> None:
         return stand_in.cpu_linear(x, weight, None if bias is None else stand_in.bias)
 
     layer.__dict__["cpu_linear"] = cpu_linear
+
+
+def pack_layers() -> float:
+    """Pack all linear layers again from their weights (CPU; elsewhere kernels read the live weight); seconds."""
+    started = time.perf_counter()
+    for layer in _packed_layers:
+        _pack(layer)
+    return time.perf_counter() - started
 
 
 def _keep_weight_and_pack(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -89,13 +98,15 @@ def _reports_errors(method: Callable[..., Any]) -> Callable[..., str]:
 class _Placement:
     """A worker's share of a plan: (target, source) views, and what its parameters' checksums need.
 
-    ``arrivals``: for each round the ranks in whose slots it lands and the views to copy when it has. ``staged_copies``:
-    those of each quantised weight. ``complete``: the quantised weights that have all their arrivals after a round, on
-    every worker of the engine, which quantise together; -1: that have none.
+    ``copies``: from this host, in batches, which ``copiers`` make. ``arrivals``: for each round the ranks in whose
+    slots it lands and the views to copy when it has. ``staged_copies``: those of each quantised weight. ``complete``:
+    the quantised weights that have all their arrivals after a round, on every worker of the engine, which quantise
+    together; -1: that have none.
     """
 
     tensors: dict[str, TensorInfo]
-    copies: list[tuple["_Target", torch.Tensor]]
+    copies: list[Batch]
+    copiers: Copiers
     arrivals: list[list[tuple["_Target", torch.Tensor]]]
     signals: dict[int, tuple[Signals, int]]
     staging: Staging
@@ -164,11 +175,14 @@ class WeightBridgeWorker:
             live = None if item.parameter in layers else parameters[item.parameter].detach()
             return _Target(item.parameter, region(item.parameter_start, item.shape), live)
 
-        copies: list[tuple[_Target, torch.Tensor]] = []
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         staged_copies: dict[str, list[tuple[_Target, torch.Tensor]]] = {name: [] for name in layers}
         for c in read(Copy, share["copies"]):
-            mine = staged_copies.get(c.parameter, copies)
-            mine.append((target(c), shards[str(c.rank)][c.shard][region(c.local_start, c.shape)]))
+            source = shards[str(c.rank)][c.shard][region(c.local_start, c.shape)]
+            if c.parameter in staged_copies:
+                staged_copies[c.parameter].append((target(c), source))
+            else:
+                copies.append((parameters[c.parameter].detach()[region(c.parameter_start, c.shape)], source))
         arrivals: list[list[tuple[_Target, torch.Tensor]]] = [[] for _ in range(body["rounds"])]
         for a in read(Arrival, share["arrivals"]):
             dtype = parameters[a.parameter].dtype
@@ -190,15 +204,19 @@ class WeightBridgeWorker:
             name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in body["tensors"].items()
         }
         device = next(self.get_model().parameters()).device  # type: ignore[attr-defined]
+        copiers = Copiers(torch.get_num_threads() if device.type == "cpu" else 1)
+        if hasattr(self, "bridge_placement"):
+            self.bridge_placement.copiers.stop()
         self.bridge_placement = _Placement(
-            tensors, copies, arrivals, signals, Staging(layers, device), staged_copies, complete, []
+            tensors, batches(copies), copiers, arrivals, signals, Staging(layers, device), staged_copies, complete, []
         )
         return {}
 
     @_reports_errors
     def bridge_update(self, message: str) -> Any:
-        """Copy every rectangle into place; ``{"sequence", "verify"}``. Returns the checksums of what the parameters
-        hold then, if they are to be verified."""
+        """Copy every rectangle into place, then pack the linear layers; ``{"sequence", "verify"}``. Returns the
+        checksums of what the parameters hold then, if they are to be verified, and the seconds of both."""
+        started = time.perf_counter()
         body = json.loads(message)
         placement = self._placement()
         staging, verify = placement.staging, body["verify"]
@@ -206,9 +224,9 @@ class WeightBridgeWorker:
         first = body["sequence"] * rounds
         local = iter(placement.copies)
 
-        def copy_one() -> bool:
-            for target, source in local:
-                target.view(staging).copy_(source)
+        def copy_some() -> bool:
+            for batch in local:
+                copy_batch(batch)
                 return True
             return False
 
@@ -217,21 +235,22 @@ class WeightBridgeWorker:
         try:
             for t, arrivals in enumerate(placement.arrivals):
                 for signals, _ in placement.signals.values():
-                    signals.wait_landed(first + t + 1, meanwhile=copy_one)
+                    signals.wait_landed(first + t + 1, meanwhile=copy_some)
                 for target, source in arrivals:
                     target.view(staging).copy_(source)
                 self._finish_copies()
                 for signals, reader in placement.signals.values():
                     signals.place(reader, first + t + 1)
                 self._quantise(placement.complete[t], verify)
-            while copy_one():
-                pass
+            placement.copiers.run(copy_some)
             self._quantise(placement.complete[-1], verify)
             self._finish_copies()
         finally:  # after a failure too: the ranks must not wait for this worker
             for signals, reader in placement.signals.values():
                 signals.place(reader, first + rounds)
-        return self._region_checksums() if verify else {"checksums": []}
+        copied = time.perf_counter() - started
+        checksums = self._region_checksums() if verify else {"checksums": []}
+        return checksums | {"copying_seconds": copied, "packing_seconds": pack_layers()}
 
     def _quantise(self, names: list[str], verify: bool) -> None:
         """Quantise these weights, one after the other, when the copies from this host are made too."""
@@ -255,13 +274,6 @@ class WeightBridgeWorker:
         """Checksums of the live parameters, one per region of the layout; of a quantised weight, those of what it was
         made of at the last verified sync."""
         return self._region_checksums()
-
-    @_reports_errors
-    def bridge_finish(self) -> Any:
-        """Pack the linear layers again from their new weights (CPU; elsewhere kernels read the live weight)."""
-        for layer in _packed_layers:
-            _pack(layer)
-        return {}
 
     @_reports_errors
     def bridge_digests(self) -> Any:

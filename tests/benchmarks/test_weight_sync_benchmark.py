@@ -37,6 +37,7 @@ def sync(size, seconds, loads=None, verified=(4.0, 2.0, 3.0)):
         "plan_seconds": 1.0,
         "first_sync_verified_seconds": 4.0,
         "sync_seconds": list(seconds),
+        "sync_copying_seconds": [0.25] * len(seconds),
         "sync_packing_seconds": [0.5] * len(seconds),
         "verified_sync_seconds": list(verified),
         "memcpy_seconds": [1.0, 0.5, 2.0],
@@ -60,6 +61,7 @@ def test_a_layout_takes_medians_of_the_later_repetitions_and_the_peers_sums():
     assert found["best_peer"] == "mbridge"
     # Packing takes half a second of ours too.
     assert found["placing_seconds"] == 1.5
+    assert found["bound"] == {"calls_seconds": 1.25, "copying_seconds": 0.25, "packing_seconds": 0.5}
     assert (found["ratio_to_memcpy"], found["ratio_to_memcpy_with_packing"]) == (1.0 / 1.5, 0.5)
     assert found["ratio_to_best_peer"] == 3.75
     assert found["ratio_to_best_peer_verified"] == 2.5

@@ -282,7 +282,8 @@ def run_collectives(folder: Path, case: Case, layout: parallel.Parallel) -> dict
         raise OSError("the engine is gone")
 
     return {
-        "gathered": collectives.all_gather_json({"rank": RANK, "text": "ö" * RANK}, group),
+        # JSON of 2, 1022, 2042 and 3062 bytes: with and without a second collective.
+        "gathered": [collectives.all_gather_json("ö" * length * RANK, group) for length in (1, 170)],
         "from_rank_zero": collectives.from_rank_zero(lambda: {"who": RANK, "many": list(range(1000))}, group),
         "error": error_text(lambda: collectives.from_rank_zero(fails, group)),
         "after_error": collectives.from_rank_zero(lambda: "goes on", group),
