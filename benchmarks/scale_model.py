@@ -6,7 +6,7 @@ Plain Python: nothing here runs a model or reads a file. ``benchmarks.scale_simu
 import heapq
 import math
 import random
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -229,7 +229,7 @@ class Generation:
     seconds: float = 0.0
     alone: float = 0.0
     ends: list[float] = field(default_factory=list)
-    spent: Counter[str] = field(default_factory=Counter)
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 def generate_on(engine: Engine, groups: Sequence[Group]) -> Generation:
@@ -392,7 +392,7 @@ class Step:
     trainers: int = 0
     generators: int = 0
     phases: dict[str, float] = field(default_factory=dict)
-    spent: Counter[str] = field(default_factory=Counter)
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     alone: float = 0.0
     seconds: float = math.inf
     tokens: float = 0.0
@@ -411,8 +411,8 @@ class Step:
         if generating >= training:
             if self.alone >= LATENCY * generating:
                 return "generation: the longest response"
-            causes = Counter({**self.spent, "judges": p["judge"]})
-            return f"generation: {causes.most_common(1)[0][0]}"
+            causes = {**self.spent, "judges": p["judge"]}
+            return f"generation: {max(causes.items(), key=lambda cause: cause[1])[0]}"
         parts = {"pipeline idle": p["pipeline idle"], "gradients": p["gradients"]}
         return (
             f"training: {max({**parts, 'arithmetic': training - sum(parts.values())}.items(), key=lambda i: i[1])[0]}"
@@ -436,7 +436,7 @@ def one_step(
     served = engine(job, model, machine, apart)
     found = Step(gpus, schedule, trainers, generators, seconds=0.0)
     engines, growth = generators // job.engine_tensor, len(batches[0]) / job.prompts
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = defaultdict(float)
     for batch in batches:
         made = generate(served, engines, batch, job.response_limit)
         load = work(batch)
@@ -448,19 +448,20 @@ def one_step(
         }
         generating, training = phases["generate"] + phases["judge"], phases["logprobs"] + phases["train"]
         both = max(generating, training) if schedule == "asynchronous" else generating + training
-        sums.update({**phases, "step": phases["sync"] + both, "tokens": load.tokens})
-        found.spent.update({name: seconds / len(batches) for name, seconds in made.spent.items()})
+        for name, value in {**phases, "step": phases["sync"] + both, "tokens": load.tokens}.items():
+            sums[name] += value / len(batches)
+        for name, value in made.spent.items():
+            found.spent[name] += value / len(batches)
         found.alone += made.alone / len(batches)
-    mean = {name: value / len(batches) for name, value in sums.items()}
-    found.seconds, found.tokens = mean.pop("step"), mean.pop("tokens")
-    found.phases, size = mean, STATE_BYTES * model.parameters
+    found.seconds, found.tokens = sums.pop("step"), sums.pop("tokens")
+    found.phases, size = dict(sums), STATE_BYTES * model.parameters
     save = machine.storage_seconds(size, trainers, writing=True)
-    hidden = max(0.0, mean["generate"] + mean["judge"] - mean["logprobs"] - mean["train"])
+    hidden = max(0.0, sums["generate"] + sums["judge"] - sums["logprobs"] - sums["train"])
     found.save = max(0.0, save - hidden) if schedule == "asynchronous" else save
     found.copy = size / trainers / machine.pcie_gb_s / 1e9
     found.restart = machine.restart_s + machine.storage_seconds(size, trainers, writing=False)
     if schedule == "asynchronous":
-        found.restart += mean["generate"]  # the first batch is made while the trainer waits
+        found.restart += sums["generate"]  # the first batch is made while the trainer waits
     found.note = too_small(job, min(map(work, batches), key=lambda w: w.tokens), machine, len(batches[0]), trainers)
     if not found.note and engines > len(batches[0]):
         found.note = f"batch too small: {len(batches[0])} prompts for {engines} engines"
