@@ -92,8 +92,7 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
     seconds = sync(raw, task, model, on)
     rows = []
     for name, lengths in scale.lengths.items():
-        plain = OmegaConf.to_container(lengths)
-        assert isinstance(plain, dict)
+        plain: Any = OmegaConf.to_container(lengths)
         for gpus in scale.gpus:
             more = max(1, gpus // config.cluster.ranks) if scale.batch == "gpus" else 1
             batches = [scale_model.draw(task, task.prompts * more, plain, scale.seed + i) for i in range(scale.draws)]
@@ -140,7 +139,7 @@ def row(step: Step, on: Machine, every: int) -> dict[str, Any]:
 
 def published(case: DictConfig, on: Machine, scale: DictConfig) -> dict[str, Any]:
     """The model's step beside the published one; ratio: ours over theirs."""
-    plain: dict[str, Any] = OmegaConf.to_container(case)  # type: ignore[assignment]
+    plain: Any = OmegaConf.to_container(case)
     task, model = Job(**plain["job"]), scale_model.shapes(plain["architecture"])
     on = replace(on, judge_samples_s=math.inf, judge_latency_s=0)  # rules decide, not judges
     batches: Sequence[Sequence[Group]] = [
