@@ -19,8 +19,8 @@ from recipes.config import Config, ConfigError, parse
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 GROUPS = "recipe stage model algorithm rewards parallel precision rollout data cluster logger".split()
-# What only recipes/preflight.py and rollout/weight_sync/simulate.py read has a schema of its own there.
-ASIDE = ("preflight", "simulate")
+# What a program beside the run reads (preflight, weight_sync/simulate, scale_simulation) has a schema of its own there.
+ASIDE = ("preflight", "scale", "simulate")
 FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
 OPTIONS = [found for found in FILES if found not in (("stage", "base"), ("data", "base"))]  # which are no choices
 NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
