@@ -80,9 +80,9 @@ def killed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
                 os.killpg(run.process.pid, signal.SIGINT)
             else:
                 os.kill(run.rank(0) or 0, signal.SIGKILL)
-            run.output(120)
+            run.output(300)
             deaths[way] = Death(
-                step, run.process.returncode, *run.remains(10), (run_dir / "metrics.jsonl").read_bytes()
+                step, run.process.returncode, *run.remains(60), (run_dir / "metrics.jsonl").read_bytes()
             )
         finally:
             run.kill_all()
@@ -308,7 +308,7 @@ def test_nothing_is_left_when_the_launcher_dies_while_ranks_start(twin: Path, tm
     try:
         run.wait_for("a rank", lambda: run.rank(0) and run.rank(1))
         os.kill(run.process.pid, signal.SIGKILL)
-        assert run.remains(30) == ({}, set())
+        assert run.remains(60) == ({}, set())
     finally:
         run.kill_all()
         run.process.communicate()
