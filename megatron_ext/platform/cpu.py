@@ -55,7 +55,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 def activate() -> None:
     """Install the patches and the CPU kernels that Megatron-Core expects from Transformer Engine."""
-    torch.compile = _uncompiled  # type: ignore[assignment]
+    torch.compile = _uncompiled
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment, return-value]
