@@ -20,6 +20,8 @@ LADDER = (
     "algorithm.steps=2",
     "+data.scores.accuracy=[task]",
     "+rewards.verifiers.accuracy={rule:capability}",
+    "parallel=tp1",
+    "cluster.ranks=1",
 )
 
 
