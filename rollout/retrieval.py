@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import bm25s
 import numpy as np
 
 from rollout.environment import Unavailable
@@ -49,7 +48,7 @@ class Bm25:
 
     documents: Sequence[Document]
     texts: dict[str, str]
-    index: bm25s.BM25
+    index: Any  # bm25s.BM25
 
     @staticmethod
     def of(documents: Sequence[Document]) -> "Bm25":
@@ -61,6 +60,8 @@ class Bm25:
             if document.id in texts:
                 raise ValueError(f"document id {document.id!r} occurs twice; make ids unique")
             texts[document.id] = document.text
+        import bm25s  # brings numba: a second that only runs that search need
+
         index = bm25s.BM25(method="lucene", auto_compile=False)
         index.index([words(document.text) for document in documents], show_progress=False)
         return Bm25(documents, texts, index)
@@ -96,6 +97,8 @@ class Bm25:
 
 def words(text: str) -> list[str]:
     """The words of a text that the index counts."""
+    import bm25s
+
     return [word for word in bm25s.tokenize(text, stopwords="en", return_ids=False, show_progress=False)[0] if word]
 
 

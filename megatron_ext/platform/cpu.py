@@ -21,6 +21,7 @@ name = "cpu"
 backend = "gloo"
 
 PATCHES = {
+    "torch.compile": "Megatron-Core calls it at import: even switched off, that imports torch's inductor, for seconds",
     "torch.cuda.current_device": "Megatron-Core allocates buffers on torch.cuda.current_device()",
     "torch.cuda.synchronize / current_stream": "called around pipeline communication and gradient reduction",
     "torch.cuda.get_rng_state / set_rng_state / manual_seed": "the tensor-parallel RNG tracker",
@@ -54,6 +55,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 def activate() -> None:
     """Install the patches and the CPU kernels that Megatron-Core expects from Transformer Engine."""
+    torch.compile = _uncompiled
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment, return-value]
@@ -69,6 +71,11 @@ def activate() -> None:
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     clip_grads.l2_norm_impl = _l2_norm
     rope_utils.fused_apply_rotary_pos_emb_thd = _rotary_packed
+
+
+def _uncompiled(model: Any = None, **options: Any) -> Any:
+    """The function itself, also as a decorator with options."""
+    return model if model is not None else lambda function: function
 
 
 def _get_rng_state(device: Any = "cpu") -> torch.Tensor:

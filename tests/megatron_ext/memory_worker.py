@@ -13,17 +13,22 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import schedules
-from transformers import InternVLConfig, LlamaConfig, Qwen2_5_VLConfig
 
-from megatron_ext import memory, model, optimizer, packing, platform, simulation, steps
-from megatron_ext.memory import Shape
-from megatron_ext.model import ModelSettings
-from megatron_ext.parallel import Parallel
-from megatron_ext.precision import Precision
-from tests.megatron_ext import cases
-from tests.megatron_ext.memory_cases import CASES, MemoryCase
+from megatron_ext import platform
+
+platform.activate("cpu")
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.pipeline_parallel import schedules  # noqa: E402
+from transformers import InternVLConfig, LlamaConfig, Qwen2_5_VLConfig  # noqa: E402
+
+from megatron_ext import memory, model, optimizer, packing, simulation, steps  # noqa: E402
+from megatron_ext.memory import Shape  # noqa: E402
+from megatron_ext.model import ModelSettings  # noqa: E402
+from megatron_ext.parallel import Parallel  # noqa: E402
+from megatron_ext.precision import Precision  # noqa: E402
+from tests.megatron_ext import cases  # noqa: E402
+from tests.megatron_ext.memory_cases import CASES, MemoryCase  # noqa: E402
 
 SEQUENCES = ((10, 20), (6, 14), (30, 3))  # prompt and response tokens; 83 in all
 
@@ -187,8 +192,6 @@ def estimate(built: model.Model, shape: Shape) -> int:
 def main(kind: str, file: str) -> None:
     if kind == "simulated":
         simulation.activate()
-    else:
-        platform.activate("cpu")
     results = {}
     for case in CASES:
         with simulation.rank(case.rank, case.world, case.layout) as here:

@@ -32,6 +32,7 @@ class Spot:
 CPU = "megatron_ext/platform/cpu.py: "
 CHECKPOINT = "megatron_ext/checkpoint.py: "
 SPOTS = (
+    Spot("megatron-core", "megatron/core/jit.py", CPU + "torch.compile", ("jit_fuser = torch.compile",)),
     Spot(
         "megatron-core",
         "megatron/core/distributed/param_and_grad_buffer.py",

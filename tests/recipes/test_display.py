@@ -108,7 +108,7 @@ def on_terminal(action, monkeypatch, columns=80) -> str:
         with os.fdopen(side, "w", encoding="utf-8") as stream:
             action(stream)
     finally:
-        reader.join(timeout=20)
+        reader.join(timeout=60)
         os.close(main)
     return b"".join(chunks).decode()
 

@@ -20,6 +20,8 @@ LADDER = (
     "algorithm.steps=2",
     "+data.scores.accuracy=[task]",
     "+rewards.verifiers.accuracy={rule:capability}",
+    "parallel=tp1",
+    "cluster.ranks=1",
 )
 
 
@@ -39,8 +41,8 @@ def climbed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         run.wait_for("a step of the second stage", (folder / "rl_safety" / "metrics.jsonl").is_file)
         run.process.send_signal(signal.SIGKILL)
-        run.output(60)
-        left = run.remains(20)
+        run.output(300)
+        left = run.remains(60)
     finally:
         run.kill_all()
     assert left == ({}, set())
@@ -98,7 +100,7 @@ def test_a_stage_starts_from_the_folder_of_the_one_before() -> None:
 
 def test_a_stage_without_the_one_before_says_what_to_run(tmp_path: Path, twin: Path) -> None:
     run = tiny.Run([f"--config-dir={twin / 'conf'}", "recipe=demo", "stage=rl_safety", f"run_dir={tmp_path / 'b'}"])
-    printed = run.output(120)
+    printed = run.output(300)
     assert run.process.returncode == 1
     assert "stage rl_safety starts from what stage rl_general leaves there; run that first" in printed
 

@@ -26,6 +26,9 @@ PUBLISHED = {
     "70b": ("DeepSeek-R1-Distill-Llama-70B", 70_553_706_496, 723),
 }
 SMALLER = ("parallel.context=1", "parallel.pipeline=1", "parallel.recompute=full", "cluster.ranks=16")
+# One rank to build in place of 32, and no lack of memory, where neither is what is wrong.
+NO_TENSOR = ("parallel.tensor=1", "parallel.sequence=false", "parallel.context=1")
+WHOLE = (*NO_TENSOR, "parallel.pipeline=1", "preflight.device_memory_gib=9999")
 # What is wrong → overrides of safework_70b, the check that must fail, what it must say.
 IMPOSSIBLE = {
     "heads": (("parallel.tensor=16", *SMALLER), "attention_heads", ["does not divide 8 KV heads", "parallel.tensor=8"]),
@@ -33,22 +36,24 @@ IMPOSSIBLE = {
     "world": (("cluster.ranks=60",), "configuration", ["cluster.ranks=60", "multiple of 64"]),
     "memory": (("parallel.context=1", "parallel.pipeline=1"), "memory", ["training needs", "parallel.recompute=full"]),
     "engine": (("rollout.kv_cache_gib=60",), "memory", ["beside the trainer", "rollout.kv_cache_gib="]),
-    "cache": (("rollout.kv_cache_gib=0.5",), "rollout", ["rollout.kv_cache_gib=0.5", "one sequence has 16384"]),
-    "engine heads": (("rollout.tensor=3",), "rollout", ["rollout.tensor=3", "64 attention heads"]),
-    "devices": (("rollout.engines=9",), "rollout", ["needs 72 devices", "cluster.ranks=64"]),
+    "cache": (("rollout.kv_cache_gib=0.5", *WHOLE), "rollout", ["rollout.kv_cache_gib=0.5", "one sequence has 16384"]),
+    "engine heads": (("rollout.tensor=3", *WHOLE), "rollout", ["rollout.tensor=3", "64 attention heads"]),
+    "devices": (("rollout.engines=9", *WHOLE), "rollout", ["needs 72 devices", "cluster.ranks=64"]),
     "context": (
-        ("data.max_prompt_tokens=130000", "parallel.micro_batch_tokens=140000"), "context_length", ["131072 positions"],
+        ("data.max_prompt_tokens=130000", "parallel.micro_batch_tokens=140000", *WHOLE), "context_length",
+        ["131072 positions"],
     ),
-    "fp8 device": (("precision=fp8", "preflight=a100"), "precision", ["has no FP8", "precision=bf16"]),
+    "fp8 device": (("precision=fp8", "preflight=a100", *WHOLE), "precision", ["has no FP8", "precision=bf16"]),
     "fp8 sizes": (
         ("precision=fp8", "parallel.tensor=32", "parallel.context=1", "parallel.pipeline=2"), "attention_heads",
         ["parallel.tensor=8"],
     ),
     "data": (("data.prompts=none.jsonl",), "configuration", ["data.prompts='none.jsonl'", "no such file"]),
-    "rewards": (("~rewards.mix.general_rule",), "data_and_rewards", ["rewards.mix", "general_rule"]),
+    "rewards": (("~rewards.mix.general_rule", *WHOLE), "data_and_rewards", ["rewards.mix", "general_rule"]),
     "model": (("model.path=models/nobody",), "architecture", ["model.path='models/nobody'", "no config.json"]),
     "starved pipeline": (
-        ("algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=2", "parallel.pipeline=8", "parallel.context=1"),
+        ("algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=2", "parallel.pipeline=8", "cluster.ranks=8",
+         *NO_TENSOR),
         "batch", ["parallel.pipeline=8"],
     ),
     "frozen embedding": (

@@ -33,7 +33,7 @@ def test_sigterm_gives_the_cursor_back_and_goes_on_to_the_handler_that_stood() -
         while b"the long stage" not in shown:
             shown += os.read(ours, 4096)
         process.terminate()
-        process.wait(30)
+        process.wait(120)
         while chunk := read(ours):
             shown += chunk
     finally:

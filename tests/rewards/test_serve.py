@@ -28,7 +28,7 @@ from tests.recipes import tiny
 from tests.rewards.fake_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = SupervisorConfig(startup_timeout=30, stop_timeout=2, restarts=1, first_device=0, cpu_arguments=[])
+SETTINGS = SupervisorConfig(startup_timeout=120, stop_timeout=2, restarts=1, first_device=0, cpu_arguments=[])
 
 
 class LightReplica(Replica):
@@ -87,7 +87,9 @@ def test_all_answer_behind_start_and_none_is_left_behind_stop(servers: Callable[
     started = time.monotonic()
     supervisor.stop()
     assert all(map(gone, running))
-    assert SETTINGS.stop_timeout <= time.monotonic() - started < SETTINGS.stop_timeout + 5, "the stubborn one is killed"
+    assert SETTINGS.stop_timeout <= time.monotonic() - started < SETTINGS.stop_timeout + 30, (
+        "the stubborn one is killed"
+    )
 
 
 def test_a_server_that_dies_is_started_again_but_not_for_ever(servers: Callable[..., Supervisor]) -> None:
@@ -97,7 +99,7 @@ def test_a_server_that_dies_is_started_again_but_not_for_ever(servers: Callable[
     (first,) = pids(supervisor)
     os.kill(first, signal.SIGKILL)
     news: list[str] = []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not any("is ready" in text for text in news):
         news += supervisor.look()
         assert time.monotonic() < deadline
@@ -235,11 +237,11 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
             judges(verifiers)
             refuses_strangers(port)
             killed_in_mid_batch(verifiers["safety"], port)
-        wait_for("restart", lambda: "it is started again" in output.read_text(), 30, program, output)
+        wait_for("restart", lambda: "it is started again" in output.read_text(), 120, program, output)
         program.send_signal(signal.SIGTERM)
-        assert program.wait(60) == 0
+        assert program.wait(120) == 0
         assert output.read_text().rstrip().endswith("stopped")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while left := marked(marker):
             assert time.monotonic() < deadline, f"left over: {left}"
             time.sleep(0.1)
@@ -271,7 +273,7 @@ def judges(verifiers: dict[str, Any]) -> None:
 def refuses_strangers(port: int) -> None:
     """The token is asked for on every path but /health, also where vLLM alone would not."""
     for path, expected in (("/health", 200), ("/v1/models", 401), ("/tokenize", 401), ("/metrics", 401)):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", path)
         assert connection.getresponse().status == expected, path
         connection.close()
@@ -284,14 +286,14 @@ def killed_in_mid_batch(verifier: ServedVerifier, port: int) -> None:
         int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split() if is_engine(pid)
     ]
     asked = [verifier.submit(ROW, f"Answer {i}. " * 20) for i in range(400)]
-    assert isinstance(asked[10].result(120), Verdict)
+    assert isinstance(asked[10].result(300), Verdict)
     os.kill(server, signal.SIGKILL)
-    found = [future.result(60) for future in asked]
+    found = [future.result(300) for future in asked]
     lost = [judgement for judgement in found if isinstance(judgement, Failure)]
     assert len(lost) > 100
     assert all(judgement.label in LABELS for judgement in found if isinstance(judgement, Verdict))
     assert all(str(port) in judgement.reason for judgement in lost)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not gone(engine):
         assert time.monotonic() < deadline, "the engine outlived its server"
         time.sleep(0.05)

@@ -31,7 +31,7 @@ class Engine:
                 self.alive = False
                 raise EngineDied(f"gone in batch {self.batches}")
             if self.gate is not None and i == len(requests) - 1:
-                assert self.gate.wait(20), "no sample was judged before the batch's end"
+                assert self.gate.wait(120), "no sample was judged before the batch's end"
             yield Sample(r.prompt_id, r.sample_index, r.prompt_token_ids, (r.seed % 7,), (-0.1,), "stop", (0,))
 
 

@@ -160,7 +160,7 @@ def test_an_endpoint_that_hangs_is_left_in_time(serving: Any, reply: Any) -> Non
     server, started = serving(reply), time.monotonic()
     with pytest.raises(Unavailable, match=r"/search: .*\(2 tries\)"):
         Endpoint(server.address, timeout=0.3, retries=1).search("x", 1)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15, "a hanging server's reply would come after 20 s"
 
 
 def test_nobody_there_and_a_reply_without_a_text(serving: Any) -> None:
