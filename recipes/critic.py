@@ -24,7 +24,7 @@ from recipes.algorithms.advantages import Outcomes, gae
 from recipes.config import ConfigError
 from recipes.session import Session, model_settings
 
-FOLDER = "critic"  # in a checkpoint's
+NAME = "critic"  # in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,19 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     return float(1 - (returns - values).var(correction=0) / returns.var(correction=0))
 
 
-def save(critic: Critic | None, folder: Path) -> None:
-    """Collective: write the critic into a checkpoint's folder."""
-    if critic is not None:
-        with awake(critic):
-            checkpoint.write(folder / FOLDER, critic.model, critic.optimizer, critic.schedule)
+def snapshot(critic: Critic | None) -> dict[str, checkpoint.Snapshot]:
+    """Collective: what a checkpoint has of it beside the policy."""
+    if critic is None:
+        return {}
+    with awake(critic):
+        return {NAME: checkpoint.snapshot(critic.model, critic.optimizer, critic.schedule)}
 
 
 def load(critic: Critic | None, folder: Path) -> None:
     """Collective: restore it from a checkpoint, bit for bit. Raises ConfigError on one of a run without a critic."""
     if critic is None:
         return
-    if not (folder / FOLDER).is_dir():
+    if NAME not in checkpoint.progress(folder)["models"]:
         raise ConfigError(f"{folder}: holds no critic: resume with the algorithm the run began with, or start anew")
     with awake(critic):
-        checkpoint.read(folder / FOLDER, critic.model, critic.optimizer, critic.schedule, rng=False)
+        checkpoint.read(folder, NAME, critic.model, critic.optimizer, critic.schedule, rng=False)

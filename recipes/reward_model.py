@@ -35,13 +35,13 @@ def fit(session: Session) -> None:
     count, total = settings.pairs_per_step, total_steps(settings, settings.pairs_per_step, len(rows))
     loss = partial(bradley_terry, pairs=count, context_group=session.parallel.context_group)
     optim, schedule = session.build_optimizer(settings, total)
-    folder, done = session.run_dir / "checkpoints", 0
-    if newest := checkpoint.latest(folder):
-        done = checkpoint.load(newest, model, optim, schedule)
+    saver, newest = session.open_checkpoints()
+    done = checkpoint.load(newest, model, optim, schedule) if newest else 0
     session.truncate_records(done)
     report = judge(session, held_out) if done == total else {}
 
     for step in range(done, total):
+        saver.check()
         last = step + 1 == total
         with session.phase("data"):
             batch = prompts.shuffled(rows, step * count, count, config.seed)
@@ -61,7 +61,8 @@ def fit(session: Session) -> None:
         session.display.progress(step + 1, total, f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.2f}")
         if last or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
+                saver.save(step + 1, {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}, {})
+    saver.wait()
     if session.rank == 0:
         records.write_json(session.run_dir / "reward_model.json", report)
 

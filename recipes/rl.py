@@ -57,10 +57,11 @@ def fit(session: Session, reference: Path) -> None:
     optim, schedule = session.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
     critic = critics.build(session, reference, optim)  # None where the advantages need none
     reference_weights = steps.load_weights(model, reference)
-    folder, done, ahead = session.run_dir / "checkpoints", 0, config.rollout.staleness
+    done, ahead = 0, config.rollout.staleness
     by_id = ById(rows)
     pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
-    if newest := checkpoint.latest(folder):
+    saver, newest = session.open_checkpoints()
+    if newest:
         done = checkpoint.load(newest, model, optim, schedule)
         critics.load(critic, newest)
         progress = checkpoint.progress(newest)
@@ -71,6 +72,7 @@ def fit(session: Session, reference: Path) -> None:
     sync_bytes = session.sync_weights(done)
 
     for step in range(done, algorithm.steps):
+        saver.check()
         with session.phase("generate"):  # and reward: each sample is judged while others are being generated
             groups = collect(session, rollout, by_id, constraint, step, started=ahead > 0 and step > done)
             session.sleep_engines()
@@ -148,9 +150,9 @@ def fit(session: Session, reference: Path) -> None:
         record(session, metrics, groups, advantages)
         if step + 1 == algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                progress = {"pool": pool.to_json(), "constraint": constraint}
-                also, keep = partial(critics.save, critic), config.checkpoint.keep
-                checkpoint.save(folder, step + 1, model, optim, schedule, keep, progress, also)
+                models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule), **critics.snapshot(critic)}
+                saver.save(step + 1, models, {"pool": pool.to_json(), "constraint": constraint})
+    saver.wait()
 
 
 def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:

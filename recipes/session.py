@@ -1,6 +1,7 @@
 """What a run holds: trainer, engines, weight bridge, tokenizer, records. Opened once, closed on every way out."""
 
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from transformers import AutoTokenizer
 
-from megatron_ext import hf_checkpoint, optimizer, parallel, platform
+from megatron_ext import checkpoint, hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
 from megatron_ext.collectives import all_gather_json, on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
@@ -236,6 +237,17 @@ class Session:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 if (self.run_dir / name).exists():
                     records.truncate_after(self.run_dir / name, step)
+
+    def open_checkpoints(self) -> tuple[checkpoint.Saver, Path | None]:
+        """Collective: what writes the run's checkpoints, and the newest whole one that is there."""
+        folder = self.run_dir / "checkpoints"
+        return checkpoint.Saver(folder, self.config.checkpoint.keep), checkpoint.newest_whole(folder, self.say)
+
+    def say(self, text: str) -> None:
+        """A line for people, from rank 0, in its log too."""
+        self.display.message(text)
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
 
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""

@@ -25,12 +25,12 @@ def fit(session: Session) -> None:
     held_out = [] if settings.held_out is None else judging.lessons(settings.held_out, settings.judge)
     total, aggregation = total_steps(settings, settings.rows_per_step, len(rows)), AGGREGATIONS[settings.aggregation]
     optim, schedule = session.build_optimizer(settings, total)
-    folder, done = session.run_dir / "checkpoints", 0
-    if newest := checkpoint.latest(folder):
-        done = checkpoint.load(newest, model, optim, schedule)
+    saver, newest = session.open_checkpoints()
+    done = checkpoint.load(newest, model, optim, schedule) if newest else 0
     session.truncate_records(done)
 
     for step in range(done, total):
+        saver.check()
         last = step + 1 == total
         with session.phase("data"):
             batch = prompts.shuffled(rows, step * settings.rows_per_step, settings.rows_per_step, config.seed)
@@ -55,7 +55,8 @@ def fit(session: Session) -> None:
         session.display.progress(step + 1, total, f"loss {metrics['loss']:.3f}")
         if last or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
+                saver.save(step + 1, {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}, {})
+    saver.wait()
 
 
 def total_steps(settings: SftConfig | RewardModelConfig, per_step: int, rows: int) -> int:

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import load as load_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_ext import checkpoint
 from recipes import records
 from recipes.data.prompts import prompt_tokens
 from rollout.engine import EngineSettings, environment
 from rollout.sample import Request, Sampling
+from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 
 VERIFIERS = ["capability", "safety", tiny.LETTERS]
@@ -100,8 +101,8 @@ def layouts(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 def saved_step(run_dir: Path) -> int:
-    latest = run_dir / "checkpoints" / "latest.json"
-    return json.loads(latest.read_text())["step"] if latest.is_file() else 0
+    latest = checkpoint.latest(run_dir / "checkpoints")
+    return int(latest.name.removeprefix("step_")) if latest else 0
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -199,7 +200,6 @@ def test_the_other_files_are_there_and_named_on_the_screen(whole: tuple[Path, st
 def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> None:
     """Megatron-Core's checkpoint, read without Megatron-Core and taken apart by plain slicing, tensor by tensor."""
     hf = weights(whole[0] / "hf")
-    bf16 = torch.bfloat16
     layers = {
         "self_attention.linear_qkv.layer_norm_weight": (2, 96),
         "self_attention.linear_qkv.weight": (2, 4 * 128, 96),  # 4 groups (3 and one of padding) of 2 q, k, v
@@ -208,10 +208,12 @@ def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> N
         "mlp.linear_fc1.weight": (2, 2 * 96, 96),
         "mlp.linear_fc2.weight": (2, 96, 96),
     }
-    saved = {f"decoder.layers.{name}": torch.empty(shape, dtype=bf16) for name, shape in layers.items()}
-    saved["embedding.word_embeddings.weight"] = torch.empty(300, 96, dtype=bf16)
-    saved["decoder.final_layernorm.weight"] = torch.empty(96, dtype=bf16)
-    load_checkpoint(saved, checkpoint_id=whole[0] / "checkpoints" / f"step_{STEPS:06d}", no_dist=True)
+    shapes: dict[str, tuple[int, ...]] = {f"decoder.layers.{name}": shape for name, shape in layers.items()}
+    shapes |= {"embedding.word_embeddings.weight": (300, 96), "decoder.final_layernorm.weight": (96,)}
+    found = stored(whole[0] / "checkpoints" / f"step_{STEPS:06d}")
+    saved = {name: found[f"policy/{name}"] for name in shapes}
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == shapes
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     expected = {
         "model.embed_tokens.weight": saved["embedding.word_embeddings.weight"],
         "model.norm.weight": saved["decoder.final_layernorm.weight"],
