@@ -13,7 +13,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ext import checkpoint, hf_checkpoint, optimizer, scalar_head, steps
+from megatron_ext import checkpoint, hf_checkpoint, scalar_head, steps
 from megatron_ext import model as models
 from megatron_ext.models import family
 from megatron_ext.offload import HostCopy
@@ -117,12 +117,14 @@ def train(
         for i in range(0, len(given), size):
             batches = session.micro_batches(given[i : i + size])
             found = steps.accumulate_gradients(critic.model, batches, loss(algorithm.value_clip))
-            found["grad_norm"] = optimizer.step(critic.optimizer, critic.schedule)
-            steps.add_metrics(sums, found)
+            if session.update(critic.optimizer, critic.schedule, found):
+                steps.add_metrics(sums, {**found, "updates": 1})
     assert outcomes.values is not None
+    if not sums:
+        return {}
     return {
-        "value/loss": sums["loss"] / algorithm.updates_per_rollout,
-        "value/grad_norm": sums["grad_norm"] / algorithm.updates_per_rollout,
+        "value/loss": sums["loss"] / sums["updates"],
+        "value/grad_norm": sums["grad_norm"] / sums["updates"],
         "value/clipped": sums["clipped"] / max(int(counted.sum()), 1),
         "value/mean": float(outcomes.values.double()[counted].mean()) if counted.any() else 0.0,
         "value/explained_variance": explained_variance(outcomes.values.double()[counted], returns[counted]),

@@ -79,6 +79,11 @@ def truncate_after(path: Path, step: int) -> int:
     return len(kept)
 
 
+def value(number: float) -> float | None:
+    """None, "no value", for NaN and infinity."""
+    return number if math.isfinite(number) else None
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file in one move: a reader sees the old file or the new one, never a part.
 

@@ -1,5 +1,6 @@
 """What a run holds: trainer, engines, weight bridge, tokenizer, records. Opened once, closed on every way out."""
 
+import math
 import os
 import sys
 import time
@@ -68,6 +69,8 @@ class Session:
     cost: Cost  # of a sequence of the model
     version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    skipped: int = 0  # updates of this step whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -98,6 +101,31 @@ class Session:
         )
         built.reload_model_params()
         return built, scheduler
+
+    def update(self, built: MegatronOptimizer, schedule: OptimizerParamScheduler, found: dict[str, float]) -> bool:
+        """One update by the accumulated gradients, and ``found["grad_norm"]``; or none, on any rank, where the loss or
+        the norm is not finite: returns whether there was one.
+
+        Raises RuntimeError after ``optimizer.max_skipped`` without one in a row.
+        """
+        if math.isfinite(found["loss"]):
+            found["grad_norm"] = optimizer.step(built, schedule)
+        else:
+            optimizer.skip(built)
+            found["grad_norm"] = math.nan
+        if math.isfinite(found["grad_norm"]):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        told = f"loss {found['loss']}, gradient norm {found['grad_norm']}"
+        self.say(f"update skipped ({told}): {self.skipped_in_a_row} in a row")
+        if self.skipped_in_a_row >= (most := self.config.optimizer.max_skipped):
+            raise RuntimeError(
+                f"{told}: {self.skipped_in_a_row} updates in a row were skipped, optimizer.max_skipped={most}; the "
+                "weights are those before them. Lower the learning rate, look at the samples of these steps, or raise "
+                "the bound, and go on with resume=true"
+            )
+        return False
 
     def sync_weights(self, version: int) -> int:
         """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed.
@@ -223,8 +251,9 @@ class Session:
     def record(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Rank 0 writes a step's metrics with the seconds of its phases, which are returned; the clocks start anew."""
         times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        line = {**metrics, "time/step": sum(self.seconds.values()), **times}
+        line = {**metrics, "skipped_updates": self.skipped, "time/step": sum(self.seconds.values()), **times}
         self.seconds.clear()
+        self.skipped = 0
         if self.rank == 0:
             records.append_rows(self.run_dir / "metrics.jsonl", [line])
             if self.wandb is not None:
