@@ -209,6 +209,8 @@ class ClusterConfig:
     ranks: int
     threads: int
     timeout: float
+    watchdog: float
+    slow_factor: float
 
 
 @dataclass
@@ -524,6 +526,13 @@ def check(config: Config) -> None:
     if not c.stage.trains and not c.stage.ladder:
         raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
     check_algorithm(c)
+    if not 0 < c.cluster.watchdog < c.cluster.timeout:
+        raise ConfigError(
+            f"cluster.watchdog={c.cluster.watchdog}: must be above 0 and below cluster.timeout={c.cluster.timeout}, "
+            "behind which a collective fails without saying where the others are"
+        )
+    if c.cluster.slow_factor <= 1:
+        raise ConfigError(f"cluster.slow_factor={c.cluster.slow_factor}: must be above 1, the time of the median rank")
     if c.checkpoint.keep < 2:
         raise ConfigError(
             f"checkpoint.keep={c.checkpoint.keep}: use 2 or more, so that there is one to fall back to when the newest "

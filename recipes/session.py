@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from megatron_ext import checkpoint, hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
-from megatron_ext.collectives import all_gather_json, on_all_ranks
+from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
@@ -32,6 +32,7 @@ from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
+from recipes.watchdog import NOTICE, Watchdog, probe, slow_ranks
 from rewards import mixing
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
@@ -67,6 +68,7 @@ class Session:
     node: int
     nodes: int
     cost: Cost  # of a sequence of the model
+    watchdog: Watchdog
     version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     skipped: int = 0  # updates of this step whose loss or gradient was not finite
@@ -74,10 +76,12 @@ class Session:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to ``seconds[name]``."""
+        """Add the block's wall time to ``seconds[name]``; its begin and its end are progress for the watchdog."""
+        self.watchdog.beat(name)
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
+        self.watchdog.beat("loop")
 
     def build_optimizer(
         self, stage: Any, steps: int, model: models.Model | None = None
@@ -134,6 +138,7 @@ class Session:
         Engines that died are started again first.
         """
         assert self.bridge is not None, "this run has no engines (recipes.config.generates)"
+        self.watchdog.beat("sync")
 
         def prepare() -> int:
             died = [engine for engine in self.engines if not engine.alive]
@@ -183,6 +188,7 @@ class Session:
     ) -> tuple[list[Sample], list[Any]]:
         """Collective: samples by prompt, then index, and what ``on_sample`` (``Generation``) said of each; the same on
         every rank. ``step`` decides the noise."""
+        self.watchdog.beat("generate")
         requests = sampler.make_requests(prompts, samples_per_prompt, self.config.seed, step)
         generation = Generation(self.fleet, requests, self.sampling(temperature), on_sample)
         return generation.collect(self.control, partial(self.sync_weights, self.version))
@@ -249,16 +255,21 @@ class Session:
         return examples.example(self.prompts, row, c.rollout.thinking_marks[0], c.parallel.micro_batch_tokens)
 
     def record(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Rank 0 writes a step's metrics with the seconds of its phases, which are returned; the clocks start anew."""
+        """Collective: rank 0 writes a step's metrics with the seconds of its phases, which are returned, and names the
+        ranks that were slow; the clocks start anew."""
+        factor, alone = self.config.cluster.slow_factor, {"probe": probe(platform.current().device())}
+        ranks = all_gather_json([self.seconds, alone], self.control)
+        for line in slow_ranks([r[0] for r in ranks], factor, 1.0) + slow_ranks([r[1] for r in ranks], factor, 0.0):
+            self.say(line)
         times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        line = {**metrics, "skipped_updates": self.skipped, "time/step": sum(self.seconds.values()), **times}
+        row = {**metrics, "skipped_updates": self.skipped, "time/step": sum(self.seconds.values()), **times}
         self.seconds.clear()
         self.skipped = 0
         if self.rank == 0:
-            records.append_rows(self.run_dir / "metrics.jsonl", [line])
+            records.append_rows(self.run_dir / "metrics.jsonl", [row])
             if self.wandb is not None:
-                self.wandb.log(line, step=metrics["step"])
-        return line
+                self.wandb.log(row, step=metrics["step"])
+        return row
 
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
@@ -280,6 +291,7 @@ class Session:
 
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
+        self.watchdog.beat("export")
         writes, scalar = self.parallel.is_first_replica, self.model.is_scalar
         hf_checkpoint.export(self.model.shards, self.config.model.path, folder, writes, scalar)
 
@@ -349,6 +361,9 @@ def open_session(config: Config) -> Iterator[Session]:
                 project=c.logger.wandb_project, name=c.recipe.name, dir=run_dir, config=asdict(config)
             )
             stack.callback(wandb.finish)
+        from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
+        watchdog = Watchdog(run_dir / "logs", rank, c.cluster.watchdog)
+        stack.callback(watchdog.stop)
         yield Session(
             config,
             run_dir,
@@ -368,6 +383,7 @@ def open_session(config: Config) -> Iterator[Session]:
             node,
             nodes,
             cost_of(hf_config, c.model.frozen),
+            watchdog,
         )
 
 
