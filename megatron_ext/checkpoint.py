@@ -118,10 +118,13 @@ class Saver:
 
     def wait(self) -> None:
         """Until the save that was begun last is complete. Raises CheckpointError when it failed."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self.join(None)
         self.check()
+
+    def join(self, seconds: float | None) -> None:
+        """Until the save that was begun last is complete, or has failed; at most so long."""
+        if self.thread is not None:
+            self.thread.join(seconds)
 
     def _write(self, target: Path, parts: list[shard_files.Part], described: str) -> None:
         rank = dist.get_rank()

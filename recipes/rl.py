@@ -149,7 +149,7 @@ def fit(session: Session, reference: Path) -> None:
         if step + 1 == algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule), **critics.snapshot(critic)}
-                saver.save(step + 1, models, {"pool": pool.to_json(), "constraint": constraint})
+                saver.save(step + 1, models, {**session.progress(), "pool": pool.to_json(), "constraint": constraint})
     saver.wait()
 
 

@@ -69,6 +69,8 @@ class Session:
     nodes: int
     cost: Cost  # of a sequence of the model
     watchdog: Watchdog
+    run_id: str  # a resumed run's is the one it began with
+    savers: list[checkpoint.Saver]
     version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     skipped: int = 0  # updates of this step whose loss or gradient was not finite
@@ -281,7 +283,15 @@ class Session:
     def open_checkpoints(self) -> tuple[checkpoint.Saver, Path | None]:
         """Collective: what writes the run's checkpoints, and the newest whole one that is there."""
         folder = self.run_dir / "checkpoints"
-        return checkpoint.Saver(folder, self.config.checkpoint.keep), checkpoint.newest_whole(folder, self.say)
+        newest = checkpoint.newest_whole(folder, self.say)
+        if newest:
+            self.skipped_in_a_row = checkpoint.progress(newest)["skipped_in_a_row"]
+        self.savers.append(checkpoint.Saver(folder, self.config.checkpoint.keep))
+        return self.savers[-1], newest
+
+    def progress(self) -> dict[str, Any]:
+        """What every stage's checkpoint holds beside its models."""
+        return {"run": self.run_id, "skipped_in_a_row": self.skipped_in_a_row}
 
     def say(self, text: str) -> None:
         """A line for people, from rank 0, in its log too."""
@@ -349,21 +359,29 @@ def open_session(config: Config) -> Iterator[Session]:
                     verify_every=c.rollout.sync_verify_every,
                     plans=Path("build/weight_sync"),
                 )
+        run_id = from_rank_zero(lambda: records.run_id(run_dir, c.resume), control)
         if rank == 0:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())
-            records.write_json(run_dir / "environment.json", machine)
+            records.write_json(run_dir / "environment.json", {"run": run_id, **machine})
         wandb = None
         if rank == 0 and c.logger.wandb_project:
             import wandb as weights_and_biases
 
             wandb = weights_and_biases.init(
-                project=c.logger.wandb_project, name=c.recipe.name, dir=run_dir, config=asdict(config)
+                project=c.logger.wandb_project,
+                name=c.recipe.name,
+                dir=run_dir,
+                config=asdict(config),
+                id=run_id,
+                resume="allow",
             )
             stack.callback(wandb.finish)
         from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
         watchdog = Watchdog(run_dir / "logs", rank, c.cluster.watchdog)
         stack.callback(watchdog.stop)
+        savers: list[checkpoint.Saver] = []
+        stack.callback(lambda: [saver.join(c.cluster.timeout) for saver in savers])  # a failed run's too
         yield Session(
             config,
             run_dir,
@@ -384,6 +402,8 @@ def open_session(config: Config) -> Iterator[Session]:
             nodes,
             cost_of(hf_config, c.model.frozen),
             watchdog,
+            run_id,
+            savers,
         )
 
 

@@ -55,7 +55,8 @@ def fit(session: Session) -> None:
         session.display.progress(step + 1, total, f"loss {found['loss']:.3f}")
         if last or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                saver.save(step + 1, {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}, {})
+                models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}
+                saver.save(step + 1, models, session.progress())
     saver.wait()
 
 

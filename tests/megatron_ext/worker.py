@@ -4,6 +4,7 @@
 does not use wait.
 """
 
+import math
 import os
 import pickle
 import resource
@@ -256,6 +257,31 @@ def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str,
     return found
 
 
+def run_not_finite(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """One update; a second whose loss is NaN on the last rank alone; the second again, without."""
+    policy = Policy(folder, case, layout)
+    policy.train(1)
+    weights, updates = policy.weights(), policy.schedule.num_steps
+    moments = [t.clone() for t in moments_of(policy)]
+    whole, last = policy.loss, case.ranks - 1 == RANK
+    policy.loss = lambda output, batch: (whole(output, batch)[0] * (math.nan if last else 1), {})  # type: ignore[method-assign]
+    (poisoned,) = policy.train(1)
+    found = {
+        "poisoned": poisoned,
+        "weights": equal(policy.weights(), weights),
+        "moments": equal(moments_of(policy), moments),
+        "updates": policy.schedule.num_steps - updates,
+    }
+    policy.loss = whole  # type: ignore[method-assign]
+    again, alone = policy.train(1), Policy(folder, case, layout)
+    return found | {"again": again, "alone": alone.train(2)[1:], "same": equal(policy.weights(), alone.weights())}
+
+
+def moments_of(policy: Policy) -> list[torch.Tensor]:
+    (inner,) = (optimizer.optimizer for optimizer in policy.optimizer.chained_optimizers)
+    return [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq", "step")]
+
+
 def run_damaged(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
     """The two checkpoints of ``saved`` and a third that rank 1 can't write; then the newest loses a bit of a rank's
     file, and the one before a part of its manifest."""
@@ -356,6 +382,7 @@ def main() -> None:
         *((case.name, case, run_case, ()) for case in cases.CASES),
         *((f"resume-{case.name}", case, run_resume, ()) for case in cases.RESUMES),
         *((f"relayout-{case.name}", case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS),
+        ("not-finite", cases.TP2_SP_DP2, run_not_finite, ()),
         ("damaged", cases.DAMAGED[1], run_damaged, cases.DAMAGED[:1]),
         ("other-padding", cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),
         ("padded-bucket", cases.PADDED_BUCKET, run_padded_bucket, ()),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import records
 from recipes.data.prompts import shuffled
+from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.trained_by_transformers import Trained, train
 
@@ -176,3 +177,25 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(runs: dict[str, Path
     said = (resumed / "logs" / "rank_0.log").read_text()
     assert "checkpoint step_000003 is damaged (rank_00001.safetensors has the checksum" in said
     assert (resumed / "checkpoints" / "damaged_step_000003").is_dir()
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(twin: Path) -> None:
+    """The first update makes weights of 1e30, so that every later one is of NaN. Nothing is left behind."""
+    run_dir = twin / "not_finite"
+    options = ("optimizer.max_skipped=3", "stage.sft.warmup_fraction=0", "stage.sft.learning_rate=1e30")
+    held_out = f"stage.sft.held_out={twin / 'held_out.jsonl'}"
+    failed = tiny.Run(tiny.overrides(twin, run_dir, *SETTINGS, *RATES, held_out, *LAYOUTS["dp2"], *options))
+    try:
+        printed = failed.output()
+        assert failed.process.returncode != 0
+        assert failed.remains(10) == ({}, set())
+    finally:
+        failed.kill_all()
+    assert "3 updates in a row were skipped, optimizer.max_skipped=3; the weights are those before them" in printed
+    rows = metrics(run_dir)
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 1]
+    assert rows[0]["grad_norm"] > 0 and rows[1]["grad_norm"] is None
+    first, last = (stored(run_dir / "checkpoints" / f"step_{step:06d}") for step in (1, 3))
+    names = [name for name in first if "/rng." not in name]
+    assert len(names) > 20
+    assert [name for name in names if not torch.equal(first[name], last[name])] == []
