@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_ext import checkpoint
 from recipes import records
 from recipes.data.prompts import prompt_tokens
 from rollout.engine import EngineSettings, environment
 from rollout.sample import Request, Sampling
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
+from tests.recipes.kill_check import WRITING, Moment, saved_step, strike, timeless
 
 VERIFIERS = ["capability", "safety", tiny.LETTERS]
 STEPS = 4
@@ -67,23 +67,21 @@ def whole(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 @pytest.fixture(scope="module")
 def killed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Death]]:
-    """The folder of a run with the same settings that was killed behind steps 1 and 2 and resumed each time.
+    """The folder of a run with the same settings that was killed in a generation and while a checkpoint was written,
+    and resumed each time.
 
-    What a launcher's kill -9 leaves is in test_ladder.
+    What a launcher's kill -9 leaves is in test_ladder; more moments: make kill-check.
     """
     run_dir = tmp_path_factory.mktemp("killed") / "run"
-    deaths = {}
-    for step, way in enumerate(("Ctrl-C", "rank 0 killed"), start=1):
-        run = tiny.Run(tiny.overrides(twin, run_dir, f"resume={step > 1}"))
+    deaths: dict[str, Death] = {}
+    moments = {"Ctrl-C": Moment(2, "generate", 0.05), "rank 0 killed": Moment(0, WRITING)}
+    for way, moment in moments.items():
+        run = tiny.Run(tiny.overrides(twin, run_dir, f"resume={bool(deaths)}"))
         try:
-            run.wait_for(f"a checkpoint of step {step}", lambda: saved_step(run_dir) >= step)  # noqa: B023
-            if way == "Ctrl-C":
-                os.killpg(run.process.pid, signal.SIGINT)
-            else:
-                os.kill(run.rank(0) or 0, signal.SIGKILL)
+            strike(run, run_dir, moment, way.removesuffix(" killed"))
             run.output(120)
             deaths[way] = Death(
-                step, run.process.returncode, *run.remains(10), (run_dir / "metrics.jsonl").read_bytes()
+                saved_step(run_dir), run.process.returncode, *run.remains(10), (run_dir / "metrics.jsonl").read_bytes()
             )
         finally:
             run.kill_all()
@@ -100,19 +98,8 @@ def layouts(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {name: folder / name for name in LAYOUTS}
 
 
-def saved_step(run_dir: Path) -> int:
-    latest = checkpoint.latest(run_dir / "checkpoints")
-    return int(latest.name.removeprefix("step_")) if latest else 0
-
-
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return list(records.read_rows(run_dir / "metrics.jsonl"))
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without what a clock measured."""
-    clock = ("time/", records.TOKENS_PER_SECOND)
-    return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
