@@ -18,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint gpu-check slurm-check preflight env clean
+.PHONY: demo test lint gpu-check slurm-check kill-check preflight env clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
@@ -35,6 +35,10 @@ lint: $(STAMP)
 
 slurm-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/slurm
+
+# A run is killed at 20 random moments and resumed each time: ARGS="--seed 2".
+kill-check: $(STAMP)
+	@exec $(PY) -m tests.recipes.kill_check $(ARGS)
 
 gpu-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/gpu

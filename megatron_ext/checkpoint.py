@@ -1,33 +1,40 @@
-"""Save and resume through Megatron-Core's distributed checkpointing: sharded, and loadable under another layout.
+"""Save and resume: sharded state as Megatron-Core describes it, in files without pickle, loadable under another layout.
 
-A checkpoint is a folder ``step_000012`` that holds the model, the optimiser (FP32 masters and moments), the
-learning-rate schedule, every rank's RNG state and ``progress.json``. ``latest.json`` is written last, so an interrupted
-save is never read.
+A checkpoint is a folder ``step_000012`` with a file of tensors from each rank (weights, FP32 masters, moments and RNG
+states; ``shard_files``), ``progress.json`` (the step, schedules, what the caller goes on from), ``manifest.json`` (the
+size and checksum of every file, where each tensor's parts are) and, written last, ``complete.json`` with the manifest's
+own checksum. What has no ``complete.json`` was interrupted and is never read.
+
+The files are written by a thread while training goes on, from a copy of the state on the host.
 """
 
 import json
-import os
-import queue
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_ext import platform
-from megatron_ext.collectives import all_gather_json
+from megatron_ext import platform, shard_files
+from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
 from megatron_ext.model import Model
 from megatron_ext.parallel import control_group
 
+MANIFEST, COMPLETE, PROGRESS = "manifest.json", "complete.json", "progress.json"
+POLICY = "policy"
 # The one format of Megatron-Core's distributed optimiser that loads under any layout.
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -35,74 +42,184 @@ _OPTIMIZER_FORMAT = {
 }
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: Model,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    keep: int,
-    progress: dict[str, Any],
-    also: Callable[[Path], None] = lambda checkpoint: None,
-) -> None:
-    """Collective: write ``folder/step_…``, point ``latest.json`` at it, remove older checkpoints beyond ``keep``.
-
-    ``progress``: what else the caller goes on from (JSON; :func:`progress` gives it back). ``also`` may write more into
-    the checkpoint before it counts as complete: another model, by :func:`write`.
-    """
-    target = folder / f"step_{step:06d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-    dist.barrier()
-    write(target, model, optimizer, scheduler)
-    also(target)
-    if dist.get_rank() == 0:
-        (target / "progress.json").write_text(json.dumps(progress | {"step": step, "layout": _layout(model)}))
-        pointer = folder / "latest.json.partial"
-        pointer.write_text(json.dumps({"folder": target.name, "step": step}))
-        os.replace(pointer, folder / "latest.json")
-        _remove_old(folder, target, keep)
-    dist.barrier()
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none can be read."""
 
 
-def write(target: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
-    """Collective: write one model's state into the folder, which is made where it is not there. ``read`` reads it."""
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's state at one moment: ``parts`` is what this rank writes of it, copied to the host; ``common`` (JSON) is
+    the same on every rank."""
+
+    parts: list[shard_files.Part]
+    common: dict[str, Any]
+    layout: dict[str, Any]
+
+
+def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Snapshot:
+    """Collective: copy the model, its optimiser and schedule, and the RNG states; training may go on at once."""
     _check_padding(optimizer)
-    if dist.get_rank() == 0:
-        target.mkdir(exist_ok=True)
-    dist.barrier()
     _prime(optimizer)
     state = _state(model, optimizer, loading=False)
     state["scheduler"] = scheduler.state_dict()
     state["rng"] = _rng_tensors()
-    # Megatron-Core would start a manager process for this queue: seconds, and it outlives a kill -9 of its rank.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(target))
-    dist.barrier()
+    force_all_tensors_to_non_fp8(state)
+    sharded, common = save_preprocess(state)
+    own = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor) and is_main_replica(t.replica_id)]
+    copies = platform.current().to_host([t.data.detach() for t in own])
+    parts = [
+        shard_files.Part(t.key, t.global_shape, t.global_offset, copy.view(_box(t)))
+        for t, copy in zip(own, copies, strict=True)
+    ]
+    return Snapshot(parts, common, _layout(model))
 
 
-def _remove_old(folder: Path, newest: Path, keep: int) -> None:
-    """Leave the ``keep`` last complete checkpoints up to ``newest``; what interrupted saves left goes too."""
-    complete = []
-    for found in sorted(folder.glob("step_*")):
-        if not (found / "progress.json").is_file():
-            shutil.rmtree(found)
-        elif found.name <= newest.name:
-            complete.append(found)
-    for old in complete[:-keep]:
-        shutil.rmtree(old)
+class Saver:
+    """Writes the checkpoints of one run's folder, one at a time, beside the training."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Collective. ``keep``: so many complete checkpoints stay; with 2 and more there is one to fall back to."""
+        self.folder, self.keep = folder, keep
+        self.group = dist.new_group(backend="gloo")  # the thread's own
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    def save(self, step: int, models: Mapping[str, Snapshot], progress: Mapping[str, Any]) -> None:
+        """Collective: begin to write ``folder/step_…``; the former save is awaited first.
+
+        ``progress``: what else the caller goes on from (JSON; :func:`progress` gives it back).
+        Raises CheckpointError where the former save failed.
+        """
+        self.wait()
+        target = self.folder / f"step_{step:06d}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+        dist.barrier(group=self.group)
+        described = {
+            **progress,
+            "step": step,
+            "layout": models[POLICY].layout,
+            "models": {name: one.common for name, one in models.items()},
+        }
+        text = json.dumps(described)  # now: the caller may go on to change it
+        parts = [
+            shard_files.Part(f"{name}/{part.key}", part.global_shape, part.start, part.values)
+            for name, one in models.items()
+            for part in one.parts
+        ]
+        self.thread = threading.Thread(target=self._write, args=(target, parts, text), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def check(self) -> None:
+        """Raises CheckpointError when the save that was begun last has failed by now."""
+        if self.failure is not None:
+            raise self.failure
+
+    def wait(self) -> None:
+        """Until the save that was begun last is complete. Raises CheckpointError when it failed."""
+        self.join(None)
+        self.check()
+
+    def join(self, seconds: float | None) -> None:
+        """Until the save that was begun last is complete, or has failed; at most so long."""
+        if self.thread is not None:
+            self.thread.join(seconds)
+
+    def _write(self, target: Path, parts: list[shard_files.Part], described: str) -> None:
+        rank = dist.get_rank()
+        own = target / f"rank_{rank:05d}.safetensors"
+        try:
+            written = on_all_ranks(lambda: shard_files.write(own, parts), self.group)
+            from_rank_zero(partial(self._complete, target, written, json.loads(described)), self.group)
+        except Exception as error:  # raised by the training thread
+            if rank == 0 and not (target / COMPLETE).is_file():
+                shutil.rmtree(target, ignore_errors=True)
+            self.failure = CheckpointError(
+                f"{target.name} was not written: {error}; make room in {self.folder} or mend what is said, and go on "
+                "with resume=true from the checkpoint before it"
+            )
+
+    def _complete(self, target: Path, written: list[dict[str, Any]], described: dict[str, Any]) -> None:
+        written = [*written, shard_files.write_json(target / PROGRESS, described)]
+        entry = shard_files.write_json(target / MANIFEST, shard_files.manifest(written))
+        shard_files.write_json(target / COMPLETE, {**entry, "step": described["step"]})
+        self._remove_old(target)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Leave the ``keep`` last complete checkpoints up to ``newest``; what interrupted saves left goes too."""
+        complete = []
+        for found in sorted(self.folder.glob("step_*")):
+            if not (found / COMPLETE).is_file():
+                shutil.rmtree(found)
+            elif found.name <= newest.name:
+                complete.append(found)
+        for old in complete[: -self.keep]:
+            shutil.rmtree(old)
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None when there is none."""
-    pointer = folder / "latest.json"
-    return folder / json.loads(pointer.read_text())["folder"] if pointer.is_file() else None
+    """The newest complete checkpoint, unverified, or None when there is none."""
+    return max((found.parent for found in folder.glob(f"step_*/{COMPLETE}")), default=None)
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Collective: the newest checkpoint that is complete and whose files have the bytes that were written.
+
+    The ranks share the reading. One that is damaged is renamed to ``damaged_step_…``, told by ``say``, and the one
+    before it is tried. None where the folder has no complete checkpoint.
+
+    Raises:
+        CheckpointError: checkpoints were there, and all are damaged.
+    """
+    group, damaged = control_group(), []
+    unfinished = lambda: sorted(p.name for p in folder.glob("step_*") if not (p / COMPLETE).is_file())  # noqa: E731
+    for name in from_rank_zero(unfinished, group):
+        say(f"checkpoint {name} was not finished when the run ended: it is left out")
+    while (name := from_rank_zero(lambda: getattr(latest(folder), "name", None), group)) is not None:
+        faults = _faults(folder / name)
+        if not faults:
+            return folder / name
+        say(f"checkpoint {name} is damaged ({'; '.join(faults)}): it is set aside as damaged_{name}")
+        damaged.append(name)
+        from_rank_zero(partial(_set_aside, folder / name), group)
+    if damaged:
+        raise CheckpointError(
+            f"{folder}: no whole checkpoint is left, {', '.join(damaged)} are damaged; put one back from a copy of the "
+            "folder, or start anew with resume=false"
+        )
+    return None
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
+def _faults(checkpoint: Path) -> list[str]:
+    """Collective: what is wrong with a checkpoint's files, the same on all ranks."""
+    group = control_group()
+
+    def listed() -> dict[str, Any]:
+        try:
+            entry = json.loads((checkpoint / COMPLETE).read_text())
+            if found := shard_files.fault(checkpoint / MANIFEST, entry):
+                return {"fault": found}
+            return {"files": json.loads((checkpoint / MANIFEST).read_text())["files"]}
+        except (OSError, ValueError, KeyError) as error:
+            return {"fault": f"{COMPLETE}: {type(error).__name__}: {error}"}
+
+    if "fault" in (found := from_rank_zero(listed, group)):
+        return [found["fault"]]
+    mine = sorted(found["files"])[dist.get_rank() :: dist.get_world_size()]
+    faults = [fault for name in mine if (fault := shard_files.fault(checkpoint / name, found["files"][name]))]
+    return [fault for rank in all_gather_json(faults, group) for fault in rank]
 
 
 def progress(checkpoint: Path) -> dict[str, Any]:
-    """The step, the layout and what the caller gave :func:`save`."""
-    return json.loads((checkpoint / "progress.json").read_text())
+    """The step, the layout and what the caller gave :meth:`Saver.save`."""
+    return json.loads((checkpoint / PROGRESS).read_text())
 
 
 def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
@@ -119,23 +236,36 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
                 f"parallel.tensor={now['tensor']} needs {now[field]}: resume with a tensor-parallel size that pads "
                 "alike"
             )
-    read(checkpoint, model, optimizer, scheduler, rng=written == now)
+    read(checkpoint, POLICY, model, optimizer, scheduler, rng=written == now)
     return int(progress(checkpoint)["step"])
 
 
 def read(
-    folder: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, rng: bool
+    checkpoint: Path,
+    name: str,
+    model: Model,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    rng: bool,
 ) -> None:
-    """Collective: restore what ``write`` wrote, in place; ``rng``: the ranks' RNG states too, in the same layout."""
+    """Collective: restore one of a checkpoint's models in place; ``rng``: the ranks' RNG states too, in the same
+    layout."""
     _prime(optimizer)
     state = _state(model, optimizer, loading=True)
     if rng:
         state["rng"] = _rng_tensors()
-    loaded = dist_checkpointing.load(state, str(folder))
+    force_all_tensors_to_non_fp8(state)
+    sharded, loaded, factories = load_preprocess(state)
+    sharded, _ = extract_sharded_base(sharded)
+    with shard_files.Reader(checkpoint, json.loads((checkpoint / MANIFEST).read_text())["tensors"]) as reader:
+        dict_list_map_inplace(partial(_fill, reader, name), sharded)
+    merge(loaded, progress(checkpoint)["models"][name])
+    merge(loaded, sharded)
+    loaded = apply_factory_merges(loaded, factories)
     for field in ("max_lr", "min_lr"):  # Megatron-Core matches parameter groups by them
         if loaded["scheduler"][field] != getattr(scheduler, field):
             raise ValueError(
-                f"{folder}: written with {field}={loaded['scheduler'][field]}, this run has "
+                f"{checkpoint}: written with {field}={loaded['scheduler'][field]}, this run has "
                 f"{getattr(scheduler, field)}: resume with the learning rate the run began with"
             )
     for i, chunk in enumerate(model.chunks):
@@ -144,6 +274,20 @@ def read(
     scheduler.load_state_dict(loaded["scheduler"])
     if rng:
         _set_rng_tensors(loaded["rng"])
+
+
+def _fill(reader: shard_files.Reader, name: str, leaf: Any) -> Any:
+    """The tensor that belongs in the place of a ShardedTensor. Objects of layers are not in a checkpoint."""
+    if not isinstance(leaf, ShardedTensor):
+        return leaf.data
+    target = torch.empty(_box(leaf), dtype=leaf.dtype)
+    reader.fill(f"{name}/{leaf.key}", leaf.global_shape, leaf.global_offset, target)
+    return target.view(leaf.local_shape)
+
+
+def _box(tensor: ShardedTensor) -> tuple[int, ...]:
+    """The local shape, with as many dimensions as the global one."""
+    return (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
 
 
 def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:

@@ -114,7 +114,6 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
         use_distributed_optimizer=settings.distributed_optimizer,
         overlap_grad_reduce=False,
         overlap_param_gather=False,
-        check_for_nan_in_grad=True,  # raises before the update, so the weights stay usable
         **settings.precision.ddp_options(),
     )
     parts = arch.parts(hf_config, layout.tensor, parallel.tensor_rank)

@@ -1,5 +1,6 @@
 """AdamW with the distributed optimiser, and its learning-rate schedule, from Megatron-Core."""
 
+import math
 from dataclasses import dataclass
 
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -66,8 +67,17 @@ def skip(optimizer: MegatronOptimizer) -> float:
 
 
 def step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
-    """One update; returns the gradient norm before clipping."""
-    _, grad_norm, _ = optimizer.step()
+    """One update; returns the gradient norm before clipping.
+
+    Where that is not finite there is no update: weights, moments and schedule stay as they are. The norm is that of all
+    ranks' gradients, so all do the same.
+    """
+    optimizer.prepare_grads()
+    grad_norm = optimizer.get_grad_norm()
+    if not math.isfinite(grad_norm):
+        optimizer.zero_grad()
+        return math.nan
+    optimizer.step()
     # In FP32 without the distributed optimiser param.grad is the gradient buffer itself; left there, the next backward
     # pass would count twice.
     optimizer.zero_grad()

@@ -206,6 +206,8 @@ class ClusterConfig:
     ranks: int
     threads: int
     timeout: float
+    watchdog: float
+    slow_factor: float
 
 
 @dataclass
@@ -219,6 +221,7 @@ class OptimizerConfig:
     epsilon: float
     weight_decay: float
     clip_grad_norm: float
+    max_skipped: int
 
 
 @dataclass
@@ -492,7 +495,7 @@ def check(config: Config) -> None:
         "cluster.ranks": c.cluster.ranks,
         "cluster.threads": c.cluster.threads,
         "checkpoint.every_steps": c.checkpoint.every_steps,
-        "checkpoint.keep": c.checkpoint.keep,
+        "optimizer.max_skipped": c.optimizer.max_skipped,
         "algorithm.token_divisor": c.algorithm.token_divisor,  # may be the longest response: behind it
     }
     for field, value in positive.items():
@@ -520,6 +523,18 @@ def check(config: Config) -> None:
     if not c.stage.trains and not c.stage.ladder:
         raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
     check_algorithm(c)
+    if not 0 < c.cluster.watchdog < c.cluster.timeout:
+        raise ConfigError(
+            f"cluster.watchdog={c.cluster.watchdog}: must be above 0 and below cluster.timeout={c.cluster.timeout}, "
+            "behind which a collective fails without saying where the others are"
+        )
+    if c.cluster.slow_factor <= 1:
+        raise ConfigError(f"cluster.slow_factor={c.cluster.slow_factor}: must be above 1, the time of the median rank")
+    if c.checkpoint.keep < 2:
+        raise ConfigError(
+            f"checkpoint.keep={c.checkpoint.keep}: use 2 or more, so that there is one to fall back to when the newest "
+            "is damaged"
+        )
     if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")
     try:

@@ -13,7 +13,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ext import checkpoint, hf_checkpoint, optimizer, scalar_head, steps
+from megatron_ext import checkpoint, hf_checkpoint, scalar_head, steps
 from megatron_ext import model as models
 from megatron_ext.models import family
 from megatron_ext.offload import HostCopy
@@ -24,7 +24,7 @@ from recipes.algorithms.advantages import Outcomes, gae
 from recipes.config import ConfigError
 from recipes.session import Session, model_settings
 
-FOLDER = "critic"  # in a checkpoint's
+NAME = "critic"  # in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,14 @@ def train(
         for i in range(0, len(given), size):
             batches = session.micro_batches(given[i : i + size])
             found = steps.accumulate_gradients(critic.model, batches, loss(algorithm.value_clip))
-            found["grad_norm"] = optimizer.step(critic.optimizer, critic.schedule)
-            steps.add_metrics(sums, found)
+            if session.update(critic.optimizer, critic.schedule, found):
+                steps.add_metrics(sums, {**found, "updates": 1})
     assert outcomes.values is not None
+    if not sums:
+        return {}
     return {
-        "value/loss": sums["loss"] / algorithm.updates_per_rollout,
-        "value/grad_norm": sums["grad_norm"] / algorithm.updates_per_rollout,
+        "value/loss": sums["loss"] / sums["updates"],
+        "value/grad_norm": sums["grad_norm"] / sums["updates"],
         "value/clipped": sums["clipped"] / max(int(counted.sum()), 1),
         "value/mean": float(outcomes.values.double()[counted].mean()) if counted.any() else 0.0,
         "value/explained_variance": explained_variance(outcomes.values.double()[counted], returns[counted]),
@@ -161,18 +163,19 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     return float(1 - (returns - values).var(correction=0) / returns.var(correction=0))
 
 
-def save(critic: Critic | None, folder: Path) -> None:
-    """Collective: write the critic into a checkpoint's folder."""
-    if critic is not None:
-        with awake(critic):
-            checkpoint.write(folder / FOLDER, critic.model, critic.optimizer, critic.schedule)
+def snapshot(critic: Critic | None) -> dict[str, checkpoint.Snapshot]:
+    """Collective: what a checkpoint has of it beside the policy."""
+    if critic is None:
+        return {}
+    with awake(critic):
+        return {NAME: checkpoint.snapshot(critic.model, critic.optimizer, critic.schedule)}
 
 
 def load(critic: Critic | None, folder: Path) -> None:
     """Collective: restore it from a checkpoint, bit for bit. Raises ConfigError on one of a run without a critic."""
     if critic is None:
         return
-    if not (folder / FOLDER).is_dir():
+    if NAME not in checkpoint.progress(folder)["models"]:
         raise ConfigError(f"{folder}: holds no critic: resume with the algorithm the run began with, or start anew")
     with awake(critic):
-        checkpoint.read(folder / FOLDER, critic.model, critic.optimizer, critic.schedule, rng=False)
+        checkpoint.read(folder, NAME, critic.model, critic.optimizer, critic.schedule, rng=False)

@@ -322,11 +322,11 @@ def step_columns(metrics: Mapping[str, Any], total_steps: int, width: int) -> li
     rate = metrics.get(TOKENS_PER_SECOND)
     optional = [
         ("time", f"{metrics['time/step']:.1f}s"),
-        ("tok/s", "-" if rate is None else f"{rate:.0f}"),
+        ("tok/s", _number(rate, 0)),
         ("length", f"{metrics['response_length/mean']:.0f}"),
-        ("KL", f"{metrics['kl/reference']:.4f}"),
-        ("gap", f"{metrics['logprob_gap/mean']:.4f}"),
-        ("grad", f"{metrics['grad_norm']:.2f}"),
+        ("KL", _number(metrics["kl/reference"], 4)),
+        ("gap", _number(metrics["logprob_gap/mean"], 4)),
+        ("grad", _number(metrics["grad_norm"], 2)),
     ]
     minimum = {"time": 6, "tok/s": 5, "KL": 7, "gap": 6, "grad": 6}
     padded = []
@@ -338,6 +338,10 @@ def step_columns(metrics: Mapping[str, Any], total_steps: int, width: int) -> li
             break
         padded.append((name.rjust(size), value.rjust(size)))
     return padded
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def truncate_after(path: Path, step: int) -> int:
                 kept.append(line)
     _replace(path, b"".join(kept))
     return len(kept)
+
+
+def value(number: float) -> float | None:
+    """None, "no value", for NaN and infinity."""
+    return number if math.isfinite(number) else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -157,6 +163,14 @@ def choose_transcripts(transcripts: Sequence[dict[str, Any]], count: int) -> lis
         seen[item["kind"]] = seen.get(item["kind"], 0) + 1
         ranked.append((seen[item["kind"]], item))
     return [item for _, item in sorted(ranked, key=lambda pair: pair[0])[:count]]
+
+
+def run_id(run_dir: Path, resumed: bool) -> str:
+    """The run's name among all: a new one, or, of a resumed run, the one in its environment.json."""
+    path = run_dir / "environment.json"
+    if resumed and path.exists():
+        return json.loads(path.read_text())["run"]
+    return uuid.uuid4().hex
 
 
 def environment(device: str, processes: int) -> dict[str, Any]:

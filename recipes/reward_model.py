@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_ext import checkpoint, optimizer, steps
+from megatron_ext import checkpoint, steps
 from megatron_ext.packing import MicroBatch, PackedSequence
 from recipes import records, trainer
 from recipes.algorithms.sequences import Sequences
@@ -35,13 +35,13 @@ def fit(session: Session) -> None:
     count, total = settings.pairs_per_step, total_steps(settings, settings.pairs_per_step, len(rows))
     loss = partial(bradley_terry, pairs=count, context_group=session.parallel.context_group)
     optim, schedule = session.build_optimizer(settings, total)
-    folder, done = session.run_dir / "checkpoints", 0
-    if newest := checkpoint.latest(folder):
-        done = checkpoint.load(newest, model, optim, schedule)
+    saver, newest = session.open_checkpoints()
+    done = checkpoint.load(newest, model, optim, schedule) if newest else 0
     session.truncate_records(done)
     report = judge(session, held_out) if done == total else {}
 
     for step in range(done, total):
+        saver.check()
         last = step + 1 == total
         with session.phase("data"):
             batch = prompts.shuffled(rows, step * count, count, config.seed)
@@ -49,19 +49,21 @@ def fit(session: Session) -> None:
         rate = schedule.get_lr({})
         with session.phase("train"):
             found = steps.accumulate_gradients(model, micro_batches, loss)
-            norm = optimizer.step(optim, schedule)
-        metrics = {"step": step + 1, "epoch": (step + 1) * count / len(rows), "learning_rate": rate, "grad_norm": norm}
-        metrics |= {"loss": found["loss"], "accuracy": found["accuracy"], "margin": found["margin"]}
+            session.update(optim, schedule, found)
+        metrics = {"step": step + 1, "epoch": (step + 1) * count / len(rows), "learning_rate": rate}
+        metrics |= {name: records.value(found[name]) for name in ("loss", "grad_norm", "accuracy", "margin")}
         if last or (step + 1) % settings.held_out_every == 0:
             with session.phase("held_out"):
                 report = judge(session, held_out)
             metrics |= {f"held_out_{name}": report[name] for name in ("loss", "margin")}
             metrics["held_out_accuracy"] = report["accuracy"]["mean"]
         session.record(metrics)
-        session.display.progress(step + 1, total, f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.2f}")
+        session.display.progress(step + 1, total, f"loss {found['loss']:.3f}  accuracy {found['accuracy']:.2f}")
         if last or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
+                models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}
+                saver.save(step + 1, models, session.progress())
+    saver.wait()
     if session.rank == 0:
         records.write_json(session.run_dir / "reward_model.json", report)
 

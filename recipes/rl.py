@@ -57,10 +57,11 @@ def fit(session: Session, reference: Path) -> None:
     optim, schedule = session.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
     critic = critics.build(session, reference, optim)  # None where the advantages need none
     reference_weights = steps.load_weights(model, reference)
-    folder, done, ahead = session.run_dir / "checkpoints", 0, config.rollout.staleness
+    done, ahead = 0, config.rollout.staleness
     by_id = ById(rows)
     pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
-    if newest := checkpoint.latest(folder):
+    saver, newest = session.open_checkpoints()
+    if newest:
         done = checkpoint.load(newest, model, optim, schedule)
         critics.load(critic, newest)
         progress = checkpoint.progress(newest)
@@ -71,6 +72,7 @@ def fit(session: Session, reference: Path) -> None:
     sync_bytes = session.sync_weights(done)
 
     for step in range(done, algorithm.steps):
+        saver.check()
         with session.phase("generate"):  # and reward: each sample is judged while others are being generated
             groups = collect(session, rollout, by_id, constraint, step, started=ahead > 0 and step > done)
             session.sleep_engines()
@@ -114,11 +116,13 @@ def fit(session: Session, reference: Path) -> None:
                 found = steps.accumulate_gradients(
                     model, micro_batches, loss, config.rollout.temperature, algorithm.entropy_coefficient > 0
                 )
+                if step < warmup:
+                    found["grad_norm"] = optimizer.skip(optim)
+                elif not session.update(optim, schedule, found):
+                    continue
                 mismatch.check(mismatch.report(found), mismatch_alarm=algorithm.mismatch_alarm)
-                found["grad_norm"] = optimizer.step(optim, schedule) if step >= warmup else optimizer.skip(optim)
-                steps.add_metrics(sums, found)
+                steps.add_metrics(sums, {**found, "updates": 1})
             value_metrics = critics.train(session, critic, outcomes, sequences, list(chain(*weights)))
-        trained_tokens = sums["logprob_gap/tokens"]
 
         if not ahead or step + 1 == algorithm.steps:
             with session.phase("sync"):
@@ -132,11 +136,7 @@ def fit(session: Session, reference: Path) -> None:
             "constraint/multiplier": constraint["multiplier"],
             **{f"reward/{name}": score for name, score in mixing.verifier_means(judged).items()},
             **search.metrics(judged, constraint["multiplier"]),
-            "kl/reference": sums["kl"] / trained_tokens,
-            **mismatch.report(sums),
-            **({"entropy": sums["entropy"] / trained_tokens} if "entropy" in sums else {}),
-            "loss": sums["loss"] / len(updates),
-            "grad_norm": sums["grad_norm"] / len(updates),
+            **of_updates(sums),
             **value_metrics,
             "trained_samples": sum(map(len, chosen)),
             "response_length/mean": float(lengths.double().mean()),
@@ -148,9 +148,9 @@ def fit(session: Session, reference: Path) -> None:
         record(session, metrics, groups, advantages)
         if step + 1 == algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                progress = {"pool": pool.to_json(), "constraint": constraint}
-                also, keep = partial(critics.save, critic), config.checkpoint.keep
-                checkpoint.save(folder, step + 1, model, optim, schedule, keep, progress, also)
+                models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule), **critics.snapshot(critic)}
+                saver.save(step + 1, models, {**session.progress(), "pool": pool.to_json(), "constraint": constraint})
+    saver.wait()
 
 
 def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
@@ -239,6 +239,20 @@ def add_log_probs(session: Session, micro_batches: list[MicroBatch], name: str) 
     found = steps.log_probs(session.model, micro_batches, session.config.rollout.temperature)
     for micro, log_probs in zip(micro_batches, found, strict=False):  # none off the last pipeline stage
         micro.values[name] = log_probs
+
+
+def of_updates(sums: Mapping[str, float]) -> dict[str, float | None]:
+    """Means over the updates that were made, and over their tokens; no values where all of a step's were skipped."""
+    if not sums:
+        return dict.fromkeys(("kl/reference", "logprob_gap/mean", "logprob_gap/max", "loss", "grad_norm"))
+    tokens = sums["logprob_gap/tokens"]
+    return {
+        "kl/reference": sums["kl"] / tokens,
+        **mismatch.report(sums),
+        **({"entropy": sums["entropy"] / tokens} if "entropy" in sums else {}),
+        "loss": sums["loss"] / sums["updates"],
+        "grad_norm": sums["grad_norm"] / sums["updates"],
+    }
 
 
 def token_weights(

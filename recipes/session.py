@@ -1,6 +1,8 @@
 """What a run holds: trainer, engines, weight bridge, tokenizer, records. Opened once, closed on every way out."""
 
+import math
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -17,9 +19,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from transformers import AutoTokenizer
 
-from megatron_ext import hf_checkpoint, optimizer, parallel, platform
+from megatron_ext import checkpoint, hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
-from megatron_ext.collectives import all_gather_json, on_all_ranks
+from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
@@ -30,6 +32,7 @@ from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
+from recipes.watchdog import NOTICE, Watchdog, probe, slow_ranks
 from rewards import mixing
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
@@ -65,15 +68,22 @@ class Session:
     node: int
     nodes: int
     cost: Cost  # of a sequence of the model
+    watchdog: Watchdog
+    run_id: str  # a resumed run's is the one it began with
+    savers: list[checkpoint.Saver]
     version: int = 0  # of the weights that the engines have
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    skipped: int = 0  # updates of this step whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to ``seconds[name]``."""
+        """Add the block's wall time to ``seconds[name]``; its begin and its end are progress for the watchdog."""
+        self.watchdog.beat(name)
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
+        self.watchdog.beat("loop")
 
     def build_optimizer(
         self, stage: Any, steps: int, model: models.Model | None = None
@@ -98,6 +108,31 @@ class Session:
         built.reload_model_params()
         return built, scheduler
 
+    def update(self, built: MegatronOptimizer, schedule: OptimizerParamScheduler, found: dict[str, float]) -> bool:
+        """One update by the accumulated gradients, and ``found["grad_norm"]``; or none, on any rank, where the loss or
+        the norm is not finite: returns whether there was one.
+
+        Raises RuntimeError after ``optimizer.max_skipped`` without one in a row.
+        """
+        if math.isfinite(found["loss"]):
+            found["grad_norm"] = optimizer.step(built, schedule)
+        else:
+            optimizer.skip(built)
+            found["grad_norm"] = math.nan
+        if math.isfinite(found["grad_norm"]):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        told = f"loss {found['loss']}, gradient norm {found['grad_norm']}"
+        self.say(f"update skipped ({told}): {self.skipped_in_a_row} in a row")
+        if self.skipped_in_a_row >= (most := self.config.optimizer.max_skipped):
+            raise RuntimeError(
+                f"{told}: {self.skipped_in_a_row} updates in a row were skipped, optimizer.max_skipped={most}; the "
+                "weights are those before them. Lower the learning rate, look at the samples of these steps, or raise "
+                "the bound, and go on with resume=true"
+            )
+        return False
+
     def sync_weights(self, version: int) -> int:
         """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed.
 
@@ -105,6 +140,7 @@ class Session:
         Engines that died are started again first.
         """
         assert self.bridge is not None, "this run has no engines (recipes.config.generates)"
+        self.watchdog.beat("sync")
 
         def prepare() -> int:
             died = [engine for engine in self.engines if not engine.alive]
@@ -154,6 +190,7 @@ class Session:
     ) -> tuple[list[Sample], list[Any]]:
         """Collective: samples by prompt, then index, and what ``on_sample`` (``Generation``) said of each; the same on
         every rank. ``step`` decides the noise."""
+        self.watchdog.beat("generate")
         requests = sampler.make_requests(prompts, samples_per_prompt, self.config.seed, step)
         generation = Generation(self.fleet, requests, self.sampling(temperature), on_sample)
         return generation.collect(self.control, partial(self.sync_weights, self.version))
@@ -220,15 +257,21 @@ class Session:
         return examples.example(self.prompts, row, c.rollout.thinking_marks[0], c.parallel.micro_batch_tokens)
 
     def record(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Rank 0 writes a step's metrics with the seconds of its phases, which are returned; the clocks start anew."""
+        """Collective: rank 0 writes a step's metrics with the seconds of its phases, which are returned, and names the
+        ranks that were slow; the clocks start anew."""
+        factor, alone = self.config.cluster.slow_factor, {"probe": probe(platform.current().device())}
+        ranks = all_gather_json([self.seconds, alone], self.control)
+        for line in slow_ranks([r[0] for r in ranks], factor, 1.0) + slow_ranks([r[1] for r in ranks], factor, 0.0):
+            self.say(line)
         times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        line = {**metrics, "time/step": sum(self.seconds.values()), **times}
+        row = {**metrics, "skipped_updates": self.skipped, "time/step": sum(self.seconds.values()), **times}
         self.seconds.clear()
+        self.skipped = 0
         if self.rank == 0:
-            records.append_rows(self.run_dir / "metrics.jsonl", [line])
+            records.append_rows(self.run_dir / "metrics.jsonl", [row])
             if self.wandb is not None:
-                self.wandb.log(line, step=metrics["step"])
-        return line
+                self.wandb.log(row, step=metrics["step"])
+        return row
 
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
@@ -237,8 +280,28 @@ class Session:
                 if (self.run_dir / name).exists():
                     records.truncate_after(self.run_dir / name, step)
 
+    def open_checkpoints(self) -> tuple[checkpoint.Saver, Path | None]:
+        """Collective: what writes the run's checkpoints, and the newest whole one that is there."""
+        folder = self.run_dir / "checkpoints"
+        newest = checkpoint.newest_whole(folder, self.say)
+        if newest:
+            self.skipped_in_a_row = checkpoint.progress(newest)["skipped_in_a_row"]
+        self.savers.append(checkpoint.Saver(folder, self.config.checkpoint.keep))
+        return self.savers[-1], newest
+
+    def progress(self) -> dict[str, Any]:
+        """What every stage's checkpoint holds beside its models."""
+        return {"run": self.run_id, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def say(self, text: str) -> None:
+        """A line for people, from rank 0, in its log too."""
+        self.display.message(text)
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
+        self.watchdog.beat("export")
         writes, scalar = self.parallel.is_first_replica, self.model.is_scalar
         hf_checkpoint.export(self.model.shards, self.config.model.path, folder, writes, scalar)
 
@@ -296,18 +359,29 @@ def open_session(config: Config) -> Iterator[Session]:
                     verify_every=c.rollout.sync_verify_every,
                     plans=Path("build/weight_sync"),
                 )
+        run_id = from_rank_zero(lambda: records.run_id(run_dir, c.resume), control)
         if rank == 0:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())
-            records.write_json(run_dir / "environment.json", machine)
+            records.write_json(run_dir / "environment.json", {"run": run_id, **machine})
         wandb = None
         if rank == 0 and c.logger.wandb_project:
             import wandb as weights_and_biases
 
             wandb = weights_and_biases.init(
-                project=c.logger.wandb_project, name=c.recipe.name, dir=run_dir, config=asdict(config)
+                project=c.logger.wandb_project,
+                name=c.recipe.name,
+                dir=run_dir,
+                config=asdict(config),
+                id=run_id,
+                resume="allow",
             )
             stack.callback(wandb.finish)
+        from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
+        watchdog = Watchdog(run_dir / "logs", rank, c.cluster.watchdog)
+        stack.callback(watchdog.stop)
+        savers: list[checkpoint.Saver] = []
+        stack.callback(lambda: [saver.join(c.cluster.timeout) for saver in savers])  # a failed run's too
         yield Session(
             config,
             run_dir,
@@ -327,6 +401,9 @@ def open_session(config: Config) -> Iterator[Session]:
             node,
             nodes,
             cost_of(hf_config, c.model.frozen),
+            watchdog,
+            run_id,
+            savers,
         )
 
 

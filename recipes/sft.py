@@ -5,9 +5,9 @@ from math import ceil
 
 import torch
 
-from megatron_ext import checkpoint, optimizer, steps
+from megatron_ext import checkpoint, steps
 from megatron_ext.packing import MicroBatch
-from recipes import trainer
+from recipes import records, trainer
 from recipes.algorithms.aggregation import AGGREGATIONS
 from recipes.config import RewardModelConfig, SftConfig
 from recipes.data import examples, judging, prompts
@@ -25,12 +25,12 @@ def fit(session: Session) -> None:
     held_out = [] if settings.held_out is None else judging.lessons(settings.held_out, settings.judge)
     total, aggregation = total_steps(settings, settings.rows_per_step, len(rows)), AGGREGATIONS[settings.aggregation]
     optim, schedule = session.build_optimizer(settings, total)
-    folder, done = session.run_dir / "checkpoints", 0
-    if newest := checkpoint.latest(folder):
-        done = checkpoint.load(newest, model, optim, schedule)
+    saver, newest = session.open_checkpoints()
+    done = checkpoint.load(newest, model, optim, schedule) if newest else 0
     session.truncate_records(done)
 
     for step in range(done, total):
+        saver.check()
         last = step + 1 == total
         with session.phase("data"):
             batch = prompts.shuffled(rows, step * settings.rows_per_step, settings.rows_per_step, config.seed)
@@ -39,12 +39,12 @@ def fit(session: Session) -> None:
         rate = schedule.get_lr({})
         with session.phase("train"):
             found = steps.accumulate_gradients(model, micro_batches, next_token_loss)
-            norm = optimizer.step(optim, schedule)
+            session.update(optim, schedule, found)
         metrics = {
             "step": step + 1,
             "epoch": (step + 1) * settings.rows_per_step / len(rows),
-            "loss": found["loss"],
-            "grad_norm": norm,
+            "loss": records.value(found["loss"]),
+            "grad_norm": records.value(found["grad_norm"]),
             "learning_rate": rate,
             "learnt_tokens": sum(sum(e.learnt) for e in made),
         }
@@ -52,10 +52,12 @@ def fit(session: Session) -> None:
             with session.phase("held_out"):
                 metrics["held_out_loss"] = held_out_loss(session, [session.example(row) for row in held_out])
         session.record(metrics)
-        session.display.progress(step + 1, total, f"loss {metrics['loss']:.3f}")
+        session.display.progress(step + 1, total, f"loss {found['loss']:.3f}")
         if last or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
+                models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}
+                saver.save(step + 1, models, session.progress())
+    saver.wait()
 
 
 def total_steps(settings: SftConfig | RewardModelConfig, per_step: int, rows: int) -> int:

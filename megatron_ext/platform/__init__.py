@@ -7,6 +7,7 @@
 ``encoder_layer(config)``        ModuleSpec of a bidirectional layer, for vision towers
 ``config_options()``             TransformerConfig fields that depend on the kernels at hand
 ``rng_state`` / ``set_rng_state`` the state that dropout and sampling on this device use
+``to_host(tensors)``             copies on the host, for a checkpoint to be written from
 ``empty_cache()``                give freed memory back to the device
 ``machine()``                    what to print about the hardware
 """

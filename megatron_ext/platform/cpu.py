@@ -144,6 +144,11 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.set_rng_state(state)
 
 
+def to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous copies."""
+    return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+
+
 def empty_cache() -> None:
     """Nothing: freed memory is not kept."""
 

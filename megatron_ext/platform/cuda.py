@@ -94,6 +94,15 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state)
 
 
+def to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous copies in pinned memory, which torch keeps for the next ones."""
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize()
+    return copies
+
+
 def empty_cache() -> None:
     """Give freed memory back to the device, for other processes on it."""
     torch.cuda.empty_cache()

@@ -35,7 +35,9 @@ def main() -> None:
         for parameter in policy.chunks[0].module.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=draw))
         optimizer.step(optim, schedule)
-        checkpoint.save(target, 1, policy, optim, schedule, keep=1, progress={})
+        saver = checkpoint.Saver(target, keep=1)
+        saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(policy, optim, schedule)}, {})
+        saver.wait()
     else:
         newest = checkpoint.latest(target)
         assert newest is not None and checkpoint.load(newest, policy, optim, schedule) == 1

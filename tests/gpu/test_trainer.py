@@ -145,9 +145,11 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(folder: Path, layout: par
     optim, schedule = optimizer.build(first, SETTINGS, steps=10)
     optim.reload_model_params()
     step_with_noise(first, optim, schedule, seed=1)
-    checkpoint.save(tmp_path, 1, first, optim, schedule, keep=1, progress={})
+    saver = checkpoint.Saver(tmp_path, keep=1)
+    saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(first, optim, schedule)}, {})
     drawn = torch.rand(4, device="cuda")
-    step_with_noise(first, optim, schedule, seed=2)
+    step_with_noise(first, optim, schedule, seed=2)  # while the files are written
+    saver.wait()
 
     second = fresh(folder, layout)
     optim, schedule = optimizer.build(second, SETTINGS, steps=10)
@@ -179,7 +181,9 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(
         assert checkpoint.load(newest, here, optim, schedule) == 1
     else:
         step_with_noise(here, optim, schedule, seed=1)
-        checkpoint.save(tmp_path, 1, here, optim, schedule, keep=1, progress={})
+        saver = checkpoint.Saver(tmp_path, keep=1)
+        saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(here, optim, schedule)}, {})
+        saver.wait()
         on_the_cpu("load")
     there = torch.load(tmp_path / "weights.pt", weights_only=True)
     # The two platforms name fused norms differently; the Hugging Face names of their blocks are common.

@@ -172,6 +172,7 @@ RELAYOUTS = (
     (PP2_DP2, Case("untied-dp4", data=4, twin="untied")),
     (PP2_VP2_CP2, Case("untied-pp4", pipeline=4, twin="untied")),
 )
+DAMAGED = (TP2_SP_DP2, Case("untied-damaged", tensor=2, data=2, sequence=True, twin="untied"))
 OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))
 PADDED_BUCKET = Case("tied-tp2-pp2", tensor=2, pipeline=2)
 

@@ -1,10 +1,12 @@
 """Hugging Face's answer, and whole tensors from what the ranks hold."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_ext.blocks import region
@@ -85,3 +87,16 @@ def assemble(pieces: Pieces, like: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 def all_pieces(ranks: list[dict[str, Any]], field: str) -> Pieces:
     return [piece for rank in ranks for piece in rank[field]]
+
+
+def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, put together from its files by what manifest.json says."""
+    described = json.loads((checkpoint / "manifest.json").read_text())
+    files = {name: load_file(checkpoint / name) for name in described["files"] if name.endswith(".safetensors")}
+    found = {}
+    for key, tensor in described["tensors"].items():
+        parts = [(files[file][name], start) for file, name, start, _ in tensor["parts"]]
+        found[key] = torch.empty(tensor["shape"], dtype=parts[0][0].dtype)
+        for part, start in parts:
+            found[key][tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))] = part
+    return found

@@ -1,5 +1,6 @@
 """Resuming is exact, another layout may go on, and neither a wrong layout nor an interrupted save is taken for good."""
 
+import binascii
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from megatron_ext import checkpoint
 from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
-from tests.megatron_ext.reference import all_pieces, assemble
+from tests.megatron_ext.reference import all_pieces, assemble, stored
 from tests.megatron_ext.vl_twins import Results, Run
 
 Folders = Callable[[Case], Path]
@@ -67,7 +68,7 @@ def test_old_and_interrupted_saves_are_removed_and_never_read(case: Case, result
     """Three saves with ``keep`` 2, and a folder that an interrupted fourth left before the second."""
     for rank in results(f"resume-{case.name}"):
         assert rank["latest_with_interrupted"] == "step_000001"
-        assert rank["folders"] == ["latest.json", "step_000002", "step_000003"]
+        assert rank["folders"] == ["step_000002", "step_000003"]
 
 
 def test_a_layout_with_other_padding_is_refused(results: Results) -> None:
@@ -90,9 +91,54 @@ def test_a_padded_tied_embedding_is_refused_on_every_rank(results: Results) -> N
         assert "use another parallel.tensor, or parallel.pipeline=1" in rank["error"]
 
 
-def test_latest_is_what_the_pointer_says(tmp_path: Path) -> None:
+def test_a_save_that_one_rank_cannot_write_fails_on_all_and_leaves_the_former_ones(results: Results) -> None:
+    ranks = results("damaged")
+    assert len(ranks) == 4
+    for rank, found in enumerate(ranks):
+        assert found["full"].startswith("CheckpointError: step_000004 was not written: ")
+        assert "File too large" in found["full"] and "rank_00001.safetensors" in found["full"]
+        assert ("rank 1: OSError" in found["full"]) == (rank != 1)
+        assert "make room in " in found["full"]
+        assert found["after_full"] == ["step_000002", "step_000003"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_taken(results: Results) -> None:
+    for found in results("damaged"):
+        whole, fallen_back, none_left = found["newest"]
+        assert whole.endswith("step_000003")
+        assert fallen_back == "no error"
+        first, newest, second = found["said"]
+        assert first.startswith("checkpoint step_000003 is damaged (rank_00001.safetensors has the checksum ")
+        assert newest.endswith("step_000002")
+        assert second.startswith("checkpoint step_000002 is damaged (manifest.json has the checksum ")
+        assert none_left.startswith("CheckpointError") and "no whole checkpoint is left" in none_left
+        assert "start anew with resume=false" in none_left
+        assert found["folders"] == ["damaged_step_000002", "damaged_step_000003"]
+
+
+def test_files_are_safetensors_and_json(launched: Path) -> None:
+    """And no byte of a pickle is needed: in test_another_layout every way to unpickle fails while loading."""
+    newest = checkpoint.latest(launched / "checkpoints" / cases.TP2_SP_DP2.name)
+    assert newest is not None
+    names = sorted(path.name for path in newest.iterdir())
+    tensors = [f"rank_{rank:05d}.safetensors" for rank in range(4)]
+    assert names == ["complete.json", "manifest.json", "progress.json", *tensors]
+    for name in names[:3]:
+        json.loads((newest / name).read_bytes())
+    whole = stored(newest)
+    assert whole["policy/embedding.word_embeddings.weight"].shape == (132, 192)
+    assert {name.split("/")[0] for name in whole} == {"policy"}
+    for file in json.loads((newest / "manifest.json").read_bytes())["files"]:
+        data = (newest / file).read_bytes()
+        entry = json.loads((newest / "manifest.json").read_bytes())["files"][file]
+        assert entry == {"bytes": len(data), "crc32": f"{binascii.crc32(data):08x}"}
+
+
+def test_latest_is_the_last_that_is_complete(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
-    (tmp_path / "step_000012").mkdir()
+    for step in (4, 11, 12):
+        (tmp_path / f"step_{step:06d}").mkdir()
     assert checkpoint.latest(tmp_path) is None
-    (tmp_path / "latest.json").write_text(json.dumps({"folder": "step_000004", "step": 4}))
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_000004"
+    for step in (4, 11):
+        (tmp_path / f"step_{step:06d}" / "complete.json").touch()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_000011"

@@ -414,7 +414,9 @@ def _resume(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     to = folder / "checkpoints" / run.name
     policy = Policy(folder, run, here)
     policy.train(1)
-    checkpoint.save(to, 3, policy.model, policy.optimizer, policy.schedule, keep=1, progress={})
+    saver = checkpoint.Saver(to, keep=1)
+    saver.save(3, {checkpoint.POLICY: checkpoint.snapshot(policy.model, policy.optimizer, policy.schedule)}, {})
+    saver.wait()
     saved, drawn = steps.copy_weights(policy.model), torch.rand(4)
     went_on, after = policy.train(2), steps.copy_weights(policy.model)
     again = Policy(folder, run, here)

@@ -4,7 +4,12 @@
 does not use wait.
 """
 
+import math
 import os
+import pickle
+import resource
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +110,10 @@ class Policy:
         return [(self.gradients()["loss"], optimizer.step(self.optimizer, self.schedule)) for _ in range(count)]
 
     def save(self, folder: Path, step: int, keep: int) -> None:
-        checkpoint.save(folder, step, self.model, self.optimizer, self.schedule, keep, {})
+        """As a run does, but waits for the files."""
+        saver = checkpoint.Saver(folder, keep)
+        saver.save(step, {checkpoint.POLICY: checkpoint.snapshot(self.model, self.optimizer, self.schedule)}, {})
+        saver.wait()
 
     def load(self, folder: Path) -> int:
         newest = checkpoint.latest(folder)
@@ -249,9 +257,80 @@ def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str,
     return found
 
 
+def run_not_finite(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """One update; a second whose loss is NaN on the last rank alone; the second again, without."""
+    policy = Policy(folder, case, layout)
+    policy.train(1)
+    weights, updates = policy.weights(), policy.schedule.num_steps
+    moments = [t.clone() for t in moments_of(policy)]
+    whole, last = policy.loss, case.ranks - 1 == RANK
+    policy.loss = lambda output, batch: (whole(output, batch)[0] * (math.nan if last else 1), {})  # type: ignore[method-assign]
+    (poisoned,) = policy.train(1)
+    found = {
+        "poisoned": poisoned,
+        "weights": equal(policy.weights(), weights),
+        "moments": equal(moments_of(policy), moments),
+        "updates": policy.schedule.num_steps - updates,
+    }
+    policy.loss = whole  # type: ignore[method-assign]
+    again, alone = policy.train(1), Policy(folder, case, layout)
+    return found | {"again": again, "alone": alone.train(2)[1:], "same": equal(policy.weights(), alone.weights())}
+
+
+def moments_of(policy: Policy) -> list[torch.Tensor]:
+    (inner,) = (optimizer.optimizer for optimizer in policy.optimizer.chained_optimizers)
+    return [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq", "step")]
+
+
+def run_damaged(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """The two checkpoints of ``saved`` and a third that rank 1 can't write; then the newest loses a bit of a rank's
+    file, and the one before a part of its manifest."""
+    to, policy = folder / "checkpoints" / case.name, Policy(folder, case, layout)
+    if RANK == 0:
+        shutil.copytree(folder / "checkpoints" / saved.name, to)
+    dist.barrier()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if RANK == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    found: dict[str, Any] = {"full": error_text(lambda: policy.save(to, 4, keep=1))}
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    found["after_full"] = sorted(p.name for p in to.iterdir())
+    said: list[str] = []
+    found["newest"] = [str(checkpoint.newest_whole(to, said.append))]
+    for path in (to / "step_000003" / "rank_00001.safetensors", to / "step_000002" / "manifest.json"):
+        if RANK == 0:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 4
+            path.write_bytes(content)
+        dist.barrier()
+        found["newest"].append(error_text(lambda: said.append(str(checkpoint.newest_whole(to, said.append)))))
+    return found | {"said": said, "folders": sorted(p.name for p in to.iterdir())}
+
+
+@contextmanager
+def no_unpickling() -> Iterator[None]:
+    """Within it every way to unpickle fails."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    places = [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")]
+    real = [getattr(*place) for place in places]
+    try:
+        for module, name in places:
+            setattr(module, name, refuse)
+        yield
+    finally:
+        for (module, name), function in zip(places, real, strict=True):
+            setattr(module, name, function)
+
+
 def run_relayout(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
     policy = Policy(folder, case, layout)
-    step = policy.load(folder / "checkpoints" / saved.name)
+    with no_unpickling():
+        step = policy.load(folder / "checkpoints" / saved.name)
     resumed = policy.train(2)
     return {"step": step, "resumed": resumed, "weights": pieces(policy.model.shards, policy.weights())}
 
@@ -304,6 +383,8 @@ def main() -> None:
         *((case.name, case, run_case, ()) for case in cases.CASES),
         *((f"resume-{case.name}", case, run_resume, ()) for case in cases.RESUMES),
         *((f"relayout-{case.name}", case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS),
+        ("not-finite", cases.TP2_SP_DP2, run_not_finite, ()),
+        ("damaged", cases.DAMAGED[1], run_damaged, cases.DAMAGED[:1]),
         ("other-padding", cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),
         ("padded-bucket", cases.PADDED_BUCKET, run_padded_bucket, ()),
     ]

@@ -1,17 +1,16 @@
 """PPO's critic: what it learns from, and whole runs with it, of which the resumed one is the one left alone."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ext.packing import PackedSequence, pack
 from recipes import critic, records
 from recipes.algorithms.advantages import Outcomes
+from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 
 STEPS = 4
@@ -35,7 +34,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     tiny.complete(tiny.overrides(folder, whole, *ppo, "critic.offload=true"))
     shutil.copytree(whole, resumed)
-    (resumed / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000002", "step": 2}))
     for step in (3, 4):
         shutil.rmtree(resumed / "checkpoints" / f"step_{step:06d}")
     shutil.rmtree(resumed / "hf")
@@ -74,25 +72,10 @@ def test_a_resumed_run_ends_as_the_one_left_alone(runs: tuple[Path, Path]) -> No
     assert metrics(resumed) == metrics(whole)
     assert (resumed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (whole / "hf" / "model.safetensors").read_bytes()
-    last, its = (run_dir / "checkpoints" / f"step_{STEPS:06d}" / "critic" for run_dir in runs)
-    names = FileSystemReader(str(last)).read_metadata().state_dict_metadata.keys()
-    assert "output_layer.weight" in names and any(name.startswith("optimizer.") for name in names)
-    assert stored(last).keys() == stored(its).keys()
-    assert [name for name, tensor in stored(last).items() if not torch.equal(tensor, stored(its)[name])] == []
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, read without Megatron-Core."""
-    from torch.distributed.checkpoint import load
-
-    known = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in known.items()
-        if hasattr(entry, "size")
-    }
-    load(tensors, checkpoint_id=folder, no_dist=True)
-    return tensors
+    last, its = (stored(run_dir / "checkpoints" / f"step_{STEPS:06d}") for run_dir in runs)
+    assert "critic/output_layer.weight" in last and any(name.startswith("critic/optimizer.") for name in last)
+    assert last.keys() == its.keys()
+    assert [name for name, tensor in last.items() if not torch.equal(tensor, its[name])] == []
 
 
 def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:

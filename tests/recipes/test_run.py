@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import load as load_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import records
 from recipes.data.prompts import prompt_tokens
 from rollout.engine import EngineSettings, environment
 from rollout.sample import Request, Sampling
+from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
+from tests.recipes.kill_check import WRITING, Moment, strike, timeless
 
 VERIFIERS = ["capability", "safety", tiny.LETTERS]
 STEPS = 4
@@ -67,12 +67,13 @@ def whole(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 @pytest.fixture(scope="module")
 def killed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Death]:
-    """The folder of a run with the same settings whose rank 0 was killed behind step 2, and that was resumed.
+    """The folder of a run with the same settings whose rank 0 was killed while a checkpoint was written, and that was
+    resumed.
 
-    What a launcher's kill -9 leaves is in test_ladder.
+    What a launcher's kill -9 leaves is in test_ladder; more moments: make kill-check.
     """
     run_dir = tmp_path_factory.mktemp("killed") / "run"
-    death = dies(tiny.overrides(twin, run_dir, BF16), run_dir, 2, lambda run: os.kill(run.rank(0) or 0, signal.SIGKILL))
+    death = dies(tiny.overrides(twin, run_dir, BF16), run_dir, Moment(1, WRITING), "rank 0")
     tiny.complete(tiny.overrides(twin, run_dir, BF16, "resume=true"))
     return run_dir, death
 
@@ -90,7 +91,7 @@ def interrupted(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """The folder of a run from the same weights in another layout, which Ctrl-C ended behind its first step."""
     run_dir = tmp_path_factory.mktemp("interrupted") / "run"
     arguments = tiny.overrides(twin, run_dir, *FP32, *LAYOUTS["dp2"])
-    return run_dir, dies(arguments, run_dir, 1, lambda run: os.killpg(run.process.pid, signal.SIGINT))
+    return run_dir, dies(arguments, run_dir, Moment(1, "generate", 0.05), "Ctrl-C")
 
 
 @pytest.fixture(scope="module")
@@ -99,31 +100,19 @@ def layouts(single: Path, interrupted: tuple[Path, Death]) -> dict[str, Path]:
     return {"single": single, "dp2": interrupted[0]}
 
 
-def dies(arguments: list[str], run_dir: Path, step: int, kill: Callable[[tiny.Run], None]) -> Death:
-    """Start a run and end it as soon as it has saved ``step``."""
+def dies(arguments: list[str], run_dir: Path, moment: Moment, victim: str) -> Death:
+    """Start a run and end it then, by a kill or Ctrl-C."""
     run = tiny.Run(arguments)
     try:
-        run.wait_for(f"a checkpoint of step {step}", lambda: saved_step(run_dir) >= step)
-        kill(run)
+        strike(run, run_dir, moment, victim)
         run.output(300)
         return Death(run.process.returncode, *run.remains(60), (run_dir / "metrics.jsonl").read_bytes())
     finally:
         run.kill_all()
 
 
-def saved_step(run_dir: Path) -> int:
-    latest = run_dir / "checkpoints" / "latest.json"
-    return json.loads(latest.read_text())["step"] if latest.is_file() else 0
-
-
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return list(records.read_rows(run_dir / "metrics.jsonl"))
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without what a clock measured."""
-    clock = ("time/", records.TOKENS_PER_SECOND)
-    return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -211,7 +200,6 @@ def test_the_other_files_are_there_and_named_on_the_screen(whole: tuple[Path, st
 def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> None:
     """Megatron-Core's checkpoint, read without Megatron-Core and taken apart by plain slicing, tensor by tensor."""
     hf = weights(whole[0] / "hf")
-    bf16 = torch.bfloat16
     layers = {
         "self_attention.linear_qkv.layer_norm_weight": (2, 96),
         "self_attention.linear_qkv.weight": (2, 4 * 128, 96),  # 4 groups (3 and one of padding) of 2 q, k, v
@@ -220,10 +208,12 @@ def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> N
         "mlp.linear_fc1.weight": (2, 2 * 96, 96),
         "mlp.linear_fc2.weight": (2, 96, 96),
     }
-    saved = {f"decoder.layers.{name}": torch.empty(shape, dtype=bf16) for name, shape in layers.items()}
-    saved["embedding.word_embeddings.weight"] = torch.empty(300, 96, dtype=bf16)
-    saved["decoder.final_layernorm.weight"] = torch.empty(96, dtype=bf16)
-    load_checkpoint(saved, checkpoint_id=whole[0] / "checkpoints" / f"step_{STEPS:06d}", no_dist=True)
+    shapes: dict[str, tuple[int, ...]] = {f"decoder.layers.{name}": shape for name, shape in layers.items()}
+    shapes |= {"embedding.word_embeddings.weight": (300, 96), "decoder.final_layernorm.weight": (96,)}
+    found = stored(whole[0] / "checkpoints" / f"step_{STEPS:06d}")
+    saved = {name: found[f"policy/{name}"] for name in shapes}
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == shapes
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     expected = {
         "model.embed_tokens.weight": saved["embedding.word_embeddings.weight"],
         "model.norm.weight": saved["decoder.final_layernorm.weight"],

@@ -1,6 +1,5 @@
 """The SFT stage as a user starts it: equal to transformers' Trainer in any layout, and to itself when it is resumed."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import records
 from recipes.data.prompts import shuffled
+from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.trained_by_transformers import Trained, train
 
@@ -153,12 +153,16 @@ def test_the_held_out_loss_is_the_mean_over_its_answers_tokens(runs: dict[str, P
 
 
 def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(runs: dict[str, Path], twin: Path) -> None:
-    """A copy of the run is put back to what stood on the disk behind step 2, with a part of step 3's line."""
+    """A copy of the run is put back to what stood on the disk behind step 2, with a part of step 3's line, and a
+    checkpoint of step 3 in which a bit fell over."""
     alone, resumed = runs["dp2"], twin / "resumed"
     shutil.copytree(alone, resumed)
-    for step in range(3, STEPS + 1):
+    for step in range(4, STEPS + 1):
         shutil.rmtree(resumed / "checkpoints" / f"step_{step:06d}")
-    (resumed / "checkpoints" / "latest.json").write_text(json.dumps({"folder": "step_000002", "step": 2}))
+    damaged = resumed / "checkpoints" / "step_000003" / "rank_00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
     lines = (alone / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (resumed / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])
     shutil.rmtree(resumed / "hf")
@@ -170,3 +174,28 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(runs: dict[str, Path
     assert timeless[0] == timeless[1]
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (alone / "hf" / "model.safetensors").read_bytes()
     assert (resumed / "metrics.jsonl").read_bytes().startswith(b"".join(lines[:2])), "not begun anew"
+    said = (resumed / "logs" / "rank_0.log").read_text()
+    assert "checkpoint step_000003 is damaged (rank_00001.safetensors has the checksum" in said
+    assert (resumed / "checkpoints" / "damaged_step_000003").is_dir()
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(twin: Path) -> None:
+    """The first update makes weights of 1e30, so that every later one is of NaN. Nothing is left behind."""
+    run_dir = twin / "not_finite"
+    options = ("optimizer.max_skipped=3", "stage.sft.warmup_fraction=0", "stage.sft.learning_rate=1e30")
+    held_out = f"stage.sft.held_out={twin / 'held_out.jsonl'}"
+    failed = tiny.Run(tiny.overrides(twin, run_dir, *SETTINGS, *RATES, held_out, *LAYOUTS["dp2"], *options))
+    try:
+        printed = failed.output()
+        assert failed.process.returncode != 0
+        assert failed.remains(10) == ({}, set())
+    finally:
+        failed.kill_all()
+    assert "3 updates in a row were skipped, optimizer.max_skipped=3; the weights are those before them" in printed
+    rows = metrics(run_dir)
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 1]
+    assert rows[0]["grad_norm"] > 0 and rows[1]["grad_norm"] is None
+    first, last = (stored(run_dir / "checkpoints" / f"step_{step:06d}") for step in (1, 3))
+    names = [name for name in first if "/rng." not in name]
+    assert len(names) > 20
+    assert [name for name in names if not torch.equal(first[name], last[name])] == []

@@ -1,0 +1,174 @@
+"""Parts of sharded tensors in safetensors files, one a rank, with checksums; read back as any other parts.
+
+Nothing is pickled, so nothing is ever unpickled: a file is safetensors, and what describes it is JSON.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+
+CHUNK = 16 << 20
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of the global tensor ``key``: where it begins, and its values on the host, of as many dimensions."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    start: tuple[int, ...]
+    values: torch.Tensor
+
+
+def write(path: Path, parts: list[Part]) -> dict[str, Any]:
+    """Write the parts; the file is on the disk when this returns. Gives its entry for ``manifest`` (JSON).
+
+    Raises OSError, naming the file, where it can't be written.
+    """
+    names = [f"{part.key}@{','.join(map(str, part.start))}" for part in parts]
+    ends = list(accumulate(part.values.nbytes for part in parts))
+    header = {
+        name: {
+            "dtype": _NAMES[part.values.dtype],
+            "shape": list(part.values.shape),
+            "data_offsets": [end - part.values.nbytes, end],
+        }
+        for name, part, end in zip(names, parts, ends, strict=True)
+    }
+    assert len(header) == len(parts), f"{path}: a part is there twice"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    checksum = 0
+    try:
+        with path.open("wb") as file:
+            for data in (len(text).to_bytes(8, "little"), text, *(_bytes(part.values) for part in parts)):
+                for i in range(0, len(data), CHUNK):
+                    chunk = data[i : i + CHUNK]
+                    checksum = zlib.crc32(chunk, checksum)
+                    file.write(chunk)
+            size = file.tell()
+            sync(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    index = [
+        [part.key, list(part.global_shape), name, list(part.start), list(part.values.shape)]
+        for name, part in zip(names, parts, strict=True)
+    ]
+    return {"file": path.name, "bytes": size, "crc32": f"{checksum:08x}", "parts": index}
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """Write one JSON file in one move; gives its entry for ``manifest``."""
+    data = json.dumps(value).encode()
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        sync(file)
+    os.replace(partial, path)
+    return {"file": path.name, "bytes": len(data), "crc32": f"{zlib.crc32(data):08x}", "parts": []}
+
+
+def sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def manifest(written: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all ranks wrote: ``files`` with sizes and checksums, and ``tensors``, each with the parts that make it."""
+    tensors: dict[str, Any] = {}
+    for entry in written:
+        for key, shape, name, start, size in entry["parts"]:
+            tensor = tensors.setdefault(key, {"shape": shape, "parts": []})
+            tensor["parts"].append([entry["file"], name, start, size])
+    return {"files": {e["file"]: {"bytes": e["bytes"], "crc32": e["crc32"]} for e in written}, "tensors": tensors}
+
+
+def fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file, of which ``manifest`` has ``bytes`` and ``crc32``; None when nothing is."""
+    try:
+        size, checksum = path.stat().st_size, 0
+        if size != expected["bytes"]:
+            return f"{path.name} has {size} bytes, {expected['bytes']} were written"
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                checksum = zlib.crc32(chunk, checksum)
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    if f"{checksum:08x}" != expected["crc32"]:
+        return f"{path.name} has the checksum {checksum:08x}, written was {expected['crc32']}"
+    return None
+
+
+class Reader:
+    """The tensors of a folder whose ``manifest`` is given; files are opened once and mapped, not read whole."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
+        self.folder, self.tensors = folder, tensors
+        self.stack, self.files = ExitStack(), {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.close()
+
+    def fill(self, key: str, global_shape: tuple[int, ...], start: tuple[int, ...], target: torch.Tensor) -> None:
+        """Copy the box of the global tensor that begins at ``start`` into ``target``, which has as many dimensions.
+
+        Raises ValueError where the tensor is not there, has another shape, or lacks a part of the box.
+        """
+        if key not in self.tensors:
+            raise ValueError(f"{self.folder}: holds no tensor {key}")
+        written = self.tensors[key]
+        if list(global_shape) != written["shape"]:
+            raise ValueError(
+                f"{self.folder}: {key} has the shape {written['shape']}, asked for is {list(global_shape)}"
+            )
+        found = 0
+        with torch.no_grad():
+            for file, name, at, size in written["parts"]:
+                low = [max(a, s) for a, s in zip(at, start, strict=True)]
+                high = [min(a + n, s + m) for a, n, s, m in zip(at, size, start, target.shape, strict=True)]
+                if all(lo < hi for lo, hi in zip(low, high, strict=True)):
+                    there = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, at, strict=True))
+                    here = tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, start, strict=True))
+                    target[here].copy_(self._file(file).get_slice(name)[there])
+                    found += prod(hi - lo for lo, hi in zip(low, high, strict=True))
+        if found != target.numel():
+            raise ValueError(f"{self.folder}: {found} of {target.numel()} elements of {key} are there")
+
+    def _file(self, name: str) -> Any:
+        if name not in self.files:
+            self.files[name] = self.stack.enter_context(safe_open(self.folder / name, framework="pt"))
+        return self.files[name]
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())

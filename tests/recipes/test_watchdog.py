@@ -1,0 +1,69 @@
+"""A rank that stands still ends every process of the run with all stacks told; a slow rank is named."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.watchdog import NOTICE, slow_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+# Rank 0 waits for rank 1, which stands still: in Python, or in C with the interpreter held.
+PROGRAM = """
+import ctypes, sys, threading, time
+from pathlib import Path
+from recipes import watchdog
+folder, rank, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+watchdog.GRACE = 1.0
+dog = watchdog.Watchdog(folder, rank, 3.0 if rank else 60.0)
+def waits_for_the_other():
+    threading.Event().wait(60)
+def stands_still():
+    time.sleep(60) if how == "python" else ctypes.PyDLL(None).sleep(60)
+def helps():
+    time.sleep(60)
+threading.Thread(target=helps, daemon=True).start()
+dog.beat("train")
+stands_still() if rank else waits_for_the_other()
+"""
+
+
+@pytest.mark.parametrize("how", ["python", "held"])
+def test_a_rank_that_stands_still_ends_the_run_with_every_ranks_stacks(tmp_path: Path, how: str) -> None:
+    ranks = [0] if how == "held" else [0, 1]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    alone = "1" if how == "held" else None  # then nobody else can tell it
+    processes = []
+    for rank in ranks:
+        log = (tmp_path / f"rank_{rank}.log").open("w")
+        processes.append(
+            subprocess.Popen([*command, alone or str(rank), how], cwd=ROOT, stdout=subprocess.PIPE, stderr=log)
+        )
+    try:
+        printed = [process.communicate(timeout=50)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1] * len(ranks)
+    logs = [(tmp_path / f"rank_{rank}.log").read_text() for rank in ranks]
+    assert "in stands_still" in logs[-1] and "in helps" in logs[-1], "every thread's stack"
+    if how == "python":
+        assert "in waits_for_the_other" in logs[0] and "in helps" in logs[0]
+        assert printed[0] == "" and printed[1].startswith("error: rank 1 has made no progress for 3 s in train; ")
+        assert "raise cluster.watchdog" in printed[1]
+        assert (tmp_path / NOTICE).read_text() == "rank 1 in train\n"
+
+
+def test_slow_ranks_are_named_with_their_time_and_the_medians() -> None:
+    usual = {"data": 0.5, "train": 10.0}
+    assert slow_ranks([usual] * 4, 3, 1.0) == []
+    assert slow_ranks([usual, {"data": 1.6, "train": 30.5}], 3, 1.0) == [
+        "rank 1 is slow: 1.6 s for data, the median is 0.5 s",
+        "rank 1 is slow: 30.5 s for train, the median is 10 s",
+    ]
+    assert slow_ranks([usual, {"data": 1.4, "train": 29.0}], 3, 1.0) == []
+    assert slow_ranks([{"data": 0.1}, {"data": 0.9}, {"data": 0.1}], 3, 1.0) == [], "a fraction of a second is noise"
+    assert slow_ranks([{"probe": 0.001}, {"probe": 0.004}], 3, 0.0) == [
+        "rank 1 is slow: 0.004 s for probe, the median is 0.001 s"
+    ]
