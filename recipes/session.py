@@ -3,7 +3,8 @@
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 from megatron_ext import hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
 from megatron_ext.collectives import all_gather_json, on_all_ranks
+from megatron_ext.offload import HostCopy
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
@@ -30,7 +32,7 @@ from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
-from rewards import mixing
+from rewards import mixing, settings
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
 from rollout import sampler
@@ -65,7 +67,9 @@ class Session:
     node: int
     nodes: int
     cost: Cost  # of a sequence of the model
+    states: HostCopy | None  # optimizer.offload: the model's gradients, and its optimiser's states once it has one
     version: int = 0  # of the weights that the engines have
+    engines_rest: bool = False  # they were told to sleep since the last sync
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -80,6 +84,7 @@ class Session:
     ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
         """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model: the
         policy, or another ``model``."""
+        self.restore_states()
         c = self.config.optimizer
         built, scheduler = optimizer.build(
             model or self.model,
@@ -96,15 +101,25 @@ class Session:
             steps,
         )
         built.reload_model_params()
+        if self.states is not None and model is None:
+            self.states.optimizer = built
         return built, scheduler
+
+    def restore_states(self) -> None:
+        """Before training: bring gradients and optimiser states back from the host, where ``optimizer.offload`` left
+        them; engines and judges on these devices are to be asleep."""
+        if self.states is not None:
+            self.states.restore()
 
     def sync_weights(self, version: int) -> int:
         """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed.
 
         ``version`` is the number of RL steps that made the weights, so that a resumed run's samples name the same one.
-        Engines that died are started again first.
+        Engines that died are started again first. With ``optimizer.offload`` the trainer's states make room for them.
         """
         assert self.bridge is not None, "this run has no engines (recipes.config.generates)"
+        if self.states is not None:
+            on_all_ranks(self.states.release, self.control)
 
         def prepare() -> int:
             died = [engine for engine in self.engines if not engine.alive]
@@ -116,13 +131,19 @@ class Session:
 
         if any(on_all_ranks(prepare, self.control)):
             self.bridge.attach(self.engines)
-        placed, self.version = self.bridge.sync(version)["bytes"], version
+        placed, self.version, self.engines_rest = self.bridge.sync(version)["bytes"], version, False
         on_all_ranks(lambda: self._tell_sleepers("/wake", ["kv_cache"]), self.control)
         return placed
 
     def sleep_engines(self) -> None:
         """Collective: the engines' GPU memory is the trainer's until the next sync, where ``rollout.sleep`` says so."""
         on_all_ranks(lambda: self._tell_sleepers("/sleep", ["weights", "kv_cache"]), self.control)
+        self.engines_rest = True
+
+    def wake_engines(self) -> None:
+        """Collective: a sync of the weights they had, where the engines were put to sleep."""
+        if self.engines_rest:
+            self.sync_weights(self.version)
 
     def _tell_sleepers(self, path: str, tags: list[str]) -> None:
         for engine in self.engines:
@@ -154,9 +175,34 @@ class Session:
     ) -> tuple[list[Sample], list[Any]]:
         """Collective: samples by prompt, then index, and what ``on_sample`` (``Generation``) said of each; the same on
         every rank. ``step`` decides the noise."""
+        self.wake_engines()
         requests = sampler.make_requests(prompts, samples_per_prompt, self.config.seed, step)
-        generation = Generation(self.fleet, requests, self.sampling(temperature), on_sample)
-        return generation.collect(self.control, partial(self.sync_weights, self.version))
+        streamed = None if self.judges_sleep else on_sample
+        generation = Generation(self.fleet, requests, self.sampling(temperature), streamed)
+        samples, results = generation.collect(self.control, partial(self.sync_weights, self.version))
+        if on_sample is not None and self.judges_sleep:
+            results = self.judge_together(samples, on_sample)
+        return samples, results
+
+    @property
+    def judges_sleep(self) -> bool:
+        """Whether the judges' servers share GPUs with engines and trainer, and judge when all is generated."""
+        return self.config.rewards.placement == settings.COLOCATED
+
+    def judge_together(self, samples: Sequence[Sample], judge: Callable[[Sample], Any]) -> list[Any]:
+        """Collective: what ``judge`` says of each sample, as JSON. The engines sleep from here on, the judges' servers
+        are awake meanwhile; each node's judge their share."""
+        self.sleep_engines()
+
+        def work() -> list[Any]:
+            if self.client is None:
+                return []
+            own = samples[self.node :: self.nodes]
+            with self.client.awake(), ThreadPoolExecutor(len(own) or 1, "judge") as threads:  # the client bounds them
+                return list(threads.map(judge, own))
+
+        shares = [iter(share) for share in on_all_ranks(work, self.control) if share]
+        return [next(shares[i % self.nodes]) for i in range(len(samples))]
 
     def text(self, sample: Sample) -> str:
         """The response as a reader sees it. For verifiers and people only: training uses the token ids."""
@@ -260,6 +306,8 @@ def open_session(config: Config) -> Iterator[Session]:
         if settings_of_engines:  # samples are judged where the engines are
             names = {*mixing.verifier_names(c.rewards.mix), *c.data.scores}
             client = stack.enter_context(Client(mixing.servers_of(names, c.rewards), c.rewards.client))
+            if c.rewards.placement == settings.COLOCATED:
+                client.sleep(patience=c.rewards.supervisor.startup_timeout)
             verifiers = mixing.open_verifiers(names, c.rewards, client)
         turns: Turns | None = None
         if settings_of_engines and c.rollout.environment.name is not None:
@@ -327,6 +375,7 @@ def open_session(config: Config) -> Iterator[Session]:
             node,
             nodes,
             cost_of(hf_config, c.model.frozen),
+            HostCopy(model, weights=False) if c.optimizer.offload else None,
         )
 
 
