@@ -94,7 +94,8 @@ def phase_table(report: "Report") -> Table:
 
 def sums(parts: dict[str, float], total: float) -> str:
     """Each part's share and what they make together."""
-    return " + ".join(f"{name} {size:.1f}" for name, size in parts.items() if size) + f" = {total:.1f}"
+    shown = " + ".join(f"{name} {size:.1f}" for name, size in parts.items() if size)
+    return f"{shown} = {total:.1f}" if shown else "nothing"
 
 
 def bar(rank: dict[str, Any], parts: list[str], room: float) -> Text:

@@ -118,8 +118,7 @@ class Session:
         Engines that died are started again first. With ``optimizer.offload`` the trainer's states make room for them.
         """
         assert self.bridge is not None, "this run has no engines (recipes.config.generates)"
-        if self.states is not None:
-            on_all_ranks(self.states.release, self.control)
+        on_all_ranks(self._make_room, self.control)
 
         def prepare() -> int:
             died = [engine for engine in self.engines if not engine.alive]
@@ -134,6 +133,12 @@ class Session:
         placed, self.version, self.engines_rest = self.bridge.sync(version)["bytes"], version, False
         on_all_ranks(lambda: self._tell_sleepers("/wake", ["kv_cache"]), self.control)
         return placed
+
+    def _make_room(self) -> None:
+        """For engines: this rank's states, where they may go, and what its allocator kept of activations."""
+        if self.states is not None:
+            self.states.release()
+        platform.current().empty_cache()
 
     def sleep_engines(self) -> None:
         """Collective: the engines' GPU memory is the trainer's until the next sync, where ``rollout.sleep`` says so."""
