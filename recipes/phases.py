@@ -76,7 +76,8 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
 
 
 def judges(config: Config, settings: Settings) -> Judges:
-    """Raises ConfigError for a server that needs more GPUs than a node has."""
+    """Raises ConfigError for a server that needs more GPUs than a node has, or more memory for its weights than it may
+    take of them."""
     if config.rewards.placement != rewards.COLOCATED:
         return Judges(0, 0, 0, {})
     gpus = config.cluster.ranks // config.cluster.nodes - config.rewards.supervisor.first_device
@@ -89,8 +90,14 @@ def judges(config: Config, settings: Settings) -> Judges:
                 f"{gpus} from rewards.supervisor.first_device on (rewards.placement=colocated: all are on each node); "
                 "use fewer"
             )
-        fractions[server.name] = utilization(server)
-        weights += server.replicas * judge_weights(server, int(fractions[server.name] * room))
+        fraction = fractions[server.name] = utilization(server)
+        own = judge_weights(server, int(fraction * room))
+        if own > fraction * room * server.tensor:
+            raise ConfigError(
+                f"rewards.servers.{server.name}: {own / server.tensor / GIB:.1f} GiB of weights on each of its GPUs, "
+                f"{UTILIZATION} {fraction:g} lets it have {fraction * room / GIB:.1f}: give it more, or a larger tensor"
+            )
+        weights += server.replicas * own
     asleep = int(len(fractions) * settings.asleep_gib * GIB)
     return Judges(int(sum(fractions.values()) * room), asleep, weights, fractions)
 
@@ -242,8 +249,7 @@ def for_generating(config: Config, settings: Settings, rank: dict[str, Any]) -> 
 
 
 def for_judging(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
-    fractions = judges(config, settings).fractions
-    shown = ", ".join(f"{name} {fraction:g}" for name, fraction in fractions.items())
+    shown = ", ".join(f"{server.name} {utilization(server):g}" for server in rewards.used(config.rewards))
     return [
         *(["critic.offload=true"] if rank["critic_idle"] else []),
         *([] if config.optimizer.offload else ["optimizer.offload=true"]),

@@ -174,8 +174,10 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
         report.check("images", lambda: images(config, hf_config))
         say("prompts")
         report.check("prompts", lambda: every_prompt(config))
+        judges: list[phases.Judges] = []
+        report.check("judges", lambda: colocated_judges(config, settings, judges))
         if report.check("layout", lambda: layout(config, hf_config, report)) and report.check(
-            "ranks", lambda: build(config, hf_config, settings, report, say)
+            "ranks", lambda: build(config, hf_config, settings, judges, report, say)
         ):
             report.check("weights", lambda: every_tensor(report))
             report.check("memory", lambda: phases.device_memory(config, settings, report))
@@ -413,8 +415,23 @@ def layout(config: Config, hf_config: Any, report: Report) -> str:
     return f"{config.cluster.ranks} ranks: {sizes}"
 
 
-def build(config: Config, hf_config: Any, settings: Settings, report: Report, say: Callable[[str], None]) -> str:
-    """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds."""
+def colocated_judges(config: Config, settings: Settings, found: list[phases.Judges]) -> str:
+    """Appends what the servers on the trainer's GPUs need to ``found``."""
+    found.append(phases.judges(config, settings))
+    shown = ", ".join(f"{name} {fraction:g}" for name, fraction in found[0].fractions.items())
+    return f"on the trainer's GPUs, of each: {shown}" if shown else "none is on the trainer's GPUs"
+
+
+def build(
+    config: Config,
+    hf_config: Any,
+    settings: Settings,
+    judges: list[phases.Judges],
+    report: Report,
+    say: Callable[[str], None],
+) -> str:
+    """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds. ``judges`` is empty
+    where their check failed: then they are left out."""
     from megatron_ext import hf_checkpoint, scalar_head, simulation
     from megatron_ext.model import ModelSettings
 
@@ -433,7 +450,7 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
     if trainer.has_critic(config):
         path = config.critic.path
         critic_config = scalar_head.scalar_config(hf_checkpoint.config(path) if path else hf_config)
-    judges = phases.judges(config, settings)
+    beside = judges[0] if judges else phases.Judges(0, 0, 0, {})
     report.phases = phases.on_device(config)
     coverage, of_critic = simulation.Coverage(), simulation.Coverage()
     layers: dict[int, list[int]] = {}
@@ -453,7 +470,7 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
             place = {"pp": here.pipeline_rank, "tp": here.tensor_rank}
             parameters = [p for chunk in built.chunks for p in chunk.module.parameters()]
             report.parameters_per_rank.append({**place, "count": sum(p.numel() for p in parameters)})
-            memory = phases.rank_memory(config, built, critic, settings, total, judges)
+            memory = phases.rank_memory(config, built, critic, settings, total, beside)
             report.memory_gib.append({**place, **memory.gib(report.phases)})
             decoders = [getattr(chunk.module, "language", chunk.module).decoder for chunk in built.chunks]
             layers[here.pipeline_rank] = [len(decoder.layers) for decoder in decoders]
@@ -462,7 +479,7 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
     if critic_config:
         report.critic_tensors = of_critic.compare(simulation.checkpoint_tensors(critic_config), tied=False)
     report.engine_gib = phases.engine_gib(config, hf_config, total)
-    report.host_gib = phases.on_host(config, report.memory_gib, judges)
+    report.host_gib = phases.on_host(config, report.memory_gib, beside)
     shown = " | ".join(" + ".join(map(str, chunks)) for chunks in layers.values())
     return f"{len(ranks)} distinct ones; layers on the pipeline's stages {shown}"
 

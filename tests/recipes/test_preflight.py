@@ -61,6 +61,9 @@ COLOCATED = [
     "rewards.placement=colocated",
     *(f"+rewards.servers.{name}.arguments=[--gpu-memory-utilization,'{share}']" for name, share in SHARES.items()),
 ]
+# A layout that can't be ends before models are built.
+NARROW = ["rewards.servers.knowledge.tensor=4", "rewards.servers.value.tensor=1"]
+NARROW += ["parallel.pipeline=3", "cluster.ranks=48"]
 ALL = """
 import json, sys
 from hydra import compose, initialize_config_dir
@@ -92,6 +95,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted["sleeping critic"] = [*wanted["critic"], "critic.offload=true"]
     wanted["engine awake"] = ["recipe=safework_7b", "rollout.sleep=false"]
     wanted["colocated"] = [*COLOCATED, "optimizer.offload=true"]
+    wanted["judge's weights"] = [*COLOCATED, *NARROW]
     wanted["crowded"] = [*COLOCATED, "rewards.servers.value.arguments=[]", "preflight.host_memory_gib=300"]
     wanted |= {name: ["recipe=safework_70b", *overrides] for name, (overrides, _, _) in IMPOSSIBLE.items()}
     file = tmp_path_factory.mktemp("preflight") / "reports.json"
@@ -215,6 +219,8 @@ def test_a_phase_that_does_not_fit_the_gpu_or_the_host_names_what_to_change(repo
         assert words in wrong["memory"]
     for words in ("300 GiB of a node's host while training", "rewards.placement=apart", "judges", "cluster.nodes"):
         assert words in wrong["host_memory"]
+    detail = failed(reports["judge's weights"])["judges"]
+    assert "rewards.servers.knowledge: 34.2 GiB of weights" in detail and "0.3 lets it have 23.7" in detail
     awake = failed(reports["engine awake"])
     assert list(awake) == ["memory"] and "training needs" in awake["memory"] and "rollout.sleep=true" in awake["memory"]
 
