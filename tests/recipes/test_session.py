@@ -89,7 +89,7 @@ class FakeSleeper:
 
 
 def test_engines_fall_asleep_before_judges_wake_and_these_sleep_when_all_is_judged(tmp_path: Path) -> None:
-    """Two nodes' shares are judged in turn here; each node's judges hear of their own only."""
+    """All are judged in one turn, and each has its own verdict."""
     answers = [f"answer {i}" for i in range(5)]
 
     async def behave(number: int, request: Any, body: dict[str, Any]) -> Any:
