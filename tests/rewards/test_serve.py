@@ -275,7 +275,7 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
         config = settings.read(OmegaConf.merge(base, OmegaConf.create(written)))  # type: ignore[arg-type]
         with Client(settings.servers(config), config.client) as client:
             client.check()
-            verifiers = mixing.open_verifiers(["safety", "first_token"], config, client)
+            verifiers: dict[str, Any] = mixing.open_verifiers(["safety", "first_token"], config, client)
             judges(verifiers)
             sleeps_and_wakes(client, verifiers["first_token"], port)
             refuses_strangers(port)
