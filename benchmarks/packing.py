@@ -30,7 +30,7 @@ from megatron_ext.packing import Cost, PackedSequence, VisionInputs, cost_of, pl
 from megatron_ext.weight_map import round_up
 from recipes import records, trainer
 from recipes.config import Config, parse, samples_per_step
-from recipes.preflight import ARCHITECTURES
+from recipes.phases import ARCHITECTURES
 
 RESULT = Path("benchmarks/results/packing.json")
 SEEDS = 10

@@ -9,7 +9,7 @@ keeps its inputs, its output and one number for each head and token instead of t
 its own terms are beside those of CUDA. All sizes are in bytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -38,7 +38,9 @@ class Shape:
 class Memory:
     """Bytes on one device. ``activations`` are those kept for the backward pass at their peak, ``workspace`` is what
     comes and goes within one layer; ``vllm`` is the engine's weights and buffers. ``critic``: what a critic's weights,
-    gradients and optimiser add at the peak of training, ``critic_idle`` what they leave while the engine generates."""
+    gradients and optimiser add at the peak of training, ``critic_idle`` what they leave while the engine generates,
+    ``critic_asleep`` what an offloaded one then has on the host. ``judges``: of servers on the same device,
+    ``judges_asleep`` what they leave there. A phase (``recipes.phases``) has some of them."""
 
     weights: int
     gradients: int
@@ -51,43 +53,29 @@ class Memory:
     reserve: int
     critic: int
     critic_idle: int
+    critic_asleep: int
+    judges: int
+    judges_asleep: int
 
-    @property
-    def states(self) -> int:
-        """What stays of the policy from step to step."""
-        return self.weights + self.gradients + self.optimizer
-
-    @property
-    def training(self) -> int:
-        return self.states + self.critic + self.activations + self.logits + self.workspace + self.reserve
-
-    @property
-    def generating(self) -> int:
-        """With the engine awake beside a trainer that is idle but keeps its states."""
-        return self.states + self.critic_idle + self.kv_cache + self.vllm + self.reserve
-
-    @property
-    def total(self) -> int:
-        """The greater of both: a colocated engine sleeps while the trainer works."""
-        return max(self.training, self.generating)
-
-    def gib(self) -> dict[str, float]:
-        names = [*(f.name for f in fields(self)), "training", "generating", "total"]
-        return {name: round(getattr(self, name) / 2**30, 3) for name in names}
+    def gib(self, phases: Mapping[str, Iterable[str]]) -> dict[str, float]:
+        """Each part, the sum of each phase's parts, and the greatest of these as ``total``, in GiB."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        sums = {phase: sum(parts[name] for name in names) for phase, names in phases.items()}
+        return {name: round(size / 2**30, 3) for name, size in (parts | sums | {"total": max(sums.values())}).items()}
 
 
-def critic(policy: Model, beside: Model | None, offload: bool) -> tuple[int, int]:
-    """A critic's bytes on the fullest rank as ``Memory`` has them, training and idle; 0 without one.
+def critic(policy: Model, beside: Model | None, offload: bool) -> tuple[int, int, int]:
+    """A critic's bytes on the fullest rank as ``Memory`` has them: training, idle, and on the host; 0 without one.
 
     With ``offload`` it takes the place of the policy's gradients and optimiser while it is trained, and of nothing at
     other times. The policy's activations and logits stand for the critic's, which are not more.
     """
     if beside is None:
-        return 0, 0
+        return 0, 0, 0
     own = weights(beside) + gradients(beside) + fullest_optimizer(beside)
     if offload:
-        return max(0, own - gradients(policy) - fullest_optimizer(policy)), 0
-    return own, own
+        return max(0, own - gradients(policy) - fullest_optimizer(policy)), 0, own - gradients(beside)
+    return own, own, 0
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

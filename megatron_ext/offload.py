@@ -14,15 +14,17 @@ class HostCopy:
 
     Tensors, and views of them, stay the same objects: only the memory behind them goes and comes back, bit for bit.
     Gradients are not kept: each accumulation begins with zeros. ``weights=False`` leaves the weights where they are, as
-    those that engines read in place must be.
+    those that engines read in place must be. ``optimizer`` may come later.
     """
 
-    def __init__(self, model: Model, optimizer: MegatronOptimizer, weights: bool = True) -> None:
+    def __init__(self, model: Model, optimizer: MegatronOptimizer | None = None, weights: bool = True) -> None:
         self.model, self.optimizer, self.weights = model, optimizer, weights
         self.away: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
 
     def release(self) -> None:
-        """Move what is on the device to the host."""
+        """Move what is on the device to the host; nothing where it has been moved."""
+        if self.away:
+            return
         weights = _storages(p.data for chunk in self.model.chunks for p in chunk.module.parameters())
         gradients = _storages(buffer.grad_data for chunk in self.model.chunks for buffer in chunk.buffers)
         states = _storages(self._states())
@@ -45,6 +47,8 @@ class HostCopy:
 
     def _states(self) -> Iterator[torch.Tensor]:
         """FP32 masters and moments that are on the device; torch keeps its step counters on the host."""
+        if self.optimizer is None:
+            return
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             inner = optimizer.optimizer
             tensors = [p.data for group in inner.param_groups for p in group["params"]]

@@ -222,6 +222,7 @@ class OptimizerConfig:
     weight_decay: float
     clip_grad_norm: float
     max_skipped: int
+    offload: bool
 
 
 @dataclass
@@ -411,6 +412,12 @@ def check_rollout(c: Config) -> None:
         raise ConfigError(
             "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
         )
+    colocated = c.rewards.placement == settings.COLOCATED
+    for field, chosen in (("optimizer.offload=true", c.optimizer.offload), ("rewards.placement=colocated", colocated)):
+        if chosen and r.staleness:
+            raise ConfigError(f"{field}: needs rollout.staleness=0 (with 1 it generates while it trains)")
+    if colocated and c.cluster.platform == "cuda" and not r.sleep:
+        raise ConfigError("rewards.placement=colocated: engines make room for judges: needs rollout.sleep=true")
     if r.quantization is not None:
         if r.quantization not in QUANTIZATIONS:
             raise ConfigError(f"rollout.quantization={r.quantization!r}: use null or one of {', '.join(QUANTIZATIONS)}")
@@ -450,10 +457,12 @@ def check_critic(c: Config) -> None:
             f"critic.warmup_steps={k.warmup_steps}: the policy is trained in what is left of algorithm.steps="
             f"{c.algorithm.steps}; use 0 or more, and fewer than these"
         )
-    if k.offload and c.precision.parameter_gather:
-        raise ConfigError(
-            "critic.offload=true: can't move FP8 weights (precision.parameter_gather=true) to the host; set one false"
-        )
+    for field, offload in (("critic.offload", k.offload), ("optimizer.offload", c.optimizer.offload)):
+        if offload and c.precision.parameter_gather:
+            raise ConfigError(
+                f"{field}=true: can't move the states of FP8 weights (precision.parameter_gather=true) to the host; "
+                "set one false"
+            )
 
 
 def check(config: Config) -> None:

@@ -7,6 +7,7 @@ template and the parsing of the verifier. The run's folder gets ``judge.json``.
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def measure(config: Config) -> dict[str, Any]:
     rows = judging.load(sft.held_out, judging.find_judge(sft.judge))
     servers = mixing.servers_of([name], config.rewards)
     run_dir = Path(config.run_dir)
-    started = replicas(config.rewards, run_dir / "servers", config.cluster.platform)
+    alone = replace(config.rewards, placement=settings.APART)  # nobody shares its GPUs here
+    started = replicas(alone, run_dir / "servers", config.cluster.platform)
     supervisor = Supervisor(
         [replica for replica in started if replica.server.name in servers], config.rewards.supervisor
     )

@@ -23,20 +23,19 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from recipes import trainer
+from recipes import phases, trainer
 from recipes.config import Config, ConfigError, parse, samples_per_step
 from recipes.data import specification
 from recipes.data.prompts import PROMPT_FIELDS
 from recipes.train import check_parts, check_supervised, from_command_line
 from rewards import mixing
 from rewards.client import Client
+from rewards.settings import PLACEMENTS
 
-ARCHITECTURES = Path(__file__).resolve().parents[1] / "conf" / "model" / "architectures"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 FP8_MULTIPLE = 16  # Transformer Engine's, of both sides of a matrix
 MOST_PADDING = 1.5  # padded attention heads to true ones: beyond it a layout wastes too much to be meant
 CHECKPOINT_BYTES = 14  # of a trained parameter: its BF16 weight, FP32 master and moments
-PLACES = ("colocated", "apart")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class Settings:
     fp8: bool
     reserve_gib: float
     engines: str
+    host_memory_gib: float
+    asleep_gib: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Report:
     hf_tensors: dict[str, Any] | None = None
     critic_tensors: dict[str, Any] | None = None
     memory_gib: list[dict[str, Any]] = field(default_factory=list)
+    phases: dict[str, list[str]] = field(default_factory=dict)
+    host_gib: dict[str, dict[str, float]] = field(default_factory=dict)
     engine_gib: dict[str, float] | None = None
     fits: bool = False
     batch: dict[str, Any] | None = None
@@ -144,8 +147,8 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
     parsed: list[Config] = []
 
     def configuration() -> str:
-        if settings.engines not in PLACES:
-            raise ConfigError(f"preflight.engines={settings.engines!r}: use one of {', '.join(PLACES)}")
+        if settings.engines not in PLACEMENTS:
+            raise ConfigError(f"preflight.engines={settings.engines!r}: use one of {', '.join(PLACEMENTS)}")
         parsed.append(parse(raw))
         return f"{report.recipe}: every field is known and possible"
 
@@ -171,11 +174,14 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
         report.check("images", lambda: images(config, hf_config))
         say("prompts")
         report.check("prompts", lambda: every_prompt(config))
+        judges: list[phases.Judges] = []
+        report.check("judges", lambda: colocated_judges(config, settings, judges))
         if report.check("layout", lambda: layout(config, hf_config, report)) and report.check(
-            "ranks", lambda: build(config, hf_config, settings, report, say)
+            "ranks", lambda: build(config, hf_config, settings, judges, report, say)
         ):
             report.check("weights", lambda: every_tensor(report))
-            report.check("memory", lambda: memory(config, settings, report))
+            report.check("memory", lambda: phases.device_memory(config, settings, report))
+            report.check("host_memory", lambda: phases.host_memory(config, settings, report))
     report.check("disk_space", lambda: disk_space(config, report))
     return report
 
@@ -232,17 +238,11 @@ def tokenizer(config: Config) -> str:
 
 def architecture(config: Config, found: list[Any]) -> str:
     """Appends transformers' configuration of the model, and of its language model, to ``found``."""
-    from transformers import CONFIG_MAPPING
-
     from megatron_ext import hf_checkpoint, simulation
     from megatron_ext.models import family
 
     folder = Path(config.model.path)
-    file = ARCHITECTURES / f"{folder.name}.json"
-    known = None
-    if file.is_file():
-        fields = json.loads(file.read_text())
-        known = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    file, known = phases.architecture(folder.name)
     if has_model(config):
         hf_config, source = hf_checkpoint.config(folder), folder / "config.json"
         if known is not None and simulation.checkpoint_tensors(hf_config) != simulation.checkpoint_tensors(known):
@@ -415,8 +415,23 @@ def layout(config: Config, hf_config: Any, report: Report) -> str:
     return f"{config.cluster.ranks} ranks: {sizes}"
 
 
-def build(config: Config, hf_config: Any, settings: Settings, report: Report, say: Callable[[str], None]) -> str:
-    """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds."""
+def colocated_judges(config: Config, settings: Settings, found: list[phases.Judges]) -> str:
+    """Appends what the servers on the trainer's GPUs need to ``found``."""
+    found.append(phases.judges(config, settings))
+    shown = ", ".join(f"{name} {fraction:g}" for name, fraction in found[0].fractions.items())
+    return f"on the trainer's GPUs, of each: {shown}" if shown else "none is on the trainer's GPUs"
+
+
+def build(
+    config: Config,
+    hf_config: Any,
+    settings: Settings,
+    judges: list[phases.Judges],
+    report: Report,
+    say: Callable[[str], None],
+) -> str:
+    """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds. ``judges`` is empty
+    where their check failed: then they are left out."""
     from megatron_ext import hf_checkpoint, scalar_head, simulation
     from megatron_ext.model import ModelSettings
 
@@ -435,6 +450,8 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
     if trainer.has_critic(config):
         path = config.critic.path
         critic_config = scalar_head.scalar_config(hf_checkpoint.config(path) if path else hf_config)
+    beside = judges[0] if judges else phases.Judges(0, 0, 0, {})
+    report.phases = phases.on_device(config)
     coverage, of_critic = simulation.Coverage(), simulation.Coverage()
     layers: dict[int, list[int]] = {}
     ranks = simulation.distinct_ranks(config.cluster.ranks, cut)
@@ -453,14 +470,16 @@ def build(config: Config, hf_config: Any, settings: Settings, report: Report, sa
             place = {"pp": here.pipeline_rank, "tp": here.tensor_rank}
             parameters = [p for chunk in built.chunks for p in chunk.module.parameters()]
             report.parameters_per_rank.append({**place, "count": sum(p.numel() for p in parameters)})
-            report.memory_gib.append({**place, **rank_memory(config, built, critic, settings, total).gib()})
+            memory = phases.rank_memory(config, built, critic, settings, total, beside)
+            report.memory_gib.append({**place, **memory.gib(report.phases)})
             decoders = [getattr(chunk.module, "language", chunk.module).decoder for chunk in built.chunks]
             layers[here.pipeline_rank] = [len(decoder.layers) for decoder in decoders]
     report.parameters_total = total
     report.hf_tensors = coverage.compare(expected, hf_config.tie_word_embeddings)
     if critic_config:
         report.critic_tensors = of_critic.compare(simulation.checkpoint_tensors(critic_config), tied=False)
-    report.engine_gib = engine_gib(config, hf_config, total)
+    report.engine_gib = phases.engine_gib(config, hf_config, total)
+    report.host_gib = phases.on_host(config, report.memory_gib, beside)
     shown = " | ".join(" + ".join(map(str, chunks)) for chunks in layers.values())
     return f"{len(ranks)} distinct ones; layers on the pipeline's stages {shown}"
 
@@ -489,87 +508,6 @@ def fp8_alignment(config: Config, built: Any) -> None:
                 f"parallel.tensor={config.parallel.tensor}: {shard.name} is {sides} on a rank, FP8 wants multiples of "
                 f"{FP8_MULTIPLE}; use a smaller one, or precision=bf16"
             )
-
-
-def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, parameters: int) -> Any:
-    """Of a micro-batch filled to the brim: as many sequences of full length as it takes, or of images alone."""
-    from megatron_ext import memory as sizes
-    from megatron_ext.models import family
-    from megatron_ext.weight_map import round_up
-
-    c, cut, platform = config.parallel, trainer.layout(config), config.cluster.platform
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    tokens = round_up(c.micro_batch_tokens // cut.context, built.token_multiple)
-    shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // longest, longest, patches=4 * c.micro_batch_tokens)
-    per_rank = samples_per_step(config) // trainer.data_parallel(config)
-    text = family(built.hf_config.architectures[0]).text_config(built.hf_config)
-    here = settings.engines == "colocated"
-    critic_bytes, critic_idle = sizes.critic(built, critic, config.critic.offload)
-    return sizes.Memory(
-        weights=sizes.weights(built),
-        gradients=sizes.gradients(built),
-        optimizer=sizes.fullest_optimizer(built),
-        activations=sizes.activations(built, shape, per_rank, platform),
-        logits=sizes.logits(built, shape),
-        workspace=sizes.workspace(built, shape),
-        kv_cache=int(config.rollout.kv_cache_gib * 2**30) if here else 0,
-        vllm=engine_bytes(config, text, parameters) if here else 0,
-        reserve=int(settings.reserve_gib * 2**30),
-        critic=critic_bytes,
-        critic_idle=critic_idle,
-    )
-
-
-def engine_bytes(config: Config, text: Any, parameters: int) -> int:
-    from megatron_ext import memory as sizes
-
-    c, size = config.rollout, 4 if config.precision.name == "fp32" else 2
-    fp8 = c.quantization is not None
-    return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size, fp8)
-
-
-def engine_gib(config: Config, hf_config: Any, parameters: int) -> dict[str, float]:
-    """Of one engine's device, the trainer left out."""
-    from megatron_ext.models import family
-
-    text = family(hf_config.architectures[0]).text_config(hf_config)
-    vllm = engine_bytes(config, text, parameters) / 2**30
-    return {"vllm": round(vllm, 3), "kv_cache": config.rollout.kv_cache_gib}
-
-
-def memory(config: Config, settings: Settings, report: Report) -> str:
-    """The fullest rank against the device; a colocated engine sleeps while the trainer works."""
-    room = settings.device_memory_gib
-    fullest = max(report.memory_gib, key=lambda rank: rank["total"])
-    where = f"stage {fullest['pp']}, tensor rank {fullest['tp']}"
-    assert report.engine_gib is not None
-    apart = sum(report.engine_gib.values()) + settings.reserve_gib
-    report.fits = fullest["total"] <= room and (settings.engines == "colocated" or apart <= room)
-    if fullest["training"] > room:
-        remedies = ["fewer parallel.micro_batch_tokens", "more parallel.context, parallel.tensor or parallel.pipeline"]
-        if config.parallel.recompute != "full":
-            remedies.insert(0, "parallel.recompute=full")
-        if trainer.has_critic(config) and not config.critic.offload:
-            remedies.insert(0, "critic.offload=true")
-        raise ConfigError(
-            f"training needs {fullest['training']:.1f} GiB on {where}, {settings.device} has {room}: use "
-            + ", or ".join(remedies)
-        )
-    if fullest["generating"] > room:
-        least = config.rollout.kv_cache_gib - (fullest["generating"] - room)
-        raise ConfigError(
-            f"the engine beside the trainer needs {fullest['generating']:.1f} GiB on {where}, {settings.device} has "
-            + f"{room}: "
-            + ("use critic.offload=true, or " if fullest["critic_idle"] else "")
-            + (f"use rollout.kv_cache_gib={int(least)}" if least >= 1 else "use a larger rollout.tensor")
-            + ", or more parallel.pipeline, or preflight.engines=apart"
-        )
-    if not report.fits:
-        raise ConfigError(
-            f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: lower rollout.kv_cache_gib or "
-            "raise rollout.tensor"
-        )
-    return f"at most {fullest['total']:.1f} of {room} GiB, on {where}"
 
 
 def disk_space(config: Config, report: Report) -> str:

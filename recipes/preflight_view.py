@@ -1,4 +1,4 @@
-"""The preflight as a person reads it: what is being done, then the checks, the ranks and a bar of memory for each."""
+"""The preflight as a person reads it: what is being done, then each rank's memory by phase, and the checks."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from recipes.preflight import Report
 
 WIDTH = 40  # cells of a bar; the last one is the device's last GiB
-STATES = {"weights": "blue", "gradients": "cyan", "optimizer": "magenta"}
-TRAINING = {"critic": "red", "activations": "green", "logits": "yellow", "workspace": "white"}
-GENERATING = {"critic_idle": "red", "kv_cache": "green", "vllm": "yellow"}
-RESERVE = {"reserve": "bright_black"}
-LETTERS = {
-    "weights": "W", "gradients": "G", "optimizer": "O", "activations": "A", "logits": "L", "workspace": "w",
-    "kv_cache": "K", "vllm": "V", "reserve": "r",
-    "critic": "C", "critic_idle": "C",
+# Part of the memory: its letter and colour. The critic is there once, as it is trained or as it waits.
+PARTS = {
+    "weights": ("W", "blue"), "gradients": ("G", "cyan"), "optimizer": ("O", "magenta"),
+    "critic": ("C", "red"), "critic_idle": ("C", "red"),
+    "activations": ("A", "green"), "logits": ("L", "yellow"), "workspace": ("w", "white"),
+    "vllm": ("V", "yellow"), "kv_cache": ("K", "green"),
+    "judges": ("J", "bright_magenta"), "judges_asleep": ("j", "bright_magenta"), "reserve": ("r", "bright_black"),
 }  # fmt: skip
 
 
@@ -42,6 +41,7 @@ def show(report: "Report") -> None:
     out.print(Text(f"{report.recipe}: {report.model}{total}", style="bold"))
     if report.memory_gib:
         out.print(memory_table(report))
+        out.print(phase_table(report))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     table.add_column("check")
@@ -63,34 +63,49 @@ def memory_table(report: "Report") -> Group:
         alike = tuple(value for name, value in rank.items() if name != "tp")
         groups.setdefault((*alike, counts[rank["pp"], rank["tp"]]), []).append(rank)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("stage", "tensor", "parameters", "states", "training", "generating"):
+    for name in ("stage", "tensor", "parameters"):
         table.add_column(name, justify="right")
-    table.add_column(f"of {report.device_memory_gib} GiB, {report.device}: training above, generating below")
+    table.add_column(f"GiB of {report.device_memory_gib}, {report.device}")
     for ranks in groups.values():
         first = ranks[0]
         tensor = f"{first['tp']}-{ranks[-1]['tp']}" if len(ranks) > 1 else str(first["tp"])
-        states = sum(first[name] for name in STATES)
         bars = Text("\n").join(
-            bar(first, STATES | parts | RESERVE, report.device_memory_gib) for parts in (TRAINING, GENERATING)
+            Text(f"{phase:<10} {first[phase]:6.1f} ").append(bar(first, parts, report.device_memory_gib))
+            for phase, parts in report.phases.items()
         )
-        table.add_row(
-            str(first["pp"]), tensor, f"{counts[first['pp'], first['tp']]:,}", f"{states:.1f}",
-            f"{first['training']:.1f}", f"{first['generating']:.1f}", bars,
-        )  # fmt: skip
-    names = {**STATES, **TRAINING, **GENERATING, **RESERVE}
-    names = {name: style for name, style in names.items() if any(rank[name] for rank in report.memory_gib)}
-    names.pop("critic_idle", None)  # the critic's letter is there once
-    legend = Text("  ").join(Text(f"{LETTERS[name]} {name}", style=style) for name, style in names.items())
+        table.add_row(str(first["pp"]), tensor, f"{counts[first['pp'], first['tp']]:,}", bars)
+    there = {name: PARTS[name] for name in PARTS if name != "critic_idle" and any(r[name] for r in report.memory_gib)}
+    legend = Text("  ").join(Text(f"{letter} {name}", style=style) for name, (letter, style) in there.items())
     return Group(table, legend)
 
 
-def bar(rank: dict[str, Any], parts: dict[str, str], room: float) -> Text:
+def phase_table(report: "Report") -> Table:
+    """One row for each phase: what is on the GPU that is fullest then, and what is asleep on a node's host."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("phase", "on the fullest GPU, GiB", "asleep on a node's host, GiB"):
+        table.add_column(name, overflow="fold")
+    for phase, names in report.phases.items():
+        rank = max(report.memory_gib, key=lambda rank: rank[phase])
+        there = sums({name: rank[name] for name in names}, rank[phase])
+        away = report.host_gib[phase]
+        table.add_row(phase, there, sums(away, sum(away.values())))
+    return table
+
+
+def sums(parts: dict[str, float], total: float) -> str:
+    """Each part's share and what they make together."""
+    shown = " + ".join(f"{name} {size:.1f}" for name, size in parts.items() if size)
+    return f"{shown} = {total:.1f}" if shown else "nothing"
+
+
+def bar(rank: dict[str, Any], parts: list[str], room: float) -> Text:
     """Letters in proportion to the device's memory; what does not fit goes on beyond its end, in red."""
     text, gib = Text(), 0.0
-    for name, style in parts.items():
+    for name in parts:
+        letter, style = PARTS[name]
         start, gib = round(gib * WIDTH / room), gib + rank[name]
         end = round(gib * WIDTH / room)
         inside = max(0, min(end, WIDTH) - start)
-        text.append(LETTERS[name] * inside, style=style)
-        text.append(LETTERS[name] * (end - start - inside), style="bold red")
+        text.append(letter * inside, style=style)
+        text.append(letter * (end - start - inside), style="bold red")
     return text.append("." * max(0, WIDTH - len(text)), style="bright_black")

@@ -26,6 +26,7 @@ from recipes.session import Session
 from rewards import mixing, objectives
 from rewards.verdict import Judgement, from_json, or_nan, to_json
 from rewards.verifiers import search
+from rollout import pool as pools
 from rollout.pool import Pool, Rollout
 from rollout.sample import Sample
 
@@ -68,14 +69,15 @@ def fit(session: Session, reference: Path) -> None:
         pool.load(progress["pool"])
         constraint = progress["constraint"]
     session.truncate_records(done)
-    rollout = Rollout(pool, session.fleet, session.control, partial(judge, session, by_id))
-    sync_bytes = session.sync_weights(done)
+    streamed = None if session.judges_sleep else partial(judge, session, by_id)
+    rollout = Rollout(pool, session.fleet, session.control, streamed)
 
     for step in range(done, algorithm.steps):
         saver.check()
-        with session.phase("generate"):  # and reward: each sample is judged while others are being generated
-            groups = collect(session, rollout, by_id, constraint, step, started=ahead > 0 and step > done)
-            session.sleep_engines()
+        if not ahead or step == done:
+            with session.phase("sync"):
+                sync_bytes = session.sync_weights(step)
+        groups = collect(session, rollout, by_id, constraint, step, started=ahead > 0 and step > done)
         if ahead and step + 1 < algorithm.steps:
             with session.phase("sync"):
                 sync_bytes = session.sync_weights(step)
@@ -112,6 +114,7 @@ def fit(session: Session, reference: Path) -> None:
 
         sums: dict[str, float] = {}
         with session.phase("train"):
+            session.restore_states()
             for micro_batches in updates:
                 found = steps.accumulate_gradients(
                     model, micro_batches, loss, config.rollout.temperature, algorithm.entropy_coefficient > 0
@@ -123,10 +126,6 @@ def fit(session: Session, reference: Path) -> None:
                 mismatch.check(mismatch.report(found), mismatch_alarm=algorithm.mismatch_alarm)
                 steps.add_metrics(sums, {**found, "updates": 1})
             value_metrics = critics.train(session, critic, outcomes, sequences, list(chain(*weights)))
-
-        if not ahead or step + 1 == algorithm.steps:
-            with session.phase("sync"):
-                sync_bytes = session.sync_weights(step + 1)
 
         metrics = {
             "step": step + 1,
@@ -151,6 +150,7 @@ def fit(session: Session, reference: Path) -> None:
                 models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule), **critics.snapshot(critic)}
                 saver.save(step + 1, models, {**session.progress(), "pool": pool.to_json(), "constraint": constraint})
     saver.wait()
+    session.sync_weights(algorithm.steps)
 
 
 def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
@@ -177,6 +177,15 @@ def judge(session: Session, rows: Mapping[str, prompts.Row], sample: Sample) -> 
     return session.judge(row, sample, list(mixing.label_weights(row, session.config.rewards.mix)))
 
 
+def judge_groups(session: Session, rows: Mapping[str, prompts.Row], groups: Sequence[pools.Group]) -> None:
+    """Collective: set the groups' results when the engines have made all of them and sleep."""
+    indices = range(session.config.algorithm.samples_per_prompt)
+    samples = [group.samples[i] for group in groups for i in indices]
+    results = iter(session.judge_together(samples, partial(judge, session, rows)))
+    for group in groups:
+        group.results = {i: next(results) for i in indices}
+
+
 def collect(
     session: Session,
     rollout: Rollout,
@@ -186,7 +195,7 @@ def collect(
     started: bool,
 ) -> list[Group]:
     """The step's groups, generated and judged; ``constraint``: the multiplier's state; ``started``: the engines are at
-    it already. Collective.
+    it already, and behind it they sleep. Collective.
 
     Dynamic sampling (``algorithm.sampling_rounds`` above 1): further prompts are asked until enough groups have
     differing rewards; where the rounds do not give as many, others fill up.
@@ -195,9 +204,15 @@ def collect(
     indices = range(algorithm.samples_per_prompt)
     groups: list[Group] = []
     for draw in range(step * algorithm.sampling_rounds, (step + 1) * algorithm.sampling_rounds):
-        if groups or not started:
-            rollout.start(draw)
-        for made in rollout.collect(partial(session.sync_weights, step)):
+        with session.phase("generate"):  # and reward: each sample is judged while others are being generated
+            if groups or not started:
+                session.wake_engines()
+                rollout.start(draw)
+            found = rollout.collect(partial(session.sync_weights, step))
+        if session.judges_sleep:
+            with session.phase("judge"):
+                judge_groups(session, rows, found)
+        for made in found:
             judged = [{name: from_json(data) for name, data in made.results[i].items()} for i in indices]
             row = rows[made.asked.prompt.prompt_id]
             weights = objectives.constrained_weights(
@@ -209,6 +224,8 @@ def collect(
         rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
         if int(informative(rewards).sum()) >= algorithm.prompts_per_step:
             break
+    with session.phase("sync"):  # which wakes them
+        session.sleep_engines()
     return [groups[i] for i in select_groups(rewards, algorithm.prompts_per_step)]
 
 

@@ -5,7 +5,8 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 from megatron_ext import checkpoint, hf_checkpoint, optimizer, parallel, platform
 from megatron_ext import model as models
 from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
+from megatron_ext.offload import HostCopy
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
@@ -33,7 +35,7 @@ from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
 from recipes.watchdog import NOTICE, Watchdog, probe, slow_ranks
-from rewards import mixing
+from rewards import mixing, settings
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
 from rollout import sampler
@@ -71,7 +73,9 @@ class Session:
     watchdog: Watchdog
     run_id: str  # a resumed run's is the one it began with
     savers: list[checkpoint.Saver]
+    states: HostCopy | None  # optimizer.offload: the model's gradients, and its optimiser's states once it has one
     version: int = 0  # of the weights that the engines have
+    engines_rest: bool = False  # they were told to sleep since the last sync
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     skipped: int = 0  # updates of this step whose loss or gradient was not finite
     skipped_in_a_row: int = 0
@@ -90,6 +94,7 @@ class Session:
     ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
         """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model: the
         policy, or another ``model``."""
+        self.restore_states()
         c = self.config.optimizer
         built, scheduler = optimizer.build(
             model or self.model,
@@ -106,6 +111,8 @@ class Session:
             steps,
         )
         built.reload_model_params()
+        if self.states is not None and model is None:
+            self.states.optimizer = built
         return built, scheduler
 
     def update(self, built: MegatronOptimizer, schedule: OptimizerParamScheduler, found: dict[str, float]) -> bool:
@@ -133,14 +140,21 @@ class Session:
             )
         return False
 
+    def restore_states(self) -> None:
+        """Before training: bring gradients and optimiser states back from the host, where ``optimizer.offload`` left
+        them; engines and judges on these devices are to be asleep."""
+        if self.states is not None:
+            self.states.restore()
+
     def sync_weights(self, version: int) -> int:
         """Collective: bring every engine to the trainer's weights, verified bit for bit; returns the bytes placed.
 
         ``version`` is the number of RL steps that made the weights, so that a resumed run's samples name the same one.
-        Engines that died are started again first.
+        Engines that died are started again first. With ``optimizer.offload`` the trainer's states make room for them.
         """
         assert self.bridge is not None, "this run has no engines (recipes.config.generates)"
         self.watchdog.beat("sync")
+        on_all_ranks(self._make_room, self.control)
 
         def prepare() -> int:
             died = [engine for engine in self.engines if not engine.alive]
@@ -152,13 +166,25 @@ class Session:
 
         if any(on_all_ranks(prepare, self.control)):
             self.bridge.attach(self.engines)
-        placed, self.version = self.bridge.sync(version)["bytes"], version
+        placed, self.version, self.engines_rest = self.bridge.sync(version)["bytes"], version, False
         on_all_ranks(lambda: self._tell_sleepers("/wake", ["kv_cache"]), self.control)
         return placed
+
+    def _make_room(self) -> None:
+        """For engines: this rank's states, where they may go, and what its allocator kept of activations."""
+        if self.states is not None:
+            self.states.release()
+        platform.current().empty_cache()
 
     def sleep_engines(self) -> None:
         """Collective: the engines' GPU memory is the trainer's until the next sync, where ``rollout.sleep`` says so."""
         on_all_ranks(lambda: self._tell_sleepers("/sleep", ["weights", "kv_cache"]), self.control)
+        self.engines_rest = True
+
+    def wake_engines(self) -> None:
+        """Collective: a sync of the weights they had, where the engines were put to sleep."""
+        if self.engines_rest:
+            self.sync_weights(self.version)
 
     def _tell_sleepers(self, path: str, tags: list[str]) -> None:
         for engine in self.engines:
@@ -191,9 +217,34 @@ class Session:
         """Collective: samples by prompt, then index, and what ``on_sample`` (``Generation``) said of each; the same on
         every rank. ``step`` decides the noise."""
         self.watchdog.beat("generate")
+        self.wake_engines()
         requests = sampler.make_requests(prompts, samples_per_prompt, self.config.seed, step)
-        generation = Generation(self.fleet, requests, self.sampling(temperature), on_sample)
-        return generation.collect(self.control, partial(self.sync_weights, self.version))
+        streamed = None if self.judges_sleep else on_sample
+        generation = Generation(self.fleet, requests, self.sampling(temperature), streamed)
+        samples, results = generation.collect(self.control, partial(self.sync_weights, self.version))
+        if on_sample is not None and self.judges_sleep:
+            results = self.judge_together(samples, on_sample)
+        return samples, results
+
+    @property
+    def judges_sleep(self) -> bool:
+        """Whether the judges' servers share GPUs with engines and trainer, and judge when all is generated."""
+        return self.config.rewards.placement == settings.COLOCATED
+
+    def judge_together(self, samples: Sequence[Sample], judge: Callable[[Sample], Any]) -> list[Any]:
+        """Collective: what ``judge`` says of each sample, as JSON. The engines sleep from here on, the judges' servers
+        are awake meanwhile; each node's judge their share."""
+        self.sleep_engines()
+
+        def work() -> list[Any]:
+            if self.client is None:
+                return []
+            own = samples[self.node :: self.nodes]
+            with self.client.awake(), ThreadPoolExecutor(len(own) or 1, "judge") as threads:  # the client bounds them
+                return list(threads.map(judge, own))
+
+        shares = [iter(share) for share in on_all_ranks(work, self.control) if share]
+        return [next(shares[i % self.nodes]) for i in range(len(samples))]
 
     def text(self, sample: Sample) -> str:
         """The response as a reader sees it. For verifiers and people only: training uses the token ids."""
@@ -323,6 +374,8 @@ def open_session(config: Config) -> Iterator[Session]:
         if settings_of_engines:  # samples are judged where the engines are
             names = {*mixing.verifier_names(c.rewards.mix), *c.data.scores}
             client = stack.enter_context(Client(mixing.servers_of(names, c.rewards), c.rewards.client))
+            if c.rewards.placement == settings.COLOCATED:
+                client.sleep(patience=c.rewards.supervisor.startup_timeout)
             verifiers = mixing.open_verifiers(names, c.rewards, client)
         turns: Turns | None = None
         if settings_of_engines and c.rollout.environment.name is not None:
@@ -404,6 +457,7 @@ def open_session(config: Config) -> Iterator[Session]:
             watchdog,
             run_id,
             savers,
+            HostCopy(model, weights=False) if c.optimizer.offload else None,
         )
 
 

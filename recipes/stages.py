@@ -79,6 +79,7 @@ def _evaluate(session: Session, model: str, answers: dict[str, evaluate.Answers]
     with session.display.stage(f"evaluation: {headings.get(model, model)}"):
         session.sync_weights(version)
         answers[model] = evaluate.answer(session)
+        session.sleep_engines()
         if session.rank == 0:
             records.write_json(session.run_dir / "answers.json", answers)
 

@@ -13,8 +13,9 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,9 @@ from rewards.verifiers.judges import Ask
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the backoff and a server's Retry-After say
 CHECK_SECONDS = 10.0
+# vLLM's development endpoints. Level 1 keeps the weights on the host; what a server is still at is finished first.
+SLEEP, WAKE = "/sleep?level=1&mode=wait", "/wake_up"
+SLEEP_SECONDS = 600.0  # the first sleep allocates as much of the host's memory as the weights have
 EXCERPT = 300  # characters of a server's error that a reason shows
 KNOWN_TIMES = 16  # replies after which the usual time is known, and again reckoned
 
@@ -210,6 +214,33 @@ class Pool:
         resting = all(replica.rests_until > now for replica in self.replicas)
         return resting and self.lost_since is not None and now - self.lost_since >= self.settings.outage
 
+    async def tell(self, path: str, patience: float) -> None:
+        """POST to every replica. Raises RuntimeError naming one that refuses, or can't be reached for ``patience``
+        seconds."""
+        await asyncio.gather(*(self._tell(replica.address + path, patience) for replica in self.replicas))
+
+    async def _tell(self, url: str, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                timeout = aiohttp.ClientTimeout(total=SLEEP_SECONDS)
+                async with self.session.post(url, headers=self._headers(), timeout=timeout) as response:
+                    text = await response.text(errors="replace")
+                    if response.status == 200:
+                        return
+                    reason = f"status {response.status}: {self._excerpt(text)}"
+            except TimeoutError:
+                reason = f"no reply in {SLEEP_SECONDS:g} s"
+            except aiohttp.ClientError as error:
+                reason = self._excerpt(f"{type(error).__name__}: {error}")
+                if isinstance(error, aiohttp.ClientConnectorError) and time.monotonic() < deadline:
+                    await asyncio.sleep(1.0)
+                    continue
+            raise RuntimeError(
+                f"rewards.servers.{self.server.name} ({self.server.model}): {url}: {reason}; with rewards.placement="
+                "colocated start `python -m rewards.serve recipe=…` and the run's overrides on every node"
+            )
+
     async def check(self, started: bool) -> list[str]:
         """What is wrong with each replica; empty when all serve the model. Without ``started`` one that can't be
         reached is not wrong: its server may not run yet."""
@@ -263,6 +294,26 @@ class Client:
                 f"{'; '.join(wrong)}; start the servers with `python -m rewards.serve recipe=…` and the run's "
                 "overrides, or set endpoints to where they are"
             )
+
+    def sleep(self, patience: float = 0.0) -> None:
+        """Have all servers give their GPU memory back, their weights wait on the host. Those that can't be reached are
+        waited for up to ``patience`` seconds. Raises RuntimeError."""
+        for pool in self.pools.values():
+            self._run(pool.tell(SLEEP, patience))
+
+    def wake(self) -> None:
+        """Have all servers take their GPU memory and questions again. Raises RuntimeError."""
+        for pool in self.pools.values():
+            self._run(pool.tell(WAKE, 0.0))
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The servers are awake within the block and asleep behind it. Raises RuntimeError."""
+        self.wake()
+        try:
+            yield
+        finally:
+            self.sleep()
 
     def submit(self, server: str, ask: Ask) -> Future[Judgement]:
         """Start asking; returns at once, from any thread."""

@@ -3,6 +3,8 @@
 The hosts have ``GPUS`` each, those from number ``FIRST`` on are free for servers. Prints nothing when the run needs no
 server from here. Else: the trainer's overrides; ``rewards.supervisor.startup_timeout`` and the addresses; for each host
 that serves, its name and the overrides of its ``python -m rewards.serve``. The token is in ``REWARDS_TOKEN`` on both.
+With ``rewards.placement=colocated`` every host has all servers, for itself; those of the first, where this runs, are
+waited for here, the others by their host's ranks.
 """
 
 import sys
@@ -39,8 +41,7 @@ def place(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> 
 
 def needed(config: RewardsConfig) -> list[Server]:
     """Those that a verifier uses and that run nowhere yet."""
-    used = {verifier.server for verifier in settings.verifiers(config).values()}
-    return [s for s in settings.servers(config).values() if s.name in used and not s.endpoints]
+    return [server for server in settings.used(config) if not server.endpoints]
 
 
 def lines(config: RewardsConfig, placed: Mapping[str, str]) -> list[str]:
@@ -65,6 +66,19 @@ def lines(config: RewardsConfig, placed: Mapping[str, str]) -> list[str]:
     return result
 
 
+def shared_lines(config: RewardsConfig, servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> list[str]:
+    """What is printed for colocated servers. Raises ValueError for one that finds no room on a host."""
+    for s in servers:
+        if gpus is not None and s.replicas * s.tensor > gpus:
+            raise ValueError(
+                f"rewards.servers.{s.name}: replicas={s.replicas} x tensor={s.tensor} GPUs, a node has {gpus}: "
+                "rewards.placement=colocated puts all of a server on each node; use fewer"
+            )
+    token = " ".join(f"++rewards.servers.{s.name}.key_variable={TOKEN}" for s in servers)
+    addresses = " ".join(address for s in servers for address in s.addresses)
+    return [token, f"{config.supervisor.startup_timeout:.0f} {addresses}", *(f"{host} {token}" for host in hosts)]
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
     first, gpus = map(int, PLACE[1:])
@@ -72,6 +86,15 @@ def main(raw: DictConfig) -> None:
         config = settings.read(raw.rewards)
         servers = needed(config) if raw.stage.evaluates or "rl" in raw.stage.trains else []
         if not servers:
+            return
+        if config.placement == settings.COLOCATED:
+            if first == 0:
+                raise ValueError(
+                    "rewards.placement=colocated: the job has a second component for the servers, which would be on "
+                    "other GPUs; submit one component (slurm/train.sh), or use rewards.placement=apart"
+                )
+            free = gpus - config.supervisor.first_device if raw.cluster.platform == "cuda" else None
+            print("\n".join(shared_lines(config, servers, PLACE[0].split(","), free)))
             return
         if raw.cluster.platform == "cuda" and config.supervisor.first_device < first:
             raise ValueError(

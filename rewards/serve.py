@@ -1,14 +1,16 @@
 """Starts and supervises the servers that a recipe's verifiers need: ``python -m rewards.serve recipe=… [overrides…]``.
 
 Each replica is stock `vllm serve`. Servers whose ``endpoints`` are given run elsewhere and are left alone. When all
-answer a table says so; one that dies is started again. SIGTERM and Ctrl-C stop them, and they end with this process
-whatever ends it. Logs: ``<run_dir>/servers/<server>_<replica>.log``.
+answer a table says so; one that dies is started again. With ``rewards.placement=colocated`` they start one after the
+other, each is put to sleep when it is ready, and none is started again. SIGTERM and Ctrl-C stop them, and they end with
+this process whatever ends it. Logs: ``<run_dir>/servers/<server>_<replica>.log``, colocated in their host's folder.
 """
 
 import contextlib
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rewards import settings
+from rewards.client import SLEEP, SLEEP_SECONDS
 from rewards.settings import RewardsConfig, Server, SupervisorConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,13 +43,15 @@ class Stopped(Exception):
 
 @dataclass
 class Replica:
-    """One `vllm serve` of a server and its process. ``devices`` are GPUs, None on a CPU."""
+    """One `vllm serve` of a server and its process. ``devices`` are GPUs, None on a CPU. ``sleeps``: it shares them and
+    is put to sleep as soon as it is ready; on a CPU vLLM then takes no requests, and keeps its memory."""
 
     server: Server
     index: int
     log: Path
     devices: Sequence[int] | None
     cpu_arguments: Sequence[str]
+    sleeps: bool = False
     process: subprocess.Popen[bytes] | None = None
     ready: bool = False
     restarts: int = 0
@@ -69,6 +74,7 @@ class Replica:
             *("--served-model-name", self.server.model, "--runner", self.server.runner),
             *("--tensor-parallel-size", str(self.server.tensor)),
             *(self.cpu_arguments if self.devices is None else ()),
+            *(["--enable-sleep-mode"] if self.sleeps and self.devices is not None else []),
             *guard,
             *self.server.arguments,
         ]
@@ -83,6 +89,8 @@ class Replica:
         }
         if (key := self.server.key()) is not None:
             environment["VLLM_API_KEY"] = key
+        if self.sleeps:
+            environment["VLLM_SERVER_DEV_MODE"] = "1"
         if self.devices is not None:
             return environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.devices))}
         # No pinning and passive waiting: the trainer shares the cores. No compilation: it takes longer than it saves.
@@ -110,12 +118,29 @@ class Replica:
             )
 
     def answers(self) -> bool:
-        connection = http.client.HTTPConnection(self.server.addresses[self.index].removeprefix("http://"), timeout=1.0)
+        """Also asleep."""
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
+            return self._status("GET", "/health", 1.0) == 200
         except (OSError, http.client.HTTPException):
             return False
+
+    def sleep(self) -> None:
+        """Raises ServerDied when it does not fall asleep."""
+        try:
+            status: object = self._status("POST", SLEEP, SLEEP_SECONDS)
+        except (OSError, http.client.HTTPException) as error:
+            status = repr(error)
+        if status != 200:
+            raise ServerDied(f"{self.name} does not fall asleep: {SLEEP}: {status}; see {self.log}")
+
+    def _status(self, method: str, path: str, timeout: float) -> int:
+        connection = http.client.HTTPConnection(
+            self.server.addresses[self.index].removeprefix("http://"), timeout=timeout
+        )
+        key = self.server.key()
+        try:
+            connection.request(method, path, headers={} if key is None else {"Authorization": f"Bearer {key}"})
+            return connection.getresponse().status
         finally:
             connection.close()
 
@@ -140,32 +165,42 @@ class Supervisor:
                     f"{replica.name}: something answers at {address} already; stop it, or "
                     f"set rewards.servers.{replica.server.name}.port to another or its endpoints to this address"
                 )
+        deadline = time.monotonic() + self.config.startup_timeout
         for replica in self.replicas:
             replica.start()
-        deadline = time.monotonic() + self.config.startup_timeout
-        while not all(replica.ready for replica in self.replicas):
+            if replica.sleeps:  # a vLLM measures what its GPUs have left: the others are to be asleep
+                self._wait_for([replica], deadline)
+        self._wait_for(self.replicas, deadline)
+
+    def _wait_for(self, replicas: Sequence[Replica], deadline: float) -> None:
+        while not all(replica.ready for replica in replicas):
             self.look()
             if time.monotonic() > deadline:
-                late = ", ".join(f"{r.name} ({r.log})" for r in self.replicas if not r.ready)
+                late = ", ".join(f"{r.name} ({r.log})" for r in replicas if not r.ready)
                 raise ServerDied(f"not ready within rewards.supervisor.startup_timeout: {late}")
             time.sleep(POLL_SECONDS)
 
     def look(self) -> list[str]:
         """What has happened since: who became ready, who died and is started again. Raises ServerDied.
 
-        One that dies before it was ever ready will not do better the next time.
+        One that dies before it was ever ready will not do better the next time, nor will one whose GPUs are at work for
+        others.
         """
         news = []
         for replica in self.replicas:
-            assert replica.process is not None
+            if replica.process is None:  # its turn to start is to come
+                continue
             if replica.process.poll() is not None:
-                if replica.restarts == self.config.restarts or not (replica.ready or replica.restarts):
+                restarts = 0 if replica.sleeps else self.config.restarts
+                if replica.restarts == restarts or not (replica.ready or replica.restarts):
                     raise ServerDied(replica.died())
                 news.append(f"{replica.name} ended with code {replica.process.returncode}; it is started again")
                 end(replica.process)
                 replica.restarts += 1
                 replica.start()
             elif not replica.ready and replica.answers():
+                if replica.sleeps:
+                    replica.sleep()
                 replica.ready = True
                 news.append(f"{replica.name} is ready")
         return news
@@ -191,18 +226,20 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def replicas(config: RewardsConfig, folder: Path, platform: str) -> list[Replica]:
-    """Those to start: of each server that some verifier uses and that has no endpoints. GPUs are dealt out in order."""
-    used = {verifier.server for verifier in settings.verifiers(config).values()}
-    device = config.supervisor.first_device
+    """Those to start: of each server that some verifier uses and that has no endpoints. GPUs are dealt out in order;
+    colocated servers share them, each has the first ones."""
+    device, colocated = config.supervisor.first_device, config.placement == settings.COLOCATED
     found = []
-    for server in settings.servers(config).values():
-        if server.name not in used or server.endpoints:
+    for server in settings.used(config):
+        if server.endpoints:
             continue
+        if colocated:
+            device = config.supervisor.first_device
         for i in range(server.replicas):
             devices = range(device, device + server.tensor) if platform == "cuda" else None
             device += server.tensor
             log = folder / f"{server.name}_{i}.log"
-            found.append(Replica(server, i, log, devices, config.supervisor.cpu_arguments))
+            found.append(Replica(server, i, log, devices, config.supervisor.cpu_arguments, colocated))
     return found
 
 
@@ -251,7 +288,10 @@ def main(raw: DictConfig) -> None:
     stop_on_signals()
     try:
         config = settings.read(raw.rewards)
-        found = replicas(config, Path(raw.run_dir) / "servers", raw.cluster.platform)
+        folder = Path(raw.run_dir) / "servers"
+        if config.placement == settings.COLOCATED:
+            folder /= socket.gethostname()
+        found = replicas(config, folder, raw.cluster.platform)
         for replica in found:
             replica.environment()  # a missing token is told before anything starts
         if not found:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 LOOPBACK = ("127.0.0.1", "localhost")
 RUNNERS = ("generate", "pooling")
+PLACEMENTS = APART, COLOCATED = "apart", "colocated"
 NORMALISATIONS = ("none", "group")
 DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS = "dual_ascent", "multiplicative_weights"
 
@@ -60,6 +61,7 @@ class RewardsConfig:
     verifiers: dict[str, Any]
     server: dict[str, Any]
     servers: dict[str, Any]
+    placement: str
     client: ClientConfig
     supervisor: SupervisorConfig
     normalise: str
@@ -147,6 +149,12 @@ def servers(config: RewardsConfig) -> dict[str, Server]:
     return found
 
 
+def used(config: RewardsConfig) -> list[Server]:
+    """Those that some verifier asks."""
+    names = {verifier.server for verifier in verifiers(config).values()}
+    return [server for server in servers(config).values() if server.name in names]
+
+
 def verifiers(config: RewardsConfig) -> dict[str, VerifierSettings]:
     """Every configured verifier by name; what an entry leaves out is empty. Raises ValueError for an unknown field."""
     known = [f.name for f in fields(VerifierSettings)]
@@ -183,6 +191,8 @@ def check(config: RewardsConfig) -> None:
                 "the name of an environment variable that holds one, or use host=127.0.0.1"
             )
     _check_apart([server for server in found.values() if not server.endpoints])
+    if config.placement == COLOCATED:
+        _check_colocated(used(config))
     for name, verifier in verifiers(config).items():
         _check_verifier(f"rewards.verifiers.{name}", verifier, found)
     c = config.client
@@ -195,6 +205,7 @@ def check(config: RewardsConfig) -> None:
         ("client.outage", c.outage, c.outage >= 0, "0 or more"),
         ("client.hedge_after", c.hedge_after, c.hedge_after > 1, "above 1: it multiplies the usual time"),
         ("client.max_failed", c.max_failed, 0 <= c.max_failed <= 1, "in [0, 1]"),
+        ("placement", config.placement, config.placement in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}"),
         ("normalise", config.normalise, config.normalise in NORMALISATIONS, f"one of {', '.join(NORMALISATIONS)}"),
     ):
         if not fits:
@@ -246,6 +257,23 @@ def _check_apart(ours: list[Server]) -> None:
                     f"rewards.servers.{server.name}.port={server.port}: its replicas need port {port}, which is "
                     f"{other!r}'s; set them further apart"
                 )
+
+
+def _check_colocated(shared: list[Server]) -> None:
+    """Servers that are put to sleep: ours, and nobody else's. Whoever reaches vLLM's development endpoints can have it
+    do anything."""
+    for server in shared:
+        where = f"rewards.servers.{server.name}"
+        if server.endpoints:
+            raise ValueError(
+                f"{where}.endpoints={list(server.endpoints)}: rewards.placement=colocated puts servers to sleep, which "
+                "only those that rewards.serve starts here are made for; use endpoints=[], or placement=apart"
+            )
+        if server.host not in LOOPBACK:
+            raise ValueError(
+                f"{where}.host={server.host!r}: with rewards.placement=colocated a server has vLLM's development "
+                "endpoints, which others must not reach; use host=127.0.0.1"
+            )
 
 
 def _check_verifier(where: str, verifier: VerifierSettings, found: Mapping[str, Server]) -> None:

@@ -1,6 +1,7 @@
 """PPO's critic: what it learns from, and whole runs with it, of which the resumed one is the one left alone."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,24 @@ from recipes import critic, records
 from recipes.algorithms.advantages import Outcomes
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
+from tests.rewards.fake_server import FakeServer, by_the_answer
 
 STEPS = 4
+JUDGE = "{template: tests.rewards.fake_server.JUDGE, server: judge}"
 VALUES = ["value/loss", "value/grad_norm", "value/clipped", "value/mean", "value/explained_variance"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run whose critic sleeps on the host between its uses, and one resumed behind the first's second step whose
-    critic does not. In the first step the critic alone is trained."""
+def judge() -> Iterator[FakeServer]:
+    with FakeServer(by_the_answer) as fake:
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, judge: FakeServer) -> tuple[Path, Path]:
+    """A run whose critic sleeps on the host between its uses, the policy's optimiser while engines generate, and the
+    judge's server but while it judges; and one resumed behind the first's second step where nothing sleeps. In the
+    first step the critic alone is trained."""
     folder = tmp_path_factory.mktemp("ppo")
     tiny.make(folder)
     whole, resumed = folder / "whole", folder / "resumed"
@@ -31,8 +41,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "critic.warmup_steps=1",
         "checkpoint.keep=4",
         "algorithm.updates_per_rollout=2",
+        f"+rewards.verifiers.judged={JUDGE}",
+        f"+rewards.servers.judge={{model: judge, port: {judge.port}}}",
+        "+rewards.mix.safety.judged=0.25",
     )
-    tiny.complete(tiny.overrides(folder, whole, *ppo, "critic.offload=true"))
+    asleep = ("critic.offload=true", "optimizer.offload=true", "rewards.placement=colocated")
+    tiny.complete(tiny.overrides(folder, whole, *ppo, *asleep))
+    judge.events.append("end")
     shutil.copytree(whole, resumed)
     for step in (3, 4):
         shutil.rmtree(resumed / "checkpoints" / f"step_{step:06d}")
@@ -67,7 +82,9 @@ def test_the_policy_is_the_reference_until_the_critic_is_warm(runs: tuple[Path, 
 
 
 def test_a_resumed_run_ends_as_the_one_left_alone(runs: tuple[Path, Path]) -> None:
-    """Which also says that moving the critic and the policy's optimiser to the host and back changes no bit."""
+    """Which also says that moving the critic and the policy's optimiser to the host and back changes no bit, in the
+    critic's turns and while engines generate, nor judging each step's answers together: a run without any of it is
+    the same."""
     whole, resumed = runs
     assert metrics(resumed) == metrics(whole)
     assert (resumed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
@@ -76,6 +93,19 @@ def test_a_resumed_run_ends_as_the_one_left_alone(runs: tuple[Path, Path]) -> No
     assert "critic/output_layer.weight" in last and any(name.startswith("critic/optimizer.") for name in last)
     assert last.keys() == its.keys()
     assert [name for name, tensor in last.items() if not torch.equal(tensor, its[name])] == []
+
+
+def test_judges_are_awake_but_to_judge_a_steps_answers(runs: tuple[Path, Path], judge: FakeServer) -> None:
+    """At first asleep; then each step asks all its questions between waking up and falling asleep. The run whose judges
+    are apart tells its server nothing."""
+    events = " ".join(judge.events[: judge.events.index("end")])
+    turns = [turn.split() for turn in events.split("/wake_up ")]
+    judged = [row["verdicts"].get("judged") for row in records.read_rows(runs[0] / "samples.jsonl")]
+    asked = sum(verdict is not None and verdict["label"] in ("good", "bad") for verdict in judged)
+    assert turns[0] == ["/sleep"] and len(turns) == 1 + STEPS
+    assert all(set(turn[:-1]) == {"asked"} and turn[-1] == "/sleep" for turn in turns[1:])
+    assert sum(len(turn) - 1 for turn in turns[1:]) == asked
+    assert set(judge.events[judge.events.index("end") + 1 :]) == {"asked"}
 
 
 def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:

@@ -60,6 +60,15 @@ IMPOSSIBLE = {
         ("model.frozen=[embedding]", "parallel.recompute=full"), "ranks", ["model.frozen=['embedding']", "selective"],
     ),
 }  # fmt: skip
+SHARES = {"safety": 0.25, "value": 0.28, "knowledge": 0.28}  # of a GPU's memory
+COLOCATED = [
+    "recipe=safework_7b",
+    "rewards.placement=colocated",
+    *(f"+rewards.servers.{name}.arguments=[--gpu-memory-utilization,'{share}']" for name, share in SHARES.items()),
+]
+# A layout that can't be ends before models are built.
+NARROW = ["rewards.servers.knowledge.tensor=4", "rewards.servers.value.tensor=1"]
+NARROW += ["parallel.pipeline=3", "cluster.ranks=48"]
 ALL = """
 import json, sys
 from hydra import compose, initialize_config_dir
@@ -89,6 +98,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted["fp8"] = ["recipe=safework_72b", "precision=fp8"]
     wanted["critic"] = ["recipe=safework_7b", "algorithm=ppo"]
     wanted["sleeping critic"] = [*wanted["critic"], "critic.offload=true"]
+    wanted["engine awake"] = ["recipe=safework_7b", "rollout.sleep=false"]
+    wanted["colocated"] = [*COLOCATED, "optimizer.offload=true"]
+    wanted["judge's weights"] = [*COLOCATED, *NARROW]
+    wanted["crowded"] = [*COLOCATED, "rewards.servers.value.arguments=[]", "preflight.host_memory_gib=300"]
     wanted |= {name: ["recipe=safework_70b", *overrides] for name, (overrides, _, _) in IMPOSSIBLE.items()}
     file = tmp_path_factory.mktemp("preflight") / "reports.json"
     done = subprocess.run(
@@ -177,6 +190,46 @@ def test_fp8_keeps_less_of_a_layer_and_more_of_its_weights(reports: Reports) -> 
     assert fp8["memory_gib"][0]["weights"] > bf16["memory_gib"][0]["weights"]
 
 
+def test_each_phase_has_what_is_awake_in_it_and_the_rest_sleeps_on_the_host(reports: Reports) -> None:
+    """Judges and the optimiser's states in turn: three servers asleep leave 1 GiB each. On the host are eight ranks'
+    states and the judges' weights: those of the 72B judge are known, of the others the most that they may take."""
+    report, room = reports["colocated"], 79.1
+    assert failed(report) == {}
+    (rank,), (apart,) = report["memory_gib"][:1], reports["7b"]["memory_gib"][:1]
+    states = apart["gradients"] + apart["optimizer"]
+    assert rank["judges"] == pytest.approx(room * sum(SHARES.values()), abs=0.01)
+    assert rank["judging"] == pytest.approx(rank["weights"] + rank["judges"] + rank["reserve"], abs=0.01)
+    assert rank["generating"] == pytest.approx(apart["generating"] - states + 3.0, abs=0.01)
+    assert rank["training"] == pytest.approx(apart["training"] + 3.0, abs=0.01)
+    assert rank["syncing"] == pytest.approx(rank["generating"] - rank["kv_cache"], abs=0.01)
+    assert rank["total"] == max(rank[phase] for phase in ("generating", "judging", "training", "syncing"))
+    judges = room * SHARES["safety"] + 8 * room * SHARES["value"] + 2 * PUBLISHED["72b"][1] / 2**30
+    fullest = {name: max(r[name] for r in report["memory_gib"]) for name in ("weights", "optimizer")}
+    reference, optimizer = 8 * fullest["weights"], 8 * fullest["optimizer"]
+    for phase, parts in {
+        "generating": {"reference": reference, "optimizer": optimizer, "judges": judges},
+        "judging": {"reference": reference, "optimizer": optimizer},
+        "training": {"reference": 2 * reference, "judges": judges},
+        "syncing": {"reference": reference, "optimizer": optimizer, "judges": judges},
+    }.items():
+        assert report["host_gib"][phase] == pytest.approx(parts, abs=0.01), phase
+    assert "judging" not in reports["7b"]["phases"] and list(reports["7b"]["host_gib"]["generating"]) == ["reference"]
+
+
+def test_a_phase_that_does_not_fit_the_gpu_or_the_host_names_what_to_change(reports: Reports) -> None:
+    wrong = failed(reports["crowded"])
+    assert list(wrong) == ["memory", "host_memory"]
+    assert wrong["memory"].startswith("the judges beside the trainer need ")
+    for words in ("optimizer.offload=true", "--gpu-memory-utilization", "value 0.92", "rewards.placement=apart"):
+        assert words in wrong["memory"]
+    for words in ("300 GiB of a node's host while training", "rewards.placement=apart", "judges", "cluster.nodes"):
+        assert words in wrong["host_memory"]
+    detail = failed(reports["judge's weights"])["judges"]
+    assert "rewards.servers.knowledge: 34.2 GiB of weights" in detail and "0.28 lets it have 22.1" in detail
+    awake = failed(reports["engine awake"])
+    assert list(awake) == ["memory"] and "training needs" in awake["memory"] and "rollout.sleep=true" in awake["memory"]
+
+
 def test_a_critic_is_counted(reports: Reports) -> None:
     """The policy's states once more, without the output layer of 152,064 rows; asleep, nothing while the engine
     generates, and while it is trained what it has beyond the policy's gradients and optimiser: weights."""
@@ -190,6 +243,10 @@ def test_a_critic_is_counted(reports: Reports) -> None:
     assert awake["generating"] == pytest.approx(policy["generating"] + awake["critic"], abs=0.01)
     assert asleep["critic"] < policy["weights"]
     assert asleep["generating"] == policy["generating"]
+    on_host = reports["sleeping critic"]["host_gib"]
+    its = 8 * max(rank["critic_asleep"] for rank in reports["sleeping critic"]["memory_gib"])
+    assert on_host["generating"]["critic"] == pytest.approx(its, abs=0.01)
+    assert asleep["critic_asleep"] > policy["weights"] and "critic" not in reports["critic"]["host_gib"]["generating"]
     assert policy["critic"] == policy["critic_idle"] == 0
     assert failed(reports["sleeping critic"]) == {}
     assert "critic.offload=true" in failed(reports["critic"])["memory"]  # no room for both and the engine

@@ -14,7 +14,10 @@ from typing import Any, Self
 
 from aiohttp import web
 
+from rewards.verifiers.judges import Judge, written_label
+
 MODEL = "judge"
+JUDGE = Judge("{question}\n{answer}", {"good": 1.0, "bad": 0.0}, written_label, 16)
 
 
 def free_port() -> int:
@@ -38,12 +41,14 @@ type Behaviour = Callable[[int, web.Request, dict[str, Any]], Awaitable[web.Stre
 
 
 class FakeServer:
-    """``behave(n, request, body)`` answers the n-th question (from 0); ``bodies`` are the questions so far."""
+    """``behave(n, request, body)`` answers the n-th question (from 0); ``bodies`` are the questions so far. ``events``
+    are they, "asked", and what vLLM's development endpoints were told, "/sleep" and "/wake_up", in their order."""
 
     def __init__(self, behave: Behaviour, port: int = 0) -> None:
         self.behave = behave
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.events: list[str] = []
         self.under_way = self.most_under_way = 0
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -66,6 +71,9 @@ class FakeServer:
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", models)
         app.router.add_get("/health", models)
+        app.router.add_get("/is_sleeping", self._is_sleeping)
+        app.router.add_post("/sleep", self._turn)
+        app.router.add_post("/wake_up", self._turn)
         app.router.add_post("/{path:.*}", self._answer)
         self.runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self.runner.setup()
@@ -79,10 +87,20 @@ class FakeServer:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
+    async def _turn(self, request: web.Request) -> web.StreamResponse:
+        self.headers.append(dict(request.headers))
+        self.events.append(request.path)
+        return web.json_response({"status": request.query_string})
+
+    async def _is_sleeping(self, request: web.Request) -> web.StreamResponse:
+        turns = [event for event in self.events if event != "asked"]
+        return web.json_response({"is_sleeping": turns[-1:] == ["/sleep"]})
+
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         number = len(self.bodies)
         self.bodies.append(body)
+        self.events.append("asked")
         self.headers.append(dict(request.headers))
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
@@ -132,6 +150,11 @@ def says(text: str) -> Behaviour:
         return good(text)
 
     return behave
+
+
+async def by_the_answer(number: int, request: web.Request, body: dict[str, Any]) -> web.Response:
+    """A verdict that depends on what is judged alone."""
+    return good(f"Label: {'good' if len(json.dumps(body['messages'])) % 2 else 'bad'}")
 
 
 def replies(value: Any) -> Behaviour:

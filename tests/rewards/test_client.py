@@ -20,13 +20,12 @@ from rewards import mixing
 from rewards.client import Client
 from rewards.settings import ClientConfig, Server
 from rewards.verdict import Failure, Judgement, Row, Verdict, Verifier
-from rewards.verifiers.judges import Ask, Judge, written_label
+from rewards.verifiers.judges import Ask
 from rewards.verifiers.served import ServedVerifier
 from tests.rewards import fake_server
-from tests.rewards.fake_server import MODEL, FakeServer, first, free_port, good, replies, says, status
+from tests.rewards.fake_server import JUDGE, MODEL, FakeServer, first, free_port, good, replies, says, status
 
 ROOT = Path(__file__).resolve().parents[2]
-JUDGE = Judge("{question}\n{answer}", {"good": 1.0, "bad": 0.0}, written_label, 16)
 ROW: Row = {"id": "r", "label": "l", "kind": "k", "prompt": "why?"}
 GOOD = Verdict(1.0, "good", "Label: good")
 
@@ -241,6 +240,32 @@ def test_a_missing_server_stops_the_run_before_it_starts(monkeypatch: pytest.Mon
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match="key_variable='JUDGE_KEY'"):
         Client({"judge": server("http://127.0.0.1:1", key="JUDGE_KEY")}, settings())
+
+
+def test_servers_sleep_and_wake_with_their_key_and_one_that_does_not_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sesame-4711")
+    with FakeServer(fake_server.prompt_answer) as one, FakeServer(fake_server.prompt_answer) as two:
+        with asking(one.address, two.address, key="JUDGE_KEY") as (client, verifier):
+            client.sleep()
+            with client.awake():
+                assert judge_all(verifier, 4) == [GOOD] * 4
+        for fake in (one, two):
+            assert fake.events == ["/sleep", "/wake_up", *["asked"] * len(fake.bodies), "/sleep"]
+            assert {headers["Authorization"] for headers in fake.headers} == {"Bearer sesame-4711"}
+    gone = f"http://127.0.0.1:{free_port()}"
+    with (
+        asking(gone) as (client, _),
+        pytest.raises(RuntimeError, match=r"rewards\.servers\.judge .*/sleep\?level=1.*Conn"),
+    ):
+        client.sleep(patience=0.1)
+    with (
+        asking(gone) as (client, _),
+        pytest.raises(RuntimeError, match=r"/wake_up: .*placement=colocated"),
+        client.awake(),
+    ):
+        raise AssertionError("nobody is awake")
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(

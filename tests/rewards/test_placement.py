@@ -50,3 +50,16 @@ def test_both_sides_read_their_overrides() -> None:
         started = placement.needed(here)
         assert {server.name: host for server in started} == {n: h for n, h in placed.items() if h == host}
         assert {(server.host, server.key_variable) for server in started} == {("0.0.0.0", placement.TOKEN)}
+
+
+def test_colocated_servers_are_all_on_every_host_for_itself() -> None:
+    config = rewards("rewards.placement=colocated")
+    trainer, ready, *hosts = placement.shared_lines(config, placement.needed(config), ["a", "b"], 8)
+    assert ready == "1800 http://127.0.0.1:8100 http://127.0.0.1:8110 http://127.0.0.1:8120"
+    assert hosts == [f"a {trainer}", f"b {trainer}"]
+    theirs = placement.needed(rewards("rewards.placement=colocated", *trainer.split()))
+    assert [(server.name, server.host, server.key_variable) for server in theirs] == [
+        (name, "127.0.0.1", placement.TOKEN) for name in ("safety", "value", "knowledge")
+    ]
+    with pytest.raises(ValueError, match=r"rewards\.servers\.value: replicas=1 x tensor=8 GPUs, a node has 4"):
+        placement.shared_lines(config, placement.needed(config), ["a", "b"], 4)

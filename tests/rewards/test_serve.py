@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from omegaconf import OmegaConf
@@ -111,6 +112,49 @@ def test_a_server_that_dies_is_started_again_but_not_for_ever(servers: Callable[
     replica.process.wait()
     with pytest.raises(ServerDied, match="s0_0 ended with code -9"):
         supervisor.look()
+
+
+class SharingReplica(LightReplica):
+    """``order`` has what happens to all of them."""
+
+    order: ClassVar[list[str]] = []
+
+    def start(self) -> None:
+        self.sleeps = True
+        self.order.append(f"start {self.name}")
+        super().start()
+
+    def sleep(self) -> None:
+        super().sleep()
+        self.order.append(f"asleep {self.name}")
+
+
+def is_sleeping(port: int, key: str | None = None) -> bool:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/is_sleeping")
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)["is_sleeping"]
+
+
+def test_servers_that_share_gpus_start_one_by_one_sleep_and_are_not_started_again(
+    servers: Callable[..., Supervisor],
+) -> None:
+    """Asleep they are as alive as before; one that dies ends them all, whose place on the GPU may be taken."""
+    supervisor = servers(SharingReplica, SharingReplica)
+    SharingReplica.order.clear()
+    supervisor.start()
+    assert SharingReplica.order == ["start s0_0", "asleep s0_0", "start s1_0", "asleep s1_0"]
+    assert all(is_sleeping(replica.port) and replica.answers() for replica in supervisor.replicas)
+    assert supervisor.look() == []
+    (first, _) = pids(supervisor)
+    os.kill(first, signal.SIGKILL)
+    process = supervisor.replicas[0].process
+    assert process is not None
+    process.wait()
+    with pytest.raises(ServerDied, match="s0_0 ended with code -9"):
+        supervisor.look()
+    assert len(SharingReplica.order) == 4
 
 
 def test_a_server_that_can_t_start_is_told_with_the_end_of_its_log(servers: Callable[..., Supervisor]) -> None:
@@ -220,7 +264,7 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
                 *("recipe=demo", "rewards=judges", f"run_dir={tmp_path}"),
             ],
             cwd=ROOT,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | dict([marker.split("=")]),
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"} | dict([marker.split("=")]),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -233,8 +277,9 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
         config = settings.read(OmegaConf.merge(base, OmegaConf.create(written)))  # type: ignore[arg-type]
         with Client(settings.servers(config), config.client) as client:
             client.check()
-            verifiers = mixing.open_verifiers(["safety", "first_token"], config, client)
+            verifiers: dict[str, Any] = mixing.open_verifiers(["safety", "first_token"], config, client)
             judges(verifiers)
+            sleeps_and_wakes(client, verifiers["first_token"], port)
             refuses_strangers(port)
             killed_in_mid_batch(verifiers["safety"], port)
         wait_for("restart", lambda: "it is started again" in output.read_text(), 120, program, output)
@@ -270,13 +315,37 @@ def judges(verifiers: dict[str, Any]) -> None:
     assert "status 400" in too_long.reason
 
 
+def sleeps_and_wakes(client: Client, verifier: ServedVerifier, port: int) -> None:
+    """vLLM's own endpoints, which on a CPU keep the memory and otherwise do what they do on a GPU: asleep the server is
+    healthy and lists its model, its questions wait, and it wakes with the same weights."""
+    before = verifier(ROW, "Put it into boiling water.")
+    client.sleep()
+    client.sleep()  # again: nothing happens
+    assert is_sleeping(port, "sesame-4711")
+    client.check()
+    assert status(port, "/health") == 200
+    waiting = verifier.submit(ROW, "Put it into boiling water.")
+    with pytest.raises(TimeoutError):
+        waiting.result(1.5)
+    client.wake()
+    assert waiting.result(60) == before and isinstance(before, Verdict)
+    assert not is_sleeping(port, "sesame-4711")
+
+
+def status(port: int, path: str, method: str = "GET") -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
 def refuses_strangers(port: int) -> None:
     """The token is asked for on every path but /health, also where vLLM alone would not."""
     for path, expected in (("/health", 200), ("/v1/models", 401), ("/tokenize", 401), ("/metrics", 401)):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("GET", path)
-        assert connection.getresponse().status == expected, path
-        connection.close()
+        assert status(port, path) == expected, path
+    assert status(port, "/sleep", "POST") == status(port, "/collective_rpc", "POST") == 401
 
 
 def killed_in_mid_batch(verifier: ServedVerifier, port: int) -> None:

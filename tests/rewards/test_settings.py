@@ -88,6 +88,17 @@ def test_replicas_get_ports_gpus_and_only_those_that_run_here_are_started(tmp_pa
     assert settings.servers(config)["value"].addresses == ["http://elsewhere:80"]
 
 
+def test_colocated_replicas_share_gpus_and_may_sleep(tmp_path: Path) -> None:
+    config = read("rewards.placement=colocated", "rewards.servers.safety.replicas=2")
+    found = replicas(config, tmp_path, "cuda")
+    assert [list(r.devices or ()) for r in found] == [[0], [1], list(range(8)), list(range(8))]
+    assert all("--enable-sleep-mode" in r.command() and r.environment()["VLLM_SERVER_DEV_MODE"] == "1" for r in found)
+    on_cpu = replicas(config, tmp_path, "cpu")[0]  # where vLLM refuses the argument, and has the endpoints
+    assert "--enable-sleep-mode" not in on_cpu.command() and on_cpu.environment()["VLLM_SERVER_DEV_MODE"] == "1"
+    (apart, *_) = replicas(read(), tmp_path, "cuda")
+    assert "--enable-sleep-mode" not in apart.command() and "VLLM_SERVER_DEV_MODE" not in apart.environment()
+
+
 def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -107,6 +118,18 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["rewards.placement=beside"], r"placement='beside': must be one of apart, colocated"),
+        (
+            ["rewards.placement=colocated", "rewards.servers.value.endpoints=[http://elsewhere:80]"],
+            r"servers\.value\.endpoints=\['http://elsewhere:80'\]: .*placement=apart",
+        ),
+        (
+            [
+                *("rewards.placement=colocated", "+rewards.servers.safety.host=0.0.0.0"),
+                "+rewards.servers.safety.key_variable=JUDGE_KEY",
+            ],
+            r"servers\.safety\.host='0\.0\.0\.0': .*development endpoints.*127\.0\.0\.1",
+        ),
         (["rewards.verifiers.safety.server=sfaety"], r"verifiers\.safety\.server='sfaety': no such server"),
         (["rewards.verifiers.safety.template=null"], r"verifiers\.safety: give a template"),
         (["+rewards.verifiers.safety.rule=math"], r"verifiers\.safety: give a template"),

@@ -1,0 +1,80 @@
+"""A GPU by turns: the trainer's states and a judge's server give their memory back, and are the same afterwards."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_ext import model, optimizer, steps
+from megatron_ext.offload import HostCopy
+from rewards.client import Client
+from rewards.serve import Replica, Supervisor
+from rewards.settings import ClientConfig, Server, SupervisorConfig
+from rewards.verdict import Verdict
+from rewards.verifiers.served import ServedVerifier
+from tests.gpu.conftest import SETTINGS
+from tests.gpu.test_sleep import free_gib
+from tests.gpu.test_trainer import loss, micro_batches
+from tests.rewards.fake_server import free_port
+from tests.rewards.test_serve import FIRST_TOKEN, ROW, make_judge
+
+SHARE = 0.2  # of the GPU's memory
+
+
+def states(policy: model.Model, optim: object) -> list[torch.Tensor]:
+    """Weights, masters and moments."""
+    (inner,) = (each.optimizer for each in optim.chained_optimizers)  # type: ignore[attr-defined]
+    masters = [p for group in inner.param_groups for p in group["params"]]
+    moments = [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return [*(shard.tensor for shard in policy.shards), *masters, *moments]
+
+
+def test_the_trainers_states_leave_the_gpu_and_come_back_to_the_bit(policy: model.Model) -> None:
+    optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
+    optim.reload_model_params()
+    steps.accumulate_gradients(policy, micro_batches(), loss)
+    optimizer.step(optim, schedule)
+    before = [tensor.detach().cpu().clone() for tensor in states(policy, optim)]
+    host, held = HostCopy(policy, optim, weights=False), torch.cuda.memory_allocated()
+    weights = sum(shard.tensor.nbytes for shard in policy.shards)
+    host.release()
+    # FP32 gradients, masters and two moments: 16 bytes for each weight of 2.
+    assert held - torch.cuda.memory_allocated() >= 0.95 * 8 * weights
+    assert all(torch.equal(shard.tensor.cpu(), old) for shard, old in zip(policy.shards, before, strict=False))
+    host.restore()
+    found = [tensor.detach().cpu() for tensor in states(policy, optim)]
+    assert all(torch.equal(new, old) for new, old in zip(found, before, strict=True))
+    assert torch.cuda.memory_allocated() == held
+
+
+@pytest.fixture(scope="module")
+def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A judge's server that shares its GPU, behind its start."""
+    folder = tmp_path_factory.mktemp("judge")
+    make_judge(folder / "model")
+    arguments = ("--max-model-len", "4096", "--gpu-memory-utilization", str(SHARE), "--enforce-eager")
+    server = Server("judge", str(folder / "model"), "generate", (), None, "127.0.0.1", free_port(), 1, 1, arguments)
+    config = SupervisorConfig(startup_timeout=400, stop_timeout=20, restarts=0, first_device=0, cpu_arguments=[])
+    supervisor = Supervisor([Replica(server, 0, folder / "judge.log", range(1), (), sleeps=True)], config)
+    try:
+        supervisor.start()
+        yield server
+    finally:
+        supervisor.stop()
+
+
+def test_a_judges_server_gives_its_memory_back_and_wakes_to_the_same_verdict(judge: Server) -> None:
+    """It is asleep when it is ready; awake it takes its share, twice the same, and nothing is lost on the way."""
+    asked = ClientConfig(
+        concurrency=4, timeout=60, retries=0, backoff=0.1, cooldown=1, outage=0, hedge_after=1e9, max_failed=0
+    )
+    total = torch.cuda.mem_get_info()[1] / 2**30
+    with Client({"judge": judge}, asked) as client:
+        verifier = ServedVerifier(FIRST_TOKEN, "judge", judge.model, {}, client)
+        asleep, found = free_gib(), []
+        for _ in range(2):
+            with client.awake():
+                found.append(verifier(ROW, "Put it into boiling water."))
+                assert asleep - free_gib() > 0.7 * SHARE * total
+            assert abs(asleep - free_gib()) < 0.25
+    assert isinstance(found[0], Verdict) and found[0] == found[1]
