@@ -18,7 +18,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes.config import Config, ConfigError, generates, parse
+from recipes.config import Config, ConfigError, generates, parse, unknown_field
 from recipes.slurm import adopt_step
 
 RESULTS = (
@@ -33,6 +33,7 @@ RESULTS = (
 LAUNCHER = "RECIPES_LAUNCHER_PID"  # set for the ranks that ``launch`` starts
 PR_SET_PDEATHSIG = 1
 APPEND = "To append to your config use +"
+MERGING = "Error merging override "
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -206,7 +207,11 @@ def one_line(error: HydraException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = [line for line in lines if line.startswith(APPEND)]
     if unknown:
-        return f"{unknown[0].removeprefix(APPEND)}: no such field; the fields are listed in conf/"
+        override = unknown[0].removeprefix(APPEND)
+        return f"{override}: {unknown_field(override.partition('=')[0])}"
+    if lines[0].startswith(MERGING):
+        why = str(error.__cause__).splitlines()[0]
+        return f"{lines[0].removeprefix(MERGING)}: {why}; give a value of the kind that stands in conf/"
     return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
 
 
