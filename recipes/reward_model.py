@@ -62,6 +62,7 @@ def fit(session: Session) -> None:
         if last or (step + 1) % config.checkpoint.every_steps == 0:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 checkpoint.save(folder, step + 1, model, optim, schedule, config.checkpoint.keep, {})
+            session.event("checkpoint", step=step + 1)
     if session.rank == 0:
         records.write_json(session.run_dir / "reward_model.json", report)
 

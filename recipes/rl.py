@@ -151,6 +151,7 @@ def fit(session: Session, reference: Path) -> None:
                 progress = {"pool": pool.to_json(), "constraint": constraint}
                 also, keep = partial(critics.save, critic), config.checkpoint.keep
                 checkpoint.save(folder, step + 1, model, optim, schedule, keep, progress, also)
+            session.event("checkpoint", step=step + 1)
 
 
 def make_pool(session: Session, rows: Sequence[prompts.Row]) -> Pool:
@@ -298,6 +299,7 @@ def record(
                 "sample_index": sample.sample_index,
                 "prompt": row["prompt"],
                 "response": session.text(sample),
+                "tokens": len(sample.response_token_ids),
                 "reward": None if math.isnan(reward) else reward,
                 "verdicts": {name: to_json(judgement) for name, judgement in verdicts.items()},
                 "advantage": fmean(advantage),

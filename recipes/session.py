@@ -30,6 +30,7 @@ from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
+from recipes.loggers import Logger, open_loggers
 from rewards import mixing
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
@@ -61,7 +62,7 @@ class Session:
     verifiers: dict[str, Verifier]
     client: Client | None
     turns: Turns | None
-    wandb: Any
+    loggers: list[Logger]
     node: int
     nodes: int
     cost: Cost  # of a sequence of the model
@@ -110,6 +111,7 @@ class Session:
             died = [engine for engine in self.engines if not engine.alive]
             for engine in died:
                 engine.restart()
+                records.event(Path(self.config.run_dir), "engine restart", engine=engine.log_path.stem)
             wait_until_ready(died, time.monotonic() + self.config.rollout.startup_timeout)
             self._tell_sleepers("/wake", ["weights"])
             return len(died)
@@ -226,9 +228,15 @@ class Session:
         self.seconds.clear()
         if self.rank == 0:
             records.append_rows(self.run_dir / "metrics.jsonl", [line])
-            if self.wandb is not None:
-                self.wandb.log(line, step=metrics["step"])
+            part = "" if self.run_dir == Path(self.config.run_dir) else f"{self.run_dir.name}/"
+            for log in self.loggers:
+                log(line, part)
         return line
+
+    def event(self, kind: str, **what: Any) -> None:
+        """Rank 0 writes it down."""
+        if self.rank == 0:
+            records.event(Path(self.config.run_dir), kind, **what)
 
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
@@ -300,14 +308,8 @@ def open_session(config: Config) -> Iterator[Session]:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())
             records.write_json(run_dir / "environment.json", machine)
-        wandb = None
-        if rank == 0 and c.logger.wandb_project:
-            import wandb as weights_and_biases
-
-            wandb = weights_and_biases.init(
-                project=c.logger.wandb_project, name=c.recipe.name, dir=run_dir, config=asdict(config)
-            )
-            stack.callback(wandb.finish)
+            stack.enter_context(records.launch(run_dir, c.resume))
+        loggers = open_loggers(c, run_dir, stack) if rank == 0 else []
         yield Session(
             config,
             run_dir,
@@ -323,7 +325,7 @@ def open_session(config: Config) -> Iterator[Session]:
             verifiers,
             client,
             turns,
-            wandb,
+            loggers,
             node,
             nodes,
             cost_of(hf_config, c.model.frozen),

@@ -24,6 +24,7 @@ from recipes.slurm import adopt_step
 RESULTS = (
     "metrics.jsonl",
     "samples.jsonl",
+    "events.jsonl",
     "answers.json",
     "evaluation.json",
     "report.html",
@@ -190,11 +191,14 @@ def die_with_launcher() -> None:
 def say_why_on_sigterm(config: Config) -> None:
     """torchrun ends the ranks with SIGTERM on Ctrl-C and when one of them dies (out of memory, say): tell so."""
 
+    from recipes.records import event
+
     def handler(number: int, frame: object) -> None:
         print(
             f"error: stopped by SIGTERM (Ctrl-C, or another rank died); see {config.run_dir}/logs/launcher.log",
             flush=True,
         )
+        event(Path(config.run_dir), "stop", why="SIGTERM")
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

@@ -155,7 +155,7 @@ def test_every_field_is_read_somewhere() -> None:
 IMPOSSIBLE = [
     (["cluster.platform=tpu"], "cluster.platform", "tpu", "use one of cpu, cuda"),
     (["critic.decay=exponential"], "critic.decay", "exponential", "use one of constant"),
-    (["critic.learning_rate=0"], "critic.learning_rate", "0", "above 0"),
+    (["critic.learning_rate=0"], "critic.learning_rate", "0", "in (0, 1]"),
     (["critic.path=nowhere"], "critic.path", "nowhere", "null for the policy's"),
     (["algorithm.value_clip=0"], "algorithm.value_clip", "0", "above 0"),
     (
@@ -194,7 +194,7 @@ IMPOSSIBLE = [
     (["stage=reward_model", "stage.reward_model.pairs=gone"], "stage.reward_model.pairs", "gone", "no such file"),
     (["algorithm.steps=0"], "algorithm.steps", "0", "above 0"),
     (["algorithm.prompts_per_step=0"], "algorithm.prompts_per_step", "0", "above 0"),
-    (["algorithm.learning_rate=-1e-6"], "algorithm.learning_rate", "-1e-06", "above 0"),
+    (["algorithm.learning_rate=-1e-6"], "algorithm.learning_rate", "-1e-06", "in (0, 1]"),
     (["algorithm.clip_low=1"], "algorithm.clip_low", "1.0", "in (0, 1)"),
     (["algorithm.clip_high=0"], "algorithm.clip_high", "0.0", "above 0"),
     (["algorithm.dual_clip=1"], "algorithm.dual_clip", "1.0", "above 1"),
@@ -217,7 +217,7 @@ IMPOSSIBLE = [
     (["stage.sft.aggregation=sum"], "stage.sft.aggregation", "sum", "use one of token_mean"),
     (["stage.sft.steps=0"], "stage.sft.steps", "0", "above 0"),
     (["stage.sft.rows_per_step=0"], "stage.sft.rows_per_step", "0", "above 0"),
-    (["stage.sft.learning_rate=0"], "stage.sft.learning_rate", "0.0", "above 0"),
+    (["stage.sft.learning_rate=0"], "stage.sft.learning_rate", "0.0", "in (0, 1]"),
     (["stage.sft.warmup_fraction=-0.1"], "stage.sft.warmup_fraction", "-0.1", "in [0, 1)"),
     (["stage.sft.minimum_fraction=2"], "stage.sft.minimum_fraction", "2.0", "in [0, 1]"),
     (["parallel.tensor=0"], "parallel.tensor", "0", "above 0"),
