@@ -7,6 +7,7 @@ of itself; under torchrun or srun each process is one rank of the run.
 import ctypes
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,6 +36,7 @@ LAUNCHER = "RECIPES_LAUNCHER_PID"  # set for the ranks that ``launch`` starts
 PR_SET_PDEATHSIG = 1
 APPEND = "To append to your config use +"
 MERGING = "Error merging override "
+SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose values are not shown
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -212,7 +214,9 @@ def one_line(error: HydraException) -> str:
     unknown = [line for line in lines if line.startswith(APPEND)]
     if unknown:
         override = unknown[0].removeprefix(APPEND)
-        return f"{override}: {unknown_field(override.partition('=')[0])}"
+        field = override.partition("=")[0]
+        shown = field if SECRET.search(field) else override
+        return f"{shown}: {unknown_field(field)}"
     if lines[0].startswith(MERGING):
         why = str(error.__cause__).splitlines()[0]
         return f"{lines[0].removeprefix(MERGING)}: {why}; give a value of the kind that stands in conf/"

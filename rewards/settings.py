@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 LOOPBACK = ("127.0.0.1", "localhost")
 LONGEST = 1e7  # seconds
+# Of `vllm serve`, and the fields that set them: past these a server could listen without a token, or show it.
+OWN_ARGUMENTS = {"--host": "host", "--port": "port", "--uds": "host", "--api-key": "key_variable"}
 RUNNERS = ("generate", "pooling")
 NORMALISATIONS = ("none", "group")
 DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS = "dual_ascent", "multiplicative_weights"
@@ -274,6 +276,12 @@ def _check_server(where: str, server: Server) -> None:
             raise ValueError(f"{where}.{count}={getattr(server, count)}: must be at least 1, at most 1024")
     if server.port < 1 or server.port + server.replicas - 1 > 65535:
         raise ValueError(f"{where}.port={server.port}: use 1 to 65535, for the last replica's too")
+    for address in server.endpoints:
+        if "@" in address.partition("://")[2].partition("/")[0]:
+            raise ValueError(f"{where}.endpoints: an address has a user and password; give a token by key_variable")
+    if taken := [name for name in server.arguments if name.partition("=")[0] in OWN_ARGUMENTS]:
+        name = taken[0].partition("=")[0]
+        raise ValueError(f"{where}.arguments has {name}: use {OWN_ARGUMENTS[name]} instead")
     if not server.endpoints and server.host not in LOOPBACK and server.key_variable is None:
         raise ValueError(
             f"{where}.host={server.host!r}: others can reach it there, so it wants a token: set key_variable to "
