@@ -1,6 +1,7 @@
 """What a run holds: trainer, engines, weight bridge, tokenizer, records. Opened once, closed on every way out."""
 
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enou
 from megatron_ext.precision import DTYPES
 from megatron_ext.scalar_head import scalar_config
 from megatron_ext.weight_map import round_up
-from recipes import records, trainer
+from recipes import logs, records, trainer
 from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
@@ -402,3 +403,4 @@ def redirect_output(folder: Path, rank: int) -> None:
     if rank != 0:
         os.dup2(log, 1)
     os.close(log)
+    logs.configure(rank, sys.stderr)

@@ -113,7 +113,7 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
         (["+rewards.verifiers.safety.arguments={limit: 3}"], r"arguments are a rule's"),
         (["+rewards.verifiers.safety.colour=red"], r"rewards\.verifiers\.safety\.colour: no such field"),
         (["+rewards.servers.safety.arguments=[--host,0.0.0.0]"], r"safety\.arguments has --host: use host"),
-        (["+rewards.servers.safety.arguments=[--api-key=hush]"], r"arguments has --api-key: use key_variable instead$"),
+        (["+rewards.servers.safety.arguments=['--api-key=hush']"], r"arguments has --api-key: use key_variable"),
         (["rewards.servers.safety.endpoints=['http://a:hush@b']"], r"endpoints: an address has a user and password"),
         (["+rewards.servers.safety.colour=red"], r"rewards\.servers\.safety\.colour: no such field"),
         (["+rewards.servers.safety.runner=guess"], r"servers\.safety\.runner='guess': use one of generate, pooling"),
