@@ -58,6 +58,19 @@ def event(run_dir: Path, kind: str, **what: Any) -> None:
         file.write(_dumps(line, "events.jsonl") + b"\n")
 
 
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events by time, none where there is no file; one without ``after_step`` (a server's) has that of the former.
+
+    Raises:
+        ValueError: a line that is not JSON, with its number.
+    """
+    found = sorted(read_rows(path), key=lambda each: each["time"]) if path.exists() else []
+    step = 0
+    for each in found:
+        step = each.setdefault("after_step", step)
+    return found
+
+
 @contextmanager
 def launch(run_dir: Path, resume: bool) -> Iterator[None]:
     """Events at the begin and at every end of a launch but a kill, which leaves none."""
@@ -74,7 +87,7 @@ def _last_step(path: Path) -> int:
     if not path.exists():
         return 0
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
         whole = file.read().rpartition(b"\n")[0]
     return json.loads(whole.splitlines()[-1])["step"] if whole else 0
 

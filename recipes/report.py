@@ -21,6 +21,7 @@ from recipes.records import (
     choose_transcripts,
     evaluation_rows,
     model_stages,
+    read_events,
     read_rows,
     reward_verifiers,
     significance,
@@ -91,7 +92,7 @@ def write_report(run_dir: Path) -> Path:
     evaluation = _optional_json(run_dir / "evaluation.json")
     machine = _optional_json(run_dir / "environment.json")
     samples = report_samples.gather(run_dir / "samples.jsonl") if (run_dir / "samples.jsonl").exists() else None
-    events = list(read_rows(run_dir / "events.jsonl")) if (run_dir / "events.jsonl").exists() else []
+    events = read_events(run_dir / "events.jsonl")
     marks = ((yaml.safe_load(configuration) or {}).get("rollout") or {}).get("thinking_marks", ["<think>", "</think>"])
     name = run_dir.resolve().name
     parts = [
