@@ -63,7 +63,7 @@ svg{display:block;width:100%;height:auto;max-width:560px}svg text{fill:var(--sof
 svg .axis{stroke:var(--line)}.band{opacity:.18}svg .fault{stroke:var(--bad);stroke-dasharray:4 3}
 svg .launch{stroke:var(--after);stroke-width:9;opacity:.45}
 .thought{color:var(--soft);border-left:3px solid var(--line);padding-left:8px;margin-bottom:6px;font-size:.85rem}
-td.words{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.words.words{text-align:left;white-space:normal;overflow-wrap:anywhere}
 svg .strong{fill:var(--ink)}
 .talk{margin-bottom:14px}.answers{display:grid;gap:10px;grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:20rem;overflow-y:auto;background:var(--bg);
@@ -375,7 +375,7 @@ def _timeline(events: Sequence[Mapping[str, Any]]) -> str:
         f"<h2>Faults and restarts</h2><p>{faults} among {len(events)} events; red marks here, dashed lines in the "
         "reward&rsquo;s plot. Bars are launches.</p>"
         f'<div class="grid"><div class="card">{svg(parts, height)}</div></div>'
-        '<div class="scroll"><table><thead><tr><th>time</th><th>after step</th><th>event</th><th>details</th></tr>'
+        '<div class="scroll"><table><thead><tr><th>time</th><th>after step</th><th>event</th><th class="words">details</th></tr>'
         f"</thead><tbody>{body}</tbody></table></div>"
     )
 
