@@ -375,8 +375,8 @@ def _timeline(events: Sequence[Mapping[str, Any]]) -> str:
         f"<h2>Faults and restarts</h2><p>{faults} among {len(events)} events; red marks here, dashed lines in the "
         "reward&rsquo;s plot. Bars are launches.</p>"
         f'<div class="grid"><div class="card">{svg(parts, height)}</div></div>'
-        '<div class="scroll"><table><thead><tr><th>time</th><th>after step</th><th>event</th><th class="words">details</th></tr>'
-        f"</thead><tbody>{body}</tbody></table></div>"
+        '<div class="scroll"><table><thead><tr><th>time</th><th>after step</th><th>event</th>'
+        f'<th class="words">details</th></tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
