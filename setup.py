@@ -26,6 +26,7 @@ COMMON = [
     "rich",
     "safetensors",
     "starlette",
+    "tensorboardX",
     "torch",
     "torchvision",
     "transformers",

@@ -57,3 +57,6 @@ def check(world: int, layout: Layout) -> None:
         raise ValueError(
             f"parallel.virtual_pipeline={layout.virtual} needs parallel.pipeline > 1: set parallel.virtual_pipeline=1"
         )
+    for field, layers in (("first", layout.first_stage_layers), ("last", layout.last_stage_layers)):
+        if layers is not None and layout.pipeline == 1:
+            raise ValueError(f"parallel.{field}_stage_layers={layers}: needs parallel.pipeline > 1; set it null")

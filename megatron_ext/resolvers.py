@@ -1,6 +1,7 @@
 """What ``${name:…}`` means in conf/; whoever reads one calls :func:`register` first.
 
-``${cores:N}``: this machine's cores shared among N processes. ``${times:A,B}``: A x B. ``${native_precision:}``:
+``${cores:N}``: this machine's cores shared among N processes; an N below 1 is told by the
+field that has it. ``${times:A,B}``: A x B. ``${native_precision:}``:
 :func:`native_precision` of this machine.
 """
 
@@ -28,6 +29,7 @@ def here() -> str:
 
 
 def register() -> None:
-    OmegaConf.register_new_resolver("cores", lambda share: max(1, len(os.sched_getaffinity(0)) // share), replace=True)
+    cores = len(os.sched_getaffinity(0))
+    OmegaConf.register_new_resolver("cores", lambda share: max(1, cores // max(1, share)), replace=True)
     OmegaConf.register_new_resolver("times", operator.mul, replace=True)
     OmegaConf.register_new_resolver("native_precision", here, replace=True)

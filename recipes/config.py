@@ -1,15 +1,17 @@
 """The configuration's shape and its checks. Defaults stand in conf/ only; a field here has none."""
 
+import difflib
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megatron_ext import layout, precision, resolvers
-from recipes import trainer
+from recipes import ranges, trainer
 from recipes.data import specification
 from rewards import settings
 from rewards.settings import RewardsConfig
@@ -213,6 +215,7 @@ class ClusterConfig:
 @dataclass
 class LoggerConfig:
     wandb_project: Optional[str]  # noqa: UP045
+    tensorboard: bool
 
 
 @dataclass
@@ -269,12 +272,40 @@ class ConfigError(ValueError):
     """A field, its value and what to do."""
 
 
+def field_types(type_: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and type of everything below a dataclass; a group comes before its fields."""
+    for field in fields(type_):
+        hint = get_type_hints(type_)[field.name]
+        yield f"{prefix}{field.name}", hint
+        if is_dataclass(hint):
+            yield from field_types(hint, f"{prefix}{field.name}.")
+
+
+FIELD_TYPES = dict(field_types(Config))
+NULLABLE = {path for path, hint in FIELD_TYPES.items() if type(None) in get_args(hint)}
+
+
+def unknown_field(path: str) -> str:
+    """The error about a field that is not there, with the nearest that is: beside it, else of its name, else of any."""
+    parent, _, name = path.rpartition(".")
+    names = {known: known.rpartition(".")[2] for known in FIELD_TYPES}
+    beside = [each for known, each in names.items() if known.rpartition(".")[0] == parent]
+    near = [f"{parent}.{each}".removeprefix(".") for each in difflib.get_close_matches(name, beside, 1, 0.6)]
+    near = near or difflib.get_close_matches(path, [known for known, each in names.items() if each == name], 1, 0.0)
+    similar = difflib.get_close_matches(name, names.values(), 1, 0.75)
+    near = near or [known for known, each in names.items() if each in similar]
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"no such field; {hint}the fields are listed in conf/"
+
+
 def parse(raw: DictConfig) -> Config:
     """The typed, checked configuration. Raises ConfigError on an unknown key, a missing or an impossible value."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))
     except OmegaConfBaseException as error:
         field = getattr(error, "full_key", None) or "configuration"
+        if isinstance(error, ConfigKeyError):
+            raise ConfigError(f"{field}: {unknown_field(field)}") from error
         raise ConfigError(f"{field}: {str(error).splitlines()[0]}; the fields are listed in conf/") from error
     assert isinstance(config, Config)
     config.model.path = os.path.normpath(config.model.path)  # a stage's is beside its own folder: ${run_dir}/../…
@@ -301,12 +332,6 @@ def check_schedule(where: str, chosen: SftConfig | RewardModelConfig | CriticCon
     """Raises ConfigError for learning-rate settings that can't be."""
     if chosen.decay not in ("constant", "linear", "cosine"):
         raise ConfigError(f"{where}.decay={chosen.decay!r}: use one of constant, linear, cosine")
-    if chosen.learning_rate <= 0:
-        raise ConfigError(f"{where}.learning_rate={chosen.learning_rate}: must be above 0")
-    if not 0 <= chosen.minimum_fraction <= 1:
-        raise ConfigError(f"{where}.minimum_fraction={chosen.minimum_fraction}: must be in [0, 1]")
-    if not 0 <= chosen.warmup_fraction < 1:
-        raise ConfigError(f"{where}.warmup_fraction={chosen.warmup_fraction}: must be in [0, 1)")
 
 
 def check_supervised(c: Config) -> None:
@@ -321,9 +346,6 @@ def check_supervised(c: Config) -> None:
                 f"{where}.steps={chosen.steps}, {where}.epochs={chosen.epochs}: give one of them, null the other"
             )
         per_step = "rows_per_step" if isinstance(chosen, SftConfig) else "pairs_per_step"
-        for field in ("steps", "epochs", per_step, "held_out_every"):
-            if (value := getattr(chosen, field)) is not None and value <= 0:
-                raise ConfigError(f"{where}.{field}={value}: must be above 0")
         sources = {"held_out": chosen.held_out, "pairs": getattr(chosen, "pairs", None)}
         for field, source in sources.items():
             try:
@@ -343,15 +365,18 @@ def check_data(data: DataConfig) -> None:
     """Raises ConfigError for shares, phases and sources that can't be."""
     for i, (from_step, mix) in enumerate(specification.phases(data)):
         field = f"data.curriculum[{i}]" if data.curriculum else "data"
-        if not mix or any(share < 0 for share in mix.values()):
+        if not mix or not all(isinstance(share, int) and 0 <= share <= 10**6 for share in mix.values()):
             raise ConfigError(f"{field}.mix={mix}: give kinds of prompts shares of 1 and more, 0 for none of a kind")
         before = specification.phases(data)[i - 1][0] if i else None
         if before is None and from_step:
             raise ConfigError(f"{field}.from_step={from_step}: the first phase begins with step 0")
         if before is not None and from_step <= before:
             raise ConfigError(f"{field}.from_step={from_step}: must be above {before}, the step of the phase before it")
-    if data.evaluation_samples < 0:
-        raise ConfigError(f"data.evaluation_samples={data.evaluation_samples}: use 1 or more, or 0 for greedy only")
+    if data.images.min_pixels > data.images.max_pixels:
+        raise ConfigError(
+            f"data.images.min_pixels={data.images.min_pixels}: is above data.images.max_pixels="
+            f"{data.images.max_pixels}; lower it"
+        )
     for name in ("sft", "prompts", "evaluation"):
         try:
             specification.read(getattr(data, name))
@@ -362,15 +387,6 @@ def check_data(data: DataConfig) -> None:
 def check_algorithm(c: Config) -> None:
     """Raises ConfigError for what the algorithm's parts can't do together."""
     a = c.algorithm
-    if a.samples_per_prompt < 2:
-        raise ConfigError(
-            f"algorithm.samples_per_prompt={a.samples_per_prompt}: a group needs at least 2 samples to compare"
-        )
-    for name in ("kl_coefficient", "drift_coefficient", "drift_cap", "entropy_coefficient", "advantage_epsilon"):
-        if (value := getattr(a, name)) < 0:
-            raise ConfigError(f"algorithm.{name}={value}: use 0 or more")
-    if a.dual_clip <= 1:
-        raise ConfigError(f"algorithm.dual_clip={a.dual_clip}: must be above 1, the ratio of an unchanged policy")
     if a.kl_estimator == "k1" and a.kl_in == "loss" and a.kl_coefficient > 0:
         raise ConfigError(
             "algorithm.kl_estimator='k1': its gradient in the loss is zero on average; use k2 or k3, or "
@@ -384,20 +400,11 @@ def check_algorithm(c: Config) -> None:
     bounds = a.sequence_ratio_bounds
     if bounds is not None and (len(bounds) != 2 or not 0 <= bounds[0] <= 1 <= bounds[1]):
         raise ConfigError(f"algorithm.sequence_ratio_bounds={bounds}: give two values around 1, or null for none")
-    if a.token_ratio_veto is not None and not 0 < a.token_ratio_veto < 1:
-        raise ConfigError(f"algorithm.token_ratio_veto={a.token_ratio_veto}: must be in (0, 1), or null for none")
 
 
 def check_rollout(c: Config) -> None:
     """Raises ConfigError for what the rollout's settings can't do, alone or with each other."""
     r = c.rollout
-    for field, bound in (("max_step_tokens", r.max_step_tokens), ("thinking_budget", r.thinking_budget)):
-        if bound is not None and bound < 1:
-            raise ConfigError(f"rollout.{field}={bound}: use 1 or more, or null for no bound")
-    if r.staleness not in (0, 1):
-        raise ConfigError(f"rollout.staleness={r.staleness}: use 0 (generate, then train) or 1 (one step ahead)")
-    if r.oversample < 1:
-        raise ConfigError(f"rollout.oversample={r.oversample}: use 1 (as many prompts as a step takes) or more")
     if r.max_step_tokens is not None and r.oversample == 1:
         raise ConfigError(
             f"rollout.max_step_tokens={r.max_step_tokens}: carries over what rollout.oversample puts in flight; with "
@@ -433,8 +440,6 @@ def check_rollout(c: Config) -> None:
             )
     if r.thinking_budget is not None and len(r.thinking_marks) != 2:
         raise ConfigError(f"rollout.thinking_marks={r.thinking_marks}: give what begins and what ends the thinking")
-    if r.environment.max_turns < 1:
-        raise ConfigError(f"rollout.environment.max_turns={r.environment.max_turns}: use 1 or more")
     if r.environment.name is not None and (r.oversample > 1 or r.thinking_budget is not None):
         raise ConfigError(
             f"rollout.environment.name={r.environment.name!r}: its turns are made in rounds, whole, and its tokens are "
@@ -446,8 +451,6 @@ def check_critic(c: Config) -> None:
     """Raises ConfigError for what the critic's settings can't do."""
     k = c.critic
     check_schedule("critic", k)
-    if c.algorithm.value_clip <= 0:
-        raise ConfigError(f"algorithm.value_clip={c.algorithm.value_clip}: must be above 0")
     if k.path is not None and not (Path(k.path) / "config.json").is_file():
         raise ConfigError(
             f"critic.path={k.path!r}: no config.json there: give a Hugging Face folder, or null for the policy's"
@@ -468,6 +471,8 @@ def check_critic(c: Config) -> None:
 def check(config: Config) -> None:
     """Raises ConfigError naming the first field whose value can't work."""
     c = config
+    if (wrong := ranges.impossible(c, NULLABLE)) is not None:
+        raise ConfigError(wrong)
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("cluster.platform", c.cluster.platform, ("cpu", "cuda")),
         ("parallel.recompute", c.parallel.recompute, ("none", "selective", "full")),
@@ -478,71 +483,15 @@ def check(config: Config) -> None:
     for field, value, allowed in choices:
         if value not in allowed:
             raise ConfigError(f"{field}={value!r}: use one of {', '.join(map(str, allowed))}")
-    positive = {
-        "algorithm.steps": c.algorithm.steps,
-        "algorithm.prompts_per_step": c.algorithm.prompts_per_step,
-        "algorithm.learning_rate": c.algorithm.learning_rate,
-        "algorithm.updates_per_rollout": c.algorithm.updates_per_rollout,
-        "algorithm.sampling_rounds": c.algorithm.sampling_rounds,
-        "algorithm.clip_high": c.algorithm.clip_high,
-        "algorithm.clip_filter_cap": c.algorithm.clip_filter_cap,
-        "algorithm.importance_cap": c.algorithm.importance_cap,
-        "algorithm.mismatch_alarm": c.algorithm.mismatch_alarm,
-        "parallel.micro_batch_tokens": c.parallel.micro_batch_tokens,
-        "rollout.engines": c.rollout.engines,
-        "rollout.tensor": c.rollout.tensor,
-        "rollout.max_response_tokens": c.rollout.max_response_tokens,
-        "rollout.sync_bucket_mib": c.rollout.sync_bucket_mib,
-        "rollout.sync_verify_every": c.rollout.sync_verify_every,
-        "rollout.temperature": c.rollout.temperature,
-        "rollout.stall_timeout": c.rollout.stall_timeout,
-        "data.max_prompt_tokens": c.data.max_prompt_tokens,
-        "data.images.min_pixels": c.data.images.min_pixels,
-        "data.images.max_pixels": c.data.images.max_pixels,
-        "data.images.max_aspect_ratio": c.data.images.max_aspect_ratio,
-        "cluster.nodes": c.cluster.nodes,
-        "cluster.ranks": c.cluster.ranks,
-        "cluster.threads": c.cluster.threads,
-        "checkpoint.every_steps": c.checkpoint.every_steps,
-        "optimizer.max_skipped": c.optimizer.max_skipped,
-        "algorithm.token_divisor": c.algorithm.token_divisor,  # may be the longest response: behind it
-    }
-    for field, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{field}={value}: must be above 0")
-    fractions = {
-        "algorithm.minimum_fraction": (c.algorithm.minimum_fraction, 0 <= c.algorithm.minimum_fraction <= 1, "[0, 1]"),
-        "algorithm.warmup_fraction": (c.algorithm.warmup_fraction, 0 <= c.algorithm.warmup_fraction < 1, "[0, 1)"),
-        "algorithm.clip_low": (c.algorithm.clip_low, 0 < c.algorithm.clip_low < 1, "(0, 1)"),
-        "algorithm.discount": (c.algorithm.discount, 0 <= c.algorithm.discount <= 1, "[0, 1]"),
-        "algorithm.gae_lambda": (c.algorithm.gae_lambda, 0 <= c.algorithm.gae_lambda <= 1, "[0, 1]"),
-        "algorithm.overlong_fraction": (
-            c.algorithm.overlong_fraction,
-            0 <= c.algorithm.overlong_fraction <= 1,
-            "[0, 1]",
-        ),
-        "algorithm.cale_mu": (c.algorithm.cale_mu, 0 <= c.algorithm.cale_mu <= 1, "[0, 1]"),
-        "rollout.top_p": (c.rollout.top_p, 0 < c.rollout.top_p <= 1, "(0, 1]"),
-    }
-    for field, (value, fits, interval) in fractions.items():
-        if not fits:
-            raise ConfigError(f"{field}={value}: must be in {interval}")
     check_rollout(c)
     check_critic(c)
     if not c.stage.trains and not c.stage.ladder:
         raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
     check_algorithm(c)
-    if not 0 < c.cluster.watchdog < c.cluster.timeout:
+    if c.cluster.watchdog >= c.cluster.timeout:
         raise ConfigError(
-            f"cluster.watchdog={c.cluster.watchdog}: must be above 0 and below cluster.timeout={c.cluster.timeout}, "
+            f"cluster.watchdog={c.cluster.watchdog}: must be below cluster.timeout={c.cluster.timeout}, "
             "behind which a collective fails without saying where the others are"
-        )
-    if c.cluster.slow_factor <= 1:
-        raise ConfigError(f"cluster.slow_factor={c.cluster.slow_factor}: must be above 1, the time of the median rank")
-    if c.checkpoint.keep < 2:
-        raise ConfigError(
-            f"checkpoint.keep={c.checkpoint.keep}: use 2 or more, so that there is one to fall back to when the newest "
-            "is damaged"
         )
     if len(c.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in c.optimizer.betas):
         raise ConfigError(f"optimizer.betas={c.optimizer.betas}: give two values in [0, 1)")

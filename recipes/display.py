@@ -162,6 +162,7 @@ class Display:
         columns = step_columns(metrics, total_steps, 200)[1:]
         parts = [f"{name.strip()} {value.strip()}" for name, value in columns]
         parts += [f"{name} {metrics[f'time/{name}']:.1f}s" for name in time_phases([metrics])]
+        parts += [f"server {name}: {counts}" for name, _, counts in server_health(metrics)]
         self._event(f"step {metrics['step']}/{total_steps}  {'  '.join(parts)}  ETA {eta(self._run.rows, total_steps)}")
 
     def message(self, text: str) -> None:
@@ -288,11 +289,26 @@ def _run_footer(run: _Run, width: int) -> Group:
     phases = time_phases(run.rows)
     if phases:
         lines += _phase_lines({name: last.get(f"time/{name}", 0.0) for name in phases}, width)
+    if health := server_health(last):
+        line = Text("servers  ", no_wrap=True, overflow="ellipsis")
+        for name, well, counts in health:
+            line.append("● ", "green" if well else "red").append(f"{name} {counts}  ")
+        lines.append(line)
     for verifier in reward_verifiers(run.rows):
         values = [row[f"reward/{verifier}"] for row in run.rows if f"reward/{verifier}" in row]
         curve = sparkline(values, width - 32)
         lines.append(Text(f"{verifier[:13]:13} {curve} {values[0]:.2f} → {values[-1]:.2f}", "green", no_wrap=True))
     return Group(*lines)
+
+
+def server_health(metrics: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
+    """(name, whether all that was asked of it in the step was answered, its counts) for each verifier's server."""
+    found = []
+    for name in dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("servers/")):
+        asked, failed, retries = (metrics[f"servers/{name}/{what}"] for what in ("asked", "failed", "retries"))
+        trouble = "".join(f", {n} {what}" for n, what in ((retries, "retries"), (failed, "failed")) if n)
+        found.append((name, failed == 0, f"{asked} asked{trouble}"))
+    return found
 
 
 def _phase_lines(seconds: Mapping[str, float], width: int) -> list[Text]:

@@ -1,4 +1,4 @@
-"""What a run writes for people and tools: metrics.jsonl, samples.jsonl, evaluation.json, environment.json.
+"""What a run writes for people and tools: metrics.jsonl, samples.jsonl, events.jsonl, evaluation.json and more.
 
 Every line is valid JSON by itself and on disk as soon as it is written. Rows carry a `step`, so a resumed run can drop
 what it will do again.
@@ -9,8 +9,10 @@ import json
 import math
 import os
 import platform
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,51 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             if type(row.get("step")) is not int:
                 raise ValueError(f"{path.name}: step is {row.get('step')!r}; every row needs its integer step")
             file.write(_dumps(row, path.name) + b"\n")
+
+
+def event(run_dir: Path, kind: str, **what: Any) -> None:
+    """Append to events.jsonl what happened to a run beside its steps: a launch, a restart, a checkpoint, an end.
+
+    A line has ``time`` (seconds since 1970), ``kind``, ``after_step`` (the last step in metrics.jsonl, 0 for none) and
+    ``what``. Any rank may write one: a line goes to the file by one write.
+    """
+    line = {"time": round(time.time(), 3), "kind": kind, "after_step": _last_step(run_dir / "metrics.jsonl"), **what}
+    with (run_dir / "events.jsonl").open("ab", buffering=0) as file:
+        file.write(_dumps(line, "events.jsonl") + b"\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events by time, none where there is no file; one without ``after_step`` (a server's) has that of the former.
+
+    Raises:
+        ValueError: a line that is not JSON, with its number.
+    """
+    found = sorted(read_rows(path), key=lambda each: each["time"]) if path.exists() else []
+    step = 0
+    for each in found:
+        step = each.setdefault("after_step", step)
+    return found
+
+
+@contextmanager
+def launch(run_dir: Path, resume: bool) -> Iterator[None]:
+    """Events at the begin and at every end of a launch but a kill, which leaves none."""
+    event(run_dir, "resume" if resume else "start")
+    try:
+        yield
+    except BaseException as error:
+        event(run_dir, "stop", why=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        raise
+    event(run_dir, "finish")
+
+
+def _last_step(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
+        whole = file.read().rpartition(b"\n")[0]
+    return json.loads(whole.splitlines()[-1])["step"] if whole else 0
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

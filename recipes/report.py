@@ -1,33 +1,40 @@
-"""report.html of a run, one file without scripts or outside resources: `python -m recipes.report runs/demo`.
+"""report.html of a run, one file without scripts or outside resources: `python -m recipes.report run=runs/demo`.
 
-Needs config.yaml and metrics.jsonl; evaluation.json, samples.jsonl and environment.json are shown where the run has
-got as far as writing them, and named as missing where not.
+Needs config.yaml and metrics.jsonl; evaluation.json, samples.jsonl, events.jsonl and environment.json are shown
+where the run has got as far as writing them, and named as missing where not.
 """
 
-import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from recipes import report_samples
 from recipes.display import duration
 from recipes.records import (
     choose_transcripts,
     evaluation_rows,
     model_stages,
+    read_events,
     read_rows,
     reward_verifiers,
     significance,
     time_phases,
 )
+from recipes.report_samples import Samples
 
 WIDTH, HEIGHT = 380, 220  # of a plot, in SVG units that come out near one CSS pixel, so text keeps its size on a phone
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
 COLOURS = 6  # --c0 ... --c5 below
 TRANSCRIPTS_OPEN = 6  # shown at once; the rest are folded away
+LAUNCHES = ("start", "resume")
+ORDINARY = ("start", "checkpoint", "finish")  # events that are no fault
 MARKED_POINTS = 120  # up to this many steps every value is a dot with its figure on hover
 
 STYLE = """
@@ -53,7 +60,11 @@ td small{display:block;color:var(--soft)}.better{color:var(--good);font-weight:6
 .legend{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:.82rem;color:var(--soft)}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:5px}
 svg{display:block;width:100%;height:auto;max-width:560px}svg text{fill:var(--soft);font-size:11px}
-svg .axis{stroke:var(--line)}svg .strong{fill:var(--ink)}
+svg .axis{stroke:var(--line)}.band{opacity:.18}svg .fault{stroke:var(--bad);stroke-dasharray:4 3}
+svg .launch{stroke:var(--after);stroke-width:9;opacity:.45}
+.thought{color:var(--soft);border-left:3px solid var(--line);padding-left:8px;margin-bottom:6px;font-size:.85rem}
+.words.words{text-align:left;white-space:normal;overflow-wrap:anywhere}
+svg .strong{fill:var(--ink)}
 .talk{margin-bottom:14px}.answers{display:grid;gap:10px;grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:20rem;overflow-y:auto;background:var(--bg);
 border:1px solid var(--line);border-radius:8px;padding:8px 10px;font-size:.9rem}
@@ -80,6 +91,9 @@ def write_report(run_dir: Path) -> Path:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty: the report needs at least one finished step")
     evaluation = _optional_json(run_dir / "evaluation.json")
     machine = _optional_json(run_dir / "environment.json")
+    samples = report_samples.gather(run_dir / "samples.jsonl") if (run_dir / "samples.jsonl").exists() else None
+    events = read_events(run_dir / "events.jsonl")
+    marks = ((yaml.safe_load(configuration) or {}).get("rollout") or {}).get("thinking_marks", ["<think>", "</think>"])
     name = run_dir.resolve().name
     parts = [
         "<!doctype html>",
@@ -88,9 +102,10 @@ def write_report(run_dir: Path) -> Path:
         f"<title>{text(name)}: report</title><style>{STYLE}</style></head><body>",
         _header(name, rows),
         _result(evaluation) if evaluation else _missing("evaluation.json", "Result"),
-        _training(rows),
-        _transcripts(evaluation) if evaluation else "",
-        _samples(run_dir / "samples.jsonl"),
+        _training(rows, samples or Samples(), events),
+        _timeline(events) if events else _missing("events.jsonl", "Faults and restarts"),
+        _transcripts(evaluation, marks) if evaluation else "",
+        _samples(samples, marks) if samples else _missing("samples.jsonl", "What RL learned from"),
         "<h2>Configuration</h2><details><summary>config.yaml, resolved</summary>"
         f"<pre>{text(configuration)}</pre></details>",
         _machine(machine) if machine else _missing("environment.json", "Machine and versions"),
@@ -169,11 +184,14 @@ def _interval_plot(entries: Sequence[tuple[str, str, Mapping[str, Mapping[str, A
     return svg(parts, height)
 
 
-def _training(rows: Sequence[Mapping[str, Any]]) -> str:
+def _training(rows: Sequence[Mapping[str, Any]], samples: Samples, events: Sequence[Mapping[str, Any]]) -> str:
     verifiers, phases = reward_verifiers(rows), time_phases(rows)
     megabytes = [{**row, "sync/megabytes": row["sync/bytes"] / 1e6} for row in rows if "sync/bytes" in row]
     plots = [
-        ("Reward per verifier", _lines(rows, {name: f"reward/{name}" for name in verifiers})),
+        (
+            "Reward per verifier, with 95&nbsp;% interval over prompts",
+            _lines(rows, {name: f"reward/{name}" for name in verifiers}, bands=samples.scores, events=events),
+        ),
         ("Loss", _lines(rows, {"loss": "loss"})),
         ("Mean reward", _lines(rows, {"mean": "reward/mean"})),
         ("KL to the reference policy", _lines(rows, {"KL": "kl/reference"}, zero=True)),
@@ -184,29 +202,60 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
         ("Time per phase, seconds", _stacked(rows, {name: f"time/{name}" for name in phases})),
         ("Weight sync, megabytes", _lines(megabytes, {"sent": "sync/megabytes"}, zero=True)),
     ]
+    plots += [
+        (f"Labels of {text(name)}, share of samples", _labels(rows, of_steps))
+        for name, of_steps in samples.labels.items()
+    ]
+    plots.append(("Response length, early and late", _lengths(samples.tokens)))
     if "sync" in phases:
         plots.append(("Weight sync, seconds", _lines(rows, {"time": "time/sync"}, zero=True)))
     cards = "".join(f'<div class="card"><h3>{title}</h3>{plot}</div>' for title, plot in plots if plot)
     return f'<h2>Training, per step</h2><div class="grid">{cards}</div>'
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], zero: bool = False) -> str:
+def _lines(
+    rows: Sequence[Mapping[str, Any]],
+    series: Mapping[str, str],
+    zero: bool = False,
+    bands: Mapping[int, Mapping[str, Any]] | None = None,
+    events: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Line plot of metrics over steps.
 
     Args:
         series: legend -> metric key; steps without a value (absent or null) are gaps.
         zero: whether the vertical axis starts at zero.
+        bands: step -> legend -> an interval, drawn behind the line.
+        events: faults among them are upright lines behind the step that they follow.
     """
     values = [row[key] for row in rows for key in series.values() if row.get(key) is not None]
     if not values:
         return ""
+    bands = {step: of for step, of in (bands or {}).items() if rows[0]["step"] <= step <= rows[-1]["step"]}
+    values += [
+        bound for of in bands.values() for name, score in of.items() if name in series for bound in score["interval"]
+    ]
     low, high = min(values), max(values)
     ticks = round_ticks(min(low, 0.0) if zero else low, high)
     low, high = ticks[0], ticks[-1]
     x_of = _steps_axis(rows)
     parts = _axes(rows, x_of, ticks)
+    for step in sorted({event["after_step"] for event in events if event["kind"] not in ORDINARY}):
+        if rows[0]["step"] <= step <= rows[-1]["step"]:
+            x = x_of(step) + (x_of(1) - x_of(0)) / 2
+            what = ", ".join(event["kind"] for event in events if event["after_step"] == step)
+            parts.append(
+                f'<line class="fault" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+                f"<title>after step {step}: {text(what)}</title></line>"
+            )
     for index, (name, key) in enumerate(series.items()):
         colour = f"var(--c{index % COLOURS})"
+        edges = [(x_of(step), *of[name]["interval"]) for step, of in sorted(bands.items()) if name in of]
+        if len(edges) > 1:
+            outline = [(x, _y(top, low, high)) for x, _, top in edges]
+            outline += [(x, _y(bottom, low, high)) for x, bottom, _ in reversed(edges)]
+            points = "L".join(f"{x:.1f} {y:.1f}" for x, y in outline)
+            parts.append(f'<path class="band" d="M{points}z" fill="{colour}"/>')
         commands, dots, pen = [], [], "M"
         for row in rows:
             if row.get(key) is None:
@@ -225,8 +274,8 @@ def _lines(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], zero: b
     return svg(parts, HEIGHT) + (_legend(list(series)) if len(series) > 1 else "")
 
 
-def _stacked(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str]) -> str:
-    """One bar per step, split by series; legend -> metric key, in seconds."""
+def _stacked(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str], unit: str = "{:.2f} s per step") -> str:
+    """One bar per step, split by series; legend -> metric key. ``unit``: how a mean over steps is written."""
     ticks = round_ticks(0.0, max(sum(row.get(key, 0.0) for key in series.values()) for row in rows))
     high = ticks[-1]
     x_of = _steps_axis(rows)
@@ -245,9 +294,94 @@ def _stacked(rows: Sequence[Mapping[str, Any]], series: Mapping[str, str]) -> st
                 )
             below[place] += value
         mean = sum(row.get(key, 0.0) for row in rows) / len(rows)
-        label = f"<title>{text(name)}: {mean:.2f} s per step</title>"
+        label = f"<title>{text(name)}: {unit.format(mean)}</title>"
         parts.append(f'<path d="{"".join(bars)}" fill="var(--c{index % COLOURS})">{label}</path>')
     return svg(parts, HEIGHT) + _legend(list(series))
+
+
+def _labels(rows: Sequence[Mapping[str, Any]], of_steps: Mapping[int, Mapping[str, int]]) -> str:
+    """One bar per step, split by the labels that a verifier gave."""
+    steps = [row["step"] for row in rows if row["step"] in of_steps]
+    names = sorted({label for step in steps for label in of_steps[step]})
+    shares = [
+        {"step": step, **{f"label/{name}": n / sum(of_steps[step].values()) for name, n in of_steps[step].items()}}
+        for step in steps
+    ]
+    return _stacked(shares, {name: f"label/{name}" for name in names}, "{:.0%} of all samples") if shares else ""
+
+
+def _lengths(tokens: Mapping[int, Sequence[int]]) -> str:
+    """Histograms of the first and of the last third of the steps, in tokens."""
+    steps = sorted(tokens)
+    third = max(1, len(steps) // 3)
+    if len(steps) < 2:
+        return ""
+    early, late = ([n for step in part for n in tokens[step]] for part in (steps[:third], steps[-third:]))
+    groups = {f"steps {steps[0]} to {steps[third - 1]}": early, f"steps {steps[-third]} to {steps[-1]}": late}
+    edges, shares = report_samples.bins(groups)
+    ticks = round_ticks(0.0, max(share for of in shares.values() for share in of))
+    width = (WIDTH - LEFT - RIGHT) / (len(edges) - 1)
+    parts = _grid(ticks)
+    for place in range(0, len(edges), 4):
+        x = LEFT + width * place
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{edges[place]}</text>')
+    for index, (name, of) in enumerate(shares.items()):
+        bars = "".join(
+            f"M{LEFT + width * (i + 0.08 + 0.42 * index):.1f} {_y(share, 0.0, ticks[-1]):.1f}h{width * 0.42:.2f}"
+            f"V{_y(0.0, 0.0, ticks[-1]):.1f}h{-width * 0.42:.2f}z"
+            for i, share in enumerate(of)
+            if share
+        )
+        parts.append(f'<path d="{bars}" fill="var(--c{index})"><title>{name}</title></path>')
+    return svg(parts, HEIGHT) + _legend(list(groups))
+
+
+def _timeline(events: Sequence[Mapping[str, Any]]) -> str:
+    """Launches as bars over wall-clock time, everything else as marks on it, and all of it as a table."""
+    first, last = events[0]["time"], max(event["time"] for event in events)
+    seconds = max(last - first, 1e-3)
+    scale, height, middle = (WIDTH - LEFT - RIGHT) / seconds, 74, 30
+
+    def x_of(event: Mapping[str, Any]) -> float:
+        return LEFT + (event["time"] - first) * scale
+
+    parts, begun = [], events[0]
+    for event, before in zip([*events, None], [None, *events], strict=True):
+        if before is not None and (event is None or event["kind"] in LAUNCHES):
+            parts.append(
+                f'<line class="launch" x1="{x_of(begun):.1f}" x2="{x_of(before):.1f}" y1="{middle}" y2="{middle}"/>'
+            )
+        if event is not None and event["kind"] in LAUNCHES:
+            begun = event
+    for event in events:
+        colour = "var(--soft)" if event["kind"] in ORDINARY else "var(--bad)"
+        radius = 3 if event["kind"] in ORDINARY else 6
+        what = f"{event['kind']}, {duration(event['time'] - first)}, after step {event['after_step']}"
+        parts.append(
+            f'<circle cx="{x_of(event):.1f}" cy="{middle}" r="{radius}" fill="{colour}"><title>{text(what)}</title>'
+            "</circle>"
+        )
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        x = LEFT + share * (WIDTH - LEFT - RIGHT)
+        parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{anchor}">{duration(share * seconds)}</text>')
+    shown = [event for event in events if event["kind"] != "checkpoint"]
+    body = "".join(
+        f"<tr><td>{duration(event['time'] - first)}</td><td>{event['after_step']}</td><td>{text(event['kind'])}</td>"
+        f'<td class="words">{text(_details(event))}</td></tr>'
+        for event in shown
+    )
+    faults = sum(event["kind"] not in ORDINARY for event in events)
+    return (
+        f"<h2>Faults and restarts</h2><p>{faults} among {len(events)} events; red marks here, dashed lines in the "
+        "reward&rsquo;s plot. Bars are launches.</p>"
+        f'<div class="grid"><div class="card">{svg(parts, height)}</div></div>'
+        '<div class="scroll"><table><thead><tr><th>time</th><th>after step</th><th>event</th>'
+        f'<th class="words">details</th></tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _details(event: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "kind", "after_step"))
 
 
 def _steps_axis(rows: Sequence[Mapping[str, Any]]) -> Callable[[int], float]:
@@ -258,14 +392,19 @@ def _steps_axis(rows: Sequence[Mapping[str, Any]]) -> Callable[[int], float]:
 
 
 def _axes(rows: Sequence[Mapping[str, Any]], x_of: Callable[[int], float], ticks: Sequence[float]) -> list[str]:
+    parts = _grid(ticks)
+    first, last = rows[0]["step"], rows[-1]["step"]
+    for step in sorted({first, (first + last) // 2, last}):
+        parts.append(f'<text x="{x_of(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step}</text>')
+    return parts
+
+
+def _grid(ticks: Sequence[float]) -> list[str]:
     parts = []
     for tick in ticks:
         y = _y(tick, ticks[0], ticks[-1])
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
-    first, last = rows[0]["step"], rows[-1]["step"]
-    for step in sorted({first, (first + last) // 2, last}):
-        parts.append(f'<text x="{x_of(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step}</text>')
     return parts
 
 
@@ -295,9 +434,10 @@ def _legend(names: Sequence[str]) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def _transcripts(evaluation: Mapping[str, Any]) -> str:
+def _transcripts(evaluation: Mapping[str, Any], marks: Sequence[str]) -> str:
     everything = evaluation["transcripts"]
-    cards = [_transcript(item, model_stages(evaluation)) for item in choose_transcripts(everything, len(everything))]
+    stages = model_stages(evaluation)
+    cards = [_transcript(item, stages, marks) for item in choose_transcripts(everything, len(everything))]
     folded = cards[TRANSCRIPTS_OPEN:]
     more = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>" if folded else ""
     return (
@@ -306,14 +446,14 @@ def _transcripts(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _transcript(item: Mapping[str, Any], stages: Mapping[str, str]) -> str:
+def _transcript(item: Mapping[str, Any], stages: Mapping[str, str], marks: Sequence[str]) -> str:
     labels = item["labels"]
     answers = []
     for stage, heading in stages.items():
         changed = " changed" if stage == "after" and labels["after"] != labels["before"] else ""
         answers.append(
             f'<div><div class="head"><b>{heading}</b><span class="chip{changed}">{text(labels[stage])}</span></div>'
-            f'<div class="text">{text(item[stage])}</div></div>'
+            f"{_response(item[stage], marks)}</div>"
         )
     return (
         f'<div class="card talk"><div class="head"><b>Prompt</b><span class="soft">{text(item["kind"])}</span></div>'
@@ -321,59 +461,51 @@ def _transcript(item: Mapping[str, Any], stages: Mapping[str, str]) -> str:
     )
 
 
-def _samples(path: Path) -> str:
-    """One prompt's group of samples from the first and the last step: what the algorithm compares."""
-    heading = "What RL learned from"
-    if not path.exists():
-        return _missing(path.name, heading)
-    blocks = []
-    for rows in _first_and_last_step(path):
-        group = _widest_group(rows)
-        cards = "".join(_sample(row) for row in group)
+def _response(response: str, marks: Sequence[str]) -> str:
+    """The answer, with its thinking above it where there is any."""
+    thinking, answer = report_samples.split_thinking(response, marks)
+    thought = f'<div class="thought"><b>thinking</b> {text(thinking)}</div>' if thinking else ""
+    return f'<div class="text">{thought}{text(answer)}</div>'
+
+
+def _samples(samples: Samples, marks: Sequence[str]) -> str:
+    """The same prompts over training, then a group of the first and the last step: what the algorithm compares."""
+    blocks = [
+        f"<h2>The same prompts over training</h2><p>{'' if samples.followed else 'No prompt came a second time. '}"
+        "The best sample of each time that a prompt came, from early to late.</p>"
+    ]
+    for answers in samples.followed:
+        cards = "".join(_sample(row, f"step {row['step']}", marks) for row in answers)
+        blocks.append(_talk(answers[0]["prompt"], cards))
+    blocks.append(
+        "<h2>What RL learned from</h2><p>All samples of one prompt, with reward and advantage: the prompt of that step "
+        "whose rewards differ most.</p>"
+    )
+    for group in samples.groups:
+        cards = "".join(_sample(row, "", marks) for row in group)
         blocks.append(
-            f'<details><summary>Step {group[0]["step"]}</summary><div class="card talk"><div class="head"><b>Prompt</b>'
-            f'</div><div class="text">{text(group[0]["prompt"])}</div><div class="answers">{cards}</div></div>'
-            "</details>"
+            f"<details><summary>Step {group[0]['step']}</summary>{_talk(group[0]['prompt'], cards)}</details>"
         )
+    return "".join(blocks)
+
+
+def _talk(prompt: str, cards: str) -> str:
     return (
-        f"<h2>{heading}</h2><p>All samples of one prompt, with reward and advantage: the prompt of that step whose "
-        f"rewards differ most.</p>{''.join(blocks)}"
+        f'<div class="card talk"><div class="head"><b>Prompt</b></div><div class="text">{text(prompt)}</div>'
+        f'<div class="answers">{cards}</div></div>'
     )
 
 
-def _sample(row: Mapping[str, Any]) -> str:
+def _sample(row: Mapping[str, Any], when: str, marks: Sequence[str]) -> str:
     verdicts = "".join(
         f'<span class="chip">{text(name)}: {text(verdict.get("label", "no verdict"))}</span>'
         for name, verdict in row["verdicts"].items()
     )
     reward = "no reward" if row["reward"] is None else f"reward {row['reward']:.2f}"
     return (
-        f'<div><div class="head"><b>{reward}</b><span class="soft">advantage {row["advantage"]:+.2f}'
-        f'</span>{verdicts}</div><div class="text">{text(row["response"])}</div></div>'
+        f'<div><div class="head"><b>{f"{when}: " if when else ""}{reward}</b><span class="soft">advantage '
+        f"{row['advantage']:+.2f}</span>{verdicts}</div>{_response(row['response'], marks)}</div>"
     )
-
-
-def _first_and_last_step(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the first and of the last step, read as a stream: the file can be larger than memory."""
-    first: list[dict[str, Any]] = []
-    last: list[dict[str, Any]] = []
-    for row in read_rows(path):
-        if not first or row["step"] == first[0]["step"]:
-            first.append(row)
-        elif not last or row["step"] == last[0]["step"]:
-            last.append(row)
-        else:
-            last = [row]
-    return (rows for rows in (first, last) if rows)
-
-
-def _widest_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["prompt_id"], []).append(row)
-    rewards = {i: [r["reward"] for r in group if r["reward"] is not None] for i, group in groups.items()}
-    widest = max(groups, key=lambda i: max(rewards[i]) - min(rewards[i]) if rewards[i] else -1.0)
-    return sorted(groups[widest], key=lambda row: row["sample_index"])
 
 
 def _machine(machine: Mapping[str, Mapping[str, Any]]) -> str:
@@ -400,9 +532,13 @@ def _optional_json(path: Path) -> dict[str, Any] | None:
 
 def main() -> None:
     """Command line: rebuild the report of a run's folder."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.report", description="Rebuild a run's report.html.")
-    parser.add_argument("run_dir", type=Path, help="the run's folder, for example runs/demo")
-    print(write_report(parser.parse_args().run_dir))
+    folder = sys.argv[1].removeprefix("run=") if len(sys.argv) == 2 else ""
+    if not folder or folder.startswith("-"):
+        sys.exit("usage: python -m recipes.report run=FOLDER    for example run=runs/demo")
+    try:
+        print(write_report(Path(folder)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ def fit(session: Session, reference: Path) -> None:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule), **critics.snapshot(critic)}
                 saver.save(step + 1, models, {**session.progress(), "pool": pool.to_json(), "constraint": constraint})
+            session.event("checkpoint", step=step + 1)
     saver.wait()
     session.sync_weights(algorithm.steps)
 
@@ -329,6 +330,7 @@ def record(
                 "sample_index": sample.sample_index,
                 "prompt": row["prompt"],
                 "response": session.text(sample),
+                "tokens": len(sample.response_token_ids),
                 "reward": None if math.isnan(reward) else reward,
                 "verdicts": {name: to_json(judgement) for name, judgement in verdicts.items()},
                 "advantage": fmean(advantage),

@@ -1,5 +1,6 @@
 """What a run holds: trainer, engines, weight bridge, tokenizer, records. Opened once, closed on every way out."""
 
+import logging
 import math
 import os
 import sys
@@ -29,11 +30,12 @@ from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enou
 from megatron_ext.precision import DTYPES
 from megatron_ext.scalar_head import scalar_config
 from megatron_ext.weight_map import round_up
-from recipes import records, trainer
+from recipes import logs, records, trainer
 from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
+from recipes.loggers import Logger, open_loggers
 from recipes.watchdog import NOTICE, Watchdog, probe, slow_ranks
 from rewards import mixing, settings
 from rewards.client import Client
@@ -66,7 +68,7 @@ class Session:
     verifiers: dict[str, Verifier]
     client: Client | None
     turns: Turns | None
-    wandb: Any
+    loggers: list[Logger]
     node: int
     nodes: int
     cost: Cost  # of a sequence of the model
@@ -132,6 +134,7 @@ class Session:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         told = f"loss {found['loss']}, gradient norm {found['grad_norm']}"
         self.say(f"update skipped ({told}): {self.skipped_in_a_row} in a row")
+        self.event("skipped update", why=told)
         if self.skipped_in_a_row >= (most := self.config.optimizer.max_skipped):
             raise RuntimeError(
                 f"{told}: {self.skipped_in_a_row} updates in a row were skipped, optimizer.max_skipped={most}; the "
@@ -160,6 +163,7 @@ class Session:
             died = [engine for engine in self.engines if not engine.alive]
             for engine in died:
                 engine.restart()
+                records.event(Path(self.config.run_dir), "engine restart", engine=engine.log_path.stem)
             wait_until_ready(died, time.monotonic() + self.config.rollout.startup_timeout)
             self._tell_sleepers("/wake", ["weights"])
             return len(died)
@@ -320,9 +324,15 @@ class Session:
         self.skipped = 0
         if self.rank == 0:
             records.append_rows(self.run_dir / "metrics.jsonl", [row])
-            if self.wandb is not None:
-                self.wandb.log(row, step=metrics["step"])
+            part = "" if self.run_dir == Path(self.config.run_dir) else f"{self.run_dir.name}/"
+            for log in self.loggers:
+                log(row, part)
         return row
+
+    def event(self, kind: str, **what: Any) -> None:
+        """Rank 0 writes it down."""
+        if self.rank == 0:
+            records.event(Path(self.config.run_dir), kind, **what)
 
     def truncate_records(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""
@@ -348,7 +358,7 @@ class Session:
         """A line for people, from rank 0, in its log too."""
         self.display.message(text)
         if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            logging.getLogger(__name__).warning(text)
 
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
@@ -417,19 +427,8 @@ def open_session(config: Config) -> Iterator[Session]:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())
             records.write_json(run_dir / "environment.json", {"run": run_id, **machine})
-        wandb = None
-        if rank == 0 and c.logger.wandb_project:
-            import wandb as weights_and_biases
-
-            wandb = weights_and_biases.init(
-                project=c.logger.wandb_project,
-                name=c.recipe.name,
-                dir=run_dir,
-                config=asdict(config),
-                id=run_id,
-                resume="allow",
-            )
-            stack.callback(wandb.finish)
+            stack.enter_context(records.launch(run_dir, c.resume))
+        loggers = open_loggers(c, run_dir, run_id, stack) if rank == 0 else []
         from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
         watchdog = Watchdog(run_dir / "logs", rank, c.cluster.watchdog)
         stack.callback(watchdog.stop)
@@ -450,7 +449,7 @@ def open_session(config: Config) -> Iterator[Session]:
             verifiers,
             client,
             turns,
-            wandb,
+            loggers,
             node,
             nodes,
             cost_of(hf_config, c.model.frozen),
@@ -531,3 +530,4 @@ def redirect_output(folder: Path, rank: int) -> None:
     if rank != 0:
         os.dup2(log, 1)
     os.close(log)
+    logs.configure(rank, sys.stderr)

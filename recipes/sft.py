@@ -57,6 +57,7 @@ def fit(session: Session) -> None:
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}
                 saver.save(step + 1, models, session.progress())
+            session.event("checkpoint", step=step + 1)
     saver.wait()
 
 

@@ -7,6 +7,7 @@ of itself; under torchrun or srun each process is one rank of the run.
 import ctypes
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,12 +19,13 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes.config import Config, ConfigError, generates, parse
+from recipes.config import Config, ConfigError, generates, parse, unknown_field
 from recipes.slurm import adopt_step
 
 RESULTS = (
     "metrics.jsonl",
     "samples.jsonl",
+    "events.jsonl",
     "answers.json",
     "evaluation.json",
     "report.html",
@@ -33,6 +35,8 @@ RESULTS = (
 LAUNCHER = "RECIPES_LAUNCHER_PID"  # set for the ranks that ``launch`` starts
 PR_SET_PDEATHSIG = 1
 APPEND = "To append to your config use +"
+MERGING = "Error merging override "
+SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose values are not shown
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -189,11 +193,14 @@ def die_with_launcher() -> None:
 def say_why_on_sigterm(config: Config) -> None:
     """torchrun ends the ranks with SIGTERM on Ctrl-C and when one of them dies (out of memory, say): tell so."""
 
+    from recipes.records import event
+
     def handler(number: int, frame: object) -> None:
         print(
             f"error: stopped by SIGTERM (Ctrl-C, or another rank died); see {config.run_dir}/logs/launcher.log",
             flush=True,
         )
+        event(Path(config.run_dir), "stop", why="SIGTERM")
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -206,7 +213,13 @@ def one_line(error: HydraException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = [line for line in lines if line.startswith(APPEND)]
     if unknown:
-        return f"{unknown[0].removeprefix(APPEND)}: no such field; the fields are listed in conf/"
+        override = unknown[0].removeprefix(APPEND)
+        field = override.partition("=")[0]
+        shown = field if SECRET.search(field) else override
+        return f"{shown}: {unknown_field(field)}"
+    if lines[0].startswith(MERGING):
+        why = str(error.__cause__).splitlines()[0]
+        return f"{lines[0].removeprefix(MERGING)}: {why}; give a value of the kind that stands in conf/"
     return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
 
 

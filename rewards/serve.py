@@ -8,6 +8,7 @@ this process whatever ends it. Logs: ``<run_dir>/servers/<server>_<replica>.log`
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -198,6 +199,7 @@ class Supervisor:
                 end(replica.process)
                 replica.restarts += 1
                 replica.start()
+                note_restart(replica)
             elif not replica.ready and replica.answers():
                 if replica.sleeps:
                     replica.sleep()
@@ -216,6 +218,13 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
             end(process)
+
+
+def note_restart(replica: Replica) -> None:
+    """A line in the run's events.jsonl, as ``recipes.records.event`` writes them, for the report."""
+    event = {"time": round(time.time(), 3), "kind": "server restart", "server": replica.name}
+    with (replica.log.parents[1] / "events.jsonl").open("ab", buffering=0) as file:
+        file.write(json.dumps(event).encode() + b"\n")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -86,8 +86,8 @@ def open_search(
         ("timeout", timeout, 0.001),
         ("retries", retries, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
+        if not least <= value <= 1e7:
+            raise ValueError(f"{name}={value}: must be at least {least}, at most 1e7")
     if (corpus is None) == (endpoint is None):
         raise ValueError(f"corpus={corpus!r}, endpoint={endpoint!r}: give one of them and leave the other null")
     retriever: Retriever

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from recipes.display import Display, _Footer, _Run, _Stage, duration, eta, sparkline, step_columns
+from recipes.display import Display, _Footer, _Run, _Stage, duration, eta, server_health, sparkline, step_columns
 
 HOSTILE = "[bold red]markup[/bold red] [/] \x1b[31mcolour\x1b[0m \u202eturned 你好 \ud800"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -37,6 +37,8 @@ def metrics(step):
         "time/generate": 6.0,
         "time/train": 3.5,
         "sync/bytes": 1000,
+        **{f"servers/judge/{what}": n for what, n in (("asked", 64), ("replies", 66), ("retries", 2), ("failed", 0))},
+        **{f"servers/value/{what}": n for what, n in (("asked", 8), ("replies", 7), ("retries", 0), ("failed", 1))},
     }
 
 
@@ -123,7 +125,15 @@ def test_a_log_is_plain_with_one_line_per_event(tmp_path):
     assert all(re.match(r"\[ *\d+\.\d+s\] ", line) for line in events)
     steps = [line for line in events if "step " in line and "/22  reward" in line]
     assert len(steps) == 22
-    for part in ("safety 0.260", "helpfulness 1.000", "tok/s 612", "generate 6.0s", "train 3.5s", "ETA 3 min 30 s"):
+    for part in (
+        "safety 0.260",
+        "helpfulness 1.000",
+        "tok/s 612",
+        "generate 6.0s",
+        "train 3.5s",
+        "judge: 64 asked, 2",
+        "ETA 3 min 30 s",
+    ):
         assert part in steps[0]
     assert sum("SFT warm start: " in line and "/100" in line for line in events) == 10
     assert any("load model: done in" in line for line in events)
@@ -194,7 +204,9 @@ def test_the_lines_under_the_rows_of_80_columns():
     assert re.search(r"RL .* 10/40 +ETA 5 min 00 s", lines[2])
     assert len(lines[3].rstrip()) == 78 and set(lines[3].strip()) == {"█"}
     assert re.search(r"generate.6\.0s .*train.3\.5s", lines[4])
-    curves = {line.split()[0]: line for line in lines[5:]}
+    assert lines[5].rstrip() == "servers  ● judge 64 asked, 2 retries  ● value 8 asked, 1 failed"
+    assert [well for _, well, _ in server_health(metrics(1))] == [True, False]
+    curves = {line.split()[0]: line for line in lines[6:]}
     assert list(curves) == ["safety", "capability", "helpfulness"]
     assert "0.26 → 0.35" in curves["safety"] and "▁" in curves["safety"] and "█" in curves["safety"]
 

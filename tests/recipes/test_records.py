@@ -151,3 +151,25 @@ def test_environment_names_machine_and_versions():
     assert found["machine"]["device"] == "cpu"
     assert found["machine"]["processes"] == 2
     assert found["machine"]["memory_gib"] > 0
+
+
+def test_events_have_the_step_that_they_follow(tmp_path):
+    """A server's come from a process that knows no steps; an error leaves a stop, and its first line."""
+    with pytest.raises(OSError), records.launch(tmp_path, resume=False):
+        records.append_rows(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2, "text": "x" * 70_000}])
+        records.event(tmp_path, "checkpoint", step=2)
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write('{"time": 4e9, "kind": "server restart", "server": "judge_0"}\n')
+        raise OSError("no room\nat all")
+    with records.launch(tmp_path, resume=True):
+        pass
+    found = records.read_events(tmp_path / "events.jsonl")
+    assert [(each["kind"], each["after_step"]) for each in found] == [
+        ("start", 0),
+        ("checkpoint", 2),
+        ("stop", 2),
+        ("resume", 2),
+        ("finish", 2),
+        ("server restart", 2),
+    ]
+    assert found[2]["why"] == "OSError: no room"

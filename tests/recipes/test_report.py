@@ -9,6 +9,8 @@ import pytest
 
 from recipes import records
 from recipes.report import round_ticks, write_report
+from recipes.report_samples import bins, split_thinking
+from recipes.statistics import mean_interval
 
 VOID = {"meta"}
 PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "small", "div", "span", "i", "b"}
@@ -98,7 +100,8 @@ def samples(step):
                 "prompt_id": prompt,
                 "sample_index": index,
                 "prompt": f"{prompt} prompt of {step}",
-                "response": HOSTILE,
+                "response": f"<think>{HOSTILE}</think>{HOSTILE}",
+                "tokens": 10 * step + index,
                 "reward": reward,
                 "verdicts": {
                     "safety": {"reason": "no reply", "raw": ""}
@@ -115,9 +118,13 @@ def run_dir(tmp_path):
     run = tmp_path / "demo <1>"
     run.mkdir()
     (run / "config.yaml").write_text(f"recipe: demo\nseed: 7  # {HOSTILE}\n")
+    records.event(run, "start")
     for step in (1, 2, 3):
         records.append_rows(run / "metrics.jsonl", [metrics(step)])
         records.append_rows(run / "samples.jsonl", samples(step))
+        if step == 2:
+            records.event(run, "engine restart", engine=HOSTILE)
+    records.event(run, "finish")
     records.write_json(run / "evaluation.json", evaluation())
     records.write_json(run / "environment.json", records.environment(HOSTILE, 2))
     return run
@@ -138,9 +145,10 @@ def test_well_formed_and_from_known_elements_only(run_dir):
 def test_hostile_text_is_shown_as_written(run_dir):
     page = Page(write_report(run_dir).read_text())
     shown = "".join(page.data)
-    # 8 transcripts: kind, prompt, three answers, base label. Samples of two steps: three responses and two labels each.
-    # Then the configuration and the device.
-    assert shown.count(HOSTILE) == 8 * 6 + 2 * (3 + 2) + 2
+    # 8 transcripts: kind, prompt, three answers, base label. Samples of two steps: three responses with their thinking
+    # and two labels each; two prompts over three steps: a response with its thinking and a label each. The label in the
+    # title of its bars and in their legend, the engine in the table of events. Then the configuration and the device.
+    assert shown.count(HOSTILE) == 8 * 6 + 2 * (3 * 2 + 2) + 2 * 3 * (2 + 1) + 2 + 1 + 2
     assert "\x00" not in shown and "\x1b" not in shown and "\u202e" not in shown
     assert HOSTILE + "\ufffd\ufffd[31m\ufffd" in shown
 
@@ -183,17 +191,75 @@ def test_plots_cover_every_metric_and_leave_gaps_for_null(run_dir):
 
 
 def test_shows_the_group_whose_rewards_differ_in_the_first_and_last_step(run_dir):
-    shown = "".join(Page(write_report(run_dir).read_text()).data)
+    shown = "".join(Page(write_report(run_dir).read_text()).data).partition("What RL learned from")[2]
     assert "split prompt of 1" in shown and "split prompt of 3" in shown
     assert "dull prompt" not in shown and "failed prompt" not in shown and "prompt of 2" not in shown
     assert "reward 1.00" in shown and "no reward" in shown and "safety: no verdict" in shown
+
+
+def test_follows_prompts_over_training_with_their_thinking(run_dir):
+    page = write_report(run_dir).read_text()
+    shown = page[page.index("The same prompts over training") : page.index("What RL learned from")]
+    for prompt in ("split", "dull"):
+        assert f"{prompt} prompt of 1" in shown
+    assert "failed prompt" not in shown  # it never had a reward
+    assert re.findall(r"step (\d): reward ([\d.]+)", shown) == [(n, r) for r in ("0.50", "1.00") for n in "123"] or (
+        re.findall(r"step (\d): reward ([\d.]+)", shown) == [(n, r) for r in ("1.00", "0.50") for n in "123"]
+    )
+    assert shown.count('<div class="thought"><b>thinking</b> &lt;script&gt;') == 6
+
+
+def test_bands_are_the_intervals_over_prompts(run_dir):
+    """Safety's scores of a step: prompt means 0.5 and 0.5 (the third prompt has no verdict)."""
+    page = write_report(run_dir).read_text()
+    low, high = mean_interval([0.5, 0.5])["interval"]
+    plot = page[page.index("<h3>Reward per verifier") : page.index("<h3>Mean reward")]
+    ticks = [float(y) for y in re.findall(r'class="axis" x1="46" x2="370" y1="([\d.]+)"', plot)]
+    values = [float(v) for v in re.findall(r'text-anchor="end">([-\d.]+)<', plot)]
+    (points,) = re.findall(r'class="band" d="M([^z]+)z"', plot)
+    heights = [float(point.split()[1]) for point in points.split("L")]
+    scale = (values[-1] - values[0]) / (ticks[-1] - ticks[0])
+    found = [values[0] + (height - ticks[0]) * scale for height in heights]
+    assert found == pytest.approx([high] * 3 + [low] * 3, abs=0.01)
+
+
+def test_faults_and_launches_are_on_the_time_axis(run_dir):
+    page = write_report(run_dir).read_text()
+    shown = page[page.index("<h2>Faults and restarts") : page.index("<h2>Transcripts")]
+    assert "1 among 3 events" in shown
+    assert shown.count('class="launch"') == 1
+    assert shown.count('fill="var(--bad)"') == 1
+    assert "engine restart" in shown and "after step 2" in shown
+    assert page.count('class="fault"') == 1
+
+
+def test_lengths_early_and_late_are_shares(run_dir):
+    assert bins({"a": [0, 1, 15], "b": [15] * 4}) == (
+        [*range(17)],
+        {"a": [1 / 3] * 2 + [0] * 13 + [1 / 3], "b": [0] * 15 + [1]},
+    )
+    page = write_report(run_dir).read_text()
+    assert "steps 1 to 1" in page and "steps 3 to 3" in page
+
+
+@pytest.mark.parametrize(
+    ("response", "parts"),
+    [
+        ("<think>a</think> b", ("a", "b")),
+        ("a</think>b", ("a", "b")),
+        ("<think>a", ("a", "")),
+        ("b", ("", "b")),
+    ],
+)
+def test_thinking_is_told_from_the_answer(response, parts):
+    assert split_thinking(response, ("<think>", "</think>")) == parts
 
 
 def test_a_run_of_one_step_that_is_not_evaluated_yet(tmp_path):
     (tmp_path / "config.yaml").write_text("recipe: demo\n")
     records.append_rows(tmp_path / "metrics.jsonl", [metrics(1)])
     shown = "".join(Page(write_report(tmp_path).read_text()).data)
-    for missing in ("evaluation.json", "samples.jsonl", "environment.json"):
+    for missing in ("evaluation.json", "samples.jsonl", "events.jsonl", "environment.json"):
         assert f"This run has no {missing} yet." in shown
 
 
@@ -210,7 +276,7 @@ def test_command_line_rebuilds_the_same_file(run_dir):
     first = write_report(run_dir).read_bytes()
     (run_dir / "report.html").unlink()
     done = subprocess.run(
-        [sys.executable, "-m", "recipes.report", str(run_dir)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "recipes.report", f"run={run_dir}"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(run_dir / "report.html")
     assert (run_dir / "report.html").read_bytes() == first

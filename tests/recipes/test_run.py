@@ -197,6 +197,20 @@ def test_the_other_files_are_there_and_named_on_the_screen(whole: tuple[Path, st
         assert f"step {step}/{STEPS}" in printed
 
 
+def test_no_file_of_the_run_has_a_secret_of_its_environment(whole: tuple[Path, str]) -> None:
+    run_dir, printed = whole
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert {"config.yaml", "environment.json", "report.html", "rank_0.log"} <= {path.name for path in files}
+    assert [path for path in files if tiny.SECRET.encode() in path.read_bytes()] == []
+    assert tiny.SECRET not in printed
+
+
+def test_the_run_tells_what_happened(whole: tuple[Path, str]) -> None:
+    events = list(records.read_rows(whole[0] / "events.jsonl"))
+    assert [event["kind"] for event in events] == ["start", *["checkpoint"] * (2 + STEPS), "finish"]
+    assert [event["step"] for event in events[3:-1]] == [event["after_step"] for event in events[3:-1]]
+
+
 def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> None:
     """Megatron-Core's checkpoint, read without Megatron-Core and taken apart by plain slicing, tensor by tensor."""
     hf = weights(whole[0] / "hf")

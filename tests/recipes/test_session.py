@@ -50,6 +50,9 @@ def test_the_run_goes_on_with_a_new_engine(run_dir: Path) -> None:
     assert rows[0]["kl/reference"] == 0.0 and rows[0]["logprob_gap/max"] < 1e-4
     starts = (run_dir / "logs" / "engine_0.log").read_text().count("Initializing a V1 LLM engine")
     assert starts == 2
+    events = list(records.read_rows(run_dir / "events.jsonl"))
+    assert [event["kind"] for event in events if event["kind"] != "checkpoint"] == ["start", "engine restart", "finish"]
+    assert next(event["engine"] for event in events if event["kind"] == "engine restart") == "engine_0"
 
 
 def test_samples_are_one_update_old_and_older_where_they_were_carried_over(run_dir: Path) -> None:

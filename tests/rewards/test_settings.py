@@ -134,8 +134,11 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
         (["rewards.verifiers.safety.template=null"], r"verifiers\.safety: give a template"),
         (["+rewards.verifiers.safety.rule=math"], r"verifiers\.safety: give a template"),
         (["+rewards.verifiers.safety.arguments={limit: 3}"], r"arguments are a rule's"),
-        (["+rewards.verifiers.safety.colour=red"], r"rewards\.verifiers\.safety: 'colour' is unknown"),
-        (["+rewards.servers.safety.colour=red"], r"rewards\.servers\.safety: 'colour' is unknown or missing"),
+        (["+rewards.verifiers.safety.colour=red"], r"rewards\.verifiers\.safety\.colour: no such field"),
+        (["+rewards.servers.safety.arguments=[--host,0.0.0.0]"], r"safety\.arguments has --host: use host"),
+        (["+rewards.servers.safety.arguments=['--api-key=hush']"], r"arguments has --api-key: use key_variable"),
+        (["rewards.servers.safety.endpoints=['http://a:hush@b']"], r"endpoints: an address has a user and password"),
+        (["+rewards.servers.safety.colour=red"], r"rewards\.servers\.safety\.colour: no such field"),
         (["+rewards.servers.safety.runner=guess"], r"servers\.safety\.runner='guess': use one of generate, pooling"),
         (["rewards.servers.safety.replicas=0"], r"servers\.safety\.replicas=0: must be at least 1"),
         (["rewards.servers.safety.replicas=11"], r"servers\.value\.port=8110: .* port 8110, which is 'safety''s"),
@@ -156,7 +159,7 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
         ),
         (
             ["rewards.constraint.verifier=safety", "rewards.constraint.initial=9"],
-            r"constraint: .*initial=9\.0 in \[0, maximum=5\.0\]",
+            r"constraint\.initial=9\.0: must be in \[0, rewards\.constraint\.maximum\]",
         ),
     ],
 )  # fmt: skip
