@@ -26,7 +26,7 @@ COMMON = [
     "rich",
     "safetensors",
     "starlette",
-    "tensorboardX",
+    "tensorboardx",
     "torch",
     "torchvision",
     "transformers",

@@ -20,7 +20,6 @@ from rollout import engine as engines
 from rollout.engine import Engine, EngineSettings
 
 BUCKET_BYTES = 512 << 20
-PARTS = ("seconds", "copying_seconds", "packing_seconds")  # of a sync's report
 NEVER = 2**62  # syncs from one verification to the next
 POLL_SECONDS = 0.02
 IDLE_SECONDS = 1.5  # vLLM's workers spin for a second behind a call, as they do not when a run has trained
@@ -207,7 +206,9 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         "bytes": first["bytes"],
         "plan_seconds": planned,
         "first_sync_verified_seconds": first["seconds"],
-        **{f"sync_{name}": [sync[name] for sync in syncs] for name in PARTS},
+        "sync_seconds": [sync["seconds"] for sync in syncs],
+        "sync_copying_seconds": [sync["copying_seconds"] for sync in syncs],
+        "sync_packing_seconds": [sync["packing_seconds"] for sync in syncs],
         "verified_sync_seconds": verified,
         "memcpy_seconds": copies,
         "loads": None if loads[0] is None else loads,

@@ -66,6 +66,7 @@ def write(path: Path, parts: list[Part]) -> dict[str, Any]:
     checksum = 0
     try:
         with path.open("wb") as file:
+            data: Any
             for data in (len(text).to_bytes(8, "little"), text, *(_bytes(part.values) for part in parts)):
                 for i in range(0, len(data), CHUNK):
                     chunk = data[i : i + CHUNK]
@@ -129,7 +130,8 @@ class Reader:
 
     def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
         self.folder, self.tensors = folder, tensors
-        self.stack, self.files = ExitStack(), {}
+        self.stack = ExitStack()
+        self.files: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self

@@ -292,7 +292,7 @@ def unknown_field(path: str) -> str:
     beside = [each for known, each in names.items() if known.rpartition(".")[0] == parent]
     near = [f"{parent}.{each}".removeprefix(".") for each in difflib.get_close_matches(name, beside, 1, 0.6)]
     near = near or difflib.get_close_matches(path, [known for known, each in names.items() if each == name], 1, 0.0)
-    similar = difflib.get_close_matches(name, names.values(), 1, 0.75)
+    similar = difflib.get_close_matches(name, names.values(), 1, 0.8)
     near = near or [known for known, each in names.items() if each in similar]
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no such field; {hint}the fields are listed in conf/"

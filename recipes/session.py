@@ -433,7 +433,7 @@ def open_session(config: Config) -> Iterator[Session]:
         watchdog = Watchdog(run_dir / "logs", rank, c.cluster.watchdog)
         stack.callback(watchdog.stop)
         savers: list[checkpoint.Saver] = []
-        stack.callback(lambda: [saver.join(c.cluster.timeout) for saver in savers])  # a failed run's too
+        stack.callback(join, savers, c.cluster.timeout)  # a failed run's too
         yield Session(
             config,
             run_dir,
@@ -458,6 +458,12 @@ def open_session(config: Config) -> Iterator[Session]:
             savers,
             HostCopy(model, weights=False) if c.optimizer.offload else None,
         )
+
+
+def join(savers: Sequence[checkpoint.Saver], seconds: float) -> None:
+    """Until the checkpoints that were begun are complete, or have failed."""
+    for saver in savers:
+        saver.join(seconds)
 
 
 def model_settings(config: Config) -> models.ModelSettings:
