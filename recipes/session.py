@@ -115,8 +115,8 @@ class Session:
         found: dict[str, float],
         model: str = checkpoint.POLICY,
     ) -> bool:
-        """One update of a model by the accumulated gradients, and ``found["grad_norm"]``; or none, on any rank, where the loss or
-        the norm is not finite: returns whether there was one.
+        """One update of a model by the accumulated gradients, and ``found["grad_norm"]``; or none, on any rank, where
+        the loss or the norm is not finite: returns whether there was one.
 
         Raises RuntimeError after ``optimizer.max_skipped`` without one in a row.
         """
@@ -134,9 +134,9 @@ class Session:
         self.say(f"update of the {model} skipped ({told}): {self.skipped_in_a_row[model]} in a row")
         if self.skipped_in_a_row[model] >= (most := self.config.optimizer.max_skipped):
             raise RuntimeError(
-                f"{told}: {self.skipped_in_a_row[model]} updates in a row were skipped, optimizer.max_skipped={most}; the "
-                "weights are those before them. Lower the learning rate, look at the samples of these steps, or raise "
-                "the bound, and go on with resume=true"
+                f"{told}: {self.skipped_in_a_row[model]} updates in a row were skipped, optimizer.max_skipped={most}; "
+                "the weights are those before them. Lower the learning rate, look at the samples of these steps, or "
+                "raise the bound, and go on with resume=true"
             )
         return False
 
