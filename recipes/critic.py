@@ -117,7 +117,7 @@ def train(
         for i in range(0, len(given), size):
             batches = session.micro_batches(given[i : i + size])
             found = steps.accumulate_gradients(critic.model, batches, loss(algorithm.value_clip))
-            if session.update(critic.optimizer, critic.schedule, found):
+            if session.update(critic.optimizer, critic.schedule, found, NAME):
                 steps.add_metrics(sums, {**found, "updates": 1})
     assert outcomes.values is not None
     if not sums:

@@ -80,7 +80,7 @@ class Session:
     engines_rest: bool = False  # they were told to sleep since the last sync
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     skipped: int = 0  # updates of this step whose loss or gradient was not finite
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: Counter[str] = field(default_factory=Counter)  # of each model
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -117,9 +117,15 @@ class Session:
             self.states.optimizer = built
         return built, scheduler
 
-    def update(self, built: MegatronOptimizer, schedule: OptimizerParamScheduler, found: dict[str, float]) -> bool:
-        """One update by the accumulated gradients, and ``found["grad_norm"]``; or none, on any rank, where the loss or
-        the norm is not finite: returns whether there was one.
+    def update(
+        self,
+        built: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+        found: dict[str, float],
+        model: str = checkpoint.POLICY,
+    ) -> bool:
+        """One update of a model by the accumulated gradients, and ``found["grad_norm"]``; or none, on any rank, where
+        the loss or the norm is not finite: returns whether there was one.
 
         Raises RuntimeError after ``optimizer.max_skipped`` without one in a row.
         """
@@ -129,17 +135,18 @@ class Session:
             optimizer.skip(built)
             found["grad_norm"] = math.nan
         if math.isfinite(found["grad_norm"]):
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row[model] = 0
             return True
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.skipped += 1
+        self.skipped_in_a_row[model] += 1
         told = f"loss {found['loss']}, gradient norm {found['grad_norm']}"
-        self.say(f"update skipped ({told}): {self.skipped_in_a_row} in a row")
-        self.event("skipped update", why=told)
-        if self.skipped_in_a_row >= (most := self.config.optimizer.max_skipped):
+        self.say(f"update of the {model} skipped ({told}): {self.skipped_in_a_row[model]} in a row")
+        self.event("skipped update", model=model, why=told)
+        if self.skipped_in_a_row[model] >= (most := self.config.optimizer.max_skipped):
             raise RuntimeError(
-                f"{told}: {self.skipped_in_a_row} updates in a row were skipped, optimizer.max_skipped={most}; the "
-                "weights are those before them. Lower the learning rate, look at the samples of these steps, or raise "
-                "the bound, and go on with resume=true"
+                f"{told}: {self.skipped_in_a_row[model]} updates in a row were skipped, optimizer.max_skipped={most}; "
+                "the weights are those before them. Lower the learning rate, look at the samples of these steps, or "
+                "raise the bound, and go on with resume=true"
             )
         return False
 
@@ -346,7 +353,7 @@ class Session:
         folder = self.run_dir / "checkpoints"
         newest = checkpoint.newest_whole(folder, self.say)
         if newest:
-            self.skipped_in_a_row = checkpoint.progress(newest)["skipped_in_a_row"]
+            self.skipped_in_a_row = Counter(checkpoint.progress(newest)["skipped_in_a_row"])
         self.savers.append(checkpoint.Saver(folder, self.config.checkpoint.keep))
         return self.savers[-1], newest
 
