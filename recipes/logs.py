@@ -11,7 +11,7 @@ class LineFormatter(logging.Formatter):
         super().__init__(f"%(asctime)s %(levelname)s rank {rank} %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace("\n", "\n    ")
+        return super().format(record).rstrip().replace("\n", "\n    ")
 
 
 def configure(rank: int, stream: TextIO) -> None:
