@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from recipes import train
 from recipes.algorithms.parts import PARTS
 from recipes.config import Config, ConfigError, parse
 
@@ -343,22 +344,6 @@ def test_impossible_values_name_field_value_and_remedy(
         (["parallel=tp3"], "error: In 'config': Could not find 'parallel/tp3' Available options in 'parallel': "),
         (["algorithm.steps=0"], "error: algorithm.steps=0: must be above 0"),
         (["algorithm.advantage=gpro"], "error: algorithm.advantage='gpro': no such function; use one of grpo, "),
-        (
-            ["algorithm=ppo", "critic.warmup_steps=22"],
-            "error: critic.warmup_steps=22: the policy is trained in what is",
-        ),
-        (["algorithm.prompts_per_step=1000"], "error: data.mix has 'harmful', of which data.prompts holds "),
-        (["+data.scores.wit=[benign]"], "error: rewards.mix, data.scores: unknown verifier 'wit' ("),
-        (
-            ["rollout=search", "rollout.environment.name=sea"],
-            "error: rollout.environment.name='sea': no such environment",
-        ),
-        (
-            ["rollout=search", "rollout.environment.settings.corpus=null"],
-            "error: rollout.environment.settings of 'search': corpus=None, endpoint=None: give one of them",
-        ),
-        (["data.scores.safety=[none]"], "error: data.scores.safety=['none']: recipes/data/demo/eval.jsonl has rows"),
-        (["data.sft=recipes/data/demo/rl.jsonl"], "error: recipes/data/demo/rl.jsonl:1: field 'response' is missing"),
     ],
 )
 def test_the_command_stops_at_once_with_one_line(overrides: list[str], line: str, tmp_path: Path) -> None:
@@ -368,6 +353,35 @@ def test_the_command_stops_at_once_with_one_line(overrides: list[str], line: str
     assert done.stderr == ""
     assert done.stdout.startswith(line)
     assert done.stdout.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["algorithm=ppo", "critic.warmup_steps=22"],
+            "critic.warmup_steps=22: the policy is trained in what is",
+        ),
+        (["algorithm.prompts_per_step=1000"], "data.mix has 'harmful', of which data.prompts holds "),
+        (["+data.scores.wit=[benign]"], "rewards.mix, data.scores: unknown verifier 'wit' ("),
+        (
+            ["rollout=search", "rollout.environment.name=sea"],
+            "rollout.environment.name='sea': no such environment",
+        ),
+        (
+            ["rollout=search", "rollout.environment.settings.corpus=null"],
+            "rollout.environment.settings of 'search': corpus=None, endpoint=None: give one of them",
+        ),
+        (["data.scores.safety=[none]"], "data.scores.safety=['none']: recipes/data/demo/eval.jsonl has rows"),
+        (["data.sft=recipes/data/demo/rl.jsonl"], "recipes/data/demo/rl.jsonl:1: field 'response' is missing"),
+    ],
+)
+def test_data_and_parts_are_checked_before_anything_is_made(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train.prepare_run(configured(f"run_dir={tmp_path / 'run'}", *overrides))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
