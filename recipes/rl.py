@@ -119,11 +119,12 @@ def fit(session: Session, reference: Path) -> None:
                 found = steps.accumulate_gradients(
                     model, micro_batches, loss, config.rollout.temperature, algorithm.entropy_coefficient > 0
                 )
+                if math.isfinite(found["loss"]):  # else there is no update
+                    mismatch.check(mismatch.report(found), mismatch_alarm=algorithm.mismatch_alarm)
                 if step < warmup:
                     found["grad_norm"] = optimizer.skip(optim)
                 elif not session.update(optim, schedule, found):
                     continue
-                mismatch.check(mismatch.report(found), mismatch_alarm=algorithm.mismatch_alarm)
                 steps.add_metrics(sums, {**found, "updates": 1})
             value_metrics = critics.train(session, critic, outcomes, sequences, list(chain(*weights)))
 
