@@ -23,6 +23,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from megatron_ext import platform
 from recipes import phases, trainer
 from recipes.config import Config, ConfigError, parse, samples_per_step
 from recipes.data import specification
@@ -160,6 +161,7 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
     report.check("reward_servers", lambda: reward_servers(config))
     report.check("tokenizer", lambda: tokenizer(config))
     say("Megatron-Core, transformers")
+    platform.activate("cpu")  # seconds less than behind the next line: it keeps torch's inductor out
     from megatron_ext import simulation
 
     simulation.activate()
