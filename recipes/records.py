@@ -216,7 +216,7 @@ def run_id(run_dir: Path, resumed: bool) -> str:
     """The run's name among all: a new one, or, of a resumed run, the one in its environment.json."""
     path = run_dir / "environment.json"
     if resumed and path.exists():
-        return json.loads(path.read_text())["run"]
+        return json.loads(path.read_text())["run"]["id"]
     return uuid.uuid4().hex
 
 

@@ -433,7 +433,7 @@ def open_session(config: Config) -> Iterator[Session]:
         if rank == 0:
             (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             machine = records.environment(platform.current().machine(), dist.get_world_size())
-            records.write_json(run_dir / "environment.json", {"run": run_id, **machine})
+            records.write_json(run_dir / "environment.json", {"run": {"id": run_id}, **machine})
             stack.enter_context(records.launch(run_dir, c.resume))
         loggers = open_loggers(c, run_dir, run_id, stack) if rank == 0 else []
         from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
