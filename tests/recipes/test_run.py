@@ -305,8 +305,8 @@ def test_a_resumed_run_did_not_start_anew(killed: tuple[Path, Death]) -> None:
     """Rows of finished steps, with the times that were measured, are those written before the kill."""
     run_dir, death = killed
     before = death.metrics.splitlines()
-    assert len(before) >= 2
-    assert (run_dir / "metrics.jsonl").read_bytes().splitlines()[:2] == before[:2]
+    assert len(before) == 2  # the second step's checkpoint was being written
+    assert (run_dir / "metrics.jsonl").read_bytes().splitlines()[0] == before[0]
 
 
 @pytest.mark.parametrize("way", ["killed", "interrupted"])
