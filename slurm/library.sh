@@ -12,6 +12,11 @@ stop() {
   exit 1
 }
 
+read_site() {
+  # shellcheck disable=SC1090  # the site's own file
+  [[ -z ${SITE_FILE:-} ]] || source "$SITE_FILE"
+}
+
 # Sorts the command line into hydra (for every program), checks (the preflight's own) and nodes (cluster.nodes).
 read_arguments() {
   hydra=() checks=() nodes=
@@ -46,7 +51,6 @@ read_job() {
   fi
   gpus=${gpus##*:} # of h100:8
   server_hosts=$(scontrol show hostnames "$server_nodes" | paste -sd' ')
-  hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
 
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # head would break the pipe
   MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))                            # below the range that the kernel hands out
@@ -247,13 +251,13 @@ finish() {
 }
 
 run_job() {
-  # shellcheck disable=SC1090  # the site's own file
-  [[ -z ${SITE_FILE:-} ]] || source "$SITE_FILE"
+  read_site
   read_arguments "$@"
   read_job
   if [[ -n $nodes && $nodes != "$SLURM_JOB_NUM_NODES" ]]; then
     resubmit "$@"
   fi
+  hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
   read_restarts
   read_container
   servers=() training='' told=''

@@ -23,9 +23,9 @@ def project(tmp_path: Path) -> Path:
 
     The servers have ports that are free: the nodes share this machine's network.
     """
-    for name in ("rewards", "slurm"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    for name in ("conf", "rewards"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     ports = dict(zip(SERVERS, free_ports(3), strict=True))
     (tmp_path / "ports.json").write_text(json.dumps(ports))
     servers = tmp_path / "conf" / "rewards" / "safework.yaml"
@@ -180,10 +180,14 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     )
     assert done.returncode == 0, done.stderr
     jobs = [line.split(": job ") for line in done.stdout.splitlines()]
+    *jobs, (last, report) = jobs
     assert [stage for stage, _ in jobs] == ["sft", "rl_general", "rl_safety", "rl_efficient", "rl_search"]
     ends = [slurm.wait_for_end(job, SECONDS) for _, job in jobs]
     assert ends[:2] == [("COMPLETED", "0:0"), ("FAILED", "3:0")]
     assert {state for state, _ in ends[2:]} == {"CANCELLED"}
+    assert slurm.wait_for_end(report, SECONDS) == ("COMPLETED", "0:0"), log(project, report)
+    reported = [call["arguments"] for call in calls(project) if call["module"] == "recipes.ladder"]
+    assert (last, reported) == ("report", [["runs/ladder_demo"]])
     trained = [call["arguments"] for call in calls(project) if call["module"] == "recipes.train"]
     assert trained[0][:3] == ["recipe=ladder_demo", "stage=sft", "seed=5"]
     assert {argument for call in trained for argument in call if "nodes" in argument} == {"cluster.nodes=2"}
