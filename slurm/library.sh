@@ -219,10 +219,16 @@ nodes_answer() {
   [[ -z ${SLURM_HET_SIZE:-} ]] || answer "$(wc -w <<< "$server_hosts")" "${rewards[@]}"
 }
 
+# Whether Slurm wants the nodes for another job; its grace may begin with a SIGTERM to the ranks.
+preempted() {
+  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
+
 # On every way out: ends the servers. A job that failed begins again where that may help, and says why or why not. One that
-# is not RUNNING any more Slurm has ended itself: cancelled, preempted, a node lost; the last two it starts again.
+# is not RUNNING any more Slurm has ended itself: cancelled, preempted, a node lost; the last two it starts again. Behind its
+# time limit it may be RUNNING for a while, but no step starts.
 finish() {
-  local status=$? why
+  local status=$? state end why
   trap - EXIT
   set +e
   stop_servers
@@ -230,10 +236,13 @@ finish() {
     rm -f "$prepared"
     exit 0
   fi
-  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T | sed -n 1p) == RUNNING ]] || exit "$status"
+  read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
+  [[ $state == RUNNING ]] || exit "$status"
   if [[ -n $told ]] || ((status == 75)); then # recipes.preemption
     why="it was told to end"
-  elif ! nodes_answer; then
+  elif preempted; then
+    why="it is preempted"
+  elif (($(date +%s) < end)) && ! nodes_answer; then
     why="a node does not answer"
   elif [[ -n $training ]] && once -m recipes.saved "$prepared" "${hydra[@]}"; then
     why="it failed with code $status behind a new checkpoint"

@@ -75,6 +75,9 @@ def configuration(folder: Path, nodes: int) -> str:
         "SchedulerParameters=bf_interval=1,sched_interval=5,batch_sched_delay=0",
         "SlurmdTimeout=30",  # a busy machine's slurmd answers late; a lost node is one from then on
         "KillWait=5",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        "PreemptParameters=send_user_signal",
         "MessageTimeout=60",
         "TCPTimeout=10",
         "JobRequeue=1",
@@ -93,7 +96,9 @@ def configuration(folder: Path, nodes: int) -> str:
             f"NodeName=node{k} NodeAddr=127.0.1.{k} NodeHostname=node{k} Port={port} CPUs={CPUS} "
             f"RealMemory={MEMORY_MIB} Gres=gpu:{FAKE_GPUS}"
         )
-    lines.append(f"PartitionName=tests Nodes=node[1-{nodes}] Default=YES MaxTime=INFINITE OverSubscribe=NO")
+    shared = f"Nodes=node[1-{nodes}] MaxTime=INFINITE OverSubscribe=NO"
+    lines.append(f"PartitionName=tests {shared} Default=YES PriorityTier=1 GraceTime=300")
+    lines.append(f"PartitionName=urgent {shared} PriorityTier=2 PreemptMode=OFF")
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("safety", "value", "knowledge")
-SECONDS = 300  # on a busy machine
+SECONDS = 600  # on a busy machine
 
 
 @pytest.fixture
@@ -211,9 +211,13 @@ def trains(folder: Path, start: int, ranks: int) -> bool:
 
 
 def test_the_time_limit_tells_the_ranks_and_the_job_begins_again_and_resumes(slurm: Cluster, project: Path) -> None:
-    """Both starts are in one log. Slurm looks at limits every 30 s, and the least limit is a minute."""
-    options = ("--time=2", "--signal=B:USR1@30", "--nodes=2", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
+    """Both starts are in one log. Slurm looks at limits every 30 s."""
+    options = ("--signal=B:USR1@60", "--nodes=2", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
     job = sbatch(slurm, project, *options, STAND_IN_STARTS="told,0")
+    slurm.wait_for("ranks", lambda: trains(project, 0, 4), SECONDS)
+    slurm.call("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds")
+    slurm.wait_for("the signal", lambda: "told to end by Slurm" in log(project, job), SECONDS)
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # minutes, of the next start
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     hosts = ["node1", "node1", "node2", "node2"]
     assert starts(project) == [(0, False, hosts), (1, True, hosts)]
@@ -238,6 +242,22 @@ def test_a_heterogeneous_job_begins_again_with_its_servers_and_what_waits_for_it
     assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
     modules = [call["module"] for call in calls(project)]
     assert modules.count("stopped") == modules.count("rewards.serve") == 6
+
+
+@pytest.mark.parametrize(("does", "signal"), [("told", "--signal=B:USR1@1"), ("hangs", "--signal=0")])
+def test_a_job_that_is_preempted_leaves_within_the_grace_and_begins_again(
+    slurm: Cluster, project: Path, does: str, signal: str
+) -> None:
+    """Told by its own signal, it has saved; else its ranks got SIGTERM."""
+    options = ("--nodes=4", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
+    job = sbatch(slurm, project, signal, *options, STAND_IN_STARTS=f"{does},0")
+    slurm.wait_for("ranks", lambda: trains(project, 0, 4), SECONDS)
+    urgent = sbatch(slurm, project, "--partition=urgent", "--output=/dev/null", "--wrap=true")
+    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
+    why = {"told": "it was told to end", "hangs": "it is preempted"}[does]
+    assert f"to be started again (1 of at most 20 times): {why}" in log(project, job)
 
 
 def test_a_run_that_fails_begins_again_while_it_saves_and_not_more_often_than_it_may(
