@@ -121,13 +121,14 @@ def write(folder: Path, stages: Sequence[str], evaluation: str) -> None:
 
 
 def begun(folder: Path) -> tuple[list[str], str]:
-    """The stages in a ladder's folder, each behind the one that it starts from, and the last one's held-out prompts.
+    """The stages in a ladder's folder that have answers, in their order, and the last one's held-out prompts.
 
     Raises ConfigError where there are none.
     """
-    configs = {path.parent.name: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*/config.yaml"))}
+    found = [path.parent for path in sorted(folder.glob("*/answers.json"))]
+    configs = {stage.name: yaml.safe_load((stage / "config.yaml").read_text()) for stage in found}
     if not configs:
-        raise ConfigError(f"{folder}: there is no */config.yaml of a stage; give the folder of a ladder: runs/RECIPE")
+        raise ConfigError(f"{folder}: no stage has answers.json there; give the folder of a ladder: runs/RECIPE")
 
     def depth(name: str) -> int:
         after = configs[name]["stage"]["after"]

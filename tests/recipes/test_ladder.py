@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from recipes import ladder, records
+from recipes.config import ConfigError
 from recipes.statistics import mean_interval
 from tests.recipes import tiny
 from tests.recipes.test_config import configured
@@ -85,6 +86,8 @@ def test_the_report_shows_every_stage_and_model_text_stays_text(
         records.write_json(tmp_path / name / "answers.json", {"before": answers(before, 1), "after": answers(after, 9)})
     monkeypatch.setattr("sys.argv", ["recipes.ladder", str(tmp_path)])
     ladder.main()
+    with pytest.raises(ConfigError, match=r"rl_safety: no stage has answers\.json"):
+        ladder.begun(tmp_path / "rl_safety")
     stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
     assert [(stage["stage"], stage["safety"]) for stage in stages] == [("base", 0.0), ("sft", 1.0), ("rl_safety", 0.5)]
     page = Page((tmp_path / "report.html").read_text())
