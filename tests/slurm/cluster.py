@@ -149,7 +149,9 @@ class Cluster:
         process.wait()
 
     def wait_for_nodes(self) -> None:
-        self.wait_for("nodes that are idle", lambda: self.call("sinfo", "-hN", "-o%t").split() == ["idle"] * self.nodes)
+        self.wait_for(
+            "nodes that are idle", lambda: self.call("sinfo", "-hN", "-ptests", "-o%t").split() == ["idle"] * self.nodes
+        )
 
     def daemon(self, command: list[str]) -> subprocess.Popen[bytes]:
         with (self.folder / "daemons.log").open("ab") as log:
