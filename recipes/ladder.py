@@ -1,8 +1,10 @@
 """The whole ladder: ``stage.ladder``'s stages, each launched by itself, and what came of each on the same prompts.
 
 Every stage is what ``python -m recipes.train stage=NAME recipe=…`` runs, in a folder of its own beside the others.
+Where they were launched one by one, ``python -m recipes.ladder runs/RECIPE`` writes the report of all.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose
 
 from recipes import judge_accuracy, records
@@ -117,6 +120,24 @@ def write(folder: Path, stages: Sequence[str], evaluation: str) -> None:
         write_ladder_report(folder, ladder, answers, rows)
 
 
+def begun(folder: Path) -> tuple[list[str], str]:
+    """The stages in a ladder's folder that have answers, in their order, and the last one's held-out prompts.
+
+    Raises ConfigError where there are none.
+    """
+    found = [path.parent for path in sorted(folder.glob("*/answers.json"))]
+    configs = {stage.name: yaml.safe_load((stage / "config.yaml").read_text()) for stage in found}
+    if not configs:
+        raise ConfigError(f"{folder}: no stage has answers.json there; give the folder of a ladder: runs/RECIPE")
+
+    def depth(name: str) -> int:
+        after = configs[name]["stage"]["after"]
+        return depth(after) + 1 if after in configs else 0
+
+    order = sorted(configs, key=depth)
+    return order, configs[order[-1]]["data"]["evaluation"]
+
+
 def measures(answers: Answers) -> dict[str, Any]:
     """Each of ``MEASURES`` of one model's greedy answers, with its 95 % interval, where the evaluation has it.
 
@@ -133,3 +154,17 @@ def measures(answers: Answers) -> dict[str, Any]:
             of = mean_interval([row["scores"][name]["score"] for row in rows])
         found |= {name: of["mean"], f"{name}_interval": of["interval"], f"{name}_n": of["n"]}
     return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write ladder.json and report.html of stages launched one by one.")
+    parser.add_argument("folder", type=Path, help="with a folder for each stage: runs/RECIPE")
+    folder = parser.parse_args().folder
+    try:
+        write(folder, *begun(folder))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,11 +59,11 @@ def fit(session: Session) -> None:
             metrics["held_out_accuracy"] = report["accuracy"]["mean"]
         session.record(metrics)
         session.display.progress(step + 1, total, f"loss {found['loss']:.3f}  accuracy {found['accuracy']:.2f}")
-        if last or (step + 1) % config.checkpoint.every_steps == 0:
+        if session.saves(step + 1, total):
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}
                 saver.save(step + 1, models, session.progress())
-            session.event("checkpoint", step=step + 1)
+            session.saved(saver, step + 1)
     saver.wait()
     if session.rank == 0:
         records.write_json(session.run_dir / "reward_model.json", report)

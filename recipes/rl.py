@@ -146,11 +146,11 @@ def fit(session: Session, reference: Path) -> None:
             "sync/bytes": sync_bytes,
         }
         record(session, metrics, groups, advantages)
-        if step + 1 == algorithm.steps or (step + 1) % config.checkpoint.every_steps == 0:
+        if session.saves(step + 1, algorithm.steps):
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule), **critics.snapshot(critic)}
                 saver.save(step + 1, models, {**session.progress(), "pool": pool.to_json(), "constraint": constraint})
-            session.event("checkpoint", step=step + 1)
+            session.saved(saver, step + 1)
     saver.wait()
     session.sync_weights(algorithm.steps)
 

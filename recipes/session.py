@@ -30,7 +30,7 @@ from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enou
 from megatron_ext.precision import DTYPES
 from megatron_ext.scalar_head import scalar_config
 from megatron_ext.weight_map import round_up
-from recipes import logs, records, trainer
+from recipes import logs, preemption, records, trainer
 from recipes.config import Config, ConfigError, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
@@ -81,6 +81,7 @@ class Session:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     skipped: int = 0  # updates of this step whose loss or gradient was not finite
     skipped_in_a_row: Counter[str] = field(default_factory=Counter)  # of each model
+    ending: bool = False  # a rank was told to end soon (recipes.preemption)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -320,9 +321,10 @@ class Session:
 
     def record(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Collective: rank 0 writes a step's metrics with the seconds of its phases, which are returned, and names the
-        ranks that were slow; the clocks start anew."""
+        ranks that were slow; the clocks start anew. Here the ranks learn that one of them was told to end."""
         factor, alone = self.config.cluster.slow_factor, {"probe": probe(platform.current().device())}
-        ranks = all_gather_json([self.seconds, alone], self.control)
+        ranks = all_gather_json([self.seconds, alone, preemption.told()], self.control)
+        self.ending = any(r[2] for r in ranks)
         for line in slow_ranks([r[0] for r in ranks], factor, 1.0) + slow_ranks([r[1] for r in ranks], factor, 0.0):
             self.say(line)
         times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
@@ -356,6 +358,17 @@ class Session:
             self.skipped_in_a_row = Counter(checkpoint.progress(newest)["skipped_in_a_row"])
         self.savers.append(checkpoint.Saver(folder, self.config.checkpoint.keep))
         return self.savers[-1], newest
+
+    def saves(self, step: int, total: int) -> bool:
+        """Whether there is a checkpoint behind this many of the part's steps."""
+        return step == total or step % self.config.checkpoint.every_steps == 0 or self.ending
+
+    def saved(self, saver: checkpoint.Saver, step: int) -> None:
+        """A checkpoint of so many steps has begun. Raises Preempted when it is complete, where the run is to end."""
+        self.event("checkpoint", step=step)
+        if self.ending:
+            saver.wait()
+            raise preemption.Preempted(f"told to end by {preemption.SIGNAL.name}: step {step} is saved")
 
     def progress(self) -> dict[str, Any]:
         """What every stage's checkpoint holds beside its models."""

@@ -53,11 +53,11 @@ def fit(session: Session) -> None:
                 metrics["held_out_loss"] = held_out_loss(session, [session.example(row) for row in held_out])
         session.record(metrics)
         session.display.progress(step + 1, total, f"loss {found['loss']:.3f}")
-        if last or (step + 1) % config.checkpoint.every_steps == 0:
+        if session.saves(step + 1, total):
             with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
                 models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}
                 saver.save(step + 1, models, session.progress())
-            session.event("checkpoint", step=step + 1)
+            session.saved(saver, step + 1)
     saver.wait()
 
 

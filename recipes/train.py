@@ -19,6 +19,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from recipes import preemption
 from recipes.config import Config, ConfigError, generates, parse, unknown_field
 from recipes.slurm import adopt_step
 
@@ -41,6 +42,7 @@ SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
+    preemption.listen()
     try:
         config = parse(raw)
         adopt_step()
@@ -160,7 +162,10 @@ def launch(config: Config) -> None:
 
 
 def run(config: Config) -> None:
-    """One rank of the run. A failure is told in one line on standard output; its traceback is in the rank's log."""
+    """One rank of the run. A failure is told in one line on standard output; its traceback is in the rank's log.
+
+    A run that is told to end by SIGUSR1 ends with ``preemption.EXIT_CODE`` when it has saved.
+    """
     die_with_launcher()
     say_why_on_sigterm(config)
     from megatron_ext import platform
@@ -173,6 +178,9 @@ def run(config: Config) -> None:
     try:
         with open_session(config) as session:
             run_stage(session)
+    except preemption.Preempted as news:
+        print(f"{news}; go on with resume=true", flush=True)
+        sys.exit(preemption.EXIT_CODE if os.environ["RANK"] == "0" else 0)  # srun kills the others at the first 75
     except Exception as error:
         traceback.print_exc()
         print(f"error: {error}\n(rank {os.environ.get('RANK', '?')}; logs in {config.run_dir}/logs)", flush=True)

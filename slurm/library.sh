@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the job scripts share. Sourced from the repository's root; `run_job recipe=NAME "$@"` is the whole job: the
-# preflight, reward servers where the recipe needs them, and one task per rank. The exit code is the first that failed.
+# preflight, reward servers where the recipe needs them, and one task per rank. The exit code is the first that failed; a
+# job that is worth it begins again by itself, and resumes (finish).
 #
 # A heterogeneous job has the ranks in component 0 and the servers in component 1; in a job of one component the servers
 # share its nodes. A site's variables are in slurm/sites/template.sh.
@@ -9,6 +10,11 @@ set -euo pipefail
 stop() {
   echo "error: $*" >&2
   exit 1
+}
+
+read_site() {
+  # shellcheck disable=SC1090  # the site's own file
+  [[ -z ${SITE_FILE:-} ]] || source "$SITE_FILE"
 }
 
 # Sorts the command line into hydra (for every program), checks (the preflight's own) and nodes (cluster.nodes).
@@ -44,12 +50,26 @@ read_job() {
     first_free=0
   fi
   gpus=${gpus##*:} # of h100:8
-  hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
+  server_hosts=$(scontrol show hostnames "$server_nodes" | paste -sd' ')
 
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # head would break the pipe
   MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))                            # below the range that the kernel hands out
   OMP_NUM_THREADS=$cpus
   export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+}
+
+# A job that Slurm has started again resumes what its earlier start prepared; what an older job left in the run's folder is
+# not resumed. The file's time is that of the last start of ranks.
+read_restarts() {
+  restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-20}
+  prepared=slurm-$SLURM_JOB_ID.prepared
+  ((restarts <= most)) || stop "the job was started again $restarts times, MAX_RESTARTS=$most"
+  if ((restarts == 0)); then
+    rm -f "$prepared"
+  elif [[ -e $prepared ]]; then
+    hydra+=(resume=true)
+    echo "started again ($restarts of at most $most times): resumes"
+  fi
 }
 
 # The nodes are given before Hydra reads anything. A job with other nodes than cluster.nodes submits itself again, with its
@@ -103,10 +123,8 @@ healthy() {
 
 # Starts the servers that the recipe needs, waits until they answer, and tells the trainer where they are.
 start_servers() {
-  servers=()
   local plan host words timeout addresses address pid
-  host=$(scontrol show hostnames "$server_nodes" | paste -sd,)
-  plan=$(once -m rewards.placement "$host" "$first_free" "$gpus" "${hydra[@]}")
+  plan=$(once -m rewards.placement "${server_hosts// /,}" "$first_free" "$gpus" "${hydra[@]}")
   [[ -n $plan ]] || return 0
   REWARDS_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # in the environment: command lines can be read by others
   export REWARDS_TOKEN
@@ -137,37 +155,126 @@ stop_servers() {
   ((${#servers[@]})) || return 0
   steps=$(squeue --noheader --steps --jobs="$server_job" --format='%i %j' | sed -n 's/ rewards$//p')
   # shellcheck disable=SC2086  # one word a step
-  [[ -z $steps ]] || scancel --signal=TERM $steps
+  [[ -z $steps ]] || scancel --signal=TERM $steps || true # one that ends at this moment is an error for it
   wait "${servers[@]}" || true
+}
+
+# On SIGUSR1, by which Slurm says that the job has to end soon: a run that has begun is told, and saves.
+hear() {
+  if [[ -z ${training:-} ]]; then
+    echo "told to end before training began, which is not heeded: --time must be more than --signal's seconds"
+    return
+  fi
+  echo "told to end by Slurm: the run saves its step"
+  told=1
+  kill -USR1 "$training" 2> /dev/null || true # srun passes it on
+}
+
+# Ends when nine tenths of the time are over that the job has left.
+most_of_the_time_left() {
+  local end
+  end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | sed -n 1p) || true
+  [[ $end == [0-9]* ]] || sleep infinity # the controller did not say
+  sleep $(((end - $(date +%s)) * 9 / 10))
 }
 
 # The ranks. Tasks are not bound to cores: the engines are children of the ranks and use the whole node. One dead rank
 # ends the step.
 train() {
-  local training status=0
+  local status pid timer=
   srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --cpus-per-task="$cpus" --cpu-bind=none \
     --kill-on-bad-exit=1 --wait=60 "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
   training=$!
-  wait -n "$training" "${servers[@]}" || status=$?
-  if kill -0 "$training" 2> /dev/null; then
-    kill "$training"
-    stop "a reward server ended with code $status in the middle of the run; see <run_dir>/servers"
+  while true; do
+    wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # also when a signal has come
+    if ! kill -0 "$training" 2> /dev/null; then
+      status=0
+      wait "$training" || status=$?
+      return "$status"
+    fi
+    for pid in "${servers[@]}"; do
+      kill -0 "$pid" 2> /dev/null && continue
+      status=0
+      wait "$pid" || status=$?
+      kill "$training" || true
+      wait "$training" || true
+      stop "a reward server ended with code $status in the middle of the run; see <run_dir>/servers"
+    done
+    if [[ -n $timer ]] && ! kill -0 "$timer" 2> /dev/null; then
+      stop "the run did not save its step in time: what is behind its newest checkpoint is made again"
+    elif [[ -n $told && -z $timer ]]; then
+      most_of_the_time_left &
+      timer=$!
+    fi
+  done
+}
+
+# Whether a task starts on each of so many nodes.
+answer() {
+  timeout 120 srun "${@:2}" --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpus-per-task=1 true
+}
+
+nodes_answer() {
+  answer "$SLURM_JOB_NUM_NODES" "${trainer[@]}" || return
+  [[ -z ${SLURM_HET_SIZE:-} ]] || answer "$(wc -w <<< "$server_hosts")" "${rewards[@]}"
+}
+
+# Whether Slurm wants the nodes for another job; its grace may begin with a SIGTERM to the ranks.
+preempted() {
+  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
+
+# On every way out: ends the servers. A job that failed begins again where that may help, and says why or why not. One that
+# is not RUNNING any more Slurm has ended itself: cancelled, preempted, a node lost; the last two it starts again. Behind its
+# time limit it may be RUNNING for a while, but no step starts.
+finish() {
+  local status=$? state end why
+  trap - EXIT
+  set +e
+  stop_servers
+  if ((status == 0)); then
+    rm -f "$prepared"
+    exit 0
   fi
-  return "$status"
+  read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
+  [[ $state == RUNNING ]] || exit "$status"
+  if [[ -n $told ]] || ((status == 75)); then # recipes.preemption
+    why="it was told to end"
+  elif preempted; then
+    why="it is preempted"
+  elif (($(date +%s) < end)) && ! nodes_answer; then
+    why="a node does not answer"
+  elif [[ -n $training ]] && once -m recipes.saved "$prepared" "${hydra[@]}"; then
+    why="it failed with code $status behind a new checkpoint"
+  else
+    echo "not started again: it failed with code $status without a checkpoint that is newer than its start" >&2
+    exit "$status"
+  fi
+  if ((restarts >= most)); then
+    echo "error: not started again though $why: MAX_RESTARTS=$most; go on with resume=true" >&2
+    exit "$status"
+  fi
+  echo "to be started again ($((restarts + 1)) of at most $most times): $why"
+  scontrol requeue "$SLURM_JOB_ID" || exit "$status"
+  sleep 60 # until Slurm ends us
 }
 
 run_job() {
-  # shellcheck disable=SC1090  # the site's own file
-  [[ -z ${SITE_FILE:-} ]] || source "$SITE_FILE"
+  read_site
   read_arguments "$@"
   read_job
   if [[ -n $nodes && $nodes != "$SLURM_JOB_NUM_NODES" ]]; then
     resubmit "$@"
   fi
+  hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
+  read_restarts
   read_container
+  servers=() training='' told=''
+  trap finish EXIT
+  trap hear USR1
   once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
-  trap stop_servers EXIT
   start_servers
   once -m recipes.prepare "${hydra[@]}"
+  touch "$prepared"
   train
 }

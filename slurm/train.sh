@@ -8,6 +8,7 @@
 #SBATCH --job-name=safework
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
+#SBATCH --requeue --signal=B:USR1@900
 set -euo pipefail
 source slurm/library.sh
 run_job "$@"

@@ -9,6 +9,11 @@ export SBATCH_PARTITION=gpu
 export SBATCH_ACCOUNT=my-project
 export SBATCH_TIMELIMIT=24:00:00
 
+# The grace: so many seconds before the time limit the run is told to save its step, and the job begins again, at most
+# MAX_RESTARTS times (docs/slurm.md). It must be more than a step and a checkpoint take.
+# export SBATCH_SIGNAL=B:USR1@1800   # the scripts' own is 900
+# export MAX_RESTARTS=50             # 20
+
 # The network interface between nodes (`ip -brief address` on a node), for torch.distributed's two backends.
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from recipes import ladder, records
+from recipes.config import ConfigError
 from recipes.statistics import mean_interval
 from tests.recipes import tiny
 from tests.recipes.test_config import configured
@@ -72,13 +73,21 @@ def test_measures_have_their_intervals_and_lengths_are_of_what_accuracy_judges()
     assert "false_certain" not in found
 
 
-def test_the_report_shows_every_stage_and_model_text_stays_text(tmp_path: Path) -> None:
+def test_the_report_shows_every_stage_and_model_text_stays_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command writes it of stages that were launched one by one."""
     data = tmp_path / "eval.jsonl"
     tiny.write_rows(data, [{"id": i, "label": "l", "kind": HOSTILE, "prompt": f"{HOSTILE} {i}"} for i in "tuh"])
-    for name, before, after in (("sft", 0.0, 1.0), ("rl_safety", 1.0, 0.5)):
+    for name, former, before, after in (("sft", None, 0.0, 1.0), ("rl_safety", "sft", 1.0, 0.5)):
         (tmp_path / name).mkdir()
+        config = {"stage": {"after": former}, "data": {"evaluation": str(data)}}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
         records.write_json(tmp_path / name / "answers.json", {"before": answers(before, 1), "after": answers(after, 9)})
-    ladder.write(tmp_path, ["sft", "rl_safety", "rl_search"], str(data))
+    monkeypatch.setattr("sys.argv", ["recipes.ladder", str(tmp_path)])
+    ladder.main()
+    with pytest.raises(ConfigError, match=r"rl_safety: no stage has answers\.json"):
+        ladder.begun(tmp_path / "rl_safety")
     stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
     assert [(stage["stage"], stage["safety"]) for stage in stages] == [("base", 0.0), ("sft", 1.0), ("rl_safety", 0.5)]
     page = Page((tmp_path / "report.html").read_text())

@@ -26,6 +26,12 @@ FLOOR = ("rewards.constraint.verifier=safety", "rewards.constraint.floor=0.9", "
 CARRY = ("rollout.oversample=1.5", "rollout.max_step_tokens=3", f"algorithm.steps={STEPS}")
 
 
+def blocked(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(line.split()[1] for line in lines if line.startswith("SigBlk:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder; its engine was killed behind the first step, while it was working for the third."""
@@ -35,7 +41,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         metrics = folder / "run" / "metrics.jsonl"
         run.wait_for("the first step", lambda: metrics.is_file() and metrics.read_bytes())
-        (engine,) = [pid for pid, command in run.processes().items() if "rollout.engine_server" in command]
+        processes = run.processes()
+        (engine,) = [pid for pid, command in processes.items() if "rollout.engine_server" in command]
+        assert blocked(engine, signal.SIGUSR1), "which is the ranks' news (recipes.preemption)"
         os.kill(engine, signal.SIGKILL)
         printed = run.output()
     finally:

@@ -1,6 +1,8 @@
 """The SFT stage as a user starts it: equal to transformers' Trainer in any layout, and to itself when it is resumed."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +154,50 @@ def test_the_held_out_loss_is_the_mean_over_its_answers_tokens(runs: dict[str, P
         assert all("held_out_loss" not in row for row in before)
 
 
-def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(runs: dict[str, Path], twin: Path) -> None:
-    """A copy of the run is put back to what stood on the disk behind step 2, with a part of step 3's line, and a
-    checkpoint of step 3 in which a bit fell over."""
-    alone, resumed = runs["dp2"], twin / "resumed"
-    shutil.copytree(alone, resumed)
-    for step in range(4, STEPS + 1):
-        shutil.rmtree(resumed / "checkpoints" / f"step_{step:06d}")
+@pytest.fixture(scope="module")
+def told(twin: Path) -> tuple[Path, tiny.Run, str]:
+    """A run of which every process but rank 0 got SIGUSR1 before the first step: its folder, and what it printed."""
+    run_dir = twin / "told"
+    held_out = f"stage.sft.held_out={twin / 'held_out.jsonl'}"
+    options = (*LAYOUTS["dp2"], "checkpoint.every_steps=9")
+    run = tiny.Run(tiny.overrides(twin, run_dir, *SETTINGS, *RATES, held_out, *options))
+    try:
+        first = run.wait_for("the ranks", lambda: run.rank(1) and run.rank(0))
+        for pid in run.processes().keys() - {first}:
+            os.kill(pid, signal.SIGUSR1)
+        printed = run.output()
+        assert run.remains(10) == ({}, set())
+    finally:
+        run.kill_all()
+    return run_dir, run, printed
+
+
+def test_a_run_that_is_told_to_end_saves_its_step_and_says_so_by_its_exit_code(
+    told: tuple[Path, tiny.Run, str],
+) -> None:
+    run_dir, run, printed = told
+    assert "told to end by SIGUSR1: step 1 is saved; go on with resume=true" in printed
+    assert run.process.returncode != 0
+    assert "exitcode  : 75 " in (run_dir / "logs" / "launcher.log").read_text(), "rank 0's, as torchrun tells it"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000001"]
+    assert [row["step"] for row in metrics(run_dir)] == [1]
+    assert not (run_dir / "hf").exists()
+
+
+def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(
+    runs: dict[str, Path], told: tuple[Path, tiny.Run, str], twin: Path
+) -> None:
+    """From what the run that was told to end left, with a part of a later line, and a checkpoint of step 3 in which a
+    bit fell over."""
+    alone, resumed = runs["dp2"], told[0]
+    shutil.copytree(alone / "checkpoints" / "step_000003", resumed / "checkpoints" / "step_000003")
     damaged = resumed / "checkpoints" / "step_000003" / "rank_00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
     lines = (alone / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (resumed / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])
-    shutil.rmtree(resumed / "hf")
+    first = (resumed / "metrics.jsonl").read_bytes()
+    (resumed / "metrics.jsonl").write_bytes(first + lines[1] + lines[2][:20])
     run(twin, resumed, *LAYOUTS["dp2"], "resume=true")
     timeless = [
         [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metrics(folder)]
@@ -173,7 +205,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(runs: dict[str, Path
     ]
     assert timeless[0] == timeless[1]
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (alone / "hf" / "model.safetensors").read_bytes()
-    assert (resumed / "metrics.jsonl").read_bytes().startswith(b"".join(lines[:2])), "not begun anew"
+    assert (resumed / "metrics.jsonl").read_bytes().startswith(first), "not begun anew"
     said = (resumed / "logs" / "rank_0.log").read_text()
     assert "checkpoint step_000003 is damaged (rank_00001.safetensors has the checksum" in said
     assert (resumed / "checkpoints" / "damaged_step_000003").is_dir()

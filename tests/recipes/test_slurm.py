@@ -69,11 +69,27 @@ def program(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
+SRUN = r"""echo "$MASTER_ADDR $MASTER_PORT $*" >> calls
+case $* in
+  *recipes.train*) eval "${RANKS:-exit 7}" ;;
+  *recipes.saved*) exit "${SAVED:-1}" ;;
+  *\ true) exit "${ANSWER:-0}" ;;
+esac"""
+SCONTROL = """case $* in
+  *hostnames*) printf "node7\\nnode8\\n" ;;
+  requeue*) echo "$*" >> calls; kill $PPID ;;
+esac"""
+SQUEUE = """[[ $* == *%T* ]] && echo -n "${STATE:-COMPLETING} "
+echo $(($(date +%s) + 100))"""
+
+
 def run_script(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    """Run slurm/train.sh with programs that only write down how they were called; the ranks exit with 7."""
-    (folder / "slurm").symlink_to(ROOT / "slurm")
-    program(folder / "bin/scontrol", 'printf "node7\\nnode8\\n"')
-    program(folder / "bin/srun", 'echo "$MASTER_ADDR $MASTER_PORT $*" >> calls; [[ $* != *recipes.train* ]] || exit 7')
+    """Run slurm/train.sh with fake programs, which write down how they were called: the ranks do ``RANKS``, or exit
+    with 7; the job is in ``STATE``, or about to end."""
+    if not (folder / "slurm").exists():
+        (folder / "slurm").symlink_to(ROOT / "slurm")
+    for name, script in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):
+        program(folder / "bin" / name, script)
     done = subprocess.run(
         ["bash", "slurm/train.sh", *arguments],
         cwd=folder,
@@ -82,7 +98,7 @@ def run_script(folder: Path, *arguments: str, **environment: str) -> tuple[int, 
         text=True,
     )
     calls = folder / "calls"
-    return done.returncode, (calls.read_text() if calls.exists() else "") + done.stderr
+    return done.returncode, (calls.read_text() if calls.exists() else "") + done.stdout + done.stderr
 
 
 JOB = {"SLURM_NTASKS": "16", "SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
@@ -117,6 +133,38 @@ def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(
         f"node7 10007 {ONCE} {python} -m recipes.prepare {hydra}",
         f"node7 10007 {RANKS} {python} -m recipes.train {hydra}",
     ]
+
+
+TOLD = "trap 'exit 75' USR1; kill -USR1 $PPID; while true; do sleep 0.1; done"  # by Slurm, which tells the script alone
+SAVES = {"STATE": "RUNNING", "SAVED": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "again"),
+    [
+        ({"STATE": "RUNNING", "RANKS": TOLD}, "it was told to end"),
+        ({"STATE": "RUNNING", "ANSWER": "1"}, "a node does not answer"),
+        ({"STATE": "RUNNING"}, None),
+        (SAVES, "it failed with code 7 behind a new checkpoint"),
+        (SAVES | {"STATE": "COMPLETING"}, None),  # Slurm ends it: it was cancelled
+        (SAVES | {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"}, None),
+    ],
+    ids=["told", "a lost node", "failed at once", "failed later", "cancelled", "too often"],
+)
+def test_a_job_that_may_end_better_begins_again_and_resumes(
+    environment: dict[str, str], again: str | None, tmp_path: Path
+) -> None:
+    """tests/slurm does the same with a real Slurm."""
+    status, output = run_script(tmp_path, "recipe=demo", **JOB, **environment)
+    assert ("requeue 40007" in output.splitlines()) == (again is not None)
+    assert again is None or f"to be started again (1 of at most 20 times): {again}" in output
+    assert again is not None or status == 7
+    (tmp_path / "calls").unlink()
+    status, output = run_script(tmp_path, "recipe=demo", **JOB, RANKS="exit 0", SLURM_RESTART_COUNT="1")
+    assert status == 0
+    (ranks,) = [call for call in output.splitlines() if "recipes.train" in call]
+    assert ranks.endswith("recipe=demo cluster.nodes=2 cluster.ranks=16 resume=true")
+    assert list(tmp_path.glob("*.prepared")) == [], "the next job of this number begins anew"
 
 
 def test_the_script_wants_the_number_of_tasks(tmp_path: Path) -> None:

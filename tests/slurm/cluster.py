@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge"]
@@ -72,10 +73,13 @@ def configuration(folder: Path, nodes: int) -> str:
         "GresTypes=gpu",
         "SlurmdParameters=config_overrides",
         "SchedulerParameters=bf_interval=1,sched_interval=5,batch_sched_delay=0",
-        "SlurmdTimeout=10",
+        "SlurmdTimeout=30",  # a busy machine's slurmd answers late; a lost node is one from then on
         "KillWait=5",
-        "MessageTimeout=10",
-        "TCPTimeout=2",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        "PreemptParameters=send_user_signal",
+        "MessageTimeout=60",
+        "TCPTimeout=10",
         "JobRequeue=1",
         "ReturnToService=2",
         "MinJobAge=600",
@@ -92,7 +96,9 @@ def configuration(folder: Path, nodes: int) -> str:
             f"NodeName=node{k} NodeAddr=127.0.1.{k} NodeHostname=node{k} Port={port} CPUs={CPUS} "
             f"RealMemory={MEMORY_MIB} Gres=gpu:{FAKE_GPUS}"
         )
-    lines.append(f"PartitionName=tests Nodes=node[1-{nodes}] Default=YES MaxTime=INFINITE OverSubscribe=NO")
+    shared = f"Nodes=node[1-{nodes}] MaxTime=INFINITE OverSubscribe=NO"
+    lines.append(f"PartitionName=tests {shared} Default=YES PriorityTier=1 GraceTime=300")
+    lines.append(f"PartitionName=urgent {shared} PriorityTier=2 PreemptMode=OFF")
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +107,8 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder, self.nodes = folder, nodes
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.daemons: list[subprocess.Popen[bytes]] = []  # munged and slurmctld
+        self.slurmds: dict[str, subprocess.Popen[bytes]] = {}  # by node
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RANK", "MASTER_"))}
         self.environment = keep | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}
         for name in ("munge", "state"):
@@ -119,28 +126,44 @@ class Cluster:
 
     def start(self) -> None:
         munge = self.folder / "munge"
-        self.daemon(
-            ["munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket"]
-            + [f"--{what}-file={munge}/{what}" for what in ("pid", "log", "seed")]
+        self.daemons.append(
+            self.daemon(
+                ["munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket"]
+                + [f"--{what}-file={munge}/{what}" for what in ("pid", "log", "seed")]
+            )
         )
         self.wait_for("munge's socket", (munge / "socket").exists)
-        self.daemon(["slurmctld", "-D", "-f", str(self.folder / "slurm.conf")])
+        self.daemons.append(self.daemon(["slurmctld", "-D", "-f", str(self.folder / "slurm.conf")]))
         for k in range(1, self.nodes + 1):
-            own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-            self.daemon([*own, "bash", "-ec", NODE, "bash", f"node{k}", str(self.folder)])
-        self.wait_for("nodes that are idle", lambda: self.call("sinfo", "-hN", "-o%t").split() == ["idle"] * self.nodes)
+            self.start_node(f"node{k}")
+        self.wait_for_nodes()
 
-    def daemon(self, command: list[str]) -> None:
-        log = (self.folder / "daemons.log").open("ab")
-        self.processes.append(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment)
+    def start_node(self, name: str) -> None:
+        own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+        self.slurmds[name] = self.daemon([*own, "bash", "-ec", NODE, "bash", name, str(self.folder)])
+
+    def lose_node(self, name: str) -> None:
+        """As when it loses its power: the kernel ends all that is in its process namespace."""
+        process = self.slurmds.pop(name)
+        process.kill()
+        process.wait()
+
+    def wait_for_nodes(self) -> None:
+        self.wait_for(
+            "nodes that are idle", lambda: self.call("sinfo", "-hN", "-ptests", "-o%t").split() == ["idle"] * self.nodes
         )
 
-    def wait_for(self, what: str, happened, seconds: float = 60) -> None:  # type: ignore[no-untyped-def]
+    def daemon(self, command: list[str]) -> subprocess.Popen[bytes]:
+        with (self.folder / "daemons.log").open("ab") as log:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment)
+
+    def wait_for[T](self, what: str, happened: Callable[[], T], seconds: float = 120) -> T:
+        """What ``happened`` returns, as soon as that is true."""
         deadline = time.monotonic() + seconds
-        while not happened():
+        while not (found := happened()):
             assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.logs()}"
             time.sleep(0.1)
+        return found
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
@@ -151,13 +174,24 @@ class Cluster:
 
     def field(self, job: str, name: str) -> str:
         """A field of ``scontrol show job``; of a heterogeneous job's first component."""
-        words = self.call("scontrol", "show", "job", "--oneliner", job).split()
-        return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")
+        return next((fields.get(name, "") for fields in self.components(job)), "")
+
+    def components(self, job: str) -> list[dict[str, str]]:
+        """The fields of ``scontrol show job`` of each component; none while the controller does not answer."""
+        lines = self.call("scontrol", "show", "job", "--oneliner", job).splitlines()
+        pairs = [[word.partition("=") for word in line.split()] for line in lines if "JobState=" in line]
+        return [{name: value for name, _, value in words} for words in pairs]
 
     def wait_for_end(self, job: str, seconds: float) -> tuple[str, str]:
-        """The job's state and exit code (CODE:SIGNAL)."""
-        self.wait_for(f"end of job {job}", lambda: self.field(job, "JobState") in ENDED, seconds)
-        return self.field(job, "JobState"), self.field(job, "ExitCode")
+        """The job's state and exit code (CODE:SIGNAL), of the first component, when all components' processes have
+        ended: until then Slurm says COMPLETING."""
+
+        def ended() -> list[dict[str, str]]:
+            found = self.components(job)
+            return found if all(fields["JobState"] in ENDED for fields in found) else []
+
+        first, *_ = self.wait_for(f"end of job {job}", ended, seconds)
+        return first["JobState"], first["ExitCode"]
 
     def processes_with(self, marker: str) -> dict[int, str]:
         """Living processes, on any node, with the text in their environment: pid → command line."""
@@ -171,11 +205,9 @@ class Cluster:
 
     def stop(self) -> None:
         """End all by pid: the nodes with everything on them, then the controller and munged."""
-        munged, slurmctld, *nodes = self.processes
-        for process in nodes:
-            process.kill()  # the kernel ends what is in its process namespace
-            process.wait()
-        for process in (slurmctld, munged):
+        for name in list(self.slurmds):
+            self.lose_node(name)
+        for process in reversed(self.daemons):
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(5)

@@ -2,6 +2,9 @@
 
 ``rewards.placement`` is the real one. ``rewards.serve`` answers /health on the ports of the servers that it was told to
 serve, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server when ranks run.
+``STAND_IN_STARTS`` ("told,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and end as those of
+``recipes.train`` do, save and fail with code 7 ("saves"), wait ("hangs"), or end with a code. ``recipes.saved`` looks
+for the file ``checkpoint``, which is what they save.
 """
 
 import http.server
@@ -14,9 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-PORTS = {"safety": 8100, "value": 8110, "knowledge": 8120}  # conf/rewards/safework.yaml
-
-
+PORTS: dict[str, int] = json.loads(Path("ports.json").read_text())
 FAILING, _, CODE = os.environ.get("STAND_IN_EXIT", "").partition("=")
 
 
@@ -47,23 +48,45 @@ def serve(arguments: list[str]) -> None:
     record(module="stopped", host=socket.gethostname(), servers=own)
 
 
+def train(does: str) -> int:
+    """The exit code."""
+    if does == "told":
+        signal.sigwait([signal.SIGUSR1])
+        Path("checkpoint").touch()
+        return 75 if os.environ["SLURM_PROCID"] == "0" else 0
+    if does == "saves":
+        Path("checkpoint").touch()
+        return 7
+    if does == "hangs":
+        time.sleep(600)
+    return int(does)
+
+
 def main() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     module, arguments = sys.argv[2], sys.argv[3:]
     if module == "rewards.placement":
         os.execv(os.environ["STAND_IN_PYTHON"], [os.environ["STAND_IN_PYTHON"], *sys.argv[1:]])
+    start, starts = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("STAND_IN_STARTS", "0").split(",")
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "OMP_NUM_THREADS")
     record(
         module=module,
         host=socket.gethostname(),
         arguments=arguments,
+        start=start,
         token=len(os.environ.get("REWARDS_TOKEN", "")),
         **{name: os.environ.get(name) for name in names},
     )
     if module == "rewards.serve":
         serve(arguments)
+    if module == "recipes.saved":
+        saved = Path("checkpoint")
+        sys.exit(not (saved.exists() and saved.stat().st_mtime > Path(arguments[0]).stat().st_mtime))
     if module == "recipes.train" and FAILING == "rewards.serve":
         time.sleep(600)
-    sys.exit(int(CODE) if module == FAILING else 0)
+    if module == FAILING:
+        sys.exit(int(CODE))
+    sys.exit(train(starts[min(start, len(starts) - 1)]) if module == "recipes.train" else 0)
 
 
 if __name__ == "__main__":

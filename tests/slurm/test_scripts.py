@@ -10,18 +10,30 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("safety", "value", "knowledge")
-SECONDS = 60
+SECONDS = 600  # on a busy machine
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder from which jobs are submitted: the scripts and the configuration, with a stand-in for Python."""
-    for name in ("conf", "rewards", "slurm"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    """A folder from which jobs are submitted: the scripts and the configuration, with a stand-in for Python.
+
+    The servers have ports that are free: the nodes share this machine's network.
+    """
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    for name in ("conf", "rewards"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    ports = dict(zip(SERVERS, free_ports(3), strict=True))
+    (tmp_path / "ports.json").write_text(json.dumps(ports))
+    servers = tmp_path / "conf" / "rewards" / "safework.yaml"
+    text = servers.read_text()
+    for name, port in zip(SERVERS, (8100, 8110, 8120), strict=True):
+        assert text.count(f"port: {port},") == 1
+        text = text.replace(f"port: {port},", f"port: {ports[name]},")
+    servers.write_text(text)
     stand_in = tmp_path / ".venv" / "bin" / "python"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "slurm" / "stand_in.py").read_text())
@@ -78,7 +90,7 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
         if f"++rewards.servers.{name}.host=0.0.0.0" in call["arguments"]
     }
     assert len(ours) == 3 and len(set(ours.values())) == 3, "17 GPUs on nodes of 8"
-    ports = {"safety": 8100, "value": 8110, "knowledge": 8120}
+    ports = json.loads((project / "ports.json").read_text())
     told = [
         word
         for name in SERVERS
@@ -106,6 +118,8 @@ def test_the_job_fails_with_the_code_of_what_failed(slurm: Cluster, project: Pat
     modules = [call["module"] for call in calls(project)]
     assert modules.count("stopped") == modules.count("rewards.serve"), "no server is left"
     assert ("recipes.prepare" in modules) == (module == "recipes.train"), "nothing behind a preflight that fails"
+    assert modules.count("recipes.train") in (0, 8), "it is not started again"
+    assert f"not started again: it failed with code {code} without a checkpoint" in log(project, job)
     assert slurm.processes_with(str(project)) == {}
 
 
@@ -166,13 +180,126 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     )
     assert done.returncode == 0, done.stderr
     jobs = [line.split(": job ") for line in done.stdout.splitlines()]
+    *jobs, (last, report) = jobs
     assert [stage for stage, _ in jobs] == ["sft", "rl_general", "rl_safety", "rl_efficient", "rl_search"]
     ends = [slurm.wait_for_end(job, SECONDS) for _, job in jobs]
     assert ends[:2] == [("COMPLETED", "0:0"), ("FAILED", "3:0")]
     assert {state for state, _ in ends[2:]} == {"CANCELLED"}
+    assert slurm.wait_for_end(report, SECONDS) == ("COMPLETED", "0:0"), log(project, report)
+    reported = [call["arguments"] for call in calls(project) if call["module"] == "recipes.ladder"]
+    assert (last, reported) == ("report", [["runs/ladder_demo"]])
     trained = [call["arguments"] for call in calls(project) if call["module"] == "recipes.train"]
     assert trained[0][:3] == ["recipe=ladder_demo", "stage=sft", "seed=5"]
     assert {argument for call in trained for argument in call if "nodes" in argument} == {"cluster.nodes=2"}
+
+
+def starts(folder: Path) -> list[tuple[int, bool, list[str]]]:
+    """Of each start of the job that has trained: its number, whether it resumes, and the ranks' hosts."""
+    training = [call for call in calls(folder) if call["module"] == "recipes.train"]
+    return [
+        (
+            start,
+            any("resume=true" in call["arguments"] for call in training if call["start"] == start),
+            sorted(call["host"] for call in training if call["start"] == start),
+        )
+        for start in sorted({call["start"] for call in training})
+    ]
+
+
+def trains(folder: Path, start: int, ranks: int) -> bool:
+    return sum(call["module"] == "recipes.train" and call["start"] == start for call in calls(folder)) == ranks
+
+
+def test_the_time_limit_tells_the_ranks_and_the_job_begins_again_and_resumes(slurm: Cluster, project: Path) -> None:
+    """Both starts are in one log. Slurm looks at limits every 30 s."""
+    options = ("--signal=B:USR1@60", "--nodes=2", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
+    job = sbatch(slurm, project, *options, STAND_IN_STARTS="told,0")
+    slurm.wait_for("ranks", lambda: trains(project, 0, 4), SECONDS)
+    slurm.call("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds")
+    slurm.wait_for("the signal", lambda: "told to end by Slurm" in log(project, job), SECONDS)
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # minutes, of the next start
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    hosts = ["node1", "node1", "node2", "node2"]
+    assert starts(project) == [(0, False, hosts), (1, True, hosts)]
+    assert "told to end by Slurm: the run saves its step" in log(project, job)
+    assert "to be started again (1 of at most 20 times): it was told to end" in log(project, job)
+    assert list(project.glob("*.prepared")) == []
+
+
+def test_a_heterogeneous_job_begins_again_with_its_servers_and_what_waits_for_it_goes_on_waiting(
+    slurm: Cluster, project: Path
+) -> None:
+    script = ("--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh")
+    job = sbatch(slurm, project, *script, STAND_IN_STARTS="told,0")
+    behind = sbatch(
+        slurm, project, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--nodes=1", "--ntasks-per-node=1",
+        "slurm/train.sh", "recipe=demo",
+    )  # fmt: skip
+    slurm.wait_for("ranks", lambda: trains(project, 0, 8), SECONDS)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert slurm.wait_for_end(behind, SECONDS) == ("COMPLETED", "0:0"), log(project, behind)
+    assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
+    modules = [call["module"] for call in calls(project)]
+    assert modules.count("stopped") == modules.count("rewards.serve") == 6
+
+
+@pytest.mark.parametrize(("does", "signal"), [("told", "--signal=B:USR1@1"), ("hangs", "--signal=0")])
+def test_a_job_that_is_preempted_leaves_within_the_grace_and_begins_again(
+    slurm: Cluster, project: Path, does: str, signal: str
+) -> None:
+    """Told by its own signal, it has saved; else its ranks got SIGTERM."""
+    options = ("--nodes=4", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
+    job = sbatch(slurm, project, signal, *options, STAND_IN_STARTS=f"{does},0")
+    slurm.wait_for("ranks", lambda: trains(project, 0, 4), SECONDS)
+    urgent = sbatch(slurm, project, "--partition=urgent", "--output=/dev/null", "--wrap=true")
+    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
+    why = {"told": "it was told to end", "hangs": "it is preempted"}[does]
+    assert f"to be started again (1 of at most 20 times): {why}" in log(project, job)
+
+
+def test_a_run_that_fails_begins_again_while_it_saves_and_not_more_often_than_it_may(
+    slurm: Cluster, project: Path
+) -> None:
+    options = ("--nodes=1", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
+    saving = sbatch(slurm, project, *options, STAND_IN_STARTS="saves", MAX_RESTARTS="1")
+    assert slurm.wait_for_end(saving, SECONDS) == ("FAILED", "7:0"), log(project, saving)
+    assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
+    why = "it failed with code 7 behind a new checkpoint"
+    assert f"to be started again (1 of at most 1 times): {why}" in log(project, saving)
+    assert f"not started again though {why}: MAX_RESTARTS=1" in log(project, saving)
+
+
+def test_a_job_that_is_cancelled_does_not_begin_again(slurm: Cluster, project: Path) -> None:
+    """Though its ranks had saved."""
+    options = ("--nodes=1", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
+    job = sbatch(slurm, project, *options, STAND_IN_STARTS="hangs")
+    slurm.wait_for("a rank", lambda: trains(project, 0, 1), SECONDS)
+    (project / "checkpoint").touch()
+    slurm.call("scancel", job)
+    assert slurm.wait_for_end(job, SECONDS)[0] == "CANCELLED", log(project, job)
+    assert slurm.field(job, "Restarts") == "0"
+
+
+@pytest.mark.parametrize("lost", ["the script's", "another"])
+def test_a_job_that_loses_a_node_begins_again_on_others(slurm: Cluster, project: Path, lost: str) -> None:
+    """Where Slurm notices it first, and where the ranks do."""
+    options = ("--nodes=2", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
+    job = sbatch(slurm, project, *options, STAND_IN_STARTS="hangs,0")
+    slurm.wait_for("ranks", lambda: trains(project, 0, 2), SECONDS)
+    ((_, _, hosts),) = starts(project)
+    node = hosts[0 if lost == "the script's" else 1]
+    slurm.lose_node(node)
+    try:
+        assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    finally:
+        slurm.start_node(node)
+        slurm.wait_for_nodes()
+    first, second = starts(project)
+    assert first == (0, False, hosts) and second[:2] == (1, True)
+    assert node not in second[2]
 
 
 def test_slurm_says_what_it_would_not_take(slurm: Cluster, project: Path) -> None:
