@@ -174,7 +174,7 @@ hear() {
 most_of_the_time_left() {
   local end
   end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | sed -n 1p) || true
-  [[ $end == [0-9]* ]] || sleep infinity # the controller did not say
+  [[ $end == [0-9]* ]] || sleep infinity # NONE
   sleep $(((end - $(date +%s)) * 9 / 10))
 }
 
@@ -242,7 +242,7 @@ finish() {
     why="it was told to end"
   elif preempted; then
     why="it is preempted"
-  elif (($(date +%s) < end)) && ! nodes_answer; then
+  elif [[ $end != [0-9]* || $(date +%s) -lt $end ]] && ! nodes_answer; then
     why="a node does not answer"
   elif [[ -n $training ]] && once -m recipes.saved "$prepared" "${hydra[@]}"; then
     why="it failed with code $status behind a new checkpoint"
