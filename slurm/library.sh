@@ -232,10 +232,7 @@ finish() {
   trap - EXIT
   set +e
   stop_servers
-  if ((status == 0)); then
-    rm -f "$prepared"
-    exit 0
-  fi
+  ((status)) || exit 0 # also where Slurm's SIGTERM came behind a command that was well
   read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
   [[ $state == RUNNING ]] || exit "$status"
   if [[ -n $told ]] || ((status == 75)); then # recipes.preemption
@@ -277,4 +274,5 @@ run_job() {
   once -m recipes.prepare "${hydra[@]}"
   touch "$prepared"
   train
+  rm -f "$prepared"
 }
