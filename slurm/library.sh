@@ -174,7 +174,7 @@ hear() {
 most_of_the_time_left() {
   local end
   end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | sed -n 1p) || true
-  [[ $end == [0-9]* ]] || sleep infinity # the controller did not say
+  [[ $end == [0-9]* ]] || sleep infinity # NONE
   sleep $(((end - $(date +%s)) * 9 / 10))
 }
 
@@ -232,17 +232,14 @@ finish() {
   trap - EXIT
   set +e
   stop_servers
-  if ((status == 0)); then
-    rm -f "$prepared"
-    exit 0
-  fi
+  ((status)) || exit 0 # also where Slurm's SIGTERM came behind a command that was well
   read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
   [[ $state == RUNNING ]] || exit "$status"
   if [[ -n $told ]] || ((status == 75)); then # recipes.preemption
     why="it was told to end"
   elif preempted; then
     why="it is preempted"
-  elif (($(date +%s) < end)) && ! nodes_answer; then
+  elif [[ $end != [0-9]* || $(date +%s) -lt $end ]] && ! nodes_answer; then
     why="a node does not answer"
   elif [[ -n $training ]] && once -m recipes.saved "$prepared" "${hydra[@]}"; then
     why="it failed with code $status behind a new checkpoint"
@@ -277,4 +274,5 @@ run_job() {
   once -m recipes.prepare "${hydra[@]}"
   touch "$prepared"
   train
+  rm -f "$prepared"
 }
