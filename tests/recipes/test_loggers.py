@@ -1,6 +1,7 @@
 """wandb and TensorBoard by the configuration: what their files hold."""
 
 import struct
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -52,9 +53,11 @@ def test_loggers_are_those_of_the_configuration(
     (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     assert scalars(events) == {("reward/mean", 300, 0.25), ("sync/bytes", 300, 2.0**40), ("warm_start/loss", 1, -2.5)}
     (written,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    data = written.read_bytes()
-    for text in (b"reward/mean", b"0.25", b"warm_start/step", b"warm_start/loss", b"-2.5"):
-        assert text in data
+    expected = (b"reward/mean", b"0.25", b"warm_start/step", b"warm_start/loss", b"-2.5")
+    deadline = time.monotonic() + 60  # wandb's own process writes it, and may end a moment later
+    while missing := [each for each in expected if each not in written.read_bytes()]:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.1)
 
 
 def test_without_a_logger_nothing_is_written(config: Config, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ PUBLISHED = {
 SMALLER = ("parallel.context=1", "parallel.pipeline=1", "parallel.recompute=full", "cluster.ranks=16")
 # One rank to build in place of 32, and no lack of memory, where neither is what is wrong.
 NO_TENSOR = ("parallel.tensor=1", "parallel.sequence=false", "parallel.context=1")
-WHOLE = (*NO_TENSOR, "parallel.pipeline=1", "preflight.device_memory_gib=9999")
+WHOLE = (*NO_TENSOR, "parallel.pipeline=1", "preflight.device_memory_gib=9999", "preflight.host_memory_gib=99999")
 # What is wrong → overrides of safework_70b, the check that must fail, what it must say.
 IMPOSSIBLE = {
     "heads": (("parallel.tensor=16", *SMALLER), "attention_heads", ["does not divide 8 KV heads", "parallel.tensor=8"]),
