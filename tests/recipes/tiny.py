@@ -137,22 +137,15 @@ def marked(pid: int, marker: str) -> bool:
         return False
 
 
-def mapped_shared_memory() -> set[str]:
-    """Names in /dev/shm that a living process has mapped or open."""
+def mapped_shared_memory(process: Path) -> set[str]:
+    """Names in /dev/shm that a process, /proc/PID, has mapped or open; none when it has ended."""
     found = set()
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            found |= {
-                line.split("/dev/shm/", 1)[1].strip() for line in (process / "maps").open() if "/dev/shm/" in line
-            }
-            for descriptor in (process / "fd").iterdir():
-                target = os.readlink(descriptor)
-                if target.startswith("/dev/shm/"):
-                    found.add(target.removeprefix("/dev/shm/"))
-        except OSError:  # it ended meanwhile
-            continue
+    with contextlib.suppress(OSError):
+        found |= {line.split("/dev/shm/", 1)[1].strip() for line in (process / "maps").open() if "/dev/shm/" in line}
+        for descriptor in (process / "fd").iterdir():
+            target = os.readlink(descriptor)
+            if target.startswith("/dev/shm/"):
+                found.add(target.removeprefix("/dev/shm/"))
     return found
 
 
@@ -167,7 +160,7 @@ class Run:
     def __init__(self, arguments: list[str]) -> None:
         Run.count += 1
         self.marker = f"TINY_RUN={os.getpid()}-{Run.count}-end"
-        self.shared_before = set(os.listdir("/dev/shm"))
+        self.shared_before, self.semaphores = set(os.listdir("/dev/shm")), set[str]()
         keep = {key: value for key, value in os.environ.items() if key not in ("RANK", "SLURM_STEP_ID")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "recipes.train", *arguments],
@@ -194,7 +187,10 @@ class Run:
 
     def rank(self, rank: int) -> int | None:
         """Pid of a rank, None before it has started."""
-        return next((pid for pid in self.processes() if marked(pid, f"\0RANK={rank}\0")), None)
+        found = self.processes()
+        for pid in found:
+            self.semaphores |= mapped_shared_memory(Path(f"/proc/{pid}"))
+        return next((pid for pid in found if marked(pid, f"\0RANK={rank}\0")), None)
 
     def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 600) -> Any:
         """Wait until ``happened`` returns something true; returns that. Fails when the run ends first or time is up."""
@@ -210,10 +206,15 @@ class Run:
         return self.process.communicate(timeout=seconds)[0].decode()
 
     def remains(self, seconds: float) -> tuple[dict[int, str], set[str]]:
-        """Processes and orphaned names in /dev/shm left after ``seconds``; at once when there are none."""
+        """Processes and orphaned names in /dev/shm left after ``seconds``; at once when there are none.
+
+        Semaphores count that the run had when :meth:`rank` was asked: those of tests beside this one may lie about.
+        """
         deadline = time.monotonic() + seconds
         while True:
-            shared = set(os.listdir("/dev/shm")) - self.shared_before - mapped_shared_memory()
+            living = (process for process in Path("/proc").iterdir() if process.name.isdigit())
+            shared = set(os.listdir("/dev/shm")).difference(self.shared_before, *map(mapped_shared_memory, living))
+            shared = {name for name in shared if not name.startswith("sem.") or name in self.semaphores}
             left = (self.processes(), shared)
             if not any(left) or time.monotonic() > deadline:
                 return left
