@@ -148,14 +148,16 @@ class Saver:
 
     def _remove_old(self, newest: Path) -> None:
         """Leave the ``keep`` last complete checkpoints up to ``newest``; what interrupted saves left goes too."""
-        complete = []
-        for found in sorted(self.folder.glob("step_*")):
-            if not (found / COMPLETE).is_file():
-                shutil.rmtree(found)
-            elif found.name <= newest.name:
-                complete.append(found)
+        for left in _unfinished(self.folder):
+            shutil.rmtree(left)
+        complete = sorted(found for found in self.folder.glob("step_*") if found.name <= newest.name)
         for old in complete[: -self.keep]:
             shutil.rmtree(old)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What interrupted saves left there."""
+    return sorted(found for found in folder.glob("step_*") if not (found / COMPLETE).is_file())
 
 
 def latest(folder: Path) -> Path | None:
@@ -173,8 +175,7 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
         CheckpointError: checkpoints were there, and all are damaged.
     """
     group, damaged = control_group(), []
-    unfinished = lambda: sorted(p.name for p in folder.glob("step_*") if not (p / COMPLETE).is_file())  # noqa: E731
-    for name in from_rank_zero(unfinished, group):
+    for name in from_rank_zero(lambda: [left.name for left in _unfinished(folder)], group):
         say(f"checkpoint {name} was not finished when the run ended: it is left out")
     while (name := from_rank_zero(lambda: getattr(latest(folder), "name", None), group)) is not None:
         faults = _faults(folder / name)
