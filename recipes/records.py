@@ -5,6 +5,7 @@ what it will do again.
 """
 
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     Raises:
         ValueError: a row without an integer `step`, or with NaN or infinity (pass None to record "no value").
+        OSError: naming the file; no part of a row is left.
     """
     with path.open("ab", buffering=0) as file:
         for row in rows:
             if type(row.get("step")) is not int:
                 raise ValueError(f"{path.name}: step is {row.get('step')!r}; every row needs its integer step")
-            file.write(_dumps(row, path.name) + b"\n")
+            _append(file, _dumps(row, path.name) + b"\n")
 
 
 def event(run_dir: Path, kind: str, **what: Any) -> None:
@@ -56,7 +58,7 @@ def event(run_dir: Path, kind: str, **what: Any) -> None:
     """
     line = {"time": round(time.time(), 3), "kind": kind, "after_step": _last_step(run_dir / "metrics.jsonl"), **what}
     with (run_dir / "events.jsonl").open("ab", buffering=0) as file:
-        file.write(_dumps(line, "events.jsonl") + b"\n")
+        _append(file, _dumps(line, "events.jsonl") + b"\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -79,7 +81,8 @@ def launch(run_dir: Path, resume: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        event(run_dir, "stop", why=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        with suppress(OSError):  # a full disk: the error is to be told, perhaps that very one
+            event(run_dir, "stop", why=f"{type(error).__name__}: {error}".splitlines()[0][:300])
         raise
     event(run_dir, "finish")
 
@@ -270,6 +273,19 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}: JSON has no such number; find its cause, or pass None for 'no value'")
     return value
+
+
+def _append(file: io.FileIO, line: bytes) -> None:
+    """The whole line by one write, or nothing of it: a disk that is nearly full takes a part without an error."""
+    done = 0
+    try:
+        while done < len(line):
+            done += file.write(line[done:])
+    except OSError as error:
+        if done:
+            file.truncate(file.tell() - done)
+        why = f"{error.strerror}; mend that and go on with resume=true"
+        raise OSError(error.errno, why, str(file.name)) from error
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -47,6 +47,8 @@ from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.weight_sync.bridge import WeightBridge
 
+BETWEEN = "loop"  # what a rank does between two phases
+
 
 @dataclass
 class Session:
@@ -79,6 +81,8 @@ class Session:
     version: int = 0  # of the weights that the engines have
     engines_rest: bool = False  # they were told to sleep since the last sync
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    laps: list[tuple[str, float]] = field(default_factory=list)  # phases and what is between them, in their order
+    lap_began: float = field(default_factory=time.perf_counter)
     skipped: int = 0  # updates of this step whose loss or gradient was not finite
     skipped_in_a_row: Counter[str] = field(default_factory=Counter)  # of each model
     ending: bool = False  # a rank was told to end soon (recipes.preemption)
@@ -86,11 +90,18 @@ class Session:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the block's wall time to ``seconds[name]``; its begin and its end are progress for the watchdog."""
+        self._lap(BETWEEN)
         self.watchdog.beat(name)
-        started = time.perf_counter()
         yield
-        self.seconds[name] += time.perf_counter() - started
-        self.watchdog.beat("loop")
+        self.seconds[name] += self._lap(name)
+        self.watchdog.beat(BETWEEN)
+
+    def _lap(self, name: str) -> float:
+        """What has taken the time since the last call; returns its seconds."""
+        now = time.perf_counter()
+        self.laps.append((name, now - self.lap_began))
+        self.lap_began = now
+        return self.laps[-1][1]
 
     def build_optimizer(
         self, stage: Any, steps: int, model: models.Model | None = None
@@ -322,8 +333,10 @@ class Session:
     def record(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Collective: rank 0 writes a step's metrics with the seconds of its phases, which are returned, and names the
         ranks that were slow; the clocks start anew. Here the ranks learn that one of them was told to end."""
-        factor, alone = self.config.cluster.slow_factor, {"probe": probe(platform.current().device())}
-        ranks = all_gather_json([self.seconds, alone, preemption.told()], self.control)
+        self._lap(BETWEEN)
+        factor, alone = self.config.cluster.slow_factor, [("probe", probe(platform.current().device()))]
+        ranks = all_gather_json([self.laps, alone, preemption.told()], self.control)
+        self.laps, self.lap_began = [], time.perf_counter()  # all ranks are here
         self.ending = any(r[2] for r in ranks)
         for line in slow_ranks([r[0] for r in ranks], factor, 1.0) + slow_ranks([r[1] for r in ranks], factor, 0.0):
             self.say(line)

@@ -4,6 +4,7 @@ Called plainly it checks the configuration, prepares the model and forks ``clust
 each process is one rank of the run.
 """
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -195,8 +196,8 @@ def run(config: Config) -> None:
         print(f"{news}; go on with resume=true", flush=True)
         sys.exit(preemption.EXIT_CODE if os.environ["RANK"] == "0" else 0)  # srun kills the others at the first 75
     except Exception as error:
-        traceback.print_exc()
         print(f"error: {error}\n(rank {os.environ.get('RANK', '?')}; logs in {config.run_dir}/logs)", flush=True)
+        traceback.print_exc()  # last: the log may be on the disk that is full
         sys.exit(1)
 
 
@@ -215,7 +216,8 @@ def say_why_on_sigterm(config: Config) -> None:
             f"error: stopped by SIGTERM (Ctrl-C, or another rank died); see {config.run_dir}/logs/launcher.log",
             flush=True,
         )
-        event(Path(config.run_dir), "stop", why="SIGTERM")
+        with contextlib.suppress(OSError):
+            event(Path(config.run_dir), "stop", why="SIGTERM")
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -20,7 +21,7 @@ PR_SET_NAME = 15
 class Watchdog:
     """Watches this process from a thread of its own.
 
-    After ``seconds`` without a :meth:`beat` it says so on standard output, leaves a notice in ``folder``, writes every
+    After ``seconds`` without a :meth:`beat` it leaves a notice in ``folder``, says so on standard output, writes every
     thread's stack to standard error (the rank's log) and ends the process with exit code 1. Another rank's notice does
     the same at once, so all ranks' stacks are of the same moment: the folder must be one that all ranks see. Where the
     interpreter itself is held, in a library's code, faulthandler's own thread does it, a little later.
@@ -44,18 +45,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.ended.wait(POLL):
-            told = self.notice.exists()
-            if not told and time.monotonic() - self.last < self.seconds:
+            news = self.notice.read_text() if self.notice.exists() else ""
+            if not news and time.monotonic() - self.last < self.seconds:
                 continue
-            if not told:
-                self.notice.write_text(f"rank {self.rank} in {self.doing}\n")
-                print(
-                    f"error: rank {self.rank} has made no progress for {self.seconds:g} s in {self.doing}; the stacks "
-                    f"of all ranks are in {self.notice.parent}/rank_*.log. If that phase may take so long, raise "
-                    "cluster.watchdog; go on with resume=true",
-                    flush=True,
-                )
-            print(f"watchdog: rank {self.rank} in {self.doing}", file=sys.stderr, flush=True)
+            if not news:
+                news = f"rank {self.rank} has made no progress for {self.seconds:g} s in {self.doing}"
+                with suppress(OSError):  # a full disk: the other ranks have clocks of their own
+                    self.notice.write_text(news)
+            print(  # on every rank: one of them has the terminal
+                f"error: {news}; the stacks of all ranks are in {self.notice.parent}/rank_*.log. If that phase may "
+                "take so long, raise cluster.watchdog; go on with resume=true",
+                flush=True,
+            )
+            with suppress(OSError):
+                print(f"watchdog: rank {self.rank} in {self.doing}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback()
             time.sleep(GRACE)
             os._exit(1)
@@ -75,14 +78,21 @@ def probe(device: Any) -> float:
     return min(once() for _ in range(5))
 
 
-def slow_ranks(seconds: Sequence[Mapping[str, float]], factor: float, least: float) -> list[str]:
+def slow_ranks(laps: Sequence[Sequence[tuple[str, float]]], factor: float, least: float) -> list[str]:
     """What to say of ranks that took more than ``factor`` times the median of all ranks, and ``least`` seconds more,
-    for a phase; ``seconds``: of each rank, by phase. Ranks wait for each other in most phases; ``probe`` has no waiting
-    in it."""
-    found = []
-    for phase in seconds[0]:
-        usual = median_low(rank[phase] for rank in seconds)
-        for number, rank in enumerate(seconds):
-            if rank[phase] > factor * usual and rank[phase] - usual > least:
-                found.append(f"rank {number} is slow: {rank[phase]:.3g} s for {phase}, the median is {usual:.3g} s")
+    for a phase.
+
+    ``laps``: of each rank its phases, in their order, with the seconds they took, from a moment at which all ranks were
+    at the same place. A rank that comes to a phase before the last one waits for it, there or later: so many of its
+    seconds are not its own.
+    """
+    found, passed = [], [0.0] * len(laps)
+    for phase in zip(*laps, strict=True):
+        name, seconds = phase[0][0], [taken for _, taken in phase]
+        usual, last = median_low(seconds), max(passed)
+        for number, taken in enumerate(seconds):
+            own = taken - (last - passed[number])
+            if own > factor * usual and own - usual > least:
+                found.append(f"rank {number} is slow: {own:.3g} s for {name}, the median is {usual:.3g} s")
+        passed = [before + taken for before, taken in zip(passed, seconds, strict=True)]
     return found

@@ -11,7 +11,7 @@ answer, are our choice:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,10 +19,11 @@ from rollout.environment import Segment
 from rollout.retrieval import Bm25, Endpoint, Retriever
 
 ACTIONS = ("think", "search", "read", "confidence", "answer")
-_ACTION = re.compile(rf"\s*<({'|'.join(ACTIONS)})>(.*?)</\1>", re.DOTALL)
+_BEGIN = re.compile(f"<({'|'.join(ACTIONS)})>")
 _TAG = re.compile(rf"</?(?:{'|'.join(ACTIONS)}|result)>")
 _CONFIDENCE = re.compile(r"10|[0-9]")
 _FOUND = re.compile(r"^\[([^\[\]\n]+)\] ", re.MULTILINE)
+LONGEST_QUERY = 2000  # characters, what web search engines read of a query; the rest is cut off
 NOTHING_FOUND, NO_DOCUMENT = "nothing found", "no such document was found"
 
 
@@ -36,8 +37,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Action:
+    """``<name>content</name>`` and where it begins and ends in its text."""
+
+    name: str
+    content: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Search:
-    """The environment: the retriever's documents, ``results`` for each search, the first ``snippet_words`` of each."""
+    """The environment: the retriever's documents, ``results`` for each search, the first ``snippet_words`` of each.
+
+    The model's text is only ever a query, of at most ``LONGEST_QUERY`` characters, and an id: a reply's time and memory
+    grow with the corpus and with the text's length, whatever is in it.
+    """
 
     retriever: Retriever
     results: int
@@ -51,14 +66,15 @@ class Search:
         """``<result>…</result>`` for the search or read with which the response ends. Raises Unavailable."""
         said = segments[-1].text
         stop = max(self.stops, key=said.rfind)
-        last = next((match for match in _ACTION.finditer(said) if match.end() == said.rfind(stop) + len(stop)), None)
+        end = said.rfind(stop) + len(stop)
+        last = next((action for action in actions(said) if action.end == end), None)
         if last is None:
             return result(NOTHING_FOUND)  # an end without a beginning: the verifier says so
-        content = last.group(2).strip()
+        content = last.content.strip()
         if stop == "</read>":
             text = self.retriever.read(content) if content in found_ids(segments) else None
             return result(NO_DOCUMENT if text is None else text)
-        hits = self.retriever.search(content, self.results)
+        hits = self.retriever.search(content[:LONGEST_QUERY], self.results)
         lines = [f"[{hit.id}] {' '.join(hit.text.split()[: self.snippet_words])}" for hit in hits]
         return result("\n".join(lines) or NOTHING_FOUND)
 
@@ -100,10 +116,22 @@ def open_search(
 
 
 def result(text: str) -> str:
-    """What the environment puts into a response; tags of the grammar in a document are not the document's to give."""
-    while _TAG.search(text):
-        text = _TAG.sub("", text)
-    return f"<result>{text}</result>"
+    """What the environment puts into a response; tags of the grammar in a document are not the document's to give: a
+    space stands for each, so that what is left and right of one makes no other."""
+    return f"<result>{_TAG.sub(' ', text)}</result>"
+
+
+def actions(text: str) -> Iterator[Action]:
+    """From left to right: a begin that has an end, the next of its name. What is inside one is not another."""
+    position, unended = 0, set[str]()
+    while begin := _BEGIN.search(text, position):
+        name, position = begin.group(1), begin.end()
+        end = -1 if name in unended else text.find(f"</{name}>", position)
+        if end < 0:
+            unended.add(name)  # none behind this one either
+            continue
+        content, position = text[position:end], end + len(f"</{name}>")
+        yield Action(name, content, begin.start(), position)
 
 
 def found_ids(segments: Sequence[Segment]) -> set[str]:
@@ -125,13 +153,14 @@ def steps(segments: Sequence[Segment]) -> list[Step]:
     for place, segment in enumerate(segments):
         if segment.by_environment:
             continue
-        answered = place + 1 < len(segments)
-        position = 0
-        while match := _ACTION.match(segment.text, position):
-            action, content, position = match.group(1), match.group(2).strip(), match.end()
-            ends_turn = answered and not segment.text[position:].strip()
-            seen = found_ids(segments[: place + 1])
-            done.append(Step(action, content, _fault(action, content, done, ends_turn, seen)))
+        position, end = 0, len(segment.text.rstrip())
+        seen = found_ids(segments[: place + 1])
+        for action in actions(segment.text):
+            if segment.text[position : action.start].strip():
+                break
+            position, content = action.end, action.content.strip()
+            ends_turn = place + 1 < len(segments) and position == end
+            done.append(Step(action.name, content, _fault(action.name, content, done, ends_turn, seen)))
         if rest := segment.text[position:].strip():
             done.append(Step("text", rest, "not an action"))
     if not done or done[-1].action != "answer":
@@ -171,6 +200,6 @@ def stated(segments: Sequence[Segment]) -> tuple[str | None, int | None]:
     text = "".join(segment.text for segment in segments if not segment.by_environment)
     if not _TAG.search(text):
         return text.strip() or None, None
-    said = {match.group(1): match.group(2).strip() for match in _ACTION.finditer(text)}
+    said = {action.name: action.content.strip() for action in actions(text)}
     confidence = said.get("confidence", "")
     return said.get("answer") or None, int(confidence) if _CONFIDENCE.fullmatch(confidence) else None

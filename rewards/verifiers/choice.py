@@ -5,11 +5,12 @@ import re
 from rewards.verdict import Row, Verdict
 from rewards.verifiers.text import without_thinking
 
-# From the plainest statement to the least plain; within one the last counts.
+# From the plainest statement to the least plain; within one the last counts. No run of spaces can be shared out in more
+# than one way, or be begun at each of its places: a text of nothing else would take its length squared.
 _STATEMENTS = (
-    re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Z])\)?\s*\}"),
-    re.compile(r"(?i:answer|choice|option)\b(?i:\s+is)?\s*:?\s*\**\(?([A-Z])\b"),
-    re.compile(r"^\s*\**\(?([A-Z])(?:[).:]|\**\s*$)", re.MULTILINE),
+    re.compile(r"\\boxed\{\s*(?:\\text\{\s*)?\(?([A-Z])\)?\s*\}"),
+    re.compile(r"(?i:answer|choice|option)\b(?i:\s+is)?\s*(?::\s*)?\**\(?([A-Z])\b"),
+    re.compile(r"^[^\S\n]*\**\(?([A-Z])(?:[).:]|\**\s*$)", re.MULTILINE),
 )
 
 

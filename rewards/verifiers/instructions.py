@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards.verdict import Row, Verdict
+from rewards.checkers import CHECKERS, Stuck
+from rewards.verdict import Failure, Judgement, Row, Verdict
 from rewards.verifiers.text import without_thinking
 
 UNBOUNDED = 10**9
@@ -51,12 +52,12 @@ def paragraph_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bo
 
 def bullet_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
     """Lines that begin with "-", "*", "+" or "•"."""
-    return _within(len(re.findall(r"^\s*[-*+•]\s+\S", text, re.MULTILINE)), minimum, maximum)
+    return _within(len(re.findall(r"^[^\S\n]*[-*+•]\s+\S", text, re.MULTILINE)), minimum, maximum)
 
 
 def numbered_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
     """Lines that begin with a number and "." or ")"."""
-    return _within(len(re.findall(r"^\s*\d+[.)]\s+\S", text, re.MULTILINE)), minimum, maximum)
+    return _within(len(re.findall(r"^[^\S\n]*\d+[.)]\s+\S", text, re.MULTILINE)), minimum, maximum)
 
 
 def heading_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
@@ -87,8 +88,9 @@ def ends_with(text: str, phrase: str) -> bool:
 
 
 def matches(text: str, pattern: str) -> bool:
-    """The whole answer matches a regular expression."""
-    return re.fullmatch(pattern, text, re.DOTALL) is not None
+    """The whole answer matches a regular expression, which may take any time: a process does it. Raises Stuck."""
+    re.compile(pattern)
+    return bool(text) and CHECKERS.ask("matches", pattern, text) == "yes"
 
 
 def lower_case(text: str) -> bool:
@@ -105,10 +107,14 @@ def no_commas(text: str) -> bool:
 
 def json_value(text: str) -> bool:
     """The whole answer, with or without a fence, is JSON."""
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL)
+    if len(text) >= 6 and text.startswith("```") and text.endswith("```"):
+        language, _, rest = text[3:-3].partition("\n")
+        inside, _, end = rest.rpartition("\n")
+        fenced = not language.removeprefix("json").strip() and not end.strip()
+        text = inside.strip() if fenced else ""
     try:
-        json.loads(fenced[1] if fenced else text)
-    except ValueError:
+        json.loads(text)
+    except (ValueError, RecursionError):  # so deep as nobody means it
         return False
     return True
 
@@ -136,10 +142,11 @@ RULES: dict[str, Callable[..., bool]] = {
 }  # fmt: skip
 
 
-def score(row: Row, response: str) -> Verdict:
+def score(row: Row, response: str) -> Judgement:
     """The share of the row's ``rules`` that the answer keeps; the label names the broken ones.
 
-    An empty answer keeps none. Raises ValueError for a row without rules, an unknown rule, or wrong arguments.
+    An empty answer keeps none. A Failure when a pattern's match did not end in time twice. Raises ValueError for a row
+    without rules, an unknown rule, or wrong arguments.
     """
     rules = row.get("rules")
     if not rules:
@@ -147,7 +154,10 @@ def score(row: Row, response: str) -> Verdict:
             f"row {row['id']!r} has no `rules`; drop `instructions` from the mix of label {row['label']!r}"
         )
     answer = without_thinking(response)
-    broken = [name for name, kept in [_apply(row, rule, answer) for rule in rules] if not (kept and answer)]
+    try:
+        broken = [name for name, kept in [_apply(row, rule, answer) for rule in rules] if not (kept and answer)]
+    except Stuck as error:
+        return Failure(f"rule matches: {error}")
     return Verdict(1 - len(broken) / len(rules), f"breaks {', '.join(broken)}" if broken else "keeps all")
 
 

@@ -1,6 +1,7 @@
 """Records on disk: valid JSON always, whole after a resume, the old file or the new one and nothing between."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -67,6 +68,27 @@ def test_every_row_is_on_disk_before_the_next_is_asked_for(tmp_path):
 
     records.append_rows(path, rows())
     assert seen == [0, 1, 2]
+
+
+def test_a_line_for_which_there_is_no_room_is_not_written_in_part_and_hides_no_error(tmp_path):
+    """A write that crosses the limit is cut off there, as on a disk that gets full, and only the next one fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    events, metrics = tmp_path / "events.jsonl", tmp_path / "metrics.jsonl"
+    records.append_rows(metrics, [{"step": 1}])
+    try:
+        with pytest.raises(ZeroDivisionError), records.launch(tmp_path, resume=False):
+            before = events.read_bytes(), metrics.read_bytes()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[0]) + 20, limits[1]))
+            raise ZeroDivisionError
+        with pytest.raises(OSError, match=r"go on with resume=true: '.*/metrics\.jsonl'"):
+            records.append_rows(metrics, [{"step": 2, "text": "x" * 200}])
+        with pytest.raises(OSError, match=r"File too large.*/events\.jsonl"):
+            records.event(tmp_path, "checkpoint", step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (events.read_bytes(), metrics.read_bytes()) == before
+    records.event(tmp_path, "resume")
+    assert [event["kind"] for event in records.read_events(events)] == ["start", "resume"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float32("nan"), torch.tensor(float("-inf"))])

@@ -17,7 +17,8 @@ PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3",
 TABLE_TAGS = {"table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre", "dl", "dt", "dd"}
 PLOT_TAGS = {"svg", "g", "text", "line", "circle", "path"}
 HOSTILE = (
-    "<script>alert(1)</script></div></pre> <img src=https://evil.example/x onerror=alert(2)> & \"quotes\" 'x' 你好"
+    "</title></style></script><script>alert(1)</script></div></pre> <img src=https://evil.example/x onerror=alert(2)> "
+    "\"><svg onload=alert(3)> '><a href=javascript:alert(4)>here</a> &lt;b&gt; & \"quotes\" 'x' 你好 " + "long" * 50
 )
 
 
@@ -113,9 +114,9 @@ def samples(step):
             }
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    run = tmp_path / "demo <1>"
+def make_run(folder):
+    """A run's folder in which every text that is a model's, or another's, is hostile, its name too."""
+    run = folder / f"demo <img src=x onerror=alert(5)> {'long' * 20}"
     run.mkdir()
     (run / "config.yaml").write_text(f"recipe: demo\nseed: 7  # {HOSTILE}\n")
     records.event(run, "start")
@@ -128,6 +129,11 @@ def run_dir(tmp_path):
     records.write_json(run / "evaluation.json", evaluation())
     records.write_json(run / "environment.json", records.environment(HOSTILE, 2))
     return run
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return make_run(tmp_path)
 
 
 def test_well_formed_and_from_known_elements_only(run_dir):
@@ -206,7 +212,7 @@ def test_follows_prompts_over_training_with_their_thinking(run_dir):
     assert re.findall(r"step (\d): reward ([\d.]+)", shown) == [(n, r) for r in ("0.50", "1.00") for n in "123"] or (
         re.findall(r"step (\d): reward ([\d.]+)", shown) == [(n, r) for r in ("1.00", "0.50") for n in "123"]
     )
-    assert shown.count('<div class="thought"><b>thinking</b> &lt;script&gt;') == 6
+    assert shown.count('<div class="thought"><b>thinking</b> &lt;/title&gt;') == 6
 
 
 def test_bands_are_the_intervals_over_prompts(run_dir):

@@ -1,11 +1,15 @@
 """Rule verifiers, against responses whose verdict nobody would dispute."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from rewards import checkers
 from rewards.verdict import Failure, Verdict
 from rewards.verifiers import choice, exact, instructions, length, mathematics, repetition, rule_check
 from rewards.verifiers import format as format_rule
@@ -13,6 +17,12 @@ from rewards.verifiers import format as format_rule
 
 def row(**fields: Any) -> dict[str, Any]:
     return {"id": "r", "label": "l", "kind": "task", "prompt": "?", **fields}
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "x", " ", "\n"]), max_size=8).map("".join))
+def test_format_is_the_authors_regular_expression(response: str) -> None:
+    theirs = re.match(r".*<think>.+?</think>\s*\S+", response, re.DOTALL)
+    assert format_rule.score(row(), response).score == float(theirs is not None)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +68,23 @@ def test_mathematics_compares_values(answer: str, response: str, label: str) -> 
 def test_a_check_that_takes_too_long_or_too_much_is_killed_and_the_next_one_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    checker = mathematics.CHECKERS._start()
+    checker = checkers.CHECKERS._start()
     pid = checker.process.pid
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert str(2 << 30) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
-    with pytest.raises(mathematics.Stuck, match=r"more than 0\.5 s"):
-        checker.ask("12", "$(10^8)!$", 0.5)
+    with pytest.raises(checkers.Stuck, match=r"more than 0\.5 s"):
+        checker.ask("math", "12", "$(10^8)!$", 0.5)
     assert not Path(f"/proc/{pid}").exists()
 
-    monkeypatch.setattr(mathematics, "SECONDS", 0.3)
+    monkeypatch.setattr(checkers, "SECONDS", 0.3)
     started = time.monotonic()
     found = mathematics.score(row(answer="12"), "It is $(10^8)!$")
     assert isinstance(found, Failure)
     assert found.reason.startswith("math-verify: it took more than 0.3 s")
+    monkeypatch.setattr(checkers, "TRIES", 1)
+    found = instructions.score(row(rules=[{"rule": "matches", "pattern": "(a*)*b"}]), "a" * 99)
+    assert isinstance(found, Failure)
+    assert found.reason.startswith("rule matches: it took more than 0.3 s")
     monkeypatch.undo()
     assert mathematics.score(row(answer="12"), "12").label == "correct"  # type: ignore[union-attr]
     assert time.monotonic() - started < 60
@@ -151,6 +165,43 @@ def test_instruction_rules_in_both_directions(rule: dict[str, Any], kept: str, b
     one = row(rules=[rule])
     assert instructions.score(one, f"<think>Hm, so.</think>\n{kept}") == Verdict(1.0, "keeps all")
     assert instructions.score(one, broken) == Verdict(0.0, f"breaks {rule['rule']}")
+
+
+@pytest.mark.parametrize(
+    ("rule", "pattern"),
+    [("bullet_count", r"^\s*[-*+•]\s+\S"), ("numbered_count", r"^\s*\d+[.)]\s+\S")],
+)
+@given(text=st.text(st.sampled_from("-*1.) \t\nx"), max_size=12))
+def test_lines_are_counted_as_a_pattern_does_that_begins_anywhere_before_them(
+    rule: str, pattern: str, text: str
+) -> None:
+    assert instructions.RULES[rule](text, maximum=(count := len(re.findall(pattern, text, re.MULTILINE))))
+    assert instructions.RULES[rule](text, minimum=count)
+
+
+@given(text=st.text(st.sampled_from("ABa (*):.\n"), max_size=9))
+def test_a_letter_of_its_own_is_chosen_as_a_pattern_does_that_begins_anywhere_before_it(text: str) -> None:
+    letters = re.findall(r"^\s*\**\(?([A-Z])(?:[).:]|\**\s*$)", text, re.MULTILINE)
+    assert choice.chosen(text) == (letters[-1] if letters else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("```json\n{}\n```", True),
+        ("``` \n\n [1]\n\n ```", True),
+        ('```\n"a\nb"\n```', False),
+        ("```json {}\n```", False),
+        ("``` json\n{}\n```", False),
+        ("```json\n{}```", False),
+        ("```json\n```", False),
+        ("`````", False),
+        ("[" * 99_999, False),
+        (" 12 ", True),
+    ],
+)
+def test_json_and_its_fence(text: str, kept: bool) -> None:
+    assert instructions.json_value(text) is kept
 
 
 def test_every_instruction_rule_is_tested() -> None:

@@ -1,11 +1,12 @@
-"""A process that compares mathematical answers: ``python -m rewards.verifiers.math_process OWNER_PID``.
+"""A process that checks answers: ``python -m rewards.check_process OWNER_PID``.
 
-A line in is JSON ``[reference, answer]``, a line out one word in JSON. The kernel bounds its memory and ends it with
-its owner; the owner bounds its time.
+A line in is JSON, the name of a check and two texts; a line out is one word in JSON. The kernel bounds its memory and
+ends it with its owner; the owner bounds its time.
 """
 
 import json
 import logging
+import re
 import resource
 import sys
 
@@ -14,7 +15,7 @@ from rewards.processes import die_with
 MEMORY_BYTES = 2 << 30  # address space; sympy and its parser take a quarter of it
 
 
-def label(reference: str, answer: str) -> str:
+def math(reference: str, answer: str) -> str:
     """ "correct", "wrong" or "no reference". The reference may stand in $…$, \\boxed{…} or bare."""
     from math_verify import parse, verify
 
@@ -25,6 +26,14 @@ def label(reference: str, answer: str) -> str:
     return "correct" if verify(wanted, found, timeout_seconds=None) else "wrong"
 
 
+def matches(pattern: str, text: str) -> str:
+    """Whether the regular expression matches the whole text: "yes" or "no"."""
+    return "yes" if re.fullmatch(pattern, text, re.DOTALL) else "no"
+
+
+CHECKS = {"math": math, "matches": matches}
+
+
 def main() -> None:
     die_with(int(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -33,7 +42,8 @@ def main() -> None:
 
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
-        print(json.dumps(label(*json.loads(line))), flush=True)
+        name, *texts = json.loads(line)
+        print(json.dumps(CHECKS[name](*texts)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""A Chromium without a window that looks at pages, over its DevTools protocol on two pipes."""
+
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+INSTALL_SECONDS = 180
+WAIT = 120  # seconds for a reply
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+FLAGS += ("--disable-background-networking", "--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND")
+# Clicks everything, unfolds everything, looks.
+LOOK = """(async () => {
+  const all = [...document.querySelectorAll('*')];
+  for (const each of all) each.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true}));
+  for (const each of document.querySelectorAll('details')) each.open = true;
+  await new Promise(done => setTimeout(done, 100));
+  return {
+    title: document.title,
+    text: document.body.innerText,
+    width: document.documentElement.scrollWidth,
+    elements: [...new Set(all.map(each => each.localName))],
+    handlers: all.flatMap(each => [...each.attributes]).filter(each => each.name.startsWith('on')).length,
+  };
+})()"""
+
+
+def program() -> tuple[str, str]:
+    """The browser's path, installed from Debian's package where there is none; or "" and why there can't be one."""
+    if found := next(filter(None, map(shutil.which, PROGRAMS)), ""):
+        return found, ""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return "", "Chromium is not installed, and only root can install it, with apt-get"
+    command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=INSTALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "", f"Chromium is not installed, and apt-get did not install it in {INSTALL_SECONDS} s"
+    if done.returncode:
+        return "", f"Chromium is not installed, and apt-get can't install it: {done.stderr.strip()[-200:]}"
+    return shutil.which("chromium") or "", "apt-get's chromium has no program of that name"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a page asked for, said and did: addresses, dialogs' texts, messages of the console; ``LOOK``'s findings."""
+
+    requests: list[str]
+    dialogs: list[str]
+    messages: list[Any]
+    found: dict[str, Any]
+
+
+class Browser:
+    """``folder`` holds its profile and log. Ends with :meth:`stop`."""
+
+    def __init__(self, path: str, folder: Path) -> None:
+        (its_in, to), (own_in, out) = os.pipe(), os.pipe()
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (its_in, out)]  # apart from 3 and 4, their places
+        command = ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", path, *FLAGS]
+        command += [f"--user-data-dir={folder / 'profile'}", "about:blank"]
+        with (folder / "browser.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=theirs, start_new_session=True
+            )
+        for end in (its_in, out, *theirs):
+            os.close(end)
+        self.to, self.own_in, self.count = to, own_in, 0
+        self.received, self.events = b"", list[dict[str, Any]]()
+
+    def visit(self, page: Path, width: int) -> Seen:
+        """Load the page in a window of that width (CSS pixels), and look."""
+        self.events.clear()
+        target = self._call("", "Target.createTarget", url="about:blank")["targetId"]
+        session = self._call("", "Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self._call(session, f"{domain}.enable")
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+        self._call(session, "Emulation.setDeviceMetricsOverride", **size)
+        self._call(session, "Page.navigate", url=page.as_uri())
+        while not self._of("Page.loadEventFired"):
+            self.events.append(self._next())
+        looked = self._call(session, "Runtime.evaluate", expression=LOOK, awaitPromise=True, returnByValue=True)
+        self._call("", "Target.closeTarget", targetId=target)
+        return Seen(
+            [each["request"]["url"] for each in self._of("Network.requestWillBeSent")],
+            [each["message"] for each in self._of("Page.javascriptDialogOpening")],
+            self._of("Runtime.consoleAPICalled") + self._of("Runtime.exceptionThrown") + self._of("Log.entryAdded"),
+            looked["result"]["value"],
+        )
+
+    def _of(self, method: str) -> list[dict[str, Any]]:
+        return [event["params"] for event in self.events if event.get("method") == method]
+
+    def _send(self, session: str, method: str, **parameters: Any) -> int:
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters}
+        os.write(self.to, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        return self.count
+
+    def _call(self, session: str, method: str, **parameters: Any) -> dict[str, Any]:
+        number = self._send(session, method, **parameters)
+        while (reply := self._next()).get("id") != number:
+            self.events.append(reply)
+        assert "error" not in reply, (method, reply)
+        return reply["result"]
+
+    def _next(self) -> dict[str, Any]:
+        """The next message. A dialog, which would keep the page waiting, is closed."""
+        while b"\0" not in self.received:
+            assert select.select([self.own_in], [], [], WAIT)[0], f"the browser has not answered for {WAIT} s"
+            part = os.read(self.own_in, 1 << 20)
+            assert part, "the browser has ended"
+            self.received += part
+        text, _, self.received = self.received.partition(b"\0")
+        message = json.loads(text)
+        if message.get("method") == "Page.javascriptDialogOpening":
+            self._send(message["sessionId"], "Page.handleJavaScriptDialog", accept=True)
+        return message
+
+    def stop(self) -> None:
+        """End it with its children, which are in its session."""
+        self._send("", "Browser.close")
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+        os.close(self.to)
+        os.close(self.own_in)

@@ -1,0 +1,55 @@
+"""report.html in a real browser: hostile text is shown and does nothing, nothing is asked for, a phone fits it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipes.report import write_report
+from tests.recipes import browser, test_report
+from tests.recipes.test_report import HOSTILE, make_run
+
+WIDTHS = (390, 1280)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    path, reason = browser.program()
+    if not path:
+        pytest.skip(reason)
+    found = browser.Browser(path, tmp_path_factory.mktemp("browser"))
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+def test_hostile_text_is_text_and_the_page_asks_for_nothing_and_fits_its_window(
+    chromium: browser.Browser, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    page = write_report(run)
+    for width in WIDTHS:
+        seen = chromium.visit(page, width)
+        assert seen.requests == [page.as_uri()]
+        assert (seen.dialogs, seen.messages) == ([], [])
+        assert seen.found["title"] == f"{run.name}: report"
+        known = test_report.PAGE_TAGS | test_report.TABLE_TAGS | test_report.PLOT_TAGS
+        assert set(seen.found["elements"]) <= known and seen.found["handlers"] == 0
+        # The places of test_hostile_text_is_shown_as_written, but for the bars' title, which is no text of the body.
+        assert re.sub(r"\s+", " ", seen.found["text"]).count(HOSTILE) == 8 * 6 + 2 * (3 * 2 + 2) + 2 * 3 * 3 + 1 + 1 + 2
+        assert seen.found["width"] <= width
+
+
+def test_the_same_look_finds_what_text_does_that_is_not_escaped(chromium: browser.Browser, tmp_path: Path) -> None:
+    page = tmp_path / "open.html"
+    page.write_text(f"<!doctype html><title>a</title><body>{HOSTILE}<script>document.title = 'b'; gone()</script>")
+    seen = chromium.visit(page, 390)
+    assert seen.requests == [page.as_uri(), "https://evil.example/x"]
+    assert sorted(seen.dialogs) == ["1", "2", "3", "4"]
+    assert any("gone is not defined" in str(message) for message in seen.messages)
+    assert seen.found["title"] == "b"
+    assert {"script", "img", "a"} <= set(seen.found["elements"]) and seen.found["handlers"] == 2
+    assert HOSTILE not in seen.found["text"]
+    assert seen.found["width"] > 390
