@@ -187,7 +187,7 @@ most_of_the_time_left() {
 train() {
   local status pid
   srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --cpus-per-task="$cpus" --cpu-bind=none \
-    --kill-on-bad-exit=1 --wait=60 "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
+    --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
   training=$!
   while true; do
     wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # also when a signal has come

@@ -81,7 +81,7 @@ def configuration(folder: Path, nodes: int) -> str:
         "PreemptMode=REQUEUE",
         "PreemptParameters=send_user_signal",
         "MessageTimeout=60",
-        "TCPTimeout=10",
+        "TCPTimeout=2",
         "JobRequeue=1",
         "ReturnToService=2",
         "MinJobAge=600",

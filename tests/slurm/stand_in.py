@@ -2,10 +2,10 @@
 
 ``rewards.placement`` is the real one where a recipe has judges. ``rewards.serve`` answers /health on the ports of the
 servers that it was told to serve, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server
-when ranks run.
-``STAND_IN_STARTS`` ("told,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and end as those of
-``recipes.train`` do, save and fail with code 7 ("saves"), wait ("hangs"), or end with a code. ``recipes.saved`` looks
-for the file ``checkpoint-JOB``, which is what they save.
+when ranks run. ``STAND_IN_STARTS`` ("told,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and
+end as those of ``recipes.train`` do ("told"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
+("hangs"); fail when there is a file ``lost-JOB`` ("notices"); end with a code. ``recipes.saved`` looks for the file
+``checkpoint-JOB``, which is what they save.
 """
 
 import json
@@ -57,10 +57,14 @@ def train(does: str) -> int:
         signal.sigwait([signal.SIGUSR1])
         Path(f"checkpoint-{JOB}").touch()
         return 75 if os.environ["SLURM_PROCID"] == "0" else 0
-    if does == "saves":
+    if does == "saves" and os.environ["SLURM_PROCID"] == "0":
         Path(f"checkpoint-{JOB}").touch()
         return 7
-    if does == "hangs":
+    while does == "notices":
+        if Path(f"lost-{JOB}").exists():
+            return 1
+        time.sleep(0.1)
+    if does in ("hangs", "saves"):
         time.sleep(600)
     return int(does)
 
