@@ -1,18 +1,23 @@
 """The configuration: what stands in conf/ is what the code reads, and what can't work stops with a useful line."""
 
+import copy
 import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from recipes import train
 from recipes.algorithms.parts import PARTS
@@ -35,9 +40,23 @@ def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def configured(*overrides: str) -> Config:
+@cache
+def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return parse(compose("config", overrides=["recipe=demo", *overrides]))
+        return compose("config", overrides=list(overrides))
+
+
+def overridden(raw: DictConfig, overrides: list[str]) -> DictConfig:
+    """What ``compose`` makes of further overrides of values, by its own functions and without reading conf/ anew."""
+    made = copy.deepcopy(raw)
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(overrides), made)
+    return made
+
+
+def configured(*overrides: str) -> Config:
+    """The demo's, with these overrides; the files that they choose are read once."""
+    files = [override for override in overrides if override.partition("=")[0] in GROUPS]
+    return parse(overridden(composed("recipe=demo", *files), [o for o in overrides if o not in files]))
 
 
 def paths(type_: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
