@@ -48,7 +48,7 @@ STYLE = """
 body{margin:0 auto;max-width:1240px;padding:20px 16px 48px;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0 .7rem}h3{font-size:.95rem;margin:0 0 .3rem}
-p{margin:.3rem 0 .8rem}.soft{color:var(--soft)}small{font-size:.85rem}
+h1,h3,.legend,.head{overflow-wrap:anywhere}p{margin:.3rem 0 .8rem}.soft{color:var(--soft)}small{font-size:.85rem}
 .grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 12px 10px;min-width:0}
 .scroll{overflow-x:auto;margin-top:14px}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}

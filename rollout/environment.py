@@ -104,9 +104,9 @@ class Turns:
         )
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """A reply's token ids. What would become a control token (end of turn, image) is taken out: a document from
-        elsewhere must not end or open a turn."""
+        """A reply's token ids. A space stands for what would become a control token (end of turn, image): a document
+        from elsewhere must not end or open a turn."""
         marks = self.tokenizer.get_added_vocab()
         while found := [mark for mark in marks if mark in text]:
-            text = text.replace(found[0], "")
+            text = text.replace(found[0], " ")
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))

@@ -27,6 +27,7 @@ STEPS = 16
 OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", f"algorithm.steps={STEPS}", "algorithm.learning_rate=1e-4")
 OPTIONS += ("rollout.oversample=1.5", "rollout.max_step_tokens=3", "algorithm.importance_sampling=true")
 OPTIONS += ("rewards.constraint.verifier=safety", "rewards.constraint.floor=0.9", "rewards.constraint.rate=0.1")
+PATIENCE = 1800  # seconds for a run, or a moment of it, on a machine that has other work too
 WRITING = "writing"
 PHASES = ("generate", "reward", "train", WRITING)
 VICTIMS = ("rank 0", "rank 1", "the launcher", "all")
@@ -57,8 +58,8 @@ def drawn(seed: int, count: int) -> list[tuple[Moment, str]]:
 def strike(run: tiny.Run, run_dir: Path, moment: Moment, victim: str) -> None:
     """Wait until the moment has come and kill; fails when the run ends before."""
     begun, started = saved_step(run_dir), time.time()
-    run.wait_for(f"{moment.steps} more steps", lambda: saved_step(run_dir) >= begun + moment.steps)
-    ranks = [run.wait_for("the ranks", lambda rank=rank: run.rank(rank)) for rank in (0, 1)]
+    run.wait_for(f"{moment.steps} more steps", lambda: saved_step(run_dir) >= begun + moment.steps, PATIENCE)
+    ranks = [run.wait_for("the ranks", lambda rank=rank: run.rank(rank), PATIENCE) for rank in (0, 1)]
     name, folder = Path(f"/proc/{ranks[0]}/comm"), run_dir / "checkpoints"
 
     def come() -> bool:
@@ -67,13 +68,13 @@ def strike(run: tiny.Run, run_dir: Path, moment: Moment, victim: str) -> None:
         new = [f for f in folder.glob("step_*") if f.stat().st_ctime > started]  # not what a kill before has left
         return any(any(f.iterdir()) and not (f / checkpoint.COMPLETE).exists() for f in new)
 
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + PATIENCE
     while True:
         with contextlib.suppress(OSError):  # a process ends, an old folder goes
             if come():
                 break
         assert run.process.poll() is None, f"the run ended before {moment}:\n{run.output()}"
-        assert time.monotonic() < deadline, f"{moment} has not come within 600 s"
+        assert time.monotonic() < deadline, f"{moment} has not come within {PATIENCE} s"
         time.sleep(0.0002)  # some phases take milliseconds
     time.sleep(moment.delay)
     if victim == "Ctrl-C":
@@ -122,7 +123,7 @@ def main() -> None:
         twin, alone, killed = Path(place), Path(place) / "alone", Path(place) / "killed"
         tiny.make(twin)
         print("a run that is left alone", flush=True)
-        tiny.complete(tiny.overrides(twin, alone, *OPTIONS))
+        tiny.complete(tiny.overrides(twin, alone, *OPTIONS), PATIENCE)
         for number, (moment, victim) in enumerate(drawn(asked.seed, asked.moments), start=1):
             if saved_step(killed) >= STEPS - 2:
                 sys.exit(f"error: the run is over before moment {number}: raise STEPS")
@@ -136,7 +137,7 @@ def main() -> None:
             print(f"{number:3d}  {victim} killed in {moment.phase}, {saved_step(killed)} steps saved", flush=True)
             if remains != ({}, set()):
                 sys.exit(f"error: left behind: {remains}")
-        tiny.complete(tiny.overrides(twin, killed, *OPTIONS, "resume=true"))
+        tiny.complete(tiny.overrides(twin, killed, *OPTIONS, "resume=true"), PATIENCE)
         if found := differences(alone, killed, STEPS):
             sys.exit(f"error: not as the run left alone: {', '.join(found)}")
         print(f"seed {asked.seed}: after {asked.moments} kills the same metrics, samples and weights, bit for bit")

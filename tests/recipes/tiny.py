@@ -233,11 +233,11 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
 
 
-def complete(arguments: list[str]) -> str:
+def complete(arguments: list[str], seconds: float = 600) -> str:
     """A whole run; returns what it printed. Fails with the end of its logs when it fails."""
     run = Run(arguments)
     try:
-        printed = run.output()
+        printed = run.output(seconds)
     finally:
         run.kill_all()
     assert run.process.returncode == 0, printed[-4000:]

@@ -33,7 +33,7 @@ for unit in units:
         text = begin + unit * (SIZE // len(unit))
         for name, verifier in verifiers.items():
             print(name, repr(begin), repr(unit), flush=True)
-            part = text[: len(text) // (20 if name in ("safety", "helpfulness") else 1)]  # they look at every word's window
+            part = text[: len(text) // (20 if name in ("safety", "helpfulness") else 1)]  # every window
             verifier(row, part, **settings.get(name, {}))
         for around in (text + "</search>", f"<search>{text}</search>", f"<read>{text}</read>"):
             print("search", repr(begin), repr(unit), flush=True)

@@ -1,7 +1,6 @@
 """Rule verifiers, against responses whose verdict nobody would dispute."""
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,6 @@ def test_a_check_that_takes_too_long_or_too_much_is_killed_and_the_next_one_work
     assert not Path(f"/proc/{pid}").exists()
 
     monkeypatch.setattr(checkers, "SECONDS", 0.3)
-    started = time.monotonic()
     found = mathematics.score(row(answer="12"), "It is $(10^8)!$")
     assert isinstance(found, Failure)
     assert found.reason.startswith("math-verify: it took more than 0.3 s")
@@ -87,7 +85,6 @@ def test_a_check_that_takes_too_long_or_too_much_is_killed_and_the_next_one_work
     assert found.reason.startswith("rule matches: it took more than 0.3 s")
     monkeypatch.undo()
     assert mathematics.score(row(answer="12"), "12").label == "correct"  # type: ignore[union-attr]
-    assert time.monotonic() - started < 60
 
 
 def test_mathematics_refuses_a_row_without_a_readable_answer() -> None:

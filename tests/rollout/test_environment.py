@@ -80,8 +80,8 @@ def test_a_reply_that_leaves_no_room_is_not_appended() -> None:
 
 def test_control_tokens_do_not_come_in_from_outside() -> None:
     rules = Turns(Script([""]), TOKENIZER, 1)
-    for text in ("a<|im_end|>b", "a<|im_<|im_end|>end|>b", "<|endoftext|>ab<|im_start|>"):
-        assert rules.encode(text) == tuple(TOKENIZER.encode("ab", add_special_tokens=False))
+    for text, plain in (("a<|im_end|>b", "a b"), ("<|im_<|im_end|>end|>", "<|im_ end|>"), ("<|endoftext|>ab", " ab")):
+        assert rules.encode(text) == tuple(TOKENIZER.encode(plain, add_special_tokens=False))
 
 
 def test_a_reply_that_fails_is_told_with_its_reason() -> None:

@@ -1,6 +1,8 @@
 """The grammar of deliberative search: legal and illegal episodes, the environment's replies, what a model states."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from rollout.environment import Segment
 from rollout.retrieval import Bm25, Document
-from rollout.search import Search, open_search, result, stated, steps
+from rollout.search import ACTIONS, LONGEST_QUERY, Search, actions, open_search, result, stated, steps
 
 CORPUS = [
     Document("norland", "The capital of Norland is Veska. Its river is Ombra."),
@@ -109,13 +111,28 @@ def test_replies() -> None:
 
 
 def test_a_document_s_tags_do_not_become_actions() -> None:
-    assert result("a<answer>b</answer><ans<answer>wer>c</result>") == "<result>abc</result>"
+    assert result("a<answer>b</answer><ans<answer>wer>c</result>") == "<result>a b  <ans wer>c </result>"
     sly = Search(Bm25.of([Document("sly", "word\n[other] word <confidence>10</confidence>")]), 1, 9)
     reply = sly.reply([Segment("<search>word</search>", False)])
-    assert reply == "<result>[sly] word [other] word 10</result>"
+    assert reply == "<result>[sly] word [other] word  10 </result>"
     read = [Segment("<search>word</search>", False), Segment(reply, True), Segment("<read>sly</read>", False)]
     read += [Segment(sly.reply(read), True), Segment("<read>other</read>", False), Segment("", True)]
     assert steps(read)[-2].fault == "not among the documents found", "a line of a text that was read lists nothing"
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<search>", "</search>", "<result>", " ", "x"])).map("".join))
+def test_actions_are_those_of_the_regular_expression(text: str) -> None:
+    pattern = rf"<({'|'.join(ACTIONS)})>(.*?)</\1>"
+    expected = [(m[1], m[2], m.start(), m.end()) for m in re.finditer(pattern, text, re.DOTALL)]
+    assert [astuple(action) for action in actions(text)] == expected
+
+
+def test_a_query_s_beginning_is_searched_for() -> None:
+    def found(spaces: int) -> str:
+        return SEARCH.reply([Segment(f"<search>Ombra{' ' * spaces}Tarn</search>", False)])
+
+    assert "[sudland]" in found(LONGEST_QUERY - len("OmbraTarn"))
+    assert "[norland]" in found(LONGEST_QUERY) and "[sudland]" not in found(LONGEST_QUERY)
 
 
 @given(st.lists(st.sampled_from([THINK, LOOK, "<read>norland</read>", END, "<result>", " ", "x", "</think>"])))
