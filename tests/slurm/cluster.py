@@ -207,7 +207,7 @@ class Cluster:
 
         def ended() -> list[dict[str, str]]:
             found = self.components(job)
-            if any(fields["JobState"] == "PENDING" for fields in found):
+            if any(fields["JobState"] == "PENDING" and "HetJobId" in fields for fields in found):
                 # backfill looks again only when something has changed, as on a cluster in use it always has
                 self.call("scontrol", "update", f"JobId={job}", "Comment=waiting")
             return found if all(fields["JobState"] in ENDED for fields in found) else []
