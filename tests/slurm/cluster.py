@@ -41,8 +41,8 @@ def install() -> str | None:
     """Install Debian's packages where they are absent. Returns why there can be no cluster, None if there can."""
     if os.geteuid() != 0:
         return "a Slurm of several nodes needs root (namespaces, slurmd)"
-    if subprocess.run([*NAMESPACES, "--net", "true"], capture_output=True).returncode:
-        return f"this machine does not let root make namespaces ({' '.join(NAMESPACES)} --net)"
+    if not shutil.which("unshare") or subprocess.run([*NAMESPACES, "--net", "true"], capture_output=True).returncode:
+        return f"root can't make namespaces on this machine ({' '.join(NAMESPACES)} --net)"
     if all(shutil.which(program, path=SBIN) for program in PROGRAMS):
         return None
     if not shutil.which("apt-get"):
