@@ -225,6 +225,12 @@ preempted() {
   scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
 }
 
+# Whether Slurm starts the preempted job again when it ends. If it were also asked to, it would do so a second time, when the
+# job has been finished.
+begins_again_anyway() {
+  preempted && scontrol show partition --oneliner "$SLURM_JOB_PARTITION" | grep -q ' PreemptMode=[^ ]*REQUEUE'
+}
+
 # On every way out: ends the servers. A job that failed begins again where that may help, and says why or why not. One that
 # is not RUNNING any more Slurm has ended itself: cancelled, preempted, a node lost; the last two it starts again. Behind its
 # time limit it may be RUNNING for a while, but no step starts.
@@ -254,6 +260,7 @@ finish() {
     exit "$status"
   fi
   echo "to be started again ($((restarts + 1)) of at most $most times): $why"
+  begins_again_anyway && exit "$status"
   scontrol requeue "$SLURM_JOB_ID" || exit "$status"
   sleep 60 # until Slurm ends us
 }
@@ -276,5 +283,5 @@ run_job() {
   once -m recipes.prepare "${hydra[@]}"
   touch "$prepared"
   train
-  rm -f "$prepared"
+  begins_again_anyway || rm -f "$prepared"
 }

@@ -41,8 +41,8 @@ def install() -> str | None:
     """Install Debian's packages where they are absent. Returns why there can be no cluster, None if there can."""
     if os.geteuid() != 0:
         return "a Slurm of several nodes needs root (namespaces, slurmd)"
-    if subprocess.run([*NAMESPACES, "--net", "true"], capture_output=True).returncode:
-        return f"this machine does not let root make namespaces ({' '.join(NAMESPACES)} --net)"
+    if not shutil.which("unshare") or subprocess.run([*NAMESPACES, "--net", "true"], capture_output=True).returncode:
+        return f"root can't make namespaces on this machine ({' '.join(NAMESPACES)} --net)"
     if all(shutil.which(program, path=SBIN) for program in PROGRAMS):
         return None
     if not shutil.which("apt-get"):
@@ -175,7 +175,7 @@ class Cluster:
             assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.logs()}"
             dead = [daemon.args for daemon in (*self.daemons, *self.slurmds.values()) if daemon.poll() is not None]
             assert not dead, f"{dead} ended before {what}:\n{self.logs()}"
-            time.sleep(0.1)
+            time.sleep(0.25)
         return found
 
     def logs(self) -> str:
@@ -207,10 +207,19 @@ class Cluster:
 
         def ended() -> list[dict[str, str]]:
             found = self.components(job)
+            if any(fields["JobState"] == "PENDING" and "HetJobId" in fields for fields in found):
+                # backfill looks again only when something has changed, as on a cluster in use it always has
+                self.call("scontrol", "update", f"JobId={job}", "Comment=waiting")
             return found if all(fields["JobState"] in ENDED for fields in found) else []
 
         first, *_ = self.wait_for(f"end of job {job}", ended, seconds)
         return first["JobState"], first["ExitCode"]
+
+    def cancel_all(self) -> None:
+        """What a test that failed has left in the queue."""
+        if self.call("squeue", "-h"):
+            self.call("scancel", "--user=root")
+            self.wait_for("empty queue", lambda: not self.call("squeue", "-h"))
 
     def processes_with(self, marker: str) -> dict[int, str]:
         """Living processes, on any node, with the text in their environment: pid → command line."""

@@ -32,6 +32,7 @@ def project(slurm: Cluster, tmp_path: Path) -> Iterator[Path]:
     stand_in.write_text(f"#!{sys.executable} -IS\n" + (ROOT / "tests" / "slurm" / "stand_in.py").read_text())
     stand_in.chmod(0o755)
     yield tmp_path
+    slurm.cancel_all()
     assert slurm.processes_with(str(tmp_path)) == {}
 
 
@@ -230,10 +231,13 @@ def test_a_heterogeneous_job_begins_again_with_its_servers_and_what_waits_for_it
 
 
 def test_jobs_that_are_preempted_leave_within_the_grace_and_begin_again(slurm: Cluster, project: Path) -> None:
-    """One is told by its own signal and has saved; the other's ranks get SIGTERM."""
-    options = ("--nodes=2", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
-    told = sbatch(slurm, project, "--signal=B:USR1@1", *options, STAND_IN_STARTS="told,0")
-    ended = sbatch(slurm, project, "--signal=0", *options, STAND_IN_STARTS="hangs,0")
+    """One is told by its own signal and has saved; the other has asked for none, and its ranks get SIGTERM."""
+    without, script = project / "without.sh", (ROOT / "slurm" / "train.sh").read_text()
+    assert script.count(" --signal=B:USR1@900") == 1
+    without.write_text(script.replace(" --signal=B:USR1@900", ""))
+    size = ("--nodes=2", "--ntasks-per-node=1")
+    told = sbatch(slurm, project, *size, "slurm/train.sh", "recipe=demo", STAND_IN_STARTS="told,0")
+    ended = sbatch(slurm, project, *size, "without.sh", "recipe=demo", STAND_IN_STARTS="hangs,0")
     for job in (told, ended):
         slurm.wait_for("ranks", lambda job=job: trains(project, job, 2), SECONDS)
     urgent = sbatch(slurm, project, "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
