@@ -3,6 +3,7 @@ resumed, a rank that stands still."""
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -65,15 +66,17 @@ def full(folder: Path, disk: Path) -> Ended:
 
 
 def slow_down(run: tiny.Run, log: Path) -> None:
-    """Stop rank 1 for a while, again and again, until that is told. A stop while all ranks exchange something is one
-    of them all."""
+    """Stop rank 1 for a while in a phase in which no rank waits for another, again and again until that is told: the
+    phase takes milliseconds and may be over when the signal comes."""
     rank = run.wait_for("rank 1", lambda: run.rank(1))
     name = Path(f"/proc/{rank}/comm")
 
     def told() -> bool:
         deadline = time.monotonic() + 10
-        while name.read_text() not in ("reward\n", "loop\n") and time.monotonic() < deadline:
-            time.sleep(0.0005)
+        while name.read_text() != "reward\n":
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0002)
         os.kill(rank, signal.SIGSTOP)
         time.sleep(2)
         os.kill(rank, signal.SIGCONT)
@@ -130,7 +133,7 @@ def test_an_update_with_an_infinite_gradient_is_skipped_and_counted_and_the_run_
     assert second["grad_norm"] is None and third["grad_norm"] > 0
     skipped = [each for each in records.read_events(disk / "run" / "events.jsonl") if each["kind"] == "skipped update"]
     assert [(each["after_step"], each["model"]) for each in skipped] == [(1, "policy")]
-    assert skipped[0]["why"].endswith("gradient norm inf")
+    assert re.search("gradient norm (inf|nan)$", skipped[0]["why"])
 
 
 def test_a_slow_rank_is_named_and_the_one_that_waits_for_it_is_not(ends: tuple[Ended, Ended], disk: Path) -> None:
