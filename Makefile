@@ -18,6 +18,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
+# Some containers set it: then each of a run's processes compiles the thousands of modules that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test lint gpu-check slurm-check kill-check preflight env clean
 
 demo: $(STAMP)

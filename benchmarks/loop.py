@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.yardsticks import GENERATION, TRAINING
-from recipes import records
+from recipes import records, train
 from recipes.config import Config, ConfigError, parse
-from recipes.train import LAUNCHER, die_with_launcher, one_line, prepare_run, say_why_on_sigterm
 
 REPETITIONS = 3  # RL steps that count; one more goes before them and warms both sides up
 RUN_DIR = Path("runs/benchmark_loop")
@@ -51,14 +50,11 @@ def main() -> None:
         if "RANK" not in os.environ:
             launch(config)
     except (ConfigError, HydraException) as error:
-        print(f"error: {one_line(error) if isinstance(error, HydraException) else error}", flush=True)
+        print(f"error: {train.one_line(error) if isinstance(error, HydraException) else error}", flush=True)
         sys.exit(1)
-    die_with_launcher()
-    say_why_on_sigterm(config)
-
-    from megatron_ext import platform
-
-    platform.activate(config.cluster.platform)
+    train.die_with_parent()
+    train.say_why_on_sigterm(config)
+    train.load(config)
 
     from benchmarks import measured_session
 
@@ -92,18 +88,10 @@ def check(config: Config) -> None:
 
 
 def launch(config: Config) -> None:
-    """Become torchrun with ``cluster.ranks`` processes of this module. Never returns."""
+    """As ``recipes.train.launch``, from an empty folder."""
     shutil.rmtree(RUN_DIR, ignore_errors=True)
-    load = os.getloadavg()[0]
-    prepare_run(config)
-    os.environ |= {
-        "OMP_NUM_THREADS": str(config.cluster.threads),
-        LAUNCHER: str(os.getpid()),
-        "BENCHMARK_LOAD": str(load),
-    }
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.cluster.ranks)]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "benchmarks.loop", *sys.argv[1:]])
+    os.environ["BENCHMARK_LOAD"] = str(os.getloadavg()[0])
+    train.launch(config)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Display:
                 _Footer(self._stages, self._run), console=self._console, refresh_per_second=5, transient=True
             )
             self._live.start()
-            # torchrun answers Ctrl-C with SIGTERM to the ranks, which by default leaves a terminal without its cursor.
+            # On Ctrl-C the ranks get SIGTERM, which by default leaves a terminal without its cursor.
             self._on_sigterm = signal.signal(signal.SIGTERM, self._terminate)
         return self
 

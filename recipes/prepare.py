@@ -1,6 +1,6 @@
 """``python -m recipes.prepare recipe=… [overrides…]``: what a run needs once, before its ranks start.
 
-``recipes.train`` does this itself before it becomes torchrun; a Slurm script calls it before ``srun``.
+``recipes.train`` does this itself before it forks the ranks; a Slurm script calls it before ``srun``.
 """
 
 import sys

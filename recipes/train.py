@@ -1,7 +1,7 @@
 """Entry point: ``python -m recipes.train recipe=demo [overrides…]``.
 
-Called plainly it checks the configuration, prepares the model and becomes ``torchrun`` with ``cluster.ranks`` processes
-of itself; under torchrun or srun each process is one rank of the run.
+Called plainly it checks the configuration, prepares the model and forks ``cluster.ranks`` ranks; under torchrun or srun
+each process is one rank of the run.
 """
 
 import contextlib
@@ -14,13 +14,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes import preemption
+from recipes import launcher, preemption
 from recipes.config import Config, ConfigError, generates, parse, unknown_field
 from recipes.slurm import adopt_step
 
@@ -34,7 +35,6 @@ RESULTS = (
     "reward_model.json",
     "judge.json",
 )
-LAUNCHER = "RECIPES_LAUNCHER_PID"  # set for the ranks that ``launch`` starts
 PR_SET_PDEATHSIG = 1
 APPEND = "To append to your config use +"
 MERGING = "Error merging override "
@@ -75,9 +75,7 @@ def prepare_run(config: Config) -> None:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    # Library warnings go to a file; failures are printed on standard output by ``run``.
-    log = os.open(run_dir / "logs" / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)
+    log_to_file(run_dir)
     if not (Path(config.model.path) / "config.json").is_file():
         if config.stage.after is not None:
             raise ConfigError(
@@ -86,6 +84,13 @@ def prepare_run(config: Config) -> None:
             )
         with Display() as display, display.stage(f"model: {config.model.path}"):
             prepare(config.model)
+
+
+def log_to_file(run_dir: Path) -> None:
+    """Library warnings go to ``launcher.log``; failures are printed on standard output by ``run``."""
+    log = os.open(run_dir / "logs" / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    os.close(log)
 
 
 def check_supervised(config: Config) -> None:
@@ -154,12 +159,22 @@ def check_servers(config: Config) -> None:
 
 
 def launch(config: Config) -> None:
-    """Become torchrun: same arguments, ``cluster.ranks`` processes. Never returns."""
-    prepare_run(config)
-    os.environ |= {"OMP_NUM_THREADS": str(config.cluster.threads), LAUNCHER: str(os.getpid())}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.cluster.ranks)]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "recipes.train", *sys.argv[1:]])
+    """Prepare the run and fork ``cluster.ranks`` ranks, in each of which this returns; this process ends with them."""
+    os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)  # before torch is imported
+    launcher.in_a_child(partial(prepare_run, config))
+    log_to_file(Path(config.run_dir))
+    if config.cluster.platform == "cpu":  # CUDA, which imports may touch, bears no fork
+        load(config)
+    launcher.fork_ranks(config.cluster.ranks)
+
+
+def load(config: Config) -> None:
+    """Import what a rank needs, for the platform of its model."""
+    from megatron_ext import platform
+
+    platform.activate(config.cluster.platform)
+
+    import recipes.stages  # noqa: F401
 
 
 def run(config: Config) -> None:
@@ -167,11 +182,9 @@ def run(config: Config) -> None:
 
     A run that is told to end by SIGUSR1 ends with ``preemption.EXIT_CODE`` when it has saved.
     """
-    die_with_launcher()
+    die_with_parent()
     say_why_on_sigterm(config)
-    from megatron_ext import platform
-
-    platform.activate(config.cluster.platform)
+    load(config)
 
     from recipes.session import open_session
     from recipes.stages import run_stage
@@ -188,19 +201,13 @@ def run(config: Config) -> None:
         sys.exit(1)
 
 
-def die_with_launcher() -> None:
-    """Have the kernel end this process when its parent (torchrun, srun) dies in any way, kill -9 included.
-
-    Exits at once when ``launch`` started this rank and is gone already.
-    """
-    parent = int(os.environ.get(LAUNCHER, os.getppid()))
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent (the launcher, torchrun, srun) dies in any way."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(f"the launcher (pid {parent}) is gone")
 
 
 def say_why_on_sigterm(config: Config) -> None:
-    """torchrun ends the ranks with SIGTERM on Ctrl-C and when one of them dies (out of memory, say): tell so."""
+    """Ranks are ended with SIGTERM on Ctrl-C and when one of them dies (out of memory, say): tell so."""
 
     from recipes.records import event
 

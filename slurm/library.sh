@@ -159,14 +159,18 @@ stop_servers() {
   wait "${servers[@]}" || true
 }
 
-# On SIGUSR1, by which Slurm says that the job has to end soon: a run that has begun is told, and saves.
+# On SIGUSR1, by which Slurm says that the job has to end soon: a run that has begun is told, and saves. A timer runs from
+# then on.
 hear() {
   if [[ -z ${training:-} ]]; then
     echo "told to end before training began, which is not heeded: --time must be more than --signal's seconds"
     return
   fi
   echo "told to end by Slurm: the run saves its step"
-  told=1
+  if [[ -z $timer ]]; then
+    most_of_the_time_left &
+    timer=$!
+  fi
   kill -USR1 "$training" 2> /dev/null || true # srun passes it on
 }
 
@@ -174,16 +178,16 @@ hear() {
 most_of_the_time_left() {
   local end
   end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | sed -n 1p) || true
-  [[ $end == [0-9]* ]] || sleep infinity # NONE
-  sleep $(((end - $(date +%s)) * 9 / 10))
+  [[ $end == [0-9]* ]] || exec sleep infinity # NONE
+  exec sleep $(((end - $(date +%s)) * 9 / 10))
 }
 
 # The ranks. Tasks are not bound to cores: the engines are children of the ranks and use the whole node. One dead rank
 # ends the step.
 train() {
-  local status pid timer=
+  local status pid
   srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --cpus-per-task="$cpus" --cpu-bind=none \
-    --kill-on-bad-exit=1 --wait=60 "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
+    --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
   training=$!
   while true; do
     wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # also when a signal has come
@@ -202,9 +206,6 @@ train() {
     done
     if [[ -n $timer ]] && ! kill -0 "$timer" 2> /dev/null; then
       stop "the run did not save its step in time: what is behind its newest checkpoint is made again"
-    elif [[ -n $told && -z $timer ]]; then
-      most_of_the_time_left &
-      timer=$!
     fi
   done
 }
@@ -231,11 +232,12 @@ finish() {
   local status=$? state end why
   trap - EXIT
   set +e
+  [[ -z $timer ]] || kill "$timer" 2> /dev/null
   stop_servers
   ((status)) || exit 0 # also where Slurm's SIGTERM came behind a command that was well
   read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
   [[ $state == RUNNING ]] || exit "$status"
-  if [[ -n $told ]] || ((status == 75)); then # recipes.preemption
+  if [[ -n $timer ]] || ((status == 75)); then # recipes.preemption
     why="it was told to end"
   elif preempted; then
     why="it is preempted"
@@ -266,7 +268,7 @@ run_job() {
   hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
   read_restarts
   read_container
-  servers=() training='' told=''
+  servers=() training='' timer=''
   trap finish EXIT
   trap hear USR1
   once -m recipes.preflight "${hydra[@]}" "${checks[@]}"

@@ -1,10 +1,5 @@
 """The tiny models, one launch of four ranks for all that needs several, and Hugging Face's answer to compare with."""
 
-import ctypes
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,12 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.megatron_ext import cases
+from tests.megatron_ext import cases, ranks
 from tests.megatron_ext.cases import Case
 from tests.megatron_ext.reference import Reference, train_reference
-
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH_SECONDS = 1200
 
 
 @pytest.fixture(scope="session")
@@ -32,26 +24,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def launched(twins: Path) -> Path:
     """The twins' folder after ``worker.py`` ran on four ranks: with results, exports and checkpoints."""
-    log = twins / "worker.log"
-    with log.open("w") as output:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cases.WORLD}"]
-        launcher = subprocess.Popen(
-            [*torchrun, "-m", "tests.megatron_ext.worker", str(twins)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # Nothing is left behind when pytest is killed: torchrun gets SIGTERM (PR_SET_PDEATHSIG) and ends its ranks.
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM),
-        )
-        try:
-            code = launcher.wait(LAUNCH_SECONDS)
-        finally:
-            if launcher.poll() is None:
-                os.killpg(launcher.pid, signal.SIGKILL)
-                launcher.wait()
-    assert code == 0, f"the ranks failed:\n{log.read_text()[-6000:]}"
+    ranks.run("tests.megatron_ext.worker", twins)
     return twins
 
 

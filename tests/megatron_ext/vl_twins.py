@@ -1,11 +1,13 @@
 """Both vision-language families: in which layouts they run, what ranks and transformers compute, and Qwen2.5-VL's twin.
 
+``vl_twins.py FOLDER`` forks ``cases.WORLD`` ranks, which go through all runs.
+
 InternVL3's twins are in ``internvl_twins``.
 """
 
 import math
 import os
-import unittest.mock
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +25,8 @@ from megatron_ext.layout import Layout
 from megatron_ext.models import qwen2_5_vl
 from megatron_ext.packing import PackedSequence, VisionInputs
 from megatron_ext.precision import Precision
-from tests.megatron_ext import cases, internvl_twins
+from recipes.launcher import fork_ranks
+from tests.megatron_ext import cases, internvl_twins, ranks
 from tests.megatron_ext.cases import Case
 
 Results = Callable[[str], list[dict[str, Any]]]
@@ -248,8 +251,7 @@ def launch(session: Path) -> Path:
     make_qwen2_5_vl(folder / "qwen")
     make_qwen2_5_vl(folder / "qwen-tied", tied=True)
     internvl_twins.make_twins(folder)
-    with unittest.mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}):
-        torch.multiprocessing.spawn(_work, (folder,), nprocs=cases.WORLD)
+    ranks.run("tests.megatron_ext.vl_twins", folder)
     return folder
 
 
@@ -351,10 +353,12 @@ class Policy:
         return checkpoint.load(newest, self.model, self.optimizer, self.schedule)
 
 
-def _work(rank: int, folder: Path) -> None:
-    """One of four processes. Each run has its own process groups, in which the ranks that it needs meet."""
-    os.environ["RANK"] = str(rank)
+def main() -> None:
+    """Each run has its own process groups, in which the ranks that it needs meet."""
+    folder = Path(sys.argv[1])
     platform.activate("cpu")
+    fork_ranks(cases.WORLD)
+    rank = int(os.environ["RANK"])
     jobs: list[tuple[str, Run, Callable[..., dict[str, Any]], tuple[Run, ...]]] = [
         *((run.name, run, _run, ()) for run in RUNS),
         *((f"resume-{run.name}", run, _resume, ()) for run in RESUMES),
@@ -449,3 +453,7 @@ def _other_padding(folder: Path, saved: Run, run: Run, here: parallel.Parallel) 
 
     policy = Policy(folder, run, here)
     return {"error": worker.error_text(lambda: policy.load(folder / "checkpoints" / saved.name))}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Run under torchrun on ``cases.WORLD`` ranks: every case and checkpoint scenario, one after the other.
+"""Forks ``cases.WORLD`` ranks: every case and checkpoint scenario, one after the other.
 
 ``worker.py FOLDER``: FOLDER has the twins; ``results/<name>.<rank>.pt`` is what each rank found. Ranks that a layout
 does not use wait.
@@ -38,9 +38,12 @@ from megatron_ext import (  # noqa: E402
 from megatron_ext.blocks import Shard, region  # noqa: E402
 from megatron_ext.offload import HostCopy  # noqa: E402
 from megatron_ext.precision import Precision  # noqa: E402
+from recipes.launcher import fork_ranks  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
 
+if __name__ == "__main__":
+    fork_ranks(cases.WORLD)
 RANK = int(os.environ["RANK"])
 SEED = 1
 

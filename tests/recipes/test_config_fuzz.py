@@ -1,6 +1,5 @@
 """Every leaf of two recipes' configurations made wrong in every way: each case is possible or told, in one line."""
 
-import copy
 import random
 import re
 from collections.abc import Iterator
@@ -9,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.config import ConfigError, parse
 from recipes.ranges import RANGES, numbers
 from recipes.train import check_parts, check_supervised, one_line
+from tests.recipes.test_config import composed, overridden
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -119,18 +116,6 @@ def chosen(recipe: str, raw: DictConfig) -> list[Case]:
             if cases and len(found) < CASES:
                 found.append(cases.pop(chance.randrange(len(cases))))
     return found
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
-def overridden(raw: DictConfig, overrides: list[str]) -> DictConfig:
-    """What ``compose`` makes of further overrides of values, by its own functions and without reading conf/ anew."""
-    made = copy.deepcopy(raw)
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(overrides), made)
-    return made
 
 
 def outcome(make: Any, deep: bool) -> tuple[Any, str]:

@@ -22,7 +22,7 @@ with Display() as display, display.stage("the long stage"):
 
 
 def test_sigterm_gives_the_cursor_back_and_goes_on_to_the_handler_that_stood() -> None:
-    """SIGTERM is what torchrun sends to the ranks when it gets Ctrl-C."""
+    """SIGTERM is what the launcher sends to the ranks when it gets Ctrl-C."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env=os.environ | {"TERM": "xterm"}, stdout=theirs, stdin=theirs

@@ -186,11 +186,18 @@ class Run:
         return found
 
     def rank(self, rank: int) -> int | None:
-        """Pid of a rank, None before it has started."""
+        """Pid of a rank, None before it has opened its log."""
         found = self.processes()
         for pid in found:
             self.semaphores |= mapped_shared_memory(Path(f"/proc/{pid}"))
-        return next((pid for pid in found if marked(pid, f"\0RANK={rank}\0")), None)
+        return next((pid for pid in found if self.logs_to(pid, f"rank_{rank}.log")), None)
+
+    def logs_to(self, pid: int, name: str) -> bool:
+        """Whether a process is the launcher's child with this log."""
+        with contextlib.suppress(OSError):
+            parent = (Path(f"/proc/{pid}/stat")).read_text().rpartition(")")[2].split()[1]
+            return int(parent) == self.process.pid and Path(f"/proc/{pid}/fd/2").readlink().name == name
+        return False
 
     def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 600) -> Any:
         """Wait until ``happened`` returns something true; returns that. Fails when the run ends first or time is up."""

@@ -4,7 +4,9 @@ Head sizes are those for which vLLM has attention on a CPU.
 """
 
 import json
+import os
 import subprocess
+import sys
 import time
 import unittest.mock
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from megatron_ext.layout import Layout
 from megatron_ext.packing import PackedSequence
 from megatron_ext.precision import Precision
 from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor
+from recipes.launcher import fork_ranks
 from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.sample import Prompt, Request, Sampling
 from rollout.sampler import make_requests
@@ -218,13 +221,15 @@ def requests(twin: Twin) -> tuple[list[Request], Sampling]:
     return make_requests(prompts, 1, seed=0, step=0), Sampling(MAX_TOKENS, twin.stop, temperature=0.0)
 
 
-def ranks(rank: int, folder: str, program: str) -> None:
-    """In a process of its own, as ``rank`` of two: each twin of ``work.json`` through Megatron-Core to
+def main(folder: str, program: str) -> None:
+    """Two ranks, forked: each twin of ``work.json`` through Megatron-Core to
     ``<name>-export/``; then one goes over the bridge to an engine that ``program`` becomes when it is through with the
     exports. What that engine has and says after each sync goes to ``synced.json``.
     """
     here = Path(folder)
     platform.activate("cpu")
+    fork_ranks(2)
+    rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", store=dist.FileStore(str(here / "store"), 2), rank=rank, world_size=2)
     layout = parallel.initialize(Layout(tensor=2), seed=1, timeout_seconds=600)
     work = json.loads((here / "work.json").read_text())
@@ -272,4 +277,9 @@ def _sync(shards: list[Shard], engines: list[Engine], folder: Path, work: dict[s
             digests = engine.call("GET", "/weights/digest")["workers"]
             found.append({"workers": digests, "samples": [sample.to_json() for sample in samples]})
     if engines:
-        (folder / "synced.json").write_text(json.dumps(found))
+        (folder / "synced.partial").write_text(json.dumps(found))
+        (folder / "synced.partial").rename(folder / "synced.json")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

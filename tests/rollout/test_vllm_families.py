@@ -6,9 +6,9 @@ them in the engine server's place, builds one engine after another from the expo
 
 import gc
 import json
-import os
+import subprocess
 import sys
-import unittest.mock
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from rollout import engine_server
 from rollout.engine import EngineSettings
 from rollout.sample import Request
+from tests.megatron_ext import ranks
 from tests.rollout import family_twins
 
 NAMES = ("qwen2", "qwen3", "qwen2_5_vl", "internvl_6b", "internvl_6b_chat", "internvl_300m", "internvl_300m_chat")
@@ -107,27 +108,27 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, family_twins.Tw
 
 @pytest.fixture(scope="module")
 def processes(twins: dict[str, family_twins.Twin]) -> Iterator[Any]:
-    """The exporting ranks, one of which starts the engines."""
+    """The launcher of the exporting ranks, one of which starts the engines."""
     folder = next(iter(twins.values())).folder.parent
     work = {}
     for name, twin in twins.items():
         requests, sampling = family_twins.requests(twin)
         work[name] = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling)}
     (folder / "work.json").write_text(json.dumps(work))
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
-    with unittest.mock.patch.dict(os.environ, environment):
-        arguments = (str(folder), "tests.rollout.test_vllm_families")
-        context = torch.multiprocessing.spawn(family_twins.ranks, arguments, nprocs=2, join=False)
-    assert context is not None
-    yield context
-    for process in context.processes:
-        process.kill()
+    launcher = ranks.start(
+        folder / "ranks.log", "tests.rollout.family_twins", str(folder), "tests.rollout.test_vllm_families"
+    )
+    yield launcher
+    launcher.kill()
+    launcher.wait()
 
 
-def result(folder: Path, name: str, processes: Any) -> Any:
-    """The file ``name`` as soon as it is there; raises what a rank raised before."""
+def result(folder: Path, name: str, processes: "subprocess.Popen[bytes]") -> Any:
+    """The file ``name`` as soon as it is there; fails with what the ranks said when they end before."""
     while not (folder / name).exists():
-        assert not processes.join(timeout=0.1) or (folder / name).exists()
+        ended = processes.poll() is not None
+        assert not ended or (folder / name).exists(), (folder / "ranks.log").read_text()[-6000:]
+        time.sleep(0.1)
     return json.loads((folder / name).read_text())
 
 

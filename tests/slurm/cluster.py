@@ -1,8 +1,10 @@
 """A real Slurm of several nodes on this machine: munged, slurmctld and a slurmd for each node.
 
-A node is a process namespace with its own host name, address (127.0.1.K), /dev/shm and /proc; all share one network and
-one file system. Their GPUs are links to /dev/null: **fake**, Slurm counts and hands them out, and nothing can run on
-them. Nothing needs systemd, cgroups, or a Slurm that is set up; everything is in one folder.
+A node is a process namespace with its own host name, address (127.0.1.K), /dev/shm and /proc; all share one file system
+and one network, which is not the machine's: no port is taken here that somebody else has. Their GPUs are links to
+/dev/null: **fake**, Slurm counts and hands them out, and nothing can run on them. Nothing needs systemd, cgroups, or a
+Slurm that is set up; everything is in one folder, and the kernel ends every process when the one that started the
+cluster has ended, in whatever way.
 """
 
 import contextlib
@@ -15,12 +17,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge"]
+PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge", "iproute2"]
 INSTALL_SECONDS = 120
-PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged"]
+PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged", "ip"]
 SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+CONTROL_PORT, NODE_PORT = 6817, 7000  # below those that the kernel hands out
 FAKE_GPUS, CPUS, MEMORY_MIB = 8, 128, 20000  # what a node says that it has, not what it has
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+NAMESPACES = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+WITH_US = ["setpriv", "--pdeathsig=KILL"]  # the kernel ends the process when we have ended
 
 # A node's first process. All nodes' names are in its /etc/hosts, as a cluster's name service has them.
 NODE = """
@@ -35,35 +41,31 @@ def install() -> str | None:
     """Install Debian's packages where they are absent. Returns why there can be no cluster, None if there can."""
     if os.geteuid() != 0:
         return "a Slurm of several nodes needs root (namespaces, slurmd)"
-    if subprocess.run(["unshare", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "this machine does not let root make namespaces (unshare --uts --mount --pid)"
-    if not all(shutil.which(program, path=SBIN) for program in PROGRAMS):
-        if not shutil.which("apt-get"):
-            return "Slurm is not installed, and there is no apt-get to install it with"
-        command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=INSTALL_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"Slurm is not installed, and apt-get did not install it in {INSTALL_SECONDS} s"
-        if done.returncode:
-            return f"Slurm is not installed, and apt-get can't install it: {done.stderr.strip()[-200:]}"
+    if subprocess.run([*NAMESPACES, "--net", "true"], capture_output=True).returncode:
+        return f"this machine does not let root make namespaces ({' '.join(NAMESPACES)} --net)"
+    if all(shutil.which(program, path=SBIN) for program in PROGRAMS):
+        return None
+    if not shutil.which("apt-get"):
+        return "Slurm is not installed, and there is no apt-get to install it with"
+    command = f"apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
+    done = subprocess.run(
+        ["timeout", str(INSTALL_SECONDS), "bash", "-c", f"{command} || {{ apt-get update && {command}; }}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+    )  # the second attempt is for a fresh image, which has no lists
+    if done.returncode:
+        return f"Slurm is not installed, and apt-get can't within {INSTALL_SECONDS} s: {done.stdout.strip()[-200:]}"
     return None
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def configuration(folder: Path, nodes: int) -> str:
     """slurm.conf. Heterogeneous jobs start only in the backfill scheduler, hence its short interval."""
-    control, *ports = free_ports(nodes + 1)
     lines = [
         "ClusterName=tests",
         f"SlurmctldHost={socket.gethostname()}(127.0.0.1)",
-        f"SlurmctldPort={control}",
+        f"SlurmctldPort={CONTROL_PORT}",
         f"AuthInfo=socket={folder}/munge/socket,cred_expire=5",  # a requeue waits that long; less is refused
         "SlurmUser=root",
         "SlurmdUser=root",
@@ -72,14 +74,14 @@ def configuration(folder: Path, nodes: int) -> str:
         "SelectType=select/cons_tres",
         "GresTypes=gpu",
         "SlurmdParameters=config_overrides",
-        "SchedulerParameters=bf_interval=1,sched_interval=5,batch_sched_delay=0",
-        "SlurmdTimeout=30",  # a busy machine's slurmd answers late; a lost node is one from then on
+        "SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0",
+        "SlurmdTimeout=300",  # a busy machine's slurmd answers late; see Cluster.notice
         "KillWait=5",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         "PreemptParameters=send_user_signal",
         "MessageTimeout=60",
-        "TCPTimeout=10",
+        "TCPTimeout=2",
         "JobRequeue=1",
         "ReturnToService=2",
         "MinJobAge=600",
@@ -91,9 +93,9 @@ def configuration(folder: Path, nodes: int) -> str:
         f"SlurmctldLogFile={folder}/slurmctld.log",
         f"SlurmdLogFile={folder}/slurmd-%n.log",
     ]
-    for k, port in enumerate(ports, start=1):
+    for k in range(1, nodes + 1):
         lines.append(
-            f"NodeName=node{k} NodeAddr=127.0.1.{k} NodeHostname=node{k} Port={port} CPUs={CPUS} "
+            f"NodeName=node{k} NodeAddr=127.0.1.{k} NodeHostname=node{k} Port={NODE_PORT + k} CPUs={CPUS} "
             f"RealMemory={MEMORY_MIB} Gres=gpu:{FAKE_GPUS}"
         )
     shared = f"Nodes=node[1-{nodes}] MaxTime=INFINITE OverSubscribe=NO"
@@ -109,6 +111,7 @@ class Cluster:
         self.folder, self.nodes = folder, nodes
         self.daemons: list[subprocess.Popen[bytes]] = []  # munged and slurmctld
         self.slurmds: dict[str, subprocess.Popen[bytes]] = {}  # by node
+        self.inside: list[str] = []  # before a command: in the cluster's network
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RANK", "MASTER_"))}
         self.environment = keep | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}
         for name in ("munge", "state"):
@@ -126,27 +129,33 @@ class Cluster:
 
     def start(self) -> None:
         munge = self.folder / "munge"
-        self.daemons.append(
-            self.daemon(
-                ["munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket"]
-                + [f"--{what}-file={munge}/{what}" for what in ("pid", "log", "seed")]
-            )
+        command = f"munged --foreground --force --key-file={munge}/key --socket={munge}/socket " + " ".join(
+            f"--{what}-file={munge}/{what}" for what in ("pid", "log", "seed")
         )
+        # 127.0.0.1 alone is no network for getaddrinfo
+        network = "ip link set lo up; ip address add 127.0.1.1/8 dev lo"
+        self.daemons.append(self.daemon(["unshare", "--net", "sh", "-ec", f"{network}; exec {command}"]))
+        self.inside = ["nsenter", f"--net=/proc/{self.daemons[0].pid}/ns/net"]
         self.wait_for("munge's socket", (munge / "socket").exists)
-        self.daemons.append(self.daemon(["slurmctld", "-D", "-f", str(self.folder / "slurm.conf")]))
+        self.daemons.append(self.daemon([*self.inside, "slurmctld", "-D", "-f", str(self.folder / "slurm.conf")]))
         for k in range(1, self.nodes + 1):
             self.start_node(f"node{k}")
         self.wait_for_nodes()
 
     def start_node(self, name: str) -> None:
-        own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-        self.slurmds[name] = self.daemon([*own, "bash", "-ec", NODE, "bash", name, str(self.folder)])
+        self.slurmds[name] = self.daemon(
+            [*self.inside, *NAMESPACES, "bash", "-ec", NODE, "bash", name, str(self.folder)]
+        )
 
     def lose_node(self, name: str) -> None:
-        """As when it loses its power: the kernel ends all that is in its process namespace."""
+        """As when it loses its power: the kernel ends all that is in its process namespace. Slurm does not know yet."""
         process = self.slurmds.pop(name)
         process.kill()
         process.wait()
+
+    def notice(self, name: str) -> None:
+        """What Slurm does by itself when a node has not answered for SlurmdTimeout."""
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost").check_returncode()
 
     def wait_for_nodes(self) -> None:
         self.wait_for(
@@ -155,22 +164,32 @@ class Cluster:
 
     def daemon(self, command: list[str]) -> subprocess.Popen[bytes]:
         with (self.folder / "daemons.log").open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment)
+            return subprocess.Popen(
+                [*WITH_US, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment
+            )
 
     def wait_for[T](self, what: str, happened: Callable[[], T], seconds: float = 120) -> T:
         """What ``happened`` returns, as soon as that is true."""
         deadline = time.monotonic() + seconds
         while not (found := happened()):
             assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.logs()}"
+            dead = [daemon.args for daemon in (*self.daemons, *self.slurmds.values()) if daemon.poll() is not None]
+            assert not dead, f"{dead} ended before {what}:\n{self.logs()}"
             time.sleep(0.1)
         return found
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
 
+    def run(self, *command: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command as a user gives it on the cluster's login node."""
+        return subprocess.run(
+            [*self.inside, *command], cwd=folder, env=self.environment | environment, capture_output=True, text=True
+        )
+
     def call(self, *command: str) -> str:
         """A Slurm command's standard output; empty while the controller is not up."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+        return self.run(*command).stdout
 
     def field(self, job: str, name: str) -> str:
         """A field of ``scontrol show job``; of a heterogeneous job's first component."""

@@ -1,13 +1,13 @@
 """In the place of .venv/bin/python where a test is about the scripts: writes down how it was called and trains nothing.
 
-``rewards.placement`` is the real one. ``rewards.serve`` answers /health on the ports of the servers that it was told to
-serve, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server when ranks run.
-``STAND_IN_STARTS`` ("told,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and end as those of
-``recipes.train`` do, save and fail with code 7 ("saves"), wait ("hangs"), or end with a code. ``recipes.saved`` looks
-for the file ``checkpoint``, which is what they save.
+``rewards.placement`` is the real one where a recipe has judges. ``rewards.serve`` answers /health on the ports of the
+servers that it was told to serve, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server
+when ranks run. ``STAND_IN_STARTS`` ("told,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and
+end as those of ``recipes.train`` do ("told"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
+("hangs"); fail when there is a file ``lost-JOB`` ("notices"); end with a code. ``recipes.saved`` looks for the file
+``checkpoint-JOB``, which is what they save.
 """
 
-import http.server
 import json
 import os
 import signal
@@ -19,12 +19,7 @@ from pathlib import Path
 
 PORTS: dict[str, int] = json.loads(Path("ports.json").read_text())
 FAILING, _, CODE = os.environ.get("STAND_IN_EXIT", "").partition("=")
-
-
-class Health(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
+JOB = os.environ["SLURM_JOB_ID"]
 
 
 def record(**what: object) -> None:
@@ -36,13 +31,21 @@ def training() -> bool:
     return '"recipes.train"' in Path("calls.jsonl").read_text()
 
 
+def answer(listener: socket.socket) -> None:
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+
+
 def serve(arguments: list[str]) -> None:
     own = [name for name in PORTS if f"++rewards.servers.{name}.host=0.0.0.0" in arguments]
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     for name in own:
-        server = http.server.ThreadingHTTPServer(("0.0.0.0", PORTS[name]), Health)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        listener = socket.create_server(("0.0.0.0", PORTS[name]))
+        threading.Thread(target=answer, args=[listener], daemon=True).start()
     while not ended.wait(0.1) and not (FAILING == "rewards.serve" and training()):
         pass
     record(module="stopped", host=socket.gethostname(), servers=own)
@@ -52,12 +55,16 @@ def train(does: str) -> int:
     """The exit code."""
     if does == "told":
         signal.sigwait([signal.SIGUSR1])
-        Path("checkpoint").touch()
+        Path(f"checkpoint-{JOB}").touch()
         return 75 if os.environ["SLURM_PROCID"] == "0" else 0
-    if does == "saves":
-        Path("checkpoint").touch()
+    if does == "saves" and os.environ["SLURM_PROCID"] == "0":
+        Path(f"checkpoint-{JOB}").touch()
         return 7
-    if does == "hangs":
+    while does == "notices":
+        if Path(f"lost-{JOB}").exists():
+            return 1
+        time.sleep(0.1)
+    if does in ("hangs", "saves"):
         time.sleep(600)
     return int(does)
 
@@ -66,11 +73,14 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     module, arguments = sys.argv[2], sys.argv[3:]
     if module == "rewards.placement":
+        if not any(argument.startswith("recipe=safework") for argument in arguments):
+            return
         os.execv(os.environ["STAND_IN_PYTHON"], [os.environ["STAND_IN_PYTHON"], *sys.argv[1:]])
     start, starts = int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("STAND_IN_STARTS", "0").split(",")
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "OMP_NUM_THREADS")
     record(
         module=module,
+        job=JOB,
         host=socket.gethostname(),
         arguments=arguments,
         start=start,
@@ -80,7 +90,7 @@ def main() -> None:
     if module == "rewards.serve":
         serve(arguments)
     if module == "recipes.saved":
-        saved = Path("checkpoint")
+        saved = Path(f"checkpoint-{JOB}")
         sys.exit(not (saved.exists() and saved.stat().st_mtime > Path(arguments[0]).stat().st_mtime))
     if module == "recipes.train" and FAILING == "rewards.serve":
         time.sleep(600)

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.slurm.cluster import Cluster, free_ports
+from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("safety", "value", "knowledge")
@@ -18,38 +20,28 @@ SECONDS = 600  # on a busy machine
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder from which jobs are submitted: the scripts and the configuration, with a stand-in for Python.
-
-    The servers have ports that are free: the nodes share this machine's network.
-    """
-    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
-    for name in ("conf", "rewards"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    ports = dict(zip(SERVERS, free_ports(3), strict=True))
-    (tmp_path / "ports.json").write_text(json.dumps(ports))
-    servers = tmp_path / "conf" / "rewards" / "safework.yaml"
-    text = servers.read_text()
-    for name, port in zip(SERVERS, (8100, 8110, 8120), strict=True):
-        assert text.count(f"port: {port},") == 1
-        text = text.replace(f"port: {port},", f"port: {ports[name]},")
-    servers.write_text(text)
+def project(slurm: Cluster, tmp_path: Path) -> Iterator[Path]:
+    """A folder from which jobs are submitted: the scripts and the configuration, with a stand-in for Python. None of a
+    test's processes lives when it is over."""
+    for name in ("slurm", "conf", "rewards"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    servers = OmegaConf.load(ROOT / "conf" / "rewards" / "safework.yaml").servers
+    (tmp_path / "ports.json").write_text(json.dumps({name: servers[name].port for name in SERVERS}))
     stand_in = tmp_path / ".venv" / "bin" / "python"
     stand_in.parent.mkdir(parents=True)
-    stand_in.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "slurm" / "stand_in.py").read_text())
+    stand_in.write_text(f"#!{sys.executable} -IS\n" + (ROOT / "tests" / "slurm" / "stand_in.py").read_text())
     stand_in.chmod(0o755)
-    return tmp_path
+    yield tmp_path
+    assert slurm.processes_with(str(tmp_path)) == {}
+
+
+def submit(slurm: Cluster, folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return slurm.run(*command, folder=folder, STAND_IN_PYTHON=sys.executable, **environment)
 
 
 def sbatch(slurm: Cluster, folder: Path, *arguments: str, **environment: str) -> str:
     """The job's number."""
-    done = subprocess.run(
-        ["sbatch", "--parsable", *arguments],
-        cwd=folder,
-        env=slurm.environment | {"STAND_IN_PYTHON": sys.executable} | environment,
-        capture_output=True,
-        text=True,
-    )
+    done = submit(slurm, folder, "sbatch", "--parsable", *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -60,7 +52,8 @@ def calls(folder: Path) -> list[dict[str, Any]]:
 
 
 def log(folder: Path, job: str) -> str:
-    return (folder / f"slurm-{job}.log").read_text()
+    path = folder / f"slurm-{job}.log"
+    return path.read_text() if path.exists() else ""
 
 
 def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: Cluster, project: Path) -> None:
@@ -111,16 +104,14 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
 
 @pytest.mark.parametrize(("module", "code"), [("recipes.preflight", 1), ("recipes.train", 7)])
 def test_the_job_fails_with_the_code_of_what_failed(slurm: Cluster, project: Path, module: str, code: int) -> None:
-    job = sbatch(
-        slurm, project, "--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh", STAND_IN_EXIT=f"{module}={code}"
-    )
+    script = ("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=3", "slurm/safework_7b.sh")
+    job = sbatch(slurm, project, *script, STAND_IN_EXIT=f"{module}={code}")
     assert slurm.wait_for_end(job, SECONDS) == ("FAILED", f"{code}:0"), log(project, job)
     modules = [call["module"] for call in calls(project)]
     assert modules.count("stopped") == modules.count("rewards.serve"), "no server is left"
     assert ("recipes.prepare" in modules) == (module == "recipes.train"), "nothing behind a preflight that fails"
-    assert modules.count("recipes.train") in (0, 8), "it is not started again"
+    assert modules.count("recipes.train") in (0, 1), "it is not started again"
     assert f"not started again: it failed with code {code} without a checkpoint" in log(project, job)
-    assert slurm.processes_with(str(project)) == {}
 
 
 def test_servers_without_room_are_told(slurm: Cluster, project: Path) -> None:
@@ -135,7 +126,6 @@ def test_a_server_that_ends_in_the_middle_ends_the_job(slurm: Cluster, project: 
     job = sbatch(slurm, project, *script, STAND_IN_EXIT="rewards.serve=4")
     assert slurm.wait_for_end(job, SECONDS) == ("FAILED", "1:0"), log(project, job)
     assert "a reward server ended with code 4 in the middle of the run" in log(project, job)
-    assert slurm.processes_with(str(project)) == {}
 
 
 def test_on_one_component_the_judges_share_the_nodes(slurm: Cluster, project: Path) -> None:
@@ -160,7 +150,7 @@ def test_other_nodes_by_hydra_are_other_nodes_of_slurm(slurm: Cluster, project: 
     again = log(project, job).rsplit("Submitted batch job ", 1)[1].split()[0]
     assert slurm.wait_for_end(again, SECONDS) == ("COMPLETED", "0:0"), log(project, again)
     training = [call for call in calls(project) if call["module"] == "recipes.train"]
-    assert {call["host"] for call in training} == {"node1", "node2"}
+    assert len({call["host"] for call in training}) == 2
     assert training[0]["arguments"] == ["recipe=demo", "cluster.nodes=2", f"cluster.ranks={len(training)}"]
 
 
@@ -168,16 +158,10 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     script = project / "small.sh"
     script.write_text(
         "#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=1 --output=slurm-%j.log\n"
-        "[[ $1 == stage=rl_general ]] && export STAND_IN_EXIT=recipes.train=3\n"
+        "[[ $1 == stage=rl_general ]] && export STAND_IN_EXIT=recipes.prepare=3\n"
         'source slurm/library.sh\nrun_job recipe=ladder_demo "$@"\n'
     )
-    done = subprocess.run(
-        ["bash", "slurm/ladder.sh", "small.sh", "seed=5", "cluster.nodes=2"],
-        cwd=project,
-        env=slurm.environment | {"STAND_IN_PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
+    done = submit(slurm, project, "bash", "slurm/ladder.sh", "small.sh", "seed=5", "cluster.nodes=2")
     assert done.returncode == 0, done.stderr
     jobs = [line.split(": job ") for line in done.stdout.splitlines()]
     *jobs, (last, report) = jobs
@@ -193,9 +177,9 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     assert {argument for call in trained for argument in call if "nodes" in argument} == {"cluster.nodes=2"}
 
 
-def starts(folder: Path) -> list[tuple[int, bool, list[str]]]:
+def starts(folder: Path, job: str) -> list[tuple[int, bool, list[str]]]:
     """Of each start of the job that has trained: its number, whether it resumes, and the ranks' hosts."""
-    training = [call for call in calls(folder) if call["module"] == "recipes.train"]
+    training = [call for call in calls(folder) if call["module"] == "recipes.train" and call["job"] == job]
     return [
         (
             start,
@@ -206,21 +190,22 @@ def starts(folder: Path) -> list[tuple[int, bool, list[str]]]:
     ]
 
 
-def trains(folder: Path, start: int, ranks: int) -> bool:
-    return sum(call["module"] == "recipes.train" and call["start"] == start for call in calls(folder)) == ranks
+def trains(folder: Path, job: str, ranks: int) -> bool:
+    return sum(len(hosts) for _, _, hosts in starts(folder, job)) == ranks
 
 
 def test_the_time_limit_tells_the_ranks_and_the_job_begins_again_and_resumes(slurm: Cluster, project: Path) -> None:
     """Both starts are in one log. Slurm looks at limits every 30 s."""
     options = ("--signal=B:USR1@60", "--nodes=2", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
     job = sbatch(slurm, project, *options, STAND_IN_STARTS="told,0")
-    slurm.wait_for("ranks", lambda: trains(project, 0, 4), SECONDS)
-    slurm.call("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds")
+    slurm.wait_for("ranks", lambda: trains(project, job, 4), SECONDS)
+    slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds").check_returncode()
     slurm.wait_for("the signal", lambda: "told to end by Slurm" in log(project, job), SECONDS)
-    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # minutes, of the next start
+    next_limit = ("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # refused while the job is completing
+    slurm.wait_for("the next start's limit", lambda: slurm.run(*next_limit).returncode == 0, SECONDS)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     hosts = ["node1", "node1", "node2", "node2"]
-    assert starts(project) == [(0, False, hosts), (1, True, hosts)]
+    assert starts(project, job) == [(0, False, hosts), (1, True, hosts)]
     assert "told to end by Slurm: the run saves its step" in log(project, job)
     assert "to be started again (1 of at most 20 times): it was told to end" in log(project, job)
     assert list(project.glob("*.prepared")) == []
@@ -235,39 +220,39 @@ def test_a_heterogeneous_job_begins_again_with_its_servers_and_what_waits_for_it
         slurm, project, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--nodes=1", "--ntasks-per-node=1",
         "slurm/train.sh", "recipe=demo",
     )  # fmt: skip
-    slurm.wait_for("ranks", lambda: trains(project, 0, 8), SECONDS)
+    slurm.wait_for("ranks", lambda: trains(project, job, 8), SECONDS)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     assert slurm.wait_for_end(behind, SECONDS) == ("COMPLETED", "0:0"), log(project, behind)
-    assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
+    assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
     modules = [call["module"] for call in calls(project)]
     assert modules.count("stopped") == modules.count("rewards.serve") == 6
 
 
-@pytest.mark.parametrize(("does", "signal"), [("told", "--signal=B:USR1@1"), ("hangs", "--signal=0")])
-def test_a_job_that_is_preempted_leaves_within_the_grace_and_begins_again(
-    slurm: Cluster, project: Path, does: str, signal: str
-) -> None:
-    """Told by its own signal, it has saved; else its ranks got SIGTERM."""
-    options = ("--nodes=4", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
-    job = sbatch(slurm, project, signal, *options, STAND_IN_STARTS=f"{does},0")
-    slurm.wait_for("ranks", lambda: trains(project, 0, 4), SECONDS)
-    urgent = sbatch(slurm, project, "--partition=urgent", "--output=/dev/null", "--wrap=true")
-    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-    assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
-    why = {"told": "it was told to end", "hangs": "it is preempted"}[does]
-    assert f"to be started again (1 of at most 20 times): {why}" in log(project, job)
+def test_jobs_that_are_preempted_leave_within_the_grace_and_begin_again(slurm: Cluster, project: Path) -> None:
+    """One is told by its own signal and has saved; the other's ranks get SIGTERM."""
+    options = ("--nodes=2", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
+    told = sbatch(slurm, project, "--signal=B:USR1@1", *options, STAND_IN_STARTS="told,0")
+    ended = sbatch(slurm, project, "--signal=0", *options, STAND_IN_STARTS="hangs,0")
+    for job in (told, ended):
+        slurm.wait_for("ranks", lambda job=job: trains(project, job, 2), SECONDS)
+    urgent = sbatch(slurm, project, "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
+    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, told) + log(project, ended)
+    for job, why in ((told, "it was told to end"), (ended, "it is preempted")):
+        assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+        assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
+        assert f"to be started again (1 of at most 20 times): {why}" in log(project, job)
 
 
 def test_a_run_that_fails_begins_again_while_it_saves_and_not_more_often_than_it_may(
     slurm: Cluster, project: Path
 ) -> None:
-    options = ("--nodes=1", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
+    """The rank that is left is ended, and its code is the job's."""
+    options = ("--nodes=1", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
     saving = sbatch(slurm, project, *options, STAND_IN_STARTS="saves", MAX_RESTARTS="1")
-    assert slurm.wait_for_end(saving, SECONDS) == ("FAILED", "7:0"), log(project, saving)
-    assert [(start, resumes) for start, resumes, _ in starts(project)] == [(0, False), (1, True)]
-    why = "it failed with code 7 behind a new checkpoint"
+    assert slurm.wait_for_end(saving, SECONDS) == ("FAILED", "143:0"), log(project, saving)
+    assert [(start, resumes) for start, resumes, _ in starts(project, saving)] == [(0, False), (1, True)]
+    why = "it failed with code 143 behind a new checkpoint"
     assert f"to be started again (1 of at most 1 times): {why}" in log(project, saving)
     assert f"not started again though {why}: MAX_RESTARTS=1" in log(project, saving)
 
@@ -276,40 +261,48 @@ def test_a_job_that_is_cancelled_does_not_begin_again(slurm: Cluster, project: P
     """Though its ranks had saved."""
     options = ("--nodes=1", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
     job = sbatch(slurm, project, *options, STAND_IN_STARTS="hangs")
-    slurm.wait_for("a rank", lambda: trains(project, 0, 1), SECONDS)
-    (project / "checkpoint").touch()
+    slurm.wait_for("a rank", lambda: trains(project, job, 1), SECONDS)
+    (project / f"checkpoint-{job}").touch()
     slurm.call("scancel", job)
     assert slurm.wait_for_end(job, SECONDS)[0] == "CANCELLED", log(project, job)
     assert slurm.field(job, "Restarts") == "0"
 
 
-@pytest.mark.parametrize("lost", ["the script's", "another"])
-def test_a_job_that_loses_a_node_begins_again_on_others(slurm: Cluster, project: Path, lost: str) -> None:
-    """Where Slurm notices it first, and where the ranks do."""
+def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Path) -> None:
+    """Where Slurm notices it first, and where the other ranks do and fail. srun waits some time for the lost ones."""
     options = ("--nodes=2", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
-    job = sbatch(slurm, project, *options, STAND_IN_STARTS="hangs,0")
-    slurm.wait_for("ranks", lambda: trains(project, 0, 2), SECONDS)
-    ((_, _, hosts),) = starts(project)
-    node = hosts[0 if lost == "the script's" else 1]
-    slurm.lose_node(node)
+    with_script, with_rank = jobs = [
+        sbatch(slurm, project, *options, STAND_IN_STARTS=f"{does},0", SLURM_WAIT="1") for does in ("hangs", "notices")
+    ]
+    lost = []
+    for job, node in zip(jobs, (0, 1), strict=True):
+        slurm.wait_for("ranks", lambda job=job: trains(project, job, 2), SECONDS)
+        lost.append(starts(project, job)[0][2][node])
     try:
-        assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+        for node in lost:
+            slurm.lose_node(node)
+        slurm.notice(lost[0])
+        (project / f"lost-{with_rank}").touch()
+        slurm.wait_for("the script's notice", lambda: "a node does not answer" in log(project, with_rank), SECONDS)
+        slurm.notice(lost[1])
+        for job in jobs:
+            assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     finally:
-        slurm.start_node(node)
+        for node in lost:
+            slurm.start_node(node)
         slurm.wait_for_nodes()
-    first, second = starts(project)
-    assert first == (0, False, hosts) and second[:2] == (1, True)
-    assert node not in second[2]
+    for job in jobs:
+        first, second = starts(project, job)
+        assert first[:2] == (0, False) and second[:2] == (1, True)
+        assert not set(lost) & set(second[2])
+    assert "a node does not answer" not in log(project, with_script)
 
 
 def test_slurm_says_what_it_would_not_take(slurm: Cluster, project: Path) -> None:
     """The second half of `make preflight`: the scripts' own sizes (11 nodes) on this cluster of four, and fewer."""
     for size in ("72b", "78b", "70b", "7b"):
         for options, code in ((["--nodes=1", ":", "--nodes=3"], 0), ([], 1)):
-            done = subprocess.run(
-                ["sbatch", "--test-only", *options, f"slurm/safework_{size}.sh"],
-                cwd=project, env=slurm.environment, capture_output=True, text=True,
-            )  # fmt: skip
+            done = submit(slurm, project, "sbatch", "--test-only", *options, f"slurm/safework_{size}.sh")
             assert done.returncode == code, done.stderr
 
 
@@ -318,14 +311,8 @@ def test_a_site_file_reaches_submission_and_job(slurm: Cluster, project: Path) -
     template = (ROOT / "slurm" / "sites" / "template.sh").read_text()
     site.write_text(template.replace("SBATCH_PARTITION=gpu", "SBATCH_PARTITION=tests"))
     module = 'module() { echo "modules: $*"; }; export -f module; '
-    submit = "sbatch --parsable --nodes=1 --ntasks-per-node=1 slurm/train.sh recipe=demo"
-    done = subprocess.run(
-        ["bash", "-c", f"{module} source site.sh; {submit}"],
-        cwd=project,
-        env=slurm.environment | {"STAND_IN_PYTHON": sys.executable, "USER": "somebody"},
-        capture_output=True,
-        text=True,
-    )
+    command = "sbatch --parsable --nodes=1 --ntasks-per-node=1 slurm/train.sh recipe=demo"
+    done = submit(slurm, project, "bash", "-c", f"{module} source site.sh; {command}", USER="somebody")
     job = done.stdout.strip()
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), done.stderr + log(project, job)
     assert "modules: load cuda/13.0" in log(project, job)
