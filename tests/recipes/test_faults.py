@@ -3,6 +3,7 @@ resumed, a rank that stands still."""
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from tests.recipes.kill_check import saved_step
 OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", "algorithm.steps=900")
 WATCHDOG = 30  # seconds; on a busy machine a phase may take some
 REMAINS = ({}, set())
+ROOM = 1 << 20  # bytes, a third of what a checkpoint takes
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,17 @@ def full(folder: Path, disk: Path) -> Ended:
 
 
 def slow_down(run: tiny.Run, log: Path) -> None:
-    """Stop rank 1 for a while, again and again, until that is told. A stop while all ranks exchange something is one
-    of them all."""
+    """Stop rank 1 for a while in a phase in which no rank waits for another, again and again until that is told: the
+    phase takes milliseconds and may be over when the signal comes."""
     rank = run.wait_for("rank 1", lambda: run.rank(1))
     name = Path(f"/proc/{rank}/comm")
 
     def told() -> bool:
         deadline = time.monotonic() + 10
-        while name.read_text() not in ("reward\n", "loop\n") and time.monotonic() < deadline:
-            time.sleep(0.0005)
+        while name.read_text() != "reward\n":
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0002)
         os.kill(rank, signal.SIGSTOP)
         time.sleep(2)
         os.kill(rank, signal.SIGCONT)
@@ -84,18 +88,18 @@ def slow_down(run: tiny.Run, log: Path) -> None:
 
 
 def fill(run: tiny.Run, disk: Path) -> None:
-    """Leave no room on the disk, or none for a file of a checkpoint's size, until the run ends."""
+    """Leave room for lines on the disk, or else for small files, and none for a checkpoint, until the run ends."""
     if not disk.is_mount():
         for pid in (run.rank(0), run.rank(1)):
             hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, hard))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (ROOM, hard))
         return
     deadline = time.monotonic() + 300
     with (disk / "fill").open("wb", buffering=0) as file:
         while run.process.poll() is None and time.monotonic() < deadline:
+            found = os.statvfs(disk)
             with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
+                file.write(bytes(max(0, found.f_bavail * found.f_frsize - ROOM)))
             time.sleep(0.01)
 
 
@@ -130,7 +134,7 @@ def test_an_update_with_an_infinite_gradient_is_skipped_and_counted_and_the_run_
     assert second["grad_norm"] is None and third["grad_norm"] > 0
     skipped = [each for each in records.read_events(disk / "run" / "events.jsonl") if each["kind"] == "skipped update"]
     assert [(each["after_step"], each["model"]) for each in skipped] == [(1, "policy")]
-    assert skipped[0]["why"].endswith("gradient norm inf")
+    assert re.search("gradient norm (inf|nan)$", skipped[0]["why"])
 
 
 def test_a_slow_rank_is_named_and_the_one_that_waits_for_it_is_not(ends: tuple[Ended, Ended], disk: Path) -> None:
@@ -142,8 +146,8 @@ def test_a_slow_rank_is_named_and_the_one_that_waits_for_it_is_not(ends: tuple[E
 def test_a_full_disk_ends_the_run_with_its_reason_and_the_former_checkpoints(ends: tuple[Ended, Ended]) -> None:
     end = ends[0]
     assert end.exit_code != 0 and end.remains == REMAINS
-    assert "No space left on device" in end.printed or "File too large" in end.printed
-    assert "go on with resume=true" in end.printed
+    assert re.search(r"error: step_\d+ was not written: .*(No space left on device|File too large)", end.printed)
+    assert "; make room in " in end.printed and "go on with resume=true from the checkpoint before it" in end.printed
     assert end.checkpoints and all(name.startswith("step_") for name in end.checkpoints)
 
 

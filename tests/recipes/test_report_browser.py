@@ -44,7 +44,8 @@ def test_hostile_text_is_text_and_the_page_asks_for_nothing_and_fits_its_window(
 
 def test_the_same_look_finds_what_text_does_that_is_not_escaped(chromium: browser.Browser, tmp_path: Path) -> None:
     page = tmp_path / "open.html"
-    page.write_text(f"<!doctype html><title>a</title><body>{HOSTILE}<script>document.title = 'b'; gone()</script>")
+    text = f"{'long' * 50}{HOSTILE}<script>document.title = 'b'; gone()</script>"
+    page.write_text(f"<!doctype html><title>a</title><body>{text}")
     seen = chromium.visit(page, 390)
     assert seen.requests == [page.as_uri(), "https://evil.example/x"]
     assert sorted(seen.dialogs) == ["1", "2", "3", "4"]

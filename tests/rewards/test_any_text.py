@@ -40,7 +40,7 @@ for unit in units:
             search.reply([Segment(around, False)])
 print("done")
 """
-SIZE = 400_000  # characters: more than 32,768 tokens have
+SIZE = 200_000  # characters, more than a response of 32,768 tokens has
 SECONDS = 300  # takes some; a length squared takes hours
 
 
