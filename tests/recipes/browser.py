@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import debian
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 INSTALL_SECONDS = 180
 WAIT = 120  # seconds for a reply
@@ -35,16 +37,8 @@ def program() -> tuple[str, str]:
     """The browser's path, installed from Debian's package where there is none; or "" and why there can't be one."""
     if found := next(filter(None, map(shutil.which, PROGRAMS)), ""):
         return found, ""
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return "", "Chromium is not installed, and only root can install it, with apt-get"
-    command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=INSTALL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return "", f"Chromium is not installed, and apt-get did not install it in {INSTALL_SECONDS} s"
-    if done.returncode:
-        return "", f"Chromium is not installed, and apt-get can't install it: {done.stderr.strip()[-200:]}"
+    if reason := debian.install(["chromium"], INSTALL_SECONDS):
+        return "", f"Chromium is {reason}"
     return shutil.which("chromium") or "", "apt-get's chromium has no program of that name"
 
 

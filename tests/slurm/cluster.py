@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import debian
+
 PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge", "iproute2"]
 INSTALL_SECONDS = 120
 PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged", "ip"]
@@ -45,19 +47,8 @@ def install() -> str | None:
         return f"root can't make namespaces on this machine ({' '.join(NAMESPACES)} --net)"
     if all(shutil.which(program, path=SBIN) for program in PROGRAMS):
         return None
-    if not shutil.which("apt-get"):
-        return "Slurm is not installed, and there is no apt-get to install it with"
-    command = f"apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
-    done = subprocess.run(
-        ["timeout", str(INSTALL_SECONDS), "bash", "-c", f"{command} || {{ apt-get update && {command}; }}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-    )  # the second attempt is for a fresh image, which has no lists
-    if done.returncode:
-        return f"Slurm is not installed, and apt-get can't within {INSTALL_SECONDS} s: {done.stdout.strip()[-200:]}"
-    return None
+    reason = debian.install(PACKAGES, INSTALL_SECONDS)
+    return reason and f"Slurm is {reason}"
 
 
 def configuration(folder: Path, nodes: int) -> str:
