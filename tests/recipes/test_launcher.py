@@ -7,13 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, signal, sys, time
+from torch.distributed import TCPStore
 from recipes import launcher
 launcher.GRACE_SECONDS = 0.5
 launcher.fork_ranks(3)
 rank = int(os.environ["RANK"])
 if rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-from torch.distributed import TCPStore
 store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 leads = os.getsid(0) == os.getpid()
 store.set(f"rank {rank}", f"{os.environ['LOCAL_RANK']} of {os.environ['WORLD_SIZE']}, session {leads}")
