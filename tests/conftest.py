@@ -20,3 +20,8 @@ class Scheduling(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> Scheduling:
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Slurm's tests go first: they mostly wait, while the other process has both cores."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
