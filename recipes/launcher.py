@@ -3,6 +3,7 @@
 Elsewhere, srun or torchrun starts each rank as a process of its own.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -87,7 +88,8 @@ def _attend(ranks: dict[int, int], ending: list[signal.Signals]) -> int:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 rank, its = ranks.pop(pid), _exit_code(status)
-                print(f"rank {rank} (pid {pid}) ended with exit code {its}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # the disk with the log may be full, which a rank has told
+                    print(f"rank {rank} (pid {pid}) ended with exit code {its}", file=sys.stderr, flush=True)
                 if its > 128 and not (code or first):
                     print(f"error: rank {rank} was ended by {signal.Signals(its - 128).name}", flush=True)
                 first = first or its
