@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from recipes import preemption
 from rewards.processes import die_with
 
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL
@@ -39,7 +40,8 @@ def fork_ranks(count: int) -> None:
     """Return in ``count`` new processes, each a rank with torchrun's variables; this process ends when they have ended.
 
     When a rank fails, or this process is told to end, all ranks get SIGTERM, and later SIGKILL; this process's exit
-    code is that of the first that failed, or 128 + the signal's number. When it dies, the kernel ends them.
+    code is that of the first that failed, or 128 + the signal's number. When it dies, the kernel ends them. The signal
+    of ``recipes.preemption`` is passed on to them.
 
     Call it in the main thread, while no other thread computes and before CUDA is touched: neither bears a fork.
     """
@@ -55,7 +57,7 @@ def fork_ranks(count: int) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is this process's, as under torchrun
     }
     ending = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*ending, signal.SIGCHLD])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*ending, preemption.SIGNAL, signal.SIGCHLD])
     sys.stdout.flush()
     sys.stderr.flush()
     launcher, ranks = os.getpid(), dict[int, int]()
@@ -82,7 +84,10 @@ def _attend(ranks: dict[int, int], ending: list[signal.Signals]) -> int:
     code, deadline = 0, float("inf")
     while ranks:
         left = min(max(0.0, deadline - time.monotonic()), 3600.0)
-        news = signal.sigtimedwait([*ending, signal.SIGCHLD], left)
+        news = signal.sigtimedwait([*ending, preemption.SIGNAL, signal.SIGCHLD], left)
+        if news is not None and news.si_signo == preemption.SIGNAL:
+            _tell(ranks, preemption.SIGNAL)
+            continue
         first = 128 + news.si_signo if news is not None and news.si_signo != signal.SIGCHLD else 0
         for pid in list(ranks):
             ended, status = os.waitpid(pid, os.WNOHANG)

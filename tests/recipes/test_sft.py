@@ -1,7 +1,6 @@
 """The SFT stage as a user starts it: equal to transformers' Trainer in any layout, and to itself when it is resumed."""
 
 import math
-import os
 import re
 import shutil
 import signal
@@ -158,15 +157,14 @@ def test_the_held_out_loss_is_the_mean_over_its_answers_tokens(runs: dict[str, P
 
 @pytest.fixture(scope="module")
 def told(twin: Path) -> tuple[Path, tiny.Run, str]:
-    """A run of which every process but rank 0 got SIGUSR1 before the first step: its folder, and what it printed."""
+    """A run whose launcher got SIGUSR1 before the first step: its folder, and what it printed."""
     run_dir = twin / "told"
     held_out = f"stage.sft.held_out={twin / 'held_out.jsonl'}"
     options = (*LAYOUTS["dp2"], "checkpoint.every_steps=9")
     run = tiny.Run(tiny.overrides(twin, run_dir, *SETTINGS, *RATES, held_out, *options))
     try:
-        first = run.wait_for("the ranks", lambda: run.rank(1) and run.rank(0))
-        for pid in run.processes().keys() - {first}:
-            os.kill(pid, signal.SIGUSR1)
+        run.wait_for("the ranks", lambda: run.rank(1) and run.rank(0))
+        run.process.send_signal(signal.SIGUSR1)
         printed = run.output()
         assert run.remains(10) == ({}, set())
     finally:
