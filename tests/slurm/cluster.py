@@ -19,9 +19,9 @@ from pathlib import Path
 
 from tests import debian
 
-PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge", "iproute2"]
+PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "shellcheck"]
 INSTALL_SECONDS = 120
-PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged", "ip"]
+PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged", "ip", "shellcheck"]
 SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 CONTROL_PORT, NODE_PORT = 6817, 7000  # below those that the kernel hands out
 FAKE_GPUS, CPUS, MEMORY_MIB = 8, 128, 20000  # what a node says that it has, not what it has

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -323,7 +322,7 @@ def test_a_site_file_reaches_submission_and_job(slurm: Cluster, project: Path) -
     assert slurm.field(job, "TimeLimit") == "1-00:00:00" and slurm.field(job, "Account") == "my-project"
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.usefixtures("slurm")  # which brings shellcheck
 def test_shellcheck_finds_nothing() -> None:
     scripts = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "slurm").rglob("*.sh"))]
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
