@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.yardsticks import GENERATION, TRAINING
 from recipes import records, train
 from recipes.config import Config, ConfigError, parse
+from rewards.processes import die_with
 
 REPETITIONS = 3  # RL steps that count; one more goes before them and warms both sides up
 RUN_DIR = Path("runs/benchmark_loop")
@@ -52,7 +53,7 @@ def main() -> None:
     except (ConfigError, HydraException) as error:
         print(f"error: {train.one_line(error) if isinstance(error, HydraException) else error}", flush=True)
         sys.exit(1)
-    train.die_with_parent()
+    die_with(os.getppid())
     train.say_why_on_sigterm(config)
     train.load(config)
 

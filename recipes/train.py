@@ -5,7 +5,6 @@ each process is one rank of the run.
 """
 
 import contextlib
-import ctypes
 import itertools
 import os
 import re
@@ -24,6 +23,7 @@ from omegaconf import DictConfig
 from recipes import launcher, preemption
 from recipes.config import Config, ConfigError, generates, parse, unknown_field
 from recipes.slurm import adopt_step
+from rewards.processes import die_with
 
 RESULTS = (
     "metrics.jsonl",
@@ -35,7 +35,6 @@ RESULTS = (
     "reward_model.json",
     "judge.json",
 )
-PR_SET_PDEATHSIG = 1
 APPEND = "To append to your config use +"
 MERGING = "Error merging override "
 SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose values are not shown
@@ -182,7 +181,7 @@ def run(config: Config) -> None:
 
     A run that is told to end by SIGUSR1 ends with ``preemption.EXIT_CODE`` when it has saved.
     """
-    die_with_parent()
+    die_with(os.getppid())  # the launcher, torchrun or srun
     say_why_on_sigterm(config)
     load(config)
 
@@ -199,11 +198,6 @@ def run(config: Config) -> None:
         print(f"error: {error}\n(rank {os.environ.get('RANK', '?')}; logs in {config.run_dir}/logs)", flush=True)
         traceback.print_exc()  # last: the log may be on the disk that is full
         sys.exit(1)
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent (the launcher, torchrun, srun) dies in any way."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def say_why_on_sigterm(config: Config) -> None:

@@ -25,8 +25,6 @@ def install(packages: Sequence[str], seconds: int) -> str | None:
             text=True,
             env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
         )  # the second attempt is for a fresh image, which has no lists
-    return (
-        f"not installed, and apt-get can't within {seconds} s: {done.stdout.strip()[-200:]}"
-        if done.returncode
-        else None
-    )
+    if done.returncode:
+        return f"not installed, and apt-get can't within {seconds} s: {done.stdout.strip()[-200:]}"
+    return None

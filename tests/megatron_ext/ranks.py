@@ -1,11 +1,12 @@
 """Programs of several ranks, forked from one process that has imported what all need."""
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+from rewards.processes import die_with
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_SECONDS = 1200
@@ -21,7 +22,7 @@ def start(log: Path, module: str, *arguments: str) -> "subprocess.Popen[bytes]":
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL),
+            preexec_fn=partial(die_with, os.getpid()),
         )
 
 
