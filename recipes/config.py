@@ -328,6 +328,20 @@ def generates(config: Config) -> bool:
     return config.stage.evaluates or "rl" in config.stage.trains
 
 
+def engines_of_a_node(config: Config, nodes: int) -> int:
+    """How many. Raises ConfigError where the nodes do not share them evenly, or one has too few GPUs for its own."""
+    c = config.rollout
+    if c.engines % nodes:
+        raise ConfigError(f"rollout.engines={c.engines}: the job has {nodes} nodes; use a multiple, each gets as many")
+    count, gpus = c.engines // nodes, config.cluster.ranks // nodes  # a rank a GPU
+    if config.cluster.platform == "cuda" and count * c.tensor > gpus:
+        raise ConfigError(
+            f"rollout.engines={c.engines}, rollout.tensor={c.tensor}: {count} engines of so many GPUs do not fit on a "
+            f"node's {gpus}"
+        )
+    return count
+
+
 def check_schedule(where: str, chosen: SftConfig | RewardModelConfig | CriticConfig) -> None:
     """Raises ConfigError for learning-rate settings that can't be."""
     if chosen.decay not in ("constant", "linear", "cosine"):

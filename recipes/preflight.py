@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext import platform
 from recipes import phases, trainer
-from recipes.config import Config, ConfigError, parse, samples_per_step
+from recipes.config import Config, ConfigError, engines_of_a_node, parse, samples_per_step
 from recipes.data import specification
 from recipes.data.prompts import PROMPT_FIELDS
 from recipes.train import check_parts, check_supervised, from_command_line
@@ -337,11 +337,7 @@ def rollout(config: Config, text: Any) -> str:
             f"rollout.tensor={c.tensor} does not divide the model's {text.num_attention_heads} attention heads: vLLM "
             "needs that; use a divisor"
         )
-    if config.cluster.platform == "cuda" and c.engines * c.tensor > config.cluster.ranks:
-        raise ConfigError(
-            f"rollout.engines={c.engines} x rollout.tensor={c.tensor} needs {c.engines * c.tensor} devices, "
-            f"cluster.ranks={config.cluster.ranks}: use fewer engines"
-        )
+    engines_of_a_node(config, config.cluster.nodes)
     longest = config.data.max_prompt_tokens + c.max_response_tokens
     size = 4 if config.precision.name == "fp32" else 2
     tokens = int(c.kv_cache_gib * 2**30 / sizes.kv_bytes_per_token(text, c.tensor, size))

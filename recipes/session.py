@@ -31,7 +31,7 @@ from megatron_ext.precision import DTYPES
 from megatron_ext.scalar_head import scalar_config
 from megatron_ext.weight_map import round_up
 from recipes import logs, preemption, records, trainer
-from recipes.config import Config, ConfigError, generates
+from recipes.config import Config, engines_of_a_node, generates
 from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.display import Display
@@ -508,18 +508,8 @@ def model_settings(config: Config) -> models.ModelSettings:
 
 
 def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
-    """Of the engines of one of the job's nodes. Raises ConfigError when these don't share the engines evenly."""
-    c = config
-    if c.rollout.engines % nodes:
-        raise ConfigError(
-            f"rollout.engines={c.rollout.engines}: the job has {nodes} nodes; use a multiple, each gets as many"
-        )
-    count, gpus = c.rollout.engines // nodes, int(os.environ["LOCAL_WORLD_SIZE"])  # a rank a GPU
-    if c.cluster.platform == "cuda" and count * c.rollout.tensor > gpus:
-        raise ConfigError(
-            f"rollout.engines={c.rollout.engines}, rollout.tensor={c.rollout.tensor}: {count} engines of so many GPUs "
-            f"do not fit on a node's {gpus}"
-        )
+    """Of the engines of one of the job's nodes. Raises ConfigError where they can't be shared out."""
+    c, count = config, engines_of_a_node(config, nodes)
     shared = EngineSettings(
         model=c.model.path,
         dtype=DTYPES[c.precision.name],
@@ -538,8 +528,9 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
     )
     if c.cluster.platform == "cpu":
         return [shared] * count
-    own_first = [sorted(range(gpus), key=lambda gpu: gpu // c.rollout.tensor != i) for i in range(count)]
-    return [replace(shared, devices=tuple(gpus)) for gpus in own_first]
+    gpus = range(c.cluster.ranks // nodes)
+    own_first = [sorted(gpus, key=lambda gpu: gpu // c.rollout.tensor != i) for i in range(count)]
+    return [replace(shared, devices=tuple(devices)) for devices in own_first]
 
 
 def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "config.json").write_text("{}")
 
@@ -39,5 +38,7 @@ def test_each_node_has_as_many_and_an_engines_own_gpus_come_first(configured, mo
 def test_engines_that_nodes_cannot_share_or_hold_are_refused(configured) -> None:
     with pytest.raises(ConfigError, match=r"rollout.engines=8: the job has 3 nodes; use a multiple"):
         engine_settings(configured(), nodes=3)
-    with pytest.raises(ConfigError, match=r"rollout.engines=8, rollout.tensor=8: 2 engines of so many GPUs do not fit"):
-        engine_settings(configured(), nodes=4)
+    with pytest.raises(
+        ConfigError, match=r"rollout.engines=16, rollout.tensor=8: 2 engines of so many GPUs do not fit"
+    ):
+        engine_settings(configured("rollout.engines=16"), nodes=8)

@@ -38,7 +38,8 @@ IMPOSSIBLE = {
     "engine": (("rollout.kv_cache_gib=60",), "memory", ["beside the trainer", "rollout.kv_cache_gib="]),
     "cache": (("rollout.kv_cache_gib=0.5", *WHOLE), "rollout", ["rollout.kv_cache_gib=0.5", "one sequence has 16384"]),
     "engine heads": (("rollout.tensor=3", *WHOLE), "rollout", ["rollout.tensor=3", "64 attention heads"]),
-    "devices": (("rollout.engines=9", *WHOLE), "rollout", ["needs 72 devices", "cluster.ranks=64"]),
+    "devices": (("rollout.engines=16", *WHOLE), "rollout", ["rollout.engines=16", "do not fit on a node's 8"]),
+    "engines": (("rollout.engines=9", *WHOLE), "rollout", ["rollout.engines=9", "8 nodes; use a multiple"]),
     "context": (
         ("data.max_prompt_tokens=130000", "parallel.micro_batch_tokens=140000", *WHOLE), "context_length",
         ["131072 positions"],
