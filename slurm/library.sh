@@ -34,13 +34,14 @@ read_arguments() {
 
 # Sets what Slurm gave us: hosts, tasks and GPUs of the trainer, and where servers go.
 read_job() {
-  tasks=${SLURM_NTASKS:?give --ntasks-per-node (ranks per node) to sbatch}
+  per_node=${SLURM_NTASKS_PER_NODE_HET_GROUP_0:-${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node (ranks per node) to sbatch}}
+  tasks=$((per_node * SLURM_JOB_NUM_NODES))
   gpus=${SLURM_GPUS_PER_NODE:-0}
   cpus=${SLURM_CPUS_PER_TASK:-1}
   trainer=() rewards=(--overlap)
   server_job=$SLURM_JOB_ID
   server_nodes=$SLURM_JOB_NODELIST
-  first_free=$((tasks / SLURM_JOB_NUM_NODES))
+  first_free=$per_node
   if [[ -n ${SLURM_HET_SIZE:-} ]]; then
     cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}
     gpus=${SLURM_GPUS_PER_NODE_HET_GROUP_1:-0}
@@ -77,7 +78,7 @@ read_restarts() {
 resubmit() {
   local script name job=$SLURM_JOB_ID colon=${SLURM_HET_SIZE:+:}
   local gpus=${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_PER_NODE:-}}
-  local size=(--nodes="$nodes" --ntasks-per-node=$((tasks / SLURM_JOB_NUM_NODES)) --cpus-per-task="$cpus")
+  local size=(--nodes="$nodes" --ntasks-per-node="$per_node" --cpus-per-task="$cpus")
   size+=(--partition="$SLURM_JOB_PARTITION" ${gpus:+--gpus-per-node="$gpus"})
   script=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | sed -n '1s/ Command=//p')
   echo "cluster.nodes=$nodes, the job has $SLURM_JOB_NUM_NODES: submitted again (sbatch --nodes=$nodes saves this)"

@@ -1,10 +1,9 @@
 """A real Slurm of several nodes on this machine: munged, slurmctld and a slurmd for each node.
 
-A node is a process namespace with its own host name, address (127.0.1.K), /dev/shm and /proc; all share one file system
-and one network, which is not the machine's: no port is taken here that somebody else has. Their GPUs are links to
-/dev/null: **fake**, Slurm counts and hands them out, and nothing can run on them. Nothing needs systemd, cgroups, or a
-Slurm that is set up; everything is in one folder, and the kernel ends every process when the one that started the
-cluster has ended, in whatever way.
+A node is a set of namespaces: it has its own processes, host name, network with a cable to a switch (10.98.0.K),
+/dev/shm and /proc; all share one file system. Their GPUs are links to /dev/null: **fake**, Slurm counts and hands them
+out, and nothing can run on them. Nothing needs systemd, cgroups, or a Slurm that is set up; everything is in one
+folder, and the kernel ends every process when the one that started the cluster has ended, in whatever way.
 """
 
 import contextlib
@@ -23,12 +22,32 @@ PACKAGES = ["slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge", "iprout
 INSTALL_SECONDS = 120
 PROGRAMS = ["slurmctld", "slurmd", "sbatch", "munged", "ip", "shellcheck"]
 SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
-CONTROL_PORT, NODE_PORT = 6817, 7000  # below those that the kernel hands out
+CONTROL_PORT, NODE_PORT = 6817, 6818
+CONTROL_ADDRESS = "10.98.0.254"  # the login node's as well
 FAKE_GPUS, CPUS, MEMORY_MIB = 8, 128, 20000  # what a node says that it has, not what it has
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 NAMESPACES = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
 WITH_US = ["setpriv", "--pdeathsig=KILL"]  # the kernel ends the process when we have ended
+
+# The network of the controller, to which it is the switch.
+SWITCH = f"""
+ip link set lo up
+ip link add switch type bridge
+ip address add {CONTROL_ADDRESS}/24 dev switch
+ip link set switch up
+"""
+
+# In a node's network: $1 is its name, $2 its address, $3 a process in the switch's network; the rest becomes the node.
+# The kernel takes its time with the cable of a node that was lost.
+CABLE = """
+ip link set lo up
+until ip link add eth0 type veth peer name "$1" netns "$3"; do sleep 0.2; done
+ip address add "$2/24" dev eth0
+ip link set eth0 up
+nsenter --net="/proc/$3/ns/net" ip link set "$1" master switch up
+exec "${@:4}"
+"""
 
 # A node's first process. All nodes' names are in its /etc/hosts, as a cluster's name service has them.
 NODE = """
@@ -43,19 +62,25 @@ def install() -> str | None:
     """Install Debian's packages where they are absent. Returns why there can be no cluster, None if there can."""
     if os.geteuid() != 0:
         return "a Slurm of several nodes needs root (namespaces, slurmd)"
-    if not shutil.which("unshare") or subprocess.run([*NAMESPACES, "--net", "true"], capture_output=True).returncode:
-        return f"root can't make namespaces on this machine ({' '.join(NAMESPACES)} --net)"
-    if all(shutil.which(program, path=SBIN) for program in PROGRAMS):
-        return None
-    reason = debian.install(PACKAGES, INSTALL_SECONDS)
-    return reason and f"Slurm is {reason}"
+    if not all(shutil.which(program, path=SBIN) for program in PROGRAMS) and (
+        reason := debian.install(PACKAGES, INSTALL_SECONDS)
+    ):
+        return f"Slurm is {reason}"
+    command = [*NAMESPACES, "--net", "sh", "-ec", SWITCH]
+    if subprocess.run(command, env=os.environ | {"PATH": SBIN}, capture_output=True).returncode:
+        return f"root can't make namespaces and a bridge on this machine ({' '.join(NAMESPACES)} --net)"
+    return None
+
+
+def address(k: int) -> str:
+    return f"10.98.0.{k}"
 
 
 def configuration(folder: Path, nodes: int) -> str:
     """slurm.conf. Heterogeneous jobs start only in the backfill scheduler, hence its short interval."""
     lines = [
         "ClusterName=tests",
-        f"SlurmctldHost={socket.gethostname()}(127.0.0.1)",
+        f"SlurmctldHost={socket.gethostname()}({CONTROL_ADDRESS})",
         f"SlurmctldPort={CONTROL_PORT}",
         f"AuthInfo=socket={folder}/munge/socket,cred_expire=5",  # a requeue waits that long; less is refused
         "SlurmUser=root",
@@ -86,7 +111,7 @@ def configuration(folder: Path, nodes: int) -> str:
     ]
     for k in range(1, nodes + 1):
         lines.append(
-            f"NodeName=node{k} NodeAddr=127.0.1.{k} NodeHostname=node{k} Port={NODE_PORT + k} CPUs={CPUS} "
+            f"NodeName=node{k} NodeAddr={address(k)} NodeHostname=node{k} Port={NODE_PORT} CPUs={CPUS} "
             f"RealMemory={MEMORY_MIB} Gres=gpu:{FAKE_GPUS}"
         )
     shared = f"Nodes=node[1-{nodes}] MaxTime=INFINITE OverSubscribe=NO"
@@ -115,7 +140,7 @@ class Cluster:
         for fake in fakes:
             fake.symlink_to("/dev/null")
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={fake}\n" for fake in fakes))
-        names = [f"127.0.1.{k} node{k}\n" for k in range(1, nodes + 1)]
+        names = [f"{address(k)} node{k}\n" for k in range(1, nodes + 1)]
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
 
     def start(self) -> None:
@@ -123,9 +148,7 @@ class Cluster:
         command = f"munged --foreground --force --key-file={munge}/key --socket={munge}/socket " + " ".join(
             f"--{what}-file={munge}/{what}" for what in ("pid", "log", "seed")
         )
-        # 127.0.0.1 alone is no network for getaddrinfo
-        network = "ip link set lo up; ip address add 127.0.1.1/8 dev lo"
-        self.daemons.append(self.daemon(["unshare", "--net", "sh", "-ec", f"{network}; exec {command}"]))
+        self.daemons.append(self.daemon(["unshare", "--net", "sh", "-ec", f"{SWITCH}exec {command}"]))
         self.inside = ["nsenter", f"--net=/proc/{self.daemons[0].pid}/ns/net"]
         self.wait_for("munge's socket", (munge / "socket").exists)
         self.daemons.append(self.daemon([*self.inside, "slurmctld", "-D", "-f", str(self.folder / "slurm.conf")]))
@@ -134,9 +157,9 @@ class Cluster:
         self.wait_for_nodes()
 
     def start_node(self, name: str) -> None:
-        self.slurmds[name] = self.daemon(
-            [*self.inside, *NAMESPACES, "bash", "-ec", NODE, "bash", name, str(self.folder)]
-        )
+        cable = ["bash", "-ec", CABLE, "bash", name, address(int(name.removeprefix("node"))), str(self.daemons[0].pid)]
+        node = [*NAMESPACES, "bash", "-ec", NODE, "bash", name, str(self.folder)]
+        self.slurmds[name] = self.daemon(["unshare", "--net", *cable, *node])
 
     def lose_node(self, name: str) -> None:
         """As when it loses its power: the kernel ends all that is in its process namespace. Slurm does not know yet."""

@@ -1,0 +1,120 @@
+"""The job scripts on the real Slurm with the real programs: Megatron-Core, vLLM's engines and a judge on its nodes."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import records
+from tests.recipes import tiny
+from tests.recipes.kill_check import saved_step, timeless
+from tests.slurm.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 900
+STEPS = 6
+SFT = ("stage=sft", "stage.sft.epochs=null", "stage.evaluates=false", "parallel=tp2_sp")
+RL = ("stage=rl_safety", "stage.evaluates=false", "parallel=tp2_sp", "rollout.engines=2", f"algorithm.steps={STEPS}")
+JUDGE = "a_judge"
+
+
+@pytest.fixture
+def project(slurm: Cluster, tmp_path: Path) -> Iterator[Path]:
+    """A folder like a user's clone, with the tiny recipe and a judge, which decides nothing, in it. No process of a
+    test lives when it is over."""
+    for path in ROOT.iterdir():
+        if path.name not in (".git", ".venv"):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    tiny.make(twin)
+    make_judge(twin)
+    yield tmp_path
+    slurm.cancel_all()
+    assert slurm.processes_with(str(tmp_path)) == {}
+
+
+def make_judge(twin: Path) -> None:
+    """A reward model of the tiny one, and ``rewards=judged``: ``rewards=letters`` with its scores at weight 0."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(twin / "model", num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(twin / "judge")
+    AutoTokenizer.from_pretrained(twin / "model").save_pretrained(twin / "judge")
+    server = {"model": str(twin / "judge"), "runner": "pooling"}
+    judged = {
+        "defaults": ["letters"],
+        "mix": {"safety": {JUDGE: 0.0}},
+        "verifiers": {JUDGE: {"template": "scalar", "server": "judge"}},
+        "servers": {"judge": {**server, "arguments": ["--max-model-len", "128"]}},
+    }
+    records.write_json(twin / "conf" / "rewards" / "judged.yaml", judged)
+
+
+def rl_behind(sft: Path, run_dir: Path, *more: str) -> list[str]:
+    given = tiny.overrides(sft.parent, run_dir, *RL, f"stage.after={sft.name}", *more)
+    return [argument for argument in given if not argument.startswith("model.path=")]
+
+
+def sbatch(slurm: Cluster, project: Path, *arguments: str) -> str:
+    """The job's number."""
+    done = slurm.run("sbatch", "--parsable", *arguments, folder=project, SLURM_WAIT="1")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def log(project: Path, job: str) -> str:
+    path = project / f"slurm-{job}.log"
+    return path.read_text()[-6000:] if path.exists() else ""
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The file's rows without clocks and the judge."""
+    found = timeless(list(records.read_rows(folder / name)))
+    for row in found:
+        row.get("verdicts", {}).pop(JUDGE, None)
+    return [
+        {key: value for key, value in row.items() if JUDGE not in key and not key.startswith("servers/")}
+        for row in found
+    ]
+
+
+def test_stages_on_a_cluster_that_loses_a_node_equal_plain_launches(slurm: Cluster, project: Path) -> None:
+    """SFT on four nodes; behind it RL on two, whose ranks are one tensor-parallel group with an engine on each, and a
+    judge on a third. A node of the ranks is lost in the middle, the job begins again on another by itself and resumes.
+    Metrics, samples and weights are those of one machine that was never disturbed, bit for bit."""
+    twin = project / "twin"
+    sft, rl = twin / "sft", twin / "rl"
+    train, node = "slurm/train.sh", "--ntasks-per-node=1"
+    first = sbatch(slurm, project, "--nodes=4", node, train, *tiny.overrides(twin, sft, *SFT))
+    behind = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
+    job = sbatch(
+        slurm, project, *behind, "--nodes=2", node, ":", *behind, "--nodes=1", node, train,
+        *rl_behind(sft, rl, "rewards=judged"),
+    )  # fmt: skip
+    assert slurm.wait_for_end(first, SECONDS) == ("COMPLETED", "0:0"), log(project, first)
+    slurm.wait_for("a checkpoint", lambda: saved_step(rl) or slurm.field(job, "JobState") == "FAILED", SECONDS)
+    _, lost = slurm.call("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()
+    try:
+        slurm.lose_node(lost)
+        slurm.notice(lost)
+        assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    finally:
+        slurm.start_node(lost)
+        slurm.wait_for_nodes()
+    assert slurm.field(job, "Restarts") == "1"
+
+    tiny.complete(tiny.overrides(twin, twin / "plain_sft", *SFT, "cluster.ranks=4"))
+    tiny.complete(rl_behind(twin / "plain_sft", twin / "plain_rl", "cluster.ranks=2"))
+    for stage in ("sft", "rl"):
+        plain = twin / f"plain_{stage}"
+        assert rows(twin / stage, "metrics.jsonl") == rows(plain, "metrics.jsonl")
+        weights = [folder / "hf" / "model.safetensors" for folder in (twin / stage, plain)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert rows(rl, "samples.jsonl") == rows(twin / "plain_rl", "samples.jsonl")
+    verdicts = [row["verdicts"] for row in records.read_rows(rl / "samples.jsonl")]
+    judged = [found[JUDGE]["score"] for found in verdicts if "safety" in found]
+    assert len(judged) == STEPS * 12 and all(0 < score < 1 for score in judged)
