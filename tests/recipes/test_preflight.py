@@ -94,9 +94,9 @@ Reports = dict[str, dict[str, Any]]
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """Every report, from one process: what takes time is the imports."""
     wanted = {size: [f"recipe=safework_{size}"] for size in PUBLISHED}
-    wanted["128"] = ["recipe=safework_72b", "cluster.ranks=128", "rollout.engines=16"]
+    wanted["128"] = ["recipe=safework_7b", "cluster.nodes=16"]
     wanted["apart"] = ["recipe=safework_7b", "preflight.engines=apart"]
-    wanted["fp8"] = ["recipe=safework_72b", "precision=fp8"]
+    wanted["fp8"] = ["recipe=safework_7b", "precision=fp8"]
     wanted["critic"] = ["recipe=safework_7b", "algorithm=ppo"]
     wanted["sleeping critic"] = [*wanted["critic"], "critic.offload=true"]
     wanted["engine awake"] = ["recipe=safework_7b", "rollout.sleep=false"]
@@ -170,7 +170,7 @@ def test_batch_is_alike_on_every_rank(reports: Reports) -> None:
 
 
 def test_twice_the_devices_halve_the_optimizer_states(reports: Reports) -> None:
-    half, whole = reports["128"], reports["72b"]
+    half, whole = reports["128"], reports["7b"]
     assert failed(half) == {}
     for a, b in zip(half["memory_gib"], whole["memory_gib"], strict=True):
         assert a["optimizer"] == pytest.approx(b["optimizer"] / 2, rel=0.001)
@@ -185,7 +185,7 @@ def test_engines_apart_leave_their_memory_to_the_trainer(reports: Reports) -> No
 
 
 def test_fp8_keeps_less_of_a_layer_and_more_of_its_weights(reports: Reports) -> None:
-    fp8, bf16 = reports["fp8"], reports["72b"]
+    fp8, bf16 = reports["fp8"], reports["7b"]
     assert failed(fp8) == {}
     assert fp8["memory_gib"][0]["activations"] < bf16["memory_gib"][0]["activations"]
     assert fp8["memory_gib"][0]["weights"] > bf16["memory_gib"][0]["weights"]
