@@ -101,7 +101,12 @@ def run_script(folder: Path, *arguments: str, **environment: str) -> tuple[int, 
     return done.returncode, (calls.read_text() if calls.exists() else "") + done.stdout + done.stderr
 
 
-JOB = {"SLURM_NTASKS": "16", "SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+JOB = {
+    "SLURM_NTASKS_PER_NODE": "8",
+    "SLURM_JOB_ID": "40007",
+    "SLURM_JOB_NODELIST": "node[7-8]",
+    "SLURM_JOB_NUM_NODES": "2",
+}
 ONCE = "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --cpu-bind=none"
 RANKS = "--nodes=2 --ntasks=16 --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60"
 
