@@ -140,7 +140,8 @@ def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(
     ]
 
 
-TOLD = "trap 'exit 75' USR1; kill -USR1 $PPID; while true; do sleep 0.1; done"  # by Slurm, which tells the script alone
+# By Slurm, which tells the script alone; one that has not yet noted its ranks does not heed it.
+TOLD = "trap 'exit 75' USR1; while true; do kill -USR1 $PPID; sleep 0.1; done"
 SAVES = {"STATE": "RUNNING", "SAVED": "0"}
 
 
