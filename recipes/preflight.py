@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext import platform
 from recipes import phases, trainer
-from recipes.config import Config, ConfigError, engines_of_a_node, parse, samples_per_step
+from recipes.config import Config, ConfigError, engines_of_a_node, generates, parse, samples_per_step
 from recipes.data import specification
 from recipes.data.prompts import PROMPT_FIELDS
 from recipes.train import check_parts, check_supervised, from_command_line
@@ -329,6 +329,8 @@ def batch(config: Config, report: Report) -> str:
 
 
 def rollout(config: Config, text: Any) -> str:
+    if not generates(config):
+        return "no engine is started"
     from megatron_ext import memory as sizes
 
     c = config.rollout
