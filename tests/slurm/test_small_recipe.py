@@ -11,6 +11,7 @@ from recipes import records
 from tests.recipes import tiny
 from tests.recipes.kill_check import saved_step, timeless
 from tests.slurm.cluster import Cluster
+from tests.slurm.test_scripts import log, sbatch
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 900
@@ -59,18 +60,6 @@ def rl_behind(sft: Path, run_dir: Path, *more: str) -> list[str]:
     return [argument for argument in given if not argument.startswith("model.path=")]
 
 
-def sbatch(slurm: Cluster, project: Path, *arguments: str) -> str:
-    """The job's number."""
-    done = slurm.run("sbatch", "--parsable", *arguments, folder=project, SLURM_WAIT="1")
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def log(project: Path, job: str) -> str:
-    path = project / f"slurm-{job}.log"
-    return path.read_text()[-6000:] if path.exists() else ""
-
-
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     """The file's rows without clocks and the judge."""
     found = timeless(list(records.read_rows(folder / name)))
@@ -93,7 +82,7 @@ def test_stages_on_a_cluster_that_loses_a_node_equal_plain_launches(slurm: Clust
     behind = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
     job = sbatch(
         slurm, project, *behind, "--nodes=2", node, ":", *behind, "--nodes=1", node, train,
-        *rl_behind(sft, rl, "rewards=judged"),
+        *rl_behind(sft, rl, "rewards=judged"), SLURM_WAIT="1",
     )  # fmt: skip
     assert slurm.wait_for_end(first, SECONDS) == ("COMPLETED", "0:0"), log(project, first)
     slurm.wait_for("a checkpoint", lambda: saved_step(rl) or slurm.field(job, "JobState") == "FAILED", SECONDS)
