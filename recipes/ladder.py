@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from recipes.config import Config, ConfigError, generates, parse
 from recipes.data import prompts
 from recipes.evaluate import Answers, scored
 from recipes.ladder_report import write_ladder_report
-from recipes.statistics import mean_interval, normal_interval
+from recipes.statistics import mean_interval, normal_interval, paired_difference
 from rewards.processes import die_with
 from rewards.serve import ServerDied, Supervisor, replicas
 
@@ -115,6 +116,8 @@ def write(folder: Path, stages: Sequence[str], evaluation: str) -> None:
             answers[name] = found["after"]
     if answers:
         ladder = {"stages": [{"stage": name, **measures(rows)} for name, rows in answers.items()]}
+        for (former, after), stage in zip(pairwise(answers.values()), ladder["stages"][1:], strict=True):
+            stage |= changes(former, after)
         records.write_json(folder / "ladder.json", ladder)
         rows = {row["id"]: row for row in prompts.load_rows(evaluation)}
         write_ladder_report(folder, ladder, answers, rows)
@@ -153,6 +156,24 @@ def measures(answers: Answers) -> dict[str, Any]:
         else:
             of = mean_interval([row["scores"][name]["score"] for row in rows])
         found |= {name: of["mean"], f"{name}_interval": of["interval"], f"{name}_n": of["n"]}
+    return found
+
+
+def changes(former: Answers, after: Answers) -> dict[str, Any]:
+    """``MEASURE_change`` from the former stage's greedy answers to the same prompts, with its 95 % interval."""
+    found: dict[str, Any] = {}
+    for name in MEASURES:
+        judged = "accuracy" if name == "reasoning_length" else name
+        rows = [{row["id"]: row for row in scored(answers["greedy"], judged)} for answers in (former, after)]
+        shared = sorted(rows[0].keys() & rows[1].keys())
+        if not shared:
+            continue
+        if name == "reasoning_length":
+            of = normal_interval([rows[1][i]["thinking_tokens"] - rows[0][i]["thinking_tokens"] for i in shared])
+        else:
+            before, now = ([of_model[i]["scores"][name]["score"] for i in shared] for of_model in rows)
+            of = paired_difference(before, now)
+        found |= {f"{name}_change": of["mean"], f"{name}_change_interval": of["interval"]}
     return found
 
 

@@ -36,7 +36,8 @@ def write_ladder_report(
                 '<meta name="viewport" content="width=device-width, initial-scale=1">',
                 f"<title>{title}: the ladder</title><style>{STYLE}</style></head><body>",
                 f'<h1>{title}</h1><p class="soft">Each stage starts from the model of the one before. Greedy answers '
-                "to the same held-out prompts, mean and 95&nbsp;% interval.</p>",
+                "to the same held-out prompts, mean and 95&nbsp;% interval; with a sign: the change from the stage "
+                "before.</p>",
                 f'<div class="grid">{plots}</div>',
                 _table(stages, measures),
                 "<h2>The same prompts, stage by stage</h2>",
@@ -87,7 +88,11 @@ def _table(stages: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> str:
                 continue
             form = ".1f" if name == "reasoning_length" else ".2f"
             interval = span({"interval": stage[f"{name}_interval"]}, form)
-            cells.append(f"<td>{stage[name]:{form}}<small>{interval}, n = {stage[f'{name}_n']}</small></td>")
+            small = f"<small>{interval}, n = {stage[f'{name}_n']}</small>"
+            if f"{name}_change" in stage:
+                by = span({"interval": stage[f"{name}_change_interval"]}, "+" + form)
+                small += f"<small>{stage[f'{name}_change']:+{form}} ({by})</small>"
+            cells.append(f"<td>{stage[name]:{form}}{small}</td>")
         name = text(stage["stage"])
         own = name if stage["stage"] == "base" else f'<a href="{name}/report.html">{name}</a>'
         body.append(f"<tr><td>{own}</td>{''.join(cells)}</tr>")

@@ -9,7 +9,7 @@ import pytest
 
 from recipes import ladder, records
 from recipes.config import ConfigError
-from recipes.statistics import mean_interval
+from recipes.statistics import mean_interval, paired_difference
 from tests.recipes import tiny
 from tests.recipes.test_config import configured
 from tests.recipes.test_report import HOSTILE, Page
@@ -73,6 +73,20 @@ def test_measures_have_their_intervals_and_lengths_are_of_what_accuracy_judges()
     assert "false_certain" not in found
 
 
+def test_changes_are_of_the_same_prompts() -> None:
+    """The paired intervals; a prompt that one model was not asked does not count."""
+    former, after = answers(1.0, 4), answers(0.5, 9)
+    after["greedy"][1]["thinking_tokens"] = 14
+    del after["greedy"][2]
+    found = ladder.changes(former, after)
+    accuracy = paired_difference([1.0, 0.0], [0.5, 0.0])
+    assert (found["accuracy_change"], found["accuracy_change_interval"]) == (-0.25, accuracy["interval"])
+    # 5 and 8: standard deviation 3 / sqrt(2), over sqrt(2) prompts
+    assert found["reasoning_length_change"] == 6.5
+    assert found["reasoning_length_change_interval"] == pytest.approx([6.5 - 1.5 * 1.959964, 6.5 + 1.5 * 1.959964])
+    assert "safety_change" not in found
+
+
 def test_the_report_shows_every_stage_and_model_text_stays_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +104,7 @@ def test_the_report_shows_every_stage_and_model_text_stays_text(
         ladder.begun(tmp_path / "rl_safety")
     stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
     assert [(stage["stage"], stage["safety"]) for stage in stages] == [("base", 0.0), ("sft", 1.0), ("rl_safety", 0.5)]
+    assert [stage.get("safety_change") for stage in stages] == [None, 1.0, -0.5]
     page = Page((tmp_path / "report.html").read_text())
     assert not {"script", "img"} & set(page.tags)
     shown = "".join(page.data)
