@@ -184,13 +184,22 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         )
         planned = time.perf_counter() - started
         first = bridge.sync(0)
+
+    def empty_sync() -> None:
+        """All ranks are here, each worker of the engine is called and answers, all ranks hear of it."""
+        torch.distributed.barrier(trainer.control)
+        if engine:
+            engine.call("POST", "/weights/update", {"nothing": True})
+
     changed = wanted is None or digests() != wanted
     size = first["bytes"] // trainer.ranks
     target = torch.zeros(size, dtype=torch.uint8)
-    copies, syncs, verified = [], [], []
+    copies, empty, syncs, verified = [], [], [], []
     for i in range(settings["repetitions"]):
         loads.append(load())
         trainer.negate()
+        time.sleep(IDLE_SECONDS)
+        empty.append(trainer.timed(empty_sync))
         time.sleep(IDLE_SECONDS)
         copies.append(trainer.timed(lambda: copy_bytes(trainer.tensors, target)))  # and all ranks are here
         syncs.append(bridge.sync(2 * i + 1))
@@ -211,6 +220,7 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         "sync_packing_seconds": [sync["packing_seconds"] for sync in syncs],
         "verified_sync_seconds": verified,
         "memcpy_seconds": copies,
+        "empty_sync_seconds": empty,
         "loads": None if loads[0] is None else loads,
         "identical": identical,
         "extra_memory_bytes": memory,

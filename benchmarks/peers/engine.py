@@ -1,4 +1,5 @@
-"""The project's engine server that can also load what a peer exported: ``/weights/update`` with ``{"exported": …}``.
+"""The project's engine server whose ``/weights/update`` can also load what a peer exported (``{"exported": …}``), and
+do nothing on all workers (``{"nothing": true}``).
 
 Both sides of the comparison are so the same vLLM process with the same parameters.
 """
@@ -13,6 +14,9 @@ from rollout.weight_sync.receiver import WeightReceiver
 class LoadingReceiver(WeightReceiver):
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """A sync of the weight bridge, or a peer's load: seconds of the slowest worker, and those of packing."""
+        if "nothing" in body:
+            self._call("nothing")
+            return {}
         if "exported" not in body:
             return super().update(body)
         self.stale = True

@@ -1,4 +1,4 @@
-"""vLLM's worker with one more method: load a peer's exported tensors as the peers' users do."""
+"""vLLM's worker with two more methods: load a peer's exported tensors as the peers' users do; and do nothing."""
 
 import json
 import time
@@ -11,6 +11,9 @@ from rollout.weight_sync.worker import WeightBridgeWorker, pack_layers
 
 class LoadingWorker(WeightBridgeWorker):
     """The bridge's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
+
+    def nothing(self) -> str:
+        return "{}"
 
     def load_exported(self, message: str) -> str:
         """``load_weights`` of all tensors, views of shared memory, then the packing; seconds of both, or an error.

@@ -41,6 +41,7 @@ def sync(size, seconds, loads=None, verified=(4.0, 2.0, 3.0)):
         "sync_packing_seconds": [0.5] * len(seconds),
         "verified_sync_seconds": list(verified),
         "memcpy_seconds": [1.0, 0.5, 2.0],
+        "empty_sync_seconds": [0.25, 0.75, 0.5],
         "loads": loads,
         "identical": None if loads is None else True,
         "extra_memory_bytes": {},
@@ -55,7 +56,8 @@ def test_a_layout_takes_medians_of_the_later_repetitions_and_the_peers_sums():
     found = weight_sync.layout(sync(100, [3.0, 2.0, 1.0], LOADS), EXPORTS)
     assert (found["ours_seconds"], found["ours_verified_seconds"], found["memcpy_seconds"]) == (2.0, 3.0, 1.0)
     assert found["verification_seconds"] == 1.0
-    assert (found["second_sync_to_memcpy"], found["first_sync_to_memcpy"]) == (3.0, 4.0)
+    assert (found["second_sync_to_memcpy_with_packing"], found["first_sync_to_memcpy"]) == (3.0, 4.0)
+    assert found["second_sync_to_memcpy"] == 2.5
     # export + load + pack: 6 + 3 + 0.5 and 4 + 3 + 0.5; first 9 + 5 + 1 and 12 + 5 + 1
     assert {peer: part["seconds"] for peer, part in found["peers"].items()} == {"megatron_bridge": 9.5, "mbridge": 7.5}
     assert found["best_peer"] == "mbridge"
@@ -63,6 +65,7 @@ def test_a_layout_takes_medians_of_the_later_repetitions_and_the_peers_sums():
     assert found["placing_seconds"] == 1.5
     assert found["bound"] == {"calls_seconds": 1.25, "copying_seconds": 0.25, "packing_seconds": 0.5}
     assert (found["ratio_to_memcpy"], found["ratio_to_memcpy_with_packing"]) == (1.0 / 1.5, 0.5)
+    assert found["attainable_ratio_to_memcpy"] == 1.0 / 1.5
     assert found["ratio_to_best_peer"] == 3.75
     assert found["ratio_to_best_peer_verified"] == 2.5
     assert found["ratio_to_best_peer_first"] == 15.0 / 4.0
