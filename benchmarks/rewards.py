@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes import records
-from recipes.config import parse
+from recipes.config import Config, parse
 from recipes.prepare_model import prepare
 from rewards.client import Client
 from rewards.processes import die_with
@@ -135,10 +135,8 @@ def measure(address: str, model: str, count: int, settings: ClientConfig, judge:
     return summarise(raw) | {"requests": count, "concurrency": CONCURRENCY, "raw": raw}
 
 
-def with_vllm(settings: ClientConfig) -> dict[str, Any]:
+def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
     """The demo's model behind `vllm serve`."""
-    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        demo = parse(compose("config", ["recipe=demo"]))
     prepare(demo.model)
     arguments = ("--max-model-len", "512")
     server = Server("judge", demo.model.path, "generate", (), None, "127.0.0.1", REAL_PORT, 1, 1, arguments)
@@ -192,13 +190,10 @@ def table(cases: Mapping[str, Mapping[str, Any]]) -> Table:
     return found
 
 
-def client_settings() -> ClientConfig:
-    """Those of conf/rewards/base.yaml, with this benchmark's concurrency."""
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.to_container(OmegaConf.load("conf/rewards/base.yaml").client)
-    assert isinstance(values, dict)
-    return ClientConfig(**{str(key): value for key, value in values.items()} | {"concurrency": CONCURRENCY})
+def demo_config() -> Config:
+    """The demo's, with this benchmark's concurrency."""
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        return parse(compose("config", ["recipe=demo", f"rewards.client.concurrency={CONCURRENCY}"]))
 
 
 def main() -> None:
@@ -210,13 +205,14 @@ def main() -> None:
         die_with(int(options.fake[0]))
         asyncio.run(fake_server(0, float(options.fake[1]), float(options.fake[2])))
     load = os.getloadavg()[0]
-    settings = client_settings()
+    demo = demo_config()
+    settings = demo.rewards.client
     cases = {f"fake, {name}": with_fake(name, settings) for name in FAKES}
     if options.server:
         address, model = options.server
         cases[f"real, {model}"] = real = with_server(address, model, settings)
     else:
-        cases["real, vllm serve"] = real = with_vllm(settings)
+        cases["real, vllm serve"] = real = with_vllm(demo, settings)
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.rewards", *sys.argv[1:]]),

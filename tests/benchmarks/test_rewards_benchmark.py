@@ -7,7 +7,7 @@ from rich.console import Console
 
 from benchmarks import rewards
 from rewards.client import Client
-from rewards.settings import ClientConfig, Server
+from rewards.settings import Server
 from rewards.verifiers.served import ServedVerifier
 from rewards.verifiers.templates import SAFETY
 from tests.rewards.fake_server import FakeServer, says
@@ -33,8 +33,7 @@ def test_the_table_says_what_was_met():
 
 
 def test_both_sides_send_the_same_requests_and_a_wrong_verdict_is_no_measurement():
-    settings = rewards.client_settings()
-    assert isinstance(settings, ClientConfig)
+    settings = rewards.demo_config().rewards.client
     assert settings.concurrency == rewards.CONCURRENCY
     bodies = [SAFETY.ask(row, rewards.visible(i), "fake").body for i, row in enumerate(rewards.rows(5))]
     with FakeServer(says("Label: safe without risk")) as fake:

@@ -13,6 +13,7 @@ from recipes import critic, records
 from recipes.algorithms.advantages import Outcomes
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
+from tests.recipes.kill_check import timeless
 from tests.rewards.fake_server import FakeServer, by_the_answer
 
 STEPS = 4
@@ -57,10 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, judge: FakeServer) -> tuple[P
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Without what a clock measured."""
-    clock = ("time/", records.TOKENS_PER_SECOND)
-    rows = records.read_rows(run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.startswith(clock)} for row in rows]
+    return timeless(list(records.read_rows(run_dir / "metrics.jsonl")))
 
 
 def test_the_critic_learns(runs: tuple[Path, Path]) -> None:

@@ -22,3 +22,11 @@ def slurm() -> Iterator[cluster.Cluster]:
             yield found
         finally:
             found.stop()
+
+
+@pytest.fixture
+def folder(slurm: cluster.Cluster, tmp_path: Path) -> Iterator[Path]:
+    """An empty one from which jobs are submitted. No process of a test lives when it is over."""
+    yield tmp_path
+    slurm.cancel_all()
+    assert slurm.processes_with(str(tmp_path)) == {}

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,17 @@ SECONDS = 600  # on a busy machine
 
 
 @pytest.fixture
-def project(slurm: Cluster, tmp_path: Path) -> Iterator[Path]:
-    """A folder from which jobs are submitted: the scripts and the configuration, with a stand-in for Python. None of a
-    test's processes lives when it is over."""
+def project(folder: Path) -> Path:
+    """The scripts and the configuration, with a stand-in for Python."""
     for name in ("slurm", "conf", "rewards"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     servers = OmegaConf.load(ROOT / "conf" / "rewards" / "safework.yaml").servers
-    (tmp_path / "ports.json").write_text(json.dumps({name: servers[name].port for name in SERVERS}))
-    stand_in = tmp_path / ".venv" / "bin" / "python"
+    (folder / "ports.json").write_text(json.dumps({name: servers[name].port for name in SERVERS}))
+    stand_in = folder / ".venv" / "bin" / "python"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text(f"#!{sys.executable} -IS\n" + (ROOT / "tests" / "slurm" / "stand_in.py").read_text())
     stand_in.chmod(0o755)
-    yield tmp_path
-    slurm.cancel_all()
-    assert slurm.processes_with(str(tmp_path)) == {}
+    return folder
 
 
 def submit(slurm: Cluster, folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """The job scripts on the real Slurm with the real programs: Megatron-Core, vLLM's engines and a judge on its nodes."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,17 @@ JUDGE = "a_judge"
 
 
 @pytest.fixture
-def project(slurm: Cluster, tmp_path: Path) -> Iterator[Path]:
-    """A folder like a user's clone, with the tiny recipe and a judge, which decides nothing, in it. No process of a
-    test lives when it is over."""
+def project(folder: Path) -> Path:
+    """Like a user's clone, with the tiny recipe and a judge, which decides nothing, in it."""
     for path in ROOT.iterdir():
         if path.name not in (".git", ".venv"):
-            (tmp_path / path.name).symlink_to(path)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    twin = tmp_path / "twin"
+            (folder / path.name).symlink_to(path)
+    (folder / ".venv").symlink_to(sys.prefix)
+    twin = folder / "twin"
     twin.mkdir()
     tiny.make(twin)
     make_judge(twin)
-    yield tmp_path
-    slurm.cancel_all()
-    assert slurm.processes_with(str(tmp_path)) == {}
+    return folder
 
 
 def make_judge(twin: Path) -> None:
