@@ -90,7 +90,7 @@ class Case:
     first_stage_layers: int | None = None
     recompute: str = "none"
     sequence: bool = False
-    micro_batch_tokens: int = 64
+    micro_batch_tokens: int = 96
     reverse: bool = False
     swap: bool = False
     distributed_optimizer: bool = True
