@@ -1,4 +1,4 @@
-"""How ``make test`` shares the tests and the cores out between its two processes."""
+"""How ``make test`` shares the tests and the cores out between its processes."""
 
 import os
 from typing import Any
