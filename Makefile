@@ -27,7 +27,7 @@ demo: $(STAMP)
 
 test: lint
 	@echo "==> pytest"
-	exec $(PY) -m pytest -q -n 3 --no-loadscope-reorder --durations=15 --ignore=tests/gpu
+	exec $(PY) -m pytest -q -n 2 --no-loadscope-reorder --durations=15 --ignore=tests/gpu
 
 lint: $(STAMP)
 	@echo "==> ruff, mypy"
