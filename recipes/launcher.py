@@ -4,6 +4,7 @@ Elsewhere, srun or torchrun starts each rank as a process of its own.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -60,6 +61,7 @@ def fork_ranks(count: int) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [*ending, preemption.SIGNAL, signal.SIGCHLD])
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # no rank's garbage collection goes through what was imported
     launcher, ranks = os.getpid(), dict[int, int]()
     for rank in range(count):
         if (pid := os.fork()) == 0:

@@ -5,6 +5,7 @@ each process is one rank of the run.
 """
 
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -174,6 +175,8 @@ def load(config: Config) -> None:
     platform.activate(config.cluster.platform)
 
     import recipes.stages  # noqa: F401
+
+    gc.freeze()  # a garbage collection that goes through all that was imported stops every rank for most of a second
 
 
 def run(config: Config) -> None:
