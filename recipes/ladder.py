@@ -45,7 +45,8 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
         launched[name], configs[name] = of_stage(name, arguments, folder, former)
         former = name if configs[name].stage.evaluates else former  # a judge's stage leaves no policy
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda which, _: sys.exit(f"stopped by {signal.Signals(which).name}; go on: resume=true"))
     for name, given in launched.items():
         if config.resume and (folder / name / "finished.json").is_file():
             print(f"==> stage {name}: finished before", flush=True)
