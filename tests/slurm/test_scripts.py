@@ -173,12 +173,12 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     assert {argument for call in trained for argument in call if "nodes" in argument} == {"cluster.nodes=2"}
 
 
-def starts(folder: Path, job: str) -> list[tuple[bool, list[str]]]:
-    """Of each start of the job that has trained: whether it resumes, and the ranks' hosts. Their numbers may leave one
-    out: a start whose launch failed Slurm repeats by itself."""
+def starts(folder: Path, job: str) -> list[tuple[int, bool, list[str]]]:
+    """Of each start of the job that has trained: its number, whether it resumes, and the ranks' hosts."""
     training = [call for call in calls(folder) if call["module"] == "recipes.train" and call["job"] == job]
     return [
         (
+            start,
             any("resume=true" in call["arguments"] for call in training if call["start"] == start),
             sorted(call["host"] for call in training if call["start"] == start),
         )
@@ -187,7 +187,7 @@ def starts(folder: Path, job: str) -> list[tuple[bool, list[str]]]:
 
 
 def trains(folder: Path, job: str, ranks: int) -> bool:
-    return sum(len(hosts) for _, hosts in starts(folder, job)) == ranks
+    return sum(len(hosts) for _, _, hosts in starts(folder, job)) == ranks
 
 
 def test_the_time_limit_tells_the_ranks_and_the_job_begins_again_and_resumes(slurm: Cluster, project: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_time_limit_tells_the_ranks_and_the_job_begins_again_and_resumes(slu
     slurm.wait_for("the next start's limit", lambda: slurm.run(*next_limit).returncode == 0, SECONDS)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     hosts = ["node1", "node1", "node2", "node2"]
-    assert starts(project, job) == [(False, hosts), (True, hosts)]
+    assert starts(project, job) == [(0, False, hosts), (1, True, hosts)]
     assert "told to end by Slurm: the run saves its step" in log(project, job)
     assert "to be started again (1 of at most 20 times): it was told to end" in log(project, job)
     assert list(project.glob("*.prepared")) == []
@@ -220,7 +220,7 @@ def test_a_heterogeneous_job_begins_again_with_its_servers_and_what_waits_for_it
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     assert slurm.wait_for_end(behind, SECONDS) == ("COMPLETED", "0:0"), log(project, behind)
-    assert [resumes for resumes, _ in starts(project, job)] == [False, True]
+    assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
     modules = [call["module"] for call in calls(project)]
     assert modules.count("stopped") == modules.count("rewards.serve") == 6
 
@@ -239,7 +239,7 @@ def test_jobs_that_are_preempted_leave_within_the_grace_and_begin_again(slurm: C
     assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, told) + log(project, ended)
     for job, why in ((told, "it was told to end"), (ended, "it is preempted")):
         assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-        assert [resumes for resumes, _ in starts(project, job)] == [False, True]
+        assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
         assert f"to be started again (1 of at most 20 times): {why}" in log(project, job)
 
 
@@ -250,7 +250,7 @@ def test_a_run_that_fails_begins_again_while_it_saves_and_not_more_often_than_it
     options = ("--nodes=1", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
     saving = sbatch(slurm, project, *options, STAND_IN_STARTS="saves", MAX_RESTARTS="1")
     assert slurm.wait_for_end(saving, SECONDS) == ("FAILED", "143:0"), log(project, saving)
-    assert [resumes for resumes, _ in starts(project, saving)] == [False, True]
+    assert [(start, resumes) for start, resumes, _ in starts(project, saving)] == [(0, False), (1, True)]
     why = "it failed with code 143 behind a new checkpoint"
     assert f"to be started again (1 of at most 1 times): {why}" in log(project, saving)
     assert f"not started again though {why}: MAX_RESTARTS=1" in log(project, saving)
@@ -276,7 +276,7 @@ def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Pa
     lost = []
     for job, node in zip(jobs, (0, 1), strict=True):
         slurm.wait_for("ranks", lambda job=job: trains(project, job, 2), SECONDS)
-        lost.append(starts(project, job)[0][1][node])
+        lost.append(starts(project, job)[0][2][node])
     try:
         for node in lost:
             slurm.lose_node(node)
@@ -292,8 +292,9 @@ def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Pa
         slurm.wait_for_nodes()
     for job in jobs:
         first, second = starts(project, job)
-        assert (first[0], second[0]) == (False, True), log(project, job)
-        assert not set(lost) & set(second[1])
+        # Once it was 2: Slurm had made a start of its own, without ranks, and why is not known.
+        assert first[:2] == (0, False) and second[0] >= 1 and second[1], log(project, job)
+        assert not set(lost) & set(second[2])
     assert [log(project, job).count("to be started again") for job in jobs] == [0, 1]
 
 
