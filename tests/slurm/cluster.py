@@ -25,6 +25,9 @@ SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 CONTROL_PORT, NODE_PORT = 6817, 6818
 CONTROL_ADDRESS = "10.98.0.254"  # the login node's as well
 FAKE_GPUS, CPUS, MEMORY_MIB = 8, 128, 20000  # what a node says that it has, not what it has
+# The controller takes a node's answer in up to 2 s after it came (agent.c, _agent_nodes_update); a node that is DOWN by
+# then is up again (ReturnToService=2), though it was lost in between.
+LATE_ANSWER_SECONDS = 3
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 NAMESPACES = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
@@ -169,6 +172,7 @@ class Cluster:
 
     def notice(self, name: str) -> None:
         """What Slurm does by itself when a node has not answered for SlurmdTimeout."""
+        time.sleep(LATE_ANSWER_SECONDS)
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost").check_returncode()
 
     def wait_for_nodes(self) -> None:

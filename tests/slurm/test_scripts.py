@@ -292,8 +292,7 @@ def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Pa
         slurm.wait_for_nodes()
     for job in jobs:
         first, second = starts(project, job)
-        # Once it was 2: Slurm had made a start of its own, without ranks, and why is not known.
-        assert first[:2] == (0, False) and second[0] >= 1 and second[1], log(project, job)
+        assert first[:2] == (0, False) and second[:2] == (1, True), log(project, job)
         assert not set(lost) & set(second[2])
     assert [log(project, job).count("to be started again") for job in jobs] == [0, 1]
 
