@@ -63,7 +63,8 @@ class WeightReceiver:
             )
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
-        self.llm.reset_encoder_cache()
+        if self.llm.model_config.is_multimodal_model:
+            self.llm.reset_encoder_cache()  # one more call on all workers
         self.version, self.stale = body["version"], False
         slowest = max(answers, key=lambda answer: answer["copying_seconds"] + answer["packing_seconds"])
         return {name: slowest[name] for name in ("copying_seconds", "packing_seconds")}

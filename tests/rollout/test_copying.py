@@ -15,9 +15,12 @@ def test_batches_hold_every_element_once_and_cut_what_is_large(monkeypatch: pyte
     sources = [torch.arange(45.0).view(9, 5) + 1, torch.arange(3.0) - 7, torch.arange(40).view(2, 20)]
     targets = [whole[:, 4:9], torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2, 20, dtype=torch.int64)]
     made = batches(zip(targets, sources, strict=True))
-    sizes = [[to.nbytes for to in to_all] for to_all, _ in made]
-    # 3 rows of 20 bytes leave room for a piece; 3 numbers of 2 bytes end in one with a row of 160, longer than a batch.
-    assert sizes == [[60, 60], [60, 6], [160], [160]]
+    moves = [[to.nbytes for to, _ in batch.moves] for batch in made]
+    others = [[to.nbytes for to in batch.targets] for batch in made]
+    # 3 rows of 20 bytes leave room for a piece, strided as they are; 3 numbers of 2 bytes are converted. The rows of
+    # the rest, of 160 bytes and longer than a batch, are in one piece.
+    assert others == [[60, 60], [60, 6], [], []]
+    assert moves == [[], [], [160], [160]]
     for batch in made:
         copy_batch(batch)
     for target, source in zip(targets, sources, strict=True):
