@@ -194,13 +194,15 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     changed = wanted is None or digests() != wanted
     size = first["bytes"] // trainer.ranks
     target = torch.zeros(size, dtype=torch.uint8)
-    copies, empty, syncs, verified = [], [], [], []
+    half = size // 2
+    copies, streams, empty, syncs, verified = [], [], [], [], []
     for i in range(settings["repetitions"]):
         loads.append(load())
         trainer.negate()
         time.sleep(IDLE_SECONDS)
         empty.append(trainer.timed(empty_sync))
         time.sleep(IDLE_SECONDS)
+        streams.append(trainer.timed(lambda: [copy_bytes([target[:half]], target[half:]) for _ in range(2)]))
         copies.append(trainer.timed(lambda: copy_bytes(trainer.tensors, target)))  # and all ranks are here
         syncs.append(bridge.sync(2 * i + 1))
         bridge.verify_every = 1
@@ -220,6 +222,7 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         "sync_packing_seconds": [sync["packing_seconds"] for sync in syncs],
         "verified_sync_seconds": verified,
         "memcpy_seconds": copies,
+        "memcpy_in_two_pieces_seconds": streams,
         "empty_sync_seconds": empty,
         "loads": None if loads[0] is None else loads,
         "identical": identical,

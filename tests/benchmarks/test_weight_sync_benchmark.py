@@ -41,6 +41,7 @@ def sync(size, seconds, loads=None, verified=(4.0, 2.0, 3.0)):
         "sync_packing_seconds": [0.5] * len(seconds),
         "verified_sync_seconds": list(verified),
         "memcpy_seconds": [1.0, 0.5, 2.0],
+        "memcpy_in_two_pieces_seconds": [0.75, 0.25, 0.5],
         "empty_sync_seconds": [0.25, 0.75, 0.5],
         "loads": loads,
         "identical": None if loads is None else True,
@@ -65,7 +66,8 @@ def test_a_layout_takes_medians_of_the_later_repetitions_and_the_peers_sums():
     assert found["placing_seconds"] == 1.5
     assert found["bound"] == {"calls_seconds": 1.25, "copying_seconds": 0.25, "packing_seconds": 0.5}
     assert (found["ratio_to_memcpy"], found["ratio_to_memcpy_with_packing"]) == (1.0 / 1.5, 0.5)
-    assert found["attainable_ratio_to_memcpy"] == 1.0 / 1.5
+    assert found["attainable_ratio_to_memcpy"] == 1.0 / 1.0
+    assert found["ratio_to_memcpy_in_two_pieces"] == 0.5 / 1.5
     assert found["ratio_to_best_peer"] == 3.75
     assert found["ratio_to_best_peer_verified"] == 2.5
     assert found["ratio_to_best_peer_first"] == 15.0 / 4.0
