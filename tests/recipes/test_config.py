@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from megatron_ext import resolvers
 from recipes import train
 from recipes.algorithms.parts import PARTS
 from recipes.config import Config, ConfigError, parse
@@ -100,6 +101,12 @@ def test_overrides_work_as_people_know_them() -> None:
     assert config.algorithm.learning_rate == 2e-6
     assert (config.parallel.tensor, config.parallel.sequence) == (1, False)
     assert config.stage.trains == ["rl"]
+
+
+def test_native_precision_asks_the_processor_only_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolvers, "native_precision", lambda cpuinfo: "fp32")
+    assert configured().precision.name == "fp32"
+    assert configured("cluster=slurm_h100", "cluster.ranks=1", "parallel=tp1").precision.name == "bf16"
 
 
 def test_groups_are_the_ones_that_people_are_told_of() -> None:
