@@ -191,26 +191,34 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         if engine:
             engine.call("POST", "/weights/update", {"nothing": True})
 
+    def packs(whether: bool) -> None:
+        """Whether later syncs pack; all ranks go on behind it."""
+        trainer.on_rank_zero(lambda: engine.call("POST", "/weights/update", {"packs": whether}))  # type: ignore[union-attr]
+
     changed = wanted is None or digests() != wanted
     size = first["bytes"] // trainer.ranks
     target = torch.zeros(size, dtype=torch.uint8)
     half = size // 2
-    copies, streams, empty, syncs, verified = [], [], [], [], []
+    copies, streams, empty, placings, syncs, verified = [], [], [], [], [], []
     for i in range(settings["repetitions"]):
         loads.append(load())
         trainer.negate()
+        packs(False)
         time.sleep(IDLE_SECONDS)
         empty.append(trainer.timed(empty_sync))
         time.sleep(IDLE_SECONDS)
         streams.append(trainer.timed(lambda: [copy_bytes([target[:half]], target[half:]) for _ in range(2)]))
         copies.append(trainer.timed(lambda: copy_bytes(trainer.tensors, target)))  # and all ranks are here
-        syncs.append(bridge.sync(2 * i + 1))
+        placings.append(bridge.sync(3 * i + 1))
+        packs(True)
+        time.sleep(IDLE_SECONDS)
+        syncs.append(bridge.sync(3 * i + 2))
         bridge.verify_every = 1
-        verified.append(bridge.sync(2 * i + 2)["seconds"])
+        verified.append(bridge.sync(3 * i + 3)["seconds"])
         bridge.verify_every = NEVER
     trainer.negate()
     with watched("later_sync"):
-        bridge.sync(2 * settings["repetitions"] + 1)
+        bridge.sync(3 * settings["repetitions"] + 1)
     identical = None if wanted is None else changed and digests() == wanted
     return {
         "ranks": trainer.ranks,
@@ -218,7 +226,8 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         "plan_seconds": planned,
         "first_sync_verified_seconds": first["seconds"],
         "sync_seconds": [sync["seconds"] for sync in syncs],
-        "sync_copying_seconds": [sync["copying_seconds"] for sync in syncs],
+        "placing_seconds": [sync["seconds"] for sync in placings],
+        "placing_copying_seconds": [sync["copying_seconds"] for sync in placings],
         "sync_packing_seconds": [sync["packing_seconds"] for sync in syncs],
         "verified_sync_seconds": verified,
         "memcpy_seconds": copies,

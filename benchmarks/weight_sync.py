@@ -3,7 +3,7 @@
 ``python -m benchmarks.weight_sync`` writes ``benchmarks/results/weight_sync.json`` and prints its tables. It makes an
 environment for each peer with uv (once; kept in ``build/benchmarks``), and the models. For each model, first the peers
 export, each from its own trainer ranks; then the bridge's ranks and one vLLM run, where a repetition is a peer's load,
-a sync without and one with verification, a memcpy of the same bytes, and a call that does nothing.
+a call that does nothing, a memcpy of the same bytes, a sync without packing, a whole one, and one with verification.
 """
 
 import json
@@ -39,13 +39,13 @@ TIME_LIMIT = 480  # seconds for one group of ranks: it hangs
 MEASURED = {
     "ours": "WeightBridge.sync from the call to its end on all ranks: with vLLM's packing of linear layers for a CPU, "
     "without the verification by checksums (which no peer has; verified_sync_seconds are with it)",
-    "bound": "what a sync's seconds are made of: copying and vLLM's packing of its linear layers for a CPU, as the "
-    "slowest worker times them, and the calls and collectives, which are the rest",
+    "placing": "a sync whose workers do not pack, as none does on a GPU, behind a memcpy: ratio_to_memcpy and "
+    "second_sync_to_memcpy are made of it, the ones with_packing of ours",
+    "bound": "copying: of a placing, as the slowest worker times it; calls: its rest, with the collectives; packing: "
+    "of ours",
     "peers": "export: all ranks iterate the peer's generator of full tensors to its end and drop them; load: vLLM's "
     "model.load_weights of the same tensors from shared memory, slowest worker, and the same packing. The sum of "
     "both: no disk, no process start, no hand-over, no remote call. The loads are the same for both peers",
-    "placing": "of ours, calls, collectives and copying, without vLLM's packing of the same sync; ratio_to_memcpy is "
-    "made of it, ratio_to_memcpy_with_packing of the whole",
     "empty_sync": "a barrier of the ranks, a call that does nothing on all of vLLM's workers, a barrier: what a sync "
     "of no bytes takes. attainable_ratio_to_memcpy is a memcpy's seconds over these and a memcpy's in two pieces",
     "memcpy": "the same number of bytes, from the parameters to memory touched before, a share per trainer rank, all "
@@ -252,17 +252,11 @@ def layout(sync: Mapping[str, Any], exports: Mapping[str, Any]) -> dict[str, Any
     ours, verified, memcpy = (
         statistics.median(sync[name]) for name in ("sync_seconds", "verified_sync_seconds", "memcpy_seconds")
     )
-    parts = [
-        {"calls": all_of_it - copying - packing, "copying": copying, "packing": packing}
-        for all_of_it, copying, packing in zip(
-            sync["sync_seconds"], sync["sync_copying_seconds"], sync["sync_packing_seconds"], strict=True
-        )
-    ]
-    placings = [part["calls"] + part["copying"] for part in parts]
     placing, empty, in_two_pieces = (
         statistics.median(values)
-        for values in (placings, sync["empty_sync_seconds"], sync["memcpy_in_two_pieces_seconds"])
+        for values in (sync["placing_seconds"], sync["empty_sync_seconds"], sync["memcpy_in_two_pieces_seconds"])
     )
+    copying = statistics.median(sync["placing_copying_seconds"])
     found: dict[str, Any] = {
         "bytes": sync["bytes"],
         "ours_seconds": ours,
@@ -271,13 +265,17 @@ def layout(sync: Mapping[str, Any], exports: Mapping[str, Any]) -> dict[str, Any
         "memcpy_seconds": memcpy,
         "placing_seconds": placing,
         "empty_sync_seconds": empty,
-        "bound": {f"{name}_seconds": statistics.median(part[name] for part in parts) for name in parts[0]},
+        "bound": {
+            "calls_seconds": placing - copying,
+            "copying_seconds": copying,
+            "packing_seconds": statistics.median(sync["sync_packing_seconds"]),
+        },
         "ratio_to_memcpy": memcpy / placing,
         "attainable_ratio_to_memcpy": memcpy / (in_two_pieces + empty),
         "ratio_to_memcpy_in_two_pieces": in_two_pieces / placing,
         "ratio_to_memcpy_with_packing": memcpy / ours,
         "first_sync_to_memcpy": sync["first_sync_verified_seconds"] / memcpy,
-        "second_sync_to_memcpy": placings[0] / sync["memcpy_seconds"][0],
+        "second_sync_to_memcpy": sync["placing_seconds"][0] / sync["memcpy_seconds"][0],
         "second_sync_to_memcpy_with_packing": sync["sync_seconds"][0] / sync["memcpy_seconds"][0],
         "identical": sync["identical"],
         "extra_memory_bytes": sync["extra_memory_bytes"],

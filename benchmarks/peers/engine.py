@@ -1,5 +1,5 @@
-"""The project's engine server whose ``/weights/update`` can also load what a peer exported (``{"exported": …}``), and
-do nothing on all workers (``{"nothing": true}``).
+"""The project's engine server whose ``/weights/update`` can also load what a peer exported (``{"exported": …}``), do
+nothing on all workers (``{"nothing": true}``), and say whether later syncs pack (``{"packs": false}``).
 
 Both sides of the comparison are so the same vLLM process with the same parameters.
 """
@@ -16,6 +16,9 @@ class LoadingReceiver(WeightReceiver):
         """A sync of the weight bridge, or a peer's load: seconds of the slowest worker, and those of packing."""
         if "nothing" in body:
             self._call("nothing")
+            return {}
+        if "packs" in body:
+            self._call("set_packs", json.dumps(body["packs"]))
             return {}
         if "exported" not in body:
             return super().update(body)

@@ -1,4 +1,4 @@
-"""vLLM's worker with two more methods: load a peer's exported tensors as the peers' users do; and do nothing."""
+"""vLLM's worker with more methods: load a peer's exported tensors as the peers' users do; do nothing; pack or not."""
 
 import json
 import time
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rollout.weight_sync import worker
 from rollout.weight_sync.worker import WeightBridgeWorker, pack_layers
 
 
@@ -13,6 +14,11 @@ class LoadingWorker(WeightBridgeWorker):
     """The bridge's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
 
     def nothing(self) -> str:
+        return "{}"
+
+    def set_packs(self, whether: str) -> str:
+        """Whether later syncs of the bridge pack the linear layers; their kernels are stale until one does."""
+        worker.pack_layers = pack_layers if json.loads(whether) else lambda: 0.0
         return "{}"
 
     def load_exported(self, message: str) -> str:
