@@ -249,14 +249,13 @@ def summarise(exports: Mapping[str, Any], syncs: Mapping[str, Any]) -> dict[str,
 
 def layout(sync: Mapping[str, Any], exports: Mapping[str, Any]) -> dict[str, Any]:
     """One model in one layout: medians of the later repetitions, the ratios, and the raw times."""
-    ours, verified, memcpy = (
-        statistics.median(sync[name]) for name in ("sync_seconds", "verified_sync_seconds", "memcpy_seconds")
-    )
-    placing, empty, in_two_pieces = (
-        statistics.median(values)
-        for values in (sync["placing_seconds"], sync["empty_sync_seconds"], sync["memcpy_in_two_pieces_seconds"])
-    )
-    copying = statistics.median(sync["placing_copying_seconds"])
+
+    def median(name: str) -> float:
+        return statistics.median(sync[f"{name}_seconds"])
+
+    ours, verified, memcpy = median("sync"), median("verified_sync"), median("memcpy")
+    in_two_pieces, empty = median("memcpy_in_two_pieces"), median("empty_sync")
+    placing, copying = median("placing"), median("placing_copying")
     found: dict[str, Any] = {
         "bytes": sync["bytes"],
         "ours_seconds": ours,
@@ -268,7 +267,7 @@ def layout(sync: Mapping[str, Any], exports: Mapping[str, Any]) -> dict[str, Any
         "bound": {
             "calls_seconds": placing - copying,
             "copying_seconds": copying,
-            "packing_seconds": statistics.median(sync["sync_packing_seconds"]),
+            "packing_seconds": median("sync_packing"),
         },
         "ratio_to_memcpy": memcpy / placing,
         "attainable_ratio_to_memcpy": memcpy / (in_two_pieces + empty),

@@ -150,11 +150,11 @@ class WeightBridge:
         sequence = self.syncs
         self.syncs += 1
         order = {"version": version, "sequence": sequence, "checksums": totals}
-        with ThreadPoolExecutor(max(len(self.engines), 1)) as pool:
-            told = pool.map(lambda engine: engine.call("POST", "/weights/update", order), self.engines)  # all begin now
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(self._tell_engines, "/weights/update", [order] * len(self.engines))
             self.network.run(sequence)
-            answers = self._gather(lambda: list(told))[self.rank]
-        times = [(answer["copying_seconds"], answer["packing_seconds"]) for answer in answers]
+            self._gather(told.result)
+        times = [(answer["copying_seconds"], answer["packing_seconds"]) for answer in told.result()]
         copying, packing = max(times, key=sum, default=(0.0, 0.0))
         return {
             "bytes": self.plan.placed_bytes,
