@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,8 +37,9 @@ POLL_SECONDS = 1.0
 def climb(config: Config, arguments: Sequence[str]) -> None:
     """Launch the stages in order with the command line's ``arguments``; a resumed ladder leaves finished ones alone.
 
-    The servers that a stage's verifiers need, and that have no endpoints, run beside it. Raises ConfigError for any
-    stage's configuration before the first begins, and when a stage fails.
+    The servers that a stage's verifiers need, and that have no endpoints, run beside it. Of a finished stage its
+    exported model and records are kept, and no checkpoint. Raises ConfigError for any stage's configuration before the
+    first begins, and when a stage fails.
     """
     folder = Path(config.run_dir)
     launched, configs, former = {}, {}, None
@@ -61,6 +63,8 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
             except (ConfigError, ServerDied) as error:
                 raise ConfigError(f"stage {name}: {error}; go on with resume=true") from error
             records.write_json(folder / name / "finished.json", {"stage": name})
+        if (kept := folder / name / "checkpoints").is_dir():  # the next stage starts from the exported model
+            shutil.rmtree(kept)
         write(folder, config.stage.ladder, config.data.evaluation)
 
 

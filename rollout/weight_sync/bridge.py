@@ -122,11 +122,11 @@ class WeightBridge:
         self.network = Network(
             self.plan, self.rank, self.tensors, self.device, len(readers[self.rank]), self.network_group
         )
-        memory = {"slots": self.network.slots, "signals": self.network.signals.values}
         addresses = self._gather(
             lambda: {
                 "shards": share_tensors(self.tensors),
-                "slots": share_tensors(memory) if readers[self.rank] else None,
+                "slots": share_tensors({"slots": self.network.slots}) if readers[self.rank] else None,
+                "signals": share_tensors({"signals": self.network.signals.values}),
             }
         )
         mine = [e for e, owner in enumerate(self.owners) if owner == self.rank]
@@ -145,11 +145,14 @@ class WeightBridge:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         verify = self.syncs % self.verify_every == 0
-        gathered = self._gather(self._checksums if verify else dict)  # also: all ranks are here
-        totals = self._on_rank_zero(lambda: self._totals(gathered)) if verify else None
+        totals = None
+        if verify:
+            gathered = self._gather(self._checksums)
+            totals = self._on_rank_zero(lambda: self._totals(gathered))
         sequence = self.syncs
         self.syncs += 1
         order = {"version": version, "sequence": sequence, "checksums": totals}
+        self.network.begin(sequence)  # workers wait for this of each rank that they copy from
         with ThreadPoolExecutor(1) as pool:
             told = pool.submit(self._tell_engines, "/weights/update", [order] * len(self.engines))
             self.network.run(sequence)
@@ -282,6 +285,7 @@ def _engine_share(plan: Plan, e: int, readers: list[list[tuple[int, int]]], addr
         "workers": workers,
         "shards": {rank: addresses[rank]["shards"] for rank in shards},
         "slots": {rank: addresses[rank]["slots"] for rank in slots},
+        "signals": {rank: addresses[rank]["signals"] for rank in sorted({*shards, *slots})},
     }
 
 

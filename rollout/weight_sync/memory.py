@@ -51,7 +51,8 @@ def attach_tensors(address: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 class Signals:
     """Counters in shared memory, each written by one process: how many rounds have landed in a rank's slots, and how
-    many each worker that reads there has placed. Rounds are counted over all syncs.
+    many each worker that reads there has placed. Rounds are counted over all syncs; in the first of each sync nothing
+    lands in the slots, but the rank's own weights are final.
 
     ``values``: int64 [1 + 2 x readers]: landed (or -1: the rank gave up), then placed and process id of each reader.
     """

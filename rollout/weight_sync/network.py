@@ -48,10 +48,14 @@ class Network:
                 data = self.slots[m.round % 2][m.receiver_offset :][: m.size]
                 messages.append(dist.P2POp(dist.irecv, data, group=group, group_peer=m.sender))
 
+    def begin(self, sequence: int) -> None:
+        """Of sync number ``sequence`` (from 0): this rank's weights are final, workers on this host may copy them."""
+        self.signals.land(sequence * (1 + self.rounds) + 1)
+
     @torch.no_grad()
     def run(self, sequence: int) -> None:
-        """All rounds of sync number ``sequence`` (from 0). Collective over the ranks."""
-        first = sequence * self.rounds
+        """All rounds of sync number ``sequence``, behind :meth:`begin`. Collective over the ranks."""
+        first = sequence * (1 + self.rounds) + 1
         sending: list[dist.Work] = []
         handing_on: list[dist.Work] = []
         try:

@@ -98,13 +98,14 @@ def _reports_errors(method: Callable[..., Any]) -> Callable[..., str]:
 class _Placement:
     """A worker's share of a plan: (target, source) views, and what its parameters' checksums need.
 
-    ``copies``: from this host, in batches, which ``copiers`` make. ``arrivals``: for each round the ranks in whose
-    slots it lands and the views to copy when it has. ``staged_copies``: those of each quantised weight. ``complete``:
-    the quantised weights that have all their arrivals after a round, on every worker of the engine, which quantise
-    together; -1: that have none.
+    ``copies``: from the ranks ``sources`` on this host, in batches, which ``copiers`` make. ``arrivals``: for each
+    round the ranks in whose slots it lands and the views to copy when it has. ``staged_copies``: those of each
+    quantised weight. ``complete``: the quantised weights that have all their arrivals after a round, on every worker of
+    the engine, which quantise together; -1: that have none.
     """
 
     tensors: dict[str, TensorInfo]
+    sources: list[Signals]
     copies: list[Batch]
     copiers: Copiers
     arrivals: list[list[tuple["_Target", torch.Tensor]]]
@@ -161,8 +162,9 @@ class WeightBridgeWorker:
     def bridge_plan(self, message: str) -> Any:
         """Map the memory of the ranks on this host and resolve this worker's share of the plan to pairs of views.
 
-        ``{"tensors", "shards": {rank: address}, "slots": {rank: address}, "rounds", "workers": [its share of each
-        worker: {"copies", "arrivals", "readers": {rank: number among the readers of its slots}}]}``.
+        ``{"tensors", "shards": {rank: address}, "slots": {rank: address}, "signals": {rank: address}, "rounds",
+        "workers": [its share of each worker: {"copies", "arrivals", "readers": {rank: number among the readers of its
+        slots}}]}``.
         """
         body = json.loads(message)
         share = body["workers"][self.rank]  # type: ignore[attr-defined]
@@ -170,6 +172,10 @@ class WeightBridgeWorker:
             parameters = weight_tensors(self.get_model())  # type: ignore[attr-defined]
         shards = {rank: attach_tensors(address) for rank, address in body["shards"].items()}
         slots = {rank: attach_tensors(address) for rank, address in body["slots"].items()}
+        progress = {
+            rank: Signals(attach_tensors(address)["signals"], address["pid"])
+            for rank, address in body["signals"].items()
+        }
 
         def target(item: Copy | Arrival) -> _Target:
             live = None if item.parameter in layers else parameters[item.parameter].detach()
@@ -198,8 +204,8 @@ class WeightBridgeWorker:
             complete[at].append(name)
         signals = {}
         for rank, reader in share["readers"].items():
-            signals[int(rank)] = (Signals(slots[rank]["signals"], body["slots"][rank]["pid"]), reader)
-            signals[int(rank)][0].register(reader)
+            signals[int(rank)] = (progress[rank], reader)
+            progress[rank].register(reader)
         tensors = {
             name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in body["tensors"].items()
         }
@@ -208,7 +214,16 @@ class WeightBridgeWorker:
         if hasattr(self, "bridge_placement"):
             self.bridge_placement.copiers.stop()
         self.bridge_placement = _Placement(
-            tensors, batches(copies), copiers, arrivals, signals, Staging(layers, device), staged_copies, complete, []
+            tensors,
+            [progress[rank] for rank in {str(c.rank) for c in read(Copy, share["copies"])}],
+            batches(copies),
+            copiers,
+            arrivals,
+            signals,
+            Staging(layers, device),
+            staged_copies,
+            complete,
+            [],
         )
         return {}
 
@@ -216,12 +231,11 @@ class WeightBridgeWorker:
     def bridge_update(self, message: str) -> Any:
         """Copy every rectangle into place, then pack the linear layers; ``{"sequence", "verify"}``. Returns the
         checksums of what the parameters hold then, if they are to be verified, and the seconds of both."""
-        started = time.perf_counter()
         body = json.loads(message)
         placement = self._placement()
         staging, verify = placement.staging, body["verify"]
         rounds = len(placement.arrivals)
-        first = body["sequence"] * rounds
+        first = body["sequence"] * (1 + rounds) + 1
         local = iter(placement.copies)
 
         def copy_some() -> bool:
@@ -233,6 +247,9 @@ class WeightBridgeWorker:
         if verify:
             placement.checksums = []
         try:
+            for rank in placement.sources:
+                rank.wait_landed(first, meanwhile=lambda: False)  # this order may be here before the rank
+            begun = time.perf_counter()
             for t, arrivals in enumerate(placement.arrivals):
                 for signals, _ in placement.signals.values():
                     signals.wait_landed(first + t + 1, meanwhile=copy_some)
@@ -248,7 +265,7 @@ class WeightBridgeWorker:
         finally:  # after a failure too: the ranks must not wait for this worker
             for signals, reader in placement.signals.values():
                 signals.place(reader, first + rounds)
-        copied = time.perf_counter() - started
+        copied = time.perf_counter() - begun
         checksums = self._region_checksums() if verify else {"checksums": []}
         return checksums | {"copying_seconds": copied, "packing_seconds": pack_layers()}
 

@@ -135,6 +135,24 @@ def test_every_option_composes_and_every_value_has_a_typed_field(group: str, opt
     assert [key for key in keys if found(key) is missing] == []
 
 
+def test_each_stage_of_a_safework_recipe_draws_its_own_prompts() -> None:
+    drawn = {}
+    for stage in ("rl", "rl_general", "rl_safety", "rl_efficient", "rl_search"):
+        config = parse(composed("recipe=safework_72b", f"stage={stage}"))
+        train.check_parts(config)  # there are enough rows of each for a step
+        drawn[stage] = {kind for kind, share in config.data.mix.items() if share}
+        assert (config.rollout.environment.name is None) == (stage != "rl_search")
+    search, safety = {"listed", "read", "missing"}, {"harmful", "jailbreak", "borderline", "benign"}
+    others = safety | {"value", "task"}
+    assert drawn == {
+        "rl": others,
+        "rl_general": {"value", "task"},
+        "rl_safety": others,
+        "rl_efficient": others,
+        "rl_search": others | search,
+    }
+
+
 def test_no_field_has_a_default_in_code() -> None:
     defaults = {path for path, field in FIELDS.items() if field.default is not MISSING}
     assert defaults == {"model.gguf_package", "model.gguf_file"}  # null: an ordinary model is not made from a package

@@ -140,6 +140,12 @@ def test_every_stage_begins_with_the_former_models_answers(climbed: Path) -> Non
     assert (climbed / "rl_safety" / "report.html").is_file()
 
 
+def test_a_finished_stage_keeps_its_model_and_no_checkpoint(climbed: Path) -> None:
+    for name in ("sft", "rl_safety"):
+        assert (climbed / name / "hf" / "config.json").is_file()
+        assert not (climbed / name / "checkpoints").exists()
+
+
 def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(climbed: Path) -> None:
     first, second = records.read_rows(climbed / "rl_safety" / "metrics.jsonl")
     assert first["kl/reference"] == 0.0

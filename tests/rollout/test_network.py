@@ -50,7 +50,7 @@ def main(case: str, rank: str, folder: str) -> None:
     parameters = {f"p{i}": torch.zeros(SHAPE, dtype=torch.bfloat16) for i in range(TENSORS)}
 
     def worker(sequence: int) -> None:
-        first = sequence * plan.rounds
+        first = sequence * (1 + plan.rounds) + 1
         for t in range(plan.rounds):
             network.signals.wait_landed(first + t + 1, meanwhile=lambda: False)
             time.sleep(0.002 * (me % 3))  # some are slow: nobody may overwrite what they have not read
@@ -68,6 +68,7 @@ def main(case: str, rank: str, folder: str) -> None:
             network.signals.register(0)
             reader = threading.Thread(target=worker, args=(sequence,))
             reader.start()
+        network.begin(sequence)
         network.run(sequence)
         if me >= holders:
             reader.join()
