@@ -47,10 +47,13 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
         launched[name], configs[name] = of_stage(name, arguments, folder, former)
         former = name if configs[name].stage.evaluates else former  # a judge's stage leaves no policy
     folder.mkdir(parents=True, exist_ok=True)
+    if not config.resume:  # or a resumed ladder would leave out what an earlier one was done with
+        for name in launched:
+            (folder / name / records.FINISHED).unlink(missing_ok=True)
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda which, _: sys.exit(f"stopped by {signal.Signals(which).name}; go on: resume=true"))
     for name, given in launched.items():
-        if config.resume and (folder / name / "finished.json").is_file():
+        if (folder / name / records.FINISHED).is_file():
             print(f"==> stage {name}: finished before", flush=True)
         else:
             print(f"==> stage {name}", flush=True)
@@ -62,7 +65,7 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
                     print(f"the judge finds {found['mean']:.2f} of the held-out labels", flush=True)
             except (ConfigError, ServerDied) as error:
                 raise ConfigError(f"stage {name}: {error}; go on with resume=true") from error
-            records.write_json(folder / name / "finished.json", {"stage": name})
+            records.write_json(folder / name / records.FINISHED, {"stage": name})
         if (kept := folder / name / "checkpoints").is_dir():  # the next stage starts from the exported model
             shutil.rmtree(kept)
         write(folder, config.stage.ladder, config.data.evaluation)

@@ -32,6 +32,7 @@ REQUIRED_METRICS = (
 )
 # Response tokens per second of the generation phase; the live view shows it where a row has it.
 TOKENS_PER_SECOND = "tokens_per_second"
+FINISHED = "finished.json"  # a ladder writes it in the folder of a stage that it is done with
 PHASE_ORDER = ("generate", "judge", "reward", "logprobs", "train", "sync", "checkpoint")
 VERSIONED_PACKAGES = ("megatron-core", "transformer-engine", "torch", "vllm", "transformers", "hydra-core", "numpy")
 

@@ -21,7 +21,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes import launcher, preemption
+from recipes import launcher, preemption, records
 from recipes.config import Config, ConfigError, generates, parse, unknown_field
 from recipes.slurm import adopt_step
 from rewards.processes import die_with
@@ -35,6 +35,7 @@ RESULTS = (
     "report.html",
     "reward_model.json",
     "judge.json",
+    records.FINISHED,
 )
 APPEND = "To append to your config use +"
 MERGING = "Error merging override "
@@ -65,11 +66,15 @@ def prepare_run(config: Config) -> None:
     from recipes.display import Display
     from recipes.prepare_model import prepare
 
+    run_dir = Path(config.run_dir)
+    if config.resume and (run_dir / records.FINISHED).is_file():
+        raise ConfigError(
+            f"resume=true: a ladder finished {run_dir} and kept no checkpoint; without resume it begins anew"
+        )
     check_supervised(config)
     if generates(config):
         check_parts(config)
         check_servers(config)
-    run_dir = Path(config.run_dir)
     if not config.resume:
         for name in (*RESULTS, "checkpoints", "warm_start", "sft", "hf", "logs"):
             path = run_dir / name

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import initialize_config_dir
 
 from recipes import ladder, records
 from recipes.config import ConfigError
 from recipes.statistics import mean_interval, paired_difference
 from tests.recipes import tiny
-from tests.recipes.test_config import configured
+from tests.recipes.test_config import CONF, configured
 from tests.recipes.test_report import HOSTILE, Page
 
 LADDER = (
@@ -144,6 +145,37 @@ def test_a_finished_stage_keeps_its_model_and_no_checkpoint(climbed: Path) -> No
     for name in ("sft", "rl_safety"):
         assert (climbed / name / "hf" / "config.json").is_file()
         assert not (climbed / name / "checkpoints").exists()
+
+
+def test_a_stage_that_a_ladder_finished_is_not_resumed_by_itself(climbed: Path, twin: Path) -> None:
+    before = (climbed / "sft" / "answers.json").read_text()
+    run = tiny.Run(tiny.overrides(twin, climbed / "sft", *LADDER[2:], "stage=sft", "resume=true"))
+    printed = run.output(300)
+    assert run.process.returncode == 1
+    assert "a ladder finished" in printed and "kept no checkpoint" in printed
+    assert (climbed / "sft" / "answers.json").read_text() == before
+
+
+def test_a_ladder_that_begins_anew_leaves_no_stage_out_when_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def fails(command: list[str], _: Any) -> int:
+        launched.append(command)
+        return 1
+
+    monkeypatch.setattr(ladder, "run_beside_servers", fails)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    given = ["recipe=ladder_demo", "stage.ladder=[sft,rl_safety]", f"run_dir={tmp_path}"]
+    for name in ("sft", "rl_safety"):  # as an earlier ladder leaves them
+        (tmp_path / name).mkdir()
+        records.write_json(tmp_path / name / records.FINISHED, {"stage": name})
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        with pytest.raises(ConfigError, match="stage sft: it ended with code 1"):
+            ladder.climb(ladder.composed(given), given)
+        assert not (tmp_path / "rl_safety" / records.FINISHED).exists()
+    assert len(launched) == 1
 
 
 def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(climbed: Path) -> None:
