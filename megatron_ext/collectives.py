@@ -77,9 +77,10 @@ def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]
 
 
 def leave_groups() -> None:
-    """Leave all process groups, and end their threads: one that outlives the interpreter may abort the process.
+    """Leave all process groups, and end the threads of those that nothing holds any more.
 
-    A group that a reference cycle holds (the frames of a caught exception, say) lives until that is collected.
+    What only a reference cycle holds (the frames of a caught exception, say) is collected: a thread that outlives the
+    interpreter may abort the process.
     """
     dist.destroy_process_group()
     gc.collect()

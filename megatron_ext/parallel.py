@@ -77,7 +77,7 @@ def control_group() -> dist.ProcessGroup:
 
 
 def destroy() -> None:
-    """Leave the process groups, so that gloo and NCCL threads end before the interpreter does."""
+    """Leave all process groups."""
     global _control
     _control = None
     mpu.destroy_model_parallel()
