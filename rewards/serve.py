@@ -32,6 +32,7 @@ from rewards.settings import RewardsConfig, Server, SupervisorConfig
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
 LOG_TAIL_BYTES = 3000
+TRACKER_SECONDS = 5.0
 
 
 class ServerDied(RuntimeError):
@@ -228,10 +229,18 @@ def note_restart(replica: Replica) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a server and its children, which are a session of their own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill what is left of a server and its children, which are a session of their own.
+
+    The children die with it. multiprocessing's tracker then removes the semaphores that they had, if it is let live.
+    """
+    process.kill()  # nothing to a process that has ended
     process.wait()
+    deadline = time.monotonic() + TRACKER_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def replicas(config: RewardsConfig, folder: Path, platform: str) -> list[Replica]:

@@ -281,6 +281,7 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
             judges(verifiers)
             sleeps_and_wakes(client, verifiers["first_token"], port)
             refuses_strangers(port)
+            shared = set[str]().union(*(tiny.mapped_shared_memory(Path(f"/proc/{pid}")) for pid in marked(marker)))
             killed_in_mid_batch(verifiers["safety"], port)
         wait_for("restart", lambda: "it is started again" in output.read_text(), 120, program, output)
         program.send_signal(signal.SIGTERM)
@@ -290,6 +291,8 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
         while left := marked(marker):
             assert time.monotonic() < deadline, f"left over: {left}"
             time.sleep(0.1)
+        assert any(name.startswith("sem.") for name in shared)
+        assert not shared & set(os.listdir("/dev/shm"))
     finally:
         for pid in marked(marker):
             with contextlib.suppress(ProcessLookupError):
