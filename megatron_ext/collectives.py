@@ -1,6 +1,5 @@
 """Small collectives on plain data over a gloo group, on every platform: JSON in, JSON out, nothing is unpickled."""
 
-import gc
 import json
 from collections.abc import Callable
 from typing import Any
@@ -74,16 +73,6 @@ def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]
     if errors:
         raise RuntimeError("; ".join(errors))
     return [told["value"] for told in messages]
-
-
-def leave_groups() -> None:
-    """Leave all process groups, and end the threads of those that nothing holds any more.
-
-    What only a reference cycle holds (the frames of a caught exception, say) is collected: a thread that outlives the
-    interpreter may abort the process.
-    """
-    dist.destroy_process_group()
-    gc.collect()
 
 
 def _bytes(value: Any) -> torch.Tensor:

@@ -9,7 +9,6 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ext import layout as layouts
 from megatron_ext import platform
-from megatron_ext.collectives import leave_groups
 from megatron_ext.layout import Layout
 
 _control: dist.ProcessGroup | None = None
@@ -81,4 +80,4 @@ def destroy() -> None:
     global _control
     _control = None
     mpu.destroy_model_parallel()
-    leave_groups()
+    dist.destroy_process_group()

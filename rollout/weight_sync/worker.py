@@ -183,7 +183,9 @@ class WeightBridgeWorker:
 
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         staged_copies: dict[str, list[tuple[_Target, torch.Tensor]]] = {name: [] for name in layers}
+        sources = set()
         for c in read(Copy, share["copies"]):
+            sources.add(str(c.rank))
             source = shards[str(c.rank)][c.shard][region(c.local_start, c.shape)]
             if c.parameter in staged_copies:
                 staged_copies[c.parameter].append((target(c), source))
@@ -215,7 +217,7 @@ class WeightBridgeWorker:
             self.bridge_placement.copiers.stop()
         self.bridge_placement = _Placement(
             tensors,
-            [progress[rank] for rank in {str(c.rank) for c in read(Copy, share["copies"])}],
+            [progress[rank] for rank in sources],
             batches(copies),
             copiers,
             arrivals,
