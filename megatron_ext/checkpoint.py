@@ -35,8 +35,10 @@ from megatron_ext.parallel import control_group
 
 MANIFEST, COMPLETE, PROGRESS = "manifest.json", "complete.json", "progress.json"
 POLICY = "policy"
-# The one format of Megatron-Core's distributed optimiser that loads under any layout.
-_OPTIMIZER_FORMAT = {
+# Each layer by its own name, as a frozen one has no moments; and the one format of Megatron-Core's distributed
+# optimiser that loads under any layout.
+_FORMAT = {
+    "non_homogeneous_layers": True,
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
@@ -293,8 +295,11 @@ def _box(tensor: ShardedTensor) -> tuple[int, ...]:
 
 def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
     # Names count layers in the whole model, so a checkpoint does not depend on chunks and stages.
-    state: dict[str, Any] = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(model.chunks)}
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+    form = dict(_FORMAT)  # Megatron-Core adds this layout's groups
+    state: dict[str, Any] = {
+        f"model{i}": chunk.module.sharded_state_dict(metadata=form) for i, chunk in enumerate(model.chunks)
+    }
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=form)
     return state
 
 

@@ -1,6 +1,8 @@
 """Build a Megatron-Core model for a Hugging Face configuration, in any layout."""
 
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from megatron_ext.parallel import Parallel
 from megatron_ext.precision import Precision
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
 from megatron_ext.vision_language import VisionLanguageModel
-from megatron_ext.weight_map import Sharding, sharding_of, shards
+from megatron_ext.weight_map import Part, Sharding, sharding_of, shards
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ModelSettings:
     """``recompute``: activations made again in the backward pass (a key of ``RECOMPUTE``). ``frozen``: prefixes of
-    Megatron parameter names that are not trained; "vision" is the tower without its projector.
+    Megatron parameter names that are not trained, layers as the whole model counts them; "vision" is the tower without
+    its projector.
     """
 
     precision: Precision
@@ -119,6 +122,7 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
     parts = arch.parts(hf_config, layout.tensor, parallel.tensor_rank)
     if has_scalar_head(hf_config):
         parts = with_scalar_head(parts)
+    check_frozen(settings.frozen, parts)
     chunks = []
     for stage in range(layout.virtual):
         module = build_chunk(hf_config, config, parallel, settings, stage)
@@ -127,6 +131,11 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
             for parameter in module.parameters():
                 parameter.zero_()
         chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=module))
+    if not any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
+        raise ValueError(
+            f"model.frozen={list(settings.frozen)} leaves nothing to train on pipeline stage {parallel.pipeline_rank}, "
+            "which Megatron-Core can't checkpoint: leave a layer of it out, or use a smaller parallel.pipeline"
+        )
     return Model(
         chunks=chunks,
         config=config,
@@ -207,7 +216,7 @@ def build_chunk(
         tower = arch.vision_tower(hf_config, parallel, settings.precision.dtype, recompute) if first else None
         model = VisionLanguageModel(config, model, tower)
     for name, parameter in model.named_parameters():
-        if any(frozen_by(prefix, name) for prefix in settings.frozen):
+        if any(frozen_by(prefix, whole_name(model, name)) for prefix in settings.frozen):
             parameter.requires_grad = False
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if (
@@ -220,6 +229,25 @@ def build_chunk(
             "embedding get no gradient from Megatron-Core; use parallel.recompute=selective, or train the embedding"
         )
     return model
+
+
+def check_frozen(frozen: Sequence[str], parts: Sequence[Part]) -> None:
+    """Raises ValueError naming an entry of ``model.frozen`` that is no beginning of any parameter's name."""
+    names = [part.prefix + rule.megatron for part in parts for rule in part.rules]
+    for prefix in frozen:
+        if not any(frozen_by(re.sub(r"\.\d+(?=\.|$)", ".{}", prefix), name) for name in names):
+            raise ValueError(
+                f"model.frozen: {prefix!r} begins no parameter's name; those are like {names[0]}, {names[-1]} "
+                "({}: the number of a layer in the whole model)"
+            )
+
+
+def whole_name(model: MegatronModule, name: str) -> str:
+    """A parameter's name with its layer's number in the whole model, not that on this pipeline stage."""
+    if not (match := re.match(r"(.*?\blayers)\.\d+", name)):
+        return name
+    layer: Any = model.get_submodule(match.group())
+    return f"{match[1]}.{layer.layer_number - 1}{name[match.end() :]}"
 
 
 def frozen_by(prefix: str, name: str) -> bool:

@@ -97,6 +97,7 @@ class Case:
     twin: str = "tied"
     precision: str = "fp32"
     temperature: float = 1.0
+    frozen: tuple[str, ...] = ()  # as in ModelSettings
 
     @property
     def is_scalar(self) -> bool:
@@ -166,11 +167,21 @@ TP2_SP_DP2 = Case("untied-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="un
 PP2_DP2 = Case("untied-pp2-dp2", pipeline=2, data=2, twin="untied")
 PP2_VP2_CP2 = Case("untied-pp2-vp2-cp2", pipeline=2, virtual=2, context=2, twin="untied")
 SCALAR_TP2_SP_PP2 = Case("scalar-resume-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="scalar")
-RESUMES = (TP2_SP_DP2, PP2_DP2, PP2_VP2_CP2, SCALAR_TP2_SP_PP2, Case("bf16-pp2", pipeline=2, precision="bf16"))
+FROZEN = ("embedding", "decoder.layers.0", "decoder.layers.3")  # a layer of each stage
+FROZEN_PP2_DP2 = Case("untied-frozen-pp2-dp2", pipeline=2, data=2, twin="untied", frozen=FROZEN)
+RESUMES = (
+    TP2_SP_DP2,
+    PP2_DP2,
+    PP2_VP2_CP2,
+    SCALAR_TP2_SP_PP2,
+    Case("bf16-pp2", pipeline=2, precision="bf16"),
+    FROZEN_PP2_DP2,
+)
 RELAYOUTS = (
     (TP2_SP_DP2, Case("untied-tp4", tensor=4, twin="untied")),
     (PP2_DP2, Case("untied-dp4", data=4, twin="untied")),
     (PP2_VP2_CP2, Case("untied-pp4", pipeline=4, twin="untied")),
+    (FROZEN_PP2_DP2, Case("untied-frozen-dp4", data=4, twin="untied", frozen=FROZEN)),
 )
 DAMAGED = (TP2_SP_DP2, Case("untied-damaged", tensor=2, data=2, sequence=True, twin="untied"))
 OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))

@@ -74,7 +74,9 @@ class Policy:
     def __init__(self, folder: Path, case: Case, layout: parallel.Parallel) -> None:
         self.case, self.twin = case, folder / case.twin
         hf = hf_checkpoint.config(self.twin)
-        settings = model.ModelSettings(Precision(case.precision), case.recompute, case.distributed_optimizer)
+        settings = model.ModelSettings(
+            Precision(case.precision), case.recompute, case.distributed_optimizer, case.frozen
+        )
         self.model = model.build(hf, layout, settings)
         hf_checkpoint.load(self.model.shards, self.twin)
         self.optimizer, self.schedule = optimizer.build(

@@ -60,6 +60,13 @@ IMPOSSIBLE = {
     "frozen embedding": (
         ("model.frozen=[embedding]", "parallel.recompute=full"), "ranks", ["model.frozen=['embedding']", "selective"],
     ),
+    "frozen stage": (
+        (f"model.frozen=[embedding,{','.join(f'decoder.layers.{n}' for n in range(20))}]",), "ranks",
+        ["model.frozen=['embedding', 'decoder.layers.0'", "nothing to train on pipeline stage 0"],
+    ),
+    "frozen nothing": (
+        ("model.frozen=[decoder.layer.3]",), "ranks", ["model.frozen: 'decoder.layer.3' begins no parameter's name"],
+    ),
 }  # fmt: skip
 SHARES = {"safety": 0.25, "value": 0.28, "knowledge": 0.28}  # of a GPU's memory
 COLOCATED = [
