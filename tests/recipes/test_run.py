@@ -215,14 +215,16 @@ def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> N
     """Megatron-Core's checkpoint, read without Megatron-Core and taken apart by plain slicing, tensor by tensor."""
     hf = weights(whole[0] / "hf")
     layers = {
-        "self_attention.linear_qkv.layer_norm_weight": (2, 96),
-        "self_attention.linear_qkv.weight": (2, 4 * 128, 96),  # 4 groups (3 and one of padding) of 2 q, k, v
-        "self_attention.linear_proj.weight": (2, 96, 4 * 64),
-        "mlp.linear_fc1.layer_norm_weight": (2, 96),
-        "mlp.linear_fc1.weight": (2, 2 * 96, 96),
-        "mlp.linear_fc2.weight": (2, 96, 96),
+        "self_attention.linear_qkv.layer_norm_weight": (96,),
+        "self_attention.linear_qkv.weight": (4 * 128, 96),  # 4 groups (3 and one of padding) of 2 q, k, v
+        "self_attention.linear_proj.weight": (96, 4 * 64),
+        "mlp.linear_fc1.layer_norm_weight": (96,),
+        "mlp.linear_fc1.weight": (2 * 96, 96),
+        "mlp.linear_fc2.weight": (96, 96),
     }
-    shapes: dict[str, tuple[int, ...]] = {f"decoder.layers.{name}": shape for name, shape in layers.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"decoder.layers.{i}.{name}": shape for i in range(2) for name, shape in layers.items()
+    }
     shapes |= {"embedding.word_embeddings.weight": (300, 96), "decoder.final_layernorm.weight": (96,)}
     found = stored(whole[0] / "checkpoints" / f"step_{STEPS:06d}")
     saved = {name: found[f"policy/{name}"] for name in shapes}
@@ -233,7 +235,7 @@ def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> N
         "model.norm.weight": saved["decoder.final_layernorm.weight"],
     }
     for i in range(2):
-        parts = {name: saved[f"decoder.layers.{name}"][i] for name in layers}
+        parts = {name: saved[f"decoder.layers.{i}.{name}"] for name in layers}
         groups = parts["self_attention.linear_qkv.weight"].view(4, 128, 96)[:3]
         expected |= {
             f"model.layers.{i}.{name}": value
