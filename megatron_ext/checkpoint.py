@@ -70,8 +70,7 @@ def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerPar
     own = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor) and is_main_replica(t.replica_id)]
     copies = platform.current().to_host([t.data.detach() for t in own])
     parts = [
-        shard_files.Part(t.key, t.global_shape, t.global_offset, copy.view(_box(t)))
-        for t, copy in zip(own, copies, strict=True)
+        shard_files.Part(t.key, t.global_shape, t.global_offset, copy) for t, copy in zip(own, copies, strict=True)
     ]
     return Snapshot(parts, common, _layout(model))
 
@@ -283,14 +282,9 @@ def _fill(reader: shard_files.Reader, name: str, leaf: Any) -> Any:
     """The tensor that belongs in the place of a ShardedTensor. Objects of layers are not in a checkpoint."""
     if not isinstance(leaf, ShardedTensor):
         return leaf.data
-    target = torch.empty(_box(leaf), dtype=leaf.dtype)
+    target = torch.empty(leaf.local_shape, dtype=leaf.dtype)
     reader.fill(f"{name}/{leaf.key}", leaf.global_shape, leaf.global_offset, target)
-    return target.view(leaf.local_shape)
-
-
-def _box(tensor: ShardedTensor) -> tuple[int, ...]:
-    """The local shape, with as many dimensions as the global one."""
-    return (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    return target
 
 
 def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
