@@ -20,7 +20,7 @@ from megatron_ext.parallel import Parallel
 from megatron_ext.precision import Precision
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
 from megatron_ext.vision_language import VisionLanguageModel
-from megatron_ext.weight_map import Part, Sharding, sharding_of, shards
+from megatron_ext.weight_map import Part, Sharding, layer_in_whole, sharding_of, shards
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -246,8 +246,7 @@ def whole_name(model: MegatronModule, name: str) -> str:
     """A parameter's name with its layer's number in the whole model, not that on this pipeline stage."""
     if not (match := re.match(r"(.*?\blayers)\.\d+", name)):
         return name
-    layer: Any = model.get_submodule(match.group())
-    return f"{match[1]}.{layer.layer_number - 1}{name[match.end() :]}"
+    return f"{match[1]}.{layer_in_whole(model, match.group())}{name[match.end() :]}"
 
 
 def frozen_by(prefix: str, name: str) -> bool:

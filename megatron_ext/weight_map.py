@@ -161,6 +161,11 @@ def attention_output(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding
     return [Block(names[0], (0, start), (0, 0), (shape[0], columns))] if columns else []
 
 
+def layer_in_whole(model: torch.nn.Module, layer: str) -> int:
+    """The number in the whole model of the layer that this stage has under the name ``layer``."""
+    return model.get_submodule(layer).layer_number - 1  # type: ignore[operator, return-value]
+
+
 def shards(models: Sequence[torch.nn.Module], parts: Sequence[Part]) -> list[Shard]:
     """Every local parameter with its blocks. Raises KeyError naming a parameter that no rule matches."""
     rules = [
@@ -179,9 +184,8 @@ def shards(models: Sequence[torch.nn.Module], parts: Sequence[Part]) -> list[Sha
             if match is None or rule is None or sharding is None:
                 raise KeyError(f"parameter {name!r} matches no rule of the family's weight map: add one to its table")
             names = rule.hf
-            if match.groups():  # a local layer's number in the whole model is Megatron-Core's, which counts from 1
-                layer = model.get_submodule(plain[: match.end(1)]).layer_number - 1  # type: ignore[operator]
-                names = tuple(n.format(layer) for n in rule.hf)
+            if match.groups():
+                names = tuple(n.format(layer_in_whole(model, plain[: match.end(1)])) for n in rule.hf)
             blocks = tuple(rule.layout(names, tuple(parameter.shape), sharding))
             found.append(Shard(f"{chunk}.{name}", parameter.data, blocks))
     return found
