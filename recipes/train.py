@@ -37,6 +37,7 @@ RESULTS = (
     "judge.json",
     records.FINISHED,
 )
+FAILED = "failed"  # in logs/, once a rank has
 APPEND = "To append to your config use +"
 MERGING = "Error merging override "
 SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose values are not shown
@@ -80,6 +81,7 @@ def prepare_run(config: Config) -> None:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (run_dir / "logs" / FAILED).unlink(missing_ok=True)
     log_to_file(run_dir)
     if not (Path(config.model.path) / "config.json").is_file():
         if config.stage.after is not None:
@@ -185,7 +187,7 @@ def load(config: Config) -> None:
 
 
 def run(config: Config) -> None:
-    """One rank of the run. A failure is told in one line on standard output; its traceback is in the rank's log.
+    """One rank of the run. The first rank's failure is told in one line on standard output, tracebacks are in the logs.
 
     A run that is told to end by SIGUSR1 ends with ``preemption.EXIT_CODE`` when it has saved.
     """
@@ -196,6 +198,7 @@ def run(config: Config) -> None:
     from recipes.session import open_session
     from recipes.stages import run_stage
 
+    terminal = os.fdopen(os.dup(1), "w")  # open_session sends the output of all ranks but one to their logs
     try:
         with open_session(config) as session:
             run_stage(session)
@@ -203,9 +206,22 @@ def run(config: Config) -> None:
         print(f"{news}; go on with resume=true", flush=True)
         sys.exit(preemption.EXIT_CODE if os.environ["RANK"] == "0" else 0)  # srun kills the others at the first 75
     except Exception as error:
-        print(f"error: {error}\n(rank {os.environ.get('RANK', '?')}; logs in {config.run_dir}/logs)", flush=True)
+        if fails_first(config):
+            logs = f"(rank {os.environ.get('RANK', '?')}; logs in {config.run_dir}/logs)"
+            print(f"error: {error}\n{logs}", file=terminal, flush=True)
         traceback.print_exc()  # last: the log may be on the disk that is full
         sys.exit(1)
+
+
+def fails_first(config: Config) -> bool:
+    """Whether no other rank has failed in this launch: most failures are all ranks', or follow from the first one."""
+    try:
+        os.close(os.open(Path(config.run_dir) / "logs" / FAILED, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk, say
+        return True
+    return True
 
 
 def say_why_on_sigterm(config: Config) -> None:

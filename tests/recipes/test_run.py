@@ -331,6 +331,15 @@ def test_nothing_is_left_when_the_launcher_dies_while_ranks_start(twin: Path, tm
         run.process.communicate()
 
 
+def test_a_failure_of_all_ranks_is_told_once_whichever_rank_fails_first(twin: Path, tmp_path: Path) -> None:
+    run = tiny.Run(tiny.overrides(twin, tmp_path / "run", "cluster.ranks=2", "model.frozen=[decoder.nonsense]"))
+    try:
+        assert run.output(120).count("error: model.frozen: 'decoder.nonsense' begins no parameter's name") == 1
+        assert run.process.returncode == 1
+    finally:
+        run.kill_all()
+
+
 def test_layouts_agree_on_a_step(layouts: dict[str, Path]) -> None:
     """From the same weights the engine makes the same samples, and the trainer's sums differ by FP32 rounding only."""
     (expected,), (found, *_) = metrics(layouts["single"]), metrics(layouts["dp2"])
