@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_ext import platform, shard_files
+from megatron_ext import optimizer_shards, platform, shard_files
 from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
 from megatron_ext.model import Model
 from megatron_ext.parallel import control_group
 
 MANIFEST, COMPLETE, PROGRESS = "manifest.json", "complete.json", "progress.json"
 POLICY = "policy"
-# Each layer by its own name, as a frozen one has no moments; and the one format of Megatron-Core's distributed
-# optimiser that loads under any layout.
-_FORMAT = {
-    "non_homogeneous_layers": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+_FORMAT = {"non_homogeneous_layers": True}  # each layer by its own name, as a frozen one has no moments
 
 
 class CheckpointError(RuntimeError):
@@ -60,19 +54,23 @@ class Snapshot:
 
 def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Snapshot:
     """Collective: copy the model, its optimiser and schedule, and the RNG states; training may go on at once."""
-    _check_padding(optimizer)
     _prime(optimizer)
-    state = _state(model, optimizer, loading=False)
+    state = _state(model)
+    moments = optimizer_shards.parts(_distributed(optimizer), state)
+    state["optimizer"] = _distributed(optimizer).state_dict()
     state["scheduler"] = scheduler.state_dict()
     state["rng"] = _rng_tensors()
     force_all_tensors_to_non_fp8(state)
     sharded, common = save_preprocess(state)
-    own = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor) and is_main_replica(t.replica_id)]
-    copies = platform.current().to_host([t.data.detach() for t in own])
-    parts = [
-        shard_files.Part(t.key, t.global_shape, t.global_offset, copy) for t, copy in zip(own, copies, strict=True)
-    ]
-    return Snapshot(parts, common, _layout(model))
+    own = [
+        shard_files.Part(t.key, t.global_shape, t.global_offset, t.data)
+        for t in nested_values(sharded)
+        if isinstance(t, ShardedTensor) and is_main_replica(t.replica_id)
+    ] + moments
+    copies = platform.current().to_host([part.values.detach() for part in own])
+    return Snapshot(
+        [replace(part, values=copy) for part, copy in zip(own, copies, strict=True)], common, _layout(model)
+    )
 
 
 class Saver:
@@ -252,8 +250,7 @@ def read(
 ) -> None:
     """Collective: restore one of a checkpoint's models in place; ``rng``: the ranks' RNG states too, in the same
     layout."""
-    _prime(optimizer)
-    state = _state(model, optimizer, loading=True)
+    state = _state(model)
     if rng:
         state["rng"] = _rng_tensors()
     force_all_tensors_to_non_fp8(state)
@@ -261,18 +258,19 @@ def read(
     sharded, _ = extract_sharded_base(sharded)
     with shard_files.Reader(checkpoint, json.loads((checkpoint / MANIFEST).read_text())["tensors"]) as reader:
         dict_list_map_inplace(partial(_fill, reader, name), sharded)
-    merge(loaded, progress(checkpoint)["models"][name])
-    merge(loaded, sharded)
-    loaded = apply_factory_merges(loaded, factories)
-    for field in ("max_lr", "min_lr"):  # Megatron-Core matches parameter groups by them
-        if loaded["scheduler"][field] != getattr(scheduler, field):
-            raise ValueError(
-                f"{checkpoint}: written with {field}={loaded['scheduler'][field]}, this run has "
-                f"{getattr(scheduler, field)}: resume with the learning rate the run began with"
-            )
-    for i, chunk in enumerate(model.chunks):
-        chunk.module.load_state_dict(loaded[f"model{i}"])
-    _load_optimizer(optimizer, loaded["optimizer"])
+        merge(loaded, progress(checkpoint)["models"][name])
+        merge(loaded, sharded)
+        loaded = apply_factory_merges(loaded, factories)
+        for field in ("max_lr", "min_lr"):  # Megatron-Core matches parameter groups by them
+            if loaded["scheduler"][field] != getattr(scheduler, field):
+                raise ValueError(
+                    f"{checkpoint}: written with {field}={loaded['scheduler'][field]}, this run has "
+                    f"{getattr(scheduler, field)}: resume with the learning rate the run began with"
+                )
+        for i, chunk in enumerate(model.chunks):
+            chunk.module.load_state_dict(loaded[f"model{i}"])
+        _load_groups(optimizer, loaded["optimizer"])
+        optimizer_shards.fill(_distributed(optimizer), _state(model), reader, f"{name}/")
     scheduler.load_state_dict(loaded["scheduler"])
     if rng:
         _set_rng_tensors(loaded["rng"])
@@ -287,14 +285,10 @@ def _fill(reader: shard_files.Reader, name: str, leaf: Any) -> Any:
     return target
 
 
-def _state(model: Model, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
+def _state(model: Model) -> dict[str, Any]:
     # Names count layers in the whole model, so a checkpoint does not depend on chunks and stages.
     form = dict(_FORMAT)  # Megatron-Core adds this layout's groups
-    state: dict[str, Any] = {
-        f"model{i}": chunk.module.sharded_state_dict(metadata=form) for i, chunk in enumerate(model.chunks)
-    }
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=form)
-    return state
+    return {f"model{i}": chunk.module.sharded_state_dict(metadata=form) for i, chunk in enumerate(model.chunks)}
 
 
 def _layout(model: Model) -> dict[str, Any]:
@@ -314,22 +308,6 @@ def _distributed(optimizer: MegatronOptimizer) -> Any:
     return only
 
 
-def _check_padding(optimizer: MegatronOptimizer) -> None:
-    """Megatron-Core 0.19 saves shifted moments behind a gradient bucket that it had to pad. All raise ValueError then.
-
-    Only pipeline stages with tied embeddings have a second bucket, and only odd vocabulary shards are padded.
-    """
-    buckets = [bucket for buffer in _distributed(optimizer).buffers for bucket in buffer.buckets[:-1]]
-    local = [[b.numel_unpadded, b.grad_data.numel()] for b in buckets if b.grad_data.numel() != b.numel_unpadded]
-    found = [sizes for rank in all_gather_json(local, control_group()) for sizes in rank]
-    if found:
-        size, padded = found[0]
-        raise ValueError(
-            f"the tied embedding has {size} elements on a rank, which Megatron-Core pads to {padded}: it can't "
-            "checkpoint that; use another parallel.tensor, or parallel.pipeline=1"
-        )
-
-
 def _prime(optimizer: MegatronOptimizer) -> None:
     """Create zero moments before the first step: Megatron-Core reads a torch optimiser's step counter."""
     inner = _distributed(optimizer).optimizer
@@ -339,22 +317,17 @@ def _prime(optimizer: MegatronOptimizer) -> None:
             inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Load in two parts, because Megatron-Core 0.19 mishandles torch's per-parameter ``step`` tensor.
+def _load_groups(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Load the parameter groups and allocate moments.
 
-    Its state loader looks ``step`` up among the saved tensors (it is not there), and its group loader gives every
-    parameter the same ``step`` tensor, so that each update would count once per parameter. docs/dependencies.md names
-    the version.
+    Megatron-Core 0.19 gives every parameter the same ``step`` tensor of torch, so that each update would count once per
+    parameter. docs/dependencies.md names the version.
     """
-    distributed = _distributed(optimizer)
-    moments = loaded.pop("param_state")
-    distributed.load_state_dict(loaded)
-    states = list(distributed.optimizer.state.values())
-    counters = [state.pop("step", None) for state in states]
-    distributed.load_parameter_state_from_fully_reshardable(moments)
-    for state, counter in zip(states, counters, strict=True):
-        if counter is not None:
-            state["step"] = counter.clone()
+    _prime(optimizer)
+    _distributed(optimizer).load_state_dict(loaded)
+    for state in _distributed(optimizer).optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"].clone()
 
 
 def _rng_tensors() -> dict[str, ShardedTensor]:

@@ -176,6 +176,7 @@ RESUMES = (
     SCALAR_TP2_SP_PP2,
     Case("bf16-pp2", pipeline=2, precision="bf16"),
     FROZEN_PP2_DP2,
+    Case("tied-tp2-pp2", tensor=2, pipeline=2),  # a padded bucket with another behind it
 )
 RELAYOUTS = (
     (TP2_SP_DP2, Case("untied-tp4", tensor=4, twin="untied")),
@@ -185,7 +186,6 @@ RELAYOUTS = (
 )
 DAMAGED = (TP2_SP_DP2, Case("untied-damaged", tensor=2, data=2, sequence=True, twin="untied"))
 OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))
-PADDED_BUCKET = Case("tied-tp2-pp2", tensor=2, pipeline=2)
 
 
 def by_name(name: str) -> Case:

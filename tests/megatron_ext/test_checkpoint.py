@@ -3,11 +3,13 @@
 import binascii
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_ext import checkpoint
+from megatron_ext import checkpoint, optimizer_shards
 from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
 from tests.megatron_ext.reference import all_pieces, assemble, stored
@@ -91,14 +93,6 @@ def test_a_tower_with_other_padding_is_refused(folders: Folders) -> None:
     assert "padded_vision_heads=6 (parallel.tensor=2), parallel.tensor=1 needs 5" in rank["error"]
 
 
-def test_a_padded_tied_embedding_is_refused_on_every_rank(results: Results) -> None:
-    ranks = results("padded-bucket")
-    assert len(ranks) == 4
-    for rank in ranks:
-        assert rank["error"].startswith("ValueError: the tied embedding has 12480 elements")
-        assert "use another parallel.tensor, or parallel.pipeline=1" in rank["error"]
-
-
 def test_a_save_that_one_rank_cannot_write_fails_on_all_and_leaves_the_former_ones(results: Results) -> None:
     ranks = results("damaged")
     assert len(ranks) == 4
@@ -150,3 +144,31 @@ def test_latest_is_the_last_that_is_complete(tmp_path: Path) -> None:
     for step in (4, 11):
         (tmp_path / f"step_{step:06d}" / "complete.json").touch()
     assert checkpoint.latest(tmp_path) == tmp_path / "step_000011"
+
+
+def test_data_parallel_ranks_write_as_much_of_the_optimiser_each(launched: Path) -> None:
+    """Three FP32 states of every parameter, each element once; what is held in copies the first holder writes."""
+    newest = checkpoint.latest(launched / "checkpoints" / cases.TP2_SP_DP2.name)
+    assert newest is not None
+    tensors = json.loads((newest / "manifest.json").read_text())["tensors"]
+    written = dict.fromkeys(range(4), 0)
+    for name, tensor in tensors.items():
+        if "/optimizer.state." in name:
+            sizes = {part[0]: 0 for part in tensor["parts"]}
+            for file, _, _, shape in tensor["parts"]:
+                sizes[file] += prod(shape)
+                written[int(file.removeprefix("rank_").removesuffix(".safetensors"))] += prod(shape)
+            assert sum(sizes.values()) == prod(tensor["shape"]), name
+    tensor_ranks = [(written[rank], written[rank + 2]) for rank in (0, 1)]  # data-parallel neighbours
+    assert all(abs(one - other) < 0.1 * one for one, other in tensor_ranks), written
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (4, 1), (2, 3, 4)])
+def test_a_range_of_a_tensor_is_few_boxes_in_its_order(shape: tuple[int, ...]) -> None:
+    whole = torch.arange(prod(shape)).view(shape)
+    for start in range(whole.numel()):
+        for stop in range(start + 1, whole.numel() + 1):
+            found = list(optimizer_shards.boxes(shape, start, stop))
+            values = [whole[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))] for box in found]
+            assert torch.cat([value.flatten() for value in values]).tolist() == list(range(start, stop))
+            assert len(found) <= 2 * len(shape) - 1

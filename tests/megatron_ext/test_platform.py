@@ -144,9 +144,8 @@ SPOTS = (
     Spot(
         "megatron-core",
         "megatron/core/optimizer/distrib_optimizer.py",
-        CHECKPOINT + "_load_optimizer, _prime",
+        CHECKPOINT + "_load_groups, _prime",
         (
-            "self.load_parameter_state_from_fully_reshardable(param_state)",
             'steps = list(set([s["step"].item() for s in inner_state_dict["state"].values()]))',
             's["step"] = step',
         ),

@@ -354,11 +354,6 @@ def run_other_padding(folder: Path, saved: Case, case: Case, layout: parallel.Pa
     return {"error": error_text(lambda: policy.load(folder / "checkpoints" / saved.name))}
 
 
-def run_padded_bucket(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
-    policy = Policy(folder, case, layout)
-    return {"error": error_text(lambda: policy.save(folder / "checkpoints" / case.name, 1, keep=1))}
-
-
 def run_collectives(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
     group = parallel.control_group()
 
@@ -391,7 +386,6 @@ def main() -> None:
         ("not-finite", cases.TP2_SP_DP2, run_not_finite, ()),
         ("damaged", cases.DAMAGED[1], run_damaged, cases.DAMAGED[:1]),
         ("other-padding", cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),
-        ("padded-bucket", cases.PADDED_BUCKET, run_padded_bucket, ()),
     ]
     for name, case, work, others in runs:
         if case.ranks > RANK:
