@@ -12,7 +12,10 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.tensor_parallel.layers import (
+    linear_with_frozen_weight,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -166,13 +169,15 @@ def _log_probs_of_hidden(
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden_states)
     weight = output_layer.weight if output_weight is None else output_weight
-    logits = linear_with_grad_accumulation_and_async_allreduce(
+    linear = linear_with_grad_accumulation_and_async_allreduce if weight.requires_grad else linear_with_frozen_weight
+    logits = linear(
         input=hidden.index_select(0, batch.predict),
         weight=weight,
         bias=None,
         gradient_accumulation_fusion=model.config.gradient_accumulation_fusion,
         allreduce_dgrad=False,  # the gather's (or copy's) backward reduces
         sequence_parallel=False,
+        tp_group=None,
     ).float()
     if temperature != 1.0:
         logits = logits / temperature
