@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -57,6 +58,7 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
             print(f"==> stage {name}: finished before", flush=True)
         else:
             print(f"==> stage {name}", flush=True)
+            started = time.monotonic()
             try:
                 if code := run_beside_servers([sys.executable, "-m", "recipes.train", *given], configs[name]):
                     raise ConfigError(f"it ended with code {code}; its logs are in {folder / name}/logs")
@@ -65,7 +67,8 @@ def climb(config: Config, arguments: Sequence[str]) -> None:
                     print(f"the judge finds {found['mean']:.2f} of the held-out labels", flush=True)
             except (ConfigError, ServerDied) as error:
                 raise ConfigError(f"stage {name}: {error}; go on with resume=true") from error
-            records.write_json(folder / name / records.FINISHED, {"stage": name})
+            seconds = time.monotonic() - started  # of its last launch, where it needed more than one
+            records.write_json(folder / name / records.FINISHED, {"stage": name, "seconds": seconds})
         if (kept := folder / name / "checkpoints").is_dir():  # the next stage starts from the exported model
             shutil.rmtree(kept)
         write(folder, config.stage.ladder, config.data.evaluation)

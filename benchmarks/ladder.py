@@ -1,0 +1,47 @@
+"""The whole ladder on this machine, with a clock: ``python -m benchmarks.ladder``.
+
+Runs ``python -m recipes.train recipe=ladder_demo`` into ``runs/ladder_demo`` and writes
+``benchmarks/results/ladder_demo.json``: each stage's measures and seconds, the judge's accuracy, the whole time.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from recipes import records
+
+RESULT = Path("benchmarks/results/ladder_demo.json")
+RUN = Path("runs/ladder_demo")
+COMMAND = ["-m", "recipes.train", "recipe=ladder_demo"]
+
+
+def main() -> None:
+    started = time.monotonic()
+    subprocess.run([sys.executable, *COMMAND], check=True)
+    minutes = (time.monotonic() - started) / 60
+    finished = sorted(RUN.glob(f"*/{records.FINISHED}"), key=lambda path: path.stat().st_mtime)
+    launches = [json.loads(path.read_text()) for path in finished]
+    first = finished[0].parent
+    records.write_json(
+        RESULT,
+        {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["python", *COMMAND]),
+            **json.loads((first / "environment.json").read_text()),
+            "precision": yaml.safe_load((first / "config.yaml").read_text())["precision"]["name"],
+            "minutes": minutes,
+            "stage_seconds": {launch["stage"]: launch["seconds"] for launch in launches},
+            "judge_accuracy": json.loads((RUN / "judge" / "judge.json").read_text())["accuracy"],
+            **json.loads((RUN / "ladder.json").read_text()),
+        },
+    )
+    print(f"the ladder took {minutes:.1f} minutes; {RESULT} has its measures")
+
+
+if __name__ == "__main__":
+    main()
