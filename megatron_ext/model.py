@@ -122,7 +122,7 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
     parts = arch.parts(hf_config, layout.tensor, parallel.tensor_rank)
     if has_scalar_head(hf_config):
         parts = with_scalar_head(parts)
-    check_frozen(settings.frozen, parts)
+    check_frozen(settings.frozen, parts, config.num_layers)
     chunks = []
     for stage in range(layout.virtual):
         module = build_chunk(hf_config, config, parallel, settings, stage)
@@ -231,8 +231,9 @@ def build_chunk(
     return model
 
 
-def check_frozen(frozen: Sequence[str], parts: Sequence[Part]) -> None:
-    """Raises ValueError naming an entry of ``model.frozen`` that is no beginning of any parameter's name."""
+def check_frozen(frozen: Sequence[str], parts: Sequence[Part], layers: int) -> None:
+    """Raises ValueError naming an entry of ``model.frozen`` that is no beginning of any parameter's name; ``layers``:
+    how many the decoder has."""
     names = [part.prefix + rule.megatron for part in parts for rule in part.rules]
     for prefix in frozen:
         if not any(frozen_by(re.sub(r"\.\d+(?=\.|$)", ".{}", prefix), name) for name in names):
@@ -240,6 +241,8 @@ def check_frozen(frozen: Sequence[str], parts: Sequence[Part]) -> None:
                 f"model.frozen: {prefix!r} begins no parameter's name; those are like {names[0]}, {names[-1]} "
                 "({}: the number of a layer in the whole model)"
             )
+        if (match := re.search(r"\bdecoder\.layers\.(\d+)", prefix)) and int(match[1]) >= layers:
+            raise ValueError(f"model.frozen: {prefix!r}: the decoder's layers are 0 to {layers - 1}")
 
 
 def whole_name(model: MegatronModule, name: str) -> str:

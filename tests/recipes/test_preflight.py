@@ -67,6 +67,10 @@ IMPOSSIBLE = {
     "frozen nothing": (
         ("model.frozen=[decoder.layer.3]",), "ranks", ["model.frozen: 'decoder.layer.3' begins no parameter's name"],
     ),
+    "frozen layer that is not there": (
+        ("model.frozen=[decoder.layers.80]",), "ranks",
+        ["model.frozen: 'decoder.layers.80': the decoder's layers are 0 to 79"],
+    ),
 }  # fmt: skip
 SHARES = {"safety": 0.25, "value": 0.28, "knowledge": 0.28}  # of a GPU's memory
 COLOCATED = [
