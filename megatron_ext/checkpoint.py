@@ -309,16 +309,21 @@ def _distributed(optimizer: MegatronOptimizer) -> Any:
 
 
 def _prime(optimizer: MegatronOptimizer) -> None:
-    """Create zero moments before the first step: Megatron-Core reads a torch optimiser's step counter."""
+    """Create zero moments before the first step, which would: a checkpoint holds them, and Megatron-Core reads the step
+    counter of a torch optimiser."""
     inner = _distributed(optimizer).optimizer
     if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
         for parameter in (p for group in inner.param_groups for p in group["params"] if not inner.state[p]):
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+    elif not inner.state:  # Transformer Engine's
+        _distributed(optimizer).load_state_dict(_distributed(optimizer).state_dict())  # allocates
+        for moment in (m for state in inner.state.values() for m in state.values()):
+            moment.zero_()
 
 
 def _load_groups(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Load the parameter groups and allocate moments.
+    """Load the parameter groups, and have moments.
 
     Megatron-Core 0.19 gives every parameter the same ``step`` tensor of torch, so that each update would count once per
     parameter. docs/dependencies.md names the version.

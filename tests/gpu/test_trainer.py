@@ -140,11 +140,15 @@ def fresh(folder: Path, layout: parallel.Parallel) -> model.Model:
     return built
 
 
-def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(folder: Path, layout: parallel.Parallel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("updates", [0, 1])  # 0: as a step that trains the critic alone leaves the policy
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
+    updates: int, folder: Path, layout: parallel.Parallel, tmp_path: Path
+) -> None:
     first = fresh(folder, layout)
     optim, schedule = optimizer.build(first, SETTINGS, steps=10)
     optim.reload_model_params()
-    step_with_noise(first, optim, schedule, seed=1)
+    for seed in range(updates):
+        step_with_noise(first, optim, schedule, seed)
     saver = checkpoint.Saver(tmp_path, keep=1)
     saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(first, optim, schedule)}, {})
     drawn = torch.rand(4, device="cuda")
