@@ -53,7 +53,7 @@ class Snapshot:
 
 
 def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Snapshot:
-    """Collective: copy the model, its optimiser and schedule, and the RNG states; training may go on at once."""
+    """Copy this rank's part of the model, optimiser, schedule and RNG states; training may go on at once."""
     _prime(optimizer)
     state = _state(model)
     moments = optimizer_shards.parts(_distributed(optimizer), state)

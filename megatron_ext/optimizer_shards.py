@@ -7,6 +7,7 @@ rank before (``fully_reshardable``), another can be loaded only under the layout
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -68,7 +69,11 @@ def _owned(optimizer: Any, model_state: dict[str, Any]) -> Iterator[tuple[torch.
                 for parameter, ranges in bucket["param_map"].items():
                     first, stop, offset = ranges["param"].start, ranges["param"].end, 0
                     leaf = described[parameter]
-                    for piece in leaf.build() if isinstance(leaf, ShardedTensorFactory) else [leaf]:
+                    if isinstance(leaf, ShardedTensorFactory):  # of shapes alone: a parameter may be FP8
+                        pieces = replace(leaf, data=torch.empty(parameter.shape, device="meta")).build()
+                    else:
+                        pieces = [leaf]
+                    for piece in pieces:
                         assert piece.data.is_contiguous() and not piece.prepend_axis_num, f"{piece.key}: not rows"
                         yield parameter, first, stop, piece, offset
                         offset += piece.data.numel()
