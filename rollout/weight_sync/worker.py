@@ -40,7 +40,7 @@ _packed_layers: list[torch.nn.Module] = []
 _vllm_pack = vllm_layers.dispatch_cpu_unquantized_gemm
 
 
-def _pack(layer: torch.nn.Module) -> None:
+def _pack(layer: Any) -> None:
     """Have vLLM prepare its kernel for ``layer`` from the present weight, leaving the layer's tensors as they are."""
     bias = getattr(layer, "bias", None)
     # vLLM writes into what it is given: some kernels convert the bias in place.
