@@ -100,6 +100,10 @@ def test_stages_on_a_cluster_that_loses_a_node_equal_plain_launches(slurm: Clust
         weights = [folder / "hf" / "model.safetensors" for folder in (twin / stage, plain)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
     assert rows(rl, "samples.jsonl") == rows(twin / "plain_rl", "samples.jsonl")
-    verdicts = [row["verdicts"] for row in records.read_rows(rl / "samples.jsonl")]
-    judged = [found[JUDGE]["score"] for found in verdicts if "safety" in found]
-    assert len(judged) == STEPS * 12 and all(0 < score < 1 for score in judged)
+    judged = [
+        (row["response"], row["verdicts"][JUDGE]["score"])
+        for row in records.read_rows(rl / "samples.jsonl")
+        if "safety" in row["verdicts"]
+    ]
+    assert len(judged) == STEPS * 12
+    assert all(0 < score < 1 if response.strip() else score == 0 for response, score in judged)  # no answer: not asked
