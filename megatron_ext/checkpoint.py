@@ -35,7 +35,6 @@ from megatron_ext.parallel import control_group
 
 MANIFEST, COMPLETE, PROGRESS = "manifest.json", "complete.json", "progress.json"
 POLICY = "policy"
-_FORMAT = {"non_homogeneous_layers": True}  # each layer by its own name, as a frozen one has no moments
 
 
 class CheckpointError(RuntimeError):
@@ -286,8 +285,9 @@ def _fill(reader: shard_files.Reader, name: str, leaf: Any) -> Any:
 
 
 def _state(model: Model) -> dict[str, Any]:
-    # Names count layers in the whole model, so a checkpoint does not depend on chunks and stages.
-    form = dict(_FORMAT)  # Megatron-Core adds this layout's groups
+    # Names count layers in the whole model, so a checkpoint does not depend on chunks and stages. Each layer is named,
+    # as a frozen one has no moments.
+    form = {"non_homogeneous_layers": True}
     return {f"model{i}": chunk.module.sharded_state_dict(metadata=form) for i, chunk in enumerate(model.chunks)}
 
 

@@ -81,7 +81,6 @@ def prepare_run(config: Config) -> None:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "logs" / FAILED).unlink(missing_ok=True)
     log_to_file(run_dir)
     if not (Path(config.model.path) / "config.json").is_file():
         if config.stage.after is not None:
@@ -193,6 +192,8 @@ def run(config: Config) -> None:
     """
     die_with(os.getppid())  # the launcher, torchrun or srun
     say_why_on_sigterm(config)
+    if os.environ["RANK"] == "0":  # each launch begins here, under torchrun and srun too
+        (Path(config.run_dir) / "logs" / FAILED).unlink(missing_ok=True)
     load(config)
 
     from recipes.session import open_session
@@ -216,11 +217,11 @@ def run(config: Config) -> None:
 def fails_first(config: Config) -> bool:
     """Whether no other rank has failed in this launch: most failures are all ranks', or follow from the first one."""
     try:
-        os.close(os.open(Path(config.run_dir) / "logs" / FAILED, os.O_CREAT | os.O_EXCL))
+        (Path(config.run_dir) / "logs" / FAILED).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # a full disk, say
-        return True
+        pass
     return True
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import records
+from recipes import records, train
 from recipes.data.prompts import prompt_tokens
 from rollout.engine import EngineSettings, environment
 from rollout.sample import Request, Sampling
@@ -332,7 +332,11 @@ def test_nothing_is_left_when_the_launcher_dies_while_ranks_start(twin: Path, tm
 
 
 def test_a_failure_of_all_ranks_is_told_once_whichever_rank_fails_first(twin: Path, tmp_path: Path) -> None:
-    run = tiny.Run(tiny.overrides(twin, tmp_path / "run", "cluster.ranks=2", "model.frozen=[decoder.nonsense]"))
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / train.FAILED).touch()  # an earlier launch's
+    run = tiny.Run(
+        tiny.overrides(twin, tmp_path / "run", "cluster.ranks=2", "model.frozen=[decoder.nonsense]", "resume=true")
+    )
     try:
         assert run.output(120).count("error: model.frozen: 'decoder.nonsense' begins no parameter's name") == 1
         assert run.process.returncode == 1
