@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -226,9 +226,9 @@ class Engine:
         begun = {request.key: request.begun for request in requests}
         connection = self._connect(timeout=None)
         try:
-            response = self._send(connection, "POST", "/generate", body)
+            self._send(connection, "POST", "/generate", body)
             finished = False
-            for line in response:
+            for line in self._response(connection):
                 message = json.loads(line)
                 if "error" in message:
                     raise EngineError(self._describe(message["error"], log=False))
@@ -247,19 +247,34 @@ class Engine:
     def call(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> dict[str, Any]:
         """One JSON request and its JSON answer; ``timeout`` in seconds, None: until the engine dies or hangs. Raises
         EngineError."""
-        if timeout is None:
-            with self._watched():
-                return self._call(method, path, body, timeout)
-        return self._call(method, path, body, timeout)
+        return self.ask(method, path, body, timeout)()
 
-    def _call(self, method: str, path: str, body: Any, timeout: float | None) -> dict[str, Any]:
-        connection = self._connect(timeout)
-        try:
-            return json.loads(self._send(connection, method, path, body).read())
-        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-            raise EngineError(self._describe(f"{method} {path} failed: {error!r}")) from error
-        finally:
-            connection.close()
+    def ask(
+        self, method: str, path: str, body: Any = None, timeout: float | None = None
+    ) -> Callable[[], dict[str, Any]]:
+        """Send the request of a :meth:`call` now; the function that is returned waits for the answer and raises."""
+        with ExitStack() as stack:
+            if timeout is None:
+                stack.enter_context(self._watched())
+            connection = self._connect(timeout)
+            stack.callback(connection.close)
+            failed: OSError | None = None
+            try:
+                self._send(connection, method, path, body)
+            except OSError as error:
+                failed = error
+            until_answered = stack.pop_all()
+
+        def answer() -> dict[str, Any]:
+            with until_answered:
+                try:
+                    if failed:
+                        raise failed
+                    return json.loads(self._response(connection).read())
+                except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+                    raise EngineError(self._describe(f"{method} {path} failed: {error!r}")) from error
+
+        return answer
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -281,7 +296,7 @@ class Engine:
                 if ended.wait(limit / STALL_POLLS):
                     return
                 try:
-                    now = self._call("GET", "/health", None, timeout=limit / STALL_POLLS)["progress"]
+                    now = self.call("GET", "/health", timeout=limit / STALL_POLLS)["progress"]
                 except EngineError:  # silent, or dead, which the block finds out itself
                     now = progress
                 progress, idle = now, idle + 1 if now == progress else 0
@@ -317,12 +332,12 @@ class Engine:
     def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
 
-    def _send(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any
-    ) -> http.client.HTTPResponse:
+    def _send(self, connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> None:
         connection.request(
             method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"}
         )
+
+    def _response(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
         response = connection.getresponse()
         if response.status != 200:
             answer = response.read().decode(errors="replace")

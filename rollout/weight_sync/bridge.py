@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_ext.blocks import Block, Shard, region
 from megatron_ext.collectives import all_gather_json, from_rank_zero
-from rollout.engine import Engine
+from rollout.engine import Engine, EngineError
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.layout import LayoutError, ParameterLayout, wrap
 from rollout.weight_sync.memory import here, share_tensors
@@ -131,7 +130,7 @@ class WeightBridge:
         )
         mine = [e for e, owner in enumerate(self.owners) if owner == self.rank]
         orders = [_engine_share(self.plan, e, readers, addresses) for e in mine]
-        self._gather(lambda: self._tell_engines("/weights/plan", orders))
+        self._all_do(self._ask_engines("/weights/plan", orders))
         self.syncs = 0
 
     def sync(self, version: int) -> SyncReport:
@@ -153,11 +152,10 @@ class WeightBridge:
         self.syncs += 1
         order = {"version": version, "sequence": sequence, "checksums": totals}
         self.network.begin(sequence)  # workers wait for this of each rank that they copy from
-        with ThreadPoolExecutor(1) as pool:
-            told = pool.submit(self._tell_engines, "/weights/update", [order] * len(self.engines))
-            self.network.run(sequence)
-            self._gather(told.result)
-        times = [(answer["copying_seconds"], answer["packing_seconds"]) for answer in told.result()]
+        answers = self._ask_engines("/weights/update", [order] * len(self.engines))
+        self.network.run(sequence)
+        times: list[tuple[float, float]] = []
+        self._all_do(lambda: times.extend((a["copying_seconds"], a["packing_seconds"]) for a in answers()))
         copying, packing = max(times, key=sum, default=(0.0, 0.0))
         return {
             "bytes": self.plan.placed_bytes,
@@ -169,39 +167,44 @@ class WeightBridge:
 
     def _gather(self, function: Callable[[], Any]) -> list[Any]:
         """``function()`` of every rank; a failure on one is raised on all."""
-        try:
-            outcome = {"result": function()}
-        except (WeightSyncError, LayoutError) as error:
-            outcome = {"error": str(error)}
-        except Exception as error:  # told to all ranks, raised below
-            outcome = {"error": f"rank {self.rank}: {type(error).__name__}: {error}"}
-        outcomes = all_gather_json(outcome, self.group)
-        errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
-        if errors:
-            raise WeightSyncError("; ".join(errors))
-        return [outcome["result"] for outcome in outcomes]
+        return self._results(self._outcome(function))
+
+    def _all_do(self, function: Callable[[], Any]) -> None:
+        """``function()`` on every rank; a failure on one is raised on all. In half the time of :meth:`_gather`."""
+        outcome = self._outcome(function)
+        failures = torch.tensor("error" in outcome, dtype=torch.int32)
+        dist.all_reduce(failures, group=self.group)
+        if failures:
+            self._results(outcome)
 
     def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
         """``function()`` of rank 0; its failure is a WeightSyncError with the same text on every rank."""
-
-        def outcome() -> dict[str, Any]:
-            try:
-                return {"result": function()}
-            except (WeightSyncError, LayoutError) as error:
-                return {"error": str(error)}
-            except Exception as error:  # told to all ranks, raised below
-                return {"error": f"{type(error).__name__}: {error}"}
-
-        told = from_rank_zero(outcome, self.group)
+        told = from_rank_zero(lambda: self._outcome(function), self.group)
         if "error" in told:
             raise WeightSyncError(told["error"])
         return told["result"]
 
+    def _outcome(self, function: Callable[[], Any]) -> dict[str, Any]:
+        try:
+            return {"result": function()}
+        except (WeightSyncError, LayoutError) as error:
+            return {"error": str(error)}
+        except Exception as error:  # told to all ranks and raised there
+            return {"error": f"rank {self.rank}: {type(error).__name__}: {error}"}
+
+    def _results(self, outcome: dict[str, Any]) -> list[Any]:
+        outcomes = all_gather_json(outcome, self.group)
+        errors = [told["error"] for told in outcomes if "error" in told]
+        if errors:
+            raise WeightSyncError("; ".join(errors))
+        return [told["result"] for told in outcomes]
+
     def _topology(self) -> tuple[Topology, list[list[ParameterLayout]]]:
         """Where all ranks and engines are (sets ``owners``, the rank of each engine), and the engines' layout."""
         body = {"tensors": tensor_shapes(self.tables)}
+        told = self._ask_engines("/weights/layout", [body] * len(self.engines))
         answers: list[Any] = []
-        self._gather(lambda: answers.extend(self._tell_engines("/weights/layout", [body] * len(self.engines))))
+        self._all_do(lambda: answers.extend(told()))
         found = self._gather(
             lambda: {
                 "place": here(self.device),
@@ -247,10 +250,24 @@ class WeightBridge:
             totals[piece.hf_name] = wrap(totals.get(piece.hf_name, 0) + value)
         return totals
 
-    def _tell_engines(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Post to this rank's engines at once. Raises the first EngineError after all have ended."""
-        with ThreadPoolExecutor(max(len(self.engines), 1)) as pool:
-            return list(pool.map(lambda engine, body: engine.call("POST", path, body), self.engines, bodies))
+    def _ask_engines(self, path: str, bodies: Sequence[dict[str, Any]]) -> Callable[[], list[dict[str, Any]]]:
+        """Post to this rank's engines; the function that is returned waits for all answers and then raises the first
+        EngineError."""
+        asked = [engine.ask("POST", path, body) for engine, body in zip(self.engines, bodies, strict=True)]
+
+        def answers() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = []
+            failures: list[EngineError] = []
+            for answer in asked:
+                try:
+                    found.append(answer())
+                except EngineError as error:
+                    failures.append(error)
+            if failures:
+                raise failures[0]
+            return found
+
+        return answers
 
 
 def _digest(value: Any) -> str:

@@ -16,13 +16,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
+from functools import partialmethod, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.model_executor.layers import utils as vllm_layers
 from vllm.platforms import current_platform
 
@@ -35,6 +36,8 @@ from rollout.weight_sync.network import slot_view
 from rollout.weight_sync.plan import Arrival, Copy, TensorInfo, read
 from rollout.weight_sync.quantised import Staging, check_kernels, quantised_layers, unquantised
 from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
+
+SPIN_SECONDS = 0.01
 
 _packed_layers: list[torch.nn.Module] = []
 _vllm_pack = vllm_layers.dispatch_cpu_unquantized_gemm
@@ -350,6 +353,14 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-# Imported in every worker process before the model is built.
+def spin_less() -> None:
+    """Have workers look for vLLM's next call without a pause for SPIN_SECONDS behind the last, then sleep until it
+    comes; vLLM's second of it takes a core from the other workers and the trainer. Not 0: a call behind another within
+    about a millisecond does not wake a sleeper."""
+    SpinCondition.__init__ = partialmethod(SpinCondition.__init__, busy_loop_s=SPIN_SECONDS)
+
+
+# Imported in every worker process before the model is built and its queues are made.
 if current_platform.is_cpu():
     keep_linear_weights()
+    spin_less()

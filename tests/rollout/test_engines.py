@@ -182,6 +182,17 @@ def test_rounds_make_the_whole_response_with_its_log_probs_and_versions(world: W
         assert sample.weight_versions == tuple(1 + i // 5 for i in range(len(sample.response_token_ids)))
 
 
+def test_a_request_is_served_before_anybody_waits_for_its_answer(world: World) -> None:
+    engine = world.engines[0]
+    progress = engine.health()["progress"]
+    answer = engine.ask("GET", "/weights/checksum")
+    deadline = time.monotonic() + 30
+    while engine.health()["progress"] == progress and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.health()["progress"] == progress + 1
+    assert answer() == engine.call("GET", "/weights/checksum")
+
+
 def test_a_batch_that_is_cut_ends_with_the_same_prompts_each_time(world: World) -> None:
     """Of each engine's two prompts the one whose samples are all finished first: the shorter in the whole batch."""
     sampling = replace(SAMPLING, stop_token_ids=tuple(range(2, 6)))
@@ -233,6 +244,9 @@ def test_an_engine_that_hangs_is_killed_started_again_and_synced_and_makes_the_b
         generation.running.result(120)
     with pytest.raises(EngineDied, match="none of the 2 engines is alive"):
         world.samples()
+    told = world.engines[0].ask("GET", "/health")  # the other engines are asked all the same
+    with pytest.raises(EngineError, match="Connection refused"):
+        told()
     samples = generation.collect(dist.group.WORLD, lambda: world.revive(version + 1))[0]
     assert [engine.starts for engine in world.engines] == [2, 1]
     assert {sample.weight_version for sample in samples} == {version, version + 1}

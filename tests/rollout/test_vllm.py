@@ -343,6 +343,16 @@ def test_two_vllm_workers_in_fp32(world: World) -> None:
     assert gap(UNTIED, samples).max() < 2e-4
 
 
+def test_workers_that_have_answered_leave_their_cores_to_others(world: World) -> None:
+    """vLLM's workers look for the next call for a second behind each, which is 0.8 s of either worker here."""
+    workers = [p for p in psutil.Process(world.untied.pid).children() if "Worker" in p.name()]
+    digests(world.untied)
+    before = [sum(worker.cpu_times()[:2]) for worker in workers]
+    time.sleep(0.8)
+    used = [sum(worker.cpu_times()[:2]) - start for worker, start in zip(workers, before, strict=True)]
+    assert len(used) == 2 and max(used) < 0.1
+
+
 def test_a_simulated_engine_answers_as_a_real_one(world: World) -> None:
     engine = world.ready(world.untied)
     shapes = {name: tuple(tensor.shape) for name, tensor in UNTIED.model(0).state_dict().items()}
