@@ -22,7 +22,7 @@ from rollout.engine import Engine, EngineSettings
 BUCKET_BYTES = 512 << 20
 NEVER = 2**62  # syncs from one verification to the next
 POLL_SECONDS = 0.02
-IDLE_SECONDS = 1.5  # vLLM's workers spin for a second behind a call, as they do not when a run has trained
+IDLE_SECONDS = 0.5  # a sync comes behind a training step: whoever was busy with a call before is idle by then
 
 
 def start_engine(model: str, tensor_parallel_size: int, log: Path) -> Engine:
