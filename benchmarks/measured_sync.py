@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -137,10 +138,9 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
 
     The engine starts with random weights. A peer's load fills it first; the bridge's syncs bring the negative of the
     checkpoint's weights and the weights themselves in turn, and the last, behind a negative, brings them again: equal
-    digests then say that both sides wrote every bit. Raises ValueError for an odd number of repetitions.
+    digests then say that both sides wrote every bit. In each repetition the bridge plans anew, syncs once, and the sync
+    without packing is the second behind the plan.
     """
-    if settings["repetitions"] % 2:
-        raise ValueError(f"repetitions={settings['repetitions']}: must be even, so that the last sync changes the sign")
     import torch
 
     from benchmarks.memcpy import copy_bytes
@@ -200,8 +200,12 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     target = torch.zeros(size, dtype=torch.uint8)
     half = size // 2
     copies, streams, empty, placings, syncs, verified = [], [], [], [], [], []
-    for i in range(settings["repetitions"]):
+    versions = count(1)
+    for _ in range(settings["repetitions"]):
         loads.append(load())
+        trainer.negate()
+        bridge.attach(bridge.engines)
+        bridge.sync(next(versions))
         trainer.negate()
         packs(False)
         time.sleep(IDLE_SECONDS)
@@ -209,16 +213,16 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         time.sleep(IDLE_SECONDS)
         streams.append(trainer.timed(lambda: [copy_bytes([target[:half]], target[half:]) for _ in range(2)]))
         copies.append(trainer.timed(lambda: copy_bytes(trainer.tensors, target)))  # and all ranks are here
-        placings.append(bridge.sync(3 * i + 1))
+        placings.append(bridge.sync(next(versions)))
         packs(True)
         time.sleep(IDLE_SECONDS)
-        syncs.append(bridge.sync(3 * i + 2))
+        syncs.append(bridge.sync(next(versions)))
         bridge.verify_every = 1
-        verified.append(bridge.sync(3 * i + 3)["seconds"])
+        verified.append(bridge.sync(next(versions))["seconds"])
         bridge.verify_every = NEVER
     trainer.negate()
     with watched("later_sync"):
-        bridge.sync(3 * settings["repetitions"] + 1)
+        bridge.sync(next(versions))
     identical = None if wanted is None else changed and digests() == wanted
     return {
         "ranks": trainer.ranks,
