@@ -28,7 +28,7 @@ from recipes import records
 from recipes.config import parse
 from recipes.prepare_model import prepare
 
-REPETITIONS = 6  # behind the first sync, which is told apart
+REPETITIONS = 8  # behind the first sync, which is told apart
 FOLDER = Path("build/benchmarks")
 PEERS = Path("benchmarks/peers")
 RESULT = Path("benchmarks/results/weight_sync.json")

@@ -66,6 +66,9 @@ def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> An
     gc.disable()  # what imports make stays: looking through it again and again took a sixth of their time
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    if settings.device == "cpu":  # vLLM is changed there, in this process too: how it waits for the workers' answers
+        import rollout.weight_sync.worker  # noqa: F401
+
     gc.enable()
     return LLMEngine.from_engine_args(engine_args(settings, load_format))
 

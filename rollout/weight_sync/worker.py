@@ -354,13 +354,13 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def spin_less() -> None:
-    """Have workers look for vLLM's next call without a pause for SPIN_SECONDS behind the last, then sleep until it
-    comes; vLLM's second of it takes a core from the other workers and the trainer. Not 0: a call behind another within
-    about a millisecond does not wake a sleeper."""
+    """Have vLLM's processes look for a call or an answer again and again for SPIN_SECONDS behind the last, then sleep
+    until it comes. vLLM's own second takes the cores from the workers that are still at work, and from the trainer.
+    Not 0: a message behind another within about a millisecond does not wake a sleeper."""
     SpinCondition.__init__ = partialmethod(SpinCondition.__init__, busy_loop_s=SPIN_SECONDS)
 
 
-# Imported in every worker process before the model is built and its queues are made.
+# Imported in the engine's process and in its workers, before a model is built or a queue made.
 if current_platform.is_cpu():
     keep_linear_weights()
     spin_less()
