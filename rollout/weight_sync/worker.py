@@ -356,7 +356,7 @@ def _digest(tensor: torch.Tensor) -> str:
 def spin_less() -> None:
     """Have vLLM's processes look for a call or an answer again and again for SPIN_SECONDS behind the last, then sleep
     until it comes. vLLM's own second takes the cores from the workers that are still at work, and from the trainer.
-    Not 0: a message behind another within about a millisecond does not wake a sleeper."""
+    Not 0: behind another within about a millisecond a message may not wake a sleeper, who then looks after 5 s."""
     SpinCondition.__init__ = partialmethod(SpinCondition.__init__, busy_loop_s=SPIN_SECONDS)
 
 
