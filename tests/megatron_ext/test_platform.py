@@ -222,3 +222,9 @@ def test_a_second_platform_is_refused_and_the_same_one_is_not(results: Results) 
             "ValueError: cluster.platform='cuda': this process already runs on 'cpu'; start a new one"
         )
         assert rank["same_platform"]
+
+
+def test_all_gloo_groups_of_a_rank_share_a_transport(results: Results) -> None:
+    for rank in results("collectives"):
+        assert rank["threads"].count("pt_gloo_runloop") > 20, "two of each group"
+        assert rank["threads"].count("gloo_tcp_loop") == 1

@@ -368,6 +368,7 @@ def run_collectives(folder: Path, case: Case, layout: parallel.Parallel) -> dict
         "after_error": collectives.from_rank_zero(lambda: "goes on", group),
         "second_platform": error_text(lambda: platform.activate("cuda")),
         "same_platform": platform.activate("cpu") is platform.current(),
+        "threads": [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")],
     }
 
 
