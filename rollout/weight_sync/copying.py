@@ -2,12 +2,15 @@
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import torch
 from torch import set_num_threads  # now: vLLM's CPU worker puts a function there that does nothing
+
+from rollout.weight_sync.plan import Copy
 
 # What a thread copies in one call, at least (of a tensor with longer rows at most one row): small enough that the
 # threads end at the same time and a round that lands meanwhile waits little.
@@ -17,30 +20,50 @@ BATCH_BYTES = 4 << 20
 @dataclass
 class Batch:
     """``moves``: (target, source) in one piece each, of one dtype, in the host's memory: of these the C library copies
-    the bytes, past the caches where that is faster (``rollout.engine.environment``). ``targets`` and ``sources``: the
-    other pairs."""
+    the bytes, past the caches where that is faster (``rollout.engine.environment``). ``joins``: such targets whose rows
+    several sources make, side by side: written in one go they take two thirds of the time of one source after the
+    other. ``targets`` and ``sources``: the other pairs."""
 
     moves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    joins: list[tuple[torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
 
 
-def batches(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[Batch]:
-    """(target, source) views of at least one dimension, in batches; large ones are cut along their first dimension."""
+def by_rows(copies: Iterable[Copy], parameters: Mapping[str, torch.Tensor]) -> Iterator[list[Copy]]:
+    """The copies that make whole rows of a matrix together, from left to right; every other one alone. As in a plan, no
+    two of ``copies`` write the same element."""
+    rows: dict[tuple[str, int, int], list[Copy]] = defaultdict(list)
+    for c in copies:
+        rows[c.parameter, c.parameter_start[0], c.shape[0]].append(c)
+    for (name, _, _), parts in rows.items():
+        shape = parameters[name].shape
+        if len(shape) == 2 and sum(c.shape[1] for c in parts) == shape[1]:
+            yield sorted(parts, key=lambda c: c.parameter_start)
+        else:
+            yield from ([c] for c in parts)
+
+
+def batches(copies: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> list[Batch]:
+    """(target, its sources side by side in the last dimension), views of at least one dimension, in batches; large ones
+    are cut along their first dimension."""
     made: list[Batch] = []
     room = 0
-    for target, source in pairs:
-        plain = target.dtype == source.dtype and target.device == source.device == torch.device("cpu")
+    for target, sources in copies:
+        plain = all(s.dtype == target.dtype and s.device == target.device == torch.device("cpu") for s in sources)
         rows = max(BATCH_BYTES * len(target) // max(target.nbytes, 1), 1)
-        for to, what in zip(target.split(rows), source.split(rows), strict=True):
+        for to, *parts in zip(target.split(rows), *(source.split(rows) for source in sources), strict=True):
             if room <= 0:
                 made.append(Batch())
                 room = BATCH_BYTES
-            if plain and to.is_contiguous() and what.is_contiguous():
-                made[-1].moves.append((to, what))
+            if plain and all(tensor.is_contiguous() for tensor in (to, *parts)):
+                if len(parts) == 1:
+                    made[-1].moves.append((to, parts[0]))
+                else:
+                    made[-1].joins.append((to, parts))
             else:
-                made[-1].targets.append(to)
-                made[-1].sources.append(what)
+                made[-1].targets += to.split([part.shape[-1] for part in parts], dim=-1)
+                made[-1].sources += parts
             room -= to.nbytes
     return made
 
@@ -49,6 +72,8 @@ def copy_batch(batch: Batch) -> None:
     """Copy every source into its target, converting to the target's dtype."""
     for target, source in batch.moves:
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    for target, sources in batch.joins:
+        torch.cat(sources, dim=-1, out=target)
     if batch.targets:
         torch._foreach_copy_(batch.targets, batch.sources)
 

@@ -29,7 +29,7 @@ from vllm.platforms import current_platform
 
 from megatron_ext.blocks import region
 from rollout.weight_sync.checksum import rectangle_checksum
-from rollout.weight_sync.copying import Batch, Copiers, batches, copy_batch
+from rollout.weight_sync.copying import Batch, Copiers, batches, by_rows, copy_batch
 from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.memory import Signals, attach_tensors, here
 from rollout.weight_sync.network import slot_view
@@ -200,16 +200,17 @@ class WeightBridgeWorker:
             live = None if item.parameter in layers else parameters[item.parameter].detach()
             return _Target(item.parameter, region(item.parameter_start, item.shape), live)
 
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        copies: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         staged_copies: dict[str, list[tuple[_Target, torch.Tensor]]] = {name: [] for name in layers}
-        sources = set()
-        for c in read(Copy, share["copies"]):
-            sources.add(str(c.rank))
-            source = shards[str(c.rank)][c.shard][region(c.local_start, c.shape)]
-            if c.parameter in staged_copies:
-                staged_copies[c.parameter].append((target(c), source))
+        planned = read(Copy, share["copies"])
+        for parts in by_rows(planned, parameters):
+            name = parts[0].parameter
+            sources = [shards[str(c.rank)][c.shard][region(c.local_start, c.shape)] for c in parts]
+            if name in layers:
+                staged_copies[name] += zip(map(target, parts), sources, strict=True)
             else:
-                copies.append((parameters[c.parameter].detach()[region(c.parameter_start, c.shape)], source))
+                shape = (*parts[0].shape[:-1], sum(c.shape[-1] for c in parts))
+                copies.append((parameters[name].detach()[region(parts[0].parameter_start, shape)], sources))
         arrivals: list[list[tuple[_Target, torch.Tensor]]] = [[] for _ in range(body["rounds"])]
         for a in read(Arrival, share["arrivals"]):
             dtype = parameters[a.parameter].dtype
@@ -236,7 +237,7 @@ class WeightBridgeWorker:
             self.bridge_placement.copiers.stop()
         self.bridge_placement = _Placement(
             tensors,
-            [progress[rank] for rank in sources],
+            [progress[rank] for rank in sorted({str(c.rank) for c in planned})],
             batches(copies),
             copiers,
             arrivals,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rollout.weight_sync import copying
-from rollout.weight_sync.copying import Copiers, batches, copy_batch
+from rollout.weight_sync.copying import Copiers, batches, by_rows, copy_batch
+from rollout.weight_sync.plan import Copy
 
 
 def test_batches_hold_every_element_once_and_cut_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +15,7 @@ def test_batches_hold_every_element_once_and_cut_what_is_large(monkeypatch: pyte
     whole = torch.zeros(9, 12)  # a strided target, rows of 20 bytes
     sources = [torch.arange(45.0).view(9, 5) + 1, torch.arange(3.0) - 7, torch.arange(40).view(2, 20)]
     targets = [whole[:, 4:9], torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2, 20, dtype=torch.int64)]
-    made = batches(zip(targets, sources, strict=True))
+    made = batches((target, [source]) for target, source in zip(targets, sources, strict=True))
     moves = [[to.nbytes for to, _ in batch.moves] for batch in made]
     others = [[to.nbytes for to in batch.targets] for batch in made]
     # 3 rows of 20 bytes leave room for a piece, strided as they are; 3 numbers of 2 bytes are converted. The rows of
@@ -26,6 +27,35 @@ def test_batches_hold_every_element_once_and_cut_what_is_large(monkeypatch: pyte
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target, source.to(target.dtype))
     assert whole.sum() == sources[0].sum()
+
+
+def test_copies_of_the_same_rows_go_together_when_they_fill_them() -> None:
+    def copy(parameter: str, start: tuple[int, ...], *shape: int) -> Copy:
+        return Copy(0, "shard", (0,) * len(shape), shape, parameter, start)
+
+    right, left = copy("down", (0, 8), 6, 4), copy("down", (0, 0), 6, 8)
+    lower = copy("down", (6, 0), 3, 12)
+    alone = [copy("partly", (0, 0), 6, 8), copy("partly", (0, 8), 3, 4)]  # the rest comes over the network
+    others = [copy("bias", (0,), 4), copy("bias", (4,), 2), copy("patches", (0, 0, 0), 2, 1, 3)]
+    shapes = {"down": (9, 12), "partly": (6, 12), "bias": (6,), "patches": (2, 2, 3)}
+    parameters = {name: torch.empty(shape) for name, shape in shapes.items()}
+    found = list(by_rows([right, *alone, lower, *others, left], parameters))
+    assert found == [[left, right], *([c] for c in alone), [lower], *([c] for c in others)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sources_side_by_side_make_whole_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(copying, "BATCH_BYTES", 96)
+    sources = [torch.randn(9, width) for width in (5, 4, 3)]
+    target = torch.zeros(9, 12, dtype=dtype)
+    made = batches([(target, sources)])
+    # 2 rows of 48 bytes or 4 of 24 at once, from one tensor; where the dtype changes, each source by itself.
+    joins = [[len(to) for to, _ in batch.joins] for batch in made]
+    assert joins == ([[2], [2], [2], [2], [1]] if dtype == torch.float32 else [[], [], []])
+    assert [len(batch.targets) for batch in made] == ([0] * 5 if dtype == torch.float32 else [3] * 3)
+    for batch in made:
+        copy_batch(batch)
+    assert torch.equal(target, torch.cat(sources, dim=1).to(dtype))
 
 
 def test_threads_share_the_work_and_use_one_core_each() -> None:
