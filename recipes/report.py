@@ -30,7 +30,7 @@ from recipes.records import (
 from recipes.report_samples import Samples
 
 WIDTH, HEIGHT = 380, 220  # of a plot, in SVG units that come out near one CSS pixel, so text keeps its size on a phone
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 26  # a figure of eight characters fits on the left
 COLOURS = 6  # --c0 ... --c5 below
 TRANSCRIPTS_OPEN = 6  # shown at once; the rest are folded away
 LAUNCHES = ("start", "resume")

@@ -27,6 +27,7 @@ LOOK = """(async () => {
     title: document.title,
     text: document.body.innerText,
     width: document.documentElement.scrollWidth,
+    cut: [...document.querySelectorAll('svg text')].filter(each => each.getBBox().x < 0).map(each => each.textContent),
     elements: [...new Set(all.map(each => each.localName))],
     handlers: all.flatMap(each => [...each.attributes]).filter(each => each.name.startsWith('on')).length,
   };

@@ -59,6 +59,7 @@ def metrics(step):
         "reward/mean": 0.5,
         "reward/safety": 0.1 * step,
         "reward/<b>odd</b>": 0.5,
+        "loss": 4e-4 * step - 6e-4,
         "kl/reference": 0.0 if step == 1 else 0.01,
         "logprob_gap/mean": 1e-4,
         "logprob_gap/max": 2e-3,
@@ -219,8 +220,8 @@ def test_bands_are_the_intervals_over_prompts(run_dir):
     """Safety's scores of a step: prompt means 0.5 and 0.5 (the third prompt has no verdict)."""
     page = write_report(run_dir).read_text()
     low, high = mean_interval([0.5, 0.5])["interval"]
-    plot = page[page.index("<h3>Reward per verifier") : page.index("<h3>Mean reward")]
-    ticks = [float(y) for y in re.findall(r'class="axis" x1="46" x2="370" y1="([\d.]+)"', plot)]
+    plot = page[page.index("<h3>Reward per verifier") : page.index("<h3>Loss")]
+    ticks = [float(y) for y in re.findall(r'class="axis" x1="62" x2="370" y1="([\d.]+)"', plot)]
     values = [float(v) for v in re.findall(r'text-anchor="end">([-\d.]+)<', plot)]
     (points,) = re.findall(r'class="band" d="M([^z]+)z"', plot)
     heights = [float(point.split()[1]) for point in points.split("L")]

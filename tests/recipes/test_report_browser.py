@@ -40,6 +40,7 @@ def test_hostile_text_is_text_and_the_page_asks_for_nothing_and_fits_its_window(
         # The places of test_hostile_text_is_shown_as_written, but for the bars' title, which is no text of the body.
         assert re.sub(r"\s+", " ", seen.found["text"]).count(HOSTILE) == 8 * 6 + 2 * (3 * 2 + 2) + 2 * 3 * 3 + 1 + 1 + 2
         assert seen.found["width"] <= width
+        assert seen.found["cut"] == []  # figures on the left of a plot
 
 
 def test_the_same_look_finds_what_text_does_that_is_not_escaped(chromium: browser.Browser, tmp_path: Path) -> None:
