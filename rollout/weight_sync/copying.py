@@ -1,6 +1,7 @@
-"""Many copies from tensors to tensors in few calls, by as many threads as the process has on a CPU."""
+"""Many copies from tensors to tensors in few calls, by threads that keep all cores of a CPU busy."""
 
 import ctypes
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,12 +20,13 @@ BATCH_BYTES = 4 << 20
 
 @dataclass
 class Batch:
-    """``moves``: (target, source) in one piece each, of one dtype, in the host's memory: of these the C library copies
-    the bytes, past the caches where that is faster (``rollout.engine.environment``). ``joins``: such targets whose rows
-    several sources make, side by side: written in one go they take two thirds of the time of one source after the
-    other. ``targets`` and ``sources``: the other pairs."""
+    """``moves``: addresses of target and source, each in one piece, of one dtype, in the host's memory, and the bytes,
+    which the C library copies, past the caches where that is faster (``rollout.engine.environment``); ``held`` are the
+    tensors there. ``joins``: such targets whose rows several sources make, side by side: written in one go they take
+    two thirds of the time of one source after the other. ``targets`` and ``sources``: the other pairs."""
 
-    moves: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    moves: list[tuple[int, int, int]] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)
     joins: list[tuple[torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
@@ -58,7 +60,8 @@ def batches(copies: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> list[B
                 room = BATCH_BYTES
             if plain and all(tensor.is_contiguous() for tensor in (to, *parts)):
                 if len(parts) == 1:
-                    made[-1].moves.append((to, parts[0]))
+                    made[-1].moves.append((to.data_ptr(), parts[0].data_ptr(), to.nbytes))
+                    made[-1].held += (to, parts[0])
                 else:
                     made[-1].joins.append((to, parts))
             else:
@@ -70,12 +73,19 @@ def batches(copies: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> list[B
 
 def copy_batch(batch: Batch) -> None:
     """Copy every source into its target, converting to the target's dtype."""
-    for target, source in batch.moves:
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    for to, source, size in batch.moves:
+        ctypes.memmove(to, source, size)
     for target, sources in batch.joins:
         torch.cat(sources, dim=-1, out=target)
     if batch.targets:
         torch._foreach_copy_(batch.targets, batch.sources)
+
+
+def even_threads(cores: int, workers: int) -> int:
+    """Threads for each of so many processes that copy at the same time: the fewest with which all cores have as many.
+    Linux leaves two threads on one core for the whole of a sync while another core is idle: three workers with one
+    each took 1.1 times as long on two cores."""
+    return cores // math.gcd(cores, workers)
 
 
 class Copiers:

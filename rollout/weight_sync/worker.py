@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.model_executor.layers import utils as vllm_layers
 from vllm.platforms import current_platform
 
 from megatron_ext.blocks import region
 from rollout.weight_sync.checksum import rectangle_checksum
-from rollout.weight_sync.copying import Batch, Copiers, batches, by_rows, copy_batch
+from rollout.weight_sync.copying import Batch, Copiers, batches, by_rows, copy_batch, even_threads
 from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.memory import Signals, attach_tensors, here
 from rollout.weight_sync.network import slot_view
@@ -37,7 +37,8 @@ from rollout.weight_sync.plan import Arrival, Copy, TensorInfo, read
 from rollout.weight_sync.quantised import Staging, check_kernels, quantised_layers, unquantised
 from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
 
-SPIN_SECONDS = 0.01
+SPIN_SECONDS = 0.002
+LOOK_AGAIN_SECONDS = 0.02
 
 _packed_layers: list[torch.nn.Module] = []
 _vllm_pack = vllm_layers.dispatch_cpu_unquantized_gemm
@@ -232,7 +233,8 @@ class WeightBridgeWorker:
             name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in body["tensors"].items()
         }
         device = next(self.get_model().parameters()).device  # type: ignore[attr-defined]
-        copiers = Copiers(torch.get_num_threads() if device.type == "cpu" else 1)
+        cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+        copiers = Copiers(even_threads(cores, len(body["workers"])))
         if hasattr(self, "bridge_placement"):
             self.bridge_placement.copiers.stop()
         self.bridge_placement = _Placement(
@@ -356,9 +358,12 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def spin_less() -> None:
     """Have vLLM's processes look for a call or an answer again and again for SPIN_SECONDS behind the last, then sleep
-    until it comes. vLLM's own second takes the cores from the workers that are still at work, and from the trainer.
-    Not 0: behind another within about a millisecond a message may not wake a sleeper, who then looks after 5 s."""
-    SpinCondition.__init__ = partialmethod(SpinCondition.__init__, busy_loop_s=SPIN_SECONDS)
+    until it comes. vLLM's own second takes the cores from the workers that are still at work, and from the trainer. A
+    message may not wake a sleeper (zmq drops one that is sent within about a millisecond of another), who looks for
+    itself after LOOK_AGAIN_SECONDS; vLLM's own 5 were seen as a pause in a batch."""
+    condition = shm_broadcast.SpinCondition
+    condition.__init__ = partialmethod(condition.__init__, busy_loop_s=SPIN_SECONDS)
+    shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = int(1e3 * LOOK_AGAIN_SECONDS)
 
 
 # Imported in the engine's process and in its workers, before a model is built or a queue made.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollout.weight_sync import copying
-from rollout.weight_sync.copying import Copiers, batches, by_rows, copy_batch
+from rollout.weight_sync.copying import Copiers, batches, by_rows, copy_batch, even_threads
 from rollout.weight_sync.plan import Copy
 
 
@@ -16,7 +16,7 @@ def test_batches_hold_every_element_once_and_cut_what_is_large(monkeypatch: pyte
     sources = [torch.arange(45.0).view(9, 5) + 1, torch.arange(3.0) - 7, torch.arange(40).view(2, 20)]
     targets = [whole[:, 4:9], torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2, 20, dtype=torch.int64)]
     made = batches((target, [source]) for target, source in zip(targets, sources, strict=True))
-    moves = [[to.nbytes for to, _ in batch.moves] for batch in made]
+    moves = [[size for _, _, size in batch.moves] for batch in made]
     others = [[to.nbytes for to in batch.targets] for batch in made]
     # 3 rows of 20 bytes leave room for a piece, strided as they are; 3 numbers of 2 bytes are converted. The rows of
     # the rest, of 160 bytes and longer than a batch, are in one piece.
@@ -56,6 +56,12 @@ def test_sources_side_by_side_make_whole_rows(monkeypatch: pytest.MonkeyPatch, d
     for batch in made:
         copy_batch(batch)
     assert torch.equal(target, torch.cat(sources, dim=1).to(dtype))
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(2, 3, 2), (2, 2, 1), (2, 1, 2), (8, 6, 4), (1, 3, 1)])
+def test_every_core_has_as_many_copying_threads(cores: int, workers: int, threads: int) -> None:
+    assert even_threads(cores, workers) == threads
+    assert workers * threads % cores == 0
 
 
 def test_threads_share_the_work_and_use_one_core_each() -> None:

@@ -5,17 +5,20 @@ The tests share the engines and run in order: the last ones kill them.
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from rollout.engine import Engine, EngineDied, EngineError, EngineSettings, stop_engines
+from rollout.engine import Engine, EngineDied, EngineError, EngineSettings, environment, stop_engines
 from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Request, Sample, Sampling
 from rollout.sampler import assign, generate, in_order, make_requests, stream
@@ -91,6 +94,16 @@ def gap(sample: Sample) -> torch.Tensor:
     difference = (found - torch.tensor(sample.logprobs)).abs()
     difference[list(sample.forced)] = 0
     return difference
+
+
+def test_an_engine_s_memory_is_in_huge_pages_where_the_kernel_gives_them(world: World) -> None:
+    script = "held = bytearray(64 << 20); print(open('/proc/self/smaps_rollup').read())"
+    env = environment(world.engines[0].settings)
+    memory = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    (huge,) = [int(line.split()[1]) for line in memory.splitlines() if line.startswith("AnonHugePages")]
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    gives = setting.exists() and "[never]" not in setting.read_text()
+    assert (huge >= 32 << 10) == gives
 
 
 def test_a_groups_prompt_is_computed_once(world: World) -> None:
