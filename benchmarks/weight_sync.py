@@ -34,6 +34,7 @@ PEERS = Path("benchmarks/peers")
 RESULT = Path("benchmarks/results/weight_sync.json")
 PEER_GOAL = 5.0  # best peer's seconds / ours, at least
 MEMCPY_GOAL = 0.8  # memcpy's seconds / ours, at least
+SECOND_SYNC_GOAL = 1.0  # our second sync's seconds / memcpy's, at most
 TIME_LIMIT = 480  # seconds for one group of ranks: it hangs
 
 MEASURED = {
@@ -209,7 +210,7 @@ def run_ranks(command: list[str], ranks: int, log: Path, keep: Sequence[int] = (
 
 
 def summarise(exports: Mapping[str, Any], syncs: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians and ratios of every model and layout, and the least ratios of all: what the goals are held against.
+    """Medians and ratios of every model and layout, and the worst ratios of all: what the goals are held against.
 
     Args:
         exports: model → peer → the exporter's answer; no peer for a model that only shows the cost against bytes.
@@ -228,6 +229,7 @@ def summarise(exports: Mapping[str, Any], syncs: Mapping[str, Any]) -> dict[str,
     layouts = [found for model in models.values() for found in model["vllm_tensor_parallel"].values()]
     to_peer = min(found["ratio_to_best_peer"] for found in layouts if "ratio_to_best_peer" in found)
     to_memcpy = min(found["ratio_to_memcpy"] for found in layouts)
+    second = max(found["second_sync_to_memcpy"] for found in layouts)
     sizes = [
         (found["bytes"], found["ours_seconds"])
         for name, model in models.items()
@@ -237,10 +239,12 @@ def summarise(exports: Mapping[str, Any], syncs: Mapping[str, Any]) -> dict[str,
     return {
         "ratio_to_best_peer": to_peer,
         "ratio_to_memcpy": to_memcpy,
+        "second_sync_to_memcpy": second,
         "ratio_to_memcpy_with_packing": min(found["ratio_to_memcpy_with_packing"] for found in layouts),
         "goals": {
             "ratio_to_best_peer": {"at_least": PEER_GOAL, "met": to_peer >= PEER_GOAL},
             "ratio_to_memcpy": {"at_least": MEMCPY_GOAL, "met": to_memcpy >= MEMCPY_GOAL},
+            "second_sync_to_memcpy": {"at_most": SECOND_SYNC_GOAL, "met": second <= SECOND_SYNC_GOAL},
         },
         "cost_against_bytes": line(sizes),
         "models": models,
@@ -345,9 +349,10 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
                 f"{found['ratio_to_memcpy_with_packing']:.2f}",
                 ", ".join(f"{1e3 * seconds:.0f}" for seconds in found["bound"].values()),
             )
-    goals = Table("goal", "at least", "found (least of all rows)", "met")
+    goals = Table("", "goal", "found (worst of all rows)", "met")
     for name, goal in result["goals"].items():
-        goals.add_row(name, f"{goal['at_least']}", f"{result[name]:.2f}", "yes" if goal["met"] else "no")
+        bound = f"≥ {goal['at_least']}" if "at_least" in goal else f"≤ {goal['at_most']}"
+        goals.add_row(name, bound, f"{result[name]:.2f}", "yes" if goal["met"] else "no")
     return [shown, goals]
 
 
