@@ -28,7 +28,6 @@ from recipes import records
 from recipes.config import parse
 from recipes.prepare_model import prepare
 
-REPETITIONS = 8  # behind the first sync, which is told apart
 FOLDER = Path("build/benchmarks")
 PEERS = Path("benchmarks/peers")
 RESULT = Path("benchmarks/results/weight_sync.json")
@@ -59,12 +58,14 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the ranks of its trainers (ours and the peers', tensor parallel), vLLM's tensor-parallel sizes."""
+    """A model, the ranks of its trainers (ours and the peers', tensor parallel), vLLM's tensor-parallel sizes, and the
+    repetitions behind the first sync, which is told apart: the shorter a sync, the more it varies."""
 
     name: str
     folder: str
     ranks: int
     vllm_tensor_parallel: tuple[int, ...]
+    repetitions: int
     peers: bool
 
 
@@ -72,10 +73,10 @@ def cases(demo_folder: str) -> list[Case]:
     """SmolLM2 has 9 heads in 3 groups: the peers can't cut it over 2 ranks, so all run it on 3."""
     layers = {n: str(FOLDER / f"models/qwen2_{n}_layers") for n in (5, 10, 20)}
     return [
-        Case("smollm2_135m", demo_folder, 3, (3, 1), peers=True),
-        Case("qwen2_20_layers", layers[20], 2, (2, 1), peers=True),
-        Case("qwen2_10_layers", layers[10], 2, (2,), peers=False),
-        Case("qwen2_5_layers", layers[5], 2, (2,), peers=False),
+        Case("smollm2_135m", demo_folder, 3, (3, 1), 24, peers=True),
+        Case("qwen2_20_layers", layers[20], 2, (2, 1), 8, peers=True),
+        Case("qwen2_10_layers", layers[10], 2, (2,), 16, peers=False),
+        Case("qwen2_5_layers", layers[5], 2, (2,), 24, peers=False),
     ]
 
 
@@ -147,7 +148,7 @@ def run_case(case: Case, pythons: Mapping[str, Path]) -> tuple[dict[str, Any], d
     memory = os.memfd_create("exported")
     os.ftruncate(memory, size)
     exports = {}
-    settings: dict[str, Any] = {"model": case.folder, "repetitions": REPETITIONS}
+    settings: dict[str, Any] = {"model": case.folder, "repetitions": case.repetitions}
     for peer, python in pythons.items():
         say(f"{case.name}: {peer} exports on {case.ranks} ranks")
         own = settings | {"memory": memory, "output": str(folder / f"{peer}.json")}
