@@ -60,31 +60,33 @@ class Network:
         handing_on: list[dist.Work] = []
         try:
             for t in range(self.rounds + 1):
-                _finish(handing_on)  # of the round before: it read the slot that comes next
+                finish(handing_on)  # of the round before: it read the slot that comes next
                 before = sending
                 if t < self.rounds:
                     if t >= 2:
                         self.signals.wait_placed(first + t - 1)  # the slot's former content
                     for target, source in self.packings[t]:
                         target.copy_(source)
-                    sending = _start(self.sent[t])
+                    sending = start(self.sent[t])
                 if t > 0:
-                    _finish(before)
+                    finish(before)
                     if self.slots.is_cuda:
                         torch.cuda.current_stream(self.slots.device).synchronize()
                     self.signals.land(first + t)
                 if t < self.rounds:
-                    handing_on = _start(self.handed_on[t])
+                    handing_on = start(self.handed_on[t])
         except BaseException:
             self.signals.give_up()
             raise
 
 
-def _start(operations: list[dist.P2POp]) -> list[dist.Work]:
+def start(operations: list[dist.P2POp]) -> list[dist.Work]:
+    """Begin all."""
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _finish(under_way: list[dist.Work]) -> None:
+def finish(under_way: list[dist.Work]) -> None:
+    """Wait for all."""
     for work in under_way:
         work.wait()
 
