@@ -173,7 +173,7 @@ class WeightBridge:
         """``function()`` on every rank; a failure on one is raised on all.
 
         Rank 0 is told how each has ended and tells all whether one has failed: a single message behind the last to end,
-        which takes 0.6 of the time of an all-reduce, whose messages wait for each other.
+        which takes two thirds of the time of an all-reduce, whose messages wait for each other.
         """
         others = range(1, dist.get_world_size(self.group))
         failed = torch.zeros(1 + len(others), dtype=torch.int32)
