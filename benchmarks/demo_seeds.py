@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from recipes import records
+from recipes.run import records
 
 RESULT = Path("benchmarks/results/demo_seeds.json")
 FINISHED = "finished.json"  # in a run's folder, written last: what ran, and how long the whole command took

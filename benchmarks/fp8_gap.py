@@ -72,16 +72,16 @@ def rounded_model(rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path
 
 
 def main() -> None:
-    from megatron_ext import hf_checkpoint, model, packing, parallel, platform, steps
+    from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel, platform
     from megatron_ext.layout import Layout
     from megatron_ext.precision import Precision
-    from recipes import records
     from recipes.algorithms import mismatch
     from recipes.algorithms.sequences import Sequences
+    from recipes.run import records
     from rollout.engine import Engine, EngineSettings, stop_engines
     from rollout.sample import Prompt, Sample, Sampling
     from rollout.sampler import generate
-    from rollout.weight_sync.bridge import WeightBridge
+    from rollout.weight_sync.sync import WeightSync
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -119,7 +119,7 @@ def main() -> None:
                 engine.wait_until_ready(time.monotonic() + 600)
             group = parallel.control_group()
             bridges = [
-                WeightBridge(policy.shards, [engine], group, bucket_bytes=1 << 28, verify_every=1, plans=home)
+                WeightSync(policy.shards, [engine], group, bucket_bytes=1 << 28, verify_every=1, plans=home)
                 for engine in engines
             ]
 
@@ -143,9 +143,9 @@ def main() -> None:
                 (planned,) = packing.plan([len(s) for s in sequences], 1, 2048)
                 batches = [packing.pack(sequences, indices, policy.token_multiple, 0, "cpu") for indices in planned]
                 totals: dict[str, float] = {}
-                for batch, values in zip(batches, steps.log_probs(policy, batches), strict=True):
-                    found = mismatch.sums(values, batch.values["rollout"], Sequences(batch.lengths), importance_cap=CAP)
-                    steps.add_metrics(totals, {name: float(value) for name, value in found.items()})
+                for batch, values in zip(batches, forward_backward.log_probs(policy, batches), strict=True):
+                    found = mismatch.sums(values, batch.values["rollout"], Sequences(batch.lengths), tis_cap=CAP)
+                    forward_backward.add_metrics(totals, {name: float(value) for name, value in found.items()})
                 made = mismatch.report(totals)
                 keys = ("mean", "max", "k3", "clipped", "ess")
                 return {"tokens": totals[f"{mismatch.NAME}/tokens"]} | {k: made[f"{mismatch.NAME}/{k}"] for k in keys}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from recipes import records
+from recipes.run import records
 
 RESULT = Path("benchmarks/results/ladder_demo.json")
 RUN = Path("runs/ladder_demo")

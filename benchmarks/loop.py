@@ -1,8 +1,8 @@
 """Time per phase of the demo's RL step, next to plain transformers and bare vLLM in the same run.
 
 ``python -m benchmarks.loop [Hydra overrides]`` writes ``benchmarks/results/loop.json`` and prints its tables. The loop
-that is timed is ``recipes.rl.fit`` itself. Behind the train and the generate phase, off their clocks and while the
-ranks wait, a yardstick does the same work, so that both sides of a ratio run within seconds of each other.
+that is timed is ``recipes.training.rl.fit`` itself. After the train and the generate phase, off their clocks and while
+the ranks wait, a yardstick does the same work, so that both sides of a ratio run within seconds of each other.
 """
 
 import json
@@ -22,8 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.yardsticks import GENERATION, TRAINING
-from recipes import records, train
-from recipes.config import Config, ConfigError, parse
+from recipes import train
+from recipes.config import Config, parse
+from recipes.errors import ConfigError
+from recipes.launch import command_line
+from recipes.run import records
 from rewards.processes import die_with
 
 REPETITIONS = 3  # RL steps that count; one more goes before them and warms both sides up
@@ -51,7 +54,7 @@ def main() -> None:
         if "RANK" not in os.environ:
             launch(config)
     except (ConfigError, HydraException) as error:
-        print(f"error: {train.one_line(error) if isinstance(error, HydraException) else error}", flush=True)
+        print(f"error: {command_line.one_line(error) if isinstance(error, HydraException) else error}", flush=True)
         sys.exit(1)
     die_with(os.getppid())
     train.say_why_on_sigterm(config)

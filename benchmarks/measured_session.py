@@ -12,10 +12,10 @@ from benchmarks import yardsticks
 from benchmarks.yardsticks import Yardstick
 from megatron_ext.collectives import all_gather_json, from_rank_zero
 from megatron_ext.packing import MicroBatch, PackedSequence
-from recipes import rl, sft
 from recipes.config import Config
-from recipes.session import Session, open_session
-from recipes.stages import warm_start
+from recipes.training import rl, sft
+from recipes.training.session import Session, open_session
+from recipes.training.stages import warm_start
 from rollout.engine import Engine
 from rollout.sample import Request, Sample, Sampling
 

@@ -145,7 +145,7 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
 
     from benchmarks.memcpy import copy_bytes
     from megatron_ext.collectives import all_gather_json
-    from rollout.weight_sync.bridge import WeightBridge
+    from rollout.weight_sync.sync import WeightSync
 
     def load() -> dict[str, Any] | None:
         if settings["exported"] is None:
@@ -174,7 +174,7 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     trainer.negate()
     started = time.perf_counter()
     with watched("plan_and_first_sync"):
-        bridge = WeightBridge(
+        bridge = WeightSync(
             trainer.shards,
             [engine] if engine else [],
             trainer.control,

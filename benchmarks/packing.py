@@ -28,9 +28,10 @@ from megatron_ext import platform
 from megatron_ext.layout import Layout
 from megatron_ext.packing import Cost, PackedSequence, VisionInputs, cost_of, plan
 from megatron_ext.weight_map import round_up
-from recipes import records, trainer
+from recipes import trainer
 from recipes.config import Config, parse, samples_per_step
-from recipes.phases import ARCHITECTURES
+from recipes.preflight.memory_plan import ARCHITECTURES
+from recipes.run import records
 
 RESULT = Path("benchmarks/results/packing.json")
 SEEDS = 10

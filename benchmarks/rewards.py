@@ -27,9 +27,9 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from recipes import records
 from recipes.config import Config, parse
-from recipes.prepare_model import prepare
+from recipes.launch.prepare_model import prepare
+from recipes.run import records
 from rewards.client import Client
 from rewards.processes import die_with
 from rewards.serve import Replica, Supervisor

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from benchmarks import scale_model
 from benchmarks.scale_model import SCHEDULES, Group, Job, Machine, Shapes, Step
-from recipes.config import Config, ConfigError, parse
+from recipes.config import Config, parse
+from recipes.errors import ConfigError
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "conf" / "model" / "architectures"
 ASIDE = ("scale", "simulate")
@@ -74,7 +75,7 @@ def sync(raw: DictConfig, task: Job, model: Shapes, on: Machine) -> dict[str, fl
     """Seconds of a weight sync by place of the engines."""
     if raw.scale.sync == "bytes":
         return {where: scale_model.sync_seconds(task, model, on, where == "apart") for where in ("colocated", "apart")}
-    from rollout.weight_sync.simulate import simulate
+    from recipes.preflight.weight_sync import simulate
 
     found = {}
     for where in ("colocated", "apart"):

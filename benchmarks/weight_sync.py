@@ -24,9 +24,9 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from recipes import records
 from recipes.config import parse
-from recipes.prepare_model import prepare
+from recipes.launch.prepare_model import prepare
+from recipes.run import records
 
 FOLDER = Path("build/benchmarks")
 PEERS = Path("benchmarks/peers")
@@ -37,7 +37,7 @@ SECOND_SYNC_GOAL = 1.0  # our second sync's seconds / memcpy's, at most
 TIME_LIMIT = 480  # seconds for one group of ranks: it hangs
 
 MEASURED = {
-    "ours": "WeightBridge.sync from the call to its end on all ranks: with vLLM's packing of linear layers for a CPU, "
+    "ours": "WeightSync.sync from the call to its end on all ranks: with vLLM's packing of linear layers for a CPU, "
     "without the verification by checksums (which no peer has; verified_sync_seconds are with it)",
     "placing": "the second sync behind a plan, whose workers do not pack, as none does on a GPU, behind a memcpy: "
     "ratio_to_memcpy and second_sync_to_memcpy are made of it, ratio_to_memcpy_with_packing of ours",

@@ -14,7 +14,7 @@ class OptimizerSettings:
     """Fractions are of ``learning_rate`` and of the run's steps. Norms and biases get no weight decay."""
 
     learning_rate: float
-    minimum_fraction: float
+    min_lr_ratio: float
     warmup_fraction: float
     decay: str
     betas: tuple[float, float]
@@ -30,7 +30,7 @@ def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[Megatr
         OptimizerConfig(
             optimizer="adam",
             lr=settings.learning_rate,
-            min_lr=settings.learning_rate * settings.minimum_fraction,
+            min_lr=settings.learning_rate * settings.min_lr_ratio,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],
@@ -48,7 +48,7 @@ def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[Megatr
         optimizer,
         init_lr=0.0,
         max_lr=settings.learning_rate,
-        min_lr=settings.learning_rate * settings.minimum_fraction,
+        min_lr=settings.learning_rate * settings.min_lr_ratio,
         lr_warmup_steps=int(settings.warmup_fraction * steps),
         lr_decay_steps=steps,
         lr_decay_style=settings.decay,

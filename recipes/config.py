@@ -13,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from megatron_ext import layout, precision, resolvers
 from recipes import ranges, trainer
 from recipes.data import specification
+from recipes.errors import ConfigError
 from rewards import settings
 from rewards.settings import RewardsConfig
 from rollout.engine import CPU_QUANTIZATION, QUANTIZATIONS
@@ -37,7 +38,7 @@ class SftConfig:
     held_out: Optional[str]  # noqa: UP045
     held_out_every: int
     learning_rate: float
-    minimum_fraction: float
+    min_lr_ratio: float
     warmup_fraction: float
     decay: str
 
@@ -51,7 +52,7 @@ class RewardModelConfig:
     steps: Optional[int]  # noqa: UP045
     pairs_per_step: int
     learning_rate: float
-    minimum_fraction: float
+    min_lr_ratio: float
     warmup_fraction: float
     decay: str
 
@@ -81,9 +82,9 @@ class AlgorithmConfig:
     prompts_per_step: int
     samples_per_prompt: int
     updates_per_rollout: int
-    sampling_rounds: int
+    max_generation_batches: int
     learning_rate: float
-    minimum_fraction: float
+    min_lr_ratio: float
     warmup_fraction: float
     decay: str
     advantage: str
@@ -109,11 +110,11 @@ class AlgorithmConfig:
     token_divisor: float
     value_clip: float
     importance_sampling: bool
-    importance_cap: float
+    tis_cap: float
     sequence_ratio_bounds: Optional[list[float]]  # noqa: UP045
     token_ratio_veto: Optional[float]  # noqa: UP045
-    mismatch_alarm: float
-    own: dict[str, Any]
+    max_mismatch: float
+    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -163,7 +164,7 @@ class RolloutConfig:
     stall_timeout: float
     staleness: int
     oversample: float
-    max_step_tokens: Optional[int]  # noqa: UP045
+    partial_rollout_tokens: Optional[int]  # noqa: UP045
     thinking_budget: Optional[int]  # noqa: UP045
     thinking_marks: list[str]
     environment: EnvironmentConfig
@@ -232,7 +233,7 @@ class OptimizerConfig:
 class CriticConfig:
     path: Optional[str]  # noqa: UP045
     learning_rate: float
-    minimum_fraction: float
+    min_lr_ratio: float
     warmup_fraction: float
     decay: str
     warmup_steps: int
@@ -266,10 +267,6 @@ class Config:
     seed: int
     run_dir: str
     resume: bool
-
-
-class ConfigError(ValueError):
-    """A field, its value and what to do."""
 
 
 def field_types(type_: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -419,13 +416,13 @@ def check_algorithm(c: Config) -> None:
 def check_rollout(c: Config) -> None:
     """Raises ConfigError for what the rollout's settings can't do, alone or with each other."""
     r = c.rollout
-    if r.max_step_tokens is not None and r.oversample == 1:
+    if r.partial_rollout_tokens is not None and r.oversample == 1:
         raise ConfigError(
-            f"rollout.max_step_tokens={r.max_step_tokens}: carries over what rollout.oversample puts in flight; with "
-            "rollout.oversample=1 nothing is left over: use more than 1, or null"
+            f"rollout.partial_rollout_tokens={r.partial_rollout_tokens}: carries over what rollout.oversample puts in "
+            "flight; with rollout.oversample=1 nothing is left over: use more than 1, or null"
         )
-    if (r.staleness or r.max_step_tokens) and not c.algorithm.importance_sampling:
-        field = "staleness=1" if r.staleness else f"max_step_tokens={r.max_step_tokens}"
+    if (r.staleness or r.partial_rollout_tokens) and not c.algorithm.importance_sampling:
+        field = "staleness=1" if r.staleness else f"partial_rollout_tokens={r.partial_rollout_tokens}"
         raise ConfigError(
             f"rollout.{field}: samples come from older weights; correct for it: algorithm.importance_sampling=true"
         )

@@ -8,8 +8,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from recipes.config import ConfigError, parse
-from recipes.train import from_command_line, prepare_run
+from recipes.config import parse
+from recipes.errors import ConfigError
+from recipes.launch.command_line import from_command_line
+from recipes.train import prepare_run
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

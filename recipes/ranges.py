@@ -20,9 +20,12 @@ RANGES = {
     **{
         f"{where}.{name}": interval
         for where in ("stage.sft", "stage.reward_model", "algorithm", "critic")
-        for name, interval in (("learning_rate", RATE), ("minimum_fraction", FRACTION), ("warmup_fraction", WARMUP))
+        for name, interval in (("learning_rate", RATE), ("min_lr_ratio", FRACTION), ("warmup_fraction", WARMUP))
     },
-    **{f"algorithm.{name}": COUNT for name in ("steps", "prompts_per_step", "updates_per_rollout", "sampling_rounds")},
+    **{
+        f"algorithm.{name}": COUNT
+        for name in ("steps", "prompts_per_step", "updates_per_rollout", "max_generation_batches")
+    },
     "algorithm.samples_per_prompt": "[2, 1e6]",  # a group has something to compare
     "algorithm.advantage_epsilon": FRACTION,
     "algorithm.clip_filter_cap": "(0, 1e6]",
@@ -40,9 +43,9 @@ RANGES = {
     "algorithm.kl_coefficient": COEFFICIENT,
     "algorithm.token_divisor": "(0, 1e9]",
     "algorithm.value_clip": "(0, 1e6]",
-    "algorithm.importance_cap": "(0, 1e6]",
+    "algorithm.tis_cap": "(0, 1e6]",
     "algorithm.token_ratio_veto": "(0, 1)",
-    "algorithm.mismatch_alarm": "(0, 1e6]",
+    "algorithm.max_mismatch": "(0, 1e6]",
     **{f"parallel.{name}": "[1, 1e5]" for name in ("tensor", "pipeline", "virtual_pipeline", "context")},
     **{f"parallel.{name}": "[1, 1e4]" for name in ("first_stage_layers", "last_stage_layers")},
     "parallel.micro_batch_tokens": TOKENS,
@@ -60,7 +63,7 @@ RANGES = {
     "rollout.stall_timeout": SECONDS,
     "rollout.staleness": "[0, 1]",
     "rollout.oversample": "[1, 1e3]",
-    "rollout.max_step_tokens": TOKENS,
+    "rollout.partial_rollout_tokens": TOKENS,
     "rollout.thinking_budget": TOKENS,
     "rollout.environment.max_turns": "[1, 1e6]",
     "rollout.sync_bucket_mib": "[1, 1e6]",

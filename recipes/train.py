@@ -6,24 +6,24 @@ each process is one rank of the run.
 
 import contextlib
 import gc
-import itertools
 import os
-import re
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes import launcher, preemption, records
-from recipes.config import Config, ConfigError, generates, parse, unknown_field
-from recipes.slurm import adopt_step
+from recipes.config import Config, generates, parse
+from recipes.errors import ConfigError
+from recipes.launch import launcher
+from recipes.launch.command_line import from_command_line
+from recipes.launch.requirements import check_parts, check_servers, check_supervised
+from recipes.launch.slurm import adopt_step
+from recipes.run import preemption, records
 from rewards.processes import die_with
 
 RESULTS = (
@@ -38,9 +38,6 @@ RESULTS = (
     records.FINISHED,
 )
 FAILED = "failed"  # in logs/, once a rank has
-APPEND = "To append to your config use +"
-MERGING = "Error merging override "
-SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose values are not shown
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -50,9 +47,9 @@ def main(raw: DictConfig) -> None:
         config = parse(raw)
         adopt_step()
         if config.stage.ladder:
-            from recipes.ladder import climb
+            from recipes.launch.pipeline import run_pipeline
 
-            climb(config, sys.argv[1:])
+            run_pipeline(config, sys.argv[1:])
             return
         if "RANK" not in os.environ:
             launch(config)
@@ -64,8 +61,8 @@ def main(raw: DictConfig) -> None:
 
 def prepare_run(config: Config) -> None:
     """Check the data, make the model's folder, and empty the run's folder unless it is resumed. Raises ConfigError."""
-    from recipes.display import Display
-    from recipes.prepare_model import prepare
+    from recipes.launch.prepare_model import prepare
+    from recipes.run.display import Display
 
     run_dir = Path(config.run_dir)
     if config.resume and (run_dir / records.FINISHED).is_file():
@@ -99,71 +96,6 @@ def log_to_file(run_dir: Path) -> None:
     os.close(log)
 
 
-def check_supervised(config: Config) -> None:
-    """Read the rows of stages that learn from answers. Raises ConfigError naming file, line and field."""
-    from recipes.data import judging, prompts
-
-    if "sft" in config.stage.trains:
-        for path in filter(None, (config.data.sft, config.stage.sft.held_out)):
-            judging.lessons(path, config.stage.sft.judge)
-    if "reward_model" in config.stage.trains:
-        for path in (config.stage.reward_model.pairs, config.stage.reward_model.held_out):
-            prompts.load_rows(path, prompts.PAIR_FIELDS)
-
-
-def check_parts(config: Config) -> None:
-    """Find the algorithm's parts, the verifiers and the data that the run will ask for.
-
-    Raises ConfigError naming the field.
-    """
-    from recipes.algorithms.parts import PARTS, part
-    from recipes.data import specification
-    from recipes.data.prompts import load_rows, scheduled
-    from rewards import mixing
-    from rewards.client import Client
-    from rollout.environment import open_environment
-
-    for name in PARTS:
-        part(name, config.algorithm)
-    rows = load_rows(config.data.prompts)
-    scheduled(rows, specification.phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
-    try:
-        names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
-        with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
-            verifiers = mixing.open_verifiers(names, config.rewards, client)
-        for row in rows:
-            mixing.check_row(row, verifiers, config.rewards.mix)
-        if (place := config.rollout.environment).name is not None:
-            open_environment(place.name, place.settings)
-    except ValueError as error:
-        where = "" if str(error).startswith("rollout.") else "rewards.mix, data.scores: "
-        raise ConfigError(f"{where}{error}") from error
-    kinds = set(load_rows(config.data.evaluation).kinds)
-    for name, wanted in config.data.scores.items():
-        if not kinds.intersection(wanted):
-            raise ConfigError(
-                f"data.scores.{name}={wanted}: {specification.shown(config.data.evaluation)} has rows of the kinds "
-                f"{sorted(kinds)} only; name one of these or drop the score"
-            )
-
-
-def check_servers(config: Config) -> None:
-    """Ask the verifiers' servers and the environment whether they are there. Raises ConfigError naming those that are
-    not."""
-    from rewards import mixing
-    from rewards.client import Client
-    from rollout.environment import Unavailable, open_environment
-
-    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
-    try:
-        with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
-            client.check()
-        if (place := config.rollout.environment).name is not None:
-            open_environment(place.name, place.settings).check()
-    except (ValueError, Unavailable) as error:
-        raise ConfigError(str(error)) from error
-
-
 def launch(config: Config) -> None:
     """Prepare the run and fork ``cluster.ranks`` ranks, in each of which this returns; this process ends with them."""
     os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)  # before torch is imported
@@ -180,7 +112,7 @@ def load(config: Config) -> None:
 
     platform.activate(config.cluster.platform)
 
-    import recipes.stages  # noqa: F401
+    import recipes.training.stages  # noqa: F401
 
     gc.freeze()  # a garbage collection that goes through all that was imported stops every rank for most of a second
 
@@ -196,8 +128,8 @@ def run(config: Config) -> None:
         (Path(config.run_dir) / "logs" / FAILED).unlink(missing_ok=True)
     load(config)
 
-    from recipes.session import open_session
-    from recipes.stages import run_stage
+    from recipes.training.session import open_session
+    from recipes.training.stages import run_stage
 
     terminal = os.fdopen(os.dup(1), "w")  # open_session sends the output of all ranks but one to their logs
     try:
@@ -228,7 +160,7 @@ def fails_first(config: Config) -> bool:
 def say_why_on_sigterm(config: Config) -> None:
     """Ranks are ended with SIGTERM on Ctrl-C and when one of them dies (out of memory, say): tell so."""
 
-    from recipes.records import event
+    from recipes.run.records import event
 
     def handler(number: int, frame: object) -> None:
         print(
@@ -242,31 +174,6 @@ def say_why_on_sigterm(config: Config) -> None:
 
     if os.environ.get("RANK") == "0":
         signal.signal(signal.SIGTERM, handler)
-
-
-def one_line(error: HydraException) -> str:
-    """Hydra's message about the command line without its advice to add unknown keys, which ``parse`` refuses."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    unknown = [line for line in lines if line.startswith(APPEND)]
-    if unknown:
-        override = unknown[0].removeprefix(APPEND)
-        field = override.partition("=")[0]
-        shown = field if SECRET.search(field) else override
-        return f"{shown}: {unknown_field(field)}"
-    if lines[0].startswith(MERGING):
-        why = str(error.__cause__).splitlines()[0]
-        return f"{lines[0].removeprefix(MERGING)}: {why}; give a value of the kind that stands in conf/"
-    return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
-
-
-def from_command_line(hydra_main: Callable[[], None]) -> None:
-    """Call a Hydra main; what is wrong with the command line is told in one line, with exit code 1."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines
-    try:
-        hydra_main()
-    except HydraException as error:
-        print(f"error: {one_line(error)}", flush=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

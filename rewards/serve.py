@@ -222,7 +222,7 @@ class Supervisor:
 
 
 def note_restart(replica: Replica) -> None:
-    """A line in the run's events.jsonl, as ``recipes.records.event`` writes them, for the report."""
+    """A line in the run's events.jsonl, as ``recipes.run.records.event`` writes them, for the report."""
     event = {"time": round(time.time(), 3), "kind": "server restart", "server": replica.name}
     with (replica.log.parents[1] / "events.jsonl").open("ab", buffering=0) as file:
         file.write(json.dumps(event).encode() + b"\n")

@@ -41,7 +41,7 @@ from rollout.weight_sync.receiver import WeightReceiver
 
 PR_SET_PDEATHSIG = 1
 ENGINE_PID = "ROLLOUT_ENGINE_PID"
-WORKER_EXTENSION = "rollout.weight_sync.worker.WeightBridgeWorker"
+WORKER_EXTENSION = "rollout.weight_sync.worker.WeightSyncWorker"
 
 
 class Refused(Exception):

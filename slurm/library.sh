@@ -244,13 +244,13 @@ finish() {
   ((status)) || exit 0 # also where Slurm's SIGTERM came behind a command that was well
   read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
   [[ $state == RUNNING ]] || exit "$status"
-  if [[ -n $timer ]] || ((status == 75)); then # recipes.preemption
+  if [[ -n $timer ]] || ((status == 75)); then # recipes.run.preemption
     why="it was told to end"
   elif preempted; then
     why="it is preempted"
   elif [[ $end != [0-9]* || $(date +%s) -lt $end ]] && ! nodes_answer; then
     why="a node does not answer"
-  elif [[ -n $training ]] && once -m recipes.saved "$prepared" "${hydra[@]}"; then
+  elif [[ -n $training ]] && once -m recipes.launch.has_new_checkpoint "$prepared" "${hydra[@]}"; then
     why="it failed with code $status behind a new checkpoint"
   else
     echo "not started again: it failed with code $status without a checkpoint that is newer than its start" >&2

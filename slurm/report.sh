@@ -9,4 +9,4 @@ source slurm/library.sh
 read_site
 read_job
 read_container
-once -m recipes.ladder "${1:?which folder, such as runs/safework_72b}"
+once -m recipes.launch.pipeline "${1:?which folder, such as runs/safework_72b}"

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from rollout.weight_sync import worker
-from rollout.weight_sync.worker import WeightBridgeWorker, pack_layers
+from rollout.weight_sync.worker import WeightSyncWorker, pack_layers
 
 
-class LoadingWorker(WeightBridgeWorker):
+class LoadingWorker(WeightSyncWorker):
     """The bridge's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
 
     def nothing(self) -> str:

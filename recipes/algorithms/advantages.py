@@ -1,7 +1,8 @@
 """Advantages of a rollout: for each sample, [prompts, samples], or for each response token, [tokens].
 
 They are made of the whole rollout, which every rank knows, in FP64. A sample that no verifier could judge has the
-reward NaN: it is left out of every mean and gets the advantage 0. ``per_token`` gives the advantages to the tokens.
+reward NaN: it is left out of every mean and gets the advantage 0.
+``broadcast_to_tokens`` gives the advantages to the tokens.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class AdvantageInputs:
     """What came of a rollout; raises ValueError where the shapes do not fit.
 
     ``rewards`` [prompts, samples], NaN where there is none. ``lengths`` [prompts, samples]: response tokens.
@@ -49,38 +50,38 @@ class Outcomes:
         return self.rewards.double() + torch.stack(sums).view_as(self.rewards)
 
 
-def dr_grpo(outcomes: Outcomes) -> Tensor:
+def dr_grpo(inputs: AdvantageInputs) -> Tensor:
     """R − group mean (Dr. GRPO, Liu et al. 2025, section 3.2; CPGD's equal weight). Equal rewards give exactly 0."""
-    return _centred(outcomes.totals)
+    return _centred(inputs.totals)
 
 
-def grpo(outcomes: Outcomes, *, advantage_epsilon: float) -> Tensor:
+def grpo(inputs: AdvantageInputs, *, advantage_epsilon: float) -> Tensor:
     """(R − group mean) / (group std + ε) (DeepSeekMath, Shao et al. 2024; CPGD's std weight).
 
     The std is the population's (our choice: the SafeWork-R1 report does not say).
     """
-    centred = _centred(outcomes.totals)
-    std = _group_mean((centred**2).masked_fill(~outcomes.judged, torch.nan)).sqrt()
+    centred = _centred(inputs.totals)
+    std = _group_mean((centred**2).masked_fill(~inputs.judged, torch.nan)).sqrt()
     return (centred / (std + advantage_epsilon)).masked_fill(centred == 0, 0.0)
 
 
-def clip_filter(outcomes: Outcomes, *, clip_filter_cap: float) -> Tensor:
+def clip_filter(inputs: AdvantageInputs, *, clip_filter_cap: float) -> Tensor:
     """min(cap, groups / groups with differing rewards) × (R − group mean): CPGD's clip-filter-like weight.
 
     As if groups of equal rewards had been replaced by others (Liu et al. 2025, arXiv 2505.12504, section 4.3).
     """
-    centred = _centred(outcomes.totals)
+    centred = _centred(inputs.totals)
     useful = int((centred != 0).any(dim=1).sum())
     return centred * min(clip_filter_cap, len(centred) / max(useful, 1))
 
 
-def rloo(outcomes: Outcomes) -> Tensor:
+def rloo(inputs: AdvantageInputs) -> Tensor:
     """R − mean of the others in the group (Ahmadian et al. 2024, eq. 8), which is n/(n − 1) × (R − group mean)."""
-    n = outcomes.judged.sum(dim=1, keepdim=True)
-    return _centred(outcomes.totals) * n / (n - 1).clamp(min=1)
+    n = inputs.judged.sum(dim=1, keepdim=True)
+    return _centred(inputs.totals) * n / (n - 1).clamp(min=1)
 
 
-def cale(outcomes: Outcomes, *, cale_alpha: float, cale_mu: float) -> Tensor:
+def cale(inputs: AdvantageInputs, *, cale_alpha: float, cale_mu: float) -> Tensor:
     """Length-conditioned: μ inter + (1 − μ) intra, over the shorter and the longer half of each group.
 
     Inter: α R − mean of the shorter half for a long answer, R − α × mean of the longer half for a short one. Intra:
@@ -88,9 +89,9 @@ def cale(outcomes: Outcomes, *, cale_alpha: float, cale_mu: float) -> Tensor:
     SafeWork-R1; from its authors' description. Our choices: of an odd group the shorter half has one more; equal
     lengths stand in the order of the samples; a group of one length has no halves and gets R − mean.
     """
-    totals = outcomes.totals
+    totals = inputs.totals
     found = torch.zeros_like(totals)
-    for row, rewards, lengths, judged in zip(found, totals, outcomes.lengths, outcomes.judged, strict=True):
+    for row, rewards, lengths, judged in zip(found, totals, inputs.lengths, inputs.judged, strict=True):
         group = judged.nonzero().squeeze(1)
         order = group[lengths[group].argsort(stable=True)]
         short, long = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
@@ -104,33 +105,33 @@ def cale(outcomes: Outcomes, *, cale_alpha: float, cale_mu: float) -> Tensor:
     return found
 
 
-def reinforce_plus_plus(outcomes: Outcomes, *, discount: float) -> Tensor:
+def reinforce_plus_plus(inputs: AdvantageInputs, *, discount: float) -> Tensor:
     """Each token's discounted return, made mean 0 and std 1 over all tokens of the rollout, [tokens] (Hu 2025)."""
-    rewards = _token_rewards(outcomes)
+    rewards = _token_rewards(inputs)
     returns = torch.zeros_like(rewards)
     following = torch.zeros(len(rewards), dtype=rewards.dtype)
     for t in reversed(range(rewards.shape[1])):
         following = rewards[:, t] + discount * following
         returns[:, t] = following
-    return _whitened(_packed(returns, outcomes.lengths), outcomes)
+    return _whitened(_packed(returns, inputs.lengths), inputs)
 
 
-def reinforce_plus_plus_baseline(outcomes: Outcomes) -> Tensor:
+def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Tensor:
     """R − group mean, made mean 0 and std 1 over all tokens of the rollout, [tokens] (Hu 2025, with a group mean)."""
-    per_sample = dr_grpo(outcomes).flatten()
-    return _whitened(per_sample.repeat_interleave(outcomes.lengths.flatten()), outcomes)
+    per_sample = dr_grpo(inputs).flatten()
+    return _whitened(per_sample.repeat_interleave(inputs.lengths.flatten()), inputs)
 
 
-def gae(outcomes: Outcomes, *, discount: float, gae_lambda: float) -> Tensor:
+def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16); a critic's returns are these + values.
 
     A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t; the value behind the last token is 0. Raises ValueError
     without ``values``.
     """
-    if outcomes.values is None:
+    if inputs.values is None:
         raise ValueError("algorithm.advantage=gae: needs a critic's values; choose another advantage without a critic")
-    rewards = _token_rewards(outcomes)
-    values = _padded(outcomes.values.double(), outcomes.lengths)
+    rewards = _token_rewards(inputs)
+    values = _padded(inputs.values.double(), inputs.lengths)
     found = torch.zeros_like(rewards)
     value_after = advantage_after = torch.zeros(len(rewards), dtype=rewards.dtype)
     for t in reversed(range(rewards.shape[1])):
@@ -139,15 +140,15 @@ def gae(outcomes: Outcomes, *, discount: float, gae_lambda: float) -> Tensor:
         advantage_after = error + discount * gae_lambda * advantage_after
         value_after = values[:, t]
         found[:, t] = advantage_after
-    return _packed(found, outcomes.lengths).masked_fill(~_judged_tokens(outcomes), 0.0)
+    return _packed(found, inputs.lengths).masked_fill(~_judged_tokens(inputs), 0.0)
 
 
-def gae_whitened(outcomes: Outcomes, *, discount: float, gae_lambda: float) -> Tensor:
+def gae_whitened(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
     """``gae``, made mean 0 and std 1 over all tokens of the rollout, [tokens], as PPO implementations do."""
-    return _whitened(gae(outcomes, discount=discount, gae_lambda=gae_lambda), outcomes)
+    return _whitened(gae(inputs, discount=discount, gae_lambda=gae_lambda), inputs)
 
 
-def per_token(advantages: Tensor, lengths: Tensor) -> list[list[float]]:
+def broadcast_to_tokens(advantages: Tensor, lengths: Tensor) -> list[list[float]]:
     """Advantages of samples or of tokens → those of each sequence's response tokens."""
     counts = lengths.flatten()
     if advantages.dim() == 2:
@@ -169,11 +170,11 @@ def _centred(totals: Tensor) -> Tensor:
     return (totals - _group_mean(totals)).masked_fill(missing | equal, 0.0)
 
 
-def _token_rewards(outcomes: Outcomes) -> Tensor:
+def _token_rewards(inputs: AdvantageInputs) -> Tensor:
     """[sequences, longest]: each token's reward, the sequence's own at its last token, 0 behind it."""
-    found = _padded(outcomes.token_rewards.double(), outcomes.lengths)
-    lengths = outcomes.lengths.flatten()
-    rewards = outcomes.rewards.double().flatten().nan_to_num(nan=0.0)
+    found = _padded(inputs.token_rewards.double(), inputs.lengths)
+    lengths = inputs.lengths.flatten()
+    rewards = inputs.rewards.double().flatten().nan_to_num(nan=0.0)
     found[torch.arange(len(found)), lengths - 1] += rewards
     return found
 
@@ -186,13 +187,13 @@ def _packed(padded: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat([row[:n] for row, n in zip(padded, lengths.flatten().tolist(), strict=True)])
 
 
-def _judged_tokens(outcomes: Outcomes) -> Tensor:
-    return outcomes.judged.flatten().repeat_interleave(outcomes.lengths.flatten())
+def _judged_tokens(inputs: AdvantageInputs) -> Tensor:
+    return inputs.judged.flatten().repeat_interleave(inputs.lengths.flatten())
 
 
-def _whitened(tokens: Tensor, outcomes: Outcomes) -> Tensor:
+def _whitened(tokens: Tensor, inputs: AdvantageInputs) -> Tensor:
     """Mean 0 and population std 1 over the tokens of judged samples; 0 elsewhere, and where all are equal."""
-    judged = _judged_tokens(outcomes)
+    judged = _judged_tokens(inputs)
     known = tokens[judged]
     if len(known) == 0 or known.amax() == known.amin():
         return torch.zeros_like(tokens)

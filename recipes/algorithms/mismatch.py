@@ -15,12 +15,12 @@ from recipes.algorithms.sequences import Sequences
 # Response lengths: up to 64 tokens, up to 256, …, and longer. A mismatch that grows with length shows here.
 LENGTH_BUCKETS = (64, 256, 1024, 4096, 16384)
 BUCKET_NAMES = (*(f"to_{bound}" for bound in LENGTH_BUCKETS), f"over_{LENGTH_BUCKETS[-1]}")
-NAME = "logprob_gap"
+NAME = "train_inference_mismatch"
 
 
-def truncated_weights(trainer: Tensor, rollout: Tensor, *, importance_cap: float) -> Tensor:
+def truncated_weights(trainer: Tensor, rollout: Tensor, *, tis_cap: float) -> Tensor:
     """min(trainer / rollout, cap) per token, [R]: truncated importance sampling (Ionides 2008; Yao et al. 2025)."""
-    return torch.exp((trainer - rollout).detach()).clamp(max=importance_cap)
+    return torch.exp((trainer - rollout).detach()).clamp(max=tis_cap)
 
 
 def kept_sequences(
@@ -44,7 +44,7 @@ def kept_sequences(
     return sequences.spread(keep, gap)
 
 
-def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, importance_cap: float) -> dict[str, Tensor]:
+def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: float) -> dict[str, Tensor]:
     """A micro-batch's part of the report: sums to be added up over micro-batches and ranks (``/max``: the maximum)."""
     trainer, rollout = trainer.detach().double(), rollout.double()
     gap = trainer - rollout
@@ -54,7 +54,7 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, importance_c
         "gap": gap.abs(),
         "k1": k1(rollout, trainer),
         "k3": k3(rollout, trainer),
-        "clipped": (weight > importance_cap).double(),
+        "clipped": (weight > tis_cap).double(),
         "weight": weight,
         "weight_squared": weight**2,
     }
@@ -71,10 +71,10 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, importance_c
 
 
 def report(totals: Mapping[str, float]) -> dict[str, float]:
-    """Finish the added-up ``sums``: ``logprob_gap/…`` for all tokens and, behind it, for each bucket of lengths.
+    """Finish the added-up ``sums``: ``train_inference_mismatch/…`` for all tokens, then for each bucket of lengths.
 
     ``mean`` and ``max`` of the absolute gap; ``k1`` and ``k3``, estimates of KL(rollout ‖ trainer); ``clipped``, the
-    share of tokens whose ratio is above ``algorithm.importance_cap``; ``ess``, the effective sample size of the ratios
+    share of tokens whose ratio is above ``algorithm.tis_cap``; ``ess``, the effective sample size of the ratios
     as importance weights, (Σw)² / (N Σw²): 1 when they are all equal.
     """
     found: dict[str, float] = {}
@@ -94,12 +94,12 @@ def report(totals: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def check(metrics: Mapping[str, float], *, mismatch_alarm: float) -> None:
+def check(metrics: Mapping[str, float], *, max_mismatch: float) -> None:
     """Raises RuntimeError when the mean gap says that the engine's weights are not the trainer's."""
     gap = metrics[f"{NAME}/mean"]
-    if not gap <= mismatch_alarm:  # so that NaN raises
+    if not gap <= max_mismatch:  # so that NaN raises
         raise RuntimeError(
-            f"{NAME}/mean={gap:.3f} is above algorithm.mismatch_alarm={mismatch_alarm}: the engine did not sample from "
+            f"{NAME}/mean={gap:.3f} is above algorithm.max_mismatch={max_mismatch}: the engine did not sample from "
             "the trainer's weights, temperature or tokens. Rounding alone makes less; where it is known to make more "
             "(quantised engines), raise the alarm"
         )

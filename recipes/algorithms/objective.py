@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 
+from megatron_ext.forward_backward import LossFunction
 from megatron_ext.packing import MicroBatch
-from megatron_ext.steps import LossFunction
 from recipes.algorithms import kl, mismatch
-from recipes.algorithms.parts import part
+from recipes.algorithms.registry import resolve
 from recipes.algorithms.sequences import Sequences
 from recipes.config import AlgorithmConfig
 
@@ -19,7 +19,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
     weights, which are the whole update's. The batch's ``values``: ``advantage``, ``weight``, ``rollout``, ``sampled``
     (0 for a token that was forced), ``reference`` and, where a rollout makes several updates, ``old``.
     """
-    policy_loss, estimator = part("policy_loss", config), part("kl_estimator", config)
+    policy_loss, estimator = resolve("policy_loss", config), resolve("kl_estimator", config)
 
     def of(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         log_probs, entropy = outputs if config.entropy_coefficient else (outputs, None)
@@ -29,7 +29,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
         sequences = Sequences(batch.lengths, context_group)
         losses = policy_loss(log_probs, old, values["advantage"], sequences)
         if config.importance_sampling:
-            losses = losses * mismatch.truncated_weights(old, rollout, importance_cap=config.importance_cap)
+            losses = losses * mismatch.truncated_weights(old, rollout, tis_cap=config.tis_cap)
         if config.sequence_ratio_bounds or config.token_ratio_veto:
             losses = losses * mismatch.kept_sequences(
                 old,
@@ -44,7 +44,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
         if entropy is not None:
             losses = losses - config.entropy_coefficient * entropy
             measured["entropy"] = entropy.detach().sum()
-        measured |= mismatch.sums(old, rollout, sequences, importance_cap=config.importance_cap)
+        measured |= mismatch.sums(old, rollout, sequences, tis_cap=config.tis_cap)
         return (losses * values["weight"]).sum(), measured
 
     return of

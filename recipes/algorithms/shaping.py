@@ -16,7 +16,7 @@ def overlong_penalty(lengths: Tensor, *, longest: int, overlong_fraction: float)
     return -((lengths.double() - (longest - buffer)) / buffer).clamp(0, 1)
 
 
-def informative(rewards: Tensor) -> Tensor:
+def has_reward_variance(rewards: Tensor) -> Tensor:
     """[prompts, samples] → [prompts]: whether a group has two different rewards; NaN (not judged) is none.
 
     Only these give a group-relative advantage. Dynamic sampling (DAPO, eq. 11) asks further prompts in place of others.
@@ -27,9 +27,9 @@ def informative(rewards: Tensor) -> Tensor:
 
 
 def select_groups(rewards: Tensor, wanted: int) -> list[int]:
-    """The first ``wanted`` informative groups, in order; where they are too few, filled up with the first others.
+    """The first ``wanted`` groups with differing rewards, in order; too few are filled up with the first others.
 
     ``rewards`` [prompts, samples], of all rounds of sampling.
     """
-    order = informative(rewards).logical_not().int().argsort(stable=True)
+    order = has_reward_variance(rewards).logical_not().int().argsort(stable=True)
     return sorted(order[:wanted].tolist())

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from recipes.config import ConfigError
 from recipes.data.prompts import SFT_FIELDS, Row, asked, load_rows
 from recipes.data.sources import Rows
+from recipes.errors import ConfigError
 
 ASSISTANT = "assistant"
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from recipes.config import ConfigError
 from recipes.data.prompts import Row, response_tokens
+from recipes.errors import ConfigError
 
 
 def episode_tokens(tokenizer: Any, row: Row) -> tuple[list[int], list[bool]]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.packing import PackedSequence, VisionInputs
-from recipes.config import ConfigError
 from recipes.data import judging, specification
 from recipes.data.conversations import ASSISTANT, conversation
 from recipes.data.episodes import episode_tokens
 from recipes.data.processor import PromptProcessor
 from recipes.data.prompts import Row
+from recipes.errors import ConfigError
 
 Aggregation = Callable[[list[int]], list[list[float]]]
 
@@ -28,7 +28,7 @@ class Example:
 
 def check(processor: PromptProcessor, source: Any, judge: str | None, thinking_begins: str, longest: int) -> int:
     """Load a source and make every example once; returns their number. Raises ConfigError naming row and field."""
-    rows = judging.lessons(source, judge)
+    rows = judging.judge_sft_rows(source, judge)
     for row in rows:
         try:
             example(processor, row, thinking_begins, longest)

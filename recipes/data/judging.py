@@ -7,9 +7,9 @@ A row has ``question`` (or ``prompt``, which may have images), ``answer``, ``lab
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.config import ConfigError
 from recipes.data import conversations
 from recipes.data.prompts import Row, load_rows
+from recipes.errors import ConfigError
 from rewards import mixing
 from rewards.verifiers.judges import Judge
 from rewards.verifiers.text import without_thinking
@@ -45,7 +45,7 @@ def load(source: Any, judge: Judge) -> list[Row]:
     return list(rows)
 
 
-def lessons(source: Any, template: str | None) -> Sequence[Row]:
+def judge_sft_rows(source: Any, template: str | None) -> Sequence[Row]:
     """What SFT learns from a source: its answers, or, where ``template`` names a judge, that judge's.
 
     Raises ConfigError naming file, line and field.

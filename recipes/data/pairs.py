@@ -1,9 +1,9 @@
 """Preference rows: ``prompt`` or ``messages``, and two answers, of which ``chosen`` is the better one."""
 
 from megatron_ext.packing import PackedSequence
-from recipes.config import ConfigError
 from recipes.data.processor import PromptProcessor
 from recipes.data.prompts import Row, asked
+from recipes.errors import ConfigError
 from rewards.verifiers.text import without_thinking
 
 

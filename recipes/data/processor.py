@@ -27,9 +27,9 @@ from transformers.video_utils import VideoMetadata
 from megatron_ext import hf_checkpoint
 from megatron_ext.models import family
 from megatron_ext.packing import VisionInputs
-from recipes.config import ConfigError
 from recipes.data.prompts import Row, asked, check_length, load_rows, media_files, prompt_tokens, templated
 from recipes.data.sources import Rows
+from recipes.errors import ConfigError
 from rollout import chat_layout
 from rollout.media import clip
 from rollout.sample import Media, Prompt

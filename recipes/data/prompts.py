@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from recipes.config import ConfigError
 from recipes.data import specification
 from recipes.data.sources import Row, Rows, open_source
+from recipes.errors import ConfigError
 
 PROMPT_FIELDS = ("id", "label", "kind", "prompt")
 SFT_FIELDS = ("id", "prompt", "response")

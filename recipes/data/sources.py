@@ -17,8 +17,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from recipes.config import ConfigError
 from recipes.data.specification import HUB, Specification
+from recipes.errors import ConfigError
 
 Row = Mapping[str, Any]
 CHUNK = 1 << 26  # bytes of a file looked through at once for the ends of its lines

@@ -43,7 +43,7 @@ class WeightReceiver:
         }
 
     def set_plan(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The workers' shares of a plan, see ``WeightBridgeWorker.bridge_plan``."""
+        """The workers' shares of a plan, see ``WeightSyncWorker.bridge_plan``."""
         self._call("bridge_plan", json.dumps(body))
         return {}
 

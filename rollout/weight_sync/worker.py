@@ -149,7 +149,7 @@ class _Target:
         return tensor[self.region]
 
 
-class WeightBridgeWorker:
+class WeightSyncWorker:
     """Mixed into vLLM's worker class, whose ``get_model``, ``rank`` and life it shares."""
 
     bridge_layouts: list[ParameterLayout]
@@ -330,7 +330,7 @@ class WeightBridgeWorker:
 
     def _placement(self) -> _Placement:
         if not hasattr(self, "bridge_placement"):
-            raise RuntimeError("there is no plan yet: make a WeightBridge first")
+            raise RuntimeError("there is no plan yet: make a WeightSync first")
         return self.bridge_placement
 
     def _region_checksums(self) -> Any:

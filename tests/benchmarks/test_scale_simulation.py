@@ -29,7 +29,7 @@ from benchmarks.scale_model import (
     train,
     work,
 )
-from recipes.config import ConfigError
+from recipes.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = Engine(

@@ -14,7 +14,7 @@ from recipes.config import parse
 from recipes.data.demo.build import content_words
 from recipes.data.ladder import safety, tasks
 from recipes.data.ladder.build import FOLDER, build
-from recipes.train import check_parts
+from recipes.launch.requirements import check_parts
 from rewards.mixing import open_verifiers, reward, verifier_names
 from rewards.verdict import Verdict
 from rewards.verifiers import rule_check

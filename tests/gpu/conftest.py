@@ -17,7 +17,7 @@ TINY = Twin(heads=4, kv_heads=2, vocab=256, tied=False, bias=False, dtype=torch.
 BF16 = ModelSettings(Precision("bf16"), recompute="none", distributed_optimizer=True)
 SETTINGS = OptimizerSettings(
     learning_rate=0.1,  # far above what BF16 rounds away
-    minimum_fraction=1.0,
+    min_lr_ratio=1.0,
     warmup_fraction=0.0,
     decay="constant",
     betas=(0.9, 0.95),

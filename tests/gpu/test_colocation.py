@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_ext import model, optimizer, steps
+from megatron_ext import forward_backward, model, optimizer
 from megatron_ext.offload import HostCopy
 from rewards.client import Client
 from rewards.serve import Replica, Supervisor
@@ -32,7 +32,7 @@ def states(policy: model.Model, optim: object) -> list[torch.Tensor]:
 def test_the_trainers_states_leave_the_gpu_and_come_back_to_the_bit(policy: model.Model) -> None:
     optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
     optim.reload_model_params()
-    steps.accumulate_gradients(policy, micro_batches(), loss)
+    forward_backward.accumulate_gradients(policy, micro_batches(), loss)
     optimizer.step(optim, schedule)
     before = [tensor.detach().cpu().clone() for tensor in states(policy, optim)]
     host, held = HostCopy(policy, optim, weights=False), torch.cuda.memory_allocated()

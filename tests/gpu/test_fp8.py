@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from megatron_ext import memory, model, optimizer, packing, parallel, steps
+from megatron_ext import forward_backward, model, optimizer, packing, parallel
 from megatron_ext.model import ModelSettings
 from megatron_ext.precision import Precision
+from recipes.preflight import memory
 from tests.gpu.conftest import SETTINGS
 
 FP8 = {
@@ -84,7 +85,7 @@ def losses(config: LlamaConfig, layout: parallel.Parallel, precision: Precision,
     optim.reload_model_params()
     micro, found = batch(config, 4096, 8), []
     for _ in range(count):
-        found.append(steps.accumulate_gradients(policy, micro, loss)["loss"])
+        found.append(forward_backward.accumulate_gradients(policy, micro, loss)["loss"])
         optimizer.step(optim, schedule)
     return found
 
@@ -115,7 +116,7 @@ def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel
     optim.reload_model_params()
     micro = batch(LAYERS_72B, TOKENS, 1)
     torch.cuda.reset_peak_memory_stats()
-    steps.accumulate_gradients(policy, micro, loss)
+    forward_backward.accumulate_gradients(policy, micro, loss)
     step_peak = torch.cuda.max_memory_allocated() - start
     optimizer.step(optim, schedule)
     shape = memory.Shape(tokens=TOKENS, predicting=len(micro[0].predict), sequences=1, longest=TOKENS)
@@ -135,11 +136,11 @@ def test_a_block_of_the_72b_model_keeps_the_gpu_busy(name: str, layout: parallel
     policy = build(LAYERS_72B, layout, precision)
     micro = batch(LAYERS_72B, TOKENS, 1)
     for _ in range(3):
-        steps.accumulate_gradients(policy, micro, loss)
+        forward_backward.accumulate_gradients(policy, micro, loss)
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(10):
-        steps.accumulate_gradients(policy, micro, loss)
+        forward_backward.accumulate_gradients(policy, micro, loss)
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / 10
     c = LAYERS_72B

@@ -10,7 +10,7 @@ from megatron_ext import hf_checkpoint, model, parallel
 from rollout.engine import QUANTIZATIONS, Engine, EngineSettings, stop_engines
 from rollout.sample import Prompt, Sampling
 from rollout.sampler import generate, make_requests
-from rollout.weight_sync.bridge import WeightBridge
+from rollout.weight_sync.sync import WeightSync
 from tests.gpu.conftest import BF16
 from tests.rollout.test_vllm import program
 from tests.rollout.vllm_processes import as_argument
@@ -45,7 +45,7 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(
     engine = Engine(settings, tmp_path / "engine.log")
     try:
         engine.wait_until_ready(time.monotonic() + 400)
-        bridge = WeightBridge(
+        bridge = WeightSync(
             policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
         )
         for version in (1, 2):  # the second quantises over what the first left

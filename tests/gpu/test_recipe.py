@@ -30,7 +30,7 @@ def test_the_run_measures_what_the_cpu_run_measures(run_dir: Path) -> None:
     assert rows[0]["kl/reference"] == 0, "before the first update the policy is the reference"
     assert rows[1]["kl/reference"] > 0
     for row in rows:
-        assert 0 < row["logprob_gap/mean"] < 0.05 and row["grad_norm"] > 0 and row["sync/bytes"] > 2e8
+        assert 0 < row["train_inference_mismatch/mean"] < 0.05 and row["grad_norm"] > 0 and row["sync/bytes"] > 2e8
     machine = json.loads((run_dir / "environment.json").read_text())["machine"]
     assert machine["processes"] == 1 and machine["device"].startswith("1 x NVIDIA")
 

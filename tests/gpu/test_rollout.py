@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext import hf_checkpoint, model, packing, parallel, steps
+from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel
 from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate
-from rollout.weight_sync.bridge import WeightBridge
 from rollout.weight_sync.checksum import rectangle_checksum
+from rollout.weight_sync.sync import WeightSync
 from tests.gpu.conftest import BF16, TINY
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
@@ -23,7 +23,7 @@ class Rollout:
 
     def __init__(self, policy: model.Model, engine: Engine, plans: Path) -> None:
         self.policy, self.engine = policy, engine
-        self.bridge = WeightBridge(
+        self.bridge = WeightSync(
             policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=plans
         )
 
@@ -72,7 +72,7 @@ def test_after_a_sync_vllm_holds_the_checkpoints_bits(rollout: Rollout) -> None:
 
 def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(rollout: Rollout) -> None:
     before = rollout.digests()
-    own = steps.copy_weights(rollout.policy)
+    own = forward_backward.copy_weights(rollout.policy)
     for shard in rollout.policy.shards:
         shard.tensor.mul_(1.5)
     rollout.bridge.sync(2)
@@ -96,7 +96,7 @@ def test_log_probs_of_samples_are_the_trainers(rollout: Rollout) -> None:
     (plan,) = packing.plan([len(s) for s in sequences], 1, 256)
     batches = [packing.pack(sequences, indices, 1, 0, "cuda") for indices in plan]
     gaps = []
-    for values, batch in zip(steps.log_probs(rollout.policy, batches), batches, strict=True):
+    for values, batch in zip(forward_backward.log_probs(rollout.policy, batches), batches, strict=True):
         theirs = torch.tensor([p for i in batch.indices for p in samples[i].logprobs])
         gaps.append((values.cpu() - theirs).abs())
     gap = torch.cat(gaps)

@@ -10,7 +10,7 @@ from megatron_ext import hf_checkpoint, model, parallel
 from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate
-from rollout.weight_sync.bridge import WeightBridge
+from rollout.weight_sync.sync import WeightSync
 from tests.gpu.conftest import BF16
 
 KV_CACHE_GIB = 4.0
@@ -38,9 +38,7 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
         group = parallel.control_group()
-        bridge = WeightBridge(
-            policy.shards, [engine], group, bucket_bytes=1 << 20, verify_every=1, plans=home / "plans"
-        )
+        bridge = WeightSync(policy.shards, [engine], group, bucket_bytes=1 << 20, verify_every=1, plans=home / "plans")
         bridge.sync(1)
         yield engine, bridge
     finally:
@@ -56,7 +54,7 @@ def free_gib() -> float:
 
 
 def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
-    rollout: tuple[Engine, WeightBridge],
+    rollout: tuple[Engine, WeightSync],
 ) -> None:
     """Twice: sleep, wake the weights, sync, wake the key-value cache. No memory is lost on the way."""
     engine, bridge = rollout
@@ -77,7 +75,7 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
         assert abs(free_gib() - awake) < 0.25
 
 
-def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(rollout: tuple[Engine, WeightBridge]) -> None:
+def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(rollout: tuple[Engine, WeightSync]) -> None:
     engine, bridge = rollout
     engine.call("POST", "/sleep", {})
     with pytest.raises(EngineError, match="the weights are asleep"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, packing, parallel, steps
+from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel
 from megatron_ext.blocks import region
 from tests.gpu.conftest import BF16, SETTINGS, TINY
 
@@ -55,7 +55,7 @@ def ours(policy: model.Model) -> torch.Tensor:
     """All log-probs in the order of the sequences."""
     batches = micro_batches()
     by_index: dict[int, torch.Tensor] = {}
-    for values, batch in zip(steps.log_probs(policy, batches), batches, strict=True):
+    for values, batch in zip(forward_backward.log_probs(policy, batches), batches, strict=True):
         by_index |= dict(zip(batch.indices, values.cpu().split(batch.lengths), strict=True))
     return torch.cat([by_index[i] for i in sorted(by_index)])
 
@@ -83,7 +83,7 @@ def test_log_probs_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: 
 def test_gradients_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: model.Model) -> None:
     """Every parameter, mapped back to its Hugging Face name; distances relative to the norm of the FP32 gradient."""
     exact, rounded = (gradients_of_hugging_face(dtype) for dtype in (torch.float32, torch.bfloat16))
-    steps.accumulate_gradients(policy, micro_batches(), loss)
+    forward_backward.accumulate_gradients(policy, micro_batches(), loss)
     seen = {name: torch.zeros_like(g) for name, g in exact.items()}
     parameters = [p for chunk in policy.chunks for p in chunk.module.parameters()]
     for shard, parameter in zip(policy.shards, parameters, strict=True):
@@ -99,7 +99,7 @@ def test_one_step_of_the_distributed_optimizer_is_adamw(policy: model.Model) -> 
     """FP32 master weights: the new BF16 weight is the exact one, rounded once (by 2**-8 at most)."""
     optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
     optim.reload_model_params()
-    steps.accumulate_gradients(policy, micro_batches(), loss)
+    forward_backward.accumulate_gradients(policy, micro_batches(), loss)
     parameters = [p for chunk in policy.chunks for p in chunk.module.parameters()]
     gradients = [p.main_grad.double().clone() for p in parameters]
     before = [p.detach().double() for p in parameters]
@@ -118,7 +118,7 @@ def test_the_reference_swap_gives_the_weights_back_bit_for_bit(policy: model.Mod
     before, first = weights(policy), ours(policy)
     for shard in policy.shards:
         shard.tensor.mul_(1.5)
-    with steps.weights_of(policy, steps.load_weights(policy, folder)):
+    with forward_backward.swapped_weights(policy, forward_backward.load_weights(policy, folder)):
         assert all(torch.equal(a, b) for a, b in zip(weights(policy), before, strict=True))
         assert torch.equal(ours(policy), first)
     assert all(torch.equal(a, 1.5 * b) for a, b in zip(weights(policy), before, strict=True))

@@ -24,7 +24,7 @@ STEPS = 2
 # Enough to clip: the gradient norm of the random models is above 1.
 SETTINGS = {
     "learning_rate": 1e-3,
-    "minimum_fraction": 0.1,
+    "min_lr_ratio": 0.1,
     "warmup_fraction": 0.0,
     "decay": "constant",
     "betas": (0.9, 0.95),

@@ -22,11 +22,12 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from transformers import InternVLConfig, LlamaConfig, Qwen2_5_VLConfig  # noqa: E402
 
-from megatron_ext import memory, model, optimizer, packing, simulation, steps  # noqa: E402
-from megatron_ext.memory import Shape  # noqa: E402
+from megatron_ext import forward_backward, model, optimizer, packing  # noqa: E402
 from megatron_ext.model import ModelSettings  # noqa: E402
 from megatron_ext.parallel import Parallel  # noqa: E402
 from megatron_ext.precision import Precision  # noqa: E402
+from recipes.preflight import memory, simulated_ranks  # noqa: E402
+from recipes.preflight.memory import Shape  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.memory_cases import CASES, MemoryCase  # noqa: E402
 
@@ -137,7 +138,7 @@ def saved_bytes(built: model.Model, batch: packing.MicroBatch) -> int:
                 position_ids=batch.positions,
                 attention_mask=None,
                 packed_seq_params=batch.packed,
-                output_processor=partial(steps._log_probs_of_hidden, built, 1.0, False),
+                output_processor=partial(forward_backward._log_probs_of_hidden, built, 1.0, False),
                 output_processor_context=batch,
             )
             outputs.append(output)  # the graph lives as long as they do
@@ -191,10 +192,10 @@ def estimate(built: model.Model, shape: Shape) -> int:
 
 def main(kind: str, file: str) -> None:
     if kind == "simulated":
-        simulation.activate()
+        simulated_ranks.activate()
     results = {}
     for case in CASES:
-        with simulation.rank(case.rank, case.world, case.layout) as here:
+        with simulated_ranks.rank(case.rank, case.world, case.layout) as here:
             if kind == "real":
                 results[case.name] = measure(case, here)
             else:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_ext import memory
+from recipes.preflight import memory
 from tests.megatron_ext.memory_cases import CASES, MemoryCase
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from megatron_ext import hf_checkpoint, model, parallel, steps  # noqa: E402
+from megatron_ext import forward_backward, hf_checkpoint, model, parallel  # noqa: E402
 from megatron_ext.blocks import region  # noqa: E402
 from megatron_ext.layout import Layout  # noqa: E402
 from megatron_ext.packing import (  # noqa: E402
@@ -241,7 +241,7 @@ def alone() -> Iterator[parallel.Parallel]:
 def gradients(built: model.Model, sequences: list[PackedSequence], ranks: Plan) -> tuple[float, Pieces]:
     """Loss and gradients of the sequences cut by a plan, whose ranks' micro-batches run one after the other."""
     batches = [pack(sequences, indices, 4, 0, "cpu") for rank in ranks for indices in rank]
-    sums = steps.accumulate_gradients(
+    sums = forward_backward.accumulate_gradients(
         built, batches, lambda log_probs, batch: (-(log_probs * batch.values["weight"]).sum(), {})
     )
     found = [p.main_grad for chunk in built.chunks for p in chunk.module.parameters()]

@@ -134,7 +134,7 @@ SPOTS = (
     Spot(
         "megatron-core",
         "megatron/core/models/gpt/gpt_model.py",
-        "megatron_ext/steps.py: log-probs in the output_processor",
+        "megatron_ext/forward_backward.py: log-probs in the output_processor",
         (
             "return output_processor( hidden_states=hidden_states,",
             "output_layer=self.output_layer, output_weight=output_weight,",

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_ext.blocks import Block
 from megatron_ext.layout import Layout
-from megatron_ext.simulation import Coverage, distinct_ranks
+from recipes.preflight.simulated_ranks import Coverage, distinct_ranks
 
 EXPECTED = {"matrix": (4, 6), "norm": (6,)}
 NORM = Block("norm", (0,), (0,), (6,))

@@ -20,12 +20,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, packing, parallel, platform, steps
+from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel, platform
 from megatron_ext.layout import Layout
 from megatron_ext.models import qwen2_5_vl
 from megatron_ext.packing import PackedSequence, VisionInputs
 from megatron_ext.precision import Precision
-from recipes.launcher import fork_ranks
+from recipes.launch.launcher import fork_ranks
 from tests.megatron_ext import cases, internvl_twins, ranks
 from tests.megatron_ext.cases import Case
 
@@ -338,7 +338,7 @@ class Policy:
     def gradients(self) -> float:
         """Accumulates them; returns the loss."""
         loss = lambda found, m: (-(found * m.values["weight"]).sum(), {})  # noqa: E731
-        return steps.accumulate_gradients(self.model, self.micro, loss)["loss"]
+        return forward_backward.accumulate_gradients(self.model, self.micro, loss)["loss"]
 
     def step(self) -> float:
         """Returns the gradients' norm."""
@@ -394,7 +394,7 @@ def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
         found["whole_shapes"] = {key: list(t.global_shape) for key, t in state.items() if isinstance(t, ShardedTensor)}
     found["log_probs"] = {
         index: (places.long(), values)
-        for log_probs, m in zip(steps.log_probs(policy.model, policy.micro), policy.micro, strict=False)
+        for log_probs, m in zip(forward_backward.log_probs(policy.model, policy.micro), policy.micro, strict=False)
         for index, places, values in zip(
             m.indices, m.values["place"].split(m.lengths), log_probs.split(m.lengths), strict=True
         )
@@ -421,17 +421,17 @@ def _resume(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     saver = checkpoint.Saver(to, keep=1)
     saver.save(3, {checkpoint.POLICY: checkpoint.snapshot(policy.model, policy.optimizer, policy.schedule)}, {})
     saver.wait()
-    saved, drawn = steps.copy_weights(policy.model), torch.rand(4)
-    went_on, after = policy.train(2), steps.copy_weights(policy.model)
+    saved, drawn = forward_backward.copy_weights(policy.model), torch.rand(4)
+    went_on, after = policy.train(2), forward_backward.copy_weights(policy.model)
     again = Policy(folder, run, here)
     torch.manual_seed(here.tensor_rank + 77)
     return {
         "step": again.load(to),
-        "loaded": worker.equal(steps.copy_weights(again.model), saved),
+        "loaded": worker.equal(forward_backward.copy_weights(again.model), saved),
         "random_numbers": torch.equal(torch.rand(4), drawn),
         "went_on": went_on,
         "resumed": again.train(2),
-        "same_weights": worker.equal(steps.copy_weights(again.model), after),
+        "same_weights": worker.equal(forward_backward.copy_weights(again.model), after),
         "weights": worker.pieces(again.model.shards, after),
     }
 
@@ -444,7 +444,7 @@ def _relayout(folder: Path, saved: Run, run: Run, here: parallel.Parallel) -> di
     return {
         "step": step,
         "resumed": resumed,
-        "weights": worker.pieces(policy.model.shards, steps.copy_weights(policy.model)),
+        "weights": worker.pieces(policy.model.shards, forward_backward.copy_weights(policy.model)),
     }
 
 

@@ -24,21 +24,12 @@ from megatron_ext import platform
 
 platform.activate("cpu")
 
-from megatron_ext import (  # noqa: E402
-    checkpoint,
-    collectives,
-    hf_checkpoint,
-    memory,
-    model,
-    optimizer,
-    packing,
-    parallel,
-    steps,
-)
+from megatron_ext import checkpoint, collectives, forward_backward, hf_checkpoint, model, optimizer, packing, parallel  # noqa: E402
 from megatron_ext.blocks import Shard, region  # noqa: E402
 from megatron_ext.offload import HostCopy  # noqa: E402
 from megatron_ext.precision import Precision  # noqa: E402
-from recipes.launcher import fork_ranks  # noqa: E402
+from recipes.launch.launcher import fork_ranks  # noqa: E402
+from recipes.preflight import memory  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
 
@@ -94,7 +85,7 @@ class Policy:
         ]
 
     def weights(self) -> list[torch.Tensor]:
-        return steps.copy_weights(self.model)
+        return forward_backward.copy_weights(self.model)
 
     def loss(self, output: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         furthest = max(batch.values["place"].tolist(), default=0.0)
@@ -104,11 +95,11 @@ class Policy:
     def log_probs(self) -> list[torch.Tensor]:
         """Or the values, of a model with a scalar head."""
         if self.case.is_scalar:
-            return steps.values(self.model, self.micro)
-        return steps.log_probs(self.model, self.micro, self.case.temperature)
+            return forward_backward.values(self.model, self.micro)
+        return forward_backward.log_probs(self.model, self.micro, self.case.temperature)
 
     def gradients(self) -> dict[str, float]:
-        return steps.accumulate_gradients(self.model, self.micro, self.loss, self.case.temperature)
+        return forward_backward.accumulate_gradients(self.model, self.micro, self.loss, self.case.temperature)
 
     def train(self, count: int) -> list[tuple[float, float]]:
         """(loss, gradient norm) of ``count`` steps."""
@@ -192,14 +183,14 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
 
     # The reference policy is the one that training began with.
     trained = policy.weights()
-    reference = steps.load_weights(policy.model, policy.twin)
+    reference = forward_backward.load_weights(policy.model, policy.twin)
     moved = policy.log_probs()
-    with steps.weights_of(policy.model, reference):
+    with forward_backward.swapped_weights(policy.model, reference):
         found["reference_log_probs_equal"] = equal(policy.log_probs(), first)
     found["log_probs_moved"] = not moved or not equal(moved, first)
     found["own_weights_back"] = equal(policy.weights(), trained) and not equal(trained, reference)
     try:
-        with steps.weights_of(policy.model, reference):
+        with forward_backward.swapped_weights(policy.model, reference):
             raise KeyError("on purpose")
     except KeyError:
         found["own_weights_back_after_error"] = equal(policy.weights(), trained)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recipes.algorithms import advantages, shaping, value_losses
-from recipes.algorithms.advantages import Outcomes
+from recipes.algorithms.advantages import AdvantageInputs
 from tests.recipes.gradients import draws, finite_differences, gradient, numbers
 
 NAN = math.nan
 REWARDS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=8).filter(lambda r: len(set(r)) > 1)
 
-ALL: dict[str, Callable[[Outcomes], Tensor]] = {
+ALL: dict[str, Callable[[AdvantageInputs], Tensor]] = {
     "grpo": lambda o: advantages.grpo(o, advantage_epsilon=1e-9),
     "dr_grpo": advantages.dr_grpo,
     "clip_filter": lambda o: advantages.clip_filter(o, clip_filter_cap=3.0),
@@ -30,26 +30,26 @@ ALL: dict[str, Callable[[Outcomes], Tensor]] = {
 BY_NAME = pytest.mark.parametrize("name", ALL)
 
 
-def outcomes(rewards: list[list[float]], lengths: list[list[int]] | None = None, **more: Tensor) -> Outcomes:
+def outcomes(rewards: list[list[float]], lengths: list[list[int]] | None = None, **more: Tensor) -> AdvantageInputs:
     """Without rewards of tokens and without a critic, unless given; lengths 1, 2, 3, … within each group."""
     given = torch.tensor(rewards, dtype=torch.float64)
     counts = torch.tensor(lengths) if lengths else torch.arange(1, given.shape[1] + 1).expand(given.shape).clone()
     zeros = torch.zeros(int(counts.sum()), dtype=torch.float64)
-    return Outcomes(given, counts, more.get("token_rewards", zeros), more.get("values", zeros))
+    return AdvantageInputs(given, counts, more.get("token_rewards", zeros), more.get("values", zeros))
 
 
-def tokens(name: str, given: Outcomes) -> list[list[float]]:
-    return advantages.per_token(ALL[name](given), given.lengths)
+def tokens(name: str, given: AdvantageInputs) -> list[list[float]]:
+    return advantages.broadcast_to_tokens(ALL[name](given), given.lengths)
 
 
-def random_outcomes() -> Outcomes:
+def random_outcomes() -> AdvantageInputs:
     """Six groups of four, lengths 1 to 9, with rewards and values of tokens, and a sample that was not judged."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 10, (6, 4), generator=generator)
     rewards = torch.randint(0, 3, (6, 4), generator=generator).double() / 2
     rewards[2, 1] = NAN
     n = int(lengths.sum())
-    return Outcomes(rewards, lengths, 0.1 * draws(n, 4), draws(n, 5))
+    return AdvantageInputs(rewards, lengths, 0.1 * draws(n, 4), draws(n, 5))
 
 
 # ---- group-relative ones
@@ -166,7 +166,7 @@ def test_whitened_ones_have_mean_zero_and_deviation_one_over_the_judged_tokens(n
 def test_gae_is_the_sum_that_defines_it() -> None:
     """A_t = Σ_l (γλ)^l δ_{t+l}, sequence by sequence, against the plain double sum."""
     given = random_outcomes()
-    found = advantages.per_token(advantages.gae(given, discount=0.9, gae_lambda=0.8), given.lengths)
+    found = advantages.broadcast_to_tokens(advantages.gae(given, discount=0.9, gae_lambda=0.8), given.lengths)
     assert given.values is not None
     parts = zip(
         given.rewards.flatten().tolist(),
@@ -175,12 +175,12 @@ def test_gae_is_the_sum_that_defines_it() -> None:
         found,
         strict=True,
     )
-    for reward, per_token, values, row in parts:
+    for reward, broadcast_to_tokens, values, row in parts:
         n = len(row)
         if math.isnan(reward):
             assert row == [0] * n
             continue
-        r = [*per_token.tolist()[:-1], per_token.tolist()[-1] + reward]
+        r = [*broadcast_to_tokens.tolist()[:-1], broadcast_to_tokens.tolist()[-1] + reward]
         v = [*values.tolist(), 0.0]
         errors = [r[t] + 0.9 * v[t + 1] - v[t] for t in range(n)]
         assert row == pytest.approx([sum(0.72 ** (s - t) * errors[s] for s in range(t, n)) for t in range(n)])
@@ -194,7 +194,7 @@ def test_gae_with_lambda_one_is_the_return_minus_the_value_and_with_zero_one_ste
 
 def test_gae_without_values_is_refused() -> None:
     given = outcomes([[1.0, 0.0]])
-    without = Outcomes(given.rewards, given.lengths, given.token_rewards)
+    without = AdvantageInputs(given.rewards, given.lengths, given.token_rewards)
     with pytest.raises(ValueError, match=r"algorithm\.advantage=gae: needs a critic's values"):
         advantages.gae(without, discount=1.0, gae_lambda=1.0)
 
@@ -206,7 +206,7 @@ def test_gae_without_values_is_refused() -> None:
 def test_one_dimension_is_refused_and_never_zeros(name: str) -> None:
     """A peer's estimator returns all zeros for rewards in one dimension, and trains on nothing."""
     with pytest.raises(ValueError, match=r"rewards \[4\] and lengths \[4\]: both must be \[prompts, samples\]"):
-        ALL[name](Outcomes(numbers(1, 0, 1, 0), torch.tensor([1, 1, 1, 1]), torch.zeros(4)))
+        ALL[name](AdvantageInputs(numbers(1, 0, 1, 0), torch.tensor([1, 1, 1, 1]), torch.zeros(4)))
 
 
 def test_token_rewards_and_values_of_another_length_are_refused() -> None:
@@ -244,7 +244,7 @@ def test_the_order_of_prompts_and_samples_does_not_matter(name: str) -> None:
     rewards = torch.randint(0, 3, (6, 4), generator=generator).double() / 2
     n, count = int(lengths.sum()), lengths.flatten().tolist()
     token_rewards, values = 0.1 * draws(n, 4), draws(n, 5)
-    straight = tokens(name, Outcomes(rewards, lengths, token_rewards, values))
+    straight = tokens(name, AdvantageInputs(rewards, lengths, token_rewards, values))
     places = torch.arange(24).view(6, 4)[torch.randperm(6, generator=generator)]
     places = torch.stack([row[torch.randperm(4, generator=generator)] for row in places])
     order = places.flatten().tolist()
@@ -252,7 +252,9 @@ def test_the_order_of_prompts_and_samples_does_not_matter(name: str) -> None:
     def moved(packed: Tensor) -> Tensor:
         return torch.cat([packed.split(count)[i] for i in order])
 
-    shuffled = Outcomes(rewards.flatten()[places], lengths.flatten()[places], moved(token_rewards), moved(values))
+    shuffled = AdvantageInputs(
+        rewards.flatten()[places], lengths.flatten()[places], moved(token_rewards), moved(values)
+    )
     assert tokens(name, shuffled) == [pytest.approx(straight[i], abs=1e-12) for i in order]
 
 
@@ -284,7 +286,7 @@ def test_the_soft_overlong_punishment_is_dapo_s() -> None:
 
 def test_groups_of_equal_rewards_are_replaced_in_order_and_fill_up_what_is_missing() -> None:
     rewards = torch.tensor([[1.0, 1.0], [1.0, 0.0], [NAN, 1.0], [0.0, 1.0], [NAN, NAN], [1.0, 0.5]])
-    assert shaping.informative(rewards).tolist() == [False, True, False, True, False, True]
+    assert shaping.has_reward_variance(rewards).tolist() == [False, True, False, True, False, True]
     assert shaping.select_groups(rewards, 2) == [1, 3]
     assert shaping.select_groups(rewards, 3) == [1, 3, 5]
     assert shaping.select_groups(rewards, 5) == [0, 1, 2, 3, 5]

@@ -21,8 +21,10 @@ from omegaconf import DictConfig
 
 from megatron_ext import resolvers
 from recipes import train
-from recipes.algorithms.parts import PARTS
-from recipes.config import Config, ConfigError, parse
+from recipes.algorithms.registry import REGISTRY
+from recipes.config import Config, parse
+from recipes.errors import ConfigError
+from recipes.launch import command_line, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -139,7 +141,7 @@ def test_each_stage_of_a_safework_recipe_draws_its_own_prompts() -> None:
     drawn = {}
     for stage in ("rl", "rl_general", "rl_safety", "rl_efficient", "rl_search"):
         config = parse(composed("recipe=safework_72b", f"stage={stage}"))
-        train.check_parts(config)  # there are enough rows of each for a step
+        requirements.check_parts(config)  # there are enough rows of each for a step
         drawn[stage] = {kind for kind, share in config.data.mix.items() if share}
         assert (config.rollout.environment.name is None) == (stage != "rl_search")
     search, safety = {"listed", "read", "missing"}, {"harmful", "jailbreak", "borderline", "benign"}
@@ -190,8 +192,8 @@ def test_every_field_is_read_somewhere() -> None:
     # A field that only a check reads is no setting.
     # A part's name is read by ``parts.part``, which also sets the fields that are its keywords.
     bound = {
-        *PARTS,
-        *(name for parts in PARTS.values() for part in parts for name in inspect.signature(part).parameters),
+        *REGISTRY,
+        *(name for parts in REGISTRY.values() for part in parts for name in inspect.signature(part).parameters),
     }
     names = {path: path.rpartition(".")[2] for path in FIELDS}
     unread = [path for path, name in names.items() if name not in bound and not re.search(rf"\.{name}\b", code)]
@@ -255,7 +257,7 @@ IMPOSSIBLE = [
     (["algorithm.samples_per_prompt=1"], "algorithm.samples_per_prompt", "1", "2 or more"),
     (["algorithm.kl_coefficient=-1"], "algorithm.kl_coefficient", "-1.0", "0 or more"),
     (["algorithm.warmup_fraction=1"], "algorithm.warmup_fraction", "1.0", "in [0, 1)"),
-    (["algorithm.minimum_fraction=1.5"], "algorithm.minimum_fraction", "1.5", "in [0, 1]"),
+    (["algorithm.min_lr_ratio=1.5"], "algorithm.min_lr_ratio", "1.5", "in [0, 1]"),
     (["stage.sft.steps=null"], "stage.sft.steps", "None", "give one of them"),
     (["stage.sft.epochs=2"], "stage.sft.steps", "2.0", "give one of them"),
     (["stage.sft.epochs=0", "stage.sft.steps=null"], "stage.sft.epochs", "0.0", "above 0"),
@@ -265,7 +267,7 @@ IMPOSSIBLE = [
     (["stage.sft.rows_per_step=0"], "stage.sft.rows_per_step", "0", "above 0"),
     (["stage.sft.learning_rate=0"], "stage.sft.learning_rate", "0.0", "in (0, 1]"),
     (["stage.sft.warmup_fraction=-0.1"], "stage.sft.warmup_fraction", "-0.1", "in [0, 1)"),
-    (["stage.sft.minimum_fraction=2"], "stage.sft.minimum_fraction", "2.0", "in [0, 1]"),
+    (["stage.sft.min_lr_ratio=2"], "stage.sft.min_lr_ratio", "2.0", "in [0, 1]"),
     (["parallel.tensor=0"], "parallel.tensor", "0", "above 0"),
     (["parallel.pipeline=-1"], "parallel.pipeline", "-1", "above 0"),
     (["parallel.tensor=3"], "cluster.ranks", "2", "a multiple of 3 ranks"),
@@ -279,7 +281,7 @@ IMPOSSIBLE = [
     (["rollout.staleness=2"], "rollout.staleness", "2", "use 0 or 1"),
     (["rollout.staleness=1"], "rollout.staleness", "1", "algorithm.importance_sampling=true"),
     (["rollout.oversample=0.5"], "rollout.oversample", "0.5", "use 1"),
-    (["rollout.max_step_tokens=8"], "rollout.max_step_tokens", "8", "more than 1"),
+    (["rollout.partial_rollout_tokens=8"], "rollout.partial_rollout_tokens", "8", "more than 1"),
     (["rollout.thinking_budget=0"], "rollout.thinking_budget", "0", "null"),
     (["rollout.stall_timeout=0"], "rollout.stall_timeout", "0.0", "above 0"),
     (["rollout.quantization=int4"], "rollout.quantization", "'int4'", "fp8_per_channel"),
@@ -390,7 +392,7 @@ def test_impossible_values_name_field_value_and_remedy(
 def test_what_hydra_refuses_is_told_in_one_line(override: str, line: str) -> None:
     with pytest.raises(HydraException) as caught:
         configured(override)
-    told = train.one_line(caught.value)
+    told = command_line.one_line(caught.value)
     assert told.startswith(line)
     assert "\n" not in told
 

@@ -11,9 +11,11 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.config import ConfigError, parse
+from recipes.config import parse
+from recipes.errors import ConfigError
+from recipes.launch.command_line import one_line
+from recipes.launch.requirements import check_parts, check_supervised
 from recipes.ranges import RANGES, numbers
-from recipes.train import check_parts, check_supervised, one_line
 from tests.recipes.test_config import composed, overridden
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +41,7 @@ CROSSED = [
     ("demo", "stage.sft.epochs=1"),
     ("demo", "stage.sft.rows_per_step=7,parallel.tensor=1,parallel.sequence=false"),
     ("demo", "rollout.staleness=1"),
-    ("demo", "rollout.max_step_tokens=16"),
+    ("demo", "rollout.partial_rollout_tokens=16"),
     ("demo", "rollout.sleep=true"),
     ("demo", "rollout.thinking_budget=8,rollout.thinking_marks=[a]"),
     ("demo", "data.images.min_pixels=100,data.images.max_pixels=10"),
@@ -97,7 +99,9 @@ def mutations(recipe: str, path: str, value: Any, chance: random.Random) -> Iter
     else:
         for text in ("nonesuch", "-1", "null", "[1,2]", "{a:{b:1}}", "''"):
             yield Case(recipe, path, f"{path}={text}", False)
-    free = path.startswith(("algorithm.own", "rollout.environment.settings", "rewards.mix", "data.mix", "data.scores"))
+    free = path.startswith(
+        ("algorithm.kwargs", "rollout.environment.settings", "rewards.mix", "data.mix", "data.scores")
+    )
     free = free or re.match(r"rewards\.verifiers\.\w+\.(request|arguments)", path)
     wrong = misspelt(path, chance)
     yield Case(recipe, wrong, f"{wrong}=1", True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_ext.packing import PackedSequence, pack
-from recipes import critic, records
-from recipes.algorithms.advantages import Outcomes
+from recipes.algorithms.advantages import AdvantageInputs
+from recipes.run import records
+from recipes.training import critic
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.kill_check import timeless
@@ -113,7 +114,7 @@ def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:
     rewards = torch.tensor([[1.0, torch.nan], [0.5, -1.0]], dtype=torch.float64)
     token_rewards = torch.tensor([0.1, 0.2, 0.0, 9.0, -0.1, 0.3, 0.0, 0.0, 0.5, 0.25], dtype=torch.float64)
     values = torch.arange(10, dtype=torch.float32) / 8
-    outcomes = Outcomes(rewards, lengths, token_rewards, values)
+    outcomes = AdvantageInputs(rewards, lengths, token_rewards, values)
     weights = [[0.1, 0.0, 0.1], [0.0], [0.2, 0.2], [0.1] * 4]
     sequences = [PackedSequence([7] * (n + 1), [3] * n) for n in lengths.flatten().tolist()]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from recipes.display import Display, _Footer, _Run, _Stage, duration, eta, server_health, sparkline, step_columns
+from recipes.run.display import Display, _Footer, _Run, _Stage, duration, eta, server_health, sparkline, step_columns
 
 HOSTILE = "[bold red]markup[/bold red] [/] \x1b[31mcolour\x1b[0m \u202eturned 你好 \ud800"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -28,8 +28,8 @@ def metrics(step):
         "reward/capability": 0.75,
         "reward/helpfulness": 1.0,
         "kl/reference": 0.001,
-        "logprob_gap/mean": 0.0004,
-        "logprob_gap/max": 0.006,
+        "train_inference_mismatch/mean": 0.0004,
+        "train_inference_mismatch/max": 0.006,
         "grad_norm": 1.25,
         "response_length/mean": 48.0,
         "tokens_per_second": 612.4,
@@ -155,7 +155,7 @@ def test_the_closing_view_has_table_transcripts_and_places(tmp_path):
 
 def test_a_log_line_can_be_read_while_the_stage_still_runs():
     program = (
-        "import sys\nfrom recipes.display import Display\nwith Display() as d:\n"
+        "import sys\nfrom recipes.run.display import Display\nwith Display() as d:\n"
         "    with d.stage('load model'):\n        sys.stdin.read()\n"
     )
     with subprocess.Popen(

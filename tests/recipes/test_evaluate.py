@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from recipes import evaluate, records
-from recipes.display import result_table
-from recipes.session import Session
-from recipes.statistics import mean_interval, paired_difference
+from recipes.evaluation import evaluate
+from recipes.evaluation.statistics import mean_interval, paired_difference
+from recipes.run import records
+from recipes.run.display import result_table
+from recipes.training.session import Session
 from rewards.verdict import Verdict
 from rollout.sample import Prompt
 from tests.recipes import tiny

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from recipes import judge_accuracy
 from recipes.algorithms.aggregation import AGGREGATIONS
-from recipes.config import ConfigError
 from recipes.data import conversations, examples, judging
 from recipes.data.examples import Example
 from recipes.data.processor import ImageLimits, PromptProcessor
+from recipes.errors import ConfigError
+from recipes.evaluation import judge_accuracy
 from rewards.verdict import Failure, Verdict
 from rewards.verifiers.templates import SAFETY, SAFETY_SHORT, VALUE
 from tests.recipes import tiny
@@ -142,7 +142,7 @@ def test_rows_that_can_t_teach_the_judge_are_named(
 ) -> None:
     tiny.write_rows(tmp_path / "rows.jsonl", [LABELLED | row])
     with pytest.raises(ConfigError, match=message):
-        judging.lessons(str(tmp_path / "rows.jsonl"), template)
+        judging.judge_sft_rows(str(tmp_path / "rows.jsonl"), template)
 
 
 def test_a_judge_of_one_token_learns_its_label_alone() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext import checkpoint
-from recipes import records
+from recipes.run import records
 from tests.recipes import tiny
 from tests.recipes.kill_check import saved_step
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hydra import initialize_config_dir
 
-from recipes import ladder, records
-from recipes.config import ConfigError
-from recipes.statistics import mean_interval, paired_difference
+from recipes.errors import ConfigError
+from recipes.evaluation.statistics import mean_interval, paired_difference
+from recipes.launch import pipeline
+from recipes.run import records
 from tests.recipes import tiny
 from tests.recipes.test_config import CONF, configured
 from tests.recipes.test_report import HOSTILE, Page
@@ -63,7 +64,7 @@ def answers(score: float, tokens: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_measures_have_their_intervals_and_lengths_are_of_what_accuracy_judges() -> None:
-    found = ladder.measures(answers(1.0, 4))
+    found = pipeline.measures(answers(1.0, 4))
     accuracy = mean_interval([1.0, 0.0])
     assert (found["accuracy"], found["accuracy_interval"], found["accuracy_n"]) == (0.5, accuracy["interval"], 2)
     assert (found["safety"], found["safety_n"]) == (1.0, 1)
@@ -79,7 +80,7 @@ def test_changes_are_of_the_same_prompts() -> None:
     former, after = answers(1.0, 4), answers(0.5, 9)
     after["greedy"][1]["thinking_tokens"] = 14
     del after["greedy"][2]
-    found = ladder.changes(former, after)
+    found = pipeline.changes(former, after)
     accuracy = paired_difference([1.0, 0.0], [0.5, 0.0])
     assert (found["accuracy_change"], found["accuracy_change_interval"]) == (-0.25, accuracy["interval"])
     # 5 and 8: standard deviation 3 / sqrt(2), over sqrt(2) prompts
@@ -99,10 +100,10 @@ def test_the_report_shows_every_stage_and_model_text_stays_text(
         config = {"stage": {"after": former}, "data": {"evaluation": str(data)}}
         (tmp_path / name / "config.yaml").write_text(json.dumps(config))
         records.write_json(tmp_path / name / "answers.json", {"before": answers(before, 1), "after": answers(after, 9)})
-    monkeypatch.setattr("sys.argv", ["recipes.ladder", str(tmp_path)])
-    ladder.main()
+    monkeypatch.setattr("sys.argv", ["recipes.launch.pipeline", str(tmp_path)])
+    pipeline.main()
     with pytest.raises(ConfigError, match=r"rl_safety: no stage has answers\.json"):
-        ladder.begun(tmp_path / "rl_safety")
+        pipeline.begun(tmp_path / "rl_safety")
     stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
     assert [(stage["stage"], stage["safety"]) for stage in stages] == [("base", 0.0), ("sft", 1.0), ("rl_safety", 0.5)]
     assert [stage.get("safety_change") for stage in stages] == [None, 1.0, -0.5]
@@ -165,7 +166,7 @@ def test_a_ladder_that_begins_anew_leaves_no_stage_out_when_it_is_resumed(
         launched.append(command)
         return 1
 
-    monkeypatch.setattr(ladder, "run_beside_servers", fails)
+    monkeypatch.setattr(pipeline, "run_beside_servers", fails)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     given = ["recipe=ladder_demo", "stage.ladder=[sft,rl_safety]", f"run_dir={tmp_path}"]
     for name in ("sft", "rl_safety"):  # as an earlier ladder leaves them
@@ -173,7 +174,7 @@ def test_a_ladder_that_begins_anew_leaves_no_stage_out_when_it_is_resumed(
         records.write_json(tmp_path / name / records.FINISHED, {"stage": name})
     with initialize_config_dir(str(CONF), version_base="1.3"):
         with pytest.raises(ConfigError, match="stage sft: it ended with code 1"):
-            ladder.climb(ladder.composed(given), given)
+            pipeline.run_pipeline(pipeline.composed(given), given)
         assert not (tmp_path / "rl_safety" / records.FINISHED).exists()
     assert len(launched) == 1
 

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, signal, sys, time
 from torch.distributed import TCPStore
-from recipes import launcher
+from recipes.launch import launcher
 launcher.GRACE_SECONDS = 0.5
 launcher.fork_ranks(3)
 rank = int(os.environ["RANK"])

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from tensorboardX.proto.event_pb2 import Event
 
 from recipes.config import Config, parse
-from recipes.loggers import open_loggers
+from recipes.run.loggers import open_loggers
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from recipes import logs
+from recipes.run import logs
 
 
 @pytest.fixture

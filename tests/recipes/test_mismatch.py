@@ -33,7 +33,7 @@ def reported(
     total: dict[str, float] = {}
     for indices in split or [list(range(len(lengths)))]:
         t, r = (torch.cat([x.split(lengths)[i] for i in indices]) for x in (trainer, rollout))
-        part = mismatch.sums(t, r, Sequences([lengths[i] for i in indices]), importance_cap=2.0)
+        part = mismatch.sums(t, r, Sequences([lengths[i] for i in indices]), tis_cap=2.0)
         for name, value in part.items():
             before = total.get(name, -math.inf if name.endswith("/max") else 0.0)
             total[name] = max(before, value.item()) if name.endswith("/max") else before + value.item()
@@ -54,12 +54,12 @@ def test_the_report_of_known_ratios() -> None:
     ratios = numbers(2.5, 0.5, 1, 1)
     found = reported(ratios.log(), torch.zeros(4), [4])
     gap = math.log(2.5) + math.log(2)
-    assert found["logprob_gap/mean"] == pytest.approx(gap / 4)
-    assert found["logprob_gap/max"] == pytest.approx(math.log(2.5))
-    assert found["logprob_gap/k1"] == pytest.approx((math.log(2) - math.log(2.5)) / 4)
-    assert found["logprob_gap/k3"] == pytest.approx((5 - 4 - (math.log(2.5) - math.log(2))) / 4)
-    assert found["logprob_gap/clipped"] == 0.25
-    assert found["logprob_gap/ess"] == pytest.approx(25 / (4 * 8.5))
+    assert found["train_inference_mismatch/mean"] == pytest.approx(gap / 4)
+    assert found["train_inference_mismatch/max"] == pytest.approx(math.log(2.5))
+    assert found["train_inference_mismatch/k1"] == pytest.approx((math.log(2) - math.log(2.5)) / 4)
+    assert found["train_inference_mismatch/k3"] == pytest.approx((5 - 4 - (math.log(2.5) - math.log(2))) / 4)
+    assert found["train_inference_mismatch/clipped"] == 0.25
+    assert found["train_inference_mismatch/ess"] == pytest.approx(25 / (4 * 8.5))
 
 
 def test_k1_and_k3_estimate_the_divergence_of_the_trainer_from_the_rollout() -> None:
@@ -68,8 +68,8 @@ def test_k1_and_k3_estimate_the_divergence_of_the_trainer_from_the_rollout() -> 
     counts = (rollout.exp() * 1e5).round().long()
     exact = (rollout.exp() * (rollout - trainer)).sum().item()
     found = reported(trainer.repeat_interleave(counts), rollout.repeat_interleave(counts), [int(counts.sum())])
-    assert found["logprob_gap/k1"] == pytest.approx(exact, abs=1e-4)
-    assert found["logprob_gap/k3"] == pytest.approx(exact, abs=1e-4)
+    assert found["train_inference_mismatch/k1"] == pytest.approx(exact, abs=1e-4)
+    assert found["train_inference_mismatch/k3"] == pytest.approx(exact, abs=1e-4)
 
 
 def test_each_length_has_its_bucket_and_buckets_without_a_response_are_left_out() -> None:
@@ -77,13 +77,13 @@ def test_each_length_has_its_bucket_and_buckets_without_a_response_are_left_out(
     lengths = [64, 65, 20_000]
     trainer = torch.cat([torch.zeros(129, dtype=torch.float64), torch.full((20_000,), -0.5, dtype=torch.float64)])
     found = reported(trainer, torch.zeros_like(trainer), lengths)
-    means = {name: value for name, value in found.items() if name.startswith("logprob_gap/mean/")}
+    means = {name: value for name, value in found.items() if name.startswith("train_inference_mismatch/mean/")}
     assert means == {
-        "logprob_gap/mean/to_64": 0,
-        "logprob_gap/mean/to_256": 0,
-        "logprob_gap/mean/over_16384": 0.5,
+        "train_inference_mismatch/mean/to_64": 0,
+        "train_inference_mismatch/mean/to_256": 0,
+        "train_inference_mismatch/mean/over_16384": 0.5,
     }
-    assert found["logprob_gap/mean"] == pytest.approx(0.5 * 20_000 / 20_129)
+    assert found["train_inference_mismatch/mean"] == pytest.approx(0.5 * 20_000 / 20_129)
 
 
 def test_the_report_depends_on_neither_order_nor_micro_batches() -> None:
@@ -94,13 +94,13 @@ def test_the_report_depends_on_neither_order_nor_micro_batches() -> None:
 
 def test_a_rank_without_tokens_of_a_micro_batch_has_no_part_in_it() -> None:
     nothing = torch.zeros(0, dtype=torch.float64)
-    assert mismatch.sums(nothing, nothing, Sequences([0, 0]), importance_cap=2.0) == {}
+    assert mismatch.sums(nothing, nothing, Sequences([0, 0]), tis_cap=2.0) == {}
 
 
 def test_the_sums_are_made_in_fp64() -> None:
     """The trainer's log-probs are FP32, in which counting ends at 2^24 tokens."""
     ones = torch.zeros(10, dtype=torch.float32)
-    found = mismatch.sums(ones, ones, Sequences([10]), importance_cap=2.0)
+    found = mismatch.sums(ones, ones, Sequences([10]), tis_cap=2.0)
     assert all(value.dtype == torch.float64 for value in found.values())
 
 
@@ -109,14 +109,14 @@ def test_the_sums_are_made_in_fp64() -> None:
 
 def test_equal_log_probs_have_the_weight_one() -> None:
     same = draws(50)
-    weights = mismatch.truncated_weights(same, same, importance_cap=2.0)
+    weights = mismatch.truncated_weights(same, same, tis_cap=2.0)
     assert torch.equal(weights, torch.ones_like(same))
 
 
 def test_a_weight_is_trainer_over_rollout_up_to_the_cap_and_has_no_gradient() -> None:
     """The other way round, a cap would hold back the tokens that the trainer likes less than the rollout did."""
     trainer = numbers(0.5, 0.1, 0.9).log().requires_grad_()
-    weights = mismatch.truncated_weights(trainer, numbers(0.25, 0.2, 0.1).log(), importance_cap=3.0)
+    weights = mismatch.truncated_weights(trainer, numbers(0.25, 0.2, 0.1).log(), tis_cap=3.0)
     assert weights.tolist() == pytest.approx([2, 0.5, 3])
     assert not weights.requires_grad
 
@@ -124,7 +124,7 @@ def test_a_weight_is_trainer_over_rollout_up_to_the_cap_and_has_no_gradient() ->
 def test_the_weighted_mean_over_rollout_samples_is_the_trainer_s_mean() -> None:
     """What importance sampling is for, exactly: the mean over the rollout's distribution, the cap out of reach."""
     rollout, trainer, score = draws(8, 1).log_softmax(0), draws(8, 2).log_softmax(0), draws(8, 3)
-    weights = mismatch.truncated_weights(trainer, rollout, importance_cap=1e9)
+    weights = mismatch.truncated_weights(trainer, rollout, tis_cap=1e9)
     assert (rollout.exp() * weights * score).sum().item() == pytest.approx((trainer.exp() * score).sum().item())
 
 
@@ -170,8 +170,8 @@ ALARM = 0.2
 @pytest.mark.parametrize(("name", "mean"), [("bf16", 0.041), ("fp8", 0.131)])
 def test_rounding_raises_no_alarm(name: str, mean: float) -> None:
     found = reported(measured(name), ROLLOUT, LENGTHS)
-    assert found["logprob_gap/mean"] == pytest.approx(mean, abs=5e-4)
-    mismatch.check(found, mismatch_alarm=ALARM)
+    assert found["train_inference_mismatch/mean"] == pytest.approx(mean, abs=5e-4)
+    mismatch.check(found, max_mismatch=ALARM)
 
 
 @pytest.mark.parametrize(
@@ -179,21 +179,21 @@ def test_rounding_raises_no_alarm(name: str, mean: float) -> None:
 )
 def test_weights_that_are_not_the_trainer_s_do(name: str, mean: float) -> None:
     found = reported(measured(name), ROLLOUT, LENGTHS)
-    assert found["logprob_gap/mean"] == pytest.approx(mean, abs=5e-4)
+    assert found["train_inference_mismatch/mean"] == pytest.approx(mean, abs=5e-4)
     with pytest.raises(
-        RuntimeError, match=rf"logprob_gap/mean={mean} is above algorithm\.mismatch_alarm=0\.2: the engi"
+        RuntimeError, match=rf"train_inference_mismatch/mean={mean} is above algorithm\.max_mismatch=0\.2: the engi"
     ):
-        mismatch.check(found, mismatch_alarm=ALARM)
+        mismatch.check(found, max_mismatch=ALARM)
 
 
 def test_a_gap_that_is_no_number_raises_the_alarm() -> None:
-    with pytest.raises(RuntimeError, match="logprob_gap/mean=nan"):
-        mismatch.check({"logprob_gap/mean": math.nan}, mismatch_alarm=ALARM)
+    with pytest.raises(RuntimeError, match="train_inference_mismatch/mean=nan"):
+        mismatch.check({"train_inference_mismatch/mean": math.nan}, max_mismatch=ALARM)
 
 
 def test_the_effective_sample_size_falls_with_the_mismatch() -> None:
     order = ["bf16", "fp8", "gate_up_swapped", "layers_swapped"]
-    sizes = [reported(measured(name), ROLLOUT, LENGTHS)["logprob_gap/ess"] for name in order]
+    sizes = [reported(measured(name), ROLLOUT, LENGTHS)["train_inference_mismatch/ess"] for name in order]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == pytest.approx(0.996, abs=1e-3)
     assert sizes[-1] == pytest.approx(0.654, abs=1e-3)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from megatron_ext.packing import MicroBatch, PackedSequence, pack
 from recipes.algorithms import advantages, aggregation, kl, objective, policy_losses
-from recipes.algorithms.advantages import Outcomes
-from recipes.algorithms.parts import PARTS, part
+from recipes.algorithms.advantages import AdvantageInputs
+from recipes.algorithms.registry import REGISTRY, resolve
 from recipes.algorithms.sequences import Sequences
-from recipes.config import AlgorithmConfig, ConfigError, parse
+from recipes.config import AlgorithmConfig, parse
+from recipes.errors import ConfigError
 from tests.recipes.gradients import draws, gradient, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def test_grpo_s_loss_and_gradient_have_their_closed_form() -> None:
 
 def test_the_corrections_the_entropy_and_a_kl_in_the_reward_are_put_together() -> None:
     config = configured(
-        importance_sampling=True, importance_cap=1.2, sequence_ratio_bounds=[0.8, 1.1], entropy_coefficient=0.01,
+        importance_sampling=True, tis_cap=1.2, sequence_ratio_bounds=[0.8, 1.1], entropy_coefficient=0.01,
         kl_in="reward", kl_coefficient=0.5,
     )  # fmt: skip
     (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
@@ -82,7 +83,7 @@ def test_the_corrections_the_entropy_and_a_kl_in_the_reward_are_put_together() -
     found, measured = objective.loss(config, None)(torch.stack([now, entropy]), batch)
     assert found.item() == pytest.approx((losses * v["weight"]).sum().item())
     assert measured["entropy"].item() == pytest.approx(entropy.sum().item())
-    assert measured["logprob_gap/gap"].item() == pytest.approx(gap.abs().sum().item())
+    assert measured["train_inference_mismatch/gap"].item() == pytest.approx(gap.abs().sum().item())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,9 +110,9 @@ def test_the_update_depends_on_neither_order_nor_micro_batches(name: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_every_algorithm_s_parts_are_found_and_set(name: str) -> None:
     config = configured(name)
-    found = {kind: part(kind, config) for kind in PARTS}
+    found = {kind: resolve(kind, config) for kind in REGISTRY}
     assert {kind: function.func.__name__ for kind, function in found.items()} == {  # type: ignore[attr-defined]
-        kind: getattr(config, kind) for kind in PARTS
+        kind: getattr(config, kind) for kind in REGISTRY
     }
     log_probs = draws(11)
     assert found["policy_loss"](log_probs, log_probs, log_probs, Sequences(LENGTHS)).shape == (11,)
@@ -119,11 +120,13 @@ def test_every_algorithm_s_parts_are_found_and_set(name: str) -> None:
 
 
 def test_settings_reach_the_functions() -> None:
-    outcomes = Outcomes(numbers(1.0, 0.0).view(1, 2), torch.tensor([[1, 2]]), torch.zeros(3))
+    outcomes = AdvantageInputs(numbers(1.0, 0.0).view(1, 2), torch.tensor([[1, 2]]), torch.zeros(3))
     config = configured("cale", cale_alpha=0.5, cale_mu=1.0)
-    assert part("advantage", config)(outcomes).tolist() == advantages.cale(outcomes, cale_alpha=0.5, cale_mu=1).tolist()
+    assert (
+        resolve("advantage", config)(outcomes).tolist() == advantages.cale(outcomes, cale_alpha=0.5, cale_mu=1).tolist()
+    )
     config = configured("dr_grpo", token_divisor=8.0)
-    assert part("aggregation", config)([2]) == aggregation.sequence_sum([2], token_divisor=8.0)
+    assert resolve("aggregation", config)([2]) == aggregation.sequence_sum([2], token_divisor=8.0)
 
 
 def thirds(lengths: list[int], *, share: float) -> list[list[float]]:
@@ -133,16 +136,16 @@ def thirds(lengths: list[int], *, share: float) -> list[list[float]]:
 
 def test_a_function_of_one_s_own_is_found_by_its_path_with_its_own_keywords() -> None:
     path = f"{__name__}.thirds"
-    assert part("kl_estimator", configured(kl_estimator="recipes.algorithms.kl.k2")).func is kl.k2  # type: ignore[attr-defined]
-    assert part("aggregation", configured(aggregation=path, own={"share": 0.3}))([2]) == [[0.3, 0.3]]
-    with pytest.raises(ConfigError, match=r"thirds': wants 'share'; give \+algorithm\.own\.share"):
-        part("aggregation", configured(aggregation=path))
+    assert resolve("kl_estimator", configured(kl_estimator="recipes.algorithms.kl.k2")).func is kl.k2  # type: ignore[attr-defined]
+    assert resolve("aggregation", configured(aggregation=path, kwargs={"share": 0.3}))([2]) == [[0.3, 0.3]]
+    with pytest.raises(ConfigError, match=r"thirds': wants 'share'; give \+algorithm\.kwargs\.share"):
+        resolve("aggregation", configured(aggregation=path))
 
 
 @pytest.mark.parametrize("chosen", ["ppo", "no_such_package.loss", "recipes.algorithms.kl.k4", "k4."])
 def test_an_unknown_function_is_told_with_the_known_ones(chosen: str) -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.kl_estimator='.*': no such function; use one of k1, k2, k3 or"):
-        part("kl_estimator", configured(kl_estimator=chosen))
+        resolve("kl_estimator", configured(kl_estimator=chosen))
 
 
 def test_a_forced_token_counts_in_no_measure() -> None:

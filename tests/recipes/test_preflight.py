@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from recipes.config import parse
-from recipes.preflight import reward_servers
+from recipes.preflight.checks import reward_servers
 from tests.recipes import tiny
 from tests.rewards import fake_server
 from tests.rewards.fake_server import FakeServer
@@ -85,17 +85,17 @@ ALL = """
 import json, sys
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from recipes import preflight
+from recipes.preflight import checks
 from dataclasses import asdict
 
 folder, wanted, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 found = {}
 with initialize_config_dir(folder, version_base="1.3"):
     for name, overrides in wanted.items():
-        raw = compose("config", preflight.command_line(overrides))
-        settings = preflight.Settings(**OmegaConf.to_container(raw.preflight))
+        raw = compose("config", checks.command_line(overrides))
+        settings = checks.Settings(**OmegaConf.to_container(raw.preflight))
         run = OmegaConf.masked_copy(raw, [key for key in raw if key != "preflight"])
-        found[name] = asdict(preflight.examine(run, settings, lambda text: None))
+        found[name] = asdict(checks.examine(run, settings, lambda text: None))
 json.dump(found, open(output, "w"))
 """
 Reports = dict[str, dict[str, Any]]

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLModel
 
-from recipes import preflight
-from recipes.config import ConfigError
 from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor, check_rows
+from recipes.errors import ConfigError
+from recipes.preflight import checks
 from rollout import engine_server
 from rollout.engine import EngineSettings
 from rollout.media import FRAMES_PER_SECOND
@@ -214,7 +214,7 @@ def test_preflight_counts_the_tokens_of_every_layout(folder: Path, name: str) ->
     config: Any = SimpleNamespace(model=SimpleNamespace(path=str(folder / name)))
     fields = json.loads((folder / name / "config.json").read_text())
     text = fields.get("text_config") or fields["llm_config"]
-    assert preflight.tokenizer(config).endswith(f"in a vocabulary of {text['vocab_size']}")
+    assert checks.tokenizer(config).endswith(f"in a vocabulary of {text['vocab_size']}")
 
 
 @pytest.mark.parametrize("name", MODELS)

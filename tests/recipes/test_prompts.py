@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.config import ConfigError
 from recipes.data.prompts import (
     SFT_FIELDS,
     interleaved,
@@ -21,6 +20,7 @@ from recipes.data.prompts import (
     scheduled,
     shuffled,
 )
+from recipes.errors import ConfigError
 from tests.recipes import tiny
 
 MIX = {"harmful": 3, "borderline": 2, "benign": 2, "task": 3}

@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from recipes import records
-from recipes.report import round_ticks, write_report
-from recipes.report_samples import bins, split_thinking
-from recipes.statistics import mean_interval
+from recipes.evaluation.statistics import mean_interval
+from recipes.report.page import round_ticks, write_report
+from recipes.report.samples import bins, split_thinking
+from recipes.run import records
 
 VOID = {"meta"}
 PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "small", "div", "span", "i", "b"}
@@ -61,8 +61,8 @@ def metrics(step):
         "reward/<b>odd</b>": 0.5,
         "loss": 4e-4 * step - 6e-4,
         "kl/reference": 0.0 if step == 1 else 0.01,
-        "logprob_gap/mean": 1e-4,
-        "logprob_gap/max": 2e-3,
+        "train_inference_mismatch/mean": 1e-4,
+        "train_inference_mismatch/max": 2e-3,
         "grad_norm": None if step == 2 else 1.5,
         "response_length/mean": 40.0,
         "time/step": 9.0,

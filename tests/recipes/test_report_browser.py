@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.report import write_report
+from recipes.report.page import write_report
 from tests.recipes import browser, test_report
 from tests.recipes.test_report import HOSTILE, make_run
 

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from recipes import records
 from recipes.data.prompts import shuffled
+from recipes.run import records
 from rewards import mixing, settings
 from rewards.client import Client
 from rewards.serve import Replica, Supervisor

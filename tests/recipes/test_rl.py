@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ext.packing import PackedSequence, enough, pack, plan
 from recipes.algorithms.aggregation import sequence_mean_token_mean
-from recipes.rl import contributing, packed, token_weights
+from recipes.training.rl import contributing, packed, token_weights
 from rollout.sample import Sample
 from tests.recipes import tiny
 

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import records, train
+from recipes import train
 from recipes.data.prompts import prompt_tokens
+from recipes.run import records
 from rollout.engine import EngineSettings, environment
 from rollout.sample import Request, Sampling
 from tests.megatron_ext.reference import stored
@@ -144,7 +145,7 @@ def test_every_sync_places_all_bytes_of_the_model(whole: tuple[Path, str], twin:
 def test_trainer_and_vllm_agree_on_log_probs(whole: tuple[Path, str], layouts: dict[str, Path]) -> None:
     for run_dir, bound in ((whole[0], BF16_GAP), *((folder, FP32_GAP) for folder in layouts.values())):
         for row in metrics(run_dir):
-            assert 0 < row["logprob_gap/mean"] <= row["logprob_gap/max"] < bound
+            assert 0 < row["train_inference_mismatch/mean"] <= row["train_inference_mismatch/max"] < bound
 
 
 def test_samples_name_what_was_learned_from(whole: tuple[Path, str]) -> None:
@@ -364,7 +365,7 @@ def test_training_saw_other_ids_than_the_text_would_give(layouts: dict[str, Path
     texts = [sample["response"] for sample in records.read_rows(layouts["single"] / "samples.jsonl")]
     encoded = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts) / len(texts)
     assert abs(encoded - row["response_length/mean"]) > 0.5
-    assert row["logprob_gap/max"] < FP32_GAP
+    assert row["train_inference_mismatch/max"] < FP32_GAP
 
 
 def test_the_environments_tokens_have_no_part_in_the_gap_nor_samples_whose_environment_failed_in_the_update(
@@ -374,7 +375,7 @@ def test_the_environments_tokens_have_no_part_in_the_gap_nor_samples_whose_envir
     (row,) = metrics(layouts["single"])
     samples = list(records.read_rows(layouts["single"] / "samples.jsonl"))
     assert row["forced_tokens"] > 3 * len(samples)
-    assert row["logprob_gap/max"] < FP32_GAP
+    assert row["train_inference_mismatch/max"] < FP32_GAP
     failed = [sample for sample in samples if sample["reward"] is None]
     assert 0 < len(failed) < len(samples)
     assert row["reward_failed"] == len(failed) / len(samples)

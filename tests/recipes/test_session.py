@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from recipes import records
-from recipes.session import Session
+from recipes.run import records
+from recipes.training.session import Session
 from rewards.verifiers.served import ServedVerifier
 from tests.recipes import tiny
 from tests.rewards.fake_server import JUDGE, MODEL, FakeServer, good
@@ -21,9 +21,9 @@ from tests.rewards.test_client import ROW, asking
 STEPS = 4
 OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", "precision=fp32", "rollout.staleness=1")
 OPTIONS += ("parallel=tp2_sp", "cluster.ranks=2")
-CORRECTED = ("algorithm.importance_sampling=true", "algorithm.mismatch_alarm=5")  # large steps of a tiny model
+CORRECTED = ("algorithm.importance_sampling=true", "algorithm.max_mismatch=5")  # large steps of a tiny model
 FLOOR = ("rewards.constraint.verifier=safety", "rewards.constraint.floor=0.9", "rewards.constraint.rate=0.1")
-CARRY = ("rollout.oversample=1.5", "rollout.max_step_tokens=3", f"algorithm.steps={STEPS}")
+CARRY = ("rollout.oversample=1.5", "rollout.partial_rollout_tokens=3", f"algorithm.steps={STEPS}")
 
 
 def blocked(pid: int, number: signal.Signals) -> bool:
@@ -43,7 +43,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.wait_for("the first step", lambda: metrics.is_file() and metrics.read_bytes())
         processes = run.processes()
         (engine,) = [pid for pid, command in processes.items() if "rollout.engine_server" in command]
-        assert blocked(engine, signal.SIGUSR1), "which is the ranks' news (recipes.preemption)"
+        assert blocked(engine, signal.SIGUSR1), "which is the ranks' news (recipes.run.preemption)"
         os.kill(engine, signal.SIGKILL)
         printed = run.output()
     finally:
@@ -55,7 +55,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_goes_on_with_a_new_engine(run_dir: Path) -> None:
     rows = list(records.read_rows(run_dir / "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert rows[0]["kl/reference"] == 0.0 and rows[0]["logprob_gap/max"] < 1e-4
+    assert rows[0]["kl/reference"] == 0.0 and rows[0]["train_inference_mismatch/max"] < 1e-4
     starts = (run_dir / "logs" / "engine_0.log").read_text().count("Initializing a V1 LLM engine")
     assert starts == 2
     events = list(records.read_rows(run_dir / "events.jsonl"))
@@ -67,7 +67,7 @@ def test_samples_are_one_update_old_and_older_where_they_were_carried_over(run_d
     rows = list(records.read_rows(run_dir / "metrics.jsonl"))
     stale = [row["staleness/max"] for row in rows]
     assert stale[0] == 0 and all(0 <= age <= step for step, age in enumerate(stale)) and max(stale) >= 1
-    assert rows[1]["logprob_gap/mean"] > 1e-3, "by other weights than those that are trained"
+    assert rows[1]["train_inference_mismatch/mean"] > 1e-3, "by other weights than those that are trained"
 
 
 def test_every_step_has_whole_groups_of_different_prompts(run_dir: Path) -> None:

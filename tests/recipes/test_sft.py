@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import preemption, records
 from recipes.data.prompts import shuffled
+from recipes.run import preemption, records
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.trained_by_transformers import Trained, train
@@ -26,7 +26,7 @@ SETTINGS = (
     f"stage.sft.steps={STEPS}",
     f"stage.sft.rows_per_step={ROWS}",
 )
-RATES = ("stage.sft.learning_rate=1e-3", "stage.sft.minimum_fraction=0", "stage.sft.warmup_fraction=0.4")
+RATES = ("stage.sft.learning_rate=1e-3", "stage.sft.min_lr_ratio=0", "stage.sft.warmup_fraction=0.4")
 RATES += (
     "stage.sft.decay=cosine",
     "precision=fp32",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.config import ConfigError
-from recipes.slurm import adopt_step
+from recipes.errors import ConfigError
+from recipes.launch.slurm import adopt_step
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
@@ -72,7 +72,7 @@ def program(path: Path, script: str) -> None:
 SRUN = r"""echo "$MASTER_ADDR $MASTER_PORT $*" >> calls
 case $* in
   *recipes.train*) eval "${RANKS:-exit 7}" ;;
-  *recipes.saved*) exit "${SAVED:-1}" ;;
+  *recipes.launch.has_new_checkpoint*) exit "${SAVED:-1}" ;;
   *\ true) exit "${ANSWER:-0}" ;;
 esac"""
 SCONTROL = """case $* in

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.config import ConfigError
 from recipes.data import specification
 from recipes.data.prompts import PROMPT_FIELDS, load_rows, prompt_tokens, scheduled
 from recipes.data.sources import ById, JsonLines
+from recipes.errors import ConfigError
 from tests.recipes import tiny, vision_models
 
 ROW = {"id": "a", "label": "safety", "kind": "benign", "prompt": "p"}

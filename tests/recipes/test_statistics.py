@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from recipes.statistics import mean_interval, paired_difference
+from recipes.evaluation.statistics import mean_interval, paired_difference
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, signal, time
-from recipes.display import Display
+from recipes.run.display import Display
 def last_word(number, frame):
     print("the last word", flush=True)
     signal.signal(number, signal.SIG_DFL)

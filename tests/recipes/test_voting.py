@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from recipes.voting import Reply, search_summary, vote
+from recipes.evaluation.voting import Reply, search_summary, vote
 
 
 def reply(answer: str | None, confidence: int | None = 5) -> Reply:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from recipes.watchdog import NOTICE, slow_ranks
+from recipes.run.watchdog import NOTICE, slow_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rank 0 waits for rank 1, which stands still: in Python, or in C with the interpreter held.
 PROGRAM = """
 import ctypes, sys, threading, time
 from pathlib import Path
-from recipes import watchdog
+from recipes.run import watchdog
 folder, rank, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 watchdog.GRACE = 1.0
 dog = watchdog.Watchdog(folder, rank, 3.0 if rank else 60.0)

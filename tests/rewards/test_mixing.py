@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from recipes.algorithms.advantages import Outcomes, dr_grpo
+from recipes.algorithms.advantages import AdvantageInputs, dr_grpo
 from rewards.mixing import (
     REGISTERED,
     check_row,
@@ -96,7 +96,7 @@ def test_a_failed_verifier_leaves_no_advantage_and_moves_no_other() -> None:
     lengths = torch.ones(1, 4, dtype=torch.long)
     found: list[float | None] = [1.0, None, 0.0, 0.5]
     rewards = torch.tensor([[or_nan(reward) for reward in found]], dtype=torch.float64)
-    advantages = dr_grpo(Outcomes(rewards, lengths, torch.zeros(4)))
+    advantages = dr_grpo(AdvantageInputs(rewards, lengths, torch.zeros(4)))
     assert advantages.tolist() == [[0.5, 0.0, -0.5, 0.0]]
 
 

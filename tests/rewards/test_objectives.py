@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.algorithms.advantages import Outcomes, dr_grpo
+from recipes.algorithms.advantages import AdvantageInputs, dr_grpo
 from rewards.objectives import constrained_weights, group_rewards, initial_state, next_state
 from rewards.settings import ConstraintConfig
 from rewards.verdict import Failure, Judgement, Verdict
@@ -60,7 +60,7 @@ def test_the_constrained_mix_has_the_lagrangian_s_advantages() -> None:
 
     def advantages(rewards: Any) -> list[float]:
         values = torch.tensor([rewards], dtype=torch.float64)
-        return dr_grpo(Outcomes(values, torch.ones(1, 4, dtype=torch.long), torch.zeros(4))).tolist()[0]
+        return dr_grpo(AdvantageInputs(values, torch.ones(1, 4, dtype=torch.long), torch.zeros(4))).tolist()[0]
 
     assert advantages(mixed) == pytest.approx(advantages(lagrangian), abs=1e-12)
 

@@ -32,11 +32,11 @@ from megatron_ext.layout import Layout
 from megatron_ext.packing import PackedSequence
 from megatron_ext.precision import Precision
 from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor
-from recipes.launcher import fork_ranks
+from recipes.launch.launcher import fork_ranks
 from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.sample import Prompt, Request, Sampling
 from rollout.sampler import make_requests
-from rollout.weight_sync.bridge import WeightBridge
+from rollout.weight_sync.sync import WeightSync
 from tests.megatron_ext import internvl_twins
 from tests.recipes import tiny, vision_models
 
@@ -261,9 +261,7 @@ def _start_engine(folder: Path, program: str) -> Engine:
 
 def _sync(shards: list[Shard], engines: list[Engine], folder: Path, work: dict[str, Any]) -> None:
     """The twin's weights, others, and the twin's again."""
-    bridge = WeightBridge(
-        shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=folder / "plans"
-    )
+    bridge = WeightSync(shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=folder / "plans")
     asked, sampling = [Request(**request) for request in work["requests"]], Sampling(**work["sampling"])
     found = []
     for version in (1, 2, 3):

@@ -130,21 +130,22 @@ def write_configs(folder: Path) -> None:
 def trainer(folder: Path) -> None:
     """``trainer.json``: of each family the ``shapes`` of the checkpoint's tensors by transformers' own model, and for
     each layout of each rank the shards: name, shape, blocks (the values of a ``Block``)."""
-    from megatron_ext import hf_checkpoint, simulation
+    from megatron_ext import hf_checkpoint
     from megatron_ext.model import ModelSettings
     from megatron_ext.precision import Precision
+    from recipes.preflight import simulated_ranks
 
-    simulation.activate()
+    simulated_ranks.activate()
     settings = ModelSettings(Precision("fp32"), "none", distributed_optimizer=False)
     made: dict[str, Any] = {}
     for family in FAMILIES:
         config = hf_checkpoint.config(folder / family)
-        made[family] = {"shapes": simulation.checkpoint_tensors(config)}
+        made[family] = {"shapes": simulated_ranks.checkpoint_tensors(config)}
         for layout_name, (layout, world) in TRAINERS.items():
             made[family][layout_name] = []
             for number in range(world):
-                with simulation.rank(number, world, layout) as here:
-                    shards = simulation.build(config, here, settings).shards
+                with simulated_ranks.rank(number, world, layout) as here:
+                    shards = simulated_ranks.build(config, here, settings).shards
                 made[family][layout_name].append(
                     [
                         [
@@ -168,7 +169,7 @@ def blocks(rows: list[list[Any]]) -> list[Block]:
 def vllm(folder: Path) -> None:
     """``vllm.pt``: by family and engine, of each worker, the ``layouts`` traced without memory, those traced ``live``,
     and the ``parameters`` after vLLM's own loaders read the checkpoint into NaNs."""
-    from rollout.weight_sync import vllm_simulation
+    from recipes.preflight import vllm_simulation
     from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
 
     vllm_simulation.activate()

@@ -23,7 +23,7 @@ from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Request, Sample, Sampling
 from rollout.sampler import assign, generate, in_order, make_requests, stream
 from rollout.thinking import forced_positions
-from rollout.weight_sync.bridge import WeightBridge
+from rollout.weight_sync.sync import WeightSync
 from tests.rollout.twins import Twin, tensor_parallel_shards
 
 TWIN = Twin(heads=4, kv_heads=2, vocab=40, tied=False, bias=False, dtype=torch.float32)
@@ -37,7 +37,7 @@ STARTUP_SECONDS = 300
 @dataclass
 class World:
     engines: list[Engine]
-    bridge: WeightBridge
+    bridge: WeightSync
     undisturbed: list[Sample] = field(default_factory=list)
 
     def revive(self, version: int) -> None:
@@ -69,7 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     try:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         wait_until_ready(engines)
-        bridge = WeightBridge(
+        bridge = WeightSync(
             made.shards, engines, dist.group.WORLD, bucket_bytes=2**20, verify_every=1, plans=folder / "plans"
         )
         bridge.sync(0)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.sample import Prompt, Sampling
 from rollout.sampler import generate, make_requests
-from rollout.weight_sync.bridge import WeightBridge
 from rollout.weight_sync.checksum import rectangle_checksum
+from rollout.weight_sync.sync import WeightSync
 from tests.rollout.test_vllm import logprobs_of, program
 from tests.rollout.twins import Twin, tensor_parallel_shards
 from tests.rollout.vllm_processes import as_argument
@@ -69,7 +69,7 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
     try:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         engine.wait_until_ready(time.monotonic() + 300)
-        bridge = WeightBridge(
+        bridge = WeightSync(
             made.shards, [engine], dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
         )
         reports = []

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_ext.blocks import Block
 from megatron_ext.layout import Layout
+from recipes.preflight.weight_sync import Links, gather_then_load_seconds, links, network_seconds, topology
 from rollout.weight_sync.layout import ParameterLayout, Region
 from rollout.weight_sync.plan import Place, Topology, build_plan
-from rollout.weight_sync.simulate import Links, gather_then_load_seconds, links, network_seconds, topology
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = 2 * 8_292_166_656  # Qwen2.5-VL-7B in BF16
@@ -21,7 +21,7 @@ SPEEDS = Links(network_gb_s=50, pcie_gb_s=40, nvlink_gb_s=400, copy_gb_s=1000, o
 def test_engines_on_two_nodes_of_their_own_receive_the_model_once_each(tmp_path: Path) -> None:
     """16 trainer GPUs and 16 engines of one GPU: what crosses is twice the model, by all adapters alike."""
     sizes = ("cluster.ranks=16", "rollout.engines=16", "simulate.engines=apart", "simulate.order_ms=0")
-    command = [sys.executable, "-m", "rollout.weight_sync.simulate", "recipe=safework_7b", *sizes]
+    command = [sys.executable, "-m", "recipes.preflight.weight_sync", "recipe=safework_7b", *sizes]
     output = tmp_path / "sync.json"
     shown = subprocess.run(
         [*command, f"simulate.output={output}"], cwd=ROOT, capture_output=True, text=True, timeout=300

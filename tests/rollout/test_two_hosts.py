@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from rollout.engine import EngineSettings, start_engines, stop_engines
-from rollout.weight_sync.bridge import WeightBridge, WeightSyncError
+from rollout.weight_sync.sync import WeightSync, WeightSyncError
 from tests.rollout import two_hosts
 from tests.rollout.twins import TIED, tensor_parallel_shards
 
@@ -37,7 +37,7 @@ def run_rank(folder: str, number: str) -> None:
     )
     engines = [] if rank == 1 else start_engines(settings, 1, Path(folder, f"logs-{rank}"))
     made = tensor_parallel_shards(TIED, TIED.model(0).state_dict(), 2, rank, torch.float32) if rank < 2 else None
-    bridge = WeightBridge(
+    bridge = WeightSync(
         made.shards if made else [], engines, dist.group.WORLD,
         bucket_bytes=BUCKET, verify_every=2, plans=Path(folder, "plans"),
     )  # fmt: skip

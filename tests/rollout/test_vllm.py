@@ -19,12 +19,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from recipes.preflight.vllm_simulation import layouts
 from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate, make_requests
-from rollout.weight_sync.bridge import WeightBridge, WeightSyncError
 from rollout.weight_sync.layout import ParameterLayout
-from rollout.weight_sync.vllm_simulation import layouts
+from rollout.weight_sync.sync import WeightSync, WeightSyncError
 from tests.rollout.twins import TIED, UNTIED, Twin, tensor_parallel_shards
 from tests.rollout.vllm_processes import ForeignEngine, as_argument
 
@@ -55,14 +55,14 @@ class TrainerRank:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
         self.rank, self.plans = rank, Path(store).parent / "plans"
         self.made: dict[str, Any] = {}
-        self.bridges: dict[str, WeightBridge] = {}
+        self.bridges: dict[str, WeightSync] = {}
 
     def connect(self, name: str, engine: Engine | None) -> None:
         twin = TWINS[name]
         self.made[name] = tensor_parallel_shards(twin, twin.model(0).state_dict(), 2, self.rank, torch.float32)
         engines = [engine] if engine else []
         assert dist.group.WORLD is not None
-        self.bridges[name] = WeightBridge(
+        self.bridges[name] = WeightSync(
             self.made[name].shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=self.plans
         )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from recipes.preflight.vllm_simulation import layouts
 from rollout.weight_sync.layout import LayoutError
-from rollout.weight_sync.vllm_simulation import layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = json.loads((ROOT / "conf/model/architectures/DeepSeek-R1-Distill-Llama-70B.json").read_text())

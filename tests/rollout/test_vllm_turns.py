@@ -20,7 +20,7 @@ from rollout.environment import Turns, segments
 from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import make_requests, stream
-from rollout.weight_sync.bridge import WeightBridge
+from rollout.weight_sync.sync import WeightSync
 from tests.recipes.tiny import make_tokenizer
 from tests.rollout.letters import Letters, answer
 from tests.rollout.twins import Twin, tensor_parallel_shards
@@ -36,7 +36,7 @@ STARTUP_SECONDS = 300
 @dataclass
 class World:
     engines: list[Engine]
-    bridge: WeightBridge
+    bridge: WeightSync
     tokenizer: Any
     undisturbed: list[Sample] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         for engine in engines:
             engine.wait_until_ready(time.monotonic() + STARTUP_SECONDS)
-        bridge = WeightBridge(
+        bridge = WeightSync(
             made.shards, engines, dist.group.WORLD, bucket_bytes=2**20, verify_every=1, plans=folder / "plans"
         )
         bridge.sync(0)

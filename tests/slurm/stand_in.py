@@ -4,8 +4,8 @@
 servers that it was told to serve, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server
 when ranks run. ``STAND_IN_STARTS`` ("told,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and
 end as those of ``recipes.train`` do ("told"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
-("hangs"); fail when there is a file ``lost-JOB`` ("notices"); end with a code. ``recipes.saved`` looks for the file
-``checkpoint-JOB``, which is what they save.
+("hangs"); fail when there is a file ``lost-JOB`` ("notices"); end with a code.
+``recipes.launch.has_new_checkpoint`` looks for the file ``checkpoint-JOB``, which is what they save.
 """
 
 import json
@@ -89,7 +89,7 @@ def main() -> None:
     )
     if module == "rewards.serve":
         serve(arguments)
-    if module == "recipes.saved":
+    if module == "recipes.launch.has_new_checkpoint":
         saved = Path(f"checkpoint-{JOB}")
         sys.exit(not (saved.exists() and saved.stat().st_mtime > Path(arguments[0]).stat().st_mtime))
     if module == "recipes.train" and FAILING == "rewards.serve":

@@ -166,7 +166,7 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     assert ends[:2] == [("COMPLETED", "0:0"), ("FAILED", "3:0")]
     assert {state for state, _ in ends[2:]} == {"CANCELLED"}
     assert slurm.wait_for_end(report, SECONDS) == ("COMPLETED", "0:0"), log(project, report)
-    reported = [call["arguments"] for call in calls(project) if call["module"] == "recipes.ladder"]
+    reported = [call["arguments"] for call in calls(project) if call["module"] == "recipes.launch.pipeline"]
     assert (last, reported) == ("report", [["runs/ladder_demo"]])
     trained = [call["arguments"] for call in calls(project) if call["module"] == "recipes.train"]
     assert trained[0][:3] == ["recipe=ladder_demo", "stage=sft", "seed=5"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recipes import records
+from recipes.run import records
 from tests.recipes import tiny
 from tests.recipes.kill_check import saved_step, timeless
 from tests.slurm.cluster import Cluster

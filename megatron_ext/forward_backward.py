@@ -1,0 +1,232 @@
+"""Forward and training passes over packed micro-batches, on any layout: log-probabilities, values, gradients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import (
+    linear_with_frozen_weight,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from megatron_ext import hf_checkpoint, parallel
+from megatron_ext.blocks import Shard
+from megatron_ext.collectives import all_gather_json
+from megatron_ext.entropy import vocab_parallel_entropy
+from megatron_ext.model import Model
+from megatron_ext.packing import MicroBatch
+
+# (log-probs or values [R], micro-batch) → (loss, sums of metrics to be added up over micro-batches and ranks)
+LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0) -> list[torch.Tensor]:
+    """Log-probabilities [R] (FP32) of each micro-batch's response tokens; an empty list off the last pipeline stage.
+
+    Under context parallelism R is this rank's part of them.
+    """
+    return _without_gradient(model, batches, partial(_log_probs_of_hidden, model, temperature, False))
+
+
+def values(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
+    """Of a model with a scalar head: the value [R] (FP32) before each response token, as ``log_probs`` otherwise.
+
+    That of a whole sequence stands before a further token, whatever it is: give such a one as the response.
+    """
+    return _without_gradient(model, batches, partial(_values_of_hidden, model))
+
+
+def gather_tokens(model: Model, batches: list[MicroBatch], found: list[torch.Tensor], total: int) -> torch.Tensor:
+    """Collective: what ``log_probs`` or ``values`` found of all the batch's ``total`` response tokens, FP32, on every
+    rank's host.
+
+    Each token lies on one data- and context-parallel rank of the last pipeline stage, so the sum is exact.
+    """
+    whole = torch.zeros(total, device=batches[0].tokens.device)
+    if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
+        for batch, values in zip(batches, found, strict=True):
+            whole[batch.places] = values
+    dist.all_reduce(whole)
+    return whole.cpu()
+
+
+def accumulate_gradients(
+    model: Model, batches: list[MicroBatch], loss: LossFunction, temperature: float = 1.0, entropy: bool = False
+) -> dict[str, float]:
+    """Add the batch's gradients, reduced over all groups, to the parameters; returns the whole batch's metric sums.
+
+    ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.aggregation``): gradients are
+    summed over micro-batches and data-parallel ranks, so the update depends on neither. With ``entropy`` it is given
+    [2, R]: log-probs and, behind them, the entropies of the distributions. Of a model with a scalar head it is given
+    the values [R].
+    """
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.config.finalize_model_grads_func = lambda chunks, tokens, **kwargs: finalize_model_grads(
+        chunks, None, **kwargs
+    )
+
+    def loss_of(batch: MicroBatch) -> Callable[..., Any]:
+        def with_metrics(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            value, metrics = loss(output, batch)
+            return value, torch.ones((), dtype=torch.int), {**metrics, "loss": value.detach()}
+
+        return with_metrics
+
+    head = partial(_log_probs_of_hidden, model, temperature, entropy)
+    if model.is_scalar:
+        head = partial(_values_of_hidden, model)
+    return reduce_metrics(model, _run(model, batches, head, loss_of, forward_only=False))
+
+
+def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Sums of metrics over micro-batches, data- and context-parallel ranks, known to all (``/max``: the maximum)."""
+    local = None
+    if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
+        local = [{name: float(value) for name, value in entry.items()} for entry in sums]
+    gathered = all_gather_json(local, parallel.control_group())
+    total: dict[str, float] = {}
+    for entry in (e for rank in gathered if rank for e in rank):
+        add_metrics(total, entry)
+    return total
+
+
+def add_metrics(total: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add ``more`` to ``total``, in place; of a ``/max`` the greater."""
+    for name, value in more.items():
+        total[name] = max(total.get(name, value), value) if name.endswith("/max") else total.get(name, 0.0) + value
+
+
+def _without_gradient(model: Model, batches: list[MicroBatch], head: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    keep = lambda output, non_loss_data=False: output.detach()  # noqa: E731
+    with torch.no_grad():
+        return _run(model, batches, head, lambda batch: keep, forward_only=True, collect_non_loss_data=True)
+
+
+def _run(
+    model: Model,
+    batches: list[MicroBatch],
+    head: Callable[..., torch.Tensor],
+    loss_of: Callable[[MicroBatch], Any],
+    **options: Any,
+) -> list[Any]:
+    def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(iterator)
+        images = {} if batch.vision is None else {"vision": batch.vision}
+        output = chunk(
+            **images,
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=None,
+            packed_seq_params=batch.packed,
+            output_processor=head,
+            output_processor_context=batch,
+        )
+        return output, loss_of(batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(batches) for _ in model.chunks] if len(model.chunks) > 1 else iter(batches),
+        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        num_microbatches=len(batches),
+        seq_length=max(batch.tokens.shape[1] for batch in batches),
+        micro_batch_size=1,
+        **options,
+    )
+
+
+def _log_probs_of_hidden(
+    model: Model,
+    temperature: float,
+    entropy: bool,
+    *,
+    hidden_states: Any,
+    output_layer: Any,
+    output_weight: Any,
+    context: Any,
+    **_: Any,
+) -> torch.Tensor:
+    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R] with the entropies behind them.
+
+    Logits are made only where a response token is predicted.
+    Padded vocabulary columns are excluded from the softmax.
+    """
+    batch: MicroBatch = context
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden_states)
+    weight = output_layer.weight if output_weight is None else output_weight
+    linear = linear_with_grad_accumulation_and_async_allreduce if weight.requires_grad else linear_with_frozen_weight
+    logits = linear(
+        input=hidden.index_select(0, batch.predict),
+        weight=weight,
+        bias=None,
+        gradient_accumulation_fusion=model.config.gradient_accumulation_fusion,
+        allreduce_dgrad=False,  # the gather's (or copy's) backward reduces
+        sequence_parallel=False,
+        tp_group=None,
+    ).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    valid = model.sharding.vocab - model.parallel.tensor_rank * weight.shape[0]
+    if valid < weight.shape[0]:
+        padding = torch.arange(weight.shape[0], device=logits.device) >= valid
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+    # Before the cross-entropy, which overwrites the logits.
+    entropies = vocab_parallel_entropy(logits.squeeze(1), mpu.get_tensor_model_parallel_group()) if entropy else None
+    found = -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
+    return found if entropies is None else torch.stack([found, entropies])
+
+
+def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, context: Any, **_: Any) -> torch.Tensor:
+    """Hidden states [T(/TP), 1, H] → values [R]."""
+    batch: MicroBatch = context
+    hidden = hidden_states
+    if model.config.sequence_parallel:
+        # Every rank makes all values from the whole head: its gradient is whole already, and of the hidden states' it
+        # takes its own slice.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    values: torch.Tensor = output_layer(hidden.squeeze(1).index_select(0, batch.predict))
+    return values
+
+
+@contextmanager
+def swapped_weights(model: Model, weights: list[torch.Tensor]) -> Iterator[None]:
+    """Run the model with other weights (the reference policy's, kept on the host) and put its own back, bit for bit."""
+    own = copy_weights(model)
+    try:
+        _assign(model, weights)
+        yield
+    finally:
+        _assign(model, own)
+
+
+def copy_weights(model: Model) -> list[torch.Tensor]:
+    """A host copy of this rank's weights, in shard order."""
+    return [shard.tensor.to("cpu", copy=True) for shard in model.shards]
+
+
+def load_weights(model: Model, folder: Path) -> list[torch.Tensor]:
+    """Host tensors, in shard order, with another checkpoint's weights in this rank's layout."""
+    host = [Shard(s.name, torch.empty_like(s.tensor, device="cpu"), s.blocks) for s in model.shards]
+    hf_checkpoint.load(host, folder)
+    return [shard.tensor for shard in host]
+
+
+def _assign(model: Model, weights: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for shard, weight in zip(model.shards, weights, strict=True):
+            shard.tensor.copy_(weight)

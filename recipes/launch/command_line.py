@@ -1,0 +1,40 @@
+"""A Hydra command line whose mistakes are told in one line."""
+
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from hydra.errors import HydraException
+
+from recipes.config import unknown_field
+
+APPEND = "To append to your config use +"
+MERGING = "Error merging override "
+SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose values are not shown
+
+
+def one_line(error: HydraException) -> str:
+    """Hydra's message about the command line without its advice to add unknown keys, which ``parse`` refuses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unknown = [line for line in lines if line.startswith(APPEND)]
+    if unknown:
+        override = unknown[0].removeprefix(APPEND)
+        field = override.partition("=")[0]
+        shown = field if SECRET.search(field) else override
+        return f"{shown}: {unknown_field(field)}"
+    if lines[0].startswith(MERGING):
+        why = str(error.__cause__).splitlines()[0]
+        return f"{lines[0].removeprefix(MERGING)}: {why}; give a value of the kind that stands in conf/"
+    return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
+
+
+def from_command_line(hydra_main: Callable[[], None]) -> None:
+    """Call a Hydra main; what is wrong with the command line is told in one line, with exit code 1."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines
+    try:
+        hydra_main()
+    except HydraException as error:
+        print(f"error: {one_line(error)}", flush=True)
+        sys.exit(1)

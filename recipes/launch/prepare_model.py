@@ -1,0 +1,50 @@
+"""Turn the small model that a registry package ships (GGUF) into a Hugging Face folder, once."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from recipes.config import ModelConfig
+from recipes.errors import ConfigError
+
+# ChatML without the default system prompt that the shipped template inserts: shorter prompts, same special tokens.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def prepare(model: ModelConfig) -> bool:
+    """Make ``model.path`` if it is absent; returns whether work was done.
+
+    Raises ConfigError when the folder is absent and the model names no package to make it from.
+    """
+    target = Path(model.path)
+    if (target / "config.json").is_file():
+        return False
+    if model.gguf_package is None or model.gguf_file is None:
+        raise ConfigError(
+            f"model.path={model.path!r}: no config.json there; give the folder of a Hugging Face checkpoint"
+        )
+    spec = importlib.util.find_spec(model.gguf_package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"model.gguf_package={model.gguf_package!r} is not installed: make env")
+    source = spec.submodule_search_locations[0]
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network = AutoModelForCausalLM.from_pretrained(source, gguf_file=model.gguf_file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model.gguf_file)
+    network.config.rms_norm_eps = 1e-5  # SmolLM2's; the GGUF reader leaves another
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    network.hf_quantizer = None
+    network.is_quantized = False
+    tokenizer.chat_template = CHAT_TEMPLATE
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    network.to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
+    return True

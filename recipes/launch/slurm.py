@@ -1,0 +1,36 @@
+"""Under ``srun`` there are no torchrun variables: take them from Slurm's."""
+
+import os
+
+from recipes.errors import ConfigError
+
+# Slurm numbers the steps of batch scripts and interactive shells from here on; they hold no ranks.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+
+def adopt_step() -> None:
+    """In a task of a Slurm step set torchrun's variables of ranks and nodes; the script gives ``MASTER_ADDR``.
+
+    Does nothing outside a step, under torchrun, and in a step of one task without ``MASTER_ADDR`` (``srun --pty
+    bash``): Slurm sets SLURM_PROCID in batch scripts and shells too, so it alone does not make a rank. Raises
+    ConfigError when several tasks have no ``MASTER_ADDR``.
+    """
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) >= FIRST_SPECIAL_STEP:
+        return
+    tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and tasks == 1:
+        return
+    if missing:
+        raise ConfigError(
+            f"{missing[0]} is not set in a Slurm step of {tasks} tasks: start it with sbatch slurm/train.sh, or export "
+            "MASTER_ADDR (the step's first host) and MASTER_PORT before srun"
+        )
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // int(os.environ["SLURM_STEP_NUM_NODES"])),
+        "GROUP_RANK": os.environ["SLURM_NODEID"],
+        "GROUP_WORLD_SIZE": os.environ["SLURM_STEP_NUM_NODES"],
+    }

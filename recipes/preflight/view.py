@@ -1,0 +1,111 @@
+"""The preflight as a person reads it: what is being done, then each rank's memory by phase, and the checks."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from recipes.preflight.checks import Report
+
+WIDTH = 40  # cells of a bar; the last one is the device's last GiB
+# Part of the memory: its letter and colour. The critic is there once, as it is trained or as it waits.
+PARTS = {
+    "weights": ("W", "blue"), "gradients": ("G", "cyan"), "optimizer": ("O", "magenta"),
+    "critic": ("C", "red"), "critic_idle": ("C", "red"),
+    "activations": ("A", "green"), "logits": ("L", "yellow"), "workspace": ("w", "white"),
+    "vllm": ("V", "yellow"), "kv_cache": ("K", "green"),
+    "judges": ("J", "bright_magenta"), "judges_asleep": ("j", "bright_magenta"), "reserve": ("r", "bright_black"),
+}  # fmt: skip
+
+
+def console() -> Console:
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with what is being done, on a terminal; nothing elsewhere."""
+    with console().status("preflight") as status:
+        yield lambda text: status.update(f"preflight: {text}")
+
+
+def show(report: "Report") -> None:
+    out = console()
+    total = f", {report.parameters_total:,} parameters" if report.parameters_total else ""
+    out.print(Text(f"{report.recipe}: {report.model}{total}", style="bold"))
+    if report.memory_gib:
+        out.print(memory_table(report))
+        out.print(phase_table(report))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    table.add_column("check")
+    table.add_column("found, or to change", overflow="fold")
+    for check in report.checks:
+        mark = Text("ok", style="green") if check.ok else Text("FAIL", style="bold red")
+        table.add_row(mark, check.name, check.detail)
+    out.print(table)
+    failed = sum(not check.ok for check in report.checks)
+    verdict = "every check holds" if report.ok else f"{failed} of {len(report.checks)} checks fail"
+    out.print(Text(f"{verdict}, in {report.seconds:.0f} s", style="bold green" if report.ok else "bold red"))
+
+
+def memory_table(report: "Report") -> Group:
+    """One row for each stage whose tensor-parallel ranks are alike, one for each rank otherwise; sizes in GiB."""
+    counts = {(rank["pp"], rank["tp"]): rank["count"] for rank in report.parameters_per_rank}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for rank in report.memory_gib:
+        alike = tuple(value for name, value in rank.items() if name != "tp")
+        groups.setdefault((*alike, counts[rank["pp"], rank["tp"]]), []).append(rank)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("stage", "tensor", "parameters"):
+        table.add_column(name, justify="right")
+    table.add_column(f"GiB of {report.device_memory_gib}, {report.device}")
+    for ranks in groups.values():
+        first = ranks[0]
+        tensor = f"{first['tp']}-{ranks[-1]['tp']}" if len(ranks) > 1 else str(first["tp"])
+        bars = Text("\n").join(
+            Text(f"{phase:<10} {first[phase]:6.1f} ").append(bar(first, parts, report.device_memory_gib))
+            for phase, parts in report.phases.items()
+        )
+        table.add_row(str(first["pp"]), tensor, f"{counts[first['pp'], first['tp']]:,}", bars)
+    there = {name: PARTS[name] for name in PARTS if name != "critic_idle" and any(r[name] for r in report.memory_gib)}
+    legend = Text("  ").join(Text(f"{letter} {name}", style=style) for name, (letter, style) in there.items())
+    return Group(table, legend)
+
+
+def phase_table(report: "Report") -> Table:
+    """One row for each phase: what is on the GPU that is fullest then, and what is asleep on a node's host."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("phase", "on the fullest GPU, GiB", "asleep on a node's host, GiB"):
+        table.add_column(name, overflow="fold")
+    for phase, names in report.phases.items():
+        rank = max(report.memory_gib, key=lambda rank: rank[phase])
+        there = sums({name: rank[name] for name in names}, rank[phase])
+        away = report.host_gib[phase]
+        table.add_row(phase, there, sums(away, sum(away.values())))
+    return table
+
+
+def sums(parts: dict[str, float], total: float) -> str:
+    """Each part's share and what they make together."""
+    shown = " + ".join(f"{name} {size:.1f}" for name, size in parts.items() if size)
+    return f"{shown} = {total:.1f}" if shown else "nothing"
+
+
+def bar(rank: dict[str, Any], parts: list[str], room: float) -> Text:
+    """Letters in proportion to the device's memory; what does not fit goes on beyond its end, in red."""
+    text, gib = Text(), 0.0
+    for name in parts:
+        letter, style = PARTS[name]
+        start, gib = round(gib * WIDTH / room), gib + rank[name]
+        end = round(gib * WIDTH / room)
+        inside = max(0, min(end, WIDTH) - start)
+        text.append(letter * inside, style=style)
+        text.append(letter * (end - start - inside), style="bold red")
+    return text.append("." * max(0, WIDTH - len(text)), style="bright_black")

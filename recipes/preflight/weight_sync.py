@@ -1,0 +1,254 @@
+"""How long a weight sync of a recipe takes on its cluster: the real plan, and a model of the links.
+
+``python -m recipes.preflight.weight_sync recipe=safework_72b [overrides…] [simulate.output=FILE.json]``,
+on any machine.
+
+The plan is the one that a run would make: the trainer's blocks from each distinct rank's Megatron-Core model built
+without memory, vLLM's layout from its own loaders. Bytes are counted, times follow from the links in conf/simulate.
+The yardstick is gather-then-load: every GPU receives every full tensor (pipeline stages over the network, the rest of
+the tensor-parallel group over NVLink) and its engine copies what it needs, all at full speed and overlapped.
+"""
+
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ext import platform, resolvers
+from megatron_ext.layout import Layout
+from megatron_ext.precision import DTYPES, Precision
+from recipes.preflight import vllm_simulation
+from rollout.weight_sync.layout import ParameterLayout, Rectangle
+from rollout.weight_sync.plan import ITEMSIZE, Arrival, Copy, Place, Plan, ShardTable, Topology, build_plan
+
+resolvers.register()
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "conf" / "model" / "architectures"
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bandwidths in GB/s (see conf/simulate) and times of one sync and of one round."""
+
+    network_gb_s: float
+    pcie_gb_s: float
+    nvlink_gb_s: float
+    copy_gb_s: float
+    order_ms: float
+    round_us: float
+
+    @property
+    def network(self) -> float:
+        return min(self.network_gb_s, self.pcie_gb_s)
+
+
+@dataclass
+class Link:
+    """What crosses one direction of one GPU's link in one sync."""
+
+    link: str
+    gpu: str
+    bytes: int
+    seconds: float
+
+
+def model_config(path: str) -> Any:
+    """transformers' configuration of the model's folder, or of the architecture that is kept for its name."""
+    from transformers import CONFIG_MAPPING
+
+    from megatron_ext import hf_checkpoint
+
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return hf_checkpoint.config(folder)
+    file = ARCHITECTURES / f"{folder.name}.json"
+    if not file.is_file():
+        sys.exit(f"error: model.path={path!r}: no config.json there, and no {file.name} in conf/model/architectures")
+    fields = json.loads(file.read_text())
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+
+
+def trainer_tables(hf_config: Any, layout: Layout, world: int, precision: Precision) -> list[ShardTable]:
+    """The blocks of every rank; those that differ only in their data- or context-parallel place share a table."""
+    platform.activate("cpu")  # seconds less than behind the next line: it keeps torch's inductor out
+    from megatron_ext.model import ModelSettings
+    from recipes.preflight import simulated_ranks
+
+    simulated_ranks.activate()
+    tables: dict[tuple[int, int], ShardTable] = {}
+    settings = ModelSettings(precision, "none", True, ())
+    for rank in simulated_ranks.distinct_ranks(world, layout):
+        with simulated_ranks.rank(rank, world, layout) as here:
+            shards = simulated_ranks.build(hf_config, here, settings).shards
+        tables[here.pipeline_rank, here.tensor_rank] = [(s.name, block) for s in shards for block in s.blocks]
+    per_stage = world // layout.pipeline
+    return [tables[rank // per_stage, rank % layout.tensor] for rank in range(world)]
+
+
+def engine_layouts(hf_config: Any, dtype: str, tensor: int) -> list[list[ParameterLayout]]:
+    from recipes.preflight import simulated_ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        hf_config.save_pretrained(folder)
+        return vllm_simulation.layouts(folder, dtype, tensor, 1, simulated_ranks.checkpoint_tensors(hf_config))
+
+
+def topology(world: int, engines: int, tensor: int, gpus_per_node: int, apart: bool) -> Topology:
+    """Ranks and engine workers fill the nodes one GPU after another; apart, a rank without shards is on each GPU of
+    the engines' nodes."""
+    gpu = lambda n: Place(f"node {n // gpus_per_node}", str(n % gpus_per_node))  # noqa: E731
+    first = -(-world // gpus_per_node) * gpus_per_node if apart else 0
+    workers = [tuple(gpu(first + e * tensor + w) for w in range(tensor)) for e in range(engines)]
+    own = [place for engine in workers for place in engine] if apart else []
+    return Topology((*(gpu(n) for n in range(world)), *own), tuple(workers))
+
+
+def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) -> list[Link]:
+    """Everything that crosses a link, by GPU and direction. ``dtypes``: bytes per element by vLLM parameter."""
+    used: dict[tuple[str, str], int] = defaultdict(int)
+    name = lambda place: f"{place.host} GPU {place.device}"  # noqa: E731
+    for e, engine in enumerate(where.engines):
+        for w, worker in enumerate(engine):
+            items: list[Copy | Arrival] = [*plan.copies[e][w], *plan.arrivals[e][w]]
+            for item in items:
+                size = dtypes[item.parameter] * math.prod(item.shape)
+                source = where.ranks[item.rank]
+                used["copy", name(worker)] += size
+                if source.device != worker.device:
+                    used["nvlink out", name(source)] += size
+                    used["nvlink in", name(worker)] += size
+    for m in plan.messages:
+        used["network out", name(where.ranks[m.sender])] += m.size
+        used["network in", name(where.ranks[m.receiver])] += m.size
+        if not m.forwarded:
+            used["copy", name(where.ranks[m.sender])] += m.size
+    speed = {"copy": speeds.copy_gb_s, "nvlink": speeds.nvlink_gb_s, "network": speeds.network}
+    return [Link(kind, gpu, size, size / speed[kind.split()[0]] / 1e9) for (kind, gpu), size in sorted(used.items())]
+
+
+def network_seconds(plan: Plan, speeds: Links) -> float:
+    """Rounds one after another, each as long as its busiest GPU sends or receives."""
+    busy: dict[tuple[int, str, int], int] = defaultdict(int)
+    for m in plan.messages:
+        busy[m.round, "out", m.sender] += m.size
+        busy[m.round, "in", m.receiver] += m.size
+    longest = [0] * plan.rounds
+    for (t, _, _), size in busy.items():
+        longest[t] = max(longest[t], size)
+    return sum(longest) / speeds.network / 1e9 + plan.rounds * speeds.round_us / 1e6
+
+
+def gather_then_load_seconds(weights: int, layout: Layout, speeds: Links) -> float:
+    """The busiest link when each GPU receives every tensor whole and copies it to its engine."""
+    other_stages = weights * (layout.pipeline - 1) / layout.pipeline / speeds.network
+    same_stage = weights * (layout.tensor - 1) / layout.tensor / speeds.nvlink_gb_s
+    return max(other_stages, same_stage, weights / speeds.copy_gb_s) / 1e9 + speeds.order_ms / 1e3
+
+
+def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[ParameterLayout]], where: Topology) -> int:
+    """What the workers on each host need and no rank there holds, each element once a host: no plan can send less."""
+    held: dict[tuple[str, str], set[Rectangle]] = defaultdict(set)
+    for place, table in zip(where.ranks, tables, strict=True):
+        for _, block in table:
+            held[place.host, block.hf_name].add(Rectangle(block.hf_start, block.shape))
+    wanted: dict[tuple[str, str, Rectangle], int] = {}
+    for engine in where.engines:
+        for place, worker in zip(engine, layouts, strict=True):
+            for parameter in worker:
+                for region in parameter.regions:
+                    wanted[place.host, region.hf_name, region.source] = ITEMSIZE[parameter.dtype]
+    total = 0
+    for (host, name, rectangle), itemsize in wanted.items():
+        here = (rectangle.intersect(block) for block in held[host, name])
+        total += itemsize * (rectangle.size - sum(part.size for part in here if part))
+    return total
+
+
+def simulate(raw: DictConfig) -> dict[str, Any]:
+    """The whole answer for a recipe's configuration with a ``simulate`` group, plain JSON."""
+    s, p, c = raw.simulate, raw.parallel, raw.rollout
+    speeds = Links(**{field.name: float(s[field.name]) for field in fields(Links)})
+    if s.engines not in ("colocated", "apart"):
+        sys.exit(f"error: simulate.engines={s.engines!r}: use colocated or apart")
+    layout = Layout(
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual=p.virtual_pipeline,
+        context=p.context,
+        sequence=p.sequence,
+        first_stage_layers=p.first_stage_layers,
+        last_stage_layers=p.last_stage_layers,
+    )
+    hf_config = model_config(raw.model.path)
+    world, dtype = raw.cluster.ranks, DTYPES[raw.precision.name]
+    tables = trainer_tables(hf_config, layout, world, Precision("bf16"))
+    layouts = engine_layouts(hf_config, dtype, c.tensor)
+    where = topology(world, c.engines, c.tensor, s.gpus_per_node, s.engines == "apart")
+    tables += [[] for _ in range(len(where.ranks) - world)]
+    started = time.perf_counter()
+    plan = build_plan(tables, layouts, where, c.sync_bucket_mib << 20)
+    planned = time.perf_counter() - started
+    table = links(plan, where, {q.name: ITEMSIZE[q.dtype] for worker in layouts for q in worker}, speeds)
+    slowest = max(table, key=lambda link: link.seconds)
+    weights = sum(ITEMSIZE[t.dtype] * math.prod(t.shape) for t in plan.tensors.values())
+    seconds = max(network_seconds(plan, speeds), slowest.seconds) + speeds.order_ms / 1e3
+    return {
+        "recipe": str(raw.recipe.name),
+        "seconds": seconds,
+        "bottleneck": f"{slowest.link} of {slowest.gpu}",
+        "bytes_crossed": sum(m.size for m in plan.messages),
+        "bytes_minimum": minimum_bytes(tables, layouts, where),
+        "bytes_placed": plan.placed_bytes,
+        "bytes_of_weights": weights,
+        "peer_seconds": gather_then_load_seconds(weights, layout, speeds),
+        "plan_seconds": planned,
+        "rounds": plan.rounds,
+        "slot_bytes": max(plan.slot_bytes),
+        "links": [vars(link) for link in table],
+    }
+
+
+def show(answer: dict[str, Any]) -> None:
+    """The busiest GPU of each kind of link, and the totals."""
+    console = Console()
+    table = Table("link", "busiest", "GB", "seconds", title=f"weight sync of {answer['recipe']}, by the busiest GPU")
+    for kind in sorted({link["link"] for link in answer["links"]}):
+        link = max((link for link in answer["links"] if link["link"] == kind), key=lambda link: link["seconds"])
+        table.add_row(kind, link["gpu"], f"{link['bytes'] / 1e9:.2f}", f"{link['seconds']:.3f}")
+    console.print(table)
+    console.print(
+        f"{answer['seconds']:.2f} s a sync, bound by {answer['bottleneck']}; gather-then-load at the same speeds "
+        f"{answer['peer_seconds']:.2f} s\n"
+        f"{answer['bytes_crossed'] / 1e9:.1f} GB cross the network, at least {answer['bytes_minimum'] / 1e9:.1f} must; "
+        f"{answer['bytes_placed'] / 1e9:.1f} GB are placed; {answer['rounds']} rounds, "
+        f"2 x {answer['slot_bytes'] / 2**20:.0f} MiB a rank\n"
+        f"plan made in {answer['plan_seconds']:.1f} s"
+    )
+
+
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
+def main(raw: DictConfig) -> None:
+    with warnings.catch_warnings():  # of libraries, about optional parts
+        warnings.simplefilter("ignore")
+        answer = simulate(raw)
+    if raw.simulate.output:
+        Path(raw.simulate.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(raw.simulate.output).write_text(json.dumps(answer, indent=2) + "\n")
+    show(answer)
+
+
+if __name__ == "__main__":
+    # The group that the configuration of a run does not have.
+    sys.argv.insert(1, "+simulate=h100")
+    main()
