@@ -31,7 +31,7 @@ class Machine:
     decode_ms: float
     all_reduce_us: float
     packed: float
-    apart_kv_cache_gib: float
+    disaggregated_kv_cache_gib: float
     switch_s: float
     judge_latency_s: float
     judge_samples_s: float
@@ -203,11 +203,11 @@ class Engine:
         return (tokens * self.operations + tokens**2 / 2 * self.square) / self.operations_s
 
 
-def engine(job: Job, model: Shapes, machine: Machine, apart: bool) -> Engine:
+def engine(job: Job, model: Shapes, machine: Machine, disaggregated: bool) -> Engine:
     """An engine of a job, on GPUs of its own or beside the trainer."""
     t, heads = job.engine_tensor, max(1, model.kv_heads // job.engine_tensor)
     kv = 2 * model.layers * heads * model.head_dim * 2
-    gib = machine.apart_kv_cache_gib if apart else job.kv_cache_gib
+    gib = machine.disaggregated_kv_cache_gib if disaggregated else job.kv_cache_gib
     return Engine(
         weights=2 * model.parameters / t,
         kv=kv,
@@ -335,10 +335,10 @@ def train(job: Job, model: Shapes, work: Work, machine: Machine, gpus: int) -> d
     }
 
 
-def sync_seconds(job: Job, model: Shapes, machine: Machine, apart: bool) -> float:
+def sync_seconds(job: Job, model: Shapes, machine: Machine, disaggregated: bool) -> float:
     """What an engine's GPU takes in through its own link, whatever the number of engines: from its node where that has
     a whole replica, else over the network. Within a quarter of the real plans of docs/layouts.md."""
-    near = not apart and job.replica <= machine.gpus_per_node
+    near = not disaggregated and job.replica <= machine.gpus_per_node
     lacking = 1 - 1 / (job.tensor * job.pipeline) if near else 1
     speed = machine.nvlink_gb_s if near else min(machine.network_gb_s, machine.pcie_gb_s)
     return 2 * model.parameters / job.engine_tensor * lacking / speed / 1e9 + machine.order_ms / 1e3
@@ -431,9 +431,9 @@ def one_step(
 ) -> Step:
     """The mean of the batches' steps. ``trainers`` of ``gpus`` train; colocated, all do both. Asynchronous is
     ``rollout.staleness=1``: sync, then generation of the next batch beside the trainer's work on this one."""
-    apart = schedule != "colocated"
-    generators = gpus - trainers if apart else gpus
-    served = engine(job, model, machine, apart)
+    disaggregated = schedule != "colocated"
+    generators = gpus - trainers if disaggregated else gpus
+    served = engine(job, model, machine, disaggregated)
     found = Step(gpus, schedule, trainers, generators, seconds=0.0)
     engines, growth = generators // job.engine_tensor, len(batches[0]) / job.prompts
     sums: dict[str, float] = defaultdict(float)
@@ -443,7 +443,7 @@ def one_step(
         phases = {
             "generate": made.seconds,
             "judge": judge(made.ends, machine.judge_samples_s * growth, machine.judge_latency_s),
-            "sync": sync + (0 if apart else machine.switch_s),
+            "sync": sync + (0 if disaggregated else machine.switch_s),
             **train(job, model, load, machine, trainers),
         }
         generating, training = phases["generate"] + phases["judge"], phases["logprobs"] + phases["train"]

@@ -74,11 +74,14 @@ def check(scale: DictConfig) -> None:
 def sync(raw: DictConfig, task: Job, model: Shapes, on: Machine) -> dict[str, float]:
     """Seconds of a weight sync by place of the engines."""
     if raw.scale.sync == "bytes":
-        return {where: scale_model.sync_seconds(task, model, on, where == "apart") for where in ("colocated", "apart")}
+        return {
+            "colocated": scale_model.sync_seconds(task, model, on, disaggregated=False),
+            "disaggregated": scale_model.sync_seconds(task, model, on, disaggregated=True),
+        }
     from recipes.preflight.weight_sync import simulate
 
     found = {}
-    for where in ("colocated", "apart"):
+    for where in ("colocated", "disaggregated"):
         placed = OmegaConf.merge(raw, {"simulate": {"engines": where}})
         assert isinstance(placed, DictConfig)
         found[where] = simulate(placed)["seconds"]
@@ -98,7 +101,7 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
             more = max(1, gpus // config.cluster.ranks) if scale.batch == "gpus" else 1
             batches = [scale_model.draw(task, task.prompts * more, plain, scale.seed + i) for i in range(scale.draws)]
             for schedule in SCHEDULES:
-                at = seconds["colocated" if schedule == "colocated" else "apart"]
+                at = seconds["colocated" if schedule == "colocated" else "disaggregated"]
                 step = scale_model.best_step(task, model, on, batches, schedule, gpus, at)
                 rows.append({"lengths": str(name), **row(step, on, config.checkpoint.every_steps)})
     return {

@@ -91,7 +91,7 @@ def main(raw: DictConfig) -> None:
             if first == 0:
                 raise ValueError(
                     "rewards.placement=colocated: the job has a second component for the servers, which would be on "
-                    "other GPUs; submit one component (slurm/train.sh), or use rewards.placement=apart"
+                    "other GPUs; submit one component (slurm/train.sh), or use rewards.placement=disaggregated"
                 )
             free = gpus - config.supervisor.first_device if raw.cluster.platform == "cuda" else None
             print("\n".join(shared_lines(config, servers, PLACE[0].split(","), free)))

@@ -18,7 +18,7 @@ LONGEST = 1e7  # seconds
 # Of `vllm serve`, and the fields that set them: past these a server could listen without a token, or show it.
 OWN_ARGUMENTS = {"--host": "host", "--port": "port", "--uds": "host", "--api-key": "key_variable"}
 RUNNERS = ("generate", "pooling")
-PLACEMENTS = APART, COLOCATED = "apart", "colocated"
+PLACEMENTS = DISAGGREGATED, COLOCATED = "disaggregated", "colocated"
 NORMALISATIONS = ("none", "group")
 DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS = "dual_ascent", "multiplicative_weights"
 
@@ -328,7 +328,7 @@ def _check_colocated(shared: list[Server]) -> None:
         if server.endpoints:
             raise ValueError(
                 f"{where}.endpoints={list(server.endpoints)}: rewards.placement=colocated puts servers to sleep, which "
-                "only those that rewards.serve starts here are made for; use endpoints=[], or placement=apart"
+                "only those that rewards.serve starts here are made for; use endpoints=[], or placement=disaggregated"
             )
         if server.host not in LOOPBACK:
             raise ValueError(

@@ -54,7 +54,7 @@ def measure(config: Config) -> dict[str, Any]:
     rows = judging.load(sft.held_out, judging.find_judge(sft.judge))
     servers = mixing.servers_of([name], config.rewards)
     run_dir = Path(config.run_dir)
-    alone = replace(config.rewards, placement=settings.APART)  # nobody shares its GPUs here
+    alone = replace(config.rewards, placement=settings.DISAGGREGATED)  # nobody shares its GPUs here
     started = replicas(alone, run_dir / "servers", config.cluster.platform)
     supervisor = Supervisor(
         [replica for replica in started if replica.server.name in servers], config.rewards.supervisor

@@ -195,9 +195,9 @@ def device_memory(config: Config, settings: Settings, report: Report) -> str:
     """The fullest rank in each phase against the device. Raises ConfigError naming phase, settings and remedies."""
     room = settings.device_memory_gib
     assert report.engine_gib is not None
-    apart = sum(report.engine_gib.values()) + settings.reserve_gib
+    disaggregated = sum(report.engine_gib.values()) + settings.reserve_gib
     fullest = max(report.memory_gib, key=lambda rank: rank["total"])
-    report.fits = fullest["total"] <= room and (settings.engines == "colocated" or apart <= room)
+    report.fits = fullest["total"] <= room and (settings.engines == "colocated" or disaggregated <= room)
     for phase in sorted(report.phases, key=lambda name: name != "training"):  # first what no engine can be blamed for
         rank = max(report.memory_gib, key=lambda rank: rank[phase])
         if rank[phase] > room:
@@ -208,8 +208,8 @@ def device_memory(config: Config, settings: Settings, report: Report) -> str:
             )
     if not report.fits:
         raise ConfigError(
-            f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: lower rollout.kv_cache_gib or "
-            "raise rollout.tensor"
+            f"an engine's device needs {disaggregated:.1f} GiB, {settings.device} has {room}: "
+            "lower rollout.kv_cache_gib or raise rollout.tensor"
         )
     return f"at most {fullest['total']:.1f} of {room} GiB, on {place(fullest)}"
 
@@ -245,7 +245,7 @@ def for_generating(config: Config, settings: Settings, rank: dict[str, Any]) -> 
         *([] if config.optimizer.offload or config.rollout.staleness else ["optimizer.offload=true"]),
         f"rollout.kv_cache_gib={int(least)}" if least >= 1 else "a larger rollout.tensor",
         "more parallel.pipeline",
-        "preflight.engines=apart",
+        "preflight.engines=disaggregated",
     ]
 
 
@@ -255,7 +255,7 @@ def for_judging(config: Config, settings: Settings, rank: dict[str, Any]) -> lis
         *(["critic.offload=true"] if rank["critic_idle"] else []),
         *([] if config.optimizer.offload else ["optimizer.offload=true"]),
         f"less {UTILIZATION} in rewards.servers.*.arguments (of a GPU: {shown})",
-        "rewards.placement=apart",
+        "rewards.placement=disaggregated",
     ]
 
 
@@ -270,7 +270,7 @@ def host_memory(config: Config, settings: Settings, report: Report) -> str:
     found = f"{sums[fullest]:.1f} of {room:g} GiB of a node's host while {fullest}: {shown}"
     if sums[fullest] > room:
         offloads = [f"{n}.offload=false" for n in ("optimizer", "critic") if report.host_gib[fullest].get(n)]
-        judged = ["rewards.placement=apart"] if report.host_gib[fullest].get("judges") else []
+        judged = ["rewards.placement=disaggregated"] if report.host_gib[fullest].get("judges") else []
         remedies = [*offloads, *judged, "more cluster.nodes", "a preflight.host_memory_gib that your nodes have"]
         raise ConfigError(f"{found}: use {', or '.join(remedies)}")
     return f"at most {found}"

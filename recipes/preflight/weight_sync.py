@@ -104,13 +104,13 @@ def engine_layouts(hf_config: Any, dtype: str, tensor: int) -> list[list[Paramet
         return vllm_simulation.layouts(folder, dtype, tensor, 1, simulated_ranks.checkpoint_tensors(hf_config))
 
 
-def topology(world: int, engines: int, tensor: int, gpus_per_node: int, apart: bool) -> Topology:
-    """Ranks and engine workers fill the nodes one GPU after another; apart, a rank without shards is on each GPU of
-    the engines' nodes."""
+def topology(world: int, engines: int, tensor: int, gpus_per_node: int, disaggregated: bool) -> Topology:
+    """Ranks and engine workers fill the nodes one GPU after another. When they are disaggregated, each GPU of
+    the engines' nodes also has a rank without shards."""
     gpu = lambda n: Place(f"node {n // gpus_per_node}", str(n % gpus_per_node))  # noqa: E731
-    first = -(-world // gpus_per_node) * gpus_per_node if apart else 0
+    first = -(-world // gpus_per_node) * gpus_per_node if disaggregated else 0
     workers = [tuple(gpu(first + e * tensor + w) for w in range(tensor)) for e in range(engines)]
-    own = [place for engine in workers for place in engine] if apart else []
+    own = [place for engine in workers for place in engine] if disaggregated else []
     return Topology((*(gpu(n) for n in range(world)), *own), tuple(workers))
 
 
@@ -179,8 +179,8 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
     """The whole answer for a recipe's configuration with a ``simulate`` group, plain JSON."""
     s, p, c = raw.simulate, raw.parallel, raw.rollout
     speeds = Links(**{field.name: float(s[field.name]) for field in fields(Links)})
-    if s.engines not in ("colocated", "apart"):
-        sys.exit(f"error: simulate.engines={s.engines!r}: use colocated or apart")
+    if s.engines not in ("colocated", "disaggregated"):
+        sys.exit(f"error: simulate.engines={s.engines!r}: use colocated or disaggregated")
     layout = Layout(
         tensor=p.tensor,
         pipeline=p.pipeline,
@@ -194,7 +194,7 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
     world, dtype = raw.cluster.ranks, DTYPES[raw.precision.name]
     tables = trainer_tables(hf_config, layout, world, Precision("bf16"))
     layouts = engine_layouts(hf_config, dtype, c.tensor)
-    where = topology(world, c.engines, c.tensor, s.gpus_per_node, s.engines == "apart")
+    where = topology(world, c.engines, c.tensor, s.gpus_per_node, s.engines == "disaggregated")
     tables += [[] for _ in range(len(where.ranks) - world)]
     started = time.perf_counter()
     plan = build_plan(tables, layouts, where, c.sync_bucket_mib << 20)

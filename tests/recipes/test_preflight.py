@@ -106,7 +106,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """Every report, from one process: what takes time is the imports."""
     wanted = {size: [f"recipe=safework_{size}"] for size in PUBLISHED}
     wanted["128"] = ["recipe=safework_7b", "cluster.nodes=16"]
-    wanted["apart"] = ["recipe=safework_7b", "preflight.engines=apart"]
+    wanted["disaggregated"] = ["recipe=safework_7b", "preflight.engines=disaggregated"]
     wanted["fp8"] = ["recipe=safework_7b", "precision=fp8"]
     wanted["critic"] = ["recipe=safework_7b", "algorithm=ppo"]
     wanted["sleeping critic"] = [*wanted["critic"], "critic.offload=true"]
@@ -188,8 +188,8 @@ def test_twice_the_devices_halve_the_optimizer_states(reports: Reports) -> None:
         assert a["weights"] == pytest.approx(b["weights"], rel=0.001)
 
 
-def test_engines_apart_leave_their_memory_to_the_trainer(reports: Reports) -> None:
-    report = reports["apart"]
+def test_disaggregated_engines_leave_their_memory_to_the_trainer(reports: Reports) -> None:
+    report = reports["disaggregated"]
     assert failed(report) == {}
     assert all(rank["kv_cache"] == rank["vllm"] == 0 for rank in report["memory_gib"])
     assert report["engine_gib"]["vllm"] > 15  # 8.3 billion parameters of 2 bytes
@@ -232,9 +232,19 @@ def test_a_phase_that_does_not_fit_the_gpu_or_the_host_names_what_to_change(repo
     wrong = failed(reports["crowded"])
     assert list(wrong) == ["memory", "host_memory"]
     assert wrong["memory"].startswith("the judges beside the trainer need ")
-    for words in ("optimizer.offload=true", "--gpu-memory-utilization", "value 0.92", "rewards.placement=apart"):
+    for words in (
+        "optimizer.offload=true",
+        "--gpu-memory-utilization",
+        "value 0.92",
+        "rewards.placement=disaggregated",
+    ):
         assert words in wrong["memory"]
-    for words in ("300 GiB of a node's host while training", "rewards.placement=apart", "judges", "cluster.nodes"):
+    for words in (
+        "300 GiB of a node's host while training",
+        "rewards.placement=disaggregated",
+        "judges",
+        "cluster.nodes",
+    ):
         assert words in wrong["host_memory"]
     detail = failed(reports["judge's weights"])["judges"]
     assert "rewards.servers.knowledge: 34.2 GiB of weights" in detail and "0.28 lets it have 22.1" in detail

@@ -118,10 +118,10 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rewards.placement=beside"], r"placement='beside': must be one of apart, colocated"),
+        (["rewards.placement=beside"], r"placement='beside': must be one of disaggregated, colocated"),
         (
             ["rewards.placement=colocated", "rewards.servers.value.endpoints=[http://elsewhere:80]"],
-            r"servers\.value\.endpoints=\['http://elsewhere:80'\]: .*placement=apart",
+            r"servers\.value\.endpoints=\['http://elsewhere:80'\]: .*placement=disaggregated",
         ),
         (
             [

@@ -20,7 +20,7 @@ SPEEDS = Links(network_gb_s=50, pcie_gb_s=40, nvlink_gb_s=400, copy_gb_s=1000, o
 
 def test_engines_on_two_nodes_of_their_own_receive_the_model_once_each(tmp_path: Path) -> None:
     """16 trainer GPUs and 16 engines of one GPU: what crosses is twice the model, by all adapters alike."""
-    sizes = ("cluster.ranks=16", "rollout.engines=16", "simulate.engines=apart", "simulate.order_ms=0")
+    sizes = ("cluster.ranks=16", "rollout.engines=16", "simulate.engines=disaggregated", "simulate.order_ms=0")
     command = [sys.executable, "-m", "recipes.preflight.weight_sync", "recipe=safework_7b", *sizes]
     output = tmp_path / "sync.json"
     shown = subprocess.run(
@@ -70,11 +70,11 @@ def test_gather_then_load_is_bound_by_its_slowest_link() -> None:
     assert gather_then_load_seconds(80 * gb, Layout(tensor=8), SPEEDS) == pytest.approx(70 / 400 + 0.02)
 
 
-def test_places_fill_nodes_and_apart_has_ranks_without_shards() -> None:
-    where = topology(world=12, engines=2, tensor=4, gpus_per_node=8, apart=True)
+def test_places_fill_nodes_and_disaggregated_has_ranks_without_shards() -> None:
+    where = topology(world=12, engines=2, tensor=4, gpus_per_node=8, disaggregated=True)
     assert len(where.ranks) == 12 + 8 and where.ranks[11] == Place("node 1", "3")
     assert where.engines == (
         tuple(Place("node 2", str(i)) for i in range(4)),
         tuple(Place("node 2", str(i)) for i in range(4, 8)),
     )
-    assert topology(16, 2, 8, 8, apart=False).engines[1][0] == Place("node 1", "0")
+    assert topology(16, 2, 8, 8, disaggregated=False).engines[1][0] == Place("node 1", "0")
