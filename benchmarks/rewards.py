@@ -27,11 +27,11 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.processes import die_with
 from recipes.config import Config, parse
 from recipes.launch.prepare_model import prepare
 from recipes.run import records
 from rewards.client import Client
-from rewards.processes import die_with
 from rewards.serve import Replica, Supervisor
 from rewards.settings import ClientConfig, Server
 from rewards.verdict import Verdict

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
+from megatron_ext.processes import die_with
 from recipes.config import Config
 from rollout.engine import EngineSettings, environment
-from rollout.engine_server import die_with
 
 TRAINING = (
     "Plain transformers: AutoModelForCausalLM.from_pretrained, SDPA attention, weights, activations and gradients in "

@@ -17,6 +17,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from megatron_ext.processes import die_with
 from recipes.config import Config, generates, parse
 from recipes.errors import ConfigError
 from recipes.launch import launcher
@@ -24,7 +25,6 @@ from recipes.launch.command_line import from_command_line
 from recipes.launch.requirements import check_parts, check_servers, check_supervised
 from recipes.launch.slurm import adopt_step
 from recipes.run import preemption, records
-from rewards.processes import die_with
 
 RESULTS = (
     "metrics.jsonl",

@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 
-from rewards.processes import die_with
+from megatron_ext.processes import die_with
 
 MEMORY_BYTES = 2 << 30  # address space; sympy and its parser take a quarter of it
 

@@ -3,7 +3,6 @@
 The table is SafeWork-R1's (arXiv 2507.18576): reward = sum of weight x score over the verifiers of the label's mix.
 """
 
-import importlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,6 +10,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from megatron_ext import dotted_path
 from rewards import settings
 from rewards.client import Client
 from rewards.settings import RewardsConfig, Server, VerifierSettings
@@ -88,10 +88,9 @@ def _load(name: str) -> Verifier:
 
 
 def _import(path: str, unknown: str, known: Iterable[str], what: str) -> Any:
-    module, _, attribute = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ValueError, ModuleNotFoundError, AttributeError) as error:
+        return dotted_path.load(path)
+    except ValueError as error:
         raise ValueError(
             f"{unknown} ({error}); use a registered one ({', '.join(sorted(known))}) or the dotted path of {what}"
         ) from error

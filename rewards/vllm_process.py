@@ -7,7 +7,7 @@ killed: each is spawned, so it runs this module first.
 import os
 import sys
 
-from rewards.processes import die_with
+from megatron_ext.processes import die_with
 
 PARENT = "REWARDS_PARENT_PID"
 

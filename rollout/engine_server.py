@@ -15,13 +15,11 @@ with ``"enough": n`` it ends when n prompts have all their samples);
 """
 
 import asyncio
-import ctypes
 import gc
 import json
 import math
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -34,26 +32,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.processes import die_with
 from rollout.engine import EngineSettings
 from rollout.sample import Sample
 from rollout.thinking import forced_positions, reasoning_config
 from rollout.weight_sync.receiver import WeightReceiver
 
-PR_SET_PDEATHSIG = 1
 ENGINE_PID = "ROLLOUT_ENGINE_PID"
 WORKER_EXTENSION = "rollout.weight_sync.worker.WeightSyncWorker"
 
 
 class Refused(Exception):
     """A request that the engine does not serve; the text goes to the client."""
-
-
-def die_with(owner_pid: int) -> None:
-    """Have the kernel kill this process when its owner dies; exit at once if that has happened already."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != owner_pid:
-        sys.exit(f"the owner (pid {owner_pid}) is gone")
 
 
 def die_with_engine() -> None:

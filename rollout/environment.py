@@ -5,12 +5,12 @@ goes on from the ids as they are. No token is decoded and encoded again. The env
 ``forced`` positions: log-prob 0, and no loss counts them.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
+from megatron_ext import dotted_path
 from rollout.sample import Sample
 
 ENVIRONMENTS = {"search": "rollout.search.open_search"}
@@ -46,10 +46,9 @@ def open_environment(name: str, settings: Mapping[str, Any]) -> Environment:
     Raises ValueError for an unknown name and for settings that it does not take.
     """
     path = ENVIRONMENTS.get(name, name)
-    module, _, attribute = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ValueError, ModuleNotFoundError, AttributeError) as error:
+        function = dotted_path.load(path)
+    except ValueError as error:
         raise ValueError(
             f"rollout.environment.name={name!r}: no such environment ({error}); use one of "
             f"{', '.join(sorted(ENVIRONMENTS))}, or the dotted path of a function that makes one"

@@ -5,12 +5,12 @@ gets. A function of your own is named by its dotted path and has the signature o
 no field of ``algorithm`` is set in ``algorithm.kwargs``.
 """
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
+from megatron_ext import dotted_path
 from recipes.algorithms import advantages, aggregation, kl, policy_losses
 from recipes.config import AlgorithmConfig
 from recipes.errors import ConfigError
@@ -71,16 +71,13 @@ def _find(name: str, chosen: str) -> Function:
     known = {function.__name__: function for function in REGISTRY[name]}
     if chosen in known:
         return known[chosen]
-    module, _, attribute = chosen.rpartition(".")
+    refusal = ConfigError(
+        f"algorithm.{name}={chosen!r}: no such function; use one of {', '.join(known)} or the dotted path of your own"
+    )
     try:
-        found = getattr(importlib.import_module(module), attribute, None) if module else None
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
-        found = None
-    if not callable(found):
-        raise ConfigError(
-            f"algorithm.{name}={chosen!r}: no such function; use one of {', '.join(known)} or the dotted path of your "
-            "own"
-        )
-    return found
+        function = dotted_path.load(chosen)
+    except ValueError as error:
+        raise refusal from error
+    if not callable(function):
+        raise refusal
+    return function

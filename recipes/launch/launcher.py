@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from megatron_ext.processes import die_with
 from recipes.run import preemption
-from rewards.processes import die_with
 
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from hydra import compose
 
+from megatron_ext.processes import die_with
 from recipes.config import Config, generates, parse
 from recipes.data import prompts
 from recipes.errors import ConfigError
@@ -30,7 +31,6 @@ from recipes.evaluation.evaluate import Answers, scored
 from recipes.evaluation.statistics import mean_interval, normal_interval, paired_difference
 from recipes.report.pipeline import write_ladder_report
 from recipes.run import records
-from rewards.processes import die_with
 from rewards.serve import ServerDied, Supervisor, replicas
 
 MEASURES = ("safety", "helpfulness", "accuracy", "reasoning_length", "false_certain")

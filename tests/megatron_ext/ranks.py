@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rewards.processes import die_with
+from megatron_ext.processes import die_with
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_SECONDS = 1200

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import pytest
 from omegaconf import OmegaConf
 
+from megatron_ext.processes import die_with
 from rewards import mixing, settings
 from rewards.client import Client
-from rewards.processes import die_with
 from rewards.serve import Replica, ServerDied, Supervisor, end
 from rewards.settings import Server, SupervisorConfig
 from rewards.verdict import Failure, Judgement, Row, Verdict

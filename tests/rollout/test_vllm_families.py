@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ext.processes import die_with
 from rollout import engine_server
 from rollout.engine import EngineSettings
 from rollout.sample import Request
@@ -30,7 +31,7 @@ every_family = pytest.mark.parametrize("name", NAMES)
 
 def main() -> None:
     """All families' results to ``families.json``; then serve as the engine server does."""
-    engine_server.die_with(int(sys.argv[3]))
+    die_with(int(sys.argv[3]))
     folder = Path(json.loads(sys.argv[1])["model"]).parent
     found = {}
     for name, work in json.loads((folder / "work.json").read_text()).items():
