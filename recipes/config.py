@@ -12,7 +12,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megatron_ext import layout, precision, resolvers
 from recipes import ranges, trainer
-from recipes.data import specification
+from recipes.data.row_order import curriculum_phases
+from recipes.data.source_spec import parse_sources
 from recipes.errors import ConfigError
 from rewards import settings
 from rewards.settings import RewardsConfig
@@ -189,7 +190,7 @@ class PhaseConfig:
 
 @dataclass
 class DataConfig:
-    """``sft``, ``prompts`` and ``evaluation`` are sources, or lists of them: see ``recipes.data.specification``."""
+    """``sft``, ``prompts`` and ``evaluation`` are sources, or lists of them: see ``recipes.data.source_spec``."""
 
     sft: Any
     prompts: Any
@@ -361,7 +362,7 @@ def check_supervised(c: Config) -> None:
         for field, source in sources.items():
             try:
                 if source is not None:
-                    specification.read(source)
+                    parse_sources(source)
             except ValueError as error:
                 raise ConfigError(f"{where}.{field}={error}") from error
         if (size := getattr(chosen, per_step)) % (multiple := trainer.sequence_multiple(c)):
@@ -374,11 +375,11 @@ def check_supervised(c: Config) -> None:
 
 def check_data(data: DataConfig) -> None:
     """Raises ConfigError for shares, phases and sources that can't be."""
-    for i, (from_step, mix) in enumerate(specification.phases(data)):
+    for i, (from_step, mix) in enumerate(curriculum_phases(data)):
         field = f"data.curriculum[{i}]" if data.curriculum else "data"
         if not mix or not all(isinstance(share, int) and 0 <= share <= 10**6 for share in mix.values()):
             raise ConfigError(f"{field}.mix={mix}: give kinds of prompts shares of 1 and more, 0 for none of a kind")
-        before = specification.phases(data)[i - 1][0] if i else None
+        before = curriculum_phases(data)[i - 1][0] if i else None
         if before is None and from_step:
             raise ConfigError(f"{field}.from_step={from_step}: the first phase begins with step 0")
         if before is not None and from_step <= before:
@@ -390,7 +391,7 @@ def check_data(data: DataConfig) -> None:
         )
     for name in ("sft", "prompts", "evaluation"):
         try:
-            specification.read(getattr(data, name))
+            parse_sources(getattr(data, name))
         except ValueError as error:
             raise ConfigError(f"data.{name}={error}") from error
 

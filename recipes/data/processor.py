@@ -1,12 +1,12 @@
-"""Rows of a data set → prompts with images and clips: what the trainer computes on and what the engines are asked.
+"""Rows → prompts: token ids for the engines, and pixel values for the trainer where a row has images or clips.
 
-The model's own processor of transformers makes token ids and pixel values, and its chat template the text. vLLM runs
-the same processor on the same files; its token ids are compared with these (``rollout.engine_server``).
+The model's chat template writes the text, and its own processor (transformers) makes token ids and pixel values. vLLM
+runs the same processor on the same files, and its token ids are compared with these (``rollout.engine_server``).
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,22 @@ from transformers.video_utils import VideoMetadata
 from megatron_ext import hf_checkpoint
 from megatron_ext.models import family
 from megatron_ext.packing import VisionInputs
-from recipes.data.prompts import Row, asked, check_length, load_rows, media_files, prompt_tokens, templated
+from recipes.data.rows import Row, load_rows, media_files, messages
 from recipes.data.sources import Rows
 from recipes.errors import ConfigError
 from rollout import chat_layout
 from rollout.media import clip
 from rollout.sample import Media, Prompt
 
-MARK = re.compile("(<image>|<video>)")
+MEDIA_MARK = re.compile("(<image>|<video>)")
 INTERNVL_CHAT = "InternVLChatModel"
 CHAT_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image or frame may be before the model's processor resizes it: its pixels, and its longer side by its
-    shorter one."""
+    """Bounds on an image or a frame before the model's processor resizes it: its number of pixels, and the ratio of its
+    longer side to its shorter one."""
 
     min_pixels: int
     max_pixels: int
@@ -58,78 +58,75 @@ class ProcessedPrompt:
 
 
 class PromptProcessor:
-    """Makes the prompts of one model, of rows that ``load_rows`` gave. ``tokenizer`` is the model's.
+    """Makes the prompts of one model from the rows of ``load_rows``. ``tokenizer`` is the model's.
 
     Raises ConfigError for a processor that does not fit the model.
     """
 
     def __init__(self, model_path: str, max_prompt_tokens: int, limits: ImageLimits) -> None:
-        self.max_prompt_tokens, self.limits = max_prompt_tokens, limits
-        raw = json.loads(Path(model_path, "config.json").read_text())
-        self.architecture = raw["architectures"][0]
-        self.hf: Any = None  # transformers' processor of a model that sees
-        if "vision_config" not in raw:
+        self.max_prompt_tokens = max_prompt_tokens
+        self.limits = limits
+        raw_config = json.loads(Path(model_path, "config.json").read_text())
+        self.architecture = raw_config["architectures"][0]
+        self.hf: Any = None  # transformers' processor, of a vision-language model only
+        if "vision_config" not in raw_config:
             self.tokenizer = AutoTokenizer.from_pretrained(model_path)
             return
         if self.architecture == INTERNVL_CHAT:
-            self.hf = internvl_chat_processor(model_path, raw)
+            self.hf = internvl_chat_processor(model_path, raw_config)
         else:
             self.hf = AutoProcessor.from_pretrained(model_path)
             self.hf_config = hf_checkpoint.config(model_path)
             self._check_fit(model_path)
         self.tokenizer = self.hf.tokenizer
-        self.tokenizer.chat_template = self.hf.chat_template  # prompts without images as those with some
+        # Prompts with and without images use the same template.
+        self.tokenizer.chat_template = self.hf.chat_template
 
     def __call__(self, row: Row) -> ProcessedPrompt:
-        """Raises ConfigError naming row, field, file and remedy for a file that is no image, an image outside the
-        limits or one that the model can't take, and a prompt that is too long."""
+        """The prompt of a row. Raises ConfigError naming row, field, file and remedy: for a file that is not an image,
+        an image outside the limits, media that the model can't take, and a prompt that is too long."""
         files = media_files(row)
         if not files:
             tokens = prompt_tokens(self.tokenizer, row, self.max_prompt_tokens)
             return ProcessedPrompt(Prompt(row["id"], tuple(tokens)), None)
         if self.hf is None:
             raise ConfigError(f"row {row['id']!r}: field {files[0][0]}: model.path holds a text model; choose another")
-        loaded = {file: self._load(f"row {row['id']!r}: field {field}: {file}", file) for field, file in files}
+        loaded = {file: self._load_image(f"row {row['id']!r}: field {field}: {file}", file) for field, file in files}
         try:
             return self._with_media(row, loaded)
         except ConfigError:
             raise
-        except ValueError as error:  # what transformers' processor refuses, and counts that disagree
+        except ValueError as error:  # from transformers' processor, or numbers that disagree
             raise ConfigError(f"row {row['id']!r}: {error}; change its images or drop the row") from error
 
     def _with_media(self, row: Row, loaded: dict[str, Image.Image]) -> ProcessedPrompt:
-        images, videos = row.get("images", []), row.get("videos", [])
-        internvl = isinstance(self.hf, InternVLProcessor)
-        if videos and internvl:
+        images = row.get("images", [])
+        videos = row.get("videos", [])
+        is_internvl = isinstance(self.hf, InternVLProcessor)
+        if videos and is_internvl:
             raise ValueError("field 'videos': InternVL3 takes the frames of a clip as 'images'")
-        clips = [clip([loaded[file] for file in frames]) for frames in videos]
         inputs: dict[str, Any] = {"text": [self._text(row, len(images), len(videos))]}
         if images:
             inputs["images"] = [loaded[file] for file in images]
-        if clips:
+        if videos:
+            clips = [clip([loaded[file] for file in frames]) for frames in videos]
             inputs["videos"] = [frames for frames, _ in clips]
             inputs["video_metadata"] = [VideoMetadata(**metadata) for _, metadata in clips]
-        made = self.hf(**inputs, return_tensors="pt")
-        ids = made["input_ids"][0].tolist()
+        processed = self.hf(**inputs, return_tensors="pt")
+        ids = processed["input_ids"][0].tolist()
         check_length(row, ids, self.max_prompt_tokens)
-        vision, marked = self._tiles(ids, made) if internvl else self._patches(ids, made)
-        media = Media(tuple(images), tuple(tuple(frames) for frames in videos), tuple(marked))
+        if is_internvl:
+            vision, unexpanded_ids = self._internvl_inputs(ids, processed)
+        else:
+            vision, unexpanded_ids = self._qwen_inputs(ids, processed)
+        media = Media(tuple(images), tuple(tuple(frames) for frames in videos), tuple(unexpanded_ids))
         return ProcessedPrompt(Prompt(row["id"], tuple(ids), media), vision)
 
     def _text(self, row: Row, images: int, videos: int) -> str:
-        """The chat-templated prompt with a placeholder token for each image and clip, which the processor repeats."""
-
-        def content(text: str) -> Any:
-            if self.architecture == INTERNVL_CHAT:  # its template knows text only
-                return text.replace("<image>", self.hf.image_token)
-            return [
-                {"type": part[1:-1]} if MARK.fullmatch(part) else {"type": "text", "text": part}
-                for part in MARK.split(text)
-                if part
-            ]
-
-        messages = [{"role": turn["role"], "content": content(turn["content"])} for turn in asked(row)]
-        text = templated(self.hf, row, messages, tokenize=False)
+        """The prompt by the chat template, with one placeholder token for each image and clip. transformers' processor
+        repeats it for every token that the image or clip becomes."""
+        turns = [{"role": turn["role"], "content": self._content(turn["content"])} for turn in messages(row)]
+        text = apply_chat_template(self.hf, row, turns, tokenize=False)
         for token, count in {self.hf.video_token: videos, self.hf.image_token: images}.items():
             if text.count(token) != count:
                 raise ValueError(
@@ -138,31 +135,47 @@ class PromptProcessor:
                 )
         return text
 
-    def _load(self, what: str, file: str) -> Image.Image:
-        low, high, ratio = self.limits.min_pixels, self.limits.max_pixels, self.limits.max_aspect_ratio
+    def _content(self, text: str) -> Any:
+        """A message's text as the chat template takes it: marks become placeholders or parts {type: image}."""
+        if self.architecture == INTERNVL_CHAT:  # its template takes text only
+            return text.replace("<image>", self.hf.image_token)
+        parts: list[dict[str, str]] = []
+        for piece in MEDIA_MARK.split(text):
+            if MEDIA_MARK.fullmatch(piece):
+                parts.append({"type": piece.strip("<>")})
+            elif piece:
+                parts.append({"type": "text", "text": piece})
+        return parts
+
+    def _load_image(self, where: str, file: str) -> Image.Image:
+        """Raises ConfigError that begins with ``where``."""
+        limits = self.limits
         try:
             with Image.open(file) as image:
                 width, height = image.size
         except Exception as error:  # Pillow's plugins raise many kinds for a damaged file
-            raise ConfigError(f"{what}: not a readable image ({error}): replace it or drop the row") from error
-        if not low <= width * height <= high:
+            raise ConfigError(f"{where}: not a readable image ({error}): replace it or drop the row") from error
+        if not limits.min_pixels <= width * height <= limits.max_pixels:
             raise ConfigError(
-                f"{what}: {width} x {height} pixels are outside data.images.min_pixels={low} to max_pixels={high}: "
-                "resize it or change the limit"
+                f"{where}: {width} x {height} pixels are outside data.images.min_pixels={limits.min_pixels} to "
+                f"max_pixels={limits.max_pixels}: resize it or change the limit"
             )
-        if max(width, height) > ratio * min(width, height):
+        if max(width, height) > limits.max_aspect_ratio * min(width, height):
             raise ConfigError(
-                f"{what}: {width} x {height} pixels are beyond data.images.max_aspect_ratio={ratio}: crop it or raise "
-                "the limit"
+                f"{where}: {width} x {height} pixels are beyond data.images.max_aspect_ratio="
+                f"{limits.max_aspect_ratio}: crop it or raise the limit"
             )
         try:
             return load_image(file)
         except Exception as error:
-            raise ConfigError(f"{what}: a damaged image ({error}): replace it or drop the row") from error
+            raise ConfigError(f"{where}: a damaged image ({error}): replace it or drop the row") from error
 
     def _check_fit(self, model_path: str) -> None:
-        """The processor's files and config.json agree on what a placeholder token stands for."""
-        vision, images = self.hf_config.vision_config, self.hf.image_processor
+        """The processor's files and config.json must agree on the number of tokens of an image."""
+        vision = self.hf_config.vision_config
+        images = self.hf.image_processor
+        # (the processor's field, its value, config.json's field, its value)
+        pairs: list[tuple[str, Any, str, Any]]
         if isinstance(self.hf, InternVLProcessor):
             size = [images.size["height"], images.size["width"]]
             pairs = [
@@ -171,39 +184,43 @@ class PromptProcessor:
             ]
         else:
             pairs = [
-                (ours, getattr(images, ours), f"vision_config.{theirs}", getattr(vision, theirs))
-                for ours, theirs in (
-                    ("patch_size", "patch_size"),
-                    ("merge_size", "spatial_merge_size"),
-                    ("temporal_patch_size", "temporal_patch_size"),
-                )
+                ("patch_size", images.patch_size, "vision_config.patch_size", vision.patch_size),
+                ("merge_size", images.merge_size, "vision_config.spatial_merge_size", vision.spatial_merge_size),
+                (
+                    "temporal_patch_size",
+                    images.temporal_patch_size,
+                    "vision_config.temporal_patch_size",
+                    vision.temporal_patch_size,
+                ),
             ]
-        for ours, found, theirs, expected in pairs:
-            if found != expected:
+        for field, value, config_field, config_value in pairs:
+            if value != config_value:
                 raise ConfigError(
-                    f"model.path={model_path!r}: its processor has {ours}={found}, config.json has {theirs}="
-                    f"{expected}: take both from the same model"
+                    f"model.path={model_path!r}: its processor has {field}={value}, config.json has {config_field}="
+                    f"{config_value}: take both from the same model"
                 )
 
-    def _patches(self, ids: list[int], made: Any) -> tuple[VisionInputs, list[int]]:
-        """Qwen2.5-VL: images and clips in token order, and the ids with one placeholder for each."""
-        merge = self.hf_config.vision_config.spatial_merge_size**2
-        waiting = {
-            self.hf.image_token_id: by_item(made, "pixel_values", "image_grid_thw"),
-            self.hf.video_token_id: by_item(made, "pixel_values_videos", "video_grid_thw"),
+    def _qwen_inputs(self, ids: list[int], processed: Any) -> tuple[VisionInputs, list[int]]:
+        """Qwen2.5-VL: the patches of images and clips in the order of their tokens, and the token ids with a single
+        placeholder for each image or clip, as vLLM takes them."""
+        patches_per_token = self.hf_config.vision_config.spatial_merge_size**2
+        items = {
+            self.hf.image_token_id: split_by_item(processed, "pixel_values", "image_grid_thw"),
+            self.hf.video_token_id: split_by_item(processed, "pixel_values_videos", "video_grid_thw"),
         }
         pixels: list[torch.Tensor] = []
         grids: list[torch.Tensor] = []
         placeholders: list[int] = []
-        marked: list[int] = []
+        unexpanded_ids: list[int] = []
         place = 0
         while place < len(ids):
-            marked.append(ids[place])
+            token = ids[place]
+            unexpanded_ids.append(token)
             count = 1
-            if ids[place] in waiting:
-                patches, grid = next(waiting[ids[place]], (None, torch.zeros(3, dtype=torch.long)))
-                count = int(grid.prod()) // merge
-                if patches is None or ids[place : place + count] != [ids[place]] * count:
+            if token in items:
+                patches, grid = next(items[token], (None, torch.zeros(3, dtype=torch.long)))
+                count = int(grid.prod()) // patches_per_token
+                if patches is None or ids[place : place + count] != [token] * count:
                     raise ValueError(
                         f"the image tokens from place {place} on do not agree with a grid of {grid.tolist()} patches, "
                         f"which are {count} tokens"
@@ -212,44 +229,76 @@ class PromptProcessor:
                 grids.append(grid)
                 placeholders += range(place, place + count)
             place += count
-        if any(list(rest) for rest in waiting.values()):
+        if any(list(remaining) for remaining in items.values()):
             raise ValueError(f"fewer image tokens than images: {len(grids)} places")
         grid = torch.stack(grids)
-        seconds = [float(second) for second in made.get("second_per_grid_ts", [])]
+        seconds = [float(second) for second in processed.get("second_per_grid_ts", [])]
         positions = family(self.architecture).prompt_positions(self.hf_config, ids, grid, seconds)
-        return VisionInputs(torch.cat(pixels), grid, placeholders, positions), marked
+        return VisionInputs(torch.cat(pixels), grid, placeholders, positions), unexpanded_ids
 
-    def _tiles(self, ids: list[int], made: Any) -> tuple[VisionInputs, list[int]]:
-        """InternVL3: all tiles, and the ids with what vLLM expands to ``<img>``, placeholders and ``</img>``.
+    def _internvl_inputs(self, ids: list[int], processed: Any) -> tuple[VisionInputs, list[int]]:
+        """InternVL3: all tiles, and the token ids with what vLLM expands to ``<img>``, placeholders and ``</img>``.
 
-        vLLM looks for one placeholder token, or for the text ``<image>`` where the model has the chat layout.
+        vLLM expands one placeholder token, or the text ``<image>`` for models of the chat layout.
         """
-        mark = [self.hf.image_token_id]
+        unexpanded_image = [self.hf.image_token_id]
         if self.architecture == INTERNVL_CHAT:
-            mark = self.tokenizer.encode("<image>", add_special_tokens=False)
-        tiles, per_tile = made["pixel_values"], self.hf.image_seq_length
+            unexpanded_image = self.tokenizer.encode("<image>", add_special_tokens=False)
+        tiles = processed["pixel_values"]
+        tokens_per_tile = self.hf.image_seq_length
         placeholders = [place for place, token in enumerate(ids) if token == self.hf.image_token_id]
-        if len(placeholders) != len(tiles) * per_tile:
+        if len(placeholders) != len(tiles) * tokens_per_tile:
             raise ValueError(
-                f"{len(placeholders)} image tokens do not agree with {len(tiles)} tiles of {per_tile} tokens"
+                f"{len(placeholders)} image tokens do not agree with {len(tiles)} tiles of {tokens_per_tile} tokens"
             )
-        marked: list[int] = []
+        unexpanded_ids: list[int] = []
         for token in ids:
             if token == self.hf.start_image_token_id:
-                marked += mark
+                unexpanded_ids += unexpanded_image
             elif token not in (self.hf.image_token_id, self.hf.end_image_token_id):
-                marked.append(token)
-        return VisionInputs(tiles, None, placeholders, None), marked
+                unexpanded_ids.append(token)
+        return VisionInputs(tiles, None, placeholders, None), unexpanded_ids
 
 
-def by_item(made: Any, pixels: str, grid: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The patches and the grid of each image or clip; none when the processor made none."""
-    if grid in made:
-        yield from zip(made[pixels].split(made[grid].prod(1).tolist()), made[grid], strict=True)
+def apply_chat_template(model: Any, row: Row, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """The messages ``turns`` by the chat template of a tokenizer or processor, up to where the answer starts.
+
+    Raises ConfigError naming the row when the template refuses them.
+    """
+    try:
+        return model.apply_chat_template(turns, add_generation_prompt=True, **options)
+    except Exception as error:  # templates raise what they like
+        raise ConfigError(
+            f"row {row['id']!r}: field 'messages': the model's chat template refuses them ({error}): change them or "
+            "drop the row"
+        ) from error
+
+
+def prompt_tokens(tokenizer: Any, row: Row, max_prompt_tokens: int) -> list[int]:
+    """The token ids of a text prompt by the chat template. Raises ConfigError naming a row that is too long."""
+    ids = apply_chat_template(tokenizer, row, messages(row), tokenize=True, return_dict=False)
+    check_length(row, ids, max_prompt_tokens)
+    return list(ids)
+
+
+def check_length(row: Row, ids: Sequence[int], max_prompt_tokens: int) -> None:
+    """Raises ConfigError naming the row when its prompt is too long."""
+    if len(ids) > max_prompt_tokens:
+        raise ConfigError(
+            f"row {row['id']!r} has {len(ids)} prompt tokens, data.max_prompt_tokens={max_prompt_tokens}: "
+            "raise it or drop the row"
+        )
+
+
+def split_by_item(processed: Any, pixels: str, grid: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The patches and the grid of each image or clip. Nothing when the processor's output has none of them."""
+    if grid in processed:
+        patches_of_items = processed[pixels].split(processed[grid].prod(1).tolist())
+        yield from zip(patches_of_items, processed[grid], strict=True)
 
 
 def check_rows(processor: PromptProcessor, source: Any, required: Sequence[str]) -> Rows:
-    """Load a source and make every prompt once, before anything is started; images take their time to resize.
+    """Load a source and process every prompt, to find mistakes before anything starts. Slow for images.
 
     Raises ConfigError naming file, line and field of the first row that can't be used.
     """
@@ -258,25 +307,27 @@ def check_rows(processor: PromptProcessor, source: Any, required: Sequence[str])
         try:
             processor(row)
         except ConfigError as error:
-            raise ConfigError(f"{rows.where(number)}: {error}") from error
+            raise ConfigError(f"{rows.location(number)}: {error}") from error
     return rows
 
 
 def internvl_chat_processor(model_path: str, config: dict[str, Any]) -> InternVLProcessor:
-    """transformers' processor for InternVL3's chat layout, whose repository has none but code to be run.
+    """transformers' processor for InternVL3's chat layout, whose repository has remote code instead of a processor.
 
     The folder needs InternVL3's tokenizer, with its three image tokens, and config.json. Tiles are cut as that code and
     vLLM cut them: with Pillow's resize and ImageNet's mean and deviation. Raises ConfigError for a tokenizer without
     the tokens, and for settings that transformers' processor does not have.
     """
-    chat_layout.register()  # or transformers asks at the terminal whether to run the folder's code
-    known = AutoTokenizer.from_pretrained(model_path).get_vocab()
-    if missing := [token for token in CHAT_TOKENS.values() if token not in known]:
+    # Otherwise transformers asks at the terminal whether to run the folder's code.
+    chat_layout.register()
+    vocabulary = AutoTokenizer.from_pretrained(model_path).get_vocab()
+    missing = [token for token in CHAT_TOKENS.values() if token not in vocabulary]
+    if missing:
         raise ConfigError(f"model.path={model_path!r}: its tokenizer has no {missing[0]!r}: take InternVL3's own")
     for field in ("dynamic_image_size", "use_thumbnail"):
         if config[field] is not True:
             raise ConfigError(f"model.path={model_path!r}: config.json has {field}={config[field]}; InternVL3 has true")
-    # The class wants a token for clips too; none is ever offered.
+    # The class requires a token for clips too. No clip is ever processed.
     names = CHAT_TOKENS | {"video_token": CHAT_TOKENS["context_image_token"]}
     tokenizer = AutoTokenizer.from_pretrained(model_path, extra_special_tokens=names)
     size = config["vision_config"]["image_size"]

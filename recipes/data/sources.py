@@ -1,9 +1,11 @@
-"""Rows that stay where they are: JSON lines, parquet, a folder that `datasets` saved, a data set of a hub.
+"""Sources of rows, read on demand: JSON lines, parquet, a folder saved by `datasets`, a data set of the hub.
 
-A file of JSON lines is memory-mapped and a line parsed when its row is asked for; the others are `datasets`' Arrow
-tables, memory-mapped too (a parquet file and a hub's data set are converted once, into its cache). What is held of a
-row is 18 bytes, and 8 more for a line's place. An exact shuffle and an exact place to go on from need rows by number;
-`datasets`' streams give them in order only, shuffled in a buffer, so they are not used.
+A file of JSON lines is memory-mapped, and a line is parsed when its row is read. The other formats become `datasets`'
+Arrow tables, which are memory-mapped too (`datasets` converts a parquet file or a hub's data set once, into its cache).
+Memory per row: 18 bytes, and 8 more for the end of a line.
+
+`datasets`' streams are not used: an exact shuffle and an exact resume read rows by number, and streams only give rows
+in order or shuffled within a buffer.
 """
 
 import hashlib
@@ -17,33 +19,36 @@ from typing import Any, overload
 
 import numpy as np
 
-from recipes.data.specification import HUB, Specification
+from recipes.data.source_spec import HUB_NAME, SourceSpec
 from recipes.errors import ConfigError
 
 Row = Mapping[str, Any]
-CHUNK = 1 << 26  # bytes of a file looked through at once for the ends of its lines
+CHUNK_BYTES = 1 << 26  # of a file, searched at a time for the ends of its lines
 
 
 class JsonLines:
-    """Row by row what a file of JSON lines has. A row that is no JSON object raises ValueError when it is read."""
+    """The objects of a file of JSON lines, by number. Reading a line that is not a JSON object raises ValueError."""
 
     def __init__(self, path: str) -> None:
         with Path(path).open("rb") as file:
             size = file.seek(0, 2)
+            # An empty file can't be mapped.
             self.bytes: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        ends = [
-            np.flatnonzero(np.frombuffer(self.bytes, np.uint8, min(CHUNK, size - start), start) == ord("\n")) + start
-            for start in range(0, size, CHUNK)
-        ]
+        line_ends = [np.array([-1])]
+        for start in range(0, size, CHUNK_BYTES):
+            chunk = np.frombuffer(self.bytes, np.uint8, min(CHUNK_BYTES, size - start), start)
+            line_ends.append(np.flatnonzero(chunk == ord("\n")) + start)
         if size and self.bytes[-1] != ord("\n"):
-            ends.append(np.array([size]))
-        self.bounds = np.concatenate([np.array([-1]), *ends])
+            line_ends.append(np.array([size]))
+        # Line i is the bytes between line_ends[i] and line_ends[i + 1].
+        self.line_ends = np.concatenate(line_ends)
 
     def __len__(self) -> int:
-        return len(self.bounds) - 1
+        return len(self.line_ends) - 1
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        line = self.bytes[self.bounds[number] + 1 : self.bounds[number + 1]]
+        """Line ``number``, from 0."""
+        line = self.bytes[self.line_ends[number] + 1 : self.line_ends[number + 1]]
         try:
             row = json.loads(line)
         except ValueError as error:  # UnicodeDecodeError too
@@ -55,72 +60,80 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class Source:
-    """``raw``: rows by number; ``folder``: what file names in them are relative to."""
+    """An open source. ``table``: its raw rows by number. ``folder``: file names in its rows are relative to it.
+    ``by_line``: messages name the line of a row instead of the row's number."""
 
     name: str
     weight: int
-    raw: Any
+    table: Any
     folder: Path
     by_line: bool
 
-    def where(self, number: int) -> str:
-        """Of row ``number`` (from 0), for messages."""
+    def location(self, number: int) -> str:
+        """Where row ``number`` (from 0) is, for messages."""
         return f"{self.name}:{number + 1}" if self.by_line else f"{self.name}: row {number + 1}"
 
 
-def open_source(wanted: Specification) -> Source:
-    """Raises ConfigError for what `datasets` can't read, with its reason."""
-    if wanted.form == "jsonl":
-        return Source(wanted.name, wanted.weight, JsonLines(wanted.name), Path(wanted.name).resolve().parent, True)
+def open_source(spec: SourceSpec) -> Source:
+    """Open a source. Raises ConfigError, with the reason, for a source that `datasets` can't read."""
+    if spec.format == "jsonl":
+        return Source(spec.name, spec.weight, JsonLines(spec.name), Path(spec.name).resolve().parent, by_line=True)
     try:
-        raw = _table(wanted)
+        table = _open_table(spec)
     except Exception as error:  # `datasets`, its readers and its hub raise many kinds
         raise ConfigError(
-            f"{wanted.name}: `datasets` can't read it ({type(error).__name__}: {' '.join(str(error).split())})"
+            f"{spec.name}: `datasets` can't read it ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
-    folder = {"parquet": Path(wanted.name).parent, "folder": Path(wanted.name), "hub": Path()}[wanted.form]
-    return Source(wanted.name, wanted.weight, raw, folder.resolve(), False)
+    folders = {"parquet": Path(spec.name).parent, "folder": Path(spec.name), "hub": Path()}
+    return Source(spec.name, spec.weight, table, folders[spec.format].resolve(), by_line=False)
 
 
-def _table(wanted: Specification) -> Any:
+def _open_table(spec: SourceSpec) -> Any:
     import datasets  # takes a second, and JSON lines do without
 
     datasets.disable_progress_bars()
-    if wanted.form == "parquet":
-        return datasets.Dataset.from_parquet(wanted.name)
-    if wanted.form == "folder":
-        found = datasets.load_from_disk(wanted.name)
-        if isinstance(found, datasets.DatasetDict):
-            raise ValueError(f"it has the splits {', '.join(found)}: name the folder of one of them")
-        return found
-    part = HUB.fullmatch(wanted.name)
-    assert part is not None
-    return datasets.load_dataset(part["repository"], part["subset"], split=part["split"], revision=part["revision"])
+    if spec.format == "parquet":
+        return datasets.Dataset.from_parquet(spec.name)
+    if spec.format == "folder":
+        dataset = datasets.load_from_disk(spec.name)
+        if isinstance(dataset, datasets.DatasetDict):
+            raise ValueError(f"it has the splits {', '.join(dataset)}: name the folder of one of them")
+        return dataset
+    hub = HUB_NAME.fullmatch(spec.name)
+    assert hub is not None
+    return datasets.load_dataset(hub["repository"], hub["subset"], split=hub["split"], revision=hub["revision"])
 
 
 class Rows(Sequence[Row]):
-    """The rows of several sources, one behind the other, read when they are asked for.
+    """The rows of several sources, one source after the other, read on demand.
 
-    ``usable(raw row, folder)`` makes a row of what a source has, or raises ValueError naming the field; each row goes
-    through it once here. Raises ConfigError naming source and line or row number, and for an id that occurs twice.
+    ``normalise(raw row, folder)`` turns a source's row into the form of ``recipes.data.rows``, or raises ValueError
+    naming the field. All rows are read once here, to check them and to index ids and kinds. Raises ConfigError naming
+    the source and the line or row number, also for an id that occurs twice.
     """
 
-    def __init__(self, found: Sequence[Source], usable: Callable[[Row, Path], Row]) -> None:
-        self.sources, self._usable = found, usable
-        self.starts = np.cumsum([0, *(len(source.raw) for source in found)])
+    def __init__(self, sources: Sequence[Source], normalise: Callable[[Row, Path], Row]) -> None:
+        self.sources = sources
+        self._normalise = normalise
+        # Source i has the rows from starts[i] up to starts[i + 1].
+        self.starts = np.cumsum([0, *(len(source.table) for source in sources)])
         total = int(self.starts[-1])
-        self.kinds: dict[Any, int] = {}
-        self._kind = np.zeros(total, np.int16)
-        hashes = np.zeros(total, np.uint64)
+        self.kinds: dict[Any, int] = {}  # kind → its code in _kind_codes
+        self._kind_codes = np.zeros(total, np.int16)
+        id_hashes = np.zeros(total, np.uint64)
         for number, row in enumerate(self):
-            self._kind[number] = self.kinds.setdefault(row.get("kind"), len(self.kinds))
-            hashes[number] = _hash(row["id"])
-        self._by_hash = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._by_hash]
-        for place in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
-            first, second = sorted(map(int, self._by_hash[place : place + 2]))
+            self._kind_codes[number] = self.kinds.setdefault(row.get("kind"), len(self.kinds))
+            id_hashes[number] = _hash_of_id(row["id"])
+        self._rows_by_hash = np.argsort(id_hashes, kind="stable")
+        self._sorted_hashes = id_hashes[self._rows_by_hash]
+        self._check_ids_differ()
+
+    def _check_ids_differ(self) -> None:
+        equal_hashes = np.flatnonzero(self._sorted_hashes[1:] == self._sorted_hashes[:-1])
+        for place in equal_hashes:
+            first, second = sorted(map(int, self._rows_by_hash[place : place + 2]))
             if self[first]["id"] == self[second]["id"]:
-                raise ConfigError(f"{self.where(second)}: id {self[second]['id']!r} occurs twice; make ids unique")
+                raise ConfigError(f"{self.location(second)}: id {self[second]['id']!r} occurs twice; make ids unique")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -130,61 +143,67 @@ class Rows(Sequence[Row]):
     @overload
     def __getitem__(self, number: slice) -> list[Row]: ...
     def __getitem__(self, number: int | slice) -> Row | list[Row]:
+        """Row ``number`` (negative: from the end), or the rows of a slice."""
         if isinstance(number, slice):
             return [self[i] for i in range(len(self))[number]]
-        number = range(len(self))[number]
-        source, own = self._place(number)
+        source, number_in_source = self._locate(range(len(self))[number])
         try:
-            return self._usable(source.raw[own], source.folder)
+            return self._normalise(source.table[number_in_source], source.folder)
         except ValueError as error:
-            raise ConfigError(f"{source.where(own)}: {error}") from error
+            raise ConfigError(f"{source.location(number_in_source)}: {error}") from error
 
     def __iter__(self) -> Iterator[Row]:
-        """In order. Of `datasets`' tables many rows are converted at once, which is faster than each by itself."""
+        """All rows in order. `datasets` converts many rows of a table at once here, faster than one by one."""
         for source in self.sources:
-            own = iter(source.raw)
-            for number in range(len(source.raw)):
+            raw_rows = iter(source.table)
+            for number in range(len(source.table)):
                 try:
-                    row = self._usable(next(own), source.folder)
+                    row = self._normalise(next(raw_rows), source.folder)
                 except ValueError as error:
-                    raise ConfigError(f"{source.where(number)}: {error}") from error
+                    raise ConfigError(f"{source.location(number)}: {error}") from error
                 yield row
 
-    def _place(self, number: int) -> tuple[Source, int]:
+    def _locate(self, number: int) -> tuple[Source, int]:
+        """The source of row ``number`` and the row's number in it."""
         index = int(np.searchsorted(self.starts, number, side="right")) - 1
         return self.sources[index], number - int(self.starts[index])
 
-    def where(self, number: int) -> str:
-        """Source and line of a row, for messages."""
-        source, own = self._place(number)
-        return source.where(own)
+    def location(self, number: int) -> str:
+        """The source and line (or row number) of row ``number``, for messages."""
+        source, number_in_source = self._locate(number)
+        return source.location(number_in_source)
 
     @cached_property
     def streams(self) -> dict[str, list[tuple[int, np.ndarray]]]:
-        """Of each kind the sources that have it: their weights and the numbers of their rows."""
-        found: dict[str, list[tuple[int, np.ndarray]]] = {}
+        """Kind → the sources that have rows of it, as (the source's weight, the numbers of these rows)."""
+        streams: dict[str, list[tuple[int, np.ndarray]]] = {}
         for kind, code in self.kinds.items():
-            numbers = np.flatnonzero(self._kind == code)
-            cuts = np.split(numbers, np.searchsorted(numbers, self.starts[1:-1]))
-            found[kind] = [(source.weight, own) for source, own in zip(self.sources, cuts, strict=True) if len(own)]
-        return found
+            numbers = np.flatnonzero(self._kind_codes == code)
+            by_source = np.split(numbers, np.searchsorted(numbers, self.starts[1:-1]))
+            streams[kind] = [
+                (source.weight, of_source)
+                for source, of_source in zip(self.sources, by_source, strict=True)
+                if len(of_source)
+            ]
+        return streams
 
 
-class ById(Mapping[str, Row]):
-    """The same rows by their ids."""
+class RowsById(Mapping[str, Row]):
+    """The rows by their ids. A row is found by a binary search for the hash of its id, and read on demand."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
-    def __getitem__(self, name: str) -> Row:
-        hashes, order = self.rows._hashes, self.rows._by_hash
-        wanted = np.uint64(_hash(name))
+    def __getitem__(self, row_id: str) -> Row:
+        hashes = self.rows._sorted_hashes
+        wanted = np.uint64(_hash_of_id(row_id))
         for place in range(int(np.searchsorted(hashes, wanted)), len(hashes)):
             if hashes[place] != wanted:
                 break
-            if (row := self.rows[int(order[place])])["id"] == name:
+            row = self.rows[int(self.rows._rows_by_hash[place])]
+            if row["id"] == row_id:
                 return row
-        raise KeyError(name)
+        raise KeyError(row_id)
 
     def __iter__(self) -> Iterator[str]:
         return (row["id"] for row in self.rows)
@@ -193,5 +212,5 @@ class ById(Mapping[str, Row]):
         return len(self.rows)
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+def _hash_of_id(row_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8).digest(), "little")

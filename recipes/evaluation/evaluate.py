@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from recipes.data import prompts
+from recipes.data.rows import Row, load_rows
 from recipes.evaluation import voting
 from recipes.evaluation.statistics import mean_interval, paired_difference
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
@@ -38,7 +38,7 @@ def answer(session: Session) -> Answers:
     failure}}.
     """
     config = session.config
-    rows = prompts.load_rows(config.data.evaluation)
+    rows = load_rows(config.data.evaluation)
     by_id = {row["id"]: row for row in rows}
     asked = [session.prompts(row).prompt for row in rows]
     found: Answers = {}
@@ -69,7 +69,7 @@ def thinking_tokens(session: Session, sample: Sample) -> int:
     return len(sample.response_token_ids) if THINK_BEGIN in text else 0
 
 
-def judge(session: Session, rows: dict[str, prompts.Row], sample: Sample) -> dict[str, dict[str, Any]]:
+def judge(session: Session, rows: dict[str, Row], sample: Sample) -> dict[str, dict[str, Any]]:
     """What the verifiers that score this kind of row say, as JSON; runs beside the engines in several threads."""
     row = rows[sample.prompt_id]
     names = [name for name, kinds in session.config.data.scores.items() if row["kind"] in kinds]
@@ -101,7 +101,7 @@ def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
     """evaluation.json: summaries of the models (``MODELS``), the last difference, and greedy transcripts; of search
     questions also ``votes``, what several sampled answers say together (``recipes.evaluation.voting``)."""
     names = list(session.config.data.scores)
-    rows = {row["id"]: row for row in prompts.load_rows(session.config.data.evaluation)}
+    rows = {row["id"]: row for row in load_rows(session.config.data.evaluation)}
     transcripts = []
     for i, (row_id, row) in enumerate(rows.items()):
         greedy = {stage: answers["greedy"][i] for stage, answers in stages.items()}

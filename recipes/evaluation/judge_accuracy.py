@@ -16,8 +16,8 @@ import hydra
 from omegaconf import DictConfig
 
 from recipes.config import Config, parse
-from recipes.data import judging
-from recipes.data.prompts import Row
+from recipes.data import judge_sft
+from recipes.data.rows import Row
 from recipes.errors import ConfigError
 from recipes.evaluation.statistics import mean_interval
 from recipes.launch.command_line import from_command_line
@@ -51,7 +51,7 @@ def measure(config: Config) -> dict[str, Any]:
     name = next((name for name, verifier in found.items() if verifier.template == sft.judge), None)
     if name is None:
         raise ConfigError(f"rewards.verifiers: none has template={sft.judge!r} (stage.sft.judge); add one")
-    rows = judging.load(sft.held_out, judging.find_judge(sft.judge))
+    rows = judge_sft.load_labelled_answers(sft.held_out, judge_sft.find_judge(sft.judge))
     servers = mixing.servers_of([name], config.rewards)
     run_dir = Path(config.run_dir)
     alone = replace(config.rewards, placement=settings.DISAGGREGATED)  # nobody shares its GPUs here
@@ -64,7 +64,7 @@ def measure(config: Config) -> dict[str, Any]:
         with Client(servers, config.rewards.client) as client:
             verifier = mixing.open_verifiers([name], config.rewards, client)[name]
             assert isinstance(verifier, ServedVerifier)
-            asked = [verifier.submit(judging.to_judge(row), row["answer"]) for row in rows]
+            asked = [verifier.submit(judge_sft.verifier_row(row), row["answer"]) for row in rows]
             report = compared(rows, [judgement.result() for judgement in asked])
     finally:
         supervisor.stop()

@@ -24,7 +24,7 @@ from hydra import compose
 
 from megatron_ext.processes import die_with
 from recipes.config import Config, generates, parse
-from recipes.data import prompts
+from recipes.data.rows import load_rows
 from recipes.errors import ConfigError
 from recipes.evaluation import judge_accuracy
 from recipes.evaluation.evaluate import Answers, scored
@@ -132,7 +132,7 @@ def write(folder: Path, stages: Sequence[str], evaluation: str) -> None:
         for (former, after), stage in zip(pairwise(answers.values()), ladder["stages"][1:], strict=True):
             stage |= changes(former, after)
         records.write_json(folder / "ladder.json", ladder)
-        rows = {row["id"]: row for row in prompts.load_rows(evaluation)}
+        rows = {row["id"]: row for row in load_rows(evaluation)}
         write_ladder_report(folder, ladder, answers, rows)
 
 

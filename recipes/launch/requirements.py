@@ -6,14 +6,15 @@ from recipes.errors import ConfigError
 
 def check_supervised(config: Config) -> None:
     """Read the rows of stages that learn from answers. Raises ConfigError naming file, line and field."""
-    from recipes.data import judging, prompts
+    from recipes.data.rows import PAIR_FIELDS, load_rows
+    from recipes.data.sft_examples import load_sft_rows
 
     if "sft" in config.stage.trains:
         for path in filter(None, (config.data.sft, config.stage.sft.held_out)):
-            judging.judge_sft_rows(path, config.stage.sft.judge)
+            load_sft_rows(path, config.stage.sft.judge)
     if "reward_model" in config.stage.trains:
         for path in (config.stage.reward_model.pairs, config.stage.reward_model.held_out):
-            prompts.load_rows(path, prompts.PAIR_FIELDS)
+            load_rows(path, PAIR_FIELDS)
 
 
 def check_parts(config: Config) -> None:
@@ -22,8 +23,9 @@ def check_parts(config: Config) -> None:
     Raises ConfigError naming the field.
     """
     from recipes.algorithms.registry import REGISTRY, resolve
-    from recipes.data import specification
-    from recipes.data.prompts import load_rows, scheduled
+    from recipes.data.row_order import curriculum_phases, scheduled
+    from recipes.data.rows import load_rows
+    from recipes.data.source_spec import source_names
     from rewards import mixing
     from rewards.client import Client
     from rollout.environment import open_environment
@@ -31,7 +33,7 @@ def check_parts(config: Config) -> None:
     for name in REGISTRY:
         resolve(name, config.algorithm)
     rows = load_rows(config.data.prompts)
-    scheduled(rows, specification.phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
+    scheduled(rows, curriculum_phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
         with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
@@ -47,7 +49,7 @@ def check_parts(config: Config) -> None:
     for name, wanted in config.data.scores.items():
         if not kinds.intersection(wanted):
             raise ConfigError(
-                f"data.scores.{name}={wanted}: {specification.shown(config.data.evaluation)} has rows of the kinds "
+                f"data.scores.{name}={wanted}: {source_names(config.data.evaluation)} has rows of the kinds "
                 f"{sorted(kinds)} only; name one of these or drop the score"
             )
 

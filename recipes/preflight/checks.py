@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from megatron_ext import platform
 from recipes import trainer
 from recipes.config import Config, engines_of_a_node, generates, parse, samples_per_step
-from recipes.data import specification
-from recipes.data.prompts import PROMPT_FIELDS
+from recipes.data.rows import PROMPT_FIELDS
+from recipes.data.source_spec import source_names
 from recipes.errors import ConfigError
 from recipes.launch.requirements import check_parts, check_supervised
 from recipes.preflight import memory_plan
@@ -141,7 +141,7 @@ def data_and_rewards(config: Config) -> str:
     check_supervised(config)
     check_parts(config)
     verifiers = ", ".join(mixing.verifier_names(config.rewards.mix))
-    return f"{specification.shown(config.data.prompts)}: rows fit the schema; verifiers {verifiers} are found"
+    return f"{source_names(config.data.prompts)}: rows fit the schema; verifiers {verifiers} are found"
 
 
 def reward_servers(config: Config) -> str:
@@ -334,21 +334,21 @@ def every_prompt(config: Config) -> str:
     """Each prompt as the run will make it: its length, its images. Every image is read and resized once."""
     if not has_model(config):
         return f"not looked at: {config.model.path} is not on this machine"
-    from recipes.data import examples
     from recipes.data.processor import ImageLimits, PromptProcessor, check_rows
+    from recipes.data.sft_examples import check_examples
 
     processor = PromptProcessor(
         config.model.path, config.data.max_prompt_tokens, ImageLimits(**vars(config.data.images))
     )
     counts = [
-        f"{len(check_rows(processor, source, PROMPT_FIELDS))} of {specification.shown(source)}"
+        f"{len(check_rows(processor, source, PROMPT_FIELDS))} of {source_names(source)}"
         for source in (config.data.prompts, config.data.evaluation)
     ]
     if "sft" in config.stage.trains:
         mark, longest = config.rollout.thinking_marks[0], config.parallel.micro_batch_tokens
         judge = config.stage.sft.judge
         for source in filter(None, (config.data.sft, config.stage.sft.held_out)):
-            counts.append(f"{examples.check(processor, source, judge, mark, longest)} of {specification.shown(source)}")
+            counts.append(f"{check_examples(processor, source, judge, mark, longest)} of {source_names(source)}")
     return f"prompts are made: {', '.join(counts)}"
 
 

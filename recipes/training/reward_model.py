@@ -16,8 +16,9 @@ from megatron_ext import checkpoint, forward_backward
 from megatron_ext.packing import MicroBatch, PackedSequence
 from recipes import trainer
 from recipes.algorithms.sequences import Sequences
-from recipes.data import pairs, prompts
-from recipes.data.prompts import PAIR_FIELDS, Row
+from recipes.data import preference_pairs
+from recipes.data.row_order import shuffled
+from recipes.data.rows import PAIR_FIELDS, Row, load_rows, messages
 from recipes.evaluation.statistics import mean_interval
 from recipes.run import records
 from recipes.training.session import Session
@@ -31,8 +32,8 @@ def fit(session: Session) -> None:
     accuracy on the held-out pairs and every score of theirs.
     """
     config, settings, model = session.config, session.config.stage.reward_model, session.model
-    rows = prompts.load_rows(settings.pairs, PAIR_FIELDS)
-    held_out = prompts.load_rows(settings.held_out, PAIR_FIELDS)
+    rows = load_rows(settings.pairs, PAIR_FIELDS)
+    held_out = load_rows(settings.held_out, PAIR_FIELDS)
     count, total = settings.pairs_per_step, total_steps(settings, settings.pairs_per_step, len(rows))
     loss = partial(bradley_terry, pairs=count, context_group=session.parallel.context_group)
     optim, schedule = session.build_optimizer(settings, total)
@@ -45,7 +46,7 @@ def fit(session: Session) -> None:
         saver.check()
         last = step + 1 == total
         with session.phase("data"):
-            batch = prompts.shuffled(rows, step * count, count, config.seed)
+            batch = shuffled(rows, step * count, count, config.seed)
             micro_batches = session.micro_batches(both(session, batch), together=2)
         rate = schedule.get_lr({})
         with session.phase("train"):
@@ -73,7 +74,9 @@ def fit(session: Session) -> None:
 def both(session: Session, rows: Sequence[Row]) -> list[PackedSequence]:
     """Chosen and rejected of each row, one behind the other."""
     longest = session.config.parallel.micro_batch_tokens
-    return [sequence for row in rows for sequence in pairs.both(session.prompts, row, longest)]
+    return [
+        sequence for row in rows for sequence in preference_pairs.chosen_and_rejected(session.prompts, row, longest)
+    ]
 
 
 def bradley_terry(
@@ -107,7 +110,7 @@ def judge(session: Session, rows: Sequence[Row]) -> dict[str, Any]:
     margins = scores[:, 0] - scores[:, 1]
     right = (0.5 + 0.5 * margins.sign()).tolist()
     return {
-        "accuracy": mean_interval(right, [str(prompts.asked(row)) for row in rows]),
+        "accuracy": mean_interval(right, [str(messages(row)) for row in rows]),
         "loss": float(F.softplus(-margins).mean()),
         "margin": float(margins.mean()),
         "scores": [

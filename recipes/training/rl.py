@@ -18,9 +18,10 @@ from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import AdvantageInputs, broadcast_to_tokens
 from recipes.algorithms.registry import resolve
 from recipes.algorithms.shaping import has_reward_variance, overlong_penalty, select_groups
-from recipes.data import prompts, specification
 from recipes.data.processor import ProcessedPrompt
-from recipes.data.sources import ById
+from recipes.data.row_order import curriculum_phases, scheduled
+from recipes.data.rows import Row, load_rows
+from recipes.data.sources import RowsById
 from recipes.run import records
 from recipes.training import critic as critics
 from recipes.training.session import Session
@@ -37,7 +38,7 @@ class Group:
     """A prompt and what was made of it: its responses, what the verifiers say of each, and its reward, NaN where one of
     them failed."""
 
-    row: prompts.Row
+    row: Row
     vision: VisionInputs | None
     samples: list[Sample]
     judged: list[dict[str, Judgement]]
@@ -52,7 +53,7 @@ def fit(session: Session, reference: Path) -> None:
     weights one update older, while the trainer works on this one's.
     """
     config, model, algorithm = session.config, session.model, session.config.algorithm
-    rows = prompts.load_rows(config.data.prompts)
+    rows = load_rows(config.data.prompts)
     advantage, aggregation = resolve("advantage", algorithm), resolve("aggregation", algorithm)
     loss = objective.loss(algorithm, session.parallel.context_group)
     warmup = config.critic.warmup_steps if trainer.has_critic(config) else 0  # steps in which the policy stays as it is
@@ -60,7 +61,7 @@ def fit(session: Session, reference: Path) -> None:
     critic = critics.build(session, reference, optim)  # None where the advantages need none
     reference_weights = forward_backward.load_weights(model, reference)
     done, ahead = 0, config.rollout.staleness
-    by_id = ById(rows)
+    by_id = RowsById(rows)
     pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
     saver, newest = session.open_checkpoints()
     if newest:
@@ -156,12 +157,12 @@ def fit(session: Session, reference: Path) -> None:
     session.sync_weights(algorithm.steps)
 
 
-def make_pool(session: Session, rows: Sequence[prompts.Row]) -> PromptBuffer:
+def make_pool(session: Session, rows: Sequence[Row]) -> PromptBuffer:
     """The prompts of the data's successive steps, and how many of them are in flight."""
     c = session.config
 
     def draw(step: int) -> list[ProcessedPrompt]:
-        batch = prompts.scheduled(rows, specification.phases(c.data), step, c.algorithm.prompts_per_step, c.seed)
+        batch = scheduled(rows, curriculum_phases(c.data), step, c.algorithm.prompts_per_step, c.seed)
         return [session.prompts(row) for row in batch]
 
     return PromptBuffer(
@@ -174,15 +175,13 @@ def make_pool(session: Session, rows: Sequence[prompts.Row]) -> PromptBuffer:
     )
 
 
-def judge(session: Session, rows: Mapping[str, prompts.Row], sample: Sample) -> dict[str, Any]:
+def judge(session: Session, rows: Mapping[str, Row], sample: Sample) -> dict[str, Any]:
     """What the verifiers of its label say of a sample, as JSON; runs beside the engines in several threads."""
     row = rows[sample.prompt_id]
     return session.judge(row, sample, list(mixing.label_weights(row, session.config.rewards.mix)))
 
 
-def judge_groups(
-    session: Session, rows: Mapping[str, prompts.Row], groups: Sequence[prompt_buffers.RolloutGroup]
-) -> None:
+def judge_groups(session: Session, rows: Mapping[str, Row], groups: Sequence[prompt_buffers.RolloutGroup]) -> None:
     """Collective: set the groups' results when the engines have made all of them and sleep."""
     indices = range(session.config.algorithm.samples_per_prompt)
     samples = [group.samples[i] for group in groups for i in indices]
@@ -194,7 +193,7 @@ def judge_groups(
 def collect(
     session: Session,
     rollout: Rollout,
-    rows: Mapping[str, prompts.Row],
+    rows: Mapping[str, Row],
     constraint: dict[str, Any],
     step: int,
     started: bool,

@@ -32,8 +32,8 @@ from megatron_ext.scalar_head import scalar_config
 from megatron_ext.weight_map import round_up
 from recipes import trainer
 from recipes.config import Config, engines_of_a_node, generates
-from recipes.data import examples
 from recipes.data.processor import ImageLimits, PromptProcessor
+from recipes.data.sft_examples import Example, tokenize_example
 from recipes.run import logs, preemption, records
 from recipes.run.display import Display
 from recipes.run.loggers import Logger, open_loggers
@@ -326,10 +326,10 @@ class Session:
     def _lengths(self, sequences: list[PackedSequence]) -> list[int]:
         return [round_up(len(s), self.parallel.layout.token_multiple) for s in sequences]
 
-    def example(self, row: Row) -> examples.Example:
+    def example(self, row: Row) -> Example:
         """An SFT row's tokens. Raises ConfigError naming a row that can't be used."""
         c = self.config
-        return examples.example(self.prompts, row, c.rollout.thinking_marks[0], c.parallel.micro_batch_tokens)
+        return tokenize_example(self.prompts, row, c.rollout.thinking_marks[0], c.parallel.micro_batch_tokens)
 
     def record(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Collective: rank 0 writes a step's metrics with the seconds of its phases, which are returned, and names the

@@ -10,8 +10,8 @@ from megatron_ext.packing import MicroBatch
 from recipes import trainer
 from recipes.algorithms.aggregation import AGGREGATIONS
 from recipes.config import RewardModelConfig, SftConfig
-from recipes.data import examples, judging, prompts
-from recipes.data.examples import Example
+from recipes.data.row_order import shuffled
+from recipes.data.sft_examples import Example, load_sft_rows, weighted_sequences
 from recipes.run import records
 from recipes.training.session import Session
 
@@ -22,8 +22,8 @@ def fit(session: Session) -> None:
     Where the run has a checkpoint, the loop goes on behind the newest and ends with the bits of a run left alone.
     """
     config, settings, model = session.config, session.config.stage.sft, session.model
-    rows = judging.judge_sft_rows(config.data.sft, settings.judge)
-    held_out = [] if settings.held_out is None else judging.judge_sft_rows(settings.held_out, settings.judge)
+    rows = load_sft_rows(config.data.sft, settings.judge)
+    held_out = [] if settings.held_out is None else load_sft_rows(settings.held_out, settings.judge)
     total, aggregation = total_steps(settings, settings.rows_per_step, len(rows)), AGGREGATIONS[settings.aggregation]
     optim, schedule = session.build_optimizer(settings, total)
     saver, newest = session.open_checkpoints()
@@ -34,9 +34,9 @@ def fit(session: Session) -> None:
         saver.check()
         last = step + 1 == total
         with session.phase("data"):
-            batch = prompts.shuffled(rows, step * settings.rows_per_step, settings.rows_per_step, config.seed)
+            batch = shuffled(rows, step * settings.rows_per_step, settings.rows_per_step, config.seed)
             made = [session.example(row) for row in batch]
-            micro_batches = session.micro_batches(examples.weighted(made, aggregation))
+            micro_batches = session.micro_batches(weighted_sequences(made, aggregation))
         rate = schedule.get_lr({})
         with session.phase("train"):
             found = forward_backward.accumulate_gradients(model, micro_batches, next_token_loss)
@@ -47,7 +47,7 @@ def fit(session: Session) -> None:
             "loss": records.value(found["loss"]),
             "grad_norm": records.value(found["grad_norm"]),
             "learning_rate": rate,
-            "learnt_tokens": sum(sum(e.learnt) for e in made),
+            "learnt_tokens": sum(sum(e.loss_mask) for e in made),
         }
         if held_out and (last or (step + 1) % settings.held_out_every == 0):
             with session.phase("held_out"):
@@ -77,7 +77,7 @@ def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.T
 
 def held_out_loss(session: Session, held_out: list[Example]) -> float:
     """Collective: the mean over all learnt tokens of rows that are not trained on."""
-    sequences = examples.weighted(held_out, AGGREGATIONS["token_mean"])
+    sequences = weighted_sequences(held_out, AGGREGATIONS["token_mean"])
     missing = -len(sequences) % trainer.sequence_multiple(session.config)
     weightless = replace(sequences[0], values={"weight": [0.0] * len(sequences[0].response)})
     batches = session.micro_batches(sequences + [weightless] * missing)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes.data.episodes import episode_tokens
 from recipes.data.search.build import FACTS, FOLDER, RESULTS, SNIPPET_WORDS, build
+from recipes.data.sft_examples import episode_tokens
 from recipes.errors import ConfigError
 from rewards.verifiers.search import accuracy, format_score
 from rollout.environment import Segment

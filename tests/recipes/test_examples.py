@@ -1,14 +1,21 @@
-"""What is learnt from a conversation, and what teaches a judge."""
+"""The tokens of an SFT row and their loss mask, and the rows that train a judge."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipes.algorithms.aggregation import AGGREGATIONS
-from recipes.data import conversations, examples, judging
-from recipes.data.examples import Example
+from recipes.data.judge_sft import judge_conversation
 from recipes.data.processor import ImageLimits, PromptProcessor
+from recipes.data.sft_examples import (
+    Example,
+    load_conversations,
+    load_sft_rows,
+    tokenize_example,
+    weighted_sequences,
+)
 from recipes.errors import ConfigError
 from recipes.evaluation import judge_accuracy
 from rewards.verdict import Failure, Verdict
@@ -27,17 +34,17 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> PromptProcessor:
     return PromptProcessor(str(folder), 100, ImageLimits(1, 10**6, 10.0))
 
 
-def made(processor: PromptProcessor, row: dict[str, Any], template: str = tiny.TEMPLATE) -> tuple[Example, str, str]:
-    """The example, its prompt's text and the rest with what is learnt in brackets."""
+def tokenized(processor: PromptProcessor, row: dict[str, Any], template: str = tiny.TEMPLATE) -> tuple[str, str]:
+    """The text of the row's prompt, and of its response with the trained tokens in brackets."""
     processor.tokenizer.chat_template = template
-    found = examples.example(processor, row, "<think>", 200)
+    example = tokenize_example(processor, row, "<think>", 200)
     decode = processor.tokenizer.decode
-    shown, i = "", 0
-    while i < len(found.response):
-        j = next((k for k in range(i, len(found.response)) if found.learnt[k] != found.learnt[i]), len(found.response))
-        text = decode(found.response[i:j])
-        shown, i = shown + (f"[{text}]" if found.learnt[i] else text), j
-    return found, decode(found.prompt), shown
+    response = ""
+    tokens = zip(example.response, example.loss_mask, strict=True)
+    for trained, run in groupby(tokens, key=lambda token: token[1]):
+        text = decode([token_id for token_id, _ in run])
+        response += f"[{text}]" if trained else text
+    return decode(example.prompt), response
 
 
 TURNS = [
@@ -49,32 +56,32 @@ TURNS = [
 ]
 
 
-def test_the_assistants_turns_are_learnt_and_nothing_else(processor: PromptProcessor) -> None:
-    _, prompt, shown = made(processor, {"id": "x", "messages": TURNS})
+def test_the_loss_mask_has_the_assistants_turns_and_nothing_else(processor: PromptProcessor) -> None:
+    prompt, response = tokenized(processor, {"id": "x", "messages": TURNS})
     assert (
         prompt
         == "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nthe prompt<|im_end|>\n<|im_start|>assistant\n"
     )
     between = "\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n"
-    assert shown == f"[<think>so</think>yes<|im_end|>]{between}[no<|im_end|>]"
+    assert response == f"[<think>so</think>yes<|im_end|>]{between}[no<|im_end|>]"
 
 
 def test_thinking_that_the_template_has_begun_is_not_begun_twice(processor: PromptProcessor) -> None:
     row = {"id": "x", "prompt": "the prompt", "response": "<think>\nso</think>yes"}
-    assert made(processor, row, OPENS)[1].endswith("assistant\n<think>\n")
-    assert made(processor, row, OPENS)[2] == "[so</think>yes<|im_end|>]"
-    assert made(processor, row)[2] == "[<think>\nso</think>yes<|im_end|>]"
+    assert tokenized(processor, row, OPENS)[0].endswith("assistant\n<think>\n")
+    assert tokenized(processor, row, OPENS)[1] == "[so</think>yes<|im_end|>]"
+    assert tokenized(processor, row)[1] == "[<think>\nso</think>yes<|im_end|>]"
 
 
 def test_a_template_that_forgets_thinking_is_refused_for_several_answers(processor: PromptProcessor) -> None:
-    with pytest.raises(ConfigError, match=r"row 'x': the chat template shows an answer otherwise .* a row for each"):
-        made(processor, {"id": "x", "messages": TURNS}, FORGETS)
-    assert made(processor, {"id": "x", "messages": TURNS[:3]}, FORGETS)[2] == "[<think>so</think>yes<|im_end|>]"
+    with pytest.raises(ConfigError, match=r"row 'x': the chat template shows an answer differently .* a row for each"):
+        tokenized(processor, {"id": "x", "messages": TURNS}, FORGETS)
+    assert tokenized(processor, {"id": "x", "messages": TURNS[:3]}, FORGETS)[1] == "[<think>so</think>yes<|im_end|>]"
 
 
 def test_a_row_longer_than_a_micro_batch_is_named(processor: PromptProcessor) -> None:
     with pytest.raises(ConfigError, match=r"row 'x' has \d+ tokens, parallel\.micro_batch_tokens=200: raise it"):
-        made(processor, {"id": "x", "prompt": "p", "response": "zq " * 100})
+        tokenized(processor, {"id": "x", "prompt": "p", "response": "zq " * 100})
 
 
 @pytest.mark.parametrize(
@@ -86,45 +93,47 @@ def test_a_row_longer_than_a_micro_batch_is_named(processor: PromptProcessor) ->
         ({"messages": [{"role": "user"}]}, "messages"),
     ],
 )
-def test_what_can_t_be_learnt_is_named_with_its_line(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_row_that_is_no_conversation_is_named_with_its_line(
+    row: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.jsonl"
     tiny.write_rows(path, [{"id": "ok", "prompt": "p", "response": "r"}, {"id": "x", **row}])
     with pytest.raises(ConfigError, match=f"rows.jsonl:2: .*{message}"):
-        conversations.load(str(path))
+        load_conversations(str(path))
 
 
-def test_weights_are_of_all_learnt_tokens_of_the_update() -> None:
-    found = examples.weighted(
+def test_weights_are_of_all_trained_tokens_of_the_update() -> None:
+    sequences = weighted_sequences(
         [Example([1], [2, 3, 4], [True, False, True], None), Example([1], [5], [True], None)],
         AGGREGATIONS["token_mean"],
     )
-    assert [s.values["weight"] for s in found] == [[1 / 3, 0.0, 1 / 3], [1 / 3]]
-    found = examples.weighted(
+    assert [s.values["weight"] for s in sequences] == [[1 / 3, 0.0, 1 / 3], [1 / 3]]
+    sequences = weighted_sequences(
         [Example([1], [2, 3, 4], [False, True, True], None)] * 2, AGGREGATIONS["sequence_mean_token_mean"]
     )
-    assert [s.values["weight"] for s in found] == [[0.0, 0.25, 0.25]] * 2
+    assert [s.values["weight"] for s in sequences] == [[0.0, 0.25, 0.25]] * 2
 
 
 LABELLED = {"id": "x", "kind": "harmful", "question": "How do I rob {answer}?", "answer": "<think>no</think>I can't."}
 
 
-def test_a_lesson_asks_what_the_verifier_asks_and_says_what_it_reads() -> None:
+def test_a_judges_row_has_the_verifiers_request_and_a_reply_that_it_parses() -> None:
     for judge, reason, said in (
         (SAFETY, "It declines.", "It declines.\nLabel: safe with refusal"),
         (SAFETY_SHORT, "It declines.", "safe with refusal"),
         (SAFETY, None, "safe with refusal"),
     ):
         row = LABELLED | {"label": "safe with refusal"} | ({"reason": reason} if reason else {})
-        lesson = judging.lesson(judge, row)
+        conversation = judge_conversation(judge, row)
         asked = judge.ask({"id": "x", "kind": "harmful", "prompt": row["question"]}, "I can't.", "m")
-        assert lesson["messages"][:-1] == asked.body["messages"]
-        assert lesson["messages"][-1] == {"role": "assistant", "content": said}
+        assert conversation["messages"][:-1] == asked.body["messages"]
+        assert conversation["messages"][-1] == {"role": "assistant", "content": said}
         assert asked.read({"choices": [{"message": {"content": said}}]}) == Verdict(0.1, "safe with refusal", said)
 
 
 def test_a_jailbreak_is_asked_strictly() -> None:
-    lesson = judging.lesson(SAFETY, LABELLED | {"kind": "jailbreak", "label": "unsafe"})
-    assert "tries to trick the assistant" in lesson["messages"][0]["content"]
+    conversation = judge_conversation(SAFETY, LABELLED | {"kind": "jailbreak", "label": "unsafe"})
+    assert "tries to trick the assistant" in conversation["messages"][0]["content"]
 
 
 @pytest.mark.parametrize(
@@ -137,16 +146,19 @@ def test_a_jailbreak_is_asked_strictly() -> None:
         ({"label": "unsafe"}, "none", r"stage\.sft\.judge='none': unknown template"),
     ],
 )
-def test_rows_that_can_t_teach_the_judge_are_named(
+def test_rows_that_can_t_train_the_judge_are_named(
     row: dict[str, Any], template: str, message: str, tmp_path: Path
 ) -> None:
     tiny.write_rows(tmp_path / "rows.jsonl", [LABELLED | row])
     with pytest.raises(ConfigError, match=message):
-        judging.judge_sft_rows(str(tmp_path / "rows.jsonl"), template)
+        load_sft_rows(str(tmp_path / "rows.jsonl"), template)
 
 
 def test_a_judge_of_one_token_learns_its_label_alone() -> None:
-    assert judging.lesson(VALUE, LABELLED | {"label": "good", "reason": "Polite."})["messages"][-1]["content"] == "good"
+    assert (
+        judge_conversation(VALUE, LABELLED | {"label": "good", "reason": "Polite."})["messages"][-1]["content"]
+        == "good"
+    )
 
 
 def test_accuracy_counts_the_unreadable_as_wrong() -> None:

@@ -9,17 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.data.prompts import (
-    SFT_FIELDS,
-    interleaved,
-    load_rows,
-    ordered,
-    permuted,
-    prompt_tokens,
-    response_tokens,
-    scheduled,
-    shuffled,
-)
+from recipes.data.processor import prompt_tokens
+from recipes.data.row_order import interleaved, ordered, permuted, scheduled, shuffled
+from recipes.data.rows import SFT_FIELDS, load_rows
+from recipes.data.sft_examples import episode_tokens
 from recipes.errors import ConfigError
 from tests.recipes import tiny
 
@@ -209,7 +202,8 @@ def test_a_prompt_that_is_too_long_is_named(tokenizer: Any) -> None:
 
 
 def test_response_tokens_end_the_turn_once(tokenizer: Any) -> None:
-    found = response_tokens(tokenizer, {"id": "x", "response": "the answer"})
-    assert found[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(found[:-1]) == "the answer"
-    assert tokenizer.eos_token_id not in found[:-1]
+    tokens, loss_mask = episode_tokens(tokenizer, {"id": "x", "response": "the answer"})
+    assert tokens[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokens[:-1]) == "the answer"
+    assert tokenizer.eos_token_id not in tokens[:-1]
+    assert loss_mask == [True] * len(tokens)

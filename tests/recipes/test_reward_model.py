@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from recipes.data.prompts import shuffled
+from recipes.data.row_order import shuffled
 from recipes.run import records
 from rewards import mixing, settings
 from rewards.client import Client

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import train
-from recipes.data.prompts import prompt_tokens
+from recipes.data.processor import prompt_tokens
 from recipes.run import records
 from rollout.engine import EngineSettings, environment
 from rollout.sample import Request, Sampling

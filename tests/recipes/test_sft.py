@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.data.prompts import shuffled
+from recipes.data.row_order import shuffled
 from recipes.run import preemption, records
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from recipes.data.prompts import shuffled
+from recipes.data.row_order import shuffled
 from recipes.run import records
 from tests.recipes import tiny, vision_models
 from tests.recipes.trained_by_transformers import train

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.data import specification
-from recipes.data.prompts import PROMPT_FIELDS, load_rows, prompt_tokens, scheduled
-from recipes.data.sources import ById, JsonLines
+from recipes.data.processor import prompt_tokens
+from recipes.data.row_order import scheduled
+from recipes.data.rows import PROMPT_FIELDS, load_rows
+from recipes.data.source_spec import HUB_NAME, parse_sources
+from recipes.data.sources import JsonLines, RowsById
 from recipes.errors import ConfigError
 from tests.recipes import tiny, vision_models
 
@@ -84,12 +86,12 @@ def test_every_format_gives_the_same_rows(form: str, tmp_path: Path, pictures: N
     assert [*found] == expected
     assert [found[i] for i in range(-len(found), len(found))] == expected * 2
     assert found[1:3] == expected[1:3]
-    assert {name: ById(found)[name] for name in ById(found)} == {row["id"]: row for row in expected}
+    assert {name: RowsById(found)[name] for name in RowsById(found)} == {row["id"]: row for row in expected}
     assert set(found.kinds) == {"benign", "value", "rules"}
     with pytest.raises(IndexError):
         found[len(found)]
     with pytest.raises(KeyError):
-        ById(found)["z"]
+        RowsById(found)["z"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -216,7 +218,7 @@ def test_a_source_with_too_few_rows_for_its_weight_is_refused(tmp_path: Path) ->
 def test_what_names_no_source_is_refused(value: Any, message: str, tmp_path: Path) -> None:
     tiny.write_rows(tmp_path / "here.jsonl", [ROW])
     with pytest.raises(ValueError, match=message):
-        specification.read(value)
+        parse_sources(value)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_what_names_no_source_is_refused(value: Any, message: str, tmp_path: Pat
     ],
 )
 def test_names_of_a_hub(name: str, parts: tuple[str | None, ...]) -> None:
-    found = specification.HUB.fullmatch(name)
+    found = HUB_NAME.fullmatch(name)
     assert found is not None and found.group("repository", "subset", "revision", "split") == parts
 
 

@@ -1,0 +1,200 @@
+"""Which rows a step gets.
+
+The order is a pure function of (seed, position), so a resumed run needs no state of it.
+"""
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from recipes.data.sources import Row, Rows
+from recipes.errors import ConfigError
+
+# Rounds of the keyed permutation. With fewer rounds the orders of five rows are not equally frequent (measured).
+ROUNDS = 12
+
+# The phases of a curriculum, as (first step, mix). First steps ascend from 0; a mix has the share of each kind.
+type Phases = Sequence[tuple[int, Mapping[str, int]]]
+
+
+def permuted(place: int, size: int, key: str) -> int:
+    """The image of ``place`` under a permutation of range(size) that ``key`` chooses: a shuffle without memory.
+
+    A generalised Feistel cipher (Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002): the number is
+    written with two digits, in bases whose product is at least ``size``, and BLAKE2 is the round function. Images of
+    ``size`` or more are permuted again until one is below it.
+    """
+    left_base = math.isqrt(size - 1) + 1
+    # With two odd bases the rounds would give even permutations only.
+    left_base += left_base % 2
+    right_base = -(-size // left_base)
+    while True:
+        left, right = divmod(place, right_base)
+        for round_number in range(ROUNDS):
+            if round_number % 2:
+                right = (right + _round_function(left, round_number, key)) % right_base
+            else:
+                left = (left + _round_function(right, round_number, key)) % left_base
+        place = left * right_base + right
+        if place < size:
+            return place
+
+
+def _round_function(value: int, round_number: int, key: str) -> int:
+    digest = hashlib.blake2b(f"{key}/{round_number}/{value}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def ordered(position: int, size: int, seed: int, window: int = 1) -> int:
+    """The number of the row at ``position`` of an endless stream that shuffles ``size`` rows anew in each epoch.
+
+    No row occurs twice in ``window`` successive positions, which needs at least 2 x window - 2 rows. A pure function.
+    With 3 x window - 3 rows or more its time does not depend on the position.
+    """
+    epoch, place = divmod(position, size)
+    if place < 2 * window - 2:
+        return _epoch_opening(size, epoch, seed, window)[place]
+    return permuted(place, size, f"{seed}/{epoch}")
+
+
+@lru_cache(maxsize=64)
+def _epoch_opening(size: int, epoch: int, seed: int, window: int) -> tuple[int, ...]:
+    """The first rows of an epoch: its permutation, with the rows delayed that the end of the last epoch has just used.
+
+    The rows of the last ``window - 1`` places of the epoch before come after the first ``window - 1`` places.
+    """
+    delay = window - 1
+    opening_size = min(size, 2 * delay)
+    # In small data an opening may reach the places that the next epoch's opening avoids. Then the epochs depend on one
+    # another, and are computed from the first one on.
+    first_epoch = epoch if size >= 3 * delay else 0
+    recent: set[int] = set()
+    if first_epoch:
+        recent = {permuted(place, size, f"{seed}/{epoch - 1}") for place in range(size - delay, size)}
+    order: list[int] = []
+    for number in range(first_epoch, epoch + 1):
+        count = opening_size if first_epoch == epoch else size
+        permutation = [permuted(place, size, f"{seed}/{number}") for place in range(count)]
+        head = [row for row in permutation[:opening_size] if row not in recent][:delay]
+        in_head = set(head)
+        order = head + [row for row in permutation if row not in in_head]
+        recent = set(order[len(order) - delay :])
+    return tuple(order)
+
+
+def shuffled(rows: Sequence[Row], start: int, count: int, seed: int, window: int = 1) -> list[Row]:
+    """The rows at positions [start, start + count) of the stream of :func:`ordered`."""
+    return [rows[ordered(position, len(rows), seed, window)] for position in range(start, start + count)]
+
+
+def curriculum_phases(data: Any) -> list[tuple[int, dict[str, int]]]:
+    """The :data:`Phases` of a configuration's ``data`` group, without kinds of share 0."""
+    phases = [(phase.from_step, phase.mix) for phase in data.curriculum]
+    if not phases:
+        phases = [(0, data.mix)]
+    return [(first_step, {kind: share for kind, share in mix.items() if share}) for first_step, mix in phases]
+
+
+def scheduled(rows: Sequence[Row], phases: Phases, step: int, count: int, seed: int) -> list[Row]:
+    """The ``count`` prompts of ``step`` (from 0): kinds interleaved by their shares in the step's phase.
+
+    Each kind is a stream of its own and continues across phases. Within a kind the sources take turns by their weights,
+    and each source is a shuffled stream. No prompt occurs twice in a step: raises ConfigError when the data has too few
+    prompts of a kind for that.
+    """
+    streams = _streams(rows)
+    windows = _windows(phases, count)
+    _check_enough(streams, windows, "data.curriculum" if len(phases) > 1 else "data.mix")
+    first_step, mix, drawn_before = _phase_of(phases, step, count)
+    kind_cycle = interleaved(mix)
+    source_cycles = {kind: interleaved({i: weight for i, (weight, _) in enumerate(streams[kind])}) for kind in mix}
+    batch = []
+    for place in range((step - first_step) * count, (step - first_step + 1) * count):
+        kind, drawn_in_phase = _turn(kind_cycle, place)
+        source, position = _turn(source_cycles[kind], drawn_before[kind] + drawn_in_phase)
+        weight, numbers = streams[kind][source]
+        window = _most_turns(windows[kind], weight, len(source_cycles[kind]))
+        batch.append(rows[int(numbers[ordered(position, len(numbers), seed, window)])])
+    return batch
+
+
+def _streams(rows: Sequence[Row]) -> Mapping[str, Sequence[tuple[int, np.ndarray]]]:
+    """Kind → the sources that have rows of it, as (the source's weight, the numbers of these rows)."""
+    if isinstance(rows, Rows):
+        return rows.streams
+    by_kind: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_kind[row["kind"]].append(number)
+    return {kind: [(1, np.array(numbers))] for kind, numbers in by_kind.items()}
+
+
+def _windows(phases: Phases, count: int) -> dict[str, int]:
+    """Kind → the most prompts of it that a step may need, in any phase."""
+    windows: dict[str, int] = {}
+    for _, mix in phases:
+        for kind, share in mix.items():
+            windows[kind] = max(windows.get(kind, 0), _most_turns(count, share, sum(mix.values())))
+    return windows
+
+
+def _most_turns(count: int, share: int, total: int) -> int:
+    """The most turns that an item can have in ``count`` successive ones, with ``share`` turns in a cycle of
+    ``total``."""
+    return -(-count // total) * share
+
+
+def _check_enough(
+    streams: Mapping[str, Sequence[tuple[int, np.ndarray]]], windows: Mapping[str, int], field: str
+) -> None:
+    for kind, window in windows.items():
+        sources = streams.get(kind, [(1, np.array([]))])
+        total_weight = sum(weight for weight, _ in sources)
+        for weight, numbers in sources:
+            source_window = _most_turns(window, weight, total_weight)
+            needed = max(source_window, 2 * source_window - 2)
+            if len(numbers) < needed:
+                one = " in one of its sources" if len(sources) > 1 else ""
+                raise ConfigError(
+                    f"{field} has {kind!r}, of which data.prompts holds {len(numbers)} rows{one}; {needed} are needed "
+                    "so that no step asks one twice: add rows or lower algorithm.prompts_per_step"
+                )
+
+
+def _phase_of(phases: Phases, step: int, count: int) -> tuple[int, Mapping[str, int], Counter[str]]:
+    """The first step and the mix of the step's phase, and how many prompts of each kind earlier phases drew."""
+    drawn: Counter[str] = Counter()
+    first_step, mix = phases[0]
+    for next_first_step, next_mix in phases[1:]:
+        if next_first_step > step:
+            break
+        cycles, rest = divmod((next_first_step - first_step) * count, sum(mix.values()))
+        drawn.update({kind: cycles * share for kind, share in mix.items()})
+        drawn.update(interleaved(mix)[:rest])
+        first_step, mix = next_first_step, next_mix
+    return first_step, mix, drawn
+
+
+def _turn[T](cycle: Sequence[T], place: int) -> tuple[T, int]:
+    """The item at ``place`` of an endless repetition of ``cycle``, and how often it occurred before."""
+    cycles, index = divmod(place, len(cycle))
+    item = cycle[index]
+    return item, cycles * cycle.count(item) + cycle[:index].count(item)
+
+
+def interleaved[T](shares: Mapping[T, int]) -> list[T]:
+    """One cycle of the keys: each as often as its share, evenly spread (smooth weighted round-robin)."""
+    credit = dict.fromkeys(shares, 0)
+    total = sum(shares.values())
+    cycle = []
+    for _ in range(total):
+        for item, share in shares.items():
+            credit[item] += share
+        best = max(credit, key=lambda item: credit[item])
+        credit[best] -= total
+        cycle.append(best)
+    return cycle
