@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# The ladder as one job a stage, each after the one before: `slurm/ladder.sh slurm/safework_72b.sh [overrides…]`.
-# It prints the jobs' numbers. A stage that fails takes those behind it out of the queue; then, or at the end, a small job
-# writes the ladder's report. STAGES="rl_safety rl_search" names other stages than conf/stage/ladder.yaml. sbatch's options
-# go into its own variables (SBATCH_PARTITION, …: slurm/sites/template.sh).
-set -euo pipefail
+# Submits the stages of the ladder, a job each, which starts when the job before it has succeeded:
+#
+#   slurm/ladder.sh slurm/safework_72b.sh [overrides…]
+#
+# It prints the numbers of the jobs. When a stage fails, Slurm cancels the jobs after it; then, or at the end, a small job
+# writes the report of all stages. STAGES="rl_safety rl_search" names other stages than conf/stage/ladder.yaml. Options of
+# sbatch go into its own variables (SBATCH_PARTITION, …: slurm/sites/template.sh).
 source slurm/library.sh
 script=${1:?which script, such as slurm/safework_72b.sh}
 read_arguments "${@:2}"
 size=()
 if [[ -n $nodes ]]; then
   size=(--nodes="$nodes")
-  if grep -q '^#SBATCH hetjob' "$script"; then size+=(:); fi # the trainer's component alone
+  # --nodes is of the trainer's component alone
+  if grep -q '^#SBATCH hetjob' "$script"; then size+=(:); fi
 fi
 recipe=$(sed -n 's/^run_job .*recipe=\([^ ]*\).*/\1/p' "$script")
 for argument in "${hydra[@]}"; do
   [[ $argument != recipe=* ]] || recipe=${argument#*=}
 done
 previous=()
-for stage in ${STAGES:-$(sed -n 's/^stage: .*ladder: \[\(.*\)\].*/\1/p' conf/stage/ladder.yaml | tr -d ,)}; do
+stages=${STAGES:-$(sed -n 's/^stage: .*ladder: \[\(.*\)\].*/\1/p' conf/stage/ladder.yaml | tr -d ,)}
+for stage in $stages; do
   job=$(sbatch --parsable --kill-on-invalid-dep=yes "${previous[@]}" "${size[@]}" "$script" "stage=$stage" "${@:2}")
   echo "$stage: job $job"
   previous=(--dependency="afterok:$job")

@@ -1,10 +1,17 @@
 # shellcheck shell=bash
-# What the job scripts share. Sourced from the repository's root; `run_job recipe=NAME "$@"` is the whole job: the
-# preflight, reward servers where the recipe needs them, and one task per rank. The exit code is the first that failed; a
-# job that is worth it begins again by itself, and resumes (finish).
+# What the job scripts share. A script has its #SBATCH lines, sources this file from the repository's root and calls
+# `run_job recipe=NAME "$@"`, which runs the preflight, reward servers where the recipe needs them, and one task per rank.
+# Everything after the script's name goes to Hydra:
+#
+#   sbatch slurm/safework_72b.sh algorithm=cpgd stage=rl_safety
+#   sbatch slurm/safework_72b.sh cluster.nodes=16      # or, without a second wait in the queue:
+#   sbatch --nodes=16 : slurm/safework_72b.sh          # before the colon: of the trainer's component alone
+#
+# The job's exit code is that of the first part that failed. A failed job is requeued where that may help, and resumes
+# (on_exit).
 #
 # A heterogeneous job has the ranks in component 0 and the servers in component 1; in a job of one component the servers
-# share its nodes. A site's variables are in slurm/sites/template.sh.
+# share its nodes. A site's variables are in slurm/sites/template.sh. docs/slurm.md starts from zero.
 set -euo pipefail
 
 stop() {
@@ -32,7 +39,7 @@ read_arguments() {
   hydra=(${flags[@]+"${flags[@]}"} "${hydra[@]}")
 }
 
-# Sets what Slurm gave us: hosts, tasks and GPUs of the trainer, and where servers go.
+# Sets from Slurm's variables: hosts, tasks and GPUs of the trainer, and where servers go.
 read_job() {
   per_node=${SLURM_NTASKS_PER_NODE_HET_GROUP_0:-${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node (ranks per node) to sbatch}}
   tasks=$((per_node * SLURM_JOB_NUM_NODES))
@@ -59,22 +66,23 @@ read_job() {
   export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 }
 
-# A job that Slurm has started again resumes what its earlier start prepared; what an older job left in the run's folder is
-# not resumed. The file's time is that of the last start of ranks.
+# A requeued job resumes what its earlier start prepared; it does not resume what an older job left in the run's folder.
+# The modification time of the file $prepared is that of the last start of the ranks.
 read_restarts() {
-  restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-20}
+  restarts=${SLURM_RESTART_COUNT:-0}
+  max_restarts=${MAX_RESTARTS:-20}
   prepared=slurm-$SLURM_JOB_ID.prepared
-  ((restarts <= most)) || stop "the job was started again $restarts times, MAX_RESTARTS=$most"
+  ((restarts <= max_restarts)) || stop "the job was requeued $restarts times, MAX_RESTARTS=$max_restarts"
   if ((restarts == 0)); then
     rm -f "$prepared"
   elif [[ -e $prepared ]]; then
     hydra+=(resume=true)
-    echo "started again ($restarts of at most $most times): resumes"
+    echo "restart $restarts of at most $max_restarts: resumes"
   fi
 }
 
-# The nodes are given before Hydra reads anything. A job with other nodes than cluster.nodes submits itself again, with its
-# trainer's tasks, CPUs, GPUs and partition, and is cancelled, so that what depends on it does not start.
+# Slurm allocates the nodes before Hydra reads cluster.nodes. A job with another number of nodes submits itself again, with
+# the tasks, CPUs, GPUs and partition of its trainer, and is cancelled, so that jobs that depend on it do not start.
 resubmit() {
   local script name job=$SLURM_JOB_ID colon=${SLURM_HET_SIZE:+:}
   local gpus=${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_PER_NODE:-}}
@@ -82,12 +90,12 @@ resubmit() {
   size+=(--partition="$SLURM_JOB_PARTITION" ${gpus:+--gpus-per-node="$gpus"})
   script=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | sed -n '1s/ Command=//p')
   echo "cluster.nodes=$nodes, the job has $SLURM_JOB_NUM_NODES: submitted again (sbatch --nodes=$nodes saves this)"
-  for name in $(compgen -e SLURM_); do # of this job, which the next would inherit
+  for name in $(compgen -e SLURM_); do # the new job would inherit this job's variables
     [[ $name == SLURM_CONF ]] || unset "$name"
   done
   sbatch "${size[@]}" ${colon:+"$colon"} "$script" "$@"
   scancel "$job"
-  sleep 60 # until Slurm ends us
+  sleep 60 # until Slurm ends this script
 }
 
 # Sets python (the command) and in_container (srun's options) from the one variable CONTAINER.
@@ -109,23 +117,23 @@ read_container() {
 }
 
 # One process on the trainer's first node.
-once() {
+run_once() {
   srun "${trainer[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" --cpu-bind=none \
     "${in_container[@]}" "${python[@]}" "$@"
 }
 
-# Whether http://HOST:PORT/health says 200.
+# Whether http://HOST:PORT/health answers with status 200.
 healthy() {
   local host=${1#http://}
-  # shellcheck disable=SC2016  # the inner shell expands it
+  # shellcheck disable=SC2016  # the inner shell expands $1 and $2
   timeout 5 bash -c 'exec 3<> "/dev/tcp/$1/$2" && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && read -r _ code _ <&3 &&
     [[ $code == 200 ]]' bash "${host%:*}" "${host##*:}" 2> /dev/null
 }
 
-# Starts the servers that the recipe needs, waits until they answer, and tells the trainer where they are.
+# Starts the reward servers that the recipe needs, waits until they answer, and adds their addresses to the overrides.
 start_servers() {
   local plan host words timeout addresses address pid
-  plan=$(once -m rewards.placement "${server_hosts// /,}" "$first_free" "$gpus" "${hydra[@]}")
+  plan=$(run_once -m rewards.placement "${server_hosts// /,}" "$first_free" "$gpus" "${hydra[@]}")
   [[ -n $plan ]] || return 0
   REWARDS_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # in the environment: command lines can be read by others
   export REWARDS_TOKEN
@@ -150,48 +158,48 @@ start_servers() {
   hydra+=("${words[@]}")
 }
 
-# Ends the servers in order: SIGTERM to their steps, since a signal to srun would kill them.
+# Shuts the servers down cleanly: SIGTERM goes to their steps, since a signal to srun would kill them.
 stop_servers() {
   local steps
   ((${#servers[@]})) || return 0
   steps=$(squeue --noheader --steps --jobs="$server_job" --format='%i %j' | sed -n 's/ rewards$//p')
   # shellcheck disable=SC2086  # one word a step
-  [[ -z $steps ]] || scancel --signal=TERM $steps || true # one that ends at this moment is an error for it
+  [[ -z $steps ]] || scancel --signal=TERM $steps || true # scancel fails for a step that ends at this moment
   wait "${servers[@]}" || true
 }
 
-# On SIGUSR1, by which Slurm says that the job has to end soon: a run that has begun is told, and saves. A timer runs from
-# then on.
-hear() {
+# Slurm sends SIGUSR1 when the job has to end soon. It is passed on to the ranks, which finish their step and save a
+# checkpoint; a timer bounds how long they may take.
+on_sigusr1() {
   if [[ -z ${training:-} ]]; then
-    echo "told to end before training began, which is not heeded: --time must be more than --signal's seconds"
+    echo "SIGUSR1 before training began is ignored: --time must be longer than the seconds of --signal"
     return
   fi
-  echo "told to end by Slurm: the run saves its step"
+  echo "preemption requested by Slurm: the run finishes its step and saves"
   if [[ -z $timer ]]; then
-    most_of_the_time_left &
+    grace_timer &
     timer=$!
   fi
   kill -USR1 "$training" 2> /dev/null || true # srun passes it on
 }
 
-# Ends when nine tenths of the time are over that the job has left.
-most_of_the_time_left() {
+# Sleeps for nine tenths of the time that the job has left.
+grace_timer() {
   local end
   end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | sed -n 1p) || true
-  [[ $end == [0-9]* ]] || exec sleep infinity # NONE
+  [[ $end == [0-9]* ]] || exec sleep infinity # the job has no time limit
   exec sleep $(((end - $(date +%s)) * 9 / 10))
 }
 
-# The ranks. Tasks are not bound to cores: the engines are children of the ranks and use the whole node. One dead rank
-# ends the step.
+# Starts the ranks and waits for them, the servers and the timer. Tasks are not bound to cores: the engines are children of
+# the ranks and use all cores of the node. One dead rank ends the step.
 train() {
   local status pid
   srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --cpus-per-task="$cpus" --cpu-bind=none \
     --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
   training=$!
   while true; do
-    wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # also when a signal has come
+    wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # a signal interrupts it too
     if ! kill -0 "$training" 2> /dev/null; then
       status=0
       wait "$training" || status=$?
@@ -206,19 +214,19 @@ train() {
       stop "a reward server ended with code $status in the middle of the run; see <run_dir>/servers"
     done
     if [[ -n $timer ]] && ! kill -0 "$timer" 2> /dev/null; then
-      stop "the run did not save its step in time: what is behind its newest checkpoint is made again"
+      stop "the run did not save in time: the steps after its newest checkpoint are repeated"
     fi
   done
 }
 
-# Whether a task starts on each of so many nodes.
-answer() {
+# Whether a task starts on each of $1 nodes; the other arguments are srun's.
+tasks_start() {
   timeout 120 srun "${@:2}" --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpus-per-task=1 true
 }
 
-nodes_answer() {
-  answer "$SLURM_JOB_NUM_NODES" "${trainer[@]}" || return
-  [[ -z ${SLURM_HET_SIZE:-} ]] || answer "$(wc -w <<< "$server_hosts")" "${rewards[@]}"
+nodes_respond() {
+  tasks_start "$SLURM_JOB_NUM_NODES" "${trainer[@]}" || return
+  [[ -z ${SLURM_HET_SIZE:-} ]] || tasks_start "$(wc -w <<< "$server_hosts")" "${rewards[@]}"
 }
 
 # Whether Slurm wants the nodes for another job; its grace may begin with a SIGTERM to the ranks.
@@ -226,44 +234,44 @@ preempted() {
   scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
 }
 
-# Whether Slurm starts the preempted job again when it ends. If it were also asked to, it would do so a second time, when the
-# job has been finished.
-begins_again_anyway() {
+# Whether Slurm requeues the preempted job by itself when it ends. Another `scontrol requeue` would start it once more, after
+# it has finished.
+slurm_requeues() {
   preempted && scontrol show partition --oneliner "$SLURM_JOB_PARTITION" | grep -q ' PreemptMode=[^ ]*REQUEUE'
 }
 
-# On every way out: ends the servers. A job that failed begins again where that may help, and says why or why not. One that
-# is not RUNNING any more Slurm has ended itself: cancelled, preempted, a node lost; the last two it starts again. Behind its
-# time limit it may be RUNNING for a while, but no step starts.
-finish() {
+# Ends the servers, whatever ends the script. A job that failed is requeued where that may help; the log says why, or why
+# not. A job that is not RUNNING any more was ended by Slurm (cancelled, preempted, a lost node), which requeues it itself in
+# the last two cases. After its time limit a job may be RUNNING for a while, but no step starts.
+on_exit() {
   local status=$? state end why
   trap - EXIT
   set +e
   [[ -z $timer ]] || kill "$timer" 2> /dev/null
   stop_servers
-  ((status)) || exit 0 # also where Slurm's SIGTERM came behind a command that was well
+  ((status)) || exit 0 # Slurm's SIGTERM may come after everything succeeded
   read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
   [[ $state == RUNNING ]] || exit "$status"
-  if [[ -n $timer ]] || ((status == 75)); then # recipes.run.preemption
-    why="it was told to end"
+  if [[ -n $timer ]] || ((status == 75)); then # EXIT_CODE of recipes/run/preemption.py
+    why="preemption was requested"
   elif preempted; then
     why="it is preempted"
-  elif [[ $end != [0-9]* || $(date +%s) -lt $end ]] && ! nodes_answer; then
-    why="a node does not answer"
-  elif [[ -n $training ]] && once -m recipes.launch.has_new_checkpoint "$prepared" "${hydra[@]}"; then
-    why="it failed with code $status behind a new checkpoint"
+  elif [[ $end != [0-9]* || $(date +%s) -lt $end ]] && ! nodes_respond; then
+    why="a node does not respond"
+  elif [[ -n $training ]] && run_once -m recipes.launch.has_new_checkpoint "$prepared" "${hydra[@]}"; then
+    why="it failed with code $status after a new checkpoint"
   else
-    echo "not started again: it failed with code $status without a checkpoint that is newer than its start" >&2
+    echo "not requeued: it failed with code $status without a checkpoint that is newer than its start" >&2
     exit "$status"
   fi
-  if ((restarts >= most)); then
-    echo "error: not started again though $why: MAX_RESTARTS=$most; go on with resume=true" >&2
+  if ((restarts >= max_restarts)); then
+    echo "error: not requeued although $why: MAX_RESTARTS=$max_restarts; continue with resume=true" >&2
     exit "$status"
   fi
-  echo "to be started again ($((restarts + 1)) of at most $most times): $why"
-  begins_again_anyway && exit "$status"
+  echo "requeued (restart $((restarts + 1)) of at most $max_restarts): $why"
+  slurm_requeues && exit "$status"
   scontrol requeue "$SLURM_JOB_ID" || exit "$status"
-  sleep 60 # until Slurm ends us
+  sleep 60 # until Slurm ends this script
 }
 
 run_job() {
@@ -277,12 +285,12 @@ run_job() {
   read_restarts
   read_container
   servers=() training='' timer=''
-  trap finish EXIT
-  trap hear USR1
-  once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
+  trap on_exit EXIT
+  trap on_sigusr1 USR1
+  run_once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
   start_servers
-  once -m recipes.prepare "${hydra[@]}"
+  run_once -m recipes.prepare "${hydra[@]}"
   touch "$prepared"
   train
-  begins_again_anyway || rm -f "$prepared"
+  slurm_requeues || rm -f "$prepared"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Any recipe on one component: one task is one rank. Everything behind the script goes to Hydra.
+# Any recipe on one component: one task is one rank. Everything after the script's name goes to Hydra.
 #
 #   sbatch --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 slurm/train.sh recipe=demo cluster=slurm_h100 parallel=tp8_sp
 #   sbatch --nodes=1 --ntasks-per-node=2 --cpus-per-task=2 slurm/train.sh recipe=demo           # CPU nodes
@@ -9,6 +9,5 @@
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue --signal=B:USR1@900
-set -euo pipefail
 source slurm/library.sh
 run_job "$@"

@@ -140,37 +140,37 @@ def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(
     ]
 
 
-# By Slurm, which tells the script alone; one that has not yet noted its ranks does not heed it.
-TOLD = "trap 'exit 75' USR1; while true; do kill -USR1 $PPID; sleep 0.1; done"
+# Slurm signals the script alone, which ignores the signal until it has started the ranks.
+PREEMPTED = "trap 'exit 75' USR1; while true; do kill -USR1 $PPID; sleep 0.1; done"
 SAVES = {"STATE": "RUNNING", "SAVED": "0"}
 
 
 @pytest.mark.parametrize(
     ("environment", "again"),
     [
-        ({"STATE": "RUNNING", "RANKS": TOLD}, "it was told to end"),
-        ({"STATE": "RUNNING", "ANSWER": "1"}, "a node does not answer"),
+        ({"STATE": "RUNNING", "RANKS": PREEMPTED}, "preemption was requested"),
+        ({"STATE": "RUNNING", "ANSWER": "1"}, "a node does not respond"),
         ({"STATE": "RUNNING"}, None),
-        (SAVES, "it failed with code 7 behind a new checkpoint"),
+        (SAVES, "it failed with code 7 after a new checkpoint"),
         (SAVES | {"STATE": "COMPLETING"}, None),  # Slurm ends it: it was cancelled
         (SAVES | {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"}, None),
     ],
-    ids=["told", "a lost node", "failed at once", "failed later", "cancelled", "too often"],
+    ids=["preemption requested", "a lost node", "failed at once", "failed later", "cancelled", "too often"],
 )
-def test_a_job_that_may_end_better_begins_again_and_resumes(
+def test_a_job_that_may_end_better_is_requeued_and_resumes(
     environment: dict[str, str], again: str | None, tmp_path: Path
 ) -> None:
     """tests/slurm does the same with a real Slurm."""
     status, output = run_script(tmp_path, "recipe=demo", **JOB, **environment)
     assert ("requeue 40007" in output.splitlines()) == (again is not None)
-    assert again is None or f"to be started again (1 of at most 20 times): {again}" in output
+    assert again is None or f"requeued (restart 1 of at most 20): {again}" in output
     assert again is not None or status == 7
     (tmp_path / "calls").unlink()
     status, output = run_script(tmp_path, "recipe=demo", **JOB, RANKS="exit 0", SLURM_RESTART_COUNT="1")
     assert status == 0
     (ranks,) = [call for call in output.splitlines() if "recipes.train" in call]
     assert ranks.endswith("recipe=demo cluster.nodes=2 cluster.ranks=16 resume=true")
-    assert list(tmp_path.glob("*.prepared")) == [], "the next job of this number begins anew"
+    assert list(tmp_path.glob("*.prepared")) == [], "the next job of this number starts from the beginning"
 
 
 def test_the_script_wants_the_number_of_tasks(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_the_script_wants_the_number_of_tasks(tmp_path: Path) -> None:
     assert "give --ntasks-per-node (ranks per node) to sbatch" in output and "-m" not in output
 
 
-def test_an_unknown_container_is_told(tmp_path: Path) -> None:
+def test_an_unknown_container_is_refused(tmp_path: Path) -> None:
     status, output = run_script(tmp_path, **JOB, CONTAINER="docker:x")
     assert status == 1
     assert "CONTAINER=docker:x: use apptainer:IMAGE" in output and "-m" not in output

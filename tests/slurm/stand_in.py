@@ -1,9 +1,9 @@
 """In the place of .venv/bin/python where a test is about the scripts: writes down how it was called and trains nothing.
 
 ``rewards.placement`` is the real one where a recipe has judges. ``rewards.serve`` answers /health on the ports of the
-servers that it was told to serve, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server
-when ranks run. ``STAND_IN_STARTS`` ("told,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and
-end as those of ``recipes.train`` do ("told"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
+servers that its arguments name, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server
+when ranks run. ``STAND_IN_STARTS`` ("preempted,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and
+end as those of ``recipes.train`` do ("preempted"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
 ("hangs"); fail when there is a file ``lost-JOB`` ("notices"); end with a code.
 ``recipes.launch.has_new_checkpoint`` looks for the file ``checkpoint-JOB``, which is what they save.
 """
@@ -53,7 +53,7 @@ def serve(arguments: list[str]) -> None:
 
 def train(does: str) -> int:
     """The exit code."""
-    if does == "told":
+    if does == "preempted":
         signal.sigwait([signal.SIGUSR1])
         Path(f"checkpoint-{JOB}").touch()
         return 75 if os.environ["SLURM_PROCID"] == "0" else 0

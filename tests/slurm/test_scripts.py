@@ -53,9 +53,9 @@ def log(folder: Path, job: str) -> str:
 
 
 def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: Cluster, project: Path) -> None:
-    """One node of ranks, three of judges. Overrides reach every program, the preflight's own it alone; the trainer is
-    told where the judges are, the judges' nodes whose model is theirs; a token is on both sides; the judges are stopped
-    in order behind the training."""
+    """One node of ranks, three of judges. Overrides reach every program, the preflight's own it alone; the trainer
+    gets the addresses of the judges, a judge's node the name of its model; both sides have the same token; the judges
+    are stopped in order after the training."""
     job = sbatch(
         slurm, project, "--nodes=1", ":", "--nodes=3", "slurm/safework_72b.sh", "algorithm=cpgd", "preflight=h200"
     )
@@ -80,7 +80,7 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
     }
     assert len(ours) == 3 and len(set(ours.values())) == 3, "17 GPUs on nodes of 8"
     ports = json.loads((project / "ports.json").read_text())
-    told = [
+    addresses = [
         word
         for name in SERVERS
         for word in (
@@ -89,7 +89,7 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
         )
     ]
     for module in ("recipes.prepare", "recipes.train"):
-        assert all(call["arguments"] == [*common, *told] for call in by_module[module])
+        assert all(call["arguments"] == [*common, *addresses] for call in by_module[module])
     training = by_module["recipes.train"]
     assert sorted(int(call["SLURM_PROCID"]) for call in training) == list(range(8))
     assert {call["host"] for call in training} == {call["MASTER_ADDR"] for call in training} == {"node1"}
@@ -105,12 +105,12 @@ def test_the_job_fails_with_the_code_of_what_failed(slurm: Cluster, project: Pat
     assert slurm.wait_for_end(job, SECONDS) == ("FAILED", f"{code}:0"), log(project, job)
     modules = [call["module"] for call in calls(project)]
     assert modules.count("stopped") == modules.count("rewards.serve"), "no server is left"
-    assert ("recipes.prepare" in modules) == (module == "recipes.train"), "nothing behind a preflight that fails"
-    assert modules.count("recipes.train") in (0, 1), "it is not started again"
-    assert f"not started again: it failed with code {code} without a checkpoint" in log(project, job)
+    assert ("recipes.prepare" in modules) == (module == "recipes.train"), "nothing runs after a preflight that fails"
+    assert modules.count("recipes.train") in (0, 1), "it is not requeued"
+    assert f"not requeued: it failed with code {code} without a checkpoint" in log(project, job)
 
 
-def test_servers_without_room_are_told(slurm: Cluster, project: Path) -> None:
+def test_servers_without_room_are_refused(slurm: Cluster, project: Path) -> None:
     job = sbatch(slurm, project, "--nodes=1", ":", "--nodes=2", "slurm/safework_7b.sh")
     assert slurm.wait_for_end(job, SECONDS) == ("FAILED", "1:0"), log(project, job)
     assert "give the servers more nodes" in log(project, job)
@@ -193,17 +193,17 @@ def trains(folder: Path, job: str, ranks: int) -> bool:
 def test_the_time_limit_tells_the_ranks_and_the_job_begins_again_and_resumes(slurm: Cluster, project: Path) -> None:
     """Both starts are in one log. Slurm looks at limits every 30 s."""
     options = ("--signal=B:USR1@60", "--nodes=2", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
-    job = sbatch(slurm, project, *options, STAND_IN_STARTS="told,0")
+    job = sbatch(slurm, project, *options, STAND_IN_STARTS="preempted,0")
     slurm.wait_for("ranks", lambda: trains(project, job, 4), SECONDS)
     slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds").check_returncode()
-    slurm.wait_for("the signal", lambda: "told to end by Slurm" in log(project, job), SECONDS)
+    slurm.wait_for("the signal", lambda: "preemption requested by Slurm" in log(project, job), SECONDS)
     next_limit = ("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # refused while the job is completing
     slurm.wait_for("the next start's limit", lambda: slurm.run(*next_limit).returncode == 0, SECONDS)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     hosts = ["node1", "node1", "node2", "node2"]
     assert starts(project, job) == [(0, False, hosts), (1, True, hosts)]
-    assert "told to end by Slurm: the run saves its step" in log(project, job)
-    assert "to be started again (1 of at most 20 times): it was told to end" in log(project, job)
+    assert "preemption requested by Slurm: the run finishes its step and saves" in log(project, job)
+    assert "requeued (restart 1 of at most 20): preemption was requested" in log(project, job)
     assert list(project.glob("*.prepared")) == []
 
 
@@ -211,36 +211,36 @@ def test_a_heterogeneous_job_begins_again_with_its_servers_and_what_waits_for_it
     slurm: Cluster, project: Path
 ) -> None:
     script = ("--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh")
-    job = sbatch(slurm, project, *script, STAND_IN_STARTS="told,0")
-    behind = sbatch(
+    job = sbatch(slurm, project, *script, STAND_IN_STARTS="preempted,0")
+    dependent = sbatch(
         slurm, project, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--nodes=1", "--ntasks-per-node=1",
         "slurm/train.sh", "recipe=demo",
     )  # fmt: skip
     slurm.wait_for("ranks", lambda: trains(project, job, 8), SECONDS)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-    assert slurm.wait_for_end(behind, SECONDS) == ("COMPLETED", "0:0"), log(project, behind)
+    assert slurm.wait_for_end(dependent, SECONDS) == ("COMPLETED", "0:0"), log(project, dependent)
     assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
     modules = [call["module"] for call in calls(project)]
     assert modules.count("stopped") == modules.count("rewards.serve") == 6
 
 
 def test_jobs_that_are_preempted_leave_within_the_grace_and_begin_again(slurm: Cluster, project: Path) -> None:
-    """One is told by its own signal and has saved; the other has asked for none, and its ranks get SIGTERM."""
+    """One job gets its signal and saves; the other has no --signal, and its ranks get SIGTERM."""
     without, script = project / "without.sh", (ROOT / "slurm" / "train.sh").read_text()
     assert script.count(" --signal=B:USR1@900") == 1
     without.write_text(script.replace(" --signal=B:USR1@900", ""))
     size = ("--nodes=2", "--ntasks-per-node=1")
-    told = sbatch(slurm, project, *size, "slurm/train.sh", "recipe=demo", STAND_IN_STARTS="told,0")
+    signalled = sbatch(slurm, project, *size, "slurm/train.sh", "recipe=demo", STAND_IN_STARTS="preempted,0")
     ended = sbatch(slurm, project, *size, "without.sh", "recipe=demo", STAND_IN_STARTS="hangs,0")
-    for job in (told, ended):
+    for job in (signalled, ended):
         slurm.wait_for("ranks", lambda job=job: trains(project, job, 2), SECONDS)
     urgent = sbatch(slurm, project, "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
-    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, told) + log(project, ended)
-    for job, why in ((told, "it was told to end"), (ended, "it is preempted")):
+    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, signalled) + log(project, ended)
+    for job, why in ((signalled, "preemption was requested"), (ended, "it is preempted")):
         assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
         assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
-        assert f"to be started again (1 of at most 20 times): {why}" in log(project, job)
+        assert f"requeued (restart 1 of at most 20): {why}" in log(project, job)
 
 
 def test_a_run_that_fails_begins_again_while_it_saves_and_not_more_often_than_it_may(
@@ -251,9 +251,9 @@ def test_a_run_that_fails_begins_again_while_it_saves_and_not_more_often_than_it
     saving = sbatch(slurm, project, *options, STAND_IN_STARTS="saves", MAX_RESTARTS="1")
     assert slurm.wait_for_end(saving, SECONDS) == ("FAILED", "143:0"), log(project, saving)
     assert [(start, resumes) for start, resumes, _ in starts(project, saving)] == [(0, False), (1, True)]
-    why = "it failed with code 143 behind a new checkpoint"
-    assert f"to be started again (1 of at most 1 times): {why}" in log(project, saving)
-    assert f"not started again though {why}: MAX_RESTARTS=1" in log(project, saving)
+    why = "it failed with code 143 after a new checkpoint"
+    assert f"requeued (restart 1 of at most 1): {why}" in log(project, saving)
+    assert f"not requeued although {why}: MAX_RESTARTS=1" in log(project, saving)
 
 
 def test_a_job_that_is_cancelled_does_not_begin_again(slurm: Cluster, project: Path) -> None:
@@ -282,7 +282,7 @@ def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Pa
             slurm.lose_node(node)
         slurm.notice(lost[0])
         (project / f"lost-{with_rank}").touch()
-        slurm.wait_for("the script's notice", lambda: "a node does not answer" in log(project, with_rank), SECONDS)
+        slurm.wait_for("the script's notice", lambda: "a node does not respond" in log(project, with_rank), SECONDS)
         slurm.notice(lost[1])
         for job in jobs:
             assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
@@ -294,7 +294,7 @@ def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Pa
         first, second = starts(project, job)
         assert first[:2] == (0, False) and second[:2] == (1, True), log(project, job)
         assert not set(lost) & set(second[2])
-    assert [log(project, job).count("to be started again") for job in jobs] == [0, 1]
+    assert [log(project, job).count("requeued (restart") for job in jobs] == [0, 1]
 
 
 def test_slurm_says_what_it_would_not_take(slurm: Cluster, project: Path) -> None:

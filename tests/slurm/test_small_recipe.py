@@ -51,7 +51,7 @@ def make_judge(twin: Path) -> None:
     records.write_json(twin / "conf" / "rewards" / "judged.yaml", judged)
 
 
-def rl_behind(sft: Path, run_dir: Path, *more: str) -> list[str]:
+def rl_after(sft: Path, run_dir: Path, *more: str) -> list[str]:
     given = tiny.overrides(sft.parent, run_dir, *RL, f"stage.after={sft.name}", *more)
     return [argument for argument in given if not argument.startswith("model.path=")]
 
@@ -68,17 +68,17 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_stages_on_a_cluster_that_loses_a_node_equal_plain_launches(slurm: Cluster, project: Path) -> None:
-    """SFT on four nodes; behind it RL on two, whose ranks are one tensor-parallel group with an engine on each, and a
+    """SFT on four nodes; after it RL on two, whose ranks are one tensor-parallel group with an engine on each, and a
     judge on a third. A node of the ranks is lost in the middle, the job begins again on another by itself and resumes.
     Metrics, samples and weights are those of one machine that was never disturbed, bit for bit."""
     twin = project / "twin"
     sft, rl = twin / "sft", twin / "rl"
     train, node = "slurm/train.sh", "--ntasks-per-node=1"
     first = sbatch(slurm, project, "--nodes=4", node, train, *tiny.overrides(twin, sft, *SFT))
-    behind = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
+    after_sft = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
     job = sbatch(
-        slurm, project, *behind, "--nodes=2", node, ":", *behind, "--nodes=1", node, train,
-        *rl_behind(sft, rl, "rewards=judged"), SLURM_WAIT="1",
+        slurm, project, *after_sft, "--nodes=2", node, ":", *after_sft, "--nodes=1", node, train,
+        *rl_after(sft, rl, "rewards=judged"), SLURM_WAIT="1",
     )  # fmt: skip
     assert slurm.wait_for_end(first, SECONDS) == ("COMPLETED", "0:0"), log(project, first)
     slurm.wait_for("a checkpoint", lambda: saved_step(rl) or slurm.field(job, "JobState") == "FAILED", SECONDS)
@@ -93,7 +93,7 @@ def test_stages_on_a_cluster_that_loses_a_node_equal_plain_launches(slurm: Clust
     assert slurm.field(job, "Restarts") == "1"
 
     tiny.complete(tiny.overrides(twin, twin / "plain_sft", *SFT, "cluster.ranks=4"))
-    tiny.complete(rl_behind(twin / "plain_sft", twin / "plain_rl", "cluster.ranks=2"))
+    tiny.complete(rl_after(twin / "plain_sft", twin / "plain_rl", "cluster.ranks=2"))
     for stage in ("sft", "rl"):
         plain = twin / f"plain_{stage}"
         assert rows(twin / stage, "metrics.jsonl") == rows(plain, "metrics.jsonl")
