@@ -57,7 +57,8 @@ def main() -> None:
         print(f"error: {command_line.one_line(error) if isinstance(error, HydraException) else error}", flush=True)
         sys.exit(1)
     die_with(os.getppid())
-    train.say_why_on_sigterm(config)
+    if os.environ["RANK"] == "0":
+        train.report_sigterm(config)
     train.load(config)
 
     from benchmarks import measured_session

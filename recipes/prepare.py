@@ -1,6 +1,6 @@
-"""``python -m recipes.prepare recipe=… [overrides…]``: what a run needs once, before its ranks start.
+"""``python -m recipes.prepare recipe=… [overrides…]``: prepare a run before its ranks start.
 
-``recipes.train`` does this itself before it forks the ranks; a Slurm script calls it before ``srun``.
+``recipes.train`` prepares the run before it forks the ranks; a Slurm script calls this program before ``srun``.
 """
 
 import sys
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from recipes.config import parse
 from recipes.errors import ConfigError
 from recipes.launch.command_line import from_command_line
-from recipes.train import prepare_run
+from recipes.launch.prepare_run import prepare_run
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -19,7 +19,8 @@ def main(raw: DictConfig) -> None:
     try:
         prepare_run(parse(raw))
     except ConfigError as error:
-        print(f"error: {error}", flush=True)  # standard error may be a log file by now
+        # Standard error may be a log file by now.
+        print(f"error: {error}", flush=True)
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""A Hydra command line whose mistakes are told in one line."""
+"""A Hydra command line whose errors are one line."""
 
 import itertools
 import os
@@ -12,11 +12,12 @@ from recipes.config import unknown_field
 
 APPEND = "To append to your config use +"
 MERGING = "Error merging override "
-SECRET = re.compile("key|token|secret|password", re.IGNORECASE)  # fields whose values are not shown
+# Fields whose values are not printed.
+SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
 
 
 def one_line(error: HydraException) -> str:
-    """Hydra's message about the command line without its advice to add unknown keys, which ``parse`` refuses."""
+    """Hydra's message without the advice to add unknown keys with +, which ``parse`` refuses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = [line for line in lines if line.startswith(APPEND)]
     if unknown:
@@ -31,8 +32,9 @@ def one_line(error: HydraException) -> str:
 
 
 def from_command_line(hydra_main: Callable[[], None]) -> None:
-    """Call a Hydra main; what is wrong with the command line is told in one line, with exit code 1."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing several lines
+    """Call a Hydra main. An error of the command line is printed in one line, with exit code 1."""
+    # Hydra then raises instead of printing several lines.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra_main()
     except HydraException as error:

@@ -1,7 +1,7 @@
-"""``python -m recipes.launch.has_new_checkpoint FILE recipe=… [overrides…]``: exit code 0 where
- the run has a checkpoint newer than FILE.
+"""Whether a run has a checkpoint that is newer than a file: exit code 0 if so, else 1.
 
-A job script asks so when a run has failed: without new progress it would fail at the same place again.
+``python -m recipes.launch.has_new_checkpoint FILE recipe=… [overrides…]``. A job script calls it when a run has failed:
+without a new checkpoint the run would fail at the same place again.
 """
 
 import sys
@@ -19,11 +19,14 @@ from recipes.training.stages import WARM_START
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
 def main(raw: DictConfig) -> None:
     run_dir = Path(parse(raw).run_dir)
-    found = [latest(folder / "checkpoints") for folder in (run_dir, run_dir / WARM_START)]
-    written = [(checkpoint / COMPLETE).stat().st_mtime for checkpoint in found if checkpoint]
-    sys.exit(int(max(written, default=0.0) <= BEGAN.stat().st_mtime))
+    newest = 0.0
+    for folder in (run_dir, run_dir / WARM_START):
+        checkpoint = latest(folder / "checkpoints")
+        if checkpoint:
+            newest = max(newest, (checkpoint / COMPLETE).stat().st_mtime)
+    sys.exit(0 if newest > REFERENCE_FILE.stat().st_mtime else 1)
 
 
 if __name__ == "__main__":
-    BEGAN = Path(sys.argv.pop(1))
+    REFERENCE_FILE = Path(sys.argv.pop(1))
     from_command_line(main)

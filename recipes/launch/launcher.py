@@ -1,6 +1,6 @@
-"""The ranks of a run on one machine: forked from one process, so that what they all need is imported once.
+"""Fork the ranks of a run on one machine from one process, so that their common modules are imported once.
 
-Elsewhere, srun or torchrun starts each rank as a process of its own.
+Under srun or torchrun each rank is started separately, and this module is not used.
 """
 
 import contextlib
@@ -16,21 +16,23 @@ from megatron_ext.processes import die_with
 from recipes.run import preemption
 
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def in_a_child(work: Callable[[], object]) -> None:
-    """Do ``work`` in a forked process: the threads that it leaves would be in the way of ``fork_ranks``.
+def run_in_child(work: Callable[[], object]) -> None:
+    """Call ``work`` in a forked process. A process with threads must not fork, and ``work`` may leave threads running.
 
-    Where it fails, which it tells itself, this process ends with its exit code.
+    When the child fails, this process ends with its exit code; ``work`` prints its own errors.
     """
     sys.stdout.flush()
-    owner = os.getpid()
-    if (pid := os.fork()) == 0:
-        die_with(owner)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        die_with(parent)
         work()
         sys.exit(0)
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child gets Ctrl-C too, and cleans up
+    # The child gets Ctrl-C too; this process waits until it has cleaned up.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = _exit_code(os.waitpid(pid, 0)[1])
     signal.signal(signal.SIGINT, interrupt)
     if code:
@@ -38,15 +40,16 @@ def in_a_child(work: Callable[[], object]) -> None:
 
 
 def fork_ranks(count: int) -> None:
-    """Return in ``count`` new processes, each a rank with torchrun's variables; this process ends when they have ended.
+    """Fork ``count`` ranks. The function returns in each rank; this process waits for them and exits.
 
-    When a rank fails, or this process is told to end, all ranks get SIGTERM, and later SIGKILL; this process's exit
-    code is that of the first that failed, or 128 + the signal's number. When it dies, the kernel ends them. The signal
-    of ``recipes.run.preemption`` is passed on to them.
+    A rank has torchrun's environment variables. When a rank fails, or this process gets a termination signal, all ranks
+    get SIGTERM, and SIGKILL after ``GRACE_SECONDS``. The exit code of this process is that of the first rank that
+    failed, or 128 + the number of the signal. When this process dies, the kernel kills the ranks. The preemption signal
+    (``recipes.run.preemption``) is passed on to the ranks.
 
-    Call it in the main thread, while no other thread computes and before CUDA is touched: neither bears a fork.
+    Call it in the main thread, before other threads run and before CUDA is initialised: both make a fork unsafe.
     """
-    # Bound before there are ranks, so that none waits for a port that another program has taken meanwhile.
+    # The port is bound before the fork, so that no other program can take it.
     listening = socket.create_server(("127.0.0.1", 0))
     os.environ |= {
         "WORLD_SIZE": str(count),
@@ -55,19 +58,24 @@ def fork_ranks(count: int) -> None:
         "GROUP_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(listening.getsockname()[1]),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is this process's, as under torchrun
+        # This process holds the store, as torchrun does.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    ending = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*ending, preemption.SIGNAL, signal.SIGCHLD])
+    terminations = [number for number in TERMINATION_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*terminations, preemption.SIGNAL, signal.SIGCHLD])
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.freeze()  # no rank's garbage collection goes through what was imported
-    launcher, ranks = os.getpid(), dict[int, int]()
+    # The ranks' garbage collections then skip the imported modules.
+    gc.freeze()
+    launcher = os.getpid()
+    ranks: dict[int, int] = {}
     for rank in range(count):
-        if (pid := os.fork()) == 0:
+        pid = os.fork()
+        if pid == 0:
             die_with(launcher)
-            os.setsid()  # the terminal's Ctrl-C is for the launcher alone
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            # A session of its own keeps the terminal's Ctrl-C from the rank; only the launcher gets it.
+            os.setsid()
+            signal.pthread_sigmask(signal.SIG_SETMASK, former_mask)
             listening.close()
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             return
@@ -76,45 +84,60 @@ def fork_ranks(count: int) -> None:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
-    code = _attend(ranks, ending)
+    code = _wait_for_ranks(ranks, terminations)
     del store
     sys.exit(code)
 
 
-def _attend(ranks: dict[int, int], ending: list[signal.Signals]) -> int:
-    """Wait for the end of all ``ranks``, pid → rank; returns the exit code."""
-    code, deadline = 0, float("inf")
+def _wait_for_ranks(ranks: dict[int, int], terminations: list[signal.Signals]) -> int:
+    """Wait until all ``ranks``, pid → rank, have ended; returns the exit code of this process."""
+    exit_code = 0
+    kill_at = float("inf")
     while ranks:
-        left = min(max(0.0, deadline - time.monotonic()), 3600.0)
-        news = signal.sigtimedwait([*ending, preemption.SIGNAL, signal.SIGCHLD], left)
-        if news is not None and news.si_signo == preemption.SIGNAL:
-            _tell(ranks, preemption.SIGNAL)
+        timeout = min(max(0.0, kill_at - time.monotonic()), 3600.0)
+        received = signal.sigtimedwait([*terminations, preemption.SIGNAL, signal.SIGCHLD], timeout)
+        if received is not None and received.si_signo == preemption.SIGNAL:
+            _signal_all(ranks, preemption.SIGNAL)
             continue
-        first = 128 + news.si_signo if news is not None and news.si_signo != signal.SIGCHLD else 0
-        for pid in list(ranks):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                rank, its = ranks.pop(pid), _exit_code(status)
-                with contextlib.suppress(OSError):  # the disk with the log may be full, which a rank has told
-                    print(f"rank {rank} (pid {pid}) ended with exit code {its}", file=sys.stderr, flush=True)
-                if its > 128 and not (code or first):
-                    print(f"error: rank {rank} was ended by {signal.Signals(its - 128).name}", flush=True)
-                first = first or its
-        if first and not code:
-            code, deadline = first, time.monotonic() + GRACE_SECONDS
-            _tell(ranks, signal.SIGTERM)
-        if time.monotonic() > deadline:
-            _tell(ranks, signal.SIGKILL)
-            deadline = float("inf")
-    return code
+        failure = 0
+        if received is not None and received.si_signo != signal.SIGCHLD:
+            failure = 128 + received.si_signo
+        for pid, code in _reap(ranks):
+            rank = ranks.pop(pid)
+            # The log's disk may be full, an error that the rank has reported.
+            with contextlib.suppress(OSError):
+                print(f"rank {rank} (pid {pid}) ended with exit code {code}", file=sys.stderr, flush=True)
+            # A rank that was killed could not print an error. Later ones were ended by this process.
+            if code > 128 and not (exit_code or failure):
+                print(f"error: rank {rank} was ended by {signal.Signals(code - 128).name}", flush=True)
+            failure = failure or code
+        if failure and not exit_code:
+            exit_code = failure
+            kill_at = time.monotonic() + GRACE_SECONDS
+            _signal_all(ranks, signal.SIGTERM)
+        if time.monotonic() > kill_at:
+            _signal_all(ranks, signal.SIGKILL)
+            kill_at = float("inf")
+    return exit_code
 
 
-def _tell(ranks: dict[int, int], number: signal.Signals) -> None:
-    for pid in ranks:  # none is reaped meanwhile, so each pid is still its rank's
+def _reap(ranks: dict[int, int]) -> list[tuple[int, int]]:
+    """(pid, exit code) of the ranks that have ended since the last call."""
+    ended = []
+    for pid in ranks:
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if reaped:
+            ended.append((pid, _exit_code(status)))
+    return ended
+
+
+def _signal_all(ranks: dict[int, int], number: signal.Signals) -> None:
+    # Only _reap releases a pid, so each is still that of its rank.
+    for pid in ranks:
         os.kill(pid, number)
 
 
 def _exit_code(status: int) -> int:
-    """Of a process: 128 + the number of the signal that ended it, as shells have it."""
+    """The exit code in a wait status; 128 + the number of the signal that ended the process, as in a shell."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

@@ -1,7 +1,7 @@
-"""The whole ladder: ``stage.ladder``'s stages, each launched by itself, and what came of each on the same prompts.
+"""The pipeline of stages that ``stage.ladder`` lists, and the scores of every stage's model on the same prompts.
 
-Every stage is what ``python -m recipes.train stage=NAME recipe=…`` runs, in a folder of its own beside the others.
-Where they were launched one by one, ``python -m recipes.launch.pipeline runs/RECIPE`` writes the report of all.
+Each stage is one launch, ``python -m recipes.train stage=NAME recipe=…``, in the folder RUN_DIR/NAME. After stages that
+were launched one by one, ``python -m recipes.launch.pipeline RUN_DIR`` writes the report of all.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -29,173 +30,226 @@ from recipes.errors import ConfigError
 from recipes.evaluation import judge_accuracy
 from recipes.evaluation.evaluate import Answers, scored
 from recipes.evaluation.statistics import mean_interval, normal_interval, paired_difference
-from recipes.report.pipeline import write_ladder_report
+from recipes.report.pipeline import write_pipeline_report
 from recipes.run import records
 from rewards.serve import ServerDied, Supervisor, replicas
 
-MEASURES = ("safety", "helpfulness", "accuracy", "reasoning_length", "false_certain")
+REASONING_LENGTH = "reasoning_length"
+MEASURES = ("safety", "helpfulness", "accuracy", REASONING_LENGTH, "false_certain")
 POLL_SECONDS = 1.0
 
 
 def run_pipeline(config: Config, arguments: Sequence[str]) -> None:
-    """Launch the stages in order with the command line's ``arguments``; a resumed ladder leaves finished ones alone.
+    """Launch the stages in order; ``arguments``: the command line. A resumed pipeline skips its finished stages.
 
-    The servers that a stage's verifiers need, and that have no endpoints, run beside it. Of a finished stage its
-    exported model and records are kept, and no checkpoint. Raises ConfigError for any stage's configuration before the
-    first begins, and when a stage fails.
+    Servers that a stage's verifiers need, and that have no endpoints, run during that stage. A finished stage keeps its
+    exported model and its records, but no checkpoint. Raises ConfigError when a stage's configuration is invalid, before
+    the first stage is launched, and when a stage fails.
     """
     folder = Path(config.run_dir)
-    launched, configs, former = {}, {}, None
-    for name in config.stage.ladder:
-        launched[name], configs[name] = of_stage(name, arguments, folder, former)
-        former = name if configs[name].stage.evaluates else former  # a judge's stage leaves no policy
+    launches = plan_launches(config.stage.ladder, arguments, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not config.resume:  # or a resumed ladder would leave out what an earlier one was done with
-        for name in launched:
+    if not config.resume:
+        # Otherwise a later resume would skip stages that an earlier pipeline finished in this folder.
+        for name in launches:
             (folder / name / records.FINISHED).unlink(missing_ok=True)
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda which, _: sys.exit(f"stopped by {signal.Signals(which).name}; go on: resume=true"))
-    for name, given in launched.items():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, exit_on_signal)
+    for name, (stage_arguments, stage_config) in launches.items():
         if (folder / name / records.FINISHED).is_file():
-            print(f"==> stage {name}: finished before", flush=True)
+            print(f"==> stage {name}: already finished", flush=True)
         else:
-            print(f"==> stage {name}", flush=True)
-            started = time.monotonic()
-            try:
-                if code := run_beside_servers([sys.executable, "-m", "recipes.train", *given], configs[name]):
-                    raise ConfigError(f"it ended with code {code}; its logs are in {folder / name}/logs")
-                if configs[name].stage.sft.judge and configs[name].stage.sft.held_out:
-                    found = judge_accuracy.measure(configs[name])["accuracy"]
-                    print(f"the judge finds {found['mean']:.2f} of the held-out labels", flush=True)
-            except (ConfigError, ServerDied) as error:
-                raise ConfigError(f"stage {name}: {error}; go on with resume=true") from error
-            seconds = time.monotonic() - started  # of its last launch, where it needed more than one
-            records.write_json(folder / name / records.FINISHED, {"stage": name, "seconds": seconds})
-        if (kept := folder / name / "checkpoints").is_dir():  # the next stage starts from the exported model
-            shutil.rmtree(kept)
-        write(folder, config.stage.ladder, config.data.evaluation)
+            run_stage(name, stage_arguments, stage_config)
+        # The next stage starts from the exported model, so the checkpoints are not needed any more.
+        checkpoints = folder / name / "checkpoints"
+        if checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
+        write_results(folder, config.stage.ladder, config.data.evaluation)
 
 
-def of_stage(name: str, arguments: Sequence[str], folder: Path, former: str | None) -> tuple[list[str], Config]:
-    """The arguments of a stage's launch, and its configuration.
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """A signal handler that raises SystemExit, so that the running stage and its servers are ended."""
+    sys.exit(f"stopped by {signal.Signals(number).name}; go on with resume=true")
 
-    A stage that starts from another starts from ``former``; ``model.path`` is for those that don't.
+
+def plan_launches(
+    stages: Sequence[str], arguments: Sequence[str], folder: Path
+) -> dict[str, tuple[list[str], Config]]:
+    """Each stage's arguments and configuration. Raises ConfigError."""
+    launches = {}
+    previous = None
+    for name in stages:
+        launches[name] = stage_launch(name, arguments, folder, previous)
+        _, config = launches[name]
+        # A stage without an evaluation trains a judge or a reward model, which is no policy to start from.
+        if config.stage.evaluates:
+            previous = name
+    return launches
+
+
+def stage_launch(
+    name: str, arguments: Sequence[str], folder: Path, previous: str | None
+) -> tuple[list[str], Config]:
+    """The arguments and the configuration of one stage.
+
+    A stage that continues from another one starts from the model of ``previous``. ``model.path`` on the command line
+    holds only for stages that do not.
     """
-    own = [argument for argument in arguments if not argument.startswith(("stage=", "stage.ladder=", "run_dir="))]
-    given = [*own, f"stage={name}", f"run_dir={folder / name}"]
-    config = composed(given)
-    if config.stage.after is not None and former is not None:
-        given = [argument for argument in given if not argument.startswith("model.path=")]
-        given.append(f"stage.after={former}")
-        config = composed(given)
-    return given, config
+    replaced = ("stage=", "stage.ladder=", "run_dir=")
+    common = [argument for argument in arguments if not argument.startswith(replaced)]
+    stage_arguments = [*common, f"stage={name}", f"run_dir={folder / name}"]
+    config = compose_config(stage_arguments)
+    if config.stage.after is not None and previous is not None:
+        stage_arguments = [argument for argument in stage_arguments if not argument.startswith("model.path=")]
+        stage_arguments.append(f"stage.after={previous}")
+        config = compose_config(stage_arguments)
+    return stage_arguments, config
 
 
-def composed(arguments: Sequence[str]) -> Config:
+def compose_config(arguments: Sequence[str]) -> Config:
     """The configuration of a command line. Raises ConfigError."""
-    return parse(compose("config", overrides=[argument for argument in arguments if not argument.startswith("--")]))
+    overrides = [argument for argument in arguments if not argument.startswith("--")]
+    return parse(compose("config", overrides=overrides))
 
 
-def run_beside_servers(command: Sequence[str], config: Config) -> int:
-    """The command's exit code. It ends with this process in any way, and so do the servers."""
-    folder = Path(config.run_dir) / "servers"
-    found = replicas(config.rewards, folder, config.cluster.platform) if generates(config) else []
-    supervisor = Supervisor(found, config.rewards.supervisor)
+def run_stage(name: str, arguments: Sequence[str], config: Config) -> None:
+    """Launch one stage and mark it as finished. Raises ConfigError when it fails."""
+    run_dir = Path(config.run_dir)
+    print(f"==> stage {name}", flush=True)
+    started = time.monotonic()
     try:
-        if found:
-            print(f"servers: {', '.join(replica.name for replica in found)}", flush=True)
+        code = run_with_servers([sys.executable, "-m", "recipes.train", *arguments], config)
+        if code:
+            raise ConfigError(f"it ended with code {code}; its logs are in {run_dir}/logs")
+        if config.stage.sft.judge and config.stage.sft.held_out:
+            accuracy = judge_accuracy.measure(config)["accuracy"]
+            print(f"the judge's accuracy on held-out answers is {accuracy['mean']:.2f}", flush=True)
+    except (ConfigError, ServerDied) as error:
+        raise ConfigError(f"stage {name}: {error}; go on with resume=true") from error
+    # Seconds of the last launch; a resumed stage had earlier ones.
+    seconds = time.monotonic() - started
+    records.write_json(run_dir / records.FINISHED, {"stage": name, "seconds": seconds})
+
+
+def run_with_servers(command: Sequence[str], config: Config) -> int:
+    """Run a command while the stage's reward servers run; returns its exit code.
+
+    However this process ends, the command and the servers end too. Raises ServerDied.
+    """
+    folder = Path(config.run_dir) / "servers"
+    servers = replicas(config.rewards, folder, config.cluster.platform) if generates(config) else []
+    supervisor = Supervisor(servers, config.rewards.supervisor)
+    try:
+        if servers:
+            print(f"servers: {', '.join(replica.name for replica in servers)}", flush=True)
             supervisor.start()
-        with subprocess.Popen(command, preexec_fn=partial(die_with, os.getpid())) as run:
+        with subprocess.Popen(command, preexec_fn=partial(die_with, os.getpid())) as process:
             try:
                 while True:
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        return run.wait(POLL_SECONDS)
-                    for news in supervisor.look():
-                        print(news, flush=True)
+                        return process.wait(POLL_SECONDS)
+                    for message in supervisor.look():
+                        print(message, flush=True)
             finally:
-                run.terminate()
+                process.terminate()
     finally:
         supervisor.stop()
 
 
-def write(folder: Path, stages: Sequence[str], evaluation: str) -> None:
-    """``ladder.json`` and ``report.html`` of the stages that are there; ``evaluation``: the held-out prompts."""
+def write_results(folder: Path, stages: Sequence[str], evaluation: str) -> None:
+    """Write ``ladder.json`` and ``report.html`` of the stages that have answers; ``evaluation``: the held-out prompts."""
     answers: dict[str, Answers] = {}
     for name in stages:
         path = folder / name / "answers.json"
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        if "after" in found:
-            answers |= {"base": found["before"]} if not answers else {}
-            answers[name] = found["after"]
-    if answers:
-        ladder = {"stages": [{"stage": name, **measures(rows)} for name, rows in answers.items()]}
-        for (former, after), stage in zip(pairwise(answers.values()), ladder["stages"][1:], strict=True):
-            stage |= changes(former, after)
-        records.write_json(folder / "ladder.json", ladder)
-        rows = {row["id"]: row for row in load_rows(evaluation)}
-        write_ladder_report(folder, ladder, answers, rows)
+        of_stage = json.loads(path.read_text()) if path.is_file() else {}
+        if "after" not in of_stage:
+            continue
+        if not answers:
+            answers["base"] = of_stage["before"]
+        answers[name] = of_stage["after"]
+    if not answers:
+        return
+    rows = [{"stage": name, **measures(of_stage)} for name, of_stage in answers.items()]
+    for row, (before, after) in zip(rows[1:], pairwise(answers.values()), strict=True):
+        row |= changes(before, after)
+    ladder = {"stages": rows}
+    records.write_json(folder / "ladder.json", ladder)
+    prompts_by_id = {row["id"]: row for row in load_rows(evaluation)}
+    write_pipeline_report(folder, ladder, answers, prompts_by_id)
 
 
-def begun(folder: Path) -> tuple[list[str], str]:
-    """The stages in a ladder's folder that have answers, in their order, and the last one's held-out prompts.
+def stages_with_answers(folder: Path) -> tuple[list[str], str]:
+    """The stages below ``folder`` that have answers, in order, and the held-out prompts of the last one.
 
-    Raises ConfigError where there are none.
+    Raises ConfigError when there are none.
     """
-    found = [path.parent for path in sorted(folder.glob("*/answers.json"))]
-    configs = {stage.name: yaml.safe_load((stage / "config.yaml").read_text()) for stage in found}
+    stage_folders = [path.parent for path in sorted(folder.glob("*/answers.json"))]
+    configs = {stage.name: yaml.safe_load((stage / "config.yaml").read_text()) for stage in stage_folders}
     if not configs:
-        raise ConfigError(f"{folder}: no stage has answers.json there; give the folder of a ladder: runs/RECIPE")
+        raise ConfigError(f"{folder}: no stage has answers.json there; give the folder of the stages: runs/RECIPE")
 
     def depth(name: str) -> int:
-        after = configs[name]["stage"]["after"]
-        return depth(after) + 1 if after in configs else 0
+        previous = configs[name]["stage"]["after"]
+        return depth(previous) + 1 if previous in configs else 0
 
     order = sorted(configs, key=depth)
     return order, configs[order[-1]]["data"]["evaluation"]
 
 
 def measures(answers: Answers) -> dict[str, Any]:
-    """Each of ``MEASURES`` of one model's greedy answers, with its 95 % interval, where the evaluation has it.
+    """The ``MEASURES`` of one model's greedy answers: mean, 95 % interval and number of prompts.
 
-    ``reasoning_length``: thinking tokens on the prompts that ``accuracy`` judges.
+    Measures that the evaluation does not have are left out.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in MEASURES:
-        rows = scored(answers["greedy"], "accuracy" if name == "reasoning_length" else name)
-        if not rows:
+        values = list(values_by_prompt(answers, name).values())
+        if not values:
             continue
-        if name == "reasoning_length":
-            of = normal_interval([row["thinking_tokens"] for row in rows])
-        else:
-            of = mean_interval([row["scores"][name]["score"] for row in rows])
-        found |= {name: of["mean"], f"{name}_interval": of["interval"], f"{name}_n": of["n"]}
-    return found
+        interval = normal_interval(values) if name == REASONING_LENGTH else mean_interval(values)
+        results[name] = interval["mean"]
+        results[f"{name}_interval"] = interval["interval"]
+        results[f"{name}_n"] = interval["n"]
+    return results
 
 
-def changes(former: Answers, after: Answers) -> dict[str, Any]:
-    """``MEASURE_change`` from the former stage's greedy answers to the same prompts, with its 95 % interval."""
-    found: dict[str, Any] = {}
+def changes(before: Answers, after: Answers) -> dict[str, Any]:
+    """``MEASURE_change``: the mean difference of greedy answers to the same prompts, with its 95 % interval."""
+    results: dict[str, Any] = {}
     for name in MEASURES:
-        judged = "accuracy" if name == "reasoning_length" else name
-        rows = [{row["id"]: row for row in scored(answers["greedy"], judged)} for answers in (former, after)]
-        shared = sorted(rows[0].keys() & rows[1].keys())
+        values_before = values_by_prompt(before, name)
+        values_after = values_by_prompt(after, name)
+        shared = sorted(values_before.keys() & values_after.keys())
         if not shared:
             continue
-        if name == "reasoning_length":
-            of = normal_interval([rows[1][i]["thinking_tokens"] - rows[0][i]["thinking_tokens"] for i in shared])
+        if name == REASONING_LENGTH:
+            interval = normal_interval([values_after[prompt] - values_before[prompt] for prompt in shared])
         else:
-            before, now = ([of_model[i]["scores"][name]["score"] for i in shared] for of_model in rows)
-            of = paired_difference(before, now)
-        found |= {f"{name}_change": of["mean"], f"{name}_change_interval": of["interval"]}
-    return found
+            interval = paired_difference(
+                [values_before[prompt] for prompt in shared], [values_after[prompt] for prompt in shared]
+            )
+        results[f"{name}_change"] = interval["mean"]
+        results[f"{name}_change_interval"] = interval["interval"]
+    return results
+
+
+def values_by_prompt(answers: Answers, measure: str) -> dict[str, float]:
+    """A measure of each greedy answer, by the prompt's id.
+
+    The reasoning length, in thinking tokens, is that of the prompts which have an accuracy.
+    """
+    if measure == REASONING_LENGTH:
+        return {row["id"]: row["thinking_tokens"] for row in scored(answers["greedy"], "accuracy")}
+    return {row["id"]: row["scores"][measure]["score"] for row in scored(answers["greedy"], measure)}
 
 
 def main() -> None:
+    """Command line: write the results of stages that were launched one by one."""
     parser = argparse.ArgumentParser(description="Write ladder.json and report.html of stages launched one by one.")
     parser.add_argument("folder", type=Path, help="with a folder for each stage: runs/RECIPE")
     folder = parser.parse_args().folder
     try:
-        write(folder, *begun(folder))
+        write_results(folder, *stages_with_answers(folder))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

@@ -1,4 +1,4 @@
-"""Turn the small model that a registry package ships (GGUF) into a Hugging Face folder, once."""
+"""Convert the GGUF file of a Python package into a Hugging Face folder, once."""
 
 import importlib.util
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from recipes.config import ModelConfig
 from recipes.errors import ConfigError
 
-# ChatML without the default system prompt that the shipped template inserts: shorter prompts, same special tokens.
+# ChatML without the default system prompt of the package's template: shorter prompts, same special tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -15,9 +15,9 @@ CHAT_TEMPLATE = (
 
 
 def prepare(model: ModelConfig) -> bool:
-    """Make ``model.path`` if it is absent; returns whether work was done.
+    """Write ``model.path`` if it does not exist; returns whether it was written.
 
-    Raises ConfigError when the folder is absent and the model names no package to make it from.
+    Raises ConfigError when the folder does not exist and the model names no package to convert.
     """
     target = Path(model.path)
     if (target / "config.json").is_file():
@@ -36,7 +36,8 @@ def prepare(model: ModelConfig) -> bool:
 
     network = AutoModelForCausalLM.from_pretrained(source, gguf_file=model.gguf_file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model.gguf_file)
-    network.config.rms_norm_eps = 1e-5  # SmolLM2's; the GGUF reader leaves another
+    # SmolLM2's value, which the GGUF reader does not set.
+    network.config.rms_norm_eps = 1e-5
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
     network.hf_quantizer = None

@@ -1,11 +1,11 @@
-"""What a run needs beside its settings: rows that fit, parts and verifiers that exist, servers that answer."""
+"""Checks of what a run needs beside valid settings: data rows, parts of the algorithm, verifiers, servers."""
 
 from recipes.config import Config
 from recipes.errors import ConfigError
 
 
 def check_supervised(config: Config) -> None:
-    """Read the rows of stages that learn from answers. Raises ConfigError naming file, line and field."""
+    """Read the rows that SFT and reward models train on. Raises ConfigError with file, line and field."""
     from recipes.data.rows import PAIR_FIELDS, load_rows
     from recipes.data.sft_examples import load_sft_rows
 
@@ -18,9 +18,9 @@ def check_supervised(config: Config) -> None:
 
 
 def check_parts(config: Config) -> None:
-    """Find the algorithm's parts, the verifiers and the data that the run will ask for.
+    """Load the algorithm's parts, the verifiers, the environment and the data.
 
-    Raises ConfigError naming the field.
+    Raises ConfigError with the field.
     """
     from recipes.algorithms.registry import REGISTRY, resolve
     from recipes.data.row_order import curriculum_phases, scheduled
@@ -40,11 +40,12 @@ def check_parts(config: Config) -> None:
             verifiers = mixing.open_verifiers(names, config.rewards, client)
         for row in rows:
             mixing.check_row(row, verifiers, config.rewards.mix)
-        if (place := config.rollout.environment).name is not None:
-            open_environment(place.name, place.settings)
+        environment = config.rollout.environment
+        if environment.name is not None:
+            open_environment(environment.name, environment.settings)
     except ValueError as error:
-        where = "" if str(error).startswith("rollout.") else "rewards.mix, data.scores: "
-        raise ConfigError(f"{where}{error}") from error
+        fields = "" if str(error).startswith("rollout.") else "rewards.mix, data.scores: "
+        raise ConfigError(f"{fields}{error}") from error
     kinds = set(load_rows(config.data.evaluation).kinds)
     for name, wanted in config.data.scores.items():
         if not kinds.intersection(wanted):
@@ -55,8 +56,7 @@ def check_parts(config: Config) -> None:
 
 
 def check_servers(config: Config) -> None:
-    """Ask the verifiers' servers and the environment whether they are there. Raises ConfigError naming those that are
-    not."""
+    """Check that the verifiers' servers and the environment answer. Raises ConfigError with those that do not."""
     from rewards import mixing
     from rewards.client import Client
     from rollout.environment import Unavailable, open_environment
@@ -65,7 +65,8 @@ def check_servers(config: Config) -> None:
     try:
         with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
             client.check()
-        if (place := config.rollout.environment).name is not None:
-            open_environment(place.name, place.settings).check()
+        environment = config.rollout.environment
+        if environment.name is not None:
+            open_environment(environment.name, environment.settings).check()
     except (ValueError, Unavailable) as error:
         raise ConfigError(str(error)) from error

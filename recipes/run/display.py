@@ -1,4 +1,4 @@
-"""The run as a person watches it: set-up stages, one row per RL step, and the result at the end."""
+"""What a run prints: its stages, one row per RL step, and the result."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
@@ -37,6 +38,8 @@ SPARKS = "▁▂▃▄▅▆▇█"
 TRANSCRIPT_CHARACTERS = 480  # of each answer in the closing view; the report has all of it
 HEADER_EVERY = 20  # steps between repeated column headings
 PLAIN_PROGRESS_LINES = 10  # at most, per stage, in a log
+HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs")  # of Unicode: control, format, surrogate
+SHOWN_CONTROLS = {"\n", "\t", "\u200c", "\u200d"}  # some scripts need the two joiners
 
 
 @dataclass
@@ -46,30 +49,30 @@ class _Stage:
     done: int = 0
     total: int = 0
     detail: str = ""
-    lines: int = 0  # progress lines already printed in a log
+    lines: int = 0  # progress lines printed so far; in a log only
 
 
 @dataclass
 class _Run:
-    """What the footer under the step rows needs."""
+    """What the footer below the rows of the steps shows."""
 
     total_steps: int = 0
     rows: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 class Display:
-    """Shows one run on one terminal; a context manager, so the terminal is whole again after an error or Ctrl-C.
+    """Shows one run; a context manager, which restores the terminal after an error or Ctrl-C.
 
-    On a terminal: a spinner with its clock for the stage under way, a permanent line when it ends, a permanent row per
-    step and, below the rows, progress, ETA, phase times and one reward curve per verifier. Anywhere else (a pipe, CI, a
-    job's log file): no cursor movement and no colour, one flushed line per event, starting with the seconds since the
-    run began. Both fit 80 columns.
+    On a terminal: a spinner and a clock for the current stage, a permanent line when it ends, a permanent row per step
+    and, below the rows, progress, ETA, phase times and one reward curve per verifier. Anywhere else (a pipe, CI, a
+    job's log file): no cursor movement and no colour; one flushed line per event, which starts with the seconds since
+    the start of the run. Both fit 80 columns.
 
-    Every rank may call it; only the one made with `active=True` (rank 0) prints. Text from models is shown literally:
-    control characters are replaced, markup is not interpreted.
+    Every rank may call it; only rank 0's, with `active=True`, prints. Text from models is shown literally: control
+    characters are replaced, markup is not interpreted.
 
     On a terminal a background thread repaints. Start processes with spawn or subprocess, not fork, and send their
-    output to a file: what another process writes to the terminal tears the live lines.
+    output to a file: output of another process on the terminal breaks the repainted lines.
     """
 
     def __init__(self, active: bool = True, stream: TextIO | None = None) -> None:
@@ -99,7 +102,7 @@ class Display:
                 _Footer(self._stages, self._run), console=self._console, refresh_per_second=5, transient=True
             )
             self._live.start()
-            # On Ctrl-C the ranks get SIGTERM, which by default leaves a terminal without its cursor.
+            # On Ctrl-C the ranks get SIGTERM, which by default leaves the terminal's cursor hidden.
             self._on_sigterm = signal.signal(signal.SIGTERM, self._terminate)
         return self
 
@@ -117,7 +120,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A part of the run with its own clock: a tick and its seconds when it ends, a cross when it raises."""
+        """A timed part of the run: a tick and its seconds when it ends, a cross when it raises."""
         stage = _Stage(name, time.monotonic())
         self._stages.append(stage)
         if not self._terminal:
@@ -132,15 +135,17 @@ class Display:
         self._stage_line("✓", "green", stage, "")
 
     def progress(self, done: int, total: int, detail: str = "") -> None:
-        """Progress within the stage under way, for example SFT steps with their loss, or prompts evaluated.
+        """Show the progress of the current stage: ``done`` of ``total`` steps or prompts, ``detail``: the loss, say.
 
         Raises:
-            RuntimeError: outside any stage.
+            RuntimeError: outside a stage.
         """
         if not self._stages:
             raise RuntimeError("progress() outside a stage: wrap the work in `with display.stage(name):`")
         stage = self._stages[-1]
-        stage.done, stage.total, stage.detail = done, total, detail
+        stage.done = done
+        stage.total = total
+        stage.detail = detail
         if self._terminal or done * PLAIN_PROGRESS_LINES < (stage.lines + 1) * total:
             return
         stage.lines = done * PLAIN_PROGRESS_LINES // total
@@ -173,10 +178,10 @@ class Display:
             self._event(text)
 
     def finish(self, evaluation: Mapping[str, Any], run_dir: Path) -> None:
-        """The closing view: result table, up to three transcripts, and where everything is.
+        """The closing view: the table of results, up to three transcripts, and the files of the run.
 
         Args:
-            evaluation: the content of evaluation.json; its "transcripts" are chosen from.
+            evaluation: the content of evaluation.json, whose "transcripts" it chooses from.
             run_dir: the run's folder.
         """
         self._stop_live()
@@ -185,18 +190,18 @@ class Display:
         self._print(Text(result_note(evaluation), style="dim"))
         for transcript in choose_transcripts(evaluation["transcripts"], 3):
             self._print(self._transcript(transcript, model_stages(evaluation)))
-        self._print(Text("\nWhere things are", style="bold"))
-        for name, what in (
+        self._print(Text("\nFiles", style="bold"))
+        for name, description in (
             ("report.html", "the report: open it in a browser"),
             ("evaluation.json", "the table above with every transcript"),
             ("metrics.jsonl", "one object per step"),
-            ("samples.jsonl", "every response that RL learned from"),
+            ("samples.jsonl", "every response of RL, with its reward and advantage"),
             ("config.yaml", "the resolved configuration"),
             ("hf", "the trained model, for transformers and vLLM"),
         ):
             if (run_dir / name).exists():
-                self._print(Text.assemble((f"  {run_dir / name}", "cyan"), f"  {what}"))
-        self._print(Text(f"  in all {duration(time.monotonic() - self._started)}"))
+                self._print(Text.assemble((f"  {run_dir / name}", "cyan"), f"  {description}"))
+        self._print(Text(f"  total time {duration(time.monotonic() - self._started)}"))
 
     def _transcript(self, transcript: Mapping[str, Any], headings: Mapping[str, str]) -> Table:
         labels = transcript["labels"]
@@ -221,7 +226,7 @@ class Display:
         self._print(Text.assemble((mark, style), f" {stage.name}", (f"{detail}{tail}", "dim")))
 
     def _event(self, text: str) -> None:
-        """One line of a log, flushed; never wrapped, so that it can be searched."""
+        """Print one line of a log and flush it. It is never wrapped, so that grep finds it."""
         if self._active:
             line = f"[{time.monotonic() - self._started:8.1f}s] {self._printable(text)}".replace("\n", " ")
             print(line, file=self._console.file, flush=True)
@@ -232,14 +237,9 @@ class Display:
             self._console.file.flush()
 
     def _printable(self, text: str) -> str:
-        """Text without control or direction-changing characters, in what the stream's encoding can carry."""
-        hidden = {c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - {
-            "\n",
-            "\t",
-            "\u200c",
-            "\u200d",
-        }
-        clean = text.translate({ord(c): "\ufffd" for c in hidden})
+        """Text in the stream's encoding, with its control and direction-changing characters replaced."""
+        hidden = {character for character in set(text) if unicodedata.category(character) in HIDDEN_CATEGORIES}
+        clean = text.translate({ord(character): "\ufffd" for character in hidden - SHOWN_CONTROLS})
         return clean.encode(self._encoding, "replace").decode(self._encoding)
 
     def _stop_live(self) -> None:
@@ -250,7 +250,7 @@ class Display:
 
 @dataclass
 class _Footer:
-    """The lines that are repainted: stages under way, then the progress of RL."""
+    """The repainted lines: the current stages, then the progress of RL."""
 
     stages: Sequence[_Stage]
     run: _Run
@@ -289,10 +289,11 @@ def _run_footer(run: _Run, width: int) -> Group:
     phases = time_phases(run.rows)
     if phases:
         lines += _phase_lines({name: last.get(f"time/{name}", 0.0) for name in phases}, width)
-    if health := server_health(last):
+    health = server_health(last)
+    if health:
         line = Text("servers  ", no_wrap=True, overflow="ellipsis")
-        for name, well, counts in health:
-            line.append("● ", "green" if well else "red").append(f"{name} {counts}  ")
+        for name, healthy, counts in health:
+            line.append("● ", "green" if healthy else "red").append(f"{name} {counts}  ")
         lines.append(line)
     for verifier in reward_verifiers(run.rows):
         values = [row[f"reward/{verifier}"] for row in run.rows if f"reward/{verifier}" in row]
@@ -302,35 +303,42 @@ def _run_footer(run: _Run, width: int) -> Group:
 
 
 def server_health(metrics: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """(name, whether all that was asked of it in the step was answered, its counts) for each verifier's server."""
-    found = []
-    for name in dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("servers/")):
-        asked, failed, retries = (metrics[f"servers/{name}/{what}"] for what in ("asked", "failed", "retries"))
-        trouble = "".join(f", {n} {what}" for n, what in ((retries, "retries"), (failed, "failed")) if n)
-        found.append((name, failed == 0, f"{asked} asked{trouble}"))
-    return found
+    """(name, whether it answered every request of the step, its counts) for each verifier's server."""
+    names = dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("servers/"))
+    health = []
+    for name in names:
+        failed = metrics[f"servers/{name}/failed"]
+        retries = metrics[f"servers/{name}/retries"]
+        counts = f"{metrics[f'servers/{name}/asked']} asked"
+        if retries:
+            counts += f", {retries} retries"
+        if failed:
+            counts += f", {failed} failed"
+        health.append((name, failed == 0, counts))
+    return health
 
 
 def _phase_lines(seconds: Mapping[str, float], width: int) -> list[Text]:
-    """A bar split by phase in proportion to its time, and its legend."""
+    """A bar that is divided among the phases in proportion to their seconds, and its legend."""
     total = sum(seconds.values()) or 1.0
-    bar, legend = Text(no_wrap=True), Text()
-    passed = 0.0
+    bar = Text(no_wrap=True)
+    legend = Text()
+    end = 0.0
     for index, (name, value) in enumerate(seconds.items()):
         style = PHASE_STYLES[index % len(PHASE_STYLES)]
-        # Ends are rounded, not lengths, so that the bar as a whole keeps its length.
-        passed += value
-        bar.append("█" * (round(passed / total * (width - 2)) - len(bar)), style)
+        # The ends of the pieces are rounded, not their lengths, so that the lengths add up to that of the bar.
+        end += value
+        bar.append("█" * (round(end / total * (width - 2)) - len(bar)), style)
         if value:
             legend.append("■\u00a0", style).append(f"{name}\u00a0{value:.1f}s  ")
     return [bar, legend]
 
 
 def step_columns(metrics: Mapping[str, Any], total_steps: int, width: int) -> list[tuple[str, str]]:
-    """(heading, value) per column of a step's row, padded alike; the least important columns are left out to fit.
+    """(heading, value) per column of a step's row, padded to the same width.
 
-    Rewards come first, then time, tokens/s, length, KL, log-prob gap and gradient norm; a row never exceeds `width`
-    characters unless step and rewards alone do.
+    Rewards come first, then time, tokens/s, length, KL, training-inference mismatch and gradient norm. Columns that do
+    not fit into `width` characters are left out from the right, but never the step and the rewards.
     """
     digits = len(str(total_steps))
     columns = [("step", f"{metrics['step']:>{digits}}/{total_steps}"), ("reward", f"{metrics['reward/mean']:.3f}")]
@@ -341,10 +349,10 @@ def step_columns(metrics: Mapping[str, Any], total_steps: int, width: int) -> li
         ("tok/s", _number(rate, 0)),
         ("length", f"{metrics['response_length/mean']:.0f}"),
         ("KL", _number(metrics["kl/reference"], 4)),
-        ("gap", _number(metrics["train_inference_mismatch/mean"], 4)),
+        ("mismatch", _number(metrics["train_inference_mismatch/mean"], 4)),
         ("grad", _number(metrics["grad_norm"], 2)),
     ]
-    minimum = {"time": 6, "tok/s": 5, "KL": 7, "gap": 6, "grad": 6}
+    minimum = {"time": 6, "tok/s": 5, "KL": 7, "mismatch": 8, "grad": 6}
     padded = []
     used = 0
     for index, (name, value) in enumerate(columns + optional):
@@ -361,7 +369,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def result_table(evaluation: Mapping[str, Any]) -> Table:
-    """Mean and interval per verifier and decoding for every model, and the paired difference after - before."""
+    """Mean and interval of each model per verifier and decoding, and the paired difference after - before."""
     stages = model_stages(evaluation)
     table = Table(
         box=box.SIMPLE_HEAD, title="Held-out prompts", title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
@@ -372,28 +380,28 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("effect", justify="right", no_wrap=True)
     styles = {"better": "bold green", "worse": "bold red", "not significant": "dim"}
-    named = ""
+    previous = ""
     for verifier, decoding, scores, difference in evaluation_rows(evaluation):
         effect = Text.assemble(f"{difference['mean']:+.2f}\n", (_range(difference, "+.2f"), "dim"))
         verdict = significance(difference)
         effect.append(f"\n{verdict}", styles[verdict])
         table.add_row(
-            f"{verifier}\n" if verifier != named else "",
+            f"{verifier}\n" if verifier != previous else "",
             Text.assemble(f"{decoding}\n", (f"n={scores['after']['n']}", "dim")),
             *(Text.assemble(f"{score['mean']:.2f}\n", (_range(score, ".2f"), "dim")) for score in scores.values()),
             effect,
             end_section=decoding == "sampled",
         )
-        named = verifier
+        previous = verifier
     return table
 
 
 def result_note(evaluation: Mapping[str, Any]) -> str:
-    """What the table's figures are, in two lines."""
+    """Two lines that explain the table."""
     stages = model_stages(evaluation)
     return (
         f"Mean score, 95 % interval. Effect: {stages['after']} minus {stages['before']}, same prompts;\n"
-        "better or worse where its 95 % interval leaves out zero.\n"
+        "better or worse where its 95 % interval excludes zero.\n"
     )
 
 
@@ -403,7 +411,7 @@ def _range(score: Mapping[str, Any], form: str) -> str:
 
 
 def eta(rows: Sequence[Mapping[str, Any]], total_steps: int) -> str:
-    """Time left for the remaining steps at the median pace of the last ten."""
+    """The time that the remaining steps take at the median pace of the last ten."""
     pace = statistics.median(row["time/step"] for row in rows[-10:])
     return duration(pace * (total_steps - rows[-1]["step"]))
 
@@ -419,13 +427,16 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as a line of at most `width` block characters between their minimum and maximum.
-
-    More values than characters are averaged in equal shares.
+    """The values as at most `width` block characters, from the lowest block at their minimum to the full one at their
+    maximum. With more values than characters, a character shows the mean of several.
     """
-    shares = min(len(values), max(1, width))
-    means = [
-        statistics.fmean(values[len(values) * i // shares : len(values) * (i + 1) // shares]) for i in range(shares)
-    ]
-    low, span = min(means), max(means) - min(means)
-    return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1)) if span else 0] for value in means)
+    count = min(len(values), max(1, width))
+    bounds = [len(values) * i // count for i in range(count + 1)]
+    means = [statistics.fmean(values[start:end]) for start, end in pairwise(bounds)]
+    low = min(means)
+    span = max(means) - low
+    line = ""
+    for mean in means:
+        height = round((mean - low) / span * (len(SPARKS) - 1)) if span else 0
+        line += SPARKS[height]
+    return line

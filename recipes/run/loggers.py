@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside metrics.jsonl: wandb and TensorBoard, each by the configuration."""
+"""wandb and TensorBoard, which get the rows of metrics.jsonl when ``logger`` asks for them."""
 
 import netrc
 import os
@@ -10,12 +10,13 @@ from typing import Any
 
 from recipes.config import Config
 
-# Takes a row of metrics.jsonl and, for a part of a run with steps of its own, the part's name with a slash behind it.
+# Takes a row of metrics.jsonl and a prefix of its keys. The prefix is empty, or "warm_start/" for the SFT before RL, whose
+# steps are counted separately.
 type Logger = Callable[[Mapping[str, Any], str], None]
 
 
 def open_loggers(config: Config, run_dir: Path, run_id: str, stack: ExitStack) -> list[Logger]:
-    """Those that ``logger`` asks for; ``stack`` closes them."""
+    """The loggers that the configuration asks for; ``stack`` closes them."""
     loggers: list[Logger] = []
     if config.logger.wandb_project:
         loggers.append(_open_wandb(config, run_dir, run_id, stack))
@@ -25,7 +26,7 @@ def open_loggers(config: Config, run_dir: Path, run_id: str, stack: ExitStack) -
 
 
 def _open_wandb(config: Config, run_dir: Path, run_id: str, stack: ExitStack) -> Logger:
-    """Offline without a key, unless WANDB_MODE says what to do."""
+    """Without an API key wandb writes offline, unless WANDB_MODE is set."""
     import wandb
 
     mode = None if "WANDB_MODE" in os.environ or _has_wandb_key() else "offline"
@@ -39,27 +40,28 @@ def _open_wandb(config: Config, run_dir: Path, run_id: str, stack: ExitStack) ->
         resume="allow",
     )
     stack.callback(run.finish)
-    seen: set[str] = set()
+    prefixes: set[str] = set()
 
-    def log(row: Mapping[str, Any], part: str) -> None:
-        if part not in seen:  # wandb's own steps only rise; a part begins with 1 again
-            seen.add(part)
-            run.define_metric(f"{part}*", step_metric=f"{part}step")
-        run.log({f"{part}{key}": value for key, value in row.items()})
+    def log(row: Mapping[str, Any], prefix: str) -> None:
+        # wandb's step counter only rises, but the steps of each prefix begin with 1. So each gets a step metric.
+        if prefix not in prefixes:
+            prefixes.add(prefix)
+            run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+        run.log({f"{prefix}{key}": value for key, value in row.items()})
 
     return log
 
 
 def _open_tensorboard(folder: Path, stack: ExitStack) -> Logger:
-    """An event file of scalars for each launch of the run."""
+    """Each launch of the run writes one event file of scalars."""
     from tensorboardX import SummaryWriter
 
     writer = stack.enter_context(SummaryWriter(str(folder)))
 
-    def log(row: Mapping[str, Any], part: str) -> None:
+    def log(row: Mapping[str, Any], prefix: str) -> None:
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
-                writer.add_scalar(f"{part}{key}", value, row["step"])
+                writer.add_scalar(f"{prefix}{key}", value, row["step"])
         writer.flush()
 
     return log

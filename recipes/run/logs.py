@@ -1,11 +1,11 @@
-"""One format for what libraries and this code log: ``time level rank module message``, a line each."""
+"""One format for the log lines of libraries and of this code: time, level, rank, module and message."""
 
 import logging
 from typing import TextIO
 
 
 class LineFormatter(logging.Formatter):
-    """``2026-01-31T12:00:00 WARNING rank 3 megatron.core.optimizer message``; further lines are set in."""
+    """``2026-01-31T12:00:00 WARNING rank 3 megatron.core.optimizer message``; continuation lines are indented."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"%(asctime)s %(levelname)s rank {rank} %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S")
@@ -15,7 +15,10 @@ class LineFormatter(logging.Formatter):
 
 
 def configure(rank: int, stream: TextIO) -> None:
-    """Have every logger without handlers of its own, and Python's warnings, write to ``stream`` from WARNING up."""
+    """Write Python's warnings, and log records from WARNING up, to ``stream``.
+
+    Loggers that a library has given handlers keep them.
+    """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LineFormatter(rank))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -1,24 +1,29 @@
-"""A run that has to end soon (a job's time limit, preemption) is told so by SIGUSR1: it saves behind the running step.
+"""Preemption: SIGUSR1 asks a run to end soon (a job's time limit, say). It finishes its step, saves and ends.
 
-The signal is never handled but blocked, and looked for once a step. Children inherit that: Slurm signals all processes
-of a job's step, and the engines are to live until the training step is done.
+The signal is blocked rather than handled, and the ranks look once a step whether it is pending. Child processes inherit
+the mask. Slurm signals every process of a job's step, so without the mask it would end the engines in the middle of a
+training step.
 """
 
 import signal
 
-EXIT_CODE = 75  # sysexits.h's EX_TEMPFAIL: try again; of rank 0, the others end with 0
+# EX_TEMPFAIL of sysexits.h, "try again". Rank 0 ends with it, the other ranks with 0.
+EXIT_CODE = 75
 SIGNAL = signal.SIGUSR1
 
 
 class Preempted(Exception):
-    """The run has saved what it did and ends before it is finished."""
+    """The run has saved its last step and ends before it is finished."""
 
 
 def listen() -> None:
-    """Keep the signal for :func:`told`, in this process and what it starts; call it before there are threads."""
+    """Block the signal, so that it stays pending, in this process and those that it starts.
+
+    Call it while the process has one thread: other threads keep their own masks.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, [SIGNAL])
 
 
-def told() -> bool:
-    """Whether the signal has come. True from then on."""
+def preemption_requested() -> bool:
+    """Whether the signal has arrived. It stays pending, so the answer remains True."""
     return SIGNAL in signal.sigpending()

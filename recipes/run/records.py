@@ -1,7 +1,7 @@
 """What a run writes for people and tools: metrics.jsonl, samples.jsonl, events.jsonl, evaluation.json and more.
 
-Every line is valid JSON by itself and on disk as soon as it is written. Rows carry a `step`, so a resumed run can drop
-what it will do again.
+Every line is valid JSON and goes to the operating system as soon as it is written. Rows carry a `step`, so a resumed
+run can drop the rows of the steps that it repeats.
 """
 
 import importlib.metadata
@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Keys that every row of metrics.jsonl has. Beside them stand one `reward/<verifier>` per verifier and one
-# `time/<phase>` per phase (seconds).
+# Keys that every row of an RL run's metrics.jsonl has, beside one `reward/<verifier>` per verifier and one `time/<phase>`
+# per phase (seconds).
 REQUIRED_METRICS = (
     "step",
     "reward/mean",
@@ -32,17 +32,19 @@ REQUIRED_METRICS = (
 )
 # Response tokens per second of the generation phase; the live view shows it where a row has it.
 TOKENS_PER_SECOND = "tokens_per_second"
-FINISHED = "finished.json"  # a ladder writes it in the folder of a stage that it is done with
+# recipes/launch/pipeline.py writes it into the folder of a finished stage.
+FINISHED = "finished.json"
 PHASE_ORDER = ("generate", "judge", "reward", "logprobs", "train", "sync", "checkpoint")
+TAIL_BYTES = 1 << 20  # of metrics.jsonl, in which the last row is looked for
 VERSIONED_PACKAGES = ("megatron-core", "transformer-engine", "torch", "vllm", "transformers", "hydra-core", "numpy")
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON line per row, each flushed to the operating system before the next.
+    """Append one JSON line per row; each goes to the operating system before the next.
 
     Raises:
         ValueError: a row without an integer `step`, or with NaN or infinity (pass None to record "no value").
-        OSError: naming the file; no part of a row is left.
+        OSError: names the file, which then has no part of the row.
     """
     with path.open("ab", buffering=0) as file:
         for row in rows:
@@ -51,38 +53,51 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             _append(file, _dumps(row, path.name) + b"\n")
 
 
-def event(run_dir: Path, kind: str, **what: Any) -> None:
-    """Append to events.jsonl what happened to a run beside its steps: a launch, a restart, a checkpoint, an end.
+def event(run_dir: Path, kind: str, **details: Any) -> None:
+    """Append to events.jsonl an event other than a step: a launch, a restart, a checkpoint, an end.
 
     A line has ``time`` (seconds since 1970), ``kind``, ``after_step`` (the last step in metrics.jsonl, 0 for none) and
-    ``what``. Any rank may write one: a line goes to the file by one write.
+    ``details``. Any rank may call it: one write appends the line.
     """
-    line = {"time": round(time.time(), 3), "kind": kind, "after_step": _last_step(run_dir / "metrics.jsonl"), **what}
+    line = {
+        "time": round(time.time(), 3),
+        "kind": kind,
+        "after_step": _last_step(run_dir / "metrics.jsonl"),
+        **details,
+    }
     with (run_dir / "events.jsonl").open("ab", buffering=0) as file:
         _append(file, _dumps(line, "events.jsonl") + b"\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events by time, none where there is no file; one without ``after_step`` (a server's) has that of the former.
+    """The events in order of time; none when the file does not exist.
+
+    Reward servers know no steps: an event without ``after_step`` gets that of the event before it.
 
     Raises:
         ValueError: a line that is not JSON, with its number.
     """
-    found = sorted(read_rows(path), key=lambda each: each["time"]) if path.exists() else []
+    if not path.exists():
+        return []
+    events = sorted(read_rows(path), key=lambda event: event["time"])
     step = 0
-    for each in found:
-        step = each.setdefault("after_step", step)
-    return found
+    for event in events:
+        step = event.setdefault("after_step", step)
+    return events
 
 
 @contextmanager
 def launch(run_dir: Path, resume: bool) -> Iterator[None]:
-    """Events at the begin and at every end of a launch but a kill, which leaves none."""
+    """Write an event when a launch starts or resumes, and when it finishes or stops with an error.
+
+    A launch that is killed writes no last event.
+    """
     event(run_dir, "resume" if resume else "start")
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # a full disk: the error is to be told, perhaps that very one
+        # The disk may be full, and that may be the error itself, which must not be hidden.
+        with suppress(OSError):
             event(run_dir, "stop", why=f"{type(error).__name__}: {error}".splitlines()[0][:300])
         raise
     event(run_dir, "finish")
@@ -92,9 +107,11 @@ def _last_step(path: Path) -> int:
     if not path.exists():
         return 0
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 20)))
-        whole = file.read().rpartition(b"\n")[0]
-    return json.loads(whole.splitlines()[-1])["step"] if whole else 0
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        complete_lines = file.read().rpartition(b"\n")[0]
+    if not complete_lines:
+        return 0
+    return json.loads(complete_lines.splitlines()[-1])["step"]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -109,16 +126,16 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Drop the rows of later steps, so that a run resumed at `step` leaves the file an unbroken run would leave.
+    """Drop the rows of later steps, so that a run resumed at `step` leaves the file that an undisturbed run leaves.
 
-    A last line without its newline was cut off by a kill in the middle of writing and is dropped as well. The file is
-    replaced in one move. A file that does not exist yet has nothing to drop.
+    A last line without a newline is dropped too: a kill has cut it off. The file is replaced atomically. Nothing happens
+    when it does not exist.
 
     Returns:
         The number of rows kept.
 
     Raises:
-        ValueError: a whole line that is not JSON, with its number.
+        ValueError: a complete line that is not JSON, with its number.
     """
     if not path.exists():
         return 0
@@ -132,40 +149,21 @@ def truncate_after(path: Path, step: int) -> int:
 
 
 def value(number: float) -> float | None:
-    """None, "no value", for NaN and infinity."""
+    """The number, or None ("no value") for NaN and infinity."""
     return number if math.isfinite(number) else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file in one move: a reader sees the old file or the new one, never a part.
+    """Write a JSON file atomically: a reader sees the old file or the new one, never a part.
 
     Raises:
-        ValueError: NaN or infinity anywhere in it, named by its place (pass None to record "no value").
+        ValueError: NaN or infinity anywhere in it, with its place (pass None to record "no value").
     """
     _replace(path, _dumps(value, path.name, indent=2) + b"\n")
 
 
-def check_metrics(row: Mapping[str, Any], verifiers: Sequence[str]) -> None:
-    """Check that a row of metrics.jsonl has every key people and tools rely on, each a finite number.
-
-    Raises:
-        ValueError: the missing keys or the ones that are no number, all named.
-    """
-    wanted = [*REQUIRED_METRICS, *(f"reward/{verifier}" for verifier in verifiers)]
-    wrong = [f"{key} is missing" for key in wanted if key not in row]
-    wrong += [
-        f"{key} is {row[key]!r}, not a finite number"
-        for key in row
-        if isinstance(row[key], bool) or not isinstance(row[key], (int, float)) or not math.isfinite(row[key])
-    ]
-    if not time_phases([row]):
-        wrong.append("no time/<phase> beside time/step")
-    if wrong:
-        raise ValueError(f"metrics of step {row.get('step')}: {'; '.join(wrong)}")
-
-
 def time_phases(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the phases timed in any of the rows: the loop's order first, then others by name."""
+    """Names of the phases that any row times: in the loop's order first, then the others by name."""
     names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")} - {"step"}
     return [name for name in PHASE_ORDER if name in names] + sorted(names.difference(PHASE_ORDER))
 
@@ -177,47 +175,53 @@ def reward_verifiers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def model_stages(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """The models an evaluation compares, key -> heading; beside a raw `base`, `before` is the model after SFT."""
+    """The models that an evaluation compares, key -> heading. With a `base`, `before` is the model after SFT."""
     if "base" in evaluation:
         return {"base": "base", "before": "after SFT", "after": "after RL"}
     return {"before": f"before {evaluation['stage']}", "after": f"after {evaluation['stage']}"}
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """The result table: (verifier, "greedy" or "sampled", stage key -> score, paired difference after - before).
+    """The result table: (verifier, "greedy" or "sampled", model key -> score, paired difference after - before).
 
-    Without a row where a model has no score: none of its answers got a verdict.
+    A verifier has no row when a model has no score from it because none of its answers got a verdict.
     """
-    stages = model_stages(evaluation)
-    modes = {"greedy": {name: evaluation[name] for name in (*stages, "difference")}}
+    models = model_stages(evaluation)
+    scores_of_modes = {"greedy": {name: evaluation[name] for name in (*models, "difference")}}
     if "sampled" in evaluation["after"]:
-        modes["sampled"] = {name: scores["sampled"] for name, scores in modes["greedy"].items()}
-    verifiers = dict.fromkeys(name for of in modes.values() for name in of["difference"] if name != "sampled")
+        scores_of_modes["sampled"] = {name: scores["sampled"] for name, scores in scores_of_modes["greedy"].items()}
+    verifiers: dict[str, None] = {}
+    for scores in scores_of_modes.values():
+        verifiers |= dict.fromkeys(name for name in scores["difference"] if name != "sampled")
     for verifier in verifiers:
-        for mode, of in modes.items():
-            if all(verifier in scores for scores in of.values()):
-                yield verifier, mode, {stage: of[stage][verifier] for stage in stages}, of["difference"][verifier]
+        for mode, scores in scores_of_modes.items():
+            if all(verifier in of_model for of_model in scores.values()):
+                of_models = {model: scores[model][verifier] for model in models}
+                yield verifier, mode, of_models, scores["difference"][verifier]
 
 
 def significance(difference: Mapping[str, Any]) -> str:
-    """ "better" or "worse" where the interval of (after - before) leaves out zero, else "not significant"."""
+    """ "better" or "worse" when the interval of (after - before) excludes zero, else "not significant"."""
     low, high = difference["interval"]
-    return "better" if low > 0 else "worse" if high < 0 else "not significant"
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "not significant"
 
 
 def choose_transcripts(transcripts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Up to `count` transcripts that say most: every kind once first, and within a kind those that changed first."""
+    """Up to `count` transcripts: one of each kind before a second, and within a kind those with a new label first."""
     changed_first = sorted(transcripts, key=lambda item: item["labels"]["before"] == item["labels"]["after"])
-    seen: dict[str, int] = {}
+    of_kind: dict[str, int] = {}
     ranked = []
     for item in changed_first:
-        seen[item["kind"]] = seen.get(item["kind"], 0) + 1
-        ranked.append((seen[item["kind"]], item))
-    return [item for _, item in sorted(ranked, key=lambda pair: pair[0])[:count]]
+        of_kind[item["kind"]] = of_kind.get(item["kind"], 0) + 1
+        ranked.append((of_kind[item["kind"]], item))
+    ranked.sort(key=lambda pair: pair[0])
+    return [item for _, item in ranked[:count]]
 
 
 def run_id(run_dir: Path, resumed: bool) -> str:
-    """The run's name among all: a new one, or, of a resumed run, the one in its environment.json."""
+    """A new identifier, or that of environment.json for a resumed run."""
     path = run_dir / "environment.json"
     if resumed and path.exists():
         return json.loads(path.read_text())["run"]["id"]
@@ -225,10 +229,10 @@ def run_id(run_dir: Path, resumed: bool) -> str:
 
 
 def environment(device: str, processes: int) -> dict[str, Any]:
-    """The machine and the versions a run used, for environment.json.
+    """The machine and the package versions of a run, for environment.json.
 
     Args:
-        device: what the trainer computes on, as the platform names it, for example "cpu" or "NVIDIA H100 80GB HBM3".
+        device: the trainer's device, as the platform names it, for example "cpu" or "NVIDIA H100 80GB HBM3".
         processes: number of trainer processes.
     """
     versions: dict[str, str] = {"python": platform.python_version()}
@@ -264,7 +268,7 @@ def _dumps(value: Mapping[str, Any], where: str, indent: int | None = None) -> b
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Turn numpy and torch scalars into Python ones and refuse what JSON has no number for."""
+    """The value with numpy and torch scalars as Python ones. Raises ValueError for NaN and infinity."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}: {key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -277,15 +281,18 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _append(file: io.FileIO, line: bytes) -> None:
-    """The whole line by one write, or nothing of it: a disk that is nearly full takes a part without an error."""
-    done = 0
+    """Append the complete line, or nothing.
+
+    A nearly full disk takes a part of it without an error, and the next write fails.
+    """
+    written = 0
     try:
-        while done < len(line):
-            done += file.write(line[done:])
+        while written < len(line):
+            written += file.write(line[written:])
     except OSError as error:
-        if done:
-            file.truncate(file.tell() - done)
-        why = f"{error.strerror}; mend that and go on with resume=true"
+        if written:
+            file.truncate(file.tell() - written)
+        why = f"{error.strerror}; fix it and go on with resume=true"
         raise OSError(error.errno, why, str(file.name)) from error
 
 

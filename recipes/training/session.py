@@ -336,7 +336,7 @@ class Session:
         ranks that were slow; the clocks start anew. Here the ranks learn that one of them was told to end."""
         self._lap(BETWEEN)
         factor, alone = self.config.cluster.slow_factor, [("probe", probe(platform.current().device()))]
-        ranks = all_gather_json([self.laps, alone, preemption.told()], self.control)
+        ranks = all_gather_json([self.laps, alone, preemption.preemption_requested()], self.control)
         self.laps, self.lap_began = [], time.perf_counter()  # all ranks are here
         self.ending = any(r[2] for r in ranks)
         for line in slow_ranks([r[0] for r in ranks], factor, 1.0) + slow_ranks([r[1] for r in ranks], factor, 0.0):

@@ -20,11 +20,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from megatron_ext import resolvers
-from recipes import train
 from recipes.algorithms.registry import REGISTRY
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.launch import command_line, requirements
+from recipes.launch.prepare_run import prepare_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -438,7 +438,7 @@ def test_the_command_stops_at_once_with_one_line(overrides: list[str], line: str
 )
 def test_data_and_parts_are_checked_before_anything_is_made(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        train.prepare_run(configured(f"run_dir={tmp_path / 'run'}", *overrides))
+        prepare_run(configured(f"run_dir={tmp_path / 'run'}", *overrides))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The ladder: stages that start from what the one before left, and what is reported of all of them."""
+"""The pipeline of stages: a stage starts from the model of the stage before it, and one report shows all of them."""
 
 import json
 import signal
@@ -36,11 +36,11 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def climbed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a ladder whose second stage was killed with its launcher, and resumed."""
+def pipeline_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline whose launcher was killed during the second stage, and which was resumed."""
     folder = tmp_path_factory.mktemp("ladder") / "run"
-    given = tiny.overrides(twin, folder, *LADDER)
-    run = tiny.Run(given)
+    arguments = tiny.overrides(twin, folder, *LADDER)
+    run = tiny.Run(arguments)
     try:
         run.wait_for("a step of the second stage", (folder / "rl_safety" / "metrics.jsonl").is_file)
         run.process.send_signal(signal.SIGKILL)
@@ -49,8 +49,8 @@ def climbed(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         run.kill_all()
     assert left == ({}, set())
-    printed = tiny.complete([*given, "resume=true"])
-    assert "stage sft: finished before" in printed
+    printed = tiny.complete([*arguments, "resume=true"])
+    assert "stage sft: already finished" in printed
     return folder
 
 
@@ -63,7 +63,7 @@ def answers(score: float, tokens: int) -> dict[str, list[dict[str, Any]]]:
     return {"greedy": rows}
 
 
-def test_measures_have_their_intervals_and_lengths_are_of_what_accuracy_judges() -> None:
+def test_measures_have_intervals_and_lengths_are_of_the_prompts_with_an_accuracy() -> None:
     found = pipeline.measures(answers(1.0, 4))
     accuracy = mean_interval([1.0, 0.0])
     assert (found["accuracy"], found["accuracy_interval"], found["accuracy_n"]) == (0.5, accuracy["interval"], 2)
@@ -92,7 +92,7 @@ def test_changes_are_of_the_same_prompts() -> None:
 def test_the_report_shows_every_stage_and_model_text_stays_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the command writes it of stages that were launched one by one."""
+    """As the command line writes it for stages that were launched one by one."""
     data = tmp_path / "eval.jsonl"
     tiny.write_rows(data, [{"id": i, "label": "l", "kind": HOSTILE, "prompt": f"{HOSTILE} {i}"} for i in "tuh"])
     for name, former, before, after in (("sft", None, 0.0, 1.0), ("rl_safety", "sft", 1.0, 0.5)):
@@ -103,7 +103,7 @@ def test_the_report_shows_every_stage_and_model_text_stays_text(
     monkeypatch.setattr("sys.argv", ["recipes.launch.pipeline", str(tmp_path)])
     pipeline.main()
     with pytest.raises(ConfigError, match=r"rl_safety: no stage has answers\.json"):
-        pipeline.begun(tmp_path / "rl_safety")
+        pipeline.stages_with_answers(tmp_path / "rl_safety")
     stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
     assert [(stage["stage"], stage["safety"]) for stage in stages] == [("base", 0.0), ("sft", 1.0), ("rl_safety", 0.5)]
     assert [stage.get("safety_change") for stage in stages] == [None, 1.0, -0.5]
@@ -131,33 +131,33 @@ def test_a_stage_without_the_one_before_says_what_to_run(tmp_path: Path, twin: P
     assert "stage rl_safety starts from what stage rl_general leaves there; run that first" in printed
 
 
-def test_every_stage_begins_with_the_former_models_answers(climbed: Path) -> None:
-    sft, rl = (json.loads((climbed / name / "answers.json").read_text()) for name in ("sft", "rl_safety"))
+def test_every_stage_begins_with_the_former_models_answers(pipeline_folder: Path) -> None:
+    sft, rl = (json.loads((pipeline_folder / name / "answers.json").read_text()) for name in ("sft", "rl_safety"))
     assert rl["before"] == sft["after"]
     assert rl["after"] != rl["before"]
-    stages = json.loads((climbed / "ladder.json").read_text())["stages"]
+    stages = json.loads((pipeline_folder / "ladder.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == ["base", "sft", "rl_safety"]
     assert all({"accuracy", "accuracy_interval", "reasoning_length"} <= stage.keys() for stage in stages)
-    assert (climbed / "report.html").is_file()
-    assert (climbed / "rl_safety" / "report.html").is_file()
+    assert (pipeline_folder / "report.html").is_file()
+    assert (pipeline_folder / "rl_safety" / "report.html").is_file()
 
 
-def test_a_finished_stage_keeps_its_model_and_no_checkpoint(climbed: Path) -> None:
+def test_a_finished_stage_keeps_its_model_and_no_checkpoint(pipeline_folder: Path) -> None:
     for name in ("sft", "rl_safety"):
-        assert (climbed / name / "hf" / "config.json").is_file()
-        assert not (climbed / name / "checkpoints").exists()
+        assert (pipeline_folder / name / "hf" / "config.json").is_file()
+        assert not (pipeline_folder / name / "checkpoints").exists()
 
 
-def test_a_stage_that_a_ladder_finished_is_not_resumed_by_itself(climbed: Path, twin: Path) -> None:
-    before = (climbed / "sft" / "answers.json").read_text()
-    run = tiny.Run(tiny.overrides(twin, climbed / "sft", *LADDER[2:], "stage=sft", "resume=true"))
+def test_a_stage_that_a_pipeline_finished_is_not_resumed_by_itself(pipeline_folder: Path, twin: Path) -> None:
+    before = (pipeline_folder / "sft" / "answers.json").read_text()
+    run = tiny.Run(tiny.overrides(twin, pipeline_folder / "sft", *LADDER[2:], "stage=sft", "resume=true"))
     printed = run.output(300)
     assert run.process.returncode == 1
-    assert "a ladder finished" in printed and "kept no checkpoint" in printed
-    assert (climbed / "sft" / "answers.json").read_text() == before
+    assert "is a finished stage of a pipeline" in printed and "no checkpoint" in printed
+    assert (pipeline_folder / "sft" / "answers.json").read_text() == before
 
 
-def test_a_ladder_that_begins_anew_leaves_no_stage_out_when_it_is_resumed(
+def test_a_pipeline_that_starts_over_skips_no_stage_when_it_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
@@ -166,20 +166,20 @@ def test_a_ladder_that_begins_anew_leaves_no_stage_out_when_it_is_resumed(
         launched.append(command)
         return 1
 
-    monkeypatch.setattr(pipeline, "run_beside_servers", fails)
+    monkeypatch.setattr(pipeline, "run_with_servers", fails)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    given = ["recipe=ladder_demo", "stage.ladder=[sft,rl_safety]", f"run_dir={tmp_path}"]
-    for name in ("sft", "rl_safety"):  # as an earlier ladder leaves them
+    arguments = ["recipe=ladder_demo", "stage.ladder=[sft,rl_safety]", f"run_dir={tmp_path}"]
+    for name in ("sft", "rl_safety"):  # as an earlier pipeline leaves them
         (tmp_path / name).mkdir()
         records.write_json(tmp_path / name / records.FINISHED, {"stage": name})
     with initialize_config_dir(str(CONF), version_base="1.3"):
         with pytest.raises(ConfigError, match="stage sft: it ended with code 1"):
-            pipeline.run_pipeline(pipeline.composed(given), given)
+            pipeline.run_pipeline(pipeline.compose_config(arguments), arguments)
         assert not (tmp_path / "rl_safety" / records.FINISHED).exists()
     assert len(launched) == 1
 
 
-def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(climbed: Path) -> None:
-    first, second = records.read_rows(climbed / "rl_safety" / "metrics.jsonl")
+def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(pipeline_folder: Path) -> None:
+    first, second = records.read_rows(pipeline_folder / "rl_safety" / "metrics.jsonl")
     assert first["kl/reference"] == 0.0
     assert second["kl/reference"] > 0.0

@@ -1,4 +1,4 @@
-"""A rank that stands still ends every process of the run with all stacks told; a slow rank is named."""
+"""A rank that hangs ends every process of the run, with all stacks in the logs; a slow rank is named."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from recipes.run.watchdog import NOTICE, slow_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-# Rank 0 waits for rank 1, which stands still: in Python, or in C with the interpreter held.
+# Rank 0 waits for rank 1, which hangs: in Python, or in C with the GIL held.
 PROGRAM = """
 import ctypes, sys, threading, time
 from pathlib import Path
@@ -19,21 +19,21 @@ watchdog.GRACE = 1.0
 dog = watchdog.Watchdog(folder, rank, 3.0 if rank else 60.0)
 def waits_for_the_other():
     threading.Event().wait(60)
-def stands_still():
+def hangs():
     time.sleep(60) if how == "python" else ctypes.PyDLL(None).sleep(60)
 def helps():
     time.sleep(60)
 threading.Thread(target=helps, daemon=True).start()
 dog.beat("train")
-stands_still() if rank else waits_for_the_other()
+hangs() if rank else waits_for_the_other()
 """
 
 
-@pytest.mark.parametrize("how", ["python", "held"])
-def test_a_rank_that_stands_still_ends_the_run_with_every_ranks_stacks(tmp_path: Path, how: str) -> None:
-    ranks = [0] if how == "held" else [0, 1]
+@pytest.mark.parametrize("how", ["python", "gil"])
+def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stacks(tmp_path: Path, how: str) -> None:
+    ranks = [0] if how == "gil" else [0, 1]
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    alone = "1" if how == "held" else None  # then nobody else can tell it
+    alone = "1" if how == "gil" else None  # faulthandler writes no notice for others
     processes = []
     for rank in ranks:
         log = (tmp_path / f"rank_{rank}.log").open("w")
@@ -47,7 +47,7 @@ def test_a_rank_that_stands_still_ends_the_run_with_every_ranks_stacks(tmp_path:
             process.kill()
     assert [process.returncode for process in processes] == [1] * len(ranks)
     logs = [(tmp_path / f"rank_{rank}.log").read_text() for rank in ranks]
-    assert "in stands_still" in logs[-1] and "in helps" in logs[-1], "every thread's stack"
+    assert "in hangs" in logs[-1] and "in helps" in logs[-1], "every thread's stack"
     if how == "python":
         assert "in waits_for_the_other" in logs[0] and "in helps" in logs[0]
         for text in printed:  # rank 0's is the terminal
@@ -57,17 +57,17 @@ def test_a_rank_that_stands_still_ends_the_run_with_every_ranks_stacks(tmp_path:
 
 
 def test_slow_ranks_are_named_with_their_time_and_the_medians() -> None:
-    def told(*ranks: list[float]) -> list[str]:
+    def messages(*ranks: list[float]) -> list[str]:
         return slow_ranks([list(zip(("data", "train"), seconds, strict=True)) for seconds in ranks], 3, 1.0)
 
     usual = [0.5, 10.0]
-    assert told(usual, usual, usual, usual) == []
-    assert told(usual, [1.6, 30.5]) == [
+    assert messages(usual, usual, usual, usual) == []
+    assert messages(usual, [1.6, 30.5]) == [
         "rank 1 is slow: 1.6 s for data, the median is 0.5 s",
         "rank 1 is slow: 30.5 s for train, the median is 10 s",
     ]
-    assert told(usual, [1.4, 29.0]) == []
-    assert told([0.1, 1.0], [0.9, 1.0], [0.1, 1.0]) == [], "a fraction of a second is noise"
+    assert messages(usual, [1.4, 29.0]) == []
+    assert messages([0.1, 1.0], [0.9, 1.0], [0.1, 1.0]) == [], "a fraction of a second is noise"
     assert slow_ranks([[("probe", 0.001)], [("probe", 0.004)]], 3, 0.0) == [
         "rank 1 is slow: 0.004 s for probe, the median is 0.001 s"
     ]
