@@ -1,7 +1,7 @@
 """Entry point: ``python -m recipes.train recipe=demo [overrides…]``.
 
-Called plainly, it prepares the run and forks ``cluster.ranks`` ranks. Under torchrun or srun each process is already one
-rank of the run.
+Called plainly, it prepares the run and forks ``cluster.ranks`` ranks. Under torchrun or srun each process is already
+one rank of the run.
 """
 
 import contextlib

@@ -43,8 +43,8 @@ def run_pipeline(config: Config, arguments: Sequence[str]) -> None:
     """Launch the stages in order; ``arguments``: the command line. A resumed pipeline skips its finished stages.
 
     Servers that a stage's verifiers need, and that have no endpoints, run during that stage. A finished stage keeps its
-    exported model and its records, but no checkpoint. Raises ConfigError when a stage's configuration is invalid, before
-    the first stage is launched, and when a stage fails.
+    exported model and its records, but no checkpoint. Raises ConfigError when the configuration of any stage is invalid,
+    before the first stage is launched, and when a stage fails.
     """
     folder = Path(config.run_dir)
     launches = plan_launches(config.stage.ladder, arguments, folder)
@@ -72,9 +72,7 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(f"stopped by {signal.Signals(number).name}; go on with resume=true")
 
 
-def plan_launches(
-    stages: Sequence[str], arguments: Sequence[str], folder: Path
-) -> dict[str, tuple[list[str], Config]]:
+def plan_launches(stages: Sequence[str], arguments: Sequence[str], folder: Path) -> dict[str, tuple[list[str], Config]]:
     """Each stage's arguments and configuration. Raises ConfigError."""
     launches = {}
     previous = None
@@ -87,9 +85,7 @@ def plan_launches(
     return launches
 
 
-def stage_launch(
-    name: str, arguments: Sequence[str], folder: Path, previous: str | None
-) -> tuple[list[str], Config]:
+def stage_launch(name: str, arguments: Sequence[str], folder: Path, previous: str | None) -> tuple[list[str], Config]:
     """The arguments and the configuration of one stage.
 
     A stage that continues from another one starts from the model of ``previous``. ``model.path`` on the command line
@@ -157,7 +153,10 @@ def run_with_servers(command: Sequence[str], config: Config) -> int:
 
 
 def write_results(folder: Path, stages: Sequence[str], evaluation: str) -> None:
-    """Write ``ladder.json`` and ``report.html`` of the stages that have answers; ``evaluation``: the held-out prompts."""
+    """Write ``ladder.json`` and ``report.html`` of the stages that have answers.
+
+    ``evaluation``: the file of the held-out prompts.
+    """
     answers: dict[str, Answers] = {}
     for name in stages:
         path = folder / name / "answers.json"

@@ -17,7 +17,7 @@ HEADINGS = {
 PROMPTS_PER_KIND = 2
 
 
-def write_ladder_report(
+def write_pipeline_report(
     folder: Path, ladder: Mapping[str, Any], answers: Mapping[str, Answers], rows: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """``folder/report.html``. ``ladder``: what ladder.json holds; ``answers`` by stage; ``rows``: the prompts by id."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from recipes.config import Config
 
-# Takes a row of metrics.jsonl and a prefix of its keys. The prefix is empty, or "warm_start/" for the SFT before RL, whose
-# steps are counted separately.
+# Takes a row of metrics.jsonl and a prefix of its keys. The prefix is empty, or "warm_start/" for the SFT before RL,
+# whose steps are counted separately.
 type Logger = Callable[[Mapping[str, Any], str], None]
 
 

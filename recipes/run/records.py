@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Keys that every row of an RL run's metrics.jsonl has, beside one `reward/<verifier>` per verifier and one `time/<phase>`
-# per phase (seconds).
+# Keys that every row of an RL run's metrics.jsonl has, beside one `reward/<verifier>` per verifier and one
+# `time/<phase>` per phase (seconds).
 REQUIRED_METRICS = (
     "step",
     "reward/mean",
@@ -128,8 +128,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def truncate_after(path: Path, step: int) -> int:
     """Drop the rows of later steps, so that a run resumed at `step` leaves the file that an undisturbed run leaves.
 
-    A last line without a newline is dropped too: a kill has cut it off. The file is replaced atomically. Nothing happens
-    when it does not exist.
+    A last line without a newline is dropped too: a kill has cut it off. The file is replaced atomically. When it does
+    not exist, nothing happens.
 
     Returns:
         The number of rows kept.

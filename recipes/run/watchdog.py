@@ -95,8 +95,8 @@ def slow_ranks(laps: Sequence[Sequence[tuple[str, float]]], factor: float, least
     seconds more than it.
 
     ``laps[rank]``: (phase, seconds) in order, the same phases on every rank, from a moment at which all ranks were at
-    the same place. A rank that reaches a phase early waits for the last rank, in this phase or a later one. That wait is
-    subtracted from its seconds.
+    the same place. A rank that reaches a phase early waits for the last rank, in this phase or a later one.
+    That wait is subtracted from its seconds.
     """
     messages = []
     elapsed = [0.0] * len(laps)

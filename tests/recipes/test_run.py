@@ -5,6 +5,7 @@ environment some of whose replies fail; one of these ends with Ctrl-C.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -124,7 +125,8 @@ def test_every_step_has_its_metrics(whole: tuple[Path, str]) -> None:
     rows = metrics(whole[0])
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
-        records.check_metrics(row, VERIFIERS)
+        assert {*records.REQUIRED_METRICS, *(f"reward/{name}" for name in VERIFIERS)} <= row.keys()
+        assert all(math.isfinite(value) for value in row.values())
         assert {"generate", "reward", "logprobs", "train", "sync"} <= set(records.time_phases([row]))
         assert row["grad_norm"] > 0
         assert 0 < row["reward/mean"] < 1

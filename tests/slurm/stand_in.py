@@ -2,8 +2,8 @@
 
 ``rewards.placement`` is the real one where a recipe has judges. ``rewards.serve`` answers /health on the ports of the
 servers that its arguments name, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server
-when ranks run. ``STAND_IN_STARTS`` ("preempted,0") is what the ranks do in each of the job's starts: wait for SIGUSR1 and
-end as those of ``recipes.train`` do ("preempted"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
+when ranks run. ``STAND_IN_STARTS`` ("preempted,0") is what the ranks do in each of the job's starts: wait for SIGUSR1
+and end as those of ``recipes.train`` do ("preempted"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
 ("hangs"); fail when there is a file ``lost-JOB`` ("notices"); end with a code.
 ``recipes.launch.has_new_checkpoint`` looks for the file ``checkpoint-JOB``, which is what they save.
 """
