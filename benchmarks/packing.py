@@ -6,7 +6,6 @@ anew from their descriptions, with our estimate of a sequence's work where they 
 """
 
 import heapq
-import json
 import math
 import random
 import statistics
@@ -22,7 +21,6 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
-from transformers import CONFIG_MAPPING
 
 from megatron_ext import platform
 from megatron_ext.layout import Layout
@@ -30,7 +28,7 @@ from megatron_ext.packing import Cost, PackedSequence, VisionInputs, cost_of, pl
 from megatron_ext.weight_map import round_up
 from recipes import trainer
 from recipes.config import Config, parse, samples_per_step
-from recipes.preflight.memory_plan import ARCHITECTURES
+from recipes.preflight.architecture import model_config
 from recipes.run import records
 
 RESULT = Path("benchmarks/results/packing.json")
@@ -142,8 +140,7 @@ def configured(recipe: str, ranks: int) -> tuple[Config, Cost]:
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         replica = trainer.layout(parse(compose("config", [f"recipe={recipe}"]))).model_parallel
         config = parse(compose("config", [f"recipe={recipe}", f"cluster.ranks={replica * ranks}", "rollout.engines=1"]))
-    fields = json.loads((ARCHITECTURES / f"{Path(config.model.path).name}.json").read_text())
-    return config, cost_of(CONFIG_MAPPING[fields["model_type"]].from_dict(fields), config.model.frozen)
+    return config, cost_of(model_config(config.model.path), config.model.frozen)
 
 
 def draw(recipe: str, ranks: int, shape: Lengths, seed: int, samples: int | None = None) -> Batch:

@@ -22,8 +22,8 @@ from benchmarks import scale_model
 from benchmarks.scale_model import SCHEDULES, Group, Job, Machine, Shapes, Step
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
+from recipes.preflight.architecture import config_file
 
-ARCHITECTURES = Path(__file__).resolve().parents[1] / "conf" / "model" / "architectures"
 ASIDE = ("scale", "simulate")
 DEFAULTS = ("recipe=safework_72b", "+scale=h100", "+simulate=h100")
 
@@ -54,11 +54,7 @@ def machine(scale: DictConfig, links: DictConfig) -> Machine:
 
 def shapes(path: str) -> Shapes:
     """Of the model's folder, or of the architecture that is kept for its name."""
-    own, kept = Path(path) / "config.json", ARCHITECTURES / f"{Path(path).name}.json"
-    file = own if own.is_file() else kept
-    if not file.is_file():
-        raise ConfigError(f"model.path={path!r}: no config.json there, and no {kept.name} in conf/model/architectures")
-    return scale_model.shapes(json.loads(file.read_text()))
+    return scale_model.shapes(json.loads(config_file(path).read_text()))
 
 
 def check(scale: DictConfig) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from megatron_ext.platform import capabilities
 from megatron_ext.processes import die_with
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
@@ -57,7 +58,7 @@ def launch(config: Config) -> None:
     os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
     launcher.run_in_child(partial(prepare_run, config))
     redirect_stderr(Path(config.run_dir))
-    if config.cluster.platform == "cpu":  # CUDA, which imports may touch, bears no fork
+    if capabilities(config.cluster.platform).can_fork_after_imports:
         load(config)
     launcher.fork_ranks(config.cluster.ranks)
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import hydra
 from omegaconf import DictConfig
 
+from megatron_ext.platform import capabilities
 from rewards import settings
 from rewards.settings import RewardsConfig, Server
 
@@ -84,6 +85,7 @@ def main(raw: DictConfig) -> None:
     first, gpus = map(int, PLACE[1:])
     try:
         config = settings.read(raw.rewards)
+        has_gpus = capabilities(raw.cluster.platform).has_gpus
         servers = needed(config) if raw.stage.evaluates or "rl" in raw.stage.trains else []
         if not servers:
             return
@@ -93,15 +95,15 @@ def main(raw: DictConfig) -> None:
                     "rewards.placement=colocated: the job has a second component for the servers, which would be on "
                     "other GPUs; submit one component (slurm/train.sh), or use rewards.placement=disaggregated"
                 )
-            free = gpus - config.supervisor.first_device if raw.cluster.platform == "cuda" else None
+            free = gpus - config.supervisor.first_device if has_gpus else None
             print("\n".join(shared_lines(config, servers, PLACE[0].split(","), free)))
             return
-        if raw.cluster.platform == "cuda" and config.supervisor.first_device < first:
+        if has_gpus and config.supervisor.first_device < first:
             raise ValueError(
                 f"rewards.supervisor.first_device={config.supervisor.first_device}: the trainer's ranks have the GPUs "
                 f"below {first} of each node; use {first} or more, or a job with a second component for the servers"
             )
-        free = gpus - config.supervisor.first_device if raw.cluster.platform == "cuda" else None
+        free = gpus - config.supervisor.first_device if has_gpus else None
         print("\n".join(lines(config, place(servers, PLACE[0].split(","), free))))
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.platform import capabilities
 from rewards import settings
 from rewards.client import SLEEP, SLEEP_SECONDS
 from rewards.settings import RewardsConfig, Server, SupervisorConfig
@@ -254,7 +255,7 @@ def replicas(config: RewardsConfig, folder: Path, platform: str) -> list[Replica
         if colocated:
             device = config.supervisor.first_device
         for i in range(server.replicas):
-            devices = range(device, device + server.tensor) if platform == "cuda" else None
+            devices = range(device, device + server.tensor) if capabilities(platform).has_gpus else None
             device += server.tensor
             log = folder / f"{server.name}_{i}.log"
             found.append(Replica(server, i, log, devices, config.supervisor.cpu_arguments, colocated))

@@ -21,6 +21,23 @@ FORBIDDEN = {
     "recipes": {"tests", "benchmarks"},
 }
 
+# Where CPU and CUDA may be told apart, and how that is written.
+PLATFORM_PLACES = ("megatron_ext/platform/",)
+# Moves in progress: nothing may be added here.
+PLATFORM_MOVES = (
+    "recipes/config.py",
+    "recipes/training/session.py",
+    "rollout/engine.py",
+    "rollout/engine_server.py",
+    "rollout/weight_sync/memory.py",
+    "rollout/weight_sync/network.py",
+    "rollout/weight_sync/sync.py",
+    "rollout/weight_sync/worker.py",
+)
+IMPORT_MOVES = {("recipes.trainer", "recipes.config")}
+PLATFORM_NAMES = ("cpu", "cuda")
+PLATFORM_QUESTIONS = ("is_cuda", "is_cpu", "is_cuda_alike")
+
 MACHINE_PATTERNS = [
     re.compile(r"(?<![\w.*])/(?:work|root)/"),
     re.compile(r"(?<![\w.*])/home/\w+/"),
@@ -88,6 +105,114 @@ def test_imports_flow_one_way(room: str) -> None:
         if package in FORBIDDEN[room]
     ]
     assert back == []
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module of a room → the rooms' modules that it imports anywhere: in functions and under TYPE_CHECKING too."""
+    paths = {module_name(path): path for path in python_files() if path.relative_to(ROOT).parts[0] in ROOMS}
+    graph = {}
+    for name, path in paths.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{relative(path)}:{node.lineno}: a relative import; write the full name"
+                for alias in node.names:
+                    submodule = f"{node.module}.{alias.name}"
+                    imported.add(submodule if submodule in paths else str(node.module))
+        graph[name] = (imported & paths.keys()) - {name}
+    for importer, module in IMPORT_MOVES:
+        graph.get(importer, set()).discard(module)
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle in their order, the first again at the end; empty where there is none."""
+    finished: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in finished:
+            return []
+        for imported in sorted(graph[module]):
+            if circle := visit(imported, [*path, module]):
+                return circle
+        finished.add(module)
+        return []
+
+    for module in sorted(graph):
+        if circle := visit(module, []):
+            return circle
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(import_graph()) == []
+
+
+def test_a_circle_of_imports_is_detected() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def platform_branches(source: str) -> list[int]:
+    """Lines where a value is compared with a platform's name, selected by it, or a library is asked for the platform.
+
+    A device is named freely, as in ``torch.device("cpu")``: that is no branch.
+    """
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        operands: list[ast.expr | None] = []
+        if isinstance(node, ast.Compare):
+            for side in (node.left, *node.comparators):
+                operands += side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+        elif isinstance(node, ast.Dict):
+            operands += node.keys
+        elif isinstance(node, ast.MatchValue):
+            operands.append(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".startswith"):
+            operands += node.args
+        compared = any(isinstance(operand, ast.Constant) and operand.value in PLATFORM_NAMES for operand in operands)
+        asked = isinstance(node, ast.Attribute) and (
+            node.attr in PLATFORM_QUESTIONS or ast.unparse(node) == "torch.cuda.is_available"
+        )
+        if compared or asked:
+            lines.append(node.lineno if not isinstance(node, ast.MatchValue) else node.value.lineno)
+    return sorted(set(lines))
+
+
+def test_platforms_differ_in_one_place() -> None:
+    """Elsewhere the code asks ``platform.capabilities`` or calls a function that both platforms have."""
+    elsewhere = [
+        f"{relative(path)}:{line}"
+        for path in python_files()
+        if path.relative_to(ROOT).parts[0] in ROOMS and not relative(path).startswith(PLATFORM_PLACES + PLATFORM_MOVES)
+        for line in platform_branches(path.read_text())
+    ]
+    assert elsewhere == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_branch"),
+    [
+        ('size = 1 if platform == "cpu" else 2', True),
+        ('if config.cluster.platform not in ("cuda",): pass', True),
+        ('sizes = {"cpu": 1, "cuda": 2}', True),
+        ("if torch.cuda.is_available(): pass", True),
+        ("if current_platform.is_cpu(): pass", True),
+        ("if tensor.is_cuda: pass", True),
+        ('tensor = tensor.to("cpu", copy=True)', False),
+        ("if capabilities(config.cluster.platform).has_fp8: pass", False),
+    ],
+)
+def test_branches_on_the_platform_are_detected(line: str, is_branch: bool) -> None:
+    assert bool(platform_branches(line)) == is_branch
 
 
 def test_files_are_short() -> None:

@@ -1,5 +1,7 @@
 """Everything that differs between CUDA and CPU: one module each, with the same functions.
 
+capabilities.py says what each platform can do before either module is imported. The two modules have:
+
 ``name``, ``backend``            platform and torch.distributed backend
 ``activate()``                   once per process, before any Megatron-Core module is built
 ``device()``                     where this rank's tensors live
@@ -15,15 +17,17 @@
 import importlib
 from types import ModuleType
 
-PLATFORMS = ("cpu", "cuda")
+from megatron_ext.platform.capabilities import PLATFORMS, Capabilities, capabilities, native_precision
+
+__all__ = ["PLATFORMS", "Capabilities", "activate", "capabilities", "current", "native_precision"]
+
 _active: ModuleType | None = None
 
 
 def activate(name: str) -> ModuleType:
     """Select and activate the platform for this process; raises ValueError on an unknown name or on a second choice."""
     global _active
-    if name not in PLATFORMS:
-        raise ValueError(f"cluster.platform={name!r}: use one of {', '.join(PLATFORMS)}")
+    capabilities(name)
     if _active is not None:
         if _active.name != name:
             raise ValueError(

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.launch.command_line import from_command_line
 from recipes.preflight import view
-from recipes.preflight.checks import Settings, examine
+from recipes.preflight.checks import examine
+from recipes.preflight.report import Settings
 
 
 def command_line(arguments: list[str]) -> list[str]:

@@ -1,16 +1,13 @@
-"""``python -m recipes.preflight recipe=… [overrides…] [preflight.output=FILE.json]``: is this run possible?
+"""The checks of the preflight, in the order in which a run would meet what they look for.
 
-Needs no GPU and no weights. It builds each distinct rank's Megatron-Core model without memory, compares the weight map
-with transformers' own model tensor by tensor, adds up the memory, and checks what else ends a job at its first step.
-The exit code is 0 only if every check holds; each one that does not says what to change. ``preflight=h200`` (a file of
-conf/preflight/) holds the run against another device.
+A check returns one line that says what it found, and raises ConfigError with what to change.
 """
 
 import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ from recipes.data.source_spec import source_names
 from recipes.errors import ConfigError
 from recipes.launch.requirements import check_parts, check_supervised
 from recipes.preflight import memory_plan
+from recipes.preflight.architecture import config_file, model_config, published_config, published_file
+from recipes.preflight.report import Report, Settings
 from rewards import mixing
 from rewards.client import Client
 from rewards.settings import PLACEMENTS
@@ -32,62 +31,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 FP8_MULTIPLE = 16  # Transformer Engine's, of both sides of a matrix
 MOST_PADDING = 1.5  # padded attention heads to true ones: beyond it a layout wastes too much to be meant
 CHECKPOINT_BYTES = 14  # of a trained parameter: its BF16 weight, FP32 master and moments
-
-
-@dataclass(frozen=True)
-class Settings:
-    """conf/preflight/: the device that the run is held against, and where the engines are."""
-
-    output: str | None
-    device: str
-    device_memory_gib: float
-    fp8: bool
-    reserve_gib: float
-    engines: str
-    host_memory_gib: float
-    asleep_gib: float
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass
-class Report:
-    """What the JSON file holds; None and empty where an earlier check failed and there is nothing to say."""
-
-    recipe: str
-    model: str
-    device: str
-    device_memory_gib: float
-    layout: dict[str, Any] | None = None
-    parameters_total: int | None = None
-    parameters_per_rank: list[dict[str, int]] = field(default_factory=list)
-    hf_tensors: dict[str, Any] | None = None
-    critic_tensors: dict[str, Any] | None = None
-    memory_gib: list[dict[str, Any]] = field(default_factory=list)
-    phases: dict[str, list[str]] = field(default_factory=dict)
-    host_gib: dict[str, dict[str, float]] = field(default_factory=dict)
-    engine_gib: dict[str, float] | None = None
-    fits: bool = False
-    batch: dict[str, Any] | None = None
-    checks: list[Check] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
-
-    def check(self, name: str, work: Callable[[], str]) -> bool:
-        """Run one check: ``work`` returns what was found, and raises ValueError or OSError with what to change."""
-        try:
-            self.checks.append(Check(name, True, work()))
-        except (ValueError, OSError) as error:
-            self.checks.append(Check(name, False, str(error)))
-        return self.checks[-1].ok
 
 
 def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> Report:
@@ -188,28 +131,20 @@ def tokenizer(config: Config) -> str:
 
 def architecture(config: Config, found: list[Any]) -> str:
     """Appends transformers' configuration of the model, and of its language model, to ``found``."""
-    from megatron_ext import hf_checkpoint
     from megatron_ext.models import family
     from recipes.preflight import simulated_ranks
 
-    folder = Path(config.model.path)
-    file, known = memory_plan.architecture(folder.name)
-    if has_model(config):
-        hf_config, source = hf_checkpoint.config(folder), folder / "config.json"
-        if known is not None and simulated_ranks.checkpoint_tensors(hf_config) != simulated_ranks.checkpoint_tensors(
-            known
-        ):
+    source = config_file(config.model.path)
+    hf_config = model_config(config.model.path)
+    published = published_config(config.model.path)
+    if has_model(config) and published is not None:
+        expected = simulated_ranks.checkpoint_tensors(published)
+        if simulated_ranks.checkpoint_tensors(hf_config) != expected:
             raise ConfigError(
-                f"model.path={config.model.path!r}: config.json gives other tensors than {file.name} in conf/model/"
-                "architectures: it is another model, give its folder another name"
+                f"model.path={config.model.path!r}: config.json gives other tensors than "
+                f"{published_file(config.model.path).name} in conf/model/architectures: it is another model, give its "
+                "folder another name"
             )
-    elif known is not None:
-        hf_config, source = known, file
-    else:
-        raise ConfigError(
-            f"model.path={config.model.path!r}: no config.json there, and no {file.name} in conf/model/architectures "
-            "to stand in for it: give a Hugging Face folder"
-        )
     text = family(hf_config.architectures[0]).text_config(hf_config)
     found += [hf_config, text]
     return f"{hf_config.architectures[0]}, from {source.name}"

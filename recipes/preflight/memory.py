@@ -127,23 +127,23 @@ def fullest_optimizer(model: Model) -> int:
     return max(optimizer(model, rank) for rank in range(ranks))
 
 
-def layer(config: TransformerConfig, shape: Shape, platform: str) -> int:
+def layer(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
     """What one decoder layer keeps for its backward pass, ``recompute_granularity`` None."""
-    kept = _norms_and_mlp(config, shape, platform) + attention(config, shape, platform)
+    kept = _norms_and_mlp(config, shape, fused_kernels) + attention(config, shape, fused_kernels)
     if config.qk_layernorm:
         heads = (config.num_attention_heads + config.num_query_groups) // config.tensor_model_parallel_size
-        kept += _norm(config, shape.tokens * heads, config.kv_channels, platform)
+        kept += _norm(config, shape.tokens * heads, config.kv_channels, fused_kernels)
     return kept
 
 
-def _norms_and_mlp(config: TransformerConfig, shape: Shape, platform: str) -> int:
+def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
     """Both norms, the inputs of the joint projection and of the feed-forward layer, and what is inside the latter."""
     local = _local(config, shape)
     linear_input = 1 if config.fp8 else local.size
-    norms = 2 * _norm(config, local.cut, config.hidden_size, platform)
+    norms = 2 * _norm(config, local.cut, config.hidden_size, fused_kernels)
     linear_inputs = 2 * local.cut * config.hidden_size * linear_input
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
-    if platform == "cuda":
+    if fused_kernels:
         # The fused activation keeps its input, for SwiGLU both halves; its output is kept as the next layer's input.
         mlp = shape.tokens * ffn * ((2 if config.gated_linear_unit else 1) * local.size + linear_input)
     else:
@@ -152,13 +152,15 @@ def _norms_and_mlp(config: TransformerConfig, shape: Shape, platform: str) -> in
     return norms + linear_inputs + mlp
 
 
-def attention(config: TransformerConfig, shape: Shape, platform: str, rotates: bool = True, causal: bool = True) -> int:
+def attention(
+    config: TransformerConfig, shape: Shape, fused_kernels: bool, rotates: bool = True, causal: bool = True
+) -> int:
     """From the rotated query, key and value to the output projection's input."""
     local = _local(config, shape)
     inputs = shape.tokens * (local.query + 2 * local.group) * local.size
     output = shape.tokens * local.query * local.size
     heads = local.query // config.kv_channels
-    if platform == "cuda":
+    if fused_kernels:
         if config.recompute_granularity == "selective":
             # The value is a cut of the joint projection and keeps it all alive.
             return inputs + shape.tokens * (local.query + local.group) * local.size + output
@@ -195,12 +197,12 @@ def _local(config: TransformerConfig, shape: Shape) -> _Local:
     )
 
 
-def _norm(config: TransformerConfig, rows: int, width: int, platform: str) -> int:
+def _norm(config: TransformerConfig, rows: int, width: int, fused_kernels: bool) -> int:
     """An RMS norm's input and the scale of each row, a layer norm's mean too. torch's own RMS norm, on a CPU, keeps
     FP32 copies of input and output."""
     if config.normalization == "LayerNorm":
         return rows * (width * config.params_dtype.itemsize + 2 * FP32)
-    if platform == "cuda":
+    if fused_kernels:
         return rows * (width * config.params_dtype.itemsize + FP32)
     return rows * (2 * width * FP32 + FP32)
 
@@ -217,28 +219,28 @@ def in_flight(model: Model, micro_batches: int) -> int:
     return min(warmup + 1, micro_batches * layout.virtual)
 
 
-def activations(model: Model, shape: Shape, micro_batches: int, platform: str) -> int:
+def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: bool) -> int:
     """Kept for the backward pass at the peak, logits apart (see ``logits``)."""
     config = model.config
     local = _local(config, shape)
     row = local.cut * config.hidden_size * local.size
-    per_layer = layer(config, shape, platform)
+    per_layer = layer(config, shape, fused_kernels)
     full = config.recompute_granularity == "full"
     decoders = [getattr(chunk.module, "language", chunk.module) for chunk in model.chunks]
     deepest = max(len(decoder.decoder.layers) for decoder in decoders)
     chunk = deepest * (row if full else per_layer)
     if model.parallel.layout.pipeline > 1:
         chunk += row  # what goes to the next stage is kept for the call of backward
-    tower, remade = vision(model, shape, platform)
+    tower, remade = vision(model, shape, fused_kernels)
     total = in_flight(model, micro_batches) * chunk + max(per_layer if full else 0, remade)
     if any(decoder.pre_process for decoder in decoders):
         total += in_flight(model, micro_batches) * (shape.tokens * INT64 + tower)
     if any(decoder.post_process for decoder in decoders):
-        total += _norm(config, local.cut, config.hidden_size, platform)
+        total += _norm(config, local.cut, config.hidden_size, fused_kernels)
     return total
 
 
-def vision(model: Model, shape: Shape, platform: str) -> tuple[int, int]:
+def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
     """What the vision tower keeps for ``patches`` of one image, and what full recompute makes again at a time.
 
     A frozen one keeps nothing, as pixels have no gradient. The projector, for each token: the norm's input and output,
@@ -252,15 +254,15 @@ def vision(model: Model, shape: Shape, platform: str) -> tuple[int, int]:
     tokens = shape.patches // 4  # both families merge two by two patches into one token
     norm = tokens * width * size
     if any(isinstance(module, torch.nn.RMSNorm) for module in tower.projector.children()):
-        norm = _norm(config, shape.patches, config.hidden_size, platform)
+        norm = _norm(config, shape.patches, config.hidden_size, fused_kernels)
     kept = norm + tokens * (width + 2 * inner) * size
     if not any(p.requires_grad for n, p in tower.named_parameters() if not n.startswith("projector.")):
         return kept, 0
     kept += shape.patches * next(p[0].numel() for p in tower.parameters() if p.dim() > 3) * size  # pixels
     packs = [Shape(count * longest, 0, count, longest) for count, longest in tower.packs(shape.patches)]
     layers = [
-        _norms_and_mlp(config, pack, platform)
-        + attention(config, pack, platform, rotates=tower.rotates, causal=False)
+        _norms_and_mlp(config, pack, fused_kernels)
+        + attention(config, pack, fused_kernels, rotates=tower.rotates, causal=False)
         + tower.own_bytes(pack.tokens)
         for pack in packs
     ]

@@ -4,25 +4,21 @@ The phases: engines generate; judges that share the GPUs judge (others do it mea
 are synced. All sizes are in GiB where a name says so, else in bytes.
 """
 
-from __future__ import annotations
-
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_ext import platform
 from recipes import trainer
 from recipes.config import Config, samples_per_step
 from recipes.errors import ConfigError
+from recipes.preflight.architecture import published_config
+from recipes.preflight.report import Report, Settings
 from rewards import settings as rewards
 from rewards.settings import Server
 
-if TYPE_CHECKING:
-    from recipes.preflight.checks import Report, Settings
-
-ARCHITECTURES = Path(__file__).resolve().parents[2] / "conf" / "model" / "architectures"
 GIB = 2**30
 BF16 = 2
 UTILIZATION = "--gpu-memory-utilization"
@@ -85,7 +81,7 @@ def judges(config: Config, settings: Settings) -> Judges:
     room = settings.device_memory_gib * GIB
     fractions, weights = {}, 0
     for server in rewards.used(config.rewards):
-        if config.cluster.platform == "cuda" and server.replicas * server.tensor > gpus:
+        if platform.capabilities(config.cluster.platform).has_gpus and server.replicas * server.tensor > gpus:
             raise ConfigError(
                 f"rewards.servers.{server.name}: replicas={server.replicas} x tensor={server.tensor} GPUs, a node has "
                 f"{gpus} from rewards.supervisor.first_device on (rewards.placement=colocated: all are on each node); "
@@ -123,23 +119,11 @@ def judge_weights(server: Server, most: int) -> int:
 
     if files := list(Path(server.model).glob("*.safetensors")):
         return sum(file.stat().st_size for file in files)
-    _, known = architecture(Path(server.model).name)
+    known = published_config(server.model)
     if known is None:
         return most * server.tensor
     shapes = simulated_ranks.checkpoint_tensors(known).values()
     return BF16 * sum(math.prod(shape) for shape in shapes)
-
-
-def architecture(name: str) -> tuple[Path, Any]:
-    """The file that stands in for a published model's config.json, and transformers' configuration made of it; None
-    where there is no such file."""
-    from transformers import CONFIG_MAPPING
-
-    file = ARCHITECTURES / f"{name}.json"
-    if not file.is_file():
-        return file, None
-    fields = json.loads(file.read_text())
-    return file, CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
 def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, parameters: int, judges: Judges) -> Any:
@@ -148,7 +132,8 @@ def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, par
     from megatron_ext.weight_map import round_up
     from recipes.preflight import memory as sizes
 
-    c, cut, platform = config.parallel, trainer.layout(config), config.cluster.platform
+    c, cut = config.parallel, trainer.layout(config)
+    fused_kernels = platform.capabilities(config.cluster.platform).fused_kernels
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tokens = round_up(c.micro_batch_tokens // cut.context, built.token_multiple)
     shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // longest, longest, patches=4 * c.micro_batch_tokens)
@@ -160,7 +145,7 @@ def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, par
         weights=sizes.weights(built),
         gradients=sizes.gradients(built),
         optimizer=sizes.fullest_optimizer(built),
-        activations=sizes.activations(built, shape, per_rank, platform),
+        activations=sizes.activations(built, shape, per_rank, fused_kernels),
         logits=sizes.logits(built, shape),
         workspace=sizes.workspace(built, shape),
         kv_cache=int(config.rollout.kv_cache_gib * 2**30) if here else 0,
@@ -228,7 +213,7 @@ WHAT = {
 
 def for_training(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
     offload = trainer.has_critic(config) and not config.critic.offload
-    awake = not config.rollout.sleep and rank["vllm"] > 0 and config.cluster.platform == "cuda"
+    awake = not config.rollout.sleep and rank["vllm"] > 0 and platform.capabilities(config.cluster.platform).can_sleep
     return [
         *(["rollout.sleep=true"] if awake else []),
         *(["critic.offload=true"] if offload else []),

@@ -3,15 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from recipes.preflight.checks import Report
+from recipes.preflight.report import Report
 
 WIDTH = 40  # cells of a bar; the last one is the device's last GiB
 # Part of the memory: its letter and colour. The critic is there once, as it is trained or as it waits.
@@ -35,7 +34,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(f"preflight: {text}")
 
 
-def show(report: "Report") -> None:
+def show(report: Report) -> None:
     out = console()
     total = f", {report.parameters_total:,} parameters" if report.parameters_total else ""
     out.print(Text(f"{report.recipe}: {report.model}{total}", style="bold"))
@@ -55,7 +54,7 @@ def show(report: "Report") -> None:
     out.print(Text(f"{verdict}, in {report.seconds:.0f} s", style="bold green" if report.ok else "bold red"))
 
 
-def memory_table(report: "Report") -> Group:
+def memory_table(report: Report) -> Group:
     """One row for each stage whose tensor-parallel ranks are alike, one for each rank otherwise; sizes in GiB."""
     counts = {(rank["pp"], rank["tp"]): rank["count"] for rank in report.parameters_per_rank}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -79,7 +78,7 @@ def memory_table(report: "Report") -> Group:
     return Group(table, legend)
 
 
-def phase_table(report: "Report") -> Table:
+def phase_table(report: Report) -> Table:
     """One row for each phase: what is on the GPU that is fullest then, and what is asleep on a node's host."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("phase", "on the fullest GPU, GiB", "asleep on a node's host, GiB"):

@@ -29,12 +29,13 @@ from rich.table import Table
 from megatron_ext import platform, resolvers
 from megatron_ext.layout import Layout
 from megatron_ext.precision import DTYPES, Precision
-from recipes.preflight import vllm_simulation
+from recipes.errors import ConfigError
+from recipes.preflight import simulated_engines
+from recipes.preflight.architecture import model_config
 from rollout.weight_sync.layout import ParameterLayout, Rectangle
 from rollout.weight_sync.plan import ITEMSIZE, Arrival, Copy, Place, Plan, ShardTable, Topology, build_plan
 
 resolvers.register()
-ARCHITECTURES = Path(__file__).resolve().parents[2] / "conf" / "model" / "architectures"
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,6 @@ class Link:
     seconds: float
 
 
-def model_config(path: str) -> Any:
-    """transformers' configuration of the model's folder, or of the architecture that is kept for its name."""
-    from transformers import CONFIG_MAPPING
-
-    from megatron_ext import hf_checkpoint
-
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return hf_checkpoint.config(folder)
-    file = ARCHITECTURES / f"{folder.name}.json"
-    if not file.is_file():
-        sys.exit(f"error: model.path={path!r}: no config.json there, and no {file.name} in conf/model/architectures")
-    fields = json.loads(file.read_text())
-    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-
-
 def trainer_tables(hf_config: Any, layout: Layout, world: int, precision: Precision) -> list[ShardTable]:
     """The blocks of every rank; those that differ only in their data- or context-parallel place share a table."""
     platform.activate("cpu")  # seconds less than behind the next line: it keeps torch's inductor out
@@ -101,7 +86,7 @@ def engine_layouts(hf_config: Any, dtype: str, tensor: int) -> list[list[Paramet
 
     with tempfile.TemporaryDirectory() as folder:
         hf_config.save_pretrained(folder)
-        return vllm_simulation.layouts(folder, dtype, tensor, 1, simulated_ranks.checkpoint_tensors(hf_config))
+        return simulated_engines.layouts(folder, dtype, tensor, 1, simulated_ranks.checkpoint_tensors(hf_config))
 
 
 def topology(world: int, engines: int, tensor: int, gpus_per_node: int, disaggregated: bool) -> Topology:
@@ -180,7 +165,7 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
     s, p, c = raw.simulate, raw.parallel, raw.rollout
     speeds = Links(**{field.name: float(s[field.name]) for field in fields(Links)})
     if s.engines not in ("colocated", "disaggregated"):
-        sys.exit(f"error: simulate.engines={s.engines!r}: use colocated or disaggregated")
+        raise ConfigError(f"simulate.engines={s.engines!r}: use colocated or disaggregated")
     layout = Layout(
         tensor=p.tensor,
         pipeline=p.pipeline,
@@ -241,7 +226,10 @@ def show(answer: dict[str, Any]) -> None:
 def main(raw: DictConfig) -> None:
     with warnings.catch_warnings():  # of libraries, about optional parts
         warnings.simplefilter("ignore")
-        answer = simulate(raw)
+        try:
+            answer = simulate(raw)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
     if raw.simulate.output:
         Path(raw.simulate.output).parent.mkdir(parents=True, exist_ok=True)
         Path(raw.simulate.output).write_text(json.dumps(answer, indent=2) + "\n")

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from megatron_ext import platform
+
 POLL = 0.5  # seconds between two checks
 # Seconds in which the other ranks see the notice and write their stacks.
 GRACE = 5.0
@@ -79,7 +81,8 @@ def probe(device: Any) -> float:
     """Seconds that a fixed matrix product takes on this rank's device, the best of five."""
     import torch
 
-    matrix = torch.full([192 if device.type == "cpu" else 4096] * 2, 0.5, device=device)
+    side = platform.capabilities(device.type).probe_size
+    matrix = torch.full((side, side), 0.5, device=device)
 
     def once() -> float:
         started = time.perf_counter()

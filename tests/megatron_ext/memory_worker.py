@@ -180,9 +180,11 @@ def estimate(built: model.Model, shape: Shape) -> int:
     that full recompute makes again, what the schedule keeps of a stage, and the 16-bit copy of the logits."""
     config, local = built.config, memory._local(built.config, shape)
     in_flight = memory.in_flight(built, 1)
-    total = memory.activations(built, shape, 1, "cpu") + memory.logits(built, shape)
+    total = memory.activations(built, shape, 1, fused_kernels=False) + memory.logits(built, shape)
     if config.recompute_granularity == "full":
-        total -= max(memory.layer(config, shape, "cpu"), memory.vision(built, shape, "cpu")[1])
+        total -= max(
+            memory.layer(config, shape, fused_kernels=False), memory.vision(built, shape, fused_kernels=False)[1]
+        )
     if built.parallel.layout.pipeline > 1:
         total -= in_flight * local.cut * config.hidden_size * local.size
     if built.parallel.is_last_stage and local.size < 4:

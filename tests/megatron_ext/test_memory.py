@@ -119,7 +119,7 @@ def test_activations_of_cuda_are_the_published_formula() -> None:
     })()  # fmt: skip
     published = tokens * hidden // tensor * (34 - 2)
     scales = 2 * 4 * tokens // tensor + 4 * tokens * heads // tensor
-    assert memory.layer(config, memory.Shape(tokens, tokens, 1, tokens), "cuda") == published + scales
+    assert memory.layer(config, memory.Shape(tokens, tokens, 1, tokens), fused_kernels=True) == published + scales
 
 
 def test_key_value_cache_per_token() -> None:

@@ -15,8 +15,8 @@ from transformers import LlamaConfig  # noqa: E402
 from megatron_ext import model  # noqa: E402
 from megatron_ext.layout import Layout  # noqa: E402
 from megatron_ext.models import llama  # noqa: E402
+from megatron_ext.platform.capabilities import processor_precision  # noqa: E402
 from megatron_ext.precision import Precision, check  # noqa: E402
-from megatron_ext.resolvers import native_precision  # noqa: E402
 from megatron_ext.weight_map import sharding_of  # noqa: E402
 
 TINY = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2)
@@ -90,4 +90,4 @@ def test_impossible_precisions_are_refused(precision: Precision, message: str) -
     ],
 )
 def test_native_precision_is_bf16_where_the_processor_has_its_instructions(flags: str, expected: str) -> None:
-    assert native_precision(f"processor\t: 0\n{flags}\n\nprocessor\t: 1\n{flags}\n") == expected
+    assert processor_precision(f"processor\t: 0\n{flags}\n\nprocessor\t: 1\n{flags}\n") == expected

@@ -19,7 +19,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from megatron_ext import resolvers
 from recipes.algorithms.registry import REGISTRY
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
@@ -106,7 +105,7 @@ def test_overrides_work_as_people_know_them() -> None:
 
 
 def test_native_precision_asks_the_processor_only_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolvers, "native_precision", lambda cpuinfo: "fp32")
+    monkeypatch.setattr("megatron_ext.platform.capabilities.processor_precision", lambda cpuinfo: "fp32")
     assert configured().precision.name == "fp32"
     assert configured("cluster=slurm_h100", "cluster.ranks=1", "parallel=tp1").precision.name == "bf16"
 

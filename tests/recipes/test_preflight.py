@@ -86,14 +86,16 @@ import json, sys
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from recipes.preflight import checks
+from recipes.preflight.__main__ import command_line
+from recipes.preflight.report import Settings
 from dataclasses import asdict
 
 folder, wanted, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 found = {}
 with initialize_config_dir(folder, version_base="1.3"):
     for name, overrides in wanted.items():
-        raw = compose("config", checks.command_line(overrides))
-        settings = checks.Settings(**OmegaConf.to_container(raw.preflight))
+        raw = compose("config", command_line(overrides))
+        settings = Settings(**OmegaConf.to_container(raw.preflight))
         run = OmegaConf.masked_copy(raw, [key for key in raw if key != "preflight"])
         found[name] = asdict(checks.examine(run, settings, lambda text: None))
 json.dump(found, open(output, "w"))

@@ -169,23 +169,23 @@ def blocks(rows: list[list[Any]]) -> list[Block]:
 def vllm(folder: Path) -> None:
     """``vllm.pt``: by family and engine, of each worker, the ``layouts`` traced without memory, those traced ``live``,
     and the ``parameters`` after vLLM's own loaders read the checkpoint into NaNs."""
-    from recipes.preflight import vllm_simulation
+    from recipes.preflight import simulated_engines
     from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
 
-    vllm_simulation.activate()
+    simulated_engines.activate()
     made: dict[tuple[str, int, int], dict[str, list[Any]]] = {}
     for name, family in FAMILIES.items():
         checkpoint = load_file(folder / name / "model.safetensors")
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.items()}
         for tensor, pipeline in family.engines:
-            config = vllm_simulation.engine_config(folder / name, family.dtype, tensor, pipeline)
+            config = simulated_engines.engine_config(folder / name, family.dtype, tensor, pipeline)
             found: dict[str, list[Any]] = {
-                "layouts": vllm_simulation.trace(config, shapes),
+                "layouts": simulated_engines.trace(config, shapes),
                 "live": [],
                 "parameters": [],
             }
             for rank in range(tensor * pipeline):
-                with vllm_simulation.worker(config, rank, torch.device("cpu")) as model, torch.no_grad():
+                with simulated_engines.worker(config, rank, torch.device("cpu")) as model, torch.no_grad():
                     for parameter in weight_tensors(model).values():
                         parameter.fill_(float("nan"))
                     model.load_weights(iter(checkpoint.items()))  # type: ignore[operator]

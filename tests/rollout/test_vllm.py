@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recipes.preflight.vllm_simulation import layouts
+from recipes.preflight.simulated_engines import layouts
 from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate, make_requests

@@ -1,6 +1,6 @@
 """Any vLLM layout on one machine without GPUs: what each worker's parameters are made of, from a ``config.json`` alone.
 
-``python -m recipes.preflight.vllm_simulation MODEL_FOLDER DTYPE TENSOR PIPELINE OUTPUT.json < SHAPES.json`` with the
+``python -m recipes.preflight.simulated_engines MODEL_FOLDER DTYPE TENSOR PIPELINE OUTPUT.json < SHAPES.json`` with the
 checkpoint's tensors ``{name: shape}`` writes the ``workers`` of what such an engine answers to ``/weights/layout``.
 
 vLLM's own model class is built for one worker after another: torch's "fake" process groups say which worker it is, and
@@ -42,7 +42,7 @@ def layouts(
         output = Path(folder, "layouts.json")
         arguments = (str(Path(model_folder).resolve()), dtype, str(tensor), str(pipeline), str(output))
         done = subprocess.run(
-            [sys.executable, "-m", "recipes.preflight.vllm_simulation", *arguments],
+            [sys.executable, "-m", "recipes.preflight.simulated_engines", *arguments],
             input=json.dumps(dict(hf_shapes)),
             cwd=ROOT,
             stdout=subprocess.PIPE,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from recipes.preflight.vllm_simulation import layouts
+from recipes.preflight.simulated_engines import layouts
 from rollout.weight_sync.layout import LayoutError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,78 @@
+"""What each platform can do. Needs no torch: a configuration is checked before anything large is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# Names on x86, then on Arm. AVX-512 without BF16 is not enough: torch then converts BF16 to FP32 first.
+BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the code outside this package asks about a platform instead of its name.
+
+    Attributes:
+        has_gpus: every rank and every engine or judge process has GPUs of its own, so a node's count limits them.
+        can_sleep: an engine or judge can release its device memory and take it back (vLLM's sleep mode).
+        has_fp8: matrix products in FP8 are possible on the newest devices of the platform.
+        fused_kernels: Transformer Engine's norms, RoPE, SwiGLU and flash attention, which keep less for the backward
+            pass than torch's separate operations.
+        can_fork_after_imports: a process that has imported torch and Megatron-Core may fork ranks.
+        probe_size: side of the square matrix whose product with itself takes about a millisecond.
+    """
+
+    has_gpus: bool
+    can_sleep: bool
+    has_fp8: bool
+    fused_kernels: bool
+    can_fork_after_imports: bool
+    probe_size: int
+
+
+CAPABILITIES = {
+    "cpu": Capabilities(
+        has_gpus=False,
+        can_sleep=False,
+        has_fp8=False,
+        fused_kernels=False,
+        can_fork_after_imports=True,
+        probe_size=192,
+    ),
+    "cuda": Capabilities(
+        has_gpus=True,
+        can_sleep=True,
+        has_fp8=True,
+        fused_kernels=True,
+        # Imports may initialise CUDA, and a CUDA context does not survive a fork.
+        can_fork_after_imports=False,
+        probe_size=4096,
+    ),
+}
+PLATFORMS = tuple(CAPABILITIES)
+
+
+def capabilities(name: str) -> Capabilities:
+    """What the platform ``name`` can do. Raises ValueError for an unknown name."""
+    if name not in CAPABILITIES:
+        raise ValueError(f"cluster.platform={name!r}: use one of {', '.join(PLATFORMS)}")
+    return CAPABILITIES[name]
+
+
+def native_precision(name: str) -> str:
+    """The fastest 16- or 32-bit precision of the platform on this machine: "bf16" or "fp32"."""
+    if capabilities(name).has_gpus:
+        return "bf16"
+    return processor_precision(Path("/proc/cpuinfo").read_text())
+
+
+def processor_precision(cpuinfo: str) -> str:
+    """Returns "bf16" for a processor with BF16 instructions, else "fp32"; ``cpuinfo`` is the text of /proc/cpuinfo.
+
+    PyTorch accepts BF16 on every processor, but on one with AVX2 alone a matrix product in BF16 takes seven times as
+    long as in FP32.
+    """
+    flags: set[str] = set()
+    for line in cpuinfo.splitlines():
+        if line.startswith(("flags", "Features")):
+            flags.update(line.split())
+    return "bf16" if flags & BF16_INSTRUCTIONS else "fp32"
