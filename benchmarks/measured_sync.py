@@ -108,7 +108,7 @@ class Trainer:
         sharding = sharding_of(config, self.ranks, place.tensor_rank)
         text = models.language_config(arch, config, sharding, place.layout, settings)
         module = models.build_chunk(config, text, place, settings, stage=0).to(torch.bfloat16)
-        self.shards = shards([module], arch.parts(config, self.ranks, place.tensor_rank))
+        self.shards = shards([module], arch.param_mappings(config, self.ranks, place.tensor_rank))
         hf_checkpoint.load(self.shards, model)
         self.tensors = [shard.tensor.detach() for shard in self.shards]
 

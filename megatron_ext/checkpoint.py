@@ -46,7 +46,7 @@ class Snapshot:
     """A model's state at one moment: ``parts`` is what this rank writes of it, copied to the host; ``common`` (JSON) is
     the same on every rank."""
 
-    parts: list[shard_files.Part]
+    parts: list[shard_files.TensorPart]
     common: dict[str, Any]
     layout: dict[str, Any]
 
@@ -62,7 +62,7 @@ def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerPar
     force_all_tensors_to_non_fp8(state)
     sharded, common = save_preprocess(state)
     own = [
-        shard_files.Part(t.key, t.global_shape, t.global_offset, t.data)
+        shard_files.TensorPart(t.key, t.global_shape, t.global_offset, t.data)
         for t in nested_values(sharded)
         if isinstance(t, ShardedTensor) and is_main_replica(t.replica_id)
     ] + moments
@@ -102,7 +102,7 @@ class Saver:
         }
         text = json.dumps(described)  # now: the caller may go on to change it
         parts = [
-            shard_files.Part(f"{name}/{part.key}", part.global_shape, part.start, part.values)
+            shard_files.TensorPart(f"{name}/{part.key}", part.global_shape, part.start, part.values)
             for name, one in models.items()
             for part in one.parts
         ]
@@ -124,7 +124,7 @@ class Saver:
         if self.thread is not None:
             self.thread.join(seconds)
 
-    def _write(self, target: Path, parts: list[shard_files.Part], described: str) -> None:
+    def _write(self, target: Path, parts: list[shard_files.TensorPart], described: str) -> None:
         rank = dist.get_rank()
         own = target / f"rank_{rank:05d}.safetensors"
         try:

@@ -20,7 +20,7 @@ from megatron_ext.parallel import Parallel
 from megatron_ext.precision import Precision
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
 from megatron_ext.vision_language import VisionLanguageModel
-from megatron_ext.weight_map import Part, Sharding, layer_in_whole, sharding_of, shards
+from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -119,10 +119,10 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
         overlap_param_gather=False,
         **settings.precision.ddp_options(),
     )
-    parts = arch.parts(hf_config, layout.tensor, parallel.tensor_rank)
+    mappings = arch.param_mappings(hf_config, layout.tensor, parallel.tensor_rank)
     if has_scalar_head(hf_config):
-        parts = with_scalar_head(parts)
-    check_frozen(settings.frozen, parts, config.num_layers)
+        mappings = with_scalar_head(mappings)
+    check_frozen(settings.frozen, mappings, config.num_layers)
     chunks = []
     for stage in range(layout.virtual):
         module = build_chunk(hf_config, config, parallel, settings, stage)
@@ -142,9 +142,9 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
         hf_config=hf_config,
         sharding=sharding,
         parallel=parallel,
-        shards=shards([c.module for c in chunks], parts),
+        shards=shards([chunk.module for chunk in chunks], mappings),
         token_multiple=layout.tensor * settings.precision.token_multiple,
-        padded_vision_heads=sum(part.sharding.padded_heads for part in parts if part.prefix == "vision."),
+        padded_vision_heads=sum(module.sharding.padded_heads for module in mappings if module.prefix == "vision."),
     )
 
 
@@ -216,7 +216,7 @@ def build_chunk(
         tower = arch.vision_tower(hf_config, parallel, settings.precision.dtype, recompute) if first else None
         model = VisionLanguageModel(config, model, tower)
     for name, parameter in model.named_parameters():
-        if any(frozen_by(prefix, whole_name(model, name)) for prefix in settings.frozen):
+        if any(frozen_by(prefix, global_name(model, name)) for prefix in settings.frozen):
             parameter.requires_grad = False
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if (
@@ -231,10 +231,10 @@ def build_chunk(
     return model
 
 
-def check_frozen(frozen: Sequence[str], parts: Sequence[Part], layers: int) -> None:
+def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layers: int) -> None:
     """Raises ValueError naming an entry of ``model.frozen`` that is no beginning of any parameter's name; ``layers``:
     how many the decoder has."""
-    names = [part.prefix + rule.megatron for part in parts for rule in part.rules]
+    names = [module.prefix + param.megatron_name for module in mappings for param in module.params]
     for prefix in frozen:
         if not any(frozen_by(re.sub(r"\.\d+(?=\.|$)", ".{}", prefix), name) for name in names):
             raise ValueError(
@@ -245,11 +245,11 @@ def check_frozen(frozen: Sequence[str], parts: Sequence[Part], layers: int) -> N
             raise ValueError(f"model.frozen: {prefix!r}: the decoder's layers are 0 to {layers - 1}")
 
 
-def whole_name(model: MegatronModule, name: str) -> str:
+def global_name(model: MegatronModule, name: str) -> str:
     """A parameter's name with its layer's number in the whole model, not that on this pipeline stage."""
     if not (match := re.match(r"(.*?\blayers)\.\d+", name)):
         return name
-    return f"{match[1]}.{layer_in_whole(model, match.group())}{name[match.end() :]}"
+    return f"{match[1]}.{global_layer_index(model, match.group())}{name[match.end() :]}"
 
 
 def frozen_by(prefix: str, name: str) -> bool:

@@ -17,14 +17,14 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-from megatron_ext.shard_files import Part, Reader
+from megatron_ext.shard_files import Reader, TensorPart
 
 
-def parts(optimizer: Any, model_state: dict[str, Any]) -> list[Part]:
+def parts(optimizer: Any, model_state: dict[str, Any]) -> list[TensorPart]:
     """What this rank writes of the DistributedOptimizer's state, as views of it; ``model_state``: the model's sharded
     state. Where model-parallel ranks hold copies, the first one writes."""
     return [
-        Part(f"optimizer.state.{name}.{piece.key}", piece.global_shape, start, values)
+        TensorPart(f"optimizer.state.{name}.{piece.key}", piece.global_shape, start, values)
         for parameter, first, stop, piece, offset in _owned(optimizer, model_state)
         if is_main_replica((*piece.replica_id[:-1], 0))  # the last counts data-parallel ranks, which hold no copies
         for name, state in _states(optimizer, parameter).items()

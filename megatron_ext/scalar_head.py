@@ -1,8 +1,9 @@
-"""A model with one number for each token: a linear layer hidden size → 1 in place of the output layer.
+"""Critics and reward models: a linear layer hidden size → 1 in place of the output layer.
 
-A critic's values and a reward model's scores. Its Hugging Face form is transformers' …ForSequenceClassification with
-one label: the decoder's tensors, ``score.weight`` [1, hidden size] and no output layer. Transformers has these classes
-for the text families; for the vision-language ones name and tensor follow them (our choice).
+Such a model computes one number for each token, a value or a score. Its Hugging Face form is transformers'
+…ForSequenceClassification with one label: the decoder's tensors, ``score.weight`` [1, hidden size] and no output
+layer. Transformers has these classes for the text families. For the vision-language families the names follow the same
+pattern (our choice).
 """
 
 import copy
@@ -16,16 +17,17 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ext.models import FAMILIES
-from megatron_ext.weight_map import Part, Rule, replicated
+from megatron_ext.weight_map import ModuleMapping, ParamMapping, replicated
 
 ARCHITECTURE = "ForSequenceClassification"
 TENSOR = "score.weight"
-OUTPUT_LAYER = "output_layer.weight"  # Megatron-Core's name of what is replaced
-HF_OUTPUT_LAYER = "lm_head.weight"  # and how Hugging Face's ends
+# The output layer that the head replaces: Megatron-Core's name, and the end of Hugging Face's name.
+OUTPUT_LAYER = "output_layer.weight"
+HF_OUTPUT_LAYER = "lm_head.weight"
 
 
 class ScalarHead(torch.nn.Module):
-    """Hidden states [R, hidden size] → [R], computed in FP32. Every tensor-parallel rank has the whole of it."""
+    """Hidden states [R, hidden size] → FP32 [R]. The weight is replicated on every tensor-parallel rank."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -36,62 +38,65 @@ class ScalarHead(torch.nn.Module):
 
 
 def has_scalar_head(hf_config: Any) -> bool:
-    """Whether a configuration is one of such a model."""
+    """Whether the configuration is that of a model with a scalar head."""
     return bool(hf_config.architectures[0].endswith(ARCHITECTURE))
 
 
-def architecture(language_model: str) -> str:
-    """The name of the architecture with a scalar head, from the language model's or from itself.
+def architecture(base_architecture: str) -> str:
+    """The name of the architecture with a scalar head, from a language model's name or from that name itself.
 
-    Raises ValueError naming an architecture that has no such form here.
+    Raises ValueError naming an architecture that has no form with a scalar head here.
     """
-    stem = language_model
+    stem = base_architecture
     for ending in ("ForCausalLM", "ForConditionalGeneration", ARCHITECTURE):
         stem = stem.removesuffix(ending)
-    if (name := stem + ARCHITECTURE) not in FAMILIES:
+    name = stem + ARCHITECTURE
+    if name not in FAMILIES:
         known = sorted(known for known in FAMILIES if known.endswith(ARCHITECTURE))
-        raise ValueError(f"a {language_model!r} has no form with a scalar head: there are {', '.join(known)}")
+        raise ValueError(f"a {base_architecture!r} has no form with a scalar head: there are {', '.join(known)}")
     return name
 
 
 def scalar_config(hf_config: Any) -> Any:
-    """The configuration of the model with a scalar head on a language model's decoder; of such a model, its own.
+    """A copy of the configuration for the same decoder with a scalar head, or of one that has the head already.
 
     Raises ValueError as ``architecture``.
     """
-    found = copy.deepcopy(hf_config)
-    found.architectures = [architecture(hf_config.architectures[0])]
-    found.num_labels = 1
-    return found
+    config = copy.deepcopy(hf_config)
+    config.architectures = [architecture(hf_config.architectures[0])]
+    config.num_labels = 1
+    return config
 
 
-def with_scalar_head(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """A family's weight map with the head in place of the output layer."""
-    head = Rule((TENSOR,), OUTPUT_LAYER, replicated)
-    return tuple(
-        replace(part, rules=tuple(head if rule.megatron == OUTPUT_LAYER else rule for rule in part.rules))
-        for part in parts
-    )
+def with_scalar_head(mappings: Sequence[ModuleMapping]) -> tuple[ModuleMapping, ...]:
+    """A family's mappings with the scalar head in place of the output layer."""
+    head = ParamMapping((TENSOR,), OUTPUT_LAYER, replicated)
+    changed = []
+    for module in mappings:
+        params = tuple(head if param.megatron_name == OUTPUT_LAYER else param for param in module.params)
+        changed.append(replace(module, params=params))
+    return tuple(changed)
 
 
 def with_score_tensor(headers: dict[Path, dict[str, Any]], hidden_size: int) -> dict[Path, dict[str, Any]]:
-    """Safetensors headers of a language model → those with ``score.weight`` behind the last, and no output layer.
+    """Safetensors headers of a language model without the output layer and with ``score.weight`` in the last file.
 
-    Their offsets are no longer those of the tensors that are left.
+    The offsets of the other tensors are not adjusted.
     """
-    found = {
-        file: {name: entry for name, entry in header.items() if not name.endswith(HF_OUTPUT_LAYER)}
-        for file, header in headers.items()
-    }
-    found[max(found)].setdefault(TENSOR, {"shape": [1, hidden_size]})
-    return found
+    changed = {}
+    for file, header in headers.items():
+        changed[file] = {name: entry for name, entry in header.items() if not name.endswith(HF_OUTPUT_LAYER)}
+    last_file = max(changed)
+    changed[last_file].setdefault(TENSOR, {"shape": [1, hidden_size]})
+    return changed
 
 
 def describe(folder: Path, headers: dict[Path, dict[str, Any]]) -> None:
-    """Make ``config.json`` and the index of an exported folder, copied from a language model's, say what it is.
+    """Rewrite ``config.json`` and the index of an exported folder, which were copied from a language model's folder.
 
-    Padding: the model's own token, or the end of a text where it has none. ``regression`` has vLLM give the score as it
-    is. Raises ValueError as ``architecture``.
+    ``headers`` are the safetensors headers of the exported files. The padding token stays the model's, or becomes the
+    end of a text if it has none. With ``problem_type`` "regression" vLLM returns the score without an activation.
+    Raises ValueError as ``architecture``.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -107,15 +112,16 @@ def describe(folder: Path, headers: dict[Path, dict[str, Any]]) -> None:
         config["pad_token_id"] = end[0] if isinstance(end, list) else end
     file.write_text(json.dumps(config, indent=2) + "\n")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        tensors = [
-            (name, source.name, entry["data_offsets"])
-            for source, header in headers.items()
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-        content = {
-            "metadata": {"total_size": sum(end - start for _, _, (start, end) in tensors)},
-            "weight_map": {name: stored_in for name, stored_in, _ in tensors},
-        }
-        index.write_text(json.dumps(content, indent=2) + "\n")
+    if not index.is_file():
+        return
+    total_size = 0
+    file_of_tensor = {}
+    for file_of_header, header in headers.items():
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            total_size += end - start
+            file_of_tensor[name] = file_of_header.name
+    content = {"metadata": {"total_size": total_size}, "weight_map": file_of_tensor}
+    index.write_text(json.dumps(content, indent=2) + "\n")

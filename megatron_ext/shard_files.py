@@ -36,7 +36,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A box of the global tensor ``key``: where it begins, and its values on the host, of as many dimensions."""
 
     key: str
@@ -45,7 +45,7 @@ class Part:
     values: torch.Tensor
 
 
-def write(path: Path, parts: list[Part]) -> dict[str, Any]:
+def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
     """Write the parts; the file is on the disk when this returns. Gives its entry for ``manifest`` (JSON).
 
     Raises OSError, naming the file, where it can't be written.

@@ -1,6 +1,7 @@
-"""Hugging Face ↔ Megatron weight names and layouts, declaratively: a family lists ``Rule``s, everything else follows.
+"""Maps Hugging Face weights to Megatron-Core parameters: names, and which rectangles a tensor-parallel rank holds.
 
-Loading, export, gradient mapping and the bridge to vLLM all read the blocks made here.
+A model family lists its ``ParamMapping``s. :func:`shards` turns them into blocks, which loading, export, the
+comparison of gradients and the weight sync to vLLM all read.
 """
 
 import re
@@ -12,7 +13,7 @@ import torch
 
 from megatron_ext.blocks import Block, Shard
 
-# Transformer Engine fuses a norm into the linear layer behind it; the tables use the unfused names.
+# Transformer Engine fuses a norm with the linear layer after it. The mappings use the names of unfused layers.
 _FUSED_NORM_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -21,7 +22,16 @@ _FUSED_NORM_NAMES = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """One rank's tensor-parallel position, and the HF model's true (unpadded) heads, KV groups and vocabulary."""
+    """A rank's tensor-parallel position, and the Hugging Face model's sizes before padding.
+
+    Attributes:
+        tensor: tensor-parallel size.
+        tensor_rank: this rank's place in the tensor-parallel group.
+        heads: query heads of the complete model.
+        groups: key-value heads of the complete model.
+        head_dim: elements per head.
+        vocab: rows of the embedding; 0 for a vision tower.
+    """
 
     tensor: int
     tensor_rank: int
@@ -32,20 +42,22 @@ class Sharding:
 
     @property
     def padded_groups(self) -> int:
-        """KV groups after zero padding to a multiple of the tensor-parallel size."""
+        """Key-value heads after zero-padding to a multiple of the tensor-parallel size."""
         return round_up(self.groups, self.tensor)
 
     @property
     def padded_heads(self) -> int:
+        """Query heads after padding: as many per key-value head as before."""
         return self.heads // self.groups * self.padded_groups
 
     @property
     def padded_vocab(self) -> int:
+        """Vocabulary after padding to a multiple of the tensor-parallel size."""
         return round_up(self.vocab, self.tensor)
 
 
 def sharding_of(text: Any, tensor: int, tensor_rank: int) -> Sharding:
-    """A language model's true head, group and vocabulary counts with this rank's tensor-parallel position."""
+    """The Sharding of a language model with the Hugging Face configuration ``text``."""
     heads = text.num_attention_heads
     return Sharding(
         tensor=tensor,
@@ -57,135 +69,172 @@ def sharding_of(text: Any, tensor: int, tensor_rank: int) -> Sharding:
     )
 
 
-Layout = Callable[[tuple[str, ...], tuple[int, ...], Sharding], list[Block]]
+# (Hugging Face names, shape of the local parameter, sharding) → the blocks that make up the local parameter.
+ShardFn = Callable[[tuple[str, ...], tuple[int, ...], Sharding], list[Block]]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """HF name pattern(s) (``{}`` is the layer), Megatron name pattern, and how the local shard is cut from HF's."""
+class ParamMapping:
+    """One Megatron parameter and the Hugging Face tensors that it is made of.
 
-    hf: tuple[str, ...]
-    megatron: str
-    layout: Layout
+    Attributes:
+        hf_names: patterns of the tensors' names; ``{}`` stands for the layer's number.
+        megatron_name: pattern of the parameter's name.
+        shard_fn: which rectangles of the tensors a rank holds, and where.
+    """
+
+    hf_names: tuple[str, ...]
+    megatron_name: str
+    shard_fn: ShardFn
 
 
 @dataclass(frozen=True)
-class Part:
-    """A module of a model: its Megatron names begin with ``prefix``; ``rules`` speak of the names behind it.
+class ModuleMapping:
+    """The parameters of one module of a model.
 
-    A text model is one part with prefix "". A vision-language model has "language." and "vision.", each with heads of
-    its own.
+    A text model is one module with prefix "". A vision-language model has "language." and "vision.", each with its own
+    number of heads.
+
+    Attributes:
+        prefix: beginning of the module's Megatron names.
+        params: the module's mappings, their Megatron names without the prefix.
+        sharding: the module's heads and vocabulary, with this rank's tensor-parallel position.
     """
 
     prefix: str
-    rules: Sequence[Rule]
+    params: Sequence[ParamMapping]
     sharding: Sharding
 
 
 def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``n``."""
     return -(-n // multiple) * multiple
 
 
 def replicated(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """Every rank holds the whole tensor."""
+    """Every rank holds the full tensor."""
     zero = (0,) * len(shape)
     return [Block(names[0], zero, zero, shape)]
 
 
 def column_parallel(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """Output dimension (rows) cut evenly. Weight or bias."""
-    return [Block(names[0], (s.tensor_rank * shape[0], *(0,) * len(shape[1:])), (0,) * len(shape), shape)]
+    """The output dimension (rows of the matrix) is divided evenly. For a weight or a bias."""
+    local_start = (0,) * len(shape)
+    hf_start = (s.tensor_rank * shape[0], *local_start[1:])
+    return [Block(names[0], hf_start, local_start, shape)]
 
 
 def row_parallel(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """Input dimension (columns of the matrix) cut evenly."""
+    """The input dimension (columns of the matrix) is divided evenly."""
     return [Block(names[0], (0, s.tensor_rank * shape[1]), (0, 0), shape)]
 
 
 def vocabulary(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """Rows cut evenly after padding the vocabulary to a multiple of the tensor-parallel size."""
+    """Rows are divided evenly after padding the vocabulary to a multiple of the tensor-parallel size."""
     start = s.tensor_rank * shape[0]
     rows = max(0, min(shape[0], s.vocab - start))
-    return [Block(names[0], (start, 0), (0, 0), (rows, shape[1]))] if rows else []
+    if rows == 0:
+        return []
+    return [Block(names[0], (start, 0), (0, 0), (rows, shape[1]))]
 
 
 def gate_up(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """SwiGLU: this rank's gate rows, then its up rows."""
-    rows, rest = shape[0] // 2, shape[1:]
+    """SwiGLU: this rank's rows of the gate projection, then its rows of the up projection. Weight or bias."""
+    rows = shape[0] // 2
+    rest = shape[1:]
     zeros = (0,) * len(rest)
-    return [
-        Block(name, (s.tensor_rank * rows, *zeros), (i * rows, *zeros), (rows, *rest)) for i, name in enumerate(names)
-    ]
+    hf_start = (s.tensor_rank * rows, *zeros)
+    return [Block(name, hf_start, (i * rows, *zeros), (rows, *rest)) for i, name in enumerate(names)]
 
 
 def qkv(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """Megatron's grouped layout: for each KV group its query heads, its key head, its value head. Weight or bias."""
+    """Megatron's grouped order from three tensors: per key-value head its query heads, its key, its value.
+
+    For a weight or a bias; ``names`` are those of query, key and value.
+    """
     return _grouped(names, (0, 0, 0), shape, s)
 
 
 def fused_qkv(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """As ``qkv``, from one HF tensor with the rows of all query, then all key, then all value heads."""
-    query, key = s.heads * s.head_dim, s.groups * s.head_dim
-    return _grouped(names * 3, (0, query, query + key), shape, s)
+    """As ``qkv``, from one tensor with the rows of all query heads, then all keys, then all values."""
+    query_rows = s.heads * s.head_dim
+    key_rows = s.groups * s.head_dim
+    return _grouped(names * 3, (0, query_rows, query_rows + key_rows), shape, s)
 
 
 def _grouped(names: tuple[str, ...], offsets: tuple[int, int, int], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    per_group = s.heads // s.groups
+    """Blocks of query, key and value; ``offsets`` are the first rows of each in its tensor."""
+    heads_per_group = s.heads // s.groups
     rest = shape[1:]
     zeros = (0,) * len(rest)
     local_groups = s.padded_groups // s.tensor
     blocks = []
-    for local in range(local_groups):
-        group = s.tensor_rank * local_groups + local
+    for local_group in range(local_groups):
+        group = s.tensor_rank * local_groups + local_group
         if group >= s.groups:
+            # The remaining groups of this rank are padding.
             break
-        start = local * (per_group + 2) * s.head_dim
-        for name, offset, heads in zip(names, offsets, (per_group, 1, 1), strict=True):
+        local_row = local_group * (heads_per_group + 2) * s.head_dim
+        for name, offset, heads in zip(names, offsets, (heads_per_group, 1, 1), strict=True):
             rows = heads * s.head_dim
-            blocks.append(Block(name, (offset + group * rows, *zeros), (start, *zeros), (rows, *rest)))
-            start += rows
+            hf_row = offset + group * rows
+            blocks.append(Block(name, (hf_row, *zeros), (local_row, *zeros), (rows, *rest)))
+            local_row += rows
     return blocks
 
 
-def heads(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """A vector over all heads (a QK-norm of the full width), cut like them; padded heads stay zero."""
+def head_vector(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+    """A vector over all heads (a QK-norm of the full width) is divided as the heads are; padded heads stay zero."""
     start = s.tensor_rank * shape[0]
     length = max(0, min(shape[0], s.heads * s.head_dim - start))
-    return [Block(names[0], (start,), (0,), (length,))] if length else []
+    if length == 0:
+        return []
+    return [Block(names[0], (start,), (0,), (length,))]
 
 
 def attention_output(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
-    """Row parallel over heads; columns of padded heads stay zero."""
+    """Row-parallel over heads; columns of padded heads stay zero."""
     start = s.tensor_rank * shape[1]
     columns = max(0, min(shape[1], s.heads * s.head_dim - start))
-    return [Block(names[0], (0, start), (0, 0), (shape[0], columns))] if columns else []
+    if columns == 0:
+        return []
+    return [Block(names[0], (0, start), (0, 0), (shape[0], columns))]
 
 
-def layer_in_whole(model: torch.nn.Module, layer: str) -> int:
-    """The number in the whole model of the layer that this stage has under the name ``layer``."""
+def global_layer_index(model: torch.nn.Module, layer: str) -> int:
+    """The index in the complete model, from 0, of the layer with the local name ``layer``."""
     return model.get_submodule(layer).layer_number - 1  # type: ignore[operator, return-value]
 
 
-def shards(models: Sequence[torch.nn.Module], parts: Sequence[Part]) -> list[Shard]:
-    """Every local parameter with its blocks. Raises KeyError naming a parameter that no rule matches."""
-    rules = [
-        (re.compile(re.escape(part.prefix + rule.megatron).replace(r"\{\}", r"(\d+)")), rule, part.sharding)
-        for part in parts
-        for rule in part.rules
-    ]
-    found = []
-    for chunk, model in enumerate(models):
-        for name, parameter in model.named_parameters():
-            plain = name
+def shards(chunks: Sequence[torch.nn.Module], mappings: Sequence[ModuleMapping]) -> list[Shard]:
+    """All parameters of this rank's model chunks with their blocks.
+
+    Raises KeyError naming a parameter that no mapping matches.
+    """
+    patterns = []
+    for module in mappings:
+        for param in module.params:
+            pattern = re.escape(module.prefix + param.megatron_name).replace(r"\{\}", r"(\d+)")
+            patterns.append((re.compile(pattern), param, module.sharding))
+
+    def mapping_of(name: str) -> tuple[re.Match[str], ParamMapping, Sharding]:
+        for pattern, param, sharding in patterns:
+            match = pattern.fullmatch(name)
+            if match is not None:
+                return match, param, sharding
+        raise KeyError(f"parameter {name!r} matches no mapping of the model family: add one to its table")
+
+    result = []
+    for n, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            unfused_name = name
             for fused, unfused in _FUSED_NORM_NAMES.items():
-                plain = plain.replace(fused, unfused)
-            matching = ((m, rule, sharding) for p, rule, sharding in rules if (m := p.fullmatch(plain)))
-            match, rule, sharding = next(matching, (None, None, None))
-            if match is None or rule is None or sharding is None:
-                raise KeyError(f"parameter {name!r} matches no rule of the family's weight map: add one to its table")
-            names = rule.hf
+                unfused_name = unfused_name.replace(fused, unfused)
+            match, param, sharding = mapping_of(unfused_name)
+            hf_names = param.hf_names
             if match.groups():
-                names = tuple(n.format(layer_in_whole(model, plain[: match.end(1)])) for n in rule.hf)
-            blocks = tuple(rule.layout(names, tuple(parameter.shape), sharding))
-            found.append(Shard(f"{chunk}.{name}", parameter.data, blocks))
-    return found
+                layer = global_layer_index(chunk, unfused_name[: match.end(1)])
+                hf_names = tuple(pattern.format(layer) for pattern in hf_names)
+            blocks = tuple(param.shard_fn(hf_names, tuple(parameter.shape), sharding))
+            result.append(Shard(f"{n}.{name}", parameter.data, blocks))
+    return result

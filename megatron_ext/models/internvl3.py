@@ -34,14 +34,14 @@ from megatron_ext.models.qwen2 import transformer_options
 from megatron_ext.parallel import Parallel
 from megatron_ext.vision_language import tower_config, tower_groups
 from megatron_ext.weight_map import (
-    Layout,
-    Part,
-    Rule,
+    ModuleMapping,
+    ParamMapping,
+    ShardFn,
     Sharding,
     attention_output,
     column_parallel,
     fused_qkv,
-    heads,
+    head_vector,
     qkv,
     replicated,
     row_parallel,
@@ -51,7 +51,7 @@ from megatron_ext.weight_map import (
 __all__ = [
     "config_from_chat",
     "gpt_options",
-    "parts",
+    "param_mappings",
     "text_config",
     "transformer_options",
     "vision_tower",
@@ -71,10 +71,14 @@ _SAME_IN_CHAT = (
     "patch_size",
 )
 QK_NORM_EPSILON = 1e-6  # transformers fixes it; layer_norm_eps is that of the other norms
-# Megatron-Core's name in the tower, how it is cut, and the names in the -hf and in the chat layout. ``*`` stands for
-# weight and bias. Query, key and value are added by ``_vision_rules``: three tensors in one layout, one in the other.
+# The beginning of a tower layer's names in Megatron-Core, in the -hf layout and in the chat layout.
 LAYER = "encoder.layers.{}."
-TABLE: tuple[tuple[str, Layout, str, str], ...] = (
+HF_LAYER = "vision_tower.encoder.layer.{}."
+CHAT_LAYER = "vision_model.encoder.layers.{}."
+# Megatron-Core's name in the tower, how it is sharded, and the names in the -hf layout and in the chat layout. ``*``
+# stands for weight and bias. ``_vision_mappings`` adds query, key and value: three tensors in the -hf layout, one in
+# the chat layout.
+TABLE: tuple[tuple[str, ShardFn, str, str], ...] = (
     ("class_token", replicated, "vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
     (
         "position_embedding",
@@ -89,8 +93,8 @@ TABLE: tuple[tuple[str, Layout, str, str], ...] = (
         "vision_model.embeddings.patch_embedding.*",
     ),
     (f"{LAYER}input_layernorm.*", replicated, "layernorm_before.*", "norm1.*"),
-    (f"{LAYER}self_attention.q_layernorm.weight", heads, "attention.q_norm.weight", "attn.q_norm.weight"),
-    (f"{LAYER}self_attention.k_layernorm.weight", heads, "attention.k_norm.weight", "attn.k_norm.weight"),
+    (f"{LAYER}self_attention.q_layernorm.weight", head_vector, "attention.q_norm.weight", "attn.q_norm.weight"),
+    (f"{LAYER}self_attention.k_layernorm.weight", head_vector, "attention.k_norm.weight", "attn.k_norm.weight"),
     (
         f"{LAYER}self_attention.linear_proj.weight",
         attention_output,
@@ -147,30 +151,38 @@ def gpt_options(text: Any) -> dict[str, Any]:
     return qwen2.gpt_options(text)
 
 
-def parts(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Part, ...]:
-    """Language model and tower, each with its own heads."""
+def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[ModuleMapping, ...]:
+    """Language model and vision tower.
+
+    Raises ValueError when the tensor-parallel size does not divide the tower's feed-forward layers.
+    """
     text = text_config(hf_config)
-    language = qwen2.rules(text, "language_model.model.", "language_model.lm_head.weight")
+    language = qwen2.decoder_mappings(text, "language_model.model.", "language_model.lm_head.weight")
     chat = hf_config.architectures[0] == CHAT
     return (
-        Part("language.", language, sharding_of(text, tensor, tensor_rank)),
-        Part("vision.", _vision_rules(chat), _vision_sharding(hf_config, tensor, tensor_rank)),
+        ModuleMapping("language.", language, sharding_of(text, tensor, tensor_rank)),
+        ModuleMapping("vision.", _vision_mappings(chat), _vision_sharding(hf_config, tensor, tensor_rank)),
     )
 
 
-def _vision_rules(chat: bool) -> tuple[Rule, ...]:
-    layer = "vision_model.encoder.layers.{}." if chat else "vision_tower.encoder.layer.{}."
-    found = []
+def _vision_mappings(chat: bool) -> tuple[ParamMapping, ...]:
+    """The tower's mappings, with the names of the chat layout or of the -hf layout."""
+    mappings = []
     for kind in ("weight", "bias"):
-        names = (f"{layer}attn.qkv.{kind}",) if chat else tuple(f"{layer}attention.{p}_proj.{kind}" for p in "qkv")
-        found.append(Rule(names, f"{LAYER}self_attention.linear_qkv.{kind}", fused_qkv if chat else qkv))
-    for megatron, layout, *names_of_layouts in TABLE:
-        name = names_of_layouts[chat]
-        if megatron.startswith(LAYER):
-            name = layer + name
-        for kind in ("weight", "bias") if "*" in name else ("",):
-            found.append(Rule((name.replace("*", kind),), megatron.replace("*", kind), layout))
-    return tuple(found)
+        megatron_name = f"{LAYER}self_attention.linear_qkv.{kind}"
+        if chat:
+            mappings.append(ParamMapping((f"{CHAT_LAYER}attn.qkv.{kind}",), megatron_name, fused_qkv))
+        else:
+            hf_names = tuple(f"{HF_LAYER}attention.{p}_proj.{kind}" for p in "qkv")
+            mappings.append(ParamMapping(hf_names, megatron_name, qkv))
+    for megatron_name, shard_fn, hf_layout_name, chat_layout_name in TABLE:
+        hf_name = chat_layout_name if chat else hf_layout_name
+        if megatron_name.startswith(LAYER):
+            hf_name = (CHAT_LAYER if chat else HF_LAYER) + hf_name
+        kinds = ("weight", "bias") if "*" in hf_name else ("",)
+        for kind in kinds:
+            mappings.append(ParamMapping((hf_name.replace("*", kind),), megatron_name.replace("*", kind), shard_fn))
+    return tuple(mappings)
 
 
 def _vision_sharding(hf_config: Any, tensor: int, tensor_rank: int) -> Sharding:
@@ -233,14 +245,21 @@ class VisionTower(MegatronModule):
         )
         self.projector = Projector(config, 4 * width, hf_config.text_config.hidden_size)
 
-    def packs(self, patches: int) -> list[tuple[int, int]]:
-        """Each layer's sequences and their length, for ``memory``: tiles, and their patches with the class token."""
-        return [(-(-patches // self.side**2), self.side**2 + 1)] * self.config.num_layers
+    def sequences_per_layer(self, patches: int) -> list[tuple[int, int]]:
+        """For the memory estimate: (number, length) of the sequences in which each layer attends to one image.
 
-    def own_bytes(self, rows: int) -> int:
-        """What a layer keeps beside Megatron-Core's: the inputs of both scales; those of the QK-norm in FP32, and its
-        output before the weight."""
-        config, size = self.config, self.config.params_dtype.itemsize
+        A sequence is a tile: its patches and the class token.
+        """
+        tiles = -(-patches // self.side**2)
+        return [(tiles, self.side**2 + 1)] * self.config.num_layers
+
+    def extra_saved_bytes(self, rows: int) -> int:
+        """For the memory estimate: bytes that a layer saves beyond Megatron-Core's layer, for ``rows`` tokens.
+
+        The inputs of both layer scales; of the QK-norm the input in FP32 and the output before the weight.
+        """
+        config = self.config
+        size = config.params_dtype.itemsize
         heads = 2 * config.num_attention_heads // config.tensor_model_parallel_size if config.qk_layernorm else 0
         return rows * (2 * config.hidden_size * size + heads * config.kv_channels * (4 + size))
 

@@ -1,12 +1,12 @@
-"""Llama family (Llama 3, DeepSeek-R1-Distill-Llama-70B, SmolLM2): shapes and weight map."""
+"""Llama family (Llama 3, DeepSeek-R1-Distill-Llama-70B, SmolLM2): shapes and parameter mappings."""
 
 from typing import Any
 
 import torch.nn.functional as F
 
 from megatron_ext.weight_map import (
-    Part,
-    Rule,
+    ModuleMapping,
+    ParamMapping,
     attention_output,
     gate_up,
     qkv,
@@ -18,50 +18,52 @@ from megatron_ext.weight_map import (
 
 
 def text_config(hf_config: Any) -> Any:
-    """The language model's configuration: this one."""
+    """The language model's configuration, which is the complete one."""
     return hf_config
 
 
-def rules(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[Rule, ...]:
-    """The weight map of a decoder whose HF names begin with ``prefix``.
+def decoder_mappings(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[ParamMapping, ...]:
+    """The mappings of a decoder whose Hugging Face names begin with ``prefix``; ``head`` is the output layer's name.
 
     With tied embeddings the last pipeline stage's output layer is the embedding again.
     """
     layer = f"{prefix}layers.{{}}."
+    embedding = f"{prefix}embed_tokens.weight"
+    output_layer = embedding if text.tie_word_embeddings else head
     return (
-        Rule((f"{prefix}embed_tokens.weight",), "embedding.word_embeddings.weight", vocabulary),
-        Rule((f"{layer}input_layernorm.weight",), "decoder.layers.{}.input_layernorm.weight", replicated),
-        Rule(
+        ParamMapping((embedding,), "embedding.word_embeddings.weight", vocabulary),
+        ParamMapping((f"{layer}input_layernorm.weight",), "decoder.layers.{}.input_layernorm.weight", replicated),
+        ParamMapping(
             tuple(f"{layer}self_attn.{p}_proj.weight" for p in "qkv"),
             "decoder.layers.{}.self_attention.linear_qkv.weight",
             qkv,
         ),
-        Rule(
+        ParamMapping(
             (f"{layer}self_attn.o_proj.weight",),
             "decoder.layers.{}.self_attention.linear_proj.weight",
             attention_output,
         ),
-        Rule((f"{layer}post_attention_layernorm.weight",), "decoder.layers.{}.pre_mlp_layernorm.weight", replicated),
-        Rule(
+        ParamMapping(
+            (f"{layer}post_attention_layernorm.weight",), "decoder.layers.{}.pre_mlp_layernorm.weight", replicated
+        ),
+        ParamMapping(
             (f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
             "decoder.layers.{}.mlp.linear_fc1.weight",
             gate_up,
         ),
-        Rule((f"{layer}mlp.down_proj.weight",), "decoder.layers.{}.mlp.linear_fc2.weight", row_parallel),
-        Rule((f"{prefix}norm.weight",), "decoder.final_layernorm.weight", replicated),
-        Rule(
-            (f"{prefix}embed_tokens.weight" if text.tie_word_embeddings else head,), "output_layer.weight", vocabulary
-        ),
+        ParamMapping((f"{layer}mlp.down_proj.weight",), "decoder.layers.{}.mlp.linear_fc2.weight", row_parallel),
+        ParamMapping((f"{prefix}norm.weight",), "decoder.final_layernorm.weight", replicated),
+        ParamMapping((output_layer,), "output_layer.weight", vocabulary),
     )
 
 
-def parts(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Part, ...]:
-    """The whole model is one part."""
-    return (Part("", rules(hf_config), sharding_of(hf_config, tensor, tensor_rank)),)
+def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[ModuleMapping, ...]:
+    """The model is one module."""
+    return (ModuleMapping("", decoder_mappings(hf_config), sharding_of(hf_config, tensor, tensor_rank)),)
 
 
 def transformer_options(text: Any) -> dict[str, Any]:
-    """TransformerConfig fields that the architecture fixes (heads come padded from the sharding)."""
+    """TransformerConfig fields that the architecture fixes; head counts are added from Sharding, padded."""
     return {
         "num_layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
@@ -76,7 +78,7 @@ def transformer_options(text: Any) -> dict[str, Any]:
 
 
 def gpt_options(text: Any) -> dict[str, Any]:
-    """GPTModel arguments: rotary base and Llama 3's frequency scaling. Raises ValueError on another scaling."""
+    """GPTModel arguments: rotary base and Llama 3's frequency scaling. Raises ValueError for another scaling."""
     rope = text.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "llama3":

@@ -20,8 +20,8 @@ from megatron_ext.models import qwen2
 from megatron_ext.parallel import Parallel
 from megatron_ext.vision_language import EncoderLayers, tower_config
 from megatron_ext.weight_map import (
-    Part,
-    Rule,
+    ModuleMapping,
+    ParamMapping,
     Sharding,
     attention_output,
     column_parallel,
@@ -34,23 +34,23 @@ from megatron_ext.weight_map import (
 
 _BLOCK = "visual.blocks.{}."
 _GATE_UP = tuple(f"{_BLOCK}mlp.{p}_proj." for p in ("gate", "up"))
-VISION = (
-    Rule(("visual.patch_embed.proj.weight",), "patch_embed.weight", replicated),
-    Rule((f"{_BLOCK}norm1.weight",), "layers.{}.input_layernorm.weight", replicated),
-    Rule((f"{_BLOCK}attn.qkv.weight",), "layers.{}.self_attention.linear_qkv.weight", fused_qkv),
-    Rule((f"{_BLOCK}attn.qkv.bias",), "layers.{}.self_attention.linear_qkv.bias", fused_qkv),
-    Rule((f"{_BLOCK}attn.proj.weight",), "layers.{}.self_attention.linear_proj.weight", attention_output),
-    Rule((f"{_BLOCK}attn.proj.bias",), "layers.{}.self_attention.linear_proj.bias", replicated),
-    Rule((f"{_BLOCK}norm2.weight",), "layers.{}.pre_mlp_layernorm.weight", replicated),
-    Rule(tuple(f"{name}weight" for name in _GATE_UP), "layers.{}.mlp.linear_fc1.weight", gate_up),
-    Rule(tuple(f"{name}bias" for name in _GATE_UP), "layers.{}.mlp.linear_fc1.bias", gate_up),
-    Rule((f"{_BLOCK}mlp.down_proj.weight",), "layers.{}.mlp.linear_fc2.weight", row_parallel),
-    Rule((f"{_BLOCK}mlp.down_proj.bias",), "layers.{}.mlp.linear_fc2.bias", replicated),
-    Rule(("visual.merger.ln_q.weight",), "projector.norm.weight", replicated),
-    Rule(("visual.merger.mlp.0.weight",), "projector.linear_fc1.weight", column_parallel),
-    Rule(("visual.merger.mlp.0.bias",), "projector.linear_fc1.bias", column_parallel),
-    Rule(("visual.merger.mlp.2.weight",), "projector.linear_fc2.weight", row_parallel),
-    Rule(("visual.merger.mlp.2.bias",), "projector.linear_fc2.bias", replicated),
+VISION_MAPPINGS = (
+    ParamMapping(("visual.patch_embed.proj.weight",), "patch_embed.weight", replicated),
+    ParamMapping((f"{_BLOCK}norm1.weight",), "layers.{}.input_layernorm.weight", replicated),
+    ParamMapping((f"{_BLOCK}attn.qkv.weight",), "layers.{}.self_attention.linear_qkv.weight", fused_qkv),
+    ParamMapping((f"{_BLOCK}attn.qkv.bias",), "layers.{}.self_attention.linear_qkv.bias", fused_qkv),
+    ParamMapping((f"{_BLOCK}attn.proj.weight",), "layers.{}.self_attention.linear_proj.weight", attention_output),
+    ParamMapping((f"{_BLOCK}attn.proj.bias",), "layers.{}.self_attention.linear_proj.bias", replicated),
+    ParamMapping((f"{_BLOCK}norm2.weight",), "layers.{}.pre_mlp_layernorm.weight", replicated),
+    ParamMapping(tuple(f"{name}weight" for name in _GATE_UP), "layers.{}.mlp.linear_fc1.weight", gate_up),
+    ParamMapping(tuple(f"{name}bias" for name in _GATE_UP), "layers.{}.mlp.linear_fc1.bias", gate_up),
+    ParamMapping((f"{_BLOCK}mlp.down_proj.weight",), "layers.{}.mlp.linear_fc2.weight", row_parallel),
+    ParamMapping((f"{_BLOCK}mlp.down_proj.bias",), "layers.{}.mlp.linear_fc2.bias", replicated),
+    ParamMapping(("visual.merger.ln_q.weight",), "projector.norm.weight", replicated),
+    ParamMapping(("visual.merger.mlp.0.weight",), "projector.linear_fc1.weight", column_parallel),
+    ParamMapping(("visual.merger.mlp.0.bias",), "projector.linear_fc1.bias", column_parallel),
+    ParamMapping(("visual.merger.mlp.2.weight",), "projector.linear_fc2.weight", row_parallel),
+    ParamMapping(("visual.merger.mlp.2.bias",), "projector.linear_fc2.bias", replicated),
 )
 # Prefixes of tensor names that checkpoints saved by transformers 4.52 and later may have → those of the published ones.
 RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
@@ -64,19 +64,20 @@ def text_config(hf_config: Any) -> Any:
     return text
 
 
-def parts(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Part, ...]:
-    """Language model and vision tower, by the names of the published checkpoints.
+def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[ModuleMapping, ...]:
+    """Language model and vision tower, with the tensor names of the published checkpoints.
 
-    Raises ValueError when the tensor-parallel size does not divide the tower's ffn size.
+    Raises ValueError when the tensor-parallel size does not divide the tower's feed-forward size.
     """
-    text, ffn = text_config(hf_config), hf_config.vision_config.intermediate_size
+    text = text_config(hf_config)
+    ffn = hf_config.vision_config.intermediate_size
     if ffn % tensor:
         raise ValueError(
             f"parallel.tensor={tensor} does not divide the vision tower's ffn size {ffn}: use one that does"
         )
     return (
-        Part("language.", qwen2.rules(text), sharding_of(text, tensor, tensor_rank)),
-        Part("vision.", VISION, _vision_sharding(hf_config.vision_config, tensor, tensor_rank)),
+        ModuleMapping("language.", qwen2.decoder_mappings(text), sharding_of(text, tensor, tensor_rank)),
+        ModuleMapping("vision.", VISION_MAPPINGS, _vision_sharding(hf_config.vision_config, tensor, tensor_rank)),
     )
 
 
@@ -168,13 +169,18 @@ class VisionTower(MegatronModule):
         self.layers = EncoderLayers(config)
         self.projector = Projector(config, vision)
 
-    def packs(self, patches: int) -> list[tuple[int, int]]:
-        """Each layer's sequences and their length, for ``memory``: of one image, in whole windows."""
-        window = (self.hf_config.window_size // self.hf_config.patch_size) ** 2
-        whole = self.hf_config.fullatt_block_indexes
-        return [(1, patches) if n in whole else (-(-patches // window), window) for n in range(len(self.layers))]
+    def sequences_per_layer(self, patches: int) -> list[tuple[int, int]]:
+        """For the memory estimate: (number, length) of the sequences in which each layer attends to one image.
 
-    def own_bytes(self, rows: int) -> int:
+        The last window of an image counts as a full one.
+        """
+        window = (self.hf_config.window_size // self.hf_config.patch_size) ** 2
+        windows = -(-patches // window)
+        full_attention = self.hf_config.fullatt_block_indexes
+        return [(1, patches) if n in full_attention else (windows, window) for n in range(len(self.layers))]
+
+    def extra_saved_bytes(self, rows: int) -> int:
+        """For the memory estimate: bytes that a layer saves beyond Megatron-Core's layer."""
         return 0
 
     def forward(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

@@ -4,28 +4,31 @@ from typing import Any
 
 from megatron_ext.models import llama
 from megatron_ext.models.llama import gpt_options, text_config
-from megatron_ext.weight_map import Part, Rule, replicated, sharding_of
+from megatron_ext.weight_map import ModuleMapping, ParamMapping, replicated, sharding_of
 
-__all__ = ["gpt_options", "parts", "rules", "text_config", "transformer_options"]
+__all__ = ["decoder_mappings", "gpt_options", "param_mappings", "text_config", "transformer_options"]
 
 
-def rules(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[Rule, ...]:
-    """Llama's weight map and the head norms, which every rank holds."""
-    layer = f"{prefix}layers.{{}}.self_attn."
+def decoder_mappings(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[ParamMapping, ...]:
+    """Llama's mappings and those of the head norms, which are replicated on every rank."""
+    attention = f"{prefix}layers.{{}}.self_attn."
     return (
-        *llama.rules(text, prefix, head),
-        Rule((f"{layer}q_norm.weight",), "decoder.layers.{}.self_attention.q_layernorm.weight", replicated),
-        Rule((f"{layer}k_norm.weight",), "decoder.layers.{}.self_attention.k_layernorm.weight", replicated),
+        *llama.decoder_mappings(text, prefix, head),
+        ParamMapping((f"{attention}q_norm.weight",), "decoder.layers.{}.self_attention.q_layernorm.weight", replicated),
+        ParamMapping((f"{attention}k_norm.weight",), "decoder.layers.{}.self_attention.k_layernorm.weight", replicated),
     )
 
 
-def parts(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Part, ...]:
-    """The whole model is one part."""
-    return (Part("", rules(hf_config), sharding_of(hf_config, tensor, tensor_rank)),)
+def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[ModuleMapping, ...]:
+    """The model is one module."""
+    return (ModuleMapping("", decoder_mappings(hf_config), sharding_of(hf_config, tensor, tensor_rank)),)
 
 
 def transformer_options(text: Any) -> dict[str, Any]:
-    """Llama's with QK-norm. Raises ValueError on sliding-window attention or biases, which no dense Qwen3 uses."""
+    """Llama's TransformerConfig fields with QK-norm.
+
+    Raises ValueError for sliding-window attention or biases, which no dense Qwen3 uses.
+    """
     for field in ("use_sliding_window", "attention_bias"):
         if getattr(text, field):
             raise ValueError(f"{field}=true in the model's config.json: no dense Qwen3 has it, and this family doesn't")

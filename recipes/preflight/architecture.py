@@ -22,7 +22,7 @@ def config_file(model_path: str | Path) -> Path:
         return published
     raise ConfigError(
         f"model.path={str(model_path)!r}: no config.json there, and no {published.name} in conf/model/architectures to "
-        "stand in for it; give a Hugging Face folder"
+        "stand in for it: give a Hugging Face folder"
     )
 
 

@@ -297,7 +297,7 @@ def layout(config: Config, hf_config: Any, report: Report) -> str:
     report.layout = asdict(cut) | {"data": trainer.data_parallel(config), "recompute": config.parallel.recompute}
     model.check(hf_config, cut)
     with simulated_ranks.rank(0, config.cluster.ranks, cut):  # sizes against each other and the world
-        family(hf_config.architectures[0]).parts(hf_config, cut.tensor, 0)
+        family(hf_config.architectures[0]).param_mappings(hf_config, cut.tensor, 0)
     sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} x data {report.layout['data']}"
     return f"{config.cluster.ranks} ranks: {sizes}"
 

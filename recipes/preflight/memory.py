@@ -259,11 +259,11 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
     if not any(p.requires_grad for n, p in tower.named_parameters() if not n.startswith("projector.")):
         return kept, 0
     kept += shape.patches * next(p[0].numel() for p in tower.parameters() if p.dim() > 3) * size  # pixels
-    packs = [Shape(count * longest, 0, count, longest) for count, longest in tower.packs(shape.patches)]
+    packs = [Shape(count * longest, 0, count, longest) for count, longest in tower.sequences_per_layer(shape.patches)]
     layers = [
         _norms_and_mlp(config, pack, fused_kernels)
         + attention(config, pack, fused_kernels, rotates=tower.rotates, causal=False)
-        + tower.own_bytes(pack.tokens)
+        + tower.extra_saved_bytes(pack.tokens)
         for pack in packs
     ]
     if config.recompute_granularity == "full":

@@ -138,4 +138,4 @@ def test_an_unsupported_model_is_refused(field: str, value: Any, folder: Path) -
 def test_a_tensor_parallel_size_that_does_not_divide_is_refused(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder / "6b-hf")
     with pytest.raises(ValueError, match=r"parallel.tensor=64 does not divide .*vision_config.intermediate_size=96"):
-        internvl3.parts(config, 64, 0)
+        internvl3.param_mappings(config, 64, 0)

@@ -277,8 +277,8 @@ def test_where_embeddings_are_tied_is_read_from_the_outer_configuration(tied: bo
     vl_twins.make_qwen2_5_vl(tmp_path, tied)
     config = Qwen2_5_VLForConditionalGeneration.config_class.from_pretrained(tmp_path)
     text = qwen2_5_vl.text_config(config)
-    (language, _) = qwen2_5_vl.parts(config, 1, 0)
-    (head,) = (rule.hf[0] for rule in language.rules if rule.megatron == "output_layer.weight")
+    (language, _) = qwen2_5_vl.param_mappings(config, 1, 0)
+    (head,) = (p.hf_names[0] for p in language.params if p.megatron_name == "output_layer.weight")
     assert text.tie_word_embeddings is tied
     assert head == ("model.embed_tokens.weight" if tied else "lm_head.weight")
     assert (head in vl_twins.tensors(tmp_path)) and not hasattr(config.text_config, "tie_word_embeddings")
@@ -288,4 +288,4 @@ def test_a_tensor_parallel_size_that_does_not_divide_the_tower_is_refused(
     hugging_face: Qwen2_5_VLForConditionalGeneration,
 ) -> None:
     with pytest.raises(ValueError, match=r"parallel\.tensor=5 does not divide the vision tower's ffn size 72"):
-        qwen2_5_vl.parts(hugging_face.config, 5, 0)
+        qwen2_5_vl.param_mappings(hugging_face.config, 5, 0)

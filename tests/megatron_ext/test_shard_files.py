@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ext import shard_files
-from megatron_ext.shard_files import Part, Reader
+from megatron_ext.shard_files import Reader, TensorPart
 
 WHOLE = torch.arange(6 * 10, dtype=torch.bfloat16).view(6, 10)
 
@@ -17,7 +17,7 @@ def write(folder: Path, cuts: list[list[tuple[int, int, int, int]]]) -> dict:
     written = [
         shard_files.write(
             folder / f"{i}.safetensors",
-            [Part("whole", (6, 10), (a, c), WHOLE[a:b, c:d].clone()) for a, b, c, d in boxes],
+            [TensorPart("whole", (6, 10), (a, c), WHOLE[a:b, c:d].clone()) for a, b, c, d in boxes],
         )
         for i, boxes in enumerate(cuts)
     ]
@@ -36,7 +36,9 @@ def test_every_box_is_read_back_from_any_cut(tmp_path: Path, cuts: list[list[tup
 
 def test_files_are_what_safetensors_reads(tmp_path: Path) -> None:
     bits = torch.tensor([True, False]), torch.tensor(2.5, dtype=torch.float64), torch.zeros(0, 3)
-    shard_files.write(tmp_path / "f", [Part(str(i), tuple(t.shape), (0,) * t.dim(), t) for i, t in enumerate(bits)])
+    shard_files.write(
+        tmp_path / "f", [TensorPart(str(i), tuple(t.shape), (0,) * t.dim(), t) for i, t in enumerate(bits)]
+    )
     found = load_file(tmp_path / "f")
     assert [torch.equal(found[name], t) for name, t in zip(("0@0", "1@", "2@0,0"), bits, strict=True)] == [True] * 3
 
@@ -68,4 +70,4 @@ def test_faults_are_named(tmp_path: Path) -> None:
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "f").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/f'"):
-        shard_files.write(tmp_path / "f", [Part("whole", (6, 10), (0, 0), WHOLE)])
+        shard_files.write(tmp_path / "f", [TensorPart("whole", (6, 10), (0, 0), WHOLE)])
