@@ -31,7 +31,7 @@ PURPOSES = {
     "megatron_ext/models": "one file a family",
     "megatron_ext/platform": "CPU and CUDA",
 }
-LONGEST_LABEL = 30  # characters
+LONGEST_LABEL = 28  # characters
 COLOURS = {"recipes": "#e8eef9", "rewards": "#fdeedd", "rollout": "#e3f4e8", "megatron_ext": "#f3e8f8"}
 BORDERS = {"recipes": "#3d6ab3", "rewards": "#b9701d", "rollout": "#2f8550", "megatron_ext": "#8448a8"}
 
@@ -203,7 +203,7 @@ def arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
 
 def drawn_box(box: str, text: str, x: float, y: float) -> list[str]:
     room = room_of(box)
-    title = room if "," in box else box
+    title = f"{room}/*.py" if "," in box else box
     middle = x + BOX_WIDTH / 2
     return [
         f'  <rect x="{x:g}" y="{y:g}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6" fill="{COLOURS[room]}" '

@@ -163,6 +163,18 @@ def names_code(name: str) -> bool:
     return any(path.is_dir() or path.with_suffix(".py").is_file() for path in paths)
 
 
+def test_every_page_that_the_code_names_exists() -> None:
+    missing = []
+    for folder in ("recipes", "megatron_ext", "rollout", "rewards", "conf", "slurm", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in (".py", ".yaml", ".sh"):
+                continue
+            for page in re.findall(r"\b(?:docs|benchmarks)/\w+\.md", path.read_text()):
+                if not (ROOT / page).is_file():
+                    missing.append(f"{page_id(path)}: {page}")
+    assert missing == []
+
+
 def test_the_readme_is_short() -> None:
     assert README.read_text().count("\n") <= 90
 
