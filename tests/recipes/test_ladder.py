@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hydra import initialize_config_dir
 
+from recipes import check
 from recipes.errors import ConfigError
 from recipes.evaluation.statistics import mean_interval, paired_difference
 from recipes.launch import pipeline
@@ -183,3 +184,11 @@ def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(pipeline_fold
     first, second = records.read_rows(pipeline_folder / "rl_safety" / "metrics.jsonl")
     assert first["kl/reference"] == 0.0
     assert second["kl/reference"] > 0.0
+
+
+def test_bounds_are_checked_in_every_stage_of_a_real_run(pipeline_folder: Path) -> None:
+    """Those of the demo, whose metrics a run of two steps has, but for the growth of the reward over ten."""
+    results = [result for result in check.check(pipeline_folder) if result.file == "rl_safety/metrics.jsonl"]
+    assert results[0].description == "the required metrics" and results[0].state == check.HOLDS
+    absent = [result.description for result in results if result.state == check.NOT_IN_THIS_RUN]
+    assert absent == ["reward/mean, mean of steps -5 to -1 minus that of 1 to 5"]
