@@ -7,7 +7,7 @@ from recipes.report.page import write_report
 
 
 def main() -> None:
-    """Command line: rebuild the report of a run's folder."""
+    """Command line: print the path of the rebuilt report."""
     folder = sys.argv[1].removeprefix("run=") if len(sys.argv) == 2 else ""
     if not folder or folder.startswith("-"):
         sys.exit("usage: python -m recipes.report run=FOLDER    for example run=runs/demo")

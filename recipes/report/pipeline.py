@@ -1,11 +1,13 @@
-"""report.html of a ladder: every measure stage by stage, and the same prompts answered by each stage's model."""
+"""report.html of a pipeline of stages: every measure stage by stage, and the same prompts answered by every model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes.evaluation.evaluate import Answers
-from recipes.report.page import BOTTOM, HEIGHT, LEFT, RIGHT, STYLE, TOP, WIDTH, round_ticks, span, svg, text
+from recipes.report import markup
+from recipes.report.markup import span, text
+from recipes.report.plots import HEIGHT, LEFT, RIGHT, WIDTH, round_ticks, svg, y_of
 
 HEADINGS = {
     "safety": "Safety",
@@ -16,115 +18,114 @@ HEADINGS = {
 }
 PROMPTS_PER_KIND = 2
 
+type Row = Mapping[str, Any]
+
 
 def write_pipeline_report(
-    folder: Path, ladder: Mapping[str, Any], answers: Mapping[str, Answers], rows: Mapping[str, Mapping[str, Any]]
+    folder: Path, ladder: Mapping[str, Any], answers: Mapping[str, Answers], prompts: Mapping[str, Row]
 ) -> None:
-    """``folder/report.html``. ``ladder``: what ladder.json holds; ``answers`` by stage; ``rows``: the prompts by id."""
+    """Write ``folder/report.html``.
+
+    Args:
+        ladder: what ladder.json holds.
+        answers: those of each stage's model, by stage.
+        prompts: the held-out prompts by id.
+    """
     stages = ladder["stages"]
     measures = [name for name in HEADINGS if any(name in stage for stage in stages)]
-    plots = "".join(
-        f'<div class="card"><h3>{HEADINGS[name]}</h3>{_plot([s for s in stages if name in s], name)}</div>'
-        for name in measures
-    )
-    title = text(folder.resolve().name)
-    folder.joinpath("report.html").write_text(
-        "\n".join(
-            [
-                "<!doctype html>",
-                '<html lang="en"><head><meta charset="utf-8">',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                f"<title>{title}: the ladder</title><style>{STYLE}</style></head><body>",
-                f'<h1>{title}</h1><p class="soft">Each stage starts from the model of the one before. Greedy answers '
-                "to the same held-out prompts, mean and 95&nbsp;% interval; with a sign: the change from the stage "
-                "before.</p>",
-                f'<div class="grid">{plots}</div>',
-                _table(stages, measures),
-                "<h2>The same prompts, stage by stage</h2>",
-                *_answers(answers, rows),
-                "</body></html>",
-            ]
-        ),
-        encoding="utf-8",
-    )
+    cards = []
+    for name in measures:
+        measured = [stage for stage in stages if name in stage]
+        cards.append(markup.card(HEADINGS[name], _plot(measured, name)))
+    title = folder.resolve().name
+    sections = [
+        f'<h1>{text(title)}</h1><p class="soft">Each stage starts from the model of the one before. Greedy answers '
+        "to the same held-out prompts, mean and 95&nbsp;% interval; with a sign: the change from the stage "
+        "before.</p>",
+        markup.grid(cards),
+        _table(stages, measures),
+        "<h2>The same prompts, stage by stage</h2>",
+        *_prompt_cards(answers, prompts),
+    ]
+    folder.joinpath("report.html").write_text(markup.page(f"{title}: the ladder", sections), encoding="utf-8")
 
 
-def _plot(stages: Sequence[Mapping[str, Any]], name: str) -> str:
+def _plot(stages: Sequence[Row], name: str) -> str:
     """A dot with its interval for each stage, left to right."""
-    marks = round_ticks(
-        0.0, max(1.0 if name != "reasoning_length" else 0.0, *(s[f"{name}_interval"][1] for s in stages))
-    )
+    highest = max(stage[f"{name}_interval"][1] for stage in stages)
+    # All measures but the length are shares.
+    ticks = round_ticks(0.0, highest if name == "reasoning_length" else max(1.0, highest))
     share = (WIDTH - LEFT - RIGHT) / len(stages)
     parts = []
-
-    def y_of(value: float) -> float:
-        return TOP + (marks[-1] - value) / (marks[-1] - marks[0]) * (HEIGHT - TOP - BOTTOM)
-
-    for mark in marks:
-        y = y_of(mark)
+    for tick in ticks:
+        y = y_of(tick, ticks)
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for index, stage in enumerate(stages):
-        x, (low, high) = LEFT + share * (index + 0.5), stage[f"{name}_interval"]
+        x = LEFT + share * (index + 0.5)
+        low, high = stage[f"{name}_interval"]
+        title = f"{text(stage['stage'])}: {stage[name]:.3f} ({low:.3f} to {high:.3f}, n = {stage[f'{name}_n']})"
         parts.append(
-            f'<g stroke="var(--after)" stroke-width="2"><title>{text(stage["stage"])}: {stage[name]:.3f} '
-            f"({low:.3f} to {high:.3f}, n = {stage[f'{name}_n']})</title>"
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(low):.1f}" y2="{y_of(high):.1f}"/>'
-            f'<circle cx="{x:.1f}" cy="{y_of(stage[name]):.1f}" r="4.5" fill="var(--after)"/></g>'
+            f'<g stroke="var(--after)" stroke-width="2"><title>{title}</title>'
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(low, ticks):.1f}" y2="{y_of(high, ticks):.1f}"/>'
+            f'<circle cx="{x:.1f}" cy="{y_of(stage[name], ticks):.1f}" r="4.5" fill="var(--after)"/></g>'
         )
         label = text(stage["stage"].removeprefix("rl_"))
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
     return svg(parts, HEIGHT)
 
 
-def _table(stages: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> str:
-    heads = "".join(f"<th>{HEADINGS[name]}</th>" for name in measures)
-    body = []
+def _table(stages: Sequence[Row], measures: Sequence[str]) -> str:
+    header = "<th>stage</th>" + "".join(f"<th>{HEADINGS[name]}</th>" for name in measures)
+    rows = []
     for stage in stages:
-        cells = []
-        for name in measures:
-            if name not in stage:
-                cells.append("<td></td>")
-                continue
-            form = ".1f" if name == "reasoning_length" else ".2f"
-            interval = span({"interval": stage[f"{name}_interval"]}, form)
-            small = f"<small>{interval}, n = {stage[f'{name}_n']}</small>"
-            if f"{name}_change" in stage:
-                by = span({"interval": stage[f"{name}_change_interval"]}, "+" + form)
-                small += f"<small>{stage[f'{name}_change']:+{form}} ({by})</small>"
-            cells.append(f"<td>{stage[name]:{form}}{small}</td>")
+        cells = [_cell(stage, name) for name in measures]
         name = text(stage["stage"])
-        own = name if stage["stage"] == "base" else f'<a href="{name}/report.html">{name}</a>'
-        body.append(f"<tr><td>{own}</td>{''.join(cells)}</tr>")
+        link = name if stage["stage"] == "base" else f'<a href="{name}/report.html">{name}</a>'
+        rows.append(f"<tr><td>{link}</td>{''.join(cells)}</tr>")
+    return markup.table(header, rows)
+
+
+def _cell(stage: Row, name: str) -> str:
+    """A stage's measure with its interval, and the change from the stage before."""
+    if name not in stage:
+        return "<td></td>"
+    form = ".1f" if name == "reasoning_length" else ".2f"
+    interval = span({"interval": stage[f"{name}_interval"]}, form)
+    cell = f"{stage[name]:{form}}<small>{interval}, n = {stage[f'{name}_n']}</small>"
+    if f"{name}_change" in stage:
+        interval = span({"interval": stage[f"{name}_change_interval"]}, f"+{form}")
+        cell += f"<small>{stage[f'{name}_change']:+{form}} ({interval})</small>"
+    return f"<td>{cell}</td>"
+
+
+def _prompt_cards(answers: Mapping[str, Answers], prompts: Mapping[str, Row]) -> list[str]:
+    """The prompts of each kind whose answers differ most from stage to stage, with every stage's answer."""
+    by_stage = {stage: {row["id"]: row for row in of_stage["greedy"]} for stage, of_stage in answers.items()}
+    most_changed_first = sorted(prompts, key=lambda prompt_id: -_label_sets(by_stage, prompt_id))
+    cards_of_kind: dict[str, list[str]] = {}
+    for prompt_id in most_changed_first:
+        prompt = prompts[prompt_id]
+        cards = cards_of_kind.setdefault(prompt["kind"], [])
+        if len(cards) == PROMPTS_PER_KIND:
+            continue
+        boxes = [_answer(stage, rows[prompt_id]) for stage, rows in by_stage.items()]
+        kind = f'<span class="soft">{text(prompt["kind"])}</span>'
+        cards.append(markup.prompt_card(prompt["prompt"], "".join(boxes), kind))
+    return [card for cards in cards_of_kind.values() for card in cards]
+
+
+def _answer(stage: str, answer: Row) -> str:
+    labels = ", ".join(f"{name}: {score.get('label', 'no verdict')}" for name, score in answer["scores"].items())
     return (
-        f'<div class="scroll"><table><thead><tr><th>stage</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'<div><div class="head"><b>{text(stage)}</b><span class="chip">{text(labels)}</span></div>'
+        f'<div class="text">{text(answer["response"])}</div></div>'
     )
 
 
-def _answers(answers: Mapping[str, Answers], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Cards of the first prompts of each kind whose answers differ most from stage to stage."""
-    by_stage = {stage: {row["id"]: row for row in found["greedy"]} for stage, found in answers.items()}
-    shown: dict[str, list[str]] = {}
-    for row_id, row in sorted(rows.items(), key=lambda item: -_changes(by_stage, item[0])):
-        cards = shown.setdefault(row["kind"], [])
-        if len(cards) == PROMPTS_PER_KIND:
-            continue
-        parts = []
-        for stage, found in by_stage.items():
-            scores = found[row_id]["scores"]
-            labels = ", ".join(f"{name}: {score.get('label', 'no verdict')}" for name, score in scores.items())
-            parts.append(
-                f'<div><div class="head"><b>{text(stage)}</b><span class="chip">{text(labels)}</span></div>'
-                f'<div class="text">{text(found[row_id]["response"])}</div></div>'
-            )
-        cards.append(
-            f'<div class="card talk"><div class="head"><b>Prompt</b><span class="soft">{text(row["kind"])}</span></div>'
-            f'<div class="text">{text(row["prompt"])}</div><div class="answers">{"".join(parts)}</div></div>'
-        )
-    return [card for cards in shown.values() for card in cards]
-
-
-def _changes(by_stage: Mapping[str, Mapping[str, Any]], row_id: str) -> int:
+def _label_sets(by_stage: Mapping[str, Mapping[str, Row]], prompt_id: str) -> int:
     """How many different sets of labels the stages' answers to a prompt have."""
-    return len({str([s.get("label") for s in found[row_id]["scores"].values()]) for found in by_stage.values()})
+    label_sets = set()
+    for rows in by_stage.values():
+        label_sets.add(str([score.get("label") for score in rows[prompt_id]["scores"].values()]))
+    return len(label_sets)

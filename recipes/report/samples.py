@@ -1,8 +1,9 @@
-"""What a report shows of samples.jsonl, gathered in one pass: the file can be larger than memory."""
+"""What a report shows of samples.jsonl. It is read in one pass, since the file can be larger than memory."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,17 +11,24 @@ from typing import Any
 from recipes.evaluation.statistics import Interval, mean_interval, normal_interval
 from recipes.run.records import read_rows
 
-FOLLOWED = 4  # prompts whose answers are shown over training
-MOMENTS = 3  # of each: the first answer, one in the middle, the last
+# Prompts whose answers are shown over training, and how many answers of each: first, middle, last.
+FOLLOWED = 4
+MOMENTS = 3
 
 type Row = dict[str, Any]
 
 
 @dataclass
 class Samples:
-    """``scores``: step → verifier → mean over prompts and its interval; ``labels``: verifier → step → label → count;
-    ``tokens``: of each step's responses; ``groups``: one prompt's samples, of the first and of the last step;
-    ``followed``: answers to the same prompt from early to late."""
+    """A summary of samples.jsonl.
+
+    Attributes:
+        scores: step → verifier → mean over prompts with its interval.
+        labels: verifier → step → label → number of samples.
+        tokens: step → response lengths in tokens.
+        groups: the samples of one prompt in the first step, and in the last.
+        followed: for some prompts, their best answers from early to late.
+    """
 
     scores: dict[int, dict[str, Interval]] = field(default_factory=dict)
     labels: dict[str, dict[int, Counter[str]]] = field(default_factory=lambda: defaultdict(dict))
@@ -31,65 +39,72 @@ class Samples:
 
 def gather(path: Path) -> Samples:
     """Read the file step by step. Raises ValueError for a line that is not JSON."""
-    found = Samples()
-    seen: dict[str, list[Row]] = {}  # best sample of the first step's prompts, each time they come again
+    gathered = Samples()
+    # The best answers of the first step's prompts, one for each step in which a prompt came.
+    best_answers: dict[str, list[Row]] = {}
+    first_rows: list[Row] = []
     rows: list[Row] = []
-
-    first: list[Row] = []
-
-    def end_step() -> None:
-        _add_step(found, rows)
+    for rows in _steps(path):
+        _add_step(gathered, rows)
+        first_rows = first_rows or rows
         for prompt, best in _best(rows).items():
-            if prompt in seen or len(found.scores) == 1:
-                seen.setdefault(prompt, []).append(best)
-
-    for row in read_rows(path):
-        if rows and row["step"] != rows[0]["step"]:
-            end_step()
-            first, rows = first or rows, []
-        rows.append(row)
-    if rows:
-        end_step()
-    found.groups = [widest_group(each) for each in (first, rows) if each]
-    again = sorted((each for each in seen.values() if len(each) > 1), key=lambda each: -_gain(each))
-    found.followed = [_moments(each) for each in again[:FOLLOWED]]
-    return found
+            if rows is first_rows:
+                best_answers[prompt] = [best]
+            elif prompt in best_answers:
+                best_answers[prompt].append(best)
+    gathered.groups = [widest_group(of_step) for of_step in (first_rows, rows) if of_step]
+    repeated = [answers for answers in best_answers.values() if len(answers) > 1]
+    repeated.sort(key=lambda answers: -_change(answers))
+    gathered.followed = [_moments(answers) for answers in repeated[:FOLLOWED]]
+    return gathered
 
 
-def _add_step(found: Samples, rows: Sequence[Row]) -> None:
+def _steps(path: Path) -> Iterator[list[Row]]:
+    """The rows of each step; those of a step are next to each other in the file."""
+    for _, rows in groupby(read_rows(path), key=lambda row: row["step"]):
+        yield list(rows)
+
+
+def _add_step(gathered: Samples, rows: Sequence[Row]) -> None:
     step = rows[0]["step"]
     scores: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        for name, verdict in row["verdicts"].items():
+        for verifier, verdict in row["verdicts"].items():
             if "score" in verdict:
-                scores[name][row["prompt_id"]].append(verdict["score"])
-            counts = found.labels[name].setdefault(step, Counter())
+                scores[verifier][row["prompt_id"]].append(verdict["score"])
+            counts = gathered.labels[verifier].setdefault(step, Counter())
             counts[str(verdict.get("label", "no verdict"))] += 1
-    found.scores[step] = {}
-    for name, of_prompts in scores.items():
-        means = [fmean(values) for values in of_prompts.values()]
+    gathered.scores[step] = {}
+    for verifier, scores_of_prompts in scores.items():
+        means = [fmean(values) for values in scores_of_prompts.values()]
         if all(0 <= mean <= 1 for mean in means):
-            found.scores[step][name] = mean_interval(means)
+            gathered.scores[step][verifier] = mean_interval(means)
         elif len(means) > 1:
-            found.scores[step][name] = normal_interval(means)
-    if lengths := [row["tokens"] for row in rows if "tokens" in row]:
-        found.tokens[step] = lengths
+            gathered.scores[step][verifier] = normal_interval(means)
+    lengths = [row["tokens"] for row in rows if "tokens" in row]
+    if lengths:
+        gathered.tokens[step] = lengths
 
 
 def _best(rows: Sequence[Row]) -> dict[Any, Row]:
-    """Each prompt's sample of the highest reward, the first of equals."""
+    """Each prompt's sample with the highest reward, the first of several; none for a prompt without a reward."""
     best: dict[Any, Row] = {}
     for row in rows:
-        if row["reward"] is not None and row["reward"] > best.get(row["prompt_id"], {"reward": -1e300})["reward"]:
-            best[row["prompt_id"]] = row
+        prompt = row["prompt_id"]
+        if row["reward"] is None:
+            continue
+        if prompt not in best or row["reward"] > best[prompt]["reward"]:
+            best[prompt] = row
     return best
 
 
-def _gain(answers: Sequence[Row]) -> float:
+def _change(answers: Sequence[Row]) -> float:
+    """The absolute difference between the rewards of the last and the first answer."""
     return abs(answers[-1]["reward"] - answers[0]["reward"])
 
 
 def _moments(answers: Sequence[Row]) -> list[Row]:
+    """``MOMENTS`` answers at equal distances, from the first to the last."""
     places = {round(i * (len(answers) - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
     return [answers[place] for place in sorted(places)]
 
@@ -99,29 +114,35 @@ def widest_group(rows: Sequence[Row]) -> list[Row]:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
-    rewards = {i: [r["reward"] for r in group if r["reward"] is not None] for i, group in groups.items()}
-    widest = max(groups, key=lambda i: max(rewards[i]) - min(rewards[i]) if rewards[i] else -1.0)
+
+    def spread(prompt: Any) -> float:
+        rewards = [row["reward"] for row in groups[prompt] if row["reward"] is not None]
+        return max(rewards) - min(rewards) if rewards else -1.0
+
+    widest = max(groups, key=spread)
     return sorted(groups[widest], key=lambda row: row["sample_index"])
 
 
 def split_thinking(response: str, marks: Sequence[str]) -> tuple[str, str]:
-    """What a response thinks, and what it says behind that; the first is empty where it does not think."""
+    """The thinking in a response, empty without any, and the answer after it."""
     begin, end = marks
-    before, mark, after = response.rpartition(end)
-    if mark:
-        return before.partition(begin)[2].strip() if begin in before else before.strip(), after.strip()
+    thinking, end_mark, answer = response.rpartition(end)
+    if end_mark:
+        if begin in thinking:
+            thinking = thinking.partition(begin)[2]
+        return thinking.strip(), answer.strip()
     if begin in response:
         return response.partition(begin)[2].strip(), ""
     return "", response
 
 
 def bins(groups: Mapping[str, Sequence[int]], count: int = 16) -> tuple[list[int], dict[str, list[float]]]:
-    """Edges of ``count`` bins of whole size, and of each group the share of values in each."""
+    """Edges of ``count`` bins of an integer width, and the share of each group's values in every bin."""
     highest = max(max(values) for values in groups.values())
     size = max(1, -(-(highest + 1) // count))
     edges = [size * i for i in range(count + 1)]
     shares = {}
     for name, values in groups.items():
-        found = Counter(min(value // size, count - 1) for value in values)
-        shares[name] = [found[i] / len(values) for i in range(count)]
+        counts = Counter(min(value // size, count - 1) for value in values)
+        shares[name] = [counts[i] / len(values) for i in range(count)]
     return edges, shares

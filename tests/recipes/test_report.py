@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from recipes.evaluation.statistics import mean_interval
-from recipes.report.page import round_ticks, write_report
+from recipes.report.page import write_report
+from recipes.report.plots import round_ticks
 from recipes.report.samples import bins, split_thinking
 from recipes.run import records
 
