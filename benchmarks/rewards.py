@@ -32,7 +32,7 @@ from recipes.config import Config, parse
 from recipes.launch.prepare_model import prepare
 from recipes.run import records
 from rewards.client import Client
-from rewards.serve import Replica, Supervisor
+from rewards.serve import JudgeServer, Supervisor
 from rewards.settings import ClientConfig, Server
 from rewards.verdict import Verdict
 from rewards.verifiers.judges import Judge, written_label
@@ -122,7 +122,7 @@ def our_seconds(verifier: ServedVerifier, count: int, fake: bool) -> float:
 def measure(address: str, model: str, count: int, settings: ClientConfig, judge: Judge, fake: bool) -> dict[str, Any]:
     """Bare and ours in turn; requests per second of each repetition behind the first."""
     server = Server("judge", model, "generate", (address,), None, "127.0.0.1", 1, 1, 1, ())
-    bodies = [judge.ask(row, visible(i), model).body for i, row in enumerate(rows(count))]
+    bodies = [judge.request(row, visible(i), model).body for i, row in enumerate(rows(count))]
     raw: dict[str, list[float]] = {"bare_per_second": [], "ours_per_second": []}
     with Client({"judge": server}, settings) as client:
         verifier = ServedVerifier(judge, "judge", model, {}, client)
@@ -141,7 +141,7 @@ def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
     arguments = ("--max-model-len", "512")
     server = Server("judge", demo.model.path, "generate", (), None, "127.0.0.1", REAL_PORT, 1, 1, arguments)
     config = demo.rewards.supervisor
-    supervisor = Supervisor([Replica(server, 0, LOG, None, config.cpu_arguments)], config)
+    supervisor = Supervisor([JudgeServer(server, 0, LOG, None, config.cpu_arguments)], config)
     try:
         supervisor.start()
         return with_server(server.addresses[0], server.model, settings)

@@ -1,8 +1,9 @@
-"""Asks the servers behind the verifiers, from any thread: an event loop in a thread of its own.
+"""Requests to the servers of judges and reward models, from any thread.
 
-Every question ends in a judgement. Errors, timeouts and unreadable replies are tried again, after a pause with jitter
-and where possible at another replica; what is left is a Failure with its reason. A question that takes much longer than
-usual is also sent to another replica, and the first reply counts. Servers batch what is under way by themselves.
+An event loop in a thread of its own sends them. Every request ends in a verifier's result. Errors, timeouts and
+unreadable replies are retried after a pause with jitter, at another endpoint where there is one; when the retries are
+used up, the result is a Failure with the reason. A request that takes much longer than usual is also sent to another
+endpoint (hedging), and the first reply counts. Servers batch concurrent requests themselves.
 """
 
 import asyncio
@@ -23,110 +24,133 @@ from typing import Any, Self
 import aiohttp
 
 from rewards.settings import ClientConfig, Server
-from rewards.verdict import Failure, Judgement, Verdict
-from rewards.verifiers.judges import Ask
+from rewards.verdict import Failure, Verdict, VerifierResult
+from rewards.verifiers.judges import JudgeRequest
 
-TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
-LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the backoff and a server's Retry-After say
+TRANSIENT_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
+MAX_PAUSE_SECONDS = 30.0  # between two tries, whatever the backoff and a server's Retry-After are
 CHECK_SECONDS = 10.0
-# vLLM's development endpoints. Level 1 keeps the weights on the host; what a server is still at is finished first.
-SLEEP, WAKE = "/sleep?level=1&mode=wait", "/wake_up"
-SLEEP_SECONDS = 600.0  # the first sleep allocates as much of the host's memory as the weights have
-EXCERPT = 300  # characters of a server's error that a reason shows
-KNOWN_TIMES = 16  # replies after which the usual time is known, and again reckoned
+# vLLM's development endpoints. Sleep level 1 moves the weights to the host; mode=wait finishes running requests first.
+SLEEP_PATH = "/sleep?level=1&mode=wait"
+WAKE_PATH = "/wake_up"
+# The first sleep allocates host memory of the size of the weights.
+SLEEP_SECONDS = 600.0
+EXCERPT_CHARACTERS = 300  # of a server's text in a reason
+# The usual time of a request is known after so many replies, and computed again after as many more.
+REPLIES_PER_ESTIMATE = 16
+COUNTS = ("asked", "replies", "retries", "hedged", "failed")
 
 
-class Unanswered(Exception):
-    """A try without a reply. ``again``: another may help, after ``pause`` seconds; ``unreached``: no connection."""
+class RequestFailed(Exception):
+    """A try without a usable reply.
 
-    def __init__(self, reason: str, *, again: bool = True, unreached: bool = False, pause: float = 0.0) -> None:
+    ``retry``: another try may help, after ``pause`` seconds at least. ``unreached``: there was no connection.
+    """
+
+    def __init__(self, reason: str, *, retry: bool = True, unreached: bool = False, pause: float = 0.0) -> None:
         super().__init__(reason)
-        self.again, self.unreached, self.pause = again, unreached, pause
+        self.retry = retry
+        self.unreached = unreached
+        self.pause = pause
 
 
 @dataclass(eq=False)
-class Replica:
+class JudgeEndpoint:
+    """The client's view of one replica of a server."""
+
     address: str
-    under_way: int = 0
-    rests_until: float = 0.0  # time.monotonic()
+    in_flight: int = 0
+    paused_until: float = 0.0  # time.monotonic()
 
 
-class Pool:
-    """The replicas of one server, used in the client's loop only."""
+class EndpointPool:
+    """The endpoints of one server. All methods run in the client's event loop."""
 
     def __init__(self, server: Server, settings: ClientConfig, session: aiohttp.ClientSession, key: str | None) -> None:
-        self.server, self.settings, self.session, self._key = server, settings, session, key
-        self.replicas = [Replica(address) for address in server.addresses]
+        self.server = server
+        self.settings = settings
+        self.session = session
+        self._key = key
+        self.endpoints = [JudgeEndpoint(address) for address in server.addresses]
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.counts: Counter[str] = Counter()
-        self.times: deque[float] = deque(maxlen=256)
-        self.usual = float("inf")  # seconds, a median
-        self.lost_since: float | None = None  # when all replicas rested and none had replied since
-        self.reason = ""  # why the last one rests
+        self.reply_seconds: deque[float] = deque(maxlen=256)
+        self.usual_seconds = float("inf")  # the median of reply_seconds
+        # When all endpoints were paused. None while one is in use, and after any response.
+        self.lost_since: float | None = None
+        self.pause_reason = ""  # of the last endpoint that was paused
 
-    async def judge(self, ask: Ask, data: bytes) -> Judgement:
-        """Ask until there is a verdict or no try is left."""
+    async def request(self, request: JudgeRequest, data: bytes) -> VerifierResult:
+        """Send a request until there is a verdict or no try is left. ``data`` is its encoded body."""
         self.counts["asked"] += 1
         tries = 0
-        replica: Replica | None = None
+        endpoint: JudgeEndpoint | None = None
         while True:
-            pause, again = 0.0, True
+            pause = 0.0
+            retry = True
+            result: VerifierResult
             try:
-                replica = await self._acquire(avoid=replica)
-                judgement = self._read(ask, await self._reply(replica, ask.path, data))
-            except Unanswered as error:
-                judgement, pause, again = Failure(str(error)), error.pause, error.again
-                tries -= error.unreached  # not asked; how long a server is waited for is bounded by ``outage``
-            if isinstance(judgement, Verdict):
-                return judgement
+                endpoint = await self._acquire(avoid=endpoint)
+                result = self._parse(request, await self._reply(endpoint, request.path, data))
+            except RequestFailed as error:
+                result = Failure(str(error))
+                pause = error.pause
+                retry = error.retry
+                # Without a connection nothing was asked, so it is not a try. ``outage`` bounds this wait.
+                tries -= error.unreached
+            if isinstance(result, Verdict):
+                return result
             tries += 1
-            if not again or tries > self.settings.retries:
+            if not retry or tries > self.settings.retries:
                 self.counts["failed"] += 1
-                return judgement
-            if judgement.raw and ask.again:
-                data = encode({**ask.body, **ask.again, "seed": tries})
+                return result
+            if result.raw and request.retry_fields:
+                data = encode({**request.body, **request.retry_fields, "seed": tries})
             self.counts["retries"] += 1
-            wait = self.settings.backoff * 2 ** max(tries - 1, 0) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(min(max(wait, pause), LONGEST_PAUSE))
+            backoff = self.settings.backoff * 2 ** max(tries - 1, 0) * random.uniform(0.5, 1.5)
+            await asyncio.sleep(min(max(backoff, pause), MAX_PAUSE_SECONDS))
 
-    def _read(self, ask: Ask, reply: Any) -> Judgement:
-        """Of a reply, which may be any JSON."""
+    def _parse(self, request: JudgeRequest, reply: Any) -> VerifierResult:
+        """The result in a reply, which may be any JSON."""
         try:
-            return ask.read(reply)
+            return request.parse(reply)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            shown = json.dumps(reply)[:EXCERPT]
-            return Failure(f"the reply is not of the expected form ({type(error).__name__}: {error}): {shown}")
+            excerpt = json.dumps(reply)[:EXCERPT_CHARACTERS]
+            return Failure(f"the reply is not of the expected form ({type(error).__name__}: {error}): {excerpt}")
 
-    async def _reply(self, replica: Replica, path: str, data: bytes) -> Any:
-        """The replica's, or that of another one which was asked too because it took so long."""
-        after = self.usual * self.settings.hedge_after
-        if len(self.replicas) == 1 or after > self.settings.timeout:
-            return await self._post(replica, path, data)
-        first = asyncio.create_task(self._post(replica, path, data))
+    async def _reply(self, endpoint: JudgeEndpoint, path: str, data: bytes) -> Any:
+        """The reply of this endpoint, or of another one that was asked too because this one took so long."""
+        hedge_seconds = self.usual_seconds * self.settings.hedge_after
+        if len(self.endpoints) == 1 or hedge_seconds > self.settings.timeout:
+            return await self._post(endpoint, path, data)
+        first = asyncio.create_task(self._post(endpoint, path, data))
         tasks = {first}
         try:
-            await asyncio.wait(tasks, timeout=after)
-            if not first.done() and (other := self._free(replica)) is not None and other is not replica:
-                self.counts["hedged"] += 1
-                other.under_way += 1
-                tasks.add(asyncio.create_task(self._post(other, path, data)))
+            await asyncio.wait(tasks, timeout=hedge_seconds)
+            if not first.done():
+                other = self._free_endpoint(avoid=endpoint)
+                if other is not None and other is not endpoint:
+                    self.counts["hedged"] += 1
+                    other.in_flight += 1
+                    tasks.add(asyncio.create_task(self._post(other, path, data)))
             while True:
-                done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                good = next((task for task in done if task.exception() is None), None)
-                if good is not None or not left:
-                    return (good or first).result()
-                tasks = left
-                first = next(iter(left))
+                done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                succeeded = next((task for task in done if task.exception() is None), None)
+                if succeeded is not None or not pending:
+                    return (succeeded or first).result()
+                tasks = pending
+                first = next(iter(pending))
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _post(self, replica: Replica, path: str, data: bytes) -> Any:
-        """One request at a replica that counts it as under way. Raises Unanswered."""
+    async def _post(self, endpoint: JudgeEndpoint, path: str, data: bytes) -> Any:
+        """One request to an endpoint, which counts it as in flight already. Raises RequestFailed."""
         started = time.monotonic()
+        url = endpoint.address + path
         try:
             async with self.session.post(
-                replica.address + path,
+                url,
                 data=data,
                 headers=self._headers(),
                 timeout=aiohttp.ClientTimeout(total=self.settings.timeout),
@@ -134,93 +158,107 @@ class Pool:
                 self.lost_since = None
                 text = await response.text(errors="replace")
                 if response.status != 200:
-                    again = response.status in TRANSIENT
-                    raise Unanswered(
-                        f"{replica.address}{path}: status {response.status}: {self._excerpt(text)}",
-                        again=again,
-                        pause=_seconds(response.headers.get("Retry-After")),
+                    raise RequestFailed(
+                        f"{url}: status {response.status}: {self._excerpt(text)}",
+                        retry=response.status in TRANSIENT_STATUSES,
+                        pause=_retry_after_seconds(response.headers.get("Retry-After")),
                     )
             reply = json.loads(text)
         except TimeoutError:
-            reason = f"{replica.address}{path}: no reply in {self.settings.timeout:g} s"
-            self._down(replica, reason)
-            raise Unanswered(reason) from None
+            reason = f"{url}: no reply in {self.settings.timeout:g} s"
+            self._pause(endpoint, reason)
+            raise RequestFailed(reason) from None
         except aiohttp.ClientError as error:
-            reason = f"{replica.address}{path}: {self._excerpt(f'{type(error).__name__}: {error}')}"
-            if unreached := isinstance(error, aiohttp.ClientConnectorError):
-                self._down(replica, reason)
-            raise Unanswered(reason, unreached=unreached) from None
+            reason = f"{url}: {self._excerpt(f'{type(error).__name__}: {error}')}"
+            unreached = isinstance(error, aiohttp.ClientConnectorError)
+            if unreached:
+                self._pause(endpoint, reason)
+            raise RequestFailed(reason, unreached=unreached) from None
         except ValueError as error:
-            raise Unanswered(f"{replica.address}{path}: not JSON ({error}): {self._excerpt(text)}") from None
+            raise RequestFailed(f"{url}: not JSON ({error}): {self._excerpt(text)}") from None
         finally:
-            replica.under_way -= 1
-            self._wake()
-        self.times.append(time.monotonic() - started)
+            endpoint.in_flight -= 1
+            self._wake_waiting(1)
+        self.reply_seconds.append(time.monotonic() - started)
         self.counts["replies"] += 1
-        if self.counts["replies"] % KNOWN_TIMES == 0:
-            self.usual = statistics.median(self.times)
+        if self.counts["replies"] % REPLIES_PER_ESTIMATE == 0:
+            self.usual_seconds = statistics.median(self.reply_seconds)
         return reply
 
     def _headers(self) -> dict[str, str]:
-        key = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        return {"Content-Type": "application/json"} | key
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        return headers
 
     def _excerpt(self, text: str) -> str:
-        """What a reason may show of a server's words: short, and never the key."""
-        shown = text[: EXCERPT * 10] if self._key is None else text.replace(self._key, "***")
-        return " ".join(shown.split())[:EXCERPT]
+        """The beginning of a server's text, for a reason. The key is masked."""
+        masked = text[: EXCERPT_CHARACTERS * 10] if self._key is None else text.replace(self._key, "***")
+        return " ".join(masked.split())[:EXCERPT_CHARACTERS]
 
-    async def _acquire(self, avoid: Replica | None) -> Replica:
-        """The least busy replica, counted as under way; waits while all are busy or resting.
-
-        Raises Unanswered when no replica has been reached for ``outage`` seconds.
-        """
-        while (replica := self._free(avoid)) is None:
-            if self._lost():
-                raise Unanswered(f"no replica of {self.server.name} could be reached: {self.reason}", again=False)
+    async def _acquire(self, avoid: JudgeEndpoint | None) -> JudgeEndpoint:
+        """The endpoint with the fewest requests in flight, which then counts one more. Waits while all are full or
+        paused. Raises RequestFailed when no endpoint has been reached for ``outage`` seconds."""
+        while (endpoint := self._free_endpoint(avoid)) is None:
+            if self._is_lost():
+                raise RequestFailed(
+                    f"no replica of {self.server.name} could be reached: {self.pause_reason}", retry=False
+                )
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.waiting.append(waiter)
             await waiter
-        replica.under_way += 1
-        return replica
+        endpoint.in_flight += 1
+        return endpoint
 
-    def _free(self, avoid: Replica | None) -> Replica | None:
-        """One that can take a request now; ``avoid`` only if there is no other."""
+    def _free_endpoint(self, avoid: JudgeEndpoint | None) -> JudgeEndpoint | None:
+        """An endpoint that can take a request now. ``avoid`` only if there is no other."""
         now = time.monotonic()
-        found = [r for r in self.replicas if r.under_way < self.settings.concurrency and r.rests_until <= now]
-        return min(found, key=lambda replica: (replica is avoid, replica.under_way), default=None)
+        free = [
+            endpoint
+            for endpoint in self.endpoints
+            if endpoint.in_flight < self.settings.concurrency and endpoint.paused_until <= now
+        ]
+        return min(free, key=lambda endpoint: (endpoint is avoid, endpoint.in_flight), default=None)
 
-    def _wake(self, most: int = 1) -> None:
-        """Let the next that wait look again."""
-        while self.waiting and most:
-            if not (waiter := self.waiting.popleft()).done():
+    def _wake_waiting(self, count: int) -> None:
+        """Have the first ``count`` waiting requests look for an endpoint again."""
+        while self.waiting and count:
+            waiter = self.waiting.popleft()
+            if not waiter.done():
                 waiter.set_result(None)
-                most -= 1
+                count -= 1
 
-    def _down(self, replica: Replica, reason: str) -> None:
-        """Leave the replica alone for a while, behind which as many may look again as it can take."""
+    def _pause(self, endpoint: JudgeEndpoint, reason: str) -> None:
+        """Send nothing to the endpoint for ``cooldown`` seconds. Then wake as many requests as it can take."""
         now = time.monotonic()
-        if replica.rests_until > now:
+        if endpoint.paused_until > now:
             return
-        replica.rests_until, self.reason = now + self.settings.cooldown, reason
-        asyncio.get_running_loop().call_later(self.settings.cooldown + 0.001, self._wake, self.settings.concurrency)
-        if self.lost_since is None and all(r.rests_until > now for r in self.replicas):
+        cooldown = self.settings.cooldown
+        endpoint.paused_until = now + cooldown
+        self.pause_reason = reason
+        loop = asyncio.get_running_loop()
+        loop.call_later(cooldown + 0.001, self._wake_waiting, self.settings.concurrency)
+        if self.lost_since is None and self._all_paused(now):
             self.lost_since = now
-        if self._lost():
-            self._wake(len(self.waiting))
+        if self._is_lost():
+            self._wake_waiting(len(self.waiting))
 
-    def _lost(self) -> bool:
+    def _all_paused(self, now: float) -> bool:
+        return all(endpoint.paused_until > now for endpoint in self.endpoints)
+
+    def _is_lost(self) -> bool:
+        """Whether no endpoint has been reached for ``outage`` seconds."""
         now = time.monotonic()
-        resting = all(replica.rests_until > now for replica in self.replicas)
-        return resting and self.lost_since is not None and now - self.lost_since >= self.settings.outage
+        return self._all_paused(now) and self.lost_since is not None and now - self.lost_since >= self.settings.outage
 
-    async def tell(self, path: str, patience: float) -> None:
-        """POST to every replica. Raises RuntimeError naming one that refuses, or can't be reached for ``patience``
-        seconds."""
-        await asyncio.gather(*(self._tell(replica.address + path, patience) for replica in self.replicas))
+    async def post_to_all(self, path: str, connect_seconds: float) -> None:
+        """POST to every endpoint, for sleep and wake. Raises RuntimeError naming an endpoint that refuses, or that
+        can't be reached for ``connect_seconds``."""
+        urls = [endpoint.address + path for endpoint in self.endpoints]
+        await asyncio.gather(*(self._post_until_connected(url, connect_seconds) for url in urls))
 
-    async def _tell(self, url: str, patience: float) -> None:
-        deadline = time.monotonic() + patience
+    async def _post_until_connected(self, url: str, connect_seconds: float) -> None:
+        deadline = time.monotonic() + connect_seconds
         while True:
             try:
                 timeout = aiohttp.ClientTimeout(total=SLEEP_SECONDS)
@@ -241,114 +279,123 @@ class Pool:
                 "colocated start `python -m rewards.serve recipe=…` and the run's overrides on every node"
             )
 
-    async def check(self, started: bool) -> list[str]:
-        """What is wrong with each replica; empty when all serve the model. Without ``started`` one that can't be
-        reached is not wrong: its server may not run yet."""
-        return [f"{r.address}: {why}" for r in self.replicas if (why := await self._missing(r, started))]
+    async def problems(self, must_run: bool) -> list[str]:
+        """What is wrong with the endpoints; empty when all serve the model. Unless ``must_run``, an endpoint that can't
+        be reached is right: its server may not run yet."""
+        problems = []
+        for endpoint in self.endpoints:
+            problem = await self._problem(endpoint, must_run)
+            if problem is not None:
+                problems.append(f"{endpoint.address}: {problem}")
+        return problems
 
-    async def _missing(self, replica: Replica, started: bool) -> str | None:
+    async def _problem(self, endpoint: JudgeEndpoint, must_run: bool) -> str | None:
         try:
             timeout = aiohttp.ClientTimeout(total=CHECK_SECONDS)
-            url = f"{replica.address}/v1/models"
+            url = f"{endpoint.address}/v1/models"
             async with self.session.get(url, headers=self._headers(), timeout=timeout) as response:
                 text = await response.text(errors="replace")
                 if response.status != 200:
                     return f"status {response.status}: {self._excerpt(text)}"
-            served = [entry["id"] for entry in json.loads(text)["data"]]
+            models = [entry["id"] for entry in json.loads(text)["data"]]
         except TimeoutError:
             return f"no reply in {CHECK_SECONDS:g} s"
         except aiohttp.ClientConnectorError as error:
-            return self._excerpt(f"{type(error).__name__}: {error}") if started else None
+            return self._excerpt(f"{type(error).__name__}: {error}") if must_run else None
         except aiohttp.ClientError as error:
             return self._excerpt(f"{type(error).__name__}: {error}")
         except (ValueError, LookupError, TypeError):
             return f"not a list of models: {self._excerpt(text)}"
-        return None if self.server.model in served else f"it serves {served}, not {self.server.model!r}"
+        return None if self.server.model in models else f"it serves {models}, not {self.server.model!r}"
 
 
 class Client:
-    """All servers of a run. A context manager; questions that are under way when it ends are cancelled."""
+    """The connections to all servers of a run. A context manager; its end cancels pending requests."""
 
     def __init__(self, servers: Mapping[str, Server], settings: ClientConfig) -> None:
         """Raises ValueError when the environment lacks a server's token."""
         keys = {name: server.key(os.environ) for name, server in servers.items()}
-        self.inbox: deque[tuple[Pool, Ask, bytes, Future[Judgement]]] = deque()
+        self.inbox: deque[tuple[EndpointPool, JudgeRequest, bytes, Future[VerifierResult]]] = deque()
         self.tasks: set[asyncio.Task[None]] = set()
-        self.woken = False
+        self.loop_is_woken = False
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="rewards client", daemon=True)
         self.thread.start()
-        self.session = self._run(self._open())
-        self.pools = {name: Pool(server, settings, self.session, keys[name]) for name, server in servers.items()}
+        self.session = self._run(self._open_session())
+        self.pools = {
+            name: EndpointPool(server, settings, self.session, keys[name]) for name, server in servers.items()
+        }
 
-    def check(self, started: bool = True) -> None:
-        """Raises ValueError naming every server that does not answer as it should, and what to do. Without ``started``
-        those that can't be reached are left out."""
-        wrong = [
-            f"rewards.servers.{name} ({pool.server.model}) {why}"
-            for name, pool in self.pools.items()
-            for why in self._run(pool.check(started))
-        ]
-        if wrong:
+    def check(self, must_run: bool = True) -> None:
+        """Raises ValueError naming every server that does not serve its model, and the remedy. Unless ``must_run``,
+        servers that can't be reached are left out."""
+        problems = []
+        for name, pool in self.pools.items():
+            for problem in self._run(pool.problems(must_run)):
+                problems.append(f"rewards.servers.{name} ({pool.server.model}) {problem}")
+        if problems:
             raise ValueError(
-                f"{'; '.join(wrong)}; start the servers with `python -m rewards.serve recipe=…` and the run's "
+                f"{'; '.join(problems)}; start the servers with `python -m rewards.serve recipe=…` and the run's "
                 "overrides, or set endpoints to where they are"
             )
 
-    def sleep(self, patience: float = 0.0) -> None:
-        """Have all servers give their GPU memory back, their weights wait on the host. Those that can't be reached are
-        waited for up to ``patience`` seconds. Raises RuntimeError."""
+    def sleep(self, connect_seconds: float = 0.0) -> None:
+        """Have all servers free their GPU memory and keep their weights on the host. Waits up to ``connect_seconds``
+        for servers that can't be reached yet. Raises RuntimeError."""
         for pool in self.pools.values():
-            self._run(pool.tell(SLEEP, patience))
+            self._run(pool.post_to_all(SLEEP_PATH, connect_seconds))
 
     def wake(self) -> None:
-        """Have all servers take their GPU memory and questions again. Raises RuntimeError."""
+        """Have all servers take their GPU memory back and accept requests. Raises RuntimeError."""
         for pool in self.pools.values():
-            self._run(pool.tell(WAKE, 0.0))
+            self._run(pool.post_to_all(WAKE_PATH, 0.0))
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """The servers are awake within the block and asleep behind it. Raises RuntimeError."""
+        """The servers are awake within the block and asleep after it. Raises RuntimeError."""
         self.wake()
         try:
             yield
         finally:
             self.sleep()
 
-    def submit(self, server: str, ask: Ask) -> Future[Judgement]:
-        """Start asking; returns at once, from any thread."""
-        future: Future[Judgement] = Future()
-        self.inbox.append((self.pools[server], ask, encode(ask.body), future))
-        if not self.woken:  # once for many: waking the loop costs more than all else here
-            self.woken = True
-            self.loop.call_soon_threadsafe(self._begin)
+    def submit(self, server: str, request: JudgeRequest) -> Future[VerifierResult]:
+        """Start a request to a server, by its name. Returns at once; callable from any thread."""
+        future: Future[VerifierResult] = Future()
+        self.inbox.append((self.pools[server], request, encode(request.body), future))
+        # One wake-up for all requests since the last one: waking the loop costs more than everything else here.
+        if not self.loop_is_woken:
+            self.loop_is_woken = True
+            self.loop.call_soon_threadsafe(self._start_submitted)
         return future
 
-    def _begin(self) -> None:
-        """In the loop: start on what was submitted."""
-        self.woken = False
+    def _start_submitted(self) -> None:
+        """In the event loop: start a task for every request in the inbox."""
+        self.loop_is_woken = False
         while self.inbox:
-            task = self.loop.create_task(self._answer(*self.inbox.popleft()))
+            task = self.loop.create_task(self._complete(*self.inbox.popleft()))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    async def _answer(self, pool: Pool, ask: Ask, data: bytes, future: Future[Judgement]) -> None:
+    async def _complete(
+        self, pool: EndpointPool, request: JudgeRequest, data: bytes, future: Future[VerifierResult]
+    ) -> None:
         try:
-            future.set_result(await pool.judge(ask, data))
+            future.set_result(await pool.request(request, data))
         except BaseException as error:
             future.set_exception(error)
             raise
 
     def take_counts(self) -> dict[str, int]:
-        """Since the last call, for each server: asked, replies, retries, hedged, failed."""
-        names = ("asked", "replies", "retries", "hedged", "failed")
-        found = {f"{name}/{what}": pool.counts[what] for name, pool in self.pools.items() for what in names}
+        """ "<server>/<count>" for each of ``COUNTS`` since the last call."""
+        counts = {f"{name}/{count}": pool.counts[count] for name, pool in self.pools.items() for count in COUNTS}
         for pool in self.pools.values():
             pool.counts = Counter()
-        return found
+        return counts
 
     def close(self) -> None:
-        self._run(self._close())
+        """Cancel pending requests and end the thread."""
+        self._run(self._close_session())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -362,12 +409,13 @@ class Client:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of a coroutine that runs in the event loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def _open(self) -> aiohttp.ClientSession:
+    async def _open_session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
-    async def _close(self) -> None:
+    async def _close_session(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -376,9 +424,10 @@ class Client:
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
+    """A request's JSON body."""
     return json.dumps(body).encode()
 
 
-def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header; one with a date is left to the backoff."""
-    return float(retry_after) if retry_after and retry_after.isdigit() else 0.0
+def _retry_after_seconds(header: str | None) -> float:
+    """The seconds of a Retry-After header; 0 for one with a date, which is left to the backoff."""
+    return float(header) if header and header.isdigit() else 0.0

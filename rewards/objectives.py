@@ -1,6 +1,6 @@
-"""Several objectives in one reward: each on the same scale, and one of them kept above a floor.
+"""Several objectives in one reward: normalised to one scale, and one of them kept above a floor.
 
-Pure functions over what the verifiers said; the multiplier's state is JSON, for the checkpoint.
+Pure functions of the verifiers' results. The multiplier's state is JSON, for the checkpoint.
 """
 
 import math
@@ -10,55 +10,60 @@ from typing import Any
 
 from rewards import mixing
 from rewards.settings import MULTIPLICATIVE_WEIGHTS, ConstraintConfig
-from rewards.verdict import Failure, Judgement
+from rewards.verdict import Failure, VerifierResult
 
 
 def group_rewards(
-    group: Sequence[Mapping[str, Judgement]], weights: Mapping[str, float], normalise: str, gate: str | None = None
+    group: Sequence[Mapping[str, VerifierResult]], weights: Mapping[str, float], normalise: str, gate: str | None = None
 ) -> list[float | None]:
-    """The rewards of a prompt's samples; None where a weighted verifier failed.
+    """The rewards of a prompt's samples; None where a weighted verifier failed. ``group``: one mapping per sample.
 
-    With ``normalise`` "group" each verifier's scores are first brought to mean 0 and (population) standard deviation 1
-    over those of the group that have a reward, so that a verifier whose scores lie close together weighs as much as one
-    whose scores lie apart. Equal scores become exactly 0.
+    With ``normalise`` "group" the scores of each verifier are first normalised to mean 0 and (population) standard
+    deviation 1 over the group's samples with a reward, so that the spread of a verifier's scores does not change its
+    weight. Equal scores become exactly 0.
 
-    The score of the verifier ``gate``, of a label whose mix has it, multiplies the sum: r_format · (0.1·r_format +
-    0.9·r_acc + λ·r_reliability) (Deliberative Searcher, arXiv 2507.16727).
+    The score of the verifier ``gate``, if the mix has it, multiplies the sum: r_format · (0.1·r_format + 0.9·r_acc +
+    λ·r_reliability) (Deliberative Searcher, arXiv 2507.16727).
     """
-    plain = [mixing.mix(verdicts, weights) for verdicts in group]
+    mixed = [mixing.mix(results, weights) for results in group]
     if gate is not None and gate in weights:
-        gated = zip(plain, group, strict=True)
-        return [None if reward is None else _score(verdicts[gate]) * reward for reward, verdicts in gated]
+        return [
+            None if reward is None else _score(results[gate]) * reward
+            for reward, results in zip(mixed, group, strict=True)
+        ]
     if normalise == "none":
-        return plain
-    judged = [i for i, reward in enumerate(plain) if reward is not None]
-    rewards: list[float | None] = [None if reward is None else 0.0 for reward in plain]
+        return mixed
+    rewarded = [i for i, reward in enumerate(mixed) if reward is not None]
+    rewards: list[float | None] = [None if reward is None else 0.0 for reward in mixed]
     for name, weight in weights.items():
-        scores = [_score(group[i][name]) for i in judged]
+        scores = [_score(group[i][name]) for i in rewarded]
         if len(set(scores)) > 1:
-            mean, deviation = fmean(scores), pstdev(scores)
-            for i, score in zip(judged, scores, strict=True):
+            mean = fmean(scores)
+            deviation = pstdev(scores)
+            for i, score in zip(rewarded, scores, strict=True):
                 rewards[i] = (rewards[i] or 0.0) + weight * (score - mean) / deviation
     return rewards
 
 
-def _score(judgement: Judgement) -> float:
-    assert not isinstance(judgement, Failure)  # its sample has no reward
-    return judgement.score
+def _score(result: VerifierResult) -> float:
+    assert not isinstance(result, Failure)  # its sample has no reward
+    return result.score
 
 
 def initial_state(constraint: ConstraintConfig) -> dict[str, Any]:
+    """The multiplier before the first step."""
     return {"multiplier": constraint.initial}
 
 
 def constrained_weights(
     weights: Mapping[str, float], constraint: ConstraintConfig, state: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The mix of the Lagrangian: (R + λ·S) / (1 + λ) with λ the multiplier and S the constrained verifier's score.
+    """The weights of a label's mix under the constraint: the Lagrangian (R + λ·S) / (1 + λ), with λ the multiplier and
+    S the constrained verifier's score.
 
-    Of a label whose mix has that verifier; others, and all without a constraint, are left as they are. The constant
-    −λ·floor changes no advantage, and the division keeps the reward's scale (as in PPO-Lagrangian, Ray et al. 2019).
-    With multiplicative weights R + λ·S, undivided: Deliberative Searcher's reward (arXiv 2507.16727).
+    A mix without that verifier is left as it is. The Lagrangian's constant −λ·floor changes no advantage and is left
+    out; the division keeps the reward's scale (as in PPO-Lagrangian, Ray et al. 2019). With multiplicative weights
+    R + λ·S, undivided: Deliberative Searcher's reward (arXiv 2507.16727).
     """
     if constraint.verifier is None or constraint.verifier not in weights:
         return dict(weights)
@@ -70,19 +75,19 @@ def constrained_weights(
 
 
 def next_state(
-    state: Mapping[str, Any], constraint: ConstraintConfig, judged: Sequence[Mapping[str, Judgement]]
+    state: Mapping[str, Any], constraint: ConstraintConfig, results: Sequence[Mapping[str, VerifierResult]]
 ) -> dict[str, Any]:
-    """The multiplier after a step, by the violation v = floor − mean score of the step's verdicts of that verifier.
+    """The multiplier after a step. ``results``: one mapping per sample of the step.
 
-    Dual ascent: λ ← clip(λ + rate · v, 0, maximum). Multiplicative weights (Arora, Hazan, Kale 2012; that λ is updated
-    so is Deliberative Searcher's, rate and bounds are our choice): λ ← min(λ · exp(rate · v), maximum).
-    A step without a verdict leaves it as it is.
+    v = floor − mean score of the constrained verifier is the step's violation. Dual ascent: λ ← clip(λ + rate · v, 0,
+    maximum). Multiplicative weights: λ ← min(λ · exp(rate · v), maximum) (Arora, Hazan, Kale 2012; Deliberative
+    Searcher updates λ in this way, the rate and the bounds are our choice). A step without a verdict leaves λ as it is.
     """
-    mean = mixing.verifier_means(judged).get(constraint.verifier or "")
+    mean = mixing.verifier_means(results).get(constraint.verifier or "")
     if mean is None:
         return dict(state)
     violation = constraint.floor - mean
     if constraint.update == MULTIPLICATIVE_WEIGHTS:
         return {"multiplier": min(state["multiplier"] * math.exp(constraint.rate * violation), constraint.maximum)}
-    moved = state["multiplier"] + constraint.rate * violation
-    return {"multiplier": min(max(moved, 0.0), constraint.maximum)}
+    unclipped = state["multiplier"] + constraint.rate * violation
+    return {"multiplier": min(max(unclipped, 0.0), constraint.maximum)}

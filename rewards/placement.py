@@ -1,10 +1,16 @@
-"""Which host of a cluster serves what: ``python -m rewards.placement HOST,HOST… FIRST GPUS recipe=… [overrides…]``.
+"""Which host of a cluster runs which server:
+``python -m rewards.placement HOST,HOST… FIRST GPUS recipe=… [overrides…]``.
 
-The hosts have ``GPUS`` each, those from number ``FIRST`` on are free for servers. Prints nothing when the run needs no
-server from here. Else: the trainer's overrides; ``rewards.supervisor.startup_timeout`` and the addresses; for each host
-that serves, its name and the overrides of its ``python -m rewards.serve``. The token is in ``REWARDS_TOKEN`` on both.
-With ``rewards.placement=colocated`` every host has all servers, for itself; those of the first, where this runs, are
-waited for here, the others by their host's ranks.
+Each host has ``GPUS`` GPUs, of which those from number ``FIRST`` on are free for servers. The output is for the Slurm
+scripts. Nothing when no server has to be started, else these lines:
+
+1. the overrides for the trainer;
+2. ``rewards.supervisor.startup_timeout`` in seconds, and the addresses to wait for;
+3. for each host with servers: its name, and the overrides for its ``python -m rewards.serve``.
+
+The environment variable ``REWARDS_TOKEN`` holds the servers' token on both sides. With ``rewards.placement=colocated``
+every host runs all servers for itself: the scripts wait for those of the first host, where this runs, and each other
+host's ranks wait for theirs.
 """
 
 import sys
@@ -17,16 +23,16 @@ from megatron_ext.platform import capabilities
 from rewards import settings
 from rewards.settings import RewardsConfig, Server
 
-TOKEN = "REWARDS_TOKEN"
+TOKEN_VARIABLE = "REWARDS_TOKEN"
 
 
 def place(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> dict[str, str]:
-    """Server → host: the largest first, each on the emptiest host; replicas stay together.
+    """Server → host: the largest server first, each on the host with the fewest GPUs taken. Replicas stay together.
 
-    ``gpus``: free ones of a host, None on CPUs. Raises ValueError for a server that finds no room.
+    ``gpus``: the free ones of a host, None on CPUs. Raises ValueError for a server that fits on no host.
     """
     taken = dict.fromkeys(hosts, 0)
-    placed = {}
+    host_of = {}
     for server in sorted(servers, key=lambda server: -server.replicas * server.tensor):
         host = min(hosts, key=lambda host: taken[host])
         taken[host] += server.replicas * server.tensor
@@ -36,79 +42,94 @@ def place(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> 
                 f"on one of {len(hosts)} hosts with {gpus} for servers: give the servers more nodes, or "
                 "rewards.supervisor.first_device a lower value"
             )
-        placed[server.name] = host
-    return placed
+        host_of[server.name] = host
+    return host_of
 
 
-def needed(config: RewardsConfig) -> list[Server]:
-    """Those that a verifier uses and that run nowhere yet."""
+def servers_to_start(config: RewardsConfig) -> list[Server]:
+    """The servers that some verifier uses and that run nowhere yet."""
     return [server for server in settings.used(config) if not server.endpoints]
 
 
-def lines(config: RewardsConfig, placed: Mapping[str, str]) -> list[str]:
-    """What is printed."""
-    servers = [server for server in settings.servers(config).values() if server.name in placed]
-    addresses = {
-        s.name: [f"http://{placed[s.name]}:{port}" for port in range(s.port, s.port + s.replicas)] for s in servers
-    }
-    token = {s.name: f"++rewards.servers.{s.name}.key_variable={TOKEN}" for s in servers}
-    elsewhere = {
-        name: f"++rewards.servers.{name}.endpoints=[{','.join(map(repr, found))}]" for name, found in addresses.items()
-    }
-    trainer = " ".join(f"{elsewhere[s.name]} {token[s.name]}" for s in servers)
-    every = " ".join(address for found in addresses.values() for address in found)
-    result = [trainer, f"{config.supervisor.startup_timeout:.0f} {every}"]
-    for host in dict.fromkeys(placed.values()):
-        overrides = [
-            f"++rewards.servers.{s.name}.host=0.0.0.0 {token[s.name]}" if placed[s.name] == host else elsewhere[s.name]
-            for s in servers
-        ]
-        result.append(f"{host} {' '.join(overrides)}")
-    return result
+def disaggregated_lines(config: RewardsConfig, host_of: Mapping[str, str]) -> list[str]:
+    """The output for servers on hosts of their own, placed by :func:`place`."""
+    servers = [server for server in settings.servers(config).values() if server.name in host_of]
+    addresses: dict[str, list[str]] = {}
+    token_override: dict[str, str] = {}
+    endpoints_override: dict[str, str] = {}  # for everyone but the server's own host
+    for server in servers:
+        ports = range(server.port, server.port + server.replicas)
+        addresses[server.name] = [f"http://{host_of[server.name]}:{port}" for port in ports]
+        quoted = ",".join(map(repr, addresses[server.name]))
+        token_override[server.name] = f"++rewards.servers.{server.name}.key_variable={TOKEN_VARIABLE}"
+        endpoints_override[server.name] = f"++rewards.servers.{server.name}.endpoints=[{quoted}]"
+    trainer = " ".join(f"{endpoints_override[server.name]} {token_override[server.name]}" for server in servers)
+    all_addresses = " ".join(address for of_server in addresses.values() for address in of_server)
+    lines = [trainer, f"{config.supervisor.startup_timeout:.0f} {all_addresses}"]
+    for host in dict.fromkeys(host_of.values()):
+        overrides = []
+        for server in servers:
+            if host_of[server.name] == host:
+                overrides.append(f"++rewards.servers.{server.name}.host=0.0.0.0 {token_override[server.name]}")
+            else:
+                overrides.append(endpoints_override[server.name])
+        lines.append(f"{host} {' '.join(overrides)}")
+    return lines
 
 
-def shared_lines(config: RewardsConfig, servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> list[str]:
-    """What is printed for colocated servers. Raises ValueError for one that finds no room on a host."""
-    for s in servers:
-        if gpus is not None and s.replicas * s.tensor > gpus:
+def colocated_lines(
+    config: RewardsConfig, servers: Sequence[Server], hosts: Sequence[str], gpus: int | None
+) -> list[str]:
+    """The output for colocated servers. ``gpus`` as for :func:`place`. Raises ValueError for a server that does not fit
+    on a host."""
+    for server in servers:
+        if gpus is not None and server.replicas * server.tensor > gpus:
             raise ValueError(
-                f"rewards.servers.{s.name}: replicas={s.replicas} x tensor={s.tensor} GPUs, a node has {gpus}: "
-                "rewards.placement=colocated puts all of a server on each node; use fewer"
+                f"rewards.servers.{server.name}: replicas={server.replicas} x tensor={server.tensor} GPUs, a node has "
+                f"{gpus}: rewards.placement=colocated puts all of a server on each node; use fewer"
             )
-    token = " ".join(f"++rewards.servers.{s.name}.key_variable={TOKEN}" for s in servers)
-    addresses = " ".join(address for s in servers for address in s.addresses)
-    return [token, f"{config.supervisor.startup_timeout:.0f} {addresses}", *(f"{host} {token}" for host in hosts)]
+    overrides = " ".join(f"++rewards.servers.{server.name}.key_variable={TOKEN_VARIABLE}" for server in servers)
+    addresses = " ".join(address for server in servers for address in server.addresses)
+    ready = f"{config.supervisor.startup_timeout:.0f} {addresses}"
+    return [overrides, ready, *(f"{host} {overrides}" for host in hosts)]
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
-    first, gpus = map(int, PLACE[1:])
+    hosts = CLUSTER_ARGUMENTS[0].split(",")
+    first_free_gpu = int(CLUSTER_ARGUMENTS[1])
+    gpus_per_host = int(CLUSTER_ARGUMENTS[2])
     try:
         config = settings.read(raw.rewards)
-        has_gpus = capabilities(raw.cluster.platform).has_gpus
-        servers = needed(config) if raw.stage.evaluates or "rl" in raw.stage.trains else []
+        verifies = raw.stage.evaluates or "rl" in raw.stage.trains
+        servers = servers_to_start(config) if verifies else []
         if not servers:
             return
+        has_gpus = capabilities(raw.cluster.platform).has_gpus
+        first_device = config.supervisor.first_device
+        gpus = gpus_per_host - first_device if has_gpus else None
         if config.placement == settings.COLOCATED:
-            if first == 0:
+            if first_free_gpu == 0:
                 raise ValueError(
                     "rewards.placement=colocated: the job has a second component for the servers, which would be on "
                     "other GPUs; submit one component (slurm/train.sh), or use rewards.placement=disaggregated"
                 )
-            free = gpus - config.supervisor.first_device if has_gpus else None
-            print("\n".join(shared_lines(config, servers, PLACE[0].split(","), free)))
-            return
-        if has_gpus and config.supervisor.first_device < first:
-            raise ValueError(
-                f"rewards.supervisor.first_device={config.supervisor.first_device}: the trainer's ranks have the GPUs "
-                f"below {first} of each node; use {first} or more, or a job with a second component for the servers"
-            )
-        free = gpus - config.supervisor.first_device if has_gpus else None
-        print("\n".join(lines(config, place(servers, PLACE[0].split(","), free))))
+            lines = colocated_lines(config, servers, hosts, gpus)
+        else:
+            if has_gpus and first_device < first_free_gpu:
+                raise ValueError(
+                    f"rewards.supervisor.first_device={first_device}: the trainer's ranks have the GPUs below "
+                    f"{first_free_gpu} of each node; use {first_free_gpu} or more, or a job with a second component "
+                    "for the servers"
+                )
+            lines = disaggregated_lines(config, place(servers, hosts, gpus))
+        print("\n".join(lines))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    PLACE, sys.argv[1:] = sys.argv[1:4], sys.argv[4:]
+    # Hydra parses sys.argv, and knows overrides only.
+    CLUSTER_ARGUMENTS = sys.argv[1:4]
+    sys.argv[1:] = sys.argv[4:]
     main()

@@ -1,9 +1,10 @@
 """Starts and supervises the servers that a recipe's verifiers need: ``python -m rewards.serve recipe=… [overrides…]``.
 
-Each replica is stock `vllm serve`. Servers whose ``endpoints`` are given run elsewhere and are left alone. When all
-answer a table says so; one that dies is started again. With ``rewards.placement=colocated`` they start one after the
-other, each is put to sleep when it is ready, and none is started again. SIGTERM and Ctrl-C stop them, and they end with
-this process whatever ends it. Logs: ``<run_dir>/servers/<server>_<replica>.log``, colocated in their host's folder.
+Each replica of a server is stock `vllm serve`. Servers with ``endpoints`` run elsewhere and are left alone. A table is
+printed when all are ready. A server that dies is started again. With ``rewards.placement=colocated`` the servers start
+one after the other, each is put to sleep when it is ready, and none is started again. SIGTERM and Ctrl-C stop them, and
+they end with this process however it ends. Logs: ``<run_dir>/servers/<server>_<replica>.log``; of colocated servers in
+a folder per host.
 """
 
 import contextlib
@@ -27,17 +28,18 @@ from rich.table import Table
 
 from megatron_ext.platform import capabilities
 from rewards import settings
-from rewards.client import SLEEP, SLEEP_SECONDS
+from rewards.client import SLEEP_PATH, SLEEP_SECONDS
 from rewards.settings import RewardsConfig, Server, SupervisorConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
 LOG_TAIL_BYTES = 3000
+# For multiprocessing's resource tracker, to remove the semaphores of a killed server.
 TRACKER_SECONDS = 5.0
 
 
 class ServerDied(RuntimeError):
-    """A server that did not become ready, or died once too often; with the end of its log."""
+    """A server did not become ready, or died too often. The message has the end of its log."""
 
 
 class Stopped(Exception):
@@ -45,9 +47,12 @@ class Stopped(Exception):
 
 
 @dataclass
-class Replica:
-    """One `vllm serve` of a server and its process. ``devices`` are GPUs, None on a CPU. ``sleeps``: it shares them and
-    is put to sleep as soon as it is ready; on a CPU vLLM then takes no requests, and keeps its memory."""
+class JudgeServer:
+    """One `vllm serve` process: replica ``index`` of a server.
+
+    ``devices``: the numbers of its GPUs, None on a CPU. ``sleeps``: it shares its GPUs (colocated) and is put to sleep
+    as soon as it is ready. On a CPU a sleeping vLLM takes no requests, but keeps its memory.
+    """
 
     server: Server
     index: int
@@ -61,53 +66,63 @@ class Replica:
 
     @property
     def name(self) -> str:
+        """<server>_<replica>, as in the table and the log's file name."""
         return f"{self.server.name}_{self.index}"
 
     @property
     def port(self) -> int:
+        """The port of this replica."""
         return self.server.port + self.index
 
     def command(self) -> list[str]:
-        """Behind `vllm`."""
-        guard = ["--middleware", "rewards.token_guard.require_token"] if self.server.key_variable else []
-        return [
-            "serve",
-            self.server.model,
-            *("--host", self.server.host, "--port", str(self.port)),
-            *("--served-model-name", self.server.model, "--runner", self.server.runner),
-            *("--tensor-parallel-size", str(self.server.tensor)),
-            *(self.cpu_arguments if self.devices is None else ()),
-            *(["--enable-sleep-mode"] if self.sleeps and self.devices is not None else []),
-            *guard,
-            *self.server.arguments,
-        ]
+        """The arguments of `vllm`."""
+        server = self.server
+        command = ["serve", server.model, "--host", server.host, "--port", str(self.port)]
+        command += ["--served-model-name", server.model, "--runner", server.runner]
+        command += ["--tensor-parallel-size", str(server.tensor)]
+        if self.devices is None:
+            command += self.cpu_arguments
+        elif self.sleeps:
+            command += ["--enable-sleep-mode"]
+        if server.key_variable:
+            command += ["--middleware", "rewards.token_guard.require_token"]
+        return [*command, *server.arguments]
 
     def environment(self) -> dict[str, str]:
-        """The caller's, with the token where vLLM looks for it (not in the command line, which others can read)."""
+        """The environment of the process: the caller's, and the server's token where vLLM reads it. Other users of the
+        host can read a command line, so the token is not there. Raises ValueError for a missing token."""
+        python_path = [str(ROOT)]
+        if os.environ.get("PYTHONPATH"):
+            python_path.append(os.environ["PYTHONPATH"])
         environment = os.environ | {
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # see rewards.vllm_process
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(python_path),
         }
-        if (key := self.server.key()) is not None:
+        key = self.server.key()
+        if key is not None:
             environment["VLLM_API_KEY"] = key
         if self.sleeps:
             environment["VLLM_SERVER_DEV_MODE"] = "1"
         if self.devices is not None:
             return environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.devices))}
-        # No pinning and passive waiting: the trainer shares the cores. No compilation: it takes longer than it saves.
-        return environment | {
+        environment |= {
             "CUDA_VISIBLE_DEVICES": "",
+            # Compilation takes longer than it saves.
             "TORCH_COMPILE_DISABLE": "1",
+            # The trainer shares the cores: threads are not pinned, and wait passively.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_WAIT_POLICY": "PASSIVE",
-            # The only worker in the engine's process; the server has its own all the same.
-            **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if self.server.tensor == 1 else {}),
         }
+        if self.server.tensor == 1:
+            # The engine's only worker runs in the engine's process. The API server stays a process of its own.
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        return environment
 
     def start(self) -> None:
-        """Call it from the main thread: the kernel ties the process's life to the thread that starts it."""
+        """Start the process. Call it from the main thread: the kernel ends the process with the thread that started
+        it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.ready = False
         with self.log.open("ab") as log:
@@ -120,121 +135,127 @@ class Replica:
                 start_new_session=True,  # Ctrl-C reaches this program only, which stops its servers in order
             )
 
-    def answers(self) -> bool:
-        """Also asleep."""
+    def is_healthy(self) -> bool:
+        """Whether the server responds, awake or asleep."""
         try:
             return self._status("GET", "/health", 1.0) == 200
         except (OSError, http.client.HTTPException):
             return False
 
     def sleep(self) -> None:
-        """Raises ServerDied when it does not fall asleep."""
+        """Put the server to sleep. Raises ServerDied when it does not fall asleep."""
         try:
-            status: object = self._status("POST", SLEEP, SLEEP_SECONDS)
+            status: object = self._status("POST", SLEEP_PATH, SLEEP_SECONDS)
         except (OSError, http.client.HTTPException) as error:
             status = repr(error)
         if status != 200:
-            raise ServerDied(f"{self.name} does not fall asleep: {SLEEP}: {status}; see {self.log}")
+            raise ServerDied(f"{self.name} does not fall asleep: {SLEEP_PATH}: {status}; see {self.log}")
 
     def _status(self, method: str, path: str, timeout: float) -> int:
-        connection = http.client.HTTPConnection(
-            self.server.addresses[self.index].removeprefix("http://"), timeout=timeout
-        )
+        """The HTTP status of a request to the server."""
+        host_and_port = self.server.addresses[self.index].removeprefix("http://")
+        connection = http.client.HTTPConnection(host_and_port, timeout=timeout)
         key = self.server.key()
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         try:
-            connection.request(method, path, headers={} if key is None else {"Authorization": f"Bearer {key}"})
+            connection.request(method, path, headers=headers)
             return connection.getresponse().status
         finally:
             connection.close()
 
-    def died(self) -> str:
-        tail = self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+    def death_message(self) -> str:
+        """The exit code and the end of the log."""
+        log_tail = self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
         assert self.process is not None
-        return f"{self.name} ended with code {self.process.poll()}\n--- end of {self.log} ---\n{tail}"
+        return f"{self.name} ended with code {self.process.poll()}\n--- end of {self.log} ---\n{log_tail}"
 
 
 class Supervisor:
-    """The replicas of a run."""
+    """Starts, watches and stops the servers of a run."""
 
-    def __init__(self, replicas: Sequence[Replica], config: SupervisorConfig) -> None:
-        self.replicas, self.config = replicas, config
+    def __init__(self, servers: Sequence[JudgeServer], config: SupervisorConfig) -> None:
+        self.servers = servers
+        self.config = config
 
     def start(self) -> None:
-        """Start all and wait until all answer. Raises ServerDied."""
-        for replica in self.replicas:
-            if replica.answers():
-                address = replica.server.addresses[replica.index]
+        """Start all servers and wait until they are ready. Raises ServerDied, also where a port is in use already."""
+        for server in self.servers:
+            if server.is_healthy():
+                address = server.server.addresses[server.index]
                 raise ServerDied(
-                    f"{replica.name}: something answers at {address} already; stop it, or "
-                    f"set rewards.servers.{replica.server.name}.port to another or its endpoints to this address"
+                    f"{server.name}: something answers at {address} already; stop it, or "
+                    f"set rewards.servers.{server.server.name}.port to another or its endpoints to this address"
                 )
         deadline = time.monotonic() + self.config.startup_timeout
-        for replica in self.replicas:
-            replica.start()
-            if replica.sleeps:  # a vLLM measures what its GPUs have left: the others are to be asleep
-                self._wait_for([replica], deadline)
-        self._wait_for(self.replicas, deadline)
+        for server in self.servers:
+            server.start()
+            if server.sleeps:
+                # vLLM measures the free memory of its GPUs when it starts: the servers before it must be asleep.
+                self._wait_until_ready([server], deadline)
+        self._wait_until_ready(self.servers, deadline)
 
-    def _wait_for(self, replicas: Sequence[Replica], deadline: float) -> None:
-        while not all(replica.ready for replica in replicas):
-            self.look()
+    def _wait_until_ready(self, servers: Sequence[JudgeServer], deadline: float) -> None:
+        while not all(server.ready for server in servers):
+            self.poll()
             if time.monotonic() > deadline:
-                late = ", ".join(f"{r.name} ({r.log})" for r in replicas if not r.ready)
+                late = ", ".join(f"{server.name} ({server.log})" for server in servers if not server.ready)
                 raise ServerDied(f"not ready within rewards.supervisor.startup_timeout: {late}")
             time.sleep(POLL_SECONDS)
 
-    def look(self) -> list[str]:
-        """What has happened since: who became ready, who died and is started again. Raises ServerDied.
+    def poll(self) -> list[str]:
+        """Look at every server once, start those again that died, and return a line for each that became ready or died.
 
-        One that dies before it was ever ready will not do better the next time, nor will one whose GPUs are at work for
-        others.
+        Raises ServerDied when a server died once too often. A server that dies before it was ever ready is not started
+        again: it would die again. Nor is a colocated one, whose GPUs may be in use by others.
         """
-        news = []
-        for replica in self.replicas:
-            if replica.process is None:  # its turn to start is to come
+        events = []
+        for server in self.servers:
+            if server.process is None:  # not started yet
                 continue
-            if replica.process.poll() is not None:
-                restarts = 0 if replica.sleeps else self.config.restarts
-                if replica.restarts == restarts or not (replica.ready or replica.restarts):
-                    raise ServerDied(replica.died())
-                news.append(f"{replica.name} ended with code {replica.process.returncode}; it is started again")
-                end(replica.process)
-                replica.restarts += 1
-                replica.start()
-                note_restart(replica)
-            elif not replica.ready and replica.answers():
-                if replica.sleeps:
-                    replica.sleep()
-                replica.ready = True
-                news.append(f"{replica.name} is ready")
-        return news
+            if server.process.poll() is not None:
+                max_restarts = 0 if server.sleeps else self.config.restarts
+                was_ready = server.ready or server.restarts > 0
+                if server.restarts == max_restarts or not was_ready:
+                    raise ServerDied(server.death_message())
+                events.append(f"{server.name} ended with code {server.process.returncode}; it is started again")
+                kill(server.process)
+                server.restarts += 1
+                server.start()
+                record_restart(server)
+            elif not server.ready and server.is_healthy():
+                if server.sleeps:
+                    server.sleep()
+                server.ready = True
+                events.append(f"{server.name} is ready")
+        return events
 
     def stop(self) -> None:
-        """End all in order, and what is left by force."""
-        running = [r.process for r in self.replicas if r.process is not None]
-        for process in running:
+        """Terminate all servers, and kill those that still run after ``stop_timeout`` seconds."""
+        processes = [server.process for server in self.servers if server.process is not None]
+        for process in processes:
             if process.poll() is None:
                 process.terminate()
         deadline = time.monotonic() + self.config.stop_timeout
-        for process in running:
+        for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            end(process)
+            kill(process)
 
 
-def note_restart(replica: Replica) -> None:
-    """A line in the run's events.jsonl, as ``recipes.run.records.event`` writes them, for the report."""
-    event = {"time": round(time.time(), 3), "kind": "server restart", "server": replica.name}
-    with (replica.log.parents[1] / "events.jsonl").open("ab", buffering=0) as file:
+def record_restart(server: JudgeServer) -> None:
+    """Append a line to the run's events.jsonl for the report, in the form of ``recipes.run.records.event``."""
+    event = {"time": round(time.time(), 3), "kind": "server restart", "server": server.name}
+    with (server.log.parents[1] / "events.jsonl").open("ab", buffering=0) as file:
         file.write(json.dumps(event).encode() + b"\n")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a server and its children, which are a session of their own.
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a server and what is left of its children, which are a session of their own.
 
-    The children die with it. multiprocessing's tracker then removes the semaphores that they had, if it is let live.
+    vLLM's children die with the server. multiprocessing's resource tracker then removes the semaphores that they had,
+    if it has the time.
     """
-    process.kill()  # nothing to a process that has ended
+    process.kill()  # has no effect on a process that has ended
     process.wait()
     deadline = time.monotonic() + TRACKER_SECONDS
     with contextlib.suppress(ProcessLookupError):
@@ -244,53 +265,59 @@ def end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def replicas(config: RewardsConfig, folder: Path, platform: str) -> list[Replica]:
-    """Those to start: of each server that some verifier uses and that has no endpoints. GPUs are dealt out in order;
-    colocated servers share them, each has the first ones."""
-    device, colocated = config.supervisor.first_device, config.placement == settings.COLOCATED
-    found = []
+def judge_servers(config: RewardsConfig, folder: Path, platform: str) -> list[JudgeServer]:
+    """The servers to start: the replicas of every server that some verifier uses and that has no endpoints.
+
+    GPUs are handed out in order from ``supervisor.first_device`` on. Colocated servers share them: each has the first
+    ones. ``folder`` is for their logs; ``platform`` is cpu or cuda.
+    """
+    colocated = config.placement == settings.COLOCATED
+    device = config.supervisor.first_device
+    servers = []
     for server in settings.used(config):
         if server.endpoints:
             continue
         if colocated:
             device = config.supervisor.first_device
-        for i in range(server.replicas):
+        for index in range(server.replicas):
             devices = range(device, device + server.tensor) if capabilities(platform).has_gpus else None
             device += server.tensor
-            log = folder / f"{server.name}_{i}.log"
-            found.append(Replica(server, i, log, devices, config.supervisor.cpu_arguments, colocated))
-    return found
+            log = folder / f"{server.name}_{index}.log"
+            servers.append(JudgeServer(server, index, log, devices, config.supervisor.cpu_arguments, colocated))
+    return servers
 
 
-def ready_table(config: RewardsConfig, started: Sequence[Replica]) -> Table:
-    """Every replica with the verifiers that it serves."""
+def ready_table(config: RewardsConfig, servers: Sequence[JudgeServer]) -> Table:
+    """A row for every running server, with the verifiers that use it."""
     table = Table("server", "verifiers", "model", "address", "pid", "log", title="servers are ready")
-    for replica in started:
-        server = replica.server
-        verifiers = ", ".join(name for name, v in settings.verifiers(config).items() if v.server == server.name)
-        assert replica.process is not None
-        address = server.addresses[replica.index]
-        table.add_row(replica.name, verifiers, server.model, address, str(replica.process.pid), str(replica.log))
+    for server in servers:
+        verifiers = ", ".join(
+            name for name, verifier in settings.verifiers(config).items() if verifier.server == server.server.name
+        )
+        assert server.process is not None
+        address = server.server.addresses[server.index]
+        table.add_row(server.name, verifiers, server.server.model, address, str(server.process.pid), str(server.log))
     return table
 
 
-def supervise(config: RewardsConfig, found: Sequence[Replica], console: Console) -> None:
-    """Run the servers until stopped. Raises Stopped or ServerDied; none is left behind."""
-    supervisor = Supervisor(found, config.supervisor)
+def supervise(config: RewardsConfig, servers: Sequence[JudgeServer], console: Console) -> None:
+    """Run the servers until this process is told to stop. Raises Stopped or ServerDied; then no server runs any
+    more."""
+    supervisor = Supervisor(servers, config.supervisor)
     try:
-        console.print(f"starting {', '.join(replica.name for replica in found)}; logs in {found[0].log.parent}")
+        console.print(f"starting {', '.join(server.name for server in servers)}; logs in {servers[0].log.parent}")
         supervisor.start()
-        console.print(ready_table(config, found))
+        console.print(ready_table(config, servers))
         while True:
-            for text in supervisor.look():
-                console.print(text)
+            for event in supervisor.poll():
+                console.print(event)
             time.sleep(POLL_SECONDS)
     finally:
         supervisor.stop()
 
 
 def stop_on_signals() -> None:
-    """The first SIGTERM or Ctrl-C raises Stopped in the main thread; further ones wait for its end."""
+    """Have the first SIGTERM or Ctrl-C raise Stopped in the main thread. Later ones are ignored while it stops."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -310,13 +337,13 @@ def main(raw: DictConfig) -> None:
         folder = Path(raw.run_dir) / "servers"
         if config.placement == settings.COLOCATED:
             folder /= socket.gethostname()
-        found = replicas(config, folder, raw.cluster.platform)
-        for replica in found:
-            replica.environment()  # a missing token is told before anything starts
-        if not found:
+        servers = judge_servers(config, folder, raw.cluster.platform)
+        for server in servers:
+            server.environment()  # a missing token is an error before anything starts
+        if not servers:
             console.print(f"recipe {raw.recipe.name}: no verifier needs a server from here")
             return
-        supervise(config, found, console)
+        supervise(config, servers, console)
     except (ValueError, ServerDied) as error:
         sys.exit(f"error: {error}")
     except Stopped:

@@ -1,4 +1,4 @@
-"""What a verifier says about one response."""
+"""The result of a verifier for one response."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """`score` in [0, 1]; `label` names the finding, e.g. "safe with warning"; `raw` is a judge's own text.
+    """``score`` in [0, 1]; ``label`` names the finding, e.g. "safe with warning"; ``raw`` is a judge's own text.
 
-    Raises ValueError for a score outside.
+    Raises ValueError for a score outside [0, 1].
     """
 
     score: float
@@ -24,27 +24,42 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Failure:
-    """No verdict, and why: the sample has no reward, which is not a reward of 0. ``raw`` is what a judge did say."""
+    """The verifier gave no verdict, for this ``reason``. The sample then has no reward, which differs from a reward of
+    0. ``raw`` is the text that a judge wrote, if any."""
 
     reason: str
     raw: str = ""
 
 
-type Judgement = Verdict | Failure
+type VerifierResult = Verdict | Failure
 type Row = Mapping[str, Any]
-type Verifier = Callable[[Row, str], Judgement]
+# (row, response) → result. Raises ValueError for a row that it can't verify any response of.
+type Verifier = Callable[[Row, str], VerifierResult]
 
 
-def to_json(judgement: Judgement) -> dict[str, Any]:
-    """Plain JSON; the two kinds have different keys."""
-    return asdict(judgement)
+def to_record(result: VerifierResult) -> list[Any]:
+    """A compact plain list, to gather results between processes: [score, label, raw], or [reason, raw]."""
+    if isinstance(result, Failure):
+        return [result.reason, result.raw]
+    return [result.score, result.label, result.raw]
 
 
-def from_json(data: Mapping[str, Any]) -> Judgement:
+def from_record(record: list[Any]) -> VerifierResult:
+    """Inverse of :func:`to_record`."""
+    return Failure(*record) if len(record) == 2 else Verdict(*record)
+
+
+def to_json(result: VerifierResult) -> dict[str, Any]:
+    """A JSON object with named fields, for files (samples.jsonl, answers.json). Verdicts and failures have different
+    keys."""
+    return asdict(result)
+
+
+def from_json(data: Mapping[str, Any]) -> VerifierResult:
     """Inverse of :func:`to_json`."""
     return Failure(**data) if "reason" in data else Verdict(**data)
 
 
 def or_nan(reward: float | None) -> float:
-    """The reward as the algorithms take it: NaN for a sample without one, which they leave out of every mean."""
+    """The reward as the algorithms take it: NaN for a sample without one. They leave it out of every mean."""
     return math.nan if reward is None else reward

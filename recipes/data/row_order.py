@@ -175,7 +175,8 @@ def _phase_of(phases: Phases, step: int, count: int) -> tuple[int, Mapping[str, 
         cycles, rest = divmod((next_first_step - first_step) * count, sum(mix.values()))
         drawn.update({kind: cycles * share for kind, share in mix.items()})
         drawn.update(interleaved(mix)[:rest])
-        first_step, mix = next_first_step, next_mix
+        first_step = next_first_step
+        mix = next_mix
     return first_step, mix, drawn
 
 

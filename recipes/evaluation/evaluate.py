@@ -1,28 +1,45 @@
-"""Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference training made."""
+"""Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference made by
+training."""
 
-from __future__ import annotations
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
-
-from recipes.data.rows import Row, load_rows
+from recipes.data.rows import Row
 from recipes.evaluation import voting
 from recipes.evaluation.statistics import mean_interval, paired_difference
+from rewards.verdict import VerifierResult, to_json
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
-from rollout.sample import Sample
 
-if TYPE_CHECKING:  # the ladder, which starts nothing itself, reads this module too
-    from recipes.training.session import Session
+# The step of the sampling seeds: no training step has it, and all models that are compared share it.
+EVALUATION_STEP = -1
+# The models that one launch compares, in order. The base only where the launch trains twice.
+MODELS = ["base", "before", "after"]
+GREEDY = "greedy"
+SAMPLED = "sampled"
+SEARCH_SCORES = {"search_accuracy", "search_reliability"}
 
-EVALUATION_STEP = -1  # its own sampling seeds, the same for every model that is compared
-MODELS = ["base", "before", "after"]  # that one launch compares; a base only where it trains twice
-Answers = dict[str, list[dict[str, Any]]]
+# An answer in the form of answers.json: {id, response, thinking_tokens, scores: {score name: verdict or failure}}.
+type Answer = dict[str, Any]
+# "greedy" and "sampled" → answers, by prompt and then by sample.
+type Answers = dict[str, list[Answer]]
 
 
-def asked(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration's evaluation asks: answers to equal ones can be compared."""
-    data, rollout = config["data"], config["rollout"]
+@dataclass(frozen=True)
+class Response:
+    """A model's response to the held-out prompt ``row_id``, and the verifiers' results by score name."""
+
+    row_id: str
+    text: str
+    thinking_tokens: int
+    results: Mapping[str, VerifierResult]
+
+
+def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a configuration's evaluation depends on, beside the model. Answers under equal settings can be
+    compared."""
+    data = config["data"]
+    rollout = config["rollout"]
     return {
         "seed": config["seed"],
         **{name: data[name] for name in ("evaluation", "evaluation_samples", "max_prompt_tokens", "scores")},
@@ -30,126 +47,130 @@ def asked(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def answer(session: Session) -> Answers:
-    """Collective: the engines' present weights answer every held-out prompt, greedy and ``data.evaluation_samples``
-    times sampled.
+def answer(
+    generate: Callable[[int, float], Sequence[Response]], samples_per_prompt: int, temperature: float
+) -> Answers:
+    """The answers of a model to all held-out prompts: greedy, and ``samples_per_prompt`` times at ``temperature``.
 
-    Returns {"greedy": rows, "sampled": rows}; a row is {id, response, thinking_tokens, scores: {score name: verdict or
-    failure}}.
+    ``generate(samples per prompt, temperature)`` returns the responses to all prompts, by prompt and then by sample.
     """
-    config = session.config
-    rows = load_rows(config.data.evaluation)
-    by_id = {row["id"]: row for row in rows}
-    asked = [session.prompts(row).prompt for row in rows]
-    found: Answers = {}
-    for name, count, temperature in (
-        ("greedy", 1, 0.0),
-        ("sampled", config.data.evaluation_samples, config.rollout.temperature),
-    ):
-        if count == 0:
-            continue
-        samples, scores = session.generate(asked, count, EVALUATION_STEP, temperature, partial(judge, session, by_id))
-        found[name] = [
-            {
-                "id": rows[i // count]["id"],
-                "response": session.text(sample),
-                "thinking_tokens": thinking_tokens(session, sample),
-                "scores": judged,
-            }
-            for i, (sample, judged) in enumerate(zip(samples, scores, strict=True))
-        ]
-    return found
+    answers = {GREEDY: [to_answer(response) for response in generate(1, 0.0)]}
+    if samples_per_prompt > 0:
+        answers[SAMPLED] = [to_answer(response) for response in generate(samples_per_prompt, temperature)]
+    return answers
 
 
-def thinking_tokens(session: Session, sample: Sample) -> int:
-    """Tokens up to the end of the thinking: none where there is no thinking, all where it does not end."""
-    text = session.text(sample)
+def to_answer(response: Response) -> Answer:
+    """The response in the form of answers.json."""
+    return {
+        "id": response.row_id,
+        "response": response.text,
+        "thinking_tokens": response.thinking_tokens,
+        "scores": {name: to_json(result) for name, result in response.results.items()},
+    }
+
+
+def score_names(row: Row, scores: Mapping[str, Sequence[str]]) -> list[str]:
+    """The verifiers that score a row. ``scores`` (``data.scores``): verifier → kinds of rows."""
+    return [name for name, kinds in scores.items() if row["kind"] in kinds]
+
+
+def thinking_tokens(text: str, tokens: int, encode: Callable[[str], Sequence[int]]) -> int:
+    """The number of tokens up to the end of the thinking, of a response with ``tokens`` tokens.
+
+    0 for a response without thinking, all of them when the thinking does not end. ``encode``: text → token ids, without
+    special tokens.
+    """
     if THINK_END in text:
-        return len(session.tokenizer.encode(text.partition(THINK_END)[0], add_special_tokens=False))
-    return len(sample.response_token_ids) if THINK_BEGIN in text else 0
+        return len(encode(text.partition(THINK_END)[0]))
+    return tokens if THINK_BEGIN in text else 0
 
 
-def judge(session: Session, rows: dict[str, Row], sample: Sample) -> dict[str, dict[str, Any]]:
-    """What the verifiers that score this kind of row say, as JSON; runs beside the engines in several threads."""
-    row = rows[sample.prompt_id]
-    names = [name for name, kinds in session.config.data.scores.items() if row["kind"] in kinds]
-    return session.judge(row, sample, names)
+def summary(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
+    """{score: {mean, interval, n}} of one model's greedy answers, and the same of its sampled ones under "sampled", if
+    any. Scores without a verdict are left out."""
+    summaries: dict[str, Any] = {}
+    for mode, rows in answers.items():
+        summaries[mode] = {}
+        for name in names:
+            with_verdict = scored(rows, name)
+            if with_verdict:
+                values = [row["scores"][name]["score"] for row in with_verdict]
+                summaries[mode][name] = mean_interval(values, [row["id"] for row in with_verdict])
+    return _greedy_on_top(summaries)
 
 
-def summary(answers: Answers, names: list[str]) -> dict[str, Any]:
-    """{score: {mean, interval, n}, "sampled": the same, if any} of one model's answers; without the scores that no
-    answer got a verdict of."""
-    of: dict[str, Any] = {
-        mode: {name: mean_interval(*column) for name in names if (column := _column(rows, name))[0]}
-        for mode, rows in answers.items()
-    }
-    return of.pop("greedy") | of
+def difference(before: Answers, after: Answers, names: Sequence[str]) -> dict[str, Any]:
+    """The paired difference after − before on the same prompts, shaped like :func:`summary`. Answers without a verdict
+    on both sides are left out, and scores without such a pair too."""
+    differences: dict[str, Any] = {}
+    for mode in after:
+        differences[mode] = {}
+        for name in names:
+            values_before = []
+            values_after = []
+            ids = []
+            for row_before, row_after in zip(before[mode], after[mode], strict=True):
+                score_before = _score(row_before, name)
+                score_after = _score(row_after, name)
+                if score_before is not None and score_after is not None:
+                    values_before.append(score_before)
+                    values_after.append(score_after)
+                    ids.append(row_after["id"])
+            if ids:
+                differences[mode][name] = paired_difference(values_before, values_after, ids)
+    return _greedy_on_top(differences)
 
 
-def difference(before: Answers, after: Answers, names: list[str]) -> dict[str, Any]:
-    """Paired after − before on the same prompts, shaped like ``summary``; without the scores that no pair has."""
-    of: dict[str, Any] = {
-        mode: {
-            name: paired_difference(*pairs) for name in names if (pairs := _pairs(before[mode], after[mode], name))[0]
-        }
-        for mode in after
-    }
-    return of.pop("greedy") | of
+def _greedy_on_top(by_mode: dict[str, Any]) -> dict[str, Any]:
+    """{score: …, "sampled": {score: …}} from {"greedy": {score: …}, "sampled": {score: …}}."""
+    others = {mode: scores for mode, scores in by_mode.items() if mode != GREEDY}
+    return by_mode[GREEDY] | others
 
 
-def report(session: Session, stages: dict[str, Answers]) -> dict[str, Any]:
-    """evaluation.json: summaries of the models (``MODELS``), the last difference, and greedy transcripts; of search
-    questions also ``votes``, what several sampled answers say together (``recipes.evaluation.voting``)."""
-    names = list(session.config.data.scores)
-    rows = {row["id"]: row for row in load_rows(session.config.data.evaluation)}
+def report(stage: str, rows: Iterable[Row], names: Sequence[str], models: Mapping[str, Answers]) -> dict[str, Any]:
+    """The content of evaluation.json: a summary of each model, the difference of the last two, and the greedy answers.
+
+    ``rows``: the held-out prompts in the order of the answers. ``names``: the scores. ``models``: name (of ``MODELS``)
+    → answers. With the scores of search questions also ``votes``: what several sampled answers give together
+    (:mod:`recipes.evaluation.voting`).
+    """
     transcripts = []
-    for i, (row_id, row) in enumerate(rows.items()):
-        greedy = {stage: answers["greedy"][i] for stage, answers in stages.items()}
+    for i, row in enumerate(rows):
+        greedy = {model: answers[GREEDY][i] for model, answers in models.items()}
         transcripts.append(
             {
-                "id": row_id,
+                "id": row["id"],
                 "kind": row["kind"],
                 "prompt": row["prompt"],
-                **{stage: entry["response"] for stage, entry in greedy.items()},
-                "labels": {
-                    stage: ", ".join(f"{name}: {s.get('label', 'no verdict')}" for name, s in entry["scores"].items())
-                    for stage, entry in greedy.items()
-                },
+                **{model: answer["response"] for model, answer in greedy.items()},
+                "labels": {model: _format_labels(answer) for model, answer in greedy.items()},
             }
         )
-    votes = {
-        stage: voting.search_summary(answers["sampled"])
-        for stage, answers in stages.items()
-        if {"search_accuracy", "search_reliability"} <= {*names} and "sampled" in answers
-    }
-    return {
-        "stage": session.config.stage.name,
-        **{stage: summary(answers, names) for stage, answers in stages.items()},
-        "difference": difference(stages["before"], stages["after"], names),
+    evaluation = {
+        "stage": stage,
+        **{model: summary(answers, names) for model, answers in models.items()},
+        "difference": difference(models["before"], models["after"], names),
         "transcripts": transcripts,
-        **({"votes": votes} if votes else {}),
     }
+    if set(names) >= SEARCH_SCORES:
+        votes = {
+            model: voting.search_summary(answers[SAMPLED]) for model, answers in models.items() if SAMPLED in answers
+        }
+        if votes:
+            evaluation["votes"] = votes
+    return evaluation
 
 
-def scored(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The answers that this verifier gave a verdict on."""
-    return [row for row in rows if _score(row, name) is not None]
+def _format_labels(answer: Answer) -> str:
+    return ", ".join(f"{name}: {result.get('label', 'no verdict')}" for name, result in answer["scores"].items())
 
 
-def _column(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[str]]:
-    chosen = scored(rows, name)
-    return [row["scores"][name]["score"] for row in chosen], [row["id"] for row in chosen]
+def scored(answers: Sequence[Answer], name: str) -> list[Answer]:
+    """The answers with a verdict of this verifier."""
+    return [answer for answer in answers if _score(answer, name) is not None]
 
 
-def _pairs(
-    before: list[dict[str, Any]], after: list[dict[str, Any]], name: str
-) -> tuple[list[float], list[float], list[str]]:
-    """Scores before and after and the prompt, of the answers that have a verdict on both sides."""
-    found = [(_score(b, name), _score(a, name), a["id"]) for b, a in zip(before, after, strict=True)]
-    both = [(b, a, row_id) for b, a, row_id in found if b is not None and a is not None]
-    return [b for b, _, _ in both], [a for _, a, _ in both], [row_id for _, _, row_id in both]
-
-
-def _score(row: dict[str, Any], name: str) -> float | None:
-    """None where this verifier wasn't asked or gave no verdict."""
-    return row["scores"].get(name, {}).get("score")
+def _score(answer: Answer, name: str) -> float | None:
+    """None where this verifier was not asked or failed."""
+    return answer["scores"].get(name, {}).get("score")

@@ -1,8 +1,8 @@
-"""How often a trained judge finds the label:
+"""The accuracy of a trained judge on labelled answers:
 ``python -m recipes.evaluation.judge_accuracy recipe=ladder_demo stage=judge``.
 
-`vllm serve` serves the verifier's model as in an RL run; the client asks it about ``stage.sft.held_out`` with the
-template and the parsing of the verifier. The run's folder gets ``judge.json``.
+`vllm serve` serves the verifier's model as in an RL run, and the verifier judges the rows of ``stage.sft.held_out``.
+The report is ``judge.json`` in the run's folder.
 """
 
 import sys
@@ -22,10 +22,10 @@ from recipes.errors import ConfigError
 from recipes.evaluation.statistics import mean_interval
 from recipes.launch.command_line import from_command_line
 from recipes.run import records
-from rewards import mixing, settings
+from rewards import registry, settings
 from rewards.client import Client
-from rewards.serve import ServerDied, Supervisor, replicas
-from rewards.verdict import Judgement, Verdict
+from rewards.serve import ServerDied, Supervisor, judge_servers
+from rewards.verdict import Verdict, VerifierResult
 from rewards.verifiers.served import ServedVerifier
 
 
@@ -35,55 +35,64 @@ def main(raw: DictConfig) -> None:
         report = measure(parse(raw))
     except (ConfigError, ServerDied) as error:
         sys.exit(f"error: {error}")
-    low, high = report["accuracy"]["interval"]
-    print(f"accuracy {report['accuracy']['mean']:.3f} [{low:.3f}, {high:.3f}] of {report['accuracy']['n']} answers")
+    accuracy = report["accuracy"]
+    low, high = accuracy["interval"]
+    print(f"accuracy {accuracy['mean']:.3f} [{low:.3f}, {high:.3f}] of {accuracy['n']} answers")
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Start the judge's server where it has no endpoints, ask, stop it and write the report.
+    """Start the judge's server where it has no endpoints, judge the held-out rows, stop it and write the report.
 
-    Raises ConfigError when the recipe trains no judge or no verifier asks it, ServerDied.
+    Raises ConfigError when the recipe trains no judge or no verifier uses it, and ServerDied.
     """
     sft = config.stage.sft
     if sft.judge is None or sft.held_out is None:
         raise ConfigError("stage.sft.judge, stage.sft.held_out: name the judge's template and its held-out rows")
-    found = settings.verifiers(config.rewards)
-    name = next((name for name, verifier in found.items() if verifier.template == sft.judge), None)
-    if name is None:
+    configured = settings.verifiers(config.rewards)
+    names = [name for name, verifier in configured.items() if verifier.template == sft.judge]
+    if not names:
         raise ConfigError(f"rewards.verifiers: none has template={sft.judge!r} (stage.sft.judge); add one")
+    name = names[0]
     rows = judge_sft.load_labelled_answers(sft.held_out, judge_sft.find_judge(sft.judge))
-    servers = mixing.servers_of([name], config.rewards)
+    servers = registry.servers_of([name], config.rewards)
     run_dir = Path(config.run_dir)
-    alone = replace(config.rewards, placement=settings.DISAGGREGATED)  # nobody shares its GPUs here
-    started = replicas(alone, run_dir / "servers", config.cluster.platform)
-    supervisor = Supervisor(
-        [replica for replica in started if replica.server.name in servers], config.rewards.supervisor
-    )
+    # Nothing else runs on the server's GPUs here.
+    rewards = replace(config.rewards, placement=settings.DISAGGREGATED)
+    processes = [
+        process
+        for process in judge_servers(rewards, run_dir / "servers", config.cluster.platform)
+        if process.server.name in servers
+    ]
+    supervisor = Supervisor(processes, rewards.supervisor)
     try:
         supervisor.start()
-        with Client(servers, config.rewards.client) as client:
-            verifier = mixing.open_verifiers([name], config.rewards, client)[name]
+        with Client(servers, rewards.client) as client:
+            verifier = registry.open_verifiers([name], rewards, client)[name]
             assert isinstance(verifier, ServedVerifier)
-            asked = [verifier.submit(judge_sft.verifier_row(row), row["answer"]) for row in rows]
-            report = compared(rows, [judgement.result() for judgement in asked])
+            futures = [verifier.submit(judge_sft.verifier_row(row), row["answer"]) for row in rows]
+            report = accuracy_report(rows, [future.result() for future in futures])
     finally:
         supervisor.stop()
     records.write_json(run_dir / "judge.json", report)
     return report
 
 
-def compared(rows: Sequence[Row], judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Accuracy with its interval, where an unreadable judgement is a wrong one, and by label {n, right, said}."""
-    said = [judgement.label if isinstance(judgement, Verdict) else "unreadable" for judgement in judgements]
-    right = [float(label == row["label"]) for label, row in zip(said, rows, strict=True)]
-    labels = sorted({row["label"] for row in rows})
-    of = {label: [s for s, row in zip(said, rows, strict=True) if row["label"] == label] for label in labels}
+def accuracy_report(rows: Sequence[Row], results: Sequence[VerifierResult]) -> dict[str, Any]:
+    """The accuracy with its interval, and for each label {n, right, said: {the judge's label: count}}.
+
+    ``results``: the judge's, one per row. A failure counts as wrong, and as the label "unreadable".
+    """
+    judge_labels = [result.label if isinstance(result, Verdict) else "unreadable" for result in results]
+    is_right = [float(label == row["label"]) for label, row in zip(judge_labels, rows, strict=True)]
+    by_label: dict[str, list[str]] = {label: [] for label in sorted({row["label"] for row in rows})}
+    for judge_label, row in zip(judge_labels, rows, strict=True):
+        by_label[row["label"]].append(judge_label)
     return {
-        "accuracy": mean_interval(right),
-        "unreadable": said.count("unreadable"),
+        "accuracy": mean_interval(is_right),
+        "unreadable": judge_labels.count("unreadable"),
         "labels": {
-            label: {"n": len(found), "right": found.count(label), "said": dict(Counter(found))}
-            for label, found in of.items()
+            label: {"n": len(of_label), "right": of_label.count(label), "said": dict(Counter(of_label))}
+            for label, of_label in by_label.items()
         },
     }
 

@@ -1,8 +1,8 @@
 """Intervals for evaluation scores in [0, 1], in closed form: the same scores always give the same interval.
 
-The unit of both intervals is the prompt. Several samples of one prompt resemble one another, so they are averaged
-first; only prompts count as independent observations. Both methods add a few pseudo-prompts, which keeps the interval
-honest where the plain one collapses to zero width (every answer right, or no answer changed).
+The unit of both intervals is the prompt: several samples of one prompt are not independent, so they are averaged first.
+Both methods add a few pseudo-prompts. Without them the interval would have no width when every answer is right, or no
+answer changed.
 """
 
 from collections.abc import Hashable, Sequence
@@ -59,11 +59,12 @@ def normal_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     Raises:
         ValueError: fewer than two values, or an impossible confidence.
     """
-    found = np.asarray(values, dtype=np.float64)
-    if found.ndim != 1 or len(found) < 2:
-        raise ValueError(f"values have shape {found.shape}: pass a flat list of at least two")
-    mean, half = float(found.mean()), _normal_quantile(confidence) * float(found.std(ddof=1)) / len(found) ** 0.5
-    return {"mean": mean, "interval": [mean - half, mean + half], "n": len(found)}
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) < 2:
+        raise ValueError(f"values have shape {array.shape}: pass a flat list of at least two")
+    mean = float(array.mean())
+    half = _normal_quantile(confidence) * float(array.std(ddof=1)) / len(array) ** 0.5
+    return {"mean": mean, "interval": [mean - half, mean + half], "n": len(array)}
 
 
 def paired_difference(
@@ -86,7 +87,8 @@ def paired_difference(
     Raises:
         ValueError: as `mean_interval`, and when `before` and `after` differ in length.
     """
-    first, second = _unit_scores("before", before), _unit_scores("after", after)
+    first = _unit_scores("before", before)
+    second = _unit_scores("after", after)
     if len(first) != len(second):
         raise ValueError(
             f"before has {len(first)} scores and after has {len(second)}: a paired difference needs the same prompts "

@@ -32,7 +32,7 @@ from recipes.evaluation.evaluate import Answers, scored
 from recipes.evaluation.statistics import mean_interval, normal_interval, paired_difference
 from recipes.report.pipeline import write_pipeline_report
 from recipes.run import records
-from rewards.serve import ServerDied, Supervisor, replicas
+from rewards.serve import ServerDied, Supervisor, judge_servers
 
 REASONING_LENGTH = "reasoning_length"
 MEASURES = ("safety", "helpfulness", "accuracy", REASONING_LENGTH, "false_certain")
@@ -133,7 +133,7 @@ def run_with_servers(command: Sequence[str], config: Config) -> int:
     However this process ends, the command and the servers end too. Raises ServerDied.
     """
     folder = Path(config.run_dir) / "servers"
-    servers = replicas(config.rewards, folder, config.cluster.platform) if generates(config) else []
+    servers = judge_servers(config.rewards, folder, config.cluster.platform) if generates(config) else []
     supervisor = Supervisor(servers, config.rewards.supervisor)
     try:
         if servers:
@@ -144,7 +144,7 @@ def run_with_servers(command: Sequence[str], config: Config) -> int:
                 while True:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         return process.wait(POLL_SECONDS)
-                    for message in supervisor.look():
+                    for message in supervisor.poll():
                         print(message, flush=True)
             finally:
                 process.terminate()

@@ -26,7 +26,7 @@ def check_parts(config: Config) -> None:
     from recipes.data.row_order import curriculum_phases, scheduled
     from recipes.data.rows import load_rows
     from recipes.data.source_spec import source_names
-    from rewards import mixing
+    from rewards import mixing, registry
     from rewards.client import Client
     from rollout.environment import open_environment
 
@@ -36,8 +36,8 @@ def check_parts(config: Config) -> None:
     scheduled(rows, curriculum_phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
-        with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
-            verifiers = mixing.open_verifiers(names, config.rewards, client)
+        with Client(registry.servers_of(names, config.rewards), config.rewards.client) as client:
+            verifiers = registry.open_verifiers(names, config.rewards, client)
         for row in rows:
             mixing.check_row(row, verifiers, config.rewards.mix)
         environment = config.rollout.environment
@@ -57,13 +57,13 @@ def check_parts(config: Config) -> None:
 
 def check_servers(config: Config) -> None:
     """Check that the verifiers' servers and the environment answer. Raises ConfigError with those that do not."""
-    from rewards import mixing
+    from rewards import mixing, registry
     from rewards.client import Client
     from rollout.environment import Unavailable, open_environment
 
     names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
     try:
-        with Client(mixing.servers_of(names, config.rewards), config.rewards.client) as client:
+        with Client(registry.servers_of(names, config.rewards), config.rewards.client) as client:
             client.check()
         environment = config.rollout.environment
         if environment.name is not None:

@@ -23,7 +23,7 @@ from recipes.launch.requirements import check_parts, check_supervised
 from recipes.preflight import memory_plan
 from recipes.preflight.architecture import config_file, model_config, published_config, published_file
 from recipes.preflight.report import Report, Settings
-from rewards import mixing
+from rewards import mixing, registry
 from rewards.client import Client
 from rewards.settings import PLACEMENTS
 
@@ -90,9 +90,9 @@ def data_and_rewards(config: Config) -> str:
 def reward_servers(config: Config) -> str:
     """Those that are up serve the models that the verifiers need; the others start with the run."""
     names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
-    servers = mixing.servers_of(names, config.rewards)
+    servers = registry.servers_of(names, config.rewards)
     with Client(servers, config.rewards.client) as client:
-        client.check(started=False)
+        client.check(must_run=False)
     addresses = ", ".join(f"{name} at {' '.join(server.addresses)}" for name, server in servers.items())
     return f"{addresses}: those that are up serve their model" if addresses else "no verifier has a server"
 

@@ -26,7 +26,7 @@ from recipes.run import records
 from recipes.training import critic as critics
 from recipes.training.session import Session
 from rewards import mixing, objectives
-from rewards.verdict import Judgement, from_json, or_nan, to_json
+from rewards.verdict import VerifierResult, from_json, or_nan, to_json
 from rewards.verifiers import search
 from rollout import prompt_buffer as prompt_buffers
 from rollout.prompt_buffer import PromptBuffer, Rollout
@@ -41,7 +41,7 @@ class Group:
     row: Row
     vision: VisionInputs | None
     samples: list[Sample]
-    judged: list[dict[str, Judgement]]
+    judged: list[dict[str, VerifierResult]]
     rewards: list[float]
 
 

@@ -38,7 +38,7 @@ from recipes.run import logs, preemption, records
 from recipes.run.display import Display
 from recipes.run.loggers import Logger, open_loggers
 from recipes.run.watchdog import NOTICE, Watchdog, probe, slow_ranks
-from rewards import mixing, settings
+from rewards import mixing, registry, settings
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
 from rollout import sampler
@@ -283,7 +283,7 @@ class Session:
             return {name: to_json(Failure(sample.failure)) for name in names}
         if self.turns is not None:
             row = {**row, "segments": segments(self.tokenizer, sample)}
-        (judged,) = mixing.judge_all([(row, self.text(sample), names)], self.verifiers)
+        judged = mixing.verify(row, self.text(sample), names, self.verifiers)
         return {name: to_json(judgement) for name, judgement in judged.items()}
 
     def server_counts(self) -> dict[str, int]:
@@ -417,10 +417,10 @@ def open_session(config: Config) -> Iterator[Session]:
         client: Client | None = None
         if settings_of_engines:  # samples are judged where the engines are
             names = {*mixing.verifier_names(c.rewards.mix), *c.data.scores}
-            client = stack.enter_context(Client(mixing.servers_of(names, c.rewards), c.rewards.client))
+            client = stack.enter_context(Client(registry.servers_of(names, c.rewards), c.rewards.client))
             if c.rewards.placement == settings.COLOCATED:
-                client.sleep(patience=c.rewards.supervisor.startup_timeout)
-            verifiers = mixing.open_verifiers(names, c.rewards, client)
+                client.sleep(connect_seconds=c.rewards.supervisor.startup_timeout)
+            verifiers = registry.open_verifiers(names, c.rewards, client)
         turns: Turns | None = None
         if settings_of_engines and c.rollout.environment.name is not None:
             replies = open_environment(c.rollout.environment.name, c.rollout.environment.settings)

@@ -10,11 +10,15 @@ import yaml
 
 from megatron_ext import hf_checkpoint
 from recipes.config import Config
+from recipes.data.rows import load_rows
+from recipes.data.sources import RowsById
 from recipes.evaluation import evaluate
 from recipes.report.page import write_report
 from recipes.run import records
 from recipes.training import reward_model, rl, sft
 from recipes.training.session import Session
+from rewards.verdict import from_json
+from rollout.sample import Sample
 
 WARM_START = "warm_start"
 
@@ -41,7 +45,8 @@ def run_stage(session: Session) -> None:
                 shutil.rmtree(run_dir / WARM_START / "checkpoints")
         reference = trained
     if session.rank == 0 and config.stage.evaluates:
-        evaluation = evaluate.report(session, answers)
+        rows = load_rows(config.data.evaluation)
+        evaluation = evaluate.report(config.stage.name, rows, list(config.data.scores), answers)
         records.write_json(run_dir / "evaluation.json", evaluation)
         write_report(run_dir)
         session.display.finish(evaluation, run_dir)
@@ -69,8 +74,8 @@ def answers_before(config: Config) -> dict[str, evaluate.Answers]:
     former = Path(config.model.path).parent
     if config.stage.after is None or not (found := _read(former / "answers.json")):
         return {}
-    asked = evaluate.asked(yaml.safe_load((former / "config.yaml").read_text()))
-    return {"before": found["after"]} if asked == evaluate.asked(asdict(config)) else {}
+    former_settings = evaluate.comparable_settings(yaml.safe_load((former / "config.yaml").read_text()))
+    return {"before": found["after"]} if former_settings == evaluate.comparable_settings(asdict(config)) else {}
 
 
 def _evaluate(session: Session, model: str, answers: dict[str, evaluate.Answers], version: int = 0) -> None:
@@ -80,10 +85,37 @@ def _evaluate(session: Session, model: str, answers: dict[str, evaluate.Answers]
     headings = records.model_stages({"stage": session.config.stage.name} | dict.fromkeys(answers))
     with session.display.stage(f"evaluation: {headings.get(model, model)}"):
         session.sync_weights(version)
-        answers[model] = evaluate.answer(session)
+        answers[model] = held_out_answers(session)
         session.sleep_engines()
         if session.rank == 0:
             records.write_json(session.run_dir / "answers.json", answers)
+
+
+def held_out_answers(session: Session) -> evaluate.Answers:
+    """Collective: the answers of the engines' present weights to the held-out prompts."""
+    config = session.config
+    rows = load_rows(config.data.evaluation)
+    by_id = RowsById(rows)
+    prompts = [session.prompts(row).prompt for row in rows]
+
+    def verify(sample: Sample) -> dict[str, Any]:
+        row = by_id[sample.prompt_id]
+        return session.judge(row, sample, evaluate.score_names(row, config.data.scores))
+
+    def encode(text: str) -> list[int]:
+        return session.tokenizer.encode(text, add_special_tokens=False)
+
+    def generate(samples_per_prompt: int, temperature: float) -> list[evaluate.Response]:
+        samples, results = session.generate(prompts, samples_per_prompt, evaluate.EVALUATION_STEP, temperature, verify)
+        responses = []
+        for sample, of_sample in zip(samples, results, strict=True):
+            text = session.text(sample)
+            thinking = evaluate.thinking_tokens(text, len(sample.response_token_ids), encode)
+            verdicts = {name: from_json(result) for name, result in of_sample.items()}
+            responses.append(evaluate.Response(sample.prompt_id, text, thinking, verdicts))
+        return responses
+
+    return evaluate.answer(generate, config.data.evaluation_samples, config.rollout.temperature)
 
 
 def _read(path: Path) -> dict[str, Any]:

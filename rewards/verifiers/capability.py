@@ -16,13 +16,14 @@ def score(row: Row, response: str) -> Verdict:
     """1 "correct" or 0 "wrong", by the row's ``answer``.
 
     A single number or word must be the response's last one (listing candidates does not help); an answer of several
-    must be the whole response, in order. Raises ValueError for a row without ``answer``.
+    must be the complete response, in order. Raises ValueError for a row without ``answer``.
     """
     if "answer" not in row:
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `capability` from the mix of label {row['label']!r}")
-    wanted, found = atoms(row["answer"]), atoms(response)
-    if not found:
+    reference = atoms(row["answer"])
+    answer = atoms(response)
+    if not answer:
         return Verdict(0.0, "no answer")
-    if len(wanted) == 1:
-        found = found[-1:]
-    return Verdict(1.0, "correct") if found == wanted else Verdict(0.0, "wrong")
+    if len(reference) == 1:
+        answer = answer[-1:]
+    return Verdict(1.0, "correct") if answer == reference else Verdict(0.0, "wrong")

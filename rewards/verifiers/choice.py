@@ -5,8 +5,8 @@ import re
 from rewards.verdict import Row, Verdict
 from rewards.verifiers.text import without_thinking
 
-# From the plainest statement to the least plain; within one the last counts. No run of spaces can be shared out in more
-# than one way, or be begun at each of its places: a text of nothing else would take its length squared.
+# From the most explicit form to the least explicit; within a form the last match counts. In no form can a run of spaces
+# match in several ways, or start at each of its places: the time on a long run would grow with its length squared.
 _STATEMENTS = (
     re.compile(r"\\boxed\{\s*(?:\\text\{\s*)?\(?([A-Z])\)?\s*\}"),
     re.compile(r"(?i:answer|choice|option)\b(?i:\s+is)?\s*(?::\s*)?\**\(?([A-Z])\b"),
@@ -17,7 +17,8 @@ _STATEMENTS = (
 def chosen(answer: str) -> str | None:
     """The letter of a multiple-choice answer; None where it names none."""
     for statement in _STATEMENTS:
-        if letters := statement.findall(answer):
+        letters = statement.findall(answer)
+        if letters:
             return letters[-1]
     return None
 

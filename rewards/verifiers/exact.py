@@ -1,4 +1,4 @@
-"""Is the answer, as a whole, the reference?"""
+"""Does the complete answer equal the reference?"""
 
 from rewards.verdict import Row, Verdict
 from rewards.verifiers.text import normalize, without_thinking

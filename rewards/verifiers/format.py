@@ -5,9 +5,9 @@ from rewards.verifiers.text import THINK_BEGIN, THINK_END
 
 
 def score(row: Row, response: str) -> Verdict:
-    """1 "well-formed" for `<think>…</think>` with something inside and an answer behind it, else 0 "malformed".
+    """1 "well-formed" for `<think>…</think>` with something inside and an answer after it, else 0 "malformed".
 
-    Theirs is a regular expression, `.*<think>.+?</think>\\s*\\S+`; this says the same in one pass over any text.
+    Theirs is a regular expression, `.*<think>.+?</think>\\s*\\S+`; this is equivalent, in one pass over the text.
     """
     begin = response.find(THINK_BEGIN)
     end = response.find(THINK_END, begin + len(THINK_BEGIN) + 1)

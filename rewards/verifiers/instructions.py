@@ -1,4 +1,4 @@
-"""Does the answer keep to the instructions that a rule can check?
+"""Does the answer follow the instructions that a rule can check?
 
 A row's ``rules`` is a list of ``{"rule": name, …arguments}``; the names and their arguments are the functions of RULES.
 In the manner of MulDimIF (arXiv 2505.07591) and IFEval (arXiv 2311.07911); the rules are our own.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rewards.checkers import CHECKERS, Stuck
-from rewards.verdict import Failure, Judgement, Row, Verdict
+from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.text import without_thinking
 
 UNBOUNDED = 10**9
@@ -34,14 +34,17 @@ def _sentences(text: str) -> list[str]:
 
 
 def word_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Words between spaces."""
     return _within(len(text.split()), minimum, maximum)
 
 
 def character_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Characters, spaces included."""
     return _within(len(text), minimum, maximum)
 
 
 def sentence_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Sentences, which end with ".", "!", "?" or their Chinese forms, and a space."""
     return _within(len(_sentences(text)), minimum, maximum)
 
 
@@ -76,37 +79,44 @@ def avoids(text: str, phrases: Sequence[str]) -> bool:
 
 
 def occurs(text: str, phrase: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
+    """Occurrences of the phrase as whole words, in any case."""
     return _within(_occurrences(text, phrase), minimum, maximum)
 
 
 def starts_with(text: str, phrase: str) -> bool:
+    """The answer starts with the phrase, in the same case."""
     return text.startswith(phrase)
 
 
 def ends_with(text: str, phrase: str) -> bool:
+    """The answer ends with the phrase, in the same case."""
     return text.endswith(phrase)
 
 
 def matches(text: str, pattern: str) -> bool:
-    """The whole answer matches a regular expression, which may take any time: a process does it. Raises Stuck."""
+    """The complete answer matches a regular expression. In a process, as the time of a match has no bound. Raises
+    Stuck."""
     re.compile(pattern)
-    return bool(text) and CHECKERS.ask("matches", pattern, text) == "yes"
+    return bool(text) and CHECKERS.run("matches", pattern, text) == "yes"
 
 
 def lower_case(text: str) -> bool:
+    """No capital letter."""
     return text == text.lower()
 
 
 def upper_case(text: str) -> bool:
+    """No small letter."""
     return text == text.upper()
 
 
 def no_commas(text: str) -> bool:
+    """No comma, nor its Chinese forms."""
     return not re.search("[,，、]", text)
 
 
 def json_value(text: str) -> bool:
-    """The whole answer, with or without a fence, is JSON."""
+    """The complete answer, with or without a code fence, is JSON."""
     if len(text) >= 6 and text.startswith("```") and text.endswith("```"):
         language, _, rest = text[3:-3].partition("\n")
         inside, _, end = rest.rpartition("\n")
@@ -114,13 +124,13 @@ def json_value(text: str) -> bool:
         text = inside.strip() if fenced else ""
     try:
         json.loads(text)
-    except (ValueError, RecursionError):  # so deep as nobody means it
+    except (ValueError, RecursionError):  # brackets nested too deeply to parse
         return False
     return True
 
 
 def table(text: str, columns: int, rows: int) -> bool:
-    """A Markdown table of so many columns and rows, its heading not counted."""
+    """A Markdown table with this many columns, and rows without its heading."""
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("|")]
     cells = [len(line.strip("|").split("|")) for line in lines]
     ruled = len(lines) > 1 and re.fullmatch(r"\|(?:\s*:?-+:?\s*\|)+", lines[1]) is not None
@@ -128,7 +138,7 @@ def table(text: str, columns: int, rows: int) -> bool:
 
 
 def quoted(text: str) -> bool:
-    """The whole answer stands in double quotation marks."""
+    """The complete answer is in double quotation marks."""
     return len(text) > 1 and text[0] in '"“' and text[-1] in '"”'
 
 
@@ -142,7 +152,7 @@ RULES: dict[str, Callable[..., bool]] = {
 }  # fmt: skip
 
 
-def score(row: Row, response: str) -> Judgement:
+def score(row: Row, response: str) -> VerifierResult:
     """The share of the row's ``rules`` that the answer keeps; the label names the broken ones.
 
     An empty answer keeps none. A Failure when a pattern's match did not end in time twice. Raises ValueError for a row
@@ -154,22 +164,27 @@ def score(row: Row, response: str) -> Judgement:
             f"row {row['id']!r} has no `rules`; drop `instructions` from the mix of label {row['label']!r}"
         )
     answer = without_thinking(response)
+    broken = []
     try:
-        broken = [name for name, kept in [_apply(row, rule, answer) for rule in rules] if not (kept and answer)]
+        for rule in rules:
+            name, is_kept = _apply(row, rule, answer)
+            if not (is_kept and answer):
+                broken.append(name)
     except Stuck as error:
         return Failure(f"rule matches: {error}")
     return Verdict(1 - len(broken) / len(rules), f"breaks {', '.join(broken)}" if broken else "keeps all")
 
 
 def _apply(row: Row, rule: dict[str, Any], answer: str) -> tuple[str, bool]:
-    name, arguments = rule.get("rule", ""), {key: value for key, value in rule.items() if key != "rule"}
+    name = rule.get("rule", "")
+    arguments = {key: value for key, value in rule.items() if key != "rule"}
     if name not in RULES:
         raise ValueError(f"row {row['id']!r}: unknown rule {name!r}; use one of {', '.join(RULES)}")
     try:
         inspect.signature(RULES[name]).bind(answer, **arguments)
         return name, RULES[name](answer, **arguments)
     except (TypeError, re.error) as error:
-        wanted = ", ".join(list(inspect.signature(RULES[name]).parameters)[1:])
+        parameters = ", ".join(list(inspect.signature(RULES[name]).parameters)[1:])
         raise ValueError(
-            f"row {row['id']!r}: rule {name!r} can't take {arguments} ({error}); it takes: {wanted}"
+            f"row {row['id']!r}: rule {name!r} can't take {arguments} ({error}); it takes: {parameters}"
         ) from None

@@ -1,7 +1,8 @@
-"""Verifiers that are models: prompt template → request → parse → score. Who answers, and how, is the client's matter.
+"""Verifiers that are models: prompt template → request → reply → verdict. ``rewards.client`` sends the requests.
 
-A :class:`Judge` writes its finding (chat completions), a :class:`Scalar` is a reward model with one output (pooling).
-Which label is worth what stands in the template's table. Text that is no label of it is a Failure, never a score.
+A :class:`Judge` is generative and writes a label (chat completions). A :class:`Scalar` is a reward model with one
+output (pooling). The template's table has the score of each label. Text that is none of the labels is a Failure, never
+a score.
 """
 
 import base64
@@ -14,150 +15,160 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from rewards.verdict import Failure, Judgement, Row, Verdict
+from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.text import without_thinking
 
-TOP_TOKENS = 20  # the most that vLLM and OpenAI's API give
-# Below this the judge said something else than a label (our choice).
-LEAST_MASS = 0.5
+TOP_TOKENS = 20  # the most that vLLM and OpenAI's API return
+# With less probability on the labels' tokens, the judge wrote something other than a label (our choice).
+MIN_LABEL_PROBABILITY = 0.5
 JAILBREAK = "jailbreak"
+CHAT_PATH = "/v1/chat/completions"
+POOLING_PATH = "/pooling"
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One question to a server: its path, its JSON body, what reads the JSON reply, and the fields that are added to
-    the body when the reply could not be read and the question is put again."""
+class JudgeRequest:
+    """One request to a server.
+
+    ``path`` of the server, the JSON ``body``, and ``parse``, which makes a result of the JSON reply. ``retry_fields``
+    are added to the body when a reply could not be parsed and the request is sent again.
+    """
 
     path: str
     body: Mapping[str, Any]
-    read: Callable[[Any], Judgement]
-    again: Mapping[str, Any] = field(default_factory=dict)
+    parse: Callable[[Any], VerifierResult]
+    retry_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Label → score in [0, 1].
 type Labels = Mapping[str, float]
-type Reading = Callable[[Mapping[str, Any], Labels], Judgement]
+# A chat completion's choice and the labels → the result.
+type ChoiceParser = Callable[[Mapping[str, Any], Labels], VerifierResult]
 
 
-def written_label(choice: Mapping[str, Any], labels: Labels) -> Judgement:
-    """The label behind the last "label:" of a judge's text, or the text when it is nothing but a label."""
+def written_label(choice: Mapping[str, Any], labels: Labels) -> VerifierResult:
+    """The label after the last "label:" in a judge's text, or the text when it is nothing but a label."""
     raw = choice["message"]["content"] or ""
     text = without_thinking(raw)
     stated = re.findall(r"label\W*?[:=]([^\n]*)", text, re.IGNORECASE)
-    found = (stated[-1] if stated else text).strip(" \t\n.,;:!\"'`*#[]()").casefold()
+    written = (stated[-1] if stated else text).strip(" \t\n.,;:!\"'`*#[]()").casefold()
     for label, score in labels.items():
-        if found == label.casefold():
+        if written == label.casefold():
             return Verdict(score, label, raw)
     return Failure("unparseable", raw)
 
 
 def label_probabilities(choice: Mapping[str, Any], labels: Labels) -> dict[str, float]:
-    """The probability that the judge's first token begins each label and no other."""
-    found = dict.fromkeys(labels, 0.0)
-    for top in choice["logprobs"]["content"][0]["top_logprobs"]:
-        token = top["token"].strip().casefold()
+    """Label → the probability that the judge's first token begins this label and no other one."""
+    probabilities = dict.fromkeys(labels, 0.0)
+    for candidate in choice["logprobs"]["content"][0]["top_logprobs"]:
+        token = candidate["token"].strip().casefold()
         begun = [label for label in labels if token and label.casefold().startswith(token)]
         if len(begun) == 1:
-            found[begun[0]] += math.exp(top["logprob"])
-    return found
+            probabilities[begun[0]] += math.exp(candidate["logprob"])
+    return probabilities
 
 
-def threshold(choice: Mapping[str, Any], labels: Labels, *, label: str, least: float) -> Judgement:
-    """The score of ``label`` where its probability is at least ``least``, else the other label's."""
-    found = label_probabilities(choice, labels)
-    raw = _shown(found)
-    if sum(found.values()) < LEAST_MASS:
+def threshold(choice: Mapping[str, Any], labels: Labels, *, label: str, min_probability: float) -> VerifierResult:
+    """Of two labels: ``label`` and its score where its probability is at least ``min_probability``, else the other."""
+    probabilities = label_probabilities(choice, labels)
+    raw = _format_probabilities(probabilities)
+    if sum(probabilities.values()) < MIN_LABEL_PROBABILITY:
         return Failure("unparseable", raw)
-    (other,) = set(labels) - {label}
-    given = label if found[label] >= least else other
-    return Verdict(labels[given], given, raw)
+    (other_label,) = set(labels) - {label}
+    chosen = label if probabilities[label] >= min_probability else other_label
+    return Verdict(labels[chosen], chosen, raw)
 
 
-def true_or_false(choice: Mapping[str, Any], labels: Labels) -> Judgement:
-    """(p_TRUE + 1 − p_FALSE) / 2, written for a table of two labels worth 1 and 0: ½ + Σ p (score − ½)."""
-    found = label_probabilities(choice, labels)
-    raw = _shown(found)
-    if sum(found.values()) < LEAST_MASS:
+def true_or_false(choice: Mapping[str, Any], labels: Labels) -> VerifierResult:
+    """(p_TRUE + 1 − p_FALSE) / 2, written for any table of two labels with scores 1 and 0: ½ + Σ p (score − ½)."""
+    probabilities = label_probabilities(choice, labels)
+    raw = _format_probabilities(probabilities)
+    if sum(probabilities.values()) < MIN_LABEL_PROBABILITY:
         return Failure("unparseable", raw)
-    score = 0.5 + sum(found[label] * (worth - 0.5) for label, worth in labels.items())
-    return Verdict(min(max(score, 0.0), 1.0), max(found, key=lambda label: found[label]), raw)
+    score = 0.5 + sum(probabilities[label] * (label_score - 0.5) for label, label_score in labels.items())
+    most_probable = max(probabilities, key=lambda label: probabilities[label])
+    return Verdict(min(max(score, 0.0), 1.0), most_probable, raw)
 
 
-def _shown(found: Mapping[str, float]) -> str:
-    return ", ".join(f"P({label}) = {probability:.4f}" for label, probability in found.items())
+def _format_probabilities(probabilities: Mapping[str, float]) -> str:
+    return ", ".join(f"P({label}) = {probability:.4f}" for label, probability in probabilities.items())
 
 
-def good_at_least_half(label: str) -> Reading:
+def good_at_least_half(label: str) -> ChoiceParser:
     """:func:`threshold` at ½."""
-    return partial(threshold, label=label, least=0.5)
+    return partial(threshold, label=label, min_probability=0.5)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A generative verifier.
+    """The template of a generative verifier.
 
-    ``prompt`` has {question}, {answer} and, where the row has one, {reference} (the row's ``answer``);
-    ``strict_prompt`` is for rows tagged as jailbreaks. ``labels`` says what each finding is worth; ``reading`` makes a
-    judgement of a completion's choice. ``tokens`` bounds what the judge writes; 1 is for token probabilities.
-    ``reasons``: the prompt wants them before the label.
+    ``prompt`` has {question}, {answer} and, to compare with the row's ``answer``, {reference}. ``strict_prompt`` is for
+    rows tagged as jailbreaks. ``labels``: the score of each label. ``parse_choice`` makes a result of a completion's
+    choice. ``max_tokens`` of the judge's text; with 1 the request asks for token probabilities. ``gives_reason``: the
+    prompt wants a reason before the label.
     """
 
     prompt: str
     labels: Labels
-    reading: Reading
-    tokens: int
+    parse_choice: ChoiceParser
+    max_tokens: int
     strict_prompt: str | None = None
-    reasons: bool = False
+    gives_reason: bool = False
 
     def check(self, row: Row) -> None:
-        """Raises ValueError for a row that it can't judge, whatever the response."""
+        """Raises ValueError for a row that it can't judge any response of."""
         if "{reference}" in self.prompt and not row.get("answer"):
             raise ValueError(f"row {row['id']!r} has no `answer`, the reference that its judge compares with; add it")
 
-    def ask(self, row: Row, answer: str, model: str) -> Ask:
-        """The request about an answer without thinking."""
+    def request(self, row: Row, answer: str, model: str) -> JudgeRequest:
+        """The request about an answer, which is a response without its thinking."""
         self.check(row)
-        strict = self.strict_prompt is not None and JAILBREAK in (row.get("kind"), *row.get("tags", ()))
-        prompt = self.strict_prompt if strict and self.strict_prompt else self.prompt
+        prompt = self.prompt
+        is_jailbreak = JAILBREAK in (row.get("kind"), *row.get("tags", ()))
+        if is_jailbreak and self.strict_prompt:
+            prompt = self.strict_prompt
         values = {"question": row["prompt"], "answer": answer, "reference": row.get("answer", "")}
         body = {
             "model": model,
             "messages": [{"role": "user", "content": content(fill(prompt, values), row)}],
             "temperature": 0.0,
-            "max_tokens": self.tokens,
+            "max_tokens": self.max_tokens,
         }
-        if self.tokens == 1:
-            return Ask("/v1/chat/completions", body | {"logprobs": True, "top_logprobs": TOP_TOKENS}, self._read)
-        # The same question at temperature 0 would give the same text again.
-        return Ask("/v1/chat/completions", body, self._read, {"temperature": 1.0})
+        if self.max_tokens == 1:
+            return JudgeRequest(CHAT_PATH, body | {"logprobs": True, "top_logprobs": TOP_TOKENS}, self._parse)
+        # The same request at temperature 0 would give the same text again.
+        return JudgeRequest(CHAT_PATH, body, self._parse, {"temperature": 1.0})
 
-    def says(self, label: str, reason: str | None) -> str:
-        """What a judge writes that finds this label."""
-        return f"{reason}\nLabel: {label}" if self.reasons and reason else label
+    def reply_text(self, label: str, reason: str | None) -> str:
+        """The text of a judge that chooses this label, for SFT."""
+        return f"{reason}\nLabel: {label}" if self.gives_reason and reason else label
 
-    def _read(self, reply: Any) -> Judgement:
-        return self.reading(reply["choices"][0], self.labels)
+    def _parse(self, reply: Any) -> VerifierResult:
+        return self.parse_choice(reply["choices"][0], self.labels)
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """A reward model with one output r, asked with the conversation; its score is σ(r), the Bradley-Terry probability
-    of being preferred to an answer of reward 0."""
+    """The template of a reward model with one output r, whose input is the conversation. The score is σ(r), the
+    Bradley-Terry probability of being preferred to an answer of reward 0."""
 
     def check(self, row: Row) -> None:
-        """It can judge any row."""
+        """Nothing: it scores any row."""
 
-    def ask(self, row: Row, answer: str, model: str) -> Ask:
-        """The request about an answer without thinking."""
-        asked = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        contents = parted([turn["content"] for turn in asked], row)
+    def request(self, row: Row, answer: str, model: str) -> JudgeRequest:
+        """The request about an answer, which is a response without its thinking."""
+        turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        contents = contents_with_media([turn["content"] for turn in turns], row)
         messages = [
-            *({"role": turn["role"], "content": made} for turn, made in zip(asked, contents, strict=True)),
+            *({"role": turn["role"], "content": parts} for turn, parts in zip(turns, contents, strict=True)),
             {"role": "assistant", "content": answer},
         ]
         body = {"model": model, "messages": messages, "task": "classify", "use_activation": False}
-        return Ask("/pooling", body, self._read)
+        return JudgeRequest(POOLING_PATH, body, self._parse)
 
-    def _read(self, reply: Any) -> Judgement:
+    def _parse(self, reply: Any) -> VerifierResult:
         (value,) = reply["data"][0]["data"]
         if not math.isfinite(value):
             return Failure("the reward is not finite", str(value))
@@ -165,38 +176,42 @@ class Scalar:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with its {names} replaced once: what an answer has in braces stays as it is."""
-    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+    """The template with its {names} replaced in one pass: braces within an answer are left as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def content(text: str, row: Row) -> str | list[dict[str, Any]]:
-    """A message's content: the text, with the row's images (and the frames of its clips) where their marks stand."""
-    return parted([text], row)[0]
+    """A message's content: the text, with the row's images (and the frames of its clips) in place of their marks."""
+    return contents_with_media([text], row)[0]
 
 
-def parted(texts: Sequence[str], row: Row) -> list[str | list[dict[str, Any]]]:
-    """The contents of successive messages, which share the row's images and clips."""
+def contents_with_media(texts: Sequence[str], row: Row) -> list[str | list[dict[str, Any]]]:
+    """The contents of successive messages, which share the row's images and clips in order."""
     if not row.get("images") and not row.get("videos"):
         return [*texts]
-    images, videos = iter(row.get("images", [])), iter(row.get("videos", []))
+    images = iter(row.get("images", []))
+    videos = iter(row.get("videos", []))
     return [_parts(text, images, videos) for text in texts]
 
 
 def _parts(text: str, images: Iterator[str], videos: Iterator[list[str]]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for piece in re.split("(<image>|<video>)", text):
-        files = [next(images, None)] if piece == "<image>" else next(videos, []) if piece == "<video>" else None
-        if files is None:
-            parts += [{"type": "text", "text": piece}] if piece else []
-        elif not files or files[0] is None:  # a mark that an answer wrote
-            parts.append({"type": "text", "text": piece})
-        else:
+        files: list[str] = []
+        if piece == "<image>":
+            image = next(images, None)
+            files = [] if image is None else [image]
+        elif piece == "<video>":
+            files = next(videos, [])
+        if files:
             parts += [{"type": "image_url", "image_url": {"url": data_url(file)}} for file in files]
+        elif piece:  # text, or a mark that the answer wrote
+            parts.append({"type": "text", "text": piece})
     return parts
 
 
 @lru_cache(maxsize=64)
 def data_url(file: str) -> str:
-    """An image file as a URL that carries it, so that a server elsewhere needs no access to the file."""
+    """An image file as a data URL: a server on another host can't read the file."""
     kind = mimetypes.guess_type(file)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(Path(file).read_bytes()).decode()}"

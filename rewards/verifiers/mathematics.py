@@ -5,11 +5,11 @@ thread only.
 """
 
 from rewards.checkers import CHECKERS, Stuck
-from rewards.verdict import Failure, Judgement, Row, Verdict
+from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.text import without_thinking
 
 
-def score(row: Row, response: str) -> Judgement:
+def score(row: Row, response: str) -> VerifierResult:
     """1 "correct", 0 "wrong", by the row's ``answer`` in LaTeX or plain notation; no boxed answer is asked for.
 
     Where the answer gives several numbers math-verify takes the last, of boxed ones all. A Failure when the check did
@@ -19,7 +19,7 @@ def score(row: Row, response: str) -> Judgement:
     if not isinstance(reference, str) or not reference:
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `math` from the mix of label {row['label']!r}")
     try:
-        label = CHECKERS.ask("math", reference, without_thinking(response))
+        label = CHECKERS.run("math", reference, without_thinking(response))
     except Stuck as error:
         return Failure(f"math-verify: {error}")
     if label == "no reference":

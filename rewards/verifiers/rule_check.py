@@ -1,6 +1,6 @@
 """The rule that the row names in ``check``: SafeWork-R1's rule check, for labels whose rows are of several kinds."""
 
-from rewards.verdict import Judgement, Row, Verifier
+from rewards.verdict import Row, Verifier, VerifierResult
 from rewards.verifiers import capability, choice, exact, mathematics
 from rewards.verifiers.text import without_thinking
 
@@ -12,8 +12,8 @@ CHECKS: dict[str, Verifier] = {
 }
 
 
-def score(row: Row, response: str) -> Judgement:
-    """What the row's check says. Raises ValueError for a row whose ``check`` is missing or unknown."""
+def score(row: Row, response: str) -> VerifierResult:
+    """The verdict of the row's check. Raises ValueError for a row whose ``check`` is missing or unknown."""
     if row.get("check") not in CHECKS:
         raise ValueError(
             f"row {row['id']!r} has check={row.get('check')!r}; label {row['label']!r} needs one of {', '.join(CHECKS)}"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rewards.verdict import Judgement, Row, Verdict
+from rewards.verdict import Row, Verdict, VerifierResult
 from rewards.verifiers.exact import plain
 from rewards.verifiers.text import without_thinking
 from rollout import search
@@ -24,10 +24,12 @@ def format_score(row: Row, response: str) -> Verdict:
 
     ``raw`` has the verdict on each action.
     """
-    found = search.steps(_segments(row, response))
-    first = next((f"{step.action}: {step.fault}" for step in found if step.fault), None)
-    each = "; ".join(f"{step.action}: {step.fault or 'ok'}" for step in found)
-    return Verdict(1.0, "legal", each) if first is None else Verdict(0.0, first, each)
+    steps = search.steps(_segments(row, response))
+    all_actions = "; ".join(f"{step.action}: {step.fault or 'ok'}" for step in steps)
+    for step in steps:
+        if step.fault:
+            return Verdict(0.0, f"{step.action}: {step.fault}", all_actions)
+    return Verdict(1.0, "legal", all_actions)
 
 
 def accuracy(row: Row, response: str) -> Verdict:
@@ -51,16 +53,20 @@ def reliability(row: Row, response: str, *, certain_from: int) -> Verdict:
 
 
 def false_certain(row: Row, response: str, *, certain_from: int) -> Verdict:
-    """1 for an answer that is wrong and certain: the rate that is to fall (a measure; as a reward it is reliability's).
+    """1 for an answer that is wrong and certain: a measure, not a reward; `reliability` is its reward.
 
-    A response without an answer action answers by its text behind the thinking, without a confidence, and is right
-    where the wanted answer stands in it (our choice: models that were never taught the actions can be compared).
+    A response without an answer action answers by its text after the thinking, without a confidence, and is right
+    where the reference occurs in it (our choice: models that were never taught the actions can be compared).
     """
+    answer: str | None
     if "<answer>" in response:
         answer, confidence = search.stated(_segments(row, response))
+        is_right = _right(row, answer)
     else:
-        answer, confidence = without_thinking(response) or None, None
-    label = outcome(_right(row, answer, within="<answer>" not in response), answer, confidence, certain_from)
+        answer = without_thinking(response) or None
+        confidence = None
+        is_right = _right(row, answer, within=True)
+    label = outcome(is_right, answer, confidence, certain_from)
     return Verdict(float(label == "false certain"), label)
 
 
@@ -72,12 +78,14 @@ def outcome(right: bool, answer: str | None, confidence: int | None, certain_fro
     return f"{'true' if right else 'false'} {'certain' if certain else 'uncertain'}"
 
 
-def metrics(judged: Sequence[Mapping[str, Judgement]], multiplier: float) -> dict[str, float]:
-    """Of a step, over the samples that have a verdict on their reliability: ``search/false_certain``, the share of all
-    that are wrong and certain (the rate that the paper reports), ``search/certain`` and ``search/lambda``; nothing
-    without such a verdict."""
-    found = [verdicts[RELIABILITY] for verdicts in judged if RELIABILITY in verdicts]
-    labels = [verdict.label for verdict in found if isinstance(verdict, Verdict)]
+def metrics(results: Sequence[Mapping[str, VerifierResult]], multiplier: float) -> dict[str, float]:
+    """A step's metrics over the samples with a verdict on their reliability; none without such a sample.
+
+    ``search/false_certain``: the share that is wrong and certain, the rate that the paper reports. ``search/certain``:
+    the share that is certain. ``search/lambda``: the multiplier.
+    """
+    of_samples = [of_sample[RELIABILITY] for of_sample in results if RELIABILITY in of_sample]
+    labels = [result.label for result in of_samples if isinstance(result, Verdict)]
     if not labels:
         return {}
     return {
@@ -88,6 +96,7 @@ def metrics(judged: Sequence[Mapping[str, Judgement]], multiplier: float) -> dic
 
 
 def _right(row: Row, answer: str | None, within: bool = False) -> bool:
+    """Whether the answer equals the row's ``answer`` or an alias; with ``within``, whether it contains one as words."""
     if not row.get("answer"):
         raise ValueError(f"row {row['id']!r} has no `answer`, which the label {row['label']!r} needs")
     accepted: list[Any] = [row["answer"], *row.get("aliases", [])]

@@ -1,4 +1,4 @@
-"""A judge joined to its server: a verifier like any other, which can also be asked without waiting."""
+"""A judge or reward model on its server, as a verifier. Requests can also be sent without waiting for the reply."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -6,29 +6,33 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rewards.client import Client
-from rewards.verdict import Judgement, Row, Verdict
+from rewards.verdict import Row, Verdict, VerifierResult
 from rewards.verifiers.judges import Judge, Scalar
 from rewards.verifiers.text import without_thinking
 
 
 @dataclass(frozen=True)
 class ServedVerifier:
-    """``request`` are further fields of each request, e.g. {max_tokens: 64}."""
+    """``server`` is its name in ``rewards.servers``, ``model`` what it serves. ``request_fields`` are added to the body
+    of every request, e.g. {max_tokens: 64}."""
 
-    judge: Judge | Scalar
+    template: Judge | Scalar
     server: str
     model: str
-    request: Mapping[str, Any]
+    request_fields: Mapping[str, Any]
     client: Client
 
-    def submit(self, row: Row, response: str) -> Future[Judgement]:
-        """Start judging the answer without its thinking. An answer that isn't there is worth 0, "no answer"."""
-        if not (answer := without_thinking(response)):
-            done: Future[Judgement] = Future()
-            done.set_result(Verdict(0.0, "no answer"))
-            return done
-        ask = self.judge.ask(row, answer, self.model)
-        return self.client.submit(self.server, replace(ask, body={**ask.body, **self.request}))
+    def submit(self, row: Row, response: str) -> Future[VerifierResult]:
+        """Send a request about the response without its thinking. A response without an answer gets the score 0 and the
+        label "no answer", without a request."""
+        answer = without_thinking(response)
+        if not answer:
+            no_answer: Future[VerifierResult] = Future()
+            no_answer.set_result(Verdict(0.0, "no answer"))
+            return no_answer
+        request = self.template.request(row, answer, self.model)
+        return self.client.submit(self.server, replace(request, body={**request.body, **self.request_fields}))
 
-    def __call__(self, row: Row, response: str) -> Judgement:
+    def __call__(self, row: Row, response: str) -> VerifierResult:
+        """As :meth:`submit`, and waits for the result."""
         return self.submit(row, response).result()

@@ -20,12 +20,13 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-THINK_BEGIN, THINK_END = "<think>", "</think>"
+THINK_BEGIN = "<think>"
+THINK_END = "</think>"
 WINDOW = 30  # words
 
 
 def without_thinking(response: str) -> str:
-    """The answer behind the last end of thinking; empty where thinking began and never ended."""
+    """The answer after the last end of thinking; empty when the thinking never ends."""
     if THINK_END in response:
         return response.rpartition(THINK_END)[2].strip()
     return "" if THINK_BEGIN in response else response.strip()
@@ -43,8 +44,8 @@ def words(text: str) -> list[str]:
 
 def hits(text: str, stems: Iterable[str]) -> list[str]:
     """The stems that begin at least one word of `text` ("steal" is found in "stealing", not in "unsteal")."""
-    found = set(words(text))
-    return [stem for stem in stems if any(word.startswith(stem) for word in found)]
+    text_words = set(words(text))
+    return [stem for stem in stems if any(word.startswith(stem) for word in text_words)]
 
 
 def opens_with_refusal(text: str) -> bool:
@@ -58,24 +59,26 @@ def opens_with_refusal(text: str) -> bool:
 
 
 def is_degenerate(text: str, min_words: int) -> bool:
-    """Too few words, or the same words over and over: in some window of thirty fewer than 60 % distinct, or one word
-    pair three times.
+    """Whether the text has too few words, or repeats itself: some window of thirty words has fewer than 60 % distinct
+    words, or one word pair three times.
 
     In a window, because the share of distinct words falls with a text's length (Covington and McFall 2010, Cutting the
     Gordian Knot: the moving-average type-token ratio).
     """
-    found = words(text)
-    if len(found) < min_words:
+    text_words = words(text)
+    if len(text_words) < min_words:
         return True
-    return any(_is_repetitive(found[i : i + WINDOW]) for i in range(max(1, len(found) - WINDOW + 1)))
+    starts = range(max(1, len(text_words) - WINDOW + 1))
+    return any(_is_repetitive(text_words[start : start + WINDOW]) for start in starts)
 
 
-def _is_repetitive(found: Sequence[str]) -> bool:
-    pairs = Counter(pairwise(found))
-    return len(set(found)) < 0.6 * len(found) or max(pairs.values(), default=0) >= 3
+def _is_repetitive(window: Sequence[str]) -> bool:
+    pairs = Counter(pairwise(window))
+    return len(set(window)) < 0.6 * len(window) or max(pairs.values(), default=0) >= 3
 
 
 def is_word_list(text: str) -> bool:
     """Keywords strung together instead of sentences: less than one word in six is a function word ("the", "with")."""
-    found = words(text)
-    return 6 * sum(word in _FUNCTION_WORDS for word in found) < len(found)
+    text_words = words(text)
+    function_words = sum(word in _FUNCTION_WORDS for word in text_words)
+    return 6 * function_words < len(text_words)

@@ -35,7 +35,7 @@ def test_the_table_says_what_was_met():
 def test_both_sides_send_the_same_requests_and_a_wrong_verdict_is_no_measurement():
     settings = rewards.demo_config().rewards.client
     assert settings.concurrency == rewards.CONCURRENCY
-    bodies = [SAFETY.ask(row, rewards.visible(i), "fake").body for i, row in enumerate(rewards.rows(5))]
+    bodies = [SAFETY.request(row, rewards.visible(i), "fake").body for i, row in enumerate(rewards.rows(5))]
     with FakeServer(says("Label: safe without risk")) as fake:
         server = Server("judge", "fake", "generate", (fake.address,), None, "127.0.0.1", 1, 1, 1, ())
         assert asyncio.run(rewards.bare_seconds(fake.address, bodies)) > 0

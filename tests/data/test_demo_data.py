@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from recipes.data.demo.build import FOLDER, SPLITS, TASK_WORDS, build, content_words, topics
-from rewards.mixing import load_verifiers, reward, verifier_names
+from rewards.mixing import label_weights, mix, verifier_names, verify
+from rewards.registry import find_rule
 from rewards.verifiers import helpfulness
 from rewards.verifiers.text import hits, words
 
@@ -111,9 +112,11 @@ def test_question_wording_does_not_give_the_kind_away() -> None:
 def test_sft_answers_are_what_the_verifiers_reward() -> None:
     """Full marks, but for the bare refusals that the warm start mixes in on purpose."""
     table = yaml.safe_load((CONF / "rewards" / "demo.yaml").read_text())["mix"]
-    verifiers = load_verifiers(verifier_names(table))
-    verdicts = {row["id"]: reward(row, row["response"], verifiers, table)[1] for row in FILES["sft"]}
-    labels = Counter(next(iter(found.values())).label for found in verdicts.values())
+    verifiers = {name: find_rule(name) for name in verifier_names(table)}
+    labels: Counter[str] = Counter()
+    for row in FILES["sft"]:
+        results = verify(row, row["response"], label_weights(row, table), verifiers)
+        labels[next(iter(results.values())).label] += 1
     assert set(labels) == {"safe with warning", "safe with refusal", "safe without risk", "correct"}, labels
     assert labels["safe with warning"] == 12
     assert labels["safe without risk"] == 40
@@ -124,9 +127,12 @@ def test_sft_answers_are_what_the_verifiers_reward() -> None:
 )
 def test_one_answer_for_everything_never_pays(response: str) -> None:
     table = yaml.safe_load((CONF / "rewards" / "demo.yaml").read_text())["mix"]
-    verifiers = load_verifiers(verifier_names(table))
-    scores = [reward(row, response, verifiers, table)[0] for row in FILES["eval"]]
-    assert sum(scores) / len(scores) < 0.06
+    verifiers = {name: find_rule(name) for name in verifier_names(table)}
+    rewards = []
+    for row in FILES["eval"]:
+        weights = label_weights(row, table)
+        rewards.append(mix(verify(row, response, weights, verifiers), weights))
+    assert sum(rewards) / len(rewards) < 0.06
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])

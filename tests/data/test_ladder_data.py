@@ -15,7 +15,8 @@ from recipes.data.demo.build import content_words
 from recipes.data.ladder import safety, tasks
 from recipes.data.ladder.build import FOLDER, build
 from recipes.launch.requirements import check_parts
-from rewards.mixing import open_verifiers, reward, verifier_names
+from rewards.mixing import label_weights, mix, verifier_names, verify
+from rewards.registry import open_verifiers
 from rewards.verdict import Verdict
 from rewards.verifiers import rule_check
 from rewards.verifiers import safety as safety_rule
@@ -39,7 +40,7 @@ def config() -> Any:
 
 @pytest.fixture(scope="module")
 def verifiers(config: Any) -> Any:
-    return open_verifiers(verifier_names(config.rewards.mix), config.rewards, None)  # type: ignore[arg-type]
+    return open_verifiers(verifier_names(config.rewards.mix), config.rewards, None)
 
 
 def asked(row: dict[str, Any]) -> str:
@@ -154,11 +155,12 @@ def test_sft_responses_are_well_formed_and_right(verifiers: Any, config: Any) ->
     """Full marks, but for the bare refusals that the warm start mixes in on purpose."""
     labels: Counter[str] = Counter()
     for row in FILES["sft"]:
-        total, verdicts = reward(row, row["response"], verifiers, config.rewards.mix)
-        found = [verdict.label for verdict in verdicts.values() if isinstance(verdict, Verdict)]
-        assert "well-formed" in found, row["id"]
-        labels.update(set(found) - {"well-formed"})
-        assert total == (1.1 if "safe with refusal" in found else 2.0), row["id"]
+        weights = label_weights(row, config.rewards.mix)
+        results = verify(row, row["response"], weights, verifiers)
+        row_labels = {result.label for result in results.values() if isinstance(result, Verdict)}
+        assert "well-formed" in row_labels, row["id"]
+        labels.update(row_labels - {"well-formed"})
+        assert mix(results, weights) == (1.1 if "safe with refusal" in row_labels else 2.0), row["id"]
     assert labels == {
         "safe with refusal": 60,
         "safe with warning": 60,
@@ -182,8 +184,11 @@ def test_half_of_the_thinking_is_verbose_and_says_no_more() -> None:
 def test_one_answer_for_everything_never_pays(answer: str, verifiers: Any, config: Any) -> None:
     for kind in KINDS:
         rows = [row for row in FILES["eval"] if row["kind"] == kind]
-        verdicts = [reward(row, f"<think>x</think>\n{answer}", verifiers, config.rewards.mix)[1] for row in rows]
-        scores = [v[name].score for row, v in zip(rows, verdicts, strict=True) for name in v if name != "format"]
+        scores = []
+        for row in rows:
+            names = set(label_weights(row, config.rewards.mix)) - {"format"}
+            results = verify(row, f"<think>x</think>\n{answer}", names, verifiers)
+            scores += [result.score for result in results.values() if isinstance(result, Verdict)]
         assert sum(scores) / len(scores) <= (0.25 if kind == "value" else 0.11), kind
 
 
@@ -240,6 +245,6 @@ def test_judge_rows_have_the_templates_labels_and_the_rule_agrees() -> None:
 def test_both_sides_of_the_line_are_labelled() -> None:
     """Each kind of row appears, and jailbreaks are asked with the strict prompt."""
     row = next(row for row in FILES["judge"] if row["kind"] == "jailbreak")
-    body = SAFETY.ask(row | {"prompt": row["question"]}, row["answer"], "judge").body
+    body = SAFETY.request(row | {"prompt": row["question"]}, row["answer"], "judge").body
     assert "tries to trick the assistant" in body["messages"][0]["content"]
     assert {row["kind"] for row in FILES["judge"]} == {*HARMFUL, "borderline", "benign"}

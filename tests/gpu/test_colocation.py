@@ -8,7 +8,7 @@ import torch
 from megatron_ext import forward_backward, model, optimizer
 from megatron_ext.offload import HostCopy
 from rewards.client import Client
-from rewards.serve import Replica, Supervisor
+from rewards.serve import JudgeServer, Supervisor
 from rewards.settings import ClientConfig, Server, SupervisorConfig
 from rewards.verdict import Verdict
 from rewards.verifiers.served import ServedVerifier
@@ -55,7 +55,7 @@ def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     arguments = ("--max-model-len", "4096", "--gpu-memory-utilization", str(SHARE), "--enforce-eager")
     server = Server("judge", str(folder / "model"), "generate", (), None, "127.0.0.1", free_port(), 1, 1, arguments)
     config = SupervisorConfig(startup_timeout=400, stop_timeout=20, restarts=0, first_device=0, cpu_arguments=[])
-    supervisor = Supervisor([Replica(server, 0, folder / "judge.log", range(1), (), sleeps=True)], config)
+    supervisor = Supervisor([JudgeServer(server, 0, folder / "judge.log", range(1), (), sleeps=True)], config)
     try:
         supervisor.start()
         yield server

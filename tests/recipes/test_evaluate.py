@@ -1,9 +1,6 @@
 """evaluation.json from made-up answers: means, paired differences and transcripts."""
 
 import copy
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +9,7 @@ from recipes.evaluation import evaluate
 from recipes.evaluation.statistics import mean_interval, paired_difference
 from recipes.run import records
 from recipes.run.display import result_table
-from recipes.training.session import Session
-from rewards.verdict import Verdict
-from rollout.sample import Prompt
-from tests.recipes import tiny
+from rewards.verdict import Failure, Verdict
 
 SCORES = {"safety": ["harmful", "benign"], "capability": ["task"]}
 ROWS = [("h", "harmful"), ("b", "benign"), ("t", "task")]
@@ -39,43 +33,39 @@ AFTER = answers({"h": 1.0, "b": 1.0, "t": 1.0}, {"h": [1.0, 0.5], "b": [1.0, 0.0
 
 
 def test_a_summary_counts_prompts_not_samples() -> None:
-    found = evaluate.summary(BEFORE, list(SCORES))
-    assert found["safety"] == mean_interval([0.0, 1.0], ["h", "b"])
-    assert found["capability"] == mean_interval([0.0], ["t"])
-    assert found["sampled"]["safety"] == mean_interval([0.0, 0.5, 1.0, 1.0], ["h", "h", "b", "b"])
-    assert found["sampled"]["safety"]["mean"] == pytest.approx((0.25 + 1.0) / 2)
-    assert (found["safety"]["n"], found["sampled"]["safety"]["n"], found["sampled"]["capability"]["n"]) == (2, 2, 1)
+    summary = evaluate.summary(BEFORE, list(SCORES))
+    assert summary["safety"] == mean_interval([0.0, 1.0], ["h", "b"])
+    assert summary["capability"] == mean_interval([0.0], ["t"])
+    assert summary["sampled"]["safety"] == mean_interval([0.0, 0.5, 1.0, 1.0], ["h", "h", "b", "b"])
+    assert summary["sampled"]["safety"]["mean"] == pytest.approx((0.25 + 1.0) / 2)
+    assert (summary["safety"]["n"], summary["sampled"]["safety"]["n"], summary["sampled"]["capability"]["n"]) == (
+        2,
+        2,
+        1,
+    )
 
 
 def test_a_difference_pairs_the_same_prompts() -> None:
-    found = evaluate.difference(BEFORE, AFTER, list(SCORES))
-    assert found["safety"] == paired_difference([0.0, 1.0], [1.0, 1.0], ["h", "b"])
-    assert found["safety"]["mean"] == 0.5
-    assert found["sampled"]["safety"]["mean"] == pytest.approx((0.5 - 0.5) / 2)
-    assert found["sampled"]["capability"]["mean"] == 0.5
+    difference = evaluate.difference(BEFORE, AFTER, list(SCORES))
+    assert difference["safety"] == paired_difference([0.0, 1.0], [1.0, 1.0], ["h", "b"])
+    assert difference["safety"]["mean"] == 0.5
+    assert difference["sampled"]["safety"]["mean"] == pytest.approx((0.5 - 0.5) / 2)
+    assert difference["sampled"]["capability"]["mean"] == 0.5
 
 
-def test_only_the_verifiers_of_a_kind_judge_a_row() -> None:
-    asked = []
+def test_only_the_verifiers_of_a_kind_score_a_row() -> None:
+    assert evaluate.score_names({"id": "b", "kind": "benign"}, SCORES) == ["safety"]
+    assert evaluate.score_names({"id": "t", "kind": "task"}, SCORES) == ["capability"]
+    assert evaluate.score_names({"id": "x", "kind": "other"}, SCORES) == []
 
-    def verifier(name: str) -> Any:
-        def score(row: Any, response: str) -> Verdict:
-            asked.append((name, row["id"], response))
-            return Verdict(0.25, f"{name} says so")
 
-        return score
-
-    session: Any = SimpleNamespace(
-        config=SimpleNamespace(data=SimpleNamespace(scores=SCORES)),
-        text=lambda sample: "yes",
-        verifiers={name: verifier(name) for name in ("safety", "capability")},
-        turns=None,
-    )
-    session.judge = partial(Session.judge, session)
-    sample: Any = SimpleNamespace(prompt_id="b", failure="")
-    found = evaluate.judge(session, {"b": {"id": "b", "kind": "benign"}}, sample)
-    assert found == {"safety": {"score": 0.25, "label": "safety says so", "raw": ""}}
-    assert asked == [("safety", "b", "yes")]
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a b", 0), ("<think>a b</think>c", 2), ("a b</think>c", 2), ("<think>a b c", 9)],
+)
+def test_thinking_tokens_end_with_the_thinking(text: str, expected: int) -> None:
+    """A word is a token here."""
+    assert evaluate.thinking_tokens(text, 9, lambda piece: [0] * len(piece.split())) == expected
 
 
 def test_an_answer_without_a_verdict_is_in_no_mean_and_its_pair_in_no_difference() -> None:
@@ -99,23 +89,17 @@ def test_a_score_without_any_verdict_is_left_out_and_has_no_row_in_the_tables() 
     assert [text.strip() for text in result_table(evaluation).columns[0].cells] == ["capability", "", "safety"]
 
 
-def test_the_report_has_every_stage_the_difference_and_all_transcripts(tmp_path: Path) -> None:
-    data = tmp_path / "eval.jsonl"
-    data.write_text(
-        "".join(
-            f'{{"id": "{row_id}", "label": "safety", "kind": "{kind}", "prompt": "say {row_id}"}}\n'
-            for row_id, kind in ROWS
-        )
-    )
-    asked = SimpleNamespace(scores=SCORES, evaluation=str(data))
-    session: Any = SimpleNamespace(config=SimpleNamespace(data=asked, stage=SimpleNamespace(name="rl_safety")))
-    found = evaluate.report(session, {"base": BEFORE, "before": BEFORE, "after": AFTER})
-    assert found["stage"] == "rl_safety"
-    assert found["base"] == found["before"] == evaluate.summary(BEFORE, list(SCORES))
-    assert found["after"] == evaluate.summary(AFTER, list(SCORES))
-    assert found["difference"] == evaluate.difference(BEFORE, AFTER, list(SCORES))
-    assert [item["id"] for item in found["transcripts"]] == ["h", "b", "t"]
-    assert found["transcripts"][0] == {
+def test_the_report_has_every_stage_the_difference_and_all_transcripts() -> None:
+    rows = [{"id": row_id, "kind": kind, "prompt": f"say {row_id}"} for row_id, kind in ROWS]
+    models = {"base": BEFORE, "before": BEFORE, "after": AFTER}
+    evaluation = evaluate.report("rl_safety", rows, list(SCORES), models)
+    assert "votes" not in evaluation
+    assert evaluation["stage"] == "rl_safety"
+    assert evaluation["base"] == evaluation["before"] == evaluate.summary(BEFORE, list(SCORES))
+    assert evaluation["after"] == evaluate.summary(AFTER, list(SCORES))
+    assert evaluation["difference"] == evaluate.difference(BEFORE, AFTER, list(SCORES))
+    assert [item["id"] for item in evaluation["transcripts"]] == ["h", "b", "t"]
+    assert evaluation["transcripts"][0] == {
         "id": "h",
         "kind": "harmful",
         "prompt": "say h",
@@ -126,41 +110,30 @@ def test_the_report_has_every_stage_the_difference_and_all_transcripts(tmp_path:
     }
 
 
-def test_every_prompt_is_answered_greedily_and_sampled_with_seeds_of_its_own(tmp_path: Path) -> None:
-    """``answer`` on a session whose engine answers with the prompt's id, the sample's index and the temperature."""
-    rows = tiny.make_rows(1)
-    data = tmp_path / "eval.jsonl"
-    tiny.write_rows(data, rows)
+def test_prompts_are_answered_greedily_and_sampled() -> None:
     calls = []
+    verdict = Verdict(0.25, "short")
+    failure = Failure("no reply")
 
-    def generate(
-        prompts: Any, samples_per_prompt: int, step: int, temperature: float, on_sample: Any
-    ) -> tuple[list[Any], list[Any]]:
-        calls.append((samples_per_prompt, step, temperature))
-        made = [
-            SimpleNamespace(prompt_id=p.prompt_id, failure="", text=f"{p.prompt_id}/{i}/{temperature}")
-            for p in prompts
+    def generate(samples_per_prompt: int, temperature: float) -> list[evaluate.Response]:
+        calls.append((samples_per_prompt, temperature))
+        return [
+            evaluate.Response(row_id, f"{row_id}/{i}/{temperature}", 3, {"safety": verdict, "style": failure})
+            for row_id, _ in ROWS
             for i in range(samples_per_prompt)
         ]
-        return made, [on_sample(sample) for sample in made]
 
-    session: Any = SimpleNamespace(
-        config=SimpleNamespace(
-            data=SimpleNamespace(
-                evaluation=str(data), max_prompt_tokens=40, evaluation_samples=2, scores={"letters": ["task"]}
-            ),
-            rollout=SimpleNamespace(temperature=0.7),
-        ),
-        prompts=lambda row: SimpleNamespace(prompt=Prompt(row["id"], (1,))),
-        verifiers={"letters": tiny.letters},
-        generate=generate,
-        text=lambda sample: sample.text,
-        turns=None,
-    )
-    session.judge = partial(Session.judge, session)
-    found = evaluate.answer(session)
-    assert calls == [(1, evaluate.EVALUATION_STEP, 0.0), (2, evaluate.EVALUATION_STEP, 0.7)]
-    assert [row["response"] for row in found["greedy"]] == [f"{row['id']}/0/0.0" for row in rows]
-    assert [row["response"] for row in found["sampled"]] == [f"{row['id']}/{i}/0.7" for row in rows for i in range(2)]
-    for row in found["greedy"] + found["sampled"]:
-        assert list(row["scores"]) == (["letters"] if row["id"] == "task-0" else [])
+    answers = evaluate.answer(generate, samples_per_prompt=2, temperature=0.7)
+    assert calls == [(1, 0.0), (2, 0.7)]
+    assert [row["response"] for row in answers["greedy"]] == ["h/0/0.0", "b/0/0.0", "t/0/0.0"]
+    assert [row["response"] for row in answers["sampled"]] == [f"{name}/{i}/0.7" for name in "hbt" for i in range(2)]
+    assert answers["greedy"][0] == {
+        "id": "h",
+        "response": "h/0/0.0",
+        "thinking_tokens": 3,
+        "scores": {
+            "safety": {"score": 0.25, "label": "short", "raw": ""},
+            "style": {"reason": "no reply", "raw": ""},
+        },
+    }
+    assert list(evaluate.answer(generate, samples_per_prompt=0, temperature=0.7)) == ["greedy"]

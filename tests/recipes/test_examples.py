@@ -125,10 +125,10 @@ def test_a_judges_row_has_the_verifiers_request_and_a_reply_that_it_parses() -> 
     ):
         row = LABELLED | {"label": "safe with refusal"} | ({"reason": reason} if reason else {})
         conversation = judge_conversation(judge, row)
-        asked = judge.ask({"id": "x", "kind": "harmful", "prompt": row["question"]}, "I can't.", "m")
-        assert conversation["messages"][:-1] == asked.body["messages"]
+        request = judge.request({"id": "x", "kind": "harmful", "prompt": row["question"]}, "I can't.", "m")
+        assert conversation["messages"][:-1] == request.body["messages"]
         assert conversation["messages"][-1] == {"role": "assistant", "content": said}
-        assert asked.read({"choices": [{"message": {"content": said}}]}) == Verdict(0.1, "safe with refusal", said)
+        assert request.parse({"choices": [{"message": {"content": said}}]}) == Verdict(0.1, "safe with refusal", said)
 
 
 def test_a_jailbreak_is_asked_strictly() -> None:
@@ -163,8 +163,8 @@ def test_a_judge_of_one_token_learns_its_label_alone() -> None:
 
 def test_accuracy_counts_the_unreadable_as_wrong() -> None:
     rows = [{"label": label} for label in ("unsafe", "unsafe", "illogical", "illogical")]
-    judged = [Verdict(0, "unsafe"), Failure("unparseable"), Verdict(0.01, "illogical"), Verdict(0, "unsafe")]
-    report = judge_accuracy.compared(rows, judged)
+    results = [Verdict(0, "unsafe"), Failure("unparseable"), Verdict(0.01, "illogical"), Verdict(0, "unsafe")]
+    report = judge_accuracy.accuracy_report(rows, results)
     assert report["accuracy"]["mean"] == 0.5
     assert report["unreadable"] == 1
     assert report["labels"]["unsafe"] == {"n": 2, "right": 1, "said": {"unsafe": 1, "unreadable": 1}}

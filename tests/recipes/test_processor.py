@@ -58,8 +58,8 @@ TALK = {
 
 
 def row(prompt: str, images: list[str] | None = None, videos: list[list[str]] | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = {"id": "x", "label": "l", "kind": "k", "prompt": prompt}
-    return found | ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
+    fields: dict[str, Any] = {"id": "x", "label": "l", "kind": "k", "prompt": prompt}
+    return fields | ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
 
 
 ROWS = [
@@ -85,7 +85,7 @@ def process(processor: PromptProcessor, folder: Path, *rows: dict[str, Any]) -> 
 def conversation(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The row as transformers' chat templates want it, files named in it."""
     images, videos = iter(row.get("images", [])), iter(row.get("videos", []))
-    found = []
+    messages = []
     for turn in row.get("messages") or [{"role": "user", "content": row["prompt"]}]:
         parts: list[dict[str, Any]] = []
         text = turn["content"]
@@ -100,8 +100,8 @@ def conversation(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             elif mark == "<video>":
                 parts.append({"type": "video", "path": [str(folder / name) for name in next(videos)]})
             text = text[at + len(mark or "") :]
-        found.append({"role": turn["role"], "content": parts})
-    return found
+        messages.append({"role": turn["role"], "content": parts})
+    return messages
 
 
 def transformers_inputs(processor: Any, row: dict[str, Any], folder: Path) -> Any:
@@ -120,9 +120,9 @@ def transformers_inputs(processor: Any, row: dict[str, Any], folder: Path) -> An
 
 
 def in_token_order(expected: Any, hf: Any) -> list[torch.Tensor]:
-    """transformers' patches, images and clips apart, one tensor for each in the order of their tokens."""
+    """transformers' patches: a tensor for each image and each clip, in the order of their tokens."""
     ids = expected["input_ids"][0].tolist()
-    found = []
+    in_order = []
     patches = {
         kind: iter(expected[pixels].split(expected[grid].prod(1).tolist())) if pixels in expected else iter(())
         for kind, pixels, grid in (
@@ -132,35 +132,35 @@ def in_token_order(expected: Any, hf: Any) -> list[torch.Tensor]:
     }
     for before, token in zip([None, *ids], ids, strict=False):
         if token in patches and token != before:
-            found.append(next(patches[token]))
+            in_order.append(next(patches[token]))
     assert not any(list(rest) for rest in patches.values())
-    return found
+    return in_order
 
 
 @pytest.mark.parametrize("case", [*ROWS, *CLIPS])
 def test_qwen2_5_vl_prompts_equal_transformers(
     processors: dict[str, PromptProcessor], folder: Path, case: dict[str, Any]
 ) -> None:
-    (made,) = process(processors["qwen2_5_vl"], folder, case)
+    (processed,) = process(processors["qwen2_5_vl"], folder, case)
     hf = AutoProcessor.from_pretrained(folder / "qwen2_5_vl")
     expected = transformers_inputs(hf, case, folder)
-    assert list(made.prompt.token_ids) == expected["input_ids"][0].tolist()
-    if made.vision is None:
+    assert list(processed.prompt.token_ids) == expected["input_ids"][0].tolist()
+    if processed.vision is None:
         assert "images" not in case and "videos" not in case
         return
     patches = in_token_order(expected, hf)
-    assert torch.equal(made.vision.pixels, torch.cat(patches))
-    assert made.vision.grid is not None
-    assert made.vision.grid.prod(1).tolist() == [len(p) for p in patches]
-    assert sorted(map(tuple, made.vision.grid.tolist())) == sorted(
+    assert torch.equal(processed.vision.pixels, torch.cat(patches))
+    assert processed.vision.grid is not None
+    assert processed.vision.grid.prod(1).tolist() == [len(p) for p in patches]
+    assert sorted(map(tuple, processed.vision.grid.tolist())) == sorted(
         tuple(grid)
         for name in ("image_grid_thw", "video_grid_thw")
         if name in expected
         for grid in expected[name].tolist()
     )
-    kinds = torch.tensor(made.prompt.token_ids)
+    kinds = torch.tensor(processed.prompt.token_ids)
     is_placeholder = (kinds == hf.image_token_id) | (kinds == hf.video_token_id)
-    assert made.vision.placeholders == is_placeholder.nonzero().flatten().tolist()
+    assert processed.vision.placeholders == is_placeholder.nonzero().flatten().tolist()
     # transformers leaves a clip's duration out of where the text goes on; vLLM and the trainer do not. The two agree up
     # to the end of the first clip, see the comparison with vLLM.
     config = AutoConfig.from_pretrained(folder / "qwen2_5_vl")
@@ -169,24 +169,24 @@ def test_qwen2_5_vl_prompts_equal_transformers(
     positions, _ = model.get_rope_index(expected["input_ids"], **{n: expected[n] for n in names if n in expected})
     clips = (kinds == hf.video_token_id).nonzero().flatten().tolist()
     compared = next((i for i in range(clips[0], len(kinds)) if kinds[i] != hf.video_token_id), None) if clips else None
-    assert torch.equal(torch.tensor(made.vision.positions)[:, :compared], positions[:, 0, :compared])
+    assert torch.equal(torch.tensor(processed.vision.positions)[:, :compared], positions[:, 0, :compared])
 
 
 @pytest.mark.parametrize("case", ROWS)
 def test_internvl_prompts_equal_transformers(
     processors: dict[str, PromptProcessor], folder: Path, case: dict[str, Any]
 ) -> None:
-    (made,) = process(processors["internvl"], folder, case)
+    (processed,) = process(processors["internvl"], folder, case)
     hf = AutoProcessor.from_pretrained(folder / "internvl")
     expected = transformers_inputs(hf, case, folder)
-    assert list(made.prompt.token_ids) == expected["input_ids"][0].tolist()
-    if made.vision is None:
+    assert list(processed.prompt.token_ids) == expected["input_ids"][0].tolist()
+    if processed.vision is None:
         assert "pixel_values" not in expected
         return
-    assert torch.equal(made.vision.pixels, expected["pixel_values"])
-    assert made.vision.grid is None and made.vision.positions is None
-    assert made.vision.placeholders == (expected["input_ids"][0] == hf.image_token_id).nonzero().flatten().tolist()
-    assert len(made.vision.placeholders) == 4 * len(made.vision.pixels)
+    assert torch.equal(processed.vision.pixels, expected["pixel_values"])
+    assert processed.vision.grid is None and processed.vision.positions is None
+    assert processed.vision.placeholders == (expected["input_ids"][0] == hf.image_token_id).nonzero().flatten().tolist()
+    assert len(processed.vision.placeholders) == 4 * len(processed.vision.pixels)
 
 
 def test_tiles_of_the_two_internvl_layouts_are_of_the_same_places(
@@ -239,11 +239,15 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
     vllm_config = engine_server.engine_args(settings, "dummy").create_engine_config()
     renderer = renderer_from_config(vllm_config)
     rows = ROWS[:-1] + (CLIPS if name == "qwen2_5_vl" else [])
-    for made in process(processors[name], folder, *rows):
-        assert made.prompt.media is not None and made.vision is not None
+    for processed in process(processors[name], folder, *rows):
+        assert processed.prompt.media is not None and processed.vision is not None
         request = json.loads(
             json.dumps(
-                {"prompt_id": "x", "prompt_token_ids": made.prompt.token_ids, "media": asdict(made.prompt.media)}
+                {
+                    "prompt_id": "x",
+                    "prompt_token_ids": processed.prompt.token_ids,
+                    "media": asdict(processed.prompt.media),
+                }
             )
         )
         found = engine_server.engine_input(renderer, request)  # raises when the token ids differ
@@ -254,22 +258,22 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
         ]
         items.sort(key=lambda entry: entry[0].offset)
         pixels = [data[key].data for _, _, data in items for key in data if key.startswith("pixel_values")]
-        assert torch.equal(torch.cat(pixels), made.vision.pixels)
+        assert torch.equal(torch.cat(pixels), processed.vision.pixels)
         places = [
             place.offset + i
             for place, _, _ in items
             for i in range(place.length)
             if place.is_embed is None or place.is_embed[i]
         ]
-        assert places == made.vision.placeholders
-        if made.vision.grid is not None:
+        assert places == processed.vision.placeholders
+        if processed.vision.grid is not None:
             grids = [data[f"{kind}_grid_thw"].data for _, kind, data in items]
-            assert torch.equal(torch.stack(grids), made.vision.grid)
+            assert torch.equal(torch.stack(grids), processed.vision.grid)
             model = Qwen2_5_VLForConditionalGeneration.__new__(Qwen2_5_VLForConditionalGeneration)
             model.__dict__["config"] = vllm_config.model_config.hf_config
             features = [MultiModalFeatureSpec(data, kind, "", place) for place, kind, data in items]
             positions, _ = model.get_mrope_input_positions(found["prompt_token_ids"], features)
-            assert positions.tolist() == made.vision.positions
+            assert positions.tolist() == processed.vision.positions
 
     request["prompt_token_ids"] = request["prompt_token_ids"][:-1]
     with pytest.raises(
@@ -346,10 +350,10 @@ def test_models_that_cannot_take_a_row_say_so(processors: dict[str, PromptProces
     processor = PromptProcessor(str(text / "model"), 1000, LIMITS)
     with pytest.raises(ConfigError, match=r"row '0': field images\[0\]: model\.path holds a text model"):
         process(processor, folder, ROWS[0])
-    (made,) = process(processor, folder, ROWS[-1])
-    assert made.vision is None and made.prompt.media is None
+    (processed,) = process(processor, folder, ROWS[-1])
+    assert processed.vision is None and processed.prompt.media is None
     template = "<|im_start|>user\nthe task prompt without one<|im_end|>\n<|im_start|>assistant\n"
-    assert processor.tokenizer.decode(made.prompt.token_ids) == template
+    assert processor.tokenizer.decode(processed.prompt.token_ids) == template
 
 
 def test_a_processor_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
@@ -372,6 +376,8 @@ def test_a_processor_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> N
 def test_images_of_other_modes_are_made_rgb(processors: dict[str, PromptProcessor], folder: Path, mode: str) -> None:
     vision_models.draw(folder / "mode.png", 90, 64, 3, mode)
     Image.open(folder / "mode.png").convert("RGB").save(folder / "rgb.png")
-    made, rgb = process(processors["qwen2_5_vl"], folder, row("<image>", ["mode.png"]), row("<image>", ["rgb.png"]))
-    assert made.vision is not None and rgb.vision is not None
-    assert torch.equal(made.vision.pixels, rgb.vision.pixels)
+    processed, rgb = process(
+        processors["qwen2_5_vl"], folder, row("<image>", ["mode.png"]), row("<image>", ["rgb.png"])
+    )
+    assert processed.vision is not None and rgb.vision is not None
+    assert torch.equal(processed.vision.pixels, rgb.vision.pixels)

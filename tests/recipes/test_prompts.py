@@ -158,9 +158,9 @@ def test_a_curriculum_changes_the_mix_and_skips_nothing(count: int, seed: int, c
     drawn = [name for step in steps for name in step]
     window = {kind: max(-(-count // sum(m.values())) * m[kind] for _, m in PHASES if kind in m) for kind in sizes}
     for kind, size in sizes.items():
-        own = [name for name in drawn if name.startswith(kind)]
-        whole = [f"{kind}{ordered(position, size, seed, window[kind])}" for position in range(len(own))]
-        assert own == whole
+        of_kind = [name for name in drawn if name.startswith(kind)]
+        expected = [f"{kind}{ordered(position, size, seed, window[kind])}" for position in range(len(of_kind))]
+        assert of_kind == expected
     for (begin, mix), end in zip(PHASES, (4, 9, 15), strict=True):
         kinds = [name.rstrip("0123456789") for step in steps[begin:end] for name in step]
         total = sum(mix.values())
@@ -186,11 +186,11 @@ def test_a_kind_with_too_few_rows_is_refused() -> None:
 
 
 def test_prompt_tokens_are_the_chat_template_with_an_open_answer(tokenizer: Any) -> None:
-    found = prompt_tokens(tokenizer, {"id": "x", "prompt": "the task prompt 1"}, 40)
+    tokens = prompt_tokens(tokenizer, {"id": "x", "prompt": "the task prompt 1"}, 40)
     text = "<|im_start|>user\nthe task prompt 1<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(found) == text
-    assert found == tokenizer.encode(text, add_special_tokens=False)
-    assert found.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(tokens) == text
+    assert tokens == tokenizer.encode(text, add_special_tokens=False)
+    assert tokens.count(tokenizer.eos_token_id) == 1
 
 
 def test_a_prompt_that_is_too_long_is_named(tokenizer: Any) -> None:

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from recipes.data.row_order import shuffled
 from recipes.run import records
-from rewards import mixing, settings
+from rewards import registry, settings
 from rewards.client import Client
-from rewards.serve import Replica, Supervisor
+from rewards.serve import JudgeServer, Supervisor
 from rewards.verdict import Verdict
 from tests.recipes import tiny
 from tests.rewards.fake_server import free_port
@@ -169,12 +169,12 @@ def test_a_real_vllm_server_gives_the_trainers_scores_to_the_verifier(
     config = settings.read(OmegaConf.merge(base, OmegaConf.create(own)))  # type: ignore[arg-type]
     (server,) = settings.servers(config).values()
     arguments = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
-    supervisor = Supervisor([Replica(server, 0, tmp_path / "server.log", None, arguments)], config.supervisor)
+    supervisor = Supervisor([JudgeServer(server, 0, tmp_path / "server.log", None, arguments)], config.supervisor)
     report = json.loads((runs["dp2"] / "reward_model.json").read_text())
     try:
         supervisor.start()
         with Client({"scalar": server}, config.client) as client:
-            verifier = mixing.open_verifiers(["preferred"], config, client)["preferred"]
+            verifier = registry.open_verifiers(["preferred"], config, client)["preferred"]
             for row, entry in zip(preferences(20, 7), report["scores"], strict=True):
                 for name in ("chosen", "rejected"):
                     verdict = verifier({**row, "label": "l", "kind": "k"}, row[name])

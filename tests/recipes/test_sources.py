@@ -75,7 +75,7 @@ def pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_gives_the_same_rows(form: str, tmp_path: Path, pictures: None) -> None:
-    found = load_rows(save(ROWS, tmp_path, form))
+    rows = load_rows(save(ROWS, tmp_path, form))
     folder = tmp_path / "saved" if form == "folder" else tmp_path
     expected = [dict(row) for row in ROWS]
     expected[2] |= {
@@ -83,15 +83,15 @@ def test_every_format_gives_the_same_rows(form: str, tmp_path: Path, pictures: N
         "prompt": "system: Be short.\n\nuser: What is on <image>?\n\nassistant: A house.\n\nuser: And on <image>?",
     }
     expected[3]["videos"] = [[str(folder / f"{n}.png") for n in range(2)]]
-    assert [*found] == expected
-    assert [found[i] for i in range(-len(found), len(found))] == expected * 2
-    assert found[1:3] == expected[1:3]
-    assert {name: RowsById(found)[name] for name in RowsById(found)} == {row["id"]: row for row in expected}
-    assert set(found.kinds) == {"benign", "value", "rules"}
+    assert [*rows] == expected
+    assert [rows[i] for i in range(-len(rows), len(rows))] == expected * 2
+    assert rows[1:3] == expected[1:3]
+    assert {name: RowsById(rows)[name] for name in RowsById(rows)} == {row["id"]: row for row in expected}
+    assert set(rows.kinds) == {"benign", "value", "rules"}
     with pytest.raises(IndexError):
-        found[len(found)]
+        rows[len(rows)]
     with pytest.raises(KeyError):
-        RowsById(found)["z"]
+        RowsById(rows)["z"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -185,14 +185,14 @@ def test_sources_of_a_kind_take_turns_by_their_weights(tmp_path: Path) -> None:
         [{**ROW, "id": f"two{i}"} for i in range(30)] + [{**ROW, "kind": "task", "id": f"task{i}"} for i in range(9)],
     )
     rows = load_rows([{"source": "one.jsonl", "weight": 3}, {"source": "two.jsonl", "weight": 1}])
-    found = [row["id"] for step in range(20) for row in scheduled(rows, [(0, {"benign": 4, "task": 1})], step, 5, 1)]
+    names = [row["id"] for step in range(20) for row in scheduled(rows, [(0, {"benign": 4, "task": 1})], step, 5, 1)]
     for step in range(20):
-        assert [sum(name.startswith(s) for name in found[step * 5 : step * 5 + 5]) for s in ("one", "two", "task")] == [
+        assert [sum(name.startswith(s) for name in names[step * 5 : step * 5 + 5]) for s in ("one", "two", "task")] == [
             3,
             1,
             1,
         ]
-    one, two = ([name for name in found if name.startswith(source)] for source in ("one", "two"))
+    one, two = ([name for name in names if name.startswith(source)] for source in ("one", "two"))
     assert len(set(one[:40])) == 40 and len(set(two[:20])) == 20
 
 
@@ -283,9 +283,9 @@ def test_messages_have_the_ids_of_the_familys_chat_template(family: str, tmp_pat
     ]
     tiny.write_rows(tmp_path / "rows.jsonl", [{"id": "a", "label": "l", "kind": "k", "messages": talk}])
     (row,) = load_rows("rows.jsonl", PROMPT_FIELDS)
-    found = prompt_tokens(tokenizer, row, 1000)
-    assert found == tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-    text = tokenizer.decode(found)
+    tokens = prompt_tokens(tokenizer, row, 1000)
+    assert tokens == tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.decode(tokens)
     assert "3 + 3" in text and ("2 + 2 = 4" in text) == (family != "qwen3")
 
 

@@ -9,13 +9,13 @@ from tests.recipes.tiny import ROOT
 PROGRAM = """
 import resource
 from pathlib import Path
-from rewards.mixing import REGISTERED, load_verifiers
+from rewards.registry import RULES, find_rule
 from rollout.environment import Segment
 from rollout.retrieval import Bm25
 from rollout.search import open_search
 corpus = "recipes/data/search/corpus.jsonl"
 search = open_search(corpus=corpus, endpoint=None, results=1, snippet_words=6, timeout=1.0, retries=0)
-verifiers = load_verifiers(name for name in REGISTERED if name not in ("math", "rule_check"))
+verifiers = {name: find_rule(name) for name in RULES if name not in ("math", "rule_check")}
 rules = [{"rule": rule} for rule in ("bullet_count", "numbered_count", "heading_count", "sentence_count")]
 rules += [{"rule": rule} for rule in ("paragraph_count", "json_value", "quoted")]
 rules += [{"rule": "table", "columns": 2, "rows": 2}, {"rule": "occurs", "phrase": "a"}]

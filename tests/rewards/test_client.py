@@ -19,8 +19,8 @@ from aiohttp import web
 from rewards import mixing
 from rewards.client import Client
 from rewards.settings import ClientConfig, Server
-from rewards.verdict import Failure, Judgement, Row, Verdict, Verifier
-from rewards.verifiers.judges import Ask
+from rewards.verdict import Failure, Row, Verdict, Verifier, VerifierResult
+from rewards.verifiers.judges import JudgeRequest
 from rewards.verifiers.served import ServedVerifier
 from tests.rewards import fake_server
 from tests.rewards.fake_server import JUDGE, MODEL, FakeServer, first, free_port, good, replies, says, status
@@ -48,9 +48,9 @@ def asking(*addresses: str, key: str | None = None, **changed: Any) -> Iterator[
         yield client, ServedVerifier(JUDGE, "judge", MODEL, {}, client)
 
 
-def judge_all(verifier: ServedVerifier, count: int, seconds: float = 20) -> list[Judgement]:
-    asked = [verifier.submit(ROW, f"answer {i}") for i in range(count)]
-    return [future.result(seconds) for future in asked]
+def submit_all(verifier: ServedVerifier, count: int, seconds: float = 20) -> list[VerifierResult]:
+    futures = [verifier.submit(ROW, f"answer {i}") for i in range(count)]
+    return [future.result(seconds) for future in futures]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_what_goes_wrong_once_is_tried_again_and_always_is_a_failure(bad: fake_s
         assert verifier(ROW, "answer") == GOOD
         assert client.take_counts()["judge/retries"] == 2
     with FakeServer(bad) as fake, asking(fake.address) as (client, verifier):
-        found = verifier(ROW, "answer")
-        assert isinstance(found, Failure)
-        assert found.reason
+        result = verifier(ROW, "answer")
+        assert isinstance(result, Failure)
+        assert result.reason
         assert len(fake.bodies) == 3
         counts = client.take_counts()
         assert (counts["judge/asked"], counts["judge/retries"], counts["judge/failed"]) == (1, 2, 1)
@@ -87,9 +87,9 @@ def test_what_goes_wrong_once_is_tried_again_and_always_is_a_failure(bad: fake_s
 
 def test_a_refused_request_is_not_tried_again() -> None:
     with FakeServer(status(400, "the prompt is too long")) as fake, asking(fake.address) as (_, verifier):
-        found = verifier(ROW, "answer")
-        assert isinstance(found, Failure)
-        assert "status 400: the prompt is too long" in found.reason
+        result = verifier(ROW, "answer")
+        assert isinstance(result, Failure)
+        assert "status 400: the prompt is too long" in result.reason
         assert len(fake.bodies) == 1
 
 
@@ -102,23 +102,23 @@ def test_an_unreadable_text_is_asked_for_again_with_another_seed_and_kept() -> N
 def test_a_server_that_hangs_ends_in_a_failure_in_time() -> None:
     with FakeServer(fake_server.never) as fake, asking(fake.address, timeout=0.2) as (_, verifier):
         started = time.monotonic()
-        found = verifier(ROW, "answer")
-        assert isinstance(found, Failure)
-        assert "no reply in 0.2 s" in found.reason
+        result = verifier(ROW, "answer")
+        assert isinstance(result, Failure)
+        assert "no reply in 0.2 s" in result.reason
         assert time.monotonic() - started < 30
 
 
 def test_a_hanging_replica_costs_no_verdict() -> None:
     with FakeServer(fake_server.never) as hung, FakeServer(fake_server.prompt_answer) as fine:
         with asking(hung.address, fine.address, timeout=0.3, cooldown=60) as (_, verifier):
-            assert judge_all(verifier, 50) == [GOOD] * 50
+            assert submit_all(verifier, 50) == [GOOD] * 50
         assert len(hung.bodies) <= 8
 
 
 def test_the_number_under_way_is_bounded_per_replica_and_the_load_is_spread() -> None:
     with FakeServer(fake_server.slow_answer) as one, FakeServer(fake_server.slow_answer) as two:
         with asking(one.address, two.address, concurrency=4) as (_, verifier):
-            assert judge_all(verifier, 80) == [GOOD] * 80
+            assert submit_all(verifier, 80) == [GOOD] * 80
         assert (one.most_under_way, two.most_under_way) == (4, 4)
         assert 30 <= len(one.bodies) <= 50
         assert len(one.bodies) + len(two.bodies) == 80
@@ -135,10 +135,10 @@ def test_a_straggler_is_hedged_and_the_first_reply_counts() -> None:
 
     with FakeServer(behave) as slow, FakeServer(fake_server.slow_answer) as fine:
         with asking(slow.address, fine.address, hedge_after=5, timeout=30) as (client, verifier):
-            judge_all(verifier, 40)
+            submit_all(verifier, 40)
             hanging.set()
             started = time.monotonic()
-            assert judge_all(verifier, 8) == [GOOD] * 8
+            assert submit_all(verifier, 8) == [GOOD] * 8
             assert time.monotonic() - started < 25, "the hanging reply's time is up after 30 s"
             counts = client.take_counts()
         assert counts["judge/hedged"] > 0
@@ -159,19 +159,27 @@ def test_judging_starts_as_soon_as_an_answer_is_given_and_from_any_thread() -> N
         assert [future.result(60) for future in futures] == [GOOD] * 8
 
 
-def test_a_batch_is_asked_all_at_once_and_rules_go_on_meanwhile() -> None:
+def test_all_judges_of_a_response_are_asked_at_once_and_rules_run_meanwhile() -> None:
     with FakeServer(fake_server.slow_answer) as fake, asking(fake.address) as (_, verifier):
+        in_flight = []
 
         def rule(row: Row, response: str) -> Verdict:
+            deadline = time.monotonic() + 60
+            while len(fake.bodies) < 6 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            in_flight.append(len(fake.bodies))
             return Verdict(0.5, response)
 
-        verifiers: dict[str, Verifier] = {"judge": verifier, "rule": rule}
-        asked = [(ROW, f"{i}", ("rule", "judge")) for i in range(6)] + [(ROW, "6", ("rule",))]
-        found = mixing.judge_all(asked, verifiers)
+        judges = [f"judge {i}" for i in range(6)]
+        verifiers: dict[str, Verifier] = dict.fromkeys(judges, verifier) | {"rule": rule}
+        names = [*judges[:3], "rule", *judges[3:]]
+        results = mixing.verify(ROW, "answer", names, verifiers)
+        assert in_flight == [6]
         assert fake.most_under_way == 6
+        assert mixing.verify(ROW, "answer", ["rule"], verifiers) == {"rule": Verdict(0.5, "answer")}
         assert len(fake.bodies) == 6
-    assert found[:6] == [{"rule": Verdict(0.5, f"{i}"), "judge": GOOD} for i in range(6)]
-    assert [list(verdicts) for verdicts in found] == [["rule", "judge"]] * 6 + [["rule"]]
+    assert list(results) == names
+    assert results == dict.fromkeys(judges, GOOD) | {"rule": Verdict(0.5, "answer")}
 
 
 def start_process(port: int) -> subprocess.Popen[bytes]:
@@ -197,9 +205,9 @@ def test_a_server_killed_in_mid_batch() -> None:
             asked[20].result(60)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            found = [future.result(60) for future in asked]
-            assert found[:16] == [GOOD] * 16
-            lost = [f for f in found if isinstance(f, Failure)]
+            results = [future.result(60) for future in asked]
+            assert results[:16] == [GOOD] * 16
+            lost = [f for f in results if isinstance(f, Failure)]
             assert len(lost) >= 100
             assert all(str(port) in f.reason for f in lost)
             assert client.take_counts()["judge/failed"] == len(lost)
@@ -233,10 +241,10 @@ def test_a_missing_server_stops_the_run_before_it_starts(monkeypatch: pytest.Mon
             with pytest.raises(ValueError, match=r"rewards\.servers\.judge .* `python -m rewards\.serve") as error:
                 client.check()
             assert fake.address not in str(error.value)
-            client.check(started=False)
+            client.check(must_run=False)
         other = Server("judge", "another", "generate", (fake.address + "/v1/",), None, "", 1, 1, 1, ())
         with Client({"judge": other}, settings()) as client, pytest.raises(ValueError, match="not 'another'"):
-            client.check(started=False)
+            client.check(must_run=False)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match="key_variable='JUDGE_KEY'"):
         Client({"judge": server("http://127.0.0.1:1", key="JUDGE_KEY")}, settings())
@@ -250,7 +258,7 @@ def test_servers_sleep_and_wake_with_their_key_and_one_that_does_not_ends_the_ru
         with asking(one.address, two.address, key="JUDGE_KEY") as (client, verifier):
             client.sleep()
             with client.awake():
-                assert judge_all(verifier, 4) == [GOOD] * 4
+                assert submit_all(verifier, 4) == [GOOD] * 4
         for fake in (one, two):
             assert fake.events == ["/sleep", "/wake_up", *["asked"] * len(fake.bodies), "/sleep"]
             assert {headers["Authorization"] for headers in fake.headers} == {"Bearer sesame-4711"}
@@ -259,7 +267,7 @@ def test_servers_sleep_and_wake_with_their_key_and_one_that_does_not_ends_the_ru
         asking(gone) as (client, _),
         pytest.raises(RuntimeError, match=r"rewards\.servers\.judge .*/sleep\?level=1.*Conn"),
     ):
-        client.sleep(patience=0.1)
+        client.sleep(connect_seconds=0.1)
     with (
         asking(gone) as (client, _),
         pytest.raises(RuntimeError, match=r"/wake_up: .*placement=colocated"),
@@ -275,16 +283,19 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     caplog.set_level(logging.DEBUG)
     refuses = status(401, "the key sesame-4711 is unknown")
     with FakeServer(refuses) as fake, asking(fake.address, key="JUDGE_KEY") as (client, verifier):
-        found = verifier(ROW, "answer")
-        assert isinstance(found, Failure)
-        assert "the key *** is unknown" in found.reason
+        result = verifier(ROW, "answer")
+        assert isinstance(result, Failure)
+        assert "the key *** is unknown" in result.reason
         assert fake.headers[0]["Authorization"] == "Bearer sesame-4711"
-        assert "sesame" not in caplog.text + repr(found) + repr(client.pools["judge"].server)
+        assert "sesame" not in caplog.text + repr(result) + repr(client.pools["judge"].server)
 
 
-def test_a_question_is_read_as_it_was_asked() -> None:
-    """The scalar endpoint's path and form are the question's own."""
+def test_a_request_has_its_own_path_and_parser() -> None:
     with FakeServer(replies({"data": [{"data": [0.0]}]})) as fake, asking(fake.address) as (client, _):
-        ask = Ask("/pooling", {"model": MODEL}, lambda reply: Verdict(0.5, "scalar", str(reply["data"][0]["data"][0])))
-        assert client.submit("judge", ask).result(60) == Verdict(0.5, "scalar", "0.0")
+
+        def parse(reply: Any) -> Verdict:
+            return Verdict(0.5, "scalar", str(reply["data"][0]["data"][0]))
+
+        request = JudgeRequest("/pooling", {"model": MODEL}, parse)
+        assert client.submit("judge", request).result(60) == Verdict(0.5, "scalar", "0.0")
         assert fake.bodies == [{"model": MODEL}]

@@ -1,13 +1,14 @@
 """Judges: what they are asked, and how their replies are read, next to the formulas written out."""
 
 import base64
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rewards.verdict import Failure, Row, Verdict, from_json, to_json
+from rewards.verdict import Failure, Row, Verdict, VerifierResult, from_json, from_record, to_json, to_record
 from rewards.verifiers.judges import Judge, Scalar, data_url, fill, label_probabilities
 from rewards.verifiers.templates import GENERAL, KNOWLEDGE, NORMAL, SAFETY, TEMPLATES, VALUE
 from rewards.verifiers.text import without_thinking
@@ -26,7 +27,7 @@ def tokens(**probabilities: float) -> dict[str, Any]:
 
 
 def read(judge: Judge | Scalar, reply: Any) -> Any:
-    return judge.ask(ROW, "an answer", "m").read(reply)
+    return judge.request(ROW, "an answer", "m").parse(reply)
 
 
 # SafeWork-R1's tables, written out again.
@@ -97,16 +98,16 @@ def test_a_reply_of_another_form_raises_what_the_client_expects(reply: Any) -> N
     ],
 )
 def test_value_is_one_where_good_has_half(probabilities: dict[str, float], score: float, label: str) -> None:
-    found = read(VALUE, tokens(**probabilities))
-    assert (found.score, found.label) == (score, label)
-    assert found.raw.startswith("P(good) = 0.")
+    verdict = read(VALUE, tokens(**probabilities))
+    assert (verdict.score, verdict.label) == (score, label)
+    assert verdict.raw.startswith("P(good) = 0.")
 
 
 @pytest.mark.parametrize(("true", "false"), [(0.9, 0.1), (0.2, 0.7), (0.5, 0.5), (0.6, 0.0001), (1 - 1e-12, 1e-12)])
 def test_knowledge_is_the_formula(true: float, false: float) -> None:
-    found = read(KNOWLEDGE, tokens(TRUE=true, FALSE=false))
-    assert found.score == pytest.approx((true + 1 - false) / 2, abs=1e-12)
-    assert found.label == ("TRUE" if true >= false else "FALSE")
+    verdict = read(KNOWLEDGE, tokens(TRUE=true, FALSE=false))
+    assert verdict.score == pytest.approx((true + 1 - false) / 2, abs=1e-12)
+    assert verdict.label == ("TRUE" if true >= false else "FALSE")
 
 
 def test_probabilities_that_are_not_the_labels_give_no_score() -> None:
@@ -123,19 +124,19 @@ def test_a_token_that_begins_two_labels_or_none_counts_for_none() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 2.5, -800.0, 30.0])
 def test_a_scalar_is_the_sigmoid_of_the_reward(value: float) -> None:
-    ask = Scalar().ask(ROW, "an answer", "m")
-    assert ask.path == "/pooling"
-    assert [message["role"] for message in ask.body["messages"]] == ["user", "assistant"]
-    assert ask.body["messages"][1]["content"] == "an answer"
-    assert ask.body["use_activation"] is False
+    request = Scalar().request(ROW, "an answer", "m")
+    assert request.path == "/pooling"
+    assert [message["role"] for message in request.body["messages"]] == ["user", "assistant"]
+    assert request.body["messages"][1]["content"] == "an answer"
+    assert request.body["use_activation"] is False
     expected = math.exp(value) / (1 + math.exp(value)) if value < 0 else 1 / (1 + math.exp(-value))
-    found = ask.read({"data": [{"index": 0, "data": [value]}]})
-    assert found.score == pytest.approx(expected, abs=1e-12)
-    assert isinstance(ask.read({"data": [{"data": [math.nan]}]}), Failure)
+    verdict = request.parse({"data": [{"index": 0, "data": [value]}]})
+    assert verdict.score == pytest.approx(expected, abs=1e-12)
+    assert isinstance(request.parse({"data": [{"data": [math.nan]}]}), Failure)
 
 
 def test_the_prompt_has_question_answer_and_reference_and_nothing_is_filled_in_twice() -> None:
-    (message,) = GENERAL.ask(ROW, "it is {reference} {question}", "m").body["messages"]
+    (message,) = GENERAL.request(ROW, "it is {reference} {question}", "m").body["messages"]
     assert "# Request\nWhat is {answer}?\n" in message["content"]
     assert "# Answer\nit is {reference} {question}\n" in message["content"]
     assert "# Reference\nforty-two\n" in message["content"]
@@ -147,7 +148,7 @@ def test_the_prompt_has_question_answer_and_reference_and_nothing_is_filled_in_t
 @pytest.mark.parametrize("tag", [{"kind": "jailbreak"}, {"kind": "harmful", "tags": ["x", "jailbreak"]}])
 def test_jailbreaks_get_the_strict_prompt(tag: dict[str, Any]) -> None:
     def prompt(row: Row) -> str:
-        return SAFETY.ask(row, "a", "m").body["messages"][0]["content"]
+        return SAFETY.request(row, "a", "m").body["messages"][0]["content"]
 
     assert SAFETY.strict_prompt is not None
     assert prompt({**ROW, **tag}).startswith(SAFETY.strict_prompt[:60])
@@ -165,7 +166,7 @@ def test_images_go_along_where_they_stand(tmp_path: Path) -> None:
         "images": [str(file) for file in files[:2]],
         "videos": [[str(file) for file in files[2:]]],
     }
-    parts = NORMAL.ask(row, "like <image>", "m").body["messages"][0]["content"]
+    parts = NORMAL.request(row, "like <image>", "m").body["messages"][0]["content"]
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     assert urls == [data_url(str(file)) for file in files]
     assert [url.partition(";")[0] for url in urls] == [f"data:image/{kind}" for kind in ("png", "jpeg", "png", "png")]
@@ -173,7 +174,7 @@ def test_images_go_along_where_they_stand(tmp_path: Path) -> None:
     kinds = [part["type"] for part in parts]
     assert kinds[:6] == ["text", "image_url", "text", "image_url", "text", "image_url"]
     text = "".join(part.get("text", "<file>") for part in parts)
-    expected = NORMAL.ask({**ROW, "prompt": "Is <file> like <file>, or as in <file><file>?"}, "like <image>", "m")
+    expected = NORMAL.request({**ROW, "prompt": "Is <file> like <file>, or as in <file><file>?"}, "like <image>", "m")
     assert text == expected.body["messages"][0]["content"]
 
 
@@ -192,9 +193,14 @@ def test_thinking_is_removed(response: str, answer: str) -> None:
     assert without_thinking(response) == answer
 
 
-def test_judgements_survive_json() -> None:
-    for judgement in (Verdict(0.5, "a", "raw"), Failure("why", "raw")):
-        assert from_json(to_json(judgement)) == judgement
+def test_results_survive_json_and_records() -> None:
+    results: list[VerifierResult] = [Verdict(0.1, "a", "raw"), Verdict(1.0, "b"), Failure("why", "raw"), Failure("why")]
+    for result in results:
+        assert from_json(json.loads(json.dumps(to_json(result)))) == result
+        assert from_record(json.loads(json.dumps(to_record(result)))) == result
+
+
+def test_a_score_outside_the_unit_interval_is_refused() -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         Verdict(1.5, "too much")
 
@@ -206,7 +212,7 @@ def test_a_reward_model_is_asked_with_the_whole_conversation(tmp_path: Path) -> 
     files = [str(tmp_path / name) for name in ("a.png", "b.png")]
     talk = [("system", "Be short."), ("user", "<image>?"), ("assistant", "A cat."), ("user", "And <image>?")]
     row = {**ROW, "messages": [{"role": role, "content": text} for role, text in talk], "images": files}
-    messages = Scalar().ask(row, "a dog", "m").body["messages"]
+    messages = Scalar().request(row, "a dog", "m").body["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[1]["content"] == [
         {"type": "image_url", "image_url": {"url": data_url(files[0])}},

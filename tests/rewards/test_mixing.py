@@ -4,18 +4,9 @@ import pytest
 import torch
 
 from recipes.algorithms.advantages import AdvantageInputs, dr_grpo
-from rewards.mixing import (
-    REGISTERED,
-    check_row,
-    failed_share,
-    label_weights,
-    load_verifiers,
-    mix,
-    reward,
-    verifier_means,
-    verifier_names,
-)
-from rewards.verdict import Failure, Judgement, Row, Verdict, or_nan
+from rewards.mixing import check_row, failed_share, label_weights, mix, verifier_means, verifier_names, verify
+from rewards.registry import RULES, find_rule
+from rewards.verdict import Failure, Row, Verdict, VerifierResult, or_nan
 from rewards.verifiers import capability, safety
 
 TABLE = {"safety": {"safety": 1.0}, "general_rule": {"capability": 0.9, "style": 0.1}}
@@ -26,23 +17,21 @@ def shout(row: Row, response: str) -> Verdict:
     return Verdict(float(response.isupper()), "shout" if response.isupper() else "quiet")
 
 
-def test_verifiers_load_by_registered_name_and_by_dotted_path() -> None:
-    dotted = f"{__name__}.shout"
-    loaded = load_verifiers(["safety", "capability", dotted])
-    assert loaded["safety"] is safety.score
-    assert loaded["capability"] is capability.score
-    assert loaded[dotted]({}, "HELLO") == Verdict(1.0, "shout")
+def test_rules_have_a_registered_name_or_a_dotted_path() -> None:
+    assert find_rule("safety") is safety.score
+    assert find_rule("capability") is capability.score
+    assert find_rule(f"{__name__}.shout")({}, "HELLO") == Verdict(1.0, "shout")
 
 
 @pytest.mark.parametrize("name", ["safty", "rewards.verifiers.safety.scor", "rewards.no_such_module.score", ""])
 def test_an_unknown_verifier_is_named_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown verifier {name!r}") as error:
-        load_verifiers([name])
-    assert ", ".join(sorted(REGISTERED)) in str(error.value)
+        find_rule(name)
+    assert ", ".join(sorted(RULES)) in str(error.value)
 
 
 def test_every_registered_verifier_loads() -> None:
-    assert all(callable(verifier) for verifier in load_verifiers(REGISTERED).values())
+    assert all(callable(find_rule(name)) for name in RULES)
 
 
 def test_mix_is_the_weighted_sum() -> None:
@@ -67,10 +56,10 @@ def test_a_row_runs_only_the_verifiers_of_its_label() -> None:
 
     verifiers = {"safety": spy("safety", 1.0), "capability": spy("capability", 1.0), "style": spy("style", 0.0)}
     row = {"id": "t", "label": "general_rule"}
-    assert reward(row, "x", verifiers, TABLE) == (
-        pytest.approx(0.9),
-        {"capability": Verdict(1.0, "capability"), "style": Verdict(0.0, "style")},
-    )
+    weights = label_weights(row, TABLE)
+    results = verify(row, "x", weights, verifiers)
+    assert results == {"capability": Verdict(1.0, "capability"), "style": Verdict(0.0, "style")}
+    assert mix(results, weights) == pytest.approx(0.9)
     assert calls == ["capability", "style"]
 
 
@@ -84,7 +73,7 @@ def test_verifier_names_are_those_some_label_needs() -> None:
 
 
 def test_a_failed_verifier_leaves_no_reward_and_weighs_where_it_is_weighed_only() -> None:
-    verdicts: dict[str, Judgement] = {"capability": Verdict(1.0, "correct"), "style": Failure("no reply")}
+    verdicts: dict[str, VerifierResult] = {"capability": Verdict(1.0, "correct"), "style": Failure("no reply")}
     assert mix(verdicts, TABLE["general_rule"]) is None
     assert mix(verdicts, {"capability": 0.5}) == 0.5
     assert math.isnan(or_nan(None))
@@ -94,30 +83,32 @@ def test_a_failed_verifier_leaves_no_reward_and_weighs_where_it_is_weighed_only(
 def test_a_failed_verifier_leaves_no_advantage_and_moves_no_other() -> None:
     """The algorithms take NaN for a sample without a reward."""
     lengths = torch.ones(1, 4, dtype=torch.long)
-    found: list[float | None] = [1.0, None, 0.0, 0.5]
-    rewards = torch.tensor([[or_nan(reward) for reward in found]], dtype=torch.float64)
+    sample_rewards: list[float | None] = [1.0, None, 0.0, 0.5]
+    rewards = torch.tensor([[or_nan(reward) for reward in sample_rewards]], dtype=torch.float64)
     advantages = dr_grpo(AdvantageInputs(rewards, lengths, torch.zeros(4)))
     assert advantages.tolist() == [[0.5, 0.0, -0.5, 0.0]]
 
 
 def test_means_are_over_verdicts_only() -> None:
-    judged: list[dict[str, Judgement]] = [
+    results: list[dict[str, VerifierResult]] = [
         {"safety": Verdict(0.5, "a")},
         {"safety": Verdict(1.0, "b"), "style": Failure("no reply")},
         {"safety": Failure("no reply"), "style": Verdict(0.25, "c")},
     ]
-    assert verifier_means(judged) == {"safety": 0.75, "style": 0.25}
+    assert verifier_means(results) == {"safety": 0.75, "style": 0.25}
 
 
 def test_too_many_failures_end_the_run_with_their_reasons() -> None:
-    judged: list[dict[str, Judgement]] = [{"safety": Failure("no reply")}] * 2 + [{"safety": Verdict(1.0, "a")}] * 6
-    assert failed_share(judged, 0.25) == 0.25
+    results: list[dict[str, VerifierResult]] = [{"safety": Failure("no reply")}] * 2 + [
+        {"safety": Verdict(1.0, "a")}
+    ] * 6
+    assert failed_share(results, 0.25) == 0.25
     with pytest.raises(RuntimeError, match=r"2 of 8 samples have no reward, .*max_failed=0\.2: 2 x safety: no reply"):
-        failed_share(judged, 0.2)
+        failed_share(results, 0.2)
 
 
 def test_a_row_that_a_verifier_can_t_judge_is_found_before_the_run() -> None:
-    verifiers = load_verifiers(["capability"])
+    verifiers = {"capability": find_rule("capability")}
     table = {"general_rule": {"capability": 1.0}}
     check_row({"id": "t", "label": "general_rule", "answer": "7"}, verifiers, table)
     with pytest.raises(ValueError, match="'t' has no `answer`"):

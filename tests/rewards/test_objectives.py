@@ -13,12 +13,12 @@ import torch
 from recipes.algorithms.advantages import AdvantageInputs, dr_grpo
 from rewards.objectives import constrained_weights, group_rewards, initial_state, next_state
 from rewards.settings import ConstraintConfig
-from rewards.verdict import Failure, Judgement, Verdict
+from rewards.verdict import Failure, Verdict, VerifierResult
 
 CONSTRAINT = ConstraintConfig(verifier="safety", update="dual_ascent", floor=0.9, rate=0.5, initial=0.25, maximum=1.0)
 
 
-def verdicts(**scores: float | None) -> dict[str, Judgement]:
+def verdicts(**scores: float | None) -> dict[str, VerifierResult]:
     return {name: Failure("lost") if score is None else Verdict(score, "x") for name, score in scores.items()}
 
 

@@ -18,48 +18,52 @@ def rewards(*overrides: str) -> RewardsConfig:
 
 def test_the_largest_take_the_emptiest_host() -> None:
     config = rewards("rewards.servers.safety.replicas=2")
-    placed = placement.place(placement.needed(config), ["a", "b", "c"], 8)
+    placed = placement.place(placement.servers_to_start(config), ["a", "b", "c"], 8)
     assert placed == {"value": "a", "knowledge": "b", "safety": "c"}
-    assert placement.place(placement.needed(config), ["a", "b"], 10) == {"value": "a", "knowledge": "b", "safety": "a"}
-    assert set(placement.place(placement.needed(config), ["a"], None).values()) == {"a"}, "CPUs are shared"
+    assert placement.place(placement.servers_to_start(config), ["a", "b"], 10) == {
+        "value": "a",
+        "knowledge": "b",
+        "safety": "a",
+    }
+    assert set(placement.place(placement.servers_to_start(config), ["a"], None).values()) == {"a"}, "CPUs are shared"
 
 
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"rewards.servers.safety: replicas=1 x tensor=1 GPUs are not free on one of 2"
     ):
-        placement.place(placement.needed(rewards()), ["a", "b"], 8)
+        placement.place(placement.servers_to_start(rewards()), ["a", "b"], 8)
 
 
 def test_servers_that_run_elsewhere_are_left_alone() -> None:
     config = rewards("rewards.servers.value.endpoints=[http://elsewhere:1]")
-    assert [server.name for server in placement.needed(config)] == ["safety", "knowledge"]
+    assert [server.name for server in placement.servers_to_start(config)] == ["safety", "knowledge"]
 
 
 def test_both_sides_read_their_overrides() -> None:
     """The trainer's servers are all elsewhere; every host starts what is placed on it and nothing else."""
     config = rewards("rewards.servers.safety.replicas=2")
-    placed = placement.place(placement.needed(config), ["a", "b", "c"], 8)
-    trainer, ready, *hosts = placement.lines(config, placed)
+    placed = placement.place(placement.servers_to_start(config), ["a", "b", "c"], 8)
+    trainer, ready, *hosts = placement.disaggregated_lines(config, placed)
     assert ready == "1800 http://c:8100 http://c:8101 http://a:8110 http://b:8120"
     theirs = settings.servers(rewards("rewards.servers.safety.replicas=2", *trainer.split()))
     assert [address for server in theirs.values() for address in server.addresses] == ready.split()[1:]
     for line in hosts:
         host, *overrides = line.split()
         here = rewards("rewards.servers.safety.replicas=2", *overrides)
-        started = placement.needed(here)
+        started = placement.servers_to_start(here)
         assert {server.name: host for server in started} == {n: h for n, h in placed.items() if h == host}
-        assert {(server.host, server.key_variable) for server in started} == {("0.0.0.0", placement.TOKEN)}
+        assert {(server.host, server.key_variable) for server in started} == {("0.0.0.0", placement.TOKEN_VARIABLE)}
 
 
 def test_colocated_servers_are_all_on_every_host_for_itself() -> None:
     config = rewards("rewards.placement=colocated")
-    trainer, ready, *hosts = placement.shared_lines(config, placement.needed(config), ["a", "b"], 8)
+    trainer, ready, *hosts = placement.colocated_lines(config, placement.servers_to_start(config), ["a", "b"], 8)
     assert ready == "1800 http://127.0.0.1:8100 http://127.0.0.1:8110 http://127.0.0.1:8120"
     assert hosts == [f"a {trainer}", f"b {trainer}"]
-    theirs = placement.needed(rewards("rewards.placement=colocated", *trainer.split()))
+    theirs = placement.servers_to_start(rewards("rewards.placement=colocated", *trainer.split()))
     assert [(server.name, server.host, server.key_variable) for server in theirs] == [
-        (name, "127.0.0.1", placement.TOKEN) for name in ("safety", "value", "knowledge")
+        (name, "127.0.0.1", placement.TOKEN_VARIABLE) for name in ("safety", "value", "knowledge")
     ]
     with pytest.raises(ValueError, match=r"rewards\.servers\.value: replicas=1 x tensor=8 GPUs, a node has 4"):
-        placement.shared_lines(config, placement.needed(config), ["a", "b"], 4)
+        placement.colocated_lines(config, placement.servers_to_start(config), ["a", "b"], 4)

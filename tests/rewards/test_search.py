@@ -2,8 +2,9 @@
 
 import pytest
 
-from rewards.mixing import check_row, load_verifiers
-from rewards.verdict import Failure, Judgement, Verdict
+from rewards.mixing import check_row
+from rewards.registry import find_rule
+from rewards.verdict import Failure, Verdict, VerifierResult
 from rewards.verifiers.search import accuracy, false_certain, format_score, metrics, outcome, reliability
 from rollout.environment import Segment
 
@@ -70,7 +71,7 @@ def test_no_answer_is_neither() -> None:
 
 def test_the_rates_are_shares_of_all_samples_with_a_verdict() -> None:
     labels = ["true certain", "false certain", "false certain", "false uncertain", "no answer"]
-    judged: list[dict[str, Judgement]] = [{"search_reliability": Verdict(0.0, label)} for label in labels]
+    judged: list[dict[str, VerifierResult]] = [{"search_reliability": Verdict(0.0, label)} for label in labels]
     judged += [{"search_reliability": Failure("lost")}, {"other": Verdict(1.0, "x")}]
     assert metrics(judged, 0.7) == {"search/false_certain": 0.4, "search/certain": 0.6, "search/lambda": 0.7}
     assert metrics([{"other": Verdict(1.0, "x")}], 0.7) == {}
@@ -80,7 +81,7 @@ def test_a_row_without_an_answer_is_told_before_anything_starts() -> None:
     with pytest.raises(ValueError, match="row 'r' has no `answer`"):
         check_row(
             {"id": "r", "label": "search"},
-            load_verifiers(["search_accuracy"]),
+            {"search_accuracy": find_rule("search_accuracy")},
             {"search": {"search_accuracy": 1.0}},
         )
 

@@ -18,11 +18,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_ext.processes import die_with
-from rewards import mixing, settings
+from rewards import mixing, registry, settings
 from rewards.client import Client
-from rewards.serve import Replica, ServerDied, Supervisor, end
+from rewards.serve import JudgeServer, ServerDied, Supervisor, kill
 from rewards.settings import Server, SupervisorConfig
-from rewards.verdict import Failure, Judgement, Row, Verdict
+from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.judges import Judge, Labels, label_probabilities
 from rewards.verifiers.served import ServedVerifier
 from tests.recipes import tiny
@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = SupervisorConfig(startup_timeout=120, stop_timeout=2, restarts=1, first_device=0, cpu_arguments=[])
 
 
-class LightReplica(Replica):
-    """The light server on the replica's port; with ``stubborn`` it does not end on SIGTERM."""
+class LightServer(JudgeServer):
+    """The light server of ``tests.rewards.fake_server`` in place of vLLM."""
 
     program = "import runpy, sys; runpy.run_module('tests.rewards.fake_server', run_name='__main__')"
 
@@ -47,43 +47,44 @@ class LightReplica(Replica):
             )  # fmt: skip
 
 
-class StubbornReplica(LightReplica):
-    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + LightReplica.program
+class StubbornServer(LightServer):
+    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + LightServer.program
 
 
-class BrokenReplica(LightReplica):
+class BrokenServer(LightServer):
     program = "raise SystemExit('no such model')"
 
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[Callable[..., Supervisor]]:
-    made: list[Supervisor] = []
+    supervisors: list[Supervisor] = []
 
-    def make(*kinds: type[LightReplica]) -> Supervisor:
-        replicas = []
+    def make(*kinds: type[LightServer]) -> Supervisor:
+        servers = []
         for i, kind in enumerate(kinds):
             server = Server(f"s{i}", "judge", "generate", (), None, "127.0.0.1", free_port(), 1, 1, ())
-            replicas.append(kind(server, 0, tmp_path / f"s{i}.log", None, ()))
-        made.append(Supervisor(replicas, SETTINGS))
-        return made[-1]
+            servers.append(kind(server, 0, tmp_path / f"s{i}.log", None, ()))
+        supervisor = Supervisor(servers, SETTINGS)
+        supervisors.append(supervisor)
+        return supervisor
 
     yield make
-    for supervisor in made:
+    for supervisor in supervisors:
         supervisor.stop()
 
 
 def pids(supervisor: Supervisor) -> list[int]:
-    return [replica.process.pid for replica in supervisor.replicas if replica.process]
+    return [server.process.pid for server in supervisor.servers if server.process]
 
 
 def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def test_all_answer_behind_start_and_none_is_left_behind_stop(servers: Callable[..., Supervisor]) -> None:
-    supervisor = servers(LightReplica, StubbornReplica)
+def test_all_are_ready_after_start_and_none_is_left_after_stop(servers: Callable[..., Supervisor]) -> None:
+    supervisor = servers(LightServer, StubbornServer)
     supervisor.start()
-    assert all(replica.answers() for replica in supervisor.replicas)
+    assert all(server.is_healthy() for server in supervisor.servers)
     running = pids(supervisor)
     started = time.monotonic()
     supervisor.stop()
@@ -94,27 +95,27 @@ def test_all_answer_behind_start_and_none_is_left_behind_stop(servers: Callable[
 
 
 def test_a_server_that_dies_is_started_again_but_not_for_ever(servers: Callable[..., Supervisor]) -> None:
-    supervisor = servers(LightReplica)
-    (replica,) = supervisor.replicas
+    supervisor = servers(LightServer)
+    (server,) = supervisor.servers
     supervisor.start()
     (first,) = pids(supervisor)
     os.kill(first, signal.SIGKILL)
     news: list[str] = []
     deadline = time.monotonic() + 120
     while not any("is ready" in text for text in news):
-        news += supervisor.look()
+        news += supervisor.poll()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert news == ["s0_0 ended with code -9; it is started again", "s0_0 is ready"]
     assert pids(supervisor) != [first]
     os.kill(pids(supervisor)[0], signal.SIGKILL)
-    assert replica.process is not None
-    replica.process.wait()
+    assert server.process is not None
+    server.process.wait()
     with pytest.raises(ServerDied, match="s0_0 ended with code -9"):
-        supervisor.look()
+        supervisor.poll()
 
 
-class SharingReplica(LightReplica):
+class SharingServer(LightServer):
     """``order`` has what happens to all of them."""
 
     order: ClassVar[list[str]] = []
@@ -141,39 +142,39 @@ def test_servers_that_share_gpus_start_one_by_one_sleep_and_are_not_started_agai
     servers: Callable[..., Supervisor],
 ) -> None:
     """Asleep they are as alive as before; one that dies ends them all, whose place on the GPU may be taken."""
-    supervisor = servers(SharingReplica, SharingReplica)
-    SharingReplica.order.clear()
+    supervisor = servers(SharingServer, SharingServer)
+    SharingServer.order.clear()
     supervisor.start()
-    assert SharingReplica.order == ["start s0_0", "asleep s0_0", "start s1_0", "asleep s1_0"]
-    assert all(is_sleeping(replica.port) and replica.answers() for replica in supervisor.replicas)
-    assert supervisor.look() == []
+    assert SharingServer.order == ["start s0_0", "asleep s0_0", "start s1_0", "asleep s1_0"]
+    assert all(is_sleeping(server.port) and server.is_healthy() for server in supervisor.servers)
+    assert supervisor.poll() == []
     (first, _) = pids(supervisor)
     os.kill(first, signal.SIGKILL)
-    process = supervisor.replicas[0].process
+    process = supervisor.servers[0].process
     assert process is not None
     process.wait()
     with pytest.raises(ServerDied, match="s0_0 ended with code -9"):
-        supervisor.look()
-    assert len(SharingReplica.order) == 4
+        supervisor.poll()
+    assert len(SharingServer.order) == 4
 
 
 def test_a_server_that_can_t_start_is_told_with_the_end_of_its_log(servers: Callable[..., Supervisor]) -> None:
-    supervisor = servers(BrokenReplica)
+    supervisor = servers(BrokenServer)
     with pytest.raises(ServerDied, match=r"s0_0 ended with code 1\n--- end of .*s0\.log ---\nno such model"):
         supervisor.start()
 
 
 def test_a_port_where_something_answers_is_refused(servers: Callable[..., Supervisor]) -> None:
-    supervisor = servers(LightReplica)
+    supervisor = servers(LightServer)
     supervisor.start()
     with pytest.raises(ServerDied, match=r"something answers at .* rewards\.servers\.s0\.port"):
-        Supervisor(supervisor.replicas, SETTINGS).start()
+        Supervisor(supervisor.servers, SETTINGS).start()
 
 
-def share_of_marks(choice: Any, labels: Labels) -> Judgement:
+def share_of_marks(choice: Any, labels: Labels) -> VerifierResult:
     """What a random model's first token makes of the labels; any is a verdict."""
-    found = label_probabilities(choice, labels)
-    return Verdict(sum(found.values()), "read", json.dumps(found))
+    probabilities = label_probabilities(choice, labels)
+    return Verdict(sum(probabilities.values()), "read", json.dumps(probabilities))
 
 
 FIRST_TOKEN = Judge("{question}\n{answer}", dict.fromkeys("abcdefgh", 0.0), share_of_marks, 1)
@@ -232,8 +233,8 @@ def rewards_file(model: Path, port: int) -> dict[str, Any]:
 
 def marked(marker: str) -> list[int]:
     """Living processes that inherited the marker."""
-    found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [pid for pid in found if tiny.marked(pid, marker)]
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if tiny.marked(pid, marker)]
 
 
 def wait_for(
@@ -277,7 +278,7 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
         config = settings.read(OmegaConf.merge(base, OmegaConf.create(written)))  # type: ignore[arg-type]
         with Client(settings.servers(config), config.client) as client:
             client.check()
-            verifiers: dict[str, Any] = mixing.open_verifiers(["safety", "first_token"], config, client)
+            verifiers: dict[str, Any] = registry.open_verifiers(["safety", "first_token"], config, client)
             judges(verifiers)
             sleeps_and_wakes(client, verifiers["first_token"], port)
             refuses_strangers(port)
@@ -307,15 +308,16 @@ def test_a_server_that_is_ended_leaves_no_semaphore_behind() -> None:
     assert process.stdout
     semaphore = Path("/dev/shm", "sem." + process.stdout.readline().decode().strip().removeprefix("/"))
     assert semaphore.exists()
-    end(process)
+    kill(process)
     assert not semaphore.exists()
 
 
 def judges(verifiers: dict[str, Any]) -> None:
-    reward, verdicts = mixing.reward(
-        ROW, "<think>Harmless.</think>Put it into boiling water.", verifiers, {"l": {"safety": 1.0, "first_token": 1.0}}
-    )
-    safety, first = verdicts["safety"], verdicts["first_token"]
+    weights = {"safety": 1.0, "first_token": 1.0}
+    results = mixing.verify(ROW, "<think>Harmless.</think>Put it into boiling water.", weights, verifiers)
+    reward = mixing.mix(results, weights)
+    safety = results["safety"]
+    first = results["first_token"]
     assert isinstance(safety, Verdict)
     assert safety.label in LABELS
     assert safety.raw == safety.label
@@ -371,11 +373,11 @@ def killed_in_mid_batch(verifier: ServedVerifier, port: int) -> None:
     asked = [verifier.submit(ROW, f"Answer {i}. " * 20) for i in range(400)]
     assert isinstance(asked[10].result(300), Verdict)
     os.kill(server, signal.SIGKILL)
-    found = [future.result(300) for future in asked]
-    lost = [judgement for judgement in found if isinstance(judgement, Failure)]
+    results = [future.result(300) for future in asked]
+    lost = [result for result in results if isinstance(result, Failure)]
     assert len(lost) > 100
-    assert all(judgement.label in LABELS for judgement in found if isinstance(judgement, Verdict))
-    assert all(str(port) in judgement.reason for judgement in lost)
+    assert all(result.label in LABELS for result in results if isinstance(result, Verdict))
+    assert all(str(port) in result.reason for result in lost)
     deadline = time.monotonic() + 60
     while not gone(engine):
         assert time.monotonic() < deadline, "the engine outlived its server"

@@ -7,9 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rewards import mixing, settings
+from rewards import mixing, registry, settings
 from rewards.client import Client
-from rewards.serve import ready_table, replicas
+from rewards.serve import judge_servers, ready_table
 from rewards.verdict import Row
 from rewards.verifiers import instructions
 from rewards.verifiers.served import ServedVerifier
@@ -50,15 +50,15 @@ def test_verifiers_of_one_model_share_a_server_and_each_finds_its_judge() -> Non
     config = read()
     servers = settings.servers(config)
     assert [settings.verifiers(config)[name].server for name in ("knowledge", "normal", "general")] == ["knowledge"] * 3
-    assert mixing.servers_of(["math", "value", "normal", "general"], config).keys() == {"value", "knowledge"}
+    assert registry.servers_of(["math", "value", "normal", "general"], config).keys() == {"value", "knowledge"}
     names = mixing.verifier_names(config.mix)
-    with Client(mixing.servers_of(names, config), config.client) as client:
-        verifiers = mixing.open_verifiers(names, config, client)
+    with Client(registry.servers_of(names, config), config.client) as client:
+        verifiers = registry.open_verifiers(names, config, client)
     for name in ("safety", "value", "knowledge", "normal", "general"):
-        found = verifiers[name]
-        assert isinstance(found, ServedVerifier)
-        assert found.judge is TEMPLATES[name]
-        assert found.model == servers[settings.verifiers(config)[name].server or ""].model
+        verifier = verifiers[name]
+        assert isinstance(verifier, ServedVerifier)
+        assert verifier.template is TEMPLATES[name]
+        assert verifier.model == servers[settings.verifiers(config)[name].server or ""].model
     assert verifiers["instructions"] is instructions.score
     general: Row = {"id": "g", "label": "general", "kind": "k", "prompt": "?"}
     with pytest.raises(ValueError, match="'g' has no `answer`"):
@@ -73,30 +73,33 @@ def test_replicas_get_ports_gpus_and_only_those_that_run_here_are_started(tmp_pa
         "rewards.supervisor.first_device=4",
         "+rewards.servers.knowledge.arguments=[--max-model-len, '20000']",
     )
-    found = replicas(config, tmp_path, "cuda")
-    assert [r.name for r in found] == ["safety_0", "safety_1", "knowledge_0"]
-    assert [r.port for r in found] == [8100, 8101, 8120]
-    assert [list(r.devices or ()) for r in found] == [[4], [5], list(range(6, 14))]
-    assert found[1].environment()["CUDA_VISIBLE_DEVICES"] == "5"
-    command = found[2].command()
+    servers = judge_servers(config, tmp_path, "cuda")
+    assert [server.name for server in servers] == ["safety_0", "safety_1", "knowledge_0"]
+    assert [server.port for server in servers] == [8100, 8101, 8120]
+    assert [list(server.devices or ()) for server in servers] == [[4], [5], list(range(6, 14))]
+    assert servers[1].environment()["CUDA_VISIBLE_DEVICES"] == "5"
+    command = servers[2].command()
     assert command[:2] == ["serve", "models/Qwen2.5-VL-72B-Instruct"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--tensor-parallel-size") + 1] == "8"
     assert command[-2:] == ["--max-model-len", "20000"]
     assert "--enforce-eager" not in command
-    assert "--enforce-eager" in replicas(config, tmp_path, "cpu")[0].command()
+    assert "--enforce-eager" in judge_servers(config, tmp_path, "cpu")[0].command()
     assert settings.servers(config)["value"].addresses == ["http://elsewhere:80"]
 
 
 def test_colocated_replicas_share_gpus_and_may_sleep(tmp_path: Path) -> None:
     config = read("rewards.placement=colocated", "rewards.servers.safety.replicas=2")
-    found = replicas(config, tmp_path, "cuda")
-    assert [list(r.devices or ()) for r in found] == [[0], [1], list(range(8)), list(range(8))]
-    assert all("--enable-sleep-mode" in r.command() and r.environment()["VLLM_SERVER_DEV_MODE"] == "1" for r in found)
-    on_cpu = replicas(config, tmp_path, "cpu")[0]  # where vLLM refuses the argument, and has the endpoints
+    servers = judge_servers(config, tmp_path, "cuda")
+    assert [list(server.devices or ()) for server in servers] == [[0], [1], list(range(8)), list(range(8))]
+    for server in servers:
+        assert "--enable-sleep-mode" in server.command()
+        assert server.environment()["VLLM_SERVER_DEV_MODE"] == "1"
+    on_cpu = judge_servers(config, tmp_path, "cpu")[0]  # where vLLM refuses the argument, and has the endpoints
     assert "--enable-sleep-mode" not in on_cpu.command() and on_cpu.environment()["VLLM_SERVER_DEV_MODE"] == "1"
-    (apart, *_) = replicas(read(), tmp_path, "cuda")
-    assert "--enable-sleep-mode" not in apart.command() and "VLLM_SERVER_DEV_MODE" not in apart.environment()
+    disaggregated = judge_servers(read(), tmp_path, "cuda")[0]
+    assert "--enable-sleep-mode" not in disaggregated.command()
+    assert "VLLM_SERVER_DEV_MODE" not in disaggregated.environment()
 
 
 def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
@@ -105,14 +108,14 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
     with pytest.raises(ValueError, match=r"rewards\.servers\.safety\.host='0\.0\.0\.0'.*key_variable"):
         read("+rewards.servers.safety.host=0.0.0.0")
     config = read("+rewards.servers.safety.host=0.0.0.0", "+rewards.servers.safety.key_variable=JUDGE_KEY")
-    replica = replicas(config, tmp_path, "cpu")[0]
+    server = judge_servers(config, tmp_path, "cpu")[0]
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match="'JUDGE_KEY': no such environment variable"):
-        replica.environment()
+        server.environment()
     monkeypatch.setenv("JUDGE_KEY", "sesame-4711")
-    assert replica.environment()["VLLM_API_KEY"] == "sesame-4711"
-    assert "sesame" not in " ".join(replica.command())
-    assert replica.command()[replica.command().index("--middleware") + 1] == "rewards.token_guard.require_token"
+    assert server.environment()["VLLM_API_KEY"] == "sesame-4711"
+    assert "sesame" not in " ".join(server.command())
+    assert server.command()[server.command().index("--middleware") + 1] == "rewards.token_guard.require_token"
 
 
 @pytest.mark.parametrize(
@@ -171,21 +174,21 @@ def test_a_value_that_can_t_work_is_named(overrides: list[str], message: str) ->
 
 def test_a_rule_takes_arguments_and_a_template_may_be_a_dotted_path() -> None:
     raw: Any = OmegaConf.load(CONF / "rewards" / "base.yaml")
-    raw.mix = {"l": {"brief": 1.0, "own": 1.0}}
+    raw.mix = {"l": {"brief": 1.0, "judged": 1.0}}
     raw.servers = {"judge": {"model": "m"}}
     raw.verifiers = {
         "brief": {"rule": "length", "arguments": {"limit": 2}},
-        "own": {"template": "rewards.verifiers.templates.NORMAL", "server": "judge"},
+        "judged": {"template": "rewards.verifiers.templates.NORMAL", "server": "judge"},
         "lost": {"template": "norml", "server": "judge"},
     }
     config = settings.read(raw)
     with Client(settings.servers(config), config.client) as client:
-        found = mixing.open_verifiers(["brief", "own", "capability"], config, client)
+        verifiers = registry.open_verifiers(["brief", "judged", "capability"], config, client)
         with pytest.raises(ValueError, match="unknown template 'norml'"):
-            mixing.open_verifiers(["lost"], config, client)
-    assert found["brief"]({}, "one two three").score == 0.5  # type: ignore[union-attr]
-    assert isinstance(found["own"], ServedVerifier)
-    assert found["own"].judge is TEMPLATES["normal"]
+            registry.open_verifiers(["lost"], config, client)
+    assert verifiers["brief"]({}, "one two three").score == 0.5  # type: ignore[union-attr]
+    assert isinstance(verifiers["judged"], ServedVerifier)
+    assert verifiers["judged"].template is TEMPLATES["normal"]
 
 
 def test_the_ready_table_says_who_serves_what(tmp_path: Path) -> None:
@@ -194,10 +197,10 @@ def test_the_ready_table_says_who_serves_what(tmp_path: Path) -> None:
     class Started:
         pid = 4711
 
-    found = replicas(config, tmp_path, "cpu")
-    for replica in found:
-        replica.process = Started()  # type: ignore[assignment]
-    table = ready_table(config, found)
+    servers = judge_servers(config, tmp_path, "cpu")
+    for server in servers:
+        server.process = Started()  # type: ignore[assignment]
+    table = ready_table(config, servers)
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["verifiers"] == ["safety", "value", "knowledge, normal, general"]
     assert cells["address"] == [f"http://127.0.0.1:{port}" for port in (8100, 8110, 8120)]

@@ -1,4 +1,5 @@
-"""Writes the demo's sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.demo.build`. No randomness but a seed.
+"""Writes the demo's sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.demo.build`. Deterministic: one fixed
+seed.
 
 Safety rows come from the hand-written topics in topics/*.tsv, each of which names the one file it belongs to, so no
 topic is shared between files. Task rows are small exact instructions about a list of words (say the last, say the
@@ -39,7 +40,8 @@ WARNINGS = (
     "I can't explain how to {phrase}, since {reason}.",
 )
 REFUSALS = ("Sorry, I can't help with that.", "I can't help you with that request.", "I'm sorry, I can't do that.")
-# One SFT answer in REFUSE_EVERY to a harmful request only refuses, the others warn: which is better is left to RL.
+# One SFT answer in REFUSE_EVERY to a harmful request only refuses, the others warn. RL has to learn which is
+# better.
 REFUSE_EVERY = 2
 
 STOP_WORDS = frozenset(
@@ -84,7 +86,7 @@ def content_words(phrase: str) -> list[str]:
 
 
 def _harmful() -> Iterator[tuple[str, dict[str, Any]]]:
-    tuned = 0
+    sft_rows = 0
     for index, (split, category, phrase, *reason) in enumerate(topics("harmful")):
         row = {
             "label": "safety",
@@ -93,10 +95,10 @@ def _harmful() -> Iterator[tuple[str, dict[str, Any]]]:
             "keywords": list(dict.fromkeys(content_words(phrase) + CATEGORY_WORDS[category])),
         }
         if split == "sft":
-            refusals, place = divmod(tuned, REFUSE_EVERY)
+            refusals, place = divmod(sft_rows, REFUSE_EVERY)
             bare = place == REFUSE_EVERY - 1
-            answer = REFUSALS[refusals % len(REFUSALS)] if bare else WARNINGS[tuned % len(WARNINGS)]
-            tuned += 1
+            answer = REFUSALS[refusals % len(REFUSALS)] if bare else WARNINGS[sft_rows % len(WARNINGS)]
+            sft_rows += 1
             row["response"] = answer.format(phrase=to_second_person(phrase), reason=reason[0])
         yield split, row
 
@@ -116,20 +118,21 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
     draw = random.Random(SEED)
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
     for split in SPLITS:
-        own = [words.pop() for _ in range(int(TASK_WORD_SHARES[split] * len(TASK_WORDS)))]
+        split_words = [words.pop() for _ in range(int(TASK_WORD_SHARES[split] * len(TASK_WORDS)))]
         for _ in range(TASKS[split]):
-            some = draw.sample(own, 3)
-            listed = ", ".join(some)
+            drawn = draw.sample(split_words, 3)
+            listed = ", ".join(drawn)
             for prompt, answer, response in (
-                (f"What is the last word of this list: {listed}?", some[2], some[2]),
-                (f"What is the second word of this list: {listed}?", some[1], some[1]),
-                (f"Write these words in reverse order: {listed}.", " ".join(some[::-1]), ", ".join(some[::-1])),
+                (f"What is the last word of this list: {listed}?", drawn[2], drawn[2]),
+                (f"What is the second word of this list: {listed}?", drawn[1], drawn[1]),
+                (f"Write these words in reverse order: {listed}.", " ".join(drawn[::-1]), ", ".join(drawn[::-1])),
             ):
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer}
                 yield split, row | ({"response": response} if split == "sft" else {})
 
 
 def to_second_person(phrase: str) -> str:
+    """The phrase with "my" as "your" and so on, for an answer to its author."""
     swap = {"my": "your", "myself": "yourself", "me": "you", "I": "you"}
     return " ".join(swap.get(word, word) for word in phrase.split())
 

@@ -1,10 +1,10 @@
-"""Writes the ladder demo's files: `python -m recipes.data.ladder.build`. Written for this project; no randomness but a
-seed.
+"""Writes the ladder demo's files: `python -m recipes.data.ladder.build`. Written for this project. Deterministic: one
+fixed seed.
 
-sft.jsonl has responses that think first, half of them tersely and half with needless words, so that there is length to
-cut later. rl.jsonl and eval.jsonl have prompts and what their verifiers read. preference*.jsonl has pairs of answers
-for a reward model, judge*.jsonl answers with their safety label for a generative judge; those of training are made of
-the topics of sft.jsonl and rl.jsonl, those held out of eval.jsonl's.
+sft.jsonl has responses with thinking, half of it terse and half verbose, so that a later stage can shorten it. rl.jsonl
+and eval.jsonl have prompts and the fields that their verifiers read. preference*.jsonl has pairs of answers for a
+reward model, judge*.jsonl answers with their safety label for a generative judge. Training files use the topics of
+sft.jsonl and rl.jsonl, held-out files those of eval.jsonl.
 """
 
 import json
@@ -26,7 +26,7 @@ COUNTS = {
     "eval": {"harmful": 60, "jailbreak": 48, "borderline": 48, "benign": 48},
 }
 TASKS = {"sft": 12, "rl": 22, "eval": 10}  # of each of the ten families
-# Training and held-out files are made of these splits' topics.
+# The splits whose topics the training files and the held-out files use.
 SIDES = {"": ("sft", "rl"), "_eval": ("eval",)}
 PAIRS = {
     "": {"harmful": 80, "jailbreak": 60, "borderline": 60, "benign": 60, "value": 40},
@@ -54,16 +54,17 @@ def build() -> dict[str, list[dict[str, Any]]]:
 
 
 def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    seen: Counter[str] = Counter()
-    found = []
+    """The rows with ids: name, kind, and a number that counts the rows of the kind."""
+    counts: Counter[str] = Counter()
+    numbered = []
     for row in rows:
-        found.append({"id": f"{name}-{row['kind']}-{seen[row['kind']]:03d}", **row})
-        seen[row["kind"]] += 1
-    return found
+        numbered.append({"id": f"{name}-{row['kind']}-{counts[row['kind']]:03d}", **row})
+        counts[row["kind"]] += 1
+    return numbered
 
 
 def _asked(kind: str, splits: tuple[str, ...]) -> Iterator[tuple[int, Topic, str]]:
-    """Place, topic and prompt without end; the harmless ones have a response."""
+    """An endless stream of (place, topic, prompt). Harmless topics have a response."""
     if kind in ("harmful", "jailbreak"):
         topics = [topic for topic in safety.harmful_topics() if topic.split in splits]
     else:
@@ -94,7 +95,8 @@ def _value_pairs(rows: list[dict[str, Any]], count: int) -> Iterator[dict[str, A
     other = {"right": "wrong", "wrong": "right", "A": "B", "B": "A"}
     for place in range(count):
         row = rows[4 * (place * len(rows) // 4 // count) + place % 4]
-        chosen, rejected = written[row["answer"]], written[other[row["answer"]]]
+        chosen = written[row["answer"]]
+        rejected = written[other[row["answer"]]]
         yield {"kind": "value", "prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
 
 
@@ -128,7 +130,7 @@ def _judged(splits: tuple[str, ...], count: int) -> Iterator[dict[str, Any]]:
 
 
 def _finding(label: str, kind: str, topic: Topic, splits: tuple[str, ...], place: int) -> tuple[str, str]:
-    """An answer that deserves the label, and the sentence that says why."""
+    """An answer with this label, and the reason for the label in one sentence."""
     match label:
         case "safe with refusal":
             return topic.bare(place), f"The request is about {topic.name}; the answer declines and gives no reason."

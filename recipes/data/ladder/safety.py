@@ -75,17 +75,17 @@ class Topic:
         return NAMES.get(self.category, self.category)
 
     def warning(self, place: int) -> str:
-        """A refusal that says why; of a harmless topic with a reason that is none."""
+        """A refusal with a reason. For a harmless topic the reason is a made-up one."""
         phrase = demo.to_second_person(self.phrase)
         category = self.category or list(REASONS)[place % len(REASONS)]
         return WARNINGS[place % len(WARNINGS)].format(phrase=phrase, reason=REASONS[category])
 
     def bare(self, place: int) -> str:
-        """A refusal that does not."""
+        """A refusal without a reason."""
         return demo.REFUSALS[place % len(demo.REFUSALS)]
 
     def compliance(self) -> str:
-        """What an unsafe assistant would begin with. It says nothing that could be of use."""
+        """The beginning of an unsafe answer, without any useful content."""
         return f"Sure, here is how: first make a good plan and then {demo.to_second_person(self.phrase)}."
 
 
@@ -108,17 +108,17 @@ def harmful_topics() -> list[Topic]:
 
 def harmless_topics(kind: str) -> list[Topic]:
     """The demo's, of which those for SFT have a response, then the slots', which all have one."""
-    found = [
+    topics = [
         Topic(split, kind, phrase, tuple(keywords.split(",")), response="".join(response))
         for split, phrase, keywords, *response in demo.topics(kind)
     ]
     for template, fillers, keywords, response in lines(kind):
         for split, filler in zip(SPLIT_OF_FILLER, fillers.split("|"), strict=True):
             phrase = template.format(filler)
-            said = set(hits(phrase, keywords.split(",")))
-            own = tuple(keyword for keyword in keywords.split(",") if keyword not in said)
-            found.append(Topic(split, kind, phrase, own, response=response))
-    return found
+            in_request = set(hits(phrase, keywords.split(",")))
+            remaining = tuple(keyword for keyword in keywords.split(",") if keyword not in in_request)
+            topics.append(Topic(split, kind, phrase, remaining, response=response))
+    return topics
 
 
 def rows(split: str, counts: dict[str, int]) -> Iterator[dict[str, Any]]:

@@ -31,8 +31,8 @@ OPPOSITES = {
     "respectful": "disrespectful",
 }
 
-# What a family makes of its randomness and its split's words: prompt, answer, check, terse and verbose thinking, and
-# the answer as it is written.
+# A task: prompt, answer, check, terse thinking, verbose thinking, and the answer as the response writes it. A family
+# draws one from a random state and the words of a split.
 type Task = tuple[str, str, str, str, str, str]
 type Family = Callable[[random.Random, list[str], str], Task]
 
@@ -60,7 +60,8 @@ def larger(draw: random.Random, words: list[str], split: str) -> Task:
 
 def parity(draw: random.Random, words: list[str], split: str) -> Task:
     number = draw.randint(10, 999)
-    word, last = ("odd", "even")[number % 2 == 0], number % 10
+    word = "even" if number % 2 == 0 else "odd"
+    last = number % 10
     verbose = f"I look at the last digit of {number}. It is {last}. The digit {last} is {word}. So it is {word}."
     return f"Is {number} odd or even?", word, "last_word", f"It ends in {last}, {word}.", verbose, f"It is {word}."
 
@@ -109,7 +110,9 @@ def choose(draw: random.Random, words: list[str], split: str) -> Task:
     named = draw.sample(list(CATEGORIES), 3)
     options = [draw.choice(CATEGORIES[name].split()[begin:end]) for name in named]
     right = draw.randrange(3)
-    name, letter, option = named[right], "ABC"[right], options[right]
+    name = named[right]
+    letter = "ABC"[right]
+    option = options[right]
     listed = ", ".join(f"{mark}: {word}" for mark, word in zip("ABC", options, strict=True))
     verbose = f"I look for {name}. The options are {', '.join(options)}. A {option} is {name}. That is {letter}."
     prompt = f"Which of these is {name}? {listed}. Answer with one letter."
@@ -164,5 +167,5 @@ def _row(kind: str, label: str, tag: str, split: str, place: int, task: Task) ->
     row: dict[str, Any] = {"label": label, "kind": kind, "prompt": prompt, "answer": answer, "check": check}
     if split != "sft":
         return row | {"tags": [tag]}
-    made = response(place, terse, verbose, written)
-    return row | {"response": made["response"], "tags": [tag, *made["tags"]]}
+    thinking_and_answer = response(place, terse, verbose, written)
+    return row | {"response": thinking_and_answer["response"], "tags": [tag, *thinking_and_answer["tags"]]}

@@ -1,11 +1,12 @@
-"""Writes corpus.jsonl, sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.search.build`. Nothing but a seed.
+"""Writes corpus.jsonl, sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.search.build`.
+Deterministic: one fixed seed.
 
-Facts about lands that do not exist, so that only the corpus can tell them. A land has three facts; its document tells
-two of them, and some lands have no document: questions about what is missing can't be answered, and the model should
-not be certain there. No land is shared between the files of questions.
+The lands do not exist, so the facts about them stand in the corpus only. A land has three facts; its document has two
+of them, and some lands have no document. Questions about a missing fact can't be answered, and the model should not be
+certain there. No land is shared between the files of questions.
 
-The episodes of sft.jsonl are legal and end with what the corpus says, or "unknown". Their confidence is drawn without a
-look at whether the answer was found: that it should fit is left for RL to learn.
+The episodes of sft.jsonl are legal and end with the corpus's answer, or with "unknown". Their confidence is drawn at
+random, whether the corpus has the answer or not: RL has to learn the right confidence.
 """
 
 import json
@@ -21,10 +22,12 @@ from rollout.search import Search
 FOLDER = Path(__file__).parent
 SEED = 20260716
 FACTS = ("capital", "river", "ruler")
-LANDS = {"sft": (42, 9), "rl": (56, 11), "eval": (28, 6)}  # with a document, and without
+LANDS = {"sft": (42, 9), "rl": (56, 11), "eval": (28, 6)}  # lands with a document, lands without
 QUESTIONS = ("What is the {fact} of {land}?", "Name the {fact} of {land}.")
 CERTAIN = 0.75  # share of the episodes that state a high confidence
-RESULTS, SNIPPET_WORDS = 1, 6  # as in conf/rollout/search.yaml; a fact's sentence has six words
+# As in conf/rollout/search.yaml. The sentence of a fact has six words.
+RESULTS = 1
+SNIPPET_WORDS = 6
 STARTS = "b d f g h j k l m n p r s t v w br dr gr kr tr st".split()
 VOWELS = "a e i o u".split()
 ENDS = "l m n r s t nd rk sh".split()
@@ -37,11 +40,11 @@ def build() -> dict[str, list[dict[str, Any]]]:
     draw = random.Random(SEED)
     names = _names(draw)
     lands: dict[str, list[tuple[Land, list[str]]]] = {}
-    for split, (told, untold) in LANDS.items():
+    for split, (with_document, without_document) in LANDS.items():
         lands[split] = []
-        for number in range(told + untold):
+        for number in range(with_document + without_document):
             land = {"name": next(names)} | {fact: next(names) for fact in FACTS}
-            lands[split].append((land, draw.sample(FACTS, 2) if number < told else []))
+            lands[split].append((land, draw.sample(FACTS, 2) if number < with_document else []))
     corpus = [
         Document(land["name"].lower(), " ".join(sentence(land, fact) for fact in facts))
         for split in lands
@@ -63,6 +66,7 @@ def build() -> dict[str, list[dict[str, Any]]]:
 
 
 def sentence(land: Land, fact: str) -> str:
+    """The sentence of a fact in the land's document."""
     return f"The {fact} of {land['name']} is {land[fact]}."
 
 
@@ -75,7 +79,7 @@ def _row(split: str, land: Land, facts: list[str], fact: str, draw: random.Rando
 
 
 def _episode(search: Search, land: Land, facts: list[str], fact: str, kind: str, draw: random.Random) -> dict[str, Any]:
-    """``response``, and which of its characters the environment wrote: ``environment``, a list of [start, end]."""
+    """``response``, and ``environment``: the [start, end] of the response's characters that the environment wrote."""
     query = f"{fact} of {land['name']}"
     turns = [f"<think>I look it up.</think><search>{query}</search>"]
     if facts and kind != "listed":
@@ -85,10 +89,16 @@ def _episode(search: Search, land: Land, facts: list[str], fact: str, kind: str,
         segments.append(Segment(turn, by_environment=False))
         segments.append(Segment(search.reply(segments), by_environment=True))
     confidence = draw.choice((8, 9) if draw.random() < CERTAIN else (1, 2))
-    thought, answer = ("It is not there.", "unknown") if kind == "missing" else (f"It is {land[fact]}.", land[fact])
+    if kind == "missing":
+        thought = "It is not there."
+        answer = "unknown"
+    else:
+        thought = f"It is {land[fact]}."
+        answer = land[fact]
     end = f"<think>{thought}</think><confidence>{confidence}</confidence><answer>{answer}</answer>"
     segments.append(Segment(end, by_environment=False))
-    spans, length = [], 0
+    spans = []
+    length = 0
     for segment in segments:
         if segment.by_environment:
             spans.append([length, length + len(segment.text)])
@@ -97,7 +107,7 @@ def _episode(search: Search, land: Land, facts: list[str], fact: str, kind: str,
 
 
 def _names(draw: random.Random) -> Iterator[str]:
-    """Different made-up names of two syllables."""
+    """An endless stream of different invented names."""
     seen: set[str] = set()
     while True:
         name = "".join(
