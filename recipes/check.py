@@ -137,7 +137,8 @@ def check_run(run_dir: Path, prefix: str) -> Iterator[Result]:
     for file, bound in load_bounds(config["recipe"]["name"], stage["name"]):
         path = run_dir / file
         if not path.is_file():
-            state, value = NOT_IN_THIS_RUN, ""
+            state = NOT_IN_THIS_RUN
+            value = ""
         elif path.suffix == ".jsonl":
             state, value = check_rows(bound, list(records.read_rows(path)))
         else:
@@ -171,7 +172,8 @@ def check_rows(bound: Bound, rows: Sequence[Mapping[str, Any]]) -> tuple[str, st
             return FAILS, f"{value:.6g} at step {row['step']}"
     values = [row[bound.metric] for row in chosen]
     if bound.of == "every":
-        lowest, highest = min(values), max(values)
+        lowest = min(values)
+        highest = max(values)
         return HOLDS, f"{lowest:.6g}" if lowest == highest else f"{lowest:.6g} to {highest:.6g}"
     mean = fmean(values)
     if subtracted:
