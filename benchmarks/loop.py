@@ -23,10 +23,9 @@ from rich.table import Table
 
 from benchmarks.yardsticks import GENERATION, TRAINING
 from megatron_ext.processes import die_with
-from recipes import train
+from recipes import command_line, train
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
-from recipes.launch import command_line
 from recipes.run import records
 
 REPETITIONS = 3  # RL steps that count; one more goes before them and warms both sides up

@@ -134,28 +134,33 @@ def check_run(run_dir: Path, prefix: str) -> Iterator[Result]:
     stage = config["stage"]
     if "rl" in stage["trains"]:
         yield check_required_metrics(run_dir, prefix)
-    for file, bound in load_bounds(config["recipe"]["name"], stage["name"]):
-        path = run_dir / file
-        if not path.is_file():
-            state = NOT_IN_THIS_RUN
-            value = ""
-        elif path.suffix == ".jsonl":
-            state, value = check_rows(bound, list(records.read_rows(path)))
+    bounds = load_bounds(config["recipe"]["name"], stage["name"])
+    contents = {file: read_record(run_dir / file) for file in dict.fromkeys(file for file, _ in bounds)}
+    for file, bound in bounds:
+        content = contents[file]
+        if isinstance(content, list):
+            state, value = check_rows(bound, content)
         else:
-            state, value = check_value(bound, json.loads(path.read_text()))
+            state, value = check_value(bound, content)
         yield Result(prefix + file, bound.describe(), bound.limit(), state, value)
+
+
+def read_record(path: Path) -> list[dict[str, Any]] | dict[str, Any]:
+    """The rows of a ``.jsonl`` file, or what a ``.json`` file holds; empty when the file does not exist."""
+    if path.suffix == ".jsonl":
+        return list(records.read_rows(path)) if path.is_file() else []
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def check_required_metrics(run_dir: Path, prefix: str) -> Result:
     """Whether every row of metrics.jsonl has the metrics that every RL run writes."""
-    path = run_dir / "metrics.jsonl"
-    rows = list(records.read_rows(path)) if path.is_file() else []
+    rows = read_record(run_dir / "metrics.jsonl")
     missing = dict.fromkeys(name for row in rows for name in records.REQUIRED_METRICS if name not in row)
     state = FAILS if missing else HOLDS
     if not rows:
         state = NOT_IN_THIS_RUN
     value = f"{', '.join(missing)} missing" if missing else f"{len(rows)} steps"
-    return Result(prefix + path.name, "the required metrics", "in every step", state, value)
+    return Result(f"{prefix}metrics.jsonl", "the required metrics", "in every step", state, value)
 
 
 def check_rows(bound: Bound, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -8,9 +8,9 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from recipes.command_line import from_command_line
 from recipes.config import parse
 from recipes.errors import ConfigError
-from recipes.launch.command_line import from_command_line
 from recipes.launch.prepare_run import prepare_run
 
 

@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 
 from megatron_ext.platform import capabilities
 from megatron_ext.processes import die_with
+from recipes.command_line import from_command_line
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.launch import launcher
-from recipes.launch.command_line import from_command_line
 from recipes.launch.prepare_run import prepare_run, redirect_stderr
 from recipes.launch.slurm import adopt_step
 from recipes.run import preemption, records

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from recipes.launch.command_line import one_line
+from recipes.command_line import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("recipes", "megatron_ext", "rollout", "rewards")

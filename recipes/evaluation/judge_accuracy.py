@@ -15,12 +15,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from recipes.command_line import from_command_line
 from recipes.config import Config, parse
 from recipes.data import judge_sft
 from recipes.data.rows import Row
 from recipes.errors import ConfigError
 from recipes.evaluation.statistics import mean_interval
-from recipes.launch.command_line import from_command_line
 from recipes.run import records
 from rewards import registry, settings
 from rewards.client import Client

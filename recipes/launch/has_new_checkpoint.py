@@ -11,8 +11,8 @@ import hydra
 from omegaconf import DictConfig
 
 from megatron_ext.checkpoint import COMPLETE, latest
+from recipes.command_line import from_command_line
 from recipes.config import parse
-from recipes.launch.command_line import from_command_line
 from recipes.training.stages import WARM_START
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.launch.command_line import from_command_line
+from recipes.command_line import from_command_line
 from recipes.preflight import view
 from recipes.preflight.checks import examine
 from recipes.preflight.report import Settings

@@ -19,10 +19,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from recipes import command_line
 from recipes.algorithms.registry import REGISTRY
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
-from recipes.launch import command_line, requirements
+from recipes.launch import requirements
 from recipes.launch.prepare_run import prepare_run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from recipes.command_line import one_line
 from recipes.config import parse
 from recipes.errors import ConfigError
-from recipes.launch.command_line import one_line
 from recipes.launch.requirements import check_parts, check_supervised
 from recipes.ranges import RANGES, numbers
 from tests.recipes.test_config import composed, overridden
