@@ -20,8 +20,8 @@ def transcripts_section(evaluation: Mapping[str, Any], marks: Sequence[str]) -> 
     folded = cards[TRANSCRIPTS_OPEN:]
     more = markup.details(f"{len(folded)} more", "".join(folded)) if folded else ""
     return (
-        "<h2>Transcripts</h2><p>Greedy answers to held-out prompts, each with its verdict; a coloured verdict is one "
-        f"training changed.</p>{''.join(cards[:TRANSCRIPTS_OPEN])}{more}"
+        "<h2>Transcripts</h2><p>Greedy answers to held-out prompts, each with its verdict; a coloured verdict "
+        f"changed in training.</p>{''.join(cards[:TRANSCRIPTS_OPEN])}{more}"
     )
 
 
@@ -29,14 +29,14 @@ def samples_section(gathered: Samples, marks: Sequence[str]) -> str:
     """Answers to the same prompts over training, then the samples of one prompt in the first and the last step."""
     blocks = [
         "<h2>The same prompts over training</h2>"
-        f"<p>{'' if gathered.followed else 'No prompt came a second time. '}"
-        "The best sample of each time that a prompt came, from early to late.</p>"
+        f"<p>{'' if gathered.followed else 'No prompt was sampled in a second step. '}"
+        "The sample with the highest reward in each step in which a prompt was sampled, from early to late.</p>"
     ]
     for answers in gathered.followed:
         cards = "".join(_sample(row, f"step {row['step']}: ", marks) for row in answers)
         blocks.append(markup.prompt_card(answers[0]["prompt"], cards))
     blocks.append(
-        "<h2>What RL learned from</h2><p>All samples of one prompt, with reward and advantage: the prompt of that step "
+        "<h2>Samples of one prompt</h2><p>Reward and advantage of each, for the prompt of the first and of the last step "
         "whose rewards differ most.</p>"
     )
     for group in gathered.groups:

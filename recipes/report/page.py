@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
         training.section(rows, gathered or Samples(), events),
         timeline.section(events) if events else _missing("events.jsonl", "Faults and restarts"),
         answers.transcripts_section(evaluation, marks) if evaluation else "",
-        answers.samples_section(gathered, marks) if gathered else _missing("samples.jsonl", "What RL learned from"),
+        answers.samples_section(gathered, marks) if gathered else _missing("samples.jsonl", "Samples of one prompt"),
         f"<h2>Configuration</h2>{markup.details('config.yaml, resolved', f'<pre>{text(configuration)}</pre>')}",
         _machine(machine) if machine else _missing("environment.json", "Machine and versions"),
     ]

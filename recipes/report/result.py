@@ -20,7 +20,7 @@ def section(evaluation: Mapping[str, Any]) -> str:
         f"{markup.grid(_plots(evaluation))}"
         f"{markup.table(f'<th>verifier</th>{headings}<th>effect</th>', _rows(evaluation))}"
         f'<p class="soft"><small>The effect is {models["after"]} minus {models["before"]} on the same prompts; '
-        "&ldquo;better&rdquo; or &ldquo;worse&rdquo; where its 95&nbsp;% interval leaves out zero. n counts prompts; "
+        "&ldquo;better&rdquo; or &ldquo;worse&rdquo; where its 95&nbsp;% interval excludes zero. n counts prompts; "
         "several samples of one prompt are averaged first.</small></p>"
     )
 

@@ -29,8 +29,14 @@ def section(rows: Sequence[Row], gathered: Samples, events: Sequence[Row]) -> st
         ("Loss", line_plot(rows, {"loss": "loss"})),
         ("Mean reward", line_plot(rows, {"mean": "reward/mean"})),
         ("KL to the reference policy", line_plot(rows, {"KL": "kl/reference"}, zero=True)),
-        ("Log-prob gap to vLLM, mean", line_plot(rows, {"mean": "train_inference_mismatch/mean"}, zero=True)),
-        ("Log-prob gap to vLLM, largest", line_plot(rows, {"max": "train_inference_mismatch/max"}, zero=True)),
+        (
+            "Train-inference mismatch, mean |Δ log-prob|",
+            line_plot(rows, {"mean": "train_inference_mismatch/mean"}, zero=True),
+        ),
+        (
+            "Train-inference mismatch, largest |Δ log-prob|",
+            line_plot(rows, {"max": "train_inference_mismatch/max"}, zero=True),
+        ),
         ("Gradient norm", line_plot(rows, {"norm": "grad_norm"}, zero=True)),
         ("Response length, tokens", line_plot(rows, {"mean": "response_length/mean"}, zero=True)),
         (

@@ -185,7 +185,7 @@ def test_plots_cover_every_metric_and_leave_gaps_for_null(run_dir):
     for title in (
         "Reward per verifier",
         "KL",
-        "Log-prob gap",
+        "Train-inference mismatch",
         "Gradient norm",
         "Response length",
         "Time per phase",
@@ -199,7 +199,7 @@ def test_plots_cover_every_metric_and_leave_gaps_for_null(run_dir):
 
 
 def test_shows_the_group_whose_rewards_differ_in_the_first_and_last_step(run_dir):
-    shown = "".join(Page(write_report(run_dir).read_text()).data).partition("What RL learned from")[2]
+    shown = "".join(Page(write_report(run_dir).read_text()).data).partition("Samples of one prompt")[2]
     assert "split prompt of 1" in shown and "split prompt of 3" in shown
     assert "dull prompt" not in shown and "failed prompt" not in shown and "prompt of 2" not in shown
     assert "reward 1.00" in shown and "no reward" in shown and "safety: no verdict" in shown
@@ -207,7 +207,7 @@ def test_shows_the_group_whose_rewards_differ_in_the_first_and_last_step(run_dir
 
 def test_follows_prompts_over_training_with_their_thinking(run_dir):
     page = write_report(run_dir).read_text()
-    shown = page[page.index("The same prompts over training") : page.index("What RL learned from")]
+    shown = page[page.index("The same prompts over training") : page.index("Samples of one prompt")]
     for prompt in ("split", "dull"):
         assert f"{prompt} prompt of 1" in shown
     assert "failed prompt" not in shown  # it never had a reward
