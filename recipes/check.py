@@ -65,12 +65,12 @@ class Bound:
     def limit(self) -> str:
         """The limits, such as ``>= 0.05``."""
         if self.low == self.high:
-            return f"= {self.low:g}"
+            return f"= {figure(self.low)}"
         limits = []
         if self.low is not None:
-            limits.append(f">= {self.low:g}")
+            limits.append(f">= {figure(self.low)}")
         if self.high is not None:
-            limits.append(f"<= {self.high:g}")
+            limits.append(f"<= {figure(self.high)}")
         return ", ".join(limits)
 
     def allows(self, value: float | None) -> bool:
@@ -174,16 +174,16 @@ def check_rows(bound: Bound, rows: Sequence[Mapping[str, Any]]) -> tuple[str, st
         if value is None:
             return FAILS, f"no value at step {row['step']}"
         if bound.of == "every" and not bound.allows(value):
-            return FAILS, f"{value:.6g} at step {row['step']}"
+            return FAILS, f"{figure(value)} at step {row['step']}"
     values = [row[bound.metric] for row in chosen]
     if bound.of == "every":
         lowest = min(values)
         highest = max(values)
-        return HOLDS, f"{lowest:.6g}" if lowest == highest else f"{lowest:.6g} to {highest:.6g}"
+        return HOLDS, figure(lowest) if lowest == highest else f"{figure(lowest)} to {figure(highest)}"
     mean = fmean(values)
     if subtracted:
         mean -= fmean(row[bound.metric] for row in subtracted)
-    return HOLDS if bound.allows(mean) else FAILS, f"{mean:.6g}"
+    return HOLDS if bound.allows(mean) else FAILS, figure(mean)
 
 
 def check_value(bound: Bound, content: Any) -> tuple[str, str]:
@@ -195,7 +195,7 @@ def check_value(bound: Bound, content: Any) -> tuple[str, str]:
         value = value[key]
     if value is None:
         return FAILS, "no value"
-    return HOLDS if bound.allows(value) else FAILS, f"{value:.6g}"
+    return HOLDS if bound.allows(value) else FAILS, figure(value)
 
 
 def load_bounds(recipe: str, stage: str) -> list[tuple[str, Bound]]:
@@ -231,6 +231,11 @@ def parse_bound(entry: Mapping[str, Any], where: str) -> Bound:
         raise ConfigError(f"{where}: {dict(entry)}: minus subtracts a mean; add of: mean")
     ranges = {name: tuple(entry[name]) for name in ("steps", "minus") if name in entry}
     return Bound(**{**entry, **ranges})
+
+
+def figure(value: float | None) -> str:
+    """A number as it is printed: integers in full, others with six digits."""
+    return str(value) if value is None or isinstance(value, int) else f"{value:.6g}"
 
 
 def _rows_of(steps: Steps, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]] | None:

@@ -36,8 +36,8 @@ def samples_section(gathered: Samples, marks: Sequence[str]) -> str:
         cards = "".join(_sample(row, f"step {row['step']}: ", marks) for row in answers)
         blocks.append(markup.prompt_card(answers[0]["prompt"], cards))
     blocks.append(
-        "<h2>Samples of one prompt</h2><p>Reward and advantage of each, for the prompt of the first and of the last step "
-        "whose rewards differ most.</p>"
+        "<h2>Samples of one prompt</h2><p>Each with its reward and advantage, for the prompt of the first and of the "
+        "last step whose rewards differ most.</p>"
     )
     for group in gathered.groups:
         cards = "".join(_sample(row, "", marks) for row in group)
