@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,10 +74,9 @@ def rounded_model(rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path
 
 def main() -> None:
     from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel, platform
-    from megatron_ext.layout import Layout
-    from megatron_ext.precision import Precision
     from recipes.algorithms import mismatch
     from recipes.algorithms.sequences import Sequences
+    from recipes.config import parse
     from recipes.run import records
     from rollout.engine import Engine, EngineSettings, stop_engines
     from rollout.sample import Prompt, Sample, Sampling
@@ -96,25 +96,26 @@ def main() -> None:
     started = time.monotonic()
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::EVERY]]
     prompts = [Prompt(row["id"], ids(row["prompt"])) for row in rows]
-    plain = EngineSettings(
-        model=str(MODEL),
-        dtype="bfloat16",
-        max_model_len=256,
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        demo = parse(compose("config", ["recipe=demo"]))
+    rollout = replace(
+        demo.rollout,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
         kv_cache_gib=0.5,
         threads=len(os.sched_getaffinity(0)),
     )
+    plain = EngineSettings(rollout, str(MODEL), dtype="bfloat16", max_model_len=256, platform="cpu")
+    quantised = replace(plain, rollout=replace(rollout, quantization="fp8_per_channel"))
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         engines = [
             Engine(plain, home / "bf16.log"),
-            Engine(replace(plain, quantization="fp8_per_channel"), home / "fp8.log"),
+            Engine(quantised, home / "fp8.log"),
         ]
         try:
-            place = parallel.initialize(Layout(), SEED, 600)
-            settings = model.ModelSettings(Precision("bf16"), recompute="none", distributed_optimizer=True)
-            policy = model.build(hf_checkpoint.config(MODEL), place, settings)
+            place = parallel.initialize(replace(demo.parallel, tensor=1, sequence=False), SEED, 600)
+            policy = model.build(hf_checkpoint.config(MODEL), place, replace(demo.precision, name="bf16"))
             for engine in engines:
                 engine.wait_until_ready(time.monotonic() + 600)
             group = parallel.control_group()

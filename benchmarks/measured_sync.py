@@ -12,11 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from hydra import compose, initialize_config_dir
+
+from recipes.config import Config, parse
 from rollout import engine as engines
 from rollout.engine import Engine, EngineSettings
 
@@ -26,18 +31,24 @@ POLL_SECONDS = 0.02
 IDLE_SECONDS = 0.5  # a sync comes behind a training step: whoever was busy with a call before is idle by then
 
 
+@cache
+def demo() -> Config:
+    """The demo's settings, for what a benchmark does not set."""
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        return parse(compose("config", ["recipe=demo"]))
+
+
 def start_engine(model: str, tensor_parallel_size: int, log: Path) -> Engine:
     """An engine of the project, as ``benchmarks.peers.engine`` extends it; all its workers share the cores."""
-    settings = EngineSettings(
-        model=model,
-        dtype="bfloat16",
-        max_model_len=128,
+    rollout = replace(
+        demo().rollout,
+        tensor=tensor_parallel_size,
         max_num_seqs=4,
         max_num_batched_tokens=128,
         kv_cache_gib=0.1,
-        tensor_parallel_size=tensor_parallel_size,
         threads=max(len(os.sched_getaffinity(0)) // tensor_parallel_size, 1),
     )
+    settings = EngineSettings(rollout, model, dtype="bfloat16", max_model_len=128, platform="cpu")
     popen = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -94,20 +105,21 @@ class Trainer:
 
         from megatron_ext import hf_checkpoint, parallel
         from megatron_ext import model as models
-        from megatron_ext.layout import Layout
         from megatron_ext.models import family
-        from megatron_ext.precision import Precision
         from megatron_ext.weight_map import sharding_of, shards
 
         dist.init_process_group("gloo")
-        place = parallel.initialize(Layout(tensor=dist.get_world_size()), seed=0, timeout_seconds=600)
+        sizes = replace(
+            demo().parallel, tensor=dist.get_world_size(), sequence=False, recompute="none", distributed_optimizer=False
+        )
+        precision = replace(demo().precision, name="bf16")
+        place = parallel.initialize(sizes, seed=0, timeout_seconds=600)
         self.control, self.ranks, self.rank = parallel.control_group(), dist.get_world_size(), dist.get_rank()
         config = hf_checkpoint.config(model)
         arch = family(config.architectures[0])
-        settings = models.ModelSettings(Precision("bf16"), recompute="none", distributed_optimizer=False)
         sharding = sharding_of(config, self.ranks, place.tensor_rank)
-        text = models.language_config(arch, config, sharding, place.layout, settings)
-        module = models.build_chunk(config, text, place, settings, stage=0).to(torch.bfloat16)
+        text = models.language_config(arch, config, sharding, sizes, precision)
+        module = models.build_chunk(config, text, place, frozen=(), stage=0).to(torch.bfloat16)
         self.shards = shards([module], arch.param_mappings(config, self.ranks, place.tensor_rank))
         hf_checkpoint.load(self.shards, model)
         self.tensors = [shard.tensor.detach() for shard in self.shards]

@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext import platform
-from megatron_ext.layout import Layout
+from megatron_ext.layout import ParallelConfig
 from megatron_ext.packing import Cost, PackedSequence, VisionInputs, cost_of, plan
 from megatron_ext.weight_map import round_up
-from recipes import trainer
 from recipes.config import Config, parse, samples_per_step
 from recipes.preflight.architecture import model_config
 from recipes.run import records
@@ -138,7 +137,7 @@ def timed(method: Callable[[Batch], Plan], batch: Batch) -> tuple[Plan, float]:
 def configured(recipe: str, ranks: int) -> tuple[Config, Cost]:
     """The recipe on as many GPUs as ``ranks`` replicas take, and its model's costs."""
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        replica = trainer.layout(parse(compose("config", [f"recipe={recipe}"]))).model_parallel
+        replica = parse(compose("config", [f"recipe={recipe}"])).parallel.model_parallel
         config = parse(compose("config", [f"recipe={recipe}", f"cluster.ranks={replica * ranks}", "rollout.engines=1"]))
     return config, cost_of(model_config(config.model.path), config.model.frozen)
 
@@ -149,21 +148,21 @@ def draw(recipe: str, ranks: int, shape: Lengths, seed: int, samples: int | None
     group = config.algorithm.samples_per_prompt
     longest = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     sequences = sample(random.Random(seed), shape, (samples or samples_per_step(config)) // group, group, longest)
-    multiple = trainer.precision(config).token_multiple
-    return batch_of(sequences, cost, trainer.layout(config), multiple, ranks, config.parallel.micro_batch_tokens)
+    multiple = config.precision.token_multiple
+    return batch_of(sequences, cost, config.parallel, multiple, ranks, config.parallel.micro_batch_tokens)
 
 
 def batch_of(
-    sequences: Sequence[PackedSequence], cost: Cost, layout: Layout, multiple: int, ranks: int, limit: int
+    sequences: Sequence[PackedSequence], cost: Cost, parallel: ParallelConfig, multiple: int, ranks: int, limit: int
 ) -> Batch:
     """As ``Session.micro_batches`` and ``pack`` pad."""
     return Batch(
-        lengths=[round_up(len(s), layout.token_multiple) for s in sequences],
+        lengths=[round_up(len(s), parallel.token_multiple) for s in sequences],
         costs=[cost.of(s) for s in sequences],
         tokens=sum(len(s) for s in sequences),
         ranks=ranks,
         limit=limit,
-        pack_multiple=layout.tensor * multiple * layout.token_multiple,
+        pack_multiple=parallel.tensor * multiple * parallel.token_multiple,
     )
 
 

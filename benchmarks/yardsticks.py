@@ -195,13 +195,13 @@ def generate(settings: dict[str, Any]) -> Any:
         model=settings["model"],
         skip_tokenizer_init=True,
         dtype=settings["dtype"],
-        tensor_parallel_size=settings["tensor_parallel_size"],
+        tensor_parallel_size=settings["rollout"]["tensor"],
         max_model_len=settings["max_model_len"],
-        max_num_seqs=settings["max_num_seqs"],
-        max_num_batched_tokens=settings["max_num_batched_tokens"],
-        enable_chunked_prefill=settings["device"] != "cpu",  # a seeded request's prompt can't be split on a CPU
-        kv_cache_memory_bytes=int(settings["kv_cache_gib"] * 2**30),
-        **({"block_size": 32} if settings["device"] == "cpu" else {}),  # the engines' choice, so that bits agree
+        max_num_seqs=settings["rollout"]["max_num_seqs"],
+        max_num_batched_tokens=settings["rollout"]["max_num_batched_tokens"],
+        enable_chunked_prefill=settings["platform"] != "cpu",  # a seeded request's prompt can't be split on a CPU
+        kv_cache_memory_bytes=int(settings["rollout"]["kv_cache_gib"] * 2**30),
+        **({"block_size": 32} if settings["platform"] == "cpu" else {}),  # the engines' choice, so that bits agree
         enforce_eager=settings["enforce_eager"],
         logprobs_mode="processed_logprobs",
         generation_config="vllm",

@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ from megatron_ext.model import Model
 from megatron_ext.parallel import control_group
 
 MANIFEST, COMPLETE, PROGRESS = "manifest.json", "complete.json", "progress.json"
+# Fields of ParallelConfig. RNG states belong to them and to the number of replicas.
+SIZES = (
+    "tensor",
+    "pipeline",
+    "virtual_pipeline",
+    "first_stage_layers",
+    "last_stage_layers",
+    "context",
+    "sequence",
+)
 POLICY = "policy"
 
 
@@ -294,7 +304,7 @@ def _state(model: Model) -> dict[str, Any]:
 def _layout(model: Model) -> dict[str, Any]:
     return {
         "platform": platform.current().name,
-        **asdict(model.parallel.layout),
+        **{name: getattr(model.parallel.config, name) for name in SIZES},
         "data": model.parallel.data,
         "padded_groups": model.sharding.padded_groups,
         "padded_vocab": model.sharding.padded_vocab,

@@ -1,23 +1,36 @@
-"""How a model is cut over ranks: the sizes, and what they must fulfil. Pure: imported before a run has any rank."""
+"""How a model is cut over ranks. Pure: imported before a run has any rank."""
 
 from dataclasses import dataclass
 
+from megatron_ext.settings import TOKENS, setting
 
-@dataclass(frozen=True)
-class Layout:
-    """How a model is cut: group sizes. Data parallelism is what is left of the ranks.
+RECOMPUTE = ("none", "selective", "full")
+GROUP = "[1, 1e5]"
+LAYERS = "[1, 1e4]"
 
-    ``virtual`` is the number of model chunks on each pipeline rank. ``first_stage_layers`` and ``last_stage_layers``
-    are decoder layers of the outer pipeline ranks (all their chunks); None shares the layers out evenly.
-    """
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    context: int = 1
-    sequence: bool = False
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
+@dataclass
+class ParallelConfig:
+    """Sizes of the model-parallel groups; data parallelism is what is left of the ranks."""
+
+    tensor: int = setting("tensor-parallel size", range=GROUP)
+    pipeline: int = setting("pipeline-parallel size", range=GROUP)
+    virtual_pipeline: int = setting("model chunks on each pipeline rank (interleaved schedule)", range=GROUP)
+    first_stage_layers: int | None = setting(
+        "decoder layers of the first pipeline rank, all its chunks; null shares the layers out evenly", range=LAYERS
+    )
+    last_stage_layers: int | None = setting(
+        "decoder layers of the last pipeline rank, all its chunks; null shares the layers out evenly", range=LAYERS
+    )
+    context: int = setting("context-parallel size", range=GROUP)
+    sequence: bool = setting("sequence parallelism, within the tensor-parallel group")
+    recompute: str = setting(
+        "activations recomputed in the backward pass: none, selective (core attention) or full", choices=RECOMPUTE
+    )
+    distributed_optimizer: bool = setting("shard optimiser states over the data-parallel ranks")
+    micro_batch_tokens: int = setting(
+        "tokens of one packed micro-batch on one data-parallel rank", range=TOKENS, unit="tokens"
+    )
 
     @property
     def model_parallel(self) -> int:
@@ -26,37 +39,39 @@ class Layout:
 
     @property
     def token_multiple(self) -> int:
-        """A sequence is padded to a multiple of this: each context-parallel rank has two slices of it."""
-        return 2 * self.context if self.context > 1 else 1
+        """A sequence is padded to a multiple of this many tokens."""
+        return token_multiple(self.context)
 
     @property
     def micro_batch_multiple(self) -> int:
-        """The interleaved pipeline schedule wants a multiple of this many micro-batches."""
-        return self.pipeline if self.virtual > 1 else 1
+        """The interleaved pipeline schedule needs a multiple of this many micro-batches."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
+    def data_parallel(self, ranks: int) -> int:
+        """Replicas of the model on ``ranks`` ranks."""
+        return ranks // self.model_parallel
 
 
-def check(world: int, layout: Layout) -> None:
+def token_multiple(context: int) -> int:
+    """What a sequence is padded to a multiple of: each context-parallel rank has two slices of it."""
+    return 2 * context if context > 1 else 1
+
+
+def check(ranks: int, parallel: ParallelConfig) -> None:
     """Raises ValueError naming the field when the sizes do not fit the number of ranks or each other."""
-    sizes = {
-        "parallel.tensor": layout.tensor,
-        "parallel.pipeline": layout.pipeline,
-        "parallel.virtual_pipeline": layout.virtual,
-        "parallel.context": layout.context,
-    }
-    for field, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{field}={size}: must be above 0")
-    if world % layout.model_parallel:
+    if ranks % parallel.model_parallel:
         raise ValueError(
-            f"cluster.ranks={world}: parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} x "
-            f"parallel.context={layout.context} needs a multiple of {layout.model_parallel} ranks"
+            f"cluster.ranks={ranks}: parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
+            f"parallel.context={parallel.context} needs a multiple of {parallel.model_parallel} ranks"
         )
-    if layout.sequence and layout.tensor == 1:
+    if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true: needs parallel.tensor > 1; add parallel.sequence=false")
-    if layout.virtual > 1 and layout.pipeline == 1:
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ValueError(
-            f"parallel.virtual_pipeline={layout.virtual} needs parallel.pipeline > 1: set parallel.virtual_pipeline=1"
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1: set "
+            "parallel.virtual_pipeline=1"
         )
-    for field, layers in (("first", layout.first_stage_layers), ("last", layout.last_stage_layers)):
-        if layers is not None and layout.pipeline == 1:
-            raise ValueError(f"parallel.{field}_stage_layers={layers}: needs parallel.pipeline > 1; set it null")
+    for name in ("first_stage_layers", "last_stage_layers"):
+        layers = getattr(parallel, name)
+        if layers is not None and parallel.pipeline == 1:
+            raise ValueError(f"parallel.{name}={layers}: needs parallel.pipeline > 1; set it null")

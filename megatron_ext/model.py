@@ -14,10 +14,10 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext import platform
 from megatron_ext.blocks import Shard
-from megatron_ext.layout import Layout
+from megatron_ext.layout import ParallelConfig
 from megatron_ext.models import family
 from megatron_ext.parallel import Parallel
-from megatron_ext.precision import Precision
+from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
 from megatron_ext.vision_language import VisionLanguageModel
 from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards
@@ -28,19 +28,6 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """``recompute``: activations made again in the backward pass (a key of ``RECOMPUTE``). ``frozen``: prefixes of
-    Megatron parameter names that are not trained, layers as the whole model counts them; "vision" is the tower without
-    its projector.
-    """
-
-    precision: Precision
-    recompute: str
-    distributed_optimizer: bool
-    frozen: tuple[str, ...] = ()
 
 
 @dataclass
@@ -67,73 +54,74 @@ class Model:
         return has_scalar_head(self.hf_config)
 
 
-def check(hf_config: Any, layout: Layout) -> None:
+def check(hf_config: Any, sizes: ParallelConfig) -> None:
     """Raises ValueError naming the field when the architecture does not fit the layout."""
     arch = family(hf_config.architectures[0])
     text = arch.text_config(hf_config)
     arch.gpt_options(text)
     arch.transformer_options(text)
-    if text.intermediate_size % layout.tensor:
+    if text.intermediate_size % sizes.tensor:
         raise ValueError(
-            f"parallel.tensor={layout.tensor} does not divide the model's ffn size {text.intermediate_size}"
+            f"parallel.tensor={sizes.tensor} does not divide the model's ffn size {text.intermediate_size}"
         )
-    inner, stages = text.num_hidden_layers, layout.pipeline
-    for field, layers in (("first", layout.first_stage_layers), ("last", layout.last_stage_layers)):
+    inner, stages = text.num_hidden_layers, sizes.pipeline
+    for field, layers in (("first", sizes.first_stage_layers), ("last", sizes.last_stage_layers)):
         if layers is None:
             continue
-        if layout.pipeline == 1 or layers < 1 or layers % layout.virtual:
+        if sizes.pipeline == 1 or layers < 1 or layers % sizes.virtual_pipeline:
             raise ValueError(
                 f"parallel.{field}_stage_layers={layers}: needs parallel.pipeline > 1 and a positive multiple of "
-                f"parallel.virtual_pipeline={layout.virtual}; null shares the layers out evenly"
+                f"parallel.virtual_pipeline={sizes.virtual_pipeline}; null shares the layers out evenly"
             )
         inner, stages = inner - layers, stages - 1
-    if inner < 0 or inner % (max(stages, 1) * layout.virtual) or (stages == 0 and inner):
+    if inner < 0 or inner % (max(stages, 1) * sizes.virtual_pipeline) or (stages == 0 and inner):
         raise ValueError(
-            f"parallel.pipeline={layout.pipeline} does not divide the model's {text.num_hidden_layers} layers: {inner} "
-            f"are left for {stages} stages of {layout.virtual} chunks (parallel.virtual_pipeline, "
+            f"parallel.pipeline={sizes.pipeline} does not divide the model's {text.num_hidden_layers} layers: {inner} "
+            f"are left for {stages} stages of {sizes.virtual_pipeline} chunks (parallel.virtual_pipeline, "
             "parallel.first_stage_layers, parallel.last_stage_layers)"
         )
 
 
-def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
+def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen: Sequence[str] = ()) -> Model:
     """This rank's part of the model, zero-filled (load weights with ``hf_checkpoint.load``), wrapped for DDP.
 
-    KV groups that the tensor-parallel size does not divide are zero padded: outputs are unchanged, padded weights get
-    zero gradients and stay zero.
+    ``frozen``: prefixes of Megatron parameter names that are not trained, with the full model's layer numbers; "vision"
+    is the tower without its projector. KV groups that the tensor-parallel size does not divide are zero padded: outputs
+    are unchanged, padded weights get zero gradients and stay zero.
     """
-    layout = parallel.layout
-    check(hf_config, layout)
+    sizes = parallel.config
+    check(hf_config, sizes)
     arch = family(hf_config.architectures[0])
     text = arch.text_config(hf_config)
-    sharding = sharding_of(text, layout.tensor, parallel.tensor_rank)
+    sharding = sharding_of(text, sizes.tensor, parallel.tensor_rank)
     if sharding.padded_groups != sharding.groups:
         logger.warning(
             "parallel.tensor=%d does not divide %d KV heads: attention is zero-padded to %d KV and %d query heads",
-            layout.tensor, sharding.groups, sharding.padded_groups, sharding.padded_heads,
+            sizes.tensor, sharding.groups, sharding.padded_groups, sharding.padded_heads,
         )  # fmt: skip
-    config = language_config(arch, text, sharding, layout, settings)
+    config = language_config(arch, text, sharding, sizes, precision)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=settings.distributed_optimizer,
+        use_distributed_optimizer=sizes.distributed_optimizer,
         overlap_grad_reduce=False,
         overlap_param_gather=False,
-        **settings.precision.ddp_options(),
+        **precision.ddp_options(),
     )
-    mappings = arch.param_mappings(hf_config, layout.tensor, parallel.tensor_rank)
+    mappings = arch.param_mappings(hf_config, sizes.tensor, parallel.tensor_rank)
     if has_scalar_head(hf_config):
         mappings = with_scalar_head(mappings)
-    check_frozen(settings.frozen, mappings, config.num_layers)
+    check_frozen(frozen, mappings, config.num_layers)
     chunks = []
-    for stage in range(layout.virtual):
-        module = build_chunk(hf_config, config, parallel, settings, stage)
-        module.to(device=platform.current().device(), dtype=settings.precision.dtype)
+    for stage in range(sizes.virtual_pipeline):
+        module = build_chunk(hf_config, config, parallel, frozen, stage)
+        module.to(device=platform.current().device(), dtype=precision.dtype)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
         chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=module))
     if not any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
         raise ValueError(
-            f"model.frozen={list(settings.frozen)} leaves nothing to train on pipeline stage {parallel.pipeline_rank}, "
+            f"model.frozen={list(frozen)} leaves nothing to train on pipeline stage {parallel.pipeline_rank}, "
             "which Megatron-Core can't checkpoint: leave a layer of it out, or use a smaller parallel.pipeline"
         )
     return Model(
@@ -143,35 +131,35 @@ def build(hf_config: Any, parallel: Parallel, settings: ModelSettings) -> Model:
         sharding=sharding,
         parallel=parallel,
         shards=shards([chunk.module for chunk in chunks], mappings),
-        token_multiple=layout.tensor * settings.precision.token_multiple,
+        token_multiple=sizes.tensor * precision.token_multiple,
         padded_vision_heads=sum(module.sharding.padded_heads for module in mappings if module.prefix == "vision."),
     )
 
 
 def language_config(
-    arch: Any, text: Any, sharding: Sharding, layout: Layout, settings: ModelSettings
+    arch: Any, text: Any, sharding: Sharding, sizes: ParallelConfig, precision: PrecisionConfig
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the language model."""
-    dtype = settings.precision.dtype
+    dtype = precision.dtype
     return TransformerConfig(
         **arch.transformer_options(text),
         **platform.current().config_options(),
-        **RECOMPUTE[settings.recompute],
-        **settings.precision.transformer_options(),
+        **RECOMPUTE[sizes.recompute],
+        **precision.transformer_options(),
         num_attention_heads=sharding.padded_heads,
         num_query_groups=sharding.padded_groups,
         kv_channels=sharding.head_dim,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.context,
-        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
-        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
-        sequence_parallel=layout.sequence,
-        variable_seq_lengths=layout.pipeline > 1,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+        context_parallel_size=sizes.context,
+        num_layers_in_first_pipeline_stage=sizes.first_stage_layers,
+        num_layers_in_last_pipeline_stage=sizes.last_stage_layers,
+        sequence_parallel=sizes.sequence,
+        variable_seq_lengths=sizes.pipeline > 1,
         # The interleaved schedule's other way mixes up both directions between the same two ranks when there are two.
-        overlap_p2p_comm=layout.virtual > 1,
-        batch_p2p_comm=layout.virtual == 1,
+        overlap_p2p_comm=sizes.virtual_pipeline > 1,
+        batch_p2p_comm=sizes.virtual_pipeline == 1,
         moe_token_dispatcher_type="alltoall",  # Megatron-Core ties variable lengths to this, dense models included
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -185,20 +173,20 @@ def language_config(
 
 
 def build_chunk(
-    hf_config: Any, config: TransformerConfig, parallel: Parallel, settings: ModelSettings, stage: int
+    hf_config: Any, config: TransformerConfig, parallel: Parallel, frozen: Sequence[str], stage: int
 ) -> MegatronModule:
     """The bare module of one virtual stage: GPTModel, in a VisionLanguageModel where the family has a vision tower."""
     arch = family(hf_config.architectures[0])
     text = arch.text_config(hf_config)
-    layout = parallel.layout
+    sizes = parallel.config
     first = parallel.pipeline_rank == 0 and stage == 0
-    last = parallel.is_last_stage and stage == layout.virtual - 1
+    last = parallel.is_last_stage and stage == sizes.virtual_pipeline - 1
     sees, scalar = hasattr(arch, "vision_tower"), has_scalar_head(hf_config)
-    virtual = stage if layout.virtual > 1 else None
+    virtual = stage if sizes.virtual_pipeline > 1 else None
     model: MegatronModule = GPTModel(
         config=config,
         transformer_layer_spec=platform.current().layer_specs(config, virtual),
-        vocab_size=sharding_of(text, layout.tensor, parallel.tensor_rank).padded_vocab,
+        vocab_size=sharding_of(text, sizes.tensor, parallel.tensor_rank).padded_vocab,
         max_sequence_length=text.max_position_embeddings,
         pre_process=first,
         post_process=last,
@@ -212,20 +200,20 @@ def build_chunk(
     if model.position_embedding_type == "mrope":
         model.rotary_pos_emb.cp_group = None  # positions of a packed batch are cut behind the rotation, not before
     if sees:
-        recompute = RECOMPUTE[settings.recompute]
-        tower = arch.vision_tower(hf_config, parallel, settings.precision.dtype, recompute) if first else None
+        recompute = RECOMPUTE[sizes.recompute]
+        tower = arch.vision_tower(hf_config, parallel, config.params_dtype, recompute) if first else None
         model = VisionLanguageModel(config, model, tower)
     for name, parameter in model.named_parameters():
-        if any(frozen_by(prefix, global_name(model, name)) for prefix in settings.frozen):
+        if any(frozen_by(prefix, global_name(model, name)) for prefix in frozen):
             parameter.requires_grad = False
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if (
-        settings.recompute == "full"
+        sizes.recompute == "full"
         and any(trained.values())
         and not all(trains for name, trains in trained.items() if "word_embeddings" in name)
     ):
         raise ValueError(
-            f"model.frozen={list(settings.frozen)} with parallel.recompute='full': layers made again behind a frozen "
+            f"model.frozen={list(frozen)} with parallel.recompute='full': layers made again behind a frozen "
             "embedding get no gradient from Megatron-Core; use parallel.recompute=selective, or train the embedding"
         )
     return model

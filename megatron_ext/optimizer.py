@@ -1,36 +1,28 @@
 """AdamW with the distributed optimiser, and its learning-rate schedule, from Megatron-Core."""
 
 import math
-from dataclasses import dataclass
 
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.model import Model
+from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Fractions are of ``learning_rate`` and of the run's steps. Norms and biases get no weight decay."""
+def build(
+    model: Model, settings: OptimizerConfig, learning: ScheduleConfig, steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """FP32 master weights and moments, sharded over the data-parallel ranks where the model was built so.
 
-    learning_rate: float
-    min_lr_ratio: float
-    warmup_fraction: float
-    decay: str
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-    clip_grad_norm: float
-
-
-def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """FP32 master weights and moments, sharded over the data-parallel ranks where the model was built so."""
+    The schedule runs over ``steps`` updates. Norms and biases get no weight decay.
+    """
     bf16 = model.config.bf16
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
+        MegatronOptimizerConfig(
             optimizer="adam",
-            lr=settings.learning_rate,
-            min_lr=settings.learning_rate * settings.min_lr_ratio,
+            lr=learning.learning_rate,
+            min_lr=learning.learning_rate * learning.min_lr_ratio,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],
@@ -47,11 +39,11 @@ def build(model: Model, settings: OptimizerSettings, steps: int) -> tuple[Megatr
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=settings.learning_rate,
-        min_lr=settings.learning_rate * settings.min_lr_ratio,
-        lr_warmup_steps=int(settings.warmup_fraction * steps),
+        max_lr=learning.learning_rate,
+        min_lr=learning.learning_rate * learning.min_lr_ratio,
+        lr_warmup_steps=int(learning.warmup_fraction * steps),
         lr_decay_steps=steps,
-        lr_decay_style=settings.decay,
+        lr_decay_style=learning.decay,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=steps,

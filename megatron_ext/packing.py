@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_ext.layout import Layout
+from megatron_ext.layout import token_multiple
 from megatron_ext.models import family
 from megatron_ext.weight_map import round_up, sharding_of
 
@@ -270,7 +270,7 @@ def pack(
     where causal attention does not look.
     """
     chosen = [sequences[i] for i in indices]
-    cuts = Layout(context=context).token_multiple
+    cuts = token_multiple(context)
     padded = [round_up(len(s), cuts) for s in chosen]
     if dummy := -sum(padded) % (multiple * cuts):
         padded.append(dummy)

@@ -9,16 +9,16 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ext import layout as layouts
 from megatron_ext import platform
-from megatron_ext.layout import Layout
+from megatron_ext.layout import ParallelConfig
 
 _control: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """The layout in this world, and this rank's place in it."""
+    """The sizes of the groups, and this rank's place in them."""
 
-    layout: Layout
+    config: ParallelConfig
     data: int
     tensor_rank: int
     pipeline_rank: int
@@ -27,16 +27,16 @@ class Parallel:
 
     @property
     def tensor(self) -> int:
-        return self.layout.tensor
+        return self.config.tensor
 
     @property
     def context_group(self) -> dist.ProcessGroup | None:
         """The ranks that share this rank's sequences; None where it has them whole."""
-        return mpu.get_context_parallel_group() if self.layout.context > 1 else None
+        return mpu.get_context_parallel_group() if self.config.context > 1 else None
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.layout.pipeline - 1
+        return self.pipeline_rank == self.config.pipeline - 1
 
     @property
     def is_first_replica(self) -> bool:
@@ -44,21 +44,21 @@ class Parallel:
         return self.data_rank == 0 and self.context_rank == 0
 
 
-def initialize(layout: Layout, seed: int, timeout_seconds: float) -> Parallel:
+def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Parallel:
     """Collective: join torch.distributed (torchrun's variables) and build Megatron-Core's groups."""
     if not dist.is_initialized():
         dist.init_process_group(platform.current().backend, timeout=timedelta(seconds=timeout_seconds))
-    layouts.check(dist.get_world_size(), layout)
+    layouts.check(dist.get_world_size(), config)
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.context,
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
     return Parallel(
-        layout=layout,
+        config=config,
         data=mpu.get_data_parallel_world_size(),
         tensor_rank=mpu.get_tensor_model_parallel_rank(),
         pipeline_rank=mpu.get_pipeline_model_parallel_rank(),

@@ -3,25 +3,27 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ext.settings import setting
+
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "bfloat16"}  # of weights and activations
 RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}  # ours → Megatron-Core's
 
 
-@dataclass(frozen=True)
-class Precision:
-    """``name`` is bf16, fp32 or fp8; the rest is for fp8 alone.
+@dataclass
+class PrecisionConfig:
+    """What is computed and stored in which format. With fp8 linear layers multiply in FP8 through Transformer Engine;
+    all else is BF16 and master weights are FP32."""
 
-    FP8: linear layers multiply in FP8 through Transformer Engine, all else is BF16 and master weights FP32. ``recipe``
-    scales by the history of maxima ("delayed"), the present maximum ("current") or 128 x 128 blocks ("blockwise").
-    ``format`` is hybrid (E4M3 forward, E5M2 gradients) or e4m3. ``bf16_layers``: layers at each end that stay in BF16.
-    ``parameter_gather``: weights are kept and gathered in FP8 by the distributed optimiser.
-    """
-
-    name: str
-    recipe: str | None = None
-    format: str | None = None
-    bf16_layers: int = 0
-    parameter_gather: bool = False
+    name: str = setting(
+        "weights and activations: bf16, fp32 or fp8; gradients, moments and master weights are FP32", choices=DTYPES
+    )
+    recipe: str | None = setting(
+        "fp8's scales: delayed (history of maxima), current (present maximum), blockwise (128 x 128 blocks)",
+        choices=RECIPES,
+    )
+    format: str | None = setting("fp8: hybrid (E4M3 forward, E5M2 gradients) or e4m3", choices=("hybrid", "e4m3"))
+    bf16_layers: int = setting("fp8: layers at each end that stay in BF16; not with delayed scaling", range="[0, 1e4]")
+    parameter_gather: bool = setting("fp8: the distributed optimiser keeps and gathers the weights in FP8")
 
     @property
     def dtype(self) -> Any:
@@ -45,7 +47,8 @@ class Precision:
                 "num_layers_at_start_in_bf16": self.bf16_layers,
                 "num_layers_at_end_in_bf16": self.bf16_layers,
             }
-        if self.recipe == "delayed":  # Transformer Engine's own defaults; Megatron-Core's history of 1 is "current"
+        if self.recipe == "delayed":
+            # Transformer Engine's defaults. Megatron-Core's history of length 1 would be "current".
             options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
         return options
 
@@ -55,22 +58,18 @@ class Precision:
 
     @property
     def token_multiple(self) -> int:
-        """FP8 matrix products want their inner size, the tokens in a weight's gradient, as a multiple of 16."""
+        """FP8 matrix products need an inner size, the tokens in a weight's gradient, that is a multiple of 16."""
         return 16 if self.name == "fp8" else 1
 
 
-def check(precision: Precision) -> None:
-    """Raises ValueError naming the field."""
-    if precision.name not in DTYPES:
-        raise ValueError(f"precision.name={precision.name!r}: use one of {', '.join(DTYPES)}")
+def check(precision: PrecisionConfig) -> None:
+    """Raises ValueError naming the field when the settings do not fit each other."""
     if precision.name != "fp8":
         return
-    if precision.recipe not in RECIPES:
-        raise ValueError(f"precision.recipe={precision.recipe!r}: use one of {', '.join(RECIPES)}")
-    if precision.format not in ("hybrid", "e4m3"):
-        raise ValueError(f"precision.format={precision.format!r}: use hybrid or e4m3")
-    if precision.bf16_layers < 0:
-        raise ValueError(f"precision.bf16_layers={precision.bf16_layers}: use 0 or more")
+    if precision.recipe is None:
+        raise ValueError(f"precision.recipe=None: fp8 needs one: use one of {', '.join(RECIPES)}")
+    if precision.format is None:
+        raise ValueError("precision.format=None: fp8 needs one: use hybrid or e4m3")
     if precision.recipe == "delayed" and precision.bf16_layers:
         raise ValueError(
             f"precision.bf16_layers={precision.bf16_layers}: Megatron-Core can't mix BF16 layers with delayed scaling; "

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from hydra.errors import HydraException
 
-from recipes.config import unknown_field
+from megatron_ext.settings import unknown_field
+from recipes.config import Config
 
 APPEND = "To append to your config use +"
 MERGING = "Error merging override "
@@ -24,10 +25,10 @@ def one_line(error: HydraException) -> str:
         override = unknown[0].removeprefix(APPEND)
         field = override.partition("=")[0]
         shown = field if SECRET.search(field) else override
-        return f"{shown}: {unknown_field(field)}"
+        return f"{shown}: {unknown_field(Config, '', field)}"
     if lines[0].startswith(MERGING):
         why = str(error.__cause__).splitlines()[0]
-        return f"{lines[0].removeprefix(MERGING)}: {why}; give a value of the kind that stands in conf/"
+        return f"{lines[0].removeprefix(MERGING)}: {why}; the fields are listed in docs/configuration.md"
     return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
 
 

@@ -19,14 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.settings import read
 from rollout.sample import Request, Sample, Sampling
+from rollout.settings import RolloutConfig
 
 LOG_TAIL_BYTES = 4000
 STALL_POLLS = 20
-# vLLM's online FP8 of linear layers, by what has a scale of its own: a whole weight, each output channel, each block of
-# 128 x 128. Activations are FP8 too, with a scale for each token, or for 128 neighbours of it with blocks.
-QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
-CPU_QUANTIZATION = "fp8_per_channel"
 
 
 class EngineError(RuntimeError):
@@ -40,65 +38,37 @@ class EngineDied(EngineError):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine (a vLLM instance with ``tensor_parallel_size`` workers).
+    """One engine: a vLLM instance with ``rollout.tensor`` workers.
 
-    ``model`` is a folder with ``config.json``; weights are never read from it, they come over the weight bridge.
-    ``kv_cache_gib`` is the key-value cache per worker in GiB; ``threads`` the OpenMP threads per worker (CPU only).
+    ``model`` is a folder with ``config.json``; weights are never read from it, they come by weight sync. ``dtype`` is
+    that of the weights, ``max_model_len`` the longest prompt and response together, ``platform`` cpu or cuda.
     ``devices`` are the node's GPUs, the engine's own first: it sees the others too, to read trainer weights there.
-    ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``); ``sleep``
-    lets the engine give its GPU memory back between batches; ``tokenizer``: the folder has one and vLLM reads it (for
-    ``Sampling.stops``). An engine at work that makes no progress for ``stall_timeout`` seconds is killed
-    (``Engine._watched``); None: never. ``quantization``: one of QUANTIZATIONS, or None: weights in ``dtype``. Raises
-    ValueError for impossible values.
+    ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``).
     """
 
+    rollout: RolloutConfig
     model: str
     dtype: str
     max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    kv_cache_gib: float
-    tensor_parallel_size: int = 1
-    threads: int = 1
-    device: str = "cpu"
-    enforce_eager: bool = True
+    platform: str
     devices: tuple[int, ...] = ()
     thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    sleep: bool = False
-    stall_timeout: float | None = None
-    tokenizer: bool = False
-    quantization: str | None = None
+    enforce_eager: bool = True
 
-    def __post_init__(self) -> None:
-        if not Path(self.model, "config.json").is_file():
-            raise ValueError(f"rollout.model={self.model!r}: no config.json in that folder")
-        choices = {"dtype": ("bfloat16", "float32"), "device": ("cpu", "cuda"), "quantization": (None, *QUANTIZATIONS)}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"rollout.{field}={getattr(self, field)!r}: must be one of {allowed}")
-        if self.quantization and self.dtype != "bfloat16":
-            raise ValueError(f"rollout.quantization={self.quantization!r}: needs precision=bf16, this is {self.dtype}")
-        if self.device == "cpu" and self.quantization not in (None, CPU_QUANTIZATION):
-            raise ValueError(
-                f"rollout.quantization={self.quantization!r}: vLLM has it on GPUs only; on a CPU use {CPU_QUANTIZATION}"
-            )
-        for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "threads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"rollout.{field}={getattr(self, field)}: must be at least 1")
-        least = max(self.max_num_seqs, self.max_model_len if self.device == "cpu" else 1)
-        if self.max_num_batched_tokens < least:
-            raise ValueError(
-                f"rollout.max_num_batched_tokens={self.max_num_batched_tokens}: must be at least {least} "
-                "(max_num_seqs, and on a CPU max_model_len: prompts are not split there)"
-            )
-        if self.kv_cache_gib <= 0:
-            raise ValueError(f"rollout.kv_cache_gib={self.kv_cache_gib}: must be positive")
-        if self.thinking is not None and not all(self.thinking):
-            raise ValueError(f"rollout.thinking={self.thinking!r}: give the token ids of both marks, or null")
-        if self.sleep and self.device == "cpu":
-            raise ValueError("rollout.sleep=true: vLLM has no sleep mode on a CPU; use false there")
-        if self.stall_timeout is not None and self.stall_timeout <= 0:
-            raise ValueError(f"rollout.stall_timeout={self.stall_timeout}: must be above 0 seconds")
+    @property
+    def tokenizer(self) -> bool:
+        """Whether vLLM reads the folder's tokenizer, which it needs for the texts that end an environment's turn."""
+        return self.rollout.environment.name is not None
+
+    def to_json(self) -> str:
+        """For the engine's process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineSettings":
+        """The inverse of :meth:`to_json`."""
+        fields = json.loads(text)
+        return cls(**(fields | {"rollout": read(RolloutConfig, "rollout", fields["rollout"])}))
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:
@@ -128,12 +98,12 @@ def environment(settings: EngineSettings) -> dict[str, str]:
     if settings.devices:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(settings.devices))))).split(",")
         env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] for i in settings.devices)
-    if settings.device == "cpu":
+    if settings.platform == "cpu":
         env |= {
             "CUDA_VISIBLE_DEVICES": "",
             "TORCH_COMPILE_DISABLE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(settings.threads),
+            "OMP_NUM_THREADS": str(settings.rollout.threads),
             "OMP_WAIT_POLICY": "PASSIVE",
             "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={32 << 10}:glibc.malloc.hugetlb=1",
             "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -164,7 +134,7 @@ class Engine:
         # The listening socket is made here and inherited, so the port can't be taken by anyone else in between.
         with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, open(self.log_path, "ab") as log:
             self.port: int = listener.getsockname()[1]
-            arguments = [json.dumps(asdict(self.settings)), str(listener.fileno()), str(os.getpid())]
+            arguments = [self.settings.to_json(), str(listener.fileno()), str(os.getpid())]
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "rollout.engine_server", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -286,9 +256,7 @@ class Engine:
         single step takes longer than ``stall_timeout``. It is found after one to two times that: polls are counted,
         not seconds, because a trainer that was stopped itself must not take its own pause for the engine's.
         """
-        if (limit := self.settings.stall_timeout) is None:
-            yield
-            return
+        limit = self.settings.rollout.stall_timeout
         ended, hung = threading.Event(), threading.Event()
 
         def watch() -> None:

@@ -56,7 +56,7 @@ def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> An
     gc.disable()  # what imports make stays: looking through it again and again took a sixth of their time
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    if settings.device == "cpu":  # vLLM is changed there, in this process too: how it waits for the workers' answers
+    if settings.platform == "cpu":  # vLLM is changed there, in this process too: how it waits for the workers' answers
         import rollout.weight_sync.worker  # noqa: F401
 
     gc.enable()
@@ -80,25 +80,25 @@ def engine_args(settings: EngineSettings, load_format: str) -> Any:
         mm_device_do_normalize=False,  # pixel values as transformers' processor makes them, for the trainer too
         load_format=load_format,
         dtype=settings.dtype,
-        quantization=settings.quantization,
-        tensor_parallel_size=settings.tensor_parallel_size,
+        quantization=settings.rollout.quantization,
+        tensor_parallel_size=settings.rollout.tensor,
         max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.rollout.max_num_seqs,
+        max_num_batched_tokens=settings.rollout.max_num_batched_tokens,
         # On a CPU vLLM 0.32 fails when it splits the prompt of a request that has a seed: it would rewind the
         # request's generator, which CPU generators can't.
-        enable_chunked_prefill=settings.device != "cpu",
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+        enable_chunked_prefill=settings.platform != "cpu",
+        kv_cache_memory_bytes=int(settings.rollout.kv_cache_gib * 2**30),
         # The cache's size is given, so this is only how much vLLM wants to find free; the trainer is here too.
         gpu_memory_utilization=0.05,
         enforce_eager=settings.enforce_eager,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",  # sampling is what the request says, never defaults from the model's folder
         worker_extension_cls=WORKER_EXTENSION,
-        enable_sleep_mode=settings.sleep,
+        enable_sleep_mode=settings.rollout.sleep,
         # A group's samples share whole blocks of their prompt. vLLM's default on a CPU is 128 tokens, longer than many
         # prompts; with 32 a batch of 8 x 8 samples of 75 + 32 tokens took 0.71 of the time (135M, one core).
-        **({"block_size": 32} if settings.device == "cpu" else {}),
+        **({"block_size": 32} if settings.platform == "cpu" else {}),
         **({} if settings.thinking is None else {"reasoning_config": reasoning_config(settings.thinking)}),
         disable_log_stats=True,
         seed=0,
@@ -157,7 +157,7 @@ class EngineLoop:
         return {
             "weight_version": self.weights.version,
             "stale": self.weights.stale,
-            "workers": self.settings.tensor_parallel_size,
+            "workers": self.settings.rollout.tensor,
             "unfinished_requests": len(self.sinks),
             "progress": self.progress,  # steps, requests taken in and commands done so far
             "asleep": sorted(self.asleep),
@@ -248,7 +248,7 @@ class EngineLoop:
 
     def sleep(self, _: Any) -> dict[str, Any]:
         """Give the memory of weights and key-value cache back. Level 2 keeps no copy: only a sync makes it usable."""
-        if not self.settings.sleep:
+        if not self.settings.rollout.sleep:
             raise Refused("rollout.sleep is false: this engine keeps its memory (a CPU has no sleep mode)")
         self.weights.stale = True
         self.asleep = {"weights", "kv_cache"}
@@ -441,7 +441,7 @@ async def serve(loop: EngineLoop, listener: socket.socket) -> None:
 
 def main() -> None:
     """Start vLLM, then serve until told to stop. Exits with status 1 and a traceback in the log when vLLM fails."""
-    settings = EngineSettings(**json.loads(sys.argv[1]))
+    settings = EngineSettings.from_json(sys.argv[1])
     die_with(int(sys.argv[3]))
     os.environ[ENGINE_PID] = str(os.getpid())
     listener = socket.socket(fileno=int(sys.argv[2]))

@@ -130,7 +130,7 @@ def prompt_positions(
 
 def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompute: dict[str, Any]) -> "VisionTower":
     """The tower of the first pipeline stage, cut over the tensor-parallel group; ``recompute``: TransformerConfig's."""
-    vision, tensor = hf_config.vision_config, parallel.layout.tensor
+    vision, tensor = hf_config.vision_config, parallel.config.tensor
     sharding = _vision_sharding(vision, tensor, parallel.tensor_rank)
     config = tower_config(
         sharding,

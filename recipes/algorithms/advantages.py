@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from recipes.algorithms.needs import needs
+
 
 @dataclass(frozen=True)
 class AdvantageInputs:
@@ -122,6 +124,7 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Tensor:
     return _whitened(per_sample.repeat_interleave(inputs.lengths.flatten()), inputs)
 
 
+@needs(values=True)
 def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16); a critic's returns are these + values.
 
@@ -143,6 +146,7 @@ def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tenso
     return _packed(found, inputs.lengths).masked_fill(~_judged_tokens(inputs), 0.0)
 
 
+@needs(values=True)
 def gae_whitened(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
     """``gae``, made mean 0 and std 1 over all tokens of the rollout, [tokens], as PPO implementations do."""
     return _whitened(gae(inputs, discount=discount, gae_lambda=gae_lambda), inputs)

@@ -1,33 +1,50 @@
 """The loss of a micro-batch, put together from an algorithm's parts."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from megatron_ext.forward_backward import LossFunction
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms import kl, mismatch
-from recipes.algorithms.registry import resolve
+from recipes.algorithms.needs import needs_of
+from recipes.algorithms.registry import function_of, requirements, resolve
 from recipes.algorithms.sequences import Sequences
-from recipes.config import AlgorithmConfig
+from recipes.algorithms.settings import AlgorithmConfig
 
 
 def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> LossFunction:
-    """(log-probs [R], or [2, R] with the entropies behind them; micro-batch) → (loss, sums of metrics).
+    """(log-probs [R], or [2, R] with the entropies after them; micro-batch) → (loss, sums of metrics).
 
     Each token's policy loss, corrected for the mismatch between trainer and rollout, plus ``kl_coefficient`` × KL to
-    the reference where ``kl_in`` is the loss, minus ``entropy_coefficient`` × entropy; then the sum over the tokens'
-    weights, which are the whole update's. The batch's ``values``: ``advantage``, ``weight``, ``rollout``, ``sampled``
-    (0 for a token that was forced), ``reference`` and, where a rollout makes several updates, ``old``.
+    the reference where ``kl_in`` is the loss, minus ``entropy_coefficient`` × entropy; then the sum over the tokens,
+    each times its weight in the full update. ``values`` of the micro-batch, [R] each: ``advantage``, ``weight``,
+    ``rollout`` (the engine's log-probs), ``sampled`` (0 for a forced token), ``reference`` where the algorithm needs
+    it and, where a rollout makes several updates, ``old``.
     """
-    policy_loss, estimator = resolve("policy_loss", config), resolve("kl_estimator", config)
+    policy_loss = resolve("policy_loss", config)
+    estimator = resolve("kl_estimator", config)
+    needed = needs_of(function_of("policy_loss", config))
+    has_reference = requirements(config).reference
+    kl_in_loss = config.kl_in == "loss" and config.kl_coefficient > 0
 
     def of(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         log_probs, entropy = outputs if config.entropy_coefficient else (outputs, None)
-        values, now = batch.values, log_probs.detach()
-        old, sampled = values.get("old", now), values["sampled"]
-        rollout = torch.where(sampled > 0, values["rollout"], old)  # of a forced token there is none
+        values = batch.values
+        current = log_probs.detach()
+        old = values.get("old", current)
+        sampled = values["sampled"]
+        # A forced token has no log-prob of the engine's.
+        rollout = torch.where(sampled > 0, values["rollout"], old)
         sequences = Sequences(batch.lengths, context_group)
-        losses = policy_loss(log_probs, old, values["advantage"], sequences)
+
+        further: dict[str, Any] = {}
+        if needed.sequences:
+            further["sequences"] = sequences
+        if needed.reference:
+            further["reference"] = values["reference"]
+        losses = policy_loss(log_probs, old, values["advantage"], **further)
         if config.importance_sampling:
             losses = losses * mismatch.truncated_weights(old, rollout, tis_cap=config.tis_cap)
         if config.sequence_ratio_bounds or config.token_ratio_veto:
@@ -38,9 +55,12 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
                 sequence_ratio_bounds=config.sequence_ratio_bounds,
                 token_ratio_veto=config.token_ratio_veto,
             )
-        if config.kl_in == "loss" and config.kl_coefficient:
+        if kl_in_loss:
             losses = losses + config.kl_coefficient * estimator(log_probs, values["reference"])
-        measured = {"kl": (kl.k3(now, values["reference"]) * sampled).sum()}
+
+        measured: dict[str, torch.Tensor] = {}
+        if has_reference:
+            measured["kl"] = (kl.k3(current, values["reference"]) * sampled).sum()
         if entropy is not None:
             losses = losses - config.entropy_coefficient * entropy
             measured["entropy"] = entropy.detach().sum()

@@ -1,8 +1,9 @@
 """Policy losses, to be minimised: a loss for each response token, [R].
 
 All take the tokens' log-probs under the present policy (with gradient) and under the policy before the first update
-of this rollout (``old``, without), the advantages, [R] each, and the micro-batch's ``Sequences``. Where a rollout makes
-one update only, ``old`` is the present log-probs without their gradient, and every ratio is 1.
+of this rollout (``old``, without gradient), and the advantages, [R] each; those that need them, the micro-batch's
+``Sequences``. Where a rollout makes one update only, ``old`` is the present log-probs without their gradient, and every
+ratio is 1.
 """
 
 import math
@@ -10,17 +11,16 @@ import math
 import torch
 from torch import Tensor
 
+from recipes.algorithms.needs import needs
 from recipes.algorithms.sequences import Sequences
 
 
-def reinforce(log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences) -> Tensor:
+def reinforce(log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     """−A ln π: the plain policy gradient (Williams 1992)."""
     return -advantages * log_probs
 
 
-def ppo_clip(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, *, clip_low: float, clip_high: float
-) -> Tensor:
+def ppo_clip(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """−min(r A, clip(r, 1 − low, 1 + high) A) with r = π / π_old (Schulman et al. 2017, eq. 7).
 
     A higher ``clip_high`` than ``clip_low`` is DAPO's clip-higher (Yu et al. 2025, eq. 10).
@@ -29,7 +29,7 @@ def ppo_clip(
 
 
 def ppo_dual_clip(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences,
+    log_probs: Tensor, old: Tensor, advantages: Tensor,
     *, clip_low: float, clip_high: float, dual_clip: float,
 ) -> Tensor:  # fmt: skip
     """``ppo_clip``, but where A < 0 never above −c A with c = ``dual_clip`` > 1 (Ye et al. 2020, eq. 4)."""
@@ -37,6 +37,7 @@ def ppo_dual_clip(
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
+@needs(sequences=True)
 def gspo(
     log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, *, clip_low: float, clip_high: float
 ) -> Tensor:
@@ -51,7 +52,7 @@ def gspo(
 
 
 def cpgd(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences,
+    log_probs: Tensor, old: Tensor, advantages: Tensor,
     *, clip_low: float, clip_high: float, drift_coefficient: float, drift_cap: float,
 ) -> Tensor:  # fmt: skip
     """Clipped policy gradient with policy drift (Liu et al. 2025, arXiv 2505.12504, eq. 2), per token.
@@ -65,6 +66,7 @@ def cpgd(
     return surrogate + drift_coefficient * _drift(log_ratio, drift_cap)
 
 
+@needs(sequences=True)
 def cpgd_sequence(
     log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences,
     *, clip_low: float, clip_high: float, drift_coefficient: float, drift_cap: float,

@@ -1,8 +1,8 @@
 """The parts of an algorithm, each a function chosen by name: ``algorithm.<part>`` in the configuration.
 
-A keyword of a part's function is a field of ``algorithm`` of the same name: what stands there is what the function
-gets. A function of your own is named by its dotted path and has the signature of its part's others; a keyword that is
-no field of ``algorithm`` is set in ``algorithm.kwargs``.
+A keyword of a part's function gets the field of ``algorithm`` with its name, or what ``algorithm.kwargs`` has for it.
+A function of the user's own is named by its dotted path and has the signature of its part's others; what it needs
+beside them it declares with ``recipes.algorithms.needs``.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,17 @@ from typing import Any
 
 from megatron_ext import dotted_path
 from recipes.algorithms import advantages, aggregation, kl, policy_losses
-from recipes.config import AlgorithmConfig
+from recipes.algorithms.needs import Needs, needs_of
+from recipes.algorithms.settings import AlgorithmConfig
 from recipes.errors import ConfigError
 
 Function = Callable[..., Any]
 
-# part → (AdvantageInputs) → [prompts, samples] or [tokens]; (log-probs, old, advantages, Sequences) → [R];
-# (log-probs, reference) → [R]; (lengths) → weights of each sequence's tokens.
+# Signatures, with R response tokens in a micro-batch:
+#   advantage:    (AdvantageInputs) → [prompts, samples] or [tokens]
+#   policy_loss:  (log_probs, old, advantages) → [R]; with ``reference`` and ``sequences`` where it needs them
+#   kl_estimator: (log_probs, reference) → [R]
+#   aggregation:  (lengths) → the weights of each sequence's tokens
 REGISTRY: dict[str, tuple[Function, ...]] = {
     "advantage": (
         advantages.grpo,
@@ -44,30 +48,46 @@ REGISTRY: dict[str, tuple[Function, ...]] = {
 }
 
 
+def requirements(config: AlgorithmConfig) -> Needs:
+    """What a run of this algorithm needs: what its parts declare, and the reference for a KL coefficient above 0.
+
+    Raises ConfigError for a function that does not exist.
+    """
+    declared = [needs_of(function_of(name, config)) for name in REGISTRY]
+    return Needs(
+        values=any(part.values for part in declared),
+        reference=config.kl_coefficient > 0 or any(part.reference for part in declared),
+        sequences=any(part.sequences for part in declared),
+    )
+
+
 def resolve(name: str, config: AlgorithmConfig) -> Function:
     """The function that ``algorithm.<name>`` chooses, with its keywords set from ``config``.
 
-    Raises ConfigError for a function that is not there, and for a keyword that is set nowhere.
+    Raises ConfigError for a function that does not exist, and for a keyword that is set nowhere.
+    """
+    function = function_of(name, config)
+    keywords: dict[str, Any] = {}
+    for parameter in signature(function).parameters.values():
+        keyword = parameter.name
+        if parameter.kind is not Parameter.KEYWORD_ONLY:
+            continue
+        if keyword in config.kwargs:
+            keywords[keyword] = config.kwargs[keyword]
+        elif hasattr(config, keyword):
+            keywords[keyword] = getattr(config, keyword)
+        elif parameter.default is Parameter.empty:
+            chosen = getattr(config, name)
+            raise ConfigError(f"algorithm.{name}={chosen!r}: needs {keyword!r}; give algorithm.kwargs.{keyword}")
+    return partial(function, **keywords)
+
+
+def function_of(name: str, config: AlgorithmConfig) -> Function:
+    """The function that ``algorithm.<name>`` chooses: one of :data:`REGISTRY`, or the user's own by dotted path.
+
+    Raises ConfigError where there is none.
     """
     chosen: str = getattr(config, name)
-    function = _find(name, chosen)
-    kwargs: dict[str, Any] = config.kwargs
-    settings = {}
-    for keyword in signature(function).parameters.values():
-        if keyword.kind is not Parameter.KEYWORD_ONLY:
-            continue
-        if keyword.name in kwargs:
-            settings[keyword.name] = kwargs[keyword.name]
-        elif hasattr(config, keyword.name):
-            settings[keyword.name] = getattr(config, keyword.name)
-        elif keyword.default is Parameter.empty:
-            raise ConfigError(
-                f"algorithm.{name}={chosen!r}: wants {keyword.name!r}; give +algorithm.kwargs.{keyword.name}"
-            )
-    return partial(function, **settings)
-
-
-def _find(name: str, chosen: str) -> Function:
     known = {function.__name__: function for function in REGISTRY[name]}
     if chosen in known:
         return known[chosen]

@@ -14,7 +14,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from megatron_ext import platform
-from recipes import trainer
 from recipes.config import Config, engines_of_a_node, generates, parse, samples_per_step
 from recipes.data.rows import PROMPT_FIELDS
 from recipes.data.source_spec import source_names
@@ -191,12 +190,14 @@ def batch(config: Config, report: Report) -> str:
     from megatron_ext.packing import plan
     from megatron_ext.weight_map import round_up
 
-    cut, ranks, samples = trainer.layout(config), trainer.data_parallel(config), samples_per_step(config)
+    cut = config.parallel
+    ranks = cut.data_parallel(config.cluster.ranks)
+    samples = samples_per_step(config)
     longest = round_up(config.data.max_prompt_tokens + config.rollout.max_response_tokens, cut.token_multiple)
     planned = plan([longest] * samples, ranks, config.parallel.micro_batch_tokens, cut.micro_batch_multiple)
     counts = {len(micro_batches) for micro_batches in planned}
     (count,) = counts
-    idle = (cut.pipeline - 1) / (cut.virtual * count + cut.pipeline - 1)
+    idle = (cut.pipeline - 1) / (cut.virtual_pipeline * count + cut.pipeline - 1)
     report.batch = {
         "prompts": config.algorithm.prompts_per_step,
         "samples": samples,
@@ -293,8 +294,8 @@ def layout(config: Config, hf_config: Any, report: Report) -> str:
     from megatron_ext.models import family
     from recipes.preflight import simulated_ranks
 
-    cut = trainer.layout(config)
-    report.layout = asdict(cut) | {"data": trainer.data_parallel(config), "recompute": config.parallel.recompute}
+    cut = config.parallel
+    report.layout = asdict(cut) | {"data": cut.data_parallel(config.cluster.ranks)}
     model.check(hf_config, cut)
     with simulated_ranks.rank(0, config.cluster.ranks, cut):  # sizes against each other and the world
         family(hf_config.architectures[0]).param_mappings(hf_config, cut.tensor, 0)
@@ -320,11 +321,11 @@ def build(
     """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds. ``judges`` is empty
     where their check failed: then they are left out."""
     from megatron_ext import hf_checkpoint, scalar_head
-    from megatron_ext.model import ModelSettings
+    from recipes.algorithms.registry import requirements
     from recipes.preflight import simulated_ranks
 
-    c, cut = config.parallel, trainer.layout(config)
-    wanted = ModelSettings(trainer.precision(config), c.recompute, c.distributed_optimizer, tuple(config.model.frozen))
+    cut = config.parallel
+    wanted = (config.precision, config.model.frozen)
     say("transformers' model")
     expected = simulated_ranks.checkpoint_tensors(hf_config)
     if has_model(config) and any(Path(config.model.path).glob("*.safetensors")):
@@ -335,7 +336,7 @@ def build(
         }
     total = sum(map(math.prod, expected.values()))
     critic_config = None
-    if trainer.has_critic(config):
+    if requirements(config.algorithm).values:
         path = config.critic.path
         critic_config = scalar_head.scalar_config(hf_checkpoint.config(path) if path else hf_config)
     beside = judges[0] if judges else memory_plan.Judges(0, 0, 0, {})
@@ -347,8 +348,8 @@ def build(
         say(f"rank {n + 1} of {len(ranks)}")
         with simulated_ranks.rank(number, config.cluster.ranks, cut) as here:
             try:
-                built = simulated_ranks.build(hf_config, here, wanted)
-                critic = simulated_ranks.build(critic_config, here, wanted) if critic_config else None
+                built = simulated_ranks.build(hf_config, here, *wanted)
+                critic = simulated_ranks.build(critic_config, here, *wanted) if critic_config else None
             except AssertionError as error:
                 raise ConfigError(f"parallel: Megatron-Core refuses this layout: {error}") from error
             fp8_alignment(config, built)
@@ -402,7 +403,9 @@ def disk_space(config: Config, report: Report) -> str:
     """For the checkpoints that are kept, one that is being written, and the exported models."""
     if report.parameters_total is None:
         raise ConfigError("the number of parameters is not known: see the checks before")
-    trained = 2 if trainer.has_critic(config) else 1  # a critic is taken to be of the policy's size
+    from recipes.algorithms.registry import requirements
+
+    trained = 2 if requirements(config.algorithm).values else 1  # a critic is taken to be of the policy's size
     kept = CHECKPOINT_BYTES * trained * (config.checkpoint.keep + 1)
     need = report.parameters_total * (kept + 2 * len(config.stage.trains))
     text = (

@@ -212,11 +212,11 @@ def in_flight(model: Model, micro_batches: int) -> int:
 
     One forward, one backward behind a warm-up (``get_pp_rank_microbatches`` of Megatron-Core's schedules).
     """
-    layout, stage = model.parallel.layout, model.parallel.pipeline_rank
+    layout, stage = model.parallel.config, model.parallel.pipeline_rank
     warmup = layout.pipeline - stage - 1
-    if layout.virtual > 1:
-        warmup = 2 * warmup + (layout.virtual - 1) * layout.pipeline
-    return min(warmup + 1, micro_batches * layout.virtual)
+    if layout.virtual_pipeline > 1:
+        warmup = 2 * warmup + (layout.virtual_pipeline - 1) * layout.pipeline
+    return min(warmup + 1, micro_batches * layout.virtual_pipeline)
 
 
 def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: bool) -> int:
@@ -229,7 +229,7 @@ def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: b
     decoders = [getattr(chunk.module, "language", chunk.module) for chunk in model.chunks]
     deepest = max(len(decoder.decoder.layers) for decoder in decoders)
     chunk = deepest * (row if full else per_layer)
-    if model.parallel.layout.pipeline > 1:
+    if model.parallel.config.pipeline > 1:
         chunk += row  # what goes to the next stage is kept for the call of backward
     tower, remade = vision(model, shape, fused_kernels)
     total = in_flight(model, micro_batches) * chunk + max(per_layer if full else 0, remade)

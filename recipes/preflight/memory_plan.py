@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import platform
-from recipes import trainer
 from recipes.config import Config, samples_per_step
 from recipes.errors import ConfigError
 from recipes.preflight.architecture import published_config
@@ -132,12 +131,12 @@ def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, par
     from megatron_ext.weight_map import round_up
     from recipes.preflight import memory as sizes
 
-    c, cut = config.parallel, trainer.layout(config)
+    c = config.parallel
     fused_kernels = platform.capabilities(config.cluster.platform).fused_kernels
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    tokens = round_up(c.micro_batch_tokens // cut.context, built.token_multiple)
+    tokens = round_up(c.micro_batch_tokens // c.context, built.token_multiple)
     shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // longest, longest, patches=4 * c.micro_batch_tokens)
-    per_rank = samples_per_step(config) // trainer.data_parallel(config)
+    per_rank = samples_per_step(config) // c.data_parallel(config.cluster.ranks)
     text = family(built.hf_config.architectures[0]).text_config(built.hf_config)
     here = settings.engines == "colocated"
     critic_bytes, critic_idle, critic_asleep = sizes.critic(built, critic, config.critic.offload)
@@ -212,7 +211,9 @@ WHAT = {
 
 
 def for_training(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
-    offload = trainer.has_critic(config) and not config.critic.offload
+    from recipes.algorithms.registry import requirements
+
+    offload = requirements(config.algorithm).values and not config.critic.offload
     awake = not config.rollout.sleep and rank["vllm"] > 0 and platform.capabilities(config.cluster.platform).can_sleep
     return [
         *(["rollout.sleep=true"] if awake else []),

@@ -7,7 +7,7 @@ every collective ends at once.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +20,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_ext import model as models
 from megatron_ext import parallel, platform
-from megatron_ext.layout import Layout
-from megatron_ext.model import Model, ModelSettings
+from megatron_ext.layout import ParallelConfig
+from megatron_ext.model import Model
 from megatron_ext.parallel import Parallel
+from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import HF_OUTPUT_LAYER, TENSOR, has_scalar_head
 
 META = torch.device("meta")
@@ -37,28 +38,28 @@ def activate() -> None:
 
 
 @contextmanager
-def rank(number: int, world: int, layout: Layout) -> Iterator[Parallel]:
-    """Be rank ``number`` of ``world`` within the block. Raises ValueError where the layout does not fit the world."""
+def rank(number: int, world: int, sizes: ParallelConfig) -> Iterator[Parallel]:
+    """Be rank ``number`` of ``world`` within the block. Raises ValueError where the sizes do not fit the world."""
     dist.init_process_group("fake", store=FakeStore(), rank=number, world_size=world)
     try:
-        yield parallel.initialize(layout, seed=1, timeout_seconds=60)
+        yield parallel.initialize(sizes, seed=1, timeout_seconds=60)
     finally:
         parallel.destroy()
 
 
-def distinct_ranks(world: int, layout: Layout) -> list[int]:
+def distinct_ranks(world: int, sizes: ParallelConfig) -> list[int]:
     """The ranks of data- and context-parallel rank 0, whose models differ from each other: pipeline, then tensor.
 
     Megatron-Core numbers ranks with the tensor-parallel place running fastest and the pipeline's slowest.
     """
-    per_stage = world // layout.pipeline
-    return [stage * per_stage + tensor for stage in range(layout.pipeline) for tensor in range(layout.tensor)]
+    per_stage = world // sizes.pipeline
+    return [stage * per_stage + tensor for stage in range(sizes.pipeline) for tensor in range(sizes.tensor)]
 
 
-def build(hf_config: Any, here: Parallel, settings: ModelSettings) -> Model:
+def build(hf_config: Any, here: Parallel, precision: PrecisionConfig, frozen: Sequence[str] = ()) -> Model:
     """``model.build`` without memory: needs ``activate`` and a ``rank``."""
     with torch.device(META):
-        return models.build(hf_config, here, settings)
+        return models.build(hf_config, here, precision, frozen)
 
 
 @dataclass

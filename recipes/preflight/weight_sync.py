@@ -26,9 +26,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext import platform, resolvers
-from megatron_ext.layout import Layout
-from megatron_ext.precision import DTYPES, Precision
+from megatron_ext import platform, resolvers, settings
+from megatron_ext.layout import ParallelConfig
+from megatron_ext.precision import DTYPES, PrecisionConfig
 from recipes.errors import ConfigError
 from recipes.preflight import simulated_engines
 from recipes.preflight.architecture import model_config
@@ -64,21 +64,19 @@ class Link:
     seconds: float
 
 
-def trainer_tables(hf_config: Any, layout: Layout, world: int, precision: Precision) -> list[ShardTable]:
+def trainer_tables(hf_config: Any, sizes: ParallelConfig, world: int, precision: PrecisionConfig) -> list[ShardTable]:
     """The blocks of every rank; those that differ only in their data- or context-parallel place share a table."""
     platform.activate("cpu")  # seconds less than behind the next line: it keeps torch's inductor out
-    from megatron_ext.model import ModelSettings
     from recipes.preflight import simulated_ranks
 
     simulated_ranks.activate()
     tables: dict[tuple[int, int], ShardTable] = {}
-    settings = ModelSettings(precision, "none", True, ())
-    for rank in simulated_ranks.distinct_ranks(world, layout):
-        with simulated_ranks.rank(rank, world, layout) as here:
-            shards = simulated_ranks.build(hf_config, here, settings).shards
+    for rank in simulated_ranks.distinct_ranks(world, sizes):
+        with simulated_ranks.rank(rank, world, sizes) as here:
+            shards = simulated_ranks.build(hf_config, here, precision).shards
         tables[here.pipeline_rank, here.tensor_rank] = [(s.name, block) for s in shards for block in s.blocks]
-    per_stage = world // layout.pipeline
-    return [tables[rank // per_stage, rank % layout.tensor] for rank in range(world)]
+    per_stage = world // sizes.pipeline
+    return [tables[rank // per_stage, rank % sizes.tensor] for rank in range(world)]
 
 
 def engine_layouts(hf_config: Any, dtype: str, tensor: int) -> list[list[ParameterLayout]]:
@@ -134,10 +132,10 @@ def network_seconds(plan: Plan, speeds: Links) -> float:
     return sum(longest) / speeds.network / 1e9 + plan.rounds * speeds.round_us / 1e6
 
 
-def gather_then_load_seconds(weights: int, layout: Layout, speeds: Links) -> float:
+def gather_then_load_seconds(weights: int, sizes: ParallelConfig, speeds: Links) -> float:
     """The busiest link when each GPU receives every tensor whole and copies it to its engine."""
-    other_stages = weights * (layout.pipeline - 1) / layout.pipeline / speeds.network
-    same_stage = weights * (layout.tensor - 1) / layout.tensor / speeds.nvlink_gb_s
+    other_stages = weights * (sizes.pipeline - 1) / sizes.pipeline / speeds.network
+    same_stage = weights * (sizes.tensor - 1) / sizes.tensor / speeds.nvlink_gb_s
     return max(other_stages, same_stage, weights / speeds.copy_gb_s) / 1e9 + speeds.order_ms / 1e3
 
 
@@ -162,22 +160,16 @@ def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[Param
 
 def simulate(raw: DictConfig) -> dict[str, Any]:
     """The whole answer for a recipe's configuration with a ``simulate`` group, plain JSON."""
-    s, p, c = raw.simulate, raw.parallel, raw.rollout
+    s, c = raw.simulate, raw.rollout
     speeds = Links(**{field.name: float(s[field.name]) for field in fields(Links)})
     if s.engines not in ("colocated", "disaggregated"):
         raise ConfigError(f"simulate.engines={s.engines!r}: use colocated or disaggregated")
-    layout = Layout(
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        virtual=p.virtual_pipeline,
-        context=p.context,
-        sequence=p.sequence,
-        first_stage_layers=p.first_stage_layers,
-        last_stage_layers=p.last_stage_layers,
-    )
+    sizes = settings.read(ParallelConfig, "parallel", raw.parallel, {"recompute": "none"})
+    bf16 = {"name": "bf16", "parameter_gather": False}
+    precision = settings.read(PrecisionConfig, "precision", raw.precision, bf16)
     hf_config = model_config(raw.model.path)
     world, dtype = raw.cluster.ranks, DTYPES[raw.precision.name]
-    tables = trainer_tables(hf_config, layout, world, Precision("bf16"))
+    tables = trainer_tables(hf_config, sizes, world, precision)
     layouts = engine_layouts(hf_config, dtype, c.tensor)
     where = topology(world, c.engines, c.tensor, s.gpus_per_node, s.engines == "disaggregated")
     tables += [[] for _ in range(len(where.ranks) - world)]
@@ -196,7 +188,7 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
         "bytes_minimum": minimum_bytes(tables, layouts, where),
         "bytes_placed": plan.placed_bytes,
         "bytes_of_weights": weights,
-        "peer_seconds": gather_then_load_seconds(weights, layout, speeds),
+        "peer_seconds": gather_then_load_seconds(weights, sizes, speeds),
         "plan_seconds": planned,
         "rounds": plan.rounds,
         "slot_bytes": max(plan.slot_bytes),

@@ -18,11 +18,11 @@ from megatron_ext import model as models
 from megatron_ext.models import family
 from megatron_ext.offload import HostCopy
 from megatron_ext.packing import MicroBatch, PackedSequence
-from recipes import trainer
 from recipes.algorithms import value_losses
 from recipes.algorithms.advantages import AdvantageInputs, gae
+from recipes.algorithms.registry import requirements
 from recipes.errors import ConfigError
-from recipes.training.session import Session, model_settings
+from recipes.training.session import Session
 
 NAME = "critic"  # in a checkpoint
 
@@ -45,7 +45,7 @@ def build(session: Session, policy: Path, policy_optimizer: MegatronOptimizer) -
     has another vocabulary than the policy's.
     """
     config = session.config
-    if not trainer.has_critic(config):
+    if not requirements(config.algorithm).values:
         return None
     folder = Path(config.critic.path or policy)
     hf_config = scalar_head.scalar_config(hf_checkpoint.config(folder))
@@ -55,7 +55,7 @@ def build(session: Session, policy: Path, policy_optimizer: MegatronOptimizer) -
             f"critic.path={str(folder)!r}: its vocabulary has {text.vocab_size} tokens, the policy's {own.vocab_size}; "
             "use a model with the policy's tokenizer"
         )
-    model = models.build(hf_config, session.parallel, model_settings(config))
+    model = models.build(hf_config, session.parallel, config.precision, config.model.frozen)
     hf_checkpoint.load(model.shards, folder)
     updates = config.algorithm.steps * config.algorithm.updates_per_rollout
     own_optimizer, schedule = session.build_optimizer(config.critic, updates, model)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from megatron_ext import checkpoint, forward_backward
 from megatron_ext.packing import MicroBatch, PackedSequence
-from recipes import trainer
 from recipes.algorithms.sequences import Sequences
+from recipes.config import sequence_multiple
 from recipes.data import preference_pairs
 from recipes.data.row_order import shuffled
 from recipes.data.rows import PAIR_FIELDS, Row, load_rows, messages
@@ -100,7 +100,7 @@ def bradley_terry(
 
 def judge(session: Session, rows: Sequence[Row]) -> dict[str, Any]:
     """Collective: loss, mean margin, the share of pairs ranked right (ties count half) with its interval, scores."""
-    missing = -len(rows) % trainer.sequence_multiple(session.config)
+    missing = -len(rows) % sequence_multiple(session.config)
     sequences = both(session, [*rows, *[rows[0]] * missing])
     batches = session.micro_batches(sequences, together=2)
     found = forward_backward.values(session.model, batches)

@@ -13,10 +13,9 @@ import torch
 
 from megatron_ext import checkpoint, forward_backward, optimizer
 from megatron_ext.packing import MicroBatch, PackedSequence, VisionInputs
-from recipes import trainer
 from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import AdvantageInputs, broadcast_to_tokens
-from recipes.algorithms.registry import resolve
+from recipes.algorithms.registry import requirements, resolve
 from recipes.algorithms.shaping import has_reward_variance, overlong_penalty, select_groups
 from recipes.data.processor import ProcessedPrompt
 from recipes.data.row_order import curriculum_phases, scheduled
@@ -56,10 +55,11 @@ def fit(session: Session, reference: Path) -> None:
     rows = load_rows(config.data.prompts)
     advantage, aggregation = resolve("advantage", algorithm), resolve("aggregation", algorithm)
     loss = objective.loss(algorithm, session.parallel.context_group)
-    warmup = config.critic.warmup_steps if trainer.has_critic(config) else 0  # steps in which the policy stays as it is
+    needs = requirements(algorithm)
+    warmup = config.critic.warmup_steps if needs.values else 0  # steps in which the policy stays as it is
     optim, schedule = session.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
     critic = critics.build(session, reference, optim)  # None where the advantages need none
-    reference_weights = forward_backward.load_weights(model, reference)
+    reference_weights = forward_backward.load_weights(model, reference) if needs.reference else None
     done, ahead = 0, config.rollout.staleness
     by_id = RowsById(rows)
     pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
@@ -109,8 +109,9 @@ def fit(session: Session, reference: Path) -> None:
             ]
             updates = [session.micro_batches(sequences) for sequences in chosen]
             for micro_batches in updates:
-                with forward_backward.swapped_weights(model, reference_weights):
-                    add_log_probs(session, micro_batches, "reference")
+                if reference_weights is not None:
+                    with forward_backward.swapped_weights(model, reference_weights):
+                        add_log_probs(session, micro_batches, "reference")
                 if len(updates) > 1:
                     add_log_probs(session, micro_batches, "old")
 
@@ -241,11 +242,11 @@ def packed(sample: Sample, vision: VisionInputs | None) -> PackedSequence:
     return PackedSequence(list(sample.prompt_token_ids), list(sample.response_token_ids), values, vision)
 
 
-def kl_rewards(session: Session, sequences: list[PackedSequence], reference: list[torch.Tensor]) -> torch.Tensor:
+def kl_rewards(session: Session, sequences: list[PackedSequence], reference: list[torch.Tensor] | None) -> torch.Tensor:
     """What each response token of the rollout pays for leaving the reference, [tokens]; 0 where the loss has the KL."""
     algorithm, temperature = session.config.algorithm, session.config.rollout.temperature
     total = sum(len(s.response) for s in sequences)
-    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0:
+    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0 or reference is None:
         return torch.zeros(total, dtype=torch.float64)
     batches = session.micro_batches(sequences)
     policy = forward_backward.gather_tokens(
@@ -274,7 +275,7 @@ def of_updates(sums: Mapping[str, float]) -> dict[str, float | None]:
         )
     tokens = sums["train_inference_mismatch/tokens"]
     return {
-        "kl/reference": sums["kl"] / tokens,
+        "kl/reference": sums["kl"] / tokens if "kl" in sums else None,  # without a reference there is none
         **mismatch.report(sums),
         **({"entropy": sums["entropy"] / tokens} if "entropy" in sums else {}),
         "loss": sums["loss"] / sums["updates"],

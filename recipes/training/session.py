@@ -25,15 +25,15 @@ from megatron_ext import checkpoint, hf_checkpoint, optimizer, parallel, platfor
 from megatron_ext import model as models
 from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
 from megatron_ext.offload import HostCopy
-from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.optimizer_settings import ScheduleConfig
 from megatron_ext.packing import Cost, MicroBatch, PackedSequence, cost_of, enough, pack, plan
 from megatron_ext.precision import DTYPES
 from megatron_ext.scalar_head import scalar_config
 from megatron_ext.weight_map import round_up
-from recipes import trainer
 from recipes.config import Config, engines_of_a_node, generates
 from recipes.data.processor import ImageLimits, PromptProcessor
 from recipes.data.sft_examples import Example, tokenize_example
+from recipes.errors import ConfigError
 from recipes.run import logs, preemption, records
 from recipes.run.display import Display
 from recipes.run.loggers import Logger, open_loggers
@@ -105,26 +105,12 @@ class Session:
         return self.laps[-1][1]
 
     def build_optimizer(
-        self, stage: Any, steps: int, model: models.Model | None = None
+        self, stage: ScheduleConfig, steps: int, model: models.Model | None = None
     ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
         """A fresh optimiser for a stage's learning-rate settings, with master weights taken from the model: the
         policy, or another ``model``."""
         self.restore_states()
-        c = self.config.optimizer
-        built, scheduler = optimizer.build(
-            model or self.model,
-            OptimizerSettings(
-                learning_rate=stage.learning_rate,
-                min_lr_ratio=stage.min_lr_ratio,
-                warmup_fraction=stage.warmup_fraction,
-                decay=stage.decay,
-                betas=(c.betas[0], c.betas[1]),
-                epsilon=c.epsilon,
-                weight_decay=c.weight_decay,
-                clip_grad_norm=c.clip_grad_norm,
-            ),
-            steps,
-        )
+        built, scheduler = optimizer.build(model or self.model, self.config.optimizer, stage, steps)
         built.reload_model_params()
         if self.states is not None and model is None:
             self.states.optimizer = built
@@ -212,7 +198,7 @@ class Session:
 
     def _tell_sleepers(self, path: str, tags: list[str]) -> None:
         for engine in self.engines:
-            if engine.settings.sleep and engine.alive:
+            if engine.settings.rollout.sleep and engine.alive:
                 engine.call("POST", path, {"tags": tags})
 
     @property
@@ -296,7 +282,7 @@ class Session:
     def micro_batches(self, sequences: list[PackedSequence], together: int = 1) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank knows whole. So many successive
         sequences stay ``together``."""
-        layout = self.parallel.layout
+        layout = self.parallel.config
         ranks = plan(
             _sums(self._lengths(sequences), together),
             self.parallel.data,
@@ -320,11 +306,11 @@ class Session:
 
     def enough(self, sequences: list[PackedSequence], wanted: int) -> int:
         """How many of the first sequences, at least ``wanted``, ``micro_batches`` can share out."""
-        tokens, group = self.config.parallel.micro_batch_tokens, self.parallel.layout.micro_batch_multiple
+        tokens, group = self.config.parallel.micro_batch_tokens, self.parallel.config.micro_batch_multiple
         return enough(self._lengths(sequences), wanted, self.parallel.data, tokens, group)
 
     def _lengths(self, sequences: list[PackedSequence]) -> list[int]:
-        return [round_up(len(s), self.parallel.layout.token_multiple) for s in sequences]
+        return [round_up(len(s), self.parallel.config.token_multiple) for s in sequences]
 
     def example(self, row: Row) -> Example:
         """An SFT row's tokens. Raises ConfigError naming a row that can't be used."""
@@ -433,13 +419,13 @@ def open_session(config: Config) -> Iterator[Session]:
             engines.append(Engine(its, run_dir / "logs" / f"engine_{number}.log"))
         with display.stage("trainer: process groups, Megatron-Core model, weights"):
             torch.set_num_threads(c.cluster.threads)
-            layout = parallel.initialize(trainer.layout(c), c.seed, c.cluster.timeout)
+            layout = parallel.initialize(c.parallel, c.seed, c.cluster.timeout)
             stack.callback(parallel.destroy)
             control = parallel.control_group()
             hf_config = hf_checkpoint.config(c.model.path)
             if "reward_model" in c.stage.trains:
                 hf_config = scalar_config(hf_config)
-            model = models.build(hf_config, layout, model_settings(c))
+            model = models.build(hf_config, layout, c.precision, c.model.frozen)
             hf_checkpoint.load(model.shards, c.model.path)
             prompts = PromptProcessor(c.model.path, c.data.max_prompt_tokens, ImageLimits(**vars(c.data.images)))
         bridge = None
@@ -500,46 +486,35 @@ def join(savers: Sequence[checkpoint.Saver], seconds: float) -> None:
         saver.join(seconds)
 
 
-def model_settings(config: Config) -> models.ModelSettings:
-    """Of every model that is trained."""
-    c = config.parallel
-    return models.ModelSettings(
-        trainer.precision(config), c.recompute, c.distributed_optimizer, tuple(config.model.frozen)
-    )
-
-
 def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
     """Of the engines of one of the job's nodes. Raises ConfigError where they can't be shared out."""
-    c, count = config, engines_of_a_node(config, nodes)
+    count = engines_of_a_node(config, nodes)
+    tensor = config.rollout.tensor
     shared = EngineSettings(
-        model=c.model.path,
-        dtype=DTYPES[c.precision.name],
-        max_model_len=c.data.max_prompt_tokens + c.rollout.max_response_tokens,
-        max_num_seqs=c.rollout.max_num_seqs,
-        max_num_batched_tokens=c.rollout.max_num_batched_tokens,
-        kv_cache_gib=c.rollout.kv_cache_gib,
-        tensor_parallel_size=c.rollout.tensor,
-        threads=c.rollout.threads,
-        device=c.cluster.platform,
-        thinking=thinking_marks(c),
-        sleep=c.rollout.sleep,
-        stall_timeout=c.rollout.stall_timeout,
-        tokenizer=c.rollout.environment.name is not None,
-        quantization=c.rollout.quantization,
+        rollout=config.rollout,
+        model=config.model.path,
+        dtype=DTYPES[config.precision.name],
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        platform=config.cluster.platform,
+        thinking=thinking_marks(config),
     )
-    if c.cluster.platform == "cpu":
+    if config.cluster.platform == "cpu":
         return [shared] * count
-    gpus = range(c.cluster.ranks // nodes)
-    own_first = [sorted(gpus, key=lambda gpu: gpu // c.rollout.tensor != i) for i in range(count)]
+    gpus = range(config.cluster.ranks // nodes)
+    own_first = [sorted(gpus, key=lambda gpu: gpu // tensor != i) for i in range(count)]
     return [replace(shared, devices=tuple(devices)) for devices in own_first]
 
 
 def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Token ids of ``rollout.thinking_marks``; None without a budget."""
+    """Token ids of ``rollout.thinking_marks``; None without a budget. Raises ConfigError for a mark without tokens."""
     if config.rollout.thinking_budget is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     begin, end = (tuple(tokenizer.encode(mark, add_special_tokens=False)) for mark in config.rollout.thinking_marks)
+    if not begin or not end:
+        raise ConfigError(
+            f"rollout.thinking_marks={config.rollout.thinking_marks}: a mark has no token; give two texts"
+        )
     return begin, end
 
 

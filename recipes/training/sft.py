@@ -7,13 +7,13 @@ import torch
 
 from megatron_ext import checkpoint, forward_backward
 from megatron_ext.packing import MicroBatch
-from recipes import trainer
 from recipes.algorithms.aggregation import AGGREGATIONS
-from recipes.config import RewardModelConfig, SftConfig
+from recipes.config import sequence_multiple
 from recipes.data.row_order import shuffled
 from recipes.data.sft_examples import Example, load_sft_rows, weighted_sequences
 from recipes.run import records
 from recipes.training.session import Session
+from recipes.training.settings import RewardModelConfig, SftConfig
 
 
 def fit(session: Session) -> None:
@@ -78,7 +78,7 @@ def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.T
 def held_out_loss(session: Session, held_out: list[Example]) -> float:
     """Collective: the mean over all learnt tokens of rows that are not trained on."""
     sequences = weighted_sequences(held_out, AGGREGATIONS["token_mean"])
-    missing = -len(sequences) % trainer.sequence_multiple(session.config)
+    missing = -len(sequences) % sequence_multiple(session.config)
     weightless = replace(sequences[0], values={"weight": [0.0] * len(sequences[0].response)})
     batches = session.micro_batches(sequences + [weightless] * missing)
     found = forward_backward.log_probs(session.model, batches)

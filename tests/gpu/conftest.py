@@ -7,24 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.layout import Layout
-from megatron_ext.model import ModelSettings
-from megatron_ext.optimizer import OptimizerSettings
-from megatron_ext.precision import Precision
 from tests.rollout.twins import Twin
+from tests.settings import optimizer_config, parallel_config, precision_config, schedule_config
 
 TINY = Twin(heads=4, kv_heads=2, vocab=256, tied=False, bias=False, dtype=torch.bfloat16)
-BF16 = ModelSettings(Precision("bf16"), recompute="none", distributed_optimizer=True)
-SETTINGS = OptimizerSettings(
-    learning_rate=0.1,  # far above what BF16 rounds away
-    min_lr_ratio=1.0,
-    warmup_fraction=0.0,
-    decay="constant",
-    betas=(0.9, 0.95),
-    epsilon=1e-8,
-    weight_decay=0.1,
-    clip_grad_norm=1.0,
-)
+OPTIMIZER = optimizer_config(weight_decay=0.1)
+SCHEDULE = schedule_config(0.1)  # far above what BF16 rounds away
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +37,7 @@ def layout(gpu: None):
         port = free.getsockname()[1]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
-    yield parallel.initialize(Layout(), seed=1, timeout_seconds=120)
+    yield parallel.initialize(parallel_config(), seed=1, timeout_seconds=120)
     parallel.destroy()
 
 
@@ -58,6 +46,6 @@ def policy(layout, folder: Path):
     """A fresh trainer model on Transformer Engine with the tiny model's weights."""
     from megatron_ext import hf_checkpoint, model
 
-    built = model.build(hf_checkpoint.config(folder), layout, BF16)
+    built = model.build(hf_checkpoint.config(folder), layout, precision_config())
     hf_checkpoint.load(built.shards, folder)
     return built

@@ -16,8 +16,8 @@ platform.activate("cpu")
 import torch  # noqa: E402
 
 from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, parallel  # noqa: E402
-from megatron_ext.layout import Layout  # noqa: E402
-from tests.gpu.conftest import BF16, SETTINGS  # noqa: E402
+from tests.gpu.conftest import OPTIMIZER, SCHEDULE  # noqa: E402
+from tests.settings import parallel_config, precision_config  # noqa: E402
 
 
 def main() -> None:
@@ -25,10 +25,10 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    layout = parallel.initialize(Layout(), seed=1, timeout_seconds=120)
-    policy = model.build(hf_checkpoint.config(source), layout, BF16)
+    layout = parallel.initialize(parallel_config(), seed=1, timeout_seconds=120)
+    policy = model.build(hf_checkpoint.config(source), layout, precision_config())
     hf_checkpoint.load(policy.shards, source)
-    optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
+    optim, schedule = optimizer.build(policy, OPTIMIZER, SCHEDULE, steps=10)
     optim.reload_model_params()
     if action == "save":
         draw = torch.Generator().manual_seed(1)

@@ -12,7 +12,7 @@ from rewards.serve import JudgeServer, Supervisor
 from rewards.settings import ClientConfig, Server, SupervisorConfig
 from rewards.verdict import Verdict
 from rewards.verifiers.served import ServedVerifier
-from tests.gpu.conftest import SETTINGS
+from tests.gpu.conftest import OPTIMIZER, SCHEDULE
 from tests.gpu.test_sleep import free_gib
 from tests.gpu.test_trainer import loss, micro_batches
 from tests.rewards.fake_server import free_port
@@ -30,7 +30,7 @@ def states(policy: model.Model, optim: object) -> list[torch.Tensor]:
 
 
 def test_the_trainers_states_leave_the_gpu_and_come_back_to_the_bit(policy: model.Model) -> None:
-    optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
+    optim, schedule = optimizer.build(policy, OPTIMIZER, SCHEDULE, steps=10)
     optim.reload_model_params()
     forward_backward.accumulate_gradients(policy, micro_batches(), loss)
     optimizer.step(optim, schedule)

@@ -2,23 +2,23 @@
 
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from megatron_ext import forward_backward, model, optimizer, packing, parallel
-from megatron_ext.model import ModelSettings
-from megatron_ext.precision import Precision
+from megatron_ext.precision import PrecisionConfig
 from recipes.preflight import memory
-from tests.gpu.conftest import SETTINGS
+from tests.gpu.conftest import OPTIMIZER, SCHEDULE
+from tests.settings import precision_config
 
 FP8 = {
-    "delayed": Precision("fp8", "delayed", "hybrid"),
-    "current": Precision("fp8", "current", "hybrid", bf16_layers=1),
-    "blockwise": Precision("fp8", "blockwise", "e4m3"),
-    "gathered": Precision("fp8", "current", "hybrid", parameter_gather=True),
+    "delayed": precision_config("fp8", recipe="delayed", format="hybrid"),
+    "current": precision_config("fp8", recipe="current", format="hybrid", bf16_layers=1),
+    "blockwise": precision_config("fp8", recipe="blockwise", format="e4m3"),
+    "gathered": precision_config("fp8", recipe="current", format="hybrid", parameter_gather=True),
 }
 DEVICE = torch.device("cuda")
 # A quarter billion parameters in the shapes that FP8 wants.
@@ -52,9 +52,9 @@ PEAK_FLOPS = {"bf16": 989e12, "fp8": 1979e12}  # H100 SXM, dense, NVIDIA's data 
 LEAST_MFU = {"bf16": 0.40, "fp8": 0.30}
 
 
-def build(config: LlamaConfig, layout: parallel.Parallel, precision: Precision) -> model.Model:
+def build(config: LlamaConfig, layout: parallel.Parallel, precision: PrecisionConfig) -> model.Model:
     """The same random weights whatever the precision."""
-    built = model.build(config, layout, ModelSettings(precision, recompute="none", distributed_optimizer=True))
+    built = model.build(config, layout, precision)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for shard in built.shards:
@@ -78,10 +78,9 @@ def loss(log_probs: torch.Tensor, micro: packing.MicroBatch) -> tuple[torch.Tens
     return -(log_probs * micro.values["weight"]).sum(), {}
 
 
-def losses(config: LlamaConfig, layout: parallel.Parallel, precision: Precision, count: int) -> list[float]:
+def losses(config: LlamaConfig, layout: parallel.Parallel, precision: PrecisionConfig, count: int) -> list[float]:
     policy = build(config, layout, precision)
-    settings = SimpleNamespace(**{**vars(SETTINGS), "learning_rate": 3e-4})
-    optim, schedule = optimizer.build(policy, settings, steps=count)  # type: ignore[arg-type]
+    optim, schedule = optimizer.build(policy, OPTIMIZER, replace(SCHEDULE, learning_rate=3e-4), steps=count)
     optim.reload_model_params()
     micro, found = batch(config, 4096, 8), []
     for _ in range(count):
@@ -92,7 +91,7 @@ def losses(config: LlamaConfig, layout: parallel.Parallel, precision: Precision,
 
 @pytest.fixture(scope="module")
 def bf16_losses(layout: parallel.Parallel) -> Iterator[list[float]]:
-    yield losses(SMALL, layout, Precision("bf16"), 50)
+    yield losses(SMALL, layout, precision_config("bf16"), 50)
 
 
 @pytest.mark.parametrize("name", FP8)
@@ -111,8 +110,8 @@ def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel
     """Weights, gradients, optimiser, activations and logits of one step, within 10 % of the peak."""
     torch.cuda.empty_cache()
     start = torch.cuda.memory_allocated()
-    policy = build(LAYERS_72B, layout, FP8.get(name, Precision("bf16")))
-    optim, schedule = optimizer.build(policy, SETTINGS, steps=2)
+    policy = build(LAYERS_72B, layout, FP8.get(name, precision_config("bf16")))
+    optim, schedule = optimizer.build(policy, OPTIMIZER, SCHEDULE, steps=2)
     optim.reload_model_params()
     micro = batch(LAYERS_72B, TOKENS, 1)
     torch.cuda.reset_peak_memory_stats()
@@ -133,7 +132,7 @@ def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel
 @pytest.mark.parametrize("name", ["bf16", "blockwise"])
 def test_a_block_of_the_72b_model_keeps_the_gpu_busy(name: str, layout: parallel.Parallel) -> None:
     """Model FLOPs utilisation of forward and backward at one tensor-parallel GPU's shapes, without communication."""
-    precision = FP8.get(name, Precision("bf16"))
+    precision = FP8.get(name, precision_config("bf16"))
     policy = build(LAYERS_72B, layout, precision)
     micro = batch(LAYERS_72B, TOKENS, 1)
     for _ in range(3):

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_ext import hf_checkpoint, model, parallel
-from rollout.engine import QUANTIZATIONS, Engine, EngineSettings, stop_engines
+from rollout.engine import Engine, stop_engines
 from rollout.sample import Prompt, Sampling
 from rollout.sampler import generate, make_requests
+from rollout.settings import QUANTIZATIONS
 from rollout.weight_sync.sync import WeightSync
-from tests.gpu.conftest import BF16
 from tests.rollout.test_vllm import program
 from tests.rollout.vllm_processes import as_argument
+from tests.settings import engine_settings, precision_config
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
 PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
@@ -24,18 +25,18 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(
     quantization: str, layout: parallel.Parallel, folder: Path, tmp_path: Path
 ) -> None:
     """Digests of all tensors, FP8 values and scales, and every token and log-prob, of a fresh vLLM on the export."""
-    policy = model.build(hf_checkpoint.config(folder), layout, BF16)
+    policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
     hf_checkpoint.load(policy.shards, folder)
     export = tmp_path / "export"
     hf_checkpoint.export(policy.shards, folder, export, True)
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(export),
         dtype="bfloat16",
         max_model_len=96,
         max_num_seqs=8,
         max_num_batched_tokens=256,
         kv_cache_gib=0.5,
-        device="cuda",
+        platform="cuda",
         quantization=quantization,
     )
     requests, output = make_requests(PROMPTS, 2, seed=5, step=0), tmp_path / "fresh.json"

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel
-from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.engine import Engine, stop_engines
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.sync import WeightSync
-from tests.gpu.conftest import BF16, TINY
+from tests.gpu.conftest import TINY
+from tests.settings import engine_settings, precision_config
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
 PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
@@ -37,19 +38,19 @@ class Rollout:
 
 @pytest.fixture(scope="module")
 def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(folder),
         dtype="bfloat16",
         max_model_len=96,
         max_num_seqs=8,
         max_num_batched_tokens=256,
         kv_cache_gib=0.5,
-        device="cuda",
+        platform="cuda",
     )
     scratch = tmp_path_factory.mktemp("engine")
     engine = Engine(settings, scratch / "engine_0.log")
     try:
-        policy = model.build(hf_checkpoint.config(folder), layout, BF16)
+        policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
         made = Rollout(policy, engine, scratch)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_ext import hf_checkpoint, model, parallel
-from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
+from rollout.engine import Engine, EngineError, stop_engines
 from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate
 from rollout.weight_sync.sync import WeightSync
-from tests.gpu.conftest import BF16
+from tests.settings import engine_settings, precision_config
 
 KV_CACHE_GIB = 4.0
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
@@ -21,20 +21,20 @@ PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i
 @pytest.fixture(scope="module")
 def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """An engine that may sleep and the bridge to it, after a sync."""
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(folder),
         dtype="bfloat16",
         max_model_len=96,
         max_num_seqs=8,
         max_num_batched_tokens=256,
         kv_cache_gib=KV_CACHE_GIB,
-        device="cuda",
+        platform="cuda",
         sleep=True,
     )
     home = tmp_path_factory.mktemp("sleep")
     engine = Engine(settings, home / "engine_0.log")
     try:
-        policy = model.build(hf_checkpoint.config(folder), layout, BF16)
+        policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
         group = parallel.control_group()

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel
 from megatron_ext.blocks import region
-from tests.gpu.conftest import BF16, SETTINGS, TINY
+from tests.gpu.conftest import OPTIMIZER, SCHEDULE, TINY
+from tests.settings import precision_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +98,7 @@ def test_gradients_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: 
 
 def test_one_step_of_the_distributed_optimizer_is_adamw(policy: model.Model) -> None:
     """FP32 master weights: the new BF16 weight is the exact one, rounded once (by 2**-8 at most)."""
-    optim, schedule = optimizer.build(policy, SETTINGS, steps=10)
+    optim, schedule = optimizer.build(policy, OPTIMIZER, SCHEDULE, steps=10)
     optim.reload_model_params()
     forward_backward.accumulate_gradients(policy, micro_batches(), loss)
     parameters = [p for chunk in policy.chunks for p in chunk.module.parameters()]
@@ -106,10 +107,10 @@ def test_one_step_of_the_distributed_optimizer_is_adamw(policy: model.Model) -> 
     norm = float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
     assert optimizer.step(optim, schedule) == pytest.approx(norm, rel=1e-4)
     for parameter, old, gradient in zip(parameters, before, gradients, strict=True):
-        g = gradient * min(1.0, SETTINGS.clip_grad_norm / norm)
-        decay = SETTINGS.weight_decay if old.ndim > 1 else 0.0
+        g = gradient * min(1.0, OPTIMIZER.clip_grad_norm / norm)
+        decay = OPTIMIZER.weight_decay if old.ndim > 1 else 0.0
         # The first step's bias-corrected moments are g and g²: AdamW, Loshchilov and Hutter 2019, algorithm 2.
-        new = old * (1 - SETTINGS.learning_rate * decay) - SETTINGS.learning_rate * g / (g.abs() + SETTINGS.epsilon)
+        new = old * (1 - SCHEDULE.learning_rate * decay) - SCHEDULE.learning_rate * g / (g.abs() + OPTIMIZER.epsilon)
         assert not torch.equal(parameter.detach().double(), old)
         torch.testing.assert_close(parameter.detach().double(), new, rtol=2**-8, atol=1e-4)
 
@@ -135,7 +136,7 @@ def step_with_noise(policy: model.Model, optim: object, schedule: object, seed: 
 
 
 def fresh(folder: Path, layout: parallel.Parallel) -> model.Model:
-    built = model.build(hf_checkpoint.config(folder), layout, BF16)
+    built = model.build(hf_checkpoint.config(folder), layout, precision_config())
     hf_checkpoint.load(built.shards, folder)
     return built
 
@@ -145,7 +146,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
     updates: int, folder: Path, layout: parallel.Parallel, tmp_path: Path
 ) -> None:
     first = fresh(folder, layout)
-    optim, schedule = optimizer.build(first, SETTINGS, steps=10)
+    optim, schedule = optimizer.build(first, OPTIMIZER, SCHEDULE, steps=10)
     optim.reload_model_params()
     for seed in range(updates):
         step_with_noise(first, optim, schedule, seed)
@@ -156,7 +157,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
     saver.wait()
 
     second = fresh(folder, layout)
-    optim, schedule = optimizer.build(second, SETTINGS, steps=10)
+    optim, schedule = optimizer.build(second, OPTIMIZER, SCHEDULE, steps=10)
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
     assert checkpoint.load(newest, second, optim, schedule) == 1
@@ -176,7 +177,7 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(
         subprocess.run(command, cwd=ROOT, check=True, timeout=300)
 
     here = fresh(folder, layout)
-    optim, schedule = optimizer.build(here, SETTINGS, steps=10)
+    optim, schedule = optimizer.build(here, OPTIMIZER, SCHEDULE, steps=10)
     optim.reload_model_params()
     if direction == "cpu to gpu":
         on_the_cpu("save")

@@ -16,22 +16,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_ext.layout import Layout
+from megatron_ext.layout import ParallelConfig
 from megatron_ext.packing import PackedSequence
+from tests.settings import optimizer_config, parallel_config, schedule_config
 
 WORLD = 4
 STEPS = 2
 # Enough to clip: the gradient norm of the random models is above 1.
-SETTINGS = {
-    "learning_rate": 1e-3,
-    "min_lr_ratio": 0.1,
-    "warmup_fraction": 0.0,
-    "decay": "constant",
-    "betas": (0.9, 0.95),
-    "epsilon": 1e-8,
-    "weight_decay": 0.01,
-    "clip_grad_norm": 1.0,
-}
+OPTIMIZER = optimizer_config()
+SCHEDULE = schedule_config(1e-3)
 # Three key-value groups and 130 tokens do not divide by 2 or 4: attention and vocabulary get padded. The untied model's
 # 132 tokens need no padding under any layout here, so its checkpoints may change layout.
 TWINS = {
@@ -97,7 +90,7 @@ class Case:
     twin: str = "tied"
     precision: str = "fp32"
     temperature: float = 1.0
-    frozen: tuple[str, ...] = ()  # as in ModelSettings
+    frozen: tuple[str, ...] = ()  # as in model.build
 
     @property
     def is_scalar(self) -> bool:
@@ -108,14 +101,16 @@ class Case:
         return self.layout.model_parallel * self.data
 
     @property
-    def layout(self) -> Layout:
-        return Layout(
+    def layout(self) -> ParallelConfig:
+        return parallel_config(
             tensor=self.tensor,
             pipeline=self.pipeline,
-            virtual=self.virtual,
+            virtual_pipeline=self.virtual,
             context=self.context,
             sequence=self.sequence,
             first_stage_layers=self.first_stage_layers,
+            recompute=self.recompute,
+            distributed_optimizer=self.distributed_optimizer,
         )
 
 

@@ -1,10 +1,10 @@
 """Ranks of tiny models, of which ``memory_worker`` measures what they hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from megatron_ext.layout import Layout
-
-ONE = Layout()
+from megatron_ext.layout import ParallelConfig
+from tests.settings import parallel_config
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class MemoryCase:
     """Rank ``rank`` of ``world`` ranks."""
 
     name: str
-    layout: Layout = ONE
+    sizes: dict[str, Any] = field(default_factory=dict)
     world: int = 1
     rank: int = 0
     precision: str = "bf16"
@@ -22,24 +22,28 @@ class MemoryCase:
     vision: str = ""
     frozen: bool = False
 
+    @property
+    def layout(self) -> ParallelConfig:
+        return parallel_config(**self.sizes, recompute=self.recompute, distributed_optimizer=self.distributed_optimizer)
 
-TP2_SP = Layout(tensor=2, sequence=True)
-TP2_SP_PP2 = Layout(tensor=2, pipeline=2, sequence=True)
+
+TP2_SP = {"tensor": 2, "sequence": True}
+TP2_SP_PP2 = {"tensor": 2, "pipeline": 2, "sequence": True}
 CASES = (
     MemoryCase("one"),
     MemoryCase("one-fp32", precision="fp32"),
     MemoryCase("one-selective", recompute="selective"),
     MemoryCase("one-full", recompute="full"),
     MemoryCase("one-whole-optimizer", distributed_optimizer=False),
-    MemoryCase("tp2", Layout(tensor=2), world=2),
+    MemoryCase("tp2", {"tensor": 2}, world=2),
     MemoryCase("tp2-sp", TP2_SP, world=2, rank=1),
-    MemoryCase("tp4-sp-padded", Layout(tensor=4, sequence=True), world=4, rank=3),
+    MemoryCase("tp4-sp-padded", {"tensor": 4, "sequence": True}, world=4, rank=3),
     MemoryCase("dp2-first", world=2),
     MemoryCase("dp2-last", world=2, rank=1),
-    MemoryCase("cp2", Layout(context=2), world=2),
+    MemoryCase("cp2", {"context": 2}, world=2),
     MemoryCase("tp2-sp-pp2-first", TP2_SP_PP2, world=8, tied=True),
     MemoryCase("tp2-sp-pp2-last", TP2_SP_PP2, world=8, rank=6, tied=True),
-    MemoryCase("pp2-virtual-first", Layout(pipeline=2, virtual=2), world=2),
+    MemoryCase("pp2-virtual-first", {"pipeline": 2, "virtual_pipeline": 2}, world=2),
     MemoryCase("tp2-sp-full", TP2_SP, world=2, recompute="full"),
     MemoryCase("qwen-frozen", vision="qwen", frozen=True),
     MemoryCase("qwen-tp2-sp-frozen", TP2_SP, world=4, rank=2, vision="qwen", frozen=True),

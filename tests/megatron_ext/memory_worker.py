@@ -23,13 +23,12 @@ from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from transformers import InternVLConfig, LlamaConfig, Qwen2_5_VLConfig  # noqa: E402
 
 from megatron_ext import forward_backward, model, optimizer, packing  # noqa: E402
-from megatron_ext.model import ModelSettings  # noqa: E402
 from megatron_ext.parallel import Parallel  # noqa: E402
-from megatron_ext.precision import Precision  # noqa: E402
 from recipes.preflight import memory, simulated_ranks  # noqa: E402
 from recipes.preflight.memory import Shape  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.memory_cases import CASES, MemoryCase  # noqa: E402
+from tests.settings import precision_config  # noqa: E402
 
 SEQUENCES = ((10, 20), (6, 14), (30, 3))  # prompt and response tokens; 83 in all
 
@@ -67,8 +66,7 @@ def hf_config(case: MemoryCase) -> Any:
 
 def build(case: MemoryCase, here: Parallel) -> model.Model:
     frozen = ("vision",) if case.frozen else ()
-    settings = ModelSettings(Precision(case.precision), case.recompute, case.distributed_optimizer, frozen)
-    return model.build(hf_config(case), here, settings)
+    return model.build(hf_config(case), here, precision_config(case.precision), frozen)
 
 
 def live() -> dict[int, int]:
@@ -94,7 +92,7 @@ def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
             positions=[list(range(len(last.prompt)))] * 3 if qwen else None,
         )
         sequences[-1] = packing.PackedSequence(last.prompt, last.response, last.values, seen)
-    layout = built.parallel.layout
+    layout = built.parallel.config
     device = platform.current().device()
     return packing.pack(
         sequences, [0, 1, 2], built.token_multiple, 0, device, layout.context, built.parallel.context_rank
@@ -153,14 +151,14 @@ def measure(case: MemoryCase, here: Parallel) -> dict[str, Any]:
     batch = micro_batch(built, case)
     found["saved"], found["estimate"] = saved_bytes(built, batch), estimate(built, shape_of(batch))
     before = live()
-    optim, _ = optimizer.build(built, optimizer.OptimizerSettings(**cases.SETTINGS), steps=10)  # type: ignore[arg-type]
+    optim, _ = optimizer.build(built, cases.OPTIMIZER, cases.SCHEDULE, steps=10)
     optim.step()
     found["optimizer"] = new_bytes(before)
     return found | states(built)
 
 
 def states(built: model.Model) -> dict[str, Any]:
-    layout = built.parallel.layout
+    layout = built.parallel.config
     rotary = [module.inv_freq for chunk in built.chunks for module in chunk.modules() if hasattr(module, "inv_freq")]
     return {
         "formula": {
@@ -185,7 +183,7 @@ def estimate(built: model.Model, shape: Shape) -> int:
         total -= max(
             memory.layer(config, shape, fused_kernels=False), memory.vision(built, shape, fused_kernels=False)[1]
         )
-    if built.parallel.layout.pipeline > 1:
+    if built.parallel.config.pipeline > 1:
         total -= in_flight * local.cut * config.hidden_size * local.size
     if built.parallel.is_last_stage and local.size < 4:
         total -= shape.predicting * built.sharding.padded_vocab // built.parallel.tensor * local.size

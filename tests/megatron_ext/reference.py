@@ -42,11 +42,11 @@ def train_reference(folder: Path, case: Case) -> Reference:
                 p.copy_(p.bfloat16())
     start = {name: p.detach().clone() for name, p in named.items()}
     groups = [
-        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": cases.SETTINGS["weight_decay"]},
+        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": cases.OPTIMIZER.weight_decay},
         {"params": [p for p in named.values() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    settings = cases.SETTINGS
-    adam = torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=settings["betas"], eps=settings["epsilon"])
+    betas = (cases.OPTIMIZER.betas[0], cases.OPTIMIZER.betas[1])
+    adam = torch.optim.AdamW(groups, lr=cases.SCHEDULE.learning_rate, betas=betas, eps=cases.OPTIMIZER.epsilon)
     loss, grad_norm, log_probs, gradients = [], [], {}, {}
     sequences = cases.batch(case)
     for step in range(cases.STEPS):
@@ -66,7 +66,7 @@ def train_reference(folder: Path, case: Case) -> Reference:
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in named.items()}
         loss.append(total.item())
-        grad_norm.append(torch.nn.utils.clip_grad_norm_(named.values(), settings["clip_grad_norm"]).item())
+        grad_norm.append(torch.nn.utils.clip_grad_norm_(named.values(), cases.OPTIMIZER.clip_grad_norm).item())
         adam.step()
     weights = {name: p.detach().clone() for name, p in named.items()}
     return Reference(loss, grad_norm, log_probs, gradients, start, weights)

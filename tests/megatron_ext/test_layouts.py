@@ -54,7 +54,7 @@ def above(errors: dict[Any, float], bound: float) -> dict[Any, float]:
 @fp32_cases
 def test_loss_and_gradient_norm_equal_hugging_face(case: Case, results: Results, reference: References) -> None:
     expected = reference(case)
-    assert min(expected.grad_norm) > cases.SETTINGS["clip_grad_norm"]  # clipping is at work
+    assert min(expected.grad_norm) > cases.OPTIMIZER.clip_grad_norm  # clipping is at work
     for rank in results(case.name):
         assert rank["loss"] == pytest.approx(expected.loss, abs=2e-6)
         assert rank["grad_norm"] == pytest.approx(expected.grad_norm, rel=3e-6)

@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM  #
 
 from megatron_ext import forward_backward, hf_checkpoint, model, parallel  # noqa: E402
 from megatron_ext.blocks import region  # noqa: E402
-from megatron_ext.layout import Layout  # noqa: E402
 from megatron_ext.packing import (  # noqa: E402
     Cost,
     PackedSequence,
@@ -34,10 +33,10 @@ from megatron_ext.packing import (  # noqa: E402
     pack,
     plan,
 )
-from megatron_ext.precision import Precision  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
 from tests.megatron_ext.reference import Pieces, Reference, assemble  # noqa: E402
+from tests.settings import parallel_config, precision_config  # noqa: E402
 
 CPU = torch.device("cpu")
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "conf" / "model" / "architectures"
@@ -233,7 +232,7 @@ def alone() -> Iterator[parallel.Parallel]:
     """This process as the only rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield parallel.initialize(Layout(), seed=1, timeout_seconds=60)
+        yield parallel.initialize(parallel_config(distributed_optimizer=False), seed=1, timeout_seconds=60)
     finally:
         parallel.destroy()
 
@@ -283,9 +282,7 @@ def test_gradients_of_packed_sequences_are_those_of_unpacked_ones_however_the_ba
         **{f"random {seed}": random_plan(seed, len(every)) for seed in range(4)},
     }
     assert len({str(found) for found in plans.values()}) == len(plans)
-    built = model.build(
-        hf_checkpoint.config(twins / case.twin), alone, model.ModelSettings(Precision("fp32"), "none", False)
-    )
+    built = model.build(hf_checkpoint.config(twins / case.twin), alone, precision_config("fp32"))
     hf_checkpoint.load(built.shards, twins / case.twin)
     found = {name: gradients(built, sequences, ranks) for name, ranks in plans.items()}
     expected = reference(case)

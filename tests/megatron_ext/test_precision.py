@@ -13,48 +13,47 @@ from megatron.core.enums import Fp8Recipe  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from megatron_ext import model  # noqa: E402
-from megatron_ext.layout import Layout  # noqa: E402
 from megatron_ext.models import llama  # noqa: E402
 from megatron_ext.platform.capabilities import processor_precision  # noqa: E402
-from megatron_ext.precision import Precision, check  # noqa: E402
+from megatron_ext.precision import PrecisionConfig, check  # noqa: E402
 from megatron_ext.weight_map import sharding_of  # noqa: E402
+from tests.settings import parallel_config, precision_config  # noqa: E402
 
 TINY = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2)
 
 
-def transformer_config(precision: Precision) -> Any:
+def transformer_config(precision: PrecisionConfig) -> Any:
     check(precision)
-    settings = model.ModelSettings(precision, recompute="none", distributed_optimizer=True)
-    return model.language_config(llama, TINY, sharding_of(TINY, 1, 0), Layout(), settings)
+    return model.language_config(llama, TINY, sharding_of(TINY, 1, 0), parallel_config(), precision)
 
 
 @pytest.mark.parametrize(
     ("precision", "expected"),
     [
         (
-            Precision("fp8", "delayed", "hybrid"),
+            precision_config("fp8", recipe="delayed", format="hybrid"),
             {
                 "fp8": "hybrid", "fp8_recipe": Fp8Recipe.delayed, "fp8_param": False, "first_last_layers_bf16": False,
                 "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max",
             },
         ),
         (
-            Precision("fp8", "current", "hybrid", bf16_layers=2),
+            precision_config("fp8", recipe="current", format="hybrid", bf16_layers=2),
             {
                 "fp8": "hybrid", "fp8_recipe": Fp8Recipe.tensorwise, "fp8_param": False, "first_last_layers_bf16": True,
                 "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 2,
             },
         ),
         (
-            Precision("fp8", "blockwise", "e4m3", parameter_gather=True),
+            precision_config("fp8", recipe="blockwise", format="e4m3", parameter_gather=True),
             {"fp8": "e4m3", "fp8_recipe": Fp8Recipe.blockwise, "fp8_param": True, "first_last_layers_bf16": False},
         ),
-        (Precision("bf16"), {"fp8": None, "fp8_param": False}),
-        (Precision("fp32"), {"fp8": None, "fp8_param": False}),
+        (precision_config("bf16"), {"fp8": None, "fp8_param": False}),
+        (precision_config("fp32"), {"fp8": None, "fp8_param": False}),
     ],
-    ids=lambda value: f"{value.name}-{value.recipe}" if isinstance(value, Precision) else "",
+    ids=lambda value: f"{value.name}-{value.recipe}" if isinstance(value, PrecisionConfig) else "",
 )  # fmt: skip
-def test_every_field_reaches_megatron_core(precision: Precision, expected: dict[str, Any]) -> None:
+def test_every_field_reaches_megatron_core(precision: PrecisionConfig, expected: dict[str, Any]) -> None:
     config = transformer_config(precision)
     assert {name: getattr(config, name) for name in expected} == expected
     dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
@@ -66,14 +65,15 @@ def test_every_field_reaches_megatron_core(precision: Precision, expected: dict[
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
-        (Precision("fp4"), "precision.name='fp4': use one of bf16, fp32, fp8"),
-        (Precision("fp8"), "precision.recipe=None: use one of delayed, current, blockwise"),
-        (Precision("fp8", "current", "e5m2"), "precision.format='e5m2': use hybrid or e4m3"),
-        (Precision("fp8", "current", "e4m3", bf16_layers=-1), "precision.bf16_layers=-1: use 0 or more"),
-        (Precision("fp8", "delayed", "e4m3", bf16_layers=1), "precision.bf16_layers=1: Megatron-Core can't mix"),
+        (precision_config("fp8"), "precision.recipe=None: fp8 needs one: use one of delayed, current, blockwise"),
+        (precision_config("fp8", recipe="current"), "precision.format=None: fp8 needs one: use hybrid or e4m3"),
+        (
+            precision_config("fp8", recipe="delayed", format="e4m3", bf16_layers=1),
+            "precision.bf16_layers=1: Megatron-Core can't mix",
+        ),
     ],
 )
-def test_impossible_precisions_are_refused(precision: Precision, message: str) -> None:
+def test_impossible_precisions_are_refused(precision: PrecisionConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(precision)
 

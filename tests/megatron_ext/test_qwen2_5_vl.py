@@ -23,7 +23,7 @@ from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.reference import all_pieces, assemble
 from tests.megatron_ext.test_hf_checkpoint import tensors_by_file
 from tests.megatron_ext.test_layouts import above, log_probs
-from tests.megatron_ext.vl_twins import RUNS, SETTINGS, Reference, Results, Run
+from tests.megatron_ext.vl_twins import OPTIMIZER, RUNS, Reference, Results, Run
 
 References = Callable[[Run], Reference]
 every_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -91,7 +91,7 @@ def test_log_probs_equal_transformers(run: Run, results: Results, reference: Ref
 def test_loss_and_gradient_norm_equal_transformers(run: Run, results: Results, reference: References) -> None:
     gradients = trained(run, reference(run).gradients).values()
     norm = float(torch.stack([g.norm() for g in gradients]).norm())
-    assert norm > SETTINGS["clip_grad_norm"]  # clipping is at work
+    assert norm > OPTIMIZER.clip_grad_norm  # clipping is at work
     for rank in results(run.name):
         assert rank["loss"] == pytest.approx(reference(run).loss, abs=2e-6)
         assert rank["grad_norm"] == pytest.approx(norm, rel=1e-5)
@@ -115,11 +115,11 @@ def test_weights_after_a_step_equal_torch_adamw(
     for name, parameter in expected.items():
         parameter.grad = reference(run).gradients[name].clone()
     groups = [
-        {"params": [p for p in expected.values() if p.dim() > 1], "weight_decay": SETTINGS["weight_decay"]},
+        {"params": [p for p in expected.values() if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in expected.values() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW(groups, SETTINGS["learning_rate"], SETTINGS["betas"], SETTINGS["epsilon"])
-    torch.nn.utils.clip_grad_norm_(expected.values(), SETTINGS["clip_grad_norm"])
+    adam = torch.optim.AdamW(groups, cases.SCHEDULE.learning_rate, OPTIMIZER.betas, OPTIMIZER.epsilon)
+    torch.nn.utils.clip_grad_norm_(expected.values(), OPTIMIZER.clip_grad_norm)
     adam.step()
     found = assemble(all_pieces(results(run.name), "weights"), start)
     assert [n for n, tensor in start.items() if n not in expected and not torch.equal(found[n], tensor)] == []

@@ -9,16 +9,13 @@ import torch.distributed as dist  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from megatron_ext import model, optimizer, parallel  # noqa: E402
-from megatron_ext.layout import Layout  # noqa: E402
-from megatron_ext.optimizer import OptimizerSettings  # noqa: E402
-from megatron_ext.precision import Precision  # noqa: E402
 from rollout.weight_sync.network import slot_view  # noqa: E402
+from tests.settings import optimizer_config, parallel_config, precision_config, schedule_config  # noqa: E402
 
 TINY = LlamaConfig(
     architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=64, num_hidden_layers=1,
     num_attention_heads=2, vocab_size=64, tie_word_embeddings=False,
 )  # fmt: skip
-SETTINGS = OptimizerSettings(1e-3, 1.0, 0.0, "constant", (0.9, 0.95), 1e-8, 0.0, 1.0)
 
 
 def nearest_even(values: torch.Tensor) -> torch.Tensor:
@@ -44,9 +41,9 @@ def hard(count: int, seed: int) -> torch.Tensor:
 def test_the_optimisers_rounding_and_the_bridges_are_nearest_even() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        place = parallel.initialize(Layout(), seed=1, timeout_seconds=60)
-        built = model.build(TINY, place, model.ModelSettings(Precision("bf16"), "none", True))
-        made, _ = optimizer.build(built, SETTINGS, 1)
+        place = parallel.initialize(parallel_config(), seed=1, timeout_seconds=60)
+        built = model.build(TINY, place, precision_config())
+        made, _ = optimizer.build(built, optimizer_config(weight_decay=0.0), schedule_config(1e-3), 1)
         made.reload_model_params()
         expected, rounded = [], 0
         for part in getattr(made, "chained_optimizers", [made]):

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_ext.blocks import Block
-from megatron_ext.layout import Layout
 from recipes.preflight.simulated_ranks import Coverage, distinct_ranks
+from tests.settings import parallel_config
 
 EXPECTED = {"matrix": (4, 6), "norm": (6,)}
 NORM = Block("norm", (0,), (0,), (6,))
@@ -65,4 +65,4 @@ def test_other_names_are_missing_and_unexpected() -> None:
 
 def test_distinct_ranks_have_each_stage_and_tensor_rank_once() -> None:
     """16 ranks, TP 2, CP 2, PP 2, so DP 2: Megatron-Core counts tensor, context, data, pipeline."""
-    assert distinct_ranks(16, Layout(tensor=2, context=2, pipeline=2)) == [0, 1, 8, 9]
+    assert distinct_ranks(16, parallel_config(tensor=2, context=2, pipeline=2)) == [0, 1, 8, 9]

@@ -21,26 +21,26 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel, platform
-from megatron_ext.layout import Layout
+from megatron_ext.layout import ParallelConfig
 from megatron_ext.models import qwen2_5_vl
 from megatron_ext.packing import PackedSequence, VisionInputs
-from megatron_ext.precision import Precision
 from recipes.launch.launcher import fork_ranks
 from tests.megatron_ext import cases, internvl_twins, ranks
 from tests.megatron_ext.cases import Case
+from tests.settings import precision_config
 
 Results = Callable[[str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Run(Case):
-    """A case of a vision-language twin. ``frozen`` as in ``ModelSettings``."""
+    """A case of a vision-language twin. ``frozen`` as in ``model.build``."""
 
     frozen: tuple[str, ...] = ()
     last_stage_layers: int | None = None
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ParallelConfig:
         return replace(super().layout, last_stage_layers=self.last_stage_layers)
 
     @property
@@ -110,7 +110,7 @@ RELAYOUTS = (
 )
 OTHER_PADDING = (TP2_DP2_FROZEN, internvl("300m-hf", "frozen", frozen=VISION))
 # Adam divides by a gradient's size: a greater epsilon keeps rounding out of the step where there is next to none.
-SETTINGS: dict[str, Any] = cases.SETTINGS | {"epsilon": 1e-4, "clip_grad_norm": 0.1}
+OPTIMIZER = replace(cases.OPTIMIZER, epsilon=1e-4, clip_grad_norm=0.1)
 # Prefixes of frozen parameters → tensors of the checkpoint.
 FROZEN_TENSORS = {"vision": r"visual\.(?!merger\.)|vision_", "vision.patch_embed": r"visual\.patch_embed\."}
 
@@ -322,10 +322,9 @@ class Policy:
     def __init__(self, folder: Path, run: Run, here: parallel.Parallel) -> None:
         self.twin = folder / run.twin
         hf_config = hf_checkpoint.config(self.twin)
-        settings = model.ModelSettings(Precision("fp32"), run.recompute, run.distributed_optimizer, run.frozen)
-        self.model = model.build(hf_config, here, settings)
+        self.model = model.build(hf_config, here, precision_config("fp32"), run.frozen)
         hf_checkpoint.load(self.model.shards, self.twin)
-        self.optimizer, self.schedule = optimizer.build(self.model, optimizer.OptimizerSettings(**SETTINGS), steps=10)
+        self.optimizer, self.schedule = optimizer.build(self.model, OPTIMIZER, cases.SCHEDULE, steps=10)
         self.optimizer.reload_model_params()
         self.sequences = batch_of(run, hf_config)
         micro_batches = internvl_twins.MICRO_BATCHES if run.is_internvl else MICRO_BATCHES

@@ -27,11 +27,11 @@ platform.activate("cpu")
 from megatron_ext import checkpoint, collectives, forward_backward, hf_checkpoint, model, optimizer, packing, parallel  # noqa: E402
 from megatron_ext.blocks import Shard, region  # noqa: E402
 from megatron_ext.offload import HostCopy  # noqa: E402
-from megatron_ext.precision import Precision  # noqa: E402
 from recipes.launch.launcher import fork_ranks  # noqa: E402
 from recipes.preflight import memory  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
+from tests.settings import precision_config  # noqa: E402
 
 if __name__ == "__main__":
     fork_ranks(cases.WORLD)
@@ -65,14 +65,9 @@ class Policy:
     def __init__(self, folder: Path, case: Case, layout: parallel.Parallel) -> None:
         self.case, self.twin = case, folder / case.twin
         hf = hf_checkpoint.config(self.twin)
-        settings = model.ModelSettings(
-            Precision(case.precision), case.recompute, case.distributed_optimizer, case.frozen
-        )
-        self.model = model.build(hf, layout, settings)
+        self.model = model.build(hf, layout, precision_config(case.precision), case.frozen)
         hf_checkpoint.load(self.model.shards, self.twin)
-        self.optimizer, self.schedule = optimizer.build(
-            self.model, optimizer.OptimizerSettings(**cases.SETTINGS), steps=10
-        )
+        self.optimizer, self.schedule = optimizer.build(self.model, cases.OPTIMIZER, cases.SCHEDULE, steps=10)
         self.optimizer.reload_model_params()
         sequences = cases.batch(case)
         group = case.pipeline if case.virtual > 1 else 1

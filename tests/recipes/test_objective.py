@@ -12,9 +12,11 @@ from torch import Tensor
 from megatron_ext.packing import MicroBatch, PackedSequence, pack
 from recipes.algorithms import advantages, aggregation, kl, objective, policy_losses
 from recipes.algorithms.advantages import AdvantageInputs
-from recipes.algorithms.registry import REGISTRY, resolve
+from recipes.algorithms.needs import Needs, needs
+from recipes.algorithms.registry import REGISTRY, requirements, resolve
 from recipes.algorithms.sequences import Sequences
-from recipes.config import AlgorithmConfig, parse
+from recipes.algorithms.settings import AlgorithmConfig
+from recipes.config import parse
 from recipes.errors import ConfigError
 from tests.recipes.gradients import draws, gradient, numbers
 
@@ -78,7 +80,7 @@ def test_the_corrections_the_entropy_and_a_kl_in_the_reward_are_put_together() -
     keep = torch.cat([torch.full((len(x),), 0.8 <= x.mean().exp() <= 1.1) for x in gap.split(LENGTHS)])
     assert keep.any()
     assert not keep.all()
-    losses = policy_losses.ppo_clip(now, v["old"], v["advantage"], Sequences(LENGTHS), clip_low=0.2, clip_high=0.2)
+    losses = policy_losses.ppo_clip(now, v["old"], v["advantage"], clip_low=0.2, clip_high=0.2)
     losses = losses * gap.exp().clamp(max=1.2) * keep - 0.01 * entropy
     found, measured = objective.loss(config, None)(torch.stack([now, entropy]), batch)
     assert found.item() == pytest.approx((losses * v["weight"]).sum().item())
@@ -115,7 +117,8 @@ def test_every_algorithm_s_parts_are_found_and_set(name: str) -> None:
         kind: getattr(config, kind) for kind in REGISTRY
     }
     log_probs = draws(11)
-    assert found["policy_loss"](log_probs, log_probs, log_probs, Sequences(LENGTHS)).shape == (11,)
+    further = {"sequences": Sequences(LENGTHS)} if requirements(config).sequences else {}
+    assert found["policy_loss"](log_probs, log_probs, log_probs, **further).shape == (11,)
     assert len(found["aggregation"](LENGTHS)) == 4
 
 
@@ -138,7 +141,7 @@ def test_a_function_of_one_s_own_is_found_by_its_path_with_its_own_keywords() ->
     path = f"{__name__}.thirds"
     assert resolve("kl_estimator", configured(kl_estimator="recipes.algorithms.kl.k2")).func is kl.k2  # type: ignore[attr-defined]
     assert resolve("aggregation", configured(aggregation=path, kwargs={"share": 0.3}))([2]) == [[0.3, 0.3]]
-    with pytest.raises(ConfigError, match=r"thirds': wants 'share'; give \+algorithm\.kwargs\.share"):
+    with pytest.raises(ConfigError, match=r"thirds': needs 'share'; give algorithm\.kwargs\.share"):
         resolve("aggregation", configured(aggregation=path))
 
 
@@ -161,3 +164,44 @@ def test_a_forced_token_counts_in_no_measure() -> None:
     assert found[0] == found[1]
     batch.values["sampled"][4] = 1.0
     assert objective.loss(config, None)(now, batch)[1]["kl"] > found[0][1]["kl"]
+
+
+@needs(values=True)
+def returns_minus_values(inputs: AdvantageInputs) -> Tensor:
+    """An advantage of one's own that wants a critic."""
+    assert inputs.values is not None
+    return inputs.rewards.flatten().repeat_interleave(inputs.lengths.flatten()) - inputs.values
+
+
+@needs(reference=True)
+def pull_to_reference(log_probs: Tensor, old: Tensor, advantages: Tensor, reference: Tensor) -> Tensor:
+    """A policy loss of one's own that wants the reference's log-probs."""
+    return -advantages * log_probs + (log_probs - reference) ** 2
+
+
+def test_a_run_has_what_its_parts_need() -> None:
+    assert requirements(configured()) == Needs(reference=True)
+    assert requirements(configured(kl_coefficient=0.0)) == Needs()
+    assert requirements(configured("ppo")) == Needs(values=True, reference=True)
+    assert requirements(configured("gspo")) == Needs(sequences=True)
+    own = configured(kl_coefficient=0.0, advantage=f"{__name__}.returns_minus_values")
+    assert requirements(own) == Needs(values=True)
+    own = configured(kl_coefficient=0.0, policy_loss=f"{__name__}.pull_to_reference")
+    assert requirements(own) == Needs(reference=True)
+
+
+def test_without_a_reference_the_loss_reads_none_and_measures_no_kl() -> None:
+    (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
+    with_reference = objective.loss(configured(), None)(now, batch)[1]
+    del batch.values["reference"]
+    value, measured = objective.loss(configured(kl_coefficient=0.0), None)(now, batch)
+    assert value.isfinite()
+    assert set(with_reference) - set(measured) == {"kl"}
+
+
+def test_a_loss_of_one_s_own_gets_the_reference_that_it_needs() -> None:
+    config = configured(kl_coefficient=0.0, policy_loss=f"{__name__}.pull_to_reference")
+    (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
+    v = batch.values
+    expected = (pull_to_reference(now, v["old"], v["advantage"], v["reference"]) * v["weight"]).sum()
+    assert objective.loss(config, None)(now, batch)[0].item() == pytest.approx(expected.item())

@@ -19,11 +19,11 @@ DRIFT = {"drift_coefficient": 0.1, "drift_cap": 0.2}
 
 Loss = Callable[[Tensor, Tensor, Tensor, Sequences], Tensor]
 LOSSES: dict[str, Loss] = {
-    "reinforce": policy_losses.reinforce,
-    "ppo_clip": lambda *a: policy_losses.ppo_clip(*a, **CLIP),
-    "ppo_dual_clip": lambda *a: policy_losses.ppo_dual_clip(*a, **CLIP, dual_clip=3.0),
+    "reinforce": lambda *a: policy_losses.reinforce(*a[:3]),
+    "ppo_clip": lambda *a: policy_losses.ppo_clip(*a[:3], **CLIP),
+    "ppo_dual_clip": lambda *a: policy_losses.ppo_dual_clip(*a[:3], **CLIP, dual_clip=3.0),
     "gspo": lambda *a: policy_losses.gspo(*a, **CLIP),
-    "cpgd": lambda *a: policy_losses.cpgd(*a, **CLIP, **DRIFT),
+    "cpgd": lambda *a: policy_losses.cpgd(*a[:3], **CLIP, **DRIFT),
     "cpgd_sequence": lambda *a: policy_losses.cpgd_sequence(*a, **CLIP, **DRIFT),
 }
 BY_NAME = pytest.mark.parametrize("name", LOSSES)
@@ -99,9 +99,7 @@ def fixed(name: str, at: Tensor, old: Tensor, lengths: list[int]) -> Callable[[T
         if not name.startswith("cpgd"):
             token_level = from_one.get(name, name)
             return LOSSES[token_level](x if name == "reinforce" else log_ratio, zeros, advantages, Sequences(lengths))
-        surrogate = policy_losses.cpgd(
-            log_ratio, zeros, advantages, Sequences(lengths), **CLIP, drift_coefficient=0.0, drift_cap=0.0
-        )
+        surrogate = policy_losses.cpgd(log_ratio, zeros, advantages, **CLIP, drift_coefficient=0.0, drift_cap=0.0)
         return surrogate + DRIFT["drift_coefficient"] * factor * (x - old)
 
     return total
@@ -147,9 +145,7 @@ def test_the_drift_is_zero_where_both_policies_agree_and_else_positive() -> None
     at = draws(1000, 3)
 
     def drift(x: Tensor, old: Tensor) -> Tensor:
-        return policy_losses.cpgd(
-            x, old, torch.zeros(1000), Sequences([1000]), **CLIP, drift_coefficient=1.0, drift_cap=2
-        )
+        return policy_losses.cpgd(x, old, torch.zeros(1000), **CLIP, drift_coefficient=1.0, drift_cap=2)
 
     assert torch.equal(drift(at, at), torch.zeros_like(at))
     assert (drift(at, draws(1000, 4)) > 0).all()

@@ -15,9 +15,9 @@ from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor
 from recipes.errors import ConfigError
 from recipes.preflight import checks
 from rollout import engine_server
-from rollout.engine import EngineSettings
 from rollout.media import FRAMES_PER_SECOND
 from tests.recipes import tiny, vision_models
+from tests.settings import engine_settings
 
 LIMITS = ImageLimits(min_pixels=100, max_pixels=200_000, max_aspect_ratio=250.0)
 # Width and height: below and above the model's own limits, wide, high, and of no multiple of a patch.
@@ -228,7 +228,7 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(folder / name),
         dtype="float32",
         max_model_len=1000,

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes import train
 from recipes.data.processor import prompt_tokens
 from recipes.run import records
-from rollout.engine import EngineSettings, environment
+from rollout.engine import environment
 from rollout.sample import Request, Sampling
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.kill_check import WRITING, Moment, strike, timeless
+from tests.settings import engine_settings
 
 VERIFIERS = ["capability", "safety", tiny.LETTERS]
 STEPS = 4
@@ -273,11 +274,11 @@ def test_vllm_loads_the_exported_model_and_answers_as_the_evaluation(whole: tupl
     run_dir = whole[0]
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     rows = [json.loads(line) for line in (twin / "eval.jsonl").read_text().splitlines()]
-    settings = EngineSettings(str(run_dir / "hf"), "bfloat16", 48, 128, 4096, 0.05)
+    settings = engine_settings(str(run_dir / "hf"), "bfloat16", 48, kv_cache_gib=0.05)
     requests = [Request(row["id"], 0, tuple(prompt_tokens(tokenizer, row, 40)), 0).to_json() for row in rows]
     sampling = asdict(Sampling(max_tokens=8, stop_token_ids=(tokenizer.eos_token_id,), temperature=0.0))
     output = run_dir.parent / "from_disk.json"
-    command = [sys.executable, "-m", "tests.rollout.vllm_processes", "fresh", json.dumps(asdict(settings))]
+    command = [sys.executable, "-m", "tests.rollout.vllm_processes", "fresh", settings.to_json()]
     done = subprocess.run(
         [*command, json.dumps(requests), json.dumps(sampling), str(output)],
         cwd=tiny.ROOT,

@@ -28,15 +28,14 @@ from transformers import (
 
 from megatron_ext import hf_checkpoint, model, parallel, platform
 from megatron_ext.blocks import Shard
-from megatron_ext.layout import Layout
 from megatron_ext.packing import PackedSequence
-from megatron_ext.precision import Precision
 from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor
 from recipes.launch.launcher import fork_ranks
 from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.sample import Prompt, Request, Sampling
 from rollout.sampler import make_requests
 from rollout.weight_sync.sync import WeightSync
+from tests import settings
 from tests.megatron_ext import internvl_twins
 from tests.recipes import tiny, vision_models
 
@@ -105,7 +104,7 @@ class Twin:
 
 
 def engine_settings(folder: Path) -> EngineSettings:
-    return EngineSettings(
+    return settings.engine_settings(
         model=str(folder),
         dtype="float32",
         max_model_len=208,
@@ -231,12 +230,13 @@ def main(folder: str, program: str) -> None:
     fork_ranks(2)
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", store=dist.FileStore(str(here / "store"), 2), rank=rank, world_size=2)
-    layout = parallel.initialize(Layout(tensor=2), seed=1, timeout_seconds=600)
+    layout = parallel.initialize(
+        settings.parallel_config(tensor=2, distributed_optimizer=False), seed=1, timeout_seconds=600
+    )
     work = json.loads((here / "work.json").read_text())
     policies = {}
     for name in work:
-        settings = model.ModelSettings(Precision("fp32"), "none", distributed_optimizer=False)
-        policies[name] = model.build(hf_checkpoint.config(here / name), layout, settings)
+        policies[name] = model.build(hf_checkpoint.config(here / name), layout, settings.precision_config("fp32"))
         hf_checkpoint.load(policies[name].shards, here / name)
         hf_checkpoint.export(policies[name].shards, here / name, here / f"{name}-export", writes=True)
     engines = [_start_engine(here / f"{SYNCED}-export", program)] if rank == 0 else []

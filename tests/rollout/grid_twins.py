@@ -7,6 +7,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ext.blocks import Block
-from megatron_ext.layout import Layout
+from tests.settings import parallel_config, precision_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {
@@ -108,16 +109,17 @@ FAMILIES = {
     ),
 }
 # Layouts of the trainer and how many ranks run them: what tensor, pipeline and context leave is data parallelism.
+sizes = partial(parallel_config, distributed_optimizer=False)
 TRAINERS = {
-    "one": (Layout(), 1),
-    "tp2_dp2": (Layout(tensor=2, sequence=True), 4),
-    "tp4": (Layout(tensor=4), 4),
-    "pp2_uneven": (Layout(pipeline=2, first_stage_layers=1), 2),
-    "pp4_dp2": (Layout(pipeline=4), 8),
-    "tp2_pp2_vp2": (Layout(tensor=2, pipeline=2, virtual=2), 4),
-    "tp2_cp2_pp2": (Layout(tensor=2, context=2, pipeline=2), 8),
-    "tp4_pp2_uneven": (Layout(tensor=4, pipeline=2, last_stage_layers=1), 8),
-    "tp2_pp4_dp2": (Layout(tensor=2, pipeline=4), 16),
+    "one": (sizes(), 1),
+    "tp2_dp2": (sizes(tensor=2, sequence=True), 4),
+    "tp4": (sizes(tensor=4), 4),
+    "pp2_uneven": (sizes(pipeline=2, first_stage_layers=1), 2),
+    "pp4_dp2": (sizes(pipeline=4), 8),
+    "tp2_pp2_vp2": (sizes(tensor=2, pipeline=2, virtual_pipeline=2), 4),
+    "tp2_cp2_pp2": (sizes(tensor=2, context=2, pipeline=2), 8),
+    "tp4_pp2_uneven": (sizes(tensor=4, pipeline=2, last_stage_layers=1), 8),
+    "tp2_pp4_dp2": (sizes(tensor=2, pipeline=4), 16),
 }
 
 
@@ -131,12 +133,10 @@ def trainer(folder: Path) -> None:
     """``trainer.json``: of each family the ``shapes`` of the checkpoint's tensors by transformers' own model, and for
     each layout of each rank the shards: name, shape, blocks (the values of a ``Block``)."""
     from megatron_ext import hf_checkpoint
-    from megatron_ext.model import ModelSettings
-    from megatron_ext.precision import Precision
     from recipes.preflight import simulated_ranks
 
     simulated_ranks.activate()
-    settings = ModelSettings(Precision("fp32"), "none", distributed_optimizer=False)
+    precision = precision_config("fp32")
     made: dict[str, Any] = {}
     for family in FAMILIES:
         config = hf_checkpoint.config(folder / family)
@@ -145,7 +145,7 @@ def trainer(folder: Path) -> None:
             made[family][layout_name] = []
             for number in range(world):
                 with simulated_ranks.rank(number, world, layout) as here:
-                    shards = simulated_ranks.build(config, here, settings).shards
+                    shards = simulated_ranks.build(config, here, precision).shards
                 made[family][layout_name].append(
                     [
                         [

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rollout.engine import EngineSettings
 from rollout.engine_server import EngineLoop, Refused
+from tests.settings import engine_settings
 
 
 class Llm:
@@ -39,14 +39,14 @@ class Llm:
 @pytest.fixture
 def loop(tmp_path: Path) -> EngineLoop:
     (tmp_path / "config.json").write_text("{}")
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(tmp_path),
         dtype="bfloat16",
         max_model_len=8,
         max_num_seqs=1,
         max_num_batched_tokens=8,
         kv_cache_gib=1.0,
-        device="cuda",
+        platform="cuda",
         sleep=True,
     )
     loop = EngineLoop(settings, Llm())

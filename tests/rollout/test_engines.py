@@ -18,13 +18,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rollout.engine import Engine, EngineDied, EngineError, EngineSettings, environment, stop_engines
+from rollout.engine import Engine, EngineDied, EngineError, environment, stop_engines
 from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Request, Sample, Sampling
 from rollout.sampler import assign, generate, in_order, make_requests, stream
 from rollout.thinking import forced_positions
 from rollout.weight_sync.sync import WeightSync
 from tests.rollout.twins import Twin, tensor_parallel_shards
+from tests.settings import engine_settings
 
 TWIN = Twin(heads=4, kv_heads=2, vocab=40, tied=False, bias=False, dtype=torch.float32)
 BLOCK = 32  # tokens of a block of vLLM's prefix cache on a CPU
@@ -54,7 +55,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("engines")
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(TWIN.save(folder / "model", seed=0)),
         dtype="float32",
         max_model_len=224,
@@ -154,15 +155,11 @@ def test_thinking_ends_at_its_budget(world: World) -> None:
     assert forced_at >= {0, 1}
 
 
-def test_a_budget_needs_the_marks_and_a_cpu_has_no_sleep(world: World) -> None:
+def test_a_cpu_engine_does_not_sleep(world: World) -> None:
     with pytest.raises(EngineError, match=r"rollout\.sleep is false: this engine keeps its memory"):
         world.engines[0].call("POST", "/sleep", {})
     world.engines[0].call("POST", "/wake", {"tags": ["weights"]})
     assert world.engines[0].health()["asleep"] == []
-    with pytest.raises(ValueError, match=r"rollout\.sleep=true: vLLM has no sleep mode on a CPU"):
-        replace(world.engines[0].settings, sleep=True)
-    with pytest.raises(ValueError, match=r"rollout\.thinking="):
-        replace(world.engines[0].settings, thinking=((5,), ()))
 
 
 def test_rounds_make_the_whole_response_with_its_log_probs_and_versions(world: World) -> None:

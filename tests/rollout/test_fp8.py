@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.engine import Engine, stop_engines
 from rollout.sample import Prompt, Sampling
 from rollout.sampler import generate, make_requests
 from rollout.weight_sync.checksum import rectangle_checksum
@@ -21,6 +21,7 @@ from rollout.weight_sync.sync import WeightSync
 from tests.rollout.test_vllm import logprobs_of, program
 from tests.rollout.twins import Twin, tensor_parallel_shards
 from tests.rollout.vllm_processes import as_argument
+from tests.settings import engine_settings
 
 TWIN = Twin(heads=4, kv_heads=2, vocab=203, tied=True, bias=True, dtype=torch.bfloat16)
 SAMPLING = Sampling(max_tokens=8, stop_token_ids=(2,))
@@ -52,14 +53,14 @@ def through_fp8(rows: torch.Tensor) -> torch.Tensor:
 
 def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Path) -> None:
     """Every bit of every tensor and sample; back again after other weights; one layer in BF16 at a time."""
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(TWIN.save(tmp_path / "model", seed=0)),
         dtype="bfloat16",
         max_model_len=64,
         max_num_seqs=8,
         max_num_batched_tokens=64,
         kv_cache_gib=0.02,
-        tensor_parallel_size=2,
+        tensor=2,
         quantization="fp8_per_channel",
     )
     requests, output = make_requests(PROMPTS, 2, seed=5, step=0), tmp_path / "fresh.json"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.blocks import Block
-from megatron_ext.layout import Layout
 from recipes.preflight.weight_sync import Links, gather_then_load_seconds, links, network_seconds, topology
 from rollout.weight_sync.layout import ParameterLayout, Region
 from rollout.weight_sync.plan import Place, Topology, build_plan
+from tests.settings import parallel_config
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = 2 * 8_292_166_656  # Qwen2.5-VL-7B in BF16
@@ -66,8 +66,10 @@ def test_links_are_counted_by_direction_and_gpu() -> None:
 
 def test_gather_then_load_is_bound_by_its_slowest_link() -> None:
     gb = 10**9
-    assert gather_then_load_seconds(80 * gb, Layout(tensor=8, pipeline=4), SPEEDS) == pytest.approx(60 / 40 + 0.02)
-    assert gather_then_load_seconds(80 * gb, Layout(tensor=8), SPEEDS) == pytest.approx(70 / 400 + 0.02)
+    assert gather_then_load_seconds(80 * gb, parallel_config(tensor=8, pipeline=4), SPEEDS) == pytest.approx(
+        60 / 40 + 0.02
+    )
+    assert gather_then_load_seconds(80 * gb, parallel_config(tensor=8), SPEEDS) == pytest.approx(70 / 400 + 0.02)
 
 
 def test_places_fill_nodes_and_disaggregated_has_ranks_without_shards() -> None:

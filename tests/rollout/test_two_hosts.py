@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rollout.engine import EngineSettings, start_engines, stop_engines
+from rollout.engine import start_engines, stop_engines
 from rollout.weight_sync.sync import WeightSync, WeightSyncError
 from tests.rollout import two_hosts
 from tests.rollout.twins import TIED, tensor_parallel_shards
+from tests.settings import engine_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = 1 << 16
@@ -27,7 +28,7 @@ BUCKET = 1 << 16
 def run_rank(folder: str, number: str) -> None:
     rank = int(number)
     dist.init_process_group("gloo", init_method=f"tcp://{two_hosts.ADDRESS_A}:29511", rank=rank, world_size=3)
-    settings = EngineSettings(
+    settings = engine_settings(
         model=f"{folder}/model",
         dtype="bfloat16",
         max_model_len=96,

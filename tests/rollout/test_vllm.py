@@ -27,6 +27,7 @@ from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.sync import WeightSync, WeightSyncError
 from tests.rollout.twins import TIED, UNTIED, Twin, tensor_parallel_shards
 from tests.rollout.vllm_processes import ForeignEngine, as_argument
+from tests.settings import engine_settings
 
 TWINS = {"tied": TIED, "untied": UNTIED}
 STARTUP_SECONDS = 400
@@ -37,14 +38,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def settings_of(twin: Twin, folder: Path, tp: int) -> EngineSettings:
     dtype = str(twin.dtype).removeprefix("torch.")
-    return EngineSettings(
+    return engine_settings(
         model=str(folder),
         dtype=dtype,
         max_model_len=96,
         max_num_seqs=8,
         max_num_batched_tokens=96,  # less than the prompts of a batch: they enter over several steps
         kv_cache_gib=0.02,
-        tensor_parallel_size=tp,
+        tensor=tp,
     )
 
 
@@ -157,7 +158,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     models = {name: twin.save(folder / name, seed=0) for name, twin in TWINS.items()}
     tied = settings_of(TIED, models["tied"], tp=1)
     untied = settings_of(UNTIED, models["untied"], tp=2)
-    too_long = EngineSettings(**(vars(tied) | {"max_model_len": 100_000, "max_num_batched_tokens": 100_000}))
+    too_long = replace(tied, max_model_len=100_000, rollout=replace(tied.rollout, max_num_batched_tokens=100_000))
 
     requests = make_requests(PROMPTS, 2, seed=5, step=0)
     fresh_output, owner_output = folder / "fresh.json", folder / "owner.json"
@@ -365,7 +366,12 @@ def test_an_engine_that_answers_but_makes_no_step_is_found(world: World, monkeyp
     """One of its two workers is stopped in the middle of a batch. In place of the kill the worker may go on, and the
     batch is that of an undisturbed engine; one that goes on in time is left alone."""
     untied = world.untied
-    engine = ForeignEngine(replace(untied.settings, stall_timeout=8), untied.log_path, untied.pid, untied.port)
+    engine = ForeignEngine(
+        replace(untied.settings, rollout=replace(untied.settings.rollout, stall_timeout=8.0)),
+        untied.log_path,
+        untied.pid,
+        untied.port,
+    )
     undisturbed = sample(untied)
     killed: list[int] = []
     _, worker = (p for p in psutil.Process(engine.pid).children() if "Worker" in p.name())

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
+from rollout.engine import Engine, EngineError, stop_engines
 from rollout.environment import Turns, segments
 from rollout.generation import Fleet, Generation
 from rollout.sample import Prompt, Sample, Sampling
@@ -24,6 +24,7 @@ from rollout.weight_sync.sync import WeightSync
 from tests.recipes.tiny import make_tokenizer
 from tests.rollout.letters import Letters, answer
 from tests.rollout.twins import Twin, tensor_parallel_shards
+from tests.settings import engine_settings
 
 TWIN = Twin(heads=4, kv_heads=2, vocab=300, tied=False, bias=False, dtype=torch.float32)
 SAMPLING = Sampling(max_tokens=60, stop_token_ids=(2,))
@@ -56,14 +57,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("turns")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "model")
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(TWIN.save(folder / "model", seed=0)),
         dtype="float32",
         max_model_len=160,
         max_num_seqs=8,
         max_num_batched_tokens=512,
         kv_cache_gib=0.05,
-        tokenizer=True,
+        environment={"name": "search"},
     )
     engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)

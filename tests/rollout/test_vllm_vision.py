@@ -21,6 +21,7 @@ from rollout.sample import Sample, Sampling
 from rollout.sampler import make_requests
 from tests.recipes import vision_models
 from tests.rollout.vllm_processes import as_argument
+from tests.settings import engine_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 NORM = "visual.merger.ln_q.weight"
@@ -29,7 +30,7 @@ SAMPLES = 3
 
 def main(settings: str, requests: str, sampling: str, output: str) -> None:
     """Samples of the weights on disk, then of the same with one tensor of the tower doubled."""
-    loaded = EngineSettings(**json.loads(settings))
+    loaded = EngineSettings.from_json(settings)
     loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
     loop.weights.version = 0
     made = []
@@ -94,7 +95,7 @@ def test_samples_are_those_of_the_trainers_inputs_also_after_the_tower_changed(m
     ]
     processor = PromptProcessor(model.config._name_or_path, 200, ImageLimits(100, 100_000, 20.0))
     made = {row["id"]: processor(row) for row in rows}
-    settings = EngineSettings(
+    settings = engine_settings(
         model=model.config._name_or_path,
         dtype="float32",
         max_model_len=208,

@@ -18,7 +18,7 @@ from rollout.engine import Engine, EngineSettings
 def fresh(settings: str, requests: str, sampling: str, output: str) -> None:
     """vLLM that loads its weights from disk: digests of its parameters and the samples it makes, as JSON."""
     os.environ[engine_server.ENGINE_PID] = str(os.getpid())
-    loaded = EngineSettings(**json.loads(settings))
+    loaded = EngineSettings.from_json(settings)
     loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
     loop.weights.version = 0
     lines: list[Any] = []
@@ -43,7 +43,7 @@ def owner(settings: str, log_path: str, output: str) -> None:
         return popen([word.replace("rollout.engine_server", __spec__.name) for word in command], **options)
 
     subprocess.Popen = start  # type: ignore[assignment,misc]
-    engine = Engine(EngineSettings(**json.loads(settings)), Path(log_path))
+    engine = Engine(EngineSettings.from_json(settings), Path(log_path))
     Path(output).write_text(json.dumps({"pid": engine.pid, "port": engine.port}))
     time.sleep(3600)
 
@@ -67,6 +67,8 @@ class ForeignEngine(Engine):
 
 
 def as_argument(value: Any) -> str:
+    if isinstance(value, EngineSettings):
+        return value.to_json()
     return json.dumps([request.to_json() for request in value] if isinstance(value, list) else asdict(value))
 
 

@@ -1,0 +1,158 @@
+"""Settings: dataclass fields that carry their documentation and the values that they may have.
+
+A settings class stands in the room that uses it. Its fields have no defaults: those stand in conf/, each in one file.
+``recipes.config`` puts the classes together. Imports no library that takes long, as it is read before anything else.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+# Intervals of more than one class. Upper bounds without a reason of their own are far beyond any use: they catch a
+# slipped exponent.
+COUNT = "[1, 1e9]"
+TOKENS = "[1, 1e8]"
+SECONDS = "(0, 1e7]"
+COEFFICIENT = "[0, 1e6]"
+FRACTION = "[0, 1]"
+
+REFERENCE = "the fields are listed in docs/configuration.md"
+METADATA = "setting"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a field: ``doc`` is one line, ``range`` an interval like "(0, 1]", ``choices`` a list's items
+    too."""
+
+    doc: str
+    range: str | None = None
+    unit: str | None = None
+    choices: tuple[Any, ...] | None = None
+
+
+def setting(
+    doc: str, *, range: str | None = None, unit: str | None = None, choices: Iterable[Any] | None = None
+) -> Any:
+    """A dataclass field without a default that is described by a :class:`Setting`."""
+    allowed = None if choices is None else tuple(choices)
+    return dataclasses.field(metadata={METADATA: Setting(doc, range, unit, allowed)})
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether a field of this type may be null."""
+    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+
+
+def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any, Setting | None]]:
+    """Dotted path, type and description of every field below a settings class; a class comes before its fields."""
+    hints = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        name = f"{path}.{field.name}" if path else field.name
+        hint = hints[field.name]
+        yield name, hint, field.metadata.get(METADATA)
+        if dataclasses.is_dataclass(hint):
+            yield from fields(hint, name)
+
+
+def mappings(schema: Any, path: str = "") -> list[str]:
+    """Dotted paths of the free-form mappings below a settings class: those whose keys are the user's."""
+    return [name for name, hint, _ in fields(schema, path) if get_origin(hint) is dict]
+
+
+def read[T](schema: type[T], path: str, *values: Any) -> T:
+    """An object of a settings class, from mappings of which a later one overrides an earlier one.
+
+    Raises ValueError for an unknown field, a missing one and a value of another type. Ranges are left to
+    :func:`check`.
+    """
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *values))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        field = ".".join(part for part in (path, key) if part) or "configuration"
+        if isinstance(error, ConfigKeyError):
+            raise ValueError(f"{field}: {unknown_field(schema, path, field)}") from error
+        raise ValueError(f"{field}: {str(error).splitlines()[0]}; {REFERENCE}") from error
+    assert isinstance(settings, schema)
+    return settings
+
+
+def unknown_field(schema: Any, path: str, field: str) -> str:
+    """What to say of a field that ``schema`` (at ``path``) does not have, with the nearest field that it has.
+
+    A neighbour of a similar name is nearest, then a field of the same name elsewhere, then one of a similar name.
+    """
+    names = {known: known.rpartition(".")[2] for known, _, _ in fields(schema, path)}
+    parent, _, name = field.rpartition(".")
+    neighbours = {names[known]: known for known in names if known.rpartition(".")[0] == parent}
+    namesakes = [known for known in names if names[known] == name]
+    similar = difflib.get_close_matches(name, names.values(), 1, 0.8)
+    nearest = [neighbours[near] for near in difflib.get_close_matches(name, neighbours, 1, 0.6)]
+    nearest = nearest or difflib.get_close_matches(field, namesakes, 1, 0.0)
+    nearest = nearest or [known for known in names if names[known] in similar]
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"no such field; {hint}{REFERENCE}"
+
+
+def check(settings: Any, path: str = "") -> None:
+    """Raises ValueError naming the first field, in nested settings too, whose value is outside its range or choices."""
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        name = f"{path}.{field.name}" if path else field.name
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            check(value, name)
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for i, item in enumerate(value):
+                check(item, f"{name}[{i}]")
+        elif METADATA in field.metadata:
+            _check_value(name, value, field.metadata[METADATA], is_optional(hints[field.name]))
+
+
+def _check_value(name: str, value: Any, described: Setting, optional: bool) -> None:
+    if value is None:
+        return
+    if described.range is not None:
+        remedy = outside(value, described.range)
+        if remedy is not None:
+            raise ValueError(f"{name}={value}: {remedy}" + (", or null for none" if optional else ""))
+    if described.choices is not None:
+        for item in value if isinstance(value, list) else [value]:
+            if item not in described.choices:
+                raise ValueError(f"{name}={item!r}: use one of {', '.join(map(str, described.choices))}")
+
+
+def outside(value: float, interval: str) -> str | None:
+    """What ``value`` has to be instead; None where it lies in the ``interval``. NaN lies in none."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    if above and below:
+        return None
+    integer = isinstance(value, int)
+    if high <= 1:
+        return "use 0 or 1" if integer else f"must be in {interval}"
+    if above:
+        return f"must be {'below' if interval[-1] == ')' else 'at most'} {high:g}"
+    if interval[0] == "(":
+        return f"must be above {low:g}"
+    if integer and low == 1:
+        return "must be above 0"
+    return f"use {low:g} or more"
+
+
+def with_new_keys(arguments: Sequence[str], open_paths: Sequence[str]) -> list[str]:
+    """A Hydra command line in which overrides at or below ``open_paths`` may name new keys: they get ``++``."""
+    return [f"++{argument}" if _is_below(argument, open_paths) else argument for argument in arguments]
+
+
+def _is_below(argument: str, paths: Sequence[str]) -> bool:
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and any(key == path or key.startswith(f"{path}.") for path in paths)

@@ -1,0 +1,135 @@
+"""Rules between settings of several rooms. Each room checks its own."""
+
+from pathlib import Path
+
+from megatron_ext import layout, optimizer_settings, precision, settings
+from recipes.algorithms import settings as algorithm_settings
+from recipes.config.schema import Config, generates, samples_per_update, sequence_multiple
+from recipes.data import settings as data_settings
+from recipes.errors import ConfigError
+from recipes.launch import settings as launch_settings
+from recipes.training import settings as training_settings
+from rewards import settings as reward_settings
+from rollout import settings as rollout_settings
+
+
+def check(config: Config) -> None:
+    """Raises ValueError naming the first field whose value can't work, the value and what to do."""
+    settings.check(config)
+    rollout_settings.check(config.rollout, config.cluster.platform)
+    algorithm_settings.check(config.algorithm)
+    launch_settings.check(config.cluster)
+    optimizer_settings.check(config.optimizer)
+    layout.check(config.cluster.ranks, config.parallel)
+    precision.check(config.precision)
+    reward_settings.check(config.rewards)
+    check_stage(config)
+    check_precision(config)
+    check_samples_of_other_weights(config)
+    check_shared_memory(config)
+    check_critic(config)
+    check_batch(config)
+    check_engine_batch(config)
+    training_settings.check_supervised(config.stage, sequence_multiple(config))
+    data_settings.check(config.data)
+
+
+def check_stage(config: Config) -> None:
+    """A launch does something."""
+    if not config.stage.trains and not config.stage.ladder:
+        raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
+
+
+def check_precision(config: Config) -> None:
+    """FP8 is for GPUs."""
+    if config.precision.name == "fp8" and config.cluster.platform == "cpu":
+        raise ConfigError("precision.name='fp8': needs a GPU with FP8 (H100 or newer); use precision=bf16 on a CPU")
+
+
+def check_samples_of_other_weights(config: Config) -> None:
+    """Samples of other weights than the trainer's need importance sampling."""
+    rollout = config.rollout
+    corrected = config.algorithm.importance_sampling
+    if (rollout.staleness or rollout.partial_rollout_tokens) and not corrected:
+        field = "staleness=1" if rollout.staleness else f"partial_rollout_tokens={rollout.partial_rollout_tokens}"
+        raise ConfigError(
+            f"rollout.{field}: samples come from older weights; correct for it: algorithm.importance_sampling=true"
+        )
+    if rollout.quantization is not None and (config.precision.name == "fp32" or not corrected):
+        raise ConfigError(
+            f"rollout.quantization={rollout.quantization!r}: samples come from rounded weights: needs precision=bf16 "
+            "(or fp8), and correct for it: algorithm.importance_sampling=true"
+        )
+
+
+def check_shared_memory(config: Config) -> None:
+    """Who makes room for whom: trainer, engines and judges."""
+    rollout = config.rollout
+    colocated = config.rewards.placement == reward_settings.COLOCATED
+    for field, chosen in (
+        ("optimizer.offload=true", config.optimizer.offload),
+        ("rewards.placement=colocated", colocated),
+    ):
+        if chosen and rollout.staleness:
+            raise ConfigError(f"{field}: needs rollout.staleness=0 (with 1 it generates while it trains)")
+    if colocated and config.cluster.platform == "cuda" and not rollout.sleep:
+        raise ConfigError("rewards.placement=colocated: engines make room for judges: needs rollout.sleep=true")
+    for field, offload in (
+        ("critic.offload", config.critic.offload),
+        ("optimizer.offload", config.optimizer.offload),
+    ):
+        if offload and config.precision.parameter_gather:
+            raise ConfigError(
+                f"{field}=true: can't move the states of FP8 weights (precision.parameter_gather=true) to the host; "
+                "set one false"
+            )
+
+
+def check_critic(config: Config) -> None:
+    """Where the critic starts, and that the policy is trained too."""
+    path = config.critic.path
+    if path is not None and not (Path(path) / "config.json").is_file():
+        raise ConfigError(
+            f"critic.path={path!r}: no config.json there: give a Hugging Face folder, or null for the policy's"
+        )
+    if config.critic.warmup_steps >= config.algorithm.steps:
+        raise ConfigError(
+            f"critic.warmup_steps={config.critic.warmup_steps}: the policy is trained in what is left of "
+            f"algorithm.steps={config.algorithm.steps}; use 0 or more, and fewer than these"
+        )
+
+
+def check_batch(config: Config) -> None:
+    """An update's sequences fit into micro-batches, and every rank gets some."""
+    multiple = config.parallel.token_multiple
+    tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = -(-tokens // multiple) * multiple
+    if config.parallel.micro_batch_tokens < longest:
+        raise ConfigError(
+            f"parallel.micro_batch_tokens={config.parallel.micro_batch_tokens}: the longest sequence has {longest} "
+            "tokens (data.max_prompt_tokens + rollout.max_response_tokens, cut for parallel.context); use at least that"
+        )
+    samples = samples_per_update(config)
+    if samples % sequence_multiple(config):
+        stages = ""
+        if config.parallel.virtual_pipeline > 1:
+            stages = ", times the pipeline's stages for parallel.virtual_pipeline"
+        raise ConfigError(
+            f"algorithm.prompts_per_step x samples_per_prompt / updates_per_rollout={samples}: use a multiple of "
+            f"{sequence_multiple(config)}, the data-parallel ranks{stages}"
+        )
+
+
+def check_engine_batch(config: Config) -> None:
+    """An engine's step takes a token of every sequence, and on a CPU, where prompts are not split, a full one."""
+    if not generates(config):
+        return
+    rollout = config.rollout
+    least = rollout.max_num_seqs
+    if config.cluster.platform == "cpu":
+        least = max(least, config.data.max_prompt_tokens + rollout.max_response_tokens)
+    if rollout.max_num_batched_tokens < least:
+        raise ConfigError(
+            f"rollout.max_num_batched_tokens={rollout.max_num_batched_tokens}: use at least {least} "
+            "(rollout.max_num_seqs, and on a CPU data.max_prompt_tokens + rollout.max_response_tokens)"
+        )

@@ -1,0 +1,86 @@
+"""The schema: one field for each group of conf/, each of a class that stands in the room that uses it."""
+
+from dataclasses import dataclass
+
+from megatron_ext.layout import ParallelConfig
+from megatron_ext.optimizer_settings import OptimizerConfig
+from megatron_ext.precision import PrecisionConfig
+from megatron_ext.settings import setting
+from recipes.algorithms.settings import AlgorithmConfig
+from recipes.data.settings import DataConfig
+from recipes.errors import ConfigError
+from recipes.launch.settings import ClusterConfig, ModelConfig
+from recipes.run.settings import CheckpointConfig, LoggerConfig
+from recipes.training.settings import CriticConfig, StageConfig
+from rewards.settings import RewardsConfig
+from rollout.settings import RolloutConfig
+
+
+@dataclass
+class RecipeConfig:
+    """A recipe is a file of conf/recipe."""
+
+    name: str = setting("the recipe's name, and its folder below runs/")
+
+
+@dataclass
+class Config:
+    """One field per Hydra group, and what every stage shares."""
+
+    recipe: RecipeConfig = setting("the recipe")
+    stage: StageConfig = setting("what a launch does")
+    model: ModelConfig = setting("the model that training starts from")
+    algorithm: AlgorithmConfig = setting("the RL algorithm")
+    rewards: RewardsConfig = setting("verifiers, their servers, and how their scores become a reward")
+    parallel: ParallelConfig = setting("how the trainer's model is cut over ranks")
+    precision: PrecisionConfig = setting("the trainer's number formats")
+    rollout: RolloutConfig = setting("engines and sampling")
+    data: DataConfig = setting("rows and prompts")
+    cluster: ClusterConfig = setting("machines and processes")
+    logger: LoggerConfig = setting("further records of metrics")
+    optimizer: OptimizerConfig = setting("the optimiser of every model that is trained")
+    critic: CriticConfig = setting("PPO's critic")
+    checkpoint: CheckpointConfig = setting("checkpoints to resume from")
+    seed: int = setting("seed of all random draws", range="[0, 2147483647]")
+    run_dir: str = setting("the run's folder")
+    resume: bool = setting("go on from the newest checkpoint in run_dir")
+
+
+def samples_per_step(config: Config) -> int:
+    """Responses of one RL step, all ranks together."""
+    return config.algorithm.prompts_per_step * config.algorithm.samples_per_prompt
+
+
+def samples_per_update(config: Config) -> int:
+    """Responses of one optimiser step, all ranks together."""
+    return samples_per_step(config) // config.algorithm.updates_per_rollout
+
+
+def sequence_multiple(config: Config) -> int:
+    """The number of sequences of an update is a multiple of this.
+
+    Each data-parallel rank gets as many, and the interleaved pipeline schedule can form as many micro-batches of them
+    as it needs.
+    """
+    parallel = config.parallel
+    return parallel.data_parallel(config.cluster.ranks) * parallel.micro_batch_multiple
+
+
+def generates(config: Config) -> bool:
+    """Whether a stage asks engines for responses."""
+    return config.stage.evaluates or "rl" in config.stage.trains
+
+
+def engines_of_a_node(config: Config, nodes: int) -> int:
+    """Engines on each of ``nodes``. Raises ConfigError where they do not share them evenly, or one has too few GPUs."""
+    engines = config.rollout.engines
+    if engines % nodes:
+        raise ConfigError(f"rollout.engines={engines}: the job has {nodes} nodes; use a multiple, each gets as many")
+    count = engines // nodes
+    gpus = config.cluster.ranks // nodes  # one rank per GPU
+    if config.cluster.platform == "cuda" and count * config.rollout.tensor > gpus:
+        raise ConfigError(
+            f"rollout.engines={engines}, rollout.tensor={config.rollout.tensor}: {count} engines of so many GPUs do "
+            f"not fit on a node's {gpus}"
+        )
+    return count

@@ -1,0 +1,46 @@
+"""Settings of a launch: the model that it starts from, and the machines that it runs on."""
+
+from dataclasses import dataclass
+
+from megatron_ext.settings import SECONDS, setting
+
+PLATFORMS = ("cpu", "cuda")
+
+
+@dataclass
+class ModelConfig:
+    """The Hugging Face folder that training starts from."""
+
+    path: str = setting("folder of a Hugging Face checkpoint")
+    frozen: list[str] = setting(
+        "prefixes of Megatron parameter names that are not trained, with the full model's layer numbers; vision is the "
+        "tower without its projector"
+    )
+    gguf_package: str | None = setting("Python package that the folder is made from where it is absent; null for none")
+    gguf_file: str | None = setting("GGUF file in that package")
+
+
+@dataclass
+class ClusterConfig:
+    """Machines and processes."""
+
+    platform: str = setting("what the trainer and the engines run on", choices=PLATFORMS)
+    nodes: int = setting("machines", range="[1, 1e5]")
+    ranks: int = setting("trainer processes, all nodes together; on GPUs one per GPU", range="[1, 1e6]")
+    threads: int = setting("CPU threads of each rank; under srun --cpus-per-task counts", range="[1, 1e5]")
+    timeout: float = setting("longest wait of a collective, generation included", range=SECONDS, unit="seconds")
+    watchdog: float = setting(
+        "longest time without progress; then the run ends with all stacks. Above the longest phase, below timeout",
+        range=SECONDS,
+        unit="seconds",
+    )
+    slow_factor: float = setting("a rank that takes this many times the median is reported as slow", range="(1, 1e6]")
+
+
+def check(cluster: ClusterConfig) -> None:
+    """Raises ValueError for settings that do not go together."""
+    if cluster.watchdog >= cluster.timeout:
+        raise ValueError(
+            f"cluster.watchdog={cluster.watchdog}: must be below cluster.timeout={cluster.timeout}, after which a "
+            "collective fails without saying where the other ranks are"
+        )

@@ -1,0 +1,102 @@
+"""Settings of the rollout: engines, sampling, weight sync, environment."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
+
+# vLLM's online FP8 of linear layers, by what has a scale of its own: a tensor, each output channel, each block of
+# 128 x 128. Activations are FP8 too, with a scale for each token, or for 128 neighbours of it with blocks.
+QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
+CPU_QUANTIZATION = "fp8_per_channel"
+
+
+@dataclass
+class EnvironmentConfig:
+    """What replies to the model in the middle of a response (``rollout.environment``)."""
+
+    name: str | None = setting("search, or the dotted path of the user's own; null for none")
+    max_turns: int = setting("replies in a response at most", range="[1, 1e6]")
+    settings: dict[str, Any] = setting("keyword arguments of the environment's function")
+
+
+@dataclass
+class RolloutConfig:
+    """Engines are vLLM processes; they sample with the weights of the last sync."""
+
+    engines: int = setting("vLLM processes, all nodes together", range="[1, 1e5]")
+    tensor: int = setting("tensor-parallel size of an engine", range="[1, 1e5]")
+    max_response_tokens: int = setting("longest response", range=TOKENS, unit="tokens")
+    temperature: float = setting("sampling temperature", range="(0, 100]")
+    top_p: float = setting("nucleus sampling: probability mass of the tokens sampled from", range="(0, 1]")
+    max_num_seqs: int = setting("sequences that an engine decodes at once", range="[1, 1e6]")
+    max_num_batched_tokens: int = setting("tokens of an engine's step at most", range=TOKENS, unit="tokens")
+    kv_cache_gib: float = setting("key-value cache of each engine worker", range="(0, 1e5]", unit="GiB")
+    threads: int = setting("CPU threads of each engine worker; trainer and engines take turns", range="[1, 1e5]")
+    startup_timeout: float = setting("longest start of an engine", range=SECONDS, unit="seconds")
+    stall_timeout: float = setting(
+        "longest time in which a busy engine finishes no step; then it is killed, and the next sync restarts it",
+        range=SECONDS,
+        unit="seconds",
+    )
+    staleness: int = setting(
+        "1: the next step's samples are generated, with weights one update older, while the trainer works",
+        range="[0, 1]",
+        unit="updates",
+    )
+    oversample: float = setting(
+        "prompts in flight for each prompt of a step; above 1 a step takes the groups that are complete first",
+        range="[1, 1e3]",
+    )
+    partial_rollout_tokens: int | None = setting(
+        "with oversample: generate in rounds of this many tokens, and carry incomplete responses over to the next "
+        "step; null to generate them anew",
+        range=TOKENS,
+        unit="tokens",
+    )
+    thinking_budget: int | None = setting(
+        "longest thinking, after which its end is forced; null for no bound", range=TOKENS, unit="tokens"
+    )
+    thinking_marks: list[str] = setting("texts that begin and end the thinking")
+    environment: EnvironmentConfig = setting("the environment")
+    sleep: bool = setting("GPU: engines give their memory to the trainer while it works")
+    quantization: str | None = setting(
+        "FP8 of the engines' linear layers, quantised at each sync; null for none", choices=QUANTIZATIONS
+    )
+    sync_bucket_mib: int = setting(
+        "weight sync: bytes of a rank's message to engines on other hosts; at most two are in memory",
+        range="[1, 1e6]",
+        unit="MiB",
+    )
+    sync_verify_every: int = setting(
+        "weight sync: syncs between two comparisons of all parameters' checksums; also at the first", range=COUNT
+    )
+
+
+def check(settings: RolloutConfig, platform: str) -> None:
+    """Raises ValueError for settings that do not go together, or not with the ``platform`` (cpu or cuda)."""
+    partial = settings.partial_rollout_tokens
+    if partial is not None and settings.oversample == 1:
+        raise ValueError(
+            f"rollout.partial_rollout_tokens={partial}: carries over what rollout.oversample puts in flight; with "
+            "rollout.oversample=1 nothing is left over: use more than 1, or null"
+        )
+    if settings.sleep and (platform == "cpu" or settings.staleness):
+        raise ValueError(
+            "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
+        )
+    if platform == "cpu" and settings.quantization not in (None, CPU_QUANTIZATION):
+        raise ValueError(
+            f"rollout.quantization={settings.quantization!r}: needs cluster.platform=cuda; on a CPU vLLM has "
+            f"{CPU_QUANTIZATION} only"
+        )
+    if settings.thinking_budget is not None and len(settings.thinking_marks) != 2:
+        raise ValueError(
+            f"rollout.thinking_marks={settings.thinking_marks}: give what begins and what ends the thinking"
+        )
+    name = settings.environment.name
+    if name is not None and (settings.oversample > 1 or settings.thinking_budget is not None):
+        raise ValueError(
+            f"rollout.environment.name={name!r}: its turns are generated in rounds of complete responses, and its "
+            "tokens are the only forced ones: use rollout.oversample=1 and rollout.thinking_budget=null"
+        )
