@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ext.platform.capabilities import capabilities
 from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
 
 # vLLM's online FP8 of linear layers, by what has a scale of its own: a tensor, each output channel, each block of
@@ -74,18 +75,18 @@ class RolloutConfig:
 
 
 def check(settings: RolloutConfig, platform: str) -> None:
-    """Raises ValueError for settings that do not go together, or not with the ``platform`` (cpu or cuda)."""
+    """Raises ValueError for settings that do not go together, or not with the ``platform``."""
     partial = settings.partial_rollout_tokens
     if partial is not None and settings.oversample == 1:
         raise ValueError(
             f"rollout.partial_rollout_tokens={partial}: carries over what rollout.oversample puts in flight; with "
             "rollout.oversample=1 nothing is left over: use more than 1, or null"
         )
-    if settings.sleep and (platform == "cpu" or settings.staleness):
+    if settings.sleep and (settings.staleness or not capabilities(platform).can_sleep):
         raise ValueError(
             "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
         )
-    if platform == "cpu" and settings.quantization not in (None, CPU_QUANTIZATION):
+    if not capabilities(platform).has_gpus and settings.quantization not in (None, CPU_QUANTIZATION):
         raise ValueError(
             f"rollout.quantization={settings.quantization!r}: needs cluster.platform=cuda; on a CPU vLLM has "
             f"{CPU_QUANTIZATION} only"

@@ -25,7 +25,6 @@ FORBIDDEN = {
 PLATFORM_PLACES = ("megatron_ext/platform/",)
 # Moves in progress: nothing may be added here.
 PLATFORM_MOVES = (
-    "recipes/config.py",
     "recipes/training/session.py",
     "rollout/engine.py",
     "rollout/engine_server.py",
@@ -34,7 +33,7 @@ PLATFORM_MOVES = (
     "rollout/weight_sync/sync.py",
     "rollout/weight_sync/worker.py",
 )
-IMPORT_MOVES = {("recipes.trainer", "recipes.config")}
+IMPORT_MOVES: set[tuple[str, str]] = set()
 PLATFORM_NAMES = ("cpu", "cuda")
 PLATFORM_QUESTIONS = ("is_cuda", "is_cpu", "is_cuda_alike")
 

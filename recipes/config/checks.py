@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_ext import layout, optimizer_settings, precision, settings
+from megatron_ext.platform.capabilities import capabilities
 from recipes.algorithms import settings as algorithm_settings
 from recipes.config.schema import Config, generates, samples_per_update, sequence_multiple
 from recipes.data import settings as data_settings
@@ -42,7 +43,7 @@ def check_stage(config: Config) -> None:
 
 def check_precision(config: Config) -> None:
     """FP8 is for GPUs."""
-    if config.precision.name == "fp8" and config.cluster.platform == "cpu":
+    if config.precision.name == "fp8" and not capabilities(config.cluster.platform).has_fp8:
         raise ConfigError("precision.name='fp8': needs a GPU with FP8 (H100 or newer); use precision=bf16 on a CPU")
 
 
@@ -72,7 +73,7 @@ def check_shared_memory(config: Config) -> None:
     ):
         if chosen and rollout.staleness:
             raise ConfigError(f"{field}: needs rollout.staleness=0 (with 1 it generates while it trains)")
-    if colocated and config.cluster.platform == "cuda" and not rollout.sleep:
+    if colocated and capabilities(config.cluster.platform).can_sleep and not rollout.sleep:
         raise ConfigError("rewards.placement=colocated: engines make room for judges: needs rollout.sleep=true")
     for field, offload in (
         ("critic.offload", config.critic.offload),
@@ -126,7 +127,7 @@ def check_engine_batch(config: Config) -> None:
         return
     rollout = config.rollout
     least = rollout.max_num_seqs
-    if config.cluster.platform == "cpu":
+    if not capabilities(config.cluster.platform).has_gpus:
         least = max(least, config.data.max_prompt_tokens + rollout.max_response_tokens)
     if rollout.max_num_batched_tokens < least:
         raise ConfigError(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_ext.layout import ParallelConfig
 from megatron_ext.optimizer_settings import OptimizerConfig
+from megatron_ext.platform.capabilities import capabilities
 from megatron_ext.precision import PrecisionConfig
 from megatron_ext.settings import setting
 from recipes.algorithms.settings import AlgorithmConfig
@@ -78,7 +79,7 @@ def engines_of_a_node(config: Config, nodes: int) -> int:
         raise ConfigError(f"rollout.engines={engines}: the job has {nodes} nodes; use a multiple, each gets as many")
     count = engines // nodes
     gpus = config.cluster.ranks // nodes  # one rank per GPU
-    if config.cluster.platform == "cuda" and count * config.rollout.tensor > gpus:
+    if capabilities(config.cluster.platform).has_gpus and count * config.rollout.tensor > gpus:
         raise ConfigError(
             f"rollout.engines={engines}, rollout.tensor={config.rollout.tensor}: {count} engines of so many GPUs do "
             f"not fit on a node's {gpus}"

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_ext.platform.capabilities import PLATFORMS
 from megatron_ext.settings import SECONDS, setting
-
-PLATFORMS = ("cpu", "cuda")
 
 
 @dataclass
