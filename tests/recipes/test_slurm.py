@@ -183,3 +183,13 @@ def test_an_unknown_container_is_refused(tmp_path: Path) -> None:
     status, output = run_script(tmp_path, **JOB, CONTAINER="docker:x")
     assert status == 1
     assert "CONTAINER=docker:x: use apptainer:IMAGE" in output and "-m" not in output
+
+
+def test_the_safework_scripts_differ_in_their_recipe_and_sizes_only() -> None:
+    scripts = sorted((ROOT / "slurm").glob("safework_*.sh"))
+    assert [script.stem for script in scripts] == ["safework_70b", "safework_72b", "safework_78b", "safework_7b"]
+    shared = set()
+    for script in scripts:
+        lines = script.read_text().replace(script.stem, "RECIPE").splitlines()
+        shared.add("\n".join(line for line in lines if not line.startswith("#SBATCH --nodes")))
+    assert len(shared) == 1
