@@ -45,7 +45,7 @@ def run_pipeline(config: Config, arguments: Sequence[str]) -> None:
     Servers that a stage's verifiers need, and that have no endpoints, run during that stage. A finished stage keeps its
     exported model and its records, but no checkpoint.
 
-    Raises ConfigError when the configuration of any stage is invalid (then no stage is launched) and when a stage fails.
+    Raises ConfigError when the configuration of any stage is invalid, before the first launch, and when a stage fails.
     """
     folder = Path(config.run_dir)
     launches = plan_launches(config.stage.ladder, arguments, folder)
