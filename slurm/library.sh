@@ -95,7 +95,14 @@ resubmit() {
   done
   sbatch "${size[@]}" ${colon:+"$colon"} "$script" "$@"
   scancel "$job"
-  sleep 60 # until Slurm ends this script
+  wait_to_be_ended
+}
+
+# Slurm ends this job in a moment. The shell becomes the sleep: a child that is forked while Slurm collects the job's
+# processes can be missed, and would outlive the job.
+wait_to_be_ended() {
+  trap '' USR1
+  exec sleep 60
 }
 
 # Sets python (the command) and in_container (srun's options) from the one variable CONTAINER.
@@ -271,7 +278,7 @@ on_exit() {
   echo "requeued (restart $((restarts + 1)) of at most $max_restarts): $why"
   slurm_requeues && exit "$status"
   scontrol requeue "$SLURM_JOB_ID" || exit "$status"
-  sleep 60 # until Slurm ends this script
+  wait_to_be_ended
 }
 
 run_job() {

@@ -352,7 +352,9 @@ def _checksums(
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().flatten()
+    # A copy with a stride of 1, which another type's view needs: a tensor of one element may have any stride.
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
+    flat.copy_(tensor.detach().flatten())
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 

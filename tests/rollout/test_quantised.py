@@ -1,11 +1,14 @@
 """Quantising in place what vLLM's layers hold, for each kind of scales, against the arithmetic written out.
 
-The layers are vLLM's own, made by its own online methods. A CPU lacks two things, for which there are stand-ins: the
-operator that rounds to FP8 with a given scale, and the kernel of 128 x 128 blocks (only its products, not its weights).
+The layers are vLLM's own, made by its own online methods. Two things depend on the processor and have stand-ins: the
+operator that rounds to FP8 with a given scale, which a CPU lacks, and the kernel, which vLLM chooses by what the
+processor can do. One stand-in for the kernel keeps the weight as it is quantised; the other stores it in an order of
+its own, as vLLM's kernels for AMX do.
 """
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,20 +55,27 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape).to(torch.bfloat16) for name, shape in SHAPES.items()}
 
 
-def stand_in() -> None:
-    """What a CPU lacks."""
+def keep(weight: torch.Tensor) -> torch.Tensor:
+    """The order of a kernel that multiplies by the weight as it is quantised."""
+    return weight
+
+
+def in_tiles(weight: torch.Tensor) -> torch.Tensor:
+    """The order of a kernel that reads 4 rows at a time, in another shape."""
+    return weight.unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
+
+
+def stand_in(order: Callable[[torch.Tensor], torch.Tensor]) -> None:
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.online import fp8
+    from vllm.model_executor.utils import replace_parameter
 
+    def process_weights_after_loading(layer: Any) -> None:
+        replace_parameter(layer, "weight", order(layer.weight.data))
+
+    kernel = SimpleNamespace(process_weights_after_loading=process_weights_after_loading, input_quant_key=lambda: None)
+    fp8.init_fp8_linear_kernel = lambda **arguments: kernel
     _custom_ops.scaled_fp8_quant = lambda weight, scale: (rounded(weight, scale), scale)
-    make = fp8.init_fp8_linear_kernel
-
-    def kernel(**arguments: Any) -> Any:
-        if arguments["weight_quant_key"].scale.group_shape.col == 128:
-            return SimpleNamespace(process_weights_after_loading=lambda layer: None)
-        return make(**arguments)
-
-    fp8.init_fp8_linear_kernel = kernel
 
 
 def make_model(kind: str) -> torch.nn.Module:
@@ -95,7 +105,7 @@ def make_model(kind: str) -> torch.nn.Module:
     return model
 
 
-def check(kind: str) -> None:
+def check(kind: str, order: Callable[[torch.Tensor], torch.Tensor]) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -133,9 +143,11 @@ def check(kind: str) -> None:
                 staging.weight(f"{name}.weight")[: len(weight) // 2] = weight[: len(weight) // 2]
                 staging.weight(f"{name}.weight")[len(weight) // 2 :] = weight[len(weight) // 2 :]
                 staging.quantise(f"{name}.weight")
-                for each, expected in REFERENCES[kind](weight).items():
+                expected = REFERENCES[kind](weight)
+                expected["weight"] = order(expected["weight"])
+                for each, values in expected.items():
                     tensor = getattr(model.get_submodule(name), each)
-                    assert same(tensor, expected), f"{kind}: {name}.{each} of seed {seed}"
+                    assert same(tensor, values), f"{kind}: {name}.{each} of seed {seed}"
             assert not staging.weights and staging.peak_bytes == 2 * 200 * 300
             found.append({name: tensor.clone() for name, tensor in model.named_parameters()})
         for name, tensor in model.named_parameters():
@@ -162,14 +174,19 @@ def check(kind: str) -> None:
 
 
 def main() -> None:
-    stand_in()
-    for kind in REFERENCES:
-        check(kind)
+    for order in (keep, in_tiles):
+        stand_in(order)
+        for kind in REFERENCES:
+            check(kind, order)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    flat = (t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b))
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*flat)
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, because a tensor of one element may have any stride, and another type's view needs a stride of 1."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def test_layers_are_quantised_in_place_as_the_arithmetic_says() -> None:

@@ -28,6 +28,7 @@ FAKE_GPUS, CPUS, MEMORY_MIB = 8, 128, 20000  # what a node says that it has, not
 # The controller takes a node's answer in up to 2 s after it came (agent.c, _agent_nodes_update); a node that is DOWN by
 # then is up again (ReturnToService=2), though it was lost in between.
 LATE_ANSWER_SECONDS = 3
+KILL_SECONDS = 5  # from Slurm's SIGTERM to its SIGKILL
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 NAMESPACES = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
@@ -95,7 +96,7 @@ def configuration(folder: Path, nodes: int) -> str:
         "SlurmdParameters=config_overrides",
         "SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0",
         "SlurmdTimeout=300",  # a busy machine's slurmd answers late; see Cluster.notice
-        "KillWait=5",
+        f"KillWait={KILL_SECONDS}",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         "PreemptParameters=send_user_signal",
