@@ -1,4 +1,4 @@
-"""The one primitive of every weight transfer: a rectangle of a Hugging Face tensor and its place in a local shard."""
+"""Block and Shard: loading, export and the weight sync all move rectangles of Hugging Face tensors."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,15 @@ import torch
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of one HF tensor and its place in one local Megatron parameter.
+    """A rectangle of one Hugging Face tensor and its place in one local Megatron parameter.
 
-    ``hf_start`` / ``local_start`` are element offsets, ``shape`` the extent; all three have the tensor's rank.
-    Elements of a local parameter that no block covers are padding (zero, never sent).
+    Elements of a local parameter that no block covers are padding: they are zero and never sent.
+
+    Attributes:
+        hf_name: name of the Hugging Face tensor.
+        hf_start: the rectangle's first element in that tensor, one index per dimension.
+        local_start: its first element in the local parameter.
+        shape: its extent.
     """
 
     hf_name: str
@@ -21,7 +26,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Shard:
-    """A local Megatron parameter: ``name`` (unique on this rank), its ``tensor`` and the ``blocks`` that cover it."""
+    """A local Megatron parameter: its ``name`` (unique on this rank), its ``tensor`` and the ``blocks`` in it."""
 
     name: str
     tensor: torch.Tensor

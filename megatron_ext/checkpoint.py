@@ -1,11 +1,13 @@
-"""Save and resume: sharded state as Megatron-Core describes it, in files without pickle, loadable under another layout.
+"""Save and resume: Megatron-Core's sharded state in files without pickle, loadable under another parallel layout.
 
-A checkpoint is a folder ``step_000012`` with a file of tensors from each rank (weights, FP32 masters, moments and RNG
-states; ``shard_files``), ``progress.json`` (the step, schedules, what the caller goes on from), ``manifest.json`` (the
-size and checksum of every file, where each tensor's parts are) and, written last, ``complete.json`` with the manifest's
-own checksum. What has no ``complete.json`` was interrupted and is never read.
+A checkpoint is a folder ``step_000012`` with:
 
-The files are written by a thread while training goes on, from a copy of the state on the host.
+- one safetensors file per rank: weights, FP32 masters, moments and RNG states (``shard_files``);
+- ``progress.json``: the step, the schedules and what the caller continues from;
+- ``manifest.json``: size and checksum of every file, and where the parts of each tensor are;
+- ``complete.json``, written last: the manifest's checksum. A folder without it was interrupted and is never read.
+
+A thread writes the files from a copy of the state on the host while training continues.
 """
 
 import json
@@ -33,7 +35,9 @@ from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ran
 from megatron_ext.model import Model
 from megatron_ext.parallel import control_group
 
-MANIFEST, COMPLETE, PROGRESS = "manifest.json", "complete.json", "progress.json"
+MANIFEST = "manifest.json"
+COMPLETE = "complete.json"
+PROGRESS = "progress.json"
 # Fields of ParallelConfig. RNG states belong to them and to the number of replicas.
 SIZES = (
     "tensor",
@@ -48,13 +52,18 @@ POLICY = "policy"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none can be read."""
+    """A checkpoint could not be written, or no intact one is left to read."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's state at one moment: ``parts`` is what this rank writes of it, copied to the host; ``common`` (JSON) is
-    the same on every rank."""
+    """The state of a model, optimiser and schedule at one moment.
+
+    Attributes:
+        parts: the tensors that this rank writes, copied to the host.
+        common: plain values (JSON) that are equal on all ranks: parameter groups, schedule.
+        layout: the platform, the parallel sizes and the paddings under which it was taken.
+    """
 
     parts: list[shard_files.TensorPart]
     common: dict[str, Any]
@@ -62,41 +71,57 @@ class Snapshot:
 
 
 def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Snapshot:
-    """Copy this rank's part of the model, optimiser, schedule and RNG states; training may go on at once."""
-    _prime(optimizer)
-    state = _state(model)
-    moments = optimizer_shards.parts(_distributed(optimizer), state)
+    """Copy this rank's part of the model, optimiser, schedule and RNG states to the host.
+
+    Training may change the state as soon as this returns.
+    """
+    _create_moments(optimizer)
+    state = _model_state(model)
+    moments = optimizer_shards.state_parts(_distributed(optimizer), state)
     state["optimizer"] = _distributed(optimizer).state_dict()
     state["scheduler"] = scheduler.state_dict()
     state["rng"] = _rng_tensors()
     force_all_tensors_to_non_fp8(state)
     sharded, common = save_preprocess(state)
-    own = [
-        shard_files.TensorPart(t.key, t.global_shape, t.global_offset, t.data)
-        for t in nested_values(sharded)
-        if isinstance(t, ShardedTensor) and is_main_replica(t.replica_id)
-    ] + moments
-    copies = platform.current().to_host([part.values.detach() for part in own])
-    return Snapshot(
-        [replace(part, values=copy) for part, copy in zip(own, copies, strict=True)], common, _layout(model)
-    )
+    parts = []
+    for tensor in nested_values(sharded):
+        # Of replicated tensors only the main replica is written.
+        if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id):
+            part = shard_files.TensorPart(tensor.key, tensor.global_shape, tensor.global_offset, tensor.data)
+            parts.append(part)
+    parts += moments
+    copies = platform.current().to_host([part.values.detach() for part in parts])
+    on_host = [replace(part, values=copy) for part, copy in zip(parts, copies, strict=True)]
+    return Snapshot(on_host, common, _layout(model))
 
 
 class Saver:
-    """Writes the checkpoints of one run's folder, one at a time, beside the training."""
+    """Writes the checkpoints of one folder in the background, one at a time."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Collective. ``keep``: so many complete checkpoints stay; with 2 and more there is one to fall back to."""
-        self.folder, self.keep = folder, keep
-        self.group = dist.new_group(backend="gloo")  # the thread's own
+        """Collective.
+
+        Args:
+            folder: the folder of all checkpoints of a run, on a file system that all ranks share.
+            keep: number of complete checkpoints to keep; from 2 on there is one to fall back to.
+        """
+        self.folder = folder
+        self.keep = keep
+        # The writing thread needs a group of its own: collectives of two threads must not mix.
+        self.group = dist.new_group(backend="gloo")
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
     def save(self, step: int, models: Mapping[str, Snapshot], progress: Mapping[str, Any]) -> None:
-        """Collective: begin to write ``folder/step_…``; the former save is awaited first.
+        """Collective: wait for the previous save, then begin to write ``folder/step_…``.
 
-        ``progress``: what else the caller goes on from (JSON; :func:`progress` gives it back).
-        Raises CheckpointError where the former save failed.
+        Args:
+            step: number of finished steps.
+            models: name → snapshot; ``POLICY`` must be among them.
+            progress: what else the caller continues from (JSON); :func:`progress` returns it.
+
+        Raises:
+            CheckpointError: the previous save failed.
         """
         self.wait()
         target = self.folder / f"step_{step:06d}"
@@ -104,43 +129,44 @@ class Saver:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
         dist.barrier(group=self.group)
-        described = {
+        content = {
             **progress,
             "step": step,
             "layout": models[POLICY].layout,
-            "models": {name: one.common for name, one in models.items()},
+            "models": {name: model.common for name, model in models.items()},
         }
-        text = json.dumps(described)  # now: the caller may go on to change it
-        parts = [
-            shard_files.TensorPart(f"{name}/{part.key}", part.global_shape, part.start, part.values)
-            for name, one in models.items()
-            for part in one.parts
-        ]
-        self.thread = threading.Thread(target=self._write, args=(target, parts, text), name="checkpoint", daemon=True)
+        # Serialised before this returns, because the caller may change the values afterwards.
+        progress_json = json.dumps(content)
+        parts = []
+        for name, model in models.items():
+            parts += [replace(part, key=f"{name}/{part.key}") for part in model.parts]
+        self.thread = threading.Thread(
+            target=self._write, args=(target, parts, progress_json), name="checkpoint", daemon=True
+        )
         self.thread.start()
 
     def check(self) -> None:
-        """Raises CheckpointError when the save that was begun last has failed by now."""
+        """Raises CheckpointError if the latest save has failed by now."""
         if self.failure is not None:
             raise self.failure
 
     def wait(self) -> None:
-        """Until the save that was begun last is complete. Raises CheckpointError when it failed."""
+        """Wait until the latest save is complete. Raises CheckpointError if it failed."""
         self.join(None)
         self.check()
 
     def join(self, seconds: float | None) -> None:
-        """Until the save that was begun last is complete, or has failed; at most so long."""
+        """Wait until the latest save is complete or has failed, at most ``seconds``; None waits without limit."""
         if self.thread is not None:
             self.thread.join(seconds)
 
-    def _write(self, target: Path, parts: list[shard_files.TensorPart], described: str) -> None:
+    def _write(self, target: Path, parts: list[shard_files.TensorPart], progress_json: str) -> None:
         rank = dist.get_rank()
-        own = target / f"rank_{rank:05d}.safetensors"
+        file = target / f"rank_{rank:05d}.safetensors"
         try:
-            written = on_all_ranks(lambda: shard_files.write(own, parts), self.group)
-            from_rank_zero(partial(self._complete, target, written, json.loads(described)), self.group)
-        except Exception as error:  # raised by the training thread
+            written = on_all_ranks(lambda: shard_files.write(file, parts), self.group)
+            from_rank_zero(partial(self._complete, target, written, json.loads(progress_json)), self.group)
+        except Exception as error:  # raised by the training thread in check()
             if rank == 0 and not (target / COMPLETE).is_file():
                 shutil.rmtree(target, ignore_errors=True)
             self.failure = CheckpointError(
@@ -148,44 +174,54 @@ class Saver:
                 "with resume=true from the checkpoint before it"
             )
 
-    def _complete(self, target: Path, written: list[dict[str, Any]], described: dict[str, Any]) -> None:
-        written = [*written, shard_files.write_json(target / PROGRESS, described)]
-        entry = shard_files.write_json(target / MANIFEST, shard_files.manifest(written))
-        shard_files.write_json(target / COMPLETE, {**entry, "step": described["step"]})
+    def _complete(self, target: Path, written: list[dict[str, Any]], content: dict[str, Any]) -> None:
+        """On rank 0: write the JSON files, the mark of completeness last, and remove old checkpoints."""
+        entries = [*written, shard_files.write_json(target / PROGRESS, content)]
+        manifest_entry = shard_files.write_json(target / MANIFEST, shard_files.manifest(entries))
+        shard_files.write_json(target / COMPLETE, {**manifest_entry, "step": content["step"]})
         self._remove_old(target)
 
     def _remove_old(self, newest: Path) -> None:
-        """Leave the ``keep`` last complete checkpoints up to ``newest``; what interrupted saves left goes too."""
-        for left in _unfinished(self.folder):
-            shutil.rmtree(left)
-        complete = sorted(found for found in self.folder.glob("step_*") if found.name <= newest.name)
+        """Remove interrupted saves, and all complete checkpoints but the last ``keep`` up to ``newest``."""
+        for interrupted in _interrupted(self.folder):
+            shutil.rmtree(interrupted)
+        complete = sorted(folder for folder in self.folder.glob("step_*") if folder.name <= newest.name)
         for old in complete[: -self.keep]:
             shutil.rmtree(old)
 
 
-def _unfinished(folder: Path) -> list[Path]:
-    """What interrupted saves left there."""
-    return sorted(found for found in folder.glob("step_*") if not (found / COMPLETE).is_file())
+def _interrupted(folder: Path) -> list[Path]:
+    """The checkpoints whose save was interrupted, in order of their steps."""
+    return sorted(checkpoint for checkpoint in folder.glob("step_*") if not (checkpoint / COMPLETE).is_file())
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, unverified, or None when there is none."""
-    return max((found.parent for found in folder.glob(f"step_*/{COMPLETE}")), default=None)
+    """The newest complete checkpoint, its files unverified; None if there is none."""
+    return max((mark.parent for mark in folder.glob(f"step_*/{COMPLETE}")), default=None)
 
 
-def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Collective: the newest checkpoint that is complete and whose files have the bytes that were written.
+def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Collective: the newest complete checkpoint whose files have the checksums of when they were written.
 
-    The ranks share the reading. One that is damaged is renamed to ``damaged_step_…``, told by ``say``, and the one
-    before it is tried. None where the folder has no complete checkpoint.
+    The ranks share the reading of the files. A damaged checkpoint is renamed to ``damaged_step_…``, reported with
+    ``say``, and the one before it is checked. Returns None if the folder has no complete checkpoint.
 
     Raises:
-        CheckpointError: checkpoints were there, and all are damaged.
+        CheckpointError: all checkpoints of the folder are damaged.
     """
-    group, damaged = control_group(), []
-    for name in from_rank_zero(lambda: [left.name for left in _unfinished(folder)], group):
+    group = control_group()
+    damaged: list[str] = []
+
+    def name_of_latest() -> str | None:
+        checkpoint = latest(folder)
+        return None if checkpoint is None else checkpoint.name
+
+    for name in from_rank_zero(lambda: [checkpoint.name for checkpoint in _interrupted(folder)], group):
         say(f"checkpoint {name} was not finished when the run ended: it is left out")
-    while (name := from_rank_zero(lambda: getattr(latest(folder), "name", None), group)) is not None:
+    while True:
+        name = from_rank_zero(name_of_latest, group)
+        if name is None:
+            break
         faults = _faults(folder / name)
         if not faults:
             return folder / name
@@ -194,50 +230,61 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
         from_rank_zero(partial(_set_aside, folder / name), group)
     if damaged:
         raise CheckpointError(
-            f"{folder}: no whole checkpoint is left, {', '.join(damaged)} are damaged; put one back from a copy of the "
-            "folder, or start anew with resume=false"
+            f"{folder}: no intact checkpoint is left, {', '.join(damaged)} are damaged; put one back from a copy of "
+            "the folder, or start anew with resume=false"
         )
     return None
 
 
 def _set_aside(checkpoint: Path) -> None:
-    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
+    target = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
 
 
 def _faults(checkpoint: Path) -> list[str]:
-    """Collective: what is wrong with a checkpoint's files, the same on all ranks."""
+    """Collective: what is wrong with the files of a checkpoint, equal on all ranks; empty if they are intact."""
     group = control_group()
 
-    def listed() -> dict[str, Any]:
+    def read_manifest() -> dict[str, Any]:
         try:
-            entry = json.loads((checkpoint / COMPLETE).read_text())
-            if found := shard_files.fault(checkpoint / MANIFEST, entry):
-                return {"fault": found}
+            manifest_entry = json.loads((checkpoint / COMPLETE).read_text())
+            fault = shard_files.fault(checkpoint / MANIFEST, manifest_entry)
+            if fault is not None:
+                return {"fault": fault}
             return {"files": json.loads((checkpoint / MANIFEST).read_text())["files"]}
         except (OSError, ValueError, KeyError) as error:
             return {"fault": f"{COMPLETE}: {type(error).__name__}: {error}"}
 
-    if "fault" in (found := from_rank_zero(listed, group)):
-        return [found["fault"]]
-    mine = sorted(found["files"])[dist.get_rank() :: dist.get_world_size()]
-    faults = [fault for name in mine if (fault := shard_files.fault(checkpoint / name, found["files"][name]))]
-    return [fault for rank in all_gather_json(faults, group) for fault in rank]
+    manifest = from_rank_zero(read_manifest, group)
+    if "fault" in manifest:
+        return [manifest["fault"]]
+    files = manifest["files"]
+    local_faults = []
+    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+        fault = shard_files.fault(checkpoint / name, files[name])
+        if fault is not None:
+            local_faults.append(fault)
+    return [fault for faults in all_gather_json(local_faults, group) for fault in faults]
 
 
 def progress(checkpoint: Path) -> dict[str, Any]:
-    """The step, the layout and what the caller gave :meth:`Saver.save`."""
+    """The step, the layout and the values that the caller gave to :meth:`Saver.save`."""
     return json.loads((checkpoint / PROGRESS).read_text())
 
 
 def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
-    """Collective: restore everything in place and return the number of finished steps, which is the data position too.
+    """Collective: restore the policy, its optimiser, schedule and RNG states in place.
 
-    Another layout may load it as long as attention and vocabulary are padded to the same sizes; raises ValueError
-    naming both paddings otherwise. RNG states belong to a layout and are restored only into the same one.
+    Returns the number of finished steps, which is also the position in the data. Another parallel layout may load a
+    checkpoint if it pads attention heads and vocabulary to the same sizes. RNG states belong to a layout and are
+    restored only into the same one.
+
+    Raises:
+        ValueError: the paddings or the learning rates differ; the message names both values.
     """
-    written, now = progress(checkpoint)["layout"], _layout(model)
+    written = progress(checkpoint)["layout"]
+    now = _layout(model)
     for field in ("padded_groups", "padded_vocab", "padded_vision_heads"):
         if written[field] != now[field]:
             raise ValueError(
@@ -257,9 +304,20 @@ def read(
     scheduler: OptimizerParamScheduler,
     rng: bool,
 ) -> None:
-    """Collective: restore one of a checkpoint's models in place; ``rng``: the ranks' RNG states too, in the same
-    layout."""
-    state = _state(model)
+    """Collective: restore one of a checkpoint's models, its optimiser and schedule in place.
+
+    Args:
+        checkpoint: the folder ``step_…``.
+        name: the model's name in :meth:`Saver.save`.
+        model: the model to restore into.
+        optimizer: its optimiser.
+        scheduler: its learning-rate schedule.
+        rng: whether to restore the RNG states of the ranks too; the layout must be the same.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape, or the learning rates differ.
+    """
+    state = _model_state(model)
     if rng:
         state["rng"] = _rng_tensors()
     force_all_tensors_to_non_fp8(state)
@@ -270,7 +328,8 @@ def read(
         merge(loaded, progress(checkpoint)["models"][name])
         merge(loaded, sharded)
         loaded = apply_factory_merges(loaded, factories)
-        for field in ("max_lr", "min_lr"):  # Megatron-Core matches parameter groups by them
+        # Megatron-Core matches parameter groups by their learning rates.
+        for field in ("max_lr", "min_lr"):
             if loaded["scheduler"][field] != getattr(scheduler, field):
                 raise ValueError(
                     f"{checkpoint}: written with {field}={loaded['scheduler'][field]}, this run has "
@@ -279,26 +338,30 @@ def read(
         for i, chunk in enumerate(model.chunks):
             chunk.module.load_state_dict(loaded[f"model{i}"])
         _load_groups(optimizer, loaded["optimizer"])
-        optimizer_shards.fill(_distributed(optimizer), _state(model), reader, f"{name}/")
+        optimizer_shards.load_state(_distributed(optimizer), _model_state(model), reader, f"{name}/")
     scheduler.load_state_dict(loaded["scheduler"])
     if rng:
         _set_rng_tensors(loaded["rng"])
 
 
 def _fill(reader: shard_files.Reader, name: str, leaf: Any) -> Any:
-    """The tensor that belongs in the place of a ShardedTensor. Objects of layers are not in a checkpoint."""
+    """Read the local part of a ShardedTensor."""
     if not isinstance(leaf, ShardedTensor):
+        # Extra objects of layers are not in a checkpoint.
         return leaf.data
     target = torch.empty(leaf.local_shape, dtype=leaf.dtype)
     reader.fill(f"{name}/{leaf.key}", leaf.global_shape, leaf.global_offset, target)
     return target
 
 
-def _state(model: Model) -> dict[str, Any]:
-    # Names count layers in the whole model, so a checkpoint does not depend on chunks and stages. Each layer is named,
-    # as a frozen one has no moments.
-    form = {"non_homogeneous_layers": True}
-    return {f"model{i}": chunk.module.sharded_state_dict(metadata=form) for i, chunk in enumerate(model.chunks)}
+def _model_state(model: Model) -> dict[str, Any]:
+    """Chunk → the sharded state of its module.
+
+    With ``non_homogeneous_layers`` each layer has a key of its own, numbered in the complete model. So a checkpoint
+    does not depend on chunks and stages, and a frozen layer may lack moments.
+    """
+    metadata = {"non_homogeneous_layers": True}
+    return {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(model.chunks)}
 
 
 def _layout(model: Model) -> dict[str, Any]:
@@ -313,32 +376,42 @@ def _layout(model: Model) -> dict[str, Any]:
 
 
 def _distributed(optimizer: MegatronOptimizer) -> Any:
-    """The one DistributedOptimizer behind Megatron-Core's chain (experts would add a second)."""
-    (only,) = optimizer.chained_optimizers
-    return only
+    """The only DistributedOptimizer in Megatron-Core's chain; a model with experts would have a second."""
+    (distributed,) = optimizer.chained_optimizers
+    return distributed
 
 
-def _prime(optimizer: MegatronOptimizer) -> None:
-    """Create zero moments before the first step, which would: a checkpoint holds them, and Megatron-Core reads the step
-    counter of a torch optimiser."""
+def _create_moments(optimizer: MegatronOptimizer) -> None:
+    """Create zero moments if the optimiser has not made a step yet.
+
+    A checkpoint contains them, and Megatron-Core reads the step counter of a torch optimiser.
+    """
     inner = _distributed(optimizer).optimizer
     if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
-        for parameter in (p for group in inner.param_groups for p in group["params"] if not inner.state[p]):
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-    elif not inner.state:  # Transformer Engine's
-        _distributed(optimizer).load_state_dict(_distributed(optimizer).state_dict())  # allocates
-        for moment in (m for state in inner.state.values() for m in state.values()):
-            moment.zero_()
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if inner.state[parameter]:
+                    continue
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+    elif not inner.state:
+        # Transformer Engine's optimiser allocates its moments when a state is loaded.
+        _distributed(optimizer).load_state_dict(_distributed(optimizer).state_dict())
+        for state in inner.state.values():
+            for moment in state.values():
+                moment.zero_()
 
 
 def _load_groups(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Load the parameter groups, and have moments.
+    """Load the parameter groups and create moments.
 
-    Megatron-Core 0.19 gives every parameter the same ``step`` tensor of torch, so that each update would count once per
-    parameter. docs/dependencies.md names the version.
+    Megatron-Core 0.19 gives every parameter the same ``step`` tensor, so each update would count once per parameter.
+    docs/dependencies.md names the version.
     """
-    _prime(optimizer)
+    _create_moments(optimizer)
     _distributed(optimizer).load_state_dict(loaded)
     for state in _distributed(optimizer).optimizer.state.values():
         if "step" in state:
@@ -346,7 +419,7 @@ def _load_groups(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
 
 
 def _rng_tensors() -> dict[str, ShardedTensor]:
-    """This rank's RNG states as tensors under keys of its own (no pickled objects)."""
+    """This rank's RNG states as tensors whose keys contain the rank."""
     states = {"device": platform.current().rng_state(), **get_cuda_rng_tracker().get_states()}
     rank = dist.get_rank()
     return {name: ShardedTensor.from_rank_offsets(f"rng.{rank}.{name}", state.cpu()) for name, state in states.items()}

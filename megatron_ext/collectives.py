@@ -1,4 +1,4 @@
-"""Small collectives on plain data over a gloo group, on every platform: JSON in, JSON out, nothing is unpickled."""
+"""Collectives on small JSON values over a gloo group, on every platform. Nothing is pickled."""
 
 import json
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The first so many bytes of a value travel with its size: a small one takes one collective instead of two.
+# Bytes of a value that are sent together with its size: a value of at most this length takes one collective, not two.
 HEAD_BYTES = 1024
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """``value`` of every rank of a gloo group, in rank order."""
+    """Collective: the JSON values of all ranks of a gloo group, in rank order."""
     payload = json.dumps(value).encode()
     heads = _all_gather(len(payload).to_bytes(8, "little") + payload[:HEAD_BYTES], 8 + HEAD_BYTES, group)
     sizes = [int.from_bytes(head[:8], "little") for head in heads]
@@ -30,9 +30,9 @@ def _all_gather(data: bytes, length: int, group: dist.ProcessGroup) -> list[byte
 
 
 def from_rank_zero(work: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """Run ``work`` on rank 0 of ``group`` and give its JSON-able result to all.
+    """Collective: run ``work`` on rank 0 of a gloo group and return its result (JSON) on all ranks.
 
-    Rank 0's exception is raised there as it is, and as RuntimeError with its text on the other ranks.
+    An exception of ``work`` is raised unchanged on rank 0, and as RuntimeError with its text on the others.
     """
     rank = dist.get_rank(group)
     message: dict[str, Any] = {}
@@ -40,8 +40,9 @@ def from_rank_zero(work: Callable[[], Any], group: dist.ProcessGroup) -> Any:
     if rank == 0:
         try:
             message = {"value": work()}
-        except Exception as error:  # told to all ranks, raised below
-            failure, message = error, {"error": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # sent to all ranks and raised below
+            failure = error
+            message = {"error": f"{type(error).__name__}: {error}"}
     data = _bytes(message)
     size = torch.tensor([len(data)])
     dist.broadcast(size, group=group, group_src=0)
@@ -57,22 +58,23 @@ def from_rank_zero(work: Callable[[], Any], group: dist.ProcessGroup) -> Any:
 
 
 def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
-    """Run ``work`` on every rank of ``group`` and give all JSON-able results, in rank order, to all.
+    """Collective: run ``work`` on every rank of a gloo group; returns all results (JSON) in rank order.
 
-    A rank's exception is raised there as it is, and as RuntimeError with its text on the others.
+    An exception of ``work`` is raised unchanged on its rank, and as RuntimeError with its text on the others.
     """
     failure: Exception | None = None
     try:
         message = {"value": work()}
-    except Exception as error:  # told to all ranks, raised below
-        failure, message = error, {"error": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # sent to all ranks and raised below
+        failure = error
+        message = {"error": f"{type(error).__name__}: {error}"}
     messages = all_gather_json(message, group)
     if failure is not None:
         raise failure
-    errors = [f"rank {rank}: {told['error']}" for rank, told in enumerate(messages) if "error" in told]
+    errors = [f"rank {rank}: {message['error']}" for rank, message in enumerate(messages) if "error" in message]
     if errors:
         raise RuntimeError("; ".join(errors))
-    return [told["value"] for told in messages]
+    return [message["value"] for message in messages]
 
 
 def _bytes(value: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The entropy of next-token distributions whose vocabulary is cut over tensor-parallel ranks."""
+"""The entropy of next-token distributions whose vocabulary is sharded over tensor-parallel ranks."""
 
 from typing import Any
 
@@ -7,13 +7,15 @@ import torch.distributed as dist
 
 
 class _Entropy(torch.autograd.Function):
+    """See :func:`vocab_parallel_entropy`."""
+
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         highest = logits.amax(dim=1, keepdim=True)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
         shifted = logits - highest
         weights = shifted.exp()
-        # Σ e^z and Σ e^z z over the whole vocabulary. Excluded columns have the least number there is: e^z is 0.
+        # Σ e^z and Σ e^z z over the full vocabulary. Padded columns hold the dtype's lowest number, so their e^z is 0.
         sums = torch.stack([weights.sum(dim=1), (weights * shifted).sum(dim=1)])
         dist.all_reduce(sums, group=group)
         log_total = sums[0].log()
@@ -28,9 +30,9 @@ class _Entropy(torch.autograd.Function):
 
 
 def vocab_parallel_entropy(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Logits [R, V/TP] of each rank of ``group`` → −Σ p ln p, [R], on all of them, with its gradient −p (ln p + H).
+    """The entropy −Σ p ln p in nats, [R], of logits [R, V/TP] on each rank of ``group``; equal on all ranks.
 
-    It keeps one more tensor of the logits' size until the backward pass.
+    The gradient is −p (ln p + H). One more tensor of the logits' size is saved for the backward pass.
     """
     entropy: torch.Tensor = _Entropy.apply(logits, group)
     return entropy

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out, streaming: a rank reads and writes only the rectangles it owns."""
+"""Load and export Hugging Face checkpoints: a rank reads and writes only the rectangles that it holds."""
 
 import json
 import math
@@ -22,90 +22,114 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def config(folder: str | Path) -> Any:
-    """The model's configuration. Raises FileNotFoundError when the folder holds no model."""
+    """transformers' configuration of the model in ``folder``.
+
+    Raises FileNotFoundError if there is no config.json, and ValueError for a model that is not supported.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"model.path={str(folder)!r} holds no config.json: give a Hugging Face model folder")
-    found = json.loads(file.read_text())
-    if found["model_type"] == "internvl_chat":  # transformers does not know it: its own code comes with the folder
+    raw = json.loads(file.read_text())
+    if raw["model_type"] == "internvl_chat":
+        # transformers does not know this type: the repository brings code of its own, which is not run.
         from megatron_ext.models import internvl3
 
-        return internvl3.config_from_chat(found)
+        return internvl3.config_from_chat(raw)
     return AutoConfig.from_pretrained(folder)
 
 
 def headers(folder: str | Path) -> dict[Path, dict[str, Any]]:
-    """File → its safetensors header (tensor name → dtype, shape, data_offsets), in file order."""
+    """File → its safetensors header (tensor name → dtype, shape, data_offsets), in the order of file names.
+
+    Raises FileNotFoundError if the folder has no safetensors file.
+    """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"model.path={str(folder)!r} holds no *.safetensors file")
-    found = {}
+    header_of = {}
     for file in files:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            found[file] = json.loads(stream.read(size))
-    return found
+            header_of[file] = json.loads(stream.read(size))
+    return header_of
 
 
 def published_name(folder: str | Path) -> Callable[[str], str]:
-    """From a tensor's name in this checkpoint to its name in the weight map.
+    """A function from a tensor's name in this checkpoint to its name in the family's parameter mappings.
 
-    A family whose checkpoints come with two kinds of names has ``RENAMED``: prefix → prefix in the published ones.
+    A family whose checkpoints come with two kinds of names has ``RENAMED``: prefix → prefix in published checkpoints.
     """
     prefixes: dict[str, str] = getattr(family(config(folder).architectures[0]), "RENAMED", {})
-    return lambda name: next(
-        (new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), name
-    )
+
+    def rename(name: str) -> str:
+        for prefix, published_prefix in prefixes.items():
+            if name.startswith(prefix):
+                return published_prefix + name.removeprefix(prefix)
+        return name
+
+    return rename
 
 
 def load(shards: list[Shard], folder: str | Path) -> None:
-    """Fill the local shards in place (cast to their dtype; uncovered elements become zero).
+    """Fill the local shards in place with the checkpoint's weights, cast to the shards' dtype.
 
-    A scalar head that a language model's folder is loaded into begins at zero (our choice): all its values are 0 then.
-    Raises KeyError naming a tensor that the checkpoint lacks and ValueError on a rectangle outside its shape.
+    Elements that no block covers become zero. A scalar head that the checkpoint of a language model lacks also becomes
+    zero (our choice): all its values are 0 at first.
+
+    Raises:
+        KeyError: the checkpoint lacks a tensor; the message names it.
+        ValueError: a block lies outside the checkpoint's tensor.
     """
-    found = headers(folder)
+    header_of = headers(folder)
     published = published_name(folder)
-    new = () if scalar_head.has_scalar_head(config(folder)) else (scalar_head.TENSOR,)
-    where = {published(name): (file, name) for file, header in found.items() for name in header}
-    by_file: dict[Path, list[tuple[Any, str, torch.Tensor]]] = defaultdict(list)
+    may_be_missing = () if scalar_head.has_scalar_head(config(folder)) else (scalar_head.TENSOR,)
+    stored_at = {published(name): (file, name) for file, header in header_of.items() for name in header}
+    # Sorted by file, so that each one is opened once.
+    blocks_by_file: dict[Path, list[tuple[Any, str, torch.Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for shard in shards:
             shard.tensor.zero_()
             for block in shard.blocks:
-                if block.hf_name in new:
+                if block.hf_name in may_be_missing:
                     continue
-                if block.hf_name not in where:
+                if block.hf_name not in stored_at:
                     raise KeyError(f"{folder}: tensor {block.hf_name!r} is missing (needed by {shard.name})")
-                file, stored = where[block.hf_name]
-                by_file[file].append((block, stored, shard.tensor))
-        for file, wanted in by_file.items():
+                file, stored_name = stored_at[block.hf_name]
+                blocks_by_file[file].append((block, stored_name, shard.tensor))
+        for file, blocks in blocks_by_file.items():
             with safe_open(file, framework="pt") as tensors:
-                for block, stored, tensor in wanted:
-                    source = tensors.get_slice(stored)
-                    if any(
-                        a + n > full for a, n, full in zip(block.hf_start, block.shape, source.get_shape(), strict=True)
-                    ):
-                        raise ValueError(f"{block.hf_name}: {block} lies outside the checkpoint's {source.get_shape()}")
-                    piece = source[region(block.hf_start, block.shape)]
-                    tensor[region(block.local_start, block.shape)].copy_(piece)
+                for block, stored_name, tensor in blocks:
+                    source = tensors.get_slice(stored_name)
+                    shape = source.get_shape()
+                    ends = [start + n for start, n in zip(block.hf_start, block.shape, strict=True)]
+                    if any(end > size for end, size in zip(ends, shape, strict=True)):
+                        raise ValueError(f"{block.hf_name}: {block} lies outside the checkpoint's {shape}")
+                    values = source[region(block.hf_start, block.shape)]
+                    tensor[region(block.local_start, block.shape)].copy_(values)
 
 
 def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool, scalar: bool = False) -> None:
-    """Collective: write ``target`` with the names, files and side files of ``source``, the shards' weights and dtype.
+    """Collective: write a folder like ``source`` with the shards' weights in their dtype.
 
-    ``scalar``: the shards are a model's with a scalar head, which ``source`` may be too, or a language model.
-    Every rank with ``writes`` (one data-parallel replica) writes its own rectangles into files on a shared file system;
-    no full tensor is gathered anywhere. The folder appears under its name only when it is complete.
+    Names of tensors, their division into files and all other files are those of ``source``. No full tensor is gathered
+    on any rank. ``target`` appears under this name only when it is complete.
+
+    Args:
+        shards: this rank's parameters.
+        source: the Hugging Face folder that the model was made from.
+        target: the folder to write, on a file system that all ranks share.
+        writes: whether this rank writes; the ranks of one data-parallel replica must.
+        scalar: whether the model has a scalar head; ``source`` may have one or be a language model.
     """
-    source, target = Path(source), Path(target)
+    source = Path(source)
+    target = Path(target)
     partial = target.with_name(target.name + ".partial")
     stored = headers(source)
     if scalar:
         stored = scalar_head.with_score_tensor(stored, config(source).get_text_config().hidden_size)
     layout = {file: _with_dtype(header, shards[0].tensor.dtype) for file, header in stored.items()}
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
+    is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first_rank:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for file in source.iterdir():
@@ -126,7 +150,7 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
         for file, header in layout.items():
             _fill(partial / file.name, header, {name: blocks.get(published(name), []) for name in header})
     _barrier()
-    if first:
+    if is_first_rank:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     _barrier()
@@ -141,19 +165,23 @@ def _with_dtype(header: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         if name == "__metadata__":
             changed[name] = entry
             continue
-        start, end = end, end + math.prod(entry["shape"]) * dtype.itemsize
+        start = end
+        end += math.prod(entry["shape"]) * dtype.itemsize
         changed[name] = {"dtype": name_of_dtype, "shape": entry["shape"], "data_offsets": [start, end]}
     return changed
 
 
 def _set_config_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of the weights into a config.json."""
     config = json.loads(file.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)  # the field's older name
+    # The older name of the field.
+    config.pop("torch_dtype", None)
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _create(file: Path, header: dict[str, Any]) -> None:
+    """Write the header and reserve the space of the tensors, all zero."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
@@ -163,16 +191,19 @@ def _create(file: Path, header: dict[str, Any]) -> None:
 
 
 def _fill(file: Path, header: dict[str, Any], blocks: dict[str, list[tuple[Any, torch.Tensor]]]) -> None:
+    """Write this rank's blocks (tensor name → blocks with their local parameters) into a file that exists."""
     with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as memory:
-        start = 8 + int.from_bytes(memory[:8], "little")
+        data_start = 8 + int.from_bytes(memory[:8], "little")
         for name, entry in header.items():
             for block, tensor in blocks.get(name, ()):
-                offset, stop = (start + o for o in entry["data_offsets"])
+                first, last = entry["data_offsets"]
                 dtype = _DTYPES[entry["dtype"]]
-                whole = torch.frombuffer(memory, dtype=dtype, count=(stop - offset) // dtype.itemsize, offset=offset)
-                piece = tensor[region(block.local_start, block.shape)]
-                whole.view(entry["shape"])[region(block.hf_start, block.shape)].copy_(piece)
-                del whole  # releases the buffer, without which the map cannot be closed
+                count = (last - first) // dtype.itemsize
+                stored = torch.frombuffer(memory, dtype=dtype, count=count, offset=data_start + first)
+                values = tensor[region(block.local_start, block.shape)]
+                stored.view(entry["shape"])[region(block.hf_start, block.shape)].copy_(values)
+                # The tensor holds the buffer, and the map can't be closed before it is released.
+                del stored
 
 
 def _barrier() -> None:

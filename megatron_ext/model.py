@@ -22,6 +22,7 @@ from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_he
 from megatron_ext.vision_language import VisionLanguageModel
 from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards
 
+# parallel.recompute → TransformerConfig fields.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -32,11 +33,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Model:
-    """A policy, critic or reward model on this rank: ``chunks`` (Megatron-Core DDP, one per virtual stage), the HF
-    weights of its ``shards``.
+    """This rank's part of a policy, critic or reward model.
 
-    ``hf_config`` is the whole model's configuration; ``config`` and ``sharding`` are the language model's. Tokens of a
-    packed micro-batch on one rank come padded to ``token_multiple``: sequence parallelism cuts them, FP8 wants 16.
+    Attributes:
+        chunks: Megatron-Core's DDP modules, one per virtual pipeline stage.
+        config: Megatron-Core's configuration of the language model.
+        hf_config: transformers' configuration of the complete model.
+        sharding: heads and vocabulary of the language model.
+        parallel: the parallel sizes and this rank's place.
+        shards: the local parameters with their blocks of Hugging Face tensors.
+        token_multiple: the tokens of a packed micro-batch on one rank are padded to a multiple of this. Sequence
+            parallelism divides them by the tensor-parallel size, and FP8 needs multiples of 16.
+        padded_vision_heads: heads of the vision tower after padding, 0 without a tower.
     """
 
     chunks: list[DistributedDataParallel]
@@ -50,12 +58,12 @@ class Model:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether it gives each token a number (``scalar_head``) and not a distribution."""
+        """Whether the model has a scalar head: it computes one number for each token instead of logits."""
         return has_scalar_head(self.hf_config)
 
 
 def check(hf_config: Any, sizes: ParallelConfig) -> None:
-    """Raises ValueError naming the field when the architecture does not fit the layout."""
+    """Raises ValueError naming the field if the architecture is not supported or does not fit the parallel sizes."""
     arch = family(hf_config.architectures[0])
     text = arch.text_config(hf_config)
     arch.gpt_options(text)
@@ -64,7 +72,9 @@ def check(hf_config: Any, sizes: ParallelConfig) -> None:
         raise ValueError(
             f"parallel.tensor={sizes.tensor} does not divide the model's ffn size {text.intermediate_size}"
         )
-    inner, stages = text.num_hidden_layers, sizes.pipeline
+    # Layers and stages between the outer ones whose number of layers is set.
+    inner_layers = text.num_hidden_layers
+    inner_stages = sizes.pipeline
     for field, layers in (("first", sizes.first_stage_layers), ("last", sizes.last_stage_layers)):
         if layers is None:
             continue
@@ -73,21 +83,34 @@ def check(hf_config: Any, sizes: ParallelConfig) -> None:
                 f"parallel.{field}_stage_layers={layers}: needs parallel.pipeline > 1 and a positive multiple of "
                 f"parallel.virtual_pipeline={sizes.virtual_pipeline}; null shares the layers out evenly"
             )
-        inner, stages = inner - layers, stages - 1
-    if inner < 0 or inner % (max(stages, 1) * sizes.virtual_pipeline) or (stages == 0 and inner):
+        inner_layers -= layers
+        inner_stages -= 1
+    is_uneven = inner_layers % (max(inner_stages, 1) * sizes.virtual_pipeline) != 0
+    has_no_stage = inner_stages == 0 and inner_layers != 0
+    if inner_layers < 0 or is_uneven or has_no_stage:
         raise ValueError(
-            f"parallel.pipeline={sizes.pipeline} does not divide the model's {text.num_hidden_layers} layers: {inner} "
-            f"are left for {stages} stages of {sizes.virtual_pipeline} chunks (parallel.virtual_pipeline, "
+            f"parallel.pipeline={sizes.pipeline} does not divide the model's {text.num_hidden_layers} layers: "
+            f"{inner_layers} are left for {inner_stages} stages of {sizes.virtual_pipeline} chunks (parallel.virtual_pipeline, "
             "parallel.first_stage_layers, parallel.last_stage_layers)"
         )
 
 
 def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen: Sequence[str] = ()) -> Model:
-    """This rank's part of the model, zero-filled (load weights with ``hf_checkpoint.load``), wrapped for DDP.
+    """Build this rank's part of the model with zero weights, wrapped in Megatron-Core's DDP.
 
-    ``frozen``: prefixes of Megatron parameter names that are not trained, with the full model's layer numbers; "vision"
-    is the tower without its projector. KV groups that the tensor-parallel size does not divide are zero padded: outputs
-    are unchanged, padded weights get zero gradients and stay zero.
+    ``hf_checkpoint.load`` fills in the weights. Key-value heads that the tensor-parallel size does not divide are
+    zero-padded: outputs do not change, and padded weights get zero gradients and stay zero.
+
+    Args:
+        hf_config: transformers' configuration of the complete model.
+        parallel: the parallel sizes and this rank's place.
+        precision: of weights, activations and matrix products.
+        frozen: prefixes of the names of Megatron parameters that are not trained. Layers are numbered in the complete
+            model; "vision" is the vision tower without its projector.
+
+    Raises:
+        ValueError: the architecture does not fit the parallel sizes, or ``frozen`` names no parameter or leaves
+            nothing to train.
     """
     sizes = parallel.config
     check(hf_config, sizes)
@@ -157,17 +180,19 @@ def language_config(
         num_layers_in_last_pipeline_stage=sizes.last_stage_layers,
         sequence_parallel=sizes.sequence,
         variable_seq_lengths=sizes.pipeline > 1,
-        # The interleaved schedule's other way mixes up both directions between the same two ranks when there are two.
+        # With two stages, the interleaved schedule without overlap confuses the two directions between the ranks.
         overlap_p2p_comm=sizes.virtual_pipeline > 1,
         batch_p2p_comm=sizes.virtual_pipeline == 1,
-        moe_token_dispatcher_type="alltoall",  # Megatron-Core ties variable lengths to this, dense models included
+        # Megatron-Core requires this for variable sequence lengths, in dense models too.
+        moe_token_dispatcher_type="alltoall",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         perform_initialization=False,
-        # The loss is already divided by the whole batch's counts: sum over micro-batches and data-parallel ranks.
+        # The loss is already divided by the counts of the complete batch, so gradients are summed over micro-batches
+        # and data-parallel ranks.
         calculate_per_token_loss=True,
     )
 
@@ -175,71 +200,88 @@ def language_config(
 def build_chunk(
     hf_config: Any, config: TransformerConfig, parallel: Parallel, frozen: Sequence[str], stage: int
 ) -> MegatronModule:
-    """The bare module of one virtual stage: GPTModel, in a VisionLanguageModel where the family has a vision tower."""
+    """The module of one virtual pipeline stage, not yet wrapped in DDP.
+
+    A GPTModel; a VisionLanguageModel around it if the family has a vision tower. Raises ValueError for frozen
+    parameters that full recompute can't handle.
+    """
     arch = family(hf_config.architectures[0])
     text = arch.text_config(hf_config)
     sizes = parallel.config
-    first = parallel.pipeline_rank == 0 and stage == 0
-    last = parallel.is_last_stage and stage == sizes.virtual_pipeline - 1
-    sees, scalar = hasattr(arch, "vision_tower"), has_scalar_head(hf_config)
-    virtual = stage if sizes.virtual_pipeline > 1 else None
+    is_first = parallel.pipeline_rank == 0 and stage == 0
+    is_last = parallel.is_last_stage and stage == sizes.virtual_pipeline - 1
+    has_vision = hasattr(arch, "vision_tower")
+    is_scalar = has_scalar_head(hf_config)
+    virtual_stage = stage if sizes.virtual_pipeline > 1 else None
     model: MegatronModule = GPTModel(
         config=config,
-        transformer_layer_spec=platform.current().layer_specs(config, virtual),
+        transformer_layer_spec=platform.current().layer_specs(config, virtual_stage),
         vocab_size=sharding_of(text, sizes.tensor, parallel.tensor_rank).padded_vocab,
         max_sequence_length=text.max_position_embeddings,
-        pre_process=first,
-        post_process=last,
-        share_embeddings_and_output_weights=text.tie_word_embeddings and not scalar,
-        scatter_embedding_sequence_parallel=not sees,  # the tower's rows go in first
-        vp_stage=virtual,
+        pre_process=is_first,
+        post_process=is_last,
+        share_embeddings_and_output_weights=text.tie_word_embeddings and not is_scalar,
+        # VisionLanguageModel scatters the embeddings itself, after inserting the images' rows.
+        scatter_embedding_sequence_parallel=not has_vision,
+        vp_stage=virtual_stage,
         **arch.gpt_options(text),
     )
-    if scalar and last:
+    if is_scalar and is_last:
         model.output_layer = ScalarHead(config.hidden_size, config.params_dtype)
     if model.position_embedding_type == "mrope":
-        model.rotary_pos_emb.cp_group = None  # positions of a packed batch are cut behind the rotation, not before
-    if sees:
+        # The positions of a packed batch are divided over context-parallel ranks when they are applied, not before.
+        model.rotary_pos_emb.cp_group = None
+    if has_vision:
         recompute = RECOMPUTE[sizes.recompute]
-        tower = arch.vision_tower(hf_config, parallel, config.params_dtype, recompute) if first else None
+        tower = arch.vision_tower(hf_config, parallel, config.params_dtype, recompute) if is_first else None
         model = VisionLanguageModel(config, model, tower)
     for name, parameter in model.named_parameters():
         if any(frozen_by(prefix, global_name(model, name)) for prefix in frozen):
             parameter.requires_grad = False
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    if (
-        sizes.recompute == "full"
-        and any(trained.values())
-        and not all(trains for name, trains in trained.items() if "word_embeddings" in name)
-    ):
+    is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    embedding_is_frozen = not all(trained for name, trained in is_trained.items() if "word_embeddings" in name)
+    if sizes.recompute == "full" and any(is_trained.values()) and embedding_is_frozen:
         raise ValueError(
-            f"model.frozen={list(frozen)} with parallel.recompute='full': layers made again behind a frozen "
+            f"model.frozen={list(frozen)} with parallel.recompute='full': layers recomputed after a frozen "
             "embedding get no gradient from Megatron-Core; use parallel.recompute=selective, or train the embedding"
         )
     return model
 
 
 def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layers: int) -> None:
-    """Raises ValueError naming an entry of ``model.frozen`` that is no beginning of any parameter's name; ``layers``:
-    how many the decoder has."""
+    """Raises ValueError naming an entry of ``model.frozen`` that matches no parameter.
+
+    Args:
+        frozen: the entries of ``model.frozen``.
+        mappings: the mappings of the family, which have every parameter of the complete model.
+        layers: number of decoder layers.
+    """
     names = [module.prefix + param.megatron_name for module in mappings for param in module.params]
     for prefix in frozen:
-        if not any(frozen_by(re.sub(r"\.\d+(?=\.|$)", ".{}", prefix), name) for name in names):
+        # The mappings have {} in place of a layer's number.
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".{}", prefix)
+        if not any(frozen_by(pattern, name) for name in names):
             raise ValueError(
                 f"model.frozen: {prefix!r} begins no parameter's name; those are like {names[0]}, {names[-1]} "
-                "({}: the number of a layer in the whole model)"
+                "({}: the number of a layer in the complete model)"
             )
-        if (match := re.search(r"\bdecoder\.layers\.(\d+)", prefix)) and int(match[1]) >= layers:
+        match = re.search(r"\bdecoder\.layers\.(\d+)", prefix)
+        if match is not None and int(match[1]) >= layers:
             raise ValueError(f"model.frozen: {prefix!r}: the decoder's layers are 0 to {layers - 1}")
 
 
 def global_name(model: MegatronModule, name: str) -> str:
-    """A parameter's name with its layer's number in the whole model, not that on this pipeline stage."""
-    if not (match := re.match(r"(.*?\blayers)\.\d+", name)):
+    """A parameter's name with the layer's number in the complete model instead of that on this pipeline stage."""
+    match = re.match(r"(.*?\blayers)\.\d+", name)
+    if match is None:
         return name
-    return f"{match[1]}.{global_layer_index(model, match.group())}{name[match.end() :]}"
+    layer = global_layer_index(model, match.group())
+    return f"{match[1]}.{layer}{name[match.end() :]}"
 
 
 def frozen_by(prefix: str, name: str) -> bool:
-    """Whether ``model.frozen``'s entry covers a parameter; a tower's projector is named for itself."""
+    """Whether the entry ``prefix`` of ``model.frozen`` covers the parameter ``name``.
+
+    "vision" does not cover the projector, which has an entry of its own.
+    """
     return name.startswith(f"{prefix}.") and (prefix != "vision" or not name.startswith("vision.projector."))

@@ -1,4 +1,4 @@
-"""What a model keeps from step to step, moved to the host and back while another one works on the same device."""
+"""Move the persistent tensors of a model to the host while another model uses the device."""
 
 from collections.abc import Iterator
 
@@ -10,56 +10,70 @@ from megatron_ext.model import Model
 
 
 class HostCopy:
-    """Weights, gradient buffers and optimiser states of ``model``, on the device or on the host.
+    """Weights, gradient buffers and optimiser states of one model, either on the device or on the host.
 
-    Tensors, and views of them, stay the same objects: only the memory behind them goes and comes back, bit for bit.
-    Gradients are not kept: each accumulation begins with zeros. ``weights=False`` leaves the weights where they are, as
-    those that engines read in place must be. ``optimizer`` may come later.
+    The tensors and all views of them stay the same objects: only their memory is released and allocated again, and
+    their values come back bit for bit. Gradients are not copied, because each accumulation begins with zeros.
     """
 
     def __init__(self, model: Model, optimizer: MegatronOptimizer | None = None, weights: bool = True) -> None:
-        self.model, self.optimizer, self.weights = model, optimizer, weights
-        self.away: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
+        """
+        Args:
+            model: the model whose tensors are moved.
+            optimizer: its optimiser; may also be set later.
+            weights: whether to move the weights. They must stay if engines read them in place.
+        """
+        self.model = model
+        self.optimizer = optimizer
+        self.weights = weights
+        # Storage, its size in bytes, and its copy on the host; None for gradients.
+        self.offloaded: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
 
     def release(self) -> None:
-        """Move what is on the device to the host; nothing where it has been moved."""
-        if self.away:
+        """Move the tensors to the host; does nothing if they are there."""
+        if self.offloaded:
             return
         weights = _storages(p.data for chunk in self.model.chunks for p in chunk.module.parameters())
         gradients = _storages(buffer.grad_data for chunk in self.model.chunks for buffer in chunk.buffers)
         states = _storages(self._states())
-        kept = (weights | states) if self.weights else {k: s for k, s in states.items() if k not in weights}
-        for key, storage in (kept | gradients).items():
+        if self.weights:
+            copied = weights | states
+        else:
+            # An FP32 parameter is its own master, so it is among the optimiser's states too.
+            copied = {key: storage for key, storage in states.items() if key not in weights}
+        for key, storage in (copied | gradients).items():
             host = None if key in gradients else _bytes(storage).to("cpu", copy=True)
-            self.away.append((storage, storage.nbytes(), host))
+            self.offloaded.append((storage, storage.nbytes(), host))
             storage.resize_(0)
         platform.current().empty_cache()
 
     def restore(self) -> None:
-        """Move back what ``release`` moved; nothing where it moved nothing."""
-        for storage, size, host in self.away:
+        """Move the tensors back to the device; does nothing if they are there."""
+        for storage, size, host in self.offloaded:
             storage.resize_(size)
             if host is None:
                 _bytes(storage).zero_()
             else:
                 _bytes(storage).copy_(host)
-        self.away = []
+        self.offloaded = []
 
     def _states(self) -> Iterator[torch.Tensor]:
-        """FP32 masters and moments that are on the device; torch keeps its step counters on the host."""
+        """FP32 masters and moments on the device. torch keeps its step counters on the host."""
         if self.optimizer is None:
             return
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             inner = optimizer.optimizer
             tensors = [p.data for group in inner.param_groups for p in group["params"]]
-            tensors += [t for state in inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+            for state in inner.state.values():
+                tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
             yield from (t for t in tensors if t.device == tensors[0].device and t.dim())
 
 
 def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The distinct storages behind the tensors."""
+    """The distinct storages of the tensors, by address of their implementation."""
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The storage as a flat tensor of bytes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

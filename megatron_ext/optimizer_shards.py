@@ -1,9 +1,11 @@
-"""Masters and moments of a distributed optimiser as boxes of the whole model's tensors, each rank its own part.
+"""FP32 masters and moments of a distributed optimiser as boxes of the complete model's tensors, for checkpoints.
 
-A data-parallel rank owns a range of each gradient buffer, so of a parameter's elements, in row-major order, it owns
-those from ``first`` to ``stop``: the rest of a row, whole rows, a part of a row. Written like that nothing is exchanged
-and every rank writes as much as any other. Of Megatron-Core's formats one gathers all states on every data-parallel
-rank before (``fully_reshardable``), another can be loaded only under the layout that wrote it (``dp_reshardable``).
+A data-parallel rank owns a range of each gradient buffer. Of a parameter, in row-major order, it therefore owns the
+elements from ``first`` to ``stop``: the end of one row, full rows, the beginning of another. Each rank writes these
+boxes without any communication, and all ranks write about as much.
+
+Megatron-Core has two formats of its own. ``fully_reshardable`` first gathers all states on every data-parallel rank;
+``dp_reshardable`` can be loaded only under the layout that wrote it.
 """
 
 from collections.abc import Iterator
@@ -20,59 +22,71 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron_ext.shard_files import Reader, TensorPart
 
 
-def parts(optimizer: Any, model_state: dict[str, Any]) -> list[TensorPart]:
-    """What this rank writes of the DistributedOptimizer's state, as views of it; ``model_state``: the model's sharded
-    state. Where model-parallel ranks hold copies, the first one writes."""
-    return [
-        TensorPart(f"optimizer.state.{name}.{piece.key}", piece.global_shape, start, values)
-        for parameter, first, stop, piece, offset in _owned(optimizer, model_state)
-        if is_main_replica((*piece.replica_id[:-1], 0))  # the last counts data-parallel ranks, which hold no copies
-        for name, state in _states(optimizer, parameter).items()
-        for start, values in _boxes_of(piece, offset, state, first, stop)
-    ]
+def state_parts(optimizer: Any, model_state: dict[str, Any]) -> list[TensorPart]:
+    """What this rank writes of the DistributedOptimizer's state, as views of it.
+
+    ``model_state`` is the model's sharded state dict. Of model-parallel ranks with equal states the first one writes.
+    """
+    parts = []
+    for parameter, first, stop, piece, offset in _owned(optimizer, model_state):
+        # The last replica number counts data-parallel ranks. They own different ranges, so they are not replicas here.
+        if not is_main_replica((*piece.replica_id[:-1], 0)):
+            continue
+        for name, state in _states(optimizer, parameter).items():
+            key = f"optimizer.state.{name}.{piece.key}"
+            for start, values in _boxes_of(piece, offset, state, first, stop):
+                parts.append(TensorPart(key, piece.global_shape, start, values))
+    return parts
 
 
 @torch.no_grad()
-def fill(optimizer: Any, model_state: dict[str, Any], reader: Reader, prefix: str) -> None:
-    """Read what this rank holds into the optimiser's state, which must be allocated.
+def load_state(optimizer: Any, model_state: dict[str, Any], reader: Reader, prefix: str) -> None:
+    """Read this rank's part into the optimiser's state, which must be allocated.
 
-    Raises ValueError where a tensor is not there or has another shape.
+    ``prefix`` precedes the keys that :func:`state_parts` gave. Raises ValueError for a tensor that is missing or has
+    another shape.
     """
-    read: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    loaded: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for parameter, first, stop, piece, offset in _owned(optimizer, model_state):
-        states = read.setdefault(
-            parameter,
-            {name: torch.empty(stop - first, dtype=s.dtype) for name, s in _states(optimizer, parameter).items()},
-        )
-        for name, state in states.items():
+        if parameter not in loaded:
+            states = _states(optimizer, parameter)
+            loaded[parameter] = {name: torch.empty(stop - first, dtype=state.dtype) for name, state in states.items()}
+        for name, state in loaded[parameter].items():
             for start, values in _boxes_of(piece, offset, state, first, stop):
                 reader.fill(f"{prefix}optimizer.state.{name}.{piece.key}", piece.global_shape, start, values)
-    for parameter, states in read.items():
+    for parameter, states in loaded.items():
+        # Keeps what was not loaded: torch's step counters.
         present = optimizer._get_main_param_and_optimizer_states(parameter)
-        optimizer._set_main_param_and_optimizer_states(parameter, present | states)  # torch's counters stay
+        optimizer._set_main_param_and_optimizer_states(parameter, present | states)
 
 
 def _states(optimizer: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``param``, ``exp_avg`` and ``exp_avg_sq``, flat; torch's step counters go with the parameter groups."""
-    found = optimizer._get_main_param_and_optimizer_states(parameter)
-    return {name: found[name] for name in ("param", *optimizer.optimizer_state_keys)}
+    """``param``, ``exp_avg`` and ``exp_avg_sq``, flat. torch's step counters belong to the parameter groups."""
+    states = optimizer._get_main_param_and_optimizer_states(parameter)
+    return {name: states[name] for name in ("param", *optimizer.optimizer_state_keys)}
 
 
 def _owned(optimizer: Any, model_state: dict[str, Any]) -> Iterator[tuple[torch.Tensor, int, int, ShardedTensor, int]]:
-    """Parameters of which this rank owns the elements from ``first`` to ``stop``, with the whole tensors' pieces they
-    are made of (gate and up projections are two) and where in the parameter each piece begins."""
+    """Yields (parameter, first, stop, piece, offset): this rank owns elements ``first`` to ``stop`` of the parameter.
+
+    A piece is a tensor of the checkpoint that begins at element ``offset`` of the parameter. A parameter has several
+    pieces if a factory splits it, as it does gate and up projection.
+    """
     sharded, _ = extract_sharded_tensors_and_factories(model_state)
-    described = {leaf.data: leaf for leaf in nested_values(sharded)}
+    leaf_of = {leaf.data: leaf for leaf in nested_values(sharded)}
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
-                    first, stop, offset = ranges["param"].start, ranges["param"].end, 0
-                    leaf = described[parameter]
-                    if isinstance(leaf, ShardedTensorFactory):  # of shapes alone: a parameter may be FP8
+                    first = ranges["param"].start
+                    stop = ranges["param"].end
+                    leaf = leaf_of[parameter]
+                    if isinstance(leaf, ShardedTensorFactory):
+                        # Split by shape alone: the parameter itself may be in FP8.
                         pieces = replace(leaf, data=torch.empty(parameter.shape, device="meta")).build()
                     else:
                         pieces = [leaf]
+                    offset = 0
                     for piece in pieces:
                         assert piece.data.is_contiguous() and not piece.prepend_axis_num, f"{piece.key}: not rows"
                         yield parameter, first, stop, piece, offset
@@ -85,39 +99,51 @@ def _owned(optimizer: Any, model_state: dict[str, Any]) -> Iterator[tuple[torch.
 def _boxes_of(
     piece: ShardedTensor, offset: int, state: torch.Tensor, first: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """Of ``state``, a parameter's elements ``first`` to ``stop``, what is in ``piece``: where each box begins in the
-    whole tensor, and a view of it."""
-    low, high = max(first, offset), min(stop, offset + piece.data.numel())
-    at = low - first
-    for start, shape in boxes(tuple(piece.local_shape), low - offset, high - offset) if low < high else ():
+    """Yields (start in the complete tensor, view of ``state``) of each box of ``state`` that lies in ``piece``.
+
+    ``state`` [stop - first] holds the elements ``first`` to ``stop`` of the parameter.
+    """
+    low = max(first, offset)
+    high = min(stop, offset + piece.data.numel())
+    if low >= high:
+        return
+    position = low - first
+    for start, shape in boxes(tuple(piece.local_shape), low - offset, high - offset):
         size = prod(shape)
-        yield tuple(g + s for g, s in zip(piece.global_offset, start, strict=True)), state[at : at + size].view(shape)
-        at += size
+        global_start = tuple(g + s for g, s in zip(piece.global_offset, start, strict=True))
+        yield global_start, state[position : position + size].view(shape)
+        position += size
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements ``start`` to ``stop`` of a row-major tensor as boxes, in order: where each begins, and its shape.
+    """Yields (start, shape) of the boxes that make up elements ``start`` to ``stop`` of a row-major tensor, in order.
 
-    Of n dimensions at most 2n - 1 boxes.
+    A tensor of n dimensions gives at most 2n - 1 boxes.
     """
     if len(shape) == 1:
         yield (start,), (stop - start,)
         return
     row = prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
-    if first > last:  # within one row
-        yield from _in_row(shape, last, start - last * row, stop - last * row)
+    # Full rows from first_row to end_row.
+    first_row = -(-start // row)
+    end_row = stop // row
+    if first_row > end_row:
+        # All elements lie within one row.
+        yield from _in_row(shape, end_row, start - end_row * row, stop - end_row * row)
         return
-    if head := first * row - start:
-        yield from _in_row(shape, first - 1, row - head, row)
-    if first < last:
-        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
-    if tail := stop - last * row:
-        yield from _in_row(shape, last, 0, tail)
+    head = first_row * row - start
+    if head:
+        yield from _in_row(shape, first_row - 1, row - head, row)
+    if first_row < end_row:
+        yield (first_row, *[0] * (len(shape) - 1)), (end_row - first_row, *shape[1:])
+    tail = stop - end_row * row
+    if tail:
+        yield from _in_row(shape, end_row, 0, tail)
 
 
 def _in_row(
     shape: tuple[int, ...], row: int, start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    for where, size in boxes(shape[1:], start, stop):
-        yield (row, *where), (1, *size)
+    """The boxes of elements ``start`` to ``stop`` of one row."""
+    for box_start, box_shape in boxes(shape[1:], start, stop):
+        yield (row, *box_start), (1, *box_shape)

@@ -16,7 +16,13 @@ _control: dist.ProcessGroup | None = None
 
 @dataclass(frozen=True)
 class Parallel:
-    """The sizes of the groups, and this rank's place in them."""
+    """The parallel sizes in this world, and this rank's place in each group.
+
+    Attributes:
+        config: the sizes that the configuration sets.
+        data: data-parallel size.
+        tensor_rank, pipeline_rank, context_rank, data_rank: this rank's place in each group, from 0.
+    """
 
     config: ParallelConfig
     data: int
@@ -27,25 +33,36 @@ class Parallel:
 
     @property
     def tensor(self) -> int:
+        """Tensor-parallel size."""
         return self.config.tensor
 
     @property
     def context_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share this rank's sequences; None where it has them whole."""
+        """The ranks that divide each sequence among them; None without context parallelism."""
         return mpu.get_context_parallel_group() if self.config.context > 1 else None
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank is on the last pipeline stage."""
         return self.pipeline_rank == self.config.pipeline - 1
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank's weights are the ones to write: data and context ranks hold the same."""
+        """Whether this rank writes its weights on export; data- and context-parallel ranks hold copies of them."""
         return self.data_rank == 0 and self.context_rank == 0
 
 
 def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Parallel:
-    """Collective: join torch.distributed (torchrun's variables) and build Megatron-Core's groups."""
+    """Collective: join torch.distributed (from torchrun's variables) and create Megatron-Core's process groups.
+
+    Args:
+        config: the parallel sizes.
+        seed: of Megatron-Core's RNG tracker.
+        timeout_seconds: of every collective.
+
+    Raises:
+        ValueError: the sizes do not fit the number of ranks.
+    """
     if not dist.is_initialized():
         dist.init_process_group(platform.current().backend, timeout=timedelta(seconds=timeout_seconds))
     layouts.check(dist.get_world_size(), config)
@@ -68,7 +85,7 @@ def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Par
 
 
 def control_group() -> dist.ProcessGroup:
-    """A gloo group of all ranks, for small messages on every platform."""
+    """Collective on the first call: a gloo group of all ranks, for small messages on every platform."""
     global _control
     if _control is None:
         _control = dist.new_group(backend="gloo")
@@ -76,7 +93,7 @@ def control_group() -> dist.ProcessGroup:
 
 
 def destroy() -> None:
-    """Leave all process groups."""
+    """Destroy all process groups."""
     global _control
     _control = None
     mpu.destroy_model_parallel()

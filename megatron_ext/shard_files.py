@@ -1,6 +1,6 @@
-"""Parts of sharded tensors in safetensors files, one a rank, with checksums; read back as any other parts.
+"""Sharded tensors in safetensors files, one file per rank, with checksums; read back in any other division.
 
-Nothing is pickled, so nothing is ever unpickled: a file is safetensors, and what describes it is JSON.
+Nothing is pickled: a file is safetensors, and its description is JSON.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 
+# Bytes that are written or read at once.
 CHUNK = 16 << 20
 _NAMES = {
     torch.float64: "F64",
@@ -37,7 +38,14 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A box of the global tensor ``key``: where it begins, and its values on the host, of as many dimensions."""
+    """A box of the complete tensor ``key``.
+
+    Attributes:
+        key: name of the complete tensor.
+        global_shape: its shape.
+        start: the box's first element in it.
+        values: the box's values on the host, with as many dimensions as the complete tensor.
+    """
 
     key: str
     global_shape: tuple[int, ...]
@@ -46,9 +54,9 @@ class TensorPart:
 
 
 def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
-    """Write the parts; the file is on the disk when this returns. Gives its entry for ``manifest`` (JSON).
+    """Write the parts into one file, which is on the disk when this returns.
 
-    Raises OSError, naming the file, where it can't be written.
+    Returns the file's entry for :func:`manifest` (JSON). Raises OSError naming the file if it can't be written.
     """
     names = [f"{part.key}@{','.join(map(str, part.start))}" for part in parts]
     ends = list(accumulate(part.values.nbytes for part in parts))
@@ -62,6 +70,7 @@ def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
     }
     assert len(header) == len(parts), f"{path}: a part is there twice"
     text = json.dumps(header).encode()
+    # The format wants the tensors to begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     checksum = 0
     try:
@@ -84,7 +93,7 @@ def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Write one JSON file in one move; gives its entry for ``manifest``."""
+    """Write one JSON file atomically; returns its entry for :func:`manifest`."""
     data = json.dumps(value).encode()
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
@@ -95,12 +104,17 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
 
 
 def sync(file: Any) -> None:
+    """Flush an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def manifest(written: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all ranks wrote: ``files`` with sizes and checksums, and ``tensors``, each with the parts that make it."""
+    """The entries of all files joined.
+
+    Returns ``files`` (name → ``bytes`` and ``crc32``) and ``tensors`` (key → ``shape`` and ``parts``). A part is a list
+    of file, name in the file, start and shape.
+    """
     tensors: dict[str, Any] = {}
     for entry in written:
         for key, shape, name, start, size in entry["parts"]:
@@ -110,9 +124,10 @@ def manifest(written: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fault(path: Path, expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file, of which ``manifest`` has ``bytes`` and ``crc32``; None when nothing is."""
+    """What is wrong with a file whose ``bytes`` and ``crc32`` should be those of ``expected``; None if it is intact."""
+    checksum = 0
     try:
-        size, checksum = path.stat().st_size, 0
+        size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{path.name} has {size} bytes, {expected['bytes']} were written"
         with path.open("rb") as file:
@@ -126,10 +141,12 @@ def fault(path: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 class Reader:
-    """The tensors of a folder whose ``manifest`` is given; files are opened once and mapped, not read whole."""
+    """Reads boxes of the tensors of a folder; a context manager. Files are opened once and memory-mapped."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
-        self.folder, self.tensors = folder, tensors
+        """``tensors``: those of the folder's :func:`manifest`."""
+        self.folder = folder
+        self.tensors = tensors
         self.stack = ExitStack()
         self.files: dict[str, Any] = {}
 
@@ -142,9 +159,9 @@ class Reader:
         self.stack.close()
 
     def fill(self, key: str, global_shape: tuple[int, ...], start: tuple[int, ...], target: torch.Tensor) -> None:
-        """Copy the box of the global tensor that begins at ``start`` into ``target``, which has as many dimensions.
+        """Copy the box of the complete tensor that begins at ``start`` and has ``target``'s shape into ``target``.
 
-        Raises ValueError where the tensor is not there, has another shape, or lacks a part of the box.
+        Raises ValueError if the tensor is missing, has another shape, or lacks a part of the box.
         """
         if key not in self.tensors:
             raise ValueError(f"{self.folder}: holds no tensor {key}")
@@ -153,18 +170,22 @@ class Reader:
             raise ValueError(
                 f"{self.folder}: {key} has the shape {written['shape']}, asked for is {list(global_shape)}"
             )
-        found = 0
+        filled = 0
         with torch.no_grad():
-            for file, name, at, size in written["parts"]:
-                low = [max(a, s) for a, s in zip(at, start, strict=True)]
-                high = [min(a + n, s + m) for a, n, s, m in zip(at, size, start, target.shape, strict=True)]
-                if all(lo < hi for lo, hi in zip(low, high, strict=True)):
-                    there = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, at, strict=True))
-                    here = tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, start, strict=True))
-                    target[here].copy_(self._file(file).get_slice(name)[there])
-                    found += prod(hi - lo for lo, hi in zip(low, high, strict=True))
-        if found != target.numel():
-            raise ValueError(f"{self.folder}: {found} of {target.numel()} elements of {key} are there")
+            for file, name, part_start, part_shape in written["parts"]:
+                # The overlap of the part and the box, in elements of the complete tensor.
+                low = [max(p, t) for p, t in zip(part_start, start, strict=True)]
+                part_end = [p + n for p, n in zip(part_start, part_shape, strict=True)]
+                target_end = [t + n for t, n in zip(start, target.shape, strict=True)]
+                high = [min(p, t) for p, t in zip(part_end, target_end, strict=True)]
+                if any(lo >= hi for lo, hi in zip(low, high, strict=True)):
+                    continue
+                in_part = tuple(slice(lo - p, hi - p) for lo, hi, p in zip(low, high, part_start, strict=True))
+                in_target = tuple(slice(lo - t, hi - t) for lo, hi, t in zip(low, high, start, strict=True))
+                target[in_target].copy_(self._file(file).get_slice(name)[in_part])
+                filled += prod(hi - lo for lo, hi in zip(low, high, strict=True))
+        if filled != target.numel():
+            raise ValueError(f"{self.folder}: {filled} of {target.numel()} elements of {key} are there")
 
     def _file(self, name: str) -> Any:
         if name not in self.files:

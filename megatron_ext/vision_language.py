@@ -1,4 +1,4 @@
-"""A vision tower in front of a Megatron-Core GPTModel, and the tower's transformer layers."""
+"""A Megatron-Core GPTModel with a vision tower, and the transformer layers of such a tower."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,10 +21,10 @@ from megatron_ext.weight_map import Sharding
 
 
 class VisionLanguageModel(MegatronModule):
-    """One pipeline stage: ``language``, and on the first stage ``vision``, whose output rows replace token embeddings.
+    """One pipeline stage: a GPTModel ``language``, and on the first stage a tower ``vision``.
 
-    Megatron-Core's schedules, DDP and gradient reduction see the language model through this module: what they ask of a
-    GPTModel is answered by ``language``.
+    The tower's output rows replace the embeddings of the placeholder tokens. The module has the attributes of a
+    GPTModel that Megatron-Core's schedules, DDP and gradient reduction read.
     """
 
     def __init__(self, config: TransformerConfig, language: GPTModel, vision: torch.nn.Module | None) -> None:
@@ -53,16 +53,20 @@ class VisionLanguageModel(MegatronModule):
         output_processor_context: Any,
         vision: VisionBatch | None = None,
     ) -> torch.Tensor:
-        """As GPTModel's, with the micro-batch's images and clips. A batch of text does not run the tower."""
+        """GPTModel's forward pass with the images and clips of the micro-batch in ``vision``.
+
+        A micro-batch without images (None) does not run the tower.
+        """
         embeddings = None
         if self.vision is not None:
-            # [T, 1, hidden] of all tokens, which the places count: sequence parallelism cuts behind the replacement.
+            # [T, 1, hidden] of all tokens of the pack, because ``vision.places`` are positions in the complete pack.
+            # Sequence parallelism scatters the rows after the replacement.
             embeddings = self.language.embedding(input_ids=input_ids, position_ids=position_ids)
             if vision is not None:
                 rows = self.vision(vision.pixels, vision.grid).index_select(0, vision.rows)
                 embeddings = embeddings.index_copy(0, vision.places, rows.unsqueeze(1).to(embeddings.dtype))
             if self.config.sequence_parallel:
-                # A copy, as in Megatron-Core's embedding: the cut is a view, which would keep all tokens' rows alive.
+                # Cloned, as in Megatron-Core's embedding: the scattered part is a view that would keep all rows alive.
                 embeddings = scatter_to_sequence_parallel_region(embeddings).clone()
         return self.language(
             input_ids=input_ids,
@@ -76,7 +80,13 @@ class VisionLanguageModel(MegatronModule):
 
 
 def tower_config(sharding: Sharding, dtype: torch.dtype, **options: Any) -> TransformerConfig:
-    """A vision tower's configuration: heads as ``sharding`` pads them, what towers share, and the family's options."""
+    """Megatron-Core's configuration of a vision tower.
+
+    Args:
+        sharding: the tower's heads.
+        dtype: of weights and activations.
+        options: the family's TransformerConfig fields.
+    """
     return TransformerConfig(
         **platform.current().config_options() | options,
         num_attention_heads=sharding.padded_heads,
@@ -93,16 +103,17 @@ def tower_config(sharding: Sharding, dtype: torch.dtype, **options: Any) -> Tran
 
 
 def tower_groups() -> ProcessGroupCollection:
-    """Process groups of a vision tower: every context-parallel rank runs the whole of it."""
+    """Process groups of a vision tower, which is not context-parallel: each of those ranks runs the complete tower."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.cp = mpu.get_expert_model_parallel_group()  # a dense model's is this rank alone
+    # In a dense model this group is the rank alone.
+    groups.cp = mpu.get_expert_model_parallel_group()
     return groups
 
 
 class EncoderLayers(torch.nn.ModuleList):
-    """``config.num_layers`` bidirectional transformer layers, cut over the tensor-parallel group alone.
+    """``config.num_layers`` bidirectional transformer layers, sharded over the tensor-parallel group only.
 
-    Every context-parallel rank runs the whole tower, and no pipeline stage but the first has it.
+    Every context-parallel rank runs the complete tower, and only the first pipeline stage has it.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -115,15 +126,23 @@ class EncoderLayers(torch.nn.ModuleList):
         self.recompute = config.recompute_granularity == "full"
 
     def forward(self, hidden: torch.Tensor, rotary: torch.Tensor, packs: Sequence[PackedSeqParams]) -> torch.Tensor:
-        """[patches, 1, width], each layer with its own of the ``packs``. Under full recompute a layer keeps its input
-        alone, as in Megatron-Core's TransformerBlock."""
+        """Hidden states [patches, 1, width] → the same shape.
+
+        Args:
+            hidden: embedded patches.
+            rotary: rotary angles [patches, 1, 1, head_dim].
+            packs: for each layer the sequences within which it attends.
+
+        Under full recompute only the inputs of the layers are saved, as in Megatron-Core's TransformerBlock.
+        """
 
         def run(n: int, hidden: torch.Tensor) -> torch.Tensor:
             output, _ = self[n](hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packs[n])
             return output
 
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            hidden.requires_grad_()  # behind a frozen embedding a checkpoint would give the layers no gradient
+            # After a frozen embedding the input needs no gradient, and a recomputed layer would then get none either.
+            hidden.requires_grad_()
         for n in range(len(self)):
             hidden = checkpoint(partial(run, n), False, hidden) if self.recompute else run(n, hidden)
         return hidden
@@ -131,10 +150,9 @@ class EncoderLayers(torch.nn.ModuleList):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Each layer's own: Megatron-Core takes what a plain ModuleList holds for replicated."""
+        """The sharded states of the layers; Megatron-Core would take those of a plain ModuleList as replicated."""
         layers: list[Any] = list(self)
-        return {
-            name: tensor
-            for n, layer in enumerate(layers)
-            for name, tensor in layer.sharded_state_dict(f"{prefix}{n}.", sharded_offsets, metadata).items()
-        }
+        state: dict[str, Any] = {}
+        for n, layer in enumerate(layers):
+            state |= layer.sharded_state_dict(f"{prefix}{n}.", sharded_offsets, metadata)
+        return state

@@ -2,7 +2,7 @@
 
 ``-hf`` repositories hold transformers' InternVLForConditionalGeneration. The original "chat" repositories hold
 InternVLChatModel, whose code comes with them: ``config_from_chat`` reads its configuration without running any of it.
-``hf_config.architectures`` tells the two apart afterwards. Source of the tower: transformers' modeling_internvl.py.
+``hf_config.architectures`` says which of the two a model is. The tower follows transformers' modeling_internvl.py.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,8 @@ _SAME_IN_CHAT = (
     "num_hidden_layers",
     "patch_size",
 )
-QK_NORM_EPSILON = 1e-6  # transformers fixes it; layer_norm_eps is that of the other norms
+# transformers fixes it; layer_norm_eps belongs to the other norms.
+QK_NORM_EPSILON = 1e-6
 # The beginning of a tower layer's names in Megatron-Core, in the -hf layout and in the chat layout.
 LAYER = "encoder.layers.{}."
 HF_LAYER = "vision_tower.encoder.layer.{}."
@@ -116,8 +117,9 @@ TABLE: tuple[tuple[str, ShardFn, str, str], ...] = (
 
 
 def text_config(hf_config: Any) -> Any:
-    """Qwen2.5's configuration. Raises ValueError naming a field that this family does not support."""
-    text, vision = hf_config.text_config, hf_config.vision_config
+    """The configuration of the language model, Qwen2.5. Raises ValueError naming a field that is not supported."""
+    text = hf_config.text_config
+    vision = hf_config.vision_config
     rows, columns = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
     supported: dict[str, tuple[Any, bool]] = {
         "text_config.model_type": (text.model_type, text.model_type == "qwen2"),
@@ -186,9 +188,9 @@ def _vision_mappings(chat: bool) -> tuple[ParamMapping, ...]:
 
 
 def _vision_sharding(hf_config: Any, tensor: int, tensor_rank: int) -> Sharding:
-    """The tower's heads, padded with zero heads where the tensor-parallel size does not divide them.
+    """The tower's heads; those that the tensor-parallel size does not divide are zero-padded.
 
-    Raises ValueError where it does not divide the feed-forward layers.
+    Raises ValueError if it does not divide the feed-forward layers.
     """
     vision = hf_config.vision_config
     for field, size in (
@@ -202,14 +204,18 @@ def _vision_sharding(hf_config: Any, tensor: int, tensor_rank: int) -> Sharding:
 
 
 def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompute: dict[str, Any]) -> "VisionTower":
-    """Tower and projector, sharded over the tensor-parallel group; ``recompute``: TransformerConfig's."""
+    """The tower and projector of the first pipeline stage, sharded over the tensor-parallel group.
+
+    ``recompute`` has TransformerConfig's fields for recomputation.
+    """
     vision = hf_config.vision_config
     sharding = _vision_sharding(hf_config, parallel.tensor, parallel.tensor_rank)
     config = tower_config(
         sharding,
         dtype,
         **recompute,
-        bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation, InternViT's is exact
+        # Megatron-Core's fused GELU is the tanh approximation; InternViT's is exact.
+        bias_activation_fusion=False,
         num_layers=vision.num_hidden_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
@@ -222,16 +228,18 @@ def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompu
 
 
 class VisionTower(MegatronModule):
-    """Pixels [tiles, channels, height, width] to [tiles x (patches per tile / 4), language model's hidden size].
+    """Pixels [tiles, channels, height, width] → rows [tiles x (patches per tile / 4), language model's hidden size].
 
-    Raises ValueError when tiles are of another size than the configuration's.
+    Raises ValueError for tiles of another size than the configuration's.
     """
 
+    # For the memory estimate: attention has no rotary embeddings.
     rotates = False
 
     def __init__(self, config: TransformerConfig, hf_config: Any) -> None:
         super().__init__(config)
-        vision, dtype = hf_config.vision_config, config.params_dtype
+        vision = hf_config.vision_config
+        dtype = config.params_dtype
         self.tile = (vision.num_channels, *vision.image_size)
         self.side = vision.image_size[0] // vision.patch_size[0]
         width = config.hidden_size
@@ -264,14 +272,18 @@ class VisionTower(MegatronModule):
         return rows * (2 * config.hidden_size * size + heads * config.kv_channels * (4 + size))
 
     def forward(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        """See the class; ``grid`` is not used."""
         if pixels.shape[1:] != self.tile:
             raise ValueError(
                 f"tiles of {tuple(pixels.shape[1:])} (channels, height, width): the tower sees {self.tile}"
             )
-        tiles, side, width = pixels.shape[0], self.side, self.config.hidden_size
+        tiles = pixels.shape[0]
+        side = self.side
+        width = self.config.hidden_size
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         hidden = torch.cat((self.class_token.expand(tiles, -1, -1), patches), dim=1) + self.position_embedding
-        tokens = hidden.shape[1]  # each tile is a packed sequence
+        # Each tile is a sequence of the pack.
+        tokens = hidden.shape[1]
         starts = torch.arange(0, (tiles + 1) * tokens, tokens, dtype=torch.int32, device=hidden.device)
         packed = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=tokens, max_seqlen_kv=tokens
@@ -280,13 +292,13 @@ class VisionTower(MegatronModule):
             hidden_states=hidden.view(tiles * tokens, 1, width), attention_mask=None, packed_seq_params=packed
         )
         hidden = hidden.view(tiles, tokens, width)[:, 1:]
-        # Pixel shuffle: each square of two by two patches becomes one row, row by row.
+        # Pixel shuffle: the 2 x 2 patches of each square become one row, squares in row-major order.
         squares = hidden.reshape(tiles, side // 2, 2, side // 2, 2, width).permute(0, 1, 3, 2, 4, 5)
         return self.projector(squares.reshape(-1, 4 * width))
 
 
 class Projector(MegatronModule):
-    """Layer norm and two linear layers with GELU: rows [N, ``inputs``] to [N, ``outputs``]."""
+    """Layer norm and two linear layers with GELU: [N, ``inputs``] → [N, ``outputs``]."""
 
     def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__(config)
@@ -307,7 +319,7 @@ class Projector(MegatronModule):
 
 
 def _layer(config: TransformerConfig, qkv_bias: bool) -> ModuleSpec:
-    """Megatron-Core's layer with what is InternViT's own: layer scale, QK-norm of the full width, no bias on QKV."""
+    """Megatron-Core's layer with InternViT's layer scale, QK-norm of the full width, and optional bias on QKV."""
     layer = platform.current().encoder_layer(config)
     layer.submodules.self_attn_bda = layer.submodules.mlp_bda = ModuleSpec(LayerScale, params={"config": config})
     attention = layer.submodules.self_attention.submodules
@@ -319,12 +331,12 @@ def _layer(config: TransformerConfig, qkv_bias: bool) -> ModuleSpec:
 
 
 def _without_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron-Core has one switch for the biases of all of a layer's linear layers."""
+    """The linear layer without a bias; Megatron-Core has one switch for the biases of all linear layers."""
     return lambda *sizes, **options: linear(*sizes, **options | {"bias": False})
 
 
 class LayerScale(torch.nn.Module):
-    """Stands where Megatron-Core adds bias, dropout and residual: residual + scale x (output + bias)."""
+    """Replaces Megatron-Core's bias-dropout-add: residual + scale x (output + bias)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -341,10 +353,10 @@ class LayerScale(torch.nn.Module):
 
 
 class FullWidthRMSNorm(torch.nn.Module):
-    """RMS norm over all heads of a token together: this rank's [tokens, batch, heads, head_dim] to the same.
+    """RMS norm over all heads of a token: this rank's heads [tokens, batch, heads, head_dim] → the same shape.
 
-    The sum of squares is reduced over the tensor-parallel group, and so is its gradient. Padded heads are zero, so the
-    sum is the true heads' and the mean is over their width, ``config.hidden_size``.
+    The sum of squares and its gradient are reduced over the tensor-parallel group. Padded heads are zero and add
+    nothing to the sum, so the mean is over the width without padding, ``config.hidden_size``.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -364,19 +376,21 @@ class FullWidthRMSNorm(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """For checkpoints: the weight is cut along the heads."""
+        """For checkpoints: the weight is sharded along the heads."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
 def config_from_chat(chat: dict[str, Any]) -> InternVLConfig:
-    """config.json of the chat layout as the configuration of transformers' model, ``architectures`` left as it is.
+    """transformers' configuration from a config.json of the chat layout; ``architectures`` stays as it is.
 
-    Stochastic depth (``drop_path_rate``) is left out, as in transformers' model. Raises ValueError naming a field whose
+    Stochastic depth (``drop_path_rate``) is ignored, as in transformers' model. Raises ValueError naming a field whose
     value no InternVL3 with Qwen2.5 has.
     """
-    language, vision = chat["llm_config"], chat["vision_config"]
-    image, patch = vision["image_size"], vision["patch_size"]
+    language = chat["llm_config"]
+    vision = chat["vision_config"]
+    image = vision["image_size"]
+    patch = vision["patch_size"]
     epsilon = vision["layer_norm_eps"]
     supported: dict[str, tuple[Any, bool]] = {
         "llm_config.architectures": (language["architectures"], language["architectures"] == ["Qwen2ForCausalLM"]),

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL (7B, 72B): Qwen2.5 with mRoPE, and a vision tower with window attention. After transformers' model.
+"""Qwen2.5-VL (7B, 72B): Qwen2.5 with mRoPE, and a vision tower with window attention, as in transformers' model.
 
-Images and video clips are the same to the tower: patches, and a grid of (frames, rows, columns) of them. Patches lie in
-blocks of ``spatial_merge_size`` x ``spatial_merge_size``, the units that the projector merges into one token.
+The tower treats images and video clips alike: as patches, and a grid of (frames, rows, columns) of them. Patches are
+ordered in units of ``spatial_merge_size`` x ``spatial_merge_size``; the projector merges one unit into one token.
 """
 
 import copy
@@ -52,13 +52,14 @@ VISION_MAPPINGS = (
     ParamMapping(("visual.merger.mlp.2.weight",), "projector.linear_fc2.weight", row_parallel),
     ParamMapping(("visual.merger.mlp.2.bias",), "projector.linear_fc2.bias", replicated),
 )
-# Prefixes of tensor names that checkpoints saved by transformers 4.52 and later may have → those of the published ones.
+# Prefixes of tensor names in checkpoints saved by transformers 4.52 and later → those in published checkpoints.
 RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
-_EPSILON = 1e-6  # of every norm in the tower; transformers' model does not take it from the configuration either
+# Of every norm in the tower. transformers' model does not read it from the configuration either.
+_EPSILON = 1e-6
 
 
 def text_config(hf_config: Any) -> Any:
-    """The language model's configuration. Whether its embeddings are tied is said in the outer one."""
+    """The language model's configuration; ``tie_word_embeddings`` is taken from the outer one."""
     text = copy.copy(hf_config.text_config)
     text.tie_word_embeddings = hf_config.tie_word_embeddings
     return text
@@ -82,11 +83,12 @@ def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Modul
 
 
 def transformer_options(text: Any) -> dict[str, Any]:
-    """Qwen2.5's, and how many rotary frequencies turn with time, height and width."""
+    """Qwen2.5's TransformerConfig fields and the numbers of rotary frequencies for time, height and width."""
     return qwen2.transformer_options(text) | {"mrope_section": text.rope_parameters["mrope_section"]}
 
 
 def gpt_options(text: Any) -> dict[str, Any]:
+    """Qwen2.5's GPTModel arguments with multimodal RoPE."""
     return qwen2.gpt_options(text) | {"position_embedding_type": "mrope"}
 
 
@@ -95,43 +97,64 @@ def prompt_positions(
 ) -> list[list[int]]:
     """mRoPE positions [3][tokens] (time, height, width) of a prompt with images and video clips, as vLLM counts them.
 
-    ``grid`` [images and clips, 3] in token order; ``seconds`` from one frame of the grid to the next, for each clip.
-    Text counts on all three axes. An image's or clip's tokens count from where the text before stopped, and text goes
-    on behind the greatest of their positions; transformers 5 leaves out a clip's time there (get_rope_index), which
-    Qwen's own code did not. Raises ValueError when tokens, grid and seconds do not fit.
+    Text advances all three axes together. The tokens of an image or clip count from where the text before them stopped,
+    and the text after them continues from the largest of their positions plus 1. transformers 5 ignores a clip's time
+    in that last step (get_rope_index); Qwen's own code did not.
+
+    Args:
+        hf_config: the complete model's configuration.
+        tokens: token ids of the prompt, with one placeholder for each token of an image or clip.
+        grid: (frames, rows, columns) in patches [images and clips, 3], in the order of the prompt.
+        seconds: for each clip, the time from one frame of the grid to the next.
+
+    Raises:
+        ValueError: tokens, grid and seconds do not fit together.
     """
-    merge, per_second = hf_config.vision_config.spatial_merge_size, hf_config.vision_config.tokens_per_second
-    kinds = (hf_config.image_token_id, hf_config.video_token_id)
+    merge = hf_config.vision_config.spatial_merge_size
+    per_second = hf_config.vision_config.tokens_per_second
+    placeholders = (hf_config.image_token_id, hf_config.video_token_id)
     axes: list[list[int]] = [[], [], []]
-    start, at, clips = 0, 0, iter(seconds)
+    # The position of the next text token, and the first token that has no positions yet.
+    position = 0
+    done = 0
+    seconds_of_clip = iter(seconds)
     for frames, height, width in grid.tolist():
-        first = next((i for i in range(at, len(tokens)) if tokens[i] in kinds), len(tokens))
-        rows, columns = height // merge, width // merge
-        here = tokens[first : first + frames * rows * columns]
-        if len(here) < frames * rows * columns or len(set(here)) > 1:
+        first = next((i for i in range(done, len(tokens)) if tokens[i] in placeholders), len(tokens))
+        rows = height // merge
+        columns = width // merge
+        count = frames * rows * columns
+        image = tokens[first : first + count]
+        if len(image) < count or len(set(image)) > 1:
             raise ValueError(
-                f"the {len(here)} tokens from place {first} on are not one image or clip of {rows=} {columns=}"
+                f"the {len(image)} tokens from place {first} on are not one image or clip of {rows=} {columns=}"
             )
-        step = 1.0
-        if here[0] == hf_config.video_token_id and (step := per_second * next(clips, 0.0)) == 0:
-            raise ValueError(f"seconds={list(seconds)}: give a positive number for each video clip")
-        text = range(start, start := start + first - at)
-        times = [int(frame * step) for frame in range(frames)]
-        axes[0] += [*text, *(start + time for time in times for _ in range(rows * columns))]
-        axes[1] += [*text, *(start + row for _ in times for row in range(rows) for _ in range(columns))]
-        axes[2] += [*text, *(start + column for _ in range(frames * rows) for column in range(columns))]
-        start, at = start + max(times[-1] + 1, rows, columns), first + len(here)
-    if any(token in kinds for token in tokens[at:]):
+        time_step = 1.0
+        if image[0] == hf_config.video_token_id:
+            time_step = per_second * next(seconds_of_clip, 0.0)
+            if time_step == 0:
+                raise ValueError(f"seconds={list(seconds)}: give a positive number for each video clip")
+        text = range(position, position + first - done)
+        position += len(text)
+        times = [int(frame * time_step) for frame in range(frames)]
+        axes[0] += [*text, *(position + time for time in times for _ in range(rows * columns))]
+        axes[1] += [*text, *(position + row for _ in times for row in range(rows) for _ in range(columns))]
+        axes[2] += [*text, *(position + column for _ in range(frames * rows) for column in range(columns))]
+        position += max(times[-1] + 1, rows, columns)
+        done = first + count
+    if any(token in placeholders for token in tokens[done:]):
         raise ValueError(f"more placeholder tokens than the grid {grid.tolist()} has images and clips")
     for axis in axes:
-        axis += range(start, start + len(tokens) - at)
+        axis += range(position, position + len(tokens) - done)
     return axes
 
 
 def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompute: dict[str, Any]) -> "VisionTower":
-    """The tower of the first pipeline stage, cut over the tensor-parallel group; ``recompute``: TransformerConfig's."""
-    vision, tensor = hf_config.vision_config, parallel.config.tensor
-    sharding = _vision_sharding(vision, tensor, parallel.tensor_rank)
+    """The tower and projector of the first pipeline stage, sharded over the tensor-parallel group.
+
+    ``recompute`` has TransformerConfig's fields for recomputation.
+    """
+    vision = hf_config.vision_config
+    sharding = _vision_sharding(vision, parallel.tensor, parallel.tensor_rank)
     config = tower_config(
         sharding,
         dtype,
@@ -156,10 +179,11 @@ def _vision_sharding(vision: Any, tensor: int, tensor_rank: int) -> Sharding:
 class VisionTower(MegatronModule):
     """Patches [patches, channels x frames x patch x patch] and grid [images, 3] → rows [tokens, language hidden size].
 
-    All but the layers listed in ``fullatt_block_indexes`` attend within windows of ``window_size`` pixels, those within
-    a frame. Patches are put in the order of windows for the layers, and their units back behind the projector.
+    The layers in ``fullatt_block_indexes`` attend within a frame, all others within windows of ``window_size`` pixels.
+    The layers see the patches in the order of windows; after the projector the rows are put back in their order.
     """
 
+    # For the memory estimate: attention has rotary embeddings.
     rotates = True
 
     def __init__(self, config: TransformerConfig, vision: Any) -> None:
@@ -184,12 +208,14 @@ class VisionTower(MegatronModule):
         return 0
 
     def forward(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        vision, device = self.hf_config, pixels.device
+        """See the class."""
+        vision = self.hf_config
+        device = pixels.device
+        # Patches of a unit.
         unit = vision.spatial_merge_size**2
         sizes = grid.tolist()
-        order, windows = window_order(
-            sizes, vision.spatial_merge_size, vision.window_size // vision.patch_size // vision.spatial_merge_size
-        )
+        window_side = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        order, windows = window_order(sizes, vision.spatial_merge_size, window_side)
         order = order.to(device)
         by_window = _packed([units * unit for units in windows], device)
         by_frame = _packed([rows * columns for frames, rows, columns in sizes for _ in range(frames)], device)
@@ -197,13 +223,17 @@ class VisionTower(MegatronModule):
         angles = angles.view(-1, unit, angles.shape[-1])[order].view(-1, 1, 1, angles.shape[-1])
         hidden = self.patch_embed(pixels)
         hidden = hidden.view(-1, unit, hidden.shape[-1])[order].view(-1, 1, hidden.shape[-1])
-        whole = vision.fullatt_block_indexes
-        packs = [by_frame if n in whole else by_window for n in range(len(self.layers))]
-        return self.projector(self.layers(hidden, angles, packs))[order.argsort()]
+        full_attention = vision.fullatt_block_indexes
+        packs = [by_frame if n in full_attention else by_window for n in range(len(self.layers))]
+        rows = self.projector(self.layers(hidden, angles, packs))
+        return rows[order.argsort()]
 
 
 class PatchEmbedding(torch.nn.Module):
-    """A convolution whose stride is its kernel: a matrix on each patch. ``weight`` keeps the convolution's shape."""
+    """Patches [N, channels x frames x patch x patch] → [N, hidden size].
+
+    A convolution whose stride equals its kernel is one matrix product; ``weight`` keeps the convolution's shape.
+    """
 
     def __init__(self, vision: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -215,10 +245,10 @@ class PatchEmbedding(torch.nn.Module):
 
 
 class Projector(MegatronModule):
-    """The patches of a unit side by side → one row of the language model's width.
+    """Patches [4 N, width] in units of four → rows [N, language model's hidden size].
 
-    Cut over the tensor-parallel group: trained beside a frozen tower, the 72B model's 68 million weights with FP32
-    gradients and optimiser states would otherwise take over a GB on every rank.
+    Sharded over the tensor-parallel group: the 72B model's projector has 68 million weights, which with FP32 gradients
+    and optimiser states would otherwise take over a GB on every rank.
     """
 
     def __init__(self, config: TransformerConfig, vision: Any) -> None:
@@ -236,22 +266,35 @@ class Projector(MegatronModule):
 
 
 def window_order(sizes: list[list[int]], merge: int, side: int) -> tuple[torch.Tensor, list[int]]:
-    """Units in the order of windows of ``side`` x ``side`` units, smaller at a frame's right and lower edges.
+    """The order of units by windows of ``side`` x ``side`` units; windows at the right and lower edges are smaller.
 
-    Returns the unit at each new place, and the units of each window.
+    Args:
+        sizes: (frames, rows, columns) in patches of each image or clip.
+        merge: rows, and columns, of patches in a unit.
+        side: rows, and columns, of units in a window.
+
+    Returns:
+        The old index of the unit at each new position [units], and the number of units in each window.
     """
     windows: list[torch.Tensor] = []
     first = 0
     for frames, rows, columns in sizes:
         shape = (frames, rows // merge, columns // merge)
-        units = torch.arange(first, first := first + shape[0] * shape[1] * shape[2]).view(shape)
-        windows += [w.flatten() for frame in units for band in frame.split(side) for w in band.split(side, dim=1)]
-    return torch.cat(windows), [w.numel() for w in windows]
+        count = shape[0] * shape[1] * shape[2]
+        units = torch.arange(first, first + count).view(shape)
+        first += count
+        for frame in units:
+            for band in frame.split(side):
+                windows += [window.flatten() for window in band.split(side, dim=1)]
+    return torch.cat(windows), [window.numel() for window in windows]
 
 
 def rotary_angles(sizes: list[list[int]], vision: Any) -> torch.Tensor:
-    """Rotary angles [patches, head_dim] in FP32: a quarter of the head turns with the row, a quarter with the column,
-    and both once more for the other half of each rotated pair."""
+    """Rotary angles [patches, head_dim] in FP32.
+
+    The first quarter of the head is rotated by the patch's row, the second by its column. The second half of the head
+    has the same angles again, for the other element of each rotated pair.
+    """
     merge = vision.spatial_merge_size
     half = vision.hidden_size // vision.num_heads // 2
     frequencies = 1 / vision.rope_parameters["rope_theta"] ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
@@ -265,6 +308,7 @@ def rotary_angles(sizes: list[list[int]], vision: Any) -> torch.Tensor:
 
 
 def _packed(lengths: list[int], device: torch.device) -> PackedSeqParams:
+    """Megatron-Core's description of sequences of these lengths, one after another."""
     starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
     longest = max(lengths)
     return PackedSeqParams(

@@ -4,14 +4,14 @@ capabilities.py says what each platform can do before either module is imported.
 
 ``name``, ``backend``            platform and torch.distributed backend
 ``activate()``                   once per process, before any Megatron-Core module is built
-``device()``                     where this rank's tensors live
-``layer_specs(config, stage)``   Megatron-Core TransformerBlockSubmodules of a decoder (of a virtual pipeline stage)
-``encoder_layer(config)``        ModuleSpec of a bidirectional layer, for vision towers
-``config_options()``             TransformerConfig fields that depend on the kernels at hand
+``device()``                     where the tensors of this rank are
+``layer_specs(config, stage)``   TransformerBlockSubmodules of a decoder, or of one virtual pipeline stage of it
+``encoder_layer(config)``        ModuleSpec of a bidirectional layer for vision towers
+``config_options()``             TransformerConfig fields that depend on the available kernels
 ``rng_state`` / ``set_rng_state`` the state that dropout and sampling on this device use
-``to_host(tensors)``             copies on the host, for a checkpoint to be written from
-``empty_cache()``                give freed memory back to the device
-``machine()``                    what to print about the hardware
+``to_host(tensors)``             contiguous copies on the host, from which a checkpoint is written
+``empty_cache()``                release freed memory to the device
+``machine()``                    description of the hardware
 """
 
 import importlib

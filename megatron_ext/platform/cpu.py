@@ -1,13 +1,14 @@
-"""CPU: gloo, Megatron-Core's own tensor-parallel layers, torch SDPA, and the few patches Megatron-Core needs to run.
+"""CPU: gloo, Megatron-Core's own tensor-parallel layers, attention in torch, and the patches that Megatron-Core needs.
 
 Megatron-Core 0.19 has no CPU device. Official switches are used where they exist (``use_cpu_initialization``, the
-local layer specs, the fusion flags); ``PATCHES`` lists what has none. tests/megatron_ext/test_platform.py fails with
-the name of the spot when an upgrade moves one.
+local layer specs, the fusion flags); ``PATCHES`` lists the rest. When an upgrade moves a patched function,
+tests/megatron_ext/test_platform.py fails and names it.
 """
 
 import os
 
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # Megatron-Core compiles at import; on a CPU that costs more than it gives
+# Megatron-Core compiles functions at import. On a CPU that takes longer than it saves.
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 import platform as host
 from dataclasses import dataclass
@@ -91,10 +92,14 @@ def _transport() -> Any:
 
 
 def _init_gloo(self: ProcessGroupGloo, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-    """As torch does it, but all groups of a process share one transport: Megatron-Core makes so many groups that the
-    threads of theirs took 3 % of two cores from generation."""
+    """torch's initialisation, but all groups of a process share one transport.
+
+    Each transport has a thread, and Megatron-Core makes many groups: their threads took 3 % of two cores.
+    """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices, options._threads, options._timeout = [_transport()], 2, timeout
+    options._devices = [_transport()]
+    options._threads = 2
+    options._timeout = timeout
     _gloo_init(self, store, rank, size, options)
 
 
@@ -107,11 +112,12 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = "cpu") -> None:
 
 
 def device() -> torch.device:
+    """Where the tensors of this rank are."""
     return torch.device("cpu")
 
 
 def config_options() -> dict[str, Any]:
-    """TransformerConfig fields: every CUDA-only fusion off, packed RoPE by the function below."""
+    """TransformerConfig fields: all fusions that need CUDA are off; packed RoPE is ``_rotary_packed``."""
     return {
         "use_cpu_initialization": True,
         "apply_rope_fusion": True,
@@ -124,7 +130,7 @@ def config_options() -> dict[str, Any]:
 
 
 def layer_specs(config: Any, virtual_stage: int | None = None) -> Any:
-    """Megatron-Core's local layers with a norm that knows sequence parallelism and a packed core attention."""
+    """Megatron-Core's local layers with a norm for sequence parallelism and attention over packed sequences."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -134,7 +140,7 @@ def layer_specs(config: Any, virtual_stage: int | None = None) -> Any:
 
 
 def encoder_layer(config: Any) -> Any:
-    """A bidirectional layer, for vision towers; RMS or layer norm by ``config.normalization``."""
+    """A bidirectional layer for vision towers, with RMS or layer norm as ``config.normalization`` says."""
     from megatron.core.transformer.enums import AttnMaskType
 
     return _layer(config, AttnMaskType.no_mask)
@@ -157,10 +163,12 @@ def _layer(config: Any, mask: Any) -> Any:
 
 
 def rng_state() -> torch.Tensor:
+    """The state of the generator that dropout and sampling on this device use."""
     return torch.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
+    """Restore what ``rng_state`` returned."""
     torch.set_rng_state(state)
 
 
@@ -170,7 +178,7 @@ def to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def empty_cache() -> None:
-    """Nothing: freed memory is not kept."""
+    """Does nothing: on a CPU torch keeps no freed memory."""
 
 
 def machine() -> str:
@@ -182,10 +190,10 @@ def machine() -> str:
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm whose weight gradient is summed over the tensor-parallel group under sequence parallelism.
+    """RMS norm over the last dimension; under sequence parallelism the weight's gradient is summed over the ranks.
 
-    Megatron-Core's torch wrapper refuses sequence parallelism; the attribute below is all that
-    ``finalize_model_grads`` needs.
+    Megatron-Core's torch wrapper refuses sequence parallelism. ``finalize_model_grads`` needs only the attribute
+    ``sequence_parallel`` of the weight.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
@@ -201,10 +209,10 @@ class RMSNorm(torch.nn.Module):
 class PackedAttention(torch.nn.Module):
     """Attention over packed (THD) sequences, causal or bidirectional: unpack to a padded batch, attend, pack again.
 
-    Query [tokens, heads, head_dim], key and value [tokens, groups, head_dim], all of this rank, give
-    [tokens, heads, head_dim]. Padding lies to the right of every sequence. Plain matrix products with an FP32 softmax:
-    at a few hundred tokens four times as fast as torch's BF16 SDPA on a CPU. Under context parallelism keys and values
-    are gathered and a rank attends with its own queries only.
+    Query [tokens, heads, head_dim], key and value [tokens, groups, head_dim] → [tokens, heads, head_dim], all of this
+    rank. Sequences are padded on the right. Matrix products with an FP32 softmax take a quarter of the time of torch's
+    BF16 SDPA on a CPU at a few hundred tokens. Under context parallelism keys and values are gathered, and a rank
+    attends with its local queries.
     """
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
@@ -222,10 +230,12 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Any = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
+        """See the class; of the arguments that Megatron-Core passes, masks and biases as tensors are not used."""
         from megatron.core.transformer.enums import AttnMaskType
 
         places = _places(packed_seq_params, self.context)
-        batch, longest = places.lengths.numel(), int(places.lengths.max())
+        batch = places.lengths.numel()
+        longest = int(places.lengths.max())
         if self.context > 1:
             key, value = (_gather_context(t) for t in (key, value))
         q, k, v = (
@@ -244,8 +254,13 @@ class PackedAttention(torch.nn.Module):
 
 @dataclass(frozen=True)
 class _Places:
-    """Of a pack: ``lengths`` of its sequences; row in the padded batch of each of this rank's ``queries``, and of each
-    of the ``keys`` (all context-parallel ranks', one rank behind the other)."""
+    """Where the tokens of a pack are in the padded batch.
+
+    Attributes:
+        lengths: of the sequences [sequences].
+        queries: row of each of this rank's tokens.
+        keys: row of each token of all context-parallel ranks, one rank after another.
+    """
 
     lengths: torch.Tensor
     queries: torch.Tensor
@@ -253,18 +268,19 @@ class _Places:
 
 
 def _places(packed: Any, context: int) -> _Places:
-    """Computed once per micro-batch."""
-    found = getattr(packed, "places", None)
-    if found is None:
-        starts = packed.cu_seqlens_q.long()
-        lengths = starts.diff()
-        row_of = torch.arange(int(starts[-1])) + torch.repeat_interleave(
-            torch.arange(len(lengths)) * int(lengths.max()) - starts[:-1], lengths
-        )
-        ranks = [_context_slices(starts, context, rank) for rank in range(context)]
-        local = ranks[_context_rank()] if context > 1 else ranks[0]
-        found = packed.places = _Places(lengths, row_of[local], row_of[torch.cat(ranks)])
-    return found
+    """The places of a pack, computed once per micro-batch and kept in ``packed``."""
+    cached: _Places | None = getattr(packed, "places", None)
+    if cached is not None:
+        return cached
+    starts = packed.cu_seqlens_q.long()
+    lengths = starts.diff()
+    row_of = torch.arange(int(starts[-1])) + torch.repeat_interleave(
+        torch.arange(len(lengths)) * int(lengths.max()) - starts[:-1], lengths
+    )
+    ranks = [_context_slices(starts, context, rank) for rank in range(context)]
+    local = ranks[_context_rank()] if context > 1 else ranks[0]
+    packed.places = _Places(lengths, row_of[local], row_of[torch.cat(ranks)])
+    return packed.places
 
 
 def _context_slices(starts: torch.Tensor, context: int, rank: int) -> torch.Tensor:
@@ -280,7 +296,7 @@ def _context_rank() -> int:
 
 
 def _gather_context(local: torch.Tensor) -> torch.Tensor:
-    """All context-parallel ranks' rows; the backward pass sums and scatters."""
+    """The rows of all context-parallel ranks; the backward pass sums and scatters the gradients."""
     from megatron.core.parallel_state import get_context_parallel_group
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -290,8 +306,11 @@ def _gather_context(local: torch.Tensor) -> torch.Tensor:
 
 
 class _Unpack(torch.autograd.Function):
-    """Packed rows to their places among ``size`` zero rows. Places are distinct, so the backward is a plain gather:
-    autograd's own backward of an index accumulates, which takes 50 times as long on a CPU."""
+    """Packed rows → ``size`` rows, zero where no packed row goes.
+
+    The rows are distinct, so the backward pass is a gather. autograd's backward pass of an index accumulates, which
+    takes 50 times as long on a CPU.
+    """
 
     @staticmethod
     def forward(ctx: Any, packed: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
@@ -329,9 +348,9 @@ def _rotary_packed(
 ) -> torch.Tensor:
     """Rotary embedding for packed sequences, t [tokens, heads, head_dim], freqs [positions, 1, 1, head_dim].
 
-    Same function as Transformer Engine's kernel of this name, in one gather instead of a loop over sequences. As many
-    positions as tokens of all context-parallel ranks are one for each (mRoPE, vision); else they count from a
-    sequence's start.
+    The same function as Transformer Engine's kernel, in one gather instead of a loop over sequences. If there are as
+    many positions as tokens on all context-parallel ranks, each token has its own (mRoPE, vision towers). Otherwise
+    positions count from the start of each sequence.
     """
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
@@ -345,7 +364,7 @@ def _rotary_packed(
 
 
 def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:
-    """L2 norm over all tensors, accumulated in FP64 so that it does not depend on how gradients are sharded."""
+    """L2 norm over all tensors, accumulated in FP64 so that it does not depend on the sharding of gradients."""
     squares = [torch.linalg.vector_norm(t, dtype=torch.float64) ** 2 for tensors in tensor_lists for t in tensors]
     total = torch.stack(squares).sum().sqrt()
     return total.to(torch.float32).reshape(1), None

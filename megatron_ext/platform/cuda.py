@@ -25,6 +25,7 @@ def activate() -> None:
 
 
 def device() -> torch.device:
+    """Where the tensors of this rank are."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -63,9 +64,10 @@ def encoder_layer(config: Any) -> Any:
 
 
 def _rotary_per_token() -> None:
-    """Let Transformer Engine's packed rotary kernel take one position for each token (mRoPE, vision).
+    """Extend Transformer Engine's packed rotary kernel to one position per token (mRoPE, vision towers).
 
-    The kernel counts positions from a sequence's start; a pack told to be one sequence has its own for each token.
+    The kernel counts positions from the start of each sequence. If the pack is passed as one sequence, each token has
+    a position of its own.
     """
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
 
@@ -74,28 +76,31 @@ def _rotary_per_token() -> None:
     def rotary(
         t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, cp_size: int = 1, cp_rank: int = 0, **rest: Any
     ) -> torch.Tensor:
+        """t [tokens, heads, head_dim] rotated by freqs [positions, 1, 1, head_dim]."""
         if freqs.shape[0] != t.shape[0] * cp_size:
             return kernel(t, cu_seqlens, freqs, cp_size=cp_size, cp_rank=cp_rank, **rest)
         if cp_size > 1:
             from megatron_ext.packing import context_slices
 
             freqs = freqs[torch.tensor(context_slices(cu_seqlens.tolist(), cp_size, cp_rank), device=freqs.device)]
-        whole = torch.tensor([0, t.shape[0]], dtype=torch.int32, device=t.device)
-        return kernel(t, whole, freqs, **rest)
+        one_sequence = torch.tensor([0, t.shape[0]], dtype=torch.int32, device=t.device)
+        return kernel(t, one_sequence, freqs, **rest)
 
     rope_utils.fused_apply_rotary_pos_emb_thd = rotary
 
 
 def rng_state() -> torch.Tensor:
+    """The state of the generator that dropout and sampling on this device use."""
     return torch.cuda.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
+    """Restore what ``rng_state`` returned."""
     torch.cuda.set_rng_state(state)
 
 
 def to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Contiguous copies in pinned memory, which torch keeps for the next ones."""
+    """Contiguous copies in pinned memory, which torch reuses for the next copies."""
     copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)

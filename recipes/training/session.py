@@ -353,7 +353,7 @@ class Session:
     def open_checkpoints(self) -> tuple[checkpoint.Saver, Path | None]:
         """Collective: what writes the run's checkpoints, and the newest whole one that is there."""
         folder = self.run_dir / "checkpoints"
-        newest = checkpoint.newest_whole(folder, self.say)
+        newest = checkpoint.newest_intact(folder, self.say)
         if newest:
             self.skipped_in_a_row = Counter(checkpoint.progress(newest)["skipped_in_a_row"])
         self.savers.append(checkpoint.Saver(folder, self.config.checkpoint.keep))

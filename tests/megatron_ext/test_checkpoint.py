@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_taken(resu
         assert first.startswith("checkpoint step_000003 is damaged (rank_00001.safetensors has the checksum ")
         assert newest.endswith("step_000002")
         assert second.startswith("checkpoint step_000002 is damaged (manifest.json has the checksum ")
-        assert none_left.startswith("CheckpointError") and "no whole checkpoint is left" in none_left
+        assert none_left.startswith("CheckpointError") and "no intact checkpoint is left" in none_left
         assert "start anew with resume=false" in none_left
         assert found["folders"] == ["damaged_step_000002", "damaged_step_000003"]
 

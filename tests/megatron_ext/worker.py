@@ -289,14 +289,14 @@ def run_damaged(folder: Path, saved: Case, case: Case, layout: parallel.Parallel
     dist.barrier()
     found["after_full"] = sorted(p.name for p in to.iterdir())
     said: list[str] = []
-    found["newest"] = [str(checkpoint.newest_whole(to, said.append))]
+    found["newest"] = [str(checkpoint.newest_intact(to, said.append))]
     for path in (to / "step_000003" / "rank_00001.safetensors", to / "step_000002" / "manifest.json"):
         if RANK == 0:
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 4
             path.write_bytes(content)
         dist.barrier()
-        found["newest"].append(error_text(lambda: said.append(str(checkpoint.newest_whole(to, said.append)))))
+        found["newest"].append(error_text(lambda: said.append(str(checkpoint.newest_intact(to, said.append)))))
     return found | {"said": said, "folders": sorted(p.name for p in to.iterdir())}
 
 
