@@ -1,9 +1,9 @@
 """``python -m recipes.preflight recipe=… [overrides…] [preflight.output=FILE.json]``: is this run possible?
 
-Needs no GPU and no weights. It builds each distinct rank's Megatron-Core model without memory, compares the weight map
-with transformers' own model tensor by tensor, adds up the memory, and checks what else ends a job at its first step.
-The exit code is 0 only if every check holds; each one that does not says what to change. ``preflight=h200`` (a file of
-conf/preflight/) holds the run against another device.
+Needs no GPU and no weights. It builds the Megatron-Core model of each distinct rank without memory, compares its
+parameters with transformers' model tensor by tensor, adds up the memory, and checks what else would end a job at its
+first step. A check that fails says what to change; the exit code is 0 only if all hold. ``preflight=h200`` (a file of
+conf/preflight/) chooses another device.
 """
 
 import json
@@ -27,16 +27,18 @@ from recipes.preflight.report import Settings
 
 
 def command_line(arguments: list[str]) -> list[str]:
-    """The arguments with the Hydra group ``preflight`` added, which the configuration of a run does not have."""
+    """The arguments with Hydra's group ``preflight`` added, which the configuration of a run does not have."""
     if any(argument.startswith("preflight=") for argument in arguments):
         return [f"+{a}" if a.startswith("preflight=") else a for a in arguments]
     overrides = (i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-"))
-    at = next(overrides, len(arguments))  # beside the others: Hydra wants them in one row
+    # Hydra wants all overrides next to each other.
+    at = next(overrides, len(arguments))
     return [*arguments[:at], "+preflight=h100", *arguments[at:]]
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
 def main(raw: DictConfig) -> None:
+    """Run the checks, write the report and print it."""
     started = time.monotonic()
     settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
     run = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "preflight"])
@@ -52,9 +54,9 @@ def main(raw: DictConfig) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries' notes off standard error; they are shown if the block raises."""
+    """Hide what libraries write to standard error; it is shown if the block raises."""
     sys.stderr.flush()
-    own = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as notes, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         os.dup2(notes.fileno(), 2)
@@ -63,12 +65,12 @@ def quiet() -> Iterator[None]:
         except BaseException:
             sys.stderr.flush()
             notes.seek(0)
-            os.write(own, notes.read())
+            os.write(stderr, notes.read())
             raise
         finally:
             sys.stderr.flush()
-            os.dup2(own, 2)
-            os.close(own)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 if __name__ == "__main__":

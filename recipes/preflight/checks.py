@@ -27,13 +27,22 @@ from rewards.client import Client
 from rewards.settings import PLACEMENTS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-FP8_MULTIPLE = 16  # Transformer Engine's, of both sides of a matrix
-MOST_PADDING = 1.5  # padded attention heads to true ones: beyond it a layout wastes too much to be meant
-CHECKPOINT_BYTES = 14  # of a trained parameter: its BF16 weight, FP32 master and moments
+# Transformer Engine needs both sides of a matrix to be multiples of it.
+FP8_MULTIPLE = 16
+# Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
+MAX_PADDING = 1.5
+# Of a trained parameter: its BF16 weight, FP32 master and two moments.
+CHECKPOINT_BYTES = 14
 
 
 def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> Report:
-    """All checks, in the order in which a run would meet them. ``say`` is told what is being done."""
+    """Run all checks.
+
+    Args:
+        raw: the composed configuration of the run, without the group ``preflight``.
+        settings: the group ``preflight``.
+        say: called with the name of what is done next.
+    """
     report = Report(str(raw.recipe.name), Path(str(raw.model.path)).name, settings.device, settings.device_memory_gib)
     parsed: list[Config] = []
 
@@ -51,13 +60,14 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
     report.check("reward_servers", lambda: reward_servers(config))
     report.check("tokenizer", lambda: tokenizer(config))
     say("Megatron-Core, transformers")
-    platform.activate("cpu")  # seconds less than behind the next line: it keeps torch's inductor out
+    # Before the next import: it switches off torch's inductor, whose import takes seconds.
+    platform.activate("cpu")
     from recipes.preflight import simulated_ranks
 
     simulated_ranks.activate()
-    found: list[Any] = []
-    if report.check("architecture", lambda: architecture(config, found)):
-        hf_config, text = found
+    configs: list[Any] = []
+    if report.check("architecture", lambda: architecture(config, configs)):
+        hf_config, text = configs
         report.check("context_length", lambda: context_length(config, text))
         report.check("attention_heads", lambda: attention_heads(config, text))
         report.check("precision", lambda: precision(config, settings))
@@ -79,7 +89,7 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> 
 
 
 def data_and_rewards(config: Config) -> str:
-    """Files, schema, mix, and verifiers."""
+    """The files of the data, their schema, the mix of rewards, and the verifiers."""
     check_supervised(config)
     check_parts(config)
     verifiers = ", ".join(mixing.verifier_names(config.rewards.mix))
@@ -87,7 +97,7 @@ def data_and_rewards(config: Config) -> str:
 
 
 def reward_servers(config: Config) -> str:
-    """Those that are up serve the models that the verifiers need; the others start with the run."""
+    """Whether the reward servers that are up serve the models that the verifiers need; others start with the run."""
     names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
     servers = registry.servers_of(names, config.rewards)
     with Client(servers, config.rewards.client) as client:
@@ -97,12 +107,12 @@ def reward_servers(config: Config) -> str:
 
 
 def has_model(config: Config) -> bool:
-    """Whether this machine has the model's folder; if not, it is not the cluster, and its disk is not the run's."""
+    """Whether this machine has the model's folder. If not, it is not the cluster, and its disk is not the run's."""
     return (Path(config.model.path) / "config.json").is_file()
 
 
 def tokenizer(config: Config) -> str:
-    """Its size, its end-of-turn token and its chat template, where its files are."""
+    """The size of the tokenizer, its end-of-turn token and its chat template, if its files are on this machine."""
     folder = Path(config.model.path)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         if has_model(config):
@@ -112,24 +122,25 @@ def tokenizer(config: Config) -> str:
 
     from rollout import chat_layout
 
-    chat_layout.register()  # or transformers asks at the terminal whether to run the folder's code
-    found = AutoTokenizer.from_pretrained(folder)
-    if found.eos_token_id is None:
+    # Otherwise transformers asks at the terminal whether to run the folder's code.
+    chat_layout.register()
+    loaded = AutoTokenizer.from_pretrained(folder)
+    if loaded.eos_token_id is None:
         raise ConfigError(f"model.path={config.model.path!r}: the tokenizer has no eos_token, which ends a response")
-    if not found.chat_template:
+    if not loaded.chat_template:
         raise ConfigError(f"model.path={config.model.path!r}: the tokenizer has no chat template; add one")
     raw = json.loads((folder / "config.json").read_text())
     rows = (raw.get("text_config") or raw.get("llm_config") or raw)["vocab_size"]
-    if len(found) > rows:
+    if len(loaded) > rows:
         raise ConfigError(
-            f"model.path={config.model.path!r}: the tokenizer has {len(found)} tokens, the model's vocabulary {rows}: "
+            f"model.path={config.model.path!r}: the tokenizer has {len(loaded)} tokens, the model's vocabulary {rows}: "
             "take both from the same model"
         )
-    return f"{len(found)} tokens in a vocabulary of {rows}"
+    return f"{len(loaded)} tokens in a vocabulary of {rows}"
 
 
-def architecture(config: Config, found: list[Any]) -> str:
-    """Appends transformers' configuration of the model, and of its language model, to ``found``."""
+def architecture(config: Config, configs: list[Any]) -> str:
+    """Appends transformers' configuration of the model, and that of its language model, to ``configs``."""
     from megatron_ext.models import family
     from recipes.preflight import simulated_ranks
 
@@ -145,11 +156,12 @@ def architecture(config: Config, found: list[Any]) -> str:
                 "folder another name"
             )
     text = family(hf_config.architectures[0]).text_config(hf_config)
-    found += [hf_config, text]
+    configs += [hf_config, text]
     return f"{hf_config.architectures[0]}, from {source.name}"
 
 
 def context_length(config: Config, text: Any) -> str:
+    """The longest sequence against the positions that the model knows."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > text.max_position_embeddings:
         raise ConfigError(
@@ -160,11 +172,12 @@ def context_length(config: Config, text: Any) -> str:
 
 
 def attention_heads(config: Config, text: Any) -> str:
+    """How many attention heads the tensor-parallel size adds as padding."""
     from megatron_ext.weight_map import sharding_of
 
     tensor = config.parallel.tensor
     sharding = sharding_of(text, tensor, 0)
-    if sharding.padded_heads > MOST_PADDING * sharding.heads:
+    if sharding.padded_heads > MAX_PADDING * sharding.heads:
         fitting = [n for n in range(1, tensor) if sharding.groups % n == 0 and tensor % n == 0]
         raise ConfigError(
             f"parallel.tensor={tensor} does not divide {sharding.groups} KV heads: attention would be zero-padded from "
@@ -180,13 +193,17 @@ def attention_heads(config: Config, text: Any) -> str:
 
 
 def precision(config: Config, settings: Settings) -> str:
+    """Whether the device multiplies in the precision."""
     if config.precision.name == "fp8" and not settings.fp8:
         raise ConfigError(f"precision.name='fp8': {settings.device} has no FP8; use precision=bf16")
     return f"{config.precision.name} on {settings.device}"
 
 
 def batch(config: Config, report: Report) -> str:
-    """Of a step whose sequences all have full length: the most micro-batches that there can be."""
+    """The micro-batches of a step whose sequences all have the full length, which is their largest number.
+
+    Raises ConfigError if there are fewer than pipeline stages.
+    """
     from megatron_ext.packing import plan
     from megatron_ext.weight_map import round_up
 
@@ -216,6 +233,7 @@ def batch(config: Config, report: Report) -> str:
 
 
 def rollout(config: Config, text: Any) -> str:
+    """Whether the engines' tensor-parallel size and KV cache fit the model and the longest sequence."""
     if not generates(config):
         return "no engine is started"
     from recipes.preflight import memory as sizes
@@ -243,14 +261,15 @@ def rollout(config: Config, text: Any) -> str:
 
 
 def images(config: Config, hf_config: Any) -> str:
-    """The largest image that the processor makes must leave room in the prompt."""
+    """Whether the largest image that the processor makes leaves room in the prompt."""
     if not hasattr(hf_config, "vision_config"):
         return "a text model"
     file = Path(config.model.path) / "preprocessor_config.json"
     if not file.is_file():
         return f"not looked at: {file} is not on this machine"
     processor = json.loads(file.read_text())
-    if hasattr(hf_config, "image_seq_length"):  # InternVL3: tiles, and one of the whole image
+    # InternVL3: tiles, and one more of the complete image.
+    if hasattr(hf_config, "image_seq_length"):
         limit = f"max_patches={processor['max_patches']}"
         tokens = (processor["max_patches"] + 1) * hf_config.image_seq_length
     else:
@@ -267,7 +286,7 @@ def images(config: Config, hf_config: Any) -> str:
 
 
 def every_prompt(config: Config) -> str:
-    """Each prompt as the run will make it: its length, its images. Every image is read and resized once."""
+    """Processes each prompt as the run does: its length and its images, each of which is read and resized once."""
     if not has_model(config):
         return f"not looked at: {config.model.path} is not on this machine"
     from recipes.data.processor import ImageLimits, PromptProcessor, check_rows
@@ -281,7 +300,8 @@ def every_prompt(config: Config) -> str:
         for source in (config.data.prompts, config.data.evaluation)
     ]
     if "sft" in config.stage.trains:
-        mark, longest = config.rollout.thinking_marks[0], config.parallel.micro_batch_tokens
+        mark = config.rollout.thinking_marks[0]
+        longest = config.parallel.micro_batch_tokens
         judge = config.stage.sft.judge
         for source in filter(None, (config.data.sft, config.stage.sft.held_out)):
             counts.append(f"{check_examples(processor, source, judge, mark, longest)} of {source_names(source)}")
@@ -289,7 +309,7 @@ def every_prompt(config: Config) -> str:
 
 
 def layout(config: Config, hf_config: Any, report: Report) -> str:
-    """Divisibility of layers, heads, feed-forward widths and vision tower, as ``model.build`` checks it."""
+    """Whether the parallel sizes divide layers, heads, feed-forward layers and vision tower, as for ``model.build``."""
     from megatron_ext import model
     from megatron_ext.models import family
     from recipes.preflight import simulated_ranks
@@ -297,16 +317,17 @@ def layout(config: Config, hf_config: Any, report: Report) -> str:
     cut = config.parallel
     report.layout = asdict(cut) | {"data": cut.data_parallel(config.cluster.ranks)}
     model.check(hf_config, cut)
-    with simulated_ranks.rank(0, config.cluster.ranks, cut):  # sizes against each other and the world
+    # Joining the simulated world checks the sizes against each other and against its number of ranks.
+    with simulated_ranks.rank(0, config.cluster.ranks, cut):
         family(hf_config.architectures[0]).param_mappings(hf_config, cut.tensor, 0)
     sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} x data {report.layout['data']}"
     return f"{config.cluster.ranks} ranks: {sizes}"
 
 
-def colocated_judges(config: Config, settings: Settings, found: list[memory_plan.Judges]) -> str:
-    """Appends what the servers on the trainer's GPUs need to ``found``."""
-    found.append(memory_plan.judges(config, settings))
-    shown = ", ".join(f"{name} {fraction:g}" for name, fraction in found[0].fractions.items())
+def colocated_judges(config: Config, settings: Settings, judges: list[memory_plan.Judges]) -> str:
+    """Appends the memory of the reward servers on the trainer's GPUs to ``judges``."""
+    judges.append(memory_plan.judges(config, settings))
+    shown = ", ".join(f"{name} {fraction:g}" for name, fraction in judges[0].fractions.items())
     return f"on the trainer's GPUs, of each: {shown}" if shown else "none is on the trainer's GPUs"
 
 
@@ -318,8 +339,10 @@ def build(
     report: Report,
     say: Callable[[str], None],
 ) -> str:
-    """Each distinct rank's model: parameters, memory, and which Hugging Face tensors it holds. ``judges`` is empty
-    where their check failed: then they are left out."""
+    """Builds the model of each distinct rank and adds up parameters, memory, and the Hugging Face tensors it holds.
+
+    ``judges`` is empty if their check failed; they are then not counted.
+    """
     from megatron_ext import hf_checkpoint, scalar_head
     from recipes.algorithms.registry import requirements
     from recipes.preflight import simulated_ranks
@@ -339,9 +362,10 @@ def build(
     if requirements(config.algorithm).values:
         path = config.critic.path
         critic_config = scalar_head.scalar_config(hf_checkpoint.config(path) if path else hf_config)
-    beside = judges[0] if judges else memory_plan.Judges(0, 0, 0, {})
+    judges_memory = judges[0] if judges else memory_plan.Judges(0, 0, 0, {})
     report.phases = memory_plan.on_device(config)
-    coverage, of_critic = simulated_ranks.Coverage(), simulated_ranks.Coverage()
+    coverage = simulated_ranks.Coverage()
+    critic_coverage = simulated_ranks.Coverage()
     layers: dict[int, list[int]] = {}
     ranks = simulated_ranks.distinct_ranks(config.cluster.ranks, cut)
     for n, number in enumerate(ranks):
@@ -355,39 +379,40 @@ def build(
             fp8_alignment(config, built)
             coverage.add(built)
             if critic:
-                of_critic.add(critic)
+                critic_coverage.add(critic)
             place = {"pp": here.pipeline_rank, "tp": here.tensor_rank}
             parameters = [p for chunk in built.chunks for p in chunk.module.parameters()]
             report.parameters_per_rank.append({**place, "count": sum(p.numel() for p in parameters)})
-            memory = memory_plan.rank_memory(config, built, critic, settings, total, beside)
+            memory = memory_plan.rank_memory(config, built, critic, settings, total, judges_memory)
             report.memory_gib.append({**place, **memory.gib(report.phases)})
             decoders = [getattr(chunk.module, "language", chunk.module).decoder for chunk in built.chunks]
             layers[here.pipeline_rank] = [len(decoder.layers) for decoder in decoders]
     report.parameters_total = total
     report.hf_tensors = coverage.compare(expected, hf_config.tie_word_embeddings)
     if critic_config:
-        report.critic_tensors = of_critic.compare(simulated_ranks.checkpoint_tensors(critic_config), tied=False)
+        report.critic_tensors = critic_coverage.compare(simulated_ranks.checkpoint_tensors(critic_config), tied=False)
     report.engine_gib = memory_plan.engine_gib(config, hf_config, total)
-    report.host_gib = memory_plan.on_host(config, report.memory_gib, beside)
+    report.host_gib = memory_plan.on_host(config, report.memory_gib, judges_memory)
     shown = " | ".join(" + ".join(map(str, chunks)) for chunks in layers.values())
     return f"{len(ranks)} distinct ones; layers on the pipeline's stages {shown}"
 
 
 def every_tensor(report: Report) -> str:
-    """Every element of every Hugging Face tensor lies exactly once in one replica."""
+    """Whether one replica holds every element of every Hugging Face tensor exactly once."""
     assert report.hf_tensors is not None
-    for whose, found in (("", report.hf_tensors), ("the critic's ", report.critic_tensors or {})):
-        for field_name in ("missing", "unexpected", "duplicated"):
-            if names := found.get(field_name):
+    for owner, comparison in (("", report.hf_tensors), ("the critic's ", report.critic_tensors or {})):
+        for problem in ("missing", "unexpected", "duplicated"):
+            names = comparison.get(problem)
+            if names:
                 raise ConfigError(
-                    f"{whose}{len(names)} tensors {field_name}, the first is {names[0]!r}: the family's table in "
+                    f"{owner}{len(names)} tensors {problem}, the first is {names[0]!r}: the family's table in "
                     "megatron_ext/models/ does not fit this model"
                 )
     return f"{report.hf_tensors['covered']} tensors, {report.parameters_total:,} parameters, each exactly once"
 
 
 def fp8_alignment(config: Config, built: Any) -> None:
-    """Both sides of each of the decoder's matrices, as they are on this rank."""
+    """Raises ConfigError if a side of one of the decoder's local matrices is no multiple of ``FP8_MULTIPLE``."""
     if config.precision.name != "fp8":
         return
     for shard in built.shards:
@@ -400,12 +425,13 @@ def fp8_alignment(config: Config, built: Any) -> None:
 
 
 def disk_space(config: Config, report: Report) -> str:
-    """For the checkpoints that are kept, one that is being written, and the exported models."""
+    """Whether the disk has room for the checkpoints that are kept, one that is being written, and exported models."""
     if report.parameters_total is None:
         raise ConfigError("the number of parameters is not known: see the checks before")
     from recipes.algorithms.registry import requirements
 
-    trained = 2 if requirements(config.algorithm).values else 1  # a critic is taken to be of the policy's size
+    # A critic counts as large as the policy.
+    trained = 2 if requirements(config.algorithm).values else 1
     kept = CHECKPOINT_BYTES * trained * (config.checkpoint.keep + 1)
     need = report.parameters_total * (kept + 2 * len(config.stage.trains))
     text = (

@@ -1,12 +1,12 @@
-"""Memory of one rank: exact for weights, gradients and optimiser, by formula for what a micro-batch leaves behind.
+"""Device memory of one rank in bytes: exact for weights, gradients and optimiser, by formula for activations.
 
-Weights, gradients and optimiser states are read from the built model: its parameters' storages and Megatron-Core's own
-buffer layout, padding included. It may be built without memory (``simulation``); the sizes are the same.
+Weights, gradients and optimiser states are read from the built model: from the storages of its parameters and from
+Megatron-Core's buffers, padding included. A model built without memory (``simulated_ranks``) has the same sizes.
 
 Activations follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv
 2205.05198), table 2 and section 5, adapted to grouped-query attention, SwiGLU, no dropout, and flash attention, which
-keeps its inputs, its output and one number for each head and token instead of the scores. The CPU platform keeps more;
-its own terms are beside those of CUDA. All sizes are in bytes.
+saves its inputs, its output and one number per head and token instead of the scores. ``fused_kernels`` is the
+capability of the platform: without them more is saved.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,8 +24,15 @@ INT64 = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """What one micro-batch brings to a rank: ``tokens`` of this context-parallel rank, of which ``predicting`` predict
-    a response token; the padded length of the ``longest`` of its ``sequences``; ``patches`` of images in the pack."""
+    """The sizes of one micro-batch on a rank.
+
+    Attributes:
+        tokens: tokens of this context-parallel rank.
+        predicting: those of them that predict a response token.
+        sequences: sequences in the pack.
+        longest: padded length of the longest sequence.
+        patches: patches of images in the pack.
+    """
 
     tokens: int
     predicting: int
@@ -36,11 +43,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. ``activations`` are those kept for the backward pass at their peak, ``workspace`` is what
-    comes and goes within one layer; ``vllm`` is the engine's weights and buffers. ``critic``: what a critic's weights,
-    gradients and optimiser add at the peak of training, ``critic_idle`` what they leave while the engine generates,
-    ``critic_asleep`` what an offloaded one then has on the host. ``judges``: of servers on the same device,
-    ``judges_asleep`` what they leave there. A phase (``recipes.preflight.memory_plan``) has some of them."""
+    """Bytes on one device, by use. ``memory_plan`` says which of them are on the device in each phase of a step.
+
+    Attributes:
+        weights: the policy's parameters.
+        gradients: Megatron-Core's gradient buffers.
+        optimizer: FP32 masters and moments.
+        activations: saved for the backward pass, at their peak.
+        logits: of the last pipeline stage.
+        workspace: temporary tensors within one layer.
+        kv_cache: the engine's KV cache.
+        vllm: the engine's weights and buffers.
+        reserve: CUDA context, NCCL buffers, fragmentation.
+        critic: what a critic's weights, gradients and optimiser add at the peak of training.
+        critic_idle: what they occupy while the engine generates.
+        critic_asleep: what an offloaded critic then occupies on the host.
+        judges: reward servers on the same device.
+        judges_asleep: what they occupy while they sleep.
+    """
 
     weights: int
     gradients: int
@@ -58,37 +78,38 @@ class Memory:
     judges_asleep: int
 
     def gib(self, phases: Mapping[str, Iterable[str]]) -> dict[str, float]:
-        """Each part, the sum of each phase's parts, and the greatest of these as ``total``, in GiB."""
+        """Each field, the sum of each phase's fields, and the largest sum as ``total``, in GiB."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         sums = {phase: sum(parts[name] for name in names) for phase, names in phases.items()}
         return {name: round(size / 2**30, 3) for name, size in (parts | sums | {"total": max(sums.values())}).items()}
 
 
-def critic(policy: Model, beside: Model | None, offload: bool) -> tuple[int, int, int]:
-    """A critic's bytes on the fullest rank as ``Memory`` has them: training, idle, and on the host; 0 without one.
+def critic_bytes(policy: Model, critic: Model | None, offload: bool) -> tuple[int, int, int]:
+    """``critic``, ``critic_idle`` and ``critic_asleep`` of ``Memory``, on the largest rank; zeros without a critic.
 
-    With ``offload`` it takes the place of the policy's gradients and optimiser while it is trained, and of nothing at
-    other times. The policy's activations and logits stand for the critic's, which are not more.
+    An offloaded critic replaces the policy's gradients and optimiser on the device while it is trained, and is on the
+    host at other times. Its activations and logits are not larger than the policy's, which are counted.
     """
-    if beside is None:
+    if critic is None:
         return 0, 0, 0
-    own = weights(beside) + gradients(beside) + fullest_optimizer(beside)
+    total = weights(critic) + gradients(critic) + fullest_optimizer(critic)
     if offload:
-        return max(0, own - gradients(policy) - fullest_optimizer(policy)), 0, own - gradients(beside)
-    return own, own, 0
+        added = max(0, total - gradients(policy) - fullest_optimizer(policy))
+        return added, 0, total - gradients(critic)
+    return total, total, 0
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind the tensors."""
+    """Bytes of the distinct storages of the tensors."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def weights(model: Model) -> int:
-    """Parameters as they are stored: trained ones in DDP's padded buffers under the distributed optimiser.
+    """Parameters as stored; with the distributed optimiser, trained ones are in DDP's padded buffers.
 
-    FP8 adds Transformer Engine's copies of the decoder's matrices, as they are and transposed, a byte each; where the
-    parameters themselves are kept in FP8, these two take the place of the 16-bit one.
+    FP8 adds Transformer Engine's two copies of the decoder's matrices, one of them transposed, of a byte per element.
+    If the parameters themselves are stored in FP8, the two copies replace the 16-bit parameter.
     """
     stored = storage_bytes(t for chunk in model.chunks for t in (*chunk.module.parameters(), *chunk.module.buffers()))
     if model.config.fp8 and not model.config.fp8_param:
@@ -103,16 +124,17 @@ def gradients(model: Model) -> int:
 
 
 def optimizer(model: Model, data_rank: int) -> int:
-    """FP32 master weights (of 16-bit parameters; an FP32 parameter is its own) and Adam's two moments.
+    """FP32 masters of 16-bit parameters and Adam's two moments; an FP32 parameter is its own master.
 
-    ``data_rank``: place among the ranks that share the optimiser's states, data- and context-parallel ones. A rank owns
-    an equal range of each bucket; where a range ends within a parameter, it owns a part of it, and no padding.
+    ``data_rank`` is the place among the data- and context-parallel ranks that share the states. Each rank owns an equal
+    range of each bucket, which may end within a parameter. Padding has no states.
     """
     total = 0
     for chunk in model.chunks:
         for buffer in chunk.buffers:
             size = FP32 * (2 if buffer.param_dtype is torch.float32 else 3)
-            ranks = buffer.data_parallel_group.size() if chunk.ddp_config.use_distributed_optimizer else 1
+            sharded = chunk.ddp_config.use_distributed_optimizer
+            ranks = buffer.data_parallel_group.size() if sharded else 1
             for start, end, bucket in buffer.param_index_map.values():
                 first, last = buffer.bucket_indices[bucket]
                 share = (last - first) // ranks
@@ -122,13 +144,13 @@ def optimizer(model: Model, data_rank: int) -> int:
 
 
 def fullest_optimizer(model: Model) -> int:
-    """``optimizer`` of the rank with most of it."""
+    """``optimizer`` of the rank that owns the most."""
     ranks = max((b.data_parallel_group.size() for c in model.chunks for b in c.buffers), default=1)
     return max(optimizer(model, rank) for rank in range(ranks))
 
 
 def layer(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
-    """What one decoder layer keeps for its backward pass, ``recompute_granularity`` None."""
+    """What one decoder layer saves for its backward pass without full recompute."""
     kept = _norms_and_mlp(config, shape, fused_kernels) + attention(config, shape, fused_kernels)
     if config.qk_layernorm:
         heads = (config.num_attention_heads + config.num_query_groups) // config.tensor_model_parallel_size
@@ -137,17 +159,17 @@ def layer(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
 
 
 def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
-    """Both norms, the inputs of the joint projection and of the feed-forward layer, and what is inside the latter."""
+    """Both norms, the inputs of the QKV projection and of the feed-forward layer, and the tensors inside the latter."""
     local = _local(config, shape)
     linear_input = 1 if config.fp8 else local.size
     norms = 2 * _norm(config, local.cut, config.hidden_size, fused_kernels)
     linear_inputs = 2 * local.cut * config.hidden_size * linear_input
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     if fused_kernels:
-        # The fused activation keeps its input, for SwiGLU both halves; its output is kept as the next layer's input.
+        # The fused activation saves its input, for SwiGLU both halves; its output is saved as the next layer's input.
         mlp = shape.tokens * ffn * ((2 if config.gated_linear_unit else 1) * local.size + linear_input)
     else:
-        # SwiGLU as Megatron-Core writes it: gate and up, silu(gate), up + 0, and their product. Else input and output.
+        # Megatron-Core's unfused SwiGLU saves gate and up, silu(gate), up + 0, and the product; GELU input and output.
         mlp = shape.tokens * ffn * (5 if config.gated_linear_unit else 2) * local.size
     return norms + linear_inputs + mlp
 
@@ -155,14 +177,17 @@ def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool)
 def attention(
     config: TransformerConfig, shape: Shape, fused_kernels: bool, rotates: bool = True, causal: bool = True
 ) -> int:
-    """From the rotated query, key and value to the output projection's input."""
+    """What attention saves, from the rotated query, key and value to the input of the output projection.
+
+    ``rotates``: whether there are rotary embeddings; ``causal``: whether the mask is one for all sequences.
+    """
     local = _local(config, shape)
     inputs = shape.tokens * (local.query + 2 * local.group) * local.size
     output = shape.tokens * local.query * local.size
     heads = local.query // config.kv_channels
     if fused_kernels:
         if config.recompute_granularity == "selective":
-            # The value is a cut of the joint projection and keeps it all alive.
+            # The value is a view of the QKV projection's output and keeps all of it alive.
             return inputs + shape.tokens * (local.query + local.group) * local.size + output
         return inputs + output + heads * shape.tokens * FP32
     # Sines and cosines, of query and key.
@@ -178,8 +203,14 @@ def attention(
 
 @dataclass(frozen=True)
 class _Local:
-    """Per rank: bytes of an element, tokens between the tensor-parallel regions, widths of query and of one of key and
-    value."""
+    """Sizes per rank.
+
+    Attributes:
+        size: bytes of an element.
+        cut: tokens between the tensor-parallel regions; sequence parallelism divides them.
+        query: width of the query.
+        group: width of the key, and of the value.
+    """
 
     size: int
     cut: int
@@ -198,8 +229,10 @@ def _local(config: TransformerConfig, shape: Shape) -> _Local:
 
 
 def _norm(config: TransformerConfig, rows: int, width: int, fused_kernels: bool) -> int:
-    """An RMS norm's input and the scale of each row, a layer norm's mean too. torch's own RMS norm, on a CPU, keeps
-    FP32 copies of input and output."""
+    """A norm's input and the scale of each row, for a layer norm also its mean.
+
+    torch's own RMS norm, on a CPU, saves FP32 copies of input and output instead.
+    """
     if config.normalization == "LayerNorm":
         return rows * (width * config.params_dtype.itemsize + 2 * FP32)
     if fused_kernels:
@@ -208,11 +241,12 @@ def _norm(config: TransformerConfig, rows: int, width: int, fused_kernels: bool)
 
 
 def in_flight(model: Model, micro_batches: int) -> int:
-    """Forward passes of one model chunk whose backward pass is still to come, at the peak on this pipeline rank.
+    """Forward passes of one model chunk that await their backward pass, at the peak on this pipeline rank.
 
-    One forward, one backward behind a warm-up (``get_pp_rank_microbatches`` of Megatron-Core's schedules).
+    The schedule is one forward, one backward after a warm-up (``get_pp_rank_microbatches`` of Megatron-Core).
     """
-    layout, stage = model.parallel.config, model.parallel.pipeline_rank
+    layout = model.parallel.config
+    stage = model.parallel.pipeline_rank
     warmup = layout.pipeline - stage - 1
     if layout.virtual_pipeline > 1:
         warmup = 2 * warmup + (layout.virtual_pipeline - 1) * layout.pipeline
@@ -220,7 +254,10 @@ def in_flight(model: Model, micro_batches: int) -> int:
 
 
 def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: bool) -> int:
-    """Kept for the backward pass at the peak, logits apart (see ``logits``)."""
+    """Saved for the backward pass at the peak, without ``logits``.
+
+    ``micro_batches``: of one step on this rank.
+    """
     config = model.config
     local = _local(config, shape)
     row = local.cut * config.hidden_size * local.size
@@ -230,9 +267,10 @@ def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: b
     deepest = max(len(decoder.decoder.layers) for decoder in decoders)
     chunk = deepest * (row if full else per_layer)
     if model.parallel.config.pipeline > 1:
-        chunk += row  # what goes to the next stage is kept for the call of backward
-    tower, remade = vision(model, shape, fused_kernels)
-    total = in_flight(model, micro_batches) * chunk + max(per_layer if full else 0, remade)
+        # The output sent to the next stage is kept for the call of backward.
+        chunk += row
+    tower, recomputed = vision(model, shape, fused_kernels)
+    total = in_flight(model, micro_batches) * chunk + max(per_layer if full else 0, recomputed)
     if any(decoder.pre_process for decoder in decoders):
         total += in_flight(model, micro_batches) * (shape.tokens * INT64 + tower)
     if any(decoder.post_process for decoder in decoders):
@@ -241,24 +279,27 @@ def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: b
 
 
 def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
-    """What the vision tower keeps for ``patches`` of one image, and what full recompute makes again at a time.
+    """What the vision tower saves for ``shape.patches`` of one image, and what full recompute recomputes at a time.
 
-    A frozen one keeps nothing, as pixels have no gradient. The projector, for each token: the norm's input and output,
-    the first layer's output and the second's input.
+    A frozen tower saves nothing, because pixels have no gradient. The projector saves, for each token, the input and
+    output of the norm, the first layer's output and the second layer's input.
     """
     tower: Any = getattr(model.chunks[0].module, "vision", None)
     if tower is None or not shape.patches:
         return 0, 0
-    config, size = tower.config, model.config.params_dtype.itemsize
+    config = tower.config
+    size = model.config.params_dtype.itemsize
     inner, width = next(p.shape for p in tower.projector.parameters() if p.dim() == 2)
-    tokens = shape.patches // 4  # both families merge two by two patches into one token
+    # Both families merge 2 x 2 patches into one token.
+    tokens = shape.patches // 4
     norm = tokens * width * size
     if any(isinstance(module, torch.nn.RMSNorm) for module in tower.projector.children()):
         norm = _norm(config, shape.patches, config.hidden_size, fused_kernels)
     kept = norm + tokens * (width + 2 * inner) * size
     if not any(p.requires_grad for n, p in tower.named_parameters() if not n.startswith("projector.")):
         return kept, 0
-    kept += shape.patches * next(p[0].numel() for p in tower.parameters() if p.dim() > 3) * size  # pixels
+    # The pixels, in as many numbers per patch as the embedding's convolution has.
+    kept += shape.patches * next(p[0].numel() for p in tower.parameters() if p.dim() > 3) * size
     packs = [Shape(count * longest, 0, count, longest) for count, longest in tower.sequences_per_layer(shape.patches)]
     layers = [
         _norms_and_mlp(config, pack, fused_kernels)
@@ -272,12 +313,15 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
 
 
 def logits(model: Model, shape: Shape) -> int:
-    """Of the last stage: the selected hidden states; FP32 logits, which become the softmax and then the gradient in
-    place, and their 16-bit copy on the way in and on the way back; indices. A scalar head has no logits: the selected
-    states, and their FP32 copy."""
+    """Of the last pipeline stage, 0 on the others.
+
+    The selected hidden states; FP32 logits, which become the softmax and then the gradient in place; a 16-bit copy of
+    them in the forward pass and in the backward pass; indices. A scalar head has the selected states and an FP32 copy.
+    """
     if not model.parallel.is_last_stage:
         return 0
-    config, size = model.config, model.config.params_dtype.itemsize
+    config = model.config
+    size = config.params_dtype.itemsize
     rows = shape.predicting
     if model.is_scalar:
         return rows * (config.hidden_size * (size + (FP32 if size < FP32 else 0)) + INT64)
@@ -286,8 +330,11 @@ def logits(model: Model, shape: Shape) -> int:
 
 
 def workspace(model: Model, shape: Shape) -> int:
-    """What comes and goes in one layer's backward pass; our upper estimate: the feed-forward layer's gathered input and
-    its gradient, the gradients of gate, up and their product, and the largest weight's gradient before it is added."""
+    """Temporary tensors of one layer's backward pass, our upper estimate.
+
+    The feed-forward layer's gathered input and its gradient, the gradients of gate, up and their product, and the
+    largest weight's gradient before it is added to the buffer.
+    """
     config = model.config
     size = config.params_dtype.itemsize
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
@@ -297,7 +344,10 @@ def workspace(model: Model, shape: Shape) -> int:
 
 
 def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:
-    """Key and value of one token on one of ``tensor`` engine ranks; vLLM repeats heads where there are too few."""
+    """Bytes of key and value of one token on one of ``tensor`` engine ranks, ``size`` bytes per element.
+
+    vLLM repeats key-value heads if there are fewer than ranks.
+    """
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -307,9 +357,20 @@ def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:
 def engine(
     text: Any, parameters: int, tensor: int, batched_tokens: int, sequences: int, size: int = 2, fp8: bool = False
 ) -> int:
-    """A vLLM rank's weights, and our estimate of its buffers: one layer's for ``batched_tokens``, and FP32 logits and
-    their probabilities for ``sequences``. ``fp8``: the decoder's matrices have one byte an element there, and room for
-    one layer of them before and after they are quantised (``rollout/weight_sync/quantised.py``)."""
+    """A vLLM rank's weights and our estimate of its buffers.
+
+    Buffers are those of one layer for ``batched_tokens``, and FP32 logits and probabilities for ``sequences``.
+
+    Args:
+        text: the language model's configuration.
+        parameters: of the complete model.
+        tensor: tensor-parallel size of the engine.
+        batched_tokens: tokens of one step of the engine.
+        sequences: sequences of one step.
+        size: bytes of a weight.
+        fp8: whether the decoder's matrices have one byte per element. They then need room for one layer of them before
+            and after quantisation (``rollout/weight_sync/quantised.py``).
+    """
     layer_buffers = batched_tokens * (4 * text.hidden_size + 3 * text.intermediate_size // tensor) * size
     weights = parameters * size
     if fp8:
@@ -319,7 +380,7 @@ def engine(
 
 
 def decoder_matrices(text: Any) -> int:
-    """Elements of one decoder layer's matrices: query, key, value and output, gate, up and down."""
+    """Elements of one decoder layer's matrices: query, key, value, output, gate, up and down."""
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads

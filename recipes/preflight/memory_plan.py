@@ -1,7 +1,7 @@
-"""What stands on a GPU in each phase of a step, and what is asleep on its node's host: the preflight's memory part.
+"""What is on a GPU in each phase of a step, and what is offloaded to its node's host.
 
-The phases: engines generate; judges that share the GPUs judge (others do it meanwhile); the trainer trains; the weights
-are synced. All sizes are in GiB where a name says so, else in bytes.
+The phases: engines generate; colocated judges judge (disaggregated ones judge while engines generate); the trainer
+trains; the weights are synced. Sizes are in GiB where a name says so, otherwise in bytes.
 """
 
 import math
@@ -26,8 +26,14 @@ VLLM_UTILIZATION = 0.92  # vLLM's default
 
 @dataclass(frozen=True)
 class Judges:
-    """Of the servers that share GPUs with the trainer, bytes: on the fullest GPU ``awake`` and ``asleep``, and
-    ``weights`` on a node's host while they are. ``fractions``: of a GPU, by server."""
+    """Bytes of the reward servers that share GPUs with the trainer.
+
+    Attributes:
+        awake: on the fullest GPU while they judge.
+        asleep: on that GPU while they sleep.
+        weights: on a node's host while they sleep.
+        fractions: server → share of a GPU's memory.
+    """
 
     awake: int
     asleep: int
@@ -36,49 +42,57 @@ class Judges:
 
 
 def on_device(config: Config) -> dict[str, list[str]]:
-    """Phase → the parts of ``recipes.preflight.memory.Memory`` that are on the device."""
+    """Phase → the fields of ``recipes.preflight.memory.Memory`` that are on the device."""
     colocated = config.rewards.placement == rewards.COLOCATED
     states = ["weights"] if config.optimizer.offload else ["weights", "gradients", "optimizer"]
-    idle, engine = [*states, "critic_idle"], ["vllm", "kv_cache"]
-    resting = [] if config.rollout.sleep else engine
+    idle = [*states, "critic_idle"]
+    engine = ["vllm", "kv_cache"]
+    idle_engine = [] if config.rollout.sleep else engine
     asleep = ["judges_asleep", "reserve"]
     trained = ["weights", "gradients", "optimizer", "critic", "activations", "logits", "workspace"]
-    return {
-        "generating": [*idle, *engine, *asleep],
-        **({"judging": [*idle, *resting, "judges", "reserve"]} if colocated else {}),
-        "training": [*trained, *resting, *asleep],
-        "syncing": [*idle, *(resting or ["vllm"]), *asleep],  # the cache wakes behind it
-    }
+    phases = {"generating": [*idle, *engine, *asleep]}
+    if colocated:
+        phases["judging"] = [*idle, *idle_engine, "judges", "reserve"]
+    phases["training"] = [*trained, *idle_engine, *asleep]
+    # A sleeping engine wakes its weights for the sync, and its cache after it.
+    phases["syncing"] = [*idle, *(idle_engine or ["vllm"]), *asleep]
+    return phases
 
 
 def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> dict[str, dict[str, float]]:
-    """Phase → what is asleep on a node's host, in GiB: at most, as if all of a node's ranks were the fullest.
+    """Phase → name → GiB that are offloaded to a node's host.
 
-    The reference policy is there in all phases, and the policy's own weights while the reference takes their place.
+    An upper bound: all ranks of the node count as the largest.
+    The reference policy is there in all phases, and the policy's weights while the reference replaces them.
     """
     gpus = config.cluster.ranks // config.cluster.nodes
     weights, optimizer, critic = (max(r[name] for r in ranks) for name in ("weights", "optimizer", "critic_asleep"))
-    turns = max(critic, optimizer) if critic else 0.0  # while one of them works the other is there
-    found = {}
+    # While the critic is trained the policy's optimiser is on the host, and the other way round.
+    critic_or_optimizer = max(critic, optimizer) if critic else 0.0
+    host: dict[str, dict[str, float]] = {}
     for phase in on_device(config):
         training = phase == "training"
-        found[phase] = {
+        sizes = {
             "reference": weights * gpus * (2 if training else 1),
             "optimizer": optimizer * gpus if config.optimizer.offload and not training else 0.0,
-            "critic": (turns if training else critic) * gpus,
+            "critic": (critic_or_optimizer if training else critic) * gpus,
             "judges": 0.0 if phase == "judging" else judges.weights / GIB,
         }
-    return {phase: {name: round(size, 3) for name, size in parts.items() if size} for phase, parts in found.items()}
+        host[phase] = {name: round(size, 3) for name, size in sizes.items() if size}
+    return host
 
 
 def judges(config: Config, settings: Settings) -> Judges:
-    """Raises ConfigError for a server that needs more GPUs than a node has, or more memory for its weights than it may
-    take of them."""
+    """The memory of colocated judges; zeros if judges are disaggregated.
+
+    Raises ConfigError for a server that needs more GPUs than a node has, or more memory than its share for its weights.
+    """
     if config.rewards.placement != rewards.COLOCATED:
         return Judges(0, 0, 0, {})
     gpus = config.cluster.ranks // config.cluster.nodes - config.rewards.supervisor.first_device
     room = settings.device_memory_gib * GIB
-    fractions, weights = {}, 0
+    fractions = {}
+    weights = 0
     for server in rewards.used(config.rewards):
         if platform.capabilities(config.cluster.platform).has_gpus and server.replicas * server.tensor > gpus:
             raise ConfigError(
@@ -86,20 +100,22 @@ def judges(config: Config, settings: Settings) -> Judges:
                 f"{gpus} from rewards.supervisor.first_device on (rewards.placement=colocated: all are on each node); "
                 "use fewer"
             )
-        fraction = fractions[server.name] = utilization(server)
-        own = judge_weights(server, int(fraction * room))
-        if own > fraction * room * server.tensor:
+        fraction = utilization(server)
+        fractions[server.name] = fraction
+        replica_weights = judge_weights(server, int(fraction * room))
+        if replica_weights > fraction * room * server.tensor:
+            per_gpu = replica_weights / server.tensor / GIB
             raise ConfigError(
-                f"rewards.servers.{server.name}: {own / server.tensor / GIB:.1f} GiB of weights on each of its GPUs, "
+                f"rewards.servers.{server.name}: {per_gpu:.1f} GiB of weights on each of its GPUs, "
                 f"{UTILIZATION} {fraction:g} lets it have {fraction * room / GIB:.1f}: give it more, or a larger tensor"
             )
-        weights += server.replicas * own
+        weights += server.replicas * replica_weights
     asleep = int(len(fractions) * settings.asleep_gib * GIB)
     return Judges(int(sum(fractions.values()) * room), asleep, weights, fractions)
 
 
 def utilization(server: Server) -> float:
-    """The share of a GPU that the server's vLLM takes. Raises ConfigError."""
+    """The share of a GPU's memory that the server's vLLM uses. Raises ConfigError if its argument is no number."""
     arguments = [word for argument in server.arguments for word in argument.split("=", 1)]
     if UTILIZATION not in arguments:
         return VLLM_UTILIZATION
@@ -112,21 +128,29 @@ def utilization(server: Server) -> float:
 
 
 def judge_weights(server: Server, most: int) -> int:
-    """Bytes of a replica's weights: of its folder's files; of a known architecture in BF16; else all that it may take
-    of its GPUs, ``most`` of each."""
+    """Bytes of a replica's weights.
+
+    From the files of its folder, or from a published architecture in BF16. If neither is known, all of its share of
+    its GPUs, which is ``most`` on each.
+    """
     from recipes.preflight import simulated_ranks
 
-    if files := list(Path(server.model).glob("*.safetensors")):
+    files = list(Path(server.model).glob("*.safetensors"))
+    if files:
         return sum(file.stat().st_size for file in files)
-    known = published_config(server.model)
-    if known is None:
+    hf_config = published_config(server.model)
+    if hf_config is None:
         return most * server.tensor
-    shapes = simulated_ranks.checkpoint_tensors(known).values()
+    shapes = simulated_ranks.checkpoint_tensors(hf_config).values()
     return BF16 * sum(math.prod(shape) for shape in shapes)
 
 
 def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, parameters: int, judges: Judges) -> Any:
-    """Of a micro-batch filled to the brim: as many sequences of full length as it takes, or of images alone."""
+    """``memory.Memory`` of the rank with the model ``built``, for the largest possible micro-batch.
+
+    It is full of sequences of the full length, or of images only. ``critic`` is the rank's critic or None,
+    ``parameters`` the number of the complete policy.
+    """
     from megatron_ext.models import family
     from megatron_ext.weight_map import round_up
     from recipes.preflight import memory as sizes
@@ -138,8 +162,8 @@ def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, par
     shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // longest, longest, patches=4 * c.micro_batch_tokens)
     per_rank = samples_per_step(config) // c.data_parallel(config.cluster.ranks)
     text = family(built.hf_config.architectures[0]).text_config(built.hf_config)
-    here = settings.engines == "colocated"
-    critic_bytes, critic_idle, critic_asleep = sizes.critic(built, critic, config.critic.offload)
+    colocated = settings.engines == "colocated"
+    critic_bytes, critic_idle, critic_asleep = sizes.critic_bytes(built, critic, config.critic.offload)
     return sizes.Memory(
         weights=sizes.weights(built),
         gradients=sizes.gradients(built),
@@ -147,8 +171,8 @@ def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, par
         activations=sizes.activations(built, shape, per_rank, fused_kernels),
         logits=sizes.logits(built, shape),
         workspace=sizes.workspace(built, shape),
-        kv_cache=int(config.rollout.kv_cache_gib * 2**30) if here else 0,
-        vllm=engine_bytes(config, text, parameters) if here else 0,
+        kv_cache=int(config.rollout.kv_cache_gib * 2**30) if colocated else 0,
+        vllm=engine_bytes(config, text, parameters) if colocated else 0,
         reserve=int(settings.reserve_gib * 2**30),
         critic=critic_bytes,
         critic_idle=critic_idle,
@@ -159,15 +183,17 @@ def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, par
 
 
 def engine_bytes(config: Config, text: Any, parameters: int) -> int:
+    """Weights and buffers of one engine's device, without the KV cache."""
     from recipes.preflight import memory as sizes
 
-    c, size = config.rollout, 4 if config.precision.name == "fp32" else 2
+    c = config.rollout
+    size = 4 if config.precision.name == "fp32" else 2
     fp8 = c.quantization is not None
     return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size, fp8)
 
 
 def engine_gib(config: Config, hf_config: Any, parameters: int) -> dict[str, float]:
-    """Of one engine's device, the trainer left out."""
+    """``vllm`` and ``kv_cache`` of one engine's device in GiB, without the trainer."""
     from megatron_ext.models import family
 
     text = family(hf_config.architectures[0]).text_config(hf_config)
@@ -176,18 +202,19 @@ def engine_gib(config: Config, hf_config: Any, parameters: int) -> dict[str, flo
 
 
 def device_memory(config: Config, settings: Settings, report: Report) -> str:
-    """The fullest rank in each phase against the device. Raises ConfigError naming phase, settings and remedies."""
+    """Compare the largest rank of each phase with the device. Raises ConfigError naming the phase and remedies."""
     room = settings.device_memory_gib
     assert report.engine_gib is not None
     disaggregated = sum(report.engine_gib.values()) + settings.reserve_gib
     fullest = max(report.memory_gib, key=lambda rank: rank["total"])
     report.fits = fullest["total"] <= room and (settings.engines == "colocated" or disaggregated <= room)
-    for phase in sorted(report.phases, key=lambda name: name != "training"):  # first what no engine can be blamed for
+    # Training first: if it does not fit, engines are not the cause.
+    for phase in sorted(report.phases, key=lambda name: name != "training"):
         rank = max(report.memory_gib, key=lambda rank: rank[phase])
         if rank[phase] > room:
-            what, remedies = WHAT[phase], REMEDIES[phase](config, settings, rank)
+            remedies = REMEDIES[phase](config, settings, rank)
             raise ConfigError(
-                f"{what} {rank[phase]:.1f} GiB on {place(rank)}, {settings.device} has {room}: use "
+                f"{NEEDS[phase]} {rank[phase]:.1f} GiB on {place(rank)}, {settings.device} has {room}: use "
                 + ", or ".join(remedies)
             )
     if not report.fits:
@@ -199,10 +226,12 @@ def device_memory(config: Config, settings: Settings, report: Report) -> str:
 
 
 def place(rank: dict[str, Any]) -> str:
+    """A rank's place, for messages."""
     return f"stage {rank['pp']}, tensor rank {rank['tp']}"
 
 
-WHAT = {
+# Phase → the subject of its error message.
+NEEDS = {
     "generating": "the engine beside the trainer needs",
     "judging": "the judges beside the trainer need",
     "training": "training needs",
@@ -211,6 +240,7 @@ WHAT = {
 
 
 def for_training(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
+    """Settings that make training fit, the first remedy first."""
     from recipes.algorithms.registry import requirements
 
     offload = requirements(config.algorithm).values and not config.critic.offload
@@ -225,6 +255,7 @@ def for_training(config: Config, settings: Settings, rank: dict[str, Any]) -> li
 
 
 def for_generating(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
+    """Settings that make the engine fit beside the trainer."""
     least = config.rollout.kv_cache_gib - (rank["generating"] - settings.device_memory_gib)
     return [
         *(["critic.offload=true"] if rank["critic_idle"] else []),
@@ -236,6 +267,7 @@ def for_generating(config: Config, settings: Settings, rank: dict[str, Any]) -> 
 
 
 def for_judging(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
+    """Settings that make the judges fit beside the trainer."""
     shown = ", ".join(f"{server.name} {utilization(server):g}" for server in rewards.used(config.rewards))
     return [
         *(["critic.offload=true"] if rank["critic_idle"] else []),
@@ -249,14 +281,15 @@ REMEDIES = {"generating": for_generating, "judging": for_judging, "training": fo
 
 
 def host_memory(config: Config, settings: Settings, report: Report) -> str:
-    """What sleeps on a node's host in each phase against its memory. Raises ConfigError naming what to leave awake."""
-    room, sums = settings.host_memory_gib, {phase: sum(parts.values()) for phase, parts in report.host_gib.items()}
+    """Compare what is offloaded to a node's host in each phase with its memory. Raises ConfigError naming remedies."""
+    room = settings.host_memory_gib
+    sums = {phase: sum(sizes.values()) for phase, sizes in report.host_gib.items()}
     fullest = max(sums, key=lambda phase: sums[phase])
     shown = " + ".join(f"{name} {size:.1f}" for name, size in report.host_gib[fullest].items())
-    found = f"{sums[fullest]:.1f} of {room:g} GiB of a node's host while {fullest}: {shown}"
+    summary = f"{sums[fullest]:.1f} of {room:g} GiB of a node's host while {fullest}: {shown}"
     if sums[fullest] > room:
         offloads = [f"{n}.offload=false" for n in ("optimizer", "critic") if report.host_gib[fullest].get(n)]
         judged = ["rewards.placement=disaggregated"] if report.host_gib[fullest].get("judges") else []
         remedies = [*offloads, *judged, "more cluster.nodes", "a preflight.host_memory_gib that your nodes have"]
-        raise ConfigError(f"{found}: use {', or '.join(remedies)}")
-    return f"at most {found}"
+        raise ConfigError(f"{summary}: use {', or '.join(remedies)}")
+    return f"at most {summary}"

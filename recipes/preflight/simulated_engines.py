@@ -1,10 +1,11 @@
-"""Any vLLM layout on one machine without GPUs: what each worker's parameters are made of, from a ``config.json`` alone.
+"""Simulate the workers of a vLLM engine on one machine without GPUs, from a ``config.json`` alone.
 
 ``python -m recipes.preflight.simulated_engines MODEL_FOLDER DTYPE TENSOR PIPELINE OUTPUT.json < SHAPES.json`` with the
 checkpoint's tensors ``{name: shape}`` writes the ``workers`` of what such an engine answers to ``/weights/layout``.
 
-vLLM's own model class is built for one worker after another: torch's "fake" process groups say which worker it is, and
-on torch's meta device a parameter has a shape and no memory. Both spoil a process for anything else.
+vLLM's model class is built for one worker after another. torch's "fake" process groups say which worker it is, and
+parameters are on torch's "meta" device, where they have a shape and no memory. The process can't do anything else
+afterwards.
 """
 
 import json
@@ -32,11 +33,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def layouts(
     model_folder: Path | str, dtype: str, tensor: int, pipeline: int, hf_shapes: Mapping[str, Index]
 ) -> list[list[ParameterLayout]]:
-    """Of every worker of one engine, in vLLM's rank order: tensor-parallel ranks run fastest.
+    """The layouts of the parameters of every worker of one engine, in a process of their own.
 
-    ``model_folder`` needs a ``config.json`` and no weights; ``hf_shapes`` are the checkpoint's tensors (see
-    ``recipes.preflight.simulated_ranks.checkpoint_tensors``). Takes a process of its own. Raises LayoutError with the
-    end of its     output when vLLM refuses the layout or a parameter can't be traced.
+    Workers are in vLLM's order of ranks: the tensor-parallel rank varies fastest.
+
+    Args:
+        model_folder: needs a ``config.json`` and no weights.
+        dtype: vLLM's name of the weights' dtype.
+        tensor: tensor-parallel size of the engine.
+        pipeline: pipeline-parallel size of the engine.
+        hf_shapes: name → shape of the checkpoint's tensors (``simulated_ranks.checkpoint_tensors``).
+
+    Raises:
+        LayoutError: vLLM refuses the layout, or a parameter can't be traced; with the end of the process's output.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "layouts.json")
@@ -57,28 +66,29 @@ def layouts(
 
 
 def activate() -> None:
-    """Make this process simulate vLLM workers, from now on."""
+    """Make this process simulate vLLM workers."""
     from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
     from vllm.distributed import parallel_state
     from vllm.model_executor.models import registry
 
-    new_group, coordinator = dist.new_group, parallel_state.GroupCoordinator
+    new_group = dist.new_group
+    coordinator = parallel_state.GroupCoordinator
 
     def fake_group(ranks: list[int], **options: Any) -> dist.ProcessGroup:
         return new_group(ranks, backend="fake")
 
     def group(group_ranks: Any, local_rank: int, *unused: Any, group_name: str, **options: Any) -> Any:
-        """Ranks alone: no shared memory, no message queue, no communicator, which would wait for the others."""
+        """A group without shared memory, message queue and communicator, which would wait for the other workers."""
         return coordinator(group_ranks, local_rank, "fake", use_device_communicator=False, group_name=group_name)
 
     dist.new_group = fake_group  # type: ignore[assignment]
     parallel_state.init_model_parallel_group = group
-    # vLLM looks at model classes in another process to keep this one clean of CUDA.
+    # vLLM inspects model classes in another process, so that this one does not initialise CUDA.
     registry._run_in_subprocess = lambda function: function()
 
 
 def engine_config(model_folder: Path | str, dtype: str, tensor: int, pipeline: int) -> Any:
-    """vLLM's configuration of an engine, as far as its parameters depend on it."""
+    """vLLM's configuration of an engine; only what its parameters depend on is set."""
     from vllm import EngineArgs
 
     chat_layout.register()
@@ -105,7 +115,8 @@ def worker(config: Any, rank: int, device: torch.device) -> Iterator[torch.nn.Mo
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     sizes = config.parallel_config
-    config.compilation_config.static_forward_context.clear()  # the attention layers of the worker before
+    # It has the attention layers of the previous worker.
+    config.compilation_config.static_forward_context.clear()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.world_size)
     try:
         with set_current_vllm_config(config):
@@ -119,7 +130,8 @@ def worker(config: Any, rank: int, device: torch.device) -> Iterator[torch.nn.Mo
     finally:
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()
-        sys.excepthook = sys.__excepthook__  # torch's adds "[rank]" to every line, once for every group that there was
+        # torch's hook would prefix every line with "[rank]", once for each group that there was.
+        sys.excepthook = sys.__excepthook__
 
 
 def trace(config: Any, hf_shapes: Mapping[str, Index]) -> list[list[ParameterLayout]]:
@@ -134,8 +146,9 @@ def trace(config: Any, hf_shapes: Mapping[str, Index]) -> list[list[ParameterLay
 def main(model_folder: str, dtype: str, tensor: str, pipeline: str, output: str) -> None:
     hf_shapes = {name: tuple(shape) for name, shape in json.load(sys.stdin).items()}
     activate()
-    found = trace(engine_config(model_folder, dtype, int(tensor), int(pipeline)), hf_shapes)
-    Path(output).write_text(json.dumps({"workers": [[asdict(layout) for layout in worker] for worker in found]}))
+    traced = trace(engine_config(model_folder, dtype, int(tensor), int(pipeline)), hf_shapes)
+    workers = [[asdict(layout) for layout in worker] for worker in traced]
+    Path(output).write_text(json.dumps({"workers": workers}))
 
 
 if __name__ == "__main__":

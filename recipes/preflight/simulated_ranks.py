@@ -1,8 +1,8 @@
-"""One rank after the other of a world that does not exist: torch's fake process groups, parameters without memory.
+"""Simulate the trainer's ranks one after another in one process, without memory for parameters.
 
-A rank's model is the one that ``model.build`` makes on the real rank: same modules, shapes, buffers and weight map.
-Only the device is torch's "meta", which has shapes and no memory, and the groups are torch's "fake" backend, in which
-every collective ends at once.
+A rank's model is the one that ``model.build`` makes on the real rank: the same modules, shapes, buffers and blocks.
+Only the device is torch's "meta", whose tensors have a shape and no memory, and the process groups have torch's "fake"
+backend, whose collectives return at once.
 """
 
 import math
@@ -27,11 +27,12 @@ from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import HF_OUTPUT_LAYER, TENSOR, has_scalar_head
 
 META = torch.device("meta")
-Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # start and extent within a tensor
+# Start and extent within a tensor.
+Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def activate() -> None:
-    """Make this process build without memory, from now on. It can't train or load afterwards."""
+    """Make this process build models without memory. It can't train or load weights afterwards."""
     cpu = platform.activate("cpu")
     cpu.device = lambda: META  # type: ignore[attr-defined]
     torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
@@ -39,7 +40,7 @@ def activate() -> None:
 
 @contextmanager
 def rank(number: int, world: int, sizes: ParallelConfig) -> Iterator[Parallel]:
-    """Be rank ``number`` of ``world`` within the block. Raises ValueError where the sizes do not fit the world."""
+    """Be rank ``number`` of ``world`` within the block. Raises ValueError if the sizes do not fit the world."""
     dist.init_process_group("fake", store=FakeStore(), rank=number, world_size=world)
     try:
         yield parallel.initialize(sizes, seed=1, timeout_seconds=60)
@@ -48,32 +49,37 @@ def rank(number: int, world: int, sizes: ParallelConfig) -> Iterator[Parallel]:
 
 
 def distinct_ranks(world: int, sizes: ParallelConfig) -> list[int]:
-    """The ranks of data- and context-parallel rank 0, whose models differ from each other: pipeline, then tensor.
+    """The ranks with data- and context-parallel rank 0, whose models differ; sorted by pipeline, then tensor rank.
 
-    Megatron-Core numbers ranks with the tensor-parallel place running fastest and the pipeline's slowest.
+    Megatron-Core numbers ranks so that the tensor-parallel rank varies fastest and the pipeline rank slowest.
     """
     per_stage = world // sizes.pipeline
     return [stage * per_stage + tensor for stage in range(sizes.pipeline) for tensor in range(sizes.tensor)]
 
 
 def build(hf_config: Any, here: Parallel, precision: PrecisionConfig, frozen: Sequence[str] = ()) -> Model:
-    """``model.build`` without memory: needs ``activate`` and a ``rank``."""
+    """``model.build`` without memory. Needs :func:`activate`, and must be called within :func:`rank`."""
     with torch.device(META):
         return models.build(hf_config, here, precision, frozen)
 
 
 @dataclass
 class Coverage:
-    """Which rectangles of the Hugging Face tensors the ranks of one replica hold, from their weight maps.
+    """Which rectangles of the Hugging Face tensors the ranks of one replica hold, from the blocks of their shards.
 
-    The same rectangle on several tensor-parallel ranks of one stage is a replicated tensor and counts once. Twice on
-    one rank, or on two stages, it is a duplicate, but for tied embeddings, which the first and the last stage hold.
+    The same rectangle on several tensor-parallel ranks of one stage is replicated and counts once. Twice on one rank,
+    or on two stages, it is a duplicate; tied embeddings may be on the first and on the last stage.
+
+    Attributes:
+        held: tensor → rectangle → pipeline stages that hold it.
+        duplicated: tensors of which one rank holds a rectangle twice.
     """
 
     held: dict[str, dict[Rectangle, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
     duplicated: set[str] = field(default_factory=set)
 
     def add(self, model: Model) -> None:
+        """Count the blocks of one rank."""
         seen: set[tuple[str, Rectangle]] = set()
         for shard in model.shards:
             for block in shard.blocks:
@@ -84,9 +90,18 @@ class Coverage:
                 self.held[block.hf_name][rectangle].add(model.parallel.pipeline_rank)
 
     def compare(self, expected: dict[str, tuple[int, ...]], tied: bool) -> dict[str, Any]:
-        """With the checkpoint's tensors (name → shape): how many are ``expected``, how many ``covered`` (each element
-        exactly once), and the names of those ``missing`` in part or whole, ``unexpected``, and ``duplicated``."""
-        missing, duplicated = [], set(self.duplicated)
+        """Compare with the tensors of the checkpoint.
+
+        Args:
+            expected: name → shape of the checkpoint's tensors.
+            tied: whether the embeddings are tied.
+
+        Returns:
+            The counts ``expected`` and ``covered`` (each element held exactly once), and the names of tensors that are
+            ``missing`` in part or completely, ``unexpected`` or ``duplicated``.
+        """
+        missing = []
+        duplicated = set(self.duplicated)
         for name, shape in expected.items():
             rectangles = self.held.get(name, {})
             if any(len(stages) > (2 if tied else 1) for stages in rectangles.values()) or _overlap(list(rectangles)):
@@ -118,14 +133,17 @@ def _overlap(rectangles: list[Rectangle]) -> bool:
 
 
 def checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Name → shape of each tensor in a checkpoint of this architecture, by transformers' own model made without memory
-    and its own table of the names in published checkpoints. Tied tensors count once."""
+    """Name → shape of each tensor in a checkpoint of this architecture; tied tensors count once.
+
+    From transformers' model built without memory, and from its table of names in published checkpoints.
+    """
     auto = AutoModelForImageTextToText if hasattr(hf_config, "vision_config") else AutoModelForCausalLM
     with torch.device(META):
         network = auto.from_config(hf_config)
     named = revert_weight_conversion(network, dict(network.named_parameters()))
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    if has_scalar_head(hf_config):  # not every family has this form in transformers: from its language model
+    if has_scalar_head(hf_config):
+        # transformers does not have this form of every family, so it is derived from the language model.
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith(HF_OUTPUT_LAYER)}
         shapes[TENSOR] = (1, hf_config.get_text_config().hidden_size)
     return shapes

@@ -1,4 +1,4 @@
-"""The preflight as a person reads it: what is being done, then each rank's memory by phase, and the checks."""
+"""The preflight in a terminal: a progress line, then each rank's memory by phase, and the checks."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +12,9 @@ from rich.text import Text
 
 from recipes.preflight.report import Report
 
-WIDTH = 40  # cells of a bar; the last one is the device's last GiB
-# Part of the memory: its letter and colour. The critic is there once, as it is trained or as it waits.
+# Cells of a bar; the last one is the device's last GiB.
+WIDTH = 40
+# Field of memory.Memory → its letter and colour. A phase shows the critic either trained or idle.
 PARTS = {
     "weights": ("W", "blue"), "gradients": ("G", "cyan"), "optimizer": ("O", "magenta"),
     "critic": ("C", "red"), "critic_idle": ("C", "red"),
@@ -24,17 +25,19 @@ PARTS = {
 
 
 def console() -> Console:
+    """The terminal, or 120 columns of a file or pipe."""
     return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with what is being done, on a terminal; nothing elsewhere."""
+    """A function that shows what is done next beside a spinner; it prints nothing if the output is no terminal."""
     with console().status("preflight") as status:
         yield lambda text: status.update(f"preflight: {text}")
 
 
 def show(report: Report) -> None:
+    """Print the complete report."""
     out = console()
     total = f", {report.parameters_total:,} parameters" if report.parameters_total else ""
     out.print(Text(f"{report.recipe}: {report.model}{total}", style="bold"))
@@ -55,7 +58,7 @@ def show(report: Report) -> None:
 
 
 def memory_table(report: Report) -> Group:
-    """One row for each stage whose tensor-parallel ranks are alike, one for each rank otherwise; sizes in GiB."""
+    """Memory in GiB as bars: one row for tensor-parallel ranks of a stage with equal sizes, else one per rank."""
     counts = {(rank["pp"], rank["tp"]): rank["count"] for rank in report.parameters_per_rank}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for rank in report.memory_gib:
@@ -73,36 +76,41 @@ def memory_table(report: Report) -> Group:
             for phase, parts in report.phases.items()
         )
         table.add_row(str(first["pp"]), tensor, f"{counts[first['pp'], first['tp']]:,}", bars)
-    there = {name: PARTS[name] for name in PARTS if name != "critic_idle" and any(r[name] for r in report.memory_gib)}
-    legend = Text("  ").join(Text(f"{letter} {name}", style=style) for name, (letter, style) in there.items())
+    entries = []
+    for name, (letter, style) in PARTS.items():
+        if name != "critic_idle" and any(rank[name] for rank in report.memory_gib):
+            entries.append(Text(f"{letter} {name}", style=style))
+    legend = Text("  ").join(entries)
     return Group(table, legend)
 
 
 def phase_table(report: Report) -> Table:
-    """One row for each phase: what is on the GPU that is fullest then, and what is asleep on a node's host."""
+    """One row per phase: what is on the GPU that is fullest in it, and what is offloaded to a node's host."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("phase", "on the fullest GPU, GiB", "asleep on a node's host, GiB"):
         table.add_column(name, overflow="fold")
     for phase, names in report.phases.items():
         rank = max(report.memory_gib, key=lambda rank: rank[phase])
-        there = sums({name: rank[name] for name in names}, rank[phase])
-        away = report.host_gib[phase]
-        table.add_row(phase, there, sums(away, sum(away.values())))
+        on_device = sums({name: rank[name] for name in names}, rank[phase])
+        on_host = report.host_gib[phase]
+        table.add_row(phase, on_device, sums(on_host, sum(on_host.values())))
     return table
 
 
 def sums(parts: dict[str, float], total: float) -> str:
-    """Each part's share and what they make together."""
+    """The sizes of the parts and their sum."""
     shown = " + ".join(f"{name} {size:.1f}" for name, size in parts.items() if size)
     return f"{shown} = {total:.1f}" if shown else "nothing"
 
 
 def bar(rank: dict[str, Any], parts: list[str], room: float) -> Text:
-    """Letters in proportion to the device's memory; what does not fit goes on beyond its end, in red."""
-    text, gib = Text(), 0.0
+    """Letters in proportion to the device's memory; what does not fit extends beyond its end, in red."""
+    text = Text()
+    gib = 0.0
     for name in parts:
         letter, style = PARTS[name]
-        start, gib = round(gib * WIDTH / room), gib + rank[name]
+        start = round(gib * WIDTH / room)
+        gib += rank[name]
         end = round(gib * WIDTH / room)
         inside = max(0, min(end, WIDTH) - start)
         text.append(letter * inside, style=style)

@@ -1,12 +1,13 @@
-"""How long a weight sync of a recipe takes on its cluster: the real plan, and a model of the links.
+"""Estimate the duration of a recipe's weight sync on its cluster, from the real plan and a model of the links.
 
 ``python -m recipes.preflight.weight_sync recipe=safework_72b [overrides…] [simulate.output=FILE.json]``,
 on any machine.
 
-The plan is the one that a run would make: the trainer's blocks from each distinct rank's Megatron-Core model built
-without memory, vLLM's layout from its own loaders. Bytes are counted, times follow from the links in conf/simulate.
-The yardstick is gather-then-load: every GPU receives every full tensor (pipeline stages over the network, the rest of
-the tensor-parallel group over NVLink) and its engine copies what it needs, all at full speed and overlapped.
+The plan is the one that a run would make: the trainer's blocks come from the Megatron-Core model of each distinct rank
+built without memory, vLLM's layout from its own loaders. Bytes are counted; times follow from the links in
+conf/simulate. The yardstick is gather-then-load: every GPU receives every full tensor (other pipeline stages over the
+network, the rest of the tensor-parallel group over NVLink), and its engine copies what it needs, all at full speed and
+overlapped.
 """
 
 import json
@@ -40,7 +41,7 @@ resolvers.register()
 
 @dataclass(frozen=True)
 class Links:
-    """Bandwidths in GB/s (see conf/simulate) and times of one sync and of one round."""
+    """Bandwidths in GB/s, the fixed time of one sync in ms and that of one round in µs (conf/simulate)."""
 
     network_gb_s: float
     pcie_gb_s: float
@@ -51,12 +52,13 @@ class Links:
 
     @property
     def network(self) -> float:
+        """GB/s of one GPU over the network: the slower of the adapter and PCIe."""
         return min(self.network_gb_s, self.pcie_gb_s)
 
 
 @dataclass
 class Link:
-    """What crosses one direction of one GPU's link in one sync."""
+    """The bytes that cross one direction of one GPU's link in one sync, and their seconds at full speed."""
 
     link: str
     gpu: str
@@ -65,8 +67,9 @@ class Link:
 
 
 def trainer_tables(hf_config: Any, sizes: ParallelConfig, world: int, precision: PrecisionConfig) -> list[ShardTable]:
-    """The blocks of every rank; those that differ only in their data- or context-parallel place share a table."""
-    platform.activate("cpu")  # seconds less than behind the next line: it keeps torch's inductor out
+    """The blocks of every rank; ranks that differ only in their data- or context-parallel rank share a table."""
+    # Before the next import: it switches off torch's inductor, whose import takes seconds.
+    platform.activate("cpu")
     from recipes.preflight import simulated_ranks
 
     simulated_ranks.activate()
@@ -80,6 +83,7 @@ def trainer_tables(hf_config: Any, sizes: ParallelConfig, world: int, precision:
 
 
 def engine_layouts(hf_config: Any, dtype: str, tensor: int) -> list[list[ParameterLayout]]:
+    """The parameters' layouts of every worker of an engine with ``tensor`` GPUs."""
     from recipes.preflight import simulated_ranks
 
     with tempfile.TemporaryDirectory() as folder:
@@ -93,12 +97,12 @@ def topology(world: int, engines: int, tensor: int, gpus_per_node: int, disaggre
     gpu = lambda n: Place(f"node {n // gpus_per_node}", str(n % gpus_per_node))  # noqa: E731
     first = -(-world // gpus_per_node) * gpus_per_node if disaggregated else 0
     workers = [tuple(gpu(first + e * tensor + w) for w in range(tensor)) for e in range(engines)]
-    own = [place for engine in workers for place in engine] if disaggregated else []
-    return Topology((*(gpu(n) for n in range(world)), *own), tuple(workers))
+    engine_ranks = [place for engine in workers for place in engine] if disaggregated else []
+    return Topology((*(gpu(n) for n in range(world)), *engine_ranks), tuple(workers))
 
 
 def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) -> list[Link]:
-    """Everything that crosses a link, by GPU and direction. ``dtypes``: bytes per element by vLLM parameter."""
+    """The links that are used, by GPU and direction. ``dtypes``: vLLM parameter → bytes per element."""
     used: dict[tuple[str, str], int] = defaultdict(int)
     name = lambda place: f"{place.host} GPU {place.device}"  # noqa: E731
     for e, engine in enumerate(where.engines):
@@ -121,7 +125,7 @@ def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) ->
 
 
 def network_seconds(plan: Plan, speeds: Links) -> float:
-    """Rounds one after another, each as long as its busiest GPU sends or receives."""
+    """Seconds of all rounds, one after another; a round takes as long as its busiest GPU sends or receives."""
     busy: dict[tuple[int, str, int], int] = defaultdict(int)
     for m in plan.messages:
         busy[m.round, "out", m.sender] += m.size
@@ -133,14 +137,17 @@ def network_seconds(plan: Plan, speeds: Links) -> float:
 
 
 def gather_then_load_seconds(weights: int, sizes: ParallelConfig, speeds: Links) -> float:
-    """The busiest link when each GPU receives every tensor whole and copies it to its engine."""
+    """Seconds of the busiest link if each GPU receives every full tensor and copies it to its engine.
+
+    ``weights``: bytes of the complete model.
+    """
     other_stages = weights * (sizes.pipeline - 1) / sizes.pipeline / speeds.network
     same_stage = weights * (sizes.tensor - 1) / sizes.tensor / speeds.nvlink_gb_s
     return max(other_stages, same_stage, weights / speeds.copy_gb_s) / 1e9 + speeds.order_ms / 1e3
 
 
 def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[ParameterLayout]], where: Topology) -> int:
-    """What the workers on each host need and no rank there holds, each element once a host: no plan can send less."""
+    """The bytes that workers need and no rank on their host holds, each element once per host: no plan sends less."""
     held: dict[tuple[str, str], set[Rectangle]] = defaultdict(set)
     for place, table in zip(where.ranks, tables, strict=True):
         for _, block in table:
@@ -159,8 +166,12 @@ def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[Param
 
 
 def simulate(raw: DictConfig) -> dict[str, Any]:
-    """The whole answer for a recipe's configuration with a ``simulate`` group, plain JSON."""
-    s, c = raw.simulate, raw.rollout
+    """The complete answer (JSON) for a recipe's configuration with the group ``simulate``.
+
+    Raises ConfigError for a setting that is not possible.
+    """
+    s = raw.simulate
+    c = raw.rollout
     speeds = Links(**{field.name: float(s[field.name]) for field in fields(Links)})
     if s.engines not in ("colocated", "disaggregated"):
         raise ConfigError(f"simulate.engines={s.engines!r}: use colocated or disaggregated")
@@ -168,7 +179,8 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
     bf16 = {"name": "bf16", "parameter_gather": False}
     precision = settings.read(PrecisionConfig, "precision", raw.precision, bf16)
     hf_config = model_config(raw.model.path)
-    world, dtype = raw.cluster.ranks, DTYPES[raw.precision.name]
+    world = raw.cluster.ranks
+    dtype = DTYPES[raw.precision.name]
     tables = trainer_tables(hf_config, sizes, world, precision)
     layouts = engine_layouts(hf_config, dtype, c.tensor)
     where = topology(world, c.engines, c.tensor, s.gpus_per_node, s.engines == "disaggregated")
@@ -197,7 +209,7 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
 
 
 def show(answer: dict[str, Any]) -> None:
-    """The busiest GPU of each kind of link, and the totals."""
+    """Print the busiest GPU of each kind of link, and the totals."""
     console = Console()
     table = Table("link", "busiest", "GB", "seconds", title=f"weight sync of {answer['recipe']}, by the busiest GPU")
     for kind in sorted({link["link"] for link in answer["links"]}):
@@ -216,7 +228,9 @@ def show(answer: dict[str, Any]) -> None:
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
 def main(raw: DictConfig) -> None:
-    with warnings.catch_warnings():  # of libraries, about optional parts
+    """Estimate, write ``simulate.output`` and print."""
+    with warnings.catch_warnings():
+        # Libraries warn about optional parts that are missing.
         warnings.simplefilter("ignore")
         try:
             answer = simulate(raw)
