@@ -90,8 +90,8 @@ def check(hf_config: Any, sizes: ParallelConfig) -> None:
     if inner_layers < 0 or is_uneven or has_no_stage:
         raise ValueError(
             f"parallel.pipeline={sizes.pipeline} does not divide the model's {text.num_hidden_layers} layers: "
-            f"{inner_layers} are left for {inner_stages} stages of {sizes.virtual_pipeline} chunks (parallel.virtual_pipeline, "
-            "parallel.first_stage_layers, parallel.last_stage_layers)"
+            f"{inner_layers} are left for {inner_stages} stages of {sizes.virtual_pipeline} chunks "
+            "(parallel.virtual_pipeline, parallel.first_stage_layers, parallel.last_stage_layers)"
         )
 
 

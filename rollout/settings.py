@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.platform.capabilities import capabilities
+from megatron_ext.platform.features import capabilities
 from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
 
 # vLLM's online FP8 of linear layers, by what has a scale of its own: a tensor, each output channel, each block of

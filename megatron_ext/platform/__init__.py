@@ -1,6 +1,6 @@
 """Everything that differs between CUDA and CPU: one module each, with the same functions.
 
-capabilities.py says what each platform can do before either module is imported. The two modules have:
+features.py says what each platform can do before either module is imported. The two modules have:
 
 ``name``, ``backend``            platform and torch.distributed backend
 ``activate()``                   once per process, before any Megatron-Core module is built
@@ -17,7 +17,7 @@ capabilities.py says what each platform can do before either module is imported.
 import importlib
 from types import ModuleType
 
-from megatron_ext.platform.capabilities import PLATFORMS, Capabilities, capabilities, native_precision
+from megatron_ext.platform.features import PLATFORMS, Capabilities, capabilities, native_precision
 
 __all__ = ["PLATFORMS", "Capabilities", "activate", "capabilities", "current", "native_precision"]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_ext import layout, optimizer_settings, precision, settings
-from megatron_ext.platform.capabilities import capabilities
+from megatron_ext.platform.features import capabilities
 from recipes.algorithms import settings as algorithm_settings
 from recipes.config.schema import Config, generates, samples_per_update, sequence_multiple
 from recipes.data import settings as data_settings

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_ext.layout import ParallelConfig
 from megatron_ext.optimizer_settings import OptimizerConfig
-from megatron_ext.platform.capabilities import capabilities
+from megatron_ext.platform.features import capabilities
 from megatron_ext.precision import PrecisionConfig
 from megatron_ext.settings import setting
 from recipes.algorithms.settings import AlgorithmConfig

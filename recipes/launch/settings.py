@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ext.platform.capabilities import PLATFORMS
+from megatron_ext.platform.features import PLATFORMS
 from megatron_ext.settings import SECONDS, setting
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig  # noqa: E402
 
 from megatron_ext import model  # noqa: E402
 from megatron_ext.models import llama  # noqa: E402
-from megatron_ext.platform.capabilities import processor_precision  # noqa: E402
+from megatron_ext.platform.features import processor_precision  # noqa: E402
 from megatron_ext.precision import PrecisionConfig, check  # noqa: E402
 from megatron_ext.weight_map import sharding_of  # noqa: E402
 from tests.settings import parallel_config, precision_config  # noqa: E402

@@ -108,7 +108,7 @@ def test_overrides_work_as_people_know_them() -> None:
 
 
 def test_native_precision_asks_the_processor_only_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_ext.platform.capabilities.processor_precision", lambda cpuinfo: "fp32")
+    monkeypatch.setattr("megatron_ext.platform.features.processor_precision", lambda cpuinfo: "fp32")
     assert configured().precision.name == "fp32"
     assert configured("cluster=slurm_h100", "cluster.ranks=1", "parallel=tp1").precision.name == "bf16"
 

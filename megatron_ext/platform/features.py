@@ -59,8 +59,11 @@ def capabilities(name: str) -> Capabilities:
 
 
 def native_precision(name: str) -> str:
-    """The fastest 16- or 32-bit precision of the platform on this machine: "bf16" or "fp32"."""
-    if capabilities(name).has_gpus:
+    """The fastest 16- or 32-bit precision of the platform on this machine: "bf16" or "fp32".
+
+    An unknown name is treated as the processor: the check of cluster.platform reports it.
+    """
+    if name in CAPABILITIES and CAPABILITIES[name].has_gpus:
         return "bf16"
     return processor_precision(Path("/proc/cpuinfo").read_text())
 
