@@ -119,7 +119,7 @@ def main() -> None:
             for engine in engines:
                 engine.wait_until_ready(time.monotonic() + 600)
             group = parallel.control_group()
-            bridges = [
+            weight_syncs = [
                 WeightSync(policy.shards, [engine], group, bucket_bytes=1 << 28, verify_every=1, plans=home)
                 for engine in engines
             ]
@@ -127,8 +127,8 @@ def main() -> None:
             def measure(number: int, weights: Path) -> dict[str, float]:
                 """Of samples made with ``weights``, against the trainer with the model's own."""
                 hf_checkpoint.load(policy.shards, weights)
-                engine, bridge = engines[number], bridges[number]
-                bridge.sync(next(versions))
+                engine, weight_sync = engines[number], weight_syncs[number]
+                weight_sync.sync(next(versions))
                 sampling = Sampling(max_tokens=TOKENS, stop_token_ids=(tokenizer.eos_token_id,))
                 samples = generate([engine], prompts, sampling, samples_per_prompt=SAMPLES, seed=SEED, step=0)
                 hf_checkpoint.load(policy.shards, MODEL)

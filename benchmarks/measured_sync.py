@@ -1,4 +1,4 @@
-"""One trainer rank of ``benchmarks.weight_sync``: syncs with the weight bridge, and beside each a memcpy and a load.
+"""One trainer rank of ``benchmarks.weight_sync``: runs the weight sync, and beside each a memcpy and a load.
 
 ``python -m benchmarks.measured_sync SETTINGS_JSON`` with torchrun's variables. Rank 0 starts the engine and writes the
 answer to the file ``output`` of the settings.
@@ -148,10 +148,10 @@ class Trainer:
 def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], plans: Path) -> dict[str, Any]:
     """Collective. All raw times of one engine layout, in seconds; ``engine`` on rank 0.
 
-    The engine starts with random weights. A peer's load fills it first; the bridge's syncs bring the negative of the
+    The engine starts with random weights. A peer's load fills it first; our syncs bring the negative of the
     checkpoint's weights and the weights themselves in turn, and the last, behind a negative, brings them again: equal
-    digests then say that both sides wrote every bit. In each repetition the bridge plans anew, syncs once, and the sync
-    without packing is the second behind the plan.
+    digests then say that both sides wrote every bit. In each repetition there is a new plan and a sync, and the sync
+    without packing is the second one of the plan.
     """
     import torch
 
@@ -186,7 +186,7 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     trainer.negate()
     started = time.perf_counter()
     with watched("plan_and_first_sync"):
-        bridge = WeightSync(
+        weight_sync = WeightSync(
             trainer.shards,
             [engine] if engine else [],
             trainer.control,
@@ -195,7 +195,7 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
             plans=plans,
         )
         planned = time.perf_counter() - started
-        first = bridge.sync(0)
+        first = weight_sync.sync(0)
 
     def empty_sync() -> None:
         """All ranks are here, each worker of the engine is called and answers, all ranks hear of it."""
@@ -216,8 +216,8 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     for _ in range(settings["repetitions"]):
         loads.append(load())
         trainer.negate()
-        bridge.attach(bridge.engines)
-        bridge.sync(next(versions))
+        weight_sync.attach(weight_sync.engines)
+        weight_sync.sync(next(versions))
         trainer.negate()
         packs(False)
         time.sleep(IDLE_SECONDS)
@@ -225,16 +225,16 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         time.sleep(IDLE_SECONDS)
         streams.append(trainer.timed(lambda: [copy_bytes([target[:half]], target[half:]) for _ in range(2)]))
         copies.append(trainer.timed(lambda: copy_bytes(trainer.tensors, target)))  # and all ranks are here
-        placings.append(bridge.sync(next(versions)))
+        placings.append(weight_sync.sync(next(versions)))
         packs(True)
         time.sleep(IDLE_SECONDS)
-        syncs.append(bridge.sync(next(versions)))
-        bridge.verify_every = 1
-        verified.append(bridge.sync(next(versions))["seconds"])
-        bridge.verify_every = NEVER
+        syncs.append(weight_sync.sync(next(versions)))
+        weight_sync.verify_every = 1
+        verified.append(weight_sync.sync(next(versions))["seconds"])
+        weight_sync.verify_every = NEVER
     trainer.negate()
     with watched("later_sync"):
-        bridge.sync(next(versions))
+        weight_sync.sync(next(versions))
     identical = None if wanted is None else changed and digests() == wanted
     return {
         "ranks": trainer.ranks,

@@ -1,8 +1,8 @@
-"""The weight bridge next to Megatron-Bridge's and mbridge's export with vLLM's load, and to a bare memcpy, on the CPU.
+"""The weight sync next to Megatron-Bridge's and mbridge's export with vLLM's load, and to a bare memcpy, on the CPU.
 
 ``python -m benchmarks.weight_sync`` writes ``benchmarks/results/weight_sync.json`` and prints its tables. It makes an
 environment for each peer with uv (once; kept in ``build/benchmarks``), and the models. For each model, first the peers
-export, each from its own trainer ranks; then the bridge's ranks and one vLLM run, where a repetition is a peer's load,
+export, each from its own trainer ranks; then our trainer ranks and one vLLM run, where a repetition is a peer's load,
 a call that does nothing, a memcpy of the same bytes, a sync without packing, a whole one, and one with verification.
 """
 
@@ -159,7 +159,7 @@ def run_case(case: Case, pythons: Mapping[str, Path]) -> tuple[dict[str, Any], d
     if exports:  # the last peer's tensors are in the memory; both were compared with the checkpoint
         exported = {"pid": os.getpid(), "fd": memory, "bytes": size, "tensors": exports[peer]["tensors"]}
     tensor = ", ".join(map(str, case.vllm_tensor_parallel))
-    say(f"{case.name}: the bridge on {case.ranks} ranks, vLLM at tensor parallel {tensor}")
+    say(f"{case.name}: weight sync on {case.ranks} ranks, vLLM at tensor parallel {tensor}")
     own = settings | {
         "exported": exported,
         "vllm_tensor_parallel": case.vllm_tensor_parallel,

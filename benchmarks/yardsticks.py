@@ -29,7 +29,7 @@ TRAINING = (
 )
 GENERATION = (
     "Bare vLLM: LLM.generate in one process; same prompts, seeds, sampling, log-probs, dtype, threads, limits and "
-    "environment, no detokenisation on either side; weights from the same checkpoint, without the weight bridge. "
+    "environment, no detokenisation on either side; weights from the same checkpoint, without the weight sync. "
     "Timed: LLM.generate alone. Ours is the whole generate phase: with tokenisation, HTTP and broadcast to the ranks."
 )
 

@@ -1,4 +1,4 @@
-"""InternVL's chat layout for vLLM: it has the model, but its configuration's class comes as code with each folder."""
+"""InternVL's chat layout for vLLM: vLLM has the model, but the configuration's class is code in each model folder."""
 
 from typing import Any
 
@@ -19,5 +19,8 @@ class InternVLChatConfig(PretrainedConfig):
 
 
 def register() -> None:
-    """Have transformers, and so vLLM, know the layout's configuration in this process: none of its code is run."""
+    """Register the configuration with transformers, and so with vLLM, in this process.
+
+    So vLLM needs none of the code in the model's folder.
+    """
     AutoConfig.register(InternVLChatConfig.model_type, InternVLChatConfig, exist_ok=True)

@@ -1,10 +1,9 @@
-"""Generation engines as child processes: start, talk to, stop. This side imports neither torch nor vLLM.
+"""Generation engines as child processes: start, call, stop. This side imports neither torch nor vLLM.
 
-An engine lives exactly as long as the process that started it: the kernel kills it when that process dies in any way
-(``PR_SET_PDEATHSIG``, set by the engine itself), and :func:`stop_engines` ends it on every ordinary way out.
+An engine does not outlive the process that started it: the kernel kills it when that process ends, however it ends
+(``megatron_ext.processes.die_with``), and :func:`stop_engines` ends it in an orderly run.
 """
 
-import atexit
 import http.client
 import json
 import os
@@ -20,9 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.settings import read
+from rollout import vllm_platform
 from rollout.sample import Request, Sample, Sampling
 from rollout.settings import RolloutConfig
 
+# What torchrun sets for the trainer's ranks: an engine's workers have a rendezvous of their own.
+RENDEZVOUS_VARIABLES = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+}
 LOG_TAIL_BYTES = 4000
 STALL_POLLS = 20
 
@@ -32,8 +43,8 @@ class EngineError(RuntimeError):
 
 
 class EngineDied(EngineError):
-    """An engine's process ended in the middle of a batch, or hung and was killed. What it has not finished can be asked
-    of another."""
+    """An engine's process ended in the middle of a batch, or hung and was killed. Another engine can generate what is
+    unfinished."""
 
 
 @dataclass(frozen=True)
@@ -72,56 +83,36 @@ class EngineSettings:
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:
-    """Environment of the engine process: the caller's, minus its distributed rendezvous, plus what vLLM needs.
-
-    On a CPU: no thread pinning (the trainer shares the cores; pinned, a batch took 12 times as long), passive OpenMP
-    waiting (an idle engine burns no core), no torch.compile (its first call costs half a minute), freed memory kept by
-    malloc (each weight sync packs every linear layer anew; fresh pages for that took as long as the packing), in huge
-    pages where the kernel gives them (copies into them take 0.9 of the time), copies of 32 KiB and more past the caches
-    (all weights do not fit there; 1.4 times as fast).
-    """
-    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    torchrun |= {"GROUP_RANK", "GROUP_WORLD_SIZE"}
-    env = {
-        key: value for key, value in os.environ.items() if key not in torchrun and not key.startswith("TORCHELASTIC")
+    """Environment of the engine process: the caller's without its distributed rendezvous, and what vLLM needs."""
+    variables = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in RENDEZVOUS_VARIABLES and not key.startswith("TORCHELASTIC")
     }
-    env |= {
-        # One process, one import of vLLM; with several workers vLLM starts them itself.
+    project = str(Path(__file__).resolve().parents[1])
+    python_path = [project, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **variables,
+        # vLLM runs in the engine's own process, so it is imported once. It starts tensor-parallel workers itself.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        "PYTHONPATH": os.pathsep.join(python_path),
+        **vllm_platform.of(settings.platform).environment(settings.rollout.threads, settings.devices),
     }
-    if settings.devices:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(settings.devices))))).split(",")
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] for i in settings.devices)
-    if settings.platform == "cpu":
-        env |= {
-            "CUDA_VISIBLE_DEVICES": "",
-            "TORCH_COMPILE_DISABLE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(settings.rollout.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={32 << 10}:glibc.malloc.hugetlb=1",
-            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-            "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-        }
-    return env
 
 
 class Engine:
-    """A running engine process and its HTTP address. Made by :func:`start_engines`.
+    """A running engine process and its HTTP address.
 
-    ``starts`` counts its processes: after :meth:`restart` it is empty and needs a plan and a sync, like a new one.
+    ``starts`` counts its processes: after :meth:`restart` the engine has no weights and needs a plan and a sync.
     """
 
     def __init__(self, settings: EngineSettings, log_path: Path) -> None:
-        """Start the process; :meth:`wait_until_ready` waits for it.
+        """Start the process, without waiting for it (:meth:`wait_until_ready`).
 
-        Call from a thread that lives as long as the engine: the kernel ties the engine's life to that thread.
+        Call this from a thread that lives as long as the engine, because the kernel kills the engine with that thread.
         """
         self.settings = settings
         self.log_path = log_path
@@ -131,7 +122,7 @@ class Engine:
 
     def _start(self) -> None:
         self.starts += 1
-        # The listening socket is made here and inherited, so the port can't be taken by anyone else in between.
+        # The engine inherits the listening socket, so no other process can take the port in between.
         with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, open(self.log_path, "ab") as log:
             self.port: int = listener.getsockname()[1]
             arguments = [self.settings.to_json(), str(listener.fileno()), str(os.getpid())]
@@ -142,7 +133,8 @@ class Engine:
                 stderr=subprocess.STDOUT,
                 env=environment(self.settings),
                 pass_fds=(listener.fileno(),),
-                start_new_session=True,  # Ctrl-C reaches the owner only, which stops its engines in order
+                # Ctrl-C then reaches the owner only, which stops its engines in an orderly way.
+                start_new_session=True,
             )
 
     @property
@@ -154,16 +146,19 @@ class Engine:
         return self.process.poll() is None
 
     def restart(self) -> None:
-        """Put a new process in the place of the old one; :meth:`wait_until_ready` waits for it.
+        """Replace the process by a new one, without waiting for it (:meth:`wait_until_ready`).
 
-        Call from a thread that lives as long as the engine.
+        Call this from a thread that lives as long as the engine.
         """
         self.kill()
         self._start()
 
     def wait_until_ready(self, deadline: float) -> None:
-        """Block until the engine answers. Raises EngineError with the log's tail when it dies or ``deadline`` (of
-        ``time.monotonic``) passes first."""
+        """Block until the engine answers.
+
+        Raises EngineError with the log's tail when the engine dies first or ``deadline`` (of ``time.monotonic``)
+        passes.
+        """
         while True:
             try:
                 self.call("GET", "/health", timeout=1.0)
@@ -216,59 +211,65 @@ class Engine:
             connection.close()
 
     def call(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> dict[str, Any]:
-        """One JSON request and its JSON answer; ``timeout`` in seconds, None: until the engine dies or hangs. Raises
-        EngineError."""
-        return self.ask(method, path, body, timeout)()
+        """Send a JSON request and return its JSON answer. Raises EngineError.
 
-    def ask(
+        ``timeout``: seconds; None waits until the engine dies or hangs.
+        """
+        return self.begin_call(method, path, body, timeout)()
+
+    def begin_call(
         self, method: str, path: str, body: Any = None, timeout: float | None = None
     ) -> Callable[[], dict[str, Any]]:
-        """Send the request of a :meth:`call` now; the function that is returned waits for the answer and raises."""
+        """Send the request of a :meth:`call` now. The returned function waits for the answer, and raises."""
         with ExitStack() as stack:
             if timeout is None:
                 stack.enter_context(self._watched())
             connection = self._connect(timeout)
             stack.callback(connection.close)
-            failed: OSError | None = None
+            failure: OSError | None = None
             try:
                 self._send(connection, method, path, body)
             except OSError as error:
-                failed = error
+                failure = error
+            # Watch and connection stay open until the answer has arrived.
             until_answered = stack.pop_all()
 
-        def answer() -> dict[str, Any]:
+        def wait_for_answer() -> dict[str, Any]:
             with until_answered:
                 try:
-                    if failed:
-                        raise failed
+                    if failure:
+                        raise failure
                     return json.loads(self._response(connection).read())
                 except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                     raise EngineError(self._describe(f"{method} {path} failed: {error!r}")) from error
 
-        return answer
+        return wait_for_answer
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Kill the engine when it makes no progress during the block, which then raises EngineDied.
 
-        Progress is a step of vLLM, a request taken in or a command done (a sync counts as one), as ``/health`` tells,
-        which a thread of the engine answers while the main thread works. So a slow engine is never killed unless a
-        single step takes longer than ``stall_timeout``. It is found after one to two times that: polls are counted,
-        not seconds, because a trainer that was stopped itself must not take its own pause for the engine's.
+        Progress is a step of vLLM, an accepted request or an executed command (a sync counts as one). A thread of the
+        engine reports it in ``/health`` while the main thread works, so a slow engine is killed only if a single step
+        takes longer than ``stall_timeout``. A hang is detected after one to two times that. The watch counts polls
+        and not seconds: if the trainer itself was stopped, its pause must not count as the engine's.
         """
         limit = self.settings.rollout.stall_timeout
-        ended, hung = threading.Event(), threading.Event()
+        ended = threading.Event()
+        hung = threading.Event()
 
         def watch() -> None:
-            progress, idle = None, 0
-            while idle < STALL_POLLS:
+            last_progress = None
+            polls_without_progress = 0
+            while polls_without_progress < STALL_POLLS:
                 if ended.wait(limit / STALL_POLLS):
                     return
                 try:
-                    now = self.call("GET", "/health", timeout=limit / STALL_POLLS)["progress"]
-                except EngineError:  # silent, or dead, which the block finds out itself
-                    now = progress
-                progress, idle = now, idle + 1 if now == progress else 0
+                    progress = self.call("GET", "/health", timeout=limit / STALL_POLLS)["progress"]
+                except EngineError:  # It does not answer. If it is dead, the block detects it itself.
+                    progress = last_progress
+                polls_without_progress = polls_without_progress + 1 if progress == last_progress else 0
+                last_progress = progress
             if not ended.is_set():
                 hung.set()
                 self.kill()
@@ -290,7 +291,8 @@ class Engine:
         self.process.wait()
 
     def stop(self, grace: float = 10.0) -> None:
-        """End the process and its workers: ask, and after ``grace`` seconds kill. Does nothing when it is gone."""
+        """End the process and its workers: by a request, and after ``grace`` seconds by a kill. Does nothing when the
+        process has ended."""
         if self.alive:
             try:
                 self.call("POST", "/shutdown", timeout=grace)
@@ -324,27 +326,7 @@ class Engine:
         return f"{text}\n--- end of {self.log_path} ---\n{tail}"
 
 
-def start_engines(settings: EngineSettings, count: int, log_dir: Path, startup_timeout: float = 600.0) -> list[Engine]:
-    """Start ``count`` engines at once and wait until all answer; logs go to ``log_dir/engine_<i>.log``.
-
-    Call it from the main thread of the process that owns them. Raises EngineError (the others are stopped) when one
-    does not come up within ``startup_timeout`` seconds.
-    """
-    engines: list[Engine] = []
-    deadline = time.monotonic() + startup_timeout
-    try:
-        for i in range(count):
-            engines.append(Engine(settings, log_dir / f"engine_{i}.log"))
-        for engine in engines:
-            engine.wait_until_ready(deadline)
-    except BaseException:
-        stop_engines(engines)
-        raise
-    atexit.register(stop_engines, engines)
-    return engines
-
-
 def stop_engines(engines: Sequence[Engine]) -> None:
-    """Stop all; safe to call again."""
+    """Stop all engines. Engines that have ended are skipped."""
     for engine in engines:
         engine.stop()

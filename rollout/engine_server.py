@@ -2,9 +2,9 @@
 
 Started by ``rollout.engine.Engine`` as ``python -m rollout.engine_server SETTINGS_JSON LISTEN_FD OWNER_PID``.
 
-The main thread owns vLLM. HTTP handlers hand it callables, which it runs between two engine steps; when there is
-nothing to generate it sleeps on the queue. A batch is added by one such callable, so that the composition of every
-step, and with it every bit of the result, depends on the requests alone.
+The main thread owns vLLM. HTTP handlers queue callables, which it runs between two engine steps; without requests it
+sleeps on the queue. One callable adds a complete batch, so that the composition of every step, and with it every bit of
+the result, depends on the requests alone.
 
 Routes (JSON; errors are ``{"error": text}`` with status 409):
 ``GET /health``; ``POST /generate`` (NDJSON: ``{"sample": …}`` lines, at last ``{"done": n}`` or ``{"error": …}``;
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.processes import die_with
+from rollout import vllm_platform
 from rollout.engine import EngineSettings
 from rollout.sample import Sample
 from rollout.thinking import forced_positions, reasoning_config
@@ -47,37 +48,40 @@ class Refused(Exception):
 
 
 def die_with_engine() -> None:
-    """For a vLLM worker: die with the engine that spawned it, also while it is still importing vLLM."""
+    """For a vLLM worker: end with the engine that spawned it, even while it still imports vLLM."""
     die_with(int(os.environ[ENGINE_PID]))
 
 
 def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> Any:
-    """vLLM's engine with the bridge's worker extension. ``"dummy"`` weights are never used: a sync comes first."""
-    gc.disable()  # what imports make stays: looking through it again and again took a sixth of their time
+    """vLLM's engine with the weight sync's worker extension. ``"dummy"`` weights are never used: a sync comes first."""
+    # Objects that imports create stay: collecting garbage among them took a sixth of the imports' time.
+    gc.disable()
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    if settings.platform == "cpu":  # vLLM is changed there, in this process too: how it waits for the workers' answers
-        import rollout.weight_sync.worker  # noqa: F401
-
+    # The worker extension does it in the workers' processes.
+    vllm_platform.of(settings.platform).change_vllm()
     gc.enable()
     return LLMEngine.from_engine_args(engine_args(settings, load_format))
 
 
 def engine_args(settings: EngineSettings, load_format: str) -> Any:
-    """The settings as vLLM's."""
+    """The settings as vLLM's ``EngineArgs``."""
     from vllm import EngineArgs
 
     from rollout import chat_layout
 
     chat_layout.register()
-    sees = "vision_config" in json.loads(Path(settings.model, "config.json").read_text())
+    has_vision_tower = "vision_config" in json.loads(Path(settings.model, "config.json").read_text())
+    optional = {} if settings.thinking is None else {"reasoning_config": reasoning_config(settings.thinking)}
     return EngineArgs(
         model=settings.model,
-        # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit. vLLM's processor
-        # of images needs one, for the placeholder tokens, and so does stopping behind a text.
-        skip_tokenizer_init=not (sees or settings.tokenizer),
-        mm_processor_cache_gb=0,  # a prompt's images are processed once for all its samples, see ``add_batch``
-        mm_device_do_normalize=False,  # pixel values as transformers' processor makes them, for the trainer too
+        # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit. vLLM's processor of
+        # images needs one, for the placeholder tokens, and so do stop texts.
+        skip_tokenizer_init=not (has_vision_tower or settings.tokenizer),
+        # A prompt's images are processed once for all its samples, see ``add_batch``.
+        mm_processor_cache_gb=0,
+        # The trainer has the pixel values of transformers' processor, so the engine must have them too.
+        mm_device_do_normalize=False,
         load_format=load_format,
         dtype=settings.dtype,
         quantization=settings.rollout.quantization,
@@ -85,23 +89,19 @@ def engine_args(settings: EngineSettings, load_format: str) -> Any:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.rollout.max_num_seqs,
         max_num_batched_tokens=settings.rollout.max_num_batched_tokens,
-        # On a CPU vLLM 0.32 fails when it splits the prompt of a request that has a seed: it would rewind the
-        # request's generator, which CPU generators can't.
-        enable_chunked_prefill=settings.platform != "cpu",
         kv_cache_memory_bytes=int(settings.rollout.kv_cache_gib * 2**30),
-        # The cache's size is given, so this is only how much vLLM wants to find free; the trainer is here too.
+        # The cache's size is set above, so this is only what vLLM requires to be free; the trainer uses memory too.
         gpu_memory_utilization=0.05,
         enforce_eager=settings.enforce_eager,
         logprobs_mode="processed_logprobs",
-        generation_config="vllm",  # sampling is what the request says, never defaults from the model's folder
+        # Sampling follows the request alone, without defaults from the model's folder.
+        generation_config="vllm",
         worker_extension_cls=WORKER_EXTENSION,
         enable_sleep_mode=settings.rollout.sleep,
-        # A group's samples share whole blocks of their prompt. vLLM's default on a CPU is 128 tokens, longer than many
-        # prompts; with 32 a batch of 8 x 8 samples of 75 + 32 tokens took 0.71 of the time (135M, one core).
-        **({"block_size": 32} if settings.platform == "cpu" else {}),
-        **({} if settings.thinking is None else {"reasoning_config": reasoning_config(settings.thinking)}),
         disable_log_stats=True,
         seed=0,
+        **vllm_platform.of(settings.platform).engine_arguments,
+        **optional,
     )
 
 
@@ -159,9 +159,10 @@ class EngineLoop:
             "stale": self.weights.stale,
             "workers": self.settings.rollout.tensor,
             "unfinished_requests": len(self.sinks),
-            "progress": self.progress,  # steps, requests taken in and commands done so far
+            # Steps, accepted requests and executed commands so far.
+            "progress": self.progress,
             "asleep": sorted(self.asleep),
-            # Of all requests so far; the second counts those that came from the prefix cache.
+            # Of all requests so far; the second counts the tokens that came from the prefix cache.
             "prompt_tokens": self.prompt_tokens,
             "cached_prompt_tokens": self.cached_prompt_tokens,
         }
@@ -235,19 +236,19 @@ class EngineLoop:
             self.llm.abort_request(unfinished)
 
     def change_weights(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
-        """Run a step of the weight bridge; refused while samples are being generated, and asleep."""
+        """Run a step of the weight sync; refused while samples are generated and while the weights sleep."""
         if "weights" in self.asleep:
             raise Refused('the weights are asleep: POST /wake {"tags": ["weights"]} before a sync')
         return self.between_batches(function, body)
 
     def between_batches(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
-        """Run a change of weights or memory; refused while samples are being generated."""
+        """Run a change of weights or memory; refused while samples are generated."""
         if self.llm.has_unfinished_requests():
             raise Refused(f"{len(self.sinks)} requests are still running: weights change only between batches")
         return function(body)
 
     def sleep(self, _: Any) -> dict[str, Any]:
-        """Give the memory of weights and key-value cache back. Level 2 keeps no copy: only a sync makes it usable."""
+        """Release the memory of weights and key-value cache. Level 2 keeps no copy, so a sync must follow the wake."""
         if not self.settings.rollout.sleep:
             raise Refused("rollout.sleep is false: this engine keeps its memory (a CPU has no sleep mode)")
         self.weights.stale = True
@@ -256,11 +257,11 @@ class EngineLoop:
         return {}
 
     def wake(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the memory of ``tags`` again: ``weights`` before a sync, ``kv_cache`` behind it."""
-        wanted = set(body["tags"]) & self.asleep
-        if wanted:
-            self.llm.wake_up(sorted(wanted))
-            self.asleep -= wanted
+        """Take the memory of ``tags`` again: ``weights`` before a sync, ``kv_cache`` after it."""
+        tags = set(body["tags"]) & self.asleep
+        if tags:
+            self.llm.wake_up(sorted(tags))
+            self.asleep -= tags
         return {}
 
     def _usable_version(self) -> int:
@@ -277,7 +278,7 @@ class EngineLoop:
     def _execute(self, function: Callable[[], Any], future: "Future[Any]") -> None:
         try:
             future.set_result(function())
-        except Exception as error:  # the client is told; the engine goes on
+        except Exception as error:  # The client gets it, and the engine continues.
             traceback.print_exc()
             future.set_exception(error)
         self.progress += 1
@@ -440,7 +441,7 @@ async def serve(loop: EngineLoop, listener: socket.socket) -> None:
 
 
 def main() -> None:
-    """Start vLLM, then serve until told to stop. Exits with status 1 and a traceback in the log when vLLM fails."""
+    """Start vLLM, then serve until ``/shutdown``. Exits with status 1 and a traceback in the log when vLLM fails."""
     settings = EngineSettings.from_json(sys.argv[1])
     die_with(int(sys.argv[3]))
     os.environ[ENGINE_PID] = str(os.getpid())
@@ -453,13 +454,14 @@ def main() -> None:
         status = 0
     except Exception:
         traceback.print_exc()
-    # The weights and caches are worth nothing now: no slow teardown. The kernel ends vLLM's workers with this process.
+    # Weights and caches need no slow teardown. The kernel ends vLLM's workers with this process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-if __name__ == "__mp_main__":  # in a worker that vLLM spawns; multiprocessing imports the main module before all else
+# In a worker that vLLM spawns: multiprocessing imports the main module before anything else.
+if __name__ == "__mp_main__":
     die_with_engine()
 if __name__ == "__main__":
     main()

@@ -17,33 +17,39 @@ ENVIRONMENTS = {"search": "rollout.search.open_search"}
 
 
 class Unavailable(RuntimeError):
-    """The environment could not reply, which is no fault of the model's: the sample has no reward."""
+    """The environment could not reply. This is not the model's fault, so the sample gets no reward."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a response: what the model said, or what the environment put there."""
+    """A piece of a response, by the model or by the environment."""
 
     text: str
     by_environment: bool
 
 
 class Environment(Protocol):
-    """``stops`` end a turn of the model. ``reply`` says what follows; it depends on the response so far alone, is
-    called from several threads at once, and raises Unavailable. ``check`` raises it when nothing can be reached."""
+    """What takes part in a response between the model's turns."""
 
     @property
-    def stops(self) -> Sequence[str]: ...
+    def stops(self) -> Sequence[str]:
+        """Texts that end a turn of the model."""
+        ...
 
-    def reply(self, segments: Sequence[Segment]) -> str: ...
+    def reply(self, segments: Sequence[Segment]) -> str:
+        """The text that follows the response so far, and depends on nothing else. Called from several threads at
+        once; raises Unavailable."""
+        ...
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        """Raises Unavailable when the environment can't be reached."""
+        ...
 
 
 def open_environment(name: str, settings: Mapping[str, Any]) -> Environment:
-    """The environment of that name, or of the function at that dotted path, which gets ``settings`` as keywords.
+    """The environment of that name or dotted path: of a function that takes ``settings`` as keywords.
 
-    Raises ValueError for an unknown name and for settings that it does not take.
+    Raises ValueError for an unknown name and for settings that the function refuses.
     """
     path = ENVIRONMENTS.get(name, name)
     try:
@@ -51,7 +57,7 @@ def open_environment(name: str, settings: Mapping[str, Any]) -> Environment:
     except ValueError as error:
         raise ValueError(
             f"rollout.environment.name={name!r}: no such environment ({error}); use one of "
-            f"{', '.join(sorted(ENVIRONMENTS))}, or the dotted path of a function that makes one"
+            f"{', '.join(sorted(ENVIRONMENTS))}, or the dotted path of a function that returns one"
         ) from error
     try:
         return function(**settings)
@@ -103,9 +109,12 @@ class Turns:
         )
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """A reply's token ids. A space stands for what would become a control token (end of turn, image): a document
-        from elsewhere must not end or open a turn."""
-        marks = self.tokenizer.get_added_vocab()
-        while found := [mark for mark in marks if mark in text]:
-            text = text.replace(found[0], " ")
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        """A reply's token ids. A space replaces each text of a control token (end of turn, image), because a document
+        from elsewhere must not end or begin a turn."""
+        control_texts = self.tokenizer.get_added_vocab()
+        while True:
+            # Again after each replacement: the text on both sides of it may form another control text.
+            control_text = next((control_text for control_text in control_texts if control_text in text), None)
+            if control_text is None:
+                return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            text = text.replace(control_text, " ")

@@ -1,4 +1,4 @@
-"""Clips, put together in one place for the trainer's processor and for vLLM's."""
+"""Video clips, built by one function for the trainer's processor and for vLLM's, so that both see the same."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-# Qwen2.5-VL samples video at two frames a second (qwen_vl_utils), so data sets hold frames at that rate. It decides the
-# times in the position ids.
+# Qwen2.5-VL samples video at two frames per second (qwen_vl_utils), so data sets contain frames at that rate. The
+# position ids of its tokens contain times, which follow from it.
 FRAMES_PER_SECOND = 2.0
 
 
 def clip(frames: Sequence[Image]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Frames [frames, height, width, 3] and what transformers' ``VideoMetadata`` takes.
+    """Frames [frames, height, width, 3] and the fields of transformers' ``VideoMetadata``.
 
     Raises ValueError when the frames differ in size.
     """

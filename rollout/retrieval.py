@@ -14,13 +14,16 @@ import numpy as np
 
 from rollout.environment import Unavailable
 
-LONGEST_REPLY = 1 << 20  # bytes of an endpoint's reply that are read
-PAUSE = 0.2  # seconds before the first retry, doubled each time
+# Bytes. An endpoint's longer reply is an error.
+LONGEST_REPLY = 1 << 20
+# Seconds before the first retry, doubled for each further one.
+PAUSE = 0.2
 
 
 @dataclass(frozen=True)
 class Document:
-    """Raises ValueError for an ``id`` that is empty or has a bracket or a line break: results name it in brackets."""
+    """Raises ValueError for an ``id`` that is empty or contains a bracket or a line break, because search results
+    show it in brackets."""
 
     id: str
     text: str
@@ -31,28 +34,34 @@ class Document:
 
 
 class Retriever(Protocol):
-    """Called from several threads. ``read``: the whole text, None for an unknown id. Both raise Unavailable."""
+    """A source of documents. Its functions are called from several threads, and raise Unavailable."""
 
-    def search(self, query: str, count: int) -> list[Document]: ...
+    def search(self, query: str, count: int) -> list[Document]:
+        """At most ``count`` documents, best first."""
+        ...
 
-    def read(self, document_id: str) -> str | None: ...
+    def read(self, document_id: str) -> str | None:
+        """The full text of a document; None for an unknown id."""
+        ...
 
 
 @dataclass(frozen=True)
 class Bm25:
     """Okapi BM25 in Lucene's form (Robertson et al. 1994; the library's defaults k1 = 1.5, b = 0.75).
 
-    A word is two or more word characters in lower case; English stop words don't count. Equal scores come in the
-    corpus's order, documents without a word of the query not at all.
+    A word is two or more word characters in lower case; English stop words are left out. Documents with equal scores
+    are in the corpus's order, and documents without any word of the query are not returned.
     """
 
     documents: Sequence[Document]
     texts: dict[str, str]
-    index: Any  # bm25s.BM25
+    """By id."""
+    index: Any
+    """bm25s.BM25"""
 
     @staticmethod
     def of(documents: Sequence[Document]) -> "Bm25":
-        """Index the documents. Raises ValueError for none and for a repeated id."""
+        """Index the documents. Raises ValueError for an empty corpus and for a repeated id."""
         if not documents:
             raise ValueError("the corpus has no document")
         texts: dict[str, str] = {}
@@ -60,7 +69,8 @@ class Bm25:
             if document.id in texts:
                 raise ValueError(f"document id {document.id!r} occurs twice; make ids unique")
             texts[document.id] = document.text
-        import bm25s  # brings numba: a second that only runs that search need
+        # Imported here, because it imports numba, which takes a second that only runs with a search need.
+        import bm25s
 
         index = bm25s.BM25(method="lucene", auto_compile=False)
         index.index([words(document.text) for document in documents], show_progress=False)
@@ -68,7 +78,7 @@ class Bm25:
 
     @staticmethod
     def load(path: str) -> "Bm25":
-        """Of a JSONL file with ``id`` and ``text`` in each line. Raises ValueError naming file and line."""
+        """Index a JSONL file with ``id`` and ``text`` in each line. Raises ValueError naming file and line."""
         documents = []
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
             try:
@@ -82,12 +92,13 @@ class Bm25:
             raise ValueError(f"{path}: {error}") from error
 
     def scores(self, query: str) -> np.ndarray:
-        """Of every document, [documents]."""
-        known = [word for word in words(query) if word in self.index.vocab_dict]
-        return self.index.get_scores(known) if known else np.zeros(len(self.documents))
+        """The score of every document, [documents]."""
+        indexed_words = [word for word in words(query) if word in self.index.vocab_dict]
+        return self.index.get_scores(indexed_words) if indexed_words else np.zeros(len(self.documents))
 
     def search(self, query: str, count: int) -> list[Document]:
         scores = self.scores(query)
+        # Stable: equal scores stay in the corpus's order.
         best = np.argsort(-scores, kind="stable")[:count]
         return [self.documents[i] for i in best if scores[i] > 0]
 
@@ -96,10 +107,11 @@ class Bm25:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text that the index counts."""
+    """The words of a text that count for the index."""
     import bm25s
 
-    return [word for word in bm25s.tokenize(text, stopwords="en", return_ids=False, show_progress=False)[0] if word]
+    (tokens,) = bm25s.tokenize(text, stopwords="en", return_ids=False, show_progress=False)
+    return [word for word in tokens if word]
 
 
 def _document(row: Any) -> Document:
@@ -110,11 +122,11 @@ def _document(row: Any) -> Document:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A search engine behind HTTP at ``address``; requests and replies are JSON.
+    """A search engine over HTTP at ``address``; requests and replies are JSON.
 
     ``POST address/search {"query": text, "count": n}`` → ``{"documents": [{"id": …, "text": …}, …]}``, best first;
     ``POST address/read {"id": …}`` → ``{"text": …}``, or ``{"text": null}`` for an unknown id.
-    ``timeout``: seconds for a try as a whole, ``retries``: further tries.
+    ``timeout``: seconds of a complete try. ``retries``: further tries after the first.
     """
 
     address: str
@@ -122,44 +134,47 @@ class Endpoint:
     retries: int
 
     def search(self, query: str, count: int) -> list[Document]:
-        reply = self._ask("search", {"query": query, "count": count})
+        reply = self._call("search", {"query": query, "count": count})
         try:
             return [_document(row) for row in reply["documents"][:count]]
         except (KeyError, TypeError, ValueError) as error:
             raise Unavailable(f"{self.address}/search: not {{documents: [{{id, text}}]}} ({error!r})") from error
 
     def read(self, document_id: str) -> str | None:
-        reply = self._ask("read", {"id": document_id})
+        reply = self._call("read", {"id": document_id})
         text = reply.get("text")
         if "text" not in reply or not isinstance(text, str | None):
             raise Unavailable(f"{self.address}/read: not {{text: …}}")
         return text
 
-    def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Raises Unavailable when no try had a JSON object as its reply."""
+    def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST with retries. Raises Unavailable when no try gets a JSON object."""
         reason = ""
-        for again in range(self.retries + 1):
-            if again:
-                time.sleep(PAUSE * 2 ** (again - 1))
+        for attempt in range(self.retries + 1):
+            if attempt > 0:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                found = json.loads(self._post(f"{self.address.rstrip('/')}/{path}", body))
-                if isinstance(found, dict):
-                    return found
-                reason = f"a reply that is a {type(found).__name__}, not an object"
+                reply = json.loads(self._post(f"{self.address.rstrip('/')}/{path}", body))
+                if isinstance(reply, dict):
+                    return reply
+                reason = f"a reply that is a {type(reply).__name__}, not an object"
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = str(error) or type(error).__name__
         raise Unavailable(f"{self.address}/{path}: {reason} ({self.retries + 1} tries)")
 
     def _post(self, address: str, body: dict[str, Any]) -> bytes:
-        """The reply's body. urllib's timeout is for each read, so a server that drips is ended here."""
+        """The reply's body. Raises OSError, HTTPException, and ValueError for a body that is too long."""
         deadline = time.monotonic() + self.timeout
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-            parts: list[bytes] = []
-            while part := reply.read1(1 << 16):
-                parts.append(part)
+            data = bytearray()
+            while True:
+                part = reply.read1(1 << 16)
+                if not part:
+                    return bytes(data)
+                data += part
+                # urllib's timeout is for each read, so a server could send a byte at a time for ever.
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole reply within {self.timeout} s")
-                if sum(map(len, parts)) > LONGEST_REPLY:
+                    raise TimeoutError(f"no complete reply within {self.timeout} s")
+                if len(data) > LONGEST_REPLY:
                     raise ValueError(f"a reply of more than {LONGEST_REPLY} bytes")
-        return b"".join(parts)

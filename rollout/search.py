@@ -1,7 +1,7 @@
 """Deliberative search: think, search, read, state a confidence, answer (Deliberative Searcher, arXiv 2507.16727).
 
-The action space is the paper's. How an action is written, and that an episode has one confidence, right before its one
-answer, are our choice:
+The action space is the paper's. Two things are our choice: the notation of an action, and that an episode has one
+confidence, immediately before its one answer.
 
     <think>…</think><search>capital of Norland</search>
     <result>[norland] The capital of Norland is Veska.</result>         from the environment
@@ -11,7 +11,7 @@ answer, are our choice:
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,14 +22,16 @@ ACTIONS = ("think", "search", "read", "confidence", "answer")
 _BEGIN = re.compile(f"<({'|'.join(ACTIONS)})>")
 _TAG = re.compile(rf"</?(?:{'|'.join(ACTIONS)}|result)>")
 _CONFIDENCE = re.compile(r"10|[0-9]")
-_FOUND = re.compile(r"^\[([^\[\]\n]+)\] ", re.MULTILINE)
-LONGEST_QUERY = 2000  # characters, what web search engines read of a query; the rest is cut off
-NOTHING_FOUND, NO_DOCUMENT = "nothing found", "no such document was found"
+_LISTED_ID = re.compile(r"^\[([^\[\]\n]+)\] ", re.MULTILINE)
+# Characters of a query that are used: about as many as web search engines read. The rest is cut off.
+LONGEST_QUERY = 2000
+NOTHING_FOUND = "nothing found"
+NO_DOCUMENT = "no such document was found"
 
 
 @dataclass(frozen=True)
 class Step:
-    """An action of an episode and what is wrong with it; an empty ``fault``: nothing."""
+    """An action of an episode and its ``fault``, empty for a legal action."""
 
     action: str
     content: str
@@ -38,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Action:
-    """``<name>content</name>`` and where it begins and ends in its text."""
+    """``<name>content</name>``, which is ``text[start:end]``."""
 
     name: str
     content: str
@@ -48,10 +50,10 @@ class Action:
 
 @dataclass(frozen=True)
 class Search:
-    """The environment: the retriever's documents, ``results`` for each search, the first ``snippet_words`` of each.
+    """The environment: each search returns the first ``snippet_words`` of ``results`` documents of the retriever.
 
-    The model's text is only ever a query, of at most ``LONGEST_QUERY`` characters, and an id: a reply's time and memory
-    grow with the corpus and with the text's length, whatever is in it.
+    The model's text is used only as a query of at most ``LONGEST_QUERY`` characters and as a document's id. So the time
+    and memory of a reply are linear in the corpus and in the length of the text, whatever the text contains.
     """
 
     retriever: Retriever
@@ -64,18 +66,21 @@ class Search:
 
     def reply(self, segments: Sequence[Segment]) -> str:
         """``<result>…</result>`` for the search or read with which the response ends. Raises Unavailable."""
-        said = segments[-1].text
-        stop = max(self.stops, key=said.rfind)
-        end = said.rfind(stop) + len(stop)
-        last = next((action for action in actions(said) if action.end == end), None)
-        if last is None:
-            return result(NOTHING_FOUND)  # an end without a beginning: the verifier says so
-        content = last.content.strip()
+        turn = segments[-1].text
+        stop = max(self.stops, key=turn.rfind)
+        end = turn.rfind(stop) + len(stop)
+        last_action = next((action for action in actions(turn) if action.end == end), None)
+        if last_action is None:
+            # An end tag without a begin tag. The verifier reports it.
+            return result(NOTHING_FOUND)
+        content = last_action.content.strip()
         if stop == "</read>":
-            text = self.retriever.read(content) if content in found_ids(segments) else None
+            text = self.retriever.read(content) if content in listed_ids(segments) else None
             return result(NO_DOCUMENT if text is None else text)
-        hits = self.retriever.search(content[:LONGEST_QUERY], self.results)
-        lines = [f"[{hit.id}] {' '.join(hit.text.split()[: self.snippet_words])}" for hit in hits]
+        lines = []
+        for document in self.retriever.search(content[:LONGEST_QUERY], self.results):
+            snippet = " ".join(document.text.split()[: self.snippet_words])
+            lines.append(f"[{document.id}] {snippet}")
         return result("\n".join(lines) or NOTHING_FOUND)
 
     def check(self) -> None:
@@ -92,9 +97,9 @@ def open_search(
     timeout: float,
     retries: int,
 ) -> Search:
-    """Over a ``corpus`` (JSONL, BM25 in this process) or an HTTP ``endpoint``, exactly one of them.
+    """The environment over a ``corpus`` (JSONL, BM25 in this process) or an HTTP ``endpoint``: exactly one of them.
 
-    ``timeout`` (seconds) and ``retries`` are the endpoint's. Raises ValueError for values that can't work.
+    ``timeout`` (seconds) and ``retries`` are for the endpoint. Raises ValueError for settings out of range.
     """
     for name, value, least in (
         ("results", results, 1),
@@ -116,60 +121,80 @@ def open_search(
 
 
 def result(text: str) -> str:
-    """What the environment puts into a response; tags of the grammar in a document are not the document's to give: a
-    space stands for each, so that what is left and right of one makes no other."""
+    """The environment's reply. Replaces each tag of the grammar in ``text`` by a space, because a document must not act
+    for the model; a space, so that the text on both sides of a tag does not form another tag."""
     return f"<result>{_TAG.sub(' ', text)}</result>"
 
 
 def actions(text: str) -> Iterator[Action]:
-    """From left to right: a begin that has an end, the next of its name. What is inside one is not another."""
-    position, unended = 0, set[str]()
-    while begin := _BEGIN.search(text, position):
-        name, position = begin.group(1), begin.end()
-        end = -1 if name in unended else text.find(f"</{name}>", position)
-        if end < 0:
-            unended.add(name)  # none behind this one either
-            continue
-        content, position = text[position:end], end + len(f"</{name}>")
-        yield Action(name, content, begin.start(), position)
+    """The actions in ``text`` from left to right: a begin tag, and the next end tag of the same name.
+
+    Tags inside an action do not begin another one. Linear in the length of ``text``.
+    """
+    position = 0
+    names_without_end: set[str] = set()
+    while True:
+        begin = _BEGIN.search(text, position)
+        if begin is None:
+            return
+        name = begin.group(1)
+        content_start = begin.end()
+        end_tag = f"</{name}>"
+        content_end = -1 if name in names_without_end else text.find(end_tag, content_start)
+        if content_end < 0:
+            # Later begin tags of this name have no end tag either: searching again would take quadratic time.
+            names_without_end.add(name)
+            position = content_start
+        else:
+            position = content_end + len(end_tag)
+            yield Action(name, text[content_start:content_end], begin.start(), position)
 
 
-def found_ids(segments: Sequence[Segment]) -> set[str]:
+def listed_ids(segments: Sequence[Segment]) -> set[str]:
     """Ids of the documents that the environment's replies to searches listed."""
-    found: set[str] = set()
-    for before, segment in pairwise(segments):
-        if segment.by_environment and before.text.rstrip().endswith("</search>"):
-            found.update(_FOUND.findall(segment.text.removeprefix("<result>")))
-    return found
+    ids: set[str] = set()
+    for previous, segment in pairwise(segments):
+        if segment.by_environment and previous.text.rstrip().endswith("</search>"):
+            ids.update(_LISTED_ID.findall(segment.text.removeprefix("<result>")))
+    return ids
 
 
 def steps(segments: Sequence[Segment]) -> list[Step]:
-    """Every action of a response with its fault, in order; at the end what is missing. All without a fault: legal.
+    """Every action of a response with its fault, in order. A response is legal when no step has a fault.
 
-    First a think. Then think, search and read in any order, each search and read answered by the environment, and a
-    read only of a document that a search found. At last one confidence (a whole number from 0 to 10) and one answer.
+    Text outside of actions is a step "text", and a response without an answer at its end has a last step "end".
+    The grammar: first a think. Then think, search and read in any order, each search and read answered by the
+    environment, and a read only of a document that a search listed. Last one confidence (an integer from 0 to 10) and
+    one answer.
     """
-    done: list[Step] = []
+    all_steps: list[Step] = []
     for place, segment in enumerate(segments):
         if segment.by_environment:
             continue
-        position, end = 0, len(segment.text.rstrip())
-        seen = found_ids(segments[: place + 1])
+        has_reply = place + 1 < len(segments)
+        turn_end = len(segment.text.rstrip())
+        readable_ids = listed_ids(segments[: place + 1])
+        position = 0
         for action in actions(segment.text):
             if segment.text[position : action.start].strip():
                 break
-            position, content = action.end, action.content.strip()
-            ends_turn = place + 1 < len(segments) and position == end
-            done.append(Step(action.name, content, _fault(action.name, content, done, ends_turn, seen)))
-        if rest := segment.text[position:].strip():
-            done.append(Step("text", rest, "not an action"))
-    if not done or done[-1].action != "answer":
-        done.append(Step("end", "", "no answer at the end"))
-    return done
+            position = action.end
+            content = action.content.strip()
+            is_answered = has_reply and action.end == turn_end
+            fault = _fault(action.name, content, all_steps, is_answered, readable_ids)
+            all_steps.append(Step(action.name, content, fault))
+        rest = segment.text[position:].strip()
+        if rest:
+            all_steps.append(Step("text", rest, "not an action"))
+    if not all_steps or all_steps[-1].action != "answer":
+        all_steps.append(Step("end", "", "no answer at the end"))
+    return all_steps
 
 
-def _fault(action: str, content: str, done: Sequence[Step], ends_turn: bool, seen: set[str]) -> str:
-    before = done[-1].action if done else None
+def _fault(
+    action: str, content: str, earlier_steps: Sequence[Step], is_answered: bool, readable_ids: Collection[str]
+) -> str:
+    before = earlier_steps[-1].action if earlier_steps else None
     if _TAG.search(content):
         return "another tag inside"
     if not content:
@@ -177,29 +202,30 @@ def _fault(action: str, content: str, done: Sequence[Step], ends_turn: bool, see
     if before is None and action != "think":
         return "before any think"
     if before == "answer":
-        return "behind the answer"
+        return "after the answer"
     if before == "confidence" and action != "answer":
         return "between confidence and answer"
     if action == "confidence" and not _CONFIDENCE.fullmatch(content):
         return "not a whole number from 0 to 10"
     if action == "answer" and before != "confidence":
         return "no confidence before it"
-    if action in ("search", "read") and not ends_turn:
+    if action in ("search", "read") and not is_answered:
         return "without a result"
-    if action == "read" and content not in seen:
+    if action == "read" and content not in readable_ids:
         return "not among the documents found"
     return ""
 
 
 def stated(segments: Sequence[Segment]) -> tuple[str | None, int | None]:
-    """The answer and the confidence (0 to 10) that the model states last; None for none.
+    """The last answer and the last confidence (0 to 10) that the model states; None where it states none.
 
-    A text without any action is an answer as a whole, without a confidence (our choice: what a model that does not know
-    the grammar says).
+    A text without any action counts as the answer, without a confidence. This is our choice, for models that do not
+    know the grammar.
     """
     text = "".join(segment.text for segment in segments if not segment.by_environment)
     if not _TAG.search(text):
         return text.strip() or None, None
-    said = {action.name: action.content.strip() for action in actions(text)}
-    confidence = said.get("confidence", "")
-    return said.get("answer") or None, int(confidence) if _CONFIDENCE.fullmatch(confidence) else None
+    last_content = {action.name: action.content.strip() for action in actions(text)}
+    answer = last_content.get("answer") or None
+    confidence = last_content.get("confidence", "")
+    return answer, int(confidence) if _CONFIDENCE.fullmatch(confidence) else None

@@ -5,11 +5,8 @@ from typing import Any
 
 from megatron_ext.platform.features import capabilities
 from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
-
-# vLLM's online FP8 of linear layers, by what has a scale of its own: a tensor, each output channel, each block of
-# 128 x 128. Activations are FP8 too, with a scale for each token, or for 128 neighbours of it with blocks.
-QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
-CPU_QUANTIZATION = "fp8_per_channel"
+from rollout import vllm_platform
+from rollout.vllm_platform import QUANTIZATIONS
 
 
 @dataclass
@@ -86,10 +83,11 @@ def check(settings: RolloutConfig, platform: str) -> None:
         raise ValueError(
             "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
         )
-    if not capabilities(platform).has_gpus and settings.quantization not in (None, CPU_QUANTIZATION):
+    vllm = vllm_platform.of(platform)
+    if settings.quantization is not None and settings.quantization not in vllm.quantizations:
         raise ValueError(
-            f"rollout.quantization={settings.quantization!r}: needs cluster.platform=cuda; on a CPU vLLM has "
-            f"{CPU_QUANTIZATION} only"
+            f"rollout.quantization={settings.quantization!r}: needs cluster.platform=cuda; on a {platform} vLLM has "
+            f"{', '.join(vllm.quantizations)} only"
         )
     if settings.thinking_budget is not None and len(settings.thinking_marks) != 2:
         raise ValueError(

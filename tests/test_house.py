@@ -22,17 +22,9 @@ FORBIDDEN = {
 }
 
 # Where CPU and CUDA may be told apart, and how that is written.
-PLATFORM_PLACES = ("megatron_ext/platform/",)
+PLATFORM_PLACES = ("megatron_ext/platform/", "rollout/vllm_platform.py")
 # Moves in progress: nothing may be added here.
-PLATFORM_MOVES = (
-    "recipes/training/session.py",
-    "rollout/engine.py",
-    "rollout/engine_server.py",
-    "rollout/weight_sync/memory.py",
-    "rollout/weight_sync/network.py",
-    "rollout/weight_sync/sync.py",
-    "rollout/weight_sync/worker.py",
-)
+PLATFORM_MOVES = ("recipes/training/session.py",)
 IMPORT_MOVES: set[tuple[str, str]] = set()
 PLATFORM_NAMES = ("cpu", "cuda")
 PLATFORM_QUESTIONS = ("is_cuda", "is_cpu", "is_cuda_alike")

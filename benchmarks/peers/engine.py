@@ -13,7 +13,7 @@ from rollout.weight_sync.receiver import WeightReceiver
 
 class LoadingReceiver(WeightReceiver):
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A sync of the weight bridge, or a peer's load: seconds of the slowest worker, and those of packing."""
+        """A weight sync, or a peer's load: seconds of the slowest worker, and those of packing."""
         if "nothing" in body:
             self._call("nothing")
             return {}

@@ -11,13 +11,13 @@ from rollout.weight_sync.worker import WeightSyncWorker, pack_layers
 
 
 class LoadingWorker(WeightSyncWorker):
-    """The bridge's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
+    """The weight sync's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
 
     def nothing(self) -> str:
         return "{}"
 
     def set_packs(self, whether: str) -> str:
-        """Whether later syncs of the bridge pack the linear layers; their kernels are stale until one does."""
+        """Whether later weight syncs pack the linear layers; their kernels are stale until one does."""
         worker.pack_layers = pack_layers if json.loads(whether) else lambda: 0.0
         return "{}"
 
@@ -32,7 +32,7 @@ class LoadingWorker(WeightSyncWorker):
             path = f"/proc/{body['pid']}/fd/{body['fd']}"
             memory = torch.from_file(path, shared=True, size=body["bytes"], dtype=torch.uint8)
             weights = [(name, _view(memory, offset, shape)) for name, shape, offset in body["tensors"]]
-            model: Any = self.get_model()  # type: ignore[attr-defined]
+            model: Any = self.get_model()
             started = time.perf_counter()
             with torch.no_grad():
                 model.load_weights(iter(weights))

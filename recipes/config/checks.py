@@ -12,6 +12,7 @@ from recipes.launch import settings as launch_settings
 from recipes.training import settings as training_settings
 from rewards import settings as reward_settings
 from rollout import settings as rollout_settings
+from rollout import vllm_platform
 
 
 def check(config: Config) -> None:
@@ -122,12 +123,12 @@ def check_batch(config: Config) -> None:
 
 
 def check_engine_batch(config: Config) -> None:
-    """An engine's step takes a token of every sequence, and on a CPU, where prompts are not split, a full one."""
+    """An engine's step takes a token of every sequence, and a complete prompt where vLLM does not split prompts."""
     if not generates(config):
         return
     rollout = config.rollout
     least = rollout.max_num_seqs
-    if not capabilities(config.cluster.platform).has_gpus:
+    if not vllm_platform.of(config.cluster.platform).splits_prompts:
         least = max(least, config.data.max_prompt_tokens + rollout.max_response_tokens)
     if rollout.max_num_batched_tokens < least:
         raise ConfigError(

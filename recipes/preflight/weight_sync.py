@@ -34,7 +34,8 @@ from recipes.errors import ConfigError
 from recipes.preflight import simulated_engines
 from recipes.preflight.architecture import model_config
 from rollout.weight_sync.layout import ParameterLayout, Rectangle
-from rollout.weight_sync.plan import ITEMSIZE, Arrival, Copy, Place, Plan, ShardTable, Topology, build_plan
+from rollout.weight_sync.plan import ITEMSIZE, Copy, Place, Plan, Recv, ShardTable, Topology
+from rollout.weight_sync.planner import build_plan
 
 resolvers.register()
 
@@ -107,7 +108,7 @@ def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) ->
     name = lambda place: f"{place.host} GPU {place.device}"  # noqa: E731
     for e, engine in enumerate(where.engines):
         for w, worker in enumerate(engine):
-            items: list[Copy | Arrival] = [*plan.copies[e][w], *plan.arrivals[e][w]]
+            items: list[Copy | Recv] = [*plan.copies[e][w], *plan.recvs[e][w]]
             for item in items:
                 size = dtypes[item.parameter] * math.prod(item.shape)
                 source = where.ranks[item.rank]

@@ -4,9 +4,9 @@ For a tensor with rows r (first dimension) and columns c (the others, flattened)
 
     sum over r, c of  bits[r, c] * (a(r) + b(c))     in 64-bit integers that wrap around,
 
-with ``bits`` the elements' bit patterns and a, b hashes of the position in the whole tensor. Integer sums have no
-rounding and no order, so trainer and engine get the same number from any layout; a changed bit, a row or column in
-the wrong place or twice in place of another changes it.
+with ``bits`` the elements' bit patterns and a, b hashes of the position in the full tensor. Integer sums do not round
+and do not depend on the order, so trainer and engine get the same number from any layout. A changed bit changes it, and
+so does a row or column in the wrong place or in place of another one.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _hash(index: torch.Tensor, salt: int) -> torch.Tensor:
-    """Odd pseudo-random int64 for each int64 index: two rounds of multiply and xor-shift."""
+    """An odd pseudo-random int64 for each int64 index: two rounds of multiply and xor-shift."""
     value = index + salt
     for multiplier in (-7046029254386353131, -4658895280553007687):
         value = value * multiplier
@@ -26,8 +26,8 @@ def _hash(index: torch.Tensor, salt: int) -> torch.Tensor:
 
 
 def checksum_unit(itemsize: int, last_dimension: Sequence[int]) -> int:
-    """How many neighbours along the last dimension can be read as one integer: the largest power of two that fits
-    into 64 bits and divides every offset and extent in ``last_dimension``. Both sides must use the same one."""
+    """How many neighbours along the last dimension are read as one integer: the largest power of two that fits into
+    64 bits and divides every offset and extent in ``last_dimension``. Trainer and engine must use the same unit."""
     unit = 8 // itemsize
     while any(number % unit for number in last_dimension):
         unit //= 2
@@ -36,19 +36,21 @@ def checksum_unit(itemsize: int, last_dimension: Sequence[int]) -> int:
 
 def _as_integers(values: torch.Tensor, unit: int) -> torch.Tensor:
     width = values.element_size() * unit
-    aligned = values.storage_offset() % unit == 0 and all(
+    strides_are_aligned = all(
         stride % unit == 0 for stride, size in zip(values.stride()[:-1], values.shape[:-1], strict=True) if size > 1
     )
-    if values.stride(-1) != 1 or not aligned or values.data_ptr() % width:
+    starts_aligned = values.storage_offset() % unit == 0 and values.data_ptr() % width == 0
+    if values.stride(-1) != 1 or not strides_are_aligned or not starts_aligned:
+        # A view as wider integers needs contiguous, aligned rows.
         values = values.clone(memory_format=torch.contiguous_format)
     return values.view(INTEGERS[width])
 
 
 def rectangle_checksum(values: torch.Tensor, start: Sequence[int], shape: Sequence[int], unit: int) -> int:
-    """Share of the rectangle ``values`` (floats, at least one dimension) at ``start`` of a tensor of ``shape``.
+    """What the rectangle ``values`` at ``start`` of a tensor of ``shape`` adds to the tensor's checksum.
 
-    ``unit`` comes from :func:`checksum_unit`. The shares of rectangles that tile the tensor add up (``layout.wrap``) to
-    the checksum of the tensor.
+    ``values``: floats, at least one dimension. ``unit``: of :func:`checksum_unit`. The sum over rectangles that tile
+    the tensor (with ``layout.wrap``) is the checksum of the tensor.
     """
     integers = _as_integers(values.detach(), unit)
     device = values.device
@@ -56,14 +58,16 @@ def rectangle_checksum(values: torch.Tensor, start: Sequence[int], shape: Sequen
         first = start[0] // unit
         rows = _hash(torch.arange(first, first + integers.shape[0], device=device), 1)
         return int((integers.to(torch.int64) * rows).sum())
-    # Positions in the whole tensor, the last dimension counted in units.
+    # Positions in the full tensor, the last dimension counted in units.
     extents = [*shape[1:-1], shape[-1] // unit]
-    begins = [*start[1:-1], start[-1] // unit]
+    starts = [*start[1:-1], start[-1] // unit]
     columns = torch.zeros((), dtype=torch.int64, device=device)
-    for begin, extent, size in zip(begins, extents, integers.shape[1:], strict=True):
-        columns = columns.unsqueeze(-1) * extent + torch.arange(begin, begin + size, device=device)
+    for first, extent, size in zip(starts, extents, integers.shape[1:], strict=True):
+        columns = columns.unsqueeze(-1) * extent + torch.arange(first, first + size, device=device)
     rows = torch.arange(start[0], start[0] + integers.shape[0], device=device)
     matrix = integers.reshape(integers.shape[0], -1)
-    row_sums, column_sums = matrix.sum(1, dtype=torch.int64), matrix.sum(0, dtype=torch.int64)
+    # The sum over bits * (a + b) is that over the row sums * a, plus that over the column sums * b.
+    row_sums = matrix.sum(1, dtype=torch.int64)
+    column_sums = matrix.sum(0, dtype=torch.int64)
     total = (row_sums * _hash(rows, 1)).sum() + (column_sums * _hash(columns.reshape(-1), 2)).sum()
     return int(total)

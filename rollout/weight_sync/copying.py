@@ -9,72 +9,87 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import torch
-from torch import set_num_threads  # now: vLLM's CPU worker puts a function there that does nothing
 
+# Imported here, because vLLM's CPU worker later replaces torch.set_num_threads by a function that does nothing.
+from torch import set_num_threads
+
+from rollout import vllm_platform
 from rollout.weight_sync.plan import Copy
 
-# What a thread copies in one call, at least (of a tensor with longer rows at most one row): small enough that the
-# threads end at the same time and a round that lands meanwhile waits little.
+# What a thread copies in one call, at least (one row, if a row is longer). Small enough that the threads end at the
+# same time, and that a round that becomes ready meanwhile waits little.
 BATCH_BYTES = 4 << 20
 
 
 @dataclass
 class Batch:
-    """``moves``: addresses of target and source, each in one piece, of one dtype, in the host's memory, and the bytes,
-    which the C library copies, past the caches where that is faster (``rollout.engine.environment``); ``held`` are the
-    tensors there. ``joins``: such targets whose rows several sources make, side by side: written in one go they take
-    two thirds of the time of one source after the other. ``targets`` and ``sources``: the other pairs."""
+    """Copies that one thread makes in one call, by the fastest way of each."""
 
     moves: list[tuple[int, int, int]] = field(default_factory=list)
-    held: list[torch.Tensor] = field(default_factory=list)
+    """(target address, source address, bytes) of contiguous tensors of one dtype in host memory. The C library copies
+    them, with non-temporal stores where that is faster (the engine's environment in ``rollout.vllm_platform``)."""
+    moved_tensors: list[torch.Tensor] = field(default_factory=list)
+    """Keeps the memory of ``moves`` alive."""
     joins: list[tuple[torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
+    """(target, sources side by side in its rows), otherwise as ``moves``. Written in one pass they take two thirds of
+    the time of one source after another."""
     targets: list[torch.Tensor] = field(default_factory=list)
+    """All other copies: the targets of ``sources``."""
     sources: list[torch.Tensor] = field(default_factory=list)
 
 
 def by_rows(copies: Iterable[Copy], parameters: Mapping[str, torch.Tensor]) -> Iterator[list[Copy]]:
-    """The copies that make whole rows of a matrix together, from left to right; every other one alone. As in a plan, no
-    two of ``copies`` write the same element."""
-    rows: dict[tuple[str, int, int], list[Copy]] = defaultdict(list)
-    for c in copies:
-        rows[c.parameter, c.parameter_start[0], c.shape[0]].append(c)
-    for (name, _, _), parts in rows.items():
+    """Group the copies that together fill complete rows of a matrix, from left to right; every other copy is alone.
+
+    As in a plan, no two of ``copies`` write the same element.
+    """
+    copies_of_rows: dict[tuple[str, int, int], list[Copy]] = defaultdict(list)
+    for copy in copies:
+        copies_of_rows[copy.parameter, copy.parameter_start[0], copy.shape[0]].append(copy)
+    for (name, _, _), parts in copies_of_rows.items():
         shape = parameters[name].shape
-        if len(shape) == 2 and sum(c.shape[1] for c in parts) == shape[1]:
-            yield sorted(parts, key=lambda c: c.parameter_start)
+        if len(shape) == 2 and sum(part.shape[1] for part in parts) == shape[1]:
+            yield sorted(parts, key=lambda part: part.parameter_start)
         else:
-            yield from ([c] for c in parts)
+            for part in parts:
+                yield [part]
 
 
 def batches(copies: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> list[Batch]:
-    """(target, its sources side by side in the last dimension), views of at least one dimension, in batches; large ones
-    are cut along their first dimension."""
-    made: list[Batch] = []
+    """Put copies into batches; large copies are cut along their first dimension.
+
+    ``copies``: (target, its sources side by side in the last dimension), views of at least one dimension.
+    """
+    all_batches: list[Batch] = []
     room = 0
     for target, sources in copies:
-        plain = all(s.dtype == target.dtype and s.device == target.device == torch.device("cpu") for s in sources)
+        can_move = vllm_platform.of(target.device.type).in_host_memory and all(
+            source.dtype == target.dtype and source.device == target.device for source in sources
+        )
         rows = max(BATCH_BYTES * len(target) // max(target.nbytes, 1), 1)
-        for to, *parts in zip(target.split(rows), *(source.split(rows) for source in sources), strict=True):
+        source_parts = [source.split(rows) for source in sources]
+        for target_part, *parts in zip(target.split(rows), *source_parts, strict=True):
             if room <= 0:
-                made.append(Batch())
+                all_batches.append(Batch())
                 room = BATCH_BYTES
-            if plain and all(tensor.is_contiguous() for tensor in (to, *parts)):
+            batch = all_batches[-1]
+            if can_move and all(tensor.is_contiguous() for tensor in (target_part, *parts)):
                 if len(parts) == 1:
-                    made[-1].moves.append((to.data_ptr(), parts[0].data_ptr(), to.nbytes))
-                    made[-1].held += (to, parts[0])
+                    batch.moves.append((target_part.data_ptr(), parts[0].data_ptr(), target_part.nbytes))
+                    batch.moved_tensors += (target_part, parts[0])
                 else:
-                    made[-1].joins.append((to, parts))
+                    batch.joins.append((target_part, parts))
             else:
-                made[-1].targets += to.split([part.shape[-1] for part in parts], dim=-1)
-                made[-1].sources += parts
-            room -= to.nbytes
-    return made
+                batch.targets += target_part.split([part.shape[-1] for part in parts], dim=-1)
+                batch.sources += parts
+            room -= target_part.nbytes
+    return all_batches
 
 
 def copy_batch(batch: Batch) -> None:
     """Copy every source into its target, converting to the target's dtype."""
-    for to, source, size in batch.moves:
-        ctypes.memmove(to, source, size)
+    for target_address, source_address, size in batch.moves:
+        ctypes.memmove(target_address, source_address, size)
     for target, sources in batch.joins:
         torch.cat(sources, dim=-1, out=target)
     if batch.targets:
@@ -82,44 +97,49 @@ def copy_batch(batch: Batch) -> None:
 
 
 def even_threads(cores: int, workers: int) -> int:
-    """Threads for each of so many processes that copy at the same time: the fewest with which all cores have as many.
-    Linux leaves two threads on one core for the whole of a sync while another core is idle: three workers with one
-    each took 1.1 times as long on two cores."""
+    """Threads for each of ``workers`` processes that copy at the same time: the fewest that load all cores equally.
+
+    Linux leaves two threads on one core for a complete sync while another core is idle: three workers with one thread
+    each took 1.1 times as long on two cores.
+    """
     return cores // math.gcd(cores, workers)
 
 
 class Copiers:
-    """Threads that share work out among them; with one, the caller does it. Each uses one core: a parallel loop within
+    """Threads that share work; with one thread, the caller does it. Each uses one core, because a parallel loop inside
     each small copy costs more than the copy."""
 
     def __init__(self, threads: int) -> None:
+        self.threads = threads
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
         if self.pool:
-            before, started = torch.get_num_threads(), threading.Barrier(threads)
+            process_threads = torch.get_num_threads()
+            all_started = threading.Barrier(threads)
 
             def start(_: int) -> None:
-                torch.get_num_threads()  # the first call in a thread takes the process's number, over the next line's
-                set_num_threads(1)  # of this thread, and of those that start later
-                started.wait()
+                # torch gives a thread the process's number at the first of these calls, so one must come before ours.
+                torch.get_num_threads()
+                # Of this thread, and of threads that start later: set back below.
+                set_num_threads(1)
+                all_started.wait()
 
             list(self.pool.map(start, range(threads)))
-            set_num_threads(before)
-        self.threads = threads
+            set_num_threads(process_threads)
 
     def run(self, work: Callable[[], bool]) -> None:
-        """Call ``work`` on all threads until it returns False. Raises what it raises, when all have ended."""
+        """Call ``work`` on all threads until it returns False. When all have ended, raises what it raised."""
 
-        def drain() -> None:
+        def work_until_done() -> None:
             while work():
                 pass
 
         if self.pool:
-            running = [self.pool.submit(drain) for _ in range(self.threads)]
+            running = [self.pool.submit(work_until_done) for _ in range(self.threads)]
             wait(running)
-            for each in running:
-                each.result()
+            for thread in running:
+                thread.result()
         else:
-            drain()
+            work_until_done()
 
     def stop(self) -> None:
         if self.pool:

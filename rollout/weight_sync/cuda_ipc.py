@@ -1,6 +1,6 @@
 """GPU memory shared between processes on one host by CUDA IPC: the same GPU, or another one over NVLink or PCIe.
 
-The two functions of a transport, see ``shared_memory``. Unproven without a GPU: docs/gpu_checks.md.
+The two functions of a transport, see ``shared_memory``. Not tested without a GPU: docs/gpu_checks.md.
 """
 
 import base64
@@ -11,7 +11,7 @@ import torch
 
 
 class Address(TypedDict):
-    """What CUDA needs to open the allocation, and where in it the storage is; handles in base64."""
+    """What CUDA needs to open the allocation, and where the storage is in it; handles in base64."""
 
     device: str
     handle: str
@@ -24,8 +24,11 @@ class Address(TypedDict):
 
 
 def share(storage: torch.UntypedStorage) -> Address:
-    """Raises RuntimeError under ``expandable_segments``: such memory has no CUDA IPC handle, and opening it by file
-    descriptor needs a permission between processes (pidfd_getfd) that most clusters and containers refuse."""
+    """Raises RuntimeError under ``expandable_segments``.
+
+    Such memory has no CUDA IPC handle. Opening it by file descriptor needs a permission between processes
+    (pidfd_getfd) that most clusters and containers refuse.
+    """
     options = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments:true" in options.lower():
         raise RuntimeError(
@@ -33,7 +36,10 @@ def share(storage: torch.UntypedStorage) -> Address:
             "share the trainer's GPUs"
         )
     device, handle, size, offset, counter, counter_offset, event, event_sync = storage._share_cuda_()
-    text = lambda data: base64.b64encode(data).decode()  # noqa: E731
+
+    def text(data: bytes) -> str:
+        return base64.b64encode(data).decode()
+
     return {
         "device": uuid(device),
         "handle": text(handle),
@@ -67,5 +73,5 @@ def attach(address: Address) -> torch.UntypedStorage:
 
 
 def uuid(device: int) -> str:
-    """The GPU's own name, the same in every process whatever CUDA_VISIBLE_DEVICES says."""
+    """The GPU's unique name, the same in every process, whatever CUDA_VISIBLE_DEVICES says."""
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,4 +1,4 @@
-"""How a vLLM worker's parameters are made of rectangles of Hugging Face tensors: plain data, plain JSON."""
+"""The layout of a vLLM worker's parameters, in rectangles of Hugging Face tensors: plain data, plain JSON."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ Index = tuple[int, ...]
 
 
 class LayoutError(ValueError):
-    """Elements that nothing provides, that two things provide, or that nobody takes; names the tensor."""
+    """Elements without a source, with two sources, or without a destination; names the tensor."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Region:
-    """The rectangle of ``shape`` at ``start`` of a worker's parameter is that at ``hf_start`` of tensor ``hf_name``."""
+    """The rectangle of ``shape`` at ``start`` of a worker's parameter comes from ``hf_start`` of tensor ``hf_name``."""
 
     start: Index
     hf_name: str
@@ -58,8 +58,11 @@ class Region:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """One parameter of one vLLM worker; ``padding`` are the rectangles that hold zeros and no weight. ``staged``: it is
-    put together in memory of its own and then quantised (``quantised.py``)."""
+    """One parameter of one vLLM worker.
+
+    ``padding``: the rectangles that hold zeros and no weight. ``staged``: the weight is assembled in separate memory
+    and then quantised (``quantised.py``).
+    """
 
     name: str
     shape: Index
@@ -70,29 +73,42 @@ class ParameterLayout:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "ParameterLayout":
-        """From ``dataclasses.asdict`` of it after a trip through JSON."""
-        regions = (
-            Region(tuple(r["start"]), r["hf_name"], tuple(r["hf_start"]), tuple(r["shape"])) for r in data["regions"]
+        """Inverse of ``dataclasses.asdict`` after a round trip through JSON."""
+        return ParameterLayout(
+            name=data["name"],
+            shape=tuple(data["shape"]),
+            dtype=data["dtype"],
+            regions=tuple(
+                Region(tuple(r["start"]), r["hf_name"], tuple(r["hf_start"]), tuple(r["shape"]))
+                for r in data["regions"]
+            ),
+            padding=tuple(Rectangle(tuple(r["start"]), tuple(r["shape"])) for r in data["padding"]),
+            staged=data["staged"],
         )
-        padding = (Rectangle(tuple(r["start"]), tuple(r["shape"])) for r in data["padding"])
-        name, shape, dtype = data["name"], tuple(data["shape"]), data["dtype"]
-        return ParameterLayout(name, shape, dtype, tuple(regions), tuple(padding), data["staged"])
+
+
+def add_indices(a: Sequence[int], b: Sequence[int]) -> Index:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def subtract_indices(a: Sequence[int], b: Sequence[int]) -> Index:
+    return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
 def wrap(value: int) -> int:
-    """``value`` modulo 2**64 as a signed 64-bit integer: how sums of checksums are kept."""
+    """``value`` modulo 2**64 as a signed 64-bit integer, the form in which sums of checksums are kept."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 def check_exact_cover(what: str, shape: Index, rectangles: Sequence[Rectangle]) -> None:
     """Raise LayoutError naming ``what`` unless ``rectangles`` tile a tensor of ``shape``: each element exactly once."""
-    whole = Rectangle((0,) * len(shape), shape)
+    tensor = Rectangle((0,) * len(shape), shape)
     for i, one in enumerate(rectangles):
-        if not whole.contains(one):
+        if not tensor.contains(one):
             raise LayoutError(f"{what} of shape {shape}: {one} sticks out of it")
         for other in rectangles[:i]:
             if one.intersect(other):
                 raise LayoutError(f"{what} of shape {shape}: {one} and {other} provide the same elements")
     covered = sum(rectangle.size for rectangle in rectangles)
-    if covered != whole.size:
-        raise LayoutError(f"{what} of shape {shape}: only {covered} of {whole.size} elements are provided")
+    if covered != tensor.size:
+        raise LayoutError(f"{what} of shape {shape}: only {covered} of {tensor.size} elements are provided")

@@ -1,10 +1,10 @@
-"""Weights that vLLM keeps in FP8: put together unquantised, one layer after the other, and quantised in place.
+"""Weights that vLLM keeps in FP8: staged unquantised, one layer after another, and quantised in place.
 
-vLLM's online quantisation makes a linear layer's tensors (FP8 values, transposed or not, and scales) from the weight as
-a checkpoint has it, when it loads the layer. For the bridge such a layer has its unquantised weight: the loaders are
-traced on it, the plan speaks of it, its checksum is verified. At a sync that weight is staged, vLLM's own code
-quantises it, and the result goes into the memory that kernels and CUDA graphs know. Beside the engine's own weights a
-sync needs memory for the layers that have begun to arrive, and for what vLLM makes of one.
+When vLLM's online quantisation loads a linear layer, it computes the layer's tensors (FP8 values, transposed or not,
+and scales) from the checkpoint's weight. The weight sync works with that unquantised weight: the trace of the loaders,
+the plan and the checksums. A sync stages it, vLLM's own code quantises it, and the result goes into the memory whose
+addresses kernels and CUDA graphs hold. Besides the engine's weights a sync needs memory for the layers of which a part
+has arrived, and for vLLM's result of one layer.
 
 Written for the online methods of vLLM 0.32 (``vllm/model_executor/layers/quantization/online/fp8.py``).
 """
@@ -31,7 +31,8 @@ def quantised_layers(model: torch.nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def unquantised(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
-    """For the block, the weights of ``quantised_layers`` are what the loaders fill, [out, in], on the meta device."""
+    """Within the block, each of :func:`quantised_layers` has the weight that the loaders fill: [out, in], on the meta
+    device."""
     layers = quantised_layers(model)
     live = {name: dict(layer._parameters) for name, layer in layers.items()}
     try:
@@ -40,41 +41,45 @@ def unquantised(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
         yield layers
     finally:
         for name, layer in layers.items():
-            _restore(layer, live[name])
+            layer._parameters = live[name]
 
 
 def requantise(layer: Any, weight: torch.Tensor) -> None:
     """Have vLLM quantise ``weight`` [out, in] as when it loads the layer, into the tensors that the layer has now.
 
-    Collective over the engine's tensor-parallel workers: the scale of a whole tensor is that of all its shards.
-    Raises RuntimeError when vLLM makes other tensors than before: kernels would go on with the old ones.
+    Collective over the engine's tensor-parallel workers, because all shards of a tensor share its scale. Raises
+    RuntimeError when dtype, shape or strides differ from the layer's tensors: kernels would still use the old ones.
     """
     live = dict(layer._parameters)
     try:
         _set_weight(layer, weight)
         layer._already_called_process_weights_after_loading = False
         layer.quant_method.process_weights_after_loading(layer)
-        made = dict(layer._parameters)
+        quantised = dict(layer._parameters)
     finally:
-        _restore(layer, live)
-    describe = {name: _describe(tensor) for name, tensor in live.items()}
-    if describe != (found := {name: _describe(tensor) for name, tensor in made.items()}):
-        raise RuntimeError(f"vLLM quantised {type(layer).__name__} to {found}, at first it was {describe}")
+        layer._parameters = live
+    expected = {name: _describe(tensor) for name, tensor in live.items()}
+    actual = {name: _describe(tensor) for name, tensor in quantised.items()}
+    if actual != expected:
+        raise RuntimeError(f"vLLM quantised {type(layer).__name__} to {actual}, at first it was {expected}")
     for name, tensor in live.items():
-        if tensor is not None and tensor is not made[name]:
-            tensor.data.copy_(made[name])
+        if tensor is not None and tensor is not quantised[name]:
+            tensor.data.copy_(quantised[name])
 
 
 class Staging:
-    """The unquantised weights on their way, on ``device``: made when the first part arrives, gone once quantised."""
+    """The unquantised weights of a sync in progress, on ``device``: from the arrival of the first part until the weight
+    is quantised."""
 
     def __init__(self, layers: dict[str, Any], device: torch.device) -> None:
-        self.layers, self.device = layers, device
+        self.layers = layers
+        self.device = device
         self.weights: dict[str, torch.Tensor] = {}
-        self.bytes = self.peak_bytes = 0
+        self.bytes = 0
+        self.peak_bytes = 0
 
     def weight(self, name: str) -> torch.Tensor:
-        """Zeros at first: what the loaders leave out is padding."""
+        """The weight of this name. It starts as zeros, because elements that the loaders leave out are padding."""
         if name not in self.weights:
             layer = self.layers[name]
             self.weights[name] = torch.zeros(_shape(layer), dtype=layer.orig_dtype, device=self.device)
@@ -93,17 +98,16 @@ def _shape(layer: Any) -> tuple[int, int]:
 
 
 def _set_weight(layer: Any, weight: torch.Tensor) -> None:
-    """As vLLM's ``create_weights``: the weight alone, and the bias, which is never quantised."""
+    """Give the layer the parameters of vLLM's ``create_weights``: ``weight``, and the bias, which stays unquantised."""
     loader = layer.weight.weight_loader
-    while loader.__name__ == "online_process_loader":  # puts the loading off until the layer is complete
+    # vLLM wraps the loader in one that waits until the layer is complete.
+    while loader.__name__ == "online_process_loader":
         loader = loader.__wrapped__
-    parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
-    layer._parameters = {"weight": parameter} | {n: p for n, p in layer._parameters.items() if n == "bias"}
-    layer.update_param_tp_status()
-
-
-def _restore(layer: Any, parameters: dict[str, Any]) -> None:
+    parameters = {"weight": ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)}
+    if "bias" in layer._parameters:
+        parameters["bias"] = layer._parameters["bias"]
     layer._parameters = parameters
+    layer.update_param_tp_status()
 
 
 def _describe(tensor: torch.Tensor | None) -> Any:
@@ -111,7 +115,7 @@ def _describe(tensor: torch.Tensor | None) -> Any:
 
 
 def check_kernels(layers: dict[str, Any]) -> None:
-    """Raises LayoutError for a kernel that also changes the bias, which the bridge writes as it is."""
+    """Raises LayoutError for a kernel that also changes the bias, which the weight sync writes unchanged."""
     for name, layer in layers.items():
         kernel = getattr(layer.quant_method, "fp8_linear", None)
         if "Marlin" in type(kernel).__name__:

@@ -1,4 +1,4 @@
-"""The weights of one engine, as its main thread sees them: which version, and whether they may be used."""
+"""The weights of one engine, as its main thread sees them: their version, and whether they may be used."""
 
 import json
 from typing import Any
@@ -7,14 +7,17 @@ from rollout.weight_sync.layout import LayoutError, wrap
 
 
 def total_checksums(workers: list[list[Any]]) -> dict[str, int]:
-    """Checksum of each HF tensor from the workers' ``[hf_name, hf_start, checksum]`` of the rectangles they hold.
+    """Checksum of each HF tensor, from ``[hf_name, hf_start, checksum]`` of the rectangles that each worker holds.
 
     Rectangles that several workers hold count once. Raises LayoutError naming the tensor when such replicas differ.
     """
     rectangles: dict[tuple[str, tuple[int, ...]], int] = {}
-    for hf_name, hf_start, value in (item for worker in workers for item in worker):
-        if rectangles.setdefault((hf_name, tuple(hf_start)), value) != value:
-            raise LayoutError(f"{hf_name}: vLLM's workers hold different values of the part that starts at {hf_start}")
+    for worker in workers:
+        for hf_name, hf_start, value in worker:
+            if rectangles.setdefault((hf_name, tuple(hf_start)), value) != value:
+                raise LayoutError(
+                    f"{hf_name}: vLLM's workers hold different values of the part that starts at {hf_start}"
+                )
     totals: dict[str, int] = {}
     for (hf_name, _), value in rectangles.items():
         totals[hf_name] = wrap(totals.get(hf_name, 0) + value)
@@ -22,38 +25,41 @@ def total_checksums(workers: list[list[Any]]) -> dict[str, int]:
 
 
 class WeightReceiver:
-    """Runs the bridge's methods on all workers of an engine and keeps account.
+    """Runs the weight sync's methods on all workers of an engine, and knows the state of its weights.
 
-    ``version`` is that of the last good sync (None before), ``stale`` is true from the start of an update until it has
-    been verified: the engine generates only when it is false. All methods raise RuntimeError with the workers' report.
+    ``version``: of the last good sync (None before the first). ``stale``: true from the start of an update until it is
+    verified; the engine generates only while it is false. All methods raise RuntimeError with the workers' errors.
     """
 
     def __init__(self, llm_engine: Any) -> None:
         self.llm = llm_engine
         self.version: int | None = None
         self.stale = False
-        self._call("bridge_started")
+        self._call("weight_sync_start")
 
     def layout(self, body: dict[str, Any]) -> dict[str, Any]:
         """``{"tensors": {hf_name: shape}}`` → ``{"workers": [layouts of the parameters of each worker], "places"}``."""
-        answers = self._call("bridge_layout", json.dumps(body["tensors"]))
+        answers = self._call("weight_sync_layout", json.dumps(body["tensors"]))
         return {
             "workers": [answer["parameters"] for answer in answers],
             "places": [answer["place"] for answer in answers],
         }
 
     def set_plan(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The workers' shares of a plan, see ``WeightSyncWorker.bridge_plan``."""
-        self._call("bridge_plan", json.dumps(body))
+        """Give the workers their shares of a plan, see ``WeightSyncWorker.weight_sync_plan``."""
+        self._call("weight_sync_plan", json.dumps(body))
         return {}
 
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the trainer's present weights: ``{"version", "sequence", "checksums"}``; the last to check them
-        against, or null. Returns ``{"copying_seconds", "packing_seconds"}`` of the slowest worker."""
+        """Take the trainer's present weights: ``{"version", "sequence", "checksums"}``.
+
+        ``checksums``: what the weights must have afterwards, or null for no verification. Returns
+        ``{"copying_seconds", "packing_seconds"}`` of the slowest worker.
+        """
         self.stale = True
+        verify = body["checksums"] is not None
         expected = body["checksums"] or {}
-        order = json.dumps({"sequence": body["sequence"], "verify": body["checksums"] is not None})
-        answers = self._call("bridge_update", order)
+        answers = self._call("weight_sync_update", json.dumps({"sequence": body["sequence"], "verify": verify}))
         actual = total_checksums([answer["checksums"] for answer in answers])
         wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
         if wrong:
@@ -64,18 +70,21 @@ class WeightReceiver:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
         if self.llm.model_config.is_multimodal_model:
-            self.llm.reset_encoder_cache()  # one more call on all workers
-        self.version, self.stale = body["version"], False
+            # Not for other models, because it is one more call on all workers.
+            self.llm.reset_encoder_cache()
+        self.version = body["version"]
+        self.stale = False
         slowest = max(answers, key=lambda answer: answer["copying_seconds"] + answer["packing_seconds"])
         return {name: slowest[name] for name in ("copying_seconds", "packing_seconds")}
 
     def checksum(self) -> dict[str, Any]:
-        """``{"tensors": {hf_name: checksum of what vLLM holds now}}``."""
-        return {"tensors": total_checksums([answer["checksums"] for answer in self._call("bridge_checksums")])}
+        """``{"tensors": {hf_name: checksum of the values that vLLM holds now}}``."""
+        answers = self._call("weight_sync_checksums")
+        return {"tensors": total_checksums([answer["checksums"] for answer in answers])}
 
     def digest(self) -> dict[str, Any]:
         """``{"workers": [{parameter: SHA-256 of its bytes}]}``."""
-        return {"workers": [answer["digests"] for answer in self._call("bridge_digests")]}
+        return {"workers": [answer["digests"] for answer in self._call("weight_sync_digests")]}
 
     def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
         answers = [json.loads(answer) for answer in self.llm.collective_rpc(method, args=args)]

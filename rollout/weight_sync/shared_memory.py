@@ -1,12 +1,12 @@
 """Memory of the host, shared between processes of one user on one host.
 
-A transport is two functions: ``share`` makes a storage's memory visible to other processes and returns its address
-(plain JSON), ``attach`` opens an address in another process.
+A transport has two functions: ``share`` makes a storage visible to other processes and returns its address (plain
+JSON), ``attach`` opens an address in another process.
 
-``share`` moves the storage into shared memory in place, so every tensor that views it goes on as before: a worker can
-then read the trainer's live parameters without any copy in between. The memory has no name: nothing is left behind
-however the processes die. It is opened through ``/proc/<pid>/fd/<n>``, which the kernel allows to the same user in the
-same process namespace.
+``share`` moves the storage into shared memory in place. Every tensor that views it stays valid, and a worker can read
+the trainer's live parameters without a copy in between. The memory has no name, so nothing remains after the processes
+end, however they end. Another process opens it as ``/proc/<pid>/fd/<n>``, which the kernel allows to the same user in
+the same process namespace.
 """
 
 import mmap
@@ -32,11 +32,11 @@ def share(storage: torch.UntypedStorage) -> Address:
         if storage.nbytes() > room.f_bavail * room.f_frsize:
             raise RuntimeError(
                 f"/dev/shm has {room.f_bavail * room.f_frsize >> 20} MiB free and a storage of the model needs "
-                f"{storage.nbytes() >> 20}: enlarge it (docker run --shm-size, or mount -o remount,size=)"
+                f"{storage.nbytes() >> 20} MiB: enlarge it (docker run --shm-size, or mount -o remount,size=)"
             )
-        # One descriptor for each storage, and a frozen tower has one for each parameter.
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        # Each storage takes a file descriptor, and a frozen vision tower has a storage for each parameter.
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     fd, size = storage._share_fd_cpu_()
     return {"pid": os.getpid(), "fd": fd, "bytes": size}
 

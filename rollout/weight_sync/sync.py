@@ -1,8 +1,8 @@
-"""The trainer's side of the weight bridge: from each rank's shards straight into vLLM's parameters.
+"""The trainer's side of the weight sync: from each rank's shards straight into vLLM's parameters.
 
-SPMD: every rank makes a :class:`WeightSync` and calls :meth:`WeightSync.sync`. A rank that starts engines passes
-them; on every host with engines there is one such rank, so that engines are only ever called over loopback. No rank
-ever holds a full tensor of another's shards.
+SPMD: every rank constructs a :class:`WeightSync` and calls :meth:`WeightSync.sync`. A rank that starts engines passes
+them. On every host with engines there is one such rank, so engines are called over loopback only. No rank ever holds
+a full tensor that it has only a shard of.
 """
 
 import hashlib
@@ -18,12 +18,14 @@ import torch.distributed as dist
 
 from megatron_ext.blocks import Block, Shard, region
 from megatron_ext.collectives import all_gather_json, from_rank_zero
+from rollout import vllm_platform
 from rollout.engine import Engine, EngineError
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.layout import LayoutError, ParameterLayout, wrap
-from rollout.weight_sync.memory import here, share_tensors
-from rollout.weight_sync.network import Network, finish, start
-from rollout.weight_sync.plan import Piece, Place, Plan, ShardTable, Topology, cached_plan, tensor_shapes
+from rollout.weight_sync.memory import place_of, share_tensors
+from rollout.weight_sync.network import Network, start, wait_for
+from rollout.weight_sync.plan import Piece, Place, Plan, ShardTable, Topology
+from rollout.weight_sync.planner import cached_plan, tensor_shapes
 
 
 class WeightSyncError(RuntimeError):
@@ -35,49 +37,31 @@ class WeightSyncError(RuntimeError):
 
 
 class SyncReport(TypedDict):
-    """Bytes written into the workers of all engines, seconds from the call to the end, how many of these the slowest
-    worker of this rank's engines took to copy the weights into place and to pack its linear layers anew (on a CPU), and
-    whether it was verified."""
+    """A sync in numbers."""
 
     bytes: int
+    """Written into the workers of all engines."""
     seconds: float
+    """From the call of :meth:`WeightSync.sync` to its end."""
     copying_seconds: float
+    """Of the slowest worker of this rank's engines: copying the weights into place."""
     packing_seconds: float
+    """Of the same worker: packing its linear layers again (CPU only)."""
     verified: bool
-
-
-def _shard_table(shards: Sequence[Shard]) -> list[list[Any]]:
-    """Blocks of this rank as JSON. Raises LayoutError for one that sticks out of its shard or a name used twice."""
-    names = [shard.name for shard in shards]
-    if len(set(names)) != len(names):
-        raise LayoutError(f"shard names are not unique: {sorted(n for n in set(names) if names.count(n) > 1)[0]}")
-    for shard in shards:
-        for block in shard.blocks:
-            stop = [a + n for a, n in zip(block.local_start, block.shape, strict=True)]
-            if len(stop) != shard.tensor.ndim or any(a > n for a, n in zip(stop, shard.tensor.shape, strict=True)):
-                raise LayoutError(f"{block} sticks out of shard {shard.name} of shape {tuple(shard.tensor.shape)}")
-    return [[shard.name, [asdict(block) for block in shard.blocks]] for shard in shards]
-
-
-def _parse_table(table: list[list[Any]]) -> ShardTable:
-    return [
-        (name, Block(b["hf_name"], tuple(b["hf_start"]), tuple(b["local_start"]), tuple(b["shape"])))
-        for name, blocks in table
-        for b in blocks
-    ]
+    """Whether checksums were compared."""
 
 
 class WeightSync:
     """The plan and this rank's part in it.
 
-    ``shards``: this rank's parameters (none on a rank that only has engines); read anew at each sync, so they must be
-    updated in place; their memory becomes visible to processes of this user on this host. ``engines``: those that this
-    rank starts; all engines hold the same layout. ``group``: a gloo group of all ranks. ``bucket_bytes``: a rank's
-    memory for weights on their way over the network is at most twice this; on one host there are none.
-    ``verify_every``: every so many syncs, and at the first after each :meth:`attach`, the checksums of all live
+    ``shards``: this rank's parameters (none on a rank that only has engines). They are read anew at each sync, so they
+    must be updated in place; their memory becomes visible to processes of this user on this host. ``engines``: those
+    that this rank starts; all engines hold the same layout. ``group``: a gloo group of all ranks. ``bucket_bytes``:
+    bound on each of a rank's two slots for weights that cross the network; on one host there are none.
+    ``verify_every``: every so many syncs, and at the first one after each :meth:`attach`, the checksums of all live
     parameters are compared. ``plans``: folder in which plans are kept.
 
-    Construction is collective. Raises WeightSyncError on every rank when the plan can't be made, naming the tensor.
+    Construction is collective. Raises WeightSyncError on every rank when there is no plan, naming the tensor.
     """
 
     def __init__(
@@ -94,68 +78,79 @@ class WeightSync:
             raise ValueError(
                 f"group has backend {dist.get_backend(group)!r}: give a gloo group, the table and checks are small"
             )
-        self.group, self.rank = group, dist.get_rank(group)
-        self.bucket_bytes, self.verify_every, self.plans = bucket_bytes, verify_every, plans
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.bucket_bytes = bucket_bytes
+        self.verify_every = verify_every
+        self.plans = plans
         self.tensors = {shard.name: shard.tensor.detach() for shard in shards}
-        cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
-        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        self.network_group = dist.new_group(backend="nccl") if cuda else group
+        self.platform = vllm_platform.of_trainer()
+        self.device = self.platform.current_device()
+        self.network_group = self.platform.network_group(group)
         self.tables = [_parse_table(table) for table in self._gather(lambda: _shard_table(shards))]
         self.attach(engines)
 
     def attach(self, engines: Sequence[Engine]) -> None:
-        """Plan for these engines of this rank, after a restart too. Collective; a sync must follow."""
+        """Plan for these engines of this rank; after a restart of engines too. Collective; a sync must follow."""
         self.engines = list(engines)
         topology, layouts = self._topology()
-        made = self._on_rank_zero(
-            lambda: cached_plan(self.tables, layouts, topology, self.bucket_bytes, self.plans).to_json()
-        )
-        self.plan = Plan.from_json(made)
-        self.held = [
-            (i, piece, self.tensors[holder.shard][region(holder.local_start, piece.shape)])
-            for i, piece in enumerate(self.plan.pieces)
-            for holder in piece.holders
-            if holder.rank == self.rank
-        ]
+
+        def make_plan() -> dict[str, Any]:
+            return cached_plan(self.tables, layouts, topology, self.bucket_bytes, self.plans).to_json()
+
+        self.plan = Plan.from_json(self._on_rank_zero(make_plan))
+        # (number, piece, its values in this rank's shard) of the pieces that this rank holds.
+        self.local_pieces: list[tuple[int, Piece, torch.Tensor]] = []
+        for i, piece in enumerate(self.plan.pieces):
+            for holder in piece.holders:
+                if holder.rank == self.rank:
+                    values = self.tensors[holder.shard][region(holder.local_start, piece.shape)]
+                    self.local_pieces.append((i, piece, values))
         readers = _readers(self.plan)
-        self.network = Network(
-            self.plan, self.rank, self.tensors, self.device, len(readers[self.rank]), self.network_group
-        )
-        addresses = self._gather(
-            lambda: {
+        num_readers = len(readers[self.rank])
+        self.network = Network(self.plan, self.rank, self.tensors, self.device, num_readers, self.network_group)
+
+        def addresses_of_rank() -> dict[str, Any]:
+            return {
                 "shards": share_tensors(self.tensors),
-                "slots": share_tensors({"slots": self.network.slots}) if readers[self.rank] else None,
+                "slots": share_tensors({"slots": self.network.slots}) if num_readers else None,
                 "signals": share_tensors({"signals": self.network.signals.values}),
             }
-        )
-        mine = [e for e, owner in enumerate(self.owners) if owner == self.rank]
-        orders = [_engine_share(self.plan, e, readers, addresses) for e in mine]
-        self._all_do(self._ask_engines("/weights/plan", orders))
+
+        addresses = self._gather(addresses_of_rank)
+        engines_of_rank = [e for e, owner in enumerate(self.owners) if owner == self.rank]
+        shares = [_engine_share(self.plan, e, readers, addresses) for e in engines_of_rank]
+        self._on_all_ranks(self._post_to_engines("/weights/plan", shares))
         self.syncs = 0
 
     def sync(self, version: int) -> SyncReport:
-        """Bring all engines to the ranks' present weights and call them ``version``. Collective.
+        """Bring the ranks' present weights to all engines and call them ``version``. Collective.
 
-        When it is verified, the trainer's checksums of its live parameters (in vLLM's dtype) must equal those of vLLM's
-        live parameters, for every tensor, and replicas on several ranks must agree. Raises WeightSyncError on every
+        A verified sync compares the trainer's checksums of its live parameters (in vLLM's dtype) with those of vLLM's
+        live parameters, for every tensor, and the trainer's replicas with each other. Raises WeightSyncError on every
         rank naming the first tensor that differs.
         """
         started = time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self.platform.synchronize_device(self.device)
         verify = self.syncs % self.verify_every == 0
         totals = None
         if verify:
-            gathered = self._gather(self._checksums)
-            totals = self._on_rank_zero(lambda: self._totals(gathered))
+            checksums_of_ranks = self._gather(self._checksums)
+            totals = self._on_rank_zero(lambda: self._totals(checksums_of_ranks))
         sequence = self.syncs
         self.syncs += 1
-        order = {"version": version, "sequence": sequence, "checksums": totals}
-        self.network.begin(sequence)  # workers wait for this of each rank that they copy from
-        answers = self._ask_engines("/weights/update", [order] * len(self.engines))
+        request = {"version": version, "sequence": sequence, "checksums": totals}
+        # Each worker waits for this signal of the ranks that it copies from.
+        self.network.begin(sequence)
+        wait_for_answers = self._post_to_engines("/weights/update", [request] * len(self.engines))
         self.network.run(sequence)
         times: list[tuple[float, float]] = []
-        self._all_do(lambda: times.extend((a["copying_seconds"], a["packing_seconds"]) for a in answers()))
+
+        def collect_times() -> None:
+            for answer in wait_for_answers():
+                times.append((answer["copying_seconds"], answer["packing_seconds"]))
+
+        self._on_all_ranks(collect_times)
         copying, packing = max(times, key=sum, default=(0.0, 0.0))
         return {
             "bytes": self.plan.placed_bytes,
@@ -165,31 +160,33 @@ class WeightSync:
             "verified": verify,
         }
 
+    # Collectives that turn the failure of one rank into an error on all
+
     def _gather(self, function: Callable[[], Any]) -> list[Any]:
         """``function()`` of every rank; a failure on one is raised on all."""
         return self._results(self._outcome(function))
 
-    def _all_do(self, function: Callable[[], Any]) -> None:
-        """``function()`` on every rank; a failure on one is raised on all.
+    def _on_all_ranks(self, function: Callable[[], Any]) -> None:
+        """Call ``function`` on every rank; a failure on one is raised on all.
 
-        Rank 0 is told how each has ended and tells all whether one has failed: a single message behind the last to end,
-        which takes two thirds of the time of an all-reduce, whose messages wait for each other.
+        Every rank tells rank 0 whether it failed, and rank 0 tells all whether any did. So one message follows the last
+        rank's end, which takes two thirds of the time of an all-reduce, whose messages wait for each other.
         """
         others = range(1, dist.get_world_size(self.group))
         failed = torch.zeros(1 + len(others), dtype=torch.int32)
         if self.rank == 0:
-            told = start([self._message(dist.irecv, failed[rank : rank + 1], rank) for rank in others])
+            receiving = start([self._message(dist.irecv, failed[rank : rank + 1], rank) for rank in others])
             outcome = self._outcome(function)
             failed[0] = "error" in outcome
-            finish(told)
-            verdict = failed.amax(dim=0, keepdim=True)
-            finish(start([self._message(dist.isend, verdict, rank) for rank in others]))
+            wait_for(receiving)
+            any_failed = failed.amax(dim=0, keepdim=True)
+            wait_for(start([self._message(dist.isend, any_failed, rank) for rank in others]))
         else:
             outcome = self._outcome(function)
-            verdict = torch.tensor(["error" in outcome], dtype=torch.int32)
-            dist.send(verdict, group=self.group, group_dst=0)
-            dist.recv(verdict, group=self.group, group_src=0)
-        if verdict:
+            any_failed = torch.tensor(["error" in outcome], dtype=torch.int32)
+            dist.send(any_failed, group=self.group, group_dst=0)
+            dist.recv(any_failed, group=self.group, group_src=0)
+        if any_failed:
             self._results(outcome)
 
     def _message(self, operation: Any, tensor: torch.Tensor, rank: int) -> dist.P2POp:
@@ -197,95 +194,135 @@ class WeightSync:
 
     def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
         """``function()`` of rank 0; its failure is a WeightSyncError with the same text on every rank."""
-        told = from_rank_zero(lambda: self._outcome(function), self.group)
-        if "error" in told:
-            raise WeightSyncError(told["error"])
-        return told["result"]
+        outcome = from_rank_zero(lambda: self._outcome(function), self.group)
+        if "error" in outcome:
+            raise WeightSyncError(outcome["error"])
+        return outcome["result"]
 
     def _outcome(self, function: Callable[[], Any]) -> dict[str, Any]:
         try:
             return {"result": function()}
         except (WeightSyncError, LayoutError) as error:
             return {"error": str(error)}
-        except Exception as error:  # told to all ranks and raised there
+        except Exception as error:  # All ranks are told, and raise it.
             return {"error": f"rank {self.rank}: {type(error).__name__}: {error}"}
 
     def _results(self, outcome: dict[str, Any]) -> list[Any]:
         outcomes = all_gather_json(outcome, self.group)
-        errors = [told["error"] for told in outcomes if "error" in told]
+        errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
         if errors:
             raise WeightSyncError("; ".join(errors))
-        return [told["result"] for told in outcomes]
+        return [outcome["result"] for outcome in outcomes]
+
+    # The engines
 
     def _topology(self) -> tuple[Topology, list[list[ParameterLayout]]]:
-        """Where all ranks and engines are (sets ``owners``, the rank of each engine), and the engines' layout."""
+        """Where all ranks and engines are, and the layouts of an engine's workers. Sets ``owners``: each engine's rank.
+
+        Every rank takes part; the layouts come from the first engine, because all must have the same.
+        """
         body = {"tensors": tensor_shapes(self.tables)}
-        told = self._ask_engines("/weights/layout", [body] * len(self.engines))
+        wait_for_answers = self._post_to_engines("/weights/layout", [body] * len(self.engines))
         answers: list[Any] = []
-        self._all_do(lambda: answers.extend(told()))
-        found = self._gather(
-            lambda: {
-                "place": here(self.device),
+        self._on_all_ranks(lambda: answers.extend(wait_for_answers()))
+
+        def describe() -> dict[str, Any]:
+            return {
+                "place": place_of(self.device, self.platform),
                 "engines": [[answer["places"], _digest(answer["workers"])] for answer in answers],
             }
-        )
-        engines = [(rank, *engine) for rank, entry in enumerate(found) for engine in entry["engines"]]
-        if not engines:
-            raise WeightSyncError("no rank has an engine: start the generation engines before the bridge")
-        if any(digest != engines[0][2] for _, _, digest in engines):
+
+        descriptions = self._gather(describe)
+        self.owners: list[int] = []
+        places_of_engines: list[list[Any]] = []
+        digests: list[str] = []
+        for rank, description in enumerate(descriptions):
+            for places, digest in description["engines"]:
+                self.owners.append(rank)
+                places_of_engines.append(places)
+                digests.append(digest)
+        if not self.owners:
+            raise WeightSyncError("no rank has an engine: start the generation engines before the weight sync")
+        if any(digest != digests[0] for digest in digests):
             raise WeightSyncError(
                 "the engines hold their parameters in different layouts: start all with the same settings"
             )
-        self.owners = [rank for rank, _, _ in engines]
         source = self.owners[0]
-        (workers,) = [
-            told for told in self._gather(lambda: answers[0]["workers"] if self.rank == source else None) if told
-        ]
+        workers = self._gather(lambda: answers[0]["workers"] if self.rank == source else None)[source]
         layouts = [[ParameterLayout.from_json(parameter) for parameter in worker] for worker in workers]
-        return (
-            Topology(
-                tuple(Place(*entry["place"]) for entry in found),
-                tuple(tuple(Place(*place) for place in places) for _, places, _ in engines),
-            ),
-            layouts,
+        topology = Topology(
+            ranks=tuple(Place(*description["place"]) for description in descriptions),
+            engines=tuple(tuple(Place(*place) for place in places) for places in places_of_engines),
         )
+        return topology, layouts
+
+    def _post_to_engines(self, path: str, bodies: Sequence[dict[str, Any]]) -> Callable[[], list[dict[str, Any]]]:
+        """Post to this rank's engines. The returned function waits for all answers, then raises the first
+        EngineError."""
+        calls = [engine.begin_call("POST", path, body) for engine, body in zip(self.engines, bodies, strict=True)]
+
+        def wait_for_answers() -> list[dict[str, Any]]:
+            answers: list[dict[str, Any]] = []
+            failures: list[EngineError] = []
+            for wait_for_answer in calls:
+                try:
+                    answers.append(wait_for_answer())
+                except EngineError as error:
+                    failures.append(error)
+            if failures:
+                raise failures[0]
+            return answers
+
+        return wait_for_answers
+
+    # Checksums
 
     @torch.no_grad()
     def _checksums(self) -> dict[int, int]:
-        """Of all pieces that this rank holds, by index."""
+        """Of all pieces that this rank holds, by number."""
         checksums = {}
-        for i, piece, values in self.held:
+        for i, piece, values in self.local_pieces:
             info = self.plan.tensors[piece.hf_name]
             values = values.to(getattr(torch, info.dtype))
             checksums[i] = rectangle_checksum(values, piece.start, info.shape, info.unit)
         return checksums
 
-    def _totals(self, gathered: list[dict[str, int]]) -> dict[str, int]:
+    def _totals(self, checksums_of_ranks: list[dict[str, int]]) -> dict[str, int]:
         """Checksum per HF tensor. Raises WeightSyncError when ranks that hold the same piece hold different values."""
         totals: dict[str, int] = {}
         for i, piece in enumerate(self.plan.pieces):
-            value = _agreed(piece, [gathered[holder.rank][str(i)] for holder in piece.holders])
-            totals[piece.hf_name] = wrap(totals.get(piece.hf_name, 0) + value)
+            # The keys have become strings on their way through JSON.
+            values = [checksums_of_ranks[holder.rank][str(i)] for holder in piece.holders]
+            if any(value != values[0] for value in values):
+                ranks = [holder.rank for holder in piece.holders]
+                raise WeightSyncError(
+                    f"{piece.hf_name} at {piece.start}: ranks {ranks} should hold the same values and do not"
+                )
+            totals[piece.hf_name] = wrap(totals.get(piece.hf_name, 0) + values[0])
         return totals
 
-    def _ask_engines(self, path: str, bodies: Sequence[dict[str, Any]]) -> Callable[[], list[dict[str, Any]]]:
-        """Post to this rank's engines; the function that is returned waits for all answers and then raises the first
-        EngineError."""
-        asked = [engine.ask("POST", path, body) for engine, body in zip(self.engines, bodies, strict=True)]
 
-        def answers() -> list[dict[str, Any]]:
-            found: list[dict[str, Any]] = []
-            failures: list[EngineError] = []
-            for answer in asked:
-                try:
-                    found.append(answer())
-                except EngineError as error:
-                    failures.append(error)
-            if failures:
-                raise failures[0]
-            return found
+def _shard_table(shards: Sequence[Shard]) -> list[list[Any]]:
+    """This rank's blocks as JSON. Raises LayoutError for a block outside its shard and for a name used twice."""
+    names = [shard.name for shard in shards]
+    if len(set(names)) != len(names):
+        repeated = sorted(name for name in set(names) if names.count(name) > 1)
+        raise LayoutError(f"shard names are not unique: {repeated[0]}")
+    for shard in shards:
+        for block in shard.blocks:
+            stop = [start + extent for start, extent in zip(block.local_start, block.shape, strict=True)]
+            if len(stop) != shard.tensor.ndim or any(a > n for a, n in zip(stop, shard.tensor.shape, strict=True)):
+                raise LayoutError(f"{block} sticks out of shard {shard.name} of shape {tuple(shard.tensor.shape)}")
+    return [[shard.name, [asdict(block) for block in shard.blocks]] for shard in shards]
 
-        return answers
+
+def _parse_table(table: list[list[Any]]) -> ShardTable:
+    """Inverse of :func:`_shard_table` after a round trip through JSON."""
+    return [
+        (name, Block(b["hf_name"], tuple(b["hf_start"]), tuple(b["local_start"]), tuple(b["shape"])))
+        for name, blocks in table
+        for b in blocks
+    ]
 
 
 def _digest(value: Any) -> str:
@@ -295,37 +332,27 @@ def _digest(value: Any) -> str:
 def _readers(plan: Plan) -> list[list[tuple[int, int]]]:
     """For each rank the (engine, worker)s that read from its slots."""
     readers: list[list[tuple[int, int]]] = [[] for _ in plan.slot_bytes]
-    for e, engine in enumerate(plan.arrivals):
+    for e, engine in enumerate(plan.recvs):
         for w, worker in enumerate(engine):
-            for rank in sorted({arrival.rank for arrival in worker}):
+            for rank in sorted({recv.rank for recv in worker}):
                 readers[rank].append((e, w))
     return readers
 
 
 def _engine_share(plan: Plan, e: int, readers: list[list[tuple[int, int]]], addresses: list[Any]) -> dict[str, Any]:
-    """What engine ``e`` has to know, see ``WeightSyncWorker.bridge_plan``."""
-    workers: list[dict[str, Any]] = [
-        {
-            "copies": copies,
-            "arrivals": arrivals,
-            "readers": {rank: readers[rank].index((e, w)) for rank in sorted({a.rank for a in arrivals})},
-        }
-        for w, (copies, arrivals) in enumerate(zip(plan.copies[e], plan.arrivals[e], strict=True))
-    ]
-    shards = sorted({copy.rank for copies in plan.copies[e] for copy in copies})
-    slots = sorted({rank for worker in workers for rank in worker["readers"]})
+    """Engine ``e``'s share of the plan: the message of ``WeightSyncWorker.weight_sync_plan``."""
+    workers: list[dict[str, Any]] = []
+    for w, (copies, recvs) in enumerate(zip(plan.copies[e], plan.recvs[e], strict=True)):
+        ranks = sorted({recv.rank for recv in recvs})
+        reader_numbers = {rank: readers[rank].index((e, w)) for rank in ranks}
+        workers.append({"copies": copies, "recvs": recvs, "readers": reader_numbers})
+    ranks_of_shards = sorted({copy.rank for copies in plan.copies[e] for copy in copies})
+    ranks_of_slots = sorted({rank for worker in workers for rank in worker["readers"]})
     return {
         "tensors": plan.tensors,
         "rounds": plan.rounds,
         "workers": workers,
-        "shards": {rank: addresses[rank]["shards"] for rank in shards},
-        "slots": {rank: addresses[rank]["slots"] for rank in slots},
-        "signals": {rank: addresses[rank]["signals"] for rank in sorted({*shards, *slots})},
+        "shards": {rank: addresses[rank]["shards"] for rank in ranks_of_shards},
+        "slots": {rank: addresses[rank]["slots"] for rank in ranks_of_slots},
+        "signals": {rank: addresses[rank]["signals"] for rank in sorted({*ranks_of_shards, *ranks_of_slots})},
     }
-
-
-def _agreed(piece: Piece, values: list[int]) -> int:
-    if any(value != values[0] for value in values):
-        ranks = [holder.rank for holder in piece.holders]
-        raise WeightSyncError(f"{piece.hf_name} at {piece.start}: ranks {ranks} should hold the same values and do not")
-    return values[0]

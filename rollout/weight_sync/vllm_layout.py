@@ -1,9 +1,9 @@
-"""Ask a vLLM model where each element of its parameters comes from, by watching its own weight loaders.
+"""Trace a vLLM model's own weight loaders to learn where each element of its parameters comes from.
 
-The model's ``load_weights`` is called with meta tensors in place of a checkpoint. A view of a meta tensor carries its
-offset and strides, so when a loader finally copies into a parameter, source and target say which rectangle goes where.
-Nothing is read, and only padding is written: zeros. A loader that does more than slice and copy (converts, adds,
-transposes) can't be expressed as rectangles and is refused with the parameter's name.
+The model's ``load_weights`` gets meta tensors in place of a checkpoint. A view of a meta tensor has its offset and
+strides, so when a loader copies into a parameter, source and target show which rectangle goes where. The trace reads
+nothing and writes only padding, which is zeros. A loader that does more than slice and copy (converts, adds,
+transposes) does not fit into rectangles and is refused with the parameter's name.
 
 Uses no vLLM internals: any module with ``load_weights(iterable of (name, tensor))`` works, on the meta device too.
 """
@@ -26,22 +26,25 @@ def _strides(shape: Index) -> Index:
 
 
 def view_rectangle(view: torch.Tensor, base_shape: Index) -> Rectangle | None:
-    """The rectangle of a contiguous tensor of ``base_shape`` that ``view`` shows; None when it shows none in order."""
+    """The rectangle of a contiguous tensor of ``base_shape`` that ``view`` shows; None when it shows another set of
+    elements, or in another order."""
     if view.ndim != len(base_shape):
         return None
     strides = _strides(base_shape)
     if any(n > 1 and a != b for n, a, b in zip(view.shape, view.stride(), strides, strict=True)):
         return None
-    start, rest = [], view.storage_offset()
+    start = []
+    rest = view.storage_offset()
     for stride in strides:
         start.append(rest // stride)
         rest %= stride
     rectangle = Rectangle(tuple(start), tuple(view.shape))
-    return rectangle if Rectangle((0,) * len(base_shape), base_shape).contains(rectangle) else None
+    base = Rectangle((0,) * len(base_shape), base_shape)
+    return rectangle if base.contains(rectangle) else None
 
 
 class _Recorder(TorchDispatchMode):
-    """Records copies from the meta tensors ``sources`` into ``parameters`` instead of making them."""
+    """Records copies from the meta tensors ``sources`` into ``parameters`` instead of executing them."""
 
     def __init__(self, sources: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -54,8 +57,8 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and args[1].is_meta:
             self._record_copy(args[0], args[1])
             return args[0]
-        fills = func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
-        if fills and args[0].untyped_storage()._cdata in self.parameters:
+        is_fill = func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+        if is_fill and args[0].untyped_storage()._cdata in self.parameters:
             self._record_fill(args[0], args[1] if len(args) > 1 else 0)
         else:
             self._refuse_writes(func, args)
@@ -66,8 +69,10 @@ class _Recorder(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, torch.Tensor):
                 continue
             storage = value.untyped_storage()._cdata
-            for name, _ in (known[storage] for known in (self.sources, self.parameters) if storage in known):
-                raise LayoutError(f"{name}: vLLM's loader changes it by {func}: more than slicing and copying")
+            for known in (self.sources, self.parameters):
+                if storage in known:
+                    name, _ = known[storage]
+                    raise LayoutError(f"{name}: vLLM's loader changes it by {func}: more than slicing and copying")
 
     def _target(self, target: torch.Tensor, what: str) -> tuple[str, Rectangle]:
         name, parameter = self.parameters.get(target.untyped_storage()._cdata, (None, None))
@@ -86,10 +91,10 @@ class _Recorder(TorchDispatchMode):
             name, _ = self._target(target, "a converted tensor")
             raise LayoutError(f"{name}: vLLM's loader computes its values instead of slicing them")
         name, rectangle = self._target(target, hf_name)
-        taken = view_rectangle(source, tuple(tensor.shape))
-        if taken is None or taken.shape != rectangle.shape or source.dtype != tensor.dtype:
+        hf_rectangle = view_rectangle(source, tuple(tensor.shape))
+        if hf_rectangle is None or hf_rectangle.shape != rectangle.shape or source.dtype != tensor.dtype:
             raise LayoutError(f"{name}: vLLM's loader takes no plain rectangle of {hf_name} for it")
-        self.regions[name].append(Region(rectangle.start, hf_name, taken.start, rectangle.shape))
+        self.regions[name].append(Region(rectangle.start, hf_name, hf_rectangle.start, rectangle.shape))
 
     def _record_fill(self, target: torch.Tensor, value: Any) -> None:
         if not target.numel():
@@ -101,9 +106,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer of ``model`` that weights must provide, tied ones once.
+    """Every parameter and persistent buffer of ``model`` that a checkpoint must provide, tied ones once.
 
-    Raises LayoutError for a parameter that vLLM has emptied or made strided: weights can't be written in place then.
+    Raises LayoutError for a parameter that vLLM has emptied or made strided, because weights can't be written in place
+    there.
     """
     buffers = dict(model.named_buffers())
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
@@ -121,7 +127,7 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if not tensor.numel() or not tensor.is_contiguous():
             raise LayoutError(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} after loading: vLLM keeps this "
-                "weight elsewhere (packed), so it can't be written in place; adapt rollout/weight_sync/worker.py"
+                "weight elsewhere (packed), so it can't be written in place; adapt rollout/vllm_platform.py"
             )
     return tensors
 
@@ -129,8 +135,8 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def trace_layout(model: torch.nn.Module, hf_shapes: Mapping[str, Index]) -> list[ParameterLayout]:
     """Layout of every weight tensor of ``model`` in terms of checkpoint tensors ``hf_shapes`` (name → shape).
 
-    Raises LayoutError naming the parameter when an element is covered by no or by two of them, or when a loader does
-    what rectangles can't say.
+    Raises LayoutError naming the parameter when an element has no source or two, or when a loader does more than copy
+    rectangles.
     """
     tensors = weight_tensors(model)
     dtype = next(model.parameters()).dtype
@@ -140,8 +146,10 @@ def trace_layout(model: torch.nn.Module, hf_shapes: Mapping[str, Index]) -> list
         model.load_weights(iter(sources.items()))  # type: ignore[operator]
     layouts = []
     for name, tensor in tensors.items():
-        regions, padding = recorder.regions[name], recorder.padding[name]
-        check_exact_cover(f"vLLM parameter {name}", tuple(tensor.shape), [*(r.target for r in regions), *padding])
+        regions = recorder.regions[name]
+        padding = recorder.padding[name]
+        shape = tuple(tensor.shape)
+        check_exact_cover(f"vLLM parameter {name}", shape, [*(region.target for region in regions), *padding])
         dtype_name = str(tensor.dtype).removeprefix("torch.")
-        layouts.append(ParameterLayout(name, tuple(tensor.shape), dtype_name, tuple(regions), tuple(padding)))
+        layouts.append(ParameterLayout(name, shape, dtype_name, tuple(regions), tuple(padding)))
     return layouts

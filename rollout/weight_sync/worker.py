@@ -1,144 +1,52 @@
-"""The bridge inside each vLLM worker process: loaded as vLLM's ``worker_extension_cls``, before the model is built.
+"""The weight sync inside each vLLM worker process: vLLM's ``worker_extension_cls``, loaded before the model is built.
 
-Methods are called through vLLM's ``collective_rpc`` and pass JSON text. They never raise, because an exception inside
-a collective call kills the engine: a failure comes back as ``{"error": …}``.
-
-On a CPU vLLM packs the weight of every linear layer into a oneDNN handle and drops (or, for the LM head, forgets) the
-weight itself. :func:`keep_linear_weights` makes it keep the weight, which is then written in place, and
-:func:`pack_layers` packs it again with vLLM's own code, so that kernels, bits and speed are those of plain vLLM.
+vLLM's ``collective_rpc`` calls the methods with JSON text. They never raise, because an exception inside a collective
+call ends the engine: they return a failure as ``{"error": …}``.
 """
 
 import hashlib
-import inspect
 import json
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partialmethod, wraps
-from pathlib import Path
-from types import SimpleNamespace
+from functools import wraps
 from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed.device_communicators import shm_broadcast
-from vllm.model_executor.layers import utils as vllm_layers
-from vllm.platforms import current_platform
 
 from megatron_ext.blocks import region
+from rollout import vllm_platform
+from rollout.vllm_platform import pack_layers
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.copying import Batch, Copiers, batches, by_rows, copy_batch, even_threads
 from rollout.weight_sync.layout import ParameterLayout
-from rollout.weight_sync.memory import Signals, attach_tensors, here
+from rollout.weight_sync.memory import Signals, attach_tensors, place_of
 from rollout.weight_sync.network import slot_view
-from rollout.weight_sync.plan import Arrival, Copy, TensorInfo, read
+from rollout.weight_sync.plan import Copy, Recv, TensorInfo, read_rows
 from rollout.weight_sync.quantised import Staging, check_kernels, quantised_layers, unquantised
 from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
 
-SPIN_SECONDS = 0.002
-LOOK_AGAIN_SECONDS = 0.02
-
-_packed_layers: list[torch.nn.Module] = []
-_vllm_pack = vllm_layers.dispatch_cpu_unquantized_gemm
+PLATFORM = vllm_platform.of_vllm()
+# vLLM's worker processes import this module before they build a model or a queue.
+PLATFORM.change_vllm()
 
 
-def _pack(layer: Any) -> None:
-    """Have vLLM prepare its kernel for ``layer`` from the present weight, leaving the layer's tensors as they are."""
-    bias = getattr(layer, "bias", None)
-    # vLLM writes into what it is given: some kernels convert the bias in place.
-    stand_in = SimpleNamespace(
-        weight=_apart_in_cache(layer.weight), bias=None if bias is None else bias.detach().clone()
-    )
-    _vllm_pack(stand_in, remove_weight=False)
-    del stand_in.weight  # the handle has its own
-
-    def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return stand_in.cpu_linear(x, weight, None if bias is None else stand_in.bias)
-
-    layer.__dict__["cpu_linear"] = cpu_linear
-
-
-def _apart_in_cache(weight: torch.Tensor) -> torch.Tensor:
-    """The weight; its rows further apart where they are a whole number of 2 KiB long: oneDNN packs column by column,
-    and such rows share few of the cache's sets, which takes twice as long as with this copy (BF16)."""
-    rows, width = weight.shape
-    if (
-        weight.stride(0) * weight.element_size() % 2048
-        or weight.dtype == torch.float32
-        or vllm_layers.check_cpu_sgl_kernel(rows, width, weight.dtype)  # packed by another kernel, row by row
-    ):
-        return weight
-    return weight.new_empty(rows, width + 64 // weight.element_size())[:, :width].copy_(weight)
-
-
-def pack_layers() -> float:
-    """Pack all linear layers again from their weights (CPU; elsewhere kernels read the live weight); seconds."""
-    started = time.perf_counter()
-    for layer in _packed_layers:
-        _pack(layer)
-    return time.perf_counter() - started
-
-
-def _keep_weight_and_pack(layer: torch.nn.Module, remove_weight: bool) -> None:
-    if layer.weight.ndim != 2:
-        raise RuntimeError(f"{type(layer).__name__}: the weight bridge knows 2-D linear weights only on a CPU")
-    _packed_layers.append(layer)
-    _pack(layer)
-
-
-def keep_linear_weights() -> None:
-    """Replace vLLM's packing of CPU linear layers by one that keeps the weights; once per process.
-
-    Raises RuntimeError when vLLM has moved the patched function: its signature is the check here, and
-    :func:`rollout.weight_sync.vllm_layout.weight_tensors` refuses any weight that vanished nevertheless.
-    """
-    parameters = list(inspect.signature(_vllm_pack).parameters)
-    if parameters != ["layer", "remove_weight"]:
-        raise RuntimeError(
-            f"vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm{tuple(parameters)} has changed: adapt "
-            "rollout/weight_sync/worker.py to this vLLM"
-        )
-    vllm_layers.dispatch_cpu_unquantized_gemm = _keep_weight_and_pack
-
-
-def _reports_errors(method: Callable[..., Any]) -> Callable[..., str]:
+def _errors_as_json(method: Callable[..., Any]) -> Callable[..., str]:
     @wraps(method)
     def wrapped(*args: Any) -> str:
         try:
             return json.dumps(method(*args))
-        except Exception as error:  # reported to the caller; raising would kill the engine
+        except Exception as error:  # The caller raises it: raising here would end the engine.
             return json.dumps({"error": f"{type(error).__name__}: {error}"})
 
     return wrapped
 
 
-@dataclass
-class _Placement:
-    """A worker's share of a plan: (target, source) views, and what its parameters' checksums need.
-
-    ``copies``: from the ranks ``sources`` on this host, in batches, which ``copiers`` make. ``arrivals``: for each
-    round the ranks in whose slots it lands and the views to copy when it has. ``staged_copies``: those of each
-    quantised weight. ``complete``: the quantised weights that have all their arrivals after a round, on every worker of
-    the engine, which quantise together; -1: that have none.
-    """
-
-    tensors: dict[str, TensorInfo]
-    sources: list[Signals]
-    copies: list[Batch]
-    copiers: Copiers
-    arrivals: list[list[tuple["_Target", torch.Tensor]]]
-    signals: dict[int, tuple[Signals, int]]
-    staging: Staging
-    staged_copies: dict[str, list[tuple["_Target", torch.Tensor]]]
-    complete: dict[int, list[str]]
-    checksums: list[list[Any]]  # of the quantised weights, as they were at the last verified sync
-
-
 @dataclass(frozen=True)
 class _Target:
-    """A rectangle of a live parameter, or of a quantised weight (``parameter`` None) when it is being staged."""
+    """A rectangle of a live parameter, or of a quantised weight (``parameter`` is None) while it is staged."""
 
     name: str
     region: tuple[slice, ...]
@@ -149,206 +57,254 @@ class _Target:
         return tensor[self.region]
 
 
+_Pairs = list[tuple[_Target, torch.Tensor]]
+"""(target, source) views."""
+
+
+@dataclass
+class _WorkerPlan:
+    """A worker's share of a plan, resolved to views of mapped memory."""
+
+    tensors: dict[str, TensorInfo]
+    source_signals: list[Signals]
+    """Of the ranks on this host whose shards ``copies`` and ``staged_copies`` read."""
+    copies: list[Batch]
+    copiers: Copiers
+    """The threads that make ``copies``."""
+    recvs: list[_Pairs]
+    """By round: the copies out of the slots of ranks on this host, possible once the round is ready."""
+    slot_signals: list[tuple[Signals, int]]
+    """Of the ranks whose slots ``recvs`` reads, and this worker's number among the readers of the slots."""
+    staging: Staging
+    staged_copies: dict[str, _Pairs]
+    """By quantised weight: its copies from shards on this host."""
+    complete_after: dict[int, list[str]]
+    """By round: the quantised weights that have received all parts after it, on every worker of the engine (which
+    quantise together). Round -1: those that receive none."""
+    staged_checksums: list[list[Any]]
+    """Of the quantised weights, as they were before quantisation at the last verified sync."""
+
+
 class WeightSyncWorker:
-    """Mixed into vLLM's worker class, whose ``get_model``, ``rank`` and life it shares."""
+    """Mixed into vLLM's worker class, whose attributes ``rank``, ``vllm_config`` and ``get_model`` it uses."""
 
-    bridge_layouts: list[ParameterLayout]
-    bridge_placement: _Placement
+    rank: int
+    vllm_config: Any
+    get_model: Callable[[], torch.nn.Module]
 
-    @_reports_errors
-    def bridge_started(self) -> Any:
-        """Drop the names of the shared memory through which CPU workers reduce: all have mapped it, and only the names
-        would outlive a kill."""
-        if "VLLM_DIST_IDENT" in os.environ:
-            for path in Path("/dev/shm").glob(os.environ["VLLM_DIST_IDENT"] + "*"):
-                path.unlink(missing_ok=True)
+    weight_sync_layouts: list[ParameterLayout]
+    weight_sync_worker_plan: _WorkerPlan
+
+    @_errors_as_json
+    def weight_sync_start(self) -> Any:
+        """Called once, when the engine has started."""
+        PLATFORM.after_start()
         return {}
 
-    @_reports_errors
-    def bridge_layout(self, hf_shapes: str) -> Any:
+    @_errors_as_json
+    def weight_sync_layout(self, hf_shapes: str) -> Any:
         """Trace vLLM's loaders with checkpoint tensors ``{name: shape}``; returns the layout of each parameter."""
         shapes = {name: tuple(shape) for name, shape in json.loads(hf_shapes).items()}
-        model = self.get_model()  # type: ignore[attr-defined]
+        model = self.get_model()
         with unquantised(model) as layers:
             check_kernels(layers)
             traced = trace_layout(model, shapes)
-        self.bridge_layouts = [replace(layout, staged=layout.name in layers) for layout in traced]
+        self.weight_sync_layouts = [replace(layout, staged=layout.name in layers) for layout in traced]
         return {
-            "parameters": [asdict(layout) for layout in self.bridge_layouts],
-            "place": here(next(model.parameters()).device),
+            "parameters": [asdict(layout) for layout in self.weight_sync_layouts],
+            "place": place_of(_device(model), PLATFORM),
         }
 
-    @_reports_errors
-    def bridge_plan(self, message: str) -> Any:
+    @_errors_as_json
+    def weight_sync_plan(self, message: str) -> Any:
         """Map the memory of the ranks on this host and resolve this worker's share of the plan to pairs of views.
 
         ``{"tensors", "shards": {rank: address}, "slots": {rank: address}, "signals": {rank: address}, "rounds",
-        "workers": [its share of each worker: {"copies", "arrivals", "readers": {rank: number among the readers of its
-        slots}}]}``.
+        "workers": [share of each worker: {"copies", "recvs", "readers": {rank: its number among the readers of that
+        rank's slots}}]}``.
         """
         body = json.loads(message)
-        share = body["workers"][self.rank]  # type: ignore[attr-defined]
-        with unquantised(self.get_model()) as layers:  # type: ignore[attr-defined]
-            parameters = weight_tensors(self.get_model())  # type: ignore[attr-defined]
-        shards = {rank: attach_tensors(address) for rank, address in body["shards"].items()}
-        slots = {rank: attach_tensors(address) for rank, address in body["slots"].items()}
-        progress = {
-            rank: Signals(attach_tensors(address)["signals"], address["pid"])
+        share = body["workers"][self.rank]
+        model = self.get_model()
+        with unquantised(model) as layers:
+            parameters = weight_tensors(model)
+        shards = {int(rank): attach_tensors(address) for rank, address in body["shards"].items()}
+        slots = {int(rank): attach_tensors(address)["slots"] for rank, address in body["slots"].items()}
+        signals = {
+            int(rank): Signals(attach_tensors(address)["signals"], address["pid"])
             for rank, address in body["signals"].items()
         }
 
-        def target(item: Copy | Arrival) -> _Target:
+        def target(item: Copy | Recv) -> _Target:
             live = None if item.parameter in layers else parameters[item.parameter].detach()
             return _Target(item.parameter, region(item.parameter_start, item.shape), live)
 
+        planned_copies = read_rows(Copy, share["copies"])
         copies: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
-        staged_copies: dict[str, list[tuple[_Target, torch.Tensor]]] = {name: [] for name in layers}
-        planned = read(Copy, share["copies"])
-        for parts in by_rows(planned, parameters):
+        staged_copies: dict[str, _Pairs] = {name: [] for name in layers}
+        for parts in by_rows(planned_copies, parameters):
             name = parts[0].parameter
-            sources = [shards[str(c.rank)][c.shard][region(c.local_start, c.shape)] for c in parts]
+            sources = [shards[part.rank][part.shard][region(part.local_start, part.shape)] for part in parts]
             if name in layers:
                 staged_copies[name] += zip(map(target, parts), sources, strict=True)
             else:
-                shape = (*parts[0].shape[:-1], sum(c.shape[-1] for c in parts))
-                copies.append((parameters[name].detach()[region(parts[0].parameter_start, shape)], sources))
-        arrivals: list[list[tuple[_Target, torch.Tensor]]] = [[] for _ in range(body["rounds"])]
-        for a in read(Arrival, share["arrivals"]):
-            dtype = parameters[a.parameter].dtype
-            packed = slot_view(slots[str(a.rank)]["slots"], a.round, a.offset, a.shape, dtype)
-            arrivals[a.round].append((target(a), packed))
-        last = dict.fromkeys(layers, -1)
-        for worker in body["workers"]:
-            for a in read(Arrival, worker["arrivals"]):
-                if a.parameter in last:
-                    last[a.parameter] = max(last[a.parameter], a.round)
-        complete: dict[int, list[str]] = defaultdict(list)
-        for name, at in last.items():
-            complete[at].append(name)
-        signals = {}
+                shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+                live = parameters[name].detach()[region(parts[0].parameter_start, shape)]
+                copies.append((live, sources))
+
+        recvs: list[_Pairs] = [[] for _ in range(body["rounds"])]
+        for recv in read_rows(Recv, share["recvs"]):
+            dtype = parameters[recv.parameter].dtype
+            received = slot_view(slots[recv.rank], recv.round, recv.offset, recv.shape, dtype)
+            recvs[recv.round].append((target(recv), received))
+
+        slot_signals = []
         for rank, reader in share["readers"].items():
-            signals[int(rank)] = (progress[rank], reader)
-            progress[rank].register(reader)
-        tensors = {
-            name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in body["tensors"].items()
-        }
-        device = next(self.get_model().parameters()).device  # type: ignore[attr-defined]
-        cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
-        copiers = Copiers(even_threads(cores, len(body["workers"])))
-        if hasattr(self, "bridge_placement"):
-            self.bridge_placement.copiers.stop()
-        self.bridge_placement = _Placement(
-            tensors,
-            [progress[rank] for rank in sorted({str(c.rank) for c in planned})],
-            batches(copies),
-            copiers,
-            arrivals,
-            signals,
-            Staging(layers, device),
-            staged_copies,
-            complete,
-            [],
+            slot_signals.append((signals[int(rank)], reader))
+            signals[int(rank)].register(reader)
+
+        if hasattr(self, "weight_sync_worker_plan"):
+            self.weight_sync_worker_plan.copiers.stop()
+        self.weight_sync_worker_plan = _WorkerPlan(
+            tensors={
+                name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in body["tensors"].items()
+            },
+            source_signals=[signals[rank] for rank in sorted({copy.rank for copy in planned_copies})],
+            copies=batches(copies),
+            copiers=Copiers(even_threads(PLATFORM.copying_cores(), len(body["workers"]))),
+            recvs=recvs,
+            slot_signals=slot_signals,
+            staging=Staging(layers, _device(model)),
+            staged_copies=staged_copies,
+            complete_after=_completion_rounds(layers, body["workers"]),
+            staged_checksums=[],
         )
         return {}
 
-    @_reports_errors
-    def bridge_update(self, message: str) -> Any:
-        """Copy every rectangle into place, then pack the linear layers; ``{"sequence", "verify"}``. Returns the
-        checksums of what the parameters hold then, if they are to be verified, and the seconds of both."""
+    @_errors_as_json
+    def weight_sync_update(self, message: str) -> Any:
+        """Copy every rectangle into place, then pack the linear layers; ``{"sequence", "verify"}``.
+
+        Returns the seconds of both, and, to ``verify``, the checksums of what the parameters now hold.
+        """
         body = json.loads(message)
-        placement = self._placement()
-        staging, verify = placement.staging, body["verify"]
-        rounds = len(placement.arrivals)
+        plan = self._worker_plan()
+        staging = plan.staging
+        verify = body["verify"]
+        rounds = len(plan.recvs)
+        # Signals count rounds over all syncs; each sync has one more round, which says that the shards are final.
         first = body["sequence"] * (1 + rounds) + 1
-        local = iter(placement.copies)
+        remaining = iter(plan.copies)
 
         def copy_some() -> bool:
-            for batch in local:
-                copy_batch(batch)
-                return True
-            return False
+            batch = next(remaining, None)
+            if batch is None:
+                return False
+            copy_batch(batch)
+            return True
 
         if verify:
-            placement.checksums = []
+            plan.staged_checksums = []
         try:
-            for rank in placement.sources:
-                rank.wait_landed(first, meanwhile=lambda: False)  # this order may be here before the rank
-            begun = time.perf_counter()
-            for t, arrivals in enumerate(placement.arrivals):
-                for signals, _ in placement.signals.values():
-                    signals.wait_landed(first + t + 1, meanwhile=copy_some)
-                for target, source in arrivals:
+            for signals in plan.source_signals:
+                # This request may arrive before the rank's weights are final.
+                signals.wait_ready(first, meanwhile=lambda: False)
+            started = time.perf_counter()
+            for round_number, pairs in enumerate(plan.recvs):
+                for signals, _ in plan.slot_signals:
+                    signals.wait_ready(first + round_number + 1, meanwhile=copy_some)
+                for target, source in pairs:
                     target.view(staging).copy_(source)
-                self._finish_copies()
-                for signals, reader in placement.signals.values():
-                    signals.place(reader, first + t + 1)
-                self._quantise(placement.complete[t], verify)
-            placement.copiers.run(copy_some)
-            self._quantise(placement.complete[-1], verify)
-            self._finish_copies()
-        finally:  # after a failure too: the ranks must not wait for this worker
-            for signals, reader in placement.signals.values():
-                signals.place(reader, first + rounds)
-        copied = time.perf_counter() - begun
-        checksums = self._region_checksums() if verify else {"checksums": []}
-        return checksums | {"copying_seconds": copied, "packing_seconds": pack_layers()}
+                PLATFORM.synchronize_stream(staging.device)
+                for signals, reader in plan.slot_signals:
+                    signals.set_consumed(reader, first + round_number + 1)
+                self._quantise(plan.complete_after[round_number], verify)
+            plan.copiers.run(copy_some)
+            self._quantise(plan.complete_after[-1], verify)
+            PLATFORM.synchronize_stream(staging.device)
+        finally:
+            # After a failure too, because the ranks must not wait for this worker.
+            for signals, reader in plan.slot_signals:
+                signals.set_consumed(reader, first + rounds)
+        copying_seconds = time.perf_counter() - started
+        checksums = self._region_checksums() if verify else []
+        return {"checksums": checksums, "copying_seconds": copying_seconds, "packing_seconds": pack_layers()}
 
-    def _quantise(self, names: list[str], verify: bool) -> None:
-        """Quantise these weights, one after the other, when the copies from this host are made too."""
-        placement = self._placement()
-        layouts = {layout.name: layout for layout in self.bridge_layouts} if verify else {}
-        for name in names:
-            for target, source in placement.staged_copies[name]:
-                target.view(placement.staging).copy_(source)
-            if verify:
-                weight = {name: placement.staging.weight(name)}
-                placement.checksums += map(list, _checksums([layouts[name]], weight, placement.tensors))
-            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-                placement.staging.quantise(name)
+    @_errors_as_json
+    def weight_sync_checksums(self) -> Any:
+        """Checksums of the live parameters, one per region of the layout.
 
-    def _finish_copies(self) -> None:
-        if current_platform.is_cuda():
-            torch.cuda.current_stream().synchronize()
+        For a quantised weight: of the weight that was quantised at the last verified sync.
+        """
+        return {"checksums": self._region_checksums()}
 
-    @_reports_errors
-    def bridge_checksums(self) -> Any:
-        """Checksums of the live parameters, one per region of the layout; of a quantised weight, those of what it was
-        made of at the last verified sync."""
-        return self._region_checksums()
-
-    @_reports_errors
-    def bridge_digests(self) -> Any:
-        """SHA-256 of the bytes of every parameter: equal digests mean equal bits."""
-        model = self.get_model()  # type: ignore[attr-defined]
+    @_errors_as_json
+    def weight_sync_digests(self) -> Any:
+        """SHA-256 of the bytes of every parameter: equal digests mean bitwise equal parameters."""
+        model = self.get_model()
         quantised = quantised_layers(model)
         with unquantised(model):
             tensors = {name: tensor for name, tensor in weight_tensors(model).items() if name not in quantised}
-        for name, layer in quantised.items():
-            prefix = name.removesuffix("weight")
-            tensors |= {prefix + each: tensor for each, tensor in layer.named_parameters()}
+        for weight_name, layer in quantised.items():
+            prefix = weight_name.removesuffix("weight")
+            for name, tensor in layer.named_parameters():
+                tensors[prefix + name] = tensor
         return {"digests": {name: _digest(tensor) for name, tensor in tensors.items()}}
 
-    def _placement(self) -> _Placement:
-        if not hasattr(self, "bridge_placement"):
-            raise RuntimeError("there is no plan yet: make a WeightSync first")
-        return self.bridge_placement
+    def _worker_plan(self) -> _WorkerPlan:
+        if not hasattr(self, "weight_sync_worker_plan"):
+            raise RuntimeError("there is no plan yet: construct a WeightSync first")
+        return self.weight_sync_worker_plan
 
-    def _region_checksums(self) -> Any:
-        placement = self._placement()
-        with unquantised(self.get_model()) as layers:  # type: ignore[attr-defined]
-            tensors = weight_tensors(self.get_model())  # type: ignore[attr-defined]
-        layouts = [layout for layout in self.bridge_layouts if layout.name not in layers]
-        return {"checksums": [*placement.checksums, *map(list, _checksums(layouts, tensors, placement.tensors))]}
+    def _quantise(self, names: list[str], verify: bool) -> None:
+        """Quantise these weights, one after another. Copies their parts from shards on this host first."""
+        plan = self._worker_plan()
+        layouts = {layout.name: layout for layout in self.weight_sync_layouts} if verify else {}
+        for name in names:
+            for target, source in plan.staged_copies[name]:
+                target.view(plan.staging).copy_(source)
+            if verify:
+                weight = {name: plan.staging.weight(name)}
+                plan.staged_checksums += _checksums([layouts[name]], weight, plan.tensors)
+            with set_current_vllm_config(self.vllm_config):
+                plan.staging.quantise(name)
+
+    def _region_checksums(self) -> list[list[Any]]:
+        """``[hf_name, hf_start, checksum]`` of each region."""
+        plan = self._worker_plan()
+        model = self.get_model()
+        with unquantised(model) as layers:
+            parameters = weight_tensors(model)
+        live_layouts = [layout for layout in self.weight_sync_layouts if layout.name not in layers]
+        return [*plan.staged_checksums, *_checksums(live_layouts, parameters, plan.tensors)]
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _completion_rounds(names: Iterable[str], workers: Iterable[Mapping[str, Any]]) -> dict[int, list[str]]:
+    """The last round in which any worker receives a part of each of these parameters, -1 for none: round → names."""
+    last_round = dict.fromkeys(names, -1)
+    for worker in workers:
+        for recv in read_rows(Recv, worker["recvs"]):
+            if recv.parameter in last_round:
+                last_round[recv.parameter] = max(last_round[recv.parameter], recv.round)
+    complete_after: dict[int, list[str]] = defaultdict(list)
+    for name, round_number in last_round.items():
+        complete_after[round_number].append(name)
+    return complete_after
 
 
 def _checksums(
-    layouts: list[ParameterLayout], parameters: dict[str, torch.Tensor], tensors: dict[str, TensorInfo]
-) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    layouts: Iterable[ParameterLayout], parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, TensorInfo]
+) -> Iterator[list[Any]]:
     for layout in layouts:
         for part in layout.regions:
             info = tensors[part.hf_name]
             values = parameters[layout.name][region(part.start, part.shape)]
-            yield part.hf_name, part.hf_start, rectangle_checksum(values, part.hf_start, info.shape, info.unit)
+            checksum = rectangle_checksum(values, part.hf_start, info.shape, info.unit)
+            yield [part.hf_name, part.hf_start, checksum]
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -356,19 +312,3 @@ def _digest(tensor: torch.Tensor) -> str:
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
     flat.copy_(tensor.detach().flatten())
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def spin_less() -> None:
-    """Have vLLM's processes look for a call or an answer again and again for SPIN_SECONDS behind the last, then sleep
-    until it comes. vLLM's own second takes the cores from the workers that are still at work, and from the trainer. A
-    message may not wake a sleeper (zmq drops one that is sent within about a millisecond of another), who looks for
-    itself after LOOK_AGAIN_SECONDS; vLLM's own 5 were seen as a pause in a batch."""
-    condition = shm_broadcast.SpinCondition
-    condition.__init__ = partialmethod(condition.__init__, busy_loop_s=SPIN_SECONDS)
-    shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = int(1e3 * LOOK_AGAIN_SECONDS)
-
-
-# Imported in the engine's process and in its workers, before a model is built or a queue made.
-if current_platform.is_cpu():
-    keep_linear_weights()
-    spin_less()

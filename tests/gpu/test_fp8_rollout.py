@@ -10,7 +10,7 @@ from megatron_ext import hf_checkpoint, model, parallel
 from rollout.engine import Engine, stop_engines
 from rollout.sample import Prompt, Sampling
 from rollout.sampler import generate, make_requests
-from rollout.settings import QUANTIZATIONS
+from rollout.vllm_platform import QUANTIZATIONS
 from rollout.weight_sync.sync import WeightSync
 from tests.rollout.test_vllm import program
 from tests.rollout.vllm_processes import as_argument
@@ -46,11 +46,11 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(
     engine = Engine(settings, tmp_path / "engine.log")
     try:
         engine.wait_until_ready(time.monotonic() + 400)
-        bridge = WeightSync(
+        weight_sync = WeightSync(
             policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
         )
         for version in (1, 2):  # the second quantises over what the first left
-            bridge.sync(version)
+            weight_sync.sync(version)
             assert engine.call("GET", "/weights/digest")["workers"] == expected["workers"]
         samples = generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
         assert {(s.prompt_id, s.sample_index): (list(s.response_token_ids), list(s.logprobs)) for s in samples} == {

@@ -20,11 +20,11 @@ PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i
 
 
 class Rollout:
-    """A trainer model, an engine beside it on the same GPU, and the bridge between them."""
+    """A trainer model, an engine beside it on the same GPU, and the weight sync between them."""
 
     def __init__(self, policy: model.Model, engine: Engine, plans: Path) -> None:
         self.policy, self.engine = policy, engine
-        self.bridge = WeightSync(
+        self.weight_sync = WeightSync(
             policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=plans
         )
 
@@ -54,7 +54,7 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
         made = Rollout(policy, engine, scratch)
-        made.bridge.sync(1)
+        made.weight_sync.sync(1)
         yield made
     finally:
         stop_engines([engine])
@@ -63,7 +63,7 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
 def test_after_a_sync_vllm_holds_the_checkpoints_bits(rollout: Rollout) -> None:
     """vLLM's checksums against those of the Hugging Face tensors, which never went through the trainer."""
     found = rollout.engine.call("GET", "/weights/checksum")["tensors"]
-    plan = rollout.bridge.plan.tensors
+    plan = rollout.weight_sync.plan.tensors
     expected = {
         name: rectangle_checksum(tensor, (0,) * tensor.ndim, tuple(tensor.shape), plan[name].unit)
         for name, tensor in TINY.model(0).state_dict().items()
@@ -76,13 +76,13 @@ def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(rollo
     own = forward_backward.copy_weights(rollout.policy)
     for shard in rollout.policy.shards:
         shard.tensor.mul_(1.5)
-    rollout.bridge.sync(2)
+    rollout.weight_sync.sync(2)
     changed = rollout.digests()
     assert all(changed[name] != digest for name, digest in before.items())
     with torch.no_grad():
         for shard, weight in zip(rollout.policy.shards, own, strict=True):
             shard.tensor.copy_(weight)
-    rollout.bridge.sync(1)
+    rollout.weight_sync.sync(1)
     assert rollout.digests() == before
 
 

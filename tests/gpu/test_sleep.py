@@ -20,7 +20,7 @@ PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i
 
 @pytest.fixture(scope="module")
 def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    """An engine that may sleep and the bridge to it, after a sync."""
+    """An engine that may sleep and the weight sync to it, after a sync."""
     settings = engine_settings(
         model=str(folder),
         dtype="bfloat16",
@@ -38,9 +38,11 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
         group = parallel.control_group()
-        bridge = WeightSync(policy.shards, [engine], group, bucket_bytes=1 << 20, verify_every=1, plans=home / "plans")
-        bridge.sync(1)
-        yield engine, bridge
+        weight_sync = WeightSync(
+            policy.shards, [engine], group, bucket_bytes=1 << 20, verify_every=1, plans=home / "plans"
+        )
+        weight_sync.sync(1)
+        yield engine, weight_sync
     finally:
         stop_engines([engine])
 
@@ -57,7 +59,7 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
     rollout: tuple[Engine, WeightSync],
 ) -> None:
     """Twice: sleep, wake the weights, sync, wake the key-value cache. No memory is lost on the way."""
-    engine, bridge = rollout
+    engine, weight_sync = rollout
     before = samples(engine)
     awake = free_gib()
     for _ in range(2):
@@ -67,7 +69,7 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
             samples(engine)
         engine.call("POST", "/wake", {"tags": ["weights"]})
         assert free_gib() - awake > 0.9 * KV_CACHE_GIB, "the cache sleeps while the weights arrive"
-        bridge.sync(1)
+        weight_sync.sync(1)
         with pytest.raises(EngineError, match="asleep: kv_cache"):
             samples(engine)
         engine.call("POST", "/wake", {"tags": ["kv_cache"]})
@@ -76,12 +78,12 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
 
 
 def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(rollout: tuple[Engine, WeightSync]) -> None:
-    engine, bridge = rollout
+    engine, weight_sync = rollout
     engine.call("POST", "/sleep", {})
     with pytest.raises(EngineError, match="the weights are asleep"):
         engine.call("GET", "/weights/checksum")
     engine.call("POST", "/wake", {"tags": ["weights", "kv_cache"]})
     with pytest.raises(EngineError, match="the weights are stale"):
         samples(engine)
-    bridge.sync(1)
+    weight_sync.sync(1)
     assert len(samples(engine)) == 8

@@ -1,4 +1,4 @@
-"""FP32 to BF16: the optimiser's rounding of its master weights, and the bridge's of FP32 shards, to the bit."""
+"""FP32 to BF16: the optimiser's rounding of its master weights, and the weight sync's of FP32 shards, bit for bit."""
 
 from megatron_ext import platform
 
@@ -38,7 +38,7 @@ def hard(count: int, seed: int) -> torch.Tensor:
     return torch.where(values.isfinite(), values, torch.full_like(values, 1.00390625))  # a tie
 
 
-def test_the_optimisers_rounding_and_the_bridges_are_nearest_even() -> None:
+def test_the_optimisers_rounding_and_the_weight_syncs_are_nearest_even() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         place = parallel.initialize(parallel_config(), seed=1, timeout_seconds=60)

@@ -15,8 +15,8 @@ from recipes.algorithms.sequences import Sequences
 from tests.recipes.gradients import draws, numbers
 
 # Log-probs of 16 responses that SmolLM2-135M in BF16 sampled, and of the same tokens in one pass over the whole text:
-# the same weights ("bf16"), the weights rounded to FP8 with one scale a tensor, and weights that a faulty bridge might
-# make of them: in one layer the heads of V in another order, or gate and up exchanged; two layers exchanged.
+# the same weights ("bf16"), the weights rounded to FP8 with one scale a tensor, and those of faulty weight syncs, which
+# might be: in one layer the heads of V in another order, or gate and up exchanged; two layers exchanged.
 MEASURED: dict[str, Any] = json.loads((Path(__file__).parent / "logprob_gaps.json").read_text())
 ROLLOUT = numbers(*(x for row in MEASURED["rollout"] for x in row))
 LENGTHS = [len(row) for row in MEASURED["rollout"]]

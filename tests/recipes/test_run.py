@@ -270,7 +270,7 @@ def test_the_exported_model_loads_in_transformers_and_differs_from_the_sft_one(w
 
 
 def test_vllm_loads_the_exported_model_and_answers_as_the_evaluation(whole: tuple[Path, str], twin: Path) -> None:
-    """vLLM reads hf/ from disk; its greedy answers are those it gave with the weights from the bridge."""
+    """vLLM reads hf/ from disk; its greedy answers are those it gave with the weights of the weight sync."""
     run_dir = whole[0]
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     rows = [json.loads(line) for line in (twin / "eval.jsonl").read_text().splitlines()]

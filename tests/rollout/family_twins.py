@@ -39,7 +39,7 @@ from tests import settings
 from tests.megatron_ext import internvl_twins
 from tests.recipes import tiny, vision_models
 
-SYNCED = "qwen2_5_vl"  # goes over the bridge too
+SYNCED = "qwen2_5_vl"  # is synced too
 STARTUP_SECONDS = 400
 MAX_TOKENS = 6
 IMAGE_TOKENS = 300  # of the vocabulary, the last: those of images
@@ -222,7 +222,7 @@ def requests(twin: Twin) -> tuple[list[Request], Sampling]:
 
 def main(folder: str, program: str) -> None:
     """Two ranks, forked: each twin of ``work.json`` through Megatron-Core to
-    ``<name>-export/``; then one goes over the bridge to an engine that ``program`` becomes when it is through with the
+    ``<name>-export/``; then one is synced to an engine that ``program`` becomes when it is through with the
     exports. What that engine has and says after each sync goes to ``synced.json``.
     """
     here = Path(folder)
@@ -261,7 +261,9 @@ def _start_engine(folder: Path, program: str) -> Engine:
 
 def _sync(shards: list[Shard], engines: list[Engine], folder: Path, work: dict[str, Any]) -> None:
     """The twin's weights, others, and the twin's again."""
-    bridge = WeightSync(shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=folder / "plans")
+    weight_sync = WeightSync(
+        shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=folder / "plans"
+    )
     asked, sampling = [Request(**request) for request in work["requests"]], Sampling(**work["sampling"])
     found = []
     for version in (1, 2, 3):
@@ -269,7 +271,7 @@ def _sync(shards: list[Shard], engines: list[Engine], folder: Path, work: dict[s
         if version == 2:
             for shard in shards:
                 shard.tensor.mul_(1.5)
-        bridge.sync(version)
+        weight_sync.sync(version)
         for engine in engines:
             samples = sorted(engine.generate(asked, sampling), key=lambda sample: sample.prompt_id)
             digests = engine.call("GET", "/weights/digest")["workers"]

@@ -26,8 +26,8 @@ def execute(
 ) -> list[list[dict[str, torch.Tensor]]]:
     """[engine][worker] → its parameters, made from ``shards`` (by rank and name).
 
-    What lands in a round is read only when the next round has landed, as the two slots of a rank allow. Fails when an
-    element is written twice, when parcels or messages share bytes of a slot, and when a worker reads from another host.
+    What a round brings is read only when the next round is ready, as the two slots of a rank allow. Fails when an
+    element is written twice, when chunks or messages share bytes of a slot, and when a worker reads from another host.
     """
     made = [[{layout.name: empty(layout) for layout in worker} for worker in layouts] for _ in topology.engines]
 
@@ -37,10 +37,10 @@ def execute(
         assert target.isnan().all(), f"{parameter}: an element is written twice"
         target.copy_(values)
 
-    def place_arrivals(t: int) -> None:
-        for e, engine in enumerate(plan.arrivals):
-            for w, arrivals in enumerate(engine):
-                for a in (a for a in arrivals if a.round == t):
+    def consume(t: int) -> None:
+        for e, engine in enumerate(plan.recvs):
+            for w, recvs in enumerate(engine):
+                for a in (recv for recv in recvs if recv.round == t):
                     dtype = made[e][w][a.parameter].dtype
                     values = slots[a.rank][t % 2][a.offset :][: math.prod(a.shape) * dtype.itemsize]
                     place(e, w, a.rank, a.parameter, a.parameter_start, values.view(dtype).view(a.shape))
@@ -51,11 +51,11 @@ def execute(
 
         def claim(rank: int, offset: int, size: int, taken: list[torch.Tensor] = taken) -> None:
             assert offset + size <= len(taken[rank]), "a slot is too small"
-            assert not taken[rank][offset : offset + size].any(), "two parcels or messages share bytes of a slot"
+            assert not taken[rank][offset : offset + size].any(), "two chunks or messages share bytes of a slot"
             taken[rank][offset : offset + size] = True
 
-        for rank, packings in enumerate(plan.packings):
-            for p in (p for p in packings if p.round == t):
+        for rank, sends in enumerate(plan.sends):
+            for p in (send for send in sends if send.round == t):
                 values = shards[rank][p.shard][region(p.local_start, p.shape)].to(getattr(torch, p.dtype))
                 packed = values.contiguous().view(-1).view(torch.uint8)
                 claim(rank, p.offset, len(packed))
@@ -64,10 +64,10 @@ def execute(
             claim(m.receiver, m.receiver_offset, m.size)
             source = slots[m.sender][(t - m.forwarded) % 2][m.sender_offset : m.sender_offset + m.size]
             slots[m.receiver][t % 2][m.receiver_offset : m.receiver_offset + m.size] = source
-        place_arrivals(t - 1)
+        consume(t - 1)
         for slot in slots:
             slot[(t + 1) % 2].fill_(NAN_BYTE)  # the next round's
-    place_arrivals(plan.rounds - 1)
+    consume(plan.rounds - 1)
     for e, engine in enumerate(plan.copies):
         for w, copies in enumerate(engine):
             for c in copies:

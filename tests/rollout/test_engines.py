@@ -38,15 +38,15 @@ STARTUP_SECONDS = 300
 @dataclass
 class World:
     engines: list[Engine]
-    bridge: WeightSync
+    weight_sync: WeightSync
     undisturbed: list[Sample] = field(default_factory=list)
 
     def revive(self, version: int) -> None:
         """Start the first engine again, plan for it, sync."""
         self.engines[0].restart()
         wait_until_ready(self.engines[:1])
-        self.bridge.attach(self.engines[:1])
-        self.bridge.sync(version)
+        self.weight_sync.attach(self.engines[:1])
+        self.weight_sync.sync(version)
 
     def samples(self, sampling: Sampling = SAMPLING, **changes: Any) -> list[Sample]:
         return generate(self.engines, PROMPTS, sampling, **{"samples_per_prompt": 4, "seed": 1, "step": 0} | changes)
@@ -70,11 +70,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     try:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         wait_until_ready(engines)
-        bridge = WeightSync(
+        weight_sync = WeightSync(
             made.shards, engines, dist.group.WORLD, bucket_bytes=2**20, verify_every=1, plans=folder / "plans"
         )
-        bridge.sync(0)
-        yield World(engines, bridge)
+        weight_sync.sync(0)
+        yield World(engines, weight_sync)
     finally:
         stop_engines(engines)
         dist.destroy_process_group()
@@ -168,7 +168,7 @@ def test_rounds_make_the_whole_response_with_its_log_probs_and_versions(world: W
     requests: list[Request] = make_requests(PROMPTS, 2, seed=1, step=0)
     finished: dict[Any, Sample] = {}
     for version in range(1, 8):
-        world.bridge.sync(version)
+        world.weight_sync.sync(version)
         found = Generation(Fleet(world.engines), requests, sampling).collect(dist.group.WORLD, pytest.fail)[0]
         for request, sample in zip(requests, found, strict=True):
             made = len(sample.response_token_ids) - len(request.begun_token_ids)
@@ -195,7 +195,7 @@ def test_rounds_make_the_whole_response_with_its_log_probs_and_versions(world: W
 def test_a_request_is_served_before_anybody_waits_for_its_answer(world: World) -> None:
     engine = world.engines[0]
     progress = engine.health()["progress"]
-    answer = engine.ask("GET", "/weights/checksum")
+    answer = engine.begin_call("GET", "/weights/checksum")
     deadline = time.monotonic() + 30
     while engine.health()["progress"] == progress and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -254,7 +254,7 @@ def test_an_engine_that_hangs_is_killed_started_again_and_synced_and_makes_the_b
         generation.running.result(120)
     with pytest.raises(EngineDied, match="none of the 2 engines is alive"):
         world.samples()
-    told = world.engines[0].ask("GET", "/health")  # the other engines are asked all the same
+    told = world.engines[0].begin_call("GET", "/health")  # the other engines are asked all the same
     with pytest.raises(EngineError, match="Connection refused"):
         told()
     samples = generation.collect(dist.group.WORLD, lambda: world.revive(version + 1))[0]

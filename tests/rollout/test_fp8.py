@@ -70,7 +70,7 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
     try:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         engine.wait_until_ready(time.monotonic() + 300)
-        bridge = WeightSync(
+        weight_sync = WeightSync(
             made.shards, [engine], dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
         )
         reports = []
@@ -78,7 +78,7 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
         for version, seed in enumerate((0, 1, 0)):
             made.weights = TWIN.model(seed).state_dict()
             made.fill()
-            reports.append(bridge.sync(version))
+            reports.append(weight_sync.sync(version))
             digests.append(engine.call("GET", "/weights/digest")["workers"])
         assert fresh.wait(300) == 0
         expected = json.loads(output.read_text())
@@ -93,7 +93,7 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
         checksums = engine.call("GET", "/weights/checksum")["tensors"]
         weights = dict(TWIN.model(0).named_parameters())
         assert checksums == {
-            name: rectangle_checksum(w, (0,) * w.ndim, tuple(w.shape), bridge.plan.tensors[name].unit)
+            name: rectangle_checksum(w, (0,) * w.ndim, tuple(w.shape), weight_sync.plan.tensors[name].unit)
             for name, w in weights.items()
         }, "of the weights that were quantised"
         written_out, plain = (

@@ -12,7 +12,7 @@ SCRIPT = """
 import json
 from types import SimpleNamespace
 import torch
-from rollout.weight_sync import worker
+from rollout import vllm_platform
 
 results = {}
 for name, rows, width in (("small", 96, 1024), ("large", 640, 1024), ("odd width", 640, 1000)):
@@ -20,15 +20,15 @@ for name, rows, width in (("small", 96, 1024), ("large", 640, 1024), ("odd width
     bias = torch.randn(rows).bfloat16()
     x = torch.randn(5, width).bfloat16()
     theirs = SimpleNamespace(weight=weight.clone(), bias=bias.clone())
-    worker._vllm_pack(theirs, remove_weight=False)
+    vllm_platform.vllm_pack()(theirs, remove_weight=False)
     ours = SimpleNamespace(weight=weight.clone(), bias=bias.clone())
-    worker._pack(ours)
+    vllm_platform.pack_layer(ours)
     product = ours.cpu_linear(x, ours.weight, ours.bias)
     results[name] = {
         "same product": torch.equal(product, theirs.cpu_linear(x, theirs.weight, theirs.bias)),
         "weight kept": torch.equal(ours.weight, weight) and ours.weight.is_contiguous(),
         "bias kept": torch.equal(ours.bias, bias) and ours.bias.dtype == torch.bfloat16,
-        "bytes from row to row": 2 * worker._apart_in_cache(weight).stride(0),
+        "bytes from row to row": 2 * vllm_platform.rows_apart_in_cache(weight).stride(0),
     }
 print(json.dumps(results))
 """

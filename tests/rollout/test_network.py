@@ -15,7 +15,8 @@ from megatron_ext.blocks import Block
 from rollout.weight_sync.layout import ParameterLayout, Region
 from rollout.weight_sync.memory import Signals, alive, attach_tensors, share_tensors
 from rollout.weight_sync.network import Network, slot_view
-from rollout.weight_sync.plan import Place, Topology, build_plan
+from rollout.weight_sync.plan import Place, Topology
+from rollout.weight_sync.planner import build_plan
 
 TENSORS, SHAPE, BUCKET = 40, (16, 16), 8 * 1024
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,14 +53,14 @@ def main(case: str, rank: str, folder: str) -> None:
     def worker(sequence: int) -> None:
         first = sequence * (1 + plan.rounds) + 1
         for t in range(plan.rounds):
-            network.signals.wait_landed(first + t + 1, meanwhile=lambda: False)
+            network.signals.wait_ready(first + t + 1, meanwhile=lambda: False)
             time.sleep(0.002 * (me % 3))  # some are slow: nobody may overwrite what they have not read
-            for a in plan.arrivals[me - holders][0]:
+            for a in plan.recvs[me - holders][0]:
                 if a.round == t:
                     parameters[a.parameter][a.parameter_start[0] : a.parameter_start[0] + a.shape[0]] = slot_view(
                         network.slots, t, a.offset, a.shape, torch.bfloat16
                     )
-            network.signals.place(0, first + t + 1)
+            network.signals.set_consumed(0, first + t + 1)
 
     for sequence in range(3):
         for name, tensor in shards.items():
@@ -91,34 +92,34 @@ def test_every_host_gets_every_bit_in_every_sync(case: str, tmp_path: Path) -> N
             process.kill()
 
 
-def test_a_rank_that_gives_up_or_dies_ends_the_workers_waiting() -> None:
-    signals = Signals.make(readers=1)
-    signals.land(3)
-    signals.wait_landed(3, meanwhile=lambda: False)
-    signals.give_up()
-    with pytest.raises(RuntimeError, match=f"process {os.getpid()} gave up"):
-        signals.wait_landed(4, meanwhile=lambda: False)
+def test_a_rank_that_aborts_or_dies_ends_the_waiting_of_workers() -> None:
+    signals = Signals.create(readers=1)
+    signals.set_ready(3)
+    signals.wait_ready(3, meanwhile=lambda: False)
+    signals.abort()
+    with pytest.raises(RuntimeError, match=f"process {os.getpid()} aborted"):
+        signals.wait_ready(4, meanwhile=lambda: False)
     dead = subprocess.Popen(["true"])
     while alive(dead.pid):  # from here on a zombie, which counts as dead
         time.sleep(0.01)
     assert Path(f"/proc/{dead.pid}").exists()
     with pytest.raises(RuntimeError, match=f"process {dead.pid} died while this one waited for the trainer"):
-        Signals(torch.zeros(1, dtype=torch.int64), dead.pid).wait_landed(1, meanwhile=lambda: False)
+        Signals(torch.zeros(1, dtype=torch.int64), dead.pid).wait_ready(1, meanwhile=lambda: False)
     signals.values[2] = dead.pid
-    signals.wait_placed(10)  # its engine's answer tells of it
+    signals.wait_consumed(10)  # its engine's answer tells of it
     dead.wait()
 
 
-def test_what_is_done_meanwhile_ends_when_the_round_has_landed() -> None:
-    signals, done = Signals.make(readers=0), []
+def test_the_work_meanwhile_ends_when_the_round_is_ready() -> None:
+    signals, done = Signals.create(readers=0), []
 
     def work() -> bool:
         done.append(len(done))
         if len(done) == 3:
-            signals.land(1)
+            signals.set_ready(1)
         return True
 
-    signals.wait_landed(1, meanwhile=work)
+    signals.wait_ready(1, meanwhile=work)
     assert done == [0, 1, 2]
 
 

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.blocks import Block
-from rollout.weight_sync import plan as plan_module
+from rollout.weight_sync import planner
 from rollout.weight_sync.layout import LayoutError, ParameterLayout, Rectangle, Region
-from rollout.weight_sync.plan import ALIGNMENT, Place, Plan, Topology, build_plan, cached_plan, tensor_shapes
+from rollout.weight_sync.plan import Place, Plan, Topology
+from rollout.weight_sync.planner import build_plan, cached_plan, tensor_shapes
+from rollout.weight_sync.schedule import ALIGNMENT
 
 
 def cut(draw, extent: int, parts: int) -> list[tuple[int, int]]:
@@ -108,10 +110,10 @@ def emulate(plan: Plan, topology: Topology, local, layouts):
     for t in range(plan.rounds):
         now = [pair[t % 2].fill_(math.nan) for pair in slots]
         before = [pair[1 - t % 2] for pair in slots]
-        for rank, packings in enumerate(plan.packings):
-            for p in (p for p in packings if p.round == t):
+        for rank, sends in enumerate(plan.sends):
+            for p in (send for send in sends if send.round == t):
                 target = now[rank][p.offset // 4 :][: math.prod(p.shape)]
-                assert target.isnan().all(), "two parcels share a place in a slot"
+                assert target.isnan().all(), "two chunks share a place in a slot"
                 target.copy_(local[rank, p.shard][rectangle(p.local_start, p.shape)].flatten())
         for m in (m for m in plan.messages if m.round == t):
             assert topology.ranks[m.sender].host != topology.ranks[m.receiver].host
@@ -121,7 +123,7 @@ def emulate(plan: Plan, topology: Topology, local, layouts):
             target.copy_(source)
         for e, engine in enumerate(topology.engines):
             for w, worker in enumerate(engine):
-                for a in (a for a in plan.arrivals[e][w] if a.round == t):
+                for a in (a for a in plan.recvs[e][w] if a.round == t):
                     assert topology.ranks[a.rank].host == worker.host
                     place(e, w, a, now[a.rank][a.offset // 4 :][: math.prod(a.shape)].view(a.shape))
     return results
@@ -237,7 +239,7 @@ def test_what_crosses_the_network_crosses_once_for_a_host_and_holders_share_the_
         sent[message.sender] += message.size
         received[message.receiver] += message.size
     assert sent == {0: 4096, 1: 4096} and received == {2: 4096, 3: 4096}
-    assert [len(plan.arrivals[e][0]) for e in range(2)] == [8, 8] and plan.copies == (((),), ((),))
+    assert [len(plan.recvs[e][0]) for e in range(2)] == [8, 8] and plan.copies == (((),), ((),))
 
 
 def test_one_holder_and_many_hosts_make_a_chain_many_holders_do_not() -> None:
@@ -262,7 +264,7 @@ def test_a_plan_is_taken_from_its_file(tmp_path, monkeypatch) -> None:
     table, worker = equal_tensors(3)
     made = cached_plan([table], worker, one_engine(1), 1024, tmp_path)
     assert made == build_plan([table], worker, one_engine(1), 1024)
-    monkeypatch.setattr(plan_module, "build_plan", None)
+    monkeypatch.setattr(planner, "build_plan", None)
     assert cached_plan([table], worker, one_engine(1), 1024, tmp_path) == made
     with pytest.raises(TypeError):
         cached_plan([table], worker, one_engine(1), 2048, tmp_path)  # another bucket, so another plan
@@ -328,8 +330,8 @@ def test_staged_parameters_arrive_one_after_the_other(staged: bool) -> None:
     topology = Topology((Place("a", "0"), Place("b", "0")), ((Place("b", "0"),),))
     plan = build_plan([*tables, []], [layout], topology, bucket)
     rounds = {}
-    for arrival in plan.arrivals[0][0]:
-        rounds.setdefault(arrival.parameter, set()).add(arrival.round)
+    for recv in plan.recvs[0][0]:
+        rounds.setdefault(recv.parameter, set()).add(recv.round)
     begun = [sum(min(r) <= t <= max(r) for r in rounds.values()) for t in range(plan.rounds)]
     size, model = 32 * 32 * 4, layers * 32 * 32 * 4
     assert plan.rounds >= model / bucket and len(rounds) == layers

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 
 from megatron_ext.blocks import Block, region
 from rollout.weight_sync.layout import ParameterLayout, Rectangle, Region
-from rollout.weight_sync.plan import ALIGNMENT, Place, Plan, Topology, build_plan
+from rollout.weight_sync.plan import Place, Plan, Topology
+from rollout.weight_sync.planner import build_plan
+from rollout.weight_sync.schedule import ALIGNMENT
 from tests.rollout import grid_twins
 from tests.rollout.grid_executor import execute
 from tests.rollout.grid_twins import FAMILIES, ROOT, TRAINERS
@@ -129,7 +131,7 @@ def test_vllms_parameters_are_those_that_its_own_loaders_make(
 
 def arrived(plan: Plan) -> list[int]:
     """Elements that each engine's workers take from slots; what several of them take from one place counts once."""
-    places = [{(a.rank, a.round, a.offset): math.prod(a.shape) for a in itertools.chain(*e)} for e in plan.arrivals]
+    places = [{(a.rank, a.round, a.offset): math.prod(a.shape) for a in itertools.chain(*e)} for e in plan.recvs]
     return [sum(engine.values()) for engine in places]
 
 

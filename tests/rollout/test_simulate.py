@@ -10,7 +10,8 @@ import pytest
 from megatron_ext.blocks import Block
 from recipes.preflight.weight_sync import Links, gather_then_load_seconds, links, network_seconds, topology
 from rollout.weight_sync.layout import ParameterLayout, Region
-from rollout.weight_sync.plan import Place, Topology, build_plan
+from rollout.weight_sync.plan import Place, Topology
+from rollout.weight_sync.planner import build_plan
 from tests.settings import parallel_config
 
 ROOT = Path(__file__).resolve().parents[2]

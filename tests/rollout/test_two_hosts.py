@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rollout.engine import start_engines, stop_engines
+from rollout.engine import Engine, stop_engines
 from rollout.weight_sync.sync import WeightSync, WeightSyncError
 from tests.rollout import two_hosts
 from tests.rollout.twins import TIED, tensor_parallel_shards
@@ -36,13 +36,15 @@ def run_rank(folder: str, number: str) -> None:
         max_num_batched_tokens=96,
         kv_cache_gib=0.02,
     )
-    engines = [] if rank == 1 else start_engines(settings, 1, Path(folder, f"logs-{rank}"))
+    engines = [] if rank == 1 else [Engine(settings, Path(folder, f"logs-{rank}", "engine_0.log"))]
+    for engine in engines:
+        engine.wait_until_ready(time.monotonic() + 600)
     made = tensor_parallel_shards(TIED, TIED.model(0).state_dict(), 2, rank, torch.float32) if rank < 2 else None
-    bridge = WeightSync(
+    weight_sync = WeightSync(
         made.shards if made else [], engines, dist.group.WORLD,
         bucket_bytes=BUCKET, verify_every=2, plans=Path(folder, "plans"),
     )  # fmt: skip
-    found: dict[str, Any] = {"slots": list(bridge.network.slots.shape), "digests": [], "reports": []}
+    found: dict[str, Any] = {"slots": list(weight_sync.network.slots.shape), "digests": [], "reports": []}
 
     def digests() -> None:
         found["digests"].append([engine.call("GET", "/weights/digest")["workers"] for engine in engines])
@@ -53,17 +55,17 @@ def run_rank(folder: str, number: str) -> None:
         if made:
             made.weights = TIED.model(seed).state_dict()
             made.fill()
-        found["reports"].append(bridge.sync(version))
+        found["reports"].append(weight_sync.sync(version))
         digests()
     if rank == 2:  # the engine that gets its weights over the network dies while they are on their way
         engines[0].process.kill()
     try:
-        bridge.sync(5)
+        weight_sync.sync(5)
     except WeightSyncError as error:
         found["error"] = str(error)
-    found["messages"] = [m._asdict() for m in bridge.plan.messages]
+    found["messages"] = [m._asdict() for m in weight_sync.plan.messages]
     found["placed"] = [
-        [len(c) for c in bridge.plan.copies[e]] + [len(a) for a in bridge.plan.arrivals[e]] for e in (0, 1)
+        [len(c) for c in weight_sync.plan.copies[e]] + [len(a) for a in weight_sync.plan.recvs[e]] for e in (0, 1)
     ]
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -88,8 +90,8 @@ def test_an_engine_on_another_host_holds_the_same_bits(tmp_path: Path) -> None:
     assert {m["receiver"] for m in a["messages"]} == {2} and {m["sender"] for m in a["messages"]} == {0, 1}
     rounds = 1 + max(m["round"] for m in a["messages"])
     assert rounds >= weights / BUCKET and all(rank["slots"][1] <= BUCKET for rank in (a, silent, b))
-    copies, arrivals = zip(*a["placed"], strict=True)
-    assert copies[0] and not copies[1] and arrivals[1] and not arrivals[0]
+    copies, recvs = zip(*a["placed"], strict=True)
+    assert copies[0] and not copies[1] and recvs[1] and not recvs[0]
 
     assert "engine_0" in b["error"] and b["error"] == a["error"] == silent["error"], "told to all, and nobody hangs"
 

@@ -50,20 +50,20 @@ def settings_of(twin: Twin, folder: Path, tp: int) -> EngineSettings:
 
 
 class TrainerRank:
-    """One of two trainer ranks: shards of both twins in FP32 and a bridge for each."""
+    """One of two trainer ranks: shards of both twins in FP32 and a weight sync for each."""
 
     def __init__(self, rank: int, store: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
         self.rank, self.plans = rank, Path(store).parent / "plans"
         self.made: dict[str, Any] = {}
-        self.bridges: dict[str, WeightSync] = {}
+        self.weight_syncs: dict[str, WeightSync] = {}
 
     def connect(self, name: str, engine: Engine | None) -> None:
         twin = TWINS[name]
         self.made[name] = tensor_parallel_shards(twin, twin.model(0).state_dict(), 2, self.rank, torch.float32)
         engines = [engine] if engine else []
         assert dist.group.WORLD is not None
-        self.bridges[name] = WeightSync(
+        self.weight_syncs[name] = WeightSync(
             self.made[name].shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=self.plans
         )
 
@@ -77,7 +77,7 @@ class TrainerRank:
             shard.tensor[0] += 1
 
     def sync(self, name: str, version: int) -> Any:
-        return self.bridges[name].sync(version)
+        return self.weight_syncs[name].sync(version)
 
 
 def second_rank(store: str, pipe: Any) -> None:
@@ -284,16 +284,18 @@ def test_ranks_that_disagree_about_a_shared_tensor_are_found_before_anything_is_
 def test_a_transfer_that_corrupts_a_bit_makes_the_engine_refuse_until_a_good_sync(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bridge = world.trainer.rank_zero.bridges["tied"]
-    (values,) = [values for _, piece, values in bridge.held if piece.hf_name.endswith("1.mlp.up_proj.weight")]
-    checksums = bridge._checksums
+    weight_sync = world.trainer.rank_zero.weight_syncs["tied"]
+    (values,) = [
+        values for _, piece, values in weight_sync.local_pieces if piece.hf_name.endswith("1.mlp.up_proj.weight")
+    ]
+    checksums = weight_sync._checksums
 
     def checksums_then_corrupt() -> Any:
         before = checksums()
         values[0, 0] *= 2
         return before
 
-    monkeypatch.setattr(bridge, "_checksums", checksums_then_corrupt)
+    monkeypatch.setattr(weight_sync, "_checksums", checksums_then_corrupt)
     with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: vLLM's checksum .* \(1 of "):
         world.trainer.do("sync", "tied", 4)
     assert world.tied.health()["stale"]

@@ -159,7 +159,7 @@ def test_the_layout_says_where_vllm_puts_every_weight(name: str, families: dict[
     assert sorted(found["covered"]) == sorted(found["changed"]) and len(found["covered"]) > 10
 
 
-def test_a_model_that_sees_goes_over_the_bridge(
+def test_a_vision_language_model_is_synced(
     twins: dict[str, family_twins.Twin], families: dict[str, Any], processes: Any
 ) -> None:
     """From two ranks: bits and samples equal those of the vLLM that loaded the export, tower included."""

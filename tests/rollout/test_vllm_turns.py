@@ -37,7 +37,7 @@ STARTUP_SECONDS = 300
 @dataclass
 class World:
     engines: list[Engine]
-    bridge: WeightSync
+    weight_sync: WeightSync
     tokenizer: Any
     undisturbed: list[Sample] = field(default_factory=list)
 
@@ -48,8 +48,8 @@ class World:
     def revive(self) -> None:
         self.engines[0].restart()
         self.engines[0].wait_until_ready(time.monotonic() + STARTUP_SECONDS)
-        self.bridge.attach(self.engines[:1])
-        self.bridge.sync(0)
+        self.weight_sync.attach(self.engines[:1])
+        self.weight_sync.sync(0)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         for engine in engines:
             engine.wait_until_ready(time.monotonic() + STARTUP_SECONDS)
-        bridge = WeightSync(
+        weight_sync = WeightSync(
             made.shards, engines, dist.group.WORLD, bucket_bytes=2**20, verify_every=1, plans=folder / "plans"
         )
-        bridge.sync(0)
-        yield World(engines, bridge, tokenizer)
+        weight_sync.sync(0)
+        yield World(engines, weight_sync, tokenizer)
     finally:
         stop_engines(engines)
         dist.destroy_process_group()

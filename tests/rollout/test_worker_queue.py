@@ -1,4 +1,4 @@
-"""vLLM's queue between the engine's process and its workers, as the bridge's worker module changes it on a CPU."""
+"""vLLM's queue between the engine's process and its workers, as rollout.vllm_platform changes it on a CPU."""
 
 import json
 import subprocess
@@ -7,8 +7,9 @@ import sys
 SCRIPT = """
 import json, threading, time
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-from rollout.weight_sync import worker
+from rollout import vllm_platform
 
+vllm_platform.spin_less()
 writer = MessageQueue(n_reader=1, n_local_reader=1)
 reader = MessageQueue.create_from_handle(writer.export_handle(), rank=0)
 ready = threading.Thread(target=reader.wait_until_ready)

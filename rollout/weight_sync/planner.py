@@ -1,0 +1,328 @@
+"""Builds a plan: a pure function of the trainer's blocks, the workers' parameters, and the places of both."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_ext.blocks import Block
+from rollout.weight_sync.checksum import checksum_unit
+from rollout.weight_sync.layout import (
+    Index,
+    LayoutError,
+    ParameterLayout,
+    Rectangle,
+    add_indices,
+    check_exact_cover,
+    subtract_indices,
+)
+from rollout.weight_sync.plan import ITEMSIZE, Copy, Holder, Piece, Plan, Recv, ShardTable, TensorInfo, Topology
+from rollout.weight_sync.schedule import Part, Route, Schedule, duration, make_routes, make_schedule
+
+
+def build_plan(
+    tables: Sequence[ShardTable],
+    layouts: Sequence[Sequence[ParameterLayout]],
+    topology: Topology,
+    bucket_bytes: int,
+) -> Plan:
+    """Compose the trainer's blocks with the parameters of vLLM's workers.
+
+    ``tables``: of each rank. ``layouts``: of each worker of an engine, the same in all engines. ``topology``: where the
+    ranks and the workers are.
+
+    Raises LayoutError naming the tensor when no rank holds an element that vLLM needs, when vLLM's workers overlap or
+    leave a part of a tensor out, or when only one side knows a tensor; and naming the host when a worker's host has no
+    rank.
+    """
+    shapes = tensor_shapes(tables)
+    pieces = _pieces(tables, shapes)
+    tensors = _tensors(layouts, shapes, pieces)
+
+    def size(part: Part) -> int:
+        return math.prod(part.shape) * ITEMSIZE[tensors[pieces[part.piece].hf_name].dtype]
+
+    destinations = _destinations(layouts, pieces, size)
+    assignment = _assign(destinations, pieces, topology, size)
+    routes = list(make_routes(assignment.receivers, pieces, tensors, bucket_bytes))
+    schedules = [make_schedule(routes, bucket_bytes, chained) for chained in (False, True)]
+    schedule = min(schedules, key=lambda s: duration(s.messages))
+    placed_bytes = 0
+    for engine in topology.engines:
+        for w in range(len(engine)):
+            placed_bytes += sum(size(destination.part) for destination in destinations[w])
+    ranks = range(len(topology.ranks))
+    return Plan(
+        tensors=tensors,
+        pieces=tuple(pieces),
+        copies=tuple(tuple(tuple(worker) for worker in engine) for engine in assignment.copies),
+        recvs=_recvs(topology, assignment, routes, schedule),
+        sends=tuple(tuple(sorted(schedule.sends[rank])) for rank in ranks),
+        messages=tuple(sorted(schedule.messages)),
+        slot_bytes=tuple(schedule.slot_bytes[rank] for rank in ranks),
+        placed_bytes=placed_bytes,
+    )
+
+
+# What the trainer holds
+
+
+def tensor_shapes(tables: Sequence[ShardTable]) -> dict[str, Index]:
+    """Shape of every HF tensor in the trainer's blocks: its furthest element in any block."""
+    shapes: dict[str, Index] = {}
+    for _, block in itertools.chain.from_iterable(tables):
+        stop = _rectangle(block).stop
+        if not stop:
+            raise LayoutError(f"{block.hf_name}: tensors without dimensions are not supported; give it shape (1,)")
+        known = shapes.get(block.hf_name, stop)
+        if len(known) != len(stop):
+            raise LayoutError(f"{block.hf_name}: blocks with {len(known)} and with {len(stop)} dimensions")
+        shapes[block.hf_name] = tuple(map(max, known, stop))
+    return shapes
+
+
+def _rectangle(block: Block) -> Rectangle:
+    return Rectangle(tuple(block.hf_start), tuple(block.shape))
+
+
+def _pieces(tables: Sequence[ShardTable], shapes: Mapping[str, Index]) -> list[Piece]:
+    """Cut every tensor along all boundaries of blocks. Raises LayoutError for a part of a tensor that nobody holds."""
+    # By the block's rectangle, of which most tensors have only a few.
+    holders_of: dict[str, dict[Rectangle, list[Holder]]] = {name: defaultdict(list) for name in shapes}
+    for rank, table in enumerate(tables):
+        for shard, block in table:
+            holder = Holder(rank, shard, tuple(block.local_start))
+            holders_of[block.hf_name][_rectangle(block)].append(holder)
+    pieces = []
+    for name, shape in shapes.items():
+        for cell in _cells(shape, list(holders_of[name])):
+            holders = []
+            for rectangle, block_holders in holders_of[name].items():
+                if rectangle.contains(cell):
+                    offset = subtract_indices(cell.start, rectangle.start)
+                    for rank, shard, local_start in block_holders:
+                        holders.append(Holder(rank, shard, add_indices(local_start, offset)))
+            if not holders:
+                raise LayoutError(f"{name} of shape {shape}: no trainer rank holds {cell}")
+            pieces.append(Piece(name, cell.start, cell.shape, tuple(sorted(holders))))
+    return pieces
+
+
+def _cells(shape: Index, rectangles: Sequence[Rectangle]) -> Iterator[Rectangle]:
+    """The grid into which all boundaries of ``rectangles`` cut a tensor of ``shape``."""
+    intervals_of_axes = []
+    for d, extent in enumerate(shape):
+        cuts = {0, extent}
+        for rectangle in rectangles:
+            cuts.add(rectangle.start[d])
+            cuts.add(rectangle.stop[d])
+        intervals_of_axes.append(list(itertools.pairwise(sorted(cuts))))
+    for intervals in itertools.product(*intervals_of_axes):
+        yield Rectangle(tuple(start for start, _ in intervals), tuple(stop - start for start, stop in intervals))
+
+
+def _tensors(
+    layouts: Sequence[Sequence[ParameterLayout]], shapes: Mapping[str, Index], pieces: Sequence[Piece]
+) -> dict[str, TensorInfo]:
+    """Check that the workers together take every HF tensor exactly once (or as identical replicas) and in one dtype."""
+    rectangles: dict[str, set[Rectangle]] = {name: set() for name in shapes}
+    dtypes: dict[str, set[str]] = {name: set() for name in shapes}
+    for parameter in itertools.chain.from_iterable(layouts):
+        for region in parameter.regions:
+            if region.hf_name not in shapes:
+                raise LayoutError(
+                    f"vLLM parameter {parameter.name} needs {region.hf_name}, which no trainer rank holds"
+                )
+            rectangles[region.hf_name].add(region.source)
+            dtypes[region.hf_name].add(parameter.dtype)
+    # Boundaries along the last dimension, which the checksum's unit must divide.
+    ends: dict[str, set[int]] = {name: {shape[-1]} for name, shape in shapes.items()}
+    for name in shapes:
+        for rectangle in rectangles[name]:
+            ends[name] |= {rectangle.start[-1], rectangle.stop[-1]}
+    for piece in pieces:
+        ends[piece.hf_name] |= {piece.start[-1], piece.start[-1] + piece.shape[-1]}
+    infos = {}
+    for name, shape in shapes.items():
+        if not rectangles[name]:
+            raise LayoutError(f"{name}: vLLM takes no element of it; the trainer's names or the model folder are wrong")
+        check_exact_cover(f"{name}, as vLLM's workers take it,", shape, sorted(rectangles[name], key=lambda r: r.start))
+        if len(dtypes[name]) > 1 or not dtypes[name] <= ITEMSIZE.keys():
+            raise LayoutError(f"{name}: vLLM holds it as {sorted(dtypes[name])}; one of {sorted(ITEMSIZE)} is needed")
+        (dtype,) = dtypes[name]
+        infos[name] = TensorInfo(shape, dtype, checksum_unit(ITEMSIZE[dtype], sorted(ends[name])))
+    return infos
+
+
+# What the workers need, and who provides it
+
+
+class _Destination(NamedTuple):
+    """The part belongs at ``parameter_start`` of a worker's parameter.
+
+    ``staging_order``: the parameter's number among the staged ones, -1 for a parameter that is not staged.
+    """
+
+    part: Part
+    parameter: str
+    parameter_start: Index
+    staging_order: int
+
+
+def _destinations(
+    layouts: Sequence[Sequence[ParameterLayout]], pieces: Sequence[Piece], size: Callable[[Part], int]
+) -> list[list[_Destination]]:
+    """The parts that each worker of an engine needs, in the order in which they are assigned and sent.
+
+    Staged parameters come one after another, so that a worker stages few at a time. Otherwise large parts come first,
+    so that small ones can even out the load that they leave.
+    """
+    pieces_of: dict[str, list[int]] = defaultdict(list)
+    for i, piece in enumerate(pieces):
+        pieces_of[piece.hf_name].append(i)
+    staging_order = {parameter.name: i for worker in layouts for i, parameter in enumerate(worker) if parameter.staged}
+    destinations = []
+    for worker in layouts:
+        needed = []
+        for parameter in worker:
+            for region in parameter.regions:
+                for i in pieces_of[region.hf_name]:
+                    extent = Rectangle(pieces[i].start, pieces[i].shape)
+                    overlap = extent.intersect(region.source)
+                    if overlap:
+                        part = Part(i, subtract_indices(overlap.start, extent.start), overlap.shape)
+                        parameter_start = add_indices(region.start, subtract_indices(overlap.start, region.hf_start))
+                        order = staging_order.get(parameter.name, -1)
+                        needed.append(_Destination(part, parameter.name, parameter_start, order))
+        needed.sort(key=lambda destination: (destination.staging_order, -size(destination.part)))
+        destinations.append(needed)
+    return destinations
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """``copies[engine][worker]``: what a rank on the worker's host provides. ``remote``: (engine, worker, destination)
+    of what no rank there holds. ``receivers[part][host]``: the rank that receives a remote part for its host."""
+
+    copies: list[list[list[Copy]]]
+    remote: list[tuple[int, int, _Destination]]
+    receivers: dict[Part, dict[str, int]]
+
+
+def _assign(
+    destinations: Sequence[Sequence[_Destination]],
+    pieces: Sequence[Piece],
+    topology: Topology,
+    size: Callable[[Part], int],
+) -> _Assignment:
+    """Choose the rank that provides each part on each host. Raises LayoutError for a worker's host without a rank."""
+    ranks_of_host: dict[str, list[int]] = defaultdict(list)
+    for rank, place in enumerate(topology.ranks):
+        ranks_of_host[place.host].append(rank)
+    # Bytes that each rank provides so far: to workers on its own device, and over a link to workers on others.
+    bytes_within_device = [0] * len(topology.ranks)
+    bytes_over_link = [0] * len(topology.ranks)
+
+    def nearest(ranks: Iterable[int], devices: Collection[str], part_bytes: int) -> int:
+        """A rank on one of the devices if possible, else on another; among those the one with least to provide."""
+        choices = []
+        for rank in ranks:
+            other_device = topology.ranks[rank].device not in devices
+            load = bytes_over_link if other_device else bytes_within_device
+            choices.append((other_device, load[rank], rank))
+        other_device, _, chosen = min(choices)
+        load = bytes_over_link if other_device else bytes_within_device
+        load[chosen] += part_bytes
+        return chosen
+
+    copies: list[list[list[Copy]]] = []
+    remote: list[tuple[int, int, _Destination]] = []
+    devices_of: dict[tuple[Part, str], set[str]] = defaultdict(set)
+    staging_order: dict[Part, int] = {}
+    for e, engine in enumerate(topology.engines):
+        copies.append([[] for _ in engine])
+        for w, place in enumerate(engine):
+            if place.host not in ranks_of_host:
+                raise LayoutError(f"engine {e} is on host {place.host}, where no rank runs: start one there")
+            for destination in destinations[w]:
+                part = destination.part
+                local_holders = {}
+                for holder in pieces[part.piece].holders:
+                    if topology.ranks[holder.rank].host == place.host:
+                        local_holders[holder.rank] = holder
+                if local_holders:
+                    holder = local_holders[nearest(local_holders, {place.device}, size(part))]
+                    copies[e][w].append(
+                        Copy(
+                            rank=holder.rank,
+                            shard=holder.shard,
+                            local_start=add_indices(holder.local_start, part.start),
+                            shape=part.shape,
+                            parameter=destination.parameter,
+                            parameter_start=destination.parameter_start,
+                        )
+                    )
+                else:
+                    remote.append((e, w, destination))
+                    devices_of[part, place.host].add(place.device)
+                    staging_order[part] = destination.staging_order
+
+    def in_sending_order(part_and_host: tuple[Part, str]) -> tuple[int, int]:
+        part, _ = part_and_host
+        return staging_order[part], -size(part)
+
+    receivers: dict[Part, dict[str, int]] = defaultdict(dict)
+    for part, host in sorted(devices_of, key=in_sending_order):
+        receivers[part][host] = nearest(ranks_of_host[host], devices_of[part, host], size(part))
+    return _Assignment(copies, remote, receivers)
+
+
+def _recvs(
+    topology: Topology, assignment: _Assignment, routes: Sequence[Route], schedule: Schedule
+) -> tuple[tuple[tuple[Recv, ...], ...], ...]:
+    """What each worker copies from the slots on its host, by round."""
+    routes_to: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, route in enumerate(routes):
+        for receiver in route.receivers:
+            routes_to[receiver, route.piece].append(i)
+    recvs: list[list[list[Recv]]] = [[[] for _ in engine] for engine in topology.engines]
+    for e, w, (part, parameter, parameter_start, _) in assignment.remote:
+        receiver = assignment.receivers[part][topology.engines[e][w].host]
+        needed = Rectangle(part.start, part.shape)
+        for i in routes_to[receiver, part.piece]:
+            route = routes[i]
+            if needed.contains(Rectangle(route.start, route.shape)):
+                round_number, offset = schedule.ready[receiver, i]
+                chunk_start = add_indices(parameter_start, subtract_indices(route.start, part.start))
+                recvs[e][w].append(Recv(round_number, receiver, offset, route.shape, parameter, chunk_start))
+    return tuple(tuple(tuple(sorted(worker)) for worker in engine) for engine in recvs)
+
+
+def cached_plan(
+    tables: Sequence[ShardTable],
+    layouts: Sequence[Sequence[ParameterLayout]],
+    topology: Topology,
+    bucket_bytes: int,
+    folder: Path,
+) -> Plan:
+    """:func:`build_plan`, or its former result for the same arguments, from a file in ``folder`` named by their
+    hash."""
+    arguments = json.dumps([tables, layouts, topology, bucket_bytes], default=vars)
+    # The hash includes the code: a plan of another version of it is not used.
+    code = b"".join(Path(__file__).with_name(file).read_bytes() for file in ("plan.py", "planner.py", "schedule.py"))
+    name = hashlib.sha256(code + arguments.encode()).hexdigest()
+    path = folder / f"{name}.json"
+    if path.is_file():
+        return Plan.from_json(json.loads(path.read_text()))
+    plan = build_plan(tables, layouts, topology, bucket_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(plan.to_json()))
+    unfinished.rename(path)
+    return plan
