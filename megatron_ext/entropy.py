@@ -11,6 +11,7 @@ class _Entropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """[R, V/TP] → [R], the same on all ranks."""
         highest = logits.amax(dim=1, keepdim=True)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
         shifted = logits - highest

@@ -131,8 +131,10 @@ def fault(path: Path, expected: Mapping[str, Any]) -> str | None:
         if size != expected["bytes"]:
             return f"{path.name} has {size} bytes, {expected['bytes']} were written"
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
+            chunk = file.read(CHUNK)
+            while chunk:
                 checksum = zlib.crc32(chunk, checksum)
+                chunk = file.read(CHUNK)
     except OSError as error:
         return f"{path.name}: {error.strerror}"
     if f"{checksum:08x}" != expected["crc32"]:

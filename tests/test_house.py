@@ -25,7 +25,6 @@ FORBIDDEN = {
 PLATFORM_PLACES = ("megatron_ext/platform/", "rollout/vllm_platform.py")
 # Moves in progress: nothing may be added here.
 PLATFORM_MOVES = ("recipes/training/session.py",)
-IMPORT_MOVES: set[tuple[str, str]] = set()
 PLATFORM_NAMES = ("cpu", "cuda")
 PLATFORM_QUESTIONS = ("is_cuda", "is_cpu", "is_cuda_alike")
 
@@ -117,8 +116,6 @@ def import_graph() -> dict[str, set[str]]:
                     submodule = f"{node.module}.{alias.name}"
                     imported.add(submodule if submodule in paths else str(node.module))
         graph[name] = (imported & paths.keys()) - {name}
-    for importer, module in IMPORT_MOVES:
-        graph.get(importer, set()).discard(module)
     return graph
 
 
