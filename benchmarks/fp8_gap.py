@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
@@ -73,14 +74,16 @@ def rounded_model(rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path
 
 
 def main() -> None:
+
     from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel, platform
+    from megatron_ext.batch import Prompt, TokenBatch
     from recipes.algorithms import mismatch
     from recipes.algorithms.sequences import Sequences
     from recipes.config import parse
     from recipes.run import records
     from rollout.engine import Engine, EngineSettings, stop_engines
-    from rollout.sample import Prompt, Sample, Sampling
     from rollout.sampler import generate
+    from rollout.sampling import Sampling
     from rollout.weight_sync.sync import WeightSync
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -89,13 +92,14 @@ def main() -> None:
     platform.activate("cpu")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
 
-    def ids(text: str) -> tuple[int, ...]:
+    def make_prompt(prompt_id: str, text: str) -> Prompt:
         message = [{"role": "user", "content": text}]
-        return tuple(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+        token_ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        return Prompt(prompt_id, np.array(token_ids, np.int32))
 
     started = time.monotonic()
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::EVERY]]
-    prompts = [Prompt(row["id"], ids(row["prompt"])) for row in rows]
+    prompts = [make_prompt(row["id"], row["prompt"]) for row in rows]
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         demo = parse(compose("config", ["recipe=demo"]))
     rollout = replace(
@@ -125,31 +129,30 @@ def main() -> None:
             ]
 
             def measure(number: int, weights: Path) -> dict[str, float]:
-                """Of samples made with ``weights``, against the trainer with the model's own."""
+                """Of responses by ``weights``, against the trainer with the model's own."""
                 hf_checkpoint.load(policy.shards, weights)
                 engine, weight_sync = engines[number], weight_syncs[number]
                 weight_sync.sync(next(versions))
                 sampling = Sampling(max_tokens=TOKENS, stop_token_ids=(tokenizer.eos_token_id,))
-                samples = generate([engine], prompts, sampling, samples_per_prompt=SAMPLES, seed=SEED, step=0)
+                batch = generate([engine], prompts, sampling, samples_per_prompt=SAMPLES, seed=SEED, step=0)
                 hf_checkpoint.load(policy.shards, MODEL)
-                return gaps(samples)
+                return gaps(batch)
 
-            def gaps(samples: list[Sample]) -> dict[str, float]:
-                sequences = [
-                    packing.PackedSequence(
-                        list(s.prompt_token_ids), list(s.response_token_ids), {"rollout": list(s.logprobs)}
-                    )
-                    for s in samples
+            def gaps(batch: TokenBatch) -> dict[str, float]:
+                (planned,) = packing.plan(batch.lengths.tolist(), 1, 2048)
+                micro_batches = [
+                    packing.pack(batch, indices, multiple=policy.token_multiple, pad_token=0, device="cpu")
+                    for indices in planned
                 ]
-                (planned,) = packing.plan([len(s) for s in sequences], 1, 2048)
-                batches = [packing.pack(sequences, indices, policy.token_multiple, 0, "cpu") for indices in planned]
+                log_probs = forward_backward.log_probs(policy, micro_batches)
                 totals: dict[str, float] = {}
-                for batch, values in zip(batches, forward_backward.log_probs(policy, batches), strict=True):
-                    found = mismatch.sums(values, batch.values["rollout"], Sequences(batch.lengths), tis_cap=CAP)
-                    forward_backward.add_metrics(totals, {name: float(value) for name, value in found.items()})
-                made = mismatch.report(totals)
+                for micro_batch, values in zip(micro_batches, log_probs, strict=True):
+                    sequences = Sequences(micro_batch.lengths)
+                    sums = mismatch.sums(values, micro_batch.values["logprobs"], sequences, tis_cap=CAP)
+                    forward_backward.add_metrics(totals, {name: float(value) for name, value in sums.items()})
+                report = mismatch.report(totals)
                 keys = ("mean", "max", "k3", "clipped", "ess")
-                return {"tokens": totals[f"{mismatch.NAME}/tokens"]} | {k: made[f"{mismatch.NAME}/{k}"] for k in keys}
+                return {"tokens": totals[f"{mismatch.NAME}/tokens"]} | {k: report[f"{mismatch.NAME}/{k}"] for k in keys}
 
             versions = itertools.count(1)
             results = {"bf16": measure(0, MODEL), "fp8_per_channel": measure(1, MODEL)}

@@ -60,10 +60,10 @@ def main() -> None:
         train.report_sigterm(config)
     train.load(config)
 
-    from benchmarks import measured_session
+    from benchmarks import measured_training
 
     try:
-        answers = measured_session.run(config)
+        answers = measured_training.run(config)
     except Exception as error:
         traceback.print_exc()
         print(f"error: {error}\n(rank {os.environ['RANK']}; logs in {RUN_DIR}/logs)", flush=True)

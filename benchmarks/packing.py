@@ -18,13 +18,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext import batch as batches
 from megatron_ext import platform
+from megatron_ext.batch import Prompt, TokenBatch
 from megatron_ext.layout import ParallelConfig
-from megatron_ext.packing import Cost, PackedSequence, VisionInputs, cost_of, plan
+from megatron_ext.packing import Cost, VisionInputs, cost_of, plan
 from megatron_ext.weight_map import round_up
 from recipes.config import Config, parse, samples_per_step
 from recipes.preflight.architecture import model_config
@@ -147,44 +150,47 @@ def draw(recipe: str, ranks: int, shape: Lengths, seed: int, samples: int | None
     config, cost = configured(recipe, ranks)
     group = config.algorithm.samples_per_prompt
     longest = config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    sequences = sample(random.Random(seed), shape, (samples or samples_per_step(config)) // group, group, longest)
+    responses = sample(random.Random(seed), shape, (samples or samples_per_step(config)) // group, group, longest)
     multiple = config.precision.token_multiple
-    return batch_of(sequences, cost, config.parallel, multiple, ranks, config.parallel.micro_batch_tokens)
+    return batch_of(responses, cost, config.parallel, multiple, ranks, config.parallel.micro_batch_tokens)
 
 
 def batch_of(
-    sequences: Sequence[PackedSequence], cost: Cost, parallel: ParallelConfig, multiple: int, ranks: int, limit: int
+    responses: TokenBatch, cost: Cost, parallel: ParallelConfig, multiple: int, ranks: int, limit: int
 ) -> Batch:
-    """As ``Session.micro_batches`` and ``pack`` pad."""
+    """As ``Policy.micro_batches`` and ``pack`` pad."""
     return Batch(
-        lengths=[round_up(len(s), parallel.token_multiple) for s in sequences],
-        costs=[cost.of(s) for s in sequences],
-        tokens=sum(len(s) for s in sequences),
+        lengths=[round_up(length, parallel.token_multiple) for length in responses.lengths.tolist()],
+        costs=cost.of(responses),
+        tokens=int(responses.lengths.sum()),
         ranks=ranks,
         limit=limit,
         pack_multiple=parallel.tensor * multiple * parallel.token_multiple,
     )
 
 
-def sample(
-    generator: random.Random, shape: Lengths, prompts: int, group: int, longest: tuple[int, int]
-) -> list[PackedSequence]:
+def sample(generator: random.Random, shape: Lengths, prompts: int, group: int, longest: tuple[int, int]) -> TokenBatch:
     """``group`` responses to each of ``prompts`` prompts; a length beyond the ``longest`` is cut off there."""
-    made = []
-    for _ in range(prompts):
+    longest_prompt, longest_response = longest
+    drawn_prompts = []
+    drawn_responses = []
+    images = []
+    for n in range(prompts):
         prompt = math.ceil(shape.prompt[0] * math.exp(generator.gauss(0, shape.prompt[1])))
         vision = None
         if generator.random() < shape.images:
             image = round(64 * math.exp(generator.random() * math.log(5350 / 64)))
             prompt += image
             vision = VisionInputs(None, None, list(range(image)), None)  # type: ignore[arg-type]
+        drawn_prompts.append(Prompt(f"p{n}", np.zeros(min(prompt, longest_prompt), np.int32)))
+        images.append(vision)
         shared = generator.gauss(0, shape.response[1] / math.sqrt(2))
         for _ in range(group):
             own = generator.gauss(0, shape.response[1] / math.sqrt(2))
             response = math.ceil(shape.response[0] * math.exp(shared + own))
-            sizes = min(prompt, longest[0]), min(response, longest[1])
-            made.append(PackedSequence([0] * sizes[0], [0] * sizes[1], vision=vision))
-    return made
+            drawn_responses.append(np.zeros(min(response, longest_response), np.int32))
+    prompt_index = np.repeat(np.arange(prompts), group)
+    return batches.build(drawn_prompts, drawn_responses, prompt_index=prompt_index, vision=images)
 
 
 def examine(batch: Batch, made: Plan) -> dict[str, float]:

@@ -187,7 +187,10 @@ def train(settings: dict[str, Any]) -> Any:
 
 
 def generate(settings: dict[str, Any]) -> Any:
-    """Bare vLLM: question {"requests", "sampling"} → {seconds, responses: token ids of each request}."""
+    """Bare vLLM: question {"requests": [{prompt_token_ids, seed}], "sampling"} → {seconds, responses}.
+
+    ``responses`` are token ids, one list for each request.
+    """
     from vllm import LLM, SamplingParams
     from vllm.inputs import tokens_input
 

@@ -112,13 +112,20 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
-    def save(self, step: int, models: Mapping[str, Snapshot], progress: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        models: Mapping[str, Snapshot],
+        progress: Mapping[str, Any],
+        blobs: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Collective: wait for the previous save, then begin to write ``folder/step_…``.
 
         Args:
             step: number of finished steps.
             models: name → snapshot; ``POLICY`` must be among them.
             progress: what else the caller continues from (JSON); :func:`progress` returns it.
+            blobs: file name → content of further files, the same on every rank.
 
         Raises:
             CheckpointError: the previous save failed.
@@ -141,7 +148,7 @@ class Saver:
         for name, model in models.items():
             parts += [replace(part, key=f"{name}/{part.key}") for part in model.parts]
         self.thread = threading.Thread(
-            target=self._write, args=(target, parts, progress_json), name="checkpoint", daemon=True
+            target=self._write, args=(target, parts, progress_json, blobs or {}), name="checkpoint", daemon=True
         )
         self.thread.start()
 
@@ -160,12 +167,14 @@ class Saver:
         if self.thread is not None:
             self.thread.join(seconds)
 
-    def _write(self, target: Path, parts: list[shard_files.TensorPart], progress_json: str) -> None:
+    def _write(
+        self, target: Path, parts: list[shard_files.TensorPart], progress_json: str, blobs: Mapping[str, bytes]
+    ) -> None:
         rank = dist.get_rank()
         file = target / f"rank_{rank:05d}.safetensors"
         try:
             written = on_all_ranks(lambda: shard_files.write(file, parts), self.group)
-            from_rank_zero(partial(self._complete, target, written, json.loads(progress_json)), self.group)
+            from_rank_zero(partial(self._complete, target, written, json.loads(progress_json), blobs), self.group)
         except Exception as error:  # raised by the training thread in check()
             if rank == 0 and not (target / COMPLETE).is_file():
                 shutil.rmtree(target, ignore_errors=True)
@@ -174,9 +183,13 @@ class Saver:
                 "with resume=true from the checkpoint before it"
             )
 
-    def _complete(self, target: Path, written: list[dict[str, Any]], content: dict[str, Any]) -> None:
-        """On rank 0: write the JSON files, the mark of completeness last, and remove old checkpoints."""
-        entries = [*written, shard_files.write_json(target / PROGRESS, content)]
+    def _complete(
+        self, target: Path, written: list[dict[str, Any]], content: dict[str, Any], blobs: Mapping[str, bytes]
+    ) -> None:
+        """On rank 0: write the further files and the JSON files, the mark of completeness last, and remove old
+        checkpoints."""
+        blob_entries = [shard_files.write_bytes(target / name, data) for name, data in blobs.items()]
+        entries = [*written, *blob_entries, shard_files.write_json(target / PROGRESS, content)]
         manifest_entry = shard_files.write_json(target / MANIFEST, shard_files.manifest(entries))
         shard_files.write_json(target / COMPLETE, {**manifest_entry, "step": content["step"]})
         self._remove_old(target)

@@ -9,16 +9,22 @@ import torch.distributed as dist
 
 # Bytes of a value that are sent together with its size: a value of at most this length takes one collective, not two.
 HEAD_BYTES = 1024
+RESULT, ERROR = b"+", b"-"  # the first byte of a message of ``on_all_ranks_bytes``
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Collective: the JSON values of all ranks of a gloo group, in rank order."""
-    payload = json.dumps(value).encode()
+    payloads = all_gather_bytes(json.dumps(value).encode(), group)
+    return [json.loads(payload) for payload in payloads]
+
+
+def all_gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """Collective: the bytes of all ranks of a gloo group, in rank order; the lengths may differ."""
     heads = _all_gather(len(payload).to_bytes(8, "little") + payload[:HEAD_BYTES], 8 + HEAD_BYTES, group)
     sizes = [int.from_bytes(head[:8], "little") for head in heads]
     rest = max(sizes) - HEAD_BYTES
     tails = _all_gather(payload[HEAD_BYTES:], rest, group) if rest > 0 else [b""] * len(heads)
-    return [json.loads((head[8:] + tail)[:size]) for head, tail, size in zip(heads, tails, sizes, strict=True)]
+    return [(head[8:] + tail)[:size] for head, tail, size in zip(heads, tails, sizes, strict=True)]
 
 
 def _all_gather(data: bytes, length: int, group: dist.ProcessGroup) -> list[bytes]:
@@ -75,6 +81,25 @@ def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]
     if errors:
         raise RuntimeError("; ".join(errors))
     return [message["value"] for message in messages]
+
+
+def on_all_ranks_bytes(work: Callable[[], bytes], group: dist.ProcessGroup) -> list[bytes]:
+    """As :func:`on_all_ranks` for results that are bytes."""
+    failure: Exception | None = None
+    try:
+        message = RESULT + work()
+    except Exception as error:  # told to all ranks, raised below
+        failure = error
+        message = ERROR + f"{type(error).__name__}: {error}".encode()
+    messages = all_gather_bytes(message, group)
+    if failure is not None:
+        raise failure
+    errors = [
+        f"rank {rank}: {message[1:].decode()}" for rank, message in enumerate(messages) if message.startswith(ERROR)
+    ]
+    if errors:
+        raise RuntimeError("; ".join(errors))
+    return [message[1:] for message in messages]
 
 
 def _bytes(value: Any) -> torch.Tensor:

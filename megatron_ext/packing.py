@@ -6,13 +6,15 @@ disagree on the number of micro-batches, and a data-parallel rank may get any se
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_ext.batch import Array, TokenBatch, offsets
 from megatron_ext.layout import token_multiple
 from megatron_ext.models import family
 from megatron_ext.weight_map import round_up, sharding_of
@@ -35,26 +37,6 @@ class VisionInputs:
 
 
 @dataclass(frozen=True)
-class PackedSequence:
-    """One prompt and response. ``values`` holds per-response-token floats (advantages, log-probs, weights) by name."""
-
-    prompt: list[int]
-    response: list[int]
-    values: dict[str, Sequence[float]] = field(default_factory=dict)
-    vision: VisionInputs | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
-
-    def positions(self) -> list[list[int]]:
-        """[3][tokens] for mRoPE: a text's three are the same."""
-        if self.vision is None or self.vision.positions is None:
-            return [list(range(len(self)))] * 3
-        start = max(map(max, self.vision.positions)) + 1
-        return [[*axis, *range(start, start + len(self.response))] for axis in self.vision.positions]
-
-
-@dataclass(frozen=True)
 class Cost:
     """Floating-point operations of a training step, forward and backward, on all ranks: of each token of a sequence, of
     its tokens squared (causal attention), of each response token (output layer) and of each token of an image."""
@@ -64,10 +46,18 @@ class Cost:
     response: int
     image: int
 
-    def of(self, sequence: PackedSequence) -> int:
-        tokens, images = len(sequence), len(sequence.vision.placeholders) if sequence.vision else 0
-        linear = self.token * tokens + self.response * len(sequence.response) + self.image * images
-        return linear + self.square * tokens**2
+    def of(self, batch: TokenBatch) -> list[int]:
+        """The cost of each response with its prompt, [S], as Python's integers: their sums pass 64 bits."""
+        image_tokens = [0] * len(batch.prompts)
+        if batch.vision is not None:
+            image_tokens = [0 if vision is None else len(vision.placeholders) for vision in batch.vision]
+        lengths = batch.lengths.tolist()
+        response_lengths = batch.response_lengths.tolist()
+        costs = []
+        for prompt, length, response_length in zip(batch.prompt_index, lengths, response_lengths, strict=True):
+            linear = self.token * length + self.response * response_length + self.image * image_tokens[prompt]
+            costs.append(linear + self.square * length**2)
+        return costs
 
 
 def cost_of(hf_config: Any, frozen: Sequence[str]) -> Cost:
@@ -112,9 +102,10 @@ class MicroBatch:
 
     ``tokens`` [1, T]. ``positions`` [3, 1, T x context ranks]: mRoPE's, of all context-parallel ranks. ``predict`` [R]
     indexes the token whose hidden state predicts a response token; ``targets`` [R] those tokens; ``values`` name → [R]
-    FP32; ``lengths`` response tokens of each sequence on this rank; ``indices`` the place of each sequence in the whole
-    batch; ``places`` [R] that of each token among the response tokens of the whole batch. Under context parallelism a
-    rank's R tokens are a part of the sequences' response tokens, else all.
+    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns; ``lengths`` response tokens of each sequence on
+    this rank; ``indices`` the place of each sequence in the batch; ``places`` [R] that of each token among the batch's
+    response tokens. Under context parallelism a rank's R tokens are a part of the sequences' response tokens, else
+    all.
     """
 
     tokens: torch.Tensor
@@ -229,8 +220,11 @@ def _even_out(
             return
 
 
-def enough(lengths: Sequence[int], wanted: int, data_parallel: int, micro_batch_tokens: int, group: int = 1) -> int:
-    """How many of the first sequences, at least ``wanted``, ``plan`` can share out; all of them where none can."""
+def divisible_prefix(
+    lengths: Sequence[int], wanted: int, data_parallel: int, micro_batch_tokens: int, group: int = 1
+) -> int:
+    """Length of the shortest prefix of the sequences, at least ``wanted``, that ``plan`` can share out over all ranks;
+    the number of sequences where there is none."""
     for count in range(max(1, wanted), len(lengths)):
         if _fewest(lengths[:count], data_parallel, micro_batch_tokens, group)[1] <= count:
             return count
@@ -260,85 +254,125 @@ def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
 
 
 def pack(
-    sequences: Sequence[PackedSequence], indices: list[int], multiple: int, pad_token: int, device: Any,
-    context: int = 1, context_rank: int = 0,
-) -> MicroBatch:  # fmt: skip
-    """Pack ``sequences[i] for i in indices``; a dummy sequence pads T to ``multiple``.
+    batch: TokenBatch,
+    indices: Sequence[int],
+    *,
+    multiple: int,
+    pad_token: int,
+    device: Any,
+    context: int = 1,
+    context_rank: int = 0,
+) -> MicroBatch:
+    """Pack the responses ``indices`` of a batch, each with its prompt; a dummy sequence pads T to ``multiple``.
 
     Under context parallelism each sequence is padded to 2 x ``context`` slices of equal length, of which a rank has the
-    ``context_rank``-th from either end: so causal attention costs every rank the same. Padding lies behind a sequence,
+    ``context_rank``-th from either end: so causal attention costs every rank the same. Padding follows a sequence,
     where causal attention does not look.
     """
-    chosen = [sequences[i] for i in indices]
+    chosen = np.asarray(indices, np.int64)
     cuts = token_multiple(context)
-    padded = [round_up(len(s), cuts) for s in chosen]
-    if dummy := -sum(padded) % (multiple * cuts):
-        padded.append(dummy)
-    starts = list(accumulate(padded, initial=0))
-    first = list(accumulate((len(s.response) for s in sequences), initial=0))
-    tokens = [pad_token] * starts[-1]
-    positions: list[list[int]] = [[], [], []]
-    # By place in the whole pack: which response token it predicts, as (sequence in the pack, place in the response).
-    predicts: dict[int, tuple[int, int]] = {}
-    placeholders: list[int] = []
-    for n, (s, start, size) in enumerate(zip(chosen, starts, padded, strict=False)):
-        tokens[start : start + len(s)] = s.prompt + s.response
-        predicts |= {start + len(s.prompt) - 1 + i: (n, i) for i in range(len(s.response))}
-        for axis, values in zip(positions, s.positions(), strict=True):
-            axis += [*values, *range(size - len(s))]
-        if s.vision is not None:
-            placeholders += [start + place for place in s.vision.placeholders]
-    for axis in positions:
-        axis += range(starts[-1] - len(axis))
+    lengths = batch.lengths[chosen]
+    padded_lengths = -(-lengths // cuts) * cuts
+    dummy = -int(padded_lengths.sum()) % (multiple * cuts)
+    if dummy:
+        padded_lengths = np.append(padded_lengths, dummy)
+    starts = offsets(padded_lengths)
+    total = int(starts[-1])
+
+    tokens = np.full(total, pad_token, np.int64)
+    positions = np.empty((3, total), np.int64)
+    # Of each place in the pack, the token of the batch's columns that it predicts; -1 for none.
+    predicted = np.full(total, -1, np.int64)
+    placeholders: list[Array] = []
+    for n, i in enumerate(chosen.tolist()):
+        prompt = batch.prompt(i).token_ids
+        response = batch.tokens_of(i)
+        start = int(starts[n])
+        first_response = start + len(prompt)
+        end = int(start + lengths[n])
+        tokens[start:first_response] = prompt
+        tokens[first_response:end] = batch.response_tokens[response]
+        predicted[first_response - 1 : end - 1] = np.arange(response.start, response.stop)
+        vision = None if batch.vision is None else batch.vision[batch.prompt_index[i]]
+        positions[:, start:end] = sequence_positions(int(lengths[n]), vision)
+        positions[:, end : int(starts[n + 1])] = np.arange(starts[n + 1] - end)
+        if vision is not None:
+            placeholders.append(start + np.asarray(vision.placeholders, np.int64))
+    if dummy:
+        positions[:, int(starts[-2]) :] = np.arange(dummy)
+
     local = context_slices(starts, context, context_rank)
-    mine = [(place, *predicts[at]) for place, at in enumerate(local) if at in predicts]
+    predict = np.flatnonzero(predicted[local] >= 0)
+    column_places = predicted[local[predict]]
+    owners = np.searchsorted(starts, local[predict], side="right") - 1
+    values = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask, **batch.columns}
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+    longest = int(padded_lengths.max())
     return MicroBatch(
-        tokens=torch.tensor([[tokens[at] for at in local]], device=device),
+        tokens=torch.tensor(tokens[local], device=device).unsqueeze(0),
         positions=torch.tensor(positions, device=device).unsqueeze(1),
         packed=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=max(padded),
-            max_seqlen_kv=max(padded),
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         ),
-        predict=torch.tensor([place for place, _, _ in mine], dtype=torch.long, device=device),
-        targets=torch.tensor([chosen[n].response[i] for _, n, i in mine], dtype=torch.long, device=device),
+        predict=torch.tensor(predict, device=device),
+        targets=torch.tensor(batch.response_tokens[column_places].astype(np.int64), device=device),
         values={
-            name: torch.tensor([chosen[n].values[name][i] for _, n, i in mine], dtype=torch.float32, device=device)
-            for name in chosen[0].values
+            name: torch.tensor(column[column_places].astype(np.float32), device=device)
+            for name, column in values.items()
         },
-        lengths=[sum(n == m for _, m, _ in mine) for n in range(len(chosen))],
-        indices=list(indices),
-        places=torch.tensor([first[indices[n]] + i for _, n, i in mine], dtype=torch.long, device=device),
-        vision=_pack_vision([s.vision for s in chosen if s.vision is not None], placeholders, local, device),
+        lengths=np.bincount(owners, minlength=len(chosen)).tolist(),
+        indices=chosen.tolist(),
+        places=torch.tensor(column_places, device=device),
+        vision=_pack_vision(batch, chosen, placeholders, local, total, device),
     )
 
 
-def context_slices(starts: Sequence[int], context: int, rank: int) -> list[int]:
+def sequence_positions(length: int, vision: VisionInputs | None) -> Array:
+    """[3, length] or [length]: the position of each token, for mRoPE on three axes, which are the same for a text.
+
+    Response tokens go on after the prompt's greatest position, alike on all three axes.
+    """
+    if vision is None or vision.positions is None:
+        return np.arange(length)
+    prompt = np.asarray(vision.positions)
+    following = prompt.max() + 1 + np.arange(length - prompt.shape[1])
+    return np.concatenate([prompt, np.broadcast_to(following, (3, len(following)))], axis=1)
+
+
+def context_slices(starts: Sequence[int] | Array, context: int, rank: int) -> Array:
     """Places in the pack of a context-parallel rank's tokens; sequences begin at ``starts``, whose last is the end."""
     if context == 1:
-        return list(range(starts[-1]))
-    local: list[int] = []
-    for start, end in pairwise(starts):
+        return np.arange(int(starts[-1]))
+    pieces = []
+    for start, end in pairwise(int(place) for place in starts):
         size = (end - start) // (2 * context)
         for piece in (rank, 2 * context - 1 - rank):
-            local += range(start + piece * size, start + (piece + 1) * size)
-    return local
+            pieces.append(np.arange(start + piece * size, start + (piece + 1) * size))
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
 def _pack_vision(
-    inputs: list[VisionInputs], placeholders: list[int], local: list[int], device: Any
+    batch: TokenBatch, chosen: Array, placeholders: list[Array], local: Array, total: int, device: Any
 ) -> VisionBatch | None:
-    if not inputs:
+    """The pixels of the chosen responses' prompts, and which of the tower's rows replace which local tokens."""
+    if not placeholders or batch.vision is None:
         return None
-    row_at = {at: row for row, at in enumerate(placeholders)}
-    here = [(row_at[at], place) for place, at in enumerate(local) if at in row_at]
-    grids = [v.grid for v in inputs if v.grid is not None]
+    inputs = [batch.vision[prompt] for prompt in batch.prompt_index[chosen]]
+    inputs = [vision for vision in inputs if vision is not None]
+    # Of each place in the pack, the row of the tower's output that replaces its token; -1 for none.
+    places = np.concatenate(placeholders)
+    row_of = np.full(total, -1, np.int64)
+    row_of[places] = np.arange(len(places))
+    rows = row_of[local]
+    replaced = np.flatnonzero(rows >= 0)
+    grids = [vision.grid for vision in inputs if vision.grid is not None]
     return VisionBatch(
-        pixels=torch.cat([v.pixels for v in inputs]).to(device),
+        pixels=torch.cat([vision.pixels for vision in inputs]).to(device),
         grid=torch.cat(grids).to(device) if grids else None,
-        rows=torch.tensor([row for row, _ in here], dtype=torch.long, device=device),
-        places=torch.tensor([place for _, place in here], dtype=torch.long, device=device),
+        rows=torch.tensor(rows[replaced], device=device),
+        places=torch.tensor(replaced, device=device),
     )

@@ -94,7 +94,11 @@ def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write one JSON file atomically; returns its entry for :func:`manifest`."""
-    data = json.dumps(value).encode()
+    return write_bytes(path, json.dumps(value).encode())
+
+
+def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
+    """Write one file atomically; returns its entry for :func:`manifest`."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)

@@ -89,14 +89,14 @@ def run(config: Config) -> None:
         (Path(config.run_dir) / "logs" / FAILED).unlink(missing_ok=True)
     load(config)
 
-    from recipes.training.session import open_session
+    from recipes.training.setup import open_training
     from recipes.training.stages import run_stage
 
-    # open_session redirects the output of all ranks but one to their logs; errors go to the terminal.
+    # open_training redirects the output of all ranks but one to their logs; errors go to the terminal.
     terminal = os.fdopen(os.dup(1), "w")
     try:
-        with open_session(config) as session:
-            run_stage(session)
+        with open_training(config) as training:
+            run_stage(training)
     except preemption.Preempted as preempted:
         print(f"{preempted}; go on with resume=true", flush=True)
         # srun would kill the other ranks as soon as one of them ended with an error.

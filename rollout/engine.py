@@ -18,9 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.batch import TokenBatch, extend
 from megatron_ext.settings import read
 from rollout import vllm_platform
-from rollout.sample import Request, Sample, Sampling
+from rollout.frames import BATCH, DONE, ERROR, JSON, frame, read_frames
+from rollout.sampling import Sampling
 from rollout.settings import RolloutConfig
 
 # What torchrun sets for the trainer's ranks: an engine's workers have a rendezvous of their own.
@@ -176,8 +178,11 @@ class Engine:
         """``weight_version`` (None before the first good sync), ``stale`` (a sync failed), ``workers``."""
         return self.call("GET", "/health", timeout=30.0)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, enough: int | None = None) -> Iterator[Sample]:
-        """Samples in completion order, with what had been begun of them; until ``enough`` prompts have all of theirs.
+    def generate(
+        self, requests: TokenBatch, sampling: Sampling, num_complete: int | None = None
+    ) -> Iterator[TokenBatch]:
+        """Responses in completion order, each a batch of one with the tokens that it went on from; until
+        ``num_complete`` prompts have all of theirs.
 
         All requests enter the engine between the same two of its steps: the same requests on the same weights give the
         same bits, as long as no other batch runs at the same time.
@@ -185,26 +190,27 @@ class Engine:
         when the engine dies, breaks off or hangs (it is killed then).
         """
         with self._watched():
-            yield from self._generate(requests, sampling, enough)
+            yield from self._generate(requests, sampling, num_complete)
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling, enough: int | None) -> Iterator[Sample]:
-        body = {"requests": [request.to_json() for request in requests], "sampling": asdict(sampling), "enough": enough}
-        begun = {request.key: request.begun for request in requests}
+    def _generate(self, requests: TokenBatch, sampling: Sampling, num_complete: int | None) -> Iterator[TokenBatch]:
+        place = {key: i for i, key in enumerate(requests.keys)}
+        header = {"sampling": asdict(sampling), "num_complete": num_complete}
+        body = frame(JSON, json.dumps(header).encode()) + frame(BATCH, requests.to_bytes())
         connection = self._connect(timeout=None)
         try:
-            self._send(connection, "POST", "/generate", body)
+            connection.request("POST", "/generate", body, {"Content-Type": "application/octet-stream"})
             finished = False
-            for line in self._response(connection):
-                message = json.loads(line)
-                if "error" in message:
-                    raise EngineError(self._describe(message["error"], log=False))
-                if "sample" in message:
-                    sample = Sample.from_json(message["sample"])
-                    yield sample.after(begun[sample.key])
-                finished = "done" in message
+            for kind, payload in read_frames(self._response(connection).read):
+                if kind == ERROR:
+                    raise EngineError(self._describe(payload.decode(), log=False))
+                if kind == BATCH:
+                    response = TokenBatch.from_bytes(payload)
+                    begun = requests.select([place[response.keys[0]]])
+                    yield extend(begun, response)
+                finished = kind == DONE
             if not finished:
                 raise http.client.IncompleteRead(b"")
-        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+        except (OSError, EOFError, http.client.HTTPException) as error:
             self.kill()
             raise EngineDied(self._describe(f"broke off in the middle of a batch ({error})")) from error
         finally:

@@ -7,8 +7,8 @@ sleeps on the queue. One callable adds a complete batch, so that the composition
 the result, depends on the requests alone.
 
 Routes (JSON; errors are ``{"error": text}`` with status 409):
-``GET /health``; ``POST /generate`` (NDJSON: ``{"sample": …}`` lines, at last ``{"done": n}`` or ``{"error": …}``;
-with ``"enough": n`` it ends when n prompts have all their samples);
+``GET /health``; ``POST /generate`` (binary: see ``rollout.frames``; with ``num_complete`` it ends when so many prompts
+have all their responses);
 ``POST /weights/layout``, ``/weights/plan``, ``/weights/update``, ``GET /weights/checksum``, ``GET /weights/digest``
 (see ``rollout.weight_sync``); ``POST /sleep`` and ``POST /wake`` ``{"tags": ["weights"]}`` (sync) ``{"tags":
 ["kv_cache"]}``; ``POST /shutdown``.
@@ -16,8 +16,8 @@ with ``"enough": n`` it ends when n prompts have all their samples);
 
 import asyncio
 import gc
+import io
 import json
-import math
 import os
 import queue
 import socket
@@ -32,10 +32,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_ext.batch import UNFINISHED, Prompt, TokenBatch, build
 from megatron_ext.processes import die_with
 from rollout import vllm_platform
 from rollout.engine import EngineSettings
-from rollout.sample import Sample
+from rollout.frames import BATCH, DONE, ERROR, frame, read_frames
+from rollout.sampling import Sampling
 from rollout.thinking import forced_positions, reasoning_config
 from rollout.weight_sync.receiver import WeightReceiver
 
@@ -107,14 +111,15 @@ def engine_args(settings: EngineSettings, load_format: str) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """What belongs to the requests of one call. ``left``: samples that each prompt still lacks."""
+    """What belongs to the requests of one call. ``remaining``: responses that each prompt still lacks."""
 
     ids: list[str]
-    sink: Callable[[dict[str, Any]], Any]
-    sampling: dict[str, Any]
+    sink: Callable[[bytes], Any]
+    requests: TokenBatch
+    sampling: Sampling
     version: int
-    left: Counter[str]
-    enough: int | None
+    remaining: Counter[str]
+    num_complete: int | None
 
 
 class EngineLoop:
@@ -167,63 +172,65 @@ class EngineLoop:
             "cached_prompt_tokens": self.cached_prompt_tokens,
         }
 
-    def add_batch(self, body: dict[str, Any], sink: Callable[[dict[str, Any]], Any]) -> list[str]:
-        """Check every request, then add all; ``sink`` gets a sample's dict for each. Returns vLLM's request ids.
+    def add_batch(
+        self, requests: TokenBatch, sampling: Sampling, num_complete: int | None, sink: Callable[[bytes], Any]
+    ) -> list[str]:
+        """Check every request, then add all. Returns vLLM's request ids.
 
-        The batch ends with the engine step in which ``enough`` prompts have all their samples: ``sink`` gets
-        ``{"cut": …}``, the other requests are dropped.
+        ``sink`` gets a frame for each response. The batch ends with the engine step in which ``num_complete`` prompts
+        have all their responses: ``sink`` gets a done frame, the other requests are dropped.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         version = self._usable_version()
-        sampling, requests = body["sampling"], body["requests"]
-        if sampling["thinking_budget"] is not None and self.settings.thinking is None:
-            raise Refused(
-                f"sampling.thinking_budget={sampling['thinking_budget']} needs rollout.thinking, which is null"
-            )
-        if sampling["stops"] and not self.settings.tokenizer:
-            raise Refused(f"sampling.stops={sampling['stops']} needs an engine with a tokenizer")
-        for request in requests:
-            length = len(request["prompt_token_ids"])
-            if not length or length + sampling["max_tokens"] > self.settings.max_model_len:
+        if sampling.thinking_budget is not None and self.settings.thinking is None:
+            raise Refused(f"sampling.thinking_budget={sampling.thinking_budget} needs rollout.thinking, which is null")
+        if sampling.stops and not self.settings.tokenizer:
+            raise Refused(f"sampling.stops={sampling.stops} needs an engine with a tokenizer")
+        inputs = []
+        for prompt in requests.prompts:
+            length = len(prompt.token_ids)
+            if not length or length + sampling.max_tokens > self.settings.max_model_len:
                 raise Refused(
-                    f"prompt {request['prompt_id']!r}: {length} prompt tokens and max_tokens={sampling['max_tokens']} "
+                    f"prompt {prompt.prompt_id!r}: {length} prompt tokens and max_tokens={sampling.max_tokens} "
                     f"do not fit into rollout.max_model_len={self.settings.max_model_len}, or the prompt is empty"
                 )
-        inputs: dict[str, dict[str, Any]] = {}
-        for request in requests:
-            if request["prompt_id"] not in inputs:
-                inputs[request["prompt_id"]] = engine_input(self.llm.renderer, request)
-                self.progress += 1
+        for prompt in requests.prompts:
+            inputs.append(engine_input(self.llm.renderer, prompt))
+            self.progress += 1
         if not self.llm.has_unfinished_requests():
             # What earlier batches left in the prefix cache would change the composition of this one's steps, and images
             # in the encoder cache were seen by earlier weights.
             self.llm.reset_prefix_cache()
             self.llm.reset_encoder_cache()
         ids: list[str] = []
-        batch = Batch(ids, sink, sampling, version, Counter(r["prompt_id"] for r in requests), body.get("enough"))
+        remaining = Counter(prompt_id for prompt_id, _ in requests.keys)
+        batch = Batch(ids, sink, requests, sampling, version, remaining, num_complete)
         try:
-            for request in requests:
+            for i in range(len(requests)):
                 ids.append(str(self.next_id))
                 self.next_id += 1
-                left = sampling["max_tokens"] - len(request["begun_token_ids"])
+                begun = requests.response_tokens[requests.tokens_of(i)].tolist()
+                still_allowed = sampling.max_tokens - len(begun)
                 params = SamplingParams(
-                    temperature=sampling["temperature"],
-                    top_p=sampling["top_p"],
-                    max_tokens=min(left, sampling["round_tokens"] or left),
-                    thinking_token_budget=sampling["thinking_budget"],
-                    stop_token_ids=list(sampling["stop_token_ids"]),
-                    seed=request["seed"],
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=min(still_allowed, sampling.round_tokens or still_allowed),
+                    thinking_token_budget=sampling.thinking_budget,
+                    stop_token_ids=list(sampling.stop_token_ids),
+                    seed=int(requests.seeds[i]),
                     logprobs=0,
-                    stop=list(sampling["stops"]),
-                    detokenize=bool(sampling["stops"]),
+                    flat_logprobs=True,
+                    stop=list(sampling.stops),
+                    detokenize=bool(sampling.stops),
                     include_stop_str_in_output=True,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                tokens = [*request["prompt_token_ids"], *request["begun_token_ids"]]
-                self.llm.add_request(ids[-1], inputs[request["prompt_id"]] | {"prompt_token_ids": tokens}, params)
-                self.sinks[ids[-1]] = partial(self._finish, batch, request)
+                tokens = requests.prompt(i).token_ids.tolist() + begun
+                engine_request = inputs[requests.prompt_index[i]] | {"prompt_token_ids": tokens}
+                self.llm.add_request(ids[-1], engine_request, params)
+                self.sinks[ids[-1]] = partial(self._finish, batch, i)
         except Exception:  # vLLM refused one: none of the batch may run
             self.abort(ids)
             raise
@@ -283,14 +290,21 @@ class EngineLoop:
             future.set_exception(error)
         self.progress += 1
 
-    def _finish(self, batch: "Batch", request: dict[str, Any], output: Any) -> None:
+    def _finish(self, batch: Batch, i: int, output: Any) -> None:
         self.prompt_tokens += len(output.prompt_token_ids)
         self.cached_prompt_tokens += output.num_cached_tokens
-        batch.sink(finished_sample(request, batch.sampling, output, batch.version, self.settings.thinking))
-        batch.left[request["prompt_id"]] -= 1
-        if batch.enough is not None and list(batch.left.values()).count(0) == batch.enough:
+        try:
+            response = finished_response(
+                batch.requests, i, batch.sampling, output, batch.version, self.settings.thinking
+            )
+        except Refused as error:
+            batch.sink(frame(ERROR, str(error).encode()))
+        else:
+            batch.sink(frame(BATCH, response.to_bytes()))
+        batch.remaining[batch.requests.prompt(i).prompt_id] -= 1
+        if batch.num_complete is not None and list(batch.remaining.values()).count(0) == batch.num_complete:
             self.abort(batch.ids)
-            batch.sink({"cut": True})
+            batch.sink(frame(DONE))
 
     def _step(self) -> None:
         for output in self.llm.step():
@@ -299,69 +313,77 @@ class EngineLoop:
         self.progress += 1
 
 
-def engine_input(renderer: Any, request: dict[str, Any]) -> Any:
-    """A request's prompt as vLLM's engine takes it; images and clips go through vLLM's own processor.
+def engine_input(renderer: Any, prompt: Prompt) -> Any:
+    """A prompt as vLLM's engine takes it; images and videos go through vLLM's own processor.
 
     Refused when that makes other token ids than the trainer has.
     """
-    from transformers.image_utils import load_image
     from vllm.inputs import TokensPrompt, tokens_input
+
+    tokens = prompt.token_ids.tolist()
+    if not prompt.images and not prompt.videos:
+        return tokens_input(tokens)
+
+    from transformers.image_utils import load_image
 
     from rollout.media import clip
 
-    tokens, media = list(request["prompt_token_ids"]), request["media"]
-    if media is None:
-        return tokens_input(tokens)
-    data = {
-        "image": [load_image(path) for path in media["images"]],
-        "video": [clip([load_image(path) for path in frames]) for frames in media["videos"]],
+    media = {
+        "image": [load_image(path) for path in prompt.images],
+        "video": [clip([load_image(path) for path in frames]) for frames in prompt.videos],
     }
-    prompt = TokensPrompt(
-        prompt_token_ids=list(media["marked_token_ids"]),
-        multi_modal_data={kind: items for kind, items in data.items() if items},
+    marked = TokensPrompt(
+        prompt_token_ids=prompt.marked_token_ids.tolist(),
+        multi_modal_data={kind: items for kind, items in media.items() if items},
     )
-    (made,) = renderer.render_cmpl([prompt])
-    if (found := made["prompt_token_ids"]) != tokens:
+    (rendered,) = renderer.render_cmpl([marked])
+    rendered_tokens = rendered["prompt_token_ids"]
+    if rendered_tokens != tokens:
         raise Refused(
-            f"prompt {request['prompt_id']!r}: the {len(found)} tokens that vLLM's processor makes of it are not the "
-            f"trainer's {len(tokens)}: give both the same model folder and files, and one environment"
+            f"prompt {prompt.prompt_id!r}: the {len(rendered_tokens)} tokens that vLLM's processor makes of it are not "
+            f"the trainer's {len(tokens)}: give both the same model folder and files, and one environment"
         )
-    return made
+    return rendered
 
 
-def finished_sample(
-    request: dict[str, Any], sampling: dict[str, Any], output: Any, version: int, thinking: Any
-) -> dict[str, Any]:
-    """A finished ``RequestOutput`` of vLLM as the stream's message, without the tokens it went on from.
+def finished_response(
+    requests: TokenBatch, i: int, sampling: Sampling, output: Any, version: int, thinking: Any
+) -> TokenBatch:
+    """A finished ``RequestOutput`` of vLLM as a batch of one, without the tokens that request i went on from.
 
-    A log-probability that is no finite number means broken weights or a broken kernel and becomes an error, and so does
-    a forced token (``rollout.thinking``) that vLLM sampled.
+    Raises Refused for a log-probability that is not finite, which means broken weights or a broken kernel, and for a
+    forced token (``rollout.thinking``) that vLLM sampled.
     """
     completion = output.outputs[0]
-    tokens = tuple(completion.token_ids)
-    logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True))
-    if not all(math.isfinite(value) for value in logprobs):
-        return {"error": f"prompt {request['prompt_id']!r}: log-probabilities are not finite: check the weights"}
-    begun, budget = request["begun_token_ids"], sampling["thinking_budget"]
-    forced = () if budget is None else forced_positions(output.prompt_token_ids, tokens, thinking, budget)
-    if any(logprobs[position] != 0 for position in forced):
-        return {"error": f"prompt {request['prompt_id']!r}: vLLM did not end the thinking after {budget} tokens"}
+    prompt = requests.prompt(i)
+    tokens = np.array(completion.token_ids, np.int32)
+    if completion.logprobs.token_ids != list(completion.token_ids):
+        raise Refused(f"prompt {prompt.prompt_id!r}: vLLM gave log-probabilities of other tokens than it sampled")
+    logprobs = np.array(completion.logprobs.logprobs, np.float32)
+    if not np.isfinite(logprobs).all():
+        raise Refused(f"prompt {prompt.prompt_id!r}: log-probabilities are not finite: check the weights")
+    sampled = np.ones(len(tokens), bool)
+    budget = sampling.thinking_budget
+    if budget is not None:
+        forced = forced_positions(output.prompt_token_ids, completion.token_ids, thinking, budget)
+        sampled[list(forced)] = False
+    if logprobs[~sampled].any():
+        raise Refused(f"prompt {prompt.prompt_id!r}: vLLM did not end the thinking after {budget} tokens")
     reason = completion.finish_reason
     if isinstance(completion.stop_reason, str):  # one of ``stops``; a stop token's is its id or None
         reason = "turn"
-    if reason == "length" and len(begun) + len(tokens) < sampling["max_tokens"]:
-        reason = "unfinished"
-    sample = Sample(
-        request["prompt_id"],
-        request["sample_index"],
-        tuple(request["prompt_token_ids"]),
-        tokens,
-        logprobs,
-        reason,
-        (version,) * len(tokens),
-        forced,
+    num_begun = int(requests.response_lengths[i])
+    if reason == "length" and num_begun + len(tokens) < sampling.max_tokens:
+        reason = UNFINISHED
+    return build(
+        [Prompt(prompt.prompt_id, np.empty(0, np.int32))],  # the client has the prompt
+        [tokens],
+        sample_index=requests.sample_index[[i]],
+        logprobs=[logprobs],
+        loss_mask=[sampled],
+        version=version,
+        finish_reasons=[reason],
     )
-    return {"sample": sample.to_json()}
 
 
 async def serve(loop: EngineLoop, listener: socket.socket) -> None:
@@ -372,21 +394,30 @@ async def serve(loop: EngineLoop, listener: socket.socket) -> None:
         return await asyncio.wrap_future(loop.submit(function))
 
     async def generate(http: web.Request) -> web.StreamResponse:
-        body = await http.json()
-        lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        (_, header), (_, columns) = read_frames(io.BytesIO(await http.read()).read)
+        settings = json.loads(header)
+        sampling = settings["sampling"]
+        for name in ("stop_token_ids", "stops"):
+            sampling[name] = tuple(sampling[name])
+        frames: asyncio.Queue[bytes] = asyncio.Queue()
         event_loop = asyncio.get_running_loop()
         ids = await on_main_thread(
-            lambda: loop.add_batch(body, lambda line: event_loop.call_soon_threadsafe(lines.put_nowait, line))
+            lambda: loop.add_batch(
+                TokenBatch.from_bytes(columns),
+                Sampling(**sampling),
+                settings["num_complete"],
+                lambda message: event_loop.call_soon_threadsafe(frames.put_nowait, message),
+            )
         )
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         try:
             await response.prepare(http)
             for _ in ids:
-                line = await lines.get()
-                if "cut" in line:
+                message = await frames.get()
+                if message.startswith(DONE):
                     break
-                await response.write(json.dumps(line).encode() + b"\n")
-            await response.write(json.dumps({"done": len(ids)}).encode() + b"\n")
+                await response.write(message)
+            await response.write(frame(DONE))
         finally:
             loop.submit(lambda: loop.abort(ids))
         return response

@@ -1,17 +1,19 @@
 """An environment that takes part in a response: the model acts, the environment's tokens follow, the model goes on.
 
 The engine stops behind the texts in ``stops``; what the environment replies is encoded once and appended, and the model
-goes on from the ids as they are. No token is decoded and encoded again. The environment's tokens are the sample's
-``forced`` positions: log-prob 0, and no loss counts them.
+goes on from the ids as they are. No token is decoded and encoded again. The environment's tokens have a
+log-prob of 0 and are left out by the loss mask.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Protocol
 
+import numpy as np
+
+from megatron_ext import batch as batches
 from megatron_ext import dotted_path
-from rollout.sample import Sample
+from megatron_ext.batch import UNFINISHED, TokenBatch
 
 ENVIRONMENTS = {"search": "rollout.search.open_search"}
 
@@ -65,48 +67,52 @@ def open_environment(name: str, settings: Mapping[str, Any]) -> Environment:
         raise ValueError(f"rollout.environment.settings of {name!r}: {error}") from error
 
 
-def segments(tokenizer: Any, sample: Sample) -> list[Segment]:
-    """The response's text in pieces, the environment's apart from the model's."""
-    forced = set(sample.forced)
-    return [
-        Segment(tokenizer.decode([token for _, token in run], skip_special_tokens=True), by_environment)
-        for by_environment, run in groupby(enumerate(sample.response_token_ids), key=lambda place: place[0] in forced)
-    ]
+def segments(tokenizer: Any, response: TokenBatch) -> list[Segment]:
+    """The text of a batch of one response in pieces, the environment's apart from the model's."""
+    pieces = []
+    by_environment = ~response.loss_mask
+    changes = np.flatnonzero(np.diff(by_environment)) + 1
+    for tokens, mask in zip(
+        np.split(response.response_tokens, changes), np.split(by_environment, changes), strict=True
+    ):
+        if len(tokens):
+            text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+            pieces.append(Segment(text, bool(mask[0])))
+    return pieces
 
 
 @dataclass(frozen=True)
 class Turns:
-    """An environment and the tokenizer for its replies; it replies ``max_turns`` times to one response."""
+    """An environment and the tokenizer for its replies; it replies at most ``max_turns`` times to one response."""
 
     environment: Environment
     tokenizer: Any
     max_turns: int
 
-    def go_on(self, sample: Sample, max_tokens: int) -> Sample:
-        """A sample whose turn has ended, with the reply behind it: "unfinished".
+    def reply(self, response: TokenBatch, max_tokens: int) -> TokenBatch:
+        """A response (a batch of one) whose turn has ended, with the environment's reply appended: "unfinished".
 
         It is finished where the environment has replied ``max_turns`` times already ("turns"), where the reply leaves
-        no room in ``max_tokens`` ("length"), and where there is none ("failed", with the reason in ``failure``).
+        no room in ``max_tokens`` ("length"), and where there is none ("failed", with the reason in ``failures``).
         """
-        said = segments(self.tokenizer, sample)
+        said = segments(self.tokenizer, response)
         if sum(segment.by_environment for segment in said) >= self.max_turns:
-            return replace(sample, finish_reason="turns")
+            return replace(response, finish_reasons=["turns"])
         try:
             text = self.environment.reply(said)
         except Unavailable as error:
-            return replace(sample, finish_reason="failed", failure=str(error))
-        reply = self.encode(text)
-        start = len(sample.response_token_ids)
-        if start + len(reply) >= max_tokens:
-            return replace(sample, finish_reason="length")
-        return replace(
-            sample,
-            response_token_ids=sample.response_token_ids + reply,
-            logprobs=sample.logprobs + (0.0,) * len(reply),
-            weight_versions=sample.weight_versions + (sample.weight_version,) * len(reply),
-            forced=sample.forced + tuple(range(start, start + len(reply))),
-            finish_reason="unfinished",
+            return replace(response, finish_reasons=["failed"], failures=[str(error)])
+        tokens = self.encode(text)
+        if len(response.response_tokens) + len(tokens) >= max_tokens:
+            return replace(response, finish_reasons=["length"])
+        forced = batches.build(
+            response.prompts,
+            [tokens],
+            loss_mask=[[False] * len(tokens)],
+            version=int(response.versions[-1]),
+            finish_reasons=[UNFINISHED],
         )
+        return batches.extend(response, forced)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """A reply's token ids. A space replaces each text of a control token (end of turn, image), because a document

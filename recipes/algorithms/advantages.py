@@ -152,12 +152,11 @@ def gae_whitened(inputs: AdvantageInputs, *, discount: float, gae_lambda: float)
     return _whitened(gae(inputs, discount=discount, gae_lambda=gae_lambda), inputs)
 
 
-def broadcast_to_tokens(advantages: Tensor, lengths: Tensor) -> list[list[float]]:
-    """Advantages of samples or of tokens → those of each sequence's response tokens."""
-    counts = lengths.flatten()
-    if advantages.dim() == 2:
-        advantages = advantages.flatten().repeat_interleave(counts)
-    return [part.tolist() for part in advantages.split(counts.tolist())]
+def broadcast_to_tokens(advantages: Tensor, lengths: Tensor) -> Tensor:
+    """Advantages of samples [prompts, samples], or of tokens already → those of all response tokens [tokens]."""
+    if advantages.dim() == 1:
+        return advantages
+    return advantages.flatten().repeat_interleave(lengths.flatten())
 
 
 def _group_mean(values: Tensor) -> Tensor:

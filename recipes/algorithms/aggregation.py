@@ -1,28 +1,53 @@
-"""How token losses become one: a weight for each response token.
+"""How token losses become one: the weight of each response token.
 
-``lengths`` counts the response tokens of all sequences of the update, on all ranks, so neither the micro-batch split
-nor the number of ranks changes an update: the weighted losses are summed over both.
+An aggregation gets the number of trained tokens of each sequence of the update, on all ranks, and gives the weight that
+every trained token of that sequence has. So neither the micro-batch split nor the number of ranks changes an update:
+the weighted losses are summed over both.
 """
 
+from collections.abc import Callable, Sequence
 
-def token_mean(lengths: list[int]) -> list[list[float]]:
+import numpy as np
+
+from megatron_ext.batch import Array, TokenBatch
+
+# Trained tokens of each sequence [S] → the weight of each of its tokens [S].
+Aggregation = Callable[[Sequence[int]], Sequence[float]]
+
+
+def token_mean(lengths: Sequence[int]) -> list[float]:
     """The mean over all tokens (DAPO, Yu et al. 2025, eq. 8): a long response counts more."""
-    total = sum(lengths)
-    return [[1.0 / total] * n for n in lengths]
+    weight = 1.0 / sum(lengths)
+    return [weight] * len(lengths)
 
 
-def sequence_mean_token_mean(lengths: list[int]) -> list[list[float]]:
+def sequence_mean_token_mean(lengths: Sequence[int]) -> list[float]:
     """The mean over sequences of their token means (GRPO, and SafeWork-R1's): every response counts alike."""
-    return [[1.0 / (len(lengths) * n)] * n for n in lengths]
+    return [1.0 / (len(lengths) * length) for length in lengths]
 
 
-def sequence_sum(lengths: list[int], *, token_divisor: float) -> list[list[float]]:
+def sequence_sum(lengths: Sequence[int], *, token_divisor: float) -> list[float]:
     """The mean over sequences of their token sums, divided by a constant (Dr. GRPO, Liu et al. 2025, section 3.2).
 
     ``token_divisor``: the longest response allowed, as in the paper; it scales the loss alone.
     """
-    return [[1.0 / (len(lengths) * token_divisor)] * n for n in lengths]
+    return [1.0 / (len(lengths) * token_divisor)] * len(lengths)
 
 
-# Of supervised stages, by name; those of RL, which may take settings, are in ``parts.PARTS``.
-AGGREGATIONS = {function.__name__: function for function in (token_mean, sequence_mean_token_mean)}
+def token_weights(aggregation: Aggregation, batch: TokenBatch) -> Array:
+    """float64 [R]: the weight of each token's loss in an update on ``batch``. Tokens that the loss mask leaves out
+    weigh 0 and count as if they were not there."""
+    responses = np.repeat(np.arange(len(batch)), batch.response_lengths)
+    trained_tokens = np.bincount(responses[batch.loss_mask], minlength=len(batch))
+    trained = np.flatnonzero(trained_tokens)
+    weights = np.zeros(len(batch))
+    if len(trained):
+        weights[trained] = aggregation(trained_tokens[trained].tolist())
+    return batch.broadcast(weights) * batch.loss_mask
+
+
+# The aggregations of supervised stages, by name. Those of RL, which may take settings, are in ``registry.REGISTRY``.
+AGGREGATIONS: dict[str, Aggregation] = {
+    "token_mean": token_mean,
+    "sequence_mean_token_mean": sequence_mean_token_mean,
+}

@@ -19,9 +19,9 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
 
     Each token's policy loss, corrected for the mismatch between trainer and rollout, plus ``kl_coefficient`` × KL to
     the reference where ``kl_in`` is the loss, minus ``entropy_coefficient`` × entropy; then the sum over the tokens,
-    each times its weight in the full update. ``values`` of the micro-batch, [R] each: ``advantage``, ``weight``,
-    ``rollout`` (the engine's log-probs), ``sampled`` (0 for a forced token), ``reference`` where the algorithm needs
-    it and, where a rollout makes several updates, ``old``.
+    each times its weight in the full update. ``values`` of the micro-batch, [R] each: ``advantages``, ``weights``,
+    ``logprobs`` (the engine's), ``loss_mask``, ``reference`` where the algorithm needs it and, where a rollout makes
+    several updates, ``old``.
     """
     policy_loss = resolve("policy_loss", config)
     estimator = resolve("kl_estimator", config)
@@ -34,9 +34,9 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
         values = batch.values
         current = log_probs.detach()
         old = values.get("old", current)
-        sampled = values["sampled"]
-        # A forced token has no log-prob of the engine's.
-        rollout = torch.where(sampled > 0, values["rollout"], old)
+        loss_mask = values["loss_mask"]
+        # A token that was not sampled has no log-prob of the engine's.
+        rollout = torch.where(loss_mask > 0, values["logprobs"], old)
         sequences = Sequences(batch.lengths, context_group)
 
         further: dict[str, Any] = {}
@@ -44,7 +44,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
             further["sequences"] = sequences
         if needed.reference:
             further["reference"] = values["reference"]
-        losses = policy_loss(log_probs, old, values["advantage"], **further)
+        losses = policy_loss(log_probs, old, values["advantages"], **further)
         if config.importance_sampling:
             losses = losses * mismatch.truncated_weights(old, rollout, tis_cap=config.tis_cap)
         if config.sequence_ratio_bounds or config.token_ratio_veto:
@@ -60,11 +60,11 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
 
         measured: dict[str, torch.Tensor] = {}
         if has_reference:
-            measured["kl"] = (kl.k3(current, values["reference"]) * sampled).sum()
+            measured["kl"] = (kl.k3(current, values["reference"]) * loss_mask).sum()
         if entropy is not None:
             losses = losses - config.entropy_coefficient * entropy
             measured["entropy"] = entropy.detach().sum()
         measured |= mismatch.sums(old, rollout, sequences, tis_cap=config.tis_cap)
-        return (losses * values["weight"]).sum(), measured
+        return (losses * values["weights"]).sum(), measured
 
     return of

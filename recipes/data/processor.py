@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -25,28 +26,19 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from transformers.video_utils import VideoMetadata
 
 from megatron_ext import hf_checkpoint
+from megatron_ext.batch import Prompt
 from megatron_ext.models import family
 from megatron_ext.packing import VisionInputs
 from recipes.data.rows import Row, load_rows, media_files, messages
+from recipes.data.settings import ImagesConfig
 from recipes.data.sources import Rows
 from recipes.errors import ConfigError
 from rollout import chat_layout
 from rollout.media import clip
-from rollout.sample import Media, Prompt
 
 MEDIA_MARK = re.compile("(<image>|<video>)")
 INTERNVL_CHAT = "InternVLChatModel"
 CHAT_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """Bounds on an image or a frame before the model's processor resizes it: its number of pixels, and the ratio of its
-    longer side to its shorter one."""
-
-    min_pixels: int
-    max_pixels: int
-    max_aspect_ratio: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class PromptProcessor:
     Raises ConfigError for a processor that does not fit the model.
     """
 
-    def __init__(self, model_path: str, max_prompt_tokens: int, limits: ImageLimits) -> None:
+    def __init__(self, model_path: str, max_prompt_tokens: int, limits: ImagesConfig) -> None:
         self.max_prompt_tokens = max_prompt_tokens
         self.limits = limits
         raw_config = json.loads(Path(model_path, "config.json").read_text())
@@ -88,7 +80,7 @@ class PromptProcessor:
         files = media_files(row)
         if not files:
             tokens = prompt_tokens(self.tokenizer, row, self.max_prompt_tokens)
-            return ProcessedPrompt(Prompt(row["id"], tuple(tokens)), None)
+            return ProcessedPrompt(Prompt(row["id"], np.array(tokens, np.int32)), None)
         if self.hf is None:
             raise ConfigError(f"row {row['id']!r}: field {files[0][0]}: model.path holds a text model; choose another")
         loaded = {file: self._load_image(f"row {row['id']!r}: field {field}: {file}", file) for field, file in files}
@@ -119,8 +111,14 @@ class PromptProcessor:
             vision, unexpanded_ids = self._internvl_inputs(ids, processed)
         else:
             vision, unexpanded_ids = self._qwen_inputs(ids, processed)
-        media = Media(tuple(images), tuple(tuple(frames) for frames in videos), tuple(unexpanded_ids))
-        return ProcessedPrompt(Prompt(row["id"], tuple(ids), media), vision)
+        prompt = Prompt(
+            prompt_id=row["id"],
+            token_ids=np.array(ids, np.int32),
+            images=tuple(images),
+            videos=tuple(tuple(frames) for frames in videos),
+            marked_token_ids=np.array(unexpanded_ids, np.int32),
+        )
+        return ProcessedPrompt(prompt, vision)
 
     def _text(self, row: Row, images: int, videos: int) -> str:
         """The prompt by the chat template, with one placeholder token for each image and clip. transformers' processor

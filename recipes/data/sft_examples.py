@@ -3,11 +3,12 @@
 A row has ``prompt`` and ``response``, or ``messages`` ({role, content} each).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.packing import PackedSequence, VisionInputs
+from megatron_ext.batch import Prompt
+from megatron_ext.packing import VisionInputs
 from recipes.data.judge_sft import find_judge, load_judge_rows
 from recipes.data.processor import PromptProcessor
 from recipes.data.rows import SFT_FIELDS, Row, load_rows, messages
@@ -16,9 +17,6 @@ from recipes.data.sources import Rows
 from recipes.errors import ConfigError
 
 ASSISTANT = "assistant"
-
-# Lengths of an update's samples → the weight of every token (recipes.algorithms.aggregation).
-Aggregation = Callable[[list[int]], list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Example:
     template's tokens between two answers, and for an environment's replies within an answer.
     """
 
-    prompt: list[int]
+    prompt: Prompt
     response: list[int]
     loss_mask: list[bool]
     vision: VisionInputs | None
@@ -109,8 +107,8 @@ def tokenize_example(processor: PromptProcessor, row: Row, think_begin: str, max
     answer_places = [place for place, turn in enumerate(turns) if turn["role"] == ASSISTANT]
     prompt_row = {**row, "messages": turns[: answer_places[0]]} if "messages" in row else row
     processed = processor(prompt_row)
-    prompt = list(processed.prompt.token_ids)
-    template_opens_thinking = tokenizer.decode(prompt[-16:]).rstrip().endswith(think_begin)
+    prompt = processed.prompt
+    template_opens_thinking = tokenizer.decode(prompt.token_ids[-16:].tolist()).rstrip().endswith(think_begin)
     response: list[int] = []
     loss_mask: list[bool] = []
     text_so_far = ""  # as the chat template has it, up to the end of the last answer
@@ -132,7 +130,7 @@ def tokenize_example(processor: PromptProcessor, row: Row, think_begin: str, max
         response += answer_ids
         loss_mask += answer_mask
         text_so_far = _open_prompt(tokenizer, turns[:place]) + text + tokenizer.eos_token
-    total = len(prompt) + len(response)
+    total = len(prompt.token_ids) + len(response)
     if total > max_tokens:
         raise ConfigError(
             f"row {row['id']!r} has {total} tokens, parallel.micro_batch_tokens={max_tokens}: raise it or drop the row"
@@ -187,16 +185,3 @@ def episode_tokens(tokenizer: Any, row: Row) -> tuple[list[int], list[bool]]:
     ids.append(tokenizer.eos_token_id)
     loss_mask.append(True)
     return ids, loss_mask
-
-
-def weighted_sequences(examples: Sequence[Example], aggregation: Aggregation) -> list[PackedSequence]:
-    """The examples of an update as sequences whose ``weight`` is the aggregation's, over all trained tokens of the
-    update, and 0 for tokens outside the loss mask."""
-    weights_of_examples = aggregation([sum(example.loss_mask) for example in examples])
-    sequences = []
-    for example, weights in zip(examples, weights_of_examples, strict=True):
-        remaining = iter(weights)
-        token_weights = [next(remaining) if trained else 0.0 for trained in example.loss_mask]
-        values: dict[str, Sequence[float]] = {"weight": token_weights}
-        sequences.append(PackedSequence(example.prompt, example.response, values, example.vision))
-    return sequences

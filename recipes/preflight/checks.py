@@ -289,12 +289,10 @@ def every_prompt(config: Config) -> str:
     """Processes each prompt as the run does: its length and its images, each of which is read and resized once."""
     if not has_model(config):
         return f"not looked at: {config.model.path} is not on this machine"
-    from recipes.data.processor import ImageLimits, PromptProcessor, check_rows
+    from recipes.data.processor import PromptProcessor, check_rows
     from recipes.data.sft_examples import check_examples
 
-    processor = PromptProcessor(
-        config.model.path, config.data.max_prompt_tokens, ImageLimits(**vars(config.data.images))
-    )
+    processor = PromptProcessor(config.model.path, config.data.max_prompt_tokens, config.data.images)
     counts = [
         f"{len(check_rows(processor, source, PROMPT_FIELDS))} of {source_names(source)}"
         for source in (config.data.prompts, config.data.evaluation)

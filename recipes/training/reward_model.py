@@ -4,7 +4,7 @@ The probability that an answer is preferred is σ(r_chosen − r_rejected) (Brad
 loss is its negative logarithm, the mean over pairs (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,71 +12,65 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_ext import checkpoint, forward_backward
-from megatron_ext.packing import MicroBatch, PackedSequence
+from megatron_ext import batch as batches
+from megatron_ext import forward_backward
+from megatron_ext.batch import TokenBatch
+from megatron_ext.packing import MicroBatch
 from recipes.algorithms.sequences import Sequences
-from recipes.config import sequence_multiple
-from recipes.data import preference_pairs
-from recipes.data.row_order import shuffled
-from recipes.data.rows import PAIR_FIELDS, Row, load_rows, messages
+from recipes.config import Config
+from recipes.data.preference_pairs import chosen_and_rejected
+from recipes.data.processor import PromptProcessor
+from recipes.data.rows import PAIR_FIELDS, load_rows, messages
+from recipes.data.sources import Row
 from recipes.evaluation.statistics import mean_interval
 from recipes.run import records
-from recipes.training.session import Session
-from recipes.training.sft import total_steps
+from recipes.run.run import Run
+from recipes.training import supervised
+from recipes.training.policy import Policy
 
 
-def fit(session: Session) -> None:
-    """The steps of ``stage.reward_model``; each has its line in metrics.jsonl. The weights stay in the model.
+def fit(config: Config, policy: Policy, run: Run, processor: PromptProcessor) -> None:
+    """Collective: the steps of ``stage.reward_model``.
 
-    Where the run has a checkpoint, the loop goes on behind the newest. At the end ``reward_model.json`` has the
-    accuracy on the held-out pairs and every score of theirs.
+    At the end ``reward_model.json`` has the accuracy on the held-out pairs and every score of theirs.
     """
-    config, settings, model = session.config, session.config.stage.reward_model, session.model
-    rows = load_rows(settings.pairs, PAIR_FIELDS)
-    held_out = load_rows(settings.held_out, PAIR_FIELDS)
-    count, total = settings.pairs_per_step, total_steps(settings, settings.pairs_per_step, len(rows))
-    loss = partial(bradley_terry, pairs=count, context_group=session.parallel.context_group)
-    optim, schedule = session.build_optimizer(settings, total)
-    saver, newest = session.open_checkpoints()
-    done = checkpoint.load(newest, model, optim, schedule) if newest else 0
-    session.truncate_records(done)
-    report = judge(session, held_out) if done == total else {}
+    settings = config.stage.reward_model
+    held_out_rows = load_rows(settings.held_out, PAIR_FIELDS)
+    context_group = policy.parallel.context_group
+    report: dict[str, Any] = {}
 
-    for step in range(done, total):
-        saver.check()
-        last = step + 1 == total
-        with session.phase("data"):
-            batch = shuffled(rows, step * count, count, config.seed)
-            micro_batches = session.micro_batches(both(session, batch), together=2)
-        rate = schedule.get_lr({})
-        with session.phase("train"):
-            found = forward_backward.accumulate_gradients(model, micro_batches, loss)
-            session.update(optim, schedule, found)
-        metrics = {"step": step + 1, "epoch": (step + 1) * count / len(rows), "learning_rate": rate}
-        metrics |= {name: records.value(found[name]) for name in ("loss", "grad_norm", "accuracy", "margin")}
-        if last or (step + 1) % settings.held_out_every == 0:
-            with session.phase("held_out"):
-                report = judge(session, held_out)
-            metrics |= {f"held_out_{name}": report[name] for name in ("loss", "margin")}
-            metrics["held_out_accuracy"] = report["accuracy"]["mean"]
-        session.record(metrics)
-        session.display.progress(step + 1, total, f"loss {found['loss']:.3f}  accuracy {found['accuracy']:.2f}")
-        if session.saves(step + 1, total):
-            with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule)}
-                saver.save(step + 1, models, session.progress())
-            session.saved(saver, step + 1)
-    saver.wait()
-    if session.rank == 0:
-        records.write_json(session.run_dir / "reward_model.json", report)
+    def make_batch(rows: Sequence[Row]) -> TokenBatch:
+        return pairs_batch(processor, rows, config.parallel.micro_batch_tokens)
+
+    def held_out() -> dict[str, float]:
+        report.update(evaluate(policy, make_batch, held_out_rows))
+        return {
+            "held_out_loss": report["loss"],
+            "held_out_margin": report["margin"],
+            "held_out_accuracy": report["accuracy"]["mean"],
+        }
+
+    task = supervised.Task(
+        settings=settings,
+        rows=load_rows(settings.pairs, PAIR_FIELDS),
+        rows_per_step=settings.pairs_per_step,
+        make_batch=make_batch,
+        loss=partial(bradley_terry, pairs=settings.pairs_per_step, context_group=context_group),
+        together=2,
+        metrics=("accuracy", "margin"),
+        batch_metrics=lambda batch: {},
+        held_out=held_out,
+    )
+    supervised.fit(task, policy, run, config.seed)
+    if not report:  # all steps were done before this launch
+        held_out()
+    if run.rank == 0:
+        records.write_json(run.folder / "reward_model.json", report)
 
 
-def both(session: Session, rows: Sequence[Row]) -> list[PackedSequence]:
-    """Chosen and rejected of each row, one behind the other."""
-    longest = session.config.parallel.micro_batch_tokens
-    return [
-        sequence for row in rows for sequence in preference_pairs.chosen_and_rejected(session.prompts, row, longest)
-    ]
+def pairs_batch(processor: PromptProcessor, rows: Sequence[Row], max_tokens: int) -> TokenBatch:
+    """The chosen and then the rejected answer of each row. Raises ConfigError naming a row that is too long."""
+    return batches.concatenate([chosen_and_rejected(processor, row, max_tokens) for row in rows])
 
 
 def bradley_terry(
@@ -91,26 +85,27 @@ def bradley_terry(
     scores = sequences.sum(values)
     margins = scores[0::2] - scores[1::2]
     slopes = -torch.sigmoid(-margins) / pairs
-    surrogate = (sequences.spread(torch.stack([slopes, -slopes], dim=1).flatten(), values) * values).sum()
-    parts = pairs * (1 if context_group is None else dist.get_world_size(context_group))  # which all count the same
-    loss = F.softplus(-margins).sum() / parts
-    metrics = {"accuracy": (margins > 0).double().sum() / parts, "margin": margins.sum() / parts}
+    slopes_of_scores = torch.stack([slopes, -slopes], dim=1).flatten()
+    surrogate = (sequences.spread(slopes_of_scores, values) * values).sum()
+    # Every context-parallel rank counts the same pairs.
+    counted = pairs * (1 if context_group is None else dist.get_world_size(context_group))
+    loss = F.softplus(-margins).sum() / counted
+    metrics = {"accuracy": (margins > 0).double().sum() / counted, "margin": margins.sum() / counted}
     return surrogate - surrogate.detach() + loss.to(surrogate.dtype), metrics
 
 
-def judge(session: Session, rows: Sequence[Row]) -> dict[str, Any]:
+def evaluate(policy: Policy, make_batch: Callable[[Sequence[Row]], TokenBatch], rows: Sequence[Row]) -> dict[str, Any]:
     """Collective: loss, mean margin, the share of pairs ranked right (ties count half) with its interval, scores."""
-    missing = -len(rows) % sequence_multiple(session.config)
-    sequences = both(session, [*rows, *[rows[0]] * missing])
-    batches = session.micro_batches(sequences, together=2)
-    found = forward_backward.values(session.model, batches)
-    scores = (
-        forward_backward.gather_tokens(session.model, batches, found, len(sequences)).double().view(-1, 2)[: len(rows)]
-    )
+    missing = -len(rows) % policy.sequence_multiple
+    batch = make_batch([*rows, *[rows[0]] * missing])
+    micro_batches = policy.micro_batches(batch, together=2)
+    values = forward_backward.values(policy.model, micro_batches)
+    scores = forward_backward.gather_tokens(policy.model, micro_batches, values, len(batch.response_tokens))
+    scores = scores.double().view(-1, 2)[: len(rows)]
     margins = scores[:, 0] - scores[:, 1]
-    right = (0.5 + 0.5 * margins.sign()).tolist()
+    ranked_right = (0.5 + 0.5 * margins.sign()).tolist()
     return {
-        "accuracy": mean_interval(right, [str(messages(row)) for row in rows]),
+        "accuracy": mean_interval(ranked_right, [str(messages(row)) for row in rows]),
         "loss": float(F.softplus(-margins).mean()),
         "margin": float(margins.mean()),
         "scores": [

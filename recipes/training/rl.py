@@ -1,281 +1,420 @@
-"""The RL loop. It reads as the algorithm; its parts are in rollout/, rewards/, recipes/algorithms/, megatron_ext/."""
+"""The RL loop: generate, score, advantages, update, sync. Every algorithm, stage and model goes through it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
-from megatron_ext import checkpoint, forward_backward, optimizer
-from megatron_ext.packing import MicroBatch, PackedSequence, VisionInputs
+from megatron_ext import batch as batches
+from megatron_ext import checkpoint, forward_backward
+from megatron_ext.batch import Array, TokenBatch
+from megatron_ext.checkpoint import POLICY
+from megatron_ext.packing import MicroBatch
 from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import AdvantageInputs, broadcast_to_tokens
-from recipes.algorithms.registry import requirements, resolve
+from recipes.algorithms.aggregation import token_weights
+from recipes.algorithms.registry import Needs, requirements, resolve
 from recipes.algorithms.shaping import has_reward_variance, overlong_penalty, select_groups
-from recipes.data.processor import ProcessedPrompt
+from recipes.config import Config
+from recipes.data.processor import ProcessedPrompt, PromptProcessor
 from recipes.data.row_order import curriculum_phases, scheduled
 from recipes.data.rows import Row, load_rows
 from recipes.data.sources import RowsById
 from recipes.run import records
-from recipes.training import critic as critics
-from recipes.training.session import Session
+from recipes.run.run import Run, TrainingState, read_responses
+from recipes.training.critic import Critic, build_critic
+from recipes.training.policy import Policy
+from recipes.training.rollouts import Rollouts
 from rewards import mixing, objectives
-from rewards.verdict import VerifierResult, from_json, or_nan, to_json
+from rewards.verdict import VerifierResult, from_json, or_nan
 from rewards.verifiers import search
-from rollout import prompt_buffer as prompt_buffers
 from rollout.prompt_buffer import PromptBuffer, Rollout
-from rollout.sample import Sample
 
 
-@dataclass(frozen=True)
-class Group:
-    """A prompt and what was made of it: its responses, what the verifiers say of each, and its reward, NaN where one of
-    them failed."""
+@dataclass
+class Loop:
+    """What the steps of the loop share. ``rows`` are the data's rows by id; ``constraint`` is the state of the Lagrange
+    multiplier (``rewards.objectives``); ``critic`` is None for an algorithm without values."""
 
-    row: Row
-    vision: VisionInputs | None
-    samples: list[Sample]
-    judged: list[dict[str, VerifierResult]]
-    rewards: list[float]
+    config: Config
+    policy: Policy
+    critic: Critic | None
+    rollouts: Rollouts
+    run: Run
+    rows: Mapping[str, Row]
+    needs: Needs
+    buffer: PromptBuffer
+    rollout: Rollout
+    constraint: dict[str, Any]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the engines generate the next step's responses, by weights one update older, while the trainer works
+        (``rollout.staleness``)."""
+        return self.config.rollout.staleness > 0
 
 
-def fit(session: Session, reference: Path) -> None:
-    """Prompts → rollout → rewards → advantages → Megatron steps → weight bridge → rollout, ``algorithm.steps`` times.
+def fit(
+    config: Config, policy: Policy, rollouts: Rollouts, run: Run, processor: PromptProcessor, reference: Path
+) -> None:
+    """Train the policy for ``algorithm.steps`` steps, from the newest checkpoint where there is one.
 
-    ``reference`` is the Hugging Face folder of the policy that the KL penalty refers to. Where the run has a
-    checkpoint, the loop goes on behind the newest. With ``rollout.staleness`` the next step's samples are made, by
-    weights one update older, while the trainer works on this one's.
+    ``reference`` is the Hugging Face folder of the policy that the KL penalty refers to.
     """
-    config, model, algorithm = session.config, session.model, session.config.algorithm
-    rows = load_rows(config.data.prompts)
-    advantage, aggregation = resolve("advantage", algorithm), resolve("aggregation", algorithm)
-    loss = objective.loss(algorithm, session.parallel.context_group)
-    needs = requirements(algorithm)
-    warmup = config.critic.warmup_steps if needs.values else 0  # steps in which the policy stays as it is
-    optim, schedule = session.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
-    critic = critics.build(session, reference, optim)  # None where the advantages need none
-    reference_weights = forward_backward.load_weights(model, reference) if needs.reference else None
-    done, ahead = 0, config.rollout.staleness
-    by_id = RowsById(rows)
-    pool, constraint = make_pool(session, rows), objectives.initial_state(config.rewards.constraint)
-    saver, newest = session.open_checkpoints()
-    if newest:
-        done = checkpoint.load(newest, model, optim, schedule)
-        critics.load(critic, newest)
-        progress = checkpoint.progress(newest)
-        pool.load(progress["pool"])
-        constraint = progress["constraint"]
-    session.truncate_records(done)
-    streamed = None if session.judges_sleep else partial(judge, session, by_id)
-    rollout = Rollout(pool, session.fleet, session.control, streamed)
+    loop = prepare(config, policy, rollouts, run, processor, reference)
+    checkpoints, newest = run.open_checkpoints()
+    first_step = resume(loop, newest) if newest else 0
+    run.truncate_records(first_step)
+    last_step = config.algorithm.steps
+    generating = False  # whether this step's responses are under way already
 
-    for step in range(done, algorithm.steps):
-        saver.check()
-        if not ahead or step == done:
-            with session.phase("sync"):
-                sync_bytes = session.sync_weights(step)
-        groups = collect(session, rollout, by_id, constraint, step, started=ahead > 0 and step > done)
-        if ahead and step + 1 < algorithm.steps:
-            with session.phase("sync"):
-                sync_bytes = session.sync_weights(step)
-            rollout.start((step + 1) * algorithm.max_generation_batches)
+    for step in range(first_step, last_step):
+        checkpoints.check()
+        if not generating:
+            placed_bytes = sync(loop, step)
+        batch = generate(loop, step, generating)
+        generating = loop.ahead and step + 1 < last_step
+        if generating:
+            placed_bytes = sync(loop, step)
+            loop.rollout.start(first_draw(config, step + 1))
 
-        with session.phase("reward"):
-            samples, judged = [s for g in groups for s in g.samples], [j for g in groups for j in g.judged]
-            lengths = torch.tensor([[len(s.response_token_ids) for s in g.samples] for g in groups])
-            failed = mixing.failed_share(judged, config.rewards.client.max_failed)
-            constraint = objectives.next_state(constraint, config.rewards.constraint, judged)
-            rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
-            longest = config.rollout.max_response_tokens
-            shaped = rewards + overlong_penalty(lengths, longest=longest, overlong_fraction=algorithm.overlong_fraction)
-
-        with session.phase("logprobs"):
-            sequences = [packed(s, g.vision) for g in groups for s in g.samples]
-            penalties = kl_rewards(session, sequences, reference_weights)
-            outcomes = AdvantageInputs(shaped, lengths, penalties, critics.values(session, critic, sequences))
-            advantages = broadcast_to_tokens(advantage(outcomes), lengths)
-            size = len(samples) // algorithm.updates_per_rollout
-            shares = [slice(i, i + size) for i in range(0, len(samples), size)]
-            weights = [token_weights(aggregation, sequences[s], rewards.flatten()[s].tolist()) for s in shares]
-            skip = algorithm.skip_zero_advantage
-            chosen = [
-                contributing(sequences[s], advantages[s], weighing, skip, session.enough)
-                for s, weighing in zip(shares, weights, strict=True)
-            ]
-            updates = [session.micro_batches(sequences) for sequences in chosen]
-            for micro_batches in updates:
-                if reference_weights is not None:
-                    with forward_backward.swapped_weights(model, reference_weights):
-                        add_log_probs(session, micro_batches, "reference")
-                if len(updates) > 1:
-                    add_log_probs(session, micro_batches, "old")
-
-        sums: dict[str, float] = {}
-        with session.phase("train"):
-            session.restore_states()
-            for micro_batches in updates:
-                found = forward_backward.accumulate_gradients(
-                    model, micro_batches, loss, config.rollout.temperature, algorithm.entropy_coefficient > 0
-                )
-                if math.isfinite(found["loss"]):  # else there is no update
-                    mismatch.check(mismatch.report(found), max_mismatch=algorithm.max_mismatch)
-                if step < warmup:
-                    found["grad_norm"] = optimizer.skip(optim)
-                elif not session.update(optim, schedule, found):
-                    continue
-                forward_backward.add_metrics(sums, {**found, "updates": 1})
-            value_metrics = critics.train(session, critic, outcomes, sequences, list(chain(*weights)))
+        batch, score_metrics = score(loop, batch)
+        batch, inputs = compute_advantages(loop, batch)
+        update_metrics = update(loop, step, batch, inputs)
 
         metrics = {
             "step": step + 1,
-            "reward/mean": float(rewards.nanmean()),
-            "reward_failed": failed,
-            **session.server_counts(),
-            "constraint/multiplier": constraint["multiplier"],
-            **{f"reward/{name}": score for name, score in mixing.verifier_means(judged).items()},
-            **search.metrics(judged, constraint["multiplier"]),
-            **of_updates(sums),
-            **value_metrics,
-            "trained_samples": sum(map(len, chosen)),
-            "response_length/mean": float(lengths.double().mean()),
-            "staleness/max": step - min(version for s in samples for version in s.weight_versions),
-            "forced_tokens": sum(len(s.forced) for s in samples),
-            records.TOKENS_PER_SECOND: int(lengths.sum()) / session.seconds["generate"],
-            "sync/bytes": sync_bytes,
+            **score_metrics,
+            **update_metrics,
+            **generation_metrics(loop, step, batch),
+            "sync/bytes": placed_bytes,
+            "skipped_updates": policy.guard.take_skipped(),
         }
-        record(session, metrics, groups, advantages)
-        if session.saves(step + 1, algorithm.steps):
-            with session.phase("checkpoint"):  # behind the step's record; its time shows in the next one
-                models = {checkpoint.POLICY: checkpoint.snapshot(model, optim, schedule), **critics.snapshot(critic)}
-                saver.save(step + 1, models, {**session.progress(), "pool": pool.to_json(), "constraint": constraint})
-            session.saved(saver, step + 1)
-    saver.wait()
-    session.sync_weights(algorithm.steps)
+        record(loop, metrics, batch)
+        checkpoints.after_step(step + 1, last_step, partial(training_state, loop))
+
+    checkpoints.wait()
+    rollouts.sync_weights(last_step)
 
 
-def make_pool(session: Session, rows: Sequence[Row]) -> PromptBuffer:
-    """The prompts of the data's successive steps, and how many of them are in flight."""
-    c = session.config
+# Before the first step
 
-    def draw(step: int) -> list[ProcessedPrompt]:
-        batch = scheduled(rows, curriculum_phases(c.data), step, c.algorithm.prompts_per_step, c.seed)
-        return [session.prompts(row) for row in batch]
 
-    return PromptBuffer(
-        draw,
-        session.sampling(c.rollout.temperature, c.rollout.partial_rollout_tokens),
-        wanted=c.algorithm.prompts_per_step,
-        oversample=c.rollout.oversample,
-        samples_per_prompt=c.algorithm.samples_per_prompt,
-        seed=c.seed,
+def prepare(
+    config: Config, policy: Policy, rollouts: Rollouts, run: Run, processor: PromptProcessor, reference: Path
+) -> Loop:
+    """Collective: the optimiser, and the critic and the reference where the algorithm needs them."""
+    algorithm = config.algorithm
+    needs = requirements(algorithm)
+    # The policy stays as it is while a critic warms up.
+    warmup = config.critic.warmup_steps if needs.values else 0
+    policy.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
+    critic = build_critic(config, policy, reference) if needs.values else None
+    if needs.reference:
+        policy.load_reference(reference)
+    rows = load_rows(config.data.prompts)
+    by_id = RowsById(rows)
+    buffer = PromptBuffer(
+        partial(draw_prompts, config, processor, rows),
+        rollouts.sampling(config.rollout.temperature, config.rollout.partial_rollout_tokens),
+        prompts_per_step=algorithm.prompts_per_step,
+        oversample=config.rollout.oversample,
+        samples_per_prompt=algorithm.samples_per_prompt,
+        seed=config.seed,
+    )
+    judge = partial(judge_response, config, rollouts, by_id)
+    # Judges that share the GPUs judge when all is generated.
+    on_response = None if rollouts.judges_share_gpus else judge
+    return Loop(
+        config=config,
+        policy=policy,
+        critic=critic,
+        rollouts=rollouts,
+        run=run,
+        rows=by_id,
+        needs=needs,
+        buffer=buffer,
+        rollout=Rollout(buffer, rollouts.fleet, rollouts.control, on_response),
+        constraint=objectives.initial_state(config.rewards.constraint),
     )
 
 
-def judge(session: Session, rows: Mapping[str, Row], sample: Sample) -> dict[str, Any]:
-    """What the verifiers of its label say of a sample, as JSON; runs beside the engines in several threads."""
-    row = rows[sample.prompt_id]
-    return session.judge(row, sample, list(mixing.label_weights(row, session.config.rewards.mix)))
+def draw_prompts(config: Config, processor: PromptProcessor, rows: Sequence[Row], draw: int) -> list[ProcessedPrompt]:
+    """The prompts of the data's ``draw``-th step."""
+    phases = curriculum_phases(config.data)
+    batch = scheduled(rows, phases, draw, config.algorithm.prompts_per_step, config.seed)
+    return [processor(row) for row in batch]
 
 
-def judge_groups(session: Session, rows: Mapping[str, Row], groups: Sequence[prompt_buffers.RolloutGroup]) -> None:
-    """Collective: set the groups' results when the engines have made all of them and sleep."""
-    indices = range(session.config.algorithm.samples_per_prompt)
-    samples = [group.samples[i] for group in groups for i in indices]
-    results = iter(session.judge_together(samples, partial(judge, session, rows)))
-    for group in groups:
-        group.results = {i: next(results) for i in indices}
+def resume(loop: Loop, folder: Path) -> int:
+    """Collective: go on from a checkpoint; returns how many steps it has finished."""
+    finished = loop.policy.load(folder)
+    if loop.critic is not None:
+        loop.critic.load(folder)
+    progress = checkpoint.progress(folder)
+    loop.buffer.load(progress["prompt_buffer"], read_responses(folder))
+    loop.constraint = progress["constraint"]
+    return finished
 
 
-def collect(
-    session: Session,
-    rollout: Rollout,
-    rows: Mapping[str, Row],
-    constraint: dict[str, Any],
-    step: int,
-    started: bool,
-) -> list[Group]:
-    """The step's groups, generated and judged; ``constraint``: the multiplier's state; ``started``: the engines are at
-    it already, and behind it they sleep. Collective.
+def training_state(loop: Loop) -> TrainingState:
+    """Collective: what a checkpoint holds."""
+    models = {POLICY: loop.policy.snapshot()}
+    if loop.critic is not None:
+        models |= loop.critic.snapshot()
+    in_flight, responses = loop.buffer.state()
+    progress = {**loop.policy.progress(), "prompt_buffer": in_flight, "constraint": loop.constraint}
+    return TrainingState(models, progress, responses)
+
+
+# Sync and generate
+
+
+def sync(loop: Loop, step: int) -> int:
+    """Collective: the policy's weights go to the engines; returns the bytes placed."""
+    with loop.run.phase("sync"):
+        return loop.rollouts.sync_weights(step)
+
+
+def first_draw(config: Config, step: int) -> int:
+    """The number of a step's first round of prompts: a step has up to ``algorithm.max_generation_batches``."""
+    return step * config.algorithm.max_generation_batches
+
+
+def generate(loop: Loop, step: int, started: bool) -> TokenBatch:
+    """Collective: the step's groups with their verdicts and rewards. ``started``: the engines are generating already.
+    Afterwards they sleep.
 
     Dynamic sampling (``algorithm.max_generation_batches`` above 1): further prompts are asked until enough groups have
-    differing rewards; where the rounds do not give as many, others fill up.
+    differing rewards; where the rounds do not give as many, other groups fill up.
     """
-    algorithm, rewarding = session.config.algorithm, session.config.rewards
-    indices = range(algorithm.samples_per_prompt)
-    groups: list[Group] = []
-    for draw in range(step * algorithm.max_generation_batches, (step + 1) * algorithm.max_generation_batches):
-        with session.phase("generate"):  # and reward: each sample is judged while others are being generated
-            if groups or not started:
-                session.wake_engines()
-                rollout.start(draw)
-            found = rollout.collect(partial(session.sync_weights, step))
-        if session.judges_sleep:
-            with session.phase("judge"):
-                judge_groups(session, rows, found)
-        for made in found:
-            judged = [{name: from_json(data) for name, data in made.results[i].items()} for i in indices]
-            row = rows[made.asked.prompt.prompt_id]
-            weights = objectives.constrained_weights(
-                mixing.label_weights(row, rewarding.mix), rewarding.constraint, constraint
-            )
-            mixed = objectives.group_rewards(judged, weights, rewarding.normalise, rewarding.gate)
-            samples = [made.samples[i] for i in indices]
-            groups.append(Group(row, made.asked.vision, samples, judged, list(map(or_nan, mixed))))
-        rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
+    algorithm = loop.config.algorithm
+    rounds: list[TokenBatch] = []
+    rewards = torch.empty(0, algorithm.samples_per_prompt, dtype=torch.float64)
+    for draw in range(first_draw(loop.config, step), first_draw(loop.config, step + 1)):
+        with loop.run.phase("generate"):  # verifiers judge each response while others are being generated
+            if rounds or not started:
+                loop.rollouts.wake()
+                loop.rollout.start(draw)
+            batch = loop.rollout.collect(partial(loop.rollouts.sync_weights, step))
+        if loop.rollouts.judges_share_gpus:
+            with loop.run.phase("judge"):
+                judge = partial(judge_response, loop.config, loop.rollouts, loop.rows)
+                batch = loop.rollouts.judge_together(batch, judge)
+        rounds.append(replace(batch, rewards=mix_rewards(loop, batch)))
+        rewards = torch.cat([rewards, by_group(rounds[-1].rewards, algorithm.samples_per_prompt)])
         if int(has_reward_variance(rewards).sum()) >= algorithm.prompts_per_step:
             break
-    with session.phase("sync"):  # which wakes them
-        session.sleep_engines()
-    return [groups[i] for i in select_groups(rewards, algorithm.prompts_per_step)]
+    with loop.run.phase("sync"):  # the next sync wakes the engines
+        loop.rollouts.sleep()
+    groups = select_groups(rewards, algorithm.prompts_per_step)
+    return join_rounds(rounds, groups, algorithm.samples_per_prompt)
 
 
-def packed(sample: Sample, vision: VisionInputs | None) -> PackedSequence:
-    """A sample as the trainer takes it: exactly the ids that were sampled, and which of them were not but forced."""
-    forced = set(sample.forced)
-    sampled = [float(i not in forced) for i in range(len(sample.response_token_ids))]
-    values = {"rollout": sample.logprobs, "sampled": sampled}
-    return PackedSequence(list(sample.prompt_token_ids), list(sample.response_token_ids), values, vision)
+def join_rounds(rounds: Sequence[TokenBatch], groups: Sequence[int], samples_per_prompt: int) -> TokenBatch:
+    """The chosen groups of all rounds as one batch; groups are numbered over all rounds."""
+    batch = batches.concatenate(rounds)
+    number = np.repeat(np.arange(len(batch) // samples_per_prompt, dtype=np.int32), samples_per_prompt)
+    batch = replace(batch, group_index=number)
+    return batch.select(np.flatnonzero(np.isin(number, groups)))
 
 
-def kl_rewards(session: Session, sequences: list[PackedSequence], reference: list[torch.Tensor] | None) -> torch.Tensor:
-    """What each response token of the rollout pays for leaving the reference, [tokens]; 0 where the loss has the KL."""
-    algorithm, temperature = session.config.algorithm, session.config.rollout.temperature
-    total = sum(len(s.response) for s in sequences)
-    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0 or reference is None:
-        return torch.zeros(total, dtype=torch.float64)
-    batches = session.micro_batches(sequences)
-    policy = forward_backward.gather_tokens(
-        session.model, batches, forward_backward.log_probs(session.model, batches, temperature), total
-    )
-    with forward_backward.swapped_weights(session.model, reference):
-        found = forward_backward.log_probs(session.model, batches, temperature)
-    kl = resolve("kl_estimator", algorithm)(
-        policy, forward_backward.gather_tokens(session.model, batches, found, total)
-    )
+def by_group(per_response: Array, samples_per_prompt: int) -> torch.Tensor:
+    """[S] → [prompts, samples]: a batch has its groups one after another."""
+    return torch.from_numpy(per_response.reshape(-1, samples_per_prompt))
+
+
+def judge_response(config: Config, rollouts: Rollouts, rows: Mapping[str, Row], response: TokenBatch) -> dict[str, Any]:
+    """What the verifiers of its row's label say of a batch of one response. Called from several threads."""
+    row = rows[response.prompt(0).prompt_id]
+    return rollouts.judge(row, response, list(mixing.label_weights(row, config.rewards.mix)))
+
+
+# Score
+
+
+def mix_rewards(loop: Loop, batch: TokenBatch) -> Array:
+    """float64 [S]: each response's reward by its row's mix, NaN where a weighted verifier failed."""
+    rewarding = loop.config.rewards
+    samples = loop.config.algorithm.samples_per_prompt
+    rewards: list[float] = []
+    for first in range(0, len(batch), samples):
+        row = loop.rows[batch.prompt(first).prompt_id]
+        judged = [results_of(verdicts) for verdicts in batch.verdicts[first : first + samples]]
+        weights = objectives.constrained_weights(
+            mixing.label_weights(row, rewarding.mix), rewarding.constraint, loop.constraint
+        )
+        mixed = objectives.group_rewards(judged, weights, rewarding.normalise, rewarding.gate)
+        rewards += map(or_nan, mixed)
+    return np.array(rewards, np.float64)
+
+
+def results_of(verdicts: Mapping[str, Any]) -> dict[str, VerifierResult]:
+    """A response's verdicts as objects."""
+    return {name: from_json(verdict) for name, verdict in verdicts.items()}
+
+
+def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
+    """Collective: the batch without a loss on responses that have no reward, and the metrics of the rewards. The
+    constraint's multiplier moves on.
+
+    Raises RuntimeError where more verdicts failed than ``rewards.client.max_failed`` allows.
+    """
+    with loop.run.phase("reward"):
+        rewarding = loop.config.rewards
+        judged = [results_of(verdicts) for verdicts in batch.verdicts]
+        failed = mixing.failed_share(judged, rewarding.client.max_failed)
+        loop.constraint = objectives.next_state(loop.constraint, rewarding.constraint, judged)
+        multiplier = loop.constraint["multiplier"]
+        metrics = {
+            "reward/mean": float(torch.from_numpy(batch.rewards).nanmean()),
+            "reward_failed": failed,
+            **loop.rollouts.server_counts(),
+            "constraint/multiplier": multiplier,
+            **{f"reward/{name}": mean for name, mean in mixing.verifier_means(judged).items()},
+            **search.metrics(judged, multiplier),
+            "forced_tokens": int((~batch.loss_mask).sum()),
+        }
+        has_reward = batch.broadcast(~np.isnan(batch.rewards))
+        return replace(batch, loss_mask=batch.loss_mask & has_reward), metrics
+
+
+# Advantages
+
+
+def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, AdvantageInputs]:
+    """Collective: the batch with the columns ``advantages`` and ``weights``; and what the advantages were made of."""
+    algorithm = loop.config.algorithm
+    samples = algorithm.samples_per_prompt
+    with loop.run.phase("logprobs"):
+        lengths = by_group(batch.response_lengths, samples)
+        penalty = overlong_penalty(
+            lengths,
+            longest=loop.config.rollout.max_response_tokens,
+            overlong_fraction=algorithm.overlong_fraction,
+        )
+        inputs = AdvantageInputs(
+            rewards=by_group(batch.rewards, samples) + penalty,
+            lengths=lengths,
+            token_rewards=kl_rewards(loop, batch),
+            values=None if loop.critic is None else loop.critic.values(loop.policy, batch),
+        )
+        advantage = resolve("advantage", algorithm)
+        advantages = broadcast_to_tokens(advantage(inputs), lengths).numpy()
+        aggregation = resolve("aggregation", algorithm)
+        updates = split(batch, algorithm.updates_per_rollout)
+        weights = np.concatenate([token_weights(aggregation, part) for part in updates])
+        return batch.with_columns(advantages=advantages, weights=weights), inputs
+
+
+def kl_rewards(loop: Loop, batch: TokenBatch) -> torch.Tensor:
+    """float64 [R]: what each response token pays for leaving the reference; 0 where the KL is in the loss."""
+    algorithm = loop.config.algorithm
+    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0:
+        return torch.zeros(len(batch.response_tokens), dtype=torch.float64)
+    log_probs = loop.policy.all_log_probs(batch)
+    with loop.policy.reference_weights():
+        reference = loop.policy.all_log_probs(batch)
+    kl = resolve("kl_estimator", algorithm)(log_probs, reference)
     return -algorithm.kl_coefficient * kl.double()
 
 
-def add_log_probs(session: Session, micro_batches: list[MicroBatch], name: str) -> None:
-    """``values[name]``: log-probs of the micro-batches' response tokens under the model's present weights."""
-    found = forward_backward.log_probs(session.model, micro_batches, session.config.rollout.temperature)
-    for micro, log_probs in zip(micro_batches, found, strict=False):  # none off the last pipeline stage
-        micro.values[name] = log_probs
+def split(batch: TokenBatch, updates: int) -> list[TokenBatch]:
+    """The batch's responses in equal parts, one for each update of the rollout."""
+    size = len(batch) // updates
+    if updates == 1:
+        return [batch]
+    return [batch.select(range(first, first + size)) for first in range(0, len(batch), size)]
 
 
-def of_updates(sums: Mapping[str, float]) -> dict[str, float | None]:
-    """Means over the updates that were made, and over their tokens; no values where all of a step's were skipped."""
+# Update
+
+
+def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) -> dict[str, Any]:
+    """Collective: the policy's and the critic's updates on a rollout; returns their metrics."""
+    algorithm = loop.config.algorithm
+    policy = loop.policy
+    with loop.run.phase("logprobs"):
+        parts = split(batch, algorithm.updates_per_rollout)
+        updates = [contributing(part, algorithm.skip_zero_advantage, policy) for part in parts]
+        micro_batches_of_updates = [policy.micro_batches(part) for part in updates]
+        for micro_batches in micro_batches_of_updates:
+            add_log_probs(loop, micro_batches, several_updates=len(updates) > 1)
+    with loop.run.phase("train"):
+        policy.restore_states()
+        sums: dict[str, float] = {}
+        for micro_batches in micro_batches_of_updates:
+            forward_backward.add_metrics(sums, policy_update(loop, step, micro_batches))
+        critic_metrics = {} if loop.critic is None else loop.critic.train(policy, batch, inputs)
+    trained = {"trained_samples": sum(map(len, updates))}
+    return {**policy_metrics(sums, loop.needs), **critic_metrics, **trained}
+
+
+def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -> TokenBatch:
+    """The responses to train on; the weights stay those of all responses.
+
+    A zero advantage (a group of equal rewards) gives no policy gradient; leaving such responses out saves their passes
+    and drops only their KL term. Some are kept where the others are too few to be shared out over all ranks.
+    """
+    if not skip_zero_advantage:
+        return batch
+    responses = np.repeat(np.arange(len(batch)), batch.response_lengths)
+    nonzero = np.bincount(responses, batch.columns["advantages"] != 0, minlength=len(batch)) > 0
+    useful_first = batch.select(np.argsort(~nonzero, kind="stable"))
+    count = policy.divisible_prefix(useful_first, max(1, int(nonzero.sum())))
+    return useful_first.select(range(count))
+
+
+def add_log_probs(loop: Loop, micro_batches: Sequence[MicroBatch], several_updates: bool) -> None:
+    """Collective: log-probs under the reference, and, where the weights move before the last update of the rollout,
+    those under the present weights as the old policy's."""
+    if loop.needs.reference:
+        with loop.policy.reference_weights():
+            loop.policy.add_log_probs(micro_batches, "reference")
+    if several_updates:
+        loop.policy.add_log_probs(micro_batches, "old")
+
+
+def policy_update(loop: Loop, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+    """Collective: one update of the policy; returns the sums of its metrics, none where the update was skipped.
+
+    Raises RuntimeError where the engines did not sample from the trainer's weights (``algorithm.max_mismatch``).
+    """
+    algorithm = loop.config.algorithm
+    policy = loop.policy
+    metrics = forward_backward.accumulate_gradients(
+        policy.model,
+        list(micro_batches),
+        objective.loss(algorithm, policy.parallel.context_group),
+        policy.temperature,
+        entropy=algorithm.entropy_coefficient > 0,
+    )
+    if math.isfinite(metrics["loss"]):  # otherwise there is no update
+        mismatch.check(mismatch.report(metrics), max_mismatch=algorithm.max_mismatch)
+    if loop.critic is not None and step < loop.config.critic.warmup_steps:
+        policy.skip_update(metrics)
+    elif not policy.update(metrics):
+        return {}
+    return {**metrics, "updates": 1}
+
+
+# Metrics and records
+
+
+def policy_metrics(sums: Mapping[str, float], needs: Needs) -> dict[str, float | None]:
+    """Means over a step's updates, and over their tokens; None where all of them were skipped."""
     if not sums:
-        return dict.fromkeys(
-            ("kl/reference", "train_inference_mismatch/mean", "train_inference_mismatch/max", "loss", "grad_norm")
-        )
-    tokens = sums["train_inference_mismatch/tokens"]
+        names = ["kl/reference"] if needs.reference else []
+        names += [f"{mismatch.NAME}/mean", f"{mismatch.NAME}/max", "loss", "grad_norm"]
+        return dict.fromkeys(names)
+    tokens = sums[f"{mismatch.NAME}/tokens"]
     return {
-        "kl/reference": sums["kl"] / tokens if "kl" in sums else None,  # without a reference there is none
+        **({"kl/reference": sums["kl"] / tokens} if needs.reference else {}),
         **mismatch.report(sums),
         **({"entropy": sums["entropy"] / tokens} if "entropy" in sums else {}),
         "loss": sums["loss"] / sums["updates"],
@@ -283,72 +422,44 @@ def of_updates(sums: Mapping[str, float]) -> dict[str, float | None]:
     }
 
 
-def token_weights(
-    aggregation: Callable[[list[int]], list[list[float]]], sequences: list[PackedSequence], rewards: list[float]
-) -> list[list[float]]:
-    """The weights of an update's response tokens. Forced tokens, and samples without a reward (NaN), count as if they
-    were not there."""
-    counted = [
-        0 if math.isnan(reward) else int(sum(s.values["sampled"])) for s, reward in zip(sequences, rewards, strict=True)
-    ]
-    weights = iter(aggregation([n for n in counted if n]))
-    found = []
-    for sequence, n in zip(sequences, counted, strict=True):
-        own = iter(next(weights) if n else [])
-        found.append([next(own) if n and sampled else 0.0 for sampled in sequence.values["sampled"]])
-    return found
+def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, Any]:
+    """Lengths, age of the weights, and speed."""
+    tokens = len(batch.response_tokens)
+    return {
+        "response_length/mean": tokens / len(batch),
+        "staleness/max": step - int(batch.versions.min()),
+        records.TOKENS_PER_SECOND: tokens / loop.run.clock.seconds["generate"],
+    }
 
 
-def contributing(
-    sequences: list[PackedSequence],
-    advantages: list[list[float]],
-    weights: list[list[float]],
-    skip_zero_advantage: bool,
-    enough: Callable[[list[PackedSequence], int], int],
-) -> list[PackedSequence]:
-    """The sequences to train on, with their tokens' advantages and weights; the weights stay those of *all* samples.
-
-    A zero advantage (a group of equal rewards) gives no policy gradient; leaving such samples out saves their passes
-    and drops only their KL term. Some are kept where the others are too few for every rank (``enough``: how many of
-    the first sequences, at least so many, do).
-    """
-    weighted = [
-        replace(s, values={**s.values, "advantage": advantage, "weight": weight})
-        for s, advantage, weight in zip(sequences, advantages, weights, strict=True)
-    ]
-    if not skip_zero_advantage:
-        return weighted
-    order = sorted(range(len(weighted)), key=lambda i: not any(advantages[i]))  # stable: the useful ones first
-    wanted = max(1, sum(map(any, advantages)))
-    ordered = [weighted[i] for i in order]
-    return ordered[: enough(ordered, wanted)]
+def record(loop: Loop, metrics: dict[str, Any], batch: TokenBatch) -> None:
+    """Collective: rank 0 writes the step's responses and metrics and shows them; the clock starts anew."""
+    if loop.run.rank == 0:
+        lines = sample_lines(loop, metrics["step"], batch)
+        records.append_rows(loop.run.folder / "samples.jsonl", lines)
+    row = loop.run.record(metrics)
+    if loop.run.rank == 0:
+        loop.run.display.step(row, loop.config.algorithm.steps)
 
 
-def record(
-    session: Session,
-    metrics: dict[str, Any],
-    groups: list[Group],
-    advantages: list[list[float]],
-) -> None:
-    """Rank 0 writes the step's samples and metrics and shows them; the phase clocks start anew."""
-    if session.rank == 0:
-        of_samples = [(g.row, *each) for g in groups for each in zip(g.samples, g.rewards, g.judged, strict=True)]
-        lines = [
+def sample_lines(loop: Loop, step: int, batch: TokenBatch) -> list[dict[str, Any]]:
+    """The responses as lines of samples.jsonl."""
+    lines = []
+    for i, (prompt_id, sample_index) in enumerate(batch.keys):
+        tokens = batch.tokens_of(i)
+        reward = float(batch.rewards[i])
+        lines.append(
             {
-                "step": metrics["step"],
-                "prompt_id": sample.prompt_id,
-                "sample_index": sample.sample_index,
-                "prompt": row["prompt"],
-                "response": session.text(sample),
-                "tokens": len(sample.response_token_ids),
+                "step": step,
+                "prompt_id": prompt_id,
+                "sample_index": sample_index,
+                "prompt": loop.rows[prompt_id]["prompt"],
+                "response": loop.rollouts.text(batch, i),
+                "tokens": tokens.stop - tokens.start,
                 "reward": None if math.isnan(reward) else reward,
-                "verdicts": {name: to_json(judgement) for name, judgement in verdicts.items()},
-                "advantage": fmean(advantage),
-                "weight_version": sample.weight_version,
+                "verdicts": batch.verdicts[i],
+                "advantage": float(batch.columns["advantages"][tokens].mean(dtype=np.float64)),
+                "weight_version": int(batch.versions[batch.runs_of(i)][-1]),
             }
-            for (row, sample, reward, verdicts), advantage in zip(of_samples, advantages, strict=True)
-        ]
-        records.append_rows(session.run_dir / "samples.jsonl", lines)
-    line = session.record(metrics)
-    if session.rank == 0:
-        session.display.step(line, session.config.algorithm.steps)
+        )
+    return lines

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from benchmarks import packing
 from benchmarks.packing import Batch, Lengths
-from megatron_ext.packing import Cost, PackedSequence
+from megatron_ext.packing import Cost
+from tests.sequences import PlainSequence, token_batch
 from tests.settings import parallel_config
 
 
@@ -46,10 +47,10 @@ def test_a_wrong_plan_is_refused(made, message):
         packing.examine(batch([1, 1, 1], 2, 10), made)
 
 
-def test_lengths_are_padded_as_the_session_pads_them():
+def test_lengths_are_padded_as_the_policy_pads_them():
     """Each sequence to four slices under context parallelism of 2, a pack to as many on 3 tensor-parallel ranks."""
-    sequences = [PackedSequence([0] * 5, [0] * 4), PackedSequence([0], [0] * 3)]
-    made = packing.batch_of(sequences, Cost(10, 1, 100, 0), parallel_config(tensor=3, context=2), 2, 1, 64)
+    responses = token_batch([PlainSequence([0] * 5, [0] * 4), PlainSequence([0], [0] * 3)])
+    made = packing.batch_of(responses, Cost(10, 1, 100, 0), parallel_config(tensor=3, context=2), 2, 1, 64)
     assert (made.lengths, made.tokens, made.pack_multiple) == ([12, 4], 13, 24)
     assert made.costs == [90 + 81 + 400, 40 + 16 + 300]
 
@@ -82,8 +83,8 @@ SHORT = Lengths("", (30, 1.0), (100, 1.0), 0.5)
 @pytest.mark.parametrize("name", packing.METHODS)
 def test_every_method_gives_a_plan(name):
     for seed in range(5):
-        sequences = packing.sample(random.Random(seed), SHORT, 16, 4, (6000, 800))
-        drawn = packing.batch_of(sequences, Cost(50, 1, 10, 5), parallel_config(context=2), 1, 4, 6800)
+        responses = packing.sample(random.Random(seed), SHORT, 16, 4, (6000, 800))
+        drawn = packing.batch_of(responses, Cost(50, 1, 10, 5), parallel_config(context=2), 1, 4, 6800)
         found = packing.examine(drawn, packing.METHODS[name](drawn))
         assert found["micro_batches"] >= found["least"]
         assert found["beyond"] == 0 or name == "verl"

@@ -12,6 +12,7 @@ from megatron_ext import forward_backward, model, optimizer, packing, parallel
 from megatron_ext.precision import PrecisionConfig
 from recipes.preflight import memory
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE
+from tests.sequences import PlainSequence, pack
 from tests.settings import precision_config
 
 FP8 = {
@@ -70,8 +71,8 @@ def batch(config: LlamaConfig, tokens: int, count: int) -> list[packing.MicroBat
     ids = torch.randint(0, config.vocab_size, (count, size), generator=draw).tolist()
     cut = size // 4
     share = 1 / (count * (size - cut))
-    sequences = [packing.PackedSequence(row[:cut], row[cut:], {"weight": [share] * (size - cut)}) for row in ids]
-    return [packing.pack(sequences, list(range(count)), 16, 0, DEVICE)]
+    sequences = [PlainSequence(row[:cut], row[cut:], {"weight": [share] * (size - cut)}) for row in ids]
+    return [pack(sequences, list(range(count)), 16, 0, DEVICE)]
 
 
 def loss(log_probs: torch.Tensor, micro: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,6 +1,5 @@
 """FP8 weights in vLLM on the GPU: a sync makes of the trainer's weights what vLLM makes of the checkpoint's."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,16 +7,16 @@ import pytest
 
 from megatron_ext import hf_checkpoint, model, parallel
 from rollout.engine import Engine, stop_engines
-from rollout.sample import Prompt, Sampling
 from rollout.sampler import generate, make_requests
+from rollout.sampling import Sampling
 from rollout.vllm_platform import QUANTIZATIONS
 from rollout.weight_sync.sync import WeightSync
-from tests.rollout.test_vllm import program
-from tests.rollout.vllm_processes import as_argument
+from tests.responses import make_prompt, plain
+from tests.rollout.test_vllm import fresh_results, start_fresh
 from tests.settings import engine_settings, precision_config
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
-PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
+PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i)]) for i in range(4)]
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -39,10 +38,10 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(
         platform="cuda",
         quantization=quantization,
     )
-    requests, output = make_requests(PROMPTS, 2, seed=5, step=0), tmp_path / "fresh.json"
-    fresh = program("fresh", as_argument(settings), as_argument(requests), as_argument(SAMPLING), str(output))
+    requests = make_requests(PROMPTS, 2, seed=5, step=0)
+    fresh = start_fresh(settings, requests, SAMPLING, tmp_path / "fresh")
     assert fresh.wait(400) == 0
-    expected = json.loads(output.read_text())
+    workers, expected = fresh_results(tmp_path / "fresh")
     engine = Engine(settings, tmp_path / "engine.log")
     try:
         engine.wait_until_ready(time.monotonic() + 400)
@@ -51,10 +50,8 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(
         )
         for version in (1, 2):  # the second quantises over what the first left
             weight_sync.sync(version)
-            assert engine.call("GET", "/weights/digest")["workers"] == expected["workers"]
-        samples = generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
-        assert {(s.prompt_id, s.sample_index): (list(s.response_token_ids), list(s.logprobs)) for s in samples} == {
-            (s["prompt_id"], s["sample_index"]): (s["response_token_ids"], s["logprobs"]) for s in expected["samples"]
-        }
+            assert engine.call("GET", "/weights/digest")["workers"] == workers
+        responses = plain(generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0))
+        assert [(r.key, r.tokens, r.logprobs) for r in responses] == [(r.key, r.tokens, r.logprobs) for r in expected]
     finally:
         stop_engines([engine])

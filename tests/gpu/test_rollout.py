@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel
+from megatron_ext.batch import TokenBatch
 from rollout.engine import Engine, stop_engines
-from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate
+from rollout.sampling import Sampling
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.sync import WeightSync
 from tests.gpu.conftest import TINY
+from tests.responses import PlainResponse, make_prompt, plain
 from tests.settings import engine_settings, precision_config
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
-PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
+PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i)]) for i in range(4)]
 
 
 class Rollout:
@@ -28,8 +30,11 @@ class Rollout:
             policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=plans
         )
 
-    def samples(self) -> list[Sample]:
+    def generate(self) -> TokenBatch:
         return generate([self.engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
+
+    def responses(self) -> list[PlainResponse]:
+        return plain(self.generate())
 
     def digests(self) -> dict[str, str]:
         (worker,) = self.engine.call("GET", "/weights/digest")["workers"]
@@ -87,18 +92,19 @@ def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(rollo
 
 
 def test_the_same_batch_gives_the_same_bits(rollout: Rollout) -> None:
-    assert rollout.samples() == rollout.samples()
+    assert rollout.responses() == rollout.responses()
 
 
 def test_log_probs_of_samples_are_the_trainers(rollout: Rollout) -> None:
     """The bounds of the CPU test: BF16's 8 bits at logits of order 10 (one rounding of a logit is up to 0.03)."""
-    samples = rollout.samples()
-    sequences = [packing.PackedSequence(list(s.prompt_token_ids), list(s.response_token_ids)) for s in samples]
-    (plan,) = packing.plan([len(s) for s in sequences], 1, 256)
-    batches = [packing.pack(sequences, indices, 1, 0, "cuda") for indices in plan]
+    batch = rollout.generate()
+    (plan,) = packing.plan(batch.lengths.tolist(), 1, 256)
+    micro_batches = [packing.pack(batch, indices, multiple=1, pad_token=0, device="cuda") for indices in plan]
+    responses = plain(batch)
     gaps = []
-    for values, batch in zip(forward_backward.log_probs(rollout.policy, batches), batches, strict=True):
-        theirs = torch.tensor([p for i in batch.indices for p in samples[i].logprobs])
-        gaps.append((values.cpu() - theirs).abs())
+    log_probs = forward_backward.log_probs(rollout.policy, micro_batches)
+    for values, micro_batch in zip(log_probs, micro_batches, strict=True):
+        sampled = torch.tensor([p for i in micro_batch.indices for p in responses[i].logprobs])
+        gaps.append((values.cpu() - sampled).abs())
     gap = torch.cat(gaps)
     assert gap.mean() < 0.08 and gap.max() < 0.5

@@ -8,14 +8,15 @@ import torch
 
 from megatron_ext import hf_checkpoint, model, parallel
 from rollout.engine import Engine, EngineError, stop_engines
-from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate
+from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
+from tests.responses import PlainResponse, make_prompt, plain
 from tests.settings import engine_settings, precision_config
 
 KV_CACHE_GIB = 4.0
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
-PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 200 for j in range(3 + 10 * i))) for i in range(4)]
+PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i)]) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
         stop_engines([engine])
 
 
-def samples(engine: Engine) -> list[Sample]:
-    return generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
+def responses(engine: Engine) -> list[PlainResponse]:
+    return plain(generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0))
 
 
 def free_gib() -> float:
@@ -60,20 +61,20 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
 ) -> None:
     """Twice: sleep, wake the weights, sync, wake the key-value cache. No memory is lost on the way."""
     engine, weight_sync = rollout
-    before = samples(engine)
+    before = responses(engine)
     awake = free_gib()
     for _ in range(2):
         engine.call("POST", "/sleep", {})
         assert free_gib() - awake > 0.95 * KV_CACHE_GIB
         with pytest.raises(EngineError, match="asleep: kv_cache, weights"):
-            samples(engine)
+            responses(engine)
         engine.call("POST", "/wake", {"tags": ["weights"]})
         assert free_gib() - awake > 0.9 * KV_CACHE_GIB, "the cache sleeps while the weights arrive"
         weight_sync.sync(1)
         with pytest.raises(EngineError, match="asleep: kv_cache"):
-            samples(engine)
+            responses(engine)
         engine.call("POST", "/wake", {"tags": ["kv_cache"]})
-        assert samples(engine) == before
+        assert responses(engine) == before
         assert abs(free_gib() - awake) < 0.25
 
 
@@ -84,6 +85,6 @@ def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(rollout: 
         engine.call("GET", "/weights/checksum")
     engine.call("POST", "/wake", {"tags": ["weights", "kv_cache"]})
     with pytest.raises(EngineError, match="the weights are stale"):
-        samples(engine)
+        responses(engine)
     weight_sync.sync(1)
-    assert len(samples(engine)) == 8
+    assert len(responses(engine)) == 8

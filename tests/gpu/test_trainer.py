@@ -11,23 +11,24 @@ import torch.distributed as dist
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel
 from megatron_ext.blocks import region
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE, TINY
+from tests.sequences import PlainSequence, pack
 from tests.settings import precision_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def sequences() -> list[packing.PackedSequence]:
+def sequences() -> list[PlainSequence]:
     """Six prompts and responses of random tokens; weights make the loss the mean of token means."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 20, (6, 2), generator=draw).tolist()
     tokens = [[torch.randint(0, TINY.vocab, (n,), generator=draw).tolist() for n in pair] for pair in lengths]
-    return [packing.PackedSequence(p, r, {"weight": [1 / (6 * len(r))] * len(r)}) for p, r in tokens]
+    return [PlainSequence(p, r, {"weight": [1 / (6 * len(r))] * len(r)}) for p, r in tokens]
 
 
 def micro_batches() -> list[packing.MicroBatch]:
     (plan,) = packing.plan([len(s) for s in sequences()], 1, 64)
     assert len(plan) > 1 and max(map(len, plan)) > 1, "several micro-batches, several sequences in one"
-    return [packing.pack(sequences(), indices, 1, 0, "cuda") for indices in plan]
+    return [pack(sequences(), indices, 1, 0, "cuda") for indices in plan]
 
 
 def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

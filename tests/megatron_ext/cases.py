@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from megatron_ext.layout import ParallelConfig
-from megatron_ext.packing import PackedSequence
+from tests.sequences import PlainSequence
 from tests.settings import optimizer_config, parallel_config, schedule_config
 
 WORLD = 4
@@ -201,16 +201,14 @@ def has_whole_gradients(case: Case) -> bool:
     return case.data * case.context == 1 or not case.distributed_optimizer
 
 
-def batch(case: Case) -> list[PackedSequence]:
+def batch(case: Case) -> list[PlainSequence]:
     """8 sequences of 6 to 38 tokens. ``weight`` makes the loss the mean over sequences of token means; ``place`` is the
     token's in its response."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = TWINS[case.twin][2]["vocab_size"]
     draw: Callable[[int], list[int]] = lambda n: torch.randint(0, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
-    made = [
-        PackedSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths
-    ]
+    made = [PlainSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths]
     return made[::-1] if case.reverse else made
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from megatron_ext.packing import PackedSequence, VisionInputs
+from megatron_ext.packing import VisionInputs
+from tests.sequences import PlainSequence
 
 TILE, PATCH, TOKENS_PER_TILE = 56, 14, 4
 IMAGE_TOKEN, IMAGE_START, IMAGE_END = 128, 129, 130
@@ -152,7 +153,7 @@ def pixels(tiles: int, seed: int) -> torch.Tensor:
     return torch.randn(tiles, 3, TILE, TILE, generator=torch.Generator().manual_seed(seed))
 
 
-def batch() -> list[PackedSequence]:
+def batch() -> list[PlainSequence]:
     """As many sequences as ``TILES``, of 5 to 42 tokens; ``weight`` makes the loss the mean over sequences of means."""
     generator = torch.Generator().manual_seed(0)
 
@@ -169,7 +170,7 @@ def batch() -> list[PackedSequence]:
         places = [place for place, token in enumerate(prompt) if token == IMAGE_TOKEN]
         values = {"weight": [1 / (len(TILES) * len(response))] * len(response), "place": list(range(len(response)))}
         vision = VisionInputs(pixels(sum(images), n), None, places, None) if images else None
-        made.append(PackedSequence(prompt, response, values, vision))
+        made.append(PlainSequence(prompt, response, values, vision))
     return made
 
 

@@ -28,6 +28,7 @@ from recipes.preflight import memory, simulated_ranks  # noqa: E402
 from recipes.preflight.memory import Shape  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.memory_cases import CASES, MemoryCase  # noqa: E402
+from tests.sequences import PlainSequence, pack  # noqa: E402
 from tests.settings import precision_config  # noqa: E402
 
 SEQUENCES = ((10, 20), (6, 14), (30, 3))  # prompt and response tokens; 83 in all
@@ -81,7 +82,7 @@ def new_bytes(before: dict[int, int]) -> int:
 
 
 def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
-    sequences = [packing.PackedSequence([1] * p, [2] * r, {"weight": [1.0] * r}) for p, r in SEQUENCES]
+    sequences = [PlainSequence([1] * p, [2] * r, {"weight": [1.0] * r}) for p, r in SEQUENCES]
     if case.vision:  # 64 patches of an eight by eight frame are 16 tokens
         last = sequences[-1]
         qwen = case.vision == "qwen"
@@ -91,12 +92,10 @@ def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
             placeholders=list(range(16)),
             positions=[list(range(len(last.prompt)))] * 3 if qwen else None,
         )
-        sequences[-1] = packing.PackedSequence(last.prompt, last.response, last.values, seen)
+        sequences[-1] = PlainSequence(last.prompt, last.response, last.values, seen)
     layout = built.parallel.config
     device = platform.current().device()
-    return packing.pack(
-        sequences, [0, 1, 2], built.token_multiple, 0, device, layout.context, built.parallel.context_rank
-    )
+    return pack(sequences, [0, 1, 2], built.token_multiple, 0, device, layout.context, built.parallel.context_rank)
 
 
 def shape_of(batch: packing.MicroBatch) -> Shape:

@@ -25,17 +25,17 @@ from megatron_ext import forward_backward, hf_checkpoint, model, parallel  # noq
 from megatron_ext.blocks import region  # noqa: E402
 from megatron_ext.packing import (  # noqa: E402
     Cost,
-    PackedSequence,
     VisionInputs,
     context_slices,
     cost_of,
-    enough,
-    pack,
+    divisible_prefix,
     plan,
+    sequence_positions,
 )
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
 from tests.megatron_ext.reference import Pieces, Reference, assemble  # noqa: E402
+from tests.sequences import PlainSequence, pack, token_batch  # noqa: E402
 from tests.settings import parallel_config, precision_config  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -172,10 +172,10 @@ def test_plan_refuses_what_cannot_be_cut(lengths: list[int], ranks: int, limit: 
 
 
 def test_enough_takes_no_more_than_the_plan_needs() -> None:
-    assert enough([5, 5, 5, 5], 2, 2, 8) == 2
-    assert enough([5, 5, 5, 5], 3, 2, 8) == 4, "three are two micro-batches on a rank and one on the other"
-    assert enough([5, 3, 5, 5], 3, 2, 8) == 3
-    assert enough([5, 5, 5, 5], 0, 2, 8) == 2, "no rank goes without"
+    assert divisible_prefix([5, 5, 5, 5], 2, 2, 8) == 2
+    assert divisible_prefix([5, 5, 5, 5], 3, 2, 8) == 4, "three are two micro-batches on a rank and one on the other"
+    assert divisible_prefix([5, 3, 5, 5], 3, 2, 8) == 3
+    assert divisible_prefix([5, 5, 5, 5], 0, 2, 8) == 2, "no rank goes without"
 
 
 @given(batches(), st.integers(0, 40), st.integers(1, 3))
@@ -183,7 +183,7 @@ def test_enough_takes_no_more_than_the_plan_needs() -> None:
 def test_enough_is_the_least_that_can_be_planned(batch: tuple[list[int], int, int], wanted: int, group: int) -> None:
     lengths, ranks, limit = batch
     lengths = lengths * group
-    count = enough(lengths, wanted, ranks, limit, group)
+    count = divisible_prefix(lengths, wanted, ranks, limit, group)
     check(plan(lengths[:count], ranks, limit, group), lengths[:count], ranks, limit, group)
     for fewer in range(max(1, wanted), count):
         with pytest.raises(ValueError, match="sequences for"):
@@ -223,7 +223,9 @@ def test_cost_equals_the_operations_that_torch_counts() -> None:
         counted = counter.get_total_flops() - cost.square // 7 * 12 * tokens**2
         assert counted == (cost.token + cost.response) * tokens
     vision = VisionInputs(torch.zeros(8, 1), None, [1, 2], None)
-    made = Cost(token=1000, square=100, response=10, image=1).of(PackedSequence([0] * 4, [0] * 3, vision=vision))
+    made = Cost(token=1000, square=100, response=10, image=1).of(
+        token_batch([PlainSequence([0] * 4, [0] * 3, vision=vision)])
+    )[0]
     assert made == 1000 * 7 + 100 * 49 + 10 * 3 + 2
 
 
@@ -237,7 +239,7 @@ def alone() -> Iterator[parallel.Parallel]:
         parallel.destroy()
 
 
-def gradients(built: model.Model, sequences: list[PackedSequence], ranks: Plan) -> tuple[float, Pieces]:
+def gradients(built: model.Model, sequences: list[PlainSequence], ranks: Plan) -> tuple[float, Pieces]:
     """Loss and gradients of the sequences cut by a plan, whose ranks' micro-batches run one after the other."""
     batches = [pack(sequences, indices, 4, 0, "cpu") for rank in ranks for indices in rank]
     sums = forward_backward.accumulate_gradients(
@@ -300,9 +302,9 @@ def test_gradients_of_packed_sequences_are_those_of_unpacked_ones_however_the_ba
 
 def test_pack_lays_sequences_behind_each_other_and_pads_with_a_sequence_of_its_own() -> None:
     sequences = [
-        PackedSequence([5, 6], [7], {"weight": [0.5]}),
-        PackedSequence([99], [98], {"weight": [9.0]}),
-        PackedSequence([1], [2, 3, 4], {"weight": [0.1, 0.2, 0.3]}),
+        PlainSequence([5, 6], [7], {"weight": [0.5]}),
+        PlainSequence([99], [98], {"weight": [9.0]}),
+        PlainSequence([1], [2, 3, 4], {"weight": [0.1, 0.2, 0.3]}),
     ]
     micro = pack(sequences, [2, 0], 4, 77, CPU)
     assert micro.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 77]]
@@ -318,7 +320,7 @@ def test_pack_lays_sequences_behind_each_other_and_pads_with_a_sequence_of_its_o
 
 
 def test_pack_adds_nothing_when_the_tokens_fit() -> None:
-    micro = pack([PackedSequence([1, 2], [3, 4])], [0], 4, 77, CPU)
+    micro = pack([PlainSequence([1, 2], [3, 4])], [0], 4, 77, CPU)
     assert micro.tokens.tolist() == [[1, 2, 3, 4]]
     assert micro.packed.cu_seqlens_q.tolist() == [0, 4]
 
@@ -328,7 +330,7 @@ def test_pack_adds_nothing_when_the_tokens_fit() -> None:
 def test_pack_never_predicts_across_a_border_or_from_padding(sizes: list[tuple[int, int]], multiple: int) -> None:
     """Tokens are numbered through, so that each prediction can be read off."""
     numbers = iter(range(10_000))
-    sequences = [PackedSequence([next(numbers) for _ in range(p)], [next(numbers) for _ in range(r)]) for p, r in sizes]
+    sequences = [PlainSequence([next(numbers) for _ in range(p)], [next(numbers) for _ in range(r)]) for p, r in sizes]
     micro = pack(sequences, list(range(len(sizes))), multiple, -1, CPU)
     tokens = micro.tokens[0]
     assert len(tokens) % multiple == 0
@@ -351,7 +353,7 @@ def test_context_ranks_share_the_tokens_and_predictions_out(
     """Each token of the pack on one rank, as many everywhere; a response token predicted once, by the one before it."""
     numbers = iter(range(10_000))
     sequences = [
-        PackedSequence(
+        PlainSequence(
             [next(numbers) for _ in range(p)], responses := [next(numbers) for _ in range(r)], {"own": responses}
         )
         for p, r in sizes
@@ -372,8 +374,8 @@ def test_context_ranks_share_the_tokens_and_predictions_out(
 
 
 def test_context_slices_are_the_same_distance_from_either_end() -> None:
-    assert context_slices([0, 8, 12], 2, 0) == [0, 1, 6, 7, 8, 11]
-    assert context_slices([0, 8, 12], 2, 1) == [2, 3, 4, 5, 9, 10]
+    assert context_slices([0, 8, 12], 2, 0).tolist() == [0, 1, 6, 7, 8, 11]
+    assert context_slices([0, 8, 12], 2, 1).tolist() == [2, 3, 4, 5, 9, 10]
 
 
 def images(pixels: list[float], places: list[int], positions: list[list[int]] | None = None) -> VisionInputs:
@@ -385,9 +387,9 @@ def images(pixels: list[float], places: list[int], positions: list[list[int]] | 
 def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -> None:
     """A placeholder token has the number of its pixel."""
     sequences = [
-        PackedSequence([10, 1, 2, 11], [12, 13], vision=images([1.0, 2.0], [1, 2])),
-        PackedSequence([20], [21, 22]),
-        PackedSequence([3, 30, 4, 5], [31], vision=images([3.0, 4.0, 5.0], [0, 2, 3])),
+        PlainSequence([10, 1, 2, 11], [12, 13], vision=images([1.0, 2.0], [1, 2])),
+        PlainSequence([20], [21, 22]),
+        PlainSequence([3, 30, 4, 5], [31], vision=images([3.0, 4.0, 5.0], [0, 2, 3])),
     ]
     found = []
     for rank in range(context):
@@ -405,7 +407,8 @@ def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -
 def test_positions_go_on_behind_the_greatest_of_the_prompt() -> None:
     """Qwen2.5-VL's: an image of 1 x 2 x 2 rows advances by its longest side, not by its tokens."""
     prompt = [[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]]
-    sequence = PackedSequence([0] * 6, [0, 0], vision=images([0.0] * 4, [1, 2, 3, 4], prompt))
-    assert sequence.positions() == [[*axis, 4, 5] for axis in prompt]
-    micro = pack([sequence, PackedSequence([0], [0])], [1, 0], 4, -1, CPU)
+    vision = images([0.0] * 4, [1, 2, 3, 4], prompt)
+    assert sequence_positions(8, vision).tolist() == [[*axis, 4, 5] for axis in prompt]
+    sequence = PlainSequence([0] * 6, [0, 0], vision=vision)
+    micro = pack([sequence, PlainSequence([0], [0])], [1, 0], 4, -1, CPU)
     assert micro.positions.squeeze(1).tolist() == [[0, 1, *axis, 4, 5, 0, 1] for axis in prompt]

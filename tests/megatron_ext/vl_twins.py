@@ -20,13 +20,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel, platform
+from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, parallel, platform
 from megatron_ext.layout import ParallelConfig
 from megatron_ext.models import qwen2_5_vl
-from megatron_ext.packing import PackedSequence, VisionInputs
+from megatron_ext.packing import VisionInputs
 from recipes.launch.launcher import fork_ranks
 from tests.megatron_ext import cases, internvl_twins, ranks
 from tests.megatron_ext.cases import Case
+from tests.sequences import PlainSequence, pack
 from tests.settings import precision_config
 
 Results = Callable[[str], list[dict[str, Any]]]
@@ -177,7 +178,7 @@ def make_qwen2_5_vl(folder: Path, tied: bool = False) -> None:
     model.save_pretrained(folder, max_shard_size="200KB")
 
 
-def batch(hf_config: Any) -> list[PackedSequence]:
+def batch(hf_config: Any) -> list[PlainSequence]:
     """As many sequences as ``SIZES``, of 7 to 60 tokens, with the values of ``cases.batch``."""
     generator = torch.Generator().manual_seed(0)
 
@@ -205,7 +206,7 @@ def batch(hf_config: Any) -> list[PackedSequence]:
                     hf_config, prompt, grid, [SECONDS for frames, _, _ in sizes if frames > 1]
                 ),
             )
-        made.append(PackedSequence(prompt, response, values, vision))
+        made.append(PlainSequence(prompt, response, values, vision))
     return made
 
 
@@ -217,7 +218,7 @@ def placeholders(hf_config: Any, size: tuple[int, int, int]) -> list[int]:
     return [hf_config.vision_start_token_id, *[token] * count, hf_config.vision_end_token_id]
 
 
-def hugging_face_inputs(hf_config: Any, sequence: PackedSequence) -> dict[str, Any]:
+def hugging_face_inputs(hf_config: Any, sequence: PlainSequence) -> dict[str, Any]:
     """What transformers' model takes for a sequence: it finds positions and places itself, images and clips apart."""
     tokens = torch.tensor([sequence.prompt + sequence.response])
     is_image, is_clip = tokens == hf_config.image_token_id, tokens == hf_config.video_token_id
@@ -312,7 +313,7 @@ def reference(folder: Path, run: Run) -> Reference:
     return Reference(torch.cat(rows), log_probs, loss.item(), gradients)
 
 
-def batch_of(run: Run, hf_config: Any) -> list[PackedSequence]:
+def batch_of(run: Run, hf_config: Any) -> list[PlainSequence]:
     return internvl_twins.batch() if run.is_internvl else batch(hf_config)
 
 
@@ -330,7 +331,7 @@ class Policy:
         micro_batches = internvl_twins.MICRO_BATCHES if run.is_internvl else MICRO_BATCHES
         device, context = platform.current().device(), run.context
         self.micro = [
-            packing.pack(self.sequences, indices, self.model.token_multiple, 0, device, context, here.context_rank)
+            pack(self.sequences, indices, self.model.token_multiple, 0, device, context, here.context_rank)
             for indices in micro_batches[here.data_rank :: run.data]
         ]
 

@@ -31,6 +31,7 @@ from recipes.launch.launcher import fork_ranks  # noqa: E402
 from recipes.preflight import memory  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
+from tests.sequences import pack  # noqa: E402
 from tests.settings import precision_config  # noqa: E402
 
 if __name__ == "__main__":
@@ -75,7 +76,7 @@ class Policy:
         device = platform.current().device()
         mine = self.plan[(layout.data_rank + case.swap) % layout.data]
         self.micro = [
-            packing.pack(sequences, indices, self.model.token_multiple, 0, device, case.context, layout.context_rank)
+            pack(sequences, indices, self.model.token_multiple, 0, device, case.context, layout.context_rank)
             for indices in mine
         ]
 

@@ -39,7 +39,12 @@ def outcomes(rewards: list[list[float]], lengths: list[list[int]] | None = None,
 
 
 def tokens(name: str, given: AdvantageInputs) -> list[list[float]]:
-    return advantages.broadcast_to_tokens(ALL[name](given), given.lengths)
+    return split(advantages.broadcast_to_tokens(ALL[name](given), given.lengths), given)
+
+
+def split(of_tokens: Tensor, given: AdvantageInputs) -> list[list[float]]:
+    """[tokens] → those of each response."""
+    return [part.tolist() for part in of_tokens.split(given.lengths.flatten().tolist())]
 
 
 def random_outcomes() -> AdvantageInputs:
@@ -166,7 +171,7 @@ def test_whitened_ones_have_mean_zero_and_deviation_one_over_the_judged_tokens(n
 def test_gae_is_the_sum_that_defines_it() -> None:
     """A_t = Σ_l (γλ)^l δ_{t+l}, sequence by sequence, against the plain double sum."""
     given = random_outcomes()
-    found = advantages.broadcast_to_tokens(advantages.gae(given, discount=0.9, gae_lambda=0.8), given.lengths)
+    found = split(advantages.gae(given, discount=0.9, gae_lambda=0.8), given)
     assert given.values is not None
     parts = zip(
         given.rewards.flatten().tolist(),
@@ -175,12 +180,12 @@ def test_gae_is_the_sum_that_defines_it() -> None:
         found,
         strict=True,
     )
-    for reward, broadcast_to_tokens, values, row in parts:
+    for reward, token_rewards, values, row in parts:
         n = len(row)
         if math.isnan(reward):
             assert row == [0] * n
             continue
-        r = [*broadcast_to_tokens.tolist()[:-1], broadcast_to_tokens.tolist()[-1] + reward]
+        r = [*token_rewards.tolist()[:-1], token_rewards.tolist()[-1] + reward]
         v = [*values.tolist(), 0.0]
         errors = [r[t] + 0.9 * v[t + 1] - v[t] for t in range(n)]
         assert row == pytest.approx([sum(0.72 ** (s - t) * errors[s] for s in range(t, n)) for t in range(n)])

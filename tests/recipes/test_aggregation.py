@@ -1,5 +1,8 @@
 """The token weights: closed forms, and an update that neither order, split nor ranks change."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,10 +19,11 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 def test_the_weights_of_the_means_sum_to_one(lengths: list[int]) -> None:
     for aggregation in (token_mean, sequence_mean_token_mean):
         weights = aggregation(lengths)
-        assert [len(w) for w in weights] == lengths
-        assert sum(map(sum, weights)) == pytest.approx(1)
-    assert [sum(w) for w in sequence_mean_token_mean(lengths)] == pytest.approx([1 / len(lengths)] * len(lengths))
-    assert len({w for weights in token_mean(lengths) for w in weights}) == 1
+        assert len(weights) == len(lengths)
+        assert np.dot(weights, lengths) == pytest.approx(1)
+    of_sequences = np.multiply(sequence_mean_token_mean(lengths), lengths)
+    assert of_sequences.tolist() == pytest.approx([1 / len(lengths)] * len(lengths))
+    assert len(set(token_mean(lengths))) == 1
 
 
 @given(LENGTHS)
@@ -27,15 +31,13 @@ def test_the_weights_of_the_means_sum_to_one(lengths: list[int]) -> None:
 def test_the_weighted_loss_is_what_the_name_says(lengths: list[int]) -> None:
     losses = [draws(n, seed) for seed, n in enumerate(lengths)]
 
-    def total(weights: list[list[float]]) -> float:
-        return sum(
-            (torch.tensor(w, dtype=torch.float64) * x).sum().item() for w, x in zip(weights, losses, strict=True)
-        )
+    def total(weights: Sequence[float]) -> float:
+        return sum((weight * of_sequence).sum().item() for weight, of_sequence in zip(weights, losses, strict=True))
 
     assert total(token_mean(lengths)) == pytest.approx(torch.cat(losses).mean().item())
-    means = torch.stack([x.mean() for x in losses])
+    means = torch.stack([of_sequence.mean() for of_sequence in losses])
     assert total(sequence_mean_token_mean(lengths)) == pytest.approx(means.mean().item())
-    sums = torch.stack([x.sum() for x in losses])
+    sums = torch.stack([of_sequence.sum() for of_sequence in losses])
     assert total(sequence_sum(lengths, token_divisor=32)) == pytest.approx(sums.mean().item() / 32)
 
 
@@ -43,9 +45,8 @@ def test_the_weighted_loss_is_what_the_name_says(lengths: list[int]) -> None:
 @settings(max_examples=20, deadline=None)
 def test_equal_lengths_make_all_three_one(length: int, count: int) -> None:
     lengths = [length] * count
-    flat = [w for weights in token_mean(lengths) for w in weights]
-    assert [w for weights in sequence_mean_token_mean(lengths) for w in weights] == pytest.approx(flat)
-    assert [w for weights in sequence_sum(lengths, token_divisor=length) for w in weights] == pytest.approx(flat)
+    assert sequence_mean_token_mean(lengths) == pytest.approx(token_mean(lengths))
+    assert sequence_sum(lengths, token_divisor=length) == pytest.approx(token_mean(lengths))
 
 
 @given(LENGTHS, st.randoms())

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_ext.packing import PackedSequence, pack
+from megatron_ext import packing
 from recipes.algorithms.advantages import AdvantageInputs
 from recipes.run import records
 from recipes.training import critic
@@ -16,6 +17,7 @@ from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.kill_check import timeless
 from tests.rewards.fake_server import FakeServer, by_the_answer
+from tests.sequences import PlainSequence, token_batch
 
 STEPS = 4
 JUDGE = "{template: tests.rewards.fake_server.JUDGE, server: judge}"
@@ -114,24 +116,25 @@ def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:
     rewards = torch.tensor([[1.0, torch.nan], [0.5, -1.0]], dtype=torch.float64)
     token_rewards = torch.tensor([0.1, 0.2, 0.0, 9.0, -0.1, 0.3, 0.0, 0.0, 0.5, 0.25], dtype=torch.float64)
     values = torch.arange(10, dtype=torch.float32) / 8
-    outcomes = AdvantageInputs(rewards, lengths, token_rewards, values)
-    weights = [[0.1, 0.0, 0.1], [0.0], [0.2, 0.2], [0.1] * 4]
-    sequences = [PackedSequence([7] * (n + 1), [3] * n) for n in lengths.flatten().tolist()]
+    inputs = AdvantageInputs(rewards, lengths, token_rewards, values)
+    weights = [0.1, 0.0, 0.1, 0.0, 0.2, 0.2, *[0.1] * 4]
+    sequences = [PlainSequence([7] * (n + 1), [3] * n) for n in lengths.flatten().tolist()]
 
-    made, returns = critic.targets(outcomes, sequences, weights, discount=1.0, gae_lambda=1.0)
+    old_values, returns = critic.value_targets(inputs, discount=1.0, gae_lambda=1.0)
     to_come = [1.3, 1.2, 1.0, None, 0.7, 0.8, -0.25, -0.25, -0.25, -0.75]
     judged = [i for i, value in enumerate(to_come) if value is not None]
     assert returns[judged].tolist() == pytest.approx([value for value in to_come if value is not None])
 
-    _, bootstrapped = critic.targets(outcomes, sequences, weights, discount=0.5, gae_lambda=0.0)
+    _, bootstrapped = critic.value_targets(inputs, discount=0.5, gae_lambda=0.0)
     nexts = [0.1 + 1 / 16, 0.2 + 2 / 16, 1.0, None, -0.1 + 5 / 16, 0.8, 7 / 16, 8 / 16, 0.5 + 9 / 16, -0.75]
     assert bootstrapped[judged].tolist() == pytest.approx([value for value in nexts if value is not None])
 
-    batch = pack(made, [3, 0], 1, 0, "cpu")
-    assert batch.values["return"].tolist() == pytest.approx([-0.25, -0.25, -0.25, -0.75, 1.3, 1.2, 1.0])
-    assert batch.values["old"].tolist() == [0.75, 0.875, 1.0, 1.125, 0.0, 0.125, 0.25]
+    columns = {"old_values": old_values.numpy(), "returns": returns.numpy(), "weights": np.array(weights)}
+    batch = packing.pack(token_batch(sequences).with_columns(**columns), [3, 0], multiple=1, pad_token=0, device="cpu")
+    assert batch.values["returns"].tolist() == pytest.approx([-0.25, -0.25, -0.25, -0.75, 1.3, 1.2, 1.0])
+    assert batch.values["old_values"].tolist() == [0.75, 0.875, 1.0, 1.125, 0.0, 0.125, 0.25]
     found = torch.zeros(7, requires_grad=True)
-    loss, measured = critic.loss(value_clip=0.2)(found, batch)
+    loss, measured = critic.value_loss(value_clip=0.2)(found, batch)
     loss.backward()
     # Below their old values by more than 0.2, and further from there: the clipped branch has no gradient.
     assert found.grad is not None

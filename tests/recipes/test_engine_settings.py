@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
-from recipes.training.session import engine_settings
+from recipes.training.setup import engine_settings
 from rollout.engine import environment
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,17 +4,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from recipes.algorithms.aggregation import AGGREGATIONS
+from megatron_ext import batch as batches
+from megatron_ext.batch import Prompt
+from recipes.algorithms.aggregation import AGGREGATIONS, token_weights
 from recipes.data.judge_sft import judge_conversation
-from recipes.data.processor import ImageLimits, PromptProcessor
+from recipes.data.processor import PromptProcessor
+from recipes.data.settings import ImagesConfig
 from recipes.data.sft_examples import (
-    Example,
     load_conversations,
     load_sft_rows,
     tokenize_example,
-    weighted_sequences,
 )
 from recipes.errors import ConfigError
 from recipes.evaluation import judge_accuracy
@@ -31,7 +33,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> PromptProcessor:
     folder = tmp_path_factory.mktemp("examples")
     tiny.make_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
-    return PromptProcessor(str(folder), 100, ImageLimits(1, 10**6, 10.0))
+    return PromptProcessor(str(folder), 100, ImagesConfig(1, 10**6, 10.0))
 
 
 def tokenized(processor: PromptProcessor, row: dict[str, Any], template: str = tiny.TEMPLATE) -> tuple[str, str]:
@@ -44,7 +46,7 @@ def tokenized(processor: PromptProcessor, row: dict[str, Any], template: str = t
     for trained, run in groupby(tokens, key=lambda token: token[1]):
         text = decode([token_id for token_id, _ in run])
         response += f"[{text}]" if trained else text
-    return decode(example.prompt), response
+    return decode(example.prompt.token_ids.tolist()), response
 
 
 TURNS = [
@@ -103,15 +105,11 @@ def test_a_row_that_is_no_conversation_is_named_with_its_line(
 
 
 def test_weights_are_of_all_trained_tokens_of_the_update() -> None:
-    sequences = weighted_sequences(
-        [Example([1], [2, 3, 4], [True, False, True], None), Example([1], [5], [True], None)],
-        AGGREGATIONS["token_mean"],
-    )
-    assert [s.values["weight"] for s in sequences] == [[1 / 3, 0.0, 1 / 3], [1 / 3]]
-    sequences = weighted_sequences(
-        [Example([1], [2, 3, 4], [False, True, True], None)] * 2, AGGREGATIONS["sequence_mean_token_mean"]
-    )
-    assert [s.values["weight"] for s in sequences] == [[0.0, 0.25, 0.25]] * 2
+    prompt = Prompt("p", np.array([1], np.int32))
+    batch = batches.build([prompt] * 2, [[2, 3, 4], [5]], loss_mask=[[True, False, True], [True]])
+    assert token_weights(AGGREGATIONS["token_mean"], batch).tolist() == [1 / 3, 0.0, 1 / 3, 1 / 3]
+    batch = batches.build([prompt] * 2, [[2, 3, 4]] * 2, loss_mask=[[False, True, True]] * 2)
+    assert token_weights(AGGREGATIONS["sequence_mean_token_mean"], batch).tolist() == [0.0, 0.25, 0.25] * 2
 
 
 LABELLED = {"id": "x", "kind": "harmful", "question": "How do I rob {answer}?", "answer": "<think>no</think>I can't."}

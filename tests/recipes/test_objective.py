@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from megatron_ext.packing import MicroBatch, PackedSequence, pack
+from megatron_ext.packing import MicroBatch
 from recipes.algorithms import advantages, aggregation, kl, objective, policy_losses
 from recipes.algorithms.advantages import AdvantageInputs
 from recipes.algorithms.needs import Needs, needs
@@ -19,6 +19,7 @@ from recipes.algorithms.settings import AlgorithmConfig
 from recipes.config import parse
 from recipes.errors import ConfigError
 from tests.recipes.gradients import draws, gradient, numbers
+from tests.sequences import PlainSequence, pack
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [3, 1, 5, 2]
@@ -39,19 +40,19 @@ def configured(name: str = "grpo", **changed: Any) -> AlgorithmConfig:
 
 def micro_batches(split: list[list[int]]) -> tuple[list[MicroBatch], list[Tensor]]:
     """Packed sequences of ``LENGTHS`` with random values, FP64, and log-probs for their tokens."""
-    names = ["rollout", "old", "reference", "advantage"]
+    names = ["logprobs", "old", "reference", "advantages"]
     values = {name: draws(11, seed).mul(0.3).split(LENGTHS) for seed, name in enumerate([*names, "now"])}
-    weights = aggregation.sequence_mean_token_mean(LENGTHS)
+    weights = [[weight] * n for weight, n in zip(aggregation.sequence_mean_token_mean(LENGTHS), LENGTHS, strict=True)]
     sequences = [
-        PackedSequence([1], [2] * n, {**{k: values[k][i].tolist() for k in names}, "weight": weights[i]})
+        PlainSequence([1], [2] * n, {**{k: values[k][i].tolist() for k in names}, "weights": weights[i]})
         for i, n in enumerate(LENGTHS)
     ]
     made = [pack(sequences, indices, 1, 0, torch.device("cpu")) for indices in split]
     for batch in made:
         batch.values = {
             **{k: torch.cat([values[k][i] for i in batch.indices]) for k in names},
-            "weight": numbers(*(w for i in batch.indices for w in weights[i])),
-            "sampled": torch.ones(sum(batch.lengths), dtype=torch.float64),
+            "weights": numbers(*(w for i in batch.indices for w in weights[i])),
+            "loss_mask": torch.ones(sum(batch.lengths), dtype=torch.float64),
         }
     return made, [torch.cat([values["now"][i] for i in batch.indices]) for batch in made]
 
@@ -63,9 +64,9 @@ def test_grpo_s_loss_and_gradient_have_their_closed_form() -> None:
     del batch.values["old"]
     v, d = batch.values, batch.values["reference"] - now
     loss = objective.loss(config, None)
-    expected = ((-v["advantage"] + 0.1 * (d.exp() - d - 1)) * v["weight"]).sum()
+    expected = ((-v["advantages"] + 0.1 * (d.exp() - d - 1)) * v["weights"]).sum()
     assert loss(now, batch)[0].item() == pytest.approx(expected.item())
-    steep = (-v["advantage"] + 0.1 * (1 - d.exp())) * v["weight"]
+    steep = (-v["advantages"] + 0.1 * (1 - d.exp())) * v["weights"]
     assert gradient(lambda x: loss(x, batch)[0], now).tolist() == pytest.approx(steep.tolist(), rel=1e-12)
 
 
@@ -76,14 +77,14 @@ def test_the_corrections_the_entropy_and_a_kl_in_the_reward_are_put_together() -
     )  # fmt: skip
     (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
     v, entropy = batch.values, draws(11, 9).abs()
-    gap = v["old"] - v["rollout"]
+    gap = v["old"] - v["logprobs"]
     keep = torch.cat([torch.full((len(x),), 0.8 <= x.mean().exp() <= 1.1) for x in gap.split(LENGTHS)])
     assert keep.any()
     assert not keep.all()
-    losses = policy_losses.ppo_clip(now, v["old"], v["advantage"], clip_low=0.2, clip_high=0.2)
+    losses = policy_losses.ppo_clip(now, v["old"], v["advantages"], clip_low=0.2, clip_high=0.2)
     losses = losses * gap.exp().clamp(max=1.2) * keep - 0.01 * entropy
     found, measured = objective.loss(config, None)(torch.stack([now, entropy]), batch)
-    assert found.item() == pytest.approx((losses * v["weight"]).sum().item())
+    assert found.item() == pytest.approx((losses * v["weights"]).sum().item())
     assert measured["entropy"].item() == pytest.approx(entropy.sum().item())
     assert measured["train_inference_mismatch/gap"].item() == pytest.approx(gap.abs().sum().item())
 
@@ -132,15 +133,15 @@ def test_settings_reach_the_functions() -> None:
     assert resolve("aggregation", config)([2]) == aggregation.sequence_sum([2], token_divisor=8.0)
 
 
-def thirds(lengths: list[int], *, share: float) -> list[list[float]]:
+def thirds(lengths: list[int], *, share: float) -> list[float]:
     """An aggregation of one's own."""
-    return [[share] * n for n in lengths]
+    return [share] * len(lengths)
 
 
 def test_a_function_of_one_s_own_is_found_by_its_path_with_its_own_keywords() -> None:
     path = f"{__name__}.thirds"
     assert resolve("kl_estimator", configured(kl_estimator="recipes.algorithms.kl.k2")).func is kl.k2  # type: ignore[attr-defined]
-    assert resolve("aggregation", configured(aggregation=path, kwargs={"share": 0.3}))([2]) == [[0.3, 0.3]]
+    assert resolve("aggregation", configured(aggregation=path, kwargs={"share": 0.3}))([2]) == [0.3]
     with pytest.raises(ConfigError, match=r"thirds': needs 'share'; give algorithm\.kwargs\.share"):
         resolve("aggregation", configured(aggregation=path))
 
@@ -155,14 +156,14 @@ def test_a_forced_token_counts_in_no_measure() -> None:
     """Its recorded log-prob is 0, which is nobody's; its weight is 0 (``rl.token_weights``)."""
     config = configured(importance_sampling=True, kl_coefficient=0.1)
     (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
-    batch.values["sampled"][4], batch.values["weight"][4] = 0.0, 0.0
+    batch.values["loss_mask"][4], batch.values["weights"][4] = 0.0, 0.0
     found = []
     for recorded in (0.0, -7.0):
-        batch.values["rollout"][4] = recorded
+        batch.values["logprobs"][4] = recorded
         value, measured = objective.loss(config, None)(now, batch)
         found.append((value.item(), {name: float(number) for name, number in measured.items()}))
     assert found[0] == found[1]
-    batch.values["sampled"][4] = 1.0
+    batch.values["loss_mask"][4] = 1.0
     assert objective.loss(config, None)(now, batch)[1]["kl"] > found[0][1]["kl"]
 
 
@@ -203,5 +204,5 @@ def test_a_loss_of_one_s_own_gets_the_reference_that_it_needs() -> None:
     config = configured(kl_coefficient=0.0, policy_loss=f"{__name__}.pull_to_reference")
     (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
     v = batch.values
-    expected = (pull_to_reference(now, v["old"], v["advantage"], v["reference"]) * v["weight"]).sum()
+    expected = (pull_to_reference(now, v["old"], v["advantages"], v["reference"]) * v["weights"]).sum()
     assert objective.loss(config, None)(now, batch)[0].item() == pytest.approx(expected.item())

@@ -1,7 +1,7 @@
 """Prompts with images equal those of transformers' own way from a conversation to inputs, and of vLLM's processor."""
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLModel
 
-from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor, check_rows
+from megatron_ext import batch as batches
+from megatron_ext.batch import TokenBatch
+from recipes.data.processor import ProcessedPrompt, PromptProcessor, check_rows
+from recipes.data.settings import ImagesConfig
 from recipes.errors import ConfigError
 from recipes.preflight import checks
 from rollout import engine_server
@@ -19,7 +22,7 @@ from rollout.media import FRAMES_PER_SECOND
 from tests.recipes import tiny, vision_models
 from tests.settings import engine_settings
 
-LIMITS = ImageLimits(min_pixels=100, max_pixels=200_000, max_aspect_ratio=250.0)
+LIMITS = ImagesConfig(min_pixels=100, max_pixels=200_000, max_aspect_ratio=250.0)
 # Width and height: below and above the model's own limits, wide, high, and of no multiple of a patch.
 SIZES = [(56, 56), (100, 61), (20, 20), (500, 380), (600, 12), (9, 300), (84, 57), (59, 113), (140, 140)]
 MODELS = ["qwen2_5_vl", "internvl", "internvl_chat"]
@@ -240,17 +243,9 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
     renderer = renderer_from_config(vllm_config)
     rows = ROWS[:-1] + (CLIPS if name == "qwen2_5_vl" else [])
     for processed in process(processors[name], folder, *rows):
-        assert processed.prompt.media is not None and processed.vision is not None
-        request = json.loads(
-            json.dumps(
-                {
-                    "prompt_id": "x",
-                    "prompt_token_ids": processed.prompt.token_ids,
-                    "media": asdict(processed.prompt.media),
-                }
-            )
-        )
-        found = engine_server.engine_input(renderer, request)  # raises when the token ids differ
+        assert (processed.prompt.images or processed.prompt.videos) and processed.vision is not None
+        batch = TokenBatch.from_bytes(batches.build([processed.prompt], [[]]).to_bytes())
+        found = engine_server.engine_input(renderer, batch.prompts[0])  # raises when the token ids differ
         items = [
             (place, kind, found["mm_kwargs"][kind][item])
             for kind, places in found["mm_placeholders"].items()
@@ -275,11 +270,12 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
             positions, _ = model.get_mrope_input_positions(found["prompt_token_ids"], features)
             assert positions.tolist() == processed.vision.positions
 
-    request["prompt_token_ids"] = request["prompt_token_ids"][:-1]
+    shorter = replace(processed.prompt, token_ids=processed.prompt.token_ids[:-1])
     with pytest.raises(
-        engine_server.Refused, match=r"prompt 'x': the \d+ tokens that vLLM's processor makes of it are"
+        engine_server.Refused,
+        match=rf"prompt '{shorter.prompt_id}': the \d+ tokens that vLLM's processor makes of it are",
     ):
-        engine_server.engine_input(renderer, request)
+        engine_server.engine_input(renderer, shorter)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +347,7 @@ def test_models_that_cannot_take_a_row_say_so(processors: dict[str, PromptProces
     with pytest.raises(ConfigError, match=r"row '0': field images\[0\]: model\.path holds a text model"):
         process(processor, folder, ROWS[0])
     (processed,) = process(processor, folder, ROWS[-1])
-    assert processed.vision is None and processed.prompt.media is None
+    assert processed.vision is None and not processed.prompt.images and not processed.prompt.videos
     template = "<|im_start|>user\nthe task prompt without one<|im_end|>\n<|im_start|>assistant\n"
     assert processor.tokenizer.decode(processed.prompt.token_ids) == template
 

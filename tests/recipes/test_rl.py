@@ -1,110 +1,151 @@
-"""What the loop trains on: exactly the ids that were sampled, weighted over all samples."""
+"""What the loop trains on: exactly the ids that were sampled, weighted over all responses."""
 
 import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from megatron_ext.packing import PackedSequence, enough, pack, plan
-from recipes.algorithms.aggregation import sequence_mean_token_mean
-from recipes.training.rl import contributing, packed, token_weights
-from rollout.sample import Sample
+from megatron_ext import batch as batches
+from megatron_ext import packing
+from megatron_ext.batch import Prompt, TokenBatch
+from recipes.algorithms.aggregation import sequence_mean_token_mean, token_weights
+from recipes.training.rl import contributing, join_rounds, split
 from tests.recipes import tiny
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    """Random token ids with the tokenizer's merges among them; encoding their text gives other ids."""
+def batch() -> TokenBatch:
+    """Three groups of two responses, random token ids with the tokenizer's merges among them: encoding their text gives
+    other ids."""
     tokenizer = tiny.make_tokenizer()
     draw = random.Random(0)
-    made = []
+    responses = []
     for i in range(6):
         response = [draw.randrange(3, len(tokenizer)) for _ in range(4 + i)] + [tokenizer.eos_token_id]
         text = tokenizer.decode(response[:-1])
         assert tokenizer.encode(text, add_special_tokens=False) != response[:-1]
-        prompt = tokenizer.encode(f"the prompt {i}", add_special_tokens=False)
-        log_probs = tuple(-draw.random() for _ in response)
-        made.append(
-            Sample(f"p{i // 2}", i % 2, tuple(prompt), tuple(response), log_probs, "stop", (0,) * len(response))
-        )
-    return made
+        responses.append(response)
+    prompts = [
+        Prompt(f"p{i}", np.array(tokenizer.encode(f"the prompt {i}", add_special_tokens=False), np.int32))
+        for i in range(3)
+    ]
+    return batches.build(
+        prompts,
+        responses,
+        prompt_index=[0, 0, 1, 1, 2, 2],
+        sample_index=[0, 1] * 3,
+        logprobs=[[-draw.random() for _ in response] for response in responses],
+        version=0,
+        finish_reasons=["stop"] * 6,
+    )
+
+
+class PolicyOf:
+    """What ``contributing`` asks of a policy, for so many data-parallel ranks and so long micro-batches."""
+
+    def __init__(self, ranks: int, micro_batch_tokens: int) -> None:
+        self.ranks = ranks
+        self.micro_batch_tokens = micro_batch_tokens
+
+    def divisible_prefix(self, batch: TokenBatch, wanted: int) -> int:
+        return packing.divisible_prefix(batch.lengths.tolist(), wanted, self.ranks, self.micro_batch_tokens)
+
+
+def weighted(batch: TokenBatch, advantages: list[float]) -> TokenBatch:
+    return batch.with_columns(
+        advantages=batch.broadcast(np.array(advantages)), weights=token_weights(sequence_mean_token_mean, batch)
+    )
 
 
 def chosen(
-    samples: list[Sample], advantages: list[float], skip: bool, ranks: int = 1, limit: int = 48
-) -> list[PackedSequence]:
-    sequences = [packed(s, None) for s in samples]
-    of_tokens = [[a] * len(s.response) for a, s in zip(advantages, sequences, strict=True)]
-    weights = token_weights(sequence_mean_token_mean, sequences, [0.0] * len(samples))
-
-    def planned(ordered: list[PackedSequence], wanted: int) -> int:
-        return enough([len(s) for s in ordered], wanted, ranks, limit)
-
-    return contributing(sequences, of_tokens, weights, skip, planned)
-
-
-def test_the_packed_ids_are_the_sampled_ids(samples: list[Sample]) -> None:
-    sequences = chosen(samples, [0.5] * 6, False)
-    found: dict[int, tuple[list[int], list[int], list[float]]] = {}
-    for indices in plan([len(s) for s in sequences], 1, 48)[0]:
-        batch = pack(sequences, indices, 2, 0, "cpu")
-        tokens, starts = batch.tokens[0].tolist(), batch.packed.cu_seqlens_q.tolist()
-        targets, rollout = batch.targets.tolist(), batch.values["rollout"].tolist()
-        for place, index in enumerate(batch.indices):
-            n = batch.lengths[place]
-            found[index] = tokens[starts[place] : starts[place + 1]], targets[:n], rollout[:n]
-            targets, rollout = targets[n:], rollout[n:]
-    assert sorted(found) == list(range(6))
-    for index, sample in enumerate(samples):
-        tokens, targets, rollout = found[index]
-        assert tokens == [*sample.prompt_token_ids, *sample.response_token_ids]
-        assert targets == list(sample.response_token_ids)
-        assert rollout == pytest.approx(list(sample.logprobs), abs=1e-7)
+    batch: TokenBatch, advantages: list[float], skip: bool, ranks: int = 1, micro_batch_tokens: int = 48
+) -> list[tuple[str, int]]:
+    """The keys of the responses that are trained on, whose columns are checked to be those of the complete batch."""
+    complete = weighted(batch, advantages)
+    trained = contributing(complete, skip, PolicyOf(ranks, micro_batch_tokens))  # type: ignore[arg-type]
+    places = [complete.keys.index(key) for key in trained.keys]
+    for name in ("advantages", "weights"):
+        assert trained.columns[name].tolist() == complete.select(places).columns[name].tolist()
+    return trained.keys
 
 
-def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(samples: list[Sample]) -> None:
-    sequences = chosen(samples, [0.5] * 6, False)
-    for sequence in sequences:
-        assert sum(sequence.values["weight"]) == pytest.approx(1 / 6)
-        assert sequence.values["advantage"] == [0.5] * len(sequence.response)
+def test_the_packed_ids_are_the_sampled_ids(batch: TokenBatch) -> None:
+    packed: dict[int, tuple[list[int], list[int], list[float]]] = {}
+    for indices in packing.plan(batch.lengths.tolist(), 1, 48)[0]:
+        micro_batch = packing.pack(batch, indices, multiple=2, pad_token=0, device="cpu")
+        tokens = micro_batch.tokens[0].tolist()
+        starts = micro_batch.packed.cu_seqlens_q.tolist()
+        targets = micro_batch.targets.tolist()
+        logprobs = micro_batch.values["logprobs"].tolist()
+        for place, index in enumerate(micro_batch.indices):
+            n = micro_batch.lengths[place]
+            packed[index] = tokens[starts[place] : starts[place + 1]], targets[:n], logprobs[:n]
+            targets = targets[n:]
+            logprobs = logprobs[n:]
+    assert sorted(packed) == list(range(6))
+    for index in range(6):
+        tokens, targets, logprobs = packed[index]
+        response = batch.response_tokens[batch.tokens_of(index)].tolist()
+        assert tokens == [*batch.prompt(index).token_ids.tolist(), *response]
+        assert targets == response
+        assert logprobs == batch.logprobs[batch.tokens_of(index)].tolist()
 
 
-def test_leaving_out_zero_advantages_leaves_the_other_weights(samples: list[Sample]) -> None:
+def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(batch: TokenBatch) -> None:
+    weights = token_weights(sequence_mean_token_mean, batch)
+    for i in range(6):
+        assert weights[batch.tokens_of(i)].sum() == pytest.approx(1 / 6)
+
+
+def test_leaving_out_zero_advantages_leaves_the_other_weights(batch: TokenBatch) -> None:
     advantages = [0.0, 1.0, 0.0, 0.0, -1.0, 0.0]
-    every = chosen(samples, advantages, False)
-    assert chosen(samples, advantages, True, ranks=1) == chosen(samples, advantages, True, ranks=2) == every[1:5:3]
-    assert chosen(samples, advantages, True, ranks=3) == [every[1], every[4], every[0]], "filled up for three ranks"
-    none = [0.0] * 6
-    assert chosen(samples, none, True, ranks=2) == chosen(samples, none, False)[:2], "no rank goes without"
+    every = batch.keys
+    assert chosen(batch, advantages, False) == every
+    assert chosen(batch, advantages, True, ranks=1) == chosen(batch, advantages, True, ranks=2) == every[1:5:3]
+    assert chosen(batch, advantages, True, ranks=3) == [every[1], every[4], every[0]], "filled up for three ranks"
+    assert chosen(batch, [0.0] * 6, True, ranks=2) == every[:2], "no rank goes without"
 
 
-def test_three_sequences_for_two_ranks_are_filled_up_only_where_a_micro_batch_takes_one(samples: list[Sample]) -> None:
+def test_three_sequences_for_two_ranks_are_filled_up_only_where_a_micro_batch_takes_one(batch: TokenBatch) -> None:
     advantages = [0.0, 1.0, 1.0, 0.0, -1.0, 0.0]
-    every = chosen(samples, advantages, False)
-    useful = [every[i] for i in (1, 2, 4)]
-    longest = max(map(len, every))
-    assert chosen(samples, advantages, True, ranks=2, limit=2 * longest) == useful
-    assert chosen(samples, advantages, True, ranks=2, limit=longest) == [*useful, every[0]]
+    useful = [batch.keys[i] for i in (1, 2, 4)]
+    longest = int(batch.lengths.max())
+    assert chosen(batch, advantages, True, ranks=2, micro_batch_tokens=2 * longest) == useful
+    assert chosen(batch, advantages, True, ranks=2, micro_batch_tokens=longest) == [*useful, batch.keys[0]]
 
 
 def test_a_sample_without_a_reward_weighs_nothing_and_the_others_what_they_would_without_it(
-    samples: list[Sample],
+    batch: TokenBatch,
 ) -> None:
-    sequences = [packed(s, None) for s in samples]
-    found = token_weights(sequence_mean_token_mean, sequences, [1.0, math.nan, 0.0, 1.0, math.nan, 0.5])
-    without = token_weights(sequence_mean_token_mean, [sequences[i] for i in (0, 2, 3, 5)], [0.0] * 4)
-    assert [found[i] for i in (0, 2, 3, 5)] == without
-    assert found[1] == [0.0] * len(sequences[1].response)
-    assert found[4] == [0.0] * len(sequences[4].response)
+    has_reward = ~np.isnan([1.0, math.nan, 0.0, 1.0, math.nan, 0.5])
+    masked = replace(batch, loss_mask=batch.loss_mask & batch.broadcast(has_reward))
+    weights = token_weights(sequence_mean_token_mean, masked)
+    others = batch.select([0, 2, 3, 5])
+    without = token_weights(sequence_mean_token_mean, others)
+    for place, i in enumerate((0, 2, 3, 5)):
+        assert weights[batch.tokens_of(i)].tolist() == without[others.tokens_of(place)].tolist()
+    assert not weights[batch.tokens_of(1)].any() and not weights[batch.tokens_of(4)].any()
 
 
-def test_a_forced_token_weighs_nothing_and_the_others_share_what_it_had(samples: list[Sample]) -> None:
-    forced = [replace(samples[0], forced=(1, 3)), *samples[1:]]
-    found, whole = (
-        token_weights(sequence_mean_token_mean, [packed(s, None) for s in made], [0.0] * 6)
-        for made in (forced, samples)
-    )
-    n = len(samples[0].response_token_ids)
-    assert found[0] == [0.0 if i in (1, 3) else 1 / (6 * (n - 2)) for i in range(n)]
-    assert found[1:] == whole[1:]
+def test_a_forced_token_weighs_nothing_and_the_others_share_what_it_had(batch: TokenBatch) -> None:
+    loss_mask = batch.loss_mask.copy()
+    loss_mask[[1, 3]] = False
+    weights = token_weights(sequence_mean_token_mean, replace(batch, loss_mask=loss_mask))
+    n = int(batch.response_lengths[0])
+    assert weights[:n].tolist() == [0.0 if i in (1, 3) else 1 / (6 * (n - 2)) for i in range(n)]
+    assert weights[n:].tolist() == token_weights(sequence_mean_token_mean, batch)[n:].tolist()
+
+
+def test_updates_share_a_rollout_s_responses_in_order(batch: TokenBatch) -> None:
+    parts = split(batch, 3)
+    assert [part.keys for part in parts] == [batch.keys[0:2], batch.keys[2:4], batch.keys[4:6]]
+    assert split(batch, 1) == [batch]
+
+
+def test_groups_of_several_rounds_are_told_apart_though_a_prompt_comes_again(batch: TokenBatch) -> None:
+    joined = join_rounds([batch, batch.select([4, 5])], [1, 2, 3], samples_per_prompt=2)
+    assert joined.group_index.tolist() == [1, 1, 2, 2, 3, 3]
+    assert [prompt_id for prompt_id, _ in joined.keys] == ["p1", "p1", "p2", "p2", "p2", "p2"]
+    assert len(joined.prompts) == 2

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from rollout.sample import Request, Sampling
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +24,6 @@ from recipes import train
 from recipes.data.processor import prompt_tokens
 from recipes.run import records
 from rollout.engine import environment
-from rollout.sample import Request, Sampling
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.kill_check import WRITING, Moment, strike, timeless

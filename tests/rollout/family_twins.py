@@ -10,7 +10,7 @@ import sys
 import time
 import unittest.mock
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,21 @@ from transformers import (
 )
 
 from megatron_ext import hf_checkpoint, model, parallel, platform
+from megatron_ext.batch import TokenBatch
 from megatron_ext.blocks import Shard
-from megatron_ext.packing import PackedSequence
-from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor
+from megatron_ext.packing import sequence_positions
+from recipes.data.processor import ProcessedPrompt, PromptProcessor
+from recipes.data.settings import ImagesConfig
 from recipes.launch.launcher import fork_ranks
 from rollout.engine import Engine, EngineSettings, stop_engines
-from rollout.sample import Prompt, Request, Sampling
-from rollout.sampler import make_requests
+from rollout.sampler import in_order, make_requests
+from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
 from tests import settings
 from tests.megatron_ext import internvl_twins
 from tests.recipes import tiny, vision_models
+from tests.responses import make_prompt, plain
+from tests.rollout.vllm_processes import as_argument, sampling_from
 
 SYNCED = "qwen2_5_vl"  # is synced too
 STARTUP_SECONDS = 400
@@ -156,10 +160,9 @@ def _chat_layout(source: Path, target: Path) -> None:
 def _twin(folder: Path, hugging_face: Any) -> Twin:
     """Prompts of text alone, of one and of several images, and for Qwen of a clip."""
     if not hasattr(hugging_face.config, "vision_config"):
-        texts = [tuple(3 + (7 * n + 3 * i) % 290 for i in range(5 + 12 * n)) for n in range(4)]
-        return Twin(
-            folder, hugging_face, [ProcessedPrompt(Prompt(f"p{n}", t), None) for n, t in enumerate(texts)], (2,)
-        )
+        texts = [[3 + (7 * n + 3 * i) % 290 for i in range(5 + 12 * n)] for n in range(4)]
+        prompts = [ProcessedPrompt(make_prompt(f"p{n}", text), None) for n, text in enumerate(texts)]
+        return Twin(folder, hugging_face, prompts, (2,))
     sizes = [(100, 60), (40, 300), (84, 57)]
     images = [str(folder / vision_models.draw(folder / f"i{n}.png", *size, n)) for n, size in enumerate(sizes)]
     frames = [str(folder / vision_models.draw(folder / f"f{n}.png", 64, 48, 10 + n)) for n in range(3)]
@@ -172,7 +175,7 @@ def _twin(folder: Path, hugging_face: Any) -> Twin:
     if hugging_face.config.model_type == "qwen2_5_vl":
         rows.append({"id": "clip", "prompt": "<video> then <image>", "images": images[1:2], "videos": [frames]})
         tokens = vision_models.QWEN_TOKENS
-    processor = PromptProcessor(str(folder), 200, ImageLimits(100, 100_000, 20.0))
+    processor = PromptProcessor(str(folder), 200, ImagesConfig(100, 100_000, 20.0))
     # A response that ends at an image token never shows one to transformers, which would want an image for it.
     stop = tuple(processor.tokenizer.convert_tokens_to_ids(tokens))
     return Twin(folder, hugging_face, [processor(row) for row in rows], stop)
@@ -183,7 +186,7 @@ def greedy(twin: Twin, made: ProcessedPrompt) -> tuple[list[int], list[float]]:
     tokens: list[int] = []
     logprobs: list[float] = []
     while len(tokens) < MAX_TOKENS and not set(tokens) & set(twin.stop):
-        ids = torch.tensor([[*made.prompt.token_ids, *tokens]])
+        ids = torch.tensor([[*made.prompt.token_ids.tolist(), *tokens]])
         with torch.no_grad():
             logits = twin.hugging_face(input_ids=ids, **_vision_inputs(twin.hugging_face, made, tokens)).logits[0, -1]
         best = int(logits.argmax())
@@ -199,11 +202,11 @@ def _vision_inputs(hugging_face: Any, made: ProcessedPrompt, response: list[int]
         return {}
     if vision.grid is None:
         return {"pixel_values": vision.pixels}
-    positions = PackedSequence(list(made.prompt.token_ids), response, {}, vision).positions()
+    positions = sequence_positions(len(made.prompt.token_ids) + len(response), vision)
     inputs: dict[str, Any] = {"position_ids": torch.tensor(positions)[:, None]}
     pixels = vision.pixels.split(vision.grid.prod(1).tolist())
     first = vision.grid.prod(1).cumsum(0) // 4 - vision.grid.prod(1) // 4
-    kinds = torch.tensor([made.prompt.token_ids[vision.placeholders[place]] for place in first])
+    kinds = torch.tensor([int(made.prompt.token_ids[vision.placeholders[place]]) for place in first])
     for token, data, size in (
         (config.image_token_id, "pixel_values", "image_grid_thw"),
         (config.video_token_id, "pixel_values_videos", "video_grid_thw"),
@@ -214,10 +217,23 @@ def _vision_inputs(hugging_face: Any, made: ProcessedPrompt, response: list[int]
     return inputs
 
 
-def requests(twin: Twin) -> tuple[list[Request], Sampling]:
-    """One greedy sample of each prompt."""
-    prompts = [made.prompt for made in twin.prompts]
-    return make_requests(prompts, 1, seed=0, step=0), Sampling(MAX_TOKENS, twin.stop, temperature=0.0)
+def save_work(folder: Path, twins: dict[str, Twin]) -> None:
+    """What :func:`main` and the engine do: one greedy response to each prompt of each twin."""
+    work = {}
+    for name, twin in twins.items():
+        requests = make_requests([made.prompt for made in twin.prompts], 1, seed=0, step=0)
+        (folder / f"{name}-requests").write_bytes(requests.to_bytes())
+        work[name] = as_argument(Sampling(MAX_TOKENS, twin.stop, temperature=0.0))
+    (folder / "work.json").write_text(json.dumps(work))
+
+
+def load_work(folder: Path) -> dict[str, tuple[TokenBatch, Sampling]]:
+    """Inverse of :func:`save_work`: each twin's requests and sampling."""
+    work = {}
+    for name, sampling in json.loads((folder / "work.json").read_text()).items():
+        requests = TokenBatch.from_bytes((folder / f"{name}-requests").read_bytes())
+        work[name] = requests, sampling_from(sampling)
+    return work
 
 
 def main(folder: str, program: str) -> None:
@@ -233,7 +249,7 @@ def main(folder: str, program: str) -> None:
     layout = parallel.initialize(
         settings.parallel_config(tensor=2, distributed_optimizer=False), seed=1, timeout_seconds=600
     )
-    work = json.loads((here / "work.json").read_text())
+    work = load_work(here)
     policies = {}
     for name in work:
         policies[name] = model.build(hf_checkpoint.config(here / name), layout, settings.precision_config("fp32"))
@@ -241,7 +257,7 @@ def main(folder: str, program: str) -> None:
         hf_checkpoint.export(policies[name].shards, here / name, here / f"{name}-export", writes=True)
     engines = [_start_engine(here / f"{SYNCED}-export", program)] if rank == 0 else []
     try:
-        _sync(policies[SYNCED].shards, engines, here, work[SYNCED])
+        _sync(policies[SYNCED].shards, engines, here, *work[SYNCED])
     finally:
         stop_engines(engines)
 
@@ -259,13 +275,12 @@ def _start_engine(folder: Path, program: str) -> Engine:
     return engine
 
 
-def _sync(shards: list[Shard], engines: list[Engine], folder: Path, work: dict[str, Any]) -> None:
+def _sync(shards: list[Shard], engines: list[Engine], folder: Path, requests: TokenBatch, sampling: Sampling) -> None:
     """The twin's weights, others, and the twin's again."""
     weight_sync = WeightSync(
         shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=folder / "plans"
     )
-    asked, sampling = [Request(**request) for request in work["requests"]], Sampling(**work["sampling"])
-    found = []
+    states = []
     for version in (1, 2, 3):
         hf_checkpoint.load(shards, folder / SYNCED)
         if version == 2:
@@ -273,11 +288,11 @@ def _sync(shards: list[Shard], engines: list[Engine], folder: Path, work: dict[s
                 shard.tensor.mul_(1.5)
         weight_sync.sync(version)
         for engine in engines:
-            samples = sorted(engine.generate(asked, sampling), key=lambda sample: sample.prompt_id)
+            responses = plain(in_order(requests.keys, engine.generate(requests, sampling)))
             digests = engine.call("GET", "/weights/digest")["workers"]
-            found.append({"workers": digests, "samples": [sample.to_json() for sample in samples]})
+            states.append({"workers": digests, "responses": [asdict(response) for response in responses]})
     if engines:
-        (folder / "synced.partial").write_text(json.dumps(found))
+        (folder / "synced.partial").write_text(json.dumps(states))
         (folder / "synced.partial").rename(folder / "synced.json")
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ext import batch as batches
 from rollout.engine_server import EngineLoop, Refused
+from rollout.sampling import Sampling
 from tests.settings import engine_settings
 
 
@@ -60,7 +62,7 @@ def sync(loop: EngineLoop) -> None:
 
 def refusal(loop: EngineLoop) -> str:
     with pytest.raises(Refused) as refused:
-        loop.add_batch({"requests": [], "sampling": {}}, print)
+        loop.add_batch(batches.build([], []), Sampling(max_tokens=1, stop_token_ids=(2,)), None, print)
     return str(refused.value)
 
 

@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from rollout.engine import Engine, EngineDied, EngineError, environment, stop_engines
 from rollout.generation import Fleet, Generation
-from rollout.sample import Prompt, Request, Sample, Sampling
 from rollout.sampler import assign, generate, in_order, make_requests, stream
+from rollout.sampling import Sampling
 from rollout.thinking import forced_positions
 from rollout.weight_sync.sync import WeightSync
+from tests.responses import PlainResponse, make_prompt, plain
 from tests.rollout.twins import Twin, tensor_parallel_shards
 from tests.settings import engine_settings
 
@@ -31,7 +32,7 @@ TWIN = Twin(heads=4, kv_heads=2, vocab=40, tied=False, bias=False, dtype=torch.f
 BLOCK = 32  # tokens of a block of vLLM's prefix cache on a CPU
 THINK, ANSWER = (5,), (6, 7)  # marks; the second has two tokens
 SAMPLING = Sampling(max_tokens=24, stop_token_ids=(2,))
-PROMPTS = [Prompt(f"p{i}", tuple(8 + (7 * i + j) % 30 for j in range(150 - 40 * i))) for i in range(4)]
+PROMPTS = [make_prompt(f"p{i}", [8 + (7 * i + j) % 30 for j in range(150 - 40 * i)]) for i in range(4)]
 STARTUP_SECONDS = 300
 
 
@@ -39,7 +40,7 @@ STARTUP_SECONDS = 300
 class World:
     engines: list[Engine]
     weight_sync: WeightSync
-    undisturbed: list[Sample] = field(default_factory=list)
+    undisturbed: list[PlainResponse] = field(default_factory=list)
 
     def revive(self, version: int) -> None:
         """Start the first engine again, plan for it, sync."""
@@ -48,8 +49,8 @@ class World:
         self.weight_sync.attach(self.engines[:1])
         self.weight_sync.sync(version)
 
-    def samples(self, sampling: Sampling = SAMPLING, **changes: Any) -> list[Sample]:
-        return generate(self.engines, PROMPTS, sampling, **{"samples_per_prompt": 4, "seed": 1, "step": 0} | changes)
+    def responses(self, sampling: Sampling = SAMPLING) -> list[PlainResponse]:
+        return plain(generate(self.engines, PROMPTS, sampling, samples_per_prompt=4, seed=1, step=0))
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +86,15 @@ def wait_until_ready(engines: list[Engine]) -> None:
         engine.wait_until_ready(time.monotonic() + STARTUP_SECONDS)
 
 
-def gap(sample: Sample) -> torch.Tensor:
+def gap(response: PlainResponse) -> torch.Tensor:
     """Of the sampled tokens' log-probs to a plain forward's, [response]."""
-    ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids])
+    ids = torch.tensor([response.prompt + response.tokens])
     with torch.no_grad():
         logprobs = TWIN.model(0)(ids).logits[0].log_softmax(-1)
-    first = len(sample.prompt_token_ids) - 1
-    found = logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
-    difference = (found - torch.tensor(sample.logprobs)).abs()
-    difference[list(sample.forced)] = 0
+    first = len(response.prompt) - 1
+    expected = logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
+    difference = (expected - torch.tensor(response.logprobs)).abs()
+    difference[response.forced] = 0
     return difference
 
 
@@ -109,9 +110,9 @@ def test_an_engine_s_memory_is_in_huge_pages_where_the_kernel_gives_them(world: 
 
 def test_a_groups_prompt_is_computed_once(world: World) -> None:
     before = [engine.health() for engine in world.engines]
-    samples = world.samples()
+    responses = world.responses()
     after = [engine.health() for engine in world.engines]
-    assert max(gap(sample).max() for sample in samples) < 2e-4
+    assert max(gap(response).max() for response in responses) < 2e-4
     asked, cached = (
         sum(b[key] - a[key] for a, b in zip(before, after, strict=True))
         for key in ("prompt_tokens", "cached_prompt_tokens")
@@ -121,17 +122,18 @@ def test_a_groups_prompt_is_computed_once(world: World) -> None:
 
 
 def test_thinking_ends_at_its_budget(world: World) -> None:
-    """The end mark comes behind at most 6 tokens of thinking, whoever began it; only there a token is forced."""
-    prompts = [
-        replace(p, token_ids=(*p.token_ids, *opened)) for p, opened in zip(PROMPTS, [(), THINK] * 2, strict=True)
-    ]
+    """The end mark comes after at most 6 tokens of thinking, whoever began it; only there a token is forced."""
+    prompts = []
+    for prompt, opened in zip(PROMPTS, [(), THINK] * 2, strict=True):
+        prompts.append(make_prompt(prompt.prompt_id, [*prompt.token_ids, *opened]))
     bounded = replace(SAMPLING, thinking_budget=6)
-    samples = generate(world.engines, prompts, bounded, samples_per_prompt=8, seed=3, step=0)
-    free = generate(world.engines, prompts, SAMPLING, samples_per_prompt=8, seed=3, step=0)
+    responses = plain(generate(world.engines, prompts, bounded, samples_per_prompt=8, seed=3, step=0))
+    unbounded = plain(generate(world.engines, prompts, SAMPLING, samples_per_prompt=8, seed=3, step=0))
     forced_at = set()
-    for sample, other in zip(samples, free, strict=True):
-        tokens, thinking = list(sample.response_token_ids), 0 if sample.prompt_token_ids[-1:] == THINK else None
-        forced = []
+    for response, other in zip(responses, unbounded, strict=True):
+        tokens = response.tokens
+        thinking = 0 if response.prompt[-1] == THINK[0] else None
+        forced: list[int] = []
         i = 0
         while i < len(tokens):
             if thinking is None:
@@ -145,13 +147,13 @@ def test_thinking_ends_at_its_budget(world: World) -> None:
                 thinking, i = thinking + 1, i + 1
                 if tokens[i - 2 : i] == list(ANSWER) and thinking >= 2:
                     thinking = None
-        assert sample.forced == tuple(forced)
-        assert all(sample.logprobs[position] == 0 for position in forced)
-        assert gap(sample).max() < 2e-4
+        assert response.forced == forced
+        assert all(response.logprobs[position] == 0 for position in forced)
+        assert gap(response).max() < 2e-4
         forced_at |= {position - forced[0] for position in forced} if forced else set()
         until = forced[0] if forced else len(tokens)
-        assert tokens[:until] == list(other.response_token_ids[:until]), "up to there the noise is the same"
-        assert other.forced == ()
+        assert tokens[:until] == other.tokens[:until], "up to there the noise is the same"
+        assert other.forced == []
     assert forced_at >= {0, 1}
 
 
@@ -162,34 +164,33 @@ def test_a_cpu_engine_does_not_sleep(world: World) -> None:
     assert world.engines[0].health()["asleep"] == []
 
 
-def test_rounds_make_the_whole_response_with_its_log_probs_and_versions(world: World) -> None:
+def test_rounds_make_the_complete_response_with_its_log_probs_and_versions(world: World) -> None:
     """Five tokens a batch, the second with other weights' version, until all have ended."""
     sampling = replace(SAMPLING, round_tokens=5)
-    requests: list[Request] = make_requests(PROMPTS, 2, seed=1, step=0)
-    finished: dict[Any, Sample] = {}
+    requests = make_requests(PROMPTS, 2, seed=1, step=0)
+    finished: dict[Any, PlainResponse] = {}
     for version in range(1, 8):
         world.weight_sync.sync(version)
-        found = Generation(Fleet(world.engines), requests, sampling).collect(dist.group.WORLD, pytest.fail)[0]
-        for request, sample in zip(requests, found, strict=True):
-            made = len(sample.response_token_ids) - len(request.begun_token_ids)
-            assert 1 <= made <= 5 and sample.weight_versions[-made:] == (version,) * made
-            assert sample.response_token_ids[:-made] == request.begun_token_ids
-            assert (sample.finish_reason == "unfinished") == (
-                made == 5 and sample.response_token_ids[-1] != 2 and len(sample.response_token_ids) < 24
-            )
-            if sample.finish_reason != "unfinished":
-                finished[sample.key] = sample
-        requests = [
-            replace(r, begun=s, seed=r.seed + version)
-            for r, s in zip(requests, found, strict=True)
-            if s.finish_reason == "unfinished"
-        ]
-        if not requests:
+        batch = Generation(Fleet(world.engines), requests, sampling).collect(dist.group.WORLD, pytest.fail)
+        unfinished = []
+        for i, (request, response) in enumerate(zip(plain(requests), plain(batch), strict=True)):
+            assert response.key == request.key and response.prompt == request.prompt
+            added = len(response.tokens) - len(request.tokens)
+            assert 1 <= added <= 5 and response.versions[-added:] == [version] * added
+            assert response.tokens[:-added] == request.tokens
+            may_go_on = added == 5 and response.tokens[-1] != 2 and len(response.tokens) < 24
+            assert (response.finish_reason == "unfinished") == may_go_on
+            if may_go_on:
+                unfinished.append(i)
+            else:
+                finished[response.key] = response
+        requests = replace(batch, seeds=requests.seeds + version).select(unfinished)
+        if not unfinished:
             break
     assert version == 5 and len(finished) == 8
-    for sample in finished.values():
-        assert gap(sample).max() < 2e-4
-        assert sample.weight_versions == tuple(1 + i // 5 for i in range(len(sample.response_token_ids)))
+    for response in finished.values():
+        assert gap(response).max() < 2e-4
+        assert response.versions == [1 + i // 5 for i in range(len(response.tokens))]
 
 
 def test_a_request_is_served_before_anybody_waits_for_its_answer(world: World) -> None:
@@ -204,67 +205,80 @@ def test_a_request_is_served_before_anybody_waits_for_its_answer(world: World) -
 
 
 def test_a_batch_that_is_cut_ends_with_the_same_prompts_each_time(world: World) -> None:
-    """Of each engine's two prompts the one whose samples are all finished first: the shorter in the whole batch."""
+    """Of each engine's two prompts the one whose responses are all finished first: the shorter in the full batch."""
     sampling = replace(SAMPLING, stop_token_ids=tuple(range(2, 6)))
-    whole = world.samples(sampling)
+    full = world.responses(sampling)
     requests = make_requests(PROMPTS, 4, seed=1, step=0)
-    first, second = (sorted(stream(world.engines, requests, sampling, 2), key=lambda s: s.key) for _ in range(2))
-    assert first == second == [s for s in whole if s.key in {f.key for f in first}]
-    longest = {p.prompt_id: max(len(s.logprobs) for s in whole if s.prompt_id == p.prompt_id) for p in PROMPTS}
-    parts = [sorted({r.prompt_id for r in part}) for part in assign(requests, 2, sampling)]
+    first, second = (plain(in_order(requests.keys, stream(world.engines, requests, sampling, 2))) for _ in range(2))
+    keys = {response.key for response in first}
+    assert first == second == [response for response in full if response.key in keys]
+    longest = {p.prompt_id: max(len(r.logprobs) for r in full if r.prompt_id == p.prompt_id) for p in PROMPTS}
+    parts = [{requests.keys[place][0] for place in part} for part in assign(requests, 2, sampling)]
     assert [len(part) for part in parts] == [2, 2]
-    found = Counter(s.prompt_id for s in first)
+    counts = Counter(response.prompt_id for response in first)
     shortest = {min(part, key=longest.__getitem__) for part in parts}
-    assert {prompt_id for prompt_id, count in found.items() if count == 4} == shortest
+    assert {prompt_id for prompt_id, count in counts.items() if count == 4} == shortest
     assert [engine.health()["unfinished_requests"] for engine in world.engines] == [0, 0]
-    assert world.samples(sampling) == whole
+    assert world.responses(sampling) == full
 
 
-def versionless(samples: list[Sample]) -> list[Sample]:
-    return [replace(sample, weight_versions=()) for sample in samples]
+def without_versions(responses: list[PlainResponse]) -> list[PlainResponse]:
+    """And without verdicts."""
+    return [replace(response, versions=[], verdicts={}) for response in responses]
 
 
-def test_a_killed_engines_samples_are_made_by_the_other(world: World) -> None:
-    undisturbed = world.samples()
-    world.undisturbed = versionless(undisturbed)
+def tokens(responses: list[PlainResponse]) -> list[list[int]]:
+    return [response.tokens for response in responses]
+
+
+def last_versions(responses: list[PlainResponse]) -> set[int]:
+    return {response.versions[-1] for response in responses}
+
+
+def test_a_killed_engine_s_responses_are_made_by_the_other(world: World) -> None:
+    undisturbed = world.responses()
+    world.undisturbed = without_versions(undisturbed)
     requests = make_requests(PROMPTS, 4, seed=1, step=0)
     first = threading.Event()
-    generation = Generation(Fleet(world.engines), requests, SAMPLING, lambda sample: first.set())
+    generation = Generation(Fleet(world.engines), requests, SAMPLING, lambda _: first.set() or {})
     assert first.wait(120)
     os.kill(world.engines[1].pid, signal.SIGKILL)
-    survived = generation.collect(dist.group.WORLD, pytest.fail)[0]
-    assert [s.response_token_ids for s in survived] == [s.response_token_ids for s in undisturbed]
-    assert max(gap(sample).max() for sample in survived) < 2e-4
+    survived = plain(generation.collect(dist.group.WORLD, pytest.fail))
+    assert tokens(survived) == tokens(undisturbed)
+    assert max(gap(response).max() for response in survived) < 2e-4
     assert [engine.alive for engine in world.engines] == [True, False]
-    assert [s.response_token_ids for s in world.samples()] == [s.response_token_ids for s in undisturbed]
-    parts = assign(requests, 2, SAMPLING)
-    own = {request.key for request in parts[0]}
-    assert [s for s in survived if s.key in own] == [s for s in undisturbed if s.key in own], "bit for bit"
+    assert tokens(world.responses()) == tokens(undisturbed)
+    own = assign(requests, 2, SAMPLING)[0]
+    assert len(own) == 8
+    assert [survived[place] for place in own] == [undisturbed[place] for place in own], "bit for bit"
 
 
 def test_an_engine_that_hangs_is_killed_started_again_and_synced_and_makes_the_batch(world: World) -> None:
     """The last one, stopped in the middle of a batch: alive, and silent."""
-    (version,) = {sample.weight_version for sample in world.samples()}
+    (version,) = last_versions(world.responses())
     requests = make_requests(PROMPTS, 4, seed=1, step=0)
     first = threading.Event()
-    generation = Generation(Fleet(world.engines), requests, SAMPLING, lambda sample: first.set())
+    generation = Generation(Fleet(world.engines), requests, SAMPLING, lambda _: first.set() or {})
     assert first.wait(120)
     os.kill(world.engines[0].pid, signal.SIGSTOP)
     with pytest.raises(EngineDied, match=r"made no progress for rollout\.stall_timeout=10 seconds and was killed"):
         generation.running.result(120)
     with pytest.raises(EngineDied, match="none of the 2 engines is alive"):
-        world.samples()
-    told = world.engines[0].begin_call("GET", "/health")  # the other engines are asked all the same
+        world.responses()
+    answer = world.engines[0].begin_call("GET", "/health")  # the other engines are asked all the same
     with pytest.raises(EngineError, match="Connection refused"):
-        told()
-    samples = generation.collect(dist.group.WORLD, lambda: world.revive(version + 1))[0]
+        answer()
+    responses = plain(generation.collect(dist.group.WORLD, lambda: world.revive(version + 1)))
     assert [engine.starts for engine in world.engines] == [2, 1]
-    assert {sample.weight_version for sample in samples} == {version, version + 1}
-    assert [s.response_token_ids for s in samples] == [s.response_token_ids for s in world.undisturbed]
-    assert max(gap(sample).max() for sample in samples) < 2e-4
+    assert last_versions(responses) == {version, version + 1}
+    assert tokens(responses) == tokens(world.undisturbed)
+    assert max(gap(response).max() for response in responses) < 2e-4
     own = assign(requests, 2, SAMPLING)[0]
-    again = in_order(own, world.engines[0].generate(own, SAMPLING))
-    assert versionless(again) == in_order(own, world.undisturbed), "the new process's bits are those of the old one"
+    asked = requests.select(own)
+    again = plain(in_order(asked.keys, world.engines[0].generate(asked, SAMPLING)))
+    assert without_versions(again) == [world.undisturbed[place] for place in own], (
+        "the new process's bits are the old's"
+    )
 
 
 def test_forced_positions_of_thinking_in_pieces() -> None:

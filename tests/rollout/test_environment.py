@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ext import batch as batches
+from megatron_ext.batch import TokenBatch
 from rollout.environment import Segment, Turns, Unavailable, open_environment, segments
-from rollout.sample import Sample
 from tests.recipes.tiny import make_tokenizer
+from tests.responses import PlainResponse, make_prompt, plain
 
 TOKENIZER = make_tokenizer()
 IDS = st.lists(st.integers(3, len(TOKENIZER) - 1), min_size=1, max_size=8)
@@ -31,11 +34,25 @@ class Script:
         pass
 
 
-def sampled(ids: Sequence[int], begun: Sample | None = None) -> Sample:
+def sampled(ids: Sequence[int], begun: TokenBatch | None = None) -> TokenBatch:
     """A turn as an engine gives it, with log-probs that name each token."""
-    version = 3 if begun is None else begun.weight_versions[-1] + 1
-    made = Sample("p", 0, (9, 9), tuple(ids), tuple(-0.001 * i - 0.5 for i in ids), "turn", (version,) * len(ids))
-    return made.after(begun)
+    turn = batches.build(
+        [make_prompt("p", [9, 9])],
+        [ids],
+        logprobs=[[logprob_of(token) for token in ids]],
+        version=3 if begun is None else int(begun.versions[-1]) + 1,
+        finish_reasons=["turn"],
+    )
+    return turn if begun is None else batches.extend(begun, turn)
+
+
+def logprob_of(token: int) -> float:
+    return float(np.float32(-0.001 * token - 0.5))
+
+
+def reply(rules: Turns, response: TokenBatch, max_tokens: int) -> PlainResponse:
+    (one,) = plain(rules.reply(response, max_tokens))
+    return one
 
 
 @settings(deadline=None)
@@ -44,44 +61,49 @@ def test_ids_never_change_across_turns_and_the_environment_s_are_exactly_the_for
     turns: list[tuple[list[int], str]],
 ) -> None:
     rules = Turns(Script([text for _, text in turns]), TOKENIZER, max_turns=len(turns))
-    sample: Sample | None = None
+    response: TokenBatch | None = None
     ids: list[int] = []
     forced: list[int] = []
     for said, text in turns:
-        before = sampled(said, sample)
-        sample = rules.go_on(before, 1000)
-        reply = TOKENIZER.encode(text, add_special_tokens=False)
+        before = sampled(said, response)
+        response = rules.reply(before, 1000)
+        encoded = TOKENIZER.encode(text, add_special_tokens=False)
         ids += said
-        forced += range(len(ids), len(ids) + len(reply))
-        ids += reply
-        assert sample.response_token_ids[: len(before.response_token_ids)] == before.response_token_ids
-        assert sample.logprobs[: len(before.logprobs)] == before.logprobs
-    assert sample is not None and sample.finish_reason == "unfinished"
-    assert sample.response_token_ids == tuple(ids)
-    assert sample.forced == tuple(forced)
+        forced += range(len(ids), len(ids) + len(encoded))
+        ids += encoded
+        (old,) = plain(before)
+        (new,) = plain(response)
+        assert new.tokens[: len(old.tokens)] == old.tokens
+        assert new.logprobs[: len(old.logprobs)] == old.logprobs
+        assert new.versions[: len(old.versions)] == old.versions
+    assert response is not None and new.finish_reason == "unfinished"
+    assert new.prompt == [9, 9]
+    assert new.tokens == ids
+    assert new.forced == forced
     for position, token in enumerate(ids):
-        expected = 0.0 if position in forced else -0.001 * token - 0.5
-        assert sample.logprobs[position] == expected
-    assert len(sample.weight_versions) == len(ids)
-    pieces = segments(TOKENIZER, sample)
+        expected = 0.0 if position in forced else logprob_of(token)
+        assert new.logprobs[position] == expected
+    assert len(new.versions) == len(ids)
+    pieces = segments(TOKENIZER, response)
     assert [piece.by_environment for piece in pieces] == [False, True] * len(turns)
     for piece, (_, text) in zip(pieces[1::2], turns, strict=True):
         assert piece.text == text
-    assert rules.go_on(sampled([5], sample), 1000).finish_reason == "turns"
+    assert reply(rules, sampled([5], response), 1000).finish_reason == "turns"
 
 
 def test_a_reply_that_leaves_no_room_is_not_appended() -> None:
-    reply = TOKENIZER.encode("abc", add_special_tokens=False)
-    rules, turn = Turns(Script(["abc"]), TOKENIZER, 1), sampled([5, 6])
-    assert rules.go_on(turn, 2 + len(reply) + 1).finish_reason == "unfinished"
-    ended = rules.go_on(turn, 2 + len(reply))
-    assert (ended.finish_reason, ended.response_token_ids, ended.forced) == ("length", (5, 6), ())
+    encoded = TOKENIZER.encode("abc", add_special_tokens=False)
+    rules = Turns(Script(["abc"]), TOKENIZER, 1)
+    turn = sampled([5, 6])
+    assert reply(rules, turn, 2 + len(encoded) + 1).finish_reason == "unfinished"
+    ended = reply(rules, turn, 2 + len(encoded))
+    assert (ended.finish_reason, ended.tokens, ended.forced) == ("length", [5, 6], [])
 
 
 def test_control_tokens_do_not_come_in_from_outside() -> None:
     rules = Turns(Script([""]), TOKENIZER, 1)
-    for text, plain in (("a<|im_end|>b", "a b"), ("<|im_<|im_end|>end|>", "<|im_ end|>"), ("<|endoftext|>ab", " ab")):
-        assert rules.encode(text) == tuple(TOKENIZER.encode(plain, add_special_tokens=False))
+    for text, cleaned in (("a<|im_end|>b", "a b"), ("<|im_<|im_end|>end|>", "<|im_ end|>"), ("<|endoftext|>ab", " ab")):
+        assert rules.encode(text) == tuple(TOKENIZER.encode(cleaned, add_special_tokens=False))
 
 
 def test_a_reply_that_fails_is_told_with_its_reason() -> None:
@@ -89,9 +111,8 @@ def test_a_reply_that_fails_is_told_with_its_reason() -> None:
         def reply(self, segments: Sequence[Segment]) -> str:
             raise Unavailable("no answer in time")
 
-    failed = Turns(Fails([]), TOKENIZER, 1).go_on(sampled([5]), 100)
-    assert (failed.finish_reason, failed.failure, failed.response_token_ids) == ("failed", "no answer in time", (5,))
-    assert Sample.from_json(failed.to_json()) == failed
+    failed = reply(Turns(Fails([]), TOKENIZER, 1), sampled([5]), 100)
+    assert (failed.finish_reason, failed.failure, failed.tokens) == ("failed", "no answer in time", [5])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Per-channel scales are what vLLM's CPU build can run: weights, activations and t
 differs between the three kinds of scales is tested layer by layer in ``test_quantised``.
 """
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -14,18 +13,18 @@ import torch
 import torch.distributed as dist
 
 from rollout.engine import Engine, stop_engines
-from rollout.sample import Prompt, Sampling
 from rollout.sampler import generate, make_requests
+from rollout.sampling import Sampling
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.sync import WeightSync
-from tests.rollout.test_vllm import logprobs_of, program
+from tests.responses import make_prompt, plain
+from tests.rollout.test_vllm import fresh_results, logprobs_of, start_fresh
 from tests.rollout.twins import Twin, tensor_parallel_shards
-from tests.rollout.vllm_processes import as_argument
 from tests.settings import engine_settings
 
 TWIN = Twin(heads=4, kv_heads=2, vocab=203, tied=True, bias=True, dtype=torch.bfloat16)
 SAMPLING = Sampling(max_tokens=8, stop_token_ids=(2,))
-PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 180 for j in range(3 + 10 * i))) for i in range(4)]
+PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 180 for j in range(3 + 10 * i)]) for i in range(4)]
 
 
 def in_fp8(model: torch.nn.Module, workers: int) -> torch.nn.Module:
@@ -63,8 +62,8 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
         tensor=2,
         quantization="fp8_per_channel",
     )
-    requests, output = make_requests(PROMPTS, 2, seed=5, step=0), tmp_path / "fresh.json"
-    fresh = program("fresh", as_argument(settings), as_argument(requests), as_argument(SAMPLING), str(output))
+    requests = make_requests(PROMPTS, 2, seed=5, step=0)
+    fresh = start_fresh(settings, requests, SAMPLING, tmp_path / "fresh")
     engine = Engine(settings, tmp_path / "engine.log")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -81,27 +80,24 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
             reports.append(weight_sync.sync(version))
             digests.append(engine.call("GET", "/weights/digest")["workers"])
         assert fresh.wait(300) == 0
-        expected = json.loads(output.read_text())
-        assert digests[0] == digests[2] == expected["workers"] != digests[1]
+        workers, expected = fresh_results(tmp_path / "fresh")
+        assert digests[0] == digests[2] == workers != digests[1]
         scales = [name for name in digests[0][0] if name.endswith("weight_scale")]
         assert len(scales) == 4 * 2, "four linear layers of each block"
-        samples = generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0)
-        assert [(list(s.response_token_ids), list(s.logprobs)) for s in samples] == [
-            (s["response_token_ids"], s["logprobs"])
-            for s in sorted(expected["samples"], key=lambda s: (s["prompt_id"], s["sample_index"]))
-        ]
+        responses = plain(generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0))
+        assert [(r.key, r.tokens, r.logprobs) for r in responses] == [(r.key, r.tokens, r.logprobs) for r in expected]
         checksums = engine.call("GET", "/weights/checksum")["tensors"]
         weights = dict(TWIN.model(0).named_parameters())
         assert checksums == {
             name: rectangle_checksum(w, (0,) * w.ndim, tuple(w.shape), weight_sync.plan.tensors[name].unit)
             for name, w in weights.items()
         }, "of the weights that were quantised"
-        written_out, plain = (
-            torch.cat([(logprobs_of(model, s) - torch.tensor(s.logprobs)).abs() for s in samples])
+        written_out, unrounded = (
+            torch.cat([(logprobs_of(model, r) - torch.tensor(r.logprobs)).abs() for r in responses])
             for model in (in_fp8(TWIN.model(0).float(), workers=2), TWIN.model(0).float())
         )
         # Measured: 0.25 and 0.45 on average, 0.9 and 2.2 at most. BF16 before an FP8 rounding tips some values over.
-        assert written_out.mean() < 0.35 < plain.mean() and written_out.max() < 1.5
+        assert written_out.mean() < 0.35 < unrounded.mean() and written_out.max() < 1.5
     finally:
         fresh.kill()
         stop_engines([engine])

@@ -1,46 +1,57 @@
 """Order, seeds and spreading of samples, with engines that answer in an order of their own."""
 
-import json
 import random
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from megatron_ext import batch as batches
 from rollout.engine import EngineDied, EngineError
-from rollout.sample import Prompt, Request, Sample, Sampling
 from rollout.sampler import assign, generate, make_requests, request_seed
+from rollout.sampling import Sampling
+from tests.responses import PlainResponse, answer, make_prompt, plain
 
 SAMPLING = Sampling(max_tokens=4, stop_token_ids=(2,))
-PROMPTS = [Prompt(f"p{i}", (i, i + 1)) for i in range(5)]
+PROMPTS = [make_prompt(f"p{i}", [i, i + 1]) for i in range(5)]
 
 
 class BackwardsEngine:
     """Answers the last request first; remembers what it was asked. It dies or refuses after some answers."""
 
     def __init__(self, dies_after=None, refuses_after=None):
-        self.batches, self.alive = [], True
-        self.dies_after, self.refuses_after = dies_after, refuses_after
+        self.batches = []  # the keys that were asked in each
+        self.alive = True
+        self.dies_after = dies_after
+        self.refuses_after = refuses_after
 
-    def generate(self, requests, sampling, enough=None):
-        self.batches.append(list(requests))
-        for i, r in enumerate(reversed(requests)):
-            if i == self.dies_after:
+    def generate(self, requests, sampling, num_complete=None):
+        self.batches.append(requests.keys)
+        for count, i in enumerate(reversed(range(len(requests)))):
+            if count == self.dies_after:
                 self.alive = False
                 raise EngineDied("gone")
-            if i == self.refuses_after:
+            if count == self.refuses_after:
                 raise EngineError("stale")
-            yield Sample(r.prompt_id, r.sample_index, r.prompt_token_ids, (r.seed % 7,), (-0.1,), "stop", (3,))
+            token = int(requests.seeds[i]) % 7
+            yield answer(requests, i, [token], logprob=-0.5, finish_reason="stop", version=3)
 
 
 def ask(engines, **changes):
-    return generate(engines, PROMPTS, SAMPLING, **{"samples_per_prompt": 3, "seed": 1, "step": 2} | changes)
+    arguments = {"samples_per_prompt": 3, "seed": 1, "step": 2} | changes
+    return plain(generate(engines, PROMPTS, SAMPLING, **arguments))
 
 
-def test_samples_come_by_prompt_and_index_whatever_the_engines_do():
+def test_responses_come_by_prompt_and_index_whatever_the_engines_do():
     engines = [BackwardsEngine(), BackwardsEngine()]
-    samples = ask(engines)
-    assert [(s.prompt_id, s.sample_index) for s in samples] == [(f"p{i}", j) for i in range(5) for j in range(3)]
+    responses = ask(engines)
+    keys = [(f"p{i}", j) for i in range(5) for j in range(3)]
+    assert [response.key for response in responses] == keys
+    assert [response.prompt for response in responses] == [[i, i + 1] for i in range(5) for _ in range(3)]
+    assert [response.tokens for response in responses] == [[request_seed(1, 2, *key) % 7] for key in keys]
     assert [len(batch) for engine in engines for batch in engine.batches] == [9, 6]
-    assert samples == ask([BackwardsEngine()]) == ask([BackwardsEngine() for _ in range(20)])
+    assert responses == ask([BackwardsEngine()]) == ask([BackwardsEngine() for _ in range(20)])
 
 
 def test_seeds_depend_on_all_four_parts_and_on_nothing_else():
@@ -59,8 +70,8 @@ def test_what_a_dead_engine_left_is_made_by_the_others_after_their_own():
     undisturbed = ask([BackwardsEngine(), BackwardsEngine(), BackwardsEngine()])
     engines = [BackwardsEngine(), BackwardsEngine(dies_after=1), BackwardsEngine(dies_after=2)]
     assert ask(engines) == undisturbed
-    first, second = engines[0].batches[0], [r.key for r in engines[0].batches[1]]
-    missing = [r.key for r in engines[1].batches[0][:-1]] + [r.key for r in engines[2].batches[0][:-2]]
+    first, second = engines[0].batches
+    missing = engines[1].batches[0][:-1] + engines[2].batches[0][:-2]
     assert len(first) == 6 and sorted(second) == sorted(missing)
     again = [BackwardsEngine(dies_after=0), BackwardsEngine(dies_after=2)]
     with pytest.raises(EngineDied, match="gone"):
@@ -79,42 +90,59 @@ def longest_first(costs, parts):
     return sorted(loads)
 
 
-def test_prompts_go_whole_to_the_least_loaded_engine_longest_first():
+def test_a_prompt_s_requests_go_to_one_engine_the_least_loaded_longest_first():
     draw = random.Random(0)
     for _ in range(50):
         lengths = [draw.randint(1, 60) for _ in range(draw.randint(1, 12))]
-        prompts = [Prompt(f"p{i}", (1,) * n) for i, n in enumerate(lengths)]
-        requests = make_requests(prompts, 3, 0, 0)
-        draw.shuffle(requests)
+        prompts = [make_prompt(f"p{i}", [1] * n) for i, n in enumerate(lengths)]
+        order = list(range(3 * len(prompts)))
+        draw.shuffle(order)
+        requests = make_requests(prompts, 3, 0, 0).select(order)
         count = draw.randint(1, 5)
-        parts = assign(requests, count, SAMPLING)
-        assert parts == assign(requests, count, SAMPLING)
-        assert [[r for r in requests if r in part] for part in parts] == parts
-        homes = [{i for i, part in enumerate(parts) for r in part if r.prompt_id == p.prompt_id} for p in prompts]
-        assert all(len(home) == 1 for home in homes)
-        costs = [n + 3 * SAMPLING.max_tokens for n in lengths]
-        loads = [sum(c for c, home in zip(costs, homes, strict=True) if home == {i}) for i in range(count)]
-        assert sorted(loads) == longest_first(costs, count)
+        parts = [part.tolist() for part in assign(requests, count, SAMPLING)]
+        assert parts == [part.tolist() for part in assign(requests, count, SAMPLING)]
+        assert sorted(place for part in parts for place in part) == list(range(len(requests)))
+        assert all(part == sorted(part) for part in parts), "in the order of the requests"
+        prompt_ids = [[requests.prompt(place).prompt_id for place in part] for part in parts]
+        assert all(number == 3 for part in prompt_ids for number in Counter(part).values())
+        costs = {prompt.prompt_id: n + 3 * SAMPLING.max_tokens for prompt, n in zip(prompts, lengths, strict=True)}
+        loads = [sum(costs[prompt_id] for prompt_id in set(part)) for part in prompt_ids]
+        assert sorted(loads) == longest_first(costs.values(), count)
 
 
 def test_what_is_left_of_a_begun_response_counts():
-    begun = Sample("long", 0, (1,), (5,) * 90, (-1.0,) * 90, "unfinished", (0,) * 90)
-    requests = [Request("long", 0, (1,), 0, begun=begun), *(Request(f"p{i}", 0, (1,), 0) for i in range(2))]
+    prompts = [make_prompt(name, [1]) for name in ("long", "p0", "p1")]
+    requests = batches.build(prompts, [[5] * 90, [], []])
     parts = assign(requests, 2, Sampling(max_tokens=100, stop_token_ids=(2,)))
-    assert [[r.prompt_id for r in part] for part in parts] == [["long", "p0"], ["p1"]]
+    assert [[prompts[place].prompt_id for place in part] for part in parts] == [["long", "p0"], ["p1"]]
 
 
-def test_a_continued_sample_is_whole_again():
-    begun = Sample("p", 0, (1,), (5, 6), (-1.0, -2.0), "unfinished", (3, 3), (1,))
-    more = Sample("p", 0, (1,), (7, 8), (0.0, -4.0), "stop", (4, 4), (0,))
-    whole = Sample("p", 0, (1,), (5, 6, 7, 8), (-1.0, -2.0, 0.0, -4.0), "stop", (3, 3, 4, 4), (1, 2))
-    assert more.after(begun) == whole and more.after(None) == more
-    assert whole.weight_version == 4
-
-
-def test_samples_survive_json_exactly():
-    sample = Sample("p", 1, (1, 2), (3, 4), (-0.1234567890123456789, -1e-9), "length", (7, 8), (1,))
-    assert Sample.from_json(json.loads(json.dumps(sample.to_json()))) == sample
+def test_a_response_that_went_on_is_complete_again():
+    prompt = make_prompt("p", [1])
+    begun = batches.build(
+        [prompt], [[5, 6]], logprobs=[[-1.0, -2.0]], loss_mask=[[True, False]], version=3, finish_reasons=["unfinished"]
+    )
+    continuation = batches.build(
+        [replace(prompt, token_ids=np.empty(0, np.int32))],
+        [[7, 8]],
+        logprobs=[[0.0, -4.0]],
+        loss_mask=[[False, True]],
+        version=4,
+        finish_reasons=["stop"],
+    )
+    complete = PlainResponse(
+        prompt_id="p",
+        sample_index=0,
+        prompt=[1],
+        tokens=[5, 6, 7, 8],
+        logprobs=[-1.0, -2.0, 0.0, -4.0],
+        forced=[1, 2],
+        versions=[3, 3, 4, 4],
+        finish_reason="stop",
+        failure="",
+        verdicts={},
+    )
+    assert plain(batches.extend(begun, continuation)) == [complete]
 
 
 @pytest.mark.parametrize(

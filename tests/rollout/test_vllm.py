@@ -19,20 +19,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext.batch import TokenBatch
 from recipes.preflight.simulated_engines import layouts
 from rollout.engine import Engine, EngineError, EngineSettings, stop_engines
-from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import generate, make_requests
+from rollout.sampling import Sampling
 from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.sync import WeightSync, WeightSyncError
+from tests.responses import PlainResponse, make_prompt, plain
 from tests.rollout.twins import TIED, UNTIED, Twin, tensor_parallel_shards
-from tests.rollout.vllm_processes import ForeignEngine, as_argument
+from tests.rollout.vllm_processes import DIGESTS, REQUESTS, RESPONSES, ForeignEngine, as_argument
 from tests.settings import engine_settings
 
 TWINS = {"tied": TIED, "untied": UNTIED}
 STARTUP_SECONDS = 400
 SAMPLING = Sampling(max_tokens=10, stop_token_ids=(2, 11))
-PROMPTS = [Prompt(f"p{i}", tuple(3 + (7 * i + j) % 180 for j in range(3 + 10 * i))) for i in range(4)]
+PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 180 for j in range(3 + 10 * i)]) for i in range(4)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -136,7 +138,7 @@ class World:
     doomed: Engine
     owner: subprocess.Popen[bytes]
     fresh: subprocess.Popen[bytes]
-    fresh_output: Path
+    fresh_folder: Path
     trainer: Trainer
 
     def ready(self, engine: Engine) -> Engine:
@@ -152,6 +154,21 @@ def program(*arguments: str) -> "subprocess.Popen[bytes]":
     )
 
 
+def start_fresh(
+    settings: EngineSettings, requests: TokenBatch, sampling: Sampling, folder: Path
+) -> "subprocess.Popen[bytes]":
+    """vLLM that loads its weights from disk (``vllm_processes.fresh``)."""
+    folder.mkdir()
+    (folder / REQUESTS).write_bytes(requests.to_bytes())
+    return program("fresh", as_argument(settings), as_argument(sampling), str(folder))
+
+
+def fresh_results(folder: Path) -> tuple[list[dict[str, str]], list[PlainResponse]]:
+    """Digests of each worker's parameters, and the responses in the order of the requests."""
+    responses = TokenBatch.from_bytes((folder / RESPONSES).read_bytes())
+    return json.loads((folder / DIGESTS).read_text()), plain(responses)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("vllm")
@@ -161,8 +178,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     too_long = replace(tied, max_model_len=100_000, rollout=replace(tied.rollout, max_num_batched_tokens=100_000))
 
     requests = make_requests(PROMPTS, 2, seed=5, step=0)
-    fresh_output, owner_output = folder / "fresh.json", folder / "owner.json"
-    fresh = program("fresh", as_argument(tied), as_argument(requests), as_argument(SAMPLING), str(fresh_output))
+    fresh_folder = folder / "fresh"
+    owner_output = folder / "owner.json"
+    fresh = start_fresh(tied, requests, SAMPLING, fresh_folder)
     owner = program("owner", as_argument(untied), str(folder / "untied.log"), str(owner_output))
     engines = [Engine(tied, folder / "tied.log"), Engine(too_long, folder / "doomed.log")]
     trainer = Trainer(str(folder / "store"))
@@ -170,7 +188,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         while not owner_output.exists() or not owner_output.read_text():
             time.sleep(0.1)
         foreign = ForeignEngine(untied, folder / "untied.log", **json.loads(owner_output.read_text()))
-        yield World(engines[0], foreign, engines[1], owner, fresh, fresh_output, trainer)
+        yield World(engines[0], foreign, engines[1], owner, fresh, fresh_folder, trainer)
     finally:
         trainer.close()
         for process in (owner, fresh):
@@ -179,29 +197,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         stop_engines(engines)
 
 
-def sample(engine: Engine, sampling: Sampling = SAMPLING, seed: int = 5) -> list[Sample]:
-    return generate([engine], PROMPTS, sampling, samples_per_prompt=2, seed=seed, step=0)
+def sample(engine: Engine, sampling: Sampling = SAMPLING, seed: int = 5) -> list[PlainResponse]:
+    return plain(generate([engine], PROMPTS, sampling, samples_per_prompt=2, seed=seed, step=0))
 
 
 def digests(engine: Engine) -> list[dict[str, str]]:
     return engine.call("GET", "/weights/digest")["workers"]
 
 
-def hf_logprobs(twin: Twin, seed: int, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
-    """Of the response's tokens, by a plain FP32 forward of the weights as vLLM holds them."""
-    return logprobs_of(twin.model(seed).float(), sample, temperature)
-
-
-def logprobs_of(model: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
-    ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids])
+def logprobs_of(model: torch.nn.Module, response: PlainResponse, temperature: float = 1.0) -> torch.Tensor:
+    """Of the response's tokens, by a plain forward."""
+    ids = torch.tensor([response.prompt + response.tokens])
     with torch.no_grad():
         logprobs = (model(ids).logits[0] / temperature).log_softmax(-1)
-    first = len(sample.prompt_token_ids) - 1
+    first = len(response.prompt) - 1
     return logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
 
 
-def gap(twin: Twin, samples: list[Sample], temperature: float = 1.0) -> torch.Tensor:
-    return torch.cat([(hf_logprobs(twin, 0, s, temperature) - torch.tensor(s.logprobs)).abs() for s in samples])
+def gap(twin: Twin, responses: list[PlainResponse], temperature: float = 1.0) -> torch.Tensor:
+    """Of all log-probs to those of a plain FP32 forward of the weights as vLLM holds them."""
+    model = twin.model(0).float()
+    return torch.cat([(logprobs_of(model, r, temperature) - torch.tensor(r.logprobs)).abs() for r in responses])
 
 
 def test_no_samples_before_the_first_sync(world: World) -> None:
@@ -218,35 +234,33 @@ def test_after_a_sync_weights_and_samples_equal_those_of_vllm_that_loaded_the_ch
     model = TIED.model(0)
     assert report["bytes"] == 2 * sum(parameter.numel() for parameter in model.parameters())
     assert world.fresh.wait(STARTUP_SECONDS) == 0
-    expected = json.loads(world.fresh_output.read_text())
-    assert digests(world.tied) == expected["workers"]
-    samples = sample(world.tied)
-    assert {(s.prompt_id, s.sample_index): (s.response_token_ids, s.logprobs) for s in samples} == {
-        (s["prompt_id"], s["sample_index"]): (tuple(s["response_token_ids"]), tuple(s["logprobs"]))
-        for s in expected["samples"]
-    }
+    workers, expected = fresh_results(world.fresh_folder)
+    assert digests(world.tied) == workers
+    assert len(expected) == 8
+    assert sample(world.tied) == [replace(r, versions=[1] * len(r.tokens)) for r in expected]
 
 
 def test_samples_say_how_they_were_made(world: World) -> None:
-    samples = sample(world.tied)
-    assert {s.weight_version for s in samples} == {1}
-    by_id = {prompt.prompt_id: prompt.token_ids for prompt in PROMPTS}
-    for s in samples:
-        assert s.prompt_token_ids == by_id[s.prompt_id]
-        assert len(s.logprobs) == len(s.response_token_ids) <= SAMPLING.max_tokens
-        stopped = [i for i, token in enumerate(s.response_token_ids) if token in SAMPLING.stop_token_ids]
-        assert s.finish_reason == ("stop" if stopped else "length")
-        assert stopped in ([], [len(s.response_token_ids) - 1]), "the stop token is kept, and nothing follows it"
-    frequent = {token for s in samples for token in s.response_token_ids}
+    responses = sample(world.tied)
+    by_id = {prompt.prompt_id: prompt.token_ids.tolist() for prompt in PROMPTS}
+    for r in responses:
+        assert r.versions == [1] * len(r.tokens)
+        assert r.prompt == by_id[r.prompt_id]
+        assert len(r.logprobs) == len(r.tokens) <= SAMPLING.max_tokens
+        stopped = [i for i, token in enumerate(r.tokens) if token in SAMPLING.stop_token_ids]
+        assert r.finish_reason == ("stop" if stopped else "length")
+        assert stopped in ([], [len(r.tokens) - 1]), "the stop token is kept, and nothing follows it"
+        assert r.forced == []
+    frequent = {token for r in responses for token in r.tokens}
     early = sample(world.tied, Sampling(max_tokens=10, stop_token_ids=tuple(sorted(frequent))))
-    assert all(len(s.response_token_ids) < 10 and s.finish_reason == "stop" for s in early)
+    assert all(len(r.tokens) < 10 and r.finish_reason == "stop" for r in early)
 
 
 def test_the_same_requests_give_the_same_bits_and_other_seeds_others(world: World) -> None:
     first = sample(world.tied)
     other = sample(world.tied, seed=6)
     assert sample(world.tied) == first
-    assert [s.response_token_ids for s in other] != [s.response_token_ids for s in first]
+    assert [r.tokens for r in other] != [r.tokens for r in first]
 
 
 def test_logprobs_in_bf16_are_those_of_a_plain_forward(world: World) -> None:
@@ -304,11 +318,11 @@ def test_a_transfer_that_corrupts_a_bit_makes_the_engine_refuse_until_a_good_syn
     monkeypatch.undo()
     world.trainer.do("load", "tied", 0)
     world.trainer.do("sync", "tied", 5)
-    assert {s.weight_version for s in sample(world.tied)} == {5}
+    assert {version for r in sample(world.tied) for version in r.versions} == {5}
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name_and_the_batch_with_it(world: World) -> None:
-    prompts = [PROMPTS[0], Prompt("long", (5,) * 120)]
+    prompts = [PROMPTS[0], make_prompt("long", [5] * 120)]
     with pytest.raises(EngineError, match="prompt 'long': 120 prompt tokens and max_tokens=10 do not fit"):
         generate([world.tied], prompts, SAMPLING, samples_per_prompt=1, seed=0, step=0)
     assert world.tied.health()["unfinished_requests"] == 0

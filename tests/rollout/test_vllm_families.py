@@ -18,12 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ext.batch import TokenBatch
 from megatron_ext.processes import die_with
 from rollout import engine_server
 from rollout.engine import EngineSettings
-from rollout.sample import Request
+from rollout.sampling import Sampling
 from tests.megatron_ext import ranks
-from tests.rollout import family_twins
+from tests.responses import plain
+from tests.rollout import family_twins, vllm_processes
 
 NAMES = ("qwen2", "qwen3", "qwen2_5_vl", "internvl_6b", "internvl_6b_chat", "internvl_300m", "internvl_300m_chat")
 every_family = pytest.mark.parametrize("name", NAMES)
@@ -33,11 +35,11 @@ def main() -> None:
     """All families' results to ``families.json``; then serve as the engine server does."""
     die_with(int(sys.argv[3]))
     folder = Path(json.loads(sys.argv[1])["model"]).parent
-    found = {}
-    for name, work in json.loads((folder / "work.json").read_text()).items():
+    results = {}
+    for name, (requests, sampling) in family_twins.load_work(folder).items():
         import_model(folder / f"{name}-export")
-        found[name] = examine(family_twins.engine_settings(folder / f"{name}-export"), work)
-    (folder / "families.partial").write_text(json.dumps(found))
+        results[name] = examine(family_twins.engine_settings(folder / f"{name}-export"), requests, sampling)
+    (folder / "families.partial").write_text(json.dumps(results))
     (folder / "families.partial").rename(folder / "families.json")
     engine_server.main()
 
@@ -50,19 +52,14 @@ def import_model(folder: Path) -> None:
     ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
-def examine(settings: EngineSettings, work: dict[str, Any]) -> dict[str, Any]:
-    """Samples and digests of an engine that loaded its weights from disk, and what became of its layout."""
+def examine(settings: EngineSettings, requests: TokenBatch, sampling: Sampling) -> dict[str, Any]:
+    """Responses and digests of an engine that loaded its weights from disk, and what became of its layout."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     loop = engine_server.EngineLoop(settings, engine_server.build_llm_engine(settings, load_format="auto"))
     loop.weights.version = 0
-    lines: list[Any] = []
-    requests = [Request(**request).to_json() for request in work["requests"]]
-    loop.add_batch({"requests": requests, "sampling": work["sampling"]}, lines.append)
-    while loop.llm.has_unfinished_requests():
-        loop._step()
-    samples = sorted((line["sample"] for line in lines), key=lambda sample: sample["prompt_id"])
-    found = {**loop.weights.digest(), "samples": samples}
+    responses = plain(vllm_processes.generate(loop, requests, sampling))
+    found = {**loop.weights.digest(), "responses": [asdict(response) for response in responses]}
     (model,) = loop.llm.apply_model(lambda model: model)
     found |= examine_layout(model, load_file(Path(settings.model) / "model.safetensors"))
     loop.llm.engine_core.shutdown()
@@ -111,11 +108,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, family_twins.Tw
 def processes(twins: dict[str, family_twins.Twin]) -> Iterator[Any]:
     """The launcher of the exporting ranks, one of which starts the engines."""
     folder = next(iter(twins.values())).folder.parent
-    work = {}
-    for name, twin in twins.items():
-        requests, sampling = family_twins.requests(twin)
-        work[name] = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling)}
-    (folder / "work.json").write_text(json.dumps(work))
+    family_twins.save_work(folder, twins)
     launcher = ranks.start(
         folder / "ranks.log", "tests.rollout.family_twins", str(folder), "tests.rollout.test_vllm_families"
     )
@@ -143,13 +136,13 @@ def test_greedy_samples_of_the_export_are_transformers(
     name: str, twins: dict[str, family_twins.Twin], families: dict[str, Any]
 ) -> None:
     """In FP32, of the model that the export goes back to."""
-    samples = {sample["prompt_id"]: sample for sample in families[name]["samples"]}
-    assert len(samples) == len(twins[name].prompts)
+    responses = {response["prompt_id"]: response for response in families[name]["responses"]}
+    assert len(responses) == len(twins[name].prompts)
     for made in twins[name].prompts:
         tokens, logprobs = family_twins.greedy(twins[name], made)
-        sample = samples[made.prompt.prompt_id]
-        assert sample["response_token_ids"] == tokens
-        assert (torch.tensor(sample["logprobs"]) - torch.tensor(logprobs)).abs().max() < 2e-5
+        response = responses[made.prompt.prompt_id]
+        assert response["tokens"] == tokens
+        assert (torch.tensor(response["logprobs"]) - torch.tensor(logprobs)).abs().max() < 2e-5
 
 
 @every_family
@@ -170,7 +163,7 @@ def test_a_vision_language_model_is_synced(
     assert [name for name in before if changed[name] == before[name]] == []
 
     def said(state: dict[str, Any]) -> list[Any]:
-        return [(s["prompt_id"], s["response_token_ids"], s["logprobs"]) for s in state["samples"]]
+        return [(r["prompt_id"], r["tokens"], r["logprobs"]) for r in state["responses"]]
 
     assert said(first) == said(again) == said(loaded) != said(other)
 

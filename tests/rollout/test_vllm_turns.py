@@ -9,26 +9,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext.batch import TokenBatch
 from rollout.engine import Engine, EngineError, stop_engines
 from rollout.environment import Turns, segments
 from rollout.generation import Fleet, Generation
-from rollout.sample import Prompt, Sample, Sampling
 from rollout.sampler import make_requests, stream
+from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
 from tests.recipes.tiny import make_tokenizer
+from tests.responses import PlainResponse, make_prompt, plain
 from tests.rollout.letters import Letters, answer
 from tests.rollout.twins import Twin, tensor_parallel_shards
 from tests.settings import engine_settings
 
 TWIN = Twin(heads=4, kv_heads=2, vocab=300, tied=False, bias=False, dtype=torch.float32)
 SAMPLING = Sampling(max_tokens=60, stop_token_ids=(2,))
-PROMPTS = [Prompt(f"p{i}", tuple(8 + (7 * i + j) % 200 for j in range(70 - 20 * i))) for i in range(3)]
+PROMPTS = [make_prompt(f"p{i}", [8 + (7 * i + j) % 200 for j in range(70 - 20 * i)]) for i in range(3)]
 REQUESTS = make_requests(PROMPTS, 4, seed=1, step=0)
 MAX_TURNS = 3
 STARTUP_SECONDS = 300
@@ -39,11 +42,15 @@ class World:
     engines: list[Engine]
     weight_sync: WeightSync
     tokenizer: Any
-    undisturbed: list[Sample] = field(default_factory=list)
+    undisturbed: list[PlainResponse] = field(default_factory=list)
+    num_replies: int = 0  # in the undisturbed responses
 
-    def episodes(self, environment: Letters, resync: Any = pytest.fail) -> list[Sample]:
+    def generate(self, environment: Letters, resync: Any = pytest.fail) -> TokenBatch:
         fleet = Fleet(self.engines, turns=Turns(environment, self.tokenizer, MAX_TURNS))
-        return Generation(fleet, REQUESTS, SAMPLING).collect(dist.group.WORLD, resync)[0]
+        return Generation(fleet, REQUESTS, SAMPLING).collect(dist.group.WORLD, resync)
+
+    def episodes(self, environment: Letters, resync: Any = pytest.fail) -> list[PlainResponse]:
+        return plain(self.generate(environment, resync))
 
     def revive(self) -> None:
         self.engines[0].restart()
@@ -82,47 +89,51 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         dist.destroy_process_group()
 
 
-def gap(sample: Sample) -> float:
-    """Largest distance of the sampled tokens' log-probs to those of one plain forward of the whole sequence."""
-    ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids])
+def gap(response: PlainResponse) -> float:
+    """Largest distance of the sampled tokens' log-probs to those of one plain forward of the complete sequence."""
+    ids = torch.tensor([response.prompt + response.tokens])
     with torch.no_grad():
         logprobs = TWIN.model(0)(ids).logits[0].log_softmax(-1)
-    first = len(sample.prompt_token_ids) - 1
-    found = logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
-    difference = (found - torch.tensor(sample.logprobs)).abs()
-    difference[list(sample.forced)] = 0
+    first = len(response.prompt) - 1
+    expected = logprobs[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0]
+    difference = (expected - torch.tensor(response.logprobs)).abs()
+    difference[response.forced] = 0
     return float(difference.max())
 
 
 def test_the_environment_s_tokens_stand_where_a_turn_ended_and_all_others_are_sampled(world: World) -> None:
-    samples = world.undisturbed = world.episodes(Letters())
-    assert [sample.key for sample in samples] == [request.key for request in REQUESTS]
-    turns, kept = 0, 0
-    for sample in samples:
-        said = segments(world.tokenizer, sample)
-        assert sample.forced == tuple(i for i, logprob in enumerate(sample.logprobs) if logprob == 0)
+    batch = world.generate(Letters())
+    world.undisturbed = plain(batch)
+    assert batch.keys == REQUESTS.keys
+    kept = 0
+    for i, response in enumerate(world.undisturbed):
+        said = segments(world.tokenizer, batch.select([i]))
+        assert response.forced == [place for place, logprob in enumerate(response.logprobs) if logprob == 0]
+        sampled = [place not in response.forced for place in range(len(response.tokens))]
         pieces = [
-            (own, [token for _, token in run])
-            for own, run in groupby(enumerate(sample.response_token_ids), key=lambda at: at[0] not in sample.forced)
+            (by_model, [token for _, token in run])
+            for by_model, run in groupby(zip(sampled, response.tokens, strict=True), key=itemgetter(0))
         ]
-        for place, (own, ids) in enumerate(pieces):
-            if own:
+        for place, (by_model, ids) in enumerate(pieces):
+            if by_model:
                 assert not stopped(world, ids[:-1]), "a turn ends with the first token that completes a stop"
                 assert place + 1 == len(pieces) or stopped(world, ids)
             else:
                 assert ids == world.tokenizer.encode(answer(said[:place]), add_special_tokens=False)
                 assert said[place].text == answer(said[:place])
-                turns += 1
-        assert sum(segment.by_environment for segment in said) <= MAX_TURNS
-        assert sample.finish_reason in ("stop", "length", "turns")
-        assert len(sample.response_token_ids) <= SAMPLING.max_tokens
-        assert set(sample.weight_versions) == {0}
-        assert gap(sample) < 2e-4
-        text = world.tokenizer.decode(sample.response_token_ids)
-        kept += world.tokenizer.encode(text, add_special_tokens=False) != list(sample.response_token_ids)
-    assert turns > len(samples), "several turns in a response"
+        replies = sum(segment.by_environment for segment in said)
+        assert replies == sum(not by_model for by_model, _ in pieces)
+        assert replies <= MAX_TURNS
+        world.num_replies += replies
+        assert response.finish_reason in ("stop", "length", "turns")
+        assert len(response.tokens) <= SAMPLING.max_tokens
+        assert response.versions == [0] * len(response.tokens)
+        assert gap(response) < 2e-4
+        text = world.tokenizer.decode(response.tokens)
+        kept += world.tokenizer.encode(text, add_special_tokens=False) != response.tokens
+    assert world.num_replies > len(batch), "several turns in a response"
     assert kept, "encoding the text again would have given other ids"
-    assert {sample.finish_reason for sample in samples} >= {"turns"}
+    assert "turns" in batch.finish_reasons
 
 
 def stopped(world: World, ids: Sequence[int]) -> bool:
@@ -133,14 +144,13 @@ def test_the_same_requests_give_the_same_bits_whatever_the_environment_s_pace(wo
     assert world.episodes(Letters(on_reply=lambda n: time.sleep(0.02 * (n % 3)))) == world.undisturbed
 
 
-def test_a_failed_reply_marks_its_sample_and_no_other(world: World) -> None:
-    samples = world.episodes(Letters(fails=True))
-    failed = {sample.key for sample in samples if sample.finish_reason == "failed"}
-    for sample, whole in zip(samples, world.undisturbed, strict=True):
-        assert (sample.failure == "gone") == (sample.key in failed)
-        count = len(sample.response_token_ids)
-        assert sample.response_token_ids == whole.response_token_ids[:count]
-    assert 0 < len(failed) < len(samples)
+def test_a_failed_reply_marks_its_response_and_no_other(world: World) -> None:
+    responses = world.episodes(Letters(fails=True))
+    failed = {response.key for response in responses if response.finish_reason == "failed"}
+    for response, complete in zip(responses, world.undisturbed, strict=True):
+        assert (response.failure == "gone") == (response.key in failed)
+        assert response.tokens == complete.tokens[: len(response.tokens)]
+    assert 0 < len(failed) < len(responses)
 
 
 def test_a_killed_engine_s_episodes_go_on_in_the_other(world: World) -> None:
@@ -148,10 +158,10 @@ def test_a_killed_engine_s_episodes_go_on_in_the_other(world: World) -> None:
         if count == 10:  # in the middle of the first turns' replies
             os.kill(world.engines[1].pid, signal.SIGKILL)
 
-    samples = world.episodes(Letters(on_reply=kill))
+    responses = world.episodes(Letters(on_reply=kill))
     assert [engine.alive for engine in world.engines] == [True, False]
-    assert [s.response_token_ids for s in samples] == [s.response_token_ids for s in world.undisturbed]
-    assert max(map(gap, samples)) < 2e-4
+    assert [r.tokens for r in responses] == [r.tokens for r in world.undisturbed]
+    assert max(map(gap, responses)) < 2e-4
 
 
 def test_when_none_is_left_one_is_started_and_goes_on_behind_the_turns_there_are(world: World) -> None:
@@ -164,18 +174,16 @@ def test_when_none_is_left_one_is_started_and_goes_on_behind_the_turns_there_are
             world.engines[0].process.wait()
 
     environment = Letters(on_reply=kill)
-    samples = world.episodes(environment, resync=world.revive)
+    responses = world.episodes(environment, resync=world.revive)
     assert killed_at and world.engines[0].starts == 2
-    assert [s.response_token_ids for s in samples] == [s.response_token_ids for s in world.undisturbed]
-    assert max(map(gap, samples)) < 2e-4
-    undisturbed = sum(len([s for s in segments(world.tokenizer, w) if s.by_environment]) for w in world.undisturbed)
-    ended = sum(sample.finish_reason == "length" for sample in samples)
-    assert environment.replied <= undisturbed + ended
+    assert [r.tokens for r in responses] == [r.tokens for r in world.undisturbed]
+    assert max(map(gap, responses)) < 2e-4
+    ended = sum(response.finish_reason == "length" for response in responses)
+    assert environment.replied <= world.num_replies + ended
 
 
 def test_stops_need_an_engine_with_a_tokenizer(world: World) -> None:
-    engine = world.engines[0]
-    body = {"sampling": vars(replace(SAMPLING, stops=("e",))), "requests": [], "enough": None}
-    assert engine.call("POST", "/generate", body) == {"done": 0}
+    sampling = replace(SAMPLING, stops=("e",))
+    assert list(world.engines[0].generate(REQUESTS.select([]), sampling)) == []
     with pytest.raises(EngineError):
         list(stream([], REQUESTS, SAMPLING))

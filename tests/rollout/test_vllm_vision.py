@@ -1,48 +1,47 @@
 """vLLM on the CPU samples from prompts with images and clips as a plain forward on the trainer's inputs says.
 
-The engine is a program of its own, ``python -m tests.rollout.test_vllm_vision SETTINGS REQUESTS SAMPLING OUTPUT``.
+The engine is a program of its own, ``python -m tests.rollout.test_vllm_vision SETTINGS SAMPLING FOLDER``.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_ext.packing import PackedSequence
-from recipes.data.processor import ImageLimits, ProcessedPrompt, PromptProcessor
+from megatron_ext.batch import TokenBatch
+from megatron_ext.packing import sequence_positions
+from recipes.data.processor import ProcessedPrompt, PromptProcessor
+from recipes.data.settings import ImagesConfig
 from rollout import engine_server
 from rollout.engine import EngineSettings, environment
-from rollout.sample import Sample, Sampling
 from rollout.sampler import make_requests
+from rollout.sampling import Sampling
 from tests.recipes import vision_models
-from tests.rollout.vllm_processes import as_argument
+from tests.responses import PlainResponse, plain
+from tests.rollout.vllm_processes import REQUESTS, as_argument, generate, sampling_from
 from tests.settings import engine_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 NORM = "visual.merger.ln_q.weight"
 SAMPLES = 3
+RESPONSES = ("before.safetensors", "after.safetensors")
 
 
-def main(settings: str, requests: str, sampling: str, output: str) -> None:
-    """Samples of the weights on disk, then of the same with one tensor of the tower doubled."""
+def main(settings: str, sampling: str, folder: str) -> None:
+    """Responses by the weights on disk, then by the same with one tensor of the tower doubled."""
     loaded = EngineSettings.from_json(settings)
     loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
     loop.weights.version = 0
-    made = []
-    for doubled in (False, True):
-        if doubled:
-            loop.llm.apply_model(lambda model: dict(model.named_parameters())[NORM].data.mul_(2))
-        lines: list[Any] = []
-        loop.add_batch({"requests": json.loads(requests), "sampling": json.loads(sampling)}, lines.append)
-        while loop.llm.has_unfinished_requests():
-            loop._step()
-        made.append([line["sample"] for line in lines])
-    Path(output).write_text(json.dumps(made))
+    requests = TokenBatch.from_bytes(Path(folder, REQUESTS).read_bytes())
+    for name in RESPONSES:
+        responses = generate(loop, requests, sampling_from(sampling))
+        Path(folder, name).write_bytes(responses.to_bytes())
+        loop.llm.apply_model(lambda model: dict(model.named_parameters())[NORM].data.mul_(2))
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +56,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return model
 
 
-def logprobs(model: Any, made: ProcessedPrompt, sample: Sample) -> torch.Tensor:
+def logprobs(model: Any, made: ProcessedPrompt, response: PlainResponse) -> torch.Tensor:
     """Of the response's tokens, by transformers' model on the trainer's pixel values and position ids."""
-    ids = torch.tensor([sample.prompt_token_ids + sample.response_token_ids[:-1]])
-    sequence = PackedSequence(list(sample.prompt_token_ids), list(sample.response_token_ids[:-1]), {}, made.vision)
-    inputs: dict[str, Any] = {"position_ids": torch.tensor(sequence.positions())[:, None]}
+    tokens = response.prompt + response.tokens[:-1]
+    ids = torch.tensor([tokens])
+    positions = np.broadcast_to(sequence_positions(len(tokens), made.vision), (3, len(tokens)))
+    inputs: dict[str, Any] = {"position_ids": torch.tensor(positions)[:, None]}
     if made.vision is not None:
         assert made.vision.grid is not None
-        tokens = [ids[0, place].item() for place in made.vision.placeholders]
+        placeholders = [tokens[place] for place in made.vision.placeholders]
         pixels = made.vision.pixels.split(made.vision.grid.prod(1).tolist())
-        kinds, place = [], 0
+        kinds = []
+        place = 0
         for grid in made.vision.grid:
-            kinds.append(tokens[place] == model.config.video_token_id)
+            kinds.append(placeholders[place] == model.config.video_token_id)
             place += int(grid.prod()) // 4
         for is_clip, data, size in (
             (False, "pixel_values", "image_grid_thw"),
@@ -78,12 +79,12 @@ def logprobs(model: Any, made: ProcessedPrompt, sample: Sample) -> torch.Tensor:
                 inputs[data] = torch.cat([p for p, kind in zip(pixels, kinds, strict=True) if kind == is_clip])
                 inputs[size] = made.vision.grid[torch.tensor(kinds) == is_clip]
     with torch.no_grad():
-        found = model(input_ids=ids, **inputs).logits[0].log_softmax(-1)
-    answer = torch.tensor(sample.response_token_ids)
-    return found[-len(answer) :].gather(-1, answer[:, None])[:, 0]
+        all_logprobs = model(input_ids=ids, **inputs).logits[0].log_softmax(-1)
+    answer = torch.tensor(response.tokens)
+    return all_logprobs[-len(answer) :].gather(-1, answer[:, None])[:, 0]
 
 
-def test_samples_are_those_of_the_trainers_inputs_also_after_the_tower_changed(model: Any, tmp_path: Path) -> None:
+def test_responses_are_those_of_the_trainers_inputs_also_after_the_tower_changed(model: Any, tmp_path: Path) -> None:
     """In FP32. What vLLM keeps of an image must not outlive the weights that saw it."""
     names = [vision_models.draw(tmp_path / f"{n}.png", *size, n) for n, size in enumerate([(100, 60), (40, 300)])]
     images = [str(tmp_path / name) for name in names]
@@ -93,7 +94,7 @@ def test_samples_are_those_of_the_trainers_inputs_also_after_the_tower_changed(m
         {"id": "clip", "prompt": "<video> then <image>", "images": images[1:], "videos": [frames]},
         {"id": "text", "prompt": "a prompt without"},
     ]
-    processor = PromptProcessor(model.config._name_or_path, 200, ImageLimits(100, 100_000, 20.0))
+    processor = PromptProcessor(model.config._name_or_path, 200, ImagesConfig(100, 100_000, 20.0))
     made = {row["id"]: processor(row) for row in rows}
     settings = engine_settings(
         model=model.config._name_or_path,
@@ -107,8 +108,8 @@ def test_samples_are_those_of_the_trainers_inputs_also_after_the_tower_changed(m
     stop = tuple(processor.tokenizer.convert_tokens_to_ids(vision_models.QWEN_TOKENS))
     sampling = Sampling(max_tokens=8, stop_token_ids=stop)
     requests = make_requests([prompt.prompt for prompt in made.values()], SAMPLES, seed=1, step=0)
-    output = tmp_path / "samples.json"
-    arguments = (as_argument(settings), as_argument(requests), as_argument(sampling), str(output))
+    (tmp_path / REQUESTS).write_bytes(requests.to_bytes())
+    arguments = (as_argument(settings), as_argument(sampling), str(tmp_path))
     log = subprocess.run(
         [sys.executable, "-m", "tests.rollout.test_vllm_vision", *arguments],
         cwd=ROOT,
@@ -118,17 +119,18 @@ def test_samples_are_those_of_the_trainers_inputs_also_after_the_tower_changed(m
         timeout=400,
     )
     assert log.returncode == 0, log.stdout.decode()[-4000:]
-    before, after = ([Sample.from_json(data) for data in batch] for batch in json.loads(output.read_text()))
-    assert len(before) == len(after) == SAMPLES * len(rows)
-    for batch in (before, after):
-        for sample in batch:
-            expected = logprobs(model, made[sample.prompt_id], sample)
-            assert (expected - torch.tensor(sample.logprobs)).abs().max() < 2e-5
+    before, after = (plain(TokenBatch.from_bytes((tmp_path / name).read_bytes())) for name in RESPONSES)
+    assert [r.key for r in before] == [r.key for r in after] == requests.keys
+    assert len(before) == SAMPLES * len(rows)
+    for responses in (before, after):
+        for response in responses:
+            expected = logprobs(model, made[response.prompt_id], response)
+            assert (expected - torch.tensor(response.logprobs)).abs().max() < 2e-5
         with torch.no_grad():
             model.model.visual.merger.ln_q.weight.mul_(2)
-    of = {sample.prompt_id: sample.logprobs for sample in before if sample.sample_index == 0}
-    now = {sample.prompt_id: sample.logprobs for sample in after if sample.sample_index == 0}
-    assert of["text"] == now["text"] and of["images"] != now["images"] and of["clip"] != now["clip"]
+    old = {response.prompt_id: response.logprobs for response in before if response.sample_index == 0}
+    new = {response.prompt_id: response.logprobs for response in after if response.sample_index == 0}
+    assert old["text"] == new["text"] and old["images"] != new["images"] and old["clip"] != new["clip"]
 
 
 if __name__ == "__mp_main__":

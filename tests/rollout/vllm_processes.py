@@ -1,5 +1,6 @@
 """Programs that the vLLM tests start: ``python -m tests.rollout.vllm_processes fresh|owner …``."""
 
+import io
 import json
 import os
 import signal
@@ -11,21 +12,53 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rollout import engine_server
+from megatron_ext.batch import TokenBatch, extend
+from rollout import engine_server, sampler
 from rollout.engine import Engine, EngineSettings
+from rollout.frames import BATCH, read_frames
+from rollout.sampling import Sampling
+
+# In the folder of :func:`fresh`.
+REQUESTS = "requests.safetensors"
+RESPONSES = "responses.safetensors"
+DIGESTS = "digests.json"
 
 
-def fresh(settings: str, requests: str, sampling: str, output: str) -> None:
-    """vLLM that loads its weights from disk: digests of its parameters and the samples it makes, as JSON."""
+def fresh(settings: str, sampling: str, folder: str) -> None:
+    """vLLM that loads its weights from disk and answers the requests in ``folder``: its responses and the digests of
+    its parameters go there."""
     os.environ[engine_server.ENGINE_PID] = str(os.getpid())
     loaded = EngineSettings.from_json(settings)
     loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
     loop.weights.version = 0
-    lines: list[Any] = []
-    loop.add_batch({"requests": json.loads(requests), "sampling": json.loads(sampling)}, lines.append)
+    requests = TokenBatch.from_bytes(Path(folder, REQUESTS).read_bytes())
+    responses = generate(loop, requests, sampling_from(sampling))
+    Path(folder, RESPONSES).write_bytes(responses.to_bytes())
+    Path(folder, DIGESTS).write_text(json.dumps(loop.weights.digest()["workers"]))
+
+
+def generate(loop: engine_server.EngineLoop, requests: TokenBatch, sampling: Sampling) -> TokenBatch:
+    """The responses in the order of the requests, by an engine in this process."""
+    messages: list[bytes] = []
+    loop.add_batch(requests, sampling, None, messages.append)
     while loop.llm.has_unfinished_requests():
         loop._step()
-    Path(output).write_text(json.dumps({**loop.weights.digest(), "samples": [line["sample"] for line in lines]}))
+    responses = []
+    for message in messages:
+        ((kind, payload),) = read_frames(io.BytesIO(message).read)
+        assert kind == BATCH, payload.decode()
+        response = TokenBatch.from_bytes(payload)
+        place = requests.keys.index(response.keys[0])
+        responses.append(extend(requests.select([place]), response))
+    return sampler.in_order(requests.keys, responses)
+
+
+def sampling_from(argument: str) -> Sampling:
+    """Inverse of :func:`as_argument`."""
+    fields = json.loads(argument)
+    for name in ("stop_token_ids", "stops"):
+        fields[name] = tuple(fields[name])
+    return Sampling(**fields)
 
 
 def load_from_disk_server() -> None:
@@ -66,10 +99,8 @@ class ForeignEngine(Engine):
         os.kill(self._pid, signal.SIGKILL)
 
 
-def as_argument(value: Any) -> str:
-    if isinstance(value, EngineSettings):
-        return value.to_json()
-    return json.dumps([request.to_json() for request in value] if isinstance(value, list) else asdict(value))
+def as_argument(settings: EngineSettings | Sampling) -> str:
+    return settings.to_json() if isinstance(settings, EngineSettings) else json.dumps(asdict(settings))
 
 
 if __name__ == "__mp_main__":

@@ -1,22 +1,14 @@
-"""A whole run that generates one step ahead, oversamples, carries responses over, and loses its only engine; and whose
-turn it is on a shared GPU."""
+"""A complete run that generates one step ahead, oversamples, carries partial rollouts over, and loses its only
+engine."""
 
 import os
 import signal
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from recipes.run import records
-from recipes.training.session import Session
-from rewards.verifiers.served import ServedVerifier
 from tests.recipes import tiny
-from tests.rewards.fake_server import JUDGE, MODEL, FakeServer, good
-from tests.rewards.test_client import ROW, asking
 
 STEPS = 4
 OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", "precision=fp32", "rollout.staleness=1")
@@ -84,41 +76,3 @@ def test_the_multiplier_rises_by_what_safety_lacks(run_dir: Path) -> None:
         expected = max(0.0, expected + 0.1 * (0.9 - row.get("reward/safety", 0.9)))
         assert row["constraint/multiplier"] == pytest.approx(expected)
     assert expected > 0
-
-
-class FakeSleeper:
-    """In the place of an engine that sleeps, for which a GPU would be needed: it only remembers that it was told so."""
-
-    settings = SimpleNamespace(sleep=True)
-    alive = True
-
-    def __init__(self, events: list[str]) -> None:
-        self.events = events
-
-    def call(self, method: str, path: str, body: dict[str, Any]) -> None:
-        self.events.append(f"engine: {path}")
-
-
-def test_engines_fall_asleep_before_judges_wake_and_these_sleep_when_all_is_judged(tmp_path: Path) -> None:
-    """All are judged in one turn, and each has its own verdict."""
-    answers = [f"answer {i}" for i in range(5)]
-
-    async def behave(number: int, request: Any, body: dict[str, Any]) -> Any:
-        text = body["messages"][-1]["content"]
-        return good(f"Label: {'good' if int(text[-1]) % 3 else 'bad'}")
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with FakeServer(behave) as fake, asking(fake.address) as (client, _):
-            verifier = ServedVerifier(JUDGE, "judge", MODEL, {}, client)
-            session: Any = SimpleNamespace(
-                engines=[FakeSleeper(fake.events)], control=dist.group.WORLD, client=client, node=0, nodes=1
-            )
-            session._tell_sleepers = partial(Session._tell_sleepers, session)
-            session.sleep_engines = partial(Session.sleep_engines, session)
-            found = Session.judge_together(session, answers, lambda answer: verifier(ROW, answer).score)  # type: ignore[arg-type, return-value, union-attr]
-    finally:
-        dist.destroy_process_group()
-    assert found == [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert fake.events == ["engine: /sleep", "/wake_up", *["asked"] * 5, "/sleep"]
-    assert session.engines_rest

@@ -1,0 +1,182 @@
+"""The training of ``benchmarks.loop``: the run's own, and after a timed phase a yardstick does the same work.
+
+Import it after ``megatron_ext.platform.activate``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks import yardsticks
+from benchmarks.yardsticks import Yardstick
+from megatron_ext.batch import TokenBatch
+from megatron_ext.collectives import all_gather_json, from_rank_zero
+from megatron_ext.packing import MicroBatch
+from recipes.config import Config
+from recipes.run.clock import PhaseClock
+from recipes.run.watchdog import Watchdog
+from recipes.training import rl, sft
+from recipes.training.policy import Policy
+from recipes.training.setup import open_training
+from recipes.training.stages import WARM_START
+from rollout.engine import Engine
+from rollout.sampler import Key
+from rollout.sampling import Sampling
+
+References = list[tuple[int, list[float]]]  # (response, its log-probs under the reference)
+
+
+class RecordingEngine:
+    """An engine that remembers its last batch: what was asked, and the response to each request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.settings = engine.settings
+        self.alive = True
+        self.requests: TokenBatch | None = None
+        self.sampling: Sampling | None = None
+        self.responses: dict[Key, TokenBatch] = {}
+
+    def generate(
+        self, requests: TokenBatch, sampling: Sampling, num_complete: int | None = None
+    ) -> Iterator[TokenBatch]:
+        self.requests = requests
+        self.sampling = sampling
+        self.responses = {}
+        for response in self.engine.generate(requests, sampling, num_complete):
+            self.responses[response.keys[0]] = response
+            yield response
+
+
+@dataclass
+class RecordingPolicy(Policy):
+    """A policy that remembers the last batch that it trained on, and this rank's micro-batches of it."""
+
+    last_batch: TokenBatch | None = None
+    last_micro_batches: list[MicroBatch] = field(default_factory=list)
+
+    def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
+        self.last_batch = batch
+        self.last_micro_batches = super().micro_batches(batch, together)
+        return self.last_micro_batches
+
+
+class MeasuredClock(PhaseClock):
+    """The run's clock. After each phase, off the clock, it calls ``after_phase`` with the phase's name."""
+
+    def __init__(self, watchdog: Watchdog, after_phase: Callable[[str], None]) -> None:
+        super().__init__(watchdog)
+        self.after_phase = after_phase
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with super().phase(name):
+            yield
+        self.after_phase(name)
+
+
+@dataclass
+class Measurement:
+    """Has the yardsticks do what the run has just done, while all ranks wait.
+
+    ``recorder`` and ``yardsticks`` (by name) exist on rank 0. ``answers`` has an entry for each step, on every rank.
+    """
+
+    control: dist.ProcessGroup
+    policy: RecordingPolicy
+    recorder: RecordingEngine | None
+    yardsticks: dict[str, Yardstick]
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"generation": [], "training": []})
+
+    def after_phase(self, name: str) -> None:
+        """Collective: the yardstick of that phase, where it has one."""
+        if name == "generate":
+            self.answers["generation"].append(from_rank_zero(self._generate_bare, self.control))
+        elif name == "train":
+            references = all_gather_json(self._references(), self.control)
+            self.answers["training"].append(from_rank_zero(lambda: self._train_plain(references), self.control))
+
+    def _generate_bare(self) -> dict[str, Any]:
+        """Bare vLLM's answer to the engine's last requests, next to the engine's."""
+        assert self.recorder is not None
+        requests = self.recorder.requests
+        sampling = self.recorder.sampling
+        assert requests is not None and sampling is not None
+        asked = [
+            {"prompt_token_ids": requests.prompt(i).token_ids.tolist(), "seed": int(requests.seeds[i])}
+            for i in range(len(requests))
+        ]
+        answer = self.yardsticks["generation"].ask({"requests": asked, "sampling": asdict(sampling)})
+        ours = [self.recorder.responses[key].response_tokens.tolist() for key in requests.keys]
+        bare = answer["responses"]
+        return {
+            "bare_seconds": answer["seconds"],
+            "tokens": sum(map(len, ours)),
+            "bare_tokens": sum(map(len, bare)),
+            "samples": len(ours),
+            "identical_samples": sum(a == b for a, b in zip(ours, bare, strict=True)),
+        }
+
+    def _references(self) -> References:
+        """Of this rank's micro-batches; none off the last pipeline stage."""
+        references: References = []
+        for micro_batch in self.policy.last_micro_batches:
+            if "reference" in micro_batch.values:
+                log_probs = micro_batch.values["reference"].split(micro_batch.lengths)
+                for i, of_response in zip(micro_batch.indices, log_probs, strict=True):
+                    references.append((i, of_response.tolist()))
+        return references
+
+    def _train_plain(self, references: list[References]) -> dict[str, Any]:
+        """The plain trainer's answer to the last batch; ``references`` are those of all ranks."""
+        batch = self.policy.last_batch
+        assert batch is not None
+        reference = {i: log_probs for of_rank in references for i, log_probs in of_rank}
+        columns = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask.astype(float), **batch.columns}
+        sequences = []
+        for i in range(len(batch)):
+            tokens = batch.tokens_of(i)
+            values = {name: column[tokens].tolist() for name, column in columns.items()}
+            sequences.append(
+                {
+                    "prompt": batch.prompt(i).token_ids.tolist(),
+                    "response": batch.response_tokens[tokens].tolist(),
+                    "values": values | {"reference": reference[i]},
+                }
+            )
+        return self.yardsticks["training"].ask({"sequences": sequences})
+
+
+def run(config: Config) -> dict[str, list[dict[str, Any]]] | None:
+    """Collective: the demo's stages up to RL, then its RL steps with yardsticks; their answers, on rank 0 only."""
+    with open_training(config) as training, ExitStack() as stack:
+        own_run = training.run
+        rollouts = training.rollouts
+        assert rollouts is not None
+        if "sft" in config.stage.trains:
+            with own_run.display.stage("SFT warm start"):
+                sft.fit(config, training.policy, own_run.part(WARM_START), training.processor)
+        start = own_run.folder / "start"
+        own_run.clock.watchdog.beat("export")
+        training.policy.export(start)
+
+        recorder = None
+        started: dict[str, Yardstick] = {}
+        if own_run.rank == 0:
+            logs = own_run.folder / "logs"
+            recorder = RecordingEngine(rollouts.engines[0])
+            rollouts = replace(rollouts, engines=[recorder])  # type: ignore[list-item]
+            settings = replace(recorder.settings, model=str(start))
+            started["training"] = yardsticks.training(config, settings, start, logs / "plain_transformers.log")
+            stack.enter_context(started["training"])
+            started["generation"] = yardsticks.generation(settings, start, logs / "bare_vllm.log")
+            stack.enter_context(started["generation"])
+
+        policy = RecordingPolicy(**vars(training.policy))
+        measurement = Measurement(own_run.control, policy, recorder, started)
+        clock = MeasuredClock(own_run.clock.watchdog, measurement.after_phase)
+        rl.fit(config, policy, rollouts, replace(own_run, clock=clock), training.processor, reference=start)
+        return measurement.answers if own_run.rank == 0 else None

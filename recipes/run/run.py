@@ -1,0 +1,158 @@
+"""The run on this rank: its records, checkpoints, clock, display, and whether it has to end soon."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext import checkpoint
+from megatron_ext.batch import TokenBatch
+from megatron_ext.checkpoint import Saver, Snapshot
+from megatron_ext.collectives import all_gather_json
+from recipes.run import preemption, records
+from recipes.run.clock import BETWEEN, PhaseClock
+from recipes.run.display import Display
+from recipes.run.loggers import Logger
+from recipes.run.watchdog import probe, slow_ranks
+
+# A phase that all ranks share is slow where it takes this many seconds more than the median; a probe has no such floor.
+PHASE_FLOOR = 1.0
+
+
+@dataclass
+class Run:
+    """``folder`` is where records and checkpoints go; ``root`` is the run's own folder, for events. They differ in a
+    part of the run that another part follows (:meth:`part`).
+
+    ``control`` is a gloo group of all ranks. ``loggers`` are rank 0's. ``run_id`` of a resumed run is the one that it
+    began with. ``savers`` collects what writes checkpoints, so that the way out can wait for them.
+    """
+
+    root: Path
+    folder: Path
+    run_id: str
+    rank: int
+    control: dist.ProcessGroup
+    device: torch.device
+    display: Display
+    clock: PhaseClock
+    loggers: list[Logger]
+    checkpoint_every: int
+    checkpoints_kept: int
+    slow_factor: float
+    savers: list[Saver] = field(default_factory=list)
+    ending: bool = False  # a rank was asked to end soon (recipes.run.preemption)
+
+    def part(self, name: str) -> "Run":
+        """A part of the run that another one follows, with records and checkpoints in a folder of that name."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return replace(self, folder=folder)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Count the block's wall time as this phase of the step."""
+        return self.clock.phase(name)
+
+    def log(self, text: str) -> None:
+        """Rank 0 shows a line and writes it to its log."""
+        self.display.message(text)
+        if self.rank == 0:
+            logging.getLogger(__name__).warning(text)
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Rank 0 adds a line to events.jsonl."""
+        if self.rank == 0:
+            records.event(self.root, kind, **details)
+
+    def record(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Collective: rank 0 writes a step's metrics with the seconds of its phases and names the ranks that were slow;
+        the clock starts anew. Returns the line. Here all ranks learn that one of them was asked to end soon."""
+        self.clock.lap(BETWEEN)
+        probe_laps = [("probe", probe(self.device))]
+        of_ranks = all_gather_json([self.clock.laps, probe_laps, preemption.preemption_requested()], self.control)
+        self.ending = any(asked_to_end for _, _, asked_to_end in of_ranks)
+        slow_in_phases = slow_ranks([laps for laps, _, _ in of_ranks], self.slow_factor, PHASE_FLOOR)
+        slow_alone = slow_ranks([probes for _, probes, _ in of_ranks], self.slow_factor, 0.0)
+        for line in slow_in_phases + slow_alone:
+            self.log(line)
+        times = {f"time/{name}": seconds for name, seconds in self.clock.seconds.items()}
+        row = {**metrics, "time/step": sum(self.clock.seconds.values()), **times}
+        self.clock.restart()
+        if self.rank == 0:
+            records.append_rows(self.folder / "metrics.jsonl", [row])
+            prefix = "" if self.folder == self.root else f"{self.folder.name}/"
+            for log in self.loggers:
+                log(row, prefix)
+        return row
+
+    def truncate_records(self, step: int) -> None:
+        """Drop the records of later steps, which a resumed run makes again."""
+        if self.rank != 0:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.folder / name).exists():
+                records.truncate_after(self.folder / name, step)
+
+    def open_checkpoints(self) -> tuple["Checkpoints", Path | None]:
+        """Collective: what saves this part's checkpoints, and the newest complete one that is there."""
+        folder = self.folder / "checkpoints"
+        newest = checkpoint.newest_intact(folder, self.log)
+        saver = Saver(folder, self.checkpoints_kept)
+        self.savers.append(saver)
+        return Checkpoints(self, saver), newest
+
+
+@dataclass
+class Checkpoints:
+    """Saves the checkpoints of a part of the run."""
+
+    run: Run
+    saver: Saver
+
+    def check(self) -> None:
+        """Raises CheckpointError where the last save has failed by now."""
+        self.saver.check()
+
+    def after_step(self, step: int, total: int, state: Callable[[], "TrainingState"]) -> None:
+        """Collective: begin to save ``state()`` after this many of ``total`` steps, where one is due.
+
+        Raises Preempted when the run was asked to end soon and the checkpoint is complete.
+        """
+        due = step == total or step % self.run.checkpoint_every == 0 or self.run.ending
+        if not due:
+            return
+        with self.run.phase("checkpoint"):  # follows the step's record, so its time shows in the next one
+            saved = state()
+            progress = {"run": self.run.run_id, **saved.progress}
+            blobs = {} if saved.responses is None else {RESPONSES: saved.responses.to_bytes()}
+            self.saver.save(step, saved.models, progress, blobs)
+        self.run.event("checkpoint", step=step)
+        if self.run.ending:
+            self.saver.wait()
+            raise preemption.Preempted(f"told to end by {preemption.SIGNAL.name}: step {step} is saved")
+
+    def wait(self) -> None:
+        """Until the last save is complete. Raises CheckpointError where it failed."""
+        self.saver.wait()
+
+
+RESPONSES = "partial_rollouts.safetensors"  # in a checkpoint
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds: ``models`` by name, ``progress`` as plain JSON, and the responses that are in flight."""
+
+    models: Mapping[str, Snapshot]
+    progress: Mapping[str, Any]
+    responses: TokenBatch | None = None
+
+
+def read_responses(folder: Path) -> TokenBatch:
+    """The responses that were in flight when a checkpoint was saved."""
+    return TokenBatch.from_bytes((folder / RESPONSES).read_bytes())

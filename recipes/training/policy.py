@@ -1,0 +1,245 @@
+"""The policy on this rank: the model that is trained, its optimiser and schedule, and the passes over a batch."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform
+from megatron_ext.batch import TokenBatch
+from megatron_ext.checkpoint import POLICY, Snapshot
+from megatron_ext.model import Model
+from megatron_ext.offload import HostCopy
+from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
+from megatron_ext.packing import Cost, MicroBatch
+from megatron_ext.parallel import Parallel
+
+
+@dataclass
+class UpdateGuard:
+    """Applies updates and skips those whose loss or gradient norm is not finite, on every rank alike.
+
+    ``log`` shows a line; ``event`` writes one down. ``skipped`` counts those of the present step, ``in_a_row`` those of
+    each model since its last update.
+    """
+
+    max_skipped: int
+    log: Callable[[str], None]
+    event: Callable[..., None]
+    skipped: int = 0
+    in_a_row: Counter[str] = field(default_factory=Counter)
+
+    def apply(
+        self,
+        model_optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+        metrics: dict[str, float],
+        model: str = POLICY,
+    ) -> bool:
+        """One update by the accumulated gradients; sets ``metrics["grad_norm"]``. Returns whether there was an update.
+
+        Raises RuntimeError after ``optimizer.max_skipped`` skipped ones in a row.
+        """
+        if math.isfinite(metrics["loss"]):
+            metrics["grad_norm"] = optimizer.step(model_optimizer, schedule)
+        else:
+            optimizer.skip(model_optimizer)
+            metrics["grad_norm"] = math.nan
+        if math.isfinite(metrics["grad_norm"]):
+            self.in_a_row[model] = 0
+            return True
+        self.skipped += 1
+        self.in_a_row[model] += 1
+        reason = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        self.log(f"update of the {model} skipped ({reason}): {self.in_a_row[model]} in a row")
+        self.event("skipped update", model=model, why=reason)
+        if self.in_a_row[model] >= self.max_skipped:
+            raise RuntimeError(
+                f"{reason}: {self.in_a_row[model]} updates in a row were skipped, optimizer.max_skipped="
+                f"{self.max_skipped}; the weights are those before them. Lower the learning rate, look at the samples "
+                "of these steps, or raise the bound, and go on with resume=true"
+            )
+        return False
+
+    def take_skipped(self) -> int:
+        """How many were skipped since the last call."""
+        skipped = self.skipped
+        self.skipped = 0
+        return skipped
+
+
+@dataclass
+class Policy:
+    """The model in this world's layout. ``optimizer`` and ``schedule`` exist after :meth:`build_optimizer`, reference
+    weights after :meth:`load_reference`.
+
+    ``source`` is the Hugging Face folder whose configuration and tokenizer an export takes along. ``cost`` gives a
+    sequence's floating-point operations, by which micro-batches are made even. ``temperature`` is the one that
+    responses are sampled at. ``host_states``: with
+    ``optimizer.offload``, gradients and optimiser states, which sleep on the host while engines generate.
+    """
+
+    model: Model
+    parallel: Parallel
+    source: str
+    cost: Cost
+    pad_token: int
+    temperature: float
+    optimizer_config: OptimizerConfig
+    guard: UpdateGuard
+    host_states: HostCopy | None = None
+    optimizer: MegatronOptimizer | None = None
+    schedule: OptimizerParamScheduler | None = None
+    reference: list[torch.Tensor] | None = None
+
+    # Optimiser, schedule and checkpoints
+
+    def build_optimizer(self, learning: ScheduleConfig, updates: int) -> None:
+        """A fresh optimiser with master weights taken from the model, and a schedule over so many ``updates``."""
+        self.restore_states()
+        self.optimizer, self.schedule = self.new_optimizer(self.model, learning, updates)
+        if self.host_states is not None:
+            self.host_states.optimizer = self.optimizer
+
+    def new_optimizer(
+        self, model: Model, learning: ScheduleConfig, updates: int
+    ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """The same for any model of this world, a critic say."""
+        built, schedule = optimizer.build(model, self.optimizer_config, learning, updates)
+        built.reload_model_params()
+        return built, schedule
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        assert self.schedule is not None
+        return self.schedule.get_lr({})
+
+    def update(self, metrics: dict[str, float]) -> bool:
+        """One update by the accumulated gradients, as :meth:`UpdateGuard.apply`."""
+        assert self.optimizer is not None and self.schedule is not None
+        return self.guard.apply(self.optimizer, self.schedule, metrics)
+
+    def skip_update(self, metrics: dict[str, float]) -> None:
+        """Leave the accumulated gradients unused."""
+        assert self.optimizer is not None
+        metrics["grad_norm"] = optimizer.skip(self.optimizer)
+
+    def snapshot(self) -> Snapshot:
+        """Collective: a copy of model, optimiser and schedule on the host, for a checkpoint."""
+        assert self.optimizer is not None and self.schedule is not None
+        return checkpoint.snapshot(self.model, self.optimizer, self.schedule)
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the snapshot, as plain JSON."""
+        return {"skipped_in_a_row": self.guard.in_a_row}
+
+    def load(self, folder: Path) -> int:
+        """Collective: restore everything from a checkpoint; returns how many steps it has finished."""
+        assert self.optimizer is not None and self.schedule is not None
+        self.guard.in_a_row = Counter(checkpoint.progress(folder)["skipped_in_a_row"])
+        return checkpoint.load(folder, self.model, self.optimizer, self.schedule)
+
+    def export(self, folder: Path) -> None:
+        """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
+        writes = self.parallel.is_first_replica
+        hf_checkpoint.export(self.model.shards, self.source, folder, writes, self.model.is_scalar)
+
+    # Memory
+
+    def restore_states(self) -> None:
+        """Before training: bring gradients and optimiser states back from the host, where ``optimizer.offload`` left
+        them. Engines and judges on these devices must be asleep."""
+        if self.host_states is not None:
+            self.host_states.restore()
+
+    def release_memory(self) -> None:
+        """Before generating: make room for engines, by this rank's states, where they may go to the host, and what the
+        allocator kept of activations."""
+        if self.host_states is not None:
+            self.host_states.release()
+        platform.current().empty_cache()
+
+    # Passes over a batch
+
+    @property
+    def sequence_multiple(self) -> int:
+        """A batch's sequences are a multiple of this: as many for each data-parallel rank, and as many micro-batches as
+        the interleaved pipeline schedule needs can be made of them."""
+        return self.parallel.data * self.parallel.config.micro_batch_multiple
+
+    def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
+        """This data-parallel rank's packed micro-batches of a batch that every rank has. ``together`` successive
+        responses stay in one micro-batch."""
+        layout = self.parallel.config
+        of_ranks = packing.plan(
+            _sums(self._padded_lengths(batch), together),
+            self.parallel.data,
+            layout.micro_batch_tokens,
+            layout.micro_batch_multiple,
+            _sums(self.cost.of(batch), together),
+        )
+        return [
+            packing.pack(
+                batch,
+                [together * unit + n for unit in units for n in range(together)],
+                multiple=self.model.token_multiple,
+                pad_token=self.pad_token,
+                device=platform.current().device(),
+                context=layout.context,
+                context_rank=self.parallel.context_rank,
+            )
+            for units in of_ranks[self.parallel.data_rank]
+        ]
+
+    def divisible_prefix(self, batch: TokenBatch, wanted: int) -> int:
+        """How many of the first responses, at least ``wanted``, :meth:`micro_batches` can share out over all ranks."""
+        layout = self.parallel.config
+        return packing.divisible_prefix(
+            self._padded_lengths(batch),
+            wanted,
+            self.parallel.data,
+            layout.micro_batch_tokens,
+            layout.micro_batch_multiple,
+        )
+
+    def add_log_probs(self, micro_batches: Sequence[MicroBatch], name: str) -> None:
+        """``values[name]``: log-probs of the response tokens under the present weights, at the sampling temperature."""
+        log_probs = forward_backward.log_probs(self.model, list(micro_batches), self.temperature)
+        for micro_batch, values in zip(micro_batches, log_probs, strict=False):  # none off the last pipeline stage
+            micro_batch.values[name] = values
+
+    def all_log_probs(self, batch: TokenBatch) -> torch.Tensor:
+        """Collective: log-probs of all R response tokens under the present weights, FP32 on every rank's host."""
+        micro_batches = self.micro_batches(batch)
+        log_probs = forward_backward.log_probs(self.model, micro_batches, self.temperature)
+        return forward_backward.gather_tokens(self.model, micro_batches, log_probs, len(batch.response_tokens))
+
+    # Reference
+
+    def load_reference(self, folder: Path) -> None:
+        """Keep the weights of a Hugging Face folder on the host, in this rank's layout."""
+        self.reference = forward_backward.load_weights(self.model, folder)
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Within the block the model has the reference's weights; afterwards its own again, bit for bit."""
+        assert self.reference is not None, "load_reference comes first"
+        with forward_backward.swapped_weights(self.model, self.reference):
+            yield
+
+    def _padded_lengths(self, batch: TokenBatch) -> list[int]:
+        multiple = self.parallel.config.token_multiple
+        return (-(-batch.lengths // multiple) * multiple).tolist()
+
+
+def _sums(values: Sequence[int], count: int) -> list[int]:
+    """The sums of ``count`` successive values each."""
+    return [sum(values[i : i + count]) for i in range(0, len(values), count)]

@@ -1,0 +1,261 @@
+"""Opens what a launch trains with: the policy, the rollouts and the run. All is closed on every way out."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from transformers import AutoTokenizer
+
+from megatron_ext import hf_checkpoint, parallel, platform
+from megatron_ext import model as models
+from megatron_ext.checkpoint import Saver
+from megatron_ext.collectives import from_rank_zero, on_all_ranks
+from megatron_ext.offload import HostCopy
+from megatron_ext.packing import cost_of
+from megatron_ext.precision import DTYPES
+from megatron_ext.scalar_head import scalar_config
+from recipes.config import Config, engines_of_a_node, generates
+from recipes.data.processor import PromptProcessor
+from recipes.errors import ConfigError
+from recipes.run import logs, records
+from recipes.run.clock import PhaseClock
+from recipes.run.display import Display
+from recipes.run.loggers import open_loggers
+from recipes.run.run import Run
+from recipes.run.watchdog import NOTICE, Watchdog
+from recipes.training.policy import Policy, UpdateGuard
+from recipes.training.rollouts import Rollouts, wait_until_ready
+from rewards import mixing, registry, settings
+from rewards.client import Client
+from rewards.verdict import Verifier
+from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.environment import Turns, open_environment
+from rollout.weight_sync.sync import WeightSync
+
+PLANS = Path("build/weight_sync")  # plans of weight syncs, by the hash of what they were made from
+
+
+@dataclass(frozen=True)
+class Training:
+    """One launch on this rank. ``rollouts`` is None for stages that do not generate."""
+
+    config: Config
+    policy: Policy
+    rollouts: Rollouts | None
+    run: Run
+    processor: PromptProcessor
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What judges and answers responses, on ranks that start engines; elsewhere nothing."""
+
+    client: Client | None
+    verifiers: dict[str, Verifier]
+    turns: Turns | None
+
+
+@contextmanager
+def open_training(config: Config) -> Iterator[Training]:
+    """Collective: start engines and build the trainer side by side, then join them by the weight sync."""
+    run_dir = Path(config.run_dir)
+    rank = int(os.environ["RANK"])
+    node = int(os.environ["GROUP_RANK"])
+    nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    redirect_output(run_dir / "logs", rank)
+    # The first rank of a node starts the node's engines, and responses are judged where the engines are.
+    starts_engines = generates(config) and int(os.environ["LOCAL_RANK"]) == 0
+    engines_to_start = engine_settings(config, nodes) if starts_engines else []
+
+    with ExitStack() as stack:
+        display = stack.enter_context(Display(active=rank == 0))
+        judging = open_judging(config, stack) if starts_engines else Judging(None, {}, None)
+        engines: list[Engine] = []
+        stack.callback(stop_engines, engines)
+        for i, each in enumerate(engines_to_start):
+            number = node * len(engines_to_start) + i
+            engines.append(Engine(each, run_dir / "logs" / f"engine_{number}.log"))
+
+        with display.stage("trainer: process groups, Megatron-Core model, weights"):
+            torch.set_num_threads(config.cluster.threads)
+            groups = parallel.initialize(config.parallel, config.seed, config.cluster.timeout)
+            stack.callback(parallel.destroy)
+            control = parallel.control_group()
+            model = build_model(config, groups)
+            processor = PromptProcessor(config.model.path, config.data.max_prompt_tokens, config.data.images)
+
+        weight_sync = None
+        if generates(config):
+            with display.stage("vLLM: engines ready"):
+                deadline = time.monotonic() + config.rollout.startup_timeout
+                on_all_ranks(partial(wait_until_ready, engines, deadline), control)
+            with display.stage("weight sync: plan from trainer shards to vLLM's layout"):
+                weight_sync = WeightSync(
+                    model.shards,
+                    engines,
+                    control,
+                    bucket_bytes=config.rollout.sync_bucket_mib << 20,
+                    verify_every=config.rollout.sync_verify_every,
+                    plans=PLANS,
+                )
+
+        run = open_run(config, rank, control, display, stack)
+        policy = make_policy(config, groups, model, processor, run)
+        rollouts = None
+        if weight_sync is not None:
+            rollouts = Rollouts(
+                config=config.rollout,
+                seed=config.seed,
+                tokenizer=processor.tokenizer,
+                engines=engines,
+                weight_sync=weight_sync,
+                control=control,
+                node=node,
+                nodes=nodes,
+                verifiers=judging.verifiers,
+                client=judging.client,
+                turns=judging.turns,
+                judges_share_gpus=config.rewards.placement == settings.COLOCATED,
+                make_room=policy.release_memory,
+                heartbeat=run.clock.watchdog.beat,
+                on_restart=partial(record_restart, run_dir),
+            )
+        yield Training(config, policy, rollouts, run, processor)
+
+
+def open_judging(config: Config, stack: ExitStack) -> Judging:
+    """The verifiers of the mix and of the evaluation, the client of their servers, and the environment."""
+    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
+    client = stack.enter_context(Client(registry.servers_of(names, config.rewards), config.rewards.client))
+    if config.rewards.placement == settings.COLOCATED:
+        client.sleep(connect_seconds=config.rewards.supervisor.startup_timeout)
+    turns = None
+    environment = config.rollout.environment
+    if environment.name is not None:
+        replies = open_environment(environment.name, environment.settings)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        turns = Turns(replies, tokenizer, environment.max_turns)
+    return Judging(client, registry.open_verifiers(names, config.rewards, client), turns)
+
+
+def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
+    """Collective: the model of ``model.path`` with its weights; with a scalar head for a reward model."""
+    hf_config = hf_checkpoint.config(config.model.path)
+    if "reward_model" in config.stage.trains:
+        hf_config = scalar_config(hf_config)
+    model = models.build(hf_config, groups, config.precision, config.model.frozen)
+    hf_checkpoint.load(model.shards, config.model.path)
+    return model
+
+
+def make_policy(
+    config: Config, groups: parallel.Parallel, model: models.Model, processor: PromptProcessor, run: Run
+) -> Policy:
+    return Policy(
+        model=model,
+        parallel=groups,
+        source=config.model.path,
+        cost=cost_of(model.hf_config, config.model.frozen),
+        pad_token=processor.tokenizer.pad_token_id or 0,
+        temperature=config.rollout.temperature,
+        optimizer_config=config.optimizer,
+        guard=UpdateGuard(config.optimizer.max_skipped, run.log, run.event),
+        host_states=HostCopy(model, weights=False) if config.optimizer.offload else None,
+    )
+
+
+def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Display, stack: ExitStack) -> Run:
+    """Collective: records of this launch, loggers and the watchdog. Rank 0 writes config.yaml and environment.json."""
+    run_dir = Path(config.run_dir)
+    run_id = from_rank_zero(lambda: records.run_id(run_dir, config.resume), control)
+    if rank == 0:
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        machine = records.environment(platform.current().machine(), dist.get_world_size())
+        records.write_json(run_dir / "environment.json", {"run": {"id": run_id}, **machine})
+        stack.enter_context(records.launch(run_dir, config.resume))
+    loggers = open_loggers(config, run_dir, run_id, stack) if rank == 0 else []
+    from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
+    watchdog = Watchdog(run_dir / "logs", rank, config.cluster.watchdog)
+    stack.callback(watchdog.stop)
+    run = Run(
+        root=run_dir,
+        folder=run_dir,
+        run_id=run_id,
+        rank=rank,
+        control=control,
+        device=platform.current().device(),
+        display=display,
+        clock=PhaseClock(watchdog),
+        loggers=loggers,
+        checkpoint_every=config.checkpoint.every_steps,
+        checkpoints_kept=config.checkpoint.keep,
+        slow_factor=config.cluster.slow_factor,
+    )
+    stack.callback(join, run.savers, config.cluster.timeout)  # a failed run's checkpoints too
+    return run
+
+
+def join(savers: Sequence[Saver], seconds: float) -> None:
+    """Until the checkpoints that were begun are complete, or have failed."""
+    for saver in savers:
+        saver.join(seconds)
+
+
+def record_restart(run_dir: Path, engine: str) -> None:
+    """Write down that an engine was started again; on the rank that has it."""
+    records.event(run_dir, "engine restart", engine=engine)
+
+
+def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
+    """Of the engines of one of the job's nodes. Raises ConfigError where they can't be shared out."""
+    count = engines_of_a_node(config, nodes)
+    shared = EngineSettings(
+        rollout=config.rollout,
+        model=config.model.path,
+        dtype=DTYPES[config.precision.name],
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        platform=config.cluster.platform,
+        thinking=thinking_marks(config),
+    )
+    if not platform.capabilities(config.cluster.platform).has_gpus:
+        return [shared] * count
+    gpus = range(config.cluster.ranks // nodes)
+    engines = []
+    for i in range(count):
+        # An engine's own GPUs come first; it sees the others to read trainer weights there.
+        own = [gpu for gpu in gpus if gpu // config.rollout.tensor == i]
+        others = [gpu for gpu in gpus if gpu // config.rollout.tensor != i]
+        engines.append(replace(shared, devices=(*own, *others)))
+    return engines
+
+
+def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Token ids of ``rollout.thinking_marks``; None without a budget. Raises ConfigError for a mark without tokens."""
+    if config.rollout.thinking_budget is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    begin, end = (tuple(tokenizer.encode(mark, add_special_tokens=False)) for mark in config.rollout.thinking_marks)
+    if not begin or not end:
+        raise ConfigError(
+            f"rollout.thinking_marks={config.rollout.thinking_marks}: a mark has no token; give two texts"
+        )
+    return begin, end
+
+
+def redirect_output(folder: Path, rank: int) -> None:
+    """Send warnings and library logs to ``rank_<n>.log``; only rank 0's standard output stays on the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    if rank != 0:
+        os.dup2(log, 1)
+    os.close(log)
+    logs.configure(rank, sys.stderr)

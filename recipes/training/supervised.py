@@ -1,0 +1,87 @@
+"""The loop of the stages that learn from given answers: SFT, judges and reward models."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from megatron_ext import forward_backward
+from megatron_ext.batch import TokenBatch
+from megatron_ext.checkpoint import POLICY
+from megatron_ext.forward_backward import LossFunction
+from recipes.data.row_order import shuffled
+from recipes.data.sources import Row
+from recipes.run import records
+from recipes.run.run import Run, TrainingState
+from recipes.training.policy import Policy
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a supervised stage does with its rows.
+
+    ``settings`` has the schedule, ``steps`` or ``epochs``, and ``held_out_every``; ``rows_per_step`` rows make an
+    update. ``make_batch`` gives the tokens of some rows, ``together`` successive responses of which share a
+    micro-batch. ``metrics`` names sums of the loss function that are recorded. ``batch_metrics`` gives more from a
+    batch. ``held_out`` evaluates the present weights: Collective.
+    """
+
+    settings: Any
+    rows: Sequence[Row]
+    rows_per_step: int
+    make_batch: Callable[[Sequence[Row]], TokenBatch]
+    loss: LossFunction
+    together: int
+    metrics: tuple[str, ...]
+    batch_metrics: Callable[[TokenBatch], Mapping[str, Any]]
+    held_out: Callable[[], Mapping[str, Any]] | None
+
+    @property
+    def steps(self) -> int:
+        """``steps``, or as many as ``epochs`` need; the last one may go on into the next pass over the rows."""
+        if self.settings.steps is not None:
+            return int(self.settings.steps)
+        return ceil(self.settings.epochs * len(self.rows) / self.rows_per_step)
+
+
+def fit(task: Task, policy: Policy, run: Run, seed: int) -> None:
+    """Train for the task's steps; each has its line in metrics.jsonl. The weights stay in the model.
+
+    Where the run has a checkpoint, the loop goes on after the newest and ends with the bits of an undisturbed run.
+    """
+    total = task.steps
+    policy.build_optimizer(task.settings, total)
+    checkpoints, newest = run.open_checkpoints()
+    first_step = policy.load(newest) if newest else 0
+    run.truncate_records(first_step)
+
+    for step in range(first_step, total):
+        checkpoints.check()
+        with run.phase("data"):
+            rows = shuffled(task.rows, step * task.rows_per_step, task.rows_per_step, seed)
+            batch = task.make_batch(rows)
+            micro_batches = policy.micro_batches(batch, task.together)
+        learning_rate = policy.learning_rate
+        with run.phase("train"):
+            sums = forward_backward.accumulate_gradients(policy.model, micro_batches, task.loss)
+            policy.update(sums)
+        metrics = {
+            "step": step + 1,
+            "epoch": (step + 1) * task.rows_per_step / len(task.rows),
+            **{name: records.value(sums[name]) for name in ("loss", "grad_norm", *task.metrics)},
+            "learning_rate": learning_rate,
+            **task.batch_metrics(batch),
+        }
+        is_last = step + 1 == total
+        if task.held_out is not None and (is_last or (step + 1) % task.settings.held_out_every == 0):
+            with run.phase("held_out"):
+                metrics |= task.held_out()
+        run.record({**metrics, "skipped_updates": policy.guard.take_skipped()})
+        run.display.progress(step + 1, total, progress_text(sums, task.metrics))
+        checkpoints.after_step(step + 1, total, lambda: TrainingState({POLICY: policy.snapshot()}, policy.progress()))
+    checkpoints.wait()
+
+
+def progress_text(sums: Mapping[str, float], names: Sequence[str]) -> str:
+    """The step's figures on one line."""
+    return "  ".join([f"loss {sums['loss']:.3f}", *(f"{name} {sums[name]:.2f}" for name in names)])

@@ -1,0 +1,57 @@
+"""Prompts and responses as plain lists, for tests that compare a ``TokenBatch`` with them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_ext import batch as batches
+from megatron_ext import packing
+from megatron_ext.batch import Prompt, TokenBatch
+
+
+@dataclass(frozen=True)
+class PlainSequence:
+    """``values``: columns of the response's tokens by name."""
+
+    prompt: list[int]
+    response: list[int]
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    vision: Any = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def token_batch(sequences: Sequence[PlainSequence]) -> TokenBatch:
+    """Each sequence as the one response to a prompt of its own."""
+    batch = batches.build(
+        [Prompt(f"p{i}", np.array(s.prompt, np.int32)) for i, s in enumerate(sequences)],
+        [s.response for s in sequences],
+        vision=[s.vision for s in sequences],
+    )
+    names = sequences[0].values if sequences else {}
+    columns = {name: np.concatenate([np.asarray(s.values[name], float) for s in sequences]) for name in names}
+    return batch.with_columns(**columns)
+
+
+def pack(
+    sequences: Sequence[PlainSequence],
+    indices: Sequence[int],
+    multiple: int,
+    pad_token: int,
+    device: Any,
+    context: int = 1,
+    context_rank: int = 0,
+) -> packing.MicroBatch:
+    """``packing.pack`` of plain sequences."""
+    return packing.pack(
+        token_batch(sequences),
+        indices,
+        multiple=multiple,
+        pad_token=pad_token,
+        device=device,
+        context=context,
+        context_rank=context_rank,
+    )
