@@ -121,7 +121,7 @@ def our_seconds(verifier: ServedVerifier, count: int, fake: bool) -> float:
 
 def measure(address: str, model: str, count: int, settings: ClientConfig, judge: Judge, fake: bool) -> dict[str, Any]:
     """Bare and ours in turn; requests per second of each repetition behind the first."""
-    server = Server("judge", model, "generate", (address,), None, "127.0.0.1", 1, 1, 1, ())
+    server = Server(model, "generate", [address], None, "127.0.0.1", 1, 1, 1, [], "judge")
     bodies = [judge.request(row, visible(i), model).body for i, row in enumerate(rows(count))]
     raw: dict[str, list[float]] = {"bare_per_second": [], "ours_per_second": []}
     with Client({"judge": server}, settings) as client:
@@ -138,8 +138,8 @@ def measure(address: str, model: str, count: int, settings: ClientConfig, judge:
 def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
     """The demo's model behind `vllm serve`."""
     prepare(demo.model)
-    arguments = ("--max-model-len", "512")
-    server = Server("judge", demo.model.path, "generate", (), None, "127.0.0.1", REAL_PORT, 1, 1, arguments)
+    arguments = ["--max-model-len", "512"]
+    server = Server(demo.model.path, "generate", [], None, "127.0.0.1", REAL_PORT, 1, 1, arguments, "judge")
     config = demo.rewards.supervisor
     supervisor = Supervisor([JudgeServer(server, 0, LOG, None, config.cpu_arguments)], config)
     try:

@@ -7,7 +7,7 @@ A settings class stands in the room that uses it. Its fields have no defaults: t
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -72,6 +72,9 @@ def read[T](schema: type[T], path: str, *values: Any) -> T:
     Raises ValueError for an unknown field, a missing one and a value of another type. Ranges are left to
     :func:`check`.
     """
+    for value in values:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}={value!r}: give a mapping of fields, {{field: value, …}}")
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *values))
     except OmegaConfBaseException as error:

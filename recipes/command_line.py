@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hydra.errors import HydraException
 
-from megatron_ext.settings import unknown_field
+from megatron_ext.settings import mappings, unknown_field, with_new_keys
 from recipes.config import Config
 
 APPEND = "To append to your config use +"
@@ -33,7 +33,11 @@ def one_line(error: HydraException) -> str:
 
 
 def from_command_line(hydra_main: Callable[[], None]) -> None:
-    """Call a Hydra main. An error of the command line is printed in one line, with exit code 1."""
+    """Call a Hydra main. An error of the command line is printed in one line, with exit code 1.
+
+    Overrides in free-form mappings may name new keys.
+    """
+    sys.argv[1:] = with_new_keys(sys.argv[1:], mappings(Config))
     # Hydra then raises instead of printing several lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

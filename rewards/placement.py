@@ -131,5 +131,5 @@ def main(raw: DictConfig) -> None:
 if __name__ == "__main__":
     # Hydra parses sys.argv, and knows overrides only.
     CLUSTER_ARGUMENTS = sys.argv[1:4]
-    sys.argv[1:] = sys.argv[4:]
+    sys.argv[1:] = settings.with_new_keys(sys.argv[4:])
     main()

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from megatron_ext import dotted_path
 from rewards import settings
 from rewards.client import Client
-from rewards.settings import RewardsConfig, Server, VerifierSettings
+from rewards.settings import RewardsConfig, Server, VerifierConfig
 from rewards.verdict import Verifier
 from rewards.verifiers.judges import Judge, Scalar
 from rewards.verifiers.served import ServedVerifier
@@ -78,12 +79,20 @@ def open_verifiers(names: Iterable[str], config: RewardsConfig, client: Client |
     naming an unknown template or rule.
     """
     configured = settings.verifiers(config)
-    return {name: _open(configured[name], client) if name in configured else find_rule(name) for name in names}
+    return {name: _open(name, configured[name], client) if name in configured else find_rule(name) for name in names}
 
 
-def _open(verifier: VerifierSettings, client: Client | None) -> Verifier:
+def _open(name: str, verifier: VerifierConfig, client: Client | None) -> Verifier:
     if verifier.rule is not None:
-        return partial(find_rule(verifier.rule), **verifier.arguments)
+        rule = find_rule(verifier.rule)
+        try:
+            signature(rule).bind({}, "", **verifier.arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"rewards.verifiers.{name}.arguments={verifier.arguments}: {error}; use the keywords of "
+                f"rule={verifier.rule!r}"
+            ) from error
+        return partial(rule, **verifier.arguments)
     assert verifier.template is not None and verifier.server is not None  # settings.check
     assert client is not None
     model = client.pools[verifier.server].server.model

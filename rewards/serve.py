@@ -351,4 +351,5 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = settings.with_new_keys(sys.argv[1:])
     main()

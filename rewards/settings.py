@@ -1,110 +1,112 @@
-"""What conf/rewards says: the mixes, the verifiers, the servers behind them, and how they are asked.
+"""Settings of the rewards: mixes, verifiers, their servers and the client of these.
 
-``recipes.config`` has :class:`RewardsConfig` as a group; ``rewards.serve`` reads it by itself. Defaults stand in
+``recipes.config`` has :class:`RewardsConfig` as a group; ``rewards.serve`` reads it alone. Defaults stand in
 conf/rewards/base.yaml.
 """
 
-import difflib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
+
+from megatron_ext import settings
+from megatron_ext.settings import COEFFICIENT, FRACTION, SECONDS, setting
 
 LOOPBACK = ("127.0.0.1", "localhost")
-LONGEST = 1e7  # seconds
-# Of `vllm serve`, and the fields that set them: past these a server could listen without a token, or show it.
+# Arguments of `vllm serve` that a field sets. With these a server could listen without a token, or show it.
 OWN_ARGUMENTS = {"--host": "host", "--port": "port", "--uds": "host", "--api-key": "key_variable"}
 RUNNERS = ("generate", "pooling")
 PLACEMENTS = DISAGGREGATED, COLOCATED = "disaggregated", "colocated"
 NORMALISATIONS = ("none", "group")
-DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS = "dual_ascent", "multiplicative_weights"
-
-# OmegaConf's structured configurations read Optional, not ``| None``.
+UPDATES = DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS = "dual_ascent", "multiplicative_weights"
+# Free-form mappings of the other groups of a run's configuration.
+OTHER_MAPPINGS = ("algorithm.kwargs", "rollout.environment.settings", "data.mix", "data.scores")
+WAIT = "[0, 1e7]"
+COUNT = "[0, 1000]"
 
 
 @dataclass
 class ClientConfig:
-    concurrency: int
-    timeout: float
-    retries: int
-    backoff: float
-    cooldown: float
-    outage: float
-    hedge_after: float
-    max_failed: float
+    """Requests to the servers."""
+
+    concurrency: int = setting("requests in flight per replica", range="[1, 1e6]")
+    timeout: float = setting("longest request", range=SECONDS, unit="seconds")
+    retries: int = setting(
+        "retries of a request after errors and unreadable replies; then the verifier has failed", range=COUNT
+    )
+    backoff: float = setting(
+        "wait before the first retry, doubled each time, times 0.5 to 1.5", range=WAIT, unit="seconds"
+    )
+    cooldown: float = setting("time without requests to a replica that can't be reached", range=WAIT, unit="seconds")
+    outage: float = setting(
+        "longest wait for a server that can't be reached; then its requests fail", range=WAIT, unit="seconds"
+    )
+    hedge_after: float = setting(
+        "a request that takes this many times the usual duration is also sent to another replica", range="(1, 1e6]"
+    )
+    max_failed: float = setting("abort above this share of a step's samples with a failed verdict", range=FRACTION)
 
 
 @dataclass
 class SupervisorConfig:
-    startup_timeout: float
-    stop_timeout: float
-    restarts: int
-    first_device: int
-    cpu_arguments: list[str]
+    """Servers that `python -m rewards.serve` starts."""
+
+    startup_timeout: float = setting("longest start of a server", range=SECONDS, unit="seconds")
+    stop_timeout: float = setting("time from SIGTERM to SIGKILL", range=WAIT, unit="seconds")
+    restarts: int = setting("restarts of a server that died; then all stop. None when colocated", range=COUNT)
+    first_device: int = setting("the first GPU for servers", range="[0, 1024]")
+    cpu_arguments: list[str] = setting("arguments of `vllm serve` where cluster.platform is cpu")
 
 
 @dataclass
 class ConstraintConfig:
-    verifier: Optional[str]  # noqa: UP045
-    update: str
-    floor: float
-    rate: float
-    initial: float
-    maximum: float
+    """Keeps a verifier's mean score at or above a floor by a Lagrange multiplier."""
+
+    verifier: str | None = setting("the verifier; null for no constraint")
+    update: str = setting("update of the multiplier", choices=UPDATES)
+    floor: float = setting("floor of the mean score", range=FRACTION)
+    rate: float = setting("of the multiplier's update, times (floor − mean score)", range="(0, 1e6]")
+    initial: float = setting("the multiplier at the first step", range=COEFFICIENT)
+    maximum: float = setting("largest multiplier", range=COEFFICIENT)
 
 
 @dataclass
-class RewardsConfig:
-    """An entry of ``verifiers`` has fields of :class:`VerifierSettings`. ``server`` has those of :class:`Server`, each
-    with its default; an entry of ``servers`` has what differs."""
+class VerifierConfig:
+    """An entry of ``rewards.verifiers``: a judge (``template`` and ``server``) or a ``rule`` with arguments."""
 
-    mix: dict[str, dict[str, Any]]  # numbers; OmegaConf refuses 1 for 1.0 in a mapping of a mapping
-    verifiers: dict[str, Any]
-    server: dict[str, Any]
-    servers: dict[str, Any]
-    placement: str
-    client: ClientConfig
-    supervisor: SupervisorConfig
-    normalise: str
-    gate: Optional[str]  # noqa: UP045
-    constraint: ConstraintConfig
+    template: str | None = setting("a judge's template by name, or the dotted path of the user's own")
+    server: str | None = setting("the judge's server: a name of rewards.servers")
+    request: dict[str, Any] = setting("further fields of the judge's requests")
+    rule: str | None = setting("a rule by name, or the dotted path of the user's own function")
+    arguments: dict[str, Any] = setting("keyword arguments of the rule's function")
 
 
-@dataclass(frozen=True)
-class VerifierSettings:
-    """A name of the mix that is not just a rule's: a judge (``template`` and ``server``) or a ``rule`` with arguments.
-
-    ``request`` are further fields of the judge's requests, ``arguments`` those of the rule's function.
-    """
-
-    template: str | None
-    server: str | None
-    request: Mapping[str, Any]
-    rule: str | None
-    arguments: Mapping[str, Any]
+# What an entry of ``rewards.verifiers`` leaves out.
+NOTHING = {"template": None, "server": None, "request": {}, "rule": None, "arguments": {}}
 
 
-@dataclass(frozen=True)
-class Server:
-    """A model and who serves it: ``endpoints``, or, without any, ``rewards.serve`` on ``host``, ports from ``port``.
+@dataclass
+class ServerConfig:
+    """A model and who serves it: ``endpoints``, or, without any, ``rewards.serve`` on ``host``, ports from ``port``."""
 
-    ``runner`` is vLLM's: "generate" for judges, "pooling" for reward models. ``tensor`` is a replica's tensor-parallel
-    size, ``arguments`` further ones of ``vllm serve``. ``key_variable`` names the environment variable with the token.
-    """
+    model: str = setting("folder or hub name of the model")
+    runner: str = setting("vLLM's: generate for judges, pooling for reward models with one output", choices=RUNNERS)
+    endpoints: list[str] = setting("addresses of replicas that run elsewhere; [] for servers that are started here")
+    key_variable: str | None = setting("environment variable that holds the server's token; null for no token")
+    host: str = setting("address that a server listens on; any but the loopback needs key_variable")
+    port: int = setting("port of the first replica; replica i has port + i", range="[1, 65535]")
+    replicas: int = setting("replicas of the server", range="[1, 1024]")
+    tensor: int = setting("tensor-parallel size of a replica", range="[1, 1024]")
+    arguments: list[str] = setting("further arguments of `vllm serve`")
 
-    name: str
-    model: str
-    runner: str
-    endpoints: tuple[str, ...]
-    key_variable: str | None
-    host: str
-    port: int
-    replicas: int
-    tensor: int
-    arguments: tuple[str, ...]
+
+@dataclass
+class Server(ServerConfig):
+    """An entry of ``rewards.servers`` with its name."""
+
+    name: str = setting("the server's name")
 
     @property
     def addresses(self) -> list[str]:
@@ -126,133 +128,79 @@ class Server:
         return environment[self.key_variable]
 
 
-WORDS = {str: "a text", int: "a whole number", list: "a list of texts", dict: "a mapping", type(None): "null"}
-SERVER_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "runner", "host"), (str,)),
-    **dict.fromkeys(("endpoints", "arguments"), (list,)),
-    **dict.fromkeys(("port", "replicas", "tensor"), (int,)),
-    "key_variable": (str, type(None)),
-}
-VERIFIER_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("template", "server", "rule"), (str, type(None))),
-    **dict.fromkeys(("request", "arguments"), (dict, type(None))),
-}
+@dataclass
+class RewardsConfig:
+    """Verifiers, their servers, and how scores become a reward."""
+
+    # The weights are numbers. OmegaConf refuses 1 for 1.0 in a mapping of a mapping.
+    mix: dict[str, dict[str, Any]] = setting("weights of the verifiers' scores, by the row's label")
+    verifiers: dict[str, Any] = setting(
+        "verifiers with settings, by name: {template, server, request} or {rule, arguments}"
+    )
+    server: ServerConfig = setting("defaults of the entries of servers")
+    servers: dict[str, Any] = setting("judges and reward models, by name; an entry has what differs from server")
+    placement: str = setting(
+        "disaggregated: servers have their own GPUs; colocated: those of trainer and engines", choices=PLACEMENTS
+    )
+    client: ClientConfig = setting("requests to the servers")
+    supervisor: SupervisorConfig = setting("servers that are started here")
+    normalise: str = setting(
+        "group: bring each verifier's scores to mean 0 and std 1 within a prompt's group, before the mix",
+        choices=NORMALISATIONS,
+    )
+    gate: str | None = setting("a verifier whose score multiplies the sum of a mix that has it; null for none")
+    constraint: ConstraintConfig = setting("a floor for a verifier's mean score")
 
 
 def read(raw: DictConfig) -> RewardsConfig:
     """The typed, checked group of a raw Hydra configuration. Raises ValueError."""
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RewardsConfig), raw))
-    except OmegaConfBaseException as error:
-        where = getattr(error, "full_key", None) or ""
-        raise ValueError(f"rewards.{where}: {str(error).splitlines()[0]}; the fields are in conf/rewards") from error
-    assert isinstance(config, RewardsConfig)
+    config = settings.read(RewardsConfig, "rewards", raw)
+    settings.check(config, "rewards")
     check(config)
     return config
 
 
 def servers(config: RewardsConfig) -> dict[str, Server]:
-    """Every server by name. Raises ValueError naming the field for an unknown or missing one."""
-    return {name: _server(f"rewards.servers.{name}", name, config, entry) for name, entry in config.servers.items()}
-
-
-def _server(where: str, name: str, config: RewardsConfig, entry: Any) -> Server:
-    values = {**config.server, **_mapping(where, entry or {})}
-    _check_keys(where, values, SERVER_TYPES)
-    if missing := sorted(set(SERVER_TYPES) - set(values)):
-        raise ValueError(f"{where}.{missing[0]} is missing; the fields are {sorted(SERVER_TYPES)}")
-    _check_types(where, values, SERVER_TYPES)
-    return Server(name, **(values | {key: tuple(values[key]) for key in ("endpoints", "arguments")}))
+    """Every server by name. Raises ValueError naming an unknown field or one of another type."""
+    return {
+        name: settings.read(Server, f"rewards.servers.{name}", asdict(config.server), entry or {}, {"name": name})
+        for name, entry in config.servers.items()
+    }
 
 
 def used(config: RewardsConfig) -> list[Server]:
-    """Those that some verifier asks."""
+    """The servers that some verifier asks."""
     names = {verifier.server for verifier in verifiers(config).values()}
     return [server for server in servers(config).values() if server.name in names]
 
 
-def verifiers(config: RewardsConfig) -> dict[str, VerifierSettings]:
-    """Every configured verifier by name; what an entry leaves out is empty. Raises ValueError for an unknown field."""
-    for name, entry in config.verifiers.items():
-        where = f"rewards.verifiers.{name}"
-        _check_keys(where, _mapping(where, entry), VERIFIER_TYPES)
-        _check_types(where, entry, VERIFIER_TYPES)
+def verifiers(config: RewardsConfig) -> dict[str, VerifierConfig]:
+    """Every verifier of ``rewards.verifiers`` by name. Raises ValueError as :func:`servers`."""
     return {
-        name: VerifierSettings(
-            template=entry.get("template"),
-            server=entry.get("server"),
-            request=entry.get("request") or {},
-            rule=entry.get("rule"),
-            arguments=entry.get("arguments") or {},
-        )
+        name: settings.read(VerifierConfig, f"rewards.verifiers.{name}", NOTHING, entry)
         for name, entry in config.verifiers.items()
     }
 
 
-def _mapping(where: str, entry: Any) -> Mapping[str, Any]:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}={entry!r}: give a mapping of fields, {{field: value, …}}")
-    return entry
-
-
-def _check_keys(where: str, entry: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    if unknown := sorted(map(str, set(entry) - set(known))):
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{where}.{unknown[0]}: no such field; {hint}the fields are {sorted(known)}")
-
-
-def _check_types(where: str, entry: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
-    for name, value in entry.items():
-        fits = isinstance(value, known[name]) and (not isinstance(value, bool))
-        if isinstance(value, list):
-            fits = fits and all(isinstance(item, str) for item in value)
-        if not fits:
-            names = " or ".join(WORDS[kind] for kind in known[name])
-            raise ValueError(f"{where}.{name}={value!r}: give {names}")
-
-
 def check(config: RewardsConfig) -> None:
-    """Raises ValueError naming the first field whose value can't work."""
-    _check_server("rewards.server", _server("rewards.server", "", config, {}))
-    found = servers(config)
-    for name, server in found.items():
+    """Raises ValueError naming the first field whose value does not go together with others."""
+    configured = servers(config)
+    for name, server in configured.items():
         if not server.model:
             raise ValueError(f"rewards.servers.{name}.model is empty: give the model's folder or name")
+        settings.check(server, f"rewards.servers.{name}")
         _check_server(f"rewards.servers.{name}", server)
-    _check_apart([server for server in found.values() if not server.endpoints])
+    _check_server("rewards.server", config.server)
+    _check_apart([server for server in configured.values() if not server.endpoints])
     if config.placement == COLOCATED:
         _check_colocated(used(config))
     for name, verifier in verifiers(config).items():
-        _check_verifier(f"rewards.verifiers.{name}", verifier, found)
-    c, v, limit = config.client, config.supervisor, config.constraint
-    for field_name, value, fits, wanted in (
-        ("client.concurrency", c.concurrency, 1 <= c.concurrency <= 1e6, "at least 1, at most 1e6"),
-        ("client.timeout", c.timeout, 0 < c.timeout <= LONGEST, f"above 0 seconds, at most {LONGEST:g}"),
-        ("client.retries", c.retries, 0 <= c.retries <= 1000, "0 or more, at most 1000"),
-        ("client.backoff", c.backoff, 0 <= c.backoff <= LONGEST, f"0 or more seconds, at most {LONGEST:g}"),
-        ("client.cooldown", c.cooldown, 0 <= c.cooldown <= LONGEST, f"0 or more seconds, at most {LONGEST:g}"),
-        ("client.outage", c.outage, 0 <= c.outage <= LONGEST, f"0 or more seconds, at most {LONGEST:g}"),
-        ("client.hedge_after", c.hedge_after, 1 < c.hedge_after <= 1e6, "above 1: it multiplies the usual time"),
-        ("client.max_failed", c.max_failed, 0 <= c.max_failed <= 1, "in [0, 1]"),
-        ("placement", config.placement, config.placement in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}"),
-        ("supervisor.startup_timeout", v.startup_timeout, 0 < v.startup_timeout <= LONGEST, "above 0 seconds"),
-        ("supervisor.stop_timeout", v.stop_timeout, 0 <= v.stop_timeout <= LONGEST, "0 or more seconds"),
-        ("supervisor.restarts", v.restarts, 0 <= v.restarts <= 1000, "0 or more, at most 1000"),
-        ("supervisor.first_device", v.first_device, 0 <= v.first_device <= 1024, "0 or more, at most 1024"),
-        ("constraint.floor", limit.floor, 0 <= limit.floor <= 1, "in [0, 1], as scores are"),
-        ("constraint.rate", limit.rate, 0 < limit.rate <= 1e6, "above 0, at most 1e6"),
-        ("constraint.maximum", limit.maximum, 0 <= limit.maximum <= 1e6, "0 or more, at most 1e6"),
-        (
-            "constraint.initial",
-            limit.initial,
-            0 <= limit.initial <= limit.maximum,
-            "in [0, rewards.constraint.maximum]",
-        ),
-        ("normalise", config.normalise, config.normalise in NORMALISATIONS, f"one of {', '.join(NORMALISATIONS)}"),
-    ):
-        if not fits:
-            raise ValueError(f"rewards.{field_name}={value!r}: must be {wanted}")
+        _check_verifier(f"rewards.verifiers.{name}", verifier, configured)
+    _check_mix(config)
+    _check_constraint(config)
+
+
+def _check_mix(config: RewardsConfig) -> None:
     for label, weights in config.mix.items():
         for name, weight in weights.items():
             if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not abs(weight) <= 1e6:
@@ -264,35 +212,34 @@ def check(config: RewardsConfig) -> None:
             f"rewards.gate={config.gate!r}: multiplies the sum of a mix that has it, which some mix must, and is not "
             f"brought to mean 0: rewards.normalise={config.normalise!r} must be none"
         )
-    if limit.verifier is not None:
-        if limit.update not in (DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS):
-            raise ValueError(
-                f"rewards.constraint.update={limit.update!r}: use {DUAL_ASCENT} or {MULTIPLICATIVE_WEIGHTS}"
-            )
-        if limit.update == MULTIPLICATIVE_WEIGHTS and limit.initial == 0:
-            raise ValueError(
-                "rewards.constraint.initial=0.0: multiplied it stays 0; use more with update=multiplicative_weights"
-            )
-        if not any(limit.verifier in weights for weights in config.mix.values()):
-            raise ValueError(
-                f"rewards.constraint.verifier={limit.verifier!r}: no mix has it; name one that some mix has"
-            )
 
 
-def _check_server(where: str, server: Server) -> None:
-    if server.runner not in RUNNERS:
-        raise ValueError(f"{where}.runner={server.runner!r}: use one of {', '.join(RUNNERS)}")
-    for count in ("replicas", "tensor"):
-        if not 1 <= getattr(server, count) <= 1024:
-            raise ValueError(f"{where}.{count}={getattr(server, count)}: must be at least 1, at most 1024")
-    if server.port < 1 or server.port + server.replicas - 1 > 65535:
+def _check_constraint(config: RewardsConfig) -> None:
+    constraint = config.constraint
+    if constraint.initial > constraint.maximum:
+        raise ValueError(f"rewards.constraint.initial={constraint.initial}: must be in [0, rewards.constraint.maximum]")
+    if constraint.verifier is None:
+        return
+    if constraint.update == MULTIPLICATIVE_WEIGHTS and constraint.initial == 0:
+        raise ValueError(
+            "rewards.constraint.initial=0.0: multiplied it stays 0; use more with update=multiplicative_weights"
+        )
+    if not any(constraint.verifier in weights for weights in config.mix.values()):
+        raise ValueError(
+            f"rewards.constraint.verifier={constraint.verifier!r}: no mix has it; name one that some mix has"
+        )
+
+
+def _check_server(where: str, server: ServerConfig) -> None:
+    if server.port + server.replicas - 1 > 65535:
         raise ValueError(f"{where}.port={server.port}: use 1 to 65535, for the last replica's too")
     for address in server.endpoints:
         if "@" in address.partition("://")[2].partition("/")[0]:
             raise ValueError(f"{where}.endpoints: an address has a user and password; give a token by key_variable")
-    if taken := [name for name in server.arguments if name.partition("=")[0] in OWN_ARGUMENTS]:
-        name = taken[0].partition("=")[0]
-        raise ValueError(f"{where}.arguments has {name}: use {OWN_ARGUMENTS[name]} instead")
+    for argument in server.arguments:
+        option = argument.partition("=")[0]
+        if option in OWN_ARGUMENTS:
+            raise ValueError(f"{where}.arguments has {option}: use {OWN_ARGUMENTS[option]} instead")
     if not server.endpoints and server.host not in LOOPBACK and server.key_variable is None:
         raise ValueError(
             f"{where}.host={server.host!r}: others can reach it there, so it wants a token: set key_variable to "
@@ -337,14 +284,19 @@ def _check_colocated(shared: list[Server]) -> None:
             )
 
 
-def _check_verifier(where: str, verifier: VerifierSettings, found: Mapping[str, Server]) -> None:
+def _check_verifier(where: str, verifier: VerifierConfig, found: Mapping[str, Server]) -> None:
     if (verifier.template is None) == (verifier.rule is None):
         raise ValueError(f"{where}: give a template (and the server that answers) or a rule (and its arguments)")
     if verifier.rule is not None and (verifier.server or verifier.request):
-        raise ValueError(f"{where}.rule={verifier.rule!r}: a rule has no server and no request; remove them")
+        raise ValueError(f"{where}.rule={verifier.rule!r}: a rule has no server and no request; drop them")
     if verifier.template is not None and verifier.arguments:
         raise ValueError(f"{where}.template={verifier.template!r}: arguments are a rule's; use request for more fields")
     if verifier.template is not None and verifier.server not in found:
         raise ValueError(
             f"{where}.server={verifier.server!r}: no such server; rewards.servers has {sorted(found)}, name one of them"
         )
+
+
+def with_new_keys(arguments: Sequence[str]) -> list[str]:
+    """A run's command line for a program that reads the rewards alone: free-form mappings take new keys."""
+    return settings.with_new_keys(arguments, [*settings.mappings(RewardsConfig, "rewards"), *OTHER_MAPPINGS])

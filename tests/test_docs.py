@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.config import parse
+from megatron_ext.settings import mappings, with_new_keys
+from recipes.config import Config, parse
 from recipes.launch.requirements import check_parts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,7 +221,7 @@ def test_the_example_of_own_data_and_an_own_reward_is_accepted(page: Path, tmp_p
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             own = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
-            config = parse(compose("config", overrides=[*arguments, own]))
+            config = parse(compose("config", overrides=[*with_new_keys(arguments, mappings(Config)), own]))
         if "rewards=judged" not in arguments:
             check_parts(config)
 

@@ -5,11 +5,10 @@ from pathlib import Path
 from megatron_ext import layout, optimizer_settings, precision, settings
 from megatron_ext.platform.features import capabilities
 from recipes.algorithms import settings as algorithm_settings
+from recipes.config import launch, stages
 from recipes.config.schema import Config, generates, samples_per_update, sequence_multiple
 from recipes.data import settings as data_settings
 from recipes.errors import ConfigError
-from recipes.launch import settings as launch_settings
-from recipes.training import settings as training_settings
 from rewards import settings as reward_settings
 from rollout import settings as rollout_settings
 from rollout import vllm_platform
@@ -20,7 +19,7 @@ def check(config: Config) -> None:
     settings.check(config)
     rollout_settings.check(config.rollout, config.cluster.platform)
     algorithm_settings.check(config.algorithm)
-    launch_settings.check(config.cluster)
+    launch.check(config.cluster)
     optimizer_settings.check(config.optimizer)
     layout.check(config.cluster.ranks, config.parallel)
     precision.check(config.precision)
@@ -32,7 +31,7 @@ def check(config: Config) -> None:
     check_critic(config)
     check_batch(config)
     check_engine_batch(config)
-    training_settings.check_supervised(config.stage, sequence_multiple(config))
+    stages.check_supervised(config.stage, sequence_multiple(config))
     data_settings.check(config.data)
 
 

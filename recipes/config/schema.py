@@ -8,11 +8,11 @@ from megatron_ext.platform.features import capabilities
 from megatron_ext.precision import PrecisionConfig
 from megatron_ext.settings import setting
 from recipes.algorithms.settings import AlgorithmConfig
+from recipes.config.launch import ClusterConfig, ModelConfig
+from recipes.config.records import CheckpointConfig, LoggerConfig
+from recipes.config.stages import CriticConfig, StageConfig
 from recipes.data.settings import DataConfig
 from recipes.errors import ConfigError
-from recipes.launch.settings import ClusterConfig, ModelConfig
-from recipes.run.settings import CheckpointConfig, LoggerConfig
-from recipes.training.settings import CriticConfig, StageConfig
 from rewards.settings import RewardsConfig
 from rollout.settings import RolloutConfig
 
@@ -30,6 +30,8 @@ class Config:
 
     recipe: RecipeConfig = setting("the recipe")
     stage: StageConfig = setting("what a launch does")
+    # Before what conf/ derives from it, so that an impossible value is reported where it was given.
+    cluster: ClusterConfig = setting("machines and processes")
     model: ModelConfig = setting("the model that training starts from")
     algorithm: AlgorithmConfig = setting("the RL algorithm")
     rewards: RewardsConfig = setting("verifiers, their servers, and how their scores become a reward")
@@ -37,7 +39,6 @@ class Config:
     precision: PrecisionConfig = setting("the trainer's number formats")
     rollout: RolloutConfig = setting("engines and sampling")
     data: DataConfig = setting("rows and prompts")
-    cluster: ClusterConfig = setting("machines and processes")
     logger: LoggerConfig = setting("further records of metrics")
     optimizer: OptimizerConfig = setting("the optimiser of every model that is trained")
     critic: CriticConfig = setting("PPO's critic")

@@ -4,8 +4,8 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+from recipes.config.launch import ModelConfig
 from recipes.errors import ConfigError
-from recipes.launch.settings import ModelConfig
 
 # ChatML without the default system prompt of the package's template: shorter prompts, same special tokens.
 CHAT_TEMPLATE = (

@@ -44,7 +44,7 @@ def check_parts(config: Config) -> None:
         if environment.name is not None:
             open_environment(environment.name, environment.settings)
     except ValueError as error:
-        fields = "" if str(error).startswith("rollout.") else "rewards.mix, data.scores: "
+        fields = "" if str(error).startswith(("rollout.", "rewards.verifiers.")) else "rewards.mix, data.scores: "
         raise ConfigError(f"{fields}{error}") from error
     kinds = set(load_rows(config.data.evaluation).kinds)
     for name, wanted in config.data.scores.items():

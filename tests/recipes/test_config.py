@@ -5,12 +5,14 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import hydra
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -19,18 +21,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from megatron_ext import settings
+from megatron_ext.settings import mappings, with_new_keys
 from recipes import command_line
 from recipes.algorithms.registry import REGISTRY
-from recipes.config import Config, parse
+from recipes.config import Config, parse, reference
 from recipes.errors import ConfigError
 from recipes.launch import requirements
 from recipes.launch.prepare_run import prepare_run
+from rewards.settings import OTHER_MAPPINGS, RewardsConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 GROUPS = "recipe stage model algorithm rewards parallel precision rollout data cluster logger".split()
 # What a program beside the run reads (preflight, weight_sync/simulate, scale_simulation) has a schema of its own there.
-ASIDE = ("preflight", "scale", "simulate")
+ASIDE = ("bounds", "preflight", "scale", "simulate")
 FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
 BASES = [(group, "base") for group in ("stage", "data", "model", "cluster")]  # which are no choices
 OPTIONS = [found for found in FILES if found not in BASES]
@@ -305,7 +310,7 @@ IMPOSSIBLE = [
     (["rollout=search", "rollout.thinking_budget=9"], "rollout.environment.name", "search", "thinking_budget=null"),
     (["rewards.gate=wit"], "rewards.gate", "wit", "some mix must"),
     (["rewards=search", "rewards.normalise=group"], "rewards.gate", "search_format", "must be none"),
-    (["rewards=search", "rewards.constraint.update=x"], "rewards.constraint.update", "x", "use dual_ascent"),
+    (["rewards=search", "rewards.constraint.update=x"], "rewards.constraint.update", "x", "use one of dual_ascent"),
     (["rewards=search", "rewards.constraint.initial=0"], "rewards.constraint.initial", "0.0", "use more"),
     (["rollout.sleep=true"], "rollout.sleep", "true", "needs a GPU"),
     (
@@ -459,3 +464,78 @@ def test_a_model_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith(f"error: model.path='{tmp_path / 'gone'}': no config.json there;")
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("data.mix.poetry=1", ("data", "mix", "poetry"), 1),
+        ("data.mix={poetry: 1}", ("data", "mix", "poetry"), 1),
+        ("data.scores={my_reward.brief: [task]}", ("data", "scores", "my_reward.brief"), ["task"]),
+        ("data.scores.wit=[benign]", ("data", "scores", "wit"), ["benign"]),
+        (
+            "rewards.mix={safety: {my_reward.brief: 1.0}}",
+            ("rewards", "mix", "safety"),
+            {"safety": 1.0, "my_reward.brief": 1.0},
+        ),
+        ("rewards.mix.short={my_reward.brief: 1}", ("rewards", "mix", "short"), {"my_reward.brief": 1}),
+        ("rewards.verifiers.brief={rule: length}", ("rewards", "verifiers", "brief"), {"rule": "length"}),
+        (
+            "rewards.servers.judge={model: m, arguments: [--max-model-len, '512']}",
+            ("rewards", "servers", "judge", "arguments"),
+            ["--max-model-len", "512"],
+        ),
+        ("algorithm.kwargs.share=0.5", ("algorithm", "kwargs", "share"), 0.5),
+        ("rollout.environment.settings.corpus=x", ("rollout", "environment", "settings", "corpus"), "x"),
+    ],
+)
+def test_free_form_mappings_take_new_keys_as_plain_overrides(
+    override: str, path: tuple[str, ...], value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main_s_configuration([override], monkeypatch)(*path) == value
+
+
+def test_a_servers_new_argument_is_a_plain_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["rewards=safework", "rewards.servers.safety.arguments=[--max-model-len, '512']"]
+    found = main_s_configuration(overrides, monkeypatch)
+    assert found("rewards", "servers", "safety", "arguments") == ["--max-model-len", "512"]
+
+
+def main_s_configuration(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What a program gets that is started with these arguments: a function of a value's path."""
+    configs = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def main(raw: DictConfig) -> None:
+        configs.append(asdict(parse(raw)))
+
+    monkeypatch.setattr(sys, "argv", ["program", "recipe=demo", *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    command_line.from_command_line(main)
+    return lambda *path: reduce(getitem, path, configs[0])
+
+
+def test_other_fields_are_no_free_form_mappings() -> None:
+    assert with_new_keys(["algorithm.steps=1", "rewards.gate=x", "recipe=demo"], mappings(Config)) == [
+        "algorithm.steps=1",
+        "rewards.gate=x",
+        "recipe=demo",
+    ]
+    assert with_new_keys(["~data.mix.task", "+data.mix.a=1", "data.mixture=1"], mappings(Config)) == [
+        "~data.mix.task",
+        "+data.mix.a=1",
+        "data.mixture=1",
+    ]
+
+
+def test_servers_take_a_run_s_command_line() -> None:
+    known = [*mappings(RewardsConfig, "rewards"), *OTHER_MAPPINGS]
+    assert sorted(known) == sorted(mappings(Config))
+
+
+def test_every_setting_is_described() -> None:
+    assert [path for path, _, described in settings.fields(Config) if described is None or not described.doc] == []
+
+
+def test_the_page_of_all_settings_is_current() -> None:
+    assert reference.PAGE.read_text() == reference.page(), "write it anew: python -m recipes.config.reference"

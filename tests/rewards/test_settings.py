@@ -121,7 +121,7 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rewards.placement=beside"], r"placement='beside': must be one of disaggregated, colocated"),
+        (["rewards.placement=beside"], r"placement='beside': use one of disaggregated, colocated"),
         (
             ["rewards.placement=colocated", "rewards.servers.value.endpoints=[http://elsewhere:80]"],
             r"servers\.value\.endpoints=\['http://elsewhere:80'\]: .*placement=disaggregated",
@@ -143,7 +143,7 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
         (["rewards.servers.safety.endpoints=['http://a:hush@b']"], r"endpoints: an address has a user and password"),
         (["+rewards.servers.safety.colour=red"], r"rewards\.servers\.safety\.colour: no such field"),
         (["+rewards.servers.safety.runner=guess"], r"servers\.safety\.runner='guess': use one of generate, pooling"),
-        (["rewards.servers.safety.replicas=0"], r"servers\.safety\.replicas=0: must be at least 1"),
+        (["rewards.servers.safety.replicas=0"], r"servers\.safety\.replicas=0: must be above 0"),
         (["rewards.servers.safety.replicas=11"], r"servers\.value\.port=8110: .* port 8110, which is 'safety''s"),
         (
             ["rewards.servers.safety.model=models/Qwen2.5-VL-72B-Instruct"],
@@ -151,7 +151,7 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
         ),
         (["rewards.client.hedge_after=1"], r"client\.hedge_after=1\.0: must be above 1"),
         (["rewards.client.max_failed=2"], r"client\.max_failed=2\.0: must be in \[0, 1\]"),
-        (["rewards.normalise=batch"], r"normalise='batch': must be one of none, group"),
+        (["rewards.normalise=batch"], r"normalise='batch': use one of none, group"),
         (
             ["rewards.constraint.verifier=sfaety"],
             r"constraint\.verifier='sfaety': no mix has it",
