@@ -84,7 +84,7 @@ class VerifierConfig:
 
 
 # What an entry of ``rewards.verifiers`` leaves out.
-NOTHING = {"template": None, "server": None, "request": {}, "rule": None, "arguments": {}}
+NOTHING: dict[str, Any] = {"template": None, "server": None, "request": {}, "rule": None, "arguments": {}}
 
 
 @dataclass
