@@ -81,7 +81,12 @@ class EngineSettings:
     def from_json(cls, text: str) -> "EngineSettings":
         """The inverse of :meth:`to_json`."""
         fields = json.loads(text)
-        return cls(**(fields | {"rollout": read(RolloutConfig, "rollout", fields["rollout"])}))
+        fields["rollout"] = read(RolloutConfig, "rollout", fields["rollout"])
+        fields["devices"] = tuple(fields["devices"])
+        if fields["thinking"] is not None:
+            begin, end = fields["thinking"]
+            fields["thinking"] = (tuple(begin), tuple(end))
+        return cls(**fields)
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:

@@ -1,8 +1,7 @@
 """Advantages of a rollout: for each sample, [prompts, samples], or for each response token, [tokens].
 
-They are made of the whole rollout, which every rank knows, in FP64. A sample that no verifier could judge has the
-reward NaN: it is left out of every mean and gets the advantage 0.
-``broadcast_to_tokens`` gives the advantages to the tokens.
+They are computed in FP64 over the full rollout, which every rank knows. A sample without a reward has the reward NaN:
+it is left out of every mean and gets the advantage 0. ``broadcast_to_tokens`` maps advantages of samples to tokens.
 """
 
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from recipes.algorithms.needs import needs
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """What came of a rollout; raises ValueError where the shapes do not fit.
+    """A scored rollout. Raises ValueError where the shapes do not fit.
 
     ``rewards`` [prompts, samples], NaN where there is none. ``lengths`` [prompts, samples]: response tokens.
-    ``token_rewards`` [tokens], prompt by prompt, sample by sample: what a token gets beside its sequence's reward,
-    which is −``kl_coefficient`` × KL where ``algorithm.kl_in`` is the reward. ``values`` [tokens]: a critic's, before
-    each token; None without a critic.
+    ``token_rewards`` [tokens], prompt by prompt, sample by sample: a token's reward beside that of its sequence, which
+    is −``kl_coefficient`` × KL where ``algorithm.kl_in`` is the reward. ``values`` [tokens]: a critic's expected return
+    before each token; None without a critic.
     """
 
     rewards: Tensor
@@ -33,12 +32,12 @@ class AdvantageInputs:
         if self.rewards.dim() != 2 or self.rewards.shape != self.lengths.shape:
             raise ValueError(
                 f"rewards {list(self.rewards.shape)} and lengths {list(self.lengths.shape)}: both must be "
-                "[prompts, samples]; a group can't be told from one dimension"
+                "[prompts, samples]; with one dimension the groups are unknown"
             )
         tokens = int(self.lengths.sum())
-        for name, given in (("token_rewards", self.token_rewards), ("values", self.values)):
-            if given is not None and given.shape != (tokens,):
-                raise ValueError(f"{name} {list(given.shape)}: the lengths make [{tokens}]")
+        for name, values in (("token_rewards", self.token_rewards), ("values", self.values)):
+            if values is not None and values.shape != (tokens,):
+                raise ValueError(f"{name} {list(values.shape)}: the lengths add up to [{tokens}]")
 
     @property
     def judged(self) -> Tensor:
@@ -47,7 +46,7 @@ class AdvantageInputs:
 
     @property
     def totals(self) -> Tensor:
-        """[prompts, samples]: each sample's reward and its tokens' together."""
+        """[prompts, samples]: each sample's reward plus the sum of its token rewards."""
         sums = [part.sum() for part in self.token_rewards.double().split(self.lengths.flatten().tolist())]
         return self.rewards.double() + torch.stack(sums).view_as(self.rewards)
 
@@ -73,8 +72,8 @@ def clip_filter(inputs: AdvantageInputs, *, clip_filter_cap: float) -> Tensor:
     As if groups of equal rewards had been replaced by others (Liu et al. 2025, arXiv 2505.12504, section 4.3).
     """
     centred = _centred(inputs.totals)
-    useful = int((centred != 0).any(dim=1).sum())
-    return centred * min(clip_filter_cap, len(centred) / max(useful, 1))
+    differing = int((centred != 0).any(dim=1).sum())
+    return centred * min(clip_filter_cap, len(centred) / max(differing, 1))
 
 
 def rloo(inputs: AdvantageInputs) -> Tensor:
@@ -87,16 +86,18 @@ def cale(inputs: AdvantageInputs, *, cale_alpha: float, cale_mu: float) -> Tenso
     """Length-conditioned: μ inter + (1 − μ) intra, over the shorter and the longer half of each group.
 
     Inter: α R − mean of the shorter half for a long answer, R − α × mean of the longer half for a short one. Intra:
-    R − mean of its own half. With α < 1 a short right answer is worth more than a long one. Not published by
+    R − mean of the own half. With α < 1 a short right answer is worth more than a long one. Not published by
     SafeWork-R1; from its authors' description. Our choices: of an odd group the shorter half has one more; equal
-    lengths stand in the order of the samples; a group of one length has no halves and gets R − mean.
+    lengths keep the order of the samples; a group of one length has no halves and gets R − mean.
     """
     totals = inputs.totals
-    found = torch.zeros_like(totals)
-    for row, rewards, lengths, judged in zip(found, totals, inputs.lengths, inputs.judged, strict=True):
+    advantages = torch.zeros_like(totals)
+    for row, rewards, lengths, judged in zip(advantages, totals, inputs.lengths, inputs.judged, strict=True):
         group = judged.nonzero().squeeze(1)
         order = group[lengths[group].argsort(stable=True)]
-        short, long = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
+        half = (len(order) + 1) // 2
+        short = order[:half]
+        long = order[half:]
         if len(long) == 0 or lengths[order[0]] == lengths[order[-1]]:
             row.copy_(_centred(rewards.unsqueeze(0))[0])
             continue
@@ -104,11 +105,11 @@ def cale(inputs: AdvantageInputs, *, cale_alpha: float, cale_mu: float) -> Tenso
         inter_long = cale_alpha * rewards[long] - rewards[short].mean()
         row[short] = cale_mu * inter_short + (1 - cale_mu) * (rewards[short] - rewards[short].mean())
         row[long] = cale_mu * inter_long + (1 - cale_mu) * (rewards[long] - rewards[long].mean())
-    return found
+    return advantages
 
 
 def reinforce_plus_plus(inputs: AdvantageInputs, *, discount: float) -> Tensor:
-    """Each token's discounted return, made mean 0 and std 1 over all tokens of the rollout, [tokens] (Hu 2025)."""
+    """Each token's discounted return, normalised to mean 0 and std 1 over the rollout's tokens, [tokens] (Hu 2025)."""
     rewards = _token_rewards(inputs)
     returns = torch.zeros_like(rewards)
     following = torch.zeros(len(rewards), dtype=rewards.dtype)
@@ -119,36 +120,37 @@ def reinforce_plus_plus(inputs: AdvantageInputs, *, discount: float) -> Tensor:
 
 
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Tensor:
-    """R − group mean, made mean 0 and std 1 over all tokens of the rollout, [tokens] (Hu 2025, with a group mean)."""
+    """R − group mean, normalised to mean 0 and std 1 over all tokens of the rollout, [tokens] (Hu 2025)."""
     per_sample = dr_grpo(inputs).flatten()
     return _whitened(per_sample.repeat_interleave(inputs.lengths.flatten()), inputs)
 
 
 @needs(values=True)
 def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16); a critic's returns are these + values.
+    """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16). A critic's returns are these + values.
 
-    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t; the value behind the last token is 0. Raises ValueError
+    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t; the value after the last token is 0. Raises ValueError
     without ``values``.
     """
     if inputs.values is None:
         raise ValueError("algorithm.advantage=gae: needs a critic's values; choose another advantage without a critic")
     rewards = _token_rewards(inputs)
     values = _padded(inputs.values.double(), inputs.lengths)
-    found = torch.zeros_like(rewards)
-    value_after = advantage_after = torch.zeros(len(rewards), dtype=rewards.dtype)
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros(len(rewards), dtype=rewards.dtype)
+    next_advantage = torch.zeros(len(rewards), dtype=rewards.dtype)
     for t in reversed(range(rewards.shape[1])):
-        # Behind a sequence's end rewards and values are 0, so what is carried to its last token is 0.
-        error = rewards[:, t] + discount * value_after - values[:, t]
-        advantage_after = error + discount * gae_lambda * advantage_after
-        value_after = values[:, t]
-        found[:, t] = advantage_after
-    return _packed(found, inputs.lengths).masked_fill(~_judged_tokens(inputs), 0.0)
+        # In the padding after a sequence rewards and values are 0, so its last token starts from 0.
+        error = rewards[:, t] + discount * next_value - values[:, t]
+        next_advantage = error + discount * gae_lambda * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return _packed(advantages, inputs.lengths).masked_fill(~_judged_tokens(inputs), 0.0)
 
 
 @needs(values=True)
 def gae_whitened(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
-    """``gae``, made mean 0 and std 1 over all tokens of the rollout, [tokens], as PPO implementations do."""
+    """``gae``, normalised to mean 0 and std 1 over the rollout's tokens, [tokens], as PPO implementations do."""
     return _whitened(gae(inputs, discount=discount, gae_lambda=gae_lambda), inputs)
 
 
@@ -160,26 +162,29 @@ def broadcast_to_tokens(advantages: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _group_mean(values: Tensor) -> Tensor:
-    """[prompts, 1]: the mean of what is not NaN."""
+    """[prompts, 1]: the mean over what is not NaN."""
     return values.nanmean(dim=1, keepdim=True)
 
 
 def _centred(totals: Tensor) -> Tensor:
-    """Minus the group's mean; 0 for what has no reward and, exactly, for a group of equal ones (a mean is rounded)."""
+    """Minus the group's mean; 0 for samples without a reward and for groups of equal rewards.
+
+    The latter are set to 0, as the rounded mean of equal rewards can differ from them.
+    """
     missing = totals.isnan()
-    equal = totals.masked_fill(missing, -torch.inf).amax(1, keepdim=True) == totals.masked_fill(
-        missing, torch.inf
-    ).amin(1, keepdim=True)
+    highest = totals.masked_fill(missing, -torch.inf).amax(1, keepdim=True)
+    lowest = totals.masked_fill(missing, torch.inf).amin(1, keepdim=True)
+    equal = highest == lowest
     return (totals - _group_mean(totals)).masked_fill(missing | equal, 0.0)
 
 
 def _token_rewards(inputs: AdvantageInputs) -> Tensor:
-    """[sequences, longest]: each token's reward, the sequence's own at its last token, 0 behind it."""
-    found = _padded(inputs.token_rewards.double(), inputs.lengths)
+    """[sequences, longest]: each token's reward, with the sequence's reward at its last token; 0 in the padding."""
+    token_rewards = _padded(inputs.token_rewards.double(), inputs.lengths)
     lengths = inputs.lengths.flatten()
     rewards = inputs.rewards.double().flatten().nan_to_num(nan=0.0)
-    found[torch.arange(len(found)), lengths - 1] += rewards
-    return found
+    token_rewards[torch.arange(len(token_rewards)), lengths - 1] += rewards
+    return token_rewards
 
 
 def _padded(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -195,7 +200,7 @@ def _judged_tokens(inputs: AdvantageInputs) -> Tensor:
 
 
 def _whitened(tokens: Tensor, inputs: AdvantageInputs) -> Tensor:
-    """Mean 0 and population std 1 over the tokens of judged samples; 0 elsewhere, and where all are equal."""
+    """Mean 0 and population std 1 over the tokens of samples with a reward; 0 elsewhere, and where all are equal."""
     judged = _judged_tokens(inputs)
     known = tokens[judged]
     if len(known) == 0 or known.amax() == known.amin():

@@ -1,8 +1,8 @@
 """KL estimators of Schulman's note "Approximating KL divergence", per sampled token: KL(policy ‖ reference).
 
-With d = ln(reference / policy) of a token that the policy sampled. No value is clamped: a divergence that overflows
-shows as one. As a loss, k2's gradient is the one of the KL itself; k3's has the same sign and, near the reference, the
-same size; k1's is zero on average, so k1 only makes sense in the reward (``algorithm.kl_in``).
+d = ln(reference / policy) of a token that the policy sampled. No value is clamped, so that an overflow is visible. As a
+loss, k2 has the gradient of the KL itself; k3's has the same sign and, near the reference, the same size; k1's is zero
+on average, so k1 makes sense only in the reward (``algorithm.kl_in``).
 """
 
 import torch

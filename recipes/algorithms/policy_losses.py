@@ -43,11 +43,11 @@ def gspo(
 ) -> Tensor:
     """Clipped by the sequence's ratio s = exp(mean of ln π/π_old over its tokens) (Zheng et al. 2025, eq. 5 to 7).
 
-    In the paper's token form (eq. 13): s without gradient times π / stopgrad(π), which is 1. Over a sequence whose
-    tokens have one weight, value and gradient are those of the sequence's own term, and no gradient has to cross the
-    ranks that share a sequence.
+    In the paper's token form (eq. 13): s without gradient, times π / stopgrad(π), which is 1. Where all tokens of a
+    sequence have the same weight, value and gradient are those of the paper's sequence form, and no gradient crosses
+    the ranks that share a sequence.
     """
-    log_ratio = sequences.spread(sequences.mean(log_probs - old), log_probs)
+    log_ratio = sequences.broadcast(sequences.mean(log_probs - old), log_probs)
     return _clipped(torch.exp(log_ratio + log_probs - log_probs.detach()), advantages, clip_low, clip_high)
 
 
@@ -57,9 +57,9 @@ def cpgd(
 ) -> Tensor:  # fmt: skip
     """Clipped policy gradient with policy drift (Liu et al. 2025, arXiv 2505.12504, eq. 2), per token.
 
-    −min(l A, clip(l, ln(1 − low), ln(1 + high)) A) + α drift with l = ln π/π_old. The drift's gradient is that of k3
-    for KL(π_old ‖ π), its factor capped: min(stopgrad(r) − 1, c) ∇ ln π with c = ``drift_cap``. Its value here is that
-    factor times l: never negative, and 0 where both policies agree.
+    −min(l A, clip(l, ln(1 − low), ln(1 + high)) A) + α drift with l = ln π/π_old and α = ``drift_coefficient``. The
+    drift's gradient is that of k3 for KL(π_old ‖ π) with a capped factor: min(stopgrad(r) − 1, c) ∇ ln π with c =
+    ``drift_cap``. Its value here is that factor times l: never negative, and 0 where both policies agree.
     """
     log_ratio = log_probs - old
     surrogate = _clipped_log(log_ratio, advantages, clip_low, clip_high)
@@ -73,10 +73,10 @@ def cpgd_sequence(
 ) -> Tensor:  # fmt: skip
     """``cpgd`` clipped by the sequence's l, the mean over its tokens; the drift stays per token.
 
-    The paper's update (eq. 1) has the sum instead; the mean, as in ``gspo``, lets one bound serve all lengths (our
+    The paper's update (eq. 1) has the sum instead. With the mean, as in ``gspo``, one bound fits all lengths (our
     choice).
     """
-    mean = sequences.spread(sequences.mean(log_probs - old), log_probs)
+    mean = sequences.broadcast(sequences.mean(log_probs - old), log_probs)
     surrogate = _clipped_log(mean + log_probs - log_probs.detach(), advantages, clip_low, clip_high)
     return surrogate + drift_coefficient * _drift(log_probs - old, drift_cap)
 

@@ -1,9 +1,8 @@
-"""What a token needs to know of its sequence: sums over the response tokens of each packed sequence.
+"""Reductions over the response tokens of each packed sequence.
 
-Under context parallelism a rank holds a part of a sequence's tokens. Then the sums are added up over the
-context-parallel group: its ranks run the same micro-batches in the same order, as attention needs them to. A sum
-carries no gradient, so none has to cross ranks; a sequence-level loss takes its gradient through its own tokens
-(``policy_losses.gspo``).
+Under context parallelism a rank holds a part of a sequence's tokens, and the reductions include the context-parallel
+group: its ranks run the same micro-batches in the same order, as attention needs them to. A reduction has no gradient,
+so no gradient crosses ranks; a sequence-level loss gets its gradient through the tokens (``policy_losses.gspo``).
 """
 
 from dataclasses import dataclass
@@ -17,35 +16,36 @@ from torch import Tensor
 class Sequences:
     """A micro-batch's sequences, S of them, with R response tokens on this rank.
 
-    ``lengths`` [S]: response tokens of each that are here, in the order of the tokens (``MicroBatch.lengths``).
-    ``context_group``: the ranks that hold the other parts; None when all tokens are here.
+    ``lengths`` [S]: response tokens of each sequence on this rank, in the order of the tokens (``MicroBatch.lengths``).
+    ``context_group``: the ranks that hold the other tokens; None when this rank holds all.
     """
 
     lengths: list[int]
     context_group: dist.ProcessGroup | None = None
 
     def sum(self, tokens: Tensor) -> Tensor:
-        """[R] → [S], over the whole sequences, without gradient. The order of adding is fixed: bits repeat."""
+        """[R] → [S] FP64: the sum over each sequence, without gradient, in a fixed order of additions: bits repeat."""
         parts = tokens.detach().double().split(self.lengths)
         return self._reduced(torch.stack([part.sum() for part in parts]), dist.ReduceOp.SUM)
 
     def minimum(self, tokens: Tensor) -> Tensor:
-        """[R] → [S], the least of each whole sequence, without gradient."""
-        nothing = torch.tensor([torch.inf], dtype=torch.float64, device=tokens.device)
+        """[R] → [S] FP64: the minimum over each sequence, without gradient."""
+        # A context-parallel rank can have no token of a sequence.
+        infinity = torch.tensor([torch.inf], dtype=torch.float64, device=tokens.device)
         parts = tokens.detach().double().split(self.lengths)
-        return self._reduced(torch.stack([torch.cat([part, nothing]).min() for part in parts]), dist.ReduceOp.MIN)
+        return self._reduced(torch.stack([torch.cat([part, infinity]).min() for part in parts]), dist.ReduceOp.MIN)
 
-    def whole_lengths(self, device: torch.device) -> Tensor:
-        """[S] FP64: response tokens of each sequence, on all ranks together."""
-        here = torch.tensor(self.lengths, dtype=torch.float64, device=device)
-        return self._reduced(here, dist.ReduceOp.SUM)
+    def total_lengths(self, device: torch.device) -> Tensor:
+        """[S] FP64: response tokens of each sequence on all ranks together."""
+        local_lengths = torch.tensor(self.lengths, dtype=torch.float64, device=device)
+        return self._reduced(local_lengths, dist.ReduceOp.SUM)
 
     def mean(self, tokens: Tensor) -> Tensor:
-        """[R] → [S]: the mean over each whole sequence, without gradient."""
-        return self.sum(tokens) / self.whole_lengths(tokens.device)
+        """[R] → [S] FP64: the mean over each sequence, without gradient."""
+        return self.sum(tokens) / self.total_lengths(tokens.device)
 
-    def spread(self, sequences: Tensor, like: Tensor) -> Tensor:
-        """[S] → [R], in ``like``'s precision: each sequence's value for each of its tokens."""
+    def broadcast(self, sequences: Tensor, like: Tensor) -> Tensor:
+        """[S] → [R], in ``like``'s precision: each sequence's value at each of its tokens."""
         counts = torch.tensor(self.lengths, device=sequences.device)
         return torch.repeat_interleave(sequences, counts, output_size=len(like)).to(like.dtype)
 

@@ -1,14 +1,14 @@
-"""What is done to a rollout before its advantages are made: overlong answers, groups that teach nothing."""
+"""Rewards before advantages: the penalty of overlong responses, and the groups that dynamic sampling keeps."""
 
 import torch
 from torch import Tensor
 
 
 def overlong_penalty(lengths: Tensor, *, longest: int, overlong_fraction: float) -> Tensor:
-    """DAPO's soft overlong punishment (Yu et al. 2025, eq. 13), added to the rewards; the shape of ``lengths``.
+    """DAPO's soft overlong punishment (Yu et al. 2025, eq. 13), to be added to rewards: FP64, shaped as ``lengths``.
 
-    ``longest`` is the longest response allowed and ``overlong_fraction`` of it a buffer: 0 up to where it begins, then
-    linear down to −1 at ``longest``. A fraction of 0 punishes nothing (our choice, for off).
+    ``longest`` is the longest response allowed. The last ``overlong_fraction`` of it is a buffer: the penalty is 0 up
+    to the buffer, then falls linearly to −1 at ``longest``. A fraction of 0 switches it off (our choice).
     """
     buffer = overlong_fraction * longest
     if buffer == 0:
@@ -17,19 +17,21 @@ def overlong_penalty(lengths: Tensor, *, longest: int, overlong_fraction: float)
 
 
 def has_reward_variance(rewards: Tensor) -> Tensor:
-    """[prompts, samples] → [prompts]: whether a group has two different rewards; NaN (not judged) is none.
+    """[prompts, samples] → [prompts]: whether a group has two different rewards; NaN (no reward) does not count.
 
-    Only these give a group-relative advantage. Dynamic sampling (DAPO, eq. 11) asks further prompts in place of others.
+    Only such a group has group-relative advantages. Dynamic sampling (DAPO, eq. 11) replaces the others by further
+    prompts.
     """
     missing = rewards.isnan()
     highest = rewards.masked_fill(missing, -torch.inf).amax(dim=1)
     return highest > rewards.masked_fill(missing, torch.inf).amin(dim=1)
 
 
-def select_groups(rewards: Tensor, wanted: int) -> list[int]:
-    """The first ``wanted`` groups with differing rewards, in order; too few are filled up with the first others.
+def select_groups(rewards: Tensor, count: int) -> list[int]:
+    """Indices of the first ``count`` groups with differing rewards, ascending; where they are too few, the first others
+    fill up.
 
-    ``rewards`` [prompts, samples], of all rounds of sampling.
+    ``rewards`` [prompts, samples], of all generation batches of the step.
     """
     order = has_reward_variance(rewards).logical_not().int().argsort(stable=True)
-    return sorted(order[:wanted].tolist())
+    return sorted(order[:count].tolist())

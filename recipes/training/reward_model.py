@@ -86,7 +86,7 @@ def bradley_terry(
     margins = scores[0::2] - scores[1::2]
     slopes = -torch.sigmoid(-margins) / pairs
     slopes_of_scores = torch.stack([slopes, -slopes], dim=1).flatten()
-    surrogate = (sequences.spread(slopes_of_scores, values) * values).sum()
+    surrogate = (sequences.broadcast(slopes_of_scores, values) * values).sum()
     # Every context-parallel rank counts the same pairs.
     counted = pairs * (1 if context_group is None else dist.get_world_size(context_group))
     loss = F.softplus(-margins).sum() / counted

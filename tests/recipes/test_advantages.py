@@ -215,9 +215,9 @@ def test_one_dimension_is_refused_and_never_zeros(name: str) -> None:
 
 
 def test_token_rewards_and_values_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"token_rewards \[2\]: the lengths make \[3\]"):
+    with pytest.raises(ValueError, match=r"token_rewards \[2\]: the lengths add up to \[3\]"):
         outcomes([[1.0, 0.0]], token_rewards=numbers(0, 0))
-    with pytest.raises(ValueError, match=r"values \[4\]: the lengths make \[3\]"):
+    with pytest.raises(ValueError, match=r"values \[4\]: the lengths add up to \[3\]"):
         outcomes([[1.0, 0.0]], values=numbers(0, 0, 0, 0))
 
 

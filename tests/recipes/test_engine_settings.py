@@ -1,5 +1,6 @@
 """Which engines a node gets, and which GPUs each of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.training.setup import engine_settings
-from rollout.engine import environment
+from rollout.engine import EngineSettings, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,3 +44,9 @@ def test_engines_that_nodes_cannot_share_or_hold_are_refused(configured) -> None
         ConfigError, match=r"rollout.engines=16, rollout.tensor=8: 2 engines of so many GPUs do not fit"
     ):
         engine_settings(configured("rollout.engines=16"), nodes=8)
+
+
+def test_settings_reach_the_engines_process_unchanged(configured) -> None:
+    settings = replace(engine_settings(configured("rollout=search"), nodes=8)[0], thinking=((5,), (6, 7)))
+    assert EngineSettings.from_json(settings.to_json()) == settings
+    assert settings.tokenizer

@@ -110,7 +110,7 @@ def fixed(name: str, at: Tensor, old: Tensor, lengths: list[int]) -> Callable[[T
 def test_the_gradient_is_that_of_finite_differences(name: str, seed: int) -> None:
     """Of the sequence mean of token means, whose weights the sequence-level losses are made for."""
     log_probs, old, advantages = case(seed)
-    weights = numbers(*(w for row in sequence_mean_token_mean(LENGTHS) for w in row))
+    weights = numbers(*sequence_mean_token_mean(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     held = fixed(name, log_probs, old, LENGTHS)
     found = gradient(lambda x: (loss(name, x, old, advantages, LENGTHS) * weights).sum(), log_probs)
     expected = finite_differences(lambda x: (held(x, advantages) * weights).sum(), log_probs)
@@ -226,7 +226,7 @@ def context_rank(rank: int, folder: Path) -> None:
         value = function(x, old, advantages, sequences)
         value.sum().backward()
         found[name] = (value.detach(), x.grad)
-    sums = {"least": sequences.minimum(log_probs), "lengths": sequences.whole_lengths(log_probs.device)}
+    sums = {"least": sequences.minimum(log_probs), "lengths": sequences.total_lengths(log_probs.device)}
     torch.save((places, found, sums), folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
