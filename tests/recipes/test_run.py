@@ -8,25 +8,25 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rollout.sample import Request, Sampling
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import train
 from recipes.data.processor import prompt_tokens
 from recipes.run import records
-from rollout.engine import environment
+from rollout.sampler import make_requests
+from rollout.sampling import Sampling
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.kill_check import WRITING, Moment, strike, timeless
+from tests.responses import make_prompt
+from tests.rollout.test_vllm import fresh_results, start_fresh
 from tests.settings import engine_settings
 
 VERIFIERS = ["capability", "safety", tiny.LETTERS]
@@ -275,23 +275,13 @@ def test_vllm_loads_the_exported_model_and_answers_as_the_evaluation(whole: tupl
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     rows = [json.loads(line) for line in (twin / "eval.jsonl").read_text().splitlines()]
     settings = engine_settings(str(run_dir / "hf"), "bfloat16", 48, kv_cache_gib=0.05)
-    requests = [Request(row["id"], 0, tuple(prompt_tokens(tokenizer, row, 40)), 0).to_json() for row in rows]
-    sampling = asdict(Sampling(max_tokens=8, stop_token_ids=(tokenizer.eos_token_id,), temperature=0.0))
-    output = run_dir.parent / "from_disk.json"
-    command = [sys.executable, "-m", "tests.rollout.vllm_processes", "fresh", settings.to_json()]
-    done = subprocess.run(
-        [*command, json.dumps(requests), json.dumps(sampling), str(output)],
-        cwd=tiny.ROOT,
-        env=environment(settings),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout[-4000:].decode()
-    samples = {sample["prompt_id"]: sample for sample in json.loads(output.read_text())["samples"]}
-    texts = [
-        tokenizer.decode(samples[row["id"]]["response_token_ids"], skip_special_tokens=True).strip() for row in rows
-    ]
+    prompts = [make_prompt(row["id"], prompt_tokens(tokenizer, row, 40)) for row in rows]
+    sampling = Sampling(max_tokens=8, stop_token_ids=(tokenizer.eos_token_id,), temperature=0.0)
+    folder = run_dir.parent / "from_disk"
+    fresh = start_fresh(settings, make_requests(prompts, 1, seed=0, step=0), sampling, folder)
+    assert fresh.wait(400) == 0
+    _, responses = fresh_results(folder)
+    texts = [tokenizer.decode(response.tokens, skip_special_tokens=True).strip() for response in responses]
     answers = json.loads((run_dir / "answers.json").read_text())
     assert texts == [row["response"] for row in answers["after"]["greedy"]]
 
