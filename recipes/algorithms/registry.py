@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 #   advantage:    (AdvantageInputs) → [prompts, samples] or [tokens]
 #   policy_loss:  (log_probs, old, advantages) → [R]; with ``reference`` and ``sequences`` where it needs them
 #   kl_estimator: (log_probs, reference) → [R]
-#   aggregation:  (lengths) → the weights of each sequence's tokens
+#   aggregation:  (trained tokens of each sequence) → [sequences], the weight of each of a sequence's tokens
 REGISTRY: dict[str, tuple[Function, ...]] = {
     "advantage": (
         advantages.grpo,

@@ -63,17 +63,20 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
     """Phase → name → GiB that are offloaded to a node's host.
 
     An upper bound: all ranks of the node count as the largest.
-    The reference policy is there in all phases, and the policy's weights while the reference replaces them.
+    A reference policy is there in all phases, and the policy's weights while the reference replaces them.
     """
+    from recipes.algorithms.registry import requirements
+
     gpus = config.cluster.ranks // config.cluster.nodes
     weights, optimizer, critic = (max(r[name] for r in ranks) for name in ("weights", "optimizer", "critic_asleep"))
     # While the critic is trained the policy's optimiser is on the host, and the other way round.
     critic_or_optimizer = max(critic, optimizer) if critic else 0.0
+    has_reference = requirements(config.algorithm).reference
     host: dict[str, dict[str, float]] = {}
     for phase in on_device(config):
         training = phase == "training"
         sizes = {
-            "reference": weights * gpus * (2 if training else 1),
+            "reference": weights * gpus * (2 if training else 1) if has_reference else 0.0,
             "optimizer": optimizer * gpus if config.optimizer.offload and not training else 0.0,
             "critic": (critic_or_optimizer if training else critic) * gpus,
             "judges": 0.0 if phase == "judging" else judges.weights / GIB,
@@ -285,7 +288,7 @@ def host_memory(config: Config, settings: Settings, report: Report) -> str:
     room = settings.host_memory_gib
     sums = {phase: sum(sizes.values()) for phase, sizes in report.host_gib.items()}
     fullest = max(sums, key=lambda phase: sums[phase])
-    shown = " + ".join(f"{name} {size:.1f}" for name, size in report.host_gib[fullest].items())
+    shown = " + ".join(f"{name} {size:.1f}" for name, size in report.host_gib[fullest].items()) or "nothing"
     summary = f"{sums[fullest]:.1f} of {room:g} GiB of a node's host while {fullest}: {shown}"
     if sums[fullest] > room:
         offloads = [f"{n}.offload=false" for n in ("optimizer", "critic") if report.host_gib[fullest].get(n)]
