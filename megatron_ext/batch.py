@@ -5,7 +5,7 @@ answer with it, verifiers read it, advantages and loss masks are columns of it, 
 micro-batches, and a checkpoint holds partial rollouts as one. Supervised stages build it from their rows.
 ``docs/batch.md`` has the layout on one page.
 
-Between processes a batch travels as safetensors bytes: columns as they are in memory, text as JSON in the header.
+Between processes a batch travels as safetensors bytes: columns as they are in memory, text as one entry of JSON bytes.
 This module needs numpy and safetensors only, so an engine's client can import it without torch.
 """
 
@@ -15,13 +15,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 Array = np.ndarray
 
 UNFINISHED = "unfinished"  # a partial rollout: the response goes on in a later round
-HEADER = "text"  # the one entry of the safetensors header: JSON of the columns that are text
+# The entry with the columns that are text, as bytes of JSON. Not in the header: safetensors refuses one above 100 MB,
+# which the raw answers of judges on some thousand responses can reach.
+TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -212,16 +215,16 @@ class TokenBatch:
             "failures": self.failures,
             "verdicts": self.verdicts,
         }
-        return save_safetensors(tensors, {HEADER: json.dumps(text)})
+        tensors[TEXT] = np.frombuffer(json.dumps(text).encode(), np.uint8)
+        return save_safetensors(tensors)
 
     @staticmethod
     def from_bytes(data: bytes) -> "TokenBatch":
         """Raises ValueError for bytes that hold no batch."""
         try:
             tensors = load_safetensors(data)
-            size = int.from_bytes(data[:8], "little")
-            text = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][HEADER])
-        except Exception as error:  # safetensors' own error type, and what a cut header gives
+            text = json.loads(tensors[TEXT].tobytes())
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{len(data)} bytes hold no TokenBatch: {error}") from error
         prompt_offsets = tensors["prompt_offsets"]
         marked_offsets = tensors["marked_offsets"]

@@ -122,6 +122,9 @@ class PromptBuffer:
         for group in groups:
             prompt = group.processed.prompt
             fresh = make_requests([prompt], self.samples_per_prompt, self.seed, step)
+            if not group.responses:
+                rows.append(fresh)
+                continue
             for index in range(self.samples_per_prompt):
                 if index not in group.responses:
                     rows.append(fresh.select([index]))

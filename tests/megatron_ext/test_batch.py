@@ -141,6 +141,22 @@ def test_columns_that_do_not_fit_are_refused_by_name(column: str, value: object)
         TokenBatch(**{**vars(batch), column: value})
 
 
+def test_verdicts_do_not_fill_the_header_which_safetensors_limits() -> None:
+    batch = batches.build([Prompt("p", np.array([1], np.int32))], [[5, 6]])
+    batch.verdicts[0] = {"judge": {"raw": "a long answer " * 1000}}
+    data = batch.to_bytes()
+    header_size = int.from_bytes(data[:8], "little")
+    assert header_size < 4096
+    assert TokenBatch.from_bytes(data).verdicts == batch.verdicts
+
+
+@pytest.mark.parametrize("cut", [0, 12, 100, -1])
+def test_a_part_of_the_bytes_is_no_batch(cut: int) -> None:
+    data = batches.build([Prompt("p", np.array([1], np.int32))], [[5, 6]]).to_bytes()[:cut]
+    with pytest.raises(ValueError, match=f"{len(data)} bytes hold no TokenBatch"):
+        TokenBatch.from_bytes(data)
+
+
 def test_other_bytes_are_no_batch() -> None:
     with pytest.raises(ValueError, match="12 bytes hold no TokenBatch"):
         TokenBatch.from_bytes(b"no batch at ")
