@@ -357,35 +357,36 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     )
 
 
-def extend(begun: TokenBatch, more: TokenBatch) -> TokenBatch:
-    """One response that was begun, and its continuation: a batch of one response.
+def extend(response: TokenBatch, continuation: TokenBatch) -> TokenBatch:
+    """A partial rollout and its continuation as one response: batches of one response each.
 
-    Prompt, seed and sample index are those of ``begun``; finish reason, failure, verdicts and reward those of ``more``.
-    Raises ValueError unless each batch has one response.
+    Prompt, group, seed and sample index are those of ``response``; finish reason, failure, verdicts and reward those of
+    ``continuation``. Raises ValueError unless each batch has one response.
     """
-    if len(begun) != 1 or len(more) != 1:
-        raise ValueError(f"a continuation joins two batches of one response each, these have {len(begun)}, {len(more)}")
-    versions = np.concatenate([begun.versions, more.versions])
-    version_lengths = np.concatenate([begun.version_lengths, more.version_lengths])
-    seam = len(begun.versions)
+    if len(response) != 1 or len(continuation) != 1:
+        counts = f"{len(response)}, {len(continuation)}"
+        raise ValueError(f"a continuation joins two batches of one response each, these have {counts}")
+    versions = np.concatenate([response.versions, continuation.versions])
+    version_lengths = np.concatenate([response.version_lengths, continuation.version_lengths])
+    seam = len(response.versions)
     if 0 < seam < len(versions) and versions[seam - 1] == versions[seam]:
         version_lengths[seam - 1] += version_lengths[seam]
         versions = np.delete(versions, seam)
         version_lengths = np.delete(version_lengths, seam)
-    tokens = np.concatenate([begun.response_tokens, more.response_tokens])
+    tokens = np.concatenate([response.response_tokens, continuation.response_tokens])
     return replace(
-        begun,
+        response,
         response_offsets=offsets([len(tokens)]),
         response_tokens=tokens,
-        logprobs=np.concatenate([begun.logprobs, more.logprobs]),
-        loss_mask=np.concatenate([begun.loss_mask, more.loss_mask]),
+        logprobs=np.concatenate([response.logprobs, continuation.logprobs]),
+        loss_mask=np.concatenate([response.loss_mask, continuation.loss_mask]),
         version_offsets=offsets([len(versions)]),
         versions=versions,
         version_lengths=version_lengths,
-        finish_reasons=more.finish_reasons,
-        failures=more.failures,
-        verdicts=more.verdicts,
-        rewards=more.rewards,
+        finish_reasons=continuation.finish_reasons,
+        failures=continuation.failures,
+        verdicts=continuation.verdicts,
+        rewards=continuation.rewards,
     )
 
 

@@ -88,7 +88,7 @@ def on_all_ranks_bytes(work: Callable[[], bytes], group: dist.ProcessGroup) -> l
     failure: Exception | None = None
     try:
         message = RESULT + work()
-    except Exception as error:  # told to all ranks, raised below
+    except Exception as error:  # sent to all ranks and raised below
         failure = error
         message = ERROR + f"{type(error).__name__}: {error}".encode()
     messages = all_gather_bytes(message, group)

@@ -43,34 +43,33 @@ def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0)
 def values(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
     """Of a model with a scalar head: the value [R] (FP32) before each response token, as ``log_probs`` otherwise.
 
-    That of a whole sequence stands before a further token, whatever it is: give such a one as the response.
+    The value of a complete sequence is that before one more token: append any token as the response.
     """
     return _without_gradient(model, batches, partial(_values_of_hidden, model))
 
 
-def gather_tokens(model: Model, batches: list[MicroBatch], found: list[torch.Tensor], total: int) -> torch.Tensor:
-    """Collective: what ``log_probs`` or ``values`` found of all the batch's ``total`` response tokens, FP32, on every
-    rank's host.
+def gather_tokens(model: Model, batches: list[MicroBatch], outputs: list[torch.Tensor], total: int) -> torch.Tensor:
+    """Collective: the outputs of ``log_probs`` or ``values`` for all ``total`` response tokens of the batch, FP32, on
+    every rank's host.
 
     Each token lies on one data- and context-parallel rank of the last pipeline stage, so the sum is exact.
     """
-    whole = torch.zeros(total, device=batches[0].tokens.device)
+    gathered = torch.zeros(total, device=batches[0].tokens.device)
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
-        for batch, values in zip(batches, found, strict=True):
-            whole[batch.places] = values
-    dist.all_reduce(whole)
-    return whole.cpu()
+        for batch, output in zip(batches, outputs, strict=True):
+            gathered[batch.places] = output
+    dist.all_reduce(gathered)
+    return gathered.cpu()
 
 
 def accumulate_gradients(
     model: Model, batches: list[MicroBatch], loss: LossFunction, temperature: float = 1.0, entropy: bool = False
 ) -> dict[str, float]:
-    """Add the batch's gradients, reduced over all groups, to the parameters; returns the whole batch's metric sums.
+    """Add the batch's gradients, reduced over all groups, to the parameters; returns the metric sums of the full batch.
 
-    ``loss`` must already be divided by the whole batch's counts (see ``recipes.algorithms.aggregation``): gradients are
-    summed over micro-batches and data-parallel ranks, so the update depends on neither. With ``entropy`` it is given
-    [2, R]: log-probs and, behind them, the entropies of the distributions. Of a model with a scalar head it is given
-    the values [R].
+    ``loss`` must already be divided by the counts of the full batch (see ``recipes.algorithms.aggregation``): gradients
+    are summed over micro-batches and data-parallel ranks, so the update depends on neither. With ``entropy`` it gets
+    [2, R]: log-probs, then the entropies of the distributions. For a model with a scalar head it gets the values [R].
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -158,7 +157,7 @@ def _log_probs_of_hidden(
     context: Any,
     **_: Any,
 ) -> torch.Tensor:
-    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R] with the entropies behind them.
+    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R] with the entropies after them.
 
     Logits are made only where a response token is predicted.
     Padded vocabulary columns are excluded from the softmax.
@@ -187,8 +186,8 @@ def _log_probs_of_hidden(
         logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
     # Before the cross-entropy, which overwrites the logits.
     entropies = vocab_parallel_entropy(logits.squeeze(1), mpu.get_tensor_model_parallel_group()) if entropy else None
-    found = -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
-    return found if entropies is None else torch.stack([found, entropies])
+    log_probs = -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
+    return log_probs if entropies is None else torch.stack([log_probs, entropies])
 
 
 def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, context: Any, **_: Any) -> torch.Tensor:
@@ -196,8 +195,8 @@ def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, co
     batch: MicroBatch = context
     hidden = hidden_states
     if model.config.sequence_parallel:
-        # Every rank makes all values from the whole head: its gradient is whole already, and of the hidden states' it
-        # takes its own slice.
+        # Every rank computes all values with the complete head, so the head's gradient is complete, and each rank keeps
+        # its slice of the hidden states' gradient.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     values: torch.Tensor = output_layer(hidden.squeeze(1).index_select(0, batch.predict))
     return values

@@ -27,7 +27,7 @@ class VisionInputs:
     ``pixels``: Qwen2.5-VL [patches, channels x frames x patch x patch]; InternVL3 [tiles, 3, height, width].
     ``grid``: Qwen2.5-VL [images, 3] (frames, rows, columns of patches); None for InternVL3.
     ``placeholders``: places, in the prompt, of the tokens that the vision tower's output rows replace, in order.
-    ``positions``: mRoPE [3][prompt tokens], or None. Response tokens go on behind the greatest, alike on all three.
+    ``positions``: mRoPE [3][prompt tokens], or None. Response tokens follow the greatest, alike on all three.
     """
 
     pixels: torch.Tensor

@@ -209,9 +209,9 @@ class Engine:
                 if kind == ERROR:
                     raise EngineError(self._describe(payload.decode(), log=False))
                 if kind == BATCH:
-                    response = TokenBatch.from_bytes(payload)
-                    begun = requests.select([place[response.keys[0]]])
-                    yield extend(begun, response)
+                    continuation = TokenBatch.from_bytes(payload)
+                    request = requests.select([place[continuation.keys[0]]])
+                    yield extend(request, continuation)
                 finished = kind == DONE
             if not finished:
                 raise http.client.IncompleteRead(b"")

@@ -211,8 +211,8 @@ class EngineLoop:
             for i in range(len(requests)):
                 ids.append(str(self.next_id))
                 self.next_id += 1
-                begun = requests.response_tokens[requests.tokens_of(i)].tolist()
-                still_allowed = sampling.max_tokens - len(begun)
+                earlier_tokens = requests.response_tokens[requests.tokens_of(i)].tolist()
+                still_allowed = sampling.max_tokens - len(earlier_tokens)
                 params = SamplingParams(
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
@@ -227,7 +227,7 @@ class EngineLoop:
                     include_stop_str_in_output=True,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                tokens = requests.prompt(i).token_ids.tolist() + begun
+                tokens = requests.prompt(i).token_ids.tolist() + earlier_tokens
                 engine_request = inputs[requests.prompt_index[i]] | {"prompt_token_ids": tokens}
                 self.llm.add_request(ids[-1], engine_request, params)
                 self.sinks[ids[-1]] = partial(self._finish, batch, i)
@@ -372,8 +372,8 @@ def finished_response(
     reason = completion.finish_reason
     if isinstance(completion.stop_reason, str):  # one of ``stops``; a stop token's is its id or None
         reason = "turn"
-    num_begun = int(requests.response_lengths[i])
-    if reason == "length" and num_begun + len(tokens) < sampling.max_tokens:
+    num_earlier_tokens = int(requests.response_lengths[i])
+    if reason == "length" and num_earlier_tokens + len(tokens) < sampling.max_tokens:
         reason = UNFINISHED
     return build(
         [Prompt(prompt.prompt_id, np.empty(0, np.int32))],  # the client has the prompt

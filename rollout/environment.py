@@ -1,8 +1,8 @@
 """An environment that takes part in a response: the model acts, the environment's tokens follow, the model goes on.
 
-The engine stops behind the texts in ``stops``; what the environment replies is encoded once and appended, and the model
-goes on from the ids as they are. No token is decoded and encoded again. The environment's tokens have a
-log-prob of 0 and are left out by the loss mask.
+The engine stops after the texts in ``stops``; the environment's reply is encoded once and appended, and the model goes
+on from the ids as they are. No token is decoded and encoded again. The environment's tokens have a log-prob of 0 and
+are left out by the loss mask.
 """
 
 from collections.abc import Mapping, Sequence

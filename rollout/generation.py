@@ -94,7 +94,7 @@ class Generation:
         return sampler.in_order(self.keys, [TokenBatch.from_bytes(share) for share in shares])
 
     def _start(self) -> None:
-        """Have the missing responses made by a thread."""
+        """Start a thread that generates the missing responses."""
         self.amount_before = self._amount()
         if len(self.requests):
             worker = ThreadPoolExecutor(1, "generation")
@@ -128,9 +128,9 @@ class Generation:
             if key not in self.partial:
                 rows.append(self.requests.select([i]))
                 continue
-            begun = self.partial[key]
-            seed = sampler.request_seed(seeds[key], int(begun.response_offsets[-1]), *key)
-            rows.append(replace(begun, seeds=np.array([seed], np.int64)))
+            response = self.partial[key]
+            seed = sampler.request_seed(seeds[key], len(response.response_tokens), *key)
+            rows.append(replace(response, seeds=np.array([seed], np.int64)))
         return batches.concatenate(rows)
 
     def _keep(self, response: TokenBatch) -> None:

@@ -1,7 +1,7 @@
 """Responses to a batch of prompts from a set of engines: the same responses for the same seed, step and weights.
 
-What an engine is asked is a ``TokenBatch`` too: each of its responses is still to be made, or goes on from the tokens
-that a partial rollout already has.
+The requests to an engine are a ``TokenBatch`` too: each of its responses is empty, or goes on from the tokens of a
+partial rollout.
 """
 
 import hashlib

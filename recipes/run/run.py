@@ -134,7 +134,7 @@ class Checkpoints:
         self.run.event("checkpoint", step=step)
         if self.run.ending:
             self.saver.wait()
-            raise preemption.Preempted(f"told to end by {preemption.SIGNAL.name}: step {step} is saved")
+            raise preemption.Preempted(f"asked to end by {preemption.SIGNAL.name}: step {step} is saved")
 
     def wait(self) -> None:
         """Until the last save is complete. Raises CheckpointError where it failed."""

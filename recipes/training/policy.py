@@ -81,9 +81,9 @@ class Policy:
     weights after :meth:`load_reference`.
 
     ``source`` is the Hugging Face folder whose configuration and tokenizer an export takes along. ``cost`` gives a
-    sequence's floating-point operations, by which micro-batches are made even. ``temperature`` is the one that
-    responses are sampled at. ``host_states``: with
-    ``optimizer.offload``, gradients and optimiser states, which sleep on the host while engines generate.
+    sequence's floating-point operations, by which micro-batches are balanced. ``temperature`` is that of sampling.
+    ``host_states``: with ``optimizer.offload``, gradients and optimiser states, which are on the host while engines
+    generate.
     """
 
     model: Model

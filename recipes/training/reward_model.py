@@ -78,7 +78,7 @@ def bradley_terry(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """−log σ(r_chosen − r_rejected), summed over the micro-batch's pairs and divided by the update's.
 
-    ``values`` [R]: the scores whose tokens are on this context-parallel rank. The margin is made of whole sequences,
+    ``values`` [R]: the scores whose tokens are on this context-parallel rank. The margin is that of complete sequences,
     without gradient; each score takes the loss's derivative by it, −σ(−margin), with its sign.
     """
     sequences = Sequences(batch.lengths, context_group)

@@ -31,8 +31,8 @@ class Rollouts:
     ``node`` of ``nodes``. ``control`` is a gloo group of all ranks.
 
     ``judges_share_gpus``: the judges' servers sleep while engines and trainer work, and judge a complete batch.
-    ``make_room`` frees the trainer's memory for engines. ``heartbeat`` is told of progress. ``on_restart`` is told the
-    name of an engine that died and is started again.
+    ``make_room`` frees the trainer's memory for engines. ``heartbeat`` gets the name of a phase that makes progress,
+    ``on_restart`` the name of an engine that died and is started again.
 
     ``version`` is that of the weights in the engines; ``asleep``: they were put to sleep since the last sync.
     """
@@ -188,6 +188,6 @@ class Rollouts:
 
 
 def wait_until_ready(engines: Sequence[Engine], deadline: float) -> None:
-    """Until all answer. Raises EngineError where one has not by ``deadline`` (of ``time.monotonic``)."""
+    """Wait until all engines answer. Raises EngineError for one that has not by ``deadline`` (``time.monotonic``)."""
     for engine in engines:
         engine.wait_until_ready(deadline)

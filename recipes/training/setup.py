@@ -80,9 +80,9 @@ def open_training(config: Config) -> Iterator[Training]:
         judging = open_judging(config, stack) if starts_engines else Judging(None, {}, None)
         engines: list[Engine] = []
         stack.callback(stop_engines, engines)
-        for i, each in enumerate(engines_to_start):
+        for i, engine_config in enumerate(engines_to_start):
             number = node * len(engines_to_start) + i
-            engines.append(Engine(each, run_dir / "logs" / f"engine_{number}.log"))
+            engines.append(Engine(engine_config, run_dir / "logs" / f"engine_{number}.log"))
 
         with display.stage("trainer: process groups, Megatron-Core model, weights"):
             torch.set_num_threads(config.cluster.threads)
@@ -204,7 +204,7 @@ def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Dis
 
 
 def join(savers: Sequence[Saver], seconds: float) -> None:
-    """Until the checkpoints that were begun are complete, or have failed."""
+    """Wait until the checkpoints under way are complete or have failed, at most ``seconds`` for each."""
     for saver in savers:
         saver.join(seconds)
 
@@ -230,10 +230,10 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
     gpus = range(config.cluster.ranks // nodes)
     engines = []
     for i in range(count):
-        # An engine's own GPUs come first; it sees the others to read trainer weights there.
-        own = [gpu for gpu in gpus if gpu // config.rollout.tensor == i]
+        # The GPUs of the engine's workers come first; it sees the others to read trainer weights there.
+        of_workers = [gpu for gpu in gpus if gpu // config.rollout.tensor == i]
         others = [gpu for gpu in gpus if gpu // config.rollout.tensor != i]
-        engines.append(replace(shared, devices=(*own, *others)))
+        engines.append(replace(shared, devices=(*of_workers, *others)))
     return engines
 
 

@@ -78,7 +78,8 @@ def train(training: Training, run: Run, part: str, reference: Path) -> int:
 
 
 def answers_before(config: Config) -> dict[str, Answers]:
-    """The former stage's last answers, where it was asked the same: its model is the one that this one begins with."""
+    """The answers "before" this stage: the former stage's "after", whose model this one starts from. Empty where the
+    evaluation's settings differ."""
     former = Path(config.model.path).parent
     former_answers = _read(former / "answers.json")
     if config.stage.after is None or not former_answers:

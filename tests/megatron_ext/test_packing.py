@@ -171,7 +171,7 @@ def test_plan_refuses_what_cannot_be_cut(lengths: list[int], ranks: int, limit: 
         plan(lengths, ranks, limit, group)
 
 
-def test_enough_takes_no_more_than_the_plan_needs() -> None:
+def test_the_divisible_prefix_takes_no_more_than_the_plan_needs() -> None:
     assert divisible_prefix([5, 5, 5, 5], 2, 2, 8) == 2
     assert divisible_prefix([5, 5, 5, 5], 3, 2, 8) == 4, "three are two micro-batches on a rank and one on the other"
     assert divisible_prefix([5, 3, 5, 5], 3, 2, 8) == 3
@@ -180,7 +180,9 @@ def test_enough_takes_no_more_than_the_plan_needs() -> None:
 
 @given(batches(), st.integers(0, 40), st.integers(1, 3))
 @settings(max_examples=200, deadline=None)
-def test_enough_is_the_least_that_can_be_planned(batch: tuple[list[int], int, int], wanted: int, group: int) -> None:
+def test_the_divisible_prefix_is_the_least_that_can_be_planned(
+    batch: tuple[list[int], int, int], wanted: int, group: int
+) -> None:
     lengths, ranks, limit = batch
     lengths = lengths * group
     count = divisible_prefix(lengths, wanted, ranks, limit, group)

@@ -153,7 +153,7 @@ def test_an_unknown_function_is_told_with_the_known_ones(chosen: str) -> None:
 
 
 def test_a_forced_token_counts_in_no_measure() -> None:
-    """Its recorded log-prob is 0, which is nobody's; its weight is 0 (``rl.token_weights``)."""
+    """Its recorded log-prob is 0, which is nobody's; its weight is 0 (``aggregation.token_weights``)."""
     config = configured(importance_sampling=True, kl_coefficient=0.1)
     (batch,), (now,) = micro_batches([[0, 1, 2, 3]])
     batch.values["loss_mask"][4], batch.values["weights"][4] = 0.0, 0.0

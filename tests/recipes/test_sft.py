@@ -176,7 +176,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_says_so_by_its_exit_code(
     told: tuple[Path, tiny.Run, str],
 ) -> None:
     run_dir, run, printed = told
-    assert "told to end by SIGUSR1: step 1 is saved; go on with resume=true" in printed
+    assert "asked to end by SIGUSR1: step 1 is saved; go on with resume=true" in printed
     assert run.process.returncode == preemption.EXIT_CODE, "rank 0's"
     assert re.search(r"rank 0 \(pid \d+\) ended with exit code 75", (run_dir / "logs" / "launcher.log").read_text())
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000001"]
