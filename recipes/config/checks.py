@@ -5,8 +5,9 @@ from pathlib import Path
 from megatron_ext import layout, optimizer_settings, precision, settings
 from megatron_ext.platform.features import capabilities
 from recipes.algorithms import settings as algorithm_settings
-from recipes.config import launch, stages
+from recipes.config.launch import check_cluster
 from recipes.config.schema import Config, generates, samples_per_update, sequence_multiple
+from recipes.config.stages import check_supervised
 from recipes.data import settings as data_settings
 from recipes.errors import ConfigError
 from rewards import settings as reward_settings
@@ -19,7 +20,7 @@ def check(config: Config) -> None:
     settings.check(config)
     rollout_settings.check(config.rollout, config.cluster.platform)
     algorithm_settings.check(config.algorithm)
-    launch.check(config.cluster)
+    check_cluster(config.cluster)
     optimizer_settings.check(config.optimizer)
     layout.check(config.cluster.ranks, config.parallel)
     precision.check(config.precision)
@@ -31,7 +32,7 @@ def check(config: Config) -> None:
     check_critic(config)
     check_batch(config)
     check_engine_batch(config)
-    stages.check_supervised(config.stage, sequence_multiple(config))
+    check_supervised(config.stage, sequence_multiple(config))
     data_settings.check(config.data)
 
 

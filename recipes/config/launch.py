@@ -36,7 +36,7 @@ class ClusterConfig:
     slow_factor: float = setting("a rank that takes this many times the median is reported as slow", range="(1, 1e6]")
 
 
-def check(cluster: ClusterConfig) -> None:
+def check_cluster(cluster: ClusterConfig) -> None:
     """Raises ValueError for settings that do not go together."""
     if cluster.watchdog >= cluster.timeout:
         raise ValueError(

@@ -32,7 +32,7 @@ from recipes.training.policy import Policy
 def fit(config: Config, policy: Policy, run: Run, processor: PromptProcessor) -> None:
     """Collective: the steps of ``stage.reward_model``.
 
-    At the end ``reward_model.json`` has the accuracy on the held-out pairs and every score of theirs.
+    At the end ``reward_model.json`` has the accuracy on the held-out pairs and all their scores.
     """
     settings = config.stage.reward_model
     held_out_rows = load_rows(settings.held_out, PAIR_FIELDS)

@@ -159,6 +159,7 @@ def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
 def make_policy(
     config: Config, groups: parallel.Parallel, model: models.Model, processor: PromptProcessor, run: Run
 ) -> Policy:
+    """The policy around a built model, with the run's log for skipped updates."""
     return Policy(
         model=model,
         parallel=groups,
