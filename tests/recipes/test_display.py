@@ -115,6 +115,17 @@ def on_terminal(action, monkeypatch, columns=80) -> str:
     return b"".join(chunks).decode()
 
 
+def test_a_step_of_a_run_without_a_reference_has_no_kl_column():
+    row = metrics(3)
+    del row["kl/reference"]
+    names = [name.strip() for name, _ in step_columns(row, 10, 200)]
+    assert names == [name.strip() for name, _ in step_columns(metrics(3), 10, 200) if name.strip() != "KL"]
+    stream = io.StringIO()
+    with Display(stream=stream) as display:
+        display.step(row, 10)
+    assert "mismatch 0.0004" in stream.getvalue() and "KL" not in stream.getvalue()
+
+
 def test_a_log_is_plain_with_one_line_per_event(tmp_path):
     stream = io.StringIO()
     whole_run(Display(stream=stream), tmp_path)
