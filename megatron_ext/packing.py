@@ -127,20 +127,24 @@ def plan(
     group: int = 1,
     costs: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """rank → micro-batches → sequence indices: each at most ``micro_batch_tokens``, none empty, as many on every rank.
+    """Data-parallel rank → micro-batches → indices of sequences.
 
-    Their number on a rank is a multiple of ``group``: the interleaved pipeline schedule wants one of the pipeline's
-    stages. ``costs``: each sequence's work (``Cost.of``), by default its length; only their ratios matter.
+    A micro-batch has one or more sequences and at most ``micro_batch_tokens`` tokens. Every rank has the same number of
+    micro-batches, a multiple of ``group`` (the interleaved pipeline schedule needs a multiple of its stages). ``costs``
+    [sequences]: the work of each (``Cost.of``), by default its length; only their ratios matter.
 
-    All ranks' sequences are packed together into the fewest micro-batches, then again with the least bound on a
-    micro-batch's cost that needs no more of them: MULTIFIT, Coffman, Garey and Johnson, SIAM Journal on Computing 7
-    (1978). Sorted by cost, each round of ``data_parallel`` neighbours goes to the ranks, the costliest to the one with
-    the least so far. Where the sums still differ, single sequences move. So ranks differ little in any round and hardly
-    at all in the sum, and may differ in the number of sequences.
+    1. Pack the sequences of all ranks into the fewest micro-batches.
+    2. Pack them again under the smallest bound on a micro-batch's cost that needs no more micro-batches (MULTIFIT;
+       Coffman, Garey and Johnson, SIAM Journal on Computing 7, 1978).
+    3. Sort the micro-batches by cost. Deal each round of ``data_parallel`` neighbours to the ranks, the costliest to
+       the rank with the least cost so far.
+    4. Where the sums still differ, move single sequences.
 
-    Raises ValueError when a sequence is longer than a micro-batch, and when there are fewer sequences than
-    micro-batches. The latter can't be with a multiple of ``data_parallel`` x ``group`` sequences, nor with more than
-    that many when a micro-batch takes two of the longest.
+    So the ranks' costs differ little in any round and hardly at all in the sum; their numbers of sequences may differ.
+
+    Raises ValueError for a sequence that is longer than a micro-batch, and for fewer sequences than micro-batches. The
+    latter is impossible with a multiple of ``data_parallel`` x ``group`` sequences, or with more than that many where a
+    micro-batch takes two of the longest.
     """
     longest = max(lengths, default=0)
     if longest > micro_batch_tokens:
@@ -160,31 +164,35 @@ def plan(
     def cost(indices: list[int]) -> int:
         return sum(work[i] for i in indices)
 
-    # Between the mean, which is out of reach, and the costliest of the fewest: halved until it moves by a thousandth.
+    # Bisect the bound between the mean cost, which is out of reach, and the costliest micro-batch so far.
     mean = -(-sum(work) // count)
-    low, high = mean, max(map(cost, packs))
+    low = mean
+    high = max(map(cost, packs))
     while high - low > mean // 1000:
         bound = (low + high) // 2
-        # The tokens' share of their limit or the cost's of its bound, whichever is more; times both, to stay exact.
+        # A sequence's size is its share of the token limit or of the cost bound, whichever is larger. Both shares are
+        # multiplied by both limits, so that they stay integers.
         sizes = [max(n * bound, c * micro_batch_tokens) for n, c in zip(lengths, work, strict=True)]
-        tried = _best_fit(sizes, micro_batch_tokens * bound)
-        if len(tried) <= count:
-            packs, high = tried, bound
+        candidate = _best_fit(sizes, micro_batch_tokens * bound)
+        if len(candidate) <= count:
+            packs = candidate
+            high = bound
         else:
             low = bound + 1
+    # Too few packs for all ranks: halve the costliest ones.
     while len(packs) < count:
-        costliest = max((p for p in packs if len(p) > 1), key=cost)
+        costliest = max((members for members in packs if len(members) > 1), key=cost)
         halves: tuple[list[int], list[int]] = ([], [])
         for i in costliest:
             min(halves, key=cost).append(i)
         packs.remove(costliest)
         packs += halves
-    packs.sort(key=lambda p: (-cost(p), p[0]))
+    packs.sort(key=lambda members: (-cost(members), members[0]))
     ranks: list[list[list[int]]] = [[] for _ in range(data_parallel)]
     load = [0] * data_parallel
     for start in range(0, count, data_parallel):
-        emptiest = sorted(range(data_parallel), key=lambda r: (load[r], r))
-        for rank, indices in zip(emptiest, packs[start : start + data_parallel], strict=True):
+        least_loaded_first = sorted(range(data_parallel), key=lambda rank: (load[rank], rank))
+        for rank, indices in zip(least_loaded_first, packs[start : start + data_parallel], strict=True):
             ranks[rank].append(indices)
             load[rank] += cost(indices)
     _even_out(ranks, load, lengths, micro_batch_tokens, work)
@@ -194,14 +202,15 @@ def plan(
 def _even_out(
     ranks: list[list[list[int]]], load: list[int], lengths: Sequence[int], limit: int, costs: Sequence[int]
 ) -> None:
-    """In place: while the costliest rank is half a percent above the mean, one of its sequences goes to the rank with
-    the least that has room. Few micro-batches with a very long sequence among them need it."""
+    """In place: while the costliest rank is more than half a percent above the mean, move one of its sequences to the
+    least loaded rank that has room. Batches of few micro-batches with a very long sequence need it."""
     mean = sum(load) // len(load)
     while max(load) > mean + mean // 200:
         high = load.index(max(load))
         for low in sorted(range(len(ranks)), key=lambda r: (load[r], r)):
             target = min(ranks[low], key=lambda indices: sum(lengths[i] for i in indices))
-            room, gap = limit - sum(lengths[i] for i in target), load[high] - load[low]
+            room = limit - sum(lengths[i] for i in target)
+            gap = load[high] - load[low]
             movable = [
                 (abs(gap - 2 * costs[i]), i, source)
                 for source in ranks[high]
@@ -232,24 +241,26 @@ def divisible_prefix(
 
 
 def _fewest(lengths: Sequence[int], data_parallel: int, limit: int, group: int) -> tuple[list[list[int]], int]:
-    """Few packs of at most ``limit`` tokens, and the number of micro-batches that all ranks together need for them."""
+    """Packs of at most ``limit`` tokens, few of them, and the number of micro-batches on all ranks that holds them."""
     packs = _best_fit(lengths, limit)
     return packs, round_up(max(1, len(packs)), data_parallel * group)
 
 
 def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Best-fit decreasing: largest first, into the pack that it fills most. What is above ``room`` is alone."""
+    """Best-fit decreasing: the largest item first, each into the pack with the least room that suffices. An item larger
+    than ``room`` gets a pack of its own."""
     packs: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # (room left, pack), sorted
+    open_packs: list[tuple[int, int]] = []  # (room left, index of the pack), sorted
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        at = bisect_left(left, (sizes[i], 0))
-        if at < len(left):
-            rest, pack_number = left.pop(at)
+        place = bisect_left(open_packs, (sizes[i], 0))
+        if place < len(open_packs):
+            room_left, pack_index = open_packs.pop(place)
         else:
-            rest, pack_number = room, len(packs)
+            room_left = room
+            pack_index = len(packs)
             packs.append([])
-        packs[pack_number].append(i)
-        insort(left, (rest - sizes[i], pack_number))
+        packs[pack_index].append(i)
+        insort(open_packs, (room_left - sizes[i], pack_index))
     return packs
 
 
