@@ -185,16 +185,22 @@ class EngineLoop:
 
         version = self._usable_version()
         if sampling.thinking_budget is not None and self.settings.thinking is None:
-            raise Refused(f"sampling.thinking_budget={sampling.thinking_budget} needs rollout.thinking, which is null")
+            raise Refused(
+                f"sampling.thinking_budget={sampling.thinking_budget}: this engine has no thinking marks; set "
+                "rollout.thinking_budget"
+            )
         if sampling.stops and not self.settings.tokenizer:
-            raise Refused(f"sampling.stops={sampling.stops} needs an engine with a tokenizer")
+            raise Refused(
+                f"sampling.stops={sampling.stops}: this engine has no tokenizer; set rollout.environment.name"
+            )
         inputs = []
         for prompt in requests.prompts:
             length = len(prompt.token_ids)
             if not length or length + sampling.max_tokens > self.settings.max_model_len:
                 raise Refused(
                     f"prompt {prompt.prompt_id!r}: {length} prompt tokens and max_tokens={sampling.max_tokens} "
-                    f"do not fit into rollout.max_model_len={self.settings.max_model_len}, or the prompt is empty"
+                    f"do not fit into the engine's {self.settings.max_model_len} (data.max_prompt_tokens + "
+                    "rollout.max_response_tokens), or the prompt is empty"
                 )
         for prompt in requests.prompts:
             inputs.append(engine_input(self.llm.renderer, prompt))
@@ -352,7 +358,7 @@ def finished_response(
     """A finished ``RequestOutput`` of vLLM as a batch of one, without the tokens that request i went on from.
 
     Raises Refused for a log-probability that is not finite, which means broken weights or a broken kernel, and for a
-    forced token (``rollout.thinking``) that vLLM sampled.
+    forced token (``rollout.thinking``, the module) that vLLM sampled.
     """
     completion = output.outputs[0]
     prompt = requests.prompt(i)
