@@ -185,12 +185,12 @@ class TokenBatch:
             prompt_index=rank[prompt_index],
             group_index=self.group_index[chosen],
             sample_index=self.sample_index[chosen],
-            response_offsets=offsets(self.response_lengths[chosen]),
+            response_offsets=offsets(_lengths(self.response_offsets, chosen)),
             response_tokens=self.response_tokens[tokens],
             logprobs=self.logprobs[tokens],
             loss_mask=self.loss_mask[tokens],
             seeds=self.seeds[chosen],
-            version_offsets=offsets(np.diff(self.version_offsets)[chosen]),
+            version_offsets=offsets(_lengths(self.version_offsets, chosen)),
             versions=self.versions[runs],
             version_lengths=self.version_lengths[runs],
             finish_reasons=[self.finish_reasons[i] for i in chosen],
@@ -403,12 +403,16 @@ def _joined(pieces: Sequence[Any], dtype: Any) -> Array:
     return np.concatenate([np.asarray(piece, dtype) for piece in pieces])
 
 
+def _lengths(ends: Array, chosen: Array) -> Array:
+    """The lengths of the chosen pieces, without a pass over the others: batches of one response are selected often."""
+    return ends[chosen + 1] - ends[chosen]
+
+
 def _ranges(ends: Array, chosen: Array) -> Array:
     """The places from ``ends[i]`` up to ``ends[i + 1]`` of each chosen i, in one array."""
-    starts = ends[chosen]
-    lengths = ends[chosen + 1] - starts
+    lengths = _lengths(ends, chosen)
     target = offsets(lengths)
-    return np.arange(target[-1]) + np.repeat(starts - target[:-1], lengths)
+    return np.arange(target[-1]) + np.repeat(ends[chosen] - target[:-1], lengths)
 
 
 def _first_places(values: Array, count: int) -> Array:
