@@ -158,7 +158,7 @@ def run(config: Config) -> dict[str, list[dict[str, Any]]] | None:
         assert rollouts is not None
         if "sft" in config.stage.trains:
             with own_run.display.stage("SFT warm start"):
-                sft.fit(config, training.policy, own_run.part(WARM_START), training.processor)
+                sft.fit(training, own_run.part(WARM_START))
         start = own_run.folder / "start"
         own_run.clock.watchdog.beat("export")
         training.policy.export(start)
@@ -178,5 +178,6 @@ def run(config: Config) -> dict[str, list[dict[str, Any]]] | None:
         policy = RecordingPolicy(**vars(training.policy))
         measurement = Measurement(own_run.control, policy, recorder, started)
         clock = MeasuredClock(own_run.clock.watchdog, measurement.after_phase)
-        rl.fit(config, policy, rollouts, replace(own_run, clock=clock), training.processor, reference=start)
+        measured = replace(training, policy=policy, rollouts=rollouts)
+        rl.fit(measured, replace(own_run, clock=clock), start)
         return measurement.answers if own_run.rank == 0 else None

@@ -17,7 +17,6 @@ from megatron_ext import forward_backward
 from megatron_ext.batch import TokenBatch
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms.sequences import Sequences
-from recipes.config import Config
 from recipes.data.preference_pairs import chosen_and_rejected
 from recipes.data.processor import PromptProcessor
 from recipes.data.rows import PAIR_FIELDS, load_rows, messages
@@ -27,13 +26,17 @@ from recipes.run import records
 from recipes.run.run import Run
 from recipes.training import supervised
 from recipes.training.policy import Policy
+from recipes.training.setup import Training
 
 
-def fit(config: Config, policy: Policy, run: Run, processor: PromptProcessor) -> None:
+def fit(training: Training, run: Run) -> None:
     """Collective: the steps of ``stage.reward_model``.
 
     At the end ``reward_model.json`` has the accuracy on the held-out pairs and all their scores.
     """
+    config = training.config
+    policy = training.policy
+    processor = training.processor
     settings = config.stage.reward_model
     held_out_rows = load_rows(settings.held_out, PAIR_FIELDS)
     context_group = policy.parallel.context_group

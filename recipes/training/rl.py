@@ -30,6 +30,7 @@ from recipes.run.run import Run, TrainingState, read_responses
 from recipes.training.critic import Critic, build_critic
 from recipes.training.policy import Policy
 from recipes.training.rollouts import Rollouts
+from recipes.training.setup import Training
 from rewards import mixing, objectives
 from rewards.verdict import VerifierResult, from_json, or_nan
 from rewards.verifiers import search
@@ -59,14 +60,15 @@ class Loop:
         return self.config.rollout.staleness > 0
 
 
-def fit(
-    config: Config, policy: Policy, rollouts: Rollouts, run: Run, processor: PromptProcessor, reference: Path
-) -> None:
+def fit(training: Training, run: Run, reference: Path) -> None:
     """Train the policy for ``algorithm.steps`` steps, from the newest checkpoint where there is one.
 
-    ``reference`` is the Hugging Face folder of the policy that the KL penalty refers to.
+    ``run`` takes the records and checkpoints. ``reference`` is the Hugging Face folder of the policy that the KL
+    penalty refers to.
     """
-    loop = prepare(config, policy, rollouts, run, processor, reference)
+    config = training.config
+    policy = training.policy
+    loop = prepare(training, run, reference)
     checkpoints, newest = run.open_checkpoints()
     first_step = resume(loop, newest) if newest else 0
     run.truncate_records(first_step)
@@ -99,16 +101,18 @@ def fit(
         checkpoints.after_step(step + 1, last_step, partial(training_state, loop))
 
     checkpoints.wait()
-    rollouts.sync_weights(last_step)
+    loop.rollouts.sync_weights(last_step)
 
 
 # Before the first step
 
 
-def prepare(
-    config: Config, policy: Policy, rollouts: Rollouts, run: Run, processor: PromptProcessor, reference: Path
-) -> Loop:
+def prepare(training: Training, run: Run, reference: Path) -> Loop:
     """Collective: the optimiser, and the critic and the reference where the algorithm needs them."""
+    config = training.config
+    policy = training.policy
+    rollouts = training.rollouts
+    assert rollouts is not None  # recipes.config.generates
     algorithm = config.algorithm
     needs = requirements(algorithm)
     # The policy stays as it is while a critic warms up.
@@ -120,7 +124,7 @@ def prepare(
     rows = load_rows(config.data.prompts)
     by_id = RowsById(rows)
     buffer = PromptBuffer(
-        partial(draw_prompts, config, processor, rows),
+        partial(draw_prompts, config, training.processor, rows),
         rollouts.sampling(config.rollout.temperature, config.rollout.partial_rollout_tokens),
         prompts_per_step=algorithm.prompts_per_step,
         oversample=config.rollout.oversample,

@@ -17,10 +17,14 @@ from recipes.data.sources import Row
 from recipes.run.run import Run
 from recipes.training import supervised
 from recipes.training.policy import Policy
+from recipes.training.setup import Training
 
 
-def fit(config: Config, policy: Policy, run: Run, processor: PromptProcessor) -> None:
+def fit(training: Training, run: Run) -> None:
     """Collective: the steps of ``stage.sft`` over ``data.sft``."""
+    config = training.config
+    policy = training.policy
+    processor = training.processor
     settings = config.stage.sft
     held_out_rows = [] if settings.held_out is None else load_sft_rows(settings.held_out, settings.judge)
 

@@ -62,18 +62,14 @@ def run_stage(training: Training) -> None:
 
 def train(training: Training, run: Run, part: str, reference: Path) -> int:
     """One of ``stage.trains``, from the policy's weights; returns the version of the weights that it leaves."""
-    config = training.config
-    policy = training.policy
-    processor = training.processor
     if part == "rl":
-        assert training.rollouts is not None
-        rl.fit(config, policy, training.rollouts, run, processor, reference)
-        return config.algorithm.steps
+        rl.fit(training, run, reference)
+        return training.config.algorithm.steps
     with run.display.stage(TITLES[part]):
         if part == "sft":
-            sft.fit(config, policy, run, processor)
+            sft.fit(training, run)
         else:
-            reward_model.fit(config, policy, run, processor)
+            reward_model.fit(training, run)
     return 0
 
 
