@@ -97,11 +97,11 @@ def line_plot(
         bands: step -> name in the legend -> a score whose interval is shaded.
         faults: step -> a description, shown as a vertical line after the step.
     """
-    first = rows[0]["step"]
-    last = rows[-1]["step"]
     values = [row[key] for row in rows for key in series.values() if row.get(key) is not None]
     if not values:
         return ""
+    first = rows[0]["step"]
+    last = rows[-1]["step"]
     bands = {step: scores for step, scores in (bands or {}).items() if first <= step <= last}
     for scores in bands.values():
         for name, score in scores.items():

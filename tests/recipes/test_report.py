@@ -271,6 +271,17 @@ def test_a_run_of_one_step_that_is_not_evaluated_yet(tmp_path):
         assert f"This run has no {missing} yet." in shown
 
 
+def test_a_run_that_syncs_no_weights(tmp_path):
+    """SFT alone: none of the plots of RL has a value."""
+    (tmp_path / "config.yaml").write_text("recipe: demo\n")
+    rows = [
+        {"step": step, "loss": 3.0 - step, "grad_norm": 1.0, "time/step": 1.0, "time/train": 1.0} for step in (1, 2)
+    ]
+    records.append_rows(tmp_path / "metrics.jsonl", rows)
+    shown = "".join(Page(write_report(tmp_path).read_text()).data)
+    assert "Loss" in shown and "Weight sync" not in shown
+
+
 def test_no_steps_and_no_folder_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         write_report(tmp_path)
