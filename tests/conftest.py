@@ -17,8 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; a run or an
 
 ROOT = Path(__file__).resolve().parents[1]
 DURATIONS = Path(__file__).with_name("durations.json")
-# A file whose tests take longer is not part of make test-fast; one that has no record yet is.
-FAST_SECONDS = 6
+# A file whose tests take longer is not part of make test-fast, but for these; one that has no record yet is.
+FAST_SECONDS = 8
+ALWAYS_FAST = ("tests/recipes/test_config.py", "tests/recipes/test_config_fuzz.py")
 SLURM = "tests/slurm/"
 # Files that share a Slurm cluster, or what ranks computed. A process takes all of them.
 SHARING = {
@@ -50,7 +51,7 @@ class Scheduling(LoadFileScheduling):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help=f"only files whose tests take {FAST_SECONDS} s or less")
+    parser.addoption("--fast", action="store_true", help="only files whose tests take a few seconds")
     parser.addoption("--record-durations", action="store_true", help=f"of the files that run, in {DURATIONS.name}")
 
 
@@ -61,8 +62,9 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> Scheduling:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if not config.getoption("--fast") or not collection_path.is_relative_to(ROOT):
         return None
-    seconds = json.loads(DURATIONS.read_text()).get(str(collection_path.relative_to(ROOT)), 0)
-    return True if seconds > FAST_SECONDS else None
+    file = str(collection_path.relative_to(ROOT))
+    seconds = json.loads(DURATIONS.read_text()).get(file, 0)
+    return True if seconds > FAST_SECONDS and file not in ALWAYS_FAST else None
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
