@@ -45,6 +45,7 @@ MODULES = {
     "tests.megatron_ext.worker",
     "tests.rollout.family_twins",
     "tests.rollout.grid_twins",
+    "tests.rollout.test_network",
     "tests.rollout.test_quantised",
     "tests.rollout.test_vllm_families",
     "tests.rollout.test_vllm_vision",
@@ -257,11 +258,13 @@ def prepare(request: dict[str, Any]) -> None:
         request["before"]()
     signal.pthread_sigmask(signal.SIG_SETMASK, request["signal mask"])
 
-    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
+    standard_input = os.fdopen(0, closefd=False)
+    for name in ("stdin", "__stdin__"):
+        setattr(sys, name, standard_input)
     at_once = bool(environment.get("PYTHONUNBUFFERED"))
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        lines = at_once or number == 2 or os.isatty(number)
-        stream = os.fdopen(number, "w", buffering=1 if lines else -1, errors="backslashreplace", closefd=False)
+    for name, file in (("stdout", 1), ("stderr", 2)):
+        lines = at_once or file == 2 or os.isatty(file)
+        stream = os.fdopen(file, "w", buffering=1 if lines else -1, errors="backslashreplace", closefd=False)
         stream.reconfigure(write_through=at_once)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
