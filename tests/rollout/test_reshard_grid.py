@@ -24,7 +24,6 @@ from rollout.weight_sync.layout import ParameterLayout, Rectangle, Region
 from rollout.weight_sync.plan import Place, Plan, Topology
 from rollout.weight_sync.planner import build_plan
 from rollout.weight_sync.schedule import ALIGNMENT
-from tests import warm
 from tests.rollout import grid_twins
 from tests.rollout.grid_executor import execute
 from tests.rollout.grid_twins import FAMILIES, ROOT, TRAINERS
@@ -64,10 +63,7 @@ class Grid:
 
 def run(program: str, folder: Path) -> None:
     command = [sys.executable, "-m", "tests.rollout.grid_twins", program, str(folder)]
-    with warm.processes():
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
-        )
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
