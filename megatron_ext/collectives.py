@@ -68,19 +68,8 @@ def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]
 
     An exception of ``work`` is raised unchanged on its rank, and as RuntimeError with its text on the others.
     """
-    failure: Exception | None = None
-    try:
-        message = {"value": work()}
-    except Exception as error:  # sent to all ranks and raised below
-        failure = error
-        message = {"error": f"{type(error).__name__}: {error}"}
-    messages = all_gather_json(message, group)
-    if failure is not None:
-        raise failure
-    errors = [f"rank {rank}: {message['error']}" for rank, message in enumerate(messages) if "error" in message]
-    if errors:
-        raise RuntimeError("; ".join(errors))
-    return [message["value"] for message in messages]
+    results = on_all_ranks_bytes(lambda: json.dumps(work()).encode(), group)
+    return [json.loads(result) for result in results]
 
 
 def on_all_ranks_bytes(work: Callable[[], bytes], group: dist.ProcessGroup) -> list[bytes]:

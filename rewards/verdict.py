@@ -37,21 +37,9 @@ type Row = Mapping[str, Any]
 type Verifier = Callable[[Row, str], VerifierResult]
 
 
-def to_record(result: VerifierResult) -> list[Any]:
-    """A compact plain list, to gather results between processes: [score, label, raw], or [reason, raw]."""
-    if isinstance(result, Failure):
-        return [result.reason, result.raw]
-    return [result.score, result.label, result.raw]
-
-
-def from_record(record: list[Any]) -> VerifierResult:
-    """Inverse of :func:`to_record`."""
-    return Failure(*record) if len(record) == 2 else Verdict(*record)
-
-
 def to_json(result: VerifierResult) -> dict[str, Any]:
-    """A JSON object with named fields, for files (samples.jsonl, answers.json). Verdicts and failures have different
-    keys."""
+    """A JSON object with named fields, between processes and in files (samples.jsonl, answers.json). Verdicts and
+    failures have different keys."""
     return asdict(result)
 
 

@@ -186,8 +186,8 @@ class Engine:
     def generate(
         self, requests: TokenBatch, sampling: Sampling, num_complete: int | None = None
     ) -> Iterator[TokenBatch]:
-        """Responses in completion order, each a batch of one with the tokens that it went on from; until
-        ``num_complete`` prompts have all of theirs.
+        """Responses in completion order, each a batch of one with the tokens that it went on from. Ends when all
+        responses of ``num_complete`` prompts are finished, by default of all prompts.
 
         All requests enter the engine between the same two of its steps: the same requests on the same weights give the
         same bits, as long as no other batch runs at the same time.

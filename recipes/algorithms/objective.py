@@ -29,7 +29,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
     has_reference = requirements(config).reference
     kl_in_loss = config.kl_in == "loss" and config.kl_coefficient > 0
 
-    def of(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def micro_batch_loss(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         log_probs, entropy = outputs if config.entropy_coefficient else (outputs, None)
         values = batch.values
         current = log_probs.detach()
@@ -67,4 +67,4 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
         measured |= mismatch.sums(old, rollout, sequences, tis_cap=config.tis_cap)
         return (losses * values["weights"]).sum(), measured
 
-    return of
+    return micro_batch_loss

@@ -301,11 +301,7 @@ def check_rows(processor: PromptProcessor, source: Any, required: Sequence[str])
     Raises ConfigError naming file, line and field of the first row that can't be used.
     """
     rows = load_rows(source, required)
-    for number, row in enumerate(rows):
-        try:
-            processor(row)
-        except ConfigError as error:
-            raise ConfigError(f"{rows.location(number)}: {error}") from error
+    rows.check_each(processor)
     return rows
 
 

@@ -48,11 +48,7 @@ def load_sft_rows(source: Any, judge_template: str | None) -> Sequence[Row]:
 def load_conversations(source: Any) -> Rows:
     """The rows of a source. Raises ConfigError naming file, line and field of a row that is not a conversation."""
     rows = load_rows(source, ("id",))
-    for number, row in enumerate(rows):
-        try:
-            conversation(row)
-        except ConfigError as error:
-            raise ConfigError(f"{rows.location(number)}: {error}") from error
+    rows.check_each(conversation)
     return rows
 
 

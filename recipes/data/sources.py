@@ -173,6 +173,14 @@ class Rows(Sequence[Row]):
         source, number_in_source = self._locate(number)
         return source.location(number_in_source)
 
+    def check_each(self, check: Callable[[Row], object]) -> None:
+        """Call ``check`` on every row in order. Its ConfigError is raised with the row's location."""
+        for number, row in enumerate(self):
+            try:
+                check(row)
+            except ConfigError as error:
+                raise ConfigError(f"{self.location(number)}: {error}") from error
+
     @cached_property
     def streams(self) -> dict[str, list[tuple[int, np.ndarray]]]:
         """Kind → the sources that have rows of it, as (the source's weight, the numbers of these rows)."""

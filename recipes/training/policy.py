@@ -13,13 +13,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform
-from megatron_ext.batch import TokenBatch
+from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY, Snapshot
 from megatron_ext.model import Model
 from megatron_ext.offload import HostCopy
 from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
 from megatron_ext.packing import Cost, MicroBatch
 from megatron_ext.parallel import Parallel
+from megatron_ext.weight_map import round_up
 
 
 @dataclass
@@ -169,18 +170,12 @@ class Policy:
 
     # Passes over a batch
 
-    @property
-    def sequence_multiple(self) -> int:
-        """A batch's sequences are a multiple of this: as many for each data-parallel rank, and as many micro-batches as
-        the interleaved pipeline schedule needs can be made of them."""
-        return self.parallel.data * self.parallel.config.micro_batch_multiple
-
     def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank has. ``together`` successive
         responses stay in one micro-batch."""
         layout = self.parallel.config
         of_ranks = packing.plan(
-            _sums(self._padded_lengths(batch), together),
+            _sums(self._padded(batch.lengths), together),
             self.parallel.data,
             layout.micro_batch_tokens,
             layout.micro_batch_multiple,
@@ -199,11 +194,12 @@ class Policy:
             for units in of_ranks[self.parallel.data_rank]
         ]
 
-    def divisible_prefix(self, batch: TokenBatch, wanted: int) -> int:
-        """How many of the first responses, at least ``wanted``, :meth:`micro_batches` can share out over all ranks."""
+    def divisible_prefix(self, lengths: Array, wanted: int) -> int:
+        """How many of the first sequences, at least ``wanted``, :meth:`micro_batches` can share out over all ranks.
+        ``lengths`` [S] are in tokens."""
         layout = self.parallel.config
         return packing.divisible_prefix(
-            self._padded_lengths(batch),
+            self._padded(lengths),
             wanted,
             self.parallel.data,
             layout.micro_batch_tokens,
@@ -216,11 +212,11 @@ class Policy:
         for micro_batch, values in zip(micro_batches, log_probs, strict=False):  # none off the last pipeline stage
             micro_batch.values[name] = values
 
-    def all_log_probs(self, batch: TokenBatch) -> torch.Tensor:
-        """Collective: log-probs of all R response tokens under the present weights, FP32 on every rank's host."""
-        micro_batches = self.micro_batches(batch)
-        log_probs = forward_backward.log_probs(self.model, micro_batches, self.temperature)
-        return forward_backward.gather_tokens(self.model, micro_batches, log_probs, len(batch.response_tokens))
+    def all_log_probs(self, micro_batches: Sequence[MicroBatch], total: int) -> torch.Tensor:
+        """Collective: log-probs under the present weights of all the batch's response tokens, ``total`` of them, FP32
+        on every rank's host."""
+        log_probs = forward_backward.log_probs(self.model, list(micro_batches), self.temperature)
+        return forward_backward.gather_tokens(self.model, list(micro_batches), log_probs, total)
 
     # Reference
 
@@ -235,9 +231,10 @@ class Policy:
         with forward_backward.swapped_weights(self.model, self.reference):
             yield
 
-    def _padded_lengths(self, batch: TokenBatch) -> list[int]:
+    def _padded(self, lengths: Array) -> list[int]:
+        """The sequences' lengths as they are packed."""
         multiple = self.parallel.config.token_multiple
-        return (-(-batch.lengths // multiple) * multiple).tolist()
+        return [round_up(length, multiple) for length in lengths.tolist()]
 
 
 def _sums(values: Sequence[int], count: int) -> list[int]:

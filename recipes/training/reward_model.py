@@ -17,6 +17,7 @@ from megatron_ext import forward_backward
 from megatron_ext.batch import TokenBatch
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms.sequences import Sequences
+from recipes.config import sequence_multiple
 from recipes.data.preference_pairs import chosen_and_rejected
 from recipes.data.processor import PromptProcessor
 from recipes.data.rows import PAIR_FIELDS, load_rows, messages
@@ -46,7 +47,7 @@ def fit(training: Training, run: Run) -> None:
         return pairs_batch(processor, rows, config.parallel.micro_batch_tokens)
 
     def held_out() -> dict[str, float]:
-        report.update(evaluate(policy, make_batch, held_out_rows))
+        report.update(evaluate(policy, make_batch, held_out_rows, sequence_multiple(config)))
         return {
             "held_out_loss": report["loss"],
             "held_out_margin": report["margin"],
@@ -97,9 +98,12 @@ def bradley_terry(
     return surrogate - surrogate.detach() + loss.to(surrogate.dtype), metrics
 
 
-def evaluate(policy: Policy, make_batch: Callable[[Sequence[Row]], TokenBatch], rows: Sequence[Row]) -> dict[str, Any]:
-    """Collective: loss, mean margin, the share of pairs ranked right (ties count half) with its interval, scores."""
-    missing = -len(rows) % policy.sequence_multiple
+def evaluate(
+    policy: Policy, make_batch: Callable[[Sequence[Row]], TokenBatch], rows: Sequence[Row], multiple: int
+) -> dict[str, Any]:
+    """Collective: loss, mean margin, the share of pairs ranked right (ties count half) with its interval, scores. The
+    rows are filled up to a ``multiple``."""
+    missing = -len(rows) % multiple
     batch = make_batch([*rows, *[rows[0]] * missing])
     micro_batches = policy.micro_batches(batch, together=2)
     values = forward_backward.values(policy.model, micro_batches)

@@ -34,13 +34,15 @@ from recipes.training.setup import Training
 from rewards import mixing, objectives
 from rewards.verdict import VerifierResult, from_json, or_nan
 from rewards.verifiers import search
+from rollout.generation import OnResponse
 from rollout.prompt_buffer import PromptBuffer, Rollout
 
 
 @dataclass
 class Loop:
     """What the steps of the loop share. ``rows`` are the data's rows by id; ``constraint`` is the state of the Lagrange
-    multiplier (``rewards.objectives``); ``critic`` is None for an algorithm without values."""
+    multiplier (``rewards.objectives``); ``critic`` is None for an algorithm without values; ``judge`` gives the
+    verdicts on a batch of one response."""
 
     config: Config
     policy: Policy
@@ -51,6 +53,7 @@ class Loop:
     needs: Needs
     buffer: PromptBuffer
     rollout: Rollout
+    judge: OnResponse
     constraint: dict[str, Any]
 
     @property
@@ -144,6 +147,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
         needs=needs,
         buffer=buffer,
         rollout=Rollout(buffer, rollouts.fleet, rollouts.control, on_response),
+        judge=judge,
         constraint=objectives.initial_state(config.rewards.constraint),
     )
 
@@ -199,7 +203,6 @@ def generate(loop: Loop, step: int, started: bool) -> TokenBatch:
     """
     algorithm = loop.config.algorithm
     rounds: list[TokenBatch] = []
-    rewards = torch.empty(0, algorithm.samples_per_prompt, dtype=torch.float64)
     for draw in range(first_draw(loop.config, step), first_draw(loop.config, step + 1)):
         with loop.run.phase("generate"):  # verifiers judge each response while others are being generated
             if rounds or not started:
@@ -208,10 +211,9 @@ def generate(loop: Loop, step: int, started: bool) -> TokenBatch:
             batch = loop.rollout.collect(partial(loop.rollouts.sync_weights, step))
         if loop.rollouts.judges_share_gpus:
             with loop.run.phase("judge"):
-                judge = partial(judge_response, loop.config, loop.rollouts, loop.rows)
-                batch = loop.rollouts.judge_together(batch, judge)
+                batch = loop.rollouts.judge_together(batch, loop.judge)
         rounds.append(replace(batch, rewards=mix_rewards(loop, batch)))
-        rewards = torch.cat([rewards, by_group(rounds[-1].rewards, algorithm.samples_per_prompt)])
+        rewards = by_group(np.concatenate([done.rewards for done in rounds]), algorithm.samples_per_prompt)
         if int(has_reward_variance(rewards).sum()) >= algorithm.prompts_per_step:
             break
     with loop.run.phase("sync"):  # the next sync wakes the engines
@@ -321,9 +323,11 @@ def kl_rewards(loop: Loop, batch: TokenBatch) -> torch.Tensor:
     algorithm = loop.config.algorithm
     if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0:
         return torch.zeros(len(batch.response_tokens), dtype=torch.float64)
-    log_probs = loop.policy.all_log_probs(batch)
+    micro_batches = loop.policy.micro_batches(batch)
+    total = len(batch.response_tokens)
+    log_probs = loop.policy.all_log_probs(micro_batches, total)
     with loop.policy.reference_weights():
-        reference = loop.policy.all_log_probs(batch)
+        reference = loop.policy.all_log_probs(micro_batches, total)
     kl = resolve("kl_estimator", algorithm)(log_probs, reference)
     return -algorithm.kl_coefficient * kl.double()
 
@@ -369,9 +373,9 @@ def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -
         return batch
     responses = np.repeat(np.arange(len(batch)), batch.response_lengths)
     nonzero = np.bincount(responses, batch.columns["advantages"] != 0, minlength=len(batch)) > 0
-    useful_first = batch.select(np.argsort(~nonzero, kind="stable"))
-    count = policy.divisible_prefix(useful_first, max(1, int(nonzero.sum())))
-    return useful_first.select(range(count))
+    nonzero_first = np.argsort(~nonzero, kind="stable")
+    count = policy.divisible_prefix(batch.lengths[nonzero_first], max(1, int(nonzero.sum())))
+    return batch.select(nonzero_first[:count])
 
 
 def add_log_probs(loop: Loop, micro_batches: Sequence[MicroBatch], several_updates: bool) -> None:

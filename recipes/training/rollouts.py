@@ -10,9 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext import batch as batches
 from megatron_ext.batch import Prompt, TokenBatch
-from megatron_ext.collectives import all_gather_json, on_all_ranks, on_all_ranks_bytes
+from megatron_ext.collectives import all_gather_json, on_all_ranks
 from rewards import mixing
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
@@ -163,20 +162,18 @@ class Rollouts:
         meanwhile; each node's servers judge their share."""
         self.sleep()
 
-        def judge_share() -> bytes:
-            share = batch.select(range(self.node, len(batch), self.nodes))
+        def judge_share() -> list[dict[str, Any]]:
+            """The verdicts on every ``nodes``-th response, beginning with response ``node``."""
             if self.client is None:
-                return batch.select([]).to_bytes()
-            responses = [share.select([i]) for i in range(len(share))]
+                return []
+            responses = [batch.select([i]) for i in range(self.node, len(batch), self.nodes)]
             # The client bounds how many are under way.
-            with self.client.awake(), ThreadPoolExecutor(len(share) or 1, "judge") as threads:
-                verdicts = list(threads.map(judge, responses))
-            return replace(share, verdicts=verdicts).to_bytes()
+            with self.client.awake(), ThreadPoolExecutor(len(responses) or 1, "judge") as threads:
+                return list(threads.map(judge, responses))
 
-        shares = on_all_ranks_bytes(judge_share, self.control)
-        judged = batches.concatenate([TokenBatch.from_bytes(share) for share in shares])
-        verdicts = dict(zip(judged.keys, judged.verdicts, strict=True))
-        return replace(batch, verdicts=[verdicts[key] for key in batch.keys])
+        shares = [share for share in on_all_ranks(judge_share, self.control) if share]
+        verdicts = [shares[i % self.nodes][i // self.nodes] for i in range(len(batch))]
+        return replace(batch, verdicts=verdicts)
 
     def server_counts(self) -> dict[str, int]:
         """Collective: what became of the requests of all nodes to each verifier's server since the last call."""

@@ -10,7 +10,7 @@ from megatron_ext import forward_backward
 from megatron_ext.batch import TokenBatch
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms.aggregation import AGGREGATIONS, Aggregation, token_weights
-from recipes.config import Config
+from recipes.config import Config, sequence_multiple
 from recipes.data.processor import PromptProcessor
 from recipes.data.sft_examples import load_sft_rows, tokenize_example
 from recipes.data.sources import Row
@@ -33,7 +33,7 @@ def fit(training: Training, run: Run) -> None:
 
     def held_out() -> dict[str, float]:
         batch = make_batch(held_out_rows, AGGREGATIONS["token_mean"])
-        return {"held_out_loss": held_out_loss(policy, batch)}
+        return {"held_out_loss": held_out_loss(policy, batch, sequence_multiple(config))}
 
     task = supervised.Task(
         settings=settings,
@@ -70,9 +70,10 @@ def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.T
     return -(log_probs * batch.values["weights"]).sum(), {}
 
 
-def held_out_loss(policy: Policy, batch: TokenBatch) -> float:
-    """Collective: the weighted negative log-likelihood of rows that are not trained on."""
-    missing = -len(batch) % policy.sequence_multiple
+def held_out_loss(policy: Policy, batch: TokenBatch, multiple: int) -> float:
+    """Collective: the weighted negative log-likelihood of rows that are not trained on. The batch is filled up to a
+    ``multiple`` of sequences, with such as weigh nothing."""
+    missing = -len(batch) % multiple
     if missing:
         filler = batch.select([0] * missing)
         filler = filler.with_columns(weights=np.zeros(len(filler.response_tokens)))

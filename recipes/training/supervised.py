@@ -9,6 +9,7 @@ from megatron_ext import forward_backward
 from megatron_ext.batch import TokenBatch
 from megatron_ext.checkpoint import POLICY
 from megatron_ext.forward_backward import LossFunction
+from recipes.config.stages import RewardModelConfig, SftConfig
 from recipes.data.row_order import shuffled
 from recipes.data.sources import Row
 from recipes.run import records
@@ -20,13 +21,12 @@ from recipes.training.policy import Policy
 class Task:
     """What a supervised stage does with its rows.
 
-    ``settings`` has the schedule, ``steps`` or ``epochs``, and ``held_out_every``; ``rows_per_step`` rows make an
-    update. ``make_batch`` gives the tokens of some rows, ``together`` successive responses of which share a
-    micro-batch. ``metrics`` names sums of the loss function that are recorded. ``batch_metrics`` gives more from a
-    batch. ``held_out`` evaluates the present weights: Collective.
+    ``rows_per_step`` rows make an update. ``make_batch`` gives the tokens of some rows, ``together`` successive
+    responses of which share a micro-batch. ``metrics`` names sums of the loss function that are recorded.
+    ``batch_metrics`` gives more from a batch. ``held_out`` evaluates the present weights: Collective.
     """
 
-    settings: Any
+    settings: SftConfig | RewardModelConfig
     rows: Sequence[Row]
     rows_per_step: int
     make_batch: Callable[[Sequence[Row]], TokenBatch]
@@ -40,7 +40,8 @@ class Task:
     def steps(self) -> int:
         """``steps``, or as many as ``epochs`` need; the last one may go on into the next pass over the rows."""
         if self.settings.steps is not None:
-            return int(self.settings.steps)
+            return self.settings.steps
+        assert self.settings.epochs is not None  # recipes.config.stages: one of the two is given
         return ceil(self.settings.epochs * len(self.rows) / self.rows_per_step)
 
 

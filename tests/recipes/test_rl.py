@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext import batch as batches
 from megatron_ext import packing
-from megatron_ext.batch import Prompt, TokenBatch
+from megatron_ext.batch import Array, Prompt, TokenBatch
 from recipes.algorithms.aggregation import sequence_mean_token_mean, token_weights
 from recipes.training.rl import contributing, join_rounds, split
 from tests.recipes import tiny
@@ -49,8 +49,8 @@ class PolicyOf:
         self.ranks = ranks
         self.micro_batch_tokens = micro_batch_tokens
 
-    def divisible_prefix(self, batch: TokenBatch, wanted: int) -> int:
-        return packing.divisible_prefix(batch.lengths.tolist(), wanted, self.ranks, self.micro_batch_tokens)
+    def divisible_prefix(self, lengths: Array, wanted: int) -> int:
+        return packing.divisible_prefix(lengths.tolist(), wanted, self.ranks, self.micro_batch_tokens)
 
 
 def weighted(batch: TokenBatch, advantages: list[float]) -> TokenBatch:

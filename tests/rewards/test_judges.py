@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rewards.verdict import Failure, Row, Verdict, VerifierResult, from_json, from_record, to_json, to_record
+from rewards.verdict import Failure, Row, Verdict, VerifierResult, from_json, to_json
 from rewards.verifiers.judges import Judge, Scalar, data_url, fill, label_probabilities
 from rewards.verifiers.templates import GENERAL, KNOWLEDGE, NORMAL, SAFETY, TEMPLATES, VALUE
 from rewards.verifiers.text import without_thinking
@@ -193,11 +193,10 @@ def test_thinking_is_removed(response: str, answer: str) -> None:
     assert without_thinking(response) == answer
 
 
-def test_results_survive_json_and_records() -> None:
+def test_results_survive_json() -> None:
     results: list[VerifierResult] = [Verdict(0.1, "a", "raw"), Verdict(1.0, "b"), Failure("why", "raw"), Failure("why")]
     for result in results:
         assert from_json(json.loads(json.dumps(to_json(result)))) == result
-        assert from_record(json.loads(json.dumps(to_record(result)))) == result
 
 
 def test_a_score_outside_the_unit_interval_is_refused() -> None:
