@@ -20,14 +20,24 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 # Some containers set it: then each of a run's processes compiles the thousands of modules that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo test lint gpu-check slurm-check kill-check preflight env clean
+.PHONY: demo test test-fast test-durations lint gpu-check slurm-check kill-check preflight env clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
 
+PYTEST := $(PY) -m pytest -q -n 2 --no-loadscope-reorder --ignore=tests/gpu
+
 test: lint
 	@echo "==> pytest"
-	exec $(PY) -m pytest -q -n 2 --no-loadscope-reorder --durations=15 --ignore=tests/gpu
+	exec $(PYTEST) --durations=15
+
+# What a change of an algorithm, a verifier or a setting touches: no run, no engine, no ranks.
+test-fast: $(STAMP)
+	@exec $(PYTEST) --fast
+
+# The tests' seconds, by which both share them out. On an idle machine.
+test-durations: $(STAMP)
+	@exec $(PYTEST) --record-durations
 
 lint: $(STAMP)
 	@echo "==> ruff, mypy"

@@ -184,6 +184,9 @@ RELAYOUTS = (
 )
 DAMAGED = (TP2_SP_DP2, Case("untied-damaged", tensor=2, data=2, sequence=True, twin="untied"))
 OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))
+# A job → the job whose checkpoint it reads.
+EARLIER = {f"relayout-{case.name}": f"resume-{saved.name}" for saved, case in RELAYOUTS}
+EARLIER |= dict.fromkeys(["damaged", "other-padding"], f"resume-{TP2_SP_DP2.name}")
 
 
 def by_name(name: str) -> Case:

@@ -1,6 +1,6 @@
-"""The tiny models, one launch of four ranks for all that needs several, and Hugging Face's answer to compare with."""
+"""The tiny models, four ranks for all that needs several, and Hugging Face's answer to compare with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.megatron_ext import cases, ranks
+from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
+from tests.megatron_ext.ranks import Ranks
 from tests.megatron_ext.reference import Reference, train_reference
 
 
@@ -22,23 +23,27 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launched(twins: Path) -> Path:
-    """The twins' folder after ``worker.py`` ran on four ranks: with results, exports and checkpoints."""
-    ranks.run("tests.megatron_ext.worker", twins)
-    return twins
+def launched(twins: Path) -> Iterator[Ranks]:
+    """Ranks that do the jobs of ``worker.py`` in the twins' folder: with results, exports and checkpoints."""
+    text = Ranks("tests.megatron_ext.worker", twins, cases.EARLIER)
+    yield text
+    text.stop()
 
 
 @pytest.fixture(scope="session")
-def results(launched: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """``results(name)`` is what each rank of a run found, by rank."""
+def vision_launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Ranks that do the jobs of ``vl_twins.py``, in the folder of its twins."""
+    folder = tmp_path_factory.mktemp("vision_language")
+    vl_twins.make_twins(folder)
+    vision = Ranks("tests.megatron_ext.vl_twins", folder, vl_twins.EARLIER)
+    yield vision
+    vision.stop()
 
-    @cache
-    def load(name: str) -> list[dict[str, Any]]:
-        files = sorted((launched / "results").glob(f"{name}.*.pt"))
-        assert files, f"the worker made nothing under the name {name}"
-        return [torch.load(file, weights_only=True) for file in files]
 
-    return load
+@pytest.fixture(scope="session")
+def results(launched: Ranks) -> Callable[[str], list[dict[str, Any]]]:
+    """``results(name)`` is what each rank found in a job, by rank."""
+    return launched.results
 
 
 @pytest.fixture(scope="session")

@@ -12,27 +12,26 @@ import torch
 from megatron_ext import checkpoint, optimizer_shards
 from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
+from tests.megatron_ext.ranks import Ranks
 from tests.megatron_ext.reference import all_pieces, assemble, stored
 from tests.megatron_ext.vl_twins import Results, Run
 
-Folders = Callable[[Case], Path]
+RanksOf = Callable[[Case], Ranks]
 
 
 @pytest.fixture(scope="module")
-def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Folder with a case's twin and results: text and vision-language cases have launches of their own."""
+def ranks_of(request: pytest.FixtureRequest) -> RanksOf:
+    """Text and vision-language cases have ranks and a folder of their own."""
 
-    def of(case: Case) -> Path:
-        if isinstance(case, Run):
-            return vl_twins.launch(tmp_path_factory.getbasetemp())
-        return request.getfixturevalue("launched")
+    def of(case: Case) -> Ranks:
+        return request.getfixturevalue("vision_launched" if isinstance(case, Run) else "launched")
 
     return of
 
 
 @pytest.mark.parametrize("case", [*cases.RESUMES, *vl_twins.RESUMES], ids=lambda case: case.name)
-def test_resuming_goes_on_bit_for_bit(case: Case, folders: Folders) -> None:
-    for rank in vl_twins.results(folders(case))(f"resume-{case.name}"):
+def test_resuming_goes_on_bit_for_bit(case: Case, ranks_of: RanksOf) -> None:
+    for rank in ranks_of(case).results(f"resume-{case.name}"):
         assert rank["step"] == 3
         assert rank["loaded"], "the loaded weights differ from the saved ones"
         assert rank["random_numbers"], "the random numbers do not go on"
@@ -51,22 +50,22 @@ def test_a_model_goes_to_the_host_and_back_bit_for_bit(case: Case, results: Resu
 
 
 @pytest.mark.parametrize(("saved", "case"), [*cases.RELAYOUTS, *vl_twins.RELAYOUTS], ids=lambda case: case.name)
-def test_another_layout_goes_on_within_fp32_bounds(saved: Case, case: Case, folders: Folders) -> None:
-    results = vl_twins.results(folders(case))
+def test_another_layout_goes_on_within_fp32_bounds(saved: Case, case: Case, ranks_of: RanksOf) -> None:
+    results = ranks_of(case).results
     before, after = results(f"resume-{saved.name}"), results(f"relayout-{case.name}")
     for rank in after:
         assert rank["step"] == 3
         for (loss, norm), (loss_before, norm_before) in zip(rank["resumed"], before[0]["went_on"], strict=True):
             assert loss == pytest.approx(loss_before, abs=2e-6)
             assert norm == pytest.approx(norm_before, rel=2e-6)
-    like = vl_twins.tensors(folders(case) / case.twin)
+    like = vl_twins.tensors(ranks_of(case).folder / case.twin)
     expected, found = (assemble(all_pieces(ranks, "weights"), like) for ranks in (before, after))
     # Two steps from equal weights and moments; a lost moment or master weight would show at 1e-4 and above.
     assert {n: e for n in like if (e := float((found[n] - expected[n]).abs().max())) > 5e-6} == {}
 
 
-def test_frozen_layers_of_the_whole_model_keep_their_bits_on_every_stage(launched: Path, results: Results) -> None:
-    before = vl_twins.tensors(launched / cases.FROZEN_PP2_DP2.twin)
+def test_frozen_layers_of_the_whole_model_keep_their_bits_on_every_stage(launched: Ranks, results: Results) -> None:
+    before = vl_twins.tensors(launched.folder / cases.FROZEN_PP2_DP2.twin)
     after = assemble(all_pieces(results(f"resume-{cases.FROZEN_PP2_DP2.name}"), "weights"), before)
     kept = {name for name, tensor in before.items() if tensor.equal(after[name])}
     frozen = ("model.embed_tokens.", "model.layers.0.", "model.layers.3.")
@@ -87,8 +86,8 @@ def test_a_layout_with_other_padding_is_refused(results: Results) -> None:
     assert "padded_groups=4 (parallel.tensor=2), parallel.tensor=1 needs 3" in rank["error"]
 
 
-def test_a_tower_with_other_padding_is_refused(folders: Folders) -> None:
-    (rank,) = vl_twins.results(folders(vl_twins.OTHER_PADDING[1]))("other-padding")
+def test_a_tower_with_other_padding_is_refused(vision_launched: Ranks) -> None:
+    (rank,) = vision_launched.results("other-padding")
     assert rank["error"].startswith("ValueError")
     assert "padded_vision_heads=6 (parallel.tensor=2), parallel.tensor=1 needs 5" in rank["error"]
 
@@ -118,9 +117,10 @@ def test_a_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_taken(resu
         assert found["folders"] == ["damaged_step_000002", "damaged_step_000003"]
 
 
-def test_files_are_safetensors_and_json(launched: Path) -> None:
+def test_files_are_safetensors_and_json(launched: Ranks) -> None:
     """And no byte of a pickle is needed: in test_another_layout every way to unpickle fails while loading."""
-    newest = checkpoint.latest(launched / "checkpoints" / cases.TP2_SP_DP2.name)
+    name = cases.TP2_SP_DP2.name
+    newest = checkpoint.latest(launched.after(f"resume-{name}") / "checkpoints" / name)
     assert newest is not None
     names = sorted(path.name for path in newest.iterdir())
     tensors = [f"rank_{rank:05d}.safetensors" for rank in range(4)]
@@ -146,9 +146,10 @@ def test_latest_is_the_last_that_is_complete(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "step_000011"
 
 
-def test_data_parallel_ranks_write_as_much_of_the_optimiser_each(launched: Path) -> None:
+def test_data_parallel_ranks_write_as_much_of_the_optimiser_each(launched: Ranks) -> None:
     """Three FP32 states of every parameter, each element once; what is held in copies the first holder writes."""
-    newest = checkpoint.latest(launched / "checkpoints" / cases.TP2_SP_DP2.name)
+    name = cases.TP2_SP_DP2.name
+    newest = checkpoint.latest(launched.after(f"resume-{name}") / "checkpoints" / name)
     assert newest is not None
     tensors = json.loads((newest / "manifest.json").read_text())["tensors"]
     written = dict.fromkeys(range(4), 0)

@@ -15,6 +15,7 @@ from megatron_ext import hf_checkpoint, scalar_head
 from megatron_ext.blocks import Block, Shard
 from tests.megatron_ext import cases
 from tests.megatron_ext.cases import Case
+from tests.megatron_ext.ranks import Ranks
 
 Results = Callable[[str], list[dict[str, Any]]]
 every_case = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
@@ -30,8 +31,9 @@ def whole(name: str, tensor: torch.Tensor) -> Shard:
 
 
 @every_case
-def test_round_trip_keeps_names_files_and_bits(case: Case, launched: Path) -> None:
-    source, target = launched / case.twin, launched / "exports" / case.name
+def test_round_trip_keeps_names_files_and_bits(case: Case, launched: Ranks) -> None:
+    source = launched.folder / case.twin
+    target = launched.after(case.name) / "exports" / case.name
     assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in source.iterdir())
     before, after = tensors_by_file(source), tensors_by_file(target)
     assert {file: list(tensors) for file, tensors in after.items()} == {f: list(t) for f, t in before.items()}
@@ -47,14 +49,14 @@ def test_round_trip_keeps_names_files_and_bits(case: Case, launched: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["tp2-sp-pp2", "sharded-tp2-dp2", "bf16-tp2-sp"])
-def test_an_export_loads_in_transformers_like_its_source(name: str, launched: Path) -> None:
+def test_an_export_loads_in_transformers_like_its_source(name: str, launched: Ranks) -> None:
     case = cases.by_name(name)
     exported, loading = AutoModelForCausalLM.from_pretrained(
-        launched / "exports" / name, dtype="auto", output_loading_info=True
+        launched.after(name) / "exports" / name, dtype="auto", output_loading_info=True
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    source = AutoModelForCausalLM.from_pretrained(launched / case.twin, dtype=dtype)
+    source = AutoModelForCausalLM.from_pretrained(launched.folder / case.twin, dtype=dtype)
     tokens = torch.tensor([cases.batch(case)[0].prompt])
     assert exported.dtype == dtype
     assert torch.equal(exported(tokens).logits, source(tokens).logits)
@@ -66,8 +68,10 @@ def test_the_sharded_twin_has_several_files(twins: Path) -> None:
 
 
 @every_case
-def test_a_rank_reads_only_its_rectangles(case: Case, results: Results, launched: Path) -> None:
-    stored = sum(t.numel() for tensors in tensors_by_file(launched / case.twin).values() for t in tensors.values())
+def test_a_rank_reads_only_its_rectangles(case: Case, results: Results, launched: Ranks) -> None:
+    stored = sum(
+        t.numel() for tensors in tensors_by_file(launched.folder / case.twin).values() for t in tensors.values()
+    )
     for rank in results(case.name):
         owned = sum(math.prod(extent) for _, _, blocks in rank["blocks"] for _, _, _, extent in blocks)
         assert rank["numbers_read"] == owned
@@ -117,15 +121,15 @@ def test_export_replaces_an_older_export_and_leaves_folders_out(twins: Path, tmp
     assert all(torch.equal(t, stored[name] + 1) for name, t in load_file(target / "model.safetensors").items())
 
 
-def test_an_export_of_a_scalar_head_gives_the_same_scores(launched: Path) -> None:
+def test_an_export_of_a_scalar_head_gives_the_same_scores(launched: Ranks) -> None:
     sequence = cases.batch(cases.by_name("scalar-one"))[0]
     tokens = torch.tensor([sequence.prompt + sequence.response])
     for name in ("scalar-tp2-sp-pp2", "scalar-qwen2-tp2-sp-dp2"):
         exported, loading = AutoModelForSequenceClassification.from_pretrained(
-            launched / "exports" / name, output_loading_info=True
+            launched.after(name) / "exports" / name, output_loading_info=True
         )
         assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-        source = AutoModelForSequenceClassification.from_pretrained(launched / cases.by_name(name).twin)
+        source = AutoModelForSequenceClassification.from_pretrained(launched.folder / cases.by_name(name).twin)
         scores = exported(tokens).logits
         assert scores.shape == (1, 1) and scores.any()
         assert torch.equal(scores, source(tokens).logits)

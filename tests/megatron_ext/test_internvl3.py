@@ -13,19 +13,20 @@ from transformers import AutoConfig
 from megatron_ext import hf_checkpoint
 from megatron_ext.models import internvl3
 from tests.megatron_ext import internvl_twins, vl_twins
+from tests.megatron_ext.ranks import Ranks
 from tests.megatron_ext.vl_twins import Results, Run
 
 INTERNVL = [run for run in vl_twins.RUNS if run.is_internvl]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vl_twins.launch(tmp_path_factory.getbasetemp())
+def folder(vision_launched: Ranks) -> Path:
+    return vision_launched.folder
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> Results:
-    return vl_twins.results(folder)
+def results(vision_launched: Ranks) -> Results:
+    return vision_launched.results
 
 
 def test_transformers_saves_the_names_of_the_hub(folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.preflight import memory
+from tests import warm
 from tests.megatron_ext.memory_cases import CASES, MemoryCase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,14 +24,15 @@ Found = dict[str, dict[str, Any]]
 def found(kind: str, folder: Path) -> Found:
     """What ``memory_worker`` finds, in a process of its own: one that simulates ranks can't do anything else."""
     file = folder / f"{kind}.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.megatron_ext.memory_worker", kind, str(file)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    with warm.processes():
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.megatron_ext.memory_worker", kind, str(file)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text())
 

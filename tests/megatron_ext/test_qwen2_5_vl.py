@@ -20,6 +20,7 @@ from megatron_ext import hf_checkpoint
 from megatron_ext.blocks import Block, Shard
 from megatron_ext.models import qwen2_5_vl
 from tests.megatron_ext import cases, vl_twins
+from tests.megatron_ext.ranks import Ranks
 from tests.megatron_ext.reference import all_pieces, assemble
 from tests.megatron_ext.test_hf_checkpoint import tensors_by_file
 from tests.megatron_ext.test_layouts import above, log_probs
@@ -32,13 +33,13 @@ GRIDS = ([(1, 8, 8)], [(1, 6, 10), (1, 2, 2)], [(3, 4, 6), (1, 10, 4)], [(2, 14,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vl_twins.launch(tmp_path_factory.getbasetemp())
+def folder(vision_launched: Ranks) -> Path:
+    return vision_launched.folder
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> Results:
-    return vl_twins.results(folder)
+def results(vision_launched: Ranks) -> Results:
+    return vision_launched.results
 
 
 @pytest.fixture(scope="module")

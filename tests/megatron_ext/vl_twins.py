@@ -1,21 +1,18 @@
 """Both vision-language families: in which layouts they run, what ranks and transformers compute, and Qwen2.5-VL's twin.
 
-``vl_twins.py FOLDER`` forks ``cases.WORLD`` ranks, which go through all runs.
+``vl_twins.py FOLDER`` forks ``cases.WORLD`` ranks, which do the runs that tests ask for.
 
 InternVL3's twins are in ``internvl_twins``.
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -25,8 +22,9 @@ from megatron_ext.layout import ParallelConfig
 from megatron_ext.models import qwen2_5_vl
 from megatron_ext.packing import VisionInputs
 from recipes.launch.launcher import fork_ranks
-from tests.megatron_ext import cases, internvl_twins, ranks
+from tests.megatron_ext import cases, internvl_twins
 from tests.megatron_ext.cases import Case
+from tests.megatron_ext.ranks import serve
 from tests.sequences import PlainSequence, pack
 from tests.settings import precision_config
 
@@ -110,6 +108,9 @@ RELAYOUTS = (
     (TP2_DP2_FROZEN, internvl("300m-hf", "tp2-pp2-frozen", tensor=2, pipeline=2, frozen=VISION)),
 )
 OTHER_PADDING = (TP2_DP2_FROZEN, internvl("300m-hf", "frozen", frozen=VISION))
+# A job → the job whose checkpoint it reads.
+EARLIER = {f"relayout-{run.name}": f"resume-{saved.name}" for saved, run in RELAYOUTS}
+EARLIER["other-padding"] = f"resume-{TP2_DP2_FROZEN.name}"
 # Adam divides by a gradient's size: a greater epsilon keeps rounding out of the step where there is next to none.
 OPTIMIZER = replace(cases.OPTIMIZER, epsilon=1e-4, clip_grad_norm=0.1)
 # Prefixes of frozen parameters → tensors of the checkpoint.
@@ -243,29 +244,10 @@ def published(name: str) -> str:
     return name
 
 
-@cache
-def launch(session: Path) -> Path:
-    """Folder with the twins and with what four processes found, which went through all runs; once in a test session,
-    whose folder is ``session``."""
-    folder = session / "vision_language"
-    (folder / "results").mkdir(parents=True)
+def make_twins(folder: Path) -> None:
     make_qwen2_5_vl(folder / "qwen")
     make_qwen2_5_vl(folder / "qwen-tied", tied=True)
     internvl_twins.make_twins(folder)
-    ranks.run("tests.megatron_ext.vl_twins", folder)
-    return folder
-
-
-def results(folder: Path) -> Results:
-    """``results(folder)(name)`` is what each rank of a run found, by rank."""
-
-    @cache
-    def load(name: str) -> list[dict[str, Any]]:
-        files = sorted((folder / "results").glob(f"{name}.*.pt"))
-        assert files, f"no rank ran {name}"
-        return [torch.load(file, weights_only=True) for file in files]
-
-    return load
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -354,25 +336,15 @@ class Policy:
 
 
 def main() -> None:
-    """Each run has its own process groups, in which the ranks that it needs meet."""
-    folder = Path(sys.argv[1])
     platform.activate("cpu")
     fork_ranks(cases.WORLD)
-    rank = int(os.environ["RANK"])
-    jobs: list[tuple[str, Run, Callable[..., dict[str, Any]], tuple[Run, ...]]] = [
-        *((run.name, run, _run, ()) for run in RUNS),
-        *((f"resume-{run.name}", run, _resume, ()) for run in RESUMES),
-        *((f"relayout-{run.name}", run, _relayout, (saved,)) for saved, run in RELAYOUTS),
-        ("other-padding", OTHER_PADDING[1], _other_padding, OTHER_PADDING[:1]),
-    ]
-    for name, run, compute, others in jobs:
-        if rank < run.ranks:
-            store = dist.FileStore(str(folder / f"{name}.store"), run.ranks)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=run.ranks)
-            here = parallel.initialize(run.layout, seed=1, timeout_seconds=600)
-            torch.save(compute(folder, *others, run, here), folder / "results" / f"{name}.{rank}.pt")
-            dist.barrier()
-            parallel.destroy()
+    jobs: dict[str, tuple[Case, Callable[..., dict[str, Any]], tuple[Case, ...]]] = {
+        **{run.name: (run, _run, ()) for run in RUNS},
+        **{f"resume-{run.name}": (run, _resume, ()) for run in RESUMES},
+        **{f"relayout-{run.name}": (run, _relayout, (saved,)) for saved, run in RELAYOUTS},
+        "other-padding": (OTHER_PADDING[1], _other_padding, OTHER_PADDING[:1]),
+    }
+    serve(Path(sys.argv[1]), jobs, seed=1)
 
 
 def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:

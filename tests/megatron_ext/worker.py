@@ -1,7 +1,6 @@
-"""Forks ``cases.WORLD`` ranks: every case and checkpoint scenario, one after the other.
+"""Forks ``cases.WORLD`` ranks, which do what tests ask for: a case or a checkpoint scenario.
 
-``worker.py FOLDER``: FOLDER has the twins; ``results/<name>.<rank>.pt`` is what each rank found. Ranks that a layout
-does not use wait.
+``worker.py FOLDER``: FOLDER has the twins; ``results/<name>.<rank>.pt`` is what each rank found.
 """
 
 import math
@@ -13,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from recipes.launch.launcher import fork_ranks  # noqa: E402
 from recipes.preflight import memory  # noqa: E402
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
+from tests.megatron_ext.ranks import serve  # noqa: E402
 from tests.sequences import pack  # noqa: E402
 from tests.settings import precision_config  # noqa: E402
 
@@ -360,36 +359,16 @@ def run_collectives(folder: Path, case: Case, layout: parallel.Parallel) -> dict
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    (folder / "results").mkdir(exist_ok=True)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=600)
-    )
-    # A layout is destroyed behind each run, so each run finds a fresh process.
-    runs: list[tuple[str, Case, Callable[..., dict[str, Any]], tuple[Case, ...]]] = [
-        ("collectives", Case("collectives", data=4), run_collectives, ()),
-        *((case.name, case, run_case, ()) for case in cases.CASES),
-        *((f"resume-{case.name}", case, run_resume, ()) for case in cases.RESUMES),
-        *((f"relayout-{case.name}", case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS),
-        ("not-finite", cases.TP2_SP_DP2, run_not_finite, ()),
-        ("damaged", cases.DAMAGED[1], run_damaged, cases.DAMAGED[:1]),
-        ("other-padding", cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),
-    ]
-    for name, case, work, others in runs:
-        if case.ranks > RANK:
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore(name, store),
-                rank=RANK,
-                world_size=case.ranks,
-                timeout=timedelta(seconds=600),
-            )
-            layout = parallel.initialize(case.layout, SEED, timeout_seconds=600)
-            torch.save(work(folder, *others, case, layout), folder / "results" / f"{name}.{RANK}.pt")
-            dist.barrier()
-            parallel.destroy()
-        store.set(f"done/{name}/{RANK}", "1")
-        store.wait([f"done/{name}/{rank}" for rank in range(cases.WORLD)])
+    jobs: dict[str, tuple[Case, Callable[..., dict[str, Any]], tuple[Case, ...]]] = {
+        "collectives": (Case("collectives", data=4), run_collectives, ()),
+        **{case.name: (case, run_case, ()) for case in cases.CASES},
+        **{f"resume-{case.name}": (case, run_resume, ()) for case in cases.RESUMES},
+        **{f"relayout-{case.name}": (case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS},
+        "not-finite": (cases.TP2_SP_DP2, run_not_finite, ()),
+        "damaged": (cases.DAMAGED[1], run_damaged, cases.DAMAGED[:1]),
+        "other-padding": (cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),
+    }
+    serve(Path(sys.argv[1]), jobs, SEED)
 
 
 if __name__ == "__main__":

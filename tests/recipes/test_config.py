@@ -30,6 +30,7 @@ from recipes.errors import ConfigError
 from recipes.launch import requirements
 from recipes.launch.prepare_run import prepare_run
 from rewards.settings import OTHER_MAPPINGS, RewardsConfig
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -461,7 +462,8 @@ def test_a_model_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     """On the terminal, though libraries' warnings go to a log by then."""
     command = [sys.executable, "-m", "recipes.train", "recipe=demo", f"run_dir={tmp_path / 'run'}"]
     command += [f"model.path={tmp_path / 'gone'}", "model.gguf_package=null"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    with warm.processes():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith(f"error: model.path='{tmp_path / 'gone'}': no config.json there;")
 

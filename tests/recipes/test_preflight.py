@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from recipes.config import parse
 from recipes.preflight.checks import reward_servers
+from tests import warm
 from tests.recipes import tiny
 from tests.rewards import fake_server
 from tests.rewards.fake_server import FakeServer
@@ -118,10 +119,11 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted["crowded"] = [*COLOCATED, "rewards.servers.value.arguments=[]", "preflight.host_memory_gib=300"]
     wanted |= {name: ["recipe=safework_70b", *overrides] for name, (overrides, _, _) in IMPOSSIBLE.items()}
     file = tmp_path_factory.mktemp("preflight") / "reports.json"
-    done = subprocess.run(
-        [sys.executable, "-c", ALL, str(ROOT / "conf"), json.dumps(wanted), str(file)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
+    with warm.processes():
+        done = subprocess.run(
+            [sys.executable, "-c", ALL, str(ROOT / "conf"), json.dumps(wanted), str(file)],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text())
 

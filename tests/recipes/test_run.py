@@ -22,6 +22,7 @@ from recipes.data.processor import prompt_tokens
 from recipes.run import records
 from rollout.sampler import make_requests
 from rollout.sampling import Sampling
+from tests import warm
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 from tests.recipes.kill_check import WRITING, Moment, strike, timeless
@@ -65,7 +66,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of an undisturbed run and what it printed."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    return run_dir, tiny.complete(tiny.overrides(twin, run_dir, BF16))
+    return run_dir, tiny.complete(tiny.overrides(twin, run_dir, BF16), real=True)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,8 @@ def test_vllm_loads_the_exported_model_and_answers_as_the_evaluation(whole: tupl
     prompts = [make_prompt(row["id"], prompt_tokens(tokenizer, row, 40)) for row in rows]
     sampling = Sampling(max_tokens=8, stop_token_ids=(tokenizer.eos_token_id,), temperature=0.0)
     folder = run_dir.parent / "from_disk"
-    fresh = start_fresh(settings, make_requests(prompts, 1, seed=0, step=0), sampling, folder)
+    with warm.processes():
+        fresh = start_fresh(settings, make_requests(prompts, 1, seed=0, step=0), sampling, folder)
     assert fresh.wait(400) == 0
     _, responses = fresh_results(folder)
     texts = [tokenizer.decode(response.tokens, skip_special_tokens=True).strip() for response in responses]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.verdict import Row, Verdict
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
@@ -235,9 +236,13 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
 
 
-def complete(arguments: list[str], seconds: float = 600) -> str:
-    """A whole run; returns what it printed. Fails with the end of its logs when it fails."""
-    run = Run(arguments)
+def complete(arguments: list[str], seconds: float = 600, real: bool = False) -> str:
+    """A run that nothing disturbs; returns what it printed. Fails with the end of its logs when it fails.
+
+    It is forked from a process with all imports, unless it is to be as ``real`` as a user's (see ``tests.warm``).
+    """
+    with contextlib.nullcontext() if real else warm.processes():
+        run = Run(arguments)
     try:
         printed = run.output(seconds)
     finally:

@@ -24,6 +24,7 @@ from rollout.sampler import assign, generate, in_order, make_requests, stream
 from rollout.sampling import Sampling
 from rollout.thinking import forced_positions
 from rollout.weight_sync.sync import WeightSync
+from tests import warm
 from tests.responses import PlainResponse, make_prompt, plain
 from tests.rollout.twins import Twin, tensor_parallel_shards
 from tests.settings import engine_settings
@@ -66,7 +67,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         thinking=(THINK, ANSWER),
         stall_timeout=10.0,
     )
-    engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
+    with warm.processes():
+        engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     try:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)

@@ -17,6 +17,7 @@ from rollout.sampler import generate, make_requests
 from rollout.sampling import Sampling
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.sync import WeightSync
+from tests import warm
 from tests.responses import make_prompt, plain
 from tests.rollout.test_vllm import fresh_results, logprobs_of, start_fresh
 from tests.rollout.twins import Twin, tensor_parallel_shards
@@ -63,7 +64,8 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
         quantization="fp8_per_channel",
     )
     requests = make_requests(PROMPTS, 2, seed=5, step=0)
-    fresh = start_fresh(settings, requests, SAMPLING, tmp_path / "fresh")
+    with warm.processes():
+        fresh = start_fresh(settings, requests, SAMPLING, tmp_path / "fresh")
     engine = Engine(settings, tmp_path / "engine.log")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+from tests import warm
+
 SCRIPT = """
 import json
 from types import SimpleNamespace
@@ -35,7 +37,8 @@ print(json.dumps(results))
 
 
 def test_packing_from_rows_apart_gives_the_same_bits() -> None:
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    with warm.processes():
+        run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
     results: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
     for result in results.values():
         assert result["same product"] and result["weight kept"] and result["bias kept"]

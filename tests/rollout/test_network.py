@@ -17,6 +17,7 @@ from rollout.weight_sync.memory import Signals, alive, attach_tensors, share_ten
 from rollout.weight_sync.network import Network, slot_view
 from rollout.weight_sync.plan import Place, Topology
 from rollout.weight_sync.planner import build_plan
+from tests import warm
 
 TENSORS, SHAPE, BUCKET = 40, (16, 16), 8 * 1024
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,10 +82,9 @@ def main(case: str, rank: str, folder: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_host_gets_every_bit_in_every_sync(case: str, tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, "-m", "tests.rollout.test_network", case, str(rank), str(tmp_path)], cwd=ROOT)
-        for rank in range(sum(CASES[case]))
-    ]
+    command = [sys.executable, "-m", "tests.rollout.test_network", case]
+    with warm.processes():
+        ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT) for rank in range(sum(CASES[case]))]
     try:
         assert [rank.wait(300) for rank in ranks] == [0] * len(ranks)
     finally:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 FP8_MAX = 448.0
 SHAPES = {"qkv_proj": (96, 64), "down_proj": (64, 160), "wide": (200, 300)}
@@ -192,7 +194,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def test_layers_are_quantised_in_place_as_the_arithmetic_says() -> None:
     """In a process of its own: vLLM's groups and stand-ins would stay."""
     command = [sys.executable, "-m", "tests.rollout.test_quantised"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    with warm.processes():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

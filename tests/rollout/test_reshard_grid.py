@@ -24,6 +24,7 @@ from rollout.weight_sync.layout import ParameterLayout, Rectangle, Region
 from rollout.weight_sync.plan import Place, Plan, Topology
 from rollout.weight_sync.planner import build_plan
 from rollout.weight_sync.schedule import ALIGNMENT
+from tests import warm
 from tests.rollout import grid_twins
 from tests.rollout.grid_executor import execute
 from tests.rollout.grid_twins import FAMILIES, ROOT, TRAINERS
@@ -63,7 +64,10 @@ class Grid:
 
 def run(program: str, folder: Path) -> None:
     command = [sys.executable, "-m", "tests.rollout.grid_twins", program, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    with warm.processes():
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
+        )
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -12,6 +12,7 @@ from recipes.preflight.weight_sync import Links, gather_then_load_seconds, links
 from rollout.weight_sync.layout import ParameterLayout, Region
 from rollout.weight_sync.plan import Place, Topology
 from rollout.weight_sync.planner import build_plan
+from tests import warm
 from tests.settings import parallel_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,9 +25,10 @@ def test_engines_on_two_nodes_of_their_own_receive_the_model_once_each(tmp_path:
     sizes = ("cluster.ranks=16", "rollout.engines=16", "simulate.engines=disaggregated", "simulate.order_ms=0")
     command = [sys.executable, "-m", "recipes.preflight.weight_sync", "recipe=safework_7b", *sizes]
     output = tmp_path / "sync.json"
-    shown = subprocess.run(
-        [*command, f"simulate.output={output}"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    with warm.processes():
+        shown = subprocess.run(
+            [*command, f"simulate.output={output}"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
     assert shown.returncode == 0, shown.stderr[-3000:]
     answer = json.loads(output.read_text())
     assert answer["bytes_minimum"] == 2 * WEIGHTS == 2 * answer["bytes_of_weights"]

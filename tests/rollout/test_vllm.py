@@ -26,6 +26,7 @@ from rollout.sampler import generate, make_requests
 from rollout.sampling import Sampling
 from rollout.weight_sync.layout import ParameterLayout
 from rollout.weight_sync.sync import WeightSync, WeightSyncError
+from tests import warm
 from tests.responses import PlainResponse, make_prompt, plain
 from tests.rollout.twins import TIED, UNTIED, Twin, tensor_parallel_shards
 from tests.rollout.vllm_processes import DIGESTS, REQUESTS, RESPONSES, ForeignEngine, as_argument
@@ -180,7 +181,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     requests = make_requests(PROMPTS, 2, seed=5, step=0)
     fresh_folder = folder / "fresh"
     owner_output = folder / "owner.json"
-    fresh = start_fresh(tied, requests, SAMPLING, fresh_folder)
+    with warm.processes():
+        fresh = start_fresh(tied, requests, SAMPLING, fresh_folder)
     owner = program("owner", as_argument(untied), str(folder / "untied.log"), str(owner_output))
     engines = [Engine(tied, folder / "tied.log"), Engine(too_long, folder / "doomed.log")]
     trainer = Trainer(str(folder / "store"))

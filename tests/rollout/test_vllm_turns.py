@@ -23,6 +23,7 @@ from rollout.generation import Fleet, Generation
 from rollout.sampler import make_requests, stream
 from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
+from tests import warm
 from tests.recipes.tiny import make_tokenizer
 from tests.responses import PlainResponse, make_prompt, plain
 from tests.rollout.letters import Letters, answer
@@ -73,7 +74,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         kv_cache_gib=0.05,
         environment={"name": "search"},
     )
-    engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
+    with warm.processes():
+        engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     try:
         made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)

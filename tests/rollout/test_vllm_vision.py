@@ -21,6 +21,7 @@ from rollout import engine_server
 from rollout.engine import EngineSettings, environment
 from rollout.sampler import make_requests
 from rollout.sampling import Sampling
+from tests import warm
 from tests.recipes import vision_models
 from tests.responses import PlainResponse, plain
 from tests.rollout.vllm_processes import REQUESTS, as_argument, generate, sampling_from
@@ -110,14 +111,15 @@ def test_responses_are_those_of_the_trainers_inputs_also_after_the_tower_changed
     requests = make_requests([prompt.prompt for prompt in made.values()], SAMPLES, seed=1, step=0)
     (tmp_path / REQUESTS).write_bytes(requests.to_bytes())
     arguments = (as_argument(settings), as_argument(sampling), str(tmp_path))
-    log = subprocess.run(
-        [sys.executable, "-m", "tests.rollout.test_vllm_vision", *arguments],
-        cwd=ROOT,
-        env=environment(settings) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=400,
-    )
+    with warm.processes():
+        log = subprocess.run(
+            [sys.executable, "-m", "tests.rollout.test_vllm_vision", *arguments],
+            cwd=ROOT,
+            env=environment(settings) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=400,
+        )
     assert log.returncode == 0, log.stdout.decode()[-4000:]
     before, after = (plain(TokenBatch.from_bytes((tmp_path / name).read_bytes())) for name in RESPONSES)
     assert [r.key for r in before] == [r.key for r in after] == requests.keys

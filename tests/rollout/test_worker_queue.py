@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from tests import warm
+
 SCRIPT = """
 import json, threading, time
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
@@ -32,6 +34,7 @@ print(json.dumps(seconds))
 
 def test_a_message_that_wakes_nobody_is_found_within_a_moment() -> None:
     """vLLM's workers look for it themselves after 5 s."""
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    with warm.processes():
+        run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
     woken, found = json.loads(run.stdout.splitlines()[-1])
     assert woken < 1 and found < 1
