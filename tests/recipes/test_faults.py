@@ -23,6 +23,7 @@ OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", "algorithm.steps=900")
 WATCHDOG = 30  # seconds; on a busy machine a phase may take some
 REMAINS = ({}, set())
 ROOM = 1 << 20  # bytes, a third of what a checkpoint takes
+STOPPED_SECONDS = 2.0  # of rank 1, in one phase
 
 
 @dataclass(frozen=True)
@@ -67,24 +68,31 @@ def full(folder: Path, disk: Path) -> Ended:
 
 
 def slow_down(run: tiny.Run, log: Path) -> None:
-    """Stop rank 1 for a while in a phase in which no rank waits for another, again and again until that is told: the
-    phase takes milliseconds and may be over when the signal comes."""
+    """Stop rank 1 in a phase in which no rank waits for another, again and again until the log names it: the phase
+    takes milliseconds and may be over when the signal comes."""
     rank = run.wait_for("rank 1", lambda: run.rank(1))
     name = Path(f"/proc/{rank}/comm")
 
-    def told() -> bool:
+    def is_named() -> bool:
         deadline = time.monotonic() + 10
         while name.read_text() != "reward\n":
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.0002)
         os.kill(rank, signal.SIGSTOP)
-        time.sleep(2)
+        time.sleep(STOPPED_SECONDS)
         os.kill(rank, signal.SIGCONT)
         time.sleep(0.5)
-        return " is slow: " in log.read_text()
+        return bool(stopped_ranks(log.read_text()))
 
-    run.wait_for("word of a slow rank", told)
+    run.wait_for("a message about a slow rank", is_named)
+
+
+def stopped_ranks(log: str) -> set[int]:
+    """The ranks that the log reports as slow by about as long as rank 1 was stopped. On a busy machine any rank can be
+    slow for less."""
+    messages = re.findall(r"rank (\d+) is slow: (\S+) s for", log)
+    return {int(rank) for rank, seconds in messages if float(seconds) > 0.7 * STOPPED_SECONDS}
 
 
 def fill(run: tiny.Run, disk: Path) -> None:
@@ -138,9 +146,8 @@ def test_an_update_with_an_infinite_gradient_is_skipped_and_counted_and_the_run_
 
 
 def test_a_slow_rank_is_named_and_the_one_that_waits_for_it_is_not(ends: tuple[Ended, Ended], disk: Path) -> None:
-    log = (disk / "run" / "logs" / "rank_0.log").read_text()
-    assert "rank 1 is slow: " in log and "rank 1 is slow: " in ends[0].printed
-    assert "rank 0 is slow: " not in log
+    assert stopped_ranks((disk / "run" / "logs" / "rank_0.log").read_text()) == {1}
+    assert stopped_ranks(ends[0].printed) == {1}
 
 
 def test_a_full_disk_ends_the_run_with_its_reason_and_the_former_checkpoints(ends: tuple[Ended, Ended]) -> None:

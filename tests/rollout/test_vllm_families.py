@@ -104,7 +104,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, family_twins.Tw
     return family_twins.make(tmp_path_factory.mktemp("families"))
 
 
-def tested(session: pytest.Session) -> set[str]:
+def chosen_families(session: pytest.Session) -> set[str]:
     """The families that tests of this session are about, and the one that is synced."""
     here = [item for item in session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
     return {item.callspec.params["name"] for item in here} | {family_twins.SYNCED}
@@ -114,7 +114,7 @@ def tested(session: pytest.Session) -> set[str]:
 def processes(twins: dict[str, family_twins.Twin], request: pytest.FixtureRequest) -> Iterator[Any]:
     """The launcher of the exporting ranks, one of which starts the engines."""
     folder = next(iter(twins.values())).folder.parent
-    names = tested(request.session)
+    names = chosen_families(request.session)
     family_twins.save_work(folder, {name: twin for name, twin in twins.items() if name in names})
     launcher = ranks.start(
         folder / "ranks.log", "tests.rollout.family_twins", str(folder), "tests.rollout.test_vllm_families"
