@@ -25,7 +25,8 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
 
-PYTEST := $(PY) -m pytest -q -n 2 --no-loadscope-reorder --ignore=tests/gpu
+# Three processes on two cores: the one with Slurm's tests mostly waits.
+PYTEST := $(PY) -m pytest -q -n 3 --no-loadscope-reorder --ignore=tests/gpu
 
 test: lint
 	@echo "==> pytest"

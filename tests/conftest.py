@@ -68,8 +68,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Slurm's tests go first: they mostly wait, while the other process has both cores. Then the longest go first, and
-    what is not recorded before them: when one process has no more work, the other's last file is a short one."""
+    """Slurm's tests go first: they mostly wait, while the other processes have the cores. Then the longest go first,
+    and what is not recorded before them: when one process has no more work, the last file of another is a short one."""
     seconds: Counter[str] = Counter()
     for file, duration in json.loads(DURATIONS.read_text()).items():
         seconds[scope_of(file)] += duration
