@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 # Some containers set it: then each of a run's processes compiles the thousands of modules that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo test test-fast test-durations lint gpu-check slurm-check kill-check preflight env clean
+.PHONY: demo test test-fast test-durations mutation lint gpu-check slurm-check kill-check preflight env clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
@@ -39,6 +39,13 @@ test-fast: $(STAMP)
 # The tests' seconds, by which both share them out. On an idle machine.
 test-durations: $(STAMP)
 	@exec $(PYTEST) --record-durations
+
+# Mutants of the algorithms, the verifiers and the loop that no test fails on; hours for all. A part:
+# ARGS="recipes.algorithms.*". `.venv/bin/mutmut show NAME` prints a survivor.
+mutation: $(STAMP)
+	@export OMP_NUM_THREADS=1
+	$(VENV)/bin/mutmut run --max-children 2 $(ARGS)
+	$(VENV)/bin/mutmut results
 
 lint: $(STAMP)
 	@echo "==> ruff, mypy"
@@ -70,7 +77,7 @@ preflight:
 env: $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is always made from nothing, so that it holds what pins.txt says and no more; with uv's cache that
