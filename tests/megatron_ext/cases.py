@@ -187,8 +187,8 @@ OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))
 
 
 def by_name(name: str) -> Case:
-    (found,) = (case for case in CASES if case.name == name)
-    return found
+    (case_of_name,) = (case for case in CASES if case.name == name)
+    return case_of_name
 
 
 def token_loss(case: Case, output: torch.Tensor) -> torch.Tensor:
@@ -208,8 +208,10 @@ def batch(case: Case) -> list[PlainSequence]:
     vocabulary = TWINS[case.twin][2]["vocab_size"]
     draw: Callable[[int], list[int]] = lambda n: torch.randint(0, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
-    made = [PlainSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths]
-    return made[::-1] if case.reverse else made
+    sequences = [
+        PlainSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths
+    ]
+    return sequences[::-1] if case.reverse else sequences
 
 
 def original_index(case: Case, index: int) -> int:
