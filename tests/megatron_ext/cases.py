@@ -173,7 +173,7 @@ RESUMES = (
     SCALAR_TP2_SP_PP2,
     Case("bf16-pp2", pipeline=2, precision="bf16"),
     FROZEN_PP2_DP2,
-    Case("tied-tp2-pp2", tensor=2, pipeline=2),  # a padded bucket with another behind it
+    Case("tied-tp2-pp2", tensor=2, pipeline=2),  # a padded bucket with another one after it
     Case("tied-frozen-tp2-sp-dp2", tensor=2, data=2, sequence=True, frozen=("embedding",)),  # its head too
 )
 RELAYOUTS = (

@@ -319,8 +319,11 @@ def test_a_tensor_that_vllm_keeps_in_two_dtypes_is_refused():
 
 @pytest.mark.parametrize("staged", [True, False])
 def test_staged_parameters_arrive_one_after_the_other(staged: bool) -> None:
-    """Fused parameters of large and small tensors in each of 16 layers, over the network: memory for those that have
-    begun to arrive is a few buckets, where the order by size alone has most of the model begun."""
+    """16 layers of fused parameters, each of a large and a small tensor, are sent over the network.
+
+    With staging the partially received parameters take a few buckets of memory. In the order of size alone, most of the
+    model is partially received at once.
+    """
     bucket, layers = 1 << 12, 16
     tables, layout = [[]], []
     for i in range(layers):

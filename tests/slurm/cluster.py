@@ -188,13 +188,15 @@ class Cluster:
             )
 
     def wait_for[T](self, what: str, happened: Callable[[], T], seconds: float = 120) -> T:
-        """What ``happened`` returns, as soon as that is true."""
+        """Wait until ``happened`` returns a true value, and return it. ``what`` names it in the error."""
         deadline = time.monotonic() + seconds
-        while not (result := happened()):
+        result = happened()
+        while not result:
             assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.logs()}"
             dead = [daemon.args for daemon in (*self.daemons, *self.slurmds.values()) if daemon.poll() is not None]
             assert not dead, f"{dead} ended before {what}:\n{self.logs()}"
             time.sleep(0.25)
+            result = happened()
         return result
 
     def logs(self) -> str:
