@@ -1,8 +1,8 @@
-"""The demo with several seeds: what RL gained with each, and whether a fixed seed gives the same curve again.
+"""Runs the demo with several seeds: what RL changes with each, and whether a repeated seed gives the same run.
 
-``python -m benchmarks.demo_seeds 1 2 3`` runs ``make demo``'s command once per seed into ``runs/demo_seed_<n>``, writes
-``benchmarks/results/demo_seeds.json`` and prints a table. ``--repeat 1`` runs that seed a second time and compares.
-``--reuse`` keeps runs that this command finished before with the same code, data and overrides.
+``python -m benchmarks.demo_seeds 1 2 3`` runs the command of ``make demo`` once per seed into ``runs/demo_seed_<n>``,
+writes ``benchmarks/results/demo_seeds.json`` and prints a table. ``--repeat 1`` runs that seed a second time and
+compares the two runs. ``--reuse`` keeps complete runs of an earlier command with the same code, data and overrides.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from rich.table import Table
 from recipes.run import records
 
 RESULT = Path("benchmarks/results/demo_seeds.json")
-FINISHED = "finished.json"  # in a run's folder, written last: what ran, and how long the whole command took
+FINISHED = "finished.json"  # written last into a run's folder: overrides, source digest and minutes
 SOURCES = ("recipes", "megatron_ext", "rollout", "rewards", "conf")
 SOURCE_SUFFIXES = (".py", ".yaml", ".jsonl")
-EDGE_STEPS = 3  # steps that "first" and "last" response lengths are means of
+EDGE_STEPS = 3  # the "first" and "last" response lengths are means over this many steps
 
 
 def main() -> None:
@@ -40,16 +40,16 @@ def main() -> None:
     if arguments.repeat is not None and arguments.repeat not in arguments.seeds:
         parser.error(f"--repeat {arguments.repeat}: name it among the seeds as well")
     runs = {seed: run(seed, f"runs/demo_seed_{seed}", arguments) for seed in arguments.seeds}
-    first = next(iter(runs.values()))
+    first_run = runs[arguments.seeds[0]]
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.demo_seeds", *sys.argv[1:]]),
-        **json.loads((first / "environment.json").read_text()),
-        "seeds": {str(seed): collect(folder) for seed, folder in runs.items()},
+        **json.loads((first_run / "environment.json").read_text()),
+        "seeds": {str(seed): collect(run_dir) for seed, run_dir in runs.items()},
     }
     if arguments.repeat is not None:
-        again = run(arguments.repeat, f"runs/demo_seed_{arguments.repeat}_again", arguments)
-        result["repeat"] = {"seed": arguments.repeat, **compare(runs[arguments.repeat], again)}
+        repeated_run = run(arguments.repeat, f"runs/demo_seed_{arguments.repeat}_again", arguments)
+        result["repeat"] = {"seed": arguments.repeat, **compare(runs[arguments.repeat], repeated_run)}
     RESULT.parent.mkdir(exist_ok=True)
     records.write_json(RESULT, result)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -61,37 +61,43 @@ def main() -> None:
 
 
 def run(seed: int, folder: str, arguments: argparse.Namespace) -> Path:
-    """One demo run from nothing, unless it is complete and may be kept; its folder.
+    """Run the demo in an empty ``folder``, or keep its complete run if ``arguments.reuse`` allows it.
 
-    Raises CalledProcessError when the run fails and RuntimeError when a source file changed while it ran.
+    Returns the folder. Raises CalledProcessError when the run fails, and RuntimeError when a source file changed during
+    the run.
     """
-    run_dir, before = Path(folder), source_digest(Path("."))
+    run_dir = Path(folder)
+    finished_file = run_dir / FINISHED
+    source_before = source_digest(Path("."))
     overrides = ["recipe=demo", f"seed={seed}", f"run_dir={folder}", *arguments.override]
-    made_by = {"overrides": overrides, "source": before}
-    if arguments.reuse and (run_dir / FINISHED).is_file():
-        if made_by.items() <= json.loads((run_dir / FINISHED).read_text()).items():
+    provenance = {"overrides": overrides, "source": source_before}
+    if arguments.reuse and finished_file.is_file():
+        finished = json.loads(finished_file.read_text())
+        if provenance.items() <= finished.items():
             return run_dir
-        print(f"{folder} was made by other code, data or overrides: running it again", flush=True)
+        print(f"{folder} is from other code, data or overrides: running it again", flush=True)
     shutil.rmtree(run_dir, ignore_errors=True)
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "recipes.train", *overrides], check=True)
     minutes = (time.monotonic() - started) / 60
-    if source_digest(Path(".")) != before:
-        raise RuntimeError(f"code or data changed while {folder} was made, which makes it worthless: run it again")
-    records.write_json(run_dir / FINISHED, {**made_by, "minutes": minutes})
+    if source_digest(Path(".")) != source_before:
+        raise RuntimeError(f"code or data changed during the run {folder}, which makes it worthless: run it again")
+    records.write_json(finished_file, {**provenance, "minutes": minutes})
     return run_dir
 
 
 def source_digest(root: Path) -> str:
     """One digest of the code, configuration and data that a run depends on."""
     digest = hashlib.sha256()
-    for path in sorted(path for room in SOURCES for path in (root / room).rglob("*") if path.suffix in SOURCE_SUFFIXES):
-        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    paths = [path for room in SOURCES for path in (root / room).rglob("*") if path.suffix in SOURCE_SUFFIXES]
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
-    """One run's evaluation (without transcripts), response lengths, minutes, and a curve per metric."""
+    """A run's evaluation without its transcripts, response lengths, minutes, and a curve of each metric."""
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     rows = list(records.read_rows(run_dir / "metrics.jsonl"))
     lengths = [row["response_length/mean"] for row in rows]
@@ -105,48 +111,62 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Metric → its value at each step; without what a clock measured."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    timed = {name for name in names if name.startswith("time/")} | {records.TOKENS_PER_SECOND}
-    return {name: [row.get(name) for row in rows] for name in names if name not in timed}
+    """Metric → its value at each step, for all metrics except those of a clock."""
+    names = dict.fromkeys(name for row in rows for name in row)  # without repetition, in order
+    clock_metrics = {name for name in names if name.startswith("time/")} | {records.TOKENS_PER_SECOND}
+    return {name: [row.get(name) for row in rows] for name in names if name not in clock_metrics}
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
-    """Whether two runs made the same metrics (times aside), samples and evaluation, to the last bit.
+    """Whether two runs have bitwise equal metrics (except times), samples and evaluation.
 
-    ``differences`` names what differs: a metric with its first differing step, or a file.
+    "differences" names what differs: a metric with its first differing step, or a file.
     """
-    one, two = (curves(list(records.read_rows(folder / "metrics.jsonl"))) for folder in (first, second))
+    first_curves = curves(list(records.read_rows(first / "metrics.jsonl")))
+    second_curves = curves(list(records.read_rows(second / "metrics.jsonl")))
     differences = []
-    for name in dict.fromkeys([*one, *two]):
-        a, b = one.get(name, []), two.get(name, [])
-        if a != b:
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            differences.append(f"{name} from step {at + 1}")
+    for name in dict.fromkeys([*first_curves, *second_curves]):
+        first_curve = first_curves.get(name, [])
+        second_curve = second_curves.get(name, [])
+        if first_curve != second_curve:
+            step = first_difference(first_curve, second_curve) + 1
+            differences.append(f"{name} from step {step}")
     for name in ("samples.jsonl", "evaluation.json"):
         if (first / name).read_bytes() != (second / name).read_bytes():
             differences.append(name)
     return {"identical": not differences, "differences": differences}
 
 
+def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The first index at which two different sequences differ, or at which the shorter one ends."""
+    for i, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return i
+    return min(len(first), len(second))
+
+
 def table(seeds: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Per seed and score: base, before and after RL, and the paired difference with its interval."""
-    stages = list(records.model_stages(next(iter(seeds.values()))["evaluation"]).items())
-    found = Table("seed", "score", *(heading for _, heading in stages), "RL's difference", "length", "minutes")
-    for seed, part in seeds.items():
-        length = part["response_length"]
-        ends = [f"{length['first']:.1f} → {length['last']:.1f}", f"{part['minutes']:.1f}"]
-        for i, (score, mode, values, difference) in enumerate(records.evaluation_rows(part["evaluation"])):
+    """A row for each seed and score: base, before and after RL, and the paired difference with its interval."""
+    first_evaluation = next(iter(seeds.values()))["evaluation"]
+    stages = records.model_stages(first_evaluation)
+    scores = Table("seed", "score", *stages.values(), "RL's difference", "length", "minutes")
+    for seed, summary in seeds.items():
+        length = summary["response_length"]
+        length_cell = f"{length['first']:.1f} → {length['last']:.1f}"
+        minutes_cell = f"{summary['minutes']:.1f}"
+        for i, (score, mode, values, difference) in enumerate(records.evaluation_rows(summary["evaluation"])):
             low, high = difference["interval"]
-            found.add_row(
-                seed if i == 0 else "",
+            is_first = i == 0
+            scores.add_row(
+                seed if is_first else "",
                 f"{score}, {mode}",
-                *(f"{values[stage]['mean']:.3f}" for stage, _ in stages),
+                *(f"{values[stage]['mean']:.3f}" for stage in stages),
                 f"{difference['mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
-                *(ends if i == 0 else ["", ""]),
+                length_cell if is_first else "",
+                minutes_cell if is_first else "",
             )
-        found.add_section()
-    return found
+        scores.add_section()
+    return scores
 
 
 if __name__ == "__main__":

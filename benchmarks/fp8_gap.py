@@ -1,9 +1,9 @@
-"""How far vLLM's log-probs are from the trainer's when its weights are FP8, next to BF16.
+"""Measures the log-prob difference between the BF16 trainer and vLLM with FP8 weights, and with BF16 weights.
 
-``python -m benchmarks.fp8_gap`` writes ``benchmarks/results/fp8_gap.json`` and prints its table. Megatron on one rank
-has SmolLM2's weights in BF16 and computes the log-probs of what each engine sampled. ``fp8_per_channel`` is vLLM's own
-FP8, weights and activations, which its CPU build can run. The others are emulated and say what rounding the weights
-alone does: weights that went through FP8 and back to BF16, in an engine without FP8.
+``python -m benchmarks.fp8_gap`` writes ``benchmarks/results/fp8_gap.json`` and prints its table. Megatron-Core on one
+rank has SmolLM2's weights in BF16 and computes the log-probs of each engine's samples. ``fp8_per_channel`` is vLLM's
+own FP8 for weights and activations, which its CPU build supports. The other formats are emulated by a BF16 engine whose
+weights were rounded to FP8 and back, so they show the effect of rounding the weights alone.
 """
 
 import itertools
@@ -12,11 +12,10 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +27,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MODEL = Path("build/models/SmolLM2-135M-Instruct")
 PROMPTS = Path("recipes/data/demo/eval.jsonl")
 RESULT = Path("benchmarks/results/fp8_gap.json")
-EVERY, SAMPLES, TOKENS, SEED = 8, 2, 48, 0  # every so many prompts
-CAP = 2.0  # of the ratios, for the share that is clipped
-FP8_MAX = 448.0
-FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # as vLLM holds them
+PROMPT_STRIDE = 8  # every eighth prompt of the file
+SAMPLES_PER_PROMPT = 2
+MAX_RESPONSE_TOKENS = 48
+SEED = 0
+TIS_CAP = 2.0  # of the importance ratios, for the share that is clipped
+FP8_MAX = 448.0  # of float8_e4m3fn
+# vLLM fuses these linear layers into one, so their weights share their scales.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 def through_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``weight`` (FP32) rounded to FP8 with ``scale`` and back."""
     return (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
@@ -47,9 +51,12 @@ def per_channel(weight: torch.Tensor) -> torch.Tensor:
 
 
 def per_block(weight: torch.Tensor) -> torch.Tensor:
-    """Blocks of 128 x 128."""
-    rows = [torch.cat([per_tensor(block) for block in band.split(128, 1)], 1) for band in weight.split(128)]
-    return torch.cat(rows)
+    """One scale for each block of 128 x 128."""
+    rounded_rows = []
+    for rows in weight.split(128):
+        blocks = [per_tensor(block) for block in rows.split(128, dim=1)]
+        rounded_rows.append(torch.cat(blocks, dim=1))
+    return torch.cat(rounded_rows)
 
 
 ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -60,21 +67,21 @@ ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def rounded_model(rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
-    """The model with its linear layers' weights rounded, those that vLLM fuses together."""
+    """Write the model with rounded weights of its linear layers to ``folder``. Fused layers are rounded together."""
     network = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     for layer in network.model.layers:
         modules = dict(layer.self_attn.named_modules()) | dict(layer.mlp.named_modules())
         for names in FUSED:
-            parts = [modules[name].weight.data for name in names]
-            made = rounding(torch.cat(parts).float()).to(torch.bfloat16)
-            for part, new in zip(parts, made.split([len(part) for part in parts]), strict=True):
-                part.copy_(new)
+            weights = [modules[name].weight.data for name in names]
+            rounded = rounding(torch.cat(weights).float()).to(torch.bfloat16)
+            rows = [len(weight) for weight in weights]
+            for weight, rounded_weight in zip(weights, rounded.split(rows), strict=True):
+                weight.copy_(rounded_weight)
     network.save_pretrained(folder)
     return folder
 
 
 def main() -> None:
-
     from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel, platform
     from megatron_ext.batch import Prompt, TokenBatch
     from recipes.algorithms import mismatch
@@ -98,7 +105,7 @@ def main() -> None:
         return Prompt(prompt_id, np.array(token_ids, np.int32))
 
     started = time.monotonic()
-    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::EVERY]]
+    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::PROMPT_STRIDE]]
     prompts = [make_prompt(row["id"], row["prompt"]) for row in rows]
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         demo = parse(compose("config", ["recipe=demo"]))
@@ -118,8 +125,8 @@ def main() -> None:
             Engine(quantised, home / "fp8.log"),
         ]
         try:
-            place = parallel.initialize(replace(demo.parallel, tensor=1, sequence=False), SEED, 600)
-            policy = model.build(hf_checkpoint.config(MODEL), place, replace(demo.precision, name="bf16"))
+            layout = parallel.initialize(replace(demo.parallel, tensor=1, sequence=False), SEED, 600)
+            policy = model.build(hf_checkpoint.config(MODEL), layout, replace(demo.precision, name="bf16"))
             for engine in engines:
                 engine.wait_until_ready(time.monotonic() + 600)
             group = parallel.control_group()
@@ -129,30 +136,33 @@ def main() -> None:
             ]
 
             def measure(number: int, weights: Path) -> dict[str, float]:
-                """Of responses by ``weights``, against the trainer with the model's own."""
+                """Engine ``number`` samples with ``weights``; the trainer scores the responses with its own weights."""
                 hf_checkpoint.load(policy.shards, weights)
-                engine, weight_sync = engines[number], weight_syncs[number]
-                weight_sync.sync(next(versions))
-                sampling = Sampling(max_tokens=TOKENS, stop_token_ids=(tokenizer.eos_token_id,))
-                batch = generate([engine], prompts, sampling, samples_per_prompt=SAMPLES, seed=SEED, step=0)
+                weight_syncs[number].sync(next(versions))
+                sampling = Sampling(max_tokens=MAX_RESPONSE_TOKENS, stop_token_ids=(tokenizer.eos_token_id,))
+                batch = generate(
+                    [engines[number]], prompts, sampling, samples_per_prompt=SAMPLES_PER_PROMPT, seed=SEED, step=0
+                )
                 hf_checkpoint.load(policy.shards, MODEL)
                 return gaps(batch)
 
             def gaps(batch: TokenBatch) -> dict[str, float]:
-                (planned,) = packing.plan(batch.lengths.tolist(), 1, 2048)
+                """The trainer's metrics of the mismatch, over all response tokens."""
+                (plan_of_rank,) = packing.plan(batch.lengths.tolist(), 1, 2048)
                 micro_batches = [
                     packing.pack(batch, indices, multiple=policy.token_multiple, pad_token=0, device="cpu")
-                    for indices in planned
+                    for indices in plan_of_rank
                 ]
                 log_probs = forward_backward.log_probs(policy, micro_batches)
                 totals: dict[str, float] = {}
                 for micro_batch, values in zip(micro_batches, log_probs, strict=True):
                     sequences = Sequences(micro_batch.lengths)
-                    sums = mismatch.sums(values, micro_batch.values["logprobs"], sequences, tis_cap=CAP)
+                    sums = mismatch.sums(values, micro_batch.values["logprobs"], sequences, tis_cap=TIS_CAP)
                     forward_backward.add_metrics(totals, {name: float(value) for name, value in sums.items()})
                 report = mismatch.report(totals)
                 keys = ("mean", "max", "k3", "clipped", "ess")
-                return {"tokens": totals[f"{mismatch.NAME}/tokens"]} | {k: report[f"{mismatch.NAME}/{k}"] for k in keys}
+                metrics = {key: report[f"{mismatch.NAME}/{key}"] for key in keys}
+                return {"tokens": totals[f"{mismatch.NAME}/tokens"], **metrics}
 
             versions = itertools.count(1)
             results = {"bf16": measure(0, MODEL), "fp8_per_channel": measure(1, MODEL)}
@@ -168,8 +178,8 @@ def main() -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "python -m benchmarks.fp8_gap",
             "seed": SEED,
-            "samples": len(prompts) * SAMPLES,
-            "response_tokens_at_most": TOKENS,
+            "samples": len(prompts) * SAMPLES_PER_PROMPT,
+            "response_tokens_at_most": MAX_RESPONSE_TOKENS,
             "seconds": round(time.monotonic() - started, 1),
             **records.environment(platform.current().machine(), 1),
             "gap": results,
@@ -179,16 +189,11 @@ def main() -> None:
 
 
 def table(results: dict[str, dict[str, float]]) -> Table:
-    made = Table("weights in vLLM", "tokens", "mean gap", "max gap", "k3", "ESS", title="trainer BF16 against rollout")
-    for row in cells(results):
-        made.add_row(*row)
-    return made
-
-
-def cells(results: dict[str, dict[str, float]]) -> Iterator[tuple[str, ...]]:
-    for name, found in results.items():
-        numbers: list[Any] = [found[key] for key in ("mean", "max", "k3", "ess")]
-        yield name, f"{found['tokens']:.0f}", *(f"{number:.4f}" for number in numbers)
+    gaps = Table("weights in vLLM", "tokens", "mean gap", "max gap", "k3", "ESS", title="trainer BF16 against rollout")
+    for name, gap in results.items():
+        figures = [f"{gap[key]:.4f}" for key in ("mean", "max", "k3", "ess")]
+        gaps.add_row(name, f"{gap['tokens']:.0f}", *figures)
+    return gaps
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The whole ladder on this machine, with a clock: ``python -m benchmarks.ladder``.
+"""Times the demo of the ladder, all stages: ``python -m benchmarks.ladder``.
 
-Runs ``python -m recipes.train recipe=ladder_demo`` into ``runs/ladder_demo`` and writes
-``benchmarks/results/ladder_demo.json``: each stage's measures and seconds, the judge's accuracy, the whole time.
+It runs ``python -m recipes.train recipe=ladder_demo`` into ``runs/ladder_demo`` and writes
+``benchmarks/results/ladder_demo.json``: each stage's measures and seconds, the judge's accuracy, and the total time.
 """
 
 import json
@@ -24,16 +24,16 @@ def main() -> None:
     started = time.monotonic()
     subprocess.run([sys.executable, *COMMAND], check=True)
     minutes = (time.monotonic() - started) / 60
-    finished = sorted(RUN.glob(f"*/{records.FINISHED}"), key=lambda path: path.stat().st_mtime)
-    launches = [json.loads(path.read_text()) for path in finished]
-    first = finished[0].parent
+    finished_files = sorted(RUN.glob(f"*/{records.FINISHED}"), key=lambda path: path.stat().st_mtime)
+    launches = [json.loads(path.read_text()) for path in finished_files]
+    first_stage = finished_files[0].parent
     records.write_json(
         RESULT,
         {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(["python", *COMMAND]),
-            **json.loads((first / "environment.json").read_text()),
-            "precision": yaml.safe_load((first / "config.yaml").read_text())["precision"]["name"],
+            **json.loads((first_stage / "environment.json").read_text()),
+            "precision": yaml.safe_load((first_stage / "config.yaml").read_text())["precision"]["name"],
             "minutes": minutes,
             "stage_seconds": {launch["stage"]: launch["seconds"] for launch in launches},
             "judge_accuracy": json.loads((RUN / "judge" / "judge.json").read_text())["accuracy"],

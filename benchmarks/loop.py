@@ -1,8 +1,8 @@
-"""Time per phase of the demo's RL step, next to plain transformers and bare vLLM in the same run.
+"""Times the phases of the demo's RL step, and compares them with plain transformers and bare vLLM.
 
-``python -m benchmarks.loop [Hydra overrides]`` writes ``benchmarks/results/loop.json`` and prints its tables. The loop
-that is timed is ``recipes.training.rl.fit`` itself. After the train and the generate phase, off their clocks and while
-the ranks wait, a yardstick does the same work, so that both sides of a ratio run within seconds of each other.
+``python -m benchmarks.loop [Hydra overrides]`` writes ``benchmarks/results/loop.json`` and prints its tables. It times
+``recipes.training.rl.fit`` itself. After the generate and the train phase, while the clock is stopped and the ranks
+wait, a yardstick does the same work. Both sides of a ratio therefore run within seconds of each other.
 """
 
 import json
@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.run import records
 
-REPETITIONS = 3  # RL steps that count; one more goes before them and warms both sides up
+REPETITIONS = 3  # RL steps that count, after one that warms both sides up
 RUN_DIR = Path("runs/benchmark_loop")
 RESULT = Path("benchmarks/results/loop.json")
-TRAINING_GOAL = 1.0  # our seconds / plain transformers' seconds, at most
-GENERATION_GOAL = 0.95  # our tokens/s / bare vLLM's tokens/s, at least
+TRAINING_GOAL = 1.0  # at most: our seconds / plain transformers' seconds
+GENERATION_GOAL = 0.95  # at least: our tokens/s / bare vLLM's tokens/s
 
-# The demo's step. The learning rate is too small to move a weight, so that bare vLLM, which is never synced, keeps
-# the weights that our engine has, and every repetition starts from the same; an update takes as long at any rate.
+# The learning rate is too small to change a weight. Bare vLLM gets no weight sync, but still has the same weights as
+# our engine, and all repetitions start from these weights. The time of an update does not depend on the learning rate.
 SETTINGS = (
     "recipe=demo",
     f"algorithm.steps={1 + REPETITIONS}",
@@ -52,8 +52,11 @@ def main() -> None:
         check(config)
         if "RANK" not in os.environ:
             launch(config)
-    except (ConfigError, HydraException) as error:
-        print(f"error: {command_line.one_line(error) if isinstance(error, HydraException) else error}", flush=True)
+    except ConfigError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(1)
+    except HydraException as error:
+        print(f"error: {command_line.one_line(error)}", flush=True)
         sys.exit(1)
     die_with(os.getppid())
     if os.environ["RANK"] == "0":
@@ -79,12 +82,12 @@ def main() -> None:
         }
         RESULT.parent.mkdir(exist_ok=True)
         records.write_json(RESULT, result)
-        shutil.rmtree(RUN_DIR / "checkpoints")  # gigabytes of no use
+        shutil.rmtree(RUN_DIR / "checkpoints")  # gigabytes that nobody needs
         Console().print(*tables(result), f"{RESULT} has the raw times", sep="\n")
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError for what the yardsticks have no counterpart of."""
+    """Raises ConfigError for settings that the yardsticks cannot reproduce."""
     if config.rollout.engines != 1:
         raise ConfigError(f"rollout.engines={config.rollout.engines}: bare vLLM is one engine; use rollout.engines=1")
     if config.algorithm.steps < 2:
@@ -92,79 +95,95 @@ def check(config: Config) -> None:
 
 
 def launch(config: Config) -> None:
-    """As ``recipes.train.launch``, from an empty folder."""
+    """Launch the ranks as ``recipes.train.launch`` does, in an empty run folder."""
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     os.environ["BENCHMARK_LOAD"] = str(os.getloadavg()[0])
     train.launch(config)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Medians and ranges over the steps behind the first, and every raw number.
+    """Medians and ranges over the steps after the warm-up, and every raw number.
 
     Args:
         rows: metrics.jsonl, one row per step.
-        answers: "training" and "generation", the yardsticks' answers, one per step.
+        answers: the yardsticks' answers for "training" and "generation", one per step.
 
     Raises:
-        ValueError: a step without its answers, or no step behind the warm-up.
+        ValueError: a step has no answer, or there is no step after the warm-up.
     """
-    repetitions = [
-        {"phases": {name: row[f"time/{name}"] for name in records.time_phases([row])}}
-        | {"training": _training(row, plain), "generation": _generation(row, bare)}
-        for row, plain, bare in zip(rows, answers["training"], answers["generation"], strict=True)
-    ][1:]
+    steps = []
+    for row, plain, bare in zip(rows, answers["training"], answers["generation"], strict=True):
+        phases = {name: row[f"time/{name}"] for name in records.time_phases([row])}
+        steps.append({"phases": phases, "training": _training(row, plain), "generation": _generation(row, bare)})
+    repetitions = steps[1:]
     if not repetitions:
         raise ValueError("one step only, which warms up: run 2 or more (algorithm.steps)")
-    sides: dict[str, Any] = {
-        side: {name: spread(r[side][name] for r in repetitions) for name in names}
-        for side, names in (
-            ("training", ("seconds", "plain_seconds", "ratio")),
-            ("generation", ("tokens_per_second", "bare_tokens_per_second", "ratio")),
-        )
-    }
-    training, generation = (sides[side]["ratio"]["median"] for side in ("training", "generation"))
+
+    def spread_of(part: str, name: str) -> dict[str, float]:
+        return spread([repetition[part][name] for repetition in repetitions])
+
+    training_ratio = spread_of("training", "ratio")
+    generation_ratio = spread_of("generation", "ratio")
     return {
-        "phases": {name: spread(r["phases"][name] for r in repetitions) for name in records.time_phases(rows[1:])},
+        "phases": {name: spread_of("phases", name) for name in records.time_phases(rows[1:])},
         "training": {
             "yardstick": TRAINING,
             "ratio_is": "our seconds / plain transformers' seconds",
             "goal": f"≤ {TRAINING_GOAL}",
-            "met": training <= TRAINING_GOAL,
-            **sides["training"],
+            "met": training_ratio["median"] <= TRAINING_GOAL,
+            "seconds": spread_of("training", "seconds"),
+            "plain_seconds": spread_of("training", "plain_seconds"),
+            "ratio": training_ratio,
         },
         "generation": {
             "yardstick": GENERATION,
             "ratio_is": "our response tokens per second / bare vLLM's",
             "goal": f"≥ {GENERATION_GOAL}",
-            "met": generation >= GENERATION_GOAL,
-            **sides["generation"],
+            "met": generation_ratio["median"] >= GENERATION_GOAL,
+            "tokens_per_second": spread_of("generation", "tokens_per_second"),
+            "bare_tokens_per_second": spread_of("generation", "bare_tokens_per_second"),
+            "ratio": generation_ratio,
         },
         "repetitions": repetitions,
     }
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    found = list(values)
-    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _training(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
-    ours = {"seconds": row["time/train"], "loss": row["loss"], "grad_norm": row["grad_norm"]}
-    theirs = {f"plain_{name}": plain[name] for name in ("seconds", "loss", "grad_norm", "micro_batches")}
-    tokens = {"tokens": plain["tokens"], "plain_padded_tokens": plain["padded_tokens"]}
-    return {**ours, **theirs, **tokens, "ratio": ours["seconds"] / plain["seconds"]}
+    """The training of one step: ours from its metrics, and the answer of plain transformers."""
+    return {
+        "seconds": row["time/train"],
+        "loss": row["loss"],
+        "grad_norm": row["grad_norm"],
+        "plain_seconds": plain["seconds"],
+        "plain_loss": plain["loss"],
+        "plain_grad_norm": plain["grad_norm"],
+        "plain_micro_batches": plain["micro_batches"],
+        "tokens": plain["tokens"],
+        "plain_padded_tokens": plain["padded_tokens"],
+        "ratio": row["time/train"] / plain["seconds"],
+    }
 
 
 def _generation(row: Mapping[str, Any], bare: Mapping[str, Any]) -> dict[str, Any]:
-    ours = bare["tokens"] / row["time/generate"]
-    theirs = bare["bare_tokens"] / bare["bare_seconds"]
-    rates = {"tokens_per_second": ours, "bare_tokens_per_second": theirs, "ratio": ours / theirs}
-    return {"seconds": row["time/generate"], **bare, **rates}
+    """The generation of one step: ours from its metrics, and the answer of bare vLLM."""
+    tokens_per_second = bare["tokens"] / row["time/generate"]
+    bare_tokens_per_second = bare["bare_tokens"] / bare["bare_seconds"]
+    return {
+        "seconds": row["time/generate"],
+        **bare,
+        "tokens_per_second": tokens_per_second,
+        "bare_tokens_per_second": bare_tokens_per_second,
+        "ratio": tokens_per_second / bare_tokens_per_second,
+    }
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The result as two tables: seconds per phase, and the two ratios with their goals."""
+    """One table of the seconds per phase, and one of the two ratios with their goals."""
     phases = Table("phase", "median s", "min", "max", title="the demo's RL step")
     for name, seconds in result["phases"].items():
         phases.add_row(name, *(f"{seconds[key]:.2f}" for key in ("median", "min", "max")))
@@ -175,13 +194,17 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         ("training", "seconds", "plain_seconds", "seconds"),
         ("generation", "tokens_per_second", "bare_tokens_per_second", "tokens/s"),
     ):
-        part = result[side]
+        comparison = result[side]
+        ratio = comparison["ratio"]
         ratios.add_row(
             f"{side}, {units}",
-            *(f"{part[name]['median']:.2f}" for name in (ours, theirs)),
-            *(f"{part['ratio'][key]:.3f}" for key in ("median", "min", "max")),
-            part["goal"],
-            "yes" if part["met"] else "no",
+            f"{comparison[ours]['median']:.2f}",
+            f"{comparison[theirs]['median']:.2f}",
+            f"{ratio['median']:.3f}",
+            f"{ratio['min']:.3f}",
+            f"{ratio['max']:.3f}",
+            comparison["goal"],
+            "yes" if comparison["met"] else "no",
         )
     return [phases, ratios]
 

@@ -1,7 +1,7 @@
-"""One trainer rank of ``benchmarks.weight_sync``: runs the weight sync, and beside each a memcpy and a load.
+"""One trainer rank of ``benchmarks.weight_sync``: times weight syncs, and with each a memcpy and a peer's load.
 
-``python -m benchmarks.measured_sync SETTINGS_JSON`` with torchrun's variables. Rank 0 starts the engine and writes the
-answer to the file ``output`` of the settings.
+Run ``python -m benchmarks.measured_sync SETTINGS_JSON`` with torchrun's variables. Rank 0 starts the engine and writes
+the answer to the file that the setting ``output`` names.
 """
 
 import json
@@ -26,20 +26,20 @@ from rollout import engine as engines
 from rollout.engine import Engine, EngineSettings
 
 BUCKET_BYTES = 512 << 20
-NEVER = 2**62  # syncs from one verification to the next
+NEVER = 2**62  # verify_every: more syncs than there are
 POLL_SECONDS = 0.02
-IDLE_SECONDS = 0.5  # a sync comes behind a training step: whoever was busy with a call before is idle by then
+IDLE_SECONDS = 0.5  # before a measurement: in a run a training step precedes a sync, so all processes are idle by then
 
 
 @cache
 def demo() -> Config:
-    """The demo's settings, for what a benchmark does not set."""
+    """The demo's configuration, for all settings that a benchmark leaves alone."""
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         return parse(compose("config", ["recipe=demo"]))
 
 
 def start_engine(model: str, tensor_parallel_size: int, log: Path) -> Engine:
-    """An engine of the project, as ``benchmarks.peers.engine`` extends it; all its workers share the cores."""
+    """Start an engine whose server is ``benchmarks.peers.engine``. Its workers share the cores."""
     rollout = replace(
         demo().rollout,
         tensor=tensor_parallel_size,
@@ -51,23 +51,24 @@ def start_engine(model: str, tensor_parallel_size: int, log: Path) -> Engine:
     settings = EngineSettings(rollout, model, dtype="bfloat16", max_model_len=128, platform="cpu")
     popen = subprocess.Popen
 
-    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return popen([word.replace("rollout.engine_server", "benchmarks.peers.engine") for word in command], **options)
+    def start_peers_engine(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        command = [word.replace("rollout.engine_server", "benchmarks.peers.engine") for word in command]
+        return popen(command, **options)
 
-    with mock.patch.object(engines.subprocess, "Popen", start):
+    with mock.patch.object(engines.subprocess, "Popen", start_peers_engine):
         return Engine(settings, log)
 
 
 class MemoryWatch:
-    """Peak memory of processes over that at the start, from /proc, by a thread that looks every 20 ms.
+    """Peak memory of processes above their memory at the start. A thread reads /proc every 20 ms.
 
-    Of a trainer's process all resident pages count but those of files: its parameters move into shared memory. Of an
-    engine's only the anonymous ones: what it maps of the trainer's memory is no memory of its own.
+    A trainer's process counts with its anonymous and shared pages, because its parameters move into shared memory. An
+    engine's process counts with its anonymous pages only: the trainer's memory that it maps is not its own.
     """
 
     def __init__(self, trainers: Sequence[int], workers: Sequence[int]) -> None:
         self.fields = dict.fromkeys(trainers, ("RssAnon", "RssShmem")) | dict.fromkeys(workers, ("RssAnon",))
-        self.start = {pid: self._now(pid) for pid in self.fields}
+        self.start = {pid: self._memory(pid) for pid in self.fields}
         self.peak = dict(self.start)
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -82,22 +83,29 @@ class MemoryWatch:
     def _run(self) -> None:
         while not self.ended.wait(POLL_SECONDS):
             for pid in self.fields:
-                self.peak[pid] = max(self.peak[pid], self._now(pid))
+                self.peak[pid] = max(self.peak[pid], self._memory(pid))
 
-    def _now(self, pid: int) -> int:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        values = {name: value for name, _, value in (line.partition(":") for line in lines)}
-        return sum(int(values[field].split()[0]) for field in self.fields[pid]) * 1024
+    def _memory(self, pid: int) -> int:
+        """Bytes that the process uses now."""
+        kibibytes = 0
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in self.fields[pid]:
+                kibibytes += int(value.split()[0])
+        return kibibytes * 1024
 
 
 def process_tree(pid: int) -> list[int]:
-    """``pid`` and all its descendants."""
-    children = [int(c) for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()]
-    return [pid, *(found for child in children for found in process_tree(child))]
+    """``pid`` and the process ids of all its descendants."""
+    pids = [pid]
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):  # one file for each thread of the process
+        for child in children.read_text().split():
+            pids += process_tree(int(child))
+    return pids
 
 
 class Trainer:
-    """A rank with the model's shards and no gradients or optimizer: a sync needs none."""
+    """A rank with its shards of the model. It has no gradients and no optimizer, which a sync does not need."""
 
     def __init__(self, model: str) -> None:
         import torch
@@ -109,28 +117,29 @@ class Trainer:
         from megatron_ext.weight_map import sharding_of, shards
 
         dist.init_process_group("gloo")
-        sizes = replace(
-            demo().parallel, tensor=dist.get_world_size(), sequence=False, recompute="none", distributed_optimizer=False
+        self.ranks = dist.get_world_size()
+        parallel_config = replace(
+            demo().parallel, tensor=self.ranks, sequence=False, recompute="none", distributed_optimizer=False
         )
         precision = replace(demo().precision, name="bf16")
-        place = parallel.initialize(sizes, seed=0, timeout_seconds=600)
-        self.control, self.ranks, self.rank = parallel.control_group(), dist.get_world_size(), dist.get_rank()
+        layout = parallel.initialize(parallel_config, seed=0, timeout_seconds=600)
+        self.control = parallel.control_group()
         config = hf_checkpoint.config(model)
-        arch = family(config.architectures[0])
-        sharding = sharding_of(config, self.ranks, place.tensor_rank)
-        text = models.language_config(arch, config, sharding, sizes, precision)
-        module = models.build_chunk(config, text, place, frozen=(), stage=0).to(torch.bfloat16)
-        self.shards = shards([module], arch.param_mappings(config, self.ranks, place.tensor_rank))
+        model_family = family(config.architectures[0])
+        sharding = sharding_of(config, self.ranks, layout.tensor_rank)
+        language_config = models.language_config(model_family, config, sharding, parallel_config, precision)
+        module = models.build_chunk(config, language_config, layout, frozen=(), stage=0).to(torch.bfloat16)
+        self.shards = shards([module], model_family.param_mappings(config, self.ranks, layout.tensor_rank))
         hf_checkpoint.load(self.shards, model)
         self.tensors = [shard.tensor.detach() for shard in self.shards]
 
     def negate(self) -> None:
-        """New weights, of which two in a row are the old ones, to the bit."""
+        """Change every weight. Two calls restore the weights exactly."""
         for tensor in self.tensors:
             tensor.neg_()
 
     def timed(self, function: Callable[[], Any]) -> float:
-        """Seconds until ``function`` has ended on every rank."""
+        """Seconds until ``function`` has returned on every rank."""
         import torch.distributed as dist
 
         dist.barrier(self.control)
@@ -146,12 +155,12 @@ class Trainer:
 
 
 def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], plans: Path) -> dict[str, Any]:
-    """Collective. All raw times of one engine layout, in seconds; ``engine`` on rank 0.
+    """Collective. All raw times, in seconds, of one tensor-parallel size of the engine, which exists on rank 0 only.
 
-    The engine starts with random weights. A peer's load fills it first; our syncs bring the negative of the
-    checkpoint's weights and the weights themselves in turn, and the last, behind a negative, brings them again: equal
-    digests then say that both sides wrote every bit. In each repetition there is a new plan and a sync, and the sync
-    without packing is the second one of the plan.
+    The engine starts with random weights. A peer's load writes the checkpoint's weights first. Our syncs then write
+    their negatives and the weights themselves in turn. The last sync writes the weights themselves after a sync of the
+    negatives: if the digests are then equal to those after the peer's load, both sides wrote the same bits everywhere.
+    Each repetition makes a new plan with a first sync; the sync without packing is the plan's second one.
     """
     import torch
 
@@ -159,30 +168,45 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     from megatron_ext.collectives import all_gather_json
     from rollout.weight_sync.sync import WeightSync
 
+    def update_engine(body: dict[str, Any]) -> Any:
+        return trainer.on_rank_zero(lambda: engine.call("POST", "/weights/update", body))  # type: ignore[union-attr]
+
     def load() -> dict[str, Any] | None:
+        """Load the peer's tensors, if there are any."""
         if settings["exported"] is None:
             return None
-        body = {"exported": settings["exported"]}
-        return trainer.on_rank_zero(lambda: engine.call("POST", "/weights/update", body))  # type: ignore[union-attr]
+        return update_engine({"exported": settings["exported"]})
+
+    def set_packing(packs: bool) -> None:
+        """Whether later syncs pack the linear layers."""
+        update_engine({"packs": packs})
 
     def digests() -> list[dict[str, str]]:
         return trainer.on_rank_zero(lambda: engine.call("GET", "/weights/digest"))["workers"]  # type: ignore[union-attr]
 
+    def empty_sync() -> None:
+        """What a sync does besides its copies: a barrier of the ranks and a call to each worker of the engine."""
+        torch.distributed.barrier(trainer.control)
+        if engine:
+            engine.call("POST", "/weights/update", {"nothing": True})
+
+    pids = all_gather_json(os.getpid(), trainer.control)
+    extra_memory: dict[str, Any] = {}
+
     @contextmanager
     def watched(phase: str) -> Iterator[None]:
+        """Record the extra memory of the processes, on the rank that has the engine."""
         watch = MemoryWatch(pids, process_tree(engine.pid)) if engine else None
         yield
         if watch:
-            found = watch.stop()
-            memory[phase] = {
-                "trainer_rank": max(size for pid, size in found.items() if pid in pids),
-                "engine_worker": max(size for pid, size in found.items() if pid not in pids),
+            peaks = watch.stop()
+            extra_memory[phase] = {
+                "trainer_rank": max(size for pid, size in peaks.items() if pid in pids),
+                "engine_worker": max(size for pid, size in peaks.items() if pid not in pids),
             }
 
-    pids = all_gather_json(os.getpid(), trainer.control)
-    memory: dict[str, Any] = {}
     loads = [load()]
-    wanted = digests() if loads[0] else None
+    digests_after_load = digests() if loads[0] else None
     trainer.negate()
     started = time.perf_counter()
     with watched("plan_and_first_sync"):
@@ -194,86 +218,101 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
             verify_every=NEVER,
             plans=plans,
         )
-        planned = time.perf_counter() - started
-        first = weight_sync.sync(0)
+        plan_seconds = time.perf_counter() - started
+        first_sync = weight_sync.sync(0)
+    first_sync_changed_weights = digests_after_load is None or digests() != digests_after_load
 
-    def empty_sync() -> None:
-        """All ranks are here, each worker of the engine is called and answers, all ranks hear of it."""
-        torch.distributed.barrier(trainer.control)
-        if engine:
-            engine.call("POST", "/weights/update", {"nothing": True})
+    bytes_per_rank = first_sync["bytes"] // trainer.ranks
+    target = torch.zeros(bytes_per_rank, dtype=torch.uint8)  # touches the pages
+    first_half = target[: bytes_per_rank // 2]
+    second_half = target[bytes_per_rank // 2 :]
 
-    def packs(whether: bool) -> None:
-        """Whether later syncs pack; all ranks go on behind it."""
-        trainer.on_rank_zero(lambda: engine.call("POST", "/weights/update", {"packs": whether}))  # type: ignore[union-attr]
+    def memcpy() -> None:
+        copy_bytes(trainer.tensors, target)
 
-    changed = wanted is None or digests() != wanted
-    size = first["bytes"] // trainer.ranks
-    target = torch.zeros(size, dtype=torch.uint8)
-    half = size // 2
-    copies, streams, empty, placings, syncs, verified = [], [], [], [], [], []
+    def memcpy_in_two_pieces() -> None:
+        for _ in range(2):
+            copy_bytes([first_half], second_half)
+
+    memcpy_seconds = []
+    two_pieces_seconds = []
+    empty_sync_seconds = []
+    placings = []
+    syncs = []
+    verified_syncs = []
     versions = count(1)
     for _ in range(settings["repetitions"]):
         loads.append(load())
+        # A new plan, and its first sync.
         trainer.negate()
         weight_sync.attach(weight_sync.engines)
         weight_sync.sync(next(versions))
+        # Its second sync, without packing.
         trainer.negate()
-        packs(False)
+        set_packing(False)
         time.sleep(IDLE_SECONDS)
-        empty.append(trainer.timed(empty_sync))
+        empty_sync_seconds.append(trainer.timed(empty_sync))
         time.sleep(IDLE_SECONDS)
-        streams.append(trainer.timed(lambda: [copy_bytes([target[:half]], target[half:]) for _ in range(2)]))
-        copies.append(trainer.timed(lambda: copy_bytes(trainer.tensors, target)))  # and all ranks are here
+        two_pieces_seconds.append(trainer.timed(memcpy_in_two_pieces))
+        memcpy_seconds.append(trainer.timed(memcpy))
         placings.append(weight_sync.sync(next(versions)))
-        packs(True)
+        set_packing(True)
         time.sleep(IDLE_SECONDS)
         syncs.append(weight_sync.sync(next(versions)))
         weight_sync.verify_every = 1
-        verified.append(weight_sync.sync(next(versions))["seconds"])
+        verified_syncs.append(weight_sync.sync(next(versions)))
         weight_sync.verify_every = NEVER
     trainer.negate()
     with watched("later_sync"):
         weight_sync.sync(next(versions))
-    identical = None if wanted is None else changed and digests() == wanted
+    identical = None
+    if digests_after_load is not None:
+        identical = first_sync_changed_weights and digests() == digests_after_load
     return {
         "ranks": trainer.ranks,
-        "bytes": first["bytes"],
-        "plan_seconds": planned,
-        "first_sync_verified_seconds": first["seconds"],
+        "bytes": first_sync["bytes"],
+        "plan_seconds": plan_seconds,
+        "first_sync_verified_seconds": first_sync["seconds"],
         "sync_seconds": [sync["seconds"] for sync in syncs],
         "placing_seconds": [sync["seconds"] for sync in placings],
         "placing_copying_seconds": [sync["copying_seconds"] for sync in placings],
         "sync_packing_seconds": [sync["packing_seconds"] for sync in syncs],
-        "verified_sync_seconds": verified,
-        "memcpy_seconds": copies,
-        "memcpy_in_two_pieces_seconds": streams,
-        "empty_sync_seconds": empty,
+        "verified_sync_seconds": [sync["seconds"] for sync in verified_syncs],
+        "memcpy_seconds": memcpy_seconds,
+        "memcpy_in_two_pieces_seconds": two_pieces_seconds,
+        "empty_sync_seconds": empty_sync_seconds,
         "loads": None if loads[0] is None else loads,
         "identical": identical,
-        "extra_memory_bytes": memory,
+        "extra_memory_bytes": extra_memory,
     }
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    rank, logs = int(os.environ["RANK"]), Path(settings["logs"])
+    rank = int(os.environ["RANK"])
+    logs = Path(settings["logs"])
 
-    def start(tensor: int) -> Engine | None:
-        return start_engine(settings["model"], tensor, logs / f"engine_tp{tensor}.log") if rank == 0 else None
+    def start(tensor_parallel_size: int) -> Engine | None:
+        if rank != 0:
+            return None
+        return start_engine(settings["model"], tensor_parallel_size, logs / f"engine_tp{tensor_parallel_size}.log")
 
-    layouts = settings["vllm_tensor_parallel"]
-    engine = start(layouts[0])  # vLLM starts while this process imports Megatron-Core
+    def wait_until_ready(engine: Engine | None) -> None:
+        trainer.on_rank_zero(lambda: engine.wait_until_ready(time.monotonic() + 300))  # type: ignore[union-attr]
+
+    first_size, *other_sizes = settings["vllm_tensor_parallel"]
+    engine = start(first_size)  # vLLM starts while this process imports Megatron-Core
 
     from megatron_ext import platform
 
     platform.activate("cpu")
     trainer = Trainer(settings["model"])
     answers = {}
-    for i, tensor in enumerate(layouts):
-        engine = engine if i == 0 else start(tensor)
-        trainer.on_rank_zero(lambda: engine.wait_until_ready(time.monotonic() + 300))  # type: ignore[union-attr] # noqa: B023
-        answers[str(tensor)] = measure(trainer, engine, settings, Path(settings["plans"]))
+    for tensor_parallel_size in (first_size, *other_sizes):
+        if tensor_parallel_size in other_sizes:
+            engine = start(tensor_parallel_size)
+        wait_until_ready(engine)
+        answers[str(tensor_parallel_size)] = measure(trainer, engine, settings, Path(settings["plans"]))
         if engine:
             engine.stop()
     if rank == 0:

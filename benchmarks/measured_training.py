@@ -1,8 +1,9 @@
-"""The training of ``benchmarks.loop``: the run's own, and after a timed phase a yardstick does the same work.
+"""The training that ``benchmarks.loop`` times: a usual run in which a yardstick repeats the work of a timed phase.
 
-Import it after ``megatron_ext.platform.activate``.
+Import this module after ``megatron_ext.platform.activate``.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -26,11 +27,11 @@ from rollout.engine import Engine
 from rollout.sampler import Key
 from rollout.sampling import Sampling
 
-References = list[tuple[int, list[float]]]  # (response, its log-probs under the reference)
+References = list[tuple[int, list[float]]]  # (index of a response, its log-probs under the reference)
 
 
 class RecordingEngine:
-    """An engine that remembers its last batch: what was asked, and the response to each request."""
+    """An engine that keeps the requests of its last batch and the response to each of them."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -53,7 +54,7 @@ class RecordingEngine:
 
 @dataclass
 class RecordingPolicy(Policy):
-    """A policy that remembers the last batch that it trained on, and this rank's micro-batches of it."""
+    """A policy that keeps its last training batch, and this rank's micro-batches of it."""
 
     last_batch: TokenBatch | None = None
     last_micro_batches: list[MicroBatch] = field(default_factory=list)
@@ -65,7 +66,7 @@ class RecordingPolicy(Policy):
 
 
 class MeasuredClock(PhaseClock):
-    """The run's clock. After each phase, off the clock, it calls ``after_phase`` with the phase's name."""
+    """The run's clock. After each phase, when it has stopped, it calls ``after_phase`` with the phase's name."""
 
     def __init__(self, watchdog: Watchdog, after_phase: Callable[[str], None]) -> None:
         super().__init__(watchdog)
@@ -80,9 +81,10 @@ class MeasuredClock(PhaseClock):
 
 @dataclass
 class Measurement:
-    """Has the yardsticks do what the run has just done, while all ranks wait.
+    """Makes the yardsticks repeat what the run has just done, while all ranks wait.
 
-    ``recorder`` and ``yardsticks`` (by name) exist on rank 0. ``answers`` has an entry for each step, on every rank.
+    ``recorder`` and ``yardsticks`` (by name) exist on rank 0 only. ``answers`` exists on every rank and has one entry
+    for each step.
     """
 
     control: dist.ProcessGroup
@@ -92,7 +94,7 @@ class Measurement:
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"generation": [], "training": []})
 
     def after_phase(self, name: str) -> None:
-        """Collective: the yardstick of that phase, where it has one."""
+        """Collective. Runs the yardstick of the phase, if it has one."""
         if name == "generate":
             self.answers["generation"].append(from_rank_zero(self._generate_bare, self.control))
         elif name == "train":
@@ -100,16 +102,16 @@ class Measurement:
             self.answers["training"].append(from_rank_zero(lambda: self._train_plain(references), self.control))
 
     def _generate_bare(self) -> dict[str, Any]:
-        """Bare vLLM's answer to the engine's last requests, next to the engine's."""
+        """Bare vLLM answers the engine's last requests. Returns its seconds, and how its responses compare to ours."""
         assert self.recorder is not None
         requests = self.recorder.requests
         sampling = self.recorder.sampling
         assert requests is not None and sampling is not None
-        asked = [
+        bare_requests = [
             {"prompt_token_ids": requests.prompt(i).token_ids.tolist(), "seed": int(requests.seeds[i])}
             for i in range(len(requests))
         ]
-        answer = self.yardsticks["generation"].ask({"requests": asked, "sampling": asdict(sampling)})
+        answer = self.yardsticks["generation"].ask({"requests": bare_requests, "sampling": asdict(sampling)})
         ours = [self.recorder.responses[key].response_tokens.tolist() for key in requests.keys]
         bare = answer["responses"]
         return {
@@ -117,24 +119,24 @@ class Measurement:
             "tokens": sum(map(len, ours)),
             "bare_tokens": sum(map(len, bare)),
             "samples": len(ours),
-            "identical_samples": sum(a == b for a, b in zip(ours, bare, strict=True)),
+            "identical_samples": sum(tokens == bare_tokens for tokens, bare_tokens in zip(ours, bare, strict=True)),
         }
 
     def _references(self) -> References:
-        """Of this rank's micro-batches; none off the last pipeline stage."""
+        """The reference log-probs of this rank's micro-batches. Only the last pipeline stage has them."""
         references: References = []
         for micro_batch in self.policy.last_micro_batches:
             if "reference" in micro_batch.values:
                 log_probs = micro_batch.values["reference"].split(micro_batch.lengths)
-                for i, of_response in zip(micro_batch.indices, log_probs, strict=True):
-                    references.append((i, of_response.tolist()))
+                for i, response_log_probs in zip(micro_batch.indices, log_probs, strict=True):
+                    references.append((i, response_log_probs.tolist()))
         return references
 
     def _train_plain(self, references: list[References]) -> dict[str, Any]:
-        """The plain trainer's answer to the last batch; ``references`` are those of all ranks."""
+        """Plain transformers makes the same update. ``references`` has the reference log-probs of all ranks."""
         batch = self.policy.last_batch
         assert batch is not None
-        reference = {i: log_probs for of_rank in references for i, log_probs in of_rank}
+        reference = dict(itertools.chain.from_iterable(references))
         columns = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask.astype(float), **batch.columns}
         sequences = []
         for i in range(len(batch)):
@@ -151,33 +153,35 @@ class Measurement:
 
 
 def run(config: Config) -> dict[str, list[dict[str, Any]]] | None:
-    """Collective: the demo's stages up to RL, then its RL steps with yardsticks; their answers, on rank 0 only."""
+    """Collective. Trains the demo's stages before RL, then RL with yardsticks. Returns their answers on rank 0."""
     with open_training(config) as training, ExitStack() as stack:
-        own_run = training.run
+        this_run = training.run
         rollouts = training.rollouts
         assert rollouts is not None
         if "sft" in config.stage.trains:
-            with own_run.display.stage("SFT warm start"):
-                sft.fit(training, own_run.part(WARM_START))
-        start = own_run.folder / "start"
-        own_run.clock.watchdog.beat("export")
+            with this_run.display.stage("SFT warm start"):
+                sft.fit(training, this_run.part(WARM_START))
+        start = this_run.folder / "start"
+        this_run.clock.watchdog.beat("export")
         training.policy.export(start)
 
         recorder = None
-        started: dict[str, Yardstick] = {}
-        if own_run.rank == 0:
-            logs = own_run.folder / "logs"
+        running_yardsticks: dict[str, Yardstick] = {}
+        if this_run.rank == 0:
+            logs = this_run.folder / "logs"
             recorder = RecordingEngine(rollouts.engines[0])
             rollouts = replace(rollouts, engines=[recorder])  # type: ignore[list-item]
             settings = replace(recorder.settings, model=str(start))
-            started["training"] = yardsticks.training(config, settings, start, logs / "plain_transformers.log")
-            stack.enter_context(started["training"])
-            started["generation"] = yardsticks.generation(settings, start, logs / "bare_vllm.log")
-            stack.enter_context(started["generation"])
+            running_yardsticks["training"] = yardsticks.training(
+                config, settings, start, logs / "plain_transformers.log"
+            )
+            stack.enter_context(running_yardsticks["training"])
+            running_yardsticks["generation"] = yardsticks.generation(settings, start, logs / "bare_vllm.log")
+            stack.enter_context(running_yardsticks["generation"])
 
         policy = RecordingPolicy(**vars(training.policy))
-        measurement = Measurement(own_run.control, policy, recorder, started)
-        clock = MeasuredClock(own_run.clock.watchdog, measurement.after_phase)
+        measurement = Measurement(this_run.control, policy, recorder, running_yardsticks)
+        clock = MeasuredClock(this_run.clock.watchdog, measurement.after_phase)
         measured = replace(training, policy=policy, rollouts=rollouts)
-        rl.fit(measured, replace(own_run, clock=clock), start)
-        return measurement.answers if own_run.rank == 0 else None
+        rl.fit(measured, replace(this_run, clock=clock), start)
+        return measurement.answers if this_run.rank == 0 else None

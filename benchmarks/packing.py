@@ -1,8 +1,8 @@
-"""How full and how even packed micro-batches are, next to first-fit and to what peers publish.
+"""Measures how full and how balanced packed micro-batches are, compared with first-fit and with peers' methods.
 
-``python -m benchmarks.packing`` writes ``benchmarks/results/packing.json`` and prints its tables. Nothing runs on a
-model: lengths are drawn, each method shares them out, and what it made is counted. The peers' methods are written here
-anew from their descriptions, with our estimate of a sequence's work where they have one of their own.
+``python -m benchmarks.packing`` writes ``benchmarks/results/packing.json`` and prints its tables. No model runs: each
+method packs sequences of random lengths, and its plan is examined. The peers' methods are reimplemented here from their
+descriptions. All methods use our estimate of a sequence's cost, also where a peer has its own.
 """
 
 import heapq
@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ext import batch as batches
-from megatron_ext import platform
+from megatron_ext import packing, platform
 from megatron_ext.batch import Prompt, TokenBatch
 from megatron_ext.layout import ParallelConfig
-from megatron_ext.packing import Cost, VisionInputs, cost_of, plan
+from megatron_ext.packing import Cost, VisionInputs, cost_of
 from megatron_ext.weight_map import round_up
 from recipes.config import Config, parse, samples_per_step
 from recipes.preflight.architecture import model_config
@@ -35,23 +35,25 @@ from recipes.run import records
 
 RESULT = Path("benchmarks/results/packing.json")
 SEEDS = 10
-USEFUL_GOAL = 0.98  # tokens / tokens that are computed, at least
-IMBALANCE_GOAL = 0.02  # the costliest rank's sum / the mean - 1, at most
+USEFUL_GOAL = 0.98  # at least: tokens / computed tokens, padding included
+IMBALANCE_GOAL = 0.02  # at most: cost of the costliest rank / mean cost of a rank - 1
 RECIPES = {"safework_72b": (1, 2, 4, 8), "safework_7b": (16, 32)}  # recipe → data-parallel ranks
-LARGE = 16384  # sequences, for the time of a plan alone
+LARGE = 16384  # sequences of the plan whose time alone is measured
 
-Plan = list[list[list[int]]]  # rank → micro-batches → sequences
-Packs = list[list[int]]
+Plan = list[list[list[int]]]  # rank → micro-batch → indices of its sequences
+Packs = list[list[int]]  # micro-batch → indices of its sequences
+Partition = list[tuple[int, list[int]]]  # (sum, indices) of each part, the largest sum first
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lognormal lengths: medians in tokens and deviations of the logarithm; a share of the prompts has an image.
+    """Log-normal lengths: (median in tokens, standard deviation of the logarithm).
 
-    Half of a response's variance is its prompt's, shared by the samples of a group.
+    ``images`` is the share of prompts with an image. Half of the variance of a response's length belongs to its prompt,
+    and so is shared by the samples of a group.
     """
 
-    says: str
+    description: str
     prompt: tuple[float, float]
     response: tuple[float, float]
     images: float
@@ -77,14 +79,14 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: padded lengths and costs of the sequences, and what they are shared out over."""
+    """The sequences of one step, and what a plan of them needs."""
 
-    lengths: list[int]
+    lengths: list[int]  # in tokens, padded
     costs: list[int]
-    tokens: int
-    ranks: int
-    limit: int
-    pack_multiple: int
+    tokens: int  # of all sequences, without padding
+    ranks: int  # data-parallel
+    limit: int  # tokens of a micro-batch
+    pack_multiple: int  # a micro-batch is padded to a multiple of these tokens
 
 
 def main() -> None:
@@ -100,7 +102,7 @@ def main() -> None:
         "command": "python -m benchmarks.packing",
         "seeds": list(range(SEEDS)),
         **records.environment(platform.current().machine(), 1),
-        "distributions": {name: shape.says for name, shape in DISTRIBUTIONS.items()},
+        "distributions": {name: lengths.description for name, lengths in DISTRIBUTIONS.items()},
         "methods": {name: " ".join((method.__doc__ or "").split()) for name, method in METHODS.items()},
         **verdict(cases),
         "large": large(),
@@ -112,45 +114,52 @@ def main() -> None:
 
 
 def measure(recipe: str, ranks: int, distribution: str) -> dict[str, Any]:
-    """Every method on the recipe's batches of all seeds."""
+    """The spread of each measure over the seeds, for every method on the recipe's batches."""
     per_seed: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for seed in range(SEEDS):
         batch = draw(recipe, ranks, DISTRIBUTIONS[distribution], seed)
         for name, method in METHODS.items():
-            made, milliseconds = timed(method, batch)
-            per_seed[name].append({**examine(batch, made), "milliseconds": milliseconds})
-    found = {name: {key: spread([row[key] for row in rows]) for key in rows[0]} for name, rows in per_seed.items()}
-    return {"recipe": recipe, "data_parallel": ranks, "distribution": distribution, "methods": found}
+            method_plan, milliseconds = timed(method, batch)
+            per_seed[name].append({**examine(batch, method_plan), "milliseconds": milliseconds})
+    methods = {name: {key: spread([row[key] for row in rows]) for key in rows[0]} for name, rows in per_seed.items()}
+    return {"recipe": recipe, "data_parallel": ranks, "distribution": distribution, "methods": methods}
 
 
 def large() -> dict[str, float]:
     """Milliseconds of our plan for many sequences."""
     batch = draw("safework_7b", 16, DISTRIBUTIONS["reasoning"], 0, LARGE)
-    return {"sequences": LARGE, "milliseconds": statistics.median(timed(ours, batch)[1] for _ in range(3))}
+    milliseconds = [timed(ours, batch)[1] for _ in range(3)]
+    return {"sequences": LARGE, "milliseconds": statistics.median(milliseconds)}
 
 
 def timed(method: Callable[[Batch], Plan], batch: Batch) -> tuple[Plan, float]:
-    """The plan, and milliseconds of the process: the machine's other work does not count."""
+    """The plan, and its milliseconds of CPU time, which other work on the machine does not change."""
     started = time.process_time()
-    made = method(batch)
-    return made, 1000 * (time.process_time() - started)
+    method_plan = method(batch)
+    return method_plan, 1000 * (time.process_time() - started)
 
 
 @cache
 def configured(recipe: str, ranks: int) -> tuple[Config, Cost]:
-    """The recipe on as many GPUs as ``ranks`` replicas take, and its model's costs."""
+    """The recipe with ``ranks`` data-parallel ranks, and the costs of its model."""
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        replica = parse(compose("config", [f"recipe={recipe}"])).parallel.model_parallel
-        config = parse(compose("config", [f"recipe={recipe}", f"cluster.ranks={replica * ranks}", "rollout.engines=1"]))
+        model_parallel = parse(compose("config", [f"recipe={recipe}"])).parallel.model_parallel
+        gpus = model_parallel * ranks
+        config = parse(compose("config", [f"recipe={recipe}", f"cluster.ranks={gpus}", "rollout.engines=1"]))
     return config, cost_of(model_config(config.model.path), config.model.frozen)
 
 
-def draw(recipe: str, ranks: int, shape: Lengths, seed: int, samples: int | None = None) -> Batch:
-    """The recipe's number of samples (or ``samples``), limits, layout and model, on ``ranks`` replicas."""
+def draw(recipe: str, ranks: int, lengths: Lengths, seed: int, samples: int | None = None) -> Batch:
+    """A random batch with the recipe's limits, layout and model, on ``ranks`` data-parallel ranks.
+
+    It has ``samples`` sequences, by default as many as a step of the recipe.
+    """
     config, cost = configured(recipe, ranks)
-    group = config.algorithm.samples_per_prompt
-    longest = config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    responses = sample(random.Random(seed), shape, (samples or samples_per_step(config)) // group, group, longest)
+    if samples is None:
+        samples = samples_per_step(config)
+    group_size = config.algorithm.samples_per_prompt
+    limits = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
+    responses = sample(random.Random(seed), lengths, samples // group_size, group_size, limits)
     multiple = config.precision.token_multiple
     return batch_of(responses, cost, config.parallel, multiple, ranks, config.parallel.micro_batch_tokens)
 
@@ -158,7 +167,7 @@ def draw(recipe: str, ranks: int, shape: Lengths, seed: int, samples: int | None
 def batch_of(
     responses: TokenBatch, cost: Cost, parallel: ParallelConfig, multiple: int, ranks: int, limit: int
 ) -> Batch:
-    """As ``Policy.micro_batches`` and ``pack`` pad."""
+    """Pads as ``Policy.micro_batches`` and ``megatron_ext.packing.pack`` do."""
     return Batch(
         lengths=[round_up(length, parallel.token_multiple) for length in responses.lengths.tolist()],
         costs=cost.of(responses),
@@ -169,130 +178,154 @@ def batch_of(
     )
 
 
-def sample(generator: random.Random, shape: Lengths, prompts: int, group: int, longest: tuple[int, int]) -> TokenBatch:
-    """``group`` responses to each of ``prompts`` prompts; a length beyond the ``longest`` is cut off there."""
-    longest_prompt, longest_response = longest
+def sample(
+    generator: random.Random, lengths: Lengths, prompts: int, group_size: int, limits: tuple[int, int]
+) -> TokenBatch:
+    """``group_size`` responses to each of ``prompts`` prompts, truncated to ``limits`` (prompt, response)."""
+    prompt_limit, response_limit = limits
+    prompt_median, prompt_deviation = lengths.prompt
+    response_median, response_deviation = lengths.response
+    half_deviation = response_deviation / math.sqrt(2)  # half of the variance
     drawn_prompts = []
     drawn_responses = []
     images = []
     for n in range(prompts):
-        prompt = math.ceil(shape.prompt[0] * math.exp(generator.gauss(0, shape.prompt[1])))
+        prompt_tokens = math.ceil(prompt_median * math.exp(generator.gauss(0, prompt_deviation)))
         vision = None
-        if generator.random() < shape.images:
-            image = round(64 * math.exp(generator.random() * math.log(5350 / 64)))
-            prompt += image
-            vision = VisionInputs(None, None, list(range(image)), None)  # type: ignore[arg-type]
-        drawn_prompts.append(Prompt(f"p{n}", np.zeros(min(prompt, longest_prompt), np.int32)))
+        if generator.random() < lengths.images:
+            image_tokens = round(64 * math.exp(generator.random() * math.log(5350 / 64)))  # 64 to 5350, log-uniform
+            prompt_tokens += image_tokens
+            vision = VisionInputs(None, None, list(range(image_tokens)), None)  # type: ignore[arg-type]
+        drawn_prompts.append(Prompt(f"p{n}", np.zeros(min(prompt_tokens, prompt_limit), np.int32)))
         images.append(vision)
-        shared = generator.gauss(0, shape.response[1] / math.sqrt(2))
-        for _ in range(group):
-            own = generator.gauss(0, shape.response[1] / math.sqrt(2))
-            response = math.ceil(shape.response[0] * math.exp(shared + own))
-            drawn_responses.append(np.zeros(min(response, longest_response), np.int32))
-    prompt_index = np.repeat(np.arange(prompts), group)
+        shared_noise = generator.gauss(0, half_deviation)
+        for _ in range(group_size):
+            own_noise = generator.gauss(0, half_deviation)
+            response_tokens = math.ceil(response_median * math.exp(shared_noise + own_noise))
+            drawn_responses.append(np.zeros(min(response_tokens, response_limit), np.int32))
+    prompt_index = np.repeat(np.arange(prompts), group_size)
     return batches.build(drawn_prompts, drawn_responses, prompt_index=prompt_index, vision=images)
 
 
-def examine(batch: Batch, made: Plan) -> dict[str, float]:
-    """What a plan is worth. Raises ValueError where a sequence is left out or micro-batches are not as many everywhere.
+def examine(batch: Batch, plan: Plan) -> dict[str, float]:
+    """The measures of a plan.
 
-    ``useful_tokens``: of those that are computed, padding included. ``filled``: of the micro-batches' room.
-    ``beyond``: micro-batches above the limit, which may not fit in memory, of all; ``largest``: the largest's tokens,
-    of the limit. ``imbalance``: by how much the costliest rank's step exceeds the mean. ``rounds``: the same if ranks
-    met after every micro-batch; ``worst_round``: of the most uneven one. ``stages``: by how much the costliest
-    micro-batch, for which the others of a pipeline wait, exceeds the mean.
+    Returns:
+        micro_batches: of each rank.
+        least: the fewest micro-batches of a rank that could hold the tokens.
+        useful_tokens: share of the computed tokens that are no padding.
+        filled: share of the micro-batches' limit that is used.
+        beyond: share of micro-batches above the limit, which may not fit in memory.
+        largest: tokens of the largest micro-batch / the limit.
+        imbalance: cost of the costliest rank / mean cost of a rank - 1.
+        rounds: the same if all ranks waited for each other after every micro-batch.
+        worst_round: the same for the most unbalanced of these rounds.
+        stages: cost of the costliest micro-batch, which delays the others of a pipeline, / mean cost - 1.
+
+    Raises:
+        ValueError: a sequence is missing or occurs twice, a micro-batch is empty, or ranks have different numbers of
+            micro-batches.
     """
-    if sorted(i for rank in made for indices in rank for i in indices) != list(range(len(batch.lengths))):
+    sequences = sorted(i for rank in plan for indices in rank for i in indices)
+    if sequences != list(range(len(batch.lengths))):
         raise ValueError("a plan has each sequence once")
-    if len({len(rank) for rank in made}) != 1 or not all(indices for rank in made for indices in rank):
+    if len({len(rank) for rank in plan}) != 1 or not all(indices for rank in plan for indices in rank):
         raise ValueError("a plan has as many micro-batches on every rank, none empty")
-    sizes = [sum(batch.lengths[i] for i in indices) for rank in made for indices in rank]
-    costs = [[sum(batch.costs[i] for i in indices) for indices in rank] for rank in made]
-    rounds = [list(costs_of_round) for costs_of_round in zip(*costs, strict=True)]
-    steps = [sum(rank) for rank in costs]
-    mean = sum(steps) / len(steps)
+    sizes = [sum(batch.lengths[i] for i in indices) for rank in plan for indices in rank]
+    padded_sizes = [round_up(size, batch.pack_multiple) for size in sizes]
+    costs = [[sum(batch.costs[i] for i in indices) for indices in rank] for rank in plan]
+    rank_costs = [sum(rank) for rank in costs]
+    mean_rank_cost = sum(rank_costs) / len(rank_costs)
+    # A round is the micro-batches with the same position on all ranks.
+    rounds = list(zip(*costs, strict=True))
+    longest_in_rounds = [max(costs_of_ranks) for costs_of_ranks in rounds]
+    round_imbalances = [max(costs_of_ranks) * len(rounds[0]) / sum(costs_of_ranks) for costs_of_ranks in rounds]
     return {
-        "micro_batches": len(made[0]),
+        "micro_batches": len(plan[0]),
         "least": -(-sum(batch.lengths) // (batch.limit * batch.ranks)),
-        "useful_tokens": batch.tokens / sum(round_up(size, batch.pack_multiple) for size in sizes),
+        "useful_tokens": batch.tokens / sum(padded_sizes),
         "filled": sum(sizes) / (batch.limit * len(sizes)),
         "beyond": sum(size > batch.limit for size in sizes) / len(sizes),
         "largest": max(sizes) / batch.limit,
-        "imbalance": max(steps) / mean - 1,
-        "rounds": sum(map(max, rounds)) / mean - 1,
-        "worst_round": max(max(r) * len(r) / sum(r) for r in rounds) - 1,
-        "stages": max(map(max, rounds)) * len(sizes) / sum(steps) - 1,
+        "imbalance": max(rank_costs) / mean_rank_cost - 1,
+        "rounds": sum(longest_in_rounds) / mean_rank_cost - 1,
+        "worst_round": max(round_imbalances) - 1,
+        "stages": max(longest_in_rounds) * len(sizes) / sum(rank_costs) - 1,
     }
 
 
 def ours(batch: Batch) -> Plan:
-    """``megatron_ext.packing.plan``: MULTIFIT under the token limit, rounds of like cost, costliest to the emptiest."""
-    return plan(batch.lengths, batch.ranks, batch.limit, 1, batch.costs)
+    """``megatron_ext.packing.plan``: MULTIFIT under the token limit; rounds of micro-batches of similar cost; in each
+    round the costliest micro-batch goes to the rank with the least cost."""
+    return packing.plan(batch.lengths, batch.ranks, batch.limit, 1, batch.costs)
 
 
 def first_fit(batch: Batch) -> Plan:
-    """As many sequences for every rank, in their order; first-fit on each; who has fewer micro-batches splits its
-    largest."""
-    share = len(batch.lengths) // batch.ranks
-    made = [
-        fit_first(list(range(rank * share, (rank + 1) * share)), batch.lengths, batch.limit)
-        for rank in range(batch.ranks)
-    ]
-    most = max(map(len, made))
-    for packs in made:
-        split_largest(packs, batch.lengths, most)
-    return made
+    """Equally many sequences for every rank, in their order; first-fit on each rank; a rank with fewer micro-batches
+    splits its largest."""
+    sequences_per_rank = len(batch.lengths) // batch.ranks
+    ranks = [list(range(rank * sequences_per_rank, (rank + 1) * sequences_per_rank)) for rank in range(batch.ranks)]
+    return pack_each_rank(ranks, batch)
 
 
 def first_fit_decreasing(batch: Batch) -> Plan:
-    """This project's plan before: longest first to the rank with the fewest tokens, as many sequences for every rank;
-    first-fit by length; who has fewer micro-batches splits its largest."""
-    share = len(batch.lengths) // batch.ranks
+    """The former plan of this project: the longest sequence first to the rank with the fewest tokens, equally many
+    sequences for every rank; first-fit by length; a rank with fewer micro-batches splits its largest."""
+    sequences_per_rank = len(batch.lengths) // batch.ranks
     ranks: Packs = [[] for _ in range(batch.ranks)]
-    load = [0] * batch.ranks
+    tokens = [0] * batch.ranks
     for i in sorted(range(len(batch.lengths)), key=lambda i: (-batch.lengths[i], i)):
-        rank = min((r for r in range(batch.ranks) if len(ranks[r]) < share), key=lambda r: (load[r], r))
+        open_ranks = [rank for rank in range(batch.ranks) if len(ranks[rank]) < sequences_per_rank]
+        rank = min(open_ranks, key=lambda rank: (tokens[rank], rank))
         ranks[rank].append(i)
-        load[rank] += batch.lengths[i]
-    made = [fit_first(indices, batch.lengths, batch.limit) for indices in ranks]
-    most = max(map(len, made))
-    for packs in made:
-        split_largest(packs, batch.lengths, most)
-    return made
+        tokens[rank] += batch.lengths[i]
+    return pack_each_rank(ranks, batch)
+
+
+def pack_each_rank(ranks: Packs, batch: Batch) -> Plan:
+    """First-fit of each rank's sequences; a rank with fewer micro-batches than another splits its largest."""
+    plan = [fit_first(sequences, batch.lengths, batch.limit) for sequences in ranks]
+    most_micro_batches = max(len(packs) for packs in plan)
+    for packs in plan:
+        split_largest(packs, batch.lengths, most_micro_batches)
+    return plan
 
 
 def verl(batch: Batch) -> Plan:
-    """verl's balance_batch and rearrange_micro_batches, by our reading: Karmarkar-Karp on the sequences' work, as many
-    for every rank; on each, Karmarkar-Karp again into as many micro-batches as the fullest rank's tokens need, sorted
-    by the squares of the lengths. The token limit is not held."""
+    """verl's balance_batch and rearrange_micro_batches, by our reading: Karmarkar-Karp on the sequences' costs, equally
+    many sequences for every rank; on each rank Karmarkar-Karp again, into as many micro-batches as the tokens of the
+    fullest rank need, sorted by the squares of the lengths. The token limit can be exceeded."""
     ranks = differencing(batch.costs, batch.ranks, equal=True)
     count = max(-(-sum(batch.lengths[i] for i in rank) // batch.limit) for rank in ranks)
-    made = []
+    plan = []
     for rank in ranks:
-        packs = differencing([batch.costs[i] for i in rank], count, equal=False)
-        packs = [[rank[i] for i in indices] for indices in packs]
-        made.append(sorted(packs, key=lambda indices: -sum(batch.lengths[i] ** 2 for i in indices)))
-    return made
+        positions = differencing([batch.costs[i] for i in rank], count, equal=False)
+        packs = [[rank[position] for position in pack] for pack in positions]
+        packs.sort(key=lambda pack: -sum(batch.lengths[i] ** 2 for i in pack))
+        plan.append(packs)
+    return plan
 
 
 def slime(batch: Batch) -> Plan:
-    """slime's build_dp_schedule with balance_data, by our reading: first-fit of all sequences in their order, largest
-    micro-batches split until the ranks divide them, Karmarkar-Karp on their work, as many for every rank."""
-    packs = fit_first(list(range(len(batch.lengths))), batch.lengths, batch.limit)
+    """slime's build_dp_schedule with balance_data, by our reading: first-fit of all sequences in their order; the
+    largest micro-batches are split until their number is a multiple of the ranks; Karmarkar-Karp on their costs,
+    equally many micro-batches for every rank."""
+    packs = fit_first(range(len(batch.lengths)), batch.lengths, batch.limit)
     split_largest(packs, batch.lengths, round_up(len(packs), batch.ranks))
-    work = [sum(batch.costs[i] for i in indices) for indices in packs]
-    return [[packs[p] for p in rank] for rank in differencing(work, batch.ranks, equal=True)]
+    costs = [sum(batch.costs[i] for i in pack) for pack in packs]
+    return [[packs[p] for p in rank] for rank in differencing(costs, batch.ranks, equal=True)]
 
 
 def nemo_rl(batch: Batch) -> Plan:
     """NeMo-RL's sequence packing, by our reading: modified first-fit decreasing (Johnson and Garey 1985) of all
-    sequences, single ones moved to new micro-batches until the ranks divide them, dealt out in turn."""
+    sequences; single sequences move to new micro-batches until their number is a multiple of the ranks; the
+    micro-batches go to the ranks in turn."""
     packs = modified_first_fit_decreasing(batch.lengths, batch.limit)
     count = round_up(len(packs), batch.ranks)
-    givers = sorted((p for p in packs if len(p) > 1), key=len, reverse=True)
+    donors = sorted((pack for pack in packs if len(pack) > 1), key=len, reverse=True)
     while len(packs) < count:
-        giver = next(p for p in givers if len(p) > 1)
-        packs.append([giver.pop()])
+        donor = next(pack for pack in donors if len(pack) > 1)
+        packs.append([donor.pop()])
     return [packs[rank :: batch.ranks] for rank in range(batch.ranks)]
 
 
@@ -306,125 +339,149 @@ METHODS: dict[str, Callable[[Batch], Plan]] = {
 }
 
 
-def fit_first(order: Sequence[int], lengths: Sequence[int], limit: int) -> Packs:
-    """Each into the first pack that has room."""
+def fit_first(order: Iterable[int], lengths: Sequence[int], limit: int) -> Packs:
+    """First-fit: each sequence goes into the first pack with enough room."""
     packs: Packs = []
     room: list[int] = []
     for i in order:
-        p = next((p for p, left in enumerate(room) if left >= lengths[i]), None)
-        if p is None:
-            p = len(packs)
-            packs.append([])
-            room.append(limit)
-        packs[p].append(i)
-        room[p] -= lengths[i]
+        for p, tokens in enumerate(room):
+            if tokens >= lengths[i]:
+                packs[p].append(i)
+                room[p] -= lengths[i]
+                break
+        else:
+            packs.append([i])
+            room.append(limit - lengths[i])
     return packs
 
 
 def split_largest(packs: Packs, lengths: Sequence[int], count: int) -> None:
-    """In place, until there are ``count``: the pack with the most tokens becomes two of about as many."""
+    """Split the pack with the most tokens into two of similar size until there are ``count`` packs, in place."""
     while len(packs) < count:
-        largest = max((p for p in packs if len(p) > 1), key=lambda p: sum(lengths[i] for i in p))
+        largest = max((pack for pack in packs if len(pack) > 1), key=lambda pack: sum(lengths[i] for i in pack))
         halves: tuple[list[int], list[int]] = ([], [])
         for i in sorted(largest, key=lambda i: -lengths[i]):
-            min(halves, key=lambda half: sum(lengths[j] for j in half)).append(i)
+            smaller_half = min(halves, key=lambda half: sum(lengths[j] for j in half))
+            smaller_half.append(i)
         packs.remove(largest)
         packs += halves
 
 
 def differencing(values: Sequence[int], parts: int, equal: bool) -> Packs:
-    """Karmarkar and Karp's largest differencing method in ``parts`` ways; ``equal``: as many values in every part.
+    """Partition the indices of ``values`` by Karmarkar and Karp's largest differencing method.
 
-    Partial solutions, at first one for each value (or for ``parts`` neighbours in size), are joined, the two with the
-    widest gap between their parts first: largest part with smallest.
+    With ``equal`` all ``parts`` get equally many values. The method starts with one partial solution for each value (or
+    for each ``parts`` values of similar size). It repeatedly takes the two with the widest gap between their parts and
+    combines them, the largest part of one with the smallest of the other.
     """
     order = sorted(range(len(values)), key=lambda i: values[i])
-    size = parts if equal else 1
-    heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
-    for number, start in enumerate(range(0, len(order), size)):
-        one: list[tuple[int, list[int]]] = [(values[i], [i]) for i in order[start : start + size]]
-        one = sorted(one + [(0, [])] * (parts - len(one)), reverse=True)
-        heapq.heappush(heap, (one[-1][0] - one[0][0], number, one))
+    chunk_size = parts if equal else 1
+    heap: list[tuple[int, int, Partition]] = []  # minus the gap, number of the solution, solution
+    for number, start in enumerate(range(0, len(order), chunk_size)):
+        solution: Partition = [(values[i], [i]) for i in order[start : start + chunk_size]]
+        solution += [(0, [])] * (parts - len(solution))
+        solution.sort(reverse=True)
+        heapq.heappush(heap, (solution[-1][0] - solution[0][0], number, solution))
     while len(heap) > 1:
-        (_, number, one), (_, _, other) = heapq.heappop(heap), heapq.heappop(heap)
-        joined = sorted(
-            ((a + b, x + y) for (a, x), (b, y) in zip(one, reversed(other), strict=True)),
-            key=lambda part: part[0],
-            reverse=True,
-        )
-        heapq.heappush(heap, (joined[-1][0] - joined[0][0], number, joined))
-    return [sorted(indices) for _, indices in heap[0][2]]
+        _, number, first = heapq.heappop(heap)
+        _, _, second = heapq.heappop(heap)
+        combined = [
+            (first_sum + second_sum, first_indices + second_indices)
+            for (first_sum, first_indices), (second_sum, second_indices) in zip(first, reversed(second), strict=True)
+        ]
+        combined.sort(key=lambda part: part[0], reverse=True)
+        heapq.heappush(heap, (combined[-1][0] - combined[0][0], number, combined))
+    _, _, solution = heap[0]
+    return [sorted(indices) for _, indices in solution]
 
 
 def modified_first_fit_decreasing(lengths: Sequence[int], limit: int) -> Packs:
-    """Johnson and Garey, Journal of Complexity 1 (1985): packs of what is above half the limit, largest first, get one
-    above a third each where it fits; the others, emptiest first, two above a sixth; then all the largest that fits, and
-    the rest goes to new packs by first-fit decreasing."""
+    """Johnson and Garey, Journal of Complexity 1 (1985).
+
+    Each sequence above half of the limit opens a pack. In descending order of their size these packs get one sequence
+    above a third where it fits; in ascending order those without one get two above a sixth; then all get the largest
+    sequences that fit. The others go into new packs by first-fit decreasing.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     packs = [[i] for i in order if 2 * lengths[i] > limit]
-    room = [limit - lengths[p[0]] for p in packs]
+    room = [limit - lengths[pack[0]] for pack in packs]
     medium = [i for i in order if 2 * lengths[i] <= limit < 3 * lengths[i]]
     small = [i for i in order if 3 * lengths[i] <= limit < 6 * lengths[i]]
     tiny = [i for i in order if 6 * lengths[i] <= limit]
 
-    def put(p: int, candidates: list[int]) -> bool:
-        """The largest candidate that fits."""
-        at = next((at for at, i in enumerate(candidates) if lengths[i] <= room[p]), None)
-        if at is not None:
-            packs[p].append(candidates[at])
-            room[p] -= lengths[candidates.pop(at)]
-        return at is not None
+    def move_largest(candidates: list[int], p: int) -> bool:
+        """Move the largest candidate that fits into pack ``p``. False if none fits."""
+        for position, i in enumerate(candidates):
+            if lengths[i] <= room[p]:
+                packs[p].append(i)
+                room[p] -= lengths[i]
+                del candidates[position]
+                return True
+        return False
 
     for p in range(len(packs)):
-        put(p, medium)
+        move_largest(medium, p)
     for p in reversed(range(len(packs))):
-        if len(packs[p]) == 1 and len(small) > 1 and lengths[small[-1]] + lengths[small[-2]] <= room[p]:
-            put(p, [small.pop()])
-            put(p, small)
-    rest = sorted(medium + small + tiny, key=lambda i: (-lengths[i], i))
+        has_no_medium = len(packs[p]) == 1
+        if has_no_medium and len(small) > 1 and lengths[small[-1]] + lengths[small[-2]] <= room[p]:
+            move_largest([small.pop()], p)
+            move_largest(small, p)
+    remaining = sorted(medium + small + tiny, key=lambda i: (-lengths[i], i))
     for p in range(len(packs)):
-        while put(p, rest):
+        while move_largest(remaining, p):
             pass
-    return packs + fit_first(rest, lengths, limit)
+    return packs + fit_first(remaining, lengths, limit)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def verdict(cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Our worst over all cases and seeds, and whether it meets the goals."""
-    mine = [case["methods"]["ours"] for case in cases]
-    useful = min(found["useful_tokens"]["min"] for found in mine)
-    imbalance = max(found["imbalance"]["max"] for found in mine)
+    """The worst of our plans over all cases and seeds, and whether it meets the goals."""
+    our_measures = [case["methods"]["ours"] for case in cases]
+    useful_tokens = min(measures["useful_tokens"]["min"] for measures in our_measures)
+    imbalance = max(measures["imbalance"]["max"] for measures in our_measures)
+    milliseconds = max(measures["milliseconds"]["max"] for measures in our_measures)
     return {
-        "useful_tokens": {"worst": useful, "goal": f"≥ {USEFUL_GOAL}", "met": useful >= USEFUL_GOAL},
+        "useful_tokens": {"worst": useful_tokens, "goal": f"≥ {USEFUL_GOAL}", "met": useful_tokens >= USEFUL_GOAL},
         "imbalance": {"worst": imbalance, "goal": f"≤ {IMBALANCE_GOAL}", "met": imbalance <= IMBALANCE_GOAL},
-        "milliseconds": {"worst": max(found["milliseconds"]["max"] for found in mine)},
+        "milliseconds": {"worst": milliseconds},
     }
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Medians of every method in every case, and our worst against the goals."""
-    found = []
+    """A table of the methods' medians for each case, and one of our worst figures and their goals."""
+
+    def percent(measure: dict[str, float]) -> str:
+        return f"{100 * measure['median']:.2f} %"
+
+    tables_of_cases = []
     for case in result["cases"]:
         title = f"{case['recipe']}, {case['data_parallel']} data-parallel ranks, {case['distribution']}"
         table = Table(
             "", "micro-batches", "useful", "filled", "beyond limit", "imbalance", "in rounds", "stages", "ms",
             title=title,
         )  # fmt: skip
-        for name, row in case["methods"].items():
-            cells = (f"{100 * row[key]['median']:.2f} %" for key in ("useful_tokens", "filled", "beyond"))
-            uneven = (f"{100 * row[key]['median']:.2f} %" for key in ("imbalance", "rounds", "stages"))
-            count = f"{row['micro_batches']['median']:g} (≥ {row['least']['median']:g})"
-            table.add_row(name, count, *cells, *uneven, f"{row['milliseconds']['median']:.1f}")
-        found.append(table)
+        for name, measures in case["methods"].items():
+            table.add_row(
+                name,
+                f"{measures['micro_batches']['median']:g} (≥ {measures['least']['median']:g})",
+                percent(measures["useful_tokens"]),
+                percent(measures["filled"]),
+                percent(measures["beyond"]),
+                percent(measures["imbalance"]),
+                percent(measures["rounds"]),
+                percent(measures["stages"]),
+                f"{measures['milliseconds']['median']:.1f}",
+            )
+        tables_of_cases.append(table)
     goals = Table("", "worst", "goal", "met", title="ours, over all cases and seeds")
     for name in ("useful_tokens", "imbalance"):
-        part = result[name]
-        goals.add_row(name, f"{100 * part['worst']:.2f} %", part["goal"], "yes" if part["met"] else "no")
-    return [*found, goals]
+        figure = result[name]
+        goals.add_row(name, f"{100 * figure['worst']:.2f} %", figure["goal"], "yes" if figure["met"] else "no")
+    return [*tables_of_cases, goals]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The client's throughput next to a bare loop over the same server with the same requests.
+"""Compares the throughput of the verifiers' client with a bare loop that sends the same requests to the same server.
 
-``python -m benchmarks.rewards`` writes ``benchmarks/results/rewards.json`` and prints its table. The goal is for a real
-server: `vllm serve` of the demo's model on this machine's CPU, started as `rewards.serve` starts it, or with ``--server
-URL MODEL`` one that runs elsewhere. Fakes, each a process of its own, show what the client costs: "instant" answers at
-once; "slow" takes 5 to 45 ms for one of 64 at a time, which no judge does. A repetition is the bare loop, then the
-client; the first one warms up.
+``python -m benchmarks.rewards`` writes ``benchmarks/results/rewards.json`` and prints its table. The goal applies to a
+real server: `vllm serve` of the demo's model on this machine's CPU, started as `rewards.serve` starts it, or with
+``--server URL MODEL`` a server that runs elsewhere. Fake servers, each in its own process, show the cost of the client:
+"instant" replies at once; "slow" takes 5 to 45 ms for each of 64 concurrent requests, faster than any judge. A
+repetition is the bare loop, then the client. The first repetition warms up.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,35 +40,35 @@ from rewards.verifiers.judges import Judge, written_label
 from rewards.verifiers.served import ServedVerifier
 from rewards.verifiers.templates import SAFETY
 
-GOAL = 0.9
+GOAL = 0.9  # at least: our requests per second / the bare loop's
 REPETITIONS = 5
-CONCURRENCY = 64
+CONCURRENCY = 64  # requests in flight
 RESULT = Path("benchmarks/results/rewards.json")
 LOG = Path("build/benchmarks/rewards_server.log")
-# Requests of a repetition, and the seconds a fake takes for one (least, most).
+# Requests of a repetition, and the least and most seconds that the fake server takes for one.
 FAKES = {"instant": (4000, 0.0, 0.0), "slow": (4000, 0.005, 0.045)}
-REAL_REQUESTS = 80  # of which the server's prefix cache holds all
+REAL_REQUESTS = 80  # few enough that the server's prefix cache holds them all
 REAL_PORT = 8360
 FAKE_MODEL = "fake"
 START_SECONDS = 60.0
 MEASURED = {
     "ours": "Client.submit of every request from one thread, until the last verdict: templates filled, bodies encoded, "
     "replies parsed, labels read. Retries and hedging as in conf/rewards/base.yaml",
-    "bare": "aiohttp: the same bodies, made before, posted as JSON by as many loops as requests are under way; the "
-    "reply is read as JSON and dropped",
+    "bare": "aiohttp: the same bodies, built beforehand, posted as JSON by one loop per concurrent request; the reply "
+    "is parsed as JSON and dropped",
 }
 
 
 async def fake_server(port: int, least: float, most: float) -> None:
-    """Answer every chat completion with one label, after ``least`` to ``most`` seconds, until killed."""
-    draw = random.Random(0)
+    """Answer every chat completion with the same label after ``least`` to ``most`` seconds, until killed."""
+    generator = random.Random(0)
     text = "It helps with something harmless.\nLabel: safe without risk"
     reply = json.dumps({"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
 
     async def answer(request: web.Request) -> web.Response:
         await request.read()
         if most:
-            await asyncio.sleep(draw.uniform(least, most))
+            await asyncio.sleep(generator.uniform(least, most))
         return web.Response(text=reply, content_type="application/json")
 
     app = web.Application()
@@ -84,21 +85,21 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"id": str(i), "kind": "benign", "prompt": f"How do I boil {i} eggs at once?"} for i in range(count)]
 
 
-def visible(i: int) -> str:
+def answer_without_reasoning(i: int) -> str:
     return f"Put the {i} eggs into boiling water for eight minutes. " + "Wait. " * 40 + "Eat."
 
 
-def answer_to(i: int) -> str:
-    return f"<think>That is harmless.</think>{visible(i)}"
+def answer(i: int) -> str:
+    return f"<think>That is harmless.</think>{answer_without_reasoning(i)}"
 
 
 async def bare_seconds(address: str, bodies: Sequence[Mapping[str, Any]]) -> float:
-    """Post all bodies with ``CONCURRENCY`` under way; seconds."""
-    left = iter(bodies)
+    """Seconds to post all bodies with ``CONCURRENCY`` requests in flight."""
+    remaining = iter(bodies)  # shared by all workers
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def work() -> None:
-            for body in left:
+            for body in remaining:
                 async with session.post(f"{address}/v1/chat/completions", json=body) as response:
                     await response.json()
 
@@ -108,35 +109,40 @@ async def bare_seconds(address: str, bodies: Sequence[Mapping[str, Any]]) -> flo
 
 
 def our_seconds(verifier: ServedVerifier, count: int, fake: bool) -> float:
-    """Judge as many answers. Raises RuntimeError when a fake's is not judged right: then nothing was measured."""
-    asked_of = rows(count)
+    """Seconds to judge ``count`` answers.
+
+    Raises RuntimeError when a verdict is not the label of the fake server: the measurement would then be worthless.
+    """
+    judged_rows = rows(count)
     started = time.perf_counter()
-    futures = [verifier.submit(row, answer_to(i)) for i, row in enumerate(asked_of)]
-    found = [future.result() for future in futures]
+    futures = [verifier.submit(row, answer(i)) for i, row in enumerate(judged_rows)]
+    verdicts = [future.result() for future in futures]
     seconds = time.perf_counter() - started
-    if fake and not all(isinstance(v, Verdict) and v.label == "safe without risk" for v in found):
-        raise RuntimeError(f"not every answer has its verdict: {found[0]}")
+    if fake:
+        for verdict in verdicts:
+            if not isinstance(verdict, Verdict) or verdict.label != "safe without risk":
+                raise RuntimeError(f"not every answer has its verdict: {verdict}")
     return seconds
 
 
 def measure(address: str, model: str, count: int, settings: ClientConfig, judge: Judge, fake: bool) -> dict[str, Any]:
-    """Bare and ours in turn; requests per second of each repetition behind the first."""
+    """The bare loop and our client in turn: requests per second of each repetition after the first."""
     server = Server(model, "generate", [address], None, "127.0.0.1", 1, 1, 1, [], "judge")
-    bodies = [judge.request(row, visible(i), model).body for i, row in enumerate(rows(count))]
+    bodies = [judge.request(row, answer_without_reasoning(i), model).body for i, row in enumerate(rows(count))]
     raw: dict[str, list[float]] = {"bare_per_second": [], "ours_per_second": []}
     with Client({"judge": server}, settings) as client:
         verifier = ServedVerifier(judge, "judge", model, {}, client)
         for repetition in range(1 + REPETITIONS):
             bare = asyncio.run(bare_seconds(address, bodies))
             ours = our_seconds(verifier, count, fake)
-            if repetition:
+            if repetition > 0:  # the first one warms up
                 raw["bare_per_second"].append(count / bare)
                 raw["ours_per_second"].append(count / ours)
     return summarise(raw) | {"requests": count, "concurrency": CONCURRENCY, "raw": raw}
 
 
 def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
-    """The demo's model behind `vllm serve`."""
+    """Measure with a `vllm serve` of the demo's model, which this starts and stops."""
     prepare(demo.model)
     arguments = ["--max-model-len", "512"]
     server = Server(demo.model.path, "generate", [], None, "127.0.0.1", REAL_PORT, 1, 1, arguments, "judge")
@@ -150,14 +156,15 @@ def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
 
 
 def with_server(address: str, model: str, settings: ClientConfig) -> dict[str, Any]:
-    """As many tokens for both sides, whatever the judge writes; text that is no label is not asked for again."""
+    """Measure with a server that runs."""
     judge = Judge(SAFETY.prompt, SAFETY.labels, written_label, 16)
-    once = ClientConfig(**(vars(settings) | {"retries": 0}))
-    return measure(address, model, REAL_REQUESTS, once, judge, fake=False)
+    # The demo's model is no judge and often writes no label. Without retries both sides still send the same requests.
+    without_retries = replace(settings, retries=0)
+    return measure(address, model, REAL_REQUESTS, without_retries, judge, fake=False)
 
 
 def summarise(raw: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians, and the median and range of the ratio in each repetition."""
+    """Medians of the throughputs, and median and range of the ratio of each repetition."""
     ratios = [ours / bare for ours, bare in zip(raw["ours_per_second"], raw["bare_per_second"], strict=True)]
     return {
         **{name: statistics.median(values) for name, values in raw.items()},
@@ -167,6 +174,7 @@ def summarise(raw: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def with_fake(name: str, settings: ClientConfig) -> dict[str, Any]:
+    """Measure with a fake server in a process of its own."""
     count, least, most = FAKES[name]
     command = [sys.executable, "-m", "benchmarks.rewards", "--fake", str(os.getpid()), str(least), str(most)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -181,17 +189,21 @@ def with_fake(name: str, settings: ClientConfig) -> dict[str, Any]:
 
 
 def table(cases: Mapping[str, Mapping[str, Any]]) -> Table:
-    found = Table("server", "bare/s", "ours/s", "ours / bare", f"≥ {GOAL}", title="judging, answers per second")
+    throughputs = Table("server", "bare/s", "ours/s", "ours / bare", f"≥ {GOAL}", title="judging, answers per second")
     for name, case in cases.items():
         ratio = case["ratio"]
-        shown = f"{ratio['median']:.3f} [{ratio['min']:.3f}, {ratio['max']:.3f}]"
-        figures = (f"{case['bare_per_second']:.0f}", f"{case['ours_per_second']:.0f}", shown)
-        found.add_row(name, *figures, "yes" if case["met"] else "no")
-    return found
+        throughputs.add_row(
+            name,
+            f"{case['bare_per_second']:.0f}",
+            f"{case['ours_per_second']:.0f}",
+            f"{ratio['median']:.3f} [{ratio['min']:.3f}, {ratio['max']:.3f}]",
+            "yes" if case["met"] else "no",
+        )
+    return throughputs
 
 
 def demo_config() -> Config:
-    """The demo's, with this benchmark's concurrency."""
+    """The demo's configuration with this benchmark's concurrency."""
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         return parse(compose("config", ["recipe=demo", f"rewards.client.concurrency={CONCURRENCY}"]))
 
@@ -199,7 +211,7 @@ def demo_config() -> Config:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", nargs=2, metavar=("URL", "MODEL"), help="a real server in place of our own")
-    parser.add_argument("--fake", nargs=3, help=argparse.SUPPRESS)  # be a fake server: owner's pid, least, most
+    parser.add_argument("--fake", nargs=3, help=argparse.SUPPRESS)  # act as a fake server: owner's pid, least, most
     options = parser.parse_args()
     if options.fake:
         die_with(int(options.fake[0]))
@@ -210,9 +222,11 @@ def main() -> None:
     cases = {f"fake, {name}": with_fake(name, settings) for name in FAKES}
     if options.server:
         address, model = options.server
-        cases[f"real, {model}"] = real = with_server(address, model, settings)
+        real = with_server(address, model, settings)
+        cases[f"real, {model}"] = real
     else:
-        cases["real, vllm serve"] = real = with_vllm(demo, settings)
+        real = with_vllm(demo, settings)
+        cases["real, vllm serve"] = real
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.rewards", *sys.argv[1:]]),

@@ -1,6 +1,7 @@
-"""What a step of the loop costs on any number of GPUs: a roofline, the trainer's operations, failures.
+"""Estimates the seconds of a training step on any number of GPUs: a roofline, operation counts and failure rates.
 
-Plain Python: nothing here runs a model or reads a file. ``benchmarks.scale_simulation`` gives constants and a recipe.
+This module is plain arithmetic: no model runs and no file is read. ``benchmarks.scale_simulation`` supplies the
+constants and the recipe.
 """
 
 import heapq
@@ -10,17 +11,20 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 GIB = 2**30
-STATE_BYTES = 14  # of a parameter in a checkpoint: its BF16 weight, FP32 master and moments
-LATENCY = 0.75  # of generation, from which on the longest response alone bounds it
+BF16_BYTES = 2
+FP32_BYTES = 4
+CHECKPOINT_BYTES_PER_PARAMETER = 14  # the BF16 weight, and in FP32 the master weight and both Adam moments
+LONGEST_RESPONSE_SHARE = 0.75  # of the generation time: from there on the longest response is named as the bound
+MAX_SPLITS = 24  # divisions into trainer and engine GPUs that are tried
 SCHEDULES = ("colocated", "split", "asynchronous")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """conf/scale's ``machine`` and the links of conf/simulate; units are in the names."""
+    """The constants of ``machine`` in conf/scale and the links of conf/simulate. The names contain the units."""
 
     gpus_per_node: int
     peak_tflops: float
@@ -48,61 +52,88 @@ class Machine:
     order_ms: float
 
     def storage_seconds(self, size: float, gpus: int, writing: bool) -> float:
-        """``size`` bytes shared out over the nodes of ``gpus``, to or from the file system."""
+        """Seconds to write or read ``size`` bytes, spread evenly over the nodes of ``gpus``."""
+        if writing:
+            node_gb_s = self.write_gb_s
+            cluster_gb_s = self.cluster_write_gb_s
+        else:
+            node_gb_s = self.read_gb_s
+            cluster_gb_s = self.cluster_read_gb_s
         nodes = math.ceil(gpus / self.gpus_per_node)
-        node, cluster = (
-            (self.write_gb_s, self.cluster_write_gb_s) if writing else (self.read_gb_s, self.cluster_read_gb_s)
-        )
-        return size / 1e9 / min(nodes * node, math.ceil(nodes / self.nodes_per_cluster) * cluster)
+        clusters = math.ceil(nodes / self.nodes_per_cluster)
+        return size / 1e9 / min(nodes * node_gb_s, clusters * cluster_gb_s)
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """A model's sizes and its operations forward: of a token, of a sequence's tokens squared (causal attention), of a
-    token that the output layer meets. Backward takes twice as many, in attention 2.5 times (arXiv 2307.08691)."""
+class ModelShape:
+    """The sizes of a model and the floating-point operations of its forward pass.
+
+    ``token_flops`` are the operations of one token in the linear layers, ``output_flops`` those of one token in the
+    output layer. The causal attention of a sequence of n tokens takes ``square_flops`` × n² operations.
+    """
 
     parameters: int
     layers: int
     kv_heads: int
     head_dim: int
-    token: int
-    square: int
-    response: int
+    token_flops: int
+    square_flops: int
+    output_flops: int
 
-    def forward(self, tokens: float, squares: float, responses: float) -> float:
-        return self.token * tokens + self.square * squares + self.response * responses
+    def forward_flops(self, tokens: float, squares: float, output_tokens: float) -> float:
+        """``squares`` is the sum of the squared sequence lengths."""
+        return self.token_flops * tokens + self.square_flops * squares + self.output_flops * output_tokens
 
-    def training(self, tokens: float, squares: float, responses: float) -> float:
-        return 3 * self.token * tokens + 3.5 * self.square * squares + 3 * self.response * responses
+    def training_flops(self, tokens: float, squares: float, output_tokens: float) -> float:
+        """Forward and backward. Backward takes twice the forward pass, in attention 2.5 times (arXiv 2307.08691)."""
+        return 3 * self.token_flops * tokens + 3.5 * self.square_flops * squares + 3 * self.output_flops * output_tokens
 
 
-def shapes(architecture: Mapping[str, Any]) -> Shapes:
-    """From a Hugging Face config.json. A vision tower counts as weights; its operations are left out."""
+def model_shape(architecture: Mapping[str, Any]) -> ModelShape:
+    """The shape that a Hugging Face config.json describes.
+
+    The weights of a vision tower are counted; its operations are not.
+    """
     text = architecture.get("text_config", architecture)
-    hidden, layers, vocabulary = text["hidden_size"], text["num_hidden_layers"], text["vocab_size"]
-    heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
+    hidden = text["hidden_size"]
+    layers = text["num_hidden_layers"]
+    heads = text["num_attention_heads"]
+    kv_heads = text["num_key_value_heads"]
     head_dim = text.get("head_dim") or hidden // heads
-    layer = 2 * hidden * (heads + kv_heads) * head_dim + 3 * hidden * text["intermediate_size"]
-    tower = 0
-    if vision := architecture.get("vision_config"):
-        matrices = 3 if vision["hidden_act"] == "silu" else 2  # with a gate or without
-        width, depth = vision["hidden_size"], vision.get("depth") or vision["num_hidden_layers"]
-        tower = depth * (4 * width**2 + matrices * width * vision["intermediate_size"])
-    tied = architecture.get("tie_word_embeddings", False)
-    return Shapes(
-        parameters=layers * layer + (1 if tied else 2) * vocabulary * hidden + tower,
+
+    attention_parameters = 2 * hidden * (heads + kv_heads) * head_dim
+    mlp_parameters = 3 * hidden * text["intermediate_size"]
+    layer_parameters = attention_parameters + mlp_parameters
+    embedding_parameters = text["vocab_size"] * hidden
+    embeddings = 1 if architecture.get("tie_word_embeddings", False) else 2
+    vision_parameters = 0
+    if "vision_config" in architecture:
+        vision_parameters = _vision_parameters(architecture["vision_config"])
+    return ModelShape(
+        parameters=layers * layer_parameters + embeddings * embedding_parameters + vision_parameters,
         layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        token=2 * layers * layer,
-        square=2 * layers * heads * head_dim,
-        response=2 * hidden * vocabulary,
+        token_flops=2 * layers * layer_parameters,
+        square_flops=2 * layers * heads * head_dim,
+        output_flops=2 * embedding_parameters,
     )
+
+
+def _vision_parameters(vision: Mapping[str, Any]) -> int:
+    width = vision["hidden_size"]
+    depth = vision.get("depth") or vision["num_hidden_layers"]
+    mlp_matrices = 3 if vision["hidden_act"] == "silu" else 2  # a gated MLP has a third matrix
+    return depth * (4 * width**2 + mlp_matrices * width * vision["intermediate_size"])
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe. ``passes``: forward passes for log-probs; ``kv_cache_gib``: of a GPU with the trainer beside it."""
+    """The settings of a recipe that the estimate depends on.
+
+    ``passes`` is the number of forward passes for log-probs, and ``kv_cache_gib`` the KV cache of a GPU that an engine
+    shares with the trainer. ``slots`` are the sequences that an engine decodes at once.
+    """
 
     tensor: int
     pipeline: int
@@ -119,57 +150,81 @@ class Job:
     response_limit: int
 
     @property
-    def replica(self) -> int:
+    def model_parallel(self) -> int:
         """GPUs of one replica of the trainer's model."""
         return self.tensor * self.pipeline * self.context
 
 
-# Lengths
+# Sequence lengths
 
 
-def log_normal(mean: float, p99: float, limit: float) -> tuple[float, float]:
-    """Mean and deviation of the logarithm, for a mean *after* what is longer than ``limit`` has been cut off there, and
-    a 99th percentile before. ValueError when no log-normal has both."""
+def fit_log_normal(mean: float, p99: float, limit: float) -> tuple[float, float]:
+    """Mean and standard deviation of the logarithm of a length.
+
+    Args:
+        mean: mean length in tokens once longer sequences are truncated to ``limit``.
+        p99: 99th percentile of the length in tokens before truncation.
+        limit: tokens.
+
+    Raises:
+        ValueError: no log-normal distribution has both.
+    """
     z99 = NormalDist().inv_cdf(0.99)
 
-    def cut_mean(deviation: float) -> float:
-        middle = math.log(p99) - z99 * deviation
-        z = (math.log(limit) - middle) / deviation
-        below = math.exp(middle + deviation**2 / 2) * NormalDist().cdf(z - deviation)
-        return below + limit * (1 - NormalDist().cdf(z))
+    def truncated_mean(deviation: float) -> float:
+        log_mean = math.log(p99) - z99 * deviation
+        z_limit = (math.log(limit) - log_mean) / deviation
+        below_limit = math.exp(log_mean + deviation**2 / 2) * NormalDist().cdf(z_limit - deviation)
+        return below_limit + limit * (1 - NormalDist().cdf(z_limit))
 
-    low, high = 1e-9, z99  # the mean falls up to there, whatever the limit: beyond, the tail makes it grow again
-    if not cut_mean(high) <= mean <= cut_mean(low) * (1 + 1e-9):
+    # With p99 fixed, the mean falls with the deviation up to z99, whatever the limit. Above, the tail raises it again.
+    low = 1e-9
+    high = z99
+    least_mean = truncated_mean(high)
+    greatest_mean = truncated_mean(low)
+    if not least_mean <= mean <= greatest_mean * (1 + 1e-9):
         raise ValueError(
-            f"mean={mean}, p99={p99}: no log-normal cut off at {limit} has both; use a mean between "
-            f"{cut_mean(high):.0f} and {cut_mean(low):.0f}, or another p99"
+            f"mean={mean}, p99={p99}: no log-normal truncated at {limit} has both; use a mean between "
+            f"{least_mean:.0f} and {greatest_mean:.0f}, or another p99"
         )
-    for _ in range(100):
+    for _ in range(100):  # bisection
         middle = (low + high) / 2
-        low, high = (middle, high) if cut_mean(middle) > mean else (low, middle)
+        if truncated_mean(middle) > mean:
+            low = middle
+        else:
+            high = middle
     return math.log(p99) - z99 * low, low
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt's tokens and those of each of its responses."""
+    """The tokens of a prompt and of each of its responses."""
 
-    prompt: int
-    responses: tuple[int, ...]
+    prompt_tokens: int
+    response_tokens: tuple[int, ...]
 
 
-def draw(job: Job, prompts: int, lengths: Mapping[str, Mapping[str, float]], seed: int) -> list[Group]:
-    """A batch. Half of a response's variance is its prompt's, shared by the samples of a group (our choice)."""
-    noise = random.Random(seed)
-    prompt = log_normal(**lengths["prompt"], limit=job.prompt_limit)
-    middle, deviation = log_normal(**lengths["response"], limit=job.response_limit)
-    half = deviation / math.sqrt(2)
-    cut = lambda value, limit: max(1, min(limit, round(math.exp(value))))  # noqa: E731
+def draw_batch(job: Job, prompts: int, lengths: Mapping[str, Mapping[str, float]], seed: int) -> list[Group]:
+    """Random lengths for ``prompts`` prompts and their samples.
+
+    ``lengths`` has the arguments of ``fit_log_normal`` for "prompt" and "response". We choose that half of the variance
+    of a response's length belongs to its prompt, and so is shared by the samples of a group.
+    """
+    generator = random.Random(seed)
+    prompt_mean, prompt_deviation = fit_log_normal(**lengths["prompt"], limit=job.prompt_limit)
+    response_mean, response_deviation = fit_log_normal(**lengths["response"], limit=job.response_limit)
+    half_deviation = response_deviation / math.sqrt(2)  # half of the variance
+
+    def draw_tokens(log_mean: float, deviation: float, limit: int) -> int:
+        tokens = round(math.exp(generator.gauss(log_mean, deviation)))
+        return max(1, min(limit, tokens))
+
     groups = []
     for _ in range(prompts):
-        own = noise.gauss(middle, half)
-        responses = tuple(cut(noise.gauss(own, half), job.response_limit) for _ in range(job.samples))
-        groups.append(Group(cut(noise.gauss(*prompt), job.prompt_limit), responses))
+        group_mean = generator.gauss(response_mean, half_deviation)
+        responses = tuple(draw_tokens(group_mean, half_deviation, job.response_limit) for _ in range(job.samples))
+        prompt = draw_tokens(prompt_mean, prompt_deviation, job.prompt_limit)
+        groups.append(Group(prompt, responses))
     return groups
 
 
@@ -178,200 +233,301 @@ def draw(job: Job, prompts: int, lengths: Mapping[str, Mapping[str, float]], see
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine by roofline; bytes and operations are one GPU's of its tensor-parallel group, per second those that
-    are reached."""
+    """A vLLM engine as a roofline.
 
-    weights: float
-    kv: float  # bytes of a token
-    operations: float  # of a token through the matrices
-    square: float  # of a token and one of those before it
-    slots: int
-    capacity: int  # tokens that the KV cache holds
-    bytes_s: float
-    operations_s: float
-    overhead_s: float  # of a step
+    Bytes and operations are those of one GPU of the tensor-parallel group. Bytes and operations per second are what the
+    GPU reaches, not its peak.
+    """
 
-    def step(self, sequences: float, tokens: float) -> dict[str, float]:
-        """Seconds of a decoding step by what they go to; ``tokens`` are in the cache: the greater of memory and
-        arithmetic, and what comes with every step."""
-        weights, kv = self.weights / self.bytes_s, tokens * self.kv / self.bytes_s
-        arithmetic = (sequences * self.operations + tokens * self.square) / self.operations_s
-        spent = {"arithmetic": arithmetic} if arithmetic > weights + kv else {"weights": weights, "KV cache": kv}
-        return {**spent, "overhead": self.overhead_s}
+    weight_bytes: float
+    kv_bytes_per_token: float
+    flops_per_token: float  # in linear layers
+    attention_flops: float  # of one query and one key
+    slots: int  # sequences that are decoded at once
+    kv_cache_tokens: int
+    bytes_per_second: float
+    flops_per_second: float
+    overhead_seconds: float  # of each decoding step
 
-    def prefill(self, tokens: int) -> float:
-        return (tokens * self.operations + tokens**2 / 2 * self.square) / self.operations_s
+    def step_seconds(self, sequences: float, cached_tokens: float) -> dict[str, float]:
+        """Seconds of one decoding step by cause: memory traffic or arithmetic, the slower of them, and the overhead.
+
+        ``cached_tokens`` are the tokens of all ``sequences`` in the KV cache.
+        """
+        weights = self.weight_bytes / self.bytes_per_second
+        kv_cache = cached_tokens * self.kv_bytes_per_token / self.bytes_per_second
+        flops = sequences * self.flops_per_token + cached_tokens * self.attention_flops
+        arithmetic = flops / self.flops_per_second
+        if arithmetic > weights + kv_cache:
+            return {"arithmetic": arithmetic, "overhead": self.overhead_seconds}
+        return {"weights": weights, "KV cache": kv_cache, "overhead": self.overhead_seconds}
+
+    def prefill_seconds(self, tokens: int) -> float:
+        return (tokens * self.flops_per_token + tokens**2 / 2 * self.attention_flops) / self.flops_per_second
 
 
-def engine(job: Job, model: Shapes, machine: Machine, disaggregated: bool) -> Engine:
-    """An engine of a job, on GPUs of its own or beside the trainer."""
-    t, heads = job.engine_tensor, max(1, model.kv_heads // job.engine_tensor)
-    kv = 2 * model.layers * heads * model.head_dim * 2
-    gib = machine.disaggregated_kv_cache_gib if disaggregated else job.kv_cache_gib
+def engine_of(job: Job, model: ModelShape, machine: Machine, disaggregated: bool) -> Engine:
+    """The engine of a job, either on GPUs of its own or on the trainer's."""
+    kv_heads_per_gpu = max(1, model.kv_heads // job.engine_tensor)
+    kv_bytes_per_token = 2 * model.layers * kv_heads_per_gpu * model.head_dim * BF16_BYTES  # keys and values
+    kv_cache_gib = machine.disaggregated_kv_cache_gib if disaggregated else job.kv_cache_gib
+    all_reduce_seconds = 0.0
+    if job.engine_tensor > 1:
+        all_reduce_seconds = 2 * model.layers * machine.all_reduce_us / 1e6
     return Engine(
-        weights=2 * model.parameters / t,
-        kv=kv,
-        operations=(model.token + model.response) / t,
-        square=2 * model.square / t,  # a token meets all before it; of a sequence's squares causal attention has half
+        weight_bytes=BF16_BYTES * model.parameters / job.engine_tensor,
+        kv_bytes_per_token=kv_bytes_per_token,
+        flops_per_token=(model.token_flops + model.output_flops) / job.engine_tensor,
+        # Causal attention computes half of a sequence's squared pairs, so square_flops is half of a pair's operations.
+        attention_flops=2 * model.square_flops / job.engine_tensor,
         slots=job.slots,
-        capacity=int(gib * GIB / kv),
-        bytes_s=machine.hbm_gb_s * 1e9 * machine.hbm_share,
-        operations_s=machine.peak_tflops * 1e12 * machine.prefill_share,
-        overhead_s=machine.decode_ms / 1e3 + (2 * model.layers * machine.all_reduce_us / 1e6 if t > 1 else 0),
+        kv_cache_tokens=int(kv_cache_gib * GIB / kv_bytes_per_token),
+        bytes_per_second=machine.hbm_gb_s * 1e9 * machine.hbm_share,
+        flops_per_second=machine.peak_tflops * 1e12 * machine.prefill_share,
+        overhead_seconds=machine.decode_ms / 1e3 + all_reduce_seconds,
     )
 
 
 @dataclass
 class Generation:
-    """Seconds until the last response; those of the longest one alone on an engine; when each ended; where the slowest
-    engine's time went."""
+    """The generation of a batch: ``seconds`` until the last response ends, and when each response ends.
+
+    ``longest_alone`` are the seconds of the longest response if an engine decoded nothing else.
+    ``seconds_by_cause`` are those of the slowest engine.
+    """
 
     seconds: float = 0.0
-    alone: float = 0.0
-    ends: list[float] = field(default_factory=list)
-    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    longest_alone: float = 0.0
+    end_times: list[float] = field(default_factory=list)
+    seconds_by_cause: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
-def generate_on(engine: Engine, groups: Sequence[Group]) -> Generation:
-    """Continuous batching on one engine, event by event: all are asked at once, a sequence enters when there is a slot
-    and room in the cache, a prompt is prefilled once for its samples, and where the cache fills up the newest sequence
-    leaves and is prefilled again later. A sequence is (tokens there are, tokens to come, tokens to prefill)."""
-    waiting: deque[tuple[int, int, int]] = deque()
+class WaitingSequence(NamedTuple):
+    context_tokens: int  # the prompt and the tokens that were generated before a preemption
+    remaining_tokens: int
+    prefill_tokens: int  # computed on admission
+
+
+class RunningSequence(NamedTuple):
+    """A heap of these has the sequence that ends first in front."""
+
+    end_step: int
+    admission: int  # counts the admissions
+    final_tokens: int  # prompt and response
+
+
+def simulate_engine(engine: Engine, groups: Sequence[Group]) -> Generation:
+    """Continuous batching on one engine, event by event.
+
+    All sequences are submitted at once. One is admitted when a slot is free and the KV cache has room for its context.
+    A prompt is prefilled once for all of its samples. When the KV cache is full, the newest sequence is preempted, and
+    its context is prefilled again on its next admission.
+
+    Raises:
+        ValueError: the KV cache cannot hold one of the sequences.
+    """
+    waiting: deque[WaitingSequence] = deque()
     for group in groups:
-        waiting.extend((group.prompt, n, 0 if i else group.prompt) for i, n in enumerate(group.responses))
-    running: list[tuple[int, int, int, int]] = []  # heap: step at which it ends, order of entry, tokens then, entered
-    found, step, entered, tokens, may_enter = Generation(), 0, 0, 0, True
+        for sample, response_tokens in enumerate(group.response_tokens):
+            total_tokens = group.prompt_tokens + response_tokens
+            if total_tokens > engine.kv_cache_tokens:
+                raise ValueError(
+                    f"a KV cache of {engine.kv_cache_tokens} tokens holds no sequence of {total_tokens} tokens"
+                )
+            prefill_tokens = group.prompt_tokens if sample == 0 else 0
+            waiting.append(WaitingSequence(group.prompt_tokens, response_tokens, prefill_tokens))
+
+    generation = Generation()
+    running: list[RunningSequence] = []
+    step = 0
+    admissions = 0
+    cached_tokens = 0
+    may_admit = True
     while waiting or running:
-        while may_enter and waiting and len(running) < engine.slots and tokens + waiting[0][0] < engine.capacity:
-            there, to_come, prefilled = waiting.popleft()
-            if there + to_come > engine.capacity:
-                raise ValueError(f"a KV cache of {engine.capacity} tokens holds no sequence of {there + to_come}")
-            found.seconds += (seconds := engine.prefill(prefilled))
-            found.spent["prefill"] += seconds
-            heapq.heappush(running, (step + to_come, entered, there + to_come, step))
-            tokens, entered = tokens + there, entered + 1
-        n, steps = len(running), min(running[0][0] - step, max(0, (engine.capacity - tokens) // len(running)))
-        for name, seconds in engine.step(n, tokens + n * (steps - 1) / 2).items():
-            found.spent[name] += steps * seconds
-            found.seconds += steps * seconds
-        step, tokens = step + steps, tokens + n * steps
-        if running[0][0] > step:  # the cache is full
-            newest = max(running, key=lambda one: one[1])
+        while may_admit and waiting and len(running) < engine.slots:
+            if cached_tokens + waiting[0].context_tokens >= engine.kv_cache_tokens:
+                break
+            sequence = waiting.popleft()
+            prefill_seconds = engine.prefill_seconds(sequence.prefill_tokens)
+            generation.seconds += prefill_seconds
+            generation.seconds_by_cause["prefill"] += prefill_seconds
+            final_tokens = sequence.context_tokens + sequence.remaining_tokens
+            heapq.heappush(running, RunningSequence(step + sequence.remaining_tokens, admissions, final_tokens))
+            admissions += 1
+            cached_tokens += sequence.context_tokens
+
+        # Nothing changes until the next sequence ends or the cache is full: these steps are taken at once.
+        sequences = len(running)
+        steps_to_next_end = running[0].end_step - step
+        steps_to_full_cache = max(0, (engine.kv_cache_tokens - cached_tokens) // sequences)
+        steps = min(steps_to_next_end, steps_to_full_cache)
+        mean_cached_tokens = cached_tokens + sequences * (steps - 1) / 2
+        for cause, seconds in engine.step_seconds(sequences, mean_cached_tokens).items():
+            generation.seconds_by_cause[cause] += steps * seconds
+            generation.seconds += steps * seconds
+        step += steps
+        cached_tokens += sequences * steps
+
+        if steps < steps_to_next_end:  # the cache is full
+            newest = max(running, key=lambda sequence: sequence.admission)
             running.remove(newest)
             heapq.heapify(running)
-            there = newest[2] - (newest[0] - step)
-            waiting.appendleft((there, newest[0] - step, there))
-            tokens, may_enter = tokens - there, False
-        while running and running[0][0] == step:
-            tokens -= heapq.heappop(running)[2]
-            found.ends.append(found.seconds)
-            may_enter = True
-    return found
+            remaining_tokens = newest.end_step - step
+            context_tokens = newest.final_tokens - remaining_tokens
+            waiting.appendleft(WaitingSequence(context_tokens, remaining_tokens, prefill_tokens=context_tokens))
+            cached_tokens -= context_tokens
+            may_admit = False  # until a sequence ends: an admission now would only be preempted again
+        while running and running[0].end_step == step:
+            ended = heapq.heappop(running)
+            cached_tokens -= ended.final_tokens
+            generation.end_times.append(generation.seconds)
+            may_admit = True
+    return generation
 
 
-def generate(engine: Engine, engines: int, groups: Sequence[Group], limit: int) -> Generation:
-    """On several, as ``rollout.sampler.assign`` deals them out: a prompt's samples on one engine, dearest prompt first
-    to the least loaded, by what each sample may still get (``limit``)."""
-    loads = [(0, i) for i in range(engines)]
-    shares: list[list[Group]] = [[] for _ in range(engines)]
-    for group in sorted(groups, key=lambda group: -group.prompt):
-        load, i = heapq.heappop(loads)
-        shares[i].append(group)
-        heapq.heappush(loads, (load + group.prompt + limit * len(group.responses), i))
-    each = [generate_on(engine, share) for share in shares if share]
-    slowest = max(each, key=lambda one: one.seconds)
-    prompt, longest = max(((g.prompt, max(g.responses)) for g in groups), key=lambda pair: pair[1])
-    alone = engine.prefill(prompt) + longest * sum(engine.step(1, prompt + (longest - 1) / 2).values())
-    return Generation(slowest.seconds, alone, sorted(end for one in each for end in one.ends), slowest.spent)
+def simulate_generation(engine: Engine, engines: int, groups: Sequence[Group], response_limit: int) -> Generation:
+    """Generation of a batch by several engines that run at the same time.
+
+    Prompts are assigned as ``rollout.sampler.assign`` does: all samples of a prompt to one engine, the longest prompt
+    first, each to the engine with the fewest tokens. A sample counts with the ``response_limit``, because its length is
+    not known beforehand.
+    """
+    assigned: list[list[Group]] = [[] for _ in range(engines)]
+    loads = [(0, number) for number in range(engines)]  # a heap of (tokens, engine)
+    for group in sorted(groups, key=lambda group: -group.prompt_tokens):
+        load, number = heapq.heappop(loads)
+        assigned[number].append(group)
+        most_tokens = group.prompt_tokens + response_limit * len(group.response_tokens)
+        heapq.heappush(loads, (load + most_tokens, number))
+    generations = [simulate_engine(engine, share) for share in assigned if share]
+    slowest = max(generations, key=lambda generation: generation.seconds)
+
+    group_of_longest = max(groups, key=lambda group: max(group.response_tokens))
+    prompt = group_of_longest.prompt_tokens
+    longest = max(group_of_longest.response_tokens)
+    mean_step_seconds = sum(engine.step_seconds(1, prompt + (longest - 1) / 2).values())
+    return Generation(
+        seconds=slowest.seconds,
+        longest_alone=engine.prefill_seconds(prompt) + longest * mean_step_seconds,
+        end_times=sorted(end for generation in generations for end in generation.end_times),
+        seconds_by_cause=slowest.seconds_by_cause,
+    )
 
 
-def judge(ends: Sequence[float], samples_s: float, latency: float) -> float:
-    """Seconds from the last response to the last verdict: judges take samples as they end, one after another."""
-    free = 0.0
-    for end in ends:
-        free = max(free, end) + 1 / samples_s
-    return free + latency - ends[-1]
+def judge_seconds(end_times: Sequence[float], samples_per_second: float, latency: float) -> float:
+    """Seconds from the last response to the last verdict: the judges take the samples in order as they end."""
+    queue_is_free_at = 0.0
+    for end in end_times:
+        queue_is_free_at = max(queue_is_free_at, end) + 1 / samples_per_second
+    return queue_is_free_at + latency - end_times[-1]
 
 
-# Trainer
+# Training
 
 
 @dataclass(frozen=True)
-class Work:
-    """A batch for the trainer: tokens, the sum of their sequences' squares, response tokens."""
+class BatchSize:
+    """What a batch costs the trainer: all tokens, the sum of the squared sequence lengths, and response tokens."""
 
     tokens: int
     squares: int
-    responses: int
+    response_tokens: int
 
 
-def work(groups: Sequence[Group]) -> Work:
-    lengths = [group.prompt + n for group in groups for n in group.responses]
-    responses = sum(map(sum, (group.responses for group in groups)))
-    return Work(sum(lengths), sum(n * n for n in lengths), responses)
+def batch_size(groups: Sequence[Group]) -> BatchSize:
+    lengths = [group.prompt_tokens + response for group in groups for response in group.response_tokens]
+    return BatchSize(
+        tokens=sum(lengths),
+        squares=sum(length**2 for length in lengths),
+        response_tokens=sum(sum(group.response_tokens) for group in groups),
+    )
 
 
-def micro_batches(job: Job, work: Work, machine: Machine, gpus: int) -> int:
-    """Of a data-parallel rank in one update."""
-    tokens = work.tokens / (gpus // job.replica) / job.updates
-    return max(1, math.ceil(tokens / job.micro_batch_tokens / machine.packed))
+def micro_batches(job: Job, batch: BatchSize, machine: Machine, gpus: int) -> int:
+    """Micro-batches of one data-parallel rank in one update."""
+    data_parallel = gpus // job.model_parallel
+    tokens_per_rank = batch.tokens / data_parallel / job.updates
+    return max(1, math.ceil(tokens_per_rank / job.micro_batch_tokens / machine.packed))
 
 
-def train(job: Job, model: Shapes, work: Work, machine: Machine, gpus: int) -> dict[str, float]:
-    """Seconds of log-probs and of the updates on ``gpus``, by what they go to. The pipeline idles for its stages less
-    one in every pass over the micro-batches; gradients are reduced in FP32 and weights gathered, not overlapped."""
-    rate = gpus * machine.peak_tflops * 1e12 * machine.mfu
-    idle = (job.pipeline - 1) / micro_batches(job, work, machine, gpus)
-    sums = work.tokens, work.squares, work.responses
-    forward, training = job.passes * model.forward(*sums) / rate, model.training(*sums) / rate
-    of_rank, sharing = model.parameters / job.tensor / job.pipeline, gpus // job.tensor // job.pipeline
-    swap = 2 * 2 * of_rank / machine.pcie_gb_s / 1e9  # the reference's weights come from the host, the policy's go back
-    reduce = job.updates * (4 + 2) * of_rank * (sharing - 1) / sharing / machine.network_gb_s / 1e9
+def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Machine, gpus: int) -> dict[str, float]:
+    """Seconds of the log-prob passes ("logprobs") and of the updates ("train") on ``gpus``.
+
+    "pipeline idle" and "gradients" are parts of these two. Each pass over the micro-batches has a pipeline bubble of
+    stages - 1 micro-batches. Gradients are reduced in FP32 and BF16 weights gathered, neither overlapped with compute.
+    """
+    flops_per_second = gpus * machine.peak_tflops * 1e12 * machine.mfu
+    bubble = (job.pipeline - 1) / micro_batches(job, batch, machine, gpus)
+    size = (batch.tokens, batch.squares, batch.response_tokens)
+    forward = job.passes * model.forward_flops(*size) / flops_per_second
+    update = model.training_flops(*size) / flops_per_second
+
+    parameters_per_rank = model.parameters / job.tensor / job.pipeline
+    # The reference's weights come from the host for its pass, and the policy's come back after it.
+    swap = 2 * BF16_BYTES * parameters_per_rank / machine.pcie_gb_s / 1e9
+    shards = gpus // job.tensor // job.pipeline
+    reduced_bytes = job.updates * (FP32_BYTES + BF16_BYTES) * parameters_per_rank * (shards - 1) / shards
+    gradients = reduced_bytes / machine.network_gb_s / 1e9
     return {
-        "logprobs": forward * (1 + idle) + swap,
-        "train": training * (1 + idle) + reduce,
-        "pipeline idle": (forward + training) * idle,
-        "gradients": reduce,
+        "logprobs": forward * (1 + bubble) + swap,
+        "train": update * (1 + bubble) + gradients,
+        "pipeline idle": (forward + update) * bubble,
+        "gradients": gradients,
     }
 
 
-def sync_seconds(job: Job, model: Shapes, machine: Machine, disaggregated: bool) -> float:
-    """What an engine's GPU takes in through its own link, whatever the number of engines: from its node where that has
-    a whole replica, else over the network. Within a quarter of the real plans of docs/layouts.md."""
-    near = not disaggregated and job.replica <= machine.gpus_per_node
-    lacking = 1 - 1 / (job.tensor * job.pipeline) if near else 1
-    speed = machine.nvlink_gb_s if near else min(machine.network_gb_s, machine.pcie_gb_s)
-    return 2 * model.parameters / job.engine_tensor * lacking / speed / 1e9 + machine.order_ms / 1e3
+def sync_seconds(job: Job, model: ModelShape, machine: Machine, disaggregated: bool) -> float:
+    """Seconds in which a GPU of an engine receives its weights over its own link, for any number of engines.
+
+    An engine on the trainer's GPUs receives over NVLink where its node holds a model replica, and already has its own
+    shard. Any other engine receives over the network. This is within a quarter of the plans in docs/layouts.md.
+    """
+    within_node = not disaggregated and job.model_parallel <= machine.gpus_per_node
+    if within_node:
+        missing_share = 1 - 1 / (job.tensor * job.pipeline)
+        link_gb_s = machine.nvlink_gb_s
+    else:
+        missing_share = 1.0
+        link_gb_s = min(machine.network_gb_s, machine.pcie_gb_s)
+    weight_bytes = BF16_BYTES * model.parameters / job.engine_tensor
+    return weight_bytes * missing_share / link_gb_s / 1e9 + machine.order_ms / 1e3
 
 
 # Failures
 
 
-def goodput(step: float, every: int, save: float, mtbf: float, restart: float) -> float:
-    """Share of the wall time that is steps kept: a checkpoint of ``save`` seconds each ``every`` steps, failures with
-    exponential distances of ``mtbf`` seconds on the mean, each losing what came after the last checkpoint.
+def goodput(step: float, every_steps: int, save: float, mtbf: float, restart: float) -> float:
+    """Share of the wall time that goes into steps that are kept.
 
-    Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps", equation 20; a restart
-    may fail too.
+    A failure loses all steps since the last checkpoint. Times between failures are exponentially distributed, and a
+    restart can fail too. Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps",
+    equation 20.
+
+    Args:
+        step: seconds of a step.
+        every_steps: steps between checkpoints.
+        save: seconds of a checkpoint.
+        mtbf: mean seconds between failures.
+        restart: seconds of a restart.
     """
-    useful = every * step
+    useful = every_steps * step
     if math.isinf(mtbf):
         return useful / (useful + save)
     exponent = (useful + save) / mtbf
     if exponent > 500 or restart / mtbf > 500:
-        return 0.0  # no interval is ever finished
+        return 0.0  # no interval is ever completed, and exp would overflow
     return useful / (mtbf * math.exp(restart / mtbf) * math.expm1(exponent))
 
 
 def best_interval(step: float, save: float, mtbf: float, restart: float) -> int:
-    """Steps between checkpoints with the best goodput: the better neighbour of Daly's optimum."""
-    ideal = daly(save, mtbf) / step
-    candidates = {max(1, math.floor(ideal)), max(1, math.ceil(ideal))}
-    return max(candidates, key=lambda every: goodput(step, every, save, mtbf, restart))
+    """Steps between checkpoints with the highest goodput: Daly's optimum, rounded to the better side."""
+    ideal_steps = daly_interval(save, mtbf) / step
+    candidates = {max(1, math.floor(ideal_steps)), max(1, math.ceil(ideal_steps))}
+    return max(candidates, key=lambda every_steps: goodput(step, every_steps, save, mtbf, restart))
 
 
-def daly(save: float, mtbf: float) -> float:
-    """Seconds of work between checkpoints that lose least: Daly's equation 37, whose first term is Young's (1974)."""
+def daly_interval(save: float, mtbf: float) -> float:
+    """Optimal seconds of work between checkpoints: Daly's equation 37, whose first term is Young's formula (1974)."""
     if save >= 2 * mtbf:
         return mtbf
     x = math.sqrt(save / 2 / mtbf)
@@ -382,18 +538,21 @@ def daly(save: float, mtbf: float) -> float:
 
 
 @dataclass
-class Step:
-    """One row: seconds by phase, of the whole step, of a checkpoint beyond it, of the copy
-    of a checkpoint's states to the hosts. ``trainers`` and ``generators`` are GPUs
-    (the same ones when colocated). ``note`` says why there is none, or what the batch is too small for."""
+class StepEstimate:
+    """The estimate of a step for one schedule and number of GPUs. All times are in seconds.
+
+    ``trainers`` and ``generators`` are numbers of GPUs; colocated, both are the same GPUs. ``save`` is what a
+    checkpoint adds to a step, and ``copy`` the copy of the training state to the hosts' memory. ``note`` says why there
+    is no estimate, or for what the batch is too small.
+    """
 
     gpus: int
     schedule: str
     trainers: int = 0
     generators: int = 0
     phases: dict[str, float] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    alone: float = 0.0
+    generation_causes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    longest_alone: float = 0.0
     seconds: float = math.inf
     tokens: float = 0.0
     save: float = 0.0
@@ -403,98 +562,124 @@ class Step:
 
     @property
     def bound(self) -> str:
-        """The phase that is longest, and what most of it goes to."""
+        """The longer of generation and training, and the cause that takes most of it."""
         if not self.phases:
             return ""
-        p = self.phases
-        generating, training = p["generate"] + p["judge"], p["logprobs"] + p["train"]
+        generating = generating_seconds(self.phases)
+        training = trainer_seconds(self.phases)
         if generating >= training:
-            if self.alone >= LATENCY * generating:
+            if self.longest_alone >= LONGEST_RESPONSE_SHARE * generating:
                 return "generation: the longest response"
-            causes = {**self.spent, "judges": p["judge"]}
-            return f"generation: {max(causes.items(), key=lambda cause: cause[1])[0]}"
-        parts = {"pipeline idle": p["pipeline idle"], "gradients": p["gradients"]}
-        return (
-            f"training: {max({**parts, 'arithmetic': training - sum(parts.values())}.items(), key=lambda i: i[1])[0]}"
-        )
+            causes = {**self.generation_causes, "judges": self.phases["judge"]}
+            return f"generation: {max(causes, key=lambda cause: causes[cause])}"
+        causes = {"pipeline idle": self.phases["pipeline idle"], "gradients": self.phases["gradients"]}
+        causes["arithmetic"] = training - sum(causes.values())
+        return f"training: {max(causes, key=lambda cause: causes[cause])}"
 
 
-def one_step(
+def generating_seconds(phases: Mapping[str, float]) -> float:
+    return phases["generate"] + phases["judge"]
+
+
+def trainer_seconds(phases: Mapping[str, float]) -> float:
+    return phases["logprobs"] + phases["train"]
+
+
+def estimate_step(
     job: Job,
-    model: Shapes,
+    model: ModelShape,
     machine: Machine,
     batches: Sequence[Sequence[Group]],
     schedule: str,
     gpus: int,
     trainers: int,
     sync: float,
-) -> Step:
-    """The mean of the batches' steps. ``trainers`` of ``gpus`` train; colocated, all do both. Asynchronous is
-    ``rollout.staleness=1``: sync, then generation of the next batch beside the trainer's work on this one."""
+) -> StepEstimate:
+    """The mean step over ``batches`` when ``trainers`` of the ``gpus`` train; colocated, all GPUs do both.
+
+    The asynchronous schedule is ``rollout.staleness=1``: after the weight sync the engines generate the next batch
+    while the trainer works on this one. ``sync`` are the seconds of a weight sync.
+    """
     disaggregated = schedule != "colocated"
     generators = gpus - trainers if disaggregated else gpus
-    served = engine(job, model, machine, disaggregated)
-    found = Step(gpus, schedule, trainers, generators, seconds=0.0)
-    engines, growth = generators // job.engine_tensor, len(batches[0]) / job.prompts
-    sums: dict[str, float] = defaultdict(float)
-    for batch in batches:
-        made = generate(served, engines, batch, job.response_limit)
-        load = work(batch)
+    engines = generators // job.engine_tensor
+    engine = engine_of(job, model, machine, disaggregated)
+    prompts = len(batches[0])
+    judges_per_second = machine.judge_samples_s * (prompts / job.prompts)  # judges grow with the batch
+    sizes = [batch_size(batch) for batch in batches]
+    estimate = StepEstimate(gpus, schedule, trainers, generators, seconds=0.0)
+    phase_means: dict[str, float] = defaultdict(float)
+    for batch, size in zip(batches, sizes, strict=True):
+        generation = simulate_generation(engine, engines, batch, job.response_limit)
         phases = {
-            "generate": made.seconds,
-            "judge": judge(made.ends, machine.judge_samples_s * growth, machine.judge_latency_s),
+            "generate": generation.seconds,
+            "judge": judge_seconds(generation.end_times, judges_per_second, machine.judge_latency_s),
             "sync": sync + (0 if disaggregated else machine.switch_s),
-            **train(job, model, load, machine, trainers),
+            **training_seconds(job, model, size, machine, trainers),
         }
-        generating, training = phases["generate"] + phases["judge"], phases["logprobs"] + phases["train"]
-        both = max(generating, training) if schedule == "asynchronous" else generating + training
-        for name, value in {**phases, "step": phases["sync"] + both, "tokens": load.tokens}.items():
-            sums[name] += value / len(batches)
-        for name, value in made.spent.items():
-            found.spent[name] += value / len(batches)
-        found.alone += made.alone / len(batches)
-    found.seconds, found.tokens = sums.pop("step"), sums.pop("tokens")
-    found.phases, size = dict(sums), STATE_BYTES * model.parameters
-    save = machine.storage_seconds(size, trainers, writing=True)
-    hidden = max(0.0, sums["generate"] + sums["judge"] - sums["logprobs"] - sums["train"])
-    found.save = max(0.0, save - hidden) if schedule == "asynchronous" else save
-    found.copy = size / trainers / machine.pcie_gb_s / 1e9
-    found.restart = machine.restart_s + machine.storage_seconds(size, trainers, writing=False)
+        if schedule == "asynchronous":
+            both = max(generating_seconds(phases), trainer_seconds(phases))
+        else:
+            both = generating_seconds(phases) + trainer_seconds(phases)
+        for name, seconds in phases.items():
+            phase_means[name] += seconds / len(batches)
+        estimate.seconds += (phases["sync"] + both) / len(batches)
+        estimate.tokens += size.tokens / len(batches)
+        for cause, seconds in generation.seconds_by_cause.items():
+            estimate.generation_causes[cause] += seconds / len(batches)
+        estimate.longest_alone += generation.longest_alone / len(batches)
+    estimate.phases = dict(phase_means)
+
+    state_bytes = CHECKPOINT_BYTES_PER_PARAMETER * model.parameters
+    estimate.save = machine.storage_seconds(state_bytes, trainers, writing=True)
+    estimate.copy = state_bytes / trainers / machine.pcie_gb_s / 1e9
+    estimate.restart = machine.restart_s + machine.storage_seconds(state_bytes, trainers, writing=False)
     if schedule == "asynchronous":
-        found.restart += sums["generate"]  # the first batch is made while the trainer waits
-    found.note = too_small(job, min(map(work, batches), key=lambda w: w.tokens), machine, len(batches[0]), trainers)
-    if not found.note and engines > len(batches[0]):
-        found.note = f"batch too small: {len(batches[0])} prompts for {engines} engines"
-    return found
+        # The trainer writes while it would wait for the engines.
+        idle = phase_means["generate"] + phase_means["judge"] - phase_means["logprobs"] - phase_means["train"]
+        estimate.save = max(0.0, estimate.save - max(0.0, idle))
+        estimate.restart += phase_means["generate"]  # after a restart the trainer waits for its first batch
+    smallest = min(sizes, key=lambda size: size.tokens)
+    estimate.note = why_too_small(job, smallest, machine, prompts, trainers)
+    if not estimate.note and engines > prompts:
+        estimate.note = f"batch too small: {prompts} prompts for {engines} engines"
+    return estimate
 
 
-def too_small(job: Job, work: Work, machine: Machine, prompts: int, trainers: int) -> str:
-    """Why a batch does not feed the trainer's replicas and stages, or nothing (as recipes.config and the preflight)."""
-    replicas, samples = trainers // job.replica, prompts * job.samples // job.updates
+def why_too_small(job: Job, batch: BatchSize, machine: Machine, prompts: int, trainers: int) -> str:
+    """Why the trainer's replicas or pipeline stages lack work, or "". The recipe's own checks refuse the same."""
+    replicas = trainers // job.model_parallel
+    samples = prompts * job.samples // job.updates
     if samples < replicas:
         return f"batch too small: {samples} samples for {replicas} replicas"
-    if (count := micro_batches(job, work, machine, trainers)) < job.pipeline:
+    count = micro_batches(job, batch, machine, trainers)
+    if count < job.pipeline:
         return f"batch too small: {count} micro-batches for {job.pipeline} stages"
     return ""
 
 
 def best_step(
     job: Job,
-    model: Shapes,
+    model: ModelShape,
     machine: Machine,
     batches: Sequence[Sequence[Group]],
     schedule: str,
     gpus: int,
     sync: float,
-) -> Step:
-    """Colocated, or with the share of trainer GPUs that makes the shortest step: at most 24 of the possible ones."""
+) -> StepEstimate:
+    """The step on ``gpus``, colocated or with the number of trainer GPUs that makes the shortest step.
+
+    At most ``MAX_SPLITS`` numbers are tried.
+    """
     if schedule == "colocated":
-        return one_step(job, model, machine, batches, schedule, gpus, gpus - gpus % job.replica, sync)
-    node = max(job.replica, job.engine_tensor, machine.gpus_per_node)
-    most = (gpus - job.engine_tensor) // node
-    if most < 1:
-        return Step(gpus, schedule, note=f"no room: a replica and an engine take {node + job.engine_tensor} GPUs")
-    counts = sorted({max(1, round(most * i / 24)) for i in range(1, 25)})
-    steps = [one_step(job, model, machine, batches, schedule, gpus, count * node, sync) for count in counts]
-    fed = [step for step in steps if not step.note] or steps
-    return min(fed, key=lambda step: step.seconds)
+        trainers = gpus - gpus % job.model_parallel
+        return estimate_step(job, model, machine, batches, schedule, gpus, trainers, sync)
+    unit = max(job.model_parallel, job.engine_tensor, machine.gpus_per_node)  # trainer GPUs are multiples of it
+    most_units = (gpus - job.engine_tensor) // unit
+    if most_units < 1:
+        needed = unit + job.engine_tensor
+        return StepEstimate(gpus, schedule, note=f"no room: a replica and an engine take {needed} GPUs")
+    candidates = sorted({max(1, round(most_units * i / MAX_SPLITS)) for i in range(1, MAX_SPLITS + 1)})
+    steps = [estimate_step(job, model, machine, batches, schedule, gpus, units * unit, sync) for units in candidates]
+    with_enough_work = [step for step in steps if not step.note] or steps
+    return min(with_enough_work, key=lambda step: step.seconds)

@@ -1,14 +1,14 @@
-"""The loop on 64 to 4,096 GPUs, on paper: step time, its phases, goodput, and what bounds them, for three schedules.
+"""Estimates the training loop on 64 to 4,096 GPUs for three schedules: step time, phases, goodput and bottleneck.
 
-``python -m benchmarks.scale_simulation [recipe=safework_72b] [overrides…] [scale.output=FILE.json]``, on any machine,
-in seconds. The recipe gives layout, batch, limits and checkpoints, conf/scale the costs with their sources; what the
-model is worth shows in its ratios to published steps, printed last. Text alone: a vision tower's work is left out.
+``python -m benchmarks.scale_simulation [recipe=safework_72b] [overrides…] [scale.output=FILE.json]`` takes seconds on
+any machine. The recipe gives layout, batch, limits and checkpoints; conf/scale gives the costs and their sources. The
+last table compares the model with published steps. Images are left out: a vision tower's operations are not counted.
 """
 
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,184 +19,234 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import scale_model
-from benchmarks.scale_model import SCHEDULES, Group, Job, Machine, Shapes, Step
+from benchmarks.scale_model import SCHEDULES, Job, Machine, ModelShape, StepEstimate
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.preflight.architecture import config_file
 
-ASIDE = ("scale", "simulate")
-DEFAULTS = ("recipe=safework_72b", "+scale=h100", "+simulate=h100")
+# Groups of the configuration that a training run does not have.
+OWN_GROUPS = ("scale", "simulate")
+OWN_OVERRIDES = ("+scale=h100", "+simulate=h100")
+DEFAULT_RECIPE = "recipe=safework_72b"
 
 
-def job(config: Config) -> Job:
-    c, r, a = config.parallel, config.rollout, config.algorithm
+def job_of(config: Config) -> Job:
+    # The reference's log-probs; and the policy's, before the first of several updates.
+    passes = 1 if config.algorithm.updates_per_rollout == 1 else 2
     return Job(
-        tensor=c.tensor,
-        pipeline=c.pipeline,
-        context=c.context,
-        micro_batch_tokens=c.micro_batch_tokens,
-        prompts=a.prompts_per_step,
-        samples=a.samples_per_prompt,
-        updates=a.updates_per_rollout,
-        passes=1 if a.updates_per_rollout == 1 else 2,  # of the reference, and of the policy before several updates
-        engine_tensor=r.tensor,
-        slots=r.max_num_seqs,
-        kv_cache_gib=r.kv_cache_gib,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        context=config.parallel.context,
+        micro_batch_tokens=config.parallel.micro_batch_tokens,
+        prompts=config.algorithm.prompts_per_step,
+        samples=config.algorithm.samples_per_prompt,
+        updates=config.algorithm.updates_per_rollout,
+        passes=passes,
+        engine_tensor=config.rollout.tensor,
+        slots=config.rollout.max_num_seqs,
+        kv_cache_gib=config.rollout.kv_cache_gib,
         prompt_limit=config.data.max_prompt_tokens,
-        response_limit=r.max_response_tokens,
+        response_limit=config.rollout.max_response_tokens,
     )
 
 
-def machine(scale: DictConfig, links: DictConfig) -> Machine:
-    known = {**scale.machine, **links}
-    return Machine(**{field.name: known[field.name] for field in fields(Machine)})
+def machine_of(scale: DictConfig, links: DictConfig) -> Machine:
+    constants = {**scale.machine, **links}
+    return Machine(**{field.name: constants[field.name] for field in fields(Machine)})
 
 
-def shapes(path: str) -> Shapes:
-    """Of the model's folder, or of the architecture that is kept for its name."""
-    return scale_model.shapes(json.loads(config_file(path).read_text()))
+def model_shape(path: str) -> ModelShape:
+    """The shape of the model in the folder ``path``, or of the architecture that the project keeps for this name."""
+    return scale_model.model_shape(json.loads(config_file(path).read_text()))
 
 
 def check(scale: DictConfig) -> None:
-    """Raises ConfigError for a choice that is none."""
+    """Raises ConfigError for an unknown choice or a count below 1."""
     for name, allowed in (("batch", ("recipe", "gpus")), ("sync", ("bytes", "plan"))):
         if scale[name] not in allowed:
             raise ConfigError(f"scale.{name}={scale[name]!r}: use one of {', '.join(allowed)}")
-    for name, count in (("draws", scale.draws), *(("gpus", gpus) for gpus in scale.gpus)):
-        if count < 1:
-            raise ConfigError(f"scale.{name}={scale[name]}: use 1 or more")
+    if scale.draws < 1:
+        raise ConfigError(f"scale.draws={scale.draws}: use 1 or more")
+    if any(gpus < 1 for gpus in scale.gpus):
+        raise ConfigError(f"scale.gpus={scale.gpus}: use 1 or more")
 
 
-def sync(raw: DictConfig, task: Job, model: Shapes, on: Machine) -> dict[str, float]:
-    """Seconds of a weight sync by place of the engines."""
+def sync_seconds(raw: DictConfig, job: Job, model: ModelShape, machine: Machine) -> dict[str, float]:
+    """Seconds of a weight sync to engines that are "colocated" or "disaggregated"."""
     if raw.scale.sync == "bytes":
         return {
-            "colocated": scale_model.sync_seconds(task, model, on, disaggregated=False),
-            "disaggregated": scale_model.sync_seconds(task, model, on, disaggregated=True),
+            "colocated": scale_model.sync_seconds(job, model, machine, disaggregated=False),
+            "disaggregated": scale_model.sync_seconds(job, model, machine, disaggregated=True),
         }
-    from recipes.preflight.weight_sync import simulate
+    # Imports PyTorch and Megatron-Core, which only this choice needs.
+    from recipes.preflight.weight_sync import simulate as simulate_sync
 
-    found = {}
-    for where in ("colocated", "disaggregated"):
-        placed = OmegaConf.merge(raw, {"simulate": {"engines": where}})
-        assert isinstance(placed, DictConfig)
-        found[where] = simulate(placed)["seconds"]
-    return found
+    seconds = {}
+    for placement in ("colocated", "disaggregated"):
+        config = OmegaConf.merge(raw, {"simulate": {"engines": placement}})
+        assert isinstance(config, DictConfig)
+        seconds[placement] = simulate_sync(config)["seconds"]
+    return seconds
 
 
 def simulate(raw: DictConfig) -> dict[str, Any]:
-    """The whole answer for a recipe's configuration with the groups ``scale`` and ``simulate``, plain JSON."""
-    scale, config = raw.scale, parse(OmegaConf.masked_copy(raw, [str(key) for key in raw if key not in ASIDE]))
+    """The estimates of all sizes and schedules, as JSON, for a configuration with the groups ``OWN_GROUPS``."""
+    scale = raw.scale
+    run_groups = [str(key) for key in raw if key not in OWN_GROUPS]
+    config = parse(OmegaConf.masked_copy(raw, run_groups))
     check(scale)
-    task, model, on = job(config), shapes(config.model.path), machine(scale, raw.simulate)
-    seconds = sync(raw, task, model, on)
+    job = job_of(config)
+    model = model_shape(config.model.path)
+    machine = machine_of(scale, raw.simulate)
+    sync = sync_seconds(raw, job, model, machine)
     rows = []
     for name, lengths in scale.lengths.items():
-        plain: Any = OmegaConf.to_container(lengths)
+        distributions: Any = OmegaConf.to_container(lengths)
         for gpus in scale.gpus:
-            more = max(1, gpus // config.cluster.ranks) if scale.batch == "gpus" else 1
-            batches = [scale_model.draw(task, task.prompts * more, plain, scale.seed + i) for i in range(scale.draws)]
+            growth = 1
+            if scale.batch == "gpus":
+                growth = max(1, gpus // config.cluster.ranks)
+            prompts = job.prompts * growth
+            seeds = range(scale.seed, scale.seed + scale.draws)
+            batches = [scale_model.draw_batch(job, prompts, distributions, seed) for seed in seeds]
             for schedule in SCHEDULES:
-                at = seconds["colocated" if schedule == "colocated" else "disaggregated"]
-                step = scale_model.best_step(task, model, on, batches, schedule, gpus, at)
-                rows.append({"lengths": str(name), **row(step, on, config.checkpoint.every_steps)})
+                placement = "colocated" if schedule == "colocated" else "disaggregated"
+                step = scale_model.best_step(job, model, machine, batches, schedule, gpus, sync[placement])
+                rows.append({"lengths": str(name), **row_of(step, machine, config.checkpoint.every_steps)})
     return {
         "recipe": config.recipe.name,
         "every_steps": config.checkpoint.every_steps,
         "constants": OmegaConf.to_container(scale),
         "parameters": model.parameters,
-        "sync_seconds": seconds,
+        "sync_seconds": sync,
         "rows": rows,
-        "published": [published(case, on, scale) for case in scale.published],
+        "published": [compare_with_published(case, machine, scale) for case in scale.published],
     }
 
 
-def row(step: Step, on: Machine, every: int) -> dict[str, Any]:
-    """A step with its failures: goodput with the recipe's checkpoints, with the best interval, and with the best one of
-    checkpoints that hold the trainer up only while its states go to the host's memory."""
-    found = {k: v for k, v in vars(step).items() if k != "seconds"}
+def row_of(step: StepEstimate, machine: Machine, every_steps: int) -> dict[str, Any]:
+    """A step with its goodput for three checkpoint policies.
+
+    "goodput" is that of the recipe's interval, "best_goodput" that of the best interval. "to_host_goodput" is that of
+    the best interval when a checkpoint stops the trainer only until its state is in the host's memory.
+    """
     if not step.phases:
         return {"gpus": step.gpus, "schedule": step.schedule, "note": step.note}
-    mtbf = on.mtbf_gpu_hours * 3600 / step.gpus
-    best = scale_model.best_interval(step.seconds, step.save, mtbf, step.restart)
-    kept = scale_model.goodput(step.seconds, every, step.save, mtbf, step.restart)
+    mtbf = machine.mtbf_gpu_hours * 3600 / step.gpus
+    goodput = scale_model.goodput(step.seconds, every_steps, step.save, mtbf, step.restart)
+    best_every_steps = scale_model.best_interval(step.seconds, step.save, mtbf, step.restart)
+    best_goodput = scale_model.goodput(step.seconds, best_every_steps, step.save, mtbf, step.restart)
     to_host = min(step.save, step.copy)
-    soon = scale_model.best_interval(step.seconds, to_host, mtbf, step.restart)
+    to_host_every_steps = scale_model.best_interval(step.seconds, to_host, mtbf, step.restart)
+    to_host_goodput = scale_model.goodput(step.seconds, to_host_every_steps, to_host, mtbf, step.restart)
     return {
-        **found,
+        "gpus": step.gpus,
+        "schedule": step.schedule,
+        "trainers": step.trainers,
+        "generators": step.generators,
+        "phases": step.phases,
+        "spent": step.generation_causes,
+        "alone": step.longest_alone,
+        "tokens": step.tokens,
+        "save": step.save,
+        "copy": step.copy,
+        "restart": step.restart,
+        "note": step.note,
         "step": step.seconds,
         "tokens_per_second_per_gpu": step.tokens / step.seconds / step.gpus,
         "mtbf_hours": mtbf / 3600,
-        "goodput": kept,
-        "kept_tokens_per_second_per_gpu": kept * step.tokens / step.seconds / step.gpus,
-        "best_every_steps": best,
-        "best_goodput": scale_model.goodput(step.seconds, best, step.save, mtbf, step.restart),
-        "to_host_every_steps": soon,
-        "to_host_goodput": scale_model.goodput(step.seconds, soon, to_host, mtbf, step.restart),
+        "goodput": goodput,
+        "kept_tokens_per_second_per_gpu": goodput * step.tokens / step.seconds / step.gpus,
+        "best_every_steps": best_every_steps,
+        "best_goodput": best_goodput,
+        "to_host_every_steps": to_host_every_steps,
+        "to_host_goodput": to_host_goodput,
         "bound": step.bound,
     }
 
 
-def published(case: DictConfig, on: Machine, scale: DictConfig) -> dict[str, Any]:
-    """The model's step beside the published one; ratio: ours over theirs."""
-    plain: Any = OmegaConf.to_container(case)
-    task, model = Job(**plain["job"]), scale_model.shapes(plain["architecture"])
-    on = replace(on, judge_samples_s=math.inf, judge_latency_s=0)  # rules decide, not judges
-    batches: Sequence[Sequence[Group]] = [
-        scale_model.draw(task, task.prompts, plain, scale.seed + i) for i in range(scale.draws)
-    ]
-    seconds = scale_model.sync_seconds(task, model, on, plain["schedule"] != "colocated")
-    ruled = (plain["schedule"], plain["gpus"], plain["trainers"])
-    step = scale_model.one_step(task, model, on, batches, *ruled, seconds)
+def compare_with_published(case: DictConfig, machine: Machine, scale: DictConfig) -> dict[str, Any]:
+    """Our estimate of a published step. "ratio" is our seconds over the published ones."""
+    settings: Any = OmegaConf.to_container(case)
+    job = Job(**settings["job"])
+    model = scale_model.model_shape(settings["architecture"])
+    schedule = settings["schedule"]
+    # These runs have rules as rewards, whose time is negligible.
+    machine = replace(machine, judge_samples_s=math.inf, judge_latency_s=0)
+    seeds = range(scale.seed, scale.seed + scale.draws)
+    batches = [scale_model.draw_batch(job, job.prompts, settings, seed) for seed in seeds]
+    sync = scale_model.sync_seconds(job, model, machine, disaggregated=schedule != "colocated")
+    step = scale_model.estimate_step(
+        job, model, machine, batches, schedule, settings["gpus"], settings["trainers"], sync
+    )
     return {
-        "name": plain["name"],
-        "published": plain["seconds"],
+        "name": settings["name"],
+        "published": settings["seconds"],
         "ours": step.seconds,
-        "ratio": step.seconds / plain["seconds"],
+        "ratio": step.seconds / settings["seconds"],
         "phases": step.phases,
     }
 
 
 def show(answer: Mapping[str, Any]) -> None:
+    """Print one table for each distribution of lengths, and one of the published steps."""
     console = Console(width=max(Console().width, 190))
-    every = answer["every_steps"]
-    for lengths in dict.fromkeys(row["lengths"] for row in answer["rows"]):
-        columns = ("GPUs", "schedule", "train + generate", "generate", "judge", "logprobs", "train", "sync", "save")
-        results = ("step s", "tokens/s/GPU", f"goodput, every {every}", "best", "to host", "bound by")
-        table = Table(*columns, *results, title=f"{answer['recipe']}, {lengths}: seconds")
-        for row in (row for row in answer["rows"] if row["lengths"] == lengths):
-            table.add_row(*line(row), end_section=row["schedule"] == SCHEDULES[-1])
+    every_steps = answer["every_steps"]
+    distributions = dict.fromkeys(row["lengths"] for row in answer["rows"])  # without repetition, in order
+    for lengths in distributions:
+        table = Table(
+            "GPUs",
+            "schedule",
+            "train + generate",
+            "generate",
+            "judge",
+            "logprobs",
+            "train",
+            "sync",
+            "save",
+            "step s",
+            "tokens/s/GPU",
+            f"goodput, every {every_steps}",
+            "best",
+            "to host",
+            "bound by",
+            title=f"{answer['recipe']}, {lengths}: seconds",
+        )
+        for row in answer["rows"]:
+            if row["lengths"] == lengths:
+                table.add_row(*cells(row), end_section=row["schedule"] == SCHEDULES[-1])
         console.print(table)
-    console.print("save: a checkpoint beyond the step. best, to host: goodput and interval that lose least, the latter")
-    console.print("where a checkpoint holds the trainer up only until its states are in the host's memory.")
-    table = Table("published", "s", "ours", "ours / published", title="the same model on others' steps")
+    console.print("save: what a checkpoint adds to a step. best: the highest goodput, and its interval in steps.")
+    console.print("to host: the same when a checkpoint stops the trainer only until its state is in the host's memory.")
+    table = Table("published", "s", "ours", "ours / published", title="the same model for published steps")
     for case in answer["published"]:
         table.add_row(case["name"], f"{case['published']:.1f}", f"{case['ours']:.1f}", f"{case['ratio']:.2f}")
     console.print(table)
 
 
-def line(row: Mapping[str, Any]) -> list[str]:
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table in ``show``."""
     if "step" not in row:
         return [str(row["gpus"]), row["schedule"], *[""] * 12, row["note"]]
-    phases = (f"{row['phases'][name]:.1f}" for name in ("generate", "judge", "logprobs", "train", "sync"))
-    share = "all" if row["schedule"] == "colocated" else f"{row['trainers']} + {row['generators']}"
-    goodput = (
-        f"{row['goodput']:.1%}",
-        f"{row['best_goodput']:.1%}, {row['best_every_steps']}",
-        f"{row['to_host_goodput']:.1%}, {row['to_host_every_steps']}",
-    )
-    rate = f"{row['tokens_per_second_per_gpu']:.0f}"
-    why = "; ".join(filter(None, (row["bound"], row["note"])))
+    split = "all" if row["schedule"] == "colocated" else f"{row['trainers']} + {row['generators']}"
+    phases = row["phases"]
+    bound_and_note = [text for text in (row["bound"], row["note"]) if text]
     return [
         str(row["gpus"]),
         row["schedule"],
-        share,
-        *phases,
+        split,
+        f"{phases['generate']:.1f}",
+        f"{phases['judge']:.1f}",
+        f"{phases['logprobs']:.1f}",
+        f"{phases['train']:.1f}",
+        f"{phases['sync']:.1f}",
         f"{row['save']:.1f}",
         f"{row['step']:.1f}",
-        rate,
-        *goodput,
-        why,
+        f"{row['tokens_per_second_per_gpu']:.0f}",
+        f"{row['goodput']:.1%}",
+        f"{row['best_goodput']:.1%}, {row['best_every_steps']}",
+        f"{row['to_host_goodput']:.1%}, {row['to_host_every_steps']}",
+        "; ".join(bound_and_note),
     ]
 
 
@@ -207,13 +257,16 @@ def main(raw: DictConfig) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if raw.scale.output:
-        Path(raw.scale.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(raw.scale.output).write_text(json.dumps(answer, indent=1) + "\n")
+        output = Path(raw.scale.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(answer, indent=1) + "\n")
     show(answer)
 
 
 if __name__ == "__main__":
-    # The groups that the configuration of a run does not have; the recipe only where none is named.
-    named = any(argument.startswith("recipe=") for argument in sys.argv)
-    sys.argv[1:1] = DEFAULTS[1:] if named else DEFAULTS
+    # Hydra reads sys.argv. The default recipe applies only when the command names none.
+    overrides = list(OWN_OVERRIDES)
+    if not any(argument.startswith("recipe=") for argument in sys.argv):
+        overrides.insert(0, DEFAULT_RECIPE)
+    sys.argv[1:1] = overrides
     main()

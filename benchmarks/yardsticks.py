@@ -1,8 +1,9 @@
-"""The two yardsticks of ``benchmarks.loop``, each in a process of its own: plain transformers, and bare vLLM.
+"""The two yardsticks of ``benchmarks.loop``, each in a process of its own: plain transformers and bare vLLM.
 
-Nothing of the trainer or of the rollout engine is used here, except the loss (the algorithm's own function, so that
-both sides minimise the same) and the engine's environment variables (so that both vLLMs run alike). A yardstick reads
-one JSON line per repetition on standard input and answers with one; between repetitions it sleeps in that read.
+They use neither the trainer nor the rollout engine, with two exceptions: the algorithm's loss function, so that both
+sides minimise the same loss, and the engine's environment variables, so that both vLLMs run under the same conditions.
+For each repetition a yardstick reads one JSON line from standard input and writes one as its answer. It blocks in the
+read between repetitions and uses no CPU time there.
 """
 
 import json
@@ -23,23 +24,24 @@ from rollout.engine import EngineSettings, environment
 TRAINING = (
     "Plain transformers: AutoModelForCausalLM.from_pretrained, SDPA attention, weights, activations and gradients in "
     "the run's precision; torch.optim.AdamW(fused=True) on FP32 master weights, clip_grad_norm_, update copied back. "
-    "Samples in the order they came, prompts padded left and responses right, in micro-batches of at most "
+    "Samples in the order of the batch, prompts padded left and responses right, in micro-batches of at most "
     "parallel.micro_batch_tokens padded tokens; logits of the response part only (logits_to_keep). One process, "
-    "every core. Timed: forward, loss, backward, clipping, update; not timed: padding. Ours is the whole train phase."
+    "every core. Timed: forward, loss, backward, clipping, update; not timed: padding. Ours is the full train phase."
 )
 GENERATION = (
     "Bare vLLM: LLM.generate in one process; same prompts, seeds, sampling, log-probs, dtype, threads, limits and "
     "environment, no detokenisation on either side; weights from the same checkpoint, without the weight sync. "
-    "Timed: LLM.generate alone. Ours is the whole generate phase: with tokenisation, HTTP and broadcast to the ranks."
+    "Timed: LLM.generate alone. Ours is the full generate phase: with tokenisation, HTTP and broadcast to the ranks."
 )
 
 
 class Yardstick:
-    """A yardstick process. A context manager: the process ends with the block, and with its owner in any case."""
+    """A yardstick process. As a context manager it ends the process; the process also ends when its parent dies."""
 
     def __init__(self, name: str, settings: dict[str, Any], env: dict[str, str], log: Path) -> None:
-        """Start it; the first :meth:`ask` waits until it is ready."""
-        self.name, self.log = name, log
+        """Start the process. The first :meth:`ask` waits until it is ready."""
+        self.name = name
+        self.log = log
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.yardsticks", name, json.dumps(settings), str(os.getpid())],
@@ -60,13 +62,13 @@ class Yardstick:
         self.process.wait()
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """One repetition. Raises RuntimeError with the log's place when the process has died."""
+        """One repetition. Raises RuntimeError with the path of the log when the process has died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # told below, with the exit code
+            pass  # the process has died: readline returns nothing, and the error below has the exit code
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the yardstick {self.name!r} ended with code {self.process.wait()}: see {self.log}")
@@ -74,7 +76,7 @@ class Yardstick:
 
 
 def training(config: Config, engine: EngineSettings, folder: Path, log: Path) -> Yardstick:
-    """Plain transformers on the model in ``folder`` with every core of this machine."""
+    """Start plain transformers with the model in ``folder`` on all cores of this machine."""
     settings = {
         "model": str(folder),
         "precision": config.precision.name,
@@ -84,34 +86,38 @@ def training(config: Config, engine: EngineSettings, folder: Path, log: Path) ->
         "algorithm": asdict(config.algorithm),
     }
     env = {**environment(engine), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    env.pop("OMP_WAIT_POLICY", None)  # torch's own choice, as in a process that shares nothing
+    env.pop("OMP_WAIT_POLICY", None)  # PyTorch's default is best for a process that shares no cores
     return Yardstick("training", settings, env, log)
 
 
 def generation(engine: EngineSettings, folder: Path, log: Path) -> Yardstick:
-    """Bare vLLM with the settings of ``engine`` on the model in ``folder``."""
+    """Start bare vLLM with the model in ``folder`` and the settings of ``engine``."""
     return Yardstick("generation", {**asdict(engine), "model": str(folder)}, environment(engine), log)
 
 
 def padded_batches(lengths: Sequence[tuple[int, int]], limit: int) -> list[list[int]]:
-    """Consecutive samples, as many as fit into ``limit`` tokens once all are padded.
+    """Split samples, in their order, into micro-batches of at most ``limit`` padded tokens.
 
-    ``lengths``: (prompt, response) tokens of each sample. A batch of n takes n × (longest prompt + longest response).
+    ``lengths`` are the (prompt, response) tokens of each sample. A micro-batch of n samples has n × (longest prompt +
+    longest response) tokens. A sample above the limit gets a micro-batch of its own.
     """
     batches: list[list[int]] = []
-    prompt = response = 0
-    for i, (p, r) in enumerate(lengths):
-        prompt, response = max(prompt, p), max(response, r)
-        if batches and (len(batches[-1]) + 1) * (prompt + response) <= limit:
+    longest_prompt = 0
+    longest_response = 0
+    for i, (prompt, response) in enumerate(lengths):
+        longest_prompt = max(longest_prompt, prompt)
+        longest_response = max(longest_response, response)
+        if batches and (len(batches[-1]) + 1) * (longest_prompt + longest_response) <= limit:
             batches[-1].append(i)
         else:
             batches.append([i])
-            prompt, response = p, r
+            longest_prompt = prompt
+            longest_response = response
     return batches
 
 
 def train(settings: dict[str, Any]) -> Any:
-    """The plain trainer: question {"sequences": [{prompt, response, values}]} → {seconds, loss, grad_norm, …}."""
+    """The function that answers {"sequences": [{prompt, response, values}]} with {seconds, loss, grad_norm, …}."""
     import torch
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
@@ -123,7 +129,10 @@ def train(settings: dict[str, Any]) -> Any:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["precision"]]
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).train()
     weights = list(model.parameters())
-    masters = weights if dtype is torch.float32 else [weight.detach().float().requires_grad_() for weight in weights]
+    has_master_weights = dtype is not torch.float32
+    masters = weights
+    if has_master_weights:
+        masters = [weight.detach().float().requires_grad_() for weight in weights]
     adam = torch.optim.AdamW(
         masters,
         lr=options.learning_rate,
@@ -134,43 +143,52 @@ def train(settings: dict[str, Any]) -> Any:
     )
 
     def tensors(sequences: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Tokens and mask [n, prompt + response], mask of response tokens [n, response], values [all their tokens]."""
-        prompt = max(len(s["prompt"]) for s in sequences)
-        response = max(len(s["response"]) for s in sequences)
-        tokens = torch.zeros(len(sequences), prompt + response, dtype=torch.long)
+        """Pad n sequences.
+
+        Returns token ids and attention mask [n, prompt + response], the mask of response tokens [n, response], and the
+        values [response tokens of all sequences].
+        """
+        longest_prompt = max(len(sequence["prompt"]) for sequence in sequences)
+        longest_response = max(len(sequence["response"]) for sequence in sequences)
+        tokens = torch.zeros(len(sequences), longest_prompt + longest_response, dtype=torch.long)
         mask = torch.zeros_like(tokens)
-        for row, s in enumerate(sequences):
-            start, end = prompt - len(s["prompt"]), prompt + len(s["response"])
-            tokens[row, start:end] = torch.tensor(s["prompt"] + s["response"])
+        values: dict[str, list[float]] = {name: [] for name in sequences[0]["values"]}
+        for row, sequence in enumerate(sequences):
+            start = longest_prompt - len(sequence["prompt"])
+            end = longest_prompt + len(sequence["response"])
+            tokens[row, start:end] = torch.tensor(sequence["prompt"] + sequence["response"])
             mask[row, start:end] = 1
-        values = {name: torch.tensor([v for s in sequences for v in s["values"][name]]) for name in s["values"]}
-        return tokens, mask, mask[:, prompt:].bool(), values
+            for name, of_sequence in sequence["values"].items():
+                values[name] += of_sequence
+        response_mask = mask[:, longest_prompt:].bool()
+        return tokens, mask, response_mask, {name: torch.tensor(column) for name, column in values.items()}
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         sequences = question["sequences"]
-        lengths = [(len(s["prompt"]), len(s["response"])) for s in sequences]
+        lengths = [(len(sequence["prompt"]), len(sequence["response"])) for sequence in sequences]
         plan = padded_batches(lengths, settings["micro_batch_tokens"])
         batches = [tensors([sequences[i] for i in indices]) for indices in plan]
         total = 0.0
         started = time.perf_counter()
-        for tokens, mask, responses, values in batches:
-            width = responses.shape[1]
+        for tokens, mask, response_mask, values in batches:
+            width = response_mask.shape[1]
             output = model(tokens, attention_mask=mask, logits_to_keep=width + 1, use_cache=False)
-            logits = output.logits[:, :-1][responses].float()
+            logits = output.logits[:, :-1][response_mask].float()
             if settings["temperature"] != 1.0:
                 logits = logits / settings["temperature"]
-            log_probs = -F.cross_entropy(logits, tokens[:, -width:][responses], reduction="none")
-            counts = responses.sum(dim=1).tolist()
-            loss, _ = loss_of(log_probs, SimpleNamespace(values=values, lengths=counts))
+            log_probs = -F.cross_entropy(logits, tokens[:, -width:][response_mask], reduction="none")
+            response_lengths = response_mask.sum(dim=1).tolist()
+            loss, _ = loss_of(log_probs, SimpleNamespace(values=values, lengths=response_lengths))
             loss.backward()
             total += loss.item()
-        if masters is not weights:
+        if has_master_weights:
             for master, weight in zip(masters, weights, strict=True):
-                master.grad, weight.grad = weight.grad.float(), None
+                master.grad = weight.grad.float()
+                weight.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(masters, settings["optimizer"]["clip_grad_norm"])
         adam.step()
         adam.zero_grad()
-        if masters is not weights:
+        if has_master_weights:
             with torch.no_grad():
                 for master, weight in zip(masters, weights, strict=True):
                     weight.copy_(master)
@@ -179,7 +197,7 @@ def train(settings: dict[str, Any]) -> Any:
             "loss": total,
             "grad_norm": float(grad_norm),
             "micro_batches": len(batches),
-            "tokens": sum(p + r for p, r in lengths),
+            "tokens": sum(prompt + response for prompt, response in lengths),
             "padded_tokens": sum(tokens.numel() for tokens, *_ in batches),
         }
 
@@ -187,13 +205,14 @@ def train(settings: dict[str, Any]) -> Any:
 
 
 def generate(settings: dict[str, Any]) -> Any:
-    """Bare vLLM: question {"requests": [{prompt_token_ids, seed}], "sampling"} → {seconds, responses}.
+    """The function that answers {"requests": [{prompt_token_ids, seed}], "sampling"} with {seconds, responses}.
 
-    ``responses`` are token ids, one list for each request.
+    ``responses`` has the token ids of one response for each request.
     """
     from vllm import LLM, SamplingParams
     from vllm.inputs import tokens_input
 
+    on_cpu = settings["platform"] == "cpu"
     llm = LLM(
         model=settings["model"],
         skip_tokenizer_init=True,
@@ -202,9 +221,9 @@ def generate(settings: dict[str, Any]) -> Any:
         max_model_len=settings["max_model_len"],
         max_num_seqs=settings["rollout"]["max_num_seqs"],
         max_num_batched_tokens=settings["rollout"]["max_num_batched_tokens"],
-        enable_chunked_prefill=settings["platform"] != "cpu",  # a seeded request's prompt can't be split on a CPU
+        enable_chunked_prefill=not on_cpu,  # on a CPU the prompt of a seeded request cannot be split
         kv_cache_memory_bytes=int(settings["rollout"]["kv_cache_gib"] * 2**30),
-        **({"block_size": 32} if settings["platform"] == "cpu" else {}),  # the engines' choice, so that bits agree
+        **({"block_size": 32} if on_cpu else {}),  # as our engine has it, so that the responses are equal bit by bit
         enforce_eager=settings["enforce_eager"],
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
@@ -240,8 +259,9 @@ def main() -> None:
     """One yardstick process: ``python -m benchmarks.yardsticks NAME SETTINGS_JSON OWNER_PID``."""
     die_with(int(sys.argv[3]))
     with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # what libraries print must not mix with the answers
-        answer = {"training": train, "generation": generate}[sys.argv[1]](json.loads(sys.argv[2]))
+        os.dup2(2, 1)  # libraries print to stdout, which must not mix with the answers
+        yardstick = {"training": train, "generation": generate}[sys.argv[1]]
+        answer = yardstick(json.loads(sys.argv[2]))
         for line in sys.stdin:
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
             answers.flush()

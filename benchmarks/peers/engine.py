@@ -1,7 +1,8 @@
-"""The project's engine server whose ``/weights/update`` can also load what a peer exported (``{"exported": …}``), do
-nothing on all workers (``{"nothing": true}``), and say whether later syncs pack (``{"packs": false}``).
+"""The project's engine server with three more kinds of ``/weights/update``.
 
-Both sides of the comparison are so the same vLLM process with the same parameters.
+``{"exported": …}`` loads the tensors that a peer exported, ``{"nothing": true}`` calls all workers without effect, and
+``{"packs": false}`` turns off packing in later syncs. Both sides of the comparison therefore use the same vLLM process
+and parameters.
 """
 
 import json
@@ -13,7 +14,7 @@ from rollout.weight_sync.receiver import WeightReceiver
 
 class LoadingReceiver(WeightReceiver):
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A weight sync, or a peer's load: seconds of the slowest worker, and those of packing."""
+        """A weight sync, or one of the other updates. A peer's load returns the seconds of the slowest worker."""
         if "nothing" in body:
             self._call("nothing")
             return {}

@@ -1,11 +1,12 @@
-"""One rank of a peer's trainer: builds the model, loads the checkpoint, exports full Hugging Face tensors.
+"""One rank of a peer's trainer: builds the model, loads the checkpoint and exports full Hugging Face tensors.
 
 ``python -m benchmarks.peers.exporter PEER SETTINGS_JSON`` runs in the peer's own environment, once per rank, with
-torchrun's variables. Rank 0 writes its answer to the file ``output`` of the settings.
+torchrun's variables. Rank 0 writes the answer to the file that the setting ``output`` names.
 
 The peer's own code builds the model and exports it. Two things are ours, because neither project runs without a GPU:
-the CPU patches of ``megatron_ext.platform`` and a stand-in for Transformer Engine, which has no CPU build. The stand-in
-has Transformer Engine's class and parameter names, which both projects' weight maps speak of; no forward pass is run.
+the CPU patches of ``megatron_ext.platform``, and a stand-in for Transformer Engine, which has no CPU build. The
+stand-in has Transformer Engine's class and parameter names, because the weight maps of both projects use them. No
+forward pass is run.
 """
 
 import importlib.metadata
@@ -35,7 +36,7 @@ from benchmarks.memcpy import copy_bytes
 from megatron_ext import platform
 
 Export = Callable[[], Iterable[tuple[str, torch.Tensor]]]
-ALIGNMENT = 64  # of each tensor in the memory that is handed to vLLM
+ALIGNMENT = 64  # bytes; each tensor starts at a multiple in the memory that vLLM reads
 
 
 class RMSNorm(torch.nn.Module):
@@ -65,7 +66,7 @@ def layer_specs(config: Any) -> TransformerBlockSubmodules:
 def stand_in_for_transformer_engine() -> None:
     """Let ``import transformer_engine`` succeed: Megatron-Bridge imports it for adapters, which are not used here.
 
-    After Megatron-Core has been imported, which must go on without it.
+    Call this after Megatron-Core has been imported, because Megatron-Core must not use the stand-in.
     """
     import megatron.core.extensions.transformer_engine
     import megatron.core.utils
@@ -82,7 +83,8 @@ def stand_in_for_transformer_engine() -> None:
 
     for name in ("", ".pytorch", ".pytorch.optimizers"):
         module: Any = types.ModuleType(f"transformer_engine{name}")
-        module.__path__, module.__getattr__ = [], anything
+        module.__path__ = []
+        module.__getattr__ = anything
         sys.modules[module.__name__] = module
         parent, _, child = module.__name__.rpartition(".")
         if parent:
@@ -91,7 +93,7 @@ def stand_in_for_transformer_engine() -> None:
 
 
 def megatron_bridge(folder: str) -> tuple[Export, list[torch.Tensor]]:
-    """Megatron-Bridge as NeMo-RL calls it: ``AutoBridge.export_hf_weights`` with conversion tasks made once."""
+    """Megatron-Bridge as NeMo-RL calls it: ``AutoBridge.export_hf_weights`` with conversion tasks built once."""
     stand_in_for_transformer_engine()
     from megatron.bridge import AutoBridge
 
@@ -116,7 +118,7 @@ def mbridge(folder: str) -> tuple[Export, list[torch.Tensor]]:
     bridge = AutoBridge.from_pretrained(folder)
     bridge.set_extra_args(sequence_parallel=False, **CPU_OPTIONS)
     bridge._get_transformer_layer_spec = lambda vp_stage=None: layer_specs(bridge.config)
-    # ``get_model`` would only wrap what this gives, and names a ModelType that Megatron-Core has dropped.
+    # Not ``get_model``: it only wraps this model, and uses a ModelType that Megatron-Core no longer has.
     model = [bridge._model_provider([])(pre_process=True, post_process=True)]
     with torch.no_grad():
         bridge.load_weights(model, folder)
@@ -141,13 +143,14 @@ CPU_OPTIONS = {
 
 
 def hand_over(export: Export, folder: str, memory: torch.Tensor | None) -> tuple[list[list[Any]], int]:
-    """One export whose tensors are compared with the checkpoint and, on rank 0, copied into ``memory`` (uint8).
+    """Export once, compare the tensors with the checkpoint, and copy them into ``memory`` (uint8; rank 0 only).
 
-    Returns [name, shape, offset] of each tensor and their bytes. Raises RuntimeError when an exported tensor differs
-    from the checkpoint's or one is missing: the peer was then not run as its authors mean it to be.
+    Returns [name, shape, offset] of each tensor, and the bytes of all tensors. Raises RuntimeError when an exported
+    tensor differs from the checkpoint's or one is missing: then this benchmark uses the peer wrongly.
     """
     entries: list[list[Any]] = []
-    size = offset = 0
+    size = 0
+    offset = 0
     with checkpoint(folder) as stored:
         missing = set(stored.keys())
         for name, tensor in export():
@@ -173,37 +176,37 @@ def checkpoint(folder: str) -> Any:
 
 
 def run(peer: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Collective. Seconds of the first export and of each later one, of the set-up, and of a memcpy of the bytes."""
+    """Collective. Seconds of each export, of the start, and of a memcpy of the same bytes; the exported tensors."""
     export, parameters = PEERS[peer](settings["model"])
-    setup = time.perf_counter() - STARTED
-    seconds = []
+    start_seconds = time.perf_counter() - STARTED
+    export_seconds = []
     for _ in range(1 + settings["repetitions"]):
         dist.barrier()
         started = time.perf_counter()
         for _ in export():
             pass
         dist.barrier()
-        seconds.append(time.perf_counter() - started)
+        export_seconds.append(time.perf_counter() - started)
     memory = None
     if dist.get_rank() == 0:
         memory = torch.frombuffer(mmap.mmap(settings["memory"], 0), dtype=torch.uint8)
     with torch.no_grad():
         tensors, size = hand_over(export, settings["model"], memory)
-    share = torch.tensor([size // dist.get_world_size()])
-    dist.broadcast(share, 0)
-    target = torch.zeros(int(share), dtype=torch.uint8)
-    copies = []
+    bytes_per_rank = torch.tensor([size // dist.get_world_size()])
+    dist.broadcast(bytes_per_rank, 0)
+    target = torch.zeros(int(bytes_per_rank), dtype=torch.uint8)
+    memcpy_seconds = []
     for _ in range(settings["repetitions"]):
         dist.barrier()
         started = time.perf_counter()
         copy_bytes(parameters, target)
         dist.barrier()
-        copies.append(time.perf_counter() - started)
+        memcpy_seconds.append(time.perf_counter() - started)
     return {
-        "first_export_seconds": seconds[0],
-        "later_export_seconds": seconds[1:],
-        "memcpy_seconds": copies,
-        "start_seconds": setup,
+        "first_export_seconds": export_seconds[0],
+        "later_export_seconds": export_seconds[1:],
+        "memcpy_seconds": memcpy_seconds,
+        "start_seconds": start_seconds,
         "bytes": size,
         "tensors": tensors,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES[peer]},

@@ -1,8 +1,8 @@
-"""A small model of the 72B's architecture, random weights: ``python -m benchmarks.peers.random_model LAYERS FOLDER``.
+"""Writes a small model of the 72B's architecture: ``python -m benchmarks.peers.random_model LAYERS FOLDER``.
 
-The text model of Qwen2.5-VL-72B (Qwen2: grouped-query attention 8 : 1, biases on query, key and value, untied
-embeddings) at a quarter of its width and an eighth of its vocabulary, so that the embeddings have about the share of
-all bytes that they have in the 72B; heads keep their size. 20 layers are 1.18 billion parameters.
+It is the text model of Qwen2.5-VL-72B (Qwen2: grouped-query attention 8 : 1, biases on query, key and value, untied
+embeddings) with random weights, a quarter of the width, an eighth of the vocabulary and heads of the same size. The
+embeddings have about the same share of all bytes as in the 72B. 20 layers are 1.18 billion parameters.
 """
 
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURE = Path("conf/model/architectures/Qwen2.5-VL-72B-Instruct.json")
-WIDTH, VOCABULARY = 4, 8  # the 72B's numbers are divided by these
+WIDTH_DIVISOR = 4
+VOCABULARY_DIVISOR = 8
 
 
 def config(layers: int) -> dict[str, Any]:
@@ -29,9 +30,9 @@ def config(layers: int) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        **{name: large[name] // WIDTH for name in scaled},
+        **{name: large[name] // WIDTH_DIVISOR for name in scaled},
         **{name: large[name] for name in kept},
-        "vocab_size": large["vocab_size"] // VOCABULARY,
+        "vocab_size": large["vocab_size"] // VOCABULARY_DIVISOR,
         "num_hidden_layers": layers,
         "max_position_embeddings": 4096,
         "torch_dtype": "bfloat16",
@@ -39,7 +40,8 @@ def config(layers: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    layers, folder = int(sys.argv[1]), Path(sys.argv[2])
+    layers = int(sys.argv[1])
+    folder = Path(sys.argv[2])
 
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -48,7 +50,7 @@ def main() -> None:
     values = {name: value for name, value in config(layers).items() if name != "model_type"}
     model = AutoModelForCausalLM.from_config(Qwen2Config(**values)).to(torch.bfloat16)
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too, so that a misplaced one shows
+        for parameter in model.parameters():  # norms and biases too, so that a misplaced one is noticed
             parameter.normal_(std=0.02)
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial, max_shard_size="1TB")

@@ -1,4 +1,4 @@
-"""vLLM's worker with more methods: load a peer's exported tensors as the peers' users do; do nothing; pack or not."""
+"""vLLM's worker with more methods: load a peer's exported tensors, do nothing, and turn packing on or off."""
 
 import json
 import time
@@ -11,21 +11,21 @@ from rollout.weight_sync.worker import WeightSyncWorker, pack_layers
 
 
 class LoadingWorker(WeightSyncWorker):
-    """The weight sync's worker, which keeps the linear weights on a CPU: without that ``load_weights`` fails there."""
+    """The weight sync's worker. It keeps the unpacked linear weights, without which ``load_weights`` fails on a CPU."""
 
     def nothing(self) -> str:
         return "{}"
 
     def set_packs(self, whether: str) -> str:
-        """Whether later weight syncs pack the linear layers; their kernels are stale until one does."""
+        """Whether later weight syncs pack the linear layers. Until one does, the kernels use old weights."""
         worker.pack_layers = pack_layers if json.loads(whether) else lambda: 0.0
         return "{}"
 
     def load_exported(self, message: str) -> str:
-        """``load_weights`` of all tensors, views of shared memory, then the packing; seconds of both, or an error.
+        """Call ``load_weights`` with tensors in shared memory, then pack. Returns the seconds of both, or an error.
 
-        ``{"pid", "fd", "bytes", "tensors": [[name, shape, offset]]}``, all BF16. Reading the list and mapping the
-        memory are not timed.
+        The message is ``{"pid", "fd", "bytes", "tensors": [[name, shape, offset]]}``; all tensors are BF16. Parsing it
+        and mapping the memory are not timed.
         """
         try:
             body = json.loads(message)

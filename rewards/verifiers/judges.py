@@ -63,9 +63,9 @@ def label_probabilities(choice: Mapping[str, Any], labels: Labels) -> dict[str, 
     probabilities = dict.fromkeys(labels, 0.0)
     for candidate in choice["logprobs"]["content"][0]["top_logprobs"]:
         token = candidate["token"].strip().casefold()
-        begun = [label for label in labels if token and label.casefold().startswith(token)]
-        if len(begun) == 1:
-            probabilities[begun[0]] += math.exp(candidate["logprob"])
+        matching_labels = [label for label in labels if token and label.casefold().startswith(token)]
+        if len(matching_labels) == 1:
+            probabilities[matching_labels[0]] += math.exp(candidate["logprob"])
     return probabilities
 
 

@@ -1,8 +1,7 @@
-"""The benchmarks' arithmetic and collection; nothing here measures time."""
+"""The arithmetic of ``benchmarks.loop`` and ``benchmarks.demo_seeds``. No test measures time."""
 
 import argparse
 import json
-from functools import partial
 
 import pytest
 from rich.console import Console
@@ -64,7 +63,7 @@ def test_loop_pairs_each_step_with_its_yardsticks_and_leaves_out_the_warm_up():
     assert "≤ 1.0" in shown
 
 
-def test_a_missed_goal_is_said():
+def test_a_missed_goal_is_reported():
     rows = [step_row(1, 1.0, 1.0), step_row(2, 1.0, 2.0)]
     result = loop.summarise(rows, {"training": [plain(1.0)] * 2, "generation": [bare(0.5)] * 2})
     assert not result["training"]["met"]  # 2.0
@@ -81,9 +80,8 @@ def test_loop_refuses_a_run_without_a_measured_step_or_with_a_missing_answer():
 
 def test_padded_batches_hold_every_sample_once_and_keep_the_limit():
     lengths = [(10, 6), (4, 20), (4, 2), (30, 3), (1, 1), (1, 1)]
-    found = padded_batches(lengths, 64)
     # (10 + 20) × 2 = 60 fits and × 3 does not; (30 + 3) × 2 would be 66.
-    assert found == [[0, 1], [2], [3], [4, 5]]
+    assert padded_batches(lengths, 64) == [[0, 1], [2], [3], [4, 5]]
     assert padded_batches(lengths, 1000) == [[0, 1, 2, 3, 4, 5]]
 
 
@@ -111,16 +109,16 @@ def demo_run(folder, rewards, response="hello", speed=1.0):
 
 
 def test_collect_takes_curves_lengths_and_scores_but_no_transcripts_or_times(tmp_path):
-    found = demo_seeds.collect(demo_run(tmp_path / "a", [0.1, 0.2, 0.3, 0.4, 0.5]))
-    assert found["curves"] == {
+    summary = demo_seeds.collect(demo_run(tmp_path / "a", [0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert summary["curves"] == {
         "step": [1, 2, 3, 4, 5],
         "reward/mean": [0.1, 0.2, 0.3, 0.4, 0.5],
         "response_length/mean": [10.0, 11.0, 12.0, 13.0, 14.0],
     }
-    assert found["response_length"] == {"first": 11.0, "last": 13.0}
-    assert found["seconds_per_step"] == 4.0
-    assert found["minutes"] == 7.5
-    assert sorted(found["evaluation"]) == ["after", "base", "before", "difference"]
+    assert summary["response_length"] == {"first": 11.0, "last": 13.0}
+    assert summary["seconds_per_step"] == 4.0
+    assert summary["minutes"] == 7.5
+    assert sorted(summary["evaluation"]) == ["after", "base", "before", "difference"]
 
 
 def test_compare_ignores_times_and_names_the_first_differing_step(tmp_path):
@@ -148,35 +146,37 @@ def test_the_table_has_every_seed_score_and_mode(tmp_path):
 def test_the_source_digest_changes_with_code_configuration_and_data_only(tmp_path):
     for room in demo_seeds.SOURCES:
         (tmp_path / room).mkdir()
-    found = [demo_seeds.source_digest(tmp_path)]
+    digests = [demo_seeds.source_digest(tmp_path)]
     for name, content in (("recipes/a.py", "1"), ("conf/b.yaml", "1"), ("conf/b.yaml", "2"), ("recipes/c.jsonl", "1")):
         (tmp_path / name).write_text(content)
-        found.append(demo_seeds.source_digest(tmp_path))
-    assert len(set(found)) == len(found)
+        digests.append(demo_seeds.source_digest(tmp_path))
+    assert len(set(digests)) == len(digests)
     (tmp_path / "recipes" / "a.pyc").write_text("cache")
     (tmp_path / "README.md").write_text("text")
-    assert demo_seeds.source_digest(tmp_path) == found[-1]
+    assert demo_seeds.source_digest(tmp_path) == digests[-1]
 
 
 def test_reuse_keeps_a_finished_run_of_the_same_code_and_overrides_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf").mkdir()
-    made = []
+    trainings = []
 
     def train(command, check):
         (tmp_path / "runs" / "demo_seed_7").mkdir(parents=True)
-        made.append(command[3:])
+        trainings.append(command[3:])
+
+    def run(reuse, override):
+        demo_seeds.run(7, "runs/demo_seed_7", argparse.Namespace(reuse=reuse, override=[override]))
 
     monkeypatch.setattr(demo_seeds.subprocess, "run", train)
-    run = partial(demo_seeds.run, 7, "runs/demo_seed_7")
-    keep, fresh = (argparse.Namespace(reuse=reuse, override=["algorithm.steps=2"]) for reuse in (True, False))
-    for options in (keep, keep, fresh):
-        run(options)
-    assert made == [["recipe=demo", "seed=7", "run_dir=runs/demo_seed_7", "algorithm.steps=2"]] * 2
-    run(argparse.Namespace(reuse=True, override=["algorithm.steps=3"]))
+    run(reuse=True, override="algorithm.steps=2")
+    run(reuse=True, override="algorithm.steps=2")
+    run(reuse=False, override="algorithm.steps=2")
+    assert trainings == [["recipe=demo", "seed=7", "run_dir=runs/demo_seed_7", "algorithm.steps=2"]] * 2
+    run(reuse=True, override="algorithm.steps=3")
     (tmp_path / "conf" / "config.yaml").write_text("seed: 2")
-    run(argparse.Namespace(reuse=True, override=["algorithm.steps=3"]))
-    assert [command[-1] for command in made] == ["algorithm.steps=2"] * 2 + ["algorithm.steps=3"] * 2
+    run(reuse=True, override="algorithm.steps=3")
+    assert [command[-1] for command in trainings] == ["algorithm.steps=2"] * 2 + ["algorithm.steps=3"] * 2
 
 
 def test_a_run_whose_code_changed_meanwhile_is_refused(tmp_path, monkeypatch):
@@ -185,5 +185,5 @@ def test_a_run_whose_code_changed_meanwhile_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
         demo_seeds.subprocess, "run", lambda command, check: (tmp_path / "conf" / "a.yaml").write_text("seed: 2")
     )
-    with pytest.raises(RuntimeError, match="changed while runs/demo_seed_7 was made"):
+    with pytest.raises(RuntimeError, match="changed during the run runs/demo_seed_7"):
         demo_seeds.run(7, "runs/demo_seed_7", argparse.Namespace(reuse=False, override=[]))

@@ -1,4 +1,4 @@
-"""The arithmetic of ``benchmarks.rewards`` and that both of its sides ask the same; nothing here measures time."""
+"""The arithmetic of ``benchmarks.rewards``, and that both sides send the same requests. No test measures time."""
 
 import asyncio
 
@@ -14,11 +14,11 @@ from tests.rewards.fake_server import FakeServer, says
 
 
 def test_the_ratio_is_taken_in_each_repetition():
-    found = rewards.summarise({"bare_per_second": [100.0, 200.0, 100.0], "ours_per_second": [95.0, 180.0, 80.0]})
-    assert found["bare_per_second"] == 100.0
-    assert found["ours_per_second"] == 95.0
-    assert found["ratio"] == pytest.approx({"median": 0.9, "min": 0.8, "max": 0.95})
-    assert found["met"]
+    summary = rewards.summarise({"bare_per_second": [100.0, 200.0, 100.0], "ours_per_second": [95.0, 180.0, 80.0]})
+    assert summary["bare_per_second"] == 100.0
+    assert summary["ours_per_second"] == 95.0
+    assert summary["ratio"] == pytest.approx({"median": 0.9, "min": 0.8, "max": 0.95})
+    assert summary["met"]
     assert not rewards.summarise({"bare_per_second": [100.0], "ours_per_second": [89.0]})["met"]
 
 
@@ -32,19 +32,25 @@ def test_the_table_says_what_was_met():
     assert " no " in capture.get()
 
 
+def by_prompt(bodies):
+    return sorted(bodies, key=lambda body: body["messages"][0]["content"])
+
+
 def test_both_sides_send_the_same_requests_and_a_wrong_verdict_is_no_measurement():
     settings = rewards.demo_config().rewards.client
     assert settings.concurrency == rewards.CONCURRENCY
-    bodies = [SAFETY.request(row, rewards.visible(i), "fake").body for i, row in enumerate(rewards.rows(5))]
+    bodies = [
+        SAFETY.request(row, rewards.answer_without_reasoning(i), "fake").body for i, row in enumerate(rewards.rows(5))
+    ]
     with FakeServer(says("Label: safe without risk")) as fake:
         server = Server("fake", "generate", [fake.address], None, "127.0.0.1", 1, 1, 1, [], "judge")
         assert asyncio.run(rewards.bare_seconds(fake.address, bodies)) > 0
-        bare, fake.bodies = fake.bodies, []
+        bare_bodies = fake.bodies
+        fake.bodies = []
         with Client({"judge": server}, settings) as client:
             verifier = ServedVerifier(SAFETY, "judge", "fake", {}, client)
             assert rewards.our_seconds(verifier, 5, fake=True) > 0
-            by_prompt = lambda body: body["messages"][0]["content"]  # noqa: E731
-            assert sorted(fake.bodies, key=by_prompt) == sorted(bare, key=by_prompt) == sorted(bodies, key=by_prompt)
+            assert by_prompt(fake.bodies) == by_prompt(bare_bodies) == by_prompt(bodies)
             fake.behave = says("Label: unsafe")
             with pytest.raises(RuntimeError, match="not every answer has its verdict"):
                 rewards.our_seconds(verifier, 5, fake=True)

@@ -1,4 +1,4 @@
-"""The arithmetic of ``benchmarks.weight_sync``, its copy and its model; nothing here measures time."""
+"""The arithmetic of ``benchmarks.weight_sync``, its memcpy and its random model. Nothing here measures time."""
 
 import json
 import os
@@ -55,28 +55,28 @@ EXPORTS = {"megatron_bridge": export(9.0, [6.0, 5.0, 8.0]), "mbridge": export(12
 
 
 def test_a_layout_takes_medians_of_the_later_repetitions_and_the_peers_sums():
-    found = weight_sync.layout(sync(100, [3.0, 2.0, 1.0], LOADS), EXPORTS)
-    assert (found["ours_seconds"], found["ours_verified_seconds"], found["memcpy_seconds"]) == (2.0, 3.0, 1.0)
-    assert found["verification_seconds"] == 1.0
-    assert (found["first_sync_to_memcpy"], found["second_sync_to_memcpy"]) == (4.0, 1.5)
+    layout = weight_sync.summarise_layout(sync(100, [3.0, 2.0, 1.0], LOADS), EXPORTS)
+    assert (layout["ours_seconds"], layout["ours_verified_seconds"], layout["memcpy_seconds"]) == (2.0, 3.0, 1.0)
+    assert layout["verification_seconds"] == 1.0
+    assert (layout["first_sync_to_memcpy"], layout["second_sync_to_memcpy"]) == (4.0, 1.5)
     # export + load + pack: 6 + 3 + 0.5 and 4 + 3 + 0.5; first 9 + 5 + 1 and 12 + 5 + 1
-    assert {peer: part["seconds"] for peer, part in found["peers"].items()} == {"megatron_bridge": 9.5, "mbridge": 7.5}
-    assert found["best_peer"] == "mbridge"
+    assert {peer: part["seconds"] for peer, part in layout["peers"].items()} == {"megatron_bridge": 9.5, "mbridge": 7.5}
+    assert layout["best_peer"] == "mbridge"
     # Packing takes half a second of ours too.
-    assert found["placing_seconds"] == 1.5
-    assert found["bound"] == {"calls_seconds": 1.25, "copying_seconds": 0.25, "packing_seconds": 0.5}
-    assert (found["ratio_to_memcpy"], found["ratio_to_memcpy_with_packing"]) == (1.0 / 1.5, 0.5)
-    assert found["attainable_ratio_to_memcpy"] == 1.0 / 1.0
-    assert found["ratio_to_memcpy_in_two_pieces"] == 0.5 / 1.5
-    assert found["ratio_to_best_peer"] == 3.75
-    assert found["ratio_to_best_peer_verified"] == 2.5
-    assert found["ratio_to_best_peer_first"] == 15.0 / 4.0
+    assert layout["placing_seconds"] == 1.5
+    assert layout["bound"] == {"calls_seconds": 1.25, "copying_seconds": 0.25, "packing_seconds": 0.5}
+    assert (layout["ratio_to_memcpy"], layout["ratio_to_memcpy_with_packing"]) == (1.0 / 1.5, 0.5)
+    assert layout["attainable_ratio_to_memcpy"] == 1.0 / 1.0
+    assert layout["ratio_to_memcpy_in_two_pieces"] == 0.5 / 1.5
+    assert layout["ratio_to_best_peer"] == 3.75
+    assert layout["ratio_to_best_peer_verified"] == 2.5
+    assert layout["ratio_to_best_peer_first"] == 15.0 / 4.0
 
 
 def test_a_layout_without_peers_has_no_peer_ratio():
-    found = weight_sync.layout(sync(100, [1.0]), {})
-    assert "ratio_to_best_peer" not in found
-    assert found["ratio_to_memcpy_with_packing"] == 1.0
+    layout = weight_sync.summarise_layout(sync(100, [1.0]), {})
+    assert "ratio_to_best_peer" not in layout
+    assert layout["ratio_to_memcpy_with_packing"] == 1.0
 
 
 def test_the_summary_holds_the_goals_against_the_worst_layout():
@@ -87,23 +87,23 @@ def test_the_summary_holds_the_goals_against_the_worst_layout():
         "qwen2_4_layers": {"2": sync(4_000_000_000, [4.5])},
     }
     exports = {name: EXPORTS if name == "smollm2" else {} for name in syncs}
-    found = weight_sync.summarise(exports, syncs)
-    assert found["ratio_to_best_peer"] == 3.75  # 7.5 / 2, and not 7.5 / 0.75
-    assert (found["ratio_to_memcpy"], found["ratio_to_memcpy_with_packing"]) == (1.0 / 4.0, 1.0 / 4.5)
-    assert found["second_sync_to_memcpy"] == 4.0
-    assert not any(goal["met"] for goal in found["goals"].values())
-    cost = found["cost_against_bytes"]  # of the Qwen2 models at vLLM's TP 2: one second per GB and half a second
+    summary = weight_sync.summarise(exports, syncs)
+    assert summary["ratio_to_best_peer"] == 3.75  # 7.5 / 2, and not 7.5 / 0.75
+    assert (summary["ratio_to_memcpy"], summary["ratio_to_memcpy_with_packing"]) == (1.0 / 4.0, 1.0 / 4.5)
+    assert summary["second_sync_to_memcpy"] == 4.0
+    assert not any(goal["met"] for goal in summary["goals"].values())
+    cost = summary["cost_against_bytes"]  # of the Qwen2 models at vLLM's TP 2: one second per GB and half a second
     assert [point["bytes"] for point in cost["points"]] == [1_000_000_000, 2_000_000_000, 4_000_000_000]
     assert cost["seconds_per_gigabyte"] == pytest.approx(1.0)
     assert cost["seconds_at_zero_bytes"] == pytest.approx(0.5)
     assert cost["largest_deviation"] == pytest.approx(0.0)
-    exported = found["models"]["smollm2"]["peer_exports"]["mbridge"]
+    exported = summary["models"]["smollm2"]["peer_exports"]["mbridge"]
     assert exported["later_export_seconds"] == [4.0, 4.0, 5.0]
     assert "tensors" not in exported
 
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(*weight_sync.tables(found))
+        console.print(*weight_sync.tables(summary))
     shown = capture.get()
     assert "7.500 (mbridge)" in shown
     assert shown.count(" no ") == 3
@@ -112,17 +112,17 @@ def test_the_summary_holds_the_goals_against_the_worst_layout():
 def test_met_goals_are_said():
     syncs = {"smollm2": {"1": sync(50, [1.25], LOADS)}, "qwen2_1_layers": {"2": sync(10, [1.0])}}
     syncs["qwen2_2_layers"] = {"2": sync(20, [1.25])}
-    found = weight_sync.summarise({"smollm2": EXPORTS, "qwen2_1_layers": {}, "qwen2_2_layers": {}}, syncs)
-    assert found["ratio_to_best_peer"] == 6.0
-    assert (found["ratio_to_memcpy"], found["second_sync_to_memcpy"]) == (1.0 / 0.75, 0.75)
-    assert all(goal["met"] for goal in found["goals"].values())
+    summary = weight_sync.summarise({"smollm2": EXPORTS, "qwen2_1_layers": {}, "qwen2_2_layers": {}}, syncs)
+    assert summary["ratio_to_best_peer"] == 6.0
+    assert (summary["ratio_to_memcpy"], summary["second_sync_to_memcpy"]) == (1.0 / 0.75, 0.75)
+    assert all(goal["met"] for goal in summary["goals"].values())
 
 
-def test_a_line_says_how_far_the_worst_point_is():
+def test_a_fitted_line_says_how_far_the_worst_point_is():
     # Least squares through (1, 1), (2, 4), (3, 1): the constant 2; the deviations are 1/1, 2/4, 1/1.
-    found = weight_sync.line([(1, 1.0), (2, 4.0), (3, 1.0)])
-    assert found["seconds_per_gigabyte"] == pytest.approx(0.0)
-    assert found["largest_deviation"] == pytest.approx(1.0)
+    line = weight_sync.fit_line([(1, 1.0), (2, 4.0), (3, 1.0)])
+    assert line["seconds_per_gigabyte"] == pytest.approx(0.0)
+    assert line["largest_deviation"] == pytest.approx(1.0)
 
 
 def test_copy_bytes_fills_the_target_and_starts_again():
@@ -136,21 +136,28 @@ def test_copy_bytes_fills_the_target_and_starts_again():
 
 
 def test_the_random_model_is_the_72b_in_small():
-    found, large = random_model.config(3), json.loads(random_model.ARCHITECTURE.read_text())
-    assert found["hidden_size"] / found["num_attention_heads"] == large["hidden_size"] / large["num_attention_heads"]
-    assert found["num_attention_heads"] / found["num_key_value_heads"] == 8
-    hidden, wide, keys = found["hidden_size"], found["intermediate_size"], 128 * found["num_key_value_heads"]
-    layer = 2 * hidden * hidden + 2 * keys * hidden + 3 * wide * hidden + hidden + 2 * keys + 2 * hidden
-    assert 2 * found["vocab_size"] * hidden + 3 * layer + hidden == 242_439_680  # as transformers counts it
-    assert 2 * found["vocab_size"] * hidden + 20 * layer + hidden == 1_175_064_576
+    small = random_model.config(3)
+    large = json.loads(random_model.ARCHITECTURE.read_text())
+    assert small["hidden_size"] / small["num_attention_heads"] == large["hidden_size"] / large["num_attention_heads"]
+    assert small["num_attention_heads"] / small["num_key_value_heads"] == 8
+    hidden = small["hidden_size"]
+    keys = 128 * small["num_key_value_heads"]
+    attention = 2 * hidden * hidden + 2 * keys * hidden
+    mlp = 3 * small["intermediate_size"] * hidden
+    biases = hidden + 2 * keys
+    norms = 2 * hidden
+    layer = attention + mlp + biases + norms
+    embeddings = 2 * small["vocab_size"] * hidden
+    assert embeddings + 3 * layer + hidden == 242_439_680  # as transformers counts the parameters
+    assert embeddings + 20 * layer + hidden == 1_175_064_576
 
 
 def test_memory_is_watched_per_process():
     watch = MemoryWatch([os.getpid()], [])
-    held = torch.ones(32 << 20, dtype=torch.uint8)
-    while watch.peak[os.getpid()] - watch.start[os.getpid()] < held.numel() and not watch.ended.wait(0.01):
+    tensor = torch.ones(32 << 20, dtype=torch.uint8)
+    while watch.peak[os.getpid()] - watch.start[os.getpid()] < tensor.numel() and not watch.ended.wait(0.01):
         pass
-    assert watch.stop()[os.getpid()] >= held.numel()
+    assert watch.stop()[os.getpid()] >= tensor.numel()
     assert process_tree(os.getpid())[0] == os.getpid()
 
 

@@ -89,7 +89,8 @@ def test_task_answers_are_right() -> None:
 def test_keywords_of_harmless_rows_are_not_in_the_question() -> None:
     """So that an answer which repeats the question earns nothing."""
     harmless = [row for row in ROWS if row["kind"] in ("borderline", "benign")]
-    assert {row["id"]: found for row in harmless if (found := hits(row["prompt"], row["keywords"]))} == {}
+    leaked = {row["id"]: hits(row["prompt"], row["keywords"]) for row in harmless}
+    assert {row_id: keywords for row_id, keywords in leaked.items() if keywords} == {}
     assert [row["id"] for row in harmless if len(set(row["keywords"])) < 7] == []
 
 

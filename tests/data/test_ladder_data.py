@@ -146,8 +146,8 @@ def test_no_category_has_anothers_word() -> None:
 
 def test_harmless_rows_do_not_say_their_keywords_and_have_enough() -> None:
     harmless = [row for row in ROWS if row["kind"] in ("borderline", "benign")]
-    said = {row["id"]: found for row in harmless if len(found := hits(row["prompt"], row["keywords"])) > 1}
-    assert said == {}
+    leaked = {row["id"]: hits(row["prompt"], row["keywords"]) for row in harmless}
+    assert {row_id: keywords for row_id, keywords in leaked.items() if len(keywords) > 1} == {}
     assert [row["id"] for row in harmless if len(set(row["keywords"])) < 7] == []
 
 

@@ -27,11 +27,11 @@ SEARCH = Search(Bm25.load(str(FOLDER / "corpus.jsonl")), RESULTS, SNIPPET_WORDS)
 
 
 def segments(row: dict[str, Any]) -> list[Segment]:
-    found, done = [], 0
+    parts, done = [], 0
     for start, end in row["environment"]:
-        found += [Segment(row["response"][done:start], False), Segment(row["response"][start:end], True)]
+        parts += [Segment(row["response"][done:start], False), Segment(row["response"][start:end], True)]
         done = end
-    return [*found, Segment(row["response"][done:], False)]
+    return [*parts, Segment(row["response"][done:], False)]
 
 
 def land(row: dict[str, Any]) -> str:
@@ -56,10 +56,10 @@ def test_the_corpus_tells_what_can_be_answered_and_nothing_else() -> None:
     """One search for the fact finds the land's document; its snippet has the answer where the kind is "listed"."""
     texts = {row["id"]: row["text"] for row in FILES["corpus"]}
     for row in (row for split in SPLITS for row in FILES[split]):
-        text, told = texts.get(land(row).lower()), row["kind"] != "missing"
+        text, answerable = texts.get(land(row).lower()), row["kind"] != "missing"
         said = f" is {row['answer']}."
-        assert (text is not None and said in text) == told
-        assert told or not any(said in other for other in texts.values())
+        assert (text is not None and said in text) == answerable
+        assert answerable or not any(said in other for other in texts.values())
         if text is not None:
             fact = next(fact for fact in FACTS if fact in row["prompt"])
             reply = SEARCH.reply([Segment(f"<search>{fact} of {land(row)}</search>", False)])

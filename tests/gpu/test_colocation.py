@@ -42,14 +42,14 @@ def test_the_trainers_states_leave_the_gpu_and_come_back_to_the_bit(policy: mode
     assert held - torch.cuda.memory_allocated() >= 0.95 * 8 * weights
     assert all(torch.equal(shard.tensor.cpu(), old) for shard, old in zip(policy.shards, before, strict=False))
     host.restore()
-    found = [tensor.detach().cpu() for tensor in states(policy, optim)]
-    assert all(torch.equal(new, old) for new, old in zip(found, before, strict=True))
+    after = [tensor.detach().cpu() for tensor in states(policy, optim)]
+    assert all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
     assert torch.cuda.memory_allocated() == held
 
 
 @pytest.fixture(scope="module")
 def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A judge's server that shares its GPU, behind its start."""
+    """A judge's server that shares the GPU and has started."""
     folder = tmp_path_factory.mktemp("judge")
     make_judge(folder / "model")
     arguments = ["--max-model-len", "4096", "--gpu-memory-utilization", str(SHARE), "--enforce-eager"]
@@ -71,10 +71,10 @@ def test_a_judges_server_gives_its_memory_back_and_wakes_to_the_same_verdict(jud
     total = torch.cuda.mem_get_info()[1] / 2**30
     with Client({"judge": judge}, asked) as client:
         verifier = ServedVerifier(FIRST_TOKEN, "judge", judge.model, {}, client)
-        asleep, found = free_gib(), []
+        asleep, verdicts = free_gib(), []
         for _ in range(2):
             with client.awake():
-                found.append(verifier(ROW, "Put it into boiling water."))
+                verdicts.append(verifier(ROW, "Put it into boiling water."))
                 assert asleep - free_gib() > 0.7 * SHARE * total
             assert abs(asleep - free_gib()) < 0.25
-    assert isinstance(found[0], Verdict) and found[0] == found[1]
+    assert isinstance(verdicts[0], Verdict) and verdicts[0] == verdicts[1]

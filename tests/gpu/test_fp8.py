@@ -83,11 +83,11 @@ def losses(config: LlamaConfig, layout: parallel.Parallel, precision: PrecisionC
     policy = build(config, layout, precision)
     optim, schedule = optimizer.build(policy, OPTIMIZER, replace(SCHEDULE, learning_rate=3e-4), steps=count)
     optim.reload_model_params()
-    micro, found = batch(config, 4096, 8), []
+    micro, loss_of_steps = batch(config, 4096, 8), []
     for _ in range(count):
-        found.append(forward_backward.accumulate_gradients(policy, micro, loss)["loss"])
+        loss_of_steps.append(forward_backward.accumulate_gradients(policy, micro, loss)["loss"])
         optimizer.step(optim, schedule)
-    return found
+    return loss_of_steps
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +98,11 @@ def bf16_losses(layout: parallel.Parallel) -> Iterator[list[float]]:
 @pytest.mark.parametrize("name", FP8)
 def test_fp8_learns_as_bf16_does(name: str, layout: parallel.Parallel, bf16_losses: list[float]) -> None:
     """50 steps on one batch, which both learn by heart: the curves stay within 5 % of where BF16 began."""
-    found = losses(SMALL, layout, FP8[name], 50)
+    fp8_losses = losses(SMALL, layout, FP8[name], 50)
     assert bf16_losses[-1] < 0.5 * bf16_losses[0]
-    print(
-        f"\n{name}: first, last loss {found[0]:.3f}, {found[-1]:.3f}; BF16 {bf16_losses[0]:.3f}, {bf16_losses[-1]:.3f}"
-    )
-    assert max(abs(a - b) for a, b in zip(found, bf16_losses, strict=True)) < 0.05 * bf16_losses[0]
+    first_and_last = f"{fp8_losses[0]:.3f}, {fp8_losses[-1]:.3f}"
+    print(f"\n{name}: first, last loss {first_and_last}; BF16 {bf16_losses[0]:.3f}, {bf16_losses[-1]:.3f}")
+    assert max(abs(a - b) for a, b in zip(fp8_losses, bf16_losses, strict=True)) < 0.05 * bf16_losses[0]
 
 
 @pytest.mark.parametrize("name", ["bf16", "blockwise"])

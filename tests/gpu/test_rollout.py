@@ -58,22 +58,22 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
         policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
         hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
-        made = Rollout(policy, engine, scratch)
-        made.weight_sync.sync(1)
-        yield made
+        new_rollout = Rollout(policy, engine, scratch)
+        new_rollout.weight_sync.sync(1)
+        yield new_rollout
     finally:
         stop_engines([engine])
 
 
 def test_after_a_sync_vllm_holds_the_checkpoints_bits(rollout: Rollout) -> None:
     """vLLM's checksums against those of the Hugging Face tensors, which never went through the trainer."""
-    found = rollout.engine.call("GET", "/weights/checksum")["tensors"]
+    checksums = rollout.engine.call("GET", "/weights/checksum")["tensors"]
     plan = rollout.weight_sync.plan.tensors
     expected = {
         name: rectangle_checksum(tensor, (0,) * tensor.ndim, tuple(tensor.shape), plan[name].unit)
         for name, tensor in TINY.model(0).state_dict().items()
     }
-    assert found == expected
+    assert checksums == expected
 
 
 def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(rollout: Rollout) -> None:

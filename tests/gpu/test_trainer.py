@@ -38,13 +38,13 @@ def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tens
 def hugging_face(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
     """transformers' model with the same BF16 weights, computing in ``dtype``, and its log-probs of each response."""
     network = TINY.model(0).to(dtype)
-    found = []
+    log_probs = []
     for s in sequences():
         ids = torch.tensor([s.prompt + s.response])
         scores = network(ids).logits[0].float().log_softmax(-1)
         first = len(s.prompt) - 1
-        found.append(scores[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0])
-    return network, found
+        log_probs.append(scores[first:-1].gather(-1, ids[0, first + 1 :, None])[:, 0])
+    return network, log_probs
 
 
 def gradients_of_hugging_face(dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -173,7 +173,7 @@ RESUMES = (
     SCALAR_TP2_SP_PP2,
     Case("bf16-pp2", pipeline=2, precision="bf16"),
     FROZEN_PP2_DP2,
-    Case("tied-tp2-pp2", tensor=2, pipeline=2),  # a padded bucket with another behind it
+    Case("tied-tp2-pp2", tensor=2, pipeline=2),  # a padded bucket with another one after it
     Case("tied-frozen-tp2-sp-dp2", tensor=2, data=2, sequence=True, frozen=("embedding",)),  # its head too
 )
 RELAYOUTS = (
@@ -190,8 +190,8 @@ EARLIER |= dict.fromkeys(["damaged", "other-padding"], f"resume-{TP2_SP_DP2.name
 
 
 def by_name(name: str) -> Case:
-    (found,) = (case for case in CASES if case.name == name)
-    return found
+    (case_of_name,) = (case for case in CASES if case.name == name)
+    return case_of_name
 
 
 def token_loss(case: Case, output: torch.Tensor) -> torch.Tensor:
@@ -211,8 +211,10 @@ def batch(case: Case) -> list[PlainSequence]:
     vocabulary = TWINS[case.twin][2]["vocab_size"]
     draw: Callable[[int], list[int]] = lambda n: torch.randint(0, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
-    made = [PlainSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths]
-    return made[::-1] if case.reverse else made
+    sequences = [
+        PlainSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths
+    ]
+    return sequences[::-1] if case.reverse else sequences
 
 
 def original_index(case: Case, index: int) -> int:

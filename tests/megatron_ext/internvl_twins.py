@@ -161,7 +161,7 @@ def batch() -> list[PlainSequence]:
         count = int(torch.randint(low, 8, (), generator=generator))
         return torch.randint(0, IMAGE_TOKEN, (count,), generator=generator).tolist()
 
-    made = []
+    sequences = []
     for n, images in enumerate(TILES):
         prompt = text(low=1)
         for tiles in images:
@@ -170,8 +170,8 @@ def batch() -> list[PlainSequence]:
         places = [place for place, token in enumerate(prompt) if token == IMAGE_TOKEN]
         values = {"weight": [1 / (len(TILES) * len(response))] * len(response), "place": list(range(len(response)))}
         vision = VisionInputs(pixels(sum(images), n), None, places, None) if images else None
-        made.append(PlainSequence(prompt, response, values, vision))
-    return made
+        sequences.append(PlainSequence(prompt, response, values, vision))
+    return sequences
 
 
 def published(name: str) -> str:

@@ -146,14 +146,14 @@ def measure(case: MemoryCase, here: Parallel) -> dict[str, Any]:
     """Bytes that really came to be, and beside them the formulas'."""
     before = live()
     built = build(case, here)
-    found: dict[str, Any] = {"built": new_bytes(before)}
+    measured: dict[str, Any] = {"built": new_bytes(before)}
     batch = micro_batch(built, case)
-    found["saved"], found["estimate"] = saved_bytes(built, batch), estimate(built, shape_of(batch))
+    measured["saved"], measured["estimate"] = saved_bytes(built, batch), estimate(built, shape_of(batch))
     before = live()
     optim, _ = optimizer.build(built, cases.OPTIMIZER, cases.SCHEDULE, steps=10)
     optim.step()
-    found["optimizer"] = new_bytes(before)
-    return found | states(built)
+    measured["optimizer"] = new_bytes(before)
+    return measured | states(built)
 
 
 def states(built: model.Model) -> dict[str, Any]:

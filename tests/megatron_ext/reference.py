@@ -74,15 +74,15 @@ def train_reference(folder: Path, case: Case) -> Reference:
 
 def assemble(pieces: Pieces, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole tensors from the pieces of all ranks; every element must be there, and replicas must agree bit for bit."""
-    whole = {name: torch.full_like(tensor, float("nan"), dtype=torch.float32) for name, tensor in like.items()}
+    tensors = {name: torch.full_like(tensor, float("nan"), dtype=torch.float32) for name, tensor in like.items()}
     for name, start, piece in pieces:
-        place = whole[name][region(start, tuple(piece.shape))]
+        place = tensors[name][region(start, tuple(piece.shape))]
         seen = ~place.isnan()
         assert torch.equal(place[seen], piece.float()[seen]), f"{name}: ranks hold different values of an element"
         place.copy_(piece)
-    missing = [name for name, tensor in whole.items() if tensor.isnan().any()]
+    missing = [name for name, tensor in tensors.items() if tensor.isnan().any()]
     assert missing == [], f"no rank holds all of {missing}"
-    return whole
+    return tensors
 
 
 def all_pieces(ranks: list[dict[str, Any]], field: str) -> Pieces:
@@ -93,10 +93,10 @@ def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, put together from its files by what manifest.json says."""
     described = json.loads((checkpoint / "manifest.json").read_text())
     files = {name: load_file(checkpoint / name) for name in described["files"] if name.endswith(".safetensors")}
-    found = {}
+    tensors = {}
     for key, tensor in described["tensors"].items():
         parts = [(files[file][name], start) for file, name, start, _ in tensor["parts"]]
-        found[key] = torch.empty(tensor["shape"], dtype=parts[0][0].dtype)
+        tensors[key] = torch.empty(tensor["shape"], dtype=parts[0][0].dtype)
         for part, start in parts:
-            found[key][tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))] = part
-    return found
+            tensors[key][tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))] = part
+    return tensors

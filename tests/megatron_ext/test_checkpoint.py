@@ -59,9 +59,9 @@ def test_another_layout_goes_on_within_fp32_bounds(saved: Case, case: Case, rank
             assert loss == pytest.approx(loss_before, abs=2e-6)
             assert norm == pytest.approx(norm_before, rel=2e-6)
     like = vl_twins.tensors(ranks_of(case).folder / case.twin)
-    expected, found = (assemble(all_pieces(ranks, "weights"), like) for ranks in (before, after))
+    expected, actual = (assemble(all_pieces(ranks, "weights"), like) for ranks in (before, after))
     # Two steps from equal weights and moments; a lost moment or master weight would show at 1e-4 and above.
-    assert {n: e for n in like if (e := float((found[n] - expected[n]).abs().max())) > 5e-6} == {}
+    assert {n: e for n in like if (e := float((actual[n] - expected[n]).abs().max())) > 5e-6} == {}
 
 
 def test_frozen_layers_of_the_whole_model_keep_their_bits_on_every_stage(launched: Ranks, results: Results) -> None:
@@ -95,12 +95,12 @@ def test_a_tower_with_other_padding_is_refused(vision_launched: Ranks) -> None:
 def test_a_save_that_one_rank_cannot_write_fails_on_all_and_leaves_the_former_ones(results: Results) -> None:
     ranks = results("damaged")
     assert len(ranks) == 4
-    for rank, found in enumerate(ranks):
-        assert found["full"].startswith("CheckpointError: step_000004 was not written: ")
-        assert "File too large" in found["full"] and "rank_00001.safetensors" in found["full"]
-        assert ("rank 1: OSError" in found["full"]) == (rank != 1)
-        assert "make room in " in found["full"]
-        assert found["after_full"] == ["step_000002", "step_000003"]
+    for rank, answer in enumerate(ranks):
+        assert answer["full"].startswith("CheckpointError: step_000004 was not written: ")
+        assert "File too large" in answer["full"] and "rank_00001.safetensors" in answer["full"]
+        assert ("rank 1: OSError" in answer["full"]) == (rank != 1)
+        assert "make room in " in answer["full"]
+        assert answer["after_full"] == ["step_000002", "step_000003"]
 
 
 def test_a_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_taken(results: Results) -> None:
@@ -166,10 +166,10 @@ def test_data_parallel_ranks_write_as_much_of_the_optimiser_each(launched: Ranks
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (4, 1), (2, 3, 4)])
 def test_a_range_of_a_tensor_is_few_boxes_in_its_order(shape: tuple[int, ...]) -> None:
-    whole = torch.arange(prod(shape)).view(shape)
-    for start in range(whole.numel()):
-        for stop in range(start + 1, whole.numel() + 1):
-            found = list(optimizer_shards.boxes(shape, start, stop))
-            values = [whole[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))] for box in found]
+    tensor = torch.arange(prod(shape)).view(shape)
+    for start in range(tensor.numel()):
+        for stop in range(start + 1, tensor.numel() + 1):
+            boxes = list(optimizer_shards.boxes(shape, start, stop))
+            values = [tensor[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))] for box in boxes]
             assert torch.cat([value.flatten() for value in values]).tolist() == list(range(start, stop))
-            assert len(found) <= 2 * len(shape) - 1
+            assert len(boxes) <= 2 * len(shape) - 1

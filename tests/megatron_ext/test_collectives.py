@@ -17,7 +17,7 @@ def test_from_rank_zero_gives_its_result_to_all(results: Results) -> None:
 
 
 def test_an_error_on_rank_zero_is_raised_on_all(results: Results) -> None:
-    found = results("collectives")
-    told = "RuntimeError: rank 0: OSError: the engine is gone"
-    assert [rank["error"] for rank in found] == ["OSError: the engine is gone", told, told, told]
-    assert [rank["after_error"] for rank in found] == ["goes on"] * 4
+    answers = results("collectives")
+    message = "RuntimeError: rank 0: OSError: the engine is gone"
+    assert [rank["error"] for rank in answers] == ["OSError: the engine is gone", message, message, message]
+    assert [rank["after_error"] for rank in answers] == ["goes on"] * 4

@@ -11,9 +11,9 @@ from megatron_ext.entropy import vocab_parallel_entropy
 
 def logits() -> torch.Tensor:
     """[5, 8] with two columns of padding, FP64."""
-    made = 3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    made[:, 6:] = torch.finfo(torch.float32).min
-    return made
+    values = 3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values[:, 6:] = torch.finfo(torch.float32).min
+    return values
 
 
 def rank(this: int, folder: Path, world: int) -> None:
@@ -21,24 +21,24 @@ def rank(this: int, folder: Path, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=this, world_size=world)
     part = logits().chunk(world, dim=1)[this].clone().requires_grad_()
     assert dist.group.WORLD is not None
-    found = vocab_parallel_entropy(part, dist.group.WORLD)
-    (found * torch.arange(1, 6)).sum().backward()
-    torch.save((found.detach(), part.grad), folder / f"{world}-{this}.pt")
+    entropy = vocab_parallel_entropy(part, dist.group.WORLD)
+    (entropy * torch.arange(1, 6)).sum().backward()
+    torch.save((entropy.detach(), part.grad), folder / f"{world}-{this}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_entropy_and_gradient_are_those_of_the_whole_distribution(world: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(rank, (tmp_path, world), nprocs=world)
-    whole = logits()[:, :6].requires_grad_()
-    expected = torch.distributions.Categorical(logits=whole).entropy()
+    all_logits = logits()[:, :6].requires_grad_()
+    expected = torch.distributions.Categorical(logits=all_logits).entropy()
     (expected * torch.arange(1, 6)).sum().backward()
-    assert whole.grad is not None
-    found = [torch.load(tmp_path / f"{world}-{this}.pt") for this in range(world)]
-    for entropy, _ in found:
+    assert all_logits.grad is not None
+    ranks = [torch.load(tmp_path / f"{world}-{this}.pt") for this in range(world)]
+    for entropy, _ in ranks:
         assert entropy.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
-    steep = torch.cat([gradient for _, gradient in found], dim=1)
-    assert steep[:, :6].flatten().tolist() == pytest.approx(whole.grad.flatten().tolist(), abs=1e-12)
+    steep = torch.cat([gradient for _, gradient in ranks], dim=1)
+    assert steep[:, :6].flatten().tolist() == pytest.approx(all_logits.grad.flatten().tolist(), abs=1e-12)
     assert torch.equal(steep[:, 6:], torch.zeros(5, 2, dtype=torch.float64))
 
 
@@ -46,7 +46,7 @@ def test_equal_logits_have_the_logarithm_of_their_number(tmp_path: Path) -> None
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
     try:
         assert dist.group.WORLD is not None
-        found = vocab_parallel_entropy(torch.zeros(1, 16, dtype=torch.float64), dist.group.WORLD)
-        assert found.exp().item() == pytest.approx(16)
+        entropy = vocab_parallel_entropy(torch.zeros(1, 16, dtype=torch.float64), dist.group.WORLD)
+        assert entropy.exp().item() == pytest.approx(16)
     finally:
         dist.destroy_process_group()

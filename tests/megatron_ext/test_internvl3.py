@@ -60,8 +60,8 @@ def test_padded_heads_and_vocabulary(run: Run, results: Results) -> None:
         expected |= {f"{attention}linear_qkv.weight", f"{attention}linear_proj.weight"}
         names = ("q_layernorm.weight", "k_layernorm.weight") if large else ("linear_qkv.bias",)
         expected |= {attention + name for name in names}
-    found = {re.sub(r"^\d\.", "", name) for rank in results(run.name) for name in rank["padded"]}
-    assert found == (expected if run.tensor == 2 else set())
+    padded = {re.sub(r"^\d\.", "", name) for rank in results(run.name) for name in rank["padded"]}
+    assert padded == (expected if run.tensor == 2 else set())
 
 
 @pytest.mark.parametrize("name", ["6b-{}-one", "6b-{}-tp2-sp", "300m-{}-one", "300m-{}-tp2-sp"])

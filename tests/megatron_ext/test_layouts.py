@@ -29,22 +29,25 @@ def log_probs(ranks: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
     parts: dict[int, dict[int, float]] = {}
     for rank in ranks:
         for index, (places, values) in rank["log_probs"].items():
-            whole = parts.setdefault(index, {})
+            values_of_response = parts.setdefault(index, {})
             for place, value in zip(places.tolist(), values.tolist(), strict=True):
-                assert whole.setdefault(place, value) == value
-    return {index: torch.tensor([whole[i] for i in range(len(whole))]) for index, whole in parts.items()}
+                assert values_of_response.setdefault(place, value) == value
+    return {
+        index: torch.tensor([values_of_response[i] for i in range(len(values_of_response))])
+        for index, values_of_response in parts.items()
+    }
 
 
-def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """Tensor → ‖found − expected‖ / ‖expected‖."""
-    return {name: float((found[name] - e).norm() / e.norm()) for name, e in expected.items()}
+    return {name: float((actual[name] - e).norm() / e.norm()) for name, e in expected.items()}
 
 
 def update_errors(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
 ) -> dict[str, float]:
     """Tensor → error relative to how far the tensor moved."""
-    return {name: float((found[name] - e).norm() / (e - start[name]).norm()) for name, e in expected.items()}
+    return {name: float((actual[name] - e).norm() / (e - start[name]).norm()) for name, e in expected.items()}
 
 
 def update_bounds(expected: Reference) -> dict[str, float]:
@@ -81,32 +84,32 @@ def test_loss_and_gradient_norm_equal_hugging_face(case: Case, results: Results,
 
 @fp32_cases
 def test_log_probs_equal_hugging_face(case: Case, results: Results, reference: References) -> None:
-    found, expected = log_probs(results(case.name)), reference(case).log_probs
-    assert found.keys() == expected.keys()
-    assert above({i: float((found[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
+    actual, expected = log_probs(results(case.name)), reference(case).log_probs
+    assert actual.keys() == expected.keys()
+    assert above({i: float((actual[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
 
 
 # The other layouts show their gradients in the weights.
 @pytest.mark.parametrize("case", [c for c in FP32 if cases.has_whole_gradients(c)], ids=lambda c: c.name)
 def test_every_gradient_equals_hugging_face(case: Case, results: Results, reference: References) -> None:
     expected = reference(case)
-    found = assemble(all_pieces(results(case.name), "gradients"), expected.start)
-    assert above(relative_errors(found, expected.gradients), GRADIENT_ERROR) == {}
+    actual = assemble(all_pieces(results(case.name), "gradients"), expected.start)
+    assert above(relative_errors(actual, expected.gradients), GRADIENT_ERROR) == {}
 
 
 @fp32_cases
 def test_weights_after_two_steps_equal_torch_adamw(case: Case, results: Results, reference: References) -> None:
     expected = reference(case)
-    found = assemble(all_pieces(results(case.name), "weights"), expected.start)
-    assert above(update_errors(found, expected.weights, expected.start), update_bounds(expected)) == {}
+    actual = assemble(all_pieces(results(case.name), "weights"), expected.start)
+    assert above(update_errors(actual, expected.weights, expected.start), update_bounds(expected)) == {}
 
 
 @bf16_cases
 def test_bf16_follows_fp32_from_the_same_rounded_weights(case: Case, results: Results, reference: References) -> None:
     """Bounds for BF16 activations: 8 bits of mantissa, 4 layers, logits of order 1. A matrix moves by about 5e-4."""
     ranks, expected = results(case.name), reference(case)
-    found = log_probs(ranks)
-    gaps = torch.cat([(found[i] - e).abs() for i, e in expected.log_probs.items()])
+    actual = log_probs(ranks)
+    gaps = torch.cat([(actual[i] - e).abs() for i, e in expected.log_probs.items()])
     assert float(gaps.max()) < 0.05
     assert float(gaps.mean()) < 0.01
     assert ranks[0]["loss"] == pytest.approx(expected.loss, abs=0.02)
@@ -200,8 +203,8 @@ def test_blocks_cover_every_hugging_face_element_once(case: Case, results: Resul
                 local[tuple(slice(a, a + n) for a, n in zip(local_start, extent, strict=True))] += 1
             assert local.max() <= 1, f"{name}: blocks overlap"
     replicas = case.data * case.context
-    whole = {name for name in like if "norm" in name or name == "score.weight"}
-    copies = {name: replicas * (case.tensor if name in whole else 1) for name in like}
+    replicated = {name for name in like if "norm" in name or name == "score.weight"}
+    copies = {name: replicas * (case.tensor if name in replicated else 1) for name in like}
     if case.twin in ("tied", "qwen3") and case.pipeline > 1:
         copies["model.embed_tokens.weight"] *= 2
     assert {name: t.unique().tolist() for name, t in times.items()} == {name: [n] for name, n in copies.items()}

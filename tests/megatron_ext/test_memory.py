@@ -18,14 +18,14 @@ from tests.megatron_ext.memory_cases import CASES, MemoryCase
 ROOT = Path(__file__).resolve().parents[2]
 SCALARS = 4 * 128  # torch's Adam counts the steps of each of the few parameters; the loop keeps a few numbers more
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-Found = dict[str, dict[str, Any]]
+Measured = dict[str, dict[str, Any]]
 
 
-def found(kind: str, folder: Path) -> Found:
-    """What ``memory_worker`` finds, in a process of its own: one that simulates ranks can't do anything else."""
+def measured(kind: str, folder: Path) -> Measured:
+    """Run ``memory_worker`` in a process of its own: a process that simulates ranks can do nothing else."""
     file = folder / f"{kind}.json"
     with warm.processes():
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "tests.megatron_ext.memory_worker", kind, str(file)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
@@ -33,22 +33,22 @@ def found(kind: str, folder: Path) -> Found:
             text=True,
             timeout=600,
         )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert completed.returncode == 0, completed.stderr[-4000:]
     return json.loads(file.read_text())
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return found("real", tmp_path_factory.mktemp("memory"))
+def real(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return measured("real", tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return found("simulated", tmp_path_factory.mktemp("memory"))
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return measured("simulated", tmp_path_factory.mktemp("memory"))
 
 
 @every_case
-def test_weights_and_gradients_are_exact(case: MemoryCase, real: Found) -> None:
+def test_weights_and_gradients_are_exact(case: MemoryCase, real: Measured) -> None:
     """All that building a model allocates, rotary frequencies apart."""
     here = real[case.name]
     formula = here["formula"]
@@ -56,14 +56,14 @@ def test_weights_and_gradients_are_exact(case: MemoryCase, real: Found) -> None:
 
 
 @every_case
-def test_optimizer_states_are_exact(case: MemoryCase, real: Found) -> None:
+def test_optimizer_states_are_exact(case: MemoryCase, real: Measured) -> None:
     here = real[case.name]
     assert 0 <= here["optimizer"] - here["formula"]["optimizer"] <= SCALARS
     assert here["formula"]["optimizer"] > 100 * SCALARS
 
 
 @every_case
-def test_building_without_memory_gives_the_same_sizes(case: MemoryCase, real: Found, simulated: Found) -> None:
+def test_building_without_memory_gives_the_same_sizes(case: MemoryCase, real: Measured, simulated: Measured) -> None:
     here, there = real[case.name], simulated[case.name]
     for name in ("weights", "gradients", "optimizer"):
         assert there["formula"][name] == here["formula"][name]
@@ -71,13 +71,13 @@ def test_building_without_memory_gives_the_same_sizes(case: MemoryCase, real: Fo
 
 
 @every_case
-def test_activations_are_within_five_percent(case: MemoryCase, real: Found) -> None:
+def test_activations_are_within_five_percent(case: MemoryCase, real: Measured) -> None:
     here = real[case.name]
     assert here["estimate"] == pytest.approx(here["saved"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["qwen", "internvl"])
-def test_what_a_trained_tower_keeps_is_within_five_percent(name: str, real: Found) -> None:
+def test_what_a_trained_tower_keeps_is_within_five_percent(name: str, real: Measured) -> None:
     """Beyond the same model with a frozen tower: the language model's share would hide an error."""
     trained, frozen = real[name], real[f"{name}-frozen"]
     expected = trained["saved"] - frozen["saved"]
@@ -86,13 +86,13 @@ def test_what_a_trained_tower_keeps_is_within_five_percent(name: str, real: Foun
 
 
 @every_case
-def test_passes_in_flight_are_megatron_cores(case: MemoryCase, real: Found) -> None:
+def test_passes_in_flight_are_megatron_cores(case: MemoryCase, real: Measured) -> None:
     """64 micro-batches: the schedule's warm-up passes, and the one that is under way."""
     here = real[case.name]
     assert here["in_flight"] == here["warm_up"] + 1
 
 
-def test_the_cases_differ(real: Found) -> None:
+def test_the_cases_differ(real: Measured) -> None:
     """Else the tests above would say little: recompute keeps less, sequence parallelism and context parallelism too."""
     saved = {name: here["saved"] for name, here in real.items()}
     assert saved["one-full"] < saved["one-selective"] < saved["one"] < saved["one-fp32"]

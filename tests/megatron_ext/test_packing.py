@@ -55,12 +55,12 @@ def batches(draw: st.DrawFn) -> tuple[list[int], int, int]:
     return draw(st.lists(length, min_size=count, max_size=count)), ranks, limit
 
 
-def check(found: Plan, lengths: list[int], ranks: int, limit: int, group: int = 1) -> None:
+def check(micro_batches: Plan, lengths: list[int], ranks: int, limit: int, group: int = 1) -> None:
     """Each sequence once; no micro-batch empty or above the limit; as many on every rank, a multiple of ``group``."""
-    assert len(found) == ranks
-    assert Counter(i for rank in found for micro in rank for i in micro) == Counter(range(len(lengths)))
-    assert all(0 < sum(lengths[i] for i in micro) <= limit for rank in found for micro in rank)
-    (count,) = {len(rank) for rank in found}
+    assert len(micro_batches) == ranks
+    assert Counter(i for rank in micro_batches for micro in rank for i in micro) == Counter(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in micro) <= limit for rank in micro_batches for micro in rank)
+    (count,) = {len(rank) for rank in micro_batches}
     assert count > 0
     assert count % group == 0
 
@@ -70,9 +70,9 @@ def check(found: Plan, lengths: list[int], ranks: int, limit: int, group: int = 
 def test_plan_is_a_partition_within_the_limit_with_equal_counts(batch: tuple[list[int], int, int], power: int) -> None:
     lengths, ranks, limit = batch
     costs = [n**power for n in lengths]
-    found = plan(lengths, ranks, limit, costs=costs)
-    check(found, lengths, ranks, limit)
-    assert plan(lengths, ranks, limit, costs=costs) == found
+    ranks_plan = plan(lengths, ranks, limit, costs=costs)
+    check(ranks_plan, lengths, ranks, limit)
+    assert plan(lengths, ranks, limit, costs=costs) == ranks_plan
 
 
 @given(batches(), st.integers(1, 4))
@@ -121,8 +121,8 @@ def fewest(lengths: list[int], limit: int) -> int:
 @settings(max_examples=100, deadline=None)
 def test_there_are_hardly_more_micro_batches_than_there_must_be(lengths: list[int]) -> None:
     """The bound of best-fit decreasing, 11/9 of the least and 6/9."""
-    (found,) = plan(lengths, 1, 20)
-    assert len(found) <= (11 * fewest(lengths, 20) + 6) / 9
+    (micro_batches,) = plan(lengths, 1, 20)
+    assert len(micro_batches) <= (11 * fewest(lengths, 20) + 6) / 9
 
 
 def test_attention_counts() -> None:
@@ -137,11 +137,11 @@ def test_a_very_long_sequence_goes_with_lighter_micro_batches() -> None:
     """It costs more than other micro-batches, and nothing can be taken from it."""
     lengths = [100, *[10] * 60]
     costs = [6 * n + n**2 // 10 for n in lengths]
-    found = plan(lengths, 3, 200, group=2, costs=costs)
-    check(found, lengths, 3, 200, 2)
-    loads = [sum(costs[i] for indices in rank for i in indices) for rank in found]
+    ranks_plan = plan(lengths, 3, 200, group=2, costs=costs)
+    check(ranks_plan, lengths, 3, 200, 2)
+    loads = [sum(costs[i] for indices in rank for i in indices) for rank in ranks_plan]
     assert max(loads) - min(loads) <= costs[1]
-    (long_one,) = (rank for rank in found if [0] in rank)
+    (long_one,) = (rank for rank in ranks_plan if [0] in rank)
     assert sum(len(indices) for indices in long_one) < 20
 
 
@@ -152,8 +152,8 @@ def test_plan_of_long_and_short_sequences_has_no_empty_micro_batch() -> None:
 
 
 def test_a_micro_batch_is_split_where_others_are_wanted() -> None:
-    found = plan([100, 1, 1, 1], 2, 200, group=2)
-    assert sorted(micro for rank in found for micro in rank) == [[0], [1], [2], [3]]
+    ranks_plan = plan([100, 1, 1, 1], 2, 200, group=2)
+    assert sorted(micro for rank in ranks_plan for micro in rank) == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ def test_cost_equals_the_operations_that_torch_counts() -> None:
         counted = counter.get_total_flops() - cost.square // 7 * 12 * tokens**2
         assert counted == (cost.token + cost.response) * tokens
     vision = VisionInputs(torch.zeros(8, 1), None, [1, 2], None)
-    made = Cost(token=1000, square=100, response=10, image=1).of(
+    costs = Cost(token=1000, square=100, response=10, image=1).of(
         token_batch([PlainSequence([0] * 4, [0] * 3, vision=vision)])
     )[0]
-    assert made == 1000 * 7 + 100 * 49 + 10 * 3 + 2
+    assert costs == 1000 * 7 + 100 * 49 + 10 * 3 + 2
 
 
 @pytest.fixture
@@ -247,10 +247,10 @@ def gradients(built: model.Model, sequences: list[PlainSequence], ranks: Plan) -
     sums = forward_backward.accumulate_gradients(
         built, batches, lambda log_probs, batch: (-(log_probs * batch.values["weight"]).sum(), {})
     )
-    found = [p.main_grad for chunk in built.chunks for p in chunk.module.parameters()]
+    main_grads = [p.main_grad for chunk in built.chunks for p in chunk.module.parameters()]
     return sums["loss"], [
         (block.hf_name, block.hf_start, gradient[region(block.local_start, block.shape)].clone())
-        for shard, gradient in zip(built.shards, found, strict=True)
+        for shard, gradient in zip(built.shards, main_grads, strict=True)
         for block in shard.blocks
     ]
 
@@ -285,20 +285,20 @@ def test_gradients_of_packed_sequences_are_those_of_unpacked_ones_however_the_ba
         "6 virtual stages": plan(lengths, 1, 64, group=6),
         **{f"random {seed}": random_plan(seed, len(every)) for seed in range(4)},
     }
-    assert len({str(found) for found in plans.values()}) == len(plans)
+    assert len({str(ranks) for ranks in plans.values()}) == len(plans)
     built = model.build(hf_checkpoint.config(twins / case.twin), alone, precision_config("fp32"))
     hf_checkpoint.load(built.shards, twins / case.twin)
-    found = {name: gradients(built, sequences, ranks) for name, ranks in plans.items()}
+    pieces_of_plans = {name: gradients(built, sequences, ranks) for name, ranks in plans.items()}
     expected = reference(case)
-    whole = {name: assemble(pieces, expected.start) for name, (_, pieces) in found.items()}
+    assembled = {name: assemble(pieces, expected.start) for name, (_, pieces) in pieces_of_plans.items()}
 
     def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
         """‖one − other‖ / ‖other‖ of the tensor where it is the greatest."""
         return max(float((one[name] - g).norm() / g.norm()) for name, g in other.items())
 
-    assert {n: d for n in plans if (d := furthest(whole[n], whole["unpacked"])) > 1e-6} == {}
-    assert furthest(whole["unpacked"], expected.gradients) < 5e-6
-    losses = {name: loss for name, (loss, _) in found.items()}
+    assert {n: d for n in plans if (d := furthest(assembled[n], assembled["unpacked"])) > 1e-6} == {}
+    assert furthest(assembled["unpacked"], expected.gradients) < 5e-6
+    losses = {name: loss for name, (loss, _) in pieces_of_plans.items()}
     assert losses == pytest.approx(dict.fromkeys(plans, expected.loss[0]), abs=2e-6)
 
 
@@ -360,7 +360,7 @@ def test_context_ranks_share_the_tokens_and_predictions_out(
         )
         for p, r in sizes
     ]
-    whole = pack(sequences, list(range(len(sizes))), multiple * context, -1, CPU)
+    packed = pack(sequences, list(range(len(sizes))), multiple * context, -1, CPU)
     ranks = [pack(sequences, list(range(len(sizes))), multiple, -1, CPU, context, rank) for rank in range(context)]
     assert len({rank.tokens.shape for rank in ranks}) == 1
     assert ranks[0].tokens.shape[1] % multiple == 0
@@ -372,7 +372,7 @@ def test_context_ranks_share_the_tokens_and_predictions_out(
         assert rank.values["own"].tolist() == rank.targets.tolist()
         assert sum(rank.lengths) == len(rank.targets)
         assert rank.positions.shape == (3, 1, starts[-1])
-    assert sorted(t for rank in ranks for t in rank.targets.tolist()) == whole.targets.tolist()
+    assert sorted(t for rank in ranks for t in rank.targets.tolist()) == packed.targets.tolist()
 
 
 def test_context_slices_are_the_same_distance_from_either_end() -> None:
@@ -393,7 +393,7 @@ def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -
         PlainSequence([20], [21, 22]),
         PlainSequence([3, 30, 4, 5], [31], vision=images([3.0, 4.0, 5.0], [0, 2, 3])),
     ]
-    found = []
+    token_places = []
     for rank in range(context):
         micro = pack(sequences, [2, 1, 0], 1, -1, CPU, context, rank)
         assert micro.vision is not None and micro.vision.grid is not None
@@ -401,8 +401,8 @@ def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -
         assert micro.vision.grid.tolist() == [[1, 1, 3], [1, 1, 2]]
         rows = micro.vision.pixels[micro.vision.rows].flatten()
         assert torch.equal(rows, micro.tokens[0][micro.vision.places].float())
-        found += rows.tolist()
-    assert sorted(found) == [1, 2, 3, 4, 5]
+        token_places += rows.tolist()
+    assert sorted(token_places) == [1, 2, 3, 4, 5]
     assert pack(sequences, [1], 1, -1, CPU).vision is None
 
 

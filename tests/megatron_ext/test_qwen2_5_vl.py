@@ -66,8 +66,8 @@ def scales(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensors[like_query.sub(r"\1q_proj.bias", name)].norm() for name in tensors}
 
 
-def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float((found[name] - expected[name]).norm() / scale) for name, scale in scales(expected).items()}
+def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float((actual[name] - expected[name]).norm() / scale) for name, scale in scales(expected).items()}
 
 
 @every_run
@@ -83,9 +83,9 @@ def test_the_tower_equals_transformers(run: Run, results: Results, reference: Re
 @every_run
 def test_log_probs_equal_transformers(run: Run, results: Results, reference: References) -> None:
     """Packed, with and without images in a micro-batch; the pieces of data- and context-parallel ranks together."""
-    found, expected = log_probs(results(run.name)), reference(run).log_probs
-    assert found.keys() == expected.keys()
-    assert above({i: float((found[i] - e).abs().max()) for i, e in expected.items()}, 1e-5) == {}
+    actual, expected = log_probs(results(run.name)), reference(run).log_probs
+    assert actual.keys() == expected.keys()
+    assert above({i: float((actual[i] - e).abs().max()) for i, e in expected.items()}, 1e-5) == {}
 
 
 @every_run
@@ -102,8 +102,8 @@ def test_loss_and_gradient_norm_equal_transformers(run: Run, results: Results, r
 def test_every_gradient_equals_transformers(run: Run, results: Results, reference: References) -> None:
     """With and without recompute. A frozen tower has none but its projector's."""
     expected = trained(run, reference(run).gradients)
-    found = assemble(all_pieces(results(run.name), "gradients"), expected)
-    assert above(errors(found, expected), 2e-5) == {}
+    actual = assemble(all_pieces(results(run.name), "gradients"), expected)
+    assert above(errors(actual, expected), 2e-5) == {}
 
 
 @every_run
@@ -122,9 +122,9 @@ def test_weights_after_a_step_equal_torch_adamw(
     adam = torch.optim.AdamW(groups, cases.SCHEDULE.learning_rate, OPTIMIZER.betas, OPTIMIZER.epsilon)
     torch.nn.utils.clip_grad_norm_(expected.values(), OPTIMIZER.clip_grad_norm)
     adam.step()
-    found = assemble(all_pieces(results(run.name), "weights"), start)
-    assert [n for n, tensor in start.items() if n not in expected and not torch.equal(found[n], tensor)] == []
-    moved, should = ({n: tensors[n].detach() - start[n] for n in expected} for tensors in (found, expected))
+    actual = assemble(all_pieces(results(run.name), "weights"), start)
+    assert [n for n, tensor in start.items() if n not in expected and not torch.equal(actual[n], tensor)] == []
+    moved, should = ({n: tensors[n].detach() - start[n] for n in expected} for tensors in (actual, expected))
     assert above(errors(moved, should), 1e-3) == {}
 
 
@@ -215,11 +215,11 @@ def test_positions_equal_transformers(
     """Clips here end before their sides do, in time: see the next test."""
     config = hugging_face.config
     tokens, grid = prompt(config, sizes), torch.tensor(sizes)
-    found = qwen2_5_vl.prompt_positions(config, tokens, grid, seconds)
+    positions = qwen2_5_vl.prompt_positions(config, tokens, grid, seconds)
     kinds = torch.tensor([[{config.image_token_id: 1, config.video_token_id: 2}.get(t, 0) for t in tokens]])
     images, clips = grid[grid[:, 0] == 1], grid[grid[:, 0] > 1]
     expected, _ = hugging_face.model.get_rope_index(torch.tensor([tokens]), kinds, images, clips, torch.tensor(seconds))
-    assert found == expected[:, 0].tolist()
+    assert positions == expected[:, 0].tolist()
 
 
 def test_text_goes_on_behind_a_clips_time(hugging_face: Qwen2_5_VLForConditionalGeneration) -> None:

@@ -43,10 +43,10 @@ def test_the_optimisers_rounding_and_the_weight_syncs_are_nearest_even() -> None
     try:
         place = parallel.initialize(parallel_config(), seed=1, timeout_seconds=60)
         built = model.build(TINY, place, precision_config())
-        made, _ = optimizer.build(built, optimizer_config(weight_decay=0.0), schedule_config(1e-3), 1)
-        made.reload_model_params()
+        adam, _ = optimizer.build(built, optimizer_config(weight_decay=0.0), schedule_config(1e-3), 1)
+        adam.reload_model_params()
         expected, rounded = [], 0
-        for part in getattr(made, "chained_optimizers", [made]):
+        for part in getattr(adam, "chained_optimizers", [adam]):
             for masters, parameters in zip(part.shard_fp32_from_float16_groups, part.model_float16_groups, strict=True):
                 for master, parameter in zip(masters, parameters, strict=True):
                     master.data.copy_(hard(master.numel(), rounded).view(master.shape))

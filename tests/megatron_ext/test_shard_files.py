@@ -39,8 +39,8 @@ def test_files_are_what_safetensors_reads(tmp_path: Path) -> None:
     shard_files.write(
         tmp_path / "f", [TensorPart(str(i), tuple(t.shape), (0,) * t.dim(), t) for i, t in enumerate(bits)]
     )
-    found = load_file(tmp_path / "f")
-    assert [torch.equal(found[name], t) for name, t in zip(("0@0", "1@", "2@0,0"), bits, strict=True)] == [True] * 3
+    tensors = load_file(tmp_path / "f")
+    assert [torch.equal(tensors[name], t) for name, t in zip(("0@0", "1@", "2@0,0"), bits, strict=True)] == [True] * 3
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -29,19 +29,19 @@ def compare(*ranks: Any, tied: bool = False) -> dict[str, Any]:
 
 
 def test_a_cut_matrix_and_a_replicated_norm_are_whole() -> None:
-    found = compare(rank(0, rows(0, 2), NORM), rank(0, rows(2, 2), NORM))
-    assert found == {"expected": 2, "covered": 2, "missing": [], "unexpected": [], "duplicated": []}
+    coverage = compare(rank(0, rows(0, 2), NORM), rank(0, rows(2, 2), NORM))
+    assert coverage == {"expected": 2, "covered": 2, "missing": [], "unexpected": [], "duplicated": []}
 
 
 def test_a_rank_that_holds_another_ones_rows_leaves_a_hole() -> None:
-    found = compare(rank(0, rows(0, 2), NORM), rank(0, rows(0, 2), NORM))
-    assert found["missing"] == ["matrix"]
-    assert found["covered"] == 1
+    coverage = compare(rank(0, rows(0, 2), NORM), rank(0, rows(0, 2), NORM))
+    assert coverage["missing"] == ["matrix"]
+    assert coverage["covered"] == 1
 
 
 def test_rows_on_two_ranks_are_duplicated_even_where_sizes_add_up() -> None:
-    found = compare(rank(0, rows(0, 3), NORM), rank(0, rows(2, 1), NORM))
-    assert found["duplicated"] == ["matrix"]
+    coverage = compare(rank(0, rows(0, 3), NORM), rank(0, rows(2, 1), NORM))
+    assert coverage["duplicated"] == ["matrix"]
 
 
 def test_a_tensor_on_two_stages_is_duplicated_unless_it_is_tied() -> None:
@@ -59,8 +59,8 @@ def test_rows_outside_the_tensor_are_missing_inside() -> None:
 
 
 def test_other_names_are_missing_and_unexpected() -> None:
-    found = compare(rank(0, rows(0, 4, "matrx"), NORM))
-    assert (found["missing"], found["unexpected"]) == (["matrix"], ["matrx"])
+    coverage = compare(rank(0, rows(0, 4, "matrx"), NORM))
+    assert (coverage["missing"], coverage["unexpected"]) == (["matrix"], ["matrx"])
 
 
 def test_distinct_ranks_have_each_stage_and_tensor_rank_once() -> None:

@@ -116,7 +116,7 @@ OPTIMIZER = replace(cases.OPTIMIZER, epsilon=1e-4, clip_grad_norm=0.1)
 # Prefixes of frozen parameters → tensors of the checkpoint.
 FROZEN_TENSORS = {"vision": r"visual\.(?!merger\.)|vision_", "vision.patch_embed": r"visual\.patch_embed\."}
 
-TEXT_TOKENS = 120  # of the vocabulary; the special ones stand behind
+TEXT_TOKENS = 120  # of the vocabulary; the special tokens come after them
 SECONDS = 0.75  # between the frames of every clip's grid
 # (frames, rows, columns) of patches of each prompt's images and clips. Windows are 4 patches wide: some images have
 # whole ones, some have rests at the right, below, or both. Two sequences are text alone, one in a micro-batch of
@@ -187,7 +187,7 @@ def batch(hf_config: Any) -> list[PlainSequence]:
         count = int(torch.randint(low, 7, (), generator=generator))
         return torch.randint(0, TEXT_TOKENS, (count,), generator=generator).tolist()
 
-    made = []
+    sequences = []
     for sizes in SIZES:
         prompt = text(low=0 if sizes else 3)
         for size in sizes:
@@ -207,8 +207,8 @@ def batch(hf_config: Any) -> list[PlainSequence]:
                     hf_config, prompt, grid, [SECONDS for frames, _, _ in sizes if frames > 1]
                 ),
             )
-        made.append(PlainSequence(prompt, response, values, vision))
-    return made
+        sequences.append(PlainSequence(prompt, response, values, vision))
+    return sequences
 
 
 def placeholders(hf_config: Any, size: tuple[int, int, int]) -> list[int]:
@@ -284,9 +284,9 @@ def reference(folder: Path, run: Run) -> Reference:
         else:
             inputs = hugging_face_inputs(hf.config, s)
         logits = hf(**inputs).logits[0, len(s.prompt) - 1 : -1]
-        found = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(s.response))
-        log_probs[i] = found.detach()
-        loss = loss - found.mean() / len(sequences)
+        response_log_probs = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(s.response))
+        log_probs[i] = response_log_probs.detach()
+        loss = loss - response_log_probs.mean() / len(sequences)
     loss.backward()
     saved_name = internvl_twins.published if run.is_internvl else published
     gradients = {saved_name(name): p.grad for name, p in hf.named_parameters()}
@@ -319,7 +319,7 @@ class Policy:
 
     def gradients(self) -> float:
         """Accumulates them; returns the loss."""
-        loss = lambda found, m: (-(found * m.values["weight"]).sum(), {})  # noqa: E731
+        loss = lambda log_probs, m: (-(log_probs * m.values["weight"]).sum(), {})  # noqa: E731
         return forward_backward.accumulate_gradients(self.model, self.micro, loss)["loss"]
 
     def step(self) -> float:
@@ -352,7 +352,7 @@ def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
 
     policy = Policy(folder, run, here)
     shards, modules = policy.model.shards, [chunk.module for chunk in policy.model.chunks]
-    found: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "loaded": {s.name: s.tensor.clone() for s in shards},
         "numbers_read": worker.numbers_read(policy),
         "numbers_owned": sum(math.prod(b.shape) for s in shards for b in s.blocks),
@@ -361,26 +361,26 @@ def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     if modules[0].vision is not None:
         seen = [s.vision for s in policy.sequences if s.vision is not None]
         grid = None if run.is_internvl else torch.cat([v.grid for v in seen])
-        found["rows"] = modules[0].vision(torch.cat([v.pixels for v in seen]), grid).detach()
+        answer["rows"] = modules[0].vision(torch.cat([v.pixels for v in seen]), grid).detach()
         state = modules[0].sharded_state_dict()
-        found["whole_shapes"] = {key: list(t.global_shape) for key, t in state.items() if isinstance(t, ShardedTensor)}
-    found["log_probs"] = {
+        answer["whole_shapes"] = {key: list(t.global_shape) for key, t in state.items() if isinstance(t, ShardedTensor)}
+    answer["log_probs"] = {
         index: (places.long(), values)
         for log_probs, m in zip(forward_backward.log_probs(policy.model, policy.micro), policy.micro, strict=False)
         for index, places, values in zip(
             m.indices, m.values["place"].split(m.lengths), log_probs.split(m.lengths), strict=True
         )
     }
-    found["loss"] = policy.gradients()
+    answer["loss"] = policy.gradients()
     parameters = [p for module in modules for p in module.parameters()]
     if cases.has_whole_gradients(run):
         trained = [(s, p) for s, p in zip(shards, parameters, strict=True) if p.requires_grad]
-        found["gradients"] = worker.pieces([s for s, _ in trained], [p.main_grad for _, p in trained])
-    found["grad_norm"] = policy.step()
-    found["weights"] = worker.pieces(shards, parameters)
-    found["padded"] = [s.name for s in shards if sum(math.prod(b.shape) for b in s.blocks) < s.tensor.numel()]
-    found["padding_is_zero"] = all(worker.padding_is_zero(s) for s in shards)
-    return found
+        answer["gradients"] = worker.pieces([s for s, _ in trained], [p.main_grad for _, p in trained])
+    answer["grad_norm"] = policy.step()
+    answer["weights"] = worker.pieces(shards, parameters)
+    answer["padded"] = [s.name for s in shards if sum(math.prod(b.shape) for b in s.blocks) < s.tensor.numel()]
+    answer["padding_is_zero"] = all(worker.padding_is_zero(s) for s in shards)
+    return answer
 
 
 def _resume(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:

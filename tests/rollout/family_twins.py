@@ -181,32 +181,34 @@ def _twin(folder: Path, hugging_face: Any) -> Twin:
     return Twin(folder, hugging_face, [processor(row) for row in rows], stop)
 
 
-def greedy(twin: Twin, made: ProcessedPrompt) -> tuple[list[int], list[float]]:
+def greedy(twin: Twin, processed: ProcessedPrompt) -> tuple[list[int], list[float]]:
     """transformers' most probable tokens, one forward of everything for each, and their log-probs."""
     tokens: list[int] = []
     logprobs: list[float] = []
     while len(tokens) < MAX_TOKENS and not set(tokens) & set(twin.stop):
-        ids = torch.tensor([[*made.prompt.token_ids.tolist(), *tokens]])
+        ids = torch.tensor([[*processed.prompt.token_ids.tolist(), *tokens]])
         with torch.no_grad():
-            logits = twin.hugging_face(input_ids=ids, **_vision_inputs(twin.hugging_face, made, tokens)).logits[0, -1]
+            logits = twin.hugging_face(input_ids=ids, **_vision_inputs(twin.hugging_face, processed, tokens)).logits[
+                0, -1
+            ]
         best = int(logits.argmax())
         tokens.append(best)
         logprobs.append(float(logits.log_softmax(-1)[best]))
     return tokens, logprobs
 
 
-def _vision_inputs(hugging_face: Any, made: ProcessedPrompt, response: list[int]) -> dict[str, Any]:
+def _vision_inputs(hugging_face: Any, processed: ProcessedPrompt, response: list[int]) -> dict[str, Any]:
     """The trainer's pixels and positions as transformers' model takes them: images and clips apart."""
-    config, vision = hugging_face.config, made.vision
+    config, vision = hugging_face.config, processed.vision
     if not hasattr(config, "vision_config") or vision is None:
         return {}
     if vision.grid is None:
         return {"pixel_values": vision.pixels}
-    positions = sequence_positions(len(made.prompt.token_ids) + len(response), vision)
+    positions = sequence_positions(len(processed.prompt.token_ids) + len(response), vision)
     inputs: dict[str, Any] = {"position_ids": torch.tensor(positions)[:, None]}
     pixels = vision.pixels.split(vision.grid.prod(1).tolist())
     first = vision.grid.prod(1).cumsum(0) // 4 - vision.grid.prod(1) // 4
-    kinds = torch.tensor([int(made.prompt.token_ids[vision.placeholders[place]]) for place in first])
+    kinds = torch.tensor([int(processed.prompt.token_ids[vision.placeholders[place]]) for place in first])
     for token, data, size in (
         (config.image_token_id, "pixel_values", "image_grid_thw"),
         (config.video_token_id, "pixel_values_videos", "video_grid_thw"),
@@ -221,7 +223,7 @@ def save_work(folder: Path, twins: dict[str, Twin]) -> None:
     """What :func:`main` and the engine do: one greedy response to each prompt of each twin."""
     work = {}
     for name, twin in twins.items():
-        requests = make_requests([made.prompt for made in twin.prompts], 1, seed=0, step=0)
+        requests = make_requests([processed.prompt for processed in twin.prompts], 1, seed=0, step=0)
         (folder / f"{name}-requests").write_bytes(requests.to_bytes())
         work[name] = as_argument(Sampling(MAX_TOKENS, twin.stop, temperature=0.0))
     (folder / "work.json").write_text(json.dumps(work))

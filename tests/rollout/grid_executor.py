@@ -29,11 +29,13 @@ def execute(
     What a round brings is read only when the next round is ready, as the two slots of a rank allow. Fails when an
     element is written twice, when chunks or messages share bytes of a slot, and when a worker reads from another host.
     """
-    made = [[{layout.name: empty(layout) for layout in worker} for worker in layouts] for _ in topology.engines]
+    parameters_of_engines = [
+        [{layout.name: empty(layout) for layout in worker} for worker in layouts] for _ in topology.engines
+    ]
 
     def place(e: int, w: int, rank: int, parameter: str, start: tuple[int, ...], values: torch.Tensor) -> None:
         assert topology.ranks[rank].host == topology.engines[e][w].host, "a worker reads from another host"
-        target = made[e][w][parameter][region(start, tuple(values.shape))]
+        target = parameters_of_engines[e][w][parameter][region(start, tuple(values.shape))]
         assert target.isnan().all(), f"{parameter}: an element is written twice"
         target.copy_(values)
 
@@ -41,7 +43,7 @@ def execute(
         for e, engine in enumerate(plan.recvs):
             for w, recvs in enumerate(engine):
                 for a in (recv for recv in recvs if recv.round == t):
-                    dtype = made[e][w][a.parameter].dtype
+                    dtype = parameters_of_engines[e][w][a.parameter].dtype
                     values = slots[a.rank][t % 2][a.offset :][: math.prod(a.shape) * dtype.itemsize]
                     place(e, w, a.rank, a.parameter, a.parameter_start, values.view(dtype).view(a.shape))
 
@@ -73,4 +75,4 @@ def execute(
             for c in copies:
                 values = shards[c.rank][c.shard][region(c.local_start, c.shape)]
                 place(e, w, c.rank, c.parameter, c.parameter_start, values)
-    return made
+    return parameters_of_engines

@@ -137,16 +137,16 @@ def trainer(folder: Path) -> None:
 
     simulated_ranks.activate()
     precision = precision_config("fp32")
-    made: dict[str, Any] = {}
+    families: dict[str, Any] = {}
     for family in FAMILIES:
         config = hf_checkpoint.config(folder / family)
-        made[family] = {"shapes": simulated_ranks.checkpoint_tensors(config)}
+        families[family] = {"shapes": simulated_ranks.checkpoint_tensors(config)}
         for layout_name, (layout, world) in TRAINERS.items():
-            made[family][layout_name] = []
+            families[family][layout_name] = []
             for number in range(world):
                 with simulated_ranks.rank(number, world, layout) as here:
                     shards = simulated_ranks.build(config, here, precision).shards
-                made[family][layout_name].append(
+                families[family][layout_name].append(
                     [
                         [
                             s.name,
@@ -156,7 +156,7 @@ def trainer(folder: Path) -> None:
                         for s in shards
                     ]
                 )
-    (folder / "trainer.json").write_text(json.dumps(made))
+    (folder / "trainer.json").write_text(json.dumps(families))
 
 
 def blocks(rows: list[list[Any]]) -> list[Block]:
@@ -173,13 +173,13 @@ def vllm(folder: Path) -> None:
     from rollout.weight_sync.vllm_layout import trace_layout, weight_tensors
 
     simulated_engines.activate()
-    made: dict[tuple[str, int, int], dict[str, list[Any]]] = {}
+    engines: dict[tuple[str, int, int], dict[str, list[Any]]] = {}
     for name, family in FAMILIES.items():
         checkpoint = load_file(folder / name / "model.safetensors")
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.items()}
         for tensor, pipeline in family.engines:
             config = simulated_engines.engine_config(folder / name, family.dtype, tensor, pipeline)
-            found: dict[str, list[Any]] = {
+            workers: dict[str, list[Any]] = {
                 "layouts": simulated_engines.trace(config, shapes),
                 "live": [],
                 "parameters": [],
@@ -189,10 +189,10 @@ def vllm(folder: Path) -> None:
                     for parameter in weight_tensors(model).values():
                         parameter.fill_(float("nan"))
                     model.load_weights(iter(checkpoint.items()))  # type: ignore[operator]
-                    found["parameters"].append({n: t.detach().clone() for n, t in weight_tensors(model).items()})
-                    found["live"].append(trace_layout(model, shapes))
-            made[name, tensor, pipeline] = found
-    torch.save(made, folder / "vllm.pt")
+                    workers["parameters"].append({n: t.detach().clone() for n, t in weight_tensors(model).items()})
+                    workers["live"].append(trace_layout(model, shapes))
+            engines[name, tensor, pipeline] = workers
+    torch.save(engines, folder / "vllm.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An environment for tiny random models: it replies behind letters, which they often write."""
+"""An environment for tiny random models: it replies after letters, which they often write."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -9,8 +9,11 @@ from rollout.environment import Segment, Unavailable
 
 @dataclass
 class Letters:
-    """Replies how much was said. ``on_reply`` gets the number of replies so far; with ``fails`` there is none behind a
-    number of characters that seven divides, from the second turn on."""
+    """Replies with the number of characters of the response so far.
+
+    ``on_reply`` gets the number of replies so far. With ``fails`` there is no reply from the second turn on if the
+    number of characters is a multiple of 7.
+    """
 
     stops: Sequence[str] = tuple("etaoinshr")
     on_reply: Callable[[int], object] | None = None

@@ -30,9 +30,9 @@ def test_shares_of_any_tiling_add_up_to_the_checksum_of_the_whole(data):
     parts = tiles(data.draw, shape)
     ends = [shape[-1], *(part[-1].start for part in parts), *(part[-1].stop for part in parts)]
     unit = checksum_unit(values.element_size(), ends)
-    whole = rectangle_checksum(values, (0,) * len(shape), shape, unit)
+    checksum = rectangle_checksum(values, (0,) * len(shape), shape, unit)
     shares = [rectangle_checksum(values[part], [s.start for s in part], shape, unit) for part in parts]
-    assert wrap(sum(shares)) == whole
+    assert wrap(sum(shares)) == checksum
 
 
 def test_matches_the_formula_in_the_docstring():

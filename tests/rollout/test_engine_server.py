@@ -1,4 +1,4 @@
-"""Which order of sleep, wake and sync an engine accepts, with a vLLM that only remembers what it was told."""
+"""Which order of sleep, wake and sync an engine accepts, with a vLLM that only records its calls."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ class Llm:
     """What :class:`EngineLoop` calls of vLLM's engine; the workers answer every call with nothing."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
         self.busy = False
 
     def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[str]:
@@ -32,10 +32,10 @@ class Llm:
         pass
 
     def sleep(self, level: int) -> None:
-        self.told.append(("sleep", level))
+        self.calls.append(("sleep", level))
 
     def wake_up(self, tags: list[str]) -> None:
-        self.told.append(("wake", tags))
+        self.calls.append(("wake", tags))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_weights_wake_before_the_sync_and_the_cache_behind_it(loop: EngineLoop) 
     assert refusal(loop).startswith("asleep: kv_cache: wake")
     loop.wake({"tags": ["kv_cache"]})
     loop.wake({"tags": ["weights", "kv_cache"]})  # nothing is asleep: nothing happens
-    assert loop.llm.told == [("sleep", 2), ("wake", ["weights"]), ("wake", ["kv_cache"])]
+    assert loop.llm.calls == [("sleep", 2), ("wake", ["weights"]), ("wake", ["kv_cache"])]
     assert loop.health()["asleep"] == [] and loop._usable_version() == 1
 
 
@@ -91,4 +91,4 @@ def test_an_engine_falls_asleep_between_batches_only(loop: EngineLoop) -> None:
     loop.llm.busy = True
     with pytest.raises(Refused, match="requests are still running"):
         loop.between_batches(loop.sleep, {})
-    assert loop.llm.told == [] and loop.health()["asleep"] == []
+    assert loop.llm.calls == [] and loop.health()["asleep"] == []

@@ -34,16 +34,16 @@ class Script:
         pass
 
 
-def sampled(ids: Sequence[int], begun: TokenBatch | None = None) -> TokenBatch:
+def sampled(ids: Sequence[int], partial: TokenBatch | None = None) -> TokenBatch:
     """A turn as an engine gives it, with log-probs that name each token."""
     turn = batches.build(
         [make_prompt("p", [9, 9])],
         [ids],
         logprobs=[[logprob_of(token) for token in ids]],
-        version=3 if begun is None else int(begun.versions[-1]) + 1,
+        version=3 if partial is None else int(partial.versions[-1]) + 1,
         finish_reasons=["turn"],
     )
-    return turn if begun is None else batches.extend(begun, turn)
+    return turn if partial is None else batches.extend(partial, turn)
 
 
 def logprob_of(token: int) -> float:

@@ -69,16 +69,16 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
     engine = Engine(settings, tmp_path / "engine.log")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
+        trainer = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         engine.wait_until_ready(time.monotonic() + 300)
         weight_sync = WeightSync(
-            made.shards, [engine], dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
+            trainer.shards, [engine], dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
         )
         reports = []
         digests: list[Any] = []
         for version, seed in enumerate((0, 1, 0)):
-            made.weights = TWIN.model(seed).state_dict()
-            made.fill()
+            trainer.weights = TWIN.model(seed).state_dict()
+            trainer.fill()
             reports.append(weight_sync.sync(version))
             digests.append(engine.call("GET", "/weights/digest")["workers"])
         assert fresh.wait(300) == 0

@@ -36,8 +36,8 @@ def branches(source: str) -> list[int]:
 def test_only_the_platform_file_branches_on_the_device() -> None:
     files = [path for path in ROLLOUT.rglob("*.py") if path not in (PLATFORM_FILE, CUDA_FILE)]
     assert len(files) > 20
-    found = {str(path.relative_to(ROLLOUT)): branches(path.read_text()) for path in files}
-    assert {path: lines for path, lines in found.items() if lines} == {}
+    branches_of_files = {str(path.relative_to(ROLLOUT)): branches(path.read_text()) for path in files}
+    assert {path: lines for path, lines in branches_of_files.items() if lines} == {}
 
 
 @pytest.mark.parametrize(

@@ -163,11 +163,11 @@ def test_any_two_layouts_compose(data):
     assert sum(math.prod(p.shape) for p in plan.pieces) == sum(t.numel() for t in tensors.values())
     assert max(plan.slot_bytes) <= bucket
 
-    made = emulate(plan, topology, local, layouts)
+    received = emulate(plan, topology, local, layouts)
     assert plan.placed_bytes == 4 * sum(
-        int((~p.isnan()).sum()) for engine in made for worker in engine for p in worker.values()
+        int((~p.isnan()).sum()) for engine in received for worker in engine for p in worker.values()
     )
-    for engine in made:
+    for engine in received:
         for worker, parameters in zip(layouts, engine, strict=True):
             for parameter in worker:
                 expected = torch.full(parameter.shape, math.nan)
@@ -177,7 +177,7 @@ def test_any_two_layouts_compose(data):
                 torch.testing.assert_close(parameters[parameter.name], expected, rtol=0, atol=0, equal_nan=True)
 
 
-def whole(name, shape, rank_local=None):
+def full_tensor(name, shape, rank_local=None):
     return (name, Block(name, (0,) * len(shape), rank_local or (0,) * len(shape), shape))
 
 
@@ -198,7 +198,7 @@ def one_engine(ranks: int) -> Topology:
 
 def equal_tensors(count: int):
     """``count`` tensors of 1 KiB, held whole by a rank, and one worker that wants them."""
-    table = [whole(f"t{i}", (16, 16)) for i in range(count)]
+    table = [full_tensor(f"t{i}", (16, 16)) for i in range(count)]
     return table, one_worker(*((f"p{i}", f"t{i}", (16, 16)) for i in range(count)))
 
 
@@ -262,10 +262,10 @@ def test_one_holder_and_many_hosts_make_a_chain_many_holders_do_not() -> None:
 
 def test_a_plan_is_taken_from_its_file(tmp_path, monkeypatch) -> None:
     table, worker = equal_tensors(3)
-    made = cached_plan([table], worker, one_engine(1), 1024, tmp_path)
-    assert made == build_plan([table], worker, one_engine(1), 1024)
+    planned = cached_plan([table], worker, one_engine(1), 1024, tmp_path)
+    assert planned == build_plan([table], worker, one_engine(1), 1024)
     monkeypatch.setattr(planner, "build_plan", None)
-    assert cached_plan([table], worker, one_engine(1), 1024, tmp_path) == made
+    assert cached_plan([table], worker, one_engine(1), 1024, tmp_path) == planned
     with pytest.raises(TypeError):
         cached_plan([table], worker, one_engine(1), 2048, tmp_path)  # another bucket, so another plan
 
@@ -279,21 +279,25 @@ def test_a_host_with_engines_and_no_rank_is_named() -> None:
 @pytest.mark.parametrize(
     ("tables", "layouts", "message"),
     [
-        ([[whole("a", (4,))]], one_worker(("p", "b", (4,))), "p needs b, which no trainer rank holds"),
-        ([[whole("a", (4,)), whole("b", (4,))]], one_worker(("p", "a", (4,))), "b: vLLM takes no element of it"),
+        ([[full_tensor("a", (4,))]], one_worker(("p", "b", (4,))), "p needs b, which no trainer rank holds"),
+        (
+            [[full_tensor("a", (4,)), full_tensor("b", (4,))]],
+            one_worker(("p", "a", (4,))),
+            "b: vLLM takes no element of it",
+        ),
         (
             [[("s", Block("a", (2,), (0,), (2,)))]],
             one_worker(("p", "a", (4,))),
             r"a of shape \(4,\): no trainer rank holds",
         ),
-        ([[whole("a", (4,))]], one_worker(("p", "a", (3,))), r"a, as vLLM's workers take it, .*only 3 of 4"),
+        ([[full_tensor("a", (4,))]], one_worker(("p", "a", (3,))), r"a, as vLLM's workers take it, .*only 3 of 4"),
         (
-            [[whole("a", (4,))]],
+            [[full_tensor("a", (4,))]],
             one_worker(("p", "a", (4,)), ("q", "a", (2,))),
             "a, as vLLM's workers take it, .*same elements",
         ),
         (
-            [[whole("a", (4,)), ("s", Block("a", (0, 0), (0, 0), (4, 1)))]],
+            [[full_tensor("a", (4,)), ("s", Block("a", (0, 0), (0, 0), (4, 1)))]],
             [[]],
             "a: blocks with 1 and with 2 dimensions",
         ),
@@ -310,13 +314,16 @@ def test_a_tensor_that_vllm_keeps_in_two_dtypes_is_refused():
         for name, dtype in (("p", "float32"), ("q", "bfloat16"))
     ]
     with pytest.raises(LayoutError, match=r"a: vLLM holds it as \['bfloat16', 'float32'\]"):
-        build_plan([[whole("a", (4,))]], [two], Topology((HERE,), ((HERE, HERE),)), 1024)
+        build_plan([[full_tensor("a", (4,))]], [two], Topology((HERE,), ((HERE, HERE),)), 1024)
 
 
 @pytest.mark.parametrize("staged", [True, False])
 def test_staged_parameters_arrive_one_after_the_other(staged: bool) -> None:
-    """Fused parameters of large and small tensors in each of 16 layers, over the network: memory for those that have
-    begun to arrive is a few buckets, where the order by size alone has most of the model begun."""
+    """16 layers of fused parameters, each of a large and a small tensor, are sent over the network.
+
+    With staging the partially received parameters take a few buckets of memory. In the order of size alone, most of the
+    model is partially received at once.
+    """
     bucket, layers = 1 << 12, 16
     tables, layout = [[]], []
     for i in range(layers):
@@ -332,10 +339,10 @@ def test_staged_parameters_arrive_one_after_the_other(staged: bool) -> None:
     rounds = {}
     for recv in plan.recvs[0][0]:
         rounds.setdefault(recv.parameter, set()).add(recv.round)
-    begun = [sum(min(r) <= t <= max(r) for r in rounds.values()) for t in range(plan.rounds)]
+    partial_counts = [sum(min(r) <= t <= max(r) for r in rounds.values()) for t in range(plan.rounds)]
     size, model = 32 * 32 * 4, layers * 32 * 32 * 4
     assert plan.rounds >= model / bucket and len(rounds) == layers
     if staged:
-        assert max(begun) * size <= 2 * bucket + size
+        assert max(partial_counts) * size <= 2 * bucket + size
     else:
-        assert max(begun) * size > model / 2
+        assert max(partial_counts) * size > model / 2

@@ -45,8 +45,8 @@ class Engine:
 
     def generate(self, requests, sampling, num_complete=None):
         self.seeds += requests.seeds.tolist()
-        begun = requests.response_lengths.tolist()
-        for key, seed, length in zip(requests.keys, requests.seeds.tolist(), begun, strict=True):
+        partial_lengths = requests.response_lengths.tolist()
+        for key, seed, length in zip(requests.keys, requests.seeds.tolist(), partial_lengths, strict=True):
             if length == 0:
                 self.lengths[key] = random.Random(seed).randint(1, LONGEST)
         remaining = Counter(prompt_id for prompt_id, _ in requests.keys)
@@ -56,7 +56,7 @@ class Engine:
             step += 1
             for i in list(running):
                 key = requests.keys[i]
-                ended = begun[i] + step == self.lengths[key]
+                ended = partial_lengths[i] + step == self.lengths[key]
                 if not ended and step != sampling.round_tokens:
                     continue
                 running.remove(i)

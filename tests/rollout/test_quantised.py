@@ -1,6 +1,6 @@
 """Quantising in place what vLLM's layers hold, for each kind of scales, against the arithmetic written out.
 
-The layers are vLLM's own, made by its own online methods. Two things depend on the processor and have stand-ins: the
+The layers are vLLM's own, created by vLLM's online methods. Two things depend on the processor and have stand-ins: the
 operator that rounds to FP8 with a given scale, which a CPU lacks, and the kernel, which vLLM chooses by what the
 processor can do. One stand-in for the kernel keeps the weight as it is quantised; the other stores it in an order of
 its own, as vLLM's kernels for AMX do.
@@ -39,14 +39,14 @@ def per_channel(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def per_block(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """One block after the other; vLLM multiplies by the reciprocal here."""
-    made = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    quantised = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128), dtype=torch.float32)
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             at = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
             scales[i, j] = weight[at].float().abs().max().clamp(1e-4) / FP8_MAX
-            made[at] = (weight[at].float() * (1.0 / scales[i, j])).to(torch.float8_e4m3fn)
-    return {"weight": made, "weight_scale_inv": scales}
+            quantised[at] = (weight[at].float() * (1.0 / scales[i, j])).to(torch.float8_e4m3fn)
+    return {"weight": quantised, "weight_scale_inv": scales}
 
 
 REFERENCES = {"fp8_per_tensor": per_tensor, "fp8_per_channel": per_channel, "fp8_per_block": per_block}
@@ -138,7 +138,7 @@ def check(kind: str, order: Callable[[torch.Tensor], torch.Tensor]) -> None:
             assert tensor.data_ptr() == live[name][0] and same(tensor, live[name][1])
 
         # Two other weights, and the first again; piece by piece into memory for one layer.
-        found = []
+        parameters_of_loads = []
         for seed in (1, 2, 1):
             staging = Staging(layers, torch.device("cpu"))
             for name, weight in weights(seed).items():
@@ -151,15 +151,15 @@ def check(kind: str, order: Callable[[torch.Tensor], torch.Tensor]) -> None:
                     tensor = getattr(model.get_submodule(name), each)
                     assert same(tensor, values), f"{kind}: {name}.{each} of seed {seed}"
             assert not staging.weights and staging.peak_bytes == 2 * 200 * 300
-            found.append({name: tensor.clone() for name, tensor in model.named_parameters()})
+            parameters_of_loads.append({name: tensor.clone() for name, tensor in model.named_parameters()})
         for name, tensor in model.named_parameters():
             assert tensor.data_ptr() == live[name][0], "kernels and graphs read the same memory"
-            assert same(found[0][name], found[2][name])
-            assert not name.endswith(".weight") or not same(found[0][name], found[1][name])
+            assert same(parameters_of_loads[0][name], parameters_of_loads[2][name])
+            assert not name.endswith(".weight") or not same(parameters_of_loads[0][name], parameters_of_loads[1][name])
 
         # A vLLM that makes something else the second time is refused, and the layer keeps what it has.
         layer = model.get_submodule("wide")
-        method, before = layer.quant_method.process_weights_after_loading, found[2]["wide.weight"]
+        method, before = layer.quant_method.process_weights_after_loading, parameters_of_loads[2]["wide.weight"]
 
         def with_more(layer: Any) -> None:
             method(layer)

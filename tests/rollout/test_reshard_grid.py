@@ -40,7 +40,7 @@ class Grid:
         grid_twins.write_configs(folder)
         run("trainer", folder)
         self.trainer = json.loads((folder / "trainer.json").read_text())
-        self.checkpoint = {name: checkpoint(made["shapes"]) for name, made in self.trainer.items()}
+        self.checkpoint = {name: checkpoint(answer["shapes"]) for name, answer in self.trainer.items()}
         for name, tensors in self.checkpoint.items():
             save_file(tensors, folder / name / "model.safetensors")
         run("vllm", folder)
@@ -113,22 +113,24 @@ TOPOLOGIES = (one_host, two_hosts, apart)
 def test_vllms_parameters_are_those_that_its_own_loaders_make(
     grid: Grid, family: str, tensor: int, pipeline: int
 ) -> None:
-    found = grid.vllm[family, tensor, pipeline]
-    whole = sum(values.numel() for values in grid.checkpoint[family].values())
+    engine_layouts = grid.vllm[family, tensor, pipeline]
+    checkpoint_elements = sum(values.numel() for values in grid.checkpoint[family].values())
     for n, layout in enumerate(TRAINERS):
         tables, local = grid.ranks(family, layout)
         topology = TOPOLOGIES[(n + CELLS.index((family, tensor, pipeline))) % 3](len(tables), tensor * pipeline)
         receivers = len(topology.ranks) - len(tables)
-        plan = build_plan([*tables, *([[]] * receivers)], found["layouts"], topology, BUCKET)
+        plan = build_plan([*tables, *([[]] * receivers)], engine_layouts["layouts"], topology, BUCKET)
         if len({place.host for place in topology.ranks}) == 1:
             assert plan.rounds == 0, "nothing is packed or sent on one host"
         if receivers:
-            assert arrived(plan) == [whole] * len(topology.engines), "each element crosses once for a host"
-        made = execute(plan, topology, local, found["layouts"])
+            assert arrived(plan) == [checkpoint_elements] * len(topology.engines), (
+                "each element crosses once for a host"
+            )
+        received = execute(plan, topology, local, engine_layouts["layouts"])
         for e, w in itertools.product(range(len(topology.engines)), range(tensor * pipeline)):
-            expected = found["parameters"][w]
-            assert made[e][w].keys() == expected.keys()
-            for name, values in made[e][w].items():
+            expected = engine_layouts["parameters"][w]
+            assert received[e][w].keys() == expected.keys()
+            for name, values in received[e][w].items():
                 assert not values.isnan().any(), f"from {layout}, worker {w}: {name} has holes"
                 assert torch.equal(bits(values), bits(expected[name])), f"from {layout}, worker {w}: {name} differs"
 
@@ -145,9 +147,9 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "tensor", "pipeline"), CELLS)
 def test_a_trace_without_memory_is_that_of_live_parameters(grid: Grid, family: str, tensor: int, pipeline: int) -> None:
-    found = grid.vllm[family, tensor, pipeline]
-    assert len(found["layouts"]) == tensor * pipeline
-    assert found["layouts"] == found["live"]
+    engine_layouts = grid.vllm[family, tensor, pipeline]
+    assert len(engine_layouts["layouts"]) == tensor * pipeline
+    assert engine_layouts["layouts"] == engine_layouts["live"]
 
 
 def cells(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Rectangle]:

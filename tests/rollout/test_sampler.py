@@ -119,7 +119,7 @@ def test_what_is_left_of_a_begun_response_counts():
 
 def test_a_response_that_went_on_is_complete_again():
     prompt = make_prompt("p", [1])
-    begun = batches.build(
+    partial = batches.build(
         [prompt], [[5, 6]], logprobs=[[-1.0, -2.0]], loss_mask=[[True, False]], version=3, finish_reasons=["unfinished"]
     )
     continuation = batches.build(
@@ -142,7 +142,7 @@ def test_a_response_that_went_on_is_complete_again():
         failure="",
         verdicts={},
     )
-    assert plain(batches.extend(begun, continuation)) == [complete]
+    assert plain(batches.extend(partial, continuation)) == [complete]
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ LOOK = "<search>capital of Norland</search>"
 
 def episode(*turns: str) -> list[Segment]:
     """The model's turns with the environment's replies between them."""
-    made: list[Segment] = []
+    segments: list[Segment] = []
     for turn in turns:
-        if made:
-            made.append(Segment(SEARCH.reply(made), by_environment=True))
-        made.append(Segment(turn, by_environment=False))
-    return made
+        if segments:
+            segments.append(Segment(SEARCH.reply(segments), by_environment=True))
+        segments.append(Segment(turn, by_environment=False))
+    return segments
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def episode(*turns: str) -> list[Segment]:
     ],
 )
 def test_legal_episodes(turns: Sequence[str], actions: str | None) -> None:
-    found = steps(episode(*turns))
-    assert [step.fault for step in found] == [""] * len(found)
+    parsed = steps(episode(*turns))
+    assert [step.fault for step in parsed] == [""] * len(parsed)
     if actions is not None:
-        assert [step.action for step in found] == actions.split()
+        assert [step.action for step in parsed] == actions.split()
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_a_model_can_t_write_the_environment_s_part() -> None:
 
 
 def test_replies() -> None:
-    found = episode(THINK + LOOK, "<read>norland</read>", "<read>sudland</read>", "<read>x</read>", END)
-    assert [segment.text for segment in found if segment.by_environment] == [
+    replies = episode(THINK + LOOK, "<read>norland</read>", "<read>sudland</read>", "<read>x</read>", END)
+    assert [segment.text for segment in replies if segment.by_environment] == [
         "<result>[norland] The capital of Norland is Veska.\n[sudland] The capital of Sudland is Tarn.</result>",
         "<result>The capital of Norland is Veska. Its river is Ombra.</result>",
         "<result>The capital of Sudland is Tarn.</result>",
@@ -128,20 +128,20 @@ def test_actions_are_those_of_the_regular_expression(text: str) -> None:
 
 
 def test_a_query_s_beginning_is_searched_for() -> None:
-    def found(spaces: int) -> str:
+    def results(spaces: int) -> str:
         return SEARCH.reply([Segment(f"<search>Ombra{' ' * spaces}Tarn</search>", False)])
 
-    assert "[sudland]" in found(LONGEST_QUERY - len("OmbraTarn"))
-    assert "[norland]" in found(LONGEST_QUERY) and "[sudland]" not in found(LONGEST_QUERY)
+    assert "[sudland]" in results(LONGEST_QUERY - len("OmbraTarn"))
+    assert "[norland]" in results(LONGEST_QUERY) and "[sudland]" not in results(LONGEST_QUERY)
 
 
 @given(st.lists(st.sampled_from([THINK, LOOK, "<read>norland</read>", END, "<result>", " ", "x", "</think>"])))
 def test_every_text_has_steps_and_only_one_ending_is_legal(parts: list[str]) -> None:
-    found = steps([Segment("".join(parts), by_environment=False)])
-    assert found
-    if not any(step.fault for step in found):
-        assert [step.action for step in found][-2:] == ["confidence", "answer"]
-        assert sum(step.action == "answer" for step in found) == 1
+    parsed = steps([Segment("".join(parts), by_environment=False)])
+    assert parsed
+    if not any(step.fault for step in parsed):
+        assert [step.action for step in parsed][-2:] == ["confidence", "answer"]
+        assert sum(step.action == "answer" for step in parsed) == 1
 
 
 @pytest.mark.parametrize(

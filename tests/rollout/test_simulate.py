@@ -53,8 +53,8 @@ def test_links_are_counted_by_direction_and_gpu() -> None:
     table = [("s", Block("t", (0, 0), (0, 0), shape))]
     where = Topology((Place("a", "0"), Place("b", "0")), ((Place("a", "1"),), (Place("b", "0"),)))
     plan = build_plan([table, []], [worker], where, 1 << 20)
-    found = {(link.link, link.gpu): link for link in links(plan, where, {"p": 4}, SPEEDS)}
-    assert {key: link.bytes for key, link in found.items()} == {
+    by_link = {(link.link, link.gpu): link for link in links(plan, where, {"p": 4}, SPEEDS)}
+    assert {key: link.bytes for key, link in by_link.items()} == {
         ("copy", "a GPU 1"): 1024,
         ("nvlink out", "a GPU 0"): 1024,
         ("nvlink in", "a GPU 1"): 1024,
@@ -63,7 +63,7 @@ def test_links_are_counted_by_direction_and_gpu() -> None:
         ("network in", "b GPU 0"): 1024,
         ("copy", "b GPU 0"): 1024,
     }
-    assert found["network out", "a GPU 0"].seconds == pytest.approx(1024 / 40e9), "the slower of adapter and PCIe"
+    assert by_link["network out", "a GPU 0"].seconds == pytest.approx(1024 / 40e9), "the slower of adapter and PCIe"
     assert network_seconds(plan, SPEEDS) == pytest.approx(1024 / 40e9 + 100e-6)
 
 

@@ -20,21 +20,23 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """A Llama checkpoint's tensors, written down."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, groups = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
-    found: dict[str, tuple[int, ...]] = {
+    tensor_shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, hidden),
         "lm_head.weight": (vocab, hidden),
     }
     for n in range(config["num_hidden_layers"]):
         layer = f"model.layers.{n}."
-        found |= {f"{layer}{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        found |= {f"{layer}self_attn.{p}_proj.weight": (groups, hidden) for p in "kv"}
-        found |= {f"{layer}mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")}
-        found |= {
+        tensor_shapes |= {
+            f"{layer}{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        tensor_shapes |= {f"{layer}self_attn.{p}_proj.weight": (groups, hidden) for p in "kv"}
+        tensor_shapes |= {f"{layer}mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")}
+        tensor_shapes |= {
             f"{layer}self_attn.q_proj.weight": (heads, hidden),
             f"{layer}self_attn.o_proj.weight": (hidden, heads),
         }
-        found[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
-    return found | {"model.norm.weight": (hidden,)}
+        tensor_shapes[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
+    return tensor_shapes | {"model.norm.weight": (hidden,)}
 
 
 def python(file: Path, *lines: str) -> str:

@@ -39,35 +39,35 @@ def run_rank(folder: str, number: str) -> None:
     engines = [] if rank == 1 else [Engine(settings, Path(folder, f"logs-{rank}", "engine_0.log"))]
     for engine in engines:
         engine.wait_until_ready(time.monotonic() + 600)
-    made = tensor_parallel_shards(TIED, TIED.model(0).state_dict(), 2, rank, torch.float32) if rank < 2 else None
+    trainer = tensor_parallel_shards(TIED, TIED.model(0).state_dict(), 2, rank, torch.float32) if rank < 2 else None
     weight_sync = WeightSync(
-        made.shards if made else [], engines, dist.group.WORLD,
+        trainer.shards if trainer else [], engines, dist.group.WORLD,
         bucket_bytes=BUCKET, verify_every=2, plans=Path(folder, "plans"),
     )  # fmt: skip
-    found: dict[str, Any] = {"slots": list(weight_sync.network.slots.shape), "digests": [], "reports": []}
+    answer: dict[str, Any] = {"slots": list(weight_sync.network.slots.shape), "digests": [], "reports": []}
 
     def digests() -> None:
-        found["digests"].append([engine.call("GET", "/weights/digest")["workers"] for engine in engines])
+        answer["digests"].append([engine.call("GET", "/weights/digest")["workers"] for engine in engines])
 
     for version, seed in enumerate((0, 1, 2, 0)):
         if rank == 1:
             time.sleep(0.5)  # its host's worker has its order already, and waits for this rank's weights
-        if made:
-            made.weights = TIED.model(seed).state_dict()
-            made.fill()
-        found["reports"].append(weight_sync.sync(version))
+        if trainer:
+            trainer.weights = TIED.model(seed).state_dict()
+            trainer.fill()
+        answer["reports"].append(weight_sync.sync(version))
         digests()
     if rank == 2:  # the engine that gets its weights over the network dies while they are on their way
         engines[0].process.kill()
     try:
         weight_sync.sync(5)
     except WeightSyncError as error:
-        found["error"] = str(error)
-    found["messages"] = [m._asdict() for m in weight_sync.plan.messages]
-    found["placed"] = [
+        answer["error"] = str(error)
+    answer["messages"] = [m._asdict() for m in weight_sync.plan.messages]
+    answer["placed"] = [
         [len(c) for c in weight_sync.plan.copies[e]] + [len(a) for a in weight_sync.plan.recvs[e]] for e in (0, 1)
     ]
-    Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(answer))
     dist.barrier()
     stop_engines(engines)
 

@@ -363,7 +363,7 @@ def test_two_vllm_workers_in_fp32(world: World) -> None:
 
 
 def test_workers_that_have_answered_leave_their_cores_to_others(world: World) -> None:
-    """vLLM's workers look for the next call for a second behind each, which is 0.8 s of either worker here."""
+    """vLLM's workers poll for a second after each call, which would be 0.8 s of CPU time of each worker here."""
     workers = [p for p in psutil.Process(world.untied.pid).children() if "Worker" in p.name()]
     digests(world.untied)
     before = [sum(worker.cpu_times()[:2]) for worker in workers]

@@ -59,14 +59,14 @@ def examine(settings: EngineSettings, requests: TokenBatch, sampling: Sampling) 
     loop = engine_server.EngineLoop(settings, engine_server.build_llm_engine(settings, load_format="auto"))
     loop.weights.version = 0
     responses = plain(vllm_processes.generate(loop, requests, sampling))
-    found = {**loop.weights.digest(), "responses": [asdict(response) for response in responses]}
+    answer = {**loop.weights.digest(), "responses": [asdict(response) for response in responses]}
     (model,) = loop.llm.apply_model(lambda model: model)
-    found |= examine_layout(model, load_file(Path(settings.model) / "model.safetensors"))
+    answer |= examine_layout(model, load_file(Path(settings.model) / "model.safetensors"))
     loop.llm.engine_core.shutdown()
     del loop, model
     gc.collect()
     cleanup_dist_env_and_memory()
-    return found
+    return answer
 
 
 @torch.no_grad()
@@ -145,18 +145,18 @@ def test_greedy_samples_of_the_export_are_transformers(
     """In FP32, of the model that the export goes back to."""
     responses = {response["prompt_id"]: response for response in families[name]["responses"]}
     assert len(responses) == len(twins[name].prompts)
-    for made in twins[name].prompts:
-        tokens, logprobs = family_twins.greedy(twins[name], made)
-        response = responses[made.prompt.prompt_id]
+    for processed in twins[name].prompts:
+        tokens, logprobs = family_twins.greedy(twins[name], processed)
+        response = responses[processed.prompt.prompt_id]
         assert response["tokens"] == tokens
         assert (torch.tensor(response["logprobs"]) - torch.tensor(logprobs)).abs().max() < 2e-5
 
 
 @every_family
 def test_the_layout_says_where_vllm_puts_every_weight(name: str, families: dict[str, Any]) -> None:
-    found = families[name]
-    assert found["wrong"] == []
-    assert sorted(found["covered"]) == sorted(found["changed"]) and len(found["covered"]) > 10
+    family = families[name]
+    assert family["wrong"] == []
+    assert sorted(family["covered"]) == sorted(family["changed"]) and len(family["covered"]) > 10
 
 
 def test_a_vision_language_model_is_synced(

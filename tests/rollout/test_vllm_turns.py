@@ -78,11 +78,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         engines = [Engine(settings, folder / f"engine_{i}.log") for i in range(2)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     try:
-        made = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
+        trainer = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)
         for engine in engines:
             engine.wait_until_ready(time.monotonic() + STARTUP_SECONDS)
         weight_sync = WeightSync(
-            made.shards, engines, dist.group.WORLD, bucket_bytes=2**20, verify_every=1, plans=folder / "plans"
+            trainer.shards, engines, dist.group.WORLD, bucket_bytes=2**20, verify_every=1, plans=folder / "plans"
         )
         weight_sync.sync(0)
         yield World(engines, weight_sync, tokenizer)

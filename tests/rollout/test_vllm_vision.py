@@ -57,19 +57,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return model
 
 
-def logprobs(model: Any, made: ProcessedPrompt, response: PlainResponse) -> torch.Tensor:
+def logprobs(model: Any, processed: ProcessedPrompt, response: PlainResponse) -> torch.Tensor:
     """Of the response's tokens, by transformers' model on the trainer's pixel values and position ids."""
     tokens = response.prompt + response.tokens[:-1]
     ids = torch.tensor([tokens])
-    positions = np.broadcast_to(sequence_positions(len(tokens), made.vision), (3, len(tokens)))
+    positions = np.broadcast_to(sequence_positions(len(tokens), processed.vision), (3, len(tokens)))
     inputs: dict[str, Any] = {"position_ids": torch.tensor(positions)[:, None]}
-    if made.vision is not None:
-        assert made.vision.grid is not None
-        placeholders = [tokens[place] for place in made.vision.placeholders]
-        pixels = made.vision.pixels.split(made.vision.grid.prod(1).tolist())
+    if processed.vision is not None:
+        assert processed.vision.grid is not None
+        placeholders = [tokens[place] for place in processed.vision.placeholders]
+        pixels = processed.vision.pixels.split(processed.vision.grid.prod(1).tolist())
         kinds = []
         place = 0
-        for grid in made.vision.grid:
+        for grid in processed.vision.grid:
             kinds.append(placeholders[place] == model.config.video_token_id)
             place += int(grid.prod()) // 4
         for is_clip, data, size in (
@@ -78,7 +78,7 @@ def logprobs(model: Any, made: ProcessedPrompt, response: PlainResponse) -> torc
         ):
             if is_clip in kinds:
                 inputs[data] = torch.cat([p for p, kind in zip(pixels, kinds, strict=True) if kind == is_clip])
-                inputs[size] = made.vision.grid[torch.tensor(kinds) == is_clip]
+                inputs[size] = processed.vision.grid[torch.tensor(kinds) == is_clip]
     with torch.no_grad():
         all_logprobs = model(input_ids=ids, **inputs).logits[0].log_softmax(-1)
     answer = torch.tensor(response.tokens)
@@ -96,7 +96,7 @@ def test_responses_are_those_of_the_trainers_inputs_also_after_the_tower_changed
         {"id": "text", "prompt": "a prompt without"},
     ]
     processor = PromptProcessor(model.config._name_or_path, 200, ImagesConfig(100, 100_000, 20.0))
-    made = {row["id"]: processor(row) for row in rows}
+    processed = {row["id"]: processor(row) for row in rows}
     settings = engine_settings(
         model=model.config._name_or_path,
         dtype="float32",
@@ -108,7 +108,7 @@ def test_responses_are_those_of_the_trainers_inputs_also_after_the_tower_changed
     # A response that ends at an image token never shows one to transformers, which would want an image for it.
     stop = tuple(processor.tokenizer.convert_tokens_to_ids(vision_models.QWEN_TOKENS))
     sampling = Sampling(max_tokens=8, stop_token_ids=stop)
-    requests = make_requests([prompt.prompt for prompt in made.values()], SAMPLES, seed=1, step=0)
+    requests = make_requests([prompt.prompt for prompt in processed.values()], SAMPLES, seed=1, step=0)
     (tmp_path / REQUESTS).write_bytes(requests.to_bytes())
     arguments = (as_argument(settings), as_argument(sampling), str(tmp_path))
     with warm.processes():
@@ -126,7 +126,7 @@ def test_responses_are_those_of_the_trainers_inputs_also_after_the_tower_changed
     assert len(before) == SAMPLES * len(rows)
     for responses in (before, after):
         for response in responses:
-            expected = logprobs(model, made[response.prompt_id], response)
+            expected = logprobs(model, processed[response.prompt_id], response)
             assert (expected - torch.tensor(response.logprobs)).abs().max() < 2e-5
         with torch.no_grad():
             model.model.visual.merger.ln_q.weight.mul_(2)

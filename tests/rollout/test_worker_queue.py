@@ -36,5 +36,5 @@ def test_a_message_that_wakes_nobody_is_found_within_a_moment() -> None:
     """vLLM's workers look for it themselves after 5 s."""
     with warm.processes():
         run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
-    woken, found = json.loads(run.stdout.splitlines()[-1])
-    assert woken < 1 and found < 1
+    woken, seconds = json.loads(run.stdout.splitlines()[-1])
+    assert woken < 1 and seconds < 1

@@ -81,14 +81,14 @@ def tensor_parallel_shards(
 ) -> ShardMaker:
     """Megatron's layout: groups [q…q k v] fused and interleaved, gate and up fused, vocabulary and key-value groups
     padded to a multiple of ``tp``; norms and row biases replicated."""
-    made = ShardMaker(weights, dtype)
+    maker = ShardMaker(weights, dtype)
     config, width, d = twin.config(), 32 * twin.heads, 32
     groups = -(-twin.kv_heads // tp)
     per_group = twin.heads // twin.kv_heads
     rows = -(-twin.vocab // tp)
     for name in ["model.embed_tokens.weight"] + ([] if twin.tied else ["lm_head.weight"]):
         here = min(rows, twin.vocab - rank * rows)
-        made.add(name, (rows, width), [Block(name, (rank * rows, 0), (0, 0), (here, width))])
+        maker.add(name, (rows, width), [Block(name, (rank * rows, 0), (0, 0), (here, width))])
     inner = config.intermediate_size // tp
     for layer in range(config.num_hidden_layers):
         p = f"model.layers.{layer}."
@@ -106,20 +106,20 @@ def tensor_parallel_shards(
                 qkv["bias"].append(Block(f"{p}self_attn.{part}_proj.bias", (hf,), (at,), (n,)))
             n = per_group * d
             out.append(Block(f"{p}self_attn.o_proj.weight", (0, group * n), (0, local * n), (width, n)))
-        made.add(p + "qkv.weight", (groups * (per_group + 2) * d, width), qkv["weight"])
-        made.add(p + "proj.weight", (width, groups * per_group * d), out)
+        maker.add(p + "qkv.weight", (groups * (per_group + 2) * d, width), qkv["weight"])
+        maker.add(p + "proj.weight", (width, groups * per_group * d), out)
         if twin.bias:
-            made.add(p + "qkv.bias", (groups * (per_group + 2) * d,), qkv["bias"])
-            made.add(p + "proj.bias", (width,), [Block(f"{p}self_attn.o_proj.bias", (0,), (0,), (width,))])
+            maker.add(p + "qkv.bias", (groups * (per_group + 2) * d,), qkv["bias"])
+            maker.add(p + "proj.bias", (width,), [Block(f"{p}self_attn.o_proj.bias", (0,), (0,), (width,))])
         gate_up = [
             Block(f"{p}mlp.{part}_proj.weight", (rank * inner, 0), (i * inner, 0), (inner, width))
             for i, part in enumerate(("gate", "up"))
         ]
-        made.add(p + "fc1.weight", (2 * inner, width), gate_up)
+        maker.add(p + "fc1.weight", (2 * inner, width), gate_up)
         down = Block(f"{p}mlp.down_proj.weight", (0, rank * inner), (0, 0), (width, inner))
-        made.add(p + "fc2.weight", (width, inner), [down])
+        maker.add(p + "fc2.weight", (width, inner), [down])
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            made.add(p + norm, (width,), [Block(f"{p}{norm}.weight", (0,), (0,), (width,))])
-    made.add("model.norm.weight", (width,), [Block("model.norm.weight", (0,), (0,), (width,))])
-    made.fill()
-    return made
+            maker.add(p + norm, (width,), [Block(f"{p}{norm}.weight", (0,), (0,), (width,))])
+    maker.add("model.norm.weight", (width,), [Block("model.norm.weight", (0,), (0,), (width,))])
+    maker.fill()
+    return maker

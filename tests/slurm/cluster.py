@@ -188,14 +188,16 @@ class Cluster:
             )
 
     def wait_for[T](self, what: str, happened: Callable[[], T], seconds: float = 120) -> T:
-        """What ``happened`` returns, as soon as that is true."""
+        """Wait until ``happened`` returns a true value, and return it. ``what`` names it in the error."""
         deadline = time.monotonic() + seconds
-        while not (found := happened()):
+        result = happened()
+        while not result:
             assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.logs()}"
             dead = [daemon.args for daemon in (*self.daemons, *self.slurmds.values()) if daemon.poll() is not None]
             assert not dead, f"{dead} ended before {what}:\n{self.logs()}"
             time.sleep(0.25)
-        return found
+            result = happened()
+        return result
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
@@ -225,11 +227,11 @@ class Cluster:
         ended: until then Slurm says COMPLETING."""
 
         def ended() -> list[dict[str, str]]:
-            found = self.components(job)
-            if any(fields["JobState"] == "PENDING" and "HetJobId" in fields for fields in found):
+            components = self.components(job)
+            if any(fields["JobState"] == "PENDING" and "HetJobId" in fields for fields in components):
                 # backfill looks again only when something has changed, as on a cluster in use it always has
                 self.call("scontrol", "update", f"JobId={job}", "Comment=waiting")
-            return found if all(fields["JobState"] in ENDED for fields in found) else []
+            return components if all(fields["JobState"] in ENDED for fields in components) else []
 
         first, *_ = self.wait_for(f"end of job {job}", ended, seconds)
         return first["JobState"], first["ExitCode"]
@@ -242,13 +244,13 @@ class Cluster:
 
     def processes_with(self, marker: str) -> dict[int, str]:
         """Living processes, on any node, with the text in their environment: pid → command line."""
-        found = {}
+        processes = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     if marker.encode() in (entry / "environ").read_bytes():
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return found
+                        processes[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return processes
 
     def stop(self) -> None:
         """End all by pid: the nodes with everything on them, then the controller and munged."""

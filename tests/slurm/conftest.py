@@ -18,12 +18,12 @@ def slurm() -> Iterator[cluster.Cluster]:
     if reason := cluster.install():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="slurm") as folder:  # a socket's path must be short
-        found = cluster.Cluster(Path(folder), NODES)
+        virtual_cluster = cluster.Cluster(Path(folder), NODES)
         try:
-            found.start()
-            yield found
+            virtual_cluster.start()
+            yield virtual_cluster
         finally:
-            found.stop()
+            virtual_cluster.stop()
 
 
 @pytest.fixture

@@ -60,14 +60,14 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
         slurm, project, "--nodes=1", ":", "--nodes=3", "slurm/safework_72b.sh", "algorithm=cpgd", "preflight=h200"
     )
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-    made = calls(project)
+    all_calls = calls(project)
     common = ["recipe=safework_72b", "algorithm=cpgd", "cluster.nodes=1", "cluster.ranks=8"]
     by_module = {
-        module: [call for call in made if call["module"] == module]
+        module: [call for call in all_calls if call["module"] == module]
         for module in ("recipes.preflight", "rewards.serve", "recipes.prepare", "recipes.train", "stopped")
     }
     assert [call["arguments"] for call in by_module["recipes.preflight"]] == [[*common, "preflight=h200"]]
-    order = list(dict.fromkeys(call["module"] for call in made))
+    order = list(dict.fromkeys(call["module"] for call in all_calls))
     assert order == list(by_module), "in this order"
 
     serving = by_module["rewards.serve"]
@@ -133,9 +133,9 @@ def test_on_one_component_the_judges_share_the_nodes(slurm: Cluster, project: Pa
     assert slurm.wait_for_end(refused, SECONDS) == ("FAILED", "1:0")
     assert "rewards.supervisor.first_device=0: the trainer's ranks have the GPUs below 4" in log(project, refused)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-    made = calls(project)
-    assert {call["host"] for call in made if call["module"] == "rewards.serve"} == {"node1", "node2", "node3"}
-    assert sum(call["module"] == "recipes.train" for call in made) == 12
+    all_calls = calls(project)
+    assert {call["host"] for call in all_calls if call["module"] == "rewards.serve"} == {"node1", "node2", "node3"}
+    assert sum(call["module"] == "recipes.train" for call in all_calls) == 12
 
 
 def test_other_nodes_by_hydra_are_other_nodes_of_slurm(slurm: Cluster, project: Path) -> None:

@@ -58,12 +58,12 @@ def rl_after(sft: Path, run_dir: Path, *more: str) -> list[str]:
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     """The file's rows without clocks and the judge."""
-    found = timeless(list(records.read_rows(folder / name)))
-    for row in found:
+    kept_rows = timeless(list(records.read_rows(folder / name)))
+    for row in kept_rows:
         row.get("verdicts", {}).pop(JUDGE, None)
     return [
         {key: value for key, value in row.items() if JUDGE not in key and not key.startswith("servers/")}
-        for row in found
+        for row in kept_rows
     ]
 
 
