@@ -25,9 +25,8 @@ OTHER_STATES = (f"{POLICY}/optimizer.", f"{POLICY}/rng.")
 def export(checkpoint: Path, layout: Layout, folder: Path) -> None:
     """Write the policy of a complete checkpoint into an empty folder, with the bits of ``hf_checkpoint.export``.
 
-    The weights that are in memory at any moment are at most three pieces of ``hf_checkpoint.PIECE_BYTES``: one as it is
-    read, its place in the file of the checkpoint and its place in the file that is written. The files that hold weights
-    are first compared with their checksums.
+    At any moment a few pieces of ``hf_checkpoint.PIECE_BYTES`` are in memory: the one that is read, and the mapped pages
+    of the files that it comes from and goes to. The files that hold weights are first compared with their checksums.
 
     Args:
         checkpoint: the folder ``step_…``.

@@ -21,7 +21,7 @@ from megatron_ext.blocks import Block, Shard, region
 from megatron_ext.models import family
 
 # Of values that an export reads and writes at once.
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 

@@ -107,7 +107,7 @@ def evaluate(config: Config, own: Mapping[str, str]) -> int:
     # The training's other judges are not needed.
     scoring = {name: entry for name, entry in config.rewards.verifiers.items() if name in config.data.scores}
     with_scoring = replace(config, rewards=replace(config.rewards, verifiers=scoring))
-    command = [sys.executable, "-m", "recipes.training.evaluate_folders", str(folder), *models]
+    command = [sys.executable, "-m", "recipes.evaluate_folders", str(folder), *models]
     return run_with_servers(command, with_scoring)
 
 

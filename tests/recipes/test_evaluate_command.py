@@ -63,7 +63,7 @@ def test_a_folder_by_a_recipe_and_then_by_the_settings_of_that_evaluation(
     code = call(monkeypatch, f"model={model}", f"to={first}", *overrides(twin), "data.evaluation_samples=3")
     assert code == 0, code
     ((command, config),) = started
-    assert command[1:] == ["-m", "recipes.training.evaluate_folders", str(first), str(model)]
+    assert command[1:] == ["-m", "recipes.evaluate_folders", str(first), str(model)]
     assert (config.model.path, config.run_dir, config.data.evaluation_samples) == (str(model), str(first), 3)
     stored = yaml.safe_load((first / "config.yaml").read_text())
     assert stored["model"]["path"] == str(model)

@@ -1,4 +1,4 @@
-"""Evaluate Hugging Face folders: ``python -m recipes.training.evaluate_folders FOLDER MODEL [AGAINST]``.
+"""Evaluate Hugging Face folders: ``python -m recipes.evaluate_folders FOLDER MODEL [AGAINST]``.
 
 ``recipes.evaluate`` starts it. FOLDER has the ``config.yaml`` and gets the results. The engines of MODEL answer the
 held-out prompts, then those of AGAINST, and verifiers score both as in a run.
@@ -7,7 +7,7 @@ held-out prompts, then those of AGAINST, and verifiers score both as in a run.
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,14 +31,12 @@ from rewards import settings
 from rollout.engine import Engine, EngineError, stop_engines
 from rollout.environment import Unavailable
 
-# Name of a model in the results → its place on the command line. The difference is that of "after" minus "before".
-MODELS = {"after": 0, "before": 1}
-
 
 def main() -> None:
     """Command line: print the table that a run prints."""
     folder = Path(sys.argv[1])
-    models = sys.argv[2:]
+    # The names that the two models of a run's evaluation have.
+    models = dict(zip(("after", "before"), sys.argv[2:], strict=False))
     (folder / "logs").mkdir(exist_ok=True)
     redirect_stderr(folder)
     try:
@@ -51,27 +49,25 @@ def main() -> None:
         sys.exit(1)
 
 
-def evaluate_folders(config: Config, models: list[str], display: Display) -> None:
+def evaluate_folders(config: Config, models: Mapping[str, str], display: Display) -> None:
     """Write ``answers.json`` and ``evaluation.json`` into ``run_dir`` and show the result.
 
-    ``models``: the folder of a model, and that of one to compare it with.
+    ``models``: "after" → a model's folder, "before" → that of one to compare it with, if any.
     """
     folder = Path(config.run_dir)
     answers: dict[str, Answers] = {}
-    for name, place in MODELS.items():
-        if place >= len(models):
-            continue
-        of_model = replace(config, model=replace(config.model, path=models[place]))
+    for name, model in models.items():
+        of_model = replace(config, model=replace(config.model, path=model))
         with (
             open_rollouts(of_model, folder / "logs" / name, display) as (rollouts, processor),
-            display.stage(f"evaluation: {models[place]}"),
+            display.stage(f"evaluation: {model}"),
         ):
             answers[name] = held_out_answers(of_model, rollouts, processor)
         records.write_json(folder / "answers.json", answers)
     rows = load_rows(config.data.evaluation)
     in_order = {name: answers[name] for name in evaluate.MODELS if name in answers}
     evaluation = evaluate.report(config.stage.name, rows, list(config.data.scores), in_order)
-    evaluation["models"] = {name: heading(Path(models[MODELS[name]])) for name in in_order}
+    evaluation["models"] = {name: heading(Path(models[name])) for name in in_order}
     records.write_json(folder / "evaluation.json", evaluation)
     display.finish(evaluation, folder)
 
