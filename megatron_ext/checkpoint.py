@@ -259,26 +259,33 @@ def _faults(checkpoint: Path) -> list[str]:
     """Collective: what is wrong with the files of a checkpoint, equal on all ranks; empty if they are intact."""
     group = control_group()
 
-    def read_manifest() -> dict[str, Any]:
+    def read_files() -> dict[str, Any]:
         try:
-            manifest_entry = json.loads((checkpoint / COMPLETE).read_text())
-            fault = shard_files.fault(checkpoint / MANIFEST, manifest_entry)
-            if fault is not None:
-                return {"fault": fault}
-            return {"files": json.loads((checkpoint / MANIFEST).read_text())["files"]}
-        except (OSError, ValueError, KeyError) as error:
-            return {"fault": f"{COMPLETE}: {type(error).__name__}: {error}"}
+            return {"files": manifest(checkpoint)["files"]}
+        except CheckpointError as error:
+            return {"fault": str(error)}
 
-    manifest = from_rank_zero(read_manifest, group)
-    if "fault" in manifest:
-        return [manifest["fault"]]
-    files = manifest["files"]
+    answer = from_rank_zero(read_files, group)
+    if "fault" in answer:
+        return [answer["fault"]]
+    files = answer["files"]
     local_faults = []
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         fault = shard_files.fault(checkpoint / name, files[name])
         if fault is not None:
             local_faults.append(fault)
     return [fault for faults in all_gather_json(local_faults, group) for fault in faults]
+
+
+def manifest(checkpoint: Path) -> dict[str, Any]:
+    """``files`` and ``tensors`` of ``shard_files.manifest``. Raises CheckpointError if it is not as it was written."""
+    try:
+        fault = shard_files.fault(checkpoint / MANIFEST, json.loads((checkpoint / COMPLETE).read_text()))
+        if fault is None:
+            return json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError, KeyError) as error:
+        fault = f"{COMPLETE}: {type(error).__name__}: {error}"
+    raise CheckpointError(fault)
 
 
 def progress(checkpoint: Path) -> dict[str, Any]:

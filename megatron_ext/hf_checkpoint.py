@@ -5,7 +5,9 @@ import math
 import mmap
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from megatron_ext import scalar_head
-from megatron_ext.blocks import Shard, region
+from megatron_ext.blocks import Block, Shard, region
 from megatron_ext.models import family
 
+# Of values that an export reads and writes at once.
+PIECE_BYTES = 16 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -108,6 +112,33 @@ def load(shards: list[Shard], folder: str | Path) -> None:
                     tensor[region(block.local_start, block.shape)].copy_(values)
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter to export.
+
+    Attributes:
+        blocks: the rectangles of Hugging Face tensors in it.
+        read: (first element, extent) of a rectangle of the parameter → its values.
+    """
+
+    blocks: Sequence[Block]
+    read: Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an export writes: a folder like ``source`` whose tensors have ``dtype``, with a scalar head or without.
+
+    Attributes:
+        headers: each file of ``source`` with tensors → the safetensors header of the exported one.
+    """
+
+    source: Path
+    dtype: torch.dtype
+    scalar: bool
+    headers: dict[Path, dict[str, Any]]
+
+
 def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool, scalar: bool = False) -> None:
     """Collective: write a folder like ``source`` with the shards' weights in their dtype.
 
@@ -121,39 +152,61 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
         writes: whether this rank writes; the ranks of one data-parallel replica must.
         scalar: whether the model has a scalar head; ``source`` may have one or be a language model.
     """
-    source = Path(source)
     target = Path(target)
-    partial = target.with_name(target.name + ".partial")
-    stored = headers(source)
-    if scalar:
-        stored = scalar_head.with_score_tensor(stored, config(source).get_text_config().hidden_size)
-    layout = {file: _with_dtype(header, shards[0].tensor.dtype) for file, header in stored.items()}
+    partial_folder = target.with_name(target.name + ".partial")
+    layout = export_layout(source, shards[0].tensor.dtype, scalar)
     is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
     if is_first_rank:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in source.iterdir():
-            if file.is_file() and file.suffix != ".safetensors":
-                shutil.copy(file, partial / file.name)
-        _set_config_dtype(partial / "config.json", shards[0].tensor.dtype)
-        if scalar:
-            scalar_head.describe(partial, layout)
-        for file, header in layout.items():
-            _create(partial / file.name, header)
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir(parents=True)
+        create(partial_folder, layout)
     _barrier()
     if writes:
-        blocks: dict[str, list[tuple[Any, torch.Tensor]]] = defaultdict(list)
-        for shard in shards:
-            for block in shard.blocks:
-                blocks[block.hf_name].append((block, shard.tensor))
-        published = published_name(source)
-        for file, header in layout.items():
-            _fill(partial / file.name, header, {name: blocks.get(published(name), []) for name in header})
+        fill(partial_folder, layout, [Parameter(shard.blocks, partial(_values, shard.tensor)) for shard in shards])
     _barrier()
     if is_first_rank:
         shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        partial_folder.rename(target)
     _barrier()
+
+
+def export_layout(source: str | Path, dtype: torch.dtype, scalar: bool) -> Layout:
+    """The tensors of ``source`` in the same files, as ``dtype``; with ``scalar`` those of the model with that head."""
+    stored = headers(source)
+    if scalar:
+        stored = scalar_head.with_score_tensor(stored, config(source).get_text_config().hidden_size)
+    return Layout(Path(source), dtype, scalar, {file: _with_dtype(header, dtype) for file, header in stored.items()})
+
+
+def create(folder: Path, layout: Layout) -> None:
+    """Make the files of an export in an empty folder; all tensors are zero."""
+    for file in layout.source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copy(file, folder / file.name)
+    _set_config_dtype(folder / "config.json", layout.dtype)
+    if layout.scalar:
+        scalar_head.describe(folder, layout.headers)
+    for file, header in layout.headers.items():
+        _create(folder / file.name, header)
+
+
+def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
+    """Write the parameters' values into the files that :func:`create` made.
+
+    Values are read and written in pieces of at most ``PIECE_BYTES`` (or one row of a tensor), and no page of a file
+    stays mapped after its piece.
+    """
+    parts: dict[str, list[tuple[Block, Parameter]]] = defaultdict(list)
+    for parameter in parameters:
+        for block in parameter.blocks:
+            parts[block.hf_name].append((block, parameter))
+    published = published_name(layout.source)
+    for file, header in layout.headers.items():
+        with (folder / file.name).open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as memory:
+            data_start = 8 + int.from_bytes(memory[:8], "little")
+            for name, entry in header.items():
+                for block, parameter in parts.get(published(name), ()):
+                    _fill(memory, data_start, entry, block, parameter)
 
 
 def _with_dtype(header: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -180,30 +233,39 @@ def _set_config_dtype(file: Path, dtype: torch.dtype) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def tensor_bytes(header: dict[str, Any]) -> int:
+    """The bytes of all tensors of a file."""
+    return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+
+
 def _create(file: Path, header: dict[str, Any]) -> None:
     """Write the header and reserve the space of the tensors, all zero."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+        stream.truncate(8 + len(text) + tensor_bytes(header))
 
 
-def _fill(file: Path, header: dict[str, Any], blocks: dict[str, list[tuple[Any, torch.Tensor]]]) -> None:
-    """Write this rank's blocks (tensor name → blocks with their local parameters) into a file that exists."""
-    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as memory:
-        data_start = 8 + int.from_bytes(memory[:8], "little")
-        for name, entry in header.items():
-            for block, tensor in blocks.get(name, ()):
-                first, last = entry["data_offsets"]
-                dtype = _DTYPES[entry["dtype"]]
-                count = (last - first) // dtype.itemsize
-                stored = torch.frombuffer(memory, dtype=dtype, count=count, offset=data_start + first)
-                values = tensor[region(block.local_start, block.shape)]
-                stored.view(entry["shape"])[region(block.hf_start, block.shape)].copy_(values)
-                # The tensor holds the buffer, and the map can't be closed before it is released.
-                del stored
+def _fill(memory: mmap.mmap, data_start: int, entry: dict[str, Any], block: Block, parameter: Parameter) -> None:
+    """Write a block of a parameter into the mapped file. ``entry``: the header's, of the block's tensor."""
+    first, last = entry["data_offsets"]
+    dtype = _DTYPES[entry["dtype"]]
+    count = (last - first) // dtype.itemsize
+    row_bytes = math.prod(block.shape[1:]) * dtype.itemsize
+    rows = max(1, PIECE_BYTES // row_bytes)
+    for row in range(0, block.shape[0], rows):
+        shape = (min(rows, block.shape[0] - row), *block.shape[1:])
+        values = parameter.read((block.local_start[0] + row, *block.local_start[1:]), shape)
+        stored = torch.frombuffer(memory, dtype=dtype, count=count, offset=data_start + first).view(entry["shape"])
+        stored[region((block.hf_start[0] + row, *block.hf_start[1:]), shape)].copy_(values)
+        # The tensor holds the buffer, and the map can't be closed before it is released.
+        del stored
+        memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _values(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    return tensor[region(start, shape)]
 
 
 def _barrier() -> None:

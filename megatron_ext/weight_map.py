@@ -206,35 +206,65 @@ def global_layer_index(model: torch.nn.Module, layer: str) -> int:
     return model.get_submodule(layer).layer_number - 1  # type: ignore[operator, return-value]
 
 
-def shards(chunks: Sequence[torch.nn.Module], mappings: Sequence[ModuleMapping]) -> list[Shard]:
-    """All parameters of this rank's model chunks with their blocks.
+# Name of a Megatron parameter → the match of its mapping's pattern (the layer in group 1), the mapping, the sharding of
+# its module. Raises KeyError for a name that no mapping matches.
+FindMapping = Callable[[str], tuple[re.Match[str], ParamMapping, Sharding]]
 
-    Raises KeyError naming a parameter that no mapping matches.
-    """
+
+def finder(mappings: Sequence[ModuleMapping]) -> FindMapping:
+    """The function that finds a parameter's mapping."""
     patterns = []
     for module in mappings:
         for param in module.params:
             pattern = re.escape(module.prefix + param.megatron_name).replace(r"\{\}", r"(\d+)")
             patterns.append((re.compile(pattern), param, module.sharding))
 
-    def mapping_of(name: str) -> tuple[re.Match[str], ParamMapping, Sharding]:
+    def find(name: str) -> tuple[re.Match[str], ParamMapping, Sharding]:
+        unfused_name = name
+        for fused, unfused in _FUSED_NORM_NAMES.items():
+            unfused_name = unfused_name.replace(fused, unfused)
         for pattern, param, sharding in patterns:
-            match = pattern.fullmatch(name)
+            match = pattern.fullmatch(unfused_name)
             if match is not None:
                 return match, param, sharding
-        raise KeyError(f"parameter {name!r} matches no mapping of the model family: add one to its table")
+        raise KeyError(f"parameter {unfused_name!r} matches no mapping of the model family: add one to its table")
 
+    return find
+
+
+def shards(chunks: Sequence[torch.nn.Module], mappings: Sequence[ModuleMapping]) -> list[Shard]:
+    """All parameters of this rank's model chunks with their blocks.
+
+    Raises KeyError naming a parameter that no mapping matches.
+    """
+    find = finder(mappings)
     result = []
     for n, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
-            unfused_name = name
-            for fused, unfused in _FUSED_NORM_NAMES.items():
-                unfused_name = unfused_name.replace(fused, unfused)
-            match, param, sharding = mapping_of(unfused_name)
+            match, param, sharding = find(name)
             hf_names = param.hf_names
             if match.groups():
-                layer = global_layer_index(chunk, unfused_name[: match.end(1)])
+                layer = global_layer_index(chunk, match.string[: match.end(1)])
                 hf_names = tuple(pattern.format(layer) for pattern in hf_names)
             blocks = tuple(param.shard_fn(hf_names, tuple(parameter.shape), sharding))
             result.append(Shard(f"{n}.{name}", parameter.data, blocks))
     return result
+
+
+def complete_blocks(find: FindMapping, name: str, shape: tuple[int, ...]) -> list[Block]:
+    """The blocks of a parameter of the complete model, as a checkpoint stores it.
+
+    All ranks' parts of it are joined, and layers are numbered in the complete model. Padded heads and vocabulary rows
+    stand behind the others, whatever tensor-parallel size they were padded for, and no block covers them.
+
+    Args:
+        find: of the family's mappings for a tensor-parallel size of 1.
+        name: the Megatron parameter.
+        shape: its shape, with padding.
+
+    Raises:
+        KeyError: no mapping matches.
+    """
+    match, param, sharding = find(name)
+    hf_names = tuple(pattern.format(*match.groups()) for pattern in param.hf_names)
+    return param.shard_fn(hf_names, shape, sharding)

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hydra.errors import HydraException
 
@@ -45,3 +45,16 @@ def from_command_line(hydra_main: Callable[[], None]) -> None:
     except HydraException as error:
         print(f"error: {one_line(error)}", flush=True)
         sys.exit(1)
+
+
+def split_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The ``name=value`` arguments of these names, and the others in their order."""
+    own = {}
+    others = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name in names:
+            own[name] = value
+        else:
+            others.append(argument)
+    return own, others

@@ -53,10 +53,11 @@ class EngineDied(EngineError):
 class EngineSettings:
     """One engine: a vLLM instance with ``rollout.tensor`` workers.
 
-    ``model`` is a folder with ``config.json``; weights are never read from it, they come by weight sync. ``dtype`` is
-    that of the weights, ``max_model_len`` the longest prompt and response together, ``platform`` cpu or cuda.
-    ``devices`` are the node's GPUs, the engine's own first: it sees the others too, to read trainer weights there.
-    ``thinking`` are the token ids that begin and end a model's thinking (for ``Sampling.thinking_budget``).
+    ``model`` is a folder with ``config.json``. With ``loads_weights`` the engine reads its weights there, as version 0;
+    otherwise they come by weight sync, and the folder needs none. ``dtype`` is that of the weights, ``max_model_len``
+    the longest prompt and response together, ``platform`` cpu or cuda. ``devices`` are the node's GPUs, the engine's
+    own first: it sees the others too, to read trainer weights there. ``thinking`` are the token ids that begin and end
+    a model's thinking (for ``Sampling.thinking_budget``).
     """
 
     rollout: RolloutConfig
@@ -67,6 +68,7 @@ class EngineSettings:
     devices: tuple[int, ...] = ()
     thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     enforce_eager: bool = True
+    loads_weights: bool = False
 
     @property
     def tokenizer(self) -> bool:

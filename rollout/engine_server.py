@@ -56,8 +56,8 @@ def die_with_engine() -> None:
     die_with(int(os.environ[ENGINE_PID]))
 
 
-def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> Any:
-    """vLLM's engine with the weight sync's worker extension. ``"dummy"`` weights are never used: a sync comes first."""
+def build_llm_engine(settings: EngineSettings) -> Any:
+    """vLLM's engine with the weight sync's worker extension."""
     # Objects that imports create stay: collecting garbage among them took a sixth of the imports' time.
     gc.disable()
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -65,10 +65,10 @@ def build_llm_engine(settings: EngineSettings, load_format: str = "dummy") -> An
     # The worker extension does it in the workers' processes.
     vllm_platform.of(settings.platform).change_vllm()
     gc.enable()
-    return LLMEngine.from_engine_args(engine_args(settings, load_format))
+    return LLMEngine.from_engine_args(engine_args(settings))
 
 
-def engine_args(settings: EngineSettings, load_format: str) -> Any:
+def engine_args(settings: EngineSettings) -> Any:
     """The settings as vLLM's ``EngineArgs``."""
     from vllm import EngineArgs
 
@@ -86,7 +86,8 @@ def engine_args(settings: EngineSettings, load_format: str) -> Any:
         mm_processor_cache_gb=0,
         # The trainer has the pixel values of transformers' processor, so the engine must have them too.
         mm_device_do_normalize=False,
-        load_format=load_format,
+        # Dummy weights are never used: a sync comes first.
+        load_format="auto" if settings.loads_weights else "dummy",
         dtype=settings.dtype,
         quantization=settings.rollout.quantization,
         tensor_parallel_size=settings.rollout.tensor,
@@ -129,6 +130,8 @@ class EngineLoop:
         self.settings = settings
         self.llm = llm_engine
         self.weights = WeightReceiver(llm_engine)
+        if settings.loads_weights:
+            self.weights.version = 0
         self.commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self.sinks: dict[str, Callable[[Any], None]] = {}
         self.next_id = 0
@@ -261,12 +264,13 @@ class EngineLoop:
         return function(body)
 
     def sleep(self, _: Any) -> dict[str, Any]:
-        """Release the memory of weights and key-value cache. Level 2 keeps no copy, so a sync must follow the wake."""
+        """Release the memory of weights and key-value cache. A sync must follow the wake, because no copy is kept; of
+        weights that no sync brings, the host keeps one."""
         if not self.settings.rollout.sleep:
             raise Refused("rollout.sleep is false: this engine keeps its memory (a CPU has no sleep mode)")
-        self.weights.stale = True
+        self.weights.stale = not self.settings.loads_weights
         self.asleep = {"weights", "kv_cache"}
-        self.llm.sleep(level=2)
+        self.llm.sleep(level=1 if self.settings.loads_weights else 2)
         return {}
 
     def wake(self, body: dict[str, Any]) -> dict[str, Any]:

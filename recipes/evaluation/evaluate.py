@@ -132,8 +132,8 @@ def report(stage: str, rows: Iterable[Row], names: Sequence[str], models: Mappin
     """The content of evaluation.json: a summary of each model, the difference of the last two, and the greedy answers.
 
     ``rows``: the held-out prompts in the order of the answers. ``names``: the scores. ``models``: name (of ``MODELS``)
-    → answers. With the scores of search questions also ``votes``: what several sampled answers give together
-    (:mod:`recipes.evaluation.voting`).
+    → answers; without "before" there is no difference. With the scores of search questions also ``votes``: what several
+    sampled answers give together (:mod:`recipes.evaluation.voting`).
     """
     transcripts = []
     for i, row in enumerate(rows):
@@ -150,9 +150,10 @@ def report(stage: str, rows: Iterable[Row], names: Sequence[str], models: Mappin
     evaluation = {
         "stage": stage,
         **{model: summary(answers, names) for model, answers in models.items()},
-        "difference": difference(models["before"], models["after"], names),
         "transcripts": transcripts,
     }
+    if "before" in models:
+        evaluation["difference"] = difference(models["before"], models["after"], names)
     if set(names) >= SEARCH_SCORES:
         votes = {
             model: voting.search_summary(answers[SAMPLED]) for model, answers in models.items() if SAMPLED in answers

@@ -204,12 +204,13 @@ class Display:
         self._print(Text(f"  total time {duration(time.monotonic() - self._started)}"))
 
     def _transcript(self, transcript: Mapping[str, Any], headings: Mapping[str, str]) -> Table:
-        labels = transcript["labels"]
-        title = Text(self._printable(f"{transcript['kind']}: {labels['before']} -> {labels['after']}"), style="bold")
+        compared = [model for model in ("before", "after") if model in headings]
+        labels = " -> ".join(transcript["labels"][model] for model in compared)
+        title = Text(self._printable(f"{transcript['kind']}: {labels}"), style="bold")
         table = Table(box=None, show_header=False, title=title, title_justify="left", padding=(0, 1), expand=True)
         table.add_column(style="dim", width=9, no_wrap=True)
         table.add_column(overflow="fold", ratio=1)
-        for key, heading in (("prompt", "prompt"), ("before", headings["before"]), ("after", headings["after"])):
+        for key, heading in (("prompt", "prompt"), *((model, headings[model]) for model in compared)):
             text = self._printable(transcript[key])
             short = text if len(text) <= TRANSCRIPT_CHARACTERS else text[:TRANSCRIPT_CHARACTERS] + " [...]"
             table.add_row(heading, Text(short))
@@ -379,18 +380,22 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     table.add_column("decoding", no_wrap=True)
     for heading in stages.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("effect", justify="right", no_wrap=True)
+    if "before" in stages:
+        table.add_column("effect", justify="right", no_wrap=True)
     styles = {"better": "bold green", "worse": "bold red", "not significant": "dim"}
     previous = ""
     for verifier, decoding, scores, difference in evaluation_rows(evaluation):
-        effect = Text.assemble(f"{difference['mean']:+.2f}\n", (_range(difference, "+.2f"), "dim"))
-        verdict = significance(difference)
-        effect.append(f"\n{verdict}", styles[verdict])
+        effects = []
+        if difference:
+            effect = Text.assemble(f"{difference['mean']:+.2f}\n", (_range(difference, "+.2f"), "dim"))
+            verdict = significance(difference)
+            effect.append(f"\n{verdict}", styles[verdict])
+            effects.append(effect)
         table.add_row(
             f"{verifier}\n" if verifier != previous else "",
             Text.assemble(f"{decoding}\n", (f"n={scores['after']['n']}", "dim")),
             *(Text.assemble(f"{score['mean']:.2f}\n", (_range(score, ".2f"), "dim")) for score in scores.values()),
-            effect,
+            *effects,
             end_section=decoding == "sampled",
         )
         previous = verifier
@@ -398,8 +403,10 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def result_note(evaluation: Mapping[str, Any]) -> str:
-    """Two lines that explain the table."""
+    """Two lines that explain the table; one for a model alone."""
     stages = model_stages(evaluation)
+    if "before" not in stages:
+        return "Mean score, 95 % interval.\n"
     return (
         f"Mean score, 95 % interval. Effect: {stages['after']} minus {stages['before']}, same prompts;\n"
         "better or worse where its 95 % interval excludes zero.\n"

@@ -1,6 +1,12 @@
 """One format for the log lines of libraries and of this code: time, level, rank, module and message."""
 
 import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 
@@ -23,3 +29,24 @@ def configure(rank: int, stream: TextIO) -> None:
     handler.setFormatter(LineFormatter(rank))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what libraries write to standard error; it is shown if the block raises."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as notes, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            notes.seek(0)
+            os.write(stderr, notes.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)

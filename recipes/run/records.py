@@ -174,7 +174,12 @@ def reward_verifiers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def model_stages(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """The models that an evaluation compares, key -> heading. With a `base`, `before` is the model after SFT."""
+    """The models that an evaluation compares, key -> heading. With a `base`, `before` is the model after SFT.
+
+    An evaluation that is not a run's names them itself (`models`); without `before` it is that of one model.
+    """
+    if "models" in evaluation:
+        return evaluation["models"]
     if "base" in evaluation:
         return {"base": "base", "before": "after SFT", "after": "after RL"}
     return {"before": f"before {evaluation['stage']}", "after": f"after {evaluation['stage']}"}
@@ -183,20 +188,22 @@ def model_stages(evaluation: Mapping[str, Any]) -> dict[str, str]:
 def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """The result table: (verifier, "greedy" or "sampled", model key -> score, paired difference after - before).
 
-    A verifier has no row when a model has no score from it because none of its answers got a verdict.
+    The difference is empty where one model was evaluated alone. A verifier has no row when a model has no score from it
+    because none of its answers got a verdict.
     """
     models = model_stages(evaluation)
-    scores_of_modes = {"greedy": {name: evaluation[name] for name in (*models, "difference")}}
+    columns = [*models, "difference"] if "before" in models else [*models]
+    scores_of_modes = {"greedy": {name: evaluation[name] for name in columns}}
     if "sampled" in evaluation["after"]:
         scores_of_modes["sampled"] = {name: scores["sampled"] for name, scores in scores_of_modes["greedy"].items()}
     verifiers: dict[str, None] = {}
     for scores in scores_of_modes.values():
-        verifiers |= dict.fromkeys(name for name in scores["difference"] if name != "sampled")
+        verifiers |= dict.fromkeys(name for name in scores[columns[-1]] if name != "sampled")
     for verifier in verifiers:
         for mode, scores in scores_of_modes.items():
             if all(verifier in of_model for of_model in scores.values()):
                 of_models = {model: scores[model][verifier] for model in models}
-                yield verifier, mode, of_models, scores["difference"][verifier]
+                yield verifier, mode, of_models, scores["difference"][verifier] if "difference" in scores else {}
 
 
 def significance(difference: Mapping[str, Any]) -> str:
@@ -209,7 +216,7 @@ def significance(difference: Mapping[str, Any]) -> str:
 
 def choose_transcripts(transcripts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Up to `count` transcripts: one of each kind before a second, and within a kind those with a new label first."""
-    changed_first = sorted(transcripts, key=lambda item: item["labels"]["before"] == item["labels"]["after"])
+    changed_first = sorted(transcripts, key=lambda item: item["labels"].get("before") == item["labels"]["after"])
     of_kind: dict[str, int] = {}
     ranked = []
     for item in changed_first:

@@ -33,6 +33,8 @@ class Rollouts:
     ``make_room`` frees the trainer's memory for engines. ``heartbeat`` gets the name of a phase that makes progress,
     ``on_restart`` the name of an engine that died and is started again.
 
+    ``weight_sync``: None where engines read their weights from ``model.path`` when they start.
+
     ``version`` is that of the weights in the engines; ``asleep``: they were put to sleep since the last sync.
     """
 
@@ -40,7 +42,7 @@ class Rollouts:
     seed: int
     tokenizer: Any
     engines: list[Engine]
-    weight_sync: WeightSync
+    weight_sync: WeightSync | None
     control: dist.ProcessGroup
     node: int
     nodes: int
@@ -65,9 +67,11 @@ class Rollouts:
         self.heartbeat("sync")
         on_all_ranks(self.make_room, self.control)
         restarted = on_all_ranks(self._prepare_engines, self.control)
-        if any(restarted):
-            self.weight_sync.attach(self.engines)
-        placed = self.weight_sync.sync(version)["bytes"]
+        placed = 0
+        if self.weight_sync is not None:
+            if any(restarted):
+                self.weight_sync.attach(self.engines)
+            placed = self.weight_sync.sync(version)["bytes"]
         self.version = version
         self.asleep = False
         on_all_ranks(lambda: self._call_sleepers("/wake", ["kv_cache"]), self.control)

@@ -5,14 +5,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import AutoTokenizer
 
 from megatron_ext import hf_checkpoint, parallel, platform
 from megatron_ext import model as models
@@ -20,24 +19,20 @@ from megatron_ext.checkpoint import Saver
 from megatron_ext.collectives import from_rank_zero, on_all_ranks
 from megatron_ext.offload import HostCopy
 from megatron_ext.packing import cost_of
-from megatron_ext.precision import DTYPES
 from megatron_ext.scalar_head import scalar_config
-from recipes.config import Config, engines_of_a_node, generates
+from recipes.config import Config, generates
 from recipes.data.processor import PromptProcessor
-from recipes.errors import ConfigError
 from recipes.run import logs, records
 from recipes.run.clock import PhaseClock
 from recipes.run.display import Display
 from recipes.run.loggers import open_loggers
 from recipes.run.run import Run
 from recipes.run.watchdog import NOTICE, Watchdog
+from recipes.training.engines import Judging, engine_settings, open_judging, record_restart
 from recipes.training.policy import Policy, UpdateGuard
 from recipes.training.rollouts import Rollouts, wait_until_ready
-from rewards import mixing, registry, settings
-from rewards.client import Client
-from rewards.verdict import Verifier
-from rollout.engine import Engine, EngineSettings, stop_engines
-from rollout.environment import Turns, open_environment
+from rewards import mixing, settings
+from rollout.engine import Engine, stop_engines
 from rollout.weight_sync.sync import WeightSync
 
 PLANS = Path("build/weight_sync")  # plans of weight syncs, by the hash of what they were made from
@@ -54,15 +49,6 @@ class Training:
     processor: PromptProcessor
 
 
-@dataclass(frozen=True)
-class Judging:
-    """What judges and answers responses, on ranks that start engines; elsewhere nothing."""
-
-    client: Client | None
-    verifiers: dict[str, Verifier]
-    turns: Turns | None
-
-
 @contextmanager
 def open_training(config: Config) -> Iterator[Training]:
     """Collective: start engines and build the trainer side by side, then join them by the weight sync."""
@@ -77,7 +63,8 @@ def open_training(config: Config) -> Iterator[Training]:
 
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
-        judging = open_judging(config, stack) if starts_engines else Judging(None, {}, None)
+        names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
+        judging = open_judging(config, names, stack) if starts_engines else Judging(None, {}, None)
         engines: list[Engine] = []
         stack.callback(stop_engines, engines)
         for i, engine_config in enumerate(engines_to_start):
@@ -129,21 +116,6 @@ def open_training(config: Config) -> Iterator[Training]:
                 on_restart=partial(record_restart, run_dir),
             )
         yield Training(config, policy, rollouts, run, processor)
-
-
-def open_judging(config: Config, stack: ExitStack) -> Judging:
-    """The verifiers of the mix and of the evaluation, the client of their servers, and the environment."""
-    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
-    client = stack.enter_context(Client(registry.servers_of(names, config.rewards), config.rewards.client))
-    if config.rewards.placement == settings.COLOCATED:
-        client.sleep(connect_seconds=config.rewards.supervisor.startup_timeout)
-    turns = None
-    environment = config.rollout.environment
-    if environment.name is not None:
-        replies = open_environment(environment.name, environment.settings)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        turns = Turns(replies, tokenizer, environment.max_turns)
-    return Judging(client, registry.open_verifiers(names, config.rewards, client), turns)
 
 
 def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
@@ -208,47 +180,6 @@ def join(savers: Sequence[Saver], seconds: float) -> None:
     """Wait until the checkpoints under way are complete or have failed, at most ``seconds`` for each."""
     for saver in savers:
         saver.join(seconds)
-
-
-def record_restart(run_dir: Path, engine: str) -> None:
-    """Write down that an engine was started again; on the rank that has it."""
-    records.event(run_dir, "engine restart", engine=engine)
-
-
-def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
-    """Of the engines of one of the job's nodes. Raises ConfigError where they can't be shared out."""
-    count = engines_of_a_node(config, nodes)
-    shared = EngineSettings(
-        rollout=config.rollout,
-        model=config.model.path,
-        dtype=DTYPES[config.precision.name],
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        platform=config.cluster.platform,
-        thinking=thinking_marks(config),
-    )
-    if not platform.capabilities(config.cluster.platform).has_gpus:
-        return [shared] * count
-    gpus = range(config.cluster.ranks // nodes)
-    engines = []
-    for i in range(count):
-        # The GPUs of the engine's workers come first; it sees the others to read trainer weights there.
-        of_workers = [gpu for gpu in gpus if gpu // config.rollout.tensor == i]
-        others = [gpu for gpu in gpus if gpu // config.rollout.tensor != i]
-        engines.append(replace(shared, devices=(*of_workers, *others)))
-    return engines
-
-
-def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Token ids of ``rollout.thinking_marks``; None without a budget. Raises ConfigError for a mark without tokens."""
-    if config.rollout.thinking_budget is None:
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    begin, end = (tuple(tokenizer.encode(mark, add_special_tokens=False)) for mark in config.rollout.thinking_marks)
-    if not begin or not end:
-        raise ConfigError(
-            f"rollout.thinking_marks={config.rollout.thinking_marks}: a mark has no token; give two texts"
-        )
-    return begin, end
 
 
 def redirect_output(folder: Path, rank: int) -> None:

@@ -9,20 +9,16 @@ from typing import Any
 import yaml
 
 from megatron_ext import hf_checkpoint
-from megatron_ext.batch import TokenBatch
 from recipes.config import Config
-from recipes.data.processor import PromptProcessor
 from recipes.data.rows import load_rows
-from recipes.data.sources import RowsById
 from recipes.evaluation import evaluate
 from recipes.evaluation.evaluate import Answers
 from recipes.report.page import write_report
 from recipes.run import records
 from recipes.run.run import Run
 from recipes.training import reward_model, rl, sft
-from recipes.training.rollouts import Rollouts
+from recipes.training.held_out import held_out_answers
 from recipes.training.setup import Training
-from rewards.verdict import from_json
 
 WARM_START = "warm_start"  # the folder of a part that another one follows
 TITLES = {"sft": "SFT", "reward_model": "reward model"}
@@ -100,33 +96,6 @@ def _evaluate(training: Training, model: str, answers: dict[str, Answers], versi
         training.rollouts.sleep()
         if run.rank == 0:
             records.write_json(run.folder / "answers.json", answers)
-
-
-def held_out_answers(config: Config, rollouts: Rollouts, processor: PromptProcessor) -> Answers:
-    """Collective: the answers of the engines' present weights to the held-out prompts."""
-    rows = load_rows(config.data.evaluation)
-    by_id = RowsById(rows)
-    prompts = [processor(row).prompt for row in rows]
-
-    def judge(response: TokenBatch) -> dict[str, Any]:
-        row = by_id[response.prompt(0).prompt_id]
-        return rollouts.judge(row, response, evaluate.score_names(row, config.data.scores))
-
-    def encode(text: str) -> list[int]:
-        return rollouts.tokenizer.encode(text, add_special_tokens=False)
-
-    def generate(samples_per_prompt: int, temperature: float) -> list[evaluate.Response]:
-        step = evaluate.EVALUATION_STEP
-        batch = rollouts.generate(prompts, samples_per_prompt, step=step, temperature=temperature, on_response=judge)
-        responses = []
-        for i, (row_id, _) in enumerate(batch.keys):
-            text = rollouts.text(batch, i)
-            thinking = evaluate.thinking_tokens(text, int(batch.response_lengths[i]), encode)
-            results = {name: from_json(verdict) for name, verdict in batch.verdicts[i].items()}
-            responses.append(evaluate.Response(row_id, text, thinking, results))
-        return responses
-
-    return evaluate.answer(generate, config.data.evaluation_samples, config.rollout.temperature)
 
 
 def _read(path: Path) -> dict[str, Any]:

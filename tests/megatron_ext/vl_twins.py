@@ -393,6 +393,8 @@ def _resume(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     saver = checkpoint.Saver(to, keep=1)
     saver.save(3, {checkpoint.POLICY: checkpoint.snapshot(policy.model, policy.optimizer, policy.schedule)}, {})
     saver.wait()
+    exported = folder / "exports" / f"resume-{run.name}"
+    hf_checkpoint.export(policy.model.shards, folder / run.twin, exported, here.is_first_replica)
     saved, drawn = forward_backward.copy_weights(policy.model), torch.rand(4)
     went_on, after = policy.train(2), forward_backward.copy_weights(policy.model)
     again = Policy(folder, run, here)

@@ -63,7 +63,7 @@ class Policy:
     """A freshly built model with the twin's weights, its optimiser and this rank's micro-batches."""
 
     def __init__(self, folder: Path, case: Case, layout: parallel.Parallel) -> None:
-        self.case, self.twin = case, folder / case.twin
+        self.case, self.twin, self.layout = case, folder / case.twin, layout
         hf = hf_checkpoint.config(self.twin)
         self.model = model.build(hf, layout, precision_config(case.precision), case.frozen)
         hf_checkpoint.load(self.model.shards, self.twin)
@@ -105,6 +105,11 @@ class Policy:
         saver = checkpoint.Saver(folder, keep)
         saver.save(step, {checkpoint.POLICY: checkpoint.snapshot(self.model, self.optimizer, self.schedule)}, {})
         saver.wait()
+
+    def export(self, folder: Path) -> None:
+        """As a run does."""
+        is_scalar = self.model.is_scalar
+        hf_checkpoint.export(self.model.shards, self.twin, folder, self.layout.is_first_replica, is_scalar)
 
     def load(self, folder: Path) -> int:
         newest = checkpoint.latest(folder)
@@ -153,9 +158,7 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
         for s in shards
     ]
     found["numbers_read"] = numbers_read(policy)
-    hf_checkpoint.export(
-        shards, policy.twin, folder / "exports" / case.name, layout.is_first_replica, scalar=policy.model.is_scalar
-    )
+    policy.export(folder / "exports" / case.name)
 
     first = policy.log_probs()
     found["log_probs"] = {
@@ -225,6 +228,7 @@ def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str,
     policy.save(to, 2, keep=2)
     policy.train(1)
     policy.save(to, 3, keep=2)
+    policy.export(folder / "exports" / f"resume-{case.name}")
     saved, drawn = policy.weights(), torch.rand(4)
     on_host = run_on_host(policy)
     went_on, after = policy.train(2), policy.weights()

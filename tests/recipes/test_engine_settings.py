@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
-from recipes.training.setup import engine_settings
+from recipes.training.engines import engine_settings
 from rollout.engine import EngineSettings, environment
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,8 @@
 """evaluation.json from made-up answers: means, paired differences and transcripts."""
 
 import copy
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from recipes.evaluation import evaluate
 from recipes.evaluation.statistics import mean_interval, paired_difference
 from recipes.run import records
-from recipes.run.display import result_table
+from recipes.run.display import Display, result_table
 from rewards.verdict import Failure, Verdict
 
 SCORES = {"safety": ["harmful", "benign"], "capability": ["task"]}
@@ -108,6 +110,18 @@ def test_the_report_has_every_stage_the_difference_and_all_transcripts() -> None
         "after": "h 1.0",
         "labels": {"base": "safety: 0.0", "before": "safety: 0.0", "after": "safety: 1.0"},
     }
+
+
+def test_a_model_alone_has_a_table_without_an_effect() -> None:
+    rows = [{"id": row_id, "kind": kind, "prompt": f"say {row_id}"} for row_id, kind in ROWS]
+    evaluation = evaluate.report("rl", rows, list(SCORES), {"after": AFTER}) | {"models": {"after": "demo/hf"}}
+    assert evaluation["after"] == evaluate.summary(AFTER, list(SCORES))
+    assert "difference" not in evaluation and "before" not in evaluation
+    assert [row[3] for row in records.evaluation_rows(evaluation)] == [{}] * 4
+    assert [column.header for column in result_table(evaluation).columns] == ["verifier", "decoding", "demo/hf"]
+    screen = io.StringIO()
+    Display(stream=screen).finish(evaluation, Path("nowhere"))
+    assert "safety: 1.0" in screen.getvalue() and "minus" not in screen.getvalue()
 
 
 def test_prompts_are_answered_greedily_and_sampled() -> None:

@@ -239,7 +239,7 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
         max_num_batched_tokens=1000,
         kv_cache_gib=0.01,
     )
-    vllm_config = engine_server.engine_args(settings, "dummy").create_engine_config()
+    vllm_config = engine_server.engine_args(settings).create_engine_config()
     renderer = renderer_from_config(vllm_config)
     rows = ROWS[:-1] + (CLIPS if name == "qwen2_5_vl" else [])
     for processed in process(processors[name], folder, *rows):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from recipes.data.row_order import shuffled
-from recipes.run import records
+from recipes.run import exports, records
 from rewards import registry, settings
 from rewards.client import Client
 from rewards.serve import JudgeServer, Supervisor
@@ -111,6 +111,19 @@ def expected(twin: Path) -> dict[str, Any]:
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 1.0).item())
         adam.step()
     return {"loss": losses, "grad_norm": norms, "weights": {name: p.detach().clone() for name, p in named.items()}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_last_checkpoint_exports_to_every_byte_of_the_runs_own_export(
+    runs: dict[str, Path], layout: str, tmp_path: Path
+) -> None:
+    """With the scalar head, though the run began with a language model."""
+    exports.export(exports.find_checkpoint(runs[layout], None), tmp_path / "hf")
+    found, expected = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "hf", runs[layout] / "hf")
+    )
+    assert found == expected
+    assert "score.weight" in load_file(tmp_path / "hf" / "model.safetensors")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

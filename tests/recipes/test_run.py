@@ -8,6 +8,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import train
 from recipes.data.processor import prompt_tokens
+from recipes.evaluation.evaluate import difference
 from recipes.run import records
 from rollout.sampler import make_requests
 from rollout.sampling import Sampling
@@ -117,6 +120,15 @@ def dies(arguments: list[str], run_dir: Path, moment: Moment, victim: str) -> De
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return list(records.read_rows(run_dir / "metrics.jsonl"))
+
+
+def command(module: str, *arguments: str) -> str:
+    """What a command prints; fails with its errors when it fails."""
+    result = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=tiny.ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -259,6 +271,39 @@ def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> N
     assert hf.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(hf[name], value), name
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_last_checkpoint_exports_to_every_byte_of_the_runs_own_export(whole: tuple[Path, str]) -> None:
+    printed = command("recipes.export", f"run={whole[0]}", f"step={STEPS}")
+    exported = whole[0] / "export" / f"step_{STEPS:06d}"
+    assert f"{exported}: done in " in printed
+    assert files(exported) == files(whole[0] / "hf")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= files(exported).keys()
+    command("recipes.export", f"run={whole[0]}", f"step={STEPS - 1}", f"to={whole[0].parent / 'earlier'}")
+    assert files(whole[0].parent / "earlier")["model.safetensors"] != files(exported)["model.safetensors"]
+
+
+def test_an_evaluation_of_the_final_and_of_the_first_model_gives_the_runs_own_answers(
+    whole: tuple[Path, str], twin: Path
+) -> None:
+    """Greedy and sampled: the same engine, prompts, seeds and weights. The run's engine got them by weight sync, these
+    read the exported checkpoint and the base model."""
+    run_dir = whole[0]
+    results = run_dir.parent / "evaluated"
+    printed = command("recipes.evaluate", f"run={run_dir}", f"against={twin / 'model'}", f"to={results}")
+    found, expected = (json.loads((folder / "answers.json").read_text()) for folder in (results, run_dir))
+    assert found == {"after": expected["after"], "before": expected["base"]}
+    evaluation = json.loads((results / "evaluation.json").read_text())
+    of_run = json.loads((run_dir / "evaluation.json").read_text())
+    assert (evaluation["after"], evaluation["before"]) == (of_run["after"], of_run["base"])
+    names = ["safety", "capability", "helpfulness"]
+    assert evaluation["difference"] == difference(expected["base"], expected["after"], names)
+    assert evaluation["models"] == {"before": f"{twin.name}/model", "after": f"{run_dir.name}/hf"}
+    assert f"Effect: {run_dir.name}/hf minus {twin.name}/model, same prompts" in printed
 
 
 def test_the_exported_model_loads_in_transformers_and_differs_from_the_sft_one(whole: tuple[Path, str]) -> None:

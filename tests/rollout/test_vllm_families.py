@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ def examine(settings: EngineSettings, requests: TokenBatch, sampling: Sampling) 
     """Responses and digests of an engine that loaded its weights from disk, and what became of its layout."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    loop = engine_server.EngineLoop(settings, engine_server.build_llm_engine(settings, load_format="auto"))
-    loop.weights.version = 0
+    settings = replace(settings, loads_weights=True)
+    loop = engine_server.EngineLoop(settings, engine_server.build_llm_engine(settings))
     responses = plain(vllm_processes.generate(loop, requests, sampling))
     answer = {**loop.weights.digest(), "responses": [asdict(response) for response in responses]}
     (model,) = loop.llm.apply_model(lambda model: model)

@@ -5,6 +5,7 @@ The engine is a program of its own, ``python -m tests.rollout.test_vllm_vision S
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,8 @@ RESPONSES = ("before.safetensors", "after.safetensors")
 
 def main(settings: str, sampling: str, folder: str) -> None:
     """Responses by the weights on disk, then by the same with one tensor of the tower doubled."""
-    loaded = EngineSettings.from_json(settings)
-    loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
-    loop.weights.version = 0
+    loaded = replace(EngineSettings.from_json(settings), loads_weights=True)
+    loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded))
     requests = TokenBatch.from_bytes(Path(folder, REQUESTS).read_bytes())
     for name in RESPONSES:
         responses = generate(loop, requests, sampling_from(sampling))

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ def fresh(settings: str, sampling: str, folder: str) -> None:
     """vLLM that loads its weights from disk and answers the requests in ``folder``: its responses and the digests of
     its parameters go there."""
     os.environ[engine_server.ENGINE_PID] = str(os.getpid())
-    loaded = EngineSettings.from_json(settings)
-    loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded, load_format="auto"))
-    loop.weights.version = 0
+    loaded = replace(EngineSettings.from_json(settings), loads_weights=True)
+    loop = engine_server.EngineLoop(loaded, engine_server.build_llm_engine(loaded))
     requests = TokenBatch.from_bytes(Path(folder, REQUESTS).read_bytes())
     responses = generate(loop, requests, sampling_from(sampling))
     Path(folder, RESPONSES).write_bytes(responses.to_bytes())
@@ -64,7 +62,7 @@ def sampling_from(argument: str) -> Sampling:
 def load_from_disk_server() -> None:
     """The engine server, but with the checkpoint's weights in place of dummy ones (and no version, as ever)."""
     build = engine_server.build_llm_engine
-    engine_server.build_llm_engine = partial(build, load_format="auto")
+    engine_server.build_llm_engine = lambda settings: build(replace(settings, loads_weights=True))
     engine_server.main()
 
 

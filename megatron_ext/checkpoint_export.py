@@ -1,0 +1,94 @@
+"""Export a checkpoint as a Hugging Face folder, in one process without ranks and without a Megatron-Core model.
+
+A checkpoint holds each parameter of the complete model under one name, whatever layout wrote it. So the mappings of the
+model family for a tensor-parallel size of 1 say which rectangles of Hugging Face tensors it is made of.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext import hf_checkpoint, scalar_head, shard_files
+from megatron_ext.blocks import Block
+from megatron_ext.checkpoint import POLICY, CheckpointError, manifest
+from megatron_ext.hf_checkpoint import Layout, Parameter
+from megatron_ext.models import family
+from megatron_ext.weight_map import complete_blocks, finder
+
+# What a checkpoint holds of the policy beside its weights.
+OTHER_STATES = (f"{POLICY}/optimizer.", f"{POLICY}/rng.")
+
+
+def export(checkpoint: Path, layout: Layout, folder: Path) -> None:
+    """Write the policy of a complete checkpoint into an empty folder, with the bits of ``hf_checkpoint.export``.
+
+    At any moment a few pieces of ``hf_checkpoint.PIECE_BYTES`` are in memory: one that was read, and the mapped pages
+    of the files that it comes from and goes to. The files that hold weights are first compared with their checksums.
+
+    Args:
+        checkpoint: the folder ``step_…``.
+        layout: made from the Hugging Face folder that training started from, in the dtype of training.
+        folder: where to write.
+
+    Raises:
+        CheckpointError: a file is damaged, or the checkpoint is that of another model.
+    """
+    described = manifest(checkpoint)
+    tensors = {
+        key: tensor
+        for key, tensor in described["tensors"].items()
+        if key.startswith(f"{POLICY}/") and not key.startswith(OTHER_STATES)
+    }
+    for name in sorted({part[0] for tensor in tensors.values() for part in tensor["parts"]}):
+        fault = shard_files.fault(checkpoint / name, described["files"][name])
+        if fault is not None:
+            raise CheckpointError(f"{checkpoint} is damaged: {fault}; use another step")
+    parameters = []
+    for key, blocks in _blocks(tensors, layout).items():
+        parameters.append(Parameter(blocks, partial(_read, checkpoint, tensors, key, layout.dtype)))
+    hf_checkpoint.create(folder, layout)
+    hf_checkpoint.fill(folder, layout, parameters)
+
+
+def _blocks(tensors: Mapping[str, Any], layout: Layout) -> dict[str, list[Block]]:
+    """The blocks of each tensor of a checkpoint. Raises CheckpointError for one that the exported model lacks."""
+    hf_config = hf_checkpoint.config(layout.source)
+    mappings = family(hf_config.architectures[0]).param_mappings(hf_config, 1, 0)
+    if layout.scalar:
+        mappings = scalar_head.with_scalar_head(mappings)
+    find = finder(mappings)
+    published = hf_checkpoint.published_name(layout.source)
+    shapes: dict[str, list[int]] = {}
+    for header in layout.headers.values():
+        shapes |= {published(name): entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    blocks_of = {}
+    for key, tensor in tensors.items():
+        blocks_of[key] = complete_blocks(find, key.removeprefix(f"{POLICY}/"), tuple(tensor["shape"]))
+        for block in blocks_of[key]:
+            shape = shapes.get(block.hf_name, [])
+            ends = [start + size for start, size in zip(block.hf_start, block.shape, strict=True)]
+            if len(ends) != len(shape) or any(end > size for end, size in zip(ends, shape, strict=True)):
+                raise CheckpointError(
+                    f"{key} of the checkpoint does not fit {block.hf_name} {shape} of {layout.source}: the run began "
+                    "with another model"
+                )
+    return blocks_of
+
+
+def _read(
+    checkpoint: Path,
+    tensors: Mapping[str, Any],
+    key: str,
+    dtype: torch.dtype,
+    start: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """A rectangle of a tensor of the checkpoint."""
+    values = torch.empty(shape, dtype=dtype)
+    # A reader for each rectangle: the pages that it maps stay in memory until it is closed.
+    with shard_files.Reader(checkpoint, tensors) as reader:
+        reader.fill(key, tuple(tensors[key]["shape"]), start, values)
+    return values

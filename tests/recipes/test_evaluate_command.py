@@ -1,0 +1,123 @@
+"""What ``python -m recipes.evaluate`` evaluates, by which settings; its answers are compared in test_run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+
+from recipes import evaluate
+from recipes.config import Config
+from tests.recipes import tiny
+
+MODEL_FILES = ("config.json", "model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def fresh_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Config]]:
+    """The commands that would run, and the configurations that say which servers run beside them."""
+    calls: list[tuple[list[str], Config]] = []
+
+    def run_with_servers(command: list[str], config: Config) -> int:
+        calls.append((command, config))
+        return 0
+
+    monkeypatch.setattr(evaluate, "run_with_servers", run_with_servers)
+    return calls
+
+
+@pytest.fixture
+def twin(tmp_path: Path) -> Path:
+    tiny.make(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    """The exit code or message of the command."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main()
+    return exit.value.code
+
+
+def overrides(twin: Path) -> list[str]:
+    kept = ("model.path", "run_dir", "recipe", "rewards", "--config-dir")
+    rest = [override for override in tiny.overrides(twin, twin / "unused") if not override.startswith(kept)]
+    return [f"--config-dir={twin / 'conf'}", "recipe=demo", "rewards=letters", *rest]
+
+
+def test_a_folder_by_a_recipe_and_then_by_the_settings_of_that_evaluation(
+    twin: Path, started: list[tuple[list[str], Config]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, first, second = twin / "model", twin / "first", twin / "second"
+    code = call(monkeypatch, f"model={model}", f"to={first}", *overrides(twin), "data.evaluation_samples=3")
+    assert code == 0, code
+    ((command, config),) = started
+    assert command[1:] == ["-m", "recipes.evaluate_folders", str(first), str(model)]
+    assert (config.model.path, config.run_dir, config.data.evaluation_samples) == (str(model), str(first), 3)
+    stored = yaml.safe_load((first / "config.yaml").read_text())
+    assert stored["model"]["path"] == str(model)
+
+    arguments = [f"run={first}", f"model={model}", f"against={model}", f"to={second}", "rollout.max_response_tokens=5"]
+    assert call(monkeypatch, *arguments) == 0
+    command, config = started[1]
+    assert command[3:] == [str(second), str(model), str(model)]
+    changed = yaml.safe_load((second / "config.yaml").read_text())
+    assert (stored["rollout"].pop("max_response_tokens"), changed["rollout"].pop("max_response_tokens")) == (8, 5)
+    assert changed == stored | {"run_dir": str(second)}
+
+
+def test_only_the_servers_of_the_scores_start(
+    twin: Path, started: list[tuple[list[str], Config]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges = {name: {"template": "normal", "server": name} for name in ("scoring", "training")}
+    servers = {name: {"model": "m", "endpoints": ["http://127.0.0.1:1"]} for name in judges}
+    more = [
+        f"rewards.verifiers={json.dumps(judges)}".replace('"', ""),
+        "rewards.servers={"
+        + ",".join(f'{name}:{{model:m,endpoints:["http://127.0.0.1:1"]}}' for name in servers)
+        + "}",
+        "data.scores={scoring:[task]}",
+        "rewards.mix={safety:{training:1.0},general_rule:{scoring:1.0}}",
+    ]
+    code = call(monkeypatch, f"model={twin / 'model'}", f"to={twin / 'to'}", *overrides(twin), *more)
+    assert code == 0, code
+    ((_, config),) = started
+    assert list(config.rewards.verifiers) == ["scoring"]
+    assert set(yaml.safe_load((twin / "to" / "config.yaml").read_text())["rewards"]["verifiers"]) == set(judges)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: "),
+        (["recipe=demo"], "usage: "),
+        (["model=M", "step=3", "recipe=demo"], "usage: "),
+        (["run=nowhere"], "error: run=nowhere: no config.yaml there"),
+        (["model=nowhere", "OVERRIDES"], "error: model=nowhere: no config.json there"),
+        (["model=MODEL", "against=nowhere", "OVERRIDES"], "error: against=nowhere: no config.json there"),
+        (["model=MODEL", "to=MODEL", "OVERRIDES"], "is there already, and nothing is overwritten"),
+        (["model=MODEL", "OVERRIDES", "stage=reward_model"], "answers no prompts"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
+    arguments: list[str], message: str, twin: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(twin.rglob("*"))
+    given: list[str] = []
+    for argument in arguments:
+        given += overrides(twin) if argument == "OVERRIDES" else [argument.replace("MODEL", str(twin / "model"))]
+    assert message in str(call(monkeypatch, *given))
+    assert started == []
+    assert sorted(twin.rglob("*")) == before
