@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import scale_model
-from benchmarks.scale_model import SCHEDULES, Group, Job, Machine, Shapes, Step
-from recipes.config import Config, parse
+from recipes.config import parse
 from recipes.errors import ConfigError
-from recipes.preflight.architecture import config_file
+from recipes.preflight import scale_model
+from recipes.preflight.cost import job, machine, shapes
+from recipes.preflight.scale_model import SCHEDULES, Group, Job, Machine, Shapes, Step
 
 ASIDE = ("scale", "simulate")
 DEFAULTS = ("recipe=safework_72b", "+scale=h100", "+simulate=h100")
-
-
-def job(config: Config) -> Job:
-    c, r, a = config.parallel, config.rollout, config.algorithm
-    return Job(
-        tensor=c.tensor,
-        pipeline=c.pipeline,
-        context=c.context,
-        micro_batch_tokens=c.micro_batch_tokens,
-        prompts=a.prompts_per_step,
-        samples=a.samples_per_prompt,
-        updates=a.updates_per_rollout,
-        passes=1 if a.updates_per_rollout == 1 else 2,  # of the reference, and of the policy before several updates
-        engine_tensor=r.tensor,
-        slots=r.max_num_seqs,
-        kv_cache_gib=r.kv_cache_gib,
-        prompt_limit=config.data.max_prompt_tokens,
-        response_limit=r.max_response_tokens,
-    )
-
-
-def machine(scale: DictConfig, links: DictConfig) -> Machine:
-    known = {**scale.machine, **links}
-    return Machine(**{field.name: known[field.name] for field in fields(Machine)})
-
-
-def shapes(path: str) -> Shapes:
-    """Of the model's folder, or of the architecture that is kept for its name."""
-    return scale_model.shapes(json.loads(config_file(path).read_text()))
 
 
 def check(scale: DictConfig) -> None:

@@ -1,6 +1,6 @@
 """What a step of the loop costs on any number of GPUs: a roofline, the trainer's operations, failures.
 
-Plain Python: nothing here runs a model or reads a file. ``benchmarks.scale_simulation`` gives constants and a recipe.
+Plain Python: nothing here runs a model or reads a file. ``cost`` gives constants and a recipe.
 """
 
 import heapq

@@ -1,0 +1,96 @@
+"""GPU hours of a stage of RL, from ``scale_model`` and the costs of conf/scale: an estimate."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_ext.platform import capabilities
+from recipes.config import Config
+from recipes.preflight import memory_plan, scale_model
+from recipes.preflight.alternatives import judge_nodes
+from recipes.preflight.architecture import config_file
+from recipes.preflight.report import Settings
+from recipes.preflight.scale_model import Job, Machine, Shapes
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def job(config: Config) -> Job:
+    """What the costs of a step depend on."""
+    c, r, a = config.parallel, config.rollout, config.algorithm
+    return Job(
+        tensor=c.tensor,
+        pipeline=c.pipeline,
+        context=c.context,
+        micro_batch_tokens=c.micro_batch_tokens,
+        prompts=a.prompts_per_step,
+        samples=a.samples_per_prompt,
+        updates=a.updates_per_rollout,
+        passes=1 if a.updates_per_rollout == 1 else 2,  # of the reference, and of the policy before several updates
+        engine_tensor=r.tensor,
+        slots=r.max_num_seqs,
+        kv_cache_gib=r.kv_cache_gib,
+        prompt_limit=config.data.max_prompt_tokens,
+        response_limit=r.max_response_tokens,
+    )
+
+
+def machine(scale: DictConfig, links: DictConfig) -> Machine:
+    """The machine of the groups ``scale`` and ``simulate``."""
+    known = {**scale.machine, **links}
+    return Machine(**{field.name: known[field.name] for field in fields(Machine)})
+
+
+def shapes(path: str) -> Shapes:
+    """Of the model's folder, or of the architecture that is kept for its name."""
+    return scale_model.shapes(json.loads(config_file(path).read_text()))
+
+
+def gpu_hours(config: Config, settings: Settings) -> list[str]:
+    """Lines with the seconds of a step and the GPU hours of all, for each assumption about the lengths of responses."""
+    if "rl" not in config.stage.trains or not capabilities(config.cluster.platform).has_gpus:
+        return []
+    if settings.costs is None:
+        return [f"GPU hours are not estimated: conf/scale has no costs of {settings.device}"]
+    scale = OmegaConf.load(CONF / "scale" / f"{settings.costs}.yaml")
+    links = OmegaConf.load(CONF / "simulate" / f"{settings.costs}.yaml")
+    assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
+    gpus = config.cluster.ranks
+    judges = judge_nodes(config) * (gpus // config.cluster.nodes)
+    steps = config.algorithm.steps
+    used = f"{gpus} GPUs and {judges} for the judges" if judges else f"{gpus} GPUs"
+    lines = []
+    for name, lengths in scale.lengths.items():
+        try:
+            seconds = step_seconds(config, scale, machine(scale, links), lengths)
+        except ValueError as error:
+            lines.append(f"{name}: not estimated: {error}")
+            continue
+        hours = steps * seconds * (gpus + judges) / 3600
+        lines.append(
+            f"{name}, {lengths.response.mean:,} tokens a response: {seconds:.0f} s a step, {steps} steps, {used}: "
+            f"about {hours:,.0f} GPU hours"
+        )
+    left_out = ["the start, evaluations, checkpoints, failures"]
+    if memory_plan.needed(config).values:
+        left_out.append("the critic")
+    if config_file(config.model.path) and "vision_config" in config_file(config.model.path).read_text():
+        left_out.append("the vision tower")
+    lines.append(
+        f"An estimate of conf/scale/{settings.costs}.yaml's roofline and lengths, nothing was measured; left out: "
+        f"{', '.join(left_out)}"
+    )
+    return lines
+
+
+def step_seconds(config: Config, scale: DictConfig, on: Machine, lengths: DictConfig) -> float:
+    """Seconds of a step with responses of these lengths. Raises ValueError if the run's limits exclude them."""
+    task, model = job(config), shapes(config.model.path)
+    plain: Any = OmegaConf.to_container(lengths)
+    batches = [scale_model.draw(task, task.prompts, plain, scale.seed + i) for i in range(scale.draws)]
+    sync = scale_model.sync_seconds(task, model, on, disaggregated=False)
+    gpus = config.cluster.ranks
+    return scale_model.one_step(task, model, on, batches, "colocated", gpus, gpus, sync).seconds
