@@ -76,8 +76,8 @@ def fit(
         settings: the group ``preflight``.
         report: gets the checks and what they found.
         say: called with the name of what is done next.
-        corners: build one rank of the first and of the last pipeline stage only. A layout that fails with these fails
-            with all ranks; the tensors are not compared with the checkpoint's.
+        corners: build one rank of the first and of the last pipeline stage only, and none if a check fails without
+            them. What fails so fails with all ranks; the tensors are not compared with the checkpoint's.
     """
     from megatron_ext.models import family
 
@@ -90,6 +90,8 @@ def fit(
     report.check("rollout", lambda: rollout(config, text))
     report.check("colocated_judges", lambda: colocated_judges(config, settings, judges))
     report.check("layout", lambda: layout(config, hf_config, report))
+    if corners and not report.ok:
+        return
     report.check("ranks", lambda: ranks(config, hf_config, settings, judges, report, say, corners), ["layout"])
     if not corners:
         report.check("weights", lambda: every_tensor(report), ["ranks"])
