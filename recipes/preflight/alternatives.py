@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from megatron_ext.platform import capabilities
 from recipes.config import Config, generates, parse
 from recipes.errors import ConfigError
-from recipes.preflight import memory, memory_plan
+from recipes.preflight import memory_plan
 from recipes.preflight.fit import SHAPES, fit
 from recipes.preflight.report import FAILS, Proposal, Report, Settings
 from rewards import placement
@@ -263,6 +263,8 @@ def too_large(search: Search, raw: DictConfig, cuts: int, sharing: int) -> bool:
         cuts: ranks that the weights are cut over.
         sharing: ranks that share the optimiser's states of the same weights.
     """
+    from recipes.preflight import memory
+
     if any(str(name).startswith("decoder") for name in raw.model.frozen):
         return False
     text = text_config(search.hf_config)

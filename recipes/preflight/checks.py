@@ -26,7 +26,7 @@ from recipes.preflight import alternatives, memory_plan
 from recipes.preflight.architecture import config_file, model_config, published_config, published_file
 from recipes.preflight.cost import gpu_hours
 from recipes.preflight.fit import SHAPES, fit
-from recipes.preflight.report import ELSEWHERE, HERE, NotChecked, Report, Settings
+from recipes.preflight.report import ELSEWHERE, HERE, NotChecked, Report, Settings, size
 from rewards import mixing, registry
 from rewards.client import Client
 from rewards.settings import PLACEMENTS, Server
@@ -369,6 +369,7 @@ def disk_space(config: Config, settings: Settings, report: Report) -> str:
     if "rl" in config.stage.trains:
         samples = config.algorithm.steps * samples_per_step(config) * memory_plan.longest(config) * SAMPLE_BYTES
     need = checkpoints + exports + samples
+    report.disk_bytes = need
     text = (
         f"at most {size(need)} in run_dir={config.run_dir!r}: {size(checkpoint)} a checkpoint x (checkpoint.keep="
         f"{config.checkpoint.keep} + 1 being written), {size(exports)} of exported models, {size(samples)} of samples"
@@ -382,11 +383,3 @@ def disk_space(config: Config, settings: Settings, report: Report) -> str:
     if free < need:
         raise ConfigError(f"{text}; {size(free)} are free: use another run_dir or lower checkpoint.keep")
     return f"{text}; {size(free)} are free"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit, least in (("TB", 1e12), ("GB", 1e9)):
-        if count >= least:
-            return f"{count / least:.2f} {unit}"
-    return f"{count / 1e6:.0f} MB"

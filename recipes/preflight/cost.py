@@ -54,7 +54,7 @@ def gpu_hours(config: Config, settings: Settings) -> list[str]:
     if "rl" not in config.stage.trains or not capabilities(config.cluster.platform).has_gpus:
         return []
     if settings.costs is None:
-        return [f"GPU hours are not estimated: conf/scale has no costs of {settings.device}"]
+        return [f"not made: conf/scale has no costs of {settings.device}"]
     scale = OmegaConf.load(CONF / "scale" / f"{settings.costs}.yaml")
     links = OmegaConf.load(CONF / "simulate" / f"{settings.costs}.yaml")
     assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
@@ -71,16 +71,16 @@ def gpu_hours(config: Config, settings: Settings) -> list[str]:
             continue
         hours = steps * seconds * (gpus + judges) / 3600
         lines.append(
-            f"{name}, {lengths.response.mean:,} tokens a response: {seconds:.0f} s a step, {steps} steps, {used}: "
-            f"about {hours:,.0f} GPU hours"
+            f"{name}, {lengths.response.mean:,} tokens a response: {steps} steps of {seconds:.0f} s on {used}: about "
+            f"{hours:,.0f} GPU hours"
         )
     left_out = ["the start, evaluations, checkpoints, failures"]
     if memory_plan.needed(config).values:
         left_out.append("the critic")
-    if config_file(config.model.path) and "vision_config" in config_file(config.model.path).read_text():
+    if "vision_config" in config_file(config.model.path).read_text():
         left_out.append("the vision tower")
     lines.append(
-        f"An estimate of conf/scale/{settings.costs}.yaml's roofline and lengths, nothing was measured; left out: "
+        f"from the roofline and the lengths of conf/scale/{settings.costs}.yaml, not measured; left out: "
         f"{', '.join(left_out)}"
     )
     return lines

@@ -261,7 +261,7 @@ def device_memory(settings: Settings, report: Report) -> str:
     for phase in report.phases:
         rank = max(report.memory_gib, key=lambda rank: rank[phase])
         if rank[phase] > room:
-            too_large.append(f"{phase} {rank[phase]:.1f} GiB ({place(rank)})")
+            too_large.append(f"{phase} {rank[phase]:.1f} ({place(rank)})")
     if too_large:
         raise ConfigError(f"{settings.device} has {room} GiB, too few for {', '.join(too_large)}")
     assert report.engine_gib is not None
@@ -287,15 +287,17 @@ def host_memory(settings: Settings, report: Report) -> str:
     Raises ConfigError naming all phases that do not fit.
     """
     room = settings.host_memory_gib
-    shown = {}
-    for phase, sizes in report.host_gib.items():
-        parts = " + ".join(f"{name} {size:.1f}" for name, size in sizes.items()) or "nothing"
-        shown[phase] = f"{phase} {sum(sizes.values()):.1f} GiB ({parts})"
     sums = {phase: sum(sizes.values()) for phase, sizes in report.host_gib.items()}
+    shown = {
+        phase: f"{phase} {sums[phase]:.1f} ({' + '.join(f'{name} {size:.1f}' for name, size in sizes.items())})"
+        for phase, sizes in report.host_gib.items()
+    }
     too_large = [shown[phase] for phase in shown if sums[phase] > room]
     if too_large:
         raise ConfigError(
             f"a node's host has {room:g} GiB (preflight.host_memory_gib), too few for {', '.join(too_large)}"
         )
     fullest = max(sums, key=lambda phase: sums[phase])
-    return f"at most {shown[fullest]} of {room:g} GiB of a node's host"
+    if not sums[fullest]:
+        return "nothing sleeps on a node's host"
+    return f"GiB on a node's host with {room:g}: at most {shown[fullest]}"

@@ -18,6 +18,14 @@ class NotChecked(Exception):
     """Raised by a check that could not look; the message says what it could not see, and where or how to check it."""
 
 
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit, least in (("TB", 1e12), ("GB", 1e9)):
+        if count >= least:
+            return f"{count / least:.2f} {unit}"
+    return f"{count / 1e6:.0f} MB"
+
+
 @dataclass(frozen=True)
 class Settings:
     """conf/preflight/: the device and the nodes that a run is checked against.
@@ -99,6 +107,7 @@ class Report:
         batch: counts of one step: prompts, samples, micro-batches.
         checks: results in the order of the checks.
         proposals: title → overrides that hold, where something does not fit or ``Settings.nodes`` asks.
+        disk_bytes: what the run writes at most.
         cost: lines about GPU hours, an estimate.
         seconds: duration of the preflight.
     """
@@ -120,6 +129,7 @@ class Report:
     batch: dict[str, Any] | None = None
     checks: list[Check] = field(default_factory=list)
     proposals: dict[str, list[Proposal]] = field(default_factory=dict)
+    disk_bytes: int = 0
     cost: list[str] = field(default_factory=list)
     seconds: float = 0.0
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Proposal, Report
+from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Proposal, Report, size
 
 STYLES = {HOLDS: "green", FAILS: "bold red", NOT_CHECKED: "yellow"}
 # Cells of a bar; the last one is the device's last GiB.
@@ -48,10 +49,12 @@ def show(reports: Sequence[Report]) -> None:
             out.print(memory_table(report))
             out.print(phase_table(report))
         out.print(check_table(report))
+        if report.cost:
+            out.print(Text("GPU hours, an estimate:", style="bold"))
         for line in report.cost:
-            out.print(Text(line))
+            out.print(Text(f"    {line}"), soft_wrap=True)
         for title, proposals in report.proposals.items():
-            out.print(proposal_table(title, proposals))
+            show_proposals(out, title, proposals)
         out.print(Text(f"{report.verdict}, in {report.seconds:.0f} s", style=STYLES[worst(report)]))
         out.print()
     if len(reports) > 1:
@@ -61,6 +64,9 @@ def show(reports: Sequence[Report]) -> None:
         for report in reports:
             table.add_row(report.stage, Text(report.verdict, style=STYLES[worst(report)]))
         out.print(table)
+        if all(report.disk_bytes for report in reports):
+            total = sum(report.disk_bytes for report in reports)
+            out.print(Text(f"On disk the stages take at most {size(total)} together, if each keeps its checkpoints"))
 
 
 def worst(report: Report) -> str:
@@ -69,26 +75,29 @@ def worst(report: Report) -> str:
 
 
 def check_table(report: Report) -> Table:
-    """One row for each check."""
+    """One row for each check; those that wait for the same earlier check share one."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("check", no_wrap=True)
     table.add_column("what was found, what to change, or how to check it", overflow="fold")
-    for check in report.checks:
-        table.add_row(Text(check.state, style=STYLES[check.state]), check.name, check.detail)
+    for (state, detail), checks in groupby(report.checks, key=lambda check: (check.state, check.detail)):
+        names = [check.name for check in checks]
+        if len(names) > 1:
+            detail = f"{', '.join(names)}: {detail}"
+        shown = names[0] if len(names) == 1 else f"{len(names)} checks"
+        table.add_row(Text(state, style=STYLES[state]), shown, detail)
     return table
 
 
-def proposal_table(title: str, proposals: Sequence[Proposal]) -> Table:
-    """Overrides that hold, to be copied, and what the run is with them."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"{title} (each was checked)" if proposals else title, overflow="fold", min_width=60)
-    table.add_column("")
-    for proposal in proposals:
-        table.add_row(" ".join(proposal.overrides), proposal.detail)
+def show_proposals(out: Console, title: str, proposals: Sequence[Proposal]) -> None:
+    """Print overrides that hold, to be copied, and below each what the run is with them."""
     if not proposals:
-        table.add_row("nothing that was tried", "")
-    return table
+        out.print(Text(f"{title}: nothing that was tried", style="bold"))
+        return
+    out.print(Text(f"{title} (each was checked and holds):", style="bold"))
+    for proposal in proposals:
+        out.print(Text(f"    {' '.join(proposal.overrides)}"), soft_wrap=True)
+        out.print(Text(f"        {proposal.detail}", style="bright_black"))
 
 
 def memory_table(report: Report) -> Group:
