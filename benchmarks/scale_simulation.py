@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import scale_model
-from benchmarks.scale_model import SCHEDULES, Job, Machine, ModelShape, StepEstimate
-from recipes.config import Config, parse
+from recipes.config import parse
 from recipes.errors import ConfigError
-from recipes.preflight.architecture import config_file
+from recipes.preflight import scale_model
+from recipes.preflight.cost import job_of, machine_of, model_shape
+from recipes.preflight.scale_model import SCHEDULES, Job, Machine, ModelShape, StepEstimate
 
 # Groups of the configuration that a training run does not have.
 OWN_GROUPS = ("scale", "simulate")
 OWN_OVERRIDES = ("+scale=h100", "+simulate=h100")
 DEFAULT_RECIPE = "recipe=safework_72b"
-
-
-def job_of(config: Config) -> Job:
-    # The reference's log-probs; and the policy's, before the first of several updates.
-    passes = 1 if config.algorithm.updates_per_rollout == 1 else 2
-    return Job(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        context=config.parallel.context,
-        micro_batch_tokens=config.parallel.micro_batch_tokens,
-        prompts=config.algorithm.prompts_per_step,
-        samples=config.algorithm.samples_per_prompt,
-        updates=config.algorithm.updates_per_rollout,
-        passes=passes,
-        engine_tensor=config.rollout.tensor,
-        slots=config.rollout.max_num_seqs,
-        kv_cache_gib=config.rollout.kv_cache_gib,
-        prompt_limit=config.data.max_prompt_tokens,
-        response_limit=config.rollout.max_response_tokens,
-    )
-
-
-def machine_of(scale: DictConfig, links: DictConfig) -> Machine:
-    constants = {**scale.machine, **links}
-    return Machine(**{field.name: constants[field.name] for field in fields(Machine)})
-
-
-def model_shape(path: str) -> ModelShape:
-    """The shape of the model in the folder ``path``, or of the architecture that the project keeps for this name."""
-    return scale_model.model_shape(json.loads(config_file(path).read_text()))
 
 
 def check(scale: DictConfig) -> None:

@@ -92,15 +92,20 @@ def stage_launch(name: str, arguments: Sequence[str], folder: Path, previous: st
     A stage that continues from another one starts from the model of ``previous``. ``model.path`` on the command line
     holds only for stages that do not.
     """
-    replaced = ("stage=", "stage.ladder=", "run_dir=")
-    common = [argument for argument in arguments if not argument.startswith(replaced)]
-    stage_arguments = [*common, f"stage={name}", f"run_dir={folder / name}"]
+    stage_arguments = common_arguments(name, arguments, folder)
     config = compose_config(stage_arguments)
     if config.stage.after is not None and previous is not None:
         stage_arguments = [argument for argument in stage_arguments if not argument.startswith("model.path=")]
         stage_arguments.append(f"stage.after={previous}")
         config = compose_config(stage_arguments)
     return stage_arguments, config
+
+
+def common_arguments(name: str, arguments: Sequence[str], folder: Path) -> list[str]:
+    """The pipeline's arguments for one stage, whichever stage it continues from."""
+    replaced = ("stage=", "stage.ladder=", "run_dir=")
+    common = [argument for argument in arguments if not argument.startswith(replaced)]
+    return [*common, f"stage={name}", f"run_dir={folder / name}"]
 
 
 def compose_config(arguments: Sequence[str]) -> Config:

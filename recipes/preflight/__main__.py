@@ -2,23 +2,27 @@
 
 Needs no GPU and no weights. It builds the Megatron-Core model of each distinct rank without memory, compares its
 parameters with transformers' model tensor by tensor, adds up the memory, and checks what else would end a job at its
-first step. A check that fails says what to change; the exit code is 0 only if all hold. ``preflight=h200`` (a file of
-conf/preflight/) chooses another device.
+first step. A check holds, fails and says what to change, or could not be made here and says how to make it; the exit
+code is 1 if one fails. ``stage=ladder`` checks all stages; a stage whose predecessor has not run is checked with the
+model that the first one starts from. ``preflight=h200`` (a file of conf/preflight/) chooses another device.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import hydra
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.command_line import from_command_line
-from recipes.preflight import view
+from recipes.preflight import stages, view
 from recipes.preflight.checks import examine
-from recipes.preflight.report import Settings
+from recipes.preflight.report import Report, Settings
 from recipes.run.logs import quiet
 
 
@@ -34,18 +38,27 @@ def command_line(arguments: list[str]) -> list[str]:
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
 def main(raw: DictConfig) -> None:
-    """Run the checks, write the report and print it."""
-    started = time.monotonic()
+    """Run the checks of each stage, write the report and print it."""
     settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
-    run = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "preflight"])
+    reports = []
     with view.progress() as say, quiet():
-        report = examine(run, settings, say)
-    report.seconds = round(time.monotonic() - started, 1)
+        for arguments in stages.launches(raw, HydraConfig.get().overrides.task):
+            reports.append(report_of(arguments, settings, say))
     if settings.output:
+        found = asdict(reports[0]) if len(reports) == 1 else {r.stage: asdict(r) for r in reports}
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.output).write_text(json.dumps(asdict(report), indent=2) + "\n")
-    view.show(report)
-    sys.exit(0 if report.ok else 1)
+        Path(settings.output).write_text(json.dumps(found, indent=2) + "\n")
+    view.show(reports)
+    sys.exit(0 if all(report.ok for report in reports) else 1)
+
+
+def report_of(arguments: list[str], settings: Settings, say: Callable[[str], None]) -> Report:
+    """The checks of one launch."""
+    started = time.monotonic()
+    run = compose("config", overrides=arguments)
+    report = examine(run, settings, say, stages.base_model(run, arguments))
+    report.seconds = round(time.monotonic() - started, 1)
+    return report
 
 
 if __name__ == "__main__":

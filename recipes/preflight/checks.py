@@ -1,123 +1,276 @@
 """The checks of the preflight, in the order in which a run would meet what they look for.
 
-A check returns one line that says what it found, and raises ConfigError with what to change.
+A check returns one line that says what it found. It raises ConfigError with what to change, or NotChecked with how to
+check it where it can't look.
 """
 
 import json
-import math
+import os
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from megatron_ext import platform
-from recipes.config import Config, engines_of_a_node, generates, parse, samples_per_step
+from recipes.config import Config, generates, parse, samples_per_step
 from recipes.data.rows import PROMPT_FIELDS
 from recipes.data.source_spec import source_names
 from recipes.errors import ConfigError
 from recipes.launch.requirements import check_parts, check_supervised
-from recipes.preflight import memory_plan
+from recipes.preflight import alternatives, memory_plan
 from recipes.preflight.architecture import config_file, model_config, published_config, published_file
-from recipes.preflight.report import Report, Settings
+from recipes.preflight.cost import gpu_hours
+from recipes.preflight.fit import SHAPES, fit
+from recipes.preflight.report import ELSEWHERE, HERE, NotChecked, Report, Settings, size
 from rewards import mixing, registry
 from rewards.client import Client
-from rewards.settings import PLACEMENTS
+from rewards.settings import PLACEMENTS, Server
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-# Transformer Engine needs both sides of a matrix to be multiples of it.
-FP8_MULTIPLE = 16
-# Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
-MAX_PADDING = 1.5
+# The folder that the files of conf/ name; below it is no name of the hub.
+MODELS_FOLDER = "models"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Of a trained parameter: its BF16 weight, FP32 master and two moments.
 CHECKPOINT_BYTES = 14
+# Of a token's text in samples.jsonl (our estimate).
+SAMPLE_BYTES = 5
+# The checks before those of the model's shape.
+FILES = ("data_and_rewards", "environment", "judges", "model", "tokenizer")
+ELSEWHERE_TEXT = "on another machine (preflight.files=elsewhere); there, run the preflight without it"
+WEIGHTS = "*.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None]) -> Report:
-    """Run all checks.
+def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None], base_model: str | None = None) -> Report:
+    """Run all checks; where something does not fit, search for settings with which it does.
 
     Args:
         raw: the composed configuration of the run, without the group ``preflight``.
         settings: the group ``preflight``.
         say: called with the name of what is done next.
+        base_model: folder of the model that the stages before this one start from, None without such a stage. It
+            stands in for the model of the stage before where that is not there yet.
     """
-    report = Report(str(raw.recipe.name), Path(str(raw.model.path)).name, settings.device, settings.device_memory_gib)
+    report = Report(
+        recipe=str(raw.recipe.name),
+        stage=str(raw.stage.name),
+        model=Path(str(raw.model.path)).name,
+        device=settings.device,
+        device_memory_gib=settings.device_memory_gib,
+    )
     parsed: list[Config] = []
 
     def configuration() -> str:
-        if settings.engines not in PLACEMENTS:
-            raise ConfigError(f"preflight.engines={settings.engines!r}: use one of {', '.join(PLACEMENTS)}")
+        check_settings(settings)
         parsed.append(parse(raw))
-        return f"{report.recipe}: every field is known and possible"
+        return "every field is known and possible"
 
     say("configuration")
-    if not report.check("configuration", configuration):
-        return report
-    config = parsed[0]
+    # Before the imports of the checks: it switches off torch's inductor, whose import takes seconds.
+    platform.activate("cpu")
+    report.check("configuration", configuration)
+    if parsed:
+        examine_parsed(raw, parsed[0], settings, report, say, base_model)
+    else:
+        report.skip((*FILES, "architecture", *SHAPES, "images", "prompts", "disk_space"), "configuration")
+        alternatives.propose_layouts(raw, settings, report, say)
+    return report
+
+
+def examine_parsed(
+    raw: DictConfig,
+    config: Config,
+    settings: Settings,
+    report: Report,
+    say: Callable[[str], None],
+    base_model: str | None,
+) -> None:
+    """The checks of a configuration whose fields are known and possible; the arguments are :func:`examine`'s."""
+    expected_model = config.model.path
+    if base_model is not None and not (Path(expected_model) / "config.json").is_file():
+        config.model.path = base_model
+        raw = raw.copy()
+        raw.model.path = base_model
+        report.model = Path(base_model).name
     report.check("data_and_rewards", lambda: data_and_rewards(config))
-    report.check("reward_servers", lambda: reward_servers(config))
+    report.check("environment", lambda: environment(config))
+    check_judges(config, settings, report)
+    report.check("model", lambda: model(config, settings, expected_model))
     report.check("tokenizer", lambda: tokenizer(config))
     say("Megatron-Core, transformers")
-    # Before the next import: it switches off torch's inductor, whose import takes seconds.
-    platform.activate("cpu")
     from recipes.preflight import simulated_ranks
 
     simulated_ranks.activate()
     configs: list[Any] = []
     if report.check("architecture", lambda: architecture(config, configs)):
-        hf_config, text = configs
-        report.check("context_length", lambda: context_length(config, text))
-        report.check("attention_heads", lambda: attention_heads(config, text))
-        report.check("precision", lambda: precision(config, settings))
-        report.check("batch", lambda: batch(config, report))
-        report.check("rollout", lambda: rollout(config, text))
+        (hf_config,) = configs
+        fit(config, hf_config, settings, report, say)
         report.check("images", lambda: images(config, hf_config))
-        say("prompts")
-        report.check("prompts", lambda: every_prompt(config))
-        judges: list[memory_plan.Judges] = []
-        report.check("judges", lambda: colocated_judges(config, settings, judges))
-        if report.check("layout", lambda: layout(config, hf_config, report)) and report.check(
-            "ranks", lambda: build(config, hf_config, settings, judges, report, say)
-        ):
-            report.check("weights", lambda: every_tensor(report))
-            report.check("memory", lambda: memory_plan.device_memory(config, settings, report))
-            report.check("host_memory", lambda: memory_plan.host_memory(config, settings, report))
-    report.check("disk_space", lambda: disk_space(config, report))
-    return report
+    else:
+        report.skip((*SHAPES, "images"), "architecture")
+    say("prompts")
+    report.check("prompts", lambda: every_prompt(config), ["tokenizer", "architecture"])
+    report.check("disk_space", lambda: disk_space(config, settings, report), ["ranks"])
+    if configs:
+        alternatives.propose(raw, config, configs[0], settings, report, say)
+        report.cost = gpu_hours(config, settings)
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ConfigError for an impossible value of the group ``preflight``."""
+    for name, allowed in (("engines", PLACEMENTS), ("files", (HERE, ELSEWHERE))):
+        if getattr(settings, name) not in allowed:
+            raise ConfigError(f"preflight.{name}={getattr(settings, name)!r}: use one of {', '.join(allowed)}")
+    if settings.nodes is not None and settings.nodes < 1:
+        raise ConfigError(f"preflight.nodes={settings.nodes}: use 1 or more, or null")
 
 
 def data_and_rewards(config: Config) -> str:
-    """The files of the data, their schema, the mix of rewards, and the verifiers."""
+    """The files of the data, their schema, and for a stage that generates the mix of rewards and the verifiers."""
     check_supervised(config)
+    if not generates(config):
+        return "rows fit the schema; no verifier is asked"
     check_parts(config)
     verifiers = ", ".join(mixing.verifier_names(config.rewards.mix))
     return f"{source_names(config.data.prompts)}: rows fit the schema; verifiers {verifiers} are found"
 
 
-def reward_servers(config: Config) -> str:
-    """Whether the reward servers that are up serve the models that the verifiers need; others start with the run."""
-    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
-    servers = registry.servers_of(names, config.rewards)
-    with Client(servers, config.rewards.client) as client:
+def environment(config: Config) -> str:
+    """Whether the environment that replies inside responses answers."""
+    from rollout.environment import Unavailable, open_environment
+
+    name = config.rollout.environment.name
+    if name is None or not generates(config):
+        return "none replies inside responses"
+    try:
+        open_environment(name, config.rollout.environment.settings).check()
+    except Unavailable as error:
+        raise NotChecked(
+            f"{name} does not answer from this machine ({error}); start it, and run this where it is"
+        ) from error
+    return f"{name} answers"
+
+
+def check_judges(config: Config, settings: Settings, report: Report) -> None:
+    """One check for each reward server that a verifier asks."""
+    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores} if generates(config) else set()
+    try:
+        servers = registry.servers_of(names, config.rewards)
+    except ValueError:
+        report.skip(["judges"], "data_and_rewards")
+        return
+    if not servers:
+        report.check("judges", lambda: "no verifier asks a server")
+    for server in servers.values():
+        report.check(f"judge {server.name}", partial(judge, config, settings, server))
+
+
+def judge(config: Config, settings: Settings, server: Server) -> str:
+    """Whether a reward server serves its model, or has a model to serve when the run starts it."""
+    with Client({server.name: server}, config.rewards.client) as client:
         client.check(must_run=False)
-    addresses = ", ".join(f"{name} at {' '.join(server.addresses)}" for name, server in servers.items())
-    return f"{addresses}: those that are up serve their model" if addresses else "no verifier has a server"
+        try:
+            client.check()
+            return f"{' '.join(server.addresses)} serves {server.model}"
+        except ValueError:
+            pass
+    if server.endpoints:
+        addresses = " ".join(server.addresses)
+        raise NotChecked(
+            f"{addresses} does not answer from this machine; on a node of the job: curl {server.addresses[0]}/v1/models"
+        )
+    folder = Path(server.model)
+    if has_weights(folder):
+        return f"{folder} has weights of {weights_gib(folder):.1f} GiB; its server starts with the run"
+    stage = writer(config, folder)
+    if stage is not None:
+        raise NotChecked(f"{server.model} is what stage {stage} will write")
+    if settings.files == ELSEWHERE:
+        raise NotChecked(f"{server.model}: {ELSEWHERE_TEXT}")
+    if is_hub_name(server.model):
+        raise NotChecked(
+            f"{server.model} is no folder here; if it is a name of the hub, its server downloads it at its start, or: "
+            f"hf download {server.model}"
+        )
+    field = f"rewards.servers.{server.name}"
+    raise ConfigError(
+        f"{field}.model={server.model!r}: no weights ({WEIGHTS}) there; download the judge into this folder, or "
+        f"set {field}.model=FOLDER, or {field}.endpoints=[http://HOST:PORT] of a server that runs"
+    )
 
 
-def has_model(config: Config) -> bool:
-    """Whether this machine has the model's folder. If not, it is not the cluster, and its disk is not the run's."""
-    return (Path(config.model.path) / "config.json").is_file()
+def writer(config: Config, folder: Path) -> str | None:
+    """The stage beside this one whose exported model belongs into the folder, None for any other folder."""
+    normal = Path(os.path.normpath(folder))
+    beside = normal.name == "hf" and normal.parent.parent == Path(os.path.normpath(config.run_dir)).parent
+    return normal.parent.name if beside else None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``organisation/model`` names a model of the hub rather than a folder."""
+    return HUB_NAME.fullmatch(name) is not None and not name.startswith((f"{MODELS_FOLDER}/", "."))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has a configuration and files of weights."""
+    return (folder / "config.json").is_file() and any(folder.glob(WEIGHTS))
+
+
+def weights_gib(folder: Path) -> float:
+    """Size of the files of weights. Raises ConfigError naming those that the index lists and that are not there."""
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        listed = set(json.loads(index.read_text())["weight_map"].values())
+        lacking = sorted(name for name in listed if not (folder / name).is_file())
+        if lacking:
+            raise ConfigError(
+                f"{folder}: {len(lacking)} of the {len(listed)} files of {WEIGHTS_INDEX} are missing, the first is "
+                f"{lacking[0]}; complete the download"
+            )
+    return sum(file.stat().st_size for file in folder.glob(WEIGHTS)) / memory_plan.GIB
+
+
+def model(config: Config, settings: Settings, expected: str) -> str:
+    """Whether the weights that training starts from are there. ``expected``: the folder that the run will read."""
+    if config.model.path != expected:
+        raise NotChecked(
+            f"{expected} is what stage {config.stage.after} will write; until then {config.model.path} stands in for "
+            "it in the other checks"
+        )
+    folder = Path(expected)
+    if has_weights(folder):
+        return f"{folder} has weights of {weights_gib(folder):.1f} GiB"
+    package = config.model.gguf_package
+    if package is not None and not (folder / "config.json").is_file():
+        if find_spec(package) is None:
+            raise ConfigError(f"model.gguf_package={package!r} is not installed: make env")
+        return f"{folder} is made from the package {package} by the first launch"
+    if settings.files == ELSEWHERE:
+        raise NotChecked(f"{folder}: {ELSEWHERE_TEXT}")
+    raise ConfigError(
+        f"model.path={expected!r}: no config.json with weights ({WEIGHTS}) there; download the model into this folder, "
+        "or give another. If another machine has it: preflight.files=elsewhere"
+    )
+
+
+def has_tokenizer(config: Config) -> bool:
+    """Whether the model's folder has what makes token ids of a prompt."""
+    folder = Path(config.model.path)
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def tokenizer(config: Config) -> str:
-    """The size of the tokenizer, its end-of-turn token and its chat template, if its files are on this machine."""
+    """The size of the tokenizer, its end-of-turn token and its chat template."""
     folder = Path(config.model.path)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        if has_model(config):
+    if not has_tokenizer(config):
+        if has_weights(folder):
             raise ConfigError(f"model.path={config.model.path!r}: no {' or '.join(TOKENIZER_FILES)}; copy them there")
-        return f"not looked at: {folder} is not on this machine"
+        raise NotChecked(f"{folder} has no tokenizer on this machine; run the preflight where it has one")
     from transformers import AutoTokenizer
 
     from rollout import chat_layout
@@ -140,14 +293,13 @@ def tokenizer(config: Config) -> str:
 
 
 def architecture(config: Config, configs: list[Any]) -> str:
-    """Appends transformers' configuration of the model, and that of its language model, to ``configs``."""
-    from megatron_ext.models import family
+    """Appends transformers' configuration of the model to ``configs``."""
     from recipes.preflight import simulated_ranks
 
     source = config_file(config.model.path)
     hf_config = model_config(config.model.path)
     published = published_config(config.model.path)
-    if has_model(config) and published is not None:
+    if source != published_file(config.model.path) and published is not None:
         expected = simulated_ranks.checkpoint_tensors(published)
         if simulated_ranks.checkpoint_tensors(hf_config) != expected:
             raise ConfigError(
@@ -155,109 +307,8 @@ def architecture(config: Config, configs: list[Any]) -> str:
                 f"{published_file(config.model.path).name} in conf/model/architectures: it is another model, give its "
                 "folder another name"
             )
-    text = family(hf_config.architectures[0]).text_config(hf_config)
-    configs += [hf_config, text]
-    return f"{hf_config.architectures[0]}, from {source.name}"
-
-
-def context_length(config: Config, text: Any) -> str:
-    """The longest sequence against the positions that the model knows."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > text.max_position_embeddings:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}: the model knows "
-            f"{text.max_position_embeddings} positions; lower one of them"
-        )
-    return f"{longest} of the model's {text.max_position_embeddings} positions"
-
-
-def attention_heads(config: Config, text: Any) -> str:
-    """How many attention heads the tensor-parallel size adds as padding."""
-    from megatron_ext.weight_map import sharding_of
-
-    tensor = config.parallel.tensor
-    sharding = sharding_of(text, tensor, 0)
-    if sharding.padded_heads > MAX_PADDING * sharding.heads:
-        fitting = [n for n in range(1, tensor) if sharding.groups % n == 0 and tensor % n == 0]
-        raise ConfigError(
-            f"parallel.tensor={tensor} does not divide {sharding.groups} KV heads: attention would be zero-padded from "
-            f"{sharding.heads} to {sharding.padded_heads} query heads; use parallel.tensor={fitting[-1]}, and more "
-            "parallel.pipeline or parallel.context for what is left"
-        )
-    if sharding.padded_heads > sharding.heads:
-        return (
-            f"zero-padded from {sharding.heads} to {sharding.padded_heads} query heads: parallel.tensor={tensor} does "
-            f"not divide {sharding.groups} KV heads"
-        )
-    return f"{sharding.heads} query and {sharding.groups} KV heads over parallel.tensor={tensor}"
-
-
-def precision(config: Config, settings: Settings) -> str:
-    """Whether the device multiplies in the precision."""
-    if config.precision.name == "fp8" and not settings.fp8:
-        raise ConfigError(f"precision.name='fp8': {settings.device} has no FP8; use precision=bf16")
-    return f"{config.precision.name} on {settings.device}"
-
-
-def batch(config: Config, report: Report) -> str:
-    """The micro-batches of a step whose sequences all have the full length, which is their largest number.
-
-    Raises ConfigError if there are fewer than pipeline stages.
-    """
-    from megatron_ext.packing import plan
-    from megatron_ext.weight_map import round_up
-
-    cut = config.parallel
-    ranks = cut.data_parallel(config.cluster.ranks)
-    samples = samples_per_step(config)
-    longest = round_up(config.data.max_prompt_tokens + config.rollout.max_response_tokens, cut.token_multiple)
-    planned = plan([longest] * samples, ranks, config.parallel.micro_batch_tokens, cut.micro_batch_multiple)
-    counts = {len(micro_batches) for micro_batches in planned}
-    (count,) = counts
-    idle = (cut.pipeline - 1) / (cut.virtual_pipeline * count + cut.pipeline - 1)
-    report.batch = {
-        "prompts": config.algorithm.prompts_per_step,
-        "samples": samples,
-        "data_parallel_ranks": ranks,
-        "samples_per_rank": samples // ranks,
-        "micro_batches_per_rank": count,
-        "micro_batch_tokens": config.parallel.micro_batch_tokens,
-        "pipeline_idle_fraction": round(idle, 4),
-    }
-    if cut.pipeline > 1 and count < cut.pipeline:
-        raise ConfigError(
-            f"{count} micro-batches on each data-parallel rank for parallel.pipeline={cut.pipeline} stages, which "
-            "would wait for each other: use fewer stages, more prompts a step or fewer parallel.micro_batch_tokens"
-        )
-    return f"{samples} samples; {ranks} data-parallel ranks with {samples // ranks}, in at most {count} micro-batches"
-
-
-def rollout(config: Config, text: Any) -> str:
-    """Whether the engines' tensor-parallel size and KV cache fit the model and the longest sequence."""
-    if not generates(config):
-        return "no engine is started"
-    from recipes.preflight import memory as sizes
-
-    c = config.rollout
-    if text.num_attention_heads % c.tensor:
-        raise ConfigError(
-            f"rollout.tensor={c.tensor} does not divide the model's {text.num_attention_heads} attention heads: vLLM "
-            "needs that; use a divisor"
-        )
-    engines_of_a_node(config, config.cluster.nodes)
-    longest = config.data.max_prompt_tokens + c.max_response_tokens
-    size = 4 if config.precision.name == "fp32" else 2
-    tokens = int(c.kv_cache_gib * 2**30 / sizes.kv_bytes_per_token(text, c.tensor, size))
-    if tokens < longest:
-        need = longest * sizes.kv_bytes_per_token(text, c.tensor, size) / 2**30
-        raise ConfigError(
-            f"rollout.kv_cache_gib={c.kv_cache_gib} holds {tokens} tokens, one sequence has {longest}: use at least "
-            f"{need:.2f}, or a larger rollout.tensor"
-        )
-    return (
-        f"{c.engines} engines of {c.tensor}; the KV cache of each holds {tokens} tokens: {tokens // longest} sequences "
-        f"of full length, rollout.max_num_seqs={c.max_num_seqs}"
-    )
+    configs.append(hf_config)
+    return f"{hf_config.architectures[0]}, from {source.parent.name}/{source.name}"
 
 
 def images(config: Config, hf_config: Any) -> str:
@@ -266,7 +317,7 @@ def images(config: Config, hf_config: Any) -> str:
         return "a text model"
     file = Path(config.model.path) / "preprocessor_config.json"
     if not file.is_file():
-        return f"not looked at: {file} is not on this machine"
+        raise NotChecked(f"{file} is not on this machine; run the preflight where it is")
     processor = json.loads(file.read_text())
     # InternVL3: tiles, and one more of the complete image.
     if hasattr(hf_config, "image_seq_length"):
@@ -287,8 +338,6 @@ def images(config: Config, hf_config: Any) -> str:
 
 def every_prompt(config: Config) -> str:
     """Processes each prompt as the run does: its length and its images, each of which is read and resized once."""
-    if not has_model(config):
-        return f"not looked at: {config.model.path} is not on this machine"
     from recipes.data.processor import PromptProcessor, check_rows
     from recipes.data.sft_examples import check_examples
 
@@ -306,141 +355,31 @@ def every_prompt(config: Config) -> str:
     return f"prompts are made: {', '.join(counts)}"
 
 
-def layout(config: Config, hf_config: Any, report: Report) -> str:
-    """Whether the parallel sizes divide layers, heads, feed-forward layers and vision tower, as for ``model.build``."""
-    from megatron_ext import model
-    from megatron_ext.models import family
-    from recipes.preflight import simulated_ranks
+def disk_space(config: Config, settings: Settings, report: Report) -> str:
+    """Whether the disk has room for the checkpoints that are kept, one that is being written, and what is exported.
 
-    cut = config.parallel
-    report.layout = asdict(cut) | {"data": cut.data_parallel(config.cluster.ranks)}
-    model.check(hf_config, cut)
-    # Joining the simulated world checks the sizes against each other and against its number of ranks.
-    with simulated_ranks.rank(0, config.cluster.ranks, cut):
-        family(hf_config.architectures[0]).param_mappings(hf_config, cut.tensor, 0)
-    sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} x data {report.layout['data']}"
-    return f"{config.cluster.ranks} ranks: {sizes}"
-
-
-def colocated_judges(config: Config, settings: Settings, judges: list[memory_plan.Judges]) -> str:
-    """Appends the memory of the reward servers on the trainer's GPUs to ``judges``."""
-    judges.append(memory_plan.judges(config, settings))
-    shown = ", ".join(f"{name} {fraction:g}" for name, fraction in judges[0].fractions.items())
-    return f"on the trainer's GPUs, of each: {shown}" if shown else "none is on the trainer's GPUs"
-
-
-def build(
-    config: Config,
-    hf_config: Any,
-    settings: Settings,
-    judges: list[memory_plan.Judges],
-    report: Report,
-    say: Callable[[str], None],
-) -> str:
-    """Builds the model of each distinct rank and adds up parameters, memory, and the Hugging Face tensors it holds.
-
-    ``judges`` is empty if their check failed; they are then not counted.
+    Sizes are upper bounds: frozen parameters count as trained ones, a critic as large as the policy.
     """
-    from megatron_ext import hf_checkpoint, scalar_head
-    from recipes.algorithms.registry import requirements
-    from recipes.preflight import simulated_ranks
-
-    cut = config.parallel
-    wanted = (config.precision, config.model.frozen)
-    say("transformers' model")
-    expected = simulated_ranks.checkpoint_tensors(hf_config)
-    if has_model(config) and any(Path(config.model.path).glob("*.safetensors")):
-        headers = hf_checkpoint.headers(config.model.path).values()
-        published = hf_checkpoint.published_name(config.model.path)
-        expected = {
-            published(n): tuple(e["shape"]) for header in headers for n, e in header.items() if n != "__metadata__"
-        }
-    total = sum(map(math.prod, expected.values()))
-    critic_config = None
-    if requirements(config.algorithm).values:
-        path = config.critic.path
-        critic_config = scalar_head.scalar_config(hf_checkpoint.config(path) if path else hf_config)
-    judges_memory = judges[0] if judges else memory_plan.Judges(0, 0, 0, {})
-    report.phases = memory_plan.on_device(config)
-    coverage = simulated_ranks.Coverage()
-    critic_coverage = simulated_ranks.Coverage()
-    layers: dict[int, list[int]] = {}
-    ranks = simulated_ranks.distinct_ranks(config.cluster.ranks, cut)
-    for n, number in enumerate(ranks):
-        say(f"rank {n + 1} of {len(ranks)}")
-        with simulated_ranks.rank(number, config.cluster.ranks, cut) as here:
-            try:
-                built = simulated_ranks.build(hf_config, here, *wanted)
-                critic = simulated_ranks.build(critic_config, here, *wanted) if critic_config else None
-            except AssertionError as error:
-                raise ConfigError(f"parallel: Megatron-Core refuses this layout: {error}") from error
-            fp8_alignment(config, built)
-            coverage.add(built)
-            if critic:
-                critic_coverage.add(critic)
-            place = {"pp": here.pipeline_rank, "tp": here.tensor_rank}
-            parameters = [p for chunk in built.chunks for p in chunk.module.parameters()]
-            report.parameters_per_rank.append({**place, "count": sum(p.numel() for p in parameters)})
-            memory = memory_plan.rank_memory(config, built, critic, settings, total, judges_memory)
-            report.memory_gib.append({**place, **memory.gib(report.phases)})
-            decoders = [getattr(chunk.module, "language", chunk.module).decoder for chunk in built.chunks]
-            layers[here.pipeline_rank] = [len(decoder.layers) for decoder in decoders]
-    report.parameters_total = total
-    report.hf_tensors = coverage.compare(expected, hf_config.tie_word_embeddings)
-    if critic_config:
-        report.critic_tensors = critic_coverage.compare(simulated_ranks.checkpoint_tensors(critic_config), tied=False)
-    report.engine_gib = memory_plan.engine_gib(config, hf_config, total)
-    report.host_gib = memory_plan.on_host(config, report.memory_gib, judges_memory)
-    shown = " | ".join(" + ".join(map(str, chunks)) for chunks in layers.values())
-    return f"{len(ranks)} distinct ones; layers on the pipeline's stages {shown}"
-
-
-def every_tensor(report: Report) -> str:
-    """Whether one replica holds every element of every Hugging Face tensor exactly once."""
-    assert report.hf_tensors is not None
-    for owner, comparison in (("", report.hf_tensors), ("the critic's ", report.critic_tensors or {})):
-        for problem in ("missing", "unexpected", "duplicated"):
-            names = comparison.get(problem)
-            if names:
-                raise ConfigError(
-                    f"{owner}{len(names)} tensors {problem}, the first is {names[0]!r}: the family's table in "
-                    "megatron_ext/models/ does not fit this model"
-                )
-    return f"{report.hf_tensors['covered']} tensors, {report.parameters_total:,} parameters, each exactly once"
-
-
-def fp8_alignment(config: Config, built: Any) -> None:
-    """Raises ConfigError if a side of one of the decoder's local matrices is no multiple of ``FP8_MULTIPLE``."""
-    if config.precision.name != "fp8":
-        return
-    for shard in built.shards:
-        sides = list(shard.tensor.shape)
-        if "decoder.layers." in shard.name and len(sides) == 2 and any(side % FP8_MULTIPLE for side in sides):
-            raise ConfigError(
-                f"parallel.tensor={config.parallel.tensor}: {shard.name} is {sides} on a rank, FP8 wants multiples of "
-                f"{FP8_MULTIPLE}; use a smaller one, or precision=bf16"
-            )
-
-
-def disk_space(config: Config, report: Report) -> str:
-    """Whether the disk has room for the checkpoints that are kept, one that is being written, and exported models."""
-    if report.parameters_total is None:
-        raise ConfigError("the number of parameters is not known: see the checks before")
-    from recipes.algorithms.registry import requirements
-
-    # A critic counts as large as the policy.
-    trained = 2 if requirements(config.algorithm).values else 1
-    kept = CHECKPOINT_BYTES * trained * (config.checkpoint.keep + 1)
-    need = report.parameters_total * (kept + 2 * len(config.stage.trains))
+    assert report.parameters_total is not None
+    trained = 2 if memory_plan.needed(config).values else 1
+    checkpoint = report.parameters_total * CHECKPOINT_BYTES * trained
+    checkpoints = checkpoint * (config.checkpoint.keep + 1)
+    exports = report.parameters_total * memory_plan.BF16 * len(config.stage.trains)
+    samples = 0
+    if "rl" in config.stage.trains:
+        samples = config.algorithm.steps * samples_per_step(config) * memory_plan.longest(config) * SAMPLE_BYTES
+    need = checkpoints + exports + samples
+    report.disk_bytes = need
     text = (
-        f"{need / 1e12:.2f} TB in run_dir={config.run_dir!r} for {config.checkpoint.keep} + 1 checkpoints and exports"
+        f"at most {size(need)} in run_dir={config.run_dir!r}: {size(checkpoint)} a checkpoint x (checkpoint.keep="
+        f"{config.checkpoint.keep} + 1 being written), {size(exports)} of exported models, {size(samples)} of samples"
     )
-    if not has_model(config):
-        return f"{text}; not looked at: {config.model.path} is not on this machine"
     folder = Path(config.run_dir).absolute()
     while not folder.exists():
         folder = folder.parent
+    if settings.files == ELSEWHERE:
+        raise NotChecked(f"{text}; {ELSEWHERE_TEXT}: df -h {config.run_dir}")
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise ConfigError(f"{text}: {free / 1e12:.2f} TB are free; use another run_dir or lower checkpoint.keep")
-    return f"{text}; {free / 1e12:.2f} TB are free"
+        raise ConfigError(f"{text}; {size(free)} are free: use another run_dir or lower checkpoint.keep")
+    return f"{text}; {size(free)} are free"

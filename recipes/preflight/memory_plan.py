@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import platform
-from recipes.config import Config, samples_per_step
+from recipes.config import Config, generates, samples_per_update
 from recipes.errors import ConfigError
 from recipes.preflight.architecture import published_config
 from recipes.preflight.report import Report, Settings
@@ -50,6 +50,8 @@ def on_device(config: Config) -> dict[str, list[str]]:
     idle_engine = [] if config.rollout.sleep else engine
     asleep = ["judges_asleep", "reserve"]
     trained = ["weights", "gradients", "optimizer", "critic", "activations", "logits", "workspace"]
+    if not generates(config):
+        return {"training": [*trained, "reserve"]}
     phases = {"generating": [*idle, *engine, *asleep]}
     if colocated:
         phases["judging"] = [*idle, *idle_engine, "judges", "reserve"]
@@ -65,13 +67,11 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
     An upper bound: all ranks of the node count as the largest.
     A reference policy is there in all phases, and the policy's weights while the reference replaces them.
     """
-    from recipes.algorithms.registry import requirements
-
     gpus = config.cluster.ranks // config.cluster.nodes
     weights, optimizer, critic = (max(r[name] for r in ranks) for name in ("weights", "optimizer", "critic_asleep"))
     # While the critic is trained the policy's optimiser is on the host, and the other way round.
     critic_or_optimizer = max(critic, optimizer) if critic else 0.0
-    has_reference = requirements(config.algorithm).reference
+    has_reference = needed(config).reference
     host: dict[str, dict[str, float]] = {}
     for phase in on_device(config):
         training = phase == "training"
@@ -148,36 +148,93 @@ def judge_weights(server: Server, most: int) -> int:
     return BF16 * sum(math.prod(shape) for shape in shapes)
 
 
-def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, parameters: int, judges: Judges) -> Any:
-    """``memory.Memory`` of the rank with the model ``built``, for the largest possible micro-batch.
+@dataclass(frozen=True)
+class TrainerSizes:
+    """Bytes that the trainer needs on one rank's GPU; the names are those of ``memory.Memory``.
 
-    It is full of sequences of the full length, or of images only. ``critic`` is the rank's critic or None,
-    ``parameters`` the number of the complete policy.
+    ``critic`` has its ``critic``, ``critic_idle`` and ``critic_asleep`` by ``critic.offload``.
     """
-    from megatron_ext.models import family
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    critic: dict[bool, tuple[int, int, int]]
+
+
+def needed(config: Config) -> Any:
+    """What the algorithm needs beside the policy (``recipes.algorithms.needs.Needs``); nothing where no RL is done."""
+    from recipes.algorithms.needs import Needs
+    from recipes.algorithms.registry import requirements
+
+    return requirements(config.algorithm) if "rl" in config.stage.trains else Needs()
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence."""
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def sequences_per_update(config: Config) -> int:
+    """Sequences of the largest optimiser step of the stage, all ranks together."""
+    sizes = {
+        "rl": samples_per_update(config),
+        "sft": config.stage.sft.rows_per_step,
+        "reward_model": 2 * config.stage.reward_model.pairs_per_step,
+    }
+    return max(sizes[name] for name in config.stage.trains)
+
+
+def micro_batches(config: Config) -> int:
+    """Micro-batches of an update on one rank at most, no more than the pipeline can have in flight."""
+    parallel = config.parallel
+    per_rank = sequences_per_update(config) // parallel.data_parallel(config.cluster.ranks)
+    return min(per_rank, (2 + parallel.virtual_pipeline) * parallel.pipeline)
+
+
+def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
+    """Of the rank with the model ``built`` and its ``critic`` or None, for the largest possible micro-batch.
+
+    It is full of sequences of the full length, or of images only.
+    """
     from megatron_ext.weight_map import round_up
     from recipes.preflight import memory as sizes
 
     c = config.parallel
     fused_kernels = platform.capabilities(config.cluster.platform).fused_kernels
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    length = longest(config)
     tokens = round_up(c.micro_batch_tokens // c.context, built.token_multiple)
-    shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // longest, longest, patches=4 * c.micro_batch_tokens)
-    per_rank = samples_per_step(config) // c.data_parallel(config.cluster.ranks)
-    text = family(built.hf_config.architectures[0]).text_config(built.hf_config)
-    colocated = settings.engines == "colocated"
-    critic_bytes, critic_idle, critic_asleep = sizes.critic_bytes(built, critic, config.critic.offload)
-    return sizes.Memory(
+    shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // length, length, patches=4 * c.micro_batch_tokens)
+    return TrainerSizes(
         weights=sizes.weights(built),
         gradients=sizes.gradients(built),
         optimizer=sizes.fullest_optimizer(built),
-        activations=sizes.activations(built, shape, per_rank, fused_kernels),
+        activations=sizes.activations(built, shape, micro_batches(config), fused_kernels),
         logits=sizes.logits(built, shape),
         workspace=sizes.workspace(built, shape),
-        kv_cache=int(config.rollout.kv_cache_gib * 2**30) if colocated else 0,
-        vllm=engine_bytes(config, text, parameters) if colocated else 0,
-        reserve=int(settings.reserve_gib * 2**30),
-        critic=critic_bytes,
+        critic={offload: sizes.critic_bytes(built, critic, offload) for offload in (False, True)},
+    )
+
+
+def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Settings, judges: Judges) -> Any:
+    """``memory.Memory`` of a rank. ``engine``: bytes of an engine's device without the KV cache."""
+    from recipes.preflight import memory as sizes
+
+    colocated = settings.engines == rewards.COLOCATED and generates(config)
+    critic, critic_idle, critic_asleep = trainer.critic[config.critic.offload]
+    return sizes.Memory(
+        weights=trainer.weights,
+        gradients=trainer.gradients,
+        optimizer=trainer.optimizer,
+        activations=trainer.activations,
+        logits=trainer.logits,
+        workspace=trainer.workspace,
+        kv_cache=int(config.rollout.kv_cache_gib * GIB) if colocated else 0,
+        vllm=engine if colocated else 0,
+        reserve=int(settings.reserve_gib * GIB),
+        critic=critic,
         critic_idle=critic_idle,
         critic_asleep=critic_asleep,
         judges=judges.awake,
@@ -185,47 +242,38 @@ def rank_memory(config: Config, built: Any, critic: Any, settings: Settings, par
     )
 
 
-def engine_bytes(config: Config, text: Any, parameters: int) -> int:
+def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
     """Weights and buffers of one engine's device, without the KV cache."""
+    from megatron_ext.models import family
     from recipes.preflight import memory as sizes
 
     c = config.rollout
+    text = family(hf_config.architectures[0]).text_config(hf_config)
     size = 4 if config.precision.name == "fp32" else 2
     fp8 = c.quantization is not None
     return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size, fp8)
 
 
-def engine_gib(config: Config, hf_config: Any, parameters: int) -> dict[str, float]:
-    """``vllm`` and ``kv_cache`` of one engine's device in GiB, without the trainer."""
-    from megatron_ext.models import family
-
-    text = family(hf_config.architectures[0]).text_config(hf_config)
-    vllm = engine_bytes(config, text, parameters) / 2**30
-    return {"vllm": round(vllm, 3), "kv_cache": config.rollout.kv_cache_gib}
-
-
-def device_memory(config: Config, settings: Settings, report: Report) -> str:
-    """Compare the largest rank of each phase with the device. Raises ConfigError naming the phase and remedies."""
+def device_memory(settings: Settings, report: Report) -> str:
+    """Compare the largest rank of each phase with the device. Raises ConfigError naming all phases that do not fit."""
     room = settings.device_memory_gib
-    assert report.engine_gib is not None
-    disaggregated = sum(report.engine_gib.values()) + settings.reserve_gib
-    fullest = max(report.memory_gib, key=lambda rank: rank["total"])
-    report.fits = fullest["total"] <= room and (settings.engines == "colocated" or disaggregated <= room)
-    # Training first: if it does not fit, engines are not the cause.
-    for phase in sorted(report.phases, key=lambda name: name != "training"):
+    too_large = []
+    for phase in report.phases:
         rank = max(report.memory_gib, key=lambda rank: rank[phase])
         if rank[phase] > room:
-            remedies = REMEDIES[phase](config, settings, rank)
-            raise ConfigError(
-                f"{NEEDS[phase]} {rank[phase]:.1f} GiB on {place(rank)}, {settings.device} has {room}: use "
-                + ", or ".join(remedies)
-            )
-    if not report.fits:
+            too_large.append(f"{phase} {rank[phase]:.1f} ({place(rank)})")
+    if too_large:
+        raise ConfigError(f"{settings.device} has {room} GiB, too few for {', '.join(too_large)}")
+    assert report.engine_gib is not None
+    apart = sum(report.engine_gib.values()) + settings.reserve_gib
+    if settings.engines != rewards.COLOCATED and apart > room:
         raise ConfigError(
-            f"an engine's device needs {disaggregated:.1f} GiB, {settings.device} has {room}: "
+            f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: "
             "lower rollout.kv_cache_gib or raise rollout.tensor"
         )
-    return f"at most {fullest['total']:.1f} of {room} GiB, on {place(fullest)}"
+    fullest = max(report.memory_gib, key=lambda rank: rank["total"])
+    phase = max(report.phases, key=lambda phase: fullest[phase])
+    return f"at most {fullest['total']:.1f} of {room} GiB, {phase}, on {place(fullest)}"
 
 
 def place(rank: dict[str, Any]) -> str:
@@ -233,66 +281,23 @@ def place(rank: dict[str, Any]) -> str:
     return f"stage {rank['pp']}, tensor rank {rank['tp']}"
 
 
-# Phase → the subject of its error message.
-NEEDS = {
-    "generating": "the engine beside the trainer needs",
-    "judging": "the judges beside the trainer need",
-    "training": "training needs",
-    "syncing": "a weight sync needs",
-}
+def host_memory(settings: Settings, report: Report) -> str:
+    """Compare what is offloaded to a node's host in each phase with its memory.
 
-
-def for_training(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
-    """Settings that make training fit, the first remedy first."""
-    from recipes.algorithms.registry import requirements
-
-    offload = requirements(config.algorithm).values and not config.critic.offload
-    awake = not config.rollout.sleep and rank["vllm"] > 0 and platform.capabilities(config.cluster.platform).can_sleep
-    return [
-        *(["rollout.sleep=true"] if awake else []),
-        *(["critic.offload=true"] if offload else []),
-        *(["parallel.recompute=full"] if config.parallel.recompute != "full" else []),
-        "fewer parallel.micro_batch_tokens",
-        "more parallel.context, parallel.tensor or parallel.pipeline",
-    ]
-
-
-def for_generating(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
-    """Settings that make the engine fit beside the trainer."""
-    least = config.rollout.kv_cache_gib - (rank["generating"] - settings.device_memory_gib)
-    return [
-        *(["critic.offload=true"] if rank["critic_idle"] else []),
-        *([] if config.optimizer.offload or config.rollout.staleness else ["optimizer.offload=true"]),
-        f"rollout.kv_cache_gib={int(least)}" if least >= 1 else "a larger rollout.tensor",
-        "more parallel.pipeline",
-        "preflight.engines=disaggregated",
-    ]
-
-
-def for_judging(config: Config, settings: Settings, rank: dict[str, Any]) -> list[str]:
-    """Settings that make the judges fit beside the trainer."""
-    shown = ", ".join(f"{server.name} {utilization(server):g}" for server in rewards.used(config.rewards))
-    return [
-        *(["critic.offload=true"] if rank["critic_idle"] else []),
-        *([] if config.optimizer.offload else ["optimizer.offload=true"]),
-        f"less {UTILIZATION} in rewards.servers.*.arguments (of a GPU: {shown})",
-        "rewards.placement=disaggregated",
-    ]
-
-
-REMEDIES = {"generating": for_generating, "judging": for_judging, "training": for_training, "syncing": for_generating}
-
-
-def host_memory(config: Config, settings: Settings, report: Report) -> str:
-    """Compare what is offloaded to a node's host in each phase with its memory. Raises ConfigError naming remedies."""
+    Raises ConfigError naming all phases that do not fit.
+    """
     room = settings.host_memory_gib
     sums = {phase: sum(sizes.values()) for phase, sizes in report.host_gib.items()}
+    shown = {
+        phase: f"{phase} {sums[phase]:.1f} ({' + '.join(f'{name} {size:.1f}' for name, size in sizes.items())})"
+        for phase, sizes in report.host_gib.items()
+    }
+    too_large = [shown[phase] for phase in shown if sums[phase] > room]
+    if too_large:
+        raise ConfigError(
+            f"a node's host has {room:g} GiB (preflight.host_memory_gib), too few for {', '.join(too_large)}"
+        )
     fullest = max(sums, key=lambda phase: sums[phase])
-    shown = " + ".join(f"{name} {size:.1f}" for name, size in report.host_gib[fullest].items()) or "nothing"
-    summary = f"{sums[fullest]:.1f} of {room:g} GiB of a node's host while {fullest}: {shown}"
-    if sums[fullest] > room:
-        offloads = [f"{n}.offload=false" for n in ("optimizer", "critic") if report.host_gib[fullest].get(n)]
-        judged = ["rewards.placement=disaggregated"] if report.host_gib[fullest].get("judges") else []
-        remedies = [*offloads, *judged, "more cluster.nodes", "a preflight.host_memory_gib that your nodes have"]
-        raise ConfigError(f"{summary}: use {', or '.join(remedies)}")
-    return f"at most {summary}"
+    if not sums[fullest]:
+        return "nothing sleeps on a node's host"
+    return f"GiB on a node's host with {room:g}: at most {shown[fullest]}"

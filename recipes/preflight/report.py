@@ -1,8 +1,29 @@
 """The preflight's settings and its report: the types that the checks fill in and the view prints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+HOLDS = "holds"
+FAILS = "fails"
+NOT_CHECKED = "not checked"
+STATES = (HOLDS, FAILS, NOT_CHECKED)
+
+# Settings.files
+HERE = "here"
+ELSEWHERE = "elsewhere"
+
+
+class NotChecked(Exception):
+    """Raised by a check that could not look; the message says what it could not see, and where or how to check it."""
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit, least in (("TB", 1e12), ("GB", 1e9)):
+        if count >= least:
+            return f"{count / least:.2f} {unit}"
+    return f"{count / 1e6:.0f} MB"
 
 
 @dataclass(frozen=True)
@@ -11,6 +32,8 @@ class Settings:
 
     Attributes:
         output: JSON file for the report, None for no file.
+        files: "here" if this machine has the folders of models and judges, "elsewhere" if another one has.
+        nodes: nodes in all, for the trainer and the judges, whose best use is searched; None for no search.
         device: name of the device, for messages.
         device_memory_gib: memory of one device.
         fp8: whether the device multiplies in FP8.
@@ -18,9 +41,12 @@ class Settings:
         engines: "colocated" with the trainer's ranks or "disaggregated", on devices of their own.
         host_memory_gib: memory of one node's host for offloaded tensors.
         asleep_gib: device memory that a sleeping judge's process still holds.
+        costs: the files of conf/scale and conf/simulate with the device's speed, None if there are none.
     """
 
     output: str | None
+    files: str
+    nodes: int | None
     device: str
     device_memory_gib: float
     fp8: bool
@@ -28,14 +54,34 @@ class Settings:
     engines: str
     host_memory_gib: float
     asleep_gib: float
+    costs: str | None
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check: ``detail`` says what was found, or what to change."""
+    """The result of one check.
+
+    Attributes:
+        name: of the check.
+        state: one of ``STATES``.
+        detail: what was found, what to change, or how to check it.
+    """
 
     name: str
-    ok: bool
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Overrides with which the same preflight was run and holds.
+
+    Attributes:
+        overrides: to be added to the command line.
+        detail: what the run is then.
+    """
+
+    overrides: tuple[str, ...]
     detail: str
 
 
@@ -45,6 +91,7 @@ class Report:
 
     Attributes:
         recipe: name of the recipe.
+        stage: name of the stage.
         model: name of the model's folder.
         device: name of the device.
         device_memory_gib: memory of one device.
@@ -57,13 +104,16 @@ class Report:
         phases: phase of a step → the fields of ``memory.Memory`` that are on the device in it.
         host_gib: phase → name → offloaded tensors on one node's host.
         engine_gib: ``vllm`` and ``kv_cache`` of one engine's device.
-        fits: whether the largest rank and the engines fit the device.
         batch: counts of one step: prompts, samples, micro-batches.
         checks: results in the order of the checks.
+        proposals: title → overrides that hold, where something does not fit or ``Settings.nodes`` asks.
+        disk_bytes: what the run writes at most.
+        cost: lines about GPU hours, an estimate.
         seconds: duration of the preflight.
     """
 
     recipe: str
+    stage: str
     model: str
     device: str
     device_memory_gib: float
@@ -76,24 +126,50 @@ class Report:
     phases: dict[str, list[str]] = field(default_factory=dict)
     host_gib: dict[str, dict[str, float]] = field(default_factory=dict)
     engine_gib: dict[str, float] | None = None
-    fits: bool = False
     batch: dict[str, Any] | None = None
     checks: list[Check] = field(default_factory=list)
+    proposals: dict[str, list[Proposal]] = field(default_factory=dict)
+    disk_bytes: int = 0
+    cost: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def in_state(self, state: str) -> list[str]:
+        """The names of the checks in a state."""
+        return [check.name for check in self.checks if check.state == state]
 
     @property
     def ok(self) -> bool:
-        """Whether every check so far holds."""
-        return all(check.ok for check in self.checks)
+        """Whether no check fails. Some may not have been made."""
+        return not self.in_state(FAILS)
 
-    def check(self, name: str, work: Callable[[], str]) -> bool:
+    @property
+    def verdict(self) -> str:
+        """How many checks are in each state."""
+        hold, fail, unknown = (len(self.in_state(state)) for state in STATES)
+        return f"{hold} hold, {fail} fail, {unknown} not checked"
+
+    def check(self, name: str, work: Callable[[], str], needs: Sequence[str] = ()) -> bool:
         """Run one check and record its result; returns whether it holds.
 
-        ``work`` returns what it found, or raises ValueError or OSError with what to change.
+        Args:
+            name: of the check.
+            work: returns what it found; raises ValueError or OSError with what to change, or NotChecked.
+            needs: earlier checks without which this one can't be made; it is not if one of them does not hold.
         """
+        lacking = [need for need in needs if need not in self.in_state(HOLDS)]
+        if lacking:
+            self.checks.append(Check(name, NOT_CHECKED, f"can be checked when {' and '.join(lacking)} holds"))
+            return False
         try:
-            result = Check(name, True, work())
+            result = Check(name, HOLDS, work())
+        except NotChecked as reason:
+            result = Check(name, NOT_CHECKED, str(reason))
         except (ValueError, OSError) as error:
-            result = Check(name, False, str(error))
+            result = Check(name, FAILS, str(error))
         self.checks.append(result)
-        return result.ok
+        return result.state == HOLDS
+
+    def skip(self, names: Sequence[str], need: str) -> None:
+        """Record checks that can't be made because the earlier check ``need`` does not hold."""
+        for name in names:
+            self.check(name, lambda: "", [need])

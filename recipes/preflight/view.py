@@ -1,8 +1,9 @@
 """The preflight in a terminal: a progress line, then each rank's memory by phase, and the checks."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from rich import box
@@ -10,8 +11,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from recipes.preflight.report import Report
+from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Proposal, Report, size
 
+STYLES = {HOLDS: "green", FAILS: "bold red", NOT_CHECKED: "yellow"}
 # Cells of a bar; the last one is the device's last GiB.
 WIDTH = 40
 # Field of memory.Memory → its letter and colour. A phase shows the critic either trained or idle.
@@ -36,25 +38,66 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(f"preflight: {text}")
 
 
-def show(report: Report) -> None:
-    """Print the complete report."""
+def show(reports: Sequence[Report]) -> None:
+    """Print the complete report, or for a ladder the checks of each stage."""
     out = console()
-    total = f", {report.parameters_total:,} parameters" if report.parameters_total else ""
-    out.print(Text(f"{report.recipe}: {report.model}{total}", style="bold"))
-    if report.memory_gib:
-        out.print(memory_table(report))
-        out.print(phase_table(report))
+    for report in reports:
+        stage = f", stage {report.stage}" if len(reports) > 1 else ""
+        total = f", {report.parameters_total:,} parameters" if report.parameters_total else ""
+        out.print(Text(f"{report.recipe}{stage}: {report.model}{total}", style="bold"))
+        if report.memory_gib and len(reports) == 1:
+            out.print(memory_table(report))
+            out.print(phase_table(report))
+        out.print(check_table(report))
+        if report.cost:
+            out.print(Text("GPU hours, an estimate:", style="bold"))
+        for line in report.cost:
+            out.print(Text(f"    {line}"), soft_wrap=True)
+        for title, proposals in report.proposals.items():
+            show_proposals(out, title, proposals)
+        out.print(Text(f"{report.verdict}, in {report.seconds:.0f} s", style=STYLES[worst(report)]))
+        out.print()
+    if len(reports) > 1:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("stage")
+        table.add_column("checks")
+        for report in reports:
+            table.add_row(report.stage, Text(report.verdict, style=STYLES[worst(report)]))
+        out.print(table)
+        if all(report.disk_bytes for report in reports):
+            disk_bytes = sum(report.disk_bytes for report in reports)
+            out.print(Text(f"On disk the stages take at most {size(disk_bytes)} together, if each keeps its checkpoints"))
+
+
+def worst(report: Report) -> str:
+    """The state that the whole report is in."""
+    return next((state for state in (FAILS, NOT_CHECKED) if report.in_state(state)), HOLDS)
+
+
+def check_table(report: Report) -> Table:
+    """One row for each check; those that wait for the same earlier check share one."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("")
-    table.add_column("check")
-    table.add_column("found, or to change", overflow="fold")
-    for check in report.checks:
-        mark = Text("ok", style="green") if check.ok else Text("FAIL", style="bold red")
-        table.add_row(mark, check.name, check.detail)
-    out.print(table)
-    failed = sum(not check.ok for check in report.checks)
-    verdict = "every check holds" if report.ok else f"{failed} of {len(report.checks)} checks fail"
-    out.print(Text(f"{verdict}, in {report.seconds:.0f} s", style="bold green" if report.ok else "bold red"))
+    table.add_column("", no_wrap=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("what was found, what to change, or how to check it", overflow="fold")
+    for (state, detail), checks in groupby(report.checks, key=lambda check: (check.state, check.detail)):
+        names = [check.name for check in checks]
+        if len(names) > 1:
+            detail = f"{', '.join(names)}: {detail}"
+        shown = names[0] if len(names) == 1 else f"{len(names)} checks"
+        table.add_row(Text(state, style=STYLES[state]), shown, detail)
+    return table
+
+
+def show_proposals(out: Console, title: str, proposals: Sequence[Proposal]) -> None:
+    """Print overrides that hold, to be copied, and below each what the run is with them."""
+    if not proposals:
+        out.print(Text(f"{title}: nothing that was tried", style="bold"))
+        return
+    out.print(Text(f"{title} (each was checked and holds):", style="bold"))
+    for proposal in proposals:
+        out.print(Text(f"    {' '.join(proposal.overrides)}"), soft_wrap=True)
+        out.print(Text(f"        {proposal.detail}", style="bright_black"))
 
 
 def memory_table(report: Report) -> Group:

@@ -1,4 +1,4 @@
-"""``benchmarks.scale_model`` against closed forms, brute force and published counts, and all estimates of a recipe."""
+"""``recipes.preflight.scale_model`` against closed forms, brute force and published counts; a recipe's estimates."""
 
 import json
 import math
@@ -10,7 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from benchmarks import scale_simulation
-from benchmarks.scale_model import (
+from recipes.errors import ConfigError
+from recipes.preflight.scale_model import (
     Engine,
     Group,
     Job,
@@ -31,7 +32,6 @@ from benchmarks.scale_model import (
     trainer_seconds,
     training_seconds,
 )
-from recipes.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = Engine(

@@ -2,16 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from recipes.config import parse
-from recipes.preflight.checks import reward_servers
+from recipes.config import Config, parse
+from recipes.preflight import checks, cost, stages
+from recipes.preflight.architecture import published_file
+from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Report, Settings
+from rewards import registry
 from tests import warm
 from tests.recipes import tiny
 from tests.rewards import fake_server
@@ -35,8 +42,8 @@ IMPOSSIBLE = {
     "heads": (("parallel.tensor=16", *SMALLER), "attention_heads", ["does not divide 8 KV heads", "parallel.tensor=8"]),
     "layers": (("parallel.pipeline=3", "cluster.ranks=48"), "layout", ["parallel.pipeline=3", "80 layers"]),
     "world": (("cluster.ranks=60",), "configuration", ["cluster.ranks=60", "multiple of 64"]),
-    "memory": (("parallel.context=1", "parallel.pipeline=1"), "memory", ["training needs", "parallel.recompute=full"]),
-    "engine": (("rollout.kv_cache_gib=60",), "memory", ["beside the trainer", "rollout.kv_cache_gib="]),
+    "memory": (("parallel.context=1", "parallel.pipeline=1"), "memory", ["79.1 GiB", "training", "stage 0"]),
+    "engine": (("rollout.kv_cache_gib=60",), "memory", ["79.1 GiB", "generating"]),
     "cache": (("rollout.kv_cache_gib=0.5", *WHOLE), "rollout", ["rollout.kv_cache_gib=0.5", "one sequence has 16384"]),
     "engine heads": (("rollout.tensor=3", *WHOLE), "rollout", ["rollout.tensor=3", "64 attention heads"]),
     "devices": (("rollout.engines=16", *WHOLE), "rollout", ["rollout.engines=16", "do not fit on a node's 8"]),
@@ -86,19 +93,35 @@ ALL = """
 import json, sys
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from recipes.preflight import checks
+from recipes.preflight import checks, stages
 from recipes.preflight.__main__ import command_line
 from recipes.preflight.report import Settings
 from dataclasses import asdict
 
-folder, wanted, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+folder, wanted, output, unsearched = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 found = {}
+propose, propose_layouts = checks.alternatives.propose, checks.alternatives.propose_layouts
+
+def examine(overrides):
+    raw = compose("config", command_line(overrides))
+    settings = Settings(**OmegaConf.to_container(raw.preflight))
+    run = OmegaConf.masked_copy(raw, [key for key in raw if key != "preflight"])
+    of_the_run = [override for override in overrides if not stages.OWN.match(override)]
+    return asdict(checks.examine(run, settings, lambda text: None, stages.base_model(run, of_the_run)))
+
 with initialize_config_dir(folder, version_base="1.3"):
     for name, overrides in wanted.items():
-        raw = compose("config", command_line(overrides))
-        settings = Settings(**OmegaConf.to_container(raw.preflight))
-        run = OmegaConf.masked_copy(raw, [key for key in raw if key != "preflight"])
-        found[name] = asdict(checks.examine(run, settings, lambda text: None))
+        searched = name not in unsearched
+        checks.alternatives.propose = propose if searched else lambda *arguments: None
+        checks.alternatives.propose_layouts = propose_layouts if searched else lambda *arguments: None
+        found[name] = report = examine(["preflight.files=elsewhere", *overrides])
+        # What a report proposes is checked anew, as a user would, without what asked for the proposal.
+        for proposals in report["proposals"].values():
+            for proposal in proposals:
+                fields = {override.partition("=")[0] for override in proposal["overrides"]} | {"preflight.nodes"}
+                kept = [override for override in overrides if override.partition("=")[0] not in fields]
+                again = examine(["preflight.files=elsewhere", *kept, *proposal["overrides"]])
+                found[" ".join([name, *proposal["overrides"]])] = again
 json.dump(found, open(output, "w"))
 """
 Reports = dict[str, dict[str, Any]]
@@ -117,11 +140,20 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted["colocated"] = [*COLOCATED, "optimizer.offload=true"]
     wanted["judge's weights"] = [*COLOCATED, *NARROW]
     wanted["crowded"] = [*COLOCATED, "rewards.servers.value.arguments=[]", "preflight.host_memory_gib=300"]
+    wanted["two phases"] = ["recipe=safework_7b", "algorithm=ppo", "rollout.sleep=false"]
+    wanted["no room"] = ["recipe=safework_7b", "preflight.device_memory_gib=6"]
+    wanted["three nodes"] = ["recipe=safework_7b", "parallel.tensor=4", "parallel.pipeline=4", "cluster.nodes=3"]
+    wanted["five nodes in all"] = ["recipe=safework_7b", "preflight.nodes=5"]
+    wanted["qwen3"] = ["recipe=safework_7b", "model=qwen3_8b"]
+    wanted["smollm2"] = ["recipe=demo", "model.path=nowhere/SmolLM2-135M-Instruct"]
+    wanted["later stage"] = ["recipe=safework_7b", "stage=rl_search"]
     wanted |= {name: ["recipe=safework_70b", *overrides] for name, (overrides, _, _) in IMPOSSIBLE.items()}
+    # A search over layouts of 70B takes minutes.
+    unsearched = ["judge's weights", *(name for name in IMPOSSIBLE if name != "engine")]
     file = tmp_path_factory.mktemp("preflight") / "reports.json"
     with warm.processes():
         done = subprocess.run(
-            [sys.executable, "-c", ALL, str(ROOT / "conf"), json.dumps(wanted), str(file)],
+            [sys.executable, "-c", ALL, str(ROOT / "conf"), json.dumps(wanted), str(file), json.dumps(unsearched)],
             cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -129,7 +161,19 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 
 
 def failed(report: dict[str, Any]) -> dict[str, str]:
-    return {check["name"]: check["detail"] for check in report["checks"] if not check["ok"]}
+    return {check["name"]: check["detail"] for check in report["checks"] if check["state"] == FAILS}
+
+
+def not_checked(report: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["detail"] for check in report["checks"] if check["state"] == NOT_CHECKED}
+
+
+def proposed(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Title → the overrides of each proposal."""
+    return {
+        title: [" ".join(proposal["overrides"]) for proposal in proposals]
+        for title, proposals in report["proposals"].items()
+    }
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -153,7 +197,6 @@ def test_every_rank_of_a_replica_is_there_and_fits(size: str, reports: Reports) 
     # Norms, and with them the vision towers' replicated parts, are on every tensor-parallel rank.
     held = sum(rank["count"] for rank in report["parameters_per_rank"])
     assert report["parameters_total"] < held < 1.01 * report["parameters_total"]
-    assert report["fits"]
     assert all(rank["total"] <= report["device_memory_gib"] for rank in report["memory_gib"])
 
 
@@ -180,8 +223,8 @@ def test_memory_of_a_llama_stage_is_that_counted_by_hand(reports: Reports) -> No
 
 def test_batch_is_alike_on_every_rank(reports: Reports) -> None:
     batch = reports["7b"]["batch"]
-    assert (batch["prompts"], batch["samples"], batch["data_parallel_ranks"]) == (128, 1024, 16)
-    assert batch["samples_per_rank"] == batch["micro_batches_per_rank"] == 64  # of full length, each fills one
+    assert (batch["sequences_per_update"], batch["data_parallel_ranks"]) == (1024, 16)
+    assert batch["sequences_per_rank"] == batch["micro_batches_per_rank"] == 64  # of full length, each fills one
 
 
 def test_twice_the_devices_halve_the_optimizer_states(reports: Reports) -> None:
@@ -232,28 +275,101 @@ def test_each_phase_has_what_is_awake_in_it_and_the_rest_sleeps_on_the_host(repo
     assert "judging" not in reports["7b"]["phases"] and list(reports["7b"]["host_gib"]["generating"]) == ["reference"]
 
 
-def test_a_phase_that_does_not_fit_the_gpu_or_the_host_names_what_to_change(reports: Reports) -> None:
+def test_every_phase_that_does_not_fit_the_gpu_or_the_host_is_named(reports: Reports) -> None:
     wrong = failed(reports["crowded"])
     assert list(wrong) == ["memory", "host_memory"]
-    assert wrong["memory"].startswith("the judges beside the trainer need ")
-    for words in (
-        "optimizer.offload=true",
-        "--gpu-memory-utilization",
-        "value 0.92",
-        "rewards.placement=disaggregated",
-    ):
-        assert words in wrong["memory"]
-    for words in (
-        "300 GiB of a node's host while training",
-        "rewards.placement=disaggregated",
-        "judges",
-        "cluster.nodes",
-    ):
-        assert words in wrong["host_memory"]
-    detail = failed(reports["judge's weights"])["judges"]
+    assert "judging" in wrong["memory"] and "training" not in wrong["memory"]
+    assert "300 GiB" in wrong["host_memory"] and "training" in wrong["host_memory"] and "judges" in wrong["host_memory"]
+    for name in ("critic", "two phases", "engine awake", "engine", "memory", "crowded"):
+        report, named = reports[name], failed(reports[name])["memory"]
+        for phase in report["phases"]:
+            too_large = any(rank[phase] > report["device_memory_gib"] for rank in report["memory_gib"])
+            assert (f"{phase} " in named) == too_large, (name, phase)
+    # Not the first alone.
+    assert all(f"{phase} " in failed(reports["two phases"])["memory"] for phase in ("training", "generating"))
+    detail = failed(reports["judge's weights"])["colocated_judges"]
     assert "rewards.servers.knowledge: 34.2 GiB of weights" in detail and "0.28 lets it have 22.1" in detail
-    awake = failed(reports["engine awake"])
-    assert list(awake) == ["memory"] and "training needs" in awake["memory"] and "rollout.sleep=true" in awake["memory"]
+
+
+def test_what_is_proposed_holds_and_nothing_else_is_proposed(reports: Reports) -> None:
+    """Each proposal is a report of its own: the same preflight, with its overrides on the command line."""
+    assert "critic.offload=true" in proposed(reports["critic"])["It fits with"]
+    assert "rollout.sleep=true" in proposed(reports["engine awake"])["It fits with"]
+    assert "rollout.sleep=true critic.offload=true" in proposed(reports["two phases"])["It fits with"]
+    assert "optimizer.offload=true" in proposed(reports["engine"])["It fits with"]
+    (cache,) = (o for o in proposed(reports["engine"])["It fits with"] if o.startswith("rollout.kv_cache_gib="))
+    largest = max(rank["generating"] for rank in reports[f"engine {cache}"]["memory_gib"])
+    assert 78.1 < largest <= 79.1, "one GiB more of cache would not fit"
+    assert proposed(reports["7b"]) == {}
+    checked = 0
+    for name in [name for name in reports if reports[name]["proposals"]]:
+        for overrides in (one for several in proposed(reports[name]).values() for one in several):
+            assert failed(reports[f"{name} {overrides}"]) == {}, (name, overrides)
+            checked += 1
+    assert checked > 6
+
+
+def test_where_nothing_fits_the_preflight_says_so(reports: Reports) -> None:
+    found = proposed(reports["no room"])
+    assert len(found) == 2 and all(overrides == [] for overrides in found.values())
+
+
+def test_a_number_of_nodes_that_does_not_fit_is_answered_with_what_does(reports: Reports) -> None:
+    """A replica of 32 GPUs on 24: layouts for three nodes, and the nodes that this layout needs."""
+    report = reports["three nodes"]
+    assert list(failed(report)) == ["configuration"]
+    layouts, nodes = proposed(report).values()
+    assert len(layouts) == 3
+    for overrides in layouts:
+        layout = reports[f"three nodes {overrides}"]["layout"]
+        assert layout["tensor"] * layout["pipeline"] * layout["context"] * layout["data"] == 24
+    assert nodes == ["cluster.nodes=4"]
+    (title,) = proposed(reports["five nodes in all"])
+    assert title.startswith("Of 5 nodes, 3 for the judges")
+    assert proposed(reports["five nodes in all"])[title][0] == "cluster.nodes=2", "the recipe's own layout, on all"
+
+
+def test_models_that_ship_need_no_folder(reports: Reports) -> None:
+    for name, tensors, parameters in (("qwen3", 399, 8_190_735_360), ("smollm2", 272, 134_515_008)):
+        assert failed(reports[name]) == {}
+        assert reports[name]["parameters_total"] == parameters
+        assert reports[name]["hf_tensors"]["covered"] == reports[name]["hf_tensors"]["expected"] == tensors
+    for file in (ROOT / "conf" / "model").glob("*.yaml"):
+        if file.stem != "base":
+            assert published_file(OmegaConf.load(file).path).is_file()
+
+
+def test_a_stage_is_checked_before_the_stages_before_it_have_run(reports: Reports) -> None:
+    report = reports["later stage"]
+    assert failed(report) == {}
+    assert report["parameters_total"] == PUBLISHED["7b"][1]
+    detail = not_checked(report)["model"]
+    assert "runs/safework_7b/rl_efficient/hf is what stage rl_efficient will write" in detail
+    assert "models/Qwen2.5-VL-7B-Instruct stands in" in detail
+
+
+def test_a_ladder_is_checked_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is no policy: the stage after it continues from the one before it."""
+    monkeypatch.chdir(ROOT)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        arguments = ["recipe=ladder_demo", "+preflight=h100", "preflight.files=elsewhere", "seed=3"]
+        launches = stages.launches(compose("config", arguments), arguments)
+        composed = [compose("config", overrides) for overrides in launches]
+        bases = [stages.base_model(raw, overrides) for raw, overrides in zip(composed, launches, strict=True)]
+    assert [raw.stage.name for raw in composed] == [
+        "sft", "judge", "rl_general", "rl_safety", "rl_efficient", "rl_search",
+    ]  # fmt: skip
+    assert [raw.stage.after for raw in composed] == [None, None, "sft", "rl_general", "rl_safety", "rl_efficient"]
+    assert all("preflight" not in raw and raw.seed == 3 for raw in composed)
+    assert bases == [None, None, *["build/models/SmolLM2-135M-Instruct"] * 4]
+
+
+def test_what_could_not_be_looked_at_is_counted_and_says_how_to_check_it(reports: Reports) -> None:
+    missing = not_checked(reports["7b"])
+    judges = [f"judge {name}" for name in ("safety", "value", "knowledge")]
+    assert sorted(missing) == sorted([*judges, "model", "tokenizer", "images", "prompts", "disk_space"])
+    for name in (*judges, "model", "disk_space"):
+        assert "on another machine" in missing[name]
 
 
 def test_a_critic_is_counted(reports: Reports) -> None:
@@ -275,7 +391,7 @@ def test_a_critic_is_counted(reports: Reports) -> None:
     assert asleep["critic_asleep"] > policy["weights"] and "critic" not in reports["critic"]["host_gib"]["generating"]
     assert policy["critic"] == policy["critic_idle"] == 0
     assert failed(reports["sleeping critic"]) == {}
-    assert "critic.offload=true" in failed(reports["critic"])["memory"]  # no room for both and the engine
+    assert list(failed(reports["critic"])) == ["memory"]  # no room for both and the engine
     assert reports["critic"]["critic_tensors"] == reports["7b"]["hf_tensors"]  # score.weight for lm_head.weight
 
 
@@ -292,23 +408,101 @@ def test_one_wrong_thing_fails_one_check(reports: Reports) -> None:
         assert list(failed(reports[name])) == [IMPOSSIBLE[name][1]]
 
 
-def test_reward_servers_that_are_up_must_serve_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other two are not up, which is no failure: they start with the run."""
+def run(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[Config, Settings]:
+    """The typed configuration of a run and the preflight's settings."""
     monkeypatch.chdir(ROOT)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        raw = compose("config", ["+preflight=h100", *overrides])
+    settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
+    return parse(OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "preflight"])), settings
 
+
+def result(name: str, work: Callable[[], str]) -> tuple[str, str]:
+    """State and detail of one check."""
+    report = Report("", "", "", "", 0.0)
+    report.check(name, work)
+    return report.checks[0].state, report.checks[0].detail
+
+
+def test_a_judge_holds_fails_or_could_not_be_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def never(n: int, request: Any, body: Any) -> Any:
         raise AssertionError("nothing is to be judged")
 
-    def detail(address: str, model: str) -> str:
-        servers = ("rewards=safework", f"rewards.servers.safety.endpoints=[{address}]")
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            raw = compose("config", ["recipe=demo", *servers, f"rewards.servers.safety.model={model}"])
-        return reward_servers(parse(raw))
+    def of(*overrides: str) -> tuple[str, str]:
+        config, settings = run(monkeypatch, "recipe=demo", "rewards=safework", *overrides)
+        server = registry.servers_of(["safety"], config.rewards)["safety"]
+        return result("judge", lambda: checks.judge(config, settings, server))
 
+    field = "rewards.servers.safety"
     with FakeServer(never) as fake:
-        assert f"safety at {fake.address}" in detail(fake.address, fake_server.MODEL)
-        with pytest.raises(ValueError, match=r"rewards\.servers\.safety .*not 'another'"):
-            detail(fake.address, "another")
+        endpoint = f"{field}.endpoints=[{fake.address}]"
+        state, detail = of(endpoint, f"{field}.model={fake_server.MODEL}")
+        assert state == HOLDS and fake.address in detail
+        state, detail = of(endpoint, f"{field}.model=another")
+        assert state == FAILS and "not 'another'" in detail
+    state, detail = of(endpoint)
+    assert state == NOT_CHECKED and f"curl {fake.address}/v1/models" in detail
+    state, detail = of()
+    assert state == FAILS and "models/safework_safety_7b" in detail and f"{field}.endpoints" in detail
+    assert of("preflight.files=elsewhere")[0] == NOT_CHECKED
+    state, detail = of(f"{field}.model=somebody/a_judge")
+    assert state == NOT_CHECKED and "hf download somebody/a_judge" in detail
+    state, detail = of(f"{field}.model=runs/another/judge/hf", "run_dir=runs/rl_safety")
+    assert state == FAILS, "no stage of this ladder writes it"
+    state, detail = of(f"{field}.model=runs/rl_safety/../judge/hf", "run_dir=runs/rl_safety")
+    assert state == NOT_CHECKED and "stage judge will write" in detail
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "one.safetensors").write_bytes(b"0" * 2**20)
+    state, detail = of(f"{field}.model={tmp_path}")
+    assert state == HOLDS and "starts with the run" in detail
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    state, detail = of(f"{field}.model={tmp_path}")
+    assert state == FAILS and "two.safetensors" in detail and "complete the download" in detail
+
+
+def test_a_folder_with_a_configuration_alone_lacks_weights_and_a_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(published_file("Qwen3-8B").read_text())
+    for files, state in (("here", FAILS), ("elsewhere", NOT_CHECKED)):
+        config, settings = run(monkeypatch, "recipe=safework_7b", f"model.path={tmp_path}", f"preflight.files={files}")
+        assert result("model", lambda: checks.model(config, settings, str(tmp_path)))[0] == state  # noqa: B023
+        assert result("tokenizer", lambda: checks.tokenizer(config))[0] == NOT_CHECKED  # noqa: B023
+        assert checks.config_file(config.model.path) == tmp_path / "config.json"
+
+
+def test_disk_space_counts_checkpoints_exports_and_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A billion parameters: 14 GB a checkpoint, three of them, 2 GB of exports, 5 bytes a token of samples."""
+    config, settings = run(
+        monkeypatch, "recipe=safework_7b", f"run_dir={tmp_path}/run", "checkpoint.keep=2", "algorithm.steps=100"
+    )
+    report = Report("", "", "", "", 0.0, parameters_total=10**9)
+    samples = 100 * 1024 * 16384 * 5
+    need = 3 * 14 * 10**9 + 2 * 10**9 + samples
+    for free, expected in ((need, HOLDS), (need - 1, FAILS)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))  # noqa: B023
+        state, detail = result("disk", lambda: checks.disk_space(config, settings, report))
+        assert state == expected
+        for text in ("14.00 GB a checkpoint", "2.00 GB of exported", f"{samples / 1e9:.2f} GB of samples"):
+            assert text in detail, detail
+
+
+def test_gpu_hours_are_those_of_the_recorded_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, settings = run(monkeypatch, "recipe=safework_72b")
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "scale_simulation.json").read_text())
+    lines = cost.gpu_hours(config, settings)
+    for name, line in zip(("reasoning", "answers"), lines, strict=False):
+        (seconds,) = (
+            row["step"]
+            for row in recorded["rows"]
+            if (row["lengths"], row["gpus"], row["schedule"]) == (name, 64, "colocated")
+        )
+        hours = config.algorithm.steps * seconds * (64 + 24) / 3600  # three nodes of judges
+        assert line.startswith(name) and line.endswith(f"about {hours:,.0f} GPU hours"), line
+    assert "conf/scale/h100.yaml, not measured" in lines[-1]
+    demo, settings = run(monkeypatch, "recipe=demo")
+    assert cost.gpu_hours(demo, settings) == []
 
 
 def preflight(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -326,10 +520,10 @@ def test_a_run_that_is_all_there(tmp_path: Path) -> None:
     done = preflight(*tiny.overrides(tmp_path, tmp_path / "run"), f"preflight.output={file}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    assert "every check holds" in done.stdout
     report = json.loads(file.read_text())
     details = {check["name"]: check["detail"] for check in report["checks"]}
-    assert not [name for name, detail in details.items() if "not on this machine" in detail]
+    assert {check["state"] for check in report["checks"]} == {HOLDS}
+    assert f"{len(details)} hold, 0 fail, 0 not checked" in done.stdout
     assert "config.json" in details["architecture"]
     assert "zero-padded from 6 to 8" in details["attention_heads"]
     assert report["hf_tensors"]["covered"] == report["hf_tensors"]["expected"] == 2 + 2 * 9
@@ -340,4 +534,8 @@ def test_a_failing_run_writes_its_report_and_exits_with_one(tmp_path: Path) -> N
     done = preflight("recipe=safework_70b", "cluster.ranks=60", f"preflight.output={file}")
     assert done.returncode == 1
     assert "cluster.ranks=60" in done.stdout
-    assert json.loads(file.read_text())["parameters_total"] is None
+    report = json.loads(file.read_text())
+    assert report["parameters_total"] is None
+    unknown = len(report["checks"]) - 1
+    assert unknown == len(not_checked(report)) > 10
+    assert f"0 hold, 1 fail, {unknown} not checked" in done.stdout

@@ -1,7 +1,6 @@
 """Estimates the seconds of a training step on any number of GPUs: a roofline, operation counts and failure rates.
 
-This module is plain arithmetic: no model runs and no file is read. ``benchmarks.scale_simulation`` supplies the
-constants and the recipe.
+This module is plain arithmetic: no model runs and no file is read. ``cost`` supplies the constants and the recipe.
 """
 
 import heapq

@@ -1,0 +1,329 @@
+"""Settings, layouts and numbers of nodes with which a run fits. Each one that is proposed has passed ``fit.fit``."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations, islice
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_ext.platform import capabilities
+from recipes.config import Config, generates, parse
+from recipes.errors import ConfigError
+from recipes.preflight import memory_plan
+from recipes.preflight.fit import SHAPES, fit
+from recipes.preflight.report import FAILS, Proposal, Report, Settings
+from rewards import placement
+from rewards.settings import COLOCATED, DISAGGREGATED
+
+KV_CACHE = "rollout.kv_cache_gib"
+OFFLOAD = "optimizer.offload=true"
+RECOMPUTE = "parallel.recompute=full"
+# What a layout is tried with, in this order.
+WITH = ((), (OFFLOAD,), (RECOMPUTE,), (OFFLOAD, RECOMPUTE))
+MOST_SETTINGS = 3  # that are changed together
+MOST_PROPOSALS = 3  # under a title
+CONTEXT_SIZES = (1, 2, 4, 8)
+NODES_TRIED = 16  # on either side of a number of nodes
+Say = Callable[[str], None]
+
+
+class Search:
+    """Tries overrides of one run.
+
+    Attributes:
+        raw: the composed configuration of the run.
+        settings: the group ``preflight``.
+        hf_config: transformers' configuration of the run's model.
+        say: called with what is tried next.
+    """
+
+    def __init__(self, raw: DictConfig, settings: Settings, hf_config: Any, say: Say) -> None:
+        self.raw = raw
+        self.settings = settings
+        self.hf_config = hf_config
+        self.say = say
+
+    def config(self, overrides: Sequence[str]) -> Config | None:
+        """The configuration with the overrides, None if it is impossible."""
+        try:
+            changed = OmegaConf.merge(self.raw, OmegaConf.from_dotlist(list(overrides)))
+            assert isinstance(changed, DictConfig)
+            return parse(changed)
+        except ConfigError:
+            return None
+
+    def report(self, overrides: Sequence[str], corners: bool) -> Report | None:
+        """The checks of :func:`recipes.preflight.fit.fit` with the overrides, None if they are impossible."""
+        config = self.config(overrides)
+        if config is None:
+            return None
+        report = Report(
+            config.recipe.name, config.stage.name, "", self.settings.device, self.settings.device_memory_gib
+        )
+        fit(config, self.hf_config, self.settings, report, corners=corners)
+        return report
+
+    def proposal(self, overrides: Sequence[str]) -> Proposal | None:
+        """The overrides if every check holds with them, else None."""
+        self.say(f"does it fit with {' '.join(overrides)}")
+        report = None
+        # Two ranks first, which most of what does not fit fails with.
+        for corners in (True, False):
+            report = self.report(overrides, corners)
+            if report is None or not report.ok:
+                return None
+        assert report is not None and report.layout is not None
+        cut = report.layout
+        sizes = f"tensor {cut['tensor']} x pipeline {cut['pipeline']} x context {cut['context']} x data {cut['data']}"
+        fullest = max(rank["total"] for rank in report.memory_gib)
+        return Proposal(tuple(overrides), f"{sizes}, at most {fullest:.1f} GiB")
+
+
+def propose(raw: DictConfig, config: Config, hf_config: Any, settings: Settings, report: Report, say: Say) -> None:
+    """Where the run does not fit, add what does to the report; and what uses ``preflight.nodes`` best."""
+    search = Search(raw, settings, hf_config, say)
+    failed = set(report.in_state(FAILS)) & set(SHAPES)
+    if failed and failed <= {"memory", "host_memory"}:
+        report.proposals["It fits with"] = list(settings_that_fit(search, config, report))
+        if not report.proposals["It fits with"]:
+            report.proposals = layouts_that_fit(search, raw)
+    elif failed & {"attention_heads", "layout", "ranks", "batch"}:
+        report.proposals = layouts_that_fit(search, raw)
+    if settings.nodes is not None:
+        title, found = use_of_nodes(search, raw, config, settings.nodes)
+        report.proposals[title] = found
+
+
+def propose_layouts(raw: DictConfig, settings: Settings, report: Report, say: Say) -> None:
+    """Add layouts and numbers of nodes that fit to the report of a configuration that is impossible because of its
+    number of ranks; nothing if it is impossible for another reason."""
+    from recipes.preflight import simulated_ranks
+    from recipes.preflight.architecture import model_config
+
+    cut = raw.parallel
+    sizes = (raw.cluster.ranks, cut.tensor, cut.pipeline, cut.context)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return
+    replica = cut.tensor * cut.pipeline * cut.context
+    if raw.cluster.ranks % replica == 0 and not prompts_override(raw, raw.cluster.ranks // replica):
+        return
+    try:
+        hf_config = model_config(str(raw.model.path))
+    except (ValueError, OSError):
+        return
+    simulated_ranks.activate()
+    report.proposals = layouts_that_fit(Search(raw, settings, hf_config, say), raw)
+
+
+def settings_that_fit(search: Search, config: Config, report: Report) -> Iterator[Proposal]:
+    """The fewest settings that make every phase fit, all combinations of as many. Nothing if more than
+    ``MOST_SETTINGS`` would be needed."""
+    candidates = settings_to_try(config, search.settings, report)
+    for count in range(1, MOST_SETTINGS + 1):
+        found = []
+        for chosen in combinations(candidates, count):
+            overrides = with_kv_cache(search, config, chosen) if KV_CACHE in chosen else chosen
+            proposal = search.proposal(overrides) if overrides else None
+            if proposal is not None:
+                found.append(proposal)
+        if found:
+            yield from found[:MOST_PROPOSALS]
+            return
+
+
+def settings_to_try(config: Config, settings: Settings, report: Report) -> list[str]:
+    """Overrides that make a phase smaller which does not fit, the cheapest first."""
+    room = settings.device_memory_gib
+    phases = [phase for phase in report.phases if any(rank[phase] > room for rank in report.memory_gib)]
+    on_host = {
+        name for sizes in report.host_gib.values() if sum(sizes.values()) > settings.host_memory_gib for name in sizes
+    }
+    longest = round_up(memory_plan.longest(config), config.parallel.token_multiple)
+    can_sleep = capabilities(config.cluster.platform).can_sleep and generates(config)
+    has_critic = memory_plan.needed(config).values
+    outside_training = [phase for phase in phases if phase != "training"]
+    tried = {
+        "rollout.sleep=true": phases and can_sleep and not config.rollout.sleep,
+        "critic.offload=true": phases and has_critic and not config.critic.offload,
+        "critic.offload=false": "critic" in on_host and config.critic.offload,
+        OFFLOAD: outside_training and not config.optimizer.offload,
+        "optimizer.offload=false": "optimizer" in on_host and config.optimizer.offload,
+        KV_CACHE: "generating" in phases,
+        RECOMPUTE: "training" in phases and config.parallel.recompute != "full",
+        f"parallel.micro_batch_tokens={longest}": "training" in phases and longest < config.parallel.micro_batch_tokens,
+        f"rewards.placement={DISAGGREGATED}": (phases or "judges" in on_host) and config.rewards.placement == COLOCATED,
+    }
+    return [override for override, helps in tried.items() if helps]
+
+
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def with_kv_cache(search: Search, config: Config, chosen: Sequence[str]) -> list[str]:
+    """The settings with the largest KV cache, in whole GiB, that fits beside them; empty if none of 1 GiB does."""
+    others = [override for override in chosen if override != KV_CACHE]
+    report = search.report(others, corners=False)
+    if report is None or not report.memory_gib:
+        return []
+    fullest = max(rank["generating"] for rank in report.memory_gib)
+    cache = math.floor(config.rollout.kv_cache_gib - max(0.0, fullest - search.settings.device_memory_gib))
+    return [*others, f"{KV_CACHE}={cache}"] if 1 <= cache < config.rollout.kv_cache_gib else []
+
+
+def layouts_that_fit(search: Search, raw: DictConfig) -> dict[str, list[Proposal]]:
+    """Layouts for the run's ranks, the nearest first; and the nearest numbers of nodes for its layout."""
+    nodes, cut = raw.cluster.nodes, raw.parallel
+    has_gpus = capabilities(str(raw.cluster.platform)).has_gpus
+    machines = f"{nodes} nodes of {raw.cluster.ranks // nodes} GPUs" if has_gpus else f"{raw.cluster.ranks} ranks"
+    found = {
+        f"On {machines} it fits with": list(islice(nearest_layouts(search, raw, raw.cluster.ranks), MOST_PROPOSALS))
+    }
+    if has_gpus:
+        title = f"With tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} it fits with"
+        found[title] = [
+            proposal
+            for direction in (range(nodes - 1, 0, -1), range(nodes + 1, nodes + NODES_TRIED + 1))
+            if (proposal := first_of_nodes(search, raw, direction[:NODES_TRIED])) is not None
+        ]
+    return found
+
+
+def first_of_nodes(search: Search, raw: DictConfig, counts: Sequence[int]) -> Proposal | None:
+    """The first number of nodes on which the run's layout fits."""
+    cut = raw.parallel
+    per_node = raw.cluster.ranks // raw.cluster.nodes
+    replica = cut.tensor * cut.pipeline * cut.context
+    for count in counts:
+        if count * per_node % replica:
+            continue
+        prompts = prompts_override(raw, count * per_node // replica)
+        for more in extras(raw):
+            proposal = search.proposal([f"cluster.nodes={count}", *prompts, *more])
+            if proposal is not None:
+                return proposal
+    return None
+
+
+def extras(raw: DictConfig) -> Iterator[tuple[str, ...]]:
+    """``WITH`` without what the run has already."""
+    has = {OFFLOAD: bool(raw.optimizer.offload), RECOMPUTE: raw.parallel.recompute == "full"}
+    for overrides in WITH:
+        if not any(has[override] for override in overrides):
+            yield overrides
+
+
+def nearest_layouts(search: Search, raw: DictConfig, ranks: int, more: Sequence[str] = ()) -> Iterator[Proposal]:
+    """Proposals of layouts for ``ranks`` ranks, the nearest to the run's first; ``more`` is added to each.
+
+    A size that is doubled or halved is one step away. Where the data-parallel size does not divide the batch, the
+    number of prompts is changed, which counts as two steps.
+    """
+    cut = raw.parallel
+    per_node = raw.cluster.ranks // raw.cluster.nodes
+    tensors = [size for size in range(1, per_node + 1) if per_node % size == 0]
+    text = text_config(search.hf_config)
+    pipelines = [size for size in range(1, text.num_hidden_layers + 1) if text.num_hidden_layers % size == 0]
+    if cut.pipeline not in pipelines and (cut.first_stage_layers or cut.last_stage_layers):
+        pipelines.append(cut.pipeline)
+    found = []
+    for tensor in tensors:
+        for pipeline in pipelines:
+            for context in CONTEXT_SIZES:
+                replica = tensor * pipeline * context
+                if ranks % replica or too_large(search, raw, tensor * pipeline, ranks // (tensor * pipeline)):
+                    continue
+                prompts = prompts_override(raw, ranks // replica)
+                sizes = zip((tensor, pipeline, context), (cut.tensor, cut.pipeline, cut.context), strict=True)
+                distance = sum(abs(math.log2(new / old)) for new, old in sizes) + (2 if prompts else 0)
+                overrides = [*more, *layout_overrides(raw, tensor, pipeline, context), *prompts]
+                found.append((distance, overrides))
+    for _, overrides in sorted(found, key=lambda layout: layout[0]):
+        for with_settings in extras(raw):
+            proposal = search.proposal([*overrides, *with_settings])
+            if proposal is not None:
+                yield proposal
+                break
+
+
+def text_config(hf_config: Any) -> Any:
+    """The language model's part of the configuration."""
+    from megatron_ext.models import family
+
+    return family(hf_config.architectures[0]).text_config(hf_config)
+
+
+def too_large(search: Search, raw: DictConfig, cuts: int, sharing: int) -> bool:
+    """Whether the decoder's weights, gradients and optimiser states alone are more than a GPU has.
+
+    Args:
+        search: of the run.
+        raw: its configuration.
+        cuts: ranks that the weights are cut over.
+        sharing: ranks that share the optimiser's states of the same weights.
+    """
+    from recipes.preflight import memory
+
+    if any(str(name).startswith("decoder") for name in raw.model.frozen):
+        return False
+    text = text_config(search.hf_config)
+    weights = text.num_hidden_layers * memory.decoder_matrices(text) / cuts
+    states = weights * (memory_plan.BF16 + memory.FP32 + 3 * memory.FP32 / sharing)
+    return states / memory_plan.GIB > search.settings.device_memory_gib - search.settings.reserve_gib
+
+
+def layout_overrides(raw: DictConfig, tensor: int, pipeline: int, context: int) -> list[str]:
+    """What differs from the run's layout."""
+    cut = raw.parallel
+    new: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "sequence": tensor > 1}
+    if pipeline != cut.pipeline:
+        new |= {"virtual_pipeline": 1, "first_stage_layers": None, "last_stage_layers": None}
+    shown = {None: "null", True: "true", False: "false"}
+    return [
+        f"parallel.{name}={value if type(value) is int else shown[value]}"
+        for name, value in new.items()
+        if cut[name] != value
+    ]
+
+
+def prompts_override(raw: DictConfig, replicas: int) -> list[str]:
+    """The nearest ``algorithm.prompts_per_step`` whose samples ``replicas`` can share evenly, empty if the run's is."""
+    if "rl" not in raw.stage.trains:
+        return []
+    algorithm = raw.algorithm
+    prompts = algorithm.prompts_per_step
+    for distance in range(replicas * algorithm.updates_per_rollout + 1):
+        for count in (prompts - distance, prompts + distance):
+            samples = count * algorithm.samples_per_prompt
+            if count > 0 and samples % (algorithm.updates_per_rollout * replicas) == 0:
+                return [f"algorithm.prompts_per_step={count}"] if distance else []
+    return []
+
+
+def judge_nodes(config: Config) -> int:
+    """Nodes that the servers of disaggregated judges take, each node with as many GPUs as one of the trainer's."""
+    servers = placement.servers_to_start(config.rewards) if generates(config) else []
+    if not servers or config.rewards.placement == COLOCATED:
+        return 0
+    gpus = config.cluster.ranks // config.cluster.nodes
+    for count in range(1, len(servers) + 1):
+        try:
+            placement.place(servers, [str(host) for host in range(count)], gpus)
+        except ValueError:
+            continue
+        return count
+    raise ConfigError(f"rewards.servers: one of them needs more than a node's {gpus} GPUs; use fewer replicas")
+
+
+def use_of_nodes(search: Search, raw: DictConfig, config: Config, nodes: int) -> tuple[str, list[Proposal]]:
+    """A title, and layouts for as many of ``nodes`` as possible, those of the judges left out."""
+    judges = judge_nodes(config)
+    per_node = raw.cluster.ranks // raw.cluster.nodes
+    for count in range(nodes - judges, 0, -1):
+        more = [f"cluster.nodes={count}"]
+        found = list(islice(nearest_layouts(search, raw, count * per_node, more), MOST_PROPOSALS))
+        if found:
+            title = f"Of {nodes} nodes, {judges} for the judges, most are used with"
+            return title, found
+    return f"Of {nodes} nodes, {judges} for the judges, none is used by a layout that fits", []

@@ -1,0 +1,98 @@
+"""GPU hours of a stage of RL, from ``scale_model`` and the costs of conf/scale: an estimate."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_ext.platform import capabilities
+from recipes.config import Config
+from recipes.preflight import memory_plan, scale_model
+from recipes.preflight.alternatives import judge_nodes
+from recipes.preflight.architecture import config_file
+from recipes.preflight.report import Settings
+from recipes.preflight.scale_model import Job, Machine, ModelShape
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def job_of(config: Config) -> Job:
+    """The settings that the estimate depends on."""
+    # The reference's log-probs; and the policy's, before the first of several updates.
+    passes = 1 if config.algorithm.updates_per_rollout == 1 else 2
+    return Job(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        context=config.parallel.context,
+        micro_batch_tokens=config.parallel.micro_batch_tokens,
+        prompts=config.algorithm.prompts_per_step,
+        samples=config.algorithm.samples_per_prompt,
+        updates=config.algorithm.updates_per_rollout,
+        passes=passes,
+        engine_tensor=config.rollout.tensor,
+        slots=config.rollout.max_num_seqs,
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        prompt_limit=config.data.max_prompt_tokens,
+        response_limit=config.rollout.max_response_tokens,
+    )
+
+
+def machine_of(scale: DictConfig, links: DictConfig) -> Machine:
+    """The machine of the groups ``scale`` and ``simulate``."""
+    constants = {**scale.machine, **links}
+    return Machine(**{field.name: constants[field.name] for field in fields(Machine)})
+
+
+def model_shape(path: str) -> ModelShape:
+    """The shape of the model in the folder ``path``, or of the architecture that the project keeps for this name."""
+    return scale_model.model_shape(json.loads(config_file(path).read_text()))
+
+
+def gpu_hours(config: Config, settings: Settings) -> list[str]:
+    """Lines with the seconds of a step and the GPU hours of all, for each assumption about the lengths of responses."""
+    if "rl" not in config.stage.trains or not capabilities(config.cluster.platform).has_gpus:
+        return []
+    if settings.costs is None:
+        return [f"not made: conf/scale has no costs of {settings.device}"]
+    scale = OmegaConf.load(CONF / "scale" / f"{settings.costs}.yaml")
+    links = OmegaConf.load(CONF / "simulate" / f"{settings.costs}.yaml")
+    assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
+    gpus = config.cluster.ranks
+    judges = judge_nodes(config) * (gpus // config.cluster.nodes)
+    steps = config.algorithm.steps
+    used = f"{gpus} GPUs and {judges} for the judges" if judges else f"{gpus} GPUs"
+    lines = []
+    for name, lengths in scale.lengths.items():
+        try:
+            seconds = step_seconds(config, scale, machine_of(scale, links), lengths)
+        except ValueError as error:
+            lines.append(f"{name}: not estimated: {error}")
+            continue
+        hours = steps * seconds * (gpus + judges) / 3600
+        lines.append(
+            f"{name}, {lengths.response.mean:,} tokens a response: {steps} steps of {seconds:.0f} s on {used}: about "
+            f"{hours:,.0f} GPU hours"
+        )
+    left_out = ["the start, evaluations, checkpoints, failures"]
+    if memory_plan.needed(config).values:
+        left_out.append("the critic")
+    if "vision_config" in config_file(config.model.path).read_text():
+        left_out.append("the vision tower")
+    lines.append(
+        f"from the roofline and the lengths of conf/scale/{settings.costs}.yaml, not measured; left out: "
+        f"{', '.join(left_out)}"
+    )
+    return lines
+
+
+def step_seconds(config: Config, scale: DictConfig, machine: Machine, lengths: DictConfig) -> float:
+    """Seconds of a step with responses of these lengths. Raises ValueError if the run's limits exclude them."""
+    job = job_of(config)
+    model = model_shape(config.model.path)
+    plain: Any = OmegaConf.to_container(lengths)
+    batches = [scale_model.draw_batch(job, job.prompts, plain, scale.seed + i) for i in range(scale.draws)]
+    sync = scale_model.sync_seconds(job, model, machine, disaggregated=False)
+    gpus = config.cluster.ranks
+    return scale_model.estimate_step(job, model, machine, batches, "colocated", gpus, gpus, sync).seconds

@@ -1,0 +1,367 @@
+"""Whether a run fits: the model, the batch and the engines under a layout, and the memory of a GPU and of a host.
+
+Nothing here reads a weight or a row of data, so the same checks answer for other settings than those of the run
+(``alternatives``).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.config import Config, engines_of_a_node, generates
+from recipes.errors import ConfigError
+from recipes.preflight import memory_plan
+from recipes.preflight.report import Report, Settings
+
+# The checks of :func:`fit`.
+SHAPES = (
+    "context_length",
+    "attention_heads",
+    "precision",
+    "batch",
+    "rollout",
+    "colocated_judges",
+    "layout",
+    "ranks",
+    "weights",
+    "memory",
+    "host_memory",
+)
+# Transformer Engine needs both sides of a matrix to be multiples of it.
+FP8_MULTIPLE = 16
+# Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
+MAX_PADDING = 1.5
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What some of the distinct ranks of a replica hold, whatever else is on their GPUs.
+
+    Attributes:
+        parameters: of the complete model.
+        counts: ``pp``, ``tp`` and ``count`` of parameters of each rank.
+        sizes: for each rank, what the trainer needs on its GPU.
+        layers: pipeline stage → decoder layers of each of its chunks.
+        hf_tensors: comparison with the checkpoint's tensors.
+        critic_tensors: the same for a critic, None without one.
+    """
+
+    parameters: int
+    counts: list[dict[str, int]]
+    sizes: list[memory_plan.TrainerSizes]
+    layers: dict[int, list[int]]
+    hf_tensors: dict[str, Any]
+    critic_tensors: dict[str, Any] | None
+
+
+# What was built in this process, by :func:`key`: a search asks for the same layout with other settings.
+BUILT: dict[str, Ranks] = {}
+
+
+def fit(
+    config: Config,
+    hf_config: Any,
+    settings: Settings,
+    report: Report,
+    say: Callable[[str], None] = lambda text: None,
+    corners: bool = False,
+) -> None:
+    """Append these checks to the report.
+
+    Args:
+        config: of the run.
+        hf_config: transformers' configuration of its model.
+        settings: the group ``preflight``.
+        report: gets the checks and what they found.
+        say: called with the name of what is done next.
+        corners: build one rank of the first and of the last pipeline stage only, and none if a check fails without
+            them. What fails so fails with all ranks; the tensors are not compared with the checkpoint's.
+    """
+    from megatron_ext.models import family
+
+    text = family(hf_config.architectures[0]).text_config(hf_config)
+    judges: list[memory_plan.Judges] = []
+    report.check("context_length", lambda: context_length(config, text))
+    report.check("attention_heads", lambda: attention_heads(config, text))
+    report.check("precision", lambda: precision(config, settings))
+    report.check("batch", lambda: batch(config, report))
+    report.check("rollout", lambda: rollout(config, text))
+    report.check("colocated_judges", lambda: colocated_judges(config, settings, judges))
+    report.check("layout", lambda: layout(config, hf_config, report))
+    if corners and not report.ok:
+        return
+    report.check("ranks", lambda: ranks(config, hf_config, settings, judges, report, say, corners), ["layout"])
+    if not corners:
+        report.check("weights", lambda: every_tensor(report), ["ranks"])
+    report.check("memory", lambda: memory_plan.device_memory(settings, report), ["ranks"])
+    report.check("host_memory", lambda: memory_plan.host_memory(settings, report), ["ranks"])
+
+
+def context_length(config: Config, text: Any) -> str:
+    """The longest sequence against the positions that the model knows."""
+    longest = memory_plan.longest(config)
+    if longest > text.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}: the model knows "
+            f"{text.max_position_embeddings} positions; lower one of them"
+        )
+    return f"{longest} of the model's {text.max_position_embeddings} positions"
+
+
+def attention_heads(config: Config, text: Any) -> str:
+    """How many attention heads the tensor-parallel size adds as padding."""
+    from megatron_ext.weight_map import sharding_of
+
+    tensor = config.parallel.tensor
+    sharding = sharding_of(text, tensor, 0)
+    if sharding.padded_heads > MAX_PADDING * sharding.heads:
+        fitting = [n for n in range(1, tensor) if sharding.groups % n == 0 and tensor % n == 0]
+        raise ConfigError(
+            f"parallel.tensor={tensor} does not divide {sharding.groups} KV heads: attention would be zero-padded from "
+            f"{sharding.heads} to {sharding.padded_heads} query heads; use parallel.tensor={fitting[-1]}, and more "
+            "parallel.pipeline or parallel.context for what is left"
+        )
+    if sharding.padded_heads > sharding.heads:
+        return (
+            f"zero-padded from {sharding.heads} to {sharding.padded_heads} query heads: parallel.tensor={tensor} does "
+            f"not divide {sharding.groups} KV heads"
+        )
+    return f"{sharding.heads} query and {sharding.groups} KV heads over parallel.tensor={tensor}"
+
+
+def precision(config: Config, settings: Settings) -> str:
+    """Whether the device multiplies in the precision."""
+    if config.precision.name == "fp8" and not settings.fp8:
+        raise ConfigError(f"precision.name='fp8': {settings.device} has no FP8; use precision=bf16")
+    return f"{config.precision.name} on {settings.device}"
+
+
+def batch(config: Config, report: Report) -> str:
+    """The micro-batches of an update whose sequences all have the full length, which is their largest number.
+
+    Raises ConfigError if there are fewer than pipeline stages.
+    """
+    from megatron_ext.packing import plan
+    from megatron_ext.weight_map import round_up
+
+    cut = config.parallel
+    ranks = cut.data_parallel(config.cluster.ranks)
+    sequences = memory_plan.sequences_per_update(config)
+    longest = round_up(memory_plan.longest(config), cut.token_multiple)
+    planned = plan([longest] * sequences, ranks, config.parallel.micro_batch_tokens, cut.micro_batch_multiple)
+    counts = {len(micro_batches) for micro_batches in planned}
+    (count,) = counts
+    idle = (cut.pipeline - 1) / (cut.virtual_pipeline * count + cut.pipeline - 1)
+    report.batch = {
+        "sequences_per_update": sequences,
+        "data_parallel_ranks": ranks,
+        "sequences_per_rank": sequences // ranks,
+        "micro_batches_per_rank": count,
+        "micro_batch_tokens": config.parallel.micro_batch_tokens,
+        "pipeline_idle_fraction": round(idle, 4),
+    }
+    if cut.pipeline > 1 and count < cut.pipeline:
+        raise ConfigError(
+            f"{count} micro-batches on each data-parallel rank for parallel.pipeline={cut.pipeline} stages, which "
+            "would wait for each other: use fewer stages, more prompts a step or fewer parallel.micro_batch_tokens"
+        )
+    return (
+        f"{sequences} sequences an update; {ranks} data-parallel ranks with {sequences // ranks}, in at most {count} "
+        "micro-batches"
+    )
+
+
+def rollout(config: Config, text: Any) -> str:
+    """Whether the engines' tensor-parallel size and KV cache fit the model and the longest sequence."""
+    if not generates(config):
+        return "no engine is started"
+    from recipes.preflight import memory as sizes
+
+    c = config.rollout
+    if text.num_attention_heads % c.tensor:
+        raise ConfigError(
+            f"rollout.tensor={c.tensor} does not divide the model's {text.num_attention_heads} attention heads: vLLM "
+            "needs that; use a divisor"
+        )
+    engines_of_a_node(config, config.cluster.nodes)
+    longest = memory_plan.longest(config)
+    size = 4 if config.precision.name == "fp32" else 2
+    tokens = int(c.kv_cache_gib * 2**30 / sizes.kv_bytes_per_token(text, c.tensor, size))
+    if tokens < longest:
+        need = longest * sizes.kv_bytes_per_token(text, c.tensor, size) / 2**30
+        raise ConfigError(
+            f"rollout.kv_cache_gib={c.kv_cache_gib} holds {tokens} tokens, one sequence has {longest}: use at least "
+            f"{need:.2f}, or a larger rollout.tensor"
+        )
+    return (
+        f"{c.engines} engines of {c.tensor}; the KV cache of each holds {tokens} tokens: {tokens // longest} sequences "
+        f"of full length, rollout.max_num_seqs={c.max_num_seqs}"
+    )
+
+
+def colocated_judges(config: Config, settings: Settings, judges: list[memory_plan.Judges]) -> str:
+    """Appends the memory of the reward servers on the trainer's GPUs to ``judges``."""
+    judges.append(memory_plan.judges(config, settings))
+    shown = ", ".join(f"{name} {fraction:g}" for name, fraction in judges[0].fractions.items())
+    return f"on the trainer's GPUs, of each: {shown}" if shown else "none is on the trainer's GPUs"
+
+
+def layout(config: Config, hf_config: Any, report: Report) -> str:
+    """Whether the parallel sizes divide layers, heads, feed-forward layers and vision tower, as for ``model.build``."""
+    from megatron_ext import model
+    from megatron_ext.models import family
+    from recipes.preflight import simulated_ranks
+
+    cut = config.parallel
+    report.layout = asdict(cut) | {"data": cut.data_parallel(config.cluster.ranks)}
+    model.check(hf_config, cut)
+    # Joining the simulated world checks the sizes against each other and against its number of ranks.
+    with simulated_ranks.rank(0, config.cluster.ranks, cut):
+        family(hf_config.architectures[0]).param_mappings(hf_config, cut.tensor, 0)
+    sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} x data {report.layout['data']}"
+    return f"{config.cluster.ranks} ranks: {sizes}"
+
+
+def ranks(
+    config: Config,
+    hf_config: Any,
+    settings: Settings,
+    judges: Sequence[memory_plan.Judges],
+    report: Report,
+    say: Callable[[str], None],
+    corners: bool,
+) -> str:
+    """Adds up parameters, memory, and the Hugging Face tensors of the distinct ranks of a replica.
+
+    ``judges`` is empty if their check failed; they are then not counted.
+    """
+    judges_memory = judges[0] if judges else memory_plan.Judges(0, 0, 0, {})
+    name = key(config, corners)
+    if name not in BUILT:
+        BUILT[name] = build(config, hf_config, say, corners)
+    built = BUILT[name]
+    report.phases = memory_plan.on_device(config)
+    report.parameters_total = built.parameters
+    report.parameters_per_rank = built.counts
+    report.hf_tensors = built.hf_tensors
+    report.critic_tensors = built.critic_tensors
+    engine = memory_plan.engine_bytes(config, hf_config, built.parameters)
+    for place, sizes in zip(built.counts, built.sizes, strict=True):
+        memory = memory_plan.rank_memory(config, sizes, engine, settings, judges_memory)
+        report.memory_gib.append({"pp": place["pp"], "tp": place["tp"], **memory.gib(report.phases)})
+    report.engine_gib = {"vllm": round(engine / memory_plan.GIB, 3), "kv_cache": config.rollout.kv_cache_gib}
+    report.host_gib = memory_plan.on_host(config, report.memory_gib, judges_memory)
+    shown = " | ".join(" + ".join(map(str, chunks)) for chunks in built.layers.values())
+    return f"{len(built.counts)} distinct ones; layers on the pipeline's stages {shown}"
+
+
+def key(config: Config, corners: bool) -> str:
+    """What :func:`build` depends on."""
+    needed = memory_plan.needed(config)
+    return repr(
+        (
+            config.model,
+            config.critic.path,
+            needed.values,
+            config.parallel,
+            config.precision,
+            config.cluster.ranks,
+            config.cluster.platform,
+            memory_plan.longest(config),
+            memory_plan.micro_batches(config),
+            corners,
+        )
+    )
+
+
+def build(config: Config, hf_config: Any, say: Callable[[str], None], corners: bool) -> Ranks:
+    """Build the model of each distinct rank, or of two of them (``corners``), one after the other."""
+    from megatron_ext import hf_checkpoint, scalar_head
+    from recipes.preflight import simulated_ranks
+
+    cut = config.parallel
+    wanted = (config.precision, config.model.frozen)
+    say("transformers' model")
+    expected = checkpoint_tensors(config, hf_config)
+    critic_config = None
+    if memory_plan.needed(config).values:
+        path = config.critic.path
+        critic_config = scalar_head.scalar_config(hf_checkpoint.config(path) if path else hf_config)
+    coverage = simulated_ranks.Coverage()
+    critic_coverage = simulated_ranks.Coverage()
+    counts = []
+    rank_sizes = []
+    layers: dict[int, list[int]] = {}
+    numbers = simulated_ranks.distinct_ranks(config.cluster.ranks, cut)
+    if corners:
+        numbers = sorted({numbers[0], numbers[-cut.tensor]})
+    for n, number in enumerate(numbers):
+        say(f"rank {n + 1} of {len(numbers)}")
+        with simulated_ranks.rank(number, config.cluster.ranks, cut) as here:
+            try:
+                built = simulated_ranks.build(hf_config, here, *wanted)
+                critic = simulated_ranks.build(critic_config, here, *wanted) if critic_config else None
+            except AssertionError as error:
+                raise ConfigError(f"parallel: Megatron-Core refuses this layout: {error}") from error
+            fp8_alignment(config, built)
+            coverage.add(built)
+            if critic:
+                critic_coverage.add(critic)
+            parameters = [p for chunk in built.chunks for p in chunk.module.parameters()]
+            count = sum(p.numel() for p in parameters)
+            counts.append({"pp": here.pipeline_rank, "tp": here.tensor_rank, "count": count})
+            rank_sizes.append(memory_plan.trainer_sizes(config, built, critic))
+            decoders = [getattr(chunk.module, "language", chunk.module).decoder for chunk in built.chunks]
+            layers[here.pipeline_rank] = [len(decoder.layers) for decoder in decoders]
+    critic_tensors = None
+    if critic_config:
+        critic_tensors = critic_coverage.compare(simulated_ranks.checkpoint_tensors(critic_config), tied=False)
+    return Ranks(
+        parameters=sum(map(math.prod, expected.values())),
+        counts=counts,
+        sizes=rank_sizes,
+        layers=layers,
+        hf_tensors=coverage.compare(expected, hf_config.tie_word_embeddings),
+        critic_tensors=critic_tensors,
+    )
+
+
+def checkpoint_tensors(config: Config, hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the model's tensors: of its files if it has any, else of transformers' model."""
+    from megatron_ext import hf_checkpoint
+    from recipes.preflight import simulated_ranks
+
+    if not any(Path(config.model.path).glob("*.safetensors")):
+        return simulated_ranks.checkpoint_tensors(hf_config)
+    headers = hf_checkpoint.headers(config.model.path).values()
+    published = hf_checkpoint.published_name(config.model.path)
+    return {published(n): tuple(e["shape"]) for header in headers for n, e in header.items() if n != "__metadata__"}
+
+
+def every_tensor(report: Report) -> str:
+    """Whether one replica holds every element of every Hugging Face tensor exactly once."""
+    assert report.hf_tensors is not None
+    for owner, comparison in (("", report.hf_tensors), ("the critic's ", report.critic_tensors or {})):
+        for problem in ("missing", "unexpected", "duplicated"):
+            names = comparison.get(problem)
+            if names:
+                raise ConfigError(
+                    f"{owner}{len(names)} tensors {problem}, the first is {names[0]!r}: the family's table in "
+                    "megatron_ext/models/ does not fit this model"
+                )
+    return f"{report.hf_tensors['covered']} tensors, {report.parameters_total:,} parameters, each exactly once"
+
+
+def fp8_alignment(config: Config, built: Any) -> None:
+    """Raises ConfigError if a side of one of the decoder's local matrices is no multiple of ``FP8_MULTIPLE``."""
+    if config.precision.name != "fp8":
+        return
+    for shard in built.shards:
+        sides = list(shard.tensor.shape)
+        if "decoder.layers." in shard.name and len(sides) == 2 and any(side % FP8_MULTIPLE for side in sides):
+            raise ConfigError(
+                f"parallel.tensor={config.parallel.tensor}: {shard.name} is {sides} on a rank, FP8 wants multiples of "
+                f"{FP8_MULTIPLE}; use a smaller one, or precision=bf16"
+            )
