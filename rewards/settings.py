@@ -46,7 +46,17 @@ class ClientConfig:
     hedge_after: float = setting(
         "a request that takes this many times the usual duration is also sent to another replica", range="(1, 1e6]"
     )
-    max_failed: float = setting("abort above this share of a step's samples with a failed verdict", range=FRACTION)
+    max_failed: float = setting(
+        "abort above this share of a step's samples with a failed verdict, of a server or a function", range=FRACTION
+    )
+
+
+@dataclass
+class FunctionsConfig:
+    """Verifier functions of the user's own. A call has a process for itself, which is killed when it takes too long."""
+
+    timeout: float = setting("longest verdict; then it has failed", range=SECONDS, unit="seconds")
+    processes: int = setting("processes of a function on each node: calls that run side by side", range="[1, 1000]")
 
 
 @dataclass
@@ -143,6 +153,7 @@ class RewardsConfig:
         "disaggregated: servers have their own GPUs; colocated: those of trainer and engines", choices=PLACEMENTS
     )
     client: ClientConfig = setting("requests to the servers")
+    functions: FunctionsConfig = setting("verifier functions of the user's own")
     supervisor: SupervisorConfig = setting("servers that are started here")
     normalise: str = setting(
         "group: bring each verifier's scores to mean 0 and std 1 within a prompt's group, before the mix",

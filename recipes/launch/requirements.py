@@ -18,7 +18,7 @@ def check_supervised(config: Config) -> None:
 
 
 def check_parts(config: Config) -> None:
-    """Load the algorithm's parts, the verifiers, the environment and the data.
+    """Load the algorithm's parts, the verifiers, the environment and the data, and try the verifiers on the data.
 
     Raises ConfigError with the field.
     """
@@ -26,6 +26,7 @@ def check_parts(config: Config) -> None:
     from recipes.data.row_order import curriculum_phases, scheduled
     from recipes.data.rows import load_rows
     from recipes.data.source_spec import source_names
+    from recipes.launch.trial import try_verifiers
     from rewards import mixing, registry
     from rewards.client import Client
     from rollout.environment import open_environment
@@ -33,25 +34,24 @@ def check_parts(config: Config) -> None:
     for name in REGISTRY:
         resolve(name, config.algorithm)
     rows = load_rows(config.data.prompts)
+    held_out = load_rows(config.data.evaluation)
     scheduled(rows, curriculum_phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
         with Client(registry.servers_of(names, config.rewards), config.rewards.client) as client:
             verifiers = registry.open_verifiers(names, config.rewards, client)
-        for row in rows:
-            mixing.check_row(row, verifiers, config.rewards.mix)
+            try_verifiers(config, verifiers, rows, held_out)
         environment = config.rollout.environment
         if environment.name is not None:
             open_environment(environment.name, environment.settings)
     except ValueError as error:
         fields = "" if str(error).startswith(("rollout.", "rewards.verifiers.")) else "rewards.mix, data.scores: "
         raise ConfigError(f"{fields}{error}") from error
-    kinds = set(load_rows(config.data.evaluation).kinds)
     for name, wanted in config.data.scores.items():
-        if not kinds.intersection(wanted):
+        if not set(held_out.kinds).intersection(wanted):
             raise ConfigError(
                 f"data.scores.{name}={wanted}: {source_names(config.data.evaluation)} has rows of the kinds "
-                f"{sorted(kinds)} only; name one of these or drop the score"
+                f"{sorted(held_out.kinds)} only; name one of these or drop the score"
             )
 
 

@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from recipes.launch.trial import check_row
 from rewards import mixing, registry, settings
 from rewards.client import Client
 from rewards.serve import judge_servers, ready_table
@@ -62,7 +63,7 @@ def test_verifiers_of_one_model_share_a_server_and_each_finds_its_judge() -> Non
     assert verifiers["instructions"] is instructions.score
     general: Row = {"id": "g", "label": "general", "kind": "k", "prompt": "?"}
     with pytest.raises(ValueError, match="'g' has no `answer`"):
-        mixing.check_row(general, verifiers, config.mix)
+        check_row("general", verifiers["general"], general)
     mixing.check_row({**general, "label": "safety"}, verifiers, config.mix)
 
 
