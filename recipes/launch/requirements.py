@@ -1,7 +1,12 @@
 """Checks of what a run needs beside valid settings: data rows, parts of the algorithm, verifiers, servers."""
 
-from recipes.config import Config
+import os
+
+from megatron_ext.platform.features import capabilities
+from recipes.config import Config, engines_of_a_node, generates
 from recipes.errors import ConfigError
+
+ENGINE_GIB = 0.5  # of host memory that a vLLM process takes for itself, at least
 
 
 def check_supervised(config: Config) -> None:
@@ -31,6 +36,7 @@ def check_parts(config: Config) -> None:
     from rewards.client import Client
     from rollout.environment import open_environment
 
+    check_memory(config)
     for name in REGISTRY:
         resolve(name, config.algorithm)
     rows = load_rows(config.data.prompts)
@@ -53,6 +59,21 @@ def check_parts(config: Config) -> None:
                 f"data.scores.{name}={wanted}: {source_names(config.data.evaluation)} has rows of the kinds "
                 f"{sorted(held_out.kinds)} only; name one of these or drop the score"
             )
+
+
+def check_memory(config: Config) -> None:
+    """On CPUs: the engines of a node fit into this machine's memory. Raises ConfigError."""
+    if capabilities(config.cluster.platform).has_gpus or not generates(config):
+        return
+    engines = engines_of_a_node(config, config.cluster.nodes)
+    each = config.rollout.kv_cache_gib + ENGINE_GIB
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if engines * each > memory:
+        raise ConfigError(
+            f"rollout.engines={config.rollout.engines}: {engines} on a node need more than {engines * each:.0f} GiB "
+            f"(rollout.kv_cache_gib={config.rollout.kv_cache_gib:g} and vLLM's {ENGINE_GIB:g} each, beside weights), "
+            f"this machine has {memory:.0f}: use at most {int(memory / each) * config.cluster.nodes}"
+        )
 
 
 def check_servers(config: Config) -> None:

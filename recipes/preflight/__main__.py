@@ -7,13 +7,8 @@ conf/preflight/) chooses another device.
 """
 
 import json
-import os
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,7 +37,7 @@ def main(raw: DictConfig) -> None:
     started = time.monotonic()
     settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
     run = OmegaConf.masked_copy(raw, [str(key) for key in raw if key != "preflight"])
-    with view.progress() as say, quiet():
+    with view.progress() as say, view.quiet():
         report = examine(run, settings, say)
     report.seconds = round(time.monotonic() - started, 1)
     if settings.output:
@@ -50,27 +45,6 @@ def main(raw: DictConfig) -> None:
         Path(settings.output).write_text(json.dumps(asdict(report), indent=2) + "\n")
     view.show(report)
     sys.exit(0 if report.ok else 1)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide what libraries write to standard error; it is shown if the block raises."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as notes, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        os.dup2(notes.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            sys.stderr.flush()
-            notes.seek(0)
-            os.write(stderr, notes.read())
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The preflight in a terminal: a progress line, then each rank's memory by phase, and the checks."""
 
+import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +35,29 @@ def console() -> Console:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """A function that shows what is done next beside a spinner; it prints nothing if the output is no terminal."""
-    with console().status("preflight") as status:
-        yield lambda text: status.update(f"preflight: {text}")
+    with console().status("starting") as status:
+        yield status.update
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what libraries write to standard error; it is shown if the block fails."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as notes, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            sys.stderr.flush()
+            notes.seek(0)
+            os.write(stderr, notes.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def show(report: Report) -> None:
