@@ -11,6 +11,9 @@ from rewards.settings import FunctionsConfig
 from rewards.verdict import EXPECTED, Row, VerifierResult, excerpt, from_json
 from rollout.environment import Segment
 
+# After so many verdicts in a row that took too long, a function hangs: the next ones fail without a call, so that the
+# step comes to its end, and ``max_failed`` to its error, before ``cluster.watchdog``.
+LATE_IN_A_ROW = 32
 FORM = f"write `def score(row, response)` that returns {EXPECTED} (docs/rewards.md)"
 
 
@@ -31,10 +34,15 @@ class Function:
     def __init__(self, path: str, arguments: Mapping[str, Any], settings: FunctionsConfig) -> None:
         self.path = path
         self.seconds = settings.timeout
+        self.late_in_a_row = 0
         self.pool = Pool(settings.processes, "rewards.function_process", [path, json.dumps(arguments)])
 
     def __call__(self, row: Row, response: str) -> VerifierResult:
         """What the function returned. Thread-safe. Raises FunctionFailed."""
+        if self.late_in_a_row >= LATE_IN_A_ROW:
+            raise FunctionFailed(
+                f"it was not called: {LATE_IN_A_ROW} verdicts in a row took more than {self.seconds:g} s"
+            )
         plain = dict(row)
         segments = plain.pop("segments", None)
         if segments and isinstance(segments[0], Segment):
@@ -45,11 +53,13 @@ class Function:
         try:
             reply = self.pool.call([plain, segments, response], self.seconds)
         except TooSlow as error:
+            self.late_in_a_row += 1
             raise FunctionFailed(f"{error}: make it faster or raise rewards.functions.timeout") from error
         except Stuck as error:
             raise FunctionFailed(f"{error}: what it wrote last is in the log") from error
         except TypeError as error:
             raise FunctionFailed(f"the row can't be passed on as JSON: {error}") from error
+        self.late_in_a_row = 0
         if "error" in reply:
             raise FunctionFailed(reply["error"], reply["traceback"])
         return from_json(reply)

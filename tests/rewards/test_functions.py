@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from rewards import mixing, settings
+from rewards import functions, mixing, settings
 from rewards.functions import FunctionFailed
 from rewards.registry import open_verifiers
 from rewards.verdict import Failure, Verdict, Verifier, VerifierResult, as_result, from_json, to_json
@@ -20,9 +20,9 @@ OWN = "tests.rewards.own"
 ROW: dict[str, Any] = {"id": "r1", "label": "l", "kind": "k", "prompt": "?"}
 
 
-def opened(name: str, arguments: dict[str, Any] | None = None, **functions: Any) -> Verifier:
+def opened(name: str, arguments: dict[str, Any] | None = None, **limits: Any) -> Verifier:
     raw: Any = OmegaConf.load(CONF / "rewards" / "base.yaml")
-    raw.functions = {**raw.functions, **functions}
+    raw.functions = {**raw.functions, **limits}
     path = f"{OWN}.{name}"
     if arguments is None:
         return open_verifiers([path], settings.read(raw), None)[path]
@@ -163,6 +163,18 @@ def test_after_a_call_that_was_killed_the_next_one_works() -> None:
     with pytest.raises(FunctionFailed, match="it took more than 2 s"):
         verifier({**ROW, "hangs": True}, "x")
     assert verifier(ROW, "x") == Verdict(1.0, "1.0")
+
+
+def test_a_function_that_always_hangs_is_not_called_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "LATE_IN_A_ROW", 2)
+    verifier: Any = opened("sleeps", timeout=2, processes=1)
+    hanging = {**ROW, "hangs": True}
+    for row in (hanging, ROW, hanging, hanging):  # a verdict in between begins the count anew
+        result = mixing.verify(row, "x", ["mine"], {"mine": verifier})["mine"]
+        assert isinstance(result, Failure) == (row is hanging)
+    assert mixing.verify(ROW, "x", ["mine"], {"mine": verifier})["mine"] == Failure(
+        "it was not called: 2 verdicts in a row took more than 2 s"
+    )
 
 
 def test_a_process_is_kept_and_one_that_died_meanwhile_is_replaced() -> None:
