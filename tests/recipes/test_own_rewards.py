@@ -1,11 +1,22 @@
-"""Whole runs with a verifier of one's own that works when it is tried and raises later."""
+"""A verifier of one's own that works when it is tried and raises later: in the loop's scoring, and in whole runs."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from megatron_ext import batch as batches
+from recipes.training.rl import score
+from rewards import objectives, settings
+from rewards.verdict import Failure, Verdict, to_json
 from tests.recipes import tiny
+from tests.responses import make_prompt
 
 OWN = "tests.rewards.own.raises_in_a_rank"
 REASON = "it raised KeyError: 'gone' (own.py:"
@@ -18,6 +29,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     tiny.make(folder)
     return folder
+
+
+def scoring(max_failed: float, logged: list[str]) -> Any:
+    """What ``score`` asks of a loop."""
+    rewarding = settings.read(OmegaConf.load(tiny.ROOT / "conf" / "rewards" / "base.yaml"))  # type: ignore[arg-type]
+    rewarding.client.max_failed = max_failed
+    return SimpleNamespace(
+        config=SimpleNamespace(rewards=rewarding),
+        run=SimpleNamespace(phase=lambda name: nullcontext(), log=logged.append),
+        rollouts=SimpleNamespace(server_counts=dict),
+        constraint=objectives.initial_state(rewarding.constraint),
+    )
+
+
+def test_failed_verdicts_are_logged_with_their_row_and_their_tokens_are_masked() -> None:
+    failed = Failure("it raised KeyError: 'gone' (own.py:5)", traceback="Traceback\nKeyError: 'gone'")
+    verdicts = [{"mine": to_json(result)} for result in (Verdict(1.0, "good"), failed, failed, Verdict(0.0, "bad"))]
+    batch = batches.build(
+        [make_prompt("a", [1]), make_prompt("b", [2])],
+        [[3, 4]] * 4,
+        prompt_index=[0, 0, 1, 1],
+        sample_index=[0, 1, 0, 1],
+        logprobs=[[-1.0, -1.0]] * 4,
+        version=0,
+        finish_reasons=["stop"] * 4,
+    )
+    batch = replace(batch, verdicts=verdicts, rewards=np.array([1.0, np.nan, np.nan, 0.0]))
+    logged: list[str] = []
+    scored, metrics = score(scoring(0.5, logged), batch)
+    assert logged == ["2 x verifier mine: it raised KeyError: 'gone' (own.py:5); first on row 'a'"]
+    assert scored.loss_mask.tolist() == [True, True, False, False, False, False, True, True]
+    assert (metrics["reward_failed"], metrics["reward/mean"], metrics["reward/mine"]) == (0.5, 0.5, 0.5)
+    with pytest.raises(RuntimeError, match=r"^2 of 4 samples have no reward, .*first on row 'a'.*\nTraceback\nKeyError"):
+        score(scoring(0.4, logged), batch)
 
 
 def test_it_is_a_failed_verdict_and_the_run_goes_on(folder: Path) -> None:
