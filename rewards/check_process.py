@@ -1,16 +1,15 @@
 """A process that checks answers: ``python -m rewards.check_process OWNER_PID``.
 
-It reads lines of JSON, [name of a check, text, text], and writes one word in JSON for each. The kernel bounds its
-memory and ends it with its owner. The owner bounds the time of a check (``rewards.checkers``).
+A request is [name of a check, text, text], the reply one word. The kernel bounds the process's memory. The owner bounds
+the time of a check (``rewards.checkers``).
 """
 
-import json
 import logging
 import re
 import resource
-import sys
+from collections.abc import Callable, Sequence
 
-from megatron_ext.processes import die_with
+from rewards.processes import serve
 
 MEMORY_BYTES = 2 << 30  # address space; sympy and its parser take a quarter of it
 
@@ -36,18 +35,14 @@ def matches(pattern: str, text: str) -> str:
 CHECKS = {"math": math, "matches": matches}
 
 
-def main() -> None:
-    die_with(int(sys.argv[1]))
+def prepare() -> Callable[[Sequence[str]], str]:
+    """Bound the memory and import what is slow before the first check."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable()
-    # Slow, so it is done before the first check.
     import math_verify  # noqa: F401
 
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        name, *texts = json.loads(line)
-        print(json.dumps(CHECKS[name](*texts)), flush=True)
+    return lambda request: CHECKS[request[0]](*request[1:])
 
 
 if __name__ == "__main__":
-    main()
+    serve(prepare)

@@ -24,7 +24,7 @@ from typing import Any, Self
 import aiohttp
 
 from rewards.settings import ClientConfig, Server
-from rewards.verdict import Failure, Verdict, VerifierResult
+from rewards.verdict import Failure, Verdict, VerifierResult, as_result
 from rewards.verifiers.judges import JudgeRequest
 
 TRANSIENT_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -113,8 +113,8 @@ class EndpointPool:
     def _parse(self, request: JudgeRequest, reply: Any) -> VerifierResult:
         """The result in a reply, which may be any JSON."""
         try:
-            return request.parse(reply)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            return as_result(request.parse(reply))
+        except Exception as error:  # the template may be the user's own
             excerpt = json.dumps(reply)[:EXCERPT_CHARACTERS]
             return Failure(f"the reply is not of the expected form ({type(error).__name__}: {error}): {excerpt}")
 

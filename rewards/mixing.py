@@ -3,15 +3,21 @@
 As in SafeWork-R1 (arXiv 2507.18576): reward = sum of weight x score over the verifiers of the label's mix.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
-from rewards.verdict import Failure, Row, Verdict, Verifier, VerifierResult
+from rewards.functions import FunctionFailed
+from rewards.verdict import Failure, Row, Verdict, Verifier, VerifierResult, describe
 from rewards.verifiers.served import ServedVerifier
 
 # ``rewards.mix``: label → verifier → weight.
 type MixTable = Mapping[str, Mapping[str, float]]
+
+SHOWN = 3  # kinds of failures in a message, the most frequent ones
 
 
 def verifier_names(table: MixTable) -> list[str]:
@@ -30,35 +36,38 @@ def label_weights(row: Row, table: MixTable) -> Mapping[str, float]:
     return table[label]
 
 
-def check_row(row: Row, verifiers: Mapping[str, Verifier], table: MixTable) -> None:
-    """Raises ValueError for a label without a mix, and for a row that a verifier of its mix can't verify.
-
-    Rules are run on an empty response. Judges are not asked.
-    """
-    for name in label_weights(row, table):
-        verifier = verifiers[name]
-        if isinstance(verifier, ServedVerifier):
-            verifier.template.check(row)
-        else:
-            verifier(row, "")
-
-
 def verify(
     row: Row, response: str, names: Iterable[str], verifiers: Mapping[str, Verifier]
 ) -> dict[str, VerifierResult]:
     """The results of the named verifiers for one response, by name and in their order.
 
-    Sends the requests to servers first, runs the rules while these are pending, and then waits. Thread-safe: call it
-    from several threads to have many responses verified at the same time.
+    Sends the requests to servers first, runs the rules while these are pending, and then waits. A rule that raises, and
+    a function that returns no result or takes too long, gives a Failure. Thread-safe: call it from several threads to
+    have many responses verified at the same time.
     """
     names = list(names)
-    pending = {}
+    pending: dict[str, Future[VerifierResult] | Failure] = {}
     for name in names:
         verifier = verifiers[name]
         if isinstance(verifier, ServedVerifier):
-            pending[name] = verifier.submit(row, response)
-    of_rules = {name: verifiers[name](row, response) for name in names if name not in pending}
-    return {name: pending[name].result() if name in pending else of_rules[name] for name in names}
+            pending[name] = _or_failure(partial(verifier.submit, row, response))
+    results: dict[str, VerifierResult] = {}
+    for name in names:
+        if name not in pending:
+            results[name] = _or_failure(partial(verifiers[name], row, response))
+    for name, sent in pending.items():
+        results[name] = sent if isinstance(sent, Failure) else sent.result()
+    return {name: results[name] for name in names}
+
+
+def _or_failure[T](call: Callable[[], T]) -> T | Failure:
+    """What the call returns; where it raises, a Failure with the reason and the traceback."""
+    try:
+        return call()
+    except FunctionFailed as error:
+        return Failure(str(error), traceback=error.traceback)
+    except Exception as error:  # for a row that a rule can't verify, or a judge can't be asked about
+        return Failure(describe(error), traceback="".join(traceback.format_exception(error)))
 
 
 def mix(results: Mapping[str, VerifierResult], weights: Mapping[str, float]) -> float | None:
@@ -88,22 +97,49 @@ def verifier_means(results: Iterable[Mapping[str, VerifierResult]]) -> dict[str,
     return {name: fmean(scores[name]) for name in sorted(scores)}
 
 
-def failed_share(results: Sequence[Mapping[str, VerifierResult]], max_failed: float) -> float:
-    """The share of the samples with a failed verifier, in [0, 1]. ``results``: one mapping per sample.
+@dataclass(frozen=True)
+class Failures:
+    """How often a verifier failed for one reason. ``row``: the id of the first sample's row; ``traceback``: its own."""
+
+    verifier: str
+    reason: str
+    count: int
+    row: str
+    traceback: str
+
+    def __str__(self) -> str:
+        return f"{self.count} x verifier {self.verifier}: {self.reason}; first on row {self.row!r}"
+
+
+def failures(results: Sequence[Mapping[str, VerifierResult]], rows: Sequence[str]) -> list[Failures]:
+    """The failed verdicts by verifier and reason, the most frequent first.
+
+    ``results``: one mapping per sample; ``rows``: the id of each sample's row.
+    """
+    found: dict[tuple[str, str], Failures] = {}
+    for of_sample, row in zip(results, rows, strict=True):
+        for name, result in of_sample.items():
+            if isinstance(result, Failure):
+                key = (name, result.reason)
+                first = found.get(key, Failures(name, result.reason, 0, row, result.traceback))
+                found[key] = replace(first, count=first.count + 1)
+    return sorted(found.values(), key=lambda failed: -failed.count)
+
+
+def failed_share(
+    results: Sequence[Mapping[str, VerifierResult]], failed: Sequence[Failures], max_failed: float
+) -> float:
+    """The share of the samples with a failed verifier, in [0, 1]. ``results``: one mapping per sample; ``failed``:
+    their :func:`failures`.
 
     Raises RuntimeError with the most frequent reasons when the share is above ``max_failed``.
     """
-    reasons: Counter[tuple[str, str]] = Counter()
-    failed = 0
-    for of_sample in results:
-        failures = {name: result for name, result in of_sample.items() if isinstance(result, Failure)}
-        reasons.update((name, failure.reason) for name, failure in failures.items())
-        failed += bool(failures)
-    share = failed / max(len(results), 1)
+    without = sum(any(isinstance(result, Failure) for result in of_sample.values()) for of_sample in results)
+    share = without / max(len(results), 1)
     if share > max_failed:
-        shown = "; ".join(f"{count} x {name}: {reason}" for (name, reason), count in reasons.most_common(3))
+        shown = "; ".join(map(str, failed[:SHOWN]))
         raise RuntimeError(
-            f"{failed} of {len(results)} samples have no reward, rewards.client.max_failed={max_failed}: {shown}; see "
-            "to the servers, then go on with resume=true"
+            f"{without} of {len(results)} samples have no reward, rewards.client.max_failed={max_failed}: {shown}; "
+            f"mend the verifiers or their servers, then go on with resume=true\n{failed[0].traceback}".rstrip()
         )
     return share

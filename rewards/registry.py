@@ -1,15 +1,15 @@
 """Verifiers by name: registered rules, a user's own by dotted path, and those configured in ``rewards.verifiers``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
-from inspect import signature
 from typing import Any
 
 from megatron_ext import dotted_path
 from rewards import settings
 from rewards.client import Client
-from rewards.settings import RewardsConfig, Server, VerifierConfig
-from rewards.verdict import Verifier
+from rewards.functions import Function, check_function
+from rewards.settings import FunctionsConfig, RewardsConfig, Server, VerifierConfig
+from rewards.verdict import Verifier, describe
 from rewards.verifiers.judges import Judge, Scalar
 from rewards.verifiers.served import ServedVerifier
 from rewards.verifiers.templates import TEMPLATES
@@ -63,6 +63,8 @@ def _load(path: str, problem: str, registered: Iterable[str], expected: str) -> 
             f"{problem} ({error}); use a registered one ({', '.join(sorted(registered))}) or the dotted path of "
             f"{expected}"
         ) from error
+    except (Exception, SystemExit) as error:  # the user's module can raise anything
+        raise ValueError(f"{path!r}: its module can't be imported: {describe(error)}; mend it") from error
 
 
 def servers_of(names: Iterable[str], config: RewardsConfig) -> dict[str, Server]:
@@ -76,24 +78,32 @@ def open_verifiers(names: Iterable[str], config: RewardsConfig, client: Client |
     """Verifiers by name. An entry of ``rewards.verifiers`` takes precedence over a registered rule.
 
     ``client`` has the servers of :func:`servers_of`; None where these verifiers need no server. Raises ValueError
-    naming an unknown template or rule.
+    naming an unknown template or rule, and a function that can't be called as a verifier.
     """
     configured = settings.verifiers(config)
-    return {name: _open(name, configured[name], client) if name in configured else find_rule(name) for name in names}
+    verifiers: dict[str, Verifier] = {}
+    for name in names:
+        verifier = configured.get(name)
+        if verifier is None:
+            verifiers[name] = _open_rule(name, name, {}, config.functions)
+        elif verifier.rule is not None:
+            verifiers[name] = _open_rule(name, verifier.rule, verifier.arguments, config.functions)
+        else:
+            assert client is not None
+            verifiers[name] = _open_judge(verifier, client)
+    return verifiers
 
 
-def _open(name: str, verifier: VerifierConfig, client: Client | None) -> Verifier:
-    if verifier.rule is not None:
-        rule = find_rule(verifier.rule)
-        try:
-            signature(rule).bind({}, "", **verifier.arguments)
-        except TypeError as error:
-            raise ValueError(
-                f"rewards.verifiers.{name}.arguments={verifier.arguments}: {error}; use the keywords of "
-                f"rule={verifier.rule!r}"
-            ) from error
-        return partial(rule, **verifier.arguments)
+def _open_rule(name: str, rule: str, arguments: Mapping[str, Any], functions: FunctionsConfig) -> Verifier:
+    """A registered rule is called where it is needed, a user's function in processes of its own."""
+    function = find_rule(rule)
+    check_function(name, function, arguments)
+    if rule not in RULES:
+        return Function(rule, arguments, functions)
+    return partial(function, **arguments) if arguments else function
+
+
+def _open_judge(verifier: VerifierConfig, client: Client) -> ServedVerifier:
     assert verifier.template is not None and verifier.server is not None  # settings.check
-    assert client is not None
     model = client.pools[verifier.server].server.model
     return ServedVerifier(find_template(verifier.template), verifier.server, model, verifier.request, client)

@@ -5,6 +5,7 @@ conf/rewards/base.yaml.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,7 +47,17 @@ class ClientConfig:
     hedge_after: float = setting(
         "a request that takes this many times the usual duration is also sent to another replica", range="(1, 1e6]"
     )
-    max_failed: float = setting("abort above this share of a step's samples with a failed verdict", range=FRACTION)
+    max_failed: float = setting(
+        "abort above this share of a step's samples with a failed verdict, of a server or a function", range=FRACTION
+    )
+
+
+@dataclass
+class FunctionsConfig:
+    """Verifier functions of the user's own. A call has a process for itself, which is killed when it takes too long."""
+
+    timeout: float = setting("longest verdict; then it has failed", range=SECONDS, unit="seconds")
+    processes: int = setting("processes of a function on each node: calls that run side by side", range="[1, 1000]")
 
 
 @dataclass
@@ -143,6 +154,7 @@ class RewardsConfig:
         "disaggregated: servers have their own GPUs; colocated: those of trainer and engines", choices=PLACEMENTS
     )
     client: ClientConfig = setting("requests to the servers")
+    functions: FunctionsConfig = setting("verifier functions of the user's own")
     supervisor: SupervisorConfig = setting("servers that are started here")
     normalise: str = setting(
         "group: bring each verifier's scores to mean 0 and std 1 within a prompt's group, before the mix",
@@ -203,8 +215,11 @@ def check(config: RewardsConfig) -> None:
 def _check_mix(config: RewardsConfig) -> None:
     for label, weights in config.mix.items():
         for name, weight in weights.items():
-            if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not abs(weight) <= 1e6:
-                raise ValueError(f"rewards.mix.{label}.{name}={weight!r}: give a number, at most 1e6")
+            if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight <= 1e6:
+                raise ValueError(
+                    f"rewards.mix.{label}.{name}={weight!r}: give a number from 0 to 1e6; for the opposite of a "
+                    "verifier write one that returns 1 - score"
+                )
     if config.gate is not None and (
         config.normalise != "none" or not any(config.gate in weights for weights in config.mix.values())
     ):
@@ -234,6 +249,8 @@ def _check_server(where: str, server: ServerConfig) -> None:
     if server.port + server.replicas - 1 > 65535:
         raise ValueError(f"{where}.port={server.port}: use 1 to 65535, for the last replica's too")
     for address in server.endpoints:
+        if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
+            raise ValueError(f"{where}.endpoints={address!r}: give an address as http://HOST:PORT or https://HOST")
         if "@" in address.partition("://")[2].partition("/")[0]:
             raise ValueError(f"{where}.endpoints: an address has a user and password; give a token by key_variable")
     for argument in server.arguments:

@@ -1,16 +1,22 @@
 """The result of a verifier for one response."""
 
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
+from pathlib import Path
 from typing import Any
+
+EXPECTED = "a number from 0 to 1, a rewards.verdict.Verdict or, for no reward, a rewards.verdict.Failure"
+EXCERPT_CHARACTERS = 200  # of a value in a message
 
 
 @dataclass(frozen=True)
 class Verdict:
     """``score`` in [0, 1]; ``label`` names the finding, e.g. "safe with warning"; ``raw`` is a judge's own text.
 
-    Raises ValueError for a score outside [0, 1].
+    Raises ValueError for a score that is no number or outside [0, 1], and for a label or raw that is not text.
     """
 
     score: float
@@ -18,23 +24,65 @@ class Verdict:
     raw: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.score <= 1:
-            raise ValueError(f"verdict {self.label!r} has the score {self.score}: a verifier gives one in [0, 1]")
+        if not is_score(self.score):
+            raise ValueError(f"verdict {self.label!r} has the score {self.score!r}: a verifier gives one in [0, 1]")
+        if not isinstance(self.label, str) or not isinstance(self.raw, str):
+            raise ValueError(f"verdict with label={self.label!r}, raw={excerpt(self.raw)}: both are text")
+        object.__setattr__(self, "score", float(self.score))
 
 
 @dataclass(frozen=True)
 class Failure:
     """The verifier gave no verdict, for this ``reason``. The sample then has no reward, which differs from a reward of
-    0. ``raw`` is the text that a judge wrote, if any."""
+    0. ``raw`` is the text that a judge wrote, if any; ``traceback`` that of a function which raised."""
 
     reason: str
     raw: str = ""
+    traceback: str = ""
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.reason, self.raw, self.traceback)):
+            raise ValueError(f"failure with reason={excerpt(self.reason)}, raw={excerpt(self.raw)}: both are text")
 
 
 type VerifierResult = Verdict | Failure
 type Row = Mapping[str, Any]
 # (row, response) → result. Raises ValueError for a row that it can't verify any response of.
 type Verifier = Callable[[Row, str], VerifierResult]
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value is a number in [0, 1]: Python's or NumPy's, and neither a bool nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+
+
+def as_result(returned: Any) -> VerifierResult:
+    """What a verifier's function returned, as a result. A number is a score, and the
+    label is the number to one decimal.
+
+    Raises TypeError, naming what came back and what is expected, for anything but ``EXPECTED``.
+    """
+    if isinstance(returned, Verdict | Failure):
+        return returned
+    if is_score(returned):
+        return Verdict(float(returned), f"{float(returned):.1f}")
+    is_near = isinstance(returned, bool) or (hasattr(returned, "__float__") and not isinstance(returned, Real))
+    remedy = ": write float(…) around it" if is_near else ""
+    raise TypeError(f"it returned {excerpt(returned)} ({type(returned).__name__}); return {EXPECTED}{remedy}")
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, with the place that raised it: "it raised KeyError: 'answer' (my_reward.py:5)"."""
+    # A Verdict that is refused was made elsewhere.
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"it raised {type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+def excerpt(value: Any) -> str:
+    """The beginning of a value's text, for a message."""
+    text = repr(value)
+    return text if len(text) <= EXCERPT_CHARACTERS else f"{text[:EXCERPT_CHARACTERS]}…"
 
 
 def to_json(result: VerifierResult) -> dict[str, Any]:

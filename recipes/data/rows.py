@@ -51,13 +51,13 @@ def _normalise(raw: Row, folder: Path, required: Sequence[str]) -> Row:
     if "messages" in row:
         row["prompt"] = transcript(messages(row))
         _check_roles(row["messages"], may_end_with_answer="prompt" not in required)
-    missing = [field for field in required if not isinstance(row.get(field), str) or not row[field]]
+    for field in (*required, *TEXT_FIELDS):
+        if not isinstance(row.get(field, ""), str):
+            raise ValueError(f"field {field!r} is {row[field]!r}; write text: {str(row[field])!r}")
+    missing = [field for field in required if not row.get(field)]
     if missing:
         instead = ", or messages" if missing[0] == "prompt" else ""
         raise ValueError(f"field {missing[0]!r} is missing or empty; every row needs {list(required)}{instead}")
-    for field in TEXT_FIELDS:
-        if not isinstance(row.get(field, ""), str):
-            raise ValueError(f"field {field!r} is {row[field]!r}; write text")
     for field in LIST_FIELDS:
         if not _is_list_of_texts(row.get(field, [])):
             raise ValueError(f"field {field!r} is {row[field]!r}; write a list of texts")

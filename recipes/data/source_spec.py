@@ -68,10 +68,13 @@ def source_names(value: Any) -> str:
 
 def _format_of(name: str) -> SourceFormat:
     path = Path(name)
-    if path.is_dir():
-        return "folder"
-    if path.is_file():
-        return "parquet" if path.suffix == ".parquet" else "jsonl"
+    try:
+        if path.is_dir():
+            return "folder"
+        if path.is_file():
+            return "parquet" if path.suffix == ".parquet" else "jsonl"
+    except OSError as error:  # a folder above it that may not be searched, a name that is too long
+        raise ValueError(f"{name!r}: can't be looked at ({error}); give a path that can be read") from error
     if HUB_NAME.fullmatch(name):
         return "hub"
     raise ValueError(f"{name!r}: no such file in {os.getcwd()}; give {ACCEPTED}")

@@ -11,6 +11,7 @@ in order or shuffled within a buffer.
 import hashlib
 import json
 import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from recipes.data.source_spec import HUB_NAME, SourceSpec
 from recipes.errors import ConfigError
 
 Row = Mapping[str, Any]
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CHUNK_BYTES = 1 << 26  # of a file, searched at a time for the ends of its lines
 
 
@@ -55,7 +57,32 @@ class JsonLines:
             raise ValueError(f"not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"not a JSON object but {type(row).__name__}; write one object a line")
+        if SURROGATE.search(line):
+            for field, value in row.items():
+                check_encodable(field, value)
         return row
+
+
+def check_encodable(field: str, value: Any) -> None:
+    """Raises ValueError for a text with half of a surrogate pair (\\ud83d in JSON), which no tokenizer takes.
+
+    ``value`` may be a list or mapping of texts.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_encodable(f"{field}.{key}", item)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            check_encodable(f"{field}[{i}]", item)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise ValueError(
+                f"field {field!r} has half of a character, {half}, at place {error.start}: write the complete "
+                "surrogate pair or take it out"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -75,9 +102,15 @@ class Source:
 
 
 def open_source(spec: SourceSpec) -> Source:
-    """Open a source. Raises ConfigError, with the reason, for a source that `datasets` can't read."""
+    """Open a source. Raises ConfigError, with the reason, for a file that can't be read."""
     if spec.format == "jsonl":
-        return Source(spec.name, spec.weight, JsonLines(spec.name), Path(spec.name).resolve().parent, by_line=True)
+        try:
+            lines = JsonLines(spec.name)
+        except (OSError, ValueError) as error:  # mmap's, for what is no ordinary file
+            raise ConfigError(
+                f"{spec.name}: can't be read ({error}); see to its permissions, or name another"
+            ) from error
+        return Source(spec.name, spec.weight, lines, Path(spec.name).resolve().parent, by_line=True)
     try:
         table = _open_table(spec)
     except Exception as error:  # `datasets`, its readers and its hub raise many kinds

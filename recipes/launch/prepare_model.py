@@ -26,6 +26,12 @@ def prepare(model: ModelConfig) -> bool:
         raise ConfigError(
             f"model.path={model.path!r}: no config.json there; give the folder of a Hugging Face checkpoint"
         )
+    if not model.gguf_file.startswith(f"{target.name}."):
+        name = model.gguf_file.rsplit(".", maxsplit=2)[0]
+        raise ConfigError(
+            f"model.path={model.path!r}: no config.json there; give the folder of a Hugging Face checkpoint. Only a "
+            f"folder of the name {name} is made from model.gguf_file={model.gguf_file!r}"
+        )
     spec = importlib.util.find_spec(model.gguf_package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"model.gguf_package={model.gguf_package!r} is not installed: make env")

@@ -1,7 +1,12 @@
 """Checks of what a run needs beside valid settings: data rows, parts of the algorithm, verifiers, servers."""
 
-from recipes.config import Config
+import os
+
+from megatron_ext.platform.features import capabilities
+from recipes.config import Config, engines_of_a_node, generates
 from recipes.errors import ConfigError
+
+ENGINE_GIB = 0.5  # of host memory that a vLLM process takes for itself, at least
 
 
 def check_supervised(config: Config) -> None:
@@ -18,7 +23,7 @@ def check_supervised(config: Config) -> None:
 
 
 def check_parts(config: Config) -> None:
-    """Load the algorithm's parts, the verifiers, the environment and the data.
+    """Load the algorithm's parts, the verifiers, the environment and the data, and try the verifiers on the data.
 
     Raises ConfigError with the field.
     """
@@ -26,33 +31,49 @@ def check_parts(config: Config) -> None:
     from recipes.data.row_order import curriculum_phases, scheduled
     from recipes.data.rows import load_rows
     from recipes.data.source_spec import source_names
+    from recipes.launch.trial import try_verifiers
     from rewards import mixing, registry
     from rewards.client import Client
     from rollout.environment import open_environment
 
+    check_memory(config)
     for name in REGISTRY:
         resolve(name, config.algorithm)
     rows = load_rows(config.data.prompts)
+    held_out = load_rows(config.data.evaluation)
     scheduled(rows, curriculum_phases(config.data), 0, config.algorithm.prompts_per_step, config.seed)
     try:
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
         with Client(registry.servers_of(names, config.rewards), config.rewards.client) as client:
             verifiers = registry.open_verifiers(names, config.rewards, client)
-        for row in rows:
-            mixing.check_row(row, verifiers, config.rewards.mix)
+            try_verifiers(config, verifiers, rows, held_out)
         environment = config.rollout.environment
         if environment.name is not None:
             open_environment(environment.name, environment.settings)
     except ValueError as error:
         fields = "" if str(error).startswith(("rollout.", "rewards.verifiers.")) else "rewards.mix, data.scores: "
         raise ConfigError(f"{fields}{error}") from error
-    kinds = set(load_rows(config.data.evaluation).kinds)
     for name, wanted in config.data.scores.items():
-        if not kinds.intersection(wanted):
+        if not set(held_out.kinds).intersection(wanted):
             raise ConfigError(
                 f"data.scores.{name}={wanted}: {source_names(config.data.evaluation)} has rows of the kinds "
-                f"{sorted(kinds)} only; name one of these or drop the score"
+                f"{sorted(held_out.kinds)} only; name one of these or drop the score"
             )
+
+
+def check_memory(config: Config) -> None:
+    """On CPUs: the engines of a node fit into this machine's memory. Raises ConfigError."""
+    if capabilities(config.cluster.platform).has_gpus or not generates(config):
+        return
+    engines = engines_of_a_node(config, config.cluster.nodes)
+    each = config.rollout.kv_cache_gib + ENGINE_GIB
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if engines * each > memory:
+        raise ConfigError(
+            f"rollout.engines={config.rollout.engines}: {engines} on a node need more than {engines * each:.0f} GiB "
+            f"(rollout.kv_cache_gib={config.rollout.kv_cache_gib:g} and vLLM's {ENGINE_GIB:g} each, beside weights), "
+            f"this machine has {memory:.0f}: use at most {int(memory / each) * config.cluster.nodes}"
+        )
 
 
 def check_servers(config: Config) -> None:

@@ -34,8 +34,8 @@ def console() -> Console:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """A function that shows what is done next beside a spinner; it prints nothing if the output is no terminal."""
-    with console().status("preflight") as status:
-        yield lambda text: status.update(f"preflight: {text}")
+    with console().status("starting") as status:
+        yield status.update
 
 
 def show(reports: Sequence[Report]) -> None:
@@ -66,7 +66,9 @@ def show(reports: Sequence[Report]) -> None:
         out.print(table)
         if all(report.disk_bytes for report in reports):
             disk_bytes = sum(report.disk_bytes for report in reports)
-            out.print(Text(f"On disk the stages take at most {size(disk_bytes)} together, if each keeps its checkpoints"))
+            out.print(
+                Text(f"On disk the stages take at most {size(disk_bytes)} together, if each keeps its checkpoints")
+            )
 
 
 def worst(report: Report) -> str:

@@ -15,9 +15,8 @@ import math
 import sys
 import tempfile
 import time
-import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from megatron_ext import platform, resolvers, settings
 from megatron_ext.layout import ParallelConfig
 from megatron_ext.precision import DTYPES, PrecisionConfig
 from recipes.errors import ConfigError
-from recipes.preflight import simulated_engines
+from recipes.preflight import simulated_engines, view
 from recipes.preflight.architecture import model_config
+from recipes.run.logs import quiet
 from rollout.weight_sync.layout import ParameterLayout, Rectangle
 from rollout.weight_sync.plan import ITEMSIZE, Copy, Place, Plan, Recv, ShardTable, Topology
 from rollout.weight_sync.planner import build_plan
@@ -67,15 +67,26 @@ class Link:
     seconds: float
 
 
-def trainer_tables(hf_config: Any, sizes: ParallelConfig, world: int, precision: PrecisionConfig) -> list[ShardTable]:
-    """The blocks of every rank; ranks that differ only in their data- or context-parallel rank share a table."""
+def trainer_tables(
+    hf_config: Any,
+    sizes: ParallelConfig,
+    world: int,
+    precision: PrecisionConfig,
+    say: Callable[[str], object] = lambda text: None,
+) -> list[ShardTable]:
+    """The blocks of every rank; ranks that differ only in their data- or context-parallel rank share a table.
+
+    ``say`` is called with what is done next.
+    """
     # Before the next import: it switches off torch's inductor, whose import takes seconds.
     platform.activate("cpu")
     from recipes.preflight import simulated_ranks
 
     simulated_ranks.activate()
     tables: dict[tuple[int, int], ShardTable] = {}
-    for rank in simulated_ranks.distinct_ranks(world, sizes):
+    ranks = simulated_ranks.distinct_ranks(world, sizes)
+    for number, rank in enumerate(ranks):
+        say(f"rank {number + 1} of {len(ranks)}")
         with simulated_ranks.rank(rank, world, sizes) as here:
             shards = simulated_ranks.build(hf_config, here, precision).shards
         tables[here.pipeline_rank, here.tensor_rank] = [(s.name, block) for s in shards for block in s.blocks]
@@ -166,8 +177,9 @@ def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[Param
     return total
 
 
-def simulate(raw: DictConfig) -> dict[str, Any]:
-    """The complete answer (JSON) for a recipe's configuration with the group ``simulate``.
+def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
+    """The complete answer (JSON) for a recipe's configuration with the group ``simulate``. ``say`` is called with what
+    is done next.
 
     Raises ConfigError for a setting that is not possible.
     """
@@ -182,10 +194,13 @@ def simulate(raw: DictConfig) -> dict[str, Any]:
     hf_config = model_config(raw.model.path)
     world = raw.cluster.ranks
     dtype = DTYPES[raw.precision.name]
-    tables = trainer_tables(hf_config, sizes, world, precision)
+    say("Megatron-Core, transformers")
+    tables = trainer_tables(hf_config, sizes, world, precision, say)
+    say("vLLM's workers")
     layouts = engine_layouts(hf_config, dtype, c.tensor)
     where = topology(world, c.engines, c.tensor, s.gpus_per_node, s.engines == "disaggregated")
     tables += [[] for _ in range(len(where.ranks) - world)]
+    say("the plan")
     started = time.perf_counter()
     plan = build_plan(tables, layouts, where, c.sync_bucket_mib << 20)
     planned = time.perf_counter() - started
@@ -230,11 +245,9 @@ def show(answer: dict[str, Any]) -> None:
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
 def main(raw: DictConfig) -> None:
     """Estimate, write ``simulate.output`` and print."""
-    with warnings.catch_warnings():
-        # Libraries warn about optional parts that are missing.
-        warnings.simplefilter("ignore")
+    with view.progress() as say, quiet():
         try:
-            answer = simulate(raw)
+            answer = simulate(raw, say)
         except ConfigError as error:
             sys.exit(f"error: {error}")
     if raw.simulate.output:

@@ -33,7 +33,7 @@ def configure(rank: int, stream: TextIO) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what libraries write to standard error; it is shown if the block raises."""
+    """Hide what libraries write to standard error; it is shown if the block fails."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as notes, warnings.catch_warnings():
@@ -41,7 +41,7 @@ def quiet() -> Iterator[None]:
         os.dup2(notes.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:
             sys.stderr.flush()
             notes.seek(0)
             os.write(stderr, notes.read())

@@ -274,7 +274,10 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
     with loop.run.phase("reward"):
         rewarding = loop.config.rewards
         judged = [results_of(verdicts) for verdicts in batch.verdicts]
-        failed = mixing.failed_share(judged, rewarding.client.max_failed)
+        failures = mixing.failures(judged, [row_id for row_id, _ in batch.keys])
+        for line in map(str, failures[: mixing.SHOWN]):
+            loop.run.log(line)
+        failed = mixing.failed_share(judged, failures, rewarding.client.max_failed)
         loop.constraint = objectives.next_state(loop.constraint, rewarding.constraint, judged)
         multiplier = loop.constraint["multiplier"]
         metrics = {

@@ -19,6 +19,8 @@ from recipes.run.run import Run
 from recipes.training import reward_model, rl, sft
 from recipes.training.held_out import held_out_answers
 from recipes.training.setup import Training
+from rewards import mixing
+from rewards.verdict import from_json
 
 WARM_START = "warm_start"  # the folder of a part that another one follows
 TITLES = {"sft": "SFT", "reward_model": "reward model"}
@@ -93,9 +95,19 @@ def _evaluate(training: Training, model: str, answers: dict[str, Answers], versi
     with run.display.stage(f"evaluation: {headings.get(model, model)}"):
         training.rollouts.sync_weights(version)
         answers[model] = held_out_answers(config, training.rollouts, training.processor)
+        log_failures(run, answers[model])
         training.rollouts.sleep()
         if run.rank == 0:
             records.write_json(run.folder / "answers.json", answers)
+
+
+def log_failures(run: Run, answers: Answers) -> None:
+    """Log the most frequent failures of verifiers on held-out answers. The evaluation leaves these answers out."""
+    of_all_modes = [answer for of_mode in answers.values() for answer in of_mode]
+    results = [{name: from_json(verdict) for name, verdict in answer["scores"].items()} for answer in of_all_modes]
+    failures = mixing.failures(results, [answer["id"] for answer in of_all_modes])
+    for failed in failures[: mixing.SHOWN]:
+        run.log(f"evaluation: {failed}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards.checkers import CHECKERS, Stuck
+from rewards.checkers import run_check
+from rewards.processes import Stuck
 from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.text import without_thinking
 
@@ -97,7 +98,7 @@ def matches(text: str, pattern: str) -> bool:
     """The complete answer matches a regular expression. In a process, as the time of a match has no bound. Raises
     Stuck."""
     re.compile(pattern)
-    return bool(text) and CHECKERS.run("matches", pattern, text) == "yes"
+    return bool(text) and run_check("matches", pattern, text) == "yes"
 
 
 def lower_case(text: str) -> bool:

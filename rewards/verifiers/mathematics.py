@@ -4,7 +4,8 @@ Its parser and sympy can take any time and memory on some inputs, and its own ti
 thread only.
 """
 
-from rewards.checkers import CHECKERS, Stuck
+from rewards.checkers import run_check
+from rewards.processes import Stuck
 from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.text import without_thinking
 
@@ -19,7 +20,7 @@ def score(row: Row, response: str) -> VerifierResult:
     if not isinstance(reference, str) or not reference:
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `math` from the mix of label {row['label']!r}")
     try:
-        label = CHECKERS.run("math", reference, without_thinking(response))
+        label = run_check("math", reference, without_thinking(response))
     except Stuck as error:
         return Failure(f"math-verify: {error}")
     if label == "no reference":

@@ -27,7 +27,7 @@ from recipes import command_line
 from recipes.algorithms.registry import REGISTRY
 from recipes.config import Config, parse, reference
 from recipes.errors import ConfigError
-from recipes.launch import requirements
+from recipes.launch import prepare_model, requirements
 from recipes.launch.prepare_run import prepare_run
 from rewards.settings import OTHER_MAPPINGS, RewardsConfig
 from tests import warm
@@ -445,6 +445,10 @@ def test_the_command_stops_at_once_with_one_line(overrides: list[str], line: str
             ["rollout=search", "rollout.environment.settings.corpus=null"],
             "rollout.environment.settings of 'search': corpus=None, endpoint=None: give one of them",
         ),
+        (
+            ["rollout.engines=64000"],
+            "rollout.engines=64000: 64000 on a node need more than 96000 GiB (rollout.kv_cache",
+        ),
         (["data.scores.safety=[none]"], "data.scores.safety=['none']: recipes/data/demo/eval.jsonl has rows"),
         (["algorithm.advantage=gpro"], "algorithm.advantage='gpro': no such function; use one of grpo, "),
         (["data.sft=recipes/data/demo/rl.jsonl"], "recipes/data/demo/rl.jsonl:1: field 'response' is missing"),
@@ -466,6 +470,15 @@ def test_a_model_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith(f"error: model.path='{tmp_path / 'gone'}': no config.json there;")
+
+
+def test_a_mistyped_model_folder_is_not_made_from_the_package(tmp_path: Path) -> None:
+    path = str(tmp_path / "SmolLM2-135M-Instuct")
+    with pytest.raises(
+        ConfigError, match=rf"^model\.path='{path}': no config.json .* name SmolLM2-135M-Instruct is made"
+    ):
+        prepare_model.prepare(configured(f"model.path={path}").model)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

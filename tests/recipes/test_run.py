@@ -420,7 +420,7 @@ def test_the_environments_tokens_have_no_part_in_the_gap_nor_samples_whose_envir
     assert 0 < len(failed) < len(samples)
     assert row["reward_failed"] == len(failed) / len(samples)
     for sample in failed:
-        assert all(verdict == {"reason": "gone", "raw": ""} for verdict in sample["verdicts"].values())
+        assert all(verdict == {"reason": "gone", "raw": "", "traceback": ""} for verdict in sample["verdicts"].values())
         assert sample["advantage"] == 0
     rewards = [sample["reward"] for sample in samples if sample["reward"] is not None]
     assert row["reward/mean"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-12)

@@ -145,12 +145,41 @@ def test_a_broken_row_is_named_with_source_number_and_field(
         (b'{"id": "a"}\n\n', "rows.jsonl:1: field 'label' is missing"),
         (json.dumps(ROW).encode() + b"\n\n", "rows.jsonl:2: not JSON"),
         (json.dumps(ROW).encode() + b"\n\xff\n", "rows.jsonl:2: not JSON"),
+        (
+            json.dumps({**ROW, "prompt": "a \ud83d b"}).encode(),
+            r"rows.jsonl:1: field 'prompt' has half of a character, \\ud83d, at place 2: write the complete surr",
+        ),
+        (
+            json.dumps({**ROW, "x": [{"y": "\udc00"}]}).encode(),
+            r"rows.jsonl:1: field 'x\[0\].y' has half of a character",
+        ),
     ],
 )
 def test_what_is_no_row_is_named_by_its_line(lines: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(lines)
     with pytest.raises(ConfigError, match=message):
         load_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_whole_surrogate_pairs_and_written_escapes_are_text(tmp_path: Path) -> None:
+    prompts = ["\U0001f600", r"\ud83d as an escape"]
+    rows = [{**ROW, "id": str(i), "prompt": prompt} for i, prompt in enumerate(prompts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [row["prompt"] for row in load_rows(str(tmp_path / "rows.jsonl"))] == prompts
+
+
+def test_a_file_that_can_not_be_read_is_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROW))
+
+    def refuse(*arguments: Any, **options: Any) -> Any:  # the tests' user may be allowed everything
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=rf"^{file}: can't be read \(.*Permission denied.*\); see to its permissions"):
+        load_rows(str(file))
+    with pytest.raises(ConfigError, match=r"can't be looked at \(.*File name too long.*\); give a path"):
+        load_rows("a" * 300)
 
 
 @pytest.mark.parametrize("name", ["broken.parquet", "splits", "org/name:gone"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recipes.algorithms.advantages import AdvantageInputs, dr_grpo
-from rewards.mixing import check_row, failed_share, label_weights, mix, verifier_means, verifier_names, verify
+from rewards.mixing import failed_share, failures, label_weights, mix, verifier_means, verifier_names, verify
 from rewards.registry import RULES, find_rule
 from rewards.verdict import Failure, Row, Verdict, VerifierResult, or_nan
 from rewards.verifiers import capability, safety
@@ -98,20 +98,7 @@ def test_means_are_over_verdicts_only() -> None:
     assert verifier_means(results) == {"safety": 0.75, "style": 0.25}
 
 
-def test_too_many_failures_end_the_run_with_their_reasons() -> None:
-    results: list[dict[str, VerifierResult]] = [{"safety": Failure("no reply")}] * 2 + [
-        {"safety": Verdict(1.0, "a")}
-    ] * 6
-    assert failed_share(results, 0.25) == 0.25
-    with pytest.raises(RuntimeError, match=r"2 of 8 samples have no reward, .*max_failed=0\.2: 2 x safety: no reply"):
-        failed_share(results, 0.2)
-
-
-def test_a_row_that_a_verifier_can_t_judge_is_found_before_the_run() -> None:
-    verifiers = {"capability": find_rule("capability")}
-    table = {"general_rule": {"capability": 1.0}}
-    check_row({"id": "t", "label": "general_rule", "answer": "7"}, verifiers, table)
-    with pytest.raises(ValueError, match="'t' has no `answer`"):
-        check_row({"id": "t", "label": "general_rule"}, verifiers, table)
-    with pytest.raises(ValueError, match="label 'valeu', which rewards"):
-        check_row({"id": "t", "label": "valeu"}, verifiers, table)
+def test_rows_without_a_failure_have_none_to_tell() -> None:
+    results: list[dict[str, VerifierResult]] = [{"safety": Verdict(1.0, "a")}] * 6
+    assert failures(results, ["r"] * 6) == []
+    assert failed_share(results, [], 0.0) == 0.0

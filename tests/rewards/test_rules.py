@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards import checkers
+from rewards.processes import Stuck
 from rewards.verdict import Failure, Verdict
 from rewards.verifiers import choice, exact, instructions, length, mathematics, repetition, rule_check
 from rewards.verifiers import format as format_rule
@@ -67,12 +68,12 @@ def test_mathematics_compares_values(answer: str, response: str, label: str) -> 
 def test_a_check_that_takes_too_long_or_too_much_is_killed_and_the_next_one_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    checker = checkers.CHECKERS._start()
+    checker = checkers.POOL.start()
     pid = checker.process.pid
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert str(2 << 30) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
-    with pytest.raises(checkers.Stuck, match=r"more than 0\.5 s"):
-        checker.run("math", "12", "$(10^8)!$", 0.5)
+    with pytest.raises(Stuck, match=r"more than 0\.5 s"):
+        checker.call(["math", "12", "$(10^8)!$"], 0.5)
     assert not Path(f"/proc/{pid}").exists()
 
     monkeypatch.setattr(checkers, "CHECK_SECONDS", 0.3)

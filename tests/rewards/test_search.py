@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards.mixing import check_row
+from recipes.launch.trial import check_row
 from rewards.registry import find_rule
 from rewards.verdict import Failure, Verdict, VerifierResult
 from rewards.verifiers.search import accuracy, false_certain, format_score, metrics, outcome, reliability
@@ -79,11 +79,7 @@ def test_the_rates_are_shares_of_all_samples_with_a_verdict() -> None:
 
 def test_a_row_without_an_answer_is_told_before_anything_starts() -> None:
     with pytest.raises(ValueError, match="row 'r' has no `answer`"):
-        check_row(
-            {"id": "r", "label": "search"},
-            {"search_accuracy": find_rule("search_accuracy")},
-            {"search": {"search_accuracy": 1.0}},
-        )
+        check_row("search_accuracy", find_rule("search_accuracy"), {"id": "r", "label": "search"})
 
 
 @pytest.mark.parametrize(

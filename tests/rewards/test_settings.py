@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from recipes.launch.trial import check_row
 from rewards import mixing, registry, settings
 from rewards.client import Client
 from rewards.serve import judge_servers, ready_table
@@ -62,8 +63,8 @@ def test_verifiers_of_one_model_share_a_server_and_each_finds_its_judge() -> Non
     assert verifiers["instructions"] is instructions.score
     general: Row = {"id": "g", "label": "general", "kind": "k", "prompt": "?"}
     with pytest.raises(ValueError, match="'g' has no `answer`"):
-        mixing.check_row(general, verifiers, config.mix)
-    mixing.check_row({**general, "label": "safety"}, verifiers, config.mix)
+        check_row("general", verifiers["general"], general)
+    check_row("safety", verifiers["safety"], general)
 
 
 def test_replicas_get_ports_gpus_and_only_those_that_run_here_are_started(tmp_path: Path) -> None:
@@ -149,6 +150,9 @@ def test_beyond_loopback_only_with_a_token_which_is_not_in_the_command_line(
             ["rewards.servers.safety.model=models/Qwen2.5-VL-72B-Instruct"],
             r"servers\.knowledge\.model=.* is served by 'safety' already: name that one",
         ),
+        (["+rewards.servers.safety.endpoints=['judge:8000']"], r"safety\.endpoints='judge:8000': give an address as"),
+        (["+rewards.servers.safety.endpoints=['http:/judge']"], r"safety\.endpoints='http:/judge': give an address as"),
+        (["rewards.mix.safety.safety=-1"], r"rewards\.mix\.safety\.safety=-1: give a number from 0 to 1e6; for the"),
         (["rewards.client.hedge_after=1"], r"client\.hedge_after=1\.0: must be above 1"),
         (["rewards.client.max_failed=2"], r"client\.max_failed=2\.0: must be in \[0, 1\]"),
         (["rewards.normalise=batch"], r"normalise='batch': use one of none, group"),
