@@ -65,8 +65,8 @@ def show(reports: Sequence[Report]) -> None:
             table.add_row(report.stage, Text(report.verdict, style=STYLES[worst(report)]))
         out.print(table)
         if all(report.disk_bytes for report in reports):
-            total = sum(report.disk_bytes for report in reports)
-            out.print(Text(f"On disk the stages take at most {size(total)} together, if each keeps its checkpoints"))
+            on_disk = size(sum(report.disk_bytes for report in reports))
+            out.print(Text(f"On disk the stages take at most {on_disk} together, if each keeps its checkpoints"))
 
 
 def worst(report: Report) -> str:
