@@ -91,10 +91,8 @@ def check_table(report: Report) -> Table:
 
 def show_proposals(out: Console, title: str, proposals: Sequence[Proposal]) -> None:
     """Print overrides that hold, to be copied, and below each what the run is with them."""
-    if not proposals:
-        out.print(Text(f"{title}: nothing that was tried", style="bold"))
-        return
-    out.print(Text(f"{title} (each was checked and holds):", style="bold"))
+    end = " (each was checked and holds):" if proposals else ""
+    out.print(Text(f"{title}{end}", style="bold"))
     for proposal in proposals:
         out.print(Text(f"    {' '.join(proposal.overrides)}"), soft_wrap=True)
         out.print(Text(f"        {proposal.detail}", style="bright_black"))

@@ -56,6 +56,7 @@ IMPOSSIBLE = {
         ("precision=fp8", "parallel.tensor=32", "parallel.context=1", "parallel.pipeline=2"), "attention_heads",
         ["parallel.tensor=8"],
     ),
+    "judge's node": (("rewards.servers.value.replicas=2", *WHOLE), "nodes", ["more than a node's 8 GPUs"]),
     "data": (("data.prompts=none.jsonl",), "configuration", ["data.prompts='none.jsonl'", "no such file"]),
     "rewards": (("~rewards.mix.general_rule", *WHOLE), "data_and_rewards", ["rewards.mix", "general_rule"]),
     "model": (("model.path=models/nobody",), "architecture", ["model.path='models/nobody'", "no config.json"]),
@@ -310,7 +311,10 @@ def test_what_is_proposed_holds_and_nothing_else_is_proposed(reports: Reports) -
 
 def test_where_nothing_fits_the_preflight_says_so(reports: Reports) -> None:
     found = proposed(reports["no room"])
-    assert len(found) == 2 and all(overrides == [] for overrides in found.values())
+    assert len(found) == 3 and all(overrides == [] for overrides in found.values())
+    settings, layouts, nodes = found
+    assert "does not fit with" in settings and "optimizer.offload=true" in settings
+    assert layouts == "On 8 nodes of 8 GPUs no layout fits" and "on no number of nodes" in nodes
 
 
 def test_a_number_of_nodes_that_does_not_fit_is_answered_with_what_does(reports: Reports) -> None:
