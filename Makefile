@@ -2,6 +2,7 @@
 #
 #   make demo ARGS="seed=2"    Hydra overrides for the run
 #   make preflight RECIPE=safework_72b ARGS="algorithm=cpgd"     is this run possible? On a login node: would Slurm take it?
+#   make preflight RECIPE=safework_72b ARGS="stage=ladder"       all stages, before the first has run
 #   make env EXTRA=gpu         the environment of a GPU machine: .[gpu] in place of .[cpu]
 #   make env PYTHON=/path/to/python3.12
 

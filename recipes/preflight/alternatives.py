@@ -85,9 +85,13 @@ def propose(raw: DictConfig, config: Config, hf_config: Any, settings: Settings,
     search = Search(raw, settings, hf_config, say)
     failed = set(report.in_state(FAILS)) & set(SHAPES)
     if failed and failed <= {"memory", "host_memory"}:
-        report.proposals["It fits with"] = list(settings_that_fit(search, config, report))
-        if not report.proposals["It fits with"]:
-            report.proposals = layouts_that_fit(search, raw)
+        candidates = settings_to_try(config, settings, report)
+        found = settings_that_fit(search, config, candidates)
+        names = ", ".join(candidates) or "the settings that save memory"
+        none = f"It does not fit with {names}, nor with up to {MOST_SETTINGS} of them together"
+        report.proposals["It fits with" if found else none] = found
+        if not found:
+            report.proposals |= layouts_that_fit(search, raw)
     elif failed & {"attention_heads", "layout", "ranks", "batch"}:
         report.proposals = layouts_that_fit(search, raw)
     if settings.nodes is not None:
@@ -116,10 +120,9 @@ def propose_layouts(raw: DictConfig, settings: Settings, report: Report, say: Sa
     report.proposals = layouts_that_fit(Search(raw, settings, hf_config, say), raw)
 
 
-def settings_that_fit(search: Search, config: Config, report: Report) -> Iterator[Proposal]:
-    """The fewest settings that make every phase fit, all combinations of as many. Nothing if more than
+def settings_that_fit(search: Search, config: Config, candidates: Sequence[str]) -> list[Proposal]:
+    """The fewest of the candidates that make every phase fit, all combinations of as many. Nothing if more than
     ``MOST_SETTINGS`` would be needed."""
-    candidates = settings_to_try(config, search.settings, report)
     for count in range(1, MOST_SETTINGS + 1):
         found = []
         for chosen in combinations(candidates, count):
@@ -128,8 +131,8 @@ def settings_that_fit(search: Search, config: Config, report: Report) -> Iterato
             if proposal is not None:
                 found.append(proposal)
         if found:
-            yield from found[:MOST_PROPOSALS]
-            return
+            return found[:MOST_PROPOSALS]
+    return []
 
 
 def settings_to_try(config: Config, settings: Settings, report: Report) -> list[str]:
@@ -177,16 +180,17 @@ def layouts_that_fit(search: Search, raw: DictConfig) -> dict[str, list[Proposal
     nodes, cut = raw.cluster.nodes, raw.parallel
     has_gpus = capabilities(str(raw.cluster.platform)).has_gpus
     machines = f"{nodes} nodes of {raw.cluster.ranks // nodes} GPUs" if has_gpus else f"{raw.cluster.ranks} ranks"
-    found = {
-        f"On {machines} it fits with": list(islice(nearest_layouts(search, raw, raw.cluster.ranks), MOST_PROPOSALS))
-    }
+    layouts = list(islice(nearest_layouts(search, raw, raw.cluster.ranks), MOST_PROPOSALS))
+    found = {f"On {machines} it fits with" if layouts else f"On {machines} no layout fits": layouts}
     if has_gpus:
-        title = f"With tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} it fits with"
-        found[title] = [
+        sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context}"
+        on_nodes = [
             proposal
             for direction in (range(nodes - 1, 0, -1), range(nodes + 1, nodes + NODES_TRIED + 1))
             if (proposal := first_of_nodes(search, raw, direction[:NODES_TRIED])) is not None
         ]
+        none = f"With {sizes} it fits on no number of nodes up to {NODES_TRIED} more or fewer"
+        found[f"With {sizes} it fits on" if on_nodes else none] = on_nodes
     return found
 
 
@@ -196,9 +200,11 @@ def first_of_nodes(search: Search, raw: DictConfig, counts: Sequence[int]) -> Pr
     per_node = raw.cluster.ranks // raw.cluster.nodes
     replica = cut.tensor * cut.pipeline * cut.context
     for count in counts:
-        if count * per_node % replica:
+        ranks = count * per_node
+        cuts = cut.tensor * cut.pipeline
+        if ranks % replica or too_large(search, raw, cuts, ranks // cuts):
             continue
-        prompts = prompts_override(raw, count * per_node // replica)
+        prompts = prompts_override(raw, ranks // replica)
         for more in extras(raw):
             proposal = search.proposal([f"cluster.nodes={count}", *prompts, *more])
             if proposal is not None:
@@ -302,9 +308,15 @@ def prompts_override(raw: DictConfig, replicas: int) -> list[str]:
 
 
 def judge_nodes(config: Config) -> int:
-    """Nodes that the servers of disaggregated judges take, each node with as many GPUs as one of the trainer's."""
-    servers = placement.servers_to_start(config.rewards) if generates(config) else []
-    if not servers or config.rewards.placement == COLOCATED:
+    """Nodes of their own that the judges' servers take, each with as many GPUs as one of the trainer's.
+
+    None if the servers are on the trainer's nodes, colocated or from ``rewards.supervisor.first_device`` on. Raises
+    ConfigError for a server that a node is too small for.
+    """
+    rewards = config.rewards
+    servers = placement.servers_to_start(rewards) if generates(config) else []
+    has_gpus = capabilities(config.cluster.platform).has_gpus
+    if not servers or not has_gpus or rewards.placement == COLOCATED or rewards.supervisor.first_device:
         return 0
     gpus = config.cluster.ranks // config.cluster.nodes
     for count in range(1, len(servers) + 1):

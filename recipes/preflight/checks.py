@@ -77,7 +77,7 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None], bas
     if parsed:
         examine_parsed(raw, parsed[0], settings, report, say, base_model)
     else:
-        report.skip((*FILES, "architecture", *SHAPES, "images", "prompts", "disk_space"), "configuration")
+        report.skip((*FILES, "architecture", *SHAPES, "images", "prompts", "disk_space", "nodes"), "configuration")
         alternatives.propose_layouts(raw, settings, report, say)
     return report
 
@@ -116,7 +116,7 @@ def examine_parsed(
     say("prompts")
     report.check("prompts", lambda: every_prompt(config), ["tokenizer", "architecture"])
     report.check("disk_space", lambda: disk_space(config, settings, report), ["ranks"])
-    if configs:
+    if report.check("nodes", lambda: nodes(config)) and configs:
         alternatives.propose(raw, config, configs[0], settings, report, say)
         report.cost = gpu_hours(config, settings)
 
@@ -256,6 +256,12 @@ def model(config: Config, settings: Settings, expected: str) -> str:
         f"model.path={expected!r}: no config.json with weights ({WEIGHTS}) there; download the model into this folder, "
         "or give another. If another machine has it: preflight.files=elsewhere"
     )
+
+
+def nodes(config: Config) -> str:
+    """The machines of the job."""
+    judges = alternatives.judge_nodes(config)
+    return f"{config.cluster.nodes} for trainer and engines, {judges} for the judges alone"
 
 
 def has_tokenizer(config: Config) -> bool:

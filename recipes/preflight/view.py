@@ -65,10 +65,8 @@ def show(reports: Sequence[Report]) -> None:
             table.add_row(report.stage, Text(report.verdict, style=STYLES[worst(report)]))
         out.print(table)
         if all(report.disk_bytes for report in reports):
-            disk_bytes = sum(report.disk_bytes for report in reports)
-            out.print(
-                Text(f"On disk the stages take at most {size(disk_bytes)} together, if each keeps its checkpoints")
-            )
+            on_disk = size(sum(report.disk_bytes for report in reports))
+            out.print(Text(f"On disk the stages take at most {on_disk} together, if each keeps its checkpoints"))
 
 
 def worst(report: Report) -> str:
@@ -93,10 +91,8 @@ def check_table(report: Report) -> Table:
 
 def show_proposals(out: Console, title: str, proposals: Sequence[Proposal]) -> None:
     """Print overrides that hold, to be copied, and below each what the run is with them."""
-    if not proposals:
-        out.print(Text(f"{title}: nothing that was tried", style="bold"))
-        return
-    out.print(Text(f"{title} (each was checked and holds):", style="bold"))
+    end = " (each was checked and holds):" if proposals else ""
+    out.print(Text(f"{title}{end}", style="bold"))
     for proposal in proposals:
         out.print(Text(f"    {' '.join(proposal.overrides)}"), soft_wrap=True)
         out.print(Text(f"        {proposal.detail}", style="bright_black"))

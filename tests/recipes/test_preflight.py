@@ -57,6 +57,7 @@ IMPOSSIBLE = {
         ("precision=fp8", "parallel.tensor=32", "parallel.context=1", "parallel.pipeline=2"), "attention_heads",
         ["parallel.tensor=8"],
     ),
+    "judge's node": (("rewards.servers.value.replicas=2", *WHOLE), "nodes", ["more than a node's 8 GPUs"]),
     "data": (("data.prompts=none.jsonl",), "configuration", ["data.prompts='none.jsonl'", "no such file"]),
     "rewards": (("~rewards.mix.general_rule", *WHOLE), "data_and_rewards", ["rewards.mix", "general_rule"]),
     "model": (("model.path=models/nobody",), "architecture", ["model.path='models/nobody'", "no config.json"]),
@@ -100,6 +101,7 @@ from dataclasses import asdict
 
 folder, wanted, output, unsearched = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 found = {}
+ASIDE = ["preflight.files=elsewhere", "preflight.costs=null"]
 propose, propose_layouts = checks.alternatives.propose, checks.alternatives.propose_layouts
 
 def examine(overrides):
@@ -114,13 +116,13 @@ with initialize_config_dir(folder, version_base="1.3"):
         searched = name not in unsearched
         checks.alternatives.propose = propose if searched else lambda *arguments: None
         checks.alternatives.propose_layouts = propose_layouts if searched else lambda *arguments: None
-        found[name] = report = examine(["preflight.files=elsewhere", *overrides])
+        found[name] = report = examine([*ASIDE, *overrides])
         # What a report proposes is checked anew, as a user would, without what asked for the proposal.
         for proposals in report["proposals"].values():
             for proposal in proposals:
                 fields = {override.partition("=")[0] for override in proposal["overrides"]} | {"preflight.nodes"}
                 kept = [override for override in overrides if override.partition("=")[0] not in fields]
-                again = examine(["preflight.files=elsewhere", *kept, *proposal["overrides"]])
+                again = examine([*ASIDE, *kept, *proposal["overrides"]])
                 found[" ".join([name, *proposal["overrides"]])] = again
 json.dump(found, open(output, "w"))
 """
@@ -311,7 +313,10 @@ def test_what_is_proposed_holds_and_nothing_else_is_proposed(reports: Reports) -
 
 def test_where_nothing_fits_the_preflight_says_so(reports: Reports) -> None:
     found = proposed(reports["no room"])
-    assert len(found) == 2 and all(overrides == [] for overrides in found.values())
+    assert len(found) == 3 and all(overrides == [] for overrides in found.values())
+    settings, layouts, nodes = found
+    assert "does not fit with" in settings and "optimizer.offload=true" in settings
+    assert layouts == "On 8 nodes of 8 GPUs no layout fits" and "on no number of nodes" in nodes
 
 
 def test_a_number_of_nodes_that_does_not_fit_is_answered_with_what_does(reports: Reports) -> None:
