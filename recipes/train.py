@@ -52,7 +52,7 @@ def main(raw: DictConfig) -> None:
             elif os.environ["RANK"] == "0":
                 lock = stack.enter_context(held_by_rank(config))
             else:
-                wait_for_mark(Path(config.run_dir))
+                wait_for_mark(config)
             run(config, lock)
     except ConfigError as error:
         # Standard error may be a log file by now.

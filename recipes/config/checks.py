@@ -41,6 +41,8 @@ def check_folder(config: Config) -> None:
     """What is to be done with the run's folder."""
     if not config.run_dir.strip():
         raise ConfigError(f"run_dir={config.run_dir!r}: give the run's folder")
+    if config.run_dir.startswith("~"):
+        raise ConfigError(f"run_dir={config.run_dir!r}: nothing puts your home in place of ~ here; write $HOME")
     if config.resume and config.overwrite:
         raise ConfigError(
             "resume=true, overwrite=true: the first goes on with the folder's run, the second begins anew"

@@ -40,7 +40,7 @@ def claimed(config: Config) -> Iterator[None]:
         # Another launch may have used it in the meantime.
         changes = check_folder(config, own)
         with _errors_of_the_disk(config):
-            if not config.resume and run_folder.is_run(folder) and run_folder.results(folder):
+            if run_folder.is_run(folder) and not _may_begin(folder, config):
                 own = _make_room(folder, own)
             if not run_folder.is_run(folder):
                 run_folder.mark(folder)
@@ -60,7 +60,7 @@ def held_by_rank(config: Config) -> Iterator[Path]:
     """
     folder = Path(config.run_dir)
     with _errors_of_the_disk(config):
-        if not run_folder.is_run(folder) or (not config.resume and run_folder.results(folder)):
+        if not run_folder.is_run(folder) or not _may_begin(folder, config):
             raise ConfigError(
                 f"run_dir={config.run_dir!r}: is not prepared for this launch; before srun or torchrun call once "
                 "`python -m recipes.prepare` with the same overrides"
@@ -73,11 +73,12 @@ def held_by_rank(config: Config) -> Iterator[Path]:
         lock.release(own)
 
 
-def wait_for_mark(folder: Path) -> None:
+def wait_for_mark(config: Config) -> None:
     """For the other ranks, which write logs into the run's folder: wait until this host sees that it is one.
 
-    Raises ConfigError where it does not within ``MARK_SECONDS``.
+    Raises ConfigError where it does not within ``MARK_SECONDS``. Exits where rank 0 refuses the folder.
     """
+    folder = Path(config.run_dir)
     deadline = time.monotonic() + MARK_SECONDS
     while not run_folder.is_run(folder):
         if time.monotonic() > deadline:
@@ -86,6 +87,13 @@ def wait_for_mark(folder: Path) -> None:
                 "all nodes share, and prepared by `python -m recipes.prepare`"
             )
         time.sleep(0.2)
+    if not _may_begin(folder, config):
+        sys.exit(1)  # rank 0 says why
+
+
+def _may_begin(folder: Path, config: Config) -> bool:
+    """Whether a launch may begin in a run's folder without moving anything."""
+    return config.resume or not run_folder.results(folder)
 
 
 def check_folder(config: Config, own: Path | None = None) -> list[Difference]:
@@ -153,9 +161,9 @@ def _errors_of_the_disk(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place = error.filename or config.run_dir
         raise ConfigError(
-            f"run_dir={config.run_dir!r}: can't be used: {error.filename}: {error.strerror}; give a folder that you "
-            "may write to"
+            f"run_dir={config.run_dir!r}: can't be used: {place}: {error.strerror}; give a folder that you may write to"
         ) from error
 
 

@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
 
 from recipes.run import folder as run_folder
 from recipes.run import lock, records
+from recipes.training import stages
 from tests.recipes import tiny
 from tests.recipes.test_run_folder import tree
 
@@ -134,3 +137,27 @@ def test_a_rank_of_srun_holds_the_prepared_folder_and_gives_it_back(twin: Path, 
     finally:
         rank.kill()
     assert not list(run_dir.glob("lock.*"))
+
+
+@pytest.mark.parametrize(("steps_made", "asked"), [(0, []), (3, ["after"])])
+def test_a_finished_run_that_goes_on_for_more_steps_answers_anew(
+    steps_made: int, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.write_json(tmp_path / "answers.json", {"before": {}, "after": {}})
+    given: list[str] = []
+
+    def train(training: Any, run: Any, *_: Any) -> int:
+        run.steps_made = steps_made
+        return 3
+
+    def evaluate(_: Any, model: str, answers: dict[str, Any], version: int = 0) -> None:
+        if model not in answers:
+            given.append(model)
+
+    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(stages, "_evaluate", evaluate)
+    stage = SimpleNamespace(trains=["rl"], evaluates=True, after=None, name="rl")
+    run = MagicMock(folder=tmp_path, rank=1, steps_made=0)
+    config = SimpleNamespace(stage=stage, model=SimpleNamespace(path=str(tmp_path / "model")))
+    stages.run_stage(MagicMock(config=config, run=run))
+    assert given == asked

@@ -171,6 +171,7 @@ def test_a_folder_that_can_t_be_used_is_told(
     [
         (["run_dir="], "run_dir='': give the run's folder"),
         (["run_dir=' '"], "run_dir=' ': give the run's folder"),
+        (["run_dir='~/runs'"], "run_dir='~/runs': nothing puts your home in place of ~ here; write $HOME"),
         (["resume=2"], "resume=2: use true or false"),
         (["overwrite=yes"], "overwrite='yes': use true or false"),
         (["rollout.sleep=1"], "rollout.sleep=1: use true or false"),
@@ -212,16 +213,18 @@ def test_ranks_of_srun_want_a_folder_that_is_prepared(tmp_path: Path, monkeypatc
         hold(folder)
     monkeypatch.setattr(claim, "MARK_SECONDS", 0.0)
     with pytest.raises(ConfigError, match="sees no run there"):
-        claim.wait_for_mark(folder)
+        claim.wait_for_mark(configured(folder))
     assert not folder.exists()
     make_run(folder)
     before = tree(tmp_path)
     with pytest.raises(ConfigError, match="is not prepared for this launch"):  # whose results nobody moved aside
         hold(folder, "overwrite=true")
+    with pytest.raises(SystemExit):
+        claim.wait_for_mark(configured(folder))
     assert tree(tmp_path) == before
     take(folder, "overwrite=true")
     with claim.held_by_rank(configured(folder, "overwrite=true")):
-        claim.wait_for_mark(folder)
+        claim.wait_for_mark(configured(folder))
         assert len(list(folder.glob("lock.*"))) == 1
         assert not (tmp_path / "run.2").exists(), "it is moved aside once"
     assert not list(folder.glob("lock.*"))
