@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ext.settings import COUNT, FRACTION, setting
+from megatron_ext.settings import COUNT, FRACTION, FREE, setting
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -26,10 +26,13 @@ class OptimizerConfig:
     weight_decay: float = setting("decoupled weight decay; norms and biases get none", range=FRACTION)
     clip_grad_norm: float = setting("largest norm of the gradient; larger ones are scaled to it", range="(0, 1e6]")
     max_skipped: int = setting(
-        "updates in a row skipped for a loss or gradient that is not finite, after which the run stops", range=COUNT
+        "updates in a row skipped for a loss or gradient that is not finite, after which the run stops",
+        range=COUNT,
+        on_resume=FREE,
     )
     offload: bool = setting(
-        "GPU: keep optimiser states and gradients on the host while engines generate and judges judge"
+        "GPU: keep optimiser states and gradients on the host while engines generate and judges judge",
+        on_resume=FREE,
     )
 
 

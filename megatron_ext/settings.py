@@ -25,24 +25,34 @@ FRACTION = "[0, 1]"
 REFERENCE = "the fields are listed in docs/configuration.md"
 METADATA = "setting"
 
+# What a resumed run may do with a setting (recipes/config/resume.py). With another value of a kept one it would be
+# another experiment.
+ON_RESUME = KEPT, RAISED, FREE = "kept", "raised", "free"
+
 
 @dataclass(frozen=True)
 class Setting:
     """What is known of a field: ``doc`` is one line, ``range`` an interval like "(0, 1]", ``choices`` a list's items
-    too."""
+    too, ``on_resume`` one of ``ON_RESUME``, or None for what the group says that the field is in."""
 
     doc: str
     range: str | None = None
     unit: str | None = None
     choices: tuple[Any, ...] | None = None
+    on_resume: str | None = None
 
 
 def setting(
-    doc: str, *, range: str | None = None, unit: str | None = None, choices: Iterable[Any] | None = None
+    doc: str,
+    *,
+    range: str | None = None,
+    unit: str | None = None,
+    choices: Iterable[Any] | None = None,
+    on_resume: str | None = None,
 ) -> Any:
     """A dataclass field without a default that is described by a :class:`Setting`."""
     allowed = None if choices is None else tuple(choices)
-    return dataclasses.field(metadata={METADATA: Setting(doc, range, unit, allowed)})
+    return dataclasses.field(metadata={METADATA: Setting(doc, range, unit, allowed, on_resume)})
 
 
 def is_optional(hint: Any) -> bool:
@@ -61,6 +71,18 @@ def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any, Setting | No
             yield from fields(hint, name)
 
 
+def on_resume(schema: Any) -> dict[str, str]:
+    """What a resumed run may do with each field below a settings class, by dotted path: one of ``ON_RESUME``.
+
+    A field that says nothing is as its group, and one without a group is kept.
+    """
+    rules: dict[str, str] = {}
+    for name, _, described in fields(schema):
+        own = described.on_resume if described is not None else None
+        rules[name] = own or rules.get(name.rpartition(".")[0], KEPT)
+    return rules
+
+
 def mappings(schema: Any, path: str = "") -> list[str]:
     """Dotted paths of the free-form mappings below a settings class: those whose keys are the user's."""
     return [name for name, hint, _ in fields(schema, path) if get_origin(hint) is dict]
@@ -75,6 +97,7 @@ def read[T](schema: type[T], path: str, *values: Any) -> T:
     for value in values:
         if not isinstance(value, Mapping):
             raise ValueError(f"{path}={value!r}: give a mapping of fields, {{field: value, …}}")
+        _check_booleans(schema, path, value)
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *values))
     except OmegaConfBaseException as error:
@@ -85,6 +108,20 @@ def read[T](schema: type[T], path: str, *values: Any) -> T:
         raise ValueError(f"{field}: {str(error).splitlines()[0]}; {REFERENCE}") from error
     assert isinstance(settings, schema)
     return settings
+
+
+def _check_booleans(schema: Any, path: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number or a text in place of a boolean, which OmegaConf would take: 2 as true."""
+    for name, hint, _ in fields(schema):
+        if hint is not bool:
+            continue
+        parent, _, key = name.rpartition(".")
+        group: Any = values
+        for part in filter(None, parent.split(".")):
+            group = group.get(part) if isinstance(group, Mapping) else None
+        value = group.get(key) if isinstance(group, Mapping) else None
+        if value is not None and not isinstance(value, bool) and value != "???":
+            raise ValueError(f"{'.'.join(filter(None, (path, name)))}={value!r}: use true or false")
 
 
 def unknown_field(schema: Any, path: str, field: str) -> str:

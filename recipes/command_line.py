@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 
 from megatron_ext.settings import mappings, unknown_field, with_new_keys
 from recipes.config import Config
@@ -26,10 +26,20 @@ def one_line(error: HydraException) -> str:
         field = override.partition("=")[0]
         shown = field if SECRET.search(field) else override
         return f"{shown}: {unknown_field(Config, '', field)}"
+    if isinstance(error, OverrideParseException):
+        field, _, value = error.override.partition("=")
+        shown = "VALUE" if SECRET.search(field) else value
+        return f'{field}: {lines[0]}: quote the value, for the shell too: "{field}={quoted(shown)}"'
     if lines[0].startswith(MERGING):
         why = str(error.__cause__).splitlines()[0]
         return f"{lines[0].removeprefix(MERGING)}: {why}; the fields are listed in docs/configuration.md"
     return " ".join(itertools.takewhile(lambda line: not line.startswith("Config search path"), lines))
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an override, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def from_command_line(hydra_main: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """Entry point: ``python -m recipes.train recipe=demo [overrides…]``.
 
 Called plainly, it prepares the run and forks ``cluster.ranks`` ranks. Under torchrun or srun each process is already
-one rank of the run.
+one rank of the run, which ``recipes.prepare`` has prepared.
 """
 
 import contextlib
@@ -22,9 +22,11 @@ from recipes.command_line import from_command_line
 from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.launch import launcher
-from recipes.launch.prepare_run import prepare_run, redirect_stderr
+from recipes.launch.claim import claimed, held_by_rank, wait_for_mark
+from recipes.launch.prepare_run import check_run, prepare_model, redirect_stderr
 from recipes.launch.slurm import adopt_step
 from recipes.run import preemption, records
+from recipes.run.lock import release
 
 # A file in logs/ that the first rank to fail creates.
 FAILED = "failed"
@@ -43,24 +45,33 @@ def main(raw: DictConfig) -> None:
 
             run_pipeline(config, sys.argv[1:])
             return
-        if "RANK" not in os.environ:
-            launch(config)
+        with contextlib.ExitStack() as stack:
+            lock = None
+            if "RANK" not in os.environ:
+                launch(config)
+            elif os.environ["RANK"] == "0":
+                lock = stack.enter_context(held_by_rank(config))
+            else:
+                wait_for_mark(config)
+            run(config, lock)
     except ConfigError as error:
         # Standard error may be a log file by now.
         print(f"error: {error}", flush=True)
         sys.exit(1)
-    run(config)
 
 
 def launch(config: Config) -> None:
-    """Prepare the run and fork its ranks. Returns in each rank; this process waits for them and exits."""
+    """Prepare the run and fork its ranks. Returns in each rank; this process holds the run's folder until they have
+    ended, and exits."""
     # torch reads it when it is imported.
     os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
-    launcher.run_in_child(partial(prepare_run, config))
-    redirect_stderr(Path(config.run_dir))
-    if capabilities(config.cluster.platform).can_fork_after_imports:
-        load(config)
-    launcher.fork_ranks(config.cluster.ranks)
+    launcher.run_in_child(partial(check_run, config))
+    with claimed(config):
+        redirect_stderr(Path(config.run_dir))
+        launcher.run_in_child(partial(prepare_model, config))
+        if capabilities(config.cluster.platform).can_fork_after_imports:
+            load(config)
+        launcher.fork_ranks(config.cluster.ranks)
 
 
 def load(config: Config) -> None:
@@ -75,16 +86,17 @@ def load(config: Config) -> None:
     gc.freeze()
 
 
-def run(config: Config) -> None:
+def run(config: Config, lock: Path | None = None) -> None:
     """Run one rank. The first rank to fail prints one line to standard output; tracebacks go to the logs.
 
-    After a preemption request, rank 0 ends with ``preemption.EXIT_CODE`` once the run has saved.
+    ``lock`` is on the run's folder, where this rank and no launcher holds it. After a preemption request, rank 0 ends
+    with ``preemption.EXIT_CODE`` once the run has saved.
     """
     # The parent is the launcher, torchrun or srun.
     die_with(os.getppid())
     is_first = os.environ["RANK"] == "0"
     if is_first:
-        report_sigterm(config)
+        report_sigterm(config, lock)
         # Left by an earlier launch; srun and torchrun do not pass through launch().
         (Path(config.run_dir) / "logs" / FAILED).unlink(missing_ok=True)
     load(config)
@@ -122,14 +134,17 @@ def fails_first(config: Config) -> bool:
     return True
 
 
-def report_sigterm(config: Config) -> None:
-    """Print an error and record an event on SIGTERM, by which ranks are ended after Ctrl-C or the death of another."""
+def report_sigterm(config: Config, lock: Path | None = None) -> None:
+    """Print an error, record an event and release the ``lock`` on SIGTERM, by which ranks are ended after Ctrl-C or the
+    death of another."""
 
     def handler(number: int, frame: object) -> None:
         log = f"{config.run_dir}/logs/launcher.log"
         print(f"error: stopped by SIGTERM (Ctrl-C, or another rank died); see {log}", flush=True)
         with contextlib.suppress(OSError):
             records.event(Path(config.run_dir), "stop", why="SIGTERM")
+        if lock is not None:
+            release(lock)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from megatron_ext import settings
-from megatron_ext.settings import COEFFICIENT, FRACTION, SECONDS, setting
+from megatron_ext.settings import COEFFICIENT, FRACTION, FREE, SECONDS, setting
 
 LOOPBACK = ("127.0.0.1", "localhost")
 # Arguments of `vllm serve` that a field sets. With these a server could listen without a token, or show it.
@@ -104,12 +104,16 @@ class ServerConfig:
 
     model: str = setting("folder or hub name of the model")
     runner: str = setting("vLLM's: generate for judges, pooling for reward models with one output", choices=RUNNERS)
-    endpoints: list[str] = setting("addresses of replicas that run elsewhere; [] for servers that are started here")
-    key_variable: str | None = setting("environment variable that holds the server's token; null for no token")
-    host: str = setting("address that a server listens on; any but the loopback needs key_variable")
-    port: int = setting("port of the first replica; replica i has port + i", range="[1, 65535]")
-    replicas: int = setting("replicas of the server", range="[1, 1024]")
-    tensor: int = setting("tensor-parallel size of a replica", range="[1, 1024]")
+    endpoints: list[str] = setting(
+        "addresses of replicas that run elsewhere; [] for servers that are started here", on_resume=FREE
+    )
+    key_variable: str | None = setting(
+        "environment variable that holds the server's token; null for no token", on_resume=FREE
+    )
+    host: str = setting("address that a server listens on; any but the loopback needs key_variable", on_resume=FREE)
+    port: int = setting("port of the first replica; replica i has port + i", range="[1, 65535]", on_resume=FREE)
+    replicas: int = setting("replicas of the server", range="[1, 1024]", on_resume=FREE)
+    tensor: int = setting("tensor-parallel size of a replica", range="[1, 1024]", on_resume=FREE)
     arguments: list[str] = setting("further arguments of `vllm serve`")
 
 
@@ -151,11 +155,13 @@ class RewardsConfig:
     server: ServerConfig = setting("defaults of the entries of servers")
     servers: dict[str, Any] = setting("judges and reward models, by name; an entry has what differs from server")
     placement: str = setting(
-        "disaggregated: servers have their own GPUs; colocated: those of trainer and engines", choices=PLACEMENTS
+        "disaggregated: servers have their own GPUs; colocated: those of trainer and engines",
+        choices=PLACEMENTS,
+        on_resume=FREE,
     )
-    client: ClientConfig = setting("requests to the servers")
-    functions: FunctionsConfig = setting("verifier functions of the user's own")
-    supervisor: SupervisorConfig = setting("servers that are started here")
+    client: ClientConfig = setting("requests to the servers", on_resume=FREE)
+    functions: FunctionsConfig = setting("verifier functions of the user's own", on_resume=FREE)
+    supervisor: SupervisorConfig = setting("servers that are started here", on_resume=FREE)
     normalise: str = setting(
         "group: bring each verifier's scores to mean 0 and std 1 within a prompt's group, before the mix",
         choices=NORMALISATIONS,

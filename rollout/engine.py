@@ -7,7 +7,6 @@ An engine does not outlive the process that started it: the kernel kills it when
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 
 from megatron_ext.batch import TokenBatch, extend
 from megatron_ext.settings import read
-from rollout import vllm_platform
+from rollout import user_socket, vllm_platform
 from rollout.frames import BATCH, DONE, ERROR, JSON, frame, read_frames
 from rollout.sampling import Sampling
 from rollout.settings import RolloutConfig
@@ -113,7 +112,7 @@ def environment(settings: EngineSettings) -> dict[str, str]:
 
 
 class Engine:
-    """A running engine process and its HTTP address.
+    """A running engine process, and the name of the socket over which it is called.
 
     ``starts`` counts its processes: after :meth:`restart` the engine has no weights and needs a plan and a sync.
     """
@@ -131,9 +130,9 @@ class Engine:
 
     def _start(self) -> None:
         self.starts += 1
-        # The engine inherits the listening socket, so no other process can take the port in between.
-        with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, open(self.log_path, "ab") as log:
-            self.port: int = listener.getsockname()[1]
+        # The engine inherits the listening socket.
+        listener, self.socket_name = user_socket.listen()
+        with listener, open(self.log_path, "ab") as log:
             arguments = [self.settings.to_json(), str(listener.fileno()), str(os.getpid())]
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "rollout.engine_server", *arguments],
@@ -314,7 +313,7 @@ class Engine:
                 self.kill()
 
     def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        return user_socket.UserConnection(self.socket_name, timeout)
 
     def _send(self, connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> None:
         connection.request(

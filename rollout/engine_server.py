@@ -1,4 +1,4 @@
-"""The engine process: vLLM in the main thread, a small HTTP server beside it.
+"""The engine process: vLLM in the main thread, beside it a small HTTP server on a Unix socket for its user alone.
 
 Started by ``rollout.engine.Engine`` as ``python -m rollout.engine_server SETTINGS_JSON LISTEN_FD OWNER_PID``.
 
@@ -20,7 +20,6 @@ import io
 import json
 import os
 import queue
-import socket
 import sys
 import threading
 import traceback
@@ -41,6 +40,7 @@ from rollout.engine import EngineSettings
 from rollout.frames import BATCH, DONE, ERROR, frame, read_frames
 from rollout.sampling import Sampling
 from rollout.thinking import forced_positions, reasoning_config
+from rollout.user_socket import UserSocket
 from rollout.weight_sync.receiver import WeightReceiver
 
 ENGINE_PID = "ROLLOUT_ENGINE_PID"
@@ -396,7 +396,7 @@ def finished_response(
     )
 
 
-async def serve(loop: EngineLoop, listener: socket.socket) -> None:
+async def serve(loop: EngineLoop, listener: UserSocket) -> None:
     """Answer HTTP on ``listener`` for as long as the process lives."""
     from aiohttp import web
 
@@ -486,7 +486,7 @@ def main() -> None:
     settings = EngineSettings.from_json(sys.argv[1])
     die_with(int(sys.argv[3]))
     os.environ[ENGINE_PID] = str(os.getpid())
-    listener = socket.socket(fileno=int(sys.argv[2]))
+    listener = UserSocket(fileno=int(sys.argv[2]))
     loop = EngineLoop(settings, build_llm_engine(settings))
     threading.Thread(target=lambda: asyncio.run(serve(loop, listener)), daemon=True).start()
     status = 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.platform.features import capabilities
-from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
+from megatron_ext.settings import COUNT, FREE, SECONDS, TOKENS, setting
 from rollout import vllm_platform
 from rollout.vllm_platform import QUANTIZATIONS
 
@@ -22,20 +22,25 @@ class EnvironmentConfig:
 class RolloutConfig:
     """Engines are vLLM processes; they sample with the weights of the last sync."""
 
-    engines: int = setting("vLLM processes, all nodes together", range="[1, 1e5]")
-    tensor: int = setting("tensor-parallel size of an engine", range="[1, 1e5]")
+    engines: int = setting("vLLM processes, all nodes together", range="[1, 1e5]", on_resume=FREE)
+    tensor: int = setting("tensor-parallel size of an engine", range="[1, 1e5]", on_resume=FREE)
     max_response_tokens: int = setting("longest response", range=TOKENS, unit="tokens")
     temperature: float = setting("sampling temperature", range="(0, 100]")
     top_p: float = setting("nucleus sampling: probability mass of the tokens sampled from", range="(0, 1]")
-    max_num_seqs: int = setting("sequences that an engine decodes at once", range="[1, 1e6]")
-    max_num_batched_tokens: int = setting("tokens of an engine's step at most", range=TOKENS, unit="tokens")
-    kv_cache_gib: float = setting("key-value cache of each engine worker", range="(0, 1e5]", unit="GiB")
-    threads: int = setting("CPU threads of each engine worker; trainer and engines take turns", range="[1, 1e5]")
-    startup_timeout: float = setting("longest start of an engine", range=SECONDS, unit="seconds")
+    max_num_seqs: int = setting("sequences that an engine decodes at once", range="[1, 1e6]", on_resume=FREE)
+    max_num_batched_tokens: int = setting(
+        "tokens of an engine's step at most", range=TOKENS, unit="tokens", on_resume=FREE
+    )
+    kv_cache_gib: float = setting("key-value cache of each engine worker", range="(0, 1e5]", unit="GiB", on_resume=FREE)
+    threads: int = setting(
+        "CPU threads of each engine worker; trainer and engines take turns", range="[1, 1e5]", on_resume=FREE
+    )
+    startup_timeout: float = setting("longest start of an engine", range=SECONDS, unit="seconds", on_resume=FREE)
     stall_timeout: float = setting(
         "longest time in which a busy engine finishes no step; then it is killed, and the next sync restarts it",
         range=SECONDS,
         unit="seconds",
+        on_resume=FREE,
     )
     staleness: int = setting(
         "1: the next step's samples are generated, with weights one update older, while the trainer works",
@@ -57,7 +62,7 @@ class RolloutConfig:
     )
     thinking_marks: list[str] = setting("texts that begin and end the thinking")
     environment: EnvironmentConfig = setting("the environment")
-    sleep: bool = setting("GPU: engines give their memory to the trainer while it works")
+    sleep: bool = setting("GPU: engines give their memory to the trainer while it works", on_resume=FREE)
     quantization: str | None = setting(
         "FP8 of the engines' linear layers, quantised at each sync; null for none", choices=QUANTIZATIONS
     )
@@ -65,9 +70,12 @@ class RolloutConfig:
         "weight sync: bytes of a rank's message to engines on other hosts; at most two are in memory",
         range="[1, 1e6]",
         unit="MiB",
+        on_resume=FREE,
     )
     sync_verify_every: int = setting(
-        "weight sync: syncs between two comparisons of all parameters' checksums; also at the first", range=COUNT
+        "weight sync: syncs between two comparisons of all parameters' checksums; also at the first",
+        range=COUNT,
+        on_resume=FREE,
     )
 
 

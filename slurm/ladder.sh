@@ -22,7 +22,12 @@ done
 previous=()
 stages=${STAGES:-$(sed -n 's/^stage: .*ladder: \[\(.*\)\].*/\1/p' conf/stage/ladder.yaml | tr -d ,)}
 for stage in $stages; do
-  job=$(sbatch --parsable --kill-on-invalid-dep=yes "${previous[@]}" "${size[@]}" "$script" "stage=$stage" "${@:2}")
+  arguments=()
+  for argument in "${@:2}"; do
+    # A stage that has not begun has nothing to go on from.
+    [[ $argument == resume=true && ! -e runs/$recipe/$stage/run.json ]] || arguments+=("$argument")
+  done
+  job=$(sbatch --parsable --kill-on-invalid-dep=yes "${previous[@]}" "${size[@]}" "$script" "stage=$stage" "${arguments[@]}")
   echo "$stage: job $job"
   previous=(--dependency="afterok:$job")
 done

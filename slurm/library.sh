@@ -76,7 +76,7 @@ read_restarts() {
   if ((restarts == 0)); then
     rm -f "$prepared"
   elif [[ -e $prepared ]]; then
-    hydra+=(resume=true)
+    hydra+=(resume=true overwrite=false) # the first start has moved aside what overwrite=true asks for
     echo "restart $restarts of at most $max_restarts: resumes"
   fi
 }
@@ -295,6 +295,7 @@ run_job() {
   trap on_exit EXIT
   trap on_sigusr1 USR1
   run_once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
+  run_once -m recipes.launch.claim "${hydra[@]}" # before the servers take minutes and write into the run's folder
   start_servers
   run_once -m recipes.prepare "${hydra[@]}"
   touch "$prepared"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.optimizer_settings import ScheduleConfig
-from megatron_ext.settings import COEFFICIENT, COUNT, FRACTION, setting
+from megatron_ext.settings import COEFFICIENT, COUNT, FRACTION, FREE, RAISED, setting
 
 POSITIVE = "(0, 1e6]"
 
@@ -14,7 +14,7 @@ class AlgorithmConfig(ScheduleConfig):
     """A part (advantage, policy loss, KL estimator, aggregation) is named by its function, or by the dotted path of
     the user's own."""
 
-    steps: int = setting("RL steps: rollouts", range=COUNT)
+    steps: int = setting("RL steps: rollouts", range=COUNT, on_resume=RAISED)
     prompts_per_step: int = setting("prompts of a step, all ranks together", range=COUNT, unit="prompts")
     samples_per_prompt: int = setting(
         "responses to a prompt, which form its group; one alone has nothing to be compared with", range="[2, 1e6]"
@@ -62,7 +62,9 @@ class AlgorithmConfig(ScheduleConfig):
         "sequences with a token of a lower trainer / rollout ratio are left out; null for none", range="(0, 1)"
     )
     max_mismatch: float = setting(
-        "largest mean absolute difference of trainer's and rollout's log-probs; above it the run stops", range=POSITIVE
+        "largest mean absolute difference of trainer's and rollout's log-probs; above it the run stops",
+        range=POSITIVE,
+        on_resume=FREE,
     )
     kwargs: dict[str, Any] = setting("keyword arguments of the user's own parts")
 

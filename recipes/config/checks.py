@@ -18,6 +18,7 @@ from rollout import vllm_platform
 def check(config: Config) -> None:
     """Raises ValueError naming the first field whose value can't work, the value and what to do."""
     settings.check(config)
+    check_folder(config)
     rollout_settings.check(config.rollout, config.cluster.platform)
     algorithm_settings.check(config.algorithm)
     check_cluster(config.cluster)
@@ -34,6 +35,18 @@ def check(config: Config) -> None:
     check_engine_batch(config)
     check_supervised(config.stage, sequence_multiple(config))
     data_settings.check(config.data)
+
+
+def check_folder(config: Config) -> None:
+    """What is to be done with the run's folder."""
+    if not config.run_dir.strip():
+        raise ConfigError(f"run_dir={config.run_dir!r}: give the run's folder")
+    if config.run_dir.startswith("~"):
+        raise ConfigError(f"run_dir={config.run_dir!r}: nothing puts your home in place of ~ here; write $HOME")
+    if config.resume and config.overwrite:
+        raise ConfigError(
+            "resume=true, overwrite=true: the first goes on with the folder's run, the second begins anew"
+        )
 
 
 def check_stage(config: Config) -> None:

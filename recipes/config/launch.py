@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_ext.platform.features import PLATFORMS
-from megatron_ext.settings import SECONDS, setting
+from megatron_ext.settings import KEPT, SECONDS, setting
 
 
 @dataclass
@@ -23,7 +23,7 @@ class ModelConfig:
 class ClusterConfig:
     """Machines and processes."""
 
-    platform: str = setting("what the trainer and the engines run on", choices=PLATFORMS)
+    platform: str = setting("what the trainer and the engines run on", choices=PLATFORMS, on_resume=KEPT)
     nodes: int = setting("machines", range="[1, 1e5]")
     ranks: int = setting("trainer processes, all nodes together; on GPUs one per GPU", range="[1, 1e6]")
     threads: int = setting("CPU threads of each rank; under srun --cpus-per-task counts", range="[1, 1e5]")

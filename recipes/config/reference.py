@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron_ext.settings import Setting, fields, is_optional
+from megatron_ext.settings import KEPT, Setting, fields, is_optional, on_resume
 from recipes.config.schema import Config
 from rewards.settings import NOTHING, VerifierConfig
 
@@ -36,6 +36,9 @@ An unknown field is an error that names the nearest known one. New keys of free-
     'data.scores={brief: [chat]}'
 
 A mapping is merged into the one that is there; `~rewards.mix.safety` removes a key.
+
+*Resume* says whether a run that goes on (`resume=true`) may have another value: *free*, or *raised* only. Any other
+setting belongs to the experiment, and a change has to be named in `resume_accept`.
 """
 
 
@@ -66,9 +69,12 @@ def paragraph(schema: Any) -> str:
 
 
 def table(rows: Any) -> str:
-    lines = ["| Setting | Type | Default | Values | Meaning |", "|---|---|---|---|---|"]
+    lines = ["| Setting | Type | Default | Values | Resume | Meaning |", "|---|---|---|---|---|---|"]
+    rules = on_resume(Config)
     for path, hint, setting in rows:
-        cells = [f"`{path}`", type_name(hint), default(path), values(setting), meaning(setting)]
+        rule = rules.get(path, KEPT)
+        cells = [f"`{path}`", type_name(hint), default(path), values(setting), "" if rule == KEPT else rule]
+        cells.append(meaning(setting))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,7 @@ from megatron_ext.layout import ParallelConfig
 from megatron_ext.optimizer_settings import OptimizerConfig
 from megatron_ext.platform.features import capabilities
 from megatron_ext.precision import PrecisionConfig
-from megatron_ext.settings import setting
+from megatron_ext.settings import FREE, setting
 from recipes.algorithms.settings import AlgorithmConfig
 from recipes.config.launch import ClusterConfig, ModelConfig
 from recipes.config.records import CheckpointConfig, LoggerConfig
@@ -31,21 +31,26 @@ class Config:
     recipe: RecipeConfig = setting("the recipe")
     stage: StageConfig = setting("what a launch does")
     # Before what conf/ derives from it, so that an impossible value is reported where it was given.
-    cluster: ClusterConfig = setting("machines and processes")
+    cluster: ClusterConfig = setting("machines and processes", on_resume=FREE)
     model: ModelConfig = setting("the model that training starts from")
     algorithm: AlgorithmConfig = setting("the RL algorithm")
     rewards: RewardsConfig = setting("verifiers, their servers, and how their scores become a reward")
-    parallel: ParallelConfig = setting("how the trainer's model is cut over ranks")
+    parallel: ParallelConfig = setting("how the trainer's model is cut over ranks", on_resume=FREE)
     precision: PrecisionConfig = setting("the trainer's number formats")
     rollout: RolloutConfig = setting("engines and sampling")
     data: DataConfig = setting("rows and prompts")
-    logger: LoggerConfig = setting("further records of metrics")
+    logger: LoggerConfig = setting("further records of metrics", on_resume=FREE)
     optimizer: OptimizerConfig = setting("the optimiser of every model that is trained")
     critic: CriticConfig = setting("PPO's critic")
-    checkpoint: CheckpointConfig = setting("checkpoints to resume from")
+    checkpoint: CheckpointConfig = setting("checkpoints to resume from", on_resume=FREE)
     seed: int = setting("seed of all random draws", range="[0, 2147483647]")
-    run_dir: str = setting("the run's folder")
-    resume: bool = setting("go on from the newest checkpoint in run_dir")
+    run_dir: str = setting("the run's folder", on_resume=FREE)
+    resume: bool = setting("go on from the newest checkpoint in run_dir", on_resume=FREE)
+    resume_accept: list[str] = setting(
+        "settings, or groups of them, in which the resumed run may differ although that is another experiment",
+        on_resume=FREE,
+    )
+    overwrite: bool = setting("move what run_dir holds of another run to run_dir.1, .2, … and begin", on_resume=FREE)
 
 
 def samples_per_step(config: Config) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_ext.optimizer_settings import ScheduleConfig
-from megatron_ext.settings import COUNT, setting
+from megatron_ext.settings import COUNT, FREE, setting
 from recipes.data.source_spec import parse_sources
 
 STAGES = ("sft", "reward_model", "rl")
@@ -25,7 +25,9 @@ class SftConfig(ScheduleConfig):
         choices=("token_mean", "sequence_mean_token_mean"),
     )
     held_out: str | None = setting("source of rows whose loss is reported; null for none")
-    held_out_every: int = setting("steps between two losses of the held-out rows; also at the end", range=COUNT)
+    held_out_every: int = setting(
+        "steps between two losses of the held-out rows; also at the end", range=COUNT, on_resume=FREE
+    )
 
 
 @dataclass
@@ -34,7 +36,9 @@ class RewardModelConfig(ScheduleConfig):
 
     pairs: str = setting("source of rows with prompt (or messages), chosen and rejected")
     held_out: str = setting("source of pairs whose accuracy is reported")
-    held_out_every: int = setting("steps between two accuracies of the held-out pairs; also at the end", range=COUNT)
+    held_out_every: int = setting(
+        "steps between two accuracies of the held-out pairs; also at the end", range=COUNT, on_resume=FREE
+    )
     epochs: float | None = setting("passes over the pairs, or null and steps", range=EPOCHS)
     steps: int | None = setting("optimiser steps, or null and epochs", range=COUNT)
     pairs_per_step: int = setting("pairs of a step, all ranks together", range=COUNT, unit="pairs")
@@ -61,7 +65,9 @@ class CriticConfig(ScheduleConfig):
         "Hugging Face folder of a language model or of one with a scalar head; null for the policy's first weights"
     )
     warmup_steps: int = setting("first steps in which the critic alone is trained", range="[0, 1e9]", unit="steps")
-    offload: bool = setting("GPU: critic and policy's optimiser take turns, the other one is on the host")
+    offload: bool = setting(
+        "GPU: critic and policy's optimiser take turns, the other one is on the host", on_resume=FREE
+    )
 
 
 def check_supervised(stage: StageConfig, sequence_multiple: int) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,14 +24,17 @@ import yaml
 from hydra import compose
 
 from megatron_ext.processes import die_with
+from recipes.command_line import quoted
 from recipes.config import Config, generates, parse
 from recipes.data.rows import load_rows
 from recipes.errors import ConfigError
 from recipes.evaluation import judge_accuracy
 from recipes.evaluation.evaluate import Answers, scored
 from recipes.evaluation.statistics import mean_interval, normal_interval, paired_difference
+from recipes.launch.claim import changes_of, check_folder, claimed
 from recipes.report.pipeline import write_pipeline_report
 from recipes.run import records
+from recipes.run.folder import is_run
 from rewards.serve import ServerDied, Supervisor, judge_servers
 
 REASONING_LENGTH = "reasoning_length"
@@ -48,14 +51,16 @@ def run_pipeline(config: Config, arguments: Sequence[str]) -> None:
     Raises ConfigError when the configuration of any stage is invalid, before the first launch, and when a stage fails.
     """
     folder = Path(config.run_dir)
-    launches = plan_launches(config.stage.ladder, arguments, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        # Otherwise a later resume would skip stages that an earlier pipeline finished in this folder.
-        for name in launches:
-            (folder / name / records.FINISHED).unlink(missing_ok=True)
+    check_folder(config)
+    launches = plan_launches(config.stage.ladder, arguments, folder, config.resume)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, exit_on_signal)
+    with claimed(config):
+        run_stages(folder, launches, config)
+
+
+def run_stages(folder: Path, launches: Mapping[str, tuple[list[str], Config]], config: Config) -> None:
+    """Launch the stages that are not finished, and write the pipeline's results after each. Raises ConfigError."""
     for name, (stage_arguments, stage_config) in launches.items():
         if (folder / name / records.FINISHED).is_file():
             print(f"==> stage {name}: already finished", flush=True)
@@ -73,13 +78,20 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(f"stopped by {signal.Signals(number).name}; go on with resume=true")
 
 
-def plan_launches(stages: Sequence[str], arguments: Sequence[str], folder: Path) -> dict[str, tuple[list[str], Config]]:
-    """Each stage's arguments and configuration. Raises ConfigError."""
+def plan_launches(
+    stages: Sequence[str], arguments: Sequence[str], folder: Path, resume: bool
+) -> dict[str, tuple[list[str], Config]]:
+    """Each stage's arguments and configuration. Raises ConfigError, also where these would make another experiment of a
+    stage that a resumed pipeline has begun."""
     launches = {}
     previous = None
     for name in stages:
-        launches[name] = stage_launch(name, arguments, folder, previous)
+        # A stage that has not begun has nothing to go on from.
+        begun = resume and is_run(folder / name)
+        launches[name] = stage_launch(name, [*arguments, f"resume={begun}"], folder, previous)
         _, config = launches[name]
+        if begun:
+            changes_of(folder / name, config)
         # A stage without an evaluation trains a judge or a reward model, which is no policy to start from.
         if config.stage.evaluates:
             previous = name
@@ -103,9 +115,9 @@ def stage_launch(name: str, arguments: Sequence[str], folder: Path, previous: st
 
 def common_arguments(name: str, arguments: Sequence[str], folder: Path) -> list[str]:
     """The pipeline's arguments for one stage, whichever stage it continues from."""
-    replaced = ("stage=", "stage.ladder=", "run_dir=")
+    replaced = ("stage=", "stage.ladder=", "run_dir=", "overwrite=")
     common = [argument for argument in arguments if not argument.startswith(replaced)]
-    return [*common, f"stage={name}", f"run_dir={folder / name}"]
+    return [*common, f"stage={name}", f"run_dir={quoted(str(folder / name))}"]
 
 
 def compose_config(arguments: Sequence[str]) -> Config:

@@ -1,58 +1,29 @@
-"""What a run needs once, before its ranks start: data that fits, the model's folder, an empty run folder."""
+"""What a run needs once, before its ranks start: data that fits, a folder that is its own, the model's folder."""
 
 import os
-import shutil
 from pathlib import Path
 
 from recipes.config import Config, generates
 from recipes.errors import ConfigError
+from recipes.launch.claim import check_folder, claimed
 from recipes.launch.requirements import check_parts, check_servers, check_supervised
-from recipes.run import records
-
-# What a run writes into its folder. A run that is not resumed removes it first.
-RESULT_FILES = (
-    "metrics.jsonl",
-    "samples.jsonl",
-    "events.jsonl",
-    "answers.json",
-    "evaluation.json",
-    "report.html",
-    "reward_model.json",
-    "judge.json",
-    records.FINISHED,
-)
-RESULT_FOLDERS = ("checkpoints", "warm_start", "sft", "hf", "logs")
 
 
 def prepare_run(config: Config) -> None:
-    """Check the data, empty the run's folder unless the run is resumed, and convert the model if it is missing.
+    """Check everything, claim the run's folder, and convert the model if it is missing. Raises ConfigError."""
+    check_run(config)
+    with claimed(config):
+        redirect_stderr(Path(config.run_dir))
+        prepare_model(config)
 
-    Raises ConfigError.
-    """
-    run_dir = Path(config.run_dir)
-    if config.resume and (run_dir / records.FINISHED).is_file():
-        raise ConfigError(
-            f"resume=true: {run_dir} is a finished stage of a pipeline, which kept no checkpoint; without resume it "
-            "starts over"
-        )
+
+def check_run(config: Config) -> None:
+    """Check the run's folder, the data and the servers; makes nothing. Raises ConfigError."""
+    check_folder(config)
     check_supervised(config)
     if generates(config):
         check_parts(config)
         check_servers(config)
-    if not config.resume:
-        remove_results(run_dir)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    redirect_stderr(run_dir)
-    prepare_model(config)
-
-
-def remove_results(run_dir: Path) -> None:
-    """Remove the files and folders that an earlier run left."""
-    for name in RESULT_FILES:
-        (run_dir / name).unlink(missing_ok=True)
-    for name in RESULT_FOLDERS:
-        if (run_dir / name).is_dir():
-            shutil.rmtree(run_dir / name)
 
 
 def redirect_stderr(run_dir: Path) -> None:

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +32,7 @@ REQUIRED_METRICS = (
 TOKENS_PER_SECOND = "tokens_per_second"
 # recipes/launch/pipeline.py writes it into the folder of a finished stage.
 FINISHED = "finished.json"
+CONFIG = "config.yaml"
 PHASE_ORDER = ("generate", "judge", "reward", "logprobs", "train", "sync", "checkpoint")
 TAIL_BYTES = 1 << 20  # of metrics.jsonl, in which the last row is looked for
 VERSIONED_PACKAGES = ("megatron-core", "transformer-engine", "torch", "vllm", "transformers", "hydra-core", "numpy")
@@ -86,12 +86,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def launch(run_dir: Path, resume: bool) -> Iterator[None]:
+def launch(run_dir: Path, resume: bool, changes: Sequence[str] = ()) -> Iterator[None]:
     """Write an event when a launch starts or resumes, and when it finishes or stops with an error.
 
-    A launch that is killed writes no last event.
+    ``changes`` are the settings in which a resumed run differs from what it was begun with. A launch that is killed
+    writes no last event.
     """
-    event(run_dir, "resume" if resume else "start")
+    event(run_dir, "resume" if resume else "start", **({"changes": list(changes)} if changes else {}))
     try:
         yield
     except BaseException as error:
@@ -161,6 +162,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     _replace(path, _dumps(value, path.name, indent=2) + b"\n")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as :func:`write_json`."""
+    _replace(path, text.encode())
+
+
 def time_phases(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the phases that any row times: in the loop's order first, then the others by name."""
     names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")} - {"step"}
@@ -224,14 +230,6 @@ def choose_transcripts(transcripts: Sequence[dict[str, Any]], count: int) -> lis
         ranked.append((of_kind[item["kind"]], item))
     ranked.sort(key=lambda pair: pair[0])
     return [item for _, item in ranked[:count]]
-
-
-def run_id(run_dir: Path, resumed: bool) -> str:
-    """A new identifier, or that of environment.json for a resumed run."""
-    path = run_dir / "environment.json"
-    if resumed and path.exists():
-        return json.loads(path.read_text())["run"]["id"]
-    return uuid.uuid4().hex
 
 
 def environment(device: str, processes: int) -> dict[str, Any]:

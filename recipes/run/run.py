@@ -30,7 +30,8 @@ class Run:
     part of the run that another part follows (:meth:`part`).
 
     ``control`` is a gloo group of all ranks. ``loggers`` are rank 0's. ``run_id`` of a resumed run is the one that it
-    began with. ``savers`` collects what writes checkpoints, so that the way out can wait for them.
+    began with. ``write_settings`` makes this launch's settings those of the run, on rank 0. ``savers`` collects what
+    writes checkpoints, so that the way out can wait for them.
     """
 
     root: Path
@@ -45,7 +46,9 @@ class Run:
     checkpoint_every: int
     checkpoints_kept: int
     slow_factor: float
+    write_settings: Callable[[], None]
     savers: list[Saver] = field(default_factory=list)
+    steps_made: int = 0  # in this launch
     ending: bool = False  # a rank was asked to end soon (recipes.run.preemption)
 
     def part(self, name: str) -> "Run":
@@ -83,6 +86,7 @@ class Run:
         times = {f"time/{name}": seconds for name, seconds in self.clock.seconds.items()}
         row = {**metrics, "time/step": sum(self.clock.seconds.values()), **times}
         self.clock.restart()
+        self.steps_made += 1
         if self.rank == 0:
             records.append_rows(self.folder / "metrics.jsonl", [row])
             prefix = "" if self.folder == self.root else f"{self.folder.name}/"
@@ -90,10 +94,12 @@ class Run:
                 log(row, prefix)
         return row
 
-    def truncate_records(self, step: int) -> None:
-        """Drop the records of later steps, which a resumed run makes again."""
+    def begin(self, step: int) -> None:
+        """Training goes on after ``step`` steps, whose checkpoint is loaded: write down this launch's settings, and
+        drop the records of later steps, which it makes again."""
         if self.rank != 0:
             return
+        self.write_settings()
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.folder / name).exists():
                 records.truncate_after(self.folder / name, step)

@@ -74,7 +74,7 @@ def fit(training: Training, run: Run, reference: Path) -> None:
     loop = prepare(training, run, reference)
     checkpoints, newest = run.open_checkpoints()
     first_step = resume(loop, newest) if newest else 0
-    run.truncate_records(first_step)
+    run.begin(first_step)
     last_step = config.algorithm.steps
     generating = False  # whether this step's responses are under way already
 

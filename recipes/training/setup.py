@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from megatron_ext.offload import HostCopy
 from megatron_ext.packing import cost_of
 from megatron_ext.scalar_head import scalar_config
 from recipes.config import Config, generates
+from recipes.config.resume import differences
 from recipes.data.processor import PromptProcessor
+from recipes.run import folder as run_folder
 from recipes.run import logs, records
 from recipes.run.clock import PhaseClock
 from recipes.run.display import Display
@@ -146,14 +148,21 @@ def make_policy(
 
 
 def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Display, stack: ExitStack) -> Run:
-    """Collective: records of this launch, loggers and the watchdog. Rank 0 writes config.yaml and environment.json."""
+    """Collective: records of this launch, loggers and the watchdog. Rank 0 writes environment.json, and config.yaml
+    unless the run is resumed, which may still fail (``Run.begin``)."""
     run_dir = Path(config.run_dir)
-    run_id = from_rank_zero(lambda: records.run_id(run_dir, config.resume), control)
+    run_id = from_rank_zero(lambda: run_folder.run_id(run_dir), control)
+    write_settings = partial(run_folder.write_settings, run_dir, config)
     if rank == 0:
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        stored = run_dir / records.CONFIG
+        changes = []
+        if config.resume and stored.is_file():
+            changes = differences(yaml.safe_load(stored.read_text()), config)
+        else:
+            write_settings()
         machine = records.environment(platform.current().machine(), dist.get_world_size())
         records.write_json(run_dir / "environment.json", {"run": {"id": run_id}, **machine})
-        stack.enter_context(records.launch(run_dir, config.resume))
+        stack.enter_context(records.launch(run_dir, config.resume, [str(change) for change in changes]))
     loggers = open_loggers(config, run_dir, run_id, stack) if rank == 0 else []
     from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
     watchdog = Watchdog(run_dir / "logs", rank, config.cluster.watchdog)
@@ -171,6 +180,7 @@ def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Dis
         checkpoint_every=config.checkpoint.every_steps,
         checkpoints_kept=config.checkpoint.keep,
         slow_factor=config.cluster.slow_factor,
+        write_settings=write_settings,
     )
     stack.callback(join, run.savers, config.cluster.timeout)  # a failed run's checkpoints too
     return run

@@ -43,6 +43,8 @@ def run_stage(training: Training) -> None:
             _evaluate(training, model_before, answers)
             version = train(training, run if is_last else run.part(WARM_START), part, reference)
             if is_last:
+                if run.steps_made:
+                    answers.pop("after", None)  # of a run that was finished and goes on for more steps
                 _evaluate(training, "after", answers, version)
             with run.display.stage(f"export: {exported.name}/"):
                 run.clock.watchdog.beat("export")

@@ -54,7 +54,7 @@ def fit(task: Task, policy: Policy, run: Run, seed: int) -> None:
     policy.build_optimizer(task.settings, total)
     checkpoints, newest = run.open_checkpoints()
     first_step = policy.load(newest) if newest else 0
-    run.truncate_records(first_step)
+    run.begin(first_step)
 
     for step in range(first_step, total):
         checkpoints.check()

@@ -127,7 +127,7 @@ def main() -> None:
         for number, (moment, victim) in enumerate(drawn(asked.seed, asked.moments), start=1):
             if saved_step(killed) >= STEPS - 2:
                 sys.exit(f"error: the run is over before moment {number}: raise STEPS")
-            run = tiny.Run(tiny.overrides(twin, killed, *OPTIONS, "resume=true"))
+            run = tiny.Run(tiny.overrides(twin, killed, *OPTIONS, f"resume={number > 1}"))
             try:
                 strike(run, killed, moment, victim)
                 run.output(120)

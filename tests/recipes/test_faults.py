@@ -115,7 +115,8 @@ def stalled(folder: Path, disk: Path) -> Ended:
     """The launch that goes on when there is room, until its rank 1 stands still."""
     (disk / "fill").unlink(missing_ok=True)
     advantage = "algorithm.advantage=tests.recipes.faulty.stands_still"
-    arguments = (*OPTIONS, advantage, "resume=true", f"cluster.watchdog={WATCHDOG}")
+    resumed = ("resume=true", "resume_accept=[algorithm.advantage]")
+    arguments = (*OPTIONS, advantage, *resumed, f"cluster.watchdog={WATCHDOG}")
     run = tiny.Run(tiny.overrides(folder, disk / "run", *arguments))
     try:
         return ended(run, disk / "run")

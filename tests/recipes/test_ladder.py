@@ -9,9 +9,12 @@ import pytest
 from hydra import initialize_config_dir
 
 from recipes import check
+from recipes.command_line import quoted
 from recipes.errors import ConfigError
 from recipes.evaluation.statistics import mean_interval, paired_difference
 from recipes.launch import pipeline
+from recipes.launch.claim import claimed
+from recipes.run import folder as run_folder
 from recipes.run import records
 from tests.recipes import tiny
 from tests.recipes.test_config import CONF, configured
@@ -158,26 +161,50 @@ def test_a_stage_that_a_pipeline_finished_is_not_resumed_by_itself(pipeline_fold
     assert (pipeline_folder / "sft" / "answers.json").read_text() == before
 
 
-def test_a_pipeline_that_starts_over_skips_no_stage_when_it_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pipeline_neither_overwrites_nor_skips_what_it_did_not_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = []
+    """Of a finished stage and one that has not begun: the second alone is launched, without resume=true, where the
+    settings are the first's; all are, in a new folder, where it starts over."""
+    launched: list[list[str]] = []
 
     def fails(command: list[str], _: Any) -> int:
         launched.append(command)
         return 1
 
     monkeypatch.setattr(pipeline, "run_with_servers", fails)
+    monkeypatch.setattr(pipeline, "write_results", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    arguments = ["recipe=ladder_demo", "stage.ladder=[sft,rl_safety]", f"run_dir={tmp_path}"]
-    for name in ("sft", "rl_safety"):  # as an earlier pipeline leaves them
-        (tmp_path / name).mkdir()
-        records.write_json(tmp_path / name / records.FINISHED, {"stage": name})
+    run_dir = tmp_path / "a 'run' (1)"
+    arguments = ["recipe=ladder_demo", "stage.ladder=[sft,rl_safety]", f"run_dir={quoted(str(run_dir))}"]
+    finished = run_dir / "sft" / records.FINISHED
+
+    def begin(*more: str) -> None:
+        given = ["stage=ladder", *arguments, *more]
+        pipeline.run_pipeline(pipeline.compose_config(given), given)
+
     with initialize_config_dir(str(CONF), version_base="1.3"):
         with pytest.raises(ConfigError, match="stage sft: it ended with code 1"):
-            pipeline.run_pipeline(pipeline.compose_config(arguments), arguments)
-        assert not (tmp_path / "rl_safety" / records.FINISHED).exists()
-    assert len(launched) == 1
+            begin()
+        of_stage = pipeline.compose_config([argument for argument in launched[0] if "=" in argument])
+        assert of_stage.run_dir == str(run_dir / "sft") and not of_stage.resume
+        with claimed(of_stage):
+            run_folder.write_settings(run_dir / "sft", of_stage)
+        records.write_json(finished, {"stage": "sft"})
+        with pytest.raises(ConfigError, match=r"holds a run with results \(sft\)"):
+            begin()
+        with pytest.raises(ConfigError, match=r"another experiment:\n  seed: 1 → 2"):
+            begin("resume=true", "seed=2")
+        assert len(launched) == 1
+        with pytest.raises(ConfigError, match="stage rl_safety: it ended with code 1"):
+            begin("resume=true")
+        assert "stage=rl_safety" in launched[1] and launched[1][-1].startswith("stage.after=sft")
+        assert [argument for argument in launched[1] if argument.startswith("resume=")][-1] == "resume=False"
+        with pytest.raises(ConfigError, match="stage sft: it ended with code 1"):
+            begin("overwrite=true")
+    assert (tmp_path / "a 'run' (1).1" / "sft" / records.FINISHED).is_file() and not finished.exists()
+    assert not any(argument.startswith("overwrite=") for argument in launched[2])
+    assert list(tmp_path.rglob("lock.*")) == []
 
 
 def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(pipeline_folder: Path) -> None:

@@ -134,6 +134,7 @@ def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(
     hydra = "recipe=demo algorithm.steps=2 cluster.nodes=2 cluster.ranks=16"
     assert calls.splitlines() == [
         f"node7 10007 {ONCE} {python} -m recipes.preflight {hydra} preflight=a100",
+        f"node7 10007 {ONCE} {python} -m recipes.launch.claim {hydra}",
         f"node7 10007 {ONCE} {python} -m rewards.placement node7,node8 8 0 {hydra}",
         f"node7 10007 {ONCE} {python} -m recipes.prepare {hydra}",
         f"node7 10007 {RANKS} {python} -m recipes.train {hydra}",
@@ -169,7 +170,7 @@ def test_a_job_that_may_end_better_is_requeued_and_resumes(
     status, output = run_script(tmp_path, "recipe=demo", **JOB, RANKS="exit 0", SLURM_RESTART_COUNT="1")
     assert status == 0
     (ranks,) = [call for call in output.splitlines() if "recipes.train" in call]
-    assert ranks.endswith("recipe=demo cluster.nodes=2 cluster.ranks=16 resume=true")
+    assert ranks.endswith("recipe=demo cluster.nodes=2 cluster.ranks=16 resume=true overwrite=false")
     assert list(tmp_path.glob("*.prepared")) == [], "the next job of this number starts from the beginning"
 
 

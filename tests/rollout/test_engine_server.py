@@ -1,13 +1,20 @@
-"""Which order of sleep, wake and sync an engine accepts, with a vLLM that only records its calls."""
+"""Which order of sleep, wake and sync an engine accepts, with a vLLM that only records its calls; whom its
+server hears."""
 
+import asyncio
+import contextlib
 import json
+import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_ext import batch as batches
-from rollout.engine_server import EngineLoop, Refused
+from rollout import user_socket
+from rollout.engine_server import EngineLoop, Refused, serve
 from rollout.sampling import Sampling
 from tests.settings import engine_settings
 
@@ -92,3 +99,61 @@ def test_an_engine_falls_asleep_between_batches_only(loop: EngineLoop) -> None:
     with pytest.raises(Refused, match="requests are still running"):
         loop.between_batches(loop.sleep, {})
     assert loop.llm.calls == [] and loop.health()["asleep"] == []
+
+
+@pytest.fixture
+def socket_name(loop: EngineLoop) -> str:
+    """Of a server in this process, as the engine's process has it."""
+    listener, name = user_socket.listen()
+    served = user_socket.UserSocket(fileno=listener.detach())
+    threading.Thread(target=lambda: asyncio.run(serve(loop, served)), daemon=True).start()
+    return name
+
+
+def health(name: str) -> int:
+    connection = user_socket.UserConnection(name, timeout=600)
+    connection.request("GET", "/health")
+    return connection.getresponse().status
+
+
+def answer_to_another_user(name: str) -> bytes:
+    """What a process of another user gets when it asks the engine to end; nothing where it is not heard."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(f"\0{name}")
+            connection.sendall(b"POST /shutdown HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+            os.write(writing, connection.recv(1000))
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading, "rb") as file:
+        return file.read()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_the_engine_hears_its_own_user_only(loop: EngineLoop, socket_name: str) -> None:
+    assert health(socket_name) == 200
+    assert answer_to_another_user(socket_name) == b""
+    assert health(socket_name) == 200
+    assert loop.commands.empty(), "nobody asked it to end"
+
+
+def test_each_side_drops_a_peer_of_another_user(socket_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the test above, with users that are pretended."""
+    monkeypatch.setattr(user_socket, "user_of_peer", lambda _: os.geteuid() + 1)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(f"\0{socket_name}")
+        assert connection.recv(1) == b"", "the server has closed it"
+    with pytest.raises(PermissionError, match="another user listens"):
+        health(socket_name)
+
+
+def test_the_name_of_a_socket_is_no_file_and_goes_with_its_process() -> None:
+    listener, name = user_socket.listen()
+    assert not Path(name).exists()
+    listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        health(name)

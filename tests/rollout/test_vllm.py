@@ -388,7 +388,7 @@ def test_an_engine_that_answers_but_makes_no_step_is_found(world: World, monkeyp
         replace(untied.settings, rollout=replace(untied.settings.rollout, stall_timeout=8.0)),
         untied.log_path,
         untied.pid,
-        untied.port,
+        untied.socket_name,
     )
     undisturbed = sample(untied)
     killed: list[int] = []

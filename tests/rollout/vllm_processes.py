@@ -67,7 +67,7 @@ def load_from_disk_server() -> None:
 
 
 def owner(settings: str, log_path: str, output: str) -> None:
-    """Own an engine that runs :func:`load_from_disk_server` until killed; its pid and port go to ``output`` at once."""
+    """Own an engine that runs :func:`load_from_disk_server` until killed; its pid and socket go to ``output``."""
     popen = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -75,15 +75,15 @@ def owner(settings: str, log_path: str, output: str) -> None:
 
     subprocess.Popen = start  # type: ignore[assignment,misc]
     engine = Engine(EngineSettings.from_json(settings), Path(log_path))
-    Path(output).write_text(json.dumps({"pid": engine.pid, "port": engine.port}))
+    Path(output).write_text(json.dumps({"pid": engine.pid, "socket_name": engine.socket_name}))
     time.sleep(3600)
 
 
 class ForeignEngine(Engine):
     """Handle of an engine that another process owns."""
 
-    def __init__(self, settings: EngineSettings, log_path: Path, pid: int, port: int) -> None:
-        self.settings, self.log_path, self.port, self._pid = settings, log_path, port, pid
+    def __init__(self, settings: EngineSettings, log_path: Path, pid: int, socket_name: str) -> None:
+        self.settings, self.log_path, self.socket_name, self._pid = settings, log_path, socket_name, pid
 
     @property
     def pid(self) -> int:

@@ -15,6 +15,8 @@ from tests.slurm.cluster import Cluster
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("safety", "value", "knowledge")
 SECONDS = 600  # on a busy machine
+# What a job runs, in this order.
+MODULES = ("recipes.preflight", "recipes.launch.claim", "rewards.serve", "recipes.prepare", "recipes.train", "stopped")
 
 
 @pytest.fixture
@@ -62,10 +64,7 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     all_calls = calls(project)
     common = ["recipe=safework_72b", "algorithm=cpgd", "cluster.nodes=1", "cluster.ranks=8"]
-    by_module = {
-        module: [call for call in all_calls if call["module"] == module]
-        for module in ("recipes.preflight", "rewards.serve", "recipes.prepare", "recipes.train", "stopped")
-    }
+    by_module = {module: [call for call in all_calls if call["module"] == module] for module in MODULES}
     assert [call["arguments"] for call in by_module["recipes.preflight"]] == [[*common, "preflight=h200"]]
     order = list(dict.fromkeys(call["module"] for call in all_calls))
     assert order == list(by_module), "in this order"
