@@ -111,6 +111,8 @@ def open_search(
             raise ValueError(f"{name}={value}: must be at least {least}, at most 1e7")
     if (corpus is None) == (endpoint is None):
         raise ValueError(f"corpus={corpus!r}, endpoint={endpoint!r}: give one of them and leave the other null")
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"endpoint={endpoint!r}: give an address as http://HOST:PORT or https://HOST")
     retriever: Retriever
     if corpus is not None:
         retriever = Bm25.load(corpus)

@@ -147,7 +147,7 @@ def test_prompts_are_answered_greedily_and_sampled() -> None:
         "thinking_tokens": 3,
         "scores": {
             "safety": {"score": 0.25, "label": "short", "raw": ""},
-            "style": {"reason": "no reply", "raw": ""},
+            "style": {"reason": "no reply", "raw": "", "traceback": ""},
         },
     }
     assert list(evaluate.answer(generate, samples_per_prompt=0, temperature=0.7)) == ["greedy"]

@@ -165,6 +165,7 @@ def test_what_is_stated(turns: Sequence[str], answer: str | None, confidence: in
     [
         ({"corpus": None}, "corpus=None, endpoint=None: give one of them"),
         ({"endpoint": "http://127.0.0.1:1"}, "give one of them"),
+        ({"corpus": None, "endpoint": "search:80"}, "endpoint='search:80': give an address as http"),
         ({"results": 0}, "results=0: must be at least 1"),
         ({"snippet_words": 0}, "snippet_words=0"),
         ({"corpus": None, "endpoint": "http://127.0.0.1:1", "timeout": 0.0}, "timeout=0.0"),
