@@ -67,6 +67,8 @@ def source_names(value: Any) -> str:
 
 
 def _format_of(name: str) -> SourceFormat:
+    if not name.strip():
+        raise ValueError(f"{name!r}: is empty; give {ACCEPTED}")
     path = Path(name)
     try:
         if path.is_dir():

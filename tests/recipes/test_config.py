@@ -371,7 +371,7 @@ IMPOSSIBLE = [
     (["optimizer.betas=[0.9,1.0]"], "optimizer.betas", "[0.9, 1.0]", "two values in [0, 1)"),
     (["+algorithm.foo=1"], "algorithm.foo", "no such field", "the fields are listed in docs/configuration.md"),
     (["algorithm.steps=many"], "algorithm.steps", "'many'", "Integer"),
-    (["parallel.sequence=perhaps"], "parallel.sequence", "perhaps", "bool"),
+    (["parallel.sequence=perhaps"], "parallel.sequence", "perhaps", "use true or false"),
     (["seed=null"], "seed", "None", "int"),
     (
         ["rollout.max_response_tokens=???"],
