@@ -150,20 +150,15 @@ def environment(config: Config) -> str:
     try:
         open_environment(name, config.rollout.environment.settings).check()
     except Unavailable as error:
-        raise NotChecked(
-            f"{name} does not answer from this machine ({error}); start it, and run this where it is"
-        ) from error
+        why = f"{name} does not answer from this machine ({error}); start it, and run the preflight where it is"
+        raise NotChecked(why) from error
     return f"{name} answers"
 
 
 def check_judges(config: Config, settings: Settings, report: Report) -> None:
     """One check for each reward server that a verifier asks."""
     names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores} if generates(config) else set()
-    try:
-        servers = registry.servers_of(names, config.rewards)
-    except ValueError:
-        report.skip(["judges"], "data_and_rewards")
-        return
+    servers = registry.servers_of(names, config.rewards)
     if not servers:
         report.check("judges", lambda: "no verifier asks a server")
     for server in servers.values():
@@ -276,6 +271,8 @@ def tokenizer(config: Config) -> str:
     if not has_tokenizer(config):
         if has_weights(folder):
             raise ConfigError(f"model.path={config.model.path!r}: no {' or '.join(TOKENIZER_FILES)}; copy them there")
+        if config.model.gguf_package is not None:
+            raise NotChecked(f"{folder} is made by the first launch; run the preflight after it")
         raise NotChecked(f"{folder} has no tokenizer on this machine; run the preflight where it has one")
     from transformers import AutoTokenizer
 

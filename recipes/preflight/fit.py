@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext import platform
 from recipes.config import Config, engines_of_a_node, generates
 from recipes.errors import ConfigError
 from recipes.preflight import memory_plan
@@ -95,7 +96,7 @@ def fit(
     report.check("ranks", lambda: ranks(config, hf_config, settings, judges, report, say, corners), ["layout"])
     if not corners:
         report.check("weights", lambda: every_tensor(report), ["ranks"])
-    report.check("memory", lambda: memory_plan.device_memory(settings, report), ["ranks"])
+    report.check("memory", lambda: memory_plan.device_memory(config, settings, report), ["ranks"])
     report.check("host_memory", lambda: memory_plan.host_memory(settings, report), ["ranks"])
 
 
@@ -135,7 +136,8 @@ def precision(config: Config, settings: Settings) -> str:
     """Whether the device multiplies in the precision."""
     if config.precision.name == "fp8" and not settings.fp8:
         raise ConfigError(f"precision.name='fp8': {settings.device} has no FP8; use precision=bf16")
-    return f"{config.precision.name} on {settings.device}"
+    has_gpus = platform.capabilities(config.cluster.platform).has_gpus
+    return f"{config.precision.name} on {settings.device if has_gpus else 'a CPU'}"
 
 
 def batch(config: Config, report: Report) -> str:

@@ -14,7 +14,7 @@ from megatron_ext import platform
 from recipes.config import Config, generates, samples_per_update
 from recipes.errors import ConfigError
 from recipes.preflight.architecture import published_config
-from recipes.preflight.report import Report, Settings
+from recipes.preflight.report import NotChecked, Report, Settings
 from rewards import settings as rewards
 from rewards.settings import Server
 
@@ -254,9 +254,15 @@ def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
     return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size, fp8)
 
 
-def device_memory(settings: Settings, report: Report) -> str:
+def device_memory(config: Config, settings: Settings, report: Report) -> str:
     """Compare the largest rank of each phase with the device. Raises ConfigError naming all phases that do not fit."""
     room = settings.device_memory_gib
+    fullest = max(report.memory_gib, key=lambda rank: rank["total"])
+    if not platform.capabilities(config.cluster.platform).has_gpus:
+        raise NotChecked(
+            f"{fullest['total'] - settings.reserve_gib:.1f} GiB for each of {config.cluster.ranks} ranks and its share "
+            f"of an engine, beside their programs; on a CPU they share the machine's memory: free -g"
+        )
     too_large = []
     for phase in report.phases:
         rank = max(report.memory_gib, key=lambda rank: rank[phase])
@@ -271,7 +277,6 @@ def device_memory(settings: Settings, report: Report) -> str:
             f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: "
             "lower rollout.kv_cache_gib or raise rollout.tensor"
         )
-    fullest = max(report.memory_gib, key=lambda rank: rank["total"])
     phase = max(report.phases, key=lambda phase: fullest[phase])
     return f"at most {fullest['total']:.1f} of {room} GiB, {phase}, on {place(fullest)}"
 

@@ -45,7 +45,7 @@ def show(reports: Sequence[Report]) -> None:
         stage = f", stage {report.stage}" if len(reports) > 1 else ""
         total = f", {report.parameters_total:,} parameters" if report.parameters_total else ""
         out.print(Text(f"{report.recipe}{stage}: {report.model}{total}", style="bold"))
-        if report.memory_gib and len(reports) == 1:
+        if len(reports) == 1 and report.memory_gib and "memory" not in report.in_state(NOT_CHECKED):
             out.print(memory_table(report))
             out.print(phase_table(report))
         out.print(check_table(report))
