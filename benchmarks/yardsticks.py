@@ -161,7 +161,9 @@ def train(settings: dict[str, Any]) -> Any:
                 logits = logits / settings["temperature"]
             log_probs = -F.cross_entropy(logits, tokens[:, -width:][responses], reduction="none")
             counts = responses.sum(dim=1).tolist()
-            loss, _ = loss_of(log_probs, SimpleNamespace(values=values, lengths=counts))
+            # Entropies are a metric of ours alone.
+            outputs = torch.stack([log_probs, torch.zeros_like(log_probs)])
+            loss, _ = loss_of(outputs, SimpleNamespace(values=values, lengths=counts))
             loss.backward()
             total += loss.item()
         if masters is not weights:
