@@ -184,6 +184,7 @@ def test_tokens_that_are_not_trained_on_count_in_no_sum_and_no_mask() -> None:
     mask = draws(93, 3) > -0.2
     mask[70:73] = False
     rollout[~mask] = 0.0  # as a forced token is recorded
+    trainer[~mask] = -9.0
     masked = Sequences(lengths, mask)
     remaining = all_trained([int(part.sum()) for part in mask.split(lengths)])
     found = mismatch.sums(trainer, rollout, masked, tis_cap=1.2)
