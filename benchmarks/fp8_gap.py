@@ -156,7 +156,7 @@ def main() -> None:
                 log_probs = forward_backward.log_probs(policy, micro_batches)
                 totals: dict[str, float] = {}
                 for micro_batch, values in zip(micro_batches, log_probs, strict=True):
-                    sequences = Sequences(micro_batch.lengths)
+                    sequences = Sequences(micro_batch.lengths, micro_batch.values["loss_mask"] > 0)
                     sums = mismatch.sums(values, micro_batch.values["logprobs"], sequences, tis_cap=TIS_CAP)
                     forward_backward.add_metrics(totals, {name: float(value) for name, value in sums.items()})
                 report = mismatch.report(totals)

@@ -178,7 +178,9 @@ def train(settings: dict[str, Any]) -> Any:
                 logits = logits / settings["temperature"]
             log_probs = -F.cross_entropy(logits, tokens[:, -width:][response_mask], reduction="none")
             response_lengths = response_mask.sum(dim=1).tolist()
-            loss, _ = loss_of(log_probs, SimpleNamespace(values=values, lengths=response_lengths))
+            # Entropies are a metric of ours alone.
+            outputs = torch.stack([log_probs, torch.zeros_like(log_probs)])
+            loss, _ = loss_of(outputs, SimpleNamespace(values=values, lengths=response_lengths))
             loss.backward()
             total += loss.item()
         if has_master_weights:

@@ -5,23 +5,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Rows of logits that are worked on at a time: temporary tensors have this many rows, however many tokens there are.
+ROWS = 256
+
+
+def vocab_parallel_entropy(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The entropy −Σ p ln p in nats, [R], of logits [R, V/TP] on each rank of ``group``; equal on all ranks.
+
+    Ranks exchange two numbers and a maximum for each row, no logits. Where the logits have a gradient, so has the
+    entropy, −p (ln p + H), and one more tensor of the logits' size is saved for the backward pass; else nothing is.
+    """
+    if torch.is_grad_enabled() and logits.requires_grad:
+        entropy: torch.Tensor = _Entropy.apply(logits, group)
+        return entropy
+    return _normaliser_and_entropy(logits, group)[1]
+
 
 class _Entropy(torch.autograd.Function):
     """See :func:`vocab_parallel_entropy`."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """[R, V/TP] → [R], the same on all ranks."""
-        highest = logits.amax(dim=1, keepdim=True)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        shifted = logits - highest
-        weights = shifted.exp()
-        # Σ e^z and Σ e^z z over the full vocabulary. Padded columns hold the dtype's lowest number, so their e^z is 0.
-        sums = torch.stack([weights.sum(dim=1), (weights * shifted).sum(dim=1)])
-        dist.all_reduce(sums, group=group)
-        log_total = sums[0].log()
-        entropy = log_total - sums[1] / sums[0]
-        ctx.save_for_backward(shifted.sub_(log_total.unsqueeze(1)), entropy)
+        normaliser, entropy = _normaliser_and_entropy(logits, group)
+        ctx.save_for_backward(logits - normaliser.unsqueeze(1), entropy)
         return entropy
 
     @staticmethod
@@ -30,10 +36,28 @@ class _Entropy(torch.autograd.Function):
         return -gradients[0].unsqueeze(1) * log_probs.exp() * (log_probs + entropy.unsqueeze(1)), None
 
 
-def vocab_parallel_entropy(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The entropy −Σ p ln p in nats, [R], of logits [R, V/TP] on each rank of ``group``; equal on all ranks.
+def _normaliser_and_entropy(logits: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """ln Σ e^z and H = ln Σ e^z − Σ p z over the full vocabulary, [R] each, of logits z [R, V/TP]."""
+    local = [_local_sums(rows) for rows in logits.split(ROWS)]
+    own_highest, total, weighted = torch.cat(local, dim=1)
+    highest = own_highest.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    # From this rank's maximum to that of all ranks: e^(z − m) = e^(z − own m) e^(own m − m).
+    shift = own_highest - highest
+    total = total * shift.exp()
+    weighted = weighted * shift.exp() + shift * total
+    sums = torch.stack([total, weighted])
+    dist.all_reduce(sums, group=group)
+    log_total = sums[0].log()
+    return highest + log_total, log_total - sums[1] / sums[0]
 
-    The gradient is −p (ln p + H). One more tensor of the logits' size is saved for the backward pass.
+
+def _local_sums(logits: torch.Tensor) -> torch.Tensor:
+    """[rows, V/TP] → [3, rows]: this rank's maximum m, Σ e^(z − m) and Σ e^(z − m) (z − m).
+
+    Padded columns hold the dtype's lowest number, so their e^(z − m) is 0.
     """
-    entropy: torch.Tensor = _Entropy.apply(logits, group)
-    return entropy
+    highest = logits.amax(dim=1, keepdim=True)
+    shifted = logits - highest
+    weights = shifted.exp()
+    return torch.stack([highest.squeeze(1), weights.sum(dim=1), weights.mul_(shifted).sum(dim=1)])

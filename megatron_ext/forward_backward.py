@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ from megatron_ext.packing import MicroBatch
 
 # (log-probs or values [R], micro-batch) → (loss, sums of metrics to be added up over micro-batches and ranks)
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# Whether a loss gets entropies beside log-probs: not at all, as numbers without a gradient, or with one.
+Entropies = Literal["none", "measured", "trained"]
 
 
 def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0) -> list[torch.Tensor]:
@@ -37,7 +39,7 @@ def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0)
 
     Under context parallelism R is this rank's part of them.
     """
-    return _without_gradient(model, batches, partial(_log_probs_of_hidden, model, temperature, False))
+    return _without_gradient(model, batches, partial(_log_probs_of_hidden, model, temperature, "none"))
 
 
 def values(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
@@ -63,13 +65,18 @@ def gather_tokens(model: Model, batches: list[MicroBatch], outputs: list[torch.T
 
 
 def accumulate_gradients(
-    model: Model, batches: list[MicroBatch], loss: LossFunction, temperature: float = 1.0, entropy: bool = False
+    model: Model,
+    batches: list[MicroBatch],
+    loss: LossFunction,
+    temperature: float = 1.0,
+    entropies: Entropies = "none",
 ) -> dict[str, float]:
     """Add the batch's gradients, reduced over all groups, to the parameters; returns the metric sums of the full batch.
 
     ``loss`` must already be divided by the counts of the full batch (see ``recipes.algorithms.aggregation``): gradients
-    are summed over micro-batches and data-parallel ranks, so the update depends on neither. With ``entropy`` it gets
-    [2, R]: log-probs, then the entropies of the distributions. For a model with a scalar head it gets the values [R].
+    are summed over micro-batches and data-parallel ranks, so the update depends on neither. It gets the log-probs [R];
+    with ``entropies`` [2, R], log-probs and below them the entropies of the distributions. For a model with a scalar
+    head it gets the values [R].
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -84,7 +91,7 @@ def accumulate_gradients(
 
         return with_metrics
 
-    head = partial(_log_probs_of_hidden, model, temperature, entropy)
+    head = partial(_log_probs_of_hidden, model, temperature, entropies)
     if model.is_scalar:
         head = partial(_values_of_hidden, model)
     return reduce_metrics(model, _run(model, batches, head, loss_of, forward_only=False))
@@ -149,7 +156,7 @@ def _run(
 def _log_probs_of_hidden(
     model: Model,
     temperature: float,
-    entropy: bool,
+    entropies: Entropies,
     *,
     hidden_states: Any,
     output_layer: Any,
@@ -157,7 +164,7 @@ def _log_probs_of_hidden(
     context: Any,
     **_: Any,
 ) -> torch.Tensor:
-    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R] with the entropies after them.
+    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R] with the entropies below them.
 
     Logits are made only where a response token is predicted.
     Padded vocabulary columns are excluded from the softmax.
@@ -185,9 +192,12 @@ def _log_probs_of_hidden(
         padding = torch.arange(weight.shape[0], device=logits.device) >= valid
         logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
     # Before the cross-entropy, which overwrites the logits.
-    entropies = vocab_parallel_entropy(logits.squeeze(1), mpu.get_tensor_model_parallel_group()) if entropy else None
+    entropy = None
+    if entropies != "none":
+        of_entropy = logits if entropies == "trained" else logits.detach()
+        entropy = vocab_parallel_entropy(of_entropy.squeeze(1), mpu.get_tensor_model_parallel_group())
     log_probs = -vocab_parallel_cross_entropy(logits, batch.targets.unsqueeze(1)).squeeze(1)
-    return log_probs if entropies is None else torch.stack([log_probs, entropies])
+    return log_probs if entropy is None else torch.stack([log_probs, entropy])
 
 
 def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, context: Any, **_: Any) -> torch.Tensor:

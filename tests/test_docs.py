@@ -256,7 +256,11 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_the_codes() -> None
 def test_the_glossary_has_every_metric() -> None:
     """Keys with a slash that the loops record, and those of records.REQUIRED_METRICS."""
     page = (ROOT / "docs" / "metrics.md").read_text()
-    recording = [*(ROOT / "recipes" / "training").glob("*.py"), ROOT / "rewards" / "verifiers" / "search.py"]
+    recording = [
+        *(ROOT / "recipes" / "training").glob("*.py"),
+        ROOT / "recipes" / "algorithms" / "objective.py",
+        ROOT / "rewards" / "verifiers" / "search.py",
+    ]
     keys = set()
     for path in recording:
         for text in texts(ast.parse(path.read_text())):
@@ -280,7 +284,7 @@ def test_the_algorithms_page_has_every_algorithm_and_every_part() -> None:
     page = (ROOT / "docs" / "algorithms.md").read_text()
     names = {path.stem for path in (ROOT / "conf" / "algorithm").glob("*.yaml")}
     registry = (ROOT / "recipes" / "algorithms" / "registry.py").read_text()
-    names |= set(re.findall(r"(?:advantages|policy_losses|kl|aggregation)\.(\w+)[,)]", registry))
+    names |= set(re.findall(r"(?:advantages|policy_losses|kl|aggregation|mismatch)\.(\w+)[,)]", registry))
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 

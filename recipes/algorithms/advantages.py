@@ -1,7 +1,11 @@
-"""Advantages of a rollout: for each sample, [prompts, samples], or for each response token, [tokens].
+"""Advantages of a rollout: for each sample, [prompts, samples], or for each trained token, [tokens].
 
-They are computed in FP64 over the full rollout, which every rank knows. A sample without a reward has the reward NaN:
-it is left out of every mean and gets the advantage 0. ``broadcast_to_tokens`` maps advantages of samples to tokens.
+They are computed in FP64 over the full rollout, which every rank knows. Tokens that the loss mask leaves out (an
+environment's reply, a forced end of thinking) are not among the inputs, so returns, discounts and whitening go from one
+trained token to the next: ``trained_inputs`` removes them and ``at_response_tokens`` puts zeros in their places. A
+sample without a reward has the reward NaN: it is left out of every mean and gets the advantage 0.
+
+Standard deviations have n − 1 in the denominator, as in TRL and verl, of a group and of a rollout's tokens.
 """
 
 from dataclasses import dataclass
@@ -15,12 +19,12 @@ from recipes.algorithms.needs import needs
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """A scored rollout. Raises ValueError where the shapes do not fit.
+    """The trained tokens of a scored rollout. Raises ValueError where the shapes do not fit.
 
-    ``rewards`` [prompts, samples], NaN where there is none. ``lengths`` [prompts, samples]: response tokens.
-    ``token_rewards`` [tokens], prompt by prompt, sample by sample: a token's reward beside that of its sequence, which
-    is −``kl_coefficient`` × KL where ``algorithm.kl_in`` is the reward. ``values`` [tokens]: a critic's expected return
-    before each token; None without a critic.
+    ``rewards`` [prompts, samples], NaN where there is none. ``lengths`` [prompts, samples]: trained tokens, 0 for a
+    sample that has none. ``token_rewards`` [tokens], prompt by prompt, sample by sample: a token's reward beside that
+    of its sequence, which is −``kl_coefficient`` × KL where ``algorithm.kl_in`` is the reward. ``values`` [tokens]: a
+    critic's expected return before each token; None without a critic.
     """
 
     rewards: Tensor
@@ -51,6 +55,31 @@ class AdvantageInputs:
         return self.rewards.double() + torch.stack(sums).view_as(self.rewards)
 
 
+def trained_inputs(
+    rewards: Tensor, response_lengths: Tensor, loss_mask: Tensor, token_rewards: Tensor, values: Tensor | None
+) -> AdvantageInputs:
+    """The inputs as if the tokens that the loss mask leaves out had never been there.
+
+    ``rewards`` and ``response_lengths`` [prompts, samples]; ``loss_mask`` bool, ``token_rewards`` and ``values`` of all
+    response tokens, [R] each.
+    """
+    sample_of_token = torch.arange(rewards.numel()).repeat_interleave(response_lengths.flatten())
+    lengths = torch.bincount(sample_of_token[loss_mask], minlength=rewards.numel())
+    return AdvantageInputs(
+        rewards=rewards,
+        lengths=lengths.view_as(rewards),
+        token_rewards=token_rewards[loss_mask],
+        values=None if values is None else values[loss_mask],
+    )
+
+
+def at_response_tokens(trained: Tensor, loss_mask: Tensor) -> Tensor:
+    """Numbers of trained tokens [tokens] → those of all response tokens, [R]: 0 where the loss mask leaves one out."""
+    everywhere = torch.zeros(len(loss_mask), dtype=trained.dtype)
+    everywhere[loss_mask] = trained
+    return everywhere
+
+
 def dr_grpo(inputs: AdvantageInputs) -> Tensor:
     """R − group mean (Dr. GRPO, Liu et al. 2025, section 3.2; CPGD's equal weight). Equal rewards give exactly 0."""
     return _centred(inputs.totals)
@@ -59,11 +88,12 @@ def dr_grpo(inputs: AdvantageInputs) -> Tensor:
 def grpo(inputs: AdvantageInputs, *, advantage_epsilon: float) -> Tensor:
     """(R − group mean) / (group std + ε) (DeepSeekMath, Shao et al. 2024; CPGD's std weight).
 
-    The std is the population's (our choice: the SafeWork-R1 report does not say).
+    The std has n − 1 in its denominator, as in SafeWork-R1's run; n are the group's samples with a reward.
     """
-    centred = _centred(inputs.totals)
-    std = _group_mean((centred**2).masked_fill(~inputs.judged, torch.nan)).sqrt()
-    return (centred / (std + advantage_epsilon)).masked_fill(centred == 0, 0.0)
+    centred = _centred(inputs.totals)  # 0 for samples without a reward
+    n = inputs.judged.sum(dim=1, keepdim=True)
+    variance = (centred**2).sum(dim=1, keepdim=True) / (n - 1).clamp(min=1)
+    return (centred / (variance.sqrt() + advantage_epsilon)).masked_fill(centred == 0, 0.0)
 
 
 def clip_filter(inputs: AdvantageInputs, *, clip_filter_cap: float) -> Tensor:
@@ -112,10 +142,10 @@ def reinforce_plus_plus(inputs: AdvantageInputs, *, discount: float) -> Tensor:
     """Each token's discounted return, normalised to mean 0 and std 1 over the rollout's tokens, [tokens] (Hu 2025)."""
     rewards = _token_rewards(inputs)
     returns = torch.zeros_like(rewards)
-    following = torch.zeros(len(rewards), dtype=rewards.dtype)
-    for t in reversed(range(rewards.shape[1])):
-        following = rewards[:, t] + discount * following
-        returns[:, t] = following
+    following = torch.zeros(rewards.shape[1], dtype=rewards.dtype)
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + discount * following
+        returns[t] = following
     return _whitened(_packed(returns, inputs.lengths), inputs)
 
 
@@ -129,22 +159,22 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Tensor:
 def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16). A critic's returns are these + values.
 
-    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t; the value after the last token is 0. Raises ValueError
-    without ``values``.
+    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t, where t + 1 is the next trained token; the value after the
+    last token is 0. Raises ValueError without ``values``.
     """
     if inputs.values is None:
         raise ValueError("algorithm.advantage=gae: needs a critic's values; choose another advantage without a critic")
     rewards = _token_rewards(inputs)
     values = _padded(inputs.values.double(), inputs.lengths)
     advantages = torch.zeros_like(rewards)
-    next_value = torch.zeros(len(rewards), dtype=rewards.dtype)
-    next_advantage = torch.zeros(len(rewards), dtype=rewards.dtype)
-    for t in reversed(range(rewards.shape[1])):
+    next_value = torch.zeros(rewards.shape[1], dtype=rewards.dtype)
+    next_advantage = torch.zeros(rewards.shape[1], dtype=rewards.dtype)
+    for t in reversed(range(len(rewards))):
         # In the padding after a sequence rewards and values are 0, so its last token starts from 0.
-        error = rewards[:, t] + discount * next_value - values[:, t]
+        error = rewards[t] + discount * next_value - values[t]
         next_advantage = error + discount * gae_lambda * next_advantage
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
+        next_value = values[t]
+        advantages[t] = next_advantage
     return _packed(advantages, inputs.lengths).masked_fill(~_judged_tokens(inputs), 0.0)
 
 
@@ -155,15 +185,10 @@ def gae_whitened(inputs: AdvantageInputs, *, discount: float, gae_lambda: float)
 
 
 def broadcast_to_tokens(advantages: Tensor, lengths: Tensor) -> Tensor:
-    """Advantages of samples [prompts, samples], or of tokens already → those of all response tokens [tokens]."""
+    """Advantages of samples [prompts, samples], or of tokens already → those of all trained tokens [tokens]."""
     if advantages.dim() == 1:
         return advantages
     return advantages.flatten().repeat_interleave(lengths.flatten())
-
-
-def _group_mean(values: Tensor) -> Tensor:
-    """[prompts, 1]: the mean over what is not NaN."""
-    return values.nanmean(dim=1, keepdim=True)
 
 
 def _centred(totals: Tensor) -> Tensor:
@@ -175,24 +200,28 @@ def _centred(totals: Tensor) -> Tensor:
     highest = totals.masked_fill(missing, -torch.inf).amax(1, keepdim=True)
     lowest = totals.masked_fill(missing, torch.inf).amin(1, keepdim=True)
     equal = highest == lowest
-    return (totals - _group_mean(totals)).masked_fill(missing | equal, 0.0)
+    return (totals - totals.nanmean(dim=1, keepdim=True)).masked_fill(missing | equal, 0.0)
 
 
 def _token_rewards(inputs: AdvantageInputs) -> Tensor:
-    """[sequences, longest]: each token's reward, with the sequence's reward at its last token; 0 in the padding."""
+    """[longest, sequences]: each token's reward, with the sequence's reward at its last token; 0 in the padding."""
     token_rewards = _padded(inputs.token_rewards.double(), inputs.lengths)
-    lengths = inputs.lengths.flatten()
     rewards = inputs.rewards.double().flatten().nan_to_num(nan=0.0)
-    token_rewards[torch.arange(len(token_rewards)), lengths - 1] += rewards
+    lengths = inputs.lengths.flatten()
+    (sequences,) = torch.nonzero(lengths, as_tuple=True)
+    token_rewards[lengths[sequences] - 1, sequences] += rewards[sequences]
     return token_rewards
 
 
 def _padded(tokens: Tensor, lengths: Tensor) -> Tensor:
-    return pad_sequence(tokens.split(lengths.flatten().tolist()), batch_first=True)
+    """[tokens] → [longest, sequences]; 0 in the padding."""
+    return pad_sequence(tokens.split(lengths.flatten().tolist()))
 
 
 def _packed(padded: Tensor, lengths: Tensor) -> Tensor:
-    return torch.cat([row[:n] for row, n in zip(padded, lengths.flatten().tolist(), strict=True)])
+    """The inverse of ``_padded``."""
+    sequences = zip(padded.unbind(dim=1), lengths.flatten().tolist(), strict=True)
+    return torch.cat([sequence[:length] for sequence, length in sequences])
 
 
 def _judged_tokens(inputs: AdvantageInputs) -> Tensor:
@@ -200,10 +229,11 @@ def _judged_tokens(inputs: AdvantageInputs) -> Tensor:
 
 
 def _whitened(tokens: Tensor, inputs: AdvantageInputs) -> Tensor:
-    """Mean 0 and population std 1 over the tokens of samples with a reward; 0 elsewhere, and where all are equal."""
+    """Mean 0 and standard deviation 1 over the tokens of samples with a reward; 0 elsewhere, and where all are
+    equal."""
     judged = _judged_tokens(inputs)
     known = tokens[judged]
     if len(known) == 0 or known.amax() == known.amin():
         return torch.zeros_like(tokens)
-    whitened = (tokens - known.mean()) / known.std(correction=0)
+    whitened = (tokens - known.mean()) / known.std()
     return whitened.masked_fill(~judged, 0.0)

@@ -18,9 +18,37 @@ BUCKET_NAMES = (*(f"to_{bound}" for bound in LENGTH_BUCKETS), f"over_{LENGTH_BUC
 NAME = "train_inference_mismatch"
 
 
-def truncated_weights(trainer: Tensor, rollout: Tensor, *, tis_cap: float) -> Tensor:
-    """min(trainer / rollout, cap) per token, [R]: truncated importance sampling (Ionides 2008; Yao et al. 2025)."""
+# The part ``algorithm.importance_sampling``: (trainer, rollout, sequences) → the weight of each token's loss, [R].
+
+
+def none(trainer: Tensor, rollout: Tensor, sequences: Sequences) -> Tensor:
+    """1: no correction."""
+    return torch.ones_like(trainer)
+
+
+def token_truncated(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: float) -> Tensor:
+    """min(ρ, cap) with the token's ratio ρ: truncated importance sampling (Ionides 2008; Yao et al. 2025, "Your
+    efficient RL framework secretly brings you off-policy RL training")."""
     return torch.exp((trainer - rollout).detach()).clamp(max=tis_cap)
+
+
+def sequence_truncated(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: float) -> Tensor:
+    """min(Π ρ, cap) with the product over the sequence's trained tokens (Liu et al. 2025, "When speed kills stability:
+    demystifying RL collapse from the training-inference mismatch", Seq-TIS).
+
+    Without the cap it has no bias for a reward of the sequence, but its variance grows with the length.
+    """
+    gap = trainer - rollout
+    return sequences.broadcast(sequences.sum(gap).exp().clamp(max=tis_cap), gap)
+
+
+def icepop(
+    trainer: Tensor, rollout: Tensor, sequences: Sequences, *, icepop_low: float, icepop_high: float
+) -> Tensor:  # fmt: skip
+    """ρ where low ≤ ρ ≤ high, and 0 for the other tokens (IcePop; Ling team 2025, Ring-1T, arXiv 2510.18855)."""
+    ratio = torch.exp((trainer - rollout).detach())
+    inside = (ratio >= icepop_low) & (ratio <= icepop_high)
+    return ratio.masked_fill(~inside, 0.0)
 
 
 def kept_sequences(
@@ -29,9 +57,9 @@ def kept_sequences(
 ) -> Tensor:  # fmt: skip
     """1 for the tokens of sequences that the update keeps and 0 for the others, [R].
 
-    A sequence is left out when its geometric mean ratio is outside ``sequence_ratio_bounds`` or a token's ratio is
-    below ``token_ratio_veto``; None switches either off. The weights of the others do not change: the update remains a
-    mean over all samples, and does not depend on the micro-batch split.
+    A sequence is left out when the geometric mean of its trained tokens' ratios is outside ``sequence_ratio_bounds`` or
+    one of them is below ``token_ratio_veto``; None switches either off. The weights of the others do not change: the
+    update remains a mean over all samples, and does not depend on the micro-batch split.
     """
     gap = (trainer - rollout).detach()
     keep = torch.ones(len(sequences.lengths), dtype=torch.bool, device=gap.device)
@@ -45,23 +73,28 @@ def kept_sequences(
 
 
 def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: float) -> dict[str, Tensor]:
-    """A micro-batch's sums for :func:`report`, to be added up over micro-batches and ranks; of ``/max`` the maximum."""
-    trainer = trainer.detach().double()
-    rollout = rollout.double()
-    gap = trainer - rollout
+    """A micro-batch's sums for :func:`report`, to be added up over micro-batches and ranks; of ``/max`` the maximum.
+
+    ``trainer`` and ``rollout`` [R]: log-probs, of which those of trained tokens (``sequences.loss_mask``) count. A
+    sequence belongs to the bucket of all its response tokens.
+    """
+    loss_mask = sequences.loss_mask
+    gap = trainer.detach().double()[loss_mask] - rollout.double()[loss_mask]
     weight = gap.exp()
+    zeros = torch.zeros_like(gap)
     measured = {
         "tokens": torch.ones_like(gap),
         "gap": gap.abs(),
-        "k1": k1(rollout, trainer),
-        "k3": k3(rollout, trainer),
+        "k1": k1(zeros, gap),
+        "k3": k3(zeros, gap),
         "clipped": (weight > tis_cap).double(),
         "weight": weight,
         "weight_squared": weight**2,
     }
     bounds = torch.tensor(LENGTH_BUCKETS, device=gap.device)
-    bucket = sequences.broadcast(torch.bucketize(sequences.total_lengths(gap.device), bounds), gap)
-    # A context-parallel rank can have none of a micro-batch's tokens; then it contributes nothing.
+    bucket_of_sequence = torch.bucketize(sequences.total_lengths(), bounds)
+    bucket = sequences.broadcast(bucket_of_sequence, trainer)[loss_mask]
+    # A context-parallel rank can have none of a micro-batch's trained tokens; then it contributes nothing.
     token_sets = {"": bucket >= 0} if len(gap) else {}
     token_sets |= {f"/{BUCKET_NAMES[int(b)]}": bucket == b for b in bucket.unique().tolist()}
     totals: dict[str, Tensor] = {}
@@ -72,7 +105,8 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: flo
 
 
 def report(totals: Mapping[str, float]) -> dict[str, float]:
-    """Metrics ``train_inference_mismatch/…`` from the added-up :func:`sums`: of all tokens, then of each length bucket.
+    """Metrics ``train_inference_mismatch/…`` from the added-up :func:`sums`: of all trained tokens, then of each length
+    bucket; none where no token is trained on.
 
     ``mean`` and ``max`` of the absolute log-prob difference in nats; ``k1`` and ``k3``, estimates of
     KL(rollout ‖ trainer); ``clipped``, the share of tokens whose ratio is above ``algorithm.tis_cap``; ``ess``, the

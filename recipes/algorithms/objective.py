@@ -1,5 +1,8 @@
-"""The loss of a micro-batch, put together from an algorithm's parts."""
+"""The loss of a micro-batch, put together from an algorithm's parts, and the metrics of an update."""
 
+import math
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,56 +18,97 @@ from recipes.algorithms.settings import AlgorithmConfig
 
 
 def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> LossFunction:
-    """(log-probs [R], or [2, R] with the entropies after them; micro-batch) → (loss, sums of metrics).
+    """([2, R], log-probs and below them the entropies; micro-batch) → (loss, sums of metrics).
 
     Each token's policy loss, corrected for the mismatch between trainer and rollout, plus ``kl_coefficient`` × KL to
     the reference where ``kl_in`` is the loss, minus ``entropy_coefficient`` × entropy; then the sum over the tokens,
     each times its weight in the full update. ``values`` of the micro-batch, [R] each: ``advantages``, ``weights``,
     ``logprobs`` (the engine's), ``loss_mask``, ``reference`` where the algorithm needs it and, where a rollout makes
     several updates, ``old``.
+
+    The sums are those that ``report`` takes, over the tokens that are trained on.
     """
     policy_loss = resolve("policy_loss", config)
     estimator = resolve("kl_estimator", config)
+    importance_sampling = resolve("importance_sampling", config)
     needed = needs_of(function_of("policy_loss", config))
     has_reference = requirements(config).reference
     kl_in_loss = config.kl_in == "loss" and config.kl_coefficient > 0
 
     def micro_batch_loss(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        log_probs, entropy = outputs if config.entropy_coefficient else (outputs, None)
+        log_probs, entropies = outputs
         values = batch.values
-        current = log_probs.detach()
-        old = values.get("old", current)
-        loss_mask = values["loss_mask"]
-        # A token that was not sampled has no log-prob of the engine's.
-        rollout = torch.where(loss_mask > 0, values["logprobs"], old)
-        sequences = Sequences(batch.lengths, context_group)
+        advantages = values["advantages"]
+        old = values.get("old", log_probs.detach())
+        rollout = values["logprobs"]
+        sequences = Sequences(batch.lengths, values["loss_mask"] > 0, context_group)
 
         further: dict[str, Any] = {}
         if needed.sequences:
             further["sequences"] = sequences
         if needed.reference:
             further["reference"] = values["reference"]
-        losses = policy_loss(log_probs, old, values["advantages"], **further)
-        if config.importance_sampling:
-            losses = losses * mismatch.truncated_weights(old, rollout, tis_cap=config.tis_cap)
+        policy_losses = policy_loss(log_probs, old, advantages, **further)
+        correction = importance_sampling(old, rollout, sequences)
         if config.sequence_ratio_bounds or config.token_ratio_veto:
-            losses = losses * mismatch.kept_sequences(
+            correction = correction * mismatch.kept_sequences(
                 old,
                 rollout,
                 sequences,
                 sequence_ratio_bounds=config.sequence_ratio_bounds,
                 token_ratio_veto=config.token_ratio_veto,
             )
+        losses = policy_losses * correction
         if kl_in_loss:
             losses = losses + config.kl_coefficient * estimator(log_probs, values["reference"])
+        if config.entropy_coefficient:
+            losses = losses - config.entropy_coefficient * entropies
 
-        measured: dict[str, torch.Tensor] = {}
+        current = log_probs.detach()
+        of_tokens = {
+            "kl/old": kl.k3(old, current),
+            "policy_nll": -old,
+            "sampler_nll": -rollout,
+            "entropy": entropies.detach(),
+            "left_out": correction == 0,
+        }
         if has_reference:
-            measured["kl"] = (kl.k3(current, values["reference"]) * loss_mask).sum()
-        if entropy is not None:
-            losses = losses - config.entropy_coefficient * entropy
-            measured["entropy"] = entropy.detach().sum()
+            of_tokens["kl/reference"] = kl.k3(current, values["reference"])
+        if clips(policy_loss):
+            # A clip acts where the loss would be another without it.
+            without_low = policy_loss(current, old, advantages, **further, clip_low=1.0)
+            without_high = policy_loss(current, old, advantages, **further, clip_high=math.inf)
+            of_tokens["clip_fraction/low"] = without_low != policy_losses.detach()
+            of_tokens["clip_fraction/high"] = without_high != policy_losses.detach()
+        measured = {name: value.double()[sequences.loss_mask].sum() for name, value in of_tokens.items()}
         measured |= mismatch.sums(old, rollout, sequences, tis_cap=config.tis_cap)
         return (losses * values["weights"]).sum(), measured
 
     return micro_batch_loss
+
+
+def clips(policy_loss: Callable[..., Any]) -> bool:
+    """Whether a policy loss has the clip's two keywords."""
+    return {"clip_low", "clip_high"} <= signature(policy_loss).parameters.keys()
+
+
+def report(sums: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of the added-up sums of :func:`loss`, means over the tokens that are trained on; none without any.
+
+    ``kl/reference`` is the k3 estimate of KL(policy ‖ reference) from samples of the policy, ``kl/old`` that of
+    KL(old policy ‖ policy) from samples of the old one. ``perplexity/policy`` and ``perplexity/sampler`` are those of
+    the sampled tokens under the policy before the rollout's updates, and as the engine recorded them. ``entropy`` is
+    the mean entropy of the distributions over the vocabulary. ``clip_fraction/…``: the share of tokens whose loss the
+    clip changes. ``train_inference_mismatch/left_out``: the share that a correction of the mismatch leaves out.
+    """
+    tokens = sums.get(f"{mismatch.NAME}/tokens", 0)
+    if not tokens:
+        return {}
+    names = ("kl/reference", "kl/old", "clip_fraction/low", "clip_fraction/high", "entropy")
+    return {
+        **{name: sums[name] / tokens for name in names if name in sums},
+        "perplexity/policy": math.exp(sums["policy_nll"] / tokens),
+        "perplexity/sampler": math.exp(sums["sampler_nll"] / tokens),
+        **mismatch.report(sums),
+        f"{mismatch.NAME}/left_out": sums["left_out"] / tokens,
+    }

@@ -3,7 +3,7 @@
 All take the tokens' log-probs under the present policy (with gradient) and under the policy before the first update
 of this rollout (``old``, without gradient), and the advantages, [R] each; those that need them, the micro-batch's
 ``Sequences``. Where a rollout makes one update only, ``old`` is the present log-probs without their gradient, and every
-ratio is 1.
+ratio is 1. A loss that clips does so by the keywords ``clip_low`` (1 for no lower bound) and ``clip_high``.
 """
 
 import math
@@ -28,6 +28,15 @@ def ppo_clip(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: fl
     return _clipped(torch.exp(log_probs - old), advantages, clip_low, clip_high)
 
 
+def cispo(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """−stopgrad(clip(r, 1 − low, 1 + high)) A ln π (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+
+    The clip bounds a token's weight and takes no token out of the update, as ``ppo_clip`` does.
+    """
+    ratio = torch.exp(log_probs - old).detach()
+    return -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * log_probs
+
+
 def ppo_dual_clip(
     log_probs: Tensor, old: Tensor, advantages: Tensor,
     *, clip_low: float, clip_high: float, dual_clip: float,
@@ -41,7 +50,8 @@ def ppo_dual_clip(
 def gspo(
     log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, *, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Clipped by the sequence's ratio s = exp(mean of ln π/π_old over its tokens) (Zheng et al. 2025, eq. 5 to 7).
+    """Clipped by the sequence's ratio s = exp(mean of ln π/π_old over its tokens) (Zheng et al. 2025, eq. 5 to 7). Its
+    tokens are those that are trained on.
 
     In the paper's token form (eq. 13): s without gradient, times π / stopgrad(π), which is 1. Where all tokens of a
     sequence have the same weight, value and gradient are those of the paper's sequence form, and no gradient crosses
@@ -86,7 +96,8 @@ def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tens
 
 
 def _clipped_log(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    clipped = log_ratio.clamp(math.log(1 - low), math.log(1 + high))
+    lowest = math.log(1 - low) if low < 1 else -math.inf
+    clipped = log_ratio.clamp(lowest, math.log(1 + high))
     return -torch.minimum(log_ratio * advantages, clipped * advantages)
 
 

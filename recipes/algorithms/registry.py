@@ -11,7 +11,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 from megatron_ext import dotted_path
-from recipes.algorithms import advantages, aggregation, kl, policy_losses
+from recipes.algorithms import advantages, aggregation, kl, mismatch, policy_losses
 from recipes.algorithms.needs import Needs, needs_of
 from recipes.algorithms.settings import AlgorithmConfig
 from recipes.errors import ConfigError
@@ -19,10 +19,11 @@ from recipes.errors import ConfigError
 Function = Callable[..., Any]
 
 # Signatures, with R response tokens in a micro-batch:
-#   advantage:    (AdvantageInputs) → [prompts, samples] or [tokens]
-#   policy_loss:  (log_probs, old, advantages) → [R]; with ``reference`` and ``sequences`` where it needs them
-#   kl_estimator: (log_probs, reference) → [R]
-#   aggregation:  (trained tokens of each sequence) → [sequences], the weight of each of a sequence's tokens
+#   advantage:           (AdvantageInputs) → [prompts, samples] or [tokens]
+#   policy_loss:         (log_probs, old, advantages) → [R]; with ``reference`` and ``sequences`` where it needs them
+#   kl_estimator:        (log_probs, reference) → [R]
+#   aggregation:         (trained tokens of each sequence) → [sequences], the weight of each of a sequence's tokens
+#   importance_sampling: (trainer, rollout, sequences) → [R], the weight of each token's loss
 REGISTRY: dict[str, tuple[Function, ...]] = {
     "advantage": (
         advantages.grpo,
@@ -38,6 +39,7 @@ REGISTRY: dict[str, tuple[Function, ...]] = {
     "policy_loss": (
         policy_losses.ppo_clip,
         policy_losses.ppo_dual_clip,
+        policy_losses.cispo,
         policy_losses.cpgd,
         policy_losses.cpgd_sequence,
         policy_losses.gspo,
@@ -45,6 +47,12 @@ REGISTRY: dict[str, tuple[Function, ...]] = {
     ),
     "kl_estimator": (kl.k1, kl.k2, kl.k3),
     "aggregation": (aggregation.token_mean, aggregation.sequence_mean_token_mean, aggregation.sequence_sum),
+    "importance_sampling": (
+        mismatch.none,
+        mismatch.token_truncated,
+        mismatch.sequence_truncated,
+        mismatch.icepop,
+    ),
 }
 
 

@@ -11,8 +11,8 @@ POSITIVE = "(0, 1e6]"
 
 @dataclass
 class AlgorithmConfig(ScheduleConfig):
-    """A part (advantage, policy loss, KL estimator, aggregation) is named by its function, or by the dotted path of
-    the user's own."""
+    """A part (advantage, policy loss, KL estimator, aggregation, importance sampling) is named by its function, or by
+    the dotted path of the user's own."""
 
     steps: int = setting("RL steps: rollouts", range=COUNT, on_resume=RAISED)
     prompts_per_step: int = setting("prompts of a step, all ranks together", range=COUNT, unit="prompts")
@@ -38,8 +38,8 @@ class AlgorithmConfig(ScheduleConfig):
         "last part of rollout.max_response_tokens in which the reward falls by 1; 0 for none", range=FRACTION
     )
     skip_zero_advantage: bool = setting("leave samples without a policy gradient (and their KL term) out of the update")
-    policy_loss: str = setting("ppo_clip, ppo_dual_clip, cpgd, cpgd_sequence, gspo, reinforce")
-    clip_low: float = setting("the ratio is clipped below 1 − this", range="(0, 1)")
+    policy_loss: str = setting("ppo_clip, ppo_dual_clip, cispo, cpgd, cpgd_sequence, gspo, reinforce")
+    clip_low: float = setting("the ratio is clipped below 1 − this; 1 for no lower bound", range="(0, 1]")
     clip_high: float = setting("the ratio is clipped above 1 + this", range=POSITIVE)
     dual_clip: float = setting(
         "ppo_dual_clip: largest ratio where the advantage is negative; 1 is an unchanged policy's", range="(1, 1e6]"
@@ -53,8 +53,13 @@ class AlgorithmConfig(ScheduleConfig):
     aggregation: str = setting("token losses to one: token_mean, sequence_mean_token_mean, sequence_sum")
     token_divisor: float = setting("sequence_sum: divisor of a sequence's sum", range="(0, 1e9]")
     value_clip: float = setting("how far a critic's value may move from the rollout's", range=POSITIVE)
-    importance_sampling: bool = setting("weight token losses by min(trainer / rollout probability, tis_cap)")
-    tis_cap: float = setting("truncated importance sampling: largest weight", range=POSITIVE)
+    importance_sampling: str = setting(
+        "weight of token losses for the mismatch of trainer and rollout: none, token_truncated, sequence_truncated, "
+        "icepop"
+    )
+    tis_cap: float = setting("token_truncated, sequence_truncated: largest weight", range=POSITIVE)
+    icepop_low: float = setting("icepop: tokens of a lower trainer / rollout ratio are left out", range=FRACTION)
+    icepop_high: float = setting("icepop: tokens of a higher trainer / rollout ratio are left out", range="[1, 1e6]")
     sequence_ratio_bounds: list[float] | None = setting(
         "[low, high]: sequences whose geometric mean of trainer / rollout lies outside are left out; null for none"
     )

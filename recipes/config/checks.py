@@ -64,16 +64,17 @@ def check_precision(config: Config) -> None:
 def check_samples_of_other_weights(config: Config) -> None:
     """Samples of other weights than the trainer's need importance sampling."""
     rollout = config.rollout
-    corrected = config.algorithm.importance_sampling
+    corrected = config.algorithm.importance_sampling != "none"
     if (rollout.staleness or rollout.partial_rollout_tokens) and not corrected:
         field = "staleness=1" if rollout.staleness else f"partial_rollout_tokens={rollout.partial_rollout_tokens}"
         raise ConfigError(
-            f"rollout.{field}: samples come from older weights; correct for it: algorithm.importance_sampling=true"
+            f"rollout.{field}: samples come from older weights; correct for it: "
+            "algorithm.importance_sampling=token_truncated"
         )
     if rollout.quantization is not None and (config.precision.name == "fp32" or not corrected):
         raise ConfigError(
             f"rollout.quantization={rollout.quantization!r}: samples come from rounded weights: needs precision=bf16 "
-            "(or fp8), and correct for it: algorithm.importance_sampling=true"
+            "(or fp8), and correct for it: algorithm.importance_sampling=token_truncated"
         )
 
 

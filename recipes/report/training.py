@@ -37,6 +37,17 @@ def section(rows: Sequence[Row], gathered: Samples, events: Sequence[Row]) -> st
             "Train-inference mismatch, largest |Δ log-prob|",
             line_plot(rows, {"max": "train_inference_mismatch/max"}, zero=True),
         ),
+        (
+            "Clipped tokens, share",
+            line_plot(rows, {"low": "clip_fraction/low", "high": "clip_fraction/high"}, zero=True),
+        ),
+        ("KL to the old policy", line_plot(rows, {"KL": "kl/old"}, zero=True)),
+        ("Entropy, nats per token", line_plot(rows, {"entropy": "entropy"}, zero=True)),
+        (
+            "Perplexity of the sampled tokens",
+            line_plot(rows, {"policy": "perplexity/policy", "sampler": "perplexity/sampler"}),
+        ),
+        ("Tokens not trained on, share", line_plot(rows, {"masked": "masked_fraction"}, zero=True)),
         ("Gradient norm", line_plot(rows, {"norm": "grad_norm"}, zero=True)),
         ("Response length, tokens", line_plot(rows, {"mean": "response_length/mean"}, zero=True)),
         (

@@ -20,7 +20,7 @@ from megatron_ext.models import family
 from megatron_ext.offload import HostCopy
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms import value_losses
-from recipes.algorithms.advantages import AdvantageInputs, gae
+from recipes.algorithms.advantages import AdvantageInputs, at_response_tokens, gae
 from recipes.algorithms.settings import AlgorithmConfig
 from recipes.config import Config
 from recipes.errors import ConfigError
@@ -69,7 +69,8 @@ class Critic:
         ``weights`` is the policy loss's, 0 where the loss mask leaves a token out, so the update depends on neither
         micro-batches nor ranks.
         """
-        old_values, returns = value_targets(inputs, self.algorithm.discount, self.algorithm.gae_lambda)
+        loss_mask = torch.from_numpy(batch.loss_mask)
+        old_values, returns = value_targets(inputs, loss_mask, self.algorithm.discount, self.algorithm.gae_lambda)
         batch = batch.with_columns(old_values=old_values.numpy(), returns=returns.numpy())
         size = len(batch) // self.algorithm.updates_per_rollout
         sums: dict[str, float] = {}
@@ -141,11 +142,15 @@ def vocabulary_size(hf_config: object) -> int:
     return int(text_config.vocab_size)
 
 
-def value_targets(inputs: AdvantageInputs, discount: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values that made the advantages and the returns, which are GAE + these values, both float64 [R]."""
+def value_targets(
+    inputs: AdvantageInputs, loss_mask: torch.Tensor, discount: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values that made the advantages and the returns, which are GAE + these values, both float64 [R]; 0 for
+    tokens that the loss mask leaves out."""
     assert inputs.values is not None
     old_values = inputs.values.double()
-    return old_values, gae(inputs, discount=discount, gae_lambda=gae_lambda) + old_values
+    returns = gae(inputs, discount=discount, gae_lambda=gae_lambda) + old_values
+    return at_response_tokens(old_values, loss_mask), at_response_tokens(returns, loss_mask)
 
 
 def value_loss(value_clip: float) -> forward_backward.LossFunction:

@@ -85,7 +85,7 @@ def bradley_terry(
     ``values`` [R]: the scores whose tokens are on this context-parallel rank. The margin is that of complete sequences,
     without gradient; each score takes the loss's derivative by it, −σ(−margin), with its sign.
     """
-    sequences = Sequences(batch.lengths, context_group)
+    sequences = Sequences(batch.lengths, batch.values["loss_mask"] > 0, context_group)
     scores = sequences.sum(values)
     margins = scores[0::2] - scores[1::2]
     slopes = -torch.sigmoid(-margins) / pairs

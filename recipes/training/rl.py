@@ -16,7 +16,7 @@ from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms import mismatch, objective
-from recipes.algorithms.advantages import AdvantageInputs, broadcast_to_tokens
+from recipes.algorithms.advantages import AdvantageInputs, at_response_tokens, broadcast_to_tokens, trained_inputs
 from recipes.algorithms.aggregation import token_weights
 from recipes.algorithms.registry import Needs, requirements, resolve
 from recipes.algorithms.shaping import has_reward_variance, overlong_penalty, select_groups
@@ -36,6 +36,18 @@ from rewards.verdict import VerifierResult, from_json, or_nan
 from rewards.verifiers import search
 from rollout.generation import OnResponse
 from rollout.prompt_buffer import PromptBuffer, Rollout
+
+# Every step's line has them, without a value where no update was made.
+POLICY_METRICS = (
+    "kl/old",
+    "entropy",
+    "perplexity/policy",
+    "perplexity/sampler",
+    f"{mismatch.NAME}/mean",
+    f"{mismatch.NAME}/max",
+    "loss",
+    "grad_norm",
+)
 
 
 @dataclass
@@ -297,7 +309,8 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
 
 
 def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, AdvantageInputs]:
-    """Collective: the batch with the columns ``advantages`` and ``weights``; and what the advantages were made of."""
+    """Collective: the batch with the columns ``advantages`` and ``weights``, both 0 where the loss mask leaves a token
+    out; and what the advantages were made of."""
     algorithm = loop.config.algorithm
     samples = algorithm.samples_per_prompt
     with loop.run.phase("logprobs"):
@@ -307,14 +320,17 @@ def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, Advan
             longest=loop.config.rollout.max_response_tokens,
             overlong_fraction=algorithm.overlong_fraction,
         )
-        inputs = AdvantageInputs(
+        loss_mask = torch.from_numpy(batch.loss_mask)
+        inputs = trained_inputs(
             rewards=by_group(batch.rewards, samples) + penalty,
-            lengths=lengths,
+            response_lengths=lengths,
+            loss_mask=loss_mask,
             token_rewards=kl_rewards(loop, batch),
             values=None if loop.critic is None else loop.critic.values(loop.policy, batch),
         )
         advantage = resolve("advantage", algorithm)
-        advantages = broadcast_to_tokens(advantage(inputs), lengths).numpy()
+        of_trained = broadcast_to_tokens(advantage(inputs), inputs.lengths)
+        advantages = at_response_tokens(of_trained, loss_mask).numpy()
         aggregation = resolve("aggregation", algorithm)
         updates = split(batch, algorithm.updates_per_rollout)
         weights = np.concatenate([token_weights(aggregation, part) for part in updates])
@@ -403,10 +419,11 @@ def policy_update(loop: Loop, step: int, micro_batches: Sequence[MicroBatch]) ->
         list(micro_batches),
         objective.loss(algorithm, policy.parallel.context_group),
         policy.temperature,
-        entropy=algorithm.entropy_coefficient > 0,
+        entropies="trained" if algorithm.entropy_coefficient > 0 else "measured",
     )
-    if math.isfinite(metrics["loss"]):  # otherwise there is no update
-        mismatch.check(mismatch.report(metrics), max_mismatch=algorithm.max_mismatch)
+    measured = mismatch.report(metrics)  # nothing where no token is trained on
+    if measured and math.isfinite(metrics["loss"]):  # otherwise there is no update
+        mismatch.check(measured, max_mismatch=algorithm.max_mismatch)
     if loop.critic is not None and step < loop.config.critic.warmup_steps:
         policy.skip_update(metrics)
     elif not policy.update(metrics):
@@ -418,26 +435,25 @@ def policy_update(loop: Loop, step: int, micro_batches: Sequence[MicroBatch]) ->
 
 
 def policy_metrics(sums: Mapping[str, float], needs: Needs) -> dict[str, float | None]:
-    """Means over a step's updates, and over their tokens; None where all of them were skipped."""
+    """Means over a step's updates, and over the tokens they trained on; None where all updates were skipped."""
+    names = [*POLICY_METRICS, "kl/reference"] if needs.reference else POLICY_METRICS
+    without_value = dict.fromkeys(names)
     if not sums:
-        names = ["kl/reference"] if needs.reference else []
-        names += [f"{mismatch.NAME}/mean", f"{mismatch.NAME}/max", "loss", "grad_norm"]
-        return dict.fromkeys(names)
-    tokens = sums[f"{mismatch.NAME}/tokens"]
+        return without_value
     return {
-        **({"kl/reference": sums["kl"] / tokens} if needs.reference else {}),
-        **mismatch.report(sums),
-        **({"entropy": sums["entropy"] / tokens} if "entropy" in sums else {}),
+        **without_value,
+        **objective.report(sums),
         "loss": sums["loss"] / sums["updates"],
         "grad_norm": sums["grad_norm"] / sums["updates"],
     }
 
 
 def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, Any]:
-    """Lengths, age of the weights, and speed."""
+    """Lengths, what is not trained on, age of the weights, and speed."""
     tokens = len(batch.response_tokens)
     return {
         "response_length/mean": tokens / len(batch),
+        "masked_fraction": float(1 - batch.loss_mask.mean()),
         "staleness/max": step - int(batch.versions.min()),
         records.TOKENS_PER_SECOND: tokens / loop.run.clock.seconds["generate"],
     }
@@ -458,6 +474,8 @@ def sample_lines(loop: Loop, step: int, batch: TokenBatch) -> list[dict[str, Any
     lines = []
     for i, (prompt_id, sample_index) in enumerate(batch.keys):
         tokens = batch.tokens_of(i)
+        trained = batch.loss_mask[tokens]
+        advantages = batch.columns["advantages"][tokens][trained]
         reward = float(batch.rewards[i])
         lines.append(
             {
@@ -469,7 +487,7 @@ def sample_lines(loop: Loop, step: int, batch: TokenBatch) -> list[dict[str, Any
                 "tokens": tokens.stop - tokens.start,
                 "reward": None if math.isnan(reward) else reward,
                 "verdicts": batch.verdicts[i],
-                "advantage": float(batch.columns["advantages"][tokens].mean(dtype=np.float64)),
+                "advantage": float(advantages.mean(dtype=np.float64)) if len(advantages) else 0.0,
                 "weight_version": int(batch.versions[batch.runs_of(i)][-1]),
             }
         )

@@ -20,13 +20,14 @@ Pieces = list[tuple[str, tuple[int, ...], torch.Tensor]]
 class Reference:
     """Plain transformers and torch AdamW on the same batch, one sequence at a time, FP32.
 
-    ``log_probs`` (values, of a scalar head) by sequence and ``gradients`` by tensor before the first step; ``loss`` and
-    ``grad_norm`` of each step; ``start`` and ``weights``: tensors before and after all steps.
+    ``log_probs`` (values, of a scalar head) and ``entropies`` by sequence and ``gradients`` by tensor before the first
+    step; ``loss`` and ``grad_norm`` of each step; ``start`` and ``weights``: tensors before and after all steps.
     """
 
     loss: list[float]
     grad_norm: list[float]
     log_probs: dict[int, torch.Tensor]
+    entropies: dict[int, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     start: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
@@ -47,7 +48,7 @@ def train_reference(folder: Path, case: Case) -> Reference:
     ]
     betas = (cases.OPTIMIZER.betas[0], cases.OPTIMIZER.betas[1])
     adam = torch.optim.AdamW(groups, lr=cases.SCHEDULE.learning_rate, betas=betas, eps=cases.OPTIMIZER.epsilon)
-    loss, grad_norm, log_probs, gradients = [], [], {}, {}
+    loss, grad_norm, log_probs, entropies, gradients = [], [], {}, {}, {}
     sequences = cases.batch(case)
     for step in range(cases.STEPS):
         adam.zero_grad()
@@ -58,7 +59,10 @@ def train_reference(folder: Path, case: Case) -> Reference:
                 found = model.score(model.model(tokens).last_hidden_state)[0, len(s.prompt) - 1 : -1, 0]
             else:
                 logits = model(tokens).logits[0, len(s.prompt) - 1 : -1] / case.temperature
-                found = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(s.response))
+                distribution = torch.distributions.Categorical(logits=logits)
+                found = distribution.log_prob(torch.tensor(s.response))
+                if step == 0:
+                    entropies[i] = distribution.entropy().detach()
             if step == 0:
                 log_probs[i] = found.detach()
             total = total + cases.token_loss(case, found).mean() / len(sequences)
@@ -69,7 +73,7 @@ def train_reference(folder: Path, case: Case) -> Reference:
         grad_norm.append(torch.nn.utils.clip_grad_norm_(named.values(), cases.OPTIMIZER.clip_grad_norm).item())
         adam.step()
     weights = {name: p.detach().clone() for name, p in named.items()}
-    return Reference(loss, grad_norm, log_probs, gradients, start, weights)
+    return Reference(loss, grad_norm, log_probs, entropies, gradients, start, weights)
 
 
 def assemble(pieces: Pieces, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,12 +23,12 @@ fp32_cases = pytest.mark.parametrize("case", FP32, ids=lambda case: case.name)
 bf16_cases = pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
 
 
-def log_probs(ranks: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
-    """By sequence of the batch, from the parts of the context-parallel ranks; ranks that hold the same token must agree
-    bit for bit."""
+def of_tokens(ranks: list[dict[str, Any]], name: str) -> dict[int, torch.Tensor]:
+    """``log_probs`` or ``entropies`` by sequence of the batch, from the parts of the context-parallel ranks; ranks that
+    hold the same token must agree bit for bit."""
     parts: dict[int, dict[int, float]] = {}
     for rank in ranks:
-        for index, (places, values) in rank["log_probs"].items():
+        for index, (places, values) in rank[name].items():
             values_of_response = parts.setdefault(index, {})
             for place, value in zip(places.tolist(), values.tolist(), strict=True):
                 assert values_of_response.setdefault(place, value) == value
@@ -84,7 +84,16 @@ def test_loss_and_gradient_norm_equal_hugging_face(case: Case, results: Results,
 
 @fp32_cases
 def test_log_probs_equal_hugging_face(case: Case, results: Results, reference: References) -> None:
-    actual, expected = log_probs(results(case.name)), reference(case).log_probs
+    actual, expected = of_tokens(results(case.name), "log_probs"), reference(case).log_probs
+    assert actual.keys() == expected.keys()
+    assert above({i: float((actual[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
+
+
+@pytest.mark.parametrize("case", [case for case in FP32 if not case.is_scalar], ids=lambda case: case.name)
+def test_entropies_equal_hugging_face(case: Case, results: Results, reference: References) -> None:
+    """Of the whole vocabulary, at the sampling temperature. They are measured beside each update that these tests
+    compare, and so change none."""
+    actual, expected = of_tokens(results(case.name), "entropies"), reference(case).entropies
     assert actual.keys() == expected.keys()
     assert above({i: float((actual[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
 
@@ -108,7 +117,7 @@ def test_weights_after_two_steps_equal_torch_adamw(case: Case, results: Results,
 def test_bf16_follows_fp32_from_the_same_rounded_weights(case: Case, results: Results, reference: References) -> None:
     """Bounds for BF16 activations: 8 bits of mantissa, 4 layers, logits of order 1. A matrix moves by about 5e-4."""
     ranks, expected = results(case.name), reference(case)
-    actual = log_probs(ranks)
+    actual = of_tokens(ranks, "log_probs")
     gaps = torch.cat([(actual[i] - e).abs() for i, e in expected.log_probs.items()])
     assert float(gaps.max()) < 0.05
     assert float(gaps.mean()) < 0.01

@@ -23,7 +23,7 @@ from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.ranks import Ranks
 from tests.megatron_ext.reference import all_pieces, assemble
 from tests.megatron_ext.test_hf_checkpoint import tensors_by_file
-from tests.megatron_ext.test_layouts import above, log_probs
+from tests.megatron_ext.test_layouts import above, of_tokens
 from tests.megatron_ext.vl_twins import OPTIMIZER, RUNS, Reference, Results, Run
 
 References = Callable[[Run], Reference]
@@ -83,7 +83,7 @@ def test_the_tower_equals_transformers(run: Run, results: Results, reference: Re
 @every_run
 def test_log_probs_equal_transformers(run: Run, results: Results, reference: References) -> None:
     """Packed, with and without images in a micro-batch; the pieces of data- and context-parallel ranks together."""
-    actual, expected = log_probs(results(run.name)), reference(run).log_probs
+    actual, expected = of_tokens(results(run.name), "log_probs"), reference(run).log_probs
     assert actual.keys() == expected.keys()
     assert above({i: float((actual[i] - e).abs().max()) for i, e in expected.items()}, 1e-5) == {}
 

@@ -72,6 +72,7 @@ class Policy:
         sequences = cases.batch(case)
         group = case.pipeline if case.virtual > 1 else 1
         self.plan = packing.plan([len(s) for s in sequences], layout.data, case.micro_batch_tokens, group)
+        self.entropies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         device = platform.current().device()
         mine = self.plan[(layout.data_rank + case.swap) % layout.data]
         self.micro = [
@@ -83,9 +84,20 @@ class Policy:
         return forward_backward.copy_weights(self.model)
 
     def loss(self, output: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if not self.case.is_scalar:
+            output, entropies = output
+            self.entropies |= self.by_sequence(batch, entropies.detach())
         furthest = max(batch.values["place"].tolist(), default=0.0)
         losses = cases.token_loss(self.case, output) * batch.values["weight"]
         return losses.sum(), {"longest/max": torch.tensor(furthest + 1)}
+
+    def by_sequence(
+        self, batch: packing.MicroBatch, values: torch.Tensor
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Sequence → (places in its response, values) of the tokens on this rank."""
+        places = batch.values["place"].long().split(batch.lengths)
+        parts = zip(batch.indices, places, values.split(batch.lengths), strict=True)
+        return {cases.original_index(self.case, i): (where, part) for i, where, part in parts}
 
     def log_probs(self) -> list[torch.Tensor]:
         """Or the values, of a model with a scalar head."""
@@ -94,7 +106,9 @@ class Policy:
         return forward_backward.log_probs(self.model, self.micro, self.case.temperature)
 
     def gradients(self) -> dict[str, float]:
-        return forward_backward.accumulate_gradients(self.model, self.micro, self.loss, self.case.temperature)
+        return forward_backward.accumulate_gradients(
+            self.model, self.micro, self.loss, self.case.temperature, "none" if self.case.is_scalar else "measured"
+        )
 
     def train(self, count: int) -> list[tuple[float, float]]:
         """(loss, gradient norm) of ``count`` steps."""
@@ -161,17 +175,15 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
     policy.export(folder / "exports" / case.name)
 
     first = policy.log_probs()
-    found["log_probs"] = {
-        cases.original_index(case, index): (places.long(), values)
-        for log_probs, m in zip(first, policy.micro, strict=False)  # none off the last pipeline stage
-        for index, places, values in zip(
-            m.indices, m.values["place"].split(m.lengths), log_probs.split(m.lengths), strict=True
-        )
-    }
+    found["log_probs"] = {}
+    for micro, values in zip(policy.micro, first, strict=False):  # none off the last pipeline stage
+        found["log_probs"] |= policy.by_sequence(micro, values)
     for step in range(cases.STEPS):
         sums = policy.gradients()
         found["loss"].append(sums["loss"])
         found["longest"].append(sums["longest/max"])
+        if step == 0:
+            found["entropies"] = dict(policy.entropies)
         if step == 0 and cases.has_whole_gradients(case):
             parameters = [p for chunk in policy.model.chunks for p in chunk.module.parameters()]
             found["gradients"] = pieces(shards, [p.main_grad for p in parameters])

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from recipes.algorithms.sequences import Sequences
 
 
 def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
@@ -26,3 +29,8 @@ def draws(n: int, seed: int = 0) -> Tensor:
 
 def numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def all_trained(lengths: list[int], context_group: dist.ProcessGroup | None = None) -> Sequences:
+    """Sequences of which every token is trained on."""
+    return Sequences(lengths, torch.ones(sum(lengths), dtype=torch.bool), context_group)

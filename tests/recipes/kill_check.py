@@ -25,7 +25,11 @@ from tests.recipes import tiny
 
 STEPS = 16
 OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", f"algorithm.steps={STEPS}", "algorithm.learning_rate=1e-4")
-OPTIONS += ("rollout.oversample=1.5", "rollout.partial_rollout_tokens=3", "algorithm.importance_sampling=true")
+OPTIONS += (
+    "rollout.oversample=1.5",
+    "rollout.partial_rollout_tokens=3",
+    "algorithm.importance_sampling=token_truncated",
+)
 OPTIONS += ("rewards.constraint.verifier=safety", "rewards.constraint.floor=0.9", "rewards.constraint.rate=0.1")
 PATIENCE = 1800  # seconds for a run, or a moment of it, on a machine that has other work too
 WRITING = "writing"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,8 +79,8 @@ def test_grpo_has_mean_zero_and_deviation_one_and_is_dr_grpo_over_the_deviation(
     given = outcomes([rewards, rewards[::-1]])
     found = advantages.grpo(given, advantage_epsilon=1e-9)
     assert found.mean(1).tolist() == pytest.approx([0, 0], abs=1e-12)
-    assert (found**2).mean(1).tolist() == pytest.approx([1, 1], rel=1e-7)
-    scaled = advantages.dr_grpo(given) / given.rewards.std(dim=1, correction=0, keepdim=True)
+    assert found.numpy().std(axis=1, ddof=1).tolist() == pytest.approx([1, 1], rel=1e-7)
+    scaled = advantages.dr_grpo(given) / given.rewards.numpy().std(axis=1, ddof=1, keepdims=True)
     assert found.tolist()[0] == pytest.approx(scaled.tolist()[0], rel=1e-7)
 
 
@@ -94,10 +95,9 @@ def test_rloo_is_the_reward_minus_the_mean_of_the_others_and_dr_grpo_scaled(rewa
 
 
 def test_a_known_group() -> None:
-    """Rewards 1, 0, 0, 0: mean 1/4, population deviation √3/4."""
+    """Rewards 1, 0, 0, 0: mean 1/4, squares (9 + 3)/16 = 3/4, deviation over n − 1 = 3: 1/2."""
     given = outcomes([[1.0, 0, 0, 0]])
-    third = math.sqrt(3)
-    assert advantages.grpo(given, advantage_epsilon=0.0)[0].tolist() == pytest.approx([third] + [-1 / third] * 3)
+    assert advantages.grpo(given, advantage_epsilon=0.0)[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5])
     assert advantages.dr_grpo(given)[0].tolist() == [0.75, -0.25, -0.25, -0.25]
     assert advantages.rloo(given)[0].tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
 
@@ -155,7 +155,7 @@ def test_reinforce_plus_plus_is_the_whitened_discounted_return() -> None:
     """Lengths 2 and 1, rewards 1 and 0, γ = 1/2, a token reward of −0.2: returns 0.3, 1 and 0."""
     given = outcomes([[1.0, 0.0]], [[2, 1]], token_rewards=numbers(-0.2, 0.0, 0.0))
     returns = numbers(0.3, 1.0, 0.0)
-    expected = (returns - returns.mean()) / returns.std(correction=0)
+    expected = (returns - 1.3 / 3) / returns.numpy().std(ddof=1)
     assert advantages.reinforce_plus_plus(given, discount=0.5).tolist() == pytest.approx(expected.tolist())
 
 
@@ -165,7 +165,7 @@ def test_whitened_ones_have_mean_zero_and_deviation_one_over_the_judged_tokens(n
     judged = given.judged.flatten().repeat_interleave(given.lengths.flatten())
     found = ALL[name](given)[judged]
     assert found.mean().item() == pytest.approx(0, abs=1e-12)
-    assert (found**2).mean().item() == pytest.approx(1)
+    assert found.numpy().std(ddof=1) == pytest.approx(1)
 
 
 def test_gae_is_the_sum_that_defines_it() -> None:
@@ -275,6 +275,66 @@ def test_a_constant_in_all_rewards_changes_nothing(name: str, shift: float) -> N
     given = [[1.0, 0.0, 0.5, 0.5], [0.25, 1.0, 0.0, 0.0]]
     moved = [[r + shift for r in row] for row in given]
     assert ALL[name](outcomes(moved)).flatten().tolist() == pytest.approx(ALL[name](outcomes(given)).flatten().tolist())
+
+
+# ---- what the loss mask leaves out
+
+
+def masked_rollout() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rewards and lengths of six groups of four, and of their tokens the loss mask, rewards and values. Forced tokens
+    begin, end and interrupt responses; a sample has no reward and so no trained token, another is forced as a whole."""
+    given = random_outcomes()
+    assert given.values is not None
+    n = len(given.values)
+    mask = draws(n, 6) > -0.5
+    of_sample = mask.split(given.lengths.flatten().tolist())
+    of_sample[9].fill_(False)  # without a reward
+    of_sample[14].fill_(False)
+    return given.rewards, given.lengths, mask, given.token_rewards, given.values
+
+
+@BY_NAME
+def test_masked_tokens_are_as_if_they_had_never_been(name: str) -> None:
+    """Exactly: what the trained tokens get is what they get in the same batch with the others cut out by hand; the
+    others get 0, whatever their rewards and values are."""
+    rewards, lengths, mask, token_rewards, values = masked_rollout()
+    inputs = advantages.trained_inputs(rewards, lengths, mask, token_rewards, values)
+    found = advantages.at_response_tokens(advantages.broadcast_to_tokens(ALL[name](inputs), inputs.lengths), mask)
+
+    places = [i for i, trained in enumerate(mask.tolist()) if trained]
+    counts = [sum(part) for part in split(mask, AdvantageInputs(rewards, lengths, token_rewards))]
+    cut = AdvantageInputs(rewards, torch.tensor(counts).view(6, 4), token_rewards[places], values[places])
+    expected = advantages.broadcast_to_tokens(ALL[name](cut), cut.lengths)
+    assert found.dtype == torch.float64
+    assert torch.equal(found[places], expected) and (expected != 0).any()
+    assert not found[~mask].any()
+
+    noise = mask.logical_not() * 1e6
+    other = advantages.trained_inputs(rewards, lengths, mask, token_rewards + noise, values - noise)
+    again = advantages.at_response_tokens(advantages.broadcast_to_tokens(ALL[name](other), other.lengths), mask)
+    assert torch.equal(again, found)
+
+
+def test_gae_goes_from_one_trained_token_to_the_next() -> None:
+    """Five tokens, the second and the fifth an environment's: against the sum over the three others, by hand. The
+    reward is at the last trained token."""
+    mask = torch.tensor([True, False, True, True, False])
+    token_rewards, values = numbers(-0.1, 9, -0.2, -0.3, 9), numbers(0.5, 9, 0.25, -0.5, 9)
+    inputs = advantages.trained_inputs(numbers(1.0).view(1, 1), torch.tensor([[5]]), mask, token_rewards, values)
+    found = advantages.at_response_tokens(advantages.gae(inputs, discount=0.9, gae_lambda=0.8), mask)
+    errors = np.array([-0.1 + 0.9 * 0.25 - 0.5, -0.2 + 0.9 * -0.5 - 0.25, 1 - 0.3 + 0.5])
+    decay = 0.9 * 0.8
+    last, second = errors[2], errors[1] + decay * errors[2]
+    assert found.tolist() == pytest.approx([errors[0] + decay * second, 0, second, last, 0], rel=1e-12)
+
+
+def test_whitening_divides_by_the_deviation_of_the_trained_tokens_alone() -> None:
+    rewards, lengths, mask, token_rewards, values = masked_rollout()
+    inputs = advantages.trained_inputs(rewards, lengths, mask, token_rewards, values)
+    plain = advantages.gae(inputs, discount=0.9, gae_lambda=0.8).numpy()
+    found = advantages.gae_whitened(inputs, discount=0.9, gae_lambda=0.8)
+    expected = (plain - plain.mean()) / plain.std(ddof=1)
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 # ---- overlong answers and groups that teach nothing

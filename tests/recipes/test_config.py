@@ -288,7 +288,7 @@ IMPOSSIBLE = [
     (["rollout.temperature=0"], "rollout.temperature", "0.0", "above 0"),
     (["rollout.top_p=1.1"], "rollout.top_p", "1.1", "in (0, 1]"),
     (["rollout.staleness=2"], "rollout.staleness", "2", "use 0 or 1"),
-    (["rollout.staleness=1"], "rollout.staleness", "1", "algorithm.importance_sampling=true"),
+    (["rollout.staleness=1"], "rollout.staleness", "1", "algorithm.importance_sampling=token_truncated"),
     (["rollout.oversample=0.5"], "rollout.oversample", "0.5", "use 1"),
     (["rollout.max_num_batched_tokens=100"], "rollout.max_num_batched_tokens", "100", "use at least 128"),
     (
@@ -306,7 +306,7 @@ IMPOSSIBLE = [
         ["rollout.quantization=fp8_per_channel", "precision=bf16"],
         "rollout.quantization",
         "'fp8_per_channel'",
-        "algorithm.importance_sampling=true",
+        "algorithm.importance_sampling=token_truncated",
     ),
     (["rollout.environment.max_turns=0"], "rollout.environment.max_turns", "0", "above 0"),
     (["rollout=search", "rollout.oversample=2"], "rollout.environment.name", "search", "rollout.oversample=1"),
@@ -317,13 +317,13 @@ IMPOSSIBLE = [
     (["rewards=search", "rewards.constraint.initial=0"], "rewards.constraint.initial", "0.0", "use more"),
     (["rollout.sleep=true"], "rollout.sleep", "true", "needs a GPU"),
     (
-        ["optimizer.offload=true", "rollout.staleness=1", "algorithm.importance_sampling=true"],
+        ["optimizer.offload=true", "rollout.staleness=1", "algorithm.importance_sampling=token_truncated"],
         "optimizer.offload",
         "true",
         "rollout.staleness=0",
     ),
     (
-        ["rewards.placement=colocated", "rollout.staleness=1", "algorithm.importance_sampling=true"],
+        ["rewards.placement=colocated", "rollout.staleness=1", "algorithm.importance_sampling=token_truncated"],
         "rewards.placement",
         "colocated",
         "rollout.staleness=0",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ext import packing
-from recipes.algorithms.advantages import AdvantageInputs
+from recipes.algorithms.advantages import AdvantageInputs, trained_inputs
 from recipes.run import records
 from recipes.training import critic
 from tests.megatron_ext.reference import stored
@@ -120,12 +120,13 @@ def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:
     weights = [0.1, 0.0, 0.1, 0.0, 0.2, 0.2, *[0.1] * 4]
     sequences = [PlainSequence([7] * (n + 1), [3] * n) for n in lengths.flatten().tolist()]
 
-    old_values, returns = critic.value_targets(inputs, discount=1.0, gae_lambda=1.0)
+    everywhere = torch.ones(10, dtype=torch.bool)
+    old_values, returns = critic.value_targets(inputs, everywhere, discount=1.0, gae_lambda=1.0)
     to_come = [1.3, 1.2, 1.0, None, 0.7, 0.8, -0.25, -0.25, -0.25, -0.75]
     judged = [i for i, value in enumerate(to_come) if value is not None]
     assert returns[judged].tolist() == pytest.approx([value for value in to_come if value is not None])
 
-    _, bootstrapped = critic.value_targets(inputs, discount=0.5, gae_lambda=0.0)
+    _, bootstrapped = critic.value_targets(inputs, everywhere, discount=0.5, gae_lambda=0.0)
     nexts = [0.1 + 1 / 16, 0.2 + 2 / 16, 1.0, None, -0.1 + 5 / 16, 0.8, 7 / 16, 8 / 16, 0.5 + 9 / 16, -0.75]
     assert bootstrapped[judged].tolist() == pytest.approx([value for value in nexts if value is not None])
 
@@ -140,6 +141,21 @@ def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:
     assert found.grad is not None
     assert found.grad.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, -0.13, 0.0, -0.1])
     assert int(measured["clipped"]) == 4
+
+
+def test_forced_tokens_have_no_part_in_a_return() -> None:
+    """A return is that of the trained tokens alone, and 0 at the places of the others."""
+    mask = torch.tensor([True, False, True, False])
+    inputs = trained_inputs(
+        torch.tensor([[1.0]], dtype=torch.float64),
+        torch.tensor([[4]]),
+        mask,
+        torch.tensor([-0.25, 9.0, -0.5, 9.0], dtype=torch.float64),
+        torch.tensor([0.5, 9.0, 0.25, 9.0]),
+    )
+    old_values, returns = critic.value_targets(inputs, mask, discount=0.5, gae_lambda=1.0)
+    assert returns.tolist() == [-0.25 + 0.5 * 0.5, 0.0, 0.5, 0.0]
+    assert old_values.tolist() == [0.5, 0.0, 0.25, 0.0]
 
 
 def test_explained_variance() -> None:

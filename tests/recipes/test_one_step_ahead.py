@@ -13,7 +13,7 @@ from tests.recipes import tiny
 STEPS = 4
 OPTIONS = ("stage.trains=[rl]", "stage.evaluates=false", "precision=fp32", "rollout.staleness=1")
 OPTIONS += ("parallel=tp2_sp", "cluster.ranks=2")
-CORRECTED = ("algorithm.importance_sampling=true", "algorithm.max_mismatch=5")  # large steps of a tiny model
+CORRECTED = ("algorithm.importance_sampling=token_truncated", "algorithm.max_mismatch=5")  # large steps of a tiny model
 FLOOR = ("rewards.constraint.verifier=safety", "rewards.constraint.floor=0.9", "rewards.constraint.rate=0.1")
 CARRY = ("rollout.oversample=1.5", "rollout.partial_rollout_tokens=3", f"algorithm.steps={STEPS}")
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor
 from recipes.algorithms import policy_losses
 from recipes.algorithms.aggregation import sequence_mean_token_mean
 from recipes.algorithms.sequences import Sequences
-from tests.recipes.gradients import draws, finite_differences, gradient, numbers
+from tests.recipes.gradients import all_trained, draws, finite_differences, gradient, numbers
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 DRIFT = {"drift_coefficient": 0.1, "drift_cap": 0.2}
@@ -21,6 +22,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Sequences], Tensor]
 LOSSES: dict[str, Loss] = {
     "reinforce": lambda *a: policy_losses.reinforce(*a[:3]),
     "ppo_clip": lambda *a: policy_losses.ppo_clip(*a[:3], **CLIP),
+    "cispo": lambda *a: policy_losses.cispo(*a[:3], **CLIP),
     "ppo_dual_clip": lambda *a: policy_losses.ppo_dual_clip(*a[:3], **CLIP, dual_clip=3.0),
     "gspo": lambda *a: policy_losses.gspo(*a, **CLIP),
     "cpgd": lambda *a: policy_losses.cpgd(*a[:3], **CLIP, **DRIFT),
@@ -31,7 +33,7 @@ LENGTHS = [3, 1, 5, 2]
 
 
 def loss(name: str, log_probs: Tensor, old: Tensor, advantages: Tensor, lengths: list[int] | None = None) -> Tensor:
-    return LOSSES[name](log_probs, old, advantages, Sequences(lengths or [len(log_probs)]))
+    return LOSSES[name](log_probs, old, advantages, all_trained(lengths or [len(log_probs)]))
 
 
 def case(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +63,42 @@ def test_the_dual_clipped_loss_bounds_what_a_bad_sample_costs() -> None:
     assert steep.tolist() == pytest.approx([0, 2, 0, 0])
 
 
+def test_the_cispo_loss_bounds_the_weight_of_each_token_and_drops_none() -> None:
+    """−stopgrad(clip(r, 0.8, 1.3)) A ln π, written again with NumPy; its gradient is −clip(r) A where r is clipped
+    too."""
+    log_probs, old, advantages = case()
+    ratio = np.exp(log_probs.numpy() - old.numpy())
+    weight = np.minimum(np.maximum(ratio, 0.8), 1.3)
+    assert (ratio < 0.8).any() and (ratio > 1.3).any()
+    found = loss("cispo", log_probs, old, advantages)
+    assert found.tolist() == pytest.approx((-weight * advantages.numpy() * log_probs.numpy()).tolist(), rel=1e-12)
+    steep = gradient(lambda x: loss("cispo", x, old, advantages).sum(), log_probs)
+    assert steep.tolist() == pytest.approx((-weight * advantages.numpy()).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "cispo", "cpgd"])
+def test_a_low_clip_of_one_is_no_lower_bound(name: str) -> None:
+    function = getattr(policy_losses, name)
+    drift = {"drift_coefficient": 0.0, "drift_cap": 1.0} if name == "cpgd" else {}
+    at, old, advantages = numbers(-20.0).requires_grad_(), numbers(0.0), numbers(-1.0)
+    value = function(at, old, advantages, clip_low=1.0, clip_high=0.2, **drift)
+    unclipped = {"ppo_clip": math.exp(-20), "cispo": -20 * math.exp(-20), "cpgd": -20.0}[name]
+    assert value.item() == pytest.approx(unclipped)
+
+
+@pytest.mark.parametrize("name", ["gspo", "cpgd_sequence"])
+def test_tokens_that_are_not_trained_on_have_no_part_in_a_sequences_ratio(name: str) -> None:
+    """The trained tokens' losses are those of the sequences without the others, bit for bit."""
+    log_probs, old, advantages = case()
+    mask = torch.tensor([True, False, True, True, False, True, True, False, True, False, False])
+    everywhere = LOSSES[name](log_probs, old, advantages, Sequences(LENGTHS, mask))
+    assert everywhere.isfinite().all(), "a weight of 0 makes no number of what is none"
+    lengths = [int(part.sum()) for part in mask.split(LENGTHS)]
+    assert lengths == [2, 1, 3, 0]
+    expected = LOSSES[name](log_probs[mask], old[mask], advantages[mask], all_trained(lengths))
+    assert torch.equal(everywhere[mask], expected)
+
+
 def test_the_gspo_loss_clips_by_the_geometric_mean_of_the_ratios() -> None:
     """Ratios 4 and 1/4 have the mean 1, ratios 2 and 8 the mean 4: clipped for A > 0, not for A < 0."""
     ratios, advantages = numbers(4, 0.25, 2, 8, 2, 8), numbers(1, 1, 1, 1, -1, -1)
@@ -84,11 +122,12 @@ def test_the_cpgd_loss() -> None:
 def fixed(name: str, at: Tensor, old: Tensor, lengths: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss whose true derivative autograd's should be: what the source cuts out of the gradient is held at ``at``.
 
-    GSPO and sequence-level CPGD: the sequence's own term (one ratio a sequence) times its tokens' share. The drift: its
-    factor is a constant.
+    GSPO and sequence-level CPGD: the sequence's own term (one ratio a sequence) times its tokens' share. CISPO's weight
+    and the drift's factor are constants.
     """
     from_one = {"gspo": "ppo_clip", "cpgd_sequence": "cpgd"}
     factor = (at - old).expm1().clamp(max=DRIFT["drift_cap"])
+    weight = (at - old).exp().clamp(1 - CLIP["clip_low"], 1 + CLIP["clip_high"])
 
     def total(x: Tensor, advantages: Tensor) -> Tensor:
         log_ratio = x - old
@@ -96,9 +135,11 @@ def fixed(name: str, at: Tensor, old: Tensor, lengths: list[int]) -> Callable[[T
             means = torch.stack([part.mean() for part in log_ratio.split(lengths)])
             log_ratio = means.repeat_interleave(torch.tensor(lengths))
         zeros = torch.zeros_like(x)
+        if name == "cispo":
+            return -weight * advantages * x
         if not name.startswith("cpgd"):
             token_level = from_one.get(name, name)
-            return LOSSES[token_level](x if name == "reinforce" else log_ratio, zeros, advantages, Sequences(lengths))
+            return LOSSES[token_level](x if name == "reinforce" else log_ratio, zeros, advantages, all_trained(lengths))
         surrogate = policy_losses.cpgd(log_ratio, zeros, advantages, **CLIP, drift_coefficient=0.0, drift_cap=0.0)
         return surrogate + DRIFT["drift_coefficient"] * factor * (x - old)
 
@@ -219,14 +260,14 @@ def context_rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
     places = torch.tensor([place for part in PARTS[rank] for place in part])
     log_probs, old, advantages = (x[places] for x in case())
-    sequences = Sequences([len(part) for part in PARTS[rank]], dist.group.WORLD)
+    sequences = all_trained([len(part) for part in PARTS[rank]], dist.group.WORLD)
     found = {}
     for name, function in LOSSES.items():
         x = log_probs.clone().requires_grad_()
         value = function(x, old, advantages, sequences)
         value.sum().backward()
         found[name] = (value.detach(), x.grad)
-    sums = {"least": sequences.minimum(log_probs), "lengths": sequences.total_lengths(log_probs.device)}
+    sums = {"least": sequences.minimum(log_probs), "lengths": sequences.total_lengths()}
     torch.save((places, found, sums), folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
