@@ -8,13 +8,16 @@ from typing import Any
 
 from rewards.processes import Pool, Stuck, TooSlow
 from rewards.settings import FunctionsConfig
-from rewards.verdict import EXPECTED, Row, VerifierResult, excerpt, from_json
+from rewards.verdict import Row, VerifierResult, excerpt, from_json
 from rollout.environment import Segment
 
 # After so many verdicts in a row that took too long, a function hangs: the next ones fail without a call, so that the
 # step comes to its end, and ``max_failed`` to its error, before ``cluster.watchdog``.
 LATE_IN_A_ROW = 32
-FORM = f"write `def score(row, response)` that returns {EXPECTED} (docs/rewards.md)"
+FORM = (
+    "write `def score(row, response)` that returns a number from 0 to 1, a rewards.verdict.Verdict or, for no reward, "
+    "a rewards.verdict.Failure (docs/rewards.md)"
+)
 
 
 class FunctionFailed(Exception):

@@ -8,7 +8,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-EXPECTED = "a number from 0 to 1, a rewards.verdict.Verdict or, for no reward, a rewards.verdict.Failure"
 EXCERPT_CHARACTERS = 200  # of a value in a message
 
 
@@ -60,7 +59,7 @@ def as_result(returned: Any) -> VerifierResult:
     """What a verifier's function returned, as a result. A number is a score, and the
     label is the number to one decimal.
 
-    Raises TypeError, naming what came back and what is expected, for anything but ``EXPECTED``.
+    Raises TypeError, naming what came back and what is expected, for anything else.
     """
     if isinstance(returned, Verdict | Failure):
         return returned
@@ -68,7 +67,9 @@ def as_result(returned: Any) -> VerifierResult:
         return Verdict(float(returned), f"{float(returned):.1f}")
     is_near = isinstance(returned, bool) or (hasattr(returned, "__float__") and not isinstance(returned, Real))
     remedy = ": write float(…) around it" if is_near else ""
-    raise TypeError(f"it returned {excerpt(returned)} ({type(returned).__name__}); return {EXPECTED}{remedy}")
+    raise TypeError(
+        f"it returned {excerpt(returned)} ({type(returned).__name__}), not a number from 0 to 1 or a Verdict{remedy}"
+    )
 
 
 def describe(error: BaseException) -> str:

@@ -61,12 +61,12 @@ def test_a_function_sees_which_part_the_environment_wrote() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "it returned None (NoneType); return a number from 0 to 1, a rewards.verdict.Verdict or, "),
-        ("truth", "it returned True (bool); return a number from 0 to 1, "),
-        ("text", "it returned '1.0' (str); return a number"),
-        ("many", "it returned [1.0] (list); return a number"),
-        ("not_a_number", "it returned nan (float); return a number from 0 to 1"),
-        ("two", "it returned 2.0 (float); return a number from 0 to 1"),
+        ("nothing", "it returned None (NoneType), not a number from 0 to 1 or a Verdict"),
+        ("truth", "it returned True (bool), not a number from 0 to 1 or a Verdict: write float(…) around it"),
+        ("text", "it returned '1.0' (str), not a number"),
+        ("many", "it returned [1.0] (list), not a number"),
+        ("not_a_number", "it returned nan (float), not a number from 0 to 1 or a Verdict"),
+        ("two", "it returned 2.0 (float), not a number from 0 to 1 or a Verdict"),
         (
             "verdict_of_two",
             "it raised ValueError: verdict 'too good' has the score 2.0: a verifier gives one in [0, 1]",
@@ -89,7 +89,7 @@ def test_what_is_no_result_is_a_failure_that_says_what_is_expected(name: str, me
 def test_nearly_a_number_is_told_how_it_becomes_one() -> None:
     with pytest.raises(TypeError, match=r"write float\(…\) around it$"):
         as_result(True)
-    with pytest.raises(TypeError, match=r"Failure$"):
+    with pytest.raises(TypeError, match=r"Verdict$"):
         as_result(float("nan"))
 
 
