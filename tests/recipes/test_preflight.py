@@ -299,8 +299,9 @@ def test_what_is_proposed_holds_and_nothing_else_is_proposed(reports: Reports) -
     assert "critic.offload=true" in proposed(reports["critic"])["It fits with"]
     assert "rollout.sleep=true" in proposed(reports["engine awake"])["It fits with"]
     assert "rollout.sleep=true critic.offload=true" in proposed(reports["two phases"])["It fits with"]
-    assert "optimizer.offload=true" in proposed(reports["engine"])["It fits with"]
-    (cache,) = (o for o in proposed(reports["engine"])["It fits with"] if o.startswith("rollout.kv_cache_gib="))
+    # Without the optimiser's states the cache of 60 GiB is still too large.
+    (cache,) = proposed(reports["engine"])["It fits with"]
+    assert cache.startswith("rollout.kv_cache_gib=")
     largest = max(rank["generating"] for rank in reports[f"engine {cache}"]["memory_gib"])
     assert 78.1 < largest <= 79.1, "one GiB more of cache would not fit"
     assert proposed(reports["7b"]) == {}
