@@ -1,19 +1,24 @@
 """What ``python -m recipes.evaluate`` evaluates, by which settings; its answers are compared in test_run."""
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch.distributed as dist
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from recipes import evaluate
+from megatron_ext.batch import TokenBatch, build, extend
+from recipes import evaluate, evaluate_folders
 from recipes.config import Config
+from recipes.evaluation.evaluate import difference
+from rollout.engine import EngineSettings
+from rollout.sampling import Sampling
 from tests.recipes import tiny
-
-MODEL_FILES = ("config.json", "model.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +126,56 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
     assert message in str(call(monkeypatch, *given))
     assert started == []
     assert sorted(twin.rglob("*")) == before
+
+
+class FakeEngine:
+    """In the place of vLLM: the answer of a folder named n is n tokens, whatever the prompt."""
+
+    alive = True
+    running: ClassVar[list[str]] = []
+
+    def __init__(self, settings: EngineSettings, log: Path) -> None:
+        assert settings.loads_weights and not self.running, "one model's engines after the other's"
+        self.model = Path(settings.model).name
+        self.running.append(self.model)
+
+    def wait_until_ready(self, deadline: float) -> None:
+        pass
+
+    def generate(self, requests: TokenBatch, sampling: Sampling, num_complete: int | None) -> Iterator[TokenBatch]:
+        for i in range(len(requests)):
+            tokens = [70] * int(self.model)
+            yield extend(requests.select([i]), build(requests.select([i]).prompts, [tokens], finish_reasons=["stop"]))
+
+    def stop(self) -> None:
+        self.running.remove(self.model)
+
+
+def test_two_folders_answer_the_same_prompts_and_are_compared_pair_by_pair(
+    twin: Path, started: list[tuple[list[str], Config]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("2", "3"):
+        shutil.copytree(twin / "model", twin / name)
+    scores = f"data.scores={{{tiny.LETTERS}:[task,benign]}}"
+    arguments = [f"model={twin / '3'}", f"against={twin / '2'}", f"to={twin / 'to'}", *overrides(twin), scores]
+    assert call(monkeypatch, *arguments) == 0
+    monkeypatch.setattr(evaluate_folders, "Engine", FakeEngine)
+    monkeypatch.setattr(evaluate_folders, "redirect_stderr", lambda folder: None)
+    ((command, _),) = started
+    monkeypatch.setattr(sys, "argv", command[2:])
+    evaluate_folders.main()
+    assert not dist.is_initialized() and FakeEngine.running == []
+
+    answers = json.loads((twin / "to" / "answers.json").read_text())
+    ids = [row["id"] for row in map(json.loads, (twin / "eval.jsonl").read_text().splitlines())]
+    for model, length in (("after", 3), ("before", 2)):
+        assert [answer["id"] for answer in answers[model]["greedy"]] == ids
+        assert {len(answer["response"]) for answer in answers[model]["greedy"]} == {length}
+    scored = {answer["id"].split("-")[1] for answer in answers["after"]["greedy"] if tiny.LETTERS in answer["scores"]}
+    assert scored == {"task", "benign"}
+    evaluation = json.loads((twin / "to" / "evaluation.json").read_text())
+    names = ["safety", "capability", "helpfulness", tiny.LETTERS]
+    assert evaluation["difference"] == difference(answers["before"], answers["after"], names)
+    assert evaluation["difference"][tiny.LETTERS]["n"] == 4
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Effect: {twin.name}/3 minus {twin.name}/2, same prompts" in printed
