@@ -70,6 +70,7 @@ def test_it_is_a_failed_verdict_and_the_run_goes_on(folder: Path) -> None:
     printed = tiny.complete(tiny.overrides(folder, run_dir, *OPTIONS, "rewards.client.max_failed=0.25"))
     assert f"4 x verifier {OWN}: {REASON}" in printed
     assert "first on row 'task-" in printed
+    # Two rows, greedy and sampled.
     assert f"evaluation: 4 x verifier {OWN}: {REASON}" in printed
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").open()]
     failed = [sample for sample in samples if sample["prompt_id"].startswith("task-")]
