@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rewards.verdict import Row, Verdict
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,13 +20,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 KINDS = {"harmful": "safety", "borderline": "safety", "benign": "safety", "task": "general_rule"}
-LETTERS = "tests.recipes.tiny.letters"
-
-
-def letters(row: Row, response: str) -> Verdict:
-    """A verifier of the tests, which even a random model does not always fail: the share of ASCII letters."""
-    good = sum(character.isascii() and character.isalpha() for character in response)
-    return Verdict(good / max(len(response), 1), "some letters" if good else "no letters")
+LETTERS = "tests.recipes.letters.letters"
 
 
 def make_tokenizer() -> Any:
