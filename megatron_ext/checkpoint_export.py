@@ -54,7 +54,11 @@ def export(checkpoint: Path, layout: Layout, folder: Path) -> None:
 
 
 def _blocks(tensors: Mapping[str, Any], layout: Layout) -> dict[str, list[Block]]:
-    """The blocks of each tensor of a checkpoint. Raises CheckpointError for one that the exported model lacks."""
+    """The blocks of each tensor of a checkpoint.
+
+    Raises CheckpointError for a tensor that the exported model or the checkpoint lacks, and for two of the checkpoint
+    that are one in the model: its embeddings are tied, and the checkpoint's are not.
+    """
     hf_config = hf_checkpoint.config(layout.source)
     mappings = family(hf_config.architectures[0]).param_mappings(hf_config, 1, 0)
     if layout.scalar:
@@ -65,6 +69,7 @@ def _blocks(tensors: Mapping[str, Any], layout: Layout) -> dict[str, list[Block]
     for header in layout.headers.values():
         shapes |= {published(name): entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     blocks_of = {}
+    covered: dict[tuple[str, tuple[int, ...]], str] = {}
     for key, tensor in tensors.items():
         blocks_of[key] = complete_blocks(find, key.removeprefix(f"{POLICY}/"), tuple(tensor["shape"]))
         for block in blocks_of[key]:
@@ -75,6 +80,19 @@ def _blocks(tensors: Mapping[str, Any], layout: Layout) -> dict[str, list[Block]
                     f"{key} of the checkpoint does not fit {block.hf_name} {shape} of {layout.source}: the run began "
                     "with another model"
                 )
+            other = covered.setdefault((block.hf_name, block.hf_start), key)
+            if other != key:
+                raise CheckpointError(
+                    f"{other} and {key} of the checkpoint are both {block.hf_name} in {layout.source}: the run began "
+                    "with another model"
+                )
+    lacking = shapes.keys() - {hf_name for hf_name, _ in covered}
+    if lacking:
+        named = ", ".join(sorted(lacking)[:3])
+        raise CheckpointError(
+            f"the checkpoint has nothing of {named} of {layout.source} ({len(lacking)} tensors): the run began with "
+            "another model"
+        )
     return blocks_of
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
-from tests.megatron_ext.ranks import Ranks
+from tests.megatron_ext.ranks import Ranks, RanksOf
 from tests.megatron_ext.reference import Reference, train_reference
 
 
@@ -38,6 +38,16 @@ def vision_launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]
     vision = Ranks("tests.megatron_ext.vl_twins", folder, vl_twins.EARLIER)
     yield vision
     vision.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks_of(request: pytest.FixtureRequest) -> RanksOf:
+    """Text and vision-language cases have ranks and a folder of their own."""
+
+    def of(case: Case) -> Ranks:
+        return request.getfixturevalue("vision_launched" if isinstance(case, vl_twins.Run) else "launched")
+
+    return of
 
 
 @pytest.fixture(scope="session")

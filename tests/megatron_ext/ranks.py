@@ -105,6 +105,9 @@ class Ranks:
             self.launcher.wait()
 
 
+type RanksOf = Callable[[Case], Ranks]
+
+
 def serve(folder: Path, jobs: Jobs, seed: int) -> None:
     """On each rank: do the jobs that :class:`Ranks` asks for, until killed. Each has a layout of its own, which is
     destroyed afterwards; ranks that it does not use skip it."""

@@ -2,7 +2,6 @@
 
 import binascii
 import json
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -12,21 +11,9 @@ import torch
 from megatron_ext import checkpoint, optimizer_shards
 from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
-from tests.megatron_ext.ranks import Ranks
+from tests.megatron_ext.ranks import Ranks, RanksOf
 from tests.megatron_ext.reference import all_pieces, assemble, stored
-from tests.megatron_ext.vl_twins import Results, Run
-
-RanksOf = Callable[[Case], Ranks]
-
-
-@pytest.fixture(scope="module")
-def ranks_of(request: pytest.FixtureRequest) -> RanksOf:
-    """Text and vision-language cases have ranks and a folder of their own."""
-
-    def of(case: Case) -> Ranks:
-        return request.getfixturevalue("vision_launched" if isinstance(case, Run) else "launched")
-
-    return of
+from tests.megatron_ext.vl_twins import Results
 
 
 @pytest.mark.parametrize("case", [*cases.RESUMES, *vl_twins.RESUMES], ids=lambda case: case.name)

@@ -17,8 +17,7 @@ from megatron_ext.precision import DTYPES
 from megatron_ext.shard_files import TensorPart
 from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
-from tests.megatron_ext.ranks import ROOT
-from tests.megatron_ext.test_checkpoint import Folders, folders  # noqa: F401 (a fixture)
+from tests.megatron_ext.ranks import ROOT, Ranks, RanksOf
 
 # What an export may take beside the program itself (docs/stages.md).
 BOUND_BYTES = 128 << 20
@@ -31,9 +30,9 @@ def export(checkpoint: Path, source: Path, target: Path, precision: str = "fp32"
 
 
 @pytest.mark.parametrize("case", [*cases.RESUMES, *vl_twins.RESUMES], ids=lambda case: case.name)
-def test_every_byte_is_that_of_the_ranks_export(case: Case, folders: Folders, tmp_path: Path) -> None:  # noqa: F811
+def test_every_byte_is_that_of_the_ranks_export(case: Case, ranks_of: RanksOf, tmp_path: Path) -> None:
     """The checkpoint was saved and the ranks exported at the same moment, after updates."""
-    folder = folders(case)
+    folder = ranks_of(case).after(f"resume-{case.name}")
     checkpoint = latest(folder / "checkpoints" / case.name)
     assert checkpoint is not None
     export(checkpoint, folder / case.twin, tmp_path / "hf", case.precision, case.is_scalar)
@@ -130,11 +129,15 @@ def test_the_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         assert torch.equal(exported.get_slice(down)[2000:], values((2000, 0), (48, 20480)))
 
 
-def test_a_damaged_file_and_another_model_are_refused(launched: Path, tmp_path: Path) -> None:
-    saved = latest(launched / "checkpoints" / cases.TP2_SP_DP2.name)
+def test_a_damaged_file_and_another_model_are_refused(launched: Ranks, tmp_path: Path) -> None:
+    folder = launched.after(f"resume-{cases.TP2_SP_DP2.name}")
+    saved = latest(folder / "checkpoints" / cases.TP2_SP_DP2.name)
     assert saved is not None
-    with pytest.raises(CheckpointError, match=r"does not fit model\.embed_tokens\.weight \[130, 192\]"):
-        export(saved, launched / "tied", tmp_path / "other")
+    # 132 tokens are 130 and padding, but the tied model has one tensor for embedding and head.
+    with pytest.raises(CheckpointError, match=r"are both model\.embed_tokens\.weight in .*tied"):
+        export(saved, folder / "tied", tmp_path / "tied")
+    with pytest.raises(CheckpointError, match=r"has nothing of model\.layers\.0\.self_attn\.k_proj\.bias, "):
+        export(saved, folder / "qwen2", tmp_path / "qwen2")
     copy = tmp_path / saved.name
     shutil.copytree(saved, copy)
     with (copy / "rank_00001.safetensors").open("r+b") as file:
@@ -143,5 +146,5 @@ def test_a_damaged_file_and_another_model_are_refused(launched: Path, tmp_path: 
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 4]))
     with pytest.raises(CheckpointError, match=r"is damaged: rank_00001\.safetensors has the checksum"):
-        export(copy, launched / "untied", tmp_path / "damaged")
+        export(copy, folder / "untied", tmp_path / "damaged")
     assert list((tmp_path / "damaged").iterdir()) == []
