@@ -25,7 +25,7 @@ class RolloutConfig:
     engines: int = setting("vLLM processes, all nodes together", range="[1, 1e5]", on_resume=FREE)
     tensor: int = setting("tensor-parallel size of an engine", range="[1, 1e5]", on_resume=FREE)
     max_response_tokens: int = setting("longest response", range=TOKENS, unit="tokens")
-    temperature: float = setting("sampling temperature", range="(0, 100]")
+    temperature: float = setting("sampling temperature; vLLM takes a lower one for 0.01", range="[0.01, 100]")
     top_p: float = setting("nucleus sampling: probability mass of the tokens sampled from", range="(0, 1]")
     max_num_seqs: int = setting("sequences that an engine decodes at once", range="[1, 1e6]", on_resume=FREE)
     max_num_batched_tokens: int = setting(

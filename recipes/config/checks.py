@@ -24,6 +24,7 @@ def check(config: Config) -> None:
     check_cluster(config.cluster)
     optimizer_settings.check(config.optimizer)
     layout.check(config.cluster.ranks, config.parallel)
+    check_optimizer_states(config)
     precision.check(config.precision)
     reward_settings.check(config.rewards)
     check_stage(config)
@@ -53,6 +54,14 @@ def check_stage(config: Config) -> None:
     """A launch does something."""
     if not config.stage.trains and not config.stage.ladder:
         raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
+
+
+def check_optimizer_states(config: Config) -> None:
+    """A checkpoint can be written."""
+    if not config.parallel.distributed_optimizer:
+        raise ConfigError(
+            "parallel.distributed_optimizer=false: a checkpoint holds the distributed optimiser's states; use true"
+        )
 
 
 def check_precision(config: Config) -> None:

