@@ -44,8 +44,7 @@ PARTS: Factors = {
     "updates": [(f"algorithm.updates_per_rollout={n}",) for n in (1, 2, 4)],
     "mismatch": [
         (),
-        ("algorithm.importance_sampling=true",),
-        ("algorithm.importance_sampling=true", "rollout.oversample=1.5", "rollout.partial_rollout_tokens=3"),
+        ("algorithm.importance_sampling=token_truncated", "rollout.oversample=1.5", "rollout.partial_rollout_tokens=3"),
         ("algorithm.sequence_ratio_bounds=[0.5,2]",),
         ("algorithm.token_ratio_veto=0.01",),
     ],
