@@ -20,6 +20,7 @@ from megatron_ext.settings import fields
 from recipes.algorithms.registry import REGISTRY
 from recipes.config import Config, parse
 from recipes.launch.requirements import check_parts
+from recipes.run import folder as run_folder
 from recipes.run import records
 from tests.megatron_ext.ranks import start
 from tests.recipes import tiny
@@ -192,6 +193,7 @@ def trained(folder: Path, twin: Path, ranks: int, choices: Sequence[Choice]) -> 
     run_dirs = [folder / f"{ranks}_ranks" / str(number) for number in range(len(choices))]
     for run_dir in run_dirs:
         run_dir.mkdir(parents=True)
+        run_folder.mark(run_dir)
     configs = [configured(twin, run_dir, ranks, c) for run_dir, c in zip(run_dirs, choices, strict=True)]
     (folder / "configs.pickle").write_bytes(pickle.dumps(configs))
     process = start(folder / "log", "tests.recipes.steps", str(folder), str(ranks))
