@@ -225,16 +225,21 @@ class Cluster:
     def wait_for_end(self, job: str, seconds: float) -> tuple[str, str]:
         """The job's state and exit code (CODE:SIGNAL), of the first component, when all components' processes have
         ended: until then Slurm says COMPLETING."""
-
-        def ended() -> list[dict[str, str]]:
-            components = self.components(job)
-            if any(fields["JobState"] == "PENDING" and "HetJobId" in fields for fields in components):
-                # backfill looks again only when something has changed, as on a cluster in use it always has
-                self.call("scontrol", "update", f"JobId={job}", "Comment=waiting")
-            return components if all(fields["JobState"] in ENDED for fields in components) else []
-
-        first, *_ = self.wait_for(f"end of job {job}", ended, seconds)
+        first, *_ = self.wait_for(f"end of job {job}", lambda: self.ended(job), seconds)
         return first["JobState"], first["ExitCode"]
+
+    def wait_for_file(self, job: str, path: Path, seconds: float) -> None:
+        """A file that the job makes."""
+        self.wait_for(f"{path.name} of job {job}", lambda: self.ended(job) or path.exists(), seconds)
+        assert path.exists(), f"job {job} ended without {path.name}:\n{self.logs()}"
+
+    def ended(self, job: str) -> list[dict[str, str]]:
+        """The fields of each component of a job that has ended; none of another."""
+        components = self.components(job)
+        if any(fields["JobState"] == "PENDING" and "HetJobId" in fields for fields in components):
+            # backfill looks again only when something has changed, as on a cluster in use it always has
+            self.call("scontrol", "update", f"JobId={job}", "Comment=waiting")
+        return components if all(fields["JobState"] in ENDED for fields in components) else []
 
     def cancel_all(self) -> None:
         """What a test that failed has left in the queue."""

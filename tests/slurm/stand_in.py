@@ -2,9 +2,8 @@
 
 ``rewards.placement`` is the real one where a recipe has judges. ``rewards.serve`` answers /health on the ports of the
 servers that its arguments name, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.train=7") makes a module fail, a server
-when ranks run. ``STAND_IN_STARTS`` ("preempted,0") is what the ranks do in each of the job's starts: wait for SIGUSR1
-and end as those of ``recipes.train`` do ("preempted"); wait, while rank 0 saves and fails with code 7 ("saves"); wait
-("hangs"); fail when there is a file ``lost-JOB`` ("notices"); end with a code.
+when ranks run. ``STAND_IN_STARTS`` ("hangs,0") is what the ranks do in each of the job's starts: wait ("hangs"); wait,
+while rank 0 saves and fails with code 7 ("saves"); fail when there is a file ``lost-JOB`` ("notices"); end with a code.
 ``recipes.launch.has_new_checkpoint`` looks for the file ``checkpoint-JOB``, which is what they save.
 """
 
@@ -53,10 +52,6 @@ def serve(arguments: list[str]) -> None:
 
 def train(does: str) -> int:
     """The exit code."""
-    if does == "preempted":
-        signal.sigwait([signal.SIGUSR1])
-        Path(f"checkpoint-{JOB}").touch()
-        return 75 if os.environ["SLURM_PROCID"] == "0" else 0
     if does == "saves" and os.environ["SLURM_PROCID"] == "0":
         Path(f"checkpoint-{JOB}").touch()
         return 7
@@ -70,7 +65,6 @@ def train(does: str) -> int:
 
 
 def main() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     module, arguments = sys.argv[2], sys.argv[3:]
     if module == "rewards.placement":
         if not any(argument.startswith("recipe=safework") for argument in arguments):

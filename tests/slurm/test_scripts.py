@@ -189,57 +189,19 @@ def trains(folder: Path, job: str, ranks: int) -> bool:
     return sum(len(hosts) for _, _, hosts in starts(folder, job)) == ranks
 
 
-def test_the_time_limit_tells_the_ranks_and_the_job_begins_again_and_resumes(slurm: Cluster, project: Path) -> None:
-    """Both starts are in one log. Slurm looks at limits every 30 s."""
-    options = ("--signal=B:USR1@60", "--nodes=2", "--ntasks-per-node=2", "slurm/train.sh", "recipe=demo")
-    job = sbatch(slurm, project, *options, STAND_IN_STARTS="preempted,0")
-    slurm.wait_for("ranks", lambda: trains(project, job, 4), SECONDS)
-    slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds").check_returncode()
-    slurm.wait_for("the signal", lambda: "preemption requested by Slurm" in log(project, job), SECONDS)
-    next_limit = ("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # refused while the job is completing
-    slurm.wait_for("the next start's limit", lambda: slurm.run(*next_limit).returncode == 0, SECONDS)
-    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-    hosts = ["node1", "node1", "node2", "node2"]
-    assert starts(project, job) == [(0, False, hosts), (1, True, hosts)]
-    assert "preemption requested by Slurm: the run finishes its step and saves" in log(project, job)
-    assert "requeued (restart 1 of at most 20): preemption was requested" in log(project, job)
-    assert list(project.glob("*.prepared")) == []
-
-
-def test_a_heterogeneous_job_begins_again_with_its_servers_and_what_waits_for_it_goes_on_waiting(
-    slurm: Cluster, project: Path
-) -> None:
-    script = ("--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh")
-    job = sbatch(slurm, project, *script, STAND_IN_STARTS="preempted,0")
-    dependent = sbatch(
-        slurm, project, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--nodes=1", "--ntasks-per-node=1",
-        "slurm/train.sh", "recipe=demo",
-    )  # fmt: skip
-    slurm.wait_for("ranks", lambda: trains(project, job, 8), SECONDS)
-    slurm.call("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-    assert slurm.wait_for_end(dependent, SECONDS) == ("COMPLETED", "0:0"), log(project, dependent)
-    assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
-    modules = [call["module"] for call in calls(project)]
-    assert modules.count("stopped") == modules.count("rewards.serve") == 6
-
-
-def test_jobs_that_are_preempted_leave_within_the_grace_and_begin_again(slurm: Cluster, project: Path) -> None:
-    """One job gets its signal and saves; the other has no --signal, and its ranks get SIGTERM."""
+def test_a_preempted_job_that_asked_for_no_signal_begins_again(slurm: Cluster, project: Path) -> None:
+    """Its ranks get SIGTERM. What jobs with a signal do is in test_small_recipe.py."""
     without, script = project / "without.sh", (ROOT / "slurm" / "train.sh").read_text()
     assert script.count(" --signal=B:USR1@900") == 1
     without.write_text(script.replace(" --signal=B:USR1@900", ""))
     size = ("--nodes=2", "--ntasks-per-node=1")
-    signalled = sbatch(slurm, project, *size, "slurm/train.sh", "recipe=demo", STAND_IN_STARTS="preempted,0")
-    ended = sbatch(slurm, project, *size, "without.sh", "recipe=demo", STAND_IN_STARTS="hangs,0")
-    for job in (signalled, ended):
-        slurm.wait_for("ranks", lambda job=job: trains(project, job, 2), SECONDS)
+    job = sbatch(slurm, project, *size, "without.sh", "recipe=demo", STAND_IN_STARTS="hangs,0")
+    slurm.wait_for("ranks", lambda: trains(project, job, 2), SECONDS)
     urgent = sbatch(slurm, project, "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
-    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, signalled) + log(project, ended)
-    for job, why in ((signalled, "preemption was requested"), (ended, "it is preempted")):
-        assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
-        assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
-        assert f"requeued (restart 1 of at most 20): {why}" in log(project, job)
+    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
+    assert "requeued (restart 1 of at most 20): it is preempted" in log(project, job)
 
 
 def test_a_run_that_fails_begins_again_while_it_saves_and_not_more_often_than_it_may(

@@ -1,5 +1,6 @@
 """The job scripts on the real Slurm with the real programs: Megatron-Core, vLLM's engines and a judge on its nodes."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ import pytest
 
 from recipes.run import records
 from tests.recipes import tiny
-from tests.recipes.kill_check import saved_step, timeless
+from tests.recipes.kill_check import timeless
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_scripts import log, sbatch
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 900
 STEPS = 6
+# Of the job's starts, the first does steps 1 and 2, the second 3 and 4; the third loses 5 and 6, which the fourth does.
+HELD = ("algorithm.advantage=tests.slurm.held.grpo", "checkpoint.every_steps=100")
 SFT = ("stage=sft", "stage.sft.epochs=null", "stage.evaluates=false", "parallel=tp2_sp")
 RL = ("stage=rl_safety", "stage.evaluates=false", "parallel=tp2_sp", "rollout.engines=2", f"algorithm.steps={STEPS}")
 JUDGE = "a_judge"
@@ -67,10 +70,27 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_stages_on_a_cluster_that_loses_a_node_equal_plain_launches(slurm: Cluster, project: Path) -> None:
+def time_limit(slurm: Cluster, project: Path, job: str) -> None:
+    """It is as near as the job script's --signal says. Slurm looks at limits every 30 s."""
+    slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+15minutes").check_returncode()
+    slurm.wait_for("the signal", lambda: "preemption requested by Slurm" in log(project, job), SECONDS)
+    next_limit = ("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # refused while the job is completing
+    slurm.wait_for("the next start's limit", lambda: slurm.run(*next_limit).returncode == 0, SECONDS)
+
+
+def preemption(slurm: Cluster, project: Path, job: str) -> None:
+    """A job of a higher priority needs the nodes."""
+    urgent = sbatch(slurm, project, "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
+    assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+
+
+def test_a_ladder_whose_job_meets_its_limit_is_preempted_and_loses_a_node_equals_plain_launches(
+    slurm: Cluster, project: Path
+) -> None:
     """SFT on four nodes; after it RL on two, whose ranks are one tensor-parallel group with an engine on each, and a
-    judge on a third. A node of the ranks is lost in the middle, the job begins again on another by itself and resumes.
-    Metrics, samples and weights are those of one machine that was never disturbed, bit for bit."""
+    judge on a third. Each of three things happens in the middle of a step of the RL job, which goes on by itself: from
+    the step in whose middle it was, or, without a node, from the former checkpoint. What waits for its end goes on
+    waiting. Metrics, samples and weights are those of one machine that was never disturbed, bit for bit."""
     twin = project / "twin"
     sft, rl = twin / "sft", twin / "rl"
     train, node = "slurm/train.sh", "--ntasks-per-node=1"
@@ -78,19 +98,36 @@ def test_stages_on_a_cluster_that_loses_a_node_equal_plain_launches(slurm: Clust
     after_sft = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
     job = sbatch(
         slurm, project, *after_sft, "--nodes=2", node, ":", *after_sft, "--nodes=1", node, train,
-        *rl_after(sft, rl, "rewards=judged"), SLURM_WAIT="1",
+        *rl_after(sft, rl, "rewards=judged", *HELD), SLURM_WAIT="1",
     )  # fmt: skip
+    after_rl = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    last = sbatch(slurm, project, *after_rl, "--nodes=1", "--output=/dev/null", "--wrap=touch last")
     assert slurm.wait_for_end(first, SECONDS) == ("COMPLETED", "0:0"), log(project, first)
-    slurm.wait_for("a checkpoint", lambda: saved_step(rl) or slurm.field(job, "JobState") == "FAILED", SECONDS)
+    for start, happens in enumerate((time_limit, preemption)):
+        slurm.wait_for_file(job, project / f"held-{start}", SECONDS)
+        happens(slurm, project, job)
+    slurm.wait_for_file(job, project / "held-2", SECONDS)
     _, lost = slurm.call("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()
     try:
         slurm.lose_node(lost)
         slurm.notice(lost)
+        assert not (project / "last").exists()
         assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     finally:
         slurm.start_node(lost)
         slurm.wait_for_nodes()
-    assert slurm.field(job, "Restarts") == "1"
+    assert slurm.field(job, "Restarts") == "3"
+    assert slurm.wait_for_end(last, SECONDS) == ("COMPLETED", "0:0")
+    assert [event["step"] for event in records.read_events(rl / "events.jsonl") if event["kind"] == "checkpoint"] == [
+        2,
+        4,
+        STEPS,
+    ]
+    printed = log(project, job)
+    assert printed.count("Exited with exit code 75") == 2
+    requeued = re.findall(r"requeued \(restart (\d) of at most 20\): (.*)", printed)
+    assert requeued == [("1", "preemption was requested"), ("2", "preemption was requested")], "Slurm does the third"
+    assert list(project.glob("*.prepared")) == []
 
     tiny.complete(tiny.overrides(twin, twin / "plain_sft", *SFT, "cluster.ranks=4"))
     tiny.complete(rl_after(twin / "plain_sft", twin / "plain_rl", "cluster.ranks=2"))
