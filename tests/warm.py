@@ -45,6 +45,7 @@ MODULES = {
     "tests.megatron_ext.memory_worker",
     "tests.megatron_ext.vl_twins",
     "tests.megatron_ext.worker",
+    "tests.recipes.ppo_worker",
     "tests.recipes.steps",
     "tests.rollout.family_twins",
     "tests.rollout.grid_twins",

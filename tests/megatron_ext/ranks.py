@@ -44,6 +44,18 @@ def start(log: Path, module: str, *arguments: str) -> "subprocess.Popen[bytes]":
         )
 
 
+def run(module: str, folder: Path) -> None:
+    """``python -m module folder``, until it ends; fails with the end of its output."""
+    log = folder / "ranks.log"
+    launcher = start(log, module, str(folder))
+    try:
+        code = launcher.wait(JOB_SECONDS)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert code == 0, f"the ranks failed:\n{log.read_text()[-6000:]}"
+
+
 class Ranks:
     """Ranks of a program that calls :func:`serve` with ``folder``. A job that fails ends them; the next job starts new
     ones. ``earlier`` gives the job whose checkpoint a job reads.

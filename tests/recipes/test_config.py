@@ -285,7 +285,7 @@ IMPOSSIBLE = [
     (["rollout.engines=0", "rollout.threads=1"], "rollout.engines", "0", "above 0"),
     (["rollout.tensor=0"], "rollout.tensor", "0", "above 0"),
     (["rollout.max_response_tokens=0"], "rollout.max_response_tokens", "0", "above 0"),
-    (["rollout.temperature=0"], "rollout.temperature", "0.0", "above 0"),
+    (["rollout.temperature=0"], "rollout.temperature", "0.0", "0.01"),
     (["rollout.top_p=1.1"], "rollout.top_p", "1.1", "in (0, 1]"),
     (["rollout.staleness=2"], "rollout.staleness", "2", "use 0 or 1"),
     (["rollout.staleness=1"], "rollout.staleness", "1", "algorithm.importance_sampling=token_truncated"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_engines_on_two_nodes_of_their_own_receive_the_model_once_each(tmp_path:
     assert answer["slot_bytes"] <= 512 << 20
     assert WEIGHTS / 8 / 45e9 < answer["seconds"] < 1.5 * WEIGHTS / 8 / 45e9
     assert "of safework_7b" in shown.stdout and "Warning" not in shown.stdout
-    assert "rank 1 of 8" in shown.stdout and "vLLM's workers" in shown.stdout
+    assert re.search(r"rank \d of \d", shown.stdout) and "vLLM's workers" in shown.stdout
     assert shown.stderr == ""
 
 

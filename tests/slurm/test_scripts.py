@@ -46,7 +46,11 @@ def sbatch(slurm: Cluster, folder: Path, *arguments: str, **environment: str) ->
 
 def calls(folder: Path) -> list[dict[str, Any]]:
     path = folder / "calls.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    # The last line may be under way.
+    complete_lines, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete_lines.splitlines()]
 
 
 def log(folder: Path, job: str) -> str:
