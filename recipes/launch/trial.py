@@ -7,7 +7,7 @@ from recipes.config import Config
 from recipes.data.sources import Row, Rows
 from recipes.evaluation.evaluate import score_names
 from rewards import mixing
-from rewards.functions import FORM, FunctionFailed
+from rewards.functions import FORM, Function, FunctionFailed
 from rewards.verdict import Verifier, describe, excerpt
 from rewards.verifiers.served import ServedVerifier
 from rewards.verifiers.text import without_thinking
@@ -17,11 +17,14 @@ from rollout.environment import Segment
 SENTENCE = "The answer is 42, because a bridge carries a road over a river."
 ANSWER_FIELDS = ("answer", "response", "chosen")
 TRIED_ROWS = 4  # of each label and kind, with such answers
+# Of each label and kind, on which a user's function is tried: it may take a second, and a data set have a million rows.
+FUNCTION_ROWS = 1000
 
 
 def try_verifiers(config: Config, verifiers: Mapping[str, Verifier], rows: Rows, held_out: Rows) -> None:
     """Run each verifier on every row that it will judge and the empty answer, and on the first ``TRIED_ROWS`` of each
-    label (of ``rewards.mix``) or kind (of ``data.scores``) with answers as a model may give. Judges are not asked.
+    label (of ``rewards.mix``) or kind (of ``data.scores``) with answers as a model may give. A user's function runs on ``FUNCTION_ROWS`` of each at most.
+    Judges are not asked.
 
     Raises ValueError naming verifier and row.
     """
@@ -31,6 +34,8 @@ def try_verifiers(config: Config, verifiers: Mapping[str, Verifier], rows: Rows,
     def try_on(row: Row, names: Iterable[str], group: str) -> None:
         for name in names:
             tried[name, group] += 1
+            if isinstance(verifiers[name], Function) and tried[name, group] > FUNCTION_ROWS:
+                continue
             responses = answers(row) if tried[name, group] <= TRIED_ROWS else [""]
             check_row(name, verifiers[name], row, responses, with_segments)
 

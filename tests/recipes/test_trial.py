@@ -83,6 +83,14 @@ def test_a_function_that_hangs_on_a_row_is_told(configured: Any) -> None:
         check_parts(config)
 
 
+def test_a_function_is_not_tried_on_all_rows_of_a_large_data_set(
+    configured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row on which it hangs comes after those."""
+    monkeypatch.setattr(trial, "FUNCTION_ROWS", 5)
+    check_parts(configured(f"++rewards.mix.a={{{OWN}.sleeps: 1.0}}", "rewards.functions.timeout=3", hangs=True))
+
+
 def test_a_verifier_of_an_environment_s_run_sees_segments(configured: Any) -> None:
     search = ["rollout=search", "rollout.environment.settings.corpus=recipes/data/search/corpus.jsonl"]
     check_parts(configured(in_mix("model_words"), *search))
