@@ -23,8 +23,9 @@ FUNCTION_ROWS = 1000
 
 def try_verifiers(config: Config, verifiers: Mapping[str, Verifier], rows: Rows, held_out: Rows) -> None:
     """Run each verifier on every row that it will judge and the empty answer, and on the first ``TRIED_ROWS`` of each
-    label (of ``rewards.mix``) or kind (of ``data.scores``) with answers as a model may give. A user's function runs on ``FUNCTION_ROWS`` of each at most.
-    Judges are not asked.
+    label (of ``rewards.mix``) or kind (of ``data.scores``) with answers as a model may give.
+
+    A user's function runs on ``FUNCTION_ROWS`` of each at most. Judges are not asked.
 
     Raises ValueError naming verifier and row.
     """
