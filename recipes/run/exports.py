@@ -12,6 +12,7 @@ from megatron_ext.checkpoint import COMPLETE
 from megatron_ext.hf_checkpoint import Layout
 from megatron_ext.precision import DTYPES
 from recipes.errors import ConfigError
+from recipes.run import records
 
 
 def find_checkpoint(folder: Path, step: str | None) -> Path:
@@ -74,8 +75,9 @@ def export(checkpoint: Path, target: Path) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """What ``config.yaml`` holds of the run in ``folder``, or of which ``folder`` is a part. Raises ConfigError."""
     for run_dir in (folder, folder.parent):
-        if (run_dir / "config.yaml").is_file():
-            return yaml.safe_load((run_dir / "config.yaml").read_text())
+        stored = run_dir / records.CONFIG
+        if stored.is_file():
+            return yaml.safe_load(stored.read_text())
     raise ConfigError(f"run={folder}: no config.yaml there; give the folder of a run, such as runs/demo")
 
 

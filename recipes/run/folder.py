@@ -47,9 +47,9 @@ def write_settings(folder: Path, config: Config) -> None:
         if not differences(yaml.safe_load(path.read_text()), config):
             return
         number = 1
-        while (former := path.with_name(f"config.{number}.yaml")).exists():
+        while path.with_name(f"config.{number}.yaml").exists():
             number += 1
-        shutil.copy2(path, former)
+        shutil.copy2(path, path.with_name(f"config.{number}.yaml"))
     records.write_text(path, yaml.safe_dump(asdict(config), sort_keys=False))
 
 
