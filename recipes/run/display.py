@@ -109,8 +109,6 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
         self._stop_live()
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
@@ -247,6 +245,7 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            signal.signal(signal.SIGTERM, self._on_sigterm)
 
 
 @dataclass

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -201,6 +202,7 @@ def test_a_terminal_of_80_columns(tmp_path, monkeypatch):
         assert len(line) <= 80 or "/report.html" in line, line
     assert "ETA" in plain and "…" not in plain.partition("Held-out prompts")[2]
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_lines_under_the_rows_of_80_columns():

@@ -84,6 +84,7 @@ def preemption(slurm: Cluster, project: Path, job: str) -> None:
     assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
 
 
+@pytest.mark.timeout(3 * SECONDS)
 def test_a_ladder_whose_job_meets_its_limit_is_preempted_and_loses_a_node_equals_plain_launches(
     slurm: Cluster, project: Path
 ) -> None:
