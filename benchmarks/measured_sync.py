@@ -78,12 +78,16 @@ class MemoryWatch:
         """Process id → bytes."""
         self.ended.set()
         self.thread.join()
+        self._read()
         return {pid: self.peak[pid] - self.start[pid] for pid in self.fields}
 
     def _run(self) -> None:
         while not self.ended.wait(POLL_SECONDS):
-            for pid in self.fields:
-                self.peak[pid] = max(self.peak[pid], self._memory(pid))
+            self._read()
+
+    def _read(self) -> None:
+        for pid in self.fields:
+            self.peak[pid] = max(self.peak[pid], self._memory(pid))
 
     def _memory(self, pid: int) -> int:
         """Bytes that the process uses now."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -153,11 +154,19 @@ def test_the_random_model_is_the_72b_in_small():
 
 
 def test_memory_is_watched_per_process():
-    watch = MemoryWatch([os.getpid()], [])
-    tensor = torch.ones(32 << 20, dtype=torch.uint8)
-    while watch.peak[os.getpid()] - watch.start[os.getpid()] < tensor.numel() and not watch.ended.wait(0.01):
-        pass
-    assert watch.stop()[os.getpid()] >= tensor.numel()
+    """A process that has just begun takes new pages; this one may have free pages of its own."""
+    size = 32 << 20
+    program = f"input(); grown = b'x' * {size}; print('grown', flush=True); input()"
+    grows = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        watch = MemoryWatch([grows.pid], [os.getpid()])
+        grows.stdin.write("grow\n")
+        grows.stdin.flush()
+        assert grows.stdout.readline() == "grown\n"
+        assert size <= watch.stop()[grows.pid] < 2 * size
+    finally:
+        grows.kill()
+        grows.communicate()
     assert process_tree(os.getpid())[0] == os.getpid()
 
 

@@ -147,28 +147,30 @@ def mapped_shared_memory(process: Path) -> set[str]:
 class Run:
     """One start of ``python -m recipes.train`` in a process group of its own, as a shell starts it.
 
-    All its processes inherit a marker in their environment, by which they are found whatever their parent.
+    It is forked from a process with all imports, unless it is to be as ``real`` as a user's (see ``tests.warm``). All
+    its processes inherit a marker in their environment, by which they are found whatever their parent.
     """
 
     count = 0
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], real: bool = False) -> None:
         Run.count += 1
         self.marker = f"TINY_RUN={os.getpid()}-{Run.count}-end"
         self.shared_before, self.semaphores = set(os.listdir("/dev/shm")), set[str]()
         keep = {key: value for key, value in os.environ.items() if key not in ("RANK", "SLURM_STEP_ID")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "recipes.train", *arguments],
-            cwd=ROOT,
-            env=keep
-            | dict([self.marker.split("=")])
-            | dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "JUDGE_KEY"), SECRET),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
-        )
+        given = dict([self.marker.split("=")]) | dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "JUDGE_KEY"), SECRET)
+        with contextlib.nullcontext() if real else warm.processes():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "recipes.train", *arguments],
+                cwd=ROOT,
+                env=keep | given,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # What runs in the background ignores SIGINT.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            )
 
     def processes(self) -> dict[int, str]:
         """Living processes of the run: pid → command line."""
@@ -230,12 +232,8 @@ class Run:
 
 
 def complete(arguments: list[str], seconds: float = 600, real: bool = False) -> str:
-    """A run that nothing disturbs; returns what it printed. Fails with the end of its logs when it fails.
-
-    It is forked from a process with all imports, unless it is to be as ``real`` as a user's (see ``tests.warm``).
-    """
-    with contextlib.nullcontext() if real else warm.processes():
-        run = Run(arguments)
+    """A :class:`Run` that nothing disturbs; returns what it printed. Fails with the end of its logs when it fails."""
+    run = Run(arguments, real)
     try:
         printed = run.output(seconds)
     finally:
