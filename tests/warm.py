@@ -27,7 +27,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -39,6 +38,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
     "recipes.train",
+    "recipes.prepare",
+    "recipes.evaluate",
+    "recipes.evaluate_folders",
+    "recipes.export",
     "rollout.engine_server",
     "recipes.preflight",
     "recipes.preflight.vllm_simulation",
@@ -56,14 +59,13 @@ MODULES = {
     "tests.rollout.test_vllm_vision",
     "tests.rollout.vllm_processes",
 }
-RANKS_START_ENGINES = {"recipes.train", "tests.rollout.family_twins"}
+RANKS_START_ENGINES = {"recipes.train", "recipes.evaluate", "tests.rollout.family_twins"}
 IMPORTED = ("recipes.training.setup", "recipes.training.stages", "vllm.v1.engine.llm_engine")
 # Room for the command line and the environment that /proc shows, see write_over.
 ROOM = {"arguments": 16 << 10, "environment": 32 << 10}
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MESSAGE_BYTES = 1 << 20
 PID_BYTES = 20
-OWNER_SECONDS = 60  # until a forked process is the owner's child
 
 libc = ctypes.CDLL(None, use_errno=True)
 execute_child: Callable[..., None] = subprocess.Popen._execute_child  # type: ignore[attr-defined]
@@ -206,9 +208,10 @@ def serve(connection: socket.socket) -> None:
             os._exit(0)
         between = fork()
         if between == 0:
+            between = os.getpid()
             try:
                 if fork() == 0:
-                    become(pickle.loads(message), files)
+                    become(pickle.loads(message), files, between)
             finally:
                 os._exit(0)
         os.waitpid(between, 0)
@@ -216,13 +219,12 @@ def serve(connection: socket.socket) -> None:
             os.close(file)
 
 
-def become(request: dict[str, Any], files: list[int]) -> None:
-    """Be the process that is asked for. Does not return."""
-    deadline = time.monotonic() + OWNER_SECONDS
-    while os.getppid() != request["owner"]:
-        if time.monotonic() > deadline:
-            os._exit(1)
+def become(request: dict[str, Any], files: list[int], between: int) -> None:
+    """Be the process that is asked for, as soon as the process ``between`` has ended. Does not return."""
+    while os.getppid() == between:
         os.sched_yield()
+    if os.getppid() != request["owner"]:  # which has died
+        os._exit(1)
     answer = 1 + max(request["files"])
     place_files(dict(zip([*request["files"], answer], files, strict=True)))
     try:

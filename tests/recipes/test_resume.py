@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from recipes.run import folder as run_folder
 from recipes.run import lock, records
 from recipes.training import stages
+from tests import warm
 from tests.recipes import tiny
 from tests.recipes.test_run_folder import tree
 
@@ -112,13 +114,14 @@ def test_a_rank_of_srun_holds_the_prepared_folder_and_gives_it_back(twin: Path, 
     arguments = tiny.overrides(twin, run_dir, *SFT, "stage.sft.steps=100000")
 
     def start(module: str, environment: dict[str, str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=tiny.ROOT,
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with warm.processes():
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                cwd=tiny.ROOT,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
 
     rank = start("recipes.train", RANK)
     assert "is not prepared for this launch" in rank.communicate(timeout=600)[0] and rank.returncode == 1
@@ -130,6 +133,7 @@ def test_a_rank_of_srun_holds_the_prepared_folder_and_gives_it_back(twin: Path, 
     try:
         while not (run_dir / "metrics.jsonl").exists():
             assert rank.poll() is None, rank.communicate()
+            time.sleep(0.01)
         (held,) = run_dir.glob("lock.*")
         assert lock.Holder(**json.loads(held.read_text())).pid == rank.pid
         rank.terminate()

@@ -125,9 +125,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def command(module: str, *arguments: str) -> str:
     """What a command prints; fails with its errors when it fails."""
-    result = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=tiny.ROOT, capture_output=True, text=True, timeout=600
-    )
+    with warm.processes():
+        result = subprocess.run(
+            [sys.executable, "-m", module, *arguments], cwd=tiny.ROOT, capture_output=True, text=True, timeout=600
+        )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 

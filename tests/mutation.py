@@ -1,0 +1,26 @@
+"""A pytest plugin of ``make mutation``, for the run in which mutmut 3.8 notes which test calls which function.
+
+With ``max_stack_depth`` mutmut looks for the source file of each frame, and fails at code that has none (a dataclass's
+``<string>``, ``<frozen importlib._bootstrap>``). In a process that a test starts it would fail as well, and what it
+notes there is lost.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+
+from mutmut import stats
+from mutmut.mutation import trampoline
+
+resolved = cache(Path.resolve)
+
+
+class PathOfCode(Path):
+    def resolve(self, strict: bool = False) -> Path:
+        return resolved(Path(self))
+
+
+if os.environ.get("MUTANT_UNDER_TEST") == "stats":
+    stats.Path = PathOfCode
+    trampoline.set_mutant_under_test("stats")
+    del os.environ["MUTANT_UNDER_TEST"]
