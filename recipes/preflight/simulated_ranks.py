@@ -27,6 +27,8 @@ from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import HF_OUTPUT_LAYER, TENSOR, has_scalar_head
 
 META = torch.device("meta")
+# Of checkpoint_tensors, by the architecture's configuration.
+_tensors: dict[str, dict[str, tuple[int, ...]]] = {}
 # Start and extent within a tensor.
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -135,8 +137,16 @@ def _overlap(rectangles: list[Rectangle]) -> bool:
 def checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """Name → shape of each tensor in a checkpoint of this architecture; tied tensors count once.
 
-    From transformers' model built without memory, and from its table of names in published checkpoints.
+    From transformers' model built without memory, and from its table of names in published checkpoints. It takes
+    seconds, and a search for layouts asks again and again: the result is kept.
     """
+    key = repr(hf_config)
+    if key not in _tensors:
+        _tensors[key] = _checkpoint_tensors(hf_config)
+    return _tensors[key]
+
+
+def _checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
     auto = AutoModelForImageTextToText if hasattr(hf_config, "vision_config") else AutoModelForCausalLM
     with torch.device(META):
         network = auto.from_config(hf_config)
