@@ -12,15 +12,16 @@ from pathlib import Path
 from mutmut import stats
 from mutmut.mutation import trampoline
 
-resolved = cache(Path.resolve)
 
+class SourceFile:
+    def __init__(self, name: str) -> None:
+        self.path = Path(name).resolve()
 
-class PathOfCode(Path):
-    def resolve(self, strict: bool = False) -> Path:
-        return resolved(Path(self))
+    def resolve(self, strict: bool) -> Path:
+        return self.path
 
 
 if os.environ.get("MUTANT_UNDER_TEST") == "stats":
-    stats.Path = PathOfCode
+    stats.Path = cache(SourceFile)
     trampoline.set_mutant_under_test("stats")
     del os.environ["MUTANT_UNDER_TEST"]
