@@ -20,7 +20,7 @@ from rollout.weight_sync.planner import build_plan
 
 RECIPES = ("safework_7b", "safework_70b", "safework_72b", "safework_78b")
 # (engines on nodes of their own, bytes of a round): with small rounds there are many, with the recipes' own few.
-VARIANTS = {"together": (False, 64 << 20), "apart": (True, 256 << 20)}
+VARIANTS = {"together": (False, 64 << 20), "apart": (True, 128 << 20)}
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GPUS_OF_A_NODE = 8
 
@@ -32,15 +32,13 @@ def recipe(name: str) -> Any:
 
 
 def small(raw: Any) -> tuple[Any, ParallelConfig]:
-    """The recipe's model with two layers for each pipeline stage (one on a first stage that has fewer) and two in the
-    tower, and its layout."""
+    """The recipe's model with one layer for each pipeline stage and two in the tower, and its layout."""
     from recipes.preflight.architecture import model_config
 
     layout = settings.read(ParallelConfig, "parallel", raw.parallel, {"recompute": "none"})
-    layers = 2 * layout.pipeline
+    layers = layout.pipeline
     if layout.first_stage_layers is not None:
         layout = replace(layout, first_stage_layers=1)
-        layers -= 1
     fields = model_config(raw.model.path).to_dict()
     text = fields.get("text_config") or fields
     text["num_hidden_layers"] = layers
