@@ -74,12 +74,11 @@ class Access:
 
 @dataclass
 class Allocation:
-    """``memory`` keeps the bytes, so that a reader of freed memory is found and does not crash."""
+    """Device memory at ``address``. ``readers_counter``: torch's, 1 when it is shared, less by 1 for each release."""
 
     owner: Process
     address: int
     size: int
-    memory: Any
     freed: bool = False
     readers_counter: int = 0
     mappings: list[Process] = field(default_factory=list)
@@ -87,16 +86,12 @@ class Allocation:
 
 
 class Driver:
-    """All GPUs of a host, and the processes on them."""
+    """All GPUs of a host, and the processes on them. ``peers``: whether the first GPU can read the second's memory."""
 
     def __init__(self, gpus: int) -> None:
         self.gpus = gpus
+        self.peers: Callable[[int, int], bool] = lambda a, b: True
         self.here = threading.local()
-        self.start_anew()
-
-    def start_anew(self, peers: Callable[[int, int], bool] = lambda a, b: True) -> None:
-        """Forget all processes. ``peers``: whether the first GPU can read the memory of the second."""
-        self.peers = peers
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.allocations: dict[int, Allocation] = {}
@@ -137,9 +132,7 @@ class Driver:
     def allocate(self, tensor: torch.Tensor) -> torch.Tensor:
         """Take the tensor's memory as this process's device memory."""
         storage = tensor.untyped_storage()
-        memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
-        # A second storage on the same bytes would free them with the first one; the copy of the bytes is never used.
-        allocation = Allocation(self.process, storage.data_ptr(), storage.nbytes(), memory)
+        allocation = Allocation(self.process, storage.data_ptr(), storage.nbytes())
         with self.lock:
             self.allocations[allocation.address] = allocation
         weakref.finalize(storage, self._free, allocation)
