@@ -24,8 +24,9 @@ from rollout.frames import BATCH, DONE, ERROR, JSON, frame, read_frames
 from rollout.sampling import Sampling
 from rollout.settings import RolloutConfig
 
-# What torchrun sets for the trainer's ranks: an engine's workers have a rendezvous of their own.
-RENDEZVOUS_VARIABLES = {
+# Variables of a trainer's rank that an engine must not have.
+TRAINER_VARIABLES = {
+    # An engine's workers have a rendezvous of their own.
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -34,6 +35,8 @@ RENDEZVOUS_VARIABLES = {
     "MASTER_PORT",
     "GROUP_RANK",
     "GROUP_WORLD_SIZE",
+    # The trainer's single hardware queue would keep an engine's kernels from running at the same time.
+    "CUDA_DEVICE_MAX_CONNECTIONS",
 }
 LOG_TAIL_BYTES = 4000
 STALL_POLLS = 20
@@ -91,11 +94,11 @@ class EngineSettings:
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:
-    """Environment of the engine process: the caller's without its distributed rendezvous, and what vLLM needs."""
+    """Environment of the engine process: the caller's without what is the trainer's alone, and what vLLM needs."""
     variables = {
         key: value
         for key, value in os.environ.items()
-        if key not in RENDEZVOUS_VARIABLES and not key.startswith("TORCHELASTIC")
+        if key not in TRAINER_VARIABLES and not key.startswith("TORCHELASTIC")
     }
     project = str(Path(__file__).resolve().parents[1])
     python_path = [project, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -103,6 +106,10 @@ def environment(settings: EngineSettings) -> dict[str, str]:
         **variables,
         # vLLM runs in the engine's own process, so it is imported once. It starts tensor-parallel workers itself.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Spawned workers import the engine's main module, which ties their lives to the engine's (engine_server). By
+        # default vLLM forks them on a GPU, out of a process with threads.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if settings.rollout.model_runner_v2 else "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",

@@ -98,6 +98,7 @@ def engine_args(settings: EngineSettings) -> Any:
         # The cache's size is set above, so this is only what vLLM requires to be free; the trainer uses memory too.
         gpu_memory_utilization=0.05,
         enforce_eager=settings.enforce_eager,
+        async_scheduling=settings.rollout.async_scheduling,
         logprobs_mode="processed_logprobs",
         # Sampling follows the request alone, without defaults from the model's folder.
         generation_config="vllm",
@@ -279,6 +280,8 @@ class EngineLoop:
         if tags:
             self.llm.wake_up(sorted(tags))
             self.asleep -= tags
+        if "kv_cache" in tags:
+            self.weights.zero_cache()
         return {}
 
     def _usable_version(self) -> int:

@@ -62,6 +62,8 @@ class RolloutConfig:
     )
     thinking_marks: list[str] = setting("texts that begin and end the thinking")
     environment: EnvironmentConfig = setting("the environment")
+    async_scheduling: bool = setting("GPU: vLLM prepares a step while the GPU computes the one before", on_resume=FREE)
+    model_runner_v2: bool = setting("GPU: vLLM's second model runner in place of the first", on_resume=FREE)
     sleep: bool = setting("GPU: engines give their memory to the trainer while it works", on_resume=FREE)
     quantization: str | None = setting(
         "FP8 of the engines' linear layers, quantised at each sync; null for none", choices=QUANTIZATIONS
@@ -91,6 +93,9 @@ def check(settings: RolloutConfig, platform: str) -> None:
         raise ValueError(
             "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
         )
+    for flag in ("async_scheduling", "model_runner_v2"):
+        if getattr(settings, flag) and not capabilities(platform).has_gpus:
+            raise ValueError(f"rollout.{flag}=true: vLLM has it on GPUs only; use rollout.{flag}=false")
     vllm = vllm_platform.of(platform)
     if settings.quantization is not None and settings.quantization not in vllm.quantizations:
         raise ValueError(

@@ -289,9 +289,14 @@ def _cuda_device() -> "torch.device":
 
 
 def _nccl_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
+    import torch
     import torch.distributed as dist
 
-    return dist.new_group(backend="nccl")
+    nccl_group = dist.new_group(backend="nccl")
+    # The first operation of a group connects all its ranks. A round of the weight sync would wait for ever then,
+    # because ranks without a message in it call nothing.
+    dist.all_reduce(torch.zeros(1, device=_cuda_device()), group=nccl_group)
+    return nccl_group
 
 
 def _synchronize_cuda(device: "torch.device") -> None:

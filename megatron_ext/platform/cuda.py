@@ -11,6 +11,9 @@ backend = "nccl"
 
 def activate() -> None:
     """Bind this process to its GPU. Raises RuntimeError when there is none or the local rank has no device."""
+    # Megatron-Core overlaps tensor-parallel communication correctly only with a single hardware queue. CUDA reads the
+    # variable when it starts, which the next call may do.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         raise RuntimeError("cluster.platform=cuda: no CUDA device is visible; use cluster=local_cpu on this machine")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
@@ -19,8 +22,6 @@ def activate() -> None:
         raise RuntimeError(f"local rank {local_rank} but only {visible} visible GPUs: start at most one rank per GPU")
     # A single visible device means that the launcher bound one GPU to each task (srun --gpus-per-task=1).
     torch.cuda.set_device(local_rank if visible > 1 else 0)
-    # Megatron-Core overlaps tensor-parallel communication correctly only with a single hardware queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _rotary_per_token()
 
 

@@ -276,7 +276,7 @@ def too_large(search: Search, raw: DictConfig, cuts: int, sharing: int) -> bool:
     text = text_config(search.hf_config)
     weights = text.num_hidden_layers * memory.decoder_matrices(text) / cuts
     states = weights * (memory_plan.BF16 + memory.FP32 + 3 * memory.FP32 / sharing)
-    return states / memory_plan.GIB > search.settings.device_memory_gib - search.settings.reserve_gib
+    return states / memory_plan.GIB > search.settings.device_memory_gib - search.settings.context_gib
 
 
 def layout_overrides(raw: DictConfig, tensor: int, pipeline: int, context: int) -> list[str]:

@@ -54,7 +54,7 @@ class Memory:
         workspace: temporary tensors within one layer.
         kv_cache: the engine's KV cache.
         vllm: the engine's weights and buffers.
-        reserve: CUDA context, NCCL buffers, fragmentation.
+        reserve: what the processes of trainer and engine keep beside all this (``memory_plan.reserve``).
         critic: what a critic's weights, gradients and optimiser add at the peak of training.
         critic_idle: what they occupy while the engine generates.
         critic_asleep: what an offloaded critic then occupies on the host.

@@ -218,12 +218,35 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
     )
 
 
+def reserve(config: Config, settings: Settings) -> tuple[int, int]:
+    """Bytes that a trainer's rank and an engine's worker keep on a GPU beside what is counted by itself.
+
+    These are CUDA contexts, NCCL's buffers, libraries' workspaces, CUDA graphs, fragmentation, and the rank's two slots
+    of a weight sync between nodes.
+    """
+    c = config.parallel
+    ranks = config.cluster.ranks
+    sharing_gradients = c.context * c.data_parallel(ranks)
+    # The groups of tensor, pipeline, context and gradients; that of all ranks.
+    groups = sum(size > 1 for size in (c.tensor, c.pipeline, c.context, sharing_gradients, ranks))
+    slots = 0
+    if generates(config):
+        # All ranks once more, for the weight sync.
+        groups += 1
+        slots = 2 * config.rollout.sync_bucket_mib << 20 if config.cluster.nodes > 1 else 0
+    process = settings.context_gib + settings.workspace_gib
+    trainer = process + settings.fragmentation_gib + groups * settings.communicator_gib
+    engine = process + settings.graphs_gib + (config.rollout.tensor > 1) * settings.communicator_gib
+    return int(trainer * GIB) + slots, int(engine * GIB)
+
+
 def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Settings, judges: Judges) -> Any:
     """``memory.Memory`` of a rank. ``engine``: bytes of an engine's device without the KV cache."""
     from recipes.preflight import memory as sizes
 
     colocated = settings.engines == rewards.COLOCATED and generates(config)
     critic, critic_idle, critic_asleep = trainer.critic[config.critic.offload]
+    trainer_reserve, engine_reserve = reserve(config, settings)
     return sizes.Memory(
         weights=trainer.weights,
         gradients=trainer.gradients,
@@ -233,7 +256,7 @@ def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Se
         workspace=trainer.workspace,
         kv_cache=int(config.rollout.kv_cache_gib * GIB) if colocated else 0,
         vllm=engine if colocated else 0,
-        reserve=int(settings.reserve_gib * GIB),
+        reserve=trainer_reserve + (engine_reserve if colocated else 0),
         critic=critic,
         critic_idle=critic_idle,
         critic_asleep=critic_asleep,
@@ -260,7 +283,7 @@ def device_memory(config: Config, settings: Settings, report: Report) -> str:
     fullest = max(report.memory_gib, key=lambda rank: rank["total"])
     if not platform.capabilities(config.cluster.platform).has_gpus:
         raise NotChecked(
-            f"{fullest['total'] - settings.reserve_gib:.1f} GiB for each of {config.cluster.ranks} ranks and its share "
+            f"{fullest['total'] - fullest['reserve']:.1f} GiB for each of {config.cluster.ranks} ranks and its share "
             f"of an engine, beside their programs; on a CPU they share the machine's memory: free -g"
         )
     too_large = []
@@ -271,14 +294,15 @@ def device_memory(config: Config, settings: Settings, report: Report) -> str:
     if too_large:
         raise ConfigError(f"{settings.device} has {room} GiB, too few for {', '.join(too_large)}")
     assert report.engine_gib is not None
-    apart = sum(report.engine_gib.values()) + settings.reserve_gib
+    apart = sum(report.engine_gib.values())
     if settings.engines != rewards.COLOCATED and apart > room:
         raise ConfigError(
             f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: "
             "lower rollout.kv_cache_gib or raise rollout.tensor"
         )
     phase = max(report.phases, key=lambda phase: fullest[phase])
-    return f"at most {fullest['total']:.1f} of {room} GiB, {phase}, on {place(fullest)}"
+    free = room - fullest["total"]
+    return f"at most {fullest['total']:.1f} of {room} GiB, {phase}, on {place(fullest)}; {free:.1f} stay free"
 
 
 def place(rank: dict[str, Any]) -> str:

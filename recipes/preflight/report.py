@@ -37,7 +37,11 @@ class Settings:
         device: name of the device, for messages.
         device_memory_gib: memory of one device.
         fp8: whether the device multiplies in FP8.
-        reserve_gib: device memory for CUDA contexts, NCCL buffers and fragmentation.
+        context_gib: device memory of a process's CUDA context.
+        communicator_gib: NCCL's device memory for one group of ranks.
+        workspace_gib: device memory of a process's libraries.
+        graphs_gib: device memory of an engine's CUDA graphs.
+        fragmentation_gib: device memory that the trainer's allocator can't use.
         engines: "colocated" with the trainer's ranks or "disaggregated", on devices of their own.
         host_memory_gib: memory of one node's host for offloaded tensors.
         asleep_gib: device memory that a sleeping judge's process still holds.
@@ -50,7 +54,11 @@ class Settings:
     device: str
     device_memory_gib: float
     fp8: bool
-    reserve_gib: float
+    context_gib: float
+    communicator_gib: float
+    workspace_gib: float
+    graphs_gib: float
+    fragmentation_gib: float
     engines: str
     host_memory_gib: float
     asleep_gib: float
@@ -103,7 +111,7 @@ class Report:
         memory_gib: for each distinct rank ``pp``, ``tp``, the fields of ``memory.Memory``, each phase and ``total``.
         phases: phase of a step → the fields of ``memory.Memory`` that are on the device in it.
         host_gib: phase → name → offloaded tensors on one node's host.
-        engine_gib: ``vllm`` and ``kv_cache`` of one engine's device.
+        engine_gib: ``vllm``, ``kv_cache`` and ``reserve`` of one engine's device.
         batch: counts of one step: prompts, samples, micro-batches.
         checks: results in the order of the checks.
         proposals: title → overrides that hold, where something does not fit or ``Settings.nodes`` asks.

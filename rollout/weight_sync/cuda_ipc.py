@@ -1,6 +1,10 @@
 """GPU memory shared between processes on one host by CUDA IPC: the same GPU, or another one over NVLink or PCIe.
 
 The two functions of a transport, see ``shared_memory``. Not tested without a GPU: docs/gpu_checks.md.
+
+A process opens all memory on its own GPU, also that of others, which it then reads as peers do (NCCL and vLLM's own
+all-reduce work so too). Opened on the GPU where it lies, it would take a CUDA context there: with eight GPUs half a GiB
+for each of seven other engine workers on every GPU.
 """
 
 import base64
@@ -11,7 +15,10 @@ import torch
 
 
 class Address(TypedDict):
-    """What CUDA needs to open the allocation, and where the storage is in it; handles in base64."""
+    """What CUDA needs to open the allocation, and where the storage is in it; handles in base64.
+
+    torch's event of the moment of sharing is left out: each sync tells readers itself when they may read.
+    """
 
     device: str
     handle: str
@@ -19,8 +26,6 @@ class Address(TypedDict):
     offset: int
     ref_counter_handle: str
     ref_counter_offset: int
-    event_handle: str
-    event_sync_required: bool
 
 
 def share(storage: torch.UntypedStorage) -> Address:
@@ -35,7 +40,7 @@ def share(storage: torch.UntypedStorage) -> Address:
             "expandable_segments:True in PYTORCH_ALLOC_CONF: an engine can't map such memory; remove it where engines "
             "share the trainer's GPUs"
         )
-    device, handle, size, offset, counter, counter_offset, event, event_sync = storage._share_cuda_()
+    device, handle, size, offset, counter, counter_offset, _event, _event_sync_required = storage._share_cuda_()
 
     def text(data: bytes) -> str:
         return base64.b64encode(data).decode()
@@ -47,28 +52,34 @@ def share(storage: torch.UntypedStorage) -> Address:
         "offset": offset,
         "ref_counter_handle": text(counter),
         "ref_counter_offset": counter_offset,
-        "event_handle": text(event),
-        "event_sync_required": event_sync,
     }
 
 
 def attach(address: Address) -> torch.UntypedStorage:
-    """Raises RuntimeError when this process does not see the GPU."""
+    """The storage as memory of this process's GPU. Raises RuntimeError when that GPU can't read the other's memory, or
+    this process does not see the other."""
     visible = [uuid(index) for index in range(torch.cuda.device_count())]
     if address["device"] not in visible:
         raise RuntimeError(
             f"GPU {address['device']} of the trainer is not visible to the engine (it sees {visible}): give both the "
             "node's GPUs in CUDA_VISIBLE_DEVICES"
         )
+    own = torch.cuda.current_device()
+    source = visible.index(address["device"])
+    if source != own and not torch.cuda.can_device_access_peer(own, source):
+        raise RuntimeError(
+            f"GPU {visible[own]} can't read the memory of GPU {address['device']} (no peer access, see nvidia-smi topo "
+            "-p2p r): engines need it to take the trainer's weights; use nodes whose GPUs are connected"
+        )
     return torch.UntypedStorage._new_shared_cuda(
-        visible.index(address["device"]),
+        own,
         base64.b64decode(address["handle"]),
         address["size"],
         address["offset"],
         base64.b64decode(address["ref_counter_handle"]),
         address["ref_counter_offset"],
-        base64.b64decode(address["event_handle"]),
-        address["event_sync_required"],
+        b"",
+        False,
     )
 
 

@@ -20,7 +20,7 @@ class Network:
     """One rank's part of a plan's rounds.
 
     ``tensors``: the rank's shards by name. ``readers``: how many workers read the rank's slots. ``group``: all ranks,
-    gloo or NCCL. ``slots``: uint8 [2, slot_bytes] on ``device``, mapped by the workers on this host.
+    gloo or NCCL. ``slots``: of :func:`make_slots`, on the tensors' device, mapped by the workers on this host.
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class Network:
         plan: Plan,
         rank: int,
         tensors: Mapping[str, torch.Tensor],
-        device: torch.device,
+        slots: torch.Tensor,
         readers: int,
         group: dist.ProcessGroup,
     ) -> None:
         self.rounds = plan.rounds
-        self.platform = vllm_platform.of(device.type)
-        self.slots = torch.empty(2, plan.slot_bytes[rank], dtype=torch.uint8, device=device)
+        self.platform = vllm_platform.of(slots.device.type)
+        self.slots = slots
         self.signals = Signals.create(readers)
         # By round: (place in the slot, rectangle of a shard).
         self.packings: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(plan.rounds)]
@@ -87,6 +87,17 @@ class Network:
         except BaseException:
             self.signals.abort()
             raise
+
+
+def make_slots(plan: Plan, rank: int, device: torch.device, former: torch.Tensor | None) -> torch.Tensor:
+    """The rank's slots, uint8 [2, slot_bytes]: the ``former`` ones if they have the size.
+
+    An engine that was killed never says that it has released the former ones, and torch keeps GPU memory that another
+    process may still read: with new slots at each restart of an engine, their memory would be lost.
+    """
+    if former is not None and former.shape[1] == plan.slot_bytes[rank]:
+        return former
+    return torch.empty(2, plan.slot_bytes[rank], dtype=torch.uint8, device=device)
 
 
 def start(operations: list[dist.P2POp]) -> list[dist.Work]:

@@ -77,6 +77,10 @@ class WeightReceiver:
         slowest = max(answers, key=lambda answer: answer["copying_seconds"] + answer["packing_seconds"])
         return {name: slowest[name] for name in ("copying_seconds", "packing_seconds")}
 
+    def zero_cache(self) -> None:
+        """Define the key-value cache's memory, once it has woken."""
+        self._call("weight_sync_zero_cache")
+
     def checksum(self) -> dict[str, Any]:
         """``{"tensors": {hf_name: checksum of the values that vLLM holds now}}``."""
         answers = self._call("weight_sync_checksums")

@@ -23,7 +23,7 @@ from rollout.engine import Engine, EngineError
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.layout import LayoutError, ParameterLayout, wrap
 from rollout.weight_sync.memory import place_of, share_tensors
-from rollout.weight_sync.network import Network, start, wait_for
+from rollout.weight_sync.network import Network, make_slots, start, wait_for
 from rollout.weight_sync.plan import Piece, Place, Plan, ShardTable, Topology
 from rollout.weight_sync.planner import cached_plan, tensor_shapes
 
@@ -84,6 +84,7 @@ class WeightSync:
         self.verify_every = verify_every
         self.plans = plans
         self.tensors = {shard.name: shard.tensor.detach() for shard in shards}
+        self.slots: torch.Tensor | None = None
         self.platform = vllm_platform.of_trainer()
         self.device = self.platform.current_device()
         self.network_group = self.platform.network_group(group)
@@ -108,7 +109,8 @@ class WeightSync:
                     self.local_pieces.append((i, piece, values))
         readers = _readers(self.plan)
         num_readers = len(readers[self.rank])
-        self.network = Network(self.plan, self.rank, self.tensors, self.device, num_readers, self.network_group)
+        self.slots = make_slots(self.plan, self.rank, self.device, self.slots)
+        self.network = Network(self.plan, self.rank, self.tensors, self.slots, num_readers, self.network_group)
 
         def addresses_of_rank() -> dict[str, Any]:
             return {

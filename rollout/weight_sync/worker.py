@@ -71,6 +71,8 @@ class _WorkerPlan:
     copies: list[Batch]
     copiers: Copiers
     """The threads that make ``copies``."""
+    padding: list[torch.Tensor]
+    """The parts of live parameters that hold zeros and no weight. Memory that slept is undefined when it wakes."""
     recvs: list[_Pairs]
     """By round: the copies out of the slots of ranks on this host, possible once the round is ready."""
     slot_signals: list[tuple[Signals, int]]
@@ -86,10 +88,12 @@ class _WorkerPlan:
 
 
 class WeightSyncWorker:
-    """Mixed into vLLM's worker class, whose attributes ``rank``, ``vllm_config`` and ``get_model`` it uses."""
+    """Mixed into vLLM's worker class, whose attributes ``rank``, ``vllm_config``, ``model_runner`` and ``get_model`` it
+    uses."""
 
     rank: int
     vllm_config: Any
+    model_runner: Any
     get_model: Callable[[], torch.nn.Module]
 
     weight_sync_layouts: list[ParameterLayout]
@@ -172,6 +176,12 @@ class WeightSyncWorker:
             source_signals=[signals[rank] for rank in sorted({copy.rank for copy in planned_copies})],
             copies=batches(copies),
             copiers=Copiers(even_threads(PLATFORM.copying_cores(), len(body["workers"]))),
+            padding=[
+                parameters[layout.name].detach()[region(part.start, part.shape)]
+                for layout in self.weight_sync_layouts
+                if not layout.staged
+                for part in layout.padding
+            ],
             recvs=recvs,
             slot_signals=slot_signals,
             staging=Staging(layers, _device(model)),
@@ -183,7 +193,7 @@ class WeightSyncWorker:
 
     @_errors_as_json
     def weight_sync_update(self, message: str) -> Any:
-        """Copy every rectangle into place, then pack the linear layers; ``{"sequence", "verify"}``.
+        """Zero the padding, copy every rectangle into place, then pack the linear layers; ``{"sequence", "verify"}``.
 
         Returns the seconds of both, and, to ``verify``, the checksums of what the parameters now hold.
         """
@@ -205,6 +215,8 @@ class WeightSyncWorker:
 
         if verify:
             plan.staged_checksums = []
+        for padding in plan.padding:
+            padding.zero_()
         try:
             for signals in plan.source_signals:
                 # This request may arrive before the rank's weights are final.
@@ -229,6 +241,16 @@ class WeightSyncWorker:
         copying_seconds = time.perf_counter() - started
         checksums = self._region_checksums() if verify else []
         return {"checksums": checksums, "copying_seconds": copying_seconds, "packing_seconds": pack_layers()}
+
+    @_errors_as_json
+    def weight_sync_zero_cache(self) -> Any:
+        """Zero the key-value cache, whose memory is undefined after it slept.
+
+        Attention reads whole blocks, and takes what no token has written with weight 0; but 0 times NaN is NaN.
+        """
+        for cache in self.model_runner.kv_caches:
+            cache.zero_()
+        return {}
 
     @_errors_as_json
     def weight_sync_checksums(self) -> Any:

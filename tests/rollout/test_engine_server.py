@@ -27,6 +27,8 @@ class Llm:
         self.busy = False
 
     def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[str]:
+        if method == "weight_sync_zero_cache":
+            self.calls.append(("zero", ["kv_cache"]))
         return [json.dumps({"checksums": []})]
 
     def has_unfinished_requests(self) -> bool:
@@ -84,7 +86,7 @@ def test_weights_wake_before_the_sync_and_the_cache_behind_it(loop: EngineLoop) 
     assert refusal(loop).startswith("asleep: kv_cache: wake")
     loop.wake({"tags": ["kv_cache"]})
     loop.wake({"tags": ["weights", "kv_cache"]})  # nothing is asleep: nothing happens
-    assert loop.llm.calls == [("sleep", 2), ("wake", ["weights"]), ("wake", ["kv_cache"])]
+    assert loop.llm.calls == [("sleep", 2), ("wake", ["weights"]), ("wake", ["kv_cache"]), ("zero", ["kv_cache"])]
     assert loop.health()["asleep"] == [] and loop._usable_version() == 1
 
 

