@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import sys
 import traceback
 from functools import partial
@@ -25,7 +26,7 @@ from recipes.launch import launcher
 from recipes.launch.claim import claimed, held_by_rank, wait_for_mark
 from recipes.launch.prepare_run import check_run, prepare_model, redirect_stderr
 from recipes.launch.slurm import adopt_step
-from recipes.run import preemption, records
+from recipes.run import failure, preemption, records, watchdog
 from recipes.run.lock import release
 
 # A file in logs/ that the first rank to fail creates.
@@ -71,7 +72,18 @@ def launch(config: Config) -> None:
         launcher.run_in_child(partial(prepare_model, config))
         if capabilities(config.cluster.platform).can_fork_after_imports:
             load(config)
-        launcher.fork_ranks(config.cluster.ranks)
+        try:
+            launcher.fork_ranks(config.cluster.ranks)
+        except SystemExit:
+            # In the launcher: the ranks have ended.
+            tell_why(config)
+            raise
+
+
+def tell_why(config: Config) -> None:
+    """Print what NCCL or CUDA left in the logs of ranks that were ended by other than Python."""
+    if message := failure.from_logs(Path(config.run_dir) / "logs"):
+        print(f"error: {message}", flush=True)
 
 
 def load(config: Config) -> None:
@@ -115,8 +127,9 @@ def run(config: Config, lock: Path | None = None) -> None:
         sys.exit(preemption.EXIT_CODE if is_first else 0)
     except Exception as error:
         if fails_first(config):
-            logs = f"(rank {os.environ['RANK']}; logs in {config.run_dir}/logs)"
-            print(f"error: {error}\n{logs}", file=terminal, flush=True)
+            place = failure.Place(int(os.environ["RANK"]), socket.gethostname(), watchdog.phase())
+            text = failure.explain(str(error), place) or str(error)
+            print(f"error: {text}\n(rank {place.rank}; logs in {config.run_dir}/logs)", file=terminal, flush=True)
         # Last, since the log may be on a full disk.
         traceback.print_exc()
         sys.exit(1)
