@@ -29,9 +29,6 @@ from recipes.launch.slurm import adopt_step
 from recipes.run import failure, preemption, records, watchdog
 from recipes.run.lock import release
 
-# A file in logs/ that the first rank to fail creates.
-FAILED = "failed"
-
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
@@ -74,16 +71,12 @@ def launch(config: Config) -> None:
             load(config)
         try:
             launcher.fork_ranks(config.cluster.ranks)
-        except SystemExit:
+        except SystemExit as ended:
             # In the launcher: the ranks have ended.
-            tell_why(config)
+            message = failure.from_logs(Path(config.run_dir) / "logs") if ended.code else None
+            if message is not None:
+                print(f"error: {message}", flush=True)
             raise
-
-
-def tell_why(config: Config) -> None:
-    """Print what NCCL or CUDA left in the logs of ranks that were ended by other than Python."""
-    if message := failure.from_logs(Path(config.run_dir) / "logs"):
-        print(f"error: {message}", flush=True)
 
 
 def load(config: Config) -> None:
@@ -110,7 +103,7 @@ def run(config: Config, lock: Path | None = None) -> None:
     if is_first:
         report_sigterm(config, lock)
         # Left by an earlier launch; srun and torchrun do not pass through launch().
-        (Path(config.run_dir) / "logs" / FAILED).unlink(missing_ok=True)
+        (Path(config.run_dir) / "logs" / failure.FAILED).unlink(missing_ok=True)
     load(config)
 
     from recipes.training.setup import open_training
@@ -138,7 +131,7 @@ def run(config: Config, lock: Path | None = None) -> None:
 def fails_first(config: Config) -> bool:
     """Whether no other rank of this launch has failed: most failures hit all ranks, or follow from the first."""
     try:
-        (Path(config.run_dir) / "logs" / FAILED).touch(exist_ok=False)
+        (Path(config.run_dir) / "logs" / failure.FAILED).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

@@ -150,7 +150,8 @@ nodes_are_fit() {
   local check=(-m recipes.node_check "${hydra[@]}" "${node_checks[@]}")
   on_each_node "$SLURM_JOB_NUM_NODES" "${trainer[@]}" -- "${check[@]}" || return
   if [[ -n ${SLURM_HET_SIZE:-} ]]; then
-    MASTER_ADDR=${server_hosts%% *} on_each_node "$(wc -w <<< "$server_hosts")" "${rewards[@]}" -- "${check[@]}" || return
+    MASTER_ADDR=${server_hosts%% *} on_each_node "$(wc -w <<< "$server_hosts")" "${rewards[@]}" -- "${check[@]}" \
+      "node_check.gpus=$gpus" || return
   fi
   ((gpus)) || return 0
   timeout "$NODE_CHECK_SECONDS" srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" \

@@ -58,10 +58,10 @@ def main(raw: DictConfig) -> None:
     """Make the checks and print what they found; a node that is fit prints it only if it is the first."""
     settings = settings_of(raw)
     has_gpus = capabilities(str(raw.cluster.platform)).has_gpus
-    ranks_of_node = raw.cluster.ranks // raw.cluster.nodes
+    gpus = settings.gpus if settings.gpus is not None else raw.cluster.ranks // raw.cluster.nodes
     fits = []
     faults = []
-    for work in node_checks(settings, has_gpus, ranks_of_node):
+    for work in node_checks(settings, has_gpus, gpus):
         try:
             fits.append(work())
         except NotChecked as reason:
@@ -80,10 +80,10 @@ def is_first() -> bool:
     return os.environ.get("SLURM_NODEID", "0") == "0"
 
 
-def node_checks(settings: Settings, has_gpus: bool, ranks_of_node: int) -> Iterator[Callable[[], str]]:
+def node_checks(settings: Settings, has_gpus: bool, gpus: int) -> Iterator[Callable[[], str]]:
     """The checks that apply, with what they look at."""
     if has_gpus:
-        yield from gpu_checks(settings, ranks_of_node)
+        yield from gpu_checks(settings, gpus)
         yield lambda: checks.one_cudnn(os.environ, own=cudnn_folder())
         yield lambda: checks.compiler(shutil.which, checks.python_header(sysconfig.get_path("include")))
     yield lambda: checks.host_memory(
@@ -101,7 +101,7 @@ def node_checks(settings: Settings, has_gpus: bool, ranks_of_node: int) -> Itera
     yield lambda: compare_clocks(settings)
 
 
-def gpu_checks(settings: Settings, ranks_of_node: int) -> Iterator[Callable[[], str]]:
+def gpu_checks(settings: Settings, needed: int) -> Iterator[Callable[[], str]]:
     """The checks that ask nvidia-smi. Without GPUs that it sees there is one, which fails."""
     if not checks.has_nvidia_smi():
         yield lambda: fail("no nvidia-smi: the node has no NVIDIA driver, or the container was started without it")
@@ -113,7 +113,7 @@ def gpu_checks(settings: Settings, ranks_of_node: int) -> Iterator[Callable[[], 
         text = str(error)
         yield lambda: fail(text)
         return
-    yield lambda: checks.gpu_count(gpus, ranks_of_node)
+    yield lambda: checks.gpu_count(gpus, needed)
     if not gpus:
         return
     if (driver := settings.driver) is not None:

@@ -9,6 +9,7 @@ class Settings:
 
     Attributes:
         driver: least major version of NVIDIA's driver.
+        gpus: least number of a node's GPUs; None for as many as it has ranks.
         gpu_free_share: least share of a GPU's memory that is free.
         host_memory_share: least share of the node's memory that the job's cgroup allows, on GPU nodes.
         shm_gib: least free memory of /dev/shm.
@@ -22,6 +23,7 @@ class Settings:
     """
 
     driver: int | None
+    gpus: int | None
     gpu_free_share: float | None
     host_memory_share: float | None
     shm_gib: float | None

@@ -79,6 +79,8 @@ CAUSES = (
         "CUDA_LAUNCH_BLOCKING=1 names the kernel",
     ),
 )
+# A file in logs/ that the first rank makes whose error Python has told.
+FAILED = "failed"
 HEADER = "log of rank"
 # A line of torch's C++ log: level E, month and day, time.
 LINE = re.compile(r"\[?[EF](\d{4} \d\d:\d\d:\d\d\.\d+)")
@@ -122,8 +124,10 @@ def _line_of(text: str, found: re.Match[str]) -> str:
 
 
 def from_logs(folder: Path) -> str | None:
-    """Of the last launch's logs of ranks, the message for the earliest error that torch's C++ code wrote, None without
-    one."""
+    """Of the last launch's logs of ranks, the message for the earliest error that torch's C++ code wrote. None without
+    one, and where a rank has told its error: those of others follow from it."""
+    if (folder / FAILED).exists():
+        return None
     earliest: tuple[str, str] | None = None
     for path in folder.glob("rank_*.log"):
         text = _last_launch(path)

@@ -75,6 +75,9 @@ def test_the_logs_of_ranks_that_were_aborted_name_the_first(tmp_path: Path) -> N
         "rank 2 on node7, in policy_update (recipes/training/rl.py:352): a rank did not come to an operation of all: "
         "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=52"
     )
+    (tmp_path / failure.FAILED).touch()
+    assert failure.from_logs(tmp_path) is None, "a rank has told what happened first"
+    (tmp_path / failure.FAILED).unlink()
     (tmp_path / "rank_1.log").write_text("log of rank 1 on node2\n")
     (tmp_path / "rank_2.log").write_text("log of rank 2 on node7\n")
     assert failure.from_logs(tmp_path) is None

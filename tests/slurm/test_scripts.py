@@ -77,7 +77,8 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
     common = ["recipe=safework_72b", "algorithm=cpgd", "cluster.nodes=1", "cluster.ranks=8"]
     checked = [call for call in all_calls if call["module"] == "recipes.node_check"]
     assert sorted(call["host"] for call in checked) == ["node1", "node2", "node3", "node4"]
-    assert {call["MASTER_ADDR"] for call in checked if call["host"] != "node1"} == {"node2"}
+    of_judges = [call for call in checked if call["host"] != "node1"]
+    assert {(call["MASTER_ADDR"], call["arguments"][-1]) for call in of_judges} == {("node2", "node_check.gpus=8")}
     links = [call for call in all_calls if call["module"] == "recipes.node_check.links"]
     assert sorted(int(call["SLURM_PROCID"]) for call in links) == list(range(8))
     by_module = {module: [call for call in all_calls if call["module"] == module] for module in MODULES}
