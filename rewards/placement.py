@@ -31,19 +31,37 @@ def place(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> 
 
     ``gpus``: the free ones of a host, None on CPUs. Raises ValueError for a server that fits on no host.
     """
+    host_of, excess = _spread(servers, hosts, gpus)
+    if excess is None:
+        return host_of
+    needed = least_hosts(servers, gpus)
+    remedy = "use fewer replicas or a smaller tensor" if needed is None else f"give the servers {needed} nodes"
+    raise ValueError(
+        f"rewards.servers.{excess.name}: replicas={excess.replicas} x tensor={excess.tensor} GPUs are not free on one "
+        f"of {len(hosts)} hosts with {gpus} for servers: {remedy}, or rewards.supervisor.first_device a lower value"
+    )
+
+
+def least_hosts(servers: Sequence[Server], gpus: int | None) -> int | None:
+    """The least number of hosts on which :func:`place` finds room; None if one server is too large for any."""
+    for count in range(1, len(servers) + 1):
+        _, excess = _spread(servers, [str(number) for number in range(count)], gpus)
+        if excess is None:
+            return count
+    return None
+
+
+def _spread(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> tuple[dict[str, str], Server | None]:
+    """As :func:`place`; beside it the first server for which a host has too few GPUs, None where all have room."""
     taken = dict.fromkeys(hosts, 0)
     host_of = {}
     for server in sorted(servers, key=lambda server: -server.replicas * server.tensor):
         host = min(hosts, key=lambda host: taken[host])
         taken[host] += server.replicas * server.tensor
-        if gpus is not None and taken[host] > gpus:
-            raise ValueError(
-                f"rewards.servers.{server.name}: replicas={server.replicas} x tensor={server.tensor} GPUs are not free "
-                f"on one of {len(hosts)} hosts with {gpus} for servers: give the servers more nodes, or "
-                "rewards.supervisor.first_device a lower value"
-            )
         host_of[server.name] = host
-    return host_of
+        if gpus is not None and taken[host] > gpus:
+            return host_of, server
+    return host_of, None
 
 
 def servers_to_start(config: RewardsConfig) -> list[Server]:

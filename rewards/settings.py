@@ -103,6 +103,10 @@ class ServerConfig:
     """A model and who serves it: ``endpoints``, or, without any, ``rewards.serve`` on ``host``, ports from ``port``."""
 
     model: str = setting("folder or hub name of the model")
+    hub: str | None = setting(
+        "repository of the Hugging Face Hub from which recipes.download fills that folder; null for none",
+        on_resume=FREE,
+    )
     runner: str = setting("vLLM's: generate for judges, pooling for reward models with one output", choices=RUNNERS)
     endpoints: list[str] = setting(
         "addresses of replicas that run elsewhere; [] for servers that are started here", on_resume=FREE

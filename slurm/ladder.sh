@@ -6,8 +6,9 @@
 # It prints the numbers of the jobs. When a stage fails, Slurm cancels the jobs after it; then, or at the end, a small job
 # writes the report of all stages. STAGES="rl_safety rl_search" names other stages than conf/stage/ladder.yaml. Options of
 # sbatch go into its own variables (SBATCH_PARTITION, …: slurm/sites/template.sh).
+script=$(realpath "${1:?which script, such as slurm/safework_72b.sh}")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/library.sh
-script=${1:?which script, such as slurm/safework_72b.sh}
 read_arguments "${@:2}"
 size=()
 if [[ -n $nodes ]]; then

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the job scripts share. A script has its #SBATCH lines, sources this file from the repository's root and calls
-# `run_job recipe=NAME "$@"`, which runs the preflight, reward servers where the recipe needs them, and one task per rank.
-# Everything after the script's name goes to Hydra:
+# What the job scripts share. A script has its #SBATCH lines, goes to the repository's root, sources this file and calls
+# `run_job recipe=NAME "$@"`, which checks the nodes, runs the preflight, reward servers where the recipe needs them, and
+# one task per rank. Everything after the script's name goes to Hydra:
 #
 #   sbatch slurm/safework_72b.sh algorithm=cpgd stage=rl_safety
 #   sbatch slurm/safework_72b.sh cluster.nodes=16      # or, without a second wait in the queue:
@@ -13,25 +13,34 @@
 # A heterogeneous job has the ranks in component 0 and the servers in component 1; in a job of one component the servers
 # share its nodes. A site's variables are in slurm/sites/template.sh. docs/slurm.md starts from zero.
 set -euo pipefail
+NODE_CHECK_SECONDS=600 # longest check of the nodes
 
 stop() {
   echo "error: $*" >&2
   exit 1
 }
 
+# Module systems read variables that are not set.
 read_site() {
+  set +u
   # shellcheck disable=SC1090  # the site's own file
   [[ -z ${SITE_FILE:-} ]] || source "$SITE_FILE"
+  set -u
+  # pip brings CUDA's libraries. Transformer Engine would load another cuDNN from there first, and vLLM compile with its nvcc.
+  unset CUDA_HOME CUDA_PATH
 }
 
-# Sorts the command line into hydra (for every program), checks (the preflight's own) and nodes (cluster.nodes).
+# Sorts the command line into hydra (for every program), checks (the preflight's own), node_checks (those of the node check)
+# and nodes (cluster.nodes).
 read_arguments() {
   hydra=() checks=() nodes=
   local argument flags=()
+  read -ra node_checks <<< "${NODE_CHECK:-}"
   for argument in "$@"; do
     case $argument in
       --*) flags+=("$argument") ;; # Hydra wants overrides in one row
       preflight=* | preflight.*) checks+=("$argument") ;;
+      node_check=* | node_check.*) node_checks+=("$argument") ;;
       cluster.nodes=*) nodes=${argument#*=} ;;
       *) hydra+=("$argument") ;;
     esac
@@ -90,6 +99,7 @@ resubmit() {
   size+=(--partition="$SLURM_JOB_PARTITION" ${gpus:+--gpus-per-node="$gpus"})
   script=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | sed -n '1s/ Command=//p')
   echo "cluster.nodes=$nodes, the job has $SLURM_JOB_NUM_NODES: submitted again (sbatch --nodes=$nodes saves this)"
+  cd "$SLURM_SUBMIT_DIR" # for its log
   for name in $(compgen -e SLURM_); do # the new job would inherit this job's variables
     [[ $name == SLURM_CONF ]] || unset "$name"
   done
@@ -121,6 +131,48 @@ read_container() {
       ;;
     *) stop "CONTAINER=$CONTAINER: use apptainer:IMAGE, singularity:IMAGE or pyxis:IMAGE, or nothing for .venv" ;;
   esac
+}
+
+# One process on each of $1 nodes, which all run even where one fails; the other arguments up to -- are srun's.
+on_each_node() {
+  local nodes=$1 options=()
+  shift
+  while [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
+  timeout "$NODE_CHECK_SECONDS" srun "${options[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+    --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=0 "${in_container[@]}" "${python[@]}" "${@:2}"
+}
+
+# Whether each node is fit: first each for itself, then the links between the GPUs of the ranks.
+nodes_are_fit() {
+  local check=(-m recipes.node_check "${hydra[@]}" "${node_checks[@]}")
+  on_each_node "$SLURM_JOB_NUM_NODES" "${trainer[@]}" -- "${check[@]}" || return
+  if [[ -n ${SLURM_HET_SIZE:-} ]]; then
+    MASTER_ADDR=${server_hosts%% *} on_each_node "$(wc -w <<< "$server_hosts")" "${rewards[@]}" -- "${check[@]}" \
+      "node_check.gpus=$gpus" || return
+  fi
+  ((gpus)) || return 0
+  timeout "$NODE_CHECK_SECONDS" srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" \
+    --cpus-per-task="$cpus" --cpu-bind=none --kill-on-bad-exit=1 "${in_container[@]}" "${python[@]}" \
+    -m recipes.node_check.links "${hydra[@]}" "${node_checks[@]}"
+}
+
+# Sets bad_nodes, by which on_exit decides, and fails where a node is not fit.
+check_nodes() {
+  local status=0 found=slurm-$SLURM_JOB_ID.nodes
+  nodes_are_fit | tee "$found" || status=$?
+  bad_nodes=$(sed -n 's/^bad node \([^:]*\): .*/\1/p' "$found" | sort -u | paste -sd,)
+  rm -f "$found"
+  return "$status"
+}
+
+# Keeps the job, which has been requeued, off the bad nodes, and off those that it avoids already.
+exclude_bad_nodes() {
+  local avoided
+  avoided=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/ExcNodeList=(null)/!s/.* ExcNodeList=\([^ ]*\).*/\1,/p' | sed -n 1p)
+  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$avoided$bad_nodes"
 }
 
 # One process on the trainer's first node.
@@ -251,7 +303,7 @@ slurm_requeues() {
 # not. A job that is not RUNNING any more was ended by Slurm (cancelled, preempted, a lost node), which requeues it itself in
 # the last two cases. After its time limit a job may be RUNNING for a while, but no step starts.
 on_exit() {
-  local status=$? state end why
+  local status=$? state end why ended=''
   trap - EXIT
   set +e
   [[ -z $timer ]] || kill "$timer" 2> /dev/null
@@ -259,7 +311,13 @@ on_exit() {
   ((status)) || exit 0 # Slurm's SIGTERM may come after everything succeeded
   read -r state end <<< "$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %e' | sed -n 1p)"
   [[ $state == RUNNING ]] || exit "$status"
-  if [[ -n $timer ]] || ((status == 75)); then # EXIT_CODE of recipes/run/preemption.py
+  if [[ -n $bad_nodes ]]; then
+    if [[ ${EXCLUDE_BAD_NODES:-false} != true ]]; then
+      echo "not requeued: bad nodes $bad_nodes; submit with --exclude=$bad_nodes, or set EXCLUDE_BAD_NODES=true" >&2
+      exit "$status"
+    fi
+    why="bad nodes $bad_nodes are excluded"
+  elif [[ -n $timer ]] || ((status == 75)); then # EXIT_CODE of recipes/run/preemption.py
     why="preemption was requested"
   elif preempted; then
     why="it is preempted"
@@ -277,7 +335,12 @@ on_exit() {
   fi
   echo "requeued (restart $((restarts + 1)) of at most $max_restarts): $why"
   slurm_requeues && exit "$status"
+  [[ -z $bad_nodes ]] || trap 'ended=true' TERM
   scontrol requeue "$SLURM_JOB_ID" || exit "$status"
+  # The list of a running job can't be changed; that of a requeued one can, before Slurm has ended this script.
+  [[ -z $bad_nodes ]] || (trap '' TERM && exclude_bad_nodes)
+  [[ -z $ended ]] || exit "$status"
+  trap - TERM
   wait_to_be_ended
 }
 
@@ -291,9 +354,10 @@ run_job() {
   hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
   read_restarts
   read_container
-  servers=() training='' timer=''
+  servers=() training='' timer='' bad_nodes=''
   trap on_exit EXIT
   trap on_sigusr1 USR1
+  check_nodes
   run_once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
   run_once -m recipes.launch.claim "${hydra[@]}" # before the servers take minutes and write into the run's folder
   start_servers

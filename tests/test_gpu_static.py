@@ -1,6 +1,7 @@
 """What a machine without a GPU can say of the CUDA side: it is complete, its names exist, its checks are listed."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -51,6 +52,17 @@ def fields(module: str, name: str) -> set[str]:
     """Annotated fields of a dataclass in Megatron-Core."""
     (node,) = (n for n in source_of(module).body if isinstance(n, ast.ClassDef) and n.name == name)
     return {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
+
+
+def test_transformer_engine_finds_torch_s_cudnn_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the first libcudnn.so* below CUDNN_HOME, and only then looks into the site's toolkits."""
+    from megatron_ext.platform import cuda
+
+    monkeypatch.setenv("CUDNN_HOME", "/opt/site/cudnn")
+    cuda._use_torch_s_cudnn()
+    (found,) = Path(os.environ["CUDNN_HOME"]).rglob("libcudnn.so*")
+    files = importlib.metadata.files("nvidia-cudnn-cu13") or []
+    assert found.resolve() in [Path(str(file.locate())).resolve() for file in files]
 
 
 def test_both_platforms_have_the_same_functions() -> None:

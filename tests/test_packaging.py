@@ -68,6 +68,18 @@ def test_versions_stand_in_pins_only() -> None:
         assert re.findall(r"[A-Za-z\]]==\d[^\s\"']*", (ROOT / name).read_text()) == [], name
 
 
+def test_cuda_s_compilers_are_of_the_runtime_s_release() -> None:
+    """Headers of another release (crt) beside the runtime's do not go together, and a driver that runs 13.0 refuses the
+    PTX of a newer nvcc. The release is the one that torch asks for."""
+    (wanted,) = [line for line in metadata.requires("torch") or [] if line.startswith("cuda-toolkit[")]
+    release = re.search(r"==(\d+\.\d+)\.", wanted)
+    assert release is not None
+    names = ("runtime", "nvrtc", "cupti", "nvcc", "crt", "cccl")
+    versions = {f"nvidia-cuda-{name}": PINS[f"nvidia-cuda-{name}"] for name in names}
+    versions |= {name: PINS[name] for name in ("nvidia-nvvm", "nvidia-nvtx", "cuda-toolkit")}
+    assert {name: version for name, version in versions.items() if not version.startswith(f"{release[1]}.")} == {}
+
+
 def test_unrelated_packages_are_neither_pinned_nor_installed() -> None:
     assert not UNRELATED & set(PINS)
     assert not UNRELATED & set(installed_versions())

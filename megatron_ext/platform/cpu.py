@@ -181,6 +181,16 @@ def empty_cache() -> None:
     """Does nothing: on a CPU torch keeps no freed memory."""
 
 
+def take_memory_peak() -> int | None:
+    """None: a CPU has no memory of its own."""
+    return None
+
+
+def peak_flops() -> float | None:
+    """None: it depends on the processor's clock and instructions."""
+    return None
+
+
 def machine() -> str:
     """Cores and processor model."""
     model = host.processor() or "CPU"

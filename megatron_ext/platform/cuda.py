@@ -1,9 +1,12 @@
 """CUDA: NCCL, Transformer Engine modules, fused kernels. Unproven until run on a GPU, see docs/gpu_checks.md."""
 
+import importlib.util
 import os
 from typing import Any
 
 import torch
+
+from megatron_ext.platform import features
 
 name = "cuda"
 backend = "nccl"
@@ -22,7 +25,15 @@ def activate() -> None:
         raise RuntimeError(f"local rank {local_rank} but only {visible} visible GPUs: start at most one rank per GPU")
     # A single visible device means that the launcher bound one GPU to each task (srun --gpus-per-task=1).
     torch.cuda.set_device(local_rank if visible > 1 else 0)
+    _use_torch_s_cudnn()
     _rotary_per_token()
+
+
+def _use_torch_s_cudnn() -> None:
+    """Have Transformer Engine load the cuDNN that torch brings; it looks into CUDNN_HOME first, then into toolkits."""
+    spec = importlib.util.find_spec("nvidia.cudnn")
+    if spec is not None and spec.submodule_search_locations:
+        os.environ["CUDNN_HOME"] = next(iter(spec.submodule_search_locations))
 
 
 def device() -> torch.device:
@@ -112,6 +123,18 @@ def to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 def empty_cache() -> None:
     """Give freed memory back to the device, for other processes on it."""
     torch.cuda.empty_cache()
+
+
+def take_memory_peak() -> int | None:
+    """Bytes that torch's allocator held at most since the last call."""
+    peak = torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def peak_flops() -> float | None:
+    """Dense BF16 FLOP/s of this rank's GPU, None for one that the table lacks."""
+    return features.peak_flops(torch.cuda.get_device_name())
 
 
 def machine() -> str:

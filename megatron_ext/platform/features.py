@@ -79,3 +79,27 @@ def processor_precision(cpuinfo: str) -> str:
         if line.startswith(("flags", "Features")):
             flags.update(line.split())
     return "bf16" if flags & BF16_INSTRUCTIONS else "fp32"
+
+
+# Dense BF16 FLOP/s of a device whose name has the words, from NVIDIA's data sheets; the first that fits counts.
+PEAK_FLOPS = (
+    (("H100", "PCIe"), 756e12),
+    (("H100", "NVL"), 835e12),
+    (("H100",), 989e12),
+    (("H200", "NVL"), 835e12),
+    (("H200",), 989e12),
+    (("H800",), 989e12),
+    (("GH200",), 989e12),
+    (("A100",), 312e12),
+    (("A800",), 312e12),
+    (("B200",), 2250e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense BF16 FLOP/s of a device by the name that CUDA reports, None for one that is not in the table."""
+    words = set(device_name.replace("-", " ").split())
+    for wanted, flops in PEAK_FLOPS:
+        if words.issuperset(wanted):
+            return flops
+    return None

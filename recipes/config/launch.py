@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_ext.platform.features import PLATFORMS
-from megatron_ext.settings import KEPT, SECONDS, setting
+from megatron_ext.settings import FREE, KEPT, SECONDS, setting
 
 
 @dataclass
@@ -11,6 +11,10 @@ class ModelConfig:
     """The Hugging Face folder that training starts from."""
 
     path: str = setting("folder of a Hugging Face checkpoint")
+    hub: str | None = setting(
+        "repository of the Hugging Face Hub from which recipes.download fills that folder; null for none",
+        on_resume=FREE,
+    )
     frozen: list[str] = setting(
         "prefixes of Megatron parameter names that are not trained, with the full model's layer numbers; vision is the "
         "tower without its projector"

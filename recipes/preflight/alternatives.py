@@ -319,11 +319,8 @@ def judge_nodes(config: Config) -> int:
     if not servers or not has_gpus or rewards.placement == COLOCATED or rewards.supervisor.first_device:
         return 0
     gpus = config.cluster.ranks // config.cluster.nodes
-    for count in range(1, len(servers) + 1):
-        try:
-            placement.place(servers, [str(host) for host in range(count)], gpus)
-        except ValueError:
-            continue
+    count = placement.least_hosts(servers, gpus)
+    if count is not None:
         return count
     raise ConfigError(f"rewards.servers: one of them needs more than a node's {gpus} GPUs; use fewer replicas")
 

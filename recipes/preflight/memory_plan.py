@@ -65,7 +65,8 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
     """Phase → name → GiB that are offloaded to a node's host.
 
     An upper bound: all ranks of the node count as the largest.
-    A reference policy is there in all phases, and the policy's weights while the reference replaces them.
+    A reference policy is there in all phases, and the policy's weights while the reference replaces them. The copies
+    from which a checkpoint is written may be there in all phases too, because training goes on meanwhile.
     """
     gpus = config.cluster.ranks // config.cluster.nodes
     weights, optimizer, critic = (max(r[name] for r in ranks) for name in ("weights", "optimizer", "critic_asleep"))
@@ -80,6 +81,7 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
             "optimizer": optimizer * gpus if config.optimizer.offload and not training else 0.0,
             "critic": (critic_or_optimizer if training else critic) * gpus,
             "judges": 0.0 if phase == "judging" else judges.weights / GIB,
+            "checkpoint": (weights + optimizer + critic) * gpus,
         }
         host[phase] = {name: round(size, 3) for name, size in sizes.items() if size}
     return host

@@ -1,13 +1,17 @@
 """One format for the log lines of libraries and of this code: time, level, rank, module and message."""
 
+import faulthandler
 import logging
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
+
+from recipes.run import failure
 
 
 class LineFormatter(logging.Formatter):
@@ -18,6 +22,22 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return super().format(record).rstrip().replace("\n", "\n    ")
+
+
+def redirect_output(folder: Path, rank: int) -> None:
+    """Send warnings and library logs to ``rank_<n>.log``; only rank 0's standard output stays on the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    if rank != 0:
+        os.dup2(log, 1)
+    os.close(log)
+    # The disk may be full.
+    with suppress(OSError):
+        print(failure.header(rank), file=sys.stderr, flush=True)
+    # Also where the process is ended by other than Python, as by NCCL's watchdog.
+    faulthandler.enable()
+    configure(rank, sys.stderr)
 
 
 def configure(rank: int, stream: TextIO) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext import checkpoint
+from megatron_ext import checkpoint, platform
 from megatron_ext.batch import TokenBatch
 from megatron_ext.checkpoint import Saver, Snapshot
 from megatron_ext.collectives import all_gather_json
-from recipes.run import preemption, records
+from recipes.run import preemption, records, utilisation
 from recipes.run.clock import BETWEEN, PhaseClock
 from recipes.run.display import Display
 from recipes.run.loggers import Logger
@@ -48,6 +48,8 @@ class Run:
     slow_factor: float
     write_settings: Callable[[], None]
     savers: list[Saver] = field(default_factory=list)
+    tokens: int = 0  # of the present step (utilisation.throughput)
+    flops: float = 0.0
     steps_made: int = 0  # in this launch
     ending: bool = False  # a rank was asked to end soon (recipes.run.preemption)
 
@@ -61,6 +63,11 @@ class Run:
         """Count the block's wall time as this phase of the step."""
         return self.clock.phase(name)
 
+    def count(self, tokens: int = 0, flops: float = 0.0) -> None:
+        """Add to the present step's tokens, and to the model FLOPs of its training phase; of all ranks together."""
+        self.tokens += tokens
+        self.flops += flops
+
     def log(self, text: str) -> None:
         """Rank 0 shows a line and writes it to its log."""
         self.display.message(text)
@@ -73,18 +80,30 @@ class Run:
             records.event(self.root, kind, **details)
 
     def record(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Collective: rank 0 writes a step's metrics with the seconds of its phases and names the ranks that were slow;
-        the clock starts anew. Returns the line. Here all ranks learn that one of them was asked to end soon."""
+        """Collective: rank 0 writes a step's metrics with the seconds of its phases and how well it used the machines,
+        and names the ranks that were slow; the clock starts anew. Returns the line. Here all ranks learn that one of
+        them was asked to end soon."""
         self.clock.lap(BETWEEN)
         probe_laps = [("probe", probe(self.device))]
-        of_ranks = all_gather_json([self.clock.laps, probe_laps, preemption.preemption_requested()], self.control)
-        self.ending = any(asked_to_end for _, _, asked_to_end in of_ranks)
-        slow_in_phases = slow_ranks([laps for laps, _, _ in of_ranks], self.slow_factor, PHASE_FLOOR)
-        slow_alone = slow_ranks([probes for _, probes, _ in of_ranks], self.slow_factor, 0.0)
+        of_this_rank = [self.clock.laps, probe_laps, preemption.preemption_requested(), utilisation.rank_memory()]
+        of_ranks = all_gather_json(of_this_rank, self.control)
+        self.ending = any(asked_to_end for _, _, asked_to_end, _ in of_ranks)
+        slow_in_phases = slow_ranks([laps for laps, _, _, _ in of_ranks], self.slow_factor, PHASE_FLOOR)
+        slow_alone = slow_ranks([probes for _, probes, _, _ in of_ranks], self.slow_factor, 0.0)
         for line in slow_in_phases + slow_alone:
             self.log(line)
-        times = {f"time/{name}": seconds for name, seconds in self.clock.seconds.items()}
-        row = {**metrics, "time/step": sum(self.clock.seconds.values()), **times}
+        seconds = self.clock.seconds
+        times = {f"time/{name}": taken for name, taken in seconds.items()}
+        peak_flops = platform.current().peak_flops()
+        row = {
+            **metrics,
+            **utilisation.throughput(self.tokens, self.flops, seconds, len(of_ranks), peak_flops),
+            **utilisation.memory([memory for _, _, _, memory in of_ranks]),
+            "time/step": sum(seconds.values()),
+            **times,
+        }
+        self.tokens = 0
+        self.flops = 0.0
         self.clock.restart()
         self.steps_made += 1
         if self.rank == 0:

@@ -22,6 +22,13 @@ NOTICE = "stalled"
 # Of <linux/prctl.h>.
 PR_SET_NAME = 15
 PROCESS_NAME_BYTES = 15
+# Of this process, as its watchdog was told last.
+_phase = "start"
+
+
+def phase() -> str:
+    """What this process does: the phase that began last."""
+    return _phase
 
 
 class Watchdog:
@@ -44,8 +51,9 @@ class Watchdog:
 
     def beat(self, doing: str) -> None:
         """Report progress. ``doing``: the phase that begins, which also becomes the process's name in ``top``."""
+        global _phase
         self.last = time.monotonic()
-        self.doing = doing
+        self.doing = _phase = doing
         ctypes.CDLL(None).prctl(PR_SET_NAME, doing.encode()[:PROCESS_NAME_BYTES])
         faulthandler.dump_traceback_later(self.seconds + 2 * GRACE, exit=True)
 

@@ -28,6 +28,7 @@ from recipes.data.sources import RowsById
 from recipes.run import records
 from recipes.run.run import Run, TrainingState, read_responses
 from recipes.training.critic import Critic, build_critic
+from recipes.training.flops import training_flops
 from recipes.training.policy import Policy
 from recipes.training.rollouts import Rollouts
 from recipes.training.setup import Training
@@ -378,6 +379,9 @@ def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) ->
         for micro_batches in micro_batches_of_updates:
             forward_backward.add_metrics(sums, policy_update(loop, step, micro_batches))
         critic_metrics = {} if loop.critic is None else loop.critic.train(policy, batch, inputs)
+    loop.run.count(flops=sum(training_flops(policy.model, part) for part in updates))
+    if loop.critic is not None:
+        loop.run.count(flops=training_flops(loop.critic.model, batch))
     trained = {"trained_samples": sum(map(len, updates))}
     return {**policy_metrics(sums, loop.needs), **critic_metrics, **trained}
 
@@ -464,6 +468,7 @@ def record(loop: Loop, metrics: dict[str, Any], batch: TokenBatch) -> None:
     if loop.run.rank == 0:
         lines = sample_lines(loop, metrics["step"], batch)
         records.append_rows(loop.run.folder / "samples.jsonl", lines)
+    loop.run.count(tokens=int(batch.lengths.sum()))
     row = loop.run.record(metrics)
     if loop.run.rank == 0:
         loop.run.display.step(row, loop.config.algorithm.steps)

@@ -1,7 +1,6 @@
 """Opens what a launch trains with: the policy, the rollouts and the run. All is closed on every way out."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,7 +57,7 @@ def open_training(config: Config) -> Iterator[Training]:
     rank = int(os.environ["RANK"])
     node = int(os.environ["GROUP_RANK"])
     nodes = int(os.environ["GROUP_WORLD_SIZE"])
-    redirect_output(run_dir / "logs", rank)
+    logs.redirect_output(run_dir / "logs", rank)
     # The first rank of a node starts the node's engines, and responses are judged where the engines are.
     starts_engines = generates(config) and int(os.environ["LOCAL_RANK"]) == 0
     engines_to_start = engine_settings(config, nodes) if starts_engines else []
@@ -190,14 +189,3 @@ def join(savers: Sequence[Saver], seconds: float) -> None:
     """Wait until the checkpoints under way are complete or have failed, at most ``seconds`` for each."""
     for saver in savers:
         saver.join(seconds)
-
-
-def redirect_output(folder: Path, rank: int) -> None:
-    """Send warnings and library logs to ``rank_<n>.log``; only rank 0's standard output stays on the terminal."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)
-    if rank != 0:
-        os.dup2(log, 1)
-    os.close(log)
-    logs.configure(rank, sys.stderr)

@@ -14,6 +14,7 @@ from recipes.data.row_order import shuffled
 from recipes.data.sources import Row
 from recipes.run import records
 from recipes.run.run import Run, TrainingState
+from recipes.training.flops import training_flops
 from recipes.training.policy import Policy
 
 
@@ -66,6 +67,7 @@ def fit(task: Task, policy: Policy, run: Run, seed: int) -> None:
         with run.phase("train"):
             sums = forward_backward.accumulate_gradients(policy.model, micro_batches, task.loss)
             policy.update(sums)
+        run.count(tokens=int(batch.lengths.sum()), flops=training_flops(policy.model, batch))
         metrics = {
             "step": step + 1,
             "epoch": (step + 1) * task.rows_per_step / len(task.rows),

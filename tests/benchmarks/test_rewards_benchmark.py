@@ -43,7 +43,7 @@ def test_both_sides_send_the_same_requests_and_a_wrong_verdict_is_no_measurement
         SAFETY.request(row, rewards.answer_without_reasoning(i), "fake").body for i, row in enumerate(rewards.rows(5))
     ]
     with FakeServer(says("Label: safe without risk")) as fake:
-        server = Server("fake", "generate", [fake.address], None, "127.0.0.1", 1, 1, 1, [], "judge")
+        server = Server("fake", None, "generate", [fake.address], None, "127.0.0.1", 1, 1, 1, [], "judge")
         assert asyncio.run(rewards.bare_seconds(fake.address, bodies)) > 0
         bare_bodies = fake.bodies
         fake.bodies = []

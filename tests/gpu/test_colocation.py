@@ -53,7 +53,9 @@ def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     folder = tmp_path_factory.mktemp("judge")
     make_judge(folder / "model")
     arguments = ["--max-model-len", "4096", "--gpu-memory-utilization", str(SHARE), "--enforce-eager"]
-    server = Server(str(folder / "model"), "generate", [], None, "127.0.0.1", free_port(), 1, 1, arguments, "judge")
+    server = Server(
+        str(folder / "model"), None, "generate", [], None, "127.0.0.1", free_port(), 1, 1, arguments, "judge"
+    )
     config = SupervisorConfig(startup_timeout=400, stop_timeout=20, restarts=0, first_device=0, cpu_arguments=[])
     supervisor = Supervisor([JudgeServer(server, 0, folder / "judge.log", range(1), (), sleeps=True)], config)
     try:

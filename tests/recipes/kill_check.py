@@ -97,9 +97,9 @@ def saved_step(run_dir: Path) -> int:
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without what a clock measured."""
-    clock = ("time/", records.TOKENS_PER_SECOND)
-    return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
+    """The rows without what a clock or the memory's use gave."""
+    measured = ("time/", "throughput/", "memory/", records.TOKENS_PER_SECOND)
+    return [{key: value for key, value in row.items() if not key.startswith(measured)} for row in rows]
 
 
 def differences(alone: Path, killed: Path, steps: int) -> list[str]:

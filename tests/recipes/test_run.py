@@ -19,11 +19,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import train
 from recipes.data.processor import prompt_tokens
 from recipes.evaluation.evaluate import difference
+from recipes.run import failure, records
 from recipes.run import folder as run_folder
-from recipes.run import records
 from rollout.sampler import make_requests
 from rollout.sampling import Sampling
 from tests import warm
@@ -377,7 +376,7 @@ def test_nothing_is_left_when_the_launcher_dies_while_ranks_start(twin: Path, tm
 def test_a_failure_of_all_ranks_is_told_once_whichever_rank_fails_first(twin: Path, tmp_path: Path) -> None:
     run_folder.mark(tmp_path)
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / train.FAILED).touch()  # an earlier launch's
+    (tmp_path / "logs" / failure.FAILED).touch()  # an earlier launch's
     run = tiny.Run(tiny.overrides(twin, tmp_path, "cluster.ranks=2", "model.frozen=[decoder.nonsense]", "resume=true"))
     try:
         assert run.output(120).count("error: model.frozen: 'decoder.nonsense' begins no parameter's name") == 1

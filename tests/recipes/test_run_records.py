@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext import platform
 from recipes.run import records
 from recipes.run.clock import PhaseClock
 from recipes.run.display import Display
@@ -19,6 +20,7 @@ from recipes.run.watchdog import Watchdog
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     """A run of one rank in an empty folder; what its logger gets is in ``logged``."""
+    platform.activate("cpu")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     watchdog = Watchdog(tmp_path, 0, seconds=600)
     folder = tmp_path / "run"
@@ -50,9 +52,14 @@ def test_a_step_s_line_has_the_seconds_of_its_phases_and_the_next_one_only_its_o
     with run.phase("generate"):
         time.sleep(0.05)
     first = run.record({"step": 1})
+    assert not any(name.startswith("throughput/") for name in first), "nothing was counted"
+    assert first["memory/rank_peak_gib"] > 0 and first["memory/node_gib"] > first["memory/rank_peak_gib"] / 2
     with run.phase("train"):
-        pass
+        run.count(tokens=60, flops=1e9)
+        run.count(tokens=40)
     second = run.record({"step": 2})
+    assert second["throughput/tokens_per_second_per_rank"] == pytest.approx(100 / second["time/step"])
+    assert "throughput/mfu" not in second, "a CPU's peak is not known"
     assert first["time/generate"] >= 0.05 and first["time/step"] == first["time/generate"]
     assert "time/generate" not in second and second["time/step"] == second["time/train"]
     assert list(records.read_rows(run.folder / "metrics.jsonl")) == [first, second]

@@ -16,6 +16,7 @@ from recipes.data.row_order import shuffled
 from recipes.run import preemption, records
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
+from tests.recipes.kill_check import timeless
 from tests.recipes.trained_by_transformers import Trained, train
 
 STEPS, ROWS = 5, 6
@@ -199,11 +200,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(
     first = (resumed / "metrics.jsonl").read_bytes()
     (resumed / "metrics.jsonl").write_bytes(first + lines[1] + lines[2][:20])
     run(twin, resumed, *LAYOUTS["dp2"], "resume=true")
-    timeless = [
-        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metrics(folder)]
-        for folder in (alone, resumed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(metrics(alone)) == timeless(metrics(resumed))
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (alone / "hf" / "model.safetensors").read_bytes()
     assert (resumed / "metrics.jsonl").read_bytes().startswith(first), "not begun anew"
     said = (resumed / "logs" / "rank_0.log").read_text()

@@ -1,6 +1,7 @@
 """Who is a rank under Slurm, and what slurm/train.sh runs. The variables are those that Slurm 24.11 was seen to set."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -72,10 +73,12 @@ def program(path: Path, script: str) -> None:
 SRUN = r"""echo "$MASTER_ADDR $MASTER_PORT $*" >> calls
 case $* in
   *recipes.train*) eval "${RANKS:-exit 7}" ;;
+  *recipes.node_check*) [[ -z ${BAD:-} ]] || { echo "bad node $BAD: made up"; exit 1; } ;;
   *recipes.launch.has_new_checkpoint*) exit "${SAVED:-1}" ;;
   *\ true) exit "${ANSWER:-0}" ;;
 esac"""
 SCONTROL = """case $* in
+  *show\\ job*) echo "JobId=1 Command=$PWD/slurm/train.sh $*" ;;
   *hostnames*) printf "node7\\nnode8\\n" ;;
   requeue*) echo "$*" >> calls; kill $PPID ;;
 esac"""
@@ -107,6 +110,7 @@ JOB = {
     "SLURM_JOB_NODELIST": "node[7-8]",
     "SLURM_JOB_NUM_NODES": "2",
 }
+EACH = "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=0"
 ONCE = "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --cpu-bind=none"
 RANKS = "--nodes=2 --ntasks=16 --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60"
 
@@ -128,11 +132,13 @@ def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(
     container: str, python: str, tmp_path: Path
 ) -> None:
     environment = JOB | {"CONTAINER": container, "CONTAINER_MOUNTS": "/models"}
-    status, calls = run_script(tmp_path, "recipe=demo", "preflight=a100", "algorithm.steps=2", **environment)
+    overrides = ("recipe=demo", "preflight=a100", "algorithm.steps=2", "node_check.shm_gib=4")
+    status, calls = run_script(tmp_path, *overrides, **environment)
     assert status == 7, "the job ends with the step's exit code"
     python = python.format(here=tmp_path)
     hydra = "recipe=demo algorithm.steps=2 cluster.nodes=2 cluster.ranks=16"
     assert calls.splitlines() == [
+        f"node7 10007 {EACH} {python} -m recipes.node_check {hydra} node_check.shm_gib=4",
         f"node7 10007 {ONCE} {python} -m recipes.preflight {hydra} preflight=a100",
         f"node7 10007 {ONCE} {python} -m recipes.launch.claim {hydra}",
         f"node7 10007 {ONCE} {python} -m rewards.placement node7,node8 8 0 {hydra}",
@@ -172,6 +178,56 @@ def test_a_job_that_may_end_better_is_requeued_and_resumes(
     (ranks,) = [call for call in output.splitlines() if "recipes.train" in call]
     assert ranks.endswith("recipe=demo cluster.nodes=2 cluster.ranks=16 resume=true overwrite=false")
     assert list(tmp_path.glob("*.prepared")) == [], "the next job of this number starts from the beginning"
+
+
+EXCLUDED = {"STATE": "RUNNING", "BAD": "node8", "EXCLUDE_BAD_NODES": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        (EXCLUDED, "requeued (restart 1 of at most 20): bad nodes node8 are excluded"),
+        (EXCLUDED | {"EXCLUDE_BAD_NODES": "false"}, "not requeued: bad nodes node8; submit with --exclude=node8"),
+    ],
+    ids=["excluded", "named"],
+)
+def test_a_bad_node_is_named_and_where_wanted_excluded(environment: dict[str, str], told: str, tmp_path: Path) -> None:
+    """tests/slurm does the first with a real Slurm."""
+    status, output = run_script(tmp_path, "recipe=demo", **JOB, **environment)
+    assert status != 0
+    assert told in output
+    assert "recipes.preflight" not in output, "nothing else starts"
+    assert ("requeue 40007" in output.splitlines()) == (environment["EXCLUDE_BAD_NODES"] == "true")
+
+
+def test_a_site_file_may_read_what_is_not_set_and_a_toolkit_of_the_site_is_not_seen(tmp_path: Path) -> None:
+    """Module systems do not stand ``set -u``, and bring a CUDA with a cuDNN of its own."""
+    site = tmp_path / "site.sh"
+    site.write_text(
+        'seen=$NOT_SET\nexport CUDA_HOME=/opt/cuda CUDA_PATH=/opt/cuda NODE_CHECK="node_check.driver=570"\n'
+    )
+    ranks = 'echo "toolkit ${CUDA_HOME:-none} ${CUDA_PATH:-none}" >> calls'
+    status, output = run_script(tmp_path, "recipe=demo", **JOB, SITE_FILE=str(site), RANKS=ranks)
+    assert status == 0, output
+    assert "toolkit none none" in output.splitlines()
+    (checked,) = [line for line in output.splitlines() if "recipes.node_check" in line]
+    assert checked.endswith(" node_check.driver=570")
+
+
+@pytest.mark.parametrize("name", ["infiniband", "aws_efa", "slingshot"])
+def test_a_worked_site_file_reaches_the_ranks(name: str, tmp_path: Path) -> None:
+    site = ROOT / "slurm" / "sites" / f"{name}.sh"
+    wanted = re.findall(r"^export ((?:NCCL|GLOO|FI)_\w+)=", site.read_text(), re.MULTILINE)
+    assert {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} < set(wanted)
+    program(tmp_path / "bin" / "module", 'echo "modules: $*" >> calls')
+    ranks = "env > environment"
+    status, output = run_script(tmp_path, "recipe=demo", **JOB, SITE_FILE=str(site), RANKS=ranks, USER="somebody")
+    assert status == 0, output
+    environment = dict(
+        line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line
+    )
+    assert all(environment.get(variable) for variable in wanted)
+    assert not any(module in output for module in ("cuda", "cudnn", "nccl/")), "pip brings them"
 
 
 def test_the_script_wants_the_number_of_tasks(tmp_path: Path) -> None:

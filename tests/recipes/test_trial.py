@@ -11,6 +11,7 @@ from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.launch import trial
 from recipes.launch.requirements import check_parts
+from rewards import mixing, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = "tests.rewards.own"
@@ -115,3 +116,12 @@ def test_answers_are_the_rows_own_a_sentence_and_none() -> None:
         "",
     ]
     assert trial.answers({"answer": ["12"]}) == [trial.SENTENCE, ""]
+
+
+@pytest.mark.parametrize("stage", ["rl_general", "rl_safety", "rl_search"])
+def test_a_large_recipe_can_begin_with_rules_and_without_judges(stage: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = parse(compose("config", ["recipe=safework_72b", "rewards=rules", f"stage={stage}"]))
+    check_parts(config)
+    names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
+    assert registry.servers_of(names, config.rewards) == {}

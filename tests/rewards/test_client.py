@@ -39,7 +39,7 @@ def settings(**changed: Any) -> ClientConfig:
 
 
 def server(*addresses: str, key: str | None = None) -> Server:
-    return Server(MODEL, "generate", addresses, key, "127.0.0.1", 8100, 1, 1, [], "judge")
+    return Server(MODEL, None, "generate", addresses, key, "127.0.0.1", 8100, 1, 1, [], "judge")
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def test_a_missing_server_stops_the_run_before_it_starts(monkeypatch: pytest.Mon
                 client.check()
             assert fake.address not in str(error.value)
             client.check(must_run=False)
-        other = Server("another", "generate", [fake.address + "/v1/"], None, "", 1, 1, 1, [], "judge")
+        other = Server("another", None, "generate", [fake.address + "/v1/"], None, "", 1, 1, 1, [], "judge")
         with Client({"judge": other}, settings()) as client, pytest.raises(ValueError, match="not 'another'"):
             client.check(must_run=False)
     monkeypatch.delenv("JUDGE_KEY", raising=False)

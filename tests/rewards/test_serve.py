@@ -62,7 +62,7 @@ def servers(tmp_path: Path) -> Iterator[Callable[..., Supervisor]]:
     def make(*kinds: type[LightServer]) -> Supervisor:
         servers = []
         for i, kind in enumerate(kinds):
-            server = Server("judge", "generate", [], None, "127.0.0.1", free_port(), 1, 1, [], f"s{i}")
+            server = Server("judge", None, "generate", [], None, "127.0.0.1", free_port(), 1, 1, [], f"s{i}")
             servers.append(kind(server, 0, tmp_path / f"s{i}.log", None, ()))
         supervisor = Supervisor(servers, SETTINGS)
         supervisors.append(supervisor)

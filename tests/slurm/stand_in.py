@@ -5,6 +5,7 @@ servers that its arguments name, until SIGTERM. ``STAND_IN_EXIT`` ("recipes.trai
 when ranks run. ``STAND_IN_STARTS`` ("hangs,0") is what the ranks do in each of the job's starts: wait ("hangs"); wait,
 while rank 0 saves and fails with code 7 ("saves"); fail when there is a file ``lost-JOB`` ("notices"); end with a code.
 ``recipes.launch.has_new_checkpoint`` looks for the file ``checkpoint-JOB``, which is what they save.
+``recipes.node_check`` calls the node STAND_IN_BAD_NODE bad.
 """
 
 import json
@@ -83,6 +84,9 @@ def main() -> None:
     )
     if module == "rewards.serve":
         serve(arguments)
+    if module == "recipes.node_check" and socket.gethostname() == os.environ.get("STAND_IN_BAD_NODE"):
+        print(f"bad node {socket.gethostname()}: made up")
+        sys.exit(1)
     if module == "recipes.launch.has_new_checkpoint":
         saved = Path(f"checkpoint-{JOB}")
         sys.exit(not (saved.exists() and saved.stat().st_mtime > Path(arguments[0]).stat().st_mtime))

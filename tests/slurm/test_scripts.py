@@ -16,7 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("safety", "value", "knowledge")
 SECONDS = 600  # on a busy machine
 # What a job runs, in this order.
-MODULES = ("recipes.preflight", "recipes.launch.claim", "rewards.serve", "recipes.prepare", "recipes.train", "stopped")
+MODULES = (
+    "recipes.node_check",
+    "recipes.node_check.links",
+    "recipes.preflight",
+    "recipes.launch.claim",
+    "rewards.serve",
+)
+MODULES += ("recipes.prepare", "recipes.train", "stopped")
 
 
 @pytest.fixture
@@ -59,15 +66,21 @@ def log(folder: Path, job: str) -> str:
 
 
 def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: Cluster, project: Path) -> None:
-    """One node of ranks, three of judges. Overrides reach every program, the preflight's own it alone; the trainer
-    gets the addresses of the judges, a judge's node the name of its model; both sides have the same token; the judges
-    are stopped in order after the training."""
+    """One node of ranks, three of judges; each is checked. Overrides reach every program, the preflight's own it alone;
+    the trainer gets the addresses of the judges, a judge's node the name of its model; both sides have the same token;
+    the judges are stopped in order after the training."""
     job = sbatch(
         slurm, project, "--nodes=1", ":", "--nodes=3", "slurm/safework_72b.sh", "algorithm=cpgd", "preflight=h200"
     )
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     all_calls = calls(project)
     common = ["recipe=safework_72b", "algorithm=cpgd", "cluster.nodes=1", "cluster.ranks=8"]
+    checked = [call for call in all_calls if call["module"] == "recipes.node_check"]
+    assert sorted(call["host"] for call in checked) == ["node1", "node2", "node3", "node4"]
+    of_judges = [call for call in checked if call["host"] != "node1"]
+    assert {(call["MASTER_ADDR"], call["arguments"][-1]) for call in of_judges} == {("node2", "node_check.gpus=8")}
+    links = [call for call in all_calls if call["module"] == "recipes.node_check.links"]
+    assert sorted(int(call["SLURM_PROCID"]) for call in links) == list(range(8))
     by_module = {module: [call for call in all_calls if call["module"] == module] for module in MODULES}
     assert [call["arguments"] for call in by_module["recipes.preflight"]] == [[*common, "preflight=h200"]]
     order = list(dict.fromkeys(call["module"] for call in all_calls))
@@ -116,7 +129,7 @@ def test_the_job_fails_with_the_code_of_what_failed(slurm: Cluster, project: Pat
 def test_servers_without_room_are_refused(slurm: Cluster, project: Path) -> None:
     job = sbatch(slurm, project, "--nodes=1", ":", "--nodes=2", "slurm/safework_7b.sh")
     assert slurm.wait_for_end(job, SECONDS) == ("FAILED", "1:0"), log(project, job)
-    assert "give the servers more nodes" in log(project, job)
+    assert "give the servers 3 nodes" in log(project, job)
     assert "recipes.train" not in [call["module"] for call in calls(project)]
 
 
@@ -193,13 +206,29 @@ def trains(folder: Path, job: str, ranks: int) -> bool:
     return sum(len(hosts) for _, _, hosts in starts(folder, job)) == ranks
 
 
+def test_a_bad_node_is_left_out_and_jobs_may_be_submitted_from_any_folder(slurm: Cluster, project: Path) -> None:
+    """The log is in that folder, all else in the repository. The job has the nodes' memory, as it asks for."""
+    elsewhere = project / "elsewhere"
+    elsewhere.mkdir()
+    options = ("--nodes=2", "--ntasks-per-node=1", "--exclude=node1", "--exclusive", "--mem=0")
+    script = str(project / "slurm" / "train.sh")
+    bad = {"STAND_IN_BAD_NODE": "node2", "EXCLUDE_BAD_NODES": "true"}
+    job = sbatch(slurm, elsewhere, *options, script, "recipe=demo", **bad)
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(elsewhere, job)
+    assert [(start, hosts) for start, _, hosts in starts(project, job)] == [(1, ["node3", "node4"])]
+    assert "requeued (restart 1 of at most 20): bad nodes node2 are excluded" in log(elsewhere, job)
+    assert slurm.field(job, "ExcNodeList") == "node1,node2"
+    assert "mem=40000M" in slurm.field(job, "AllocTRES")
+
+
 def test_a_preempted_job_that_asked_for_no_signal_begins_again(slurm: Cluster, project: Path) -> None:
     """Its ranks get SIGTERM. What jobs with a signal do is in test_small_recipe.py."""
-    without, script = project / "without.sh", (ROOT / "slurm" / "train.sh").read_text()
+    without, script = project / "own" / "without.sh", (ROOT / "slurm" / "train.sh").read_text()
     assert script.count(" --signal=B:USR1@900") == 1
+    without.parent.mkdir()
     without.write_text(script.replace(" --signal=B:USR1@900", ""))
     size = ("--nodes=2", "--ntasks-per-node=1")
-    job = sbatch(slurm, project, *size, "without.sh", "recipe=demo", STAND_IN_STARTS="hangs,0")
+    job = sbatch(slurm, project, *size, "own/without.sh", "recipe=demo", STAND_IN_STARTS="hangs,0")
     slurm.wait_for("ranks", lambda: trains(project, job, 2), SECONDS)
     urgent = sbatch(slurm, project, "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
     assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
@@ -279,7 +308,7 @@ def test_a_site_file_reaches_submission_and_job(slurm: Cluster, project: Path) -
     done = submit(slurm, project, "bash", "-c", f"{module} source site.sh; {command}", USER="somebody")
     job = done.stdout.strip()
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), done.stderr + log(project, job)
-    assert "modules: load cuda/13.0" in log(project, job)
+    assert "modules: load gcc/13" in log(project, job)
     assert slurm.field(job, "TimeLimit") == "1-00:00:00" and slurm.field(job, "Account") == "my-project"
 
 

@@ -1,0 +1,1 @@
+"""What is checked on each node of a job before it is used."""

@@ -1,0 +1,164 @@
+"""What an error of NCCL, CUDA or gloo means: a message that names rank, host and phase, and what to do.
+
+An error that Python sees is explained where it is raised (:func:`explain`). One that ends the process without Python,
+as NCCL's watchdog does, leaves its text and the stacks in the rank's log (:func:`from_logs`).
+"""
+
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Cause(NamedTuple):
+    """``pattern`` finds the error's text, ``meaning`` and ``remedy`` are for people."""
+
+    pattern: str
+    meaning: str
+    remedy: str
+
+
+# By texts of torch 2.13, NCCL 2.29, gloo and the CUDA runtime; the more special ones come first.
+CAUSES = (
+    Cause(
+        r"CUDA out of memory",
+        "the GPU's memory is full",
+        "lower parallel.micro_batch_tokens or rollout.kv_cache_gib",
+    ),
+    Cause(
+        r"uncorrectable ECC error|uncorrectable NVLink error|GPU has fallen off the bus|hardware stack error",
+        "the GPU is broken",
+        "exclude the node (sbatch --exclude) and have it looked at; go on with resume=true",
+    ),
+    Cause(
+        r"driver version is insufficient|driver on your system is too old|forward compatibility was attempted"
+        r"|provided PTX was compiled",
+        "the driver is too old for this CUDA",
+        "use nodes with a newer driver; python -m recipes.node_check names the others",
+    ),
+    Cause(
+        r"no kernel image is available",
+        "the kernels are not built for this GPU",
+        "use an A100, H100 or H200, or another build of torch",
+    ),
+    Cause(
+        r"busy or unavailable|invalid device ordinal|no CUDA-capable device",
+        "the rank does not get its GPU",
+        "start one rank per GPU; look for processes of earlier jobs: nvidia-smi",
+    ),
+    Cause(
+        r"illegal memory access|unspecified launch failure|misaligned address|device-side assert",
+        "a kernel failed",
+        "CUDA_LAUNCH_BLOCKING=1 names the kernel; where one node alone fails so, it is its GPU",
+    ),
+    Cause(
+        r"(?:collective operation|Work) timeout|Timed out waiting|timed out after",
+        "a rank did not come to an operation of all",
+        "read the stacks of the other ranks: one is elsewhere, or slow; raise cluster.timeout if a phase takes so long",
+    ),
+    Cause(
+        r"ncclRemoteError|remote process exited|Connection (?:closed|reset) by peer|Broken pipe|Socket closed",
+        "another rank ended, or its network failed",
+        "read the log of the rank that failed first",
+    ),
+    Cause(
+        r"ncclSystemError|unhandled system error|ibv_|socketStartConnect|no socket interface|connectFullMesh",
+        "the network between nodes failed",
+        "check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the fabric's variables in the site file; NCCL_DEBUG=INFO "
+        "shows what NCCL chose",
+    ),
+    Cause(
+        r"unhandled cuda error|ncclUnhandledCudaError|ncclInternalError|ncclInvalidUsage|NCCL error",
+        "NCCL failed",
+        "NCCL_DEBUG=INFO shows why; compare versions and variables on the nodes",
+    ),
+    Cause(
+        r"CUDA error|CUDA driver error|CUBLAS_STATUS|cuDNN error",
+        "CUDA failed",
+        "CUDA_LAUNCH_BLOCKING=1 names the kernel",
+    ),
+)
+# A file in logs/ that the first rank makes whose error Python has told.
+FAILED = "failed"
+HEADER = "log of rank"
+# A line of torch's C++ log: level E, month and day, time.
+LINE = re.compile(r"\[?[EF](\d{4} \d\d:\d\d:\d\d\.\d+)")
+FRAME = re.compile(r'File "[^"]*?((?:recipes|megatron_ext|rollout)/[\w/]+\.py)", line (\d+) in (\w+)')
+LOOPS = ("recipes/training/rl.py", "recipes/training/supervised.py", "recipes/training/stages.py")
+# Functions of these files that are in every stack.
+OUTER = ("fit", "run_stage", "train")
+TAIL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an error was: ``phase`` is what the rank did."""
+
+    rank: int
+    host: str
+    phase: str
+
+
+def header(rank: int) -> str:
+    """The first line of a rank's log of a launch."""
+    return f"{HEADER} {rank} on {socket.gethostname()}"
+
+
+def explain(text: str, place: Place) -> str | None:
+    """A message for an error's text, None for one that is of neither NCCL, CUDA nor gloo."""
+    where = f"rank {place.rank} on {place.host}, in {place.phase}"
+    for cause in CAUSES:
+        found = re.search(cause.pattern, text)
+        if found:
+            return f"{where}: {cause.meaning}: {_line_of(text, found)}; {cause.remedy}"
+    return None
+
+
+def _line_of(text: str, found: re.Match[str]) -> str:
+    """The line that was found, without the logger's prefix and at most 200 characters."""
+    begin = text.rfind("\n", 0, found.start()) + 1
+    end = text.find("\n", found.end())
+    line = text[begin : end if end >= 0 else len(text)]
+    return re.sub(r"^(?:\[[^\]]*\]:?\s*)+", "", line).strip()[:200]
+
+
+def from_logs(folder: Path) -> str | None:
+    """Of the last launch's logs of ranks, the message for the earliest error that torch's C++ code wrote. None without
+    one, and where a rank has told its error: those of others follow from it."""
+    if (folder / FAILED).exists():
+        return None
+    earliest: tuple[str, str] | None = None
+    for path in folder.glob("rank_*.log"):
+        text = _last_launch(path)
+        for line in text.splitlines():
+            stamp = LINE.search(line)
+            if stamp is None or (earliest is not None and stamp[1] >= earliest[0]):
+                continue
+            message = explain(line, _place(path, text))
+            if message is not None:
+                earliest = (stamp[1], message)
+                break
+    return earliest[1] if earliest is not None else None
+
+
+def _last_launch(path: Path) -> str:
+    """The end of a log, from the last launch's header on."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    return text[max(0, text.rfind(f"{HEADER} ")) :]
+
+
+def _place(path: Path, text: str) -> Place:
+    rank = int(path.stem.removeprefix("rank_"))
+    named = re.match(rf"{HEADER} \d+ on (\S+)", text)
+    return Place(rank, named[1] if named else "its node", phase_of_stacks(text))
+
+
+def phase_of_stacks(text: str) -> str:
+    """The step of the loop in which the stacks of faulthandler are: the innermost function of a loop's file."""
+    for file, line, function in FRAME.findall(text):
+        if file in LOOPS and function not in OUTER:
+            return f"{function} ({file}:{line})"
+    return "a phase that its log does not show"
