@@ -16,6 +16,8 @@ UNPICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "
 OF_OBJECTS = re.compile(
     "(gather|broadcast|scatter|send|recv)_object|_pyobj"
 )  # torch.distributed's and zmq's calls that pickle
+# The nodes of a job compare their clocks for a few seconds: who asks gets eight bytes.
+BETWEEN_NODES = {"recipes/node_check/__main__.py": "socket.create_server(('', port))"}
 LISTENING = {"create_server", "bind", "start_server", "run_app", "TCPSite"}  # bind: of an address, a pair
 
 
@@ -46,7 +48,8 @@ def found(source: str) -> Iterator[str]:
 def test_nothing_is_unpickled_and_nothing_listens_beyond_loopback(room: str) -> None:
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
-    assert [f"{path.relative_to(ROOT)}:{what}" for path in files for what in found(path.read_text())] == []
+    wrong = [(str(path.relative_to(ROOT)), what) for path in files for what in found(path.read_text())]
+    assert [(path, what) for path, what in wrong if what.partition(": ")[2] != BETWEEN_NODES.get(path)] == []
 
 
 @pytest.mark.parametrize(
