@@ -82,7 +82,11 @@ def rounded_model(rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path
 
 
 def main() -> None:
-    from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel, platform
+    from megatron_ext import platform
+
+    platform.activate("cpu")
+
+    from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel
     from megatron_ext.batch import Prompt, TokenBatch
     from recipes.algorithms import mismatch
     from recipes.algorithms.sequences import Sequences
@@ -96,7 +100,6 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    platform.activate("cpu")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
 
     def make_prompt(prompt_id: str, text: str) -> Prompt:

@@ -428,12 +428,21 @@ def _create_moments(optimizer: MegatronOptimizer) -> None:
 def _load_groups(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Load the parameter groups and create moments.
 
+    Torch's AdamW writes the checkpoint of a CPU run, Transformer Engine's FusedAdam that of a GPU run. A field of a
+    group that the writer does not have keeps the reader's default. FusedAdam has no ``step`` before the first update,
+    and takes an integer.
+
     Megatron-Core 0.19 gives every parameter the same ``step`` tensor, so each update would count once per parameter.
     docs/dependencies.md names the version.
     """
     _create_moments(optimizer)
+    inner = _distributed(optimizer).optimizer
+    for group in loaded["optimizer"]["param_groups"]:
+        for field, default in inner.defaults.items():
+            group.setdefault(field, default)
+        group["step"] = int(group.get("step", 0))
     _distributed(optimizer).load_state_dict(loaded)
-    for state in _distributed(optimizer).optimizer.state.values():
+    for state in inner.state.values():
         if "step" in state:
             state["step"] = state["step"].clone()
 

@@ -20,7 +20,7 @@ from megatron_ext.parallel import Parallel
 from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
 from megatron_ext.vision_language import VisionLanguageModel
-from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards
+from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards, unfused_name
 
 # parallel.recompute → TransformerConfig fields.
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -128,7 +128,6 @@ def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen
         use_distributed_optimizer=sizes.distributed_optimizer,
         overlap_grad_reduce=False,
         overlap_param_gather=False,
-        **precision.ddp_options(),
     )
     mappings = arch.param_mappings(hf_config, sizes.tensor, parallel.tensor_rank)
     if has_scalar_head(hf_config):
@@ -271,12 +270,13 @@ def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layer
 
 
 def global_name(model: MegatronModule, name: str) -> str:
-    """A parameter's name with the layer's number in the complete model instead of that on this pipeline stage."""
+    """A parameter's name with the layer's number in the complete model instead of that on this pipeline stage, alike on
+    all platforms."""
     match = re.match(r"(.*?\blayers)\.\d+", name)
     if match is None:
         return name
     layer = global_layer_index(model, match.group())
-    return f"{match[1]}.{layer}{name[match.end() :]}"
+    return unfused_name(f"{match[1]}.{layer}{name[match.end() :]}")
 
 
 def frozen_by(prefix: str, name: str) -> bool:

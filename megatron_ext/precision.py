@@ -23,7 +23,6 @@ class PrecisionConfig:
     )
     format: str | None = setting("fp8: hybrid (E4M3 forward, E5M2 gradients) or e4m3", choices=("hybrid", "e4m3"))
     bf16_layers: int = setting("fp8: layers at each end that stay in BF16; not with delayed scaling", range="[0, 1e4]")
-    parameter_gather: bool = setting("fp8: the distributed optimiser keeps and gathers the weights in FP8")
 
     @property
     def dtype(self) -> Any:
@@ -39,7 +38,6 @@ class PrecisionConfig:
         options: dict[str, Any] = {
             "fp8": self.format,
             "fp8_recipe": RECIPES[str(self.recipe)],
-            "fp8_param": self.parameter_gather,
             "first_last_layers_bf16": self.bf16_layers > 0,
         }
         if self.bf16_layers:
@@ -52,14 +50,17 @@ class PrecisionConfig:
             options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
         return options
 
-    def ddp_options(self) -> dict[str, Any]:
-        """DistributedDataParallelConfig fields."""
-        return {"fp8_param_gather": self.parameter_gather}
-
     @property
     def token_multiple(self) -> int:
-        """FP8 matrix products need an inner size, the tokens in a weight's gradient, that is a multiple of 16."""
-        return 16 if self.name == "fp8" else 1
+        """Of the tokens of a rank.
+
+        FP8 matrix products need an inner size, the tokens in a weight's gradient, that is a multiple of 16. Blocks are
+        of 128 tokens: where sequence parallelism leaves a rank another number, Transformer Engine gathers activations
+        in BF16, twice as many bytes.
+        """
+        if self.name != "fp8":
+            return 1
+        return 128 if self.recipe == "blockwise" else 16
 
 
 def check(precision: PrecisionConfig) -> None:

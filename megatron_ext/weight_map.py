@@ -201,6 +201,13 @@ def attention_output(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding
     return [Block(names[0], (0, start), (0, 0), (shape[0], columns))]
 
 
+def unfused_name(name: str) -> str:
+    """A parameter's name as on a platform that fuses no norm with the linear layer after it."""
+    for fused, unfused in _FUSED_NORM_NAMES.items():
+        name = name.replace(fused, unfused)
+    return name
+
+
 def global_layer_index(model: torch.nn.Module, layer: str) -> int:
     """The index in the complete model, from 0, of the layer with the local name ``layer``."""
     return model.get_submodule(layer).layer_number - 1  # type: ignore[operator, return-value]
@@ -220,14 +227,12 @@ def finder(mappings: Sequence[ModuleMapping]) -> FindMapping:
             patterns.append((re.compile(pattern), param, module.sharding))
 
     def find(name: str) -> tuple[re.Match[str], ParamMapping, Sharding]:
-        unfused_name = name
-        for fused, unfused in _FUSED_NORM_NAMES.items():
-            unfused_name = unfused_name.replace(fused, unfused)
+        name = unfused_name(name)
         for pattern, param, sharding in patterns:
-            match = pattern.fullmatch(unfused_name)
+            match = pattern.fullmatch(name)
             if match is not None:
                 return match, param, sharding
-        raise KeyError(f"parameter {unfused_name!r} matches no mapping of the model family: add one to its table")
+        raise KeyError(f"parameter {name!r} matches no mapping of the model family: add one to its table")
 
     return find
 

@@ -3,9 +3,13 @@
 Megatron-Core 0.19 has no CPU device. Official switches are used where they exist (``use_cpu_initialization``, the
 local layer specs, the fusion flags); ``PATCHES`` lists the rest. When an upgrade moves a patched function,
 tests/megatron_ext/test_platform.py fails and names it.
+
+Transformer Engine is hidden where it is installed. Megatron-Core would take its optimiser and its clipping of
+gradients, which need a GPU.
 """
 
 import os
+import sys
 
 # Megatron-Core compiles functions at import. On a CPU that takes longer than it saves.
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -35,6 +39,8 @@ PATCHES = {
     "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb_thd": "TE's kernel for packed RoPE",
 }
 
+TRANSFORMER_ENGINE = "transformer_engine"
+
 _gloo_init = ProcessGroupGloo.__init__
 
 _CUDA_TYPE_NAMES = {
@@ -61,7 +67,17 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def activate() -> None:
-    """Install the patches and the CPU kernels that Megatron-Core expects from Transformer Engine."""
+    """Install the patches and the CPU kernels that Megatron-Core expects from Transformer Engine.
+
+    Raises RuntimeError if Transformer Engine has been imported: Megatron-Core then has its kernels, which need a GPU.
+    """
+    if sys.modules.get(TRANSFORMER_ENGINE) is not None:
+        raise RuntimeError(
+            "cluster.platform=cpu: Transformer Engine is imported already; activate the platform before anything "
+            "imports Megatron-Core"
+        )
+    # An import of it now fails as if it were not installed.
+    sys.modules[TRANSFORMER_ENGINE] = None  # type: ignore[assignment]
     torch.compile = _uncompiled
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None

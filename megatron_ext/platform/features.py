@@ -15,6 +15,8 @@ class Capabilities:
         has_gpus: every rank and every engine or judge process has GPUs of its own, so a node's count limits them.
         can_sleep: an engine or judge can release its device memory and take it back (vLLM's sleep mode).
         has_fp8: matrix products in FP8 are possible on the newest devices of the platform.
+        has_fp32_context_parallel: attention in FP32 can be divided over context-parallel ranks. Of Transformer Engine's
+            kernels the fused one takes 16 bits alone, and the unfused one takes no context parallelism.
         fused_kernels: Transformer Engine's norms, RoPE, SwiGLU and flash attention, which keep less for the backward
             pass than torch's separate operations.
         can_fork_after_imports: a process that has imported torch and Megatron-Core may fork ranks.
@@ -24,6 +26,7 @@ class Capabilities:
     has_gpus: bool
     can_sleep: bool
     has_fp8: bool
+    has_fp32_context_parallel: bool
     fused_kernels: bool
     can_fork_after_imports: bool
     probe_size: int
@@ -34,6 +37,7 @@ CAPABILITIES = {
         has_gpus=False,
         can_sleep=False,
         has_fp8=False,
+        has_fp32_context_parallel=True,
         fused_kernels=False,
         can_fork_after_imports=True,
         probe_size=192,
@@ -42,6 +46,7 @@ CAPABILITIES = {
         has_gpus=True,
         can_sleep=True,
         has_fp8=True,
+        has_fp32_context_parallel=False,
         fused_kernels=True,
         # Imports may initialise CUDA, and a CUDA context does not survive a fork.
         can_fork_after_imports=False,

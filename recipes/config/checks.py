@@ -65,9 +65,16 @@ def check_optimizer_states(config: Config) -> None:
 
 
 def check_precision(config: Config) -> None:
-    """FP8 is for GPUs."""
-    if config.precision.name == "fp8" and not capabilities(config.cluster.platform).has_fp8:
+    """FP8 is for GPUs, and FP32 there for whole sequences."""
+    possible = capabilities(config.cluster.platform)
+    if config.precision.name == "fp8" and not possible.has_fp8:
         raise ConfigError("precision.name='fp8': needs a GPU with FP8 (H100 or newer); use precision=bf16 on a CPU")
+    context = config.parallel.context
+    if config.precision.name == "fp32" and context > 1 and not possible.has_fp32_context_parallel:
+        raise ConfigError(
+            f"precision.name='fp32', parallel.context={context}: on a GPU no attention kernel divides FP32 sequences; "
+            "use parallel.context=1 or precision=bf16"
+        )
 
 
 def check_samples_of_other_weights(config: Config) -> None:
@@ -99,15 +106,6 @@ def check_shared_memory(config: Config) -> None:
             raise ConfigError(f"{field}: needs rollout.staleness=0 (with 1 it generates while it trains)")
     if colocated and capabilities(config.cluster.platform).can_sleep and not rollout.sleep:
         raise ConfigError("rewards.placement=colocated: engines make room for judges: needs rollout.sleep=true")
-    for field, offload in (
-        ("critic.offload", config.critic.offload),
-        ("optimizer.offload", config.optimizer.offload),
-    ):
-        if offload and config.precision.parameter_gather:
-            raise ConfigError(
-                f"{field}=true: can't move the states of FP8 weights (precision.parameter_gather=true) to the host; "
-                "set one false"
-            )
 
 
 def check_critic(config: Config) -> None:

@@ -109,10 +109,9 @@ def weights(model: Model) -> int:
     """Parameters as stored; with the distributed optimiser, trained ones are in DDP's padded buffers.
 
     FP8 adds Transformer Engine's two copies of the decoder's matrices, one of them transposed, of a byte per element.
-    If the parameters themselves are stored in FP8, the two copies replace the 16-bit parameter.
     """
     stored = storage_bytes(t for chunk in model.chunks for t in (*chunk.module.parameters(), *chunk.module.buffers()))
-    if model.config.fp8 and not model.config.fp8_param:
+    if model.config.fp8:
         matrices = (s.tensor for s in model.shards if "decoder.layers." in s.name and s.tensor.dim() == 2)
         stored += 2 * sum(matrix.numel() for matrix in matrices)
     return stored

@@ -189,8 +189,7 @@ def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) 
     if s.engines not in ("colocated", "disaggregated"):
         raise ConfigError(f"simulate.engines={s.engines!r}: use colocated or disaggregated")
     sizes = settings.read(ParallelConfig, "parallel", raw.parallel, {"recompute": "none"})
-    bf16 = {"name": "bf16", "parameter_gather": False}
-    precision = settings.read(PrecisionConfig, "precision", raw.precision, bf16)
+    precision = settings.read(PrecisionConfig, "precision", raw.precision, {"name": "bf16"})
     hf_config = model_config(raw.model.path)
     world = raw.cluster.ranks
     dtype = DTYPES[raw.precision.name]

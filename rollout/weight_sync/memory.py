@@ -27,12 +27,20 @@ def place_of(device: torch.device, platform: VllmPlatform) -> Place:
 
 
 def share_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The address of all tensors as JSON: their storages, each tensor's place in its storage, and this process."""
+    """The address of all tensors as JSON: their storages, each tensor's place in its storage, and this process.
+
+    Raises RuntimeError for a tensor that keeps its elements elsewhere than in its storage, as quantised ones do.
+    """
     index_of_storage: dict[int, int] = {}
     storages: list[Any] = []
     described = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
+        if storage.nbytes() < tensor.nbytes:
+            raise RuntimeError(
+                f"{name}: a {type(tensor).__name__} of {tensor.nbytes} bytes with a storage of {storage.nbytes()}: "
+                "engines read weights from storages, so they have to be plain tensors"
+            )
         if storage._cdata not in index_of_storage:
             index_of_storage[storage._cdata] = len(storages)
             device = tensor.device.type

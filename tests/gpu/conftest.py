@@ -1,16 +1,18 @@
 """What the GPU checks share: one message where there is no GPU, a tiny model, and this process as the only rank."""
 
-import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ext.parallel import Parallel
 from tests.rollout.twins import Twin
 from tests.settings import optimizer_config, parallel_config, precision_config, schedule_config
 
-TINY = Twin(heads=4, kv_heads=2, vocab=256, tied=False, bias=False, dtype=torch.bfloat16)
+# FP8 with a scale for each block of 128 x 128 needs sizes in multiples of 128, and the kernels of all sizes take these.
+TINY = Twin(heads=8, kv_heads=4, vocab=256, tied=False, bias=False, dtype=torch.bfloat16, intermediate=256)
 OPTIMIZER = optimizer_config(weight_decay=0.1)
 SCHEDULE = schedule_config(0.1)  # far above what BF16 rounds away
 
@@ -28,16 +30,19 @@ def folder(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def layout(gpu: None):
-    """This process as a world of one rank, on NCCL."""
+def layout(gpu: None) -> Iterator[Parallel]:
+    """This process as a world of one rank, on NCCL. What a test starts later is not told that it is a rank."""
     from megatron_ext import parallel, platform
 
-    platform.activate("cuda")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    yield parallel.initialize(parallel_config(), seed=1, timeout_seconds=120)
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in rank.items():
+            environment.setenv(name, value)
+        platform.activate("cuda")
+        here = parallel.initialize(parallel_config(), seed=1, timeout_seconds=120)
+    yield here
     parallel.destroy()
 
 

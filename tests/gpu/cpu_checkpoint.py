@@ -1,7 +1,7 @@
 """The CPU half of the checkpoint test: ``python -m tests.gpu.cpu_checkpoint save|load MODEL_FOLDER FOLDER``.
 
 ``save`` makes one update and a checkpoint, ``load`` reads one; either leaves the weights, by Hugging Face
-name, in ``weights.pt``.
+name, in ``weights.pt``. ``load`` then makes an update.
 """
 
 import os
@@ -30,11 +30,16 @@ def main() -> None:
     hf_checkpoint.load(policy.shards, source)
     optim, schedule = optimizer.build(policy, OPTIMIZER, SCHEDULE, steps=10)
     optim.reload_model_params()
-    if action == "save":
+
+    def update() -> None:
+        """One step with random gradients."""
         draw = torch.Generator().manual_seed(1)
         for parameter in policy.chunks[0].module.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=draw))
         optimizer.step(optim, schedule)
+
+    if action == "save":
+        update()
         saver = checkpoint.Saver(target, keep=1)
         saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(policy, optim, schedule)}, {})
         saver.wait()
@@ -42,6 +47,10 @@ def main() -> None:
         newest = checkpoint.latest(target)
         assert newest is not None and checkpoint.load(newest, policy, optim, schedule) == 1
     torch.save({s.blocks[0].hf_name: s.tensor for s in policy.shards}, target / "weights.pt")
+    if action == "load":
+        loaded = [shard.tensor.clone() for shard in policy.shards]
+        update()
+        assert not all(torch.equal(shard.tensor, old) for shard, old in zip(policy.shards, loaded, strict=True))
     parallel.destroy()
 
 

@@ -13,7 +13,7 @@ from rewards.settings import ClientConfig, Server, SupervisorConfig
 from rewards.verdict import Verdict
 from rewards.verifiers.served import ServedVerifier
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE
-from tests.gpu.test_sleep import free_gib
+from tests.gpu.test_sleep import SEGMENT_GIB, free_gib
 from tests.gpu.test_trainer import loss, micro_batches
 from tests.rewards.fake_server import free_port
 from tests.rewards.test_serve import FIRST_TOKEN, ROW, make_judge
@@ -66,17 +66,19 @@ def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 
 
 def test_a_judges_server_gives_its_memory_back_and_wakes_to_the_same_verdict(judge: Server) -> None:
-    """It is asleep when it is ready; awake it takes its share, twice the same, and nothing is lost on the way."""
+    """It is asleep when it is ready; awake it takes its share, three times the same. Nothing is lost on the way, but
+    for workspaces that the first time creates."""
     asked = ClientConfig(
         concurrency=4, timeout=60, retries=0, backoff=0.1, cooldown=1, outage=0, hedge_after=1e9, max_failed=0
     )
     total = torch.cuda.mem_get_info()[1] / 2**30
     with Client({"judge": judge}, asked) as client:
         verifier = ServedVerifier(FIRST_TOKEN, "judge", judge.model, {}, client)
-        asleep, verdicts = free_gib(), []
-        for _ in range(2):
+        asleep, verdicts, left = free_gib(), [], []
+        for _ in range(3):
             with client.awake():
                 verdicts.append(verifier(ROW, "Put it into boiling water."))
                 assert asleep - free_gib() > 0.7 * SHARE * total
-            assert abs(asleep - free_gib()) < 0.25
-    assert isinstance(verdicts[0], Verdict) and verdicts[0] == verdicts[1]
+            left.append(free_gib())
+    assert left[0] - left[-1] < SEGMENT_GIB
+    assert isinstance(verdicts[0], Verdict) and verdicts[0] == verdicts[1] == verdicts[2]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
 from megatron_ext import forward_backward, model, optimizer, packing, parallel
@@ -13,13 +14,12 @@ from megatron_ext.precision import PrecisionConfig
 from recipes.preflight import memory
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE
 from tests.sequences import PlainSequence, pack
-from tests.settings import precision_config
+from tests.settings import CONF, precision_config
 
 FP8 = {
     "delayed": precision_config("fp8", recipe="delayed", format="hybrid"),
     "current": precision_config("fp8", recipe="current", format="hybrid", bf16_layers=1),
     "blockwise": precision_config("fp8", recipe="blockwise", format="e4m3"),
-    "gathered": precision_config("fp8", recipe="current", format="hybrid", parameter_gather=True),
 }
 DEVICE = torch.device("cuda")
 # A quarter billion parameters in the shapes that FP8 wants.
@@ -49,8 +49,9 @@ LAYERS_72B = LlamaConfig(
     tie_word_embeddings=False,
 )
 TOKENS = 8192
-PEAK_FLOPS = {"bf16": 989e12, "fp8": 1979e12}  # H100 SXM, dense, NVIDIA's data sheet
-LEAST_MFU = {"bf16": 0.40, "fp8": 0.30}
+# What the estimates of a step's time assume of training, and what the preflight keeps free of a GPU's memory.
+SPEED = OmegaConf.load(CONF / "scale" / "h100.yaml").machine
+DEVICE_MEMORY = OmegaConf.load(CONF / "preflight" / "h100.yaml")
 
 
 def build(config: LlamaConfig, layout: parallel.Parallel, precision: PrecisionConfig) -> model.Model:
@@ -107,7 +108,12 @@ def test_fp8_learns_as_bf16_does(name: str, layout: parallel.Parallel, bf16_loss
 
 @pytest.mark.parametrize("name", ["bf16", "blockwise"])
 def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel) -> None:
-    """Weights, gradients, optimiser, activations and logits of one step, within 10 % of the peak."""
+    """Weights, gradients, optimiser, activations and logits of one step.
+
+    A peak above the estimate has to fit into what the preflight keeps free, which NCCL, the sync and fragmentation
+    need too: into half of it, scaled to the size of this model. A peak more than a tenth below would refuse layouts
+    that fit.
+    """
     torch.cuda.empty_cache()
     start = torch.cuda.memory_allocated()
     policy = build(LAYERS_72B, layout, FP8.get(name, precision_config("bf16")))
@@ -126,13 +132,12 @@ def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel
         + memory.logits(policy, shape) + memory.workspace(policy, shape)
     )  # fmt: skip
     print(f"\n{name}: peak {step_peak / 2**30:.2f} GiB, estimate {estimate / 2**30:.2f} GiB")
-    assert abs(step_peak - estimate) < 0.1 * estimate
+    margin = DEVICE_MEMORY.reserve_gib / (DEVICE_MEMORY.device_memory_gib - DEVICE_MEMORY.reserve_gib) / 2
+    assert 0.9 * estimate < step_peak < (1 + margin) * estimate
 
 
-@pytest.mark.parametrize("name", ["bf16", "blockwise"])
-def test_a_block_of_the_72b_model_keeps_the_gpu_busy(name: str, layout: parallel.Parallel) -> None:
-    """Model FLOPs utilisation of forward and backward at one tensor-parallel GPU's shapes, without communication."""
-    precision = FP8.get(name, precision_config("bf16"))
+def seconds_of_a_pass(precision: PrecisionConfig, layout: parallel.Parallel) -> tuple[float, int]:
+    """(seconds, predicting tokens) of a forward and backward pass of the 72B layers."""
     policy = build(LAYERS_72B, layout, precision)
     micro = batch(LAYERS_72B, TOKENS, 1)
     for _ in range(3):
@@ -142,16 +147,26 @@ def test_a_block_of_the_72b_model_keeps_the_gpu_busy(name: str, layout: parallel
     for _ in range(10):
         forward_backward.accumulate_gradients(policy, micro, loss)
     torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / 10
+    return (time.perf_counter() - started) / 10, len(micro[0].predict)
+
+
+def test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout: parallel.Parallel) -> None:
+    """Forward and backward at one tensor-parallel GPU's shapes, without communication.
+
+    In BF16 the model FLOPs utilisation is what the estimates of a step's time assume, else they promise too much. FP8
+    takes less time than BF16, else nobody should turn it on: how much less depends on the share of attention.
+    """
+    bf16_seconds, predicting = seconds_of_a_pass(precision_config("bf16"), layout)
+    fp8_seconds, _ = seconds_of_a_pass(FP8["blockwise"], layout)
     c = LAYERS_72B
     matrices = c.num_hidden_layers * c.hidden_size * (
         (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size
     )  # fmt: skip
     # Causal attention: half of 2 x 2 products of tokens x tokens; the backward pass costs twice the forward.
     attention = c.num_hidden_layers * 2 * TOKENS**2 * c.num_attention_heads * c.head_dim
-    head = c.hidden_size * c.vocab_size * len(micro[0].predict)
+    head = c.hidden_size * c.vocab_size * predicting
     flops = 6 * (matrices * TOKENS + head) + 3 * attention
-    kind = "fp8" if precision.name == "fp8" else "bf16"
-    mfu = flops / seconds / PEAK_FLOPS[kind]
-    print(f"\n{name}: {seconds * 1e3:.1f} ms, {flops / seconds / 1e12:.0f} TFLOP/s, MFU {mfu:.2f}")
-    assert mfu > LEAST_MFU[kind]
+    mfu = flops / bf16_seconds / (SPEED.peak_tflops * 1e12)
+    print(f"\nBF16 {bf16_seconds * 1e3:.1f} ms, MFU {mfu:.2f}; FP8 {fp8_seconds * 1e3:.1f} ms")
+    assert mfu >= SPEED.mfu
+    assert fp8_seconds < bf16_seconds

@@ -52,6 +52,11 @@ def responses(engine: Engine) -> list[PlainResponse]:
     return plain(generate([engine], PROMPTS, SAMPLING, samples_per_prompt=2, seed=5, step=0))
 
 
+# The smallest segment that torch's allocator takes from the device for a tensor of more than 1 MiB: what is lost at
+# each cycle takes at least one.
+SEGMENT_GIB = 20 / 1024
+
+
 def free_gib() -> float:
     return torch.cuda.mem_get_info()[0] / 2**30
 
@@ -59,11 +64,13 @@ def free_gib() -> float:
 def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
     rollout: tuple[Engine, WeightSync],
 ) -> None:
-    """Twice: sleep, wake the weights, sync, wake the key-value cache. No memory is lost on the way."""
+    """Three times: sleep, wake the weights, sync, wake the key-value cache. No memory is lost on the way, but for
+    workspaces that the first time creates."""
     engine, weight_sync = rollout
     before = responses(engine)
     awake = free_gib()
-    for _ in range(2):
+    left = []
+    for _ in range(3):
         engine.call("POST", "/sleep", {})
         assert free_gib() - awake > 0.95 * KV_CACHE_GIB
         with pytest.raises(EngineError, match="asleep: kv_cache, weights"):
@@ -75,7 +82,8 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
             responses(engine)
         engine.call("POST", "/wake", {"tags": ["kv_cache"]})
         assert responses(engine) == before
-        assert abs(free_gib() - awake) < 0.25
+        left.append(free_gib())
+    assert left[0] - left[-1] < SEGMENT_GIB
 
 
 def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(rollout: tuple[Engine, WeightSync]) -> None:

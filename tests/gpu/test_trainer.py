@@ -1,5 +1,6 @@
 """The trainer on one GPU: Transformer Engine layers, NCCL, the distributed optimiser, checkpoints."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,11 @@ def test_the_process_group_is_nccl_and_its_sums_are_exact(layout: parallel.Paral
     assert dist.get_backend(parallel.control_group()) == "gloo"
 
 
+def test_what_the_checks_start_is_not_told_that_it_is_a_rank(layout: parallel.Parallel) -> None:
+    """Else ``recipes.train`` believes that torchrun started it."""
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys() == set()
+
+
 def test_log_probs_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: model.Model) -> None:
     exact = torch.cat(hugging_face(torch.float32)[1]).detach()
     rounded = torch.cat(hugging_face(torch.bfloat16)[1]).detach()
@@ -136,6 +142,13 @@ def step_with_noise(policy: model.Model, optim: object, schedule: object, seed: 
     optimizer.step(optim, schedule)
 
 
+def update_of(optim: object) -> int:
+    """The number of the optimiser's last update, by which FusedAdam corrects its moments."""
+    (inner,) = (each.optimizer for each in optim.chained_optimizers)  # type: ignore[attr-defined]
+    (number,) = {group["step"] for group in inner.param_groups if group["params"]}
+    return number
+
+
 def fresh(folder: Path, layout: parallel.Parallel) -> model.Model:
     built = model.build(hf_checkpoint.config(folder), layout, precision_config())
     hf_checkpoint.load(built.shards, folder)
@@ -171,7 +184,8 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
 def test_a_checkpoint_moves_between_cpu_and_gpu(
     direction: str, folder: Path, layout: parallel.Parallel, tmp_path: Path
 ) -> None:
-    """The weights in the checkpoint differ from the folder's, and arrive on the other platform with the same bits."""
+    """The weights in the checkpoint differ from the folder's, and arrive on the other platform with the same bits.
+    There the optimiser goes on from the step after the checkpoint's."""
 
     def on_the_cpu(action: str) -> None:
         command = [sys.executable, "-m", "tests.gpu.cpu_checkpoint", action, str(folder), str(tmp_path)]
@@ -185,6 +199,12 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(
         newest = checkpoint.latest(tmp_path)
         assert newest is not None
         assert checkpoint.load(newest, here, optim, schedule) == 1
+        loaded = [shard.tensor.clone() for shard in here.shards]
+        step_with_noise(here, optim, schedule, seed=1)
+        assert update_of(optim) == 2
+        assert not all(torch.equal(shard.tensor, old) for shard, old in zip(here.shards, loaded, strict=True))
+        for shard, old in zip(here.shards, loaded, strict=True):
+            shard.tensor.copy_(old)
     else:
         step_with_noise(here, optim, schedule, seed=1)
         saver = checkpoint.Saver(tmp_path, keep=1)

@@ -5,15 +5,19 @@ Sources are read, not imported, so each failure names the spot that an upgrade m
 
 import ast
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import distribution, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ext import platform
+from megatron_ext.platform import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 Results = Callable[[str], list[dict[str, Any]]]
@@ -203,6 +207,15 @@ def test_every_patch_is_listed_and_every_listed_patch_is_made() -> None:
     assert isinstance(listed, ast.Dict)
     names = [name for key in listed.keys if key is not None for name in ast.literal_eval(key).split(" / ")]
     assert assigned == {name.rpartition(".")[2] for name in names}
+
+
+def test_the_cpu_platform_is_activated_before_transformer_engine_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on it can't be imported. (tests/te trains and saves on this platform where it is installed.)"""
+    monkeypatch.setitem(sys.modules, cpu.TRANSFORMER_ENGINE, ModuleType(cpu.TRANSFORMER_ENGINE))
+    compiled = torch.compile
+    with pytest.raises(RuntimeError, match="Transformer Engine is imported already"):
+        cpu.activate()
+    assert torch.compile is compiled
 
 
 def test_an_unknown_platform_is_refused() -> None:

@@ -33,23 +33,23 @@ def transformer_config(precision: PrecisionConfig) -> Any:
         (
             precision_config("fp8", recipe="delayed", format="hybrid"),
             {
-                "fp8": "hybrid", "fp8_recipe": Fp8Recipe.delayed, "fp8_param": False, "first_last_layers_bf16": False,
+                "fp8": "hybrid", "fp8_recipe": Fp8Recipe.delayed, "first_last_layers_bf16": False,
                 "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max",
             },
         ),
         (
             precision_config("fp8", recipe="current", format="hybrid", bf16_layers=2),
             {
-                "fp8": "hybrid", "fp8_recipe": Fp8Recipe.tensorwise, "fp8_param": False, "first_last_layers_bf16": True,
+                "fp8": "hybrid", "fp8_recipe": Fp8Recipe.tensorwise, "first_last_layers_bf16": True,
                 "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 2,
             },
         ),
         (
-            precision_config("fp8", recipe="blockwise", format="e4m3", parameter_gather=True),
-            {"fp8": "e4m3", "fp8_recipe": Fp8Recipe.blockwise, "fp8_param": True, "first_last_layers_bf16": False},
+            precision_config("fp8", recipe="blockwise", format="e4m3"),
+            {"fp8": "e4m3", "fp8_recipe": Fp8Recipe.blockwise, "first_last_layers_bf16": False},
         ),
-        (precision_config("bf16"), {"fp8": None, "fp8_param": False}),
-        (precision_config("fp32"), {"fp8": None, "fp8_param": False}),
+        (precision_config("bf16"), {"fp8": None}),
+        (precision_config("fp32"), {"fp8": None}),
     ],
     ids=lambda value: f"{value.name}-{value.recipe}" if isinstance(value, PrecisionConfig) else "",
 )  # fmt: skip
@@ -58,8 +58,22 @@ def test_every_field_reaches_megatron_core(precision: PrecisionConfig, expected:
     assert {name: getattr(config, name) for name in expected} == expected
     dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
     assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (dtype, dtype, dtype is torch.bfloat16)
-    assert precision.ddp_options() == {"fp8_param_gather": precision.parameter_gather}
-    assert precision.token_multiple == (16 if precision.name == "fp8" else 1)
+    # Weights stay in BF16: Hugging Face's blocks can't be written into FP8 tensors, and engines can't read them there.
+    assert not config.fp8_param
+
+
+@pytest.mark.parametrize(
+    ("precision", "multiple"),
+    [
+        (precision_config("bf16"), 1),
+        (precision_config("fp32"), 1),
+        (precision_config("fp8", recipe="delayed", format="hybrid"), 16),
+        (precision_config("fp8", recipe="current", format="hybrid"), 16),
+        (precision_config("fp8", recipe="blockwise", format="e4m3"), 128),
+    ],
+)
+def test_the_tokens_of_a_rank_fill_blocks(precision: PrecisionConfig, multiple: int) -> None:
+    assert precision.token_multiple == multiple
 
 
 @pytest.mark.parametrize(

@@ -215,14 +215,14 @@ IMPOSSIBLE = [
     (["critic.learning_rate=0"], "critic.learning_rate", "0", "in (0, 1]"),
     (["critic.path=nowhere"], "critic.path", "nowhere", "null for the policy's"),
     (["algorithm.value_clip=0"], "algorithm.value_clip", "0", "above 0"),
-    (
-        ["critic.offload=true", "precision=fp8", "cluster.platform=cuda", "precision.parameter_gather=true"],
-        "critic.offload",
-        "true",
-        "set one false",
-    ),
     (["precision.name=fp4"], "precision.name", "fp4", "use one of bf16, fp32, fp8"),
     (["precision=fp8"], "precision.name", "fp8", "precision=bf16 on a CPU"),
+    (
+        ["precision=fp32", "parallel.context=2", "cluster.ranks=4", "cluster.platform=cuda"],
+        "precision.name",
+        "fp32",
+        "parallel.context=1 or precision=bf16",
+    ),
     (
         ["precision=fp8", "cluster.platform=cuda", "precision.recipe=x"],
         "precision.recipe",
@@ -333,12 +333,6 @@ IMPOSSIBLE = [
         "rewards.placement",
         "colocated",
         "rollout.sleep=true",
-    ),
-    (
-        ["optimizer.offload=true", "precision=fp8", "cluster.platform=cuda", "precision.parameter_gather=true"],
-        "optimizer.offload",
-        "true",
-        "set one false",
     ),
     (["data.max_prompt_tokens=0"], "data.max_prompt_tokens", "0", "above 0"),
     (["data.evaluation_samples=-1"], "data.evaluation_samples", "-1", "use 0 or more"),

@@ -11,7 +11,7 @@ from megatron_ext.blocks import Block, Shard
 
 @dataclass(frozen=True)
 class Twin:
-    """A tiny model: how many heads, whether the embedding is tied, whether attention has biases."""
+    """A tiny model: how many heads, whether the embedding is tied, whether attention has biases, feed-forward size."""
 
     heads: int
     kv_heads: int
@@ -19,11 +19,12 @@ class Twin:
     tied: bool
     bias: bool
     dtype: torch.dtype
+    intermediate: int = 160
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
             hidden_size=32 * self.heads,
-            intermediate_size=160,
+            intermediate_size=self.intermediate,
             num_hidden_layers=2,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
