@@ -15,7 +15,7 @@ export GLOO_SOCKET_IFNAME=ib0
 
 # Data goes over the adapters. "mlx5" would be a prefix, which takes storage and Ethernet adapters too; "=" names them exactly.
 # On a DGX H100 mlx5_1, mlx5_2, mlx5_7 and mlx5_8 are not of the compute network (NVIDIA DGX H100 user guide, "Network Ports").
-export NCCL_IB_HCA==mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11
+export NCCL_IB_HCA="=mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11"
 
 # Where a cable that is unplugged for a moment must not end the run. An operation waits 4.096 us x 2^timeout for its
 # acknowledgement, and is sent retry_cnt times. NCCL's defaults are 20 (4 s) and 7.
