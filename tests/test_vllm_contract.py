@@ -13,6 +13,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import runpy
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ import pytest
 
 from rollout import vllm_platform
 from rollout.engine import environment
-from setup import read_pins
 from tests.settings import engine_settings
 
 ROOT = Path(__file__).resolve().parents[1]
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 RECORD = ROOT / "tests" / "data" / "vllm_gpu_wheel.json"
 OURS = list((ROOT / "rollout").rglob("*.py"))
 # The files of vLLM that our calls go into, or that decide what a GPU does with them.
@@ -138,7 +139,7 @@ def calls(pattern: str) -> Iterator[tuple[str, ast.Call]]:
 
 def test_the_installed_files_are_the_gpu_wheels() -> None:
     recorded = json.loads(RECORD.read_text())
-    version = read_pins(ROOT / "pins.txt")["vllm"]
+    version = SETUP["read_pins"](ROOT / "pins.txt")["vllm"]
     assert recorded["wheel"].startswith(f"vllm-{version}-"), "renew the record, as the docstring of this file says"
     assert tuple(recorded["sha256"]) == CONTRACT
     found = {file: hashlib.sha256(installed(file).read_bytes()).digest() for file in CONTRACT}

@@ -210,7 +210,7 @@ def test_every_patch_is_listed_and_every_listed_patch_is_made() -> None:
 
 
 def test_the_cpu_platform_is_activated_before_transformer_engine_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From then on it can't be imported. (tests/te trains and saves on this platform where it is installed.)"""
+    """From then on it can't be imported."""
     monkeypatch.setitem(sys.modules, cpu.TRANSFORMER_ENGINE, ModuleType(cpu.TRANSFORMER_ENGINE))
     compiled = torch.compile
     with pytest.raises(RuntimeError, match="Transformer Engine is imported already"):
