@@ -24,6 +24,7 @@ SLURM = "tests/slurm/"
 # Files that share a Slurm cluster, or what ranks computed. A process takes all of them.
 SHARING = {
     SLURM: "cluster",
+    "tests/te/": "ranks with a fake GPU",
     "tests/megatron_ext/test_checkpoint": "ranks that save",
     "tests/megatron_ext/test_collectives.py": "text ranks",
     "tests/megatron_ext/test_hf_checkpoint.py": "text ranks",
