@@ -124,9 +124,11 @@ def _fake_torch(device: torch.device) -> None:
         module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.Generator = _Generator  # type: ignore[misc]
     torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None  # type: ignore[attr-defined]
-    # What backward passes call, too: the mode does not reach into them.
-    for name in FACTORIES:
-        setattr(torch, name, _placed(getattr(torch, name), device))
+    # What backward passes call, too: the mode does not reach into them. On "meta" there are none, and torch.device as a
+    # context knows the factories by identity.
+    if device.type == "cpu":
+        for name in FACTORIES:
+            setattr(torch, name, _placed(getattr(torch, name), device))
     torch.Tensor.to = _placed(torch.Tensor.to, device)  # type: ignore[method-assign]
     torch.Tensor.cuda = torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[assignment]
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
