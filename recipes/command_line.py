@@ -57,6 +57,17 @@ def from_command_line(hydra_main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+def with_group(arguments: Sequence[str], group: str, default: str) -> list[str]:
+    """The arguments with a Hydra group that the configuration of a run does not have: the file that ``group=FILE``
+    names, else the ``default`` one."""
+    if any(argument.startswith(f"{group}=") for argument in arguments):
+        return [f"+{argument}" if argument.startswith(f"{group}=") else argument for argument in arguments]
+    overrides = (i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
+    # Hydra wants all overrides next to each other.
+    at = next(overrides, len(arguments))
+    return [*arguments[:at], f"+{group}={default}", *arguments[at:]]
+
+
 def split_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The ``name=value`` arguments of these names, and the others in their order."""
     own = {}

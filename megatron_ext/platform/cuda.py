@@ -1,6 +1,5 @@
 """CUDA: NCCL, Transformer Engine modules, fused kernels. Unproven until run on a GPU, see docs/gpu_checks.md."""
 
-import importlib.util
 import os
 from typing import Any
 
@@ -31,9 +30,9 @@ def activate() -> None:
 
 def _use_torch_s_cudnn() -> None:
     """Have Transformer Engine load the cuDNN that torch brings; it looks into CUDNN_HOME first, then into toolkits."""
-    spec = importlib.util.find_spec("nvidia.cudnn")
-    if spec is not None and spec.submodule_search_locations:
-        os.environ["CUDNN_HOME"] = next(iter(spec.submodule_search_locations))
+    folder = features.cudnn_folder()
+    if folder is not None:
+        os.environ["CUDNN_HOME"] = folder
 
 
 def device() -> torch.device:

@@ -1,5 +1,6 @@
 """What each platform can do. Needs no torch: a configuration is checked before anything large is imported."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,3 +109,11 @@ def peak_flops(device_name: str) -> float | None:
         if words.issuperset(wanted):
             return flops
     return None
+
+
+def cudnn_folder() -> str | None:
+    """The folder of the cuDNN that torch brings, None where a container brings it elsewhere."""
+    spec = importlib.util.find_spec("nvidia.cudnn")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(iter(spec.submodule_search_locations))

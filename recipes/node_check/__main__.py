@@ -16,31 +16,20 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_ext.platform import capabilities
-from recipes.command_line import from_command_line
+from megatron_ext.platform import capabilities, features
+from recipes.command_line import from_command_line, with_group
 from recipes.node_check import checks, clock
 from recipes.node_check.checks import Bad, NotChecked
 from recipes.node_check.settings import Settings
 
 NVIDIA_SMI_SECONDS = 60
-GROUP = "node_check"
-
-
-def command_line(arguments: list[str]) -> list[str]:
-    """The arguments with Hydra's group ``node_check`` added, which the configuration of a run does not have."""
-    if any(argument.startswith(f"{GROUP}=") for argument in arguments):
-        return [f"+{a}" if a.startswith(f"{GROUP}=") else a for a in arguments]
-    overrides = (i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-"))
-    # Hydra wants all overrides next to each other.
-    at = next(overrides, len(arguments))
-    return [*arguments[:at], f"+{GROUP}=h100", *arguments[at:]]
+# Hydra's group of the settings, and its file by default.
+GROUP, DEFAULT = "node_check", "h100"
 
 
 def settings_of(raw: DictConfig) -> Settings:
@@ -84,7 +73,7 @@ def node_checks(settings: Settings, has_gpus: bool, gpus: int) -> Iterator[Calla
     """The checks that apply, with what they look at."""
     if has_gpus:
         yield from gpu_checks(settings, gpus)
-        yield lambda: checks.one_cudnn(os.environ, own=cudnn_folder())
+        yield lambda: checks.one_cudnn(os.environ, own=features.cudnn_folder())
         yield lambda: checks.compiler(shutil.which, checks.python_header(sysconfig.get_path("include")))
     yield lambda: checks.host_memory(
         checks.memory_limit(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text()),
@@ -138,12 +127,6 @@ def nvidia_smi(*arguments: str) -> str:
     return done.stdout
 
 
-def cudnn_folder() -> str | None:
-    """The folder of the cuDNN that torch brings, None where a container brings it elsewhere."""
-    spec: Any = find_spec("nvidia.cudnn")
-    return spec.submodule_search_locations[0] if spec is not None else None
-
-
 def compare_clocks(settings: Settings) -> str:
     """This node's clock against the first node's. The first one answers all others and finds those that do not come."""
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
@@ -167,5 +150,5 @@ def compare_clocks(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = command_line(sys.argv[1:])
+    sys.argv[1:] = with_group(sys.argv[1:], GROUP, DEFAULT)
     from_command_line(main)

@@ -17,9 +17,9 @@ import hydra
 from omegaconf import DictConfig
 
 from megatron_ext.platform import capabilities
-from recipes.command_line import from_command_line
+from recipes.command_line import from_command_line, with_group
 from recipes.launch.slurm import adopt_step
-from recipes.node_check.__main__ import command_line, node_name, settings_of
+from recipes.node_check.__main__ import DEFAULT, GROUP, node_name, settings_of
 from recipes.node_check.settings import Settings
 from recipes.run.failure import Place, explain
 
@@ -182,5 +182,5 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = command_line(sys.argv[1:])
+    sys.argv[1:] = with_group(sys.argv[1:], GROUP, DEFAULT)
     from_command_line(main)

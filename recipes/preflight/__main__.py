@@ -19,21 +19,11 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.command_line import from_command_line
+from recipes.command_line import from_command_line, with_group
 from recipes.preflight import stages, view
 from recipes.preflight.checks import examine
 from recipes.preflight.report import Report, Settings
 from recipes.run.logs import quiet
-
-
-def command_line(arguments: list[str]) -> list[str]:
-    """The arguments with Hydra's group ``preflight`` added, which the configuration of a run does not have."""
-    if any(argument.startswith("preflight=") for argument in arguments):
-        return [f"+{a}" if a.startswith("preflight=") else a for a in arguments]
-    overrides = (i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-"))
-    # Hydra wants all overrides next to each other.
-    at = next(overrides, len(arguments))
-    return [*arguments[:at], "+preflight=h100", *arguments[at:]]
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
@@ -62,5 +52,5 @@ def report_of(arguments: list[str], settings: Settings, say: Callable[[str], Non
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = command_line(sys.argv[1:])
+    sys.argv[1:] = with_group(sys.argv[1:], "preflight", "h100")
     from_command_line(main)

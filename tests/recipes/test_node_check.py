@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes.command_line import with_group
 from recipes.node_check import __main__ as program
 from recipes.node_check import checks, clock, links
 from recipes.node_check.checks import GIB, Bad, NotChecked
@@ -262,8 +263,15 @@ def test_the_gpu_checks_ask_nvidia_smi(fake_nvidia_smi: Path, monkeypatch: pytes
 
 
 def test_the_command_line_gets_the_group() -> None:
-    assert program.command_line(["recipe=demo", "seed=2"]) == ["+node_check=h100", "recipe=demo", "seed=2"]
-    assert program.command_line(["recipe=demo", "node_check=own"]) == ["recipe=demo", "+node_check=own"]
+    assert with_group(["recipe=demo", "seed=2"], program.GROUP, program.DEFAULT) == [
+        "+node_check=h100",
+        "recipe=demo",
+        "seed=2",
+    ]
+    assert with_group(["recipe=demo", "node_check=own"], program.GROUP, program.DEFAULT) == [
+        "recipe=demo",
+        "+node_check=own",
+    ]
 
 
 @given(st.integers(min_value=0, max_value=40))

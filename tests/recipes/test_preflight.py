@@ -96,7 +96,7 @@ import json, sys
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from recipes.preflight import checks, stages
-from recipes.preflight.__main__ import command_line
+from recipes.command_line import with_group
 from recipes.preflight.report import Settings
 from dataclasses import asdict
 
@@ -106,7 +106,7 @@ ASIDE = ["preflight.files=elsewhere", "preflight.costs=null"]
 propose, propose_layouts = checks.alternatives.propose, checks.alternatives.propose_layouts
 
 def examine(overrides):
-    raw = compose("config", command_line(overrides))
+    raw = compose("config", with_group(overrides, "preflight", "h100"))
     settings = Settings(**OmegaConf.to_container(raw.preflight))
     run = OmegaConf.masked_copy(raw, [key for key in raw if key != "preflight"])
     of_the_run = [override for override in overrides if not stages.OWN.match(override)]
