@@ -5,7 +5,7 @@ Pure functions of the verifiers' results. The multiplier's state is JSON, for th
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 from rewards import mixing
@@ -18,9 +18,9 @@ def group_rewards(
 ) -> list[float | None]:
     """The rewards of a prompt's samples; None where a weighted verifier failed. ``group``: one mapping per sample.
 
-    With ``normalise`` "group" the scores of each verifier are first normalised to mean 0 and (population) standard
-    deviation 1 over the group's samples with a reward, so that the spread of a verifier's scores does not change its
-    weight. Equal scores become exactly 0.
+    With ``normalise`` "group" the scores of each verifier are first normalised to mean 0 and standard deviation 1 (with
+    n − 1) over the group's samples with a reward, so that the spread of a verifier's scores does not change its weight.
+    Equal scores become exactly 0.
 
     The score of the verifier ``gate``, if the mix has it, multiplies the sum: r_format · (0.1·r_format + 0.9·r_acc +
     λ·r_reliability) (Deliberative Searcher, arXiv 2507.16727).
@@ -39,7 +39,7 @@ def group_rewards(
         scores = [_score(group[i][name]) for i in rewarded]
         if len(set(scores)) > 1:
             mean = fmean(scores)
-            deviation = pstdev(scores)
+            deviation = stdev(scores)
             for i, score in zip(rewarded, scores, strict=True):
                 rewards[i] = (rewards[i] or 0.0) + weight * (score - mean) / deviation
     return rewards

@@ -78,6 +78,7 @@ read_job() {
 # A requeued job resumes what its earlier start prepared; it does not resume what an older job left in the run's folder.
 # The modification time of the file $prepared is that of the last start of the ranks.
 read_restarts() {
+  resumes=false
   restarts=${SLURM_RESTART_COUNT:-0}
   max_restarts=${MAX_RESTARTS:-20}
   prepared=slurm-$SLURM_JOB_ID.prepared
@@ -85,6 +86,7 @@ read_restarts() {
   if ((restarts == 0)); then
     rm -f "$prepared"
   elif [[ -e $prepared ]]; then
+    resumes=true
     hydra+=(resume=true overwrite=false) # the first start has moved aside what overwrite=true asks for
     echo "restart $restarts of at most $max_restarts: resumes"
   fi
@@ -358,7 +360,8 @@ run_job() {
   trap on_exit EXIT
   trap on_sigusr1 USR1
   check_nodes
-  run_once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
+  # A start that resumes has the settings that the preflight of an earlier start has checked.
+  [[ $resumes == true ]] || run_once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
   run_once -m recipes.launch.claim "${hydra[@]}" # before the servers take minutes and write into the run's folder
   start_servers
   run_once -m recipes.prepare "${hydra[@]}"

@@ -21,6 +21,7 @@ from recipes.config import Config, generates, parse, samples_per_step
 from recipes.data.rows import PROMPT_FIELDS
 from recipes.data.source_spec import source_names
 from recipes.errors import ConfigError
+from recipes.launch.claim import check_folder
 from recipes.launch.requirements import check_parts, check_supervised
 from recipes.preflight import alternatives, memory_plan
 from recipes.preflight.architecture import config_file, model_config, published_config, published_file
@@ -40,7 +41,7 @@ CHECKPOINT_BYTES = 14
 # Of a token's text in samples.jsonl (our estimate).
 SAMPLE_BYTES = 5
 # The checks before those of the model's shape.
-FILES = ("data_and_rewards", "environment", "judges", "model", "tokenizer")
+FILES = ("run_folder", "data_and_rewards", "environment", "judges", "model", "tokenizer")
 ELSEWHERE_TEXT = "on another machine (preflight.files=elsewhere); there, run the preflight without it"
 WEIGHTS = "*.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -97,6 +98,7 @@ def examine_parsed(
         raw = raw.copy()
         raw.model.path = base_model
         report.model = Path(base_model).name
+    report.check("run_folder", lambda: run_folder(config, settings))
     report.check("data_and_rewards", lambda: data_and_rewards(config))
     report.check("environment", lambda: environment(config))
     check_judges(config, settings, report)
@@ -128,6 +130,17 @@ def check_settings(settings: Settings) -> None:
             raise ConfigError(f"preflight.{name}={getattr(settings, name)!r}: use one of {', '.join(allowed)}")
     if settings.nodes is not None and settings.nodes < 1:
         raise ConfigError(f"preflight.nodes={settings.nodes}: use 1 or more, or null")
+
+
+def run_folder(config: Config, settings: Settings) -> str:
+    """Whether a launch may use the run's folder: it deletes nothing, and a resumed run stays the same experiment."""
+    if settings.files == ELSEWHERE:
+        raise NotChecked(ELSEWHERE_TEXT)
+    changes = check_folder(config)
+    if not config.resume:
+        return f"{config.run_dir} holds no results"
+    changed = "; ".join(map(str, changes)) or "nothing changes"
+    return f"{config.run_dir} is resumed: {changed}"
 
 
 def data_and_rewards(config: Config) -> str:

@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 
 from recipes.errors import ConfigError
 from recipes.launch.pipeline import common_arguments, stage_launch
+from recipes.run import records
+from recipes.run.folder import is_run
 
 OWN = re.compile(r"\+*preflight[.=]")
 # What one stage of a chain has and another has not.
@@ -17,7 +19,8 @@ OF_A_STAGE = ("stage=", "stage.after=", "stage.ladder=", "run_dir=")
 
 
 def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
-    """The command line of each launch, without the preflight's own overrides.
+    """The command line of each launch, without the preflight's own overrides. Finished stages of a resumed ladder are
+    not launched.
 
     Args:
         raw: the composed configuration of ``arguments``.
@@ -27,18 +30,24 @@ def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     if not raw.stage.ladder:
         return [of_the_run]
     folder = Path(raw.run_dir)
-    found = []
+    stage_launches = []
     previous = None
     for name in raw.stage.ladder:
+        begun = raw.resume and is_run(folder / name)
+        finished = raw.resume and (folder / name / records.FINISHED).is_file()
+        given = [*of_the_run, f"resume={begun}"]
         try:
-            stage_arguments, _ = stage_launch(name, of_the_run, folder, previous)
+            stage_arguments, _ = stage_launch(name, given, folder, previous)
         except ConfigError:
             # Its own report says what is wrong.
-            stage_arguments = common_arguments(name, of_the_run, folder)
-        found.append(stage_arguments)
+            stage_arguments = common_arguments(name, given, folder)
+        # With it, the launch moves aside the folder of the ladder, and the stages' folders with it.
+        stage_arguments.append(f"overwrite={raw.overwrite}")
+        if not finished:
+            stage_launches.append(stage_arguments)
         if compose("config", overrides=stage_arguments).stage.evaluates:
             previous = name
-    return found
+    return stage_launches
 
 
 def base_model(raw: DictConfig, arguments: Sequence[str]) -> str | None:

@@ -19,6 +19,8 @@ from recipes.config import Config, parse
 from recipes.preflight import checks, cost, stages
 from recipes.preflight.architecture import published_file
 from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Report, Settings
+from recipes.run import folder as run_folder
+from recipes.run import records
 from rewards import registry
 from tests import warm
 from tests.recipes import tiny
@@ -392,8 +394,9 @@ def test_a_ladder_is_checked_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_could_not_be_looked_at_is_counted_and_says_how_to_check_it(reports: Reports) -> None:
     missing = not_checked(reports["7b"])
     judges = [f"judge {name}" for name in ("safety", "value", "knowledge")]
-    assert sorted(missing) == sorted([*judges, "model", "tokenizer", "images", "prompts", "disk_space"])
-    for name in (*judges, "model", "disk_space"):
+    files = ("run_folder", "model", "tokenizer", "images", "prompts", "disk_space")
+    assert sorted(missing) == sorted([*judges, *files])
+    for name in (*judges, "run_folder", "model", "disk_space"):
         assert "on another machine" in missing[name]
 
 
@@ -495,6 +498,44 @@ def test_a_folder_with_a_configuration_alone_lacks_weights_and_a_tokenizer(
         assert result("model", partial(checks.model, config, settings, str(tmp_path)))[0] == state
         assert result("tokenizer", partial(checks.tokenizer, config))[0] == NOT_CHECKED
         assert checks.config_file(config.model.path) == tmp_path / "config.json"
+
+
+def test_a_run_folder_is_refused_as_the_launch_would_refuse_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def of(*overrides: str) -> tuple[str, str]:
+        config, settings = run(monkeypatch, "recipe=demo", *overrides)
+        return result("run_folder", lambda: checks.run_folder(config, settings))
+
+    folder = tmp_path / "run"
+    assert of(f"run_dir={folder}") == (HOLDS, f"{folder} holds no results")
+    assert of(f"run_dir={folder}", "preflight.files=elsewhere")[0] == NOT_CHECKED
+    assert not folder.exists()
+    folder.mkdir()
+    run_folder.mark(folder)
+    (folder / "metrics.jsonl").write_text("{}")
+    state, detail = of(f"run_dir={folder}")
+    assert state == FAILS and "resume=true" in detail and "overwrite=true" in detail
+    assert of(f"run_dir={folder}", "overwrite=true")[0] == HOLDS
+    assert of(f"run_dir={folder}", "resume=true")[0] == HOLDS
+
+
+def test_a_resumed_ladder_is_checked_from_its_first_unfinished_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for stage, file in (("sft", records.FINISHED), ("judge", records.FINISHED), ("rl_general", "metrics.jsonl")):
+        (tmp_path / stage).mkdir()
+        run_folder.mark(tmp_path / stage)
+        (tmp_path / stage / file).write_text("{}")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        arguments = ["recipe=ladder_demo", "+preflight=h100", f"run_dir={tmp_path}", "resume=true"]
+        launches = stages.launches(compose("config", arguments), arguments)
+        composed = [compose("config", overrides) for overrides in launches]
+    assert [(raw.stage.name, raw.stage.after, raw.resume) for raw in composed] == [
+        ("rl_general", "sft", True),
+        ("rl_safety", "rl_general", False),
+        ("rl_efficient", "rl_safety", False),
+        ("rl_search", "rl_efficient", False),
+    ]
 
 
 def test_disk_space_counts_checkpoints_exports_and_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_group_normalisation_is_the_formula_and_does_not_see_the_scale() -> None
 
     def normal(values: list[float]) -> list[float]:
         mean = sum(values) / len(values)
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
         return [(v - mean) / deviation for v in values]
 
     assert found == pytest.approx([x + 0.5 * y for x, y in zip(normal(a), normal(b), strict=True)])
@@ -46,7 +46,10 @@ def test_group_normalisation_is_the_formula_and_does_not_see_the_scale() -> None
 def test_equal_scores_give_exactly_zero_and_a_failed_sample_is_not_in_the_mean() -> None:
     weights = {"a": 1.0, "b": 1.0}
     group = [verdicts(a=0.1, b=0.0), verdicts(a=0.1, b=1.0), verdicts(a=0.1, b=None), verdicts(a=None, b=1.0)]
-    assert group_rewards(group, weights, "group") == [-1.0, 1.0, None, None]
+    # The scores 0 and 1 have the mean 1/2 and the standard deviation 1/√2.
+    one = pytest.approx(1 / math.sqrt(2))
+    minus_one = pytest.approx(-1 / math.sqrt(2))
+    assert group_rewards(group, weights, "group") == [minus_one, one, None, None]
     assert group_rewards([verdicts(a=0.1, b=0.3)] * 3, weights, "group") == [0.0] * 3
 
 

@@ -1,4 +1,4 @@
-"""GRPO's advantages, in the middle of whose computation a job is held until something happens to it."""
+"""GRPO's advantages, in the middle of whose computation a job's first start is held until it is preempted."""
 
 import os
 import time
@@ -12,16 +12,15 @@ from recipes.algorithms.advantages import grpo as unheld
 from recipes.run import preemption
 
 calls = count(1)
-HELD_STEP = 2  # of each start of the job
-FREE_START = 3  # of the job, the first being 0: nothing happens to it any more
+HELD_STEP = 2
 
 
 def grpo(inputs: AdvantageInputs, *, advantage_epsilon: float) -> Tensor:
-    """Until SIGUSR1 arrives on this rank, or its node is lost. ``held-START`` says that rank 0 has come so far."""
-    start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if next(calls) == HELD_STEP and start < FREE_START:
+    """In step 2 wait until SIGUSR1 arrives on this rank. The file ``held`` says that rank 0 waits."""
+    is_first_start = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    if next(calls) == HELD_STEP and is_first_start:
         if os.environ["RANK"] == "0":
-            Path(f"held-{start}").touch()
+            Path("held").touch()
         while not preemption.preemption_requested():
             time.sleep(0.05)
     return unheld(inputs, advantage_epsilon=advantage_epsilon)

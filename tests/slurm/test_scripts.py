@@ -234,6 +234,7 @@ def test_a_preempted_job_that_asked_for_no_signal_begins_again(slurm: Cluster, p
     assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
     assert [(start, resumes) for start, resumes, _ in starts(project, job)] == [(0, False), (1, True)]
+    assert [call["start"] for call in calls(project) if call["module"] == "recipes.preflight"] == [0]
     assert "requeued (restart 1 of at most 20): it is preempted" in log(project, job)
 
 

@@ -1,6 +1,8 @@
 """The job scripts on the real Slurm with the real programs: Megatron-Core, vLLM's engines and a judge on its nodes."""
 
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,19 @@ from tests.slurm.test_scripts import log, sbatch
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 900
-STEPS = 6
-# Of the job's starts, the first does steps 1 and 2, the second 3 and 4; the third loses 5 and 6, which the fourth does.
+SFT_STEPS = 60
+RL_STEPS = 4
+# The first start of the RL job makes the steps 1 and 2, the second 3 and 4.
 HELD = ("algorithm.advantage=tests.slurm.held.grpo", "checkpoint.every_steps=100")
-SFT = ("stage=sft", "stage.sft.epochs=null", "stage.evaluates=false", "parallel=tp2_sp")
-RL = ("stage=rl_safety", "stage.evaluates=false", "parallel=tp2_sp", "rollout.engines=2", f"algorithm.steps={STEPS}")
+SFT = (
+    "stage=sft",
+    "stage.sft.epochs=null",
+    f"stage.sft.steps={SFT_STEPS}",
+    "stage.evaluates=false",
+    "parallel=tp2_sp",
+    "checkpoint.every_steps=5",
+)
+RL = ("stage=rl_safety", "stage.evaluates=false", "parallel=tp2_sp", "rollout.engines=2", f"algorithm.steps={RL_STEPS}")
 JUDGE = "a_judge"
 
 
@@ -70,64 +80,86 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def time_limit(slurm: Cluster, project: Path, job: str) -> None:
+def checkpoint_steps(folder: Path) -> list[int]:
+    return [event["step"] for event in records.read_events(folder / "events.jsonl") if event["kind"] == "checkpoint"]
+
+
+def stop_a_rank(slurm: Cluster, job: str, folder: Path, restarts: int) -> int:
+    """Stop rank 3 of this start of the job in the middle of a step, after the start's first checkpoint; its pid."""
+
+    def rank() -> int | None:
+        processes = slurm.processes_with("\0SLURM_PROCID=3\0")
+        return min((pid for pid, command in processes.items() if "recipes.train" in command), default=None)
+
+    slurm.wait_for("the start", lambda: slurm.field(job, "Restarts") == str(restarts), SECONDS)
+    before = len(checkpoint_steps(folder))
+    pid = slurm.wait_for("rank 3", rank, SECONDS)
+    slurm.wait_for("a checkpoint", lambda: len(checkpoint_steps(folder)) > before, SECONDS)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def meet_the_time_limit(slurm: Cluster, project: Path, job: str, stopped: int) -> None:
     """It is as near as the job script's --signal says. Slurm looks at limits every 30 s."""
     slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+15minutes").check_returncode()
     slurm.wait_for("the signal", lambda: "preemption requested by Slurm" in log(project, job), SECONDS)
+    os.kill(stopped, signal.SIGCONT)
     next_limit = ("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # refused while the job is completing
     slurm.wait_for("the next start's limit", lambda: slurm.run(*next_limit).returncode == 0, SECONDS)
 
 
-def preemption(slurm: Cluster, project: Path, job: str) -> None:
+def preempt(slurm: Cluster, project: Path, job: str) -> None:
     """A job of a higher priority needs the nodes."""
     urgent = sbatch(slurm, project, "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
     assert slurm.wait_for_end(urgent, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
 
 
 @pytest.mark.timeout(3 * SECONDS)
-def test_a_ladder_whose_job_meets_its_limit_is_preempted_and_loses_a_node_equals_plain_launches(
+def test_a_ladder_whose_jobs_meet_a_limit_lose_a_node_and_are_preempted_equals_plain_launches(
     slurm: Cluster, project: Path
 ) -> None:
-    """SFT on four nodes; after it RL on two, whose ranks are one tensor-parallel group with an engine on each, and a
-    judge on a third. Each of three things happens in the middle of a step of the RL job, which goes on by itself: from
-    the step in whose middle it was, or, without a node, from the former checkpoint. What waits for its end goes on
-    waiting. Metrics, samples and weights are those of one machine that was never disturbed, bit for bit."""
+    """SFT has two nodes with two ranks each. After it, RL has two nodes, whose ranks are one tensor-parallel
+    group with an engine on each, and a third for the judge. In the middle of a step the SFT meets its time limit,
+    and later loses a node; the RL is preempted. The jobs go on by themselves: from the step in whose middle they
+    were, or, without a node, from the former checkpoint. What waits for their end goes on waiting. Metrics,
+    samples and weights are those of one machine that was never disturbed, bit for bit."""
     twin = project / "twin"
     sft, rl = twin / "sft", twin / "rl"
-    train, node = "slurm/train.sh", "--ntasks-per-node=1"
-    first = sbatch(slurm, project, "--nodes=4", node, train, *tiny.overrides(twin, sft, *SFT))
+    train = "slurm/train.sh"
+    two_ranks, one_rank = (("--nodes=2", f"--ntasks-per-node={ranks}") for ranks in (2, 1))
+    first = sbatch(slurm, project, *two_ranks, train, *tiny.overrides(twin, sft, *SFT), SLURM_WAIT="1")
     after_sft = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
     job = sbatch(
-        slurm, project, *after_sft, "--nodes=2", node, ":", *after_sft, "--nodes=1", node, train,
-        *rl_after(sft, rl, "rewards=judged", *HELD), SLURM_WAIT="1",
+        slurm, project, *after_sft, *one_rank, ":", *after_sft, "--nodes=1", "--ntasks-per-node=1", train,
+        *rl_after(sft, rl, "rewards=judged", *HELD),
     )  # fmt: skip
     after_rl = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
     last = sbatch(slurm, project, *after_rl, "--nodes=1", "--output=/dev/null", "--wrap=touch last")
-    assert slurm.wait_for_end(first, SECONDS) == ("COMPLETED", "0:0"), log(project, first)
-    for start, happens in enumerate((time_limit, preemption)):
-        slurm.wait_for_file(job, project / f"held-{start}", SECONDS)
-        happens(slurm, project, job)
-    slurm.wait_for_file(job, project / "held-2", SECONDS)
-    _, lost = slurm.call("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()
+
+    meet_the_time_limit(slurm, project, first, stop_a_rank(slurm, first, sft, restarts=0))
+    stop_a_rank(slurm, first, sft, restarts=1)
+    _, lost = slurm.call("scontrol", "show", "hostnames", slurm.field(first, "NodeList")).split()
     try:
         slurm.lose_node(lost)
         slurm.notice(lost)
-        assert not (project / "last").exists()
-        assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+        assert slurm.wait_for_end(first, SECONDS) == ("COMPLETED", "0:0"), log(project, first)
     finally:
         slurm.start_node(lost)
-        slurm.wait_for_nodes()
-    assert slurm.field(job, "Restarts") == "3"
+    assert slurm.field(first, "Restarts") == "2"
+
+    slurm.wait_for_file(job, project / "held", SECONDS)
+    preempt(slurm, project, job)
+    assert not (project / "last").exists()
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    assert slurm.field(job, "Restarts") == "1"
     assert slurm.wait_for_end(last, SECONDS) == ("COMPLETED", "0:0")
-    assert [event["step"] for event in records.read_events(rl / "events.jsonl") if event["kind"] == "checkpoint"] == [
-        2,
-        4,
-        STEPS,
-    ]
-    printed = log(project, job)
-    assert printed.count("Exited with exit code 75") == 2
-    requeued = re.findall(r"requeued \(restart (\d) of at most 20\): (.*)", printed)
-    assert requeued == [("1", "preemption was requested"), ("2", "preemption was requested")], "Slurm does the third"
+    slurm.wait_for_nodes()
+    assert checkpoint_steps(rl) == [2, RL_STEPS]
+    for number in (first, job):
+        printed = log(project, number)
+        assert printed.count("Exited with exit code 75") == 1
+        requeued = re.findall(r"requeued \(restart (\d) of at most 20\): (.*)", printed)
+        assert requeued == [("1", "preemption was requested")], "Slurm itself requeues after it lost a node"
     assert list(project.glob("*.prepared")) == []
 
     tiny.complete(tiny.overrides(twin, twin / "plain_sft", *SFT, "cluster.ranks=4"))
@@ -143,5 +175,5 @@ def test_a_ladder_whose_job_meets_its_limit_is_preempted_and_loses_a_node_equals
         for row in records.read_rows(rl / "samples.jsonl")
         if "safety" in row["verdicts"]
     ]
-    assert len(judged) == STEPS * 12
+    assert len(judged) == RL_STEPS * 12
     assert all(0 < score < 1 if response.strip() else score == 0 for response, score in judged)  # no answer: not asked
