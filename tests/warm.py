@@ -11,6 +11,8 @@ How it becomes a child of the process that asked: a template is a child of that 
 else. The template forks a process that forks the new one and ends, while the process that asked is the reaper of its
 orphaned descendants. So each process that may start others keeps a template: pytest, a run, and each rank of a run.
 
+Processes that ``multiprocessing`` spawns (vLLM's workers) are forked in the same way.
+
 What an exec reads and a fork does not: GLIBC_TUNABLES, MALLOC_*, and OpenMP's settings but the number of threads.
 Tests about starting and ending processes start real ones.
 """
@@ -18,6 +20,7 @@ Tests about starting and ending processes start real ones.
 import atexit
 import contextlib
 import ctypes
+import multiprocessing.util
 import os
 import pickle
 import random
@@ -29,7 +32,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,15 @@ MODULES = {
     "tests.rollout.vllm_processes",
 }
 RANKS_START_ENGINES = {"recipes.train", "recipes.evaluate", "tests.rollout.family_twins"}
-IMPORTED = ("recipes.training.setup", "recipes.training.stages", "vllm.v1.engine.llm_engine")
+IMPORTED = (
+    "recipes.training.setup",
+    "recipes.training.stages",
+    "vllm.v1.engine.llm_engine",
+    # vLLM imports these when it needs them.
+    "vllm.model_executor.model_loader.base_loader",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
 # Room for the command line and the environment that /proc shows, see write_over.
 ROOM = {"arguments": 16 << 10, "environment": 32 << 10}
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -72,6 +83,7 @@ PID_BYTES = 20
 
 libc = ctypes.CDLL(None, use_errno=True)
 execute_child: Callable[..., None] = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+spawn: Callable[..., int] = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 fork = os.fork
 
 
@@ -111,8 +123,9 @@ in_a_test = False  # within processes()
 
 
 def install() -> None:
-    """From now on ``subprocess.Popen`` forks the MODULES."""
+    """From now on ``subprocess.Popen`` forks the MODULES, and ``multiprocessing`` what it spawns."""
     subprocess.Popen._execute_child = fork_child  # type: ignore[attr-defined]
+    multiprocessing.util.spawnv_passfds = fork_spawned  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -126,6 +139,7 @@ def processes() -> Iterator[None]:
     finally:
         in_a_test = False
         subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
+        multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
 
 
 def fork_child(process: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, *rest: Any) -> None:
@@ -155,6 +169,31 @@ def fork_child(process: Any, args: Any, executable: Any, preexec_fn: Any, close_
     process.pid = template.start(request, [*standard, *pass_fds])
     process._child_created = True
     process._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+def fork_spawned(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
+    """In the place of multiprocessing.util.spawnv_passfds; the new process's pid."""
+    global template
+    words = [os.fsdecode(word) for word in args]
+    # Not multiprocessing's resource tracker.
+    is_worker = words[-1] == "--multiprocessing-fork"
+    if is_worker and template is None:
+        template = first_template()
+    if not is_worker or template is None or template.owner != os.getpid():
+        return spawn(path, args, passfds)
+    files = [0, 1, 2, *sorted(map(int, passfds))]
+    request = {
+        # Between them are the interpreter's options.
+        "arguments": [words[0], *words[words.index("-c") :]],
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "files": files,
+        "new session": False,
+        "signal mask": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+        "before": None,
+        "owner": os.getpid(),
+    }
+    return template.start(request, files)
 
 
 def first_template() -> Template:

@@ -7,6 +7,7 @@ from recipes.config import Config, generates
 from recipes.errors import ConfigError
 from recipes.launch.claim import check_folder, claimed
 from recipes.launch.requirements import check_parts, check_servers, check_supervised
+from recipes.run.logs import quiet
 
 
 def prepare_run(config: Config) -> None:
@@ -20,10 +21,12 @@ def prepare_run(config: Config) -> None:
 def check_run(config: Config) -> None:
     """Check the run's folder, the data and the servers; makes nothing. Raises ConfigError."""
     check_folder(config)
-    check_supervised(config)
-    if generates(config):
-        check_parts(config)
-        check_servers(config)
+    # Checking an algorithm's parts imports libraries that print warnings.
+    with quiet():
+        check_supervised(config)
+        if generates(config):
+            check_parts(config)
+            check_servers(config)
 
 
 def redirect_stderr(run_dir: Path) -> None:

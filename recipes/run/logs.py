@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from recipes.errors import ConfigError
 from recipes.run import failure
 
 
@@ -53,7 +54,8 @@ def configure(rank: int, stream: TextIO) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what libraries write to standard error; it is shown if the block fails."""
+    """Hide what libraries write to standard error; it is shown if the block fails, but not beside a ConfigError, which
+    says all."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as notes, warnings.catch_warnings():
@@ -61,6 +63,8 @@ def quiet() -> Iterator[None]:
         os.dup2(notes.fileno(), 2)
         try:
             yield
+        except ConfigError:
+            raise
         except Exception:
             sys.stderr.flush()
             notes.seek(0)

@@ -202,6 +202,7 @@ def test_the_other_files_are_there_and_named_on_the_screen(whole: tuple[Path, st
     report = (run_dir / "report.html").read_text()
     assert report.lstrip().lower().startswith("<!doctype html>")
     assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "Warning" not in printed and "No CUDA" not in printed, "what libraries write is in the logs"
     assert "config.yaml" in printed
     resolved = (run_dir / "config.yaml").read_text()
     assert "max_response_tokens: 8" in resolved

@@ -66,7 +66,7 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(tmp_path: Pa
     requests = make_requests(PROMPTS, 2, seed=5, step=0)
     with warm.processes():
         fresh = start_fresh(settings, requests, SAMPLING, tmp_path / "fresh")
-    engine = Engine(settings, tmp_path / "engine.log")
+        engine = Engine(settings, tmp_path / "engine.log")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         trainer = tensor_parallel_shards(TWIN, TWIN.model(0).state_dict(), 1, 0, torch.float32)

@@ -181,11 +181,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     requests = make_requests(PROMPTS, 2, seed=5, step=0)
     fresh_folder = folder / "fresh"
     owner_output = folder / "owner.json"
+    tied_engine = Engine(tied, folder / "tied.log")
     with warm.processes():
         fresh = start_fresh(tied, requests, SAMPLING, fresh_folder)
-    owner = program("owner", as_argument(untied), str(folder / "untied.log"), str(owner_output))
-    engines = [Engine(tied, folder / "tied.log"), Engine(too_long, folder / "doomed.log")]
-    trainer = Trainer(str(folder / "store"))
+        owner = program("owner", as_argument(untied), str(folder / "untied.log"), str(owner_output))
+        engines = [tied_engine, Engine(too_long, folder / "doomed.log")]
+        trainer = Trainer(str(folder / "store"))
     try:
         while not owner_output.exists() or not owner_output.read_text():
             time.sleep(0.1)
@@ -362,9 +363,14 @@ def test_two_vllm_workers_in_fp32(world: World) -> None:
     assert gap(UNTIED, samples).max() < 2e-4
 
 
+def workers_of(engine: Engine) -> list[psutil.Process]:
+    """vLLM's, which multiprocessing has spawned."""
+    return [child for child in psutil.Process(engine.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
 def test_workers_that_have_answered_leave_their_cores_to_others(world: World) -> None:
     """vLLM's workers poll for a second after each call, which would be 0.8 s of CPU time of each worker here."""
-    workers = [p for p in psutil.Process(world.untied.pid).children() if "Worker" in p.name()]
+    workers = workers_of(world.untied)
     digests(world.untied)
     before = [sum(worker.cpu_times()[:2]) for worker in workers]
     time.sleep(0.8)
@@ -392,7 +398,7 @@ def test_an_engine_that_answers_but_makes_no_step_is_found(world: World, monkeyp
     )
     undisturbed = sample(untied)
     killed: list[int] = []
-    _, worker = (p for p in psutil.Process(engine.pid).children() if "Worker" in p.name())
+    _, worker = workers_of(engine)
 
     def go_on() -> None:
         killed.append(engine.health()["progress"])

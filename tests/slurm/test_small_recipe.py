@@ -85,15 +85,15 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def stop_a_rank(slurm: Cluster, job: str, folder: Path, restarts: int) -> int:
-    """Stop rank 3 of this start of the job in the middle of a step, after the start's first checkpoint; its pid."""
+    """Stop rank 1 of this start of the job in the middle of a step, after the start's first checkpoint; its pid."""
 
     def rank() -> int | None:
-        processes = slurm.processes_with("\0SLURM_PROCID=3\0")
+        processes = slurm.processes_with("\0SLURM_PROCID=1\0")
         return min((pid for pid, command in processes.items() if "recipes.train" in command), default=None)
 
     slurm.wait_for("the start", lambda: slurm.field(job, "Restarts") == str(restarts), SECONDS)
     before = len(checkpoint_steps(folder))
-    pid = slurm.wait_for("rank 3", rank, SECONDS)
+    pid = slurm.wait_for("rank 1", rank, SECONDS)
     slurm.wait_for("a checkpoint", lambda: len(checkpoint_steps(folder)) > before, SECONDS)
     os.kill(pid, signal.SIGSTOP)
     return pid
@@ -118,19 +118,18 @@ def preempt(slurm: Cluster, project: Path, job: str) -> None:
 def test_a_ladder_whose_jobs_meet_a_limit_lose_a_node_and_are_preempted_equals_plain_launches(
     slurm: Cluster, project: Path
 ) -> None:
-    """SFT has two nodes with two ranks each. After it, RL has two nodes, whose ranks are one tensor-parallel
-    group with an engine on each, and a third for the judge. In the middle of a step the SFT meets its time limit,
-    and later loses a node; the RL is preempted. The jobs go on by themselves: from the step in whose middle they
-    were, or, without a node, from the former checkpoint. What waits for their end goes on waiting. Metrics,
-    samples and weights are those of one machine that was never disturbed, bit for bit."""
+    """SFT has two nodes, whose ranks are one tensor-parallel group. After it, RL has the same with an engine on
+    each node, and a third node for the judge. In the middle of a step the SFT meets its time limit, and later
+    loses a node; the RL is preempted. The jobs go on by themselves: from the step in whose middle they were, or,
+    without a node, from the former checkpoint. What waits for their end goes on waiting. Metrics, samples and
+    weights are those of one machine that was never disturbed, bit for bit."""
     twin = project / "twin"
     sft, rl = twin / "sft", twin / "rl"
-    train = "slurm/train.sh"
-    two_ranks, one_rank = (("--nodes=2", f"--ntasks-per-node={ranks}") for ranks in (2, 1))
-    first = sbatch(slurm, project, *two_ranks, train, *tiny.overrides(twin, sft, *SFT), SLURM_WAIT="1")
+    two_nodes, train = ("--nodes=2", "--ntasks-per-node=1"), "slurm/train.sh"
+    first = sbatch(slurm, project, *two_nodes, train, *tiny.overrides(twin, sft, *SFT), SLURM_WAIT="1")
     after_sft = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
     job = sbatch(
-        slurm, project, *after_sft, *one_rank, ":", *after_sft, "--nodes=1", "--ntasks-per-node=1", train,
+        slurm, project, *after_sft, *two_nodes, ":", *after_sft, "--nodes=1", "--ntasks-per-node=1", train,
         *rl_after(sft, rl, "rewards=judged", *HELD),
     )  # fmt: skip
     after_rl = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
@@ -162,7 +161,7 @@ def test_a_ladder_whose_jobs_meet_a_limit_lose_a_node_and_are_preempted_equals_p
         assert requeued == [("1", "preemption was requested")], "Slurm itself requeues after it lost a node"
     assert list(project.glob("*.prepared")) == []
 
-    tiny.complete(tiny.overrides(twin, twin / "plain_sft", *SFT, "cluster.ranks=4"))
+    tiny.complete(tiny.overrides(twin, twin / "plain_sft", *SFT, "cluster.ranks=2"))
     tiny.complete(rl_after(twin / "plain_sft", twin / "plain_rl", "cluster.ranks=2"))
     for stage in ("sft", "rl"):
         plain = twin / f"plain_{stage}"
