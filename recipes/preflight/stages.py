@@ -27,7 +27,7 @@ def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     if not raw.stage.ladder:
         return [of_the_run]
     folder = Path(raw.run_dir)
-    found = []
+    command_lines = []
     previous = None
     for name in raw.stage.ladder:
         try:
@@ -35,10 +35,10 @@ def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
         except ConfigError:
             # Its own report says what is wrong.
             stage_arguments = common_arguments(name, of_the_run, folder)
-        found.append(stage_arguments)
+        command_lines.append(stage_arguments)
         if compose("config", overrides=stage_arguments).stage.evaluates:
             previous = name
-    return found
+    return command_lines
 
 
 def base_model(raw: DictConfig, arguments: Sequence[str]) -> str | None:
