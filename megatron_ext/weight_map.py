@@ -117,85 +117,87 @@ def replicated(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> l
     return [Block(names[0], zero, zero, shape)]
 
 
-def column_parallel(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def column_parallel(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """The output dimension (rows of the matrix) is divided evenly. For a weight or a bias."""
     local_start = (0,) * len(shape)
-    hf_start = (s.tensor_rank * shape[0], *local_start[1:])
+    hf_start = (sharding.tensor_rank * shape[0], *local_start[1:])
     return [Block(names[0], hf_start, local_start, shape)]
 
 
-def row_parallel(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def row_parallel(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """The input dimension (columns of the matrix) is divided evenly."""
-    return [Block(names[0], (0, s.tensor_rank * shape[1]), (0, 0), shape)]
+    return [Block(names[0], (0, sharding.tensor_rank * shape[1]), (0, 0), shape)]
 
 
-def vocabulary(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def vocabulary(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """Rows are divided evenly after padding the vocabulary to a multiple of the tensor-parallel size."""
-    start = s.tensor_rank * shape[0]
-    rows = max(0, min(shape[0], s.vocab - start))
+    start = sharding.tensor_rank * shape[0]
+    rows = max(0, min(shape[0], sharding.vocab - start))
     if rows == 0:
         return []
     return [Block(names[0], (start, 0), (0, 0), (rows, shape[1]))]
 
 
-def gate_up(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def gate_up(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """SwiGLU: this rank's rows of the gate projection, then its rows of the up projection. Weight or bias."""
     rows = shape[0] // 2
     rest = shape[1:]
     zeros = (0,) * len(rest)
-    hf_start = (s.tensor_rank * rows, *zeros)
+    hf_start = (sharding.tensor_rank * rows, *zeros)
     return [Block(name, hf_start, (i * rows, *zeros), (rows, *rest)) for i, name in enumerate(names)]
 
 
-def qkv(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def qkv(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """Megatron's grouped order from three tensors: per key-value head its query heads, its key, its value.
 
     For a weight or a bias; ``names`` are those of query, key and value.
     """
-    return _grouped(names, (0, 0, 0), shape, s)
+    return _grouped(names, (0, 0, 0), shape, sharding)
 
 
-def fused_qkv(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def fused_qkv(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """As ``qkv``, from one tensor with the rows of all query heads, then all keys, then all values."""
-    query_rows = s.heads * s.head_dim
-    key_rows = s.groups * s.head_dim
-    return _grouped(names * 3, (0, query_rows, query_rows + key_rows), shape, s)
+    query_rows = sharding.heads * sharding.head_dim
+    key_rows = sharding.groups * sharding.head_dim
+    return _grouped(names * 3, (0, query_rows, query_rows + key_rows), shape, sharding)
 
 
-def _grouped(names: tuple[str, ...], offsets: tuple[int, int, int], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def _grouped(
+    names: tuple[str, ...], offsets: tuple[int, int, int], shape: tuple[int, ...], sharding: Sharding
+) -> list[Block]:
     """Blocks of query, key and value; ``offsets`` are the first rows of each in its tensor."""
-    heads_per_group = s.heads // s.groups
+    heads_per_group = sharding.heads // sharding.groups
     rest = shape[1:]
     zeros = (0,) * len(rest)
-    local_groups = s.padded_groups // s.tensor
+    local_groups = sharding.padded_groups // sharding.tensor
     blocks = []
     for local_group in range(local_groups):
-        group = s.tensor_rank * local_groups + local_group
-        if group >= s.groups:
+        group = sharding.tensor_rank * local_groups + local_group
+        if group >= sharding.groups:
             # The remaining groups of this rank are padding.
             break
-        local_row = local_group * (heads_per_group + 2) * s.head_dim
+        local_row = local_group * (heads_per_group + 2) * sharding.head_dim
         for name, offset, heads in zip(names, offsets, (heads_per_group, 1, 1), strict=True):
-            rows = heads * s.head_dim
+            rows = heads * sharding.head_dim
             hf_row = offset + group * rows
             blocks.append(Block(name, (hf_row, *zeros), (local_row, *zeros), (rows, *rest)))
             local_row += rows
     return blocks
 
 
-def head_vector(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def head_vector(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """A vector over all heads (a QK-norm of the full width) is divided as the heads are; padded heads stay zero."""
-    start = s.tensor_rank * shape[0]
-    length = max(0, min(shape[0], s.heads * s.head_dim - start))
+    start = sharding.tensor_rank * shape[0]
+    length = max(0, min(shape[0], sharding.heads * sharding.head_dim - start))
     if length == 0:
         return []
     return [Block(names[0], (start,), (0,), (length,))]
 
 
-def attention_output(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> list[Block]:
+def attention_output(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
     """Row-parallel over heads; columns of padded heads stay zero."""
-    start = s.tensor_rank * shape[1]
-    columns = max(0, min(shape[1], s.heads * s.head_dim - start))
+    start = sharding.tensor_rank * shape[1]
+    columns = max(0, min(shape[1], sharding.heads * sharding.head_dim - start))
     if columns == 0:
         return []
     return [Block(names[0], (0, start), (0, 0), (shape[0], columns))]
@@ -244,7 +246,7 @@ def shards(chunks: Sequence[torch.nn.Module], mappings: Sequence[ModuleMapping])
     """
     find = finder(mappings)
     result = []
-    for n, chunk in enumerate(chunks):
+    for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             match, param, sharding = find(name)
             hf_names = param.hf_names
@@ -252,7 +254,7 @@ def shards(chunks: Sequence[torch.nn.Module], mappings: Sequence[ModuleMapping])
                 layer = global_layer_index(chunk, match.string[: match.end(1)])
                 hf_names = tuple(pattern.format(layer) for pattern in hf_names)
             blocks = tuple(param.shard_fn(hf_names, tuple(parameter.shape), sharding))
-            result.append(Shard(f"{n}.{name}", parameter.data, blocks))
+            result.append(Shard(f"{number}.{name}", parameter.data, blocks))
     return result
 
 
@@ -260,7 +262,7 @@ def complete_blocks(find: FindMapping, name: str, shape: tuple[int, ...]) -> lis
     """The blocks of a parameter of the complete model, as a checkpoint stores it.
 
     All ranks' parts of it are joined, and layers are numbered in the complete model. Padded heads and vocabulary rows
-    stand behind the others, whatever tensor-parallel size they were padded for, and no block covers them.
+    stand after the others, whatever tensor-parallel size they were padded for, and no block covers them.
 
     Args:
         find: of the family's mappings for a tensor-parallel size of 1.

@@ -11,6 +11,7 @@ and ``base`` names another file whose bounds hold too. The fields of a bound are
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -77,7 +78,9 @@ class Bound:
         """Whether the value is within the limits. A missing value (None: a mean without samples, say) is not."""
         if value is None or not math.isfinite(value):
             return False
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        if self.low is not None and value < self.low:
+            return False
+        return self.high is None or value <= self.high
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     for result in results:
         print(result.line())
-    counts = {state: sum(result.state == state for result in results) for state in (HOLDS, FAILS, NOT_IN_THIS_RUN)}
+    counts = Counter(result.state for result in results)
     print(f"{counts[HOLDS]} bounds hold, {counts[FAILS]} fail, {counts[NOT_IN_THIS_RUN]} are not in this run")
     sys.exit(1 if counts[FAILS] else 0)
 
@@ -135,8 +138,10 @@ def check_run(run_dir: Path, prefix: str) -> Iterator[Result]:
     if "rl" in stage["trains"]:
         yield check_required_metrics(run_dir, prefix)
     bounds = load_bounds(config["recipe"]["name"], stage["name"])
-    contents = {file: read_record(run_dir / file) for file in dict.fromkeys(file for file, _ in bounds)}
+    contents: dict[str, Any] = {}
     for file, bound in bounds:
+        if file not in contents:
+            contents[file] = read_record(run_dir / file)
         content = contents[file]
         if isinstance(content, list):
             state, value = check_rows(bound, content)

@@ -116,14 +116,14 @@ def failures(results: Sequence[Mapping[str, VerifierResult]], rows: Sequence[str
 
     ``results``: one mapping per sample; ``rows``: the id of each sample's row.
     """
-    found: dict[tuple[str, str], Failures] = {}
+    by_reason: dict[tuple[str, str], Failures] = {}
     for of_sample, row in zip(results, rows, strict=True):
         for name, result in of_sample.items():
             if isinstance(result, Failure):
                 key = (name, result.reason)
-                first = found.get(key, Failures(name, result.reason, 0, row, result.traceback))
-                found[key] = replace(first, count=first.count + 1)
-    return sorted(found.values(), key=lambda failed: -failed.count)
+                first = by_reason.get(key, Failures(name, result.reason, 0, row, result.traceback))
+                by_reason[key] = replace(first, count=first.count + 1)
+    return sorted(by_reason.values(), key=lambda failed: -failed.count)
 
 
 def failed_share(
@@ -134,7 +134,9 @@ def failed_share(
 
     Raises RuntimeError with the most frequent reasons when the share is above ``max_failed``.
     """
-    without = sum(any(isinstance(result, Failure) for result in of_sample.values()) for of_sample in results)
+    without = 0
+    for of_sample in results:
+        without += any(isinstance(result, Failure) for result in of_sample.values())
     share = without / max(len(results), 1)
     if share > max_failed:
         shown = "; ".join(map(str, failed[:SHOWN]))

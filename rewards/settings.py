@@ -311,16 +311,17 @@ def _check_colocated(shared: list[Server]) -> None:
             )
 
 
-def _check_verifier(where: str, verifier: VerifierConfig, found: Mapping[str, Server]) -> None:
+def _check_verifier(where: str, verifier: VerifierConfig, servers: Mapping[str, Server]) -> None:
     if (verifier.template is None) == (verifier.rule is None):
         raise ValueError(f"{where}: give a template (and the server that answers) or a rule (and its arguments)")
     if verifier.rule is not None and (verifier.server or verifier.request):
         raise ValueError(f"{where}.rule={verifier.rule!r}: a rule has no server and no request; drop them")
     if verifier.template is not None and verifier.arguments:
         raise ValueError(f"{where}.template={verifier.template!r}: arguments are a rule's; use request for more fields")
-    if verifier.template is not None and verifier.server not in found:
+    if verifier.template is not None and verifier.server not in servers:
         raise ValueError(
-            f"{where}.server={verifier.server!r}: no such server; rewards.servers has {sorted(found)}, name one of them"
+            f"{where}.server={verifier.server!r}: no such server; rewards.servers has {sorted(servers)}, name one of "
+            "them"
         )
 
 

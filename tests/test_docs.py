@@ -182,12 +182,12 @@ def test_the_readme_is_short() -> None:
 
 def named_blocks(page: Path) -> dict[str, str]:
     """The page's code blocks whose first line is a comment that names a file: name → content."""
-    found = {}
+    blocks = {}
     for block in re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
         name = re.match(r"# ([\w/]+\.\w+)", block)
         if name:
-            found[name[1]] = block
-    return found
+            blocks[name[1]] = block
+    return blocks
 
 
 def commands(page: Path, text: str) -> list[list[str]]:

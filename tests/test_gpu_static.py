@@ -60,9 +60,9 @@ def test_transformer_engine_finds_torch_s_cudnn_first(monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("CUDNN_HOME", "/opt/site/cudnn")
     cuda._use_torch_s_cudnn()
-    (found,) = Path(os.environ["CUDNN_HOME"]).rglob("libcudnn.so*")
+    (cudnn,) = Path(os.environ["CUDNN_HOME"]).rglob("libcudnn.so*")
     files = importlib.metadata.files("nvidia-cudnn-cu13") or []
-    assert found.resolve() in [Path(str(file.locate())).resolve() for file in files]
+    assert cudnn.resolve() in [Path(str(file.locate())).resolve() for file in files]
 
 
 def test_both_platforms_have_the_same_functions() -> None:
@@ -119,10 +119,10 @@ def test_the_gpu_checks_import_and_are_listed_in_the_documentation() -> None:
     """Each test function of tests/gpu has its row in docs/gpu_checks.md, and no row names one that is gone."""
     done = collect()
     assert done.returncode == 0, done.stdout + done.stderr
-    found = set(re.findall(r"^tests/gpu/(test_\w+\.py::test_\w+)", done.stdout, re.MULTILINE))
-    assert len(found) >= 10
+    collected = set(re.findall(r"^tests/gpu/(test_\w+\.py::test_\w+)", done.stdout, re.MULTILINE))
+    assert len(collected) >= 10
     listed = re.findall(r"`(test_\w+\.py::test_\w+)`", (ROOT / "docs" / "gpu_checks.md").read_text())
-    assert sorted(listed) == sorted(found)
+    assert sorted(listed) == sorted(collected)
 
 
 def test_without_a_gpu_the_checks_fail_with_one_clear_message() -> None:

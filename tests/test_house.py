@@ -215,7 +215,7 @@ def test_functions_of_the_loop_take_few_arguments_by_position() -> None:
 
 
 def test_no_file_names_a_machine_or_a_registry() -> None:
-    found = []
+    lines = []
     for path in project_files():
         if path == Path(__file__).resolve():
             continue
@@ -225,8 +225,8 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
             continue  # a picture or another binary file
         for number, line in enumerate(text.splitlines(), start=1):
             if any(pattern.search(line) for pattern in MACHINE_PATTERNS):
-                found.append(f"{relative(path)}:{number}: {line.strip()[:120]}")
-    assert found == []
+                lines.append(f"{relative(path)}:{number}: {line.strip()[:120]}")
+    assert lines == []
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def imported_modules(room: str) -> dict[str, str]:
 
     But for the file that runs in the peers' environments, whose packages are in benchmarks/peers/*.txt.
     """
-    found = {}
+    files = {}
     for path in sorted({*(ROOT / room).rglob("*.py")} - {ROOT / "benchmarks/peers/exporter.py"}):
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
             if isinstance(node, ast.Import):
@@ -117,8 +117,8 @@ def imported_modules(room: str) -> dict[str, str]:
                 names = [node.module]
             else:
                 continue
-            found.update({name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names})
-    return found
+            files.update({name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names})
+    return files
 
 
 @pytest.mark.parametrize("room", ["recipes", "megatron_ext", "rollout", "rewards", "benchmarks", "tests"])

@@ -21,7 +21,7 @@ BETWEEN_NODES = {"recipes/node_check/__main__.py": "socket.create_server(('', po
 LISTENING = {"create_server", "bind", "start_server", "run_app", "TCPSite"}  # bind: of an address, a pair
 
 
-def found(source: str) -> Iterator[str]:
+def unsafe_places(source: str) -> Iterator[str]:
     """Every place in the source that pickles, or that listens on another address than a constant of loopback."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -48,7 +48,7 @@ def found(source: str) -> Iterator[str]:
 def test_nothing_is_unpickled_and_nothing_listens_beyond_loopback(room: str) -> None:
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
-    wrong = [(str(path.relative_to(ROOT)), what) for path in files for what in found(path.read_text())]
+    wrong = [(str(path.relative_to(ROOT)), what) for path in files for what in unsafe_places(path.read_text())]
     assert [(path, what) for path, what in wrong if what.partition(": ")[2] != BETWEEN_NODES.get(path)] == []
 
 
@@ -67,7 +67,7 @@ def test_nothing_is_unpickled_and_nothing_listens_beyond_loopback(room: str) -> 
     ],
 )
 def test_the_search_finds(source: str) -> None:
-    assert list(found(source))
+    assert list(unsafe_places(source))
 
 
 def test_an_unknown_field_with_a_secret_is_told_without_it() -> None:

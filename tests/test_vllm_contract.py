@@ -89,14 +89,14 @@ def record(wheel: Path) -> None:
 
 
 def the_class(file: str, name: str) -> ast.ClassDef:
-    (found,) = (node for node in tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
-    return found
+    (class_node,) = (node for node in tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
+    return class_node
 
 
 def method(file: str, class_name: str, name: str) -> ast.FunctionDef:
     body = the_class(file, class_name).body
-    (found,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return found
+    (function,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return function
 
 
 def fields(file: str, class_name: str) -> set[str]:
@@ -142,10 +142,11 @@ def test_the_installed_files_are_the_gpu_wheels() -> None:
     version = SETUP["read_pins"](ROOT / "pins.txt")["vllm"]
     assert recorded["wheel"].startswith(f"vllm-{version}-"), "renew the record, as the docstring of this file says"
     assert tuple(recorded["sha256"]) == CONTRACT
-    found = {file: hashlib.sha256(installed(file).read_bytes()).digest() for file in CONTRACT}
-    assert {file: base64.urlsafe_b64encode(digest).decode().rstrip("=") for file, digest in found.items()} == recorded[
-        "sha256"
-    ]
+    digests = {}
+    for file in CONTRACT:
+        digest = hashlib.sha256(installed(file).read_bytes()).digest()
+        digests[file] = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+    assert digests == recorded["sha256"]
 
 
 def test_names_that_we_import_are_there() -> None:
@@ -208,9 +209,9 @@ RETURNS = {
 
 def test_calls_of_the_engine_fit_its_methods() -> None:
     engine = "vllm/v1/engine/llm_engine.py"
-    found = [(name, call) for name, call in calls("self.llm.")]
-    assert {name for name, _ in found} == RETURNS.keys()
-    for name, call in found:
+    engine_calls = [(name, call) for name, call in calls("self.llm.")]
+    assert {name for name, _ in engine_calls} == RETURNS.keys()
+    for name, call in engine_calls:
         function = method(engine, "LLMEngine", name)
         keywords = {str(keyword.arg) for keyword in call.keywords}
         assert refused(function, len(call.args), keywords) == [], ast.unparse(call)

@@ -131,10 +131,14 @@ def cale(inputs: AdvantageInputs, *, cale_alpha: float, cale_mu: float) -> Tenso
         if len(long) == 0 or lengths[order[0]] == lengths[order[-1]]:
             row.copy_(_centred(rewards.unsqueeze(0))[0])
             continue
-        inter_short = rewards[short] - cale_alpha * rewards[long].mean()
-        inter_long = cale_alpha * rewards[long] - rewards[short].mean()
-        row[short] = cale_mu * inter_short + (1 - cale_mu) * (rewards[short] - rewards[short].mean())
-        row[long] = cale_mu * inter_long + (1 - cale_mu) * (rewards[long] - rewards[long].mean())
+        mean_of_short = rewards[short].mean()
+        mean_of_long = rewards[long].mean()
+        inter_short = rewards[short] - cale_alpha * mean_of_long
+        inter_long = cale_alpha * rewards[long] - mean_of_short
+        intra_short = rewards[short] - mean_of_short
+        intra_long = rewards[long] - mean_of_long
+        row[short] = cale_mu * inter_short + (1 - cale_mu) * intra_short
+        row[long] = cale_mu * inter_long + (1 - cale_mu) * intra_long
     return advantages
 
 

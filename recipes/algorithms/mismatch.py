@@ -96,7 +96,8 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: flo
     bucket = sequences.broadcast(bucket_of_sequence, trainer)[loss_mask]
     # A context-parallel rank can have none of a micro-batch's trained tokens; then it contributes nothing.
     token_sets = {"": bucket >= 0} if len(gap) else {}
-    token_sets |= {f"/{BUCKET_NAMES[int(b)]}": bucket == b for b in bucket.unique().tolist()}
+    for number in bucket.unique().tolist():
+        token_sets[f"/{BUCKET_NAMES[int(number)]}"] = bucket == number
     totals: dict[str, Tensor] = {}
     for suffix, tokens in token_sets.items():
         totals |= {f"{NAME}{suffix}/{name}": values[tokens].sum() for name, values in measured.items()}
@@ -116,17 +117,17 @@ def report(totals: Mapping[str, float]) -> dict[str, float]:
     for part in ("", *(f"/{bucket}" for bucket in BUCKET_NAMES)):
         if f"{NAME}{part}/tokens" not in totals:
             continue
-        n = totals[f"{NAME}{part}/tokens"]
+        tokens = totals[f"{NAME}{part}/tokens"]
         total = {name: totals[f"{NAME}{part}/{name}"] for name in ("gap", "max", "k1", "k3", "clipped")}
         weight = totals[f"{NAME}{part}/weight"]
         squared = totals[f"{NAME}{part}/weight_squared"]
         metrics |= {
-            f"{NAME}/mean{part}": total["gap"] / n,
+            f"{NAME}/mean{part}": total["gap"] / tokens,
             f"{NAME}/max{part}": total["max"],
-            f"{NAME}/k1{part}": total["k1"] / n,
-            f"{NAME}/k3{part}": total["k3"] / n,
-            f"{NAME}/clipped{part}": total["clipped"] / n,
-            f"{NAME}/ess{part}": weight**2 / (n * squared),
+            f"{NAME}/k1{part}": total["k1"] / tokens,
+            f"{NAME}/k3{part}": total["k3"] / tokens,
+            f"{NAME}/clipped{part}": total["clipped"] / tokens,
+            f"{NAME}/ess{part}": weight**2 / (tokens * squared),
         }
     return metrics
 

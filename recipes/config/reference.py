@@ -50,7 +50,7 @@ def page() -> str:
     top = [name for name in hints if not dataclasses.is_dataclass(hints[name])]
     sections.append("## The run\n\n" + table((name, *described[name]) for name in top))
     for group in (name for name in hints if name not in top):
-        below = [(path, *found) for path, found in described.items() if path.startswith(f"{group}.")]
+        below = [(path, *described[path]) for path in described if path.startswith(f"{group}.")]
         rows = [row for row in below if not dataclasses.is_dataclass(row[1])]
         heading = f"## {group}\n\n{paragraph(hints[group])}"
         if (CONF / group).is_dir():

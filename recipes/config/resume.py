@@ -33,22 +33,22 @@ class Difference:
 def differences(stored: Mapping[str, Any], config: Config) -> list[Difference]:
     """The settings in which ``config`` differs from ``stored``, the content of a run's config.yaml."""
     rules = on_resume(Config)
-    found = []
+    every_difference = []
     for field, before, after in _differing("", stored, asdict(config)):
         rule = rules.get(_declared(field, rules), KEPT)
         raised = rule == RAISED and isinstance(before, int) and isinstance(after, int) and after > before
-        found.append(Difference(field, before, after, rule == FREE or raised))
-    return [difference for difference in found if difference.field not in COMMANDS]
+        every_difference.append(Difference(field, before, after, rule == FREE or raised))
+    return [difference for difference in every_difference if difference.field not in COMMANDS]
 
 
 def check_resume(stored: Mapping[str, Any], config: Config) -> list[Difference]:
     """The differences of a run that may go on with ``config``. Raises ConfigError where it may not: another experiment,
     of which ``resume_accept`` does not name every setting."""
     _check_names(config.resume_accept)
-    found = differences(stored, config)
+    changed = differences(stored, config)
     refused = [
         difference
-        for difference in found
+        for difference in changed
         if not difference.allowed and not any(_is_in(difference.field, name) for name in config.resume_accept)
     ]
     if refused:
@@ -59,7 +59,7 @@ def check_resume(stored: Mapping[str, Any], config: Config) -> list[Difference]:
             + f"give the former values, begin in another run_dir, or accept them: 'resume_accept=[{names}]' (a group's "
             "name stands for all of its settings)"
         )
-    return found
+    return changed
 
 
 def _check_names(names: list[str]) -> None:

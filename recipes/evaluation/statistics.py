@@ -44,7 +44,9 @@ def mean_interval(scores: ArrayLike, prompts: Sequence[Hashable] | None = None, 
     pseudo = z**2
     size = len(means) + pseudo
     centre = float(means.sum() + pseudo / 2) / size
-    variance = float(np.square(means - centre).sum() + pseudo / 2 * (centre**2 + (1 - centre) ** 2)) / size
+    squares = np.square(means - centre).sum()
+    pseudo_squares = pseudo / 2 * (centre**2 + (1 - centre) ** 2)
+    variance = float(squares + pseudo_squares) / size
     half = z * (variance / size) ** 0.5
     return {
         "mean": float(means.mean()),
@@ -63,7 +65,8 @@ def normal_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     if array.ndim != 1 or len(array) < 2:
         raise ValueError(f"values have shape {array.shape}: pass a flat list of at least two")
     mean = float(array.mean())
-    half = _normal_quantile(confidence) * float(array.std(ddof=1)) / len(array) ** 0.5
+    deviation = float(array.std(ddof=1))
+    half = _normal_quantile(confidence) * deviation / len(array) ** 0.5
     return {"mean": mean, "interval": [mean - half, mean + half], "n": len(array)}
 
 

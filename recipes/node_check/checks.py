@@ -161,9 +161,9 @@ def one_cudnn(environment: Mapping[str, str], toolkit: str = DEFAULT_TOOLKIT, ow
         places.append(("LD_LIBRARY_PATH", f"{folder}/{CUDNN}*"))
     foreign = []
     for name, pattern in places:
-        found = [path for path in glob.glob(pattern, recursive=True) if "stub" not in path]
-        if found and not (own and os.path.realpath(found[0]).startswith(os.path.realpath(own))):
-            foreign.append(f"{found[0]} ({name})")
+        libraries = [path for path in glob.glob(pattern, recursive=True) if "stub" not in path]
+        if libraries and not (own and os.path.realpath(libraries[0]).startswith(os.path.realpath(own))):
+            foreign.append(f"{libraries[0]} ({name})")
     if foreign:
         raise Bad(
             f"a cuDNN beside torch's: {', '.join(foreign)}; do not load the site's CUDA or cuDNN modules, and unset "
@@ -174,15 +174,15 @@ def one_cudnn(environment: Mapping[str, str], toolkit: str = DEFAULT_TOOLKIT, ow
 
 def compiler(which: Callable[[str], str | None], header: Path) -> str:
     """Whether Triton and torch can compile: a C compiler and Python's headers."""
-    found = which("gcc") or which("cc") or which("clang")
-    if found is None:
+    compiler_path = which("gcc") or which("cc") or which("clang")
+    if compiler_path is None:
         raise Bad("no C compiler (gcc, cc, clang) on the PATH, which Triton needs: module load gcc, or install it")
     if not header.is_file():
         raise Bad(
             f"no {header}, which Triton compiles against: install python3-dev, or make the environment with a Python "
             "that brings its headers (make env PYTHON=…)"
         )
-    return f"{found}, Python.h"
+    return f"{compiler_path}, Python.h"
 
 
 def memory_limit(root: Path, cgroups: str) -> int | None:

@@ -35,9 +35,9 @@ def main(raw: DictConfig) -> None:
         for arguments in stages.launches(raw, HydraConfig.get().overrides.task):
             reports.append(report_of(arguments, settings, say))
     if settings.output:
-        found = asdict(reports[0]) if len(reports) == 1 else {r.stage: asdict(r) for r in reports}
+        content = asdict(reports[0]) if len(reports) == 1 else {r.stage: asdict(r) for r in reports}
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.output).write_text(json.dumps(found, indent=2) + "\n")
+        Path(settings.output).write_text(json.dumps(content, indent=2) + "\n")
     view.show(reports)
     sys.exit(0 if all(report.ok for report in reports) else 1)
 

@@ -86,17 +86,17 @@ def propose(raw: DictConfig, config: Config, hf_config: Any, settings: Settings,
     failed = set(report.in_state(FAILS)) & set(SHAPES)
     if failed and failed <= {"memory", "host_memory"}:
         candidates = settings_to_try(config, settings, report)
-        found = settings_that_fit(search, config, candidates)
+        proposals = settings_that_fit(search, config, candidates)
         names = ", ".join(candidates) or "the settings that save memory"
         none = f"It does not fit with {names}, nor with up to {MOST_SETTINGS} of them together"
-        report.proposals["It fits with" if found else none] = found
-        if not found:
+        report.proposals["It fits with" if proposals else none] = proposals
+        if not proposals:
             report.proposals |= layouts_that_fit(search, raw)
     elif failed & {"attention_heads", "layout", "ranks", "batch"}:
         report.proposals = layouts_that_fit(search, raw)
     if settings.nodes is not None:
-        title, found = use_of_nodes(search, raw, config, settings.nodes)
-        report.proposals[title] = found
+        title, proposals = use_of_nodes(search, raw, config, settings.nodes)
+        report.proposals[title] = proposals
 
 
 def propose_layouts(raw: DictConfig, settings: Settings, report: Report, say: Say) -> None:
@@ -124,14 +124,14 @@ def settings_that_fit(search: Search, config: Config, candidates: Sequence[str])
     """The fewest of the candidates that make every phase fit, all combinations of as many. Nothing if more than
     ``MOST_SETTINGS`` would be needed."""
     for count in range(1, MOST_SETTINGS + 1):
-        found = []
+        proposals = []
         for chosen in combinations(candidates, count):
             overrides = with_kv_cache(search, config, chosen) if KV_CACHE in chosen else chosen
             proposal = search.proposal(overrides) if overrides else None
             if proposal is not None:
-                found.append(proposal)
-        if found:
-            return found[:MOST_PROPOSALS]
+                proposals.append(proposal)
+        if proposals:
+            return proposals[:MOST_PROPOSALS]
     return []
 
 
@@ -181,7 +181,7 @@ def layouts_that_fit(search: Search, raw: DictConfig) -> dict[str, list[Proposal
     has_gpus = capabilities(str(raw.cluster.platform)).has_gpus
     machines = f"{nodes} nodes of {raw.cluster.ranks // nodes} GPUs" if has_gpus else f"{raw.cluster.ranks} ranks"
     layouts = list(islice(nearest_layouts(search, raw, raw.cluster.ranks), MOST_PROPOSALS))
-    found = {f"On {machines} it fits with" if layouts else f"On {machines} no layout fits": layouts}
+    by_title = {f"On {machines} it fits with" if layouts else f"On {machines} no layout fits": layouts}
     if has_gpus:
         sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context}"
         on_nodes = [
@@ -190,8 +190,8 @@ def layouts_that_fit(search: Search, raw: DictConfig) -> dict[str, list[Proposal
             if (proposal := first_of_nodes(search, raw, direction[:NODES_TRIED])) is not None
         ]
         none = f"With {sizes} it fits on no number of nodes up to {NODES_TRIED} more or fewer"
-        found[f"With {sizes} it fits on" if on_nodes else none] = on_nodes
-    return found
+        by_title[f"With {sizes} it fits on" if on_nodes else none] = on_nodes
+    return by_title
 
 
 def first_of_nodes(search: Search, raw: DictConfig, counts: Sequence[int]) -> Proposal | None:
@@ -233,7 +233,7 @@ def nearest_layouts(search: Search, raw: DictConfig, ranks: int, more: Sequence[
     pipelines = [size for size in range(1, text.num_hidden_layers + 1) if text.num_hidden_layers % size == 0]
     if cut.pipeline not in pipelines and (cut.first_stage_layers or cut.last_stage_layers):
         pipelines.append(cut.pipeline)
-    found = []
+    layouts = []
     for tensor in tensors:
         for pipeline in pipelines:
             for context in CONTEXT_SIZES:
@@ -244,8 +244,8 @@ def nearest_layouts(search: Search, raw: DictConfig, ranks: int, more: Sequence[
                 sizes = zip((tensor, pipeline, context), (cut.tensor, cut.pipeline, cut.context), strict=True)
                 distance = sum(abs(math.log2(new / old)) for new, old in sizes) + (2 if prompts else 0)
                 overrides = [*more, *layout_overrides(raw, tensor, pipeline, context), *prompts]
-                found.append((distance, overrides))
-    for _, overrides in sorted(found, key=lambda layout: layout[0]):
+                layouts.append((distance, overrides))
+    for _, overrides in sorted(layouts, key=lambda layout: layout[0]):
         for with_settings in extras(raw):
             proposal = search.proposal([*overrides, *with_settings])
             if proposal is not None:
@@ -331,8 +331,8 @@ def use_of_nodes(search: Search, raw: DictConfig, config: Config, nodes: int) ->
     per_node = raw.cluster.ranks // raw.cluster.nodes
     for count in range(nodes - judges, 0, -1):
         more = [f"cluster.nodes={count}"]
-        found = list(islice(nearest_layouts(search, raw, count * per_node, more), MOST_PROPOSALS))
-        if found:
+        proposals = list(islice(nearest_layouts(search, raw, count * per_node, more), MOST_PROPOSALS))
+        if proposals:
             title = f"Of {nodes} nodes, {judges} for the judges, most are used with"
-            return title, found
+            return title, proposals
     return f"Of {nodes} nodes, {judges} for the judges, none is used by a layout that fits", []

@@ -7,7 +7,7 @@ from typing import Any
 from recipes.evaluation.evaluate import Answers
 from recipes.report import markup
 from recipes.report.markup import span, text
-from recipes.report.plots import HEIGHT, LEFT, RIGHT, WIDTH, round_ticks, svg, y_of
+from recipes.report.plots import HEIGHT, LEFT, RIGHT, WIDTH, grid_lines, round_ticks, svg, y_of
 
 HEADINGS = {
     "safety": "Safety",
@@ -32,11 +32,13 @@ def write_pipeline_report(
         prompts: the held-out prompts by id.
     """
     stages = ladder["stages"]
-    measures = [name for name in HEADINGS if any(name in stage for stage in stages)]
+    measures = []
     cards = []
-    for name in measures:
+    for name, heading in HEADINGS.items():
         measured = [stage for stage in stages if name in stage]
-        cards.append(markup.card(HEADINGS[name], _plot(measured, name)))
+        if measured:
+            measures.append(name)
+            cards.append(markup.card(heading, _plot(measured, name)))
     title = folder.resolve().name
     sections = [
         f'<h1>{text(title)}</h1><p class="soft">Each stage starts from the model of the one before. Greedy answers '
@@ -56,11 +58,7 @@ def _plot(stages: Sequence[Row], name: str) -> str:
     # All measures but the length are shares.
     ticks = round_ticks(0.0, highest if name == "reasoning_length" else max(1.0, highest))
     share = (WIDTH - LEFT - RIGHT) / len(stages)
-    parts = []
-    for tick in ticks:
-        y = y_of(tick, ticks)
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    parts = grid_lines(ticks)
     for index, stage in enumerate(stages):
         x = LEFT + share * (index + 0.5)
         low, high = stage[f"{name}_interval"]
@@ -101,7 +99,9 @@ def _cell(stage: Row, name: str) -> str:
 
 def _prompt_cards(answers: Mapping[str, Answers], prompts: Mapping[str, Row]) -> list[str]:
     """The prompts of each kind whose answers differ most from stage to stage, with every stage's answer."""
-    by_stage = {stage: {row["id"]: row for row in of_stage["greedy"]} for stage, of_stage in answers.items()}
+    by_stage = {}
+    for stage, stage_answers in answers.items():
+        by_stage[stage] = {row["id"]: row for row in stage_answers["greedy"]}
     most_changed_first = sorted(prompts, key=lambda prompt_id: -_label_sets(by_stage, prompt_id))
     cards_of_kind: dict[str, list[str]] = {}
     for prompt_id in most_changed_first:
@@ -127,5 +127,6 @@ def _label_sets(by_stage: Mapping[str, Mapping[str, Row]], prompt_id: str) -> in
     """How many different sets of labels the stages' answers to a prompt have."""
     label_sets = set()
     for rows in by_stage.values():
-        label_sets.add(str([score.get("label") for score in rows[prompt_id]["scores"].values()]))
+        scores = rows[prompt_id]["scores"].values()
+        label_sets.add(tuple(score.get("label") for score in scores))
     return len(label_sets)

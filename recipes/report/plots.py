@@ -43,7 +43,8 @@ def round_ticks(low: float, high: float) -> list[float]:
     """Two to six round numbers that enclose [low, high]."""
     width = (high - low) or abs(high) or 1.0
     size = 10 ** math.floor(math.log10(width / 4))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if width / (size * factor) <= 4)
+    round_steps = [size * factor for factor in (1, 2, 2.5, 5, 10)]
+    step = next(step for step in round_steps if width / step <= 4)
     start = math.floor(low / step + 1e-9)
     end = max(math.ceil(high / step - 1e-9), start + 1)
     return [round(index * step, 12) for index in range(start, end + 1)]
@@ -51,7 +52,8 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 def y_of(value: float, ticks: Sequence[float]) -> float:
     """The vertical place of a value between the first and the last tick."""
-    return TOP + (ticks[-1] - value) / (ticks[-1] - ticks[0]) * (HEIGHT - TOP - BOTTOM)
+    share_from_top = (ticks[-1] - value) / (ticks[-1] - ticks[0])
+    return TOP + share_from_top * (HEIGHT - TOP - BOTTOM)
 
 
 def steps_axis(rows: Sequence[Row]) -> Callable[[int], float]:
@@ -107,7 +109,8 @@ def line_plot(
         for name, score in scores.items():
             if name in series:
                 values += score["interval"]
-    ticks = round_ticks(min(*values, 0.0) if zero else min(values), max(values))
+    lowest = min(*values, 0.0) if zero else min(values)
+    ticks = round_ticks(lowest, max(values))
     x_of = steps_axis(rows)
     parts = step_axes(rows, x_of, ticks)
     for step, description in sorted((faults or {}).items()):
@@ -119,7 +122,10 @@ def line_plot(
             )
     for index, (name, key) in enumerate(series.items()):
         colour = f"var(--c{index % COLOURS})"
-        intervals = [(x_of(step), scores[name]["interval"]) for step, scores in sorted(bands.items()) if name in scores]
+        intervals = []
+        for step, scores in sorted(bands.items()):
+            if name in scores:
+                intervals.append((x_of(step), scores[name]["interval"]))
         if len(intervals) > 1:
             parts.append(band(intervals, ticks, colour))
         parts += curve(rows, name, key, x_of, ticks, colour)
@@ -163,10 +169,13 @@ def stacked_bars(rows: Sequence[Row], series: Mapping[str, str], unit: str) -> s
         series: name in the legend -> metric.
         unit: the format of a mean over steps, such as "{:.2f} s per step".
     """
-    highest = max(sum(row.get(key, 0.0) for key in series.values()) for row in rows)
-    ticks = round_ticks(0.0, highest)
+    totals = []
+    for row in rows:
+        totals.append(sum(row.get(key, 0.0) for key in series.values()))
+    ticks = round_ticks(0.0, max(totals))
     x_of = steps_axis(rows)
-    width = (WIDTH - LEFT - RIGHT) / len(rows) * (0.8 if len(rows) <= MARKED_STEPS else 1.0)
+    width_with_gap = (WIDTH - LEFT - RIGHT) / len(rows)
+    width = width_with_gap * (0.8 if len(rows) <= MARKED_STEPS else 1.0)
     parts = step_axes(rows, x_of, ticks)
     below = [0.0] * len(rows)
     for index, (name, key) in enumerate(series.items()):

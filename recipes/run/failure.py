@@ -109,16 +109,16 @@ def explain(text: str, place: Place) -> str | None:
     """A message for an error's text, None for one that is of neither NCCL, CUDA nor gloo."""
     where = f"rank {place.rank} on {place.host}, in {place.phase}"
     for cause in CAUSES:
-        found = re.search(cause.pattern, text)
-        if found:
-            return f"{where}: {cause.meaning}: {_line_of(text, found)}; {cause.remedy}"
+        match = re.search(cause.pattern, text)
+        if match:
+            return f"{where}: {cause.meaning}: {_line_of(text, match)}; {cause.remedy}"
     return None
 
 
-def _line_of(text: str, found: re.Match[str]) -> str:
+def _line_of(text: str, match: re.Match[str]) -> str:
     """The line that was found, without the logger's prefix and at most 200 characters."""
-    begin = text.rfind("\n", 0, found.start()) + 1
-    end = text.find("\n", found.end())
+    begin = text.rfind("\n", 0, match.start()) + 1
+    end = text.find("\n", match.end())
     line = text[begin : end if end >= 0 else len(text)]
     return re.sub(r"^(?:\[[^\]]*\]:?\s*)+", "", line).strip()[:200]
 

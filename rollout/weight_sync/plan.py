@@ -147,13 +147,14 @@ class Plan:
         pieces = []
         for name, start, shape, holders in data["pieces"]:
             pieces.append(Piece(name, tuple(start), tuple(shape), read_rows(Holder, holders)))
+        tensors = {}
+        for name, (shape, dtype, unit) in data["tensors"].items():
+            tensors[name] = TensorInfo(tuple(shape), dtype, unit)
         return Plan(
-            tensors={
-                name: TensorInfo(tuple(shape), dtype, unit) for name, (shape, dtype, unit) in data["tensors"].items()
-            },
+            tensors=tensors,
             pieces=tuple(pieces),
-            copies=tuple(tuple(read_rows(Copy, worker) for worker in engine) for engine in data["copies"]),
-            recvs=tuple(tuple(read_rows(Recv, worker) for worker in engine) for engine in data["recvs"]),
+            copies=tuple(_read_workers(Copy, workers) for workers in data["copies"]),
+            recvs=tuple(_read_workers(Recv, workers) for workers in data["recvs"]),
             sends=tuple(read_rows(Send, rank) for rank in data["sends"]),
             messages=read_rows(Message, data["messages"]),
             slot_bytes=tuple(data["slot_bytes"]),
@@ -163,4 +164,13 @@ class Plan:
 
 def read_rows[T](kind: Callable[..., T], rows: Iterable[Sequence[Any]]) -> tuple[T, ...]:
     """``kind`` of each row of JSON, whose lists are indices."""
-    return tuple(kind(*(tuple(v) if isinstance(v, list) else v for v in row)) for row in rows)
+    result = []
+    for row in rows:
+        values = [tuple(value) if isinstance(value, list) else value for value in row]
+        result.append(kind(*values))
+    return tuple(result)
+
+
+def _read_workers[T](kind: Callable[..., T], workers: Iterable[Iterable[Sequence[Any]]]) -> tuple[tuple[T, ...], ...]:
+    """The rows of each worker of an engine."""
+    return tuple(read_rows(kind, rows) for rows in workers)

@@ -55,13 +55,13 @@ def build_plan(
     schedule = min(schedules, key=lambda s: duration(s.messages))
     placed_bytes = 0
     for engine in topology.engines:
-        for w in range(len(engine)):
-            placed_bytes += sum(size(destination.part) for destination in destinations[w])
+        for worker_number in range(len(engine)):
+            placed_bytes += sum(size(destination.part) for destination in destinations[worker_number])
     ranks = range(len(topology.ranks))
     return Plan(
         tensors=tensors,
         pieces=tuple(pieces),
-        copies=tuple(tuple(tuple(worker) for worker in engine) for engine in assignment.copies),
+        copies=_frozen(assignment.copies),
         recvs=_recvs(topology, assignment, routes, schedule),
         sends=tuple(tuple(sorted(schedule.sends[rank])) for rank in ranks),
         messages=tuple(sorted(schedule.messages)),
@@ -117,14 +117,16 @@ def _pieces(tables: Sequence[ShardTable], shapes: Mapping[str, Index]) -> list[P
 def _cells(shape: Index, rectangles: Sequence[Rectangle]) -> Iterator[Rectangle]:
     """The grid into which all boundaries of ``rectangles`` cut a tensor of ``shape``."""
     intervals_of_axes = []
-    for d, extent in enumerate(shape):
+    for axis, extent in enumerate(shape):
         cuts = {0, extent}
         for rectangle in rectangles:
-            cuts.add(rectangle.start[d])
-            cuts.add(rectangle.stop[d])
+            cuts.add(rectangle.start[axis])
+            cuts.add(rectangle.stop[axis])
         intervals_of_axes.append(list(itertools.pairwise(sorted(cuts))))
     for intervals in itertools.product(*intervals_of_axes):
-        yield Rectangle(tuple(start for start, _ in intervals), tuple(stop - start for start, stop in intervals))
+        start = tuple(first for first, _ in intervals)
+        extents = tuple(stop - first for first, stop in intervals)
+        yield Rectangle(start, extents)
 
 
 def _tensors(
@@ -156,7 +158,8 @@ def _tensors(
         if len(dtypes[name]) > 1 or not dtypes[name] <= ITEMSIZE.keys():
             raise LayoutError(f"{name}: vLLM holds it as {sorted(dtypes[name])}; one of {sorted(ITEMSIZE)} is needed")
         (dtype,) = dtypes[name]
-        infos[name] = TensorInfo(shape, dtype, checksum_unit(ITEMSIZE[dtype], sorted(ends[name])))
+        unit = checksum_unit(ITEMSIZE[dtype], sorted(ends[name]))
+        infos[name] = TensorInfo(shape, dtype, unit)
     return infos
 
 
@@ -186,7 +189,11 @@ def _destinations(
     pieces_of: dict[str, list[int]] = defaultdict(list)
     for i, piece in enumerate(pieces):
         pieces_of[piece.hf_name].append(i)
-    staging_order = {parameter.name: i for worker in layouts for i, parameter in enumerate(worker) if parameter.staged}
+    staging_order: dict[str, int] = {}
+    for worker in layouts:
+        for number, parameter in enumerate(worker):
+            if parameter.staged:
+                staging_order[parameter.name] = number
     destinations = []
     for worker in layouts:
         needed = []
@@ -197,7 +204,8 @@ def _destinations(
                     overlap = extent.intersect(region.source)
                     if overlap:
                         part = Part(i, subtract_indices(overlap.start, extent.start), overlap.shape)
-                        parameter_start = add_indices(region.start, subtract_indices(overlap.start, region.hf_start))
+                        offset_in_region = subtract_indices(overlap.start, region.hf_start)
+                        parameter_start = add_indices(region.start, offset_in_region)
                         order = staging_order.get(parameter.name, -1)
                         needed.append(_Destination(part, parameter.name, parameter_start, order))
         needed.sort(key=lambda destination: (destination.staging_order, -size(destination.part)))
@@ -245,12 +253,14 @@ def _assign(
     remote: list[tuple[int, int, _Destination]] = []
     devices_of: dict[tuple[Part, str], set[str]] = defaultdict(set)
     staging_order: dict[Part, int] = {}
-    for e, engine in enumerate(topology.engines):
+    for engine_number, engine in enumerate(topology.engines):
         copies.append([[] for _ in engine])
-        for w, place in enumerate(engine):
+        for worker_number, place in enumerate(engine):
             if place.host not in ranks_of_host:
-                raise LayoutError(f"engine {e} is on host {place.host}, where no rank runs: start one there")
-            for destination in destinations[w]:
+                raise LayoutError(
+                    f"engine {engine_number} is on host {place.host}, where no rank runs: start one there"
+                )
+            for destination in destinations[worker_number]:
                 part = destination.part
                 local_holders = {}
                 for holder in pieces[part.piece].holders:
@@ -258,7 +268,7 @@ def _assign(
                         local_holders[holder.rank] = holder
                 if local_holders:
                     holder = local_holders[nearest(local_holders, {place.device}, size(part))]
-                    copies[e][w].append(
+                    copies[engine_number][worker_number].append(
                         Copy(
                             rank=holder.rank,
                             shard=holder.shard,
@@ -269,7 +279,7 @@ def _assign(
                         )
                     )
                 else:
-                    remote.append((e, w, destination))
+                    remote.append((engine_number, worker_number, destination))
                     devices_of[part, place.host].add(place.device)
                     staging_order[part] = destination.staging_order
 
@@ -292,16 +302,26 @@ def _recvs(
         for receiver in route.receivers:
             routes_to[receiver, route.piece].append(i)
     recvs: list[list[list[Recv]]] = [[[] for _ in engine] for engine in topology.engines]
-    for e, w, (part, parameter, parameter_start, _) in assignment.remote:
-        receiver = assignment.receivers[part][topology.engines[e][w].host]
+    for engine_number, worker_number, (part, parameter, parameter_start, _) in assignment.remote:
+        host = topology.engines[engine_number][worker_number].host
+        receiver = assignment.receivers[part][host]
         needed = Rectangle(part.start, part.shape)
         for i in routes_to[receiver, part.piece]:
             route = routes[i]
             if needed.contains(Rectangle(route.start, route.shape)):
                 round_number, offset = schedule.ready[receiver, i]
                 chunk_start = add_indices(parameter_start, subtract_indices(route.start, part.start))
-                recvs[e][w].append(Recv(round_number, receiver, offset, route.shape, parameter, chunk_start))
-    return tuple(tuple(tuple(sorted(worker)) for worker in engine) for engine in recvs)
+                recv = Recv(round_number, receiver, offset, route.shape, parameter, chunk_start)
+                recvs[engine_number][worker_number].append(recv)
+    for engine in recvs:
+        for worker in engine:
+            worker.sort()
+    return _frozen(recvs)
+
+
+def _frozen[T](of_engines: Sequence[Sequence[Sequence[T]]]) -> tuple[tuple[tuple[T, ...], ...], ...]:
+    """[engine][worker] lists as tuples."""
+    return tuple(tuple(map(tuple, workers)) for workers in of_engines)
 
 
 def cached_plan(

@@ -69,14 +69,14 @@ def _split(rectangle: Rectangle, elements: int) -> Iterator[Rectangle]:
     if rectangle.size <= elements:
         yield rectangle
         return
-    d = next(d for d, extent in enumerate(rectangle.shape) if extent > 1)
-    extent = rectangle.shape[d]
+    axis = next(axis for axis, extent in enumerate(rectangle.shape) if extent > 1)
+    extent = rectangle.shape[axis]
     step = max(1, elements * extent // rectangle.size)
     for offset in range(0, extent, step):
         start = list(rectangle.start)
         shape = list(rectangle.shape)
-        start[d] += offset
-        shape[d] = min(step, extent - offset)
+        start[axis] += offset
+        shape[axis] = min(step, extent - offset)
         yield from _split(Rectangle(tuple(start), tuple(shape)), elements)
 
 
@@ -149,14 +149,15 @@ def _rounds_of_routes(
             raise LayoutError(f"a chunk of {route.size} bytes is larger than a bucket of {bucket_bytes}")
         ranks = (route.origin.rank, *route.receivers)
         # In how many rounds after the first one each rank holds the chunk.
-        hops = [0] + [n if chained else 0 for n in range(len(route.receivers))]
-        t = first_with_room[ranks]
-        while any(used[rank, t + hop] + route.size > bucket_bytes for rank, hop in zip(ranks, hops, strict=True)):
-            t += 1
-        first_with_room[ranks] = t
-        for rank, hop in zip(ranks, hops, strict=True):
-            used[rank, t + hop] += route.size
-        members[t, route.origin.rank, route.receivers].append(i)
+        hops = [0] + [place if chained else 0 for place in range(len(route.receivers))]
+        ranks_and_hops = list(zip(ranks, hops, strict=True))
+        first_round = first_with_room[ranks]
+        while any(used[rank, first_round + hop] + route.size > bucket_bytes for rank, hop in ranks_and_hops):
+            first_round += 1
+        first_with_room[ranks] = first_round
+        for rank, hop in ranks_and_hops:
+            used[rank, first_round + hop] += route.size
+        members[first_round, route.origin.rank, route.receivers].append(i)
     return members
 
 

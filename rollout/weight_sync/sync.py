@@ -249,14 +249,16 @@ class WeightSync:
             raise WeightSyncError(
                 "the engines hold their parameters in different layouts: start all with the same settings"
             )
-        source = self.owners[0]
-        workers = self._gather(lambda: answers[0]["workers"] if self.rank == source else None)[source]
-        layouts = [[ParameterLayout.from_json(parameter) for parameter in worker] for worker in workers]
-        topology = Topology(
-            ranks=tuple(Place(*description["place"]) for description in descriptions),
-            engines=tuple(tuple(Place(*place) for place in places) for places in places_of_engines),
-        )
-        return topology, layouts
+        first_owner = self.owners[0]
+        workers_by_rank = self._gather(lambda: answers[0]["workers"] if self.rank == first_owner else None)
+        layouts = []
+        for worker in workers_by_rank[first_owner]:
+            layouts.append([ParameterLayout.from_json(parameter) for parameter in worker])
+        ranks = [Place(*description["place"]) for description in descriptions]
+        engines = []
+        for places in places_of_engines:
+            engines.append(tuple(Place(*place) for place in places))
+        return Topology(tuple(ranks), tuple(engines)), layouts
 
     def _post_to_engines(self, path: str, bodies: Sequence[dict[str, Any]]) -> Callable[[], list[dict[str, Any]]]:
         """Post to this rank's engines. The returned function waits for all answers, then raises the first
@@ -312,19 +314,23 @@ def _shard_table(shards: Sequence[Shard]) -> list[list[Any]]:
         raise LayoutError(f"shard names are not unique: {repeated[0]}")
     for shard in shards:
         for block in shard.blocks:
+            shape = tuple(shard.tensor.shape)
             stop = [start + extent for start, extent in zip(block.local_start, block.shape, strict=True)]
-            if len(stop) != shard.tensor.ndim or any(a > n for a, n in zip(stop, shard.tensor.shape, strict=True)):
-                raise LayoutError(f"{block} sticks out of shard {shard.name} of shape {tuple(shard.tensor.shape)}")
+            if len(stop) != len(shape) or any(end > size for end, size in zip(stop, shape, strict=True)):
+                raise LayoutError(f"{block} sticks out of shard {shard.name} of shape {shape}")
     return [[shard.name, [asdict(block) for block in shard.blocks]] for shard in shards]
 
 
 def _parse_table(table: list[list[Any]]) -> ShardTable:
     """Inverse of :func:`_shard_table` after a round trip through JSON."""
-    return [
-        (name, Block(b["hf_name"], tuple(b["hf_start"]), tuple(b["local_start"]), tuple(b["shape"])))
-        for name, blocks in table
-        for b in blocks
-    ]
+    result = []
+    for shard_name, blocks in table:
+        for block in blocks:
+            hf_start = tuple(block["hf_start"])
+            local_start = tuple(block["local_start"])
+            shape = tuple(block["shape"])
+            result.append((shard_name, Block(block["hf_name"], hf_start, local_start, shape)))
+    return result
 
 
 def _digest(value: Any) -> str:
@@ -334,21 +340,23 @@ def _digest(value: Any) -> str:
 def _readers(plan: Plan) -> list[list[tuple[int, int]]]:
     """For each rank the (engine, worker)s that read from its slots."""
     readers: list[list[tuple[int, int]]] = [[] for _ in plan.slot_bytes]
-    for e, engine in enumerate(plan.recvs):
-        for w, worker in enumerate(engine):
-            for rank in sorted({recv.rank for recv in worker}):
-                readers[rank].append((e, w))
+    for engine, workers in enumerate(plan.recvs):
+        for worker, recvs in enumerate(workers):
+            for rank in sorted({recv.rank for recv in recvs}):
+                readers[rank].append((engine, worker))
     return readers
 
 
-def _engine_share(plan: Plan, e: int, readers: list[list[tuple[int, int]]], addresses: list[Any]) -> dict[str, Any]:
-    """Engine ``e``'s share of the plan: the message of ``WeightSyncWorker.weight_sync_plan``."""
+def _engine_share(
+    plan: Plan, engine: int, readers: list[list[tuple[int, int]]], addresses: list[Any]
+) -> dict[str, Any]:
+    """An engine's share of the plan: the message of ``WeightSyncWorker.weight_sync_plan``."""
     workers: list[dict[str, Any]] = []
-    for w, (copies, recvs) in enumerate(zip(plan.copies[e], plan.recvs[e], strict=True)):
+    for worker, (copies, recvs) in enumerate(zip(plan.copies[engine], plan.recvs[engine], strict=True)):
         ranks = sorted({recv.rank for recv in recvs})
-        reader_numbers = {rank: readers[rank].index((e, w)) for rank in ranks}
+        reader_numbers = {rank: readers[rank].index((engine, worker)) for rank in ranks}
         workers.append({"copies": copies, "recvs": recvs, "readers": reader_numbers})
-    ranks_of_shards = sorted({copy.rank for copies in plan.copies[e] for copy in copies})
+    ranks_of_shards = sorted({copy.rank for copies in plan.copies[engine] for copy in copies})
     ranks_of_slots = sorted({rank for worker in workers for rank in worker["readers"]})
     return {
         "tensors": plan.tensors,

@@ -134,10 +134,9 @@ class WeightSyncWorker:
             parameters = weight_tensors(model)
         shards = {int(rank): attach_tensors(address) for rank, address in body["shards"].items()}
         slots = {int(rank): attach_tensors(address)["slots"] for rank, address in body["slots"].items()}
-        signals = {
-            int(rank): Signals(attach_tensors(address)["signals"], address["pid"])
-            for rank, address in body["signals"].items()
-        }
+        signals = {}
+        for rank, address in body["signals"].items():
+            signals[int(rank)] = Signals(attach_tensors(address)["signals"], address["pid"])
 
         def target(item: Copy | Recv) -> _Target:
             live = None if item.parameter in layers else parameters[item.parameter].detach()

@@ -95,7 +95,7 @@ CHAT_NAMES = (
 
 def chat_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """From the ``-hf`` to the chat layout: other names in the tower, and query, key and value in one tensor."""
-    found = {}
+    renamed = {}
     for name, tensor in tensors.items():
         if match := re.fullmatch(r"(vision_tower.*)attention\.([qkv])_proj\.(weight|bias)", name):
             if match[2] != "q":
@@ -104,8 +104,8 @@ def chat_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tensor = torch.cat([tensors[f"{match[1]}attention.{p}_proj.{match[3]}"] for p in "qkv"])
         for pattern, replacement in CHAT_NAMES:
             name = re.sub(pattern, replacement, name)
-        found[name] = tensor
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
 def _to_chat_layout(source: Path, target: Path) -> None:

@@ -56,16 +56,16 @@ def train_reference(folder: Path, case: Case) -> Reference:
         for i, s in enumerate(sequences):
             tokens = torch.tensor([s.prompt + s.response])
             if case.is_scalar:
-                found = model.score(model.model(tokens).last_hidden_state)[0, len(s.prompt) - 1 : -1, 0]
+                output = model.score(model.model(tokens).last_hidden_state)[0, len(s.prompt) - 1 : -1, 0]
             else:
                 logits = model(tokens).logits[0, len(s.prompt) - 1 : -1] / case.temperature
                 distribution = torch.distributions.Categorical(logits=logits)
-                found = distribution.log_prob(torch.tensor(s.response))
+                output = distribution.log_prob(torch.tensor(s.response))
                 if step == 0:
                     entropies[i] = distribution.entropy().detach()
             if step == 0:
-                log_probs[i] = found.detach()
-            total = total + cases.token_loss(case, found).mean() / len(sequences)
+                log_probs[i] = output.detach()
+            total = total + cases.token_loss(case, output).mean() / len(sequences)
         total.backward()
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in named.items()}

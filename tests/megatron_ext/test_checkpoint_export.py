@@ -37,17 +37,17 @@ def test_every_byte_is_that_of_the_ranks_export(case: Case, ranks_of: RanksOf, t
     assert checkpoint is not None
     export(checkpoint, folder / case.twin, tmp_path / "hf", case.precision, case.is_scalar)
     expected = {path.name: path.read_bytes() for path in (folder / "exports" / f"resume-{case.name}").iterdir()}
-    found = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
-    assert {name: len(content) for name, content in found.items()} == {n: len(c) for n, c in expected.items()}
-    assert [name for name in expected if found[name] != expected[name]] == []
+    exported = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert {name: len(content) for name, content in exported.items()} == {n: len(c) for n, c in expected.items()}
+    assert [name for name in expected if exported[name] != expected[name]] == []
 
 
 def make(folder: Path, vocab: int, ffn: int) -> int:
     """Write ``source``, a Hugging Face folder without values, and ``checkpoint``, one of two tensor-parallel ranks of
     that model in BF16. Returns the bytes of its tensors."""
     source, checkpoint = folder / "source", folder / "checkpoint"
-    for made in (source, checkpoint):
-        made.mkdir(parents=True)
+    for subfolder in (source, checkpoint):
+        subfolder.mkdir(parents=True)
     hidden, layers = 2048, 2
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -146,9 +146,9 @@ def test_a_language_model_becomes_one_with_a_scalar_head(twin: str, files: int, 
     stored = {n: t for part in tensors_by_file(twins / twin).values() for n, t in part.items() if n != "lm_head.weight"}
     shards = [*(whole(name, tensor) for name, tensor in stored.items()), head]
     hf_checkpoint.export(shards, twins / twin, tmp_path / "value", writes=True, scalar=True)
-    found = tensors_by_file(tmp_path / "value")
-    assert len(found) >= files
-    assert {name for tensors in found.values() for name in tensors} == {*stored, "score.weight"}
+    exported = tensors_by_file(tmp_path / "value")
+    assert len(exported) >= files
+    assert {name for tensors in exported.values() for name in tensors} == {*stored, "score.weight"}
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "value", output_loading_info=True, attn_implementation="eager"
     )

@@ -74,9 +74,9 @@ def test_both_layouts_load_the_same_parameters(name: str, results: Results) -> N
 @pytest.mark.parametrize("name", ["6b-hf-tp2", "6b-hf-tp2-sp-pp2", "300m-hf-tp2-sp"])
 def test_a_checkpoint_joins_the_tower(name: str, results: Results) -> None:
     """Megatron-Core's checkpoint knows which of the tower's parameters are cut; it stacks the three layers."""
-    found = [rank["whole_shapes"] for rank in results(name) if "whole_shapes" in rank]
-    assert len(found) == 2
-    for shapes in found:
+    of_ranks = [rank["whole_shapes"] for rank in results(name) if "whole_shapes" in rank]
+    assert len(of_ranks) == 2
+    for shapes in of_ranks:
         layer = "vision.encoder.layers.2."
         assert shapes[f"{layer}self_attention.linear_qkv.weight"] == [3, 3 * 6 * 16, 80]
         assert shapes[f"{layer}mlp.linear_fc1.weight"] == [3, 96, 80]

@@ -302,7 +302,7 @@ def test_gradients_of_packed_sequences_are_those_of_unpacked_ones_however_the_ba
     assert losses == pytest.approx(dict.fromkeys(plans, expected.loss[0]), abs=2e-6)
 
 
-def test_pack_lays_sequences_behind_each_other_and_pads_with_a_sequence_of_its_own() -> None:
+def test_pack_lays_sequences_one_after_another_and_pads_with_a_sequence_of_its_own() -> None:
     sequences = [
         PlainSequence([5, 6], [7], {"weight": [0.5]}),
         PlainSequence([99], [98], {"weight": [9.0]}),
@@ -406,7 +406,7 @@ def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -
     assert pack(sequences, [1], 1, -1, CPU).vision is None
 
 
-def test_positions_go_on_behind_the_greatest_of_the_prompt() -> None:
+def test_positions_go_on_after_the_greatest_of_the_prompt() -> None:
     """Qwen2.5-VL's: an image of 1 x 2 x 2 rows advances by its longest side, not by its tokens."""
     prompt = [[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]]
     vision = images([0.0] * 4, [1, 2, 3, 4], prompt)

@@ -222,7 +222,7 @@ def test_positions_equal_transformers(
     assert positions == expected[:, 0].tolist()
 
 
-def test_text_goes_on_behind_a_clips_time(hugging_face: Qwen2_5_VLForConditionalGeneration) -> None:
+def test_text_goes_on_after_a_clips_time(hugging_face: Qwen2_5_VLForConditionalGeneration) -> None:
     """As in vLLM and Qwen's code: the greatest position of 3 frames, 2 seconds apart at 2 a second, is 2 + 1 + 8."""
     config = hugging_face.config
     tokens = [*prompt(config, [(3, 2, 4)]), 6]

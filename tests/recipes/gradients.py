@@ -18,8 +18,8 @@ def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor, h: floa
 def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """Autograd's, of a scalar function."""
     x = at.clone().requires_grad_()
-    (found,) = torch.autograd.grad(function(x), x)
-    return found
+    (derivative,) = torch.autograd.grad(function(x), x)
+    return derivative
 
 
 def draws(n: int, seed: int = 0) -> Tensor:

@@ -39,7 +39,7 @@ GROUPS = "recipe stage model algorithm rewards parallel precision rollout data c
 ASIDE = ("bounds", "node_check", "preflight", "scale", "simulate")
 FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
 BASES = [(group, "base") for group in ("stage", "data", "model", "cluster")]  # which are no choices
-OPTIONS = [found for found in FILES if found not in BASES]
+OPTIONS = [choice for choice in FILES if choice not in BASES]
 NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
 NEEDS["safework"].append("rollout.max_num_batched_tokens=8224")
 NEEDS |= {option: ["cluster.ranks=64"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
@@ -59,9 +59,9 @@ def composed(*overrides: str) -> DictConfig:
 
 def overridden(raw: DictConfig, overrides: list[str]) -> DictConfig:
     """What ``compose`` makes of further overrides of values, by its own functions and without reading conf/ anew."""
-    made = copy.deepcopy(raw)
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(overrides), made)
-    return made
+    changed = copy.deepcopy(raw)
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(overrides), changed)
+    return changed
 
 
 def configured(*overrides: str) -> Config:
@@ -134,7 +134,7 @@ def test_every_option_composes_and_every_value_has_a_typed_field(group: str, opt
     content.pop("defaults", None)
     missing = object()
 
-    def found(key: str) -> Any:
+    def value_of(key: str) -> Any:
         value: Any = config
         for part in key.split("."):
             value = value.get(part, missing) if isinstance(value, dict) else getattr(value, part, missing)
@@ -142,7 +142,7 @@ def test_every_option_composes_and_every_value_has_a_typed_field(group: str, opt
 
     keys = list(yaml_keys(content if text.startswith("# @package _global_") else {group: content}))
     assert keys
-    assert [key for key in keys if found(key) is missing] == []
+    assert [key for key in keys if value_of(key) is missing] == []
 
 
 def test_each_stage_of_a_safework_recipe_draws_its_own_prompts() -> None:
@@ -508,8 +508,8 @@ def test_free_form_mappings_take_new_keys_as_plain_overrides(
 
 def test_a_servers_new_argument_is_a_plain_override(monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["rewards=safework", "rewards.servers.safety.arguments=[--max-model-len, '512']"]
-    found = main_s_configuration(overrides, monkeypatch)
-    assert found("rewards", "servers", "safety", "arguments") == ["--max-model-len", "512"]
+    value_of = main_s_configuration(overrides, monkeypatch)
+    assert value_of("rewards", "servers", "safety", "arguments") == ["--max-model-len", "512"]
 
 
 def main_s_configuration(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:

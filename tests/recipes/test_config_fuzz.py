@@ -115,12 +115,12 @@ def chosen(recipe: str, raw: DictConfig) -> list[Case]:
     fields = list(leaves(OmegaConf.to_container(raw, resolve=True)))
     by_field = [list(mutations(recipe, path, value, chance)) for path, value in fields]
     chance.shuffle(by_field)
-    found: list[Case] = []
-    while len(found) < CASES:
+    sample: list[Case] = []
+    while len(sample) < CASES:
         for cases in by_field:
-            if cases and len(found) < CASES:
-                found.append(cases.pop(chance.randrange(len(cases))))
-    return found
+            if cases and len(sample) < CASES:
+                sample.append(cases.pop(chance.randrange(len(cases))))
+    return sample
 
 
 def outcome(make: Any, deep: bool) -> tuple[Any, str]:

@@ -33,7 +33,7 @@ def judge() -> Iterator[FakeServer]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, judge: FakeServer) -> tuple[Path, Path]:
     """A run whose critic sleeps on the host between its uses, the policy's optimiser while engines generate, and the
-    judge's server but while it judges; and one resumed behind the first's second step where nothing sleeps. In the
+    judge's server but while it judges; and one resumed after the first's second step where nothing sleeps. In the
     first step the critic alone is trained."""
     folder = tmp_path_factory.mktemp("ppo")
     tiny.make(folder)
@@ -90,10 +90,10 @@ def test_a_resumed_run_ends_as_the_one_left_alone(runs: tuple[Path, Path]) -> No
     assert metrics(resumed) == metrics(whole)
     assert (resumed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (whole / "hf" / "model.safetensors").read_bytes()
-    last, its = (stored(run_dir / "checkpoints" / f"step_{STEPS:06d}") for run_dir in runs)
+    last, of_resumed = (stored(run_dir / "checkpoints" / f"step_{STEPS:06d}") for run_dir in runs)
     assert "critic/output_layer.weight" in last and any(name.startswith("critic/optimizer.") for name in last)
-    assert last.keys() == its.keys()
-    assert [name for name, tensor in last.items() if not torch.equal(tensor, its[name])] == []
+    assert last.keys() == of_resumed.keys()
+    assert [name for name, tensor in last.items() if not torch.equal(tensor, of_resumed[name])] == []
 
 
 def test_judges_are_awake_but_to_judge_a_steps_answers(runs: tuple[Path, Path], judge: FakeServer) -> None:
@@ -134,12 +134,12 @@ def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:
     batch = packing.pack(token_batch(sequences).with_columns(**columns), [3, 0], multiple=1, pad_token=0, device="cpu")
     assert batch.values["returns"].tolist() == pytest.approx([-0.25, -0.25, -0.25, -0.75, 1.3, 1.2, 1.0])
     assert batch.values["old_values"].tolist() == [0.75, 0.875, 1.0, 1.125, 0.0, 0.125, 0.25]
-    found = torch.zeros(7, requires_grad=True)
-    loss, measured = critic.value_loss(value_clip=0.2)(found, batch)
+    new_values = torch.zeros(7, requires_grad=True)
+    loss, measured = critic.value_loss(value_clip=0.2)(new_values, batch)
     loss.backward()
     # Below their old values by more than 0.2, and further from there: the clipped branch has no gradient.
-    assert found.grad is not None
-    assert found.grad.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, -0.13, 0.0, -0.1])
+    assert new_values.grad is not None
+    assert new_values.grad.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, -0.13, 0.0, -0.1])
     assert int(measured["clipped"]) == 4
 
 

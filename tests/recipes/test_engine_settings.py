@@ -29,11 +29,11 @@ def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_each_node_has_as_many_and_an_engines_own_gpus_come_first(configured, monkeypatch) -> None:
     """Two engines of four GPUs a node; each sees all eight, to read the trainer's weights there."""
-    found = engine_settings(configured("rollout.engines=16", "rollout.tensor=4"), nodes=8)
-    assert [its.devices for its in found] == [(0, 1, 2, 3, 4, 5, 6, 7), (4, 5, 6, 7, 0, 1, 2, 3)]
-    assert environment(found[1])["CUDA_VISIBLE_DEVICES"] == "4,5,6,7,0,1,2,3"
+    engines = engine_settings(configured("rollout.engines=16", "rollout.tensor=4"), nodes=8)
+    assert [engine.devices for engine in engines] == [(0, 1, 2, 3, 4, 5, 6, 7), (4, 5, 6, 7, 0, 1, 2, 3)]
+    assert environment(engines[1])["CUDA_VISIBLE_DEVICES"] == "4,5,6,7,0,1,2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b,c,d,e,f,g,h")
-    assert environment(found[1])["CUDA_VISIBLE_DEVICES"] == "e,f,g,h,a,b,c,d"
+    assert environment(engines[1])["CUDA_VISIBLE_DEVICES"] == "e,f,g,h,a,b,c,d"
     assert len(engine_settings(configured(), nodes=8)) == 1
 
 

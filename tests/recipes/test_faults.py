@@ -105,9 +105,9 @@ def fill(run: tiny.Run, disk: Path) -> None:
     deadline = time.monotonic() + 300
     with (disk / "fill").open("wb", buffering=0) as file:
         while run.process.poll() is None and time.monotonic() < deadline:
-            found = os.statvfs(disk)
+            space = os.statvfs(disk)
             with contextlib.suppress(OSError):
-                file.write(bytes(max(0, found.f_bavail * found.f_frsize - ROOM)))
+                file.write(bytes(max(0, space.f_bavail * space.f_frsize - ROOM)))
             time.sleep(0.01)
 
 

@@ -66,10 +66,10 @@ def test_the_gradient_is_its_closed_form_and_that_of_finite_differences(
     estimator: Estimator, derivative: Estimator
 ) -> None:
     policy, reference = draws(20, 5), draws(20, 6)
-    found = gradient(lambda x: estimator(x, reference).sum(), policy)
-    assert found.tolist() == pytest.approx(derivative(reference - policy).tolist(), rel=1e-12)
+    by_autograd = gradient(lambda x: estimator(x, reference).sum(), policy)
+    assert by_autograd.tolist() == pytest.approx(derivative(reference - policy).tolist(), rel=1e-12)
     differences = finite_differences(lambda x: estimator(x, reference).sum(), policy)
-    assert found.tolist() == pytest.approx(differences.tolist(), abs=1e-7)
+    assert by_autograd.tolist() == pytest.approx(differences.tolist(), abs=1e-7)
 
 
 def test_as_a_loss_k2_has_the_divergence_s_gradient_and_k1_has_none() -> None:

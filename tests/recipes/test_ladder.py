@@ -68,15 +68,19 @@ def answers(score: float, tokens: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_measures_have_intervals_and_lengths_are_of_the_prompts_with_an_accuracy() -> None:
-    found = pipeline.measures(answers(1.0, 4))
+    measures = pipeline.measures(answers(1.0, 4))
     accuracy = mean_interval([1.0, 0.0])
-    assert (found["accuracy"], found["accuracy_interval"], found["accuracy_n"]) == (0.5, accuracy["interval"], 2)
-    assert (found["safety"], found["safety_n"]) == (1.0, 1)
+    assert (measures["accuracy"], measures["accuracy_interval"], measures["accuracy_n"]) == (
+        0.5,
+        accuracy["interval"],
+        2,
+    )
+    assert (measures["safety"], measures["safety_n"]) == (1.0, 1)
     # 4 and 6: standard deviation sqrt(2), over sqrt(2) prompts
-    assert found["reasoning_length"] == 5.0
-    assert found["reasoning_length_interval"] == pytest.approx([5 - 1.959964, 5 + 1.959964])
-    assert "helpfulness" not in found
-    assert "false_certain" not in found
+    assert measures["reasoning_length"] == 5.0
+    assert measures["reasoning_length_interval"] == pytest.approx([5 - 1.959964, 5 + 1.959964])
+    assert "helpfulness" not in measures
+    assert "false_certain" not in measures
 
 
 def test_changes_are_of_the_same_prompts() -> None:
@@ -84,13 +88,13 @@ def test_changes_are_of_the_same_prompts() -> None:
     former, after = answers(1.0, 4), answers(0.5, 9)
     after["greedy"][1]["thinking_tokens"] = 14
     del after["greedy"][2]
-    found = pipeline.changes(former, after)
+    changes = pipeline.changes(former, after)
     accuracy = paired_difference([1.0, 0.0], [0.5, 0.0])
-    assert (found["accuracy_change"], found["accuracy_change_interval"]) == (-0.25, accuracy["interval"])
+    assert (changes["accuracy_change"], changes["accuracy_change_interval"]) == (-0.25, accuracy["interval"])
     # 5 and 8: standard deviation 3 / sqrt(2), over sqrt(2) prompts
-    assert found["reasoning_length_change"] == 6.5
-    assert found["reasoning_length_change_interval"] == pytest.approx([6.5 - 1.5 * 1.959964, 6.5 + 1.5 * 1.959964])
-    assert "safety_change" not in found
+    assert changes["reasoning_length_change"] == 6.5
+    assert changes["reasoning_length_change_interval"] == pytest.approx([6.5 - 1.5 * 1.959964, 6.5 + 1.5 * 1.959964])
+    assert "safety_change" not in changes
 
 
 def test_the_report_shows_every_stage_and_model_text_stays_text(

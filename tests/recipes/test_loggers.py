@@ -29,13 +29,14 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def scalars(file: Path) -> set[tuple[str, int, float]]:
     """Tag, step and value of each scalar of an event file."""
-    data, found = file.read_bytes(), set()
+    values = set()
+    data = file.read_bytes()
     while data:  # a record: its length, a checksum, an Event, a checksum
         (size,) = struct.unpack("<Q", data[:8])
         event = Event.FromString(data[12 : 12 + size])
-        found |= {(value.tag, event.step, value.simple_value) for value in event.summary.value}
+        values |= {(value.tag, event.step, value.simple_value) for value in event.summary.value}
         data = data[16 + size :]
-    return found
+    return values
 
 
 def test_loggers_are_those_of_the_configuration(

@@ -234,7 +234,7 @@ def fake_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return fake
 
 
-def found(ranks: int) -> list[str]:
+def gpu_check_results(ranks: int) -> list[str]:
     results = []
     for work in program.gpu_checks(settings(), ranks):
         try:
@@ -245,21 +245,23 @@ def found(ranks: int) -> list[str]:
 
 
 def test_the_gpu_checks_ask_nvidia_smi(fake_nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [result for result in found(3) if result.startswith("bad")] == []
-    assert len(found(3)) == 5
+    assert [result for result in gpu_check_results(3) if result.startswith("bad")] == []
+    assert len(gpu_check_results(3)) == 5
     (fake_nvidia_smi.parent / "nvidia-smi.peers").write_text(PEERS.format(state="NS"))
-    (bad,) = [result for result in found(3) if result.startswith("bad")]
+    (bad,) = [result for result in gpu_check_results(3) if result.startswith("bad")]
     assert "GPU1-GPU2 NS" in bad
     (fake_nvidia_smi.parent / "nvidia-smi.gpus").write_text("NVIDIA-SMI has failed\n")
     monkeypatch.setenv("SMI_EXIT", "9")
-    assert found(3) == [
+    assert gpu_check_results(3) == [
         "bad: nvidia-smi --query-gpu=index,name,driver_version,memory.total,memory.free,"
         "ecc.errors.uncorrected.volatile.total,remapped_rows.pending,remapped_rows.failure: NVIDIA-SMI has failed; "
         "reset the GPU or reboot the node"
     ]
     fake_nvidia_smi.unlink()
     monkeypatch.setenv("PATH", str(fake_nvidia_smi.parent))
-    assert found(1) == ["bad: no nvidia-smi: the node has no NVIDIA driver, or the container was started without it"]
+    assert gpu_check_results(1) == [
+        "bad: no nvidia-smi: the node has no NVIDIA driver, or the container was started without it"
+    ]
 
 
 def test_the_command_line_gets_the_group() -> None:
@@ -288,9 +290,11 @@ def test_the_ring_has_each_neighbour_once_and_each_node_once_a_round(nodes: int)
 def test_a_node_that_is_slow_towards_both_neighbours_is_the_bad_one() -> None:
     within = [300.0, 310.0, 305.0, 90.0]
     between = {(0, 1): 3.0, (1, 2): 2.0, (2, 3): 45.0, (3, 0): 44.0}
-    found = links.faults(within, between, 150, 20)
-    assert sorted(found) == [1, 3]
-    assert ("reduce at 90 GB/s, the floor is 150" in found[3] and "2.0 GB/s" in found[1]) or "3.0 GB/s" in found[1]
+    reasons = links.faults(within, between, 150, 20)
+    assert sorted(reasons) == [1, 3]
+    assert ("reduce at 90 GB/s, the floor is 150" in reasons[3] and "2.0 GB/s" in reasons[1]) or "3.0 GB/s" in reasons[
+        1
+    ]
     assert sorted(links.faults(within[:3], {(0, 1): 3.0, (1, 2): 40.0, (2, 0): 40.0}, 150, 20)) == [0, 1], "either"
     assert sorted(links.faults([300, 300], {(0, 1): 3.0}, 150, 20)) == [0, 1]
     assert links.faults(within, between, None, None) == {}

@@ -30,7 +30,7 @@ def engines(run: tiny.Run) -> set[int]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's folder; its engine was killed behind the first step, while it was working for the third."""
+    """The run's folder; its engine was killed after the first step, while it was working for the third."""
     folder = tmp_path_factory.mktemp("session")
     tiny.make(folder)
     run = tiny.Run(tiny.overrides(folder, folder / "run", *OPTIONS, *CORRECTED, *FLOOR, *CARRY))

@@ -111,15 +111,15 @@ class Sample:
 
 
 def samples_of(batch: TokenBatch) -> list[Sample]:
-    found = []
+    samples = []
     for i in range(len(batch)):
         at = batch.tokens_of(i)
         reward = float(batch.rewards[i])
         mask = torch.from_numpy(batch.loss_mask[at]) & (not math.isnan(reward))
         response = torch.from_numpy(batch.response_tokens[at]).long()
         prompt = torch.from_numpy(batch.prompt(i).token_ids).long()
-        found.append(Sample(prompt, response, mask, torch.from_numpy(batch.logprobs[at]), reward))
-    return found
+        samples.append(Sample(prompt, response, mask, torch.from_numpy(batch.logprobs[at]), reward))
+    return samples
 
 
 class Reference:
@@ -281,9 +281,9 @@ Expected = tuple[Reference, list[dict[str, Any]]]
 def test_advantages_are_the_papers(run: Run, expected: Expected) -> None:
     """KL in the reward, the overlong penalty, GAE from one trained token to the next, whitening; 0 elsewhere."""
     for scored, wanted in zip(run.scored, expected[1], strict=True):
-        found = torch.from_numpy(scored.columns["advantages"])
-        torch.testing.assert_close(found, wanted["advantages"].float(), rtol=1e-4, atol=2e-5)
-        assert not found[~torch.from_numpy(scored.loss_mask)].any()
+        advantages = torch.from_numpy(scored.columns["advantages"])
+        torch.testing.assert_close(advantages, wanted["advantages"].float(), rtol=1e-4, atol=2e-5)
+        assert not advantages[~torch.from_numpy(scored.loss_mask)].any()
 
 
 @pytest.mark.parametrize(
@@ -291,10 +291,10 @@ def test_advantages_are_the_papers(run: Run, expected: Expected) -> None:
     ["loss", "grad_norm", "value/loss", "value/grad_norm", "kl/reference", "kl/old", "entropy"],
 )
 def test_losses_gradients_and_divergences_are_the_references(name: str, run: Run, expected: Expected) -> None:
-    found = [row[name] for row in run.metrics]
-    assert found == pytest.approx([row[name] for row in expected[1]], rel=2e-4, abs=2e-6)
+    measured = [row[name] for row in run.metrics]
+    assert measured == pytest.approx([row[name] for row in expected[1]], rel=2e-4, abs=2e-6)
     if name.startswith("kl/"):
-        assert found[1] > 1e-5, "it acts"
+        assert measured[1] > 1e-5, "it acts"
 
 
 def test_clip_fractions_and_perplexities_are_the_references(run: Run, expected: Expected) -> None:
@@ -310,11 +310,11 @@ def test_both_models_end_where_the_reference_ends(name: str, run: Run, folder: P
     """Every tensor, relative to how far it moved."""
     model = getattr(expected[0], name)
     start = load_file(folder / "model" / "model.safetensors")
-    found: dict[str, Tensor] = getattr(run, name)
+    weights: dict[str, Tensor] = getattr(run, name)
     tensors = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    assert found.keys() == tensors.keys()
+    assert weights.keys() == tensors.keys()
     for key, wanted in tensors.items():
         before = start[key].float() if key in start else torch.zeros_like(wanted)
         moved = (wanted - before).norm()
         assert moved > 0
-        assert (found[key] - wanted).norm() < 1e-3 * moved, key
+        assert (weights[key] - wanted).norm() < 1e-3 * moved, key

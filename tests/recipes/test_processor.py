@@ -245,10 +245,10 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
     for processed in process(processors[name], folder, *rows):
         assert (processed.prompt.images or processed.prompt.videos) and processed.vision is not None
         batch = TokenBatch.from_bytes(batches.build([processed.prompt], [[]]).to_bytes())
-        found = engine_server.engine_input(renderer, batch.prompts[0])  # raises when the token ids differ
+        engine_input = engine_server.engine_input(renderer, batch.prompts[0])  # raises when the token ids differ
         items = [
-            (place, kind, found["mm_kwargs"][kind][item])
-            for kind, places in found["mm_placeholders"].items()
+            (place, kind, engine_input["mm_kwargs"][kind][item])
+            for kind, places in engine_input["mm_placeholders"].items()
             for item, place in enumerate(places)
         ]
         items.sort(key=lambda entry: entry[0].offset)
@@ -267,7 +267,7 @@ def test_vllm_makes_the_same_of_the_marked_tokens_and_files(
             model = Qwen2_5_VLForConditionalGeneration.__new__(Qwen2_5_VLForConditionalGeneration)
             model.__dict__["config"] = vllm_config.model_config.hf_config
             features = [MultiModalFeatureSpec(data, kind, "", place) for place, kind, data in items]
-            positions, _ = model.get_mrope_input_positions(found["prompt_token_ids"], features)
+            positions, _ = model.get_mrope_input_positions(engine_input["prompt_token_ids"], features)
             assert positions.tolist() == processed.vision.positions
 
     shorter = replace(processed.prompt, token_ids=processed.prompt.token_ids[:-1])

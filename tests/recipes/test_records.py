@@ -147,12 +147,12 @@ def test_transcripts_show_every_kind_and_changes_first():
 
 
 def test_environment_names_machine_and_versions():
-    found = records.environment("cpu", processes=2)
-    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert found["versions"]["numpy"] == np.__version__
-    assert found["machine"]["device"] == "cpu"
-    assert found["machine"]["processes"] == 2
-    assert found["machine"]["memory_gib"] > 0
+    environment = records.environment("cpu", processes=2)
+    assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert environment["versions"]["numpy"] == np.__version__
+    assert environment["machine"]["device"] == "cpu"
+    assert environment["machine"]["processes"] == 2
+    assert environment["machine"]["memory_gib"] > 0
 
 
 def test_events_have_the_step_that_they_follow(tmp_path):
@@ -165,8 +165,8 @@ def test_events_have_the_step_that_they_follow(tmp_path):
         raise OSError("no room\nat all")
     with records.launch(tmp_path, resume=True):
         pass
-    found = records.read_events(tmp_path / "events.jsonl")
-    assert [(each["kind"], each["after_step"]) for each in found] == [
+    events = records.read_events(tmp_path / "events.jsonl")
+    assert [(each["kind"], each["after_step"]) for each in events] == [
         ("start", 0),
         ("checkpoint", 2),
         ("stop", 2),
@@ -174,4 +174,4 @@ def test_events_have_the_step_that_they_follow(tmp_path):
         ("finish", 2),
         ("server restart", 2),
     ]
-    assert found[2]["why"] == "OSError: no room"
+    assert events[2]["why"] == "OSError: no room"

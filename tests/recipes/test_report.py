@@ -227,8 +227,8 @@ def test_bands_are_the_intervals_over_prompts(run_dir):
     (points,) = re.findall(r'class="band" d="M([^z]+)z"', plot)
     heights = [float(point.split()[1]) for point in points.split("L")]
     scale = (values[-1] - values[0]) / (ticks[-1] - ticks[0])
-    found = [values[0] + (height - ticks[0]) * scale for height in heights]
-    assert found == pytest.approx([high] * 3 + [low] * 3, abs=0.01)
+    edges = [values[0] + (height - ticks[0]) * scale for height in heights]
+    assert edges == pytest.approx([high] * 3 + [low] * 3, abs=0.01)
 
 
 def test_faults_and_launches_are_on_the_time_axis(run_dir):

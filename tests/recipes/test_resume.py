@@ -1,4 +1,4 @@
-"""Whole launches in one folder: beside a first one, behind its end, with other settings, and as srun starts them."""
+"""Whole launches in one folder: beside a first one, after its end, with other settings, and as srun starts them."""
 
 import json
 import os

@@ -77,13 +77,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def scores(model: Any, tokenizer: Any, row: dict[str, Any]) -> torch.Tensor:
     """Of the chosen and of the rejected answer, from transformers' own way from a conversation to a score."""
-    found = []
+    both = []
     for name in ("chosen", "rejected"):
         answer = row[name].removeprefix("<think>hm</think>")
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
         ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-        found.append(model(ids).logits[0, 0])
-    return torch.stack(found)
+        both.append(model(ids).logits[0, 0])
+    return torch.stack(both)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_the_last_checkpoint_exports_to_every_byte_of_the_runs_own_export(
 ) -> None:
     """With the scalar head, though the run began with a language model."""
     exports.export(exports.find_checkpoint(runs[layout], None), tmp_path / "hf")
-    found, expected = (
+    exported, expected = (
         {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "hf", runs[layout] / "hf")
     )
-    assert found == expected
+    assert exported == expected
     assert "score.weight" in load_file(tmp_path / "hf" / "model.safetensors")
 
 
@@ -134,12 +134,12 @@ def test_every_step_equals_plain_transformers_and_torch(
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-6), "a head of zeros prefers neither"
     assert [row["loss"] for row in rows] == pytest.approx(expected["loss"], rel=1e-4)
     assert [row["grad_norm"] for row in rows] == pytest.approx(expected["grad_norm"], rel=1e-3)
-    found = load_file(runs[layout] / "hf" / "model.safetensors")
+    weights = load_file(runs[layout] / "hf" / "model.safetensors")
     start = load_file(runs[layout].parent / "model" / "model.safetensors")
-    assert found.keys() == expected["weights"].keys()
+    assert weights.keys() == expected["weights"].keys()
     for name, value in expected["weights"].items():
         moved = value - (start[name].float() if name in start else 0.0)
-        assert float((found[name] - value).norm() / moved.norm()) < 5e-3, name
+        assert float((weights[name] - value).norm() / moved.norm()) < 5e-3, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,8 +154,8 @@ def test_the_report_has_the_scores_that_transformers_gives_the_export(runs: dict
     rows = preferences(20, 7)
     pairs = torch.stack([scores(model, tokenizer, row).detach() for row in rows]).double()
     assert [entry["id"] for entry in report["scores"]] == [row["id"] for row in rows]
-    found = torch.tensor([[entry["chosen"], entry["rejected"]] for entry in report["scores"]], dtype=torch.float64)
-    assert torch.allclose(found, pairs, atol=1e-4)
+    in_report = torch.tensor([[entry["chosen"], entry["rejected"]] for entry in report["scores"]], dtype=torch.float64)
+    assert torch.allclose(in_report, pairs, atol=1e-4)
     margins = pairs[:, 0] - pairs[:, 1]
     right = (margins > 0).double()
     by_prompt = [right[[i for i, r in enumerate(rows) if r["prompt"] == p]].mean() for p in {r["prompt"] for r in rows}]

@@ -46,10 +46,10 @@ def run_dir(twin: Path) -> Path:
 @pytest.fixture(scope="module")
 def groups(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """The step's samples by prompt."""
-    found = defaultdict(list)
+    by_prompt = defaultdict(list)
     for sample in records.read_rows(run_dir / "samples.jsonl"):
-        found[sample["prompt_id"]].append(sample)
-    return found
+        by_prompt[sample["prompt_id"]].append(sample)
+    return by_prompt
 
 
 def test_prompts_are_drawn_again_for_groups_whose_rewards_are_equal(groups: dict[str, list[dict[str, Any]]]) -> None:

@@ -375,15 +375,15 @@ def test_another_experiment_is_refused_with_both_values_and_accepted_by_its_name
     before = stored(tmp_path)
     with pytest.raises(ConfigError, match="would become another experiment") as refused:
         check_resume(before, configured(tmp_path, override))
-    found = [each for each in differences(before, configured(tmp_path, override)) if not each.allowed]
-    assert found
-    for each in found:
+    refusals = [each for each in differences(before, configured(tmp_path, override)) if not each.allowed]
+    assert refusals
+    for each in refusals:
         was, shall_be = json.dumps(each.stored, ensure_ascii=False), json.dumps(each.given, ensure_ascii=False)
         assert f"{each.field}: {was} → {shall_be}" in str(refused.value)
-    names = ",".join(each.field for each in found)
+    names = ",".join(each.field for each in refusals)
     assert f"resume_accept=[{names}]" in str(refused.value)
     check_resume(before, configured(tmp_path, override, f"resume_accept=[{names}]"))
-    group = {each.field.partition(".")[0] for each in found}
+    group = {each.field.partition(".")[0] for each in refusals}
     check_resume(before, configured(tmp_path, override, f"resume_accept=[{','.join(group)}]"))
     with pytest.raises(ConfigError, match="would become another experiment"):
         check_resume(before, configured(tmp_path, override, "resume_accept=[critic]"))
@@ -404,8 +404,8 @@ def test_another_experiment_is_refused_with_both_values_and_accepted_by_its_name
 def test_what_leaves_the_experiment_as_it_is_may_change(
     overrides: list[str], fields: list[str], tmp_path: Path
 ) -> None:
-    found = check_resume(stored(tmp_path), configured(tmp_path, *overrides))
-    assert sorted(each.field for each in found) == fields
+    changed = check_resume(stored(tmp_path), configured(tmp_path, *overrides))
+    assert sorted(each.field for each in changed) == fields
 
 
 def test_a_judge_may_move_but_not_become_another(tmp_path: Path) -> None:

@@ -131,15 +131,15 @@ def test_every_step_equals_transformers_trainer(runs: dict[str, Path], expected:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_weights_behind_all_steps_equal_transformers_trainers(
+def test_the_weights_after_all_steps_equal_transformers_trainers(
     runs: dict[str, Path], expected: Trained, layout: str
 ) -> None:
-    found = load_file(runs[layout] / "hf" / "model.safetensors")
+    weights = load_file(runs[layout] / "hf" / "model.safetensors")
     start = load_file(runs[layout].parent / "model" / "model.safetensors")
-    assert found.keys() == expected.weights.keys()
+    assert weights.keys() == expected.weights.keys()
     for name, value in expected.weights.items():
         moved = value - start[name].float()
-        assert float((found[name] - value).norm() / moved.norm()) < 1e-3, name
+        assert float((weights[name] - value).norm() / moved.norm()) < 1e-3, name
 
 
 def test_the_held_out_loss_is_the_mean_over_its_answers_tokens(runs: dict[str, Path], twin: Path) -> None:
@@ -148,9 +148,9 @@ def test_the_held_out_loss_is_the_mean_over_its_answers_tokens(runs: dict[str, P
         model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32)
         total, count = 0.0, 0
         for row in conversations()[9:]:
-            made = labelled(tokenizer, row)
-            learnt = int((made["labels"] != IGNORED).sum())
-            total, count = total + float(model(**made).loss) * learnt, count + learnt
+            inputs = labelled(tokenizer, row)
+            learnt = int((inputs["labels"] != IGNORED).sum())
+            total, count = total + float(model(**inputs).loss) * learnt, count + learnt
         *before, last = metrics(run_dir)
         assert last["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
         assert all("held_out_loss" not in row for row in before)

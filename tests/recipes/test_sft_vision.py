@@ -49,12 +49,12 @@ def labelled(processor: Any, row: dict[str, Any], folder: Path) -> dict[str, tor
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": row["response"]}]
     images = [Image.open(folder / name) for name in row.get("images", [])]
     text = processor.apply_chat_template(turns, tokenize=False)
-    made = dict(processor(text=[text], images=images or None, return_tensors="pt"))
+    inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
     learnt = len(processor.tokenizer.encode(row["response"] + "<|im_end|>", add_special_tokens=False))
-    labels = torch.full_like(made["input_ids"], -100)
-    labels[0, -1 - learnt : -1] = made["input_ids"][0, -1 - learnt : -1]
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, -1 - learnt : -1] = inputs["input_ids"][0, -1 - learnt : -1]
     assert processor.tokenizer.decode(labels[0, -1 - learnt : -1]) == row["response"] + "<|im_end|>"
-    return made | {"labels": labels}
+    return inputs | {"labels": labels}
 
 
 def test_losses_gradients_and_weights_equal_transformers_trainer(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_losses_gradients_and_weights_equal_transformers_trainer(tmp_path: Path)
     rows = make_rows(tmp_path)
     tiny.write_rows(tmp_path / "sft.jsonl", rows)
     tiny.complete(tiny.overrides(tmp_path, tmp_path / "run", f"model.path={folder}", *SETTINGS, *LENGTHS))
-    found = list(records.read_rows(tmp_path / "run" / "metrics.jsonl"))
+    metrics = list(records.read_rows(tmp_path / "run" / "metrics.jsonl"))
 
     processor = AutoProcessor.from_pretrained(folder)
     batches = [labelled(processor, dict(row), tmp_path) for row in shuffled(rows, 0, STEPS * ROWS, seed=1)]
@@ -77,8 +77,8 @@ def test_losses_gradients_and_weights_equal_transformers_trainer(tmp_path: Path)
     expected = train(model, batches, ROWS, tmp_path / "trainer", **options, adam_beta2=0.95)
     model.save_pretrained(tmp_path / "expected")
 
-    assert max(abs(row["loss"] - loss) for row, loss in zip(found, expected.loss, strict=True)) < 1e-4
-    for row, norm in zip(found, expected.grad_norm, strict=True):
+    assert max(abs(row["loss"] - loss) for row, loss in zip(metrics, expected.loss, strict=True)) < 1e-4
+    for row, norm in zip(metrics, expected.grad_norm, strict=True):
         assert abs(row["grad_norm"] / norm - 1) < 1e-3
     ours, theirs = (load_file(tmp_path / f / "model.safetensors") for f in ("run/hf", "expected"))
     assert ours.keys() == theirs.keys()

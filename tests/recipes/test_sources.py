@@ -260,8 +260,8 @@ def test_what_names_no_source_is_refused(value: Any, message: str, tmp_path: Pat
     ],
 )
 def test_names_of_a_hub(name: str, parts: tuple[str | None, ...]) -> None:
-    found = HUB_NAME.fullmatch(name)
-    assert found is not None and found.group("repository", "subset", "revision", "split") == parts
+    match = HUB_NAME.fullmatch(name)
+    assert match is not None and match.group("repository", "subset", "revision", "split") == parts
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -273,10 +273,10 @@ def test_rows_are_not_held_in_memory(form: str, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     load_rows(save([ROW], tmp_path / "first", form))  # so that what it imports is not counted
     tracemalloc.start()
-    found = load_rows(name)
+    loaded = load_rows(name)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(found) == 20_000 and found[19_999]["prompt"].startswith("19999 ")
+    assert len(loaded) == 20_000 and loaded[19_999]["prompt"].startswith("19999 ")
     assert held < 3e6
 
 

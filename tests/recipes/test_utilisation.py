@@ -55,8 +55,8 @@ def test_the_flops_of_an_update_are_those_of_the_pass() -> None:
 
 def test_throughput_is_of_the_step_and_mfu_of_its_training_phase() -> None:
     seconds = {"generate": 6.0, "train": 4.0}
-    found = utilisation.throughput(tokens=800, flops=8e12, seconds=seconds, ranks=4, peak_flops=1e12)
-    assert found == {"throughput/tokens_per_second_per_rank": 20.0, "throughput/mfu": 0.5}
+    metrics = utilisation.throughput(tokens=800, flops=8e12, seconds=seconds, ranks=4, peak_flops=1e12)
+    assert metrics == {"throughput/tokens_per_second_per_rank": 20.0, "throughput/mfu": 0.5}
 
 
 def test_nothing_is_made_up_where_the_peak_is_not_known_or_nothing_was_counted() -> None:

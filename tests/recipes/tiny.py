@@ -134,14 +134,14 @@ def marked(pid: int, marker: str) -> bool:
 
 def mapped_shared_memory(process: Path) -> set[str]:
     """Names in /dev/shm that a process, /proc/PID, has mapped or open; none when it has ended."""
-    found = set()
+    names = set()
     with contextlib.suppress(OSError):
-        found |= {line.split("/dev/shm/", 1)[1].strip() for line in (process / "maps").open() if "/dev/shm/" in line}
+        names |= {line.split("/dev/shm/", 1)[1].strip() for line in (process / "maps").open() if "/dev/shm/" in line}
         for descriptor in (process / "fd").iterdir():
             target = os.readlink(descriptor)
             if target.startswith("/dev/shm/"):
-                found.add(target.removeprefix("/dev/shm/"))
-    return found
+                names.add(target.removeprefix("/dev/shm/"))
+    return names
 
 
 class Run:
@@ -174,21 +174,21 @@ class Run:
 
     def processes(self) -> dict[int, str]:
         """Living processes of the run: pid → command line."""
-        found = {}
+        command_lines = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and marked(int(entry.name), self.marker):
                 try:
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    command_lines[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 except OSError:
                     continue
-        return found
+        return command_lines
 
     def rank(self, rank: int) -> int | None:
         """Pid of a rank, None before it has opened its log."""
-        found = self.processes()
-        for pid in found:
+        processes = self.processes()
+        for pid in processes:
             self.semaphores |= mapped_shared_memory(Path(f"/proc/{pid}"))
-        return next((pid for pid in found if self.logs_to(pid, f"rank_{rank}.log")), None)
+        return next((pid for pid in processes if self.logs_to(pid, f"rank_{rank}.log")), None)
 
     def logs_to(self, pid: int, name: str) -> bool:
         """Whether a process is the launcher's child with this log."""

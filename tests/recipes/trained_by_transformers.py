@@ -26,9 +26,9 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(*args, **kwargs)
-        self.losses.append(found.item())
-        return found
+        loss = super().compute_loss(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
 
 
 class Norms(TrainerCallback):
@@ -43,7 +43,7 @@ class Norms(TrainerCallback):
 def train(
     model: Any, examples: list[dict[str, torch.Tensor]], rows_per_step: int, folder: Path, **options: Any
 ) -> Trained:
-    """``examples``: all steps' rows one behind the other, each as the model takes it (a batch of one). A step's loss
+    """``examples``: all steps' rows one after the other, each as the model takes it (a batch of one). A step's loss
     is the mean over its rows' tokens (gradient accumulation with ``num_items_in_batch``), or, of a model that refuses
     that (``accepts_loss_kwargs``; Qwen2.5-VL's does), the mean over its rows of each one's token mean."""
     arguments = TrainingArguments(

@@ -58,10 +58,10 @@ TEXT = {  # vLLM has attention on a CPU for heads of 32
 
 def tokenizer(tokens: list[str], template: str, **names: Any) -> PreTrainedTokenizerFast:
     """The tiny byte-level tokenizer with a model's special tokens."""
-    made = tiny.make_tokenizer()
-    made.add_tokens(tokens, special_tokens=True)
+    tiny_tokenizer = tiny.make_tokenizer()
+    tiny_tokenizer.add_tokens(tokens, special_tokens=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made.backend_tokenizer,
+        tokenizer_object=tiny_tokenizer.backend_tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=template,

@@ -218,7 +218,7 @@ def test_too_many_failures_name_verifier_count_first_row_and_traceback() -> None
         {"mine": good, "judge": good}, {"mine": failed, "judge": other},
     ]  # fmt: skip
     failures = mixing.failures(results, ["a", "b", "c", "d", "e"])
-    assert [(found.verifier, found.count, found.row) for found in failures] == [("mine", 3, "b"), ("judge", 2, "a")]
+    assert [(entry.verifier, entry.count, entry.row) for entry in failures] == [("mine", 3, "b"), ("judge", 2, "a")]
     assert mixing.failed_share(results, failures, 0.8) == 0.8
     with pytest.raises(RuntimeError) as caught:
         mixing.failed_share(results, failures, 0.7)

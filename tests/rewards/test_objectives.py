@@ -30,17 +30,17 @@ def test_without_normalisation_a_reward_is_the_mix() -> None:
 def test_group_normalisation_is_the_formula_and_does_not_see_the_scale() -> None:
     a, b = [0.1, 0.2, 0.4, 0.9], [0.50, 0.51, 0.49, 0.52]
     weights = {"a": 1.0, "b": 0.5}
-    found = group_rewards([verdicts(a=x, b=y) for x, y in zip(a, b, strict=True)], weights, "group")
+    rewards = group_rewards([verdicts(a=x, b=y) for x, y in zip(a, b, strict=True)], weights, "group")
 
     def normal(values: list[float]) -> list[float]:
         mean = sum(values) / len(values)
         deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
         return [(v - mean) / deviation for v in values]
 
-    assert found == pytest.approx([x + 0.5 * y for x, y in zip(normal(a), normal(b), strict=True)])
+    assert rewards == pytest.approx([x + 0.5 * y for x, y in zip(normal(a), normal(b), strict=True)])
     stretched = [0.5 + 10 * (y - 0.5) for y in b]
     again = group_rewards([verdicts(a=x, b=y) for x, y in zip(a, stretched, strict=True)], weights, "group")
-    assert again == pytest.approx(found)
+    assert again == pytest.approx(rewards)
 
 
 def test_equal_scores_give_exactly_zero_and_a_failed_sample_is_not_in_the_mean() -> None:

@@ -135,11 +135,11 @@ def record(plan: Plan, rank: int, patch: pytest.MonkeyPatch) -> list[Event]:
         within.setattr(dist, "all_reduce", all_reduce)
         within.setattr(vllm_platform, "_cuda_device", lambda: torch.device("cpu"))
         within.setattr(network, "dist", fake_nccl)
-        made = vllm_platform.CUDA.network_group(None)  # type: ignore[arg-type]
+        nccl_group = vllm_platform.CUDA.network_group(None)  # type: ignore[arg-type]
         slots = torch.empty(2, plan.slot_bytes[rank], dtype=torch.uint8)
         # What is packed has no part in the order.
         without_packing = replace(plan, sends=tuple(() for _ in plan.sends))
-        this_rank = network.Network(without_packing, rank, {}, slots, 0, made)
+        this_rank = network.Network(without_packing, rank, {}, slots, 0, nccl_group)
         this_rank.platform = SimpleNamespace(  # type: ignore[assignment]
             synchronize_stream=lambda device: events.append(Synchronise(waited))
         )

@@ -75,7 +75,7 @@ def refusal(loop: EngineLoop) -> str:
     return str(refused.value)
 
 
-def test_weights_wake_before_the_sync_and_the_cache_behind_it(loop: EngineLoop) -> None:
+def test_weights_wake_before_the_sync_and_the_cache_after_it(loop: EngineLoop) -> None:
     loop.between_batches(loop.sleep, {})
     assert loop.health()["asleep"] == ["kv_cache", "weights"]
     assert refusal(loop).startswith("asleep: kv_cache, weights: wake and sync")

@@ -80,12 +80,19 @@ class World:
                 device = torch.device("cpu")
                 self.slots[n] = slots = network.make_slots(self.plan, n, device, self.slots[n])
                 readers = len(self.readers[n])
-                made = network.Network(self.plan, n, self.shards[n], slots, readers, None)  # type: ignore[arg-type]
-                self.networks.append(made)
+                rank_network = network.Network(
+                    self.plan,
+                    n,
+                    self.shards[n],
+                    slots,
+                    readers,
+                    None,  # type: ignore[arg-type]
+                )
+                self.networks.append(rank_network)
                 shared = {"slots": memory.share_tensors({"slots": slots}) if readers else None}
                 shared["shards"] = memory.share_tensors(self.shards[n])
-                self.driver.host_memory.add(made.signals.values.data_ptr())
-                shared["signals"] = memory.share_tensors({"signals": made.signals.values})
+                self.driver.host_memory.add(rank_network.signals.values.data_ptr())
+                shared["signals"] = memory.share_tensors({"signals": rank_network.signals.values})
             addresses.append(shared)
         self.engines = [
             self.worker(e, json.loads(json.dumps(_engine_share(self.plan, e, self.readers, addresses))))
@@ -223,8 +230,8 @@ def nothing(*arguments: Any) -> None:
 
 
 def ranks_do_not_wait_for_their_streams(world: World) -> None:
-    for made in world.networks:
-        made.platform = replace(made.platform, synchronize_stream=nothing)
+    for rank_network in world.networks:
+        rank_network.platform = replace(rank_network.platform, synchronize_stream=nothing)
     syncs(world)
 
 

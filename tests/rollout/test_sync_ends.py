@@ -52,9 +52,9 @@ def idle(plan: Plan) -> set[tuple[int, int]]:
     return {(t, rank) for t in range(plan.rounds) for rank in range(len(plan.slot_bytes))} - busy
 
 
-def without_collectives(found: dict[str, Any]) -> dict[str, Any]:
-    ranks = [[event for event in events if event != Collective()] for events in found["ranks"]]
-    return found | {"ranks": ranks}
+def without_collectives(recorded: dict[str, Any]) -> dict[str, Any]:
+    ranks = [[event for event in events if event != Collective()] for events in recorded["ranks"]]
+    return recorded | {"ranks": ranks}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,9 @@ def test_a_sync_of_every_shipped_layout_ends(
 ) -> None:
     """Some ranks are idle in some rounds. Each has called a collective first, so that none waits to be connected."""
     plan = shipped.plan(folder, name, variant)
-    found = programs(plan, monkeypatch)
-    assert all(events[0] == Collective() for events in found["ranks"])
-    Replay(**found).run()
+    recorded = programs(plan, monkeypatch)
+    assert all(events[0] == Collective() for events in recorded["ranks"])
+    Replay(**recorded).run()
 
 
 @given(two_sides())
@@ -104,10 +104,10 @@ def test_a_rank_without_a_message_keeps_the_others_waiting_only_without_the_firs
     worker = [ParameterLayout(name, SHAPE, "bfloat16", (region,), ()) for name, region in regions]
     plan = build_plan([tensors, [], []], [worker], topology, BUCKET)
     assert {rank for _, rank in idle(plan)} == {2} and plan.rounds > 2
-    found = programs(plan, monkeypatch)
-    Replay(**found).run()
+    recorded = programs(plan, monkeypatch)
+    Replay(**recorded).run()
     with pytest.raises(Deadlock, match="rank 0 at Synchronise"):
-        Replay(**without_collectives(found)).run()
+        Replay(**without_collectives(recorded)).run()
 
 
 def send(peer: int, size: int = 1) -> Group:
@@ -163,10 +163,10 @@ def test_a_worker_that_waits_for_a_round_and_a_rank_that_waits_for_the_worker_ar
 def test_messages_in_another_order_on_one_side_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of a chain, with forwards sent before the messages of their round."""
     plan = plan_of(*CASES["chain"])
-    found = programs(plan, monkeypatch)
-    Replay(**found).run()
-    swapped = [list(events) for events in found["ranks"]]
+    recorded = programs(plan, monkeypatch)
+    Replay(**recorded).run()
+    swapped = [list(events) for events in recorded["ranks"]]
     groups = [i for i, event in enumerate(swapped[2]) if isinstance(event, Group)]
     swapped[2][groups[1]], swapped[2][groups[2]] = swapped[2][groups[2]], swapped[2][groups[1]]
     with pytest.raises(Deadlock):
-        Replay(**found | {"ranks": swapped}).run()
+        Replay(**recorded | {"ranks": swapped}).run()

@@ -58,25 +58,32 @@ class TrainerRank:
     def __init__(self, rank: int, store: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
         self.rank, self.plans = rank, Path(store).parent / "plans"
-        self.made: dict[str, Any] = {}
+        self.trained_models: dict[str, Any] = {}
         self.weight_syncs: dict[str, WeightSync] = {}
 
     def connect(self, name: str, engine: Engine | None) -> None:
         twin = TWINS[name]
-        self.made[name] = tensor_parallel_shards(twin, twin.model(0).state_dict(), 2, self.rank, torch.float32)
+        self.trained_models[name] = tensor_parallel_shards(
+            twin, twin.model(0).state_dict(), 2, self.rank, torch.float32
+        )
         engines = [engine] if engine else []
         assert dist.group.WORLD is not None
         self.weight_syncs[name] = WeightSync(
-            self.made[name].shards, engines, dist.group.WORLD, bucket_bytes=1 << 20, verify_every=1, plans=self.plans
+            self.trained_models[name].shards,
+            engines,
+            dist.group.WORLD,
+            bucket_bytes=1 << 20,
+            verify_every=1,
+            plans=self.plans,
         )
 
     def load(self, name: str, seed: int) -> None:
-        self.made[name].weights = TWINS[name].model(seed).state_dict()
-        self.made[name].fill()
+        self.trained_models[name].weights = TWINS[name].model(seed).state_dict()
+        self.trained_models[name].fill()
 
     def disturb(self, name: str, shard_name: str, rank: int) -> None:
         if rank == self.rank:
-            (shard,) = [shard for shard in self.made[name].shards if shard.name == shard_name]
+            (shard,) = [shard for shard in self.trained_models[name].shards if shard.name == shard_name]
             shard.tensor[0] += 1
 
     def sync(self, name: str, version: int) -> Any:

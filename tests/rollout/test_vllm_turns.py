@@ -166,7 +166,7 @@ def test_a_killed_engine_s_episodes_go_on_in_the_other(world: World) -> None:
     assert max(map(gap, responses)) < 2e-4
 
 
-def test_when_none_is_left_one_is_started_and_goes_on_behind_the_turns_there_are(world: World) -> None:
+def test_when_none_is_left_one_is_started_and_goes_on_after_the_turns_there_are(world: World) -> None:
     killed_at: list[int] = []
 
     def kill(count: int) -> None:
