@@ -83,7 +83,7 @@ PID_BYTES = 20
 
 libc = ctypes.CDLL(None, use_errno=True)
 execute_child: Callable[..., None] = subprocess.Popen._execute_child  # type: ignore[attr-defined]
-spawn: Callable[..., int] = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
+spawn: Callable[..., int] = multiprocessing.util.spawnv_passfds
 fork = os.fork
 
 
@@ -125,7 +125,7 @@ in_a_test = False  # within processes()
 def install() -> None:
     """From now on ``subprocess.Popen`` forks the MODULES, and ``multiprocessing`` what it spawns."""
     subprocess.Popen._execute_child = fork_child  # type: ignore[attr-defined]
-    multiprocessing.util.spawnv_passfds = fork_spawned  # type: ignore[attr-defined]
+    multiprocessing.util.spawnv_passfds = fork_spawned
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def processes() -> Iterator[None]:
     finally:
         in_a_test = False
         subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
-        multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
+        multiprocessing.util.spawnv_passfds = spawn
 
 
 def fork_child(process: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, *rest: Any) -> None:
