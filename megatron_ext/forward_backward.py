@@ -104,15 +104,19 @@ def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[st
         local = [{name: float(value) for name, value in entry.items()} for entry in sums]
     gathered = all_gather_json(local, parallel.control_group())
     total: dict[str, float] = {}
-    for entry in (e for rank in gathered if rank for e in rank):
-        add_metrics(total, entry)
+    for entries in gathered:
+        for entry in entries or []:
+            add_metrics(total, entry)
     return total
 
 
 def add_metrics(total: dict[str, float], more: Mapping[str, float]) -> None:
     """Add ``more`` to ``total``, in place; of a ``/max`` the greater."""
     for name, value in more.items():
-        total[name] = max(total.get(name, value), value) if name.endswith("/max") else total.get(name, 0.0) + value
+        if name.endswith("/max"):
+            total[name] = max(total.get(name, value), value)
+        else:
+            total[name] = total.get(name, 0.0) + value
 
 
 def _without_gradient(model: Model, batches: list[MicroBatch], head: Callable[..., torch.Tensor]) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ Nothing is pickled: a file is safetensors, and its description is JSON.
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -180,16 +180,12 @@ class Reader:
         with torch.no_grad():
             for file, name, part_start, part_shape in written["parts"]:
                 # The overlap of the part and the box, in elements of the complete tensor.
-                low = [max(p, t) for p, t in zip(part_start, start, strict=True)]
-                part_end = [p + n for p, n in zip(part_start, part_shape, strict=True)]
-                target_end = [t + n for t, n in zip(start, target.shape, strict=True)]
-                high = [min(p, t) for p, t in zip(part_end, target_end, strict=True)]
-                if any(lo >= hi for lo, hi in zip(low, high, strict=True)):
+                low, extents = _overlap(part_start, part_shape, start, target.shape)
+                if any(extent <= 0 for extent in extents):
                     continue
-                in_part = tuple(slice(lo - p, hi - p) for lo, hi, p in zip(low, high, part_start, strict=True))
-                in_target = tuple(slice(lo - t, hi - t) for lo, hi, t in zip(low, high, start, strict=True))
-                target[in_target].copy_(self._file(file).get_slice(name)[in_part])
-                filled += prod(hi - lo for lo, hi in zip(low, high, strict=True))
+                piece = self._file(file).get_slice(name)[_slices(low, extents, part_start)]
+                target[_slices(low, extents, start)].copy_(piece)
+                filled += prod(extents)
         if filled != target.numel():
             raise ValueError(f"{self.folder}: {filled} of {target.numel()} elements of {key} are there")
 
@@ -201,3 +197,25 @@ class Reader:
 
 def _bytes(values: torch.Tensor) -> memoryview:
     return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _overlap(
+    start: Sequence[int], shape: Sequence[int], other_start: Sequence[int], other_shape: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Where the overlap of two boxes begins, and how many elements it has along each axis; not above 0 for none."""
+    low = []
+    extents = []
+    for first, size, other_first, other_size in zip(start, shape, other_start, other_shape, strict=True):
+        begin = max(first, other_first)
+        end = min(first + size, other_first + other_size)
+        low.append(begin)
+        extents.append(end - begin)
+    return low, extents
+
+
+def _slices(low: Sequence[int], extents: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """The box that begins at ``low`` as an index of a tensor whose first element is at ``origin``."""
+    slices = []
+    for first, extent, base in zip(low, extents, origin, strict=True):
+        slices.append(slice(first - base, first - base + extent))
+    return tuple(slices)

@@ -263,19 +263,27 @@ class PackedAttention(torch.nn.Module):
         batch = places.lengths.numel()
         longest = int(places.lengths.max())
         if self.context > 1:
-            key, value = (_gather_context(t) for t in (key, value))
-        q, k, v = (
-            _Unpack.apply(t, rows, batch * longest).view(batch, longest, *t.shape[1:]).transpose(1, 2)
-            for t, rows in ((query, places.queries), (key, places.keys), (value, places.keys))
-        )
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            key = _gather_context(key)
+            value = _gather_context(value)
+
+        def padded(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            """[tokens, heads, head_dim] → [batch, heads, longest, head_dim]."""
+            unpacked = _Unpack.apply(packed, rows, batch * longest)
+            return unpacked.view(batch, longest, *packed.shape[1:]).transpose(1, 2)
+
+        q = padded(query, places.queries)
+        heads_per_group = query.shape[1] // key.shape[1]
+        k = padded(key, places.keys).repeat_interleave(heads_per_group, dim=1)
+        v = padded(value, places.keys).repeat_interleave(heads_per_group, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
         if attn_mask_type is AttnMaskType.causal:
             hidden = torch.ones(longest, longest, dtype=torch.bool).triu(1)
         else:
-            hidden = (torch.arange(longest) >= places.lengths.unsqueeze(1))[:, None, None, :]
+            is_padding = torch.arange(longest) >= places.lengths.unsqueeze(1)
+            hidden = is_padding[:, None, None, :]
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
-        return _Pack.apply((weights @ v).transpose(1, 2).reshape(batch * longest, *query.shape[1:]), places.queries)
+        output = (weights @ v).transpose(1, 2).reshape(batch * longest, *query.shape[1:])
+        return _Pack.apply(output, places.queries)
 
 
 @dataclass(frozen=True)
@@ -300,12 +308,13 @@ def _places(packed: Any, context: int) -> _Places:
         return cached
     starts = packed.cu_seqlens_q.long()
     lengths = starts.diff()
-    row_of = torch.arange(int(starts[-1])) + torch.repeat_interleave(
-        torch.arange(len(lengths)) * int(lengths.max()) - starts[:-1], lengths
-    )
-    ranks = [_context_slices(starts, context, rank) for rank in range(context)]
-    local = ranks[_context_rank()] if context > 1 else ranks[0]
-    packed.places = _Places(lengths, row_of[local], row_of[torch.cat(ranks)])
+    # Of each token of the pack, its row in the padded batch.
+    padded_starts = torch.arange(len(lengths)) * int(lengths.max())
+    moved_by = torch.repeat_interleave(padded_starts - starts[:-1], lengths)
+    row_of = torch.arange(int(starts[-1])) + moved_by
+    tokens_of_ranks = [_context_slices(starts, context, rank) for rank in range(context)]
+    local_tokens = tokens_of_ranks[_context_rank()] if context > 1 else tokens_of_ranks[0]
+    packed.places = _Places(lengths, row_of[local_tokens], row_of[torch.cat(tokens_of_ranks)])
     return packed.places
 
 
@@ -386,11 +395,15 @@ def _rotary_packed(
         position -= torch.repeat_interleave(starts[:-1], starts.diff())
     if cp_size > 1:
         position = position[_context_slices(starts, cp_size, cp_rank)]
-    return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[position], rotary_interleaved=interleaved).squeeze(1)
+    rotated = _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[position], rotary_interleaved=interleaved)
+    return rotated.squeeze(1)
 
 
 def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:
     """L2 norm over all tensors, accumulated in FP64 so that it does not depend on the sharding of gradients."""
-    squares = [torch.linalg.vector_norm(t, dtype=torch.float64) ** 2 for tensors in tensor_lists for t in tensors]
-    total = torch.stack(squares).sum().sqrt()
-    return total.to(torch.float32).reshape(1), None
+    squares = []
+    for tensors in tensor_lists:
+        for tensor in tensors:
+            squares.append(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)
+    norm = torch.stack(squares).sum().sqrt()
+    return norm.to(torch.float32).reshape(1), None

@@ -112,14 +112,19 @@ def scheduled(rows: Sequence[Row], phases: Phases, step: int, count: int, seed: 
     _check_enough(streams, windows, "data.curriculum" if len(phases) > 1 else "data.mix")
     first_step, mix, drawn_before = _phase_of(phases, step, count)
     kind_cycle = interleaved(mix)
-    source_cycles = {kind: interleaved({i: weight for i, (weight, _) in enumerate(streams[kind])}) for kind in mix}
+    source_cycles = {}
+    for kind in mix:
+        weights = {source: weight for source, (weight, _) in enumerate(streams[kind])}
+        source_cycles[kind] = interleaved(weights)
     batch = []
-    for place in range((step - first_step) * count, (step - first_step + 1) * count):
+    first_place = (step - first_step) * count
+    for place in range(first_place, first_place + count):
         kind, drawn_in_phase = _turn(kind_cycle, place)
         source, position = _turn(source_cycles[kind], drawn_before[kind] + drawn_in_phase)
         weight, numbers = streams[kind][source]
         window = _most_turns(windows[kind], weight, len(source_cycles[kind]))
-        batch.append(rows[int(numbers[ordered(position, len(numbers), seed, window)])])
+        number = numbers[ordered(position, len(numbers), seed, window)]
+        batch.append(rows[int(number)])
     return batch
 
 

@@ -54,12 +54,14 @@ def faults(
         node_floor: least bandwidth within a node, None if it is not checked.
         link_floor: least bandwidth of a link, None if it is not checked.
     """
-    found = {}
+    reasons = {}
     for node, bandwidth in enumerate(within):
         if node_floor is not None and bandwidth < node_floor:
-            found[node] = f"its GPUs reduce at {bandwidth:.0f} GB/s, the floor is {node_floor:g} (node_check.node_gb_s)"
+            reasons[node] = (
+                f"its GPUs reduce at {bandwidth:.0f} GB/s, the floor is {node_floor:g} (node_check.node_gb_s)"
+            )
     if link_floor is None:
-        return found
+        return reasons
     slow = {link for link, bandwidth in between.items() if bandwidth < link_floor}
     of_node: dict[int, set[Link]] = {}
     for link in between:
@@ -69,12 +71,12 @@ def faults(
     for first, second in sorted(slow):
         culprits = {first, second} & all_slow or {first, second}
         for node in culprits:
-            found.setdefault(
+            reasons.setdefault(
                 node,
                 f"{between[first, second]:.1f} GB/s between nodes {first} and {second} of the job, the floor is "
                 f"{link_floor:g} (node_check.neighbour_gb_s)",
             )
-    return found
+    return reasons
 
 
 def measure(settings: Settings, ranks_of_node: int, device: Any) -> tuple[float, dict[Link, float]]:
@@ -134,20 +136,24 @@ def check(settings: Settings, ranks_of_node: int, device: Any) -> dict[str, str]
 
     within, between = measure(settings, ranks_of_node, device)
     control = dist.new_group(backend="gloo")
-    of_ranks = all_gather_json([node_name(), within, [[*link, speed] for link, speed in between.items()]], control)
-    names = [name for name, _, _ in of_ranks[::ranks_of_node]]
-    within_nodes = [
-        min(of_ranks[first + i][1] for i in range(ranks_of_node)) for first in range(0, len(of_ranks), ranks_of_node)
-    ]
+    speeds = [[*link, speed] for link, speed in between.items()]
+    of_ranks = all_gather_json([node_name(), within, speeds], control)
+    names = []
+    within_nodes = []
+    for first_rank in range(0, len(of_ranks), ranks_of_node):
+        ranks = of_ranks[first_rank : first_rank + ranks_of_node]
+        names.append(ranks[0][0])
+        within_nodes.append(min(bandwidth for _, bandwidth, _ in ranks))
     slowest: dict[Link, float] = {}
     for _, _, links in of_ranks:
         for first, second, speed in links:
             slowest[first, second] = min(speed, slowest.get((first, second), float("inf")))
     if dist.get_rank() == 0:
-        fastest = ", ".join(f"{names[a]}-{names[b]} {speed:.1f}" for (a, b), speed in sorted(slowest.items())[:8])
-        print(
-            f"GB/s within a node: at least {min(within_nodes):.0f}; between nodes: {fastest or 'one node'}", flush=True
-        )
+        shown = []
+        for (first, second), speed in sorted(slowest.items())[:8]:
+            shown.append(f"{names[first]}-{names[second]} {speed:.1f}")
+        between_nodes = ", ".join(shown) or "one node"
+        print(f"GB/s within a node: at least {min(within_nodes):.0f}; between nodes: {between_nodes}", flush=True)
     bad = faults(within_nodes, slowest, settings.node_gb_s, settings.neighbour_gb_s)
     return {names[node]: why for node, why in bad.items()}
 

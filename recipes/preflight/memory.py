@@ -79,9 +79,13 @@ class Memory:
 
     def gib(self, phases: Mapping[str, Iterable[str]]) -> dict[str, float]:
         """Each field, the sum of each phase's fields, and the largest sum as ``total``, in GiB."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        sums = {phase: sum(parts[name] for name in names) for phase, names in phases.items()}
-        return {name: round(size / 2**30, 3) for name, size in (parts | sums | {"total": max(sums.values())}).items()}
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        sums = {}
+        for phase, names in phases.items():
+            sums[phase] = sum(sizes[name] for name in names)
+        total = max(sums.values())
+        in_bytes = {**sizes, **sums, "total": total}
+        return {name: round(size / 2**30, 3) for name, size in in_bytes.items()}
 
 
 def critic_bytes(policy: Model, critic: Model | None, offload: bool) -> tuple[int, int, int]:
@@ -101,8 +105,11 @@ def critic_bytes(policy: Model, critic: Model | None, offload: bool) -> tuple[in
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages of the tensors."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def weights(model: Model) -> int:
@@ -110,10 +117,14 @@ def weights(model: Model) -> int:
 
     FP8 adds Transformer Engine's two copies of the decoder's matrices, one of them transposed, of a byte per element.
     """
-    stored = storage_bytes(t for chunk in model.chunks for t in (*chunk.module.parameters(), *chunk.module.buffers()))
+    tensors: list[torch.Tensor] = []
+    for chunk in model.chunks:
+        tensors += [*chunk.module.parameters(), *chunk.module.buffers()]
+    stored = storage_bytes(tensors)
     if model.config.fp8:
-        matrices = (s.tensor for s in model.shards if "decoder.layers." in s.name and s.tensor.dim() == 2)
-        stored += 2 * sum(matrix.numel() for matrix in matrices)
+        for shard in model.shards:
+            if "decoder.layers." in shard.name and shard.tensor.dim() == 2:
+                stored += 2 * shard.tensor.numel()
     return stored
 
 
@@ -131,20 +142,22 @@ def optimizer(model: Model, data_rank: int) -> int:
     total = 0
     for chunk in model.chunks:
         for buffer in chunk.buffers:
-            size = FP32 * (2 if buffer.param_dtype is torch.float32 else 3)
+            element_bytes = FP32 * (2 if buffer.param_dtype is torch.float32 else 3)
             sharded = chunk.ddp_config.use_distributed_optimizer
             ranks = buffer.data_parallel_group.size() if sharded else 1
             for start, end, bucket in buffer.param_index_map.values():
-                first, last = buffer.bucket_indices[bucket]
-                share = (last - first) // ranks
-                low = first + share * (data_rank if ranks > 1 else 0)
-                total += size * max(0, min(end, low + share) - max(start, low))
+                bucket_start, bucket_end = buffer.bucket_indices[bucket]
+                share = (bucket_end - bucket_start) // ranks
+                share_start = bucket_start + share * (data_rank if ranks > 1 else 0)
+                owned = min(end, share_start + share) - max(start, share_start)
+                total += element_bytes * max(0, owned)
     return total
 
 
 def fullest_optimizer(model: Model) -> int:
     """``optimizer`` of the rank that owns the most."""
-    ranks = max((b.data_parallel_group.size() for c in model.chunks for b in c.buffers), default=1)
+    group_sizes = [buffer.data_parallel_group.size() for chunk in model.chunks for buffer in chunk.buffers]
+    ranks = max(group_sizes, default=1)
     return max(optimizer(model, rank) for rank in range(ranks))
 
 
@@ -166,11 +179,13 @@ def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool)
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     if fused_kernels:
         # The fused activation saves its input, for SwiGLU both halves; its output is saved as the next layer's input.
-        mlp = shape.tokens * ffn * ((2 if config.gated_linear_unit else 1) * local.size + linear_input)
+        halves = 2 if config.gated_linear_unit else 1
+        element_bytes = halves * local.size + linear_input
     else:
         # Megatron-Core's unfused SwiGLU saves gate and up, silu(gate), up + 0, and the product; GELU input and output.
-        mlp = shape.tokens * ffn * (5 if config.gated_linear_unit else 2) * local.size
-    return norms + linear_inputs + mlp
+        copies = 5 if config.gated_linear_unit else 2
+        element_bytes = copies * local.size
+    return norms + linear_inputs + shape.tokens * ffn * element_bytes
 
 
 def attention(
@@ -184,18 +199,20 @@ def attention(
     inputs = shape.tokens * (local.query + 2 * local.group) * local.size
     output = shape.tokens * local.query * local.size
     heads = local.query // config.kv_channels
+    # Selective recompute keeps the value, a view of the QKV projection's output, and so the query and key there too.
+    query_and_key = shape.tokens * (local.query + local.group) * local.size
+    selective = config.recompute_granularity == "selective"
     if fused_kernels:
-        if config.recompute_granularity == "selective":
-            # The value is a view of the QKV projection's output and keeps all of it alive.
-            return inputs + shape.tokens * (local.query + local.group) * local.size + output
-        return inputs + output + heads * shape.tokens * FP32
+        return inputs + output + (query_and_key if selective else heads * shape.tokens * FP32)
     # Sines and cosines, of query and key.
     rotary = 4 * shape.tokens * config.kv_channels * local.size if rotates else 0
-    if config.recompute_granularity == "selective":
-        return rotary + inputs + shape.tokens * (local.query + local.group) * local.size + output
-    padded = shape.sequences * shape.longest
-    copies = 3 * padded * local.query * local.size  # query, key and value, each in as many heads as the query
-    scores = shape.sequences * heads * shape.longest**2 * (FP32 + (local.size if local.size < FP32 else 0))
+    if selective:
+        return rotary + inputs + query_and_key + output
+    # Query, key and value, each in as many heads as the query.
+    copies = 3 * shape.sequences * shape.longest * local.query * local.size
+    # In FP32, and once more in the dtype of the products.
+    score_bytes = FP32 + (local.size if local.size < FP32 else 0)
+    scores = shape.sequences * heads * shape.longest**2 * score_bytes
     mask = shape.longest * (shape.longest if causal else shape.sequences)
     return rotary + copies + scores + mask + output
 
@@ -288,26 +305,31 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
         return 0, 0
     config = tower.config
     size = model.config.params_dtype.itemsize
-    inner, width = next(p.shape for p in tower.projector.parameters() if p.dim() == 2)
+    inner, width = next(weight.shape for weight in tower.projector.parameters() if weight.dim() == 2)
     # Both families merge 2 x 2 patches into one token.
     tokens = shape.patches // 4
     norm = tokens * width * size
     if any(isinstance(module, torch.nn.RMSNorm) for module in tower.projector.children()):
         norm = _norm(config, shape.patches, config.hidden_size, fused_kernels)
     kept = norm + tokens * (width + 2 * inner) * size
-    if not any(p.requires_grad for n, p in tower.named_parameters() if not n.startswith("projector.")):
+    encoder = [weight for name, weight in tower.named_parameters() if not name.startswith("projector.")]
+    if not any(weight.requires_grad for weight in encoder):
         return kept, 0
     # The pixels, in as many numbers per patch as the embedding's convolution has.
-    kept += shape.patches * next(p[0].numel() for p in tower.parameters() if p.dim() > 3) * size
-    packs = [Shape(count * longest, 0, count, longest) for count, longest in tower.sequences_per_layer(shape.patches)]
-    layers = [
-        _norms_and_mlp(config, pack, fused_kernels)
-        + attention(config, pack, fused_kernels, rotates=tower.rotates, causal=False)
-        + tower.extra_saved_bytes(pack.tokens)
-        for pack in packs
-    ]
+    convolution = next(weight for weight in tower.parameters() if weight.dim() > 3)
+    kept += shape.patches * convolution[0].numel() * size
+    layer_inputs = 0
+    layers = []
+    for count, length in tower.sequences_per_layer(shape.patches):
+        pack = Shape(count * length, 0, count, length)
+        layer_inputs += pack.tokens * config.hidden_size * size
+        layers.append(
+            _norms_and_mlp(config, pack, fused_kernels)
+            + attention(config, pack, fused_kernels, rotates=tower.rotates, causal=False)
+            + tower.extra_saved_bytes(pack.tokens)
+        )
     if config.recompute_granularity == "full":
-        return kept + sum(pack.tokens for pack in packs) * config.hidden_size * size, max(layers)
+        return kept + layer_inputs, max(layers)
     return kept + sum(layers), 0
 
 
@@ -321,11 +343,14 @@ def logits(model: Model, shape: Shape) -> int:
         return 0
     config = model.config
     size = config.params_dtype.itemsize
-    rows = shape.predicting
+    is_16_bit = size < FP32
+    selected_states = config.hidden_size * size
     if model.is_scalar:
-        return rows * (config.hidden_size * (size + (FP32 if size < FP32 else 0)) + INT64)
+        fp32_states = config.hidden_size * FP32 if is_16_bit else 0
+        return shape.predicting * (selected_states + fp32_states + INT64)
     columns = model.sharding.padded_vocab // config.tensor_model_parallel_size
-    return rows * (config.hidden_size * size + columns * (FP32 + (size if size < FP32 else 0)) + 3 * INT64)
+    row_of_logits = columns * (FP32 + (size if is_16_bit else 0))
+    return shape.predicting * (selected_states + row_of_logits + 3 * INT64)
 
 
 def workspace(model: Model, shape: Shape) -> int:
@@ -337,9 +362,10 @@ def workspace(model: Model, shape: Shape) -> int:
     config = model.config
     size = config.params_dtype.itemsize
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
-    trained = (p for chunk in model.chunks for p in chunk.module.parameters() if p.requires_grad)
-    largest = max((p.numel() for p in trained), default=0)
-    return (shape.tokens * (2 * config.hidden_size + 3 * ffn) + largest) * size
+    parameters = [parameter for chunk in model.chunks for parameter in chunk.module.parameters()]
+    largest = max((parameter.numel() for parameter in parameters if parameter.requires_grad), default=0)
+    per_token = 2 * config.hidden_size + 3 * ffn
+    return (shape.tokens * per_token + largest) * size
 
 
 def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:
@@ -347,10 +373,17 @@ def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:
 
     vLLM repeats key-value heads if there are fewer than ranks.
     """
+    _, groups, head_dim = _attention_sizes(text)
+    local_groups = max(1, groups // tensor)
+    return 2 * text.num_hidden_layers * local_groups * head_dim * size
+
+
+def _attention_sizes(text: Any) -> tuple[int, int, int]:
+    """Query heads, key-value heads and elements of a head."""
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * max(1, groups // tensor) * head_dim * size
+    return heads, groups, head_dim
 
 
 def engine(
@@ -370,17 +403,22 @@ def engine(
         fp8: whether the decoder's matrices have one byte per element. They then need room for one layer of them before
             and after quantisation (``rollout/weight_sync/quantised.py``).
     """
-    layer_buffers = batched_tokens * (4 * text.hidden_size + 3 * text.intermediate_size // tensor) * size
+    per_token = 4 * text.hidden_size + 3 * text.intermediate_size // tensor
+    layer_buffers = batched_tokens * per_token * size
     weights = parameters * size
     if fp8:
-        matrices = decoder_matrices(text)
-        weights += matrices * (size + 1) - text.num_hidden_layers * matrices * (size - 1)
-    return -(-weights // tensor) + layer_buffers + sequences * text.vocab_size * 2 * FP32
+        layer = decoder_matrices(text)
+        saved = text.num_hidden_layers * layer * (size - 1)
+        quantisation = layer * (size + 1)
+        weights += quantisation - saved
+    weights_of_rank = -(-weights // tensor)
+    logits_and_probabilities = sequences * text.vocab_size * 2 * FP32
+    return weights_of_rank + layer_buffers + logits_and_probabilities
 
 
 def decoder_matrices(text: Any) -> int:
     """Elements of one decoder layer's matrices: query, key, value, output, gate, up and down."""
-    heads = text.num_attention_heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return text.hidden_size * (2 * (heads + groups) * head_dim + 3 * text.intermediate_size)
+    heads, groups, head_dim = _attention_sizes(text)
+    query_and_output = 2 * heads * head_dim
+    key_and_value = 2 * groups * head_dim
+    return text.hidden_size * (query_and_output + key_and_value + 3 * text.intermediate_size)

@@ -69,7 +69,9 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
     from which a checkpoint is written may be there in all phases too, because training goes on meanwhile.
     """
     gpus = config.cluster.ranks // config.cluster.nodes
-    weights, optimizer, critic = (max(r[name] for r in ranks) for name in ("weights", "optimizer", "critic_asleep"))
+    weights = max(rank["weights"] for rank in ranks)
+    optimizer = max(rank["optimizer"] for rank in ranks)
+    critic = max(rank["critic_asleep"] for rank in ranks)
     # While the critic is trained the policy's optimiser is on the host, and the other way round.
     critic_or_optimizer = max(critic, optimizer) if critic else 0.0
     has_reference = needed(config).reference
@@ -204,11 +206,13 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
     from megatron_ext.weight_map import round_up
     from recipes.preflight import memory as sizes
 
-    c = config.parallel
     fused_kernels = platform.capabilities(config.cluster.platform).fused_kernels
     length = longest(config)
-    tokens = round_up(c.micro_batch_tokens // c.context, built.token_multiple)
-    shape = sizes.Shape(tokens, tokens, c.micro_batch_tokens // length, length, patches=4 * c.micro_batch_tokens)
+    pack_tokens = config.parallel.micro_batch_tokens
+    tokens = round_up(pack_tokens // config.parallel.context, built.token_multiple)
+    shape = sizes.Shape(
+        tokens=tokens, predicting=tokens, sequences=pack_tokens // length, longest=length, patches=4 * pack_tokens
+    )
     return TrainerSizes(
         weights=sizes.weights(built),
         gradients=sizes.gradients(built),
@@ -226,11 +230,12 @@ def reserve(config: Config, settings: Settings) -> tuple[int, int]:
     These are CUDA contexts, NCCL's buffers, libraries' workspaces, CUDA graphs, fragmentation, and the rank's two slots
     of a weight sync between nodes.
     """
-    c = config.parallel
+    parallel = config.parallel
     ranks = config.cluster.ranks
-    sharing_gradients = c.context * c.data_parallel(ranks)
+    sharing_gradients = parallel.context * parallel.data_parallel(ranks)
     # The groups of tensor, pipeline, context and gradients; that of all ranks.
-    groups = sum(size > 1 for size in (c.tensor, c.pipeline, c.context, sharing_gradients, ranks))
+    group_sizes = (parallel.tensor, parallel.pipeline, parallel.context, sharing_gradients, ranks)
+    groups = sum(size > 1 for size in group_sizes)
     slots = 0
     if generates(config):
         # All ranks once more, for the weight sync.
@@ -272,11 +277,16 @@ def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
     from megatron_ext.models import family
     from recipes.preflight import memory as sizes
 
-    c = config.rollout
-    text = family(hf_config.architectures[0]).text_config(hf_config)
-    size = 4 if config.precision.name == "fp32" else 2
-    fp8 = c.quantization is not None
-    return sizes.engine(text, parameters, c.tensor, c.max_num_batched_tokens, c.max_num_seqs, size, fp8)
+    rollout = config.rollout
+    return sizes.engine(
+        text=family(hf_config.architectures[0]).text_config(hf_config),
+        parameters=parameters,
+        tensor=rollout.tensor,
+        batched_tokens=rollout.max_num_batched_tokens,
+        sequences=rollout.max_num_seqs,
+        size=4 if config.precision.name == "fp32" else 2,
+        fp8=rollout.quantization is not None,
+    )
 
 
 def device_memory(config: Config, settings: Settings, report: Report) -> str:
@@ -318,11 +328,12 @@ def host_memory(settings: Settings, report: Report) -> str:
     Raises ConfigError naming all phases that do not fit.
     """
     room = settings.host_memory_gib
-    sums = {phase: sum(sizes.values()) for phase, sizes in report.host_gib.items()}
-    shown = {
-        phase: f"{phase} {sums[phase]:.1f} ({' + '.join(f'{name} {size:.1f}' for name, size in sizes.items())})"
-        for phase, sizes in report.host_gib.items()
-    }
+    sums = {}
+    shown = {}
+    for phase, sizes in report.host_gib.items():
+        sums[phase] = sum(sizes.values())
+        terms = " + ".join(f"{name} {size:.1f}" for name, size in sizes.items())
+        shown[phase] = f"{phase} {sums[phase]:.1f} ({terms})"
     too_large = [shown[phase] for phase in shown if sums[phase] > room]
     if too_large:
         raise ConfigError(

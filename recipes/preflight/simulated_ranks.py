@@ -5,6 +5,7 @@ Only the device is torch's "meta", whose tensors have a shape and no memory, and
 backend, whose collectives return at once.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -104,15 +105,15 @@ class Coverage:
         """
         missing = []
         duplicated = set(self.duplicated)
+        most_stages = 2 if tied else 1
         for name, shape in expected.items():
             rectangles = self.held.get(name, {})
-            if any(len(stages) > (2 if tied else 1) for stages in rectangles.values()) or _overlap(list(rectangles)):
+            on_too_many_stages = any(len(stages) > most_stages for stages in rectangles.values())
+            if on_too_many_stages or _overlap(list(rectangles)):
                 duplicated.add(name)
-            inside = all(
-                len(start) == len(shape) and all(a + n <= size for a, n, size in zip(start, extent, shape, strict=True))
-                for start, extent in rectangles
-            )
-            if not inside or sum(math.prod(extent) for _, extent in rectangles) < math.prod(shape):
+            all_inside = all(_is_inside(rectangle, shape) for rectangle in rectangles)
+            held_elements = sum(math.prod(extents) for _, extents in rectangles)
+            if not all_inside or held_elements < math.prod(shape):
                 missing.append(name)
         unexpected = sorted(set(self.held) - set(expected))
         wrong = {*missing, *duplicated}
@@ -125,13 +126,24 @@ class Coverage:
         }
 
 
+def _is_inside(rectangle: Rectangle, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape has all of the rectangle."""
+    start, extents = rectangle
+    if len(start) != len(shape):
+        return False
+    return all(first + extent <= size for first, extent, size in zip(start, extents, shape, strict=True))
+
+
 def _overlap(rectangles: list[Rectangle]) -> bool:
     """Whether two of the rectangles share an element."""
-    return any(
-        all(a < b + n and b < a + m for a, m, b, n in zip(start, extent, other_start, other, strict=True))
-        for i, (start, extent) in enumerate(rectangles)
-        for other_start, other in rectangles[:i]
-    )
+    return any(_share_an_element(one, other) for one, other in itertools.combinations(rectangles, 2))
+
+
+def _share_an_element(one: Rectangle, other: Rectangle) -> bool:
+    for start, extent, other_start, other_extent in zip(*one, *other, strict=True):
+        if start >= other_start + other_extent or other_start >= start + extent:
+            return False
+    return True
 
 
 def checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ network, the rest of the tensor-parallel group over NVLink), and its engine copi
 overlapped.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -89,7 +90,9 @@ def trainer_tables(
         say(f"rank {number + 1} of {len(ranks)}")
         with simulated_ranks.rank(rank, world, sizes) as here:
             shards = simulated_ranks.build(hf_config, here, precision).shards
-        tables[here.pipeline_rank, here.tensor_rank] = [(s.name, block) for s in shards for block in s.blocks]
+        tables[here.pipeline_rank, here.tensor_rank] = [
+            (shard.name, block) for shard in shards for block in shard.blocks
+        ]
     per_stage = world // sizes.pipeline
     return [tables[rank // per_stage, rank % sizes.tensor] for rank in range(world)]
 
@@ -106,20 +109,32 @@ def engine_layouts(hf_config: Any, dtype: str, tensor: int) -> list[list[Paramet
 def topology(world: int, engines: int, tensor: int, gpus_per_node: int, disaggregated: bool) -> Topology:
     """Ranks and engine workers fill the nodes one GPU after another. When they are disaggregated, each GPU of
     the engines' nodes also has a rank without shards."""
-    gpu = lambda n: Place(f"node {n // gpus_per_node}", str(n % gpus_per_node))  # noqa: E731
-    first = -(-world // gpus_per_node) * gpus_per_node if disaggregated else 0
-    workers = [tuple(gpu(first + e * tensor + w) for w in range(tensor)) for e in range(engines)]
-    engine_ranks = [place for engine in workers for place in engine] if disaggregated else []
-    return Topology((*(gpu(n) for n in range(world)), *engine_ranks), tuple(workers))
+
+    def place(gpu: int) -> Place:
+        return Place(f"node {gpu // gpus_per_node}", str(gpu % gpus_per_node))
+
+    ranks = [place(rank) for rank in range(world)]
+    # Disaggregated engines begin on the first node without a trainer's rank.
+    first_gpu = -(-world // gpus_per_node) * gpus_per_node if disaggregated else 0
+    workers = []
+    for engine in range(engines):
+        engine_gpu = first_gpu + engine * tensor
+        workers.append(tuple(place(engine_gpu + worker) for worker in range(tensor)))
+    if disaggregated:
+        ranks += itertools.chain.from_iterable(workers)
+    return Topology(tuple(ranks), tuple(workers))
 
 
 def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) -> list[Link]:
     """The links that are used, by GPU and direction. ``dtypes``: vLLM parameter → bytes per element."""
     used: dict[tuple[str, str], int] = defaultdict(int)
-    name = lambda place: f"{place.host} GPU {place.device}"  # noqa: E731
-    for e, engine in enumerate(where.engines):
-        for w, worker in enumerate(engine):
-            items: list[Copy | Recv] = [*plan.copies[e][w], *plan.recvs[e][w]]
+
+    def name(place: Place) -> str:
+        return f"{place.host} GPU {place.device}"
+
+    for engine, copies, recvs in zip(where.engines, plan.copies, plan.recvs, strict=True):
+        for worker, worker_copies, worker_recvs in zip(engine, copies, recvs, strict=True):
+            items: list[Copy | Recv] = [*worker_copies, *worker_recvs]
             for item in items:
                 size = dtypes[item.parameter] * math.prod(item.shape)
                 source = where.ranks[item.rank]
@@ -127,25 +142,31 @@ def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) ->
                 if source.device != worker.device:
                     used["nvlink out", name(source)] += size
                     used["nvlink in", name(worker)] += size
-    for m in plan.messages:
-        used["network out", name(where.ranks[m.sender])] += m.size
-        used["network in", name(where.ranks[m.receiver])] += m.size
-        if not m.forwarded:
-            used["copy", name(where.ranks[m.sender])] += m.size
-    speed = {"copy": speeds.copy_gb_s, "nvlink": speeds.nvlink_gb_s, "network": speeds.network}
-    return [Link(kind, gpu, size, size / speed[kind.split()[0]] / 1e9) for (kind, gpu), size in sorted(used.items())]
+    for message in plan.messages:
+        sender = name(where.ranks[message.sender])
+        receiver = name(where.ranks[message.receiver])
+        used["network out", sender] += message.size
+        used["network in", receiver] += message.size
+        if not message.forwarded:
+            used["copy", sender] += message.size
+    speed_of = {"copy": speeds.copy_gb_s, "nvlink": speeds.nvlink_gb_s, "network": speeds.network}
+    result = []
+    for (link, gpu), size in sorted(used.items()):
+        speed = speed_of[link.split()[0]]
+        result.append(Link(link, gpu, size, size / speed / 1e9))
+    return result
 
 
 def network_seconds(plan: Plan, speeds: Links) -> float:
     """Seconds of all rounds, one after another; a round takes as long as its busiest GPU sends or receives."""
     busy: dict[tuple[int, str, int], int] = defaultdict(int)
-    for m in plan.messages:
-        busy[m.round, "out", m.sender] += m.size
-        busy[m.round, "in", m.receiver] += m.size
-    longest = [0] * plan.rounds
-    for (t, _, _), size in busy.items():
-        longest[t] = max(longest[t], size)
-    return sum(longest) / speeds.network / 1e9 + plan.rounds * speeds.round_us / 1e6
+    for message in plan.messages:
+        busy[message.round, "out", message.sender] += message.size
+        busy[message.round, "in", message.receiver] += message.size
+    most_bytes = [0] * plan.rounds
+    for (round_number, _, _), size in busy.items():
+        most_bytes[round_number] = max(most_bytes[round_number], size)
+    return sum(most_bytes) / speeds.network / 1e9 + plan.rounds * speeds.round_us / 1e6
 
 
 def gather_then_load_seconds(weights: int, sizes: ParallelConfig, speeds: Links) -> float:
@@ -172,8 +193,9 @@ def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[Param
                     wanted[place.host, region.hf_name, region.source] = ITEMSIZE[parameter.dtype]
     total = 0
     for (host, name, rectangle), itemsize in wanted.items():
-        here = (rectangle.intersect(block) for block in held[host, name])
-        total += itemsize * (rectangle.size - sum(part.size for part in here if part))
+        overlaps = [rectangle.intersect(block) for block in held[host, name]]
+        held_elements = sum(overlap.size for overlap in overlaps if overlap)
+        total += itemsize * (rectangle.size - held_elements)
     return total
 
 
@@ -183,11 +205,11 @@ def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) 
 
     Raises ConfigError for a setting that is not possible.
     """
-    s = raw.simulate
-    c = raw.rollout
-    speeds = Links(**{field.name: float(s[field.name]) for field in fields(Links)})
-    if s.engines not in ("colocated", "disaggregated"):
-        raise ConfigError(f"simulate.engines={s.engines!r}: use colocated or disaggregated")
+    simulation = raw.simulate
+    rollout = raw.rollout
+    speeds = Links(**{field.name: float(simulation[field.name]) for field in fields(Links)})
+    if simulation.engines not in ("colocated", "disaggregated"):
+        raise ConfigError(f"simulate.engines={simulation.engines!r}: use colocated or disaggregated")
     sizes = settings.read(ParallelConfig, "parallel", raw.parallel, {"recompute": "none"})
     precision = settings.read(PrecisionConfig, "precision", raw.precision, {"name": "bf16"})
     hf_config = model_config(raw.model.path)
@@ -196,30 +218,33 @@ def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) 
     say("Megatron-Core, transformers")
     tables = trainer_tables(hf_config, sizes, world, precision, say)
     say("vLLM's workers")
-    layouts = engine_layouts(hf_config, dtype, c.tensor)
-    where = topology(world, c.engines, c.tensor, s.gpus_per_node, s.engines == "disaggregated")
+    layouts = engine_layouts(hf_config, dtype, rollout.tensor)
+    disaggregated = simulation.engines == "disaggregated"
+    where = topology(world, rollout.engines, rollout.tensor, simulation.gpus_per_node, disaggregated)
+    # The ranks on the engines' nodes hold nothing.
     tables += [[] for _ in range(len(where.ranks) - world)]
     say("the plan")
     started = time.perf_counter()
-    plan = build_plan(tables, layouts, where, c.sync_bucket_mib << 20)
-    planned = time.perf_counter() - started
-    table = links(plan, where, {q.name: ITEMSIZE[q.dtype] for worker in layouts for q in worker}, speeds)
-    slowest = max(table, key=lambda link: link.seconds)
-    weights = sum(ITEMSIZE[t.dtype] * math.prod(t.shape) for t in plan.tensors.values())
+    plan = build_plan(tables, layouts, where, rollout.sync_bucket_mib << 20)
+    plan_seconds = time.perf_counter() - started
+    itemsizes = {parameter.name: ITEMSIZE[parameter.dtype] for worker in layouts for parameter in worker}
+    used_links = links(plan, where, itemsizes, speeds)
+    slowest = max(used_links, key=lambda link: link.seconds)
+    weights = sum(ITEMSIZE[tensor.dtype] * math.prod(tensor.shape) for tensor in plan.tensors.values())
     seconds = max(network_seconds(plan, speeds), slowest.seconds) + speeds.order_ms / 1e3
     return {
         "recipe": str(raw.recipe.name),
         "seconds": seconds,
         "bottleneck": f"{slowest.link} of {slowest.gpu}",
-        "bytes_crossed": sum(m.size for m in plan.messages),
+        "bytes_crossed": sum(message.size for message in plan.messages),
         "bytes_minimum": minimum_bytes(tables, layouts, where),
         "bytes_placed": plan.placed_bytes,
         "bytes_of_weights": weights,
         "peer_seconds": gather_then_load_seconds(weights, sizes, speeds),
-        "plan_seconds": planned,
+        "plan_seconds": plan_seconds,
         "rounds": plan.rounds,
         "slot_bytes": max(plan.slot_bytes),
-        "links": [vars(link) for link in table],
+        "links": [vars(link) for link in used_links],
     }
 
 
@@ -227,8 +252,12 @@ def show(answer: dict[str, Any]) -> None:
     """Print the busiest GPU of each kind of link, and the totals."""
     console = Console()
     table = Table("link", "busiest", "GB", "seconds", title=f"weight sync of {answer['recipe']}, by the busiest GPU")
-    for kind in sorted({link["link"] for link in answer["links"]}):
-        link = max((link for link in answer["links"] if link["link"] == kind), key=lambda link: link["seconds"])
+    busiest: dict[str, dict[str, Any]] = {}
+    for link in answer["links"]:
+        kind = link["link"]
+        if kind not in busiest or link["seconds"] > busiest[kind]["seconds"]:
+            busiest[kind] = link
+    for kind, link in sorted(busiest.items()):
         table.add_row(kind, link["gpu"], f"{link['bytes'] / 1e9:.2f}", f"{link['seconds']:.3f}")
     console.print(table)
     console.print(

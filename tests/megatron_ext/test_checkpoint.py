@@ -91,17 +91,17 @@ def test_a_save_that_one_rank_cannot_write_fails_on_all_and_leaves_the_former_on
 
 
 def test_a_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_taken(results: Results) -> None:
-    for found in results("damaged"):
-        whole, fallen_back, none_left = found["newest"]
+    for rank in results("damaged"):
+        whole, fallen_back, none_left = rank["newest"]
         assert whole.endswith("step_000003")
         assert fallen_back == "no error"
-        first, newest, second = found["said"]
+        first, newest, second = rank["messages"]
         assert first.startswith("checkpoint step_000003 is damaged (rank_00001.safetensors has the checksum ")
         assert newest.endswith("step_000002")
         assert second.startswith("checkpoint step_000002 is damaged (manifest.json has the checksum ")
         assert none_left.startswith("CheckpointError") and "no intact checkpoint is left" in none_left
         assert "start anew with resume=false" in none_left
-        assert found["folders"] == ["damaged_step_000002", "damaged_step_000003"]
+        assert rank["folders"] == ["damaged_step_000002", "damaged_step_000003"]
 
 
 def test_files_are_safetensors_and_json(launched: Ranks) -> None:

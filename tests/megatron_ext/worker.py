@@ -1,6 +1,6 @@
-"""Forks ``cases.WORLD`` ranks, which do what tests ask for: a case or a checkpoint scenario.
+"""Forks ``cases.WORLD`` ranks, which do the jobs that tests ask for: a case or a checkpoint scenario.
 
-``worker.py FOLDER``: FOLDER has the twins; ``results/<name>.<rank>.pt`` is what each rank found.
+``worker.py FOLDER``: FOLDER has the twins. Each rank writes its results to ``results/<name>.<rank>.pt``.
 """
 
 import math
@@ -40,92 +40,113 @@ SEED = 1
 
 
 def pieces(shards: list[Shard], tensors: list[torch.Tensor]) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
-    """(HF name, start, values) of every block of this rank."""
-    return [
-        (b.hf_name, b.hf_start, tensor[region(b.local_start, b.shape)].clone())
-        for shard, tensor in zip(shards, tensors, strict=True)
-        for b in shard.blocks
-    ]
+    """(HF name, start, values) of every block of this rank. ``tensors`` are in the order and shapes of the shards."""
+    result = []
+    for shard, tensor in zip(shards, tensors, strict=True):
+        for block in shard.blocks:
+            values = tensor[region(block.local_start, block.shape)].clone()
+            result.append((block.hf_name, block.hf_start, values))
+    return result
 
 
 def padding_is_zero(shard: Shard) -> bool:
-    rest = shard.tensor.clone()
+    """Whether every element outside of the shard's blocks is 0."""
+    padding = shard.tensor.clone()
     for block in shard.blocks:
-        rest[region(block.local_start, block.shape)] = 0
-    return not rest.any().item()
+        padding[region(block.local_start, block.shape)] = 0
+    return not padding.any().item()
 
 
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def equal(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Whether both lists have the same tensors, bit for bit."""
+    return all(torch.equal(tensor, other) for tensor, other in zip(tensors, others, strict=True))
 
 
 class Policy:
     """A freshly built model with the twin's weights, its optimiser and this rank's micro-batches."""
 
     def __init__(self, folder: Path, case: Case, layout: parallel.Parallel) -> None:
-        self.case, self.twin, self.layout = case, folder / case.twin, layout
-        hf = hf_checkpoint.config(self.twin)
-        self.model = model.build(hf, layout, precision_config(case.precision), case.frozen)
+        self.case = case
+        self.twin = folder / case.twin
+        self.layout = layout
+        hf_config = hf_checkpoint.config(self.twin)
+        self.model = model.build(hf_config, layout, precision_config(case.precision), case.frozen)
         hf_checkpoint.load(self.model.shards, self.twin)
         self.optimizer, self.schedule = optimizer.build(self.model, cases.OPTIMIZER, cases.SCHEDULE, steps=10)
         self.optimizer.reload_model_params()
         sequences = cases.batch(case)
+        # With virtual stages the number of micro-batches is a multiple of the pipeline's stages.
         group = case.pipeline if case.virtual > 1 else 1
-        self.plan = packing.plan([len(s) for s in sequences], layout.data, case.micro_batch_tokens, group)
+        lengths = [len(sequence) for sequence in sequences]
+        self.plan = packing.plan(lengths, layout.data, case.micro_batch_tokens, group)
+        # Sequence → (places in its response, entropies) of the tokens on this rank.
         self.entropies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         device = platform.current().device()
-        mine = self.plan[(layout.data_rank + case.swap) % layout.data]
-        self.micro = [
+        indices_of_rank = self.plan[(layout.data_rank + case.swap) % layout.data]
+        self.micro_batches = [
             pack(sequences, indices, self.model.token_multiple, 0, device, case.context, layout.context_rank)
-            for indices in mine
+            for indices in indices_of_rank
         ]
 
     def weights(self) -> list[torch.Tensor]:
         return forward_backward.copy_weights(self.model)
 
     def loss(self, output: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss function of the case, with the longest response's tokens as a metric. Keeps the entropies."""
         if not self.case.is_scalar:
             output, entropies = output
             self.entropies |= self.by_sequence(batch, entropies.detach())
-        furthest = max(batch.values["place"].tolist(), default=0.0)
+        last_place = max(batch.values["place"].tolist(), default=0.0)
         losses = cases.token_loss(self.case, output) * batch.values["weight"]
-        return losses.sum(), {"longest/max": torch.tensor(furthest + 1)}
+        return losses.sum(), {"longest/max": torch.tensor(last_place + 1)}
 
     def by_sequence(
         self, batch: packing.MicroBatch, values: torch.Tensor
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Sequence → (places in its response, values) of the tokens on this rank."""
         places = batch.values["place"].long().split(batch.lengths)
-        parts = zip(batch.indices, places, values.split(batch.lengths), strict=True)
-        return {cases.original_index(self.case, i): (where, part) for i, where, part in parts}
+        parts = values.split(batch.lengths)
+        result = {}
+        for i, sequence_places, sequence_values in zip(batch.indices, places, parts, strict=True):
+            result[cases.original_index(self.case, i)] = (sequence_places, sequence_values)
+        return result
 
     def log_probs(self) -> list[torch.Tensor]:
-        """Or the values, of a model with a scalar head."""
+        """Of each micro-batch, the log-probs; of a model with a scalar head, the values."""
         if self.case.is_scalar:
-            return forward_backward.values(self.model, self.micro)
-        return forward_backward.log_probs(self.model, self.micro, self.case.temperature)
+            return forward_backward.values(self.model, self.micro_batches)
+        return forward_backward.log_probs(self.model, self.micro_batches, self.case.temperature)
 
-    def gradients(self) -> dict[str, float]:
+    def accumulate_gradients(self) -> dict[str, float]:
+        """The sums of the metrics; the gradients stand in the model's buffers."""
+        entropy = "none" if self.case.is_scalar else "measured"
         return forward_backward.accumulate_gradients(
-            self.model, self.micro, self.loss, self.case.temperature, "none" if self.case.is_scalar else "measured"
+            self.model, self.micro_batches, self.loss, self.case.temperature, entropy
         )
 
     def train(self, count: int) -> list[tuple[float, float]]:
         """(loss, gradient norm) of ``count`` steps."""
-        return [(self.gradients()["loss"], optimizer.step(self.optimizer, self.schedule)) for _ in range(count)]
+        steps = []
+        for _ in range(count):
+            loss = self.accumulate_gradients()["loss"]
+            grad_norm = optimizer.step(self.optimizer, self.schedule)
+            steps.append((loss, grad_norm))
+        return steps
 
     def save(self, folder: Path, step: int, keep: int) -> None:
-        """As a run does, but waits for the files."""
+        """Save a checkpoint as a run does, but wait for the files."""
         saver = checkpoint.Saver(folder, keep)
-        saver.save(step, {checkpoint.POLICY: checkpoint.snapshot(self.model, self.optimizer, self.schedule)}, {})
+        snapshot = checkpoint.snapshot(self.model, self.optimizer, self.schedule)
+        saver.save(step, {checkpoint.POLICY: snapshot}, {})
         saver.wait()
 
     def export(self, folder: Path) -> None:
-        """As a run does."""
+        """Write the Hugging Face model as a run does."""
         is_scalar = self.model.is_scalar
         hf_checkpoint.export(self.model.shards, self.twin, folder, self.layout.is_first_replica, is_scalar)
 
     def load(self, folder: Path) -> int:
+        """Load the newest checkpoint, and return its step."""
         newest = checkpoint.latest(folder)
         assert newest is not None
         return checkpoint.load(newest, self.model, self.optimizer, self.schedule)
@@ -135,24 +156,32 @@ def numbers_read(policy: Policy) -> int:
     """Load the twin again and count the numbers that safetensors hands out."""
     counted = 0
 
-    class Counting:
-        def __init__(self, source: Any) -> None:
-            self.source = source
+    class CountingSlice:
+        def __init__(self, file_slice: Any) -> None:
+            self.file_slice = file_slice
 
         def get_shape(self) -> list[int]:
-            return self.source.get_shape()
+            return self.file_slice.get_shape()
 
         def __getitem__(self, index: Any) -> torch.Tensor:
             nonlocal counted
-            piece = self.source[index]
+            piece = self.file_slice[index]
             counted += piece.numel()
             return piece
 
+    class CountingFile:
+        """An open file that hands out slices only: asking for a whole tensor fails."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def get_slice(self, name: str) -> CountingSlice:
+            return CountingSlice(self.file.get_slice(name))
+
     @contextmanager
-    def counting_open(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        with real_open(*args, **kwargs) as tensors:
-            # Only slices are offered: asking for a whole tensor fails.
-            yield type("Slices", (), {"get_slice": staticmethod(lambda name: Counting(tensors.get_slice(name)))})
+    def counting_open(*args: Any, **kwargs: Any) -> Iterator[CountingFile]:
+        with real_open(*args, **kwargs) as file:
+            yield CountingFile(file)
 
     real_open = hf_checkpoint.safe_open
     hf_checkpoint.safe_open = counting_open
@@ -164,177 +193,222 @@ def numbers_read(policy: Policy) -> int:
 
 
 def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Load, export, train ``cases.STEPS`` steps, and exchange the weights for the reference policy's and back."""
     policy = Policy(folder, case, layout)
     shards = policy.model.shards
-    found: dict[str, Any] = {"plan": policy.plan, "loss": [], "grad_norm": [], "longest": []}
-    found["blocks"] = [
-        (s.name, tuple(s.tensor.shape), [(b.hf_name, b.hf_start, b.local_start, b.shape) for b in s.blocks])
-        for s in shards
-    ]
-    found["numbers_read"] = numbers_read(policy)
+    results: dict[str, Any] = {"plan": policy.plan, "loss": [], "grad_norm": [], "longest": []}
+    results["blocks"] = []
+    for shard in shards:
+        blocks = [(block.hf_name, block.hf_start, block.local_start, block.shape) for block in shard.blocks]
+        results["blocks"].append((shard.name, tuple(shard.tensor.shape), blocks))
+    results["numbers_read"] = numbers_read(policy)
     policy.export(folder / "exports" / case.name)
 
     first = policy.log_probs()
-    found["log_probs"] = {}
-    for micro, values in zip(policy.micro, first, strict=False):  # none off the last pipeline stage
-        found["log_probs"] |= policy.by_sequence(micro, values)
+    results["log_probs"] = {}
+    # Ranks of other pipeline stages than the last have no log-probs.
+    for batch, values in zip(policy.micro_batches, first, strict=False):
+        results["log_probs"] |= policy.by_sequence(batch, values)
     for step in range(cases.STEPS):
-        sums = policy.gradients()
-        found["loss"].append(sums["loss"])
-        found["longest"].append(sums["longest/max"])
+        sums = policy.accumulate_gradients()
+        results["loss"].append(sums["loss"])
+        results["longest"].append(sums["longest/max"])
         if step == 0:
-            found["entropies"] = dict(policy.entropies)
+            results["entropies"] = dict(policy.entropies)
         if step == 0 and cases.has_whole_gradients(case):
-            parameters = [p for chunk in policy.model.chunks for p in chunk.module.parameters()]
-            found["gradients"] = pieces(shards, [p.main_grad for p in parameters])
-        found["grad_norm"].append(optimizer.step(policy.optimizer, policy.schedule))
-    found["weights"] = pieces(shards, [s.tensor for s in shards])
-    found["padding_is_zero"] = all(padding_is_zero(s) for s in shards)
+            main_grads = [p.main_grad for chunk in policy.model.chunks for p in chunk.module.parameters()]
+            results["gradients"] = pieces(shards, main_grads)
+        results["grad_norm"].append(optimizer.step(policy.optimizer, policy.schedule))
+    results["weights"] = pieces(shards, [shard.tensor for shard in shards])
+    results["padding_is_zero"] = all(padding_is_zero(shard) for shard in shards)
 
     # The reference policy is the one that training began with.
     trained = policy.weights()
     reference = forward_backward.load_weights(policy.model, policy.twin)
     moved = policy.log_probs()
     with forward_backward.swapped_weights(policy.model, reference):
-        found["reference_log_probs_equal"] = equal(policy.log_probs(), first)
-    found["log_probs_moved"] = not moved or not equal(moved, first)
-    found["own_weights_back"] = equal(policy.weights(), trained) and not equal(trained, reference)
+        results["reference_log_probs_equal"] = equal(policy.log_probs(), first)
+    results["log_probs_moved"] = not moved or not equal(moved, first)
+    results["own_weights_back"] = equal(policy.weights(), trained) and not equal(trained, reference)
     try:
         with forward_backward.swapped_weights(policy.model, reference):
             raise KeyError("on purpose")
     except KeyError:
-        found["own_weights_back_after_error"] = equal(policy.weights(), trained)
-    return found
+        results["own_weights_back_after_error"] = equal(policy.weights(), trained)
+    return results
 
 
 def run_on_host(policy: Policy) -> dict[str, int]:
-    """Bytes on the device: of all, of the weights, and what is left with all and with all but the weights away. All is
-    back afterwards."""
+    """Move the trainer's tensors to the host and back, once with the weights and once without.
+
+    Returns bytes on the device: of all tensors and of the weights before, of what is left both times, and of all
+    tensors afterwards.
+    """
     chunks = policy.model.chunks
     weights = [p.data for chunk in chunks for p in chunk.module.parameters()]
     gradients = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
-    (inner,) = (optimizer.optimizer for optimizer in policy.optimizer.chained_optimizers)
-    masters = [p.data for group in inner.param_groups for p in group["params"]]
-    moments = [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    all_of_it = [*weights, *gradients, *masters, *moments]
-    found = {"all": memory.storage_bytes(all_of_it), "weights": memory.storage_bytes(weights)}
+    adam = inner_optimizer(policy)
+    masters = [p.data for group in adam.param_groups for p in group["params"]]
+    moments = [state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*weights, *gradients, *masters, *moments]
+    sizes = {"all": memory.storage_bytes(tensors), "weights": memory.storage_bytes(weights)}
     for name, with_weights in (("left", True), ("left_with_weights", False)):
         host = HostCopy(policy.model, policy.optimizer, with_weights)
         host.release()
-        found[name] = memory.storage_bytes(all_of_it)
+        sizes[name] = memory.storage_bytes(tensors)
         host.restore()
-    return found | {"back": memory.storage_bytes(all_of_it)}
+    sizes["back"] = memory.storage_bytes(tensors)
+    return sizes
 
 
 def run_resume(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
-    """Save twice around an interrupted save, go on; start anew from the checkpoint, go on: both must be the same."""
-    to = folder / "checkpoints" / case.name
+    """Save a checkpoint and train two more steps; load it into a new model and train two more steps.
+
+    Both must end with the same weights. Between the first saves stands what an interrupted save leaves.
+    """
+    checkpoints = folder / "checkpoints" / case.name
     policy = Policy(folder, case, layout)
     policy.train(1)
-    policy.save(to, 1, keep=2)
+    policy.save(checkpoints, 1, keep=2)
     policy.train(1)
-    if dist.get_rank() == 0:
-        (to / "step_000009").mkdir()  # what an interrupted save leaves
+    if RANK == 0:
+        (checkpoints / "step_000009").mkdir()  # what an interrupted save leaves
     dist.barrier()
-    latest_with_interrupted = checkpoint.latest(to)
-    policy.save(to, 2, keep=2)
+    latest_with_interrupted = checkpoint.latest(checkpoints)
+    policy.save(checkpoints, 2, keep=2)
     policy.train(1)
-    policy.save(to, 3, keep=2)
+    policy.save(checkpoints, 3, keep=2)
     policy.export(folder / "exports" / f"resume-{case.name}")
-    saved, drawn = policy.weights(), torch.rand(4)
+    saved_weights = policy.weights()
+    random_numbers = torch.rand(4)
     on_host = run_on_host(policy)
-    went_on, after = policy.train(2), policy.weights()
+    went_on = policy.train(2)
+    final_weights = policy.weights()
 
     again = Policy(folder, case, layout)
+    # The checkpoint's random state must replace this one.
     torch.manual_seed(RANK + 77)
-    step = again.load(to)
-    found = {
+    step = again.load(checkpoints)
+    results = {
         "step": step,
-        "loaded": equal(again.weights(), saved),
-        "random_numbers": torch.equal(torch.rand(4), drawn),
+        "loaded": equal(again.weights(), saved_weights),
+        "random_numbers": torch.equal(torch.rand(4), random_numbers),
         "went_on": went_on,
         "resumed": again.train(2),
-        "same_weights": equal(again.weights(), after),
-        "weights": pieces(again.model.shards, after),
+        "same_weights": equal(again.weights(), final_weights),
+        "weights": pieces(again.model.shards, final_weights),
         "on_host": on_host,
         "latest_with_interrupted": latest_with_interrupted.name if latest_with_interrupted else None,
-        "folders": sorted(p.name for p in to.iterdir()),
+        "folders": sorted(path.name for path in checkpoints.iterdir()),
     }
     dist.barrier()
-    return found
+    return results
 
 
 def run_not_finite(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
-    """One update; a second whose loss is NaN on the last rank alone; the second again, without."""
+    """Train one step, then a second one whose loss is NaN on the last rank, then the second one again without NaN.
+
+    Another model trains two steps without NaN.
+    """
     policy = Policy(folder, case, layout)
     policy.train(1)
-    weights, updates = policy.weights(), policy.schedule.num_steps
-    moments = [t.clone() for t in moments_of(policy)]
-    whole, last = policy.loss, case.ranks - 1 == RANK
-    policy.loss = lambda output, batch: (whole(output, batch)[0] * (math.nan if last else 1), {})  # type: ignore[method-assign]
+    weights = policy.weights()
+    updates = policy.schedule.num_steps
+    moments = [moment.clone() for moment in moments_of(policy)]
+    finite_loss = policy.loss
+    factor = math.nan if case.ranks - 1 == RANK else 1.0
+
+    def poisoned_loss(output: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, _ = finite_loss(output, batch)
+        return loss * factor, {}
+
+    policy.loss = poisoned_loss  # type: ignore[method-assign]
     (poisoned,) = policy.train(1)
-    found = {
+    results = {
         "poisoned": poisoned,
         "weights": equal(policy.weights(), weights),
         "moments": equal(moments_of(policy), moments),
         "updates": policy.schedule.num_steps - updates,
     }
-    policy.loss = whole  # type: ignore[method-assign]
-    again, alone = policy.train(1), Policy(folder, case, layout)
-    return found | {"again": again, "alone": alone.train(2)[1:], "same": equal(policy.weights(), alone.weights())}
+    policy.loss = finite_loss  # type: ignore[method-assign]
+    results["again"] = policy.train(1)
+    alone = Policy(folder, case, layout)
+    results["alone"] = alone.train(2)[1:]
+    results["same"] = equal(policy.weights(), alone.weights())
+    return results
+
+
+def inner_optimizer(policy: Policy) -> torch.optim.Optimizer:
+    """Adam, inside of Megatron-Core's wrappers."""
+    (megatron_optimizer,) = policy.optimizer.chained_optimizers
+    return megatron_optimizer.optimizer
 
 
 def moments_of(policy: Policy) -> list[torch.Tensor]:
-    (inner,) = (optimizer.optimizer for optimizer in policy.optimizer.chained_optimizers)
-    return [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq", "step")]
+    """What Adam holds of each parameter: both moments and the number of updates."""
+    states = inner_optimizer(policy).state.values()
+    return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq", "step")]
 
 
 def run_damaged(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
-    """The two checkpoints of ``saved`` and a third that rank 1 can't write; then the newest loses a bit of a rank's
-    file, and the one before a part of its manifest."""
-    to, policy = folder / "checkpoints" / case.name, Policy(folder, case, layout)
+    """Look for the newest intact one of the two checkpoints of ``saved``, while more and more is damaged.
+
+    First rank 1 cannot write a third checkpoint. Then a bit of a rank's file changes in the newest, and a bit of the
+    manifest in the one before.
+    """
+    checkpoints = folder / "checkpoints" / case.name
+    policy = Policy(folder, case, layout)
     if RANK == 0:
-        shutil.copytree(folder / "checkpoints" / saved.name, to)
+        shutil.copytree(folder / "checkpoints" / saved.name, checkpoints)
     dist.barrier()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if RANK == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    found: dict[str, Any] = {"full": error_text(lambda: policy.save(to, 4, keep=1))}
+    results: dict[str, Any] = {"full": error_text(lambda: policy.save(checkpoints, 4, keep=1))}
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
-    found["after_full"] = sorted(p.name for p in to.iterdir())
-    said: list[str] = []
-    found["newest"] = [str(checkpoint.newest_intact(to, said.append))]
-    for path in (to / "step_000003" / "rank_00001.safetensors", to / "step_000002" / "manifest.json"):
+    results["after_full"] = sorted(path.name for path in checkpoints.iterdir())
+
+    messages: list[str] = []
+
+    def find_newest() -> None:
+        newest = checkpoint.newest_intact(checkpoints, messages.append)
+        messages.append(str(newest))
+
+    results["newest"] = [str(checkpoint.newest_intact(checkpoints, messages.append))]
+    for damaged in ("step_000003/rank_00001.safetensors", "step_000002/manifest.json"):
         if RANK == 0:
-            content = bytearray(path.read_bytes())
+            content = bytearray((checkpoints / damaged).read_bytes())
             content[len(content) // 2] ^= 4
-            path.write_bytes(content)
+            (checkpoints / damaged).write_bytes(content)
         dist.barrier()
-        found["newest"].append(error_text(lambda: said.append(str(checkpoint.newest_intact(to, said.append)))))
-    return found | {"said": said, "folders": sorted(p.name for p in to.iterdir())}
+        results["newest"].append(error_text(find_newest))
+    results["messages"] = messages
+    results["folders"] = sorted(path.name for path in checkpoints.iterdir())
+    return results
 
 
 @contextmanager
 def no_unpickling() -> Iterator[None]:
-    """Within it every way to unpickle fails."""
+    """A context in which every way to unpickle raises an error."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("something was unpickled")
 
-    places = [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")]
-    real = [getattr(*place) for place in places]
+    functions = [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")]
+    originals = [getattr(module, name) for module, name in functions]
     try:
-        for module, name in places:
+        for module, name in functions:
             setattr(module, name, refuse)
         yield
     finally:
-        for (module, name), function in zip(places, real, strict=True):
-            setattr(module, name, function)
+        for (module, name), original in zip(functions, originals, strict=True):
+            setattr(module, name, original)
 
 
 def run_relayout(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Load the checkpoint of ``saved`` under another layout and train two more steps."""
     policy = Policy(folder, case, layout)
     with no_unpickling():
         step = policy.load(folder / "checkpoints" / saved.name)
@@ -352,11 +426,13 @@ def error_text(work: Callable[[], Any]) -> str:
 
 
 def run_other_padding(folder: Path, saved: Case, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Load the checkpoint of ``saved`` into a model whose padding differs."""
     policy = Policy(folder, case, layout)
     return {"error": error_text(lambda: policy.load(folder / "checkpoints" / saved.name))}
 
 
 def run_collectives(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Call the collectives of small messages, and activate a platform again."""
     group = parallel.control_group()
 
     def fails() -> None:

@@ -36,8 +36,8 @@ LOOK = """(async () => {
 
 def program() -> tuple[str, str]:
     """The browser's path, installed from Debian's package where there is none; or "" and why there can't be one."""
-    if found := next(filter(None, map(shutil.which, PROGRAMS)), ""):
-        return found, ""
+    if path := next(filter(None, map(shutil.which, PROGRAMS)), ""):
+        return path, ""
     if reason := debian.install(["chromium"], INSTALL_SECONDS):
         return "", f"Chromium is {reason}"
     return shutil.which("chromium") or "", "apt-get's chromium has no program of that name"
@@ -45,30 +45,38 @@ def program() -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a page asked for, said and did: addresses, dialogs' texts, messages of the console; ``LOOK``'s findings."""
+    """What a page asked for, said and did: addresses, dialogs' texts, messages of the console; ``LOOK``'s result."""
 
     requests: list[str]
     dialogs: list[str]
     messages: list[Any]
-    found: dict[str, Any]
+    look: dict[str, Any]
 
 
 class Browser:
     """``folder`` holds its profile and log. Ends with :meth:`stop`."""
 
     def __init__(self, path: str, folder: Path) -> None:
-        (its_in, to), (own_in, out) = os.pipe(), os.pipe()
-        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (its_in, out)]  # apart from 3 and 4, their places
-        command = ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", path, *FLAGS]
+        browser_in, self.to_browser = os.pipe()
+        self.from_browser, browser_out = os.pipe()
+        # The browser reads from 3 and writes to 4. Both ends get numbers above 9 first, so that neither is in the way.
+        moved_in, moved_out = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (browser_in, browser_out))
+        command = ["bash", "-c", f'exec "$@" 3<&{moved_in} 4>&{moved_out}', "bash", path, *FLAGS]
         command += [f"--user-data-dir={folder / 'profile'}", "about:blank"]
         with (folder / "browser.log").open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=theirs, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(moved_in, moved_out),
+                start_new_session=True,
             )
-        for end in (its_in, out, *theirs):
+        for end in (browser_in, browser_out, moved_in, moved_out):
             os.close(end)
-        self.to, self.own_in, self.count = to, own_in, 0
-        self.received, self.events = b"", list[dict[str, Any]]()
+        self.count = 0
+        self.received = b""
+        self.events: list[dict[str, Any]] = []
 
     def visit(self, page: Path, width: int) -> Seen:
         """Load the page in a window of that width (CSS pixels), and look."""
@@ -82,13 +90,13 @@ class Browser:
         self._call(session, "Page.navigate", url=page.as_uri())
         while not self._of("Page.loadEventFired"):
             self.events.append(self._next())
-        looked = self._call(session, "Runtime.evaluate", expression=LOOK, awaitPromise=True, returnByValue=True)
+        result = self._call(session, "Runtime.evaluate", expression=LOOK, awaitPromise=True, returnByValue=True)
         self._call("", "Target.closeTarget", targetId=target)
         return Seen(
             [each["request"]["url"] for each in self._of("Network.requestWillBeSent")],
             [each["message"] for each in self._of("Page.javascriptDialogOpening")],
             self._of("Runtime.consoleAPICalled") + self._of("Runtime.exceptionThrown") + self._of("Log.entryAdded"),
-            looked["result"]["value"],
+            result["result"]["value"],
         )
 
     def _of(self, method: str) -> list[dict[str, Any]]:
@@ -97,7 +105,7 @@ class Browser:
     def _send(self, session: str, method: str, **parameters: Any) -> int:
         self.count += 1
         message = {"id": self.count, "method": method, "params": parameters}
-        os.write(self.to, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        os.write(self.to_browser, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
         return self.count
 
     def _call(self, session: str, method: str, **parameters: Any) -> dict[str, Any]:
@@ -110,8 +118,8 @@ class Browser:
     def _next(self) -> dict[str, Any]:
         """The next message. A dialog, which would keep the page waiting, is closed."""
         while b"\0" not in self.received:
-            assert select.select([self.own_in], [], [], WAIT)[0], f"the browser has not answered for {WAIT} s"
-            part = os.read(self.own_in, 1 << 20)
+            assert select.select([self.from_browser], [], [], WAIT)[0], f"the browser has not answered for {WAIT} s"
+            part = os.read(self.from_browser, 1 << 20)
             assert part, "the browser has ended"
             self.received += part
         text, _, self.received = self.received.partition(b"\0")
@@ -128,5 +136,5 @@ class Browser:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, 9)
             self.process.wait()
-        os.close(self.to)
-        os.close(self.own_in)
+        os.close(self.to_browser)
+        os.close(self.from_browser)

@@ -18,11 +18,11 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Brows
     path, reason = browser.program()
     if not path:
         pytest.skip(reason)
-    found = browser.Browser(path, tmp_path_factory.mktemp("browser"))
+    browser_process = browser.Browser(path, tmp_path_factory.mktemp("browser"))
     try:
-        yield found
+        yield browser_process
     finally:
-        found.stop()
+        browser_process.stop()
 
 
 def test_hostile_text_is_text_and_the_page_asks_for_nothing_and_fits_its_window(
@@ -34,13 +34,13 @@ def test_hostile_text_is_text_and_the_page_asks_for_nothing_and_fits_its_window(
         seen = chromium.visit(page, width)
         assert seen.requests == [page.as_uri()]
         assert (seen.dialogs, seen.messages) == ([], [])
-        assert seen.found["title"] == f"{run.name}: report"
+        assert seen.look["title"] == f"{run.name}: report"
         known = test_report.PAGE_TAGS | test_report.TABLE_TAGS | test_report.PLOT_TAGS
-        assert set(seen.found["elements"]) <= known and seen.found["handlers"] == 0
+        assert set(seen.look["elements"]) <= known and seen.look["handlers"] == 0
         # The places of test_hostile_text_is_shown_as_written, but for the bars' title, which is no text of the body.
-        assert re.sub(r"\s+", " ", seen.found["text"]).count(HOSTILE) == 8 * 6 + 2 * (3 * 2 + 2) + 2 * 3 * 3 + 1 + 1 + 2
-        assert seen.found["width"] <= width
-        assert seen.found["cut"] == []  # figures on the left of a plot
+        assert re.sub(r"\s+", " ", seen.look["text"]).count(HOSTILE) == 8 * 6 + 2 * (3 * 2 + 2) + 2 * 3 * 3 + 1 + 1 + 2
+        assert seen.look["width"] <= width
+        assert seen.look["cut"] == []  # figures on the left of a plot
 
 
 def test_the_same_look_finds_what_text_does_that_is_not_escaped(chromium: browser.Browser, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_same_look_finds_what_text_does_that_is_not_escaped(chromium: browse
     assert seen.requests == [page.as_uri(), "https://evil.example/x"]
     assert sorted(seen.dialogs) == ["1", "2", "3", "4"]
     assert any("gone is not defined" in str(message) for message in seen.messages)
-    assert seen.found["title"] == "b"
-    assert {"script", "img", "a"} <= set(seen.found["elements"]) and seen.found["handlers"] == 2
-    assert HOSTILE not in seen.found["text"]
-    assert seen.found["width"] > 390
+    assert seen.look["title"] == "b"
+    assert {"script", "img", "a"} <= set(seen.look["elements"]) and seen.look["handlers"] == 2
+    assert HOSTILE not in seen.look["text"]
+    assert seen.look["width"] > 390

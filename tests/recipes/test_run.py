@@ -28,7 +28,7 @@ from rollout.sampling import Sampling
 from tests import warm
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
-from tests.recipes.kill_check import WRITING, Moment, strike, timeless
+from tests.recipes.kill_check import WRITING, Moment, kill_at, timeless
 from tests.responses import make_prompt
 from tests.rollout.test_vllm import fresh_results, start_fresh
 from tests.settings import engine_settings
@@ -95,7 +95,7 @@ def single(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Death]:
-    """The folder of a run from the same weights in another layout, which Ctrl-C ended behind its first step."""
+    """The folder of a run from the same weights in another layout, which Ctrl-C ended after its first step."""
     run_dir = tmp_path_factory.mktemp("interrupted") / "run"
     arguments = tiny.overrides(twin, run_dir, *FP32, *LAYOUTS["dp2"])
     return run_dir, dies(arguments, run_dir, Moment(1, "generate", 0.05), "Ctrl-C")
@@ -111,7 +111,7 @@ def dies(arguments: list[str], run_dir: Path, moment: Moment, victim: str) -> De
     """Start a run and end it then, by a kill or Ctrl-C."""
     run = tiny.Run(arguments)
     try:
-        strike(run, run_dir, moment, victim)
+        kill_at(run, run_dir, moment, victim)
         run.output(300)
         return Death(run.process.returncode, *run.remains(60), (run_dir / "metrics.jsonl").read_bytes())
     finally:
@@ -245,8 +245,8 @@ def test_the_exported_model_is_the_last_checkpoint(whole: tuple[Path, str]) -> N
         f"decoder.layers.{i}.{name}": shape for i in range(2) for name, shape in layers.items()
     }
     shapes |= {"embedding.word_embeddings.weight": (300, 96), "decoder.final_layernorm.weight": (96,)}
-    found = stored(whole[0] / "checkpoints" / f"step_{STEPS:06d}")
-    saved = {name: found[f"policy/{name}"] for name in shapes}
+    checkpoint = stored(whole[0] / "checkpoints" / f"step_{STEPS:06d}")
+    saved = {name: checkpoint[f"policy/{name}"] for name in shapes}
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == shapes
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     expected = {
@@ -297,8 +297,8 @@ def test_an_evaluation_of_the_final_and_of_the_first_model_gives_the_runs_own_an
     run_dir = whole[0]
     results = run_dir.parent / "evaluated"
     printed = command("recipes.evaluate", f"run={run_dir}", f"against={twin / 'model'}", f"to={results}")
-    found, expected = (json.loads((folder / "answers.json").read_text()) for folder in (results, run_dir))
-    assert found == {"after": expected["after"], "before": expected["base"]}
+    evaluated, expected = (json.loads((folder / "answers.json").read_text()) for folder in (results, run_dir))
+    assert evaluated == {"after": expected["after"], "before": expected["base"]}
     evaluation = json.loads((results / "evaluation.json").read_text())
     of_run = json.loads((run_dir / "evaluation.json").read_text())
     assert (evaluation["after"], evaluation["before"]) == (of_run["after"], of_run["base"])
@@ -356,7 +356,7 @@ def test_a_resumed_run_did_not_start_anew(killed: tuple[Path, Death]) -> None:
 
 @pytest.mark.parametrize("way", ["killed", "interrupted"])
 def test_nothing_is_left_behind(way: str, request: pytest.FixtureRequest) -> None:
-    """When rank 0 is killed, and behind Ctrl-C; the exit code says which signal it was."""
+    """When rank 0 is killed, and after Ctrl-C; the exit code says which signal it was."""
     death: Death = request.getfixturevalue(way)[1]
     assert death.exit_code == 128 + {"killed": signal.SIGKILL, "interrupted": signal.SIGINT}[way]
     assert death.processes_left == {}
@@ -388,14 +388,14 @@ def test_a_failure_of_all_ranks_is_told_once_whichever_rank_fails_first(twin: Pa
 
 def test_layouts_agree_on_a_step(layouts: dict[str, Path]) -> None:
     """From the same weights the engine makes the same samples, and the trainer's sums differ by FP32 rounding only."""
-    (expected,), (found, *_) = metrics(layouts["single"]), metrics(layouts["dp2"])
+    (expected,), (row, *_) = metrics(layouts["single"]), metrics(layouts["dp2"])
     alone, samples = ((layouts[name] / "samples.jsonl").read_bytes() for name in ("single", "dp2"))
     assert samples.startswith(alone) and alone.count(b"\n") == 16
     exact = [key for key in expected if key.startswith("reward/")] + ["kl/reference", "response_length/mean"]
-    assert {key: found[key] for key in exact} == {key: expected[key] for key in exact}
-    assert found["kl/reference"] == 0.0
-    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    assert found["sync/bytes"] == expected["sync/bytes"]
+    assert {key: row[key] for key in exact} == {key: expected[key] for key in exact}
+    assert row["kl/reference"] == 0.0
+    assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert row["sync/bytes"] == expected["sync/bytes"]
 
 
 def test_training_saw_other_ids_than_the_text_would_give(layouts: dict[str, Path], twin: Path) -> None:
