@@ -163,10 +163,10 @@ nodes_are_fit() {
 
 # Sets bad_nodes, by which on_exit decides, and fails where a node is not fit.
 check_nodes() {
-  local status=0 found=slurm-$SLURM_JOB_ID.nodes
-  nodes_are_fit | tee "$found" || status=$?
-  bad_nodes=$(sed -n 's/^bad node \([^:]*\): .*/\1/p' "$found" | sort -u | paste -sd,)
-  rm -f "$found"
+  local status=0 verdicts=slurm-$SLURM_JOB_ID.nodes
+  nodes_are_fit | tee "$verdicts" || status=$?
+  bad_nodes=$(sed -n 's/^bad node \([^:]*\): .*/\1/p' "$verdicts" | sort -u | paste -sd,)
+  rm -f "$verdicts"
   return "$status"
 }
 

@@ -103,7 +103,7 @@ from recipes.preflight.report import Settings
 from dataclasses import asdict
 
 folder, wanted, output, unsearched = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-found = {}
+reports = {}
 ASIDE = ["preflight.files=elsewhere", "preflight.costs=null"]
 propose, propose_layouts = checks.alternatives.propose, checks.alternatives.propose_layouts
 
@@ -119,15 +119,15 @@ with initialize_config_dir(folder, version_base="1.3"):
         searched = name not in unsearched
         checks.alternatives.propose = propose if searched else lambda *arguments: None
         checks.alternatives.propose_layouts = propose_layouts if searched else lambda *arguments: None
-        found[name] = report = examine([*ASIDE, *overrides])
+        reports[name] = report = examine([*ASIDE, *overrides])
         # What a report proposes is checked anew, as a user would, without what asked for the proposal.
         for proposals in report["proposals"].values():
             for proposal in proposals:
                 fields = {override.partition("=")[0] for override in proposal["overrides"]} | {"preflight.nodes"}
                 kept = [override for override in overrides if override.partition("=")[0] not in fields]
                 again = examine([*ASIDE, *kept, *proposal["overrides"]])
-                found[" ".join([name, *proposal["overrides"]])] = again
-json.dump(found, open(output, "w"))
+                reports[" ".join([name, *proposal["overrides"]])] = again
+json.dump(reports, open(output, "w"))
 """
 Reports = dict[str, dict[str, Any]]
 
@@ -334,9 +334,9 @@ def test_what_is_proposed_holds_and_nothing_else_is_proposed(reports: Reports) -
 
 
 def test_where_nothing_fits_the_preflight_says_so(reports: Reports) -> None:
-    found = proposed(reports["no room"])
-    assert len(found) == 3 and all(overrides == [] for overrides in found.values())
-    settings, layouts, nodes = found
+    titles = proposed(reports["no room"])
+    assert len(titles) == 3 and all(overrides == [] for overrides in titles.values())
+    settings, layouts, nodes = titles
     assert "does not fit with" in settings and "optimizer.offload=true" in settings
     assert layouts == "On 8 nodes of 8 GPUs no layout fits" and "on no number of nodes" in nodes
 
