@@ -402,12 +402,14 @@ def test_the_soft_overlong_punishment_is_dapo_s() -> None:
     penalty = shaping.overlong_penalty(lengths, longest=20480, overlong_fraction=0.2)
     assert penalty.tolist() == [0, 0, -0.5, -1, -1]
     off = shaping.overlong_penalty(lengths, longest=20480, overlong_fraction=0.0)
-    assert torch.equal(off, torch.zeros(5, dtype=torch.float64))
+    assert off.tolist() == [0, 0, 0, 0, 0]
+    assert off.dtype == penalty.dtype == torch.float64
 
 
 def test_groups_of_equal_rewards_are_replaced_in_order_and_fill_up_what_is_missing() -> None:
-    rewards = torch.tensor([[1.0, 1.0], [1.0, 0.0], [NAN, 1.0], [0.0, 1.0], [NAN, NAN], [1.0, 0.5]])
-    assert shaping.has_reward_variance(rewards).tolist() == [False, True, False, True, False, True]
+    groups = [[1.0, 1.0], [1.0, 0.0], [NAN, 1.0], [0.0, 1.0], [NAN, NAN], [1.0, 0.5], [0.5, 0.5]]
+    rewards = torch.tensor(groups)
+    assert shaping.has_reward_variance(rewards).tolist() == [False, True, False, True, False, True, False]
     assert shaping.select_groups(rewards, 2) == [1, 3]
     assert shaping.select_groups(rewards, 3) == [1, 3, 5]
     assert shaping.select_groups(rewards, 5) == [0, 1, 2, 3, 5]
@@ -417,17 +419,18 @@ def test_groups_of_equal_rewards_are_replaced_in_order_and_fill_up_what_is_missi
 
 
 def test_the_clipped_value_loss_has_its_closed_form_and_gradient() -> None:
-    """With ε = 0.2 and an old value of 0. Of the values with the return 1, 0.1 is not clipped, 0.5 is clipped to 0.2,
-    and −0.5 is further from the return than its clipped −0.2, so that its own loss counts."""
-    old_values = numbers(0, 0, 0, 0)
-    returns = numbers(1, 1, 1, -1)
-    values = numbers(0.1, 0.5, -0.5, 0.5)
+    """With ε = 0.2. The old value of the first four is 0. Of the values with the return 1, 0.1 is not clipped, 0.5 is
+    clipped to 0.2, and −0.5 is further from the return than its clipped −0.2, so that its own loss counts. The last
+    value has fallen from 0.5 to 0.1 and is clipped to 0.3."""
+    old_values = numbers(0, 0, 0, 0, 0.5)
+    returns = numbers(1, 1, 1, -1, 0)
+    values = numbers(0.1, 0.5, -0.5, 0.5, 0.1)
 
     def total_loss(new_values: Tensor) -> Tensor:
         return value_losses.clipped(new_values, old_values, returns, value_clip=0.2).sum()
 
     losses = value_losses.clipped(values, old_values, returns, value_clip=0.2)
-    assert losses.tolist() == pytest.approx([0.405, 0.32, 1.125, 1.125])
+    assert losses.tolist() == pytest.approx([0.405, 0.32, 1.125, 1.125, 0.045])
     by_autograd = gradient(total_loss, values)
-    assert by_autograd.tolist() == pytest.approx([-0.9, 0, -1.5, 1.5])
+    assert by_autograd.tolist() == pytest.approx([-0.9, 0, -1.5, 1.5, 0])
     assert by_autograd.tolist() == pytest.approx(finite_differences(total_loss, values).tolist(), abs=1e-8)

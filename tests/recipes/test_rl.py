@@ -119,14 +119,14 @@ def test_three_sequences_for_two_ranks_are_filled_up_only_where_a_micro_batch_ta
 def test_a_sample_without_a_reward_weighs_nothing_and_the_others_what_they_would_without_it(
     batch: TokenBatch,
 ) -> None:
-    has_reward = ~np.isnan([1.0, math.nan, 0.0, 1.0, math.nan, 0.5])
+    has_reward = ~np.isnan([1.0, math.nan, 0.0, 1.0, 0.5, math.nan])
     masked = replace(batch, loss_mask=batch.loss_mask & batch.broadcast(has_reward))
     weights = token_weights(sequence_mean_token_mean, masked)
-    others = batch.select([0, 2, 3, 5])
+    others = batch.select([0, 2, 3, 4])
     without = token_weights(sequence_mean_token_mean, others)
-    for place, i in enumerate((0, 2, 3, 5)):
+    for place, i in enumerate((0, 2, 3, 4)):
         assert weights[batch.tokens_of(i)].tolist() == without[others.tokens_of(place)].tolist()
-    assert not weights[batch.tokens_of(1)].any() and not weights[batch.tokens_of(4)].any()
+    assert not weights[batch.tokens_of(1)].any() and not weights[batch.tokens_of(5)].any()
 
 
 def test_a_forced_token_weighs_nothing_and_the_others_share_what_it_had(batch: TokenBatch) -> None:
