@@ -58,11 +58,12 @@ def run(module: str, folder: Path) -> None:
 
 class Ranks:
     """Ranks of a program that calls :func:`serve` with ``folder``. A job that fails ends them; the next job starts new
-    ones. ``earlier`` gives the job whose checkpoint a job reads.
+    ones. ``earlier`` gives the job whose checkpoint a job reads; ``runner`` is a module that runs the program.
     """
 
-    def __init__(self, module: str, folder: Path, earlier: Mapping[str, str]) -> None:
-        self.module, self.folder, self.earlier = module, folder, earlier
+    def __init__(self, module: str, folder: Path, earlier: Mapping[str, str], runner: str | None = None) -> None:
+        self.program = [module] if runner is None else [runner, module]
+        self.folder, self.earlier = folder, earlier
         self.log = folder / "ranks.log"
         self.launcher: subprocess.Popen[bytes] | None = None
         self.jobs_done: set[str] = set()
@@ -90,15 +91,24 @@ class Ranks:
         done = f"done/{self.asked}"
         self.store.set(f"asked/{self.asked}", name)
         self.asked += 1
-        while not self.store.check([done]):
+        while not self._is_set(done):
             self._check_alive()
             assert time.monotonic() < deadline, f"{name} took more than {JOB_SECONDS} s:\n{self._log_tail()}"
             time.sleep(0.01)
 
+    def _is_set(self, key: str) -> bool:
+        try:
+            return self.store.check([key])
+        except dist.DistError:
+            # The ranks keep the store; one has failed, and the others are ending.
+            assert self.launcher is not None
+            self.launcher.wait(JOB_SECONDS)
+            return False
+
     def _start(self) -> None:
         port = self.folder / "port"
         port.unlink(missing_ok=True)
-        self.launcher = start(self.log, self.module, str(self.folder))
+        self.launcher = start(self.log, *self.program, str(self.folder))
         while not port.exists():
             self._check_alive()
             time.sleep(0.01)
