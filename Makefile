@@ -64,9 +64,12 @@ kill-check: $(STAMP)
 gpu-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/gpu
 
-# The CUDA side without a GPU: Transformer Engine's layers with kernels computed by torch. Part of `make test`.
+# The CUDA side without a GPU, part of `make test`: what Megatron-Core and we call in the GPU's packages, Transformer
+# Engine's layers with kernels computed by torch, tests/gpu on a fake GPU, the weight sync over a fake driver.
+REHEARSAL := tests/te tests/test_vllm_contract.py tests/rollout/test_fake_cuda.py tests/rollout/test_gpu_engine.py
+
 gpu-rehearsal: $(STAMP)
-	@exec $(PY) -m pytest -q tests/te
+	@exec $(PY) -m pytest -q $(REHEARSAL)
 
 NODES = $(patsubst cluster.nodes=%,--nodes=% :,$(filter cluster.nodes=%,$(ARGS)))
 

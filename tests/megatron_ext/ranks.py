@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -30,10 +30,10 @@ IDLE = timedelta(hours=3)  # for which ranks wait for the next job
 Jobs = Mapping[str, tuple[Case, Callable[..., dict[str, Any]], tuple[Case, ...]]]
 
 
-def start(log: Path, module: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """``python -m module arguments…``. Nothing of it is left when pytest is killed: it dies with pytest, and the ranks
-    with it."""
-    with log.open("w") as output, warm.processes():
+def start(log: Path, module: str, *arguments: str, template: str | None = None) -> "subprocess.Popen[bytes]":
+    """``python -m module arguments…``, forked from the template (see ``tests.warm``). Nothing of it is left when pytest
+    is killed: it dies with pytest, and the ranks with it."""
+    with log.open("w") as output, warm.processes(template):
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
@@ -58,11 +58,14 @@ def run(module: str, folder: Path) -> None:
 
 class Ranks:
     """Ranks of a program that calls :func:`serve` with ``folder``. A job that fails ends them; the next job starts new
-    ones. ``earlier`` gives the job whose checkpoint a job reads; ``runner`` is a module that runs the program.
+    ones. ``earlier`` gives the job whose checkpoint a job reads, ``program`` is a module with its first arguments, and
+    ``template`` what it is forked from (see ``tests.warm``).
     """
 
-    def __init__(self, module: str, folder: Path, earlier: Mapping[str, str], runner: str | None = None) -> None:
-        self.program = [module] if runner is None else [runner, module]
+    def __init__(
+        self, program: Sequence[str], folder: Path, earlier: Mapping[str, str], template: str | None = None
+    ) -> None:
+        self.program, self.template = program, template
         self.folder, self.earlier = folder, earlier
         self.log = folder / "ranks.log"
         self.launcher: subprocess.Popen[bytes] | None = None
@@ -108,7 +111,7 @@ class Ranks:
     def _start(self) -> None:
         port = self.folder / "port"
         port.unlink(missing_ok=True)
-        self.launcher = start(self.log, *self.program, str(self.folder))
+        self.launcher = start(self.log, *self.program, str(self.folder), template=self.template)
         while not port.exists():
             self._check_alive()
             time.sleep(0.01)

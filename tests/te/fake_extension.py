@@ -17,6 +17,18 @@ from typing import Any
 from tests.te import packages
 
 NAME = "transformer_engine_torch"
+EXPORT = "transformer_engine.pytorch.onnx_extensions"
+EXPORTED = (
+    "torch_onnx_gemm_inf_op",
+    "onnx_quantize_fp8_op",
+    "onnx_dequantize_fp8_op",
+    "onnx_quantize_mxfp8_op",
+    "onnx_dequantize_mxfp8_op",
+    "onnx_layernorm",
+    "onnx_attention_mask_func",
+    "onnx_gemm",
+    "te_translation_table",
+)
 BINDINGS = ("csrc/extensions/pybind.cpp", "common_headers/common/util/pybind_helper.h")
 DTYPES = "common_headers/common/include/transformer_engine/transformer_engine.h"
 CUDNN = 92000  # 9.20.0, see pins.txt
@@ -52,9 +64,9 @@ def dtype_values(sources: Path) -> dict[str, int]:
     return {f"k{name}": int(value) for name, value in re.findall(r"\bkNVTE(\w+) = (\d+)", text)}
 
 
-def _not_computed(name: str) -> Callable[..., Any]:
+def _not_computed(name: str, module: str = NAME) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"transformer_engine_torch.{name}: no kernel without a GPU, and no fake of it")
+        raise NotImplementedError(f"{module}.{name}: no kernel without a GPU, and no fake of it")
 
     function.__name__ = name
     return function
@@ -79,11 +91,15 @@ def build() -> types.ModuleType:
 def install() -> types.ModuleType:
     """Make ``import transformer_engine.pytorch`` work in this process; returns the fake module.
 
-    Neither the core library nor CUDA's libraries are loaded: Transformer Engine leaves them out while it is built.
+    Neither the core library nor CUDA's libraries are loaded: Transformer Engine leaves them out while it is built. Its
+    export to ONNX needs packages that nothing here does, so that there is none.
     """
     sys.path.insert(0, str(packages.site()))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     sys.modules[NAME] = module = build()
+    sys.modules[EXPORT] = export = types.ModuleType(EXPORT)
+    for name in EXPORTED:
+        setattr(export, name, _not_computed(name, EXPORT))
     import transformer_engine.common
 
     transformer_engine.common.load_framework_extension = lambda framework: None

@@ -1,6 +1,6 @@
 """``python -m tests.te.on_fake_gpu MODULE ARGUMENTS…``: a program of tests/megatron_ext on the platform ``cuda``.
 
-The program activates the platform ``cpu``; here it gets the fake GPU's.
+The program activates the platform ``cpu``; here it gets the fake GPU's. To be started within ``machine``.
 """
 
 import runpy
