@@ -21,7 +21,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 # Some containers set it: then each of a run's processes compiles the thousands of modules that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo test test-fast test-durations mutation lint gpu-check slurm-check kill-check preflight env clean
+.PHONY: demo test test-fast test-durations mutation lint gpu-check gpu-rehearsal slurm-check kill-check preflight env clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
@@ -63,6 +63,13 @@ kill-check: $(STAMP)
 
 gpu-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/gpu
+
+# The CUDA side without a GPU, part of `make test`: what Megatron-Core and we call in the GPU's packages, Transformer
+# Engine's layers with kernels computed by torch, tests/gpu on a fake GPU, the weight sync over a fake driver.
+REHEARSAL := tests/te tests/test_vllm_contract.py tests/rollout/test_fake_cuda.py tests/rollout/test_gpu_engine.py
+
+gpu-rehearsal: $(STAMP)
+	@exec $(PY) -m pytest -q $(REHEARSAL)
 
 NODES = $(patsubst cluster.nodes=%,--nodes=% :,$(filter cluster.nodes=%,$(ARGS)))
 

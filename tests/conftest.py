@@ -20,10 +20,12 @@ DURATIONS = Path(__file__).with_name("durations.json")
 # A file whose tests take longer is not part of make test-fast, but for these; one that has no record yet is.
 FAST_SECONDS = 8
 ALWAYS_FAST = ("tests/recipes/test_config.py", "tests/recipes/test_config_fuzz.py")
+NEVER_FAST = "tests/te/"  # fetches packages, and one process computes for all files
 SLURM = "tests/slurm/"
 # Files that share a Slurm cluster, or what ranks computed. A process takes all of them.
 SHARING = {
     SLURM: "cluster",
+    NEVER_FAST: "ranks with a fake GPU",
     "tests/megatron_ext/test_checkpoint": "ranks that save",
     "tests/megatron_ext/test_collectives.py": "text ranks",
     "tests/megatron_ext/test_hf_checkpoint.py": "text ranks",
@@ -65,7 +67,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     file = str(collection_path.relative_to(ROOT))
     seconds = json.loads(DURATIONS.read_text()).get(file, 0)
-    return True if seconds > FAST_SECONDS and file not in ALWAYS_FAST else None
+    slow = seconds > FAST_SECONDS and file not in ALWAYS_FAST
+    return True if slow or f"{file}/".startswith(NEVER_FAST) else None
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

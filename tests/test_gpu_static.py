@@ -65,6 +65,19 @@ def test_transformer_engine_finds_torch_s_cudnn_first(monkeypatch: pytest.Monkey
     assert cudnn.resolve() in [Path(str(file.locate())).resolve() for file in files]
 
 
+@pytest.mark.parametrize("absent", ["nvidia", "nvidia.cudnn"])
+def test_where_torch_brings_no_cudnn_the_sites_own_is_found(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that has it elsewhere."""
+    from megatron_ext.platform import cuda, features
+
+    monkeypatch.setenv("CUDNN_HOME", "/opt/site/cudnn")
+    monkeypatch.delitem(sys.modules, "nvidia.cudnn", raising=False)
+    monkeypatch.setitem(sys.modules, absent, None)  # type: ignore[arg-type]
+    assert features.cudnn_folder() is None
+    cuda._use_torch_s_cudnn()
+    assert os.environ["CUDNN_HOME"] == "/opt/site/cudnn"
+
+
 def test_both_platforms_have_the_same_functions() -> None:
     assert public_functions(CUDA) == public_functions(CPU)
     assert constants(CUDA).keys() >= {"name", "backend"}

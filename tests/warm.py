@@ -15,11 +15,15 @@ Processes that ``multiprocessing`` spawns (vLLM's workers) are forked in the sam
 
 What an exec reads and a fork does not: GLIBC_TUNABLES, MALLOC_*, and OpenMP's settings but the number of threads.
 Tests about starting and ending processes start real ones.
+
+``tests.te.machine`` is another template, of processes on a machine with a fake GPU.
 """
 
 import atexit
 import contextlib
 import ctypes
+import gc
+import importlib
 import multiprocessing.util
 import os
 import pickle
@@ -64,6 +68,10 @@ MODULES = {
     "tests.rollout.test_vllm_families",
     "tests.rollout.test_vllm_vision",
     "tests.rollout.vllm_processes",
+    "tests.te.examine",
+    "tests.te.fake_judge",
+    "tests.te.gpu_suite",
+    "tests.te.on_fake_gpu",
 }
 RANKS_START_ENGINES = {"recipes.train", "recipes.evaluate", "tests.rollout.family_twins"}
 IMPORTED = (
@@ -118,7 +126,8 @@ class Template:
         return int(answer)
 
 
-template: Template | None = None
+templates: dict[str, Template] = {}  # by their program
+program = "tests.warm"  # whose template is asked
 in_a_test = False  # within processes()
 
 
@@ -129,29 +138,31 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """For the block, ``subprocess.Popen`` forks the MODULES and programs that are given as text."""
-    global in_a_test
+def processes(of: str | None = None) -> Iterator[None]:
+    """For the block, ``subprocess.Popen`` forks the MODULES and programs that are given as text, from the template of
+    the program ``of`` if one is given."""
+    global in_a_test, program
     install()
-    in_a_test = True
+    in_a_test, former = True, program
+    program = of or former
     try:
         yield
     finally:
-        in_a_test = False
+        in_a_test, program = False, former
         subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
         multiprocessing.util.spawnv_passfds = spawn
 
 
 def fork_child(process: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, *rest: Any) -> None:
-    global template
     pass_fds, cwd, env, _, _, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[:12]
     start_new_session, process_group = rest[-2:]
     words = [] if isinstance(args, (str, bytes, os.PathLike)) else [os.fspath(word) for word in args]
     is_module = words[:2] == [sys.executable, "-m"] and words[2] in MODULES
     is_program = words[:2] == [sys.executable, "-c"] and in_a_test
     is_warm = (is_module or is_program) and not shell and process_group == -1
-    if is_warm and template is None:
-        template = first_template()
+    if is_warm and program not in templates:
+        templates[program] = first_template()
+    template = templates.get(program)
     if not is_warm or template is None or template.owner != os.getpid():
         execute_child(process, args, executable, preexec_fn, close_fds, *rest)
         return
@@ -173,12 +184,12 @@ def fork_child(process: Any, args: Any, executable: Any, preexec_fn: Any, close_
 
 def fork_spawned(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
     """In the place of multiprocessing.util.spawnv_passfds; the new process's pid."""
-    global template
     words = [os.fsdecode(word) for word in args]
     # Not multiprocessing's resource tracker.
     is_worker = words[-1] == "--multiprocessing-fork"
-    if is_worker and template is None:
-        template = first_template()
+    if is_worker and program not in templates:
+        templates[program] = first_template()
+    template = templates.get(program)
     if not is_worker or template is None or template.owner != os.getpid():
         return spawn(path, args, passfds)
     files = [0, 1, 2, *sorted(map(int, passfds))]
@@ -202,7 +213,7 @@ def first_template() -> Template:
     environment = os.environ | {"ROOM": "x" * ROOM["environment"], "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with theirs:
         subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", str(theirs.fileno()), str(os.getpid()), "x" * ROOM["arguments"]],
+            [sys.executable, "-m", program, str(theirs.fileno()), str(os.getpid()), "x" * ROOM["arguments"]],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -213,14 +224,14 @@ def first_template() -> Template:
 
 def keep_a_template() -> None:
     """For a process that has just been forked and may start others."""
-    global template
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     owner = os.getpid()
     if fork() == 0:
         die_with(owner)
         serve(theirs)
     theirs.close()
-    template = Template(ours)
+    templates.clear()
+    templates[program] = Template(ours)
 
 
 def fork_and_keep_a_template() -> int:
@@ -391,15 +402,17 @@ def exit_code(ended: SystemExit) -> int:
     return 1
 
 
-def main() -> None:
-    import gc
-    import importlib
+def load() -> None:
+    for module in IMPORTED:
+        importlib.import_module(module)
 
+
+def main(load: Callable[[], None]) -> None:
+    """Be a template that has done ``load``."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     die_with(int(sys.argv[2]))
     gc.disable()
-    for module in IMPORTED:
-        importlib.import_module(module)
+    load()
     gc.enable()
     gc.freeze()
     install()
@@ -412,4 +425,4 @@ if __name__ == "__main__":
     # Not as __main__, whose place another module takes.
     from tests import warm
 
-    warm.main()
+    warm.main(warm.load)

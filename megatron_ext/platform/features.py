@@ -113,7 +113,11 @@ def peak_flops(device_name: str) -> float | None:
 
 def cudnn_folder() -> str | None:
     """The folder of the cuDNN that torch brings, None where a container brings it elsewhere."""
-    spec = importlib.util.find_spec("nvidia.cudnn")
+    try:
+        spec = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        # Nothing of NVIDIA's is installed.
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         return None
     return next(iter(spec.submodule_search_locations))

@@ -32,6 +32,8 @@ SHAPES = (
 )
 # Transformer Engine needs both sides of a matrix to be multiples of it.
 FP8_MULTIPLE = 16
+# vLLM's ``fp8_per_block`` gives this many neighbours in a token a scale, and takes no rest.
+FP8_BLOCK = 128
 # Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
 MAX_PADDING = 1.5
 
@@ -88,7 +90,7 @@ def fit(
     report.check("attention_heads", lambda: attention_heads(config, text))
     report.check("precision", lambda: precision(config, settings))
     report.check("batch", lambda: batch(config, report))
-    report.check("rollout", lambda: rollout(config, text))
+    report.check("rollout", lambda: rollout(config, hf_config, text))
     report.check("colocated_judges", lambda: colocated_judges(config, settings, judges))
     report.check("layout", lambda: layout(config, hf_config, report))
     if corners and not report.ok:
@@ -175,8 +177,8 @@ def batch(config: Config, report: Report) -> str:
     )
 
 
-def rollout(config: Config, text: Any) -> str:
-    """Whether the engines' tensor-parallel size and KV cache fit the model and the longest sequence."""
+def rollout(config: Config, hf_config: Any, text: Any) -> str:
+    """Whether the engines' tensor-parallel size, KV cache and quantisation fit the model and the longest sequence."""
     if not generates(config):
         return "no engine is started"
     from recipes.preflight import memory as sizes
@@ -187,6 +189,7 @@ def rollout(config: Config, text: Any) -> str:
             f"rollout.tensor={c.tensor} does not divide the model's {text.num_attention_heads} attention heads: vLLM "
             "needs that; use a divisor"
         )
+    fp8_blocks(config, hf_config, text)
     engines_of_a_node(config, config.cluster.nodes)
     longest = memory_plan.longest(config)
     size = 4 if config.precision.name == "fp32" else 2
@@ -201,6 +204,45 @@ def rollout(config: Config, text: Any) -> str:
         f"{c.engines} engines of {c.tensor}; the KV cache of each holds {tokens} tokens: {tokens // longest} sequences "
         f"of full length, rollout.max_num_seqs={c.max_num_seqs}"
     )
+
+
+def fp8_blocks(config: Config, hf_config: Any, text: Any) -> None:
+    """Raises ConfigError if the inputs of a matrix of an engine's worker are no multiple of ``FP8_BLOCK``.
+
+    vLLM 0.32 says so in a worker's first pass only (``per_token_group_quant_fp8``).
+    """
+    c = config.rollout
+    if c.quantization != "fp8_per_block":
+        return
+    uneven = uneven_inputs(hf_config, text, c.tensor)
+    if uneven:
+        fitting = [n for n in range(1, c.tensor) if c.tensor % n == 0 and not uneven_inputs(hf_config, text, n)]
+        smaller = f", or rollout.tensor={fitting[-1]}" if fitting else ""
+        shown = ", ".join(f"{name} {size:g}" for name, size in uneven.items())
+        raise ConfigError(
+            f"rollout.quantization='fp8_per_block', rollout.tensor={c.tensor}: a worker's matrices have inputs that "
+            f"blocks of {FP8_BLOCK} do not divide ({shown}): use rollout.quantization=fp8_per_channel{smaller}"
+        )
+
+
+def uneven_inputs(hf_config: Any, text: Any, tensor: int) -> dict[str, float]:
+    """The inputs of an engine worker's matrices that are no multiple of ``FP8_BLOCK``, by what they are."""
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    sizes = {
+        "hidden size": text.hidden_size,
+        "attention": heads * head_dim / tensor,
+        "feed-forward": text.intermediate_size / tensor,
+    }
+    tower = getattr(hf_config, "vision_config", None)
+    if tower is not None:
+        sizes["tower's hidden size"] = tower.hidden_size
+        sizes["tower's feed-forward"] = tower.intermediate_size / tensor
+        heads = getattr(tower, "num_heads", None) or tower.num_attention_heads
+        # vLLM leaves attention whole whose heads the size does not divide.
+        if heads % tensor == 0:
+            sizes["tower's attention"] = tower.hidden_size / tensor
+    return {name: size for name, size in sizes.items() if size % FP8_BLOCK}
 
 
 def colocated_judges(config: Config, settings: Settings, judges: list[memory_plan.Judges]) -> str:

@@ -14,14 +14,15 @@ from megatron_ext.platform import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2
+RECIPE = ["recipe=demo", "cluster=slurm_h100", "cluster.ranks=1", "parallel=tp1"]
+RECIPE += [f"algorithm.steps={STEPS}", "stage.sft.steps=2"]
+PARAMETERS = 134_515_008
 
 
 @pytest.fixture(scope="module")
 def run_dir(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    overrides = ["cluster=slurm_h100", "cluster.ranks=1", "parallel=tp1", f"algorithm.steps={STEPS}"]
-    overrides += ["stage.sft.steps=2", f"run_dir={folder}"]
-    command = [sys.executable, "-m", "recipes.train", "recipe=demo", *overrides]
+    command = [sys.executable, "-m", "recipes.train", *RECIPE, f"run_dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]
     return folder
@@ -33,7 +34,9 @@ def test_the_run_measures_what_the_cpu_run_measures(run_dir: Path) -> None:
     assert rows[0]["kl/reference"] == 0, "before the first update the policy is the reference"
     assert rows[1]["kl/reference"] > 0
     for row in rows:
-        assert 0 < row["train_inference_mismatch/mean"] < 0.05 and row["grad_norm"] > 0 and row["sync/bytes"] > 2e8
+        assert 0 < row["train_inference_mismatch/mean"] < 0.05 and row["grad_norm"] > 0
+        # In BF16.
+        assert row["sync/bytes"] == 2 * PARAMETERS
     assert is_one_process_here(json.loads((run_dir / "environment.json").read_text())["machine"])
 
 
@@ -44,7 +47,7 @@ def is_one_process_here(machine: dict[str, Any]) -> bool:
 
 def test_the_trained_model_loads_in_transformers(run_dir: Path) -> None:
     network = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
-    assert sum(parameter.numel() for parameter in network.parameters()) == 134_515_008
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS
 
 
 def test_no_process_of_the_run_is_left(run_dir: Path) -> None:

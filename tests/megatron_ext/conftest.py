@@ -25,7 +25,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def launched(twins: Path) -> Iterator[Ranks]:
     """Ranks that do the jobs of ``worker.py`` in the twins' folder: with results, exports and checkpoints."""
-    text = Ranks("tests.megatron_ext.worker", twins, cases.EARLIER)
+    text = Ranks(["tests.megatron_ext.worker"], twins, cases.EARLIER)
     yield text
     text.stop()
 
@@ -35,7 +35,7 @@ def vision_launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]
     """Ranks that do the jobs of ``vl_twins.py``, in the folder of its twins."""
     folder = tmp_path_factory.mktemp("vision_language")
     vl_twins.make_twins(folder)
-    vision = Ranks("tests.megatron_ext.vl_twins", folder, vl_twins.EARLIER)
+    vision = Ranks(["tests.megatron_ext.vl_twins"], folder, vl_twins.EARLIER)
     yield vision
     vision.stop()
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -30,10 +30,10 @@ IDLE = timedelta(hours=3)  # for which ranks wait for the next job
 Jobs = Mapping[str, tuple[Case, Callable[..., dict[str, Any]], tuple[Case, ...]]]
 
 
-def start(log: Path, module: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """``python -m module arguments…``. Nothing of it is left when pytest is killed: it dies with pytest, and the ranks
-    with it."""
-    with log.open("w") as output, warm.processes():
+def start(log: Path, module: str, *arguments: str, template: str | None = None) -> "subprocess.Popen[bytes]":
+    """``python -m module arguments…``, forked from the template (see ``tests.warm``). Nothing of it is left when pytest
+    is killed: it dies with pytest, and the ranks with it."""
+    with log.open("w") as output, warm.processes(template):
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
@@ -58,11 +58,15 @@ def run(module: str, folder: Path) -> None:
 
 class Ranks:
     """Ranks of a program that calls :func:`serve` with ``folder``. A job that fails ends them; the next job starts new
-    ones. ``earlier`` gives the job whose checkpoint a job reads.
+    ones. ``earlier`` gives the job whose checkpoint a job reads, ``program`` is a module with its first arguments, and
+    ``template`` what it is forked from (see ``tests.warm``).
     """
 
-    def __init__(self, module: str, folder: Path, earlier: Mapping[str, str]) -> None:
-        self.module, self.folder, self.earlier = module, folder, earlier
+    def __init__(
+        self, program: Sequence[str], folder: Path, earlier: Mapping[str, str], template: str | None = None
+    ) -> None:
+        self.program, self.template = program, template
+        self.folder, self.earlier = folder, earlier
         self.log = folder / "ranks.log"
         self.launcher: subprocess.Popen[bytes] | None = None
         self.jobs_done: set[str] = set()
@@ -90,15 +94,24 @@ class Ranks:
         done = f"done/{self.asked}"
         self.store.set(f"asked/{self.asked}", name)
         self.asked += 1
-        while not self.store.check([done]):
+        while not self._is_set(done):
             self._check_alive()
             assert time.monotonic() < deadline, f"{name} took more than {JOB_SECONDS} s:\n{self._log_tail()}"
             time.sleep(0.01)
 
+    def _is_set(self, key: str) -> bool:
+        try:
+            return self.store.check([key])
+        except dist.DistError:
+            # The ranks keep the store; one has failed, and the others are ending.
+            assert self.launcher is not None
+            self.launcher.wait(JOB_SECONDS)
+            return False
+
     def _start(self) -> None:
         port = self.folder / "port"
         port.unlink(missing_ok=True)
-        self.launcher = start(self.log, self.module, str(self.folder))
+        self.launcher = start(self.log, *self.program, str(self.folder), template=self.template)
         while not port.exists():
             self._check_alive()
             time.sleep(0.01)

@@ -15,9 +15,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from megatron_ext.models import family
 from recipes.config import Config, parse
-from recipes.preflight import checks, cost, stages
-from recipes.preflight.architecture import published_file
+from recipes.preflight import checks, cost, fit, stages
+from recipes.preflight.architecture import model_config, published_file
 from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Report, Settings
 from recipes.run import folder as run_folder
 from recipes.run import records
@@ -450,6 +451,50 @@ def result(name: str, work: Callable[[], str]) -> tuple[str, str]:
     report = Report("", "", "", "", 0.0)
     report.check(name, work)
     return report.checks[0].state, report.checks[0].detail
+
+
+@pytest.fixture(scope="module")
+def inputs_in_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
+    """Recipe → tensor-parallel size → the inputs of what vLLM quantises with a scale for each block."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with warm.processes():
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.rollout.shipped", "inputs", str(folder)],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "inputs.json").read_text())
+
+
+# Tensor-parallel sizes at which vLLM's ``fp8_per_block`` can run the model.
+HOLDING = {"7b": [], "70b": [1, 2, 4, 8], "72b": [1], "78b": [1]}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_fp8_blocks_that_do_not_divide_a_workers_matrices_are_refused(
+    size: str, inputs_in_vllm: dict[str, dict[str, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes as in vLLM's own layers, whose kernels would fail in the first pass."""
+
+    def refused(tensor: int) -> str:
+        fields = [f"rollout.tensor={tensor}", "rollout.quantization=fp8_per_block"]
+        corrected = "algorithm.importance_sampling=token_truncated"
+        config, _ = run(monkeypatch, f"recipe=safework_{size}", *fields, corrected)
+        hf_config = model_config(config.model.path)
+        text = family(hf_config.architectures[0]).text_config(hf_config)
+        uneven = {inputs for inputs in inputs_in_vllm[f"safework_{size}"][str(tensor)] if inputs % 128}
+        assert set(fit.uneven_inputs(hf_config, text, tensor).values()) == uneven
+        _, detail = result("rollout", lambda: fit.rollout(config, hf_config, text))
+        return detail if "rollout.quantization" in detail else ""
+
+    found = {tensor: refused(tensor) for tensor in map(int, inputs_in_vllm[f"safework_{size}"])}
+    assert [tensor for tensor, why in found.items() if not why] == HOLDING[size]
+    remedy = "use rollout.quantization=fp8_per_channel" + ", or rollout.tensor=1" * (1 in HOLDING[size])
+    for tensor, why in found.items():
+        assert not why or f"rollout.quantization='fp8_per_block', rollout.tensor={tensor}: " in why
+        assert not why or why.endswith(remedy)
+    if size == "72b":
+        assert "feed-forward 3696" in found[8]
 
 
 def test_a_judge_holds_fails_or_could_not_be_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The layouts of the recipes for 7B to 78B models, on models with few layers. Every width is the real one.
 
 ``python -m tests.rollout.shipped trainer FOLDER`` writes the blocks of every rank, ``… vllm FOLDER`` the parameters of
-every engine worker; both build without memory. :func:`plan` joins them.
+every engine worker; both build without memory. :func:`plan` joins them. ``… inputs FOLDER`` writes the sizes of FP8.
 """
 
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,32 @@ def vllm(folder: Path) -> None:
     (folder / "vllm.json").write_text(json.dumps(layouts))
 
 
+def inputs(folder: Path) -> None:
+    """``inputs.json``: of each recipe, by an engine's tensor-parallel size, the inputs of a worker's matrices to which
+    vLLM gives a scale for each block. A CPU has no kernel for them, so there is none."""
+    import vllm
+    from vllm.model_executor.layers.quantization.online import fp8
+
+    from recipes.preflight import simulated_engines
+
+    simulated_engines.activate()
+    vllm.EngineArgs = partial(vllm.EngineArgs, quantization="fp8_per_block")  # type: ignore[misc, assignment]
+    fp8.init_fp8_linear_kernel = lambda **arguments: None
+    found: dict[str, dict[int, list[int]]] = {}
+    for name in RECIPES:
+        config, _ = small(recipe(name))
+        config.save_pretrained(folder / name)
+        heads = config.get_text_config().num_attention_heads
+        found[name] = {}
+        for tensor in (n for n in (1, 2, 4, 8) if heads % n == 0):
+            engine = simulated_engines.engine_config(folder / name, "bfloat16", tensor, 1)
+            with simulated_engines.worker(engine, 0, simulated_engines.META) as model:
+                methods = ((layer, getattr(layer, "quant_method", None)) for layer in model.modules())
+                layers = [layer for layer, method in methods if isinstance(method, fp8.OnlineLinearBase)]
+                found[name][tensor] = sorted({layer.input_size_per_partition for layer in layers})
+    (folder / "inputs.json").write_text(json.dumps(found))
+
+
 def plan(folder: Path, name: str, variant: str) -> Plan:
     """The plan of a recipe, from what both programs wrote."""
     from recipes.preflight.weight_sync import topology
@@ -101,4 +128,4 @@ def plan(folder: Path, name: str, variant: str) -> Plan:
 
 
 if __name__ == "__main__":
-    {"trainer": trainer, "vllm": vllm}[sys.argv[1]](Path(sys.argv[2]))
+    {"trainer": trainer, "vllm": vllm, "inputs": inputs}[sys.argv[1]](Path(sys.argv[2]))
