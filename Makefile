@@ -21,7 +21,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 # Some containers set it: then each of a run's processes compiles the thousands of modules that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo test test-fast test-durations mutation lint gpu-check gpu-rehearsal slurm-check kill-check preflight env clean
+.PHONY: demo test test-fast test-durations mutation lint gpu-check gpu-check-node gpu-check-two-nodes gpu-rehearsal \
+  slurm-check kill-check preflight env clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
@@ -61,12 +62,27 @@ slurm-check: $(STAMP)
 kill-check: $(STAMP)
 	@exec $(PY) -m tests.recipes.kill_check $(ARGS)
 
+# The rungs of docs/gpu_checks.md: one GPU, eight of one node, two nodes from a login node. A group of checks that fails
+# ends the first: what comes after it needs it.
+GPU_CHECK = $(PY) -m pytest -q --gpu-record=benchmarks/results/gpu
+ONE_GPU := "trainer" "memory" "rollout fp8_rollout" "sleep colocation" "recipe" "fp8"
+
 gpu-check: $(STAMP)
-	@exec $(PY) -m pytest -q tests/gpu
+	@for group in $(ONE_GPU); do
+	  echo "==> $$group"
+	  $(GPU_CHECK)/one_gpu.json $$(printf 'tests/gpu/test_%s.py ' $$group)
+	done
+
+gpu-check-node: $(STAMP)
+	@exec $(GPU_CHECK)/node.json tests/gpu/test_node.py tests/gpu/test_node_recipe.py
+
+gpu-check-two-nodes: $(STAMP)
+	@exec $(GPU_CHECK)/two_nodes.json tests/gpu/test_two_nodes.py
 
 # The CUDA side without a GPU, part of `make test`: what Megatron-Core and we call in the GPU's packages, Transformer
 # Engine's layers with kernels computed by torch, tests/gpu on a fake GPU, the weight sync over a fake driver.
 REHEARSAL := tests/te tests/test_vllm_contract.py tests/rollout/test_fake_cuda.py tests/rollout/test_gpu_engine.py
+REHEARSAL += tests/test_gpu_rehearsal.py
 
 gpu-rehearsal: $(STAMP)
 	@exec $(PY) -m pytest -q $(REHEARSAL)

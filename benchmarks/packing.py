@@ -23,15 +23,19 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext import batch as batches
-from megatron_ext import packing, platform
-from megatron_ext.batch import Prompt, TokenBatch
-from megatron_ext.layout import ParallelConfig
-from megatron_ext.packing import Cost, VisionInputs, cost_of
-from megatron_ext.weight_map import round_up
-from recipes.config import Config, parse, samples_per_step
-from recipes.preflight.architecture import model_config
-from recipes.run import records
+from megatron_ext import platform
+
+platform.activate("cpu")  # before Megatron-Core is imported
+
+from megatron_ext import batch as batches  # noqa: E402
+from megatron_ext import packing  # noqa: E402
+from megatron_ext.batch import Prompt, TokenBatch  # noqa: E402
+from megatron_ext.layout import ParallelConfig  # noqa: E402
+from megatron_ext.packing import Cost, VisionInputs, cost_of  # noqa: E402
+from megatron_ext.weight_map import round_up  # noqa: E402
+from recipes.config import Config, parse, samples_per_step  # noqa: E402
+from recipes.preflight.architecture import model_config  # noqa: E402
+from recipes.run import records  # noqa: E402
 
 RESULT = Path("benchmarks/results/packing.json")
 SEEDS = 10
@@ -90,7 +94,6 @@ class Batch:
 
 
 def main() -> None:
-    platform.activate("cpu")
     cases = []
     for recipe, sizes in RECIPES.items():
         for ranks in sizes:

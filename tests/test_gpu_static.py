@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from recipes.preflight import calibrate
+
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = ROOT / "megatron_ext" / "platform"
+RUNGS = ("gpu-check", "gpu-check-node", "gpu-check-two-nodes")
 CUDA, CPU = (ast.parse((PLATFORM / f"{name}.py").read_text()) for name in ("cuda", "cpu"))
 
 
@@ -137,10 +141,33 @@ def test_the_gpu_checks_import_and_are_listed_in_the_documentation() -> None:
     listed = re.findall(r"`(test_\w+\.py::test_\w+)`", (ROOT / "docs" / "gpu_checks.md").read_text())
     assert sorted(listed) == sorted(collected)
 
+    # Each figure that calibrate reads is of one of them, and each file of checks is of a rung's command.
+    taken: set[str] = set()
 
-def test_without_a_gpu_the_checks_fail_with_one_clear_message() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/gpu/test_recipe.py"]
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    def measured(check: str, figure: str) -> float:
+        taken.add(check.partition("[")[0])
+        return 1.0
+
+    for estimate in itertools.chain(*calibrate.RUNGS.values()):
+        estimate.measured(measured)
+    assert taken and taken <= found
+    commands = [subprocess.run(["make", "-n", rung], cwd=ROOT, capture_output=True, text=True).stdout for rung in RUNGS]
+    words = re.findall(r"\w+", " ".join(commands))
+    assert {check.partition(".py")[0].removeprefix("test_") for check in found} <= {
+        word.removeprefix("test_") for word in words
+    }
+
+
+def test_without_gpus_the_checks_of_each_rung_fail_with_one_clear_message() -> None:
+    files = [f"tests/gpu/test_{name}.py" for name in ("recipe", "node_recipe", "two_nodes")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": "/nowhere"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "no CUDA device is visible: these checks need one NVIDIA GPU and `make gpu-check EXTRA=gpu`" in done.stdout
+    assert "passed" not in done.stdout.splitlines()[-1] and "skipped" not in done.stdout.splitlines()[-1]
+    for message in (
+        "no CUDA device is visible: these checks need one NVIDIA GPU and `make gpu-check EXTRA=gpu`",
+        "0 CUDA devices are visible: these checks need 8 of one node and `make gpu-check-node EXTRA=gpu`",
+        "no sbatch: these checks are started on a cluster's login node, `make gpu-check-two-nodes EXTRA=gpu`",
+    ):
+        assert message in done.stdout

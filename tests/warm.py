@@ -53,6 +53,7 @@ MODULES = {
     "recipes.preflight",
     "recipes.preflight.vllm_simulation",
     "recipes.preflight.weight_sync",
+    "tests.gpu.node_ranks_on_cpu",
     "tests.megatron_ext.memory_worker",
     "tests.megatron_ext.vl_twins",
     "tests.megatron_ext.worker",

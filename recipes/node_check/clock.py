@@ -4,29 +4,44 @@ As NTP (RFC 5905): the offset is the other clock's time minus the middle of the 
 Of several questions the one with the shortest way counts.
 """
 
+import contextlib
 import socket
 import struct
+import threading
 import time
 
 QUESTIONS = 5
+QUESTION = b"safework: what time is it?"
 FORMAT = struct.Struct("!d")
 RETRY_SECONDS = 0.2
+# In which a node asks its next question; it asks at once.
+QUESTION_SECONDS = 5.0
 
 
 def serve(listener: socket.socket, count: int, timeout: float) -> int:
-    """Answer ``count`` nodes with this node's time; returns how many have asked within ``timeout`` seconds."""
+    """Answer nodes with this node's time until ``count`` have asked all their questions; returns how many have within
+    ``timeout`` seconds.
+
+    Whoever else connects (a port scanner, a monitor) is not counted, and nobody waits for it.
+    """
     deadline = time.monotonic() + timeout
-    for asked in range(count):
-        listener.settimeout(max(0.0, deadline - time.monotonic()))
-        try:
-            connection, _ = listener.accept()
-        except (TimeoutError, BlockingIOError):
-            return asked
-        with connection:
-            connection.settimeout(RETRY_SECONDS * 25)
-            while connection.recv(1):
+    answered: list[socket.socket] = []
+
+    def answer(connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as questions, contextlib.suppress(OSError):
+            connection.settimeout(QUESTION_SECONDS)
+            for _ in range(QUESTIONS):
+                if questions.read(len(QUESTION)) != QUESTION:
+                    return
                 connection.sendall(FORMAT.pack(time.time()))
-    return count
+            answered.append(connection)
+
+    listener.settimeout(RETRY_SECONDS)
+    while len(answered) < count and time.monotonic() < deadline:
+        with contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            threading.Thread(target=answer, args=[connection], daemon=True).start()
+    return len(answered)
 
 
 def offset(host: str, port: int, timeout: float) -> float:
@@ -48,7 +63,7 @@ def offset(host: str, port: int, timeout: float) -> float:
     with connection:
         for _ in range(QUESTIONS):
             asked = time.time()
-            connection.sendall(b"?")
+            connection.sendall(QUESTION)
             (answer,) = FORMAT.unpack(connection.recv(FORMAT.size, socket.MSG_WAITALL))
             answered = time.time()
             best = min(best, (answered - asked, (asked + answered) / 2 - answer))

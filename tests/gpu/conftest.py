@@ -1,13 +1,15 @@
-"""What the GPU checks share: one message where there is no GPU, a tiny model, and this process as the only rank."""
+"""What the GPU checks share: one message where GPUs lack, their record, a tiny model, this process as the only rank."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ext.parallel import Parallel
+from tests.gpu import record
 from tests.rollout.twins import Twin
 from tests.settings import optimizer_config, parallel_config, precision_config, schedule_config
 
@@ -17,10 +19,42 @@ OPTIMIZER = optimizer_config(weight_decay=0.1)
 SCHEDULE = schedule_config(0.1)  # far above what BF16 rounds away
 
 
-@pytest.fixture(scope="session", autouse=True)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-record", type=Path, help="JSON file into which each check's outcome and figures go")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Record a check that has run; its figures are what it gave to pytest's ``record_property``."""
+    report = yield
+    file = item.config.getoption("--gpu-record")
+    if file is not None and report.when == "call":
+        path, _, test = report.nodeid.partition("::")
+        check = f"{Path(path).name}::{test}"
+        figures: dict[str, Any] = dict(report.user_properties)
+        # Of the run, where another machine than this one has made it.
+        environment = figures.pop("environment", None)
+        record.add(file, check, report.outcome, report.duration, figures, environment)
+    return report
+
+
+@pytest.fixture(scope="session")
 def gpu() -> None:
     if not torch.cuda.is_available():
         pytest.fail("no CUDA device is visible: these checks need one NVIDIA GPU and `make gpu-check EXTRA=gpu`")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def enough_gpus(request: pytest.FixtureRequest) -> None:
+    """A module of checks says in ``GPUS`` how many it needs of this machine, if not one."""
+    needed = getattr(request.module, "GPUS", 1)
+    if needed == 1:
+        request.getfixturevalue("gpu")
+    elif torch.cuda.device_count() < needed:
+        pytest.fail(
+            f"{torch.cuda.device_count()} CUDA devices are visible: these checks need {needed} of one node and "
+            "`make gpu-check-node EXTRA=gpu`"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """A GPU by turns: the trainer's states and a judge's server give their memory back, and are the same afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -48,8 +48,8 @@ def test_the_trainers_states_leave_the_gpu_and_come_back_to_the_bit(policy: mode
 
 
 @pytest.fixture(scope="module")
-def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A judge's server that shares the GPU and has started."""
+def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, float]]:
+    """A judge's server that shares the GPU and has started, and what its process keeps asleep, in GiB."""
     folder = tmp_path_factory.mktemp("judge")
     make_judge(folder / "model")
     arguments = ["--max-model-len", "4096", "--gpu-memory-utilization", str(SHARE), "--enforce-eager"]
@@ -58,22 +58,27 @@ def judge(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     )
     config = SupervisorConfig(startup_timeout=400, stop_timeout=20, restarts=0, first_device=0, cpu_arguments=[])
     supervisor = Supervisor([JudgeServer(server, 0, folder / "judge.log", range(1), (), sleeps=True)], config)
+    without_judge = free_gib()
     try:
         supervisor.start()
-        yield server
+        yield server, without_judge - free_gib()
     finally:
         supervisor.stop()
 
 
-def test_a_judges_server_gives_its_memory_back_and_wakes_to_the_same_verdict(judge: Server) -> None:
+def test_a_judges_server_gives_its_memory_back_and_wakes_to_the_same_verdict(
+    judge: tuple[Server, float], record_property: Callable[[str, object], None]
+) -> None:
     """It is asleep when it is ready; awake it takes its share, three times the same. Nothing is lost on the way, but
     for workspaces that the first time creates."""
+    server, asleep_gib = judge
+    record_property("asleep_gib", asleep_gib)
     asked = ClientConfig(
         concurrency=4, timeout=60, retries=0, backoff=0.1, cooldown=1, outage=0, hedge_after=1e9, max_failed=0
     )
     total = torch.cuda.mem_get_info()[1] / 2**30
-    with Client({"judge": judge}, asked) as client:
-        verifier = ServedVerifier(FIRST_TOKEN, "judge", judge.model, {}, client)
+    with Client({"judge": server}, asked) as client:
+        verifier = ServedVerifier(FIRST_TOKEN, "judge", server.model, {}, client)
         asleep, verdicts, left = free_gib(), [], []
         for _ in range(3):
             with client.awake():

@@ -1,7 +1,7 @@
 """FP8 on an H100: it learns as BF16 does, the memory is the estimate's, and the 72B layer keeps the GPU busy."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from megatron_ext import forward_backward, model, optimizer, packing, parallel
 from megatron_ext.precision import PrecisionConfig
 from recipes.preflight import memory
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE
+from tests.gpu.node_cases import training_flops
 from tests.sequences import PlainSequence, pack
 from tests.settings import CONF, precision_config
 
@@ -49,9 +50,10 @@ LAYERS_72B = LlamaConfig(
     tie_word_embeddings=False,
 )
 TOKENS = 8192
-# What the estimates of a step's time assume of training, and what the preflight keeps free of a GPU's memory.
+# What the estimates assume of training's speed and of a GPU's memory, and what the safework_* recipes leave free of it.
 SPEED = OmegaConf.load(CONF / "scale" / "h100.yaml").machine
 DEVICE_MEMORY = OmegaConf.load(CONF / "preflight" / "h100.yaml")
+FREE_GIB = 6.0
 
 
 def build(config: LlamaConfig, layout: parallel.Parallel, precision: PrecisionConfig) -> model.Model:
@@ -65,7 +67,9 @@ def build(config: LlamaConfig, layout: parallel.Parallel, precision: PrecisionCo
     return built
 
 
-def batch(config: LlamaConfig, tokens: int, count: int) -> list[packing.MicroBatch]:
+def batch(
+    config: LlamaConfig, tokens: int, count: int, multiple: int = 16, device: torch.device = DEVICE
+) -> list[packing.MicroBatch]:
     """One micro-batch of ``count`` equal sequences, a quarter prompt."""
     draw = torch.Generator().manual_seed(1)
     size = tokens // count
@@ -73,7 +77,7 @@ def batch(config: LlamaConfig, tokens: int, count: int) -> list[packing.MicroBat
     cut = size // 4
     share = 1 / (count * (size - cut))
     sequences = [PlainSequence(row[:cut], row[cut:], {"weight": [share] * (size - cut)}) for row in ids]
-    return [pack(sequences, list(range(count)), 16, 0, DEVICE)]
+    return [pack(sequences, list(range(count)), multiple, 0, device)]
 
 
 def loss(log_probs: torch.Tensor, micro: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -97,22 +101,25 @@ def bf16_losses(layout: parallel.Parallel) -> Iterator[list[float]]:
 
 
 @pytest.mark.parametrize("name", FP8)
-def test_fp8_learns_as_bf16_does(name: str, layout: parallel.Parallel, bf16_losses: list[float]) -> None:
+def test_fp8_learns_as_bf16_does(
+    name: str, layout: parallel.Parallel, bf16_losses: list[float], record_property: Callable[[str, object], None]
+) -> None:
     """50 steps on one batch, which both learn by heart: the curves stay within 5 % of where BF16 began."""
     fp8_losses = losses(SMALL, layout, FP8[name], 50)
     assert bf16_losses[-1] < 0.5 * bf16_losses[0]
-    first_and_last = f"{fp8_losses[0]:.3f}, {fp8_losses[-1]:.3f}"
-    print(f"\n{name}: first, last loss {first_and_last}; BF16 {bf16_losses[0]:.3f}, {bf16_losses[-1]:.3f}")
+    for precision, curve in (("fp8", fp8_losses), ("bf16", bf16_losses)):
+        record_property(f"{precision}_first_and_last_loss", [curve[0], curve[-1]])
     assert max(abs(a - b) for a, b in zip(fp8_losses, bf16_losses, strict=True)) < 0.05 * bf16_losses[0]
 
 
 @pytest.mark.parametrize("name", ["bf16", "blockwise"])
-def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel) -> None:
+def test_the_peak_of_memory_is_the_estimate(
+    name: str, layout: parallel.Parallel, record_property: Callable[[str, object], None]
+) -> None:
     """Weights, gradients, optimiser, activations and logits of one step.
 
-    A peak above the estimate has to fit into what the preflight keeps free, which NCCL, the sync and fragmentation
-    need too: into half of it, scaled to the size of this model. A peak more than a tenth below would refuse layouts
-    that fit.
+    A peak above the estimate has to fit into what the recipes leave free, which other estimates need too: into half
+    of it, scaled to the size of this model. A peak more than a tenth below would refuse layouts that fit.
     """
     torch.cuda.empty_cache()
     start = torch.cuda.memory_allocated()
@@ -131,8 +138,9 @@ def test_the_peak_of_memory_is_the_estimate(name: str, layout: parallel.Parallel
         + memory.activations(policy, shape, 1, fused_kernels=True)
         + memory.logits(policy, shape) + memory.workspace(policy, shape)
     )  # fmt: skip
-    print(f"\n{name}: peak {step_peak / 2**30:.2f} GiB, estimate {estimate / 2**30:.2f} GiB")
-    margin = DEVICE_MEMORY.reserve_gib / (DEVICE_MEMORY.device_memory_gib - DEVICE_MEMORY.reserve_gib) / 2
+    record_property("peak_gib", step_peak / 2**30)
+    record_property("estimate_gib", estimate / 2**30)
+    margin = FREE_GIB / (DEVICE_MEMORY.device_memory_gib - FREE_GIB) / 2
     assert 0.9 * estimate < step_peak < (1 + margin) * estimate
 
 
@@ -150,7 +158,9 @@ def seconds_of_a_pass(precision: PrecisionConfig, layout: parallel.Parallel) -> 
     return (time.perf_counter() - started) / 10, len(micro[0].predict)
 
 
-def test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout: parallel.Parallel) -> None:
+def test_a_block_of_the_72b_model_keeps_the_gpu_busy(
+    layout: parallel.Parallel, record_property: Callable[[str, object], None]
+) -> None:
     """Forward and backward at one tensor-parallel GPU's shapes, without communication.
 
     In BF16 the model FLOPs utilisation is what the estimates of a step's time assume, else they promise too much. FP8
@@ -158,15 +168,10 @@ def test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout: parallel.Parallel) 
     """
     bf16_seconds, predicting = seconds_of_a_pass(precision_config("bf16"), layout)
     fp8_seconds, _ = seconds_of_a_pass(FP8["blockwise"], layout)
-    c = LAYERS_72B
-    matrices = c.num_hidden_layers * c.hidden_size * (
-        (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size
-    )  # fmt: skip
-    # Causal attention: half of 2 x 2 products of tokens x tokens; the backward pass costs twice the forward.
-    attention = c.num_hidden_layers * 2 * TOKENS**2 * c.num_attention_heads * c.head_dim
-    head = c.hidden_size * c.vocab_size * predicting
-    flops = 6 * (matrices * TOKENS + head) + 3 * attention
+    flops = training_flops(LAYERS_72B, TOKENS, predicting)
     mfu = flops / bf16_seconds / (SPEED.peak_tflops * 1e12)
-    print(f"\nBF16 {bf16_seconds * 1e3:.1f} ms, MFU {mfu:.2f}; FP8 {fp8_seconds * 1e3:.1f} ms")
+    record_property("bf16_ms", bf16_seconds * 1e3)
+    record_property("fp8_ms", fp8_seconds * 1e3)
+    record_property("mfu", mfu)
     assert mfu >= SPEED.mfu
     assert fp8_seconds < bf16_seconds

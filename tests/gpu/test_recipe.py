@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ def run_dir(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_run_measures_what_the_cpu_run_measures(run_dir: Path) -> None:
+def test_the_run_measures_what_the_cpu_run_measures(
+    run_dir: Path, record_property: Callable[[str, object], None]
+) -> None:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    record_property("seconds_of_the_last_step", {key: rows[-1][key] for key in rows[-1] if key.startswith("time/")})
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[0]["kl/reference"] == 0, "before the first update the policy is the reference"
     assert rows[1]["kl/reference"] > 0

@@ -1,6 +1,7 @@
 """vLLM on the GPU, fed from the trainer's tensors on the same GPU by CUDA IPC."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,12 +77,14 @@ def test_after_a_sync_vllm_holds_the_checkpoints_bits(rollout: Rollout) -> None:
     assert checksums == expected
 
 
-def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(rollout: Rollout) -> None:
+def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(
+    rollout: Rollout, record_property: Callable[[str, object], None]
+) -> None:
     before = rollout.digests()
     own = forward_backward.copy_weights(rollout.policy)
     for shard in rollout.policy.shards:
         shard.tensor.mul_(1.5)
-    rollout.weight_sync.sync(2)
+    record_property("sync_of_a_tiny_model_ms", 1000 * rollout.weight_sync.sync(2)["seconds"])
     changed = rollout.digests()
     assert all(changed[name] != digest for name, digest in before.items())
     with torch.no_grad():
@@ -95,7 +98,9 @@ def test_the_same_batch_gives_the_same_bits(rollout: Rollout) -> None:
     assert rollout.responses() == rollout.responses()
 
 
-def test_log_probs_of_samples_are_the_trainers(rollout: Rollout) -> None:
+def test_log_probs_of_samples_are_the_trainers(
+    rollout: Rollout, record_property: Callable[[str, object], None]
+) -> None:
     """The bounds of the CPU test: BF16's 8 bits at logits of order 10 (one rounding of a logit is up to 0.03)."""
     batch = rollout.generate()
     (plan,) = packing.plan(batch.lengths.tolist(), 1, 256)
@@ -107,4 +112,5 @@ def test_log_probs_of_samples_are_the_trainers(rollout: Rollout) -> None:
         sampled = torch.tensor([p for i in micro_batch.indices for p in responses[i].logprobs])
         gaps.append((values.cpu() - sampled).abs())
     gap = torch.cat(gaps)
+    record_property("mean_and_largest_gap", [float(gap.mean()), float(gap.max())])
     assert gap.mean() < 0.08 and gap.max() < 0.5

@@ -1,6 +1,7 @@
 """vLLM's sleep mode on the GPU: memory goes and comes back, and only a sync makes the engine usable again."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i
 
 @pytest.fixture(scope="module")
 def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    """An engine that may sleep and the weight sync to it, after a sync."""
+    """An engine that may sleep and the weight sync to it, after a sync; what its process keeps of the GPU beside
+    weights and cache, in GiB."""
     settings = engine_settings(
         model=str(folder),
         dtype="bfloat16",
@@ -33,17 +35,19 @@ def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.Te
         sleep=True,
     )
     home = tmp_path_factory.mktemp("sleep")
+    policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
+    hf_checkpoint.load(policy.shards, folder)
+    without_engine = free_gib()
     engine = Engine(settings, home / "engine_0.log")
     try:
-        policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
-        hf_checkpoint.load(policy.shards, folder)
         engine.wait_until_ready(time.monotonic() + 400)
         group = parallel.control_group()
         weight_sync = WeightSync(
             policy.shards, [engine], group, bucket_bytes=1 << 20, verify_every=1, plans=home / "plans"
         )
         weight_sync.sync(1)
-        yield engine, weight_sync
+        weights_gib = sum(shard.tensor.nbytes for shard in policy.shards) / 2**30
+        yield engine, weight_sync, without_engine - free_gib() - KV_CACHE_GIB - weights_gib
     finally:
         stop_engines([engine])
 
@@ -62,14 +66,16 @@ def free_gib() -> float:
 
 
 def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
-    rollout: tuple[Engine, WeightSync],
+    rollout: tuple[Engine, WeightSync, float], record_property: Callable[[str, object], None]
 ) -> None:
     """Three times: sleep, wake the weights, sync, wake the key-value cache. No memory is lost on the way, but for
     workspaces that the first time creates."""
-    engine, weight_sync = rollout
+    engine, weight_sync, process_gib = rollout
+    record_property("engine_process_gib", process_gib)
     before = responses(engine)
     awake = free_gib()
     left = []
+    started = time.monotonic()
     for _ in range(3):
         engine.call("POST", "/sleep", {})
         assert free_gib() - awake > 0.95 * KV_CACHE_GIB
@@ -83,11 +89,14 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits(
         engine.call("POST", "/wake", {"tags": ["kv_cache"]})
         assert responses(engine) == before
         left.append(free_gib())
+    record_property("sleep_sync_wake_generate_s", (time.monotonic() - started) / 3)
     assert left[0] - left[-1] < SEGMENT_GIB
 
 
-def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(rollout: tuple[Engine, WeightSync]) -> None:
-    engine, weight_sync = rollout
+def test_weights_that_sleep_are_not_synced_and_without_a_sync_not_used(
+    rollout: tuple[Engine, WeightSync, float],
+) -> None:
+    engine, weight_sync, _ = rollout
     engine.call("POST", "/sleep", {})
     with pytest.raises(EngineError, match="the weights are asleep"):
         engine.call("GET", "/weights/checksum")

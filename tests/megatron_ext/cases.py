@@ -28,11 +28,24 @@ STEPS = 2
 OPTIMIZER = optimizer_config(epsilon=1e-3)
 SCHEDULE = schedule_config(1e-3)
 # Three key-value groups and 130 tokens do not divide by 2 or 4: attention and vocabulary get padded. The untied model's
-# 132 tokens need no padding under any layout here, so its checkpoints may change layout.
+# 132 tokens need no padding under any layout here, so its checkpoints may change layout. The even one's sizes are
+# multiples of 8 on each of 8 ranks.
 TWINS = {
     "tied": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 130, "tie_word_embeddings": True}),
     "untied": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 132, "tie_word_embeddings": False}),
     "sharded": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 132, "tie_word_embeddings": False}),
+    "even": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "vocab_size": 256,
+            "tie_word_embeddings": False,
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+        },
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": True}),
     "scalar": (
@@ -48,17 +61,19 @@ def make_twins(folder: Path) -> None:
     """Random Hugging Face models; ``sharded`` is the untied one again, in several files."""
     for name, (config_class, model_class, options) in TWINS.items():
         torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 192,
+            "intermediate_size": 240,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 32,
+        }
         config = config_class(
-            hidden_size=192,
-            intermediate_size=240,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            head_dim=32,
             max_position_embeddings=128,
             rms_norm_eps=1e-5,
             initializer_range=0.05,
-            **options,
+            **(sizes | options),
         )
         model = model_class(config).float()
         with torch.no_grad():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext import parallel
+from megatron_ext import parallel, platform
 from megatron_ext.processes import die_with
 from tests import warm
 from tests.megatron_ext.cases import Case
@@ -85,7 +85,7 @@ class Ranks:
     def _results(self, name: str) -> list[dict[str, Any]]:
         """What each rank found in a job, by rank."""
         files = sorted((self.after(name) / "results").glob(f"{name}.*.pt"))
-        return [torch.load(file, weights_only=True) for file in files]
+        return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
     def _do(self, name: str) -> None:
         if self.launcher is None or self.launcher.poll() is not None:
@@ -149,7 +149,7 @@ def serve(folder: Path, jobs: Jobs, seed: int) -> None:
         case, compute, others = jobs[name]
         if rank < case.ranks:
             dist.init_process_group(
-                "gloo",
+                platform.current().backend,
                 store=dist.PrefixStore(f"job/{number}", store),
                 rank=rank,
                 world_size=case.ranks,

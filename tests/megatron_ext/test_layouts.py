@@ -115,16 +115,20 @@ def test_weights_after_two_steps_equal_torch_adamw(case: Case, results: Results,
 
 @bf16_cases
 def test_bf16_follows_fp32_from_the_same_rounded_weights(case: Case, results: Results, reference: References) -> None:
+    assert_bf16_follows(case, results(case.name), reference(case))
+
+
+def assert_bf16_follows(case: Case, ranks: list[dict[str, Any]], expected: Reference) -> None:
     """Bounds for BF16 activations: 8 bits of mantissa, 4 layers, logits of order 1. A matrix moves by about 5e-4."""
-    ranks, expected = results(case.name), reference(case)
     actual = of_tokens(ranks, "log_probs")
     gaps = torch.cat([(actual[i] - e).abs() for i, e in expected.log_probs.items()])
     assert float(gaps.max()) < 0.05
     assert float(gaps.mean()) < 0.01
     assert ranks[0]["loss"] == pytest.approx(expected.loss, abs=0.02)
     assert ranks[0]["grad_norm"] == pytest.approx(expected.grad_norm, rel=0.01)
-    gradients = assemble(all_pieces(ranks, "gradients"), expected.start)
-    assert above(relative_errors(gradients, expected.gradients), 0.05) == {}
+    if cases.has_whole_gradients(case):
+        gradients = assemble(all_pieces(ranks, "gradients"), expected.start)
+        assert above(relative_errors(gradients, expected.gradients), 0.05) == {}
     weights = assemble(all_pieces(ranks, "weights"), expected.start)
     beyond_rounding = {
         n: float((weights[n] - e).abs().mean() - 2**-8 * e.abs().mean()) for n, e in expected.weights.items()
@@ -136,13 +140,18 @@ def test_bf16_follows_fp32_from_the_same_rounded_weights(case: Case, results: Re
 def test_padding_stays_zero(case: Case, results: Results) -> None:
     """Padded heads and vocabulary rows get no gradient and no decay, else they would no longer be neutral."""
     ranks = results(case.name)
-    padded = sum(
+    padded = padded_elements(ranks)
+    assert (padded > 0) == (case.tensor in (2, 4) or (case.tensor == 3 and case.twin == "tied"))  # heads; vocabulary
+    assert all(rank["padding_is_zero"] for rank in ranks)
+
+
+def padded_elements(ranks: list[dict[str, Any]]) -> int:
+    """Of all parameters of all ranks."""
+    return sum(
         math.prod(shape) - sum(math.prod(extent) for _, _, _, extent in blocks)
         for rank in ranks
         for _, shape, blocks in rank["blocks"]
     )
-    assert (padded > 0) == (case.tensor in (2, 4) or (case.tensor == 3 and case.twin == "tied"))  # heads; vocabulary
-    assert all(rank["padding_is_zero"] for rank in ranks)
 
 
 @every_case

@@ -20,18 +20,19 @@ import torch.distributed as dist
 
 from megatron_ext import platform
 
-platform.activate("cpu")
+if __name__ == "__main__":
+    platform.activate("cpu")
 
-from megatron_ext import checkpoint, collectives, forward_backward, hf_checkpoint, model, optimizer, packing, parallel  # noqa: E402
-from megatron_ext.blocks import Shard, region  # noqa: E402
-from megatron_ext.offload import HostCopy  # noqa: E402
-from recipes.launch.launcher import fork_ranks  # noqa: E402
-from recipes.preflight import memory  # noqa: E402
-from tests.megatron_ext import cases  # noqa: E402
-from tests.megatron_ext.cases import Case  # noqa: E402
-from tests.megatron_ext.ranks import serve  # noqa: E402
-from tests.sequences import pack  # noqa: E402
-from tests.settings import precision_config  # noqa: E402
+from megatron_ext import checkpoint, collectives, forward_backward, hf_checkpoint, model, optimizer, packing, parallel
+from megatron_ext.blocks import Shard, region
+from megatron_ext.offload import HostCopy
+from recipes.launch.launcher import fork_ranks
+from recipes.preflight import memory
+from tests.megatron_ext import cases
+from tests.megatron_ext.cases import Case
+from tests.megatron_ext.ranks import serve
+from tests.sequences import pack
+from tests.settings import precision_config
 
 if __name__ == "__main__":
     fork_ranks(cases.WORLD)
@@ -184,11 +185,11 @@ def numbers_read(policy: Policy) -> int:
             yield CountingFile(file)
 
     real_open = hf_checkpoint.safe_open
-    hf_checkpoint.safe_open = counting_open
+    hf_checkpoint.safe_open = counting_open  # type: ignore[misc, assignment]
     try:
         hf_checkpoint.load(policy.model.shards, policy.twin)
     finally:
-        hf_checkpoint.safe_open = real_open
+        hf_checkpoint.safe_open = real_open  # type: ignore[misc]
     return counted
 
 

@@ -213,6 +213,26 @@ def test_clocks_are_compared_over_a_connection(monkeypatch: pytest.MonkeyPatch) 
         clock.offset("127.0.0.1", port, timeout=0.1)
 
 
+def test_strangers_are_not_counted_and_nobody_waits_for_them() -> None:
+    """One is silent, one speaks HTTP, one hangs up; the node that comes after them gets its answer at once."""
+    reached: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        strangers = [socket.create_connection(address) for _ in range(3)]
+        strangers[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        strangers[2].close()
+        server = threading.Thread(target=lambda: reached.append(clock.serve(listener, 1, timeout=60)))
+        server.start()
+        started = time.monotonic()
+        assert clock.offset(*address, timeout=30) == pytest.approx(0, abs=1)
+        server.join()
+        assert time.monotonic() - started < clock.QUESTION_SECONDS
+        assert reached == [1]
+        strangers[0].close()
+        strangers[1].close()
+        assert clock.serve(listener, 1, timeout=0.5) == 0
+
+
 FAKE = """#!/bin/sh
 case "$1" in
   --query-gpu*) cat "$0.gpus"; exit ${SMI_EXIT:-0} ;;

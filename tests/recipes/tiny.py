@@ -55,10 +55,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, width: int = 96, heads: int = 6, kv_heads: int = 3) -> None:
     """Write ``model/``, ``sft.jsonl``, ``rl.jsonl``, ``eval.jsonl`` and ``conf/rewards/letters.yaml`` into ``folder``.
 
-    Three key-value groups do not divide by two (the trainer pads them), nor the vocabulary of 300 by 128.
+    Three key-value groups do not divide by two (the trainer pads them), nor the vocabulary of 300 by 128. ``width``: of
+    the hidden states and of the feed-forward layer.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,11 +67,11 @@ def make(folder: Path) -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=96,
-        intermediate_size=96,
+        hidden_size=width,
+        intermediate_size=width,
         num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         vocab_size=len(tokenizer),
         tie_word_embeddings=True,

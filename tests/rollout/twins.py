@@ -11,7 +11,8 @@ from megatron_ext.blocks import Block, Shard
 
 @dataclass(frozen=True)
 class Twin:
-    """A tiny model: how many heads, whether the embedding is tied, whether attention has biases, feed-forward size."""
+    """A tiny model: how many heads, whether the embedding is tied, whether attention has biases, feed-forward size,
+    how many layers."""
 
     heads: int
     kv_heads: int
@@ -20,12 +21,13 @@ class Twin:
     bias: bool
     dtype: torch.dtype
     intermediate: int = 160
+    layers: int = 2
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
             hidden_size=32 * self.heads,
             intermediate_size=self.intermediate,
-            num_hidden_layers=2,
+            num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=32,

@@ -1,0 +1,107 @@
+"""Eight GPUs of one node: every kind of parallelism over NCCL, checkpoints, links, and a block of the 72B model."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.gpu import node_cases
+from tests.megatron_ext import cases
+from tests.megatron_ext.cases import Case
+from tests.megatron_ext.ranks import Ranks
+from tests.megatron_ext.reference import Reference, train_reference
+from tests.megatron_ext.test_layouts import assert_bf16_follows, padded_elements
+from tests.settings import CONF
+
+GPUS = 8
+LINKS = OmegaConf.load(CONF / "simulate" / "h100.yaml")
+FLOORS = OmegaConf.load(CONF / "node_check" / "h100.yaml")
+# Three quarters of what the estimates assume of training.
+LEAST_MFU = 0.75 * OmegaConf.load(CONF / "scale" / "h100.yaml").machine.mfu
+MOST_COMMUNICATOR_GIB = 2.0
+MOST_ALL_REDUCE_US = 200
+
+References = Callable[[Case], Reference]
+Record = Callable[[str, object], None]
+
+
+@pytest.fixture(scope="module")
+def ranks(enough_gpus: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """A rank on each GPU, which do the jobs that the checks ask for."""
+    yield from start(tmp_path_factory.mktemp("node"), "tests.gpu.node_ranks")
+
+
+def start(folder: Path, program: str) -> Iterator[Ranks]:
+    """Ranks of ``program`` with the twins in ``folder``; they end with the iterator."""
+    cases.make_twins(folder)
+    started = Ranks(program, folder, node_cases.EARLIER)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Ranks) -> References:
+    """transformers and torch's AdamW on the host, in FP32."""
+
+    @cache
+    def compute(twin: str) -> Reference:
+        return train_reference(ranks.folder / twin, Case("reference", twin=twin, precision="bf16"))
+
+    return lambda case: compute(case.twin)
+
+
+@pytest.mark.parametrize("case", [*node_cases.LAYOUTS, node_cases.PADDED], ids=lambda case: case.name)
+def test_a_layout_over_nccl_is_as_near_to_fp32_as_one_rank(case: Case, ranks: Ranks, reference: References) -> None:
+    """Loss, log-probs, gradients and weights after two steps, with the bounds of the CPU's BF16 layouts. Padded heads
+    and vocabulary rows stay zero."""
+    found = ranks.results(case.name)
+    assert len(found) == case.ranks
+    assert_bf16_follows(case, found, reference(case))
+    assert (padded_elements(found) > 0) == (case is node_cases.PADDED)
+    assert all(rank["padding_is_zero"] for rank in found)
+
+
+def test_a_checkpoint_of_one_layout_goes_on_in_another(ranks: Ranks) -> None:
+    """The same layout loads its bits again. Another one goes on with the same losses, within BF16."""
+    saved = ranks.results(node_cases.SAVED.name)
+    after = ranks.results(node_cases.RELAYOUT.name)
+    assert len(saved) == len(after) == node_cases.WORLD
+    for rank in saved:
+        assert rank["step"] == 3
+        assert rank["loaded"], "the loaded weights differ from the saved ones"
+        assert rank["on_host"]["left"] == 0
+    for rank in after:
+        assert rank["step"] == 3
+        for (loss, norm), (loss_before, norm_before) in zip(rank["resumed"], saved[0]["went_on"], strict=True):
+            assert loss == pytest.approx(loss_before, abs=0.02)
+            assert norm == pytest.approx(norm_before, rel=0.01)
+
+
+def test_the_links_and_communicators_of_the_node(ranks: Ranks, record_property: Record) -> None:
+    """Bandwidths against the floor of the node check and half of what the estimates assume. The time of a small
+    all-reduce and NCCL's buffers have bounds that only a fault exceeds."""
+    found = ranks.results(node_cases.LINKS.name)
+    slowest = min(rank["exchange_gb_s"] for rank in found)
+    all_reduce = min(rank["all_reduce_gb_s"] for rank in found)
+    communicator = max(rank["communicator_gib"] for rank in found)
+    small = max(rank["all_reduce_us"] for rank in found)
+    record_property("nvlink_gb_s", slowest)
+    record_property("all_reduce_gb_s", all_reduce)
+    record_property("communicator_gib", communicator)
+    record_property("all_reduce_us", small)
+    assert slowest > LINKS.nvlink_gb_s / 2
+    assert all_reduce > FLOORS.node_gb_s
+    assert 0 <= communicator < MOST_COMMUNICATOR_GIB
+    assert 0 < small < MOST_ALL_REDUCE_US
+
+
+def test_a_block_of_the_72b_model_over_all_gpus_keeps_them_busy(ranks: Ranks, record_property: Record) -> None:
+    """Four layers with TP 8 and sequence parallelism, communication included; the first figure that is the recipes'."""
+    found = ranks.results(node_cases.SPEED.name)
+    seconds = max(rank["seconds"] for rank in found)
+    mfu = found[0]["flops"] / seconds / (found[0]["peak_flops"] * len(found))
+    record_property("seconds", seconds)
+    record_property("mfu", mfu)
+    assert mfu > LEAST_MFU
