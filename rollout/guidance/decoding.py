@@ -208,7 +208,8 @@ class Answer:
                 break
             else:
                 # The best beam goes on alone.
-                beam, rejected = beams[0], None
+                beam = beams[0]
+                rejected: Candidate | None = None
                 for candidate in beam.path[given:]:
                     yield candidate
                 async with aclosing(self._follow(beam)) as drafts:

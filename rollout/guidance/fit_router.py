@@ -40,7 +40,9 @@ def labels_of(rows: Sequence[Any], principles: Sequence[str], path: str) -> np.n
     return np.array(labels)
 
 
-def fit_held_out(values: np.ndarray, labels: np.ndarray, principles: list[str], options: FitRouterConfig) -> Any:
+def fit_held_out(
+    values: np.ndarray, labels: np.ndarray, principles: list[str], options: FitRouterConfig
+) -> LogisticRouter:
     """The router learned from some of the rows, with its accuracy on the others. ``values``: [rows, principles]."""
     order = np.random.default_rng(options.seed).permutation(len(labels))
     held_out = int(len(labels) * options.held_out)

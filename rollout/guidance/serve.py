@@ -1,15 +1,17 @@
 """An OpenAI-compatible endpoint of guided answers: ``python -m rollout.guidance.serve [guidance.…=…]``.
 
 It stands before a running `vllm serve` and a value server. Routes: ``POST /v1/chat/completions``, ``POST
-/v1/completions``, ``GET /v1/models``, ``GET /health``. Errors have OpenAI's form. Beside OpenAI's fields, an answer has
-``guidance`` (how it came about: steered segments, tokens, and in ``unguided`` why it went on without values), and a
-streamed chunk the values of its segment. A client that disconnects ends its requests to both servers.
+/v1/completions``, ``GET /v1/models``, ``GET /health`` (with counts of the answers). Errors have OpenAI's form. Beside
+OpenAI's fields, an answer has ``guidance`` (how it came about: steered segments, tokens, and in ``unguided`` why it
+went on without values), and a streamed chunk the values of its segment. A client that disconnects ends its requests to
+both servers.
 """
 
 import json
 import secrets
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ from rollout.guidance.opening import OpenGuide, open_guide
 from rollout.guidance.settings import GuidanceConfig
 
 OPENED = web.AppKey("opened", OpenGuide)
+# Of the answers since the start: all, those that were steered, those that went on unguided, and those that have no end:
+# an error, or a client that left.
+COUNTS = web.AppKey("counts", Counter[str])
 OPEN_PATHS = ("/health",)
 SHUTDOWN_SECONDS = 5.0  # for answers under way
 
@@ -116,15 +121,23 @@ async def reply(http: web.Request, is_chat: bool) -> web.StreamResponse:
     question = await question_of(request, opened)
     answer = opened.guide.answer(question)
     form = Form(is_chat, f"{'chatcmpl' if is_chat else 'cmpl'}-{answer.id}", question.model, request.return_token_ids)
-    async with aclosing(answer.steps()) as steps:
-        if request.stream:
-            return await stream(http, steps, answer, form, request.include_usage)
-        text = ""
-        token_ids: list[int] = []
-        async for step in steps:
-            text += step.text
-            token_ids += step.token_ids
-    return web.json_response(form.whole(text, token_ids, answer))
+    try:
+        async with aclosing(answer.steps()) as steps:
+            if request.stream:
+                return await stream(http, steps, answer, form, request.include_usage)
+            text = ""
+            token_ids: list[int] = []
+            async for step in steps:
+                text += step.text
+                token_ids += step.token_ids
+        return web.json_response(form.whole(text, token_ids, answer))
+    finally:
+        http.app[COUNTS].update(
+            answers=1,
+            steered=int(answer.steered > 0),
+            unguided=int(answer.unguided is not None),
+            not_ended=int(answer.finish_reason is None),
+        )
 
 
 async def stream(
@@ -166,7 +179,7 @@ async def read_json(http: web.Request) -> Any:
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status and the body, in OpenAI's form, of an error."""
-    field = None
+    field: str | None = None
     message = str(error)
     if isinstance(error, BadRequest):
         status, kind, field = 400, "invalid_request_error", error.field
@@ -217,7 +230,7 @@ def make_app(config: GuidanceConfig, token: str | None) -> web.Application:
         return web.json_response({"object": "list", "data": await http.app[OPENED].generator.models()})
 
     async def health(http: web.Request) -> web.Response:
-        return web.json_response({"answers_under_way": under_way})
+        return web.json_response({"under_way": under_way, **http.app[COUNTS]})
 
     async def connected(app: web.Application) -> AsyncGenerator[None, None]:
         async with open_guide(config) as opened:
@@ -225,6 +238,7 @@ def make_app(config: GuidanceConfig, token: str | None) -> web.Application:
             yield
 
     app = web.Application(client_max_size=int(config.server.max_request_mib * 2**20), middlewares=[in_openai_s_form])
+    app[COUNTS] = Counter(answers=0, steered=0, unguided=0, not_ended=0)
     app.cleanup_ctx.append(connected)
     app.add_routes(
         [
