@@ -22,6 +22,7 @@ COMMON = [
     "megatron-core",
     "numpy",
     "omegaconf",
+    "openai",
     "pillow",
     "pyyaml",
     "rich",

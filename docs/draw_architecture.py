@@ -27,6 +27,7 @@ PURPOSES = {
     "recipes/run": "records, display, watchdog",
     "recipes/training": "SFT, RL, critic",
     "rewards/verifiers": "rules and judges",
+    "rollout/guidance": "value-guided decoding",
     "rollout/weight_sync": "trainer shards to vLLM",
     "megatron_ext/models": "one file a family",
     "megatron_ext/platform": "CPU and CUDA",

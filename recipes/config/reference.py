@@ -13,11 +13,14 @@ import yaml
 from megatron_ext.settings import KEPT, Setting, fields, is_optional, on_resume
 from recipes.config.schema import Config
 from rewards.settings import NOTHING, VerifierConfig
+from rollout.guidance.settings import CalibrateConfig, FitRouterConfig, GuidanceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "configuration.md"
 MISSING = object()
+# What the commands of rollout.guidance read (conf/guidance.yaml); no part of a run.
+GUIDANCE: dict[str, Any] = {"guidance": GuidanceConfig, "calibrate": CalibrateConfig, "fit_router": FitRouterConfig}
 
 INTRODUCTION = """# Configuration
 
@@ -60,6 +63,9 @@ def page() -> str:
         if group == "rewards":
             entry = fields(VerifierConfig, "rewards.verifiers.NAME")
             sections.append(f"{paragraph(VerifierConfig)}\n\n{table(entry)}")
+    for name, schema in GUIDANCE.items():
+        rows = [row for row in fields(schema, name) if not dataclasses.is_dataclass(row[1])]
+        sections.append(f"## {name}\n\n{paragraph(schema)}\n\n{table(rows)}")
     return "\n".join(sections)
 
 
@@ -123,8 +129,9 @@ def default(path: str) -> str:
 
 
 def roots(group: str) -> Iterator[dict[str, Any]]:
-    """The contents of config.yaml and of the group's files that do not derive from another one."""
-    yield yaml.safe_load((CONF / "config.yaml").read_text())
+    """The contents of the root files and of the group's files that do not derive from another one."""
+    for name in ("config.yaml", "guidance.yaml"):
+        yield yaml.safe_load((CONF / name).read_text())
     for path in sorted((CONF / group).glob("*.yaml")):
         content = yaml.safe_load(path.read_text())
         if "defaults" not in content:

@@ -1,0 +1,62 @@
+"""A calibrated threshold, as a file: what it is, what it holds for, and the scores it was taken from."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout.guidance.settings import GuidanceConfig
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``threshold``: at most the share ``level`` of benign answers has a segment below it
+    (``rollout.guidance.decisions.conformal_threshold``); it is the ``rank``-th smallest of the ``n`` lowest scores.
+    That holds for answers that are sampled as these were: ``conditions``."""
+
+    level: float
+    n: int
+    rank: int
+    threshold: float
+    conditions: dict[str, Any]
+    lowest_scores: list[float]
+
+
+def conditions(config: GuidanceConfig, value_model: str) -> dict[str, Any]:
+    """What a score depends on, beside the prompts and the generator's sampling."""
+    return {
+        "value_model": value_model,
+        "principles": list(config.values.principles),
+        "weights": dict(config.weights),
+        "router": None if config.router is None else json.loads(Path(config.router).read_text()),
+        "max_segment_tokens": config.max_segment_tokens,
+        "max_tokens": config.max_tokens,
+        "thinking_marks": list(config.thinking_marks),
+    }
+
+
+def write(calibration: Calibration, path: Path) -> None:
+    """Raises FileExistsError: a file is never replaced."""
+    with path.open("x") as file:
+        json.dump(asdict(calibration), file, indent=1)
+
+
+def read_threshold(config: GuidanceConfig, value_model: str) -> float:
+    """The threshold of the calibration that the configuration names.
+
+    Raises ValueError for a file that can't be read or was made under other conditions.
+    """
+    try:
+        assert config.calibration is not None
+        calibration = Calibration(**json.loads(Path(config.calibration).read_text()))
+        threshold = float(calibration.threshold)
+        found = dict(calibration.conditions)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"guidance.calibration={config.calibration!r}: {error}; give a file of calibrate") from error
+    for name, expected in conditions(config, value_model).items():
+        if found.get(name) != expected:
+            raise ValueError(
+                f"guidance.calibration={config.calibration!r}: it was made with {name}={found.get(name)!r}, here "
+                f"it is {expected!r}: calibrate again, or use what it was made with"
+            )
+    return threshold

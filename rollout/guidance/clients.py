@@ -1,0 +1,243 @@
+"""The two servers: one continues token ids, the other gives the values of prefixes. Both are stock `vllm serve`.
+
+Requests go through the openai client, which pools connections and retries those without a reply.
+"""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import openai
+
+from rollout.guidance.settings import GeneratorConfig, ValuesConfig, key
+
+EXCERPT_CHARACTERS = 500
+
+
+class GeneratorFailed(RuntimeError):
+    """The generator refused a request, or failed. ``status``: the HTTP status that a client should get."""
+
+    def __init__(self, message: str, status: int = 502, kind: str = "upstream_error") -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+class ValuesUnavailable(RuntimeError):
+    """The value server did not give values: dead, slow, or a reply that is none."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a stream brings at once: mostly one token. ``text`` lags where a character takes several tokens, and is
+    empty for the token that ends an answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+
+
+class Generator(Protocol):
+    """What guided decoding needs of a model. ``model`` is a name that it serves."""
+
+    def stream(self, model: str, token_ids: Sequence[int], options: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        """Continue the token ids; ``options`` are fields of vLLM's request, ``max_tokens`` among them."""
+        ...
+
+    async def encode(self, model: str, text: str, special_tokens: bool) -> list[int]:
+        """The text's token ids, with those that begin a text if ``special_tokens``."""
+        ...
+
+    async def decode(self, model: str, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        ...
+
+
+class Values(Protocol):
+    """What guided decoding needs of a value model."""
+
+    async def score(self, prefixes: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """The values of each prefix, one for each principle. Raises ValuesUnavailable."""
+        ...
+
+
+def open_client(address: str, token: str | None, timeout: float, retries: int) -> openai.AsyncOpenAI:
+    # Without a token the client would take OPENAI_API_KEY, a key to another server.
+    client = openai.AsyncOpenAI(
+        base_url=f"{address}/v1", api_key=token or "none", timeout=timeout, max_retries=retries, organization="",
+        project="",
+    )  # fmt: skip
+    return client
+
+
+class ServedGenerator:
+    """A model behind `vllm serve`. Raises GeneratorFailed."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        """Raises ValueError when the environment lacks the token."""
+        self.address = config.address
+        token = key("guidance.generator", config.key_variable)
+        self.client = open_client(config.address, token, config.timeout, config.retries)
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What the server lists under /v1/models."""
+        try:
+            return await served_models(self.client, self.address)
+        except openai.OpenAIError as error:
+            raise _failed(self.address, error) from error
+
+    async def stream(
+        self, model: str, token_ids: Sequence[int], options: Mapping[str, Any]
+    ) -> AsyncGenerator[Piece, None]:
+        body = {**options, "model": model, "prompt": list(token_ids), "stream": True, "return_token_ids": True}
+        try:
+            stream = await self.client.post(
+                "/completions", body=body, cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
+            )
+            # Closing the connection has vLLM drop the request.
+            async with stream:
+                async for chunk in stream:
+                    piece = _piece(self.address, chunk)
+                    if piece is None:
+                        continue
+                    yield piece
+                    if piece.finish_reason is not None:
+                        return
+        except openai.OpenAIError as error:
+            raise _failed(self.address, error) from error
+        except json.JSONDecodeError as error:
+            raise GeneratorFailed(f"{self.address}: not JSON: {error}") from error
+        raise GeneratorFailed(f"{self.address}: the stream ended before the answer did")
+
+    async def encode_chat(self, model: str, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
+        """The prompt that the model's chat template makes of the messages."""
+        return await self._tokens({**options, "model": model, "messages": list(messages)})
+
+    async def encode(self, model: str, text: str, special_tokens: bool) -> list[int]:
+        return await self._tokens({"model": model, "prompt": text, "add_special_tokens": special_tokens})
+
+    async def _tokens(self, body: Mapping[str, Any]) -> list[int]:
+        reply = await self._post("/tokenize", body)
+        tokens = reply.get("tokens") if isinstance(reply, dict) else None
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise GeneratorFailed(f"{self.address}/tokenize: no token ids: {_excerpt(reply)}")
+        return tokens
+
+    async def decode(self, model: str, token_ids: Sequence[int]) -> str:
+        reply = await self._post("/detokenize", {"model": model, "tokens": list(token_ids)})
+        text = reply.get("prompt") if isinstance(reply, dict) else None
+        if not isinstance(text, str):
+            raise GeneratorFailed(f"{self.address}/detokenize: no text: {_excerpt(reply)}")
+        return text
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        try:
+            return await self.client.post(f"{self.address}{path}", body=body, cast_to=object)
+        except openai.OpenAIError as error:
+            raise _failed(self.address, error) from error
+        except json.JSONDecodeError as error:
+            raise GeneratorFailed(f"{self.address}{path}: not JSON: {error}") from error
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+class ServedValues:
+    """A value model behind `vllm serve --runner pooling`."""
+
+    def __init__(self, config: ValuesConfig) -> None:
+        """Raises ValueError when the environment lacks the token."""
+        self.config = config
+        token = key("guidance.values", config.key_variable)
+        self.client = open_client(config.address, token, config.timeout, config.retries)
+        self.model = ""  # the server's only model; known after :meth:`check`
+
+    async def check(self) -> None:
+        """Learn the model's name, and score one token. Raises ValuesUnavailable."""
+        address = self.config.address
+        try:
+            models = await served_models(self.client, address)
+        except openai.OpenAIError as error:
+            raise ValuesUnavailable(_reason(address, error)) from error
+        if not models:
+            raise ValuesUnavailable(f"{address}/v1/models: no models")
+        self.model = str(models[0]["id"])
+        await self.score([[0]])
+
+    async def score(self, prefixes: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """By `classify`, which reads the prefix cache: a prefix costs about the tokens that are new in it."""
+        url = f"{self.config.address}/classify"
+        body = {"model": self.model, "input": [list(prefix) for prefix in prefixes]}
+        try:
+            async with asyncio.timeout(self.config.timeout):
+                reply = await self.client.post(url, body=body, cast_to=object)
+        except TimeoutError:
+            raise ValuesUnavailable(f"{url}: no values in {self.config.timeout:g} s") from None
+        except openai.OpenAIError as error:
+            raise ValuesUnavailable(_reason(url, error)) from error
+        except json.JSONDecodeError as error:
+            raise ValuesUnavailable(f"{url}: not JSON: {error}") from error
+        return self._values(url, reply, len(prefixes))
+
+    def _values(self, url: str, reply: object, count: int) -> list[tuple[float, ...]]:
+        """The values in a reply, which may be any JSON."""
+        expected = len(self.config.principles)
+        try:
+            data = sorted(reply["data"], key=lambda entry: entry["index"])  # type: ignore[index]
+            values = [tuple(float(value) for value in entry["probs"]) for entry in data]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValuesUnavailable(f"{url}: not the reply of classify ({error!r}): {_excerpt(reply)}") from error
+        if len(values) != count:
+            raise ValuesUnavailable(f"{url}: {len(values)} prefixes have values, {count} were asked for")
+        for row in values:
+            if len(row) != expected:
+                raise ValuesUnavailable(
+                    f"{url}: {len(row)} values of a prefix; guidance.values.principles has {expected} names"
+                )
+            if not all(map(math.isfinite, row)):
+                raise ValuesUnavailable(f"{url}: a value is not a finite number: {row}")
+        return values
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+async def served_models(client: openai.AsyncOpenAI, address: str) -> list[dict[str, Any]]:
+    reply: Any = await client.get("/models", cast_to=object)
+    models = reply.get("data") if isinstance(reply, dict) else None
+    if not isinstance(models, list) or not all(isinstance(entry, dict) and "id" in entry for entry in models):
+        raise openai.OpenAIError(f"{address}/v1/models: not a list of models: {_excerpt(reply)}")
+    return models
+
+
+def _piece(address: str, chunk: Any) -> Piece | None:
+    """The piece in a chunk of the stream; None for a chunk of usage."""
+    try:
+        if not chunk["choices"]:
+            return None
+        choice = chunk["choices"][0]
+        text, token_ids, finish_reason = choice["text"], choice.get("token_ids"), choice["finish_reason"]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise GeneratorFailed(f"{address}: not a chunk of a completion ({error!r}): {_excerpt(chunk)}") from error
+    if token_ids is None:
+        raise GeneratorFailed(f"{address}: no token ids in the stream; guided decoding needs vLLM's return_token_ids")
+    return Piece(text, tuple(token_ids), finish_reason)
+
+
+def _failed(address: str, error: openai.OpenAIError) -> GeneratorFailed:
+    """A refusal keeps its status, so that a client sees it as its own mistake. But not that of our token."""
+    if isinstance(error, openai.APIStatusError) and error.status_code in (400, 404, 413, 422, 429):
+        return GeneratorFailed(error.message, error.status_code, str(error.type or "invalid_request_error"))
+    return GeneratorFailed(_reason(address, error))
+
+
+def _reason(url: str, error: openai.OpenAIError) -> str:
+    cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+    return f"{url}: {type(error).__name__}: {error}{cause}"[:EXCERPT_CHARACTERS]
+
+
+def _excerpt(reply: object) -> str:
+    return json.dumps(reply, default=str)[:EXCERPT_CHARACTERS]

@@ -1,0 +1,96 @@
+"""A guide over two running servers, for use in process and by the commands."""
+
+import math
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rollout.guidance.calibration import read_threshold
+from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ServedValues, ValuesUnavailable
+from rollout.guidance.decoding import DecisionLog, Guide
+from rollout.guidance.router import open_router
+from rollout.guidance.settings import MONITOR, STOP, GuidanceConfig
+
+
+@dataclass(frozen=True)
+class OpenGuide:
+    """A guide whose servers answer. ``context``: the longest prompt and answer together, None if not stated."""
+
+    guide: Guide
+    generator: ServedGenerator
+    values: ServedValues
+    models: list[dict[str, Any]]
+
+    @property
+    def model(self) -> str:
+        """The first model that the generator serves."""
+        return str(self.models[0]["id"])
+
+    def context(self, model: str) -> int | None:
+        """The longest prompt and answer together, in tokens, as vLLM states it; None for an unknown model."""
+        lengths = [entry.get("max_model_len") for entry in self.models if entry["id"] == model]
+        return lengths[0] if lengths else None
+
+
+@asynccontextmanager
+async def open_guide(config: GuidanceConfig) -> AsyncGenerator[OpenGuide, None]:
+    """Connect to the servers and check them.
+
+        async with open_guide(config) as opened:
+            prompt = await opened.generator.encode_chat(opened.model, [{"role": "user", "content": "Hello"}], {})
+            answer = opened.guide.answer(Question(opened.model, tuple(prompt), max_tokens=512))
+            async for step in answer.steps():
+                print(step.text, step.values)
+
+    Raises ValueError for settings and files that don't fit, GeneratorFailed and ValuesUnavailable for a server that is
+    not as it must be.
+    """
+    router = open_router(config)
+    generator = ServedGenerator(config.generator)
+    values = ServedValues(config.values)
+    try:
+        models = await checked(generator, values)
+        threshold = config.threshold
+        if threshold is None:
+            threshold = read_threshold(config, values.model) if config.mode == MONITOR else -math.inf
+        log = DecisionLog(config.log)
+        try:
+            yield OpenGuide(Guide(config, generator, values, router, threshold, log), generator, values, models)
+        finally:
+            log.close()
+    finally:
+        await generator.close()
+        await values.close()
+
+
+async def checked(generator: ServedGenerator, values: ServedValues) -> list[dict[str, Any]]:
+    """The generator's models, once both servers answer. Raises GeneratorFailed or ValuesUnavailable with the remedy."""
+    try:
+        models = await generator.models()
+    except GeneratorFailed as error:
+        raise GeneratorFailed(f"{error}; start `vllm serve` there, or set guidance.generator.address") from error
+    if not models:
+        raise GeneratorFailed(f"{generator.address} serves no model; set guidance.generator.address")
+    try:
+        await values.check()
+    except ValuesUnavailable as error:
+        remedy = "start `vllm serve --runner pooling` with the value model there, or set guidance.values.address"
+        raise ValuesUnavailable(f"{error}; {remedy}") from error
+    return models
+
+
+def only_scoring(config: GuidanceConfig) -> GuidanceConfig:
+    """The configuration of answers that are scored and never steered: what a threshold is calibrated on."""
+    values = replace(config.values, on_failure=STOP)
+    return replace(config, mode=MONITOR, calibration=None, threshold=-math.inf, log=None, values=values)
+
+
+def messages_of(row: Any, where: str) -> Sequence[Any]:
+    """The conversation of a row of data: its ``messages``, or its ``prompt`` as the user's. Raises ValueError."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return [{"role": "user", "content": row["prompt"]}]
+    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
+        messages: list[Any] = row["messages"]
+        return messages
+    raise ValueError(f"{where}: neither prompt, a text, nor messages, a list")

@@ -1,0 +1,168 @@
+"""Settings of guided decoding. Defaults stand in conf/guidance/; docs/guided_decoding.md says how they go together."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext import settings
+from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
+
+MODES = MONITOR, SEARCH = "monitor", "search"
+POLICIES = STOP, UNGUIDED = "stop", "unguided"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_CONNECTIONS = 1000  # that the openai client opens to a server
+SCORE = "[-1e6, 1e6]"
+
+
+@dataclass
+class GeneratorConfig:
+    """The `vllm serve` that generates."""
+
+    address: str = setting("base address, as http://HOST:PORT")
+    key_variable: str | None = setting("environment variable that holds its token; null for no token")
+    timeout: float = setting("longest silence", range=SECONDS, unit="seconds")
+    retries: int = setting("retries of a request that got no reply", range="[0, 100]")
+
+
+@dataclass
+class ValuesConfig:
+    """The `vllm serve --runner pooling` of the value model."""
+
+    address: str = setting("base address, as http://HOST:PORT")
+    key_variable: str | None = setting("environment variable that holds its token; null for no token")
+    principles: list[str] = setting("names of the value model's outputs, in their order")
+    timeout: float = setting("longest wait for values, retries included", range=SECONDS, unit="seconds")
+    retries: int = setting("retries of a request that got no reply", range="[0, 100]")
+    on_failure: str = setting(
+        "without values: stop ends the answer with an error; unguided goes on without, and says so", choices=POLICIES
+    )
+
+
+@dataclass
+class CorrectionConfig:
+    """Texts in place of a segment below the threshold that no candidate improves enough. Inserted as they stand."""
+
+    thinking: str | None = setting("text where the model thinks; null for none")
+    answer: str | None = setting("text where it answers; null for none")
+    max_corrections: int = setting("insertions in an answer at most", range="[0, 1e6]")
+
+
+@dataclass
+class ServerConfig:
+    """The endpoint that `python -m rollout.guidance.serve` opens."""
+
+    host: str = setting("address that it listens on; any but the loopback needs key_variable")
+    port: int = setting("its port", range="[1, 65535]")
+    key_variable: str | None = setting("environment variable that holds the token of clients; null for no token")
+    max_requests: int = setting("answers under way at once; further requests get status 429", range=COUNT)
+    max_request_mib: float = setting("largest request", range="(0, 1e4]", unit="MiB")
+
+
+@dataclass
+class GuidanceConfig:
+    """Value-guided decoding of a served model."""
+
+    mode: str = setting(
+        "monitor: resample or correct a segment below the threshold; search: choose each among candidates",
+        choices=MODES,
+    )
+    generator: GeneratorConfig = setting("who generates")
+    values: ValuesConfig = setting("who scores")
+    weights: dict[str, float] = setting("weight of each principle; their sum does not matter")
+    router: str | None = setting(
+        "file of rollout.guidance.fit_router, weights by the query; null for the fixed weights"
+    )
+    calibration: str | None = setting("file of rollout.guidance.calibrate, with the threshold of monitor")
+    threshold: float | None = setting("threshold of monitor where there is no calibration", range=SCORE)
+    candidates: int = setting("segments sampled for a choice, for each beam", range="[0, 256]")
+    beams: int = setting("search: beginnings of an answer that are kept", range="[1, 256]")
+    max_segment_tokens: int = setting("longest segment", range=TOKENS, unit="tokens")
+    max_steered: int = setting("monitor: segments of an answer that are steered at most", range="[0, 1e6]")
+    budget_tokens: int = setting(
+        "tokens generated for an answer, dropped ones too; after them it goes on unguided and says so",
+        range=TOKENS,
+        unit="tokens",
+    )
+    max_tokens: int = setting("longest answer; also what a request has that names none", range=TOKENS, unit="tokens")
+    thinking_marks: list[str] = setting("texts that begin and end the thinking")
+    correction: CorrectionConfig = setting("texts that correct")
+    log: str | None = setting("JSON lines to which every decision is appended, text included; null for none")
+    server: ServerConfig = setting("the endpoint")
+
+
+@dataclass
+class CalibrateConfig:
+    """What `python -m rollout.guidance.calibrate` reads beside the guidance."""
+
+    prompts: str = setting("JSON lines of held-out benign prompts: each has prompt or messages")
+    output: str = setting("file to write, which must not exist")
+    level: float = setting("share of benign prompts that may be touched", range="(0, 1)")
+    temperature: float = setting("sampling temperature of the answers", range="[0, 100]")
+    concurrency: int = setting("answers under way at once", range="[1, 1000]")
+    seed: int = setting("seed of the answers' sampling", range="[0, 1e9]")
+
+
+@dataclass
+class FitRouterConfig:
+    """What `python -m rollout.guidance.fit_router` reads beside the guidance."""
+
+    rows: str = setting("JSON lines: each has prompt or messages, and in label the principle that matters")
+    output: str = setting("file to write, which must not exist")
+    penalty: float = setting("weight of the squared coefficients", range="(0, 1e6]")
+    held_out: float = setting("share of the rows on which the accuracy is measured", range="(0, 1)")
+    seed: int = setting("seed of the split", range="[0, 1e9]")
+
+
+def read(raw: Mapping[str, Any]) -> GuidanceConfig:
+    """The typed, checked group ``guidance`` of a raw configuration. Raises ValueError."""
+    config = settings.read(GuidanceConfig, "guidance", raw)
+    settings.check(config, "guidance")
+    check(config)
+    return config
+
+
+def check(config: GuidanceConfig) -> None:
+    """Raises ValueError naming the first field whose value can't work with the others."""
+    for name, address in (("generator", config.generator.address), ("values", config.values.address)):
+        if not re.fullmatch(r"https?://[^/\s@]+", address):
+            raise ValueError(f"guidance.{name}.address={address!r}: give http://HOST:PORT or https://HOST, no path")
+    principles = config.values.principles
+    if not principles or len(set(principles)) < len(principles):
+        raise ValueError(f"guidance.values.principles={principles}: give each output of the value model a name")
+    weights = config.weights
+    if set(weights) != set(principles) or min(weights.values()) < 0 or not 0 < sum(weights.values()) < 1e6:
+        raise ValueError(
+            f"guidance.weights={dict(weights)}: give each of {principles} a weight of 0 or more, one of them above 0"
+        )
+    if config.mode == MONITOR and (config.threshold is None) == (config.calibration is None):
+        raise ValueError(
+            f"guidance.calibration={config.calibration!r}, guidance.threshold={config.threshold}: give one of them; "
+            "`python -m rollout.guidance.calibrate` writes a calibration"
+        )
+    corrects = config.correction.max_corrections and (config.correction.thinking or config.correction.answer)
+    if config.candidates == 0 and (config.mode == SEARCH or not corrects):
+        raise ValueError("guidance.candidates=0: use 1 or more; with mode=monitor a correction would do, too")
+    if len(config.thinking_marks) != 2 or not all(config.thinking_marks):
+        raise ValueError(f"guidance.thinking_marks={config.thinking_marks}: give what begins and what ends thinking")
+    in_flight = config.server.max_requests * max(config.candidates, 1) * config.beams
+    if in_flight > MAX_CONNECTIONS:
+        raise ValueError(
+            f"guidance.server.max_requests={config.server.max_requests}: times candidates and beams these are "
+            f"{in_flight} connections to the generator; use {MAX_CONNECTIONS} or fewer"
+        )
+    if config.server.host not in LOOPBACK and config.server.key_variable is None:
+        raise ValueError(
+            f"guidance.server.host={config.server.host!r}: others can reach it there, so it wants a token: set "
+            "key_variable to the name of an environment variable that holds one, or use host=127.0.0.1"
+        )
+
+
+def key(path: str, variable: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token that the environment variable holds. Raises ValueError for an empty one."""
+    if variable is None:
+        return None
+    if not environment.get(variable):
+        raise ValueError(f"{path}.key_variable={variable!r}: no such environment variable, or an empty one; export it")
+    return environment[variable]
