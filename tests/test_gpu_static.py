@@ -150,10 +150,10 @@ def test_the_gpu_checks_import_and_are_listed_in_the_documentation() -> None:
 
     for estimate in itertools.chain(*calibrate.RUNGS.values()):
         estimate.measured(measured)
-    assert taken and taken <= found
+    assert taken and taken <= collected
     commands = [subprocess.run(["make", "-n", rung], cwd=ROOT, capture_output=True, text=True).stdout for rung in RUNGS]
     words = re.findall(r"\w+", " ".join(commands))
-    assert {check.partition(".py")[0].removeprefix("test_") for check in found} <= {
+    assert {check.partition(".py")[0].removeprefix("test_") for check in collected} <= {
         word.removeprefix("test_") for word in words
     }
 

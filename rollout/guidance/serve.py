@@ -12,13 +12,14 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import hydra
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from omegaconf import DictConfig
 
 from megatron_ext import settings as house_settings
@@ -36,8 +37,6 @@ COUNTS = web.AppKey("counts", Counter[str])
 OPEN_PATHS = ("/health",)
 SHUTDOWN_SECONDS = 5.0  # for answers under way
 
-type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 @dataclass(frozen=True)
 class Form:
@@ -51,7 +50,7 @@ class Form:
     def whole(self, text: str, token_ids: list[int], answer: Answer) -> dict[str, Any]:
         """The reply that is not streamed."""
         shown = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        choice = {"index": 0, **shown, "logprobs": None, "finish_reason": answer.finish_reason}
+        choice: dict[str, Any] = {"index": 0, **shown, "logprobs": None, "finish_reason": answer.finish_reason}
         if self.return_token_ids:
             choice["token_ids"] = token_ids
         kind = "chat.completion" if self.is_chat else "text_completion"
@@ -60,7 +59,7 @@ class Form:
     def chunk(self, text: str, token_ids: list[int], finish_reason: str | None, **more: Any) -> dict[str, Any]:
         """A part of a streamed reply."""
         shown = {"delta": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        choice = {"index": 0, **shown, "logprobs": None, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": 0, **shown, "logprobs": None, "finish_reason": finish_reason}
         if self.return_token_ids:
             choice["token_ids"] = token_ids
         return self._envelope(self._chunk_kind, [choice], **more)
@@ -230,7 +229,8 @@ def make_app(config: GuidanceConfig, token: str | None) -> web.Application:
         return web.json_response({"object": "list", "data": await http.app[OPENED].generator.models()})
 
     async def health(http: web.Request) -> web.Response:
-        return web.json_response({"under_way": under_way, **http.app[COUNTS]})
+        counts: Counter[str] = http.app[COUNTS]
+        return web.json_response({"under_way": under_way, **counts})
 
     async def connected(app: web.Application) -> AsyncGenerator[None, None]:
         async with open_guide(config) as opened:

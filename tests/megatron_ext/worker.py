@@ -120,7 +120,7 @@ class Policy:
 
     def accumulate_gradients(self) -> dict[str, float]:
         """The sums of the metrics; the gradients stand in the model's buffers."""
-        entropy = "none" if self.case.is_scalar else "measured"
+        entropy: forward_backward.Entropies = "none" if self.case.is_scalar else "measured"
         return forward_backward.accumulate_gradients(
             self.model, self.micro_batches, self.loss, self.case.temperature, entropy
         )
