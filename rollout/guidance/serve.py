@@ -199,16 +199,16 @@ def make_app(config: GuidanceConfig, token: str | None) -> web.Application:
     under_way = 0
 
     @web.middleware
-    async def in_openai_s_form(http: web.Request, handler: Handler) -> web.StreamResponse:
-        given = http.headers.get("Authorization", "").encode(errors="replace")
-        if required is not None and http.path not in OPEN_PATHS and not secrets.compare_digest(given, required):
+    async def in_openai_s_form(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode(errors="replace")
+        if required is not None and request.path not in OPEN_PATHS and not secrets.compare_digest(given, required):
             return refusal(401, "authentication_error", "no token, or a wrong one: send Authorization: Bearer TOKEN")
         try:
-            return await handler(http)
+            return await handler(request)
         except Exception as error:
             status, body = error_body(error)
             if status == 500:
-                print(f"{http.path}: {type(error).__name__}: {error}", file=sys.stderr)
+                print(f"{request.path}: {type(error).__name__}: {error}", file=sys.stderr)
             return web.json_response(body, status=status)
 
     def limited(is_chat: bool) -> Handler:
