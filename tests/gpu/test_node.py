@@ -36,7 +36,7 @@ def ranks(enough_gpus: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def start(folder: Path, program: str) -> Iterator[Ranks]:
     """Ranks of ``program`` with the twins in ``folder``; they end with the iterator."""
     cases.make_twins(folder)
-    started = Ranks(program, folder, node_cases.EARLIER)
+    started = Ranks([program], folder, node_cases.EARLIER)
     yield started
     started.stop()
 

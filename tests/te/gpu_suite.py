@@ -19,6 +19,8 @@ from tests.te import fake_gpu, packages
 
 # vLLM's CPU build has no kernels for them.
 LEFT_OUT = ("fp8_per_tensor", "fp8_per_block")
+# Of several GPUs, or of a GPU's memory and speed alone: these run in tests/test_gpu_rehearsal.py.
+ELSEWHERE = ("test_memory.py", "test_node.py", "test_node_recipe.py", "test_two_nodes.py")
 
 
 class Plugin:
@@ -83,7 +85,8 @@ def main(output: Path) -> None:
     fake_gpu.begin("cpu")
     plugin = Plugin(output.with_suffix(".tiny"))
     chosen = " and ".join(f"not {name}" for name in LEFT_OUT)
-    pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", "-k", chosen, "tests/gpu"], plugins=[plugin])
+    ignored = [f"--ignore=tests/gpu/{name}" for name in ELSEWHERE]
+    pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", "-k", chosen, *ignored, "tests/gpu"], plugins=[plugin])
     output.write_text(json.dumps(plugin.outcomes))
 
 
