@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
+from hypothesis import HealthCheck, settings
 
 from rollout.guidance.clients import GeneratorFailed, Piece, ValuesUnavailable
 from rollout.guidance.decoding import DecisionLog, Guide
@@ -30,6 +31,9 @@ VALUE_MODEL = "fake-values"
 EOS = 0
 CONTEXT = 1000
 BEGIN = "<|begin|>"
+
+# No test fails because a machine is slow.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 type Tree = Mapping[str, Sequence[str]]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rollout.guidance import calibration, decisions, router, settings
 from rollout.guidance.calibration import Calibration
 from rollout.guidance.router import LogisticRouter, open_router
-from tests.rollout.fake_guidance import guidance
+from tests.rollout.fake_guidance import PATIENT, guidance
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -39,6 +39,7 @@ def test_the_last_mark_says_whether_a_text_thinks(text: str, thinks: bool) -> No
     assert decisions.thinks(text, ["<think>", "</think>"]) == thinks
 
 
+@PATIENT
 @given(
     pieces=st.lists(st.text("ab", max_size=4), max_size=8),
     stops=st.lists(st.text("ab", min_size=1, max_size=3), max_size=3),

@@ -21,6 +21,7 @@ from rollout.guidance.segments import segment_ends
 from rollout.guidance.settings import GuidanceConfig
 from tests.rollout.fake_guidance import (
     EOS,
+    PATIENT,
     TREE,
     FakeModel,
     FakeTokenizer,
@@ -62,7 +63,7 @@ def pieces_of(tokens: Sequence[int], sizes: Sequence[int], tokenizer: FakeTokeni
     raise AssertionError
 
 
-@settings(deadline=None, max_examples=50)
+@settings(PATIENT, max_examples=50)
 @given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5))
 def test_segments_do_not_depend_on_the_pieces_in_which_a_stream_comes(sizes: list[int]) -> None:
     tokenizer = FakeTokenizer()
@@ -137,7 +138,7 @@ class ByteModel(FakeModel):
         return bytes(token_ids).decode(errors="replace")
 
 
-@settings(deadline=None)
+@settings(PATIENT)
 @given(old=st.text("aé🎉🎊", max_size=8), edited=st.text("aé🎉🎊", max_size=8))
 def test_an_edit_never_ends_inside_a_character_and_keeps_the_most(old: str, edited: str) -> None:
     edit = asyncio.run(edits.edit_text(ByteModel({}), "fake", list(old.encode()), edited))
@@ -198,7 +199,7 @@ def reference_beams(tree: dict[str, list[str]], score: dict[str, float], width: 
 DISTINCT = st.lists(st.floats(0, 1), min_size=40, max_size=60, unique=True)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(PATIENT, max_examples=30)
 @given(scores=DISTINCT, width=st.integers(1, 4))
 def test_search_finds_what_a_plain_beam_search_finds(scores: list[float], width: int) -> None:
     """Three candidates with seeds in a row are all three children."""
@@ -211,7 +212,7 @@ def test_search_finds_what_a_plain_beam_search_finds(scores: list[float], width:
     assert result.answer.lowest_score is not None
 
 
-@settings(deadline=None, max_examples=10)
+@settings(PATIENT, max_examples=10)
 @given(scores=DISTINCT)
 def test_search_with_all_beams_finds_the_best_answer_of_all(scores: list[float]) -> None:
     tree = full_tree(3, 2)
@@ -231,7 +232,7 @@ def test_the_weights_decide() -> None:
         assert decode(config, FakeModel(tree), value.__getitem__).text == tree[""][expected]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(PATIENT, max_examples=40)
 @given(scores=DISTINCT, threshold=st.floats(0, 1), candidates=st.integers(1, 3), merge=st.integers(1, 9))
 def test_monitor_does_what_a_plain_loop_does(
     scores: list[float], threshold: float, candidates: int, merge: int
