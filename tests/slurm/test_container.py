@@ -14,7 +14,7 @@ CONTAINER = ROOT / "slurm" / "container"
 
 @dataclass(frozen=True)
 class Image:
-    """What a definition says: the image it begins with, the repository's files that it copies, the command, the PATH."""
+    """What a definition says: the image it begins with, the repository's files that it copies, command and PATH."""
 
     base: str
     files: tuple[str, ...]
