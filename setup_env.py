@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 GIB = 2**30
 EXTRAS = ("cpu", "gpu")
-DISK_GIB = {"cpu": 10, "gpu": 20}
+DISK_GIB = {"cpu": 10, "gpu": 12}
 
 COMPILED = "transformer-engine-torch"
 # What it is compiled with, beside what torch itself depends on. cuda_runtime.h includes headers of crt. nvcc is asked

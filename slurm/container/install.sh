@@ -4,9 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-packages=(ca-certificates make python3 python3-venv)
-packages+=(g++ python3-dev)                                # Transformer Engine is compiled now, Triton's kernels in the job
-packages+=(ibverbs-providers libibverbs1 librdmacm1t64)    # without them NCCL goes over TCP instead of InfiniBand
+packages=(make g++)                                     # Transformer Engine is compiled now, Triton's kernels in the job
+packages+=(ibverbs-providers libibverbs1 librdmacm1t64) # without them NCCL goes over TCP instead of InfiniBand
 export DEBIAN_FRONTEND=noninteractive
 apt-get update
 apt-get install --yes --no-install-recommends "${packages[@]}"
