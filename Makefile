@@ -3,15 +3,18 @@
 #   make demo ARGS="seed=2"    Hydra overrides for the run
 #   make preflight RECIPE=safework_72b ARGS="algorithm=cpgd"     is this run possible? On a login node: would Slurm take it?
 #   make preflight RECIPE=safework_72b ARGS="stage=ladder"       all stages, before the first has run
-#   make env EXTRA=gpu         the environment of a GPU machine: .[gpu] in place of .[cpu]
+#   make env EXTRA=gpu         the environment of a GPU machine: .[gpu] in place of .[cpu]; all targets then keep it
+#   make env-rehearsal         the same beside .venv, on any machine
 #   make env PYTHON=/path/to/python3.12
 
-EXTRA ?= cpu
+VENV := .venv
+# The extra that the environment was made with, or whose making was broken off: no target replaces it by another.
+MADE_WITH := $(lastword $(subst -, ,$(notdir $(wildcard $(VENV)/.install*-*))))
+EXTRA ?= $(or $(MADE_WITH),cpu)
 ARGS ?=
 PYTHON ?=
 RECIPE ?= demo
 
-VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(EXTRA)
 
@@ -22,7 +25,7 @@ SHELL := /bin/bash
 # Some containers set it: then each of a run's processes compiles the thousands of modules that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-fast test-durations mutation lint gpu-check gpu-check-node gpu-check-two-nodes gpu-rehearsal \
-  slurm-check kill-check preflight env clean
+  slurm-check kill-check preflight env env-rehearsal clean
 
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
@@ -100,13 +103,17 @@ preflight:
 
 env: $(STAMP)
 
+# The whole environment of a GPU machine, on any machine and beside .venv; `rm -r build/gpu_env` removes it.
+env-rehearsal:
+	@exec $(MAKE) env EXTRA=gpu VENV=build/gpu_env
+
+# What was compiled for the GPU environment stays in wheels/.
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment is always made from nothing, so that it holds what pins.txt says and no more; with uv's cache that
-# takes seconds. Python 3.12 comes first because it is the version that the results were made with. A pyenv shim can be
-# on the PATH and still fail, hence each candidate is run.
+# Finds a Python, which then makes the environment (setup_env.py). Python 3.12 comes first because it is the version that
+# the results were made with. A pyenv shim can be on the PATH and still fail, hence each candidate is run.
 $(STAMP): setup.py pyproject.toml pins.txt
 	@fail() { printf 'error: %s\n' "$$1" >&2; exit 1; }
 	works() { "$$1" -c "import sys; sys.exit(sys.version_info[:2] != (3, $$2))" 2> /dev/null; }
@@ -123,15 +130,4 @@ $(STAMP): setup.py pyproject.toml pins.txt
 	 sqlite3, ssl, venv); on Debian: apt-get install python3-venv"
 	[[ -n $$python ]] || fail "no Python 3.12, 3.13 or 3.14 $(if $(PYTHON),at PYTHON=$(PYTHON),on the PATH or under pyenv);\
 	 install one (pyenv install 3.12) or name it: make env PYTHON=/path/to/python3.12"
-	if [[ $(EXTRA) == cpu ]]; then
-	  "$$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null \
-	    || fail "vLLM on a CPU needs the system library libnuma.so.1; on Debian: apt-get install libnuma1"
-	fi
-	free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }')
-	(( free >= 10 )) || fail "$$free GiB free on the disk of $$PWD, 10 GiB are needed; make room and run again"
-	echo "==> $$("$$python" --version) ($$python): making $(VENV) with .[$(EXTRA),dev], 6 GB; minutes the first time"
-	"$$python" -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint pins.txt uv
-	$(VENV)/bin/uv pip install --python $(PY) --constraints pins.txt --build-constraints pins.txt -e '.[$(EXTRA),dev]'
-	touch $@
-	echo "==> $(VENV) is ready"
+	exec "$$python" setup_env.py --extra $(EXTRA) --venv $(VENV)

@@ -1,11 +1,8 @@
 """The pins, the extras, the installed environment and docs/dependencies.md say the same thing."""
 
 import ast
-import os
 import re
 import runpy
-import shutil
-import subprocess
 import sys
 import sysconfig
 from importlib import metadata
@@ -64,7 +61,7 @@ def test_pins_are_sorted_and_unique() -> None:
 
 
 def test_versions_stand_in_pins_only() -> None:
-    for name in ("setup.py", "pyproject.toml", "Makefile"):
+    for name in ("setup.py", "setup_env.py", "pyproject.toml", "Makefile"):
         assert re.findall(r"[A-Za-z\]]==\d[^\s\"']*", (ROOT / name).read_text()) == [], name
 
 
@@ -124,7 +121,7 @@ def imported_modules(room: str) -> dict[str, str]:
 @pytest.mark.parametrize("room", ["recipes", "megatron_ext", "rollout", "rewards", "benchmarks", "tests"])
 def test_what_is_imported_is_declared(room: str) -> None:
     """An import of a package that is only there because another one needs it breaks with that one's next release."""
-    ours = {"recipes", "megatron_ext", "rollout", "rewards", "conf", "tests", "benchmarks"}
+    ours = {"recipes", "megatron_ext", "rollout", "rewards", "conf", "tests", "benchmarks", "setup_env"}
     providers = metadata.packages_distributions()
     declared = direct_dependencies()
     for module, path in imported_modules(room).items():
@@ -137,45 +134,3 @@ def test_what_is_imported_is_declared(room: str) -> None:
         assert names & declared, (
             f"{path} imports {module} ({names or 'not installed'}): add it to setup.py and pins.txt"
         )
-
-
-def make_env(folder: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `make env` on a copy of the files that it needs, with `path` in front of PATH."""
-    for name in ("Makefile", "setup.py", "pyproject.toml", "pins.txt"):
-        shutil.copy(ROOT / name, folder)
-    environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
-    run = subprocess.run(["make", "env", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-    assert run.returncode != 0
-    assert not (folder / ".venv").exists()
-    return run
-
-
-def executable(path: Path, script: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return path
-
-
-def test_make_refuses_an_interpreter_that_does_not_run(tmp_path: Path) -> None:
-    """A pyenv shim can be on the PATH and fail; the message says what would do."""
-    shim = executable(tmp_path / "python3", "echo 'python3.12: command not found' >&2; exit 127")
-    run = make_env(tmp_path, f"PYTHON={shim}")
-    assert f"error: no Python 3.12, 3.13 or 3.14 at PYTHON={shim}" in run.stderr
-    assert "make env PYTHON=/path/to/python3.12" in run.stderr
-
-
-@pytest.mark.parametrize(
-    ("module", "remedy"), [("ensurepip", "apt-get install python3-venv"), ("libnuma", "apt-get install libnuma1")]
-)
-def test_make_names_the_missing_system_package(tmp_path: Path, module: str, remedy: str) -> None:
-    """Debian's python3 comes without ensurepip, and a small image without vLLM's system library."""
-    script = f'case "$2" in *{module}*) exit 1;; *) exec {sys.executable} "$@";; esac'
-    run = make_env(tmp_path, f"PYTHON={executable(tmp_path / 'python3', script)}")
-    assert run.stderr.startswith("error: ")
-    assert remedy in run.stderr
-
-
-def test_make_refuses_a_full_disk(tmp_path: Path) -> None:
-    executable(tmp_path / "df", "printf 'Filesystem 1024-blocks Used Available\\n/dev/x 9 9 5242880 9%% /\\n'")
-    run = make_env(tmp_path, f"PYTHON={sys.executable}", path=str(tmp_path))
-    assert f"error: 5 GiB free on the disk of {tmp_path}, 10 GiB are needed" in run.stderr

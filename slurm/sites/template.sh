@@ -34,7 +34,7 @@ export TMPDIR=/tmp
 export TRITON_CACHE_DIR=/tmp/$USER-triton
 export VLLM_CACHE_ROOT=/tmp/$USER-vllm
 
-# The one variable of the container. Unset: .venv, made by `make env EXTRA=gpu`. An image needs python3 with pins.txt.
+# The one variable of the container. Unset: .venv, made by `make env EXTRA=gpu`. slurm/container/ makes the image.
 # export CONTAINER=apptainer:/images/safework.sif      # or singularity:…
 # export CONTAINER=pyxis:/images/safework.sqsh         # Pyxis and Enroot; also a registry's image
 # export CONTAINER_MOUNTS=/models,/datasets            # folders beside the repository's, at the same place inside
