@@ -34,6 +34,8 @@ SHAPES = (
 FP8_MULTIPLE = 16
 # vLLM's ``fp8_per_block`` gives this many neighbours in a token a scale, and takes no rest.
 FP8_BLOCK = 128
+# Model types (config.json) whose vision tower vLLM leaves in BF16.
+TOWERS_IN_BF16 = ("internvl",)
 # Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
 MAX_PADDING = 1.5
 
@@ -235,7 +237,7 @@ def uneven_inputs(hf_config: Any, text: Any, tensor: int) -> dict[str, float]:
         "feed-forward": text.intermediate_size / tensor,
     }
     tower = getattr(hf_config, "vision_config", None)
-    if tower is not None:
+    if tower is not None and hf_config.model_type not in TOWERS_IN_BF16:
         sizes["tower's hidden size"] = tower.hidden_size
         sizes["tower's feed-forward"] = tower.intermediate_size / tensor
         heads = getattr(tower, "num_heads", None) or tower.num_attention_heads

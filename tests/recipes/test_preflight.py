@@ -487,14 +487,14 @@ def test_fp8_blocks_that_do_not_divide_a_workers_matrices_are_refused(
         _, detail = result("rollout", lambda: fit.rollout(config, hf_config, text))
         return detail if "rollout.quantization" in detail else ""
 
-    found = {tensor: refused(tensor) for tensor in map(int, inputs_in_vllm[f"safework_{size}"])}
-    assert [tensor for tensor, why in found.items() if not why] == HOLDING[size]
+    reasons = {tensor: refused(tensor) for tensor in map(int, inputs_in_vllm[f"safework_{size}"])}
+    assert [tensor for tensor, why in reasons.items() if not why] == HOLDING[size]
     remedy = "use rollout.quantization=fp8_per_channel" + ", or rollout.tensor=1" * (1 in HOLDING[size])
-    for tensor, why in found.items():
+    for tensor, why in reasons.items():
         assert not why or f"rollout.quantization='fp8_per_block', rollout.tensor={tensor}: " in why
         assert not why or why.endswith(remedy)
     if size == "72b":
-        assert "feed-forward 3696" in found[8]
+        assert "feed-forward 3696" in reasons[8]
 
 
 def test_a_judge_holds_fails_or_could_not_be_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
