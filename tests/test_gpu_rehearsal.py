@@ -5,7 +5,6 @@ What a check asserts of a GPU's numbers is not proven here; that it computes, co
 
 import json
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from megatron_ext import parallel  # noqa: E402
 from tests.gpu import conftest, footprint, node_cases, small_run, test_fp8, test_node, test_two_nodes  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
 from tests.megatron_ext.ranks import Ranks  # noqa: E402
-from tests.settings import parallel_config, precision_config  # noqa: E402
+from tests.settings import precision_config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -48,15 +47,15 @@ def test_eight_ranks_hold_the_checks_bounds(case: Case, ranks: Ranks, reference:
 
 
 def test_speed_and_links_are_recorded_and_have_floors(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Recorded()
+    recorded = Recorded()
     with pytest.raises(AssertionError):  # gloo is no NVLink
-        test_node.test_the_links_and_communicators_of_the_node(ranks, found)
-    assert found.keys() == {"nvlink_gb_s", "all_reduce_gb_s", "communicator_gib", "all_reduce_us"}
-    assert found["communicator_gib"] == 0 and min(found["nvlink_gb_s"], found["all_reduce_us"]) > 0
+        test_node.test_the_links_and_communicators_of_the_node(ranks, recorded)
+    assert recorded.keys() == {"nvlink_gb_s", "all_reduce_gb_s", "communicator_gib", "all_reduce_us"}
+    assert recorded["communicator_gib"] == 0 and min(recorded["nvlink_gb_s"], recorded["all_reduce_us"]) > 0
     monkeypatch.setattr(test_node, "LINKS", test_node.OmegaConf.create({"nvlink_gb_s": 0}))
     monkeypatch.setattr(test_node, "FLOORS", test_node.OmegaConf.create({"node_gb_s": 0}))
     monkeypatch.setattr(test_node, "MOST_ALL_REDUCE_US", 1e9)
-    test_node.test_the_links_and_communicators_of_the_node(ranks, found)
+    test_node.test_the_links_and_communicators_of_the_node(ranks, recorded)
 
     (of_a_rank, *others) = ranks.results(node_cases.SPEED.name)
     assert len(others) == 7 and of_a_rank["peak_flops"] is None
@@ -65,22 +64,13 @@ def test_speed_and_links_are_recorded_and_have_floors(ranks: Ranks, monkeypatch:
     matrices = 4 * 64 * 256 + 3 * 64 * 64
     assert of_a_rank["flops"] == 6 * (matrices * 64 + 64 * 256 * 48) + 3 * 2 * 64**2 * 256
     monkeypatch.setattr(ranks, "results", lambda name: [{"seconds": 2.0, "flops": 8e15, "peak_flops": 1e15}] * 8)
-    test_node.test_a_block_of_the_72b_model_over_all_gpus_keeps_them_busy(ranks, found)
-    assert found["mfu"] == 0.5
+    test_node.test_a_block_of_the_72b_model_over_all_gpus_keeps_them_busy(ranks, recorded)
+    assert recorded["mfu"] == 0.5
 
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[parallel.Parallel]:
-    """This process as the only rank."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in rank.items():
-            environment.setenv(name, value)
-        here = parallel.initialize(parallel_config(), seed=1, timeout_seconds=120)
-    yield here
-    parallel.destroy()
+    yield from conftest.only_rank("cpu")
 
 
 @pytest.fixture
@@ -111,11 +101,11 @@ def fake_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_a_peak_is_held_against_the_estimate(layout: parallel.Parallel, fake_memory: dict[str, int]) -> None:
-    found = Recorded()
+    recorded = Recorded()
 
     def peak_is(share: float) -> None:
-        fake_memory["peak"] = int(share * found.get("estimate_gib", 0) * GIB)
-        test_fp8.test_the_peak_of_memory_is_the_estimate("bf16", layout, found)
+        fake_memory["peak"] = int(share * recorded.get("estimate_gib", 0) * GIB)
+        test_fp8.test_the_peak_of_memory_is_the_estimate("bf16", layout, recorded)
 
     with pytest.raises(AssertionError):
         peak_is(1.0)  # of an estimate that is not known yet
@@ -135,9 +125,9 @@ def test_the_speed_of_a_block_is_flops_over_seconds(
     matrices = 64 * (2 * 2 * 32 + 2 * 32) + 3 * 64 * 64
     flops = 6 * (matrices * 64 + 64 * 256 * 48) + 3 * 2 * 64**2 * 64
     monkeypatch.setattr(test_fp8, "SPEED", test_fp8.OmegaConf.create({"peak_tflops": 2 * flops / 1e12, "mfu": 0.5}))
-    found = Recorded()
-    test_fp8.test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout, found)
-    assert found == pytest.approx({"bf16_ms": 1000, "fp8_ms": 500, "mfu": 0.5})
+    recorded = Recorded()
+    test_fp8.test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout, recorded)
+    assert recorded == pytest.approx({"bf16_ms": 1000, "fp8_ms": 500, "mfu": 0.5})
 
 
 def test_what_a_process_keeps_is_told_apart(
@@ -220,10 +210,10 @@ def test_a_job_of_two_nodes_is_submitted_signalled_and_judged(tmp_path: Path, mo
     (job.run_dir / "events.jsonl").write_text("\n".join(lines) + "\n")
     test_two_nodes.test_weights_cross_between_the_nodes(job, {"machine": {"processes": 16}})
     test_two_nodes.test_the_job_is_requeued_and_goes_on_from_its_checkpoint(job)
-    found = Recorded()
-    test_two_nodes.test_the_links_between_the_nodes_hold_their_floor(job, found)
-    assert (found["within_gb_s"], found["network_gb_s"]) == (388, 44.7)
-    assert found["seconds_of_the_last_step"] == {"time/train": 2.0}
+    recorded = Recorded()
+    test_two_nodes.test_the_links_between_the_nodes_hold_their_floor(job, recorded)
+    assert (recorded["within_gb_s"], recorded["network_gb_s"]) == (388, 44.7)
+    assert recorded["seconds_of_the_last_step"] == {"time/train": 2.0}
 
     (job.run_dir / "metrics.jsonl").write_text(step_rows(39))
     with pytest.raises(AssertionError):
@@ -253,9 +243,9 @@ def test_outcomes_and_figures_are_recorded(tmp_path: Path) -> None:
     ran("test_made.py::test_one[a/b]", "failed")
     ran("test_made.py::test_two", "failed")
     ran("test_made.py::test_one[a/b]", "passed", speed_gb_s=5.5)
-    found = json.loads(file.read_text())
-    assert all(entry.pop("date").startswith("20") for entry in found.values())
-    assert found == {
+    entries = json.loads(file.read_text())
+    assert all(entry.pop("date").startswith("20") for entry in entries.values())
+    assert entries == {
         "test_made.py::test_one[a/b]": {"outcome": "passed", "seconds": 1.2, **machine, "figures": {"speed_gb_s": 5.5}},
         "test_made.py::test_two": {"outcome": "failed", "seconds": 1.2, **machine, "figures": {}},
     }

@@ -151,12 +151,12 @@ def gpu_of(record: Path, entries: Mapping[str, Any], conf: Path) -> str:
         raise ConfigError(f"{record} is of several GPUs ({', '.join(sorted(devices))}): run the whole rung on one")
     (device,) = devices
     known = sorted(file.stem for file in (conf / "preflight").glob("*.yaml"))
-    found = [name for name in known if name in device.lower().split()]
-    costs = conf / "scale" / f"{found[0]}.yaml" if found else None
+    names = [name for name in known if name in device.lower().split()]
+    costs = conf / "scale" / f"{names[0]}.yaml" if names else None
     is_another = costs is not None and costs.exists() and peak_tflops(costs) != (peak_flops(device) or 0) / 1e12
-    if not found or is_another:
+    if not names or is_another:
         raise ConfigError(f"{record} is of {device!r}: conf/preflight has {', '.join(known)}; make a file for it first")
-    return found[0]
+    return names[0]
 
 
 def peak_tflops(costs: Path) -> float:
@@ -168,10 +168,10 @@ def place(file: Path, text: str, field: str) -> tuple[int, int]:
     """Where in the text of a YAML file the number of a field begins and ends."""
     node = yaml.compose(text)
     for key in field.split("."):
-        found = [value for name, value in getattr(node, "value", ()) if name.value == key]
-        if not found:
+        values = [value for name, value in getattr(node, "value", ()) if name.value == key]
+        if not values:
             raise ConfigError(f"{file} has no {field} of its own: write one with the present value first")
-        node = found[0]
+        node = values[0]
     return node.start_mark.index, node.end_mark.index
 
 

@@ -21,7 +21,7 @@ from rollout.guidance.calibration import Calibration
 from rollout.guidance.clients import GeneratorFailed, ValuesUnavailable
 from rollout.guidance.decoding import Question, gather
 from rollout.guidance.opening import OpenGuide, messages_of, only_scoring, open_guide
-from rollout.guidance.settings import CalibrateConfig, GuidanceConfig
+from rollout.guidance.settings import CalibrateConfig, GuidanceConfig, new_file
 from rollout.guidance.settings import check as check_guidance
 
 
@@ -73,10 +73,10 @@ async def calibrate(config: GuidanceConfig, options: CalibrateConfig) -> Calibra
         value_model = opened.values.model
         model = opened.model
     threshold = decisions.conformal_threshold(lowest, options.level)
-    found = calibration.conditions(config, value_model)
-    found |= {"model": model, "temperature": options.temperature, "prompts": options.prompts, "seed": options.seed}
+    conditions = calibration.conditions(config, value_model)
+    conditions |= {"model": model, "temperature": options.temperature, "prompts": options.prompts, "seed": options.seed}
     rank = sorted(lowest).index(threshold) + 1
-    return Calibration(options.level, len(lowest), rank, threshold, found, sorted(lowest))
+    return Calibration(options.level, len(lowest), rank, threshold, conditions, sorted(lowest))
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="guidance")
@@ -87,9 +87,7 @@ def main(raw: DictConfig) -> None:
         config = settings.read(GuidanceConfig, "guidance", raw.guidance)
         settings.check(config, "guidance")
         check_guidance(only_scoring(config))
-        output = Path(options.output)
-        if output.exists():
-            raise ValueError(f"calibrate.output={options.output!r}: it exists, and is not replaced; name another file")
+        output = new_file("calibrate.output", options.output)
         result = asyncio.run(calibrate(config, options))
         output.parent.mkdir(parents=True, exist_ok=True)
         calibration.write(result, output)

@@ -50,13 +50,13 @@ def read_threshold(config: GuidanceConfig, value_model: str) -> float:
         assert config.calibration is not None
         calibration = Calibration(**json.loads(Path(config.calibration).read_text()))
         threshold = float(calibration.threshold)
-        found = dict(calibration.conditions)
+        recorded = dict(calibration.conditions)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"guidance.calibration={config.calibration!r}: {error}; give a file of calibrate") from error
     for name, expected in conditions(config, value_model).items():
-        if found.get(name) != expected:
+        if recorded.get(name) != expected:
             raise ValueError(
-                f"guidance.calibration={config.calibration!r}: it was made with {name}={found.get(name)!r}, here "
+                f"guidance.calibration={config.calibration!r}: it was made with {name}={recorded.get(name)!r}, here "
                 f"it is {expected!r}: calibrate again, or use what it was made with"
             )
     return threshold

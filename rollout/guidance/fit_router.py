@@ -7,7 +7,6 @@ the principle that matters for it, from these values. The accuracy is that on th
 import asyncio
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -21,7 +20,7 @@ from rollout.guidance.calibrate import read_rows
 from rollout.guidance.clients import GeneratorFailed, ValuesUnavailable
 from rollout.guidance.opening import messages_of, only_scoring, open_guide
 from rollout.guidance.router import LogisticRouter
-from rollout.guidance.settings import FitRouterConfig, GuidanceConfig
+from rollout.guidance.settings import FitRouterConfig, GuidanceConfig, new_file
 from rollout.guidance.settings import check as check_guidance
 
 BATCH = 32  # prompts that are scored in one request
@@ -76,9 +75,7 @@ def main(raw: DictConfig) -> None:
         settings.check(config, "guidance")
         config = only_scoring(config)
         check_guidance(config)
-        output = Path(options.output)
-        if output.exists():
-            raise ValueError(f"fit_router.output={options.output!r}: it exists, and is not replaced; name another file")
+        output = new_file("fit_router.output", options.output)
         rows = read_rows(options.rows)
         principles = list(config.values.principles)
         labels = labels_of(rows, principles, options.rows)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_ext import settings
@@ -113,6 +114,13 @@ class FitRouterConfig:
     penalty: float = setting("weight of the squared coefficients", range="(0, 1e6]")
     held_out: float = setting("share of the rows on which the accuracy is measured", range="(0, 1)")
     seed: int = setting("seed of the split", range="[0, 1e9]")
+
+
+def new_file(field: str, path: str) -> Path:
+    """The file that ``field`` names. Raises ValueError if it exists: nothing is replaced."""
+    if Path(path).exists():
+        raise ValueError(f"{field}={path!r}: it exists, and is not replaced; name another file")
+    return Path(path)
 
 
 def read(raw: Mapping[str, Any]) -> GuidanceConfig:

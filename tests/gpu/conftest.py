@@ -65,7 +65,13 @@ def folder(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def layout(gpu: None) -> Iterator[Parallel]:
-    """This process as a world of one rank, on NCCL. What a test starts later is not told that it is a rank."""
+    """This process as a world of one rank, on NCCL."""
+    yield from only_rank("cuda")
+
+
+def only_rank(device: str) -> Iterator[Parallel]:
+    """This process as a world of one rank on the platform ``device``. What a test starts later is not told that it is a
+    rank."""
     from megatron_ext import parallel, platform
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -74,7 +80,7 @@ def layout(gpu: None) -> Iterator[Parallel]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in rank.items():
             environment.setenv(name, value)
-        platform.activate("cuda")
+        platform.activate(device)
         here = parallel.initialize(parallel_config(), seed=1, timeout_seconds=120)
     yield here
     parallel.destroy()

@@ -71,12 +71,12 @@ def conf(tmp_path: Path) -> Path:
 
 def entries(rung: str) -> dict[str, Any]:
     """As tests/gpu/record.py writes them."""
-    found: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     for (check, figure), value in MADE_UP[rung].items():
         entry = {"outcome": "passed", "seconds": 1.0, "date": "2026-12-01T00:00:00+00:00", "figures": {}}
         entry["machine"] = {"device": "8 x NVIDIA H100 80GB HBM3"}
-        found.setdefault(check, entry)["figures"][figure] = value
-    return found
+        recorded.setdefault(check, entry)["figures"][figure] = value
+    return recorded
 
 
 def write(folder: Path, rung: str, content: dict[str, Any]) -> Path:
@@ -142,9 +142,9 @@ def test_the_preflights_estimate_moves_by_what_was_measured(conf: Path, tmp_path
 
 
 def changed(rung: str, check: str, **values: Any) -> dict[str, Any]:
-    found = copy.deepcopy(entries(rung))
-    found[check] |= values
-    return found
+    recorded = copy.deepcopy(entries(rung))
+    recorded[check] |= values
+    return recorded
 
 
 REFUSED = {

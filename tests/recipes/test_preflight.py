@@ -415,8 +415,8 @@ def test_a_critic_is_counted(reports: Reports) -> None:
     assert asleep["critic"] < policy["weights"]
     assert asleep["generating"] == policy["generating"]
     on_host = reports["sleeping critic"]["host_gib"]
-    its = 8 * max(rank["critic_asleep"] for rank in reports["sleeping critic"]["memory_gib"])
-    assert on_host["generating"]["critic"] == pytest.approx(its, abs=0.01)
+    critics_of_a_node = 8 * max(rank["critic_asleep"] for rank in reports["sleeping critic"]["memory_gib"])
+    assert on_host["generating"]["critic"] == pytest.approx(critics_of_a_node, abs=0.01)
     assert asleep["critic_asleep"] > policy["weights"] and "critic" not in reports["critic"]["host_gib"]["generating"]
     assert policy["critic"] == policy["critic_idle"] == 0
     assert failed(reports["sleeping critic"]) == {}

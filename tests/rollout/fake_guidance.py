@@ -45,9 +45,9 @@ class FakeTokenizer:
         self.pieces = ["<|end|>", BEGIN]
 
     def encode(self, text: str) -> list[int]:
-        found = re.findall(rf"{re.escape(BEGIN)}| ?[A-Za-z]+|.", text, re.DOTALL)
-        self.pieces += [piece for piece in dict.fromkeys(found) if piece not in self.pieces]
-        return [self.pieces.index(piece) for piece in found]
+        words = re.findall(rf"{re.escape(BEGIN)}| ?[A-Za-z]+|.", text, re.DOTALL)
+        self.pieces += [piece for piece in dict.fromkeys(words) if piece not in self.pieces]
+        return [self.pieces.index(piece) for piece in words]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(self.pieces[token] for token in token_ids)
