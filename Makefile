@@ -46,7 +46,8 @@ test-durations: $(STAMP)
 	@exec $(PYTEST) --record-durations
 
 # Mutants of the algorithms, the verifiers and the loop that no test fails on; hours for all. A part:
-# ARGS="recipes.algorithms.*". `.venv/bin/mutmut show NAME` prints a survivor.
+# ARGS="recipes.algorithms.*"; drawn by chance: ARGS="$$(.venv/bin/python -m tests.mutation_sample 600 1)".
+# `.venv/bin/mutmut show NAME` prints a survivor.
 mutation: $(STAMP)
 	@export OMP_NUM_THREADS=1
 	$(VENV)/bin/mutmut run --max-children 2 $(ARGS)

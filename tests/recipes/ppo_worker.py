@@ -1,7 +1,7 @@
-"""Two data-parallel ranks that make PPO steps on given responses, by the loop's own functions and without engines.
+"""Data-parallel ranks that make PPO steps on given responses, by the loop's own functions and without engines.
 
-``ppo_worker.py FOLDER``: FOLDER has ``overrides.json`` and ``step_1.safetensors``, ``step_2.safetensors`` (token
-batches with rewards). Rank 0 writes the batches with their columns, the metrics of each step, and both models.
+``ppo_worker.py FOLDER`` forks two. FOLDER has ``overrides.json`` and ``step_1.safetensors``, ``step_2.safetensors``
+(token batches with rewards). Rank 0 writes the batches with their columns, the metrics of each step, and both models.
 """
 
 import dataclasses

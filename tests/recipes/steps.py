@@ -46,6 +46,7 @@ class Engine:
     is as if it had been forced."""
 
     alive = True
+    version = 0  # of its weights
 
     def __init__(self, settings: EngineSettings, log_path: Path) -> None:
         self.model = model(settings.model)
@@ -83,7 +84,7 @@ class Engine:
             [tokens[begun:end]],
             logprobs=[log_probs[begun:].tolist()],
             loss_mask=[[not each for each in forced[begun:]]],
-            version=0,
+            version=self.version,
             finish_reasons=["stop" if end == length else UNFINISHED],
         )
         return batches.extend(request, continuation)

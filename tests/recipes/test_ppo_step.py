@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from megatron_ext import batch as batches
 from megatron_ext.batch import Prompt, TokenBatch
 from tests.megatron_ext import ranks
-from tests.recipes import tiny
+from tests.recipes import ppo_worker, tiny
+from tests.recipes.one_rank import one_rank
 
 STEPS, PROMPTS, SAMPLES, LONGEST = 2, 4, 4, 8
 BETA, DISCOUNT, LAMBDA, CLIP_LOW, CLIP_HIGH, ENTROPY, CAP, VALUE_CLIP = 0.3, 0.9, 0.8, 0.005, 0.01, 0.01, 1.1, 0.02
@@ -29,7 +30,7 @@ LEARNING_RATE, CRITIC_LEARNING_RATE, TEMPERATURE = 1e-3, 2e-3, 0.8
 # Large enough that AdamW does not turn the sign of a gradient that is all but 0 into a step.
 EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.01, 1.0
 SETTINGS = (
-    "stage.trains=[rl]", "stage.evaluates=false", "precision=fp32", "parallel=tp1", "cluster.ranks=2",
+    "stage.trains=[rl]", "stage.evaluates=false", "precision=fp32", "parallel=tp1", "cluster.threads=1",
     "parallel.micro_batch_tokens=64", "algorithm=ppo", f"algorithm.steps={STEPS}", "algorithm.updates_per_rollout=2",
     f"algorithm.kl_coefficient={BETA}", f"algorithm.discount={DISCOUNT}", f"algorithm.gae_lambda={LAMBDA}",
     f"algorithm.clip_low={CLIP_LOW}", f"algorithm.clip_high={CLIP_HIGH}", f"algorithm.entropy_coefficient={ENTROPY}",
@@ -78,15 +79,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def run(folder: Path) -> Run:
+@pytest.fixture(scope="module", params=["two ranks", "this process"])
+def run(folder: Path, request: pytest.FixtureRequest) -> Run:
+    """In this process too, where ``make mutation`` sees which functions a test calls."""
+    count = 2 if request.param == "two ranks" else 1
     # Without the folder of a user's own configuration, which compose has no argument for.
     overrides = [argument for argument in tiny.overrides(folder, folder / "run") if not argument.startswith("--")]
     overrides.remove("rewards=letters")
-    (folder / "overrides.json").write_text(json.dumps([*overrides, *SETTINGS]))
+    (folder / "overrides.json").write_text(json.dumps([*overrides, *SETTINGS, f"cluster.ranks={count}"]))
     for step in range(1, STEPS + 1):
         (folder / f"step_{step}.safetensors").write_bytes(responses(step).to_bytes())
-    ranks.run("tests.recipes.ppo_worker", folder)
+    if count == 2:
+        ranks.run("tests.recipes.ppo_worker", folder)
+    else:
+        with one_rank():
+            ppo_worker.main(folder)
     return Run(
         json.loads((folder / "metrics.json").read_text()),
         [TokenBatch.from_bytes((folder / f"scored_{step}.safetensors").read_bytes()) for step in range(1, STEPS + 1)],

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from recipes.run import records
-from rewards.verdict import Row, Verdict
 from tests.recipes import tiny
 
 LONGEST = 60
@@ -22,17 +21,12 @@ ROUNDS = ("algorithm.steps=1", "algorithm.advantage=dr_grpo", "algorithm.max_gen
 ROUNDS += ("algorithm.overlong_fraction=1.0",)
 
 
-def always_right(row: Row, response: str) -> Verdict:
-    """A verifier whose groups teach nothing."""
-    return Verdict(1.0, "right")
-
-
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Only tasks, one prompt of four, have rewards that differ."""
     folder = tmp_path_factory.mktemp("options")
     tiny.make(folder)
-    mix = {"safety": {f"{__name__}.always_right": 1.0}, "general_rule": {tiny.LETTERS: 1.0}}
+    mix = {"safety": {"tests.recipes.letters.always_right": 1.0}, "general_rule": {tiny.LETTERS: 1.0}}
     (folder / "conf" / "rewards" / "uneven.yaml").write_text(json.dumps({"defaults": ["base"], "mix": mix}))
     return folder
 

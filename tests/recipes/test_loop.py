@@ -1,0 +1,350 @@
+"""Runs of the loop in this process, on one rank, with the engine of ``steps``: what they write down and where the
+weights end is computed again with transformers, torch and NumPy, from the sampled tokens on."""
+
+import copy
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_ext.blocks import Shard, region
+from recipes.config import Config, parse
+from recipes.run import records
+from tests.recipes import steps, tiny
+from tests.recipes.kill_check import timeless
+from tests.recipes.letters import letters
+from tests.recipes.one_rank import make_folder, one_rank
+from tests.recipes.test_config import composed, overridden
+
+STEPS, PROMPTS, SAMPLES, LONGEST = 3, 4, 4, 8
+BETA, LEARNING_RATE, TEMPERATURE = 0.2, 1e-3, 0.8
+EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.01, 1.0  # see tests/recipes/test_ppo_step.py
+COMMON = (
+    "stage.evaluates=false",
+    "stage.trains=[rl]",
+    "cluster.ranks=1",
+    "cluster.threads=1",
+    "parallel.tensor=1",
+    "parallel.sequence=false",
+    f"algorithm.steps={STEPS}",
+    f"algorithm.learning_rate={LEARNING_RATE}",
+    "algorithm.min_lr_ratio=1.0",
+    "algorithm.warmup_fraction=0.0",
+    f"rollout.temperature={TEMPERATURE}",
+    f"optimizer.epsilon={EPSILON}",
+    f"optimizer.weight_decay={WEIGHT_DECAY}",
+    f"optimizer.clip_grad_norm={CLIP_NORM}",
+)
+# Forced tokens, the overlong penalty and the KL in the loss act.
+GRPO = (f"algorithm.kl_coefficient={BETA}", "algorithm.overlong_fraction=0.5", "rollout.thinking_budget=4")
+MIX = {"safety": {"safety": 0.25, tiny.LETTERS: 0.75}, "general_rule": {"capability": 0.25, tiny.LETTERS: 0.75}}
+BYTES = 7
+
+
+class Engine(steps.Engine):
+    """An engine of its own weights, which a sync replaces."""
+
+    def __init__(self, settings: Any, log_path: Path) -> None:
+        self.model = copy.deepcopy(steps.model(settings.model))
+
+
+class WeightSync:
+    """Puts the only rank's shards together, into each engine's model."""
+
+    def __init__(self, shards: Sequence[Shard], engines: Sequence[Engine], *unused: Any, **options: Any) -> None:
+        self.shards = shards
+        self.engines = engines
+
+    def sync(self, version: int) -> dict[str, int]:
+        for engine in self.engines:
+            tensors = engine.model.state_dict()
+            for shard in self.shards:
+                for block in shard.blocks:
+                    values = shard.tensor.detach()[region(block.local_start, block.shape)]
+                    tensors[block.hf_name][region(block.hf_start, block.shape)] = values
+            engine.version = version
+        return {"bytes": BYTES}
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loop")
+    tiny.make(folder)
+    return folder
+
+
+def configured(twin: Path, run_dir: Path, mix: Mapping[str, Mapping[str, float]], *more: str) -> Config:
+    _, recipe, _, *small = tiny.overrides(twin, run_dir)
+    overrides = [*small, *COMMON, "~rewards.mix", f"+rewards.mix={json.dumps(mix).replace('"', '')}", *more]
+    return parse(overridden(composed(recipe, "precision=fp32"), overrides))
+
+
+def train(twin: Path, run_dir: Path, *more: str, mix: Mapping[str, Mapping[str, float]] = MIX) -> Path:
+    """A run as a rank of ``recipes.train`` makes it; its folder."""
+    make_folder(run_dir)
+    with one_rank() as patched:
+        patched.setattr(steps.setup, "Engine", Engine)
+        patched.setattr(steps.setup, "WeightSync", WeightSync)
+        patched.setattr(steps.setup.logs, "redirect_output", lambda folder, rank: None)
+        with steps.setup.open_training(configured(twin, run_dir, mix, *more)) as training:
+            steps.run_stage(training)
+    return run_dir
+
+
+def rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return list(records.read_rows(run_dir / name))
+
+
+@pytest.fixture(scope="module")
+def run_dir(twin: Path) -> Path:
+    return train(twin, twin / "run", *GRPO)
+
+
+@dataclass
+class Sample:
+    """A response as the engine makes it."""
+
+    prompt_id: str
+    prompt: list[int]
+    response: list[int]
+    mask: torch.Tensor
+    reward: float
+
+    def distribution(self, model: Any) -> torch.distributions.Categorical:
+        tokens = torch.tensor([self.prompt + self.response])
+        return torch.distributions.Categorical(logits=model(tokens).logits[0, len(self.prompt) - 1 : -1] / TEMPERATURE)
+
+    def log_probs(self, model: Any) -> torch.Tensor:
+        return self.distribution(model).log_prob(torch.tensor(self.response))
+
+
+def sampled(tokenizer: Any, row: Mapping[str, Any]) -> Sample:
+    """The tokens of a line of samples.jsonl, by the engine's rule."""
+    chance = random.Random(f"{row['prompt_id']}/{row['sample_index']}")
+    length = chance.randint(1, LONGEST)
+    response = [chance.randrange(3, len(tokenizer)) for _ in range(length - 1)] + [tokenizer.eos_token_id]
+    message = [{"role": "user", "content": row["prompt"]}]
+    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    return Sample(row["prompt_id"], prompt, response, torch.arange(length) != 1, row["reward"])
+
+
+class Reference:
+    """GRPO, one sequence at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        load = {"dtype": torch.float32, "attn_implementation": "eager"}
+        self.policy = AutoModelForCausalLM.from_pretrained(folder, **load)
+        self.reference = AutoModelForCausalLM.from_pretrained(folder, **load)
+        matrices = [p for p in self.policy.parameters() if p.dim() > 1]
+        norms = [p for p in self.policy.parameters() if p.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
+
+    def step(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """One update; its metrics, and the advantage of each sample."""
+        half = LONGEST / 2
+        totals = np.array([s.reward - max(0.0, (len(s.response) - half) / half) for s in samples]).reshape(-1, SAMPLES)
+        deviations = totals - totals.mean(1, keepdims=True)
+        advantages = (deviations / (totals.std(1, ddof=1, keepdims=True) + 1e-9)).flatten()
+        loss = torch.zeros(())
+        tokens: dict[str, list[torch.Tensor]] = {"kl/reference": [], "entropy": [], "perplexity/policy": []}
+        for sample, advantage in zip(samples, advantages, strict=True):
+            distribution = sample.distribution(self.policy)
+            now = distribution.log_prob(torch.tensor(sample.response))
+            with torch.no_grad():
+                gap = sample.log_probs(self.reference) - now
+            gap = gap + (now.detach() - now)
+            k3 = gap.exp() - 1 - gap
+            ratio = (now - now.detach()).exp()
+            losses = -ratio * float(advantage) + BETA * k3
+            loss = loss + losses[sample.mask].mean() / len(samples)
+            for name, values in (
+                ("kl/reference", k3),
+                ("entropy", distribution.entropy()),
+                ("perplexity/policy", -now),
+            ):
+                tokens[name].append(values.detach()[sample.mask].double())
+        self.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        means = {name: float(torch.cat(values).mean()) for name, values in tokens.items()}
+        means["perplexity/policy"] = math.exp(means["perplexity/policy"])
+        means["perplexity/sampler"] = means["perplexity/policy"]
+        return {"advantages": advantages, "loss": loss.item(), "grad_norm": float(grad_norm), **means}
+
+
+@pytest.fixture(scope="module")
+def expected(twin: Path, run_dir: Path) -> tuple[Reference, list[dict[str, Any]]]:
+    tokenizer = AutoTokenizer.from_pretrained(twin / "model")
+    reference = Reference(twin / "model")
+    of_steps = []
+    for step in range(1, STEPS + 1):
+        lines = [row for row in rows(run_dir, "samples.jsonl") if row["step"] == step]
+        of_steps.append(reference.step([sampled(tokenizer, row) for row in lines]))
+    return reference, of_steps
+
+
+Expected = tuple[Reference, list[dict[str, Any]]]
+
+
+def test_samples_are_the_engine_s_by_the_weights_of_their_step(twin: Path, run_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(twin / "model")
+    prompts = {row["id"]: row["prompt"] for row in records.read_rows(twin / "rl.jsonl")}
+    lines = rows(run_dir, "samples.jsonl")
+    assert [line["step"] for line in lines] == sorted([1, 2, 3] * PROMPTS * SAMPLES)
+    assert [line["sample_index"] for line in lines] == list(range(SAMPLES)) * PROMPTS * STEPS
+    for line in lines:
+        sample = sampled(tokenizer, line)
+        assert line["prompt"] == prompts[line["prompt_id"]]
+        assert line["response"] == tokenizer.decode(sample.response[:-1]).strip()
+        assert line["tokens"] == len(sample.response)
+        assert line["weight_version"] == line["step"] - 1
+    for first in range(0, len(lines), SAMPLES):
+        assert len({line["prompt_id"] for line in lines[first : first + SAMPLES]}) == 1
+    for step in range(1, STEPS + 1):
+        kinds = {line["prompt_id"].partition("-")[0] for line in lines if line["step"] == step}
+        assert kinds == set(tiny.KINDS), "one prompt of each kind, as data.mix says"
+
+
+def test_rewards_are_the_mix_of_the_verdicts(run_dir: Path) -> None:
+    lines = rows(run_dir, "samples.jsonl")
+    for line in lines:
+        verdicts = line["verdicts"]
+        label = tiny.KINDS[line["prompt_id"].partition("-")[0]]
+        assert verdicts.keys() == MIX[label].keys()
+        assert verdicts[tiny.LETTERS]["score"] == letters({}, line["response"]).score
+        assert line["reward"] == pytest.approx(sum(w * verdicts[name]["score"] for name, w in MIX[label].items()))
+    for row in rows(run_dir, "metrics.jsonl"):
+        of_step = [line for line in lines if line["step"] == row["step"]]
+        assert row["reward/mean"] == pytest.approx(np.mean([line["reward"] for line in of_step]))
+        assert row["reward_failed"] == 0
+        for name in ("safety", "capability", tiny.LETTERS):
+            scores = [line["verdicts"][name]["score"] for line in of_step if name in line["verdicts"]]
+            assert row[f"reward/{name}"] == pytest.approx(np.mean(scores))
+
+
+def test_advantages_are_the_paper_s(run_dir: Path, expected: Expected) -> None:
+    lines = rows(run_dir, "samples.jsonl")
+    wanted = np.concatenate([step["advantages"] for step in expected[1]])
+    assert [line["advantage"] for line in lines] == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_metrics_of_the_update_are_the_reference_s(run_dir: Path, expected: Expected) -> None:
+    for row, wanted in zip(rows(run_dir, "metrics.jsonl"), expected[1], strict=True):
+        for name in ("loss", "grad_norm", "kl/reference", "entropy", "perplexity/policy", "perplexity/sampler"):
+            assert row[name] == pytest.approx(wanted[name], rel=3e-4, abs=2e-6), name
+    assert rows(run_dir, "metrics.jsonl")[-1]["kl/reference"] > 1e-4, "it acts"
+
+
+def test_metrics_count_what_was_made(run_dir: Path) -> None:
+    lines = rows(run_dir, "samples.jsonl")
+    for number, row in enumerate(rows(run_dir, "metrics.jsonl"), 1):
+        lengths = [line["tokens"] for line in lines if line["step"] == number]
+        forced = sum(length > 1 for length in lengths)
+        assert row["step"] == number
+        assert row["response_length/mean"] == pytest.approx(np.mean(lengths))
+        assert row["forced_tokens"] == forced
+        assert row["masked_fraction"] == pytest.approx(forced / sum(lengths))
+        assert row["trained_samples"] == PROMPTS * SAMPLES
+        assert row["staleness/max"] == 0
+        assert row["sync/bytes"] == BYTES
+        assert row["skipped_updates"] == 0
+        assert row["kl/old"] == 0
+        assert row["train_inference_mismatch/max"] < 1e-4
+        assert row["tokens_per_second"] == pytest.approx(sum(lengths) / row["time/generate"], rel=1e-6)
+        phases = {"sync", "generate", "reward", "logprobs", "train"}
+        assert phases <= {name.removeprefix("time/") for name in row if name.startswith("time/")}
+        assert all(row[f"time/{phase}"] > 0 for phase in phases)
+
+
+def test_weights_end_where_the_reference_ends(twin: Path, run_dir: Path, expected: Expected) -> None:
+    """Every tensor, relative to how far it moved."""
+    start = load_file(twin / "model" / "model.safetensors")
+    weights = load_file(run_dir / "hf" / "model.safetensors")
+    tensors = expected[0].policy.state_dict()
+    for name, tensor in weights.items():
+        moved = (tensors[name] - start[name].float()).norm()
+        assert moved > 0
+        assert (tensor - tensors[name]).norm() < 2e-3 * moved, name
+
+
+def same_run(one: Path, other: Path) -> None:
+    assert rows(one, "samples.jsonl") == rows(other, "samples.jsonl")
+    assert timeless(rows(one, "metrics.jsonl")) == timeless(rows(other, "metrics.jsonl"))
+    weights = [(folder / "hf" / "model.safetensors").read_bytes() for folder in (one, other)]
+    assert weights[0] == weights[1]
+
+
+def test_a_resumed_run_is_the_undisturbed_one(twin: Path, run_dir: Path) -> None:
+    """Bit for bit, though its first launch was to make fewer steps."""
+    train(twin, twin / "resumed", *GRPO, "algorithm.steps=2")
+    train(twin, twin / "resumed", *GRPO, "resume=true")
+    same_run(twin / "resumed", run_dir)
+
+
+PPO = ("algorithm.advantage=gae_whitened", "algorithm.updates_per_rollout=2", "algorithm.kl_in=reward", *GRPO[:1])
+PPO += ("rewards.constraint.verifier=safety",)
+
+
+def test_a_resumed_run_has_its_critic_its_multiplier_and_its_responses_in_flight(twin: Path) -> None:
+    partial = (*PPO, "rollout.oversample=1.5", "rollout.partial_rollout_tokens=3")
+    partial += ("algorithm.importance_sampling=token_truncated", "algorithm.max_mismatch=5")
+    train(twin, twin / "ppo", *partial)
+    train(twin, twin / "ppo_resumed", *partial, "algorithm.steps=2")
+    train(twin, twin / "ppo_resumed", *partial, "resume=true")
+    same_run(twin / "ppo_resumed", twin / "ppo")
+    metrics = rows(twin / "ppo", "metrics.jsonl")
+    assert metrics[-1]["value/loss"] > 0
+    assert metrics[-1]["constraint/multiplier"] != metrics[0]["constraint/multiplier"]
+    assert any(row["staleness/max"] > 0 for row in metrics), "a response goes on from another step's"
+
+
+def test_one_step_ahead_samples_come_from_the_weights_before(twin: Path) -> None:
+    ahead = ("rollout.staleness=1", "algorithm.importance_sampling=token_truncated", "algorithm.max_mismatch=5")
+    run_dir = train(twin, twin / "ahead", *ahead)
+    assert [row["staleness/max"] for row in rows(run_dir, "metrics.jsonl")] == [0, 1, 1]
+    versions = {(line["step"], line["weight_version"]) for line in rows(run_dir, "samples.jsonl")}
+    assert versions == {(1, 0), (2, 0), (3, 1)}
+
+
+def test_prompts_are_drawn_again_for_groups_whose_rewards_are_equal(twin: Path) -> None:
+    """Each round of four prompts has one task, and only tasks have rewards that differ. A step of four groups takes the
+    tasks of both rounds that may be drawn, and fills up with two of the others."""
+    mix = {"safety": {"tests.recipes.letters.always_right": 1.0}, "general_rule": {tiny.LETTERS: 1.0}}
+    rounds = ("algorithm.max_generation_batches=2", "algorithm.steps=2")
+    run_dir = train(twin, twin / "rounds", *rounds, mix=mix)
+    lines = rows(run_dir, "samples.jsonl")
+    assert len(lines) == 2 * PROMPTS * SAMPLES
+    for number, row in enumerate(rows(run_dir, "metrics.jsonl"), 1):
+        of_step = [line for line in lines if line["step"] == number]
+        differing = {line["prompt_id"] for line in of_step if line["advantage"] != 0}
+        assert len(differing) == 2 and all(prompt.startswith("task-") for prompt in differing)
+        assert row["trained_samples"] == sum(line["advantage"] != 0 for line in of_step)
+    assert len({line["prompt_id"] for line in lines if line["advantage"] != 0}) == 4, "each round has rows of its own"
+
+
+def test_a_response_without_a_reward_is_not_trained_on(twin: Path) -> None:
+    mix = {label: {"tests.recipes.letters.fails_of_odd_length": 1.0} for label in MIX}
+    options = ("rewards.client.max_failed=1.0", "algorithm.steps=1")
+    run_dir = train(twin, twin / "failed", *options, mix=mix)
+    lines = rows(run_dir, "samples.jsonl")
+    (row,) = rows(run_dir, "metrics.jsonl")
+    failed = [line for line in lines if len(line["response"]) % 2]
+    assert 0 < len(failed) < len(lines)
+    assert all(line["reward"] is None and line["advantage"] == 0 for line in failed)
+    assert row["reward_failed"] == pytest.approx(len(failed) / len(lines))
+    judged = [line for line in lines if line not in failed]
+    assert row["reward/mean"] == pytest.approx(np.mean([line["reward"] for line in judged]))
+    tokens = sum(line["tokens"] for line in lines)
+    assert row["masked_fraction"] == pytest.approx(sum(line["tokens"] for line in failed) / tokens)
+    assert row["forced_tokens"] == 0
