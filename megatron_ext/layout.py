@@ -31,7 +31,9 @@ class ParallelConfig:
     micro_batch_tokens: int = setting(
         "tokens of one packed micro-batch on one data-parallel rank", range=TOKENS, unit="tokens"
     )
-    shared_prompts: bool = setting("in RL the responses to a prompt share its passes in log-probs and training")
+    shared_prompts: bool | None = setting(
+        "in RL the responses to a prompt share its passes in log-probs and training; null: where it can be"
+    )
 
     @property
     def model_parallel(self) -> int:
@@ -75,7 +77,7 @@ def check(ranks: int, parallel: ParallelConfig) -> None:
     if parallel.shared_prompts and parallel.context > 1:
         raise ValueError(
             f"parallel.shared_prompts=true with parallel.context={parallel.context}: the slices of a prompt with all "
-            "its responses would not cost every rank the same; use parallel.context=1 or parallel.shared_prompts=false"
+            "its responses would not cost every rank the same; use parallel.context=1 or parallel.shared_prompts=null"
         )
     for name in ("first_stage_layers", "last_stage_layers"):
         layers = getattr(parallel, name)

@@ -228,7 +228,7 @@ def build_chunk(
     )
     if is_scalar and is_last:
         model.output_layer = ScalarHead(config.hidden_size, config.params_dtype)
-    if sizes.shared_prompts and model.position_embedding_type == "rope":
+    if shares_prompts(sizes) and model.position_embedding_type == "rope":
         model.rotary_pos_emb = RotaryAtPositions(model.rotary_pos_emb)
     if model.position_embedding_type == "mrope":
         # The positions of a packed batch are divided over context-parallel ranks when they are applied, not before.
@@ -248,6 +248,14 @@ def build_chunk(
             "embedding get no gradient from Megatron-Core; use parallel.recompute=selective, or train the embedding"
         )
     return model
+
+
+def shares_prompts(sizes: ParallelConfig) -> bool:
+    """Whether responses share their prompt's passes: as ``parallel.shared_prompts`` says, or where it can be."""
+    if sizes.shared_prompts is not None:
+        return sizes.shared_prompts
+    possible = platform.capabilities(platform.current().name)
+    return possible.has_shared_prompts and sizes.context == 1
 
 
 def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layers: int) -> None:

@@ -83,7 +83,7 @@ def check_shared_prompts(config: Config) -> None:
     if config.parallel.shared_prompts and not capabilities(config.cluster.platform).has_shared_prompts:
         raise ConfigError(
             "parallel.shared_prompts=true: Transformer Engine's packed attention is causal over a whole sequence, and "
-            "would show a response the others to its prompt; use parallel.shared_prompts=false on a GPU"
+            "would show a response the others to its prompt; use parallel.shared_prompts=null"
         )
 
 

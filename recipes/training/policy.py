@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY, Snapshot
-from megatron_ext.model import Model
+from megatron_ext.model import Model, shares_prompts
 from megatron_ext.offload import HostCopy
 from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
 from megatron_ext.packing import Cost, MicroBatch
@@ -172,9 +172,9 @@ class Policy:
 
     def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank has. ``together`` successive
-        responses stay in one micro-batch; single ones share their prompt where ``parallel.shared_prompts`` says so."""
+        responses stay in one micro-batch; single ones share their prompt (``megatron_ext.model.shares_prompts``)."""
         layout = self.parallel.config
-        shares = layout.shared_prompts and together == 1
+        shares = shares_prompts(layout) and together == 1
         if shares:
             units = packing.units_of_shared_prompts(
                 batch, self.parallel.data, layout.micro_batch_tokens, layout.micro_batch_multiple

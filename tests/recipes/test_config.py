@@ -221,7 +221,7 @@ IMPOSSIBLE = [
         ["parallel.shared_prompts=true", "cluster.platform=cuda"],
         "parallel.shared_prompts",
         "true",
-        "parallel.shared_prompts=false on a GPU",
+        "parallel.shared_prompts=null",
     ),
     (
         ["parallel.shared_prompts=true", "parallel.context=2", "cluster.ranks=4"],
