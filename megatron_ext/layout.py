@@ -31,6 +31,9 @@ class ParallelConfig:
     micro_batch_tokens: int = setting(
         "tokens of one packed micro-batch on one data-parallel rank", range=TOKENS, unit="tokens"
     )
+    shared_prompts: bool | None = setting(
+        "in RL the responses to a prompt share its passes in log-probs and training; null: where it can be"
+    )
 
     @property
     def model_parallel(self) -> int:
@@ -70,6 +73,11 @@ def check(ranks: int, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1: set "
             "parallel.virtual_pipeline=1"
+        )
+    if parallel.shared_prompts and parallel.context > 1:
+        raise ValueError(
+            f"parallel.shared_prompts=true with parallel.context={parallel.context}: the slices of a prompt with all "
+            "its responses would not cost every rank the same; use parallel.context=1 or parallel.shared_prompts=null"
         )
     for name in ("first_stage_layers", "last_stage_layers"):
         layers = getattr(parallel, name)

@@ -19,6 +19,7 @@ from megatron_ext.models import family
 from megatron_ext.parallel import Parallel
 from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
+from megatron_ext.shared_prompts import RotaryAtPositions
 from megatron_ext.vision_language import VisionLanguageModel
 from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards, unfused_name
 
@@ -227,6 +228,8 @@ def build_chunk(
     )
     if is_scalar and is_last:
         model.output_layer = ScalarHead(config.hidden_size, config.params_dtype)
+    if shares_prompts(sizes) and model.position_embedding_type == "rope":
+        model.rotary_pos_emb = RotaryAtPositions(model.rotary_pos_emb)
     if model.position_embedding_type == "mrope":
         # The positions of a packed batch are divided over context-parallel ranks when they are applied, not before.
         model.rotary_pos_emb.cp_group = None
@@ -245,6 +248,14 @@ def build_chunk(
             "embedding get no gradient from Megatron-Core; use parallel.recompute=selective, or train the embedding"
         )
     return model
+
+
+def shares_prompts(sizes: ParallelConfig) -> bool:
+    """Whether responses share their prompt's passes: as ``parallel.shared_prompts`` says, or where it can be."""
+    if sizes.shared_prompts is not None:
+        return sizes.shared_prompts
+    possible = platform.capabilities(platform.current().name)
+    return possible.has_shared_prompts and sizes.context == 1
 
 
 def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layers: int) -> None:

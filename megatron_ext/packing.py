@@ -4,10 +4,11 @@ The plan is a pure function of all sequences' lengths and images, so every rank 
 disagree on the number of micro-batches, and a data-parallel rank may get any sequence without changing the update.
 """
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_ext.batch import Array, TokenBatch, offsets
 from megatron_ext.layout import token_multiple
 from megatron_ext.models import family
+from megatron_ext.shared_prompts import PROMPT, SharedPromptParams
 from megatron_ext.weight_map import round_up, sharding_of
 
 
@@ -48,16 +50,32 @@ class Cost:
 
     def of(self, batch: TokenBatch) -> list[int]:
         """The cost of each response with its prompt, [S], as Python's integers: their sums pass 64 bits."""
-        image_tokens = [0] * len(batch.prompts)
-        if batch.vision is not None:
-            image_tokens = [0 if vision is None else len(vision.placeholders) for vision in batch.vision]
-        lengths = batch.lengths.tolist()
-        response_lengths = batch.response_lengths.tolist()
-        costs = []
-        for prompt, length, response_length in zip(batch.prompt_index, lengths, response_lengths, strict=True):
-            linear = self.token * length + self.response * response_length + self.image * image_tokens[prompt]
-            costs.append(linear + self.square * length**2)
-        return costs
+        return [
+            self._of_sequence(length, response_length, image_tokens)
+            for length, response_length, image_tokens in zip(
+                batch.lengths.tolist(), batch.response_lengths.tolist(), _image_tokens(batch), strict=True
+            )
+        ]
+
+    def of_prompts(self, batch: TokenBatch) -> list[int]:
+        """The cost of each response's prompt alone, [S]."""
+        prompt_lengths = (batch.lengths - batch.response_lengths).tolist()
+        return [
+            self._of_sequence(length, 0, image_tokens)
+            for length, image_tokens in zip(prompt_lengths, _image_tokens(batch), strict=True)
+        ]
+
+    def _of_sequence(self, length: int, response_length: int, image_tokens: int) -> int:
+        linear = self.token * length + self.response * response_length + self.image * image_tokens
+        return linear + self.square * length**2
+
+
+def _image_tokens(batch: TokenBatch) -> list[int]:
+    """Of each response's prompt, [S]."""
+    if batch.vision is None:
+        return [0] * len(batch)
+    of_prompts = [0 if vision is None else len(vision.placeholders) for vision in batch.vision]
+    return [of_prompts[prompt] for prompt in batch.prompt_index]
 
 
 def cost_of(hf_config: Any, frozen: Sequence[str]) -> Cost:
@@ -106,10 +124,10 @@ class MicroBatch:
 
     ``tokens`` [1, T]. ``positions`` [3, 1, T x context ranks]: mRoPE's, of all context-parallel ranks. ``predict`` [R]
     indexes the token whose hidden state predicts a response token; ``targets`` [R] those tokens; ``values`` name → [R]
-    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns; ``lengths`` response tokens of each sequence on
-    this rank; ``indices`` the place of each sequence in the batch; ``places`` [R] that of each token among the batch's
-    response tokens. Under context parallelism a rank's R tokens are a part of the sequences' response tokens, else
-    all.
+    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns; ``lengths`` tokens of each response on this rank;
+    ``indices`` the place of each response in the batch; ``places`` [R] that of each token among the batch's response
+    tokens. Under context parallelism a rank's R tokens are a part of the responses' tokens, else all. The last token of
+    a shared prompt predicts the first one of each of its responses, so it stands in ``predict`` once for each.
     """
 
     tokens: torch.Tensor
@@ -244,6 +262,68 @@ def divisible_prefix(
     return len(lengths)
 
 
+def units(batch: TokenBatch, together: int = 1) -> list[list[int]]:
+    """The batch's responses, ``together`` successive ones in a unit, which stays in one micro-batch."""
+    return [list(range(first, first + together)) for first in range(0, len(batch), together)]
+
+
+def units_of_shared_prompts(
+    batch: TokenBatch, data_parallel: int, micro_batch_tokens: int, group: int = 1
+) -> list[list[int]]:
+    """The responses to a prompt are a unit, or several where they do not fit into a micro-batch.
+
+    Where the units are too few for all ranks (``plan``), those of the most tokens are halved.
+    """
+    lengths = batch.lengths.tolist()
+    response_lengths = batch.response_lengths.tolist()
+    of_prompt: dict[int, list[list[int]]] = {}
+    room: dict[int, int] = {}
+    for i, prompt in enumerate(batch.prompt_index.tolist()):
+        if prompt in room and response_lengths[i] <= room[prompt]:
+            of_prompt[prompt][-1].append(i)
+            room[prompt] -= response_lengths[i]
+        else:
+            of_prompt.setdefault(prompt, []).append([i])
+            room[prompt] = micro_batch_tokens - lengths[i]
+    chosen = [unit for prompt_units in of_prompt.values() for unit in prompt_units]
+    heap = [(-sum(response_lengths[i] for i in unit), unit) for unit in chosen if len(unit) > 1]
+    heapq.heapify(heap)
+    while (
+        heap
+        and len(chosen) < _fewest(unit_lengths(batch, chosen, 1, True), data_parallel, micro_batch_tokens, group)[1]
+    ):
+        _, longest = heapq.heappop(heap)
+        chosen.remove(longest)
+        middle = len(longest) // 2
+        for half in (longest[:middle], longest[middle:]):
+            chosen.append(half)
+            if len(half) > 1:
+                heapq.heappush(heap, (-sum(response_lengths[i] for i in half), half))
+    return sorted(chosen)
+
+
+def unit_lengths(batch: TokenBatch, chosen: Sequence[Sequence[int]], multiple: int, shared_prompts: bool) -> list[int]:
+    """Tokens of each unit as it is packed, its sequences padded to ``multiple``; with ``shared_prompts`` the prompt of
+    a unit is packed once."""
+    lengths = batch.lengths.tolist()
+    if not shared_prompts:
+        return [sum(round_up(lengths[i], multiple) for i in unit) for unit in chosen]
+    prompt_lengths = (batch.lengths - batch.response_lengths).tolist()
+    return [
+        round_up(sum(lengths[i] for i in unit) - (len(unit) - 1) * prompt_lengths[unit[0]], multiple) for unit in chosen
+    ]
+
+
+def unit_costs(batch: TokenBatch, chosen: Sequence[Sequence[int]], cost: Cost, shared_prompts: bool) -> list[int]:
+    """The cost of each unit; with ``shared_prompts`` its prompt counts once."""
+    costs = cost.of(batch)
+    sums = [sum(costs[i] for i in unit) for unit in chosen]
+    if not shared_prompts:
+        return sums
+    prompt_costs = cost.of_prompts(batch)
+    return [total - (len(unit) - 1) * prompt_costs[unit[0]] for total, unit in zip(sums, chosen, strict=True)]
+
+
 def _fewest(lengths: Sequence[int], data_parallel: int, limit: int, group: int) -> tuple[list[list[int]], int]:
     """Packs of at most ``limit`` tokens, few of them, and the number of micro-batches on all ranks that holds them."""
     packs = _best_fit(lengths, limit)
@@ -277,16 +357,24 @@ def pack(
     device: Any,
     context: int = 1,
     context_rank: int = 0,
+    shared_prompts: bool = False,
 ) -> MicroBatch:
     """Pack the responses ``indices`` of a batch, each with its prompt; a dummy sequence pads T to ``multiple``.
+
+    With ``shared_prompts`` successive responses to one prompt are one sequence, as ``megatron_ext.shared_prompts`` has
+    it.
 
     Under context parallelism each sequence is padded to 2 x ``context`` slices of equal length, of which a rank has the
     ``context_rank``-th from either end: so causal attention costs every rank the same. Padding follows a sequence,
     where causal attention does not look.
     """
+    assert context == 1 or not shared_prompts, "the slices of a sequence would not cost every rank the same"
     chosen = np.asarray(indices, np.int64)
     cuts = token_multiple(context)
-    lengths = batch.lengths[chosen]
+    sequences = _sequences(batch, chosen, shared_prompts)
+    response_lengths = batch.response_lengths
+    prompt_lengths = batch.lengths - response_lengths
+    lengths = np.array([prompt_lengths[s[0]] + response_lengths[s].sum() for s in sequences], np.int64)
     padded_lengths = -(-lengths // cuts) * cuts
     dummy = -int(padded_lengths.sum()) % (multiple * cuts)
     if dummy:
@@ -296,22 +384,30 @@ def pack(
 
     tokens = np.full(total, pad_token, np.int64)
     positions = np.empty((3, total), np.int64)
-    # Of each place in the pack, the token of the batch's columns that it predicts; -1 for none.
-    predicted = np.full(total, -1, np.int64)
+    segments = np.full(total, PROMPT, np.int64)
     placeholders: list[Array] = []
-    for place, i in enumerate(chosen.tolist()):
-        prompt = batch.prompt(i).token_ids
-        response = batch.tokens_of(i)
-        length = int(lengths[place])
+    # Of each response token of the pack: the place of the token that predicts it, and its place in the batch's columns.
+    predictors: list[Array] = []
+    columns: list[Array] = []
+    for place, responses in enumerate(sequences):
         start = int(starts[place])
-        end = start + length
+        prompt = batch.prompt(responses[0]).token_ids
+        prompt_end = start + len(prompt)
+        vision = None if batch.vision is None else batch.vision[batch.prompt_index[responses[0]]]
+        tokens[start:prompt_end] = prompt
+        positions[:, start:prompt_end] = sequence_positions(len(prompt), vision)
+        end = prompt_end
+        for number, i in enumerate(responses, 1):
+            response = batch.tokens_of(i)
+            first = end
+            end = first + int(response_lengths[i])
+            tokens[first:end] = batch.response_tokens[response]
+            of_sequence = sequence_positions(len(prompt) + end - first, vision)
+            positions[:, first:end] = of_sequence[..., len(prompt) :]
+            segments[first:end] = number
+            predictors.append(np.append(prompt_end - 1, np.arange(first, end - 1))[: end - first])
+            columns.append(np.arange(response.start, response.stop))
         padded_end = int(starts[place + 1])
-        first_response = start + len(prompt)
-        tokens[start:first_response] = prompt
-        tokens[first_response:end] = batch.response_tokens[response]
-        predicted[first_response - 1 : end - 1] = np.arange(response.start, response.stop)
-        vision = None if batch.vision is None else batch.vision[batch.prompt_index[i]]
-        positions[:, start:end] = sequence_positions(length, vision)
         positions[:, end:padded_end] = np.arange(padded_end - end)
         if vision is not None:
             placeholders.append(start + np.asarray(vision.placeholders, np.int64))
@@ -319,23 +415,36 @@ def pack(
         positions[:, int(starts[-2]) :] = np.arange(dummy)
 
     local = context_slices(starts, context, context_rank)
-    predict = np.flatnonzero(predicted[local] >= 0)
-    column_places = predicted[local[predict]]
-    owners = np.searchsorted(starts, local[predict], side="right") - 1
+    # Of each place in the pack, this rank's token; -1 for another rank's.
+    local_token = np.full(total, -1, np.int64)
+    local_token[local] = np.arange(len(local))
+    predict = local_token[np.concatenate(predictors)]
+    is_local = predict >= 0
+    column_places = np.concatenate(columns)[is_local]
+    owners = np.repeat(np.arange(len(chosen)), response_lengths[chosen])[is_local]
     values = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask, **batch.columns}
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
     longest = int(padded_lengths.max())
+    packed_options: dict[str, Any] = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens,
+        "max_seqlen_q": longest,
+        "max_seqlen_kv": longest,
+    }
+    if shared_prompts:
+        packed: PackedSeqParams = SharedPromptParams(
+            **packed_options,
+            segments=torch.tensor(segments, device=device),
+            positions=torch.tensor(positions[0], device=device),
+        )
+    else:
+        packed = PackedSeqParams(**packed_options)
     return MicroBatch(
         tokens=torch.tensor(tokens[local], device=device).unsqueeze(0),
         positions=torch.tensor(positions, device=device).unsqueeze(1),
-        packed=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
-        predict=torch.tensor(predict, device=device),
+        packed=packed,
+        predict=torch.tensor(predict[is_local], device=device),
         targets=torch.tensor(batch.response_tokens[column_places].astype(np.int64), device=device),
         values={
             name: torch.tensor(column[column_places].astype(np.float32), device=device)
@@ -344,8 +453,15 @@ def pack(
         lengths=np.bincount(owners, minlength=len(chosen)).tolist(),
         indices=chosen.tolist(),
         places=torch.tensor(column_places, device=device),
-        vision=_pack_vision(batch, chosen, placeholders, local, total, device),
+        vision=_pack_vision(batch, sequences, placeholders, local, total, device),
     )
+
+
+def _sequences(batch: TokenBatch, chosen: Array, shared_prompts: bool) -> list[list[int]]:
+    """The responses of each packed sequence."""
+    if not shared_prompts:
+        return [[i] for i in chosen.tolist()]
+    return [list(responses) for _, responses in groupby(chosen.tolist(), key=lambda i: batch.prompt_index[i])]
 
 
 def sequence_positions(length: int, vision: VisionInputs | None) -> Array:
@@ -373,12 +489,17 @@ def context_slices(starts: Sequence[int] | Array, context: int, rank: int) -> Ar
 
 
 def _pack_vision(
-    batch: TokenBatch, chosen: Array, placeholders: list[Array], local: Array, total: int, device: Any
+    batch: TokenBatch,
+    sequences: Sequence[Sequence[int]],
+    placeholders: list[Array],
+    local: Array,
+    total: int,
+    device: Any,
 ) -> VisionBatch | None:
-    """The pixels of the chosen responses' prompts, and which of the tower's rows replace which local tokens."""
+    """The pixels of the sequences' prompts, and which of the tower's rows replace which local tokens."""
     if not placeholders or batch.vision is None:
         return None
-    inputs = [batch.vision[prompt] for prompt in batch.prompt_index[chosen]]
+    inputs = [batch.vision[batch.prompt_index[responses[0]]] for responses in sequences]
     inputs = [vision for vision in inputs if vision is not None]
     # Of each place in the pack, the row of the tower's output that replaces its token; -1 for none.
     places = np.concatenate(placeholders)

@@ -24,12 +24,18 @@ class PlainSequence:
         return len(self.prompt) + len(self.response)
 
 
-def token_batch(sequences: Sequence[PlainSequence]) -> TokenBatch:
-    """Each sequence as the one response to a prompt of its own."""
+def token_batch(sequences: Sequence[PlainSequence], shared_prompts: bool = False) -> TokenBatch:
+    """Each sequence as the one response to a prompt of its own; with ``shared_prompts`` those with the same list of
+    tokens as their prompt are responses to one."""
+    prompts = list(sequences)
+    if shared_prompts:
+        prompts = list({id(s.prompt): s for s in sequences}.values())
+    prompt_of = {id(s.prompt): n for n, s in enumerate(prompts)}
     batch = batches.build(
-        [Prompt(f"p{i}", np.array(s.prompt, np.int32)) for i, s in enumerate(sequences)],
+        [Prompt(f"p{i}", np.array(s.prompt, np.int32)) for i, s in enumerate(prompts)],
         [s.response for s in sequences],
-        vision=[s.vision for s in sequences],
+        prompt_index=[prompt_of[id(s.prompt)] for s in sequences] if shared_prompts else None,
+        vision=[s.vision for s in prompts],
     )
     names = sequences[0].values if sequences else {}
     columns = {name: np.concatenate([np.asarray(s.values[name], float) for s in sequences]) for name in names}
@@ -44,14 +50,16 @@ def pack(
     device: Any,
     context: int = 1,
     context_rank: int = 0,
+    shared_prompts: bool = False,
 ) -> packing.MicroBatch:
     """``packing.pack`` of plain sequences."""
     return packing.pack(
-        token_batch(sequences),
+        token_batch(sequences, shared_prompts),
         indices,
         multiple=multiple,
         pad_token=pad_token,
         device=device,
         context=context,
         context_rank=context_rank,
+        shared_prompts=shared_prompts,
     )

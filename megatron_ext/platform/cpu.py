@@ -276,7 +276,9 @@ class PackedAttention(torch.nn.Module):
         k = padded(key, places.keys).repeat_interleave(heads_per_group, dim=1)
         v = padded(value, places.keys).repeat_interleave(heads_per_group, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
-        if attn_mask_type is AttnMaskType.causal:
+        if places.hidden is not None:
+            hidden = places.hidden
+        elif attn_mask_type is AttnMaskType.causal:
             hidden = torch.ones(longest, longest, dtype=torch.bool).triu(1)
         else:
             is_padding = torch.arange(longest) >= places.lengths.unsqueeze(1)
@@ -294,15 +296,19 @@ class _Places:
         lengths: of the sequences [sequences].
         queries: row of each of this rank's tokens.
         keys: row of each token of all context-parallel ranks, one rank after another.
+        hidden: of a pack with shared prompts, the keys that a query does not see [sequences, 1, longest, longest].
     """
 
     lengths: torch.Tensor
     queries: torch.Tensor
     keys: torch.Tensor
+    hidden: torch.Tensor | None
 
 
 def _places(packed: Any, context: int) -> _Places:
     """The places of a pack, computed once per micro-batch and kept in ``packed``."""
+    from megatron_ext.shared_prompts import PROMPT, SharedPromptParams, sees
+
     cached: _Places | None = getattr(packed, "places", None)
     if cached is not None:
         return cached
@@ -314,7 +320,16 @@ def _places(packed: Any, context: int) -> _Places:
     row_of = torch.arange(int(starts[-1])) + moved_by
     tokens_of_ranks = [_context_slices(starts, context, rank) for rank in range(context)]
     local_tokens = tokens_of_ranks[_context_rank()] if context > 1 else tokens_of_ranks[0]
-    packed.places = _Places(lengths, row_of[local_tokens], row_of[torch.cat(tokens_of_ranks)])
+    keys = row_of[torch.cat(tokens_of_ranks)]
+    hidden = None
+    if isinstance(packed, SharedPromptParams):
+        longest = int(lengths.max())
+        # Padding takes part as tokens of the prompt: it follows the sequence, and nothing comes after it.
+        segments = torch.full((len(lengths) * longest,), PROMPT).index_copy_(0, keys, packed.segments)
+        segments = segments.view(len(lengths), longest)
+        is_later = torch.ones(longest, longest, dtype=torch.bool).triu(1)
+        hidden = (is_later | ~sees(segments.unsqueeze(2), segments.unsqueeze(1))).unsqueeze(1)
+    packed.places = _Places(lengths, row_of[local_tokens], keys, hidden)
     return packed.places
 
 

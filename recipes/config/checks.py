@@ -29,6 +29,7 @@ def check(config: Config) -> None:
     reward_settings.check(config.rewards)
     check_stage(config)
     check_precision(config)
+    check_shared_prompts(config)
     check_samples_of_other_weights(config)
     check_shared_memory(config)
     check_critic(config)
@@ -74,6 +75,15 @@ def check_precision(config: Config) -> None:
         raise ConfigError(
             f"precision.name='fp32', parallel.context={context}: on a GPU no attention kernel divides FP32 sequences; "
             "use parallel.context=1 or precision=bf16"
+        )
+
+
+def check_shared_prompts(config: Config) -> None:
+    """The platform's attention can do it."""
+    if config.parallel.shared_prompts and not capabilities(config.cluster.platform).has_shared_prompts:
+        raise ConfigError(
+            "parallel.shared_prompts=true: Transformer Engine's packed attention is causal over a whole sequence, and "
+            "would show a response the others to its prompt; use parallel.shared_prompts=null"
         )
 
 

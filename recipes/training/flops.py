@@ -17,7 +17,8 @@ def training_flops(model: Model, batch: TokenBatch) -> float:
     """Forward and backward on the batch's responses, all ranks together, as if no parameter were frozen.
 
     Operations that are repeated for memory (``parallel.recompute``) do not count, nor does padding: they are no work of
-    the model. The output layer is computed for response tokens, and not at all for a scalar head.
+    the model. A prompt counts once for each response, whether its pass is shared or not. The output layer is computed
+    for response tokens, and not at all for a scalar head.
     """
     lengths = batch.lengths
     outputs = 0 if model.is_scalar else len(batch.response_tokens)

@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY, Snapshot
-from megatron_ext.model import Model
+from megatron_ext.model import Model, shares_prompts
 from megatron_ext.offload import HostCopy
 from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
 from megatron_ext.packing import Cost, MicroBatch
@@ -172,26 +172,34 @@ class Policy:
 
     def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
         """This data-parallel rank's packed micro-batches of a batch that every rank has. ``together`` successive
-        responses stay in one micro-batch."""
+        responses stay in one micro-batch; single ones share their prompt (``megatron_ext.model.shares_prompts``)."""
         layout = self.parallel.config
+        shares = shares_prompts(layout) and together == 1
+        if shares:
+            units = packing.units_of_shared_prompts(
+                batch, self.parallel.data, layout.micro_batch_tokens, layout.micro_batch_multiple
+            )
+        else:
+            units = packing.units(batch, together)
         of_ranks = packing.plan(
-            _sums(self._padded(batch.lengths), together),
+            packing.unit_lengths(batch, units, layout.token_multiple, shares),
             self.parallel.data,
             layout.micro_batch_tokens,
             layout.micro_batch_multiple,
-            _sums(self.cost.of(batch), together),
+            packing.unit_costs(batch, units, self.cost, shares),
         )
         return [
             packing.pack(
                 batch,
-                [together * unit + n for unit in units for n in range(together)],
+                [i for unit in chosen for i in units[unit]],
                 multiple=self.model.token_multiple,
                 pad_token=self.pad_token,
                 device=platform.current().device(),
                 context=layout.context,
                 context_rank=self.parallel.context_rank,
+                shared_prompts=shares,
             )
-            for units in of_ranks[self.parallel.data_rank]
+            for chosen in of_ranks[self.parallel.data_rank]
         ]
 
     def divisible_prefix(self, lengths: Array, wanted: int) -> int:
@@ -199,7 +207,7 @@ class Policy:
         ``lengths`` [S] are in tokens."""
         layout = self.parallel.config
         return packing.divisible_prefix(
-            self._padded(lengths),
+            [round_up(length, layout.token_multiple) for length in lengths.tolist()],
             wanted,
             self.parallel.data,
             layout.micro_batch_tokens,
@@ -230,13 +238,3 @@ class Policy:
         assert self.reference is not None, "load_reference comes first"
         with forward_backward.swapped_weights(self.model, self.reference):
             yield
-
-    def _padded(self, lengths: Array) -> list[int]:
-        """The sequences' lengths as they are packed."""
-        multiple = self.parallel.config.token_multiple
-        return [round_up(length, multiple) for length in lengths.tolist()]
-
-
-def _sums(values: Sequence[int], count: int) -> list[int]:
-    """The sums of ``count`` successive values each."""
-    return [sum(values[i : i + count]) for i in range(0, len(values), count)]

@@ -1,7 +1,7 @@
 """What the ranks compute and what the tests compare: tiny models, layouts, and the one batch of sequences."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -108,6 +108,7 @@ class Case:
     precision: str = "fp32"
     temperature: float = 1.0
     frozen: tuple[str, ...] = ()  # as in model.build
+    shared_prompts: bool = False
 
     @property
     def is_scalar(self) -> bool:
@@ -128,6 +129,7 @@ class Case:
             first_stage_layers=self.first_stage_layers,
             recompute=self.recompute,
             distributed_optimizer=self.distributed_optimizer,
+            shared_prompts=self.shared_prompts,
         )
 
 
@@ -170,7 +172,19 @@ CASES = (
     Case("scalar-pp2-vp2-dp2", pipeline=2, virtual=2, data=2, twin="scalar"),
     Case("scalar-dp2", data=2, micro_batch_tokens=38, twin="scalar"),
     Case("scalar-qwen2-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="scalar-qwen2"),
+    Case("shared-one", shared_prompts=True),
+    Case("shared-one-small-micro-batches", shared_prompts=True, micro_batch_tokens=38),
+    Case("shared-tp2-sp", tensor=2, sequence=True, shared_prompts=True),
+    Case("shared-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, shared_prompts=True),
+    Case("shared-pp2-vp2-dp2", pipeline=2, virtual=2, data=2, shared_prompts=True),
+    Case("shared-dp4", data=4, shared_prompts=True),
+    Case("shared-tp2-sp-recompute-full", tensor=2, sequence=True, recompute="full", shared_prompts=True),
+    Case("shared-recompute-selective", recompute="selective", shared_prompts=True),
+    Case("shared-qwen3-tp2", tensor=2, twin="qwen3", shared_prompts=True),
+    Case("shared-qwen2-pp2-dp2", pipeline=2, data=2, twin="qwen2", shared_prompts=True),
+    Case("shared-scalar-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="scalar", shared_prompts=True),
     Case("bf16-one", precision="bf16"),
+    Case("shared-bf16-tp2-sp", tensor=2, sequence=True, precision="bf16", shared_prompts=True),
     Case("bf16-tp2-sp", tensor=2, sequence=True, precision="bf16"),
 )
 
@@ -221,7 +235,7 @@ def has_whole_gradients(case: Case) -> bool:
 
 def batch(case: Case) -> list[PlainSequence]:
     """8 sequences of 6 to 38 tokens. ``weight`` makes the loss the mean over sequences of token means; ``place`` is the
-    token's in its response."""
+    token's in its response. Where the case shares prompts, they have three."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = TWINS[case.twin][2]["vocab_size"]
     draw: Callable[[int], list[int]] = lambda n: torch.randint(0, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
@@ -229,6 +243,10 @@ def batch(case: Case) -> list[PlainSequence]:
     sequences = [
         PlainSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths
     ]
+    if case.shared_prompts:
+        # 4, 3 and 1 responses to a prompt, not all beside each other.
+        prompts = [sequences[n].prompt for n in (0, 0, 1, 0, 1, 2, 1, 0)]
+        sequences = [replace(s, prompt=prompt) for s, prompt in zip(sequences, prompts, strict=True)]
     return sequences[::-1] if case.reverse else sequences
 
 

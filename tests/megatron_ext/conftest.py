@@ -59,8 +59,8 @@ def results(launched: Ranks) -> Callable[[str], list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def reference(twins: Path) -> Callable[[Case], Reference]:
     @cache
-    def compute(twin: str, precision: str, temperature: float) -> Reference:
-        case = Case("reference", twin=twin, precision=precision, temperature=temperature)
+    def compute(twin: str, precision: str, temperature: float, shared_prompts: bool) -> Reference:
+        case = Case("reference", twin=twin, precision=precision, temperature=temperature, shared_prompts=shared_prompts)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the model is too small for more, and on a busy machine threads wait for each other
         try:
@@ -68,4 +68,4 @@ def reference(twins: Path) -> Callable[[Case], Reference]:
         finally:
             torch.set_num_threads(threads)
 
-    return lambda case: compute(case.twin, case.precision, case.temperature)
+    return lambda case: compute(case.twin, case.precision, case.temperature, case.shared_prompts)

@@ -14,6 +14,7 @@ from megatron_ext import platform
 
 platform.activate("cpu")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
@@ -21,7 +22,8 @@ from hypothesis import strategies as st  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from megatron_ext import forward_backward, hf_checkpoint, model, parallel  # noqa: E402
+from megatron_ext import batch as token_batches  # noqa: E402
+from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel  # noqa: E402
 from megatron_ext.blocks import region  # noqa: E402
 from megatron_ext.packing import (  # noqa: E402
     Cost,
@@ -31,6 +33,9 @@ from megatron_ext.packing import (  # noqa: E402
     divisible_prefix,
     plan,
     sequence_positions,
+    unit_costs,
+    unit_lengths,
+    units_of_shared_prompts,
 )
 from tests.megatron_ext import cases  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
@@ -414,3 +419,63 @@ def test_positions_go_on_after_the_greatest_of_the_prompt() -> None:
     sequence = PlainSequence([0] * 6, [0, 0], vision=vision)
     micro = pack([sequence, PlainSequence([0], [0])], [1, 0], 4, -1, CPU)
     assert micro.positions.squeeze(1).tolist() == [[0, 1, *axis, 4, 5, 0, 1] for axis in prompt]
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[token_batches.TokenBatch, int, int]:
+    """(batch, data-parallel ranks, limit): one to six prompts with one to eight responses each, in any order."""
+    prompt_index = draw(
+        st.lists(st.integers(0, 5), min_size=1, max_size=6).flatmap(
+            lambda p: st.permutations(p * draw(st.integers(1, 8)))
+        )
+    )
+    prompts = [token_batches.Prompt(f"p{n}", np.zeros(draw(st.integers(1, 12)), np.int32)) for n in range(6)]
+    responses = [[0] * draw(st.integers(0, 12)) for _ in prompt_index]
+    batch = token_batches.build(prompts, responses, prompt_index=prompt_index)
+    ranks = draw(st.integers(1, min(4, len(batch))))
+    longest = int(batch.lengths.max())
+    return batch, ranks, draw(st.integers(2 * longest, 8 * longest))
+
+
+@given(groups())
+@settings(max_examples=200, deadline=None)
+def test_responses_to_a_prompt_are_units_that_can_be_shared_out(
+    drawn: tuple[token_batches.TokenBatch, int, int],
+) -> None:
+    batch, ranks, limit = drawn
+    chosen = units_of_shared_prompts(batch, ranks, limit)
+    assert sorted(i for unit in chosen for i in unit) == list(range(len(batch)))
+    lengths = unit_lengths(batch, chosen, 1, True)
+    cost = Cost(token=1, square=0, response=0, image=0)
+    assert unit_costs(batch, chosen, cost, True) == lengths
+    for unit, length in zip(chosen, lengths, strict=True):
+        (prompt,) = {int(batch.prompt_index[i]) for i in unit}
+        tokens = len(batch.prompts[prompt].token_ids) + sum(int(batch.response_lengths[i]) for i in unit)
+        assert length == tokens <= limit
+    check(plan(lengths, ranks, limit), lengths, ranks, limit)
+
+
+def test_a_unit_costs_its_causal_products() -> None:
+    """A prompt of 3 tokens sees 1 + 2 + 3 of them; a response of 2 after it 4 + 5, and again 4 + 5 beside another. The
+    square's cost stands for two such products of a pair of tokens."""
+    prompt = token_batches.Prompt("p", np.zeros(3, np.int32))
+    batch = token_batches.build([prompt], [[0, 0], [0, 0]], prompt_index=[0, 0])
+    squares = Cost(token=0, square=1, response=0, image=0)
+    assert unit_costs(batch, [[0, 1]], squares, True) == [3**2 + 2 * (5**2 - 3**2)]
+    assert unit_costs(batch, [[0, 1]], squares, False) == [2 * 5**2]
+
+
+def test_responses_to_a_prompt_are_one_sequence() -> None:
+    """The prompt's last token predicts the first one of each response; positions go on from the prompt's end; padding
+    is a sequence of its own."""
+    prompts = [token_batches.Prompt("p", np.array([5, 6, 7])), token_batches.Prompt("q", np.array([8]))]
+    batch = token_batches.build(prompts, [[10, 11], [20], [30, 31, 32]], prompt_index=[0, 1, 0])
+    micro = packing.pack(batch, [0, 2, 1], multiple=4, pad_token=0, device="cpu", shared_prompts=True)
+    assert micro.tokens.tolist() == [[5, 6, 7, 10, 11, 30, 31, 32, 8, 20, 0, 0]]
+    assert micro.packed.cu_seqlens_q.tolist() == [0, 8, 10, 12]
+    assert micro.packed.segments.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 0, 1, 0, 0]
+    assert micro.packed.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 0, 1]
+    assert micro.predict.tolist() == [2, 3, 2, 5, 6, 8]
+    assert micro.targets.tolist() == [10, 11, 30, 31, 32, 20]
+    assert micro.lengths == [2, 3, 1] and micro.indices == [0, 2, 1]
+    assert micro.places.tolist() == [0, 1, 3, 4, 5, 2]

@@ -44,8 +44,8 @@ def results(vision_launched: Ranks) -> Results:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> References:
-    compute = cache(lambda twin: vl_twins.reference(folder, Run("reference", twin=twin)))
-    return lambda run: compute(run.twin)
+    compute = cache(lambda twin, shared: vl_twins.reference(folder, Run("reference", twin=twin, shared_prompts=shared)))
+    return lambda run: compute(run.twin, run.shared_prompts)
 
 
 @pytest.fixture(scope="module")

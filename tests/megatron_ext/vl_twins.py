@@ -76,6 +76,8 @@ RUNS = (
     qwen("recompute-full-frozen-embedding", recompute="full", frozen=("vision.patch_embed",)),
     qwen("tp2-sp-recompute-full", recompute="full", **TP2_SP),
     qwen("tied-pp2", pipeline=2, twin="qwen-tied"),
+    qwen("shared-one", shared_prompts=True),
+    qwen("shared-tp2-sp-pp2", pipeline=2, shared_prompts=True, **TP2_SP),
     internvl("6b-hf", "one"),
     internvl("6b-hf", "tp2", tensor=2),
     internvl("6b-hf", "tp2-sp", **TP2_SP),
@@ -89,6 +91,7 @@ RUNS = (
     internvl("6b-hf", "pp2-recompute-selective", pipeline=2, recompute="selective"),
     internvl("6b-hf", "tp2-sp-recompute-full", recompute="full", **TP2_SP),
     internvl("6b-hf", "recompute-full-frozen", recompute="full", frozen=VISION),
+    internvl("6b-hf", "shared-tp2-sp-dp2", data=2, shared_prompts=True, **TP2_SP),
     internvl("6b-chat", "one"),
     internvl("6b-chat", "tp2-sp", **TP2_SP),
     internvl("300m-hf", "one"),
@@ -296,7 +299,14 @@ def reference(folder: Path, run: Run) -> Reference:
 
 
 def batch_of(run: Run, hf_config: Any) -> list[PlainSequence]:
-    return internvl_twins.batch() if run.is_internvl else batch(hf_config)
+    """Where the run shares prompts, two successive sequences have the first one's, with its images."""
+    sequences = internvl_twins.batch() if run.is_internvl else batch(hf_config)
+    if not run.shared_prompts:
+        return sequences
+    first_of_pairs = [sequences[n - n % 2] for n in range(len(sequences))]
+    return [
+        replace(s, prompt=first.prompt, vision=first.vision) for s, first in zip(sequences, first_of_pairs, strict=True)
+    ]
 
 
 class Policy:
@@ -311,9 +321,20 @@ class Policy:
         self.optimizer.reload_model_params()
         self.sequences = batch_of(run, hf_config)
         micro_batches = internvl_twins.MICRO_BATCHES if run.is_internvl else MICRO_BATCHES
+        if run.shared_prompts:
+            micro_batches = ([0, 1], [2, 3], [4], list(range(5, len(self.sequences))))
         device, context = platform.current().device(), run.context
         self.micro = [
-            pack(self.sequences, indices, self.model.token_multiple, 0, device, context, here.context_rank)
+            pack(
+                self.sequences,
+                indices,
+                self.model.token_multiple,
+                0,
+                device,
+                context,
+                here.context_rank,
+                run.shared_prompts,
+            )
             for indices in micro_batches[here.data_rank :: run.data]
         ]
 

@@ -31,7 +31,7 @@ from recipes.preflight import memory
 from tests.megatron_ext import cases
 from tests.megatron_ext.cases import Case
 from tests.megatron_ext.ranks import serve
-from tests.sequences import pack
+from tests.sequences import token_batch
 from tests.settings import precision_config
 
 if __name__ == "__main__":
@@ -78,14 +78,30 @@ class Policy:
         sequences = cases.batch(case)
         # With virtual stages the number of micro-batches is a multiple of the pipeline's stages.
         group = case.pipeline if case.virtual > 1 else 1
-        lengths = [len(sequence) for sequence in sequences]
-        self.plan = packing.plan(lengths, layout.data, case.micro_batch_tokens, group)
+        batch = token_batch(sequences, case.shared_prompts)
+        limit = case.micro_batch_tokens
+        if case.shared_prompts:
+            units = packing.units_of_shared_prompts(batch, layout.data, limit, group)
+        else:
+            units = packing.units(batch)
+        lengths = packing.unit_lengths(batch, units, 1, case.shared_prompts)
+        of_ranks = packing.plan(lengths, layout.data, limit, group)
+        self.plan = [[[i for unit in chosen for i in units[unit]] for chosen in rank] for rank in of_ranks]
         # Sequence → (places in its response, entropies) of the tokens on this rank.
         self.entropies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         device = platform.current().device()
         indices_of_rank = self.plan[(layout.data_rank + case.swap) % layout.data]
         self.micro_batches = [
-            pack(sequences, indices, self.model.token_multiple, 0, device, case.context, layout.context_rank)
+            packing.pack(
+                batch,
+                indices,
+                multiple=self.model.token_multiple,
+                pad_token=0,
+                device=device,
+                context=case.context,
+                context_rank=layout.context_rank,
+                shared_prompts=case.shared_prompts,
+            )
             for indices in indices_of_rank
         ]
 

@@ -218,6 +218,18 @@ IMPOSSIBLE = [
     (["precision.name=fp4"], "precision.name", "fp4", "use one of bf16, fp32, fp8"),
     (["precision=fp8"], "precision.name", "fp8", "precision=bf16 on a CPU"),
     (
+        ["parallel.shared_prompts=true", "cluster.platform=cuda"],
+        "parallel.shared_prompts",
+        "true",
+        "parallel.shared_prompts=null",
+    ),
+    (
+        ["parallel.shared_prompts=true", "parallel.context=2", "cluster.ranks=4"],
+        "parallel.shared_prompts",
+        "parallel.context=2",
+        "use parallel.context=1",
+    ),
+    (
         ["precision=fp32", "parallel.context=2", "cluster.ranks=4", "cluster.platform=cuda"],
         "precision.name",
         "fp32",

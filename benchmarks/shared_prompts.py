@@ -1,0 +1,238 @@
+"""Times log-probs and training with and without shared prompts (``parallel.shared_prompts``).
+
+``python -m benchmarks.shared_prompts`` writes ``benchmarks/results/shared_prompts.json`` and prints its table. Both
+sides of a ratio run the functions of an RL step on the same responses, in turns, on two tensor-parallel ranks as in the
+demo:
+
+* ``demo``: SmolLM2-135M, twelve prompts of the demo's training data with eight responses each. The lengths of the
+  responses are drawn evenly from 2 to 26 tokens, whose mean is that of the demo's last steps.
+* ``vision``: a twin of Qwen2.5-VL with random weights, twelve prompts of an image of 224 x 224 pixels (64 tokens) and a
+  question of 20 tokens, with eight responses of 2 to 26 tokens each.
+"""
+
+import os
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from recipes.config import parse
+from recipes.launch.launcher import fork_ranks
+from recipes.launch.prepare_model import prepare
+from recipes.run import records
+
+RESULT = Path("benchmarks/results/shared_prompts.json")
+RANKS = 2
+REPETITIONS = 3  # that count, after one that warms both sides up
+PROMPTS = 12
+SAMPLES = 8
+RESPONSE_TOKENS = (2, 26)
+QUESTION_TOKENS = 20
+GRID = (1, 16, 16)  # patches of an image: frames, rows, columns
+SEED = 0
+GOALS = {"demo": 1.8, "vision": 2.5}  # at least: seconds without / seconds with shared prompts
+
+
+def main() -> None:
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        config = parse(compose("config", ["recipe=demo"]))
+    prepare(config.model)
+
+    from megatron_ext import platform
+
+    platform.activate("cpu")
+    import torch
+
+    from megatron_ext import parallel
+
+    if "RANK" not in os.environ:
+        fork_ranks(RANKS)
+    torch.set_num_threads(config.cluster.threads)
+    layout = replace(config.parallel, shared_prompts=True, micro_batch_tokens=4096)
+    groups = parallel.initialize(layout, SEED, config.cluster.timeout)
+    rank = int(os.environ["RANK"])
+    cases = {}
+    for name, case in (("demo", text_case), ("vision", vision_case)):
+        cases[name] = measure(*case(config), groups, config)
+    parallel.destroy()
+    if rank > 0:
+        return
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks.shared_prompts",
+        **records.environment(platform.current().machine(), RANKS),
+        "goals": GOALS,
+        "cases": cases,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    records.write_json(RESULT, result)
+    Console().print(table(cases), f"{RESULT} has the raw times", sep="\n")
+
+
+def text_case(config: Any) -> tuple[Any, Any]:
+    """(transformers' configuration, batch) of the demo."""
+    from megatron_ext import hf_checkpoint
+    from recipes.data.processor import PromptProcessor
+    from recipes.data.rows import load_rows
+
+    processor = PromptProcessor(config.model.path, config.data.max_prompt_tokens, config.data.images)
+    rows = load_rows(config.data.prompts)
+    chosen = np.random.default_rng(SEED).choice(len(rows), PROMPTS, replace=False)
+    prompts = [processor(rows[int(n)]).prompt for n in chosen]
+    hf_config = hf_checkpoint.config(config.model.path)
+    return hf_config, batch_of(prompts, [None] * PROMPTS, hf_config.vocab_size)
+
+
+def vision_case(config: Any) -> tuple[Any, Any]:
+    """(transformers' configuration, batch) of the twin: a tower of 8 layers, a language model of 12."""
+    import torch
+    from transformers import Qwen2_5_VLConfig
+
+    from megatron_ext.batch import Prompt
+    from megatron_ext.models import qwen2_5_vl
+    from megatron_ext.packing import VisionInputs
+
+    hf_config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 32_000,
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+        },
+        vision_config={
+            "depth": 8,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_heads": 8,
+            "out_hidden_size": 512,
+            "fullatt_block_indexes": [3, 7],
+        },
+        image_token_id=31_900,
+        video_token_id=31_901,
+        vision_start_token_id=31_902,
+        vision_end_token_id=31_903,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+    vision = hf_config.vision_config
+    random = np.random.default_rng(SEED)
+    grid = torch.tensor([GRID])
+    image_tokens = int(np.prod(GRID)) // vision.spatial_merge_size**2
+    patch = 3 * vision.temporal_patch_size * vision.patch_size**2
+    prompts = []
+    images = []
+    for n in range(PROMPTS):
+        question = random.integers(0, 31_000, QUESTION_TOKENS).tolist()
+        tokens = [31_902, *[hf_config.image_token_id] * image_tokens, 31_903, *question]
+        prompts.append(Prompt(f"p{n}", np.array(tokens, np.int32)))
+        positions = qwen2_5_vl.prompt_positions(hf_config, tokens, grid, [])
+        places = list(range(1, 1 + image_tokens))
+        pixels = torch.randn(int(grid.prod()), patch, generator=torch.Generator().manual_seed(n))
+        images.append(VisionInputs(pixels, grid, places, positions))
+    return hf_config, batch_of(prompts, images, 31_000)
+
+
+def batch_of(prompts: list[Any], images: list[Any], vocabulary: int) -> Any:
+    """A batch of ``SAMPLES`` random responses to each prompt, with weights as of a loss's mean over tokens."""
+    from megatron_ext import batch as batches
+
+    random = np.random.default_rng(SEED)
+    lengths = random.integers(RESPONSE_TOKENS[0], RESPONSE_TOKENS[1] + 1, len(prompts) * SAMPLES)
+    responses = [random.integers(0, vocabulary, length) for length in lengths]
+    batch = batches.build(
+        prompts,
+        responses,
+        prompt_index=np.repeat(np.arange(len(prompts)), SAMPLES),
+        vision=images if images[0] is not None else None,
+    )
+    return batch.with_columns(weights=np.full(int(lengths.sum()), 1 / lengths.sum()))
+
+
+def measure(hf_config: Any, batch: Any, groups: Any, config: Any) -> dict[str, Any]:
+    """Collective: seconds of log-probs and of training, with and without shared prompts, and how far apart they are."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ext import forward_backward, model, packing
+    from recipes.training.policy import Policy, UpdateGuard
+
+    built = model.build(hf_config, groups, replace(config.precision, name="bf16"))
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for shard in built.shards:
+            shard.tensor.normal_(0.0, 0.02, generator=generator)
+    policies = {}
+    for shared in (False, True):
+        layout = replace(groups.config, shared_prompts=shared)
+        policies[shared] = Policy(
+            model=built,
+            parallel=replace(groups, config=layout),
+            source="",
+            cost=packing.cost_of(hf_config, ()),
+            pad_token=0,
+            temperature=1.0,
+            optimizer_config=config.optimizer,
+            guard=UpdateGuard(1, print, lambda *args, **kwargs: None),
+        )
+
+    def loss(log_probs: torch.Tensor, micro_batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -(log_probs * micro_batch.values["weights"]).sum(), {}
+
+    seconds: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    losses = {}
+    tokens = {}
+    for repetition in range(1 + REPETITIONS):
+        order = (False, True) if repetition % 2 else (True, False)
+        for shared in order:
+            dist.barrier()
+            started = time.perf_counter()
+            micro_batches = policies[shared].micro_batches(batch)
+            forward_backward.log_probs(built, micro_batches)
+            after_log_probs = time.perf_counter()
+            losses[shared] = forward_backward.accumulate_gradients(built, micro_batches, loss)["loss"]
+            ended = time.perf_counter()
+            tokens[shared] = sum(micro_batch.tokens.shape[1] for micro_batch in micro_batches)
+            if repetition:
+                of_repetition = {"logprobs": after_log_probs - started, "train": ended - after_log_probs}
+                seconds[shared].append(of_repetition)
+    totals = {shared: [sum(r.values()) for r in repetitions] for shared, repetitions in seconds.items()}
+    ratios = sorted(plain / sharing for plain, sharing in zip(totals[False], totals[True], strict=True))
+    return {
+        "responses": len(batch),
+        "tokens": {"without": tokens[False], "with": tokens[True]},
+        "loss": {"without": losses[False], "with": losses[True]},
+        "seconds": {"without": seconds[False], "with": seconds[True]},
+        "ratio": {"median": ratios[len(ratios) // 2], "least": ratios[0], "greatest": ratios[-1]},
+    }
+
+
+def table(cases: dict[str, Any]) -> Table:
+    shown = Table("case", "tokens", "with shared prompts", "seconds", "with", "ratio", "goal")
+    for name, case in cases.items():
+        medians = []
+        for side in ("without", "with"):
+            totals = sorted(sum(r.values()) for r in case["seconds"][side])
+            medians.append(f"{totals[len(totals) // 2]:.2f}")
+        ratio = case["ratio"]
+        shown.add_row(
+            name,
+            str(case["tokens"]["without"]),
+            str(case["tokens"]["with"]),
+            *medians,
+            f"{ratio['median']:.2f} [{ratio['least']:.2f}, {ratio['greatest']:.2f}]",
+            f"{GOALS[name]}",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    main()
