@@ -125,6 +125,13 @@ def test_rloo_is_the_reward_minus_the_mean_of_the_others_and_dr_grpo_scaled(rewa
     assert rloo == pytest.approx(scaled.tolist())
 
 
+def test_rloo_counts_the_others_of_each_group_for_itself() -> None:
+    """Three of the first group have a reward, two of the second."""
+    inputs = outcomes([[1.0, 0.0, 0.5, math.nan], [1.0, 0.0, math.nan, math.nan]])
+    assert advantages.rloo(inputs)[0].tolist() == pytest.approx([0.75, -0.75, 0, 0])
+    assert advantages.rloo(inputs)[1].tolist() == pytest.approx([1, -1, 0, 0])
+
+
 def test_a_known_group() -> None:
     """Rewards 1, 0, 0, 0: mean 1/4, squares (9 + 3)/16 = 3/4, deviation over n − 1 = 3: 1/2."""
     inputs = outcomes([[1.0, 0, 0, 0]])

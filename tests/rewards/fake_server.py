@@ -48,6 +48,7 @@ class FakeServer:
         self.behave = behave
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.headers_of_checks: list[dict[str, str]] = []
         self.events: list[str] = []
         self.under_way = self.most_under_way = 0
         self.loop = asyncio.new_event_loop()
@@ -69,7 +70,7 @@ class FakeServer:
 
     async def _start(self, port: int) -> int:
         app = web.Application(client_max_size=2**26)
-        app.router.add_get("/v1/models", models)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", models)
         app.router.add_get("/is_sleeping", self._is_sleeping)
         app.router.add_post("/sleep", self._turn)
@@ -86,6 +87,10 @@ class FakeServer:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        self.headers_of_checks.append(dict(request.headers))
+        return await models(request)
 
     async def _turn(self, request: web.Request) -> web.StreamResponse:
         self.headers.append(dict(request.headers))

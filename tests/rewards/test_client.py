@@ -286,6 +286,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
         result = verifier(ROW, "answer")
         assert isinstance(result, Failure)
         assert "the key *** is unknown" in result.reason
+        client.check()
+        assert {headers["Authorization"] for headers in fake.headers_of_checks} == {"Bearer sesame-4711"}
         assert fake.headers[0]["Authorization"] == "Bearer sesame-4711"
         assert "sesame" not in caplog.text + repr(result) + repr(client.pools["judge"].server)
 

@@ -143,7 +143,7 @@ def test_a_scalar_is_the_sigmoid_of_the_reward(value: float) -> None:
     assert request.path == "/pooling"
     assert [message["role"] for message in request.body["messages"]] == ["user", "assistant"]
     assert request.body["messages"][1]["content"] == "an answer"
-    assert request.body["use_activation"] is False
+    assert request.body["task"] == "classify" and request.body["use_activation"] is False
     expected = math.exp(value) / (1 + math.exp(value)) if value < 0 else 1 / (1 + math.exp(-value))
     verdict = request.parse({"data": [{"index": 0, "data": [value]}]})
     assert verdict.score == pytest.approx(expected, abs=1e-12)

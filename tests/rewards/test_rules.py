@@ -228,7 +228,9 @@ def test_instructions_refuse_a_row_before_the_run(rules: list[dict[str, Any]], m
 
 
 def test_length_falls_from_one_to_zero() -> None:
-    scores = [length.score(row(), "w " * n, limit=10).score for n in (0, 10, 15, 20, 30)]
+    verdicts = [length.score(row(), "w " * n, limit=10) for n in (0, 10, 15, 20, 30)]
+    assert [verdict.label for verdict in verdicts] == ["short", "short", "long", "long", "long"]
+    scores = [verdict.score for verdict in verdicts]
     assert scores == [1.0, 1.0, 0.5, 0.0, 0.0]
 
 

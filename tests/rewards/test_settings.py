@@ -208,3 +208,8 @@ def test_the_ready_table_says_who_serves_what(tmp_path: Path) -> None:
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["verifiers"] == ["safety", "value", "knowledge, normal, general"]
     assert cells["address"] == [f"http://127.0.0.1:{port}" for port in (8100, 8110, 8120)]
+    assert cells["server"] == [server.name for server in servers]
+    assert cells["model"] == [server.server.model for server in servers]
+    assert cells["pid"] == ["4711"] * 3
+    assert cells["log"] == [str(server.log) for server in servers]
+    assert list(cells) == ["server", "verifiers", "model", "address", "pid", "log"]
