@@ -311,7 +311,7 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
 
 def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, AdvantageInputs]:
     """Collective: the batch with the columns ``advantages`` and ``weights``, both 0 where the loss mask leaves a token
-    out; and what the advantages were made of."""
+    out, and those of :func:`kl_rewards`; and what the advantages were made of."""
     algorithm = loop.config.algorithm
     samples = algorithm.samples_per_prompt
     with loop.run.phase("logprobs"):
@@ -322,11 +322,12 @@ def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, Advan
             overlong_fraction=algorithm.overlong_fraction,
         )
         loss_mask = torch.from_numpy(batch.loss_mask)
+        batch, token_rewards = kl_rewards(loop, batch)
         inputs = trained_inputs(
             rewards=by_group(batch.rewards, samples) + penalty,
             response_lengths=lengths,
             loss_mask=loss_mask,
-            token_rewards=kl_rewards(loop, batch),
+            token_rewards=token_rewards,
             values=None if loop.critic is None else loop.critic.values(loop.policy, batch),
         )
         advantage = resolve("advantage", algorithm)
@@ -338,18 +339,23 @@ def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, Advan
         return batch.with_columns(advantages=advantages, weights=weights), inputs
 
 
-def kl_rewards(loop: Loop, batch: TokenBatch) -> torch.Tensor:
-    """float64 [R]: what each response token pays for leaving the reference; 0 where the KL is in the loss."""
+def kl_rewards(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, torch.Tensor]:
+    """Collective: float64 [R], what each response token pays for leaving the reference, 0 where the KL is in the loss;
+    and the batch with the log-probs that the updates need again, as columns: ``reference``, and ``old`` where a rollout
+    makes several updates."""
     algorithm = loop.config.algorithm
-    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0:
-        return torch.zeros(len(batch.response_tokens), dtype=torch.float64)
-    micro_batches = loop.policy.micro_batches(batch)
     total = len(batch.response_tokens)
+    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0:
+        return batch, torch.zeros(total, dtype=torch.float64)
+    micro_batches = loop.policy.micro_batches(batch)
     log_probs = loop.policy.all_log_probs(micro_batches, total)
     with loop.policy.reference_weights():
         reference = loop.policy.all_log_probs(micro_batches, total)
     kl = resolve("kl_estimator", algorithm)(log_probs, reference)
-    return -algorithm.kl_coefficient * kl.double()
+    batch = batch.with_columns(reference=reference.numpy())
+    if algorithm.updates_per_rollout > 1:
+        batch = batch.with_columns(old=log_probs.numpy())
+    return batch, -algorithm.kl_coefficient * kl.double()
 
 
 def split(batch: TokenBatch, updates: int) -> list[TokenBatch]:
@@ -403,11 +409,12 @@ def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -
 
 def add_log_probs(loop: Loop, micro_batches: Sequence[MicroBatch], several_updates: bool) -> None:
     """Collective: log-probs under the reference, and, where the weights move before the last update of the rollout,
-    those under the present weights as the old policy's."""
-    if loop.needs.reference:
+    those under the present weights as the old policy's. What the KL in the reward took is there already."""
+    present = micro_batches[0].values
+    if loop.needs.reference and "reference" not in present:
         with loop.policy.reference_weights():
             loop.policy.add_log_probs(micro_batches, "reference")
-    if several_updates:
+    if several_updates and "old" not in present:
         loop.policy.add_log_probs(micro_batches, "old")
 
 

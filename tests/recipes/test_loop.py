@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_ext import forward_backward
 from megatron_ext.blocks import Shard, region
 from recipes.config import Config, parse
 from recipes.run import records
@@ -307,6 +308,15 @@ def test_a_resumed_run_has_its_critic_its_multiplier_and_its_responses_in_flight
     assert metrics[-1]["value/loss"] > 0
     assert metrics[-1]["constraint/multiplier"] != metrics[0]["constraint/multiplier"]
     assert any(row["staleness/max"] > 0 for row in metrics), "a response goes on from another step's"
+
+
+def test_the_kl_in_the_reward_and_the_updates_share_their_passes(twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One under the policy and one under the reference, for both updates of a step."""
+    passes = []
+    log_probs = forward_backward.log_probs
+    monkeypatch.setattr(forward_backward, "log_probs", lambda *given: passes.append(given) or log_probs(*given))
+    train(twin, twin / "passes", *PPO)
+    assert len(passes) == 2 * STEPS
 
 
 def test_one_step_ahead_samples_come_from_the_weights_before(twin: Path) -> None:
