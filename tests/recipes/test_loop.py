@@ -260,7 +260,7 @@ def test_metrics_count_what_was_made(run_dir: Path) -> None:
         assert row["staleness/max"] == 0
         assert row["sync/bytes"] == BYTES
         assert row["skipped_updates"] == 0
-        assert row["kl/old"] == 0
+        assert row["kl/old"] == row["clip_fraction/low"] == row["clip_fraction/high"] == 0
         assert row["train_inference_mismatch/max"] < 1e-4
         assert row["tokens_per_second"] == pytest.approx(sum(lengths) / row["time/generate"], rel=1e-6)
         phases = {"sync", "generate", "reward", "logprobs", "train"}
@@ -341,6 +341,12 @@ def test_prompts_are_drawn_again_for_groups_whose_rewards_are_equal(twin: Path) 
         assert len(differing) == 2 and all(prompt.startswith("task-") for prompt in differing)
         assert row["trained_samples"] == sum(line["advantage"] != 0 for line in of_step)
     assert len({line["prompt_id"] for line in lines if line["advantage"] != 0}) == 4, "each round has rows of its own"
+
+
+def test_a_mismatch_above_the_bound_stops_the_run_before_its_update(twin: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"is above algorithm\.max_mismatch=1e-09: the engine did not sample from"):
+        train(twin, twin / "alarm", "algorithm.max_mismatch=1e-9")
+    assert not (twin / "alarm" / "metrics.jsonl").exists() and not (twin / "alarm" / "hf").exists()
 
 
 def test_a_response_without_a_reward_is_not_trained_on(twin: Path) -> None:
