@@ -2,18 +2,31 @@
 
 With ``max_stack_depth`` mutmut looks for the source file of each frame, and fails at code that has none (a dataclass's
 ``<string>``, ``<frozen importlib._bootstrap>``). In a process that a test starts it would fail as well, and what it
-notes there is lost.
+notes there is lost: of the modules of ``STARTED`` every test of a file counts as one that calls each function. The
+mutant is at work in those processes too.
 
 A property's counterexample is not made smaller: that takes minutes, and here only its being there counts.
 """
 
+import json
 import os
 from functools import cache
 from pathlib import Path
 
+import pytest
 from hypothesis import Phase, settings
 from mutmut import stats
 from mutmut.mutation import trampoline
+from mutmut.state import state
+
+# Modules of processes that tests start → the file of the tests.
+STARTED = {
+    "rewards.check_process": "tests/rewards/test_rules.py",
+    "rewards.function_process": "tests/rewards/test_functions.py",
+    "rewards.processes": "tests/rewards/test_functions.py",
+    "rewards.serve": "tests/rewards/test_serve.py",
+    "rewards.token_guard": "tests/rewards/test_serve.py",
+}
 
 settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])
 settings.load_profile("mutation")
@@ -31,3 +44,19 @@ if os.environ.get("MUTANT_UNDER_TEST") == "stats":
     stats.Path = cache(SourceFile)
     trampoline.set_mutant_under_test("stats")
     del os.environ["MUTANT_UNDER_TEST"]
+
+
+@cache
+def functions(module: str) -> set[str]:
+    """mutmut's names of the functions of a module that have mutants. The working folder is mutmut's."""
+    mutants = json.loads(Path(f"{module.replace('.', '/')}.py.meta").read_text())["exit_code_by_key"]
+    return {name.partition("__mutmut_")[0] for name in mutants}
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """While mutmut notes what a test calls, add what it calls in the processes that it starts."""
+    if trampoline.get_mutant_under_test() != "stats":
+        return
+    for module, file in STARTED.items():
+        if item.path.match(f"*/{file}"):
+            state()._stats.update(functions(module))
