@@ -2,8 +2,8 @@
 
 With ``max_stack_depth`` mutmut looks for the source file of each frame, and fails at code that has none (a dataclass's
 ``<string>``, ``<frozen importlib._bootstrap>``). In a process that a test starts it would fail as well, and what it
-notes there is lost: of the modules of ``STARTED`` every test of a file counts as one that calls each function. The
-mutant is at work in those processes too.
+notes there is lost, and of what a module's fixture calls all but the first test. So of the modules of ``SEEN_BY`` every
+test of a file counts as one that calls each function. The mutant is at work in those processes too.
 
 A property's counterexample is not made smaller: that takes minutes, and here only its being there counts.
 """
@@ -19,13 +19,14 @@ from mutmut import stats
 from mutmut.mutation import trampoline
 from mutmut.state import state
 
-# Modules of processes that tests start → the file of the tests.
-STARTED = {
-    "rewards.check_process": "tests/rewards/test_rules.py",
-    "rewards.function_process": "tests/rewards/test_functions.py",
-    "rewards.processes": "tests/rewards/test_functions.py",
-    "rewards.serve": "tests/rewards/test_serve.py",
-    "rewards.token_guard": "tests/rewards/test_serve.py",
+# Module → files of tests.
+SEEN_BY = {
+    "recipes.training.rl": ("tests/recipes/test_loop.py", "tests/recipes/test_ppo_step.py"),
+    "rewards.check_process": ("tests/rewards/test_rules.py",),
+    "rewards.function_process": ("tests/rewards/test_functions.py",),
+    "rewards.processes": ("tests/rewards/test_functions.py",),
+    "rewards.serve": ("tests/rewards/test_serve.py",),
+    "rewards.token_guard": ("tests/rewards/test_serve.py",),
 }
 
 settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])
@@ -54,9 +55,9 @@ def functions(module: str) -> set[str]:
 
 
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """While mutmut notes what a test calls, add what it calls in the processes that it starts."""
+    """While mutmut notes what a test calls, add what ``SEEN_BY`` has of its file."""
     if trampoline.get_mutant_under_test() != "stats":
         return
-    for module, file in STARTED.items():
-        if item.path.match(f"*/{file}"):
+    for module, files in SEEN_BY.items():
+        if any(item.path.match(f"*/{file}") for file in files):
             state()._stats.update(functions(module))

@@ -325,6 +325,11 @@ def test_one_step_ahead_samples_come_from_the_weights_before(twin: Path) -> None
     assert [row["staleness/max"] for row in rows(run_dir, "metrics.jsonl")] == [0, 1, 1]
     versions = {(line["step"], line["weight_version"]) for line in rows(run_dir, "samples.jsonl")}
     assert versions == {(1, 0), (2, 0), (3, 1)}
+    in_turn = train(twin, twin / "in_turn")
+    prompts = [
+        [(line["step"], line["prompt_id"]) for line in rows(folder, "samples.jsonl")] for folder in (run_dir, in_turn)
+    ]
+    assert prompts[0] == prompts[1], "the steps' prompts are the same"
 
 
 def test_prompts_are_drawn_again_for_groups_whose_rewards_are_equal(twin: Path) -> None:

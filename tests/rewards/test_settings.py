@@ -195,6 +195,38 @@ def test_a_rule_takes_arguments_and_a_template_may_be_a_dotted_path() -> None:
     assert verifiers["judged"].template is TEMPLATES["normal"]
 
 
+def test_what_a_judge_s_server_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's command line, and the environment: the project can be imported, and on a CPU no device is looked for and
+    nothing compiled."""
+    config = read("+rewards.servers.safety.arguments=[--max-model-len, '512']")
+    model = config.servers["safety"]["model"]
+    common = ["serve", model, "--host", "127.0.0.1", "--port", "8100", "--served-model-name", model]
+    common += ["--runner", "generate", "--tensor-parallel-size", "1"]
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    on_cpu = judge_servers(config, tmp_path, "cpu")[0]
+    assert on_cpu.command() == [*common, *on_cpu.cpu_arguments, "--max-model-len", "512"]
+    environment = on_cpu.environment()
+    assert environment["PYTHONPATH"] == f"{CONF.parent}:/mine"
+    expected = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "PYTHONUNBUFFERED": "1",
+    }
+    assert expected.items() <= environment.items()
+    assert "VLLM_API_KEY" not in environment and "VLLM_SERVER_DEV_MODE" not in environment
+    monkeypatch.delenv("PYTHONPATH")
+    on_gpu = judge_servers(config, tmp_path, "cuda")[0]
+    assert on_gpu.command()[: len(common)] == common
+    assert on_gpu.environment()["PYTHONPATH"] == str(CONF.parent)
+    assert on_gpu.environment()["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, on_gpu.devices or ()))
+    assert "TORCH_COMPILE_DISABLE" not in on_gpu.environment()
+
+
 def test_the_ready_table_says_who_serves_what(tmp_path: Path) -> None:
     config = read()
 
