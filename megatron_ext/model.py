@@ -16,10 +16,10 @@ from megatron_ext import platform
 from megatron_ext.blocks import Shard
 from megatron_ext.layout import ParallelConfig
 from megatron_ext.models import family
+from megatron_ext.packed import RotaryAtPositions
 from megatron_ext.parallel import Parallel
 from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
-from megatron_ext.shared_prompts import RotaryAtPositions
 from megatron_ext.vision_language import VisionLanguageModel
 from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards, unfused_name
 
@@ -228,10 +228,10 @@ def build_chunk(
     )
     if is_scalar and is_last:
         model.output_layer = ScalarHead(config.hidden_size, config.params_dtype)
-    if shares_prompts(sizes) and model.position_embedding_type == "rope":
+    if model.position_embedding_type == "rope":
         model.rotary_pos_emb = RotaryAtPositions(model.rotary_pos_emb)
     if model.position_embedding_type == "mrope":
-        # The positions of a packed batch are divided over context-parallel ranks when they are applied, not before.
+        # ``MicroBatch.positions`` are this context-parallel rank's already.
         model.rotary_pos_emb.cp_group = None
     if has_vision:
         recompute = RECOMPUTE[sizes.recompute]

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.batch import Array, TokenBatch, offsets
 from megatron_ext.layout import token_multiple
 from megatron_ext.models import family
-from megatron_ext.shared_prompts import PROMPT, SharedPromptParams
+from megatron_ext.packed import PROMPT, Pack
 from megatron_ext.weight_map import round_up, sharding_of
 
 
@@ -122,7 +121,7 @@ class VisionBatch:
 class MicroBatch:
     """Packed sequences. T tokens on this rank, R of its tokens predict a response token.
 
-    ``tokens`` [1, T]. ``positions`` [3, 1, T x context ranks]: mRoPE's, of all context-parallel ranks. ``predict`` [R]
+    ``tokens`` [1, T]. ``positions`` [3, 1, T]: on mRoPE's three axes, alike on all for a text. ``predict`` [R]
     indexes the token whose hidden state predicts a response token; ``targets`` [R] those tokens; ``values`` name → [R]
     FP32: the batch's ``logprobs``, ``loss_mask`` and further columns; ``lengths`` tokens of each response on this rank;
     ``indices`` the place of each response in the batch; ``places`` [R] that of each token among the batch's response
@@ -132,7 +131,7 @@ class MicroBatch:
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    packed: PackedSeqParams
+    packed: Pack
     predict: torch.Tensor
     targets: torch.Tensor
     values: dict[str, torch.Tensor]
@@ -361,8 +360,7 @@ def pack(
 ) -> MicroBatch:
     """Pack the responses ``indices`` of a batch, each with its prompt; a dummy sequence pads T to ``multiple``.
 
-    With ``shared_prompts`` successive responses to one prompt are one sequence, as ``megatron_ext.shared_prompts`` has
-    it.
+    With ``shared_prompts`` successive responses to one prompt are one sequence, as ``megatron_ext.packed`` has it.
 
     Under context parallelism each sequence is padded to 2 x ``context`` slices of equal length, of which a rank has the
     ``context_rank``-th from either end: so causal attention costs every rank the same. Padding follows a sequence,
@@ -425,25 +423,19 @@ def pack(
     values = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask, **batch.columns}
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
     longest = int(padded_lengths.max())
-    packed_options: dict[str, Any] = {
-        "qkv_format": "thd",
-        "cu_seqlens_q": cu_seqlens,
-        "cu_seqlens_kv": cu_seqlens,
-        "max_seqlen_q": longest,
-        "max_seqlen_kv": longest,
-    }
-    if shared_prompts:
-        packed: PackedSeqParams = SharedPromptParams(
-            **packed_options,
-            segments=torch.tensor(segments, device=device),
-            positions=torch.tensor(positions[0], device=device),
-        )
-    else:
-        packed = PackedSeqParams(**packed_options)
+    local_positions = torch.tensor(positions[:, local], device=device)
     return MicroBatch(
         tokens=torch.tensor(tokens[local], device=device).unsqueeze(0),
-        positions=torch.tensor(positions, device=device).unsqueeze(1),
-        packed=packed,
+        positions=local_positions.unsqueeze(1),
+        packed=Pack(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            positions=local_positions[0],
+            segments=torch.tensor(segments, device=device) if shared_prompts else None,
+        ),
         predict=torch.tensor(predict[is_local], device=device),
         targets=torch.tensor(batch.response_tokens[column_places].astype(np.int64), device=device),
         values={

@@ -307,7 +307,7 @@ class _Places:
 
 def _places(packed: Any, context: int) -> _Places:
     """The places of a pack, computed once per micro-batch and kept in ``packed``."""
-    from megatron_ext.shared_prompts import PROMPT, SharedPromptParams, sees
+    from megatron_ext.packed import PROMPT, sees
 
     cached: _Places | None = getattr(packed, "places", None)
     if cached is not None:
@@ -322,13 +322,14 @@ def _places(packed: Any, context: int) -> _Places:
     local_tokens = tokens_of_ranks[_context_rank()] if context > 1 else tokens_of_ranks[0]
     keys = row_of[torch.cat(tokens_of_ranks)]
     hidden = None
-    if isinstance(packed, SharedPromptParams):
+    segments = getattr(packed, "segments", None)  # a vision tower's pack has none
+    if segments is not None:
         longest = int(lengths.max())
         # Padding takes part as tokens of the prompt: it follows the sequence, and nothing comes after it.
-        segments = torch.full((len(lengths) * longest,), PROMPT).index_copy_(0, keys, packed.segments)
-        segments = segments.view(len(lengths), longest)
+        padded = torch.full((len(lengths) * longest,), PROMPT).index_copy_(0, keys, segments)
+        padded = padded.view(len(lengths), longest)
         is_later = torch.ones(longest, longest, dtype=torch.bool).triu(1)
-        hidden = (is_later | ~sees(segments.unsqueeze(2), segments.unsqueeze(1))).unsqueeze(1)
+        hidden = (is_later | ~sees(padded.unsqueeze(2), padded.unsqueeze(1))).unsqueeze(1)
     packed.places = _Places(lengths, row_of[local_tokens], keys, hidden)
     return packed.places
 
@@ -389,29 +390,13 @@ class _Pack(torch.autograd.Function):
 
 
 def _rotary_packed(
-    t: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    freqs: torch.Tensor,
-    cp_size: int = 1,
-    cp_rank: int = 0,
-    interleaved: bool = False,
+    t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, **context: int
 ) -> torch.Tensor:
-    """Rotary embedding for packed sequences, t [tokens, heads, head_dim], freqs [positions, 1, 1, head_dim].
-
-    The same function as Transformer Engine's kernel, in one gather instead of a loop over sequences. If there are as
-    many positions as tokens on all context-parallel ranks, each token has its own (mRoPE, vision towers). Otherwise
-    positions count from the start of each sequence.
-    """
+    """Rotary embedding for packed sequences, t [tokens, heads, head_dim], freqs [tokens, 1, 1, head_dim]: each token
+    has its angles, so that neither sequences nor context-parallel slices matter."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-    starts = cu_seqlens.long()
-    position = torch.arange(int(starts[-1]))
-    if freqs.shape[0] != t.shape[0] * cp_size:
-        position -= torch.repeat_interleave(starts[:-1], starts.diff())
-    if cp_size > 1:
-        position = position[_context_slices(starts, cp_size, cp_rank)]
-    rotated = _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[position], rotary_interleaved=interleaved)
-    return rotated.squeeze(1)
+    return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, rotary_interleaved=interleaved).squeeze(1)
 
 
 def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool) -> tuple[torch.Tensor, None]:

@@ -1,5 +1,6 @@
 """CUDA: NCCL, Transformer Engine modules, fused kernels. Unproven until run on a GPU, see docs/gpu_checks.md."""
 
+import functools
 import os
 from typing import Any
 
@@ -75,7 +76,7 @@ def encoder_layer(config: Any) -> Any:
 
 
 def _rotary_per_token() -> None:
-    """Extend Transformer Engine's packed rotary kernel to one position per token (mRoPE, vision towers).
+    """Give Transformer Engine's packed rotary kernel one position per token (``megatron_ext.packed``, mRoPE, towers).
 
     The kernel counts positions from the start of each sequence. If the pack is passed as one sequence, each token has
     a position of its own.
@@ -84,18 +85,16 @@ def _rotary_per_token() -> None:
 
     kernel = rope_utils.fused_apply_rotary_pos_emb_thd
 
-    def rotary(
-        t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, cp_size: int = 1, cp_rank: int = 0, **rest: Any
-    ) -> torch.Tensor:
-        """t [tokens, heads, head_dim] rotated by freqs [positions, 1, 1, head_dim]."""
-        if freqs.shape[0] != t.shape[0] * cp_size:
-            return kernel(t, cu_seqlens, freqs, cp_size=cp_size, cp_rank=cp_rank, **rest)
-        if cp_size > 1:
-            from megatron_ext.packing import context_slices
+    @functools.lru_cache(maxsize=64)
+    def one_sequence(tokens: int, on: torch.device) -> torch.Tensor:
+        """Kept, since a copy from the host in each layer would make the host wait for the device."""
+        return torch.tensor([0, tokens], dtype=torch.int32, device=on)
 
-            freqs = freqs[torch.tensor(context_slices(cu_seqlens.tolist(), cp_size, cp_rank), device=freqs.device)]
-        one_sequence = torch.tensor([0, t.shape[0]], dtype=torch.int32, device=t.device)
-        return kernel(t, one_sequence, freqs, **rest)
+    def rotary(
+        t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, **context: int
+    ) -> torch.Tensor:
+        """t [tokens, heads, head_dim] rotated by freqs [tokens, 1, 1, head_dim]."""
+        return kernel(t, one_sequence(t.shape[0], t.device), freqs, interleaved=interleaved)
 
     rope_utils.fused_apply_rotary_pos_emb_thd = rotary
 

@@ -372,11 +372,15 @@ def test_context_ranks_share_the_tokens_and_predictions_out(
     starts = ranks[0].packed.cu_seqlens_q.tolist()
     slices = [context_slices(starts, context, rank) for rank in range(context)]
     assert sorted(at for places in slices for at in places) == list(range(starts[-1]))
-    for rank in ranks:
+    for rank, places in zip(ranks, slices, strict=True):
         assert torch.equal(rank.tokens[0][rank.predict] + 1, rank.targets)
         assert rank.values["own"].tolist() == rank.targets.tolist()
         assert sum(rank.lengths) == len(rank.targets)
-        assert rank.positions.shape == (3, 1, starts[-1])
+        begins = np.asarray(starts)[np.searchsorted(starts, places, side="right") - 1]
+        assert rank.positions.shape == (3, 1, len(places)) and torch.equal(rank.positions[0, 0], rank.packed.positions)
+        # Padding after a sequence counts from 0 again.
+        is_token = rank.tokens[0].numpy() != -1
+        assert rank.packed.positions.numpy()[is_token].tolist() == (np.asarray(places) - begins)[is_token].tolist()
     assert sorted(t for rank in ranks for t in rank.targets.tolist()) == packed.targets.tolist()
 
 

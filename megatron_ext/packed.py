@@ -1,4 +1,6 @@
-"""Responses to one prompt share its pass: a packed sequence is a prompt and all its responses.
+"""What the layers know of a pack: where its sequences are, each token's position, and which prompts are shared.
+
+Responses that share their prompt's pass are one sequence with it:
 
     tokens      p0 p1 p2 | a0 a1 a2 a3 | b0 b1
     segments     0  0  0 |  1  1  1  1 |  2  2
@@ -19,15 +21,15 @@ PROMPT = 0
 
 
 @dataclass
-class SharedPromptParams(PackedSeqParams):
-    """Megatron-Core's description of a pack, with what a shared prompt needs.
+class Pack(PackedSeqParams):
+    """Megatron-Core's description of a pack, of all context-parallel ranks, with more of its tokens.
 
-    ``segments`` [T] int64: ``PROMPT``, or the number of the response within its sequence, from 1. ``positions`` [T]
-    int64: of each token, for rotary embeddings.
+    ``positions`` [T] int64: of this rank's tokens, for rotary embeddings. ``segments`` [T] int64 where prompts are
+    shared: ``PROMPT``, or the number of the response within its sequence, from 1.
     """
 
-    segments: torch.Tensor = field(kw_only=True)
     positions: torch.Tensor = field(kw_only=True)
+    segments: torch.Tensor | None = field(kw_only=True)
 
 
 def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -36,10 +38,11 @@ def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 class RotaryAtPositions(torch.nn.Module):
-    """A GPTModel's rotary embedding, with an angle for each token of a pack whose prompts are shared.
+    """A GPTModel's rotary embedding, with one angle for each token of a pack.
 
-    GPTModel asks for the length of the longest sequence, with the pack, and at once for the angles of that length. The
-    platforms' rotary kernels take as many angles as there are tokens as one for each token.
+    GPTModel asks for the length of the longest sequence, with the pack, and at once for the angles of that length. So
+    they are gathered once for all layers, and no layer has to know where the sequences and a context-parallel rank's
+    slices of them are.
     """
 
     def __init__(self, rotary: Any) -> None:
@@ -47,15 +50,13 @@ class RotaryAtPositions(torch.nn.Module):
         self.rotary = rotary
         self.positions: torch.Tensor | None = None
 
-    def get_rotary_seq_len(
-        self, inference: Any, decoder: Any, decoder_input: Any, config: Any, packed: PackedSeqParams
-    ) -> int:
+    def get_rotary_seq_len(self, inference: Any, decoder: Any, decoder_input: Any, config: Any, packed: Pack) -> int:
         """Keeps the positions of the pack for the call that follows."""
-        self.positions = packed.positions if isinstance(packed, SharedPromptParams) else None
+        self.positions = packed.positions
         length: int = self.rotary.get_rotary_seq_len(inference, decoder, decoder_input, config, packed)
         return length
 
     def forward(self, length: int, **options: Any) -> torch.Tensor:
-        """[tokens, 1, 1, head_dim] of a pack with shared prompts, else [length, 1, 1, head_dim]."""
+        """[tokens, 1, 1, head_dim]."""
         angles: torch.Tensor = self.rotary(length, **options)
-        return angles if self.positions is None else angles[self.positions]
+        return angles[self.positions]
