@@ -19,12 +19,26 @@ def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def all_gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
-    """Collective: the bytes of all ranks of a gloo group, in rank order; the lengths may differ."""
+    """Collective: the bytes of all ranks of a gloo group, in rank order; the lengths may differ.
+
+    The first bytes are gathered with the lengths. The rest of each longer value is broadcast in its own length: often
+    only one rank of a node has anything, and padding to the longest would send the node's size times as much.
+    """
     heads = _all_gather(len(payload).to_bytes(8, "little") + payload[:HEAD_BYTES], 8 + HEAD_BYTES, group)
     sizes = [int.from_bytes(head[:8], "little") for head in heads]
-    rest = max(sizes) - HEAD_BYTES
-    tails = _all_gather(payload[HEAD_BYTES:], rest, group) if rest > 0 else [b""] * len(heads)
-    return [(head[8:] + tail)[:size] for head, tail, size in zip(heads, tails, sizes, strict=True)]
+    rank = dist.get_rank(group)
+    tails = []
+    sends = []
+    for source, size in enumerate(sizes):
+        tail = torch.empty(max(0, size - HEAD_BYTES), dtype=torch.uint8)
+        if source == rank and len(tail):
+            tail = torch.frombuffer(bytearray(payload[HEAD_BYTES:]), dtype=torch.uint8)
+        if len(tail):
+            sends.append(dist.broadcast(tail, group=group, group_src=source, async_op=True))
+        tails.append(tail)
+    for send in sends:
+        send.wait()
+    return [head[8 : 8 + size] + tail.numpy().tobytes() for head, size, tail in zip(heads, sizes, tails, strict=True)]
 
 
 def _all_gather(data: bytes, length: int, group: dist.ProcessGroup) -> list[bytes]:
