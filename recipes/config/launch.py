@@ -21,6 +21,10 @@ class ModelConfig:
     )
     gguf_package: str | None = setting("Python package that the folder is made from where it is absent; null for none")
     gguf_file: str | None = setting("GGUF file in that package")
+    random_weights_of: str | None = setting(
+        "folder of configuration and tokenizer from which model.path, where it is absent, is made with random weights; "
+        "null for none"
+    )
 
 
 @dataclass

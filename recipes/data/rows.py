@@ -1,5 +1,6 @@
 """Rows of a data set: the fields they may have, and the checks on them."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ PAIR_FIELDS = ("id", "prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
 TEXT_FIELDS = ("answer", "check", "label", "kind")
 LIST_FIELDS = ("tags", "keywords")
+PACKAGE = "package:"  # begins the name of a media file that an installed package has
 # (field, the field that it stands in for)
 SUBSTITUTES = (("messages", "prompt"), ("reference", "answer"))
 
@@ -24,8 +26,8 @@ def load_rows(source: Any, required: Sequence[str] = PROMPT_FIELDS) -> Rows:
 
     ``messages`` ({role, content} each) may stand in for ``prompt``, and ``reference`` for ``answer``. Of messages a
     ``prompt`` is written too, for readers of text (judges, reports). ``images`` (files) and ``videos`` (lists of the
-    frames' files) are relative to the data file and become absolute; the prompt has a mark ``<image>`` or ``<video>``
-    for each. A field that is null counts as missing.
+    frames' files) are relative to the data file, or of an installed package (``package:NAME/…``), and become absolute;
+    the prompt has a mark ``<image>`` or ``<video>`` for each. A field that is null counts as missing.
 
     Raises ConfigError naming source, line or row number, and field: for a missing field or file, a value of the wrong
     type, an id that occurs twice, and a number of marks that differs from the number of files.
@@ -135,13 +137,25 @@ def _absolute_media(row: Row, folder: Path) -> dict[str, Any]:
             )
     media: dict[str, Any] = {}
     if images:
-        media["images"] = [str(folder / path) for path in images]
+        media["images"] = [_media_path(folder, name) for name in images]
     if videos:
-        media["videos"] = [[str(folder / path) for path in frames] for frames in videos]
+        media["videos"] = [[_media_path(folder, name) for name in frames] for frames in videos]
     for field, file in media_files(media):
         if not Path(file).is_file():
             raise ValueError(f"field {field}: no file {file}; names are relative to the data file")
     return media
+
+
+def _media_path(folder: Path, name: str) -> str:
+    """The path of a media file: in ``folder``, or of package:NAME/… in an installed package. Raises ValueError for a
+    package that is not installed."""
+    if not name.startswith(PACKAGE):
+        return str(folder / name)
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{name!r}: package {package!r} is not installed; install it in the run's environment")
+    return str(Path(spec.submodule_search_locations[0]) / file)
 
 
 def media_files(row: Row) -> list[tuple[str, str]]:

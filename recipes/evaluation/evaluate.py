@@ -143,6 +143,7 @@ def report(stage: str, rows: Iterable[Row], names: Sequence[str], models: Mappin
                 "id": row["id"],
                 "kind": row["kind"],
                 "prompt": row["prompt"],
+                **({"images": row["images"]} if "images" in row else {}),
                 **{model: answer["response"] for model, answer in greedy.items()},
                 "labels": {model: _format_labels(answer) for model, answer in greedy.items()},
             }

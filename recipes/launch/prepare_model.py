@@ -1,4 +1,5 @@
-"""Convert the GGUF file of a Python package into a Hugging Face folder, once."""
+"""Make the Hugging Face folder that a run starts from, once: from the GGUF file of a Python package, or with random
+weights."""
 
 import importlib.util
 import shutil
@@ -22,6 +23,9 @@ def prepare(model: ModelConfig) -> bool:
     target = Path(model.path)
     if (target / "config.json").is_file():
         return False
+    if model.random_weights_of is not None:
+        make_random(Path(model.random_weights_of), target)
+        return True
     if model.gguf_package is None or model.gguf_file is None:
         raise ConfigError(
             f"model.path={model.path!r}: no config.json there; give the folder of a Hugging Face checkpoint"
@@ -55,3 +59,22 @@ def prepare(model: ModelConfig) -> bool:
     tokenizer.save_pretrained(partial)
     partial.rename(target)
     return True
+
+
+def make_random(source: Path, target: Path) -> None:
+    """Write ``target`` as ``source`` with random weights in BF16, the same on every machine. Raises ConfigError where
+    there is no configuration."""
+    if not (source / "config.json").is_file():
+        raise ConfigError(f"model.random_weights_of={str(source)!r}: no config.json there; give a folder that has one")
+
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    torch.manual_seed(0)
+    network = getattr(transformers, config.architectures[0])(config)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    network.to(torch.bfloat16).save_pretrained(partial)
+    partial.rename(target)

@@ -258,6 +258,8 @@ def model(config: Config, settings: Settings, expected: str) -> str:
         if find_spec(package) is None:
             raise ConfigError(f"model.gguf_package={package!r} is not installed: make env")
         return f"{folder} is made from the package {package} by the first launch"
+    if config.model.random_weights_of is not None and not (folder / "config.json").is_file():
+        return f"{folder} is made with random weights from {config.model.random_weights_of} by the first launch"
     if settings.files == ELSEWHERE:
         raise NotChecked(f"{folder}: {ELSEWHERE_TEXT}")
     raise ConfigError(
@@ -284,7 +286,7 @@ def tokenizer(config: Config) -> str:
     if not has_tokenizer(config):
         if has_weights(folder):
             raise ConfigError(f"model.path={config.model.path!r}: no {' or '.join(TOKENIZER_FILES)}; copy them there")
-        if config.model.gguf_package is not None:
+        if config.model.gguf_package is not None or config.model.random_weights_of is not None:
             raise NotChecked(f"{folder} is made by the first launch; run the preflight after it")
         raise NotChecked(f"{folder} has no tokenizer on this machine; run the preflight where it has one")
     from transformers import AutoTokenizer

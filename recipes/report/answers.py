@@ -55,7 +55,7 @@ def _transcript(transcript: Mapping[str, Any], models: Mapping[str, str], marks:
             f"{_response(transcript[model], marks)}</div>"
         )
     kind = f'<span class="soft">{text(transcript["kind"])}</span>'
-    return markup.prompt_card(transcript["prompt"], "".join(answers), kind)
+    return markup.prompt_card(transcript["prompt"], "".join(answers), kind, transcript.get("images", []))
 
 
 def _sample(row: Mapping[str, Any], prefix: str, marks: Sequence[str]) -> str:

@@ -1,12 +1,17 @@
 """Text and pages of HTML."""
 
+import base64
+import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+IMAGE_SIDE = 128  # pixels, of the longer side
 # Characters that HTML does not allow, and those that change the reading direction.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -56,9 +61,25 @@ def details(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
-def prompt_card(prompt: str, answers: str, kind: str = "") -> str:
-    """A box with a prompt, escaped here, and boxes of answers below it. ``kind``: HTML after the heading."""
+def image(path: Path) -> str:
+    """A small copy of an image within the page, or the file's name where it can't be opened any more."""
+    try:
+        with Image.open(path) as opened:
+            small = opened.convert("RGB")
+    except OSError:
+        return f'<span class="soft">{text(path.name)} is no longer there</span>'
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    data = io.BytesIO()
+    small.save(data, "PNG")
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{encoded}" alt="{text(path.name)}">'
+
+
+def prompt_card(prompt: str, answers: str, kind: str = "", images: Sequence[str] = ()) -> str:
+    """A box with a prompt, escaped here, and boxes of answers below it. ``kind``: HTML after the heading; ``images``:
+    files that the prompt shows."""
+    shown = "".join(image(Path(file)) for file in images)
     return (
-        f'<div class="card talk"><div class="head"><b>Prompt</b>{kind}</div><div class="text">{text(prompt)}</div>'
-        f'<div class="answers">{answers}</div></div>'
+        f'<div class="card talk"><div class="head"><b>Prompt</b>{kind}</div>{shown}'
+        f'<div class="text">{text(prompt)}</div><div class="answers">{answers}</div></div>'
     )
