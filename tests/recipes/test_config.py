@@ -14,12 +14,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 from megatron_ext import settings
 from megatron_ext.settings import mappings, with_new_keys
@@ -478,6 +481,23 @@ def test_a_model_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith(f"error: model.path='{tmp_path / 'gone'}': no config.json there;")
+
+
+def test_a_model_of_random_weights_is_the_same_each_time(tmp_path: Path) -> None:
+    """It has its processor, and no folder is written over."""
+    made = []
+    for name in ("one", "two"):
+        model = configured("model=vqa_tiny", f"model.path={tmp_path / name}").model
+        assert prepare_model.prepare(model)
+        assert not prepare_model.prepare(model)
+        made.append(load_file(tmp_path / name / "model.safetensors"))
+    assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+    assert sum(tensor.numel() for tensor in made[0].values()) > 10**6
+    assert max(float(tensor.float().std()) for tensor in made[0].values()) > 0.01, "random, not zero"
+    assert AutoProcessor.from_pretrained(tmp_path / "one").tokenizer.chat_template
+    nowhere = configured(f"model.path={tmp_path / 'three'}", f"model.random_weights_of={tmp_path / 'gone'}").model
+    with pytest.raises(ConfigError, match=r"^model\.random_weights_of='.*gone': no config\.json there"):
+        prepare_model.prepare(nowhere)
 
 
 def test_a_mistyped_model_folder_is_not_made_from_the_package(tmp_path: Path) -> None:

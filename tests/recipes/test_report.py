@@ -1,11 +1,15 @@
 """report.html: well formed, complete, nothing from outside, and model text can do nothing in it."""
 
+import base64
+import io
+import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 
 from recipes.evaluation.statistics import mean_interval
 from recipes.report.page import write_report
@@ -148,6 +152,20 @@ def test_well_formed_and_from_known_elements_only(run_dir):
     assert "url(" not in style and "@import" not in style
     # Every address in the page is text of the hostile transcript, not something a browser would fetch.
     assert set(re.findall(r"https?://\S+", text)) == {"https://evil.example/x"}
+
+
+def test_images_of_held_out_prompts_are_in_the_page(run_dir):
+    """Small copies within it; a file that has gone is named."""
+    Image.new("RGB", (300, 200), "red").save(run_dir / "red.png")
+    path = run_dir / "evaluation.json"
+    changed = json.loads(path.read_text())
+    changed["transcripts"][0]["images"] = [str(run_dir / "red.png"), str(run_dir / "<gone>.png")]
+    path.write_text(json.dumps(changed))
+    page = write_report(run_dir).read_text()
+    (encoded,) = re.findall('<img src="data:image/png;base64,([^"]+)" alt="red.png">', page)
+    shown = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    assert shown.size == (128, 85) and shown.getpixel((5, 5)) == (255, 0, 0)
+    assert "&lt;gone&gt;.png is no longer there" in page
 
 
 def test_hostile_text_is_shown_as_written(run_dir):
