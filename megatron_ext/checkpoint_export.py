@@ -61,7 +61,7 @@ def _blocks(tensors: Mapping[str, Any], layout: Layout) -> dict[str, list[Block]
     """
     hf_config = hf_checkpoint.config(layout.source)
     mappings = family(hf_config.architectures[0]).param_mappings(hf_config, 1, 0)
-    if layout.scalar:
+    if layout.head is not None:
         mappings = scalar_head.with_scalar_head(mappings)
     find = finder(mappings)
     published = hf_checkpoint.published_name(layout.source)

@@ -28,7 +28,8 @@ from megatron_ext.entropy import vocab_parallel_entropy
 from megatron_ext.model import Model
 from megatron_ext.packing import MicroBatch
 
-# (log-probs or values [R], micro-batch) → (loss, sums of metrics to be added up over micro-batches and ranks)
+# (log-probs or values [R], values of several labels [R, labels]; micro-batch) → (loss, sums of metrics to be added up
+# over micro-batches and ranks)
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 # Whether a loss gets entropies beside log-probs: not at all, as numbers without a gradient, or with one.
 Entropies = Literal["none", "measured", "trained"]
@@ -43,7 +44,8 @@ def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0)
 
 
 def values(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
-    """Of a model with a scalar head: the value [R] (FP32) before each response token, as ``log_probs`` otherwise.
+    """Of a model with a scalar head: the value [R] (FP32) before each response token, with several labels [R, labels];
+    as ``log_probs`` otherwise.
 
     The value of a complete sequence is that before one more token: append any token as the response.
     """
@@ -51,12 +53,13 @@ def values(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
 
 
 def gather_tokens(model: Model, batches: list[MicroBatch], outputs: list[torch.Tensor], total: int) -> torch.Tensor:
-    """Collective: the outputs of ``log_probs`` or ``values`` for all ``total`` response tokens of the batch, FP32, on
-    every rank's host.
+    """Collective: the outputs of ``log_probs`` or ``values`` for all ``total`` response tokens of the batch, FP32
+    [total], with several labels [total, labels], on every rank's host.
 
     Each token lies on one data- and context-parallel rank of the last pipeline stage, so the sum is exact.
     """
-    gathered = torch.zeros(total, device=batches[0].tokens.device)
+    shape = (total,) if model.labels == 1 else (total, model.labels)
+    gathered = torch.zeros(shape, device=batches[0].tokens.device)
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
         for batch, output in zip(batches, outputs, strict=True):
             gathered[batch.places] = output
@@ -76,7 +79,7 @@ def accumulate_gradients(
     ``loss`` must already be divided by the counts of the full batch (see ``recipes.algorithms.aggregation``): gradients
     are summed over micro-batches and data-parallel ranks, so the update depends on neither. It gets the log-probs [R];
     with ``entropies`` [2, R], log-probs and below them the entropies of the distributions. For a model with a scalar
-    head it gets the values [R].
+    head it gets the values [R], with several labels [R, labels].
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -205,7 +208,7 @@ def _log_probs_of_hidden(
 
 
 def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, context: Any, **_: Any) -> torch.Tensor:
-    """Hidden states [T(/TP), 1, H] → values [R]."""
+    """Hidden states [T(/TP), 1, H] → values [R], with several labels [R, labels]."""
     batch: MicroBatch = context
     hidden = hidden_states
     if model.config.sequence_parallel:

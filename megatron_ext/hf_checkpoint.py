@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from megatron_ext import scalar_head
 from megatron_ext.blocks import Block, Shard, region
 from megatron_ext.models import family
+from megatron_ext.scalar_head import Head
 
 # Of values that an export reads and writes at once.
 PIECE_BYTES = 16 << 20
@@ -127,19 +128,20 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layout:
-    """What an export writes: a folder like ``source`` whose tensors have ``dtype``, with a scalar head or without.
+    """What an export writes: a folder like ``source`` whose tensors have ``dtype``.
 
     Attributes:
+        head: the scalar head that the exported model has; None for a language model.
         headers: each file of ``source`` with tensors → the safetensors header of the exported one.
     """
 
     source: Path
     dtype: torch.dtype
-    scalar: bool
+    head: Head | None
     headers: dict[Path, dict[str, Any]]
 
 
-def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool, scalar: bool = False) -> None:
+def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool, head: Head | None = None) -> None:
     """Collective: write a folder like ``source`` with the shards' weights in their dtype.
 
     Names of tensors, their division into files and all other files are those of ``source``. No full tensor is gathered
@@ -150,11 +152,11 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
         source: the Hugging Face folder that the model was made from.
         target: the folder to write, on a file system that all ranks share.
         writes: whether this rank writes; the ranks of one data-parallel replica must.
-        scalar: whether the model has a scalar head; ``source`` may have one or be a language model.
+        head: the model's scalar head, None for a language model; ``source`` may have it or be a language model.
     """
     target = Path(target)
     partial_folder = target.with_name(target.name + ".partial")
-    layout = export_layout(source, shards[0].tensor.dtype, scalar)
+    layout = export_layout(source, shards[0].tensor.dtype, head)
     is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
     if is_first_rank:
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -170,12 +172,13 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
     _barrier()
 
 
-def export_layout(source: str | Path, dtype: torch.dtype, scalar: bool) -> Layout:
-    """The tensors of ``source`` in the same files, as ``dtype``; with ``scalar`` those of the model with that head."""
+def export_layout(source: str | Path, dtype: torch.dtype, head: Head | None) -> Layout:
+    """The tensors of ``source`` in the same files, as ``dtype``; with a ``head`` those of the model that has it."""
     stored = headers(source)
-    if scalar:
-        stored = scalar_head.with_score_tensor(stored, config(source).get_text_config().hidden_size)
-    return Layout(Path(source), dtype, scalar, {file: _with_dtype(header, dtype) for file, header in stored.items()})
+    if head is not None:
+        hidden_size = config(source).get_text_config().hidden_size
+        stored = scalar_head.with_score_tensor(stored, len(head.labels), hidden_size)
+    return Layout(Path(source), dtype, head, {file: _with_dtype(header, dtype) for file, header in stored.items()})
 
 
 def create(folder: Path, layout: Layout) -> None:
@@ -184,8 +187,8 @@ def create(folder: Path, layout: Layout) -> None:
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copy(file, folder / file.name)
     _set_config_dtype(folder / "config.json", layout.dtype)
-    if layout.scalar:
-        scalar_head.describe(folder, layout.headers)
+    if layout.head is not None:
+        scalar_head.describe(folder, layout.headers, layout.head)
     for file, header in layout.headers.items():
         _create(folder / file.name, header)
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Model:
-    """This rank's part of a policy, critic or reward model.
+    """This rank's part of a policy, critic, reward model or value model.
 
     Attributes:
         chunks: Megatron-Core's DDP modules, one per virtual pipeline stage.
@@ -59,8 +59,14 @@ class Model:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether the model has a scalar head: it computes one number for each token instead of logits."""
+        """Whether the model has a scalar head: it computes one number for each token and label instead of logits."""
         return has_scalar_head(self.hf_config)
+
+    @property
+    def labels(self) -> int:
+        """How many numbers the model computes for each token: one for each label of a scalar head; of a language model
+        one, the log-probability."""
+        return self.hf_config.num_labels if self.is_scalar else 1
 
 
 def check(hf_config: Any, sizes: ParallelConfig) -> None:
@@ -227,7 +233,7 @@ def build_chunk(
         **arch.gpt_options(text),
     )
     if is_scalar and is_last:
-        model.output_layer = ScalarHead(config.hidden_size, config.params_dtype)
+        model.output_layer = ScalarHead(config.hidden_size, hf_config.num_labels, config.params_dtype)
     if model.position_embedding_type == "rope":
         model.rotary_pos_emb = RotaryAtPositions(model.rotary_pos_emb)
     if model.position_embedding_type == "mrope":

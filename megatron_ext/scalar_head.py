@@ -1,15 +1,15 @@
-"""Critics and reward models: a linear layer hidden size → 1 in place of the output layer.
+"""Critics, reward models and value models: a linear layer hidden size → labels in place of the output layer.
 
-Such a model computes one number for each token, a value or a score. Its Hugging Face form is transformers'
-…ForSequenceClassification with one label: the decoder's tensors, ``score.weight`` [1, hidden size] and no output
-layer. Transformers has these classes for the text families. For the vision-language families the names follow the same
-pattern (our choice).
+Such a model computes one number for each token and label: a critic and a reward model have one label, a value model one
+for each principle. Its Hugging Face form is transformers' …ForSequenceClassification: the decoder's tensors,
+``score.weight`` [labels, hidden size] and no output layer. Transformers has these classes for the text families. For
+the vision-language families the names follow the same pattern (our choice).
 """
 
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,33 @@ OUTPUT_LAYER = "output_layer.weight"
 HF_OUTPUT_LAYER = "lm_head.weight"
 
 
-class ScalarHead(torch.nn.Module):
-    """Hidden states [R, hidden size] → FP32 [R]. The weight is replicated on every tensor-parallel rank."""
+@dataclass(frozen=True)
+class Head:
+    """What a configuration says of the numbers that a model computes.
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+    ``labels`` names them in order. ``problem_type`` is transformers': vLLM returns the numbers of "regression" as they
+    are, and the sigmoid of each number of "multi_label_classification", whose loss is the binary cross-entropy.
+    """
+
+    labels: tuple[str, ...]
+    problem_type: str
+
+
+REWARD = Head(("LABEL_0",), "regression")  # transformers' name of a label without a name
+
+
+def value_head(principles: Sequence[str]) -> Head:
+    """The head of a value model: the sigmoid of each output is the value of one of the ``principles``."""
+    return Head(tuple(principles), "multi_label_classification")
+
+
+class ScalarHead(torch.nn.Module):
+    """Hidden states [R, hidden size] → FP32 [R], with several labels [R, labels]. The weight is replicated on every
+    tensor-parallel rank."""
+
+    def __init__(self, hidden_size: int, labels: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, hidden_size, dtype=dtype))
+        self.weight = torch.nn.Parameter(torch.zeros(labels, hidden_size, dtype=dtype))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
@@ -57,15 +78,32 @@ def architecture(base_architecture: str) -> str:
     return name
 
 
-def scalar_config(hf_config: Any) -> Any:
-    """A copy of the configuration for the same decoder with a scalar head, or of one that has the head already.
+def scalar_config(hf_config: Any, head: Head = REWARD) -> Any:
+    """A copy of the configuration for the same decoder with this head, or of one that has the head already.
 
-    Raises ValueError as ``architecture``.
+    Raises ValueError as ``architecture``, and for a model whose head has other outputs.
     """
+    if has_scalar_head(hf_config):
+        labels = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
+        is_other = labels != head.labels and max(len(labels), len(head.labels)) > 1
+        if is_other:
+            raise ValueError(
+                f"a {hf_config.architectures[0]!r} with the outputs {', '.join(labels)}, not {', '.join(head.labels)}: "
+                "start from a language model, or from a model with the same outputs in the same order"
+            )
     config = copy.deepcopy(hf_config)
     config.architectures = [architecture(hf_config.architectures[0])]
-    config.num_labels = 1
+    config.id2label = dict(enumerate(head.labels))
+    config.label2id = {label: i for i, label in enumerate(head.labels)}
+    config.problem_type = head.problem_type
     return config
+
+
+def head_of(hf_config: Any) -> Head | None:
+    """The head that :func:`scalar_config` wrote into a configuration; None for a language model."""
+    if not has_scalar_head(hf_config):
+        return None
+    return Head(tuple(hf_config.id2label.values()), hf_config.problem_type)
 
 
 def with_scalar_head(mappings: Sequence[ModuleMapping]) -> tuple[ModuleMapping, ...]:
@@ -78,7 +116,7 @@ def with_scalar_head(mappings: Sequence[ModuleMapping]) -> tuple[ModuleMapping, 
     return tuple(changed)
 
 
-def with_score_tensor(headers: dict[Path, dict[str, Any]], hidden_size: int) -> dict[Path, dict[str, Any]]:
+def with_score_tensor(headers: dict[Path, dict[str, Any]], labels: int, hidden_size: int) -> dict[Path, dict[str, Any]]:
     """Safetensors headers of a language model without the output layer and with ``score.weight`` in the last file.
 
     The offsets of the other tensors are not adjusted.
@@ -87,24 +125,23 @@ def with_score_tensor(headers: dict[Path, dict[str, Any]], hidden_size: int) -> 
     for file, header in headers.items():
         changed[file] = {name: entry for name, entry in header.items() if not name.endswith(HF_OUTPUT_LAYER)}
     last_file = max(changed)
-    changed[last_file].setdefault(TENSOR, {"shape": [1, hidden_size]})
+    changed[last_file].setdefault(TENSOR, {"shape": [labels, hidden_size]})
     return changed
 
 
-def describe(folder: Path, headers: dict[Path, dict[str, Any]]) -> None:
+def describe(folder: Path, headers: dict[Path, dict[str, Any]], head: Head) -> None:
     """Rewrite ``config.json`` and the index of an exported folder, which were copied from a language model's folder.
 
     ``headers`` are the safetensors headers of the exported files. The padding token stays the model's, or becomes the
-    end of a text if it has none. With ``problem_type`` "regression" vLLM returns the score without an activation.
-    Raises ValueError as ``architecture``.
+    end of a text if it has none. Raises ValueError as ``architecture``.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text())
     config |= {
         "architectures": [architecture(config["architectures"][0])],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "problem_type": "regression",
+        "id2label": {str(i): label for i, label in enumerate(head.labels)},
+        "label2id": {label: i for i, label in enumerate(head.labels)},
+        "problem_type": head.problem_type,
         "tie_word_embeddings": False,
     }
     if config.get("pad_token_id") is None:

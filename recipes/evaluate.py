@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.command_line import from_command_line, split_arguments
 from recipes.config import Config, parse
+from recipes.config.stages import WITH_HEAD
 from recipes.errors import ConfigError
 from recipes.launch.pipeline import run_with_servers
 from recipes.run.display import Display
@@ -82,10 +83,10 @@ def evaluate(config: Config, own: Mapping[str, str]) -> int:
 
     Raises ConfigError for what can't be evaluated, before anything is written or started, and ServerDied.
     """
-    if "reward_model" in config.stage.trains or config.stage.sft.judge is not None:
+    if set(config.stage.trains).intersection(WITH_HEAD) or config.stage.sft.judge is not None:
         raise ConfigError(
-            f"stage {config.stage.name} trains a judge or a reward model, which answers no prompts; its run has "
-            "judge.json or reward_model.json (python -m recipes.evaluation.judge_accuracy)"
+            f"stage {config.stage.name} trains a judge, a reward model or a value model, which answers no prompts; its "
+            "run has judge.json (python -m recipes.evaluation.judge_accuracy), reward_model.json or value_model.json"
         )
     for field in ("model", "against"):
         if field in own and not (Path(own[field]) / "config.json").is_file():

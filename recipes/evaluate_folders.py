@@ -50,7 +50,8 @@ def main() -> None:
 
 
 def evaluate_folders(config: Config, models: Mapping[str, str], display: Display) -> None:
-    """Write ``answers.json`` and ``evaluation.json`` into ``run_dir`` and show the result.
+    """Write ``answers.json``, ``evaluation.json`` and, of the sampled answers of "after", ``samples.jsonl`` into
+    ``run_dir`` and show the result.
 
     ``models``: "after" → a model's folder, "before" → that of one to compare it with, if any.
     """
@@ -65,6 +66,8 @@ def evaluate_folders(config: Config, models: Mapping[str, str], display: Display
             answers[name] = held_out_answers(of_model, rollouts, processor)
         records.write_json(folder / "answers.json", answers)
     rows = load_rows(config.data.evaluation)
+    if evaluate.SAMPLED in answers["after"]:
+        records.append_rows(folder / "samples.jsonl", evaluate.sample_lines(rows, answers["after"]))
     in_order = {name: answers[name] for name in evaluate.MODELS if name in answers}
     evaluation = evaluate.report(config.stage.name, rows, list(config.data.scores), in_order)
     evaluation["models"] = {name: heading(Path(models[name])) for name in in_order}

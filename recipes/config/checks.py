@@ -7,7 +7,7 @@ from megatron_ext.platform.features import capabilities
 from recipes.algorithms import settings as algorithm_settings
 from recipes.config.launch import check_cluster
 from recipes.config.schema import Config, generates, samples_per_update, sequence_multiple
-from recipes.config.stages import check_supervised
+from recipes.config.stages import STAGES, WITH_HEAD, check_supervised
 from recipes.data import settings as data_settings
 from recipes.errors import ConfigError
 from rewards import settings as reward_settings
@@ -52,9 +52,15 @@ def check_folder(config: Config) -> None:
 
 
 def check_stage(config: Config) -> None:
-    """A launch does something."""
-    if not config.stage.trains and not config.stage.ladder:
-        raise ConfigError("stage.trains=[]: name at least one of sft, reward_model, rl, or give stage.ladder")
+    """A launch does something, and a model without an output layer is all that it trains."""
+    trains = config.stage.trains
+    if not trains and not config.stage.ladder:
+        raise ConfigError(f"stage.trains=[]: name at least one of {', '.join(STAGES)}, or give stage.ladder")
+    if len(trains) > 1 and set(trains).intersection(WITH_HEAD):
+        raise ConfigError(
+            f"stage.trains={trains}: a reward or value model has a head in place of the output layer: give it a stage "
+            "of its own"
+        )
 
 
 def check_optimizer_states(config: Config) -> None:

@@ -1,12 +1,16 @@
 """Settings of the stages: what a launch trains, supervised stages, PPO's critic."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_ext.optimizer_settings import ScheduleConfig
 from megatron_ext.settings import COUNT, FREE, setting
 from recipes.data.source_spec import parse_sources
 
-STAGES = ("sft", "reward_model", "rl")
+STAGES = ("sft", "reward_model", "value_model", "rl")
+# They have a head in place of the output layer, which no other part of a launch could use.
+WITH_HEAD = ("reward_model", "value_model")
 EPOCHS = "(0, 1e6]"
 
 
@@ -45,6 +49,31 @@ class RewardModelConfig(ScheduleConfig):
 
 
 @dataclass
+class ValueModelConfig(ScheduleConfig):
+    """A value model: from a prompt and the beginning of a response, the final score of each principle."""
+
+    principles: dict[str, list[str]] = setting(
+        "a principle, and the verifiers whose mean score is the response's; an empty list leaves the principle out"
+    )
+    rollouts: Any = setting(
+        "source, or sources, of scored responses: samples.jsonl of runs whose prompts data.prompts has"
+    )
+    random_prefixes: int = setting(
+        "prefixes of a response at random places, beside those at segment ends", range="[0, 1e6]"
+    )
+    held_out_share: float = setting("share of the prompts whose responses are only evaluated", range="(0, 1)")
+    held_out_rollouts: int = setting(
+        "responses that are evaluated at most, drawn from those of the held-out prompts", range=COUNT, unit="responses"
+    )
+    held_out_every: int = setting(
+        "steps between two evaluations of the held-out responses; also at the end", range=COUNT, on_resume=FREE
+    )
+    epochs: float | None = setting("passes over the other responses, or null and steps", range=EPOCHS)
+    steps: int | None = setting("optimiser steps, or null and epochs", range=COUNT)
+    rollouts_per_step: int = setting("responses of a step, all ranks together", range=COUNT, unit="responses")
+
+
+@dataclass
 class StageConfig:
     """What one launch does."""
 
@@ -55,6 +84,7 @@ class StageConfig:
     ladder: list[str] = setting("stages that are launched one after the other")
     sft: SftConfig = setting("the SFT stage")
     reward_model: RewardModelConfig = setting("the reward model's stage")
+    value_model: ValueModelConfig = setting("the value model's stage")
 
 
 @dataclass
@@ -85,16 +115,31 @@ def check_supervised(stage: StageConfig, sequence_multiple: int) -> None:
         _check_source("stage.reward_model.held_out", stage.reward_model.held_out)
         _check_source("stage.reward_model.pairs", stage.reward_model.pairs)
         _check_multiple("stage.reward_model.pairs_per_step", stage.reward_model.pairs_per_step, sequence_multiple)
+    if "value_model" in stage.trains:
+        path = "stage.value_model"
+        _check_length(path, stage.value_model)
+        if not learned_principles(stage.value_model.principles):
+            raise ValueError(
+                f"{path}.principles={stage.value_model.principles}: give at least one principle a verifier, for "
+                "example {safety: [safety]}"
+            )
+        _check_source(f"{path}.rollouts", stage.value_model.rollouts)
+        _check_multiple(f"{path}.rollouts_per_step", stage.value_model.rollouts_per_step, sequence_multiple)
 
 
-def _check_length(path: str, settings: SftConfig | RewardModelConfig) -> None:
+def learned_principles(principles: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """``stage.value_model.principles`` without those that are left out."""
+    return {name: list(verifiers) for name, verifiers in principles.items() if verifiers}
+
+
+def _check_length(path: str, settings: SftConfig | RewardModelConfig | ValueModelConfig) -> None:
     if (settings.steps is None) == (settings.epochs is None):
         raise ValueError(
             f"{path}.steps={settings.steps}, {path}.epochs={settings.epochs}: give one of them, null the other"
         )
 
 
-def _check_source(path: str, source: str) -> None:
+def _check_source(path: str, source: Any) -> None:
     try:
         parse_sources(source)
     except ValueError as error:

@@ -215,9 +215,9 @@ class Rows(Sequence[Row]):
                 raise ConfigError(f"{self.location(number)}: {error}") from error
 
     @cached_property
-    def streams(self) -> dict[str, list[tuple[int, np.ndarray]]]:
+    def streams(self) -> dict[Any, list[tuple[int, np.ndarray]]]:
         """Kind → the sources that have rows of it, as (the source's weight, the numbers of these rows)."""
-        streams: dict[str, list[tuple[int, np.ndarray]]] = {}
+        streams: dict[Any, list[tuple[int, np.ndarray]]] = {}
         for kind, code in self.kinds.items():
             numbers = np.flatnonzero(self._kind_codes == code)
             by_source = np.split(numbers, np.searchsorted(numbers, self.starts[1:-1]))

@@ -1,7 +1,8 @@
 """Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference made by
 training."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,24 @@ def to_answer(response: Response) -> Answer:
         "thinking_tokens": response.thinking_tokens,
         "scores": {name: to_json(result) for name, result in response.results.items()},
     }
+
+
+def sample_lines(rows: Iterable[Row], answers: Answers) -> Iterator[dict[str, Any]]:
+    """The sampled answers of a model in the form of samples.jsonl, as far as ``recipes.data.value_examples`` reads it.
+    ``rows``: the prompts."""
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    samples: Counter[str] = Counter()
+    for answer in answers[SAMPLED]:
+        row_id = answer["id"]
+        yield {
+            "step": 0,
+            "prompt_id": row_id,
+            "sample_index": samples[row_id],
+            "prompt": prompts[row_id],
+            "response": answer["response"],
+            "verdicts": answer["scores"],
+        }
+        samples[row_id] += 1
 
 
 def score_names(row: Row, scores: Mapping[str, Sequence[str]]) -> list[str]:

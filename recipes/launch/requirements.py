@@ -4,15 +4,17 @@ import os
 
 from megatron_ext.platform.features import capabilities
 from recipes.config import Config, engines_of_a_node, generates
+from recipes.config.stages import learned_principles
 from recipes.errors import ConfigError
 
 ENGINE_GIB = 0.5  # of host memory that a vLLM process takes for itself, at least
 
 
 def check_supervised(config: Config) -> None:
-    """Read the rows that SFT and reward models train on. Raises ConfigError with file, line and field."""
+    """Read the rows that SFT, reward models and value models train on. Raises ConfigError with file, line and field."""
     from recipes.data.rows import PAIR_FIELDS, load_rows
     from recipes.data.sft_examples import load_sft_rows
+    from recipes.data.value_examples import load_rollouts
 
     if "sft" in config.stage.trains:
         for path in filter(None, (config.data.sft, config.stage.sft.held_out)):
@@ -20,6 +22,11 @@ def check_supervised(config: Config) -> None:
     if "reward_model" in config.stage.trains:
         for path in (config.stage.reward_model.pairs, config.stage.reward_model.held_out):
             load_rows(path, PAIR_FIELDS)
+    if "value_model" in config.stage.trains:
+        settings = config.stage.value_model
+        principles = learned_principles(settings.principles)
+        prompts = load_rows(config.data.prompts)
+        load_rollouts(settings.rollouts, prompts, principles, settings.held_out_share, config.seed)
 
 
 def check_parts(config: Config) -> None:

@@ -187,6 +187,7 @@ def sequences_per_update(config: Config) -> int:
         "rl": samples_per_update(config),
         "sft": config.stage.sft.rows_per_step,
         "reward_model": 2 * config.stage.reward_model.pairs_per_step,
+        "value_model": config.stage.value_model.rollouts_per_step,
     }
     return max(sizes[name] for name in config.stage.trains)
 

@@ -167,5 +167,5 @@ def _checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
     if has_scalar_head(hf_config):
         # transformers does not have this form of every family, so it is derived from the language model.
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith(HF_OUTPUT_LAYER)}
-        shapes[TENSOR] = (1, hf_config.get_text_config().hidden_size)
+        shapes[TENSOR] = (hf_config.num_labels, hf_config.get_text_config().hidden_size)
     return shapes

@@ -1,16 +1,19 @@
 """A run's checkpoints as Hugging Face folders: which there are, and where they go."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from megatron_ext import checkpoint_export, hf_checkpoint
+from megatron_ext import checkpoint_export, hf_checkpoint, scalar_head
 from megatron_ext.checkpoint import COMPLETE
 from megatron_ext.hf_checkpoint import Layout
 from megatron_ext.precision import DTYPES
+from megatron_ext.scalar_head import Head
+from recipes.config.stages import learned_principles
 from recipes.errors import ConfigError
 from recipes.run import records
 
@@ -85,11 +88,20 @@ def layout_of(config: dict[str, Any]) -> Layout:
     """What an export of a run's checkpoints writes. Raises ConfigError without the folder that the run began with."""
     dtype = getattr(torch, DTYPES[config["precision"]["name"]])
     try:
-        return hf_checkpoint.export_layout(config["model"]["path"], dtype, "reward_model" in config["stage"]["trains"])
+        return hf_checkpoint.export_layout(config["model"]["path"], dtype, trained_head(config["stage"]))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{error}; an export takes configuration, tokenizer and names of tensors from where the run began"
         ) from error
+
+
+def trained_head(stage: Mapping[str, Any]) -> Head | None:
+    """The scalar head that a stage (``stage`` of a configuration) trains; None for a language model."""
+    if "reward_model" in stage["trains"]:
+        return scalar_head.REWARD
+    if "value_model" in stage["trains"]:
+        return scalar_head.value_head(list(learned_principles(stage["value_model"]["principles"])))
+    return None
 
 
 def _list(steps: dict[int, Path]) -> str:

@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform
+from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform, scalar_head
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY, Snapshot
 from megatron_ext.model import Model, shares_prompts
@@ -151,7 +151,7 @@ class Policy:
     def export(self, folder: Path) -> None:
         """Collective: the present weights as a Hugging Face folder, written by one data-parallel replica."""
         writes = self.parallel.is_first_replica
-        hf_checkpoint.export(self.model.shards, self.source, folder, writes, self.model.is_scalar)
+        hf_checkpoint.export(self.model.shards, self.source, folder, writes, scalar_head.head_of(self.model.hf_config))
 
     # Memory
 

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from recipes.run import folder as run_folder
 from recipes.run import logs, records
 from recipes.run.clock import PhaseClock
 from recipes.run.display import Display
+from recipes.run.exports import trained_head
 from recipes.run.loggers import open_loggers
 from recipes.run.run import Run
 from recipes.run.watchdog import NOTICE, Watchdog
@@ -120,10 +121,11 @@ def open_training(config: Config) -> Iterator[Training]:
 
 
 def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
-    """Collective: the model of ``model.path`` with its weights; with a scalar head for a reward model."""
+    """Collective: the model of ``model.path`` with its weights; with a scalar head for a reward or value model."""
     hf_config = hf_checkpoint.config(config.model.path)
-    if "reward_model" in config.stage.trains:
-        hf_config = scalar_config(hf_config)
+    head = trained_head(asdict(config.stage))
+    if head is not None:
+        hf_config = scalar_config(hf_config, head)
     model = models.build(hf_config, groups, config.precision, config.model.frozen)
     hf_checkpoint.load(model.shards, config.model.path)
     return model

@@ -16,14 +16,14 @@ from recipes.evaluation.evaluate import Answers
 from recipes.report.page import write_report
 from recipes.run import records
 from recipes.run.run import Run
-from recipes.training import reward_model, rl, sft
+from recipes.training import reward_model, rl, sft, value_model
 from recipes.training.held_out import held_out_answers
 from recipes.training.setup import Training
 from rewards import mixing
 from rewards.verdict import from_json
 
 WARM_START = "warm_start"  # the folder of a part that another one follows
-TITLES = {"sft": "SFT", "reward_model": "reward model"}
+TITLES = {"sft": "SFT", "reward_model": "reward model", "value_model": "value model"}
 
 
 def run_stage(training: Training) -> None:
@@ -66,10 +66,8 @@ def train(training: Training, run: Run, part: str, reference: Path) -> int:
         rl.fit(training, run, reference)
         return training.config.algorithm.steps
     with run.display.stage(TITLES[part]):
-        if part == "sft":
-            sft.fit(training, run)
-        else:
-            reward_model.fit(training, run)
+        fit = {"sft": sft.fit, "reward_model": reward_model.fit, "value_model": value_model.fit}[part]
+        fit(training, run)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The loop of the stages that learn from given answers: SFT, judges and reward models."""
+"""The loop of the stages that learn from given answers: SFT, judges, reward models and value models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from megatron_ext import forward_backward
 from megatron_ext.batch import TokenBatch
 from megatron_ext.checkpoint import POLICY
 from megatron_ext.forward_backward import LossFunction
-from recipes.config.stages import RewardModelConfig, SftConfig
+from recipes.config.stages import RewardModelConfig, SftConfig, ValueModelConfig
 from recipes.data.row_order import shuffled
 from recipes.data.sources import Row
 from recipes.run import records
@@ -27,7 +27,7 @@ class Task:
     ``batch_metrics`` gives more from a batch. ``held_out`` evaluates the present weights: Collective.
     """
 
-    settings: SftConfig | RewardModelConfig
+    settings: SftConfig | RewardModelConfig | ValueModelConfig
     rows: Sequence[Row]
     rows_per_step: int
     make_batch: Callable[[Sequence[Row]], TokenBatch]

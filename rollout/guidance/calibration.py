@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.guidance.decisions import normalised
 from rollout.guidance.settings import GuidanceConfig
 
 
@@ -27,7 +28,7 @@ def conditions(config: GuidanceConfig, value_model: str) -> dict[str, Any]:
     return {
         "value_model": value_model,
         "principles": list(config.values.principles),
-        "weights": dict(config.weights),
+        "weights": list(normalised(config.weights, config.values.principles)),
         "router": None if config.router is None else json.loads(Path(config.router).read_text()),
         "max_segment_tokens": config.max_segment_tokens,
         "max_tokens": config.max_tokens,

@@ -6,7 +6,9 @@ from fractions import Fraction
 
 
 def normalised(weights: Mapping[str, float], principles: Sequence[str]) -> tuple[float, ...]:
-    """The principles' weights in their order, brought to the sum 1."""
+    """The principles' weights in their order, brought to the sum 1; equal ones where none are given."""
+    if not weights:
+        return (1 / len(principles),) * len(principles)
     total = math.fsum(weights.values())
     return tuple(weights[principle] / total for principle in principles)
 

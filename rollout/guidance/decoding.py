@@ -328,13 +328,11 @@ class Answer:
         """One segment that goes on from the beam."""
         left = self._tokens_left(beam)
         longest = min(left, self.config.max_segment_tokens)
-        async with aclosing(self._segments(beam, longest)) as segments:
+        async with aclosing(self._segments(beam, longest, goes_on=longest < left)) as segments:
             segment: Segment = await anext(segments)
-        if segment.finish_reason == "length" and len(segment.token_ids) < left:
-            return Segment(segment.text, segment.token_ids, segment.scored, None)
         return segment
 
-    def _segments(self, beam: Beam, max_tokens: int) -> AsyncGenerator[Segment, None]:
+    def _segments(self, beam: Beam, max_tokens: int, goes_on: bool = False) -> AsyncGenerator[Segment, None]:
         """The segments of a new stream that goes on from the beam."""
         question = self.question
         options = {**question.sampling, "max_tokens": max_tokens}
@@ -348,7 +346,8 @@ class Answer:
         async def decode(token_ids: Sequence[int]) -> str:
             return await self.guide.generator.decode(question.model, token_ids)
 
-        return read_segments(pieces, self.config.thinking_marks, self.config.max_segment_tokens, decode)
+        longest = self.config.max_segment_tokens
+        return read_segments(pieces, self.config.thinking_marks, longest, decode, goes_on)
 
     async def _counted(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
         async with aclosing(pieces) as stream:

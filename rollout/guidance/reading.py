@@ -12,6 +12,8 @@ from rollout.guidance.segments import segment_ends
 
 type Decode = Callable[[Sequence[int]], Awaitable[str]]
 
+REPLACEMENT = "\ufffd"  # what the beginning of a character decodes to
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -67,14 +69,28 @@ class Buffer:
                 return (len(text), tokens) if text == self.text[: len(text)] else mark
         return mark
 
+    async def cut(self) -> Segment:
+        """Remove all as a segment, but not a last character that has only begun: from a prompt that ends inside a
+        character vLLM does not go on with the rest of it."""
+        for characters, tokens in reversed(self.marks):
+            text = await self.decode(self.token_ids[:tokens])
+            if not text.endswith(REPLACEMENT):
+                return self.take(characters, tokens, tokens, None)
+        return self.take(len(self.text), len(self.token_ids), len(self.token_ids), None)
+
 
 async def read_segments(
-    pieces: AsyncGenerator[Piece, None], thinking_marks: Sequence[str], longest: int, decode: Decode
+    pieces: AsyncGenerator[Piece, None],
+    thinking_marks: Sequence[str],
+    longest: int,
+    decode: Decode,
+    goes_on: bool = False,
 ) -> AsyncGenerator[Segment, None]:
     """The segments of a stream, each as soon as its end is sure; the last one has the stream's ``finish_reason``.
 
     A segment ends with a token: with the first one that reaches the end which ``segment_ends`` finds, or after
-    ``longest`` tokens. ``decode`` gives the text of the stream's tokens.
+    ``longest`` tokens. ``decode`` gives the text of the stream's tokens. ``goes_on``: a stream that ends for its length
+    is cut there, and the answer may go on.
     """
     buffer = Buffer(decode)
     async with aclosing(pieces) as stream:
@@ -83,13 +99,16 @@ async def read_segments(
             while ends := segment_ends(buffer.text, thinking_marks, complete=False):
                 characters, tokens = await buffer.reach(ends[0])
                 yield buffer.take(characters, tokens, tokens, None)
+            if piece.finish_reason == "length" and goes_on:
+                yield await buffer.cut()
+                return
             if piece.finish_reason is not None:
                 visible = len(buffer.text.rstrip())
                 scored = (await buffer.reach(visible))[1] if visible else 0
                 yield buffer.take(len(buffer.text), len(buffer.token_ids), scored, piece.finish_reason)
                 return
             if len(buffer.token_ids) >= longest:
-                yield buffer.take(len(buffer.text), len(buffer.token_ids), len(buffer.token_ids), None)
+                yield await buffer.cut()
 
 
 class Draft:

@@ -71,7 +71,7 @@ class GuidanceConfig:
     )
     generator: GeneratorConfig = setting("who generates")
     values: ValuesConfig = setting("who scores")
-    weights: dict[str, float] = setting("weight of each principle; their sum does not matter")
+    weights: dict[str, float] = setting("weight of each principle, equal where none is given; their sum is free")
     router: str | None = setting(
         "file of rollout.guidance.fit_router, weights by the query; null for the fixed weights"
     )
@@ -140,7 +140,9 @@ def check(config: GuidanceConfig) -> None:
     if not principles or len(set(principles)) < len(principles):
         raise ValueError(f"guidance.values.principles={principles}: give each output of the value model a name")
     weights = config.weights
-    if set(weights) != set(principles) or min(weights.values()) < 0 or not 0 < sum(weights.values()) < 1e6:
+    if weights and (
+        set(weights) != set(principles) or min(weights.values()) < 0 or not 0 < sum(weights.values()) < 1e6
+    ):
         raise ValueError(
             f"guidance.weights={dict(weights)}: give each of {principles} a weight of 0 or more, one of them above 0"
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -30,7 +31,7 @@ SCHEDULE = schedule_config(1e-3)
 # Three key-value groups and 130 tokens do not divide by 2 or 4: attention and vocabulary get padded. The untied model's
 # 132 tokens need no padding under any layout here, so its checkpoints may change layout. The even one's sizes are
 # multiples of 8 on each of 8 ranks.
-TWINS = {
+TWINS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "tied": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 130, "tie_word_embeddings": True}),
     "untied": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 132, "tie_word_embeddings": False}),
     "sharded": (LlamaConfig, LlamaForCausalLM, {"vocab_size": 132, "tie_word_embeddings": False}),
@@ -51,9 +52,13 @@ TWINS = {
     "scalar": (
         LlamaConfig,
         LlamaForSequenceClassification,
-        {"vocab_size": 130, "tie_word_embeddings": True, "num_labels": 1},
+        {"vocab_size": 130, "tie_word_embeddings": True, "num_labels": 1, "problem_type": "regression"},
     ),
-    "scalar-qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {"vocab_size": 130, "num_labels": 1}),
+    "scalar-qwen2": (
+        Qwen2Config,
+        Qwen2ForSequenceClassification,
+        {"vocab_size": 130, "num_labels": 3, "problem_type": "multi_label_classification"},
+    ),
 }
 
 
@@ -172,6 +177,7 @@ CASES = (
     Case("scalar-pp2-vp2-dp2", pipeline=2, virtual=2, data=2, twin="scalar"),
     Case("scalar-dp2", data=2, micro_batch_tokens=38, twin="scalar"),
     Case("scalar-qwen2-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="scalar-qwen2"),
+    Case("scalar-qwen2-pp2-cp2", pipeline=2, context=2, twin="scalar-qwen2"),
     Case("shared-one", shared_prompts=True),
     Case("shared-one-small-micro-batches", shared_prompts=True, micro_batch_tokens=38),
     Case("shared-tp2-sp", tensor=2, sequence=True, shared_prompts=True),
@@ -224,7 +230,11 @@ def by_name(name: str) -> Case:
 
 
 def token_loss(case: Case, output: torch.Tensor) -> torch.Tensor:
-    """Of log-probs or values [R]; far enough from the values that their gradient is clipped too."""
+    """Of log-probs or values [R]; far enough from the values that their gradient is clipped too. Of several labels
+    [R, labels] each has a target and a weight of its own."""
+    if output.dim() == 2:
+        places = torch.arange(output.shape[1])
+        return ((output - 3 - places) ** 2 / (4 + places)).mean(dim=1)
     return (output - 3) ** 2 / 4 if case.is_scalar else -output
 
 

@@ -56,7 +56,7 @@ def train_reference(folder: Path, case: Case) -> Reference:
         for i, s in enumerate(sequences):
             tokens = torch.tensor([s.prompt + s.response])
             if case.is_scalar:
-                output = model.score(model.model(tokens).last_hidden_state)[0, len(s.prompt) - 1 : -1, 0]
+                output = model.score(model.model(tokens).last_hidden_state)[0, len(s.prompt) - 1 : -1].squeeze(-1)
             else:
                 logits = model(tokens).logits[0, len(s.prompt) - 1 : -1] / case.temperature
                 distribution = torch.distributions.Categorical(logits=logits)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from megatron_ext import checkpoint_export, hf_checkpoint, shard_files
 from megatron_ext.checkpoint import COMPLETE, MANIFEST, CheckpointError, latest
 from megatron_ext.precision import DTYPES
+from megatron_ext.scalar_head import REWARD, Head
 from megatron_ext.shard_files import TensorPart
 from tests.megatron_ext import cases, vl_twins
 from tests.megatron_ext.cases import Case
@@ -23,8 +24,8 @@ from tests.megatron_ext.ranks import ROOT, Ranks, RanksOf
 BOUND_BYTES = 128 << 20
 
 
-def export(checkpoint: Path, source: Path, target: Path, precision: str = "fp32", scalar: bool = False) -> None:
-    layout = hf_checkpoint.export_layout(source, getattr(torch, DTYPES[precision]), scalar)
+def export(checkpoint: Path, source: Path, target: Path, precision: str = "fp32", head: Head | None = None) -> None:
+    layout = hf_checkpoint.export_layout(source, getattr(torch, DTYPES[precision]), head)
     target.mkdir()
     checkpoint_export.export(checkpoint, layout, target)
 
@@ -35,7 +36,7 @@ def test_every_byte_is_that_of_the_ranks_export(case: Case, ranks_of: RanksOf, t
     folder = ranks_of(case).after(f"resume-{case.name}")
     checkpoint = latest(folder / "checkpoints" / case.name)
     assert checkpoint is not None
-    export(checkpoint, folder / case.twin, tmp_path / "hf", case.precision, case.is_scalar)
+    export(checkpoint, folder / case.twin, tmp_path / "hf", case.precision, REWARD if case.is_scalar else None)
     expected = {path.name: path.read_bytes() for path in (folder / "exports" / f"resume-{case.name}").iterdir()}
     exported = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert {name: len(content) for name, content in exported.items()} == {n: len(c) for n, c in expected.items()}

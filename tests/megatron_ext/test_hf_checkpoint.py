@@ -124,28 +124,37 @@ def test_export_replaces_an_older_export_and_leaves_folders_out(twins: Path, tmp
 def test_an_export_of_a_scalar_head_gives_the_same_scores(launched: Ranks) -> None:
     sequence = cases.batch(cases.by_name("scalar-one"))[0]
     tokens = torch.tensor([sequence.prompt + sequence.response])
-    for name in ("scalar-tp2-sp-pp2", "scalar-qwen2-tp2-sp-dp2"):
+    for name, labels in (("scalar-tp2-sp-pp2", 1), ("scalar-qwen2-tp2-sp-dp2", 3)):
         exported, loading = AutoModelForSequenceClassification.from_pretrained(
             launched.after(name) / "exports" / name, output_loading_info=True
         )
         assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
         source = AutoModelForSequenceClassification.from_pretrained(launched.folder / cases.by_name(name).twin)
         scores = exported(tokens).logits
-        assert scores.shape == (1, 1) and scores.any()
+        assert scores.shape == (1, labels) and scores.all()
         assert torch.equal(scores, source(tokens).logits)
 
 
-@pytest.mark.parametrize(("twin", "files"), [("tied", 1), ("untied", 1), ("sharded", 3)])
-def test_a_language_model_becomes_one_with_a_scalar_head(twin: str, files: int, twins: Path, tmp_path: Path) -> None:
+VALUES = scalar_head.value_head(["safety", "honesty", "knowledge"])
+
+
+@pytest.mark.parametrize(
+    ("twin", "files", "outputs"),
+    [("tied", 1, scalar_head.REWARD), ("untied", 1, VALUES), ("sharded", 3, scalar_head.REWARD)],
+)
+def test_a_language_model_becomes_one_with_a_scalar_head(
+    twin: str, files: int, outputs: scalar_head.Head, twins: Path, tmp_path: Path
+) -> None:
     """The head is loaded as zeros; an export has it, and no output layer, and transformers loads it as it is said to
     be."""
-    head = whole("score.weight", torch.full((1, 192), float("nan")))
+    labels = len(outputs.labels)
+    head = whole("score.weight", torch.full((labels, 192), float("nan")))
     hf_checkpoint.load([head], twins / twin)
-    assert torch.equal(head.tensor, torch.zeros(1, 192))
+    assert torch.equal(head.tensor, torch.zeros(labels, 192))
     head.tensor.normal_(generator=torch.Generator().manual_seed(1))
     stored = {n: t for part in tensors_by_file(twins / twin).values() for n, t in part.items() if n != "lm_head.weight"}
     shards = [*(whole(name, tensor) for name, tensor in stored.items()), head]
-    hf_checkpoint.export(shards, twins / twin, tmp_path / "value", writes=True, scalar=True)
+    hf_checkpoint.export(shards, twins / twin, tmp_path / "value", writes=True, head=outputs)
     exported = tensors_by_file(tmp_path / "value")
     assert len(exported) >= files
     assert {name for tensors in exported.values() for name in tensors} == {*stored, "score.weight"}
@@ -153,12 +162,14 @@ def test_a_language_model_becomes_one_with_a_scalar_head(twin: str, files: int, 
         tmp_path / "value", output_loading_info=True, attn_implementation="eager"
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-    assert (model.config.num_labels, model.config.architectures) == (1, ["LlamaForSequenceClassification"])
+    assert model.config.architectures == ["LlamaForSequenceClassification"]
+    assert model.config.id2label == dict(enumerate(outputs.labels))
+    assert scalar_head.head_of(model.config) == outputs
     language = AutoModelForCausalLM.from_pretrained(twins / twin, attn_implementation="eager")
     tokens = torch.tensor([[5, 7, 11]])
-    expected = language.model(tokens).last_hidden_state[0, -1] @ head.tensor[0]
-    assert float(model(tokens).logits) == pytest.approx(float(expected), abs=1e-5)
-    again = whole("score.weight", torch.zeros(1, 192))
+    expected = head.tensor @ language.model(tokens).last_hidden_state[0, -1]
+    assert torch.allclose(model(tokens).logits[0], expected, atol=1e-5)
+    again = whole("score.weight", torch.zeros(labels, 192))
     hf_checkpoint.load([again], tmp_path / "value")
     assert torch.equal(again.tensor, head.tensor)
 
@@ -168,6 +179,16 @@ def test_a_folder_that_says_it_has_a_scalar_head_must_have_it(twins: Path, tmp_p
     (tmp_path / "model.safetensors").write_bytes((twins / "tied" / "model.safetensors").read_bytes())
     with pytest.raises(KeyError, match=r"tensor 'score\.weight' is missing"):
         hf_checkpoint.load([whole("score.weight", torch.zeros(1, 192))], tmp_path)
+
+
+def test_a_head_with_other_outputs_is_refused(twins: Path) -> None:
+    language = hf_checkpoint.config(twins / "tied")
+    values = scalar_head.scalar_config(language, VALUES)
+    assert scalar_head.head_of(scalar_head.scalar_config(values, VALUES)) == VALUES
+    swapped = scalar_head.value_head(["safety", "knowledge", "honesty"])
+    for other in (swapped, scalar_head.REWARD):
+        with pytest.raises(ValueError, match="with the outputs safety, honesty, knowledge, not "):
+            scalar_head.scalar_config(values, other)
 
 
 def test_an_architecture_without_a_scalar_form_is_named() -> None:

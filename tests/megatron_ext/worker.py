@@ -23,7 +23,17 @@ from megatron_ext import platform
 if __name__ == "__main__":
     platform.activate("cpu")
 
-from megatron_ext import checkpoint, collectives, forward_backward, hf_checkpoint, model, optimizer, packing, parallel
+from megatron_ext import (
+    checkpoint,
+    collectives,
+    forward_backward,
+    hf_checkpoint,
+    model,
+    optimizer,
+    packing,
+    parallel,
+    scalar_head,
+)
 from megatron_ext.blocks import Shard, region
 from megatron_ext.offload import HostCopy
 from recipes.launch.launcher import fork_ranks
@@ -159,8 +169,8 @@ class Policy:
 
     def export(self, folder: Path) -> None:
         """Write the Hugging Face model as a run does."""
-        is_scalar = self.model.is_scalar
-        hf_checkpoint.export(self.model.shards, self.twin, folder, self.layout.is_first_replica, is_scalar)
+        head = scalar_head.head_of(self.model.hf_config)
+        hf_checkpoint.export(self.model.shards, self.twin, folder, self.layout.is_first_replica, head)
 
     def load(self, folder: Path) -> int:
         """Load the newest checkpoint, and return its step."""

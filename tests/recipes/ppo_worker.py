@@ -19,7 +19,7 @@ from megatron_ext import platform
 
 platform.activate("cpu")
 
-from megatron_ext import hf_checkpoint, parallel  # noqa: E402
+from megatron_ext import hf_checkpoint, parallel, scalar_head  # noqa: E402
 from megatron_ext.batch import TokenBatch  # noqa: E402
 from recipes.config import parse  # noqa: E402
 from recipes.launch.launcher import fork_ranks  # noqa: E402
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
             (folder / f"scored_{step + 1}.safetensors").write_bytes(batch.to_bytes())
     writes = groups.is_first_replica
     policy.export(folder / "policy")
-    hf_checkpoint.export(loop.critic.model.shards, config.model.path, folder / "critic", writes, scalar=True)
+    hf_checkpoint.export(loop.critic.model.shards, config.model.path, folder / "critic", writes, scalar_head.REWARD)
     if os.environ["RANK"] == "0":
         (folder / "metrics.json").write_text(json.dumps(metrics))
         (folder / "algorithm.json").write_text(json.dumps(dataclasses.asdict(config.algorithm)))

@@ -45,6 +45,7 @@ BASES = [(group, "base") for group in ("stage", "data", "model", "cluster")]  # 
 OPTIONS = [choice for choice in FILES if choice not in BASES]
 NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
 NEEDS["safework"].append("rollout.max_num_batched_tokens=8224")
+NEEDS["value_model"] = ["stage.value_model.rollouts=README.md"]  # any file
 NEEDS |= {option: ["cluster.ranks=64"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
 
 
@@ -261,9 +262,21 @@ IMPOSSIBLE = [
     (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline", "2", "set parallel.virtual_pipeline=1"),
     (["algorithm.decay=step"], "algorithm.decay", "step", "use one of constant, linear, cosine"),
     (["stage.sft.decay=step"], "stage.sft.decay", "step", "use one of constant, linear, cosine"),
-    (["stage.trains=[sft,dpo]"], "stage.trains", "dpo", "use one of sft, reward_model, rl"),
-    (["stage.trains=[]"], "stage.trains", "[]", "at least one of sft, reward_model, rl"),
+    (["stage.trains=[sft,dpo]"], "stage.trains", "dpo", "use one of sft, reward_model, value_model, rl"),
+    (["stage.trains=[]"], "stage.trains", "[]", "at least one of sft, reward_model, value_model, rl"),
     (["stage=reward_model", "stage.reward_model.pairs=gone"], "stage.reward_model.pairs", "gone", "no such file"),
+    (["stage=value_model", "stage.value_model.rollouts=null"], "stage.value_model.rollouts", "None", "give a file of"),
+    (["stage=value_model", "stage.value_model.rollouts=gone"], "stage.value_model.rollouts", "gone", "no such file"),
+    (
+        [
+            "stage=value_model",
+            *(f"stage.value_model.principles.{name}=[]" for name in ("safety", "value", "knowledge")),
+        ],
+        "stage.value_model.principles",
+        "'safety': []",
+        "at least one principle a verifier",
+    ),
+    (["stage.trains=[sft,value_model]"], "stage.trains", "'value_model'", "give it a stage of its own"),
     (["algorithm.steps=0"], "algorithm.steps", "0", "above 0"),
     (["algorithm.prompts_per_step=0"], "algorithm.prompts_per_step", "0", "above 0"),
     (["algorithm.learning_rate=-1e-6"], "algorithm.learning_rate", "-1e-06", "in (0, 1]"),

@@ -15,6 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from megatron_ext.batch import TokenBatch, build, extend
 from recipes import evaluate, evaluate_folders
 from recipes.config import Config
+from recipes.data.rows import load_rows
+from recipes.data.value_examples import load_rollouts
 from recipes.evaluation.evaluate import difference
 from rollout.engine import EngineSettings
 from rollout.sampling import Sampling
@@ -113,6 +115,7 @@ def test_only_the_servers_of_the_scores_start(
         (["model=MODEL", "against=nowhere", "OVERRIDES"], "error: against=nowhere: no config.json there"),
         (["model=MODEL", "to=MODEL", "OVERRIDES"], "is there already, and nothing is overwritten"),
         (["model=MODEL", "OVERRIDES", "stage=reward_model"], "answers no prompts"),
+        (["model=MODEL", "OVERRIDES", "stage=value_model", "stage.value_model.rollouts=MODEL"], "answers no prompts"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -158,7 +161,7 @@ def test_two_folders_answer_the_same_prompts_and_are_compared_pair_by_pair(
         shutil.copytree(twin / "model", twin / name)
     scores = f"data.scores={{{tiny.LETTERS}:[task,benign]}}"
     arguments = [f"model={twin / '3'}", f"against={twin / '2'}", f"to={twin / 'to'}", *overrides(twin), scores]
-    assert call(monkeypatch, *arguments) == 0
+    assert call(monkeypatch, *arguments, "data.evaluation_samples=2") == 0
     monkeypatch.setattr(evaluate_folders, "Engine", FakeEngine)
     monkeypatch.setattr(evaluate_folders, "redirect_stderr", lambda folder: None)
     ((command, _),) = started
@@ -179,3 +182,15 @@ def test_two_folders_answer_the_same_prompts_and_are_compared_pair_by_pair(
     assert evaluation["difference"][tiny.LETTERS]["n"] == 4
     printed = " ".join(capsys.readouterr().out.split())
     assert f"Effect: {twin.name}/3 minus {twin.name}/2, same prompts" in printed
+
+    # The sampled answers of the first are rollouts that a value model learns from.
+    source, prompts = str(twin / "to" / "samples.jsonl"), load_rows(str(twin / "eval.jsonl"))
+    rollouts = load_rollouts(source, prompts, {"letters": [tiny.LETTERS]}, held_out_share=0.5, seed=0)
+    read = {row["sample"]: (row["response"], row["scores"]) for row in [*rollouts.trained, *rollouts.held_out]}
+    expected = {}
+    for place, answer in enumerate(answers["after"]["sampled"]):
+        if tiny.LETTERS in answer["scores"]:
+            score = answer["scores"][tiny.LETTERS]["score"]
+            expected[f"0/{answer['id']}/{place % 2}"] = (answer["response"], {"letters": score})
+    assert read == expected
+    assert len(read) == 8

@@ -145,8 +145,8 @@ def guidance(**changes: Any) -> GuidanceConfig:
     """A configuration; ``changes`` of its fields, a dotted one as ``values__on_failure``."""
     config = GuidanceConfig(
         mode="monitor",
-        generator=GeneratorConfig("http://127.0.0.1:1", None, 5.0, 0),
-        values=ValuesConfig("http://127.0.0.1:2", None, ["safety", "value"], 5.0, 0, "stop"),
+        generator=GeneratorConfig("http://127.0.0.1:1", None, 60.0, 0),
+        values=ValuesConfig("http://127.0.0.1:2", None, ["safety", "value"], 60.0, 0, "stop"),
         weights={"safety": 1.0, "value": 1.0},
         router=None,
         calibration=None,

@@ -23,6 +23,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 def test_weights_are_brought_to_the_sum_one_in_the_principles_order() -> None:
     weights = decisions.normalised({"value": 1.0, "safety": 3.0}, ["safety", "value"])
     assert weights == (0.75, 0.25)
+    assert decisions.normalised({}, ["safety", "value"]) == (0.5, 0.5)
     assert decisions.weighted([0.5, 1.0], weights) == 0.625
 
 
@@ -155,7 +156,9 @@ def test_a_calibration_holds_only_for_what_it_was_made_with(tmp_path: Path) -> N
         calibration.write(made, path)
 
 
-@pytest.mark.parametrize("overrides", [["guidance.threshold=0.3"], ["guidance=search"]])
+@pytest.mark.parametrize(
+    "overrides", [["guidance.threshold=0.3", "guidance.values.principles=[brevity]"], ["guidance=search"]]
+)
 def test_the_configurations_of_conf_are_accepted(overrides: list[str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = settings.read(compose("guidance", overrides=overrides).guidance)

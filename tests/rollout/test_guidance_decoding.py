@@ -1,6 +1,7 @@
 """Segments of a stream, edits, and both modes of guided decoding against plain references, on fakes in memory."""
 
 import asyncio
+import codecs
 import itertools
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -84,6 +85,36 @@ def test_a_long_segment_is_cut_and_what_follows_the_text_is_not_scored() -> None
     segments = asyncio.run(read_all(pieces_of(tokens, [1], tokenizer), 5, tokenizer))
     assert [segment.text for segment in segments] == ["a b c d e", " f g", "\n "]
     assert [segment.scored for segment in segments] == [5, 2, 0]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_segment_is_not_cut_inside_a_character(goes_on: bool) -> None:
+    """Each token is a byte, and its text comes with the last byte of a character, as in a stream of vLLM."""
+    tokens = list("aé🎉b🎉🎉é".encode())
+
+    async def decode(token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    async def read(length: int) -> list[Segment]:
+        async def stream() -> AsyncGenerator[Piece, None]:
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            for place, token in enumerate(tokens[:length], start=1):
+                yield Piece(decoder.decode(bytes([token])), (token,), "length" if place == length else None)
+
+        longest = 100 if goes_on else 5
+        return [segment async for segment in read_segments(stream(), MARKS, longest, decode, goes_on)]
+
+    if goes_on:
+        for length in range(5, len(tokens)):
+            (segment,) = asyncio.run(read(length))
+            assert segment.text == bytes(segment.token_ids).decode()
+            assert segment.finish_reason is None
+            assert length - 4 < len(segment.token_ids) <= length
+    else:
+        segments = asyncio.run(read(len(tokens)))
+        assert len(segments) > 3
+        assert all(segment.text == bytes(segment.token_ids).decode() for segment in segments)
+        assert [token for segment in segments for token in segment.token_ids] == tokens
 
 
 def test_tokens_that_can_t_be_told_apart_stay_together() -> None:

@@ -71,7 +71,7 @@ async def world(
 
 def with_world(test: Callable[[World], Awaitable[None]], **options: Any) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), world(**options) as made:
+        async with asyncio.timeout(300), world(**options) as made:
             await test(made)
 
     asyncio.run(run())

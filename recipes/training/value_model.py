@@ -1,0 +1,174 @@
+"""A value model: from a prompt and the beginning of a response, the final score of each principle.
+
+Prefix regression: every chosen prefix of a response has the response's final scores as its targets, so the value of a
+prefix learns to be their mean over the responses that begin with it (Yang and Klein, NAACL 2021, arXiv 2104.05218;
+Liu et al. 2024, arXiv 2409.17819). All prefixes of a response go through the model at once: with causal attention the
+hidden state after a prefix is the one that a server computes when it is asked for the value of that prefix.
+
+Scores are in [0, 1]. So a value is the sigmoid of an output, and the loss is the binary cross-entropy with the score as
+its target: as the squared error it is least where the value is the mean score, and its gradient does not vanish where
+the sigmoid is flat. transformers has this loss for ``problem_type`` "multi_label_classification", under which vLLM's
+``classify`` returns the sigmoid.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megatron_ext import forward_backward
+from megatron_ext.batch import TokenBatch
+from megatron_ext.packing import MicroBatch
+from recipes.config import sequence_multiple
+from recipes.config.stages import learned_principles
+from recipes.data.row_order import shuffled
+from recipes.data.rows import load_rows
+from recipes.data.sources import Row, RowsById
+from recipes.data.value_examples import WEIGHT, load_rollouts, prefix_batch, score_column
+from recipes.evaluation import value_accuracy
+from recipes.run import records
+from recipes.run.run import Run
+from recipes.training import supervised
+from recipes.training.policy import Policy
+from recipes.training.setup import Training
+
+# The prefixes that are evaluated, as percentages of the response's tokens; 0 is the prompt alone.
+PERCENTAGES = (0, 25, 50, 75, 100)
+
+
+def fit(training: Training, run: Run) -> None:
+    """Collective: the steps of ``stage.value_model``.
+
+    At the end ``value_model.json`` has the accuracy on the responses to held-out prompts, and all their values.
+    """
+    config = training.config
+    policy = training.policy
+    settings = config.stage.value_model
+    principles = learned_principles(settings.principles)
+    prompts = load_rows(config.data.prompts)
+    rollouts = load_rollouts(settings.rollouts, prompts, principles, settings.held_out_share, config.seed)
+    num_held_out = min(settings.held_out_rollouts, len(rollouts.held_out))
+    held_out_rows = shuffled(rollouts.held_out, 0, num_held_out, config.seed)
+    # The first row fills them up to a multiple of what the ranks share.
+    filled = [*held_out_rows, *held_out_rows[:1] * (-num_held_out % sequence_multiple(config))]
+    make_batch = partial(
+        prefix_batch,
+        training.processor,
+        RowsById(prompts),
+        principles=list(principles),
+        thinking_marks=config.rollout.thinking_marks,
+        random_prefixes=settings.random_prefixes,
+        seed=config.seed,
+        max_tokens=config.parallel.micro_batch_tokens,
+    )
+    report: dict[str, Any] = {}
+
+    def held_out() -> dict[str, Any]:
+        report.update(evaluate(policy, make_batch(filled), held_out_rows, list(principles)))
+        return held_out_metrics(report)
+
+    task = supervised.Task(
+        settings=settings,
+        rows=rollouts.trained,
+        rows_per_step=settings.rollouts_per_step,
+        make_batch=make_batch,
+        loss=partial(prefix_loss, principles=list(principles)),
+        together=1,
+        metrics=("squared_error",),
+        batch_metrics=lambda batch: {"trained_prefixes": int((batch.columns[WEIGHT] > 0).sum())},
+        held_out=held_out,
+    )
+    supervised.fit(task, policy, run, config.seed)
+    if not report:  # all steps were done before this launch
+        held_out()
+    if run.rank == 0:
+        records.write_json(run.folder / "value_model.json", report)
+
+
+def prefix_loss(
+    outputs: torch.Tensor, batch: MicroBatch, *, principles: Sequence[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum of the cross-entropies of the micro-batch's prefixes, and of their squared errors.
+
+    ``outputs`` [R] or [R, principles]: before the sigmoid. The weights are those of ``prefix_batch``, so the sum over
+    the micro-batches of all ranks is a mean. A principle without a score has no loss.
+    """
+    scores = torch.stack([batch.values[score_column(principle)] for principle in principles], dim=1)
+    cross_entropies, squared_errors = losses(outputs.view(scores.shape), scores)
+    weights = batch.values[WEIGHT].unsqueeze(1)
+    metrics = {"squared_error": (weights * squared_errors.detach()).sum()}
+    return (weights * cross_entropies).sum(), metrics
+
+
+def losses(outputs: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropies and squared errors of values, both [R, principles]; 0 where the score is NaN."""
+    is_missing = scores.isnan()
+    targets = scores.masked_fill(is_missing, 0.0)
+    cross_entropies = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+    squared_errors = (outputs.sigmoid() - targets) ** 2
+    return cross_entropies.masked_fill(is_missing, 0.0), squared_errors.masked_fill(is_missing, 0.0)
+
+
+def evaluate(policy: Policy, batch: TokenBatch, rows: Sequence[Row], principles: Sequence[str]) -> dict[str, Any]:
+    """Collective: the loss on the batch, whose first responses are those of the ``rows``; for each principle and each
+    of ``PERCENTAGES`` the accuracy of the values of these prefixes; and these values."""
+    micro_batches = policy.micro_batches(batch)
+    local = forward_backward.values(policy.model, micro_batches)
+    gathered = forward_backward.gather_tokens(policy.model, micro_batches, local, len(batch.response_tokens))
+    outputs = gathered.view(-1, len(principles))
+
+    end = int(batch.response_offsets[len(rows)])
+    scores = np.stack([batch.columns[score_column(principle)] for principle in principles], axis=1)[:end]
+    weights = torch.from_numpy(batch.columns[WEIGHT][:end]).double().unsqueeze(1)
+    cross_entropies, _ = losses(outputs[:end], torch.from_numpy(scores))
+    is_scored = torch.from_numpy(~np.isnan(scores))
+    loss = float((weights * cross_entropies).sum() / (weights * is_scored).sum())
+
+    # The last token stands for the complete response: its value is that before the token.
+    lengths = batch.response_lengths[: len(rows)] - 1
+    prefix_lengths = -(-np.outer(lengths, PERCENTAGES) // 100)  # rounded up
+    places = batch.response_offsets[: len(rows), None] + prefix_lengths
+    values = outputs.double().sigmoid().numpy()[places]  # [rows, percentages, principles]
+    return {
+        "loss": loss,
+        "principles": {
+            principle: accuracies(values[:, :, place], rows, principle) for place, principle in enumerate(principles)
+        },
+        "percentages": PERCENTAGES,
+        "responses": [
+            {
+                "sample": row["sample"],
+                "scores": row["scores"],
+                "values": {principle: of_row[:, place].tolist() for place, principle in enumerate(principles)},
+            }
+            for row, of_row in zip(rows, values, strict=True)
+        ],
+    }
+
+
+def accuracies(values: np.ndarray, rows: Sequence[Row], principle: str) -> dict[str, Any]:
+    """Percentage → the accuracy (``value_accuracy.accuracy``) of the values [rows, percentages], by the rows that have
+    a score for the principle; empty without such a row."""
+    scored = [i for i, row in enumerate(rows) if principle in row["scores"]]
+    if not scored:
+        return {}
+    scores = [rows[i]["scores"][principle] for i in scored]
+    prompts = [rows[i]["prompt_id"] for i in scored]
+    return {
+        str(percentage): value_accuracy.accuracy(values[scored, place], scores, prompts)
+        for place, percentage in enumerate(PERCENTAGES)
+    }
+
+
+def held_out_metrics(report: dict[str, Any]) -> dict[str, Any]:
+    """The loss and the measures of a report as metrics: ``held_out_auc/safety/50``."""
+    metrics: dict[str, Any] = {"held_out_loss": report["loss"]}
+    for principle, by_percentage in report["principles"].items():
+        for percentage, accuracy in by_percentage.items():
+            for measure in (*value_accuracy.MEASURES, "ranked"):
+                estimate = accuracy[measure]
+                metrics[f"held_out_{measure}/{principle}/{percentage}"] = None if estimate is None else estimate["mean"]
+    return metrics
