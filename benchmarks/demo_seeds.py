@@ -26,7 +26,7 @@ from recipes.run import records
 RESULT = Path("benchmarks/results/demo_seeds.json")
 FINISHED = "finished.json"  # written last into a run's folder: overrides, source digest and minutes
 SOURCES = ("recipes", "megatron_ext", "rollout", "rewards", "conf")
-SOURCE_SUFFIXES = (".py", ".yaml", ".jsonl")
+SOURCE_SUFFIXES = (".py", ".yaml", ".jsonl", ".parquet")
 EDGE_STEPS = 3  # the "first" and "last" response lengths are means over this many steps
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODEL = Path("build/models/SmolLM2-135M-Instruct")
-PROMPTS = Path("recipes/data/demo/eval.jsonl")
+PROMPTS = Path("recipes/data/demo/test.jsonl")
 RESULT = Path("benchmarks/results/fp8_gap.json")
 PROMPT_STRIDE = 8  # every eighth prompt of the file
 SAMPLES_PER_PROMPT = 2
