@@ -46,6 +46,7 @@ MEASURES = {"refusal", "false_certain"}
 # reliable (its reward is bounded below).
 SHARES = {"choice": 0.6, "rule_check": 0.35, "instructions": 0.6, "search_reliability": 1.0}
 DEFAULT_SHARE = 0.2
+ROWS = 100  # about so many of a verifier's rows are attacked, from all of its kinds
 
 type Case = tuple[Row, str]  # a row and its honest answer
 # (row, all cases, the row's place among them) → response
@@ -228,7 +229,8 @@ def test_every_rule_is_attacked_and_every_template_is_known() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - FORM - MEASURES))
 def test_no_attack_earns_an_honest_answers_share(name: str) -> None:
-    cases = list(CASES[name]())
+    every = list(CASES[name]())
+    cases = every[:: max(1, len(every) // ROWS)]
     honest = fmean(score(name, row, answer) for row, answer in cases)
     # Some of the search questions have no answer.
     assert honest > (0.5 if name == "search_accuracy" else 0.98)
