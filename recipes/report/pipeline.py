@@ -35,9 +35,9 @@ def write_pipeline_report(
         prompts: the held-out prompts by id.
     """
     stages = ladder["stages"]
-    # A measure has its interval beside it; a rate of safety names the kind of its prompts after "/".
-    with_interval = dict.fromkeys(name for stage in stages for name in stage if f"{name}_interval" in stage)
-    measures = [name for heading in HEADINGS for name in with_interval if name.partition("/")[0] == heading]
+    # A measure has its number of prompts beside it; a rate of safety names their kind after "/".
+    with_number = dict.fromkeys(name for stage in stages for name in stage if f"{name}_n" in stage)
+    measures = [name for heading in HEADINGS for name in with_number if name.partition("/")[0] == heading]
     cards = []
     for name in measures:
         measured = [stage for stage in stages if name in stage]
