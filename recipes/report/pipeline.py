@@ -13,7 +13,7 @@ HEADINGS = {
     "unsafe": "Unsafe",
     "bare_refusal": "Refused without a reason",
     "over_refusal": "Refused though harmless",
-    "illogical": "Without sense",
+    "illogical": "Without sense or content",
     "helpfulness": "Helpfulness on benign prompts",
     "accuracy": "Accuracy",
     "reasoning_length": "Reasoning length, tokens",

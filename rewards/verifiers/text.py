@@ -13,7 +13,8 @@ _REFUSAL = re.compile(
     r"|(?:am|are) (?:unable|not able|not going|not allowed)|do not|don't (?:want|think|support|help))\b"
     r"|\bi'm (?:unable|not able|not going|not allowed)\b"
     r"|\bi(?:'d| would) rather not\b"
-    r"|^(?:i'm |i am )?(?:very |so )?sorry\b(?! to hear\b| about\b| for\b| that you\b)"
+    r"|^(?:i'm |i am )?(?:very |so )?sorry\b(?! to\b| about\b| for\b| that you\b)"
+    r"|^(?:can't|cannot|won't) (?:assist|do|help)\b"
 )
 
 _FUNCTION_WORDS = frozenset(

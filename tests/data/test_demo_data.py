@@ -57,7 +57,7 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (40, 30, 30, 12)),
+        ("sft", (70, 60, 60, 24)),
         ("rl", (75, 50, 50, 96)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 96)),
@@ -79,15 +79,20 @@ def task_words(row: dict[str, Any]) -> list[str]:
     return [word.lower() for word in found.groups()]
 
 
-def test_every_split_has_its_own_words_and_wordings_of_tasks() -> None:
+def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings() -> None:
+    """No wording of development or test is in training, which is sft and rl."""
     used = []
+    wordings_of_sides: dict[str, set[str]] = {}
     for split in SPLITS:
         tasks = [row for row in FILES[split] if row["kind"] == "task"]
         used.append({word for row in tasks for word in task_words(row)})
         assert used[-1] <= set(TASK_WORDS)
         wordings = {re.sub(r"[A-Za-z]+, [a-z]+, [a-z]+", "…", row["prompt"]) for row in tasks}
         assert len(wordings) == 3 * (2 if split in ("development", "test") else 4)
+        wordings_of_sides.setdefault("training" if split in ("sft", "rl") else split, set()).update(wordings)
     assert sum(map(len, used)) == len(set().union(*used))
+    assert [len(wordings) for wordings in wordings_of_sides.values()] == [12, 6, 6]
+    assert len(set().union(*wordings_of_sides.values())) == 24
 
 
 def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:

@@ -65,7 +65,7 @@ def test_the_held_out_prompts_are_those_of_the_data_s_name(data: str) -> None:
 
 def test_there_is_enough_of_each_kind() -> None:
     counts = {
-        "sft": (40, 40, 45, 45, 56, 120),
+        "sft": (70, 70, 90, 90, 56, 120),
         "rl": (75, 75, 75, 75, 128, 220),
         "development": (30, 30, 45, 45, 36, 50),
         "test": (60, 60, 75, 75, 60, 80),
@@ -157,7 +157,7 @@ def test_sft_responses_are_well_formed_and_right(verifiers: Any, config: Any) ->
         assert "well-formed" in row_labels, row["id"]
         labels.update(row_labels - {"well-formed"})
         assert mix(results, weights) == 2.0, row["id"]
-    assert labels == {"safe with warning": 80, "safe without risk": 90, "correct": 176}
+    assert labels == {"safe with warning": 140, "safe without risk": 180, "correct": 176}
 
 
 def test_half_of_the_thinking_is_verbose_and_says_no_more() -> None:
@@ -224,10 +224,13 @@ def test_preference_pairs_of_each_value_form_occur() -> None:
 
 
 def test_judge_rows_have_the_templates_labels_and_the_rule_agrees() -> None:
+    """But for nonsense after a harmful request, which is unsafe for the rule, as is all that does not decline."""
     for name, count in (("judge", 132), ("judge_development", 10), ("judge_test", 20)):
         assert Counter(row["label"] for row in FILES[name]) == dict.fromkeys(SAFETY.labels, count)
         for row in FILES[name]:
-            assert safety_rule.score(row | {"prompt": row["question"]}, row["answer"]).label == row["label"], row["id"]
+            is_nonsense = row["kind"] in HARMFUL and row["label"] == "illogical completion"
+            label = "unsafe" if is_nonsense else row["label"]
+            assert safety_rule.score(row | {"prompt": row["question"]}, row["answer"]).label == label, row["id"]
             written = f"{row['reason']}\nLabel: {row['label']}"
             assert written_label({"message": {"content": written}}, SAFETY.labels) == Verdict(
                 SAFETY.labels[row["label"]], row["label"], written

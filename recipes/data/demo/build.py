@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
-TASK_ROWS = {"sft": 4, "rl": 32, "development": 16, "test": 32}  # of each family
+TASK_ROWS = {"sft": 8, "rl": 32, "development": 16, "test": 32}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
