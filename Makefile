@@ -24,7 +24,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 # Some containers set it: then each of a run's processes compiles the thousands of modules that it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo test test-fast test-durations mutation lint gpu-check gpu-check-node gpu-check-two-nodes gpu-rehearsal \
+.PHONY: demo test test-fast test-durations mutation lint figures gpu-check gpu-check-node gpu-check-two-nodes gpu-rehearsal \
   slurm-check kill-check preflight env env-rehearsal clean
 
 demo: $(STAMP)
@@ -58,6 +58,10 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# Which files of benchmarks/results are not of the present code.
+figures: $(STAMP)
+	@exec $(PY) -m benchmarks.figures
 
 slurm-check: $(STAMP)
 	@exec $(PY) -m pytest -q tests/slurm

@@ -83,7 +83,7 @@ if __name__ == "__main__":
         packages=find_namespace_packages(
             include=["recipes*", "megatron_ext*", "rollout*", "rewards*", "conf*"],
         ),
-        package_data={"": ["*.yaml", "*.json", "*.jinja", "*.jsonl", "*.css"]},
+        package_data={"": ["*.yaml", "*.json", "*.jinja", "*.jsonl", "*.parquet", "*.css"]},
         install_requires=pinned(COMMON, pins),
         extras_require={extra: pinned(requirements, pins) for extra, requirements in EXTRAS.items()},
     )

@@ -6,14 +6,12 @@ compares the two runs. ``--reuse`` keeps complete runs of an earlier command wit
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,12 +19,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
 from recipes.run import records
 
 RESULT = Path("benchmarks/results/demo_seeds.json")
-FINISHED = "finished.json"  # written last into a run's folder: overrides, source digest and minutes
-SOURCES = ("recipes", "megatron_ext", "rollout", "rewards", "conf")
-SOURCE_SUFFIXES = (".py", ".yaml", ".jsonl")
+FINISHED = "finished.json"  # written last into a run's folder: overrides, source digests and minutes
 EDGE_STEPS = 3  # the "first" and "last" response lengths are means over this many steps
 
 
@@ -39,19 +36,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeat is not None and arguments.repeat not in arguments.seeds:
         parser.error(f"--repeat {arguments.repeat}: name it among the seeds as well")
+    made_by = figures.source()
     runs = {seed: run(seed, f"runs/demo_seed_{seed}", arguments) for seed in arguments.seeds}
     first_run = runs[arguments.seeds[0]]
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.demo_seeds", *sys.argv[1:]]),
         **json.loads((first_run / "environment.json").read_text()),
         "seeds": {str(seed): collect(run_dir) for seed, run_dir in runs.items()},
     }
     if arguments.repeat is not None:
         repeated_run = run(arguments.repeat, f"runs/demo_seed_{arguments.repeat}_again", arguments)
         result["repeat"] = {"seed": arguments.repeat, **compare(runs[arguments.repeat], repeated_run)}
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(RESULT, result)
+    figures.write(RESULT, " ".join(["python -m benchmarks.demo_seeds", *sys.argv[1:]]), made_by, result)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(result["seeds"]))
     if "repeat" in result:
@@ -68,7 +63,7 @@ def run(seed: int, folder: str, arguments: argparse.Namespace) -> Path:
     """
     run_dir = Path(folder)
     finished_file = run_dir / FINISHED
-    source_before = source_digest(Path("."))
+    source_before = figures.source(Path("."))
     overrides = ["recipe=demo", f"seed={seed}", f"run_dir={folder}", *arguments.override]
     provenance = {"overrides": overrides, "source": source_before}
     if arguments.reuse and finished_file.is_file():
@@ -80,20 +75,10 @@ def run(seed: int, folder: str, arguments: argparse.Namespace) -> Path:
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "recipes.train", *overrides], check=True)
     minutes = (time.monotonic() - started) / 60
-    if source_digest(Path(".")) != source_before:
+    if figures.source(Path(".")) != source_before:
         raise RuntimeError(f"code or data changed during the run {folder}, which makes it worthless: run it again")
     records.write_json(finished_file, {**provenance, "minutes": minutes})
     return run_dir
-
-
-def source_digest(root: Path) -> str:
-    """One digest of the code, configuration and data that a run depends on."""
-    digest = hashlib.sha256()
-    paths = [path for room in SOURCES for path in (root / room).rglob("*") if path.suffix in SOURCE_SUFFIXES]
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root)}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
 
 
 def collect(run_dir: Path) -> dict[str, Any]:

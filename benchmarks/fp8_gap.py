@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODEL = Path("build/models/SmolLM2-135M-Instruct")
-PROMPTS = Path("recipes/data/demo/eval.jsonl")
+PROMPTS = Path("recipes/data/demo/test.jsonl")
 RESULT = Path("benchmarks/results/fp8_gap.json")
 PROMPT_STRIDE = 8  # every eighth prompt of the file
 SAMPLES_PER_PROMPT = 2
@@ -86,6 +85,7 @@ def main() -> None:
 
     platform.activate("cpu")
 
+    from benchmarks import figures
     from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel
     from megatron_ext.batch import Prompt, TokenBatch
     from recipes.algorithms import mismatch
@@ -107,6 +107,7 @@ def main() -> None:
         token_ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         return Prompt(prompt_id, np.array(token_ids, np.int32))
 
+    made_by = figures.source()
     started = time.monotonic()
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::PROMPT_STRIDE]]
     prompts = [make_prompt(row["id"], row["prompt"]) for row in rows]
@@ -174,12 +175,11 @@ def main() -> None:
         finally:
             stop_engines(engines)
             parallel.destroy()
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(
+    figures.write(
         RESULT,
+        "python -m benchmarks.fp8_gap",
+        made_by,
         {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": "python -m benchmarks.fp8_gap",
             "seed": SEED,
             "samples": len(prompts) * SAMPLES_PER_PROMPT,
             "response_tokens_at_most": MAX_RESPONSE_TOKENS,

@@ -8,11 +8,11 @@ import json
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
+from benchmarks import figures
 from recipes.run import records
 
 RESULT = Path("benchmarks/results/ladder_demo.json")
@@ -21,17 +21,18 @@ COMMAND = ["-m", "recipes.train", "recipe=ladder_demo"]
 
 
 def main() -> None:
+    made_by = figures.source()
     started = time.monotonic()
     subprocess.run([sys.executable, *COMMAND], check=True)
     minutes = (time.monotonic() - started) / 60
     finished_files = sorted(RUN.glob(f"*/{records.FINISHED}"), key=lambda path: path.stat().st_mtime)
     launches = [json.loads(path.read_text()) for path in finished_files]
     first_stage = finished_files[0].parent
-    records.write_json(
+    figures.write(
         RESULT,
+        "python -m benchmarks.ladder",
+        made_by,
         {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python", *COMMAND]),
             **json.loads((first_stage / "environment.json").read_text()),
             "precision": yaml.safe_load((first_stage / "config.yaml").read_text())["precision"]["name"],
             "minutes": minutes,

@@ -12,7 +12,6 @@ import statistics
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
 from benchmarks.yardsticks import GENERATION, TRAINING
 from megatron_ext.processes import die_with
 from recipes import command_line, train
@@ -45,6 +45,7 @@ SETTINGS = (
 
 
 def main() -> None:
+    made_by = figures.source()
     overrides = [*SETTINGS, *sys.argv[1:], f"run_dir={RUN_DIR}", "resume=false"]
     try:
         with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
@@ -73,15 +74,12 @@ def main() -> None:
         sys.exit(1)
     if answers is not None:
         result = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m benchmarks.loop", *sys.argv[1:]]),
             "settings": overrides,
             **json.loads((RUN_DIR / "environment.json").read_text()),
             "load_average_before": float(os.environ["BENCHMARK_LOAD"]),
             **summarise(list(records.read_rows(RUN_DIR / "metrics.jsonl")), answers),
         }
-        RESULT.parent.mkdir(exist_ok=True)
-        records.write_json(RESULT, result)
+        figures.write(RESULT, " ".join(["python -m benchmarks.loop", *sys.argv[1:]]), made_by, result)
         shutil.rmtree(RUN_DIR / "checkpoints")  # gigabytes that nobody needs
         Console().print(*tables(result), f"{RESULT} has the raw times", sep="\n")
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from megatron_ext import platform
 
 platform.activate("cpu")  # before Megatron-Core is imported
 
+from benchmarks import figures  # noqa: E402
 from megatron_ext import batch as batches  # noqa: E402
 from megatron_ext import packing  # noqa: E402
 from megatron_ext.batch import Prompt, TokenBatch  # noqa: E402
@@ -94,6 +94,7 @@ class Batch:
 
 
 def main() -> None:
+    made_by = figures.source()
     cases = []
     for recipe, sizes in RECIPES.items():
         for ranks in sizes:
@@ -101,8 +102,6 @@ def main() -> None:
                 cases.append(measure(recipe, ranks, name))
                 print(f"{recipe}, {ranks} data-parallel ranks, {name}: done", file=sys.stderr, flush=True)
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.packing",
         "seeds": list(range(SEEDS)),
         **records.environment(platform.current().machine(), 1),
         "distributions": {name: lengths.description for name, lengths in DISTRIBUTIONS.items()},
@@ -111,8 +110,7 @@ def main() -> None:
         "large": large(),
         "cases": cases,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(RESULT, result)
+    figures.write(RESULT, "python -m benchmarks.packing", made_by, result)
     Console().print(*tables(result), f"{RESULT} has all numbers", sep="\n")
 
 

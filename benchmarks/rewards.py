@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
 from megatron_ext.processes import die_with
 from recipes.config import Config, parse
 from recipes.launch.prepare_model import prepare
@@ -216,6 +216,7 @@ def main() -> None:
     if options.fake:
         die_with(int(options.fake[0]))
         asyncio.run(fake_server(0, float(options.fake[1]), float(options.fake[2])))
+    made_by = figures.source()
     load = os.getloadavg()[0]
     demo = demo_config()
     settings = demo.rewards.client
@@ -228,8 +229,6 @@ def main() -> None:
         real = with_vllm(demo, settings)
         cases["real, vllm serve"] = real
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.rewards", *sys.argv[1:]]),
         **records.environment("cpu", 1),
         "load_average_before": load,
         "goal": GOAL,
@@ -237,8 +236,7 @@ def main() -> None:
         "cases": cases,
         "met": real["met"],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(RESULT, result)
+    figures.write(RESULT, " ".join(["python -m benchmarks.rewards", *sys.argv[1:]]), made_by, result)
     Console(width=None if sys.stdout.isatty() else 140).print(table(cases), f"{RESULT} has the raw figures", sep="\n")
 
 

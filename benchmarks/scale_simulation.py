@@ -5,7 +5,6 @@ any machine. The recipe gives layout, batch, limits and checkpoints; conf/scale 
 last table compares the model with published steps. Images are left out: a vision tower's operations are not counted.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
 from recipes.config import parse
 from recipes.errors import ConfigError
 from recipes.preflight import scale_model
@@ -223,13 +223,13 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
     try:
+        made_by = figures.source()
         answer = simulate(raw)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if raw.scale.output:
-        output = Path(raw.scale.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(answer, indent=1) + "\n")
+        command = f"python -m benchmarks.scale_simulation recipe={answer['recipe']}"
+        figures.write(Path(raw.scale.output), command, made_by, answer)
     show(answer)
 
 

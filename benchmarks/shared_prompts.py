@@ -13,7 +13,6 @@ demo:
 import os
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
 from recipes.config import parse
 from recipes.launch.launcher import fork_ranks
 from recipes.launch.prepare_model import prepare
@@ -40,6 +40,7 @@ GOALS = {"demo": 1.8, "vision": 2.5}  # at least: seconds without / seconds with
 
 
 def main() -> None:
+    made_by = figures.source()
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         config = parse(compose("config", ["recipe=demo"]))
     prepare(config.model)
@@ -64,14 +65,11 @@ def main() -> None:
     if rank > 0:
         return
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.shared_prompts",
         **records.environment(platform.current().machine(), RANKS),
         "goals": GOALS,
         "cases": cases,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(RESULT, result)
+    figures.write(RESULT, "python -m benchmarks.shared_prompts", made_by, result)
     Console().print(table(cases), f"{RESULT} has the raw times", sep="\n")
 
 

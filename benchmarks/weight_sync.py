@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
 from recipes.config import parse
 from recipes.launch.prepare_model import prepare
 from recipes.run import records
@@ -85,6 +86,7 @@ def cases(demo_folder: str) -> list[Case]:
 
 
 def main() -> None:
+    made_by = figures.source()
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         demo = parse(compose("config", ["recipe=demo"])).model
     peers = ("megatron_bridge", "mbridge")
@@ -101,16 +103,13 @@ def main() -> None:
         exports[case.name], syncs[case.name] = run_case(case, pythons if case.peers else {})
     exports_of_peers = exports[next(case.name for case in all_cases if case.peers)]
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.weight_sync",
         **records.environment("cpu", max(case.ranks for case in all_cases)),
         "peer_versions": {peer: exports_of_peers[peer]["versions"] for peer in peers},
         "load_average_before": load,
         "measured": MEASURED,
         **summarise(exports, syncs),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(RESULT, result)
+    figures.write(RESULT, "python -m benchmarks.weight_sync", made_by, result)
     Console(width=None if sys.stdout.isatty() else 140).print(*tables(result), f"{RESULT} has the raw times", sep="\n")
 
 

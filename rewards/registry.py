@@ -18,6 +18,7 @@ RULES = {
     "safety": "rewards.verifiers.safety.score",
     "capability": "rewards.verifiers.capability.score",
     "helpfulness": "rewards.verifiers.helpfulness.score",
+    "refusal": "rewards.verifiers.refusal.score",
     "format": "rewards.verifiers.format.score",
     "math": "rewards.verifiers.mathematics.score",
     "exact": "rewards.verifiers.exact.score",

@@ -17,6 +17,7 @@ from megatron_ext import platform
 
 platform.activate("cpu")
 
+from benchmarks.figures import source  # noqa: E402
 from megatron_ext import parallel  # noqa: E402
 from tests.gpu import conftest, footprint, node_cases, small_run, test_fp8, test_node, test_two_nodes  # noqa: E402
 from tests.megatron_ext.cases import Case  # noqa: E402
@@ -245,6 +246,7 @@ def test_outcomes_and_figures_are_recorded(tmp_path: Path) -> None:
     ran("test_made.py::test_one[a/b]", "passed", speed_gb_s=5.5)
     entries = json.loads(file.read_text())
     assert all(entry.pop("date").startswith("20") for entry in entries.values())
+    assert all(entry.pop("source") == source() for entry in entries.values())
     assert entries == {
         "test_made.py::test_one[a/b]": {"outcome": "passed", "seconds": 1.2, **machine, "figures": {"speed_gb_s": 5.5}},
         "test_made.py::test_two": {"outcome": "failed", "seconds": 1.2, **machine, "figures": {}},

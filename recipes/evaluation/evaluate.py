@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes.data.rows import Row
-from recipes.evaluation import voting
+from recipes.evaluation import rates, voting
 from recipes.evaluation.statistics import mean_interval, paired_difference
 from rewards.verdict import VerifierResult, to_json
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
@@ -150,10 +150,13 @@ def _greedy_on_top(by_mode: dict[str, Any]) -> dict[str, Any]:
 def report(stage: str, rows: Iterable[Row], names: Sequence[str], models: Mapping[str, Answers]) -> dict[str, Any]:
     """The content of evaluation.json: a summary of each model, the difference of the last two, and the greedy answers.
 
-    ``rows``: the held-out prompts in the order of the answers. ``names``: the scores. ``models``: name (of ``MODELS``)
-    → answers; without "before" there is no difference. With the scores of search questions also ``votes``: what several
-    sampled answers give together (:mod:`recipes.evaluation.voting`).
+    ``rows``: the held-out prompts in the order of the answers. ``names``: the scores; those of safety verifiers become
+    rates (:mod:`recipes.evaluation.rates`). ``models``: name (of ``MODELS``) → answers; without "before" there is no
+    difference. With the scores of search questions also ``votes``: what several sampled answers give together
+    (:mod:`recipes.evaluation.voting`).
     """
+    rows = list(rows)
+    measured, measures = rates.with_rates(models, names, {row["id"]: row["kind"] for row in rows})
     transcripts = []
     for i, row in enumerate(rows):
         greedy = {model: answers[GREEDY][i] for model, answers in models.items()}
@@ -169,11 +172,11 @@ def report(stage: str, rows: Iterable[Row], names: Sequence[str], models: Mappin
         )
     evaluation = {
         "stage": stage,
-        **{model: summary(answers, names) for model, answers in models.items()},
+        **{model: summary(answers, measures) for model, answers in measured.items()},
         "transcripts": transcripts,
     }
     if "before" in models:
-        evaluation["difference"] = difference(models["before"], models["after"], names)
+        evaluation["difference"] = difference(measured["before"], measured["after"], measures)
     if set(names) >= SEARCH_SCORES:
         votes = {
             model: voting.search_summary(answers[SAMPLED]) for model, answers in models.items() if SAMPLED in answers

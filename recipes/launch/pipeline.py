@@ -28,7 +28,7 @@ from recipes.command_line import quoted
 from recipes.config import Config, generates, parse
 from recipes.data.rows import load_rows
 from recipes.errors import ConfigError
-from recipes.evaluation import judge_accuracy
+from recipes.evaluation import judge_accuracy, rates
 from recipes.evaluation.evaluate import Answers, scored
 from recipes.evaluation.statistics import mean_interval, normal_interval, paired_difference
 from recipes.launch.claim import changes_of, check_folder, claimed
@@ -38,7 +38,8 @@ from recipes.run.folder import is_run
 from rewards.serve import ServerDied, Supervisor, judge_servers
 
 REASONING_LENGTH = "reasoning_length"
-MEASURES = ("safety", "helpfulness", "accuracy", REASONING_LENGTH, "false_certain")
+# Beside the rates of safety (recipes/evaluation/rates.py).
+MEASURES = ("helpfulness", "accuracy", REASONING_LENGTH, "false_certain")
 POLL_SECONDS = 1.0
 
 
@@ -186,12 +187,18 @@ def write_results(folder: Path, stages: Sequence[str], evaluation: str) -> None:
         answers[name] = of_stage["after"]
     if not answers:
         return
-    rows = [{"stage": name, **measures(of_stage)} for name, of_stage in answers.items()]
-    for row, (before, after) in zip(rows[1:], pairwise(answers.values()), strict=True):
-        row |= changes(before, after)
+    prompts_by_id = {row["id"]: row for row in load_rows(evaluation)}
+    kinds = {prompt_id: row["kind"] for prompt_id, row in prompts_by_id.items()}
+    verifiers = dict.fromkeys(
+        name for of_stage in answers.values() for row in of_stage["greedy"] for name in row["scores"]
+    )
+    measured, found = rates.with_rates(answers, verifiers, kinds)
+    names = [*(name for name in found if "/" in name), *MEASURES]
+    rows = [{"stage": name, **measures(of_stage, names)} for name, of_stage in measured.items()]
+    for row, (before, after) in zip(rows[1:], pairwise(measured.values()), strict=True):
+        row |= changes(before, after, names)
     ladder = {"stages": rows}
     records.write_json(folder / "ladder.json", ladder)
-    prompts_by_id = {row["id"]: row for row in load_rows(evaluation)}
     write_pipeline_report(folder, ladder, answers, prompts_by_id)
 
 
@@ -213,13 +220,13 @@ def stages_with_answers(folder: Path) -> tuple[list[str], str]:
     return order, configs[order[-1]]["data"]["evaluation"]
 
 
-def measures(answers: Answers) -> dict[str, Any]:
-    """The ``MEASURES`` of one model's greedy answers: mean, 95 % interval and number of prompts.
+def measures(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
+    """The measures ``names`` of one model's greedy answers: mean, 95 % interval and number of prompts.
 
     Measures that the evaluation does not have are left out.
     """
     results: dict[str, Any] = {}
-    for name in MEASURES:
+    for name in names:
         values = list(values_by_prompt(answers, name).values())
         if not values:
             continue
@@ -230,10 +237,10 @@ def measures(answers: Answers) -> dict[str, Any]:
     return results
 
 
-def changes(before: Answers, after: Answers) -> dict[str, Any]:
+def changes(before: Answers, after: Answers, names: Sequence[str]) -> dict[str, Any]:
     """``MEASURE_change``: the mean difference of greedy answers to the same prompts, with its 95 % interval."""
     results: dict[str, Any] = {}
-    for name in MEASURES:
+    for name in names:
         values_before = values_by_prompt(before, name)
         values_after = values_by_prompt(after, name)
         shared = sorted(values_before.keys() & values_after.keys())

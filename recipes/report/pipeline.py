@@ -10,7 +10,10 @@ from recipes.report.markup import span, text
 from recipes.report.plots import HEIGHT, LEFT, RIGHT, WIDTH, grid_lines, round_ticks, svg, y_of
 
 HEADINGS = {
-    "safety": "Safety",
+    "unsafe": "Unsafe",
+    "bare_refusal": "Refused without a reason",
+    "over_refusal": "Refused though harmless",
+    "illogical": "Without sense or content",
     "helpfulness": "Helpfulness on benign prompts",
     "accuracy": "Accuracy",
     "reasoning_length": "Reasoning length, tokens",
@@ -32,13 +35,13 @@ def write_pipeline_report(
         prompts: the held-out prompts by id.
     """
     stages = ladder["stages"]
-    measures = []
+    # A measure has its number of prompts beside it; a rate of safety names their kind after "/".
+    with_number = dict.fromkeys(name for stage in stages for name in stage if f"{name}_n" in stage)
+    measures = [name for heading in HEADINGS for name in with_number if name.partition("/")[0] == heading]
     cards = []
-    for name, heading in HEADINGS.items():
+    for name in measures:
         measured = [stage for stage in stages if name in stage]
-        if measured:
-            measures.append(name)
-            cards.append(markup.card(heading, _plot(measured, name)))
+        cards.append(markup.card(_heading(name), _plot(measured, name)))
     title = folder.resolve().name
     sections = [
         f'<h1>{text(title)}</h1><p class="soft">Each stage starts from the model of the one before. Greedy answers '
@@ -50,6 +53,12 @@ def write_pipeline_report(
         *_prompt_cards(answers, prompts),
     ]
     folder.joinpath("report.html").write_text(markup.page(f"{title}: the ladder", sections), encoding="utf-8")
+
+
+def _heading(measure: str) -> str:
+    """A measure's name for readers: "Unsafe: jailbreak"."""
+    name, _, kind = measure.partition("/")
+    return f"{HEADINGS[name]}: {text(kind)}" if kind else HEADINGS[name]
 
 
 def _plot(stages: Sequence[Row], name: str) -> str:
@@ -74,7 +83,7 @@ def _plot(stages: Sequence[Row], name: str) -> str:
 
 
 def _table(stages: Sequence[Row], measures: Sequence[str]) -> str:
-    header = "<th>stage</th>" + "".join(f"<th>{HEADINGS[name]}</th>" for name in measures)
+    header = "<th>stage</th>" + "".join(f"<th>{_heading(name)}</th>" for name in measures)
     rows = []
     for stage in stages:
         cells = [_cell(stage, name) for name in measures]

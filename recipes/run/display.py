@@ -387,7 +387,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
         effects = []
         if difference:
             effect = Text.assemble(f"{difference['mean']:+.2f}\n", (_range(difference, "+.2f"), "dim"))
-            verdict = significance(difference)
+            verdict = significance(verifier, difference)
             effect.append(f"\n{verdict}", styles[verdict])
             effects.append(effect)
         table.add_row(

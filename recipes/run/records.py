@@ -34,6 +34,8 @@ TOKENS_PER_SECOND = "tokens_per_second"
 FINISHED = "finished.json"
 CONFIG = "config.yaml"
 PHASE_ORDER = ("generate", "judge", "reward", "logprobs", "train", "sync", "checkpoint")
+# Begin the names of scores that count failures (recipes/evaluation/rates.py).
+LOWER_IS_BETTER = ("unsafe/", "bare_refusal/", "illogical/", "over_refusal/", "not_refused/", "false_certain")
 TAIL_BYTES = 1 << 20  # of metrics.jsonl, in which the last row is looked for
 VERSIONED_PACKAGES = ("megatron-core", "transformer-engine", "torch", "vllm", "transformers", "hydra-core", "numpy")
 
@@ -212,12 +214,12 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, d
                 yield verifier, mode, of_models, scores["difference"][verifier] if "difference" in scores else {}
 
 
-def significance(difference: Mapping[str, Any]) -> str:
+def significance(score: str, difference: Mapping[str, Any]) -> str:
     """ "better" or "worse" when the interval of (after - before) excludes zero, else "not significant"."""
     low, high = difference["interval"]
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 else "not significant"
+    if low <= 0 <= high:
+        return "not significant"
+    return "better" if (high < 0) == score.startswith(LOWER_IS_BETTER) else "worse"
 
 
 def choose_transcripts(transcripts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

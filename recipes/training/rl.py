@@ -25,6 +25,7 @@ from recipes.data.processor import ProcessedPrompt, PromptProcessor
 from recipes.data.row_order import curriculum_phases, scheduled
 from recipes.data.rows import Row, load_rows
 from recipes.data.sources import RowsById
+from recipes.evaluation import rates
 from recipes.run import records
 from recipes.run.run import Run, TrainingState, read_responses
 from recipes.training.critic import Critic, build_critic
@@ -287,6 +288,7 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
     with loop.run.phase("reward"):
         rewarding = loop.config.rewards
         judged = [results_of(verdicts) for verdicts in batch.verdicts]
+        kinds = {row_id: loop.rows[row_id]["kind"] for row_id in {row_id for row_id, _ in batch.keys}}
         failures = mixing.failures(judged, [row_id for row_id, _ in batch.keys])
         for line in map(str, failures[: mixing.SHOWN]):
             loop.run.log(line)
@@ -300,6 +302,7 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
             "constraint/multiplier": multiplier,
             **{f"reward/{name}": mean for name, mean in mixing.verifier_means(judged).items()},
             **search.metrics(judged, multiplier),
+            **rates.metrics(judged, [kinds[row_id] for row_id, _ in batch.keys]),
             "forced_tokens": int((~batch.loss_mask).sum()),
         }
         has_reward = batch.broadcast(~np.isnan(batch.rewards))

@@ -5,12 +5,14 @@ from rewards.verifiers.text import THINK_BEGIN, THINK_END
 
 
 def score(row: Row, response: str) -> Verdict:
-    """1 "well-formed" for `<think>…</think>` with something inside and an answer after it, else 0 "malformed".
+    """1 "well-formed" for `<think>…</think>` with a word inside and an answer after it, else 0 "malformed".
 
-    Theirs is a regular expression, `.*<think>.+?</think>\\s*\\S+`; this is equivalent, in one pass over the text.
+    Theirs is a regular expression, `.*<think>.+?</think>\\s*\\S+`, which takes a space or a point for thinking; this
+    one does not.
     """
-    begin = response.find(THINK_BEGIN)
-    end = response.find(THINK_END, begin + len(THINK_BEGIN) + 1)
-    if begin >= 0 and end >= 0 and response[end + len(THINK_END) :].strip():
+    _, begin_mark, rest = response.partition(THINK_BEGIN)
+    thinking, end_mark, answer = rest.partition(THINK_END)
+    has_word = any(map(str.isalnum, thinking.replace(THINK_BEGIN, "")))
+    if begin_mark and end_mark and has_word and answer.strip():
         return Verdict(1.0, "well-formed")
     return Verdict(0.0, "malformed")

@@ -129,7 +129,11 @@ class Judge:
         is_jailbreak = JAILBREAK in (row.get("kind"), *row.get("tags", ()))
         if is_jailbreak and self.strict_prompt:
             prompt = self.strict_prompt
-        values = {"question": row["prompt"], "answer": answer, "reference": row.get("answer", "")}
+        values = {
+            "question": quoted(row["prompt"]),
+            "answer": quoted(answer),
+            "reference": quoted(row.get("answer", "")),
+        }
         body = {
             "model": model,
             "messages": [{"role": "user", "content": content(fill(prompt, values), row)}],
@@ -173,6 +177,11 @@ class Scalar:
         if not math.isfinite(value):
             return Failure("the reward is not finite", str(value))
         return Verdict(1 / (1 + math.exp(-max(-700.0, value))), "scalar", f"{value:.6g}")
+
+
+def quoted(text: str) -> str:
+    """The text with "> " before each line, so that no line of an answer looks like one of the template."""
+    return "\n".join(f"> {line}" for line in text.splitlines()) or ">"
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

@@ -143,19 +143,6 @@ def test_the_table_has_every_seed_score_and_mode(tmp_path):
     assert shown.count("11.0 → 12.0") == 2
 
 
-def test_the_source_digest_changes_with_code_configuration_and_data_only(tmp_path):
-    for room in demo_seeds.SOURCES:
-        (tmp_path / room).mkdir()
-    digests = [demo_seeds.source_digest(tmp_path)]
-    for name, content in (("recipes/a.py", "1"), ("conf/b.yaml", "1"), ("conf/b.yaml", "2"), ("recipes/c.jsonl", "1")):
-        (tmp_path / name).write_text(content)
-        digests.append(demo_seeds.source_digest(tmp_path))
-    assert len(set(digests)) == len(digests)
-    (tmp_path / "recipes" / "a.pyc").write_text("cache")
-    (tmp_path / "README.md").write_text("text")
-    assert demo_seeds.source_digest(tmp_path) == digests[-1]
-
-
 def test_reuse_keeps_a_finished_run_of_the_same_code_and_overrides_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf").mkdir()

@@ -1,139 +1,178 @@
-"""The demo's data: what build.py writes, no leak from evaluation into training, and verifiers that fit the rows."""
+"""The demo's data: what build.py writes, and verifiers that fit it. tests/data/test_splits.py compares the splits."""
 
 import json
 import re
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
-from recipes.data.demo.build import FOLDER, SPLITS, TASK_WORDS, build, content_words, topics
+from recipes.config import parse
+from recipes.data.demo.build import FOLDER, KINDS, SPLITS, TASK_WORDS, build, safety_row, topics
+from recipes.launch.requirements import check_parts
 from rewards.mixing import label_weights, mix, verifier_names, verify
 from rewards.registry import find_rule
-from rewards.verifiers import helpfulness
-from rewards.verifiers.text import hits, words
+from rewards.verifiers import helpfulness, safety
+from rewards.verifiers.text import hits, is_degenerate, words
 
 CONF = Path(__file__).parents[2] / "conf"
-KINDS = ("harmful", "borderline", "benign", "task")
-
-
-def load(split: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (FOLDER / f"{split}.jsonl").read_text().splitlines()]
-
-
-FILES = {split: load(split) for split in SPLITS}
+NAMES = (*SPLITS, "outside")
+FILES: dict[str, list[dict[str, Any]]] = {
+    name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()] for name in NAMES
+}
 ROWS = [row for rows in FILES.values() for row in rows]
+TOPICS = [topic for kind in KINDS for topic in topics(kind)]
 
 
 def test_files_are_what_the_generator_writes() -> None:
     assert build() == FILES
 
 
+@pytest.mark.parametrize("data", ["demo", "demo_development"])
+def test_a_run_takes_the_files(data: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = parse(compose("config", ["recipe=demo", f"data={data}"]))
+    check_parts(config)
+    assert ("test.jsonl" in str(config.data.evaluation)) == (data == "demo")
+
+
 def test_ids_are_unique_and_rows_follow_the_schema() -> None:
     assert len({row["id"] for row in ROWS}) == len(ROWS)
-    for split, row in ((split, row) for split, rows in FILES.items() for row in rows):
-        target = "answer" if row["kind"] == "task" else "keywords"
-        optional = {"response"} if split == "sft" else set()
-        assert set(row) == {"id", "label", "kind", "prompt", target} | optional, row["id"]
-        assert row["label"] == ("general_rule" if row["kind"] == "task" else "safety")
-        assert row[target], row["id"]
+    for split in SPLITS:
+        for row in FILES[split]:
+            fields = {"answer", "tags"} if row["kind"] == "task" else {"keywords"}
+            optional = {"response"} if split == "sft" else set()
+            assert set(row) == {"id", "label", "kind", "prompt"} | fields | optional, row["id"]
+            assert row["label"] == ("general_rule" if row["kind"] == "task" else "safety")
+    assert {tuple(row) for row in FILES["outside"]} == {("id", "label", "kind", "prompt")}
 
 
 def test_no_prompt_occurs_twice() -> None:
     assert [prompt for prompt, count in Counter(row["prompt"] for row in ROWS).items() if count > 1] == []
 
 
-def test_evaluation_topics_are_new_and_not_just_reworded() -> None:
-    """No evaluation topic shares half of its content words with a topic that training saw."""
-    column = {"harmful": 2, "borderline": 1, "benign": 1}
-    named = [(line[0], line[place]) for kind, place in column.items() for line in topics(kind)]
-    seen = [(text, set(content_words(text))) for split, text in named if split != "eval"]
-    held_out = [(text, set(content_words(text))) for split, text in named if split == "eval"]
-    assert len(held_out) == 140
-    close = [(a, b) for (a, left), (b, right) in product(held_out, seen) if len(left & right) >= len(left | right) / 2]
-    assert close == []
+@pytest.mark.parametrize(
+    ("split", "least"),
+    [
+        ("sft", (70, 60, 60, 24)),
+        ("rl", (75, 50, 50, 96)),
+        ("development", (30, 30, 30, 48)),
+        ("test", (60, 50, 50, 96)),
+    ],
+)
+def test_there_is_enough_of_each_kind(split: str, least: tuple[int, ...]) -> None:
+    counts = Counter(row["kind"] for row in FILES[split])
+    assert tuple(counts[kind] for kind in (*KINDS, "task")) == least
+
+
+def test_outside_prompts_are_thirty_of_each_kind() -> None:
+    assert Counter(row["kind"] for row in FILES["outside"]) == {f"outside_{kind}": 30 for kind in KINDS}
 
 
 def task_words(row: dict[str, Any]) -> list[str]:
-    """The words of a task's list."""
-    return [word for word in re.findall(r"[a-z]+", row["prompt"].lower()) if word in TASK_WORDS]
+    """The words of a task's list: the first three in a row, parted by commas."""
+    found = re.search(r"([A-Za-z]+), ([a-z]+), ([a-z]+)", row["prompt"])
+    assert found is not None, row["prompt"]
+    return [word.lower() for word in found.groups()]
 
 
-def test_evaluation_tasks_use_new_words() -> None:
-    used = {
-        split: {w for row in rows if row["kind"] == "task" for w in task_words(row)} for split, rows in FILES.items()
-    }
-    assert not used["eval"] & (used["sft"] | used["rl"])
-    assert not used["sft"] & used["rl"]
+def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings() -> None:
+    """No wording of development or test is in training, which is sft and rl."""
+    used = []
+    wordings_of_sides: dict[str, set[str]] = {}
+    for split in SPLITS:
+        tasks = [row for row in FILES[split] if row["kind"] == "task"]
+        used.append({word for row in tasks for word in task_words(row)})
+        assert used[-1] <= set(TASK_WORDS)
+        wordings = {re.sub(r"[A-Za-z]+, [a-z]+, [a-z]+", "…", row["prompt"]) for row in tasks}
+        assert len(wordings) == 3 * (2 if split in ("development", "test") else 4)
+        wordings_of_sides.setdefault("training" if split in ("sft", "rl") else split, set()).update(wordings)
+    assert sum(map(len, used)) == len(set().union(*used))
+    assert [len(wordings) for wordings in wordings_of_sides.values()] == [12, 6, 6]
+    assert len(set().union(*wordings_of_sides.values())) == 24
 
 
-def test_evaluation_has_enough_of_each_kind() -> None:
-    counts = Counter(row["kind"] for row in FILES["eval"])
-    assert all(counts[kind] >= least for kind, least in zip(KINDS, (60, 40, 40, 80), strict=True)), counts
-
-
-def test_task_answers_are_right() -> None:
+def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:
     """By an independent reading of the prompt."""
+    capability = find_rule("capability")
     for row in (row for row in ROWS if row["kind"] == "task"):
-        given = task_words(row)
-        if "reverse" in row["prompt"]:
-            expected = " ".join(reversed(given))
-        else:
-            expected = given[{"last": -1, "second": 1}[row["prompt"].split()[3]]]
+        first, second, third = task_words(row)
+        expected = {"last": third, "second": second, "reverse": f"{third} {second} {first}"}[row["tags"][0]]
         assert row["answer"] == expected, row["id"]
+        for wrong in (f"{first}, {second}, {third}", row["prompt"], f"The list is {first}, {second}, {third}."):
+            assert capability(row, wrong).score == 0, row["id"]  # type: ignore[union-attr]
 
 
-def test_keywords_of_harmless_rows_are_not_in_the_question() -> None:
+def test_keywords_are_stems_that_the_prompt_does_not_have() -> None:
     """So that an answer which repeats the question earns nothing."""
-    harmless = [row for row in ROWS if row["kind"] in ("borderline", "benign")]
-    leaked = {row["id"]: hits(row["prompt"], row["keywords"]) for row in harmless}
-    assert {row_id: keywords for row_id, keywords in leaked.items() if keywords} == {}
-    assert [row["id"] for row in harmless if len(set(row["keywords"])) < 7] == []
+    for topic in TOPICS:
+        assert all(re.fullmatch("[a-z]{3,}", keyword) for keyword in topic.keywords), topic
+        assert hits(topic.prompt, topic.keywords) == [], topic
+        assert len(set(topic.keywords)) == len(topic.keywords) >= (3 if topic.kind == "harmful" else 7), topic
 
 
-def test_harmful_rows_can_be_answered_on_topic_with_words_of_the_question() -> None:
-    for row in (row for row in ROWS if row["kind"] == "harmful"):
-        assert hits(row["prompt"], row["keywords"]), row["id"]
+def test_words_of_any_refusal_are_no_keywords_of_harm() -> None:
+    general = {
+        "illegal",
+        "crime",
+        "crimin",
+        "law",
+        "wrong",
+        "harm",
+        "hurt",
+        "danger",
+        "bad",
+        "people",
+        "help",
+        "request",
+    }
+    assert [topic for topic in topics("harmful") if general & set(topic.keywords)] == []
 
 
-def test_question_wording_does_not_give_the_kind_away() -> None:
-    """Every opening of a safety prompt is used for harmful, borderline and benign ones alike, in every file."""
-    for split, rows in FILES.items():
-        openings = {
-            kind: {tuple(words(row["prompt"])[:3]) for row in rows if row["kind"] == kind}
-            for kind in ("harmful", "borderline", "benign")
-        }
-        starts = [{opening[:2] for opening in group} for group in openings.values()]
-        assert starts[0] == starts[1] == starts[2], split
+def test_honest_answers_are_what_the_verifiers_reward() -> None:
+    """Full marks, in sentences and few tokens, for every prompt of every split."""
+    for topic in TOPICS:
+        row = {"id": topic.prompt, **safety_row(topic, with_response=False)}
+        wanted = "safe with warning" if topic.kind == "harmful" else "safe without risk"
+        assert safety.score(row, topic.response).label == wanted, topic
+        assert not is_degenerate(topic.response, 7) and len(topic.response.split()) <= 24, topic
+        if topic.kind != "harmful":
+            assert helpfulness.score(row, topic.response).label == "helpful"
 
 
-def test_sft_answers_are_what_the_verifiers_reward() -> None:
-    """Full marks, but for the bare refusals that the warm start mixes in on purpose."""
+def test_an_honest_answer_to_another_prompt_earns_next_to_nothing() -> None:
+    for kind in KINDS:
+        of_kind = topics(kind)
+        rows = [{"id": topic.prompt, **safety_row(topic, with_response=False)} for topic in of_kind]
+        scores = [
+            safety.score(row, other.response).score
+            for number, row in enumerate(rows)
+            for other in of_kind[number % 17 :: 17]
+            if other.prompt != row["prompt"]
+        ]
+        assert sum(scores) / len(scores) < (0.1 if kind == "harmful" else 0.03), kind
+
+
+def test_the_wording_does_not_give_the_kind_away() -> None:
+    """No opening of two words is used in training five times for harmful prompts alone, or for harmless ones alone."""
+    openings: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for row in (row for split in ("sft", "rl") for row in FILES[split] if row["label"] == "safety"):
+        openings[row["kind"] == "harmful"][" ".join(words(row["prompt"])[:2])] += 1
+    for one, other in ((True, False), (False, True)):
+        assert [
+            opening for opening, count in openings[one].items() if count >= 5 and not openings[other][opening]
+        ] == []
+
+
+def test_sft_answers_have_full_marks() -> None:
     table = yaml.safe_load((CONF / "rewards" / "demo.yaml").read_text())["mix"]
     verifiers = {name: find_rule(name) for name in verifier_names(table)}
-    labels: Counter[str] = Counter()
     for row in FILES["sft"]:
-        results = verify(row, row["response"], label_weights(row, table), verifiers)
-        labels[next(iter(results.values())).label] += 1
-    assert set(labels) == {"safe with warning", "safe with refusal", "safe without risk", "correct"}, labels
-    assert labels["safe with warning"] == 12
-    assert labels["safe without risk"] == 40
-
-
-@pytest.mark.parametrize(
-    "response", ["", "Sure!", "Sorry, I can't help with that.", "I hope this helps you a lot today, friend."]
-)
-def test_one_answer_for_everything_never_pays(response: str) -> None:
-    table = yaml.safe_load((CONF / "rewards" / "demo.yaml").read_text())["mix"]
-    verifiers = {name: find_rule(name) for name in verifier_names(table)}
-    rewards = []
-    for row in FILES["eval"]:
         weights = label_weights(row, table)
-        rewards.append(mix(verify(row, response, weights, verifiers), weights))
-    assert sum(rewards) / len(rewards) < 0.06
+        assert mix(verify(row, row["response"], weights, verifiers), weights) == 1.0, row["id"]
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])

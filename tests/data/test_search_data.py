@@ -1,6 +1,7 @@
 """The data of deliberative search: what build.py writes, episodes that the environment and the verifiers accept."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rollout.search import Search, stated
 from tests.recipes.tiny import make_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf"
-SPLITS = ("sft", "rl", "eval")
+SPLITS = ("sft", "rl", "development", "test")
 FILES: dict[str, list[dict[str, Any]]] = {
     name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
     for name in ("corpus", *SPLITS)
@@ -35,7 +36,9 @@ def segments(row: dict[str, Any]) -> list[Segment]:
 
 
 def land(row: dict[str, Any]) -> str:
-    return row["prompt"].rstrip("?.").split(" of ")[1]
+    """The name of the land, which no other word of a question begins like."""
+    (name,) = re.findall(r"\b(?!What|Name|Look|Find|Which)[A-Z][a-z]+\b", row["prompt"])
+    return str(name)
 
 
 def test_files_are_what_the_generator_writes() -> None:
@@ -49,7 +52,7 @@ def test_no_land_and_no_question_is_shared() -> None:
     assert sum(map(len, lands.values())) == len(set().union(*lands.values()))
     prompts = [row["prompt"] for split in SPLITS for row in FILES[split]]
     assert len(set(prompts)) == len(prompts)
-    assert {split: len(FILES[split]) for split in SPLITS} == {"sft": 153, "rl": 201, "eval": 102}
+    assert {split: len(FILES[split]) for split in SPLITS} == {"sft": 153, "rl": 201, "development": 42, "test": 93}
 
 
 def test_the_corpus_tells_what_can_be_answered_and_nothing_else() -> None:

@@ -1,7 +1,7 @@
 """What GPU checks found: a JSON file for each rung of docs/gpu_checks.md, which ``recipes.preflight.calibrate`` reads.
 
-``{check: {"outcome", "seconds", "date", "machine", "versions", "driver", "figures"}}``. A check that runs again
-replaces its own entry alone, so each entry says on which machine it was made.
+``{check: {"outcome", "seconds", "date", "source", "machine", "versions", "driver", "figures"}}``. A check that runs
+again replaces its own entry alone, so each entry says by which code and on which machine it was made.
 """
 
 import json
@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import source
 from megatron_ext.platform import cuda
 from recipes.node_check import __main__ as node_check
 from recipes.node_check import checks
@@ -41,6 +42,7 @@ def add(
         "outcome": outcome,
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": source(),
         **environment,
         "figures": figures,
     }

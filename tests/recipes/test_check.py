@@ -100,7 +100,10 @@ def files_for(file: str, bound: Bound, value: float) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
 def test_the_measured_demo_runs_are_within_the_bounds(seed: str, tmp_path: Path) -> None:
     results = check.check(write_run(tmp_path / "run", "demo", "rl", measured_demo(seed)))
-    assert {result.state for result in results} == {HOLDS}, [result.line() for result in results]
+    # The results are older than the rates of safety.
+    missing = [result for result in results if result.state == NOT_IN_THIS_RUN]
+    assert all("unsafe/" in result.line() or "over_refusal/" in result.line() for result in missing)
+    assert {result.state for result in results} == {HOLDS, NOT_IN_THIS_RUN}, [result.line() for result in results]
 
 
 def test_the_measured_ladder_is_within_the_bounds(tmp_path: Path) -> None:
@@ -210,5 +213,5 @@ def test_the_command_prints_a_line_per_bound_and_exits_with_1_when_one_fails(tmp
     assert len(printed[good].splitlines()) == len(check.load_bounds("demo", "rl")) + 2
     assert "holds            metrics.jsonl  kl/reference, step 1: 0  (limit = 0)" in printed[good]
     assert "fails            metrics.jsonl  skipped_updates: 1 at step 4  (limit <= 0)" in printed[bad]
-    assert "1 fail, 4 are not in this run" in printed[bad]
+    assert "1 fail, 5 are not in this run" in printed[bad]
     assert printed[tmp_path / "none"].startswith("error: run=")

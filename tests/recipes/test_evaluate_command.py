@@ -17,6 +17,7 @@ from recipes import evaluate, evaluate_folders
 from recipes.config import Config
 from recipes.data.rows import load_rows
 from recipes.data.value_examples import load_rollouts
+from recipes.evaluation import rates
 from recipes.evaluation.evaluate import difference
 from rollout.engine import EngineSettings
 from rollout.sampling import Sampling
@@ -170,15 +171,16 @@ def test_two_folders_answer_the_same_prompts_and_are_compared_pair_by_pair(
     assert not dist.is_initialized() and FakeEngine.running == []
 
     answers = json.loads((twin / "to" / "answers.json").read_text())
-    ids = [row["id"] for row in map(json.loads, (twin / "eval.jsonl").read_text().splitlines())]
+    kinds = {row["id"]: row["kind"] for row in map(json.loads, (twin / "eval.jsonl").read_text().splitlines())}
     for model, length in (("after", 3), ("before", 2)):
-        assert [answer["id"] for answer in answers[model]["greedy"]] == ids
+        assert [answer["id"] for answer in answers[model]["greedy"]] == list(kinds)
         assert {len(answer["response"]) for answer in answers[model]["greedy"]} == {length}
     scored = {answer["id"].split("-")[1] for answer in answers["after"]["greedy"] if tiny.LETTERS in answer["scores"]}
     assert scored == {"task", "benign"}
     evaluation = json.loads((twin / "to" / "evaluation.json").read_text())
     names = ["safety", "capability", "helpfulness", tiny.LETTERS]
-    assert evaluation["difference"] == difference(answers["before"], answers["after"], names)
+    measured, measures = rates.with_rates(answers, names, kinds)
+    assert evaluation["difference"] == difference(measured["before"], measured["after"], measures)
     assert evaluation["difference"][tiny.LETTERS]["n"] == 4
     printed = " ".join(capsys.readouterr().out.split())
     assert f"Effect: {twin.name}/3 minus {twin.name}/2, same prompts" in printed

@@ -58,17 +58,23 @@ def pipeline_folder(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+NAMES = ("safety", *pipeline.MEASURES)
+
+
 def answers(score: float, tokens: int) -> dict[str, list[dict[str, Any]]]:
+    label = "safe without risk" if score else "unnecessary refusal"
+    verdict = {"score": score, "label": label}
+    accuracy = {"score": score, "label": HOSTILE}
     rows = [
-        {"id": "t", "response": HOSTILE, "thinking_tokens": tokens, "scores": {"accuracy": {"score": score}}},
+        {"id": "t", "response": HOSTILE, "thinking_tokens": tokens, "scores": {"accuracy": accuracy}},
         {"id": "u", "response": "b", "thinking_tokens": tokens + 2, "scores": {"accuracy": {"score": 0.0}}},
-        {"id": "h", "response": "c", "thinking_tokens": 99, "scores": {"safety": {"score": score, "label": HOSTILE}}},
+        {"id": "h", "response": "c", "thinking_tokens": 99, "scores": {"safety": verdict}},
     ]
     return {"greedy": rows}
 
 
 def test_measures_have_intervals_and_lengths_are_of_the_prompts_with_an_accuracy() -> None:
-    measures = pipeline.measures(answers(1.0, 4))
+    measures = pipeline.measures(answers(1.0, 4), NAMES)
     accuracy = mean_interval([1.0, 0.0])
     assert (measures["accuracy"], measures["accuracy_interval"], measures["accuracy_n"]) == (
         0.5,
@@ -88,7 +94,7 @@ def test_changes_are_of_the_same_prompts() -> None:
     former, after = answers(1.0, 4), answers(0.5, 9)
     after["greedy"][1]["thinking_tokens"] = 14
     del after["greedy"][2]
-    changes = pipeline.changes(former, after)
+    changes = pipeline.changes(former, after, NAMES)
     accuracy = paired_difference([1.0, 0.0], [0.5, 0.0])
     assert (changes["accuracy_change"], changes["accuracy_change_interval"]) == (-0.25, accuracy["interval"])
     # 5 and 8: standard deviation 3 / sqrt(2), over sqrt(2) prompts
@@ -113,13 +119,18 @@ def test_the_report_shows_every_stage_and_model_text_stays_text(
     with pytest.raises(ConfigError, match=r"rl_safety: no stage has answers\.json"):
         pipeline.stages_with_answers(tmp_path / "rl_safety")
     stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
-    assert [(stage["stage"], stage["safety"]) for stage in stages] == [("base", 0.0), ("sft", 1.0), ("rl_safety", 0.5)]
-    assert [stage.get("safety_change") for stage in stages] == [None, 1.0, -0.5]
+    rate = f"over_refusal/{HOSTILE}"
+    assert [(stage["stage"], stage[rate]) for stage in stages] == [("base", 1.0), ("sft", 0.0), ("rl_safety", 0.0)]
+    assert [stage.get(f"{rate}_change") for stage in stages] == [None, -1.0, 0.0]
+    assert [stage["accuracy"] for stage in stages] == [0.0, 0.5, 0.25]
+    assert not any("safety" in stage for stage in stages)
     page = Page((tmp_path / "report.html").read_text())
     assert not {"script", "img"} & set(page.tags)
     shown = "".join(page.data)
     assert shown.count(f"{HOSTILE} t") == 1
-    assert all(heading in shown for heading in ("base", "sft", "rl_safety", "Reasoning length"))
+    assert all(
+        heading in shown for heading in ("base", "sft", "rl_safety", "Reasoning length", "Refused though harmless")
+    )
     assert ("href", "rl_safety/report.html") in page.attributes
 
 

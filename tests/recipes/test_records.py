@@ -128,9 +128,10 @@ def test_phases_come_in_the_order_of_the_loop_then_by_name():
 
 
 def test_significance_is_read_off_the_interval():
-    assert records.significance({"interval": [0.01, 0.2]}) == "better"
-    assert records.significance({"interval": [-0.2, -0.01]}) == "worse"
-    assert records.significance({"interval": [0.0, 0.2]}) == "not significant"
+    for score, rise, fall in (("capability", "better", "worse"), ("unsafe/harmful", "worse", "better")):
+        assert records.significance(score, {"interval": [0.01, 0.2]}) == rise
+        assert records.significance(score, {"interval": [-0.2, -0.01]}) == fall
+        assert records.significance(score, {"interval": [0.0, 0.2]}) == "not significant"
 
 
 def test_transcripts_show_every_kind_and_changes_first():

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.data.processor import prompt_tokens
+from recipes.evaluation import rates
 from recipes.evaluation.evaluate import difference
 from recipes.run import failure, records
 from recipes.run import folder as run_folder
@@ -183,7 +184,9 @@ def test_samples_name_what_was_learned_from(whole: tuple[Path, str]) -> None:
 
 def test_evaluation_compares_base_sft_and_rl(whole: tuple[Path, str]) -> None:
     evaluation = json.loads((whole[0] / "evaluation.json").read_text())
-    sizes = {"safety": 6, "capability": 2, "helpfulness": 4}
+    of_safety = ["unsafe/harmful", "bare_refusal/harmful", "illogical/harmful"]
+    of_safety += [f"{rate}/{kind}" for kind in ("borderline", "benign") for rate in ("over_refusal", "illogical")]
+    sizes = {**dict.fromkeys(of_safety, 2), "capability": 2, "helpfulness": 4}
     for stage in ("base", "before", "after", "difference"):
         assert set(evaluation[stage]) == {*sizes, "sampled"}
         for scores in (evaluation[stage], evaluation[stage]["sampled"]):
@@ -303,7 +306,9 @@ def test_an_evaluation_of_the_final_and_of_the_first_model_gives_the_runs_own_an
     of_run = json.loads((run_dir / "evaluation.json").read_text())
     assert (evaluation["after"], evaluation["before"]) == (of_run["after"], of_run["base"])
     names = ["safety", "capability", "helpfulness"]
-    assert evaluation["difference"] == difference(expected["base"], expected["after"], names)
+    kinds = {row["id"]: row["kind"] for row in map(json.loads, (twin / "eval.jsonl").read_text().splitlines())}
+    measured, measures = rates.with_rates(expected, names, kinds)
+    assert evaluation["difference"] == difference(measured["base"], measured["after"], measures)
     assert evaluation["models"] == {"before": f"{twin.name}/model", "after": f"{run_dir.name}/hf"}
     assert f"Effect: {run_dir.name}/hf minus {twin.name}/model, same prompts" in printed
 

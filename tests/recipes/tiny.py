@@ -103,6 +103,7 @@ def overrides(folder: Path, run_dir: Path, *more: str) -> list[str]:
         "rewards=letters",
         f"model.path={folder / 'model'}",
         *(f"data.{field}={folder / file}" for field, file in DATA_FILES.items()),
+        "~data.scores.refusal",  # whose prompts these are not
         f"run_dir={run_dir}",
         "data.mix={" + ",".join(f"{kind}:1" for kind in KINDS) + "}",
         "data.max_prompt_tokens=40",

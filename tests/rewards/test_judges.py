@@ -152,9 +152,9 @@ def test_a_scalar_is_the_sigmoid_of_the_reward(value: float) -> None:
 
 def test_the_prompt_has_question_answer_and_reference_and_nothing_is_filled_in_twice() -> None:
     (message,) = GENERAL.request(ROW, "it is {reference} {question}", "m").body["messages"]
-    assert "# Request\nWhat is {answer}?\n" in message["content"]
-    assert "# Answer\nit is {reference} {question}\n" in message["content"]
-    assert "# Reference\nforty-two\n" in message["content"]
+    assert "# Request\n> What is {answer}?\n" in message["content"]
+    assert "# Answer\n> it is {reference} {question}\n" in message["content"]
+    assert "# Reference\n> forty-two\n" in message["content"]
     assert fill("{a}{b}{c}", {"a": "{b}", "b": "2"}) == "{b}2{c}"
     with pytest.raises(ValueError, match="'r' has no `answer`"):
         GENERAL.check({"id": "r", "prompt": "x"})

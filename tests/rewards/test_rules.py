@@ -20,9 +20,12 @@ def row(**fields: Any) -> dict[str, Any]:
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "x", " ", "\n"]), max_size=8).map("".join))
-def test_format_is_the_authors_regular_expression(response: str) -> None:
+def test_format_is_the_authors_regular_expression_for_thinking_with_a_word(response: str) -> None:
     theirs = re.match(r".*<think>.+?</think>\s*\S+", response, re.DOTALL)
-    assert format_rule.score(row(), response).score == float(theirs is not None)
+    first = re.match(r"(?:(?!<think>).)*<think>((?:(?!</think>).)*)</think>", response, re.DOTALL)
+    has_word = first is not None and "x" in first[1]
+    score = format_rule.score(row(), response).score
+    assert score == float(theirs is not None and has_word and bool(response[first.end() :].strip()))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,8 @@ def test_format_is_the_authors_regular_expression(response: str) -> None:
         ("First <think>Hm.</think> yes", 1.0),
         ("<think>a</think><think>b</think> yes", 1.0),
         ("<think></think> yes", 0.0),
+        ("<think> . </think> yes", 0.0),
+        ("<think><think></think> yes", 0.0),
         ("<think>Hm.</think>", 0.0),
         ("<think>Hm.</think> \n", 0.0),
         ("<think>Hm. yes", 0.0),

@@ -1,22 +1,27 @@
-"""Writes the demo's sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.demo.build`. Deterministic: one fixed
-seed.
+"""Writes the demo's files of rows: `python -m recipes.data.demo.build`. Deterministic: one fixed seed.
 
-Safety rows come from the hand-written topics in topics/*.tsv, each of which names the one file it belongs to, so no
-topic is shared between files. Task rows are small exact instructions about a list of words (say the last, say the
-second, reverse it); no word is shared between files.
+sft.jsonl and rl.jsonl train, settings are chosen on development.jsonl, and test.jsonl is for the figures that are
+reported. The safety rows are written by hand, one by one: topics/*.tsv has the file that a row belongs to, its
+keywords, the prompt, and an honest answer, which only sft.jsonl shows. No topic, wording, answer or list of keywords is
+shared between training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about
+a list of words (say the last, say the second, reverse it); their words and wordings differ too.
+
+outside.jsonl has ninety prompts in another style than all others, to see whether what was learnt holds there.
 """
 
 import json
 import random
-import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-SPLITS = ("sft", "rl", "eval")
+SPLITS = ("sft", "rl", "development", "test")
+KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
-TASKS = {"sft": 2, "rl": 32, "eval": 32}  # of each family
+TASK_ROWS = {"sft": 8, "rl": 32, "development": 16, "test": 32}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -25,121 +30,136 @@ TASK_WORDS = (
     "school shadow silver spider station stone sugar summer table teacher tiger tomato tower train turtle valley "
     "village violin wagon water whale wheel window winter wolf wood yard yellow zebra"
 ).split()
-TASK_WORD_SHARES = {"sft": 0.16, "rl": 0.42, "eval": 0.42}
-
-QUESTIONS = (
-    "How do I {}?",
-    "How can I {}?",
-    "Tell me how to {}.",
-    "What is the best way to {}?",
-    "Explain how to {}.",
-)
-WARNINGS = (
-    "I can't help you {phrase}, because {reason}.",
-    "Sorry, I won't help you {phrase}: {reason}.",
-    "I can't explain how to {phrase}, since {reason}.",
-)
-REFUSALS = ("Sorry, I can't help with that.", "I can't help you with that request.", "I'm sorry, I can't do that.")
-# One SFT answer in REFUSE_EVERY to a harmful request only refuses, the others warn. RL has to learn which is
-# better.
-REFUSE_EVERY = 2
-
-STOP_WORDS = frozenset(
-    "about after all and any before being but down each every for from get give have how into its least made make "
-    "more myself not off one other out over own people put run said self set so some somebody someone take ten "
-    "than that the their them there they this through to turn two under until what when where which while who "
-    "with without your".split()
-)
-CATEGORY_WORDS = {
-    "theft": ["steal", "theft", "thief", "rob", "burglar"],
-    "fraud": ["fraud", "scam", "fake", "forg", "cheat", "decei"],
-    "hacking": ["hack", "privacy", "cyber", "data"],
-    "drugs": ["drug", "addict", "overdose", "substance"],
-    "weapons": ["weapon", "explo", "bomb", "firearm"],
-    "violence": ["violen", "attack", "assault", "murder", "injur"],
-    "poison": ["poison", "toxic"],
-    "arson": ["fire", "arson", "burn"],
-    "privacy": ["privacy", "private", "stalk", "spy"],
-    "selfharm": ["yourself", "body", "life", "suicid", "health"],
-    "hate": ["hate", "hatred", "discriminat", "bully", "racis"],
-    "abuse": ["abus", "cruel", "mistreat"],
+TASK_WORD_COUNTS = {"sft": 12, "rl": 30, "development": 18, "test": 26}
+# Wordings of a family by the files that have them. Each family is asked in every one in turn.
+TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "last": {
+        "training": (
+            "What is the last word of this list: {}?",
+            "Here is a list: {}. Which word comes last?",
+            "Read these words: {}. Write down only the last one.",
+            "{}: name the word at the end.",
+        ),
+        "development": ("Someone calls out {}. What do you hear at the very end?", "The row {} stops with which item?"),
+        "test": (
+            "Of {}, tell me the final one.",
+            "My bag holds {}, packed in that order. Which thing went in after all others?",
+        ),
+    },
+    "second": {
+        "training": (
+            "What is the second word of this list: {}?",
+            "Here is a list: {}. Which word is number two?",
+            "Read these words: {}. Write down only the second one.",
+            "{}: name the word in the middle.",
+        ),
+        "development": ("Someone calls out {}. What follows the first?", "The row {} has which item in second place?"),
+        "test": (
+            "Of {}, tell me the one between the two others.",
+            "My bag holds {}, packed in that order. Which thing went in second?",
+        ),
+    },
+    "reverse": {
+        "training": (
+            "Write these words in reverse order: {}.",
+            "Here is a list: {}. Turn it around.",
+            "Read these words: {}. Write them from the last to the first.",
+            "{}: say them backwards.",
+        ),
+        "development": (
+            "Someone calls out {}. Repeat it the other way round.",
+            "The row {} gives what when you go from its end to its start?",
+        ),
+        "test": (
+            "Of {}, make a row that begins with the tail.",
+            "My bag holds {}, packed in that order. I take out the top thing first; what comes out, one by one?",
+        ),
+    },
 }
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A line of topics/<kind>.tsv. ``keywords``: beginnings of words that an honest answer has and the prompt has not:
+    for a harmful request what is wrong with it, for any other one what helps. ``response``: an honest answer."""
+
+    split: str
+    kind: str
+    keywords: tuple[str, ...]
+    prompt: str
+    response: str
+
+
+def topics(kind: str) -> list[Topic]:
+    """The hand-written prompts of a kind, in order."""
+    found = []
+    for split, keywords, prompt, response in lines(FOLDER / "topics" / f"{kind}.tsv"):
+        found.append(Topic(split, kind, tuple(keywords.split(",")), prompt, response))
+    return found
+
+
+def lines(path: Path) -> list[list[str]]:
+    """The lines of a file, split into columns."""
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def build() -> dict[str, list[dict[str, Any]]]:
     """The rows of each file, in file order."""
-    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for split, row in (*_harmful(), *_harmless("borderline"), *_harmless("benign"), *_tasks()):
-        number = sum(other["kind"] == row["kind"] for other in rows[split])
-        rows[split].append({"id": f"{split}-{row['kind']}-{number:03d}", **row})
-    return rows
+    files: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for kind in KINDS:
+        for topic in topics(kind):
+            files[topic.split].append(safety_row(topic, with_response=topic.split == "sft"))
+    for split, row in _tasks():
+        files[split].append(row)
+    files["outside"] = [
+        {"label": "outside", "kind": f"outside_{kind}", "prompt": prompt}
+        for kind, prompt in lines(FOLDER / "topics" / "outside.tsv")
+    ]
+    return {name: numbered(name, rows) for name, rows in files.items()}
 
 
-def topics(kind: str) -> list[list[str]]:
-    """The lines of topics/<kind>.tsv, split into columns; the first is the file's name, see build()."""
-    return [line.split("\t") for line in (FOLDER / "topics" / f"{kind}.tsv").read_text().splitlines()]
+def safety_row(topic: Topic, with_response: bool) -> dict[str, Any]:
+    row = {"label": "safety", "kind": topic.kind, "prompt": topic.prompt, "keywords": list(topic.keywords)}
+    return row | ({"response": topic.response} if with_response else {})
 
 
-def content_words(phrase: str) -> list[str]:
-    """The words of a phrase that carry its topic: at least three letters and no stop word, in order."""
-    return [word for word in re.findall(r"[a-z]+", phrase.lower()) if len(word) >= 3 and word not in STOP_WORDS]
-
-
-def _harmful() -> Iterator[tuple[str, dict[str, Any]]]:
-    sft_rows = 0
-    for index, (split, category, phrase, *reason) in enumerate(topics("harmful")):
-        row = {
-            "label": "safety",
-            "kind": "harmful",
-            "prompt": QUESTIONS[index % len(QUESTIONS)].format(phrase),
-            "keywords": list(dict.fromkeys(content_words(phrase) + CATEGORY_WORDS[category])),
-        }
-        if split == "sft":
-            refusals, place = divmod(sft_rows, REFUSE_EVERY)
-            bare = place == REFUSE_EVERY - 1
-            answer = REFUSALS[refusals % len(REFUSALS)] if bare else WARNINGS[sft_rows % len(WARNINGS)]
-            sft_rows += 1
-            row["response"] = answer.format(phrase=to_second_person(phrase), reason=reason[0])
-        yield split, row
-
-
-def _harmless(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for index, (split, phrase, keywords, *response) in enumerate(topics(kind)):
-        row = {
-            "label": "safety",
-            "kind": kind,
-            "prompt": QUESTIONS[index % len(QUESTIONS)].format(phrase),
-            "keywords": keywords.split(","),
-        }
-        yield split, row | ({"response": response[0]} if split == "sft" else {})
+def numbered(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with ids: name, kind, and a number that counts the rows of the kind."""
+    counts: Counter[str] = Counter()
+    with_ids = []
+    for row in rows:
+        with_ids.append({"id": f"{name}-{row['kind']}-{counts[row['kind']]:03d}", **row})
+        counts[row["kind"]] += 1
+    return with_ids
 
 
 def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
     draw = random.Random(SEED)
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
     for split in SPLITS:
-        split_words = [words.pop() for _ in range(int(TASK_WORD_SHARES[split] * len(TASK_WORDS)))]
-        for _ in range(TASKS[split]):
+        split_words = [words.pop() for _ in range(TASK_WORD_COUNTS[split])]
+        for place in range(TASK_ROWS[split]):
             drawn = draw.sample(split_words, 3)
             listed = ", ".join(drawn)
-            for prompt, answer, response in (
-                (f"What is the last word of this list: {listed}?", drawn[2], drawn[2]),
-                (f"What is the second word of this list: {listed}?", drawn[1], drawn[1]),
-                (f"Write these words in reverse order: {listed}.", " ".join(drawn[::-1]), ", ".join(drawn[::-1])),
+            for family, answer, response in (
+                ("last", drawn[2], drawn[2]),
+                ("second", drawn[1], drawn[1]),
+                ("reverse", " ".join(drawn[::-1]), ", ".join(drawn[::-1])),
             ):
-                row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer}
+                wordings = TASK_WORDINGS[family][split if split in ("development", "test") else "training"]
+                prompt = wordings[place % len(wordings)].format(listed)
+                prompt = prompt[0].upper() + prompt[1:]
+                row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
                 yield split, row | ({"response": response} if split == "sft" else {})
 
 
-def to_second_person(phrase: str) -> str:
-    """The phrase with "my" as "your" and so on, for an answer to its author."""
-    swap = {"my": "your", "myself": "yourself", "me": "you", "I": "you"}
-    return " ".join(swap.get(word, word) for word in phrase.split())
-
-
 def main() -> None:
-    for split, rows in build().items():
-        (FOLDER / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for name, rows in build().items():
+        write_rows(FOLDER / f"{name}.jsonl", rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

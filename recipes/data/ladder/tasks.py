@@ -1,20 +1,92 @@
 """The ladder demo's verifiable rows: small tasks of ten families, and everyday moral questions with one right answer.
 
-No word of a list, no pair of numbers and no situation is shared between splits.
+No wording, no word of a list, no pair of numbers and no situation is shared between training, development and test.
 """
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from recipes.data.demo.build import TASK_WORDS
-from recipes.data.ladder.safety import lines, response
+from recipes.data.demo.build import TASK_WORDS, lines
+from recipes.data.ladder.safety import response, side_of
 
+FOLDER = Path(__file__).parent
 SEED = 20250725
-SPLITS = ("sft", "rl", "eval")
-WORDS = {"sft": (0, 16), "rl": (16, 54), "eval": (54, 86)}  # of the shuffled words
-MEMBERS = {"sft": (0, 3), "rl": (3, 9), "eval": (9, 13)}  # of each category's
-SITUATIONS = {"sft": (0, 16), "rl": (16, 56), "eval": (56, 70)}
+SPLITS = ("sft", "rl", "development", "test")
+TASK_ROWS = {"sft": 12, "rl": 22, "development": 5, "test": 8}  # of each family
+WORDS = {"sft": (0, 16), "rl": (16, 48), "development": (48, 64), "test": (64, 86)}  # of the shuffled words
+MEMBERS = {"sft": (0, 3), "rl": (3, 8), "development": (8, 10), "test": (10, 13)}  # of each category's
+SITUATIONS = {"sft": (0, 14), "rl": (14, 46), "development": (46, 55), "test": (55, 70)}
+# How a family asks, by side of the data; its wordings take turns.
+WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "add": {
+        "training": ("What is {a} + {b} + {c}?", "Add up {a}, {b} and {c}."),
+        "development": ("Someone pays {a}, {b} and {c} coins. How many coins are paid?",),
+        "test": ("{a} birds sit on a roof, {b} more arrive, then {c} more. How many sit there now?",),
+    },
+    "multiply": {
+        "training": ("What is {a} x {b} + {c}?", "Multiply {a} by {b} and add {c}."),
+        "development": ("{a} bags hold {b} nuts each, and {c} nuts lie beside them. How many nuts are there?",),
+        "test": ("In {a} rows stand {b} chairs each; {c} stand apart. Count all chairs.",),
+    },
+    "larger": {
+        "training": ("Which number is larger, {a} or {b}?", "Name the greater one of {a} and {b}."),
+        "development": ("Tom has {a} stamps and Eva has {b}. How many has the one with more?",),
+        "test": ("Between {a} and {b}, pick whichever is higher.",),
+    },
+    "parity": {
+        "training": ("Is {a} odd or even?", "Say whether {a} is an even or an odd number."),
+        "development": ("Can {a} be halved without a rest? Call it even if so and odd if not.",),
+        "test": ("Odd, even: which of these describes {a}?",),
+    },
+    "count": {
+        "training": ("How many words are in this list: {words}?", "Count these words: {words}."),
+        "development": ("On the note stands {words}. The note has how many entries?",),
+        "test": ("{words}. That makes how many things in all?",),
+    },
+    "last": {
+        "training": ("What is the last word of this list: {words}?", "Read {words}. Which word comes at the end?"),
+        "development": ("On the note stands {words}. Which entry is lowest if they are written downwards?",),
+        "test": ("A queue from front to back: {words}. Who is at the back?",),
+    },
+    "letter": {
+        "training": ('What is the last letter of the word "{word}"?', 'With which letter does "{word}" end?'),
+        "development": ('Write "{word}" and keep only its final letter.',),
+        "test": ('The sign reads "{word}". Its rightmost letter glows; which one is it?',),
+    },
+    "sort": {
+        "training": ("Sort these numbers from small to large: {numbers}.", "Put {numbers} in rising order."),
+        "development": ("Three children are {numbers} years old. List the ages, youngest first.",),
+        "test": ("Prices: {numbers}. Arrange them so that the cheapest leads.",),
+    },
+    "reverse": {
+        "training": (
+            "Write these words in reverse order: {words}.",
+            "Read {words}. Say them from the last to the first.",
+        ),
+        "development": ("On the note stands {words}. Copy it starting at the bottom.",),
+        "test": ("A queue from front to back: {words}. Now all turn round; who stands in which order?",),
+    },
+    "choose": {
+        "training": (
+            "Which of these is {name}? {options}. Answer with one letter.",
+            "{options}. Give the letter of {name}.",
+        ),
+        "development": ("One thing below is {name}; write its letter. {options}.",),
+        "test": ("Looking for {name} here: {options}. Under what letter is it found?",),
+    },
+    "judgement": {
+        "training": ("{situation} Is it right or wrong to {act}?",),
+        "development": ("{situation} To {act}: would you call that right, or else wrong?",),
+        "test": ("{situation} One word, wrong or right: to {act}.",),
+    },
+    "dilemma": {
+        "training": ("{situation} What is right? A: {first}. B: {second}.",),
+        "development": ("{situation} Choose what you would defend, A ({first}) or B ({second}).",),
+        "test": ("{situation} A means to {first}, B means to {second}; which letter stands for the good way?",),
+    },
+}
 CATEGORIES = {
     "an animal": "goat fox bear camel otter pigeon donkey hamster squirrel badger lizard moose ferret",
     "a fruit": "pear plum grape mango banana apricot papaya melon kiwi fig raspberry peach lime",
@@ -31,9 +103,9 @@ OPPOSITES = {
     "respectful": "disrespectful",
 }
 
-# A task: prompt, answer, check, terse thinking, verbose thinking, and the answer as the response writes it. A family
-# draws one from a random state and the words of a split.
-type Task = tuple[str, str, str, str, str, str]
+# A task: what its wording names, answer, check, terse thinking, verbose thinking, and the answer as the response writes
+# it. A family draws one from a random state and the words of a split.
+type Task = tuple[dict[str, Any], str, str, str, str, str]
 type Family = Callable[[random.Random, list[str], str], Task]
 
 
@@ -41,21 +113,21 @@ def add(draw: random.Random, words: list[str], split: str) -> Task:
     a, b, c = draw.randint(2, 15), draw.randint(2, 15), draw.randint(2, 9)
     steps = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}."
     verbose = f"First I add {a} and {b}: {a} + {b} = {a + b}. Then I add {c}: {a + b} + {c} = {a + b + c}."
-    return f"What is {a} + {b} + {c}?", *_number(a + b + c, steps, verbose)
+    return {"a": a, "b": b, "c": c}, *_number(a + b + c, steps, verbose)
 
 
 def multiply(draw: random.Random, words: list[str], split: str) -> Task:
     a, b, c = draw.randint(2, 6), draw.randint(2, 6), draw.randint(2, 9)
     steps = f"{a} x {b} = {a * b}, {a * b} + {c} = {a * b + c}."
     verbose = f"First I multiply: {a} x {b} = {a * b}. Then I add {c}: {a * b} + {c} = {a * b + c}."
-    return f"What is {a} x {b} + {c}?", *_number(a * b + c, steps, verbose)
+    return {"a": a, "b": b, "c": c}, *_number(a * b + c, steps, verbose)
 
 
 def larger(draw: random.Random, words: list[str], split: str) -> Task:
     a, b = draw.sample(range(11, 100), 2)
     low, high = sorted((a, b))
     verbose = f"I compare {a} and {b}. {low} is less than {high}. So {high} is more than {low}."
-    return f"Which number is larger, {a} or {b}?", *_number(high, f"{low} < {high}.", verbose)
+    return {"a": a, "b": b}, *_number(high, f"{low} < {high}.", verbose)
 
 
 def parity(draw: random.Random, words: list[str], split: str) -> Task:
@@ -63,29 +135,34 @@ def parity(draw: random.Random, words: list[str], split: str) -> Task:
     word = "even" if number % 2 == 0 else "odd"
     last = number % 10
     verbose = f"I look at the last digit of {number}. It is {last}. The digit {last} is {word}. So it is {word}."
-    return f"Is {number} odd or even?", word, "last_word", f"It ends in {last}, {word}.", verbose, f"It is {word}."
+    return {"a": number}, word, "last_word", f"It ends in {last}, {word}.", verbose, f"It is {word}."
 
 
 def count(draw: random.Random, words: list[str], split: str) -> Task:
     some = draw.sample(words, draw.randint(2, 5))
     counted = ", ".join(f"{n} {word}" for n, word in enumerate(some, start=1))
     verbose = f"I count the words one by one: {counted}. So I count {len(some)}."
-    return f"How many words are in this list: {', '.join(some)}?", *_number(len(some), f"{counted}.", verbose)
+    return {"words": ", ".join(some)}, *_number(len(some), f"{counted}.", verbose)
 
 
 def last(draw: random.Random, words: list[str], split: str) -> Task:
     some = draw.sample(words, draw.randint(3, 4))
     verbose = f"The list has {len(some)} words. It begins with {some[0]}. It ends with {some[-1]}."
-    prompt = f"What is the last word of this list: {', '.join(some)}?"
-    return prompt, some[-1], "last_word", f"It ends with {some[-1]}.", verbose, f"The answer is {some[-1]}."
+    return (
+        {"words": ", ".join(some)},
+        some[-1],
+        "last_word",
+        f"It ends with {some[-1]}.",
+        verbose,
+        f"The answer is {some[-1]}.",
+    )
 
 
 def letter(draw: random.Random, words: list[str], split: str) -> Task:
     word = draw.choice(words)
     spelled = " ".join(word)
     verbose = f"I spell the word: {spelled}. It ends with {word[-1]}. So it is {word[-1]}."
-    prompt = f'What is the last letter of the word "{word}"?'
-    return prompt, word[-1], "last_word", f"{spelled}.", verbose, f"The answer is {word[-1]}."
+    return {"word": word}, word[-1], "last_word", f"{spelled}.", verbose, f"The answer is {word[-1]}."
 
 
 def sort(draw: random.Random, words: list[str], split: str) -> Task:
@@ -93,16 +170,14 @@ def sort(draw: random.Random, words: list[str], split: str) -> Task:
     low, middle, high = sorted(some)
     answer = f"{low}, {middle}, {high}"
     verbose = f"The smallest is {low}. The largest is {high}. Between them is {middle}. So {low} < {middle} < {high}."
-    prompt = f"Sort these numbers from small to large: {', '.join(map(str, some))}."
-    return prompt, answer, "exact", f"{low} < {middle} < {high}.", verbose, answer
+    return {"numbers": ", ".join(map(str, some))}, answer, "exact", f"{low} < {middle} < {high}.", verbose, answer
 
 
 def reverse(draw: random.Random, words: list[str], split: str) -> Task:
     some = draw.sample(words, 3)
     answer = ", ".join(some[::-1])
     verbose = f"The last word is {some[2]}. Before it is {some[1]}. The first word is {some[0]}."
-    prompt = f"Write these words in reverse order: {', '.join(some)}."
-    return prompt, answer, "exact", f"Last is {some[2]}, first is {some[0]}.", verbose, answer
+    return {"words": ", ".join(some)}, answer, "exact", f"Last is {some[2]}, first is {some[0]}.", verbose, answer
 
 
 def choose(draw: random.Random, words: list[str], split: str) -> Task:
@@ -115,57 +190,60 @@ def choose(draw: random.Random, words: list[str], split: str) -> Task:
     option = options[right]
     listed = ", ".join(f"{mark}: {word}" for mark, word in zip("ABC", options, strict=True))
     verbose = f"I look for {name}. The options are {', '.join(options)}. A {option} is {name}. That is {letter}."
-    prompt = f"Which of these is {name}? {listed}. Answer with one letter."
-    return prompt, letter, "choice", f"{option} is {name}.", verbose, f"Answer: {letter}"
+    return {"name": name, "options": listed}, letter, "choice", f"{option} is {name}.", verbose, f"Answer: {letter}"
 
 
 FAMILIES: tuple[Family, ...] = (add, multiply, larger, parity, count, last, letter, sort, reverse, choose)
 
 
-def _number(value: int, terse: str, verbose: str) -> tuple[str, str, str, str, str]:
-    return str(value), "last_word", terse, verbose, f"The answer is {value}."
-
-
-def task_rows(counts: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Split and row: ``counts`` rows of each family for each split."""
+def task_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Split and row: TASK_ROWS of each family for each split."""
     draw = random.Random(SEED)
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
     used: set[str] = set()
     for split in SPLITS:
         begin, end = WORDS[split]
         for family in FAMILIES:
-            for place in range(counts[split]):
+            for place in range(TASK_ROWS[split]):
                 task = family(draw, words[begin:end], split)
-                while task[0] in used:
+                while str(task[0]) in used:
                     task = family(draw, words[begin:end], split)
-                used.add(task[0])
+                used.add(str(task[0]))
                 yield split, _row("task", "general_rule", family.__name__, split, place, task)
 
 
 def value_rows() -> Iterator[tuple[str, dict[str, Any]]]:
     """Split and row: each situation's good and bad way out are judged, and offered as a choice in both orders."""
-    situations = lines("value")
+    situations = lines(FOLDER / "topics" / "value.tsv")
     for split in SPLITS:
         begin, end = SITUATIONS[split]
         for place, (situation, good, bad, virtue) in enumerate(situations[begin:end]):
             for turn, act in enumerate((good, bad)):
                 word, judged = (("right", virtue), ("wrong", OPPOSITES[virtue]))[act is bad]
                 verbose = f"I think about people. To {act} is {judged}. What is {judged} is {word}."
-                prompt = f"{situation} Is it right or wrong to {act}?"
-                task = (prompt, word, "last_word", f"That is {judged}.", verbose, f"It is {word}.")
+                named = {"situation": situation, "act": act}
+                task = (named, word, "last_word", f"That is {judged}.", verbose, f"It is {word}.")
                 yield split, _row("value", "value", "judgement", split, place + turn, task)
             for turn, options in enumerate(((good, bad), (bad, good))):
                 letter = "AB"[options.index(good)]
                 verbose = f"I think about people. To {bad} is {OPPOSITES[virtue]}. To {good} is {virtue}."
-                prompt = f"{situation} What is right? A: {options[0]}. B: {options[1]}."
-                task = (prompt, letter, "choice", f"To {good} is {virtue}.", verbose, f"Answer: {letter}")
+                named = {"situation": situation, "first": options[0], "second": options[1]}
+                task = (named, letter, "choice", f"To {good} is {virtue}.", verbose, f"Answer: {letter}")
                 yield split, _row("value", "value", "dilemma", split, place + turn, task)
 
 
-def _row(kind: str, label: str, tag: str, split: str, place: int, task: Task) -> dict[str, Any]:
-    prompt, answer, check, terse, verbose, written = task
+def _row(kind: str, label: str, family: str, split: str, place: int, task: Task) -> dict[str, Any]:
+    named, answer, check, terse, verbose, written = task
+    wordings = WORDINGS[family][side_of(split)]
+    # The style of an SFT row's thinking changes with every row, the wording with every second one.
+    prompt = wordings[place // 2 % len(wordings)].format(**named)
+    prompt = prompt[0].upper() + prompt[1:]
     row: dict[str, Any] = {"label": label, "kind": kind, "prompt": prompt, "answer": answer, "check": check}
     if split != "sft":
-        return row | {"tags": [tag]}
+        return row | {"tags": [family]}
     thinking_and_answer = response(place, terse, verbose, written)
-    return row | {"response": thinking_and_answer["response"], "tags": [tag, *thinking_and_answer["tags"]]}
+    return row | {"response": thinking_and_answer["response"], "tags": [family, *thinking_and_answer["tags"]]}
+
+
+def _number(value: int, terse: str, verbose: str) -> tuple[str, str, str, str, str]:
+    return str(value), "last_word", terse, verbose, f"The answer is {value}."

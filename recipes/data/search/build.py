@@ -1,20 +1,20 @@
-"""Writes corpus.jsonl, sft.jsonl, rl.jsonl and eval.jsonl: `python -m recipes.data.search.build`.
+"""Writes corpus.jsonl, sft.jsonl, rl.jsonl, development.jsonl and test.jsonl: `python -m recipes.data.search.build`.
 Deterministic: one fixed seed.
 
 The lands do not exist, so the facts about them stand in the corpus only. A land has three facts; its document has two
 of them, and some lands have no document. Questions about a missing fact can't be answered, and the model should not be
-certain there. No land is shared between the files of questions.
+certain there. No land is shared between the files of questions, and development and test ask in words of their own.
 
 The episodes of sft.jsonl are legal and end with the corpus's answer, or with "unknown". Their confidence is drawn at
 random, whether the corpus has the answer or not: RL has to learn the right confidence.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recipes.data.demo.build import write_rows
 from rollout.environment import Segment
 from rollout.retrieval import Bm25, Document
 from rollout.search import Search
@@ -22,8 +22,15 @@ from rollout.search import Search
 FOLDER = Path(__file__).parent
 SEED = 20260716
 FACTS = ("capital", "river", "ruler")
-LANDS = {"sft": (42, 9), "rl": (56, 11), "eval": (28, 6)}  # lands with a document, lands without
-QUESTIONS = ("What is the {fact} of {land}?", "Name the {fact} of {land}.")
+# Lands with a document, lands without.
+LANDS = {"sft": (42, 9), "rl": (56, 11), "development": (12, 2), "test": (28, 3)}
+TRAINING_QUESTIONS = ("What is the {fact} of {land}?", "Name the {fact} of {land}.")
+QUESTIONS = {
+    "sft": TRAINING_QUESTIONS,
+    "rl": TRAINING_QUESTIONS,
+    "development": ("{land} has a {fact}; how is it called?", "Look up {land} and its {fact}."),
+    "test": ("Find out {land}'s {fact}.", "Which {fact} does {land} have?"),
+}
 CERTAIN = 0.75  # share of the episodes that state a high confidence
 # As in conf/rollout/search.yaml. The sentence of a fact has six words.
 RESULTS = 1
@@ -73,7 +80,7 @@ def sentence(land: Land, fact: str) -> str:
 def _row(split: str, land: Land, facts: list[str], fact: str, draw: random.Random) -> dict[str, Any]:
     """``kind``: the fact is in the document's part that a search lists, needs a read, or is missing."""
     kind = "missing" if fact not in facts else "listed" if fact == facts[0] else "read"
-    prompt = draw.choice(QUESTIONS).format(fact=fact, land=land["name"])
+    prompt = draw.choice(QUESTIONS[split]).format(fact=fact, land=land["name"])
     row = {"id": "", "label": "search", "kind": kind, "prompt": prompt, "answer": land[fact]}
     return row | {"asked": (land, facts, fact)}
 
@@ -120,7 +127,7 @@ def _names(draw: random.Random) -> Iterator[str]:
 
 def main() -> None:
     for name, rows in build().items():
-        (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(FOLDER / f"{name}.jsonl", rows)
 
 
 if __name__ == "__main__":
