@@ -73,7 +73,7 @@ kill-check: $(STAMP)
 # The rungs of docs/gpu_checks.md: one GPU, eight of one node, two nodes from a login node. A group of checks that fails
 # ends the first: what comes after it needs it.
 GPU_CHECK = $(PY) -m pytest -q --gpu-record=benchmarks/results/gpu
-ONE_GPU := "trainer" "memory" "rollout fp8_rollout" "sleep colocation" "recipe" "fp8"
+ONE_GPU := "trainer" "memory decoding" "rollout fp8_rollout" "sleep colocation" "recipe" "fp8"
 
 gpu-check: $(STAMP)
 	@for group in $(ONE_GPU); do
@@ -89,7 +89,7 @@ gpu-check-two-nodes: $(STAMP)
 
 # The CUDA side without a GPU, part of `make test`: what Megatron-Core and we call in the GPU's packages, Transformer
 # Engine's layers with kernels computed by torch, tests/gpu on a fake GPU, the weight sync over a fake driver.
-REHEARSAL := tests/te tests/test_vllm_contract.py tests/rollout/test_fake_cuda.py tests/rollout/test_gpu_engine.py
+REHEARSAL := tests/te tests/test_vllm_contract.py tests/rewards/test_serve_contract.py tests/rollout/test_fake_cuda.py tests/rollout/test_gpu_engine.py
 REHEARSAL += tests/test_gpu_rehearsal.py
 
 gpu-rehearsal: $(STAMP)

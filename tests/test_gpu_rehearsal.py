@@ -19,7 +19,17 @@ platform.activate("cpu")
 
 from benchmarks.figures import source  # noqa: E402
 from megatron_ext import parallel  # noqa: E402
-from tests.gpu import conftest, footprint, node_cases, small_run, test_fp8, test_node, test_two_nodes  # noqa: E402
+from tests.gpu import (  # noqa: E402
+    conftest,
+    footprint,
+    node_cases,
+    small_run,
+    test_decoding,
+    test_fp8,
+    test_memory,
+    test_node,
+    test_two_nodes,
+)
 from tests.megatron_ext.cases import Case  # noqa: E402
 from tests.megatron_ext.ranks import Ranks  # noqa: E402
 from tests.settings import precision_config  # noqa: E402
@@ -51,11 +61,13 @@ def test_speed_and_links_are_recorded_and_have_floors(ranks: Ranks, monkeypatch:
     recorded = Recorded()
     with pytest.raises(AssertionError):  # gloo is no NVLink
         test_node.test_the_links_and_communicators_of_the_node(ranks, recorded)
-    assert recorded.keys() == {"nvlink_gb_s", "all_reduce_gb_s", "communicator_gib", "all_reduce_us"}
-    assert recorded["communicator_gib"] == 0 and min(recorded["nvlink_gb_s"], recorded["all_reduce_us"]) > 0
+    assert recorded.keys() == {"nvlink_gb_s", "all_reduce_gb_s", "communicator_gib", "all_reduce_us", "round_us"}
+    assert recorded["communicator_gib"] == 0
+    assert min(recorded["nvlink_gb_s"], recorded["all_reduce_us"], recorded["round_us"]) > 0
     monkeypatch.setattr(test_node, "LINKS", test_node.OmegaConf.create({"nvlink_gb_s": 0}))
     monkeypatch.setattr(test_node, "FLOORS", test_node.OmegaConf.create({"node_gb_s": 0}))
     monkeypatch.setattr(test_node, "MOST_ALL_REDUCE_US", 1e9)
+    monkeypatch.setattr(test_node, "MOST_ROUND_US", 1e9)
     test_node.test_the_links_and_communicators_of_the_node(ranks, recorded)
 
     (of_a_rank, *others) = ranks.results(node_cases.SPEED.name)
@@ -129,6 +141,36 @@ def test_the_speed_of_a_block_is_flops_over_seconds(
     recorded = Recorded()
     test_fp8.test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout, recorded)
     assert recorded == pytest.approx({"bf16_ms": 1000, "fp8_ms": 500, "mfu": 0.5})
+
+
+def test_the_bandwidth_of_decoding_is_bytes_over_the_difference_of_steps(
+    layout: parallel.Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of the 72B model: query and output 8,192 x 8,192 each, key and value 8,192 x 1,024, the feed-forward
+    layer three of 8,192 x 29,568; in BF16. A step takes 3 ms and a layer's bytes at 2,680 GB/s."""
+    layer_bytes = 2 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 29568)
+
+    def step_ms(config: Any, layout: parallel.Parallel, folder: Path) -> float:
+        assert folder.is_dir() and (config.vocab_size, config.hidden_size) == (256, 8192)
+        return 3.0 + config.num_hidden_layers * layer_bytes / 2680e9 * 1000
+
+    monkeypatch.setattr(test_decoding, "step_ms", step_ms)
+    recorded = Recorded()
+    test_memory.test_an_engine_reads_whole_72b_layers_at_half_the_assumed_speed_or_more(layout, tmp_path, recorded)
+    assert recorded == {"hbm_share": pytest.approx(0.8)}
+
+
+def test_files_are_written_read_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight files of 3 MB by a clock that says that writing takes 12 ms and reading 6 ms."""
+    monkeypatch.setattr(test_memory, "FILE_BYTES", 3_000_000)
+    monkeypatch.setattr(test_memory, "BLOCK_BYTES", 1_000_000)
+    ticks = iter([1.0, 1.012, 2.0, 2.006])
+    monkeypatch.setattr(test_memory, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(test_memory, "ROOT", tmp_path)
+    recorded = Recorded()
+    test_memory.test_files_are_written_and_read(recorded)
+    assert recorded == pytest.approx({"write_gb_s": 2.0, "read_gb_s": 4.0})
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_what_a_process_keeps_is_told_apart(

@@ -13,15 +13,18 @@ import base64
 import hashlib
 import importlib.util
 import json
+import re
 import runpy
 import sys
 import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_ext.models import family
 from rollout import vllm_platform
 from rollout.engine import environment
 from tests.settings import engine_settings
@@ -29,7 +32,7 @@ from tests.settings import engine_settings
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 RECORD = ROOT / "tests" / "data" / "vllm_gpu_wheel.json"
-OURS = list((ROOT / "rollout").rglob("*.py"))
+OURS = [path for room in ("rollout", "rewards") for path in (ROOT / room).rglob("*.py")]
 # The files of vLLM that our calls go into, or that decide what a GPU does with them.
 CONTRACT = (
     "vllm/config/model.py",
@@ -40,20 +43,45 @@ CONTRACT = (
     "vllm/device_allocator/cumem.py",
     "vllm/device_allocator/sleep_mode_backend.py",
     "vllm/engine/arg_utils.py",
+    "vllm/entrypoints/cli/serve.py",
+    "vllm/entrypoints/launchers/api_server/routers.py",
+    "vllm/entrypoints/launchers/cli_args.py",
+    "vllm/entrypoints/openai/chat_completion/api_router.py",
+    "vllm/entrypoints/openai/chat_completion/protocol.py",
+    "vllm/entrypoints/openai/models/api_router.py",
+    "vllm/entrypoints/openai/models/serving.py",
+    "vllm/entrypoints/pooling/base/protocol.py",
+    "vllm/entrypoints/pooling/pooling/api_router.py",
+    "vllm/entrypoints/pooling/pooling/protocol.py",
+    "vllm/entrypoints/serve/__init__.py",
+    "vllm/entrypoints/serve/dev/sleep/api_router.py",
+    "vllm/entrypoints/serve/engine/protocol.py",
+    "vllm/entrypoints/serve/instrumentator/health.py",
+    "vllm/entrypoints/serve/middleware/authenticate.py",
+    "vllm/entrypoints/serve/middleware/register.py",
+    "vllm/entrypoints/serve/utils/api_utils.py",
     "vllm/envs.py",
     "vllm/inputs/__init__.py",
     "vllm/logprobs.py",
     "vllm/model_executor/layers/linear.py",
     "vllm/model_executor/layers/quantization/online/fp8.py",
     "vllm/model_executor/model_loader/reload/layerwise.py",
+    "vllm/model_executor/models/intern_vit.py",
+    "vllm/model_executor/models/interns1_vit.py",
+    "vllm/model_executor/models/qwen2_5_vl.py",
+    "vllm/model_executor/models/registry.py",
     "vllm/model_executor/parameter.py",
     "vllm/outputs.py",
     "vllm/platforms/cuda.py",
     "vllm/platforms/interface.py",
     "vllm/renderers/base.py",
     "vllm/sampling_params.py",
+    "vllm/tasks.py",
+    "vllm/utils/argparse_utils.py",
     "vllm/utils/system_utils.py",
     "vllm/v1/core/sched/scheduler.py",
+    "vllm/v1/engine/__init__.py",
+    "vllm/v1/engine/async_llm.py",
     "vllm/v1/engine/core.py",
     "vllm/v1/engine/core_client.py",
     "vllm/v1/engine/llm_engine.py",
@@ -65,6 +93,8 @@ CONTRACT = (
     "vllm/v1/worker/gpu_worker.py",
     "vllm/v1/worker/worker_base.py",
 )
+
+type Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def installed(file: str) -> Path:
@@ -93,10 +123,17 @@ def the_class(file: str, name: str) -> ast.ClassDef:
     return class_node
 
 
-def method(file: str, class_name: str, name: str) -> ast.FunctionDef:
-    body = the_class(file, class_name).body
-    (function,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return function
+def function(file: str, name: str) -> Function:
+    return _named(tree(file).body, name)
+
+
+def method(file: str, class_name: str, name: str) -> Function:
+    return _named(the_class(file, class_name).body, name)
+
+
+def _named(body: list[ast.stmt], name: str) -> Function:
+    (found,) = (node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name)
+    return found
 
 
 def fields(file: str, class_name: str) -> set[str]:
@@ -116,9 +153,9 @@ def own_attributes(file: str, class_name: str) -> set[str]:
     return {t.attr for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self"}
 
 
-def refused(function: ast.FunctionDef, positional: int, keywords: set[str]) -> list[str]:
+def refused(called: Function, positional: int, keywords: set[str]) -> list[str]:
     """What is wrong with a call of a method, without its ``self``."""
-    arguments = function.args
+    arguments = called.args
     names = [argument.arg for argument in arguments.args if argument.arg not in ("self", "cls")]
     known = {*names, *(argument.arg for argument in arguments.kwonlyargs)}
     problems = [f"no argument {name}" for name in sorted(keywords - known) if not arguments.kwarg]
@@ -212,17 +249,17 @@ def test_calls_of_the_engine_fit_its_methods() -> None:
     engine_calls = [(name, call) for name, call in calls("self.llm.")]
     assert {name for name, _ in engine_calls} == RETURNS.keys()
     for name, call in engine_calls:
-        function = method(engine, "LLMEngine", name)
+        called = method(engine, "LLMEngine", name)
         keywords = {str(keyword.arg) for keyword in call.keywords}
-        assert refused(function, len(call.args), keywords) == [], ast.unparse(call)
+        assert refused(called, len(call.args), keywords) == [], ast.unparse(call)
         expected = RETURNS[name]
-        assert expected is None or ast.unparse(function.returns or ast.Constant(None)) == expected, name
+        assert expected is None or ast.unparse(called.returns or ast.Constant(None)) == expected, name
     assert {"model_config", "renderer"} <= own_attributes(engine, "LLMEngine")
     assert refused(method(engine, "LLMEngine", "from_engine_args"), 1, set()) == []
     ((_, render),) = list(calls("renderer.render_cmpl"))
-    function = method("vllm/renderers/base.py", "BaseRenderer", "render_cmpl")
-    assert refused(function, len(render.args), set()) == []
-    returned = next(n for n in ast.walk(function) if isinstance(n, ast.Return))
+    called = method("vllm/renderers/base.py", "BaseRenderer", "render_cmpl")
+    assert refused(called, len(render.args), set()) == []
+    returned = next(n for n in ast.walk(called) if isinstance(n, ast.Return))
     assert isinstance(returned.value, ast.ListComp), "one for each prompt"
 
 
@@ -316,13 +353,7 @@ def test_variables_that_we_set_are_vllms_and_mean_what_we_think() -> None:
     assert {"VLLM_WORKER_MULTIPROC_METHOD", "VLLM_USE_V2_MODEL_RUNNER"} <= ours and ours <= known
     asked = ast.unparse(method("vllm/config/vllm.py", "VllmConfig", "use_v2_model_runner"))
     assert "use_v2_model_runner = envs.VLLM_USE_V2_MODEL_RUNNER" in asked and "return use_v2_model_runner" in asked
-    spawn = ast.unparse(
-        next(
-            n
-            for n in tree("vllm/utils/system_utils.py").body
-            if isinstance(n, ast.FunctionDef) and n.name == "get_mp_context"
-        )
-    )
+    spawn = ast.unparse(function("vllm/utils/system_utils.py", "get_mp_context"))
     assert "mp_method = envs.VLLM_WORKER_MULTIPROC_METHOD" in spawn
 
 
@@ -339,8 +370,8 @@ def test_quantised_layers_have_what_a_sync_sets() -> None:
     ]
     assert len(methods) == 3
     for online_method in methods:
-        function = method(online, online_method.name, "process_weights_after_loading")
-        assert refused(function, 1, set()) == []
+        processing = method(online, online_method.name, "process_weights_after_loading")
+        assert refused(processing, 1, set()) == []
         assert "self.fp8_linear" in assigned(online)
     linear = "vllm/model_executor/layers/linear.py"
     assert {"self.output_size_per_partition", "self.input_size_per_partition"} <= assigned(linear)
@@ -355,6 +386,35 @@ def test_quantised_layers_have_what_a_sync_sets() -> None:
     assert refused(method(parameter, "BasevLLMParameter", "__init__"), 0, {"data", "weight_loader"}) == []
 
 
+# Architecture → its module in vLLM, the file and class of its tower, and the class of the tower's layers.
+TOWERS = {
+    "InternVLForConditionalGeneration": ("interns1", "interns1_vit.py", "InternS1VisionModel", "InternS1VisionEncoder"),
+    "InternVLChatModel": ("internvl", "intern_vit.py", "InternVisionModel", "InternVisionEncoder"),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "qwen2_5_vl",
+        "qwen2_5_vl.py",
+        "Qwen2_5_VisionTransformer",
+        "Qwen2_5_VisionBlock",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", TOWERS)
+def test_towers_are_quantised_where_their_families_say_so(architecture: str) -> None:
+    """The preflight refuses uneven blocks by it. Of -hf layouts test_preflight compares the inputs themselves."""
+    module, file, tower, layers = TOWERS[architecture]
+    folder = "vllm/model_executor/models/"
+    assert re.search(rf'"{architecture}": \(\s*"{module}",', installed(folder + "registry.py").read_text())
+    (call,) = (
+        node
+        for node in ast.walk(the_class(folder + file, tower))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == layers
+    )
+    handed_on = "quant_config" in {keyword.arg for keyword in call.keywords}
+    hf_config = SimpleNamespace(architectures=[architecture])
+    assert family(architecture).tower_is_quantised(hf_config) == handed_on
+
+
 def assigned(file: str) -> set[str]:
     """What is assigned anywhere in a file."""
     targets = [target for n in ast.walk(tree(file)) if isinstance(n, ast.Assign) for target in n.targets]
@@ -362,11 +422,11 @@ def assigned(file: str) -> set[str]:
 
 
 def test_a_call_that_does_not_fit_is_found() -> None:
-    function = ast.parse("def f(self, a, b=1, *, c=2): ...").body[0]
-    assert isinstance(function, ast.FunctionDef)
-    assert refused(function, 1, set()) == [] == refused(function, 0, {"a", "c"})
-    assert refused(function, 0, set()) == ["lacks a"]
-    assert refused(function, 3, {"d"}) == ["no argument d", "takes 2 positional arguments, gets 3"]
+    called = ast.parse("def f(self, a, b=1, *, c=2): ...").body[0]
+    assert isinstance(called, ast.FunctionDef)
+    assert refused(called, 1, set()) == [] == refused(called, 0, {"a", "c"})
+    assert refused(called, 0, set()) == ["lacks a"]
+    assert refused(called, 3, {"d"}) == ["no argument d", "takes 2 positional arguments, gets 3"]
 
 
 if __name__ == "__main__":

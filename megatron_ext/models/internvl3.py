@@ -53,6 +53,7 @@ __all__ = [
     "gpt_options",
     "param_mappings",
     "text_config",
+    "tower_is_quantised",
     "transformer_options",
     "vision_tower",
 ]
@@ -165,6 +166,12 @@ def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Modul
         ModuleMapping("language.", language, sharding_of(text, tensor, tensor_rank)),
         ModuleMapping("vision.", _vision_mappings(chat), _vision_sharding(hf_config, tensor, tensor_rank)),
     )
+
+
+def tower_is_quantised(hf_config: Any) -> bool:
+    """Whether vLLM quantises the tower when it quantises the model. That of the -hf layout stays in BF16, because
+    vLLM 0.32 does not hand the quantisation on to its layers (``InternS1VisionModel``)."""
+    return hf_config.architectures[0] == CHAT
 
 
 def _vision_mappings(chat: bool) -> tuple[ParamMapping, ...]:

@@ -148,6 +148,11 @@ def prompt_positions(
     return axes
 
 
+def tower_is_quantised(hf_config: Any) -> bool:
+    """Whether vLLM quantises the tower when it quantises the model."""
+    return True
+
+
 def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompute: dict[str, Any]) -> "VisionTower":
     """The tower and projector of the first pipeline stage, sharded over the tensor-parallel group.
 

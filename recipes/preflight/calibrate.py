@@ -48,7 +48,9 @@ TRAINER = "test_memory.py::test_a_trainers_process_keeps_what_the_preflight_coun
 COPIES = "test_memory.py::test_memory_is_copied_at_half_the_assumed_speed_or_more"
 SLEEP = "test_sleep.py::test_a_sleeping_engine_gives_its_memory_back_and_wakes_to_the_same_bits"
 JUDGE = "test_colocation.py::test_a_judges_server_gives_its_memory_back_and_wakes_to_the_same_verdict"
-DECODE = "test_memory.py::test_an_engines_step_of_80_narrow_layers"
+DECODE = "test_decoding.py::test_an_engines_step_of_80_narrow_layers"
+READ = "test_memory.py::test_an_engine_reads_whole_72b_layers_at_half_the_assumed_speed_or_more"
+FILES = "test_memory.py::test_files_are_written_and_read"
 SYNC = "test_rollout.py::test_other_weights_change_every_digest_and_the_old_ones_bring_all_back"
 NODE = "test_node.py::test_the_links_and_communicators_of_the_node"
 BLOCK = "test_node.py::test_a_block_of_the_72b_model_over_all_gpus_keeps_them_busy"
@@ -82,12 +84,21 @@ RUNGS: dict[str, tuple[Estimate, ...]] = {
         Estimate("simulate", "order_ms", lambda m: m(SYNC, "sync_of_a_tiny_model_ms"), 1, 1000),
         # A thousand kernel launches of at least 2 µs; the check's bound.
         Estimate("scale", "machine.decode_ms", lambda m: m(DECODE, "decode_ms"), 1, 100),
+        # Kernels that only read reach 0.95 of the data sheet's bandwidth; half of the estimate is the check's bound.
+        Estimate("scale", "machine.hbm_share", lambda m: m(READ, "hbm_share"), 0.4, 1.0),
+        # HTTP, and a few thousand pages of 2 MiB unmapped and mapped; a minute would be paging.
+        Estimate("scale", "machine.switch_s", lambda m: m(SLEEP, "switch_s"), 0.01, 60),
+        # A tenth of the estimates is the check's bound; two adapters of 400 Gb/s carry 100 GB/s.
+        Estimate("scale", "machine.write_gb_s", lambda m: m(FILES, "write_gb_s"), 0.4, 100),
+        Estimate("scale", "machine.read_gb_s", lambda m: m(FILES, "read_gb_s"), 0.8, 100),
     ),
     "node": (
         # The check's bound.
         Estimate("preflight", "communicator_gib", lambda m: m(NODE, "communicator_gib"), 0.0, 2.0),
         # NVLink 4: 450 GB/s a direction; half of the estimate is the check's bound.
         Estimate("simulate", "nvlink_gb_s", lambda m: m(NODE, "nvlink_gb_s"), 150, 450),
+        # Launches of at least 2 µs each; the check's bound.
+        Estimate("simulate", "round_us", lambda m: m(NODE, "round_us"), 5, 2000),
         # NCCL's latency over eight GPUs; the check's bound.
         Estimate("scale", "machine.all_reduce_us", lambda m: m(NODE, "all_reduce_us"), 5, 200),
         # No published training of dense models on H100 is above 0.6.

@@ -34,8 +34,6 @@ SHAPES = (
 FP8_MULTIPLE = 16
 # vLLM's ``fp8_per_block`` gives this many neighbours in a token a scale, and takes no rest.
 FP8_BLOCK = 128
-# Model types (config.json) whose vision tower vLLM leaves in BF16.
-TOWERS_IN_BF16 = ("internvl",)
 # Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
 MAX_PADDING = 1.5
 
@@ -229,6 +227,8 @@ def fp8_blocks(config: Config, hf_config: Any, text: Any) -> None:
 
 def uneven_inputs(hf_config: Any, text: Any, tensor: int) -> dict[str, float]:
     """The inputs of an engine worker's matrices that are no multiple of ``FP8_BLOCK``, by what they are."""
+    from megatron_ext.models import family
+
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     sizes = {
@@ -237,7 +237,7 @@ def uneven_inputs(hf_config: Any, text: Any, tensor: int) -> dict[str, float]:
         "feed-forward": text.intermediate_size / tensor,
     }
     tower = getattr(hf_config, "vision_config", None)
-    if tower is not None and hf_config.model_type not in TOWERS_IN_BF16:
+    if tower is not None and family(hf_config.architectures[0]).tower_is_quantised(hf_config):
         sizes["tower's hidden size"] = tower.hidden_size
         sizes["tower's feed-forward"] = tower.intermediate_size / tensor
         heads = getattr(tower, "num_heads", None) or tower.num_attention_heads

@@ -2,8 +2,9 @@
 # A worked example: HPE Cray EX with Slingshot 11, nodes of 4 GH200 or H100 with an adapter of 200 Gb/s each. Never run by us.
 # Sources: docs.isambard.ac.uk, guide "NCCL"; docs.cscs.ch, "NCCL" and "libfabric" (Alps); man fi_cxi of libfabric.
 #
-# A node has 4 GPUs: engines and judges of 8 do not fit. The preflight says what does:
-#   make preflight RECIPE=safework_72b ARGS="cluster.nodes=16 cluster.ranks=64 rollout.tensor=4 \
+# A node has 4 GPUs: engines and judges of 8 do not fit, and beside an engine's larger part of the weights the optimiser's
+# states do not either. The preflight holds with:
+#   make preflight RECIPE=safework_72b ARGS="cluster.nodes=16 cluster.ranks=64 rollout.tensor=4 optimizer.offload=true \
 #     rewards.servers.value.tensor=4 rewards.servers.knowledge.tensor=4"
 #   sbatch --nodes=16 --ntasks-per-node=4 --gpus-per-node=4 : --nodes=3 --gpus-per-node=4 slurm/safework_72b.sh …
 # GH200 has Arm processors: pins.txt is resolved for x86-64 only, so a GH200 needs pins and an image of its own.

@@ -52,14 +52,19 @@ PASSES = 10
 LINK_MIB = 512
 SMALL = (64, 8192)
 SMALL_REPEATS = 200
+# Of a weight sync between nodes; the 72B recipe's has 37.
+ROUNDS = 64
+
+
+def layer_weights(config: LlamaConfig) -> int:
+    """Elements of a decoder layer's matrices."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
 
 
 def training_flops(config: LlamaConfig, tokens: int, predicting: int) -> int:
     """Of a forward and backward pass of one sequence of ``tokens``, ``predicting`` of which need logits."""
-    matrices = config.num_hidden_layers * config.hidden_size * (
-        (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        + 3 * config.intermediate_size
-    )  # fmt: skip
+    matrices = config.num_hidden_layers * layer_weights(config)
     # Causal attention: half of 2 x 2 products of tokens x tokens; the backward pass costs twice the forward.
     attention = config.num_hidden_layers * 2 * tokens**2 * config.num_attention_heads * config.head_dim
     head = config.hidden_size * config.vocab_size * predicting

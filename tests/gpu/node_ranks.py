@@ -4,6 +4,7 @@ Jobs, folder and results are those of ``tests.megatron_ext.worker``; the CPU's r
 same functions. ``RANKS_PLATFORM`` is the platform, ``cuda`` if it is not set.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -28,6 +29,8 @@ import torch.distributed as dist  # noqa: E402
 
 from megatron_ext import forward_backward, parallel  # noqa: E402
 from recipes.node_check import links  # noqa: E402
+from rollout.weight_sync.network import Network, make_slots  # noqa: E402
+from rollout.weight_sync.plan import Message, Plan  # noqa: E402
 from tests.gpu import node_cases  # noqa: E402
 from tests.gpu.test_fp8 import batch, build, loss  # noqa: E402
 from tests.megatron_ext import worker  # noqa: E402
@@ -72,12 +75,29 @@ def run_links(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, 
         for _ in range(node_cases.SMALL_REPEATS):
             dist.all_reduce(small)
 
+    rounds = network_of_small_rounds(device)
+    sequence = itertools.count()
+
     return {
         "communicator_gib": communicator_gib,
         "all_reduce_gb_s": bus_bytes / seconds / GB,
         "exchange_gb_s": exchange_gb_s,
         "all_reduce_us": links.time_of(many, small.flatten()) / node_cases.SMALL_REPEATS * 1e6,
+        "round_us": links.time_of(lambda: rounds.run(next(sequence)), small.flatten()) / rounds.rounds * 1e6,
     }
+
+
+def network_of_small_rounds(device: torch.device) -> Network:
+    """A weight sync's rounds in each of which every rank sends next to nothing to its neighbour; no worker reads."""
+    world = dist.get_world_size()
+    messages = [
+        Message(round_number, rank, (rank + 1) % world, 0, 1, 1, forwarded=False)
+        for round_number in range(node_cases.ROUNDS)
+        for rank in range(world)
+    ]
+    plan = Plan({}, (), (), (), ((),) * world, tuple(messages), (2,) * world, 0)
+    slots = make_slots(plan, dist.get_rank(), device, former=None)
+    return Network(plan, dist.get_rank(), {}, slots, 0, dist.new_group(list(range(world))))
 
 
 def run_speed(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     torch.cuda.mem_get_info = lambda device=None: (2**30, 2**31)
     node_cases.LINK_MIB = node_cases.SMALL_REPEATS = node_cases.PASSES = 1
     node_cases.TOKENS = 64
+    node_cases.ROUNDS = 3
     node_cases.LAYERS_72B = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=256,

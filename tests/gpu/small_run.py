@@ -1,6 +1,7 @@
 """A small recipe in the 72B recipe's ways: sleeping engines of several GPUs, offloaded states, every sync verified."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from tests.recipes import tiny
 
 # Eight key-value heads, as the 72B model has: one for each of eight tensor-parallel ranks.
 MODEL = {"width": 256, "heads": 16, "kv_heads": 8}
+LINKS = re.compile(r"^GB/s within a node: at least ([\d.]+); between nodes: \S+ ([\d.]+)$", re.MULTILINE)
 
 
 def overrides(folder: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
@@ -44,6 +46,11 @@ def assert_sound(found: Sequence[dict[str, Any]], steps: int) -> None:
     assert found[-1]["kl/reference"] > 0
     for row in found:
         assert row["train_inference_mismatch/mean"] > 0 and row["grad_norm"] > 0 and row["sync/bytes"] > 0
+
+
+def links(log: str) -> list[tuple[float, float]]:
+    """GB/s within the nodes and between the two, of each start of a job: what ``recipes.node_check.links`` printed."""
+    return [(float(within), float(between)) for within, between in LINKS.findall(log)]
 
 
 def seconds(row: dict[str, Any]) -> dict[str, float]:

@@ -1,35 +1,34 @@
-"""What a process keeps of a GPU, how fast memory is copied, and what an engine's step costs beside arithmetic."""
+"""What a process keeps of a GPU, and how fast memory is copied and read, and files are written and read."""
 
+import copy
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from megatron_ext import hf_checkpoint, model, parallel
-from rollout.engine import Engine, stop_engines
-from rollout.sampler import generate
-from rollout.sampling import Sampling
-from rollout.weight_sync.sync import WeightSync
+from megatron_ext import parallel
+from tests.gpu import node_cases, test_decoding
 from tests.gpu.test_fp8 import FREE_GIB
-from tests.responses import make_prompt
-from tests.rollout.twins import Twin
-from tests.settings import CONF, engine_settings, precision_config
+from tests.settings import CONF
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = yaml.safe_load((CONF / "preflight" / "h100.yaml").read_text())
 LINKS = yaml.safe_load((CONF / "simulate" / "h100.yaml").read_text())
+MACHINE = yaml.safe_load((CONF / "scale" / "h100.yaml").read_text())["machine"]
 COPIED_BYTES = 2**30
 REPEATS = 10
-# As many layers as the 72B model, so narrow that their arithmetic takes no time.
-NARROW = Twin(heads=8, kv_heads=4, vocab=256, tied=False, bias=False, dtype=torch.bfloat16, intermediate=256, layers=80)
-FEW, MANY = 64, 192  # tokens; the model has 256 positions
-MOST_DECODE_MS = 100
+FEW, MANY = 2, 6  # layers
+# A rank of each of eight GPUs writes its part of a checkpoint.
+FILES, FILE_BYTES, BLOCK_BYTES = 8, 2**30, 2**24
 
 Record = Callable[[str, object], None]
 
@@ -67,41 +66,60 @@ def test_memory_is_copied_at_half_the_assumed_speed_or_more(name: str, gpu: None
     assert speed > LINKS[name] / 2
 
 
-def test_an_engines_step_of_80_narrow_layers(
+def test_an_engine_reads_whole_72b_layers_at_half_the_assumed_speed_or_more(
     layout: parallel.Parallel, tmp_path: Path, record_property: Record
 ) -> None:
-    """Scheduler, sampling and the launches of 80 layers: what a decoding step of the 72B model costs beside reading
-    weights. The difference between a long and a short generation, so that prefill and HTTP don't count."""
-    folder = NARROW.save(tmp_path / "narrow", seed=0)
-    settings = engine_settings(
-        model=str(folder),
-        dtype="bfloat16",
-        max_model_len=MANY + 32,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        kv_cache_gib=0.5,
-        platform="cuda",
-    )
-    prompts = [make_prompt(f"p{i}", [3 + i, 4, 5]) for i in range(8)]
-    engine = Engine(settings, tmp_path / "engine.log")
+    """A decoding step of eight sequences reads each weight once. The difference between engines of six and of two
+    layers, so that nothing else counts; a layer is 1.8 GB, whose reading takes longer than its launches."""
+    step_ms = {}
+    for layers in (FEW, MANY):
+        config = copy.deepcopy(node_cases.LAYERS_72B)
+        config.update({"num_hidden_layers": layers, "vocab_size": 256})
+        (tmp_path / str(layers)).mkdir()
+        step_ms[layers] = test_decoding.step_ms(config, layout, tmp_path / str(layers))
+    weights = node_cases.layer_weights(node_cases.LAYERS_72B)
+    speed = (MANY - FEW) * 2 * weights / (step_ms[MANY] - step_ms[FEW]) / 1e6
+    share = speed / MACHINE["hbm_gb_s"]
+    record_property("hbm_share", share)
+    assert MACHINE["hbm_share"] / 2 < share < 1
 
-    def seconds(tokens: int) -> float:
-        started = time.perf_counter()
-        batch = generate([engine], prompts, Sampling(tokens, ()), samples_per_prompt=1, seed=5, step=0)
-        assert int(batch.lengths.sum()) == sum(3 + tokens for _ in prompts)
-        return time.perf_counter() - started
 
-    try:
-        policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
-        hf_checkpoint.load(policy.shards, folder)
-        engine.wait_until_ready(time.monotonic() + 400)
-        WeightSync(
-            policy.shards, [engine], parallel.control_group(), bucket_bytes=1 << 20, verify_every=1, plans=tmp_path
-        ).sync(1)
-        seconds(FEW)
-        few, many = (min(seconds(tokens) for _ in range(3)) for tokens in (FEW, MANY))
-    finally:
-        stop_engines([engine])
-    decode_ms = 1000 * (many - few) / (MANY - FEW)
-    record_property("decode_ms", decode_ms)
-    assert 0 < decode_ms < MOST_DECODE_MS
+def test_files_are_written_and_read(record_property: Record) -> None:
+    """As a node's ranks do with a checkpoint, in the folder of the runs."""
+    folder = ROOT / "runs"
+    folder.mkdir(exist_ok=True)
+    written, read = file_speeds(folder)
+    record_property("write_gb_s", written)
+    record_property("read_gb_s", read)
+    assert written > MACHINE["write_gb_s"] / 10
+    assert read > MACHINE["read_gb_s"] / 10
+
+
+def file_speeds(folder: Path) -> tuple[float, float]:
+    """GB/s at which eight threads write a file each until it is on the disk, and read it again. The kernel is asked to
+    forget what was written; where a file system's client keeps it, reading seems faster than it is."""
+    block = os.urandom(BLOCK_BYTES)
+
+    def write(file: Path) -> None:
+        with file.open("wb", buffering=0) as opened:
+            for _ in range(FILE_BYTES // BLOCK_BYTES):
+                opened.write(block)
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read(file: Path) -> None:
+        found = 0
+        into = bytearray(BLOCK_BYTES)
+        with file.open("rb", buffering=0) as opened:
+            while size := opened.readinto(into):
+                found += size
+        assert found == FILE_BYTES
+
+    speeds = []
+    with tempfile.TemporaryDirectory(dir=folder) as made, ThreadPoolExecutor(FILES) as threads:
+        files = [Path(made, str(number)) for number in range(FILES)]
+        for work in (write, read):
+            started = time.perf_counter()
+            list(threads.map(work, files))
+            speeds.append(FILES * FILE_BYTES / (time.perf_counter() - started) / 1e9)
+    return speeds[0], speeds[1]

@@ -22,6 +22,7 @@ FLOORS = OmegaConf.load(CONF / "node_check" / "h100.yaml")
 LEAST_MFU = 0.75 * OmegaConf.load(CONF / "scale" / "h100.yaml").machine.mfu
 MOST_COMMUNICATOR_GIB = 2.0
 MOST_ALL_REDUCE_US = 200
+MOST_ROUND_US = 2000
 
 References = Callable[[Case], Reference]
 Record = Callable[[str, object], None]
@@ -80,8 +81,8 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(ranks: Ranks) -> None:
 
 
 def test_the_links_and_communicators_of_the_node(ranks: Ranks, record_property: Record) -> None:
-    """Bandwidths against the floor of the node check and half of what the estimates assume. The time of a small
-    all-reduce and NCCL's buffers have bounds that only a fault exceeds."""
+    """Bandwidths against the floor of the node check and half of what the estimates assume. The times of a small
+    all-reduce and of a sync's round, and NCCL's buffers have bounds that only a fault exceeds."""
     found = ranks.results(node_cases.LINKS.name)
     slowest = min(rank["exchange_gb_s"] for rank in found)
     all_reduce = min(rank["all_reduce_gb_s"] for rank in found)
@@ -91,10 +92,13 @@ def test_the_links_and_communicators_of_the_node(ranks: Ranks, record_property: 
     record_property("all_reduce_gb_s", all_reduce)
     record_property("communicator_gib", communicator)
     record_property("all_reduce_us", small)
+    of_a_round = max(rank["round_us"] for rank in found)
+    record_property("round_us", of_a_round)
     assert slowest > LINKS.nvlink_gb_s / 2
     assert all_reduce > FLOORS.node_gb_s
     assert 0 <= communicator < MOST_COMMUNICATOR_GIB
     assert 0 < small < MOST_ALL_REDUCE_US
+    assert 0 < of_a_round < MOST_ROUND_US
 
 
 def test_a_block_of_the_72b_model_over_all_gpus_keeps_them_busy(ranks: Ranks, record_property: Record) -> None:

@@ -32,7 +32,6 @@ STEPS = 40
 STEP_SECONDS = 1800  # in the queue and until the first step
 END_SECONDS = 3600
 FLOORS = OmegaConf.load(CONF / "node_check" / "h100.yaml")
-LINKS = re.compile(r"GB/s within a node: at least ([\d.]+); between nodes: \S+ ([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,12 @@ def test_the_job_is_requeued_and_goes_on_from_its_checkpoint(job: Job) -> None:
 
 def test_the_links_between_the_nodes_hold_their_floor(job: Job, record_property: Callable[[str, object], None]) -> None:
     """What the job's own check of the links has measured, of its last start."""
-    within, between = LINKS.findall(job.log)[-1]
-    record_property("within_gb_s", float(within))
-    record_property("network_gb_s", float(between))
+    within, between = small_run.links(job.log)[-1]
+    record_property("within_gb_s", within)
+    record_property("network_gb_s", between)
     record_property("seconds_of_the_last_step", small_run.seconds(small_run.rows(job.run_dir)[-1]))
-    assert float(within) > FLOORS.node_gb_s
-    assert float(between) > FLOORS.neighbour_gb_s
+    assert within > FLOORS.node_gb_s
+    assert between > FLOORS.neighbour_gb_s
 
 
 def test_the_export_of_two_nodes_loads_in_transformers(job: Job) -> None:

@@ -1,5 +1,7 @@
 """The check of a node: checks on made-up inputs, GPUs behind a fake nvidia-smi, clocks and links between processes."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import socket
@@ -18,6 +20,7 @@ from recipes.command_line import with_group
 from recipes.node_check import __main__ as program
 from recipes.node_check import checks, clock, links
 from recipes.node_check.checks import GIB, Bad, NotChecked
+from tests.gpu import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 # As nvidia-smi prints it on a DGX H100; the figures are made up.
@@ -329,9 +332,10 @@ def _rank(rank: int, world: int, port: int, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ["SLURMD_NODENAME"] = f"node{rank // 2}"
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    fine = links.check(settings(link_mib=1, node_gb_s=1e-6, neighbour_gb_s=1e-6), 2, torch.device("cpu"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        fine = links.check(settings(link_mib=1, node_gb_s=1e-6, neighbour_gb_s=1e-6), 2, torch.device("cpu"))
     impossible = links.check(settings(link_mib=1, node_gb_s="null", neighbour_gb_s=1e9), 2, torch.device("cpu"))
-    results.put((rank, fine, sorted(impossible)))
+    results.put((rank, fine, sorted(impossible), printed.getvalue()))
     dist.destroy_process_group()
 
 
@@ -348,4 +352,8 @@ def test_the_links_between_processes_are_measured() -> None:
     got = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
-    assert sorted(got) == [(rank, {}, ["node0", "node1"]) for rank in range(4)]
+    assert sorted(found[:3] for found in got) == [(rank, {}, ["node0", "node1"]) for rank in range(4)]
+    # Rank 0 prints what the check of two nodes reads (docs/gpu_checks.md, rung 3).
+    (_, _, _, line), *others = sorted(got)
+    assert len(small_run.links(line)) == 1 and "; between nodes: node0-node1 " in line
+    assert {text for *_, text in others} == {""}

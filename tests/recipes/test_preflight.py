@@ -497,6 +497,16 @@ def test_fp8_blocks_that_do_not_divide_a_workers_matrices_are_refused(
         assert "feed-forward 3696" in reasons[8]
 
 
+def test_the_tower_counts_where_vllm_quantises_it() -> None:
+    """In InternVL3's chat layout, not in the -hf layout; 12,800 inputs over eight workers are 12.5 blocks."""
+    hf_config = model_config("InternVL3-78B-hf")
+    tower = {"tower's feed-forward": 1600}
+    of_text = fit.uneven_inputs(hf_config, hf_config.text_config, 8)
+    hf_config.architectures = ["InternVLChatModel"]
+    assert fit.uneven_inputs(hf_config, hf_config.text_config, 8) == of_text | tower
+    assert not of_text.keys() & tower.keys()
+
+
 def test_a_judge_holds_fails_or_could_not_be_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def never(n: int, request: Any, body: Any) -> Any:
         raise AssertionError("nothing is to be judged")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tests.slurm.cluster import Cluster
+from recipes.preflight import calibrate
+from tests.slurm.cluster import CPUS, MEMORY_MIB, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("safety", "value", "knowledge")
@@ -73,6 +76,9 @@ def test_the_heterogeneous_job_serves_its_judges_and_trains_on_every_gpu(slurm: 
         slurm, project, "--nodes=1", ":", "--nodes=3", "slurm/safework_72b.sh", "algorithm=cpgd", "preflight=h200"
     )
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), log(project, job)
+    # All of each node: its other CPUs, and all of its memory.
+    whole = [f"cpu={nodes * CPUS},mem={nodes * MEMORY_MIB}M," for nodes in (1, 3)]
+    assert [whole[i] in component["AllocTRES"] for i, component in enumerate(slurm.components(job))] == [True, True]
     all_calls = calls(project)
     common = ["recipe=safework_72b", "algorithm=cpgd", "cluster.nodes=1", "cluster.ranks=8"]
     checked = [call for call in all_calls if call["module"] == "recipes.node_check"]
@@ -262,6 +268,33 @@ def test_a_job_that_is_cancelled_does_not_begin_again(slurm: Cluster, project: P
     assert slurm.field(job, "Restarts") == "0"
 
 
+def test_the_rung_of_two_nodes_submits_signals_judges_and_records(slurm: Cluster, project: Path) -> None:
+    """Rung 3 of docs/gpu_checks.md as its command runs it, but for what the ranks compute: both starts have a rank on
+    each of 16 GPUs, all that the job writes is where the checks look, and the record is one that calibrate takes."""
+    record = project / "two_nodes.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.slurm.two_nodes"]
+    environment = {"TWO_NODES_ROOT": str(project), "STAND_IN_STARTS": "runs"}
+    checks = (f"--gpu-record={record}", "tests/gpu/test_two_nodes.py")
+    done = slurm.run(*command, *checks, folder=ROOT, **environment)
+    (folder,) = (project / "runs").glob("gpu_check-*")
+    (job,) = {call["job"] for call in calls(project)}
+    assert done.returncode == 0, done.stdout[-4000:] + log(folder, job)
+    assert [(start, resumes, len(hosts), len(set(hosts))) for start, resumes, hosts in starts(project, job)] == [
+        (0, False, 16, 2),
+        (1, True, 16, 2),
+    ]
+    (training, *_) = [call["arguments"] for call in calls(project) if call["module"] == "recipes.train"]
+    assert {"cluster.nodes=2", "cluster.ranks=16", "parallel.tensor=8", "parallel.pipeline=2"} <= set(training)
+    checked = {call["host"] for call in calls(project) if call["module"] == "recipes.node_check"}
+    assert len(checked) == 2
+    entries = json.loads(record.read_text())
+    assert {entry["outcome"] for entry in entries.values()} == {"passed"} and len(entries) == 4
+    assert {entry["machine"]["processes"] for entry in entries.values()} == {16}, "of the run, not of the login node"
+    conf = project / "calibrated"
+    shutil.copytree(ROOT / "conf", conf)
+    assert calibrate.calibrate(record, conf) == ["conf/simulate/h100.yaml: network_gb_s 45 -> 46.1"]
+
+
 def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Path) -> None:
     """Where Slurm notices it first, and where the other ranks do and fail. srun waits some time for the lost ones."""
     options = ("--nodes=2", "--ntasks-per-node=1", "slurm/train.sh", "recipe=demo")
@@ -311,6 +344,33 @@ def test_a_site_file_reaches_submission_and_job(slurm: Cluster, project: Path) -
     assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), done.stderr + log(project, job)
     assert "modules: load gcc/13" in log(project, job)
     assert slurm.field(job, "TimeLimit") == "1-00:00:00" and slurm.field(job, "Account") == "my-project"
+
+
+def test_a_site_with_four_gpus_a_node_submits_as_its_file_says(slurm: Cluster, project: Path) -> None:
+    """The two command lines in slingshot.sh, with one node of ranks in the place of 16: the judges' sizes fit three
+    nodes of four GPUs, and the check of the nodes gets the network's floor."""
+    text = (ROOT / "slurm" / "sites" / "slingshot.sh").read_text()
+    comment = " ".join(line.removeprefix("#").strip(" \\") for line in text.splitlines() if line.startswith("#   "))
+    (arguments,) = re.findall('ARGS="(.*?)"', comment)
+    overrides = [word for word in arguments.split() if not word.startswith("cluster.")]
+    (options,) = re.findall("sbatch (.*?) slurm/safework_72b.sh", comment)
+    assert "cluster.nodes=16 cluster.ranks=64 " in arguments and options.startswith("--nodes=16 --ntasks-per-node=4 ")
+    (project / "site.sh").write_text(text.replace("SBATCH_PARTITION=gpu", "SBATCH_PARTITION=tests"))
+    command = " ".join(["sbatch --parsable", options.replace("16", "1", 1), "slurm/safework_72b.sh", *overrides])
+    module = "module() { :; }; export -f module; "
+    done = submit(slurm, project, "bash", "-c", f"{module} source site.sh; {command}", USER="somebody")
+    job = done.stdout.strip()
+    assert slurm.wait_for_end(job, SECONDS) == ("COMPLETED", "0:0"), done.stderr + log(project, job)
+    all_calls = calls(project)
+    by_module = {module: [call for call in all_calls if call["module"] == module] for module in MODULES}
+    for module, count in (("recipes.node_check.links", 4), ("recipes.train", 4), ("rewards.serve", 3)):
+        assert len(by_module[module]) == count, module
+    given = ["recipe=safework_72b", *overrides, "cluster.nodes=1", "cluster.ranks=4"]
+    assert [call["arguments"] for call in by_module["recipes.preflight"]] == [given]
+    for call in by_module["recipes.node_check"]:
+        assert "node_check.neighbour_gb_s=10" in call["arguments"]
+    judges = [call for call in by_module["recipes.node_check"] if "node_check.gpus=4" in call["arguments"]]
+    assert len(judges) == 3
 
 
 @pytest.mark.usefixtures("slurm")  # which brings shellcheck

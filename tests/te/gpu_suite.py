@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Plugin:
 
 def make_small() -> None:
     """Sizes, and FP8 in the arithmetic that there is."""
-    from tests.gpu import test_fp8, test_sleep
+    from tests.gpu import test_decoding, test_fp8, test_sleep
 
     for name in test_fp8.FP8:
         test_fp8.FP8[name] = precision_config("bf16")
@@ -55,6 +56,8 @@ def make_small() -> None:
     test_fp8.batch = lambda config, tokens, count: batch(config, min(tokens, test_fp8.TOKENS), count)
     test_fp8.losses = lambda config, layout, precision, count: losses(config, layout, precision, 3)
     test_sleep.KV_CACHE_GIB = 0.02
+    test_decoding.NARROW = replace(test_decoding.NARROW, layers=2)
+    test_decoding.FEW, test_decoding.MANY = 4, 24
 
 
 def make_run_small(folder: Path) -> None:
