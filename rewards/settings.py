@@ -23,7 +23,13 @@ PLACEMENTS = DISAGGREGATED, COLOCATED = "disaggregated", "colocated"
 NORMALISATIONS = ("none", "group")
 UPDATES = DUAL_ASCENT, MULTIPLICATIVE_WEIGHTS = "dual_ascent", "multiplicative_weights"
 # Free-form mappings of the other groups of a run's configuration.
-OTHER_MAPPINGS = ("algorithm.kwargs", "rollout.environment.settings", "data.mix", "data.scores")
+OTHER_MAPPINGS = (
+    "algorithm.kwargs",
+    "rollout.environment.settings",
+    "data.mix",
+    "data.scores",
+    "stage.value_model.principles",
+)
 WAIT = "[0, 1e7]"
 COUNT = "[0, 1000]"
 

@@ -1,4 +1,4 @@
-"""The arithmetic of ``benchmarks.loop`` and ``benchmarks.demo_seeds``. No test measures time."""
+"""The arithmetic of ``benchmarks.loop``, ``demo_seeds`` and ``value_serving``. No test measures time."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from benchmarks import demo_seeds, loop
+from benchmarks import demo_seeds, loop, value_serving
 from benchmarks.yardsticks import padded_batches
 
 SCORE = {"mean": 0.25, "interval": [0.1, 0.4], "n": 20}
@@ -174,3 +174,25 @@ def test_a_run_whose_code_changed_meanwhile_is_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="changed during the run runs/demo_seed_7"):
         demo_seeds.run(7, "runs/demo_seed_7", argparse.Namespace(reuse=False, override=[]))
+
+
+def test_value_serving_asks_for_growing_prefixes_and_counts_what_is_computed():
+    responses = value_serving.random_responses(vocabulary=1000)
+    assert responses == value_serving.random_responses(vocabulary=1000)
+    for response in responses:
+        assert len(response[0]) == value_serving.PROMPT_TOKENS
+        assert len(response) == 1 + value_serving.SEGMENTS
+        assert all(prefix == response[-1][: len(prefix)] for prefix in response)
+    lengths = [len(segment) for segment in value_serving.segments_of(responses)]
+    least, most = value_serving.SEGMENT_TOKENS
+    assert least <= min(lengths) < max(lengths) <= most
+    assert sum(lengths) == sum(len(response[-1]) - len(response[0]) for response in responses)
+
+    seconds = [[0.1] * 8 + [0.2] * 8, [0.3] * 8 + [0.4] * 8]
+    case = value_serving.summarise(asked=3200, hits=2400, alone=[0.01, 0.02, 0.06], seconds=seconds)
+    assert (case["hit_rate"], case["tokens_computed"]) == (0.75, 25.0)
+    assert case["milliseconds_alone"] == pytest.approx(20)
+    assert case["milliseconds_first"] == pytest.approx(200)
+    assert case["milliseconds_last"] == pytest.approx(300)
+    assert case["seconds_response"] == pytest.approx(4.0)
+    assert "75%" in text_of(value_serving.table({"classify": case}))
