@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import figures
 from megatron_ext import hf_checkpoint
 from recipes.config import Config
 from recipes.data.rows import load_rows, messages
@@ -412,6 +412,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs=2, metavar=("GENERATOR", "VALUES"), help="addresses of running servers")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="other settings of the run")
     options = parser.parse_args()
+    made_by = figures.source()
     load = os.getloadavg()[0]
     run, values = Path(options.run), Path(options.values)
     config = run_config(run, [f"model.path={run / 'hf'}", *options.overrides])
@@ -434,16 +435,13 @@ def main() -> None:
             results = asyncio.run(compare(configs, calibrating, rows, verifying))
     (FOLDER / "answers.json").write_text(json.dumps(take_answers(results), indent=1, ensure_ascii=False) + "\n")
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.guidance", *sys.argv[1:]]),
         **records.environment("cpu" if options.servers is None else "servers elsewhere", 1),
         "load_average_before": load,
         "judge": options.judge,
         "principles": principles,
         **results,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(RESULT, result)
+    figures.write(RESULT, " ".join(["python -m benchmarks.guidance", *sys.argv[1:]]), made_by, result)
     Console(width=None if sys.stdout.isatty() else 140).print(table(results), f"{RESULT} has the raw figures", sep="\n")
 
 

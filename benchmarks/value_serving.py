@@ -17,7 +17,6 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks import figures
 from recipes.config import Config, parse
 from recipes.launch.prepare_model import prepare
 from recipes.run import records
@@ -56,6 +56,7 @@ MEASURED = {
 
 
 def main() -> None:
+    made_by = figures.source()
     load = os.getloadavg()[0]
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         demo = parse(compose("config", ["recipe=demo"]))
@@ -63,8 +64,6 @@ def main() -> None:
     responses = random_responses(vocabulary)
     cases = measure_servers(demo, responses)
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.value_serving",
         **records.environment("cpu", 1),
         "load_average_before": load,
         "model": f"{Path(demo.model.path).name} with a random head of three values, float32",
@@ -82,8 +81,7 @@ def main() -> None:
         "measured": MEASURED,
         "cases": cases,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    records.write_json(RESULT, result)
+    figures.write(RESULT, "python -m benchmarks.value_serving", made_by, result)
     Console(width=None if sys.stdout.isatty() else 140).print(table(cases), f"{RESULT} has the raw figures", sep="\n")
 
 
