@@ -285,10 +285,10 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
 
     Raises RuntimeError where more verdicts failed than ``rewards.client.max_failed`` allows.
     """
-    with loop.run.phase("reward"):
+    server_counts = loop.rollouts.server_counts()
+    with loop.run.phase("reward"):  # in which no rank waits for another: one that is slow here is told
         rewarding = loop.config.rewards
         judged = [results_of(verdicts) for verdicts in batch.verdicts]
-        kinds = {row_id: loop.rows[row_id]["kind"] for row_id in {row_id for row_id, _ in batch.keys}}
         failures = mixing.failures(judged, [row_id for row_id, _ in batch.keys])
         for line in map(str, failures[: mixing.SHOWN]):
             loop.run.log(line)
@@ -298,15 +298,21 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
         metrics = {
             "reward/mean": float(torch.from_numpy(batch.rewards).nanmean()),
             "reward_failed": failed,
-            **loop.rollouts.server_counts(),
+            **server_counts,
             "constraint/multiplier": multiplier,
             **{f"reward/{name}": mean for name, mean in mixing.verifier_means(judged).items()},
             **search.metrics(judged, multiplier),
-            **rates.metrics(judged, [kinds[row_id] for row_id, _ in batch.keys]),
+            **rates.metrics(judged, kinds_of(loop, batch)),
             "forced_tokens": int((~batch.loss_mask).sum()),
         }
         has_reward = batch.broadcast(~np.isnan(batch.rewards))
         return replace(batch, loss_mask=batch.loss_mask & has_reward), metrics
+
+
+def kinds_of(loop: Loop, batch: TokenBatch) -> list[str]:
+    """The kind of each response's row, [S]. Each row is read once."""
+    kinds = [loop.rows[prompt.prompt_id]["kind"] for prompt in batch.prompts]
+    return [kinds[prompt] for prompt in batch.prompt_index]
 
 
 # Advantages

@@ -33,6 +33,8 @@ def test_the_model_s_folder_is_what_its_generator_writes(tmp_path: Path) -> None
     assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in tmp_path.iterdir())
     for file in tmp_path.iterdir():
         assert file.read_text() == (folder / file.name).read_text(), file.name
+    shape = folder.parent / "architectures" / "vqa_tiny.json"
+    assert shape.read_text() == (folder / "config.json").read_text(), "what the preflight reads before the first run"
 
 
 def test_no_image_is_in_two_rows() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext import parallel
 from tests.recipes import tiny
 
 ENVIRONMENT = {
@@ -35,7 +36,7 @@ def one_rank() -> Iterator[pytest.MonkeyPatch]:
     finally:
         torch.set_num_threads(threads)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            parallel.destroy()
 
 
 def make_folder(run_dir: Path) -> None:

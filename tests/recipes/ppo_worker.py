@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ def main(folder: Path) -> None:
     policy = setup.make_policy(config, groups, setup.build_model(config, groups), processor, run)
     loop = rl.prepare(setup.Training(config, policy, rollouts, run, processor), run, Path(config.model.path))
     assert loop.critic is not None
+    loop.rows = defaultdict(lambda: {"kind": "chat"})  # the given responses are not to prompts of the data
 
     metrics = []
     for step in range(STEPS):

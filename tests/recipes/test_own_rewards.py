@@ -40,6 +40,7 @@ def scoring(max_failed: float, logged: list[str]) -> Any:
         run=SimpleNamespace(phase=lambda name: nullcontext(), log=logged.append),
         rollouts=SimpleNamespace(server_counts=dict),
         constraint=objectives.initial_state(rewarding.constraint),
+        rows={"a": {"kind": "chat"}, "b": {"kind": "chat"}},
     )
 
 

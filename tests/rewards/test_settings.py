@@ -203,6 +203,7 @@ def test_what_a_judge_s_server_is_started_with(tmp_path: Path, monkeypatch: pyte
     common = ["serve", model, "--host", "127.0.0.1", "--port", "8100", "--served-model-name", model]
     common += ["--runner", "generate", "--tensor-parallel-size", "1"]
     monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
     on_cpu = judge_servers(config, tmp_path, "cpu")[0]
     assert on_cpu.command() == [*common, *on_cpu.cpu_arguments, "--max-model-len", "512"]
     environment = on_cpu.environment()

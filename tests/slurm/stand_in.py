@@ -56,7 +56,7 @@ def serve(arguments: list[str]) -> None:
 def run(arguments: list[str], resumes: bool) -> int:
     """What a run that is preempted after its first step, and resumed, leaves in its folder. The figures are made up."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    settings = dict(argument.split("=", 1) for argument in arguments if not argument.startswith("--"))
+    settings = dict(argument.split("=", 1) for argument in arguments if argument[0] not in "-~")
     folder, last = Path(settings["run_dir"]), int(settings["algorithm.steps"])
     if os.environ["SLURM_PROCID"] != "0":
         if not resumes:
