@@ -58,7 +58,7 @@ class Cost:
 
     def of_prompts(self, batch: TokenBatch) -> list[int]:
         """The cost of each response's prompt alone, [S]."""
-        prompt_lengths = (batch.lengths - batch.response_lengths).tolist()
+        prompt_lengths = batch.prompt_lengths.tolist()
         return [
             self._of_sequence(length, 0, image_tokens)
             for length, image_tokens in zip(prompt_lengths, _image_tokens(batch), strict=True)
@@ -307,7 +307,7 @@ def unit_lengths(batch: TokenBatch, chosen: Sequence[Sequence[int]], multiple: i
     lengths = batch.lengths.tolist()
     if not shared_prompts:
         return [sum(round_up(lengths[i], multiple) for i in unit) for unit in chosen]
-    prompt_lengths = (batch.lengths - batch.response_lengths).tolist()
+    prompt_lengths = batch.prompt_lengths.tolist()
     return [
         round_up(sum(lengths[i] for i in unit) - (len(unit) - 1) * prompt_lengths[unit[0]], multiple) for unit in chosen
     ]
@@ -371,7 +371,7 @@ def pack(
     cuts = token_multiple(context)
     sequences = _sequences(batch, chosen, shared_prompts)
     response_lengths = batch.response_lengths
-    prompt_lengths = batch.lengths - response_lengths
+    prompt_lengths = batch.prompt_lengths
     lengths = np.array([prompt_lengths[s[0]] + response_lengths[s].sum() for s in sequences], np.int64)
     padded_lengths = -(-lengths // cuts) * cuts
     dummy = -int(padded_lengths.sum()) % (multiple * cuts)

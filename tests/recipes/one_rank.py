@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext import parallel
+from recipes.run import folder as run_folder
 from tests.recipes import tiny
 
 ENVIRONMENT = {
@@ -41,7 +42,5 @@ def one_rank() -> Iterator[pytest.MonkeyPatch]:
 
 def make_folder(run_dir: Path) -> None:
     """As the launch makes it."""
-    from recipes.run import folder as run_folder
-
     run_dir.mkdir(exist_ok=True)
     run_folder.mark(run_dir)

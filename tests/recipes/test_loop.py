@@ -24,6 +24,7 @@ from tests.recipes import steps, tiny
 from tests.recipes.kill_check import timeless
 from tests.recipes.letters import letters
 from tests.recipes.one_rank import make_folder, one_rank
+from tests.recipes.plain_adamw import adamw
 from tests.recipes.test_config import composed, overridden
 
 STEPS, PROMPTS, SAMPLES, LONGEST = 3, 4, 4, 8
@@ -145,10 +146,7 @@ class Reference:
         load = {"dtype": torch.float32, "attn_implementation": "eager"}
         self.policy = AutoModelForCausalLM.from_pretrained(folder, **load)
         self.reference = AutoModelForCausalLM.from_pretrained(folder, **load)
-        matrices = [p for p in self.policy.parameters() if p.dim() > 1]
-        norms = [p for p in self.policy.parameters() if p.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
+        self.optimizer = adamw(self.policy, LEARNING_RATE, WEIGHT_DECAY, EPSILON)
 
     def step(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """One update; its metrics, and the advantage of each sample."""

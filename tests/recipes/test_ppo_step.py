@@ -23,6 +23,7 @@ from megatron_ext.batch import Prompt, TokenBatch
 from tests.megatron_ext import ranks
 from tests.recipes import ppo_worker, tiny
 from tests.recipes.one_rank import one_rank
+from tests.recipes.plain_adamw import adamw
 
 STEPS, PROMPTS, SAMPLES, LONGEST = 2, 4, 4, 8
 BETA, DISCOUNT, LAMBDA, CLIP_LOW, CLIP_HIGH, ENTROPY, CAP, VALUE_CLIP = 0.3, 0.9, 0.8, 0.005, 0.01, 0.01, 1.1, 0.02
@@ -138,8 +139,9 @@ class Reference:
         self.reference = AutoModelForCausalLM.from_pretrained(model, **load)
         self.critic = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **load)
         torch.nn.init.zeros_(self.critic.score.weight)
-        self.policy_optimizer = adamw(self.policy)
-        self.critic_optimizer = adamw(self.critic)
+        # ``apply`` sets the learning rates.
+        self.policy_optimizer = adamw(self.policy, 1.0, WEIGHT_DECAY, EPSILON)
+        self.critic_optimizer = adamw(self.critic, 1.0, WEIGHT_DECAY, EPSILON)
         self.updates = 0
 
     def distribution(self, model: Any, sample: Sample) -> torch.distributions.Categorical:
@@ -240,14 +242,6 @@ class Reference:
         norm = apply(self.critic, self.critic_optimizer, total, CRITIC_LEARNING_RATE)
         metrics["value/loss"].append(total.item())
         metrics["value/grad_norm"].append(norm)
-
-
-def adamw(model: Any) -> torch.optim.AdamW:
-    """No weight decay for norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=EPSILON)
 
 
 def apply(model: Any, optimizer: torch.optim.AdamW, loss: Tensor, learning_rate: float) -> float:

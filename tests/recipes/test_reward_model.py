@@ -18,6 +18,7 @@ from rewards.client import Client
 from rewards.serve import JudgeServer, Supervisor
 from rewards.verdict import Verdict
 from tests.recipes import tiny
+from tests.recipes.plain_adamw import adamw
 from tests.rewards.fake_server import free_port
 
 STEPS, PAIRS, LEARNING_RATE = 4, 4, 2e-3
@@ -95,11 +96,7 @@ def expected(twin: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(twin / "model")
     torch.nn.init.zeros_(model.score.weight)
     named = dict(model.named_parameters())
-    groups = [
-        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": 0.01},
-        {"params": [p for p in named.values() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    adam = adamw(model, LEARNING_RATE)
     rows = shuffled(preferences(0, 12), 0, STEPS * PAIRS, seed=1)
     losses, norms = [], []
     for step in range(STEPS):

@@ -28,6 +28,7 @@ from recipes.run import exports, records
 from recipes.training import value_model
 from tests import served
 from tests.recipes import tiny
+from tests.recipes.plain_adamw import adamw
 
 STEPS, ROLLOUTS, LEARNING_RATE, SEED = 3, 4, 2e-3, 1
 SHARE = 0.4  # held out
@@ -204,11 +205,7 @@ def expected(twin: Path, loaded: Split, make_batch: Any) -> dict[str, Any]:
     )
     torch.nn.init.zeros_(model.score.weight)
     named = dict(model.named_parameters())
-    groups = [
-        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": 0.01},
-        {"params": [p for p in named.values() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    adam = adamw(model, LEARNING_RATE)
     rows = shuffled(loaded.trained, 0, STEPS * ROLLOUTS, SEED)
     losses, norms = [], []
     for step in range(STEPS):
