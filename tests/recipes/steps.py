@@ -117,6 +117,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     configs: list[Config] = pickle.loads((folder / "configs.pickle").read_bytes())
     fork_ranks(int(sys.argv[2]))
+    # After a fork torch makes its thread pool anew, which two threads must not do at once, and transformers loads a
+    # model in several. A rank does this before its first thread; here the engine's model is loaded before that.
+    torch.set_num_threads(1)
     setup.Engine = Engine  # type: ignore[misc, assignment]
     setup.WeightSync = WeightSync  # type: ignore[misc, assignment]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -198,8 +198,10 @@ def trained(folder: Path, twin: Path, ranks: int, choices: Sequence[Choice]) -> 
     (folder / "configs.pickle").write_bytes(pickle.dumps(configs))
     process = start(folder / "log", "tests.recipes.steps", str(folder), str(ranks))
     process.wait()
-    failed = [c for run_dir, c in zip(run_dirs, choices, strict=True) if not (run_dir / FINISHED).exists()]
-    assert not failed, f"{failed[0]} failed:\n{(folder / 'log').read_text()[-6000:]}"
+    for run_dir, choice in zip(run_dirs, choices, strict=True):
+        if not (run_dir / FINISHED).exists():
+            logs = [*sorted(run_dir.glob("logs/rank_*.log")), folder / "log"]
+            raise AssertionError(f"{choice} failed:\n" + "\n".join(log.read_text()[-6000:] for log in logs))
     return run_dirs
 
 
