@@ -34,15 +34,27 @@ settings.load_profile("mutation")
 
 
 class SourceFile:
-    def __init__(self, name: str) -> None:
-        self.path = Path(name).resolve()
+    """A frame's file, of which mutmut asks only for the folders that it is in."""
 
-    def resolve(self, strict: bool) -> Path:
-        return self.path
+    def __init__(self, name: str) -> None:
+        self.parents = frozenset(Path(name).resolve().parents)
+
+    def resolve(self, strict: bool) -> "SourceFile":
+        return self
+
+
+note_call = trampoline.record_trampoline_hit
+
+
+def note_first_call(name: str, caller: str | None = None) -> None:
+    """mutmut walks the stack at every call; a test of a verifier makes millions."""
+    if name not in state()._stats:
+        note_call(name, caller)
 
 
 if os.environ.get("MUTANT_UNDER_TEST") == "stats":
     stats.Path = cache(SourceFile)
+    trampoline.record_trampoline_hit = note_first_call
     trampoline.set_mutant_under_test("stats")
     del os.environ["MUTANT_UNDER_TEST"]
 
