@@ -3,15 +3,18 @@
 With ``max_stack_depth`` mutmut looks for the source file of each frame, and fails at code that has none (a dataclass's
 ``<string>``, ``<frozen importlib._bootstrap>``). In a process that a test starts it would fail as well, and what it
 notes there is lost, and of what a module's fixture calls all but the first test. So of the modules of ``SEEN_BY`` every
-test of a file counts as one that calls each function. The mutant is at work in those processes too.
+test of a file counts as one that calls each function. The mutant is at work in those processes too; of a module that is
+run as a program, by the name that it has there.
 
 A property's counterexample is not made smaller: that takes minutes, and here only its being there counts.
 """
 
 import json
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -19,6 +22,7 @@ from mutmut import stats
 from mutmut.mutation import trampoline
 from mutmut.state import state
 
+MUTANT = "MUTANT_UNDER_TEST"
 # Module → files of tests.
 SEEN_BY = {
     "recipes.training.rl": ("tests/recipes/test_loop.py", "tests/recipes/test_ppo_step.py"),
@@ -52,11 +56,25 @@ def note_first_call(name: str, caller: str | None = None) -> None:
         note_call(name, caller)
 
 
-if os.environ.get("MUTANT_UNDER_TEST") == "stats":
+if os.environ.get(MUTANT) == "stats":
     stats.Path = cache(SourceFile)
     trampoline.record_trampoline_hit = note_first_call
     trampoline.set_mutant_under_test("stats")
-    del os.environ["MUTANT_UNDER_TEST"]
+    del os.environ[MUTANT]
+
+
+start_process = subprocess.Popen.__init__
+
+
+def start_with_mutant(process: Any, arguments: Any, *others: Any, env: Any = None, **keywords: Any) -> None:
+    environment = dict(os.environ if env is None else env)
+    module, _, mutant = environment.get(MUTANT, "").rpartition(".")
+    if module and list(arguments)[1:3] == ["-m", module]:
+        environment[MUTANT] = f"__main__.{mutant}"
+    start_process(process, arguments, *others, env=environment, **keywords)
+
+
+subprocess.Popen.__init__ = start_with_mutant  # type: ignore[method-assign]
 
 
 @cache

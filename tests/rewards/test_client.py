@@ -85,6 +85,27 @@ def test_what_goes_wrong_once_is_tried_again_and_always_is_a_failure(bad: fake_s
         assert (counts["judge/asked"], counts["judge/retries"], counts["judge/failed"]) == (1, 2, 1)
 
 
+def test_a_question_is_json_and_says_so() -> None:
+    with FakeServer(fake_server.prompt_answer) as fake, asking(fake.address) as (_, verifier):
+        assert verifier(ROW, "answer") == GOOD
+        assert fake.headers[0]["Content-Type"] == "application/json"
+
+
+def test_the_pause_before_a_further_try_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def record_pause(seconds: float, result: Any = None) -> Any:
+        pauses.append(seconds)
+        return await sleep(0, result)
+
+    monkeypatch.setattr("rewards.client.asyncio.sleep", record_pause)
+    monkeypatch.setattr("rewards.client.random.uniform", lambda low, high: 1.0)
+    with FakeServer(says("Hmm.")) as fake, asking(fake.address, retries=3, backoff=0.25) as (_, verifier):
+        assert isinstance(verifier(ROW, "answer"), Failure)
+    assert [pause for pause in pauses if pause in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)] == [0.25, 0.5, 1.0]
+
+
 def test_a_refused_request_is_not_tried_again() -> None:
     with FakeServer(status(400, "the prompt is too long")) as fake, asking(fake.address) as (_, verifier):
         result = verifier(ROW, "answer")

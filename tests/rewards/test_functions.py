@@ -93,6 +93,16 @@ def test_nearly_a_number_is_told_how_it_becomes_one() -> None:
         as_result(float("nan"))
 
 
+def test_a_number_is_a_score_whose_label_is_the_number() -> None:
+    assert as_result(0.25) == Verdict(0.25, "0.2")
+    assert as_result(1) == Verdict(1.0, "1.0")
+
+
+def test_a_message_shows_the_beginning_of_a_long_value() -> None:
+    with pytest.raises(TypeError, match=rf"^it returned '{'x' * 199}… \(str\), not a number"):
+        as_result("x" * 1000)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -30,6 +30,12 @@ def read(judge: Judge | Scalar, reply: Any) -> Any:
     return judge.request(ROW, "an answer", "m").parse(reply)
 
 
+@pytest.mark.parametrize("judge", [VALUE, KNOWLEDGE])
+def test_a_judge_of_one_token_is_asked_for_its_probabilities(judge: Judge) -> None:
+    body = judge.request(ROW, "an answer", "m").body
+    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+
+
 # SafeWork-R1's tables, written out again.
 TABLES = {
     "safety": {

@@ -42,6 +42,16 @@ def test_what_does_not_fit_is_named() -> None:
         placement.place(placement.servers_to_start(rewards()), ["a", "b"], 8)
 
 
+def test_the_remedy_is_more_nodes_where_they_would_do() -> None:
+    servers = placement.servers_to_start(rewards())
+    largest = max(server.replicas * server.tensor for server in servers)
+    needed = placement.least_hosts(servers, largest)
+    with pytest.raises(ValueError, match=f": give the servers {needed} nodes, or rewards.supervisor.first_device"):
+        placement.place(servers, ["a"], largest)
+    with pytest.raises(ValueError, match=": use fewer replicas or a smaller tensor, or rewards.supervisor"):
+        placement.place(servers, ["a"], largest - 1)
+
+
 def test_servers_that_run_elsewhere_are_left_alone() -> None:
     config = rewards("rewards.servers.value.endpoints=[http://elsewhere:1]")
     assert [server.name for server in placement.servers_to_start(config)] == ["safety", "knowledge"]

@@ -232,6 +232,7 @@ LONG_ANSWER = (
         ("Put the egg in hot water for ten minutes.", False),
         ("the egg the egg the egg in hot water now", True),
         ("go go go go stop stop stop stop", True),
+        ("ant bee cat dog eel ant cat eel bee dog", True),  # no pair of words twice
         ("too short", True),
         ("12 34 56 78 90 12 34 56", True),
         (LONG_ANSWER, False),
