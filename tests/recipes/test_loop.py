@@ -20,6 +20,7 @@ from megatron_ext import forward_backward
 from megatron_ext.blocks import Shard, region
 from recipes.config import Config, parse
 from recipes.run import records
+from rollout.sampler import request_seed
 from tests.recipes import steps, tiny
 from tests.recipes.kill_check import timeless
 from tests.recipes.letters import letters
@@ -30,6 +31,8 @@ from tests.recipes.test_config import composed, overridden
 STEPS, PROMPTS, SAMPLES, LONGEST = 3, 4, 4, 8
 BETA, LEARNING_RATE, TEMPERATURE = 0.2, 1e-3, 0.8
 EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.01, 1.0  # see tests/recipes/test_ppo_step.py
+CLIP = 0.2  # algorithm.clip_low and clip_high
+TOKEN_METRICS = ("kl/reference", "kl/old", "entropy", "perplexity/policy", "perplexity/sampler")
 COMMON = (
     "stage.evaluates=false",
     "stage.trains=[rl]",
@@ -148,52 +151,78 @@ class Reference:
         self.reference = AutoModelForCausalLM.from_pretrained(folder, **load)
         self.optimizer = adamw(self.policy, LEARNING_RATE, WEIGHT_DECAY, EPSILON)
 
-    def step(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """One update; its metrics, and the advantage of each sample."""
+    def step(self, samples: Sequence[Sample], updates: int = 1) -> dict[str, Any]:
+        """The updates of a rollout, each on an equal part of the samples; the means of their metrics, and the advantage
+        of each sample."""
         half = LONGEST / 2
         totals = np.array([s.reward - max(0.0, (len(s.response) - half) / half) for s in samples]).reshape(-1, SAMPLES)
         deviations = totals - totals.mean(1, keepdims=True)
         advantages = (deviations / (totals.std(1, ddof=1, keepdims=True) + 1e-9)).flatten()
+        with torch.no_grad():
+            olds = [sample.log_probs(self.policy) for sample in samples]
+        size = len(samples) // updates
+        tokens: dict[str, list[torch.Tensor]] = {name: [] for name in TOKEN_METRICS}
+        sums = {"loss": 0.0, "grad_norm": 0.0}
+        for first in range(0, len(samples), size):
+            part = slice(first, first + size)
+            for name, value in self.update(samples[part], advantages[part], olds[part], tokens).items():
+                sums[name] += value / updates
+        means = {name: float(torch.cat(values).mean()) for name, values in tokens.items()}
+        means["perplexity/policy"] = math.exp(means["perplexity/policy"])
+        means["perplexity/sampler"] = math.exp(means["perplexity/sampler"])
+        return {"advantages": advantages, **sums, **means}
+
+    def update(
+        self,
+        samples: Sequence[Sample],
+        advantages: np.ndarray,
+        olds: Sequence[torch.Tensor],
+        tokens: Mapping[str, list[torch.Tensor]],
+    ) -> dict[str, float]:
+        """The clipped loss and the KL penalty; adds each trained token's metrics to ``tokens``."""
         loss = torch.zeros(())
-        tokens: dict[str, list[torch.Tensor]] = {"kl/reference": [], "entropy": [], "perplexity/policy": []}
-        for sample, advantage in zip(samples, advantages, strict=True):
+        for sample, advantage, old in zip(samples, advantages, olds, strict=True):
             distribution = sample.distribution(self.policy)
             now = distribution.log_prob(torch.tensor(sample.response))
             with torch.no_grad():
-                gap = sample.log_probs(self.reference) - now
-            gap = gap + (now.detach() - now)
-            k3 = gap.exp() - 1 - gap
-            ratio = (now - now.detach()).exp()
-            losses = -ratio * float(advantage) + BETA * k3
+                of_reference = sample.log_probs(self.reference)
+            k3 = (of_reference - now).exp() - 1 - (of_reference - now)
+            ratio = (now - old).exp()
+            clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+            losses = torch.maximum(-ratio * float(advantage), -clipped * float(advantage)) + BETA * k3
             loss = loss + losses[sample.mask].mean() / len(samples)
             for name, values in (
                 ("kl/reference", k3),
+                ("kl/old", (now - old).exp() - 1 - (now - old)),  # the samples are the old policy's
                 ("entropy", distribution.entropy()),
-                ("perplexity/policy", -now),
+                ("perplexity/policy", -old),
+                ("perplexity/sampler", -old),
             ):
                 tokens[name].append(values.detach()[sample.mask].double())
         self.optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP_NORM)
         self.optimizer.step()
-        means = {name: float(torch.cat(values).mean()) for name, values in tokens.items()}
-        means["perplexity/policy"] = math.exp(means["perplexity/policy"])
-        means["perplexity/sampler"] = means["perplexity/policy"]
-        return {"advantages": advantages, "loss": loss.item(), "grad_norm": float(grad_norm), **means}
+        return {"loss": loss.item(), "grad_norm": float(grad_norm)}
 
 
-@pytest.fixture(scope="module")
-def expected(twin: Path, run_dir: Path) -> tuple[Reference, list[dict[str, Any]]]:
+Expected = tuple[Reference, list[dict[str, Any]]]
+
+
+def computed(twin: Path, run_dir: Path, updates: int = 1) -> Expected:
+    """The reference after the run's steps, and each step's metrics."""
     tokenizer = AutoTokenizer.from_pretrained(twin / "model")
     reference = Reference(twin / "model")
     of_steps = []
     for step in range(1, STEPS + 1):
         lines = [row for row in rows(run_dir, "samples.jsonl") if row["step"] == step]
-        of_steps.append(reference.step([sampled(tokenizer, row) for row in lines]))
+        of_steps.append(reference.step([sampled(tokenizer, row) for row in lines], updates))
     return reference, of_steps
 
 
-Expected = tuple[Reference, list[dict[str, Any]]]
+@pytest.fixture(scope="module")
+def expected(twin: Path, run_dir: Path) -> Expected:
+    return computed(twin, run_dir)
 
 
 def test_samples_are_the_engine_s_by_the_weights_of_their_step(twin: Path, run_dir: Path) -> None:
@@ -267,14 +296,63 @@ def test_metrics_count_what_was_made(run_dir: Path) -> None:
 
 
 def test_weights_end_where_the_reference_ends(twin: Path, run_dir: Path, expected: Expected) -> None:
+    same_weights(twin, run_dir, expected[0])
+
+
+def same_weights(twin: Path, run_dir: Path, reference: Reference) -> None:
     """Every tensor, relative to how far it moved."""
     start = load_file(twin / "model" / "model.safetensors")
     weights = load_file(run_dir / "hf" / "model.safetensors")
-    tensors = expected[0].policy.state_dict()
+    tensors = reference.policy.state_dict()
     for name, tensor in weights.items():
         moved = (tensors[name] - start[name].float()).norm()
         assert moved > 0
         assert (tensor - tensors[name]).norm() < 2e-3 * moved, name
+
+
+def test_two_updates_of_a_rollout_are_the_reference_s(twin: Path) -> None:
+    """The second goes by importance ratios to the weights that the rollout began with."""
+    run_dir = train(twin, twin / "two_updates", *GRPO, "algorithm.updates_per_rollout=2", "algorithm.max_mismatch=5")
+    reference, of_steps = computed(twin, run_dir, updates=2)
+    for row, wanted in zip(rows(run_dir, "metrics.jsonl"), of_steps, strict=True):
+        assert row["trained_samples"] == PROMPTS * SAMPLES
+        assert row["kl/old"] > 1e-6, "the second update's"
+        for name in ("loss", "grad_norm", *TOKEN_METRICS):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3, abs=2e-6), name
+    same_weights(twin, run_dir, reference)
+
+
+def test_the_policy_stays_while_the_critic_warms_up(twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: dict[int, torch.Tensor] = {}  # version → all weights of an engine
+    sync = WeightSync.sync
+
+    def note_weights(weight_sync: WeightSync, version: int) -> dict[str, int]:
+        counts = sync(weight_sync, version)
+        tensors = weight_sync.engines[0].model.state_dict().values()
+        synced[version] = torch.cat([tensor.flatten() for tensor in tensors])
+        return counts
+
+    monkeypatch.setattr(WeightSync, "sync", note_weights)
+    run_dir = train(twin, twin / "warm_up", *PPO, "critic.warmup_steps=1", "algorithm.steps=2")
+    first, second = rows(run_dir, "metrics.jsonl")
+    assert first["value/loss"] > 0 and first["grad_norm"] == 0 and second["grad_norm"] > 0
+    assert torch.equal(synced[1], synced[0]) and not torch.equal(synced[2], synced[0])
+
+
+def test_each_response_has_a_seed_of_the_run_s(twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: dict[tuple[str, int], int] = {}
+    generate = Engine.generate
+
+    def note_seeds(engine: Engine, requests: Any, *others: Any) -> Any:
+        seeds.update(zip(requests.keys, requests.seeds.tolist(), strict=True))
+        return generate(engine, requests, *others)
+
+    monkeypatch.setattr(Engine, "generate", note_seeds)
+    for seed in (1, 2):
+        seeds.clear()
+        train(twin, twin / f"seed_{seed}", f"seed={seed}", "algorithm.steps=1")
+        assert seeds == {(prompt, index): request_seed(seed, 0, prompt, index) for prompt, index in seeds}
+        assert len(seeds) == PROMPTS * SAMPLES
 
 
 def same_run(one: Path, other: Path) -> None:

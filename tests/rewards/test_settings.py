@@ -191,7 +191,9 @@ def test_a_rule_takes_arguments_and_a_template_may_be_a_dotted_path() -> None:
         verifiers = registry.open_verifiers(["brief", "judged", "capability"], config, client)
         with pytest.raises(ValueError, match="unknown template 'norml'"):
             registry.open_verifiers(["lost"], config, client)
-        with pytest.raises(ValueError, match=r"^template 'rewards.verifiers.judges.written_label' is a function, not a"):
+        with pytest.raises(
+            ValueError, match=r"^template 'rewards.verifiers.judges.written_label' is a function, not a"
+        ):
             registry.open_verifiers(["function"], config, client)
     assert verifiers["brief"]({}, "one two three").score == 0.5  # type: ignore[union-attr]
     assert isinstance(verifiers["judged"], ServedVerifier)
