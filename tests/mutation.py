@@ -30,6 +30,7 @@ SEEN_BY = {
     "rewards.function_process": ("tests/rewards/test_functions.py",),
     "rewards.processes": ("tests/rewards/test_functions.py",),
     "rewards.serve": ("tests/rewards/test_serve.py",),
+    "rewards.verdict": ("tests/rewards/test_functions.py",),
     "rewards.token_guard": ("tests/rewards/test_serve.py",),
 }
 

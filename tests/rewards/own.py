@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from rewards.verdict import Failure, Row, Verdict, VerifierResult
@@ -125,6 +126,10 @@ def three_parameters(row: Row, response: str, limit: int) -> float:
 
 async def awaits(row: Row, response: str) -> float:
     return 1.0
+
+
+async def yields(row: Row, response: str) -> AsyncIterator[float]:
+    yield 1.0
 
 
 class Scorer:

@@ -112,6 +112,7 @@ def test_a_message_shows_the_beginning_of_a_long_value() -> None:
         ),
         ("three_parameters", r"missing a required argument: 'limit'"),
         ("awaits", "is async; a call has a process of its own, so it may simply wait"),
+        ("yields", "is async; a call has a process of its own, so it may simply wait"),
         ("Scorer", "is a class, not a function"),
         ("constant", "is 3, not a function"),
     ],
@@ -135,6 +136,16 @@ def test_a_module_that_can_not_be_imported_is_told_in_one_line(tmp_path: Path, m
         ValueError, match=r"^'broken_reward.score': its module .*AttributeError.*\(broken_reward.py:3\)"
     ):
         open_verifiers(["broken_reward.score"], settings.read(raw), None)  # type: ignore[arg-type]
+
+
+def test_a_module_that_this_process_can_import_is_imported_in_the_function_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_reward.py").write_text("def score(row, response):\n    return 0.5\n")
+    raw: Any = OmegaConf.load(CONF / "rewards" / "base.yaml")
+    verifier = open_verifiers(["my_reward.score"], settings.read(raw), None)["my_reward.score"]
+    assert verifier(ROW, "an answer") == Verdict(0.5, "0.5")
 
 
 def test_a_call_that_holds_the_interpreter_is_killed_with_its_children_and_holds_nobody_up(tmp_path: Path) -> None:

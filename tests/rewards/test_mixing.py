@@ -27,7 +27,10 @@ def test_rules_have_a_registered_name_or_a_dotted_path() -> None:
 def test_an_unknown_verifier_is_named_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown verifier {name!r}") as error:
         find_rule(name)
-    assert ", ".join(sorted(RULES)) in str(error.value)
+    assert str(error.value).endswith(
+        f"use a registered one ({', '.join(sorted(RULES))}) or the dotted path of a function "
+        "score(row, response) -> Verdict"
+    )
 
 
 def test_every_registered_verifier_loads() -> None:

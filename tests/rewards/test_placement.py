@@ -48,7 +48,7 @@ def test_the_remedy_is_more_nodes_where_they_would_do() -> None:
     needed = placement.least_hosts(servers, largest)
     with pytest.raises(ValueError, match=f": give the servers {needed} nodes, or rewards.supervisor.first_device"):
         placement.place(servers, ["a"], largest)
-    with pytest.raises(ValueError, match=": use fewer replicas or a smaller tensor, or rewards.supervisor"):
+    with pytest.raises(ValueError, match=r": use fewer replicas or a smaller tensor, or rewards\.supervisor"):
         placement.place(servers, ["a"], largest - 1)
 
 

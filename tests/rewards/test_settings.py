@@ -47,6 +47,13 @@ def test_safework_s_mixes_are_the_table() -> None:
     assert {label: weights for label, weights in read().mix.items() if label != "search"} == expected
 
 
+def test_a_value_that_can_t_be_is_named_with_its_group() -> None:
+    with pytest.raises(ValueError, match=r"^rewards\.client\.retries"):
+        read("rewards.client.retries=-1")
+    with pytest.raises(ValueError, match=r"^rewards\.client\.retries"):
+        read("rewards.client.retries=often")
+
+
 def test_verifiers_of_one_model_share_a_server_and_each_finds_its_judge() -> None:
     config = read()
     servers = settings.servers(config)
