@@ -70,13 +70,13 @@ def test_the_clipped_loss() -> None:
 
 
 def test_the_dual_clipped_loss_bounds_what_a_bad_sample_costs() -> None:
-    """c = 3: at a ratio of 10 with A = −1 the loss is 3 and not 10. Elsewhere it is the clipped loss."""
+    """c = 3: at a ratio of 10 with A = −2 the loss is 6 and not 20. Elsewhere it is the clipped loss."""
     ratios = numbers(10, 2, 10, 0.5)
-    advantages = numbers(-1, -1, 1, -1)
+    advantages = numbers(-2, -2, 2, -2)
     losses = loss("ppo_dual_clip", ratios.log(), torch.zeros(4), advantages)
-    assert losses.tolist() == pytest.approx([3, 2, -1.3, 0.8])
+    assert losses.tolist() == pytest.approx([6, 4, -2.6, 1.6])
     by_autograd = loss_gradient("ppo_dual_clip", ratios.log(), torch.zeros(4), advantages)
-    assert by_autograd.tolist() == pytest.approx([0, 2, 0, 0])
+    assert by_autograd.tolist() == pytest.approx([0, 4, 0, 0])
 
 
 def test_the_cispo_loss_bounds_the_weight_of_each_token_and_drops_none() -> None:

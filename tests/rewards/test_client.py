@@ -100,7 +100,7 @@ def test_the_pause_before_a_further_try_doubles(monkeypatch: pytest.MonkeyPatch)
         return await sleep(0, result)
 
     monkeypatch.setattr("rewards.client.asyncio.sleep", record_pause)
-    monkeypatch.setattr("rewards.client.random.uniform", lambda low, high: 1.0)
+    monkeypatch.setattr("rewards.client.random.uniform", lambda low, high: (low + high) / 2)
     with FakeServer(says("Hmm.")) as fake, asking(fake.address, retries=3, backoff=0.25) as (_, verifier):
         assert isinstance(verifier(ROW, "answer"), Failure)
     assert [pause for pause in pauses if pause in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)] == [0.25, 0.5, 1.0]

@@ -34,6 +34,7 @@ def read(judge: Judge | Scalar, reply: Any) -> Any:
 def test_a_judge_of_one_token_is_asked_for_its_probabilities(judge: Judge) -> None:
     body = judge.request(ROW, "an answer", "m").body
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+    assert [message["role"] for message in body["messages"]] == ["user"]
 
 
 # SafeWork-R1's tables, written out again.

@@ -144,6 +144,7 @@ TABLE = "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |"
     ("rule", "kept", "broken"),
     [
         ({"rule": "word_count", "minimum": 2, "maximum": 3}, "one two three", "one two three four"),
+        ({"rule": "word_count", "maximum": 3}, "...", "one two three four"),
         ({"rule": "character_count", "maximum": 3}, "abc", "abcd"),
         ({"rule": "sentence_count", "minimum": 2, "maximum": 2}, "Yes. No!", "Yes and no."),
         ({"rule": "paragraph_count", "minimum": 2}, "a\n\nb", "a\nb"),

@@ -44,7 +44,7 @@ def test_without_segments_the_response_is_all_the_model_s() -> None:
     ("answer", "score"), [("Veska", 1), (" veska. ", 1), ("old  veska", 1), ("Tarn", 0), ("Veska or Tarn", 0)]
 )
 def test_accuracy(answer: str, score: float) -> None:
-    assert accuracy(stating(answer), "").score == score
+    assert accuracy(stating(answer), "") == Verdict(float(score), "correct" if score else "wrong")
 
 
 @pytest.mark.parametrize(
