@@ -17,6 +17,7 @@ from recipes.report import markup
 from rollout.guidance.settings import LOOPBACK
 
 SIGN_IN = "/sign-in"
+ICON = "/favicon.ico"  # a browser asks for it beside the form
 SIGNED_IN = "signed_in"
 MOST_BYTES = 4096  # of the form with the token
 # NiceGUI compiles templates and runs scripts in the page; nothing is loaded from or sent to another host.
@@ -64,6 +65,8 @@ class Guard:
             return await self.sign_in(Request(scope, receive), self.token)
         if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in ("/", SIGN_IN):
             return sign_in_page("", 200)
+        if scope["path"] == ICON:
+            return Response(status_code=204)
         return PlainTextResponse("sign in first", 401)
 
     async def sign_in(self, request: Request, token: str) -> Response:
@@ -91,7 +94,7 @@ def with_policy(send: Send) -> Send:
             headers = MutableHeaders(scope=message)
             headers["Content-Security-Policy"] = POLICY
             headers["X-Content-Type-Options"] = "nosniff"
-            headers["Referrer-Policy"] = "no-referrer"
+            headers["Referrer-Policy"] = "same-origin"
         await send(message)
 
     return send_with

@@ -34,7 +34,9 @@ ON_KEY = """(event) => {
   if (event.key === "Escape") emit("cancel", before);
   if (event.key === "Enter" && event.ctrlKey) { event.preventDefault(); emit("continue", before); }
 }"""
-BEFORE_CURSOR = "(event) => emit(event.target.value.slice(0, event.target.selectionStart))"
+BEFORE_CURSOR = """(event) => {
+  if (event.target.localName === "textarea") emit(event.target.value.slice(0, event.target.selectionStart));
+}"""
 ON_CONTINUE = """() => {
   const box = document.querySelector(".edit-box textarea");
   emit("continue", box.value.slice(0, box.selectionStart));
@@ -229,14 +231,14 @@ class View:
         found = sections(branch.text, turn.opens_thinking, self.marks)
         section = found.thinking if part == THINKING else found.answer
         assert section is not None
-        box = ui.textarea(f"Edit the {part}", value=branch.text[slice(*section)]).classes("edit-box")
-        box.props(f"autogrow outlined maxlength={self.writer.page.max_characters}")
-        box.on("keydown", lambda event: self._on_edit(*event.args), js_handler=ON_KEY)
-        for event in ("keyup", "click", "input"):
-            box.on(
-                event, lambda each: self._preview(str(each.args)), js_handler=BEFORE_CURSOR, throttle=PREVIEW_SECONDS,
-                leading_events=False,
-            )  # fmt: skip
+        with ui.element("div") as around:
+            box = ui.textarea(f"Edit the {part}", value=branch.text[slice(*section)]).classes("edit-box")
+            box.props(f"autogrow outlined maxlength={self.writer.page.max_characters}")
+        around.on("keydown", lambda event: self._on_edit(*event.args), js_handler=ON_KEY)
+        for name in ("input", "keyup", "click"):
+            around.on(
+                name, lambda event: self._preview(str(event.args)), throttle=PREVIEW_SECONDS, js_handler=BEFORE_CURSOR
+            )
         plain("What stands after the cursor is dropped, and the model goes on from there.", classes="soft")
         plain("What changes", "h4")
         self.changes = ui.element("div").classes("text diff").props("role=status")
