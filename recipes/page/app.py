@@ -73,5 +73,5 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
     app.add_middleware(Guard, token=setup.token)
     # Sessions end with this process.
     app.add_middleware(SessionMiddleware, secret_key=secrets.token_hex(32), same_site="strict", max_age=None)
-    ui.run_with(app, title="SafeWork", dark=None, tailwind=False, show_welcome_message=False)
+    ui.run_with(app, title="SafeWork", language="en-US", dark=None, tailwind=False, show_welcome_message=False)
     return app

@@ -53,10 +53,14 @@ class Guard:
         """What a request gets that does not reach the page; None for one that does."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.token is None and urlsplit(f"//{host}").hostname not in LOOPBACK:
-            return PlainTextResponse("this page is for http://127.0.0.1 alone", 403)
         origin = headers.get("origin")
-        is_foreign = scope["type"] == "websocket" if origin is None else urlsplit(origin).netloc != host
+        try:
+            host_name = urlsplit(f"//{host}").hostname
+            is_foreign = scope["type"] == "websocket" if origin is None else urlsplit(origin).netloc != host
+        except ValueError as error:
+            return PlainTextResponse(str(error), 400)
+        if self.token is None and host_name not in LOOPBACK:
+            return PlainTextResponse("this page is for http://127.0.0.1 alone", 403)
         if is_foreign:
             return PlainTextResponse("the request comes from another page", 403)
         if self.token is None or scope["session"].get(SIGNED_IN):

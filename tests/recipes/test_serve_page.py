@@ -32,7 +32,8 @@ from recipes.page.guard import MOST_BYTES, Guard
 from recipes.page.saving import ADDED, KEPT, REMOVED, EditFiles, about, diff, edit_rows
 from recipes.page.settings import Setup
 from recipes.page.writing import Conversations, Refused, Writer, open_writer
-from recipes.serve import read_setup
+from recipes.serve import read_setup, served
+from rewards.serve import ServerDied
 from tests.recipes import tiny
 from tests.recipes.fake_thinker import (
     AFTER_ANSWER,
@@ -45,6 +46,7 @@ from tests.recipes.fake_thinker import (
     FakeThinker,
     values,
 )
+from tests.rewards.test_serve import BrokenServer, LightServer
 from tests.rollout.fake_guidance import BEGIN, EOS, PATIENT, FakeServers, FakeValues
 from tests.settings import CONF
 
@@ -287,6 +289,28 @@ def test_what_is_too_much_is_refused_and_changes_nothing() -> None:
     with_world(test, *limits)
 
 
+def test_many_conversations_at_once_lose_no_token() -> None:
+    """Each has its own question and answer, with the stream's tokens in chunks of several."""
+
+    async def test(made: World) -> None:
+        made.model.merge = 3
+        conversations = [Conversation() for _ in range(50)]
+        for place, conversation in enumerate(conversations):
+            made.writer.ask(conversation, f"How do I clean drain {place}?")
+        async with asyncio.timeout(120):
+            while made.writer.under_way:
+                await asyncio.sleep(0.01)
+        for place, conversation in enumerate(conversations):
+            (branch,) = conversation.turns[0].branches
+            assert (branch.text, branch.finish_reason, branch.notice) == (WRITTEN, "stop", None)
+            assert branch.token_ids == (*made.model.tokenizer.encode(WRITTEN), EOS)
+            asked = made.model.tokenizer.decode(conversation.turns[0].prompt_ids)
+            assert asked == f"{BEGIN}How do I clean drain {place}?"
+
+    with_world(test)
+    with_world(test, has_values=True)
+
+
 def test_a_longer_conversation_has_the_answers_that_were_chosen_without_thinking() -> None:
     async def test(made: World) -> None:
         await made.asked()
@@ -438,6 +462,7 @@ def test_without_a_token_only_this_machine_s_own_page_is_served() -> None:
     browser = client(None, "http://127.0.0.1:8200")
     assert browser.get("/", headers={"Origin": "http://evil.example"}).status_code == 403
     assert browser.get("/", headers={"Origin": "http://127.0.0.1:8300"}).status_code == 403
+    assert browser.get("/", headers={"Host": "[::1"}).status_code == 400
     assert has_socket(browser, Origin="http://127.0.0.1:8200")
     assert not has_socket(browser, Origin="http://evil.example")
     assert not has_socket(browser)
@@ -482,6 +507,29 @@ def test_the_command_line() -> None:
     setup = read_setup({"generator": "http://127.0.0.1:1", "values": "http://127.0.0.1:2/"}, ["guidance.threshold=0.5"])
     assert setup.guidance.values.address == "http://127.0.0.1:2" and setup.guidance.threshold == 0.5
     assert (setup.has_values, setup.edits, setup.page.host) == (True, Path("runs/edits"), "127.0.0.1")
+
+
+def test_a_model_s_server_starts_on_the_loopback_and_ends_with_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A light process stands in for vLLM."""
+    (tmp_path / "config.json").write_text("{}")
+    setup = read_setup({"model": str(tmp_path)}, [f"page.edits={tmp_path / 'runs' / 'edits'}", "page.devices=[2,3]"])
+    monkeypatch.setattr("recipes.serve.JudgeServer", LightServer)
+    with served(setup, {"model": str(tmp_path)}) as supervisor:
+        (server,) = supervisor.servers
+        command = server.command()
+        assert command[:4] == ["serve", str(tmp_path), "--host", "127.0.0.1"]
+        assert command[command.index("--tensor-parallel-size") + 1] == "2"
+        assert server.environment()["CUDA_VISIBLE_DEVICES"] == "2,3"
+        assert command[-len(setup.page.arguments) :] == setup.page.arguments
+        assert setup.guidance.generator.address == server.server.addresses[0]
+        assert server.is_healthy() and server.process is not None and server.process.poll() is None
+    assert server.process.poll() is not None
+    assert (tmp_path / "runs" / "servers" / "page.log").is_file()
+    monkeypatch.setattr("recipes.serve.JudgeServer", BrokenServer)
+    with pytest.raises(ServerDied, match="no such model"), served(setup, {"model": str(tmp_path)}):
+        pass
 
 
 def write_run(folder: Path, marks: Sequence[str]) -> None:
