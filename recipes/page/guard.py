@@ -26,8 +26,9 @@ POLICY = (
     "style-src 'self' 'unsafe-inline'; form-action 'self'; base-uri 'self'; frame-ancestors 'none'"
 )
 FORM = f"""<form method="post" action="{SIGN_IN}" class="card"><h1>Sign in</h1>
-<p><label>Token <input type="password" name="token" autocomplete="current-password" autofocus required></label>
-<button>Sign in</button></p><p role="alert">{{message}}</p></form>"""
+<p><label>Token
+<input class="text" type="password" name="token" autocomplete="current-password" autofocus required></label>
+<button class="text">Sign in</button></p><p role="alert">{{message}}</p></form>"""
 
 
 class Guard:

@@ -321,6 +321,8 @@ class View:
             self.conversation.changed()
 
     def _save(self, place: int, branch: Branch) -> None:
+        if branch.is_saved:  # by a second click
+            return
         try:
             about = saving.about(self.conversation.person, self.writer.model)
             saved = saving.edit_rows(self.conversation.turns[: place + 1], branch, about, self.marks)
@@ -359,4 +361,4 @@ class View:
         """Tell a person what was done or did not work. The element whose event it follows may be gone."""
         kind: Any = "negative" if is_problem else "positive"
         with self.page:
-            ui.notify(message, type=kind, multi_line=True, close_button="Close", timeout=10_000)
+            ui.notify(message, type=kind, position="top", multi_line=True, close_button="Close", timeout=10_000)

@@ -16,7 +16,7 @@ from tests import debian
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 INSTALL_SECONDS = 180
-WAIT = 30  # seconds for a reply
+WAIT = 120  # seconds for a reply
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 FLAGS += ("--disable-background-networking", "--remote-debugging-pipe")
 FLAGS += ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",)
