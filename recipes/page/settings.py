@@ -21,6 +21,9 @@ class PageConfig:
     devices: list[int] = setting("GPUs of the vLLM that the page starts, its tensor-parallel ranks; [] for the CPU")
     arguments: list[str] = setting("further arguments of `vllm serve`; the default ones are for a CPU")
     startup_timeout: float = setting("longest start of vLLM", range=SECONDS, unit="seconds")
+    temperature: float | None = setting(
+        "sampling temperature of the answers; null for that of the model's generation_config.json", range="[0, 2]"
+    )
     edits: str | None = setting("folder of saved edits; null for edits/ in the run's folder, or in runs/")
     max_characters: int = setting("longest message or edited text", range="[1, 200000]", unit="characters")
     max_turns: int = setting("longest conversation", range=COUNT, unit="messages of the user")

@@ -361,4 +361,4 @@ class View:
         """Tell a person what was done or did not work. The element whose event it follows may be gone."""
         kind: Any = "negative" if is_problem else "positive"
         with self.page:
-            ui.notify(message, type=kind, position="top", multi_line=True, close_button="Close", timeout=10_000)
+            ui.notify(message, type=kind, position="top", multi_line=True, timeout=10_000)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, after_edit, messages, with_mark
 from recipes.page.scores import judged
@@ -165,14 +166,17 @@ class Writer:
                 f"the conversation has {len(prefix)} tokens; the model takes {self.context} with the answer, and the "
                 f"longest answer has {self.guidance.max_tokens}: begin a new one"
             )
+        sampling: dict[str, Any] = dict(SAMPLING)
+        if self.page.temperature is not None:
+            sampling["temperature"] = self.page.temperature
         if self.guide is None:
-            options = {**SAMPLING, "max_tokens": room}
+            options = {**sampling, "max_tokens": room}
             async with aclosing(self.generator.stream(self.model, prefix, options)) as pieces:
                 async for piece in pieces:
                     branch.add(Passage(piece.text, piece.token_ids))
                     branch.finish_reason = piece.finish_reason
             return
-        answer = self.guide.answer(Question(self.model, prefix, room, SAMPLING))
+        answer = self.guide.answer(Question(self.model, prefix, room, sampling))
         async with aclosing(answer.steps()) as steps:
             async for step in steps:
                 branch.add(Passage(step.text, step.token_ids, step.values, step.score, step.origin))

@@ -152,8 +152,9 @@ def test_an_answer_with_and_without_values() -> None:
         assert branch.finish_reason == "stop" and branch.notice is None
         # The tokens are those that the model wrote, its end among them.
         assert branch.token_ids == (*made.model.tokenizer.encode(WRITTEN), EOS)
-        ((prompt, _),) = made.model.requests
+        ((prompt, options),) = made.model.requests
         assert prompt == made.model.tokenizer.encode(BEGIN + QUESTION)
+        assert options.get("temperature") == made.writer.page.temperature
         scored = [passage for passage in branch.passages if passage.values is not None]
         if made.writer.guide is None:
             assert scored == []
@@ -165,7 +166,7 @@ def test_an_answer_with_and_without_values() -> None:
         assert {passage.values["safety"] for passage in scored if passage.values} == {0.25, 0.75}
 
     with_world(test)
-    with_world(test, has_values=True)
+    with_world(test, "page.temperature=0.5", has_values=True)
 
 
 def test_an_edit_keeps_the_tokens_before_it_and_the_model_goes_on_from_it() -> None:

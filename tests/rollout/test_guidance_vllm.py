@@ -263,6 +263,9 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
             assert await metric(own["generator"], "prefix_cache_hits_total") - hits >= expected > 0
             if has_values:
                 assert any(passage.values for passage in second.passages)
+            # An edit that keeps nothing.
+            await writer.continue_from(conversation, 0, "~")
+            assert (await finished()).text.startswith("~")
 
     asyncio.run(run(has_values=False))
     asyncio.run(run(has_values=True))
