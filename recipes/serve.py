@@ -122,7 +122,7 @@ def served(setup: Setup, own: Mapping[str, str]) -> Iterator[Supervisor]:
         servers.append(JudgeServer(server, 0, log, page.devices or None, []))
         setup.guidance.generator.address = server.addresses[0]
         print(f"starting vLLM with {model}; its log is {log}", flush=True)
-    limits = SupervisorConfig(page.startup_timeout, STOP_SECONDS, 1, 0, [])
+    limits = SupervisorConfig(page.startup_timeout, STOP_SECONDS, restarts=0, first_device=0, cpu_arguments=[])
     supervisor = Supervisor(servers, limits)
     try:
         supervisor.start()
