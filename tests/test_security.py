@@ -17,9 +17,12 @@ OF_OBJECTS = re.compile(
     "(gather|broadcast|scatter|send|recv)_object|_pyobj"
 )  # torch.distributed's and zmq's calls that pickle
 # The nodes of a job compare their clocks for a few seconds: who asks gets eight bytes. The endpoint of guided decoding
-# refuses an address other than the loopback without a token (tests/rollout/test_guidance_decisions.py).
+# and the page for people refuse an address other than the loopback without a token
+# (tests/rollout/test_guidance_decisions.py, tests/recipes/test_serve_page.py).
 ELSEWHERE = {
     "recipes/node_check/__main__.py": "socket.create_server(('', port))",
+    "recipes/page/app.py": "uvicorn.Config(app, host=page.host, port=page.port, log_level='warning', "
+    "timeout_graceful_shutdown=SHUTDOWN_SECONDS)",
     "rollout/guidance/serve.py": "web.run_app(app, host=config.server.host, port=config.server.port, "
     "handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS, access_log=None, print=None)",
 }
@@ -45,7 +48,8 @@ def unsafe_places(source: str) -> Iterator[str]:
                 yield f"{node.lineno}: {ast.unparse(node.func)} without {safe[0]}={safe[1]}"
         if node.func.attr == "bind" and not any(isinstance(argument, ast.Tuple) for argument in node.args):
             continue
-        if node.func.attr in LISTENING and "127.0.0.1" not in ast.unparse(node):
+        is_listening = node.func.attr in LISTENING or ast.unparse(node.func) in ("uvicorn.Config", "uvicorn.run")
+        if is_listening and "127.0.0.1" not in ast.unparse(node):
             yield f"{node.lineno}: {ast.unparse(node)}"
 
 
@@ -69,6 +73,7 @@ def test_nothing_is_unpickled_and_nothing_listens_beyond_loopback(room: str) -> 
         "np.load(path, allow_pickle=True)",
         "socket.create_server(('', 80))",
         "server.bind(('0.0.0.0', 80))",
+        "uvicorn.run(app, host=host)",
     ],
 )
 def test_the_search_finds(source: str) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_ext.settings import KEPT, Setting, fields, is_optional, on_resume
 from recipes.config.schema import Config
+from recipes.page.settings import PageConfig
 from rewards.settings import NOTHING, VerifierConfig
 from rollout.guidance.settings import CalibrateConfig, FitRouterConfig, GuidanceConfig
 
@@ -19,8 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "configuration.md"
 MISSING = object()
-# What the commands of rollout.guidance read (conf/guidance.yaml); no part of a run.
-GUIDANCE: dict[str, Any] = {"guidance": GuidanceConfig, "calibrate": CalibrateConfig, "fit_router": FitRouterConfig}
+# What the commands of rollout.guidance (conf/guidance.yaml) and recipes.serve (conf/serve.yaml) read; no part of a run.
+NO_RUN: dict[str, Any] = {
+    "guidance": GuidanceConfig,
+    "calibrate": CalibrateConfig,
+    "fit_router": FitRouterConfig,
+    "page": PageConfig,
+}
 
 INTRODUCTION = """# Configuration
 
@@ -63,7 +69,7 @@ def page() -> str:
         if group == "rewards":
             entry = fields(VerifierConfig, "rewards.verifiers.NAME")
             sections.append(f"{paragraph(VerifierConfig)}\n\n{table(entry)}")
-    for name, schema in GUIDANCE.items():
+    for name, schema in NO_RUN.items():
         rows = [row for row in fields(schema, name) if not dataclasses.is_dataclass(row[1])]
         sections.append(f"## {name}\n\n{paragraph(schema)}\n\n{table(rows)}")
     return "\n".join(sections)
@@ -130,7 +136,7 @@ def default(path: str) -> str:
 
 def roots(group: str) -> Iterator[dict[str, Any]]:
     """The contents of the root files and of the group's files that do not derive from another one."""
-    for name in ("config.yaml", "guidance.yaml"):
+    for name in ("config.yaml", "guidance.yaml", "serve.yaml"):
         yield yaml.safe_load((CONF / name).read_text())
     for path in sorted((CONF / group).glob("*.yaml")):
         content = yaml.safe_load(path.read_text())

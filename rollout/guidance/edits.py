@@ -37,8 +37,7 @@ async def edit_text(generator: Generator, model: str, token_ids: Sequence[int], 
 async def kept_tokens(generator: Generator, model: str, token_ids: Sequence[int], edited: str) -> int:
     """How many tokens at the start of a text an edited version of it keeps: the most whose text it begins with."""
     text = await generator.decode(model, token_ids)
-    different = (place for place, (old, new) in enumerate(zip(text, edited, strict=False)) if old != new)
-    shared = next(different, min(len(text), len(edited)))
+    shared = shared_start(text, edited)
     kept, most = 0, len(token_ids)
     while kept < most:
         middle = (kept + most + 1) // 2
@@ -50,6 +49,12 @@ async def kept_tokens(generator: Generator, model: str, token_ids: Sequence[int]
     while not edited.startswith(await generator.decode(model, token_ids[:kept])):
         kept -= 1
     return kept
+
+
+def shared_start(text: str, edited: str) -> int:
+    """How many characters two texts have in common at their start."""
+    different = (place for place, (old, new) in enumerate(zip(text, edited, strict=False)) if old != new)
+    return next(different, min(len(text), len(edited)))
 
 
 async def replace_tail(generator: Generator, model: str, kept: Sequence[int], tail: str) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
-"""A Chromium without a window that looks at pages, over its DevTools protocol on two pipes."""
+"""A Chromium without a window that looks at pages and uses them, over its DevTools protocol on two pipes."""
 
+import base64
 import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 INSTALL_SECONDS = 180
 WAIT = 120  # seconds for a reply
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
-FLAGS += ("--disable-background-networking", "--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND")
+FLAGS += ("--disable-background-networking", "--remote-debugging-pipe")
+FLAGS += ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",)
 # Clicks everything, unfolds everything, looks.
 LOOK = """(async () => {
   const all = [...document.querySelectorAll('*')];
@@ -80,27 +83,26 @@ class Browser:
 
     def visit(self, page: Path, width: int) -> Seen:
         """Load the page in a window of that width (CSS pixels), and look."""
-        self.events.clear()
-        target = self._call("", "Target.createTarget", url="about:blank")["targetId"]
+        tab = self.open(width)
+        tab.go(page.as_uri())
+        look = tab.evaluate(LOOK)
+        tab.close()
+        return tab.seen(look)
+
+    def open(self, width: int, context: str | None = None) -> "Tab":
+        """A new tab of that width. ``context``: of another person's browser, from :meth:`other_person`."""
+        where = {} if context is None else {"browserContextId": context}
+        target = self._call("", "Target.createTarget", url="about:blank", **where)["targetId"]
         session = self._call("", "Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._call(session, f"{domain}.enable")
         size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
         self._call(session, "Emulation.setDeviceMetricsOverride", **size)
-        self._call(session, "Page.navigate", url=page.as_uri())
-        while not self._of("Page.loadEventFired"):
-            self.events.append(self._next())
-        result = self._call(session, "Runtime.evaluate", expression=LOOK, awaitPromise=True, returnByValue=True)
-        self._call("", "Target.closeTarget", targetId=target)
-        return Seen(
-            [each["request"]["url"] for each in self._of("Network.requestWillBeSent")],
-            [each["message"] for each in self._of("Page.javascriptDialogOpening")],
-            self._of("Runtime.consoleAPICalled") + self._of("Runtime.exceptionThrown") + self._of("Log.entryAdded"),
-            result["result"]["value"],
-        )
+        return Tab(self, target, session)
 
-    def _of(self, method: str) -> list[dict[str, Any]]:
-        return [event["params"] for event in self.events if event.get("method") == method]
+    def other_person(self) -> str:
+        """A context with cookies and storage of its own."""
+        return str(self._call("", "Target.createBrowserContext")["browserContextId"])
 
     def _send(self, session: str, method: str, **parameters: Any) -> int:
         self.count += 1
@@ -129,7 +131,7 @@ class Browser:
         return message
 
     def stop(self) -> None:
-        """End it with its children, which are in its session."""
+        """End the browser with its children, which are in its session."""
         self._send("", "Browser.close")
         try:
             self.process.wait(20)
@@ -138,3 +140,79 @@ class Browser:
             self.process.wait()
         os.close(self.to_browser)
         os.close(self.from_browser)
+
+
+class Tab:
+    """A tab of a browser."""
+
+    def __init__(self, browser: Browser, target: str, session: str) -> None:
+        self.browser = browser
+        self.target = target
+        self.session = session
+
+    def go(self, url: str) -> None:
+        """Load an address, or the same one again."""
+        loaded = len(self._of("Page.loadEventFired"))
+        self._call("Page.navigate", url=url)
+        while len(self._of("Page.loadEventFired")) == loaded:
+            self.browser.events.append(self.browser._next())
+
+    def evaluate(self, script: str) -> Any:
+        """The value of an expression; a promise's when it has one."""
+        reply = self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in reply, (script, reply["exceptionDetails"])
+        return reply["result"].get("value")
+
+    def wait(self, script: str) -> None:
+        """Wait until an expression is true."""
+        deadline = time.monotonic() + WAIT
+        while not self.evaluate(f"!!({script})"):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{script}: not true after {WAIT} s; the page: {self.text()[-2000:]}")
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        return str(self.evaluate("document.body.innerText"))
+
+    def type(self, text: str) -> None:
+        """Type where the focus is."""
+        self._call("Input.insertText", text=text)
+
+    def press(self, key: str, control: bool = False, shift: bool = False) -> None:
+        """Press a key where the focus is."""
+        code, text = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), " ": (32, " ")}.get(key, (0, ""))
+        held = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 2 * control + 8 * shift}
+        self._call("Input.dispatchKeyEvent", type="keyDown", **held, **({} if control else {"text": text}))
+        self._call("Input.dispatchKeyEvent", type="keyUp", **held)
+
+    def picture(self, path: Path) -> None:
+        """Save what the tab shows."""
+        data = self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def scheme(self, name: str) -> None:
+        """Prefer light or dark."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
+
+    def close(self) -> None:
+        self.browser._call("", "Target.closeTarget", targetId=self.target)
+
+    def seen(self, look: dict[str, Any]) -> Seen:
+        """What the tab has done, with the ``look`` at it."""
+        messages = self._of("Runtime.consoleAPICalled") + self._of("Runtime.exceptionThrown")
+        return Seen(
+            [each["request"]["url"] for each in self._of("Network.requestWillBeSent")],
+            [each["message"] for each in self._of("Page.javascriptDialogOpening")],
+            messages + self._of("Log.entryAdded"),
+            look,
+        )
+
+    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self.browser._call(self.session, method, **parameters)
+
+    def _of(self, method: str) -> list[dict[str, Any]]:
+        return [
+            event["params"]
+            for event in self.browser.events
+            if event.get("method") == method and event.get("sessionId") == self.session
+        ]

@@ -91,7 +91,7 @@ class FakeModel:
         refuse(model, token_ids, options)
         self.requests.append((list(token_ids), dict(options)))
         text = self.tokenizer.decode(token_ids)
-        answer = text[text.index(self.prompt) + len(self.prompt) :]
+        answer = text[text.rindex(self.prompt) + len(self.prompt) :]
         tokens = [*self.tokenizer.encode("".join(self.continuation(answer, options.get("seed", 0)))), EOS]
         is_complete = len(tokens) <= options["max_tokens"]
         tokens = tokens[: options["max_tokens"]]

@@ -17,10 +17,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from megatron_ext import hf_checkpoint
 from megatron_ext.blocks import Block, Shard
 from megatron_ext.scalar_head import value_head
+from recipes.page.conversation import Branch, Conversation
+from recipes.page.writing import open_writer
+from recipes.serve import read_setup
 from rewards.serve import kill
 from rollout.guidance.clients import ValuesUnavailable
 from rollout.guidance.decoding import Question, Step
 from rollout.guidance.opening import only_scoring, open_guide
+from rollout.guidance.reading import REPLACEMENT
 from rollout.guidance.serve import make_app
 from rollout.guidance.settings import GuidanceConfig
 from tests import served
@@ -30,6 +34,7 @@ from tests.rollout.fake_guidance import guidance, listening
 PRINCIPLES = ["safety", "value", "knowledge"]
 WEIGHTS = {"safety": 2.0, "value": 1.0, "knowledge": 1.0}
 CONTEXT = 1024
+BLOCK = 128  # tokens, of vLLM's cache on a CPU
 MESSAGES = [{"role": "user", "content": "the benign prompt"}]
 ASKED: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 60, "seed": 3}
 
@@ -204,11 +209,66 @@ def test_search_keeps_the_best_beginnings(world: World, tmp_path: Path) -> None:
     assert middle_score(steps) > middle_score(unguided)
 
 
-async def running_requests(address: str) -> float:
-    """How many answers a vLLM server writes at present."""
+async def metric(address: str, name: str) -> float:
+    """A figure of a vLLM server."""
     async with aiohttp.ClientSession() as session, session.get(f"{address}/metrics") as reply:
         lines = (await reply.text()).splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+
+async def running_requests(address: str) -> float:
+    """How many answers a vLLM server writes at present."""
+    return await metric(address, "num_requests_running")
+
+
+def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_ones_in_its_cache(world: World) -> None:
+    """The edited answer is what vLLM makes of the prompt, the kept tokens and the edit."""
+
+    async def run(has_values: bool) -> None:
+        own = {"generator": world.generator.server.addresses[0], "values": world.values.server.addresses[0]}
+        if not has_values:
+            del own["values"]
+        setup = read_setup(own, ["guidance.log=null", "guidance.max_tokens=300", "guidance.max_segment_tokens=8"])
+        async with open_writer(setup) as writer, asyncio.timeout(120):
+            conversation = Conversation()
+
+            async def finished() -> Branch:
+                while conversation.is_busy:
+                    await asyncio.sleep(0.01)
+                branch = conversation.turns[0].branches[-1]
+                assert (branch.finish_reason, branch.notice) in [("stop", None), ("length", None)]
+                return branch
+
+            # The prompt alone fills blocks of the cache.
+            writer.ask(conversation, "the benign prompt " * 60)
+            first = await finished()
+            prompt_ids = conversation.turns[0].prompt_ids
+            # After the text come the end of the answer, and a character that had only begun.
+            assert (await writer.generator.decode(writer.model, first.token_ids)).startswith(first.text)
+            # Of a random model's bytes many are no characters: the edit is where the first one is none.
+            edited = f"{first.text.partition(REPLACEMENT)[0]} the task prompt"
+            hits = await metric(own["generator"], "prefix_cache_hits_total")
+            await writer.continue_from(conversation, 0, edited)
+            second = await finished()
+            assert second.text.startswith(edited)
+            kept = 0
+            while first.token_ids[kept : kept + 1] == second.token_ids[kept : kept + 1]:
+                kept += 1
+            tail = edited.removeprefix(world.tokenizer.decode(first.token_ids[:kept]))
+            assert tail.endswith(" the task prompt")
+            tail_ids = tuple(world.tokenizer(tail)["input_ids"])
+            assert second.token_ids[kept : kept + len(tail_ids)] == tail_ids
+            # vLLM caches whole blocks.
+            expected = (len(prompt_ids) + kept) // BLOCK * BLOCK
+            assert await metric(own["generator"], "prefix_cache_hits_total") - hits >= expected > 0
+            if has_values:
+                assert any(passage.values for passage in second.passages)
+            # An edit that keeps nothing.
+            await writer.continue_from(conversation, 0, "~")
+            assert (await finished()).text.startswith("~")
+
+    asyncio.run(run(has_values=False))
+    asyncio.run(run(has_values=True))
 
 
 LONG = ASKED | {"max_tokens": 900, "temperature": 1.0, "stream": True, "extra_body": {"ignore_eos": True}}

@@ -1,0 +1,121 @@
+"""Edits as training data: a row for ``stage=sft`` and a preference pair for ``stage=reward_model``."""
+
+import difflib
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recipes.page.conversation import Branch, Turn, messages, with_mark
+from recipes.page.writing import Refused
+from rewards.verifiers.text import without_thinking
+from rollout.guidance.edits import shared_start
+
+KEPT, REMOVED, ADDED = "kept", "removed", "added"
+SFT_FILE, PAIRS_FILE = "sft.jsonl", "pairs.jsonl"
+LONGEST_COMPARED = 20_000  # characters of a changed part that is compared word by word: the time grows with the square
+LONGEST_NAME = 100  # characters of a person's name
+
+MEDIA_MARKS = ("<image>", "<video>")
+
+type Diff = list[tuple[str, str]]
+
+
+def diff(before: str, after: str) -> Diff:
+    """What a text keeps, loses and gains, by words: kept and removed parts make ``before``, kept and added ones
+    ``after``."""
+    start = shared_start(before, after)
+    old, new = before[start:], after[start:]
+    parts: Diff = [(KEPT, before[:start])]
+    if max(len(old), len(new)) > LONGEST_COMPARED:
+        parts += [(REMOVED, old), (ADDED, new)]
+    else:
+        old_words, new_words = (re.findall(r"\s*\S+|\s+", text) for text in (old, new))
+        matcher = difflib.SequenceMatcher(None, old_words, new_words, autojunk=False)
+        for operation, first, last, new_first, new_last in matcher.get_opcodes():
+            if operation == "equal":
+                parts.append((KEPT, "".join(old_words[first:last])))
+            else:
+                parts.append((REMOVED, "".join(old_words[first:last])))
+                parts.append((ADDED, "".join(new_words[new_first:new_last])))
+    return [(kind, text) for kind, text in parts if text]
+
+
+@dataclass(frozen=True)
+class SavedEdit:
+    """The rows of an edit. ``pair`` is None where both branches have the same answer, or the edited one had none: a
+    reward model reads no thinking."""
+
+    sft: dict[str, Any]
+    pair: dict[str, Any] | None
+
+
+def edit_rows(turns: Sequence[Turn], branch: Branch, about: Mapping[str, str], marks: Sequence[str]) -> SavedEdit:
+    """The rows of an edited branch of the last turn: its answer is right, that of the branch that was edited wrong.
+
+    ``about``: who, when and model. Raises Refused for a branch that has no edit, no end or no answer.
+    """
+    turn = turns[-1]
+    if branch.parent is None or branch.edited is None:
+        raise Refused("nobody has edited this answer")
+    if branch.finish_reason != "stop":
+        raise Refused("this answer has no end: let the model go on until it ends")
+    parent = turn.branches[branch.parent]
+    begun = marks[0] if turn.opens_thinking else ""
+    chosen, rejected = (with_mark(each.text, begun) for each in (branch, parent))
+    if not without_thinking(chosen):
+        raise Refused("this answer has no text after its thinking")
+    asked = messages(turns, marks)
+    if any(mark in text for mark in MEDIA_MARKS for text in (chosen, *(each["content"] for each in asked))):
+        raise Refused(f"the conversation has {' or '.join(MEDIA_MARKS)}, which stands for a file in a row of data")
+    more = {**about, "diff": diff(parent.text, branch.edited)}
+    row_id = f"edit-{uuid.uuid4().hex}"
+    sft = {"id": row_id, "messages": [*asked, {"role": "assistant", "content": chosen}], **more}
+    if without_thinking(chosen) == without_thinking(rejected) or not without_thinking(rejected):
+        return SavedEdit(sft, None)
+    return SavedEdit(sft, {"id": row_id, "messages": asked, "chosen": chosen, "rejected": rejected, **more})
+
+
+def about(person: str, model: str) -> dict[str, str]:
+    """Who, when and model. Raises Refused without a name."""
+    name = " ".join(person.split())
+    if not 0 < len(name) <= LONGEST_NAME:
+        raise Refused(
+            f"write your name, of at most {LONGEST_NAME} characters, beside the title: it is saved with edits"
+        )
+    return {"who": name, "when": datetime.now(UTC).isoformat(timespec="seconds"), "model": model}
+
+
+class EditFiles:
+    """Two files in a folder, to which rows are appended; nothing is ever removed. Only their owner can read them."""
+
+    def __init__(self, folder: Path, max_mib: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_mib * 2**20
+
+    def append(self, saved: SavedEdit) -> None:
+        """Append the rows of an edit. Raises Refused for a file that would be too large, before anything is written."""
+        lines = [(self.folder / SFT_FILE, _line(saved.sft))]
+        if saved.pair is not None:
+            lines.append((self.folder / PAIRS_FILE, _line(saved.pair)))
+        for path, line in lines:
+            size = path.stat().st_size if path.exists() else 0
+            if size + len(line) > self.max_bytes:
+                raise Refused(f"{path} has {size} bytes and may have {self.max_bytes}: move it, or raise max_saved_mib")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path, line in lines:
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                # One call for a line, so that several processes can append to the file.
+                os.write(file, line)
+            finally:
+                os.close(file)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"

@@ -1,0 +1,45 @@
+"""What a run's own verifiers say of an answer: those that need no right answer and no judge."""
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rewards import settings
+from rewards.functions import FunctionFailed
+from rewards.registry import RULES, open_verifiers
+from rewards.verdict import Verdict, Verifier
+
+# Rules that read the response alone. A user's own functions are asked too; they may raise for a prompt without answer.
+READ_THE_RESPONSE = ("refusal", "format", "length", "repetition")
+KIND = "chat"  # of a prompt that a person writes
+
+
+def response_verifiers(config: Mapping[str, Any]) -> dict[str, Verifier]:
+    """The verifiers of a run's ``config.yaml`` that can judge a response to any prompt. Raises ValueError."""
+    rewards = settings.read(OmegaConf.create(config["rewards"]))
+    named = [name for weights in rewards.mix.values() for name in weights]
+    configured = settings.verifiers(rewards)
+    chosen = []
+    for name in dict.fromkeys([*named, *config["data"]["scores"]]):
+        rule = configured[name].rule if name in configured else name
+        if rule is not None and (rule in READ_THE_RESPONSE or rule not in RULES):
+            chosen.append(name)
+    return open_verifiers(chosen, rewards, None)
+
+
+async def judged(verifiers: Mapping[str, Verifier], prompt: str, response: str) -> dict[str, Verdict]:
+    """The verdicts on a response; a verifier that has none is left out."""
+    row = {"id": uuid.uuid4().hex, "label": KIND, "kind": KIND, "prompt": prompt}
+
+    def ask(verifier: Verifier) -> Verdict | None:
+        try:
+            result = verifier(row, response)
+        except (FunctionFailed, ValueError):
+            return None
+        return result if isinstance(result, Verdict) else None
+
+    results = await asyncio.gather(*(asyncio.to_thread(ask, verifier) for verifier in verifiers.values()))
+    return {name: result for name, result in zip(verifiers, results, strict=True) if result is not None}

@@ -1,0 +1,221 @@
+"""Answers of a served model to a conversation, and answers that go on from an edit."""
+
+import asyncio
+import sys
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, after_edit, messages, with_mark
+from recipes.page.scores import judged
+from recipes.page.settings import PageConfig, Setup
+from rewards.verdict import Verifier
+from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ValuesUnavailable
+from rollout.guidance.decoding import Guide, Question
+from rollout.guidance.edits import edit_text
+from rollout.guidance.opening import open_guide
+from rollout.guidance.settings import GuidanceConfig
+
+# A mark of thinking may be a special token, and the text of a stream is to be the text of its tokens.
+SAMPLING = {"skip_special_tokens": False}
+
+
+class Refused(ValueError):
+    """What a person asks for can't be done; the message says why."""
+
+
+class Conversations:
+    """The conversations in memory, by who has them. The longest unused one is forgotten when there are too many."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.by_owner: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
+
+    def of(self, owner: tuple[str, str], person: str) -> Conversation:
+        """The conversation of an owner: the session of a browser, and a tab in it. A new one is of ``person``."""
+        conversation = self.by_owner.setdefault(owner, Conversation(person=person))
+        self.by_owner.move_to_end(owner)
+        idle = [known for known, other in self.by_owner.items() if not other.is_busy and known != owner]
+        for known in idle[: max(len(self.by_owner) - self.most, 0)]:
+            del self.by_owner[known]
+        return conversation
+
+
+@dataclass
+class Writer:
+    """The model that answers, guided if there is a ``guide``. ``context``: the longest prompt and answer together in
+    tokens, None if the server does not state it. ``verifiers`` judge the answers."""
+
+    page: PageConfig
+    guidance: GuidanceConfig
+    generator: ServedGenerator
+    guide: Guide | None
+    model: str
+    context: int | None
+    verifiers: Mapping[str, Verifier]
+    under_way: int = 0
+
+    def ask(self, conversation: Conversation, message: str) -> None:
+        """Begin to answer a message. Raises Refused."""
+        if not message.strip():
+            raise Refused("the message is empty")
+        self.check_length("the message", message)
+        if len(conversation.turns) >= self.page.max_turns:
+            raise Refused(f"a conversation has at most {self.page.max_turns} messages; begin a new one")
+        self._claim(conversation)
+        branch = Branch()
+        conversation.turns.append(Turn(message, [branch]))
+        self._start(conversation, branch)
+
+    async def continue_from(self, conversation: Conversation, place: int, edited: str) -> None:
+        """Begin a new branch beside the one at ``place`` of the last turn: the beginning that ``edited`` shares with it
+        stays, by whole tokens, the rest of ``edited`` follows, and the model goes on from there.
+
+        Raises Refused, EditRefused and GeneratorFailed.
+        """
+        self.check_length("the edited text", edited)
+        turn = conversation.turns[-1]
+        if len(turn.branches) >= self.page.max_branches:
+            raise Refused(f"a message has at most {self.page.max_branches} answers side by side")
+        self._claim(conversation)
+        try:
+            passages = await self._edited(turn.branches[place], edited)
+        except BaseException:
+            self._release(conversation)
+            raise
+        branch = Branch(passages, parent=place, edited=edited)
+        turn.branches.append(branch)
+        turn.chosen = len(turn.branches) - 1
+        self._start(conversation, branch)
+
+    async def go_on(self, conversation: Conversation, place: int) -> None:
+        """Go on with an answer that was stopped, in its branch. Raises Refused, EditRefused and GeneratorFailed."""
+        branch = conversation.turns[-1].branches[place]
+        self._claim(conversation)
+        try:
+            # Of what came before the stop, a character that has only begun is not kept.
+            branch.passages = await self._edited(branch, branch.text)
+        except BaseException:
+            self._release(conversation)
+            raise
+        branch.finish_reason = branch.notice = None
+        self._start(conversation, branch)
+
+    def stop(self, conversation: Conversation) -> None:
+        """End the answer that is under way; what has come stays."""
+        if conversation.task is not None:
+            conversation.task.cancel()
+
+    def check_length(self, what: str, text: str) -> None:
+        """Raises Refused for a text that is too long."""
+        if len(text) > self.page.max_characters:
+            raise Refused(f"{what} has {len(text)} characters, and may have {self.page.max_characters}")
+
+    async def _edited(self, branch: Branch, edited: str) -> list[Passage]:
+        edit = await edit_text(self.generator, self.model, branch.token_ids, edited)
+        return after_edit(branch.passages, edited[: len(edited) - len(edit.tail)], edit)
+
+    def _claim(self, conversation: Conversation) -> None:
+        """Only one answer of a conversation is under way. Raises Refused."""
+        if conversation.is_busy:
+            raise Refused("an answer is under way; stop it first")
+        if self.under_way >= self.page.max_answers:
+            raise Refused(f"{self.under_way} answers are under way, as many as this page gives at once; try again")
+        conversation.is_busy = True
+        self.under_way += 1
+        conversation.changed()
+
+    def _release(self, conversation: Conversation) -> None:
+        conversation.is_busy = False
+        conversation.task = None
+        self.under_way -= 1
+        conversation.changed()
+
+    def _start(self, conversation: Conversation, branch: Branch) -> None:
+        async def run() -> None:
+            try:
+                await self._write(conversation, branch)
+                await self._judge(conversation.turns[-1], branch)
+            except (Refused, GeneratorFailed, ValuesUnavailable) as error:
+                branch.notice = str(error)
+            except Exception as error:
+                branch.notice = f"{type(error).__name__}: {error}"
+                print(f"an answer failed: {branch.notice}", file=sys.stderr)
+
+        def end(_: asyncio.Task[None]) -> None:
+            branch.finish_reason = branch.finish_reason or STOPPED
+            self._release(conversation)
+
+        conversation.task = asyncio.create_task(run())
+        conversation.task.add_done_callback(end)
+        conversation.changed()
+
+    async def _write(self, conversation: Conversation, branch: Branch) -> None:
+        """Write on from the branch's passages, to the end of the answer."""
+        turn = conversation.turns[-1]
+        if not turn.prompt_ids:
+            await self._encode(conversation, turn)
+        prefix = (*turn.prompt_ids, *branch.token_ids)
+        room = self.guidance.max_tokens - len(branch.token_ids)
+        if self.context is not None:
+            room = min(room, self.context - len(prefix))
+        if room < 1:
+            raise Refused(
+                f"the conversation has {len(prefix)} tokens; the model takes {self.context} with the answer, and the "
+                f"longest answer has {self.guidance.max_tokens}: begin a new one"
+            )
+        sampling: dict[str, Any] = dict(SAMPLING)
+        if self.page.temperature is not None:
+            sampling["temperature"] = self.page.temperature
+        if self.guide is None:
+            options = {**sampling, "max_tokens": room}
+            async with aclosing(self.generator.stream(self.model, prefix, options)) as pieces:
+                async for piece in pieces:
+                    branch.add(Passage(piece.text, piece.token_ids))
+                    branch.finish_reason = piece.finish_reason
+            return
+        answer = self.guide.answer(Question(self.model, prefix, room, sampling))
+        async with aclosing(answer.steps()) as steps:
+            async for step in steps:
+                branch.add(Passage(step.text, step.token_ids, step.values, step.score, step.origin))
+        branch.finish_reason = answer.finish_reason
+        if answer.unguided is not None:
+            branch.notice = f"not guided to the end: {answer.unguided}"
+
+    async def _judge(self, turn: Turn, branch: Branch) -> None:
+        begun = self.guidance.thinking_marks[0] if turn.opens_thinking else ""
+        branch.verdicts = await judged(self.verifiers, turn.message, with_mark(branch.text, begun))
+
+    async def _encode(self, conversation: Conversation, turn: Turn) -> None:
+        begin = self.guidance.thinking_marks[0]
+        prompt_ids = await self.generator.encode_chat(
+            self.model, messages(conversation.turns, self.guidance.thinking_marks), {}
+        )
+        prompt = await self.generator.decode(self.model, prompt_ids)
+        turn.opens_thinking = prompt.rstrip().endswith(begin)
+        turn.prompt_ids = tuple(prompt_ids)
+        conversation.changed()
+
+
+@asynccontextmanager
+async def open_writer(setup: Setup) -> AsyncGenerator[Writer, None]:
+    """Connect to the generator, and to the value server if there is one. Raises ValueError, GeneratorFailed and
+    ValuesUnavailable."""
+    page, guidance = setup.page, setup.guidance
+    if setup.has_values:
+        async with open_guide(guidance) as opened:
+            model = opened.model
+            context = opened.context(model)
+            yield Writer(page, guidance, opened.generator, opened.guide, model, context, setup.verifiers)
+        return
+    generator = ServedGenerator(guidance.generator)
+    try:
+        models = await generator.models()
+        if not models:
+            raise GeneratorFailed(f"{generator.address} serves no model")
+        model, context = str(models[0]["id"]), models[0].get("max_model_len")
+        yield Writer(page, guidance, generator, None, model, context, setup.verifiers)
+    finally:
+        await generator.close()

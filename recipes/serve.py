@@ -1,0 +1,141 @@
+"""A page to talk to a model, to read and edit its thinking, and to go on from the edit: ``python -m recipes.serve …``.
+
+- ``model=FOLDER``: a Hugging Face folder, for which `vllm serve` is started here and ends with the page;
+- ``run=FOLDER [step=N]``: a run's model, or its checkpoint after N steps, which is exported first (``recipes.export``);
+- ``generator=URL``: a `vllm serve` that runs already.
+
+``values=URL`` is a `vllm serve --runner pooling` with a value model: then answers have a value per sentence, and are
+guided as ``guidance.…`` says. Further arguments override ``page.…`` and ``guidance.…`` (docs/configuration.md).
+"""
+
+import getpass
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from megatron_ext import settings as house_settings
+from recipes.command_line import one_line, split_arguments
+from recipes.errors import ConfigError
+from recipes.evaluate import run_model
+from recipes.page import settings
+from recipes.page.scores import response_verifiers
+from recipes.page.settings import Setup
+from recipes.run.logs import quiet
+from rewards.serve import JudgeServer, ServerDied, Stopped, Supervisor, stop_on_signals
+from rewards.settings import Server, SupervisorConfig
+from rewards.verdict import Verifier
+from rollout.guidance import settings as guidance_settings
+from rollout.guidance.clients import GeneratorFailed, ValuesUnavailable
+from rollout.guidance.settings import MONITOR, GuidanceConfig
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+OWN = ("run", "step", "model", "generator", "values")
+USAGE = """usage: python -m recipes.serve model=FOLDER [values=URL] [page.field=value …] [guidance.field=value …]
+       python -m recipes.serve run=FOLDER [step=N] [values=URL] [page.field=value …] [guidance.field=value …]
+       python -m recipes.serve generator=URL [values=URL] [page.field=value …] [guidance.field=value …]"""
+LOWEST = -1e6  # a threshold below which nothing is
+STOP_SECONDS = 20.0
+
+
+def main() -> None:
+    """Command line: serve the page until SIGTERM or Ctrl-C."""
+    own, overrides = split_arguments(sys.argv[1:], OWN)
+    sources = [name for name in ("run", "model", "generator") if name in own]
+    if len(sources) != 1 or ("step" in own and "run" not in own):
+        sys.exit(USAGE)
+    with quiet():
+        from megatron_ext.checkpoint import CheckpointError
+        from recipes.page.app import serve_page
+    stop_on_signals()
+    try:
+        setup = read_setup(own, overrides)
+        with served(setup, own) as supervisor:
+            serve_page(setup, supervisor)
+    except (ValueError, CheckpointError, ServerDied, GeneratorFailed, ValuesUnavailable, OSError) as error:
+        sys.exit(f"error: {error}")
+    except Stopped:
+        pass
+
+
+def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
+    """The settings of the command line. Raises ConfigError and ValueError, before anything is started."""
+    with_keys = house_settings.with_new_keys(overrides, house_settings.mappings(GuidanceConfig, "guidance"))
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            raw = compose("serve", overrides=with_keys)
+    except HydraException as error:
+        raise ConfigError(one_line(error)) from error
+    page = settings.read(raw.page)
+    guidance = raw.guidance
+    for name in ("generator", "values"):
+        if name in own:
+            guidance[name].address = own[name].rstrip("/")
+    if "model" in own and not (Path(own["model"]) / "config.json").is_file():
+        raise ConfigError(f"model={own['model']}: no config.json there; give a Hugging Face folder")
+    verifiers: dict[str, Verifier] = {}
+    if "run" in own:
+        from recipes.run.exports import read_config
+
+        config = read_config(Path(own["run"]))
+        verifiers = response_verifiers(config)
+        if not any(override.startswith("guidance.thinking_marks") for override in overrides):
+            guidance.thinking_marks = config["rollout"]["thinking_marks"]
+    if guidance.mode == MONITOR and guidance.calibration is None and guidance.threshold is None:
+        # Values are shown, and steer nothing.
+        guidance.threshold = LOWEST
+    edits = Path(page.edits or Path(own.get("run", "runs")) / "edits")
+    # Whoever reaches a loopback page without a token is most likely who started it.
+    person = getpass.getuser() if page.key_variable is None else ""
+    token = guidance_settings.key("page", page.key_variable)
+    return Setup(page, guidance_settings.read(guidance), "values" in own, edits, person, token, verifiers)
+
+
+@contextmanager
+def served(setup: Setup, own: Mapping[str, str]) -> Iterator[Supervisor]:
+    """Start `vllm serve` for the model and point the guidance at it; with ``generator=URL`` there is nothing to start.
+
+    Raises ConfigError, CheckpointError and ServerDied.
+    """
+    servers = []
+    page = setup.page
+    if "generator" not in own:
+        model = Path(own["model"]) if "model" in own else run_model(Path(own["run"]), own.get("step"))
+        server = Server(
+            model=str(model.absolute()),
+            hub=None,
+            runner="generate",
+            endpoints=[],
+            key_variable=None,
+            host="127.0.0.1",
+            port=free_port(),
+            replicas=1,
+            tensor=max(len(page.devices), 1),
+            arguments=page.arguments,
+            name="page",
+        )
+        log = setup.edits.parent / "servers" / "page.log"
+        servers.append(JudgeServer(server, 0, log, page.devices or None, []))
+        setup.guidance.generator.address = server.addresses[0]
+        print(f"starting vLLM with {model}; its log is {log}", flush=True)
+    limits = SupervisorConfig(page.startup_timeout, STOP_SECONDS, restarts=0, first_device=0, cpu_arguments=[])
+    supervisor = Supervisor(servers, limits)
+    try:
+        supervisor.start()
+        yield supervisor
+    finally:
+        supervisor.stop()
+
+
+def free_port() -> int:
+    """A port of the loopback that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The page for people in a real browser, as `python -m recipes.serve` serves it. Behind it are a fake model and fake
+values."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.recipes import browser
+from tests.recipes.fake_thinker import AFTER_ANSWER, ANSWER, CORRECTED, HOSTILE, QUESTION, THOUGHT, FakeThinker, values
+from tests.rewards.fake_server import free_port
+from tests.rollout.fake_guidance import FakeServers, FakeValues
+
+TOKEN = "a token of the test"
+EDIT = " But I mind <b>that</b>"
+START_SECONDS = 120
+FOCUS = "document.activeElement"
+MESSAGE_BOX = "document.querySelector('.message textarea')"
+WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+EDIT_BOX = "document.querySelector('.edit-box textarea')"
+
+
+@dataclass
+class Page:
+    address: str
+    edits: Path
+    model: FakeThinker
+
+
+class FakesInAThread:
+    """The fake servers in a thread with a loop of its own."""
+
+    def __init__(self, model: FakeThinker) -> None:
+        self.fakes = FakeServers(model, FakeValues(model, values))
+        self.addresses: tuple[str, str] = ("", "")
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))
+        self.thread.start()
+        assert self.ready.wait(30)
+
+    async def run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.ended = asyncio.Event()
+        async with self.fakes.running() as self.addresses:
+            self.ready.set()
+            await self.ended.wait()
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.ended.set)
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    folder = tmp_path_factory.mktemp("page")
+    model = FakeThinker()
+    fakes = FakesInAThread(model)
+    port = free_port()
+    generator, values_at = fakes.addresses
+    command = [sys.executable, "-m", "recipes.serve", f"generator={generator}", f"values={values_at}"]
+    command += ["guidance.values.principles=[safety,value]", "guidance.log=null", f"page.edits={folder / 'edits'}"]
+    command += [f"page.port={port}", "page.key_variable=PAGE_TOKEN"]
+    with (folder / "page.log").open("wb") as log:
+        process = subprocess.Popen(command, env=os.environ | {"PAGE_TOKEN": TOKEN}, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(address):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "page.log").read_text()
+            time.sleep(0.1)
+        yield Page(address, folder / "edits", model)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        # It said where it is, and nothing went wrong.
+        assert (folder / "page.log").read_text() == f"the page: {address.rstrip('/')}\n"
+    finally:
+        process.kill()
+        process.wait()
+        fakes.stop()
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=1):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    path, reason = browser.program()
+    if not path:
+        pytest.skip(reason)
+    browser_process = browser.Browser(path, tmp_path_factory.mktemp("browser"))
+    try:
+        yield browser_process
+    finally:
+        browser_process.stop()
+
+
+def open_page(chromium: browser.Browser, page: Page, width: int = 1280, context: str | None = None) -> browser.Tab:
+    """A tab with the page, where a person has signed in and can write."""
+    tab = chromium.open(width, context)
+    tab.go(page.address)
+    if "Sign in" in tab.text():
+        tab.wait(f"{FOCUS}.type == 'password'")
+        tab.type(TOKEN)
+        tab.press("Enter")
+    tab.wait(f"{MESSAGE_BOX} && {FOCUS} == {MESSAGE_BOX}")
+    return tab
+
+
+def ask(tab: browser.Tab, message: str = QUESTION) -> None:
+    tab.type(message)
+    tab.press("Enter")
+
+
+def wait_for_text(tab: browser.Tab, text: str) -> None:
+    tab.wait(f"document.body.innerText.includes({json.dumps(text)})")
+
+
+def press_button(tab: browser.Tab, text: str) -> None:
+    """Move the focus to the button by the keyboard alone, and press it."""
+    for _ in range(60):
+        tab.press("Tab")
+        if tab.evaluate(f"{FOCUS}.localName == 'button' && {FOCUS}.innerText.includes({json.dumps(text)})"):
+            tab.press("Enter")
+            return
+    raise AssertionError(f"the keyboard does not reach {text!r}: {tab.text()}")
+
+
+def test_a_person_edits_a_thought_by_the_keyboard_alone_and_the_model_goes_on(
+    chromium: browser.Browser, page: Page
+) -> None:
+    tab = open_page(chromium, page)
+    ask(tab)
+    wait_for_text(tab, ANSWER)
+    assert THOUGHT in tab.text()
+    # Thinking and answer apart, and a value for each sentence, whose number is shown on demand.
+    assert tab.evaluate("document.querySelector('.text.thinking').innerText") == THOUGHT
+    assert tab.evaluate("document.querySelector('.text.answer').innerText") == ANSWER
+    number = "getComputedStyle(document.querySelector('.valued'), '::after').content"
+    assert "safety" not in tab.evaluate(number)
+    assert tab.evaluate("document.querySelector('.valued').dataset.values") == "safety 0.75 · value 0.50"
+
+    press_button(tab, "Edit thinking")
+    tab.wait(f"{EDIT_BOX} && {FOCUS} == {EDIT_BOX}")
+    assert tab.evaluate(f"{EDIT_BOX}.value") == THOUGHT
+    tab.type(EDIT)
+    tab.wait("document.querySelector('.diff ins')")
+    assert tab.evaluate("document.querySelector('.diff ins').innerText") == EDIT
+    assert ANSWER in tab.evaluate("document.querySelector('.diff del').innerText")
+    tab.press("Enter", control=True)
+    wait_for_text(tab, CORRECTED)
+    tab.wait("!document.querySelector('.edit-box')")
+    # The former answer stands beside the new one.
+    branches = tab.evaluate("[...document.querySelectorAll('article')].map(each => each.innerText)")
+    assert ANSWER in branches[0] and CORRECTED not in branches[0]
+    assert THOUGHT + EDIT in branches[1] and CORRECTED in branches[1]
+    boxes = tab.evaluate("[...document.querySelectorAll('article')].map(each => each.getBoundingClientRect().left)")
+    assert boxes[0] < boxes[1]
+    # What the server was asked begins with the tokens that it wrote.
+    (first, _), (second, _) = page.model.requests[-2:]
+    written = page.model.tokenizer.encode(f"<think>{THOUGHT}")
+    assert second[: len(first) + len(written)] == [*first, *written]
+
+    # Nobody has given a name: on a page with a token nothing is known of a person.
+    press_button(tab, "Save edit")
+    wait_for_text(tab, "write your name")
+    for _ in range(60):
+        tab.press("Tab")
+        if tab.evaluate(f"{FOCUS}.ariaLabel") == "Your name":
+            break
+    tab.type("Ann")
+    press_button(tab, "Save edit")
+    wait_for_text(tab, "as a preference pair")
+    rows = [json.loads((page.edits / name).read_text()) for name in ("sft.jsonl", "pairs.jsonl")]
+    assert [row["who"] for row in rows] == ["Ann", "Ann"]
+    assert rows[0]["messages"][-1]["content"] == rows[1]["chosen"]
+    assert rows[1]["chosen"].endswith(CORRECTED) and rows[1]["rejected"].endswith(ANSWER)
+
+    # A page that is loaded again shows the same.
+    tab.go(page.address)
+    wait_for_text(tab, CORRECTED)
+    again = tab.evaluate("[...document.querySelectorAll('article')].map(each => each.innerText)")
+    assert len(again) == 2 and ANSWER in again[0] and THOUGHT + EDIT in again[1] and "saved" in again[1]
+    tab.wait("document.querySelector('.name input').value == 'Ann'")
+    ask(tab, "And then?")
+    tab.wait("document.querySelectorAll('.said').length == 2 && document.querySelectorAll('article').length == 3")
+
+    # Markup and scripts of the model and of the person were shown and did nothing.
+    look = tab.evaluate(browser.LOOK)
+    assert HOSTILE in look["text"] and EDIT in look["text"]
+    seen = tab.seen(look)
+    assert seen.dialogs == [] and look["handlers"] == 0
+    assert (
+        "img" not in look["elements"] and tab.evaluate("document.querySelectorAll('main script, main b').length") == 0
+    )
+    assert [url for url in seen.requests if not url.startswith((page.address, "data:"))] == []
+    assert [each for each in seen.messages if each.get("entry", {}).get("level") != "verbose"] == []
+
+
+def test_numbers_and_an_edit_of_the_answer_from_the_cursor(chromium: browser.Browser, page: Page) -> None:
+    tab = open_page(chromium, page)
+    ask(tab)
+    wait_for_text(tab, ANSWER)
+    tab.evaluate("document.querySelector('.q-checkbox').click()")
+    tab.wait("getComputedStyle(document.querySelector('.valued'), '::after').content.includes('safety')")
+    press_button(tab, "Edit answer")
+    tab.wait(f"{EDIT_BOX} && {FOCUS} == {EDIT_BOX}")
+    place = ANSWER.index(" <b>")
+    tab.evaluate(f"{EDIT_BOX}.setSelectionRange({place}, {place})")
+    tab.press("Escape")
+    tab.wait("!document.querySelector('.edit-box')")
+    press_button(tab, "Edit answer")
+    tab.wait(f"{EDIT_BOX} && {FOCUS} == {EDIT_BOX}")
+    tab.evaluate(f"{EDIT_BOX}.setSelectionRange({place}, {place})")
+    tab.type(" Then wait.")
+    press_button(tab, "Continue from here")
+    wait_for_text(tab, f"{ANSWER[:place]} Then wait.{AFTER_ANSWER}")
+
+
+def test_an_answer_is_stopped_and_goes_on(chromium: browser.Browser, page: Page) -> None:
+    tab = open_page(chromium, page)
+    page.model.gate = asyncio.Semaphore(20)
+    ask(tab)
+    wait_for_text(tab, THOUGHT.partition(".")[0])
+    # Loading the page again does not stop the answer.
+    tab.go(page.address)
+    wait_for_text(tab, THOUGHT.partition(".")[0])
+    tab.wait(f"{MESSAGE_BOX} && {FOCUS} == {MESSAGE_BOX}")
+    assert "Let it go on" not in tab.text()
+    tab.press("Escape")
+    wait_for_text(tab, "stopped")
+    page.model.gate = None
+    assert ANSWER not in tab.text()
+    press_button(tab, "Let it go on")
+    wait_for_text(tab, ANSWER)
+    assert tab.evaluate("document.querySelectorAll('article').length") == 1
+
+
+def test_tabs_and_people_have_conversations_of_their_own(chromium: browser.Browser, page: Page) -> None:
+    first = open_page(chromium, page)
+    ask(first, "What is the first secret?")
+    wait_for_text(first, ANSWER)
+    second = open_page(chromium, page)
+    ask(second, "What is the second secret?")
+    other = open_page(chromium, page, context=chromium.other_person())
+    ask(other, "What is the other secret?")
+    for tab in (second, other):
+        wait_for_text(tab, ANSWER)
+    for name, tab in {"first": first, "second": second, "other": other}.items():
+        said = tab.evaluate("[...document.querySelectorAll('.said')].map(each => each.innerText)")
+        assert said == [f"What is the {name} secret?"]
+        assert tab.text().count(ANSWER) == 1
+
+
+def test_a_phone_and_both_colour_schemes(chromium: browser.Browser, page: Page) -> None:
+    tab = open_page(chromium, page, width=390)
+    ask(tab, f"How do I clean a drain of {'x' * 300}?")
+    wait_for_text(tab, ANSWER)
+    press_button(tab, "Edit thinking")
+    tab.wait(f"{EDIT_BOX} && {FOCUS} == {EDIT_BOX}")
+    assert tab.evaluate(WIDER) <= 0
+    tab.press("Enter", control=True)
+    tab.wait("document.querySelectorAll('article').length == 2")
+    assert tab.evaluate(WIDER) <= 0
+    lights = []
+    for scheme in ("light", "dark"):
+        tab.scheme(scheme)
+        tab.wait(f"document.body.classList.contains('body--dark') == {json.dumps(scheme == 'dark')}")
+        for element in ("document.body", "document.querySelector('.text.answer')", MESSAGE_BOX):
+            lights.append((scheme, element, brightness(tab, element, "color")))
+        lights.append((scheme, "background", brightness(tab, "document.body", "backgroundColor")))
+    for scheme, name, light in lights:
+        is_light = (scheme == "dark") != (name == "background")
+        assert light > 0.7 if is_light else light < 0.3, (scheme, name, light)
+
+
+def brightness(tab: browser.Tab, element: str, of: str) -> float:
+    """Of a computed colour, from 0 to 1."""
+    script = (
+        f"getComputedStyle({element}).{of}.match(/[\\d.]+/g).slice(0, 3).reduce((sum, each) => sum + Number(each), 0)"
+    )
+    return float(tab.evaluate(script)) / (3 * 255)
