@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from megatron_ext.processes import die_with
 from rewards import mixing, registry, settings
 from rewards.client import Client
-from rewards.serve import JudgeServer, ServerDied, Supervisor, kill
+from rewards.serve import JudgeServer, ServerDied, Stopped, Supervisor, kill, stop_on_signals
 from rewards.settings import Server, SupervisorConfig
 from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.judges import Judge, Labels, label_probabilities
@@ -107,12 +107,28 @@ def test_a_server_that_dies_is_started_again_but_not_for_ever(servers: Callable[
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert news == ["s0_0 ended with code -9; it is started again", "s0_0 is ready"]
+    (event,) = map(json.loads, (server.log.parents[1] / "events.jsonl").read_text().splitlines())
+    assert (event["kind"], event["server"]) == ("server restart", "s0_0")
     assert pids(supervisor) != [first]
     os.kill(pids(supervisor)[0], signal.SIGKILL)
     assert server.process is not None
     server.process.wait()
     with pytest.raises(ServerDied, match="s0_0 ended with code -9"):
         supervisor.poll()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_stops_and_later_ones_are_ignored(number: signal.Signals) -> None:
+    both = (signal.SIGTERM, signal.SIGINT)
+    former = [signal.getsignal(each) for each in both]
+    try:
+        stop_on_signals()
+        with pytest.raises(Stopped):
+            signal.raise_signal(number)
+        assert [signal.getsignal(each) for each in both] == [signal.SIG_IGN] * 2
+    finally:
+        for each, handler in zip(both, former, strict=True):
+            signal.signal(each, handler)
 
 
 class SharingServer(LightServer):
