@@ -142,9 +142,9 @@ def test_a_module_that_this_process_can_import_is_imported_in_the_function_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_reward.py").write_text("def score(row, response):\n    return 0.5\n")
+    (tmp_path / "reward_of_a_path.py").write_text("def score(row, response):\n    return 0.5\n")
     raw: Any = OmegaConf.load(CONF / "rewards" / "base.yaml")
-    verifier = open_verifiers(["my_reward.score"], settings.read(raw), None)["my_reward.score"]
+    verifier = open_verifiers(["reward_of_a_path.score"], settings.read(raw), None)["reward_of_a_path.score"]
     assert verifier(ROW, "an answer") == Verdict(0.5, "0.5")
 
 
