@@ -8,9 +8,13 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests import debian
 
@@ -140,6 +144,19 @@ class Browser:
             self.process.wait()
         os.close(self.to_browser)
         os.close(self.from_browser)
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Browser]:
+    """A browser with its profile in ``folder``; the test is skipped, and says why, where there can be none."""
+    path, reason = program()
+    if not path:
+        pytest.skip(reason)
+    process = Browser(path, folder)
+    try:
+        yield process
+    finally:
+        process.stop()
 
 
 class Tab:

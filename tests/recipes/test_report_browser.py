@@ -15,14 +15,8 @@ WIDTHS = (390, 1280)
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    path, reason = browser.program()
-    if not path:
-        pytest.skip(reason)
-    browser_process = browser.Browser(path, tmp_path_factory.mktemp("browser"))
-    try:
-        yield browser_process
-    finally:
-        browser_process.stop()
+    with browser.running(tmp_path_factory.mktemp("browser")) as process:
+        yield process
 
 
 def test_hostile_text_is_text_and_the_page_asks_for_nothing_and_fits_its_window(

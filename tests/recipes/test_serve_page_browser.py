@@ -100,14 +100,8 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    path, reason = browser.program()
-    if not path:
-        pytest.skip(reason)
-    browser_process = browser.Browser(path, tmp_path_factory.mktemp("browser"))
-    try:
-        yield browser_process
-    finally:
-        browser_process.stop()
+    with browser.running(tmp_path_factory.mktemp("browser")) as process:
+        yield process
 
 
 def open_page(chromium: browser.Browser, page: Page, width: int = 1280, context: str | None = None) -> browser.Tab:
