@@ -26,7 +26,7 @@ from recipes.page import settings
 from recipes.page.scores import response_verifiers
 from recipes.page.settings import Setup
 from recipes.run.logs import quiet
-from rewards.serve import JudgeServer, ServerDied, Stopped, Supervisor, stop_on_signals
+from rewards.serve import JudgeServer, ServerDied, Stopped, Supervisor, running, stop_on_signals
 from rewards.settings import Server, SupervisorConfig
 from rewards.verdict import Verifier
 from rollout.guidance import settings as guidance_settings
@@ -123,12 +123,8 @@ def served(setup: Setup, own: Mapping[str, str]) -> Iterator[Supervisor]:
         setup.guidance.generator.address = server.addresses[0]
         print(f"starting vLLM with {model}; its log is {log}", flush=True)
     limits = SupervisorConfig(page.startup_timeout, STOP_SECONDS, restarts=0, first_device=0, cpu_arguments=[])
-    supervisor = Supervisor(servers, limits)
-    try:
-        supervisor.start()
+    with running(servers, limits) as supervisor:
         yield supervisor
-    finally:
-        supervisor.stop()
 
 
 def free_port() -> int:

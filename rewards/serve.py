@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -303,15 +303,25 @@ def ready_table(config: RewardsConfig, servers: Sequence[JudgeServer]) -> Table:
 def supervise(config: RewardsConfig, servers: Sequence[JudgeServer], console: Console) -> None:
     """Run the servers until this process is told to stop. Raises Stopped or ServerDied; then no server runs any
     more."""
-    supervisor = Supervisor(servers, config.supervisor)
-    try:
-        console.print(f"starting {', '.join(server.name for server in servers)}; logs in {servers[0].log.parent}")
-        supervisor.start()
+    console.print(f"starting {', '.join(server.name for server in servers)}; logs in {servers[0].log.parent}")
+    with running(servers, config.supervisor) as supervisor:
         console.print(ready_table(config, servers))
         while True:
             for event in supervisor.poll():
                 console.print(event)
             time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def running(servers: Sequence[JudgeServer], config: SupervisorConfig) -> Iterator[Supervisor]:
+    """Servers that are started and ready when the block begins, and stopped when it ends or a start fails.
+
+    Raises ServerDied.
+    """
+    supervisor = Supervisor(servers, config)
+    try:
+        supervisor.start()
+        yield supervisor
     finally:
         supervisor.stop()
 

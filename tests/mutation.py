@@ -30,8 +30,8 @@ SEEN_BY = {
     "rewards.function_process": ("tests/rewards/test_functions.py",),
     "rewards.processes": ("tests/rewards/test_functions.py",),
     "rewards.serve": ("tests/rewards/test_serve.py",),
-    "rewards.verdict": ("tests/rewards/test_functions.py",),
     "rewards.token_guard": ("tests/rewards/test_serve.py",),
+    "rewards.verdict": ("tests/rewards/test_functions.py",),
 }
 
 settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])

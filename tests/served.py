@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards.serve import JudgeServer, Supervisor
+from rewards.serve import JudgeServer, running
 from rewards.settings import Server, SupervisorConfig
 from tests import warm
 from tests.rewards.fake_server import free_port
@@ -51,9 +51,5 @@ def serving(models: Sequence[Model], logs: Path) -> Iterator[list[WarmServer]]:
         name = f"{model.runner}{place}"
         server = Server(str(model.folder), None, model.runner, [], None, "127.0.0.1", free_port(), 1, 1, [], name)
         servers.append(WarmServer(server, 0, logs / f"{name}.log", None, [*ARGUMENTS, *model.arguments]))
-    supervisor = Supervisor(servers, LIMITS)
-    try:
-        supervisor.start()
+    with running(servers, LIMITS):
         yield servers
-    finally:
-        supervisor.stop()

@@ -141,9 +141,13 @@ def messages(turns: Sequence[Turn], marks: Sequence[str]) -> list[dict[str, str]
     return [*history, {"role": "user", "content": turns[-1].message}]
 
 
-def with_mark(text: str, begun: str) -> str:
-    """The response with the mark of thinking that the chat template writes before it; "" where it writes none."""
-    return text if text.lstrip().startswith(begun) else f"{begun}\n{text}"
+def whole_response(turn: Turn, branch: Branch, marks: Sequence[str]) -> str:
+    """A branch's text, after the mark of thinking where the chat template has written that into the prompt."""
+    text = branch.text
+    begin, _ = marks
+    if not turn.opens_thinking or text.lstrip().startswith(begin):
+        return text
+    return f"{begin}\n{text}"
 
 
 def after_edit(passages: Sequence[Passage], kept_text: str, edit: Edit) -> list[Passage]:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recipes.page.conversation import Branch, Turn, messages, with_mark
+from recipes.page.conversation import Branch, Turn, messages, whole_response
 from recipes.page.writing import Refused
 from rewards.verifiers.text import without_thinking
 from rollout.guidance.edits import shared_start
@@ -20,7 +20,6 @@ KEPT, REMOVED, ADDED = "kept", "removed", "added"
 SFT_FILE, PAIRS_FILE = "sft.jsonl", "pairs.jsonl"
 LONGEST_COMPARED = 20_000  # characters of a changed part that is compared word by word: the time grows with the square
 LONGEST_NAME = 100  # characters of a person's name
-
 MEDIA_MARKS = ("<image>", "<video>")
 
 type Diff = list[tuple[str, str]]
@@ -66,8 +65,8 @@ def edit_rows(turns: Sequence[Turn], branch: Branch, about: Mapping[str, str], m
     if branch.finish_reason != "stop":
         raise Refused("this answer has no end: let the model go on until it ends")
     parent = turn.branches[branch.parent]
-    begun = marks[0] if turn.opens_thinking else ""
-    chosen, rejected = (with_mark(each.text, begun) for each in (branch, parent))
+    chosen = whole_response(turn, branch, marks)
+    rejected = whole_response(turn, parent, marks)
     if not without_thinking(chosen):
         raise Refused("this answer has no text after its thinking")
     asked = messages(turns, marks)

@@ -7,8 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rewards import settings
-from rewards.functions import FunctionFailed
+from rewards import mixing, settings
 from rewards.registry import RULES, open_verifiers
 from rewards.verdict import Verdict, Verifier
 
@@ -33,13 +32,5 @@ def response_verifiers(config: Mapping[str, Any]) -> dict[str, Verifier]:
 async def judged(verifiers: Mapping[str, Verifier], prompt: str, response: str) -> dict[str, Verdict]:
     """The verdicts on a response; a verifier that has none is left out."""
     row = {"id": uuid.uuid4().hex, "label": KIND, "kind": KIND, "prompt": prompt}
-
-    def ask(verifier: Verifier) -> Verdict | None:
-        try:
-            result = verifier(row, response)
-        except (FunctionFailed, ValueError):
-            return None
-        return result if isinstance(result, Verdict) else None
-
-    results = await asyncio.gather(*(asyncio.to_thread(ask, verifier) for verifier in verifiers.values()))
-    return {name: result for name, result in zip(verifiers, results, strict=True) if result is not None}
+    results = await asyncio.to_thread(mixing.verify, row, response, verifiers, verifiers)
+    return {name: result for name, result in results.items() if isinstance(result, Verdict)}

@@ -228,9 +228,7 @@ class View:
 
     def _build_edit(self, turn: Turn, branch: Branch, part: str) -> None:
         """The box in which a part is edited, and what the edit changes."""
-        found = sections(branch.text, turn.opens_thinking, self.marks)
-        section = found.thinking if part == THINKING else found.answer
-        assert section is not None
+        section = self._section(turn, branch, part)
         with ui.element("div") as around:
             box = ui.textarea(f"Edit the {part}", value=branch.text[slice(*section)]).classes("edit-box")
             box.props(f"autogrow outlined maxlength={self.writer.page.max_characters}")
@@ -250,15 +248,20 @@ class View:
         self._preview(branch.text[slice(*section)])
         self.page.client.run_javascript(TO_BOX)
 
+    def _section(self, turn: Turn, branch: Branch, part: str) -> tuple[int, int]:
+        """Where a part that can be edited stands in the branch's text."""
+        found = sections(branch.text, turn.opens_thinking, self.marks)
+        section = found.thinking if part == THINKING else found.answer
+        assert section is not None  # there is no button otherwise
+        return section
+
     def _edited(self, before_cursor: str) -> tuple[Branch, str]:
         """The branch that is edited, and the text that the model is to go on from."""
         assert self.editing is not None
         number, part = self.editing
         turn = self.conversation.turns[-1]
         branch = turn.branches[number]
-        found = sections(branch.text, turn.opens_thinking, self.marks)
-        section = found.thinking if part == THINKING else found.answer
-        assert section is not None
+        section = self._section(turn, branch, part)
         return branch, branch.text[: section[0]] + before_cursor
 
     def _preview(self, before_cursor: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, after_edit, messages, with_mark
+from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, after_edit, messages, whole_response
 from recipes.page.scores import judged
 from recipes.page.settings import PageConfig, Setup
 from rewards.verdict import Verifier
@@ -79,12 +79,7 @@ class Writer:
         turn = conversation.turns[-1]
         if len(turn.branches) >= self.page.max_branches:
             raise Refused(f"a message has at most {self.page.max_branches} answers side by side")
-        self._claim(conversation)
-        try:
-            passages = await self._edited(turn.branches[place], edited)
-        except BaseException:
-            self._release(conversation)
-            raise
+        passages = await self._claim_for_edit(conversation, turn.branches[place], edited)
         branch = Branch(passages, parent=place, edited=edited)
         turn.branches.append(branch)
         turn.chosen = len(turn.branches) - 1
@@ -93,13 +88,8 @@ class Writer:
     async def go_on(self, conversation: Conversation, place: int) -> None:
         """Go on with an answer that was stopped, in its branch. Raises Refused, EditRefused and GeneratorFailed."""
         branch = conversation.turns[-1].branches[place]
-        self._claim(conversation)
-        try:
-            # Of what came before the stop, a character that has only begun is not kept.
-            branch.passages = await self._edited(branch, branch.text)
-        except BaseException:
-            self._release(conversation)
-            raise
+        # Of what came before the stop, a character that has only begun is not kept.
+        branch.passages = await self._claim_for_edit(conversation, branch, branch.text)
         branch.finish_reason = branch.notice = None
         self._start(conversation, branch)
 
@@ -113,9 +103,16 @@ class Writer:
         if len(text) > self.page.max_characters:
             raise Refused(f"{what} has {len(text)} characters, and may have {self.page.max_characters}")
 
-    async def _edited(self, branch: Branch, edited: str) -> list[Passage]:
-        edit = await edit_text(self.generator, self.model, branch.token_ids, edited)
-        return after_edit(branch.passages, edited[: len(edited) - len(edit.tail)], edit)
+    async def _claim_for_edit(self, conversation: Conversation, branch: Branch, edited: str) -> list[Passage]:
+        """The branch's passages after an edit. The conversation is claimed, and is not when this raises."""
+        self._claim(conversation)
+        try:
+            edit = await edit_text(self.generator, self.model, branch.token_ids, edited)
+            kept_text = edited[: len(edited) - len(edit.tail)]
+            return after_edit(branch.passages, kept_text, edit)
+        except BaseException:
+            self._release(conversation)
+            raise
 
     def _claim(self, conversation: Conversation) -> None:
         """Only one answer of a conversation is under way. Raises Refused."""
@@ -185,8 +182,8 @@ class Writer:
             branch.notice = f"not guided to the end: {answer.unguided}"
 
     async def _judge(self, turn: Turn, branch: Branch) -> None:
-        begun = self.guidance.thinking_marks[0] if turn.opens_thinking else ""
-        branch.verdicts = await judged(self.verifiers, turn.message, with_mark(branch.text, begun))
+        response = whole_response(turn, branch, self.guidance.thinking_marks)
+        branch.verdicts = await judged(self.verifiers, turn.message, response)
 
     async def _encode(self, conversation: Conversation, turn: Turn) -> None:
         begin = self.guidance.thinking_marks[0]

@@ -1,6 +1,5 @@
 """A Chromium without a window that looks at pages and uses them, over its DevTools protocol on two pipes."""
 
-import base64
 import fcntl
 import json
 import os
@@ -201,11 +200,6 @@ class Tab:
         held = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 2 * control + 8 * shift}
         self._call("Input.dispatchKeyEvent", type="keyDown", **held, **({} if control else {"text": text}))
         self._call("Input.dispatchKeyEvent", type="keyUp", **held)
-
-    def picture(self, path: Path) -> None:
-        """Save what the tab shows."""
-        data = self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(data))
 
     def scheme(self, name: str) -> None:
         """Prefer light or dark."""
