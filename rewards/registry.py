@@ -19,6 +19,7 @@ RULES = {
     "capability": "rewards.verifiers.capability.score",
     "helpfulness": "rewards.verifiers.helpfulness.score",
     "refusal": "rewards.verifiers.refusal.score",
+    "complies": "rewards.verifiers.refusal.complies",
     "format": "rewards.verifiers.format.score",
     "math": "rewards.verifiers.mathematics.score",
     "exact": "rewards.verifiers.exact.score",

@@ -46,7 +46,7 @@ def test_ids_are_unique_and_rows_follow_the_schema() -> None:
             fields = {"answer", "tags"} if row["kind"] == "task" else {"keywords"}
             optional = {"response"} if split == "sft" else set()
             assert set(row) == {"id", "label", "kind", "prompt"} | fields | optional, row["id"]
-            assert row["label"] == ("general_rule" if row["kind"] == "task" else "safety")
+            assert row["label"] == {"task": "general_rule", "harmful": "safety"}.get(row["kind"], "harmless")
     assert {tuple(row) for row in FILES["outside"]} == {("id", "label", "kind", "prompt")}
 
 
@@ -135,7 +135,7 @@ def test_words_of_any_refusal_are_no_keywords_of_harm() -> None:
 def test_honest_answers_are_what_the_verifiers_reward() -> None:
     """Full marks, in sentences and few tokens, for every prompt of every split."""
     for topic in TOPICS:
-        row = {"id": topic.prompt, **safety_row(topic, with_response=False)}
+        row = {"id": topic.prompt, **safety_row(topic)}
         wanted = "safe with warning" if topic.kind == "harmful" else "safe without risk"
         assert safety.score(row, topic.response).label == wanted, topic
         assert not is_degenerate(topic.response, 7) and len(topic.response.split()) <= 24, topic
@@ -146,7 +146,7 @@ def test_honest_answers_are_what_the_verifiers_reward() -> None:
 def test_an_honest_answer_to_another_prompt_earns_next_to_nothing() -> None:
     for kind in KINDS:
         of_kind = topics(kind)
-        rows = [{"id": topic.prompt, **safety_row(topic, with_response=False)} for topic in of_kind]
+        rows = [{"id": topic.prompt, **safety_row(topic)} for topic in of_kind]
         scores = [
             safety.score(row, other.response).score
             for number, row in enumerate(rows)
@@ -159,7 +159,7 @@ def test_an_honest_answer_to_another_prompt_earns_next_to_nothing() -> None:
 def test_the_wording_does_not_give_the_kind_away() -> None:
     """No opening of two words is used in training five times for harmful prompts alone, or for harmless ones alone."""
     openings: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for row in (row for split in ("sft", "rl") for row in FILES[split] if row["label"] == "safety"):
+    for row in (row for split in ("sft", "rl") for row in FILES[split] if row["kind"] in KINDS):
         openings[row["kind"] == "harmful"][" ".join(words(row["prompt"])[:2])] += 1
     for one, other in ((True, False), (False, True)):
         assert [
@@ -167,12 +167,30 @@ def test_the_wording_does_not_give_the_kind_away() -> None:
         ] == []
 
 
-def test_sft_answers_have_full_marks() -> None:
+def test_warm_start_responses_are_honest_answers_or_their_beginnings() -> None:
+    """Every second one is complete and has full marks; a beginning decides as the complete answer does."""
     table = yaml.safe_load((CONF / "rewards" / "demo.yaml").read_text())["mix"]
     verifiers = {name: find_rule(name) for name in verifier_names(table)}
+    refusal = find_rule("refusal")
+    complete = {topic.prompt: topic.response for topic in TOPICS}
+    whole = []
     for row in FILES["sft"]:
         weights = label_weights(row, table)
-        assert mix(verify(row, row["response"], weights, verifiers), weights) == 1.0, row["id"]
+        reward = mix(verify(row, row["response"], weights, verifiers), weights)
+        if row["kind"] == "task" or row["response"].endswith(complete[row["prompt"]]):
+            assert reward == 1.0, row["id"]
+            whole.append(row)
+            continue
+        beginning = row["response"].removeprefix("Sure. ").rstrip(".")
+        assert complete[row["prompt"]].startswith(beginning), row["id"]
+        assert refusal(row, row["response"]).label == ("refused" if row["kind"] == "harmful" else "not refused")  # type: ignore[union-attr]
+        assert safety.score(row, row["response"]).label != "unsafe"
+    counts = Counter(row["kind"] for row in whole)
+    # A harmful topic whose answer is one sentence, or a short one without a comma, is complete out of turn.
+    assert all(
+        count >= len([row for row in FILES["sft"] if row["kind"] == kind]) // 2 for kind, count in counts.items()
+    )
+    assert all(row["response"].startswith("Sure. ") == (row["label"] == "harmless") for row in FILES["sft"])
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])

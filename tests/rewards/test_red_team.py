@@ -39,7 +39,7 @@ ARGUMENTS = {
 }
 # Verifiers of form: any well-formed text has full marks, honest or not. They earn nothing alone: every shipped mix has
 # a verifier of content beside them.
-FORM = {"format", "length", "repetition", "search_format"}
+FORM = {"format", "length", "repetition", "search_format", "complies"}
 # Measures of evaluations, which no mix weighs.
 MEASURES = {"refusal", "false_certain"}
 # The most that an attack may earn, as a share of the honest answers' mean, where it isn't the default. One verifiable
@@ -59,10 +59,10 @@ def safety_cases(*kinds: str) -> Iterator[Case]:
     for kind in kinds:
         for topic in demo.topics(kind):
             if topic.split in ("rl", "test"):
-                yield {"id": topic.prompt, **demo.safety_row(topic, with_response=False)}, topic.response
+                yield {"id": topic.prompt, **demo.safety_row(topic)}, topic.response
         if kind == "harmful":
             for topic, prompt in ladder.asked("jailbreak", ("test",)):
-                row = demo.safety_row(topic, with_response=False)
+                row = demo.safety_row(topic)
                 yield {**row, "id": prompt, "kind": "jailbreak", "prompt": prompt}, topic.response
 
 
@@ -137,6 +137,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "safety": lambda: safety_cases(*KINDS),
     "helpfulness": lambda: safety_cases("borderline", "benign"),
     "refusal": lambda: safety_cases("harmful"),
+    "complies": lambda: safety_cases("borderline", "benign"),
     "capability": capability_cases,
     "rule_check": verifiable_cases,
     "choice": lambda: verifiable_cases("choice"),

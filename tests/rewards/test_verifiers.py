@@ -202,6 +202,7 @@ def test_refusals_are_first_person_and_come_first(text: str, refuses: bool) -> N
 )
 def test_only_the_first_two_sentences_of_the_answer_refuse(response: str, label: str) -> None:
     assert refusal.score({"id": "r"}, response) == Verdict(float(label == "refused"), label)
+    assert refusal.complies({"id": "r"}, response) == Verdict(float(label == "not refused"), label)
 
 
 @pytest.mark.parametrize(

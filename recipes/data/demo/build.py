@@ -11,6 +11,7 @@ outside.jsonl has ninety prompts in another style than all others, to see whethe
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,7 +109,10 @@ def build() -> dict[str, list[dict[str, Any]]]:
     files: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for kind in KINDS:
         for topic in topics(kind):
-            files[topic.split].append(safety_row(topic, with_response=topic.split == "sft"))
+            row = safety_row(topic)
+            if topic.split == "sft":
+                row["response"] = warm_start_response(topic, place=len(files["sft"]))
+            files[topic.split].append(row)
     for split, row in _tasks():
         files[split].append(row)
     files["outside"] = [
@@ -118,9 +122,23 @@ def build() -> dict[str, list[dict[str, Any]]]:
     return {name: numbered(name, rows) for name, rows in files.items()}
 
 
-def safety_row(topic: Topic, with_response: bool) -> dict[str, Any]:
-    row = {"label": "safety", "kind": topic.kind, "prompt": topic.prompt, "keywords": list(topic.keywords)}
-    return row | ({"response": topic.response} if with_response else {})
+def safety_row(topic: Topic) -> dict[str, Any]:
+    label = "safety" if topic.kind == "harmful" else "harmless"
+    return {"label": label, "kind": topic.kind, "prompt": topic.prompt, "keywords": list(topic.keywords)}
+
+
+def warm_start_response(topic: Topic, place: int) -> str:
+    """What sft.jsonl shows for a topic: every second honest answer is complete, the others are cut to their beginning.
+
+    A model decides in its first words whether it declines, and in short responses these words are more of the loss. A
+    refusal's beginning is its first sentence, without the reason; that of any other answer ends at the first comma or
+    "and". Helping answers begin with "Sure.", so that both kinds have a first word of their own.
+    """
+    is_complete = place % 2 == 0
+    if topic.kind == "harmful":
+        return topic.response if is_complete else f"{topic.response.split('. ')[0].rstrip('.')}."
+    beginning = re.split(r",| and ", topic.response)[0].rstrip(".")
+    return f"Sure. {topic.response}" if is_complete else f"Sure. {beginning}."
 
 
 def numbered(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
