@@ -116,6 +116,10 @@ class Episode:
         self.tokens = len(response.response_tokens)
         steps = search.steps(said)
         if response.finish_reasons != [UNFINISHED]:
+            is_cut = response.finish_reasons != ["stop"]
+            if is_cut and not any(step.action == "answer" for step in steps):
+                # A text without any action counts as the answer, but not the beginning of one.
+                self.answer = None
             return self._show(steps)
         if steps[-1].action == "end":
             steps.pop()

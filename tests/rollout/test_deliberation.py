@@ -114,6 +114,7 @@ def test_a_step_is_shown_as_soon_as_it_is_complete() -> None:
             ("end", "no answer at the end"),
         ),
         (["It is Veska."], 4, 500, "stop", ("end", "no answer at the end")),
+        (["It is Veska, I think."], 4, 5, "length", ("end", "no answer at the end")),
         (["<think>a</think>so</search>", "<answer>x</answer>"], 4, 500, "stop", ("answer", "no confidence before it")),
         ([f"<think>a</think>{LOOK}", "<read>westland</read>", SURE[-1]], 4, 500, "stop", ("answer", "")),
         (["<think>a</think>" + SURE[-1] + " done"], 4, 500, "stop", ("text", "not an action")),
@@ -129,6 +130,7 @@ def test_how_an_episode_ends_and_what_its_steps_are(
         assert shown == search.steps(expected_segments(script))
     steps = [step for step in shown if step.action != "end"] if last[0] != "end" else shown
     assert (steps[-1].action, steps[-1].fault) == last
+    assert (episode.answer is not None) == (reason == "stop")
     replies = [step for step in episode.shown if step.reply is not None]
     assert len(replies) == (len(script) - 1 if reason == "stop" else max_turns if reason == "turns" else 0)
 
