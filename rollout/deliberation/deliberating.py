@@ -204,22 +204,37 @@ async def open_deliberator(
 
     Raises ValueError for settings that don't fit, GeneratorFailed and Unavailable for servers that do not answer.
     """
-    name = environment_config.name
-    environment = None if name is None else open_environment(name, environment_config.settings)
-    if not isinstance(environment, Search):
-        raise ValueError(
-            f"rollout.environment.name={name!r}: the steps of deliberate search need one that opens a "
-            "rollout.search.Search; use search"
-        )
+    environment = open_search_environment(environment_config)
     generator = ServedGenerator(config.generator, "deliberation.generator")
     try:
         models = await generator.checked_models("set deliberation.generator.address")
-        await asyncio.to_thread(environment.check)
-        folder = config.tokenizer or str(models[0].get("root"))
-        turns = Turns(environment, read_tokenizer(folder), environment_config.max_turns)
-        yield Deliberator(generator, models, config, turns)
+        yield await make_deliberator(config, environment, environment_config.max_turns, generator, models)
     finally:
         await generator.close()
+
+
+async def make_deliberator(
+    config: DeliberationConfig,
+    environment: Search,
+    max_turns: int,
+    generator: ServedGenerator,
+    models: list[dict[str, Any]],
+) -> Deliberator:
+    """A deliberator over what is open already. Raises ValueError and Unavailable as :func:`open_deliberator`."""
+    await asyncio.to_thread(environment.check)
+    folder = config.tokenizer or str(models[0].get("root"))
+    return Deliberator(generator, models, config, Turns(environment, read_tokenizer(folder), max_turns))
+
+
+def open_search_environment(config: EnvironmentConfig) -> Search:
+    """Raises ValueError for settings that don't fit, and for an environment that is no search."""
+    environment = None if config.name is None else open_environment(config.name, config.settings)
+    if not isinstance(environment, Search):
+        raise ValueError(
+            f"rollout.environment.name={config.name!r}: the steps of deliberate search need one that opens a "
+            "rollout.search.Search; use search"
+        )
+    return environment
 
 
 def read_tokenizer(folder: str) -> Any:

@@ -39,7 +39,8 @@ class ShownStep:
 
 
 class Episode:
-    """One response under way. After the last step its ``answer``, ``confidence`` and ``finish_reason`` are known.
+    """One response under way. After the last step its ``answer``, ``confidence`` and ``finish_reason`` are known, and
+    ``said`` is all of it, the environment's part apart.
 
     ``finish_reason``: "stop", "length", "turns" (its searches and reads are used up) or "failed" (``failure`` says
     why); None before the end.
@@ -51,6 +52,7 @@ class Episode:
         self.question = question
         self.sample = sample
         self.shown: list[ShownStep] = []
+        self.said: list[Segment] = []
         self.answer: str | None = None
         self.confidence: int | None = None
         self.finish_reason: str | None = None
@@ -111,7 +113,7 @@ class Episode:
 
     def _after_turn(self, response: TokenBatch) -> list[ShownStep]:
         """The new steps once a turn has ended and was answered."""
-        said = environment.segments(self.turns.tokenizer, response)
+        self.said = said = environment.segments(self.turns.tokenizer, response)
         self.answer, self.confidence = search.stated(said)
         self.tokens = len(response.response_tokens)
         steps = search.steps(said)

@@ -24,6 +24,7 @@ QUESTION = "What is the capital of Norland?"
 LOOK = "<search>capital of Norland</search>"
 SURE = [f"<think>I look.</think>{LOOK}", "<read>norland</read>", "<think>So.</think><confidence>9</confidence>"]
 SURE[-1] += "<answer>Veska</answer>"
+WITHOUT_SEARCH = "I do not search."
 # By majority they say Tarn, by confidence Veska.
 SCRIPTS: list[list[str]] = [
     SURE,
@@ -65,10 +66,13 @@ class FakeSearcher(FakeModel):
     ) -> AsyncGenerator[Piece, None]:
         refuse(model, token_ids, options)
         self.requests.append((list(token_ids), dict(options)))
-        assert options["include_stop_str_in_output"] is True
-        prompt, mark, response = self.tokenizer.decode(token_ids).partition(self.prompt)
-        text = self.turn(prompt + mark, response)
-        stop = next((stop for stop in options["stop"] if text.endswith(stop)), None)
+        prompt, mark, response = self.tokenizer.decode(token_ids).rpartition(self.prompt)
+        if "stop" in options:
+            assert options["include_stop_str_in_output"] is True
+            text = self.turn(prompt + mark, response)
+        else:
+            text = WITHOUT_SEARCH
+        stop = next((stop for stop in options.get("stop", ()) if text.endswith(stop)), None)
         tokens = self.tokenizer.encode(text) + ([] if stop else [HF_TOKENIZER.eos_token_id])
         fits = len(tokens) <= options["max_tokens"]
         tokens = tokens[: options["max_tokens"]]
