@@ -5,7 +5,9 @@
 - ``generator=URL``: a `vllm serve` that runs already.
 
 ``values=URL`` is a `vllm serve --runner pooling` with a value model: then answers have a value per sentence, and are
-guided as ``guidance.…`` says. Further arguments override ``page.…`` and ``guidance.…`` (docs/configuration.md).
+guided as ``guidance.…`` says. ``search=PATH`` is a corpus or a folder of texts: then the page has a switch for
+deliberate search in it. A run that was trained in a search environment brings its own. Further arguments override
+``page.…``, ``guidance.…``, ``deliberation.…`` and ``rollout.environment.…`` (docs/configuration.md).
 """
 
 import getpass
@@ -14,9 +16,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext import settings as house_settings
 from recipes.command_line import one_line, split_arguments
@@ -29,15 +33,19 @@ from recipes.run.logs import quiet
 from rewards.serve import JudgeServer, ServerDied, Stopped, Supervisor, running, stop_on_signals
 from rewards.settings import Server, SupervisorConfig
 from rewards.verdict import Verifier
+from rollout.deliberation import settings as deliberation_settings
+from rollout.environment import Unavailable
 from rollout.guidance import settings as guidance_settings
 from rollout.guidance.clients import GeneratorFailed, ValuesUnavailable
 from rollout.guidance.settings import MONITOR, GuidanceConfig
+from rollout.settings import RolloutConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-OWN = ("run", "step", "model", "generator", "values")
-USAGE = """usage: python -m recipes.serve model=FOLDER [values=URL] [page.field=value …] [guidance.field=value …]
-       python -m recipes.serve run=FOLDER [step=N] [values=URL] [page.field=value …] [guidance.field=value …]
-       python -m recipes.serve generator=URL [values=URL] [page.field=value …] [guidance.field=value …]"""
+OWN = ("run", "step", "model", "generator", "values", "search")
+ENVIRONMENT = "rollout.environment."
+USAGE = """usage: python -m recipes.serve model=FOLDER [values=URL] [search=PATH] [page.field=value …]
+       python -m recipes.serve run=FOLDER [step=N] [values=URL] [search=PATH] [page.field=value …]
+       python -m recipes.serve generator=URL [values=URL] [search=PATH] [page.field=value …]"""
 LOWEST = -1e6  # a threshold below which nothing is
 STOP_SECONDS = 20.0
 
@@ -56,7 +64,7 @@ def main() -> None:
         setup = read_setup(own, overrides)
         with served(setup, own) as supervisor:
             serve_page(setup, supervisor)
-    except (ValueError, CheckpointError, ServerDied, GeneratorFailed, ValuesUnavailable, OSError) as error:
+    except (ValueError, CheckpointError, ServerDied, GeneratorFailed, ValuesUnavailable, Unavailable, OSError) as error:
         sys.exit(f"error: {error}")
     except Stopped:
         pass
@@ -64,7 +72,8 @@ def main() -> None:
 
 def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
     """The settings of the command line. Raises ConfigError and ValueError, before anything is started."""
-    with_keys = house_settings.with_new_keys(overrides, house_settings.mappings(GuidanceConfig, "guidance"))
+    free = [*house_settings.mappings(GuidanceConfig, "guidance"), *house_settings.mappings(RolloutConfig, "rollout")]
+    with_keys = house_settings.with_new_keys(overrides, free)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             raw = compose("serve", overrides=with_keys)
@@ -78,6 +87,8 @@ def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
     if "model" in own and not (Path(own["model"]) / "config.json").is_file():
         raise ConfigError(f"model={own['model']}: no config.json there; give a Hugging Face folder")
     verifiers: dict[str, Verifier] = {}
+    environment = raw.rollout.environment
+    searches = "search" in own
     if "run" in own:
         from recipes.run.exports import read_config
 
@@ -85,6 +96,13 @@ def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
         verifiers = response_verifiers(config)
         if not any(override.startswith("guidance.thinking_marks") for override in overrides):
             guidance.thinking_marks = config["rollout"]["thinking_marks"]
+        if config["rollout"]["environment"]["name"] is not None:
+            searches = True
+            changes = [override for override in overrides if override.startswith(ENVIRONMENT)]
+            environment = run_environment(config["rollout"]["environment"], changes)
+    if "search" in own:
+        environment.settings.corpus = own["search"]
+        environment.settings.endpoint = None
     if guidance.mode == MONITOR and guidance.calibration is None and guidance.threshold is None:
         # Values are shown, and steer nothing.
         guidance.threshold = LOWEST
@@ -92,7 +110,25 @@ def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
     # Whoever reaches a loopback page without a token is most likely who started it.
     person = getpass.getuser() if page.key_variable is None else ""
     token = guidance_settings.key("page", page.key_variable)
-    return Setup(page, guidance_settings.read(guidance), "values" in own, edits, person, token, verifiers)
+    return Setup(
+        page,
+        guidance_settings.read(guidance),
+        "values" in own,
+        edits,
+        person,
+        token,
+        verifiers,
+        deliberation_settings.read(raw.deliberation) if searches else None,
+        deliberation_settings.read_environment(environment) if searches else None,
+    )
+
+
+def run_environment(of_run: Mapping[str, Any], changes: Sequence[str]) -> DictConfig:
+    """A run's environment with the command line's values for some of its fields."""
+    changed = OmegaConf.from_dotlist([change.removeprefix(ENVIRONMENT) for change in changes])
+    merged = OmegaConf.merge(OmegaConf.create(dict(of_run)), changed)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 @contextmanager

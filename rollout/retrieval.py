@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rollout.environment import Unavailable
+from rollout.folder import read_folder
 
 # Bytes. An endpoint's longer reply is an error.
 LONGEST_REPLY = 1 << 20
@@ -61,7 +62,7 @@ class Bm25:
 
     @staticmethod
     def of(documents: Sequence[Document]) -> "Bm25":
-        """Index the documents. Raises ValueError for an empty corpus and for a repeated id."""
+        """Index the documents. Raises ValueError for a corpus without a document or a word, and for a repeated id."""
         if not documents:
             raise ValueError("the corpus has no document")
         texts: dict[str, str] = {}
@@ -73,19 +74,19 @@ class Bm25:
         import bm25s
 
         index = bm25s.BM25(method="lucene", auto_compile=False)
-        index.index([words(document.text) for document in documents], show_progress=False)
+        all_words = [words(document.text) for document in documents]
+        if not any(all_words):
+            raise ValueError("no document has a word of two or more letters that is not a stop word")
+        index.index(all_words, show_progress=False)
         return Bm25(documents, texts, index)
 
     @staticmethod
     def load(path: str) -> "Bm25":
-        """Index a JSONL file with ``id`` and ``text`` in each line. Raises ValueError naming file and line."""
-        documents = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                documents.append(_document(row))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
+        """Index a JSONL file with ``id`` and ``text`` in each line, or a folder of texts (:mod:`rollout.folder`).
+
+        Raises ValueError naming the file and what is wrong in it.
+        """
+        documents = _from_folder(Path(path)) if Path(path).is_dir() else _from_file(Path(path))
         try:
             return Bm25.of(documents)
         except ValueError as error:
@@ -112,6 +113,27 @@ def words(text: str) -> list[str]:
 
     (tokens,) = bm25s.tokenize(text, stopwords="en", return_ids=False, show_progress=False)
     return [word for word in tokens if word]
+
+
+def _from_folder(folder: Path) -> list[Document]:
+    documents = []
+    for document_id, text in read_folder(folder):
+        try:
+            documents.append(Document(document_id, text))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; rename the file") from error
+    return documents
+
+
+def _from_file(path: Path) -> list[Document]:
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            documents.append(_document(row))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    return documents
 
 
 def _document(row: Any) -> Document:

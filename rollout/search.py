@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rollout.environment import Segment
-from rollout.retrieval import Bm25, Endpoint, Retriever
+from rollout.retrieval import Bm25, Document, Endpoint, Retriever
 
 ACTIONS = ("think", "search", "read", "confidence", "answer")
 _BEGIN = re.compile(f"<({'|'.join(ACTIONS)})>")
 _TAG = re.compile(rf"</?(?:{'|'.join(ACTIONS)}|result)>")
 _CONFIDENCE = re.compile(r"10|[0-9]")
 _LISTED_ID = re.compile(r"^\[([^\[\]\n]+)\] ", re.MULTILINE)
+_LISTED = re.compile(r"^\[([^\[\]\n]+)\] (.*)$", re.MULTILINE)
 # Characters of a query that are used: about as many as web search engines read. The rest is cut off.
 LONGEST_QUERY = 2000
 NOTHING_FOUND = "nothing found"
@@ -97,7 +98,8 @@ def open_search(
     timeout: float,
     retries: int,
 ) -> Search:
-    """The environment over a ``corpus`` (JSONL, BM25 in this process) or an HTTP ``endpoint``: exactly one of them.
+    """The environment over a ``corpus`` (JSONL or a folder of texts; BM25 in this process) or an HTTP ``endpoint``:
+    exactly one of them.
 
     ``timeout`` (seconds) and ``retries`` are for the endpoint. Raises ValueError for settings out of range.
     """
@@ -126,6 +128,14 @@ def result(text: str) -> str:
     """The environment's reply. Replaces each tag of the grammar in ``text`` by a space, because a document must not act
     for the model; a space, so that the text on both sides of a tag does not form another tag."""
     return f"<result>{_TAG.sub(' ', text)}</result>"
+
+
+def documents_in(action: str, content: str, reply: str) -> list[Document]:
+    """The documents that the environment's ``reply`` to a search or a read shows, with what it shows of each."""
+    shown = reply.removeprefix("<result>").removesuffix("</result>")
+    if action == "search":
+        return [Document(match[1], match[2]) for match in _LISTED.finditer(shown)]
+    return [Document(content, shown)] if action == "read" and shown != NO_DOCUMENT else []
 
 
 def actions(text: str) -> Iterator[Action]:

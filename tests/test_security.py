@@ -23,7 +23,7 @@ ELSEWHERE = {
     "recipes/node_check/__main__.py": "socket.create_server(('', port))",
     "recipes/page/app.py": "uvicorn.Config(app, host=page.host, port=page.port, log_level='warning', "
     "timeout_graceful_shutdown=SHUTDOWN_SECONDS)",
-    "rollout/guidance/serve.py": "web.run_app(app, host=config.server.host, port=config.server.port, "
+    "rollout/guidance/endpoint.py": "web.run_app(app, host=server.host, port=server.port, "
     "handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS, access_log=None, print=None)",
 }
 LISTENING = {"create_server", "bind", "start_server", "run_app", "TCPSite"}  # bind: of an address, a pair

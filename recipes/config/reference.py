@@ -14,17 +14,21 @@ from megatron_ext.settings import KEPT, Setting, fields, is_optional, on_resume
 from recipes.config.schema import Config
 from recipes.page.settings import PageConfig
 from rewards.settings import NOTHING, VerifierConfig
+from rollout.deliberation.settings import AskConfig, DeliberationConfig
 from rollout.guidance.settings import CalibrateConfig, FitRouterConfig, GuidanceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "configuration.md"
 MISSING = object()
-# What the commands of rollout.guidance (conf/guidance.yaml) and recipes.serve (conf/serve.yaml) read; no part of a run.
+# What the commands of rollout.guidance (conf/guidance.yaml), rollout.deliberation (conf/deliberation.yaml) and
+# recipes.serve (conf/serve.yaml) read; no part of a run.
 NO_RUN: dict[str, Any] = {
     "guidance": GuidanceConfig,
     "calibrate": CalibrateConfig,
     "fit_router": FitRouterConfig,
+    "deliberation": DeliberationConfig,
+    "ask": AskConfig,
     "page": PageConfig,
 }
 
@@ -136,7 +140,7 @@ def default(path: str) -> str:
 
 def roots(group: str) -> Iterator[dict[str, Any]]:
     """The contents of the root files and of the group's files that do not derive from another one."""
-    for name in ("config.yaml", "guidance.yaml", "serve.yaml"):
+    for name in ("config.yaml", "guidance.yaml", "deliberation.yaml", "serve.yaml"):
         yield yaml.safe_load((CONF / name).read_text())
     for path in sorted((CONF / group).glob("*.yaml")):
         content = yaml.safe_load(path.read_text())

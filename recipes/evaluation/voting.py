@@ -1,56 +1,14 @@
-"""Votes over several answers to a question: by majority, or weighted by the confidence that the model states.
+"""What several answers to the search questions of an evaluation give together (:mod:`rollout.deliberation.voting`)."""
 
-Deliberative Searcher (arXiv 2507.16727): four answers weighted by confidence are as good as sixteen with equal votes.
-"""
-
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from recipes.evaluation.statistics import mean_interval
-from rewards.verifiers.exact import plain
 from rewards.verifiers.search import OUTCOMES
+from rollout.deliberation.voting import Reply, vote
 from rollout.environment import Segment
 from rollout.search import stated
-
-# The confidence of an answer that states none: it counts as certain (our choice).
-UNSTATED_CONFIDENCE = 10
-
-
-@dataclass(frozen=True)
-class Reply:
-    """``answer``: None where the response has none. ``confidence`` from 0 to 10, None where it states none."""
-
-    answer: str | None
-    confidence: int | None
-    right: bool
-
-
-def vote(replies: Sequence[Reply], weighted: bool) -> Reply | None:
-    """A reply with the answer that wins the vote; None when no reply has an answer.
-
-    Answers are equal when they differ only in case, spaces and punctuation around them. A reply has one vote or, with
-    ``weighted``, as many as its confidence. In a tie the answer with more replies wins, then the one that came first
-    (our choice).
-    """
-    first_replies: dict[str, Reply] = {}
-    votes: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for reply in replies:
-        if reply.answer is None:
-            continue
-        name = plain(reply.answer)
-        first_replies.setdefault(name, reply)
-        confidence = UNSTATED_CONFIDENCE if reply.confidence is None else reply.confidence
-        votes[name] += confidence if weighted else 1
-        counts[name] += 1
-    if not first_replies:
-        return None
-    # max returns the first of several maxima, and first_replies is in the order of the replies.
-    winner = max(first_replies, key=lambda name: (votes[name], counts[name]))
-    return first_replies[winner]
 
 
 def search_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -64,6 +22,7 @@ def search_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     questions.
     """
     replies: dict[str, list[Reply]] = {}
+    are_right: dict[str, list[bool]] = {}
     outcomes: list[str] = []
     question_ids: list[str] = []  # of each outcome
     for row in rows:
@@ -72,7 +31,8 @@ def search_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if "score" not in accuracy or "score" not in reliability:
             continue
         answer, confidence = stated([Segment(row["response"], by_environment=False)])
-        replies.setdefault(row["id"], []).append(Reply(answer, confidence, accuracy["score"] == 1))
+        replies.setdefault(row["id"], []).append(Reply(answer, confidence))
+        are_right.setdefault(row["id"], []).append(accuracy["score"] == 1)
         outcomes.append(reliability["label"])
         question_ids.append(row["id"])
     if not replies:
@@ -80,8 +40,8 @@ def search_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     def vote_scores(count: int, weighted: bool) -> list[float]:
         """1.0 for each question whose vote over the first ``count`` replies is right, else 0.0."""
-        winners = [vote(of_question[:count], weighted) for of_question in replies.values()]
-        return [float(winner is not None and winner.right) for winner in winners]
+        winners = {name: vote(of_question[:count], weighted) for name, of_question in replies.items()}
+        return [float(won is not None and are_right[name][won.places[0]]) for name, won in winners.items()]
 
     most = max(map(len, replies.values()))
     powers_of_two = {2**i for i in range(most.bit_length()) if 2**i <= most}

@@ -4,16 +4,19 @@ import asyncio
 import secrets
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import PlainTextResponse
 from nicegui import ui
 from starlette.middleware.sessions import SessionMiddleware
 
 from recipes.page.guard import Guard
 from recipes.page.saving import EditFiles
+from recipes.page.searching import SOURCE
 from recipes.page.settings import Setup
 from recipes.page.view import STYLE, View
 from recipes.page.writing import Conversations, Writer, open_writer
 from rewards.serve import ServerDied, Supervisor
+from rollout.environment import Unavailable
 
 WATCH_SECONDS = 1.0
 SHUTDOWN_SECONDS = 3
@@ -70,6 +73,18 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
         View(writer, conversations.of(owner, setup.person), edits).build()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get(SOURCE)
+    def source(id: str) -> PlainTextResponse:
+        """A document of deliberate search, as text whatever it contains."""
+        try:
+            text = None if writer.deliberator is None else writer.deliberator.search.retriever.read(id)
+        except Unavailable as error:
+            raise HTTPException(503, str(error)) from error
+        if text is None:
+            raise HTTPException(404, "no such document")
+        return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
+
     app.add_middleware(Guard, token=setup.token)
     # Sessions end with this process.
     app.add_middleware(SessionMiddleware, secret_key=secrets.token_hex(32), same_site="strict", max_age=None)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rewards.verdict import Verdict
+from rollout.deliberation.deliberating import Deliberation
 from rollout.guidance.edits import Edit
 
 MODEL, PERSON = "model", "person"
@@ -32,7 +33,8 @@ class Branch:
     """One answer. ``parent`` is the place of the branch that a person edited, ``edited`` the text that the model went
     on from; both None for the first answer. ``finish_reason`` is None while the answer is under way, ``stopped`` if a
     person or an error ended it. ``notice`` says what went wrong.
-    ``verdicts``: of the run's verifiers, by name, once the answer has ended."""
+    ``verdicts``: of the run's verifiers, by name, once the answer has ended. ``deliberation``: the deliberate search
+    whose answer it is, if it is one; then its text is that answer alone, and has no tokens."""
 
     passages: list[Passage] = field(default_factory=list)
     parent: int | None = None
@@ -41,6 +43,7 @@ class Branch:
     notice: str | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     is_saved: bool = False
+    deliberation: Deliberation | None = None
 
     @property
     def text(self) -> str:
@@ -67,6 +70,7 @@ class Turn:
     """A message of the person and the answers to it. ``chosen`` is the one that the conversation goes on from.
 
     ``prompt_ids`` are empty until the message is encoded; ``opens_thinking``: the chat template begins the thinking.
+    ``searches``: it is answered by deliberate search.
     """
 
     message: str
@@ -74,18 +78,21 @@ class Turn:
     chosen: int = 0
     prompt_ids: tuple[int, ...] = ()
     opens_thinking: bool = False
+    searches: bool = False
 
 
 @dataclass
 class Conversation:
     """The state of one tab. ``version`` changes with everything but the growth of an answer; ``task`` writes an
-    answer, while the conversation is busy. ``person`` is the name that edits are saved with."""
+    answer, while the conversation is busy. ``person`` is the name that edits are saved with. ``searches``: the next
+    message is to be answered by deliberate search."""
 
     turns: list[Turn] = field(default_factory=list)
     person: str = ""
     version: int = 0
     task: asyncio.Task[None] | None = None
     is_busy: bool = False
+    searches: bool = False
 
     def changed(self) -> None:
         self.version += 1
@@ -119,6 +126,13 @@ def sections(text: str, opens_thinking: bool, marks: Sequence[str]) -> Sections:
     return Sections((min(_visible(text, start), stop), stop), (_visible(text, stop + len(end)), len(text)))
 
 
+def sections_of(turn: Turn, branch: Branch, marks: Sequence[str]) -> Sections:
+    """Where thinking and answer stand in a branch's text."""
+    if branch.deliberation is not None:
+        return Sections(None, (0, len(branch.text)) if branch.text else None)
+    return sections(branch.text, turn.opens_thinking, marks)
+
+
 def _visible(text: str, start: int) -> int:
     """Where the first character from ``start`` on stands that is no whitespace."""
     return len(text) - len(text[start:].lstrip())
@@ -126,9 +140,8 @@ def _visible(text: str, start: int) -> int:
 
 def answer_of(turn: Turn, branch: Branch, marks: Sequence[str]) -> str:
     """The answer without its thinking; empty when the thinking has not ended."""
-    text = branch.text
-    answer = sections(text, turn.opens_thinking, marks).answer
-    return "" if answer is None else text[slice(*answer)].strip()
+    answer = sections_of(turn, branch, marks).answer
+    return "" if answer is None else branch.text[slice(*answer)].strip()
 
 
 def messages(turns: Sequence[Turn], marks: Sequence[str]) -> list[dict[str, str]]:

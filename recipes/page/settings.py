@@ -8,7 +8,9 @@ from typing import Any
 from megatron_ext import settings
 from megatron_ext.settings import COUNT, SECONDS, setting
 from rewards.verdict import Verifier
+from rollout.deliberation.settings import DeliberationConfig
 from rollout.guidance.settings import LOOPBACK, GuidanceConfig
+from rollout.settings import EnvironmentConfig
 
 
 @dataclass
@@ -37,7 +39,7 @@ class PageConfig:
 class Setup:
     """What a page is opened with. ``has_values``: there is a value server. ``edits``: the folder of saved edits.
     ``person``: the name that they are saved with, until a person gives another. ``token`` of the users. ``verifiers``
-    judge the answers."""
+    judge the answers. ``deliberation`` and its ``environment``: None where the page has no deliberate search."""
 
     page: PageConfig
     guidance: GuidanceConfig
@@ -46,6 +48,8 @@ class Setup:
     person: str
     token: str | None
     verifiers: Mapping[str, Verifier]
+    deliberation: DeliberationConfig | None
+    environment: EnvironmentConfig | None
 
 
 def read(raw: Mapping[str, Any]) -> PageConfig:

@@ -8,8 +8,10 @@ from nicegui import events, ui
 from nicegui.elements.mixins.text_element import TextElement
 
 from recipes.page import saving
-from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, sections
+from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, sections_of
+from recipes.page.elements import plain, visible
 from recipes.page.saving import ADDED, KEPT, REMOVED, EditFiles
+from recipes.page.searching import SearchArea
 from recipes.page.writing import Refused, Writer
 from recipes.report import markup
 from rollout.guidance.clients import GeneratorFailed
@@ -46,16 +48,6 @@ box.focus();
 box.setSelectionRange(box.value.length, box.value.length);"""
 TO_MESSAGE = """document.querySelector(".message textarea").focus();
 window.scrollTo(0, document.body.scrollHeight);"""
-
-
-def plain(text: str, tag: str = "div", classes: str = "") -> TextElement:
-    """An element with a text, whatever characters it has."""
-    return TextElement(tag=tag, text=visible(text)).classes(classes)
-
-
-def visible(text: str) -> str:
-    """The text with a replacement for characters that HTML does not have and those that change the direction."""
-    return markup.HIDDEN.sub("\ufffd", text)
 
 
 def button(text: str, on_click: Callable[[], Any]) -> ui.button:
@@ -127,6 +119,7 @@ class View:
         self.turns: list[ui.element] = []
         # Of the branches of the last turn.
         self.areas: list[Mapping[str, Area]] = []
+        self.searches: list[SearchArea | None] = []
         self.editing: tuple[int, str] | None = None
 
     def build(self) -> None:
@@ -140,6 +133,9 @@ class View:
                 name.props(f"dense maxlength={saving.LONGEST_NAME}")
                 if self.writer.guide is not None:
                     ui.checkbox("Numbers", on_change=self._numbers).props("dense")
+                if self.writer.deliberator is not None:
+                    searches = self.conversation.searches
+                    ui.checkbox("Deliberate search", value=searches, on_change=self._search).props("dense")
                 ui.link("New conversation", "/", new_tab=True)
             self.body = ui.element("div").props('role=log aria-label="Conversation"')
             with ui.element("div").classes("composer"):
@@ -174,6 +170,7 @@ class View:
     def _build_turn(self, place: int) -> None:
         turn = self.conversation.turns[place]
         self.areas = []
+        self.searches = []
         self.turns[place].clear()
         with self.turns[place]:
             plain("You", "h2")
@@ -199,6 +196,7 @@ class View:
                 plain("saved", "span", "chip")
         if branch.notice is not None:
             plain(branch.notice, classes="notice").props("role=alert")
+        search = None if branch.deliberation is None else SearchArea(branch.deliberation)
         areas: dict[str, Area] = {}
         for part in TITLES:
             if is_last and self.editing == (number, part):
@@ -206,15 +204,19 @@ class View:
             else:
                 areas[part] = Area(part)
         self._fill_branch(turn, branch, areas)
+        if search is not None:
+            search.conclude()
         if branch.verdicts:
             with ui.element("div").classes("head"):
                 for name, verdict in branch.verdicts.items():
                     plain(f"{name}: {verdict.label} {verdict.score:.2f}", "span", "chip")
         if is_last:
             self.areas.append(areas)
+            self.searches.append(search)
         with ui.element("div").classes("head"):
-            found = sections(branch.text, turn.opens_thinking, self.marks)
-            if is_idle and self.editing is None:
+            found = sections_of(turn, branch, self.marks)
+            # The answer of a vote is no text that the model could go on from.
+            if is_idle and self.editing is None and search is None:
                 if found.thinking is not None:
                     button("Edit thinking", lambda: self._edit(number, THINKING))
                 if found.answer is not None:
@@ -250,7 +252,7 @@ class View:
 
     def _section(self, turn: Turn, branch: Branch, part: str) -> tuple[int, int]:
         """Where a part that can be edited stands in the branch's text."""
-        found = sections(branch.text, turn.opens_thinking, self.marks)
+        found = sections_of(turn, branch, self.marks)
         section = found.thinking if part == THINKING else found.answer
         assert section is not None  # there is no button otherwise
         return section
@@ -347,15 +349,20 @@ class View:
     def _numbers(self, event: events.ValueChangeEventArguments[Any]) -> None:
         self.page.classes(**({"add": "numbers"} if event.value else {"remove": "numbers"}))
 
+    def _search(self, event: events.ValueChangeEventArguments[Any]) -> None:
+        self.conversation.searches = bool(event.value)
+
     def _fill(self) -> None:
         """Show what the last turn's answers have grown by."""
         turns = self.conversation.turns
         if len(self.turns) == len(turns):
-            for branch, areas in zip(turns[-1].branches, self.areas, strict=False):
+            for branch, areas, search in zip(turns[-1].branches, self.areas, self.searches, strict=False):
                 self._fill_branch(turns[-1], branch, areas)
+                if search is not None:
+                    search.fill()
 
     def _fill_branch(self, turn: Turn, branch: Branch, areas: Mapping[str, Area]) -> None:
-        found = sections(branch.text, turn.opens_thinking, self.marks)
+        found = sections_of(turn, branch, self.marks)
         for part, section in ((THINKING, found.thinking), (ANSWER, found.answer)):
             if part in areas:
                 areas[part].fill(within(branch, section))

@@ -12,6 +12,8 @@ from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Tu
 from recipes.page.scores import judged
 from recipes.page.settings import PageConfig, Setup
 from rewards.verdict import Verifier
+from rollout.deliberation.deliberating import Deliberator, make_deliberator, open_search_environment
+from rollout.environment import Unavailable
 from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ValuesUnavailable
 from rollout.guidance.decoding import Guide, Question
 from rollout.guidance.edits import edit_text
@@ -46,7 +48,8 @@ class Conversations:
 @dataclass
 class Writer:
     """The model that answers, guided if there is a ``guide``. ``context``: the longest prompt and answer together in
-    tokens, None if the server does not state it. ``verifiers`` judge the answers."""
+    tokens, None if the server does not state it. ``verifiers`` judge the answers. ``deliberator``: who answers by
+    deliberate search, None without."""
 
     page: PageConfig
     guidance: GuidanceConfig
@@ -55,6 +58,7 @@ class Writer:
     model: str
     context: int | None
     verifiers: Mapping[str, Verifier]
+    deliberator: Deliberator | None
     under_way: int = 0
 
     def ask(self, conversation: Conversation, message: str) -> None:
@@ -66,7 +70,7 @@ class Writer:
             raise Refused(f"a conversation has at most {self.page.max_turns} messages; begin a new one")
         self._claim(conversation)
         branch = Branch()
-        conversation.turns.append(Turn(message, [branch]))
+        conversation.turns.append(Turn(message, [branch], searches=conversation.searches))
         self._start(conversation, branch)
 
     async def continue_from(self, conversation: Conversation, place: int, edited: str) -> None:
@@ -133,9 +137,12 @@ class Writer:
     def _start(self, conversation: Conversation, branch: Branch) -> None:
         async def run() -> None:
             try:
-                await self._write(conversation, branch)
-                await self._judge(conversation.turns[-1], branch)
-            except (Refused, GeneratorFailed, ValuesUnavailable) as error:
+                if conversation.turns[-1].searches:
+                    await self._deliberate(conversation, branch)
+                else:
+                    await self._write(conversation, branch)
+                    await self._judge(conversation.turns[-1], branch)
+            except (Refused, GeneratorFailed, ValuesUnavailable, Unavailable) as error:
                 branch.notice = str(error)
             except Exception as error:
                 branch.notice = f"{type(error).__name__}: {error}"
@@ -151,18 +158,7 @@ class Writer:
 
     async def _write(self, conversation: Conversation, branch: Branch) -> None:
         """Write on from the branch's passages, to the end of the answer."""
-        turn = conversation.turns[-1]
-        if not turn.prompt_ids:
-            await self._encode(conversation, turn)
-        prefix = (*turn.prompt_ids, *branch.token_ids)
-        room = self.guidance.max_tokens - len(branch.token_ids)
-        if self.context is not None:
-            room = min(room, self.context - len(prefix))
-        if room < 1:
-            raise Refused(
-                f"the conversation has {len(prefix)} tokens; the model takes {self.context} with the answer, and the "
-                f"longest answer has {self.guidance.max_tokens}: begin a new one"
-            )
+        prefix, room = await self._prefix(conversation, branch, self.guidance.max_tokens)
         sampling: dict[str, Any] = dict(SAMPLING)
         if self.page.temperature is not None:
             sampling["temperature"] = self.page.temperature
@@ -181,6 +177,40 @@ class Writer:
         if answer.unguided is not None:
             branch.notice = f"not guided to the end: {answer.unguided}"
 
+    async def _deliberate(self, conversation: Conversation, branch: Branch) -> None:
+        """Answer by deliberate search; the branch's text is the answer of the vote."""
+        assert self.deliberator is not None  # or the page has no switch
+        config = self.deliberator.config
+        prompt, room = await self._prefix(conversation, branch, config.max_tokens)
+        question = Question(self.model, prompt, room, {"temperature": config.temperature})
+        branch.deliberation = self.deliberator.deliberate(question, config.samples)
+        conversation.changed()
+        async with aclosing(branch.deliberation.steps()) as steps:
+            async for _ in steps:
+                pass
+        found = branch.deliberation.chosen
+        if found is None:
+            branch.notice = "none of the samples came to an answer"
+        else:
+            branch.add(Passage(found.answer, ()))
+        branch.finish_reason = "stop"
+
+    async def _prefix(self, conversation: Conversation, branch: Branch, longest: int) -> tuple[tuple[int, ...], int]:
+        """The tokens to go on from, and how many may follow where an answer has ``longest``. Raises Refused."""
+        turn = conversation.turns[-1]
+        if not turn.prompt_ids:
+            await self._encode(conversation, turn)
+        prefix = (*turn.prompt_ids, *branch.token_ids)
+        room = longest - len(branch.token_ids)
+        if self.context is not None:
+            room = min(room, self.context - len(prefix))
+        if room < 1:
+            raise Refused(
+                f"the conversation has {len(prefix)} tokens; the model takes {self.context} with the answer, and the "
+                f"longest answer has {longest}: begin a new one"
+            )
+        return prefix, room
+
     async def _judge(self, turn: Turn, branch: Branch) -> None:
         response = whole_response(turn, branch, self.guidance.thinking_marks)
         branch.verdicts = await judged(self.verifiers, turn.message, response)
@@ -198,14 +228,23 @@ class Writer:
 
 @asynccontextmanager
 async def open_writer(setup: Setup) -> AsyncGenerator[Writer, None]:
-    """Connect to the generator, and to the value server if there is one. Raises ValueError, GeneratorFailed and
-    ValuesUnavailable."""
+    """Connect to the generator, and to the value server and the search engine if there are such. Raises ValueError,
+    GeneratorFailed, ValuesUnavailable and Unavailable."""
     page, guidance = setup.page, setup.guidance
+    environment = None if setup.environment is None else open_search_environment(setup.environment)
+
+    async def deliberator(generator: ServedGenerator, models: list[dict[str, Any]]) -> Deliberator | None:
+        if environment is None or setup.environment is None or setup.deliberation is None:
+            return None
+        max_turns = setup.environment.max_turns
+        return await make_deliberator(setup.deliberation, environment, max_turns, generator, models)
+
     if setup.has_values:
         async with open_guide(guidance) as opened:
             model = opened.model
             context = opened.context(model)
-            yield Writer(page, guidance, opened.generator, opened.guide, model, context, setup.verifiers)
+            searching = await deliberator(opened.generator, opened.models)
+            yield Writer(page, guidance, opened.generator, opened.guide, model, context, setup.verifiers, searching)
         return
     generator = ServedGenerator(guidance.generator)
     try:
@@ -213,6 +252,7 @@ async def open_writer(setup: Setup) -> AsyncGenerator[Writer, None]:
         if not models:
             raise GeneratorFailed(f"{generator.address} serves no model")
         model, context = str(models[0]["id"]), models[0].get("max_model_len")
-        yield Writer(page, guidance, generator, None, model, context, setup.verifiers)
+        searching = await deliberator(generator, models)
+        yield Writer(page, guidance, generator, None, model, context, setup.verifiers, searching)
     finally:
         await generator.close()

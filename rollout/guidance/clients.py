@@ -33,11 +33,12 @@ class ValuesUnavailable(RuntimeError):
 @dataclass(frozen=True)
 class Piece:
     """What a stream brings at once: mostly one token. ``text`` lags where a character takes several tokens, and is
-    empty for the token that ends an answer."""
+    empty for the token that ends an answer. ``stopped_at``: the stop text that ended the stream, if one did."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    stopped_at: str | None = None
 
 
 class Generator(Protocol):
@@ -76,10 +77,10 @@ def open_client(address: str, token: str | None, timeout: float, retries: int) -
 class ServedGenerator:
     """A model behind `vllm serve`. Raises GeneratorFailed."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
-        """Raises ValueError when the environment lacks the token."""
+    def __init__(self, config: GeneratorConfig, field: str = "guidance.generator") -> None:
+        """``field``: of the configuration. Raises ValueError when the environment lacks the token."""
         self.address = config.address
-        token = key("guidance.generator", config.key_variable)
+        token = key(field, config.key_variable)
         self.client = open_client(config.address, token, config.timeout, config.retries)
 
     async def models(self) -> list[dict[str, Any]]:
@@ -88,6 +89,16 @@ class ServedGenerator:
             return await served_models(self.client, self.address)
         except openai.OpenAIError as error:
             raise _failed(self.address, error) from error
+
+    async def checked_models(self, remedy: str) -> list[dict[str, Any]]:
+        """What :meth:`models` gives, at least one. The error has the ``remedy``."""
+        try:
+            models = await self.models()
+        except GeneratorFailed as error:
+            raise GeneratorFailed(f"{error}; start `vllm serve` there, or {remedy}") from error
+        if not models:
+            raise GeneratorFailed(f"{self.address} serves no model; {remedy}")
+        return models
 
     async def stream(
         self, model: str, token_ids: Sequence[int], options: Mapping[str, Any]
@@ -143,6 +154,24 @@ class ServedGenerator:
 
     async def close(self) -> None:
         await self.client.close()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A generator that answers, and the ``models`` that it lists."""
+
+    generator: ServedGenerator
+    models: list[dict[str, Any]]
+
+    @property
+    def model(self) -> str:
+        """The first model that the generator serves."""
+        return str(self.models[0]["id"])
+
+    def context(self, model: str) -> int | None:
+        """The longest prompt and answer together, in tokens, as vLLM states it; None for an unknown model."""
+        lengths = [entry.get("max_model_len") for entry in self.models if entry["id"] == model]
+        return lengths[0] if lengths else None
 
 
 class ServedValues:
@@ -220,11 +249,13 @@ def _piece(address: str, chunk: Any) -> Piece | None:
             return None
         choice = chunk["choices"][0]
         text, token_ids, finish_reason = choice["text"], choice.get("token_ids"), choice["finish_reason"]
+        # A token that ends an answer has its id there.
+        stop_reason = choice.get("stop_reason")
     except (LookupError, TypeError, AttributeError) as error:
         raise GeneratorFailed(f"{address}: not a chunk of a completion ({error!r}): {_excerpt(chunk)}") from error
     if token_ids is None:
-        raise GeneratorFailed(f"{address}: no token ids in the stream; guided decoding needs vLLM's return_token_ids")
-    return Piece(text, tuple(token_ids), finish_reason)
+        raise GeneratorFailed(f"{address}: no token ids in the stream; vLLM's return_token_ids is needed")
+    return Piece(text, tuple(token_ids), finish_reason, stop_reason if isinstance(stop_reason, str) else None)
 
 
 def _failed(address: str, error: openai.OpenAIError) -> GeneratorFailed:

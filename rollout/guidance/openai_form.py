@@ -1,4 +1,4 @@
-"""Requests to the endpoint, in OpenAI's form, and what they may contain."""
+"""Requests to an endpoint, in OpenAI's form, and what they may contain."""
 
 import math
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ SAMPLING = (
 )  # fmt: skip
 # Fields of the chat template.
 TEMPLATE = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-# Fields that change nothing with these values, and that guided decoding does not have with others: it scores the one
-# answer to one prompt, and a penalty on earlier tokens would begin anew at each segment.
+# Fields that change nothing with these values, and that our endpoints do not have with others: they give one answer to
+# one prompt, and a penalty on earlier tokens would begin anew at each segment or turn.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -74,9 +74,9 @@ def parse(body: object, is_chat: bool) -> GuidedRequest:
         if field in NEUTRAL:
             # 1 == True, and logprobs=1 of a completion asks for log-probs.
             if not any(value == neutral and type(value) in (type(neutral), float) for neutral in NEUTRAL[field]):
-                raise BadRequest(f"{field}={value!r}: guided decoding does not have it; leave it out", field)
+                raise BadRequest(f"{field}={value!r}: this server does not have it; leave it out", field)
         elif field not in allowed:
-            raise BadRequest(f"{field}: guided decoding does not know it; leave it out", field)
+            raise BadRequest(f"{field}: this server does not know it; leave it out", field)
     return GuidedRequest(
         model=_text(given, "model"),
         messages=_messages(given) if is_chat else None,
@@ -141,7 +141,7 @@ def _messages(given: Mapping[str, Any]) -> list[Any]:
             raise BadRequest("messages: each is {role, content}, and the content a text", "messages")
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
             # A value model's `classify` takes token ids alone.
-            raise BadRequest("messages: guided decoding takes text alone, no images or other parts", "messages")
+            raise BadRequest("messages: this server takes text alone, no images or other parts", "messages")
     return messages
 
 

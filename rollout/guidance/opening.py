@@ -7,30 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rollout.guidance.calibration import read_threshold
-from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ServedValues, ValuesUnavailable
+from rollout.guidance.clients import Served, ServedGenerator, ServedValues, ValuesUnavailable
 from rollout.guidance.decoding import DecisionLog, Guide
 from rollout.guidance.router import open_router
 from rollout.guidance.settings import MONITOR, STOP, GuidanceConfig
 
 
 @dataclass(frozen=True)
-class OpenGuide:
-    """A guide whose servers answer. ``context``: the longest prompt and answer together, None if not stated."""
+class OpenGuide(Served):
+    """A guide whose servers answer."""
 
     guide: Guide
-    generator: ServedGenerator
     values: ServedValues
-    models: list[dict[str, Any]]
-
-    @property
-    def model(self) -> str:
-        """The first model that the generator serves."""
-        return str(self.models[0]["id"])
-
-    def context(self, model: str) -> int | None:
-        """The longest prompt and answer together, in tokens, as vLLM states it; None for an unknown model."""
-        lengths = [entry.get("max_model_len") for entry in self.models if entry["id"] == model]
-        return lengths[0] if lengths else None
 
 
 @asynccontextmanager
@@ -56,7 +44,7 @@ async def open_guide(config: GuidanceConfig) -> AsyncGenerator[OpenGuide, None]:
             threshold = read_threshold(config, values.model) if config.mode == MONITOR else -math.inf
         log = DecisionLog(config.log)
         try:
-            yield OpenGuide(Guide(config, generator, values, router, threshold, log), generator, values, models)
+            yield OpenGuide(generator, models, Guide(config, generator, values, router, threshold, log), values)
         finally:
             log.close()
     finally:
@@ -66,12 +54,7 @@ async def open_guide(config: GuidanceConfig) -> AsyncGenerator[OpenGuide, None]:
 
 async def checked(generator: ServedGenerator, values: ServedValues) -> list[dict[str, Any]]:
     """The generator's models, once both servers answer. Raises GeneratorFailed or ValuesUnavailable with the remedy."""
-    try:
-        models = await generator.models()
-    except GeneratorFailed as error:
-        raise GeneratorFailed(f"{error}; start `vllm serve` there, or set guidance.generator.address") from error
-    if not models:
-        raise GeneratorFailed(f"{generator.address} serves no model; set guidance.generator.address")
+    models = await generator.checked_models("set guidance.generator.address")
     try:
         await values.check()
     except ValuesUnavailable as error:

@@ -133,9 +133,8 @@ def read(raw: Mapping[str, Any]) -> GuidanceConfig:
 
 def check(config: GuidanceConfig) -> None:
     """Raises ValueError naming the first field whose value can't work with the others."""
-    for name, address in (("generator", config.generator.address), ("values", config.values.address)):
-        if not re.fullmatch(r"https?://[^/\s@]+", address):
-            raise ValueError(f"guidance.{name}.address={address!r}: give http://HOST:PORT or https://HOST, no path")
+    check_address("guidance.generator", config.generator.address)
+    check_address("guidance.values", config.values.address)
     principles = config.values.principles
     if not principles or len(set(principles)) < len(principles):
         raise ValueError(f"guidance.values.principles={principles}: give each output of the value model a name")
@@ -156,15 +155,26 @@ def check(config: GuidanceConfig) -> None:
         raise ValueError("guidance.candidates=0: use 1 or more; with mode=monitor a correction would do, too")
     if len(config.thinking_marks) != 2 or not all(config.thinking_marks):
         raise ValueError(f"guidance.thinking_marks={config.thinking_marks}: give what begins and what ends thinking")
-    in_flight = config.server.max_requests * max(config.candidates, 1) * config.beams
+    check_server("guidance.server", config.server, max(config.candidates, 1) * config.beams, "candidates and beams")
+
+
+def check_address(field: str, address: str) -> None:
+    """Raises ValueError for what is no base address."""
+    if not re.fullmatch(r"https?://[^/\s@]+", address):
+        raise ValueError(f"{field}.address={address!r}: give http://HOST:PORT or https://HOST, no path")
+
+
+def check_server(field: str, server: ServerConfig, connections: int, of: str) -> None:
+    """``connections`` to the generator that a request may need, a product ``of`` settings. Raises ValueError."""
+    in_flight = server.max_requests * connections
     if in_flight > MAX_CONNECTIONS:
         raise ValueError(
-            f"guidance.server.max_requests={config.server.max_requests}: times candidates and beams these are "
-            f"{in_flight} connections to the generator; use {MAX_CONNECTIONS} or fewer"
+            f"{field}.max_requests={server.max_requests}: times {of} these are {in_flight} connections to the "
+            f"generator; use {MAX_CONNECTIONS} or fewer"
         )
-    if config.server.host not in LOOPBACK and config.server.key_variable is None:
+    if server.host not in LOOPBACK and server.key_variable is None:
         raise ValueError(
-            f"guidance.server.host={config.server.host!r}: others can reach it there, so it wants a token: set "
+            f"{field}.host={server.host!r}: others can reach it there, so it wants a token: set "
             "key_variable to the name of an environment variable that holds one, or use host=127.0.0.1"
         )
 

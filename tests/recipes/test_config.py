@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 GROUPS = "recipe stage model algorithm rewards parallel precision rollout data cluster logger".split()
 # What a program beside the run reads (node_check, preflight, simulate, scale_simulation) has a schema of its own there.
-ASIDE = ("bounds", "guidance", "node_check", "preflight", "scale", "simulate")
+ASIDE = ("bounds", "deliberation", "guidance", "node_check", "preflight", "scale", "simulate")
 FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ASIDE)
 BASES = [(group, "base") for group in ("stage", "data", "model", "cluster")]  # which are no choices
 OPTIONS = [choice for choice in FILES if choice not in BASES]

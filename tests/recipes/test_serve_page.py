@@ -542,7 +542,11 @@ def write_run(folder: Path, marks: Sequence[str]) -> None:
     }
     base: Any = OmegaConf.to_container(OmegaConf.load(CONF / "rewards" / "base.yaml"))
     rewards = base | {"mix": mix, "verifiers": verifiers, "servers": {"judges": {"model": "none"}}}
-    config = {"rollout": {"thinking_marks": marks}, "rewards": rewards, "data": {"scores": {"format": ["chat"]}}}
+    config = {
+        "rollout": {"thinking_marks": marks, "environment": {"name": None}},
+        "rewards": rewards,
+        "data": {"scores": {"format": ["chat"]}},
+    }
     (folder / "config.yaml").write_text(json.dumps(config))
 
 

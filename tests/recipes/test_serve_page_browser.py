@@ -20,7 +20,7 @@ import pytest
 from tests.recipes import browser
 from tests.recipes.fake_thinker import AFTER_ANSWER, ANSWER, CORRECTED, HOSTILE, QUESTION, THOUGHT, FakeThinker, values
 from tests.rewards.fake_server import free_port
-from tests.rollout.fake_guidance import FakeServers, FakeValues
+from tests.rollout.fake_guidance import FakeModel, FakeServers, FakeValues
 
 TOKEN = "a token of the test"
 EDIT = " But I mind <b>that</b>"
@@ -35,14 +35,14 @@ EDIT_BOX = "document.querySelector('.edit-box textarea')"
 class Page:
     address: str
     edits: Path
-    model: FakeThinker
+    model: FakeModel
 
 
 class FakesInAThread:
     """The fake servers in a thread with a loop of its own."""
 
-    def __init__(self, model: FakeThinker) -> None:
-        self.fakes = FakeServers(model, FakeValues(model, values))
+    def __init__(self, model: FakeModel, root: str = "") -> None:
+        self.fakes = FakeServers(model, FakeValues(model, values), root)
         self.addresses: tuple[str, str] = ("", "")
         self.ready = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))

@@ -180,9 +180,10 @@ class FakeServers:
     """The two fakes over HTTP. ``open_streams`` counts streams that are not ended; ``reply_of_classify``, if there is
     one, replaces the reply of the value server, and ``slow`` delays it by so many seconds."""
 
-    def __init__(self, model: FakeModel, values: FakeValues) -> None:
+    def __init__(self, model: FakeModel, values: FakeValues, root: str = "") -> None:
         self.model = model
         self.values = values
+        self.root = root  # the folder that the server says it has the model from
         self.open_streams = 0
         self.fail_after: int | None = None
         self.reply_of_classify: str | None = None
@@ -207,7 +208,9 @@ class FakeServers:
             yield first, second
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": MODEL, "max_model_len": CONTEXT}]})
+        return web.json_response(
+            {"object": "list", "data": [{"id": MODEL, "max_model_len": CONTEXT, "root": self.root}]}
+        )
 
     async def _value_models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": VALUE_MODEL}]})
@@ -234,6 +237,7 @@ class FakeServers:
                     "text": piece.text,
                     "logprobs": None,
                     "finish_reason": piece.finish_reason,
+                    "stop_reason": piece.stopped_at,
                     "token_ids": list(piece.token_ids),
                 }
                 await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")

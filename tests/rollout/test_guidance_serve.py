@@ -245,7 +245,7 @@ def test_a_generator_that_dies_is_an_error_before_and_in_the_stream() -> None:
     [
         ({"model": "other"}, 404, "The model `other` does not exist"),
         ({"temperature": 9}, 400, "temperature is out of range"),
-        ({"n": 2}, 400, "n=2: guided decoding does not have it"),
+        ({"n": 2}, 400, "n=2: this server does not have it"),
         ({"max_tokens": 501}, 400, "max_tokens=501: this server answers with 500 at most"),
         ({"messages": [{"role": "user", "content": "Q:" + "." * 2000}]}, 400, "do not fit"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "takes text alone"),

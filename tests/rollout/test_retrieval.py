@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rollout import folder as folder_module
 from rollout import retrieval
 from rollout.environment import Segment, Unavailable
 from rollout.retrieval import Bm25, Document, Endpoint
@@ -54,6 +55,7 @@ def test_the_best_come_first_equal_ones_in_order_and_others_not_at_all() -> None
         ('{"id": "a", "text": "x"}\nnope', "2: "),
         ('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}', "'a' occurs twice"),
         ('{"id": "a]", "text": "x"}', "without brackets"),
+        ('{"id": "a", "text": "x y and the"}', "no document has a word"),
     ],
 )
 def test_a_corpus_that_can_t_be_used_is_told(tmp_path: Path, lines: str, message: str) -> None:
@@ -61,6 +63,54 @@ def test_a_corpus_that_can_t_be_used_is_told(tmp_path: Path, lines: str, message
     with pytest.raises(ValueError, match=r"corpus\.jsonl.*") as caught:
         Bm25.load(str(tmp_path / "corpus.jsonl"))
     assert message in str(caught.value)
+
+
+def test_a_folder_of_texts_is_searched_by_passages(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    words = [" ".join(f"word{part}x{i}" for i in range(150)) for part in range(3)]
+    long_paragraph = " ".join(f"long{i}" for i in range(450))
+    texts = {
+        "a.md": "# Rivers\n\nThe river of Norland is Ombra.\n",
+        "deep/b.txt": "\n \n".join(words),
+        "deep/c.MD": f"short\n\n{long_paragraph}\nend",
+        "empty.txt": "",
+        "d.py": "Ombra",
+        ".git/e.md": "Ombra",
+        ".f.md": "Ombra",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (tmp_path / "secret.md").write_text("Ombra")
+    (folder / "link.md").symlink_to(tmp_path / "secret.md")
+    (folder / "linked").symlink_to(tmp_path)
+    index = Bm25.load(str(folder))
+    assert [document.id for document in index.documents] == [
+        "a.md", "deep/b.txt", "deep/b.txt#2", "deep/b.txt#3", "deep/c.MD", "deep/c.MD#2", "deep/c.MD#3", "deep/c.MD#4",
+    ]  # fmt: skip
+    assert index.search("Ombra", 5) == [Document("a.md", "# Rivers\n\nThe river of Norland is Ombra.")]
+    assert [index.read(f"deep/b.txt{number}") for number in ("", "#2", "#3")] == words
+    passages = [str(index.read(f"deep/c.MD{number}")) for number in ("", "#2", "#3", "#4")]
+    assert max(len(passage.split()) for passage in passages) <= folder_module.PASSAGE_WORDS
+    assert " ".join(passages).split() == texts["deep/c.MD"].split(), "no word is lost"
+
+
+def test_a_folder_that_can_t_be_used_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"no text in it; give a folder with files that end with \.md"):
+        Bm25.load(str(tmp_path))
+    (tmp_path / "a[1].md").write_text("xyz")
+    with pytest.raises(ValueError, match=r"'a\[1\]\.md': use a name without brackets.*; rename the file"):
+        Bm25.load(str(tmp_path))
+    (tmp_path / "a[1].md").rename(tmp_path / "a.md")
+    (tmp_path / "b.txt").write_bytes("Köln".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b\.txt: not UTF-8"):
+        Bm25.load(str(tmp_path))
+    (tmp_path / "b.txt").unlink()
+    assert len(Bm25.load(str(tmp_path)).documents) == 1
+    monkeypatch.setattr(folder_module, "MOST_BYTES", 2)
+    with pytest.raises(ValueError, match="its texts have more than 0 MiB"):
+        Bm25.load(str(tmp_path))
 
 
 class Server(ThreadingHTTPServer):

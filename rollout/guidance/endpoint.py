@@ -1,0 +1,222 @@
+"""The pieces of an OpenAI-compatible endpoint before a running `vllm serve`: its token, its limit of answers under way,
+the form of its replies and errors. Errors have OpenAI's form.
+"""
+
+import json
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from rollout.environment import Unavailable
+from rollout.guidance.clients import GeneratorFailed, Served, ValuesUnavailable
+from rollout.guidance.decoding import Question
+from rollout.guidance.openai_form import BadRequest, GuidedRequest
+from rollout.guidance.settings import ServerConfig
+
+# Of the answers since the start, by name.
+COUNTS = web.AppKey("counts", Counter[str])
+OPEN_PATHS = ("/health",)
+SHUTDOWN_SECONDS = 5.0  # for answers under way
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a reply: of a chat or of a completion. ``more`` are fields beside OpenAI's."""
+
+    is_chat: bool
+    id: str
+    model: str
+    return_token_ids: bool
+
+    def whole(self, text: str, token_ids: list[int], finish_reason: str | None, **more: Any) -> dict[str, Any]:
+        """The reply that is not streamed."""
+        shown = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        choice: dict[str, Any] = {"index": 0, **shown, "logprobs": None, "finish_reason": finish_reason}
+        if self.return_token_ids:
+            choice["token_ids"] = token_ids
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._envelope(kind, [choice], **more)
+
+    def chunk(self, text: str, token_ids: list[int], finish_reason: str | None, **more: Any) -> dict[str, Any]:
+        """A part of a streamed reply."""
+        shown = {"delta": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        choice: dict[str, Any] = {"index": 0, **shown, "logprobs": None, "finish_reason": finish_reason}
+        if self.return_token_ids:
+            choice["token_ids"] = token_ids
+        return self._envelope(self._chunk_kind, [choice], **more)
+
+    def usage_chunk(self, usage: Mapping[str, int]) -> dict[str, Any]:
+        """The last part, for a client that asks for the usage."""
+        return self._envelope(self._chunk_kind, [], usage=usage)
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
+
+    def _envelope(self, kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
+        created = int(time.time())
+        return {"id": self.id, "object": kind, "created": created, "model": self.model, "choices": choices, **more}
+
+
+def usage(question: Question, completion_tokens: int) -> dict[str, int]:
+    """The tokens of prompt and answer."""
+    prompt = len(question.prompt_ids)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt + completion_tokens,
+    }
+
+
+async def question_of(request: GuidedRequest, served: Served, longest: int) -> Question:
+    """Encode the prompt; an answer has ``longest`` tokens at most. Raises BadRequest for an answer that can't have its
+    length, and GeneratorFailed."""
+    model = request.model or served.model
+    generator = served.generator
+    if request.messages is not None:
+        prompt = await generator.encode_chat(model, request.messages, request.template)
+    elif isinstance(request.prompt, str):
+        prompt = await generator.encode(model, request.prompt, special_tokens=True)
+    else:
+        assert request.prompt is not None
+        prompt = request.prompt
+    if request.max_tokens is not None and request.max_tokens > longest:
+        raise BadRequest(f"max_tokens={request.max_tokens}: this server answers with {longest} at most", "max_tokens")
+    context = served.context(model)
+    room = longest if context is None else min(context - len(prompt), longest)
+    max_tokens = request.max_tokens or room
+    if not 1 <= max_tokens <= room:
+        raise BadRequest(
+            f"the prompt has {len(prompt)} tokens, and the model takes {context} with the answer's: "
+            f"max_tokens={max_tokens} do not fit",
+            "max_tokens" if room >= 1 else "prompt",
+        )
+    return Question(model, tuple(prompt), max_tokens, request.sampling, request.stops, request.seed)
+
+
+async def open_stream(http: web.Request) -> web.StreamResponse:
+    """The beginning of server-sent events."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    await response.prepare(http)
+    return response
+
+
+def event(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+async def read_json(http: web.Request) -> Any:
+    """The JSON body. Raises BadRequest."""
+    # A web page can send other types to a loopback address without asking.
+    if http.content_type != "application/json":
+        raise BadRequest(f"Content-Type: {http.content_type}: use application/json", None)
+    try:
+        return json.loads(await http.read())
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}", None) from None
+
+
+def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status and the body, in OpenAI's form, of an error."""
+    field: str | None = None
+    message = str(error)
+    if isinstance(error, BadRequest):
+        status, kind, field = 400, "invalid_request_error", error.field
+    elif isinstance(error, GeneratorFailed):
+        status, kind = error.status, error.kind
+    elif isinstance(error, ValuesUnavailable):
+        status, kind = 503, "value_server_error"
+    elif isinstance(error, Unavailable):
+        status, kind = 503, "search_error"
+    elif isinstance(error, web.HTTPException):
+        status, kind, message = error.status, "invalid_request_error", error.text or error.reason
+    else:
+        status, kind = 500, "internal_error"
+    return status, {"error": {"message": message, "type": kind, "param": field, "code": status}}
+
+
+def make_app(
+    server: ServerConfig,
+    token: str | None,
+    connected: Callable[[web.Application], AsyncGenerator[None, None]],
+    models: Callable[[web.Application], Served],
+    answers: Mapping[str, Handler],
+    counts: Mapping[str, int],
+) -> web.Application:
+    """The application. ``connected``: a context of the whole time in which it serves. ``models``: whose models it
+    lists. ``answers``: path → what answers a POST to it, at most ``max_requests`` at once. ``token`` of clients, None
+    for no token. ``counts``: the names of :data:`COUNTS`, with the first numbers."""
+    required = None if token is None else f"Bearer {token}".encode()
+    under_way = 0
+
+    @web.middleware
+    async def in_openai_s_form(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode(errors="replace")
+        if required is not None and request.path not in OPEN_PATHS and not secrets.compare_digest(given, required):
+            return refusal(401, "authentication_error", "no token, or a wrong one: send Authorization: Bearer TOKEN")
+        try:
+            return await handler(request)
+        except Exception as error:
+            status, body = error_body(error)
+            if status == 500:
+                print(f"{request.path}: {type(error).__name__}: {error}", file=sys.stderr)
+            return web.json_response(body, status=status)
+
+    def limited(answer: Handler) -> Handler:
+        async def handler(http: web.Request) -> web.StreamResponse:
+            nonlocal under_way
+            if under_way >= server.max_requests:
+                message = f"{under_way} answers are under way, as many as this server gives at once; try again"
+                return refusal(429, "rate_limit_error", message)
+            under_way += 1
+            try:
+                return await answer(http)
+            finally:
+                under_way -= 1
+
+        return handler
+
+    async def list_models(http: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": await models(http.app).generator.models()})
+
+    async def health(http: web.Request) -> web.Response:
+        since_start: Counter[str] = http.app[COUNTS]
+        return web.json_response({"under_way": under_way, **since_start})
+
+    app = web.Application(client_max_size=int(server.max_request_mib * 2**20), middlewares=[in_openai_s_form])
+    app[COUNTS] = Counter(counts)
+    app.cleanup_ctx.append(connected)
+    app.add_routes([web.get("/health", health), web.get("/v1/models", list_models)])
+    app.add_routes([web.post(path, limited(answer)) for path, answer in answers.items()])
+    return app
+
+
+def refusal(status: int, kind: str, message: str) -> web.Response:
+    return web.json_response(
+        {"error": {"message": message, "type": kind, "param": None, "code": status}}, status=status
+    )
+
+
+def serve(app: web.Application, server: ServerConfig, what: str) -> None:
+    """Serve until a signal; prints ``what`` is at which address. A request whose client leaves is cancelled."""
+
+    async def announce(_: web.Application) -> None:
+        print(f"{what} at http://{server.host}:{server.port}/v1", flush=True)
+
+    app.on_startup.append(announce)
+    web.run_app(
+        app,
+        host=server.host,
+        port=server.port,
+        handler_cancellation=True,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        access_log=None,
+        print=None,
+    )
