@@ -1,4 +1,7 @@
-"""A batch of responses as all ranks see it: the ranks that have engines make it in the background, all collect it."""
+"""A batch of responses as all ranks see it: the ranks that have engines make it in the background, all collect it.
+
+Tokens stay where they were made: the other ranks get what is said of each response.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_ext import batch as batches
-from megatron_ext.batch import UNFINISHED, TokenBatch
+from megatron_ext.batch import UNFINISHED, Prompt, TokenBatch
 from megatron_ext.collectives import on_all_ranks, on_all_ranks_bytes
 from rollout import sampler
 from rollout.engine import EngineDied
@@ -61,6 +64,7 @@ class Generation:
         self.engines = fleet.engines
         self.turns = fleet.turns
         self.keys = requests.keys
+        self.prompts = {prompt.prompt_id: prompt for prompt in requests.prompts}
         self.sampling = sampling
         if self.turns is not None:
             self.sampling = replace(sampling, stops=tuple(self.turns.environment.stops))
@@ -79,7 +83,8 @@ class Generation:
         self._start()
 
     def collect(self, group: dist.ProcessGroup, resync: Callable[[], object]) -> TokenBatch:
-        """Collective over ``group`` (gloo): the responses in the order of the requests.
+        """Collective over ``group`` (gloo): the responses in the order of the requests. Each rank holds the tokens of
+        those that its engines made.
 
         When a node has no engine left, every rank calls ``resync``, which starts and syncs them, and what is missing is
         asked again: same seeds, by the weights of that sync. Raises on every rank what an engine or ``on_response``
@@ -88,10 +93,12 @@ class Generation:
         while any(on_all_ranks(self._lost_all_engines, group)):
             resync()
             self._start()
-        shares = on_all_ranks_bytes(lambda: self._finished().to_bytes(), group)
+        shares = on_all_ranks_bytes(self._finish, group)
         self.judges.shutdown()
         self.replies.shutdown()
-        return sampler.in_order(self.keys, [TokenBatch.from_bytes(share) for share in shares])
+        parts = [self._with_prompts(TokenBatch.from_bytes(share)) for share in shares]
+        parts[dist.get_rank(group)] = self.finished
+        return sampler.in_order(self.keys, parts)
 
     def _start(self) -> None:
         """Start a thread that generates the missing responses."""
@@ -160,11 +167,19 @@ class Generation:
             self.restarted = True
             return True
 
-    def _finished(self) -> TokenBatch:
-        """This rank's responses with their verdicts."""
-        return batches.concatenate(list(self._with_verdicts()))
+    def _finish(self) -> bytes:
+        """Put this rank's responses together in the order of the requests, with their verdicts; returns what the other
+        ranks get of them, which have the prompts already."""
+        self.finished = batches.concatenate(list(self._with_verdicts()))
+        self.responses = {}
+        names = [Prompt(prompt.prompt_id, np.empty(0, np.int32)) for prompt in self.finished.prompts]
+        return replace(self.finished.without_tokens(), prompts=names).to_bytes()
+
+    def _with_prompts(self, batch: TokenBatch) -> TokenBatch:
+        return replace(batch, prompts=[self.prompts[prompt.prompt_id] for prompt in batch.prompts])
 
     def _with_verdicts(self) -> Iterable[TokenBatch]:
-        for key, response in self.responses.items():
-            verdicts = self.verdicts[key].result() if key in self.verdicts else {}
-            yield replace(response, verdicts=[verdicts])
+        for key in self.keys:
+            if key in self.responses:
+                verdicts = self.verdicts[key].result() if key in self.verdicts else {}
+                yield replace(self.responses[key], verdicts=[verdicts], prompts=[self.prompts[key[0]]])

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from megatron_ext.routing import everywhere
 from rollout.engine import EngineDied
 from rollout.generation import Fleet, Generation
 from rollout.sampler import make_requests, request_seed
@@ -136,7 +137,9 @@ def outcome(case):
         batch, *more = case()
     except Exception as error:
         return {"error": str(error), "type": type(error).__name__}
-    return {"responses": [asdict(response) for response in plain(batch)], "more": more}
+    whole = everywhere(batch, dist.group.WORLD)
+    responses = [asdict(response) for response in plain(whole)]
+    return {"responses": responses, "more": more, "held": batch.held.tolist()}
 
 
 def run_rank(rank, folder):
@@ -195,6 +198,12 @@ def test_two_nodes_make_a_batch_together(ranks):
     first, second = (outcomes["on_two_nodes"] for outcomes in ranks)
     assert first["responses"] == second["responses"] == expected()
     assert first["more"] == [1, 2] and second["more"] == [1, 1], "only the one that lost its engine asks again"
+
+
+def test_tokens_stay_where_they_were_made(ranks):
+    first, second = (outcomes["on_two_nodes"]["held"] for outcomes in ranks)
+    assert any(first) and [not held for held in first] == second
+    assert [outcomes["judged_early"]["held"] for outcomes in ranks] == [[True] * 6, [False] * 6]
 
 
 def test_nodes_share_the_number_of_complete_prompts(ranks):
