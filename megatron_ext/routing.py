@@ -35,22 +35,23 @@ def exchange(batch: TokenBatch, wanted: Array, group: dist.ProcessGroup) -> Toke
     outgoing: dict[bytes, torch.Tensor] = {}  # by which responses are in it
     incoming: list[tuple[Array, torch.Tensor]] = []
     for sender in np.unique(source[missing.any(axis=0)]).tolist():
-        parts = missing & (source == sender)
+        of_sender = np.flatnonzero(source == sender)
+        parts = missing[:, of_sender]  # by receiver
         others = np.delete(parts, sender, axis=0)
         if (others == others[0]).all():
-            responses = np.flatnonzero(others[0])
+            responses = of_sender[others[0]]
             block = _block(batch, responses) if rank == sender else _empty_block(batch, responses)
             sent.append(dist.broadcast(block, group=group, group_src=sender, async_op=True))
             if rank != sender:
                 incoming.append((responses, block))
         elif rank == sender:
             for receiver in np.flatnonzero(parts.any(axis=1)).tolist():
-                part = parts[receiver]
-                if part.tobytes() not in outgoing:
-                    outgoing[part.tobytes()] = _block(batch, np.flatnonzero(part))
-                sent.append(dist.isend(outgoing[part.tobytes()], group=group, group_dst=receiver))
+                part = parts[receiver].tobytes()
+                if part not in outgoing:
+                    outgoing[part] = _block(batch, of_sender[parts[receiver]])
+                sent.append(dist.isend(outgoing[part], group=group, group_dst=receiver))
         elif parts[rank].any():
-            responses = np.flatnonzero(parts[rank])
+            responses = of_sender[parts[rank]]
             block = _empty_block(batch, responses)
             sent.append(dist.irecv(block, group=group, group_src=sender))
             incoming.append((responses, block))

@@ -93,11 +93,17 @@ class Generation:
         while any(on_all_ranks(self._lost_all_engines, group)):
             resync()
             self._start()
-        shares = on_all_ranks_bytes(self._finish, group)
+        finished: list[TokenBatch] = []
+
+        def of_this_rank() -> bytes:
+            finished.append(self._finished())
+            return without_tokens(finished[0]).to_bytes()
+
+        shares = on_all_ranks_bytes(of_this_rank, group)
         self.judges.shutdown()
         self.replies.shutdown()
         parts = [self._with_prompts(TokenBatch.from_bytes(share)) for share in shares]
-        parts[dist.get_rank(group)] = self.finished
+        parts[dist.get_rank(group)] = finished[0]
         return sampler.in_order(self.keys, parts)
 
     def _start(self) -> None:
@@ -167,13 +173,11 @@ class Generation:
             self.restarted = True
             return True
 
-    def _finish(self) -> bytes:
-        """Put this rank's responses together in the order of the requests, with their verdicts; returns what the other
-        ranks get of them, which have the prompts already."""
-        self.finished = batches.concatenate(list(self._with_verdicts()))
+    def _finished(self) -> TokenBatch:
+        """This rank's responses in the order of the requests, with their verdicts; they are not kept here."""
+        finished = batches.concatenate(list(self._with_verdicts()))
         self.responses = {}
-        names = [Prompt(prompt.prompt_id, np.empty(0, np.int32)) for prompt in self.finished.prompts]
-        return replace(self.finished.without_tokens(), prompts=names).to_bytes()
+        return finished
 
     def _with_prompts(self, batch: TokenBatch) -> TokenBatch:
         return replace(batch, prompts=[self.prompts[prompt.prompt_id] for prompt in batch.prompts])
@@ -183,3 +187,9 @@ class Generation:
             if key in self.responses:
                 verdicts = self.verdicts[key].result() if key in self.verdicts else {}
                 yield replace(self.responses[key], verdicts=[verdicts], prompts=[self.prompts[key[0]]])
+
+
+def without_tokens(batch: TokenBatch) -> TokenBatch:
+    """What the ranks get that have the prompts and not the responses."""
+    names = [Prompt(prompt.prompt_id, np.empty(0, np.int32)) for prompt in batch.prompts]
+    return replace(batch.without_tokens(), prompts=names)
