@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import figures
-from recipes.run import records
+from recipes.run import records, sample_files
 
 RESULT = Path("benchmarks/results/demo_seeds.json")
 FINISHED = "finished.json"  # written last into a run's folder: overrides, source digests and minutes
@@ -116,9 +116,10 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         if first_curve != second_curve:
             step = first_difference(first_curve, second_curve) + 1
             differences.append(f"{name} from step {step}")
-    for name in ("samples.jsonl", "evaluation.json"):
-        if (first / name).read_bytes() != (second / name).read_bytes():
-            differences.append(name)
+    if list(sample_files.read(first)) != list(sample_files.read(second)):
+        differences.append("samples")
+    if (first / "evaluation.json").read_bytes() != (second / "evaluation.json").read_bytes():
+        differences.append("evaluation.json")
     return {"identical": not differences, "differences": differences}
 
 

@@ -59,9 +59,9 @@ class RecordingPolicy(Policy):
     last_batch: TokenBatch | None = None
     last_micro_batches: list[MicroBatch] = field(default_factory=list)
 
-    def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
+    def micro_batches_of_own(self, batch: TokenBatch, group: dist.ProcessGroup) -> list[MicroBatch]:
         self.last_batch = batch
-        self.last_micro_batches = super().micro_batches(batch, together)
+        self.last_micro_batches = super().micro_batches_of_own(batch, group)
         return self.last_micro_batches
 
 
@@ -137,7 +137,8 @@ class Measurement:
         batch = self.policy.last_batch
         assert batch is not None
         reference = dict(itertools.chain.from_iterable(references))
-        columns = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask.astype(float), **batch.columns}
+        columns = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask.astype(float)}
+        columns |= {name: batch.values(name) for name in (*batch.columns, *batch.response_columns)}
         sequences = []
         for i in range(len(batch)):
             tokens = batch.tokens_of(i)

@@ -5,6 +5,9 @@ answer with it, verifiers read it, advantages and loss masks are columns of it, 
 micro-batches, and a checkpoint holds partial rollouts as one. Supervised stages build it from their rows.
 ``docs/batch.md`` has the layout on one page.
 
+In RL every rank has the columns of responses, [S], and holds the tokens of some: those that its engines made, later
+those that it trains on (``megatron_ext.routing``).
+
 Between processes a batch travels as safetensors bytes: columns as they are in memory, text as one entry of JSON bytes.
 This module needs numpy and safetensors only, so an engine's client can import it without torch.
 """
@@ -46,14 +49,17 @@ class Prompt:
 
 @dataclass(eq=False)
 class TokenBatch:
-    """S responses to P prompts with R response tokens in all.
+    """S responses to P prompts. The tokens of some of them are held here, R in all; of the others their number.
 
     ``prompts`` [P].
     ``prompt_index`` int32 [S]: the prompt of each response.
     ``group_index`` int32 [S]: the group of each response; its rewards are compared with those of its group only.
     ``sample_index`` int32 [S]: which of its prompt's responses it is.
     ``seeds`` int64 [S]: decides the sampling noise; 0 where nothing is sampled.
-    ``response_offsets`` int64 [S + 1]: response i has the tokens ``response_offsets[i]`` up to ``[i + 1]``.
+    ``response_lengths`` int64 [S]: tokens of each response, here or elsewhere.
+    ``trained_lengths`` int64 [S]: how many of them the loss mask covers.
+    ``response_offsets`` int64 [S + 1]: response i has the tokens ``response_offsets[i]`` up to ``[i + 1]``; none where
+    they are not held here.
     ``finish_reasons`` [S]: "stop" (the last token is a stop token), "length", "unfinished" (a partial rollout), "turn"
     (an environment replies next), "turns" (its replies are used up), "failed" (``failures`` says why), "" for a
     response that was not generated.
@@ -68,6 +74,7 @@ class TokenBatch:
     sampled by one version of the weights, which is the number of the weight sync.
     ``columns``: further float32 [R] columns by name: ``advantages``, ``weights`` (of the token's loss), ``old_values``,
     ``returns``.
+    ``response_columns``: float32 [S] columns by name. Each trained token of a response has its value, all others 0.
     ``vision`` [P]: what the trainer's vision tower needs (``megatron_ext.packing.VisionInputs``), None for text. It is
     attached where it is used and never serialised.
 
@@ -78,6 +85,8 @@ class TokenBatch:
     prompt_index: Array
     group_index: Array
     sample_index: Array
+    response_lengths: Array
+    trained_lengths: Array
     response_offsets: Array
     response_tokens: Array
     logprobs: Array
@@ -91,6 +100,7 @@ class TokenBatch:
     verdicts: list[dict[str, Any]]
     rewards: Array
     columns: dict[str, Array] = field(default_factory=dict)
+    response_columns: dict[str, Array] = field(default_factory=dict)
     vision: list[Any] | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +115,8 @@ class TokenBatch:
             "finish_reasons": samples,
             "failures": samples,
             "verdicts": samples,
+            "response_lengths": samples,
+            "trained_lengths": samples,
             "response_offsets": samples + 1,
             "version_offsets": samples + 1,
             "response_tokens": tokens,
@@ -119,6 +131,15 @@ class TokenBatch:
         for name, column in self.columns.items():
             if len(column) != tokens:
                 raise ValueError(f"TokenBatch.columns[{name!r}] has {len(column)} entries, the batch needs {tokens}")
+        for name, column in self.response_columns.items():
+            if len(column) != samples:
+                raise ValueError(f"TokenBatch.response_columns[{name!r}] has {len(column)} entries, not {samples}")
+        trained = int(self.trained_lengths[self.held].sum())
+        if np.count_nonzero(self.loss_mask) != trained:
+            raise ValueError(
+                f"TokenBatch.trained_lengths add up to {trained} tokens that are held, the loss mask has "
+                f"{np.count_nonzero(self.loss_mask)}"
+            )
         if self.vision is not None and len(self.vision) != len(self.prompts):
             raise ValueError(f"TokenBatch.vision has {len(self.vision)} entries for {len(self.prompts)} prompts")
 
@@ -132,9 +153,9 @@ class TokenBatch:
         return lengths[self.prompt_index]
 
     @property
-    def response_lengths(self) -> Array:
-        """int64 [S]."""
-        return np.diff(self.response_offsets)
+    def held(self) -> Array:
+        """bool [S]: whether the tokens of each response are here. Those of an empty one are."""
+        return self.response_offsets[1:] - self.response_offsets[:-1] == self.response_lengths
 
     @property
     def lengths(self) -> Array:
@@ -154,50 +175,87 @@ class TokenBatch:
         return self.prompts[self.prompt_index[i]]
 
     def tokens_of(self, i: int) -> slice:
-        """Where the tokens of response i stand in a column of tokens."""
-        return slice(int(self.response_offsets[i]), int(self.response_offsets[i + 1]))
+        """Where the tokens of response i stand in a column of tokens. Raises LookupError where they are not held."""
+        tokens = slice(int(self.response_offsets[i]), int(self.response_offsets[i + 1]))
+        if tokens.stop - tokens.start != self.response_lengths[i]:
+            raise LookupError(f"the tokens of response {self.keys[i]} are on other ranks")
+        return tokens
 
     def runs_of(self, i: int) -> slice:
         """Where the version runs of response i stand."""
         return slice(int(self.version_offsets[i]), int(self.version_offsets[i + 1]))
 
     def broadcast(self, per_response: Array) -> Array:
-        """[S] → [R]: each response's value for each of its tokens."""
-        return np.repeat(per_response, self.response_lengths)
+        """[S] → [R]: each response's value for each of its tokens that are held."""
+        return np.repeat(per_response, np.diff(self.response_offsets))
 
     def with_columns(self, **columns: Array) -> "TokenBatch":
         """The same batch with these columns of tokens added, as float32."""
         added = {name: np.asarray(column, np.float32) for name, column in columns.items()}
         return replace(self, columns={**self.columns, **added})
 
+    def with_response_columns(self, **columns: Array) -> "TokenBatch":
+        """The same batch with these columns of responses added, as float32."""
+        added = {name: np.asarray(column, np.float32) for name, column in columns.items()}
+        return replace(self, response_columns={**self.response_columns, **added})
+
+    def values(self, name: str) -> Array:
+        """float32 [R]: a column of tokens, or a column of responses for each of the tokens that are held."""
+        if name in self.columns:
+            return self.columns[name]
+        return np.where(self.loss_mask, self.broadcast(self.response_columns[name]), np.float32(0))
+
+    def without_loss(self, responses: Array) -> "TokenBatch":
+        """The same batch with no token trained on of the responses that ``responses``, bool [S], names."""
+        return replace(
+            self,
+            loss_mask=self.loss_mask & ~self.broadcast(responses),
+            trained_lengths=np.where(responses, 0, self.trained_lengths),
+        )
+
+    def without_tokens(self) -> "TokenBatch":
+        """The columns of responses alone: no tokens are held."""
+        return replace(
+            self,
+            response_offsets=np.zeros(len(self) + 1, np.int64),
+            response_tokens=self.response_tokens[:0],
+            logprobs=self.logprobs[:0],
+            loss_mask=self.loss_mask[:0],
+            columns={name: column[:0] for name, column in self.columns.items()},
+        )
+
     def select(self, indices: Sequence[int] | Array) -> "TokenBatch":
-        """The responses at ``indices``, in that order; prompts without a response are left out."""
+        """The responses at ``indices``, in that order; prompts without a response are left out.
+
+        Of successive responses the columns of tokens are views of this batch's.
+        """
         chosen = np.asarray(indices, np.int64)
-        prompts, prompt_index = np.unique(self.prompt_index[chosen], return_inverse=True)
-        order = np.argsort(_first_places(prompt_index, len(prompts)), kind="stable")
-        rank = np.empty(len(prompts), np.int32)
-        rank[order] = np.arange(len(prompts), dtype=np.int32)
-        tokens = _ranges(self.response_offsets, chosen)
-        runs = _ranges(self.version_offsets, chosen)
-        kept = [int(prompts[i]) for i in order]
+        place: dict[int, int] = {}  # of a prompt among those that are kept
+        prompt_index = [place.setdefault(prompt, len(place)) for prompt in self.prompt_index[chosen].tolist()]
+        kept = list(place)
+        tokens = _slices(self.response_offsets, chosen)
+        runs = _slices(self.version_offsets, chosen)
         return TokenBatch(
             prompts=[self.prompts[i] for i in kept],
-            prompt_index=rank[prompt_index],
+            prompt_index=np.array(prompt_index, np.int32),
             group_index=self.group_index[chosen],
             sample_index=self.sample_index[chosen],
+            response_lengths=self.response_lengths[chosen],
+            trained_lengths=self.trained_lengths[chosen],
             response_offsets=offsets(_lengths(self.response_offsets, chosen)),
-            response_tokens=self.response_tokens[tokens],
-            logprobs=self.logprobs[tokens],
-            loss_mask=self.loss_mask[tokens],
+            response_tokens=_pieces(self.response_tokens, tokens),
+            logprobs=_pieces(self.logprobs, tokens),
+            loss_mask=_pieces(self.loss_mask, tokens),
             seeds=self.seeds[chosen],
             version_offsets=offsets(_lengths(self.version_offsets, chosen)),
-            versions=self.versions[runs],
-            version_lengths=self.version_lengths[runs],
+            versions=_pieces(self.versions, runs),
+            version_lengths=_pieces(self.version_lengths, runs),
             finish_reasons=[self.finish_reasons[i] for i in chosen],
             failures=[self.failures[i] for i in chosen],
             verdicts=[self.verdicts[i] for i in chosen],
             rewards=self.rewards[chosen],
-            columns={name: column[tokens] for name, column in self.columns.items()},
+            columns={name: _pieces(column, tokens) for name, column in self.columns.items()},
+            response_columns={name: column[chosen] for name, column in self.response_columns.items()},
             vision=None if self.vision is None else [self.vision[i] for i in kept],
         )
 
@@ -208,7 +266,8 @@ class TokenBatch:
         tensors["prompt_tokens"] = _joined([prompt.token_ids for prompt in self.prompts], np.int32)
         tensors["marked_offsets"] = offsets([len(prompt.marked_token_ids) for prompt in self.prompts])
         tensors["marked_tokens"] = _joined([prompt.marked_token_ids for prompt in self.prompts], np.int32)
-        tensors |= {f"columns.{name}": np.ascontiguousarray(column) for name, column in self.columns.items()}
+        for kind, columns in (("columns.", self.columns), ("response_columns.", self.response_columns)):
+            tensors |= {f"{kind}{name}": np.ascontiguousarray(column) for name, column in columns.items()}
         text = {
             "prompts": [[prompt.prompt_id, prompt.images, prompt.videos] for prompt in self.prompts],
             "finish_reasons": self.finish_reasons,
@@ -238,10 +297,12 @@ class TokenBatch:
             )
             for i, (prompt_id, images, videos) in enumerate(text.pop("prompts"))
         ]
-        prefix = "columns."
-        columns = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
         arrays: dict[str, Any] = {name: tensors[name] for name in BINARY}
-        return TokenBatch(prompts=prompts, columns=columns, **arrays, **text)
+        for kind in ("columns", "response_columns"):
+            prefix = f"{kind}."
+            named = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            arrays[kind] = named
+        return TokenBatch(prompts=prompts, **arrays, **text)
 
 
 # The columns that are arrays, by their names in the safetensors file.
@@ -249,6 +310,8 @@ BINARY = (
     "prompt_index",
     "group_index",
     "sample_index",
+    "response_lengths",
+    "trained_lengths",
     "response_offsets",
     "response_tokens",
     "logprobs",
@@ -285,11 +348,14 @@ def build(
     has_run = lengths > 0 if version is not None else np.zeros(count, bool)
     total = int(response_offsets[-1])
     prompt_of = np.arange(count, dtype=np.int32) if prompt_index is None else np.asarray(prompt_index, np.int32)
+    trained = lengths if loss_mask is None else np.array([np.count_nonzero(mask) for mask in loss_mask], np.int64)
     return TokenBatch(
         prompts=list(prompts),
         prompt_index=prompt_of,
         group_index=prompt_of.copy(),
         sample_index=np.zeros(count, np.int32) if sample_index is None else np.asarray(sample_index, np.int32),
+        response_lengths=lengths,
+        trained_lengths=trained,
         response_offsets=response_offsets,
         response_tokens=_joined(responses, np.int32),
         logprobs=np.zeros(total, np.float32) if logprobs is None else _joined(logprobs, np.float32),
@@ -313,8 +379,11 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     """
     if not batches:
         return build([], [])
-    if len({tuple(batch.columns) for batch in batches}) > 1:
-        raise ValueError(f"batches with different columns: {[list(batch.columns) for batch in batches]}")
+    if len(batches) == 1:
+        return batches[0]
+    columns = [[*batch.columns, *batch.response_columns] for batch in batches]
+    if any(names != columns[0] for names in columns):
+        raise ValueError(f"batches with different columns: {columns}")
     if len({batch.vision is None for batch in batches}) > 1:
         raise ValueError("some of the batches have vision inputs, others have none")
     prompts: list[Prompt] = []
@@ -325,7 +394,7 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
         merged = np.empty(len(batch.prompts), np.int32)
         for i, prompt in enumerate(batch.prompts):
             known = place.get(prompt.prompt_id)
-            if known is None or not np.array_equal(prompts[known].token_ids, prompt.token_ids):
+            if known is None or not _same_tokens(prompts[known], prompt):
                 known = place[prompt.prompt_id] = len(prompts)
                 prompts.append(prompt)
                 vision.append(None if batch.vision is None else batch.vision[i])
@@ -340,7 +409,9 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
         prompt_index=np.concatenate(indices),
         group_index=joined("group_index"),
         sample_index=joined("sample_index"),
-        response_offsets=offsets(np.concatenate([batch.response_lengths for batch in batches])),
+        response_lengths=joined("response_lengths"),
+        trained_lengths=joined("trained_lengths"),
+        response_offsets=offsets(np.concatenate([np.diff(batch.response_offsets) for batch in batches])),
         response_tokens=joined("response_tokens"),
         logprobs=joined("logprobs"),
         loss_mask=joined("loss_mask"),
@@ -353,6 +424,10 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
         verdicts=[verdicts for batch in batches for verdicts in batch.verdicts],
         rewards=joined("rewards"),
         columns={name: np.concatenate([batch.columns[name] for batch in batches]) for name in batches[0].columns},
+        response_columns={
+            name: np.concatenate([batch.response_columns[name] for batch in batches])
+            for name in batches[0].response_columns
+        },
         vision=None if batches[0].vision is None else vision,
     )
 
@@ -376,6 +451,8 @@ def extend(response: TokenBatch, continuation: TokenBatch) -> TokenBatch:
     tokens = np.concatenate([response.response_tokens, continuation.response_tokens])
     return replace(
         response,
+        response_lengths=np.array([len(tokens)], np.int64),
+        trained_lengths=response.trained_lengths + continuation.trained_lengths,
         response_offsets=offsets([len(tokens)]),
         response_tokens=tokens,
         logprobs=np.concatenate([response.logprobs, continuation.logprobs]),
@@ -408,15 +485,19 @@ def _lengths(ends: Array, chosen: Array) -> Array:
     return ends[chosen + 1] - ends[chosen]
 
 
-def _ranges(ends: Array, chosen: Array) -> Array:
-    """The places from ``ends[i]`` up to ``ends[i + 1]`` of each chosen i, in one array."""
-    lengths = _lengths(ends, chosen)
-    target = offsets(lengths)
-    return np.arange(target[-1]) + np.repeat(ends[chosen] - target[:-1], lengths)
+def _same_tokens(one: Prompt, other: Prompt) -> bool:
+    return one is other or np.array_equal(one.token_ids, other.token_ids)
 
 
-def _first_places(values: Array, count: int) -> Array:
-    """Where each of 0 … count − 1 stands first in ``values``."""
-    first = np.full(count, len(values), np.int64)
-    np.minimum.at(first, values, np.arange(len(values)))
-    return first
+def _slices(ends: Array, chosen: Array) -> list[slice]:
+    """Where the tokens of the chosen responses stand: one slice for successive ones."""
+    if len(chosen) and np.array_equal(chosen, np.arange(chosen[0], chosen[0] + len(chosen))):
+        return [slice(int(ends[chosen[0]]), int(ends[chosen[-1] + 1]))]
+    return [slice(int(start), int(stop)) for start, stop in zip(ends[chosen], ends[chosen + 1], strict=True)]
+
+
+def _pieces(column: Array, slices: Sequence[slice]) -> Array:
+    """The slices of a column in one array: a view where there is one slice."""
+    if len(slices) == 1:
+        return column[slices[0]]
+    return np.concatenate([column[:0], *(column[piece] for piece in slices)])

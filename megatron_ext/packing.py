@@ -8,6 +8,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -123,10 +124,11 @@ class MicroBatch:
 
     ``tokens`` [1, T]. ``positions`` [3, 1, T]: on mRoPE's three axes, alike on all for a text. ``predict`` [R]
     indexes the token whose hidden state predicts a response token; ``targets`` [R] those tokens; ``values`` name → [R]
-    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns; ``lengths`` tokens of each response on this rank;
-    ``indices`` the place of each response in the batch; ``places`` [R] that of each token among the batch's response
-    tokens. Under context parallelism a rank's R tokens are a part of the responses' tokens, else all. The last token of
-    a shared prompt predicts the first one of each of its responses, so it stands in ``predict`` once for each.
+    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns, those of responses too; ``lengths`` tokens of
+    each response on this rank; ``indices`` the place of each response in the batch; ``places`` [R] that of each token
+    among those that the batch holds here. Under context parallelism a rank's R tokens are a part of the responses'
+    tokens, else all. The last token of a shared prompt predicts the first one of each of its responses, so it stands in
+    ``predict`` once for each.
     """
 
     tokens: torch.Tensor
@@ -371,8 +373,8 @@ def pack(
     cuts = token_multiple(context)
     sequences = _sequences(batch, chosen, shared_prompts)
     response_lengths = batch.response_lengths
-    prompt_lengths = batch.prompt_lengths
-    lengths = np.array([prompt_lengths[s[0]] + response_lengths[s].sum() for s in sequences], np.int64)
+    prompt_lengths = [len(batch.prompt(responses[0]).token_ids) for responses in sequences]
+    lengths = np.array([response_lengths[responses].sum() for responses in sequences], np.int64) + prompt_lengths
     padded_lengths = -(-lengths // cuts) * cuts
     dummy = -int(padded_lengths.sum()) % (multiple * cuts)
     if dummy:
@@ -413,19 +415,30 @@ def pack(
         positions[:, int(starts[-2]) :] = np.arange(dummy)
 
     local = context_slices(starts, context, context_rank)
-    # Of each place in the pack, this rank's token; -1 for another rank's.
-    local_token = np.full(total, -1, np.int64)
-    local_token[local] = np.arange(len(local))
-    predict = local_token[np.concatenate(predictors)]
-    is_local = predict >= 0
-    column_places = np.concatenate(columns)[is_local]
-    owners = np.repeat(np.arange(len(chosen)), response_lengths[chosen])[is_local]
+    predict = np.concatenate(predictors)
+    column_places = np.concatenate(columns)
+    owners = np.repeat(np.arange(len(chosen)), response_lengths[chosen])
+    if context > 1:
+        # Of each place in the pack, this rank's token; -1 for another rank's.
+        local_token = np.full(total, -1, np.int64)
+        local_token[local] = np.arange(len(local))
+        predict = local_token[predict]
+        is_local = predict >= 0
+        predict = predict[is_local]
+        column_places = column_places[is_local]
+        owners = owners[is_local]
+        tokens = tokens[local]
+        positions = positions[:, local]
     values = {"logprobs": batch.logprobs, "loss_mask": batch.loss_mask, **batch.columns}
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+    of_tokens = {name: column[column_places].astype(np.float32, copy=False) for name, column in values.items()}
+    for name, column in batch.response_columns.items():
+        of_tokens[name] = np.where(of_tokens["loss_mask"], column[chosen[owners]], np.float32(0))
+    on_device = partial(_on_device, device=device)
+    cu_seqlens = on_device(starts.astype(np.int32))
     longest = int(padded_lengths.max())
-    local_positions = torch.tensor(positions[:, local], device=device)
+    local_positions = on_device(positions)
     return MicroBatch(
-        tokens=torch.tensor(tokens[local], device=device).unsqueeze(0),
+        tokens=on_device(tokens).unsqueeze(0),
         positions=local_positions.unsqueeze(1),
         packed=Pack(
             qkv_format="thd",
@@ -434,19 +447,21 @@ def pack(
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             positions=local_positions[0],
-            segments=torch.tensor(segments, device=device) if shared_prompts else None,
+            segments=on_device(segments) if shared_prompts else None,
         ),
-        predict=torch.tensor(predict[is_local], device=device),
-        targets=torch.tensor(batch.response_tokens[column_places].astype(np.int64), device=device),
-        values={
-            name: torch.tensor(column[column_places].astype(np.float32), device=device)
-            for name, column in values.items()
-        },
+        predict=on_device(predict),
+        targets=on_device(batch.response_tokens[column_places].astype(np.int64)),
+        values={name: on_device(column) for name, column in of_tokens.items()},
         lengths=np.bincount(owners, minlength=len(chosen)).tolist(),
         indices=chosen.tolist(),
-        places=torch.tensor(column_places, device=device),
+        places=on_device(column_places),
         vision=_pack_vision(batch, sequences, placeholders, local, total, device),
     )
+
+
+def _on_device(array: Array, device: Any) -> torch.Tensor:
+    """On the CPU the array's own memory."""
+    return torch.from_numpy(array).to(device)
 
 
 def _sequences(batch: TokenBatch, chosen: Array, shared_prompts: bool) -> list[list[int]]:

@@ -87,7 +87,7 @@ def excerpt(value: Any) -> str:
 
 
 def to_json(result: VerifierResult) -> dict[str, Any]:
-    """A JSON object with named fields, between processes and in files (samples.jsonl, answers.json). Verdicts and
+    """A JSON object with named fields, between processes and in files (samples, answers.json). Verdicts and
     failures have different keys."""
     return asdict(result)
 

@@ -1,4 +1,7 @@
-"""A batch of responses as all ranks see it: the ranks that have engines make it in the background, all collect it."""
+"""A batch of responses as all ranks see it: the ranks that have engines make it in the background, all collect it.
+
+Tokens stay where they were made: the other ranks get what is said of each response.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_ext import batch as batches
-from megatron_ext.batch import UNFINISHED, TokenBatch
+from megatron_ext.batch import UNFINISHED, Prompt, TokenBatch
 from megatron_ext.collectives import on_all_ranks, on_all_ranks_bytes
 from rollout import sampler
 from rollout.engine import EngineDied
@@ -61,6 +64,7 @@ class Generation:
         self.engines = fleet.engines
         self.turns = fleet.turns
         self.keys = requests.keys
+        self.prompts = {prompt.prompt_id: prompt for prompt in requests.prompts}
         self.sampling = sampling
         if self.turns is not None:
             self.sampling = replace(sampling, stops=tuple(self.turns.environment.stops))
@@ -79,7 +83,8 @@ class Generation:
         self._start()
 
     def collect(self, group: dist.ProcessGroup, resync: Callable[[], object]) -> TokenBatch:
-        """Collective over ``group`` (gloo): the responses in the order of the requests.
+        """Collective over ``group`` (gloo): the responses in the order of the requests. Each rank holds the tokens of
+        those that its engines made.
 
         When a node has no engine left, every rank calls ``resync``, which starts and syncs them, and what is missing is
         asked again: same seeds, by the weights of that sync. Raises on every rank what an engine or ``on_response``
@@ -88,10 +93,18 @@ class Generation:
         while any(on_all_ranks(self._lost_all_engines, group)):
             resync()
             self._start()
-        shares = on_all_ranks_bytes(lambda: self._finished().to_bytes(), group)
+        finished: list[TokenBatch] = []
+
+        def of_this_rank() -> bytes:
+            finished.append(self._finished())
+            return without_tokens(finished[0]).to_bytes()
+
+        shares = on_all_ranks_bytes(of_this_rank, group)
         self.judges.shutdown()
         self.replies.shutdown()
-        return sampler.in_order(self.keys, [TokenBatch.from_bytes(share) for share in shares])
+        parts = [self._with_prompts(TokenBatch.from_bytes(share)) for share in shares]
+        parts[dist.get_rank(group)] = finished[0]
+        return sampler.in_order(self.keys, parts)
 
     def _start(self) -> None:
         """Start a thread that generates the missing responses."""
@@ -161,10 +174,22 @@ class Generation:
             return True
 
     def _finished(self) -> TokenBatch:
-        """This rank's responses with their verdicts."""
-        return batches.concatenate(list(self._with_verdicts()))
+        """This rank's responses in the order of the requests, with their verdicts; they are not kept here."""
+        finished = batches.concatenate(list(self._with_verdicts()))
+        self.responses = {}
+        return finished
+
+    def _with_prompts(self, batch: TokenBatch) -> TokenBatch:
+        return replace(batch, prompts=[self.prompts[prompt.prompt_id] for prompt in batch.prompts])
 
     def _with_verdicts(self) -> Iterable[TokenBatch]:
-        for key, response in self.responses.items():
-            verdicts = self.verdicts[key].result() if key in self.verdicts else {}
-            yield replace(response, verdicts=[verdicts])
+        for key in self.keys:
+            if key in self.responses:
+                verdicts = self.verdicts[key].result() if key in self.verdicts else {}
+                yield replace(self.responses[key], verdicts=[verdicts], prompts=[self.prompts[key[0]]])
+
+
+def without_tokens(batch: TokenBatch) -> TokenBatch:
+    """What the ranks get that have the prompts and not the responses."""
+    names = [Prompt(prompt.prompt_id, np.empty(0, np.int32)) for prompt in batch.prompts]
+    return replace(batch.without_tokens(), prompts=names)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_ext import batch as batches
 from megatron_ext.batch import UNFINISHED, Prompt, TokenBatch
+from megatron_ext.routing import everywhere
 from rollout.generation import Fleet, Generation, OnResponse
 from rollout.sampler import make_requests, request_seed
 from rollout.sampling import Sampling
@@ -171,16 +172,33 @@ class Rollout:
         self._next_round()
 
     def collect(self, resync: Callable[[], object]) -> TokenBatch:
-        """Collective: the step's groups and the prompts' vision inputs. ``resync``: see :meth:`Generation.collect`."""
+        """Collective: the step's groups and the prompts' vision inputs. ``resync``, and which rank holds the tokens of
+        which responses: see :meth:`Generation.collect`."""
         while True:
             by_prompt = {group.processed.prompt.prompt_id: group for group in self.groups}
             batch = self.generation.collect(self.process_group, resync)
             for i, (prompt_id, sample_index) in enumerate(batch.keys):
                 by_prompt[prompt_id].responses[sample_index] = batch.select([i])
             taken = self.buffer.take(self.groups)
+            self._share_out(taken is None)
             if taken is not None:
                 return complete_batch(taken, self.buffer.samples_per_prompt)
             self._next_round()
+
+    def _share_out(self, within_step: bool) -> None:
+        """Collective: every rank gets the tokens of the responses that stay in the buffer: another node's engines may
+        go on with them, and a checkpoint holds them. Within a step those that go on are enough."""
+        places = [
+            (group.responses, index)
+            for group in self.buffer.groups
+            for index, response in sorted(group.responses.items())
+            if not within_step or response.finish_reasons == [UNFINISHED]
+        ]
+        if not places:
+            return
+        shared = everywhere(batches.concatenate([held[index] for held, index in places]), self.process_group)
+        for i, (held, index) in enumerate(places):
+            held[index] = shared.select([i])
 
     def _next_round(self) -> None:
         requests = self.buffer.requests(self.groups, self.step)

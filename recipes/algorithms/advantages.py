@@ -73,6 +73,12 @@ def trained_inputs(
     )
 
 
+def sample_inputs(rewards: Tensor, trained_lengths: Tensor) -> AdvantageInputs:
+    """The inputs where no token has a reward or a value of its own; both arguments [prompts, samples]."""
+    no_rewards = torch.zeros((), dtype=torch.float64).expand(int(trained_lengths.sum()))  # one number in memory
+    return AdvantageInputs(rewards=rewards, lengths=trained_lengths, token_rewards=no_rewards)
+
+
 def at_response_tokens(trained: Tensor, loss_mask: Tensor) -> Tensor:
     """Numbers of trained tokens [tokens] → those of all response tokens, [R]: 0 where the loss mask leaves one out."""
     everywhere = torch.zeros(len(loss_mask), dtype=trained.dtype)
@@ -186,13 +192,6 @@ def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tenso
 def gae_whitened(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
     """``gae``, normalised to mean 0 and std 1 over the rollout's tokens, [tokens], as PPO implementations do."""
     return _whitened(gae(inputs, discount=discount, gae_lambda=gae_lambda), inputs)
-
-
-def broadcast_to_tokens(advantages: Tensor, lengths: Tensor) -> Tensor:
-    """Advantages of samples [prompts, samples], or of tokens already → those of all trained tokens [tokens]."""
-    if advantages.dim() == 1:
-        return advantages
-    return advantages.flatten().repeat_interleave(lengths.flatten())
 
 
 def _centred(totals: Tensor) -> Tensor:

@@ -35,15 +35,13 @@ def sequence_sum(lengths: Sequence[int], *, token_divisor: float) -> list[float]
 
 
 def token_weights(aggregation: Aggregation, batch: TokenBatch) -> Array:
-    """float64 [R]: the weight of each token's loss in an update on ``batch``. Tokens that the loss mask leaves out
-    weigh 0 and count as if they were not there."""
-    responses = np.repeat(np.arange(len(batch)), batch.response_lengths)
-    trained_tokens = np.bincount(responses[batch.loss_mask], minlength=len(batch))
-    trained = np.flatnonzero(trained_tokens)
+    """float64 [S]: the weight of each trained token's loss in an update on ``batch``, 0 for a response without any.
+    Tokens that the loss mask leaves out count as if they were not there."""
+    trained = np.flatnonzero(batch.trained_lengths)
     weights = np.zeros(len(batch))
     if len(trained):
-        weights[trained] = aggregation(trained_tokens[trained].tolist())
-    return batch.broadcast(weights) * batch.loss_mask
+        weights[trained] = aggregation(batch.trained_lengths[trained].tolist())
+    return weights
 
 
 # The aggregations of supervised stages, by name. Those of RL, which may take settings, are in ``registry.REGISTRY``.

@@ -7,7 +7,7 @@ from megatron_ext.settings import COUNT, setting
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go beside metrics.jsonl, samples.jsonl and report.html in run_dir."""
+    """Where metrics go beside metrics.jsonl, samples and report.html in run_dir."""
 
     wandb_project: str | None = setting("Weights & Biases project; offline without a key; null for none")
     tensorboard: bool = setting("write event files to run_dir/tensorboard")

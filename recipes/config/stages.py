@@ -55,9 +55,7 @@ class ValueModelConfig(ScheduleConfig):
     principles: dict[str, list[str]] = setting(
         "a principle, and the verifiers whose mean score is the response's; an empty list leaves the principle out"
     )
-    rollouts: Any = setting(
-        "source, or sources, of scored responses: samples.jsonl of runs whose prompts data.prompts has"
-    )
+    rollouts: Any = setting("source, or sources, of scored responses: samples of runs whose prompts data.prompts has")
     random_prefixes: int = setting(
         "prefixes of a response at random places, beside those at segment ends", range="[0, 1e6]"
     )

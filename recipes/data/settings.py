@@ -27,8 +27,8 @@ class PhaseConfig:
 
 @dataclass
 class DataConfig:
-    """A source is a file of JSON lines, a .parquet file, a folder saved by ``datasets``, or a hub's
-    org/name[/subset][@revision]:split."""
+    """A source is a file of JSON lines, a folder of .jsonl files, a .parquet file, a folder saved by ``datasets``, or a
+    hub's org/name[/subset][@revision]:split."""
 
     sft: Any = setting("source, or sources, of SFT rows")
     prompts: Any = setting("source of RL prompts, or several: [{source: …, weight: 2}, …]")

@@ -13,10 +13,11 @@ HUB_NAME = re.compile(
     r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?:(?P<split>[\w.\[\]%:+-]+)"
 )
 ACCEPTED = (
-    "a file of JSON lines, a .parquet file, a folder saved by `datasets`, or a hub's org/name[/subset][@revision]:split"
+    "a file of JSON lines, a folder of .jsonl files, a .parquet file, a folder saved by `datasets`, or a hub's "
+    "org/name[/subset][@revision]:split"
 )
 
-type SourceFormat = Literal["jsonl", "parquet", "folder", "hub"]
+type SourceFormat = Literal["jsonl", "jsonl_folder", "parquet", "folder", "hub"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _format_of(name: str) -> SourceFormat:
     path = Path(name)
     try:
         if path.is_dir():
-            return "folder"
+            return "jsonl_folder" if any(path.glob("*.jsonl")) else "folder"
         if path.is_file():
             return "parquet" if path.suffix == ".parquet" else "jsonl"
     except OSError as error:  # a folder above it that may not be searched, a name that is too long

@@ -1,4 +1,5 @@
-"""Sources of rows, read on demand: JSON lines, parquet, a folder saved by `datasets`, a data set of the hub.
+"""Sources of rows, read on demand: JSON lines in one file or several, parquet, a folder saved by `datasets`, a data set
+of the hub.
 
 A file of JSON lines is memory-mapped, and a line is parsed when its row is read. The other formats become `datasets`'
 Arrow tables, which are memory-mapped too (`datasets` converts a parquet file or a hub's data set once, into its cache).
@@ -63,6 +64,24 @@ class JsonLines:
         return row
 
 
+class JsonLinesFolder:
+    """The objects of all ``.jsonl`` files of a folder, in the order of their names, as :class:`JsonLines`."""
+
+    def __init__(self, folder: str) -> None:
+        self.files = [JsonLines(str(path)) for path in sorted(Path(folder).glob("*.jsonl"))]
+        # File i has the objects from starts[i] up to starts[i + 1].
+        self.starts = np.cumsum([0, *map(len, self.files)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number >= len(self):
+            raise IndexError(number)
+        file = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.files[file][number - int(self.starts[file])]
+
+
 def check_encodable(field: str, value: Any) -> None:
     """Raises ValueError for a text with half of a surrogate pair (\\ud83d in JSON), which no tokenizer takes.
 
@@ -103,14 +122,16 @@ class Source:
 
 def open_source(spec: SourceSpec) -> Source:
     """Open a source. Raises ConfigError, with the reason, for a file that can't be read."""
-    if spec.format == "jsonl":
+    if spec.format in ("jsonl", "jsonl_folder"):
+        is_file = spec.format == "jsonl"
         try:
-            lines = JsonLines(spec.name)
+            lines = JsonLines(spec.name) if is_file else JsonLinesFolder(spec.name)
         except (OSError, ValueError) as error:  # mmap's, for what is no ordinary file
             raise ConfigError(
                 f"{spec.name}: can't be read ({error}); see to its permissions, or name another"
             ) from error
-        return Source(spec.name, spec.weight, lines, Path(spec.name).resolve().parent, by_line=True)
+        folder = Path(spec.name).resolve()
+        return Source(spec.name, spec.weight, lines, folder.parent if is_file else folder, by_line=is_file)
     try:
         table = _open_table(spec)
     except Exception as error:  # `datasets`, its readers and its hub raise many kinds

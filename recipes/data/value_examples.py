@@ -1,4 +1,4 @@
-"""Scored responses as a run's samples.jsonl has them, and the prefixes of them that a value model learns from.
+"""Scored responses as a run's samples have them, and the prefixes of them that a value model learns from.
 
 A response's score for a principle is the mean score of the principle's verifiers. The responses to a prompt are either
 all trained on or all held out.
@@ -60,7 +60,7 @@ class Split:
 def load_rollouts(
     source: Any, prompts: Rows, principles: Mapping[str, Sequence[str]], held_out_share: float, seed: int
 ) -> Split:
-    """The responses of a source, or of a list of sources, in the form of samples.jsonl, without those that have no
+    """The responses of a source, or of a list of sources, in the form of a run's samples, without those that have no
     score for any principle.
 
     Args:
@@ -115,7 +115,7 @@ def _normalise(
     row = without_nulls(raw)
     missing = [field for field in FIELDS if field not in row]
     if missing:
-        raise ValueError(f"field {missing[0]!r} is missing; a row of samples.jsonl has {', '.join(FIELDS)}")
+        raise ValueError(f"field {missing[0]!r} is missing; a line of samples has {', '.join(FIELDS)}")
     for field in ("prompt_id", "response"):
         if not isinstance(row[field], str):
             raise ValueError(f"field {field!r} is {row[field]!r}; write text")

@@ -72,7 +72,7 @@ def to_answer(response: Response) -> Answer:
 
 
 def sample_lines(rows: Iterable[Row], answers: Answers) -> Iterator[dict[str, Any]]:
-    """The sampled answers of a model in the form of samples.jsonl, as far as ``recipes.data.value_examples`` reads it.
+    """The sampled answers of a model in the form of a run's samples, as far as ``recipes.data.value_examples`` reads.
     ``rows``: the prompts."""
     prompts = {row["id"]: row["prompt"] for row in rows}
     samples: Counter[str] = Counter()

@@ -38,7 +38,7 @@ MODELS_FOLDER = "models"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Of a trained parameter: its BF16 weight, FP32 master and two moments.
 CHECKPOINT_BYTES = 14
-# Of a token's text in samples.jsonl (our estimate).
+# Of a token's text in the samples (our estimate).
 SAMPLE_BYTES = 5
 # The checks before those of the model's shape.
 FILES = ("run_folder", "data_and_rewards", "environment", "judges", "model", "tokenizer")

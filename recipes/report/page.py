@@ -1,6 +1,6 @@
 """report.html of a run, one file without scripts or outside resources: `python -m recipes.report run=runs/demo`.
 
-Needs config.yaml and metrics.jsonl. Of evaluation.json, samples.jsonl, events.jsonl and environment.json it shows those
+Needs config.yaml and metrics.jsonl. Of evaluation.json, samples, events.jsonl and environment.json it shows those
 that exist and names the others.
 """
 
@@ -14,6 +14,7 @@ import yaml
 from recipes.report import answers, markup, result, samples, timeline, training
 from recipes.report.markup import text
 from recipes.report.samples import Samples
+from recipes.run import sample_files
 from recipes.run.display import duration
 from recipes.run.records import read_events, read_rows
 
@@ -33,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty: the report needs at least one finished step")
     evaluation = _optional_json(run_dir / "evaluation.json")
     machine = _optional_json(run_dir / "environment.json")
-    gathered = samples.gather(run_dir / "samples.jsonl") if (run_dir / "samples.jsonl").exists() else None
+    gathered = samples.gather(run_dir) if (run_dir / sample_files.FOLDER).exists() else None
     events = read_events(run_dir / "events.jsonl")
     marks = _thinking_marks(configuration)
     name = run_dir.resolve().name
@@ -43,7 +44,7 @@ def write_report(run_dir: Path) -> Path:
         training.section(rows, gathered or Samples(), events),
         timeline.section(events) if events else _missing("events.jsonl", "Faults and restarts"),
         answers.transcripts_section(evaluation, marks) if evaluation else "",
-        answers.samples_section(gathered, marks) if gathered else _missing("samples.jsonl", "Samples of one prompt"),
+        answers.samples_section(gathered, marks) if gathered else _missing("samples", "Samples of one prompt"),
         f"<h2>Configuration</h2>{markup.details('config.yaml, resolved', f'<pre>{text(configuration)}</pre>')}",
         _machine(machine) if machine else _missing("environment.json", "Machine and versions"),
     ]

@@ -1,4 +1,4 @@
-"""What a report shows of samples.jsonl. It is read in one pass, since the file can be larger than memory."""
+"""What a report shows of a run's samples. They are read in one pass, since they can be larger than memory."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from recipes.evaluation.statistics import Interval, mean_interval, normal_interval
-from recipes.run.records import read_rows
+from recipes.run import sample_files
 
 # Prompts whose answers are shown over training, and how many answers of each: first, middle, last.
 FOLLOWED = 4
@@ -20,7 +20,7 @@ type Row = dict[str, Any]
 
 @dataclass
 class Samples:
-    """A summary of samples.jsonl.
+    """A summary of a run's samples.
 
     Attributes:
         scores: step → verifier → mean over prompts with its interval.
@@ -37,14 +37,14 @@ class Samples:
     followed: list[list[Row]] = field(default_factory=list)
 
 
-def gather(path: Path) -> Samples:
-    """Read the file step by step. Raises ValueError for a line that is not JSON."""
+def gather(run_dir: Path) -> Samples:
+    """Read the samples step by step. Raises ValueError for a line that is not JSON."""
     gathered = Samples()
     # The best answers of the first step's prompts, one for each step in which a prompt came.
     best_answers: dict[str, list[Row]] = {}
     first_rows: list[Row] = []
     rows: list[Row] = []
-    for rows in _steps(path):
+    for rows in _steps(run_dir):
         _add_step(gathered, rows)
         first_rows = first_rows or rows
         for prompt, best in _best(rows).items():
@@ -59,9 +59,9 @@ def gather(path: Path) -> Samples:
     return gathered
 
 
-def _steps(path: Path) -> Iterator[list[Row]]:
-    """The rows of each step; those of a step are next to each other in the file."""
-    for _, rows in groupby(read_rows(path), key=lambda row: row["step"]):
+def _steps(run_dir: Path) -> Iterator[list[Row]]:
+    """The rows of each step."""
+    for _, rows in groupby(sample_files.read(run_dir), key=lambda row: row["step"]):
         yield list(rows)
 
 

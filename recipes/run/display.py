@@ -193,7 +193,7 @@ class Display:
             ("report.html", "the report: open it in a browser"),
             ("evaluation.json", "the table above with every transcript"),
             ("metrics.jsonl", "one object per step"),
-            ("samples.jsonl", "every response of RL, with its reward and advantage"),
+            ("samples", "every response of RL, with its reward and advantage"),
             ("config.yaml", "the resolved configuration"),
             ("hf", "the trained model, for transformers and vLLM"),
         ):

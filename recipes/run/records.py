@@ -1,4 +1,4 @@
-"""What a run writes for people and tools: metrics.jsonl, samples.jsonl, events.jsonl, evaluation.json and more.
+"""What a run writes for people and tools: metrics.jsonl, events.jsonl, evaluation.json and more.
 
 Every line is valid JSON and goes to the operating system as soon as it is written. Rows carry a `step`, so a resumed
 run can drop the rows of the steps that it repeats.

@@ -14,7 +14,7 @@ from megatron_ext import checkpoint, platform
 from megatron_ext.batch import TokenBatch
 from megatron_ext.checkpoint import Saver, Snapshot
 from megatron_ext.collectives import all_gather_json
-from recipes.run import preemption, records, utilisation
+from recipes.run import preemption, records, sample_files, utilisation
 from recipes.run.clock import BETWEEN, PhaseClock
 from recipes.run.display import Display
 from recipes.run.loggers import Logger
@@ -119,9 +119,8 @@ class Run:
         if self.rank != 0:
             return
         self.write_settings()
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.folder / name).exists():
-                records.truncate_after(self.folder / name, step)
+        records.truncate_after(self.folder / "metrics.jsonl", step)
+        sample_files.drop_after(self.folder, step)
 
     def open_checkpoints(self) -> tuple["Checkpoints", Path | None]:
         """Collective: what saves this part's checkpoints, and the newest complete one that is there."""

@@ -83,7 +83,7 @@ class Critic:
                     forward_backward.add_metrics(sums, {**metrics, "updates": 1})
         if not sums:
             return {}
-        trained = torch.from_numpy(batch.columns["weights"] > 0)
+        trained = torch.from_numpy(batch.values("weights") > 0)
         num_trained = int(trained.sum())
         return {
             "value/loss": sums["loss"] / sums["updates"],

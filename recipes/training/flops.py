@@ -21,5 +21,5 @@ def training_flops(model: Model, batch: TokenBatch) -> float:
     for response tokens, and not at all for a scalar head.
     """
     lengths = batch.lengths
-    outputs = 0 if model.is_scalar else len(batch.response_tokens)
+    outputs = 0 if model.is_scalar else int(batch.response_lengths.sum())
     return shape_of(model).training_flops(int(lengths.sum()), int((lengths**2).sum()), outputs)

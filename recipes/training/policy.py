@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -20,6 +22,7 @@ from megatron_ext.offload import HostCopy
 from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
 from megatron_ext.packing import Cost, MicroBatch
 from megatron_ext.parallel import Parallel
+from megatron_ext.routing import exchange
 from megatron_ext.weight_map import round_up
 
 
@@ -171,8 +174,21 @@ class Policy:
     # Passes over a batch
 
     def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
-        """This data-parallel rank's packed micro-batches of a batch that every rank has. ``together`` successive
-        responses stay in one micro-batch; single ones share their prompt (``megatron_ext.model.shares_prompts``)."""
+        """This data-parallel rank's packed micro-batches of a batch whose tokens every rank holds. ``together``
+        successive responses stay in one micro-batch; single ones share their prompt
+        (``megatron_ext.model.shares_prompts``)."""
+        return self.pack(batch, self.plan(batch, together), together)
+
+    def micro_batches_of_own(self, batch: TokenBatch, group: dist.ProcessGroup) -> list[MicroBatch]:
+        """Collective over ``group`` (gloo): as :meth:`micro_batches`, of a batch whose tokens some rank holds. This
+        rank gets those that it trains on."""
+        plan = self.plan(batch)
+        wanted = np.zeros(len(batch), np.bool_)
+        wanted[[i for indices in plan for i in indices]] = True
+        return self.pack(exchange(batch, wanted, group), plan)
+
+    def plan(self, batch: TokenBatch, together: int = 1) -> list[list[int]]:
+        """The responses of each of this data-parallel rank's micro-batches. No tokens are looked at."""
         layout = self.parallel.config
         shares = shares_prompts(layout) and together == 1
         if shares:
@@ -188,18 +204,23 @@ class Policy:
             layout.micro_batch_multiple,
             packing.unit_costs(batch, units, self.cost, shares),
         )
+        return [[i for unit in chosen for i in units[unit]] for chosen in of_ranks[self.parallel.data_rank]]
+
+    def pack(self, batch: TokenBatch, plan: Sequence[Sequence[int]], together: int = 1) -> list[MicroBatch]:
+        """The micro-batches of a plan; their tokens are held here."""
+        layout = self.parallel.config
         return [
             packing.pack(
                 batch,
-                [i for unit in chosen for i in units[unit]],
+                indices,
                 multiple=self.model.token_multiple,
                 pad_token=self.pad_token,
                 device=platform.current().device(),
                 context=layout.context,
                 context_rank=self.parallel.context_rank,
-                shared_prompts=shares,
+                shared_prompts=shares_prompts(layout) and together == 1,
             )
-            for chosen in of_ranks[self.parallel.data_rank]
+            for indices in plan
         ]
 
     def divisible_prefix(self, lengths: Array, wanted: int) -> int:

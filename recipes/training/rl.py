@@ -1,7 +1,7 @@
 """The RL loop: generate, score, advantages, update, sync. Every algorithm, stage and model goes through it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ from megatron_ext import checkpoint, forward_backward
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY
 from megatron_ext.packing import MicroBatch
+from megatron_ext.routing import everywhere, holders
 from recipes.algorithms import mismatch, objective
-from recipes.algorithms.advantages import AdvantageInputs, at_response_tokens, broadcast_to_tokens, trained_inputs
+from recipes.algorithms.advantages import AdvantageInputs, at_response_tokens, sample_inputs, trained_inputs
 from recipes.algorithms.aggregation import token_weights
 from recipes.algorithms.registry import Needs, requirements, resolve
 from recipes.algorithms.shaping import has_reward_variance, overlong_penalty, select_groups
@@ -28,6 +29,7 @@ from recipes.data.sources import RowsById
 from recipes.evaluation import rates
 from recipes.run import records
 from recipes.run.run import Run, TrainingState, read_responses
+from recipes.run.sample_files import SampleWriter
 from recipes.training.critic import Critic, build_critic
 from recipes.training.flops import training_flops
 from recipes.training.policy import Policy
@@ -56,7 +58,7 @@ POLICY_METRICS = (
 class Loop:
     """What the steps of the loop share. ``rows`` are the data's rows by id; ``constraint`` is the state of the Lagrange
     multiplier (``rewards.objectives``); ``critic`` is None for an algorithm without values; ``judge`` gives the
-    verdicts on a batch of one response."""
+    verdicts on a batch of one response; ``samples`` writes the responses down."""
 
     config: Config
     policy: Policy
@@ -69,6 +71,7 @@ class Loop:
     rollout: Rollout
     judge: OnResponse
     constraint: dict[str, Any]
+    samples: SampleWriter
 
     @property
     def ahead(self) -> bool:
@@ -117,6 +120,7 @@ def fit(training: Training, run: Run, reference: Path) -> None:
         record(loop, metrics, batch)
         checkpoints.after_step(step + 1, last_step, partial(training_state, loop))
 
+    loop.samples.wait()
     checkpoints.wait()
     loop.rollouts.sync_weights(last_step)
 
@@ -163,6 +167,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
         rollout=Rollout(buffer, rollouts.fleet, rollouts.control, on_response),
         judge=judge,
         constraint=objectives.initial_state(config.rewards.constraint),
+        samples=SampleWriter(run.folder, run.rank),
     )
 
 
@@ -185,7 +190,8 @@ def resume(loop: Loop, folder: Path) -> int:
 
 
 def training_state(loop: Loop) -> TrainingState:
-    """Collective: what a checkpoint holds."""
+    """Collective: what a checkpoint holds. The responses up to here are written down before it is complete."""
+    loop.samples.wait()
     models = {POLICY: loop.policy.snapshot()}
     if loop.critic is not None:
         models |= loop.critic.snapshot()
@@ -303,10 +309,9 @@ def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
             **{f"reward/{name}": mean for name, mean in mixing.verifier_means(judged).items()},
             **search.metrics(judged, multiplier),
             **rates.metrics(judged, kinds_of(loop, batch)),
-            "forced_tokens": int((~batch.loss_mask).sum()),
+            "forced_tokens": int((batch.response_lengths - batch.trained_lengths).sum()),
         }
-        has_reward = batch.broadcast(~np.isnan(batch.rewards))
-        return replace(batch, loss_mask=batch.loss_mask & has_reward), metrics
+        return batch.without_loss(np.isnan(batch.rewards)), metrics
 
 
 def kinds_of(loop: Loop, batch: TokenBatch) -> list[str]:
@@ -320,7 +325,10 @@ def kinds_of(loop: Loop, batch: TokenBatch) -> list[str]:
 
 def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, AdvantageInputs]:
     """Collective: the batch with the columns ``advantages`` and ``weights``, both 0 where the loss mask leaves a token
-    out, and those of :func:`kl_rewards`; and what the advantages were made of."""
+    out, and those of :func:`kl_rewards`; and what the advantages were made of.
+
+    Advantages of samples need no tokens. Those of tokens are made on every rank, which then holds all tokens.
+    """
     algorithm = loop.config.algorithm
     samples = algorithm.samples_per_prompt
     with loop.run.phase("logprobs"):
@@ -330,32 +338,40 @@ def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, Advan
             longest=loop.config.rollout.max_response_tokens,
             overlong_fraction=algorithm.overlong_fraction,
         )
-        loss_mask = torch.from_numpy(batch.loss_mask)
-        batch, token_rewards = kl_rewards(loop, batch)
-        inputs = trained_inputs(
-            rewards=by_group(batch.rewards, samples) + penalty,
-            response_lengths=lengths,
-            loss_mask=loss_mask,
-            token_rewards=token_rewards,
-            values=None if loop.critic is None else loop.critic.values(loop.policy, batch),
-        )
+        rewards = by_group(batch.rewards, samples) + penalty
+        kl_is_reward = algorithm.kl_in == "reward" and algorithm.kl_coefficient > 0
+        if kl_is_reward or loop.critic is not None:
+            batch = everywhere(batch, loop.rollouts.control)
+            no_kl = torch.zeros(len(batch.response_tokens), dtype=torch.float64)
+            batch, token_rewards = kl_rewards(loop, batch) if kl_is_reward else (batch, no_kl)
+            inputs = trained_inputs(
+                rewards=rewards,
+                response_lengths=lengths,
+                loss_mask=torch.from_numpy(batch.loss_mask),
+                token_rewards=token_rewards,
+                values=None if loop.critic is None else loop.critic.values(loop.policy, batch),
+            )
+        else:
+            inputs = sample_inputs(rewards, by_group(batch.trained_lengths, samples))
         advantage = resolve("advantage", algorithm)
-        of_trained = broadcast_to_tokens(advantage(inputs), inputs.lengths)
-        advantages = at_response_tokens(of_trained, loss_mask).numpy()
         aggregation = resolve("aggregation", algorithm)
         updates = split(batch, algorithm.updates_per_rollout)
         weights = np.concatenate([token_weights(aggregation, part) for part in updates])
-        return batch.with_columns(advantages=advantages, weights=weights), inputs
+        batch = batch.with_response_columns(weights=weights)
+        advantages = advantage(inputs)
+        if advantages.dim() == 2:
+            return batch.with_response_columns(advantages=advantages.flatten().numpy()), inputs
+        batch = everywhere(batch, loop.rollouts.control)
+        of_tokens = at_response_tokens(advantages, torch.from_numpy(batch.loss_mask))
+        return batch.with_columns(advantages=of_tokens.numpy()), inputs
 
 
 def kl_rewards(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, torch.Tensor]:
-    """Collective: float64 [R], what each response token pays for leaving the reference, 0 where the KL is in the loss;
-    and the batch with the log-probs that the updates need again, as columns: ``reference``, and ``old`` where a rollout
-    makes several updates."""
+    """Collective: float64 [R], what each response token pays for leaving the reference; and the batch with the
+    log-probs that the updates need again, as columns: ``reference``, and ``old`` where a rollout makes several
+    updates."""
     algorithm = loop.config.algorithm
     total = len(batch.response_tokens)
-    if algorithm.kl_in == "loss" or algorithm.kl_coefficient == 0:
-        return batch, torch.zeros(total, dtype=torch.float64)
     micro_batches = loop.policy.micro_batches(batch)
     log_probs = loop.policy.all_log_probs(micro_batches, total)
     with loop.policy.reference_weights():
@@ -380,12 +396,9 @@ def split(batch: TokenBatch, updates: int) -> list[TokenBatch]:
 
 def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) -> dict[str, Any]:
     """Collective: the policy's and the critic's updates on a rollout; returns their metrics."""
-    algorithm = loop.config.algorithm
     policy = loop.policy
     with loop.run.phase("logprobs"):
-        parts = split(batch, algorithm.updates_per_rollout)
-        updates = [contributing(part, algorithm.skip_zero_advantage, policy) for part in parts]
-        micro_batches_of_updates = [policy.micro_batches(part) for part in updates]
+        updates, micro_batches_of_updates = pack_updates(loop, batch)
         for micro_batches in micro_batches_of_updates:
             add_log_probs(loop, micro_batches, several_updates=len(updates) > 1)
     with loop.run.phase("train"):
@@ -401,6 +414,14 @@ def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) ->
     return {**policy_metrics(sums, loop.needs), **critic_metrics, **trained}
 
 
+def pack_updates(loop: Loop, batch: TokenBatch) -> tuple[list[TokenBatch], list[list[MicroBatch]]]:
+    """Collective: the responses of each update of a rollout, and this rank's micro-batches of them."""
+    algorithm = loop.config.algorithm
+    parts = split(batch, algorithm.updates_per_rollout)
+    updates = [contributing(part, algorithm.skip_zero_advantage, loop.policy) for part in parts]
+    return updates, [loop.policy.micro_batches_of_own(part, loop.rollouts.control) for part in updates]
+
+
 def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -> TokenBatch:
     """The responses to train on; the weights stay those of all responses.
 
@@ -409,8 +430,11 @@ def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -
     """
     if not skip_zero_advantage:
         return batch
-    responses = np.repeat(np.arange(len(batch)), batch.response_lengths)
-    nonzero = np.bincount(responses, batch.columns["advantages"] != 0, minlength=len(batch)) > 0
+    if "advantages" in batch.columns:
+        responses = batch.broadcast(np.arange(len(batch)))
+        nonzero = np.bincount(responses, batch.columns["advantages"] != 0, minlength=len(batch)) > 0
+    else:
+        nonzero = (batch.response_columns["advantages"] != 0) & (batch.trained_lengths > 0)
     nonzero_first = np.argsort(~nonzero, kind="stable")
     count = policy.divisible_prefix(batch.lengths[nonzero_first], max(1, int(nonzero.sum())))
     return batch.select(nonzero_first[:count])
@@ -470,46 +494,53 @@ def policy_metrics(sums: Mapping[str, float], needs: Needs) -> dict[str, float |
 
 def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, Any]:
     """Lengths, what is not trained on, age of the weights, and speed."""
-    tokens = len(batch.response_tokens)
+    tokens = int(batch.response_lengths.sum())
     return {
         "response_length/mean": tokens / len(batch),
-        "masked_fraction": float(1 - batch.loss_mask.mean()),
+        "masked_fraction": float(1 - batch.trained_lengths.sum() / tokens),
         "staleness/max": step - int(batch.versions.min()),
         records.TOKENS_PER_SECOND: tokens / loop.run.clock.seconds["generate"],
     }
 
 
 def record(loop: Loop, metrics: dict[str, Any], batch: TokenBatch) -> None:
-    """Collective: rank 0 writes the step's responses and metrics and shows them; the clock starts anew."""
-    if loop.run.rank == 0:
-        lines = sample_lines(loop, metrics["step"], batch)
-        records.append_rows(loop.run.folder / "samples.jsonl", lines)
+    """Collective: rank 0 writes the step's metrics and shows them, a thread of each rank that holds responses writes
+    these; the clock starts anew."""
+    of_this_rank = np.flatnonzero(holders(batch, loop.rollouts.control) == loop.run.rank)
+    if len(of_this_rank):
+        loop.samples.write(metrics["step"], partial(sample_lines, loop, metrics["step"], batch, of_this_rank))
     loop.run.count(tokens=int(batch.lengths.sum()))
     row = loop.run.record(metrics)
     if loop.run.rank == 0:
         loop.run.display.step(row, loop.config.algorithm.steps)
 
 
-def sample_lines(loop: Loop, step: int, batch: TokenBatch) -> list[dict[str, Any]]:
-    """The responses as lines of samples.jsonl."""
-    lines = []
-    for i, (prompt_id, sample_index) in enumerate(batch.keys):
-        tokens = batch.tokens_of(i)
-        trained = batch.loss_mask[tokens]
-        advantages = batch.columns["advantages"][tokens][trained]
+def sample_lines(loop: Loop, step: int, batch: TokenBatch, chosen: Array) -> Iterator[dict[str, Any]]:
+    """The chosen responses, whose tokens are held here, as lines of the records."""
+    keys = batch.keys
+    for i in chosen.tolist():
+        prompt_id, sample_index = keys[i]
         reward = float(batch.rewards[i])
-        lines.append(
-            {
-                "step": step,
-                "prompt_id": prompt_id,
-                "sample_index": sample_index,
-                "prompt": loop.rows[prompt_id]["prompt"],
-                "response": loop.rollouts.text(batch, i),
-                "tokens": tokens.stop - tokens.start,
-                "reward": None if math.isnan(reward) else reward,
-                "verdicts": batch.verdicts[i],
-                "advantage": float(advantages.mean(dtype=np.float64)) if len(advantages) else 0.0,
-                "weight_version": int(batch.versions[batch.runs_of(i)][-1]),
-            }
-        )
-    return lines
+        yield {
+            "step": step,
+            "prompt_id": prompt_id,
+            "sample_index": sample_index,
+            "prompt": loop.rows[prompt_id]["prompt"],
+            "response": loop.rollouts.text(batch, i),
+            "tokens": int(batch.response_lengths[i]),
+            "reward": None if math.isnan(reward) else reward,
+            "verdicts": batch.verdicts[i],
+            "advantage": mean_advantage(batch, i),
+            "weight_version": int(batch.versions[batch.runs_of(i)][-1]),
+        }
+
+
+def mean_advantage(batch: TokenBatch, i: int) -> float:
+    """Of the trained tokens of response i; 0 where it has none."""
+    if batch.trained_lengths[i] == 0:
+        return 0.0
+    if "advantages" in batch.response_columns:
+        return float(batch.response_columns["advantages"][i])
+    tokens = batch.tokens_of(i)
+    trained = batch.columns["advantages"][tokens][batch.loss_mask[tokens]]
+    return float(trained.mean(dtype=np.float64))

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_ext.batch import Prompt, TokenBatch
 from megatron_ext.collectives import all_gather_json, on_all_ranks
+from megatron_ext.routing import everywhere, holders
 from rewards import mixing
 from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
@@ -129,19 +131,20 @@ class Rollouts:
         temperature: float,
         on_response: OnResponse,
     ) -> TokenBatch:
-        """Collective: responses by prompt, then sample index, with the verdicts that ``on_response`` gives; the same on
-        every rank. ``step`` decides the noise."""
+        """Collective: responses by prompt, then sample index, with the verdicts that ``on_response`` gives; all tokens
+        on every rank. ``step`` decides the noise."""
         self.heartbeat("generate")
         self.wake()
         requests = sampler.make_requests(prompts, samples_per_prompt, self.seed, step)
         streamed = None if self.judges_share_gpus else on_response
         generation = Generation(self.fleet, requests, self.sampling(temperature), streamed)
         batch = generation.collect(self.control, partial(self.sync_weights, self.version))
-        return self.judge_together(batch, on_response) if self.judges_share_gpus else batch
+        judged = self.judge_together(batch, on_response) if self.judges_share_gpus else batch
+        return everywhere(judged, self.control)
 
     def text(self, batch: TokenBatch, i: int) -> str:
         """Response i as a reader sees it. For verifiers and people only: training uses the token ids."""
-        tokens = batch.response_tokens[batch.tokens_of(i)].tolist()
+        tokens = batch.response_tokens[batch.tokens_of(i)]  # of a list, transformers would look at each
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     # Verdicts
@@ -163,21 +166,21 @@ class Rollouts:
 
     def judge_together(self, batch: TokenBatch, judge: OnResponse) -> TokenBatch:
         """Collective: the batch with verdicts. The engines sleep from here on and the judges' servers are awake
-        meanwhile; each node's servers judge their share."""
+        meanwhile; each node's servers judge what its engines made."""
         self.sleep()
+        holder = holders(batch, self.control)
 
         def judge_share() -> list[dict[str, Any]]:
-            """The verdicts on every ``nodes``-th response, beginning with response ``node``."""
+            """The verdicts on the responses that this rank holds."""
             if self.client is None:
                 return []
-            responses = [batch.select([i]) for i in range(self.node, len(batch), self.nodes)]
+            responses = [batch.select([i]) for i in np.flatnonzero(holder == dist.get_rank(self.control))]
             # The client bounds how many are under way.
             with self.client.awake(), ThreadPoolExecutor(len(responses) or 1, "judge") as threads:
                 return list(threads.map(judge, responses))
 
-        shares = [share for share in on_all_ranks(judge_share, self.control) if share]
-        verdicts = [shares[i % self.nodes][i // self.nodes] for i in range(len(batch))]
-        return replace(batch, verdicts=verdicts)
+        shares = [iter(share) for share in on_all_ranks(judge_share, self.control)]
+        return replace(batch, verdicts=[next(shares[rank]) for rank in holder])
 
     def server_counts(self) -> dict[str, int]:
         """Collective: what became of the requests of all nodes to each verifier's server since the last call."""

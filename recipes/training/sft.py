@@ -62,7 +62,7 @@ def sft_batch(config: Config, processor: PromptProcessor, rows: Sequence[Row], a
         loss_mask=[example.loss_mask for example in examples],
         vision=[example.vision for example in examples],
     )
-    return batch.with_columns(weights=token_weights(aggregation, batch))
+    return batch.with_response_columns(weights=token_weights(aggregation, batch))
 
 
 def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -76,7 +76,7 @@ def held_out_loss(policy: Policy, batch: TokenBatch, multiple: int) -> float:
     missing = -len(batch) % multiple
     if missing:
         filler = batch.select([0] * missing)
-        filler = filler.with_columns(weights=np.zeros(len(filler.response_tokens)))
+        filler = filler.with_response_columns(weights=np.zeros(len(filler)))
         batch = batches.concatenate([batch, filler])
     micro_batches = policy.micro_batches(batch)
     log_probs = forward_backward.log_probs(policy.model, micro_batches)

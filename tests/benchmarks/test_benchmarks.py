@@ -99,7 +99,10 @@ def demo_run(folder, rewards, response="hello", speed=1.0):
         for i, reward in enumerate(rewards)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "response": response}) + "\n")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "step_000001_rank_00000.jsonl").write_text(
+        json.dumps({"step": 1, "response": response}) + "\n"
+    )
     stage = {"safety": SCORE, "sampled": {"safety": SCORE}}
     difference = {"safety": GAIN, "sampled": {"safety": GAIN}}
     evaluation = {"base": stage, "before": stage, "after": stage, "difference": difference, "transcripts": ["long"]}
@@ -128,7 +131,7 @@ def test_compare_ignores_times_and_names_the_first_differing_step(tmp_path):
     third = demo_run(tmp_path / "c", [0.1, 0.25, 0.3], response="other")
     assert demo_seeds.compare(first, third) == {
         "identical": False,
-        "differences": ["reward/mean from step 2", "samples.jsonl"],
+        "differences": ["reward/mean from step 2", "samples"],
     }
     shorter = demo_run(tmp_path / "d", [0.1, 0.2])
     assert "reward/mean from step 3" in demo_seeds.compare(first, shorter)["differences"]

@@ -32,13 +32,15 @@ from megatron_ext import (
     optimizer,
     packing,
     parallel,
+    routing,
     scalar_head,
 )
+from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.blocks import Shard, region
 from megatron_ext.offload import HostCopy
 from recipes.launch.launcher import fork_ranks
 from recipes.preflight import memory
-from tests.megatron_ext import cases
+from tests.megatron_ext import cases, routes
 from tests.megatron_ext.cases import Case
 from tests.megatron_ext.ranks import serve
 from tests.sequences import token_batch
@@ -477,9 +479,39 @@ def run_collectives(folder: Path, case: Case, layout: parallel.Parallel) -> dict
     }
 
 
+def run_routing(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Exchange the tokens of responses by several wishes, and count the bytes that come with them."""
+    group = parallel.control_group()
+    whole = routes.whole()
+    held = routes.holding(whole, [RANK in holders for holders in routes.HOLDERS])
+    sizes: list[int] = []
+    empty_block = routing._empty_block
+
+    def counted(batch: TokenBatch, responses: Array) -> torch.Tensor:
+        block = empty_block(batch, responses)
+        sizes.append(len(block))
+        return block
+
+    routing._empty_block = counted
+    exchanged = []
+    received = []
+    for wanted in routes.wishes():
+        exchanged.append(routing.exchange(held, wanted[RANK], group).to_bytes())
+        received.append(sum(sizes))
+        sizes.clear()
+    routing._empty_block = empty_block
+    return {
+        "exchanged": exchanged,
+        "received": received,
+        "holders": routing.holders(held, group).tolist(),
+        "lost": error_text(lambda: routing.everywhere(whole.without_tokens(), group)),
+    }
+
+
 def main() -> None:
     jobs: dict[str, tuple[Case, Callable[..., dict[str, Any]], tuple[Case, ...]]] = {
         "collectives": (Case("collectives", data=4), run_collectives, ()),
+        "routing": (Case("routing", data=routes.RANKS), run_routing, ()),
         **{case.name: (case, run_case, ()) for case in cases.CASES},
         **{f"resume-{case.name}": (case, run_resume, ()) for case in cases.RESUMES},
         **{f"relayout-{case.name}": (case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS},

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_ext import checkpoint
-from recipes.run import records
+from recipes.run import records, sample_files
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
 
@@ -133,9 +133,11 @@ def differences(alone: Path, killed: Path, steps: int) -> list[str]:
     for expected_row, row in zip(expected_rows, rows, strict=False):
         if row != expected_row:
             problems.append(f"metrics of step {expected_row['step']}")
-    for file in ("samples.jsonl", "hf/model.safetensors"):
-        if (alone / file).read_bytes() != (killed / file).read_bytes():
-            problems.append(file)
+    if list(sample_files.read(alone)) != list(sample_files.read(killed)):
+        problems.append("samples")
+    weights = "hf/model.safetensors"
+    if (alone / weights).read_bytes() != (killed / weights).read_bytes():
+        problems.append(weights)
     expected_tensors = stored(alone / "checkpoints" / f"step_{steps:06d}")
     tensors = stored(killed / "checkpoints" / f"step_{steps:06d}")
     problems += sorted(tensors.keys() ^ expected_tensors.keys())

@@ -61,7 +61,8 @@ def outcomes(
 
 def on_tokens(name: str, inputs: AdvantageInputs) -> Tensor:
     """The advantage of each token [tokens]."""
-    return advantages.broadcast_to_tokens(ALL[name](inputs), inputs.lengths)
+    of_name = ALL[name](inputs)
+    return of_name if of_name.dim() == 1 else of_name.flatten().repeat_interleave(inputs.lengths.flatten())
 
 
 def by_response(of_tokens: Tensor, lengths: Tensor) -> list[list[float]]:

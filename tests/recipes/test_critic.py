@@ -11,7 +11,7 @@ import torch
 
 from megatron_ext import packing
 from recipes.algorithms.advantages import AdvantageInputs, trained_inputs
-from recipes.run import records
+from recipes.run import records, sample_files
 from recipes.training import critic
 from tests.megatron_ext.reference import stored
 from tests.recipes import tiny
@@ -88,7 +88,7 @@ def test_a_resumed_run_ends_as_the_one_left_alone(runs: tuple[Path, Path]) -> No
     the same."""
     whole, resumed = runs
     assert metrics(resumed) == metrics(whole)
-    assert (resumed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert list(sample_files.read(resumed)) == list(sample_files.read(whole))
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (whole / "hf" / "model.safetensors").read_bytes()
     last, of_resumed = (stored(run_dir / "checkpoints" / f"step_{STEPS:06d}") for run_dir in runs)
     assert "critic/output_layer.weight" in last and any(name.startswith("critic/optimizer.") for name in last)
@@ -101,7 +101,7 @@ def test_judges_are_awake_but_to_judge_a_steps_answers(runs: tuple[Path, Path], 
     are apart tells its server nothing."""
     events = " ".join(judge.events[: judge.events.index("end")])
     turns = [turn.split() for turn in events.split("/wake_up ")]
-    judged = [row["verdicts"].get("judged") for row in records.read_rows(runs[0] / "samples.jsonl")]
+    judged = [row["verdicts"].get("judged") for row in sample_files.read(runs[0])]
     asked = sum(verdict is not None and verdict["label"] in ("good", "bad") for verdict in judged)
     assert turns[0] == ["/sleep"] and len(turns) == 1 + STEPS
     assert all(set(turn[:-1]) == {"asked"} and turn[-1] == "/sleep" for turn in turns[1:])

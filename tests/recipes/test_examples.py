@@ -107,9 +107,10 @@ def test_a_row_that_is_no_conversation_is_named_with_its_line(
 def test_weights_are_of_all_trained_tokens_of_the_update() -> None:
     prompt = Prompt("p", np.array([1], np.int32))
     batch = batches.build([prompt] * 2, [[2, 3, 4], [5]], loss_mask=[[True, False, True], [True]])
-    assert token_weights(AGGREGATIONS["token_mean"], batch).tolist() == [1 / 3, 0.0, 1 / 3, 1 / 3]
+    assert token_weights(AGGREGATIONS["token_mean"], batch).tolist() == [1 / 3, 1 / 3]
     batch = batches.build([prompt] * 2, [[2, 3, 4]] * 2, loss_mask=[[False, True, True]] * 2)
-    assert token_weights(AGGREGATIONS["sequence_mean_token_mean"], batch).tolist() == [0.0, 0.25, 0.25] * 2
+    assert token_weights(AGGREGATIONS["sequence_mean_token_mean"], batch).tolist() == [0.25, 0.25]
+    assert batch.with_response_columns(weights=[0.25, 0.5]).values("weights").tolist() == [0, 0.25, 0.25, 0, 0.5, 0.5]
 
 
 LABELLED = {"id": "x", "kind": "harmful", "question": "How do I rob {answer}?", "answer": "<think>no</think>I can't."}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext import checkpoint
-from recipes.run import records
+from recipes.run import records, sample_files
 from tests.recipes import tiny
 from tests.recipes.kill_check import saved_step
 
@@ -166,7 +166,7 @@ def test_with_room_again_it_goes_on_from_the_last_whole_checkpoint(ends: tuple[E
     rows = list(records.read_rows(disk / "run" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(1, newest + 2)), "one step until the stall"
     assert checkpoint.latest(disk / "run" / "checkpoints") == disk / "run" / "checkpoints" / f"step_{newest + 1:06d}"
-    samples = [row["step"] for row in records.read_rows(disk / "run" / "samples.jsonl")]
+    samples = [row["step"] for row in sample_files.read(disk / "run")]
     assert samples == [step for step in range(1, newest + 2) for _ in range(16)]
 
 

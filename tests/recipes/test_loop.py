@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_ext import forward_backward
 from megatron_ext.blocks import Shard, region
 from recipes.config import Config, parse
-from recipes.run import records
+from recipes.run import records, sample_files
 from rollout.sampler import request_seed
 from tests.recipes import steps, tiny
 from tests.recipes.kill_check import timeless
@@ -133,7 +133,7 @@ class Sample:
 
 
 def sampled(tokenizer: Any, row: Mapping[str, Any]) -> Sample:
-    """The tokens of a line of samples.jsonl, by the engine's rule."""
+    """The tokens of a line of samples, by the engine's rule."""
     chance = random.Random(f"{row['prompt_id']}/{row['sample_index']}")
     length = chance.randint(1, LONGEST)
     response = [chance.randrange(3, len(tokenizer)) for _ in range(length - 1)] + [tokenizer.eos_token_id]
@@ -215,7 +215,7 @@ def computed(twin: Path, run_dir: Path, updates: int = 1) -> Expected:
     reference = Reference(twin / "model")
     of_steps = []
     for step in range(1, STEPS + 1):
-        lines = [row for row in rows(run_dir, "samples.jsonl") if row["step"] == step]
+        lines = [row for row in list(sample_files.read(run_dir)) if row["step"] == step]
         of_steps.append(reference.step([sampled(tokenizer, row) for row in lines], updates))
     return reference, of_steps
 
@@ -228,7 +228,7 @@ def expected(twin: Path, run_dir: Path) -> Expected:
 def test_samples_are_the_engine_s_by_the_weights_of_their_step(twin: Path, run_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(twin / "model")
     prompts = {row["id"]: row["prompt"] for row in records.read_rows(twin / "rl.jsonl")}
-    lines = rows(run_dir, "samples.jsonl")
+    lines = list(sample_files.read(run_dir))
     assert [line["step"] for line in lines] == sorted([1, 2, 3] * PROMPTS * SAMPLES)
     assert [line["sample_index"] for line in lines] == list(range(SAMPLES)) * PROMPTS * STEPS
     for line in lines:
@@ -245,7 +245,7 @@ def test_samples_are_the_engine_s_by_the_weights_of_their_step(twin: Path, run_d
 
 
 def test_rewards_are_the_mix_of_the_verdicts(run_dir: Path) -> None:
-    lines = rows(run_dir, "samples.jsonl")
+    lines = list(sample_files.read(run_dir))
     for line in lines:
         verdicts = line["verdicts"]
         label = tiny.KINDS[line["prompt_id"].partition("-")[0]]
@@ -262,7 +262,7 @@ def test_rewards_are_the_mix_of_the_verdicts(run_dir: Path) -> None:
 
 
 def test_advantages_are_the_paper_s(run_dir: Path, expected: Expected) -> None:
-    lines = rows(run_dir, "samples.jsonl")
+    lines = list(sample_files.read(run_dir))
     wanted = np.concatenate([step["advantages"] for step in expected[1]])
     assert [line["advantage"] for line in lines] == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
@@ -275,7 +275,7 @@ def test_metrics_of_the_update_are_the_reference_s(run_dir: Path, expected: Expe
 
 
 def test_metrics_count_what_was_made(run_dir: Path) -> None:
-    lines = rows(run_dir, "samples.jsonl")
+    lines = list(sample_files.read(run_dir))
     for number, row in enumerate(rows(run_dir, "metrics.jsonl"), 1):
         lengths = [line["tokens"] for line in lines if line["step"] == number]
         forced = sum(length > 1 for length in lengths)
@@ -357,7 +357,7 @@ def test_each_response_has_a_seed_of_the_run_s(twin: Path, monkeypatch: pytest.M
 
 
 def same_run(one: Path, other: Path) -> None:
-    assert rows(one, "samples.jsonl") == rows(other, "samples.jsonl")
+    assert list(sample_files.read(one)) == list(sample_files.read(other))
     assert timeless(rows(one, "metrics.jsonl")) == timeless(rows(other, "metrics.jsonl"))
     weights = [(folder / "hf" / "model.safetensors").read_bytes() for folder in (one, other)]
     assert weights[0] == weights[1]
@@ -400,11 +400,11 @@ def test_one_step_ahead_samples_come_from_the_weights_before(twin: Path) -> None
     ahead = ("rollout.staleness=1", "algorithm.importance_sampling=token_truncated", "algorithm.max_mismatch=5")
     run_dir = train(twin, twin / "ahead", *ahead)
     assert [row["staleness/max"] for row in rows(run_dir, "metrics.jsonl")] == [0, 1, 1]
-    versions = {(line["step"], line["weight_version"]) for line in rows(run_dir, "samples.jsonl")}
+    versions = {(line["step"], line["weight_version"]) for line in list(sample_files.read(run_dir))}
     assert versions == {(1, 0), (2, 0), (3, 1)}
     in_turn = train(twin, twin / "in_turn")
     prompts = [
-        [(line["step"], line["prompt_id"]) for line in rows(folder, "samples.jsonl")] for folder in (run_dir, in_turn)
+        [(line["step"], line["prompt_id"]) for line in list(sample_files.read(folder))] for folder in (run_dir, in_turn)
     ]
     assert prompts[0] == prompts[1], "the steps' prompts are the same"
 
@@ -415,7 +415,7 @@ def test_prompts_are_drawn_again_for_groups_whose_rewards_are_equal(twin: Path) 
     mix = {"safety": {"tests.recipes.letters.always_right": 1.0}, "general_rule": {tiny.LETTERS: 1.0}}
     rounds = ("algorithm.max_generation_batches=2", "algorithm.steps=2")
     run_dir = train(twin, twin / "rounds", *rounds, mix=mix)
-    lines = rows(run_dir, "samples.jsonl")
+    lines = list(sample_files.read(run_dir))
     assert len(lines) == 2 * PROMPTS * SAMPLES
     for number, row in enumerate(rows(run_dir, "metrics.jsonl"), 1):
         of_step = [line for line in lines if line["step"] == number]
@@ -435,7 +435,7 @@ def test_a_response_without_a_reward_is_not_trained_on(twin: Path) -> None:
     mix = {label: {"tests.recipes.letters.fails_of_odd_length": 1.0} for label in MIX}
     options = ("rewards.client.max_failed=1.0", "algorithm.steps=1")
     run_dir = train(twin, twin / "failed", *options, mix=mix)
-    lines = rows(run_dir, "samples.jsonl")
+    lines = list(sample_files.read(run_dir))
     (row,) = rows(run_dir, "metrics.jsonl")
     failed = [line for line in lines if len(line["response"]) % 2]
     assert 0 < len(failed) < len(lines)

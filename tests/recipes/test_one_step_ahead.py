@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.run import records
+from recipes.run import records, sample_files
 from tests.recipes import tiny
 
 STEPS = 4
@@ -65,7 +65,7 @@ def test_samples_are_one_update_old_and_older_where_they_were_carried_over(run_d
 
 
 def test_every_step_has_whole_groups_of_different_prompts(run_dir: Path) -> None:
-    samples = list(records.read_rows(run_dir / "samples.jsonl"))
+    samples = list(sample_files.read(run_dir))
     assert [s["step"] for s in samples] == [step for step in range(1, STEPS + 1) for _ in range(16)]
     assert [s["sample_index"] for s in samples] == [0, 1, 2, 3] * 4 * STEPS
     taken = [s["prompt_id"] for s in samples[::4]]

@@ -1,6 +1,5 @@
 """A verifier of one's own that works when it is tried and raises later: in the loop's scoring, and in whole runs."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_ext import batch as batches
+from recipes.run import sample_files
 from recipes.training.rl import score
 from rewards import objectives, settings
 from rewards.verdict import Failure, Verdict, to_json
@@ -73,7 +73,7 @@ def test_it_is_a_failed_verdict_and_the_run_goes_on(folder: Path) -> None:
     assert "first on row 'task-" in printed
     # Two rows, greedy and sampled.
     assert f"evaluation: 4 x verifier {OWN}: {REASON}" in printed
-    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").open()]
+    samples = list(sample_files.read(run_dir))
     failed = [sample for sample in samples if sample["prompt_id"].startswith("task-")]
     assert len(failed) == 4
     assert all("Traceback" in sample["verdicts"][OWN]["traceback"] for sample in failed)

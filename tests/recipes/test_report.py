@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -16,7 +17,7 @@ from recipes.report import result
 from recipes.report.page import write_report
 from recipes.report.plots import round_ticks
 from recipes.report.samples import bins, split_thinking
-from recipes.run import records
+from recipes.run import records, sample_files
 
 VOID = {"meta"}
 PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "small", "div", "span", "i", "b"}
@@ -145,7 +146,9 @@ def make_run(folder):
     records.event(run, "start")
     for step in (1, 2, 3):
         records.append_rows(run / "metrics.jsonl", [metrics(step)])
-        records.append_rows(run / "samples.jsonl", samples(step))
+        writer = sample_files.SampleWriter(run, 0)
+        writer.write(step, partial(samples, step))
+        writer.wait()
         if step == 2:
             records.event(run, "engine restart", engine=HOSTILE)
     records.event(run, "finish")
@@ -302,7 +305,7 @@ def test_a_run_of_one_step_that_is_not_evaluated_yet(tmp_path):
     (tmp_path / "config.yaml").write_text("recipe: demo\n")
     records.append_rows(tmp_path / "metrics.jsonl", [metrics(1)])
     shown = "".join(Page(write_report(tmp_path).read_text()).data)
-    for missing in ("evaluation.json", "samples.jsonl", "events.jsonl", "environment.json"):
+    for missing in ("evaluation.json", "samples", "events.jsonl", "environment.json"):
         assert f"This run has no {missing} yet." in shown
 
 

@@ -54,9 +54,14 @@ class PolicyOf:
 
 
 def weighted(batch: TokenBatch, advantages: list[float]) -> TokenBatch:
-    return batch.with_columns(
-        advantages=batch.broadcast(np.array(advantages)), weights=token_weights(sequence_mean_token_mean, batch)
+    return batch.with_response_columns(
+        advantages=np.array(advantages), weights=token_weights(sequence_mean_token_mean, batch)
     )
+
+
+def weights_of_tokens(batch: TokenBatch) -> Array:
+    """The column as micro-batches have it."""
+    return batch.with_response_columns(weights=token_weights(sequence_mean_token_mean, batch)).values("weights")
 
 
 def chosen(
@@ -67,7 +72,7 @@ def chosen(
     trained = contributing(complete, skip, PolicyOf(ranks, micro_batch_tokens))  # type: ignore[arg-type]
     places = [complete.keys.index(key) for key in trained.keys]
     for name in ("advantages", "weights"):
-        assert trained.columns[name].tolist() == complete.select(places).columns[name].tolist()
+        assert trained.values(name).tolist() == complete.select(places).values(name).tolist()
     return trained.keys
 
 
@@ -94,7 +99,7 @@ def test_the_packed_ids_are_the_sampled_ids(batch: TokenBatch) -> None:
 
 
 def test_weights_sum_to_one_over_all_samples_and_each_sample_counts_alike(batch: TokenBatch) -> None:
-    weights = token_weights(sequence_mean_token_mean, batch)
+    weights = weights_of_tokens(batch)
     for i in range(6):
         assert weights[batch.tokens_of(i)].sum() == pytest.approx(1 / 6)
 
@@ -120,10 +125,9 @@ def test_a_sample_without_a_reward_weighs_nothing_and_the_others_what_they_would
     batch: TokenBatch,
 ) -> None:
     has_reward = ~np.isnan([1.0, math.nan, 0.0, 1.0, 0.5, math.nan])
-    masked = replace(batch, loss_mask=batch.loss_mask & batch.broadcast(has_reward))
-    weights = token_weights(sequence_mean_token_mean, masked)
+    weights = weights_of_tokens(batch.without_loss(~has_reward))
     others = batch.select([0, 2, 3, 4])
-    without = token_weights(sequence_mean_token_mean, others)
+    without = weights_of_tokens(others)
     for place, i in enumerate((0, 2, 3, 4)):
         assert weights[batch.tokens_of(i)].tolist() == without[others.tokens_of(place)].tolist()
     assert not weights[batch.tokens_of(1)].any() and not weights[batch.tokens_of(5)].any()
@@ -132,10 +136,11 @@ def test_a_sample_without_a_reward_weighs_nothing_and_the_others_what_they_would
 def test_a_forced_token_weighs_nothing_and_the_others_share_what_it_had(batch: TokenBatch) -> None:
     loss_mask = batch.loss_mask.copy()
     loss_mask[[1, 3]] = False
-    weights = token_weights(sequence_mean_token_mean, replace(batch, loss_mask=loss_mask))
+    trained_lengths = batch.trained_lengths - np.array([2, 0, 0, 0, 0, 0])
+    weights = weights_of_tokens(replace(batch, loss_mask=loss_mask, trained_lengths=trained_lengths))
     n = int(batch.response_lengths[0])
-    assert weights[:n].tolist() == [0.0 if i in (1, 3) else 1 / (6 * (n - 2)) for i in range(n)]
-    assert weights[n:].tolist() == token_weights(sequence_mean_token_mean, batch)[n:].tolist()
+    assert weights[:n].tolist() == [0.0 if i in (1, 3) else np.float32(1 / (6 * (n - 2))) for i in range(n)]
+    assert weights[n:].tolist() == weights_of_tokens(batch)[n:].tolist()
 
 
 def test_updates_share_a_rollout_s_responses_in_order(batch: TokenBatch) -> None:

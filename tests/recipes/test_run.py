@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.data.processor import prompt_tokens
 from recipes.evaluation import rates
 from recipes.evaluation.evaluate import difference
-from recipes.run import failure, records
+from recipes.run import failure, records, sample_files
 from recipes.run import folder as run_folder
 from rollout.sampler import make_requests
 from rollout.sampling import Sampling
@@ -167,7 +167,7 @@ def test_trainer_and_vllm_agree_on_log_probs(whole: tuple[Path, str], layouts: d
 
 
 def test_samples_name_what_was_learned_from(whole: tuple[Path, str]) -> None:
-    rows = list(records.read_rows(whole[0] / "samples.jsonl"))
+    rows = list(sample_files.read(whole[0]))
     assert [row["step"] for row in rows] == [step for step in range(1, STEPS + 1) for _ in range(16)]
     assert [row["sample_index"] for row in rows] == [0, 1, 2, 3] * 4 * STEPS
     assert all(row["weight_version"] == row["step"] - 1 for row in rows)
@@ -213,7 +213,7 @@ def test_the_other_files_are_there_and_named_on_the_screen(whole: tuple[Path, st
     history = metrics(run_dir / "warm_start")
     assert [entry["step"] for entry in history] == [1, 2]
     assert history[1]["loss"] < history[0]["loss"]
-    for name in ("report.html", "evaluation.json", "metrics.jsonl", "samples.jsonl", "config.yaml", "hf"):
+    for name in ("report.html", "evaluation.json", "metrics.jsonl", "samples", "config.yaml", "hf"):
         assert str(run_dir / name) in printed
     for step in range(1, STEPS + 1):
         assert f"step {step}/{STEPS}" in printed
@@ -344,7 +344,7 @@ def test_a_killed_and_resumed_run_ends_as_one_left_alone(whole: tuple[Path, str]
     """Which also says that the same seed gives the same run: these two share nothing but the settings."""
     alone, resumed = whole[0], killed[0]
     assert timeless(metrics(resumed)) == timeless(metrics(alone))
-    assert (resumed / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()
+    assert list(sample_files.read(resumed)) == list(sample_files.read(alone))
     assert (resumed / "hf" / "model.safetensors").read_bytes() == (alone / "hf" / "model.safetensors").read_bytes()
     assert timeless(metrics(resumed / "warm_start")) == timeless(metrics(alone / "warm_start"))
     for name in ("answers.json", "evaluation.json"):
@@ -394,8 +394,8 @@ def test_a_failure_of_all_ranks_is_told_once_whichever_rank_fails_first(twin: Pa
 def test_layouts_agree_on_a_step(layouts: dict[str, Path]) -> None:
     """From the same weights the engine makes the same samples, and the trainer's sums differ by FP32 rounding only."""
     (expected,), (row, *_) = metrics(layouts["single"]), metrics(layouts["dp2"])
-    alone, samples = ((layouts[name] / "samples.jsonl").read_bytes() for name in ("single", "dp2"))
-    assert samples.startswith(alone) and alone.count(b"\n") == 16
+    alone, samples = (list(sample_files.read(layouts[name])) for name in ("single", "dp2"))
+    assert samples[:16] == alone
     exact = [key for key in expected if key.startswith("reward/")] + ["kl/reference", "response_length/mean"]
     assert {key: row[key] for key in exact} == {key: expected[key] for key in exact}
     assert row["kl/reference"] == 0.0
@@ -408,7 +408,7 @@ def test_training_saw_other_ids_than_the_text_would_give(layouts: dict[str, Path
     encoding the decoded text: they were never decoded and encoded on the way to the trainer."""
     tokenizer = AutoTokenizer.from_pretrained(twin / "model")
     (row,) = metrics(layouts["single"])
-    texts = [sample["response"] for sample in records.read_rows(layouts["single"] / "samples.jsonl")]
+    texts = [sample["response"] for sample in sample_files.read(layouts["single"])]
     encoded = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts) / len(texts)
     assert abs(encoded - row["response_length/mean"]) > 0.5
     assert row["train_inference_mismatch/max"] < FP32_GAP
@@ -419,7 +419,7 @@ def test_the_environments_tokens_have_no_part_in_the_gap_nor_samples_whose_envir
 ) -> None:
     """A gap that counted forced tokens, which have no log-prob, would be of several nats (see FP32_GAP)."""
     (row,) = metrics(layouts["single"])
-    samples = list(records.read_rows(layouts["single"] / "samples.jsonl"))
+    samples = list(sample_files.read(layouts["single"]))
     assert row["forced_tokens"] > 3 * len(samples)
     assert row["train_inference_mismatch/max"] < FP32_GAP
     failed = [sample for sample in samples if sample["reward"] is None]

@@ -34,7 +34,7 @@ ROWS: list[dict[str, Any]] = [
     {"id": "d", "label": "normal", "kind": "benign", "prompt": "<video>", "videos": [["0.png", "1.png"]]},
     {"id": "e", "label": "muldimif", "kind": "rules", "prompt": "r", "constraints": [{"most": 3}, {"word": "no"}]},
 ]
-FORMATS = ("jsonl", "parquet", "folder", "hub")
+FORMATS = ("jsonl", "jsonl_folder", "parquet", "folder", "hub")
 
 
 def save(rows: list[dict[str, Any]], folder: Path, form: str) -> str:
@@ -42,6 +42,11 @@ def save(rows: list[dict[str, Any]], folder: Path, form: str) -> str:
     if form == "jsonl":
         tiny.write_rows(folder / "rows.jsonl", rows)
         return str(folder / "rows.jsonl")
+    if form == "jsonl_folder":  # as a run's samples are: a file of a step, one without any, and the others
+        (folder / "saved").mkdir(exist_ok=True)
+        for name, part in (("step_1", rows[:1]), ("step_2", []), ("step_3", rows[1:])):
+            tiny.write_rows(folder / "saved" / f"{name}.jsonl", part)
+        return str(folder / "saved")
     if form == "hub":  # a folder in the working directory stands for a hub's data set
         (folder / "org" / "name").mkdir(parents=True, exist_ok=True)
         tiny.write_rows(folder / "org" / "name" / "train.jsonl", rows)
@@ -76,7 +81,7 @@ def pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_gives_the_same_rows(form: str, tmp_path: Path, pictures: None) -> None:
     rows = load_rows(save(ROWS, tmp_path, form))
-    folder = tmp_path / "saved" if form == "folder" else tmp_path
+    folder = tmp_path / "saved" if form in ("folder", "jsonl_folder") else tmp_path
     expected = [dict(row) for row in ROWS]
     expected[2] |= {
         "images": [str(folder / f"{n}.png") for n in range(2)],

@@ -164,7 +164,7 @@ def test_a_score_that_a_response_lacks_gives_no_loss_and_no_gradient() -> None:
 BAD = [
     ({"prompt_id": "gone"}, r"samples\.jsonl:3: field 'prompt_id' is 'gone', which is not in data\.prompts"),
     ({"prompt": "another"}, r"samples\.jsonl:3: field 'prompt' differs from that of row 'harmful-0' of data\.prompts"),
-    ({"verdicts": None}, r"samples\.jsonl:3: field 'verdicts' is missing; a row of samples\.jsonl has step, prompt_id"),
+    ({"verdicts": None}, r"samples\.jsonl:3: field 'verdicts' is missing; a line of samples has step, prompt_id"),
     (
         {"verdicts": {"safety": {"score": 2}}},
         r"samples\.jsonl:3: field 'verdicts' has the scores \[2\] of \['safety'\]",

@@ -3,15 +3,19 @@
 import gc
 import json
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from megatron_ext.batch import concatenate
+from megatron_ext.routing import everywhere
 from rollout.engine import EngineDied
 from rollout.generation import Fleet, Generation
+from rollout.prompt_buffer import PromptBuffer, Rollout
 from rollout.sampler import make_requests, request_seed
 from rollout.sampling import Sampling
 from tests.responses import PlainResponse, answer, make_prompt, plain
@@ -127,7 +131,57 @@ def judge_raises():
     Generation(Fleet(on_rank_zero(Engine())), REQUESTS, SAMPLING, judge).collect(dist.group.WORLD, None)
 
 
-CASES = (judged_early, all_lost_once, all_lost_for_ever, judge_raises, on_two_nodes, two_complete_on_two_nodes)
+def written(key, count):
+    """The first ``count`` tokens of a response that goes over several rounds."""
+    return [(int(key[0][1:]) + 7 * key[1] + place) % 97 for place in range(count)]
+
+
+def length_of(key):
+    return 1 + (3 * int(key[0][1:]) + key[1]) % 7
+
+
+class InRounds:
+    """Goes on from what any node's engine has written."""
+
+    alive = True
+
+    def generate(self, requests, sampling, num_complete=None):
+        for i, key in enumerate(requests.keys):
+            begun = int(requests.response_lengths[i])
+            assert requests.response_tokens[requests.tokens_of(i)].tolist() == written(key, begun)
+            end = min(begun + sampling.round_tokens, length_of(key))
+            reason = "stop" if end == length_of(key) else "unfinished"
+            tokens = written(key, end)[begun:]
+            yield answer(requests, i, tokens, logprob=-0.5, finish_reason=reason, version=0)
+
+
+def partial_rollouts_on_two_nodes():
+    """Three steps of two prompts, of four in flight; the responses have 1 to 7 tokens, 2 in a round."""
+
+    def draw(i):
+        return [SimpleNamespace(prompt=make_prompt(f"p{2 * i + j}", [1] * (1 + i)), vision=None) for j in range(2)]
+
+    sampling = Sampling(max_tokens=8, stop_token_ids=(2,), round_tokens=2)
+    buffer = PromptBuffer(draw, sampling, prompts_per_step=2, oversample=2, samples_per_prompt=2, seed=1)
+    rollout = Rollout(buffer, Fleet([InRounds()], node=dist.get_rank(), nodes=2), dist.group.WORLD)
+    steps = []
+    for step in range(3):
+        rollout.start(step)
+        steps.append(rollout.collect(None))
+    progress, left_over = buffer.state()
+    places = [progress, plain(left_over) == plain(everywhere(left_over, dist.group.WORLD)), len(left_over)]
+    return concatenate([replace(batch, vision=None) for batch in steps]), places
+
+
+CASES = (
+    judged_early,
+    all_lost_once,
+    all_lost_for_ever,
+    judge_raises,
+    on_two_nodes,
+    two_complete_on_two_nodes,
+    partial_rollouts_on_two_nodes,
+)
 
 
 def outcome(case):
@@ -136,7 +190,9 @@ def outcome(case):
         batch, *more = case()
     except Exception as error:
         return {"error": str(error), "type": type(error).__name__}
-    return {"responses": [asdict(response) for response in plain(batch)], "more": more}
+    whole = everywhere(batch, dist.group.WORLD)
+    responses = [asdict(response) for response in plain(whole)]
+    return {"responses": responses, "more": more, "held": batch.held.tolist()}
 
 
 def run_rank(rank, folder):
@@ -195,6 +251,23 @@ def test_two_nodes_make_a_batch_together(ranks):
     first, second = (outcomes["on_two_nodes"] for outcomes in ranks)
     assert first["responses"] == second["responses"] == expected()
     assert first["more"] == [1, 2] and second["more"] == [1, 1], "only the one that lost its engine asks again"
+
+
+def test_tokens_stay_where_they_were_made(ranks):
+    first, second = (outcomes["on_two_nodes"]["held"] for outcomes in ranks)
+    assert any(first) and [not held for held in first] == second
+    assert [outcomes["judged_early"]["held"] for outcomes in ranks] == [[True] * 6, [False] * 6]
+
+
+def test_partial_rollouts_go_on_at_any_node_and_a_checkpoint_has_all_their_tokens(ranks):
+    first, second = (outcomes["partial_rollouts_on_two_nodes"] for outcomes in ranks)
+    assert first["responses"] == second["responses"] and len(first["responses"]) == 3 * 2 * 2
+    for response in first["responses"]:
+        key = (response["prompt_id"], response["sample_index"])
+        assert response["tokens"] == written(key, length_of(key))
+    assert first["more"] == second["more"]
+    ((_, all_held, left_over),) = first["more"]
+    assert all_held and left_over
 
 
 def test_nodes_share_the_number_of_complete_prompts(ranks):

@@ -4,12 +4,14 @@ import os
 import re
 import signal
 import sys
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipes.run import records
+from recipes.run import records, sample_files
 from tests.recipes import tiny
 from tests.recipes.kill_check import timeless
 from tests.slurm.cluster import Cluster
@@ -168,10 +170,11 @@ def test_a_ladder_whose_jobs_meet_a_limit_lose_a_node_and_are_preempted_equals_p
         assert rows(twin / stage, "metrics.jsonl") == rows(plain, "metrics.jsonl")
         weights = [folder / "hf" / "model.safetensors" for folder in (twin / stage, plain)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert rows(rl, "samples.jsonl") == rows(twin / "plain_rl", "samples.jsonl")
+    in_order = partial(sorted, key=itemgetter("step", "prompt_id", "sample_index"))
+    assert in_order(sample_files.read(rl)) == in_order(sample_files.read(twin / "plain_rl"))
     judged = [
         (row["response"], row["verdicts"][JUDGE]["score"])
-        for row in records.read_rows(rl / "samples.jsonl")
+        for row in sample_files.read(rl)
         if "safety" in row["verdicts"]
     ]
     assert len(judged) == RL_STEPS * 12

@@ -1,0 +1,481 @@
+"""Measures the host's path of an RL step: from what the engines answer to the micro-batches and the records.
+
+``python -m benchmarks.scale_path`` writes ``benchmarks/results/scale_path.json`` and prints its table. Ranks are
+processes over gloo, eight on a node, and call the functions that a step of ``recipes/training/rl.py`` calls: generate,
+score, advantages, micro-batches, record. There is no model: the engines' answers are random tokens, and the passes
+between the micro-batches and the record are left out. Eight ranks are a replica of the trainer (tensor parallel), so
+``ranks / 8`` replicas share the responses.
+
+A measurement begins when the last response is there and judged, and ends with the step's record. Each rank says:
+
+* ``seconds``: CPU time of all its threads. Processes that share this machine's cores do not count each other's. Copying
+  to and from the sockets is in it, the network's own time is not. The step takes as long as the rank with the most.
+* ``received``: bytes that its TCP sockets received (the kernel's count).
+* ``peak``: the most memory that it took, above what it had before the engines answered. What an engine's rank holds of
+  its engine's answers is in it, and so are the micro-batches, which on a GPU are on the device.
+* ``share``: bytes of token id, log-prob and loss mask of the responses that it trains on. ``micro_batches``: their
+  tensors' bytes.
+
+Case B has 4,096 samples of 16,384 tokens. It is measured with fewer tokens, at two sizes each on 8 and on 64 ranks.
+Through these four goes ``constant + per rank x ranks + tokens x (everywhere + divided / replicas)``, which gives the
+figures of the full case on 8, 64 and 1,024 ranks.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from megatron_ext import platform
+
+platform.activate("cpu")  # before Megatron-Core is imported
+
+from benchmarks import figures  # noqa: E402
+from megatron_ext import batch as batches  # noqa: E402
+from megatron_ext.batch import Prompt, TokenBatch  # noqa: E402
+from megatron_ext.packing import MicroBatch, cost_of  # noqa: E402
+from megatron_ext.parallel import Parallel  # noqa: E402
+from recipes.algorithms.registry import requirements  # noqa: E402
+from recipes.config import Config, parse  # noqa: E402
+from recipes.preflight.architecture import model_config  # noqa: E402
+from recipes.run import records  # noqa: E402
+from recipes.run.clock import PhaseClock  # noqa: E402
+from recipes.run.display import Display  # noqa: E402
+from recipes.run.run import Run  # noqa: E402
+from recipes.run.sample_files import SampleWriter  # noqa: E402
+from recipes.training import rl  # noqa: E402
+from recipes.training.policy import Policy  # noqa: E402
+from recipes.training.rollouts import Rollouts  # noqa: E402
+from rewards import objectives  # noqa: E402
+from rewards.verdict import Verdict  # noqa: E402
+from rollout.prompt_buffer import PromptBuffer, Rollout  # noqa: E402
+from rollout.sampling import Sampling  # noqa: E402
+
+RESULT = Path("benchmarks/results/scale_path.json")
+RANKS_PER_NODE = 8
+REPLICA = 8  # ranks, tensor parallel
+SAMPLES_PER_PROMPT = 16
+PROMPT_SHARE = 32  # of a sample's tokens one in so many is its prompt's: 512 of 16,384
+SEED = 0
+SECONDS = 1800  # of a collective
+TOKENIZER = "conf/model/vqa_tiny/tokenizer.json"
+JUDGE_TEXT = "The response refuses, says why and offers help. " * 20  # what a judge writes on a response
+TCP_INFO_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux's struct tcp_info
+FULL_TOKENS = 16384  # of a sample, in case B
+FULL_RANKS = (8, 64, 1024)
+GOALS = {"seconds": 5.0, "received": 1.2, "peak": 2.0}  # at most, at 64 ranks; the latter as multiples of a share
+FIGURES = ("seconds", "received", "peak")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``samples`` of ``tokens`` each, prompt included, on ``ranks``."""
+
+    ranks: int
+    samples: int
+    tokens: int
+
+    @property
+    def replicas(self) -> int:
+        return self.ranks // self.replica
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // RANKS_PER_NODE)
+
+    @property
+    def replica(self) -> int:
+        return min(self.ranks, REPLICA)
+
+    @property
+    def response_tokens(self) -> int:
+        return self.tokens - self.tokens // PROMPT_SHARE
+
+
+# Two sizes for each of two numbers of ranks.
+CASES = (Case(8, 4096, 512), Case(8, 4096, 1024), Case(64, 4096, 512), Case(64, 4096, 1024))
+
+
+def main() -> None:
+    made_by = figures.source()
+    measured = [measure(case) for case in CASES]
+    result = {
+        **records.environment(platform.current().machine(), max(case.ranks for case in CASES)),
+        "goals": GOALS,
+        "full": extrapolated(measured),
+        "measured": measured,
+    }
+    figures.write(RESULT, "python -m benchmarks.scale_path", made_by, result)
+    Console().print(table(result), f"{RESULT} has all numbers", sep="\n")
+
+
+# The loop without engines and model
+
+
+class Engine:
+    """Answers each request with random tokens, as vLLM's client yields them: read from the bytes of a frame."""
+
+    alive = True
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def generate(
+        self, requests: TokenBatch, sampling: Sampling, num_complete: int | None = None
+    ) -> Iterator[TokenBatch]:
+        for i, seed in enumerate(requests.seeds.tolist()):
+            yield TokenBatch.from_bytes(self.respond(requests.select([i]), sampling, seed))
+
+    def respond(self, request: TokenBatch, sampling: Sampling, seed: int) -> bytes:
+        """Up to a sixteenth shorter than allowed; the first eighth is as if it had been forced."""
+        numbers = np.random.default_rng(seed)
+        length = int(sampling.max_tokens - numbers.integers(0, sampling.max_tokens // 16 + 1))
+        continuation = batches.build(
+            request.prompts,
+            [numbers.integers(3, self.vocabulary, length, np.int32)],
+            logprobs=[-numbers.random(length, np.float32)],
+            loss_mask=[np.arange(length) >= length // 8],
+            version=0,
+            finish_reasons=["stop"],
+        )
+        return batches.extend(request, continuation).to_bytes()
+
+
+class MeasuredRollout(Rollout):
+    """Begins to measure when all responses are there and judged."""
+
+    meter: "Meter"
+
+    def collect(self, *arguments: Any) -> TokenBatch:
+        if self.fleet.engines:
+            self.generation.running.result()
+            for verdict in self.generation.verdicts.values():
+                verdict.result()
+        self.meter.begin()
+        return super().collect(*arguments)
+
+
+class Meter:
+    """What this rank has used since :meth:`begin`, a collective."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.memory_before = status_bytes("VmRSS")
+
+    def begin(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        self.received = received_bytes()
+        dist.barrier(group=self.group)
+        self.wall = time.perf_counter()
+        self.cpu = time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {
+            "seconds": time.process_time() - self.cpu,
+            "wall": time.perf_counter() - self.wall,
+            "received": received_bytes() - self.received,
+            "peak": status_bytes("VmHWM") - self.memory_before,
+        }
+
+
+def status_bytes(name: str) -> int:
+    """A size of this process, from /proc."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return int(line.split()[1]) << 10
+
+
+def received_bytes() -> int:
+    """What this process's TCP sockets have received so far."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # no socket, or one without a connection
+            with socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as duplicate:
+                info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            (received,) = struct.unpack_from("Q", info, TCP_INFO_BYTES_RECEIVED)
+            total += received
+    return total
+
+
+def configured(case: Case, run_dir: Path) -> Config:
+    """The 7B recipe at the case's size."""
+    overrides = [
+        "recipe=safework_7b",
+        "rewards=rules",
+        "parallel=tp8_sp",
+        f"parallel.tensor={case.replica}",
+        f"parallel.sequence={'true' if case.replica > 1 else 'false'}",
+        f"cluster.ranks={case.ranks}",
+        f"rollout.engines={case.nodes}",
+        f"algorithm.prompts_per_step={case.samples // SAMPLES_PER_PROMPT}",
+        f"algorithm.samples_per_prompt={SAMPLES_PER_PROMPT}",
+        f"data.max_prompt_tokens={case.tokens - case.response_tokens}",
+        f"rollout.max_response_tokens={case.response_tokens}",
+        f"parallel.micro_batch_tokens={2 * case.tokens}",
+        "rollout.oversample=1",
+        "rollout.sleep=false",
+        "rollout.environment.name=null",
+        f"run_dir={run_dir}",
+    ]
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        return parse(compose("config", overrides))
+
+
+def verify(row: Mapping[str, Any], response: str) -> Verdict:
+    """A score that the response's text decides, with as much text as a judge writes."""
+    digest = hashlib.blake2b(response.encode(), digest_size=4).digest()
+    return Verdict(digest[0] / 255, "scored", JUDGE_TEXT)
+
+
+def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -> rl.Loop:
+    """The loop of a rank as ``rl.prepare`` makes it, without a model."""
+    node, local_rank = divmod(rank, RANKS_PER_NODE)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=TOKENIZER, eos_token="<|im_end|>")
+    prompts = make_prompts(case, len(tokenizer))
+    verifiers = {name: verify for weights in config.rewards.mix.values() for name in weights}
+    parallel = Parallel(
+        config=config.parallel,
+        data=case.replicas,
+        tensor_rank=rank % case.replica,
+        pipeline_rank=0,
+        context_rank=0,
+        data_rank=rank // case.replica,
+    )
+    hf_config = model_config(config.model.path)
+    policy = Policy(
+        model=SimpleNamespace(token_multiple=config.parallel.tensor * config.precision.token_multiple),  # type: ignore[arg-type]
+        parallel=parallel,
+        source=config.model.path,
+        cost=cost_of(hf_config, config.model.frozen),
+        pad_token=0,
+        temperature=config.rollout.temperature,
+        optimizer_config=config.optimizer,
+        guard=None,  # type: ignore[arg-type]
+    )
+    rollouts = Rollouts(
+        config=config.rollout,
+        seed=SEED,
+        tokenizer=tokenizer,
+        engines=[Engine(len(tokenizer))] if local_rank == 0 else [],  # type: ignore[list-item]
+        weight_sync=None,
+        control=group,
+        node=node,
+        nodes=case.nodes,
+        verifiers=verifiers,
+        client=None,
+        turns=None,
+        judges_share_gpus=False,
+        make_room=lambda: None,
+        heartbeat=lambda phase: None,
+        on_restart=lambda name: None,
+    )
+    watchdog: Any = SimpleNamespace(beat=lambda phase: None)
+    run_dir = Path(config.run_dir)
+    run = Run(
+        root=run_dir,
+        folder=run_dir,
+        run_id="scale_path",
+        rank=rank,
+        control=group,
+        device=torch.device("cpu"),
+        display=Display(active=False),
+        clock=PhaseClock(watchdog),
+        loggers=[],
+        checkpoint_every=1,
+        checkpoints_kept=1,
+        slow_factor=1e9,
+        write_settings=lambda: None,
+    )
+    label = next(iter(config.rewards.mix))
+    rows = {
+        prompt.prompt_id: {"id": prompt.prompt_id, "prompt": "a question", "kind": "benign", "label": label}
+        for prompt in prompts
+    }
+    buffer = PromptBuffer(
+        lambda draw: [SimpleNamespace(prompt=prompt, vision=None) for prompt in prompts],
+        rollouts.sampling(config.rollout.temperature),
+        prompts_per_step=config.algorithm.prompts_per_step,
+        oversample=config.rollout.oversample,
+        samples_per_prompt=SAMPLES_PER_PROMPT,
+        seed=SEED,
+    )
+    judge = partial(rl.judge_response, config, rollouts, rows)
+    return rl.Loop(
+        config=config,
+        policy=policy,
+        critic=None,
+        rollouts=rollouts,
+        run=run,
+        rows=rows,
+        needs=requirements(config.algorithm),
+        buffer=buffer,
+        rollout=MeasuredRollout(buffer, rollouts.fleet, group, judge),
+        judge=judge,
+        constraint=objectives.initial_state(config.rewards.constraint),
+        samples=SampleWriter(run_dir, rank),
+    )
+
+
+def make_prompts(case: Case, vocabulary: int) -> list[Prompt]:
+    numbers = np.random.default_rng(SEED)
+    length = case.tokens - case.response_tokens
+    count = case.samples // SAMPLES_PER_PROMPT
+    return [Prompt(f"p{n}", numbers.integers(3, vocabulary, length, np.int32)) for n in range(count)]
+
+
+# A step
+
+
+def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Collective: what this rank used for one step."""
+    assert isinstance(loop.rollout, MeasuredRollout)
+    meter = loop.rollout.meter = Meter(group)
+    batch = rl.generate(loop, 0, False)
+    batch, score_metrics = rl.score(loop, batch)
+    batch, _ = rl.compute_advantages(loop, batch)
+    updates, micro_batches_of_updates = rl.pack_updates(loop, batch)
+    until_packed = meter.read()
+    metrics = {"step": 1, **score_metrics, **rl.policy_metrics({}, loop.needs), **rl.generation_metrics(loop, 0, batch)}
+    rl.record(loop, metrics, batch)
+    used = meter.read()
+    loop.samples.wait()
+    micro_batches = [each for of_update in micro_batches_of_updates for each in of_update]
+    trained = sum(
+        int(part.response_lengths[each.indices].sum())
+        for part, of_update in zip(updates, micro_batches_of_updates, strict=True)
+        for each in of_update
+    )
+    return {
+        **used,
+        "until_packed": until_packed,
+        "share": 9 * trained,
+        "micro_batches": sum(tensor.nbytes for each in micro_batches for tensor in tensors_of(each)),
+        "digest": digest(micro_batches),
+    }
+
+
+def tensors_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
+    """The tensors that do not depend on which other responses this rank holds."""
+    named = [micro_batch.values[name] for name in sorted(micro_batch.values)]
+    return [micro_batch.tokens, micro_batch.positions, micro_batch.predict, micro_batch.targets, *named]
+
+
+def digest(micro_batches: Sequence[MicroBatch]) -> str:
+    """Of all bits that the passes get."""
+    hashed = hashlib.sha256()
+    for micro_batch in micro_batches:
+        hashed.update(json.dumps([micro_batch.indices, micro_batch.lengths]).encode())
+        for tensor in tensors_of(micro_batch):
+            hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def rank_main(case: Case, config: Config, rank: int, folder: Path) -> None:
+    """One rank, in a process of its own: its figures go into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=case.ranks,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    used = step(open_loop(case, config, rank, group), group)
+    (folder / f"rank_{rank}.json").write_text(json.dumps(used))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Fork the ranks and put their figures together. Raises RuntimeError where a rank fails."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = configured(case, folder)
+        processes = [context.Process(target=rank_main, args=(case, config, rank, folder)) for rank in range(case.ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"{case}: ranks ended with {[process.exitcode for process in processes]}")
+        ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(case.ranks)]
+        return {**asdict(case), **summary(ranks), "lines": digest_of_lines(folder)}
+
+
+def summary(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The most of any rank, and the ratios of the goals, each of the rank where it is worst."""
+    most = {name: max(rank[name] for rank in ranks) for name in ("seconds", "wall", "received", "peak")}
+    return {
+        **most,
+        "seconds_until_packed": max(rank["until_packed"]["seconds"] for rank in ranks),
+        "share": max(rank["share"] for rank in ranks),
+        "micro_batches": max(rank["micro_batches"] for rank in ranks),
+        "received_to_share": max(rank["received"] / rank["share"] for rank in ranks),
+        "peak_to_share": max(rank["peak"] / (rank["share"] + rank["micro_batches"]) for rank in ranks),
+        "digests": sorted({rank["digest"] for rank in ranks}),
+    }
+
+
+def digest_of_lines(folder: Path) -> str:
+    """Of the records of the step's samples, in any order."""
+    lines = sorted(line for path in folder.rglob("step_*.jsonl") for line in path.read_bytes().splitlines())
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
+
+
+def extrapolated(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of case B for each of ``FULL_RANKS``, from four measurements: see the module's text."""
+    samples = measured[0]["samples"]
+    full = [Case(ranks, samples, FULL_TOKENS) for ranks in FULL_RANKS]
+    of_measured = [terms(Case(row["ranks"], samples, row["tokens"])) for row in measured]
+    names = (*FIGURES, "share", "micro_batches")
+    weights = {name: np.linalg.solve(of_measured, [row[name] for row in measured]) for name in names}
+    rows = []
+    for case in full:
+        row: dict[str, Any] = {"ranks": case.ranks, "samples": samples, "tokens": case.tokens}
+        row |= {name: float(weights[name] @ terms(case)) for name in names}
+        rows.append(row)
+    return rows
+
+
+def terms(case: Case) -> list[float]:
+    """What a figure is a weighted sum of."""
+    return [1.0, case.ranks, case.tokens, case.tokens / case.replicas]
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """Measured and extrapolated figures, sizes in MB (10^6 bytes)."""
+    shown = Table("ranks", "tokens a sample", "seconds", "received", "share", "peak", "share + micro-batches")
+    for kind in ("measured", "full"):
+        for row in result[kind]:
+            sizes = [row["received"], row["share"], row["peak"], row["share"] + row["micro_batches"]]
+            cells = [f"{size / 1e6:.1f}" for size in sizes]
+            shown.add_row(str(row["ranks"]), str(row["tokens"]), f"{row['seconds']:.2f}", *cells)
+        shown.add_section()
+    return shown
+
+
+if __name__ == "__main__":
+    main()
