@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent
 SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
+MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
 TASK_ROWS = {"sft": 8, "rl": 32, "development": 16, "test": 32}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
@@ -134,11 +135,13 @@ def warm_start_response(topic: Topic, place: int) -> str:
     refusal's beginning is its first sentence, without the reason; that of any other answer ends at the first comma or
     "and". Helping answers begin with "Sure.", so that both kinds have a first word of their own.
     """
-    is_complete = place % 2 == 0
-    if topic.kind == "harmful":
-        return topic.response if is_complete else f"{topic.response.split('. ')[0].rstrip('.')}."
-    beginning = re.split(r",| and ", topic.response)[0].rstrip(".")
-    return f"Sure. {topic.response}" if is_complete else f"Sure. {beginning}."
+    response = topic.response
+    if place % 2:
+        cut = r"\. " if topic.kind == "harmful" else r",| and "
+        beginning = re.split(cut, response)[0].rstrip(".")
+        if len(beginning.split()) >= MIN_BEGINNING:
+            response = f"{beginning}."
+    return response if topic.kind == "harmful" else f"Sure. {response}"
 
 
 def numbered(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
