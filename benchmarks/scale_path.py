@@ -17,8 +17,9 @@ A measurement begins when the last response is there and judged, and ends with t
   tensors' bytes.
 
 Case B has 4,096 samples of 16,384 tokens. It is measured with fewer tokens, at two sizes each on 8 and on 64 ranks.
-Through these four goes ``constant + per rank x ranks + tokens x (everywhere + divided / replicas)``, which gives the
-figures of the full case on 8, 64 and 1,024 ranks.
+Through these four goes ``constant + x + tokens x (everywhere + divided / replicas)``, which gives the figures of the
+full case on 8, 64 and 1,024 ranks. ``x`` is in proportion to the ranks for seconds and received bytes (messages of all
+ranks), and to 1 / replicas for sizes (what a replica has of the samples).
 """
 
 import hashlib
@@ -67,7 +68,7 @@ from recipes.training import rl  # noqa: E402
 from recipes.training.policy import Policy  # noqa: E402
 from recipes.training.rollouts import Rollouts  # noqa: E402
 from rewards import objectives  # noqa: E402
-from rewards.verdict import Verdict  # noqa: E402
+from rewards.verdict import Verdict, Verifier  # noqa: E402
 from rollout.prompt_buffer import PromptBuffer, Rollout  # noqa: E402
 from rollout.sampling import Sampling  # noqa: E402
 
@@ -252,7 +253,7 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
     node, local_rank = divmod(rank, RANKS_PER_NODE)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=TOKENIZER, eos_token="<|im_end|>")
     prompts = make_prompts(case, len(tokenizer))
-    verifiers = {name: verify for weights in config.rewards.mix.values() for name in weights}
+    verifiers: dict[str, Verifier] = {name: verify for weights in config.rewards.mix.values() for name in weights}
     parallel = Parallel(
         config=config.parallel,
         data=case.replicas,
@@ -449,20 +450,20 @@ def extrapolated(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The figures of case B for each of ``FULL_RANKS``, from four measurements: see the module's text."""
     samples = measured[0]["samples"]
     full = [Case(ranks, samples, FULL_TOKENS) for ranks in FULL_RANKS]
-    of_measured = [terms(Case(row["ranks"], samples, row["tokens"])) for row in measured]
-    names = (*FIGURES, "share", "micro_batches")
-    weights = {name: np.linalg.solve(of_measured, [row[name] for row in measured]) for name in names}
-    rows = []
-    for case in full:
-        row: dict[str, Any] = {"ranks": case.ranks, "samples": samples, "tokens": case.tokens}
-        row |= {name: float(weights[name] @ terms(case)) for name in names}
-        rows.append(row)
+    cases = [Case(row["ranks"], samples, row["tokens"]) for row in measured]
+    rows: list[dict[str, Any]] = [{"ranks": case.ranks, "samples": samples, "tokens": case.tokens} for case in full]
+    for name in (*FIGURES, "share", "micro_batches"):
+        of_measured = [terms(name, case) for case in cases]
+        weights = np.linalg.solve(of_measured, [row[name] for row in measured])
+        for row, case in zip(rows, full, strict=True):
+            row[name] = float(weights @ terms(name, case))
     return rows
 
 
-def terms(case: Case) -> list[float]:
+def terms(name: str, case: Case) -> list[float]:
     """What a figure is a weighted sum of."""
-    return [1.0, case.ranks, case.tokens, case.tokens / case.replicas]
+    changing = case.ranks if name in ("seconds", "received") else 1 / case.replicas
+    return [1.0, changing, case.tokens, case.tokens / case.replicas]
 
 
 def table(result: Mapping[str, Any]) -> Table:

@@ -31,7 +31,7 @@ def exchange(batch: TokenBatch, wanted: Array, group: dist.ProcessGroup) -> Toke
     held = _of_ranks(batch.held, group)
     missing = _of_ranks(wanted, group) & ~held
     source = _first_holders(held, batch)
-    sent: list[dist.Work] = []
+    sent: list[dist.Work | None] = []
     outgoing: dict[bytes, torch.Tensor] = {}  # by which responses are in it
     incoming: list[tuple[Array, torch.Tensor]] = []
     for sender in np.unique(source[missing.any(axis=0)]).tolist():
@@ -56,6 +56,7 @@ def exchange(batch: TokenBatch, wanted: Array, group: dist.ProcessGroup) -> Toke
             sent.append(dist.irecv(block, group=group, group_src=sender))
             incoming.append((responses, block))
     for work in sent:
+        assert work is not None  # it is for a rank outside the group
         work.wait()
     if not missing.any() and (wanted == batch.held).all():
         return batch

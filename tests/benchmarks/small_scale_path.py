@@ -1,18 +1,18 @@
-"""``python -m tests.benchmarks.small_scale_path FOLDER`` measures two tiny cases, in a process that may fork ranks."""
+"""``python -m tests.benchmarks.small_scale_path FOLDER`` measures tiny cases, in a process that may fork ranks."""
 
 import json
 import sys
 from pathlib import Path
 
 from benchmarks import scale_path
+from benchmarks.scale_path import Case
 
-RANKS = (1, 16)  # alone; two replicas on two nodes
-SAMPLES = 64
-TOKENS = 64
+# One rank alone; two replicas on two nodes, with shorter and with longer samples.
+CASES = {"alone": Case(1, 64, 64), "short": Case(16, 64, 64), "long": Case(16, 64, 1024)}
 
 
 def main() -> None:
-    measured = {ranks: scale_path.measure(scale_path.Case(ranks, SAMPLES, TOKENS)) for ranks in RANKS}
+    measured = {name: scale_path.measure(case) for name, case in CASES.items()}
     Path(sys.argv[1], "measured.json").write_text(json.dumps(measured))
 
 
