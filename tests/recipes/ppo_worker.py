@@ -35,7 +35,14 @@ def main(folder: Path) -> None:
         config = parse(compose("config", overrides=json.loads((folder / "overrides.json").read_text())))
     groups = parallel.initialize(config.parallel, config.seed, 600)
     # What surrounds the loop and has no part in a step.
-    run: Any = SimpleNamespace(phase=lambda name: nullcontext(), log=print, event=print, count=lambda **counted: None)
+    run: Any = SimpleNamespace(
+        phase=lambda name: nullcontext(),
+        log=print,
+        event=print,
+        count=lambda **counted: None,
+        folder=folder,
+        rank=int(os.environ["RANK"]),
+    )
     tokenizer = SimpleNamespace(pad_token_id=0)
     rollouts: Any = SimpleNamespace(
         sampling=lambda *arguments: None,
