@@ -28,6 +28,7 @@ PURPOSES = {
     "recipes/run": "records, display, watchdog",
     "recipes/training": "SFT, RL, critic",
     "rewards/verifiers": "rules and judges",
+    "rollout/deliberation": "search at inference",
     "rollout/guidance": "value-guided decoding",
     "rollout/weight_sync": "trainer shards to vLLM",
     "megatron_ext/models": "one file a family",

@@ -25,6 +25,8 @@ from rollout.search import Step
 
 # Steps at the end of what has come that are not complete: they may become something else, or wait for a reply.
 OPEN = ("text", "end", "search", "read")
+ENDS = [f"</{action}>" for action in search.ACTIONS]
+LONGEST_END = max(map(len, ENDS))
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ class Episode:
             said = environment.segments(self.turns.tokenizer, response)
             tokens: list[int] = []
             reason: str | None = None
+            tail = ""
             async with aclosing(self._stream(response)) as pieces:
                 async for piece in pieces:
                     tokens += piece.token_ids
                     reason = "turn" if piece.stopped_at in self.turns.environment.stops else piece.finish_reason
-                    # An action ends with this character.
-                    if reason is None and ">" in piece.text:
+                    tail = tail[-LONGEST_END:] + piece.text
+                    if reason is None and any(end in tail for end in ENDS):
                         text = self.turns.tokenizer.decode(tokens, skip_special_tokens=True)
                         for shown in self._complete([*said, Segment(text, by_environment=False)]):
                             yield shown

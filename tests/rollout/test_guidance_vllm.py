@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_ext import hf_checkpoint
 from megatron_ext.blocks import Block, Shard
@@ -21,15 +21,20 @@ from recipes.page.conversation import Branch, Conversation
 from recipes.page.writing import open_writer
 from recipes.serve import read_setup
 from rewards.serve import kill
+from rollout.deliberation.deliberating import open_deliberator
+from rollout.environment import Segment
 from rollout.guidance.clients import ValuesUnavailable
 from rollout.guidance.decoding import Question, Step
 from rollout.guidance.opening import only_scoring, open_guide
 from rollout.guidance.reading import REPLACEMENT
 from rollout.guidance.serve import make_app
 from rollout.guidance.settings import GuidanceConfig
+from rollout.search import Search
+from rollout.settings import EnvironmentConfig
 from tests import served
 from tests.recipes import tiny
 from tests.rollout.fake_guidance import guidance, listening
+from tests.rollout.fake_searcher import SEARCH, deliberation
 
 PRINCIPLES = ["safety", "value", "knowledge"]
 WEIGHTS = {"safety": 2.0, "value": 1.0, "knowledge": 1.0}
@@ -339,3 +344,72 @@ def test_a_value_server_that_is_killed_stops_the_answer_or_is_said(world: World)
     assert 0 < len(stopped) < len(continued)
     with pytest.raises(ValuesUnavailable, match="vllm serve --runner pooling"):
         asyncio.run(answered(world, world.config()))
+
+
+@dataclass(frozen=True)
+class Eager(Search):
+    """Replies after one text, so that a random model has turns."""
+
+    stop: str
+
+    @property
+    def stops(self) -> Sequence[str]:
+        return (self.stop,)
+
+    def reply(self, segments: Sequence[Segment]) -> str:
+        return f"<result>reply {len(segments)}</result>"
+
+
+def open_eager(stop: str) -> Eager:
+    return Eager(SEARCH.retriever, 1, 1, stop)
+
+
+def greedy(world: World, model: Any, prefix: Sequence[int], most: int, stop: str | None) -> list[int]:
+    """The tokens of one turn, by transformers, of the texts that ``World.sampling`` leaves."""
+    biases = torch.zeros(model.config.vocab_size)
+    for token, bias in world.sampling()["logit_bias"].items():
+        biases[int(token)] = bias
+    tokens: list[int] = []
+    while len(tokens) < most:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prefix, *tokens]])).logits[0, -1] + biases
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == world.tokenizer.eos_token_id or (stop is not None and stop in world.text(tokens)):
+            break
+    return tokens
+
+
+def test_deliberate_search_has_the_turns_that_transformers_gives(world: World) -> None:
+    """Greedily: what the model writes until the stop text, the environment's reply, and on from both, two times."""
+    most, max_turns = 80, 2
+    prompt = world.prompt_ids()
+    config = deliberation(generator__address=world.generator.server.addresses[0], max_tokens=most)
+    folder = world.generator.server.model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stop = world.text(greedy(world, model, prompt, 6, None))[-1]
+    response: list[int] = []
+    expected: list[Segment] = []
+    while True:
+        turn = greedy(world, model, [*prompt, *response], most - len(response), stop)
+        response += turn
+        expected.append(Segment(world.text(turn), by_environment=False))
+        if len(expected) == 2 * max_turns + 1 or stop not in expected[-1].text:
+            break
+        expected.append(Segment(f"<result>reply {len(expected)}</result>", by_environment=True))
+        response += world.tokenizer.encode(expected[-1].text, add_special_tokens=False)
+    assert len(expected) > 2, "no turn has ended"
+
+    async def run() -> None:
+        environment = EnvironmentConfig(f"{__name__}.open_eager", max_turns, {"stop": stop})
+        async with open_deliberator(config, environment) as opened:
+            question = Question(opened.model, tuple(prompt), most, world.sampling() | {"temperature": 0.0})
+            made = opened.deliberate(question, 3)
+            shown = [step async for step in made.steps()]
+        for episode in made.episodes:
+            assert episode.said == expected
+            assert episode.tokens == len(response)
+            replies = [segment.text for segment in expected if segment.by_environment]
+            assert [step.reply for step in episode.shown if step.reply is not None] == replies
+        assert len(shown) == 3 * len(made.episodes[0].shown)
+
+    asyncio.run(run())
