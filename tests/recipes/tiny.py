@@ -102,6 +102,8 @@ def overrides(folder: Path, run_dir: Path, *more: str) -> list[str]:
         "recipe=demo",
         "rewards=letters",
         f"model.path={folder / 'model'}",
+        # All weights are trained.
+        "model.frozen=[]",
         *(f"data.{field}={folder / file}" for field, file in DATA_FILES.items()),
         "~data.scores.refusal",  # whose prompts these are not
         f"run_dir={run_dir}",
