@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -71,15 +70,21 @@ def rl_after(sft: Path, run_dir: Path, *more: str) -> list[str]:
     return [argument for argument in given if not argument.startswith("model.path=")]
 
 
-def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The file's rows without clocks and the judge."""
-    kept_rows = timeless(list(records.read_rows(folder / name)))
-    for row in kept_rows:
-        row.get("verdicts", {}).pop(JUDGE, None)
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without clocks and the judge."""
+    kept_rows = timeless(list(records.read_rows(folder / "metrics.jsonl")))
     return [
         {key: value for key, value in row.items() if JUDGE not in key and not key.startswith("servers/")}
         for row in kept_rows
     ]
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    """The responses without the judge's verdicts, in the order of the prompts."""
+    kept_rows = sorted(sample_files.read(folder), key=itemgetter("step", "prompt_id", "sample_index"))
+    for row in kept_rows:
+        row["verdicts"].pop(JUDGE, None)
+    return kept_rows
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -167,11 +172,10 @@ def test_a_ladder_whose_jobs_meet_a_limit_lose_a_node_and_are_preempted_equals_p
     tiny.complete(rl_after(twin / "plain_sft", twin / "plain_rl", "cluster.ranks=2"))
     for stage in ("sft", "rl"):
         plain = twin / f"plain_{stage}"
-        assert rows(twin / stage, "metrics.jsonl") == rows(plain, "metrics.jsonl")
+        assert rows(twin / stage) == rows(plain)
         weights = [folder / "hf" / "model.safetensors" for folder in (twin / stage, plain)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
-    in_order = partial(sorted, key=itemgetter("step", "prompt_id", "sample_index"))
-    assert in_order(sample_files.read(rl)) == in_order(sample_files.read(twin / "plain_rl"))
+    assert samples(rl) == samples(twin / "plain_rl")
     judged = [
         (row["response"], row["verdicts"][JUDGE]["score"])
         for row in sample_files.read(rl)
