@@ -175,5 +175,5 @@ def test_a_rank_that_stands_still_ends_the_run_with_every_ranks_stacks(ends: tup
     assert end.exit_code != 0 and end.remains == REMAINS
     assert f" has made no progress for {WATCHDOG} s in logprobs; the stacks of all ranks are in {logs}" in end.printed
     waits, stands = ((logs / f"rank_{rank}.log").read_text().rpartition("watchdog: rank") for rank in (0, 1))
-    assert waits[2].startswith(" 0 in logprobs") and "in add_log_probs" in waits[2]
+    assert waits[2].startswith(" 0 in logprobs") and "in exchange" in waits[2]
     assert stands[2].startswith(" 1 in logprobs") and "in stands_still" in stands[2]
