@@ -173,10 +173,11 @@ def fine_tune(run: Path, recipe: str, rows: Path, run_dir: Path, overrides: Sequ
 
 
 def held_out(edited: Mapping[str, Any], unedited: Mapping[str, Any]) -> dict[str, Any]:
-    """Rate → its means before, after the SFT on the edits and after that on the unedited answers, what the former
-    changed, and the difference of both models on the same prompts."""
+    """Rate of greedy answers → its means before, after the SFT on the edits and after that on the unedited answers,
+    what the former changed, and the difference of both models on the same prompts."""
     measures = {}
-    for name, difference in edited["difference"].items():
+    greedy = {name: measure for name, measure in edited["difference"].items() if name != "sampled"}
+    for name, difference in greedy.items():
         measures[name] = {
             "before": edited["before"][name],
             EDITED: edited["after"][name],

@@ -1,7 +1,6 @@
 """``benchmarks.edits`` before a fake generator: faults, edits, saved rows, and the comparison of two SFT runs."""
 
 import asyncio
-import json
 
 import pytest
 
@@ -75,7 +74,7 @@ def test_models_are_compared_on_the_same_prompts():
     def evaluation(labels):
         measure = {"mean": 0.5, "interval": [0.0, 1.0], "n": len(labels)}
         transcripts = [{"kind": "harmful", "labels": {"after": f"safety: {label}"}} for label in labels]
-        rates = {"unsafe/harmful": measure, "capability": measure}
+        rates = {"unsafe/harmful": measure, "capability": measure, "sampled": {"capability": measure}}
         return {"before": rates, "after": rates, "difference": rates, "transcripts": transcripts}
 
     edited = evaluation([UNSAFE, BARE, BARE, BARE])
@@ -83,4 +82,5 @@ def test_models_are_compared_on_the_same_prompts():
     measures = held_out(edited, unedited)
     assert measures["unsafe/harmful"]["edited − unedited"] == paired_difference([1, 1, 1, 0], [1, 0, 0, 0])
     assert "edited − unedited" not in measures["capability"]
-    assert json.dumps(measures)
+    assert "sampled" not in measures
+    assert benchmark.table({"held_out": measures}).row_count == 2
