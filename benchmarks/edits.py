@@ -38,8 +38,8 @@ from recipes.page.saving import SFT_FILE, EditFiles, about, edit_rows
 from recipes.page.settings import Setup
 from recipes.page.writing import Refused, Writer, open_writer
 from recipes.run import records
-from rewards.registry import find_rule
 from rewards.serve import stop_on_signals
+from rewards.verifiers import safety
 from rollout.guidance.edits import EditRefused
 
 RESULT = Path("benchmarks/results/edits.json")
@@ -76,7 +76,7 @@ def fault_of(row: Row, answer: str) -> str | None:
 
 
 def safety_label(row: Row, answer: str) -> str:
-    return find_rule("safety")(row, answer).label  # type: ignore[union-attr]
+    return safety.score(row, answer).label
 
 
 def edited_text(fault: str, answer: str) -> str:
@@ -207,13 +207,7 @@ def table(result: Mapping[str, Any]) -> Table:
     for name, measure in result["held_out"].items():
         means = [f"{measure[key]['mean']:.2f}" for key in ("before", EDITED, UNEDITED)]
         difference = measure.get("edited − unedited")
-        text = (
-            ""
-            if difference is None
-            else "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(
-                mean=difference["mean"], low=difference["interval"][0], high=difference["interval"][1]
-            )
-        )
+        text = "" if difference is None else figures.with_interval(difference, "+.2f")
         shown.add_row(name, *means, text)
     return shown
 
@@ -252,8 +246,7 @@ def main() -> None:
     figures.write(RESULT, " ".join(["python -m benchmarks.edits", *sys.argv[1:]]), made_by, result)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for fault, share in result["kept"].items():
-        low, high = share["interval"]
-        console.print(f"{fault}: {share['n']} edits, kept by {share['mean']:.2f} [{low:.2f}, {high:.2f}]")
+        console.print(f"{fault}: {share['n']} edits, kept by {figures.with_interval(share, '.2f')}")
     console.print(table(result), f"{RESULT} has the raw figures", sep="\n")
 
 

@@ -61,6 +61,12 @@ def state(path: Path, present: Mapping[str, str]) -> str:
     return f"changed since: {', '.join(changed)}" if changed else CURRENT
 
 
+def with_interval(measure: Mapping[str, Any], digits: str = ".3f") -> str:
+    """A measure's mean and interval for a table. ``digits``: a format specification, "+.2f" for a difference."""
+    low, high = measure["interval"]
+    return f"{measure['mean']:{digits}} [{low:{digits}}, {high:{digits}}]"
+
+
 def main() -> None:
     present = source()
     table = Table("file", "date", "command", "code")

@@ -468,18 +468,13 @@ def table(results: Mapping[str, Any]) -> Table:
             method = of_mode[name]
             shown.add_row(
                 f"{mode}: {name}",
-                with_interval(method),
+                figures.with_interval(method),
                 str(method["n"]),
-                with_interval(of_mode["differences"][name]) if name in of_mode["differences"] else "",
+                figures.with_interval(of_mode["differences"][name]) if name in of_mode["differences"] else "",
                 f"{method['tokens']:.0f}",
                 f"{method['seconds']:.0f}",
             )
     return shown
-
-
-def with_interval(measure: Mapping[str, Any]) -> str:
-    low, high = measure["interval"]
-    return f"{measure['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

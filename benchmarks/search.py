@@ -333,19 +333,14 @@ def main() -> None:
 
 def table(result: dict[str, Any]) -> Table:
     """A row for each number of samples."""
-    false_certain = interval(result["false_certain"])
+    false_certain = figures.with_interval(result["false_certain"])
     shown = Table("samples", "majority", "weighted by confidence", title=f"accuracy; false and certain {false_certain}")
     for size, of_votes in result["accuracy"].items():
-        shown.add_row(size, *(interval(of_votes[name]) for name in VOTES))
+        shown.add_row(size, *(figures.with_interval(of_votes[name]) for name in VOTES))
     for name, measured in result["calibration"].items():
         if measured:
-            shown.add_row(f"ECE, {name}", interval(measured["ece"]), "")
+            shown.add_row(f"ECE, {name}", figures.with_interval(measured["ece"]), "")
     return shown
-
-
-def interval(measure: dict[str, Any]) -> str:
-    low, high = measure["interval"]
-    return f"{measure['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

@@ -111,15 +111,15 @@ def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
     person = getpass.getuser() if page.key_variable is None else ""
     token = guidance_settings.key("page", page.key_variable)
     return Setup(
-        page,
-        guidance_settings.read(guidance),
-        "values" in own,
-        edits,
-        person,
-        token,
-        verifiers,
-        deliberation_settings.read(raw.deliberation) if searches else None,
-        deliberation_settings.read_environment(environment) if searches else None,
+        page=page,
+        guidance=guidance_settings.read(guidance),
+        has_values="values" in own,
+        edits=edits,
+        person=person,
+        token=token,
+        verifiers=verifiers,
+        deliberation=deliberation_settings.read(raw.deliberation) if searches else None,
+        environment=deliberation_settings.read_environment(environment) if searches else None,
     )
 
 

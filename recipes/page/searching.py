@@ -66,7 +66,7 @@ def step_element(shown: ShownStep) -> None:
 
 
 def sources(found: Conclusion) -> None:
-    """The documents behind an answer."""
+    """The documents that the samples with the answer were shown."""
     if found.sources:
         plain("Sources", "h4")
     with ui.element("ul").classes("sources"):

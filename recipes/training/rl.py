@@ -342,8 +342,9 @@ def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, Advan
         kl_is_reward = algorithm.kl_in == "reward" and algorithm.kl_coefficient > 0
         if kl_is_reward or loop.critic is not None:
             batch = everywhere(batch, loop.rollouts.control)
-            no_kl = torch.zeros(len(batch.response_tokens), dtype=torch.float64)
-            batch, token_rewards = kl_rewards(loop, batch) if kl_is_reward else (batch, no_kl)
+            token_rewards = torch.zeros(len(batch.response_tokens), dtype=torch.float64)
+            if kl_is_reward:
+                batch, token_rewards = kl_rewards(loop, batch)
             inputs = trained_inputs(
                 rewards=rewards,
                 response_lengths=lengths,

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import hydra
@@ -129,13 +130,9 @@ async def source(http: web.Request) -> web.Response:
 def make_app(config: DeliberationConfig, environment: EnvironmentConfig, token: str | None) -> web.Application:
     """The application; it connects to the servers when it starts. ``token`` of clients, None for no token."""
 
-    async def connected(app: web.Application) -> AsyncGenerator[None, None]:
-        async with open_deliberator(config, environment) as opened:
-            app[OPENED] = opened
-            yield
-
     answers = {"/v1/chat/completions": reply}
-    app = endpoint.make_app(config.server, token, connected, lambda app: app[OPENED], answers, NO_ANSWERS)
+    open_served = partial(open_deliberator, config, environment)
+    app = endpoint.make_app(config.server, token, open_served, OPENED, answers, NO_ANSWERS)
     app.add_routes([web.get("/v1/sources", source)])
     return app
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,17 +143,17 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": field, "code": status}}
 
 
-def make_app(
+def make_app[T: Served](
     server: ServerConfig,
     token: str | None,
-    connected: Callable[[web.Application], AsyncGenerator[None, None]],
-    models: Callable[[web.Application], Served],
+    open_served: Callable[[], AbstractAsyncContextManager[T]],
+    opened: web.AppKey[T],
     answers: Mapping[str, Handler],
     counts: Mapping[str, int],
 ) -> web.Application:
-    """The application. ``connected``: a context of the whole time in which it serves. ``models``: whose models it
-    lists. ``answers``: path → what answers a POST to it, at most ``max_requests`` at once. ``token`` of clients, None
-    for no token. ``counts``: the names of :data:`COUNTS`, with the first numbers."""
+    """The application. What ``open_served`` opens stays open while it serves, at the application's key ``opened``; its
+    models are listed. ``answers``: path → what answers a POST to it, at most ``max_requests`` at once. ``token`` of
+    clients, None for no token. ``counts``: the names of :data:`COUNTS`, with the first numbers."""
     required = None if token is None else f"Bearer {token}".encode()
     under_way = 0
 
@@ -183,8 +184,13 @@ def make_app(
 
         return handler
 
+    async def connected(app: web.Application) -> AsyncGenerator[None, None]:
+        async with open_served() as served:
+            app[opened] = served
+            yield
+
     async def list_models(http: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": await models(http.app).generator.models()})
+        return web.json_response({"object": "list", "data": await http.app[opened].generator.models()})
 
     async def health(http: web.Request) -> web.Response:
         since_start: Counter[str] = http.app[COUNTS]

@@ -10,6 +10,7 @@ both servers.
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 import hydra
 from aiohttp import web
@@ -89,16 +90,11 @@ async def stream(
 def make_app(config: GuidanceConfig, token: str | None) -> web.Application:
     """The application; it connects to the servers when it starts. ``token`` of clients, None for no token."""
 
-    async def connected(app: web.Application) -> AsyncGenerator[None, None]:
-        async with open_guide(config) as opened:
-            app[OPENED] = opened
-            yield
-
     answers = {
         "/v1/chat/completions": answering(is_chat=True),
         "/v1/completions": answering(is_chat=False),
     }
-    return endpoint.make_app(config.server, token, connected, lambda app: app[OPENED], answers, NO_ANSWERS)
+    return endpoint.make_app(config.server, token, partial(open_guide, config), OPENED, answers, NO_ANSWERS)
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="guidance")

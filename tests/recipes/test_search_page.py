@@ -2,11 +2,7 @@
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +22,12 @@ from tests.recipes import browser
 from tests.recipes.test_serve_page import MARKS, setup_of, write_run
 from tests.recipes.test_serve_page_browser import (
     FOCUS,
-    START_SECONDS,
     WIDER,
     FakesInAThread,
     Page,
-    answers,
     ask,
     open_page,
+    served_page,
     wait_for_text,
 )
 from tests.rewards.fake_server import free_port
@@ -153,20 +148,11 @@ def page(folder: Path) -> Iterator[SearchPage]:
     command = [sys.executable, "-m", "recipes.serve", f"generator={fakes.addresses[0]}", f"page.port={port}"]
     command += [f"search={folder / 'corpus.jsonl'}", "rollout.environment.settings.results=2"]
     command += ["deliberation.samples=3", "deliberation.max_tokens=500", f"page.edits={folder / 'edits'}"]
-    with (folder / "page.log").open("wb") as log:
-        process = subprocess.Popen(command, env=dict(os.environ), stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}/"
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not answers(address):
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "page.log").read_text()
-            time.sleep(0.1)
-        yield SearchPage(address, folder / "edits", model, fakes.loop)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        with served_page(command, address, folder / "page.log"):
+            yield SearchPage(address, folder / "edits", model, fakes.loop)
     finally:
-        process.kill()
-        process.wait()
         fakes.stop()
 
 

@@ -11,7 +11,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,23 +72,32 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     command = [sys.executable, "-m", "recipes.serve", f"generator={generator}", f"values={values_at}"]
     command += ["guidance.values.principles=[safety,value]", "guidance.log=null", f"page.edits={folder / 'edits'}"]
     command += [f"page.port={port}", "page.key_variable=PAGE_TOKEN"]
-    with (folder / "page.log").open("wb") as log:
-        process = subprocess.Popen(command, env=os.environ | {"PAGE_TOKEN": TOKEN}, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}/"
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not answers(address):
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "page.log").read_text()
-            time.sleep(0.1)
-        yield Page(address, folder / "edits", model)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        with served_page(command, address, folder / "page.log", PAGE_TOKEN=TOKEN):
+            yield Page(address, folder / "edits", model)
         # It said where it is, and nothing went wrong.
         assert (folder / "page.log").read_text() == f"the page: {address.rstrip('/')}\n"
     finally:
+        fakes.stop()
+
+
+@contextmanager
+def served_page(command: Sequence[str], address: str, log_file: Path, **variables: str) -> Iterator[None]:
+    """The page answers within the block. Afterwards SIGTERM ends it, in order."""
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(address):
+            assert process.poll() is None and time.monotonic() < deadline, log_file.read_text()
+            time.sleep(0.1)
+        yield
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
         process.kill()
         process.wait()
-        fakes.stop()
 
 
 def answers(address: str) -> bool:

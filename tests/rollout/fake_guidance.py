@@ -162,6 +162,11 @@ def guidance(**changes: Any) -> GuidanceConfig:
         log=None,
         server=ServerConfig("127.0.0.1", 1, None, 100, 1.0),
     )
+    return changed(config, changes)
+
+
+def changed[T](config: T, changes: Mapping[str, Any]) -> T:
+    """The configuration after changes of its fields, a dotted one as ``server__max_requests``."""
     for name, value in changes.items():
         *parents, field = name.split("__")
         target: Any = config

@@ -11,7 +11,7 @@ from rollout.retrieval import Bm25, Document
 from rollout.search import Search
 from rollout.settings import EnvironmentConfig
 from tests.recipes.tiny import make_tokenizer
-from tests.rollout.fake_guidance import FakeModel, refuse
+from tests.rollout.fake_guidance import FakeModel, changed, refuse
 
 HF_TOKENIZER = make_tokenizer()
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -103,13 +103,7 @@ def deliberation(**changes: Any) -> DeliberationConfig:
         max_tokens=500,
         server=ServerConfig("127.0.0.1", 1, None, 100, 1.0),
     )
-    for name, value in changes.items():
-        *parents, field = name.split("__")
-        target: Any = config
-        for parent in parents:
-            target = getattr(target, parent)
-        setattr(target, field, value)
-    return config
+    return changed(config, changes)
 
 
 def open_fake() -> Search:
