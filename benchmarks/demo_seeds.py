@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeat is not None and arguments.repeat not in arguments.seeds:
         parser.error(f"--repeat {arguments.repeat}: name it among the seeds as well")
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.demo_seeds")
     runs = {seed: run(seed, f"runs/demo_seed_{seed}", arguments) for seed in arguments.seeds}
     first_run = runs[arguments.seeds[0]]
     result = {
@@ -63,7 +63,7 @@ def run(seed: int, folder: str, arguments: argparse.Namespace) -> Path:
     """
     run_dir = Path(folder)
     finished_file = run_dir / FINISHED
-    source_before = figures.source(Path("."))
+    source_before = figures.source("recipes.train", Path("."))
     overrides = ["recipe=demo", f"seed={seed}", f"run_dir={folder}", *arguments.override]
     provenance = {"overrides": overrides, "source": source_before}
     if arguments.reuse and finished_file.is_file():
@@ -75,7 +75,7 @@ def run(seed: int, folder: str, arguments: argparse.Namespace) -> Path:
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "recipes.train", *overrides], check=True)
     minutes = (time.monotonic() - started) / 60
-    if figures.source(Path(".")) != source_before:
+    if figures.source("recipes.train", Path(".")) != source_before:
         raise RuntimeError(f"code or data changed during the run {folder}, which makes it worthless: run it again")
     records.write_json(finished_file, {**provenance, "minutes": minutes})
     return run_dir

@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, type=Path, help="folder of the run whose model answers")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="settings of both SFT runs")
     options = parser.parse_args()
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.edits")
     stop_on_signals()
     shutil.rmtree(FOLDER, ignore_errors=True)
     config = run_config(options.run, [])

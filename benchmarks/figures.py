@@ -1,11 +1,15 @@
 """Which figures are of the present code: ``make figures`` lists the files of ``benchmarks/results``.
 
-Every file carries the digest of each room of the code that made it (:func:`source`), and is written by the one command
-that it names (:func:`write`). A file is stale when a room has changed since, however little, or when it has no digest.
+Every file is written by the one command that it names, and carries digests of the code that made it
+(:func:`source`, :func:`write`): of the modules that the command can import, of all configuration and of all data. A
+file is stale when any of these has changed since, however little, or when it has no digest.
 """
 
+import ast
+import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,46 +23,100 @@ from recipes.run import records
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROOMS = ("recipes", "megatron_ext", "rollout", "rewards", "conf", "benchmarks")
-SUFFIXES = (".py", ".yaml", ".jsonl", ".parquet")  # code, configuration and data
+NOT_CODE = (".yaml", ".jsonl", ".parquet")  # configuration and data
+# A module's name, or a package's with the dot after which an f-string goes on with the module's.
+MODULE_NAME = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)*\.?")
 GPU_CHECKS = "gpu"  # the folder of files with an entry for each check, which has its own digests
 CURRENT = "current"
 NO_DIGEST = "no digest"
 
 
-def source(root: Path = ROOT) -> dict[str, str]:
-    """Room → digest of its code, configuration and data."""
-    digests = {}
-    for room in ROOMS:
-        digest = hashlib.sha256()
-        for path in sorted((root / room).rglob("*")):
-            if path.suffix in SUFFIXES:
-                digest.update(f"{path.relative_to(root)}\0".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
-        digests[room] = digest.hexdigest()[:16]
-    return digests
+def source(module: str | None, root: Path = ROOT) -> dict[str, str]:
+    """Room → digest of what a program depends on: the files that it can import, all configuration and all data.
+
+    ``module``: the program's name ("benchmarks.loop"). None for all files of the rooms: a check on a GPU.
+    """
+    present = {path for room in ROOMS for path in (root / room).rglob("*")}
+    code = {path for path in present if path.suffix == ".py"} if module is None else importable(module, root)
+    digests = {room: hashlib.sha256() for room in ROOMS}
+    for path in sorted(code | {path for path in present if path.suffix in NOT_CODE}):
+        name = path.relative_to(root)
+        digest = digests[name.parts[0]]
+        digest.update(f"{name}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return {room: digest.hexdigest()[:16] for room, digest in digests.items()}
+
+
+def importable(module: str, root: Path) -> set[Path]:
+    """The rooms' files that a module is, imports (also in a function), or names, and those that these import or name.
+
+    A string that is a module's name counts as its import: another process runs it, or a setting names it.
+    """
+    found: set[Path] = set()
+    to_read = files(module, root)
+    while to_read:
+        path = to_read.pop()
+        if path not in found:
+            found.add(path)
+            to_read += [file for name in module_names(path.read_text()) for file in files(name, root)]
+    return found
+
+
+@functools.cache
+def module_names(code: str) -> tuple[str, ...]:
+    """What code imports or names of the rooms' modules, and what else has the form of such a name."""
+    names = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.append(node.value)
+    return tuple(name for name in dict.fromkeys(names) if MODULE_NAME.fullmatch(name))
+
+
+def files(name: str, root: Path) -> list[Path]:
+    """The files that an import of ``name`` reads: a module's and its packages'.
+
+    What is no module at the end of a name is one of the module's objects. "package." stands for all its modules.
+    """
+    if name.endswith("."):
+        return sorted((root / name.replace(".", "/")).glob("*.py"))
+    parts = name.split(".")
+    places = [root.joinpath(*parts[: i + 1]) for i in range(len(parts))]
+    candidates = [file for place in places for file in (place / "__init__.py", place.with_suffix(".py"))]
+    return [file for file in candidates if file.is_file()]
 
 
 def write(path: Path, command: str, made_by: Mapping[str, str], result: Mapping[str, Any]) -> None:
     """Write a file of results with its date and its command.
 
-    ``made_by``: what :func:`source` returned when the command began.
+    ``command``: "python -m MODULE …".
+    ``made_by``: what :func:`source` returned for the module when the command began.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     records.write_json(path, {"date": date, "command": command, "source": made_by, **result})
 
 
-def state(path: Path, present: Mapping[str, str]) -> str:
-    """``CURRENT``, ``NO_DIGEST``, or the rooms that have changed since the file was made.
-
-    ``present``: what :func:`source` returns now.
-    """
+def state(path: Path, root: Path = ROOT) -> str:
+    """``CURRENT``, ``NO_DIGEST``, or the rooms in which what the file depends on has changed since it was made."""
     results = json.loads(path.read_text())
     parts = list(results.values()) if path.parent.name == GPU_CHECKS else [results]
     if any("source" not in part for part in parts):
         return NO_DIGEST
-    changed = [room for room in ROOMS if any(part["source"].get(room) != present[room] for part in parts)]
-    return f"changed since: {', '.join(changed)}" if changed else CURRENT
+    changed: set[str] = set()
+    for part in parts:
+        present = source(program(part["command"]) if "command" in part else None, root)
+        changed |= {room for room in ROOMS if part["source"].get(room) != present[room]}
+    return f"changed since: {', '.join(room for room in ROOMS if room in changed)}" if changed else CURRENT
+
+
+def program(command: str) -> str:
+    """The module of "python -m MODULE …"."""
+    words = command.split()
+    return words[words.index("-m") + 1]
 
 
 def with_interval(measure: Mapping[str, Any], digits: str = ".3f") -> str:
@@ -68,13 +126,12 @@ def with_interval(measure: Mapping[str, Any], digits: str = ".3f") -> str:
 
 
 def main() -> None:
-    present = source()
     table = Table("file", "date", "command", "code")
     stale = 0
     paths = sorted(RESULTS.rglob("*.json"))
     for path in paths:
         results = json.loads(path.read_text())
-        found = state(path, present)
+        found = state(path)
         stale += found != CURRENT
         table.add_row(str(path.relative_to(RESULTS)), results.get("date", "")[:10], results.get("command", ""), found)
     console = Console()

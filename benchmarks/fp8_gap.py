@@ -107,7 +107,7 @@ def main() -> None:
         token_ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         return Prompt(prompt_id, np.array(token_ids, np.int32))
 
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.fp8_gap")
     started = time.monotonic()
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::PROMPT_STRIDE]]
     prompts = [make_prompt(row["id"], row["prompt"]) for row in rows]

@@ -412,7 +412,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs=2, metavar=("GENERATOR", "VALUES"), help="addresses of running servers")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="other settings of the run")
     options = parser.parse_args()
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.guidance")
     load = os.getloadavg()[0]
     run, values = Path(options.run), Path(options.values)
     config = run_config(run, [f"model.path={run / 'hf'}", *options.overrides])

@@ -21,7 +21,7 @@ COMMAND = ["-m", "recipes.train", "recipe=ladder_demo"]
 
 
 def main() -> None:
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.ladder")
     started = time.monotonic()
     subprocess.run([sys.executable, *COMMAND], check=True)
     minutes = (time.monotonic() - started) / 60

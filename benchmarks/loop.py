@@ -45,7 +45,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.loop")
     overrides = [*SETTINGS, *sys.argv[1:], f"run_dir={RUN_DIR}", "resume=false"]
     try:
         with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):

@@ -94,7 +94,7 @@ class Batch:
 
 
 def main() -> None:
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.packing")
     cases = []
     for recipe, sizes in RECIPES.items():
         for ranks in sizes:

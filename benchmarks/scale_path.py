@@ -118,7 +118,7 @@ CASES = (Case(8, 4096, 512), Case(8, 4096, 1024), Case(64, 4096, 512), Case(64, 
 
 
 def main() -> None:
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.scale_path")
     measured = [measure(case) for case in CASES]
     result = {
         **records.environment(platform.current().machine(), max(case.ranks for case in CASES)),

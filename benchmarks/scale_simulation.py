@@ -223,7 +223,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
     try:
-        made_by = figures.source()
+        made_by = figures.source("benchmarks.scale_simulation")
         answer = simulate(raw)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT, help="file to write; the diagram goes beside it")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="other settings of the run")
     options = parser.parse_args()
-    made_by = figures.source()
+    made_by = figures.source("benchmarks.search")
     load = os.getloadavg()[0]
     run = Path(options.run)
     config = run_config(run, [f"model.path={run / 'hf'}", *options.overrides])

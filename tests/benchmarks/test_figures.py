@@ -7,67 +7,102 @@ import pytest
 
 from benchmarks import figures
 
-CHANGES = (
-    ("recipes/a.py", "1"),
-    ("recipes/a.py", "2"),
-    ("conf/b.yaml", "1"),
-    ("rewards/data/c.jsonl", "1"),
-    ("benchmarks/d.py", "1"),
-)
+PROGRAM = "recipes.program"
+FILES = {
+    **{f"{room}/__init__.py": "" for room in figures.ROOMS if room != "conf"},
+    "recipes/program.py": """
+import recipes.at_the_top
+PROCESS = ["-m", "rollout.server"]
+def later(name):
+    from rewards.judges.judge import verdict
+    return importlib.import_module(f"megatron_ext.models.{name}")
+""",
+    "recipes/at_the_top.py": "from recipes import further\nfrom rewards import judges",
+    "recipes/further.py": "import recipes.at_the_top",  # a circle ends
+    "recipes/other.py": "import recipes.program",
+    "rollout/server.py": "",
+    "rewards/judges/__init__.py": "",
+    "rewards/judges/judge.py": "def verdict(): return 1",
+    "rewards/judges/other.py": "",
+    "megatron_ext/models/one.py": "",
+    "rewards/data/rows.jsonl": "",
+    "conf/a.yaml": "",
+}
+DEPENDED_ON = [
+    "recipes/__init__.py", "recipes/program.py", "recipes/at_the_top.py", "recipes/further.py", "rollout/server.py",
+    "rewards/judges/__init__.py", "rewards/judges/judge.py", "megatron_ext/models/one.py", "rewards/data/rows.jsonl",
+    "conf/a.yaml",
+]  # fmt: skip
+OTHERS = ["recipes/other.py", "rewards/judges/other.py"]
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for name in (*(f"{room}/__init__.py" for room in figures.ROOMS), "rewards/data/rows.jsonl"):
+    for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text(content)
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "content"), CHANGES)
-def test_code_configuration_and_data_change_the_digest_of_their_room_alone(root: Path, name: str, content: str) -> None:
-    before = figures.source(root)
-    (root / name).write_text(content)
-    after = figures.source(root)
+@pytest.mark.parametrize("name", DEPENDED_ON)
+def test_a_change_of_what_a_program_depends_on_changes_the_digest_of_its_room_alone(root: Path, name: str) -> None:
+    before = figures.source(PROGRAM, root)
+    (root / name).write_text((root / name).read_text() + "\n")
+    after = figures.source(PROGRAM, root)
     assert [room for room in figures.ROOMS if after[room] != before[room]] == [name.partition("/")[0]]
 
 
-def test_a_file_that_moves_changes_the_digest_and_text_or_results_do_not(root: Path) -> None:
-    before = figures.source(root)
-    (root / "benchmarks" / "results").mkdir()
-    (root / "benchmarks" / "results" / "x.json").write_text("{}")
-    (root / "conf" / "README.md").write_text("text")
-    (root / "recipes" / "a.pyc").write_text("cache")
-    assert figures.source(root) == before
+def test_other_code_text_and_results_do_not_change_it_and_a_new_module_of_a_loaded_package_does(root: Path) -> None:
+    before, everything = figures.source(PROGRAM, root), figures.source(None, root)
+    for name in (*OTHERS, "conf/README.md", "benchmarks/results/x.json", "recipes/a.pyc"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("changed = True")
+    assert figures.source(PROGRAM, root) == before
+    changed = [room for room, digest in figures.source(None, root).items() if digest != everything[room]]
+    assert changed == ["recipes", "rewards"], "a check on a GPU may depend on all code"
+    (root / "megatron_ext/models/two.py").write_text("")
+    assert figures.source(PROGRAM, root) != before
+
+
+def test_a_file_that_moves_changes_the_digest(root: Path) -> None:
+    before = figures.source(PROGRAM, root)
     (root / "rewards" / "data" / "rows.jsonl").rename(root / "rewards" / "rows.jsonl")
-    assert figures.source(root) != before
+    assert figures.source(PROGRAM, root) != before
+
+
+def test_a_run_depends_on_its_engines_and_families_and_not_on_the_page() -> None:
+    found = {str(path.relative_to(figures.ROOT)) for path in figures.importable("recipes.train", figures.ROOT)}
+    needed = {"recipes/training/rl.py", "rollout/engine_server.py", "megatron_ext/models/llama.py", "rewards/mixing.py"}
+    assert needed <= found
+    assert not [name for name in found if name.startswith(("recipes/page/", "benchmarks/"))]
 
 
 def test_a_result_is_current_until_the_code_changes(root: Path) -> None:
-    made_by = figures.source(root)
+    made_by = figures.source(PROGRAM, root)
     path = root / "benchmarks" / "results" / "x.json"
-    figures.write(path, "python -m benchmarks.x", made_by, {"seconds": 1.5})
+    command = f"python -m {PROGRAM} --seconds 2"
+    figures.write(path, command, made_by, {"seconds": 1.5})
     written = json.loads(path.read_text())
-    assert (written["command"], written["source"], written["seconds"]) == ("python -m benchmarks.x", made_by, 1.5)
-    assert figures.state(path, figures.source(root)) == figures.CURRENT
-    (root / "conf" / "a.yaml").write_text("a: 1")
-    (root / "rollout" / "a.py").write_text("a = 1")
-    assert figures.state(path, figures.source(root)) == "changed since: rollout, conf"
+    assert (written["command"], written["source"], written["seconds"]) == (command, made_by, 1.5)
+    assert figures.state(path, root) == figures.CURRENT
+    (root / "conf" / "b.yaml").write_text("a: 1")
+    (root / "rollout" / "server.py").write_text("a = 1")
+    assert figures.state(path, root) == "changed since: rollout, conf"
 
 
 def test_a_file_without_a_digest_says_so_and_one_of_gpu_checks_has_one_for_each(root: Path) -> None:
-    made_by = figures.source(root)
+    made_by = figures.source(None, root)
     path = root / "gpu" / "one_gpu.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"first": {"source": made_by}, "second": {"source": made_by}}))
-    assert figures.state(path, made_by) == figures.CURRENT
+    assert figures.state(path, root) == figures.CURRENT
     path.write_text(json.dumps({"first": {"source": made_by}, "second": {"source": {**made_by, "conf": "other"}}}))
-    assert figures.state(path, made_by) == "changed since: conf"
+    assert figures.state(path, root) == "changed since: conf"
     path.write_text(json.dumps({"first": {"source": made_by}, "second": {}}))
-    assert figures.state(path, made_by) == figures.NO_DIGEST
+    assert figures.state(path, root) == figures.NO_DIGEST
     path = root / "old.json"
     path.write_text(json.dumps({"date": "2026-11-24", "seconds": 1.5}))
-    assert figures.state(path, made_by) == figures.NO_DIGEST
+    assert figures.state(path, root) == figures.NO_DIGEST
 
 
 def test_the_list_has_every_file(
@@ -75,12 +110,13 @@ def test_the_list_has_every_file(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(figures, "RESULTS", root)
-    figures.write(root / "new.json", "python -m benchmarks.new", figures.source(), {})
+    command = "python -m benchmarks.loop"
+    figures.write(root / "new.json", command, figures.source("benchmarks.loop"), {})
     (root / "old.json").write_text("{}")
     figures.main()
     shown = capsys.readouterr().out
     (line,) = (line for line in shown.splitlines() if "new.json" in line)
-    assert "python -m benchmarks.new" in line and figures.CURRENT in line
+    assert command in line and figures.CURRENT in line
     (line,) = (line for line in shown.splitlines() if "old.json" in line)
     assert figures.NO_DIGEST in line
     assert "1 of 2 files are stale" in shown

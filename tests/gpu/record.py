@@ -42,7 +42,7 @@ def add(
         "outcome": outcome,
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "source": source(),
+        "source": source(module=None),
         **environment,
         "figures": figures,
     }
