@@ -20,18 +20,23 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 def job_of(config: Config) -> Job:
     """The settings that the estimate depends on."""
-    # The reference's log-probs; and the policy's, before the first of several updates.
-    passes = 1 if config.algorithm.updates_per_rollout == 1 else 2
+    reference = memory_plan.needed(config).reference
+    # The policy's own log-probs are computed before the first of several updates.
+    passes = int(reference) + int(config.algorithm.updates_per_rollout > 1)
     return Job(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
+        virtual_pipeline=config.parallel.virtual_pipeline,
         context=config.parallel.context,
+        recompute=config.parallel.recompute == "full",
         micro_batch_tokens=config.parallel.micro_batch_tokens,
         prompts=config.algorithm.prompts_per_step,
         samples=config.algorithm.samples_per_prompt,
         updates=config.algorithm.updates_per_rollout,
         passes=passes,
+        reference=reference,
         engine_tensor=config.rollout.tensor,
+        engine_weight_bytes=2 if config.rollout.quantization is None else 1,
         slots=config.rollout.max_num_seqs,
         kv_cache_gib=config.rollout.kv_cache_gib,
         prompt_limit=config.data.max_prompt_tokens,

@@ -114,7 +114,7 @@ def context_length(config: Config, text: Any) -> str:
 
 
 def attention_heads(config: Config, text: Any) -> str:
-    """How many attention heads the tensor-parallel size adds as padding."""
+    """How many attention heads the tensor-parallel size adds as padding, and whether its groups span nodes."""
     from megatron_ext.weight_map import sharding_of
 
     tensor = config.parallel.tensor
@@ -126,12 +126,26 @@ def attention_heads(config: Config, text: Any) -> str:
             f"{sharding.heads} to {sharding.padded_heads} query heads; use parallel.tensor={fitting[-1]}, and more "
             "parallel.pipeline or parallel.context for what is left"
         )
+    heads = f"{sharding.heads} query and {sharding.groups} KV heads over parallel.tensor={tensor}"
     if sharding.padded_heads > sharding.heads:
-        return (
+        heads = (
             f"zero-padded from {sharding.heads} to {sharding.padded_heads} query heads: parallel.tensor={tensor} does "
             f"not divide {sharding.groups} KV heads"
         )
-    return f"{sharding.heads} query and {sharding.groups} KV heads over parallel.tensor={tensor}"
+    return heads + across_nodes(config)
+
+
+def across_nodes(config: Config) -> str:
+    """What it costs if a tensor-parallel group has ranks on several nodes; empty if none has."""
+    tensor = config.parallel.tensor
+    ranks_per_node = config.cluster.ranks // config.cluster.nodes
+    if tensor <= ranks_per_node:
+        return ""
+    nodes = math.ceil(tensor / ranks_per_node)
+    return (
+        f"; a group spans {nodes} nodes of {ranks_per_node} ranks, and every layer's all-reduces leave the node: "
+        f"parallel.tensor={ranks_per_node} with more parallel.pipeline is faster"
+    )
 
 
 def precision(config: Config, settings: Settings) -> str:

@@ -73,6 +73,7 @@ class ModelShape:
 
     parameters: int
     layers: int
+    hidden_size: int
     kv_heads: int
     head_dim: int
     token_flops: int
@@ -111,6 +112,7 @@ def model_shape(architecture: Mapping[str, Any]) -> ModelShape:
     return ModelShape(
         parameters=layers * layer_parameters + embeddings * embedding_parameters + vision_parameters,
         layers=layers,
+        hidden_size=hidden,
         kv_heads=kv_heads,
         head_dim=head_dim,
         token_flops=2 * layers * layer_parameters,
@@ -130,19 +132,25 @@ def _vision_parameters(vision: Mapping[str, Any]) -> int:
 class Job:
     """The settings of a recipe that the estimate depends on.
 
-    ``passes`` is the number of forward passes for log-probs, and ``kv_cache_gib`` the KV cache of a GPU that an engine
-    shares with the trainer. ``slots`` are the sequences that an engine decodes at once.
+    ``recompute`` says whether each layer's forward pass runs again before its backward pass. ``passes`` is the number
+    of forward passes for log-probs, and ``reference`` whether one of them is the reference's. ``kv_cache_gib`` is the
+    KV cache of a GPU that an engine shares with the trainer. ``engine_weight_bytes`` are those of one of its weights,
+    and ``slots`` the sequences that it decodes at once.
     """
 
     tensor: int
     pipeline: int
+    virtual_pipeline: int
     context: int
+    recompute: bool
     micro_batch_tokens: int
     prompts: int
     samples: int
     updates: int
     passes: int
+    reference: bool
     engine_tensor: int
+    engine_weight_bytes: int
     slots: int
     kv_cache_gib: float
     prompt_limit: int
@@ -274,7 +282,7 @@ def engine_of(job: Job, model: ModelShape, machine: Machine, disaggregated: bool
     if job.engine_tensor > 1:
         all_reduce_seconds = 2 * model.layers * machine.all_reduce_us / 1e6
     return Engine(
-        weight_bytes=BF16_BYTES * model.parameters / job.engine_tensor,
+        weight_bytes=job.engine_weight_bytes * model.parameters / job.engine_tensor,
         kv_bytes_per_token=kv_bytes_per_token,
         flops_per_token=(model.token_flops + model.output_flops) / job.engine_tensor,
         # Causal attention computes half of a sequence's squared pairs, so square_flops is half of a pair's operations.
@@ -452,18 +460,28 @@ def micro_batches(job: Job, batch: BatchSize, machine: Machine, gpus: int) -> in
 def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Machine, gpus: int) -> dict[str, float]:
     """Seconds of the log-prob passes ("logprobs") and of the updates ("train") on ``gpus``.
 
-    "pipeline idle" and "gradients" are parts of these two. Each pass over the micro-batches has a pipeline bubble of
-    stages - 1 micro-batches. Gradients are reduced in FP32 and BF16 weights gathered, neither overlapped with compute.
+    "pipeline idle", "tensor parallel" and "gradients" are parts of these two. Each pass over the micro-batches has a
+    pipeline bubble of stages - 1 micro-batches, which v virtual stages make v times smaller (arXiv 2104.04473).
+    Gradients are reduced in FP32 and BF16 weights gathered, neither overlapped with compute.
     """
     flops_per_second = gpus * machine.peak_tflops * 1e12 * machine.mfu
-    bubble = (job.pipeline - 1) / micro_batches(job, batch, machine, gpus)
+    bubble = (job.pipeline - 1) / job.virtual_pipeline / micro_batches(job, batch, machine, gpus)
     size = (batch.tokens, batch.squares, batch.response_tokens)
-    forward = job.passes * model.forward_flops(*size) / flops_per_second
-    update = model.training_flops(*size) / flops_per_second
+    forward_flops = model.forward_flops(*size)
+    update_flops = model.training_flops(*size)
+    if job.recompute:
+        update_flops += model.forward_flops(batch.tokens, batch.squares, output_tokens=0)
+    collectives = tensor_parallel_seconds(job, model, batch, machine, gpus)  # of a forward pass; backward has as many
+    forward_collectives = job.passes * collectives
+    update_collectives = (3 if job.recompute else 2) * collectives
+    forward = job.passes * forward_flops / flops_per_second + forward_collectives
+    update = update_flops / flops_per_second + update_collectives
 
     parameters_per_rank = model.parameters / job.tensor / job.pipeline
-    # The reference's weights come from the host for its pass, and the policy's come back after it.
-    swap = 2 * BF16_BYTES * parameters_per_rank / machine.pcie_gb_s / 1e9
+    swap = 0.0
+    if job.reference:
+        # The reference's weights come from the host for its pass, and the policy's come back after it.
+        swap = 2 * BF16_BYTES * parameters_per_rank / machine.pcie_gb_s / 1e9
     shards = gpus // job.tensor // job.pipeline
     reduced_bytes = job.updates * (FP32_BYTES + BF16_BYTES) * parameters_per_rank * (shards - 1) / shards
     gradients = reduced_bytes / machine.network_gb_s / 1e9
@@ -471,8 +489,23 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
         "logprobs": forward * (1 + bubble) + swap,
         "train": update * (1 + bubble) + gradients,
         "pipeline idle": (forward + update) * bubble,
+        "tensor parallel": forward_collectives + update_collectives,
         "gradients": gradients,
     }
+
+
+def tensor_parallel_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Machine, gpus: int) -> float:
+    """Seconds of the collectives of a GPU's tensor-parallel group in a forward pass over ``batch``.
+
+    With sequence parallelism a layer all-gathers its BF16 activations and reduce-scatters them, for attention and again
+    for the MLP (arXiv 2205.05198, section 4.2.2); without it, two all-reduces move as much. The GPU waits for them.
+    """
+    tokens = batch.tokens * job.tensor * job.pipeline / gpus  # that pass through the GPU's stage
+    layers = model.layers / job.pipeline
+    received_share = (job.tensor - 1) / job.tensor
+    received_bytes = 4 * layers * tokens * model.hidden_size * BF16_BYTES * received_share
+    link_gb_s = machine.nvlink_gb_s if job.tensor <= machine.gpus_per_node else machine.network_gb_s
+    return received_bytes / link_gb_s / 1e9
 
 
 def sync_seconds(job: Job, model: ModelShape, machine: Machine, disaggregated: bool) -> float:
@@ -571,7 +604,7 @@ class StepEstimate:
                 return "generation: the longest response"
             causes = {**self.generation_causes, "judges": self.phases["judge"]}
             return f"generation: {max(causes, key=lambda cause: causes[cause])}"
-        causes = {"pipeline idle": self.phases["pipeline idle"], "gradients": self.phases["gradients"]}
+        causes = {name: self.phases[name] for name in ("pipeline idle", "tensor parallel", "gradients")}
         causes["arithmetic"] = training - sum(causes.values())
         return f"training: {max(causes, key=lambda cause: causes[cause])}"
 

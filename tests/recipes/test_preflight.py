@@ -453,6 +453,18 @@ def result(name: str, work: Callable[[], str]) -> tuple[str, str]:
     return report.checks[0].state, report.checks[0].detail
 
 
+def test_a_tensor_parallel_group_that_leaves_its_node_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SimpleNamespace(
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, hidden_size=8192, vocab_size=152064
+    )
+    ranks = ("recipe=safework_72b", "cluster.nodes=16", "cluster.ranks=64")  # nodes of 4 GPUs
+    config, _ = run(monkeypatch, *ranks, "parallel.tensor=8")
+    assert "spans 2 nodes of 4 ranks" in fit.attention_heads(config, text)
+    assert "parallel.tensor=4 with more parallel.pipeline" in fit.attention_heads(config, text)
+    config, _ = run(monkeypatch, *ranks, "parallel.tensor=4")
+    assert "nodes" not in fit.attention_heads(config, text)
+
+
 @pytest.fixture(scope="module")
 def inputs_in_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
     """Recipe → tensor-parallel size → the inputs of what vLLM quantises with a scale for each block."""
