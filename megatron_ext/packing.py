@@ -483,15 +483,22 @@ def sequence_positions(length: int, vision: VisionInputs | None) -> Array:
     return np.concatenate([prompt, np.broadcast_to(following, (3, len(following)))], axis=1)
 
 
+def context_ranges(starts: Sequence[int] | Array, context: int, rank: int) -> list[list[range]]:
+    """Of each sequence the places in the pack of a context-parallel rank's tokens; ``starts`` of the sequences, whose
+    last is the end."""
+    ranges = []
+    for start, end in pairwise(int(place) for place in starts):
+        size = (end - start) // token_multiple(context)
+        pieces = (rank, 2 * context - 1 - rank) if context > 1 else (0,)
+        ranges.append([range(start + piece * size, start + (piece + 1) * size) for piece in pieces])
+    return ranges
+
+
 def context_slices(starts: Sequence[int] | Array, context: int, rank: int) -> Array:
-    """Places in the pack of a context-parallel rank's tokens; sequences begin at ``starts``, whose last is the end."""
+    """The places of ``context_ranges``, one after another."""
     if context == 1:
         return np.arange(int(starts[-1]))
-    pieces = []
-    for start, end in pairwise(int(place) for place in starts):
-        size = (end - start) // (2 * context)
-        for piece in (rank, 2 * context - 1 - rank):
-            pieces.append(np.arange(start + piece * size, start + (piece + 1) * size))
+    pieces = [np.arange(r.start, r.stop) for ranges in context_ranges(starts, context, rank) for r in ranges]
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 

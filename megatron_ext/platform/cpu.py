@@ -232,13 +232,18 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
 
 
+# Scores of a pack that are held at once, those of padding too: 1 GiB in FP32; and of a block of a longer one.
+_MOST_SCORES = 2**28
+_BLOCK_SCORES = 2**18
+
+
 class PackedAttention(torch.nn.Module):
     """Attention over packed (THD) sequences, causal or bidirectional: unpack to a padded batch, attend, pack again.
 
     Query [tokens, heads, head_dim], key and value [tokens, groups, head_dim] → [tokens, heads, head_dim], all of this
     rank. Sequences are padded on the right. Matrix products with an FP32 softmax take a quarter of the time of torch's
     BF16 SDPA on a CPU at a few hundred tokens. Under context parallelism keys and values are gathered, and a rank
-    attends with its local queries.
+    attends with its local queries. A pack of more than ``_MOST_SCORES`` scores is attended a block at a time.
     """
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
@@ -266,6 +271,13 @@ class PackedAttention(torch.nn.Module):
             key = _gather_context(key)
             value = _gather_context(value)
 
+        is_causal = attn_mask_type is AttnMaskType.causal
+        if places.hidden is None and batch * query.shape[1] * longest**2 > _MOST_SCORES:
+            starts = packed_seq_params.cu_seqlens_q.tolist()
+            blocks = _blocks(starts, places.own, query.shape[1], is_causal)
+            key, value = (_Unpack.apply(gathered, places.gathered, starts[-1]) for gathered in (key, value))
+            return _AttendInBlocks.apply(query, key, value, blocks, self.scale, is_causal)
+
         def padded(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             """[tokens, heads, head_dim] → [batch, heads, longest, head_dim]."""
             unpacked = _Unpack.apply(packed, rows, batch * longest)
@@ -278,7 +290,7 @@ class PackedAttention(torch.nn.Module):
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
         if places.hidden is not None:
             hidden = places.hidden
-        elif attn_mask_type is AttnMaskType.causal:
+        elif is_causal:
             hidden = torch.ones(longest, longest, dtype=torch.bool).triu(1)
         else:
             is_padding = torch.arange(longest) >= places.lengths.unsqueeze(1)
@@ -296,18 +308,23 @@ class _Places:
         lengths: of the sequences [sequences].
         queries: row of each of this rank's tokens.
         keys: row of each token of all context-parallel ranks, one rank after another.
+        gathered: place in the pack of each token of all context-parallel ranks, one rank after another.
+        own: of each sequence the places in the pack of this rank's tokens.
         hidden: of a pack with shared prompts, the keys that a query does not see [sequences, 1, longest, longest].
     """
 
     lengths: torch.Tensor
     queries: torch.Tensor
     keys: torch.Tensor
+    gathered: torch.Tensor
+    own: list[list[range]]
     hidden: torch.Tensor | None
 
 
 def _places(packed: Any, context: int) -> _Places:
     """The places of a pack, computed once per micro-batch and kept in ``packed``."""
     from megatron_ext.packed import PROMPT, sees
+    from megatron_ext.packing import context_ranges
 
     cached: _Places | None = getattr(packed, "places", None)
     if cached is not None:
@@ -319,8 +336,11 @@ def _places(packed: Any, context: int) -> _Places:
     moved_by = torch.repeat_interleave(padded_starts - starts[:-1], lengths)
     row_of = torch.arange(int(starts[-1])) + moved_by
     tokens_of_ranks = [_context_slices(starts, context, rank) for rank in range(context)]
-    local_tokens = tokens_of_ranks[_context_rank()] if context > 1 else tokens_of_ranks[0]
-    keys = row_of[torch.cat(tokens_of_ranks)]
+    context_rank = _context_rank() if context > 1 else 0
+    local_tokens = tokens_of_ranks[context_rank]
+    gathered = torch.cat(tokens_of_ranks)
+    keys = row_of[gathered]
+    own = context_ranges(starts.tolist(), context, context_rank)
     hidden = None
     segments = getattr(packed, "segments", None)  # a vision tower's pack has none
     if segments is not None:
@@ -330,8 +350,96 @@ def _places(packed: Any, context: int) -> _Places:
         padded = padded.view(len(lengths), longest)
         is_later = torch.ones(longest, longest, dtype=torch.bool).triu(1)
         hidden = (is_later | ~sees(padded.unsqueeze(2), padded.unsqueeze(1))).unsqueeze(1)
-    packed.places = _Places(lengths, row_of[local_tokens], keys, hidden)
+    packed.places = _Places(lengths, row_of[local_tokens], keys, gathered, own, hidden)
     return packed.places
+
+
+class _AttendInBlocks(torch.autograd.Function):
+    """``PackedAttention``'s output for this rank's queries and the keys of all ranks, a block of queries at a time.
+
+    The backward pass computes the weights of a block again, so that memory grows with the tokens, not with their
+    squares. Its formulas are those of FlashAttention (arXiv 2205.14135, appendix B.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: list[tuple[slice, slice]],
+        scale: float,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        """Query [tokens, heads, head_dim], key and value [tokens of the pack, groups, head_dim] → as the query.
+        ``blocks``: of each the queries and the keys that they see."""
+        groups = key.shape[1]
+        k, v = key.transpose(0, 1), value.transpose(0, 1)
+        output = torch.empty_like(query)
+        for own, seen in blocks:
+            q = _by_group(query[own], groups)
+            weights = _weights(q, k[:, seen], own.stop - own.start, scale, is_causal).to(q.dtype)
+            output[own] = _by_head(weights @ v[:, seen], query[own].shape)
+        ctx.save_for_backward(query, key, value, output)
+        ctx.options = blocks, scale, is_causal
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        query, key, value, output = ctx.saved_tensors
+        blocks, scale, is_causal = ctx.options
+        groups = key.shape[1]
+        k, v = key.transpose(0, 1), value.transpose(0, 1)
+        of_query = torch.empty_like(query)
+        of_key, of_value = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for own, seen in blocks:
+            q = _by_group(query[own], groups)
+            of_output = _by_group(gradient[own], groups)
+            weights = _weights(q, k[:, seen], own.stop - own.start, scale, is_causal)
+            of_value[:, seen] += weights.transpose(1, 2).to(q.dtype) @ of_output
+            of_weights = (of_output @ v[:, seen].transpose(1, 2)).float()
+            weighted = (of_output.float() * _by_group(output[own], groups).float()).sum(-1, keepdim=True)
+            of_scores = of_weights.sub_(weighted).mul_(weights).to(q.dtype)
+            of_query[own] = _by_head(of_scores @ k[:, seen] * scale, query[own].shape)
+            of_key[:, seen] += of_scores.transpose(1, 2) @ q * scale
+        of_key, of_value = (g.transpose(0, 1).to(key.dtype) for g in (of_key, of_value))
+        return of_query, of_key, of_value, None, None, None
+
+
+def _by_group(queries: torch.Tensor, groups: int) -> torch.Tensor:
+    """[queries, heads, head_dim] → [groups, heads of a group x queries, head_dim]."""
+    return queries.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _by_head(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Inverse of ``_by_group``; ``shape``: [queries, heads, head_dim]."""
+    return rows.unflatten(1, (-1, shape[0])).permute(2, 0, 1, 3).reshape(shape)
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, queries: int, scale: float, is_causal: bool) -> torch.Tensor:
+    """The softmax, FP32, of the scores of ``queries`` queries, as ``_by_group`` has them, and keys [groups, keys,
+    head_dim]. Causal: the last query is at the last key's place."""
+    scores = (q @ k.transpose(1, 2)).float().mul_(scale)
+    if is_causal:
+        is_later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
+        last_keys = scores.unflatten(1, (-1, queries))[..., -queries:]
+        last_keys.masked_fill_(is_later, float("-inf"))
+    return scores.softmax(-1)
+
+
+def _blocks(starts: list[int], own: list[list[range]], heads: int, is_causal: bool) -> list[tuple[slice, slice]]:
+    """Of each block of at most ``_BLOCK_SCORES`` scores its queries among this rank's, and the keys that they see in
+    the pack, whose sequences begin at ``starts``."""
+    blocks = []
+    done = 0
+    for start, end, ranges in zip(starts, starts[1:], own, strict=False):
+        most = max(1, _BLOCK_SCORES // (heads * (end - start)))
+        for places in ranges:
+            for first in range(places.start, places.stop, most):
+                stop = min(first + most, places.stop)
+                blocks.append((slice(done, done + stop - first), slice(start, stop if is_causal else end)))
+                done += stop - first
+    return blocks
 
 
 def _context_slices(starts: torch.Tensor, context: int, rank: int) -> torch.Tensor:

@@ -47,6 +47,21 @@ TWINS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     ),
+    "long": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "vocab_size": 130,
+            "tie_word_embeddings": False,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 65536,
+        },
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"vocab_size": 130, "tie_word_embeddings": True}),
     "scalar": (
@@ -73,9 +88,9 @@ def make_twins(folder: Path) -> None:
             "num_attention_heads": 6,
             "num_key_value_heads": 3,
             "head_dim": 32,
+            "max_position_embeddings": 128,
         }
         config = config_class(
-            max_position_embeddings=128,
             rms_norm_eps=1e-5,
             initializer_range=0.05,
             **(sizes | options),
@@ -159,6 +174,7 @@ CASES = (
     Case("pp2-vp2", pipeline=2, virtual=2),
     Case("pp2-uneven", pipeline=2, first_stage_layers=1),
     Case("cp2", context=2),
+    Case("cp4", context=4, distributed_optimizer=False),
     Case("cp2-dp2", context=2, data=2),
     Case("tp2-sp-cp2", tensor=2, context=2, sequence=True),
     Case("pp2-vp2-cp2", pipeline=2, virtual=2, context=2),
@@ -193,6 +209,14 @@ CASES = (
     Case("shared-bf16-tp2-sp", tensor=2, sequence=True, precision="bf16", shared_prompts=True),
     Case("bf16-tp2-sp", tensor=2, sequence=True, precision="bf16"),
 )
+
+# One micro-batch of 40,960 tokens, a response of 32,768 among them, on one rank and divided over four. The twin has one
+# layer and one head, because attention takes half a billion products for each.
+LONG_TOKENS = 40_960
+LONG_ONE = Case("long-one", twin="long", micro_batch_tokens=LONG_TOKENS)
+LONG_CP4 = Case("long-cp4", twin="long", micro_batch_tokens=LONG_TOKENS, context=4, distributed_optimizer=False)
+# Tokens of prompt and response of each sequence. None is a multiple of CP 4's eight slices; padded they fill the pack.
+LONG_LENGTHS = ((997, 32_768), (3_000, 999), (999, 1_000), (499, 500), (90, 100))
 
 # Checkpoints: who saves, and who goes on from it under the same layout and then under another one.
 TP2_SP_DP2 = Case("untied-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="untied")
@@ -244,14 +268,18 @@ def has_whole_gradients(case: Case) -> bool:
 
 
 def batch(case: Case) -> list[PlainSequence]:
-    """8 sequences of 6 to 38 tokens. ``weight`` makes the loss the mean over sequences of token means; ``place`` is the
-    token's in its response. Where the case shares prompts, they have three."""
+    """8 sequences of 6 to 38 tokens; of the long twin ``LONG_LENGTHS``. ``weight`` makes the loss the mean over
+    sequences of token means; ``place`` is the token's in its response. Where the case shares prompts, they have three.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = TWINS[case.twin][2]["vocab_size"]
     draw: Callable[[int], list[int]] = lambda n: torch.randint(0, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
-    lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
+    lengths = LONG_LENGTHS
+    if case.twin != "long":
+        lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
+    count = len(lengths)
     sequences = [
-        PlainSequence(draw(p), draw(r), {"weight": [1 / (8 * r)] * r, "place": list(range(r))}) for p, r in lengths
+        PlainSequence(draw(p), draw(r), {"weight": [1 / (count * r)] * r, "place": list(range(r))}) for p, r in lengths
     ]
     if case.shared_prompts:
         # 4, 3 and 1 responses to a prompt, not all beside each other.

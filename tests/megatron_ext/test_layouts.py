@@ -3,10 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from tests.megatron_ext import cases
 from tests.megatron_ext.cases import Case
@@ -96,6 +99,36 @@ def test_entropies_equal_hugging_face(case: Case, results: Results, reference: R
     actual, expected = of_tokens(results(case.name), "entropies"), reference(case).entropies
     assert actual.keys() == expected.keys()
     assert above({i: float((actual[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
+
+
+def test_a_pack_of_40960_tokens_over_four_ranks_is_that_of_one(results: Results, twins: Path) -> None:
+    """One micro-batch with a response of 32,768 tokens: log-probs and every gradient under context parallel 4 equal one
+    rank's, and both have transformers' log-probs."""
+    one, divided = results(cases.LONG_ONE.name), results(cases.LONG_CP4.name)
+    assert [rank["tokens"] for rank in divided] == [cases.LONG_TOKENS // 4] * 4
+    expected = long_log_probs(twins)
+    for ranks in (one, divided):
+        actual = of_tokens(ranks, "log_probs")
+        assert actual.keys() == expected.keys()
+        assert above({i: float((actual[i] - e).abs().max()) for i, e in expected.items()}, 5e-6) == {}
+        loss = -sum(e.mean() for e in expected.values()) / len(expected)
+        assert all(rank["loss"] == pytest.approx(float(loss), abs=2e-6) for rank in ranks)
+    like = load_file(twins / "long" / "model.safetensors")
+    gradients, of_divided = (assemble(all_pieces(ranks, "gradients"), like) for ranks in (one, divided))
+    assert above(relative_errors(of_divided, gradients), GRADIENT_ERROR) == {}
+    assert min(float(gradient.norm()) for gradient in gradients.values()) > 0
+
+
+def long_log_probs(twins: Path) -> dict[int, torch.Tensor]:
+    """transformers' log-probs of the responses of the long pack, one sequence at a time, by an attention that holds no
+    scores of a whole sequence."""
+    model = LlamaForCausalLM.from_pretrained(twins / "long", dtype=torch.float32, attn_implementation="sdpa")
+    found = {}
+    for i, sequence in enumerate(cases.batch(cases.LONG_ONE)):
+        with torch.no_grad():
+            logits = model(torch.tensor([sequence.prompt + sequence.response])).logits[0, len(sequence.prompt) - 1 : -1]
+        found[i] = logits.log_softmax(-1)[range(len(sequence.response)), sequence.response]
+    return found
 
 
 # The other layouts show their gradients in the weights.

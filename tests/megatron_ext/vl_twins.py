@@ -57,6 +57,7 @@ def internvl(twin: str, name: str, **options: Any) -> Run:
 
 TP2_SP: dict[str, Any] = {"tensor": 2, "sequence": True}
 CP2: dict[str, Any] = {"context": 2, "distributed_optimizer": False}  # so that a rank has whole gradients
+CP4: dict[str, Any] = {"context": 4, "distributed_optimizer": False}
 VISION = ("vision",)
 RUNS = (
     qwen("one"),
@@ -67,6 +68,8 @@ RUNS = (
     qwen("pp2-uneven", pipeline=2, first_stage_layers=1, last_stage_layers=3),
     qwen("pp2-vp2", pipeline=2, virtual=2),
     qwen("cp2", **CP2),
+    qwen("pp2-cp2", pipeline=2, **CP2),
+    qwen("cp4-frozen", frozen=VISION, **CP4),
     qwen("dp2", data=2),
     qwen("tp2-sp-dp2-frozen", data=2, frozen=VISION, **TP2_SP),
     qwen("tp2-sp-pp2", pipeline=2, **TP2_SP),
@@ -86,6 +89,8 @@ RUNS = (
     internvl("6b-hf", "pp2-uneven", pipeline=2, last_stage_layers=1),
     internvl("6b-hf", "pp2-vp2", pipeline=2, virtual=2),
     internvl("6b-hf", "cp2", **CP2),
+    internvl("6b-hf", "pp2-cp2", pipeline=2, **CP2),
+    internvl("6b-hf", "cp4", **CP4),
     internvl("6b-hf", "dp2", data=2),
     internvl("6b-hf", "tp2-sp-pp2", pipeline=2, **TP2_SP),
     internvl("6b-hf", "pp2-recompute-selective", pipeline=2, recompute="selective"),

@@ -267,6 +267,26 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
     return results
 
 
+def run_long(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Log-probs and gradients of the only micro-batch, both from one forward and backward pass."""
+    policy = Policy(folder, case, layout)
+    (micro_batch,) = policy.micro_batches
+    log_probs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def loss(output: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        log_probs.update(policy.by_sequence(batch, output.detach()))
+        return (cases.token_loss(case, output) * batch.values["weight"]).sum(), {}
+
+    sums = forward_backward.accumulate_gradients(policy.model, policy.micro_batches, loss)
+    main_grads = [p.main_grad for chunk in policy.model.chunks for p in chunk.module.parameters()]
+    return {
+        "tokens": micro_batch.tokens.shape[1],
+        "log_probs": log_probs,
+        "loss": sums["loss"],
+        "gradients": pieces(policy.model.shards, main_grads),
+    }
+
+
 def run_on_host(policy: Policy) -> dict[str, int]:
     """Move the trainer's tensors to the host and back, once with the weights and once without.
 
@@ -515,6 +535,7 @@ def main() -> None:
         **{case.name: (case, run_case, ()) for case in cases.CASES},
         **{f"resume-{case.name}": (case, run_resume, ()) for case in cases.RESUMES},
         **{f"relayout-{case.name}": (case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS},
+        **{case.name: (case, run_long, ()) for case in (cases.LONG_ONE, cases.LONG_CP4)},
         "not-finite": (cases.TP2_SP_DP2, run_not_finite, ()),
         "damaged": (cases.DAMAGED[1], run_damaged, cases.DAMAGED[:1]),
         "other-padding": (cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),

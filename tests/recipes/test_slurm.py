@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from recipes.errors import ConfigError
 from recipes.launch.slurm import adopt_step
@@ -244,9 +245,15 @@ def test_an_unknown_container_is_refused(tmp_path: Path) -> None:
 
 def test_the_safework_scripts_differ_in_their_recipe_and_sizes_only() -> None:
     scripts = sorted((ROOT / "slurm").glob("safework_*.sh"))
-    assert [script.stem for script in scripts] == ["safework_70b", "safework_72b", "safework_78b", "safework_7b"]
+    sizes = ("70b", "72b", "72b_long", "78b", "7b")
+    assert [script.stem for script in scripts] == [f"safework_{size}" for size in sizes]
     shared = set()
     for script in scripts:
-        lines = script.read_text().replace(script.stem, "RECIPE").splitlines()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            nodes = compose("config", [f"recipe={script.stem}"]).cluster.nodes
+        text = script.read_text()
+        assert f"\n#SBATCH --nodes={nodes} " in text
+        text = text.replace(f"on {nodes} nodes", "on NODES nodes")
+        lines = text.replace(script.stem, "RECIPE").splitlines()
         shared.add("\n".join(line for line in lines if not line.startswith("#SBATCH --nodes")))
     assert len(shared) == 1
