@@ -18,6 +18,7 @@ import platform as host
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -275,7 +276,7 @@ class PackedAttention(torch.nn.Module):
         if places.hidden is None and batch * query.shape[1] * longest**2 > _MOST_SCORES:
             starts = packed_seq_params.cu_seqlens_q.tolist()
             blocks = _blocks(starts, places.own, query.shape[1], is_causal)
-            key, value = (_Unpack.apply(gathered, places.gathered, starts[-1]) for gathered in (key, value))
+            key, value = (_Unpack.apply(rows, places.gathered, starts[-1]) for rows in (key, value))
             return _AttendInBlocks.apply(query, key, value, blocks, self.scale, is_causal)
 
         def padded(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -432,7 +433,7 @@ def _blocks(starts: list[int], own: list[list[range]], heads: int, is_causal: bo
     the pack, whose sequences begin at ``starts``."""
     blocks = []
     done = 0
-    for start, end, ranges in zip(starts, starts[1:], own, strict=False):
+    for (start, end), ranges in zip(pairwise(starts), own, strict=True):
         most = max(1, _BLOCK_SCORES // (heads * (end - start)))
         for places in ranges:
             for first in range(places.start, places.stop, most):
