@@ -112,7 +112,7 @@ async def edit_answer(writer: Writer, files: EditFiles, row: Row) -> Edited | No
     if fault is None:
         return None
     try:
-        await writer.continue_from(conversation, 0, edited_text(fault, answer))
+        await writer.continue_from(conversation, 0, 0, edited_text(fault, answer))
     except EditRefused:
         return None
     await ended(conversation)

@@ -24,6 +24,9 @@ from rollout.guidance.settings import GuidanceConfig
 SAMPLING = {"skip_special_tokens": False}
 
 
+UNDER_WAY = "an answer is under way; stop it first"
+
+
 class Refused(ValueError):
     """What a person asks for can't be done; the message says why."""
 
@@ -66,36 +69,52 @@ class Writer:
         if not message.strip():
             raise Refused("the message is empty")
         self.check_length("the message", message)
-        if len(conversation.turns) >= self.page.max_turns:
-            raise Refused(f"a conversation has at most {self.page.max_turns} messages; begin a new one")
+        if conversation.asked >= self.page.max_turns:
+            raise Refused(
+                f"a conversation has at most {self.page.max_turns} messages, all of its branches together; begin a new "
+                "one"
+            )
         self._claim(conversation)
-        branch = Branch()
-        conversation.turns.append(Turn(message, [branch], searches=conversation.searches))
-        self._start(conversation, branch)
+        conversation.append(Turn(message, [Branch()], searches=conversation.searches))
+        self._start(conversation)
 
-    async def continue_from(self, conversation: Conversation, place: int, edited: str) -> None:
-        """Begin a new branch beside the one at ``place`` of the last turn: the beginning that ``edited`` shares with it
-        stays, by whole tokens, the rest of ``edited`` follows, and the model goes on from there.
+    async def continue_from(self, conversation: Conversation, place: int, number: int, edited: str) -> None:
+        """Begin a new branch beside the answer ``number`` of the turn at ``place``: the beginning that ``edited``
+        shares with it stays, by whole tokens, the rest of ``edited`` follows, and the model goes on from there.
+
+        The conversation goes on from the new branch; later messages stay in the branch that they follow. Raises
+        Refused, EditRefused and GeneratorFailed.
+        """
+        self.check_length("the edited text", edited)
+        turn = conversation.turns[place]
+        if len(turn.branches) >= self.page.max_branches:
+            raise Refused(f"a message has at most {self.page.max_branches} answers side by side")
+        passages = await self._claim_for_edit(conversation, turn.branches[number], edited)
+        turn.branches.append(Branch(passages, parent=number, edited=edited))
+        turn.chosen = len(turn.branches) - 1
+        self._start(conversation)
+
+    async def go_on(self, conversation: Conversation, place: int, number: int) -> None:
+        """Go on with an answer that was stopped and that no message follows, in its branch.
 
         Raises Refused, EditRefused and GeneratorFailed.
         """
-        self.check_length("the edited text", edited)
-        turn = conversation.turns[-1]
-        if len(turn.branches) >= self.page.max_branches:
-            raise Refused(f"a message has at most {self.page.max_branches} answers side by side")
-        passages = await self._claim_for_edit(conversation, turn.branches[place], edited)
-        branch = Branch(passages, parent=place, edited=edited)
-        turn.branches.append(branch)
-        turn.chosen = len(turn.branches) - 1
-        self._start(conversation, branch)
-
-    async def go_on(self, conversation: Conversation, place: int) -> None:
-        """Go on with an answer that was stopped, in its branch. Raises Refused, EditRefused and GeneratorFailed."""
-        branch = conversation.turns[-1].branches[place]
+        turn = conversation.turns[place]
+        branch = turn.branches[number]
+        if branch.following is not None:
+            raise Refused("a later message follows this answer: edit it, and go on in a branch beside it")
         # Of what came before the stop, a character that has only begun is not kept.
         branch.passages = await self._claim_for_edit(conversation, branch, branch.text)
         branch.finish_reason = branch.notice = None
-        self._start(conversation, branch)
+        turn.chosen = number
+        self._start(conversation)
+
+    def choose(self, conversation: Conversation, place: int, number: int) -> None:
+        """Go on from the answer ``number`` of the turn at ``place``, and the messages after it. Raises Refused."""
+        if conversation.is_busy:
+            raise Refused(UNDER_WAY)
+        conversation.turns[place].chosen = number
+        conversation.changed()
 
     def stop(self, conversation: Conversation) -> None:
         """End the answer that is under way; what has come stays."""
@@ -121,7 +140,7 @@ class Writer:
     def _claim(self, conversation: Conversation) -> None:
         """Only one answer of a conversation is under way. Raises Refused."""
         if conversation.is_busy:
-            raise Refused("an answer is under way; stop it first")
+            raise Refused(UNDER_WAY)
         if self.under_way >= self.page.max_answers:
             raise Refused(f"{self.under_way} answers are under way, as many as this page gives at once; try again")
         conversation.is_busy = True
@@ -134,14 +153,18 @@ class Writer:
         self.under_way -= 1
         conversation.changed()
 
-    def _start(self, conversation: Conversation, branch: Branch) -> None:
+    def _start(self, conversation: Conversation) -> None:
+        """Write the chosen answer of the last turn."""
+        turn = conversation.turns[-1]
+        branch = turn.answer
+
         async def run() -> None:
             try:
-                if conversation.turns[-1].searches:
+                if turn.searches:
                     await self._deliberate(conversation, branch)
                 else:
                     await self._write(conversation, branch)
-                    await self._judge(conversation.turns[-1], branch)
+                    await self._judge(turn, branch)
             except (Refused, GeneratorFailed, ValuesUnavailable, Unavailable) as error:
                 branch.notice = str(error)
             except Exception as error:

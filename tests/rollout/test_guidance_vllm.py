@@ -253,7 +253,7 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
             # Of a random model's bytes many are no characters: the edit is where the first one is none.
             edited = f"{first.text.partition(REPLACEMENT)[0]} the task prompt"
             hits = await metric(own["generator"], "prefix_cache_hits_total")
-            await writer.continue_from(conversation, 0, edited)
+            await writer.continue_from(conversation, 0, 0, edited)
             second = await finished()
             assert second.text.startswith(edited)
             kept = 0
@@ -269,7 +269,7 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
             if has_values:
                 assert any(passage.values for passage in second.passages)
             # An edit that keeps nothing.
-            await writer.continue_from(conversation, 0, "~")
+            await writer.continue_from(conversation, 0, 0, "~")
             assert (await finished()).text.startswith("~")
 
     asyncio.run(run(has_values=False))
