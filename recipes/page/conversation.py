@@ -10,8 +10,13 @@ from rollout.guidance.edits import Edit
 
 MODEL, PERSON = "model", "person"
 STOPPED = "stopped"
+UNDER_WAY = "an answer is under way; stop it first"
 # Unscored pieces of a stream are joined up to this length: an element of the page for each would be too many.
 LONGEST_PASSAGE = 400  # characters
+
+
+class Refused(ValueError):
+    """What a person asks for can't be done; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a tab shows of its conversation. Text of people and models is put into elements as text, never as HTML."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ from nicegui import events, ui
 from nicegui.elements.mixins.text_element import TextElement
 
 from recipes.page import saving
-from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, sections_of, turns_after
-from recipes.page.elements import plain, visible
+from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Refused, Turn, sections_of, turns_after
+from recipes.page.elements import button, plain, visible
 from recipes.page.saving import ADDED, KEPT, REMOVED, EditFiles
-from recipes.page.searching import SearchArea
-from recipes.page.writing import Refused, Writer
+from recipes.page.searching import OwnDocuments, SearchArea
+from recipes.page.writing import Writer
 from recipes.report import markup
 from rollout.guidance.clients import GeneratorFailed
 from rollout.guidance.edits import EditRefused
@@ -48,10 +48,6 @@ box.focus();
 box.setSelectionRange(box.value.length, box.value.length);"""
 TO_MESSAGE = """document.querySelector(".message textarea").focus();
 window.scrollTo(0, document.body.scrollHeight);"""
-
-
-def button(text: str, on_click: Callable[[], Any]) -> ui.button:
-    return ui.button(text, on_click=on_click, color=None).props("no-caps outline dense")
 
 
 class Area:
@@ -137,6 +133,9 @@ class View:
                     searches = self.conversation.searches
                     ui.checkbox("Deliberate search", value=searches, on_change=self._search).props("dense")
                 ui.link("New conversation", "/", new_tab=True)
+            self.documents = None
+            if self.writer.deliberator is not None:
+                self.documents = OwnDocuments(self.writer.library, self.conversation.session, self._tell)
             self.body = ui.element("div").props('role=log aria-label="Conversation"')
             with ui.element("div").classes("composer"):
                 self.message = ui.textarea("Message").classes("message").props("autogrow outlined dense autofocus")
@@ -150,6 +149,8 @@ class View:
     def refresh(self) -> None:
         """Show what has changed since the last time."""
         conversation = self.conversation
+        if self.documents is not None:
+            self.documents.refresh()
         # An open edit stays as it is until the model goes on from it.
         if self.version != conversation.version and self.editing is None:
             self.version = conversation.version

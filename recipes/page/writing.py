@@ -8,13 +8,25 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, after_edit, messages, whole_response
+from recipes.page.conversation import (
+    STOPPED,
+    UNDER_WAY,
+    Branch,
+    Conversation,
+    Passage,
+    Refused,
+    Turn,
+    after_edit,
+    messages,
+    whole_response,
+)
+from recipes.page.documents import Library, OwnRetriever
 from recipes.page.scores import judged
 from recipes.page.settings import PageConfig, Setup
 from rewards.verdict import Verifier
 from rollout.deliberation.deliberating import Deliberator, make_deliberator, open_search_environment
 from rollout.environment import Unavailable
-from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ValuesUnavailable
+from rollout.guidance.clients import GeneratorFailed, Served, ServedGenerator, ValuesUnavailable
 from rollout.guidance.decoding import Guide, Question
 from rollout.guidance.edits import edit_text
 from rollout.guidance.opening import open_guide
@@ -22,13 +34,6 @@ from rollout.guidance.settings import GuidanceConfig
 
 # A mark of thinking may be a special token, and the text of a stream is to be the text of its tokens.
 SAMPLING = {"skip_special_tokens": False}
-
-
-UNDER_WAY = "an answer is under way; stop it first"
-
-
-class Refused(ValueError):
-    """What a person asks for can't be done; the message says why."""
 
 
 class Conversations:
@@ -40,7 +45,7 @@ class Conversations:
 
     def of(self, owner: tuple[str, str], person: str) -> Conversation:
         """The conversation of an owner: the session of a browser, and a tab in it. A new one is of ``person``."""
-        conversation = self.by_owner.setdefault(owner, Conversation(person=person))
+        conversation = self.by_owner.setdefault(owner, Conversation(person=person, session=owner[0]))
         self.by_owner.move_to_end(owner)
         idle = [known for known, other in self.by_owner.items() if not other.is_busy and known != owner]
         for known in idle[: max(len(self.by_owner) - self.most, 0)]:
@@ -52,7 +57,7 @@ class Conversations:
 class Writer:
     """The model that answers, guided if there is a ``guide``. ``context``: the longest prompt and answer together in
     tokens, None if the server does not state it. ``verifiers`` judge the answers. ``deliberator``: who answers by
-    deliberate search, None without."""
+    deliberate search, None without; it searches a person's own documents in ``library``, if there are such."""
 
     page: PageConfig
     guidance: GuidanceConfig
@@ -62,6 +67,7 @@ class Writer:
     context: int | None
     verifiers: Mapping[str, Verifier]
     deliberator: Deliberator | None
+    library: Library
     under_way: int = 0
 
     def ask(self, conversation: Conversation, message: str) -> None:
@@ -203,10 +209,13 @@ class Writer:
     async def _deliberate(self, conversation: Conversation, branch: Branch) -> None:
         """Answer by deliberate search; the branch's text is the answer of the vote."""
         assert self.deliberator is not None  # or the page has no switch
-        config = self.deliberator.config
+        deliberator = self.deliberator
+        if self.library.names(conversation.session):
+            deliberator = deliberator.over(OwnRetriever(self.library, conversation.session))
+        config = deliberator.config
         prompt, room = await self._prefix(conversation, branch, config.max_tokens)
         question = Question(self.model, prompt, room, {"temperature": config.temperature})
-        branch.deliberation = self.deliberator.deliberate(question, config.samples)
+        branch.deliberation = deliberator.deliberate(question, config.samples)
         conversation.changed()
         async with aclosing(branch.deliberation.steps()) as steps:
             async for _ in steps:
@@ -253,29 +262,35 @@ class Writer:
 async def open_writer(setup: Setup) -> AsyncGenerator[Writer, None]:
     """Connect to the generator, and to the value server and the search engine if there are such. Raises ValueError,
     GeneratorFailed, ValuesUnavailable and Unavailable."""
-    page, guidance = setup.page, setup.guidance
-    environment = None if setup.environment is None else open_search_environment(setup.environment)
-
-    async def deliberator(generator: ServedGenerator, models: list[dict[str, Any]]) -> Deliberator | None:
-        if environment is None or setup.environment is None or setup.deliberation is None:
-            return None
-        max_turns = setup.environment.max_turns
-        return await make_deliberator(setup.deliberation, environment, max_turns, generator, models)
-
     if setup.has_values:
-        async with open_guide(guidance) as opened:
-            model = opened.model
-            context = opened.context(model)
-            searching = await deliberator(opened.generator, opened.models)
-            yield Writer(page, guidance, opened.generator, opened.guide, model, context, setup.verifiers, searching)
+        async with open_guide(setup.guidance) as opened:
+            yield await make_writer(setup, opened, opened.guide)
         return
-    generator = ServedGenerator(guidance.generator)
+    generator = ServedGenerator(setup.guidance.generator)
     try:
-        models = await generator.models()
-        if not models:
-            raise GeneratorFailed(f"{generator.address} serves no model")
-        model, context = str(models[0]["id"]), models[0].get("max_model_len")
-        searching = await deliberator(generator, models)
-        yield Writer(page, guidance, generator, None, model, context, setup.verifiers, searching)
+        models = await generator.checked_models("give the address of one that runs as generator=URL")
+        yield await make_writer(setup, Served(generator, models), None)
     finally:
         await generator.close()
+
+
+async def make_writer(setup: Setup, served: Served, guide: Guide | None) -> Writer:
+    """A writer over what is open already. Raises ValueError and Unavailable as :func:`open_writer`."""
+    deliberator = None
+    if setup.environment is not None and setup.deliberation is not None:
+        environment = open_search_environment(setup.environment)
+        max_turns = setup.environment.max_turns
+        deliberator = await make_deliberator(
+            setup.deliberation, environment, max_turns, served.generator, served.models
+        )
+    return Writer(
+        page=setup.page,
+        guidance=setup.guidance,
+        generator=served.generator,
+        guide=guide,
+        model=served.model,
+        context=served.context(served.model),
+        verifiers=setup.verifiers,
+        deliberator=deliberator,
+        library=Library(setup.page),
+    )

@@ -33,6 +33,7 @@ from recipes.page.conversation import (
     Branch,
     Conversation,
     Passage,
+    Refused,
     Turn,
     messages,
     sections,
@@ -41,7 +42,7 @@ from recipes.page.conversation import (
 from recipes.page.guard import MOST_BYTES, Guard
 from recipes.page.saving import ADDED, KEPT, REMOVED, EditFiles, about, diff, edit_rows
 from recipes.page.settings import Setup
-from recipes.page.writing import Conversations, Refused, Writer, open_writer
+from recipes.page.writing import Conversations, Writer, open_writer
 from recipes.serve import read_setup, served
 from rewards.serve import ServerDied
 from tests.recipes import tiny
