@@ -33,10 +33,10 @@ from recipes.data.rows import load_rows
 from recipes.data.sources import Row
 from recipes.evaluate import run_config
 from recipes.evaluation.statistics import mean_interval, paired_difference
-from recipes.page.conversation import Conversation
+from recipes.page.conversation import Conversation, Refused
 from recipes.page.saving import SFT_FILE, EditFiles, about, edit_rows
 from recipes.page.settings import Setup
-from recipes.page.writing import Refused, Writer, open_writer
+from recipes.page.writing import Writer, open_writer
 from recipes.run import records
 from rewards.serve import stop_on_signals
 from rewards.verifiers import safety
@@ -112,7 +112,7 @@ async def edit_answer(writer: Writer, files: EditFiles, row: Row) -> Edited | No
     if fault is None:
         return None
     try:
-        await writer.continue_from(conversation, 0, edited_text(fault, answer))
+        await writer.continue_from(conversation, 0, 0, edited_text(fault, answer))
     except EditRefused:
         return None
     await ended(conversation)

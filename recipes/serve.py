@@ -2,7 +2,7 @@
 
 - ``model=FOLDER``: a Hugging Face folder, for which `vllm serve` is started here and ends with the page;
 - ``run=FOLDER [step=N]``: a run's model, or its checkpoint after N steps, which is exported first (``recipes.export``);
-- ``generator=URL``: a `vllm serve` that runs already.
+- ``generator=URL``: a `vllm serve` that runs already; with ``run=FOLDER`` too, it is that run's model.
 
 ``values=URL`` is a `vllm serve --runner pooling` with a value model: then answers have a value per sentence, and are
 guided as ``guidance.…`` says. ``search=PATH`` is a corpus or a folder of texts: then the page has a switch for
@@ -42,10 +42,11 @@ from rollout.settings import RolloutConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OWN = ("run", "step", "model", "generator", "values", "search")
+SOURCES = (["run"], ["model"], ["generator"], ["run", "generator"])
 ENVIRONMENT = "rollout.environment."
 USAGE = """usage: python -m recipes.serve model=FOLDER [values=URL] [search=PATH] [page.field=value …]
        python -m recipes.serve run=FOLDER [step=N] [values=URL] [search=PATH] [page.field=value …]
-       python -m recipes.serve generator=URL [values=URL] [search=PATH] [page.field=value …]"""
+       python -m recipes.serve generator=URL [run=FOLDER] [values=URL] [search=PATH] [page.field=value …]"""
 LOWEST = -1e6  # a threshold below which nothing is
 STOP_SECONDS = 20.0
 
@@ -54,7 +55,7 @@ def main() -> None:
     """Command line: serve the page until SIGTERM or Ctrl-C."""
     own, overrides = split_arguments(sys.argv[1:], OWN)
     sources = [name for name in ("run", "model", "generator") if name in own]
-    if len(sources) != 1 or ("step" in own and "run" not in own):
+    if sources not in SOURCES or ("step" in own and sources != ["run"]):
         sys.exit(USAGE)
     with quiet():
         from megatron_ext.checkpoint import CheckpointError

@@ -2,16 +2,19 @@
 
 import asyncio
 import secrets
+import uuid
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from nicegui import ui
 from starlette.middleware.sessions import SessionMiddleware
 
+from recipes.page.conversation import Refused
+from recipes.page.documents import OwnRetriever
 from recipes.page.guard import Guard
 from recipes.page.saving import EditFiles
-from recipes.page.searching import SOURCE
+from recipes.page.searching import DOCUMENTS, SOURCE
 from recipes.page.settings import Setup
 from recipes.page.view import STYLE, View
 from recipes.page.writing import Conversations, Writer, open_writer
@@ -58,6 +61,11 @@ async def _watch(supervisor: Supervisor, server: uvicorn.Server) -> None:
             raise
 
 
+def session_of(request: Request) -> str:
+    """The session of a browser, by the name that NiceGUI gives it too."""
+    return str(request.session.setdefault("id", str(uuid.uuid4())))
+
+
 def make_app(setup: Setup, writer: Writer) -> FastAPI:
     """The application. NiceGUI has one of each process."""
     conversations = Conversations(setup.page.max_conversations)
@@ -69,21 +77,39 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
         ui.add_head_html(f"<style>{STYLE}</style>")
         await client.connected()
         # A tab keeps its conversation when it is loaded again. Another browser's tab never has the same key.
-        owner = (str(request.session["id"]), str(client.tab_id))
+        owner = (session_of(request), str(client.tab_id))
         View(writer, conversations.of(owner, setup.person), edits).build()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get(SOURCE)
-    def source(id: str) -> PlainTextResponse:
-        """A document of deliberate search, as text whatever it contains."""
+    def source(request: Request, id: str) -> PlainTextResponse:
+        """A document of deliberate search, as text whatever it contains: of the session's own, or of the corpus."""
         try:
-            text = None if writer.deliberator is None else writer.deliberator.search.retriever.read(id)
+            text = OwnRetriever(writer.library, session_of(request)).read(id)
+            if text is None and writer.deliberator is not None:
+                text = writer.deliberator.search.retriever.read(id)
         except Unavailable as error:
             raise HTTPException(503, str(error)) from error
         if text is None:
             raise HTTPException(404, "no such document")
         return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
+
+    @app.post(DOCUMENTS)
+    async def add(request: Request, name: str) -> Response:
+        """Take a document for the session's own; 400 or 413 with the reason for one that is refused."""
+        if writer.deliberator is None:
+            raise HTTPException(404, "this page has no deliberate search")
+        content = b""
+        async for part in request.stream():
+            content += part
+            if len(content) > setup.page.max_document_kib * 1024:
+                return PlainTextResponse(f"more than {setup.page.max_document_kib} KiB", 413)
+        try:
+            await writer.library.add(session_of(request), name, content)
+        except Refused as error:
+            return PlainTextResponse(str(error), 400)
+        return Response(status_code=204)
 
     app.add_middleware(Guard, token=setup.token)
     # Sessions end with this process.

@@ -10,8 +10,13 @@ from rollout.guidance.edits import Edit
 
 MODEL, PERSON = "model", "person"
 STOPPED = "stopped"
+UNDER_WAY = "an answer is under way; stop it first"
 # Unscored pieces of a stream are joined up to this length: an element of the page for each would be too many.
 LONGEST_PASSAGE = 400  # characters
+
+
+class Refused(ValueError):
+    """What a person asks for can't be done; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Branch:
     on from; both None for the first answer. ``finish_reason`` is None while the answer is under way, ``stopped`` if a
     person or an error ended it. ``notice`` says what went wrong.
     ``verdicts``: of the run's verifiers, by name, once the answer has ended. ``deliberation``: the deliberate search
-    whose answer it is, if it is one; then its text is that answer alone, and has no tokens."""
+    whose answer it is, if it is one; then its text is that answer alone, and has no tokens. ``following``: the next
+    message, with the answers to it."""
 
     passages: list[Passage] = field(default_factory=list)
     parent: int | None = None
@@ -44,6 +50,7 @@ class Branch:
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     is_saved: bool = False
     deliberation: Deliberation | None = None
+    following: "Turn | None" = None
 
     @property
     def text(self) -> str:
@@ -80,22 +87,52 @@ class Turn:
     opens_thinking: bool = False
     searches: bool = False
 
+    @property
+    def answer(self) -> Branch:
+        return self.branches[self.chosen]
+
 
 @dataclass
 class Conversation:
-    """The state of one tab. ``version`` changes with everything but the growth of an answer; ``task`` writes an
-    answer, while the conversation is busy. ``person`` is the name that edits are saved with. ``searches``: the next
-    message is to be answered by deliberate search."""
+    """The state of one tab: a tree of messages and answers. ``root`` stands before the first message, ``asked`` counts
+    the messages in all branches. ``version`` changes with everything but the growth of an answer; ``task`` writes the
+    chosen answer of the last turn, while the conversation is busy. ``person`` is the name that edits are saved with.
+    ``session``: of the browser whose tab it is. ``searches``: the next message is to be answered by deliberate
+    search."""
 
-    turns: list[Turn] = field(default_factory=list)
+    root: Branch = field(default_factory=Branch)
+    asked: int = 0
     person: str = ""
+    session: str = ""
     version: int = 0
     task: asyncio.Task[None] | None = None
     is_busy: bool = False
     searches: bool = False
 
+    @property
+    def turns(self) -> list[Turn]:
+        """The messages from the first one on, along the chosen answers."""
+        return turns_after(self.root)
+
+    def append(self, turn: Turn) -> None:
+        """A further message, after the last chosen answer."""
+        turns = self.turns
+        last = turns[-1].answer if turns else self.root
+        last.following = turn
+        self.asked += 1
+
     def changed(self) -> None:
         self.version += 1
+
+
+def turns_after(branch: Branch) -> list[Turn]:
+    """The messages after an answer, along the chosen answers."""
+    turns = []
+    turn = branch.following
+    while turn is not None:
+        turns.append(turn)
+        turn = turn.answer.following
+    return turns
 
 
 @dataclass(frozen=True)
@@ -149,7 +186,7 @@ def messages(turns: Sequence[Turn], marks: Sequence[str]) -> list[dict[str, str]
     that think have it."""
     history = []
     for turn in turns[:-1]:
-        answer = answer_of(turn, turn.branches[turn.chosen], marks)
+        answer = answer_of(turn, turn.answer, marks)
         history += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": answer}]
     return [*history, {"role": "user", "content": turns[-1].message}]
 

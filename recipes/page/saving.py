@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recipes.page.conversation import Branch, Turn, messages, whole_response
-from recipes.page.writing import Refused
+from recipes.page.conversation import Branch, Refused, Turn, messages, whole_response
 from rewards.verifiers.text import without_thinking
 from rollout.guidance.edits import shared_start
 

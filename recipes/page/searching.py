@@ -1,14 +1,38 @@
-"""What the page shows of a deliberate search: the steps of its samples as they happen, and what they conclude."""
+"""What the page shows of a deliberate search: the steps of its samples as they happen, what they conclude, and the
+documents of a person's own that it reads."""
 
+from collections.abc import Callable
+from functools import partial
 from urllib.parse import quote
 
 from nicegui import ui
 
-from recipes.page.elements import plain
+from recipes.page.documents import Library
+from recipes.page.elements import button, plain
 from rollout.deliberation.deliberating import Conclusion, Deliberation, link
 from rollout.deliberation.episodes import ShownStep
 
 SOURCE = "/source"  # of a document's text, by its id
+DOCUMENTS = "/documents"  # takes the content of a person's own
+# A file that is too large is not even sent. Whatever is refused is said in the end.
+ADD = """async (event) => {
+  const refused = [];
+  for (const file of event.target.files) {
+    if (file.size > LARGEST) {
+      refused.push(file.name + ": more than " + LARGEST / 1024 + " KiB");
+      continue;
+    }
+    try {
+      const name = encodeURIComponent(file.name);
+      const reply = await fetch("DOCUMENTS?name=" + name, {method: "POST", body: file});
+      if (!reply.ok) refused.push(file.name + ": " + await reply.text());
+    } catch (error) {
+      refused.push(file.name + ": " + error);
+    }
+  }
+  event.target.value = "";
+  if (refused.length) emit(refused.join("\\n"));
+}"""
 
 
 class SearchArea:
@@ -83,3 +107,51 @@ def source_link(document_id: str) -> None:
     element.props["href"] = link(document_id) or f"{SOURCE}?id={quote(document_id, safe='')}"
     element.props["target"] = "_blank"
     element.props["rel"] = "noopener noreferrer"
+
+
+class OwnDocuments:
+    """The list of a session's own documents, with a field to add some. ``tell`` tells a person a problem."""
+
+    def __init__(self, library: Library, session: str, tell: Callable[[str], None]) -> None:
+        self.library = library
+        self.session = session
+        self.names: list[str] | None = None
+        largest = library.page.max_document_kib * 1024
+        with ui.element("details").classes("documents") as self.around:
+            self.title = plain("", "summary")
+            plain(
+                "While there are any, deliberate search reads these texts and no others. They stay in the memory of "
+                "this page, for your browser alone, until you remove them or the page ends.",
+                classes="soft",
+            )
+            self.list = ui.element("ul")
+            with ui.element("label"):
+                plain("Add texts (UTF-8) ", "span")
+                field = ui.element("input").props("type=file multiple")
+            script = ADD.replace("LARGEST", str(largest)).replace("DOCUMENTS", DOCUMENTS)
+            field.on("change", lambda event: tell(str(event.args)), js_handler=script)
+
+    def refresh(self) -> None:
+        """Show the documents that there are now; another tab may have changed them."""
+        names = self.library.names(self.session)
+        if names == self.names:
+            return
+        self.names = names
+        self.title.text = f"Own documents ({len(names)})"
+        self.list.clear()
+        with self.list:
+            for name in names:
+                with ui.element("li"):
+                    plain(name, "span")
+                    button("Remove", partial(self._remove, name)).props["aria-label"] = f"Remove {name}"
+
+    async def _remove(self, name: str) -> None:
+        """Remove a document, if the person says so again."""
+        with self.around, ui.dialog() as dialog, ui.card():
+            plain(f"Remove {name}? It is kept nowhere else here.")
+            with ui.element("div").classes("head"):
+                button("Remove it", lambda: dialog.submit(True))
+                button("Keep it", lambda: dialog.submit(False))
+        if await dialog:
+            await self.library.remove(self.session, name)
+        dialog.delete()

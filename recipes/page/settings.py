@@ -28,11 +28,16 @@ class PageConfig:
     )
     edits: str | None = setting("folder of saved edits; null for edits/ in the run's folder, or in runs/")
     max_characters: int = setting("longest message or edited text", range="[1, 200000]", unit="characters")
-    max_turns: int = setting("longest conversation", range=COUNT, unit="messages of the user")
+    max_turns: int = setting(
+        "longest conversation, all its branches together", range=COUNT, unit="messages of the user"
+    )
     max_branches: int = setting("answers to a message that are kept side by side", range="[1, 1000]")
     max_conversations: int = setting("conversations in memory; the longest unused one is forgotten", range=COUNT)
     max_answers: int = setting("answers under way at once", range="[1, 1000]")
     max_saved_mib: int = setting("largest file of saved edits", range=COUNT, unit="MiB")
+    max_documents: int = setting("a person's own documents for deliberate search", range="[1, 1000]")
+    max_document_kib: int = setting("largest own document", range="[1, 65536]", unit="KiB")
+    max_documents_of_all: int = setting("own documents of all people; they are in memory", range=COUNT)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a tab shows of its conversation. Text of people and models is put into elements as text, never as HTML."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ from nicegui import events, ui
 from nicegui.elements.mixins.text_element import TextElement
 
 from recipes.page import saving
-from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, sections_of
-from recipes.page.elements import plain, visible
+from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Refused, Turn, sections_of, turns_after
+from recipes.page.elements import button, plain, visible
 from recipes.page.saving import ADDED, KEPT, REMOVED, EditFiles
-from recipes.page.searching import SearchArea
-from recipes.page.writing import Refused, Writer
+from recipes.page.searching import OwnDocuments, SearchArea
+from recipes.page.writing import Writer
 from recipes.report import markup
 from rollout.guidance.clients import GeneratorFailed
 from rollout.guidance.edits import EditRefused
@@ -48,10 +48,6 @@ box.focus();
 box.setSelectionRange(box.value.length, box.value.length);"""
 TO_MESSAGE = """document.querySelector(".message textarea").focus();
 window.scrollTo(0, document.body.scrollHeight);"""
-
-
-def button(text: str, on_click: Callable[[], Any]) -> ui.button:
-    return ui.button(text, on_click=on_click, color=None).props("no-caps outline dense")
 
 
 class Area:
@@ -116,11 +112,11 @@ class View:
         self.edits = edits
         self.marks = writer.guidance.thinking_marks
         self.version = -1
-        self.turns: list[ui.element] = []
-        # Of the branches of the last turn.
-        self.areas: list[Mapping[str, Area]] = []
-        self.searches: list[SearchArea | None] = []
-        self.editing: tuple[int, str] | None = None
+        self.shown: list[tuple[Turn, ui.element]] = []
+        # The answer that the conversation ends with, which may grow.
+        self.last: tuple[Turn, Branch, Mapping[str, Area], SearchArea | None] | None = None
+        # The place of a turn, the number of an answer to it, and the part that is edited.
+        self.editing: tuple[int, int, str] | None = None
 
     def build(self) -> None:
         """Make the page's elements in the current client."""
@@ -137,6 +133,9 @@ class View:
                     searches = self.conversation.searches
                     ui.checkbox("Deliberate search", value=searches, on_change=self._search).props("dense")
                 ui.link("New conversation", "/", new_tab=True)
+            self.documents = None
+            if self.writer.deliberator is not None:
+                self.documents = OwnDocuments(self.writer.library, self.conversation.session, self._tell)
             self.body = ui.element("div").props('role=log aria-label="Conversation"')
             with ui.element("div").classes("composer"):
                 self.message = ui.textarea("Message").classes("message").props("autogrow outlined dense autofocus")
@@ -150,29 +149,41 @@ class View:
     def refresh(self) -> None:
         """Show what has changed since the last time."""
         conversation = self.conversation
+        if self.documents is not None:
+            self.documents.refresh()
         # An open edit stays as it is until the model goes on from it.
         if self.version != conversation.version and self.editing is None:
             self.version = conversation.version
             self._build_turns()
+            self._occupy(conversation.is_busy)
             self.send.set_visibility(not conversation.is_busy)
             self.stop.set_visibility(conversation.is_busy)
         elif conversation.is_busy:
             self._fill()
 
+    def _occupy(self, is_occupied: bool) -> None:
+        """Hide the buttons that change answers while one is written or edited."""
+        self.page.classes(**({"add": "occupied"} if is_occupied else {"remove": "occupied"}))
+
     def _build_turns(self) -> None:
-        """Build the new turns, and anew the one that was the last."""
-        for place in range(max(len(self.turns) - 1, 0), len(self.conversation.turns)):
-            if place == len(self.turns):
-                with self.body:
-                    self.turns.append(ui.element("section").classes("talk"))
+        """Show the turns: those after the last that is shown already are new, and that one is built anew."""
+        turns = self.conversation.turns
+        same = 0
+        while same < min(len(turns), len(self.shown)) and turns[same] is self.shown[same][0]:
+            same += 1
+        for _, element in self.shown[same:]:
+            element.delete()
+        del self.shown[same:]
+        for turn in turns[same:]:
+            with self.body:
+                self.shown.append((turn, ui.element("section").classes("talk")))
+        for place in range(max(same - 1, 0), len(turns)):
             self._build_turn(place)
 
     def _build_turn(self, place: int) -> None:
-        turn = self.conversation.turns[place]
-        self.areas = []
-        self.searches = []
-        self.turns[place].clear()
-        with self.turns[place]:
+        turn, element = self.shown[place]
+        element.clear()
+        with element:
             plain("You", "h2")
             plain(turn.message, classes="text said")
             with ui.element("div").classes("answers"):
@@ -181,9 +192,7 @@ class View:
                         self._build_branch(place, number, branch)
 
     def _build_branch(self, place: int, number: int, branch: Branch) -> None:
-        turn = self.conversation.turns[place]
-        is_last = place == len(self.conversation.turns) - 1
-        is_idle = is_last and not self.conversation.is_busy
+        turn = self.shown[place][0]
         with ui.element("div").classes("head"):
             plain(f"Answer {number + 1}", "h3")
             if branch.parent is not None:
@@ -199,7 +208,7 @@ class View:
         search = None if branch.deliberation is None else SearchArea(branch.deliberation)
         areas: dict[str, Area] = {}
         for part in TITLES:
-            if is_last and self.editing == (number, part):
+            if self.editing == (place, number, part):
                 self._build_edit(turn, branch, part)
             else:
                 areas[part] = Area(part)
@@ -210,23 +219,35 @@ class View:
             with ui.element("div").classes("head"):
                 for name, verdict in branch.verdicts.items():
                     plain(f"{name}: {verdict.label} {verdict.score:.2f}", "span", "chip")
-        if is_last:
-            self.areas.append(areas)
-            self.searches.append(search)
-        with ui.element("div").classes("head"):
+        if number == turn.chosen and place == len(self.shown) - 1:
+            self.last = (turn, branch, areas, search)
+        with ui.element("div").classes("head choices"):
             found = sections_of(turn, branch, self.marks)
             # The answer of a vote is no text that the model could go on from.
-            if is_idle and self.editing is None and search is None:
+            if search is None:
                 if found.thinking is not None:
-                    button("Edit thinking", lambda: self._edit(number, THINKING))
+                    button("Edit thinking", lambda: self._edit(place, number, THINKING))
                 if found.answer is not None:
-                    button("Edit answer", lambda: self._edit(number, ANSWER))
-                if branch.finish_reason == STOPPED:
-                    button("Let it go on", lambda: self._tried(self.writer.go_on(self.conversation, number)))
-                if number != turn.chosen:
-                    button("Go on from this answer", lambda: self._choose(turn, number))
+                    button("Edit answer", lambda: self._edit(place, number, ANSWER))
+                if branch.finish_reason == STOPPED and branch.following is None:
+                    button("Let it go on", lambda: self._tried(self.writer.go_on(self.conversation, place, number)))
+            if number != turn.chosen:
+                button("Go on from this answer", lambda: self._choose(place, number))
             if branch.parent is not None and branch.finish_reason == "stop" and not branch.is_saved:
                 button("Save edit", lambda: self._save(place, branch))
+        if number != turn.chosen:
+            self._build_later(turns_after(branch))
+
+    def _build_later(self, turns: list[Turn]) -> None:
+        """The messages that follow an answer from which the conversation does not go on, folded."""
+        if not turns:
+            return
+        with ui.element("details"):
+            plain(f"{len(turns)} later message{'s' if len(turns) > 1 else ''} in this branch", "summary")
+            for turn in turns:
+                plain("You", "h4")
+                plain(turn.message, classes="text said")
+                self._fill_branch(turn, turn.answer, {part: Area(part) for part in TITLES})
 
     def _build_edit(self, turn: Turn, branch: Branch, part: str) -> None:
         """The box in which a part is edited, and what the edit changes."""
@@ -260,8 +281,8 @@ class View:
     def _edited(self, before_cursor: str) -> tuple[Branch, str]:
         """The branch that is edited, and the text that the model is to go on from."""
         assert self.editing is not None
-        number, part = self.editing
-        turn = self.conversation.turns[-1]
+        place, number, part = self.editing
+        turn = self.shown[place][0]
         branch = turn.branches[number]
         section = self._section(turn, branch, part)
         return branch, branch.text[: section[0]] + before_cursor
@@ -285,17 +306,25 @@ class View:
             return
         if action == "continue":
             _, edited = self._edited(before_cursor)
-            if not await self._tried(self.writer.continue_from(self.conversation, self.editing[0], edited)):
+            place, number, _ = self.editing
+            if not await self._tried(self.writer.continue_from(self.conversation, place, number, edited)):
                 return
-        self.editing = None
-        self.version = -1
+        self._close_edit()
         self.refresh()
         self.page.client.run_javascript(TO_MESSAGE)
 
-    def _edit(self, number: int, part: str) -> None:
-        if not self.conversation.is_busy:
-            self.editing = (number, part)
-            self._build_turns()
+    def _edit(self, place: int, number: int, part: str) -> None:
+        if not self.conversation.is_busy and self.editing is None:
+            self.editing = (place, number, part)
+            self._occupy(True)
+            self._build_turn(place)
+
+    def _close_edit(self) -> None:
+        if self.editing is not None:
+            place = self.editing[0]
+            self.editing = None
+            self._occupy(self.conversation.is_busy)
+            self._build_turn(place)
 
     async def _tried(self, work: Awaitable[None]) -> bool:
         """Whether it could be done; a person is told why not."""
@@ -312,7 +341,7 @@ class View:
         except Refused as error:
             self._tell(str(error))
             return
-        self.editing = None
+        self._close_edit()
         self.message.value = ""
         self.refresh()
         self.page.client.run_javascript(TO_MESSAGE)
@@ -320,10 +349,11 @@ class View:
     def _stop(self) -> None:
         self.writer.stop(self.conversation)
 
-    def _choose(self, turn: Turn, number: int) -> None:
-        if not self.conversation.is_busy:
-            turn.chosen = number
-            self.conversation.changed()
+    def _choose(self, place: int, number: int) -> None:
+        try:
+            self.writer.choose(self.conversation, place, number)
+        except Refused as error:
+            self._tell(str(error))
 
     def _save(self, place: int, branch: Branch) -> None:
         if branch.is_saved:  # by a second click
@@ -341,7 +371,6 @@ class View:
         )
         self._tell(f"Saved as an SFT row, and {pair}.", is_problem=False)
         self._build_turn(place)
-        self._build_turn(len(self.turns) - 1)
 
     def _name(self, event: events.ValueChangeEventArguments[Any]) -> None:
         self.conversation.person = str(event.value or "")[: saving.LONGEST_NAME]
@@ -353,13 +382,12 @@ class View:
         self.conversation.searches = bool(event.value)
 
     def _fill(self) -> None:
-        """Show what the last turn's answers have grown by."""
-        turns = self.conversation.turns
-        if len(self.turns) == len(turns):
-            for branch, areas, search in zip(turns[-1].branches, self.areas, self.searches, strict=False):
-                self._fill_branch(turns[-1], branch, areas)
-                if search is not None:
-                    search.fill()
+        """Show what the last answer has grown by."""
+        if self.last is not None:
+            turn, branch, areas, search = self.last
+            self._fill_branch(turn, branch, areas)
+            if search is not None:
+                search.fill()
 
     def _fill_branch(self, turn: Turn, branch: Branch, areas: Mapping[str, Area]) -> None:
         found = sections_of(turn, branch, self.marks)

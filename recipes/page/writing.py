@@ -8,13 +8,25 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.page.conversation import STOPPED, Branch, Conversation, Passage, Turn, after_edit, messages, whole_response
+from recipes.page.conversation import (
+    STOPPED,
+    UNDER_WAY,
+    Branch,
+    Conversation,
+    Passage,
+    Refused,
+    Turn,
+    after_edit,
+    messages,
+    whole_response,
+)
+from recipes.page.documents import Library, OwnRetriever
 from recipes.page.scores import judged
 from recipes.page.settings import PageConfig, Setup
 from rewards.verdict import Verifier
 from rollout.deliberation.deliberating import Deliberator, make_deliberator, open_search_environment
 from rollout.environment import Unavailable
-from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ValuesUnavailable
+from rollout.guidance.clients import GeneratorFailed, Served, ServedGenerator, ValuesUnavailable
 from rollout.guidance.decoding import Guide, Question
 from rollout.guidance.edits import edit_text
 from rollout.guidance.opening import open_guide
@@ -22,10 +34,6 @@ from rollout.guidance.settings import GuidanceConfig
 
 # A mark of thinking may be a special token, and the text of a stream is to be the text of its tokens.
 SAMPLING = {"skip_special_tokens": False}
-
-
-class Refused(ValueError):
-    """What a person asks for can't be done; the message says why."""
 
 
 class Conversations:
@@ -37,7 +45,7 @@ class Conversations:
 
     def of(self, owner: tuple[str, str], person: str) -> Conversation:
         """The conversation of an owner: the session of a browser, and a tab in it. A new one is of ``person``."""
-        conversation = self.by_owner.setdefault(owner, Conversation(person=person))
+        conversation = self.by_owner.setdefault(owner, Conversation(person=person, session=owner[0]))
         self.by_owner.move_to_end(owner)
         idle = [known for known, other in self.by_owner.items() if not other.is_busy and known != owner]
         for known in idle[: max(len(self.by_owner) - self.most, 0)]:
@@ -49,7 +57,7 @@ class Conversations:
 class Writer:
     """The model that answers, guided if there is a ``guide``. ``context``: the longest prompt and answer together in
     tokens, None if the server does not state it. ``verifiers`` judge the answers. ``deliberator``: who answers by
-    deliberate search, None without."""
+    deliberate search, None without; it searches a person's own documents in ``library``, if there are such."""
 
     page: PageConfig
     guidance: GuidanceConfig
@@ -59,6 +67,7 @@ class Writer:
     context: int | None
     verifiers: Mapping[str, Verifier]
     deliberator: Deliberator | None
+    library: Library
     under_way: int = 0
 
     def ask(self, conversation: Conversation, message: str) -> None:
@@ -66,36 +75,52 @@ class Writer:
         if not message.strip():
             raise Refused("the message is empty")
         self.check_length("the message", message)
-        if len(conversation.turns) >= self.page.max_turns:
-            raise Refused(f"a conversation has at most {self.page.max_turns} messages; begin a new one")
+        if conversation.asked >= self.page.max_turns:
+            raise Refused(
+                f"a conversation has at most {self.page.max_turns} messages, all of its branches together; begin a new "
+                "one"
+            )
         self._claim(conversation)
-        branch = Branch()
-        conversation.turns.append(Turn(message, [branch], searches=conversation.searches))
-        self._start(conversation, branch)
+        conversation.append(Turn(message, [Branch()], searches=conversation.searches))
+        self._start(conversation)
 
-    async def continue_from(self, conversation: Conversation, place: int, edited: str) -> None:
-        """Begin a new branch beside the one at ``place`` of the last turn: the beginning that ``edited`` shares with it
-        stays, by whole tokens, the rest of ``edited`` follows, and the model goes on from there.
+    async def continue_from(self, conversation: Conversation, place: int, number: int, edited: str) -> None:
+        """Begin a new branch beside the answer ``number`` of the turn at ``place``: the beginning that ``edited``
+        shares with it stays, by whole tokens, the rest of ``edited`` follows, and the model goes on from there.
+
+        The conversation goes on from the new branch; later messages stay in the branch that they follow. Raises
+        Refused, EditRefused and GeneratorFailed.
+        """
+        self.check_length("the edited text", edited)
+        turn = conversation.turns[place]
+        if len(turn.branches) >= self.page.max_branches:
+            raise Refused(f"a message has at most {self.page.max_branches} answers side by side")
+        passages = await self._claim_for_edit(conversation, turn.branches[number], edited)
+        turn.branches.append(Branch(passages, parent=number, edited=edited))
+        turn.chosen = len(turn.branches) - 1
+        self._start(conversation)
+
+    async def go_on(self, conversation: Conversation, place: int, number: int) -> None:
+        """Go on with an answer that was stopped and that no message follows, in its branch.
 
         Raises Refused, EditRefused and GeneratorFailed.
         """
-        self.check_length("the edited text", edited)
-        turn = conversation.turns[-1]
-        if len(turn.branches) >= self.page.max_branches:
-            raise Refused(f"a message has at most {self.page.max_branches} answers side by side")
-        passages = await self._claim_for_edit(conversation, turn.branches[place], edited)
-        branch = Branch(passages, parent=place, edited=edited)
-        turn.branches.append(branch)
-        turn.chosen = len(turn.branches) - 1
-        self._start(conversation, branch)
-
-    async def go_on(self, conversation: Conversation, place: int) -> None:
-        """Go on with an answer that was stopped, in its branch. Raises Refused, EditRefused and GeneratorFailed."""
-        branch = conversation.turns[-1].branches[place]
+        turn = conversation.turns[place]
+        branch = turn.branches[number]
+        if branch.following is not None:
+            raise Refused("a later message follows this answer: edit it, and go on in a branch beside it")
         # Of what came before the stop, a character that has only begun is not kept.
         branch.passages = await self._claim_for_edit(conversation, branch, branch.text)
         branch.finish_reason = branch.notice = None
-        self._start(conversation, branch)
+        turn.chosen = number
+        self._start(conversation)
+
+    def choose(self, conversation: Conversation, place: int, number: int) -> None:
+        """Go on from the answer ``number`` of the turn at ``place``, and the messages after it. Raises Refused."""
+        if conversation.is_busy:
+            raise Refused(UNDER_WAY)
+        conversation.turns[place].chosen = number
+        conversation.changed()
 
     def stop(self, conversation: Conversation) -> None:
         """End the answer that is under way; what has come stays."""
@@ -121,7 +146,7 @@ class Writer:
     def _claim(self, conversation: Conversation) -> None:
         """Only one answer of a conversation is under way. Raises Refused."""
         if conversation.is_busy:
-            raise Refused("an answer is under way; stop it first")
+            raise Refused(UNDER_WAY)
         if self.under_way >= self.page.max_answers:
             raise Refused(f"{self.under_way} answers are under way, as many as this page gives at once; try again")
         conversation.is_busy = True
@@ -134,14 +159,18 @@ class Writer:
         self.under_way -= 1
         conversation.changed()
 
-    def _start(self, conversation: Conversation, branch: Branch) -> None:
+    def _start(self, conversation: Conversation) -> None:
+        """Write the chosen answer of the last turn."""
+        turn = conversation.turns[-1]
+        branch = turn.answer
+
         async def run() -> None:
             try:
-                if conversation.turns[-1].searches:
+                if turn.searches:
                     await self._deliberate(conversation, branch)
                 else:
                     await self._write(conversation, branch)
-                    await self._judge(conversation.turns[-1], branch)
+                    await self._judge(turn, branch)
             except (Refused, GeneratorFailed, ValuesUnavailable, Unavailable) as error:
                 branch.notice = str(error)
             except Exception as error:
@@ -180,10 +209,13 @@ class Writer:
     async def _deliberate(self, conversation: Conversation, branch: Branch) -> None:
         """Answer by deliberate search; the branch's text is the answer of the vote."""
         assert self.deliberator is not None  # or the page has no switch
-        config = self.deliberator.config
+        deliberator = self.deliberator
+        if self.library.names(conversation.session):
+            deliberator = deliberator.over(OwnRetriever(self.library, conversation.session))
+        config = deliberator.config
         prompt, room = await self._prefix(conversation, branch, config.max_tokens)
         question = Question(self.model, prompt, room, {"temperature": config.temperature})
-        branch.deliberation = self.deliberator.deliberate(question, config.samples)
+        branch.deliberation = deliberator.deliberate(question, config.samples)
         conversation.changed()
         async with aclosing(branch.deliberation.steps()) as steps:
             async for _ in steps:
@@ -230,29 +262,35 @@ class Writer:
 async def open_writer(setup: Setup) -> AsyncGenerator[Writer, None]:
     """Connect to the generator, and to the value server and the search engine if there are such. Raises ValueError,
     GeneratorFailed, ValuesUnavailable and Unavailable."""
-    page, guidance = setup.page, setup.guidance
-    environment = None if setup.environment is None else open_search_environment(setup.environment)
-
-    async def deliberator(generator: ServedGenerator, models: list[dict[str, Any]]) -> Deliberator | None:
-        if environment is None or setup.environment is None or setup.deliberation is None:
-            return None
-        max_turns = setup.environment.max_turns
-        return await make_deliberator(setup.deliberation, environment, max_turns, generator, models)
-
     if setup.has_values:
-        async with open_guide(guidance) as opened:
-            model = opened.model
-            context = opened.context(model)
-            searching = await deliberator(opened.generator, opened.models)
-            yield Writer(page, guidance, opened.generator, opened.guide, model, context, setup.verifiers, searching)
+        async with open_guide(setup.guidance) as opened:
+            yield await make_writer(setup, opened, opened.guide)
         return
-    generator = ServedGenerator(guidance.generator)
+    generator = ServedGenerator(setup.guidance.generator)
     try:
-        models = await generator.models()
-        if not models:
-            raise GeneratorFailed(f"{generator.address} serves no model")
-        model, context = str(models[0]["id"]), models[0].get("max_model_len")
-        searching = await deliberator(generator, models)
-        yield Writer(page, guidance, generator, None, model, context, setup.verifiers, searching)
+        models = await generator.checked_models("give the address of one that runs as generator=URL")
+        yield await make_writer(setup, Served(generator, models), None)
     finally:
         await generator.close()
+
+
+async def make_writer(setup: Setup, served: Served, guide: Guide | None) -> Writer:
+    """A writer over what is open already. Raises ValueError and Unavailable as :func:`open_writer`."""
+    deliberator = None
+    if setup.environment is not None and setup.deliberation is not None:
+        environment = open_search_environment(setup.environment)
+        max_turns = setup.environment.max_turns
+        deliberator = await make_deliberator(
+            setup.deliberation, environment, max_turns, served.generator, served.models
+        )
+    return Writer(
+        page=setup.page,
+        guidance=setup.guidance,
+        generator=served.generator,
+        guide=guide,
+        model=served.model,
+        context=served.context(served.model),
+        verifiers=setup.verifiers,
+        deliberator=deliberator,
+        library=Library(setup.page),
+    )

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +17,7 @@ from rollout.deliberation.voting import Vote, vote
 from rollout.environment import Turns, Unavailable, open_environment
 from rollout.guidance.clients import Served, ServedGenerator
 from rollout.guidance.decoding import Question
+from rollout.retrieval import Retriever
 from rollout.search import Search
 from rollout.settings import EnvironmentConfig
 
@@ -58,6 +59,11 @@ class Deliberator(Served):
     def search(self) -> Search:
         assert isinstance(self.turns.environment, Search)  # open_deliberator has checked
         return self.turns.environment
+
+    def over(self, retriever: Retriever) -> "Deliberator":
+        """The same model with other documents to search."""
+        environment = replace(self.search, retriever=retriever)
+        return replace(self, turns=replace(self.turns, environment=environment))
 
     def deliberate(self, question: Question, samples: int) -> "Deliberation":
         """An answer, to be read by ``async for step in deliberation.steps()``."""

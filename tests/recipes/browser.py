@@ -7,7 +7,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +200,12 @@ class Tab:
         held = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 2 * control + 8 * shift}
         self._call("Input.dispatchKeyEvent", type="keyDown", **held, **({} if control else {"text": text}))
         self._call("Input.dispatchKeyEvent", type="keyUp", **held)
+
+    def choose_files(self, field: str, paths: Sequence[Path]) -> None:
+        """Choose files in the field that a CSS selector finds, as in the browser's own dialog."""
+        document = self._call("DOM.getDocument")["root"]["nodeId"]
+        node = self._call("DOM.querySelector", nodeId=document, selector=field)["nodeId"]
+        self._call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
 
     def scheme(self, name: str) -> None:
         """Prefer light or dark."""

@@ -12,7 +12,8 @@ import yaml
 from fastapi.testclient import TestClient
 
 from recipes.page.app import make_app
-from recipes.page.conversation import STOPPED, Branch, Conversation, messages
+from recipes.page.conversation import STOPPED, Branch, Conversation, Refused, messages
+from recipes.page.documents import Library
 from recipes.page.settings import Setup
 from recipes.page.writing import Writer, open_writer
 from recipes.serve import read_setup
@@ -27,6 +28,7 @@ from tests.recipes.test_serve_page_browser import (
     Page,
     ask,
     open_page,
+    press_button,
     served_page,
     wait_for_text,
 )
@@ -92,6 +94,92 @@ def test_a_message_is_answered_by_search_and_the_conversation_goes_on_with_the_a
         assert client.get("/source?id=norland", headers={"host": "evil.example"}).status_code >= 400
 
     with_writer(folder, test)
+
+
+OWN_TEXT = "Notes of Ann.\n\nThe capital of Norland is Veska, she says."
+
+
+def sources_of(branch: Branch) -> list[str]:
+    assert branch.deliberation is not None and branch.deliberation.chosen is not None
+    return [source.id for source in branch.deliberation.chosen.sources]
+
+
+def test_own_documents_are_searched_in_their_session_alone_until_they_are_removed(folder: Path) -> None:
+    async def test(model: FakeSearcher, setup: Setup, writer: Writer, conversation: Conversation) -> None:
+        ann, bob = (Conversation(searches=True, session=name) for name in ("ann", "bob"))
+        await writer.library.add("ann", "notes.txt", OWN_TEXT.encode())
+        (own,) = sources_of(await asked(writer, ann))
+        assert own == "own/notes.txt"
+        assert "norland" in sources_of(await asked(writer, bob))
+        await writer.library.remove("ann", "notes.txt")
+        assert writer.library.by_session == {}
+        assert "norland" in sources_of(await asked(writer, ann))
+
+    with_writer(folder, test, FakeSearcher([[SURE[0], SURE[2]]]))
+
+
+def test_a_session_adds_documents_over_http_and_no_other_session_reads_them(folder: Path) -> None:
+    async def test(model: FakeSearcher, setup: Setup, writer: Writer, conversation: Conversation) -> None:
+        app = make_app(setup, writer)
+        ann, bob = (TestClient(app, base_url="http://127.0.0.1:8200") for _ in range(2))
+        for browser_of in (ann, bob):
+            # The first request gets the session's cookie.
+            browser_of.get("/source", params={"id": "norland"})
+        assert ann.post("/documents", params={"name": "notes.txt"}, content=OWN_TEXT.encode()).status_code == 204
+        reply = ann.get("/source", params={"id": "own/notes.txt"})
+        assert (reply.status_code, reply.text) == (200, OWN_TEXT)
+        assert bob.get("/source", params={"id": "own/notes.txt"}).status_code == 404
+        longer = b"x" * (setup.page.max_document_kib * 1024 + 1)
+        assert ann.post("/documents", params={"name": "long"}, content=longer).status_code == 413
+        reply = ann.post("/documents", params={"name": "b.txt"}, content=b"%PDF-1.7 \0")
+        assert reply.status_code == 400 and "U+0000" in reply.text
+        foreign = {"Origin": "http://evil.example"}
+        assert ann.post("/documents", params={"name": "c"}, content=b"text", headers=foreign).status_code == 403
+        (names,) = (writer.library.names(session) for session in writer.library.by_session)
+        assert names == ["notes.txt"]
+
+    with_writer(folder, test)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff\xd8\xff\xe0 JFIF", "not a text in UTF-8 .* at byte 0"),
+        (b"\x7fELF", "control character U\\+007F"),
+        (b" \n", "no text in it"),
+        (b"x" * 1025, "more than 1 KiB"),
+        (b"a - of", "no document has a word"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_content(content: bytes, why: str) -> None:
+    page = setup_of("http://127.0.0.1:1", None, "page.max_document_kib=1").page
+    library = Library(page)
+    with pytest.raises(Refused, match=why):
+        asyncio.run(library.add("ann", "notes.txt", content))
+    assert library.by_session == {}
+
+
+def test_own_documents_are_bounded_in_number_and_their_names_are_names() -> None:
+    limits = ("page.max_documents=2", "page.max_documents_of_all=3")
+
+    async def run() -> None:
+        library = Library(setup_of("http://127.0.0.1:1", None, *limits).page)
+        for name in ("a.txt", "../[x]\n"):
+            await library.add("ann", name, b"\xef\xbb\xbfsome words")
+        assert library.names("ann") == ["a.txt", "..__x__"]
+        assert library.by_session["ann"].texts["a.txt"] == "some words"
+        for name, why in (("a.txt", "already"), ("b.txt", "you have 2 documents")):
+            with pytest.raises(Refused, match=why):
+                await library.add("ann", name, b"words")
+        await library.add("bob", "a.txt", b"words")
+        with pytest.raises(Refused, match="3 documents of all people"):
+            await library.add("eve", "a.txt", b"words")
+        await library.remove("ann", "a.txt")
+        await library.remove("ann", "a.txt")
+        await library.remove("eve", "a.txt")
+        assert (library.names("ann"), library.names("bob"), library.names("eve")) == (["..__x__"], ["a.txt"], [])
+
+    asyncio.run(run())
 
 
 def test_a_search_is_stopped_and_a_failing_one_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,3 +286,53 @@ def test_steps_sources_and_confidence_in_a_browser(tmp_path_factory: pytest.Temp
         tab.go(links[0][1])
         assert HOSTILE in tab.text()
         assert tab.evaluate("document.querySelectorAll('img').length") == 0
+
+
+def test_own_documents_in_a_browser(tmp_path_factory: pytest.TempPathFactory, page: SearchPage, tmp_path: Path) -> None:
+    listed = "[...document.querySelectorAll('.documents li > span')].map(each => each.innerText)"
+    (tmp_path / "notes.txt").write_text(f"The capital of Norland is Veska. {HOSTILE}")
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "large.md").write_bytes(b"word " * 2**18)
+    page.model.gate = None
+    with browser.running(tmp_path_factory.mktemp("browser")) as chromium:
+        tab = open_page(chromium, page, width=390)
+        for _ in range(20):
+            tab.press("Tab", shift=True)
+            if tab.evaluate(f"{FOCUS}.localName == 'summary'"):
+                break
+        assert tab.evaluate(f"{FOCUS}.innerText") == "Own documents (0)"
+        tab.press("Enter")
+        tab.choose_files(".documents input", [tmp_path / name for name in ("notes.txt", "picture.txt", "large.md")])
+        wait_for_text(tab, "large.md: more than 1024 KiB")
+        wait_for_text(tab, "picture.txt: not a text in UTF-8")
+        tab.wait(f"{listed}.length == 1")
+        assert tab.evaluate(listed) == ["notes.txt"] and "Own documents (1)" in tab.text()
+        assert tab.evaluate(WIDER) <= 0
+        tab.evaluate("document.querySelector('.q-checkbox').click()")
+        tab.evaluate("document.querySelector('.message textarea').focus()")
+        ask(tab, QUESTION)
+        wait_for_text(tab, "of 10: certain")
+        links = tab.evaluate("[...document.querySelectorAll('.sources a')].map(a => [a.innerText, a.href])")
+        assert links == [["own/notes.txt", f"{page.address}source?id=own%2Fnotes.txt"]]
+
+        # Another tab of this browser has them, another person has not.
+        second = open_page(chromium, page)
+        wait_for_text(second, "Own documents (1)")
+        other = open_page(chromium, page, context=chromium.other_person())
+        wait_for_text(other, "Own documents (0)")
+        other.go(links[0][1])
+        assert "Veska" not in other.text()
+
+        # It is asked before one is removed.
+        second.evaluate("document.querySelector('.documents').open = true")
+        press_button(second, "Remove")
+        second.wait("document.querySelector('.q-dialog')")
+        press_button(second, "Keep it")
+        second.wait("!document.querySelector('.q-dialog')")
+        assert "Own documents (1)" in second.text()
+        press_button(second, "Remove")
+        second.wait("document.querySelector('.q-dialog')")
+        press_button(second, "Remove it")
+        wait_for_text(tab, "Own documents (0)")
+        tab.go(links[0][1])
+        assert "no such document" in tab.text()

@@ -27,11 +27,22 @@ from recipes.data.processor import PromptProcessor
 from recipes.data.rows import PAIR_FIELDS, load_rows
 from recipes.data.sft_examples import load_sft_rows, tokenize_example
 from recipes.errors import ConfigError
-from recipes.page.conversation import PERSON, STOPPED, Branch, Conversation, Passage, Turn, messages, sections
+from recipes.page.conversation import (
+    PERSON,
+    STOPPED,
+    Branch,
+    Conversation,
+    Passage,
+    Refused,
+    Turn,
+    messages,
+    sections,
+    turns_after,
+)
 from recipes.page.guard import MOST_BYTES, Guard
 from recipes.page.saving import ADDED, KEPT, REMOVED, EditFiles, about, diff, edit_rows
 from recipes.page.settings import Setup
-from recipes.page.writing import Conversations, Refused, Writer, open_writer
+from recipes.page.writing import Conversations, Writer, open_writer
 from recipes.serve import read_setup, served
 from rewards.serve import ServerDied
 from tests.recipes import tiny
@@ -84,9 +95,9 @@ class World:
 
     async def continued(self, place: int, edited: str) -> Branch:
         """The branch that goes on from an edit."""
-        await self.writer.continue_from(self.conversation, place, edited)
+        await self.writer.continue_from(self.conversation, 0, place, edited)
         await self.finished()
-        return self.conversation.turns[-1].branches[-1]
+        return self.conversation.turns[0].branches[-1]
 
 
 def setup_of(generator: str, values_at: str | None, *overrides: str) -> Setup:
@@ -215,7 +226,7 @@ def test_a_stopped_answer_goes_on_where_it_was() -> None:
         with pytest.raises(Refused, match="an answer is under way"):
             made.writer.ask(made.conversation, QUESTION)
         with pytest.raises(Refused, match="an answer is under way"):
-            await made.writer.continue_from(made.conversation, 0, "<think>Else")
+            await made.writer.continue_from(made.conversation, 0, 0, "<think>Else")
         made.writer.stop(made.conversation)
         await made.finished()
         assert branch.finish_reason == STOPPED
@@ -225,7 +236,7 @@ def test_a_stopped_answer_goes_on_where_it_was() -> None:
             while made.fakes.open_streams:
                 await asyncio.sleep(0.002)
         made.model.gate = None
-        await made.writer.go_on(made.conversation, 0)
+        await made.writer.go_on(made.conversation, 0, 0)
         await made.finished()
         assert (branch.text, branch.finish_reason) == (WRITTEN, "stop")
         assert branch.token_ids[:9] == written
@@ -247,7 +258,7 @@ def test_a_failing_server_is_said_and_the_answer_can_go_on() -> None:
         assert branch.finish_reason == STOPPED and branch.notice is not None
         assert 0 < len(branch.token_ids) <= 5
         made.fakes.fail_after = None
-        await made.writer.go_on(made.conversation, 0)
+        await made.writer.go_on(made.conversation, 0, 0)
         await made.finished()
         assert (branch.text, branch.notice) == (WRITTEN, None)
 
@@ -263,10 +274,10 @@ def test_what_is_too_much_is_refused_and_changes_nothing() -> None:
         assert conversation.turns == []
         await made.asked()
         with pytest.raises(Refused, match="may have 200"):
-            await made.writer.continue_from(conversation, 0, "x" * 201)
+            await made.writer.continue_from(conversation, 0, 0, "x" * 201)
         await made.continued(0, "<think>Else")
         with pytest.raises(Refused, match="at most 2 answers"):
-            await made.writer.continue_from(conversation, 0, "<think>Else")
+            await made.writer.continue_from(conversation, 0, 0, "<think>Else")
         await made.asked()
         with pytest.raises(Refused, match="at most 2 messages"):
             made.writer.ask(conversation, QUESTION)
@@ -324,6 +335,73 @@ def test_a_longer_conversation_has_the_answers_that_were_chosen_without_thinking
         assert asked == BEGIN + QUESTION + CORRECTED + "And the sink?"
         turns[0].chosen = 0
         assert messages(turns, MARKS)[1]["content"] == ANSWER
+
+    with_world(test)
+
+
+def test_an_edit_of_an_earlier_answer_begins_a_branch_and_later_messages_stay_in_the_former_one() -> None:
+    async def test(made: World) -> None:
+        conversation = made.conversation
+        await made.asked()
+        await made.asked("And the sink?")
+        await made.asked("And the bath?")
+        former = conversation.turns
+        edited = edited_text(EDITED)
+        branch = await made.continued(0, edited)
+        assert branch.text == edited + AFTER_THOUGHT
+        # What was asked: the first message alone, the kept tokens and the edit.
+        asked = made.model.tokenizer.decode(made.model.requests[-1][0])
+        assert asked == BEGIN + QUESTION + edited
+        assert [turn.message for turn in conversation.turns] == [QUESTION]
+        assert turns_after(former[0].branches[0]) == former[1:]
+        await made.asked("And the roof?")
+        assert made.model.tokenizer.decode(made.model.requests[-1][0]) == BEGIN + QUESTION + CORRECTED + "And the roof?"
+
+        # Both branches are as they were left, and an edit in the middle of one changes nothing in the other.
+        made.writer.choose(conversation, 0, 0)
+        assert conversation.turns == former and conversation.turns[1] is former[1]
+        await made.writer.continue_from(conversation, 1, 0, f"<think>{THOUGHT}</think>Use cold water.")
+        await made.finished()
+        assert [turn.message for turn in conversation.turns] == [QUESTION, "And the sink?"]
+        assert conversation.turns[1].answer.text == f"<think>{THOUGHT}</think>Use cold water.{AFTER_ANSWER}"
+        asked = made.model.tokenizer.decode(made.model.requests[-1][0])
+        assert asked == f"{BEGIN}{QUESTION}{ANSWER}And the sink?<think>{THOUGHT}</think>Use cold water."
+        made.writer.choose(conversation, 0, 1)
+        assert [turn.message for turn in conversation.turns] == [QUESTION, "And the roof?"]
+        # All branches count.
+        assert conversation.asked == 4
+        with pytest.raises(Refused, match="at most 4 messages, all of its branches"):
+            made.writer.ask(conversation, QUESTION)
+
+    with_world(test, "page.max_turns=4")
+
+
+def test_a_stopped_answer_that_a_message_follows_goes_on_in_a_branch_alone() -> None:
+    async def test(made: World) -> None:
+        made.fakes.fail_after = 5
+        await made.asked()
+        made.fakes.fail_after = None
+        stopped = made.conversation.turns[0].branches[0]
+        text = stopped.text
+        await made.asked("And the sink?")
+        with pytest.raises(Refused, match="a later message follows"):
+            await made.writer.go_on(made.conversation, 0, 0)
+        assert (stopped.text, stopped.finish_reason, made.writer.under_way) == (text, STOPPED, 0)
+        branch = await made.continued(0, text)
+        assert (branch.text, branch.finish_reason) == (WRITTEN, "stop")
+        # A stopped answer that is not chosen is when it goes on.
+        made.fakes.fail_after = 5
+        await made.continued(0, f"{text[:3]}")
+        made.fakes.fail_after = None
+        made.writer.choose(made.conversation, 0, 1)
+        await made.writer.go_on(made.conversation, 0, 2)
+        await made.finished()
+        assert made.conversation.turns[0].chosen == 2 and made.conversation.turns[0].answer.text == WRITTEN
+        made.model.gate = asyncio.Semaphore(0)
+        made.writer.ask(made.conversation, QUESTION)
+        with pytest.raises(Refused, match="under way"):
+            made.writer.choose(made.conversation, 0, 0)
+        made.writer.stop(made.conversation)
 
     with_world(test)
 

@@ -20,6 +20,7 @@ import pytest
 
 from tests.recipes import browser
 from tests.recipes.fake_thinker import AFTER_ANSWER, ANSWER, CORRECTED, HOSTILE, QUESTION, THOUGHT, FakeThinker, values
+from tests.recipes.test_serve_page import LETTERS, write_run
 from tests.rewards.fake_server import free_port
 from tests.rollout.fake_guidance import FakeModel, FakeServers, FakeValues
 
@@ -29,6 +30,35 @@ START_SECONDS = 120
 FOCUS = "document.activeElement"
 MESSAGE_BOX = "document.querySelector('.message textarea')"
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+LEAST_CONTRAST = 4.5  # of text, by WCAG 2.2's criterion 1.4.3
+# The luminance of the page's background, and the contrast of every visible text with what stands behind it.
+CONTRASTS = """(() => {
+  const context = Object.assign(document.createElement('canvas'), {width: 1, height: 1})
+    .getContext('2d', {willReadFrequently: true});
+  const drawn = (colours) => {
+    context.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+    const linear = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map(each => each / 255)
+      .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+  };
+  const behind = (element) => {
+    const colours = [];
+    for (let each = element; each; each = each.parentElement) colours.unshift(getComputedStyle(each).backgroundColor);
+    return colours;
+  };
+  const texts = [];
+  for (const each of document.querySelectorAll('body *')) {
+    const has = each.value || [...each.childNodes].some(node => node.nodeType == 3 && node.data.trim());
+    if (!has || !each.checkVisibility({visibilityProperty: true, opacityProperty: true})) continue;
+    if (!each.getClientRects().length || ['SCRIPT', 'STYLE'].includes(each.tagName)) continue;
+    const style = getComputedStyle(each);
+    const lights = [drawn(behind(each)), drawn([...behind(each), style.color])].sort((a, b) => b - a);
+    const tag = each.closest('button') ? 'BUTTON' : each.tagName;
+    texts.push([tag, (each.value || each.innerText || '').slice(0, 40), (lights[0] + 0.05) / (lights[1] + 0.05)]);
+  }
+  return {background: drawn(behind(document.body)), texts};
+})()"""
 EDIT_BOX = "document.querySelector('.edit-box textarea')"
 
 
@@ -69,7 +99,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     fakes = FakesInAThread(model)
     port = free_port()
     generator, values_at = fakes.addresses
-    command = [sys.executable, "-m", "recipes.serve", f"generator={generator}", f"values={values_at}"]
+    # Of the run the page has the verifiers; its model is the fake one.
+    (folder / "run").mkdir()
+    write_run(folder / "run", ["<think>", "</think>"])
+    command = [sys.executable, "-m", "recipes.serve", f"run={folder / 'run'}", f"generator={generator}"]
+    command += [f"values={values_at}"]
     command += ["guidance.values.principles=[safety,value]", "guidance.log=null", f"page.edits={folder / 'edits'}"]
     command += [f"page.port={port}", "page.key_variable=PAGE_TOKEN"]
     address = f"http://127.0.0.1:{port}/"
@@ -159,6 +193,12 @@ def test_a_person_edits_a_thought_by_the_keyboard_alone_and_the_model_goes_on(
     assert "safety" not in tab.evaluate(number)
     assert tab.evaluate("document.querySelector('.valued').dataset.values") == "safety 0.75 · value 0.50"
 
+    # The run's verifiers stand beside the answer; the one that fails is left out.
+    wait_for_text(tab, "format: well-formed")
+    chips = tab.evaluate("[...document.querySelectorAll('article .chip')].map(each => each.innerText)")
+    labels = [chip.rpartition(" ")[0] for chip in chips]
+    assert labels == [f"{LETTERS}: some letters", "brief: long", "format: well-formed"]
+
     press_button(tab, "Edit thinking")
     tab.wait(f"{EDIT_BOX} && {FOCUS} == {EDIT_BOX}")
     assert tab.evaluate(f"{EDIT_BOX}.value") == THOUGHT
@@ -236,6 +276,55 @@ def test_numbers_and_an_edit_of_the_answer_from_the_cursor(chromium: browser.Bro
     wait_for_text(tab, f"{ANSWER[:place]} Then wait.{AFTER_ANSWER}")
 
 
+def test_an_earlier_answer_is_edited_by_the_keyboard_and_both_branches_keep_their_messages(
+    chromium: browser.Browser, page: Page
+) -> None:
+    tab = open_page(chromium, page)
+    said = "[...document.querySelectorAll('.talk > .said')].map(each => each.innerText)"
+    for number, message in enumerate(("The first?", "The second?", "The third?"), start=1):
+        ask(tab, message)
+        tab.wait(f"document.querySelectorAll('article').length == {number}")
+        tab.wait("!document.querySelector('main.occupied')")
+    tab.evaluate("document.querySelector('.name input').focus()")
+    # From the top of the page the first of these buttons is that of the first answer.
+    press_button(tab, "Edit thinking")
+    tab.wait(f"{EDIT_BOX} && {FOCUS} == {EDIT_BOX}")
+    assert tab.evaluate(f"{EDIT_BOX}.closest('.talk').querySelector('.said').innerText") == "The first?"
+    assert tab.evaluate(f"{EDIT_BOX}.value") == THOUGHT
+    tab.type(EDIT)
+    tab.press("Enter", control=True)
+    wait_for_text(tab, CORRECTED)
+    tab.wait("!document.querySelector('main.occupied')")
+    # The former answer stands beside the new one, with the messages that follow it, folded.
+    assert tab.evaluate(said) == ["The first?"]
+    former, new = tab.evaluate("[...document.querySelectorAll('article')].map(each => each.innerText)")
+    assert "2 later messages in this branch" in former
+    later = "document.querySelector('article details .said')"
+    assert tab.evaluate(f"{later}.textContent") == "The second?" and not tab.evaluate(f"{later}.checkVisibility()")
+    assert THOUGHT + EDIT in new and "the conversation goes on from here" in new
+    for _ in range(60):
+        tab.press("Tab")
+        if tab.evaluate(f"{FOCUS}.localName == 'summary'"):
+            break
+    tab.press("Enter")
+    tab.wait(f"{later}.checkVisibility()")
+    tab.evaluate(f"{MESSAGE_BOX}.focus()")
+    ask(tab, "The fourth?")
+    tab.wait("document.querySelectorAll('.talk').length == 2")
+    tab.wait("!document.querySelector('main.occupied')")
+    assert tab.evaluate(said) == ["The first?", "The fourth?"]
+
+    tab.evaluate("document.querySelector('.name input').focus()")
+    press_button(tab, "Go on from this answer")
+    tab.wait("document.querySelectorAll('.talk').length == 3")
+    assert tab.evaluate(said) == ["The first?", "The second?", "The third?"]
+    assert "1 later message in this branch" in tab.text()
+    tab.go(page.address)
+    wait_for_text(tab, "The third?")
+    assert tab.evaluate(said) == ["The first?", "The second?", "The third?"]
+    assert "1 later message in this branch" in tab.text()
+
+
 def test_an_answer_is_stopped_and_goes_on(chromium: browser.Browser, page: Page) -> None:
     tab = open_page(chromium, page)
     page.model.gate = asyncio.Semaphore(20)
@@ -281,21 +370,16 @@ def test_a_phone_and_both_colour_schemes(chromium: browser.Browser, page: Page) 
     tab.press("Enter", control=True)
     tab.wait("document.querySelectorAll('article').length == 2")
     assert tab.evaluate(WIDER) <= 0
-    lights = []
+    tab.wait("!document.querySelector('main.occupied')")
+    press_button(tab, "Edit answer")
+    tab.wait(f"{EDIT_BOX} && {FOCUS} == {EDIT_BOX}")
+    tab.type(" More.")
+    tab.wait("document.querySelector('.diff ins')")
     for scheme in ("light", "dark"):
         tab.scheme(scheme)
         tab.wait(f"document.body.classList.contains('body--dark') == {json.dumps(scheme == 'dark')}")
-        for element in ("document.body", "document.querySelector('.text.answer')", MESSAGE_BOX):
-            lights.append((scheme, element, brightness(tab, element, "color")))
-        lights.append((scheme, "background", brightness(tab, "document.body", "backgroundColor")))
-    for scheme, name, light in lights:
-        is_light = (scheme == "dark") != (name == "background")
-        assert light > 0.7 if is_light else light < 0.3, (scheme, name, light)
-
-
-def brightness(tab: browser.Tab, element: str, of: str) -> float:
-    """Of a computed colour, from 0 to 1."""
-    script = (
-        f"getComputedStyle({element}).{of}.match(/[\\d.]+/g).slice(0, 3).reduce((sum, each) => sum + Number(each), 0)"
-    )
-    return float(tab.evaluate(script)) / (3 * 255)
+        time.sleep(1)  # colours change within less
+        seen = tab.evaluate(CONTRASTS)
+        assert (seen["background"] < 0.1) == (scheme == "dark")
+        assert len(seen["texts"]) > 20 and {"INS", "TEXTAREA", "BUTTON"} <= {tag for tag, _, _ in seen["texts"]}
+        assert [text for text in seen["texts"] if text[2] < LEAST_CONTRAST] == [], scheme

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from megatron_ext import hf_checkpoint
 from megatron_ext.blocks import Block, Shard
 from megatron_ext.scalar_head import value_head
 from recipes.page.conversation import Branch, Conversation
+from recipes.page.elements import visible
 from recipes.page.writing import open_writer
 from recipes.serve import read_setup
 from rewards.serve import kill
@@ -33,6 +36,9 @@ from rollout.search import Search
 from rollout.settings import EnvironmentConfig
 from tests import served
 from tests.recipes import tiny
+from tests.recipes.page_client import SocketTab
+from tests.recipes.test_serve_page_browser import served_page
+from tests.rewards.fake_server import free_port
 from tests.rollout.fake_guidance import guidance, listening
 from tests.rollout.fake_searcher import SEARCH, deliberation
 
@@ -253,7 +259,7 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
             # Of a random model's bytes many are no characters: the edit is where the first one is none.
             edited = f"{first.text.partition(REPLACEMENT)[0]} the task prompt"
             hits = await metric(own["generator"], "prefix_cache_hits_total")
-            await writer.continue_from(conversation, 0, edited)
+            await writer.continue_from(conversation, 0, 0, edited)
             second = await finished()
             assert second.text.startswith(edited)
             kept = 0
@@ -269,11 +275,45 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
             if has_values:
                 assert any(passage.values for passage in second.passages)
             # An edit that keeps nothing.
-            await writer.continue_from(conversation, 0, "~")
+            await writer.continue_from(conversation, 0, 0, "~")
             assert (await finished()).text.startswith("~")
 
     asyncio.run(run(has_values=False))
     asyncio.run(run(has_values=True))
+
+
+def test_50_conversations_at_once_over_the_page_s_sockets_lose_no_token(world: World, tmp_path: Path) -> None:
+    """What each tab shows is what vLLM answers when it is asked alone."""
+    generator = world.generator.server.addresses[0]
+    port = free_port()
+    command = [sys.executable, "-m", "recipes.serve", f"generator={generator}", f"page.port={port}"]
+    command += ["page.temperature=0", "guidance.max_tokens=40", f"page.edits={tmp_path / 'edits'}"]
+    messages = [f"the {kind} prompt {place}" for place in range(25) for kind in ("benign", "harmful")]
+
+    async def asked_on_the_page() -> list[str]:
+        async with AsyncExitStack() as stack, asyncio.timeout(240):
+            tabs = [await stack.enter_async_context(SocketTab(f"http://127.0.0.1:{port}")) for _ in messages]
+            await asyncio.gather(*(tab.ask(message) for tab, message in zip(tabs, messages, strict=True)))
+            return list(await asyncio.gather(*(tab.answer() for tab in tabs)))
+
+    with served_page(command, f"http://127.0.0.1:{port}/", tmp_path / "page.log"):
+        shown = asyncio.run(asked_on_the_page())
+
+    with openai.OpenAI(base_url=f"{generator}/v1", api_key="none", max_retries=0) as client:
+        model = client.models.list().data[0].id
+        for message, text in zip(messages, shown, strict=True):
+            turns = [{"role": "user", "content": message}]
+            prompt = world.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            reply = client.completions.create(
+                model=model,
+                prompt=world.tokenizer(prompt)["input_ids"],
+                max_tokens=40,
+                temperature=0,
+                extra_body={"skip_special_tokens": False},
+            )
+            assert text == visible(reply.choices[0].text.lstrip()), message
+    # Another's answer would be noticed.
+    assert len(set(shown)) > len(shown) / 2
 
 
 LONG = ASKED | {"max_tokens": 900, "temperature": 1.0, "stream": True, "extra_body": {"ignore_eos": True}}
