@@ -49,6 +49,7 @@ MODULES = {
     "recipes.evaluate",
     "recipes.evaluate_folders",
     "recipes.export",
+    "recipes.plan",
     "rollout.engine_server",
     "recipes.preflight",
     "recipes.preflight.vllm_simulation",

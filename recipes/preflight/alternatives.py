@@ -11,7 +11,7 @@ from megatron_ext.platform import capabilities
 from recipes.config import Config, generates, parse
 from recipes.errors import ConfigError
 from recipes.preflight import memory_plan
-from recipes.preflight.fit import SHAPES, fit
+from recipes.preflight.fit import ALL, CORNERS, SHAPES, fit
 from recipes.preflight.report import FAILS, Proposal, Report, Settings
 from rewards import placement
 from rewards.settings import COLOCATED, DISAGGREGATED
@@ -53,7 +53,7 @@ class Search:
         except ConfigError:
             return None
 
-    def report(self, overrides: Sequence[str], corners: bool) -> Report | None:
+    def report(self, overrides: Sequence[str], part: str) -> Report | None:
         """The checks of :func:`recipes.preflight.fit.fit` with the overrides, None if they are impossible."""
         config = self.config(overrides)
         if config is None:
@@ -61,7 +61,7 @@ class Search:
         report = Report(
             config.recipe.name, config.stage.name, "", self.settings.device, self.settings.device_memory_gib
         )
-        fit(config, self.hf_config, self.settings, report, corners=corners)
+        fit(config, self.hf_config, self.settings, report, part=part)
         return report
 
     def proposal(self, overrides: Sequence[str]) -> Proposal | None:
@@ -69,8 +69,8 @@ class Search:
         self.say(f"does it fit with {' '.join(overrides)}")
         report = None
         # Two ranks first, which most of what does not fit fails with.
-        for corners in (True, False):
-            report = self.report(overrides, corners)
+        for part in (CORNERS, ALL):
+            report = self.report(overrides, part)
             if report is None or not report.ok:
                 return None
         assert report is not None and report.layout is not None
@@ -167,7 +167,7 @@ def round_up(count: int, multiple: int) -> int:
 def with_kv_cache(search: Search, config: Config, chosen: Sequence[str]) -> list[str]:
     """The settings with the largest KV cache, in whole GiB, that fits beside them; empty if none of 1 GiB does."""
     others = [override for override in chosen if override != KV_CACHE]
-    report = search.report(others, corners=False)
+    report = search.report(others, ALL)
     if report is None or not report.memory_gib:
         return []
     fullest = max(rank["generating"] for rank in report.memory_gib)

@@ -34,6 +34,9 @@ SHAPES = (
 FP8_MULTIPLE = 16
 # vLLM's ``fp8_per_block`` gives this many neighbours in a token a scale, and takes no rest.
 FP8_BLOCK = 128
+# Which of a replica's distinct ranks are built: all; one of each pipeline stage, whose tensor-parallel ranks have equal
+# sizes; one of the first and of the last stage.
+ALL, STAGES, CORNERS = "all", "stages", "corners"
 # Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
 MAX_PADDING = 1.5
 
@@ -69,7 +72,7 @@ def fit(
     settings: Settings,
     report: Report,
     say: Callable[[str], None] = lambda text: None,
-    corners: bool = False,
+    part: str = ALL,
 ) -> None:
     """Append these checks to the report.
 
@@ -79,7 +82,7 @@ def fit(
         settings: the group ``preflight``.
         report: gets the checks and what they found.
         say: called with the name of what is done next.
-        corners: build one rank of the first and of the last pipeline stage only, and none if a check fails without
+        part: ``ALL``, ``STAGES`` or ``CORNERS``: the ranks that are built. Of a part, none is if a check fails without
             them. What fails so fails with all ranks; the tensors are not compared with the checkpoint's.
     """
     from megatron_ext.models import family
@@ -93,10 +96,10 @@ def fit(
     report.check("rollout", lambda: rollout(config, hf_config, text))
     report.check("colocated_judges", lambda: colocated_judges(config, settings, judges))
     report.check("layout", lambda: layout(config, hf_config, report))
-    if corners and not report.ok:
+    if part != ALL and not report.ok:
         return
-    report.check("ranks", lambda: ranks(config, hf_config, settings, judges, report, say, corners), ["layout"])
-    if not corners:
+    report.check("ranks", lambda: ranks(config, hf_config, settings, judges, report, say, part), ["layout"])
+    if part == ALL:
         report.check("weights", lambda: every_tensor(report), ["ranks"])
     report.check("memory", lambda: memory_plan.device_memory(config, settings, report), ["ranks"])
     report.check("host_memory", lambda: memory_plan.host_memory(settings, report), ["ranks"])
@@ -291,16 +294,16 @@ def ranks(
     judges: Sequence[memory_plan.Judges],
     report: Report,
     say: Callable[[str], None],
-    corners: bool,
+    part: str,
 ) -> str:
     """Adds up parameters, memory, and the Hugging Face tensors of the distinct ranks of a replica.
 
     ``judges`` is empty if their check failed; they are then not counted.
     """
     judges_memory = judges[0] if judges else memory_plan.Judges(0, 0, 0, {})
-    name = key(config, corners)
+    name = key(config, part)
     if name not in BUILT:
-        BUILT[name] = build(config, hf_config, say, corners)
+        BUILT[name] = build(config, hf_config, say, part)
     built = BUILT[name]
     report.phases = memory_plan.on_device(config)
     report.parameters_total = built.parameters
@@ -322,7 +325,7 @@ def ranks(
     return f"{len(built.counts)} distinct ones; layers on the pipeline's stages {shown}"
 
 
-def key(config: Config, corners: bool) -> str:
+def key(config: Config, part: str) -> str:
     """What :func:`build` depends on."""
     needed = memory_plan.needed(config)
     return repr(
@@ -336,13 +339,13 @@ def key(config: Config, corners: bool) -> str:
             config.cluster.platform,
             memory_plan.longest(config),
             memory_plan.micro_batches(config),
-            corners,
+            part,
         )
     )
 
 
-def build(config: Config, hf_config: Any, say: Callable[[str], None], corners: bool) -> Ranks:
-    """Build the model of each distinct rank, or of two of them (``corners``), one after the other."""
+def build(config: Config, hf_config: Any, say: Callable[[str], None], part: str) -> Ranks:
+    """Build the model of each distinct rank, or of a ``part`` of them, one after the other."""
     from megatron_ext import hf_checkpoint, scalar_head
     from recipes.preflight import simulated_ranks
 
@@ -360,8 +363,10 @@ def build(config: Config, hf_config: Any, say: Callable[[str], None], corners: b
     rank_sizes = []
     layers: dict[int, list[int]] = {}
     numbers = simulated_ranks.distinct_ranks(config.cluster.ranks, cut)
-    if corners:
-        numbers = sorted({numbers[0], numbers[-cut.tensor]})
+    if part != ALL:
+        numbers = numbers[:: cut.tensor]
+    if part == CORNERS:
+        numbers = sorted({numbers[0], numbers[-1]})
     for n, number in enumerate(numbers):
         say(f"rank {n + 1} of {len(numbers)}")
         with simulated_ranks.rank(number, config.cluster.ranks, cut) as here:

@@ -7,7 +7,7 @@ import heapq
 import math
 import random
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -626,11 +626,13 @@ def estimate_step(
     gpus: int,
     trainers: int,
     sync: float,
+    simulate: Callable[[Engine, int, Sequence[Group], int], Generation] = simulate_generation,
 ) -> StepEstimate:
     """The mean step over ``batches`` when ``trainers`` of the ``gpus`` train; colocated, all GPUs do both.
 
     The asynchronous schedule is ``rollout.staleness=1``: after the weight sync the engines generate the next batch
     while the trainer works on this one. ``sync`` are the seconds of a weight sync.
+    ``simulate``: :func:`simulate_generation`, or one that remembers its results for a caller that asks again.
     """
     disaggregated = schedule != "colocated"
     generators = gpus - trainers if disaggregated else gpus
@@ -642,7 +644,7 @@ def estimate_step(
     estimate = StepEstimate(gpus, schedule, trainers, generators, seconds=0.0)
     phase_means: dict[str, float] = defaultdict(float)
     for batch, size in zip(batches, sizes, strict=True):
-        generation = simulate_generation(engine, engines, batch, job.response_limit)
+        generation = simulate(engine, engines, batch, job.response_limit)
         phases = {
             "generate": generation.seconds,
             "judge": judge_seconds(generation.end_times, judges_per_second, machine.judge_latency_s),

@@ -1,0 +1,406 @@
+"""Whether the planner's order of layouts is that of measured seconds.
+
+``python -m benchmarks.plan_order [layouts=N]`` measures what computing and exchanging costs on this machine, writes it
+as a file in the form of conf/scale (``runs/plan_order/scale.yaml``), and predicts a training step of a small twin under
+36 layouts on two ranks by the functions that order layouts in ``recipes.plan``: the cost model and what a layout adds
+to it. Then it makes the steps, with Megatron-Core over gloo: log-probs under a reference whose weights come from the
+host, gradients, and the optimiser's update. It writes ``benchmarks/results/plan_order.json`` with Spearman's
+correlation of predicted and measured seconds, and prints the table. Use an idle machine with two cores or more: there
+are as many ranks as cores that they use, because another rank would use the time in which a pipeline's stage is idle.
+Engines are not measured.
+"""
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import figures
+from megatron_ext.layout import RECOMPUTE, ParallelConfig
+from recipes.command_line import split_arguments
+from recipes.config import Config, parse
+from recipes.launch.launcher import fork_ranks
+from recipes.preflight import scale_model
+from recipes.preflight.layout_seconds import Training, layout_seconds
+from recipes.preflight.scale_model import Group, Job, Machine
+from recipes.run import records
+
+RESULT = Path("benchmarks/results/plan_order.json")
+SCALE = Path("runs/plan_order/scale.yaml")
+GOAL = 0.9  # of the correlation, at least
+RANKS = 2
+REPETITIONS = 2  # that count, after one that warms up; the faster one is taken
+SEED = 0
+SEQUENCES = 32
+PROMPT_TOKENS = 32
+RESPONSE_TOKENS = (96, 224)
+# Tensor, pipeline, virtual and context size; the data-parallel size is what is left of the ranks.
+SIZES = ((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 2, 2, 1), (1, 2, 4, 1), (1, 1, 1, 2))
+# They change a pipeline's idle time, and of other layouts nothing that is predicted: these have the middle one.
+MICRO_BATCH_TOKENS = (512, 1024, 2048)
+USUAL_TOKENS = MICRO_BATCH_TOKENS[1]
+TWIN: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 8192,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
+PLAIN = (1, 1, 1, 1)  # that the share of the peak is measured with
+
+
+def main() -> None:
+    made_by = figures.source("benchmarks.plan_order")
+    wanted = layouts_wanted(sys.argv[1:])
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        config = parse(compose("config", ["recipe=demo"]))
+
+    from megatron_ext import platform
+
+    platform.activate("cpu")
+    import torch
+
+    if "RANK" not in os.environ:
+        fork_ranks(RANKS)
+    torch.set_num_threads(1)
+    bench = Bench(config)
+    machine = bench.measure_machine()
+    if bench.rank == 0:
+        write_scale(SCALE, machine)
+    rows = []
+    for sizes in wanted:
+        seconds = bench.measure(sizes, bench.batch(SEED), REPETITIONS)["step"]
+        rows.append({**described(sizes), "measured": seconds, **predict(sizes, machine, bench.element_bytes)})
+    if bench.rank > 0:
+        return
+    result = {
+        **records.environment(platform.current().machine(), RANKS),
+        "goal": GOAL,
+        "twin": TWIN,
+        "machine_costs": {name: value for name, value in vars(machine).items() if math.isfinite(value)},
+        "correlation": spearman([row["predicted"] for row in rows], [min(row["measured"]) for row in rows]),
+        "layouts": rows,
+    }
+    figures.write(RESULT, f"python -m benchmarks.plan_order layouts={len(wanted)}", made_by, result)
+    Console(width=140).print(table(rows), f"Spearman's correlation {result['correlation']:.3f}, goal {GOAL}")
+
+
+def layouts_wanted(arguments: Sequence[str]) -> list[ParallelConfig]:
+    """All layouts in a random order, or the first ``layouts=N`` of them."""
+    own, others = split_arguments(arguments, ("layouts",))
+    if others:
+        sys.exit(f"error: {' '.join(others)}: give layouts=N, or nothing")
+    layouts = [
+        layout(sizes, recompute, tokens)
+        for sizes, recompute, tokens in product(SIZES, RECOMPUTE, MICRO_BATCH_TOKENS)
+        if sizes[1] > 1 or tokens == USUAL_TOKENS
+    ]
+    count = own.get("layouts", str(len(layouts)))
+    if not count.isdigit() or not 3 <= int(count) <= len(layouts):
+        sys.exit(f"error: layouts={count}: use 3 to {len(layouts)}")
+    order = np.random.default_rng(SEED).permutation(len(layouts))[: int(count)]
+    return [layouts[i] for i in order]
+
+
+def layout(sizes: tuple[int, int, int, int], recompute: str, micro_batch_tokens: int) -> ParallelConfig:
+    tensor, pipeline, virtual, context = sizes
+    return ParallelConfig(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual,
+        first_stage_layers=None,
+        last_stage_layers=None,
+        context=context,
+        sequence=tensor > 1,
+        recompute=recompute,
+        distributed_optimizer=True,
+        micro_batch_tokens=micro_batch_tokens,
+        shared_prompts=False,
+    )
+
+
+def described(sizes: ParallelConfig) -> dict[str, Any]:
+    """A layout for the file of results."""
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "recompute", "micro_batch_tokens")
+    return {name: getattr(sizes, name) for name in names} | {"data": sizes.data_parallel(RANKS)}
+
+
+def lengths(seed: int) -> list[Group]:
+    """A prompt with one response, ``SEQUENCES`` times."""
+    low, high = RESPONSE_TOKENS
+    drawn = np.random.default_rng(seed).integers(low, high + 1, SEQUENCES)
+    return [Group(PROMPT_TOKENS, (int(response),)) for response in drawn]
+
+
+def job_of(sizes: ParallelConfig) -> Job:
+    """The settings that the cost model of training reads; those of engines are not read."""
+    return Job(
+        tensor=sizes.tensor,
+        pipeline=sizes.pipeline,
+        context=sizes.context,
+        micro_batch_tokens=sizes.micro_batch_tokens,
+        prompts=SEQUENCES,
+        samples=1,
+        updates=1,
+        passes=1,
+        engine_tensor=1,
+        slots=1,
+        kv_cache_gib=0,
+        prompt_limit=PROMPT_TOKENS,
+        response_limit=RESPONSE_TOKENS[1],
+    )
+
+
+def training_of(sizes: ParallelConfig, machine: Machine, element_bytes: int, seed: int = SEED) -> Training:
+    return Training(
+        sizes=sizes,
+        offload=False,
+        job=job_of(sizes),
+        model=scale_model.model_shape(TWIN),
+        hidden=TWIN["hidden_size"],
+        element_bytes=element_bytes,
+        machine=machine,
+        batch=scale_model.batch_size(lengths(seed)),
+        gpus=RANKS,
+    )
+
+
+def predict(sizes: ParallelConfig, machine: Machine, element_bytes: int) -> dict[str, Any]:
+    """ "predicted" seconds of a training step under a layout, and its "parts"."""
+    training = training_of(sizes, machine, element_bytes)
+    of_model = scale_model.training_seconds(training.job, training.model, training.batch, machine, RANKS)
+    added = layout_seconds(training)
+    return {
+        "predicted": scale_model.trainer_seconds(of_model) + sum(added.values()),
+        "parts": {**of_model, **added},
+    }
+
+
+def write_scale(path: Path, machine: Machine) -> None:
+    """The costs in the form of conf/scale, with those of its links; what training does not read is .nan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create({"machine": vars(machine)}))
+    path.write_text(f"# Written by benchmarks.plan_order: this machine, {RANKS} ranks of one core each.\n{text}")
+
+
+class Bench:
+    """A rank of the measurement. All methods but :meth:`batch` are collective."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+        import torch.distributed as dist
+        from transformers import LlamaConfig
+
+        self.config = config
+        self.rank = int(os.environ["RANK"])
+        self.hf_config = LlamaConfig(**{name: value for name, value in TWIN.items() if name != "model_type"})
+        self.dtype = config.precision.dtype
+        self.element_bytes = torch.empty(0, dtype=self.dtype).element_size()
+        address = os.environ["MASTER_ADDR"]
+        self.store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False)
+        self.worlds = 0
+
+    def batch(self, seed: int) -> Any:
+        """Random tokens of the lengths that are predicted for, with weights as of a loss's mean over tokens."""
+        from megatron_ext import batch as batches
+        from megatron_ext.batch import Prompt
+
+        random = np.random.default_rng(seed)
+        vocabulary = TWIN["vocab_size"]
+        groups = lengths(seed)
+        prompts = [
+            Prompt(f"p{n}", random.integers(0, vocabulary, group.prompt_tokens).astype(np.int32))
+            for n, group in enumerate(groups)
+        ]
+        responses = [random.integers(0, vocabulary, group.response_tokens[0]) for group in groups]
+        batch = batches.build(prompts, responses)
+        total = sum(map(len, responses))
+        return batch.with_columns(weights=np.full(total, 1 / total))
+
+    def join(self) -> None:
+        """A world of its own for a layout: Megatron-Core's groups are those of one layout."""
+        import torch.distributed as dist
+
+        self.worlds += 1
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(f"world/{self.worlds}", self.store),
+            rank=self.rank,
+            world_size=RANKS,
+            timeout=timedelta(seconds=self.config.cluster.timeout),
+        )
+
+    def measure(self, sizes: ParallelConfig, batch: Any, repetitions: int) -> dict[str, list[float]]:
+        """Seconds of each repetition: of the complete "step", and of its "gradients" alone. "packed": the part of the
+        micro-batches that is used."""
+        import torch
+        import torch.distributed as dist
+
+        from megatron_ext import forward_backward, model, packing, parallel
+        from recipes.training.policy import Policy, UpdateGuard
+
+        self.join()
+        groups = parallel.initialize(sizes, SEED, self.config.cluster.timeout)
+        built = model.build(self.hf_config, groups, self.config.precision)
+        generator = torch.Generator().manual_seed(SEED)
+        with torch.no_grad():
+            for shard in built.shards:
+                shard.tensor.normal_(0.0, 0.02, generator=generator)
+        policy = Policy(
+            model=built,
+            parallel=groups,
+            source="",
+            cost=packing.cost_of(self.hf_config, ()),
+            pad_token=0,
+            temperature=1.0,
+            optimizer_config=self.config.optimizer,
+            guard=UpdateGuard(1, print, lambda *args, **kwargs: None),
+        )
+        policy.build_optimizer(self.config.algorithm, updates=10)
+        reference = forward_backward.copy_weights(built)
+
+        def loss(log_probs: Any, micro_batch: packing.MicroBatch) -> tuple[Any, dict[str, Any]]:
+            return -(log_probs * micro_batch.values["weights"]).sum(), {}
+
+        seconds: dict[str, list[float]] = {"step": [], "gradients": []}
+        for repetition in range(1 + repetitions):
+            dist.barrier()
+            started = time.perf_counter()
+            micro_batches = policy.micro_batches(batch)
+            with forward_backward.swapped_weights(built, reference):
+                forward_backward.log_probs(built, micro_batches)
+            before_gradients = time.perf_counter()
+            metrics = forward_backward.accumulate_gradients(built, micro_batches, loss)
+            dist.barrier()
+            after_gradients = time.perf_counter()
+            policy.update(metrics)
+            dist.barrier()
+            if repetition:
+                seconds["step"].append(time.perf_counter() - started)
+                seconds["gradients"].append(after_gradients - before_gradients)
+        used = sum(micro_batch.tokens.shape[1] for micro_batch in micro_batches)
+        seconds["packed"] = [used / len(micro_batches) / sizes.micro_batch_tokens * sizes.context]
+        parallel.destroy()
+        return seconds
+
+    def measure_machine(self) -> Machine:
+        """What computing and exchanging costs here, alike on all ranks: each waits for the slowest."""
+        import torch
+        import torch.distributed as dist
+
+        self.join()
+        tokens = USUAL_TOKENS
+        hidden, inner = TWIN["hidden_size"], TWIN["intermediate_size"]
+        left = torch.randn(tokens, hidden).to(self.dtype)
+        right = torch.randn(hidden, inner).to(self.dtype)
+        product_seconds = self.together(lambda: left @ right)
+        share = torch.zeros(tokens // RANKS, hidden, dtype=self.dtype)
+        whole = torch.zeros(tokens, hidden, dtype=self.dtype)
+        gather = self.together(lambda: dist.all_gather_into_tensor(whole, share))
+        scatter = self.together(lambda: dist.reduce_scatter_tensor(share, whole))
+        # As many as the twin has: the seconds of its gradients' reduction are subtracted below.
+        elements = scale_model.model_shape(TWIN).parameters // RANKS * RANKS
+        gradients = torch.zeros(elements, dtype=torch.float32)
+        gradients_share = torch.zeros(elements // RANKS, dtype=torch.float32)
+        weights = torch.zeros(elements, dtype=torch.bfloat16)
+        weights_share = torch.zeros(elements // RANKS, dtype=torch.bfloat16)
+        reduced = self.together(lambda: dist.reduce_scatter_tensor(gradients_share, gradients), 5)
+        gathered = self.together(lambda: dist.all_gather_into_tensor(weights, weights_share), 5)
+        copied = self.together(lambda: gradients.clone(), 5)
+        one = torch.zeros(1)
+        start = self.together(lambda: dist.all_reduce(one))
+        dist.destroy_process_group()
+        received = share.numel() * self.element_bytes * (RANKS - 1)
+        peak = 2 * tokens * hidden * inner / product_seconds
+        costs: dict[str, Any] = dict.fromkeys((field.name for field in fields(Machine)), math.nan)
+        costs |= {
+            "gpus_per_node": RANKS,
+            "peak_tflops": peak / 1e12,
+            "all_reduce_us": start * 1e6,
+            "nvlink_gb_s": 2 * received / (gather + scatter) / 1e9,
+            "network_gb_s": 6 * elements * (RANKS - 1) / RANKS / (reduced + gathered) / 1e9,
+            "pcie_gb_s": 4 * elements / copied / 1e9,
+            "mfu": 1.0,
+            "packed": 1.0,
+        }
+        machine = Machine(**costs)
+        # The share of the peak, with other lengths than those that are predicted.
+        plain = layout(PLAIN, "none", tokens)
+        measured = self.measure(plain, self.batch(SEED + 1), REPETITIONS)
+        training = training_of(plain, machine, self.element_bytes, SEED + 1)
+        at_peak = scale_model.training_seconds(training.job, training.model, training.batch, machine, RANKS)
+        computing = min(measured["gradients"]) - at_peak["gradients"]
+        if computing <= 0:
+            raise RuntimeError(
+                f"gradients took {min(measured['gradients']):.3f} s, of which {at_peak['gradients']:.3f} s were to be "
+                "their reduction: the machine is too busy for a measurement"
+            )
+        share_of_peak = (at_peak["train"] - at_peak["gradients"]) / computing
+        agreed = [share_of_peak, measured["packed"][0], *vars(machine).values()]
+        self.join()
+        # The ranks' clocks differ, their predictions must not.
+        values = torch.tensor(agreed, dtype=torch.float64)
+        dist.broadcast(values, 0)
+        dist.destroy_process_group()
+        mfu, packed, *rest = values.tolist()
+        costs = dict(zip(vars(machine), rest, strict=True))
+        costs |= {"gpus_per_node": RANKS, "mfu": mfu, "packed": packed}
+        return Machine(**costs)
+
+    def together(self, work: Callable[[], Any], repetitions: int = 20) -> float:
+        """Median seconds of ``work``, which all ranks do at the same time."""
+        import torch.distributed as dist
+
+        seconds = []
+        for _ in range(repetitions):
+            dist.barrier()
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation: Pearson's of the ranks, equal values sharing the mean of theirs."""
+    return float(np.corrcoef(ranked(one), ranked(other))[0, 1])
+
+
+def ranked(values: Sequence[float]) -> list[float]:
+    """The place of each value in their order; equal values share the mean of their places."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The layouts in the order of their predicted seconds."""
+    names = ["tensor", "pipeline", "virtual_pipeline", "context", "data", "recompute", "micro_batch_tokens"]
+    shown = Table(*names, "predicted s", "measured s", "measured / predicted")
+    for row in sorted(rows, key=lambda row: row["predicted"]):
+        measured = min(row["measured"])
+        ratio = measured / row["predicted"]
+        shown.add_row(*(str(row[name]) for name in names), f"{row['predicted']:.2f}", f"{measured:.2f}", f"{ratio:.2f}")
+    return shown
+
+
+if __name__ == "__main__":
+    main()

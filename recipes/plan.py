@@ -1,0 +1,229 @@
+"""``python -m recipes.plan recipe=… cluster.nodes=N [goal=step_time|gpus|context] [overrides…]``: which layout is best?
+
+Searches tensor, pipeline, virtual, context and data parallelism, recomputation, the optimiser's offload, the engines'
+tensor-parallel size and their KV cache. Prints at most ten layouts, each with the memory of its fullest GPU, the
+seconds of a step by phase, what bounds it, and the overrides to paste. Of layouts with the same parallel sizes and
+recomputation it prints the fastest.
+
+- ``goal=step_time``, the default: the shortest step on the nodes;
+- ``goal=gpus``: the fewest nodes, at most ``cluster.nodes``, and on them the shortest step;
+- ``goal=context``: the longest responses, of the run's ``rollout.max_response_tokens`` and its doubles, and for them
+  the shortest step.
+
+Each layout has passed the preflight's checks of whether it fits (``recipes.preflight``) and leaves
+``planner.KEPT_FREE_GIB`` of a GPU free. The seconds are those of ``recipes.preflight.scale_model`` with what a layout
+adds, and are for the order. ``preflight=h100`` (a file of conf/preflight) is the device, and
+``preflight.output=FILE.json`` gets the answer. Needs no GPU and no weights.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_ext import platform
+from recipes.command_line import from_command_line, split_arguments, with_group
+from recipes.errors import ConfigError
+from recipes.preflight import cost, planner, stages, view
+from recipes.preflight.alternatives import Search, text_config
+from recipes.preflight.architecture import model_config
+from recipes.preflight.checks import check_settings
+from recipes.preflight.report import Settings
+from recipes.run.logs import quiet
+from rewards.settings import COLOCATED
+
+WIDTH = 200  # of the table, also in a file or pipe
+EXCHANGES = ("tensor exchange", "context exchange", "pipeline exchange")
+
+
+def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[str], say: Any) -> dict[str, Any]:
+    """The best layouts for a goal, and the run's own.
+
+    Args:
+        raw: the composed configuration of the run.
+        settings: the group ``preflight``.
+        goal: one of ``planner.GOALS``.
+        arguments: the overrides that ``raw`` was composed of.
+        say: called with what is done next.
+
+    Returns:
+        ``plans``: the best first; ``own``: the run's own layout as a plan, or None and ``own_refused`` why;
+        ``lengths``: the name of the lengths that the seconds are for.
+
+    Raises:
+        ConfigError: for a run that can't be planned.
+    """
+    check(raw, settings, goal)
+    # Before the next import: it switches off torch's inductor, whose import takes seconds.
+    platform.activate("cpu")
+    from recipes.preflight import simulated_ranks
+
+    base_model = stages.base_model(raw, arguments)
+    if base_model is not None and not (Path(str(raw.model.path)) / "config.json").is_file():
+        raw = OmegaConf.merge(raw, {"model": {"path": base_model}})  # type: ignore[assignment]
+    simulated_ranks.activate()
+    hf_config = model_config(str(raw.model.path))
+    scale = OmegaConf.load(cost.CONF / "scale" / f"{settings.costs}.yaml")
+    links = OmegaConf.load(cost.CONF / "simulate" / f"{settings.costs}.yaml")
+    assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
+    limits = (int(raw.data.max_prompt_tokens), int(raw.rollout.max_response_tokens))
+    costs = planner.Costs(
+        machine=cost.machine_of(scale, links),
+        model=cost.model_shape(str(raw.model.path)),
+        hidden=text_config(hf_config).hidden_size,
+        scale=scale,
+        limits=limits,
+        lengths=planner.lengths_within(scale, limits),
+    )
+    planned = planner.Planner(Search(raw, settings, hf_config, say), costs)
+    own, why = planned.own()
+    return {"lengths": costs.lengths, "own": own, "own_refused": why, "plans": planned.plans(goal)}
+
+
+def check(raw: DictConfig, settings: Settings, goal: str) -> None:
+    """Raises ConfigError for a goal, a stage or settings that the planner does not know."""
+    check_settings(settings)
+    if goal not in planner.GOALS:
+        raise ConfigError(f"goal={goal!r}: use one of {', '.join(planner.GOALS)}")
+    if "rl" not in raw.stage.trains:
+        raise ConfigError(
+            f"stage.trains={list(raw.stage.trains)}: layouts are ordered by the seconds of an RL step; use stage=rl"
+        )
+    if not platform.capabilities(str(raw.cluster.platform)).has_gpus:
+        raise ConfigError(
+            f"cluster.platform={str(raw.cluster.platform)!r}: layouts are of GPUs; use cluster=slurm_h100"
+        )
+    if raw.rollout.staleness or settings.engines != COLOCATED:
+        raise ConfigError(
+            f"rollout.staleness={raw.rollout.staleness}, preflight.engines={settings.engines!r}: engines on nodes of "
+            "their own can't be started yet; use rollout.staleness=0 and preflight.engines=colocated"
+        )
+    if settings.costs is None:
+        raise ConfigError(
+            f"preflight.costs=null: conf/scale has no file for {settings.device}; use preflight.costs=h100"
+        )
+
+
+def show(found: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, seconds: float) -> None:
+    """Print the layouts as a table, and below it the overrides of each."""
+    out = Console(highlight=False, markup=False, emoji=False, width=max(Console().width, WIDTH))
+    gpus = raw.cluster.ranks
+    out.print(
+        Text(f"{raw.recipe.name}, goal={goal}: {raw.cluster.nodes} nodes, {gpus} GPUs, {settings.device}", "bold")
+    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    columns = (
+        "", "nodes", "layout", "recompute", "offload", "engines", "KV GiB", "fullest GPU, GiB", "step s", "generate",
+        "judge", "log-probs", "train", "recompute", "exchange", "sync", "bound by",
+    )  # fmt: skip
+    for name in columns:
+        table.add_column(name, overflow="fold", no_wrap=name == "layout")
+    if found["own"] is not None:
+        table.add_row("own", *cells(found["own"]), end_section=True)
+    for n, plan in enumerate(found["plans"]):
+        table.add_row(str(n + 1), *cells(plan))
+    out.print(table)
+    if found["own"] is None:
+        out.print(Text(f"The run's own layout does not fit: {found['own_refused']}"), soft_wrap=True)
+    for n, plan in enumerate(found["plans"]):
+        out.print(Text(f"{n + 1:>3}  {' '.join(plan.overrides) or '(the run as it is)'}"), soft_wrap=True)
+        if plan.note:
+            out.print(Text(f"     {plan.note}"), soft_wrap=True)
+    if not found["plans"]:
+        out.print(Text("No layout fits.", "bold red"))
+    out.print(
+        Text(
+            f"Seconds are an estimate for the order, with the costs and the lengths ({found['lengths']}) of conf/scale/"
+            f"{settings.costs}.yaml; an exchange counts as if nothing were computed meanwhile. Left out: a vision "
+            "tower's and a critic's work. Engines are colocated, because apart they can't be started yet; models with "
+            f"experts are not supported. In {seconds:.0f} s"
+        ),
+        soft_wrap=True,
+    )
+
+
+def cells(plan: Any) -> list[str]:
+    """A plan's row of the table, without its number."""
+    config = plan.config
+    phases = plan.phases
+    seconds = [
+        plan.seconds,
+        phases["generate"],
+        phases["judge"],
+        phases["logprobs"],
+        phases["train"] + phases["virtual stages"],
+        phases["recompute"],
+        sum(phases[name] for name in EXCHANGES),
+        phases["sync"] + phases["offload"],
+    ]
+    return [
+        str(config.cluster.nodes),
+        plan.layout,
+        config.parallel.recompute,
+        "yes" if config.optimizer.offload else "no",
+        f"{config.rollout.engines} of {config.rollout.tensor}",
+        f"{config.rollout.kv_cache_gib:g}",
+        f"{plan.fullest_gib:.1f}, {plan.fullest_phase}",
+        *(f"{value:.1f}" for value in seconds),
+        plan.bound,
+    ]
+
+
+def as_json(plan: Any) -> dict[str, Any] | None:
+    """A plan for the file of ``preflight.output``."""
+    if plan is None:
+        return None
+    return {
+        "overrides": list(plan.overrides),
+        "layout": plan.layout,
+        "seconds": plan.seconds,
+        "phases": dict(plan.phases),
+        "bound": plan.bound,
+        "fullest_gib": plan.fullest_gib,
+        "fullest_phase": plan.fullest_phase,
+        "note": plan.note,
+    }
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(raw: DictConfig) -> None:
+    """Search, write the file if one is wanted, and print."""
+    started = time.monotonic()
+    settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
+    goal = str(raw.goal)
+    run = OmegaConf.masked_copy(raw, [str(key) for key in raw if key not in ("preflight", "goal")])
+    given = [word for word in HydraConfig.get().overrides.task if not stages.OWN.match(word) and word[:6] != "+goal="]
+    try:
+        with view.progress() as say, quiet():
+            found = answer(run, settings, goal, given, say)
+    except (ConfigError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    seconds = time.monotonic() - started
+    if settings.output:
+        content = {
+            "lengths": found["lengths"],
+            "own": as_json(found["own"]),
+            "own_refused": found["own_refused"],
+            "plans": [as_json(plan) for plan in found["plans"]],
+            "seconds": seconds,
+        }
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(settings.output).write_text(json.dumps(content, indent=2) + "\n")
+    show(found, run, settings, goal, seconds)
+    sys.exit(0 if found["plans"] else 1)
+
+
+if __name__ == "__main__":
+    own_arguments, others = split_arguments(sys.argv[1:], ("goal",))
+    sys.argv[1:] = [*with_group(others, "preflight", "h100"), f"+goal={own_arguments.get('goal', 'step_time')}"]
+    from_command_line(main)

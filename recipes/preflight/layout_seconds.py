@@ -1,0 +1,152 @@
+"""Seconds that a layout adds to a step of ``scale_model``, which knows two costs of it: its pipeline's idle time and
+its gradients.
+
+Virtual stages take idle time away; recomputed layers, the exchanges within a layer and between stages, and an offloaded
+optimiser add to it. An exchange counts as if nothing were computed meanwhile. The share of a GPU's peak in conf/scale
+was seen on layouts that have exchanges too, so the sums are for an order of layouts: they are above the model's own.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ext.layout import ParallelConfig
+from recipes.preflight import scale_model
+from recipes.preflight.scale_model import FP32_BYTES, BatchSize, Job, Machine, ModelShape
+
+OPTIMIZER_BYTES = 3 * FP32_BYTES  # of a parameter: master weight and both moments
+# Collectives of a layer: attention and feed-forward layer each gather their input and scatter their output. Backward
+# does the reverse of both and gathers the input again for the weights' gradients.
+FORWARD_COLLECTIVES = 4
+BACKWARD_COLLECTIVES = 6
+# Without sequence parallelism an all-reduce takes the place of two of them, and nothing is gathered again.
+BACKWARD_WITHOUT_SEQUENCE = 4
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of a step under a layout.
+
+    Attributes:
+        sizes: the layout; its sizes are also those of ``job``.
+        offload: whether the optimiser's states leave for the host in each step.
+        job: the settings of the recipe that the cost model depends on.
+        model: the model's shape.
+        hidden: width of the hidden states.
+        element_bytes: of a hidden state's element.
+        machine: the costs.
+        batch: all sequences of the step.
+        gpus: of the trainer.
+    """
+
+    sizes: ParallelConfig
+    offload: bool
+    job: Job
+    model: ModelShape
+    hidden: int
+    element_bytes: int
+    machine: Machine
+    batch: BatchSize
+    gpus: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an update, on a data-parallel rank."""
+        return scale_model.micro_batches(self.job, self.batch, self.machine, self.gpus)
+
+    @property
+    def tokens(self) -> float:
+        """On one context-parallel rank of a replica."""
+        return self.batch.tokens / self.sizes.data_parallel(self.gpus) / self.sizes.context
+
+    @property
+    def layers(self) -> float:
+        """Of a pipeline rank."""
+        return self.model.layers / self.sizes.pipeline
+
+    @property
+    def forward_passes(self) -> int:
+        """How often a layer runs forward; backward it runs once."""
+        return self.job.passes + (2 if self.sizes.recompute == "full" else 1)
+
+
+def layout_seconds(training: Training) -> dict[str, float]:
+    """What the layout adds to ``scale_model.training_seconds`` of the batch, in seconds by cause; "virtual stages" is
+    below 0."""
+    sizes = training.sizes
+    of_model = scale_model.training_seconds(
+        training.job, training.model, training.batch, training.machine, training.gpus
+    )
+    idle = of_model["pipeline idle"]
+    bubble = (sizes.pipeline - 1) / training.micro_batches / sizes.virtual_pipeline
+    return {
+        "virtual stages": idle / sizes.virtual_pipeline - idle,
+        "recompute": recompute_seconds(training) * (1 + bubble),
+        "tensor exchange": tensor_seconds(training),
+        "context exchange": context_seconds(training),
+        "pipeline exchange": pipeline_seconds(training),
+        "offload": offload_seconds(training),
+    }
+
+
+def recompute_seconds(training: Training) -> float:
+    """Of what the backward pass computes again: the decoder's layers, or the attention within them."""
+    model = training.model
+    batch = training.batch
+    machine = training.machine
+    flops = {
+        "none": 0.0,
+        "selective": model.forward_flops(0, batch.squares, 0),
+        "full": model.forward_flops(batch.tokens, batch.squares, 0),
+    }
+    flops_per_second = training.gpus * machine.peak_tflops * 1e12 * machine.mfu
+    return flops[training.sizes.recompute] / flops_per_second
+
+
+def tensor_seconds(training: Training) -> float:
+    """Of the collectives among tensor-parallel ranks, in each of which a rank receives all tokens but its own."""
+    sizes = training.sizes
+    machine = training.machine
+    if sizes.tensor == 1:
+        return 0.0
+    of_backward = BACKWARD_COLLECTIVES if sizes.sequence else BACKWARD_WITHOUT_SEQUENCE
+    collectives = training.forward_passes * FORWARD_COLLECTIVES + of_backward
+    received = training.tokens * training.hidden * training.element_bytes * (sizes.tensor - 1) / sizes.tensor
+    link_gb_s = machine.nvlink_gb_s if sizes.tensor <= machine.gpus_per_node else machine.network_gb_s
+    starts = training.job.updates * training.micro_batches * machine.all_reduce_us / 1e6
+    return training.layers * collectives * (received / link_gb_s / 1e9 + starts)
+
+
+def context_seconds(training: Training) -> float:
+    """Of the keys and values that a context-parallel rank receives from the others, in the backward pass once more and
+    with their gradients."""
+    sizes = training.sizes
+    model = training.model
+    machine = training.machine
+    heads = max(1, model.kv_heads // sizes.tensor)
+    key_and_value = 2 * heads * model.head_dim * training.element_bytes
+    received = training.tokens * (sizes.context - 1) * key_and_value
+    within_node = sizes.tensor * sizes.context <= machine.gpus_per_node
+    link_gb_s = machine.nvlink_gb_s if within_node else machine.network_gb_s
+    return training.layers * (training.forward_passes + 2) * received / link_gb_s / 1e9
+
+
+def pipeline_seconds(training: Training) -> float:
+    """Of the hidden states that a stage sends to the next, once for each of its chunks, and of their gradients."""
+    sizes = training.sizes
+    machine = training.machine
+    if sizes.pipeline == 1:
+        return 0.0
+    cut = sizes.tensor if sizes.sequence else 1
+    sent = training.tokens * training.hidden * training.element_bytes / cut
+    # Ranks of neighbouring stages are as many apart as a stage has.
+    within_node = training.gpus // sizes.pipeline < machine.gpus_per_node
+    link_gb_s = machine.nvlink_gb_s if within_node else machine.network_gb_s
+    passes = training.job.passes + 2
+    return sizes.virtual_pipeline * passes * sent / link_gb_s / 1e9
+
+
+def offload_seconds(training: Training) -> float:
+    """Of the optimiser's states on their way to the host and back."""
+    if not training.offload:
+        return 0.0
+    states = OPTIMIZER_BYTES * training.model.parameters / training.gpus
+    return 2 * states / training.machine.pcie_gb_s / 1e9

@@ -1,0 +1,363 @@
+"""The planner against an exhaustive search, the preflight and sums made by hand; its goals and its refusals."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from benchmarks import plan_order
+from recipes.preflight.layout_seconds import Training, layout_seconds
+from recipes.preflight.scale_model import BatchSize, Machine, training_seconds
+from tests import warm
+from tests.benchmarks.test_scale_simulation import JOB, MACHINE, MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Two GPUs for a model of 8.3 billion parameters: some layouts need recomputation or offload, some fit in no way.
+SMALL = (
+    "recipe=safework_7b",
+    "cluster.nodes=1",
+    "cluster.ranks=2",
+    "algorithm.prompts_per_step=16",
+    "preflight.device_memory_gib=120",
+    "preflight.files=elsewhere",
+)
+CASES = {
+    "small": (SMALL, "step_time", 10),
+    "fewest": (("recipe=safework_7b", "cluster.nodes=2", "preflight.files=elsewhere"), "gpus", 3),
+    "longest": (SMALL, "context", 3),
+}
+# What can't be planned → overrides, and what it must say.
+IMPOSSIBLE = {
+    "goal": (("recipe=safework_7b",), "speed", ["goal='speed'", "step_time, gpus, context"]),
+    "platform": (("recipe=demo", "stage=rl"), "step_time", ["cluster.platform='cpu'", "cluster=slurm_h100"]),
+    "stage": (("recipe=safework_7b", "stage=sft"), "step_time", ["stage.trains=['sft']", "stage=rl"]),
+    "costs": (("recipe=safework_7b", "preflight=h200"), "step_time", ["preflight.costs=null", "preflight.costs=h100"]),
+    "engines": (
+        ("recipe=safework_7b", "preflight.engines=disaggregated"), "step_time",
+        ["preflight.engines='disaggregated'", "colocated"],
+    ),
+    "setting": (
+        ("recipe=safework_7b", "parallel.recompute=half"), "step_time",
+        ["parallel.recompute='half'", "none, selective, full"],
+    ),
+    "model": (("recipe=safework_7b", "model.path=models/nobody"), "step_time", ["models/nobody", "no config.json"]),
+    "lengths": (
+        ("recipe=safework_7b", "rollout.max_response_tokens=512"), "step_time",
+        ["rollout.max_response_tokens=512", "reasoning: mean=4383", "answers: mean=1128"],
+    ),
+    "ranks": (
+        ("recipe=safework_7b", "cluster.nodes=2", "cluster.ranks=16"), "gpus", ["cluster.ranks=16", "leave it out"],
+    ),
+}  # fmt: skip
+PROGRAM = """
+import itertools, json, sys
+from dataclasses import asdict
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from recipes import plan
+from recipes.command_line import with_group
+from recipes.config import parse
+from recipes.errors import ConfigError
+from recipes.preflight import checks, fit, planner, stages
+from recipes.preflight.report import Report, Settings
+
+folder, cases, impossible, output = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
+found = {}
+planners = []
+create = planner.Planner.__init__
+
+def remember(self, *arguments):
+    create(self, *arguments)
+    planners.append(self)
+
+planner.Planner.__init__ = remember
+checks.alternatives.propose = lambda *arguments: None
+
+def composed(overrides):
+    raw = compose("config", with_group(overrides, "preflight", "h100"))
+    settings = Settings(**OmegaConf.to_container(raw.preflight))
+    run = OmegaConf.masked_copy(raw, [key for key in raw if key != "preflight"])
+    return run, settings, [word for word in overrides if not stages.OWN.match(word)]
+
+def checked(overrides, everything):
+    "The preflight as a user runs it with the overrides; or its checks of whether a run fits alone, which take less."
+    run, settings, arguments = composed(overrides)
+    if everything:
+        report = checks.examine(run, settings, lambda text: None, stages.base_model(run, arguments))
+    else:
+        report = Report("", "", "", "", settings.device_memory_gib)
+        fit.fit(parse(run), planners[-1].search.hf_config, settings, report)
+    # The judges' servers need a node of eight GPUs.
+    return {"failed": [asdict(check) for check in report.checks if check.state == "fails" and check.name != "nodes"],
+            "total": max((rank["total"] for rank in report.memory_gib), default=None)}
+
+def exhaustive(whole, planned):
+    "Every layout that the configuration accepts and whose models fit: the fastest of each, the fastest first."
+    best = {}
+    for config in planned.layouts(whole):
+        for offload, tensor in itertools.product((False, True), (1, 2)):
+            built = planned.build(planner.with_engines(config, tensor, offload))
+            if built is not None:
+                shape = repr(config.parallel)
+                best[shape] = min(best.get(shape, built.seconds), built.seconds)
+    return sorted(best.values())
+
+def bounds(whole, planned):
+    "Layout, the lower bound, and what the built model has."
+    compared = []
+    for config in planned.layouts(whole):
+        report = Report("", "", "", "", 0)
+        fit.fit(config, planned.search.hf_config, planned.search.settings, report, part=fit.CORNERS)
+        built = fit.BUILT[fit.key(config, fit.CORNERS)]
+        for place, sizes in zip(built.counts, built.sizes):
+            least = planned.least(config, place["pp"])
+            compared.append([repr(config.parallel), asdict(least), asdict(sizes)])
+    return compared
+
+def answered(overrides, goal):
+    run, settings, arguments = composed(overrides)
+    return plan.answer(run, settings, goal, arguments, lambda text: None)
+
+with initialize_config_dir(folder, version_base="1.3"):
+    for name, (overrides, goal, most) in cases.items():
+        planner.MOST_RESULTS = most
+        answer = answered(overrides, goal)
+        found[name] = {
+            "own": plan.as_json(answer["own"]),
+            "own_refused": answer["own_refused"],
+            "plans": [plan.as_json(entry) for entry in answer["plans"]],
+            "nodes": [entry.config.cluster.nodes for entry in answer["plans"]],
+            "responses": [entry.config.rollout.max_response_tokens for entry in answer["plans"]],
+        }
+        for n, entry in enumerate(found[name]["plans"]):
+            changed = {word.partition("=")[0] for word in entry["overrides"]}
+            given = [word for word in overrides if word.partition("=")[0] not in changed]
+            entry["preflight"] = checked([*given, *entry["overrides"]], everything=n == 0)
+        if name == "small":
+            whole = planners[-1].whole(1, answer["plans"][0].config.rollout.max_response_tokens)
+            found[name]["exhaustive"] = exhaustive(whole, planners[-1])
+            found[name]["bounds"] = bounds(whole, planners[-1])
+    refusals = {}
+    for name, (overrides, goal, words) in impossible.items():
+        try:
+            answered(overrides, goal)
+            refusals[name] = None
+        except ConfigError as error:
+            refusals[name] = str(error)
+json.dump({"cases": found, "refusals": refusals}, open(output, "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every answer, from one process: one that simulates ranks can't train afterwards."""
+    file = tmp_path_factory.mktemp("plan") / "found.json"
+    arguments = [str(ROOT / "conf"), json.dumps(CASES), json.dumps(IMPOSSIBLE), str(file)]
+    with warm.processes():
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def found(answers: dict[str, Any]) -> dict[str, Any]:
+    return answers["cases"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_layout_passes_the_preflight_and_has_the_memory_that_is_printed(case: str, found: dict[str, Any]) -> None:
+    assert found[case]["plans"]
+    for plan in found[case]["plans"]:
+        assert plan["preflight"]["failed"] == [], plan["overrides"]
+        assert plan["preflight"]["total"] == pytest.approx(plan["fullest_gib"], abs=0.001)
+
+
+def test_the_order_is_that_of_an_exhaustive_search(found: dict[str, Any]) -> None:
+    small = found["small"]
+    seconds = [plan["seconds"] for plan in small["plans"]]
+    assert len(small["exhaustive"]) > 3
+    assert seconds == pytest.approx(small["exhaustive"][: len(seconds)])
+    assert len(seconds) == min(10, len(small["exhaustive"]))
+    layouts = [(plan["layout"], [word for word in plan["overrides"] if "recompute" in word]) for plan in small["plans"]]
+    assert len({str(layout) for layout in layouts}) == len(layouts)
+
+
+def test_the_bound_of_memory_is_below_the_models_and_near_them(found: dict[str, Any]) -> None:
+    assert found["small"]["bounds"]
+    for layout, least, built in found["small"]["bounds"]:
+        for name in ("weights", "gradients", "optimizer", "activations", "logits", "workspace"):
+            assert least[name] <= built[name], (layout, name)
+        # What is left out is the tower, whose weights are a tenth of the model's, and the workspace's largest matrix.
+        assert sum(least[name] for name in ("weights", "activations", "logits")) >= 0.7 * sum(
+            built[name] for name in ("weights", "activations", "logits")
+        ), layout
+
+
+def test_seconds_are_the_sum_of_the_phases(found: dict[str, Any]) -> None:
+    for case in found.values():
+        for plan in case["plans"]:
+            phases = dict(plan["phases"])
+            parts = phases.pop("pipeline idle"), phases.pop("gradients")
+            assert min(parts) >= 0
+            assert sum(phases.values()) == pytest.approx(plan["seconds"])
+
+
+def test_the_goal_of_few_gpus_wants_the_fewest_nodes_first(found: dict[str, Any]) -> None:
+    nodes = found["fewest"]["nodes"]
+    assert nodes == sorted(nodes) and nodes[0] == 1
+    plans = found["fewest"]["plans"]
+    on_one = [plan["seconds"] for plan, count in zip(plans, nodes, strict=True) if count == 1]
+    assert on_one == sorted(on_one)
+    assert all("cluster.nodes=1" in plan["overrides"] for plan, count in zip(plans, nodes, strict=True) if count == 1)
+
+
+def test_the_goal_of_a_long_context_wants_the_longest_responses_first(found: dict[str, Any]) -> None:
+    responses = found["longest"]["responses"]
+    assert responses == sorted(responses, reverse=True)
+    assert responses[0] > 8192
+    for plan, response in zip(found["longest"]["plans"], responses, strict=True):
+        assert (f"rollout.max_response_tokens={response}" in plan["overrides"]) == (response != 8192)
+
+
+BATCH = BatchSize(tokens=16_000, squares=4_000_000, response_tokens=12_000)
+HIDDEN = 512
+
+
+def training(**changes: Any) -> Training:
+    """On 16 GPUs of two nodes; ``changes`` are of the layout, with the job's sizes kept equal to them."""
+    sizes = replace(plan_order.layout((2, 2, 1, 1), "none", 100), **changes)
+    job = replace(JOB, tensor=sizes.tensor, pipeline=sizes.pipeline, context=sizes.context)
+    return Training(sizes, False, job, MODEL, HIDDEN, 2, MACHINE, BATCH, gpus=16)
+
+
+def test_a_plain_layout_adds_nothing() -> None:
+    assert set(layout_seconds(training(tensor=1, pipeline=1, sequence=False)).values()) == {0.0}
+
+
+def test_virtual_stages_divide_the_pipelines_idle_time() -> None:
+    interleaved = training(virtual_pipeline=4)
+    idle = training_seconds(interleaved.job, MODEL, BATCH, MACHINE, 16)["pipeline idle"]
+    assert layout_seconds(interleaved)["virtual stages"] == pytest.approx(-0.75 * idle)
+
+
+def test_full_recompute_is_a_forward_pass_of_the_decoder_with_its_idle_time() -> None:
+    # 1000 TFLOPS, half of which are reached, on 16 GPUs; 4 replicas with 40 micro-batches of 100 tokens.
+    flops = MODEL.token_flops * 16_000 + MODEL.square_flops * 4_000_000
+    expected = flops / (16 * 1000e12 * 0.5) * (1 + 1 / 40)
+    assert layout_seconds(training(recompute="full"))["recompute"] == pytest.approx(expected)
+    of_attention = MODEL.square_flops * 4_000_000 / (16 * 1000e12 * 0.5) * (1 + 1 / 40)
+    assert layout_seconds(training(recompute="selective"))["recompute"] == pytest.approx(of_attention)
+
+
+def test_exchanges_are_bytes_over_the_link_that_they_cross() -> None:
+    # Forward for log-probs and for training four collectives each, backward six: each of 4,000 tokens, half received.
+    row = HIDDEN * 2
+    tensor = 5 * 14 * 4000 * row / 2 / 360e9
+    plain = layout_seconds(training())
+    assert plain["tensor exchange"] == pytest.approx(tensor)
+    # A stage has 8 GPUs, a node: the next stage is on another one. Log-probs, forward, backward; cut by tensor ranks.
+    assert plain["pipeline exchange"] == pytest.approx(3 * 4000 * row / 2 / 45e9)
+    assert layout_seconds(training(virtual_pipeline=2))["pipeline exchange"] == pytest.approx(3 * 4000 * row / 45e9)
+    # Full recompute runs the layers forward once more: four collectives more.
+    again = layout_seconds(training(recompute="full"))["tensor exchange"]
+    assert again == pytest.approx(tensor * 18 / 14)
+    # Of four context ranks one receives three shares of two heads' keys and values, of 4,000 tokens: a replica of 16.
+    split = layout_seconds(training(context=4))
+    key_and_value = 2 * 2 * 64 * 2
+    assert split["context exchange"] == pytest.approx(5 * 4 * 4000 * 3 * key_and_value / 360e9)
+    across = layout_seconds(training(tensor=4, context=4, pipeline=1))
+    assert across["context exchange"] == pytest.approx(10 * 4 * 4000 * 3 * 2 * 64 * 2 / 45e9)
+
+
+def test_offload_moves_the_states_to_the_host_and_back() -> None:
+    offloaded = replace(training(), offload=True)
+    assert layout_seconds(offloaded)["offload"] == pytest.approx(2 * 12 * MODEL.parameters / 16 / 55e9)
+
+
+def test_rank_correlation_of_known_orders() -> None:
+    assert plan_order.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert plan_order.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # 1 - 6 x (0 + 1 + 1 + 0) / (4 x 15)
+    assert plan_order.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert plan_order.ranked([5, 1, 5, 9]) == [1.5, 0, 1.5, 3]
+
+
+def test_the_measured_layouts_are_those_that_are_predicted_for_and_differ() -> None:
+    layouts = plan_order.layouts_wanted([])
+    assert len(layouts) == 36 and len({str(sizes) for sizes in layouts}) == 36
+    predicted = [plan_order.predict(sizes, MACHINE, 2)["predicted"] for sizes in layouts]
+    assert len(set(predicted)) > 30
+    with pytest.raises(SystemExit, match="layouts=2"):
+        plan_order.layouts_wanted(["layouts=2"])
+
+
+# The benchmark with a smaller twin and few tokens.
+SMALL_BENCHMARK = """
+import sys
+from pathlib import Path
+from benchmarks import plan_order
+
+folder = Path(sys.argv[1])
+plan_order.TWIN |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+                    "head_dim": 16, "vocab_size": 256}
+plan_order.SEQUENCES = 8
+plan_order.PROMPT_TOKENS = 8
+plan_order.RESPONSE_TOKENS = (16, 32)
+plan_order.REPETITIONS = 1
+plan_order.RESULT = folder / "plan_order.json"
+plan_order.SCALE = folder / "scale.yaml"
+sys.argv[1:] = ["layouts=8"]
+plan_order.main()
+"""
+
+
+def test_the_benchmark_measures_the_costs_predicts_and_trains(tmp_path: Path) -> None:
+    """All of it at a tiny size: no time is compared."""
+    with warm.processes():
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL_BENCHMARK, str(tmp_path)],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "plan_order.json").read_text())
+    rows = result["layouts"]
+    assert len(rows) == 8 and len({row["data"] for row in rows}) > 1
+    for row in rows:
+        assert row["predicted"] > 0 and len(row["measured"]) == 1 and row["measured"][0] > 0
+    assert -1 <= result["correlation"] <= 1
+    # The file of costs has the fields of conf/scale's machine and of its links, and says what was not measured.
+    costs = OmegaConf.load(tmp_path / "scale.yaml").machine
+    assert set(costs) == {field.name for field in fields(Machine)}
+    used = ("peak_tflops", "mfu", "packed", "nvlink_gb_s", "network_gb_s", "pcie_gb_s", "all_reduce_us")
+    assert all(costs[name] > 0 for name in used)
+    assert math.isnan(costs.decode_ms)
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_cannot_be_planned_is_refused_with_a_remedy(name: str, answers: dict[str, Any]) -> None:
+    _, _, words = IMPOSSIBLE[name]
+    said = answers["refusals"][name]
+    assert said is not None
+    for word in words:
+        assert word in said, said
+
+
+def test_the_command_line_says_what_is_wrong_in_one_line() -> None:
+    with warm.processes():
+        done = subprocess.run(
+            [sys.executable, "-m", "recipes.plan", "recipe=safework_7b", "goal=speed"],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    said = (done.stdout + done.stderr).strip()
+    assert done.returncode == 1 and said == "error: goal='speed': use one of step_time, gpus, context", said
