@@ -44,7 +44,7 @@ GOAL = 0.9  # of the correlation, at least
 RANKS = 2
 REPETITIONS = 2  # that count, after one that warms up; the faster one is taken
 SEED = 0
-SEQUENCES = 32
+SEQUENCES = 16
 PROMPT_TOKENS = 32
 RESPONSE_TOKENS = (96, 224)
 # Tensor, pipeline, virtual and context size; the data-parallel size is what is left of the ranks.
