@@ -152,18 +152,23 @@ def lengths(seed: int) -> list[Group]:
     return [Group(PROMPT_TOKENS, (int(response),)) for response in drawn]
 
 
-def job_of(sizes: ParallelConfig) -> Job:
+def job_of(sizes: ParallelConfig, element_bytes: int) -> Job:
     """The settings that the cost model of training reads; those of engines are not read."""
     return Job(
         tensor=sizes.tensor,
         pipeline=sizes.pipeline,
+        virtual_pipeline=sizes.virtual_pipeline,
         context=sizes.context,
+        recompute=sizes.recompute == "full",
         micro_batch_tokens=sizes.micro_batch_tokens,
+        activation_bytes=element_bytes,
         prompts=SEQUENCES,
         samples=1,
         updates=1,
         passes=1,
+        reference=True,
         engine_tensor=1,
+        engine_weight_bytes=element_bytes,
         slots=1,
         kv_cache_gib=0,
         prompt_limit=PROMPT_TOKENS,
@@ -175,10 +180,8 @@ def training_of(sizes: ParallelConfig, machine: Machine, element_bytes: int, see
     return Training(
         sizes=sizes,
         offload=False,
-        job=job_of(sizes),
+        job=job_of(sizes, element_bytes),
         model=scale_model.model_shape(TWIN),
-        hidden=TWIN["hidden_size"],
-        element_bytes=element_bytes,
         machine=machine,
         batch=scale_model.batch_size(lengths(seed)),
         gpus=RANKS,

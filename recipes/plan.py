@@ -35,7 +35,7 @@ from megatron_ext import platform
 from recipes.command_line import from_command_line, split_arguments, with_group
 from recipes.errors import ConfigError
 from recipes.preflight import cost, planner, stages, view
-from recipes.preflight.alternatives import Search, text_config
+from recipes.preflight.alternatives import Search
 from recipes.preflight.architecture import model_config
 from recipes.preflight.checks import check_settings
 from recipes.preflight.report import Settings
@@ -80,7 +80,6 @@ def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[s
     costs = planner.Costs(
         machine=cost.machine_of(scale, links),
         model=cost.model_shape(str(raw.model.path)),
-        hidden=text_config(hf_config).hidden_size,
         scale=scale,
         limits=limits,
         lengths=planner.lengths_within(scale, limits),
@@ -124,7 +123,7 @@ def show(found: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     columns = (
         "", "nodes", "layout", "recompute", "offload", "engines", "KV GiB", "fullest GPU, GiB", "step s", "generate",
-        "judge", "log-probs", "train", "recompute", "exchange", "sync", "bound by",
+        "judge", "log-probs", "train", "exchange", "sync", "bound by",
     )  # fmt: skip
     for name in columns:
         table.add_column(name, overflow="fold", no_wrap=name == "layout")
@@ -161,8 +160,7 @@ def cells(plan: Any) -> list[str]:
         phases["generate"],
         phases["judge"],
         phases["logprobs"],
-        phases["train"] + phases["virtual stages"],
-        phases["recompute"],
+        phases["train"] + phases["attention again"],
         sum(phases[name] for name in EXCHANGES),
         phases["sync"] + phases["offload"],
     ]

@@ -1,9 +1,8 @@
-"""Seconds that a layout adds to a step of ``scale_model``, which knows two costs of it: its pipeline's idle time and
-its gradients.
+"""Seconds that a layout adds to a step of ``scale_model``, which knows its pipeline's idle time, the bytes that its
+tensor-parallel groups exchange, the layers that are recomputed in full, and its gradients.
 
-Virtual stages take idle time away; recomputed layers, the exchanges within a layer and between stages, and an offloaded
-optimiser add to it. An exchange counts as if nothing were computed meanwhile. The share of a GPU's peak in conf/scale
-was seen on layouts that have exchanges too, so the sums are for an order of layouts: they are above the model's own.
+An exchange counts as if nothing were computed meanwhile, so the sums are for an order of layouts: they are above the
+model's own, whose constants were fitted to whole steps.
 """
 
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ class Training:
         offload: whether the optimiser's states leave for the host in each step.
         job: the settings of the recipe that the cost model depends on.
         model: the model's shape.
-        hidden: width of the hidden states.
-        element_bytes: of a hidden state's element.
         machine: the costs.
         batch: all sequences of the step.
         gpus: of the trainer.
@@ -41,8 +38,6 @@ class Training:
     offload: bool
     job: Job
     model: ModelShape
-    hidden: int
-    element_bytes: int
     machine: Machine
     batch: BatchSize
     gpus: int
@@ -69,50 +64,34 @@ class Training:
 
 
 def layout_seconds(training: Training) -> dict[str, float]:
-    """What the layout adds to ``scale_model.training_seconds`` of the batch, in seconds by cause; "virtual stages" is
-    below 0."""
-    sizes = training.sizes
-    of_model = scale_model.training_seconds(
-        training.job, training.model, training.batch, training.machine, training.gpus
-    )
-    idle = of_model["pipeline idle"]
-    bubble = (sizes.pipeline - 1) / training.micro_batches / sizes.virtual_pipeline
+    """What the layout adds to ``scale_model.training_seconds`` of the batch, in seconds by cause."""
     return {
-        "virtual stages": idle / sizes.virtual_pipeline - idle,
-        "recompute": recompute_seconds(training) * (1 + bubble),
-        "tensor exchange": tensor_seconds(training),
+        "attention again": attention_seconds(training),
+        "tensor exchange": starts_seconds(training),
         "context exchange": context_seconds(training),
         "pipeline exchange": pipeline_seconds(training),
         "offload": offload_seconds(training),
     }
 
 
-def recompute_seconds(training: Training) -> float:
-    """Of what the backward pass computes again: the decoder's layers, or the attention within them."""
-    model = training.model
-    batch = training.batch
+def attention_seconds(training: Training) -> float:
+    """Of the core attention that selective recompute runs again."""
+    if training.sizes.recompute != "selective":
+        return 0.0
     machine = training.machine
-    flops = {
-        "none": 0.0,
-        "selective": model.forward_flops(0, batch.squares, 0),
-        "full": model.forward_flops(batch.tokens, batch.squares, 0),
-    }
-    flops_per_second = training.gpus * machine.peak_tflops * 1e12 * machine.mfu
-    return flops[training.sizes.recompute] / flops_per_second
+    flops = training.model.forward_flops(0, training.batch.squares, 0)
+    return flops / (training.gpus * machine.peak_tflops * 1e12 * machine.mfu)
 
 
-def tensor_seconds(training: Training) -> float:
-    """Of the collectives among tensor-parallel ranks, in each of which a rank receives all tokens but its own."""
+def starts_seconds(training: Training) -> float:
+    """Of starting the collectives among tensor-parallel ranks, whatever their size."""
     sizes = training.sizes
-    machine = training.machine
     if sizes.tensor == 1:
         return 0.0
     of_backward = BACKWARD_COLLECTIVES if sizes.sequence else BACKWARD_WITHOUT_SEQUENCE
     collectives = training.forward_passes * FORWARD_COLLECTIVES + of_backward
-    received = training.tokens * training.hidden * training.element_bytes * (sizes.tensor - 1) / sizes.tensor
-    link_gb_s = machine.nvlink_gb_s if sizes.tensor <= machine.gpus_per_node else machine.network_gb_s
-    starts = training.job.updates * training.micro_batches * machine.all_reduce_us / 1e6
-    return training.layers * collectives * (received / link_gb_s / 1e9 + starts)
+    micro_batches = training.job.updates * training.micro_batches
+    return training.layers * collectives * micro_batches * training.machine.all_reduce_us / 1e6
 
 
 def context_seconds(training: Training) -> float:
@@ -122,7 +101,7 @@ def context_seconds(training: Training) -> float:
     model = training.model
     machine = training.machine
     heads = max(1, model.kv_heads // sizes.tensor)
-    key_and_value = 2 * heads * model.head_dim * training.element_bytes
+    key_and_value = 2 * heads * model.head_dim * training.job.activation_bytes
     received = training.tokens * (sizes.context - 1) * key_and_value
     within_node = sizes.tensor * sizes.context <= machine.gpus_per_node
     link_gb_s = machine.nvlink_gb_s if within_node else machine.network_gb_s
@@ -136,7 +115,7 @@ def pipeline_seconds(training: Training) -> float:
     if sizes.pipeline == 1:
         return 0.0
     cut = sizes.tensor if sizes.sequence else 1
-    sent = training.tokens * training.hidden * training.element_bytes / cut
+    sent = training.tokens * training.model.hidden_size * training.job.activation_bytes / cut
     # Ranks of neighbouring stages are as many apart as a stage has.
     within_node = training.gpus // sizes.pipeline < machine.gpus_per_node
     link_gb_s = machine.nvlink_gb_s if within_node else machine.network_gb_s

@@ -97,7 +97,6 @@ class Costs:
 
     machine: Machine
     model: ModelShape
-    hidden: int
     scale: DictConfig
     limits: tuple[int, int]
     lengths: str
@@ -146,8 +145,6 @@ class Costs:
             offload=config.optimizer.offload,
             job=job,
             model=self.model,
-            hidden=self.hidden,
-            element_bytes=4 if config.precision.name == "fp32" else 2,
             machine=self.machine,
             batch=batch,
             gpus=config.cluster.ranks,
@@ -181,10 +178,9 @@ def bound_of(step: StepEstimate, added: Mapping[str, float]) -> str:
     training = scale_model.trainer_seconds(step.phases)
     if scale_model.generating_seconds(step.phases) >= training + layout_added:
         return step.bound
-    idle = step.phases["pipeline idle"] + added["virtual stages"]
-    causes = {"pipeline idle": idle, "gradients": step.phases["gradients"]}
-    causes["arithmetic"] = training - step.phases["pipeline idle"] - step.phases["gradients"]
-    causes |= {cause: seconds for cause, seconds in added.items() if cause != "virtual stages"}
+    causes = {cause: step.phases[cause] for cause in scale_model.TRAINING_PARTS}
+    causes["arithmetic"] = training - sum(causes.values())
+    causes |= added
     return f"training: {max(causes, key=lambda cause: causes[cause])}"
 
 

@@ -19,6 +19,7 @@ CHECKPOINT_BYTES_PER_PARAMETER = 14  # the BF16 weight, and in FP32 the master w
 LONGEST_RESPONSE_SHARE = 0.75  # of the generation time: from there on the longest response is named as the bound
 MAX_SPLITS = 24  # divisions into trainer and engine GPUs that are tried
 SCHEDULES = ("colocated", "split", "asynchronous")
+TRAINING_PARTS = ("pipeline idle", "tensor parallel", "gradients")  # of the phases "logprobs" and "train"
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ class Job:
     """The settings of a recipe that the estimate depends on.
 
     ``recompute`` says whether each layer's forward pass runs again before its backward pass. ``passes`` is the number
-    of forward passes for log-probs, and ``reference`` whether one of them is the reference's. ``kv_cache_gib`` is the
-    KV cache of a GPU that an engine shares with the trainer. ``engine_weight_bytes`` are those of one of its weights,
-    and ``slots`` the sequences that it decodes at once.
+    of forward passes for log-probs, and ``reference`` whether one of them is the reference's. ``activation_bytes`` are
+    those of a hidden state's element. ``kv_cache_gib`` is the KV cache of a GPU that an engine shares with the trainer.
+    ``engine_weight_bytes`` are those of one of its weights, and ``slots`` the sequences that it decodes at once.
     """
 
     tensor: int
@@ -144,6 +145,7 @@ class Job:
     context: int
     recompute: bool
     micro_batch_tokens: int
+    activation_bytes: int
     prompts: int
     samples: int
     updates: int
@@ -497,13 +499,13 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
 def tensor_parallel_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Machine, gpus: int) -> float:
     """Seconds of the collectives of a GPU's tensor-parallel group in a forward pass over ``batch``.
 
-    With sequence parallelism a layer all-gathers its BF16 activations and reduce-scatters them, for attention and again
+    With sequence parallelism a layer all-gathers its activations and reduce-scatters them, for attention and again
     for the MLP (arXiv 2205.05198, section 4.2.2); without it, two all-reduces move as much. The GPU waits for them.
     """
     tokens = batch.tokens * job.tensor * job.pipeline / gpus  # that pass through the GPU's stage
     layers = model.layers / job.pipeline
     received_share = (job.tensor - 1) / job.tensor
-    received_bytes = 4 * layers * tokens * model.hidden_size * BF16_BYTES * received_share
+    received_bytes = 4 * layers * tokens * model.hidden_size * job.activation_bytes * received_share
     link_gb_s = machine.nvlink_gb_s if job.tensor <= machine.gpus_per_node else machine.network_gb_s
     return received_bytes / link_gb_s / 1e9
 
@@ -604,7 +606,7 @@ class StepEstimate:
                 return "generation: the longest response"
             causes = {**self.generation_causes, "judges": self.phases["judge"]}
             return f"generation: {max(causes, key=lambda cause: causes[cause])}"
-        causes = {name: self.phases[name] for name in ("pipeline idle", "tensor parallel", "gradients")}
+        causes = {name: self.phases[name] for name in TRAINING_PARTS}
         causes["arithmetic"] = training - sum(causes.values())
         return f"training: {max(causes, key=lambda cause: causes[cause])}"
 

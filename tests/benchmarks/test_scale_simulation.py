@@ -81,6 +81,7 @@ JOB = Job(
     context=1,
     recompute=False,
     micro_batch_tokens=100,
+    activation_bytes=2,
     prompts=16,
     samples=4,
     updates=1,

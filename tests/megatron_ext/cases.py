@@ -1,6 +1,6 @@
 """What the ranks compute and what the tests compare: tiny models, layouts, and the one batch of sequences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ def batch(case: Case) -> list[PlainSequence]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = TWINS[case.twin][2]["vocab_size"]
     draw: Callable[[int], list[int]] = lambda n: torch.randint(0, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
-    lengths = LONG_LENGTHS
+    lengths: Sequence[Sequence[int]] = LONG_LENGTHS
     if case.twin != "long":
         lengths = torch.randint(3, 20, (8, 2), generator=generator).tolist()
     count = len(lengths)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from benchmarks import plan_order
 from recipes.preflight.layout_seconds import Training, layout_seconds
-from recipes.preflight.scale_model import BatchSize, Machine, training_seconds
+from recipes.preflight.scale_model import TRAINING_PARTS, BatchSize, Machine
 from tests import warm
 from tests.benchmarks.test_scale_simulation import JOB, MACHINE, MODEL
 
@@ -208,7 +208,7 @@ def test_seconds_are_the_sum_of_the_phases(found: dict[str, Any]) -> None:
     for case in found.values():
         for plan in case["plans"]:
             phases = dict(plan["phases"])
-            parts = phases.pop("pipeline idle"), phases.pop("gradients")
+            parts = [phases.pop(name) for name in TRAINING_PARTS]
             assert min(parts) >= 0
             assert sum(phases.values()) == pytest.approx(plan["seconds"])
 
@@ -231,47 +231,42 @@ def test_the_goal_of_a_long_context_wants_the_longest_responses_first(found: dic
 
 
 BATCH = BatchSize(tokens=16_000, squares=4_000_000, response_tokens=12_000)
-HIDDEN = 512
 
 
 def training(**changes: Any) -> Training:
     """On 16 GPUs of two nodes; ``changes`` are of the layout, with the job's sizes kept equal to them."""
     sizes = replace(plan_order.layout((2, 2, 1, 1), "none", 100), **changes)
     job = replace(JOB, tensor=sizes.tensor, pipeline=sizes.pipeline, context=sizes.context)
-    return Training(sizes, False, job, MODEL, HIDDEN, 2, MACHINE, BATCH, gpus=16)
+    return Training(sizes, False, job, MODEL, MACHINE, BATCH, gpus=16)
 
 
 def test_a_plain_layout_adds_nothing() -> None:
     assert set(layout_seconds(training(tensor=1, pipeline=1, sequence=False)).values()) == {0.0}
 
 
-def test_virtual_stages_divide_the_pipelines_idle_time() -> None:
-    interleaved = training(virtual_pipeline=4)
-    idle = training_seconds(interleaved.job, MODEL, BATCH, MACHINE, 16)["pipeline idle"]
-    assert layout_seconds(interleaved)["virtual stages"] == pytest.approx(-0.75 * idle)
+def test_selective_recompute_is_the_attention_of_a_forward_pass() -> None:
+    # 1000 TFLOPS, half of which are reached, on 16 GPUs.
+    of_attention = MODEL.square_flops * 4_000_000 / (16 * 1000e12 * 0.5)
+    assert layout_seconds(training(recompute="selective"))["attention again"] == pytest.approx(of_attention)
 
 
-def test_full_recompute_is_a_forward_pass_of_the_decoder_with_its_idle_time() -> None:
-    # 1000 TFLOPS, half of which are reached, on 16 GPUs; 4 replicas with 40 micro-batches of 100 tokens.
-    flops = MODEL.token_flops * 16_000 + MODEL.square_flops * 4_000_000
-    expected = flops / (16 * 1000e12 * 0.5) * (1 + 1 / 40)
-    assert layout_seconds(training(recompute="full"))["recompute"] == pytest.approx(expected)
-    of_attention = MODEL.square_flops * 4_000_000 / (16 * 1000e12 * 0.5) * (1 + 1 / 40)
-    assert layout_seconds(training(recompute="selective"))["recompute"] == pytest.approx(of_attention)
+def test_every_collective_of_a_tensor_parallel_group_has_a_start() -> None:
+    # Forward for log-probs and for training four collectives each, backward six; 5 layers; 40 micro-batches of 100.
+    machine = replace(MACHINE, all_reduce_us=20)
+    started = replace(training(), machine=machine)
+    assert layout_seconds(started)["tensor exchange"] == pytest.approx(5 * 14 * 40 * 20e-6)
+    # Full recompute runs the layers forward once more: four collectives more.
+    again = replace(training(recompute="full"), machine=machine)
+    assert layout_seconds(again)["tensor exchange"] == pytest.approx(5 * 18 * 40 * 20e-6)
+    assert layout_seconds(replace(training(tensor=1, sequence=False), machine=machine))["tensor exchange"] == 0
 
 
 def test_exchanges_are_bytes_over_the_link_that_they_cross() -> None:
-    # Forward for log-probs and for training four collectives each, backward six: each of 4,000 tokens, half received.
-    row = HIDDEN * 2
-    tensor = 5 * 14 * 4000 * row / 2 / 360e9
+    row = MODEL.hidden_size * 2
     plain = layout_seconds(training())
-    assert plain["tensor exchange"] == pytest.approx(tensor)
     # A stage has 8 GPUs, a node: the next stage is on another one. Log-probs, forward, backward; cut by tensor ranks.
     assert plain["pipeline exchange"] == pytest.approx(3 * 4000 * row / 2 / 45e9)
     assert layout_seconds(training(virtual_pipeline=2))["pipeline exchange"] == pytest.approx(3 * 4000 * row / 45e9)
-    # Full recompute runs the layers forward once more: four collectives more.
-    again = layout_seconds(training(recompute="full"))["tensor exchange"]
-    assert again == pytest.approx(tensor * 18 / 14)
     # Of four context ranks one receives three shares of two heads' keys and values, of 4,000 tokens: a replica of 16.
     split = layout_seconds(training(context=4))
     key_and_value = 2 * 2 * 64 * 2
