@@ -24,6 +24,10 @@ from rollout.environment import Unavailable
 WATCH_SECONDS = 1.0
 SHUTDOWN_SECONDS = 3
 
+# NiceGUI asks each tab for a sign of life every four fifths of this time, and waits two fifths for it. A busy machine
+# or a sleeping phone takes longer than its default of 3 s allows.
+RECONNECT_SECONDS = 60.0
+
 
 def serve_page(setup: Setup, supervisor: Supervisor) -> None:
     """Serve the page in this process until a signal. ``supervisor`` has the vLLM that was started for it, if any.
@@ -114,5 +118,13 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
     app.add_middleware(Guard, token=setup.token)
     # Sessions end with this process.
     app.add_middleware(SessionMiddleware, secret_key=secrets.token_hex(32), same_site="strict", max_age=None)
-    ui.run_with(app, title="SafeWork", language="en-US", dark=None, tailwind=False, show_welcome_message=False)
+    ui.run_with(
+        app,
+        title="SafeWork",
+        language="en-US",
+        dark=None,
+        tailwind=False,
+        show_welcome_message=False,
+        reconnect_timeout=RECONNECT_SECONDS,
+    )
     return app

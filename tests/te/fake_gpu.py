@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
 from torch.overrides import TorchFunctionMode
+
+from megatron_ext.platform import cpu
 
 MEMORY = 80 * 2**30
 # A folder with a file for each process that has given memory back to the GPU: its bytes.
@@ -180,13 +183,14 @@ def given_back() -> int:
 
 
 def _nccl() -> Iterator[Patch]:
-    """Groups for which NCCL is asked are gloo's, and call themselves NCCL's."""
+    """Groups for which NCCL is asked are gloo's, and call themselves NCCL's. A process's groups share one transport."""
     init_process_group, new_group = dist.init_process_group, dist.new_group
     names: dict[Any, str] = {}  # of groups that do not have the default one's backend
     default = ""
 
     def init(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         nonlocal default
+        names.clear()  # what it holds lives on, with gloo's threads
         init_process_group("gloo" if backend == "nccl" else backend, *args, **kwargs)
         default = backend or dist.distributed_c10d.get_backend()
 
@@ -199,6 +203,7 @@ def _nccl() -> Iterator[Patch]:
     def get_backend(group: Any = None) -> str:
         return names.get(group or dist.group.WORLD, default)
 
+    yield ProcessGroupGloo, "__init__", cpu.init_gloo
     yield dist, "init_process_group", init
     yield dist, "new_group", new
     yield dist, "get_backend", get_backend
