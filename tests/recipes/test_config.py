@@ -46,7 +46,7 @@ OPTIONS = [choice for choice in FILES if choice not in BASES]
 NEEDS = {"fp8": ["cluster.platform=cuda"], "safework": ["parallel.micro_batch_tokens=16384"]}
 NEEDS["safework"].append("rollout.max_num_batched_tokens=8224")
 NEEDS["value_model"] = ["stage.value_model.rollouts=README.md"]  # any file
-NEEDS |= {option: ["cluster.ranks=64"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
+NEEDS |= {option: ["cluster.ranks=128"] for group, option in OPTIONS if group == "parallel" and "pp4" in option}
 
 
 @pytest.fixture(autouse=True)

@@ -353,6 +353,9 @@ def stored(folder: Path, *overrides: str) -> dict[str, Any]:
     return yaml.safe_load((folder / "config.yaml").read_text())
 
 
+BF16 = "precision=bf16"  # in the place of what this machine's processor has
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -365,28 +368,28 @@ def stored(folder: Path, *overrides: str) -> dict[str, Any]:
         "algorithm.steps=3",
         "algorithm.clip_low=0.1",
         "optimizer.weight_decay=0.1",
-        "precision=fp32",
+        "precision.name=fp32",
         "rollout.temperature=0.5",
         "++rewards.mix.safety.safety=0.25",
         "stage.sft.learning_rate=1e-3",
     ],
 )
 def test_another_experiment_is_refused_with_both_values_and_accepted_by_its_name(override: str, tmp_path: Path) -> None:
-    before = stored(tmp_path)
+    before = stored(tmp_path, BF16)
     with pytest.raises(ConfigError, match="would become another experiment") as refused:
-        check_resume(before, configured(tmp_path, override))
-    refusals = [each for each in differences(before, configured(tmp_path, override)) if not each.allowed]
+        check_resume(before, configured(tmp_path, BF16, override))
+    refusals = [each for each in differences(before, configured(tmp_path, BF16, override)) if not each.allowed]
     assert refusals
     for each in refusals:
         was, shall_be = json.dumps(each.stored, ensure_ascii=False), json.dumps(each.given, ensure_ascii=False)
         assert f"{each.field}: {was} → {shall_be}" in str(refused.value)
     names = ",".join(each.field for each in refusals)
     assert f"resume_accept=[{names}]" in str(refused.value)
-    check_resume(before, configured(tmp_path, override, f"resume_accept=[{names}]"))
+    check_resume(before, configured(tmp_path, BF16, override, f"resume_accept=[{names}]"))
     group = {each.field.partition(".")[0] for each in refusals}
-    check_resume(before, configured(tmp_path, override, f"resume_accept=[{','.join(group)}]"))
+    check_resume(before, configured(tmp_path, BF16, override, f"resume_accept=[{','.join(group)}]"))
     with pytest.raises(ConfigError, match="would become another experiment"):
-        check_resume(before, configured(tmp_path, override, "resume_accept=[critic]"))
+        check_resume(before, configured(tmp_path, BF16, override, "resume_accept=[critic]"))
 
 
 @pytest.mark.parametrize(
