@@ -86,7 +86,7 @@ def activate() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = _set_rng_state
-    ProcessGroupGloo.__init__ = init_gloo  # type: ignore[method-assign]
+    ProcessGroupGloo.__init__ = _init_gloo  # type: ignore[method-assign]
     _CudaMeansCpu().__enter__()
 
     from megatron.core.models.common.embeddings import rope_utils
@@ -108,7 +108,7 @@ def _transport() -> Any:
     return ProcessGroupGloo.create_default_device()
 
 
-def init_gloo(self: ProcessGroupGloo, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+def _init_gloo(self: ProcessGroupGloo, store: Any, rank: int, size: int, timeout: timedelta) -> None:
     """torch's initialisation, but all groups of a process share one transport.
 
     Each transport has a thread, and Megatron-Core makes many groups: their threads took 3 % of two cores.

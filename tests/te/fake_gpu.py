@@ -203,7 +203,7 @@ def _nccl() -> Iterator[Patch]:
     def get_backend(group: Any = None) -> str:
         return names.get(group or dist.group.WORLD, default)
 
-    yield ProcessGroupGloo, "__init__", cpu.init_gloo
+    yield ProcessGroupGloo, "__init__", cpu._init_gloo
     yield dist, "init_process_group", init
     yield dist, "new_group", new
     yield dist, "get_backend", get_backend
