@@ -97,13 +97,17 @@ def files_for(file: str, bound: Bound, value: float) -> dict[str, Any]:
     return {file: content}
 
 
-@pytest.mark.parametrize("seed", ["1", "2", "3"])
-def test_the_measured_demo_runs_are_within_the_bounds(seed: str, tmp_path: Path) -> None:
+# The recorded runs had the settings before algorithm=grpo_small: what of them is out of bounds, by seed.
+OUT_OF_BOUNDS = {"1": ["reward/mean"], "2": [], "3": ["reward/mean", "difference.unsafe/harmful.mean"]}
+
+
+@pytest.mark.parametrize("seed", OUT_OF_BOUNDS)
+def test_the_bounds_tell_the_measured_demo_runs_that_went_wrong(seed: str, tmp_path: Path) -> None:
     results = check.check(write_run(tmp_path / "run", "demo", "rl", measured_demo(seed)))
-    # The results are older than the rates of safety.
-    missing = [result for result in results if result.state == NOT_IN_THIS_RUN]
-    assert all("unsafe/" in result.line() or "over_refusal/" in result.line() for result in missing)
-    assert {result.state for result in results} == {HOLDS, NOT_IN_THIS_RUN}, [result.line() for result in results]
+    failed = [result.line() for result in results if result.state == FAILS]
+    assert len(failed) == len(OUT_OF_BOUNDS[seed])
+    assert all(metric in line for metric, line in zip(OUT_OF_BOUNDS[seed], failed, strict=True)), failed
+    assert NOT_IN_THIS_RUN not in {result.state for result in results}
 
 
 def test_the_measured_ladder_is_within_the_bounds(tmp_path: Path) -> None:
@@ -198,7 +202,7 @@ def test_an_entry_that_is_no_bound_is_an_error(entry: dict[str, Any], message: s
 
 
 def test_the_command_prints_a_line_per_bound_and_exits_with_1_when_one_fails(tmp_path: Path) -> None:
-    files = measured_demo("1")
+    files = measured_demo("2")
     good = write_run(tmp_path / "good", "demo", "rl", files)
     files["metrics.jsonl"][3]["skipped_updates"] = 1
     del files["evaluation.json"]
