@@ -319,11 +319,14 @@ plan_order.main()
 
 def test_the_benchmark_measures_the_costs_predicts_and_trains(tmp_path: Path) -> None:
     """All of it at a tiny size: no time is compared."""
-    with warm.processes():
-        done = subprocess.run(
-            [sys.executable, "-c", SMALL_BENCHMARK, str(tmp_path)],
-            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+    for _ in range(3):  # at this size a busy machine's measurement may be refused
+        with warm.processes():
+            done = subprocess.run(
+                [sys.executable, "-c", SMALL_BENCHMARK, str(tmp_path)],
+                cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+        if done.returncode == 0:
+            break
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "plan_order.json").read_text())
     rows = result["layouts"]
