@@ -130,7 +130,15 @@ class Costs:
         batches = self.of_prompts(job)
         sync = scale_model.sync_seconds(job, self.model, self.machine, disaggregated=False)
         step = scale_model.estimate_step(
-            job, self.model, self.machine, batches, "colocated", gpus, gpus, sync, self.simulate
+            job=job,
+            model=self.model,
+            machine=self.machine,
+            batches=batches,
+            schedule="colocated",
+            gpus=gpus,
+            trainers=gpus,
+            sync=sync,
+            simulate=self.simulate,
         )
         added: dict[str, float] = defaultdict(float)
         for size in self.sizes[job.prompts]:

@@ -201,6 +201,13 @@ class Tab:
         self._call("Input.dispatchKeyEvent", type="keyDown", **held, **({} if control else {"text": text}))
         self._call("Input.dispatchKeyEvent", type="keyUp", **held)
 
+    def tab_to(self, is_there: str, most: int, backward: bool = False) -> None:
+        """Press Tab, ``most`` times at most, until the script ``is_there`` is true."""
+        for _ in range(most):
+            self.press("Tab", shift=backward)
+            if self.evaluate(is_there):
+                break
+
     def choose_files(self, field: str, paths: Sequence[Path]) -> None:
         """Choose files in the field that a CSS selector finds, as in the browser's own dialog."""
         document = self._call("DOM.getDocument")["root"]["nodeId"]

@@ -247,10 +247,7 @@ def page(folder: Path) -> Iterator[SearchPage]:
 def test_steps_sources_and_confidence_in_a_browser(tmp_path_factory: pytest.TempPathFactory, page: SearchPage) -> None:
     with browser.running(tmp_path_factory.mktemp("browser")) as chromium:
         tab = open_page(chromium, page, width=390)
-        for _ in range(20):
-            tab.press("Tab", shift=True)
-            if tab.evaluate(f"{FOCUS}.getAttribute('role') == 'checkbox'"):
-                break
+        tab.tab_to(f"{FOCUS}.getAttribute('role') == 'checkbox'", most=20, backward=True)
         assert tab.evaluate(f"{FOCUS}.innerText") == "Deliberate search"
         tab.press(" ")
         tab.evaluate("document.querySelector('.message textarea').focus()")
@@ -296,10 +293,7 @@ def test_own_documents_in_a_browser(tmp_path_factory: pytest.TempPathFactory, pa
     page.model.gate = None
     with browser.running(tmp_path_factory.mktemp("browser")) as chromium:
         tab = open_page(chromium, page, width=390)
-        for _ in range(20):
-            tab.press("Tab", shift=True)
-            if tab.evaluate(f"{FOCUS}.localName == 'summary'"):
-                break
+        tab.tab_to(f"{FOCUS}.localName == 'summary'", most=20, backward=True)
         assert tab.evaluate(f"{FOCUS}.innerText") == "Own documents (0)"
         tab.press("Enter")
         tab.choose_files(".documents input", [tmp_path / name for name in ("notes.txt", "picture.txt", "large.md")])

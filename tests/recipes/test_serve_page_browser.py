@@ -302,10 +302,7 @@ def test_an_earlier_answer_is_edited_by_the_keyboard_and_both_branches_keep_thei
     later = "document.querySelector('article details .said')"
     assert tab.evaluate(f"{later}.textContent") == "The second?" and not tab.evaluate(f"{later}.checkVisibility()")
     assert THOUGHT + EDIT in new and "the conversation goes on from here" in new
-    for _ in range(60):
-        tab.press("Tab")
-        if tab.evaluate(f"{FOCUS}.localName == 'summary'"):
-            break
+    tab.tab_to(f"{FOCUS}.localName == 'summary'", most=60)
     tab.press("Enter")
     tab.wait(f"{later}.checkVisibility()")
     tab.evaluate(f"{MESSAGE_BOX}.focus()")
