@@ -43,7 +43,7 @@ from recipes.run.logs import quiet
 from rewards.settings import COLOCATED
 
 WIDTH = 200  # of the table, also in a file or pipe
-EXCHANGES = ("tensor exchange", "context exchange", "pipeline exchange")
+EXCHANGES = ("tensor latency", "context exchange", "pipeline exchange")
 
 
 def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[str], say: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def cells(plan: Any) -> list[str]:
         phases["generate"],
         phases["judge"],
         phases["logprobs"],
-        phases["train"] + phases["attention again"],
+        phases["train"] + phases["selective recompute"],
         sum(phases[name] for name in EXCHANGES),
         phases["sync"] + phases["offload"],
     ]

@@ -30,7 +30,7 @@ def job_of(config: Config) -> Job:
         context=config.parallel.context,
         recompute=config.parallel.recompute == "full",
         micro_batch_tokens=config.parallel.micro_batch_tokens,
-        activation_bytes=4 if config.precision.name == "fp32" else 2,
+        activation_bytes=config.precision.activation_bytes,
         prompts=config.algorithm.prompts_per_step,
         samples=config.algorithm.samples_per_prompt,
         updates=config.algorithm.updates_per_rollout,

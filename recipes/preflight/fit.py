@@ -209,7 +209,7 @@ def rollout(config: Config, hf_config: Any, text: Any) -> str:
     fp8_blocks(config, hf_config, text)
     engines_of_a_node(config, config.cluster.nodes)
     longest = memory_plan.longest(config)
-    size = 4 if config.precision.name == "fp32" else 2
+    size = config.precision.activation_bytes
     tokens = int(c.kv_cache_gib * 2**30 / sizes.kv_bytes_per_token(text, c.tensor, size))
     if tokens < longest:
         need = longest * sizes.kv_bytes_per_token(text, c.tensor, size) / 2**30

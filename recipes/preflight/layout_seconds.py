@@ -66,15 +66,15 @@ class Training:
 def layout_seconds(training: Training) -> dict[str, float]:
     """What the layout adds to ``scale_model.training_seconds`` of the batch, in seconds by cause."""
     return {
-        "attention again": attention_seconds(training),
-        "tensor exchange": starts_seconds(training),
+        "selective recompute": recompute_seconds(training),
+        "tensor latency": latency_seconds(training),
         "context exchange": context_seconds(training),
         "pipeline exchange": pipeline_seconds(training),
         "offload": offload_seconds(training),
     }
 
 
-def attention_seconds(training: Training) -> float:
+def recompute_seconds(training: Training) -> float:
     """Of the core attention that selective recompute runs again."""
     if training.sizes.recompute != "selective":
         return 0.0
@@ -83,7 +83,7 @@ def attention_seconds(training: Training) -> float:
     return flops / (training.gpus * machine.peak_tflops * 1e12 * machine.mfu)
 
 
-def starts_seconds(training: Training) -> float:
+def latency_seconds(training: Training) -> float:
     """Of starting the collectives among tensor-parallel ranks, whatever their size."""
     sizes = training.sizes
     if sizes.tensor == 1:

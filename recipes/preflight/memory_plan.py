@@ -285,7 +285,7 @@ def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
         tensor=rollout.tensor,
         batched_tokens=rollout.max_num_batched_tokens,
         sequences=rollout.max_num_seqs,
-        size=4 if config.precision.name == "fp32" else 2,
+        size=config.precision.activation_bytes,
         fp8=rollout.quantization is not None,
     )
 

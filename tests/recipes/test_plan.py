@@ -247,18 +247,18 @@ def test_a_plain_layout_adds_nothing() -> None:
 def test_selective_recompute_is_the_attention_of_a_forward_pass() -> None:
     # 1000 TFLOPS, half of which are reached, on 16 GPUs.
     of_attention = MODEL.square_flops * 4_000_000 / (16 * 1000e12 * 0.5)
-    assert layout_seconds(training(recompute="selective"))["attention again"] == pytest.approx(of_attention)
+    assert layout_seconds(training(recompute="selective"))["selective recompute"] == pytest.approx(of_attention)
 
 
 def test_every_collective_of_a_tensor_parallel_group_has_a_start() -> None:
     # Forward for log-probs and for training four collectives each, backward six; 5 layers; 40 micro-batches of 100.
     machine = replace(MACHINE, all_reduce_us=20)
     started = replace(training(), machine=machine)
-    assert layout_seconds(started)["tensor exchange"] == pytest.approx(5 * 14 * 40 * 20e-6)
+    assert layout_seconds(started)["tensor latency"] == pytest.approx(5 * 14 * 40 * 20e-6)
     # Full recompute runs the layers forward once more: four collectives more.
     again = replace(training(recompute="full"), machine=machine)
-    assert layout_seconds(again)["tensor exchange"] == pytest.approx(5 * 18 * 40 * 20e-6)
-    assert layout_seconds(replace(training(tensor=1, sequence=False), machine=machine))["tensor exchange"] == 0
+    assert layout_seconds(again)["tensor latency"] == pytest.approx(5 * 18 * 40 * 20e-6)
+    assert layout_seconds(replace(training(tensor=1, sequence=False), machine=machine))["tensor latency"] == 0
 
 
 def test_exchanges_are_bytes_over_the_link_that_they_cross() -> None:
