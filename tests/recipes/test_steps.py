@@ -181,6 +181,7 @@ def configured(twin: Path, run_dir: Path, ranks: int, choice: Choice) -> Config:
         "parallel.sequence=false",
         "algorithm.steps=1",
         "optimizer.epsilon=1e-3",  # see tests/megatron_ext/cases.py
+        "rewards.functions.processes=1",  # whose start takes as long as a third of such a run
         *choice,
     ]
     config = parse(overridden(composed(recipe, "precision=fp32"), overrides))
