@@ -75,7 +75,7 @@ def test_the_image_holds_what_the_environment_is_made_from(inside: Path) -> None
 
 
 def test_a_login_shell_has_the_same_path() -> None:
-    """In Enroot and Pyxis all programs are started by one. Debian's /etc/profile sets PATH and reads *.sh of profile.d."""
+    """Enroot and Pyxis start all programs from one. Debian's /etc/profile sets PATH and reads *.sh of profile.d."""
     image = of_dockerfile()
     source, target = image.profile
     assert re.fullmatch(r"/etc/profile\.d/[a-z]+\.sh", target)
