@@ -19,6 +19,7 @@ class Image:
     base: str
     files: tuple[str, ...]
     folder: str
+    profile: tuple[str, str]
     command: str
     path: str
 
@@ -26,10 +27,11 @@ class Image:
 def of_dockerfile() -> Image:
     lines = [line for line in (CONTAINER / "Dockerfile").read_text().splitlines() if line and not line.startswith("#")]
     keywords = [line.split()[0] for line in lines]
-    assert keywords == ["FROM", "COPY", "RUN", "ENV", "ENV"]
+    assert keywords == ["FROM", "COPY", "COPY", "RUN", "ENV", "ENV"]
     said = [line.split(maxsplit=1)[1] for line in lines]
     *files, folder = said[1].split()
-    return Image(said[0], tuple(files), folder, said[2], said[3])
+    source, target = said[2].split()
+    return Image(said[0], tuple(files), folder, (source, target), said[3], said[4])
 
 
 def of_apptainer() -> Image:
@@ -39,10 +41,11 @@ def of_apptainer() -> Image:
     assert fields["Bootstrap"] == "docker"
     named = dict(section.split("\n", 1) for section in sections)
     assert list(named) == ["files", "post", "environment"]
-    copies = [line.split() for line in named["files"].splitlines() if line]
+    *copies, (source, target) = [line.split() for line in named["files"].splitlines() if line]
     (folder,) = {target for _, target in copies}
     path = named["environment"].strip().removeprefix("export ")
-    return Image(fields["From"], tuple(source for source, _ in copies), folder, named["post"].strip(), path)
+    files = tuple(source for source, _ in copies)
+    return Image(fields["From"], files, folder, (source, target), named["post"].strip(), path)
 
 
 def test_both_definitions_make_the_same_image() -> None:
@@ -69,6 +72,16 @@ def test_the_image_holds_what_the_environment_is_made_from(inside: Path) -> None
     image = of_dockerfile()
     assert image.command == f"bash {image.folder}install.sh"
     assert image.path == f"PATH={image.folder}.venv/bin:$PATH"
+
+
+def test_a_login_shell_has_the_same_path() -> None:
+    """Enroot and Pyxis start all programs from one. Debian's /etc/profile sets PATH and reads *.sh of profile.d."""
+    image = of_dockerfile()
+    source, target = image.profile
+    assert re.fullmatch(r"/etc/profile\.d/[a-z]+\.sh", target)
+    profile = f"PATH=/usr/bin:/bin; . {ROOT / source}; printenv PATH"
+    done = subprocess.run(["/bin/sh", "-c", profile], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == image.path.removeprefix("PATH=").replace("$PATH", "/usr/bin:/bin")
 
 
 def test_the_image_gets_debians_packages_and_then_the_environment(inside: Path) -> None:

@@ -1,0 +1,2 @@
+# Enroot, and so Pyxis, starts programs from a login shell, in which Debian's /etc/profile sets PATH anew and then reads this.
+export PATH=/opt/safework/.venv/bin:$PATH
