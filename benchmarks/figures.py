@@ -1,8 +1,9 @@
 """Which figures are of the present code: ``make figures`` lists the files of ``benchmarks/results``.
 
 Every file is written by the one command that it names, and carries digests of the code that made it
-(:func:`source`, :func:`write`): of the modules that the command can import, of all configuration and of all data. A
-file is stale when any of these has changed since, however little, or when it has no digest.
+(:func:`source`, :func:`write`): of the modules that the command can import, of all configuration and of all data, but
+for the bounds that ``recipes.check`` compares a finished run with. A file is stale when any of these has changed since,
+however little, or when it has no digest.
 """
 
 import ast
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROOMS = ("recipes", "megatron_ext", "rollout", "rewards", "conf", "benchmarks")
 NOT_CODE = (".yaml", ".jsonl", ".parquet")  # configuration and data
+BOUNDS = Path("conf/bounds")  # no run and no benchmark reads them
 # A module's name, or a package's with the dot after which an f-string goes on with the module's.
 MODULE_NAME = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)*\.?")
 GPU_CHECKS = "gpu"  # the folder of files with an entry for each check, which has its own digests
@@ -36,7 +38,7 @@ def source(module: str | None, root: Path = ROOT) -> dict[str, str]:
 
     ``module``: the program's name ("benchmarks.loop"). None for all files of the rooms: a check on a GPU.
     """
-    present = {path for room in ROOMS for path in (root / room).rglob("*")}
+    present = {path for room in ROOMS for path in (root / room).rglob("*") if path.parent != root / BOUNDS}
     code = {path for path in present if path.suffix == ".py"} if module is None else importable(module, root)
     digests = {room: hashlib.sha256() for room in ROOMS}
     for path in sorted(code | {path for path in present if path.suffix in NOT_CODE}):

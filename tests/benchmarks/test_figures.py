@@ -54,7 +54,7 @@ def test_a_change_of_what_a_program_depends_on_changes_the_digest_of_its_room_al
 
 def test_other_code_text_and_results_do_not_change_it_and_a_new_module_of_a_loaded_package_does(root: Path) -> None:
     before, everything = figures.source(PROGRAM, root), figures.source(None, root)
-    for name in (*OTHERS, "conf/README.md", "benchmarks/results/x.json", "recipes/a.pyc"):
+    for name in (*OTHERS, "conf/README.md", "conf/bounds/a.yaml", "benchmarks/results/x.json", "recipes/a.pyc"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("changed = True")
     assert figures.source(PROGRAM, root) == before

@@ -97,17 +97,10 @@ def files_for(file: str, bound: Bound, value: float) -> dict[str, Any]:
     return {file: content}
 
 
-# The recorded runs had the settings before algorithm=grpo_small: what of them is out of bounds, by seed.
-OUT_OF_BOUNDS = {"1": ["reward/mean"], "2": [], "3": ["reward/mean", "difference.unsafe/harmful.mean"]}
-
-
-@pytest.mark.parametrize("seed", OUT_OF_BOUNDS)
-def test_the_bounds_tell_the_measured_demo_runs_that_went_wrong(seed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_the_measured_demo_runs_are_within_the_bounds(seed: str, tmp_path: Path) -> None:
     results = check.check(write_run(tmp_path / "run", "demo", "rl", measured_demo(seed)))
-    failed = [result.line() for result in results if result.state == FAILS]
-    assert len(failed) == len(OUT_OF_BOUNDS[seed])
-    assert all(metric in line for metric, line in zip(OUT_OF_BOUNDS[seed], failed, strict=True)), failed
-    assert NOT_IN_THIS_RUN not in {result.state for result in results}
+    assert {result.state for result in results} == {HOLDS}, [result.line() for result in results]
 
 
 def test_the_measured_ladder_is_within_the_bounds(tmp_path: Path) -> None:
