@@ -217,12 +217,13 @@ def test_clocks_are_compared_over_a_connection(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_strangers_are_not_counted_and_nobody_waits_for_them() -> None:
-    """One is silent, one speaks HTTP, one hangs up; the node that comes after them gets its answer at once."""
+    """One is silent, one speaks HTTP, longer than all of a node's questions, one hangs up; the node that comes after
+    them gets its answer at once."""
     reached: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         strangers = [socket.create_connection(address) for _ in range(3)]
-        strangers[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        strangers[1].sendall(b"GET / HTTP/1.0\r\n" + clock.QUESTIONS * b"X-Scanner: anybody there?\r\n" + b"\r\n")
         strangers[2].close()
         server = threading.Thread(target=lambda: reached.append(clock.serve(listener, 1, timeout=60)))
         server.start()

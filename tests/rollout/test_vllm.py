@@ -428,7 +428,7 @@ def mapped_shared_memory(pid: int) -> list[str]:
 
 def test_nothing_outlives_an_owner_that_is_killed(world: World) -> None:
     """Engine, its two vLLM workers and their helpers, and every name in shared memory."""
-    engine = psutil.Process(world.untied.pid)
+    engine = psutil.Process(world.ready(world.untied).pid)
     family = [engine, *engine.children(recursive=True)]
     assert len(family) >= 3
     names = {name for process in family for name in mapped_shared_memory(process.pid)}
