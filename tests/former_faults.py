@@ -691,7 +691,7 @@ FAULTS = (
         "a login shell without the image's path",
         "Enroot, and so Pyxis, starts programs",
         "slurm/container/path.sh",
-        "export PATH=/opt/safework/.venv/bin:$PATH\n",
+        "PATH=/opt/safework/.venv/bin:$PATH\n",
         "",
         "tests/slurm/test_container.py::test_a_login_shell_has_the_same_path",
         "AssertionError",
