@@ -70,7 +70,7 @@ FAULTS = (
         "    yield here\n    parallel.destroy()\n",
         "        yield here\n    parallel.destroy()\n",
         GPU_CHECKS,
-        "KeyError",
+        "is not prepared for this launch; before srun or torchrun",
     ),
     Fault(
         "one GPU a node",
@@ -88,7 +88,7 @@ FAULTS = (
         "    sys.modules[TRANSFORMER_ENGINE] = None  # type: ignore[assignment]\n",
         "",
         GPU_CHECKS,
-        "transformer_engine",
+        "Could not find shared object file for Transformer Engine torch lib",
     ),
     Fault(
         "Transformer Engine imported before",
@@ -116,7 +116,7 @@ FAULTS = (
         'group["step"] = int(group.get("step", 0))',
         'group["step"] = group.get("step", 0)',
         "tests/te/test_twins.py::test_the_other_platform_goes_on_from_a_checkpoint[cpu to gpu]",
-        "step",
+        "pybind11 needs integers",
     ),
     Fault(
         "sizes of the checks' model",
@@ -320,7 +320,7 @@ FAULTS = (
         '        return 128 if self.recipe == "blockwise" else 16\n',
         "        return 16\n",
         "tests/te/test_layers.py::test_block_scaling_gathers_fp8_where_ranks_have_whole_blocks",
-        "assert 16 == 16 == 128",
+        "assert 16 == 128",
     ),
     Fault(
         "a toolkit of the site",
@@ -613,7 +613,7 @@ FAULTS = (
         "Sampling(tokens, (config.vocab_size - 1,))",
         "Sampling(tokens, ())",
         GPU_CHECKS,
-        "test_decoding.py",
+        "sampling.stop_token_ids is empty",
     ),
     Fault(
         "make takes the CPU environment",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -101,8 +102,9 @@ def as_argument(settings: EngineSettings | Sampling) -> str:
     return settings.to_json() if isinstance(settings, EngineSettings) else json.dumps(asdict(settings))
 
 
+# A worker does what it does where rollout.engine_server is the main module.
 if __name__ == "__mp_main__":
-    engine_server.die_with_engine()
+    runpy.run_module(engine_server.__name__, run_name="__mp_main__")
 if __name__ == "__main__":
     if sys.argv[1] in ("fresh", "owner"):
         (fresh if sys.argv[1] == "fresh" else owner)(*sys.argv[2:])
