@@ -54,7 +54,7 @@ NOT_TRIED = {
         "it compares two ways of vLLM; nothing of ours was amended for it"
     ),
     "tests/slurm/test_scripts.py::test_the_rung_of_two_nodes_submits_signals_judges_and_records": (
-        "minutes, and the test was there before the faults that it shows"
+        "minutes of a real Slurm; tests/test_gpu_rehearsal.py has the same faults with a fake sbatch"
     ),
     "tests/slurm/test_small_recipe.py": "ten minutes of a real Slurm; test_slurm has the same fault with a fake one",
     "tests/te/test_layers.py::test_fp8_tensors_have_an_empty_storage": (
