@@ -25,22 +25,34 @@ class SocketTab:
             found = re.search(r"query: (\{.*\}),\n", await reply.text())
         assert found is not None
         # Written as Python has it. A tab's own handshake follows the connection.
-        query = ast.literal_eval(found[1]) | {"document_id": "document", "tab_id": "tab", "old_tab_id": ""}
-        del query["implicit_handshake"]
-        self.client_id = query["client_id"]
-        self.socket = socketio.AsyncClient(http_session=self.http, reconnection=False)
+        self.query = ast.literal_eval(found[1]) | {"document_id": "document", "tab_id": "tab", "old_tab_id": ""}
+        del self.query["implicit_handshake"]
+        self.client_id = self.query["client_id"]
+        self.socket = socketio.AsyncClient(http_session=self.http, reconnection_delay=0.1)
         self.socket.on("update", self._update)
-        url = f"{self.address}?{urlencode(query)}"
+        url = f"{self.address}?{urlencode(self.query)}"
         await self.socket.connect(url, socketio_path="/_nicegui_ws/socket.io", transports=["websocket"])
-        assert await self.socket.call("handshake", query)
+        await self._handshake()
+        # The server closes the connection of a tab that answers too late, and the tab connects again.
+        self.socket.on("connect", self._handshake)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.socket.disconnect()
         await self.http.close()
 
-    async def _update(self, elements: dict[str, dict[str, Any] | None]) -> None:
+    async def _handshake(self) -> None:
+        """Tell the server which message is the next. It sends those again that were lost with the connection."""
+        assert await self.socket.call("handshake", self.query)
+
+    async def lose_connection(self) -> None:
+        await self.socket.eio.ws.close()
+
+    async def _update(self, elements: dict[str, Any]) -> None:
         async with self.changed:
+            if elements["_id"] < self.query["next_message_id"]:
+                return
+            self.query["next_message_id"] = elements["_id"] + 1
             for name, element in elements.items():
                 if element is None:
                     self.elements.pop(name, None)

@@ -283,7 +283,7 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
 
 
 def test_50_conversations_at_once_over_the_page_s_sockets_lose_no_token(world: World, tmp_path: Path) -> None:
-    """What each tab shows is what vLLM answers when it is asked alone."""
+    """What each tab shows is what vLLM answers when it is asked alone. One loses its connection meanwhile."""
     generator = world.generator.server.addresses[0]
     port = free_port()
     command = [sys.executable, "-m", "recipes.serve", f"generator={generator}", f"page.port={port}"]
@@ -291,9 +291,10 @@ def test_50_conversations_at_once_over_the_page_s_sockets_lose_no_token(world: W
     messages = [f"the {kind} prompt {place}" for place in range(25) for kind in ("benign", "harmful")]
 
     async def asked_on_the_page() -> list[str]:
-        async with AsyncExitStack() as stack, asyncio.timeout(240):
+        async with AsyncExitStack() as stack, asyncio.timeout(600):
             tabs = [await stack.enter_async_context(SocketTab(f"http://127.0.0.1:{port}")) for _ in messages]
             await asyncio.gather(*(tab.ask(message) for tab, message in zip(tabs, messages, strict=True)))
+            await tabs[0].lose_connection()
             return list(await asyncio.gather(*(tab.answer() for tab in tabs)))
 
     with served_page(command, f"http://127.0.0.1:{port}/", tmp_path / "page.log"):
