@@ -22,10 +22,10 @@ class SocketTab:
     async def __aenter__(self) -> "SocketTab":
         self.http = aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), headers={"Origin": self.address})
         async with self.http.get(f"{self.address}/") as reply:
-            found = re.search(r"query: (\{.*\}),\n", await reply.text())
-        assert found is not None
+            query = re.search(r"query: (\{.*\}),\n", await reply.text())
+        assert query is not None
         # Written as Python has it. A tab's own handshake follows the connection.
-        self.query = ast.literal_eval(found[1]) | {"document_id": "document", "tab_id": "tab", "old_tab_id": ""}
+        self.query = ast.literal_eval(query[1]) | {"document_id": "document", "tab_id": "tab", "old_tab_id": ""}
         del self.query["implicit_handshake"]
         self.client_id = self.query["client_id"]
         self.socket = socketio.AsyncClient(http_session=self.http, reconnection_delay=0.1)

@@ -429,14 +429,15 @@ def mapped_shared_memory(pid: int) -> list[str]:
 def test_nothing_outlives_an_owner_that_is_killed(world: World) -> None:
     """Engine, its two vLLM workers and their helpers, and every name in shared memory.
 
-    vLLM ends its workers itself when a pipe closes, those that do not import or compute for long. Here it stays open.
+    A worker of vLLM ends by itself when its pipe closes, unless it is busy. Here the pipe is kept open, so that our own
+    lines have to end it.
     """
     engine = psutil.Process(world.ready(world.untied).pid)
     family = [engine, *engine.children(recursive=True)]
     assert len(family) >= 3
     names = {name for process in family for name in mapped_shared_memory(process.pid)}
     assert names, "vLLM's workers no longer share named memory: this test then needs less"
-    # It ends with its pipe, by design, and so with the last of the others.
+    # multiprocessing's resource trackers end when their pipe closes, and so after the others.
     trackers = [process for process in family if "resource_tracker" in " ".join(process.cmdline())]
     pipes = [entry for entry in Path(f"/proc/{engine.pid}/fd").iterdir() if os.readlink(entry).startswith("pipe:")]
     held = [os.open(pipe, os.O_WRONLY | os.O_NONBLOCK) for pipe in pipes]
