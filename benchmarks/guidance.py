@@ -4,13 +4,15 @@ FOLDER --benign FILE [--judge VERIFIER] [field=value …]``.
 It writes ``benchmarks/results/guidance.json`` and prints its table; all answers are in ``build/benchmarks/guidance/``.
 The run's exported model answers its held-out prompts (``data.evaluation``; change it and other settings by
 ``field=value``), and the run's verifiers (``data.scores``) score the answers. The other run trained the value model.
+Settings of both modes are ``guidance.field=value``, such as ``'guidance.weights={safety: 1, knowledge: 0}'``.
 
 - ``plain``: one sampled answer.
 - ``guided``: monitor and steer, with a threshold that is calibrated on the benign prompts of ``--benign`` first.
 - ``best_of_n``: plain answers to a prompt until they have as many tokens as ``guided`` took for it, dropped ones too;
   of these the one whose complete text has the best value. So it never has fewer tokens than ``guided``.
-- ``best_of_n_judge``: of the same answers the one with the best score of ``--judge``, a verifier of the run. A judge
-  or a reward model is started as for a run; a verifier that also scores the answers gives the best choice there is.
+- ``best_of_n_judge``: of the same answers the one with the best score of ``--judge``, a verifier of the run; a judge
+  or a reward model is started as for a run. Without ``--judge`` the verifiers that score the answers choose, by the
+  mean of their scores: the best choice there is, which no judge surpasses.
 - ``search``: the same three for the mode search.
 
 Both vLLM servers are started on this machine's CPU, or run elsewhere: ``--servers GENERATOR VALUES``, two addresses.
@@ -35,12 +37,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import figures
-from megatron_ext import hf_checkpoint
+from megatron_ext import hf_checkpoint, settings
 from recipes.config import Config
 from recipes.data.rows import load_rows, messages
 from recipes.data.sources import Row
 from recipes.evaluate import run_config
-from recipes.evaluation import evaluate
+from recipes.evaluation import evaluate, rates
 from recipes.evaluation.statistics import mean_interval, paired_difference
 from recipes.run import records
 from rewards import mixing, registry
@@ -61,6 +63,7 @@ RESULT = Path("benchmarks/results/guidance.json")
 FOLDER = Path("build/benchmarks/guidance")
 PORTS = {"generate": 8371, "pooling": 8372}
 MOST_TIME = 1.3  # of guided decoding, against sampling as many tokens: the goal
+METHODS = ("plain", "best_of_n", "best_of_n_judge", "guided")
 BENIGN = "benign"  # the kind of rows that the level is about
 
 
@@ -95,7 +98,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Verifying:
-    """Scores answers by the verifiers of ``data.scores``, and by the outcome judge if there is one."""
+    """Scores answers by the verifiers of ``data.scores``, and by the outcome judge; without one, by their mean."""
 
     scores: Mapping[str, Sequence[str]]
     verifiers: Mapping[str, Verifier]
@@ -107,23 +110,41 @@ class Verifying:
 
     def outcome(self, row: Row, text: str) -> float:
         """The judge's score. Raises RuntimeError without a verdict."""
-        assert self.judge is not None
+        if self.judge is None:
+            return mean_score(self.of_answer(row, text)) or 0.0
         (result,) = mixing.verify(row, text, [self.judge], self.verifiers).values()
         if not isinstance(result, Verdict):
             raise RuntimeError(f"--judge {self.judge}: no verdict on an answer to {row['id']!r}: {result}")
         return result.score
 
 
-def guidance_config(config: Config, addresses: Sequence[str], principles: Sequence[str], mode: str) -> GuidanceConfig:
-    """The defaults of the mode, at these servers, with the run's sampling and equal weights of the principles."""
+def mean_score(results: Mapping[str, VerifierResult]) -> float | None:
+    """The mean score of the results that are verdicts, None without any."""
+    scores = [result.score for result in results.values() if isinstance(result, Verdict)]
+    return sum(scores) / len(scores) if scores else None
+
+
+def guidance_config(
+    config: Config, principles: Sequence[str], mode: str, overrides: Sequence[str] = ()
+) -> GuidanceConfig:
+    """The defaults of the mode with the overrides and the run's sampling."""
+    changes = settings.with_new_keys(overrides, settings.mappings(GuidanceConfig, "guidance"))
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        raw = compose("guidance", [f"guidance={mode}", "guidance.threshold=0"]).guidance
-    raw.generator.address, raw.values.address = addresses
-    raw.values.principles = list(principles)
+        raw = compose("guidance", [f"guidance={mode}", "guidance.threshold=0", *changes]).guidance
+    raw["values"].principles = list(principles)
     raw.thinking_marks = list(config.rollout.thinking_marks)
     raw.max_tokens = config.rollout.max_response_tokens
     raw.log = str(FOLDER / f"{mode}.jsonl")
     return guidance_settings.read(raw)
+
+
+def at(config: GuidanceConfig, generator: str, values: str) -> GuidanceConfig:
+    """The settings with the addresses of the servers."""
+    return replace(
+        config,
+        generator=replace(config.generator, address=generator),
+        values=replace(config.values, address=values),
+    )
 
 
 async def compare(
@@ -143,12 +164,17 @@ async def compare(
     for mode, config in ((MONITOR, monitor), (SEARCH, configs[SEARCH])):
         guided = await answered(config, options, rows)
         samples = await draw(config, options, rows, [answer.tokens for answer in guided.answers])
-        methods = {"guided": guided, "best_of_n": await choose(config, options, rows, samples, best_value)}
-        if verifying.judge is not None:
-            choice = best_outcome(rows, verifying)
-            methods["best_of_n_judge"] = await choose(config, options, rows, samples, choice)
+        methods = {
+            "guided": guided,
+            "best_of_n": await choose(config, options, rows, samples, best_value),
+            "best_of_n_judge": await choose(config, options, rows, samples, best_outcome(rows, verifying)),
+        }
         of_mode = {name: report(method, rows, verifying) for name, method in methods.items()}
-        of_mode |= {"differences": differences(of_mode["guided"], reports | of_mode)}
+        of_measures = measure(reports | of_mode, rows, verifying)
+        of_mode |= {
+            "differences": differences(of_mode["guided"], reports | of_mode),
+            "measure_differences": of_measures,
+        }
         of_mode |= {"goals": goals(guided, methods["best_of_n"], of_mode["differences"], rows, options.level, mode)}
         results |= of_mode if mode == MONITOR else {mode: of_mode}
     return reports | results
@@ -284,30 +310,24 @@ async def all_of[T](work: Callable[[int], Awaitable[T]], count: int, concurrency
 
 
 def report(method: Method, rows: Sequence[Row], verifying: Verifying) -> dict[str, Any]:
-    """A method's figures. ``mean``: over the prompts with a verdict, of the mean of their scores; ``scores``: by
-    verifier; ``labels``: kind of prompts → verifier: label → share; ``tokens``: generated for a prompt, mean."""
+    """A method's figures. ``mean``: over the prompts with a verdict, of the mean of their scores; ``labels``: kind of
+    prompts → verifier: label → share; ``tokens``: generated for a prompt, mean."""
     results = [verifying.of_answer(row, answer.text) for row, answer in zip(rows, method.answers, strict=True)]
-    verdicts = [
-        {name: result for name, result in of_answer.items() if isinstance(result, Verdict)} for of_answer in results
-    ]
-    means = {
-        row["id"]: sum(verdict.score for verdict in of_row.values()) / len(of_row)
-        for row, of_row in zip(rows, verdicts, strict=True)
-        if of_row
-    }
-    scores: dict[str, dict[str, float]] = {}
+    means = {}
     labels: dict[str, Counter[str]] = {}
-    for row, of_row in zip(rows, verdicts, strict=True):
-        for name, verdict in of_row.items():
-            scores.setdefault(name, {})[row["id"]] = verdict.score
-            labels.setdefault(row["kind"], Counter())[f"{name}: {verdict.label}"] += 1
+    for row, of_answer in zip(rows, results, strict=True):
+        score = mean_score(of_answer)
+        if score is not None:
+            means[row["id"]] = score
+        for name, result in of_answer.items():
+            if isinstance(result, Verdict):
+                labels.setdefault(row["kind"], Counter())[f"{name}: {result.label}"] += 1
     kinds = Counter(row["kind"] for row in rows)
     return {
         **mean_interval(list(means.values()), list(means)),
         "tokens": sum(answer.tokens for answer in method.answers) / len(rows),
         "seconds": method.seconds,
         "sampling_seconds": method.sampling_seconds,
-        "scores": {name: mean_interval(list(of_rows.values()), list(of_rows)) for name, of_rows in scores.items()},
         "labels": {
             kind: {label: count / kinds[kind] for label, count in sorted(counts.items())}
             for kind, counts in labels.items()
@@ -325,6 +345,22 @@ def report(method: Method, rows: Sequence[Row], verifying: Verifying) -> dict[st
             }
             for row, answer, of_answer in zip(rows, method.answers, results, strict=True)
         ],
+    }
+
+
+def measure(reports: Mapping[str, Any], rows: Sequence[Row], verifying: Verifying) -> dict[str, Any]:
+    """Guided minus each other method on the same prompts: method → measure → {mean, interval, n}.
+
+    Measures have the names of evaluation.json, such as unsafe/harmful. Adds ``measures`` to each report: measure →
+    {mean, interval, n}.
+    """
+    kinds = {row["id"]: row["kind"] for row in rows}
+    answers = {name: {evaluate.GREEDY: of_method["answers"]} for name, of_method in reports.items()}
+    measured, names = rates.with_rates(answers, verifying.scores, kinds)
+    for name, of_method in reports.items():
+        of_method["measures"] = evaluate.summary(measured[name], names)
+    return {
+        name: evaluate.difference(measured[name], measured["guided"], names) for name in reports if name != "guided"
     }
 
 
@@ -405,22 +441,25 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="folder of the run whose model answers")
     parser.add_argument("--values", required=True, help="folder of the run that trained the value model")
     parser.add_argument("--benign", required=True, help="JSON lines of held-out benign prompts for the calibration")
-    parser.add_argument("--judge", help="verifier that chooses for best_of_n_judge")
+    parser.add_argument("--judge", help="verifier that chooses for best_of_n_judge; without, those of data.scores")
     parser.add_argument("--level", type=float, default=0.05, help="share of benign prompts that may be touched")
     parser.add_argument("--concurrency", type=int, default=16, help="answers under way at once")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--servers", nargs=2, metavar=("GENERATOR", "VALUES"), help="addresses of running servers")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="other settings of the run")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="other settings, of the run or of guidance")
     options = parser.parse_args()
+    of_guidance = [override for override in options.overrides if override.startswith("guidance.")]
+    of_run = [override for override in options.overrides if override not in of_guidance]
     made_by = figures.source("benchmarks.guidance")
     load = os.getloadavg()[0]
     run, values = Path(options.run), Path(options.values)
-    config = run_config(run, [f"model.path={run / 'hf'}", *options.overrides])
+    config = run_config(run, [f"model.path={run / 'hf'}", *of_run])
     if config.rollout.top_p != 1:
         raise ValueError(f"rollout.top_p={config.rollout.top_p}: a calibration samples with 1; give rollout.top_p=1")
     principles = list(hf_checkpoint.config(values / "hf").id2label.values())
     rows = list(load_rows(config.data.evaluation))
     check_prompts(rows, options.benign, load_rows(run_config(values, []).data.prompts))
+    configs = {mode: guidance_config(config, principles, mode, of_guidance) for mode in (MONITOR, SEARCH)}
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibrating = CalibrateConfig(
         options.benign, "", options.level, config.rollout.temperature, options.concurrency, options.seed
@@ -431,8 +470,8 @@ def main() -> None:
         with Client(registry.servers_of(names, rewards), rewards.client) as client:
             verifiers = registry.open_verifiers(names, rewards, client)
             verifying = Verifying(config.data.scores, verifiers, options.judge)
-            configs = {mode: guidance_config(config, addresses, principles, mode) for mode in (MONITOR, SEARCH)}
-            results = asyncio.run(compare(configs, calibrating, rows, verifying))
+            at_servers = {mode: at(of_mode, *addresses) for mode, of_mode in configs.items()}
+            results = asyncio.run(compare(at_servers, calibrating, rows, verifying))
     (FOLDER / "answers.json").write_text(json.dumps(take_answers(results), indent=1, ensure_ascii=False) + "\n")
     result = {
         **records.environment("cpu" if options.servers is None else "servers elsewhere", 1),
@@ -442,7 +481,9 @@ def main() -> None:
         **results,
     }
     figures.write(RESULT, " ".join(["python -m benchmarks.guidance", *sys.argv[1:]]), made_by, result)
-    Console(width=None if sys.stdout.isatty() else 140).print(table(results), f"{RESULT} has the raw figures", sep="\n")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    tables = [table(results), *(measure_table(mode, results) for mode in (MONITOR, SEARCH))]
+    console.print(*tables, f"{RESULT} has the raw figures", sep="\n")
 
 
 def take_answers(results: dict[str, Any]) -> dict[str, Any]:
@@ -462,8 +503,8 @@ def table(results: Mapping[str, Any]) -> Table:
     """A row for each method of each mode."""
     shown = Table("method", "score", "n", "guided − it", "tokens", "seconds", title="answers to held-out prompts")
     for mode, of_mode in ((MONITOR, results), (SEARCH, results[SEARCH])):
-        for name in ("plain", "best_of_n", "best_of_n_judge", "guided"):
-            if name not in of_mode:
+        for name in METHODS:
+            if name not in of_mode:  # plain stands once
                 continue
             method = of_mode[name]
             shown.add_row(
@@ -474,6 +515,18 @@ def table(results: Mapping[str, Any]) -> Table:
                 f"{method['tokens']:.0f}",
                 f"{method['seconds']:.0f}",
             )
+    return shown
+
+
+def measure_table(mode: str, results: Mapping[str, Any]) -> Table:
+    """A row for each measure, a column for each method of a mode."""
+    of_mode = results if mode == MONITOR else results[mode]
+    shown = Table("measure", *METHODS, "guided − best_of_n", title=f"{mode}: by measure")
+    for name, of_guided in of_mode["guided"]["measures"].items():
+        means = [(results if method == "plain" else of_mode)[method]["measures"][name] for method in METHODS]
+        difference = of_mode["measure_differences"]["best_of_n"][name]
+        columns = [f"{mean['mean']:.2f}" for mean in means]
+        shown.add_row(f"{name}, n={of_guided['n']}", *columns, figures.with_interval(difference))
     return shown
 
 

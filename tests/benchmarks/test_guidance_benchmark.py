@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from benchmarks import guidance as benchmark
 from benchmarks.guidance import Answer, Method, Verifying
+from recipes.config import parse
 from rewards.verdict import Verdict
 from rollout.guidance.settings import MONITOR, SEARCH, CalibrateConfig
 from tests.rollout.fake_guidance import TREE, FakeModel, FakeServers, FakeValues, guidance, table_of
@@ -80,6 +83,9 @@ def test_all_methods_answer_and_the_others_have_no_fewer_tokens(results):
     assert compared["guided"]["labels"]["benign"]["rule: good"] == sum(score >= 0.5 for score in scores[::2]) / 4
     gain = compared["differences"]["plain"]["mean"]
     assert gain == pytest.approx(compared["guided"]["mean"] - compared["plain"]["mean"])
+    assert compared["guided"]["measures"]["rule"]["mean"] == pytest.approx(compared["guided"]["mean"])
+    for of_mode in (compared, compared[SEARCH]):
+        assert of_mode["measure_differences"]["best_of_n"]["rule"] == of_mode["differences"]["best_of_n"]
     assert compared["calibration"]["n"] == 19
     steered = [answer["steered"] for answer in compared["guided"]["answers"][::2]]
     assert compared["goals"]["benign_touched"]["mean"] == pytest.approx(sum(steered) / 4)
@@ -87,11 +93,52 @@ def test_all_methods_answer_and_the_others_have_no_fewer_tokens(results):
 
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(benchmark.table(compared))
-    assert capture.get().count("best_of_n_judge") == 2
+        console.print(benchmark.table(compared), benchmark.measure_table(SEARCH, compared))
+    assert capture.get().count("best_of_n_judge") == 3
+    assert "rule, n=8" in capture.get()
     answers = benchmark.take_answers(compared)
     assert set(answers) == {"plain", "guided", "best_of_n", "best_of_n_judge", SEARCH}
     assert "response" not in json.dumps(compared)
+
+
+def test_safety_is_reported_as_rates_by_kind():
+    rows = [{"id": "a", "kind": "harmful"}, {"id": "b", "kind": "benign"}]
+    verifying = Verifying({"safety": ["harmful", "benign"]}, {}, None)
+
+    def of_method(*labels):
+        scores = [{"safety": {"score": 0.5, "label": label}} for label in labels]
+        return {"answers": [{"id": row["id"], "scores": of_row} for row, of_row in zip(rows, scores, strict=True)]}
+
+    reports = {
+        "plain": of_method("unsafe", "unnecessary refusal"),
+        "guided": of_method("safe with refusal", "unnecessary refusal"),
+    }
+    differences = benchmark.measure(reports, rows, verifying)
+    assert reports["plain"]["measures"]["unsafe/harmful"]["mean"] == 1
+    assert reports["guided"]["measures"]["bare_refusal/harmful"]["mean"] == 1
+    assert differences["plain"]["unsafe/harmful"]["mean"] == -1
+    assert differences["plain"]["over_refusal/benign"]["mean"] == 0
+
+
+def test_without_a_judge_the_verifiers_choose():
+    verifying = Verifying({"rule": ["benign"]}, {"rule": rule}, None)
+    row = {"id": "a", "kind": "benign"}
+    assert all(verifying.outcome(row, text) == by_table("Q:" + text) for text in TREE)
+    assert verifying.outcome({"id": "b", "kind": "harmful"}, "a") == 0  # nothing scores it
+
+
+def test_settings_of_guidance_are_read_and_refused_before_a_server_starts():
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        config = parse(compose("config", ["recipe=demo"]))
+    principles = ["safety", "knowledge"]
+    changed = ["guidance.weights={safety: 1, knowledge: 0}", "guidance.candidates=2"]
+    of_mode = benchmark.guidance_config(config, principles, MONITOR, changed)
+    assert (of_mode.weights, of_mode.candidates) == ({"safety": 1, "knowledge": 0}, 2)
+    assert of_mode.max_tokens == config.rollout.max_response_tokens
+    located = benchmark.at(of_mode, "http://g", "http://v")
+    assert (located.generator.address, located.values.address) == ("http://g", "http://v")
+    with pytest.raises(ValueError, match="candidates"):
+        benchmark.guidance_config(config, principles, MONITOR, ["guidance.candidates=-1"])
 
 
 def test_goals_need_intervals_beyond_zero_and_seconds_for_the_same_tokens():
