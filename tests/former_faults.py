@@ -697,6 +697,15 @@ FAULTS = (
         "AssertionError",
     ),
     Fault(
+        "wheels in the host's /tmp",
+        "`apptainer build` unpacked the wheels",
+        "slurm/container/install.sh",
+        'export TMPDIR=$PWD/tmp\nmkdir "$TMPDIR"\nmake env EXTRA=gpu\nrm -r "$TMPDIR"\n',
+        "make env EXTRA=gpu\n",
+        "tests/slurm/test_container.py::test_the_image_gets_debians_packages_and_then_the_environment",
+        "assert temporary.parent == inside",
+    ),
+    Fault(
         "a stranger is counted",
         "A port scanner's connection",
         "recipes/node_check/clock.py",

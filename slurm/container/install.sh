@@ -13,4 +13,10 @@ apt-get dist-clean
 
 # An image can't be written to later, so Python's bytecode is made now. Caches would stay in it.
 export UV_COMPILE_BYTECODE=1 UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1
+
+# Apptainer builds with the host's /tmp, which a login node may keep small; the wheels take more than 4 GB. On the
+# environment's own file system uv links their files instead of copying them.
+export TMPDIR=$PWD/tmp
+mkdir "$TMPDIR"
 make env EXTRA=gpu
+rm -r "$TMPDIR"

@@ -87,11 +87,15 @@ def test_a_login_shell_has_the_same_path() -> None:
 def test_the_image_gets_debians_packages_and_then_the_environment(inside: Path) -> None:
     """With a fake apt-get and make, which write down how they were called."""
     for name in ("apt-get", "make"):
-        program(inside / name, f'echo "{name} $*" >> {inside}/calls')
+        program(inside / name, f'echo "{name} $*" >> {inside}/calls; echo "${{TMPDIR:-}}" >> {inside}/temporary')
     environment = {"PATH": f"{inside}:/usr/bin:/bin"}
     subprocess.run(["bash", "install.sh"], cwd=inside, env=environment, check=True)
     update, packages, clean, make = (inside / "calls").read_text().splitlines()
     assert (update, clean, make) == ("apt-get update", "apt-get dist-clean", "make env EXTRA=gpu")
     assert {"make", "g++", "libibverbs1"} < set(packages.split())
+    # Not in the host's /tmp, where Apptainer's builds would have it, and not in the image.
+    temporary = Path((inside / "temporary").read_text().splitlines()[-1])
+    assert temporary.parent == inside
+    assert not temporary.exists()
     program(inside / "apt-get", "exit 9")
     assert subprocess.run(["bash", "install.sh"], cwd=inside, env=environment).returncode == 9
