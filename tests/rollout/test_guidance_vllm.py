@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from megatron_ext import hf_checkpoint
 from megatron_ext.blocks import Block, Shard
 from megatron_ext.scalar_head import value_head
 from recipes.page.conversation import Branch, Conversation
-from recipes.page.elements import visible
 from recipes.page.writing import open_writer
 from recipes.serve import read_setup
 from rewards.serve import kill
@@ -35,10 +32,7 @@ from rollout.guidance.settings import GuidanceConfig
 from rollout.search import Search
 from rollout.settings import EnvironmentConfig
 from tests import served
-from tests.recipes import tiny
-from tests.recipes.page_client import SocketTab
-from tests.recipes.test_serve_page_browser import served_page
-from tests.rewards.fake_server import free_port
+from tests.recipes import page_load, tiny
 from tests.rollout.fake_guidance import guidance, listening
 from tests.rollout.fake_searcher import SEARCH, deliberation
 
@@ -285,34 +279,9 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
 def test_50_conversations_at_once_over_the_page_s_sockets_lose_no_token(world: World, tmp_path: Path) -> None:
     """What each tab shows is what vLLM answers when it is asked alone. One loses its connection meanwhile."""
     generator = world.generator.server.addresses[0]
-    port = free_port()
-    command = [sys.executable, "-m", "recipes.serve", f"generator={generator}", f"page.port={port}"]
-    command += ["page.temperature=0", "guidance.max_tokens=40", f"page.edits={tmp_path / 'edits'}"]
-    messages = [f"the {kind} prompt {place}" for place in range(25) for kind in ("benign", "harmful")]
-
-    async def asked_on_the_page() -> list[str]:
-        async with AsyncExitStack() as stack, asyncio.timeout(600):
-            tabs = [await stack.enter_async_context(SocketTab(f"http://127.0.0.1:{port}")) for _ in messages]
-            await asyncio.gather(*(tab.ask(message) for tab, message in zip(tabs, messages, strict=True)))
-            await tabs[0].lose_connection()
-            return list(await asyncio.gather(*(tab.answer() for tab in tabs)))
-
-    with served_page(command, f"http://127.0.0.1:{port}/", tmp_path / "page.log"):
-        shown = asyncio.run(asked_on_the_page())
-
-    with openai.OpenAI(base_url=f"{generator}/v1", api_key="none", max_retries=0) as client:
-        model = client.models.list().data[0].id
-        for message, text in zip(messages, shown, strict=True):
-            turns = [{"role": "user", "content": message}]
-            prompt = world.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            reply = client.completions.create(
-                model=model,
-                prompt=world.tokenizer(prompt)["input_ids"],
-                max_tokens=40,
-                temperature=0,
-                extra_body={"skip_special_tokens": False},
-            )
-            assert text == visible(reply.choices[0].text.lstrip()), message
+    messages = [f"the {kind} prompt {place}" for place in range(page_load.TABS // 2) for kind in ("benign", "harmful")]
+    shown = page_load.shown_by_tabs(generator, messages, tmp_path)
+    assert shown == page_load.answered_alone(generator, world.tokenizer, messages)
     # Another's answer would be noticed.
     assert len(set(shown)) > len(shown) / 2
 
