@@ -78,7 +78,8 @@ def test_a_message_is_answered_by_search_and_the_conversation_goes_on_with_the_a
         branch = await asked(writer, conversation)
         assert (branch.text, branch.finish_reason, branch.notice) == ("Veska", "stop", None)
         assert branch.deliberation is not None and branch.verdicts == {}
-        assert [len(episode.shown) for episode in branch.deliberation.episodes] == [6, 4, 3]
+        # Sorted: which sample follows which script depends on whose request arrives first.
+        assert sorted(len(episode.shown) for episode in branch.deliberation.episodes) == [3, 4, 6]
         conversation.searches = False
         plain = await asked(writer, conversation)
         assert (plain.text, plain.deliberation) == (WITHOUT_SEARCH, None)

@@ -25,11 +25,12 @@ LOOK = "<search>capital of Norland</search>"
 SURE = [f"<think>I look.</think>{LOOK}", "<read>norland</read>", "<think>So.</think><confidence>9</confidence>"]
 SURE[-1] += "<answer>Veska</answer>"
 WITHOUT_SEARCH = "I do not search."
-# By majority they say Tarn, by confidence Veska.
+# By majority they say Tarn, by confidence Veska. The two that agree spell it alike: over HTTP it depends on whose
+# request arrives first which sample follows which script, and a vote shows the spelling of its first sample.
 SCRIPTS: list[list[str]] = [
     SURE,
     [f"<think>Hm.</think>{LOOK}", "<confidence>2</confidence><answer>Tarn</answer>"],
-    ["<think>I guess.</think><confidence>1</confidence><answer>tarn.</answer>"],
+    ["<think>I guess.</think><confidence>1</confidence><answer>Tarn</answer>"],
 ]
 
 
