@@ -73,7 +73,7 @@ kill-check: $(STAMP)
 # The rungs of docs/gpu_checks.md: one GPU, eight of one node, two nodes from a login node. A group of checks that fails
 # ends the first: what comes after it needs it.
 GPU_CHECK = $(PY) -m pytest -q --gpu-record=benchmarks/results/gpu
-ONE_GPU := "trainer" "memory decoding" "rollout fp8_rollout" "sleep colocation" "recipe" "fp8"
+ONE_GPU := "trainer" "memory decoding" "rollout graphs fp8_rollout fp8_cache speculation" "sleep colocation" "recipe" "fp8"
 
 gpu-check: $(STAMP)
 	@for group in $(ONE_GPU); do

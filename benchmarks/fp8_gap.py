@@ -1,9 +1,12 @@
-"""Measures the log-prob difference between the BF16 trainer and vLLM with FP8 weights, and with BF16 weights.
+"""Measures the log-prob difference between the BF16 trainer and vLLM with FP8 weights, an FP8 cache, and neither.
 
 ``python -m benchmarks.fp8_gap`` writes ``benchmarks/results/fp8_gap.json`` and prints its table. Megatron-Core on one
 rank has SmolLM2's weights in BF16 and computes the log-probs of each engine's samples. ``fp8_per_channel`` is vLLM's
-own FP8 for weights and activations, which its CPU build supports. The other formats are emulated by a BF16 engine whose
-weights were rounded to FP8 and back, so they show the effect of rounding the weights alone.
+own FP8 for weights and activations, which its CPU build supports, and ``fp8_cache`` its own cache of keys and values,
+where the processor has AVX-512. The other weight formats are emulated by a BF16 engine whose weights were rounded to
+FP8 and back, so they show the effect of rounding the weights alone. ``emulated_cache`` is transformers' score of the
+BF16 engine's samples with rounded keys and values, ``emulated_cache_and_queries`` with rounded queries too, as vLLM has
+them on an H100.
 """
 
 import itertools
@@ -14,14 +17,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 MODEL = Path("build/models/SmolLM2-135M-Instruct")
 PROMPTS = Path("recipes/data/demo/test.jsonl")
@@ -65,6 +71,39 @@ ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+# Attention implementations of transformers.
+ROUNDED_CACHE = "rounded_cache"
+ROUNDED_ATTENTION = "rounded_attention"
+
+
+def attend_to_a_rounded_cache(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    rounds_queries: bool = False,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a complete sequence to keys and values as vLLM's FP8 cache without scales holds them.
+
+    ``query`` is [1, heads, tokens, head_dim], ``key`` and ``value`` are [1, groups, tokens, head_dim]; returns
+    [1, tokens, heads, head_dim].
+    """
+    no_scale = torch.ones(())
+    key, value = (through_fp8(tensor.float(), no_scale).to(tensor.dtype) for tensor in (key, value))
+    if rounds_queries:
+        query = through_fp8(query.float(), no_scale).to(query.dtype)
+    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ROUNDED_CACHE, attend_to_a_rounded_cache)
+AttentionInterface.register(ROUNDED_ATTENTION, partial(attend_to_a_rounded_cache, rounds_queries=True))
+
+
 def rounded_model(rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
     """Write the model with rounded weights of its linear layers to ``folder``. Fused layers are rounded together."""
     network = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
@@ -88,10 +127,12 @@ def main() -> None:
     from benchmarks import figures
     from megatron_ext import forward_backward, hf_checkpoint, model, packing, parallel
     from megatron_ext.batch import Prompt, TokenBatch
+    from megatron_ext.packing import MicroBatch
     from recipes.algorithms import mismatch
     from recipes.algorithms.sequences import Sequences
     from recipes.config import parse
     from recipes.run import records
+    from rollout import vllm_platform
     from rollout.engine import Engine, EngineSettings, stop_engines
     from rollout.sampler import generate
     from rollout.sampling import Sampling
@@ -121,12 +162,15 @@ def main() -> None:
         threads=len(os.sched_getaffinity(0)),
     )
     plain = EngineSettings(rollout, str(MODEL), dtype="bfloat16", max_model_len=256, platform="cpu")
-    quantised = replace(plain, rollout=replace(rollout, quantization="fp8_per_channel"))
+    changed: dict[str, dict[str, Any]] = {"bf16": {}, "fp8_per_channel": {"quantization": "fp8_per_channel"}}
+    lacking = vllm_platform.CPU.lacks_for_fp8_cache()
+    if not lacking:
+        changed["fp8_cache"] = {"kv_cache_dtype": "fp8"}
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         engines = [
-            Engine(plain, home / "bf16.log"),
-            Engine(quantised, home / "fp8.log"),
+            Engine(replace(plain, rollout=replace(rollout, **changes)), home / f"{name}.log")
+            for name, changes in changed.items()
         ]
         try:
             layout = parallel.initialize(replace(demo.parallel, tensor=1, sequence=False), SEED, 600)
@@ -139,25 +183,48 @@ def main() -> None:
                 for engine in engines
             ]
 
-            def measure(number: int, weights: Path) -> dict[str, float]:
-                """Engine ``number`` samples with ``weights``; the trainer scores the responses with its own weights."""
+            def sample(number: int, weights: Path) -> TokenBatch:
+                """Of engine ``number`` with ``weights``."""
                 hf_checkpoint.load(policy.shards, weights)
                 weight_syncs[number].sync(next(versions))
                 sampling = Sampling(max_tokens=MAX_RESPONSE_TOKENS, stop_token_ids=(tokenizer.eos_token_id,))
-                batch = generate(
+                return generate(
                     [engines[number]], prompts, sampling, samples_per_prompt=SAMPLES_PER_PROMPT, seed=SEED, step=0
                 )
-                hf_checkpoint.load(policy.shards, MODEL)
-                return gaps(batch)
 
-            def gaps(batch: TokenBatch) -> dict[str, float]:
+            def by_the_trainer(batch: TokenBatch, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+                """Log-probs of the response tokens of each micro-batch."""
+                hf_checkpoint.load(policy.shards, MODEL)
+                return forward_backward.log_probs(policy, micro_batches)
+
+            def by_transformers(
+                attention: str, batch: TokenBatch, micro_batches: list[MicroBatch]
+            ) -> list[torch.Tensor]:
+                """The same of transformers with another attention."""
+                network = AutoModelForCausalLM.from_pretrained(
+                    MODEL, dtype=torch.bfloat16, attn_implementation=attention
+                )
+                return [torch.cat([scores(network, batch, i) for i in micro.indices]) for micro in micro_batches]
+
+            def scores(network: torch.nn.Module, batch: TokenBatch, i: int) -> torch.Tensor:
+                """Log-probs of the tokens of response ``i``."""
+                response = batch.response_tokens[batch.tokens_of(i)]
+                tokens = torch.tensor(np.concatenate([batch.prompt(i).token_ids, response]), dtype=torch.int64)
+                with torch.no_grad():
+                    predicted = network(tokens[None]).logits[0, -len(response) - 1 : -1].float().log_softmax(-1)
+                return predicted.gather(-1, tokens[-len(response) :, None])[:, 0]
+
+            def gaps(
+                batch: TokenBatch,
+                score: Callable[[TokenBatch, list[MicroBatch]], list[torch.Tensor]] = by_the_trainer,
+            ) -> dict[str, float]:
                 """The trainer's metrics of the mismatch, over all response tokens."""
                 (plan_of_rank,) = packing.plan(batch.lengths.tolist(), 1, 2048)
                 micro_batches = [
                     packing.pack(batch, indices, multiple=policy.token_multiple, pad_token=0, device="cpu")
                     for indices in plan_of_rank
                 ]
-                log_probs = forward_backward.log_probs(policy, micro_batches)
+                log_probs = score(batch, micro_batches)
                 totals: dict[str, float] = {}
                 for micro_batch, values in zip(micro_batches, log_probs, strict=True):
                     sequences = Sequences(micro_batch.lengths, micro_batch.values["loss_mask"] > 0)
@@ -169,9 +236,15 @@ def main() -> None:
                 return {"tokens": totals[f"{mismatch.NAME}/tokens"], **metrics}
 
             versions = itertools.count(1)
-            results = {"bf16": measure(0, MODEL), "fp8_per_channel": measure(1, MODEL)}
+            samples = {name: sample(number, MODEL) for number, name in enumerate(changed)}
+            results = {name: gaps(batch) for name, batch in samples.items()}
+            for name, attention in (
+                ("emulated_cache", ROUNDED_CACHE),
+                ("emulated_cache_and_queries", ROUNDED_ATTENTION),
+            ):
+                results[name] = gaps(samples["bf16"], partial(by_transformers, attention))
             for name, rounding in ROUNDINGS.items():
-                results[name] = measure(0, rounded_model(rounding, home / name))
+                results[name] = gaps(sample(0, rounded_model(rounding, home / name)))
         finally:
             stop_engines(engines)
             parallel.destroy()
@@ -185,14 +258,17 @@ def main() -> None:
             "response_tokens_at_most": MAX_RESPONSE_TOKENS,
             "seconds": round(time.monotonic() - started, 1),
             **records.environment(platform.current().machine(), 1),
+            "fp8_cache_lacks": lacking,
             "gap": results,
         },
     )
     Console().print(table(results), f"{RESULT} has all numbers", sep="\n")
+    if lacking:
+        print(f"fp8_cache was left out: vLLM's attention needs {', '.join(lacking)}, which this processor lacks")
 
 
 def table(results: dict[str, dict[str, float]]) -> Table:
-    gaps = Table("weights in vLLM", "tokens", "mean gap", "max gap", "k3", "ESS", title="trainer BF16 against rollout")
+    gaps = Table("vLLM", "tokens", "mean gap", "max gap", "k3", "ESS", title="trainer BF16 against rollout")
     for name, gap in results.items():
         figures = [f"{gap[key]:.4f}" for key in ("mean", "max", "k3", "ess")]
         gaps.add_row(name, f"{gap['tokens']:.0f}", *figures)

@@ -169,6 +169,7 @@ def job_of(sizes: ParallelConfig, element_bytes: int) -> Job:
         reference=True,
         engine_tensor=1,
         engine_weight_bytes=element_bytes,
+        engine_kv_bytes=element_bytes,
         slots=1,
         kv_cache_gib=0,
         prompt_limit=PROMPT_TOKENS,

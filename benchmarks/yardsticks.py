@@ -226,7 +226,7 @@ def generate(settings: dict[str, Any]) -> Any:
         enable_chunked_prefill=not on_cpu,  # on a CPU the prompt of a seeded request cannot be split
         kv_cache_memory_bytes=int(settings["rollout"]["kv_cache_gib"] * 2**30),
         **({"block_size": 32} if on_cpu else {}),  # as our engine has it, so that the responses are equal bit by bit
-        enforce_eager=settings["enforce_eager"],
+        enforce_eager=on_cpu,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         disable_log_stats=True,

@@ -69,7 +69,6 @@ class EngineSettings:
     platform: str
     devices: tuple[int, ...] = ()
     thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    enforce_eager: bool = True
     loads_weights: bool = False
 
     @property

@@ -77,6 +77,16 @@ def engine_args(settings: EngineSettings) -> Any:
     chat_layout.register()
     has_vision_tower = "vision_config" in json.loads(Path(settings.model, "config.json").read_text())
     optional = {} if settings.thinking is None else {"reasoning_config": reasoning_config(settings.thinking)}
+    speculative = settings.rollout.speculative
+    if speculative.method is not None:
+        optional["speculative_config"] = {
+            "method": speculative.method,
+            "num_speculative_tokens": speculative.draft_tokens,
+            "prompt_lookup_min": speculative.lookup_min,
+            "prompt_lookup_max": speculative.lookup_max,
+        }
+    platform = vllm_platform.of(settings.platform)
+    graphs = platform.graph_sizes(settings.rollout.max_num_seqs) if settings.rollout.cuda_graphs else []
     return EngineArgs(
         model=settings.model,
         # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit. vLLM's processor of
@@ -94,10 +104,10 @@ def engine_args(settings: EngineSettings) -> Any:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.rollout.max_num_seqs,
         max_num_batched_tokens=settings.rollout.max_num_batched_tokens,
+        kv_cache_dtype=settings.rollout.kv_cache_dtype,
         kv_cache_memory_bytes=int(settings.rollout.kv_cache_gib * 2**30),
         # The cache's size is set above, so this is only what vLLM requires to be free; the trainer uses memory too.
         gpu_memory_utilization=0.05,
-        enforce_eager=settings.enforce_eager,
         async_scheduling=settings.rollout.async_scheduling,
         logprobs_mode="processed_logprobs",
         # Sampling follows the request alone, without defaults from the model's folder.
@@ -106,7 +116,8 @@ def engine_args(settings: EngineSettings) -> Any:
         enable_sleep_mode=settings.rollout.sleep,
         disable_log_stats=True,
         seed=0,
-        **vllm_platform.of(settings.platform).engine_arguments,
+        **vllm_platform.graph_arguments(graphs, speculative.step_tokens),
+        **platform.engine_arguments,
         **optional,
     )
 

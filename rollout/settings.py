@@ -6,7 +6,7 @@ from typing import Any
 from megatron_ext.platform.features import capabilities
 from megatron_ext.settings import COUNT, FREE, SECONDS, TOKENS, setting
 from rollout import vllm_platform
-from rollout.vllm_platform import QUANTIZATIONS
+from rollout.vllm_platform import KV_CACHE_DTYPES, QUANTIZATIONS
 
 
 @dataclass
@@ -16,6 +16,29 @@ class EnvironmentConfig:
     name: str | None = setting("search, or the dotted path of the user's own; null for none")
     max_turns: int = setting("replies in a response at most", range="[1, 1e6]")
     settings: dict[str, Any] = setting("keyword arguments of the environment's function")
+
+
+@dataclass
+class SpeculativeConfig:
+    """Speculative decoding: what drafts the next tokens of a response, which the model verifies in one step.
+
+    A draft token is accepted with the probability that the model gives it, and what replaces a rejected one is drawn
+    from the rest of the model's distribution (Leviathan et al. 2023, arXiv 2211.17192). So samples and log-probs are
+    the model's own.
+    """
+
+    method: str | None = setting(
+        "ngram: the tokens that followed the same ones earlier in prompt or response; null for no drafts",
+        choices=("ngram",),
+    )
+    draft_tokens: int = setting("draft tokens of a sequence in a step at most", range="[1, 128]", unit="tokens")
+    lookup_min: int = setting("ngram: fewest equal tokens before a draft", range=TOKENS, unit="tokens")
+    lookup_max: int = setting("ngram: most equal tokens that are looked for", range=TOKENS, unit="tokens")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a sequence that a step of decoding computes at most."""
+        return 1 if self.method is None else 1 + self.draft_tokens
 
 
 @dataclass
@@ -62,12 +85,20 @@ class RolloutConfig:
     )
     thinking_marks: list[str] = setting("texts that begin and end the thinking")
     environment: EnvironmentConfig = setting("the environment")
+    cuda_graphs: bool = setting(
+        "GPU: decoding steps are captured as CUDA graphs when an engine starts, and replayed", on_resume=FREE
+    )
     async_scheduling: bool = setting("GPU: vLLM prepares a step while the GPU computes the one before", on_resume=FREE)
     model_runner_v2: bool = setting("GPU: vLLM's second model runner in place of the first", on_resume=FREE)
     sleep: bool = setting("GPU: engines give their memory to the trainer while it works", on_resume=FREE)
     quantization: str | None = setting(
         "FP8 of the engines' linear layers, quantised at each sync; null for none", choices=QUANTIZATIONS
     )
+    kv_cache_dtype: str = setting(
+        "format of keys and values in the engines' cache: auto (the weights') or fp8 (E4M3, half of the bytes)",
+        choices=KV_CACHE_DTYPES,
+    )
+    speculative: SpeculativeConfig = setting("speculative decoding", on_resume=FREE)
     sync_bucket_mib: int = setting(
         "weight sync: bytes of a rank's message to engines on other hosts; at most two are in memory",
         range="[1, 1e6]",
@@ -79,6 +110,38 @@ class RolloutConfig:
         range=COUNT,
         on_resume=FREE,
     )
+
+
+def check_speculative(settings: RolloutConfig) -> None:
+    """Raises ValueError for settings that do not go with speculative decoding."""
+    speculative = settings.speculative
+    if speculative.method is None:
+        return
+    if speculative.lookup_min > speculative.lookup_max:
+        raise ValueError(
+            f"rollout.speculative.lookup_min={speculative.lookup_min}: is more than rollout.speculative.lookup_max="
+            f"{speculative.lookup_max}; use at most that"
+        )
+    field = f"rollout.speculative.method={speculative.method!r}"
+    if settings.async_scheduling:
+        raise ValueError(
+            f"{field}: drafts follow from the tokens of the step before, which a step that is scheduled meanwhile does "
+            "not have; use rollout.async_scheduling=false"
+        )
+    if settings.model_runner_v2:
+        raise ValueError(
+            f"{field}: vLLM's second model runner verifies drafts in its own way, which has not been tried here; use "
+            "rollout.model_runner_v2=false"
+        )
+    if settings.thinking_budget is not None:
+        raise ValueError(
+            f"{field}: drafts may go past the end of the thinking that vLLM forces; use rollout.thinking_budget=null"
+        )
+    if settings.environment.name is not None:
+        raise ValueError(
+            f"{field}: vLLM looks for the texts that end a turn after a step, which may have gone past them; use "
+            "rollout.environment.name=null"
+        )
 
 
 def check(settings: RolloutConfig, platform: str) -> None:
@@ -102,10 +165,17 @@ def check(settings: RolloutConfig, platform: str) -> None:
             f"rollout.quantization={settings.quantization!r}: needs cluster.platform=cuda; on a {platform} vLLM has "
             f"{', '.join(vllm.quantizations)} only"
         )
+    lacking = vllm.lacks_for_fp8_cache()
+    if settings.kv_cache_dtype == "fp8" and lacking:
+        raise ValueError(
+            f"rollout.kv_cache_dtype='fp8': vLLM's attention on a {platform} needs {', '.join(lacking)}, which this "
+            "processor lacks; use rollout.kv_cache_dtype=auto"
+        )
     if settings.thinking_budget is not None and len(settings.thinking_marks) != 2:
         raise ValueError(
             f"rollout.thinking_marks={settings.thinking_marks}: give what begins and what ends the thinking"
         )
+    check_speculative(settings)
     name = settings.environment.name
     if name is not None and (settings.oversample > 1 or settings.thinking_budget is not None):
         raise ValueError(

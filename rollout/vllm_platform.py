@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.platform.features import processor_flags
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 # vLLM's online FP8 of linear layers, by what has a scale: a weight, each output channel, each block of 128 x 128.
 # Activations are FP8 too, with a scale for each token, or (for blocks) for each 128 neighbours in it.
 QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
+
+# vLLM's formats of the key-value cache: the weights', or E4M3 without scales, so that values above 448 become 448.
+KV_CACHE_DTYPES = ("auto", "fp8")
+# What vLLM's attention wants of a processor for the latter (``_get_attn_isa``); where there is AMX, there are these.
+FP8_CACHE_INSTRUCTIONS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+# Sequences. A larger step computes for longer than its kernels take to launch.
+LARGEST_GRAPH = 512
 
 SPIN_SECONDS = 0.002
 RECHECK_SECONDS = 0.02
@@ -34,8 +44,12 @@ class VllmPlatform:
     name: str
     quantizations: tuple[str, ...]
     """Values of ``rollout.quantization`` that vLLM has there."""
+    lacks_for_fp8_cache: Callable[[], list[str]]
+    """Names the instructions that vLLM needs for ``rollout.kv_cache_dtype=fp8`` and this machine lacks."""
     engine_arguments: Mapping[str, Any]
     """Arguments of vLLM's ``EngineArgs`` that depend on the device."""
+    graph_sizes: Callable[[int], list[int]]
+    """``rollout.max_num_seqs`` → numbers of sequences whose decoding steps can be captured as CUDA graphs."""
     environment: Callable[[int, Sequence[int]], dict[str, str]]
     """(threads of a worker, the node's devices that the engine sees) → variables of the engine's process."""
     change_vllm: Callable[[], None]
@@ -67,6 +81,24 @@ class VllmPlatform:
 
     def load_transport(self) -> ModuleType:
         return importlib.import_module(self.transport)
+
+
+def graph_arguments(sizes: Sequence[int], step_tokens: int = 1) -> dict[str, Any]:
+    """Arguments of vLLM's ``EngineArgs`` with which an engine captures decoding steps of so many sequences, or none.
+
+    vLLM's torch.compile stays off, so that a graph replays the kernels of an engine without graphs. ``step_tokens`` of
+    a sequence are computed in a step at most. If it is more than one, sequences differ in them, and graphs serve every
+    step that is small enough (with FlashAttention 3; vLLM has no such graphs with another attention).
+    """
+    if not sizes:
+        return {"enforce_eager": True}
+    without_compilation = 0
+    graphs = {
+        "mode": without_compilation,
+        "cudagraph_mode": "FULL_DECODE_ONLY" if step_tokens == 1 else "FULL",
+        "cudagraph_capture_sizes": [size * step_tokens for size in sizes],
+    }
+    return {"enforce_eager": False, "compilation_config": graphs}
 
 
 def of(device: str) -> VllmPlatform:
@@ -128,6 +160,7 @@ def _unlink_shared_memory() -> None:
 def _change_vllm_on_cpu() -> None:
     keep_linear_weights()
     spin_less()
+    mend_expansion()
 
 
 def spin_less() -> None:
@@ -142,6 +175,43 @@ def spin_less() -> None:
     condition = shm_broadcast.SpinCondition
     condition.__init__ = partialmethod(condition.__init__, busy_loop_s=SPIN_SECONDS)
     shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = int(1e3 * RECHECK_SECONDS)
+
+
+def _no_graphs(sequences: int) -> list[int]:
+    return []
+
+
+def _cpu_lacks_for_fp8_cache() -> list[str]:
+    return sorted(FP8_CACHE_INSTRUCTIONS - processor_flags(Path("/proc/cpuinfo").read_text()))
+
+
+def mend_expansion() -> None:
+    """Replace the function by which vLLM's rejection sampler repeats a sequence's temperature for each draft token.
+
+    Of vLLM 0.32 it does nothing on a CPU: a C++ kernel for integers gets converted copies, and drafts are verified
+    at the temperatures that happened to be in memory.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    parameters = list(inspect.signature(rejection_sampler.expand_batch_to_tokens).parameters)
+    if parameters != list(inspect.signature(expand_by_sequence).parameters):
+        raise RuntimeError(
+            f"vllm.v1.sample.rejection_sampler.expand_batch_to_tokens{tuple(parameters)} has changed: adapt "
+            "rollout/vllm_platform.py to this vLLM"
+        )
+    rejection_sampler.expand_batch_to_tokens = expand_by_sequence
+
+
+def expand_by_sequence(
+    x: "torch.Tensor", cu_num_tokens: "torch.Tensor", num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> "torch.Tensor":
+    """``x`` [sequences] with each value as often as its sequence has tokens, [num_tokens]; ``replace_from`` becomes
+    ``replace_to``. ``cu_num_tokens`` [sequences] are the running sums of the tokens."""
+    import torch
+
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    values = x.masked_fill(x == replace_from, replace_to)
+    return values.repeat_interleave(counts, output_size=num_tokens)
 
 
 # CPU: linear layers
@@ -272,6 +342,19 @@ def _cuda_environment(threads: int, devices: Sequence[int]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[index] for index in devices)}
 
 
+def decoding_graph_sizes(sequences: int) -> list[int]:
+    """vLLM's own choice: 1, 2, 4, multiples of 8, from 256 on of 16, and ``sequences``; none above LARGEST_GRAPH. A
+    step with fewer sequences takes the next larger graph."""
+    largest = min(sequences, LARGEST_GRAPH)
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, largest, 16), largest}
+    return sorted(size for size in sizes if size <= largest)
+
+
+def _gpu_lacks_nothing() -> list[str]:
+    """The preflight knows which GPUs have FP8."""
+    return []
+
+
 def _do_nothing() -> None:
     pass
 
@@ -318,6 +401,7 @@ def _one_core() -> int:
 CPU = VllmPlatform(
     name="cpu",
     quantizations=("fp8_per_channel",),
+    lacks_for_fp8_cache=_cpu_lacks_for_fp8_cache,
     engine_arguments={
         # vLLM 0.32 fails when it splits the prompt of a request that has a seed: it would rewind the request's
         # generator, which a CPU generator can't.
@@ -326,6 +410,7 @@ CPU = VllmPlatform(
         # prompts; with 32 a batch of 8 x 8 samples of 75 + 32 tokens took 0.71 of the time (135M, one core).
         "block_size": 32,
     },
+    graph_sizes=_no_graphs,
     environment=_cpu_environment,
     change_vllm=_change_vllm_on_cpu,
     after_start=_unlink_shared_memory,
@@ -342,7 +427,9 @@ CPU = VllmPlatform(
 CUDA = VllmPlatform(
     name="cuda",
     quantizations=QUANTIZATIONS,
+    lacks_for_fp8_cache=_gpu_lacks_nothing,
     engine_arguments={"enable_chunked_prefill": True},
+    graph_sizes=decoding_graph_sizes,
     environment=_cuda_environment,
     change_vllm=_do_nothing,
     after_start=_do_nothing,

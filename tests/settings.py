@@ -57,7 +57,6 @@ def engine_settings(
     platform: str = "cpu",
     devices: tuple[int, ...] = (),
     thinking: Any = None,
-    enforce_eager: bool = True,
     **changes: Any,
 ) -> EngineSettings:
     """An engine of one worker; ``changes`` are of ``rollout``."""
@@ -69,5 +68,4 @@ def engine_settings(
         platform=platform,
         devices=devices,
         thinking=thinking,
-        enforce_eager=enforce_eager,
     )

@@ -150,14 +150,35 @@ def test_the_bandwidth_of_decoding_is_bytes_over_the_difference_of_steps(
     layer three of 8,192 x 29,568; in BF16. A step takes 3 ms and a layer's bytes at 2,680 GB/s."""
     layer_bytes = 2 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 29568)
 
-    def step_ms(config: Any, layout: parallel.Parallel, folder: Path) -> float:
-        assert folder.is_dir() and (config.vocab_size, config.hidden_size) == (256, 8192)
-        return 3.0 + config.num_hidden_layers * layer_bytes / 2680e9 * 1000
+    def decoding_step(config: Any, layout: parallel.Parallel, folder: Path, cuda_graphs: bool) -> test_decoding.Step:
+        assert folder.is_dir() and (config.vocab_size, config.hidden_size) == (256, 8192) and cuda_graphs
+        return test_decoding.Step(3.0 + config.num_hidden_layers * layer_bytes / 2680e9 * 1000, engine_gib=1.0)
 
-    monkeypatch.setattr(test_decoding, "step_ms", step_ms)
+    monkeypatch.setattr(test_decoding, "decoding_step", decoding_step)
     recorded = Recorded()
     test_memory.test_an_engine_reads_whole_72b_layers_at_half_the_assumed_speed_or_more(layout, tmp_path, recorded)
     assert recorded == {"hbm_share": pytest.approx(0.8)}
+
+
+def test_what_graphs_take_is_the_difference_to_an_engine_without_them(
+    layout: parallel.Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nineteen graphs of 32 MiB each. More than the recipes leave free is a failure, and so is a step that takes no
+    less time."""
+    made_up = {True: test_decoding.Step(3.0, 2.5 + 19 / 32), False: test_decoding.Step(20.0, 2.5)}
+    monkeypatch.setattr(test_decoding, "decoding_step", lambda config, layout, folder, graphs: made_up[graphs])
+
+    def check(name: str) -> Recorded:
+        (tmp_path / name).mkdir()
+        recorded = Recorded()
+        test_decoding.test_an_engines_step_of_80_narrow_layers(layout, tmp_path / name, recorded)
+        return recorded
+
+    assert check("sound") == {"decode_ms": 3.0, "decode_ms_without_graphs": 20.0, "graph_gib": pytest.approx(1 / 32)}
+    for name, step in (("slow", test_decoding.Step(20.0, 3.1)), ("large", test_decoding.Step(3.0, 2.5 + 6.8))):
+        made_up[True] = step
+        with pytest.raises(AssertionError):
+            check(name)
 
 
 def test_files_are_written_read_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_ext.models import family
 from rollout import vllm_platform
 from rollout.engine import environment
+from rollout.weight_sync.vllm_layout import UNIT_SCALES
 from tests.settings import engine_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +37,12 @@ RECORD = ROOT / "tests" / "data" / "vllm_gpu_wheel.json"
 OURS = [path for room in ("rollout", "rewards") for path in (ROOT / room).rglob("*.py")]
 # The files of vLLM that our calls go into, or that decide what a GPU does with them.
 CONTRACT = (
+    "vllm/config/cache.py",
+    "vllm/config/compilation.py",
     "vllm/config/model.py",
     "vllm/config/reasoning.py",
     "vllm/config/scheduler.py",
+    "vllm/config/speculative.py",
     "vllm/config/vllm.py",
     "vllm/device_allocator/__init__.py",
     "vllm/device_allocator/cumem.py",
@@ -63,6 +68,7 @@ CONTRACT = (
     "vllm/envs.py",
     "vllm/inputs/__init__.py",
     "vllm/logprobs.py",
+    "vllm/model_executor/layers/attention/attention.py",
     "vllm/model_executor/layers/linear.py",
     "vllm/model_executor/layers/quantization/online/fp8.py",
     "vllm/model_executor/model_loader/reload/layerwise.py",
@@ -79,7 +85,10 @@ CONTRACT = (
     "vllm/tasks.py",
     "vllm/utils/argparse_utils.py",
     "vllm/utils/system_utils.py",
+    "vllm/v1/attention/backends/fa_utils.py",
+    "vllm/v1/attention/backends/flash_attn.py",
     "vllm/v1/core/sched/scheduler.py",
+    "vllm/v1/cudagraph_dispatcher.py",
     "vllm/v1/engine/__init__.py",
     "vllm/v1/engine/async_llm.py",
     "vllm/v1/engine/core.py",
@@ -88,6 +97,8 @@ CONTRACT = (
     "vllm/v1/executor/abstract.py",
     "vllm/v1/executor/multiproc_executor.py",
     "vllm/v1/executor/uniproc_executor.py",
+    "vllm/v1/sample/rejection_sampler.py",
+    "vllm/v1/spec_decode/ngram_proposer.py",
     "vllm/v1/worker/gpu/model_runner.py",
     "vllm/v1/worker/gpu_model_runner.py",
     "vllm/v1/worker/gpu_worker.py",
@@ -139,6 +150,19 @@ def _named(body: list[ast.stmt], name: str) -> Function:
 def fields(file: str, class_name: str) -> set[str]:
     """Annotated names in the class's body."""
     return {ast.unparse(n.target) for n in the_class(file, class_name).body if isinstance(n, ast.AnnAssign)}
+
+
+def constants(file: str, class_name: str) -> dict[str, str]:
+    """Name → value of what the class's body assigns."""
+    nodes = (n for n in the_class(file, class_name).body if isinstance(n, ast.Assign))
+    return {ast.unparse(n.targets[0]): ast.unparse(n.value) for n in nodes}
+
+
+def callable_of(function_node: Function, **names: Any) -> Any:
+    """A function of vLLM's by itself, without its module: ``names`` are what it uses of that."""
+    module = ast.Module([function_node], [])
+    exec(compile(module, function_node.name, "exec"), names)
+    return names[function_node.name]
 
 
 def own_attributes(file: str, class_name: str) -> set[str]:
@@ -211,10 +235,47 @@ def test_engine_arguments_are_fields_of_vllms() -> None:
     ((_, call),) = list(calls("EngineArgs"))
     keywords = {keyword.arg for keyword in call.keywords if keyword.arg}
     assert len(keywords) > 15 and "async_scheduling" in keywords and "enable_sleep_mode" in keywords
-    keywords |= {"reasoning_config"}
+    keywords |= {"reasoning_config", "speculative_config"} | vllm_platform.graph_arguments([1]).keys()
     for platform in vllm_platform.PLATFORMS.values():
         keywords |= platform.engine_arguments.keys()
     assert keywords - fields("vllm/engine/arg_utils.py", "EngineArgs") == set()
+
+
+def test_graphs_are_of_decoding_steps_alone_and_nothing_is_compiled() -> None:
+    compilation = "vllm/config/compilation.py"
+    given = vllm_platform.graph_arguments([1])["compilation_config"]
+    assert given.keys() - fields(compilation, "CompilationConfig") == set()
+    assert constants(compilation, "CompilationMode")["NONE"] == str(given["mode"])
+    assert constants(compilation, "CUDAGraphMode")[given["cudagraph_mode"]] == "(FULL, NONE)"
+    speculative = vllm_platform.graph_arguments([1], step_tokens=2)["compilation_config"]
+    assert speculative["cudagraph_mode"] in constants(compilation, "CUDAGraphMode")
+
+
+@pytest.mark.parametrize("sequences", [1, 7, 100, 128, 300, 512, 1000])
+def test_graphs_are_those_that_vllm_would_choose_itself(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It chooses sizes of up to twice as many sequences, of which decoding steps have those of ``sequences`` and below.
+    The sizes that we give it are kept."""
+    chosen = "x <= max_num_tokens and x >= uniform_decode_query_len"
+    captured = method("vllm/v1/cudagraph_dispatcher.py", "CudagraphDispatcher", "initialize_cudagraph_keys")
+    assert chosen in ast.unparse(captured)
+    no_blackwell = SimpleNamespace(is_device_capability_family=lambda family: False)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=no_blackwell))  # type: ignore[arg-type]
+    choose = callable_of(
+        method("vllm/config/vllm.py", "VllmConfig", "_set_cudagraph_sizes"), CUDAGraphMode=SimpleNamespace(NONE="none")
+    )
+    ours = vllm_platform.CUDA.graph_sizes(sequences)
+    for given in (None, ours):
+        compilation = SimpleNamespace(
+            cudagraph_mode="decoding", max_cudagraph_capture_size=None, cudagraph_capture_sizes=given,
+            post_init_cudagraph_sizes=lambda: None,
+        )  # fmt: skip
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(enforce_eager=False), compilation_config=compilation,
+            scheduler_config=SimpleNamespace(max_num_seqs=sequences, max_num_batched_tokens=8192),
+            performance_mode="balanced", speculative_config=None, uniform_decode_query_len=1,
+        )  # fmt: skip
+        choose(config)
+        assert [size for size in compilation.cudagraph_capture_sizes if size <= sequences] == ours
 
 
 def test_sampling_parameters_are_fields_of_vllms() -> None:
@@ -312,6 +373,27 @@ def test_sleep_and_wake_know_our_tags_and_keep_buffers_alone() -> None:
     assert "model.named_buffers()" in saved and "if level == 2" in saved
 
 
+def test_what_graphs_point_at_comes_back_where_it_was() -> None:
+    """Graphs stay awake. Scratch memory and the runner's own tensors come back with the first of our tags. What wakes
+    keeps its handle, which has its address. A sync gets the model out of what replays its graphs."""
+    assert "return self.model.unwrap()" in ast.unparse(
+        method("vllm/v1/worker/gpu_model_runner.py", "GPUModelRunner", "get_model")
+    )
+    settings = {
+        ast.unparse(n.target): ast.unparse(n.value)
+        for n in the_class("vllm/config/model.py", "ModelConfig").body
+        if isinstance(n, ast.AnnAssign) and n.value is not None
+    }
+    assert settings["sleep_mode_offload_cudagraph"] == "False"
+    wakes = ast.unparse(method("vllm/device_allocator/cumem.py", "CuMemAllocator", "wake_up"))
+    for line in (
+        "data.tag in tags or data.tag not in DEFERRABLE_TAGS",
+        "handle = data.handle",
+        "create_and_map(handle)",
+    ):
+        assert line in wakes
+
+
 def test_the_worker_has_what_the_extension_uses_and_nothing_of_its_names() -> None:
     (extension,) = (
         node
@@ -384,6 +466,56 @@ def test_quantised_layers_have_what_a_sync_sets() -> None:
     for class_name, own in (("_ColumnvLLMParameter", "output_dim"), ("RowvLLMParameter", "input_dim")):
         assert refused(method(parameter, class_name, "__init__"), 0, {own, "data", "weight_loader"}) == []
     assert refused(method(parameter, "BasevLLMParameter", "__init__"), 0, {"data", "weight_loader"}) == []
+
+
+def test_drafts_are_asked_for_as_vllm_wants_it_and_verified_by_the_logits_of_the_log_probs() -> None:
+    (given,) = (
+        n.value
+        for n in ast.walk(ast.parse((ROOT / "rollout/engine_server.py").read_text()))
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "optional['speculative_config']"
+    )
+    assert isinstance(given, ast.Dict)
+    names = {ast.literal_eval(key) for key in given.keys if key is not None}
+    assert len(names) == 4 and names <= fields("vllm/config/speculative.py", "SpeculativeConfig")
+    methods = [n for n in tree("vllm/config/speculative.py").body if "SpeculativeMethod = Literal" in ast.unparse(n)]
+    assert "'ngram'" in ast.unparse(methods[0])
+    # A draft token without a probability of its own counts as certain.
+    sampler = "vllm/v1/sample/rejection_sampler.py"
+    judged = ast.unparse(method(sampler, "RejectionSampler", "forward"))
+    for line in (
+        "target_logits = apply_sampling_constraints(",
+        "target_logits if self.is_processed_logprobs_mode else raw_target_logits",
+        "bonus_sampler_output.logprobs_tensors.logprobs",
+    ):
+        assert line in judged
+    assert "draft_prob = 1" in ast.unparse(function(sampler, "rejection_random_sample_kernel"))
+    # The pair that the settings refuse.
+    started = ast.unparse(method("vllm/config/vllm.py", "VllmConfig", "__post_init__"))
+    assert "Currently, async scheduling is only supported with EAGLE" in started
+
+
+def test_an_fp8_cache_is_one_of_flash_attentions_and_has_no_scales_of_its_own() -> None:
+    """On an H100, where it is FlashAttention 3's. Scales are 1 where the checkpoint brings none."""
+    (formats,) = (
+        n.value
+        for n in tree("vllm/config/cache.py").body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "CacheDType"
+    )
+    assert isinstance(formats, ast.Subscript)
+    assert set(vllm_platform.KV_CACHE_DTYPES) <= set(ast.literal_eval(formats.slice))
+    backend = the_class("vllm/v1/attention/backends/flash_attn.py", "FlashAttentionBackend")
+    (supported,) = (
+        n.value
+        for n in backend.body
+        if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "supported_kv_cache_dtypes" and n.value
+    )
+    assert set(vllm_platform.KV_CACHE_DTYPES) <= set(ast.literal_eval(supported))
+    supports = ast.unparse(function("vllm/v1/attention/backends/fa_utils.py", "flash_attn_supports_kv_cache_dtype"))
+    assert "sm90_fp8_kv_supported = fa_version == 3 or" in supports
+    assert "return sm90_fp8_kv_supported and is_sm90 or" in supports
+    scales = function("vllm/model_executor/layers/attention/attention.py", "set_default_quant_scales")
+    for name in UNIT_SCALES:
+        assert f"register_buffer('{name}', torch.tensor(1.0, dtype=torch.float32))" in ast.unparse(scales)
 
 
 # Architecture → its module in vLLM, the file and class of its tower, and the class of the tower's layers.

@@ -64,6 +64,7 @@ MODULES = {
     "tests.rollout.grid_twins",
     "tests.rollout.shipped",
     "tests.rollout.sleeping_engine",
+    "tests.rollout.speculating",
     "tests.rollout.test_fake_cuda",
     "tests.rollout.test_network",
     "tests.rollout.test_quantised",

@@ -84,11 +84,16 @@ def processor_precision(cpuinfo: str) -> str:
     PyTorch accepts BF16 on every processor, but on one with AVX2 alone a matrix product in BF16 takes seven times as
     long as in FP32.
     """
+    return "bf16" if processor_flags(cpuinfo) & BF16_INSTRUCTIONS else "fp32"
+
+
+def processor_flags(cpuinfo: str) -> set[str]:
+    """Linux's names of what the processor can do; ``cpuinfo`` is the text of /proc/cpuinfo."""
     flags: set[str] = set()
     for line in cpuinfo.splitlines():
         if line.startswith(("flags", "Features")):
             flags.update(line.split())
-    return "bf16" if flags & BF16_INSTRUCTIONS else "fp32"
+    return flags
 
 
 # Dense BF16 FLOP/s of a device whose name has the words, from NVIDIA's data sheets; the first that fits counts.

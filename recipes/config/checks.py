@@ -103,11 +103,17 @@ def check_samples_of_other_weights(config: Config) -> None:
             f"rollout.{field}: samples come from older weights; correct for it: "
             "algorithm.importance_sampling=token_truncated"
         )
-    if rollout.quantization is not None and (config.precision.name == "fp32" or not corrected):
-        raise ConfigError(
-            f"rollout.quantization={rollout.quantization!r}: samples come from rounded weights: needs precision=bf16 "
-            "(or fp8), and correct for it: algorithm.importance_sampling=token_truncated"
-        )
+    rounded = []
+    if rollout.quantization is not None:
+        rounded.append((f"quantization={rollout.quantization!r}", "weights"))
+    if rollout.kv_cache_dtype == "fp8":
+        rounded.append(("kv_cache_dtype='fp8'", "keys and values"))
+    for field, what in rounded:
+        if config.precision.name == "fp32" or not corrected:
+            raise ConfigError(
+                f"rollout.{field}: samples come from rounded {what}: needs precision=bf16 (or fp8), and correct for "
+                "it: algorithm.importance_sampling=token_truncated"
+            )
 
 
 def check_shared_memory(config: Config) -> None:
@@ -160,15 +166,16 @@ def check_batch(config: Config) -> None:
 
 
 def check_engine_batch(config: Config) -> None:
-    """An engine's step takes a token of every sequence, and a complete prompt where vLLM does not split prompts."""
+    """An engine's step takes a token of every sequence and its drafts, and a complete prompt where none is split."""
     if not generates(config):
         return
     rollout = config.rollout
-    least = rollout.max_num_seqs
+    least = rollout.max_num_seqs * rollout.speculative.step_tokens
     if not vllm_platform.of(config.cluster.platform).splits_prompts:
         least = max(least, config.data.max_prompt_tokens + rollout.max_response_tokens)
     if rollout.max_num_batched_tokens < least:
         raise ConfigError(
             f"rollout.max_num_batched_tokens={rollout.max_num_batched_tokens}: use at least {least} "
-            "(rollout.max_num_seqs, and on a CPU data.max_prompt_tokens + rollout.max_response_tokens)"
+            "(rollout.max_num_seqs, times 1 + rollout.speculative.draft_tokens with rollout.speculative.method; on a "
+            "CPU data.max_prompt_tokens + rollout.max_response_tokens)"
         )

@@ -82,8 +82,10 @@ RUNGS: dict[str, tuple[Estimate, ...]] = {
         Estimate("simulate", "pcie_gb_s", lambda m: m(f"{COPIES}[pcie_gb_s]", "pcie_gb_s"), 25, 63),
         # An HTTP request and a few collectives over loopback.
         Estimate("simulate", "order_ms", lambda m: m(SYNC, "sync_of_a_tiny_model_ms"), 1, 1000),
-        # A thousand kernel launches of at least 2 µs; the check's bound.
+        # A thousand kernels of at least 1 µs; the check's bound.
         Estimate("scale", "machine.decode_ms", lambda m: m(DECODE, "decode_ms"), 1, 100),
+        # A thousand nodes of at least 2 KiB; five times what vLLM's logs report of other models.
+        Estimate("preflight", "graph_gib", lambda m: m(DECODE, "graph_gib"), 0.002, 0.18),
         # Kernels that only read reach 0.95 of the data sheet's bandwidth; half of the estimate is the check's bound.
         Estimate("scale", "machine.hbm_share", lambda m: m(READ, "hbm_share"), 0.4, 1.0),
         # HTTP, and a few thousand pages of 2 MiB unmapped and mapped; a minute would be paging.

@@ -38,6 +38,7 @@ def job_of(config: Config) -> Job:
         reference=reference,
         engine_tensor=config.rollout.tensor,
         engine_weight_bytes=2 if config.rollout.quantization is None else 1,
+        engine_kv_bytes=memory_plan.kv_cache_element_bytes(config),
         slots=config.rollout.max_num_seqs,
         kv_cache_gib=config.rollout.kv_cache_gib,
         prompt_limit=config.data.max_prompt_tokens,

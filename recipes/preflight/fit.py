@@ -155,6 +155,10 @@ def precision(config: Config, settings: Settings) -> str:
     """Whether the device multiplies in the precision."""
     if config.precision.name == "fp8" and not settings.fp8:
         raise ConfigError(f"precision.name='fp8': {settings.device} has no FP8; use precision=bf16")
+    if config.rollout.kv_cache_dtype == "fp8" and not settings.fp8:
+        raise ConfigError(
+            f"rollout.kv_cache_dtype='fp8': {settings.device} has no FP8; use rollout.kv_cache_dtype=auto"
+        )
     has_gpus = platform.capabilities(config.cluster.platform).has_gpus
     return f"{config.precision.name} on {settings.device if has_gpus else 'a CPU'}"
 
@@ -209,10 +213,10 @@ def rollout(config: Config, hf_config: Any, text: Any) -> str:
     fp8_blocks(config, hf_config, text)
     engines_of_a_node(config, config.cluster.nodes)
     longest = memory_plan.longest(config)
-    size = config.precision.activation_bytes
-    tokens = int(c.kv_cache_gib * 2**30 / sizes.kv_bytes_per_token(text, c.tensor, size))
+    token_bytes = sizes.kv_bytes_per_token(text, c.tensor, memory_plan.kv_cache_element_bytes(config))
+    tokens = int(c.kv_cache_gib * 2**30 / token_bytes)
     if tokens < longest:
-        need = longest * sizes.kv_bytes_per_token(text, c.tensor, size) / 2**30
+        need = longest * token_bytes / 2**30
         raise ConfigError(
             f"rollout.kv_cache_gib={c.kv_cache_gib} holds {tokens} tokens, one sequence has {longest}: use at least "
             f"{need:.2f}, or a larger rollout.tensor"

@@ -387,11 +387,20 @@ def _attention_sizes(text: Any) -> tuple[int, int, int]:
 
 
 def engine(
-    text: Any, parameters: int, tensor: int, batched_tokens: int, sequences: int, size: int = 2, fp8: bool = False
+    text: Any,
+    parameters: int,
+    tensor: int,
+    batched_tokens: int,
+    sequences: int,
+    step_tokens: int = 1,
+    size: int = 2,
+    fp8: bool = False,
 ) -> int:
     """A vLLM rank's weights and our estimate of its buffers.
 
-    Buffers are those of one layer for ``batched_tokens``, and FP32 logits and probabilities for ``sequences``.
+    Buffers are those of one layer for ``batched_tokens``, and FP32 logits and probabilities for ``sequences``. Where a
+    step verifies draft tokens, there are five such tensors of all its tokens: the logits, those of the drafts, all in
+    order, those of the accepted tokens, and their log-probs (vLLM's ``RejectionSampler``).
 
     Args:
         text: the language model's configuration.
@@ -399,6 +408,7 @@ def engine(
         tensor: tensor-parallel size of the engine.
         batched_tokens: tokens of one step of the engine.
         sequences: sequences of one step.
+        step_tokens: tokens of a sequence in a step of decoding: its draft tokens and one.
         size: bytes of a weight.
         fp8: whether the decoder's matrices have one byte per element. They then need room for one layer of them before
             and after quantisation (``rollout/weight_sync/quantised.py``).
@@ -412,7 +422,8 @@ def engine(
         quantisation = layer * (size + 1)
         weights += quantisation - saved
     weights_of_rank = -(-weights // tensor)
-    logits_and_probabilities = sequences * text.vocab_size * 2 * FP32
+    copies = 2 if step_tokens == 1 else 5
+    logits_and_probabilities = sequences * step_tokens * text.vocab_size * copies * FP32
     return weights_of_rank + layer_buffers + logits_and_probabilities
 
 

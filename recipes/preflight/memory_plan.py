@@ -17,6 +17,7 @@ from recipes.preflight.architecture import published_config
 from recipes.preflight.report import NotChecked, Report, Settings
 from rewards import settings as rewards
 from rewards.settings import Server
+from rollout import vllm_platform
 
 GIB = 2**30
 BF16 = 2
@@ -181,6 +182,11 @@ def longest(config: Config) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
+def kv_cache_element_bytes(config: Config) -> int:
+    """Of a key or a value in the engines' cache."""
+    return 1 if config.rollout.kv_cache_dtype == "fp8" else config.precision.activation_bytes
+
+
 def sequences_per_update(config: Config) -> int:
     """Sequences of the largest optimiser step of the stage, all ranks together."""
     sizes = {
@@ -244,7 +250,9 @@ def reserve(config: Config, settings: Settings) -> tuple[int, int]:
         slots = 2 * config.rollout.sync_bucket_mib << 20 if config.cluster.nodes > 1 else 0
     process = settings.context_gib + settings.workspace_gib
     trainer = process + settings.fragmentation_gib + groups * settings.communicator_gib
-    engine = process + settings.graphs_gib + (config.rollout.tensor > 1) * settings.communicator_gib
+    vllm = vllm_platform.of(config.cluster.platform)
+    graphs = vllm.graph_sizes(config.rollout.max_num_seqs) if config.rollout.cuda_graphs else []
+    engine = process + len(graphs) * settings.graph_gib + (config.rollout.tensor > 1) * settings.communicator_gib
     return int(trainer * GIB) + slots, int(engine * GIB)
 
 
@@ -285,6 +293,7 @@ def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
         tensor=rollout.tensor,
         batched_tokens=rollout.max_num_batched_tokens,
         sequences=rollout.max_num_seqs,
+        step_tokens=rollout.speculative.step_tokens,
         size=config.precision.activation_bytes,
         fp8=rollout.quantization is not None,
     )

@@ -393,7 +393,7 @@ class Planner:
                 return None
             if "kv_cache" in names:
                 largest = min(largest, free)
-        size = config.precision.activation_bytes
+        size = memory_plan.kv_cache_element_bytes(config)
         of_sequence = memory_plan.longest(config) * memory.kv_bytes_per_token(self.text, config.rollout.tensor, size)
         cache = min(math.floor(largest), math.ceil(config.rollout.max_num_seqs * of_sequence / GIB))
         if cache < 1 or cache * GIB < of_sequence:

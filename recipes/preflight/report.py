@@ -40,7 +40,7 @@ class Settings:
         context_gib: device memory of a process's CUDA context.
         communicator_gib: NCCL's device memory for one group of ranks.
         workspace_gib: device memory of a process's libraries.
-        graphs_gib: device memory of an engine's CUDA graphs.
+        graph_gib: device memory of one of an engine's CUDA graphs.
         fragmentation_gib: device memory that the trainer's allocator can't use.
         engines: "colocated" with the trainer's ranks or "disaggregated", on devices of their own.
         host_memory_gib: memory of one node's host for offloaded tensors.
@@ -57,7 +57,7 @@ class Settings:
     context_gib: float
     communicator_gib: float
     workspace_gib: float
-    graphs_gib: float
+    graph_gib: float
     fragmentation_gib: float
     engines: str
     host_memory_gib: float

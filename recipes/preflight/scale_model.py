@@ -136,7 +136,8 @@ class Job:
     ``recompute`` says whether each layer's forward pass runs again before its backward pass. ``passes`` is the number
     of forward passes for log-probs, and ``reference`` whether one of them is the reference's. ``activation_bytes`` are
     those of a hidden state's element. ``kv_cache_gib`` is the KV cache of a GPU that an engine shares with the trainer.
-    ``engine_weight_bytes`` are those of one of its weights, and ``slots`` the sequences that it decodes at once.
+    ``engine_weight_bytes`` are those of one of its weights, ``engine_kv_bytes`` those of a key or a value in the cache,
+    and ``slots`` the sequences that it decodes at once.
     """
 
     tensor: int
@@ -153,6 +154,7 @@ class Job:
     reference: bool
     engine_tensor: int
     engine_weight_bytes: int
+    engine_kv_bytes: int
     slots: int
     kv_cache_gib: float
     prompt_limit: int
@@ -278,7 +280,8 @@ class Engine:
 def engine_of(job: Job, model: ModelShape, machine: Machine, disaggregated: bool) -> Engine:
     """The engine of a job, either on GPUs of its own or on the trainer's."""
     kv_heads_per_gpu = max(1, model.kv_heads // job.engine_tensor)
-    kv_bytes_per_token = 2 * model.layers * kv_heads_per_gpu * model.head_dim * BF16_BYTES  # keys and values
+    keys_and_values = 2 * model.layers * kv_heads_per_gpu * model.head_dim
+    kv_bytes_per_token = keys_and_values * job.engine_kv_bytes
     kv_cache_gib = machine.disaggregated_kv_cache_gib if disaggregated else job.kv_cache_gib
     all_reduce_seconds = 0.0
     if job.engine_tensor > 1:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.weight_sync.layout import Index, LayoutError, ParameterLayout, Rectangle, Region, check_exact_cover
 
-# Buffers of vLLM's attention layers that are 1 unless the key-value cache is quantised.
+# Buffers of vLLM's attention layers that are 1 unless the checkpoint brings scales of the key-value cache.
 UNIT_SCALES = ("_q_scale", "_k_scale", "_v_scale", "_prob_scale")
 
 
@@ -120,7 +120,7 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             continue
         if name.rpartition(".")[2] in UNIT_SCALES:
             if not buffer.is_meta and bool((buffer != 1).any()):
-                raise LayoutError(f"{name} is {buffer}: quantised key-value caches are not supported")
+                raise LayoutError(f"{name} is {buffer}: scales of the key-value cache are not supported")
             continue
         tensors[name] = buffer
     for name, tensor in tensors.items():

@@ -89,6 +89,7 @@ JOB = Job(
     reference=True,
     engine_tensor=2,
     engine_weight_bytes=2,
+    engine_kv_bytes=2,
     slots=32,
     kv_cache_gib=10,
     prompt_limit=100,
@@ -288,6 +289,13 @@ def test_quantised_weights_are_read_in_half_the_time():
     assert fp8.weight_bytes == bf16.weight_bytes / 2 == 10**9 / 2
 
 
+def test_an_fp8_cache_holds_twice_the_tokens_and_is_read_in_half_the_time():
+    bf16 = engine_of(JOB, MODEL, MACHINE, disaggregated=False)
+    fp8 = engine_of(replace(JOB, engine_kv_bytes=1), MODEL, MACHINE, disaggregated=False)
+    assert fp8.kv_bytes_per_token == bf16.kv_bytes_per_token / 2
+    assert fp8.kv_cache_tokens == pytest.approx(2 * bf16.kv_cache_tokens, abs=1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -297,7 +305,11 @@ def test_quantised_weights_are_read_in_half_the_time():
         (("parallel.recompute=full",), {"recompute": True}),
         (
             ("rollout.quantization=fp8_per_channel", "algorithm.importance_sampling=token_truncated"),
-            {"engine_weight_bytes": 1},
+            {"engine_weight_bytes": 1, "engine_kv_bytes": 2},
+        ),
+        (
+            ("rollout.kv_cache_dtype=fp8", "algorithm.importance_sampling=token_truncated"),
+            {"engine_weight_bytes": 2, "engine_kv_bytes": 1},
         ),
     ],
 )

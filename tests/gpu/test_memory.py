@@ -76,7 +76,7 @@ def test_an_engine_reads_whole_72b_layers_at_half_the_assumed_speed_or_more(
         config = copy.deepcopy(node_cases.LAYERS_72B)
         config.update({"num_hidden_layers": layers, "vocab_size": 256})
         (tmp_path / str(layers)).mkdir()
-        step_ms[layers] = test_decoding.step_ms(config, layout, tmp_path / str(layers))
+        step_ms[layers] = test_decoding.decoding_step(config, layout, tmp_path / str(layers), cuda_graphs=True).ms
     weights = node_cases.layer_weights(node_cases.LAYERS_72B)
     speed = (MANY - FEW) * 2 * weights / (step_ms[MANY] - step_ms[FEW]) / 1e6
     share = speed / MACHINE["hbm_gb_s"]

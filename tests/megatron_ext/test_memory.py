@@ -132,6 +132,13 @@ def test_key_value_cache_per_token() -> None:
     assert memory.kv_bytes_per_token(text, 8) == memory.kv_bytes_per_token(text, 16) == 40960
 
 
+def test_a_step_that_verifies_drafts_has_more_logits() -> None:
+    """Of 8 sequences with 4 draft tokens each, five FP32 tensors in place of two of one token each."""
+    text = LlamaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=1000)
+    plain, speculative = (memory.engine(text, 0, 1, 0, 8, step_tokens=tokens) for tokens in (1, 5))
+    assert (plain, speculative) == (8 * 1000 * 2 * 4, 8 * 5 * 1000 * 5 * 4)
+
+
 def test_fp8_halves_an_engines_matrices_and_needs_room_to_quantise_a_layer() -> None:
     """Against transformers' model: embeddings, norms and the output layer stay in BF16."""
     text = LlamaConfig(

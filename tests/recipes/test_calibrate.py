@@ -30,6 +30,7 @@ MADE_UP: dict[str, dict[tuple[str, str], float]] = {
         (f"{calibrate.COPIES}[pcie_gb_s]", "pcie_gb_s"): 52.25,
         (calibrate.SYNC, "sync_of_a_tiny_model_ms"): 12.0,
         (calibrate.DECODE, "decode_ms"): 23.456,
+        (calibrate.DECODE, "graph_gib"): 0.03125,
         (calibrate.READ, "hbm_share"): 0.87654,
         (calibrate.SLEEP, "switch_s"): 1.5,
         (calibrate.FILES, "write_gb_s"): 2.5,
@@ -55,6 +56,7 @@ EXPECTED = {
         "conf/simulate/h100.yaml: pcie_gb_s 55 -> 52.25",
         "conf/simulate/h100.yaml: order_ms 20 -> 12.0",
         "conf/scale/h100.yaml: machine.decode_ms 2.0 -> 23.46",
+        "conf/preflight/h100.yaml: graph_gib 0.035 -> 0.0312",
         "conf/scale/h100.yaml: machine.hbm_share 0.7 -> 0.8765",
         "conf/scale/h100.yaml: machine.switch_s 11 -> 1.5",
         "conf/scale/h100.yaml: machine.write_gb_s 4 -> 2.5",
@@ -133,7 +135,8 @@ def test_measured_values_take_the_place_of_estimates(rung: str, conf: Path, tmp_
 
 
 def test_the_preflights_estimate_moves_by_what_was_measured(conf: Path, tmp_path: Path) -> None:
-    """The 72B recipe's rank is in six groups: of tensor, pipeline, context and gradients, of all, and of the sync."""
+    """The 72B recipe's rank is in six groups: of tensor, pipeline, context and gradients, of all, and of the sync. Its
+    engines have 19 graphs."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = parse(compose("config", ["recipe=safework_72b"]))
 
@@ -148,7 +151,8 @@ def test_the_preflights_estimate_moves_by_what_was_measured(conf: Path, tmp_path
     after = reserve()
     process = (0.75 - 0.55) + (0.25 - 0.5)
     assert after[0] - before[0] == pytest.approx(process + (2.031 - 1.0) + 6 * (0.55 - 0.3), abs=1e-6)
-    assert after[1] - before[1] == pytest.approx(process + (0.55 - 0.3), abs=1e-6)
+    graphs = 19 * (0.0312 - 0.035)
+    assert after[1] - before[1] == pytest.approx(process + (0.55 - 0.3) + graphs, abs=1e-6)
 
 
 def changed(rung: str, check: str, **values: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from recipes.errors import ConfigError
 from recipes.launch import prepare_model, requirements
 from recipes.launch.prepare_run import prepare_run
 from rewards.settings import OTHER_MAPPINGS, RewardsConfig
+from rollout.vllm_platform import FP8_CACHE_INSTRUCTIONS
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -336,6 +337,45 @@ IMPOSSIBLE = [
         "'fp8_per_channel'",
         "algorithm.importance_sampling=token_truncated",
     ),
+    (["rollout.kv_cache_dtype=int8"], "rollout.kv_cache_dtype", "'int8'", "use one of auto, fp8"),
+    (["rollout.speculative.method=draft"], "rollout.speculative.method", "'draft'", "use one of ngram"),
+    (["rollout.speculative.draft_tokens=0"], "rollout.speculative.draft_tokens", "0", "above 0"),
+    (
+        ["rollout.speculative.method=ngram", "rollout.speculative.lookup_min=5"],
+        "rollout.speculative.lookup_min",
+        "5",
+        "rollout.speculative.lookup_max=4",
+    ),
+    (
+        ["rollout.speculative.method=ngram", "rollout.async_scheduling=true", "cluster.platform=cuda"],
+        "rollout.speculative.method",
+        "'ngram'",
+        "rollout.async_scheduling=false",
+    ),
+    (
+        ["rollout.speculative.method=ngram", "rollout.model_runner_v2=true", "cluster.platform=cuda"],
+        "rollout.speculative.method",
+        "'ngram'",
+        "rollout.model_runner_v2=false",
+    ),
+    (
+        ["rollout.speculative.method=ngram", "rollout.thinking_budget=9"],
+        "rollout.speculative.method",
+        "'ngram'",
+        "rollout.thinking_budget=null",
+    ),
+    (
+        ["rollout=search", "rollout.speculative.method=ngram"],
+        "rollout.speculative.method",
+        "'ngram'",
+        "rollout.environment.name=null",
+    ),
+    (
+        ["rollout.speculative.method=ngram", "rollout.max_num_seqs=32", "rollout.max_num_batched_tokens=159"],
+        "rollout.max_num_batched_tokens",
+        "159",
+        "at least 160",
+    ),
     (["rollout.environment.max_turns=0"], "rollout.environment.max_turns", "0", "above 0"),
     (["rollout=search", "rollout.oversample=2"], "rollout.environment.name", "search", "rollout.oversample=1"),
     (["rollout=search", "rollout.thinking_budget=9"], "rollout.environment.name", "search", "thinking_budget=null"),
@@ -415,6 +455,16 @@ def test_impossible_values_name_field_value_and_remedy(
     assert value in text
     assert remedy in text
     assert "\n" not in text
+
+
+def test_an_fp8_cache_wants_its_rounding_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that has it."""
+    monkeypatch.setattr("rollout.vllm_platform.processor_flags", lambda cpuinfo: FP8_CACHE_INSTRUCTIONS)
+    corrected = ["rollout.kv_cache_dtype=fp8", "algorithm.importance_sampling=token_truncated"]
+    assert configured(*corrected, "precision=bf16").rollout.kv_cache_dtype == "fp8"
+    for overrides in (corrected[:1], [*corrected, "precision=fp32"]):
+        with pytest.raises(ConfigError, match=r"rollout.kv_cache_dtype='fp8': .* rounded keys and values: .* correct"):
+            configured("precision=bf16", *overrides)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,10 @@ IMPOSSIBLE = {
         ["131072 positions"],
     ),
     "fp8 device": (("precision=fp8", "preflight=a100", *WHOLE), "precision", ["has no FP8", "precision=bf16"]),
+    "fp8 cache": (
+        ("rollout.kv_cache_dtype=fp8", "algorithm.importance_sampling=token_truncated", "preflight=a100", *WHOLE),
+        "precision", ["rollout.kv_cache_dtype='fp8'", "has no FP8", "rollout.kv_cache_dtype=auto"],
+    ),
     "fp8 sizes": (
         ("precision=fp8", "parallel.tensor=32", "parallel.context=1", "parallel.pipeline=2"), "attention_heads",
         ["parallel.tensor=8"],
@@ -140,6 +145,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted = {size: [f"recipe=safework_{size}"] for size in RECIPES}
     wanted["128"] = ["recipe=safework_7b", "cluster.nodes=16"]
     wanted["disaggregated"] = ["recipe=safework_7b", "preflight.engines=disaggregated"]
+    wanted["without graphs"] = ["recipe=safework_7b", "rollout.cuda_graphs=false"]
+    wanted["fp8 keys and values"] = [
+        "recipe=safework_7b", "rollout.kv_cache_dtype=fp8", "algorithm.importance_sampling=token_truncated",
+    ]  # fmt: skip
     wanted["fp8"] = ["recipe=safework_7b", "precision=fp8"]
     wanted["critic"] = ["recipe=safework_7b", "algorithm=ppo"]
     wanted["sleeping critic"] = [*wanted["critic"], "critic.offload=true"]
@@ -210,17 +219,19 @@ def test_every_rank_of_a_replica_is_there_and_fits(size: str, reports: Reports) 
 
 def test_what_processes_keep_of_a_gpu_is_counted_by_process_group_and_slot(reports: Reports) -> None:
     """Trainer and engine have a context and workspaces each. The ranks' groups are those of tensor, pipeline, context,
-    gradients and all ranks, and the weight sync's; two slots of a sync are 1 GiB. The engine has its tensor group."""
-    context, workspace, communicator, fragmentation, slots = 0.55, 0.5, 0.3, 1.0, 1.0
+    gradients and all ranks, and the weight sync's; two slots of a sync are 1 GiB. The engine has its tensor group, and
+    CUDA graphs of 19 sizes."""
+    context, workspace, communicator, fragmentation, slots, graph = 0.55, 0.5, 0.3, 1.0, 1.0, 0.035
     one_process = context + workspace
-    of_70b = 2 * one_process + 7 * communicator + fragmentation + slots
+    engine = one_process + 19 * graph
+    of_70b = one_process + engine + 7 * communicator + fragmentation + slots
     # Without pipeline, and with engines of one GPU.
-    of_7b = 2 * one_process + 5 * communicator + fragmentation + slots
-    for size, expected in (("70b", of_70b), ("7b", of_7b)):
+    of_7b = one_process + engine + 5 * communicator + fragmentation + slots
+    for size, expected in (("70b", of_70b), ("7b", of_7b), ("without graphs", of_7b - 19 * graph)):
         assert reports[size]["memory_gib"][0]["reserve"] == pytest.approx(expected, abs=0.01)
     apart = reports["disaggregated"]
-    assert apart["memory_gib"][0]["reserve"] == pytest.approx(of_7b - one_process, abs=0.01)
-    assert apart["engine_gib"]["reserve"] == pytest.approx(one_process, abs=0.01)
+    assert apart["memory_gib"][0]["reserve"] == pytest.approx(of_7b - engine, abs=0.01)
+    assert apart["engine_gib"]["reserve"] == pytest.approx(engine, abs=0.01)
 
 
 def test_parameters_of_a_llama_stage_are_those_counted_by_hand(reports: Reports) -> None:
@@ -271,6 +282,14 @@ def test_the_long_recipe_has_room_for_responses_of_32768_tokens(reports: Reports
         # The vision tower runs whole on each rank of the first stage, however many divide a sequence.
         more = 10_240 / 8_192
         assert ours["activations"] == pytest.approx(more * theirs["activations"], rel=0.1 if ours["pp"] == 0 else 0.001)
+
+
+def test_an_fp8_cache_of_the_same_size_holds_twice_the_tokens(reports: Reports) -> None:
+    tokens = {}
+    for name in ("7b", "fp8 keys and values"):
+        (detail,) = (check["detail"] for check in reports[name]["checks"] if check["name"] == "rollout")
+        tokens[name] = int(re.search(r"holds (\d+) tokens", detail)[1])  # type: ignore[index]
+    assert tokens["fp8 keys and values"] == pytest.approx(2 * tokens["7b"], abs=1)
 
 
 def test_disaggregated_engines_leave_their_memory_to_the_trainer(reports: Reports) -> None:

@@ -6,7 +6,7 @@ is filled with NaN. That is every tensor that is alive when the model has been l
 it, and the key-value cache. What vLLM keeps on the host by itself (level 2: the model's buffers) comes back, as on a
 GPU.
 
-Trainer rank and engine are this one process. The results go to ``FOLDER/NAME.json``, by :data:`SCHEDULING`.
+Trainer rank and engine are this one process. The results go to ``FOLDER/NAME.json``, by :data:`VARIANTS`.
 """
 
 import gc
@@ -30,10 +30,12 @@ from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
 from tests.responses import make_prompt, plain
 from tests.rollout import vllm_processes
+from tests.rollout.speculating import count_drafts
 from tests.rollout.twins import TIED, ShardMaker, tensor_parallel_shards
 
-# vLLM's scheduling: what is tested on a CPU otherwise, and what vLLM does on a GPU unless told not to.
-SCHEDULING = {"synchronous": False, "asynchronous": True}
+# vLLM's scheduling that is tested on a CPU otherwise, and the one that vLLM has on a GPU unless told not to;
+# speculative decoding.
+VARIANTS = ("synchronous", "asynchronous", "speculative")
 PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 180 for j in range(3 + 10 * i)]) for i in range(4)]
 
 
@@ -159,8 +161,20 @@ class Engine:
         requests = make_requests(PROMPTS, 2, seed=5, step=0)
         return [asdict(response) for response in plain(vllm_processes.generate(self.loop, requests, self.sampling))]
 
+    def addresses(self) -> dict[str, int]:
+        """Of all that a CUDA graph of the model would point at."""
+        worker = self.loop.llm.model_executor.driver_worker.worker
+        model = worker.get_model()
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors |= {f"cache {i}": cache for i, cache in enumerate(worker.model_runner.kv_caches)}
+        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
     def state(self) -> dict[str, Any]:
-        return {"digests": self.loop.weights.digest()["workers"], "responses": self.responses()}
+        return {
+            "digests": self.loop.weights.digest()["workers"],
+            "responses": self.responses(),
+            "addresses": self.addresses(),
+        }
 
 
 def run(engine: Engine) -> dict[str, Any]:
@@ -192,15 +206,25 @@ def break_off(engine: Engine) -> None:
     assert not engine.loop.llm.has_unfinished_requests()
 
 
-def main(settings: str, sampling: str, folder: str) -> None:
+def variant(name: str, settings: EngineSettings, sampling: Sampling) -> tuple[EngineSettings, Sampling]:
+    """Those of one of :data:`VARIANTS`. What is sampled coolly repeats tokens, after which something is drafted."""
+    if name != "speculative":
+        return settings, sampling
+    speculative = replace(settings.rollout.speculative, method="ngram", lookup_min=1)
+    return replace(settings, rollout=replace(settings.rollout, speculative=speculative)), replace(
+        sampling, temperature=0.2
+    )
+
+
+def main(argument: str, given: str, folder: str) -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     os.environ[engine_server.ENGINE_PID] = str(os.getpid())
-    for name, asynchronous in SCHEDULING.items():
-        engine = Engine(
-            EngineSettings.from_json(settings), vllm_processes.sampling_from(sampling), Path(folder), asynchronous
-        )
-        Path(folder, f"{name}.json").write_text(json.dumps(run(engine)))
+    for name in VARIANTS:
+        settings, sampling = variant(name, EngineSettings.from_json(argument), vllm_processes.sampling_from(given))
+        engine = Engine(settings, sampling, Path(folder), asynchronous=name == "asynchronous")
+        counts = count_drafts(engine.loop)
+        Path(folder, f"{name}.json").write_text(json.dumps({**run(engine), "drafted": counts["drafted"]}))
         engine.loop.llm.engine_core.shutdown()
         del engine
         gc.collect()

@@ -119,6 +119,6 @@ def test_emptied_parameters_and_unfilled_buffers_are_refused_by_name():
         trace_layout(Model((0,), copy), {"a": (4, 2)})
     with pytest.raises(LayoutError, match=r"vLLM parameter scale .*only 0 of 1"):
         trace_layout(Model((4, 2), copy, scale=torch.ones(1)), {"a": (4, 2)})
-    with pytest.raises(LayoutError, match=r"_k_scale is .* quantised key-value caches are not supported"):
+    with pytest.raises(LayoutError, match=r"_k_scale is .* scales of the key-value cache are not supported"):
         trace_layout(Model((4, 2), copy, _k_scale=torch.tensor(0.5)), {"a": (4, 2)})
     assert len(trace_layout(Model((4, 2), copy, _k_scale=torch.tensor(1.0)), {"a": (4, 2)})) == 1

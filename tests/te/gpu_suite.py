@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rewards import serve
+from rollout import vllm_platform
 from tests.recipes import tiny
 from tests.settings import precision_config
 from tests.te import fake_gpu, packages
@@ -21,7 +22,10 @@ from tests.te import fake_gpu, packages
 # vLLM's CPU build has no kernels for them.
 LEFT_OUT = ("fp8_per_tensor", "fp8_per_block")
 # Of several GPUs, or of a GPU's memory and speed alone: these run in tests/test_gpu_rehearsal.py.
-ELSEWHERE = ("test_memory.py", "test_node.py", "test_node_recipe.py", "test_two_nodes.py")
+ELSEWHERE = ["test_memory.py", "test_node.py", "test_node_recipe.py", "test_two_nodes.py"]
+# Its kernel is not for each processor; tests/rollout/test_fp8_cache.py says which.
+if vllm_platform.CPU.lacks_for_fp8_cache():
+    ELSEWHERE.append("test_fp8_cache.py")
 
 
 class Plugin:
