@@ -131,7 +131,7 @@ class Trainer:
         config = hf_checkpoint.config(model)
         model_family = family(config.architectures[0])
         sharding = sharding_of(config, self.ranks, layout.tensor_rank)
-        language_config = models.language_config(model_family, config, sharding, parallel_config, precision)
+        language_config = models.language_config(model_family, config, sharding, parallel_config, precision, stage=0)
         module = models.build_chunk(config, language_config, layout, frozen=(), stage=0).to(torch.bfloat16)
         self.shards = shards([module], model_family.param_mappings(config, self.ranks, layout.tensor_rank))
         hf_checkpoint.load(self.shards, model)

@@ -215,6 +215,7 @@ def examine(batch: Batch, plan: Plan) -> dict[str, float]:
         micro_batches: of each rank.
         least: the fewest micro-batches of a rank that could hold the tokens.
         useful_tokens: share of the computed tokens that are no padding.
+        useful_if_constant: the same where every micro-batch is padded to the limit (``parallel.constant_length``).
         filled: share of the micro-batches' limit that is used.
         beyond: share of micro-batches above the limit, which may not fit in memory.
         largest: tokens of the largest micro-batch / the limit.
@@ -245,6 +246,7 @@ def examine(batch: Batch, plan: Plan) -> dict[str, float]:
         "micro_batches": len(plan[0]),
         "least": -(-sum(batch.lengths) // (batch.limit * batch.ranks)),
         "useful_tokens": batch.tokens / sum(padded_sizes),
+        "useful_if_constant": batch.tokens / (round_up(batch.limit, batch.pack_multiple) * len(sizes)),
         "filled": sum(sizes) / (batch.limit * len(sizes)),
         "beyond": sum(size > batch.limit for size in sizes) / len(sizes),
         "largest": max(sizes) / batch.limit,
@@ -462,14 +464,15 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for case in result["cases"]:
         title = f"{case['recipe']}, {case['data_parallel']} data-parallel ranks, {case['distribution']}"
         table = Table(
-            "", "micro-batches", "useful", "filled", "beyond limit", "imbalance", "in rounds", "stages", "ms",
-            title=title,
+            "", "micro-batches", "useful", "if constant", "filled", "beyond limit", "imbalance", "in rounds", "stages",
+            "ms", title=title,
         )  # fmt: skip
         for name, measures in case["methods"].items():
             table.add_row(
                 name,
                 f"{measures['micro_batches']['median']:g} (≥ {measures['least']['median']:g})",
                 percent(measures["useful_tokens"]),
+                percent(measures["useful_if_constant"]),
                 percent(measures["filled"]),
                 percent(measures["beyond"]),
                 percent(measures["imbalance"]),

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import figures
-from megatron_ext.layout import RECOMPUTE, ParallelConfig
+from megatron_ext.layout import CORE_ATTENTION, RECOMPUTE, ParallelConfig
 from recipes.command_line import split_arguments
 from recipes.config import Config, parse
 from recipes.launch.launcher import fork_ranks
@@ -133,8 +133,14 @@ def layout(sizes: tuple[int, int, int, int], recompute: str, micro_batch_tokens:
         context=context,
         sequence=tensor > 1,
         recompute=recompute,
+        recompute_modules=[CORE_ATTENTION],
+        recompute_layers=None,
         distributed_optimizer=True,
         micro_batch_tokens=micro_batch_tokens,
+        constant_length=False,
+        gradient_accumulation_fusion=False,
+        overlap_grad_reduce=False,
+        tp_comm_overlap=False,
         shared_prompts=False,
     )
 
@@ -159,7 +165,7 @@ def job_of(sizes: ParallelConfig, element_bytes: int) -> Job:
         pipeline=sizes.pipeline,
         virtual_pipeline=sizes.virtual_pipeline,
         context=sizes.context,
-        recompute=sizes.recompute == "full",
+        recompute=float(sizes.recompute == "full"),
         micro_batch_tokens=sizes.micro_batch_tokens,
         activation_bytes=element_bytes,
         prompts=SEQUENCES,

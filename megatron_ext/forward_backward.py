@@ -135,6 +135,12 @@ def _run(
     loss_of: Callable[[MicroBatch], Any],
     **options: Any,
 ) -> list[Any]:
+    if model.pack_tokens is not None:
+        lengths = {batch.tokens.shape[1] * model.parallel.config.context for batch in batches}
+        assert lengths == {model.pack_tokens}, (
+            f"packs of {lengths} tokens, parallel.constant_length={model.pack_tokens}"
+        )
+
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
         images = {} if batch.vision is None else {"vision": batch.vision}
@@ -154,7 +160,8 @@ def _run(
         data_iterator=[iter(batches) for _ in model.chunks] if len(model.chunks) > 1 else iter(batches),
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(batches),
-        seq_length=max(batch.tokens.shape[1] for batch in batches),
+        # Of all context-parallel ranks. Stages read it where packs have a constant length.
+        seq_length=batches[0].tokens.shape[1] * model.parallel.config.context,
         micro_batch_size=1,
         **options,
     )

@@ -14,21 +14,23 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext import platform
 from megatron_ext.blocks import Shard
-from megatron_ext.layout import ParallelConfig
+from megatron_ext.layout import MLP, ParallelConfig, stage_layers
 from megatron_ext.models import family
 from megatron_ext.packed import RotaryAtPositions
 from megatron_ext.parallel import Parallel
 from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import ScalarHead, has_scalar_head, with_scalar_head
 from megatron_ext.vision_language import VisionLanguageModel
-from megatron_ext.weight_map import ModuleMapping, Sharding, global_layer_index, sharding_of, shards, unfused_name
+from megatron_ext.weight_map import (
+    ModuleMapping,
+    Sharding,
+    global_layer_index,
+    round_up,
+    sharding_of,
+    shards,
+    unfused_name,
+)
 
-# parallel.recompute → TransformerConfig fields.
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +47,8 @@ class Model:
         shards: the local parameters with their blocks of Hugging Face tensors.
         token_multiple: the tokens of a packed micro-batch on one rank are padded to a multiple of this. Sequence
             parallelism divides them by the tensor-parallel size, and FP8 needs multiples of 16.
+        pack_tokens: the tokens of every packed micro-batch on all context-parallel ranks together; None where they
+            differ (``parallel.constant_length``).
         padded_vision_heads: heads of the vision tower after padding, 0 without a tower.
     """
 
@@ -55,6 +59,7 @@ class Model:
     parallel: Parallel
     shards: list[Shard]
     token_multiple: int
+    pack_tokens: int | None
     padded_vision_heads: int
 
     @property
@@ -92,6 +97,13 @@ def check(hf_config: Any, sizes: ParallelConfig) -> None:
             )
         inner_layers -= layers
         inner_stages -= 1
+    for stage, recomputed in enumerate(sizes.recompute_layers or []):
+        of_chunk = stage_layers(sizes, text.num_hidden_layers, stage) // sizes.virtual_pipeline
+        if recomputed > of_chunk:
+            raise ValueError(
+                f"parallel.recompute_layers={list(sizes.recompute_layers or [])}: a model chunk of stage {stage} has "
+                f"{of_chunk} layers; use at most that, or null for all"
+            )
     is_uneven = inner_layers % (max(inner_stages, 1) * sizes.virtual_pipeline) != 0
     has_no_stage = inner_stages == 0 and inner_layers != 0
     if inner_layers < 0 or is_uneven or has_no_stage:
@@ -129,13 +141,12 @@ def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen
             "parallel.tensor=%d does not divide %d KV heads: attention is zero-padded to %d KV and %d query heads",
             sizes.tensor, sharding.groups, sharding.padded_groups, sharding.padded_heads,
         )  # fmt: skip
-    config = language_config(arch, text, sharding, sizes, precision)
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=sizes.distributed_optimizer,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
-    )
+    config = language_config(arch, text, sharding, sizes, precision, parallel.pipeline_rank)
+    token_multiple = sizes.tensor * precision.token_multiple
+    length = pack_tokens(sizes, token_multiple)
+    if sizes.tp_comm_overlap:
+        assert length is not None, "megatron_ext.layout.check refuses packs of other lengths"
+        platform.current().overlap_tensor_parallel(config, length // sizes.context)
     mappings = arch.param_mappings(hf_config, sizes.tensor, parallel.tensor_rank)
     if has_scalar_head(hf_config):
         mappings = with_scalar_head(mappings)
@@ -147,7 +158,13 @@ def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
-        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=module))
+        if sizes.gradient_accumulation_fusion:
+            platform.current().fuse_gradient_accumulation(module)
+        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp_config(sizes), module=module))
+    if sizes.overlap_grad_reduce:
+        # All micro-batches but the last one add to gradients that are not to be reduced yet.
+        of_chunks = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = of_chunks if len(of_chunks) > 1 else of_chunks[0]
     if not any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
         raise ValueError(
             f"model.frozen={list(frozen)} leaves nothing to train on pipeline stage {parallel.pipeline_rank}, "
@@ -160,20 +177,60 @@ def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen
         sharding=sharding,
         parallel=parallel,
         shards=shards([chunk.module for chunk in chunks], mappings),
-        token_multiple=sizes.tensor * precision.token_multiple,
+        token_multiple=token_multiple,
+        pack_tokens=length,
         padded_vision_heads=sum(module.sharding.padded_heads for module in mappings if module.prefix == "vision."),
     )
 
 
+def ddp_config(sizes: ParallelConfig) -> DistributedDataParallelConfig:
+    """Megatron-Core's configuration of gradients and of their reduction.
+
+    Weights are gathered in the optimiser's step: what follows an update reads all of them, engines above all.
+    """
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=sizes.distributed_optimizer,
+        overlap_grad_reduce=sizes.overlap_grad_reduce,
+        overlap_param_gather=False,
+    )
+
+
+def recompute_options(sizes: ParallelConfig, stage: int) -> dict[str, Any]:
+    """TransformerConfig fields of a pipeline stage. Each rank has a configuration of its own, and no stage asks what
+    another one keeps."""
+    if sizes.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(sizes.recompute_modules)}
+    if sizes.recompute != "full":
+        return {}
+    if sizes.recompute_layers is None:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    layers = sizes.recompute_layers[stage]
+    if not layers:
+        return {}
+    # The first layers of each chunk, each by itself.
+    return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
+
+
+def tower_recompute_options(sizes: ParallelConfig) -> dict[str, Any]:
+    """TransformerConfig fields of a vision tower: those of the first stage, but that its feed-forward layers are not
+    recomputed alone. They have biases, which Megatron-Core's checkpoint of such a layer returns beside its output, and
+    a parameter that a checkpoint returns is no leaf of autograd's graph any more."""
+    if sizes.recompute != "selective":
+        return recompute_options(sizes, stage=0)
+    modules = [module for module in sizes.recompute_modules if module != MLP]
+    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+
+
 def language_config(
-    arch: Any, text: Any, sharding: Sharding, sizes: ParallelConfig, precision: PrecisionConfig
+    arch: Any, text: Any, sharding: Sharding, sizes: ParallelConfig, precision: PrecisionConfig, stage: int
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of the language model."""
+    """Megatron-Core's configuration of the language model on a pipeline stage."""
     dtype = precision.dtype
     return TransformerConfig(
         **arch.transformer_options(text),
         **platform.current().config_options(),
-        **RECOMPUTE[sizes.recompute],
+        **recompute_options(sizes, stage),
         **precision.transformer_options(),
         num_attention_heads=sharding.padded_heads,
         num_query_groups=sharding.padded_groups,
@@ -185,7 +242,9 @@ def language_config(
         num_layers_in_first_pipeline_stage=sizes.first_stage_layers,
         num_layers_in_last_pipeline_stage=sizes.last_stage_layers,
         sequence_parallel=sizes.sequence,
-        variable_seq_lengths=sizes.pipeline > 1,
+        tp_comm_overlap=sizes.tp_comm_overlap,
+        # Stages then tell each other the shape of every tensor before they send it.
+        variable_seq_lengths=sizes.pipeline > 1 and not sizes.constant_length,
         # With two stages, the interleaved schedule without overlap confuses the two directions between the ranks.
         overlap_p2p_comm=sizes.virtual_pipeline > 1,
         batch_p2p_comm=sizes.virtual_pipeline == 1,
@@ -240,20 +299,61 @@ def build_chunk(
         # ``MicroBatch.positions`` are this context-parallel rank's already.
         model.rotary_pos_emb.cp_group = None
     if has_vision:
-        recompute = RECOMPUTE[sizes.recompute]
+        recompute = tower_recompute_options(sizes)
         tower = arch.vision_tower(hf_config, parallel, config.params_dtype, recompute) if is_first else None
-        model = VisionLanguageModel(config, model, tower)
+        model = VisionLanguageModel(config, model, tower, every_parameter=sizes.overlap_grad_reduce)
     for name, parameter in model.named_parameters():
         if any(frozen_by(prefix, global_name(model, name)) for prefix in frozen):
             parameter.requires_grad = False
     is_trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     embedding_is_frozen = not all(trained for name, trained in is_trained.items() if "word_embeddings" in name)
-    if sizes.recompute == "full" and any(is_trained.values()) and embedding_is_frozen:
+    if config.recompute_granularity == "full" and any(is_trained.values()) and embedding_is_frozen:
         raise ValueError(
             f"model.frozen={list(frozen)} with parallel.recompute='full': layers recomputed after a frozen "
             "embedding get no gradient from Megatron-Core; use parallel.recompute=selective, or train the embedding"
         )
+    gathered = (".linear_qkv.weight", ".linear_fc1.weight")
+    of_decoder = {name: trained for name, trained in is_trained.items() if "decoder.layers." in name}
+    gathering = [trained for name, trained in of_decoder.items() if name.endswith(gathered)]
+    if sizes.tp_comm_overlap and any(is_trained.values()) and not all(gathering):
+        raise ValueError(
+            f"model.frozen={list(frozen)} with parallel.tp_comm_overlap=true: Transformer Engine sums the gradient of "
+            "a matrix's input over the ranks while it computes the matrix's own, which a frozen one does not have; use "
+            "parallel.tp_comm_overlap=false, or train all layers"
+        )
+    if MLP in recomputed_modules(config) and is_first:
+        check_recomputed_mlp(getattr(model, "language", model).decoder, embedding_is_frozen, frozen)
     return model
+
+
+def recomputed_modules(config: TransformerConfig) -> list[str]:
+    """The modules of a layer that are recomputed without the rest of it."""
+    return config.recompute_modules if config.recompute_granularity == "selective" else []
+
+
+def check_recomputed_mlp(decoder: Any, embedding_is_frozen: bool, frozen: Sequence[str]) -> None:
+    """Raises ValueError for a recomputed feed-forward layer that would get no gradient: Megatron-Core gives it one only
+    if its input needs one, so only after something that is trained."""
+    reached = not embedding_is_frozen
+    for layer in decoder.layers:
+        is_trained = {
+            name.startswith("mlp."): p.requires_grad for name, p in layer.named_parameters() if p.requires_grad
+        }
+        reached = reached or False in is_trained
+        if True in is_trained and not reached:
+            raise ValueError(
+                f"model.frozen={list(frozen)} with parallel.recompute_modules=[mlp]: a feed-forward layer recomputed "
+                "after frozen layers gets no gradient from Megatron-Core; use parallel.recompute=none, or train the "
+                "attention before it"
+            )
+        reached = reached or True in is_trained
+
+
+def pack_tokens(sizes: ParallelConfig, token_multiple: int) -> int | None:
+    """``Model.pack_tokens``; ``token_multiple`` is the model's."""
+    if not sizes.constant_length:
+        return None
+    return round_up(sizes.micro_batch_tokens, token_multiple * sizes.token_multiple)
 
 
 def shares_prompts(sizes: ParallelConfig) -> bool:

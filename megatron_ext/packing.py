@@ -356,11 +356,15 @@ def pack(
     multiple: int,
     pad_token: int,
     device: Any,
+    length: int | None = None,
     context: int = 1,
     context_rank: int = 0,
     shared_prompts: bool = False,
 ) -> MicroBatch:
-    """Pack the responses ``indices`` of a batch, each with its prompt; a dummy sequence pads T to ``multiple``.
+    """Pack the responses ``indices`` of a batch, each with its prompt.
+
+    Dummy sequences, none longer than the longest real one, pad the tokens of all context-parallel ranks to ``length``,
+    or where that is None T to ``multiple``.
 
     With ``shared_prompts`` successive responses to one prompt are one sequence, as ``megatron_ext.packed`` has it.
 
@@ -376,11 +380,11 @@ def pack(
     prompt_lengths = [len(batch.prompt(responses[0]).token_ids) for responses in sequences]
     lengths = np.array([response_lengths[responses].sum() for responses in sequences], np.int64) + prompt_lengths
     padded_lengths = -(-lengths // cuts) * cuts
-    dummy = -int(padded_lengths.sum()) % (multiple * cuts)
-    if dummy:
-        padded_lengths = np.append(padded_lengths, dummy)
-    starts = offsets(padded_lengths)
-    total = int(starts[-1])
+    longest = int(padded_lengths.max())
+    used = int(padded_lengths.sum())
+    total = round_up(used, multiple * cuts) if length is None else length
+    assert used <= total, f"sequences of {used} tokens in a pack of {total}"
+    starts = offsets([*padded_lengths.tolist(), *_pieces_of(total - used, longest)])
 
     tokens = np.full(total, pad_token, np.int64)
     positions = np.empty((3, total), np.int64)
@@ -411,8 +415,8 @@ def pack(
         positions[:, end:padded_end] = np.arange(padded_end - end)
         if vision is not None:
             placeholders.append(start + np.asarray(vision.placeholders, np.int64))
-    if dummy:
-        positions[:, int(starts[-2]) :] = np.arange(dummy)
+    for start, end in pairwise(starts[len(sequences) :].tolist()):
+        positions[:, start:end] = np.arange(end - start)
 
     local = context_slices(starts, context, context_rank)
     predict = np.concatenate(predictors)
@@ -435,7 +439,6 @@ def pack(
         of_tokens[name] = np.where(of_tokens["loss_mask"], column[chosen[owners]], np.float32(0))
     on_device = partial(_on_device, device=device)
     cu_seqlens = on_device(starts.astype(np.int32))
-    longest = int(padded_lengths.max())
     local_positions = on_device(positions)
     return MicroBatch(
         tokens=on_device(tokens).unsqueeze(0),
@@ -457,6 +460,12 @@ def pack(
         places=on_device(column_places),
         vision=_pack_vision(batch, sequences, placeholders, local, total, device),
     )
+
+
+def _pieces_of(tokens: int, longest: int) -> list[int]:
+    """Lengths of pieces of at most ``longest`` tokens."""
+    whole, rest = divmod(tokens, longest)
+    return [longest] * whole + ([rest] if rest else [])
 
 
 def _on_device(array: Array, device: Any) -> torch.Tensor:

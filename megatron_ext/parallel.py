@@ -93,8 +93,9 @@ def control_group() -> dist.ProcessGroup:
 
 
 def destroy() -> None:
-    """Destroy all process groups."""
+    """Destroy all process groups, and what communicates by them."""
     global _control
     _control = None
+    platform.current().end_overlap()
     mpu.destroy_model_parallel()
     dist.destroy_process_group()

@@ -27,8 +27,12 @@ class VisionLanguageModel(MegatronModule):
     GPTModel that Megatron-Core's schedules, DDP and gradient reduction read.
     """
 
-    def __init__(self, config: TransformerConfig, language: GPTModel, vision: torch.nn.Module | None) -> None:
+    def __init__(
+        self, config: TransformerConfig, language: GPTModel, vision: torch.nn.Module | None, every_parameter: bool
+    ) -> None:
+        """``every_parameter``: every trained parameter has to get a gradient in every micro-batch, if only zeros."""
         super().__init__(config=config)
+        self.every_parameter = every_parameter
         self.language = language
         self.vision = vision
         self.pre_process = language.pre_process
@@ -65,6 +69,8 @@ class VisionLanguageModel(MegatronModule):
             if vision is not None:
                 rows = self.vision(vision.pixels, vision.grid).index_select(0, vision.rows)
                 embeddings = embeddings.index_copy(0, vision.places, rows.unsqueeze(1).to(embeddings.dtype))
+            elif self.every_parameter and torch.is_grad_enabled():
+                embeddings = embeddings + self._zero_of_tower()
             if self.config.sequence_parallel:
                 # Cloned, as in Megatron-Core's embedding: the scattered part is a view that would keep all rows alive.
                 embeddings = scatter_to_sequence_parallel_region(embeddings).clone()
@@ -77,6 +83,12 @@ class VisionLanguageModel(MegatronModule):
             output_processor=output_processor,
             output_processor_context=output_processor_context,
         )
+
+    def _zero_of_tower(self) -> torch.Tensor | float:
+        """0 that depends on every trained parameter of the tower: a micro-batch without images gives them zeros."""
+        assert self.vision is not None
+        firsts = [p.flatten()[0] for p in self.vision.parameters() if p.requires_grad]
+        return 0.0 * torch.stack(firsts).sum() if firsts else 0.0
 
 
 def tower_config(sharding: Sharding, dtype: torch.dtype, **options: Any) -> TransformerConfig:

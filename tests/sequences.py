@@ -51,6 +51,7 @@ def pack(
     context: int = 1,
     context_rank: int = 0,
     shared_prompts: bool = False,
+    length: int | None = None,
 ) -> packing.MicroBatch:
     """``packing.pack`` of plain sequences."""
     return packing.pack(
@@ -59,6 +60,7 @@ def pack(
         multiple=multiple,
         pad_token=pad_token,
         device=device,
+        length=length,
         context=context,
         context_rank=context_rank,
         shared_prompts=shared_prompts,

@@ -81,6 +81,25 @@ def test_speed_and_links_are_recorded_and_have_floors(ranks: Ranks, monkeypatch:
     assert recorded["mfu"] == 0.5
 
 
+def test_overlap_has_to_save_time_and_to_reach_its_first_figure(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks of the CPU compute both; then seconds are made up: of 8 x 10^15 FLOPs on eight GPUs."""
+    (of_a_rank, *others) = ranks.results(node_cases.OVERLAP.name)
+    assert len(others) == 7 and of_a_rank["flops"] == ranks.results(node_cases.SPEED.name)[0]["flops"]
+    seconds = {node_cases.SPEED.name: 2.4, node_cases.OVERLAP.name: 2.0}
+
+    def results(name: str) -> list[dict[str, float]]:
+        return [{"seconds": seconds[name], "flops": 8e15, "peak_flops": 1e15}] * 8
+
+    monkeypatch.setattr(ranks, "results", results)
+    recorded = Recorded()
+    test_node.test_communication_hides_behind_the_products(ranks, recorded)
+    assert recorded == pytest.approx({"seconds": 2.0, "seconds_apart": 2.4, "mfu": 0.5, "goal_mfu": 0.55})
+    for slower in ({node_cases.SPEED.name: 1.9}, {node_cases.OVERLAP.name: 2.3}):
+        seconds |= {node_cases.SPEED.name: 2.4, node_cases.OVERLAP.name: 2.0} | slower
+        with pytest.raises(AssertionError):
+            test_node.test_communication_hides_behind_the_products(ranks, recorded)
+
+
 @pytest.fixture(scope="module")
 def layout() -> Iterator[parallel.Parallel]:
     yield from conftest.only_rank("cpu")
@@ -140,7 +159,11 @@ def test_the_speed_of_a_block_is_flops_over_seconds(
     monkeypatch.setattr(test_fp8, "SPEED", test_fp8.OmegaConf.create({"peak_tflops": 2 * flops / 1e12, "mfu": 0.5}))
     recorded = Recorded()
     test_fp8.test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout, recorded)
-    assert recorded == pytest.approx({"bf16_ms": 1000, "fp8_ms": 500, "mfu": 0.5})
+    assert recorded == pytest.approx({"bf16_ms": 1000, "fp8_ms": 500, "mfu": 0.5, "goal_mfu": 0.55})
+    monkeypatch.setattr(test_fp8, "FIRST_MFU", 0.51)
+    ticks = iter([0.0, 10.0, 0.0, 5.0])
+    with pytest.raises(AssertionError):
+        test_fp8.test_a_block_of_the_72b_model_keeps_the_gpu_busy(layout, recorded)
 
 
 def test_the_bandwidth_of_decoding_is_bytes_over_the_difference_of_steps(

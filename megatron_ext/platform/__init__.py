@@ -8,6 +8,9 @@ features.py says what each platform can do before either module is imported. The
 ``layer_specs(config, stage)``   TransformerBlockSubmodules of a decoder, or of one virtual pipeline stage of it
 ``encoder_layer(config)``        ModuleSpec of a bidirectional layer for vision towers
 ``config_options()``             TransformerConfig fields that depend on the available kernels
+``fuse_gradient_accumulation(module)``  let matrix products add the gradients that they compute to the buffers
+``overlap_tensor_parallel(config, tokens)``  make ready for overlapped communication
+``end_overlap()``                undo that
 ``rng_state`` / ``set_rng_state`` the state that dropout and sampling on this device use
 ``to_host(tensors)``             contiguous copies on the host, from which a checkpoint is written
 ``empty_cache()``                release freed memory to the device

@@ -179,6 +179,18 @@ def _layer(config: Any, mask: Any) -> Any:
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
+def fuse_gradient_accumulation(module: torch.nn.Module) -> None:
+    """Does nothing: the preflight builds a GPU's model here, and no run may ask for it."""
+
+
+def overlap_tensor_parallel(config: Any, tokens: int) -> None:
+    """Does nothing, as ``fuse_gradient_accumulation``."""
+
+
+def end_overlap() -> None:
+    """Does nothing: there is none."""
+
+
 def rng_state() -> torch.Tensor:
     """The state of the generator that dropout and sampling on this device use."""
     return torch.get_rng_state()

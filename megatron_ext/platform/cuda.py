@@ -10,6 +10,8 @@ from megatron_ext.platform import features
 
 name = "cuda"
 backend = "nccl"
+# Tokens and hidden size of the buffers for overlapped communication, None without.
+_overlap_shape: tuple[int, int] | None = None
 
 
 def activate() -> None:
@@ -73,6 +75,60 @@ def encoder_layer(config: Any) -> Any:
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     return layer
+
+
+def fuse_gradient_accumulation(module: torch.nn.Module) -> None:
+    """Have Transformer Engine's products add the gradients of matrices to Megatron-Core's FP32 buffers.
+
+    With the configuration's ``gradient_accumulation_fusion`` they would do so too, but Megatron-Core's output layer
+    would then ask for an extension of Apex.
+    """
+    for layer in module.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
+def overlap_tensor_parallel(config: Any, tokens: int) -> None:
+    """Collective over all ranks: make Transformer Engine's communication buffers, for micro-batches of ``tokens``
+    tokens on a context-parallel rank. Once per process; all models share them.
+
+    As Megatron-LM does in ``_initialize_tp_communicators``. Raises ValueError for a model of another hidden size than
+    an earlier one's, and RuntimeError where the GPUs of a node have no NVLink multicast.
+    """
+    global _overlap_shape
+    from transformer_engine.pytorch.module.base import UserBufferQuantizationMode, initialize_ub
+
+    shape = (tokens, config.hidden_size)
+    if _overlap_shape is not None:
+        if _overlap_shape != shape:
+            raise ValueError(
+                f"parallel.tp_comm_overlap=true: its buffers have (tokens, hidden size) {_overlap_shape}, this model "
+                f"needs {shape}: use a critic of the policy's hidden size, or parallel.tp_comm_overlap=false"
+            )
+        return
+    modes = [UserBufferQuantizationMode.FP8 if config.fp8 else UserBufferQuantizationMode.NONE]
+    if config.fp8 and config.first_last_layers_bf16:
+        modes.append(UserBufferQuantizationMode.NONE)
+    initialize_ub(
+        shape=list(shape),
+        tp_size=config.tensor_model_parallel_size,
+        quantization_modes=modes,
+        dtype=config.params_dtype,
+        # NCCL's would keep memory of the GPU for a few messages at the start.
+        bootstrap_backend="gloo",
+    )
+    _overlap_shape = shape
+
+
+def end_overlap() -> None:
+    """Give up the communication buffers; ends with the process groups."""
+    global _overlap_shape
+    if _overlap_shape is None:
+        return
+    from transformer_engine.pytorch.module.base import destroy_ub
+
+    destroy_ub()
+    _overlap_shape = None
 
 
 def _rotary_per_token() -> None:

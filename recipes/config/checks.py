@@ -29,6 +29,8 @@ def check(config: Config) -> None:
     reward_settings.check(config.rewards)
     check_stage(config)
     check_precision(config)
+    check_recompute(config)
+    check_overlap(config)
     check_shared_prompts(config)
     check_samples_of_other_weights(config)
     check_shared_memory(config)
@@ -82,6 +84,44 @@ def check_precision(config: Config) -> None:
             f"precision.name='fp32', parallel.context={context}: on a GPU no attention kernel divides FP32 sequences; "
             "use parallel.context=1 or precision=bf16"
         )
+
+
+def check_recompute(config: Config) -> None:
+    """A module that is recomputed had kept something."""
+    parallel = config.parallel
+    selective = parallel.recompute == "selective"
+    if selective and layout.CORE_ATTENTION in parallel.recompute_modules and has_fused_kernels(config):
+        raise ConfigError(
+            f"parallel.recompute_modules={list(parallel.recompute_modules)}: flash attention keeps no scores, and "
+            "recomputed it would keep its inputs twice; use [mlp], or parallel.recompute=full"
+        )
+
+
+def check_overlap(config: Config) -> None:
+    """What Transformer Engine does on a GPU, in the precisions and on the ranks for which it can."""
+    parallel = config.parallel
+    for name in ("gradient_accumulation_fusion", "tp_comm_overlap"):
+        if getattr(parallel, name) and not has_fused_kernels(config):
+            raise ConfigError(f"parallel.{name}=true: Transformer Engine does it, on a GPU; set it false on a CPU")
+    if not parallel.tp_comm_overlap:
+        return
+    per_node = config.cluster.ranks // config.cluster.nodes
+    if per_node % parallel.tensor:
+        raise ConfigError(
+            f"parallel.tp_comm_overlap=true with parallel.tensor={parallel.tensor} and {per_node} ranks of a node: its "
+            "buffers are within a node; use a divisor, or parallel.tp_comm_overlap=false"
+        )
+    precision = config.precision
+    if precision.name == "fp32" or precision.recipe == "blockwise":
+        shown = f"precision.recipe={precision.recipe!r}" if precision.name == "fp8" else "precision.name='fp32'"
+        raise ConfigError(
+            f"parallel.tp_comm_overlap=true with {shown}: Transformer Engine's buffers take BF16, and FP8 with one "
+            "scale a tensor; use precision=bf16 or precision.recipe=current, or parallel.tp_comm_overlap=false"
+        )
+
+
+def has_fused_kernels(config: Config) -> bool:
+    return capabilities(config.cluster.platform).fused_kernels
 
 
 def check_shared_prompts(config: Config) -> None:

@@ -283,8 +283,9 @@ def layout_overrides(raw: DictConfig, tensor: int, pipeline: int, context: int) 
     """What differs from the run's layout."""
     cut = raw.parallel
     new: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "sequence": tensor > 1}
+    new["tp_comm_overlap"] = cut.tp_comm_overlap and tensor > 1
     if pipeline != cut.pipeline:
-        new |= {"virtual_pipeline": 1, "first_stage_layers": None, "last_stage_layers": None}
+        new |= {"virtual_pipeline": 1, "first_stage_layers": None, "last_stage_layers": None, "recompute_layers": None}
     shown = {None: "null", True: "true", False: "false"}
     return [
         f"parallel.{name}={value if type(value) is int else shown[value]}"

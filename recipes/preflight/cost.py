@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from megatron_ext.layout import stage_layers
 from megatron_ext.platform import capabilities
 from recipes.config import Config
 from recipes.preflight import memory_plan, scale_model
@@ -28,7 +29,7 @@ def job_of(config: Config) -> Job:
         pipeline=config.parallel.pipeline,
         virtual_pipeline=config.parallel.virtual_pipeline,
         context=config.parallel.context,
-        recompute=config.parallel.recompute == "full",
+        recompute=recomputed_share(config),
         micro_batch_tokens=config.parallel.micro_batch_tokens,
         activation_bytes=config.precision.activation_bytes,
         prompts=config.algorithm.prompts_per_step,
@@ -44,6 +45,20 @@ def job_of(config: Config) -> Job:
         prompt_limit=config.data.max_prompt_tokens,
         response_limit=config.rollout.max_response_tokens,
     )
+
+
+def recomputed_share(config: Config) -> float:
+    """``Job.recompute``."""
+    cut = config.parallel
+    if cut.recompute != "full":
+        return 0.0
+    if cut.recompute_layers is None:
+        return 1.0
+    layers = model_shape(config.model.path).layers
+    shares = []
+    for stage, recomputed in enumerate(cut.recompute_layers):
+        shares.append(recomputed * cut.virtual_pipeline / stage_layers(cut, layers, stage))
+    return max(shares)
 
 
 def machine_of(scale: DictConfig, links: DictConfig) -> Machine:

@@ -7,7 +7,7 @@ model's own, whose constants were fitted to whole steps.
 
 from dataclasses import dataclass
 
-from megatron_ext.layout import ParallelConfig
+from megatron_ext.layout import CORE_ATTENTION, MLP, ParallelConfig
 from recipes.preflight import scale_model
 from recipes.preflight.scale_model import FP32_BYTES, BatchSize, Job, Machine, ModelShape
 
@@ -58,9 +58,9 @@ class Training:
         return self.model.layers / self.sizes.pipeline
 
     @property
-    def forward_passes(self) -> int:
+    def forward_passes(self) -> float:
         """How often a layer runs forward; backward it runs once."""
-        return self.job.passes + (2 if self.sizes.recompute == "full" else 1)
+        return self.job.passes + 1 + self.job.recompute
 
 
 def layout_seconds(training: Training) -> dict[str, float]:
@@ -75,12 +75,21 @@ def layout_seconds(training: Training) -> dict[str, float]:
 
 
 def recompute_seconds(training: Training) -> float:
-    """Of the core attention that selective recompute runs again."""
+    """Of the modules that selective recompute runs again; a feed-forward layer has half of a layer's collectives."""
     if training.sizes.recompute != "selective":
         return 0.0
+    modules = training.sizes.recompute_modules
     machine = training.machine
-    flops = training.model.forward_flops(0, training.batch.squares, 0)
-    return flops / (training.gpus * machine.peak_tflops * 1e12 * machine.mfu)
+    model = training.model
+    flops = 0.0
+    collectives = 0.0
+    if CORE_ATTENTION in modules:
+        flops += model.forward_flops(0, training.batch.squares, 0)
+    if MLP in modules:
+        flops += model.mlp_flops * training.batch.tokens
+        of_layers = scale_model.tensor_parallel_seconds(training.job, model, training.batch, machine, training.gpus)
+        collectives = of_layers / 2
+    return flops / (training.gpus * machine.peak_tflops * 1e12 * machine.mfu) + collectives
 
 
 def latency_seconds(training: Training) -> float:

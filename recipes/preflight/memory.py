@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_ext.model import Model
+from megatron_ext.layout import CORE_ATTENTION, MLP
+from megatron_ext.model import Model, recomputed_modules
 
 FP32 = 4
 INT64 = 8
@@ -52,6 +53,7 @@ class Memory:
         activations: saved for the backward pass, at their peak.
         logits: of the last pipeline stage.
         workspace: temporary tensors within one layer.
+        buffers: Transformer Engine's, which stay for good (``buffers``).
         kv_cache: the engine's KV cache.
         vllm: the engine's weights and buffers.
         reserve: what the processes of trainer and engine keep beside all this (``memory_plan.reserve``).
@@ -68,6 +70,7 @@ class Memory:
     activations: int
     logits: int
     workspace: int
+    buffers: int
     kv_cache: int
     vllm: int
     reserve: int
@@ -162,7 +165,7 @@ def fullest_optimizer(model: Model) -> int:
 
 
 def layer(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
-    """What one decoder layer saves for its backward pass without full recompute."""
+    """What one decoder layer saves for its backward pass, without the modules that are recomputed alone."""
     kept = _norms_and_mlp(config, shape, fused_kernels) + attention(config, shape, fused_kernels)
     if config.qk_layernorm:
         heads = (config.num_attention_heads + config.num_query_groups) // config.tensor_model_parallel_size
@@ -170,12 +173,44 @@ def layer(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
     return kept
 
 
+def layers_of_chunk(config: TransformerConfig, layers: int, shape: Shape, fused_kernels: bool) -> int:
+    """What the ``layers`` of a model chunk save; of those that are recomputed their inputs alone."""
+    recomputed = 0
+    if config.recompute_granularity == "full":
+        recomputed = config.recompute_num_layers if config.recompute_method == "block" else layers
+    local = _local(config, shape)
+    row = local.cut * config.hidden_size * local.size
+    return recomputed * row + (layers - recomputed) * layer(config, shape, fused_kernels)
+
+
+def remade(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
+    """What the backward pass of a layer makes again of it: of the layer under full recompute, of a feed-forward layer
+    that is recomputed alone, else nothing."""
+    if config.recompute_granularity == "full":
+        return layer(config, shape, fused_kernels)
+    if MLP not in recomputed_modules(config):
+        return 0
+    norm = _local(config, shape).cut * config.hidden_size * (1 if config.fp8 else config.params_dtype.itemsize)
+    return _mlp(config, shape, fused_kernels) + (norm if fused_kernels else 0)
+
+
 def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
     """Both norms, the inputs of the QKV projection and of the feed-forward layer, and the tensors inside the latter."""
     local = _local(config, shape)
     linear_input = 1 if config.fp8 else local.size
-    norms = 2 * _norm(config, local.cut, config.hidden_size, fused_kernels)
-    linear_inputs = 2 * local.cut * config.hidden_size * linear_input
+    row = local.cut * config.hidden_size
+    norm = _norm(config, local.cut, config.hidden_size, fused_kernels)
+    first_norm_and_input = norm + row * linear_input
+    if MLP not in recomputed_modules(config):
+        return 2 * first_norm_and_input + _mlp(config, shape, fused_kernels)
+    # Its input is kept. With fused kernels the norm is a part of it, otherwise it stands before it.
+    return first_norm_and_input + row * local.size + (0 if fused_kernels else norm)
+
+
+def _mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
+    """The tensors inside the feed-forward layer."""
+    local = _local(config, shape)
+    linear_input = 1 if config.fp8 else local.size
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     if fused_kernels:
         # The fused activation saves its input, for SwiGLU both halves; its output is saved as the next layer's input.
@@ -185,7 +220,7 @@ def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool)
         # Megatron-Core's unfused SwiGLU saves gate and up, silu(gate), up + 0, and the product; GELU input and output.
         copies = 5 if config.gated_linear_unit else 2
         element_bytes = copies * local.size
-    return norms + linear_inputs + shape.tokens * ffn * element_bytes
+    return shape.tokens * ffn * element_bytes
 
 
 def attention(
@@ -201,7 +236,7 @@ def attention(
     heads = local.query // config.kv_channels
     # Selective recompute keeps the value, a view of the QKV projection's output, and so the query and key there too.
     query_and_key = shape.tokens * (local.query + local.group) * local.size
-    selective = config.recompute_granularity == "selective"
+    selective = CORE_ATTENTION in recomputed_modules(config)
     if fused_kernels:
         return inputs + output + (query_and_key if selective else heads * shape.tokens * FP32)
     # Sines and cosines, of query and key.
@@ -277,16 +312,14 @@ def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: b
     config = model.config
     local = _local(config, shape)
     row = local.cut * config.hidden_size * local.size
-    per_layer = layer(config, shape, fused_kernels)
-    full = config.recompute_granularity == "full"
     decoders = [getattr(chunk.module, "language", chunk.module) for chunk in model.chunks]
     deepest = max(len(decoder.decoder.layers) for decoder in decoders)
-    chunk = deepest * (row if full else per_layer)
+    chunk = layers_of_chunk(config, deepest, shape, fused_kernels)
     if model.parallel.config.pipeline > 1:
         # The output sent to the next stage is kept for the call of backward.
         chunk += row
-    tower, recomputed = vision(model, shape, fused_kernels)
-    total = in_flight(model, micro_batches) * chunk + max(per_layer if full else 0, recomputed)
+    tower, tower_remade = vision(model, shape, fused_kernels)
+    total = in_flight(model, micro_batches) * chunk + max(remade(config, shape, fused_kernels), tower_remade)
     if any(decoder.pre_process for decoder in decoders):
         total += in_flight(model, micro_batches) * (shape.tokens * INT64 + tower)
     if any(decoder.post_process for decoder in decoders):
@@ -366,6 +399,35 @@ def workspace(model: Model, shape: Shape) -> int:
     largest = max((parameter.numel() for parameter in parameters if parameter.requires_grad), default=0)
     per_token = 2 * config.hidden_size + 3 * ffn
     return (shape.tokens * per_token + largest) * size
+
+
+# Of Transformer Engine's buffers for overlapped communication (``initialize_ub``, its defaults): those of the input or
+# gradient that a matrix gathers, in FP8 where it multiplies in FP8, and those of what it sums.
+GATHERING_BUFFERS = 8
+SUMMING_BUFFERS = 4
+
+
+def buffers(model: Model) -> int:
+    """What Transformer Engine keeps from the first micro-batch on: for overlapped communication a buffer of a pack's
+    hidden states for each kind of product; for fused gradients, which are in Megatron-Core's buffers already, a tensor
+    of each shape of matrix that autograd gets in their place."""
+    sizes = model.parallel.config
+    config = model.config
+    size = config.params_dtype.itemsize
+    kept = 0
+    if sizes.gradient_accumulation_fusion:
+        matrices = [s.tensor.shape for s in model.shards if "decoder.layers." in s.name and s.tensor.dim() == 2]
+        kept += sum(shape.numel() for shape in set(matrices)) * size
+    if sizes.tp_comm_overlap:
+        assert model.pack_tokens is not None
+        elements = model.pack_tokens // sizes.context * config.hidden_size
+        in_16_bits = (GATHERING_BUFFERS + SUMMING_BUFFERS) * size
+        in_fp8 = GATHERING_BUFFERS + SUMMING_BUFFERS * size
+        element_bytes = in_16_bits
+        if config.fp8:
+            element_bytes = in_fp8 + (in_16_bits if config.first_last_layers_bf16 else 0)
+        kept += elements * element_bytes
+    return kept
 
 
 def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:

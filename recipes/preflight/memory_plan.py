@@ -45,12 +45,14 @@ class Judges:
 def on_device(config: Config) -> dict[str, list[str]]:
     """Phase → the fields of ``recipes.preflight.memory.Memory`` that are on the device."""
     colocated = config.rewards.placement == rewards.COLOCATED
-    states = ["weights"] if config.optimizer.offload else ["weights", "gradients", "optimizer"]
+    states = ["weights", "buffers"]
+    if not config.optimizer.offload:
+        states += ["gradients", "optimizer"]
     idle = [*states, "critic_idle"]
     engine = ["vllm", "kv_cache"]
     idle_engine = [] if config.rollout.sleep else engine
     asleep = ["judges_asleep", "reserve"]
-    trained = ["weights", "gradients", "optimizer", "critic", "activations", "logits", "workspace"]
+    trained = ["weights", "buffers", "gradients", "optimizer", "critic", "activations", "logits", "workspace"]
     if not generates(config):
         return {"training": [*trained, "reserve"]}
     phases = {"generating": [*idle, *engine, *asleep]}
@@ -166,6 +168,7 @@ class TrainerSizes:
     activations: int
     logits: int
     workspace: int
+    buffers: int
     critic: dict[bool, tuple[int, int, int]]
 
 
@@ -227,6 +230,7 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
         activations=sizes.activations(built, shape, micro_batches(config), fused_kernels),
         logits=sizes.logits(built, shape),
         workspace=sizes.workspace(built, shape),
+        buffers=sizes.buffers(built),
         critic={offload: sizes.critic_bytes(built, critic, offload) for offload in (False, True)},
     )
 
@@ -270,6 +274,7 @@ def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Se
         activations=trainer.activations,
         logits=trainer.logits,
         workspace=trainer.workspace,
+        buffers=trainer.buffers,
         kv_cache=int(config.rollout.kv_cache_gib * GIB) if colocated else 0,
         vllm=engine if colocated else 0,
         reserve=trainer_reserve + (engine_reserve if colocated else 0),

@@ -17,8 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext import layout
-from megatron_ext.layout import RECOMPUTE, ParallelConfig
-from megatron_ext.platform import capabilities
+from megatron_ext.layout import RECOMPUTE, ParallelConfig, stage_layers
 from recipes.config import Config, checks, parse
 from recipes.errors import ConfigError
 from recipes.preflight import cost, memory_plan, scale_model
@@ -51,6 +50,8 @@ WHOLE = (
     "parallel.last_stage_layers=null",
     "parallel.context=1",
     "parallel.sequence=false",
+    "parallel.recompute_layers=null",
+    "parallel.tp_comm_overlap=false",
 )
 
 
@@ -313,15 +314,13 @@ class Planner:
         ranks = whole.cluster.ranks
         layers = self.text.num_hidden_layers
         pipelines = sorted({*divisors(layers), raw.parallel.pipeline})
-        fused_kernels = capabilities(whole.cluster.platform).fused_kernels
-        recomputes = [name for name in RECOMPUTE if name != "selective" or not fused_kernels]
         for tensor, pipeline, context in itertools.product(
             divisors(self.gpus_of_node(whole)), pipelines, CONTEXT_SIZES
         ):
             if ranks % (tensor * pipeline * context):
                 continue
             for virtual in range(1, MOST_VIRTUAL + 1 if pipeline > 1 else 2):
-                for recompute in recomputes:
+                for recompute in RECOMPUTE:
                     sizes = self.sizes(whole.parallel, tensor, pipeline, virtual, context, recompute)
                     try:
                         model.check(self.search.hf_config, sizes)
@@ -344,7 +343,9 @@ class Planner:
             virtual_pipeline=virtual,
             context=context,
             sequence=tensor > 1,
+            tp_comm_overlap=own.tp_comm_overlap and tensor > 1,
             recompute=recompute,
+            recompute_layers=None,
             first_stage_layers=own.first_stage_layers if keeps else None,
             last_stage_layers=own.last_stage_layers if keeps else None,
         )
@@ -413,17 +414,17 @@ class Planner:
         cut = config.parallel
         arch = family(self.search.hf_config.architectures[0])
         sharding = sharding_of(self.text, cut.tensor, 0)
-        of_model = language_config(arch, self.text, sharding, cut, config.precision)
+        of_model = language_config(arch, self.text, sharding, cut, config.precision, stage)
         data = cut.data_parallel(config.cluster.ranks)
         here = Parallel(cut, data, tensor_rank=0, pipeline_rank=stage, context_rank=0, data_rank=0)
-        empty = Model([], of_model, self.search.hf_config, sharding, here, [], cut.tensor, 0)
+        empty = Model([], of_model, self.search.hf_config, sharding, here, [], cut.tensor, None, 0)
         pack = cut.micro_batch_tokens
         tokens = round_up(pack // cut.context, cut.tensor)
         longest = memory_plan.longest(config)
         shape = memory.Shape(tokens=tokens, predicting=tokens, sequences=pack // longest, longest=longest)
         fused_kernels = platform.capabilities(config.cluster.platform).fused_kernels
 
-        layers = layers_of_stage(cut, self.text.num_hidden_layers, stage)
+        layers = stage_layers(cut, self.text.num_hidden_layers, stage)
         tied = self.text.tie_word_embeddings
         embeddings = (stage == 0) + (stage == cut.pipeline - 1) - (tied and cut.pipeline == 1)
         decoder = layers * memory.decoder_matrices(self.text) // cut.tensor
@@ -434,19 +435,19 @@ class Planner:
             trained = 0
         size = of_model.params_dtype.itemsize
         sharing = cut.context * data
-        per_layer = memory.layer(of_model, shape, fused_kernels)
-        full = cut.recompute == "full"
         row = shape.tokens // cut.tensor * self.text.hidden_size * size
         flights = memory.in_flight(empty, memory_plan.micro_batches(config))
-        chunk = layers // cut.virtual_pipeline * (row if full else per_layer) + (row if cut.pipeline > 1 else 0)
+        chunk = memory.layers_of_chunk(of_model, layers // cut.virtual_pipeline, shape, fused_kernels)
+        chunk += row if cut.pipeline > 1 else 0
         states = (2 if size == memory.FP32 else 3) * memory.FP32
         return TrainerSizes(
             weights=elements * size,
             gradients=trained * memory.FP32,
             optimizer=trained * states // sharing,
-            activations=flights * chunk + (per_layer if full else 0),
+            activations=flights * chunk + memory.remade(of_model, shape, fused_kernels),
             logits=memory.logits(empty, shape),
             workspace=memory.workspace(empty, shape),
+            buffers=0,
             critic={False: (0, 0, 0), True: (0, 0, 0)},
         )
 
@@ -522,6 +523,7 @@ class Planner:
         wanted = {
             "parallel.virtual_pipeline": cut.virtual_pipeline,
             "parallel.recompute": cut.recompute,
+            "parallel.recompute_layers": cut.recompute_layers,
             "parallel.micro_batch_tokens": cut.micro_batch_tokens,
             "optimizer.offload": config.optimizer.offload,
             "algorithm.prompts_per_step": config.algorithm.prompts_per_step,
@@ -534,7 +536,7 @@ class Planner:
         on_nodes = merged(raw, changed)
         for name, value in wanted.items():
             if OmegaConf.select(on_nodes, name) != value:
-                shown = str(value).lower() if isinstance(value, bool) else value
+                shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
                 changed.append(f"{name}={shown}")
         return changed
 
@@ -577,6 +579,8 @@ def refused(config: Config) -> bool:
     try:
         layout.check(config.cluster.ranks, config.parallel)
         checks.check_precision(config)
+        checks.check_recompute(config)
+        checks.check_overlap(config)
         checks.check_shared_prompts(config)
         checks.check_shared_memory(config)
         checks.check_batch(config)
@@ -584,15 +588,6 @@ def refused(config: Config) -> bool:
     except ValueError:
         return True
     return False
-
-
-def layers_of_stage(cut: ParallelConfig, layers: int, stage: int) -> int:
-    """Decoder layers of the first or the last pipeline stage, all its chunks."""
-    own = {0: cut.first_stage_layers, cut.pipeline - 1: cut.last_stage_layers}[stage]
-    if own is not None:
-        return own
-    set_layers = [count for count in (cut.first_stage_layers, cut.last_stage_layers) if count is not None]
-    return (layers - sum(set_layers)) // (cut.pipeline - len(set_layers))
 
 
 def without_cache(rank: Mapping[str, float], phases: Mapping[str, Sequence[str]]) -> dict[str, float]:

@@ -81,6 +81,13 @@ class ModelShape:
     square_flops: int
     output_flops: int
 
+    @property
+    def mlp_flops(self) -> int:
+        """The part of ``token_flops`` in the feed-forward layers."""
+        query = self.square_flops // (2 * self.layers)
+        attention_parameters = 2 * self.hidden_size * (query + self.kv_heads * self.head_dim)
+        return self.token_flops - 2 * self.layers * attention_parameters
+
     def forward_flops(self, tokens: float, squares: float, output_tokens: float) -> float:
         """``squares`` is the sum of the squared sequence lengths."""
         return self.token_flops * tokens + self.square_flops * squares + self.output_flops * output_tokens
@@ -133,7 +140,8 @@ def _vision_parameters(vision: Mapping[str, Any]) -> int:
 class Job:
     """The settings of a recipe that the estimate depends on.
 
-    ``recompute`` says whether each layer's forward pass runs again before its backward pass. ``passes`` is the number
+    ``recompute`` is the share of the layers whose forward pass runs again before their backward pass, on the pipeline
+    stage with the largest share, for which the others wait. ``passes`` is the number
     of forward passes for log-probs, and ``reference`` whether one of them is the reference's. ``activation_bytes`` are
     those of a hidden state's element. ``kv_cache_gib`` is the KV cache of a GPU that an engine shares with the trainer.
     ``engine_weight_bytes`` are those of one of its weights, ``engine_kv_bytes`` those of a key or a value in the cache,
@@ -144,7 +152,7 @@ class Job:
     pipeline: int
     virtual_pipeline: int
     context: int
-    recompute: bool
+    recompute: float
     micro_batch_tokens: int
     activation_bytes: int
     prompts: int
@@ -474,11 +482,10 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
     size = (batch.tokens, batch.squares, batch.response_tokens)
     forward_flops = model.forward_flops(*size)
     update_flops = model.training_flops(*size)
-    if job.recompute:
-        update_flops += model.forward_flops(batch.tokens, batch.squares, output_tokens=0)
+    update_flops += job.recompute * model.forward_flops(batch.tokens, batch.squares, output_tokens=0)
     collectives = tensor_parallel_seconds(job, model, batch, machine, gpus)  # of a forward pass; backward has as many
     forward_collectives = job.passes * collectives
-    update_collectives = (3 if job.recompute else 2) * collectives
+    update_collectives = (2 + job.recompute) * collectives
     forward = job.passes * forward_flops / flops_per_second + forward_collectives
     update = update_flops / flops_per_second + update_collectives
 

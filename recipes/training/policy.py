@@ -216,6 +216,7 @@ class Policy:
                 multiple=self.model.token_multiple,
                 pad_token=self.pad_token,
                 device=platform.current().device(),
+                length=self.model.pack_tokens,
                 context=layout.context,
                 context_rank=self.parallel.context_rank,
                 shared_prompts=shares_prompts(layout) and together == 1,

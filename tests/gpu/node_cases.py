@@ -22,6 +22,7 @@ LAYOUTS = (
     case("node-pp4-dp2", pipeline=4, data=2),
     case("node-tp2-sp-pp2-vp2-dp2", tensor=2, sequence=True, pipeline=2, virtual=2, data=2),
     case("node-tp2-sp-cp4", tensor=2, sequence=True, context=4),
+    case("node-overlap-tp8-sp", tensor=8, sequence=True, constant=True, overlap=True, micro_batch_tokens=256),
     case("node-tp2-sp-pp2-cp2", tensor=2, sequence=True, pipeline=2, context=2),
 )
 # Three key-value groups become eight, 130 tokens 136.
@@ -31,6 +32,8 @@ SAVED = case("node-saved-tp2-sp-pp2-dp2", tensor=2, sequence=True, pipeline=2, d
 RELAYOUT = case("node-relayout-tp4-sp-dp2", tensor=4, sequence=True, data=2)
 LINKS = Case("node-links", data=WORLD)
 SPEED = Case("node-speed", tensor=WORLD, sequence=True)
+# The same with the tensor-parallel communication behind the matrix products.
+OVERLAP = Case("node-overlap", tensor=WORLD, sequence=True, constant=True, overlap=True)
 EARLIER = {RELAYOUT.name: SAVED.name}
 
 # Four layers of Qwen2.5-VL-72B's language model, and the tokens of a rank of its layout (a context-parallel half).

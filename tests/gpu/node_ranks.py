@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def network_of_small_rounds(device: torch.device) -> Network:
 def run_speed(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
     """Seconds of a forward and backward pass of four layers of the 72B model over all GPUs, and its FLOPs."""
     config = node_cases.LAYERS_72B
-    policy = build(config, layout, precision_config("bf16"))
+    sizes = replace(case.layout, micro_batch_tokens=node_cases.TOKENS)
+    policy = build(config, replace(layout, config=sizes), precision_config("bf16"))
     micro = batch(config, node_cases.TOKENS, 1, policy.token_multiple, platform.current().device())
 
     def passes() -> None:
@@ -130,6 +132,7 @@ def main() -> None:
         node_cases.RELAYOUT.name: (node_cases.RELAYOUT, worker.run_relayout, (node_cases.SAVED,)),
         node_cases.LINKS.name: (node_cases.LINKS, run_links, ()),
         node_cases.SPEED.name: (node_cases.SPEED, run_speed, ()),
+        node_cases.OVERLAP.name: (node_cases.OVERLAP, run_speed, ()),
     }
     serve(Path(sys.argv[1]), jobs, worker.SEED)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,9 @@ TOKENS = 8192
 SPEED = OmegaConf.load(CONF / "scale" / "h100.yaml").machine
 DEVICE_MEMORY = OmegaConf.load(CONF / "preflight" / "h100.yaml")
 FREE_GIB = 6.0
+# Model FLOPs utilisation of the 72B layers: what the recipes' settings have to reach first, and what they are to reach.
+FIRST_MFU = 0.46
+GOAL_MFU = 0.55
 
 
 def build(config: LlamaConfig, layout: parallel.Parallel, precision: PrecisionConfig) -> model.Model:
@@ -144,9 +148,15 @@ def test_the_peak_of_memory_is_the_estimate(
     assert 0.9 * estimate < step_peak < (1 + margin) * estimate
 
 
+def as_in_the_recipes(layout: parallel.Parallel, **changes: Any) -> parallel.Parallel:
+    """The layout with the recipes' settings of speed, for packs of ``TOKENS``; ``changes`` are further ones."""
+    speed = {"micro_batch_tokens": TOKENS, "constant_length": True, "gradient_accumulation_fusion": True}
+    return replace(layout, config=replace(layout.config, **(speed | changes)))
+
+
 def seconds_of_a_pass(precision: PrecisionConfig, layout: parallel.Parallel) -> tuple[float, int]:
     """(seconds, predicting tokens) of a forward and backward pass of the 72B layers."""
-    policy = build(LAYERS_72B, layout, precision)
+    policy = build(LAYERS_72B, as_in_the_recipes(layout), precision)
     micro = batch(LAYERS_72B, TOKENS, 1)
     for _ in range(3):
         forward_backward.accumulate_gradients(policy, micro, loss)
@@ -163,8 +173,8 @@ def test_a_block_of_the_72b_model_keeps_the_gpu_busy(
 ) -> None:
     """Forward and backward at one tensor-parallel GPU's shapes, without communication.
 
-    In BF16 the model FLOPs utilisation is what the estimates of a step's time assume, else they promise too much. FP8
-    takes less time than BF16, else nobody should turn it on: how much less depends on the share of attention.
+    In BF16 the model FLOPs utilisation is more than the estimates of a step's time assume, else they promise too much.
+    FP8 takes less time than BF16, else nobody should turn it on: how much less depends on the share of attention.
     """
     bf16_seconds, predicting = seconds_of_a_pass(precision_config("bf16"), layout)
     fp8_seconds, _ = seconds_of_a_pass(FP8["blockwise"], layout)
@@ -173,5 +183,6 @@ def test_a_block_of_the_72b_model_keeps_the_gpu_busy(
     record_property("bf16_ms", bf16_seconds * 1e3)
     record_property("fp8_ms", fp8_seconds * 1e3)
     record_property("mfu", mfu)
-    assert mfu >= SPEED.mfu
+    record_property("goal_mfu", GOAL_MFU)
+    assert mfu >= max(FIRST_MFU, SPEED.mfu)
     assert fp8_seconds < bf16_seconds

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,21 @@ def test_gradients_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: 
     for name, gradient in exact.items():
         distance, allowed = ((g[name] - gradient).norm() / gradient.norm() for g in (seen, rounded))
         assert distance <= 1.5 * allowed + 0.01, name
+
+
+def test_gradients_that_products_add_up_are_those_that_are_added_afterwards(
+    policy: model.Model, layout: parallel.Parallel, folder: Path
+) -> None:
+    """``parallel.gradient_accumulation_fusion``, over several micro-batches: nothing is rounded to BF16 on the way."""
+    fusing = replace(layout, config=replace(layout.config, gradient_accumulation_fusion=True))
+    fused = fresh(folder, fusing)
+    gradients = []
+    for built in (policy, fused):
+        forward_backward.accumulate_gradients(built, micro_batches(), loss)
+        gradients.append([p.main_grad.clone() for chunk in built.chunks for p in chunk.module.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 2**-8 * theirs.norm()
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
 def test_one_step_of_the_distributed_optimizer_is_adamw(policy: model.Model) -> None:

@@ -129,6 +129,11 @@ class Case:
     temperature: float = 1.0
     frozen: tuple[str, ...] = ()  # as in model.build
     shared_prompts: bool = False
+    constant: bool = False  # packs are padded to micro_batch_tokens
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_layers: tuple[int, ...] | None = None
+    reduce_early: bool = False  # gradients are reduced during the backward pass, in several buckets
+    overlap: bool = False  # on a GPU: fused gradients, and communication during matrix products
 
     @property
     def is_scalar(self) -> bool:
@@ -148,7 +153,14 @@ class Case:
             sequence=self.sequence,
             first_stage_layers=self.first_stage_layers,
             recompute=self.recompute,
+            recompute_modules=list(self.recompute_modules),
+            recompute_layers=None if self.recompute_layers is None else list(self.recompute_layers),
+            gradient_accumulation_fusion=self.overlap,
+            overlap_grad_reduce=self.reduce_early,
+            tp_comm_overlap=self.overlap,
             distributed_optimizer=self.distributed_optimizer,
+            micro_batch_tokens=self.micro_batch_tokens,
+            constant_length=self.constant,
             shared_prompts=self.shared_prompts,
         )
 
@@ -181,6 +193,16 @@ CASES = (
     Case("one-recompute-selective", recompute="selective"),
     Case("tp2-sp-recompute-full", tensor=2, sequence=True, recompute="full"),
     Case("pp2-vp2-recompute-full", pipeline=2, virtual=2, recompute="full"),
+    Case("one-recompute-mlp", recompute="selective", recompute_modules=("mlp",)),
+    Case(
+        "tp2-sp-recompute-both", tensor=2, sequence=True, recompute="selective", recompute_modules=("core_attn", "mlp")
+    ),
+    Case("pp2-recompute-layers", pipeline=2, recompute="full", recompute_layers=(1, 0)),
+    Case("pp2-vp2-recompute-layers", pipeline=2, virtual=2, recompute="full", recompute_layers=(1, 1)),
+    Case("early-dp2", data=2, reduce_early=True),
+    Case("early-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, reduce_early=True),
+    Case("early-pp2-vp2-dp2", pipeline=2, virtual=2, data=2, distributed_optimizer=False, reduce_early=True),
+    Case("early-cp2-recompute-mlp", context=2, recompute="selective", recompute_modules=("mlp",), reduce_early=True),
     Case("qwen2-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, twin="qwen2"),
     Case("qwen3-tp2", tensor=2, twin="qwen3"),
     Case("qwen3-tp2-sp-cp2", tensor=2, context=2, sequence=True, twin="qwen3"),
@@ -205,6 +227,12 @@ CASES = (
     Case("shared-qwen3-tp2", tensor=2, twin="qwen3", shared_prompts=True),
     Case("shared-qwen2-pp2-dp2", pipeline=2, data=2, twin="qwen2", shared_prompts=True),
     Case("shared-scalar-tp2-sp-dp2", tensor=2, data=2, sequence=True, twin="scalar", shared_prompts=True),
+    Case("constant-one", constant=True),
+    Case("constant-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, constant=True),
+    Case("constant-pp2-dp2", pipeline=2, data=2, distributed_optimizer=False, constant=True),
+    Case("constant-pp2-vp2-cp2", pipeline=2, virtual=2, context=2, distributed_optimizer=False, constant=True),
+    Case("constant-shared-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, shared_prompts=True, constant=True),
+    Case("overlap-tp2-sp-pp2", tensor=2, pipeline=2, sequence=True, constant=True, overlap=True),
     Case("bf16-one", precision="bf16"),
     Case("shared-bf16-tp2-sp", tensor=2, sequence=True, precision="bf16", shared_prompts=True),
     Case("bf16-tp2-sp", tensor=2, sequence=True, precision="bf16"),
@@ -234,9 +262,11 @@ RESUMES = (
     FROZEN_PP2_DP2,
     Case("tied-tp2-pp2", tensor=2, pipeline=2),  # a padded bucket with another one after it
     Case("tied-frozen-tp2-sp-dp2", tensor=2, data=2, sequence=True, frozen=("embedding",)),  # its head too
+    Case("tied-early-tp2-sp-dp2", tensor=2, data=2, sequence=True, reduce_early=True),
 )
 RELAYOUTS = (
     (TP2_SP_DP2, Case("untied-tp4", tensor=4, twin="untied")),
+    (TP2_SP_DP2, Case("untied-early-tp2-pp2", tensor=2, pipeline=2, twin="untied", reduce_early=True)),
     (PP2_DP2, Case("untied-dp4", data=4, twin="untied")),
     (PP2_VP2_CP2, Case("untied-pp4", pipeline=4, twin="untied")),
     (FROZEN_PP2_DP2, Case("untied-frozen-dp4", data=4, twin="untied", frozen=FROZEN)),
@@ -246,6 +276,16 @@ OTHER_PADDING = (TP2_SP_DP2, Case("untied-one", twin="untied"))
 # A job → the job whose checkpoint it reads.
 EARLIER = {f"relayout-{case.name}": f"resume-{saved.name}" for saved, case in RELAYOUTS}
 EARLIER |= dict.fromkeys(["damaged", "other-padding"], f"resume-{TP2_SP_DP2.name}")
+
+
+# A case with packs of constant length → the same without.
+UNPADDED = {
+    "constant-one": "one",
+    "constant-tp2-sp-pp2": "tp2-sp-pp2",
+    "constant-pp2-dp2": "pp2-dp2",
+    "constant-pp2-vp2-cp2": "pp2-vp2-cp2",
+    "constant-shared-tp2-sp-pp2": "shared-tp2-sp-pp2",
+}
 
 
 def by_name(name: str) -> Case:

@@ -173,15 +173,12 @@ def states(built: model.Model) -> dict[str, Any]:
 
 
 def estimate(built: model.Model, shape: Shape) -> int:
-    """``memory.activations`` and ``memory.logits``, without what autograd does not keep of one forward pass: the layer
-    that full recompute makes again, what the schedule keeps of a stage, and the 16-bit copy of the logits."""
+    """``memory.activations`` and ``memory.logits``, without what autograd does not keep of one forward pass: what the
+    backward pass makes again, what the schedule keeps of a stage, and the 16-bit copy of the logits."""
     config, local = built.config, memory._local(built.config, shape)
     in_flight = memory.in_flight(built, 1)
     total = memory.activations(built, shape, 1, fused_kernels=False) + memory.logits(built, shape)
-    if config.recompute_granularity == "full":
-        total -= max(
-            memory.layer(config, shape, fused_kernels=False), memory.vision(built, shape, fused_kernels=False)[1]
-        )
+    total -= max(memory.remade(config, shape, fused_kernels=False), memory.vision(built, shape, fused_kernels=False)[1])
     if built.parallel.config.pipeline > 1:
         total -= in_flight * local.cut * config.hidden_size * local.size
     if built.parallel.is_last_stage and local.size < 4:

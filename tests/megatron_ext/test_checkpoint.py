@@ -51,6 +51,16 @@ def test_another_layout_goes_on_within_fp32_bounds(saved: Case, case: Case, rank
     assert {n: e for n in like if (e := float((actual[n] - expected[n]).abs().max())) > 5e-6} == {}
 
 
+def test_a_last_micro_batch_without_images_is_no_hindrance_to_an_early_reduction(vision_launched: Ranks) -> None:
+    """The tower's gradients are reduced as soon as they are there, and on a rank whose last micro-batch has no images
+    they are zeros: the same losses and norms as with the reduction at the end, on the same ranks' sum of gradients."""
+    early, late = (vision_launched.results(f"resume-{run.name}") for run in (vl_twins.EARLY_DP2, vl_twins.TP2_DP2))
+    for rank in early:
+        for (loss, norm), (loss_late, norm_late) in zip(rank["went_on"], late[0]["went_on"], strict=True):
+            assert loss == pytest.approx(loss_late, abs=2e-6)
+            assert norm == pytest.approx(norm_late, rel=2e-6)
+
+
 def test_frozen_layers_of_the_whole_model_keep_their_bits_on_every_stage(launched: Ranks, results: Results) -> None:
     before = vl_twins.tensors(launched.folder / cases.FROZEN_PP2_DP2.twin)
     after = assemble(all_pieces(results(f"resume-{cases.FROZEN_PP2_DP2.name}"), "weights"), before)

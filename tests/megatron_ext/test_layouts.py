@@ -169,6 +169,40 @@ def assert_bf16_follows(case: Case, ranks: list[dict[str, Any]], expected: Refer
     assert above(beyond_rounding, 2e-5) == {}
 
 
+@pytest.mark.parametrize("name", cases.UNPADDED)
+def test_packs_of_constant_length_give_the_update_of_packs_without_padding(
+    name: str, results: Results, reference: References
+) -> None:
+    """Every pack has its tokens, and pipeline stages tell each other no shapes; loss and gradients are the same."""
+    case = cases.by_name(name)
+    padded, plain = results(name), results(cases.UNPADDED[name])
+    for rank in padded:
+        assert set(rank["pack_lengths"]) == {case.micro_batch_tokens // case.context}
+        assert rank["shapes_told"] == 0
+    assert all((rank["shapes_told"] > 0) == (case.pipeline > 1) for rank in plain)
+    assert all(set(rank["pack_lengths"]) != {case.micro_batch_tokens // case.context} for rank in plain)
+    for here, there in zip(padded, plain, strict=True):
+        assert here["plan"] == there["plan"]
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-6)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-6)
+    if "gradients" in plain[0]:
+        like = reference(case).start
+        gradients, without_padding = (assemble(all_pieces(ranks, "gradients"), like) for ranks in (padded, plain))
+        assert above(relative_errors(gradients, without_padding), 1e-6) == {}
+    expected = reference(case)
+    weights, of_plain = (assemble(all_pieces(ranks, "weights"), expected.start) for ranks in (padded, plain))
+    assert above(update_errors(weights, of_plain, expected.start), update_bounds(expected)) == {}
+
+
+@every_case
+def test_gradients_are_reduced_during_the_last_backward_pass_where_they_should_be(case: Case, results: Results) -> None:
+    """From the second update on: the first one shows Megatron-Core which gradients there are."""
+    for rank in results(case.name):
+        assert rank["reduced_early"] == [0, rank["buckets"] if case.reduce_early else 0]
+    if case.reduce_early:
+        assert max(rank["buckets"] for rank in results(case.name)) > 4
+
+
 @every_case
 def test_padding_stays_zero(case: Case, results: Results) -> None:
     """Padded heads and vocabulary rows get no gradient and no decay, else they would no longer be neutral."""

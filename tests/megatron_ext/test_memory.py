@@ -96,6 +96,9 @@ def test_the_cases_differ(real: Measured) -> None:
     """Else the tests above would say little: recompute keeps less, sequence parallelism and context parallelism too."""
     saved = {name: here["saved"] for name, here in real.items()}
     assert saved["one-full"] < saved["one-selective"] < saved["one"] < saved["one-fp32"]
+    assert saved["one-full"] < saved["one-two-layers"] < saved["one"]
+    assert saved["one-both"] < min(saved["one-mlp"], saved["one-selective"]) and saved["one-mlp"] < saved["one"]
+    assert saved["pp2-layers-first"] < saved["one"] / 2
     assert saved["tp2-sp"] < saved["tp2"] < saved["one"]
     assert saved["cp2"] < saved["one"]
     # Towers too: without, they keep more than half of what their language models keep.

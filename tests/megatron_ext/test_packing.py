@@ -332,6 +332,54 @@ def test_pack_adds_nothing_when_the_tokens_fit() -> None:
     assert micro.packed.cu_seqlens_q.tolist() == [0, 4]
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.integers(0, 40),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_pack_of_constant_length_has_padding_in_sequences_not_longer_than_its_own(
+    sizes: list[tuple[int, int]], context: int, padding: int
+) -> None:
+    """So neither ``max_seqlen`` nor the attention of a real sequence sees it; what is predicted stays."""
+    numbers = iter(range(10_000))
+    sequences = [PlainSequence([next(numbers) for _ in range(p)], [next(numbers) for _ in range(r)]) for p, r in sizes]
+    indices = list(range(len(sizes)))
+    cuts = 2 * context if context > 1 else 1
+    plain = pack(sequences, indices, 1, -1, CPU, context)
+    starts = plain.packed.cu_seqlens_q.tolist()
+    length = starts[-1] + padding * cuts
+    for rank in range(context):
+        plain = pack(sequences, indices, 1, -1, CPU, context, rank)
+        micro = pack(sequences, indices, 1, -1, CPU, context, rank, length=length)
+        assert micro.tokens.shape == (1, length // context) == micro.positions.shape[1:]
+        begins = micro.packed.cu_seqlens_q.tolist()
+        assert begins[: len(starts)] == starts and begins[-1] == length
+        longest = max(end - start for start, end in pairwise(starts))
+        assert all(0 < end - start <= longest and (end - start) % cuts == 0 for start, end in pairwise(begins))
+        assert micro.packed.max_seqlen_q == micro.packed.max_seqlen_kv == longest
+        own = plain.tokens.shape[1]
+        assert torch.equal(micro.tokens[:, :own], plain.tokens) and micro.tokens[:, own:].eq(-1).all()
+        assert torch.equal(micro.positions[..., :own], plain.positions)
+        assert micro.packed.positions.max() < longest
+        for name in ("predict", "targets", "places"):
+            assert torch.equal(getattr(micro, name), getattr(plain, name))
+        assert (micro.lengths, micro.indices) == (plain.lengths, plain.indices)
+
+
+def test_padding_is_cut_into_pieces_of_the_longest_sequence() -> None:
+    micro = pack([PlainSequence([1, 2], [3, 4]), PlainSequence([5], [6])], [0, 1], 1, 77, CPU, length=13)
+    assert micro.tokens.tolist() == [[1, 2, 3, 4, 5, 6, *[77] * 7]]
+    assert micro.positions[0].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 0, 1, 2]]
+    assert micro.packed.cu_seqlens_q.tolist() == [0, 4, 6, 10, 13]
+    assert micro.packed.max_seqlen_q == 4
+
+
+def test_a_pack_that_is_too_long_for_the_constant_length_is_refused() -> None:
+    with pytest.raises(AssertionError, match="sequences of 4 tokens in a pack of 3"):
+        pack([PlainSequence([1, 2], [3, 4])], [0], 1, 77, CPU, length=3)
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
 def test_pack_never_predicts_across_a_border_or_from_padding(sizes: list[tuple[int, int]], multiple: int) -> None:

@@ -24,7 +24,7 @@ TINY = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=8, nu
 
 def transformer_config(precision: PrecisionConfig) -> Any:
     check(precision)
-    return model.language_config(llama, TINY, sharding_of(TINY, 1, 0), parallel_config(), precision)
+    return model.language_config(llama, TINY, sharding_of(TINY, 1, 0), parallel_config(), precision, stage=0)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ RUNS = (
     qwen("tp2-sp-dp2-frozen", data=2, frozen=VISION, **TP2_SP),
     qwen("tp2-sp-pp2", pipeline=2, **TP2_SP),
     qwen("recompute-selective", recompute="selective"),
+    qwen("tp2-sp-recompute-mlp", recompute="selective", recompute_modules=("mlp",), **TP2_SP),
     qwen("recompute-full", recompute="full"),
     qwen("recompute-full-frozen", recompute="full", frozen=VISION),
     qwen("recompute-full-frozen-embedding", recompute="full", frozen=("vision.patch_embed",)),
@@ -94,6 +95,7 @@ RUNS = (
     internvl("6b-hf", "dp2", data=2),
     internvl("6b-hf", "tp2-sp-pp2", pipeline=2, **TP2_SP),
     internvl("6b-hf", "pp2-recompute-selective", pipeline=2, recompute="selective"),
+    internvl("6b-hf", "recompute-mlp", recompute="selective", recompute_modules=("core_attn", "mlp")),
     internvl("6b-hf", "tp2-sp-recompute-full", recompute="full", **TP2_SP),
     internvl("6b-hf", "recompute-full-frozen", recompute="full", frozen=VISION),
     internvl("6b-hf", "shared-tp2-sp-dp2", data=2, shared_prompts=True, **TP2_SP),
@@ -109,7 +111,9 @@ RUNS = (
 TP2_DP2 = qwen("tp2-dp2", tensor=2, data=2)
 PP2_DP2 = internvl("6b-hf", "pp2-dp2", pipeline=2, data=2)
 TP2_DP2_FROZEN = internvl("300m-hf", "tp2-dp2-frozen", tensor=2, data=2, frozen=VISION)
-RESUMES = (TP2_DP2, PP2_DP2, TP2_DP2_FROZEN)
+# Gradients are reduced during the backward pass of the last micro-batch, which has no images on one rank.
+EARLY_DP2 = qwen("early-dp2", data=2, reduce_early=True)
+RESUMES = (TP2_DP2, PP2_DP2, TP2_DP2_FROZEN, EARLY_DP2)
 RELAYOUTS = (
     (TP2_DP2, qwen("pp2", pipeline=2)),
     (PP2_DP2, internvl("6b-hf", "dp2", data=2)),
@@ -328,6 +332,8 @@ class Policy:
         micro_batches = internvl_twins.MICRO_BATCHES if run.is_internvl else MICRO_BATCHES
         if run.shared_prompts:
             micro_batches = ([0, 1], [2, 3], [4], list(range(5, len(self.sequences))))
+        if run.reduce_early:
+            micro_batches = tuple(sorted(micro_batches, key=lambda chosen: len(chosen) == 1))
         device, context = platform.current().device(), run.context
         self.micro = [
             pack(

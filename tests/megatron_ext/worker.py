@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from megatron_ext import platform
 
 if __name__ == "__main__":
     platform.activate("cpu")
+
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_ext import (
     checkpoint,
@@ -50,6 +54,7 @@ if __name__ == "__main__":
     fork_ranks(cases.WORLD)
 RANK = int(os.environ["RANK"])
 SEED = 1
+BUCKET = 50_000  # elements
 
 
 def pieces(shards: list[Shard], tensors: list[torch.Tensor]) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
@@ -75,6 +80,17 @@ def equal(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return all(torch.equal(tensor, other) for tensor, other in zip(tensors, others, strict=True))
 
 
+@contextmanager
+def small_buckets() -> Iterator[None]:
+    """Where gradients are reduced early, a layer of the twins has several buckets."""
+    ddp_config = model.ddp_config
+    model.ddp_config = lambda sizes: replace(ddp_config(sizes), bucket_size=BUCKET)
+    try:
+        yield
+    finally:
+        model.ddp_config = ddp_config
+
+
 class Policy:
     """A freshly built model with the twin's weights, its optimiser and this rank's micro-batches."""
 
@@ -83,7 +99,8 @@ class Policy:
         self.twin = folder / case.twin
         self.layout = layout
         hf_config = hf_checkpoint.config(self.twin)
-        self.model = model.build(hf_config, layout, precision_config(case.precision), case.frozen)
+        with small_buckets():
+            self.model = model.build(hf_config, layout, precision_config(case.precision), case.frozen)
         hf_checkpoint.load(self.model.shards, self.twin)
         self.optimizer, self.schedule = optimizer.build(self.model, cases.OPTIMIZER, cases.SCHEDULE, steps=10)
         self.optimizer.reload_model_params()
@@ -96,7 +113,7 @@ class Policy:
             units = packing.units_of_shared_prompts(batch, layout.data, limit, group)
         else:
             units = packing.units(batch)
-        lengths = packing.unit_lengths(batch, units, 1, case.shared_prompts)
+        lengths = packing.unit_lengths(batch, units, case.layout.token_multiple, case.shared_prompts)
         of_ranks = packing.plan(lengths, layout.data, limit, group)
         self.plan = [[[i for unit in chosen for i in units[unit]] for chosen in rank] for rank in of_ranks]
         # Sequence → (places in its response, entropies) of the tokens on this rank.
@@ -110,6 +127,7 @@ class Policy:
                 multiple=self.model.token_multiple,
                 pad_token=0,
                 device=device,
+                length=self.model.pack_tokens,
                 context=case.context,
                 context_rank=layout.context_rank,
                 shared_prompts=case.shared_prompts,
@@ -221,11 +239,55 @@ def numbers_read(policy: Policy) -> int:
     return counted
 
 
+@contextmanager
+def shapes_told() -> Iterator[list[int]]:
+    """Counts how often this rank tells its neighbours the shapes of tensors, or is told."""
+    counted = [0]
+    communicate = P2PCommunicator._communicate_shapes
+
+    def count(self: Any, *tensors: Any) -> Any:
+        counted[0] += 1
+        return communicate(self, *tensors)
+
+    P2PCommunicator._communicate_shapes = count
+    try:
+        yield counted
+    finally:
+        P2PCommunicator._communicate_shapes = communicate
+
+
+@contextmanager
+def reduced_early() -> Iterator[list[int]]:
+    """Counts the buckets whose reduction begins before all gradients are there."""
+    counted = [0]
+    start, finish = _ParamAndGradBucketGroup.start_grad_sync, _ParamAndGradBucketGroup.finish_grad_sync
+    is_last = [False]
+
+    def count(self: Any, *options: Any, **more: Any) -> None:
+        counted[0] += not is_last[0]
+        start(self, *options, **more)
+
+    def ends(self: Any, *options: Any, **more: Any) -> None:
+        is_last[0] = True
+        finish(self, *options, **more)
+
+    _ParamAndGradBucketGroup.start_grad_sync = count
+    _ParamAndGradBucketGroup.finish_grad_sync = ends
+    try:
+        yield counted
+    finally:
+        _ParamAndGradBucketGroup.start_grad_sync = start
+        _ParamAndGradBucketGroup.finish_grad_sync = finish
+
+
 def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
     """Load, export, train ``cases.STEPS`` steps, and exchange the weights for the reference policy's and back."""
     policy = Policy(folder, case, layout)
     shards = policy.model.shards
     results: dict[str, Any] = {"plan": policy.plan, "loss": [], "grad_norm": [], "longest": []}
+    results["buckets"] = sum(len(chunk.bucket_groups) for chunk in policy.model.chunks)
+    results["reduced_early"] = []
+    results["pack_lengths"] = [micro_batch.tokens.shape[1] for micro_batch in policy.micro_batches]
     results["blocks"] = []
     for shard in shards:
         blocks = [(block.hf_name, block.hf_start, block.local_start, block.shape) for block in shard.blocks]
@@ -239,11 +301,14 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
     for batch, values in zip(policy.micro_batches, first, strict=False):
         results["log_probs"] |= policy.by_sequence(batch, values)
     for step in range(cases.STEPS):
-        sums = policy.accumulate_gradients()
+        with shapes_told() as told, reduced_early() as early:
+            sums = policy.accumulate_gradients()
+        results["reduced_early"].append(early[0])
         results["loss"].append(sums["loss"])
         results["longest"].append(sums["longest/max"])
         if step == 0:
             results["entropies"] = dict(policy.entropies)
+            results["shapes_told"] = told[0]
         if step == 0 and cases.has_whole_gradients(case):
             main_grads = [p.main_grad for chunk in policy.model.chunks for p in chunk.module.parameters()]
             results["gradients"] = pieces(shards, main_grads)

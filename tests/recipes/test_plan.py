@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from benchmarks import plan_order
 from recipes.preflight.layout_seconds import Training, layout_seconds
-from recipes.preflight.scale_model import TRAINING_PARTS, BatchSize, Machine
+from recipes.preflight.scale_model import TRAINING_PARTS, BatchSize, Machine, model_shape, tensor_parallel_seconds
 from tests import warm
 from tests.benchmarks.test_scale_simulation import JOB, MACHINE, MODEL
 
@@ -236,7 +236,8 @@ BATCH = BatchSize(tokens=16_000, squares=4_000_000, response_tokens=12_000)
 def training(**changes: Any) -> Training:
     """On 16 GPUs of two nodes; ``changes`` are of the layout, with the job's sizes kept equal to them."""
     sizes = replace(plan_order.layout((2, 2, 1, 1), "none", 100), **changes)
-    job = replace(JOB, tensor=sizes.tensor, pipeline=sizes.pipeline, context=sizes.context)
+    recompute = float(sizes.recompute == "full")
+    job = replace(JOB, tensor=sizes.tensor, pipeline=sizes.pipeline, context=sizes.context, recompute=recompute)
     return Training(sizes, False, job, MODEL, MACHINE, BATCH, gpus=16)
 
 
@@ -244,10 +245,32 @@ def test_a_plain_layout_adds_nothing() -> None:
     assert set(layout_seconds(training(tensor=1, pipeline=1, sequence=False)).values()) == {0.0}
 
 
-def test_selective_recompute_is_the_attention_of_a_forward_pass() -> None:
+def test_selective_recompute_is_that_of_its_modules_in_a_forward_pass() -> None:
     # 1000 TFLOPS, half of which are reached, on 16 GPUs.
     of_attention = MODEL.square_flops * 4_000_000 / (16 * 1000e12 * 0.5)
-    assert layout_seconds(training(recompute="selective"))["selective recompute"] == pytest.approx(of_attention)
+
+    def seconds(*modules: str) -> float:
+        recomputed = training(recompute="selective", recompute_modules=list(modules))
+        return layout_seconds(recomputed)["selective recompute"]
+
+    assert seconds("core_attn") == pytest.approx(of_attention)
+    # Of a layer's matrices those of the feed-forward part, and two of its four collectives.
+    collectives = tensor_parallel_seconds(training().job, MODEL, BATCH, MACHINE, 16) / 2
+    of_mlp = MODEL.mlp_flops * 16_000 / (16 * 1000e12 * 0.5) + collectives
+    assert 0 < MODEL.mlp_flops < MODEL.token_flops
+    assert seconds("mlp") == pytest.approx(of_mlp)
+    assert seconds("core_attn", "mlp") == pytest.approx(of_attention + of_mlp)
+
+
+def test_the_feed_forward_layers_part_of_the_operations() -> None:
+    """Three matrices of hidden x ffn in each layer."""
+    shape = model_shape(
+        {
+            "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+            "head_dim": 16, "intermediate_size": 96, "vocab_size": 100,
+        }
+    )  # fmt: skip
+    assert shape.mlp_flops == 2 * 3 * (3 * 64 * 96)
 
 
 def test_every_collective_of_a_tensor_parallel_group_has_a_start() -> None:

@@ -249,7 +249,10 @@ def test_memory_of_a_llama_stage_is_that_counted_by_hand(reports: Reports) -> No
     assert rank["weights"] == pytest.approx(2 * gib, abs=0.001)
     assert rank["gradients"] == pytest.approx(4 * gib, abs=0.001)
     assert rank["optimizer"] == pytest.approx(6 * gib, abs=0.001)
-    states = rank["weights"] + rank["gradients"] + rank["optimizer"]
+    # Fused gradients: autograd gets a tensor of each shape of the layer's matrices in their place.
+    layer = 8192 * (8192 + 2 * 1024) // 8 + 8192 * 8192 // 8 + 3 * 8192 * 28672 // 8
+    assert rank["buffers"] == pytest.approx(2 * layer / 2**30, abs=0.001)
+    states = rank["weights"] + rank["gradients"] + rank["optimizer"] + rank["buffers"]
     training = states + rank["activations"] + rank["logits"] + rank["workspace"] + rank["reserve"]
     generating = states + rank["kv_cache"] + rank["vllm"] + rank["reserve"]
     assert rank["total"] == pytest.approx(max(training, generating), abs=0.01)
@@ -314,7 +317,8 @@ def test_each_phase_has_what_is_awake_in_it_and_the_rest_sleeps_on_the_host(repo
     (rank,), (apart,) = report["memory_gib"][:1], reports["7b"]["memory_gib"][:1]
     states = apart["gradients"] + apart["optimizer"]
     assert rank["judges"] == pytest.approx(room * sum(SHARES.values()), abs=0.01)
-    assert rank["judging"] == pytest.approx(rank["weights"] + rank["judges"] + rank["reserve"], abs=0.01)
+    resident = rank["weights"] + rank["buffers"]
+    assert rank["judging"] == pytest.approx(resident + rank["judges"] + rank["reserve"], abs=0.01)
     assert rank["generating"] == pytest.approx(apart["generating"] - states + 3.0, abs=0.01)
     assert rank["training"] == pytest.approx(apart["training"] + 3.0, abs=0.01)
     assert rank["syncing"] == pytest.approx(rank["generating"] - rank["kv_cache"], abs=0.01)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,30 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.fp8_utils import get_fp8_context
 from transformer_engine.pytorch.attention.dot_product_attention import utils as attention
+from transformer_engine.pytorch.module import base as te_base
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from megatron_ext import checkpoint, hf_checkpoint, model, platform
 from megatron_ext.layout import ParallelConfig
+from megatron_ext.parallel import Parallel
 from megatron_ext.platform import cpu
 from megatron_ext.weight_map import unfused_name
 from recipes.preflight import memory, simulated_ranks
 from recipes.preflight.architecture import published_config
 from tests.settings import CONF, parallel_config, precision_config
 from tests.te import contract, fake_extension, packages
-from tests.te.examine_cases import FP8, PUBLISHED, TEXT_TWINS, VISION_TWINS
+from tests.te.examine_cases import FP8, PUBLISHED, TEXT_TWINS, UB_SWITCHES, VISION_TWINS
 
 META = torch.device("meta")
 BF16 = precision_config("bf16")
+SPEED = parallel_config(
+    tensor=2,
+    sequence=True,
+    micro_batch_tokens=96,
+    constant_length=True,
+    gradient_accumulation_fusion=True,
+    tp_comm_overlap=True,
+)
 ALL_AXES = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}
 FROZEN = (
     "decoder.layers.0.input_layernorm",
@@ -181,6 +192,43 @@ def fp8_layers(folder: Path) -> dict[str, Any]:
     return found
 
 
+def speed(folder: Path) -> dict[str, Any]:
+    """What the settings of speed have made of Transformer Engine's and Megatron-Core's layers, on one of two ranks: of
+    each matrix its switches, of each communication buffer its shape; and their bytes, counted and estimated."""
+    hf = hf_checkpoint.config(folder)
+    switches = ("fuse_wgrad_accumulation", *UB_SWITCHES)
+    with simulated_ranks.rank(0, 2, SPEED) as here:
+        built = simulated_ranks.build(hf, here, BF16)
+        (chunk,) = built.chunks
+        matrices = {}
+        for name, module in chunk.module.named_modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                matrices[name] = {"buffer": module.ub_name, "on": [s for s in switches if getattr(module, s, False)]}
+        buffers = {name: user.buffer for (name, _), user in te_base._ub_communicators.items()}
+        fused_alone = simulated_ranks.build(hf, replaced(here, tp_comm_overlap=False), BF16)
+        found = {
+            "matrices": matrices,
+            "output layer fuses": chunk.module.output_layer.gradient_accumulation_fusion,
+            "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()},
+            "bytes": sum(buffer.nbytes for buffer in buffers.values()),
+            "estimate": memory.buffers(built) - memory.buffers(fused_alone),
+            "estimate of fused gradients": memory.buffers(fused_alone),
+            "layer": [list(shard.tensor.shape) for shard in built.shards if "decoder.layers.0." in shard.name],
+        }
+        try:
+            other = hf_checkpoint.config(folder)
+            other.hidden_size *= 2
+            simulated_ranks.build(other, here, BF16)
+        except ValueError as error:
+            found["other hidden size"] = str(error)
+    found["given up"] = te_base._ub_communicators is None
+    return found
+
+
+def replaced(here: Parallel, **changes: Any) -> Parallel:
+    return replace(here, config=replace(here.config, **changes))
+
+
 def attention_backends() -> dict[str, bool]:
     """Whether packed causal attention has a backend in Transformer Engine, by dtype and context-parallel size."""
     extension: Any = sys.modules[fake_extension.NAME]
@@ -250,6 +298,7 @@ def main(output: Path, text: Path, vision: Path) -> None:
         "published": published,
         "frozen": lambda: compared(hf_checkpoint.config(text / "untied"), parallel_config(), 1, FROZEN),
         "fp8": lambda: fp8_layers(text / "untied"),
+        "speed": lambda: speed(text / "even"),
         "attention": attention_backends,
         "gathers": gathers_blocks,
         "fp8 storage": fp8_storage_bytes,

@@ -16,3 +16,12 @@ PUBLISHED = {
     "Qwen2.5-VL-72B-Instruct": ("tp8_pp4_cp2", 64),
     "InternVL3-78B-hf": ("tp8_pp4_cp2_tower", 64),
 }
+# Of Transformer Engine's matrices, for communication that overlaps with their products.
+UB_SWITCHES = (
+    "ub_overlap_ag_fprop",
+    "ub_overlap_rs_fprop",
+    "ub_overlap_ag_dgrad",
+    "ub_overlap_rs_dgrad",
+    "ub_bulk_dgrad",
+    "ub_bulk_wgrad",
+)

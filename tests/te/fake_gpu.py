@@ -195,6 +195,9 @@ def _nccl() -> Iterator[Patch]:
         default = backend or dist.distributed_c10d.get_backend()
 
     def new(ranks: Any = None, timeout: Any = None, backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if default == "fake":
+            # Of simulated ranks, which have no peers.
+            backend = None
         group = new_group(ranks, timeout, "gloo" if backend == "nccl" else backend, *args, **kwargs)
         if backend is not None:
             names[group] = backend

@@ -112,9 +112,15 @@ def generic_gemm(
     """(product, gradient of the bias, None, ``extra_output``).
 
     As cuBLAS, in columns: for tensors in rows the product is op(B) op(A). In the backward pass (``grad``) a bias asks
-    for its gradient, the sum of B's rows.
+    for its gradient, the sum of B's rows. With ``comm_overlap`` the product and the communication happen one after the
+    other.
     """
-    assert quantizer is None and not gelu and comm_overlap is None
+    assert quantizer is None and not gelu
+    is_gather = comm_overlap is not None and comm_type.name == "AG"
+    is_sum = comm_overlap is not None and comm_type.name == "RS"
+    if is_gather:
+        # Of an operand, which is a view of the buffer; or for a later product, while this one computes.
+        comm_overlap.gather()
     assert beta in (None, float(accumulate)), "the output is added whole or not at all"
     a = A.reshape(-1, A.shape[-1]).float()
     b = B.reshape(-1, B.shape[-1]).float()
@@ -126,6 +132,11 @@ def generic_gemm(
         product = product + bias.float()
     if not transB:
         product = product.view(*B.shape[:-1], product.shape[-1])
+    if is_sum and bulk_overlap:
+        # Of what the product before this one left in the buffer.
+        comm_overlap.sum_in_place()
+    elif is_sum:
+        extra_output.copy_(comm_overlap.own_sum(product).view(extra_output.shape))
     if D is not None:
         D.copy_(D.float() + product if accumulate else product)
         return D, bias_gradient, None, extra_output
@@ -267,6 +278,79 @@ def _written(values: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
     return out
 
 
+class CommOverlapHelper:
+    """The ranks of the world, and those of the tensor-parallel group."""
+
+    def __init__(self, world: Any, group: Any) -> None:
+        self.group = group
+
+
+class CommOverlap:
+    """A communication buffer [tokens, hidden] of Transformer Engine, as ``comm_gemm_overlap.cpp`` checks its uses.
+
+    What nobody has written is NaN.
+    """
+
+    def __init__(
+        self, shape: list[int], dtype: torch.dtype, helper: CommOverlapHelper, tp_size: int, comm_type: Any, **rest: Any
+    ) -> None:
+        self.buffer = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+        self.group = helper.group
+        assert torch.distributed.get_world_size(self.group) == tp_size
+
+    def is_fp8_ubuf(self) -> bool:
+        return False
+
+    def with_cublasmp(self) -> bool:
+        return False
+
+    def _of_ranks(self, whole: Tensor) -> tuple[Tensor, ...]:
+        return whole.chunk(torch.distributed.get_world_size(self.group))
+
+    def _own(self, whole: Tensor) -> Tensor:
+        return self._of_ranks(whole)[torch.distributed.get_rank(self.group)]
+
+    def get_buffer(self, local_chunk: bool = False, shape: list[int] | None = None) -> Tensor:
+        buffer = self._own(self.buffer) if local_chunk else self.buffer
+        return buffer.view(buffer.shape if shape is None else shape)
+
+    def copy_into_buffer(self, tensor: Tensor, local_chunk: bool = False) -> None:
+        buffer = self.get_buffer(local_chunk)
+        assert tensor.numel() == buffer.numel(), "Tried to copy an invalid tensor into a Userbuffers buffer"
+        buffer.copy_(tensor.reshape(buffer.shape))
+
+    def gather(self) -> None:
+        """Every rank's own part of the buffer."""
+        parts = [torch.empty_like(part) for part in self._of_ranks(self.buffer)]
+        torch.distributed.all_gather(parts, self._own(self.buffer).contiguous(), group=self.group)
+        self.buffer.copy_(torch.cat(parts))
+
+    def own_sum(self, whole: Tensor) -> Tensor:
+        """This rank's part of the ranks' sum of [tokens, …]."""
+        total = whole.reshape(self.buffer.shape[0], -1).clone()
+        torch.distributed.all_reduce(total, group=self.group)
+        return self._own(total)
+
+    def sum_in_place(self) -> None:
+        self._own(self.buffer).copy_(self.own_sum(self.buffer))
+
+
+class CommOverlapP2P(CommOverlap):
+    """The same here; on GPUs its ranks send to each other in a ring."""
+
+
+def ubuf_built_with_mpi() -> bool:
+    return False
+
+
+def device_supports_multicast() -> bool:
+    return True
+
+
+def get_stream_priority_range() -> tuple[int, int]:
+    return 0, -1
+
+
 KERNELS: list[Callable[..., Any]] = [
     rmsnorm_fwd,
     rmsnorm_bwd,
@@ -282,6 +366,12 @@ KERNELS: list[Callable[..., Any]] = [
     get_fused_attn_backend,
     convert_thd_to_bshd,
     convert_bshd_to_thd,
+    CommOverlapHelper,
+    CommOverlap,
+    CommOverlapP2P,
+    ubuf_built_with_mpi,
+    device_supports_multicast,
+    get_stream_priority_range,
 ]
 
 

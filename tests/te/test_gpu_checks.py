@@ -16,7 +16,7 @@ from tests.te import gpu_suite
 # Numbers that only a GPU has: the assertion with which a check may fail on a fake one.
 NUMBERS = {
     "test_the_peak_of_memory_is_the_estimate": "assert 0.9 * estimate < step_peak < (1 + margin) * estimate",
-    "test_a_block_of_the_72b_model_keeps_the_gpu_busy": "assert mfu >= SPEED.mfu",
+    "test_a_block_of_the_72b_model_keeps_the_gpu_busy": "assert mfu >= max(FIRST_MFU, SPEED.mfu)",
     "test_fp8_learns_as_bf16_does": "assert bf16_losses[-1] < 0.5 * bf16_losses[0]",
     "test_an_engines_step_of_80_narrow_layers": 'assert 0 < graph_gib < TABLE["graph_gib"]',
     "test_log_probs_of_samples_are_the_trainers": "assert gap.mean() < 0.08 and gap.max() < 0.5",

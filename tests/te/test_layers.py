@@ -57,6 +57,37 @@ def test_fp8_settings_give_their_recipe_in_every_layer(name: str, examined: dict
     assert found["parameters"] == ["Parameter"]
 
 
+def test_settings_of_speed_are_on_in_every_matrix_of_the_decoder(examined: dict[str, Any]) -> None:
+    """Gradients are fused; what a matrix gathers or sums overlaps with a product of its own, in a buffer of a pack's
+    hidden states. Megatron-Core's output layer has neither."""
+    found = examined["speed"]
+    before_attention = {"on": ["fuse_wgrad_accumulation", "ub_overlap_ag_fprop", "ub_bulk_dgrad", "ub_bulk_wgrad"]}
+    after_it = {"on": ["fuse_wgrad_accumulation", "ub_overlap_rs_fprop", "ub_overlap_ag_dgrad"]}
+    of_layer = {
+        "self_attention.linear_qkv": {"buffer": "qkv", **before_attention},
+        "self_attention.linear_proj": {"buffer": "proj", **after_it},
+        "mlp.linear_fc1": {"buffer": "fc1", **before_attention},
+        "mlp.linear_fc2": {"buffer": "fc2", **after_it},
+    }
+    expected = {f"decoder.layers.{n}.{name}": state for n in range(4) for name, state in of_layer.items()}
+    assert found["matrices"] == expected
+    assert not found["output layer fuses"]
+    products = ("fprop", "dgrad", "wgrad")
+    names = {f"{name}_{product}" for name in ("qkv", "proj", "fc1", "fc2") for product in products}
+    assert found["buffers"] == {name: [96, 256] for name in names}
+    assert found["given up"], "the next ranks' packs may have another length"
+    assert "(96, 256), this model needs (96, 512)" in found["other hidden size"]
+
+
+def test_the_buffers_bytes_are_the_estimate(examined: dict[str, Any]) -> None:
+    found = examined["speed"]
+    assert found["estimate"] == found["bytes"] == 12 * 96 * 256 * 2
+    # One of each shape of a layer's matrices: query, key and value; output, and gate with up; down.
+    matrices = {tuple(shape) for shape in found["layer"] if len(shape) == 2}
+    assert matrices == {(512, 256), (256, 256), (256, 128)}
+    assert found["estimate of fused gradients"] == 2 * sum(rows * columns for rows, columns in matrices)
+
+
 def test_block_scaling_gathers_fp8_where_ranks_have_whole_blocks(examined: dict[str, Any]) -> None:
     """Of other numbers of tokens Transformer Engine gathers BF16, with a warning."""
     gathers = {int(tokens): possible for tokens, possible in examined["gathers"].items()}

@@ -17,7 +17,7 @@ from tests.megatron_ext.test_layouts import above, of_tokens
 
 Results = list[dict[str, Any]]  # of a job, by rank
 # Every family, with every kind of parallelism among them; of the CPU platform's cases.
-TEXT = ("tp2-sp-recompute-full", "qwen2-tp2-sp-pp2", "qwen3-tp2-sp-cp2", "scalar-one")
+TEXT = ("tp2-sp-recompute-full", "qwen2-tp2-sp-pp2", "qwen3-tp2-sp-cp2", "scalar-one", "overlap-tp2-sp-pp2")
 VISION = ("qwen-cp2", "6b-hf-tp2-sp")
 SAVED = cases.TP2_SP_DP2
 CROSSING = f"relayout-{cases.RELAYOUTS[0][1].name}"
