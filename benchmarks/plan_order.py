@@ -172,7 +172,7 @@ def job_of(sizes: ParallelConfig, element_bytes: int) -> Job:
         samples=1,
         updates=1,
         passes=1,
-        reference=True,
+        reference=1,
         engine_tensor=1,
         engine_weight_bytes=element_bytes,
         engine_kv_bytes=element_bytes,
@@ -267,6 +267,8 @@ class Bench:
         import torch.distributed as dist
 
         from megatron_ext import forward_backward, model, packing, parallel
+        from megatron_ext.host_buffers import HostBuffers
+        from megatron_ext.offload import HostCopy
         from recipes.training.policy import Policy, UpdateGuard
 
         self.join()
@@ -285,9 +287,11 @@ class Bench:
             temperature=1.0,
             optimizer_config=self.config.optimizer,
             guard=UpdateGuard(1, print, lambda *args, **kwargs: None),
+            states=HostCopy(built, weights=False),
         )
         policy.build_optimizer(self.config.algorithm, updates=10)
         reference = forward_backward.copy_weights(built)
+        own = HostBuffers()
 
         def loss(log_probs: Any, micro_batch: packing.MicroBatch) -> tuple[Any, dict[str, Any]]:
             return -(log_probs * micro_batch.values["weights"]).sum(), {}
@@ -297,7 +301,7 @@ class Bench:
             dist.barrier()
             started = time.perf_counter()
             micro_batches = policy.micro_batches(batch)
-            with forward_backward.swapped_weights(built, reference):
+            with forward_backward.swapped_weights(built, reference, own):
                 forward_backward.log_probs(built, micro_batches)
             before_gradients = time.perf_counter()
             metrics = forward_backward.accumulate_gradients(built, micro_batches, loss)

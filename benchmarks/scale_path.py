@@ -56,7 +56,7 @@ from megatron_ext import batch as batches  # noqa: E402
 from megatron_ext.batch import Prompt, TokenBatch  # noqa: E402
 from megatron_ext.packing import MicroBatch, cost_of  # noqa: E402
 from megatron_ext.parallel import Parallel  # noqa: E402
-from recipes.algorithms.registry import requirements  # noqa: E402
+from recipes.algorithms.registry import reference_interval  # noqa: E402
 from recipes.config import Config, parse  # noqa: E402
 from recipes.preflight.architecture import model_config  # noqa: E402
 from recipes.run import records  # noqa: E402
@@ -272,6 +272,7 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
         temperature=config.rollout.temperature,
         optimizer_config=config.optimizer,
         guard=None,  # type: ignore[arg-type]
+        states=None,  # type: ignore[arg-type]
     )
     rollouts = Rollouts(
         config=config.rollout,
@@ -328,7 +329,7 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
         rollouts=rollouts,
         run=run,
         rows=rows,
-        needs=requirements(config.algorithm),
+        reference_every=reference_interval(config.algorithm),
         buffer=buffer,
         rollout=MeasuredRollout(buffer, rollouts.fleet, group, judge),
         judge=judge,
@@ -356,7 +357,8 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     batch, _ = rl.compute_advantages(loop, batch)
     updates, micro_batches_of_updates = rl.pack_updates(loop, batch)
     until_packed = meter.read()
-    metrics = {"step": 1, **score_metrics, **rl.policy_metrics({}, loop.needs), **rl.generation_metrics(loop, 0, batch)}
+    policy_metrics = rl.policy_metrics({}, loop.uses_reference(0))
+    metrics = {"step": 1, **score_metrics, **policy_metrics, **rl.generation_metrics(loop, 0, batch)}
     rl.record(loop, metrics, batch)
     used = meter.read()
     loop.samples.wait()

@@ -161,6 +161,7 @@ def measure(hf_config: Any, batch: Any, groups: Any, config: Any) -> dict[str, A
     import torch.distributed as dist
 
     from megatron_ext import forward_backward, model, packing
+    from megatron_ext.offload import HostCopy
     from recipes.training.policy import Policy, UpdateGuard
 
     built = model.build(hf_config, groups, replace(config.precision, name="bf16"))
@@ -180,6 +181,7 @@ def measure(hf_config: Any, batch: Any, groups: Any, config: Any) -> dict[str, A
             temperature=1.0,
             optimizer_config=config.optimizer,
             guard=UpdateGuard(1, print, lambda *args, **kwargs: None),
+            states=HostCopy(built, weights=False),
         )
 
     def loss(log_probs: torch.Tensor, micro_batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -32,6 +32,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_ext import optimizer_shards, platform, shard_files
 from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
+from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.model import Model
 from megatron_ext.parallel import control_group
 
@@ -70,10 +71,13 @@ class Snapshot:
     layout: dict[str, Any]
 
 
-def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Snapshot:
+def snapshot(
+    model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, buffers: HostBuffers
+) -> Snapshot:
     """Copy this rank's part of the model, optimiser, schedule and RNG states to the host.
 
-    Training may change the state as soon as this returns.
+    Training may change the state as soon as this returns. The copies are in ``buffers``: the snapshot that was there
+    must have been written (``Saver.wait``).
     """
     _create_moments(optimizer)
     state = _model_state(model)
@@ -90,7 +94,7 @@ def snapshot(model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerPar
             part = shard_files.TensorPart(tensor.key, tensor.global_shape, tensor.global_offset, tensor.data)
             parts.append(part)
     parts += moments
-    copies = platform.current().to_host([part.values.detach() for part in parts])
+    copies = buffers.copy([part.values for part in parts])
     on_host = [replace(part, values=copy) for part, copy in zip(parts, copies, strict=True)]
     return Snapshot(on_host, common, _layout(model))
 

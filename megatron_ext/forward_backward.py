@@ -21,10 +21,11 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from megatron_ext import hf_checkpoint, parallel
+from megatron_ext import hf_checkpoint, parallel, platform
 from megatron_ext.blocks import Shard
 from megatron_ext.collectives import all_gather_json
 from megatron_ext.entropy import vocab_parallel_entropy
+from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.model import Model
 from megatron_ext.packing import MicroBatch
 
@@ -82,6 +83,7 @@ def accumulate_gradients(
     head it gets the values [R], with several labels [R, labels].
     """
     for chunk in model.chunks:
+        chunk.restore_grad_buffers(synchronize=False)  # where ``offload.release_gradients`` has freed them
         chunk.zero_grad_buffer()
     model.config.finalize_model_grads_func = lambda chunks, tokens, **kwargs: finalize_model_grads(
         chunks, None, **kwargs
@@ -227,29 +229,37 @@ def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, co
 
 
 @contextmanager
-def swapped_weights(model: Model, weights: list[torch.Tensor]) -> Iterator[None]:
-    """Run the model with other weights (the reference policy's, kept on the host) and put its own back, bit for bit."""
-    own = copy_weights(model)
+def swapped_weights(model: Model, weights: list[torch.Tensor], own: HostBuffers) -> Iterator[None]:
+    """Run the model with other weights (the reference policy's, kept on the host) and put its own back, bit for bit.
+
+    ``own`` takes the model's own weights meanwhile.
+    """
+    own_weights = own.copy(_weights(model))
     try:
         _assign(model, weights)
         yield
     finally:
-        _assign(model, own)
+        _assign(model, own_weights)
 
 
 def copy_weights(model: Model) -> list[torch.Tensor]:
     """A host copy of this rank's weights, in shard order."""
-    return [shard.tensor.to("cpu", copy=True) for shard in model.shards]
+    return HostBuffers().copy(_weights(model))
 
 
 def load_weights(model: Model, folder: Path) -> list[torch.Tensor]:
     """Host tensors, in shard order, with another checkpoint's weights in this rank's layout."""
-    host = [Shard(s.name, torch.empty_like(s.tensor, device="cpu"), s.blocks) for s in model.shards]
+    tensors = platform.current().empty_on_host(_weights(model))
+    host = [Shard(s.name, tensor, s.blocks) for s, tensor in zip(model.shards, tensors, strict=True)]
     hf_checkpoint.load(host, folder)
-    return [shard.tensor for shard in host]
+    return tensors
+
+
+def _weights(model: Model) -> list[torch.Tensor]:
+    return [shard.tensor for shard in model.shards]
 
 
 def _assign(model: Model, weights: list[torch.Tensor]) -> None:
     with torch.no_grad():
         for shard, weight in zip(model.shards, weights, strict=True):
-            shard.tensor.copy_(weight)
+            shard.tensor.copy_(weight, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Move the persistent tensors of a model to the host while another model uses the device."""
+"""Free the device's memory while another model uses it: gradients are dropped, what persists moves to the host."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,25 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_ext import platform
+from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.model import Model
 
 
+def release_gradients(model: Model) -> None:
+    """Free the memory of the gradient buffers; does nothing where it is free.
+
+    The tensors and all views of them stay the same objects. ``forward_backward.accumulate_gradients`` takes the memory
+    again and begins with zeros.
+    """
+    for chunk in model.chunks:
+        chunk.offload_grad_buffers(empty_cache=False)
+
+
 class HostCopy:
-    """Weights, gradient buffers and optimiser states of one model, either on the device or on the host.
+    """Weights and optimiser states of one model, either on the device or on the host; gradients are dropped.
 
     The tensors and all views of them stay the same objects: only their memory is released and allocated again, and
-    their values come back bit for bit. Gradients are not copied, because each accumulation begins with zeros.
+    their values come back bit for bit. That of the host is kept.
     """
 
     def __init__(self, model: Model, optimizer: MegatronOptimizer | None = None, weights: bool = True) -> None:
@@ -26,35 +37,33 @@ class HostCopy:
         self.model = model
         self.optimizer = optimizer
         self.weights = weights
-        # Storage, its size in bytes, and its copy on the host; None for gradients.
-        self.offloaded: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
+        self.buffers = HostBuffers()
+        # What is on the host: each storage with its copy.
+        self.offloaded: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
 
     def release(self) -> None:
-        """Move the tensors to the host; does nothing if they are there."""
+        """Move the tensors to the host and drop the gradients; does nothing if they are there."""
         if self.offloaded:
             return
         weights = _storages(p.data for chunk in self.model.chunks for p in chunk.module.parameters())
-        gradients = _storages(buffer.grad_data for chunk in self.model.chunks for buffer in chunk.buffers)
         states = _storages(self._states())
         if self.weights:
             copied = weights | states
         else:
             # An FP32 parameter is its own master, so it is among the optimiser's states too.
             copied = {key: storage for key, storage in states.items() if key not in weights}
-        for key, storage in (copied | gradients).items():
-            host = None if key in gradients else _bytes(storage).to("cpu", copy=True)
-            self.offloaded.append((storage, storage.nbytes(), host))
+        storages = list(copied.values())
+        self.offloaded = list(zip(storages, self.buffers.copy([_bytes(storage) for storage in storages]), strict=True))
+        for storage in storages:
             storage.resize_(0)
+        release_gradients(self.model)
         platform.current().empty_cache()
 
     def restore(self) -> None:
         """Move the tensors back to the device; does nothing if they are there."""
-        for storage, size, host in self.offloaded:
-            storage.resize_(size)
-            if host is None:
-                _bytes(storage).zero_()
-            else:
-                _bytes(storage).copy_(host)
+        for storage, copy in self.offloaded:
+            storage.resize_(copy.nbytes)
+            _bytes(storage).copy_(copy, non_blocking=True)
         self.offloaded = []
 
     def _states(self) -> Iterator[torch.Tensor]:

@@ -169,13 +169,14 @@ def check_required_metrics(run_dir: Path, prefix: str) -> Result:
 
 
 def check_rows(bound: Bound, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """State and value of a bound on the rows of a ``.jsonl`` file."""
-    chosen = _rows_of(bound.steps, rows)
-    subtracted = _rows_of(bound.minus, rows) if bound.minus is not None else []
-    if chosen is None or subtracted is None or not any(bound.metric in row for row in rows):
+    """State and value of a bound on the rows of a ``.jsonl`` file. A row that lacks the metric did not measure it; one
+    in which it is null has no value."""
+    chosen = _rows_of(bound.steps, bound.metric, rows)
+    subtracted = _rows_of(bound.minus, bound.metric, rows) if bound.minus is not None else []
+    if not chosen or (bound.minus is not None and not subtracted):
         return NOT_IN_THIS_RUN, ""
     for row in (*chosen, *subtracted):
-        value = row.get(bound.metric)
+        value = row[bound.metric]
         if value is None:
             return FAILS, f"no value at step {row['step']}"
         if bound.of == "every" and not bound.allows(value):
@@ -243,12 +244,12 @@ def figure(value: float | None) -> str:
     return str(value) if value is None or isinstance(value, int) else f"{value:.6g}"
 
 
-def _rows_of(steps: Steps, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]] | None:
-    """The rows from the first to the last of ``steps``; None when the run has fewer."""
+def _rows_of(steps: Steps, metric: str, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with the metric from the first to the last of ``steps``; none when the run has fewer steps."""
     first, last = (step if step > 0 else len(rows) + 1 + step for step in steps)
     if first < 1 or last > len(rows) or first > last:
-        return None
-    return rows[first - 1 : last]
+        return []
+    return [row for row in rows[first - 1 : last] if metric in row]
 
 
 if __name__ == "__main__":

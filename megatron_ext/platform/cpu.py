@@ -15,6 +15,7 @@ import sys
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 import platform as host
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -201,9 +202,15 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.set_rng_state(state)
 
 
-def to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Contiguous copies."""
-    return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+def empty_on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous tensors of the same shapes and dtypes, with undefined values."""
+    return [torch.empty(t.shape, dtype=t.dtype) for t in tensors]
+
+
+def copy_to_host(tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> None:
+    """Fill what ``empty_on_host`` made with the tensors' values."""
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor)
 
 
 def empty_cache() -> None:

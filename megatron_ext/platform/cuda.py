@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,14 @@ backend = "nccl"
 # Tokens and hidden size of the buffers for overlapped communication, None without.
 _overlap_shape: tuple[int, int] | None = None
 
+ALLOCATOR_OPTIONS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second is torch's former name
+
 
 def activate() -> None:
     """Bind this process to its GPU. Raises RuntimeError when there is none or the local rank has no device."""
+    # Pinned tensors take their own size, which the preflight counts; torch would round it up to a power of two.
+    if not ALLOCATOR_OPTIONS & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:1"
     # Megatron-Core overlaps tensor-parallel communication correctly only with a single hardware queue. CUDA reads the
     # variable when it starts, which the next call may do.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -165,13 +171,16 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state)
 
 
-def to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Contiguous copies in pinned memory, which torch reuses for the next copies."""
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+def empty_on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous tensors of the same shapes and dtypes, with undefined values, in pinned memory."""
+    return [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+
+
+def copy_to_host(tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> None:
+    """Fill what ``empty_on_host`` made with the tensors' values; all are there when this returns."""
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.synchronize()
-    return copies
 
 
 def empty_cache() -> None:

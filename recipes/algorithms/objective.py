@@ -12,7 +12,7 @@ from megatron_ext.forward_backward import LossFunction
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms import kl, mismatch
 from recipes.algorithms.needs import needs_of
-from recipes.algorithms.registry import function_of, requirements, resolve
+from recipes.algorithms.registry import function_of, resolve
 from recipes.algorithms.sequences import Sequences
 from recipes.algorithms.settings import AlgorithmConfig
 
@@ -23,7 +23,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
     Each token's policy loss, corrected for the mismatch between trainer and rollout, plus ``kl_coefficient`` × KL to
     the reference where ``kl_in`` is the loss, minus ``entropy_coefficient`` × entropy; then the sum over the tokens,
     each times its weight in the full update. ``values`` of the micro-batch, [R] each: ``advantages``, ``weights``,
-    ``logprobs`` (the engine's), ``loss_mask``, ``reference`` where the algorithm needs it and, where a rollout makes
+    ``logprobs`` (the engine's), ``loss_mask``, ``reference`` in steps that make its pass and, where a rollout makes
     several updates, ``old``.
 
     The sums are those that ``report`` takes, over the tokens that are trained on.
@@ -32,7 +32,6 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
     estimator = resolve("kl_estimator", config)
     importance_sampling = resolve("importance_sampling", config)
     needed = needs_of(function_of("policy_loss", config))
-    has_reference = requirements(config).reference
     kl_in_loss = config.kl_in == "loss" and config.kl_coefficient > 0
 
     def micro_batch_loss(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -72,7 +71,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
             "entropy": entropies.detach(),
             "left_out": correction == 0,
         }
-        if has_reference:
+        if "reference" in values:
             of_tokens["kl/reference"] = kl.k3(current, values["reference"])
         if clips(policy_loss):
             # A clip acts where the loss would be another without it.

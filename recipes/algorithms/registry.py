@@ -69,6 +69,12 @@ def requirements(config: AlgorithmConfig) -> Needs:
     )
 
 
+def reference_interval(config: AlgorithmConfig) -> int | None:
+    """Steps from one that makes a pass under the reference to the next: 1 where the algorithm needs it, otherwise
+    ``reference_every``, the metric's; None for a run without a reference."""
+    return 1 if requirements(config).reference else config.reference_every
+
+
 def resolve(name: str, config: AlgorithmConfig) -> Function:
     """The function that ``algorithm.<name>`` chooses, with its keywords set from ``config``.
 

@@ -49,7 +49,13 @@ class AlgorithmConfig(ScheduleConfig):
     entropy_coefficient: float = setting("coefficient of the entropy bonus", range=COEFFICIENT)
     kl_estimator: str = setting("estimator of the KL to the reference: k1, k2, k3")
     kl_in: str = setting("where the KL counts", choices=("loss", "reward"))
-    kl_coefficient: float = setting("coefficient of the KL to the reference; 0 for no reference", range=COEFFICIENT)
+    kl_coefficient: float = setting("coefficient of the KL to the reference; 0 for none", range=COEFFICIENT)
+    reference_every: int | None = setting(
+        "where nothing but the metric kl/reference needs the reference: steps from one measurement to the next; null "
+        "for no reference",
+        range=COUNT,
+        unit="steps",
+    )
     aggregation: str = setting("token losses to one: token_mean, sequence_mean_token_mean, sequence_sum")
     token_divisor: float = setting("sequence_sum: divisor of a sequence's sum", range="(0, 1e9]")
     value_clip: float = setting("how far a critic's value may move from the rollout's", range=POSITIVE)

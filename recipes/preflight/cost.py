@@ -21,9 +21,10 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 def job_of(config: Config) -> Job:
     """The settings that the estimate depends on."""
-    reference = memory_plan.needed(config).reference
+    interval = memory_plan.reference_interval(config)
+    reference = 0.0 if interval is None else 1 / interval
     # The policy's own log-probs are computed before the first of several updates.
-    passes = int(reference) + int(config.algorithm.updates_per_rollout > 1)
+    passes = reference + int(config.algorithm.updates_per_rollout > 1)
     return Job(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,

@@ -59,7 +59,7 @@ class Training:
 
     @property
     def forward_passes(self) -> float:
-        """How often a layer runs forward; backward it runs once."""
+        """How often a layer runs forward in a step, on average; backward it runs once."""
         return self.job.passes + 1 + self.job.recompute
 
 

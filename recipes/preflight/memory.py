@@ -103,7 +103,7 @@ def critic_bytes(policy: Model, critic: Model | None, offload: bool) -> tuple[in
     if offload:
         added = max(0, total - gradients(policy) - fullest_optimizer(policy))
         return added, 0, total - gradients(critic)
-    return total, total, 0
+    return total, total - gradients(critic), 0
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

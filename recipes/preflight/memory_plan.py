@@ -45,9 +45,8 @@ class Judges:
 def on_device(config: Config) -> dict[str, list[str]]:
     """Phase → the fields of ``recipes.preflight.memory.Memory`` that are on the device."""
     colocated = config.rewards.placement == rewards.COLOCATED
-    states = ["weights", "buffers"]
-    if not config.optimizer.offload:
-        states += ["gradients", "optimizer"]
+    # The gradients are dropped whenever something else than the trainer works.
+    states = ["weights", "buffers"] if config.optimizer.offload else ["weights", "buffers", "optimizer"]
     idle = [*states, "critic_idle"]
     engine = ["vllm", "kv_cache"]
     idle_engine = [] if config.rollout.sleep else engine
@@ -67,27 +66,27 @@ def on_device(config: Config) -> dict[str, list[str]]:
 def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> dict[str, dict[str, float]]:
     """Phase → name → GiB that are offloaded to a node's host.
 
-    An upper bound: all ranks of the node count as the largest.
-    A reference policy is there in all phases, and the policy's weights while the reference replaces them. The copies
-    from which a checkpoint is written may be there in all phases too, because training goes on meanwhile.
+    An upper bound: all ranks of the node count as the largest. The trainer keeps its memory there: that of the
+    reference and of the policy's weights while the reference replaces them, of states that are offloaded in some
+    phases, and of the copies from which a checkpoint is written.
     """
     gpus = config.cluster.ranks // config.cluster.nodes
     weights = max(rank["weights"] for rank in ranks)
     optimizer = max(rank["optimizer"] for rank in ranks)
     critic = max(rank["critic_asleep"] for rank in ranks)
-    # While the critic is trained the policy's optimiser is on the host, and the other way round.
-    critic_or_optimizer = max(critic, optimizer) if critic else 0.0
-    has_reference = needed(config).reference
+    has_reference = reference_interval(config) is not None
+    # While an offloaded critic is trained the policy's optimiser is on the host.
+    offloads = config.optimizer.offload or critic > 0
+    kept = {
+        "reference": 2 * weights if has_reference else 0.0,
+        "optimizer": optimizer if offloads else 0.0,
+        "critic": critic,
+        "checkpoint": weights + optimizer + critic,
+    }
     host: dict[str, dict[str, float]] = {}
     for phase in on_device(config):
-        training = phase == "training"
-        sizes = {
-            "reference": weights * gpus * (2 if training else 1) if has_reference else 0.0,
-            "optimizer": optimizer * gpus if config.optimizer.offload and not training else 0.0,
-            "critic": (critic_or_optimizer if training else critic) * gpus,
-            "judges": 0.0 if phase == "judging" else judges.weights / GIB,
-            "checkpoint": (weights + optimizer + critic) * gpus,
-        }
+        asleep = 0.0 if phase == "judging" else judges.weights / GIB
+        sizes = {name: size * gpus for name, size in kept.items()} | {"judges": asleep}
         host[phase] = {name: round(size, 3) for name, size in sizes.items() if size}
     return host
 
@@ -178,6 +177,14 @@ def needed(config: Config) -> Any:
     from recipes.algorithms.registry import requirements
 
     return requirements(config.algorithm) if "rl" in config.stage.trains else Needs()
+
+
+def reference_interval(config: Config) -> int | None:
+    """Steps from one that makes a pass under the reference to the next; None without a reference, as where no RL is
+    done."""
+    from recipes.algorithms import registry
+
+    return registry.reference_interval(config.algorithm) if "rl" in config.stage.trains else None
 
 
 def longest(config: Config) -> int:

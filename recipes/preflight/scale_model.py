@@ -141,11 +141,11 @@ class Job:
     """The settings of a recipe that the estimate depends on.
 
     ``recompute`` is the share of the layers whose forward pass runs again before their backward pass, on the pipeline
-    stage with the largest share, for which the others wait. ``passes`` is the number
-    of forward passes for log-probs, and ``reference`` whether one of them is the reference's. ``activation_bytes`` are
-    those of a hidden state's element. ``kv_cache_gib`` is the KV cache of a GPU that an engine shares with the trainer.
-    ``engine_weight_bytes`` are those of one of its weights, ``engine_kv_bytes`` those of a key or a value in the cache,
-    and ``slots`` the sequences that it decodes at once.
+    stage with the largest share, for which the others wait. ``passes`` is the number of forward passes for log-probs,
+    and ``reference`` how many of them are the reference's: at most 1, less where not every step makes its pass.
+    ``activation_bytes`` are those of a hidden state's element. ``kv_cache_gib`` is the KV cache of a GPU that an engine
+    shares with the trainer. ``engine_weight_bytes`` are those of one of its weights, ``engine_kv_bytes`` those of a key
+    or a value in the cache, and ``slots`` the sequences that it decodes at once.
     """
 
     tensor: int
@@ -158,8 +158,8 @@ class Job:
     prompts: int
     samples: int
     updates: int
-    passes: int
-    reference: bool
+    passes: float
+    reference: float
     engine_tensor: int
     engine_weight_bytes: int
     engine_kv_bytes: int
@@ -490,10 +490,8 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
     update = update_flops / flops_per_second + update_collectives
 
     parameters_per_rank = model.parameters / job.tensor / job.pipeline
-    swap = 0.0
-    if job.reference:
-        # The reference's weights come from the host for its pass, and the policy's come back after it.
-        swap = 2 * BF16_BYTES * parameters_per_rank / machine.pcie_gb_s / 1e9
+    # The policy's weights go to the host, the reference's come for its pass, and the policy's come back after it.
+    swap = job.reference * 3 * BF16_BYTES * parameters_per_rank / machine.pcie_gb_s / 1e9
     shards = gpus // job.tensor // job.pipeline
     reduced_bytes = job.updates * (FP32_BYTES + BF16_BYTES) * parameters_per_rank * (shards - 1) / shards
     gradients = reduced_bytes / machine.network_gb_s / 1e9

@@ -16,6 +16,7 @@ type Row = Mapping[str, Any]
 def section(rows: Sequence[Row], gathered: Samples, events: Sequence[Row]) -> str:
     """Every plot that has values. ``rows``: those of metrics.jsonl; ``events``: those of events.jsonl."""
     phases = time_phases(rows)
+    with_reference = [row for row in rows if "kl/reference" in row]
     plots = [
         (
             "Reward per verifier, with 95&nbsp;% interval over prompts",
@@ -28,7 +29,7 @@ def section(rows: Sequence[Row], gathered: Samples, events: Sequence[Row]) -> st
         ),
         ("Loss", line_plot(rows, {"loss": "loss"})),
         ("Mean reward", line_plot(rows, {"mean": "reward/mean"})),
-        ("KL to the reference policy", line_plot(rows, {"KL": "kl/reference"}, zero=True)),
+        ("KL to the reference policy", line_plot(with_reference, {"KL": "kl/reference"}, zero=True)),
         (
             "Train-inference mismatch, mean |Δ log-prob|",
             line_plot(rows, {"mean": "train_inference_mismatch/mean"}, zero=True),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # Keys that every row of an RL run's metrics.jsonl has, beside one `reward/<verifier>` per verifier and one
-# `time/<phase>` per phase (seconds). Not `kl/reference`: a run whose algorithm needs no reference has none.
+# `time/<phase>` per phase (seconds). Not `kl/reference`: a step without a pass under the reference has none.
 REQUIRED_METRICS = (
     "step",
     "reward/mean",

@@ -151,6 +151,7 @@ class Checkpoints:
         if not due:
             return
         with self.run.phase("checkpoint"):  # follows the step's record, so its time shows in the next one
+            self.saver.wait()  # the copies of the former state are overwritten
             saved = state()
             progress = {"run": self.run.run_id, **saved.progress}
             blobs = {} if saved.responses is None else {RESPONSES: saved.responses.to_bytes()}

@@ -5,7 +5,7 @@ The value of a response token is the expected return given the tokens before it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from megatron_ext import checkpoint, forward_backward, hf_checkpoint, scalar_hea
 from megatron_ext import model as models
 from megatron_ext.batch import TokenBatch
 from megatron_ext.checkpoint import Snapshot
+from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.models import family
-from megatron_ext.offload import HostCopy
+from megatron_ext.offload import HostCopy, release_gradients
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms import value_losses
 from recipes.algorithms.advantages import AdvantageInputs, at_response_tokens, gae
@@ -31,14 +32,16 @@ NAME = "critic"  # in a checkpoint
 
 @dataclass(frozen=True)
 class Critic:
-    """``host_copies`` exist with ``critic.offload``: the policy's gradients and optimiser states, which are on the host
-    while the critic works, and all of the critic, which is there at other times."""
+    """``host_copies`` exist with ``critic.offload``: the policy's optimiser states, which are on the host while the
+    critic works, and all of the critic, which is there at other times. From ``snapshot_buffers`` a checkpoint is
+    written."""
 
     algorithm: AlgorithmConfig
     model: models.Model
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     host_copies: tuple[HostCopy, HostCopy] | None
+    snapshot_buffers: HostBuffers = field(default_factory=HostBuffers)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -81,6 +84,7 @@ class Critic:
                 metrics = forward_backward.accumulate_gradients(self.model, micro_batches, loss)
                 if policy.guard.apply(self.optimizer, self.schedule, metrics, NAME):
                     forward_backward.add_metrics(sums, {**metrics, "updates": 1})
+            release_gradients(self.model)
         if not sums:
             return {}
         trained = torch.from_numpy(batch.values("weights") > 0)
@@ -94,9 +98,9 @@ class Critic:
         }
 
     def snapshot(self) -> dict[str, Snapshot]:
-        """Collective: what a checkpoint has of it, by name."""
+        """Collective: what a checkpoint has of it, by name. The former snapshot must have been written."""
         with self.awake():
-            return {NAME: checkpoint.snapshot(self.model, self.optimizer, self.schedule)}
+            return {NAME: checkpoint.snapshot(self.model, self.optimizer, self.schedule, self.snapshot_buffers)}
 
     def load(self, folder: Path) -> None:
         """Collective: restore it from a checkpoint, bit for bit. Raises ConfigError on one that has no
@@ -123,16 +127,15 @@ def build_critic(config: Config, policy: Policy, policy_folder: Path) -> Critic:
             "use a model with the policy's tokenizer"
         )
     model = models.build(hf_config, policy.parallel, config.precision, config.model.frozen)
+    release_gradients(model)
     hf_checkpoint.load(model.shards, folder)
     updates = config.algorithm.steps * config.algorithm.updates_per_rollout
     optimizer, schedule = policy.new_optimizer(model, config.critic, updates)
     host_copies = None
     if config.critic.offload:
-        # The policy's weights stay on the device: engines on this host read them in place.
-        policy_states = HostCopy(policy.model, policy.optimizer, weights=False)
         critic_copy = HostCopy(model, optimizer)
         critic_copy.release()
-        host_copies = (policy_states, critic_copy)
+        host_copies = (policy.states, critic_copy)
     return Critic(config.algorithm, model, optimizer, schedule, host_copies)
 
 

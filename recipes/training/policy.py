@@ -17,8 +17,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform, scalar_head
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY, Snapshot
+from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.model import Model, shares_prompts
-from megatron_ext.offload import HostCopy
+from megatron_ext.offload import HostCopy, release_gradients
 from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
 from megatron_ext.packing import Cost, MicroBatch
 from megatron_ext.parallel import Parallel
@@ -86,8 +87,8 @@ class Policy:
 
     ``source`` is the Hugging Face folder whose configuration and tokenizer an export takes along. ``cost`` gives a
     sequence's floating-point operations, by which micro-batches are balanced. ``temperature`` is that of sampling.
-    ``host_states``: with ``optimizer.offload``, gradients and optimiser states, which are on the host while engines
-    generate.
+    ``states``: the optimiser's, which may move to the host. The buffers take the model's own weights while it has the
+    reference's, and what a checkpoint is written from.
     """
 
     model: Model
@@ -98,10 +99,12 @@ class Policy:
     temperature: float
     optimizer_config: OptimizerConfig
     guard: UpdateGuard
-    host_states: HostCopy | None = None
+    states: HostCopy
     optimizer: MegatronOptimizer | None = None
     schedule: OptimizerParamScheduler | None = None
     reference: list[torch.Tensor] | None = None
+    own_weights: HostBuffers = field(default_factory=HostBuffers)
+    snapshot_buffers: HostBuffers = field(default_factory=HostBuffers)
 
     # Optimiser, schedule and checkpoints
 
@@ -109,8 +112,7 @@ class Policy:
         """A fresh optimiser with master weights taken from the model, and a schedule over so many ``updates``."""
         self.restore_states()
         self.optimizer, self.schedule = self.new_optimizer(self.model, learning, updates)
-        if self.host_states is not None:
-            self.host_states.optimizer = self.optimizer
+        self.states.optimizer = self.optimizer
 
     def new_optimizer(
         self, model: Model, learning: ScheduleConfig, updates: int
@@ -137,9 +139,10 @@ class Policy:
         metrics["grad_norm"] = optimizer.skip(self.optimizer)
 
     def snapshot(self) -> Snapshot:
-        """Collective: a copy of model, optimiser and schedule on the host, for a checkpoint."""
+        """Collective: a copy of model, optimiser and schedule on the host, for a checkpoint. The former one must have
+        been written."""
         assert self.optimizer is not None and self.schedule is not None
-        return checkpoint.snapshot(self.model, self.optimizer, self.schedule)
+        return checkpoint.snapshot(self.model, self.optimizer, self.schedule, self.snapshot_buffers)
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint holds beside the snapshot, as plain JSON."""
@@ -159,16 +162,16 @@ class Policy:
     # Memory
 
     def restore_states(self) -> None:
-        """Before training: bring gradients and optimiser states back from the host, where ``optimizer.offload`` left
-        them. Engines and judges on these devices must be asleep."""
-        if self.host_states is not None:
-            self.host_states.restore()
+        """Before training: bring the optimiser's states back from the host, where ``optimizer.offload`` left them.
+        Engines and judges on these devices must be asleep."""
+        self.states.restore()
 
     def release_memory(self) -> None:
-        """Before generating: make room for engines, by this rank's states, where they may go to the host, and what the
-        allocator kept of activations."""
-        if self.host_states is not None:
-            self.host_states.release()
+        """Before generating: make room for engines. The gradients go, the optimiser's states where they may go to the
+        host, and what the allocator kept of activations."""
+        release_gradients(self.model)
+        if self.optimizer_config.offload:
+            self.states.release()
         platform.current().empty_cache()
 
     # Passes over a batch
@@ -258,5 +261,5 @@ class Policy:
     def reference_weights(self) -> Iterator[None]:
         """Within the block the model has the reference's weights; afterwards its own again, bit for bit."""
         assert self.reference is not None, "load_reference comes first"
-        with forward_backward.swapped_weights(self.model, self.reference):
+        with forward_backward.swapped_weights(self.model, self.reference, self.own_weights):
             yield

@@ -19,7 +19,7 @@ from megatron_ext.routing import everywhere, holders
 from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import AdvantageInputs, at_response_tokens, sample_inputs, trained_inputs
 from recipes.algorithms.aggregation import token_weights
-from recipes.algorithms.registry import Needs, requirements, resolve
+from recipes.algorithms.registry import reference_interval, requirements, resolve
 from recipes.algorithms.shaping import has_reward_variance, overlong_penalty, select_groups
 from recipes.config import Config
 from recipes.data.processor import ProcessedPrompt, PromptProcessor
@@ -58,7 +58,8 @@ POLICY_METRICS = (
 class Loop:
     """What the steps of the loop share. ``rows`` are the data's rows by id; ``constraint`` is the state of the Lagrange
     multiplier (``rewards.objectives``); ``critic`` is None for an algorithm without values; ``judge`` gives the
-    verdicts on a batch of one response; ``samples`` writes the responses down."""
+    verdicts on a batch of one response; ``samples`` writes the responses down; ``reference_every``: steps from one that
+    makes a pass under the reference to the next, None without a reference."""
 
     config: Config
     policy: Policy
@@ -66,7 +67,7 @@ class Loop:
     rollouts: Rollouts
     run: Run
     rows: Mapping[str, Row]
-    needs: Needs
+    reference_every: int | None
     buffer: PromptBuffer
     rollout: Rollout
     judge: OnResponse
@@ -78,6 +79,10 @@ class Loop:
         """Whether the engines generate the next step's responses, by weights one update older, while the trainer works
         (``rollout.staleness``)."""
         return self.config.rollout.staleness > 0
+
+    def uses_reference(self, step: int) -> bool:
+        """Whether this step makes a pass under the reference."""
+        return self.reference_every is not None and (step + 1) % self.reference_every == 0
 
 
 def fit(training: Training, run: Run, reference: Path) -> None:
@@ -129,7 +134,7 @@ def fit(training: Training, run: Run, reference: Path) -> None:
 
 
 def prepare(training: Training, run: Run, reference: Path) -> Loop:
-    """Collective: the optimiser, and the critic and the reference where the algorithm needs them."""
+    """Collective: the optimiser, the critic where the algorithm needs it, and the reference where a step does."""
     config = training.config
     policy = training.policy
     rollouts = training.rollouts
@@ -140,7 +145,8 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
     warmup = config.critic.warmup_steps if needs.values else 0
     policy.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
     critic = build_critic(config, policy, reference) if needs.values else None
-    if needs.reference:
+    reference_every = reference_interval(algorithm)
+    if reference_every is not None:
         policy.load_reference(reference)
     rows = load_rows(config.data.prompts)
     by_id = RowsById(rows)
@@ -162,7 +168,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
         rollouts=rollouts,
         run=run,
         rows=by_id,
-        needs=needs,
+        reference_every=reference_every,
         buffer=buffer,
         rollout=Rollout(buffer, rollouts.fleet, rollouts.control, on_response),
         judge=judge,
@@ -400,8 +406,7 @@ def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) ->
     policy = loop.policy
     with loop.run.phase("logprobs"):
         updates, micro_batches_of_updates = pack_updates(loop, batch)
-        for micro_batches in micro_batches_of_updates:
-            add_log_probs(loop, micro_batches, several_updates=len(updates) > 1)
+        add_log_probs(loop, step, micro_batches_of_updates)
     with loop.run.phase("train"):
         policy.restore_states()
         sums: dict[str, float] = {}
@@ -412,7 +417,7 @@ def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) ->
     if loop.critic is not None:
         loop.run.count(flops=training_flops(loop.critic.model, batch))
     trained = {"trained_samples": sum(map(len, updates))}
-    return {**policy_metrics(sums, loop.needs), **critic_metrics, **trained}
+    return {**policy_metrics(sums, loop.uses_reference(step)), **critic_metrics, **trained}
 
 
 def pack_updates(loop: Loop, batch: TokenBatch) -> tuple[list[TokenBatch], list[list[MicroBatch]]]:
@@ -441,14 +446,16 @@ def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -
     return batch.select(nonzero_first[:count])
 
 
-def add_log_probs(loop: Loop, micro_batches: Sequence[MicroBatch], several_updates: bool) -> None:
-    """Collective: log-probs under the reference, and, where the weights move before the last update of the rollout,
-    those under the present weights as the old policy's. What the KL in the reward took is there already."""
+def add_log_probs(loop: Loop, step: int, micro_batches_of_updates: Sequence[Sequence[MicroBatch]]) -> None:
+    """Collective: log-probs under the reference, where this step uses it, and, where the weights move before the last
+    update of the rollout, those under the present weights as the old policy's. Each is one pass over the micro-batches
+    of all updates. What the KL in the reward took is there already."""
+    micro_batches = [micro_batch for of_update in micro_batches_of_updates for micro_batch in of_update]
     present = micro_batches[0].values
-    if loop.needs.reference and "reference" not in present:
+    if loop.uses_reference(step) and "reference" not in present:
         with loop.policy.reference_weights():
             loop.policy.add_log_probs(micro_batches, "reference")
-    if several_updates and "old" not in present:
+    if len(micro_batches_of_updates) > 1 and "old" not in present:
         loop.policy.add_log_probs(micro_batches, "old")
 
 
@@ -479,9 +486,10 @@ def policy_update(loop: Loop, step: int, micro_batches: Sequence[MicroBatch]) ->
 # Metrics and records
 
 
-def policy_metrics(sums: Mapping[str, float], needs: Needs) -> dict[str, float | None]:
-    """Means over a step's updates, and over the tokens they trained on; None where all updates were skipped."""
-    names = [*POLICY_METRICS, "kl/reference"] if needs.reference else POLICY_METRICS
+def policy_metrics(sums: Mapping[str, float], with_reference: bool) -> dict[str, float | None]:
+    """Means over a step's updates, and over the tokens they trained on; None where all updates were skipped.
+    ``with_reference``: whether the step made a pass under the reference."""
+    names = [*POLICY_METRICS, "kl/reference"] if with_reference else POLICY_METRICS
     without_value = dict.fromkeys(names)
     if not sums:
         return without_value

@@ -16,7 +16,7 @@ from megatron_ext import hf_checkpoint, parallel, platform
 from megatron_ext import model as models
 from megatron_ext.checkpoint import Saver
 from megatron_ext.collectives import from_rank_zero, on_all_ranks
-from megatron_ext.offload import HostCopy
+from megatron_ext.offload import HostCopy, release_gradients
 from megatron_ext.packing import cost_of
 from megatron_ext.scalar_head import scalar_config
 from recipes.config import Config, generates
@@ -53,7 +53,7 @@ class Training:
 
 @contextmanager
 def open_training(config: Config) -> Iterator[Training]:
-    """Collective: start engines and build the trainer side by side, then join them by the weight sync."""
+    """Collective: build the trainer, start engines while its weights are read, then join them by the weight sync."""
     run_dir = Path(config.run_dir)
     rank = int(os.environ["RANK"])
     node = int(os.environ["GROUP_RANK"])
@@ -67,18 +67,23 @@ def open_training(config: Config) -> Iterator[Training]:
         display = stack.enter_context(Display(active=rank == 0))
         names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
         judging = open_judging(config, names, stack) if starts_engines else Judging(None, {}, None)
+
+        with display.stage("trainer: process groups, Megatron-Core model"):
+            torch.set_num_threads(config.cluster.threads)
+            groups = parallel.initialize(config.parallel, config.seed, config.cluster.timeout)
+            stack.callback(parallel.destroy)
+            control = parallel.control_group()
+            model = build_model(config, groups)
+
+        # Only now, for their memory may be that of the gradients.
         engines: list[Engine] = []
         stack.callback(stop_engines, engines)
         for i, engine_config in enumerate(engines_to_start):
             number = node * len(engines_to_start) + i
             engines.append(Engine(engine_config, run_dir / "logs" / f"engine_{number}.log"))
 
-        with display.stage("trainer: process groups, Megatron-Core model, weights"):
-            torch.set_num_threads(config.cluster.threads)
-            groups = parallel.initialize(config.parallel, config.seed, config.cluster.timeout)
-            stack.callback(parallel.destroy)
-            control = parallel.control_group()
-            model = build_model(config, groups)
+        with display.stage("trainer: weights"):
+            hf_checkpoint.load(model.shards, config.model.path)
             processor = PromptProcessor(config.model.path, config.data.max_prompt_tokens, config.data.images)
 
         weight_sync = None
@@ -117,17 +122,19 @@ def open_training(config: Config) -> Iterator[Training]:
                 heartbeat=run.clock.watchdog.beat,
                 on_restart=partial(record_restart, run_dir),
             )
+            rollouts.sleep()  # until the first sync: optimiser and critic are made meanwhile
         yield Training(config, policy, rollouts, run, processor)
 
 
 def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
-    """Collective: the model of ``model.path`` with its weights; with a scalar head for a reward or value model."""
+    """Collective: the model of ``model.path``, its weights still zero and its gradients without memory; with a scalar
+    head for a reward or value model."""
     hf_config = hf_checkpoint.config(config.model.path)
     head = trained_head(asdict(config.stage))
     if head is not None:
         hf_config = scalar_config(hf_config, head)
     model = models.build(hf_config, groups, config.precision, config.model.frozen)
-    hf_checkpoint.load(model.shards, config.model.path)
+    release_gradients(model)
     return model
 
 
@@ -144,7 +151,8 @@ def make_policy(
         temperature=config.rollout.temperature,
         optimizer_config=config.optimizer,
         guard=UpdateGuard(config.optimizer.max_skipped, run.log, run.event),
-        host_states=HostCopy(model, weights=False) if config.optimizer.offload else None,
+        # Engines on this host read the weights in place.
+        states=HostCopy(model, weights=False),
     )
 
 

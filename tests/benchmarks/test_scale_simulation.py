@@ -86,7 +86,7 @@ JOB = Job(
     samples=4,
     updates=1,
     passes=1,
-    reference=True,
+    reference=1,
     engine_tensor=2,
     engine_weight_bytes=2,
     engine_kv_bytes=2,
@@ -236,7 +236,7 @@ def test_training_is_six_operations_a_parameter_and_token_and_the_pipeline_fills
     assert one_gpu["train"] == pytest.approx(6 * 10**9 * 800 / 0.5e15)
     three_stages = training_seconds(replace(JOB, tensor=1, pipeline=3), model, batch, MACHINE, 3)
     bubble = (8 + 2) / 8  # 800 tokens in micro-batches of 100
-    swap = 4 * 10**9 / 3 / 55e9  # the reference's weights come and the policy's come back
+    swap = 6 * 10**9 / 3 / 55e9  # the policy's weights go, the reference's come and the policy's come back
     assert three_stages["train"] == pytest.approx(6 * 10**9 * 800 / 3 / 0.5e15 * bubble)
     assert three_stages["logprobs"] == pytest.approx(2 * 10**9 * 800 / 3 / 0.5e15 * bubble + swap)
 
@@ -258,11 +258,14 @@ def test_virtual_stages_divide_the_bubble_and_recomputed_layers_are_a_third_forw
 
 def test_a_run_without_a_reference_moves_no_weights_and_makes_no_pass_for_it():
     batch = batch_size([Group(10, (10,) * 40)])
-    alone = training_seconds(replace(JOB, passes=0, reference=False), MODEL, batch, MACHINE, 4)
+    alone = training_seconds(replace(JOB, passes=0, reference=0), MODEL, batch, MACHINE, 4)
     assert alone["logprobs"] == 0
-    policy = training_seconds(replace(JOB, passes=1, reference=False), MODEL, batch, MACHINE, 4)
+    policy = training_seconds(replace(JOB, passes=1, reference=0), MODEL, batch, MACHINE, 4)
     reference = training_seconds(JOB, MODEL, batch, MACHINE, 4)
-    assert reference["logprobs"] - policy["logprobs"] == pytest.approx(2 * 2 * 10**9 / 4 / 55e9)
+    swap = 3 * 2 * 10**9 / 4 / 55e9
+    assert reference["logprobs"] - policy["logprobs"] == pytest.approx(swap)
+    every_tenth_step = training_seconds(replace(JOB, passes=0.1, reference=0.1), MODEL, batch, MACHINE, 4)
+    assert every_tenth_step["logprobs"] == pytest.approx(reference["logprobs"] / 10)
 
 
 @pytest.mark.parametrize(("tensor", "gb_s"), [(2, 360), (8, 360), (16, 45)])
@@ -299,9 +302,11 @@ def test_an_fp8_cache_holds_twice_the_tokens_and_is_read_in_half_the_time():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ((), {"passes": 1, "reference": True, "recompute": False, "engine_weight_bytes": 2, "virtual_pipeline": 1}),
-        (("algorithm.kl_coefficient=0",), {"passes": 0, "reference": False}),
-        (("algorithm.updates_per_rollout=2",), {"passes": 2, "reference": True}),
+        ((), {"passes": 1, "reference": 1, "recompute": False, "engine_weight_bytes": 2, "virtual_pipeline": 1}),
+        (("algorithm.kl_coefficient=0",), {"passes": 0, "reference": 0}),
+        (("algorithm.kl_coefficient=0", "algorithm.reference_every=10"), {"passes": 0.1, "reference": 0.1}),
+        (("algorithm.reference_every=10",), {"passes": 1, "reference": 1}),
+        (("algorithm.updates_per_rollout=2",), {"passes": 2, "reference": 1}),
         (("parallel.recompute=full",), {"recompute": True}),
         (
             ("rollout.quantization=fp8_per_channel", "algorithm.importance_sampling=token_truncated"),

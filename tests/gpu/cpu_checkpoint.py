@@ -16,6 +16,7 @@ platform.activate("cpu")
 import torch  # noqa: E402
 
 from megatron_ext import checkpoint, hf_checkpoint, model, optimizer, parallel  # noqa: E402
+from megatron_ext.host_buffers import HostBuffers  # noqa: E402
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE  # noqa: E402
 from tests.settings import parallel_config, precision_config  # noqa: E402
 
@@ -41,7 +42,7 @@ def main() -> None:
     if action == "save":
         update()
         saver = checkpoint.Saver(target, keep=1)
-        saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(policy, optim, schedule)}, {})
+        saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(policy, optim, schedule, HostBuffers())}, {})
         saver.wait()
     else:
         newest = checkpoint.latest(target)

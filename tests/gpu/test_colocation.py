@@ -1,12 +1,17 @@
 """A GPU by turns: the trainer's states and a judge's server give their memory back, and are the same afterwards."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_ext import forward_backward, model, optimizer
-from megatron_ext.offload import HostCopy
+from megatron_ext import checkpoint, forward_backward, model, optimizer
+from megatron_ext.host_buffers import HostBuffers
+from megatron_ext.offload import HostCopy, release_gradients
+from megatron_ext.parallel import Parallel
+from megatron_ext.platform import cuda
+from recipes.preflight import memory
 from rewards.client import Client
 from rewards.serve import JudgeServer, Supervisor
 from rewards.settings import ClientConfig, Server, SupervisorConfig
@@ -37,14 +42,53 @@ def test_the_trainers_states_leave_the_gpu_and_come_back_to_the_bit(policy: mode
     before = [tensor.detach().cpu().clone() for tensor in states(policy, optim)]
     host, held = HostCopy(policy, optim, weights=False), torch.cuda.memory_allocated()
     weights = sum(shard.tensor.nbytes for shard in policy.shards)
+    gradients = memory.gradients(policy)
+    assert gradients >= 0.95 * 2 * weights  # in FP32, of weights in BF16
+    release_gradients(policy)
+    assert held - torch.cuda.memory_allocated() == gradients
     host.release()
-    # FP32 gradients, masters and two moments: 16 bytes for each weight of 2.
+    # Masters and two moments in FP32 too.
     assert held - torch.cuda.memory_allocated() >= 0.95 * 8 * weights
     assert all(torch.equal(shard.tensor.cpu(), old) for shard, old in zip(policy.shards, before, strict=False))
     host.restore()
     after = [tensor.detach().cpu() for tensor in states(policy, optim)]
     assert all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
-    assert torch.cuda.memory_allocated() == held
+    assert torch.cuda.memory_allocated() == held - gradients, "the next pass takes it again"
+
+
+def test_the_hosts_memory_is_pinned_and_taken_once(policy: model.Model, folder: Path) -> None:
+    """A second step takes none for the reference, a checkpoint and offloaded states."""
+    optim, schedule = optimizer.build(policy, OPTIMIZER, SCHEDULE, steps=10)
+    optim.reload_model_params()
+    reference = forward_backward.load_weights(policy, folder)
+    own, snapshots, host = HostBuffers(), HostBuffers(), HostCopy(policy, optim, weights=False)
+
+    def step() -> int:
+        """Also returns how often the host's memory was taken since the process began."""
+        with forward_backward.swapped_weights(policy, reference, own):
+            forward_backward.log_probs(policy, micro_batches())
+        forward_backward.accumulate_gradients(policy, micro_batches(), loss)
+        optimizer.step(optim, schedule)
+        checkpoint.snapshot(policy, optim, schedule, snapshots)
+        host.release()
+        host.restore()
+        return torch.cuda.host_memory_stats()["allocations.allocated"]
+
+    taken = step()
+    kept = [*reference, *own.tensors, *snapshots.tensors, *host.buffers.tensors]
+    assert all(tensor.is_pinned() for tensor in kept)
+    assert step() == taken
+    addresses = [tensor.data_ptr() for tensor in (*own.tensors, *snapshots.tensors, *host.buffers.tensors)]
+    assert addresses == [tensor.data_ptr() for tensor in kept[len(reference) :]]
+
+
+def test_the_hosts_memory_takes_no_more_than_its_size(layout: Parallel) -> None:
+    """torch's default rounds each tensor up to a power of two, which the preflight does not count."""
+    size = (5 << 20) + 4096
+    taken = torch.cuda.host_memory_stats()["allocated_bytes.allocated"]
+    (tensor,) = cuda.empty_on_host([torch.empty(size, dtype=torch.uint8, device="cuda")])
+    assert tensor.is_pinned()
+    assert torch.cuda.host_memory_stats()["allocated_bytes.allocated"] - taken == size
 
 
 @pytest.fixture(scope="module")

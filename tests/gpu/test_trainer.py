@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel
 from megatron_ext.blocks import region
+from megatron_ext.host_buffers import HostBuffers
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE, TINY
 from tests.sequences import PlainSequence, pack
 from tests.settings import precision_config
@@ -142,7 +143,7 @@ def test_the_reference_swap_gives_the_weights_back_bit_for_bit(policy: model.Mod
     before, first = weights(policy), ours(policy)
     for shard in policy.shards:
         shard.tensor.mul_(1.5)
-    with forward_backward.swapped_weights(policy, forward_backward.load_weights(policy, folder)):
+    with forward_backward.swapped_weights(policy, forward_backward.load_weights(policy, folder), HostBuffers()):
         assert all(torch.equal(a, b) for a, b in zip(weights(policy), before, strict=True))
         assert torch.equal(ours(policy), first)
     assert all(torch.equal(a, 1.5 * b) for a, b in zip(weights(policy), before, strict=True))
@@ -181,7 +182,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(
     for seed in range(updates):
         step_with_noise(first, optim, schedule, seed)
     saver = checkpoint.Saver(tmp_path, keep=1)
-    saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(first, optim, schedule)}, {})
+    saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(first, optim, schedule, HostBuffers())}, {})
     drawn = torch.rand(4, device="cuda")
     step_with_noise(first, optim, schedule, seed=2)  # while the files are written
     saver.wait()
@@ -224,7 +225,7 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(
     else:
         step_with_noise(here, optim, schedule, seed=1)
         saver = checkpoint.Saver(tmp_path, keep=1)
-        saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(here, optim, schedule)}, {})
+        saver.save(1, {checkpoint.POLICY: checkpoint.snapshot(here, optim, schedule, HostBuffers())}, {})
         saver.wait()
         on_the_cpu("load")
     there = torch.load(tmp_path / "weights.pt", weights_only=True)

@@ -33,7 +33,8 @@ def test_a_model_goes_to_the_host_and_back_bit_for_bit(case: Case, results: Resu
         on_host = rank["on_host"]
         assert on_host["left"] == 0
         assert on_host["left_with_weights"] == on_host["weights"]
-        assert on_host["back"] == on_host["all"] > 2 * on_host["weights"]
+        assert on_host["back"] == on_host["all"] - on_host["gradients"] > on_host["weights"]
+        assert on_host["gradients"] >= on_host["weights"]  # they come back with the next pass
 
 
 @pytest.mark.parametrize(("saved", "case"), [*cases.RELAYOUTS, *vl_twins.RELAYOUTS], ids=lambda case: case.name)

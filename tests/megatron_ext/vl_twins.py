@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, parallel, platform
+from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.layout import ParallelConfig
 from megatron_ext.models import qwen2_5_vl
 from megatron_ext.packing import VisionInputs
@@ -423,7 +424,8 @@ def _resume(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     policy = Policy(folder, run, here)
     policy.train(1)
     saver = checkpoint.Saver(to, keep=1)
-    saver.save(3, {checkpoint.POLICY: checkpoint.snapshot(policy.model, policy.optimizer, policy.schedule)}, {})
+    snapshot = checkpoint.snapshot(policy.model, policy.optimizer, policy.schedule, HostBuffers())
+    saver.save(3, {checkpoint.POLICY: snapshot}, {})
     saver.wait()
     exported = folder / "exports" / f"resume-{run.name}"
     hf_checkpoint.export(policy.model.shards, folder / run.twin, exported, here.is_first_replica)

@@ -41,6 +41,7 @@ from megatron_ext import (
 )
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.blocks import Shard, region
+from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.offload import HostCopy
 from recipes.launch.launcher import fork_ranks
 from recipes.preflight import memory
@@ -183,7 +184,7 @@ class Policy:
     def save(self, folder: Path, step: int, keep: int) -> None:
         """Save a checkpoint as a run does, but wait for the files."""
         saver = checkpoint.Saver(folder, keep)
-        snapshot = checkpoint.snapshot(self.model, self.optimizer, self.schedule)
+        snapshot = checkpoint.snapshot(self.model, self.optimizer, self.schedule, HostBuffers())
         saver.save(step, {checkpoint.POLICY: snapshot}, {})
         saver.wait()
 
@@ -319,13 +320,14 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
     # The reference policy is the one that training began with.
     trained = policy.weights()
     reference = forward_backward.load_weights(policy.model, policy.twin)
+    own = HostBuffers()
     moved = policy.log_probs()
-    with forward_backward.swapped_weights(policy.model, reference):
+    with forward_backward.swapped_weights(policy.model, reference, own):
         results["reference_log_probs_equal"] = equal(policy.log_probs(), first)
     results["log_probs_moved"] = not moved or not equal(moved, first)
     results["own_weights_back"] = equal(policy.weights(), trained) and not equal(trained, reference)
     try:
-        with forward_backward.swapped_weights(policy.model, reference):
+        with forward_backward.swapped_weights(policy.model, reference, own):
             raise KeyError("on purpose")
     except KeyError:
         results["own_weights_back_after_error"] = equal(policy.weights(), trained)
@@ -355,8 +357,8 @@ def run_long(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
 def run_on_host(policy: Policy) -> dict[str, int]:
     """Move the trainer's tensors to the host and back, once with the weights and once without.
 
-    Returns bytes on the device: of all tensors and of the weights before, of what is left both times, and of all
-    tensors afterwards.
+    Returns bytes on the device: of all tensors, the weights and the gradients before, of what is left both times, and
+    of all tensors afterwards.
     """
     chunks = policy.model.chunks
     weights = [p.data for chunk in chunks for p in chunk.module.parameters()]
@@ -365,7 +367,11 @@ def run_on_host(policy: Policy) -> dict[str, int]:
     masters = [p.data for group in adam.param_groups for p in group["params"]]
     moments = [state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
     tensors = [*weights, *gradients, *masters, *moments]
-    sizes = {"all": memory.storage_bytes(tensors), "weights": memory.storage_bytes(weights)}
+    sizes = {
+        "all": memory.storage_bytes(tensors),
+        "weights": memory.storage_bytes(weights),
+        "gradients": memory.storage_bytes(gradients),
+    }
     for name, with_weights in (("left", True), ("left_with_weights", False)):
         host = HostCopy(policy.model, policy.optimizer, with_weights)
         host.release()

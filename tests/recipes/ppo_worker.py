@@ -52,7 +52,9 @@ def main(folder: Path) -> None:
         control=parallel.control_group(),
     )
     processor: Any = SimpleNamespace(tokenizer=tokenizer)
-    policy = setup.make_policy(config, groups, setup.build_model(config, groups), processor, run)
+    model = setup.build_model(config, groups)
+    hf_checkpoint.load(model.shards, config.model.path)
+    policy = setup.make_policy(config, groups, model, processor, run)
     loop = rl.prepare(setup.Training(config, policy, rollouts, run, processor), run, Path(config.model.path))
     assert loop.critic is not None
     loop.rows = defaultdict(lambda: {"kind": "chat"})  # the given responses are not to prompts of the data

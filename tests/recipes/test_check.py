@@ -132,7 +132,11 @@ def test_bounds_are_about_metrics_that_runs_write() -> None:
     assert names <= row.keys()
 
 
-ROWS = [{"step": step, "x": float(step), "gap": None if step == 2 else 1.0} for step in range(1, 7)]
+ROWS: list[dict[str, Any]] = [
+    {"step": step, "x": float(step), "gap": None if step == 2 else 1.0} for step in range(1, 7)
+]
+for row in ROWS[2::3]:
+    row["every third"] = row["x"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,11 @@ ROWS = [{"step": step, "x": float(step), "gap": None if step == 2 else 1.0} for 
         (Bound("y", low=0), (NOT_IN_THIS_RUN, "")),
         (Bound("gap", low=0), (FAILS, "no value at step 2")),
         (Bound("gap", low=0, steps=(3, -1)), (HOLDS, "1")),
+        (Bound("every third", low=3), (HOLDS, "3 to 6")),
+        (Bound("every third", high=5), (FAILS, "6 at step 6")),
+        (Bound("every third", low=4.5, of="mean"), (HOLDS, "4.5")),
+        (Bound("every third", low=0, steps=(1, 1)), (NOT_IN_THIS_RUN, "")),
+        (Bound("every third", low=0, of="mean", minus=(1, 2)), (NOT_IN_THIS_RUN, "")),
     ],
 )
 def test_rows_are_compared_by_step(bound: Bound, expected: tuple[str, str]) -> None:

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_ext import forward_backward
+from megatron_ext import checkpoint, forward_backward, model, shard_files
 from megatron_ext.blocks import Shard, region
+from megatron_ext.model import Model
 from recipes.config import Config, parse
+from recipes.preflight import memory
 from recipes.run import records, sample_files
+from recipes.training.policy import Policy
+from recipes.training.rollouts import Rollouts
 from rollout.sampler import request_seed
 from tests.recipes import steps, tiny
 from tests.recipes.kill_check import timeless
@@ -387,13 +392,161 @@ def test_a_resumed_run_has_its_critic_its_multiplier_and_its_responses_in_flight
     assert any(row["staleness/max"] > 0 for row in metrics), "a response goes on from another step's"
 
 
-def test_the_kl_in_the_reward_and_the_updates_share_their_passes(twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One under the policy and one under the reference, for both updates of a step."""
-    passes = []
-    log_probs = forward_backward.log_probs
-    monkeypatch.setattr(forward_backward, "log_probs", lambda *given: passes.append(given) or log_probs(*given))
-    train(twin, twin / "passes", *PPO)
-    assert len(passes) == 2 * STEPS
+@dataclass
+class Passes:
+    """What a run has done: loaded the reference, opened its weights, made passes for log-probs."""
+
+    loads: int = 0
+    swaps: int = 0
+    log_probs: int = 0
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    counted = Passes()
+
+    def count(name: str, function: str) -> None:
+        called = getattr(forward_backward, function)
+
+        def counting(*given: Any) -> Any:
+            setattr(counted, name, getattr(counted, name) + 1)
+            return called(*given)
+
+        monkeypatch.setattr(forward_backward, function, counting)
+
+    count("loads", "load_weights")
+    count("swaps", "swapped_weights")
+    count("log_probs", "log_probs")
+    return counted
+
+
+NO_KL = ("algorithm.kl_coefficient=0",)
+TWO_UPDATES = ("algorithm.updates_per_rollout=2", "algorithm.max_mismatch=5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        pytest.param(NO_KL, Passes(), id="no KL"),
+        pytest.param((*NO_KL, *TWO_UPDATES), Passes(log_probs=STEPS), id="no KL, two updates"),
+        pytest.param(GRPO, Passes(1, STEPS, STEPS), id="KL in the loss"),
+        # One under the policy and one under the reference, for both updates of a step.
+        pytest.param((*GRPO, *TWO_UPDATES), Passes(1, STEPS, 2 * STEPS), id="KL in the loss, two updates"),
+        pytest.param(PPO, Passes(1, STEPS, 2 * STEPS), id="KL in the reward, two updates"),
+    ],
+)
+def test_a_step_makes_no_pass_without_a_use(
+    overrides: Sequence[str], expected: Passes, twin: Path, tmp_path: Path, passes: Passes
+) -> None:
+    train(twin, tmp_path / "run", *overrides)
+    assert passes == expected
+
+
+def test_the_metric_alone_takes_the_reference_at_its_interval(twin: Path, tmp_path: Path, passes: Passes) -> None:
+    """Step 2 of three. It measures what a KL of next to no weight does, and changes no other number of the run."""
+    without, every_second = tmp_path / "without", tmp_path / "every_second"
+    train(twin, without, *NO_KL)
+    train(twin, every_second, *NO_KL, "algorithm.reference_every=2")
+    assert passes == Passes(1, 1, 1)
+    weighed = train(twin, tmp_path / "weighed", "algorithm.kl_coefficient=1e-9")
+    measured = timeless(rows(every_second, "metrics.jsonl"))
+    second = measured[1].pop("kl/reference")
+    assert second == pytest.approx(rows(weighed, "metrics.jsonl")[1]["kl/reference"], rel=1e-3) and second > 1e-5
+    assert measured == timeless(rows(without, "metrics.jsonl"))
+    assert all("kl/reference" not in row for row in measured)
+    weights = [(run / "hf" / "model.safetensors").read_bytes() for run in (without, every_second)]
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def models_built(monkeypatch: pytest.MonkeyPatch) -> list[Model]:
+    """The models of a run, in the order in which they are built: the policy's, the critic's."""
+    built: list[Model] = []
+    build = model.build
+
+    def noting(*given: Any) -> Model:
+        built.append(build(*given))
+        return built[-1]
+
+    monkeypatch.setattr(model, "build", noting)
+    return built
+
+
+def test_gradients_have_no_memory_while_engines_start_and_generate(
+    twin: Path, tmp_path: Path, models_built: list[Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the policy's nor the critic's. The run is that in which they keep it, bit for bit."""
+    held: dict[str, list[int]] = {"generate": [], "train": []}
+    accumulate_gradients = forward_backward.accumulate_gradients
+
+    class NotingEngine(Engine):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            held["start"] = [memory.gradients(each) for each in models_built]
+
+        def generate(self, *given: Any) -> Any:
+            held["generate"] += [memory.gradients(each) for each in models_built]
+            return super().generate(*given)
+
+    def noting(of_model: Model, *given: Any, **options: Any) -> dict[str, float]:
+        metrics = accumulate_gradients(of_model, *given, **options)
+        held["train"].append(memory.gradients(of_model))
+        return metrics
+
+    with monkeypatch.context() as patched:
+        patched.setattr(forward_backward, "accumulate_gradients", noting)
+        patched.setitem(globals(), "Engine", NotingEngine)
+        train(twin, tmp_path / "dropped", *PPO)
+    assert held["start"] == [0] and held["generate"] == [0, 0] * STEPS
+    assert len(held["train"]) == 2 * 2 * STEPS and min(held["train"]) > 0
+    monkeypatch.setattr(model.DistributedDataParallel, "offload_grad_buffers", lambda chunk, **options: None)
+    train(twin, tmp_path / "kept", *PPO)
+    assert all(memory.gradients(each) > 0 for each in models_built[2:])
+    same_run(tmp_path / "dropped", tmp_path / "kept")
+
+
+def test_engines_sleep_until_the_first_sync(twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser is made meanwhile; with ``rollout.sleep`` its memory may be theirs afterwards."""
+    events: list[str] = []
+    build_optimizer = Policy.build_optimizer
+
+    def building(policy: Policy, *given: Any) -> None:
+        events.append("optimizer")
+        build_optimizer(policy, *given)
+
+    monkeypatch.setattr(Policy, "build_optimizer", building)
+    monkeypatch.setattr(
+        Rollouts, "_call_sleepers", lambda rollouts, path, tags: events.append(f"{path[1:]} {' '.join(tags)}")
+    )
+    train(twin, tmp_path / "run", *NO_KL, "algorithm.steps=1")
+    asleep, awake = "sleep weights kv_cache", ["wake weights", "wake kv_cache"]
+    assert events == [asleep, "optimizer", *awake, asleep, *awake]
+
+
+def test_a_checkpoint_is_written_before_its_memory_takes_the_next(
+    twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the files take; the copies of all are in the memory of the first."""
+    events: list[str] = []
+    addresses: set[int] = set()
+    snapshot, write = checkpoint.snapshot, shard_files.write
+
+    def copying(*given: Any) -> checkpoint.Snapshot:
+        events.append("copied")
+        taken = snapshot(*given)
+        addresses.add(taken.parts[0].values.data_ptr())
+        return taken
+
+    def writing(*given: Any) -> Any:
+        time.sleep(0.5)
+        written = write(*given)
+        events.append("written")
+        return written
+
+    monkeypatch.setattr(checkpoint, "snapshot", copying)
+    monkeypatch.setattr(shard_files, "write", writing)
+    train(twin, tmp_path / "run", *NO_KL, "checkpoint.every_steps=1")
+    assert events == ["copied", "written"] * STEPS and len(addresses) == 1
 
 
 def test_one_step_ahead_samples_come_from_the_weights_before(twin: Path) -> None:

@@ -15,7 +15,7 @@ from megatron_ext.packing import MicroBatch
 from recipes.algorithms import advantages, aggregation, kl, objective, policy_losses
 from recipes.algorithms.advantages import AdvantageInputs
 from recipes.algorithms.needs import Needs, needs
-from recipes.algorithms.registry import REGISTRY, requirements, resolve
+from recipes.algorithms.registry import REGISTRY, reference_interval, requirements, resolve
 from recipes.algorithms.settings import AlgorithmConfig
 from recipes.config import parse
 from recipes.errors import ConfigError
@@ -226,6 +226,15 @@ def test_a_run_has_what_its_parts_need() -> None:
     assert requirements(own_advantage) == Needs(values=True)
     own_loss = configured(kl_coefficient=0.0, policy_loss=f"{__name__}.pull_to_reference")
     assert requirements(own_loss) == Needs(reference=True)
+
+
+def test_the_reference_is_for_a_coefficient_a_part_or_the_metrics_interval() -> None:
+    own_loss = {"kl_coefficient": 0.0, "policy_loss": f"{__name__}.pull_to_reference"}
+    for interval in (None, 10):
+        assert reference_interval(configured(reference_every=interval)) == 1
+        assert reference_interval(configured("ppo", reference_every=interval)) == 1
+        assert reference_interval(configured(**own_loss, reference_every=interval)) == 1
+        assert reference_interval(configured(kl_coefficient=0.0, reference_every=interval)) == interval
 
 
 def test_without_a_reference_the_loss_reads_none_and_measures_no_kl() -> None:

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from recipes.evaluation.statistics import mean_interval
-from recipes.report import result
+from recipes.report import result, training
 from recipes.report.page import write_report
 from recipes.report.plots import round_ticks
-from recipes.report.samples import bins, split_thinking
+from recipes.report.samples import Samples, bins, split_thinking
 from recipes.run import records, sample_files
 
 VOID = {"meta"}
@@ -216,6 +216,16 @@ def test_error_bars_span_the_interval(run_dir):
     low, high, mean = (float(x) for x in bars[0])
     length = axis[-1] - axis[0]
     assert [(x - axis[0]) / length for x in (low, high, mean)] == pytest.approx([0.625, 0.8125, 0.75], abs=1e-3)
+
+
+def test_the_kl_that_some_steps_measure_is_one_line():
+    rows = [metrics(step) for step in range(1, 5)]
+    for row in rows[::2]:
+        del row["kl/reference"]
+    plot = training.section(rows, Samples(), [])
+    plot = plot[plot.index("KL to the reference") : plot.index("Train-inference mismatch")]
+    assert re.search(r'<path d="M[\d. ]+L[\d. ]+" ', plot) and plot.count("<circle") == 2
+    assert "KL to the reference" not in training.section(rows[::2], Samples(), [])
 
 
 def test_plots_cover_every_metric_and_leave_gaps_for_null(run_dir):

@@ -44,7 +44,7 @@ class _CudaMeans(TorchFunctionMode):
         if "cuda" in str(kwargs.get("device")):
             kwargs = {**kwargs, "device": self.device}
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
+            return _pinned(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
 
 
@@ -118,6 +118,7 @@ def patches(device: torch.device) -> Iterator[Patch]:
         "max_memory_allocated": lambda device=None: allocated(),
         "max_memory_reserved": lambda device=None: allocated(),
         "reset_peak_memory_stats": lambda device=None: None,
+        "host_memory_stats": lambda: dict(_pinned_stats),
         "mem_get_info": lambda device=None: (MEMORY // 2 + given_back(), MEMORY),
         "Stream": _Stream,
         "Event": _Stream,
@@ -140,11 +141,25 @@ def patches(device: torch.device) -> Iterator[Patch]:
     yield torch.Tensor, "to", _placed(torch.Tensor.to, device)
     yield torch.Tensor, "cuda", lambda self, *args, **kwargs: self
     yield torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self
+    yield torch.Tensor, "is_pinned", _is_pinned
     yield torch.Tensor, "is_cuda", property(lambda self: True)
     yield from _nccl()
 
 
-_on_the_host: list[Any] = []  # weak references to tensors that are not on the fake GPU
+_on_the_host: list[weakref.ref[torch.Tensor]] = []  # pinned tensors, which are not on the fake GPU
+_pinned_stats = {"allocations.allocated": 0, "allocated_bytes.allocated": 0}
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that was just made, noted as pinned memory of the host."""
+    _on_the_host.append(weakref.ref(tensor))
+    _pinned_stats["allocations.allocated"] += 1
+    _pinned_stats["allocated_bytes.allocated"] += tensor.nbytes
+    return tensor
+
+
+def _is_pinned(tensor: torch.Tensor, device: Any = None) -> bool:
+    return any(noted() is tensor for noted in _on_the_host)
 
 
 def _placed(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -152,20 +167,16 @@ def _placed(function: Callable[..., Any], device: torch.device) -> Callable[...,
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        is_copy_to_host = kwargs.get("copy") and "cpu" in args
         args = tuple(device if isinstance(a, str | torch.device) and "cuda" in str(a) else a for a in args)
         if "cuda" in str(kwargs.get("device")):
             kwargs = {**kwargs, "device": device}
-        result = function(*args, **kwargs)
-        if is_copy_to_host:
-            _on_the_host.append(weakref.ref(result))
-        return result
+        return function(*args, **kwargs)
 
     return call
 
 
 def allocated() -> int:
-    """Bytes of all living tensors but those that were copied to the host."""
+    """Bytes of all living tensors but those in pinned memory of the host."""
     gc.collect()
     host = {tensor.untyped_storage()._cdata for tensor in (ref() for ref in _on_the_host) if tensor is not None}
     storages = {}
