@@ -129,7 +129,7 @@ def main() -> None:
     from megatron_ext.batch import Prompt, TokenBatch
     from megatron_ext.packing import MicroBatch
     from recipes.algorithms import mismatch
-    from recipes.algorithms.sequences import Sequences
+    from recipes.algorithms.sequences import sequences_of
     from recipes.config import parse
     from recipes.run import records
     from rollout import vllm_platform
@@ -221,13 +221,13 @@ def main() -> None:
                 """The trainer's metrics of the mismatch, over all response tokens."""
                 (plan_of_rank,) = packing.plan(batch.lengths.tolist(), 1, 2048)
                 micro_batches = [
-                    packing.pack(batch, indices, multiple=policy.token_multiple, pad_token=0, device="cpu")
+                    packing.pack(batch, indices, multiple=policy.token_multiple, pad_token=0)
                     for indices in plan_of_rank
                 ]
                 log_probs = score(batch, micro_batches)
                 totals: dict[str, float] = {}
                 for micro_batch, values in zip(micro_batches, log_probs, strict=True):
-                    sequences = Sequences(micro_batch.lengths, micro_batch.values["loss_mask"] > 0)
+                    sequences = sequences_of(micro_batch, None)
                     sums = mismatch.sums(values, micro_batch.values["logprobs"], sequences, tis_cap=TIS_CAP)
                     forward_backward.add_metrics(totals, {name: float(value) for name, value in sums.items()})
                 report = mismatch.report(totals)

@@ -15,7 +15,7 @@ from benchmarks import yardsticks
 from benchmarks.yardsticks import Yardstick
 from megatron_ext.batch import TokenBatch
 from megatron_ext.collectives import all_gather_json, from_rank_zero
-from megatron_ext.packing import MicroBatch
+from megatron_ext.micro_batches import MicroBatches
 from recipes.config import Config
 from recipes.run.clock import PhaseClock
 from recipes.run.watchdog import Watchdog
@@ -57,9 +57,9 @@ class RecordingPolicy(Policy):
     """A policy that keeps its last training batch, and this rank's micro-batches of it."""
 
     last_batch: TokenBatch | None = None
-    last_micro_batches: list[MicroBatch] = field(default_factory=list)
+    last_micro_batches: MicroBatches | None = None
 
-    def micro_batches_of_own(self, batch: TokenBatch, group: dist.ProcessGroup) -> list[MicroBatch]:
+    def micro_batches_of_own(self, batch: TokenBatch, group: dist.ProcessGroup) -> MicroBatches:
         self.last_batch = batch
         self.last_micro_batches = super().micro_batches_of_own(batch, group)
         return self.last_micro_batches
@@ -125,9 +125,10 @@ class Measurement:
     def _references(self) -> References:
         """The reference log-probs of this rank's micro-batches. Only the last pipeline stage has them."""
         references: References = []
+        assert self.policy.last_micro_batches is not None
         for micro_batch in self.policy.last_micro_batches:
             if "reference" in micro_batch.values:
-                log_probs = micro_batch.values["reference"].split(micro_batch.lengths)
+                log_probs = micro_batch.values["reference"].split(micro_batch.lengths.tolist())
                 for i, response_log_probs in zip(micro_batch.indices, log_probs, strict=True):
                     references.append((i, response_log_probs.tolist()))
         return references

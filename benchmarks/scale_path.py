@@ -12,9 +12,10 @@ A measurement begins when the last response is there and judged, and ends with t
   to and from the sockets is in it, the network's own time is not. The step takes as long as the rank with the most.
 * ``received``: bytes that its TCP sockets received (the kernel's count).
 * ``peak``: the most memory that it took, above what it had before the engines answered. What an engine's rank holds of
-  its engine's answers is in it, and so are the micro-batches, which on a GPU are on the device.
-* ``share``: bytes of token id, log-prob and loss mask of the responses that it trains on. ``micro_batches``: their
-  tensors' bytes.
+  its engine's answers is in it, and so are the micro-batches, which on a GPU are on the device: they are read once, as
+  a pass reads them, so that few are there at a time.
+* ``share``: bytes of token id, log-prob and loss mask of the responses that it trains on. ``micro_batches``: of the
+  tensors of the largest, times as many as are there at a time.
 
 Case B has 4,096 samples of 16,384 tokens. It is measured with fewer tokens, at two sizes each on 8 and on 64 ranks.
 Through these four goes ``constant + x + tokens x (everywhere + divided / replicas)``, which gives the figures of the
@@ -22,6 +23,7 @@ full case on 8, 64 and 1,024 ranks. ``x`` is in proportion to the ranks for seco
 ranks), and to 1 / replicas for sizes (what a replica has of the samples).
 """
 
+import collections
 import hashlib
 import json
 import multiprocessing
@@ -54,6 +56,7 @@ platform.activate("cpu")  # before Megatron-Core is imported
 from benchmarks import figures  # noqa: E402
 from megatron_ext import batch as batches  # noqa: E402
 from megatron_ext.batch import Prompt, TokenBatch  # noqa: E402
+from megatron_ext.micro_batches import AHEAD  # noqa: E402
 from megatron_ext.packing import MicroBatch, cost_of  # noqa: E402
 from megatron_ext.parallel import Parallel  # noqa: E402
 from recipes.algorithms.registry import reference_interval  # noqa: E402
@@ -264,7 +267,9 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
     )
     hf_config = model_config(config.model.path)
     policy = Policy(
-        model=SimpleNamespace(token_multiple=config.parallel.tensor * config.precision.token_multiple),  # type: ignore[arg-type]
+        model=SimpleNamespace(  # type: ignore[arg-type]
+            token_multiple=config.parallel.tensor * config.precision.token_multiple, tower=None
+        ),
         parallel=parallel,
         source=config.model.path,
         cost=cost_of(hf_config, config.model.frozen),
@@ -356,6 +361,8 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     batch, score_metrics = rl.score(loop, batch)
     batch, _ = rl.compute_advantages(loop, batch)
     updates, micro_batches_of_updates = rl.pack_updates(loop, batch)
+    for of_update in micro_batches_of_updates:
+        collections.deque(of_update, maxlen=0)  # as a pass reads them, each for a moment
     until_packed = meter.read()
     policy_metrics = rl.policy_metrics({}, loop.uses_reference(0))
     metrics = {"step": 1, **score_metrics, **policy_metrics, **rl.generation_metrics(loop, 0, batch)}
@@ -372,7 +379,7 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
         **used,
         "until_packed": until_packed,
         "share": 9 * trained,
-        "micro_batches": sum(tensor.nbytes for each in micro_batches for tensor in tensors_of(each)),
+        "micro_batches": (1 + AHEAD) * max(sum(tensor.nbytes for tensor in tensors_of(each)) for each in micro_batches),
         "digest": digest(micro_batches),
     }
 
@@ -387,7 +394,7 @@ def digest(micro_batches: Sequence[MicroBatch]) -> str:
     """Of all bits that the passes get."""
     hashed = hashlib.sha256()
     for micro_batch in micro_batches:
-        hashed.update(json.dumps([micro_batch.indices, micro_batch.lengths]).encode())
+        hashed.update(json.dumps([micro_batch.indices, micro_batch.lengths.tolist()]).encode())
         for tensor in tensors_of(micro_batch):
             hashed.update(tensor.contiguous().numpy().tobytes())
     return hashed.hexdigest()[:16]

@@ -1,8 +1,9 @@
 """Forward and training passes over packed micro-batches, on any layout: log-probabilities, values, gradients."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,51 +27,86 @@ from megatron_ext.blocks import Shard
 from megatron_ext.collectives import all_gather_json
 from megatron_ext.entropy import vocab_parallel_entropy
 from megatron_ext.host_buffers import HostBuffers
+from megatron_ext.micro_batches import Joined, MicroBatches
 from megatron_ext.model import Model
 from megatron_ext.packing import MicroBatch
 
 # (log-probs or values [R], values of several labels [R, labels]; micro-batch) → (loss, sums of metrics to be added up
 # over micro-batches and ranks)
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# A list, or micro-batches that are built as they are read.
+Batches = Sequence[MicroBatch] | MicroBatches | Joined
 # Whether a loss gets entropies beside log-probs: not at all, as numbers without a gradient, or with one.
 Entropies = Literal["none", "measured", "trained"]
 
 
-def log_probs(model: Model, batches: list[MicroBatch], temperature: float = 1.0) -> list[torch.Tensor]:
+def log_probs(model: Model, batches: Batches, temperature: float = 1.0) -> list[torch.Tensor]:
     """Log-probabilities [R] (FP32) of each micro-batch's response tokens; an empty list off the last pipeline stage.
 
     Under context parallelism R is this rank's part of them.
     """
-    return _without_gradient(model, batches, partial(_log_probs_of_hidden, model, temperature, "none"))
+    return _without_gradient(model, batches, _log_probs_head(model, temperature), _outputs)
 
 
-def values(model: Model, batches: list[MicroBatch]) -> list[torch.Tensor]:
+def all_log_probs(model: Model, batches: Batches, total: int, temperature: float = 1.0) -> torch.Tensor:
+    """Collective: ``log_probs`` of all ``total`` response tokens of the batch, FP32 [total], on every rank's host."""
+    return _gathered(model, _without_gradient(model, batches, _log_probs_head(model, temperature), _placed), total)
+
+
+def values(model: Model, batches: Batches) -> list[torch.Tensor]:
     """Of a model with a scalar head: the value [R] (FP32) before each response token, with several labels [R, labels];
     as ``log_probs`` otherwise.
 
     The value of a complete sequence is that before one more token: append any token as the response.
     """
-    return _without_gradient(model, batches, partial(_values_of_hidden, model))
+    return _without_gradient(model, batches, partial(_values_of_hidden, model), _outputs)
 
 
-def gather_tokens(model: Model, batches: list[MicroBatch], outputs: list[torch.Tensor], total: int) -> torch.Tensor:
-    """Collective: the outputs of ``log_probs`` or ``values`` for all ``total`` response tokens of the batch, FP32
-    [total], with several labels [total, labels], on every rank's host.
+def all_values(model: Model, batches: Batches, total: int) -> torch.Tensor:
+    """Collective: ``values`` of all ``total`` response tokens of the batch, FP32 [total], with several labels [total,
+    labels], on every rank's host."""
+    return _gathered(model, _without_gradient(model, batches, partial(_values_of_hidden, model), _placed), total)
+
+
+def loss_sums(model: Model, batches: Batches, loss: LossFunction, temperature: float = 1.0) -> dict[str, float]:
+    """Collective: what ``accumulate_gradients`` returns, without gradients."""
+
+    def sums(output: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        value, metrics = loss(output, batch)
+        return {**metrics, "loss": value}
+
+    return reduce_metrics(model, _without_gradient(model, batches, _log_probs_head(model, temperature), sums))
+
+
+def _log_probs_head(model: Model, temperature: float, entropies: Entropies = "none") -> Callable[..., torch.Tensor]:
+    return partial(_log_probs_of_hidden, model, temperature, entropies)
+
+
+def _outputs(output: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    return output
+
+
+def _placed(output: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch.places, output
+
+
+def _gathered(model: Model, outputs: list[tuple[torch.Tensor, torch.Tensor]], total: int) -> torch.Tensor:
+    """Collective: the outputs at their places, which are in no order.
 
     Each token lies on one data- and context-parallel rank of the last pipeline stage, so the sum is exact.
     """
     shape = (total,) if model.labels == 1 else (total, model.labels)
-    gathered = torch.zeros(shape, device=batches[0].tokens.device)
+    gathered = torch.zeros(shape, device=platform.current().device())
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
-        for batch, output in zip(batches, outputs, strict=True):
-            gathered[batch.places] = output
+        for places, output in outputs:
+            gathered[places] = output
     dist.all_reduce(gathered)
     return gathered.cpu()
 
 
 def accumulate_gradients(
     model: Model,
-    batches: list[MicroBatch],
+    batches: Batches,
     loss: LossFunction,
     temperature: float = 1.0,
     entropies: Entropies = "none",
@@ -96,7 +132,7 @@ def accumulate_gradients(
 
         return with_metrics
 
-    head = partial(_log_probs_of_hidden, model, temperature, entropies)
+    head = _log_probs_head(model, temperature, entropies)
     if model.is_scalar:
         head = partial(_values_of_hidden, model)
     return reduce_metrics(model, _run(model, batches, head, loss_of, forward_only=False))
@@ -104,14 +140,15 @@ def accumulate_gradients(
 
 def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Sums of metrics over micro-batches, data- and context-parallel ranks, known to all (``/max``: the maximum)."""
-    local = None
+    local: dict[str, float] = {}
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
-        local = [{name: float(value) for name, value in entry.items()} for entry in sums]
-    gathered = all_gather_json(local, parallel.control_group())
+        for entry in sums:
+            # One copy to the host: each makes it wait.
+            numbers = torch.stack([value.double() for value in entry.values()]).tolist()
+            add_metrics(local, dict(zip(entry, numbers, strict=True)))
     total: dict[str, float] = {}
-    for entries in gathered:
-        for entry in entries or []:
-            add_metrics(total, entry)
+    for of_rank in all_gather_json(local, parallel.control_group()):
+        add_metrics(total, of_rank)
     return total
 
 
@@ -124,27 +161,29 @@ def add_metrics(total: dict[str, float], more: Mapping[str, float]) -> None:
             total[name] = total.get(name, 0.0) + value
 
 
-def _without_gradient(model: Model, batches: list[MicroBatch], head: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    keep = lambda output, non_loss_data=False: output.detach()  # noqa: E731
+def _without_gradient(
+    model: Model, batches: Batches, head: Callable[..., torch.Tensor], kept: Callable[[torch.Tensor, MicroBatch], Any]
+) -> list[Any]:
+    """What ``kept`` makes of each micro-batch's output; an empty list off the last pipeline stage."""
+
+    def keep(batch: MicroBatch) -> Callable[..., Any]:
+        return lambda output, non_loss_data=False: kept(output.detach(), batch)
+
     with torch.no_grad():
-        return _run(model, batches, head, lambda batch: keep, forward_only=True, collect_non_loss_data=True)
+        return _run(model, batches, head, keep, forward_only=True, collect_non_loss_data=True)
 
 
 def _run(
     model: Model,
-    batches: list[MicroBatch],
+    batches: Batches,
     head: Callable[..., torch.Tensor],
     loss_of: Callable[[MicroBatch], Any],
     **options: Any,
 ) -> list[Any]:
-    if model.pack_tokens is not None:
-        lengths = {batch.tokens.shape[1] * model.parallel.config.context for batch in batches}
-        assert lengths == {model.pack_tokens}, (
-            f"packs of {lengths} tokens, parallel.constant_length={model.pack_tokens}"
-        )
-
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
+        length = batch.tokens.shape[1] * model.parallel.config.context
+        assert length == (model.pack_tokens or length), f"{length} tokens, parallel.constant_length={model.pack_tokens}"
         images = {} if batch.vision is None else {"vision": batch.vision}
         output = chunk(
             **images,
@@ -157,16 +196,23 @@ def _run(
         )
         return output, loss_of(batch)
 
-    return get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[iter(batches) for _ in model.chunks] if len(model.chunks) > 1 else iter(batches),
-        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
-        num_microbatches=len(batches),
-        # Of all context-parallel ranks. Stages read it where packs have a constant length.
-        seq_length=batches[0].tokens.shape[1] * model.parallel.config.context,
-        micro_batch_size=1,
-        **options,
-    )
+    def read() -> Generator[MicroBatch]:
+        yield from batches
+
+    # Closed, because a pass that raises leaves it unfinished.
+    with closing(read()) as reading:
+        # Each virtual stage reads all micro-batches. One that all have read is held no longer.
+        iterators = tee(reading, len(model.chunks))
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=list(iterators) if len(model.chunks) > 1 else iterators[0],
+            model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+            num_microbatches=len(batches),
+            # Of all context-parallel ranks. It is not used where packs differ in length: stages tell each other theirs.
+            seq_length=model.pack_tokens or model.parallel.config.micro_batch_tokens,
+            micro_batch_size=1,
+            **options,
+        )
 
 
 def _log_probs_of_hidden(

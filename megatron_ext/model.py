@@ -68,6 +68,11 @@ class Model:
         return has_scalar_head(self.hf_config)
 
     @property
+    def tower(self) -> Any:
+        """The vision tower, on ranks of the first pipeline stage; None on the others and without one."""
+        return getattr(self.chunks[0].module, "vision", None)
+
+    @property
     def labels(self) -> int:
         """How many numbers the model computes for each token: one for each label of a scalar head; of a language model
         one, the log-probability."""

@@ -6,11 +6,10 @@ disagree on the number of micro-batches, and a data-parallel rank may get any se
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -108,12 +107,31 @@ def cost_of(hf_config: Any, frozen: Sequence[str]) -> Cost:
     )
 
 
+OnDevice = Callable[[torch.Tensor], torch.Tensor]  # a tensor on the host → on this rank's device
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The device is the host."""
+    return tensor
+
+
+class Tower(Protocol):
+    """What packing needs to know of a family's vision tower: in which precision it takes pixels."""
+
+    dtype: torch.dtype
+
+    def layout(self, grid: torch.Tensor | None, on_device: OnDevice) -> Any:
+        """What the tower's forward pass takes beside the pixels, from the grids of all images and clips, which are on
+        the host."""
+
+
 @dataclass(frozen=True)
 class VisionBatch:
-    """``rows`` [N] of the tower's output for ``pixels`` and ``grid`` replace this rank's tokens at ``places`` [N]."""
+    """``rows`` [N] of the tower's output for ``pixels`` replace this rank's tokens at ``places`` [N]. ``layout`` is
+    what the tower made of the grids (``Tower.layout``)."""
 
     pixels: torch.Tensor
-    grid: torch.Tensor | None
+    layout: Any
     rows: torch.Tensor
     places: torch.Tensor
 
@@ -124,11 +142,15 @@ class MicroBatch:
 
     ``tokens`` [1, T]. ``positions`` [3, 1, T]: on mRoPE's three axes, alike on all for a text. ``predict`` [R]
     indexes the token whose hidden state predicts a response token; ``targets`` [R] those tokens; ``values`` name → [R]
-    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns, those of responses too; ``lengths`` tokens of
-    each response on this rank; ``indices`` the place of each response in the batch; ``places`` [R] that of each token
-    among those that the batch holds here. Under context parallelism a rank's R tokens are a part of the responses'
-    tokens, else all. The last token of a shared prompt predicts the first one of each of its responses, so it stands in
-    ``predict`` once for each.
+    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns, those of responses too; ``indices`` the place of
+    each of the S responses in the batch, ``lengths`` [S] its tokens on this rank, ``response_lengths`` [S] on all
+    context-parallel ranks; ``owners`` [R] the response, of these S, of each token, ascending; ``places`` [R] that of
+    each token among those that the batch holds here. Under context parallelism a rank's R tokens are a part of the
+    responses' tokens, else all. The last token of a shared prompt predicts the first one of each of its responses, so
+    it stands in ``predict`` once for each.
+
+    All tensors are where ``pack``'s ``on_device`` has put them, and all that a pass needs is among them: it takes
+    nothing from the host, and never waits for the device.
     """
 
     tokens: torch.Tensor
@@ -137,8 +159,10 @@ class MicroBatch:
     predict: torch.Tensor
     targets: torch.Tensor
     values: dict[str, torch.Tensor]
-    lengths: list[int]
     indices: list[int]
+    lengths: torch.Tensor
+    response_lengths: torch.Tensor
+    owners: torch.Tensor
     places: torch.Tensor
     vision: VisionBatch | None
 
@@ -352,16 +376,18 @@ def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
 def pack(
     batch: TokenBatch,
     indices: Sequence[int],
+    on_device: OnDevice = on_host,
     *,
     multiple: int,
     pad_token: int,
-    device: Any,
     length: int | None = None,
     context: int = 1,
     context_rank: int = 0,
     shared_prompts: bool = False,
+    tower: Tower | None = None,
 ) -> MicroBatch:
-    """Pack the responses ``indices`` of a batch, each with its prompt.
+    """Pack the responses ``indices`` of a batch, each with its prompt. The images go to ranks that have the model's
+    vision tower.
 
     Dummy sequences, none longer than the longest real one, pad the tokens of all context-parallel ranks to ``length``,
     or where that is None T to ``multiple``.
@@ -437,11 +463,14 @@ def pack(
     of_tokens = {name: column[column_places].astype(np.float32, copy=False) for name, column in values.items()}
     for name, column in batch.response_columns.items():
         of_tokens[name] = np.where(of_tokens["loss_mask"], column[chosen[owners]], np.float32(0))
-    on_device = partial(_on_device, device=device)
-    cu_seqlens = on_device(starts.astype(np.int32))
-    local_positions = on_device(positions)
+
+    def moved(array: Array) -> torch.Tensor:
+        return on_device(torch.from_numpy(array))
+
+    cu_seqlens = moved(starts.astype(np.int32))
+    local_positions = moved(positions)
     return MicroBatch(
-        tokens=on_device(tokens).unsqueeze(0),
+        tokens=moved(tokens).unsqueeze(0),
         positions=local_positions.unsqueeze(1),
         packed=Pack(
             qkv_format="thd",
@@ -450,15 +479,17 @@ def pack(
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             positions=local_positions[0],
-            segments=on_device(segments) if shared_prompts else None,
+            segments=moved(segments) if shared_prompts else None,
         ),
-        predict=on_device(predict),
-        targets=on_device(batch.response_tokens[column_places].astype(np.int64)),
-        values={name: on_device(column) for name, column in of_tokens.items()},
-        lengths=np.bincount(owners, minlength=len(chosen)).tolist(),
+        predict=moved(predict),
+        targets=moved(batch.response_tokens[column_places].astype(np.int64)),
+        values={name: moved(column) for name, column in of_tokens.items()},
         indices=chosen.tolist(),
-        places=on_device(column_places),
-        vision=_pack_vision(batch, sequences, placeholders, local, total, device),
+        lengths=moved(np.bincount(owners, minlength=len(chosen))),
+        response_lengths=moved(response_lengths[chosen]),
+        owners=moved(owners),
+        places=moved(column_places),
+        vision=None if tower is None else _pack_vision(batch, sequences, placeholders, local, total, tower, on_device),
     )
 
 
@@ -466,11 +497,6 @@ def _pieces_of(tokens: int, longest: int) -> list[int]:
     """Lengths of pieces of at most ``longest`` tokens."""
     whole, rest = divmod(tokens, longest)
     return [longest] * whole + ([rest] if rest else [])
-
-
-def _on_device(array: Array, device: Any) -> torch.Tensor:
-    """On the CPU the array's own memory."""
-    return torch.from_numpy(array).to(device)
 
 
 def _sequences(batch: TokenBatch, chosen: Array, shared_prompts: bool) -> list[list[int]]:
@@ -517,9 +543,11 @@ def _pack_vision(
     placeholders: list[Array],
     local: Array,
     total: int,
-    device: Any,
+    tower: Tower,
+    on_device: OnDevice,
 ) -> VisionBatch | None:
-    """The pixels of the sequences' prompts, and which of the tower's rows replace which local tokens."""
+    """The pixels of the sequences' prompts in the tower's precision, and which of its rows replace which local
+    tokens."""
     if not placeholders or batch.vision is None:
         return None
     inputs = [batch.vision[batch.prompt_index[responses[0]]] for responses in sequences]
@@ -532,8 +560,8 @@ def _pack_vision(
     replaced = np.flatnonzero(rows >= 0)
     grids = [vision.grid for vision in inputs if vision.grid is not None]
     return VisionBatch(
-        pixels=torch.cat([vision.pixels for vision in inputs]).to(device),
-        grid=torch.cat(grids).to(device) if grids else None,
-        rows=torch.tensor(rows[replaced], device=device),
-        places=torch.tensor(replaced, device=device),
+        pixels=on_device(torch.cat([vision.pixels.to(tower.dtype) for vision in inputs])),
+        layout=tower.layout(torch.cat(grids) if grids else None, on_device),
+        rows=on_device(torch.from_numpy(rows[replaced])),
+        places=on_device(torch.from_numpy(replaced)),
     )

@@ -67,7 +67,7 @@ class VisionLanguageModel(MegatronModule):
             # Sequence parallelism scatters the rows after the replacement.
             embeddings = self.language.embedding(input_ids=input_ids, position_ids=position_ids)
             if vision is not None:
-                rows = self.vision(vision.pixels, vision.grid).index_select(0, vision.rows)
+                rows = self.vision(vision.pixels, vision.layout).index_select(0, vision.rows)
                 embeddings = embeddings.index_copy(0, vision.places, rows.unsqueeze(1).to(embeddings.dtype))
             elif self.every_parameter and torch.is_grad_enabled():
                 embeddings = embeddings + self._zero_of_tower()

@@ -52,16 +52,18 @@ def pack(
     context_rank: int = 0,
     shared_prompts: bool = False,
     length: int | None = None,
+    tower: packing.Tower | None = None,
 ) -> packing.MicroBatch:
     """``packing.pack`` of plain sequences."""
     return packing.pack(
         token_batch(sequences, shared_prompts),
         indices,
+        lambda tensor: tensor.to(device),
         multiple=multiple,
         pad_token=pad_token,
-        device=device,
         length=length,
         context=context,
         context_rank=context_rank,
         shared_prompts=shared_prompts,
+        tower=tower,
     )

@@ -31,6 +31,7 @@ from transformers import InternVLConfig, Qwen2Config
 from megatron_ext import platform
 from megatron_ext.models import qwen2
 from megatron_ext.models.qwen2 import transformer_options
+from megatron_ext.packing import OnDevice
 from megatron_ext.parallel import Parallel
 from megatron_ext.vision_language import tower_config, tower_groups
 from megatron_ext.weight_map import (
@@ -246,7 +247,7 @@ class VisionTower(MegatronModule):
     def __init__(self, config: TransformerConfig, hf_config: Any) -> None:
         super().__init__(config)
         vision = hf_config.vision_config
-        dtype = config.params_dtype
+        self.dtype = dtype = config.params_dtype
         self.tile = (vision.num_channels, *vision.image_size)
         self.side = vision.image_size[0] // vision.patch_size[0]
         width = config.hidden_size
@@ -278,8 +279,15 @@ class VisionTower(MegatronModule):
         heads = 2 * config.num_attention_heads // config.tensor_model_parallel_size if config.qk_layernorm else 0
         return rows * (2 * config.hidden_size * size + heads * config.kv_channels * (4 + size))
 
-    def forward(self, pixels: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
-        """See the class; ``grid`` is not used."""
+    def layout_bytes(self, patches: int) -> int:
+        """For the memory estimate: there is no layout."""
+        return 0
+
+    def layout(self, grid: torch.Tensor | None, on_device: OnDevice) -> None:
+        """All tiles are alike: the forward pass needs no more than them."""
+
+    def forward(self, pixels: torch.Tensor, layout: None) -> torch.Tensor:
+        """See the class."""
         if pixels.shape[1:] != self.tile:
             raise ValueError(
                 f"tiles of {tuple(pixels.shape[1:])} (channels, height, width): the tower sees {self.tile}"
@@ -287,7 +295,7 @@ class VisionTower(MegatronModule):
         tiles = pixels.shape[0]
         side = self.side
         width = self.config.hidden_size
-        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         hidden = torch.cat((self.class_token.expand(tiles, -1, -1), patches), dim=1) + self.position_embedding
         # Each tile is a sequence of the pack.
         tokens = hidden.shape[1]

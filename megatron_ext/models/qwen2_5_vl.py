@@ -6,6 +6,7 @@ ordered in units of ``spatial_merge_size`` x ``spatial_merge_size``; the project
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.models import qwen2
+from megatron_ext.packing import OnDevice
 from megatron_ext.parallel import Parallel
 from megatron_ext.vision_language import EncoderLayers, tower_config
 from megatron_ext.weight_map import (
@@ -182,7 +184,7 @@ def _vision_sharding(vision: Any, tensor: int, tensor_rank: int) -> Sharding:
 
 
 class VisionTower(MegatronModule):
-    """Patches [patches, channels x frames x patch x patch] and grid [images, 3] → rows [tokens, language hidden size].
+    """Patches [patches, channels x frames x patch x patch] and their layout → rows [tokens, language hidden size].
 
     The layers in ``fullatt_block_indexes`` attend within a frame, all others within windows of ``window_size`` pixels.
     The layers see the patches in the order of windows; after the projector the rows are put back in their order.
@@ -194,6 +196,7 @@ class VisionTower(MegatronModule):
     def __init__(self, config: TransformerConfig, vision: Any) -> None:
         super().__init__(config=config)
         self.hf_config = vision
+        self.dtype = config.params_dtype
         self.patch_embed = PatchEmbedding(vision, config.params_dtype)
         self.layers = EncoderLayers(config)
         self.projector = Projector(config, vision)
@@ -212,26 +215,58 @@ class VisionTower(MegatronModule):
         """For the memory estimate: bytes that a layer saves beyond Megatron-Core's layer."""
         return 0
 
-    def forward(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+    def layout_bytes(self, patches: int) -> int:
+        """For the memory estimate: of a :class:`TowerLayout`, without the bounds of its sequences."""
+        angles = patches * self.config.kv_channels * 4
+        orders = 2 * 8 * patches // self.hf_config.spatial_merge_size**2
+        return angles + orders
+
+    def layout(self, grid: torch.Tensor, on_device: OnDevice) -> "TowerLayout":
+        """See :class:`TowerLayout`; grid [images, 3] on the host."""
         vision = self.hf_config
-        device = pixels.device
+        sizes = grid.tolist()
         # Patches of a unit.
         unit = vision.spatial_merge_size**2
-        sizes = grid.tolist()
         window_side = vision.window_size // vision.patch_size // vision.spatial_merge_size
         order, windows = window_order(sizes, vision.spatial_merge_size, window_side)
-        order = order.to(device)
-        by_window = _packed([units * unit for units in windows], device)
-        by_frame = _packed([rows * columns for frames, rows, columns in sizes for _ in range(frames)], device)
-        angles = rotary_angles(sizes, vision).to(device)
+        angles = rotary_angles(sizes, vision)
         angles = angles.view(-1, unit, angles.shape[-1])[order].view(-1, 1, 1, angles.shape[-1])
+        return TowerLayout(
+            order=on_device(order),
+            back=on_device(order.argsort()),
+            angles=on_device(angles),
+            by_window=_packed([units * unit for units in windows], on_device),
+            by_frame=_packed([rows * columns for frames, rows, columns in sizes for _ in range(frames)], on_device),
+        )
+
+    def forward(self, pixels: torch.Tensor, layout: "TowerLayout") -> torch.Tensor:
+        """See the class."""
+        vision = self.hf_config
         hidden = self.patch_embed(pixels)
-        hidden = hidden.view(-1, unit, hidden.shape[-1])[order].view(-1, 1, hidden.shape[-1])
+        hidden = hidden.view(-1, vision.spatial_merge_size**2, hidden.shape[-1])[layout.order]
+        hidden = hidden.view(-1, 1, hidden.shape[-1])
         full_attention = vision.fullatt_block_indexes
-        packs = [by_frame if n in full_attention else by_window for n in range(len(self.layers))]
-        rows = self.projector(self.layers(hidden, angles, packs))
-        return rows[order.argsort()]
+        packs = [layout.by_frame if n in full_attention else layout.by_window for n in range(len(self.layers))]
+        rows = self.projector(self.layers(hidden, layout.angles, packs))
+        return rows[layout.back]
+
+
+@dataclass(frozen=True)
+class TowerLayout:
+    """What the tower takes beside the patches: made once a micro-batch, and on the device before the pass begins.
+
+    Attributes:
+        order: the unit of patches at each place in the order of windows [units].
+        back: the place of each unit in that order [units].
+        angles: rotary angles in the order of windows [patches, 1, 1, head_dim].
+        by_window, by_frame: the sequences within which layers attend.
+    """
+
+    order: torch.Tensor
+    back: torch.Tensor
+    angles: torch.Tensor
+    by_window: PackedSeqParams
+    by_frame: PackedSeqParams
 
 
 class PatchEmbedding(torch.nn.Module):
@@ -246,7 +281,7 @@ class PatchEmbedding(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(vision.hidden_size, vision.in_channels, *kernel, dtype=dtype))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return F.linear(pixels.to(self.weight.dtype), self.weight.flatten(1))
+        return F.linear(pixels, self.weight.flatten(1))
 
 
 class Projector(MegatronModule):
@@ -312,9 +347,9 @@ def rotary_angles(sizes: list[list[int]], vision: Any) -> torch.Tensor:
     return torch.cat((angles, angles), dim=1)
 
 
-def _packed(lengths: list[int], device: torch.device) -> PackedSeqParams:
+def _packed(lengths: list[int], on_device: OnDevice) -> PackedSeqParams:
     """Megatron-Core's description of sequences of these lengths, one after another."""
-    starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+    starts = on_device(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32))
     longest = max(lengths)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest

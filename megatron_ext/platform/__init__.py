@@ -13,6 +13,7 @@ features.py says what each platform can do before either module is imported. The
 ``end_overlap()``                undo that
 ``rng_state`` / ``set_rng_state`` the state that dropout and sampling on this device use
 ``empty_on_host(tensors)``       host tensors of these shapes for copies; ``copy_to_host(tensors, copies)`` fills them
+``uploads()``                    copies of another thread's tensors to this rank's device, for which no thread waits
 ``empty_cache()``                release freed memory to the device
 ``take_memory_peak()``           bytes that the allocator held at most since the last call, None without one
 ``peak_flops()``                 dense BF16 FLOP/s of this rank's device, None where it is not known

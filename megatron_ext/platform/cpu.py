@@ -15,7 +15,7 @@ import sys
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 import platform as host
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -211,6 +211,21 @@ def copy_to_host(tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]
     """Fill what ``empty_on_host`` made with the tensors' values."""
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor)
+
+
+class Uploads:
+    """Tensors on the host are on this device."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def begun(self) -> Callable[[], None]:
+        return lambda: None
+
+
+def uploads() -> Uploads:
+    """See :class:`Uploads`."""
+    return Uploads()
 
 
 def empty_cache() -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -149,8 +149,8 @@ def _rotary_per_token() -> None:
 
     @functools.lru_cache(maxsize=64)
     def one_sequence(tokens: int, on: torch.device) -> torch.Tensor:
-        """Kept, since a copy from the host in each layer would make the host wait for the device."""
-        return torch.tensor([0, tokens], dtype=torch.int32, device=on)
+        """[0, tokens], made on the device: a copy of a list would make the host wait for it."""
+        return torch.arange(0, tokens + 1, tokens, dtype=torch.int32, device=on)
 
     def rotary(
         t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, **context: int
@@ -181,6 +181,43 @@ def copy_to_host(tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.synchronize()
+
+
+class Uploads:
+    """Copies of another thread's tensors to the GPU of the thread that makes this, and for its computing stream.
+
+    They go from pinned memory on a stream of their own, beside what is being computed.
+    """
+
+    def __init__(self) -> None:
+        self.device = device()
+        self.computing = torch.cuda.current_stream()
+        self.copying = torch.cuda.Stream()
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The copy of a tensor on the host, which may not be used before what :meth:`begun` returns is called."""
+        torch.cuda.set_device(self.device)  # a new thread begins with the first GPU
+        # Pinned memory goes back to torch's allocator, which gives it out again when it has been read.
+        pinned = tensor.pin_memory()
+        with torch.cuda.stream(self.computing):
+            copy = torch.empty_like(pinned, device=self.device)
+        # The memory may be that of a tensor which something that is under way still reads.
+        self.copying.wait_stream(self.computing)
+        with torch.cuda.stream(self.copying):
+            copy.copy_(pinned, non_blocking=True)
+        copy.record_stream(self.copying)
+        return copy
+
+    def begun(self) -> Callable[[], None]:
+        """What the computing thread has to call before it uses the copies that have begun: its stream waits for them,
+        the thread does not."""
+        copied = self.copying.record_event()
+        return lambda: self.computing.wait_event(copied)
+
+
+def uploads() -> Uploads:
+    """See :class:`Uploads`."""
+    return Uploads()
 
 
 def empty_cache() -> None:

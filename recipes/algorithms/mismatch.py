@@ -15,6 +15,8 @@ from recipes.algorithms.sequences import Sequences
 # Upper bounds of response lengths in tokens. A mismatch that grows with length shows in the buckets.
 LENGTH_BUCKETS = (64, 256, 1024, 4096, 16384)
 BUCKET_NAMES = (*(f"to_{bound}" for bound in LENGTH_BUCKETS), f"over_{LENGTH_BUCKETS[-1]}")
+# Endings of the names of sums and metrics: of all tokens, and of each bucket.
+PARTS = ("", *(f"/{bucket}" for bucket in BUCKET_NAMES))
 NAME = "train_inference_mismatch"
 
 
@@ -76,10 +78,12 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: flo
     """A micro-batch's sums for :func:`report`, to be added up over micro-batches and ranks; of ``/max`` the maximum.
 
     ``trainer`` and ``rollout`` [R]: log-probs, of which those of trained tokens (``sequences.loss_mask``) count. A
-    sequence belongs to the bucket of all its response tokens.
+    sequence belongs to the bucket of all its response tokens; a bucket without a trained token has sums of 0.
+
+    All sums are made by one scatter-add, which waits for nothing. On a GPU the order of its additions may differ from
+    run to run, and with it the last bits of these FP64 sums; no loss is made of them.
     """
-    loss_mask = sequences.loss_mask
-    gap = trainer.detach().double()[loss_mask] - rollout.double()[loss_mask]
+    gap = trainer.detach().double() - rollout.double()
     weight = gap.exp()
     zeros = torch.zeros_like(gap)
     measured = {
@@ -91,18 +95,22 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: flo
         "weight": weight,
         "weight_squared": weight**2,
     }
-    bounds = torch.tensor(LENGTH_BUCKETS, device=gap.device)
-    bucket_of_sequence = torch.bucketize(sequences.total_lengths(), bounds)
-    bucket = sequences.broadcast(bucket_of_sequence, trainer)[loss_mask]
-    # A context-parallel rank can have none of a micro-batch's trained tokens; then it contributes nothing.
-    token_sets = {"": bucket >= 0} if len(gap) else {}
-    for number in bucket.unique().tolist():
-        token_sets[f"/{BUCKET_NAMES[int(number)]}"] = bucket == number
-    totals: dict[str, Tensor] = {}
-    for suffix, tokens in token_sets.items():
-        totals |= {f"{NAME}{suffix}/{name}": values[tokens].sum() for name, values in measured.items()}
-        totals[f"{NAME}{suffix}/max"] = measured["gap"][tokens].max()
-    return totals
+    # [measures, R]; 0 for the tokens that are not trained on, whose log-probs may be anything.
+    of_tokens = torch.stack(list(measured.values())).masked_fill(~sequences.loss_mask, 0.0)
+    bucket_of_sequence = torch.stack([sequences.total_lengths > bound for bound in LENGTH_BUCKETS]).sum(0)
+    bucket = bucket_of_sequence[sequences.owners]
+    # Each token counts in two parts: that of all tokens, which is the first, and its bucket.
+    part = torch.cat([torch.zeros_like(bucket), 1 + bucket])
+    of_both = of_tokens.repeat(1, 2)
+    of_parts = gap.new_zeros(len(measured), len(PARTS)).scatter_add_(1, part.expand_as(of_both), of_both)
+    gaps = of_both[list(measured).index("gap")]
+    greatest = gap.new_zeros(len(PARTS)).scatter_reduce_(0, part, gaps, "amax")
+    table = torch.cat([of_parts, greatest.unsqueeze(0)])
+    return {
+        f"{NAME}{suffix}/{name}": table[row, column]
+        for column, suffix in enumerate(PARTS)
+        for row, name in enumerate((*measured, "max"))
+    }
 
 
 def report(totals: Mapping[str, float]) -> dict[str, float]:
@@ -114,10 +122,10 @@ def report(totals: Mapping[str, float]) -> dict[str, float]:
     effective sample size of the ratios as importance weights, (Σw)² / (N Σw²): 1 when all are equal.
     """
     metrics: dict[str, float] = {}
-    for part in ("", *(f"/{bucket}" for bucket in BUCKET_NAMES)):
-        if f"{NAME}{part}/tokens" not in totals:
+    for part in PARTS:
+        tokens = totals.get(f"{NAME}{part}/tokens", 0)
+        if not tokens:
             continue
-        tokens = totals[f"{NAME}{part}/tokens"]
         total = {name: totals[f"{NAME}{part}/{name}"] for name in ("gap", "max", "k1", "k3", "clipped")}
         weight = totals[f"{NAME}{part}/weight"]
         squared = totals[f"{NAME}{part}/weight_squared"]

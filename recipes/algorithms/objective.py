@@ -13,7 +13,7 @@ from megatron_ext.packing import MicroBatch
 from recipes.algorithms import kl, mismatch
 from recipes.algorithms.needs import needs_of
 from recipes.algorithms.registry import function_of, resolve
-from recipes.algorithms.sequences import Sequences
+from recipes.algorithms.sequences import sequences_of
 from recipes.algorithms.settings import AlgorithmConfig
 
 
@@ -40,7 +40,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
         advantages = values["advantages"]
         old = values.get("old", log_probs.detach())
         rollout = values["logprobs"]
-        sequences = Sequences(batch.lengths, values["loss_mask"] > 0, context_group)
+        sequences = sequences_of(batch, context_group)
 
         further: dict[str, Any] = {}
         if needed.sequences:
@@ -79,7 +79,9 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
             without_high = policy_loss(current, old, advantages, **further, clip_high=math.inf)
             of_tokens["clip_fraction/low"] = without_low != policy_losses.detach()
             of_tokens["clip_fraction/high"] = without_high != policy_losses.detach()
-        measured = {name: value.double()[sequences.loss_mask].sum() for name, value in of_tokens.items()}
+        columns = torch.stack([column.double() for column in of_tokens.values()])
+        sums = columns.masked_fill(~sequences.loss_mask, 0.0).sum(1)
+        measured = dict(zip(of_tokens, sums.unbind(), strict=True))
         measured |= mismatch.sums(old, rollout, sequences, tis_cap=config.tis_cap)
         return (losses * values["weights"]).sum(), measured
 

@@ -11,37 +11,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.packing import MicroBatch
+
 
 @dataclass(frozen=True)
 class Sequences:
     """A micro-batch's sequences, S of them, with R response tokens on this rank.
 
-    ``lengths`` [S]: response tokens of each sequence on this rank, in the order of the tokens (``MicroBatch.lengths``).
-    ``loss_mask`` bool [R]: the tokens that are trained on; the others count in no reduction. ``context_group``: the
-    ranks that hold the other tokens; None when this rank holds all.
+    ``lengths`` int64 [S]: response tokens of each sequence on this rank, in the order of the tokens. ``total_lengths``
+    int64 [S]: on all context-parallel ranks together. ``owners`` int64 [R]: the sequence of each token. ``loss_mask``
+    bool [R]: the tokens that are trained on; the others count in no reduction. ``context_group``: the ranks that hold
+    the other tokens; None when this rank holds all.
+
+    All are on the device, where all reductions are made, so that the host never waits for one.
     """
 
-    lengths: list[int]
+    lengths: Tensor
+    total_lengths: Tensor
+    owners: Tensor
     loss_mask: Tensor
     context_group: dist.ProcessGroup | None = None
 
     def sum(self, tokens: Tensor) -> Tensor:
         """[R] → [S] FP64: the sum over each sequence, without gradient, in a fixed order of additions: bits repeat."""
         trained = tokens.detach().double().masked_fill(~self.loss_mask, 0.0)
-        parts = trained.split(self.lengths)
-        return self._reduced(torch.stack([part.sum() for part in parts]), dist.ReduceOp.SUM)
+        return self._reduced(trained, "sum", dist.ReduceOp.SUM)
 
     def minimum(self, tokens: Tensor) -> Tensor:
         """[R] → [S] FP64: the minimum over each sequence, without gradient; infinity where no token is trained on."""
-        # A context-parallel rank can have no token of a sequence.
-        infinity = torch.tensor([torch.inf], dtype=torch.float64, device=tokens.device)
-        parts = tokens.detach().double().masked_fill(~self.loss_mask, torch.inf).split(self.lengths)
-        return self._reduced(torch.stack([torch.cat([part, infinity]).min() for part in parts]), dist.ReduceOp.MIN)
-
-    def total_lengths(self) -> Tensor:
-        """[S] FP64: response tokens of each sequence on all ranks together, those that are not trained on too."""
-        local_lengths = torch.tensor(self.lengths, dtype=torch.float64, device=self.loss_mask.device)
-        return self._reduced(local_lengths, dist.ReduceOp.SUM)
+        trained = tokens.detach().double().masked_fill(~self.loss_mask, torch.inf)
+        return self._reduced(trained, "min", dist.ReduceOp.MIN)
 
     def mean(self, tokens: Tensor) -> Tensor:
         """[R] → [S] FP64: the mean over each sequence, without gradient; 0 where no token is trained on."""
@@ -50,10 +49,17 @@ class Sequences:
 
     def broadcast(self, sequences: Tensor, like: Tensor) -> Tensor:
         """[S] → [R], in ``like``'s precision: each sequence's value at each of its tokens."""
-        counts = torch.tensor(self.lengths, device=sequences.device)
-        return torch.repeat_interleave(sequences, counts, output_size=len(like)).to(like.dtype)
+        return sequences[self.owners].to(like.dtype)
 
-    def _reduced(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    def _reduced(self, tokens: Tensor, name: str, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        # Without ``unsafe`` the host would read the lengths to check them.
+        values = torch.segment_reduce(tokens, name, lengths=self.lengths, unsafe=True)
         if self.context_group is not None:
             dist.all_reduce(values, operation, group=self.context_group)
         return values
+
+
+def sequences_of(batch: MicroBatch, context_group: dist.ProcessGroup | None) -> Sequences:
+    """Of a micro-batch with the column ``loss_mask``."""
+    is_trained = batch.values["loss_mask"] > 0
+    return Sequences(batch.lengths, batch.response_lengths, batch.owners, is_trained, context_group)

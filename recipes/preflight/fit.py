@@ -343,6 +343,8 @@ def key(config: Config, part: str) -> str:
             config.cluster.platform,
             memory_plan.longest(config),
             memory_plan.micro_batches(config),
+            memory_plan.columns(config),
+            memory_plan.kept_log_probs(config),
             part,
         )
     )

@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.layout import CORE_ATTENTION, MLP
+from megatron_ext.micro_batches import AHEAD
 from megatron_ext.model import Model, recomputed_modules
 
 FP32 = 4
@@ -52,6 +53,7 @@ class Memory:
         optimizer: FP32 masters and moments.
         activations: saved for the backward pass, at their peak.
         logits: of the last pipeline stage.
+        micro_batches: what passes read, of the micro-batches that are there at a time, and the log-probs kept for them.
         workspace: temporary tensors within one layer.
         buffers: Transformer Engine's, which stay for good (``buffers``).
         kv_cache: the engine's KV cache.
@@ -69,6 +71,7 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    micro_batches: int
     workspace: int
     buffers: int
     kv_cache: int
@@ -333,7 +336,7 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
     A frozen tower saves nothing, because pixels have no gradient. The projector saves, for each token, the input and
     output of the norm, the first layer's output and the second layer's input.
     """
-    tower: Any = getattr(model.chunks[0].module, "vision", None)
+    tower = model.tower
     if tower is None or not shape.patches:
         return 0, 0
     config = tower.config
@@ -345,12 +348,11 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
     if any(isinstance(module, torch.nn.RMSNorm) for module in tower.projector.children()):
         norm = _norm(config, shape.patches, config.hidden_size, fused_kernels)
     kept = norm + tokens * (width + 2 * inner) * size
-    encoder = [weight for name, weight in tower.named_parameters() if not name.startswith("projector.")]
-    if not any(weight.requires_grad for weight in encoder):
+    if not _encoder_is_trained(tower):
         return kept, 0
-    # The pixels, in as many numbers per patch as the embedding's convolution has.
-    convolution = next(weight for weight in tower.parameters() if weight.dim() > 3)
-    kept += shape.patches * convolution[0].numel() * size
+    kept += _pixels(tower, shape)
+    if fused_kernels:
+        kept += tower.layout_bytes(shape.patches)  # the kernel's angles; without it their sines and cosines, see below
     layer_inputs = 0
     layers = []
     for count, length in tower.sequences_per_layer(shape.patches):
@@ -364,6 +366,48 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
     if config.recompute_granularity == "full":
         return kept + layer_inputs, max(layers)
     return kept + sum(layers), 0
+
+
+def _encoder_is_trained(tower: Any) -> bool:
+    encoder = [weight for name, weight in tower.named_parameters() if not name.startswith("projector.")]
+    return any(weight.requires_grad for weight in encoder)
+
+
+def _pixels(tower: Any, shape: Shape) -> int:
+    """In as many numbers per patch as the embedding's convolution has."""
+    convolution = next(weight for weight in tower.parameters() if weight.dim() > 3)
+    return int(shape.patches * convolution[0].numel() * tower.dtype.itemsize)
+
+
+def micro_batch(model: Model, shape: Shape, columns: int) -> int:
+    """What a micro-batch has on the device: tokens with their positions on three axes, four indices and ``columns``
+    FP32 numbers of each predicted token, and the images where the tower is (``images``)."""
+    per_token = 4 * INT64
+    per_predicted_token = 4 * INT64 + columns * FP32
+    return shape.tokens * per_token + shape.predicting * per_predicted_token + images(model, shape)
+
+
+def images(model: Model, shape: Shape) -> int:
+    """Pixels, what the tower's layout has beside them, and two indices for each token of an image; 0 where the tower
+    is not."""
+    if model.tower is None:
+        return 0
+    indices = 2 * INT64 * shape.patches // 4
+    return int(_pixels(model.tower, shape) + model.tower.layout_bytes(shape.patches) + indices)
+
+
+def micro_batches(model: Model, shape: Shape, columns: int) -> int:
+    """The micro-batches that are there at a time: ``AHEAD`` of them wait, and one is read. Virtual stages read in turn
+    as many as there are stages, and hold them until the last has read them.
+
+    The pixels that a trained tower's passes hold are among what is saved for the backward pass (``vision``).
+    """
+    layout = model.parallel.config
+    being_read = layout.pipeline if layout.virtual_pipeline > 1 else 1
+    total = (AHEAD + being_read) * micro_batch(model, shape, columns)
+    if model.tower is not None and _encoder_is_trained(model.tower):
+        total -= being_read * images(model, shape)
+    return total
 
 
 def logits(model: Model, shape: Shape) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import platform
-from recipes.config import Config, generates, samples_per_update
+from recipes.config import Config, generates, samples_per_step, samples_per_update
 from recipes.errors import ConfigError
 from recipes.preflight.architecture import published_config
 from recipes.preflight.report import NotChecked, Report, Settings
@@ -21,6 +21,7 @@ from rollout import vllm_platform
 
 GIB = 2**30
 BF16 = 2
+FP32 = 4
 UTILIZATION = "--gpu-memory-utilization"
 VLLM_UTILIZATION = 0.92  # vLLM's default
 
@@ -51,7 +52,8 @@ def on_device(config: Config) -> dict[str, list[str]]:
     engine = ["vllm", "kv_cache"]
     idle_engine = [] if config.rollout.sleep else engine
     asleep = ["judges_asleep", "reserve"]
-    trained = ["weights", "buffers", "gradients", "optimizer", "critic", "activations", "logits", "workspace"]
+    trained = ["weights", "buffers", "gradients", "optimizer", "critic"]
+    trained += ["activations", "logits", "micro_batches", "workspace"]
     if not generates(config):
         return {"training": [*trained, "reserve"]}
     phases = {"generating": [*idle, *engine, *asleep]}
@@ -166,6 +168,7 @@ class TrainerSizes:
     optimizer: int
     activations: int
     logits: int
+    micro_batches: int
     workspace: int
     buffers: int
     critic: dict[bool, tuple[int, int, int]]
@@ -215,6 +218,23 @@ def micro_batches(config: Config) -> int:
     return min(per_rank, (2 + parallel.virtual_pipeline) * parallel.pipeline)
 
 
+def columns(config: Config) -> int:
+    """FP32 columns of a micro-batch's response tokens: log-probs, loss mask, advantages and weights; where they are
+    needed, the log-probs of the reference and of the old policy, a critic's values and returns."""
+    needs = needed(config)
+    return 4 + needs.reference + (config.algorithm.updates_per_rollout > 1) + 2 * needs.values
+
+
+def kept_log_probs(config: Config) -> int:
+    """Bytes, on a rank of the last pipeline stage, of the log-probs under the reference and the old policy, which are
+    kept for all micro-batches of a rollout until they are trained on."""
+    if "rl" not in config.stage.trains:
+        return 0
+    kept = needed(config).reference + (config.algorithm.updates_per_rollout > 1)
+    per_rank = samples_per_step(config) // config.parallel.data_parallel(config.cluster.ranks)
+    return FP32 * kept * per_rank * longest(config) // config.parallel.context
+
+
 def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
     """Of the rank with the model ``built`` and its ``critic`` or None, for the largest possible micro-batch.
 
@@ -236,6 +256,8 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
         optimizer=sizes.fullest_optimizer(built),
         activations=sizes.activations(built, shape, micro_batches(config), fused_kernels),
         logits=sizes.logits(built, shape),
+        micro_batches=sizes.micro_batches(built, shape, columns(config))
+        + (kept_log_probs(config) if built.parallel.is_last_stage else 0),
         workspace=sizes.workspace(built, shape),
         buffers=sizes.buffers(built),
         critic={offload: sizes.critic_bytes(built, critic, offload) for offload in (False, True)},
@@ -280,6 +302,7 @@ def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Se
         optimizer=trainer.optimizer,
         activations=trainer.activations,
         logits=trainer.logits,
+        micro_batches=trainer.micro_batches,
         workspace=trainer.workspace,
         buffers=trainer.buffers,
         kv_cache=int(config.rollout.kv_cache_gib * GIB) if colocated else 0,

@@ -446,6 +446,7 @@ class Planner:
             optimizer=trained * states // sharing,
             activations=flights * chunk + memory.remade(of_model, shape, fused_kernels),
             logits=memory.logits(empty, shape),
+            micro_batches=0,
             workspace=memory.workspace(empty, shape),
             buffers=0,
             critic={False: (0, 0, 0), True: (0, 0, 0)},

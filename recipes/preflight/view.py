@@ -21,7 +21,7 @@ PARTS = {
     "weights": ("W", "blue"), "gradients": ("G", "cyan"), "optimizer": ("O", "magenta"),
     "critic": ("C", "red"), "critic_idle": ("C", "red"),
     "activations": ("A", "green"), "logits": ("L", "yellow"), "workspace": ("w", "white"),
-    "buffers": ("B", "bright_cyan"),
+    "buffers": ("B", "bright_cyan"), "micro_batches": ("M", "bright_blue"),
     "vllm": ("V", "yellow"), "kv_cache": ("K", "green"),
     "judges": ("J", "bright_magenta"), "judges_asleep": ("j", "bright_magenta"), "reserve": ("r", "bright_black"),
 }  # fmt: skip

@@ -61,9 +61,8 @@ class Critic:
     def values(self, policy: Policy, batch: TokenBatch) -> torch.Tensor:
         """Collective: the values before all response tokens, FP32 [R], on every rank's host."""
         with self.awake():
-            micro_batches = policy.micro_batches(batch)
-            values = forward_backward.values(self.model, micro_batches)
-            return forward_backward.gather_tokens(self.model, micro_batches, values, len(batch.response_tokens))
+            micro_batches = policy.micro_batches(batch, model=self.model)
+            return forward_backward.all_values(self.model, micro_batches, len(batch.response_tokens))
 
     def train(self, policy: Policy, batch: TokenBatch, inputs: AdvantageInputs) -> dict[str, float]:
         """Collective: as many updates on a rollout as the policy makes; returns metrics.
@@ -79,7 +78,8 @@ class Critic:
         sums: dict[str, float] = {}
         with self.awake():
             for first in range(0, len(batch), size):
-                micro_batches = policy.micro_batches(batch.select(range(first, first + size)))
+                part = batch.select(range(first, first + size))
+                micro_batches = policy.micro_batches(part, model=self.model)
                 loss = value_loss(self.algorithm.value_clip)
                 metrics = forward_backward.accumulate_gradients(self.model, micro_batches, loss)
                 if policy.guard.apply(self.optimizer, self.schedule, metrics, NAME):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer,
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY, Snapshot
 from megatron_ext.host_buffers import HostBuffers
+from megatron_ext.micro_batches import Joined, MicroBatches
 from megatron_ext.model import Model, shares_prompts
 from megatron_ext.offload import HostCopy, release_gradients
 from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
-from megatron_ext.packing import Cost, MicroBatch
+from megatron_ext.packing import Cost
 from megatron_ext.parallel import Parallel
 from megatron_ext.routing import exchange
 from megatron_ext.weight_map import round_up
@@ -176,19 +178,19 @@ class Policy:
 
     # Passes over a batch
 
-    def micro_batches(self, batch: TokenBatch, together: int = 1) -> list[MicroBatch]:
-        """This data-parallel rank's packed micro-batches of a batch whose tokens every rank holds. ``together``
-        successive responses stay in one micro-batch; single ones share their prompt
-        (``megatron_ext.model.shares_prompts``)."""
-        return self.pack(batch, self.plan(batch, together), together)
+    def micro_batches(self, batch: TokenBatch, together: int = 1, model: Model | None = None) -> MicroBatches:
+        """This data-parallel rank's packed micro-batches of a batch whose tokens every rank holds, for the policy or
+        another ``model`` in its layout. ``together`` successive responses stay in one micro-batch; single ones share
+        their prompt (``megatron_ext.model.shares_prompts``)."""
+        return self.pack(batch, self.plan(batch, together), model or self.model, together)
 
-    def micro_batches_of_own(self, batch: TokenBatch, group: dist.ProcessGroup) -> list[MicroBatch]:
+    def micro_batches_of_own(self, batch: TokenBatch, group: dist.ProcessGroup) -> MicroBatches:
         """Collective over ``group`` (gloo): as :meth:`micro_batches`, of a batch whose tokens some rank holds. This
         rank gets those that it trains on."""
         plan = self.plan(batch)
         wanted = np.zeros(len(batch), np.bool_)
         wanted[[i for indices in plan for i in indices]] = True
-        return self.pack(exchange(batch, wanted, group), plan)
+        return self.pack(exchange(batch, wanted, group), plan, self.model)
 
     def plan(self, batch: TokenBatch, together: int = 1) -> list[list[int]]:
         """The responses of each of this data-parallel rank's micro-batches. No tokens are looked at."""
@@ -209,23 +211,20 @@ class Policy:
         )
         return [[i for unit in chosen for i in units[unit]] for chosen in of_ranks[self.parallel.data_rank]]
 
-    def pack(self, batch: TokenBatch, plan: Sequence[Sequence[int]], together: int = 1) -> list[MicroBatch]:
-        """The micro-batches of a plan; their tokens are held here."""
+    def pack(self, batch: TokenBatch, plan: Sequence[Sequence[int]], model: Model, together: int = 1) -> MicroBatches:
+        """The micro-batches of a plan for a model in the policy's layout; their tokens are held here."""
         layout = self.parallel.config
-        return [
-            packing.pack(
-                batch,
-                indices,
-                multiple=self.model.token_multiple,
-                pad_token=self.pad_token,
-                device=platform.current().device(),
-                length=self.model.pack_tokens,
-                context=layout.context,
-                context_rank=self.parallel.context_rank,
-                shared_prompts=shares_prompts(layout) and together == 1,
-            )
-            for indices in plan
-        ]
+        build = partial(
+            packing.pack,
+            multiple=model.token_multiple,
+            pad_token=self.pad_token,
+            length=model.pack_tokens,
+            context=layout.context,
+            context_rank=self.parallel.context_rank,
+            shared_prompts=shares_prompts(layout) and together == 1,
+            tower=model.tower,
+        )
+        return MicroBatches(batch, plan, build)
 
     def divisible_prefix(self, lengths: Array, wanted: int) -> int:
         """How many of the first sequences, at least ``wanted``, :meth:`micro_batches` can share out over all ranks.
@@ -239,17 +238,14 @@ class Policy:
             layout.micro_batch_multiple,
         )
 
-    def add_log_probs(self, micro_batches: Sequence[MicroBatch], name: str) -> None:
+    def add_log_probs(self, micro_batches: MicroBatches | Joined, name: str) -> None:
         """``values[name]``: log-probs of the response tokens under the present weights, at the sampling temperature."""
-        log_probs = forward_backward.log_probs(self.model, list(micro_batches), self.temperature)
-        for micro_batch, values in zip(micro_batches, log_probs, strict=False):  # none off the last pipeline stage
-            micro_batch.values[name] = values
+        micro_batches.add(name, forward_backward.log_probs(self.model, micro_batches, self.temperature))
 
-    def all_log_probs(self, micro_batches: Sequence[MicroBatch], total: int) -> torch.Tensor:
+    def all_log_probs(self, micro_batches: MicroBatches, total: int) -> torch.Tensor:
         """Collective: log-probs under the present weights of all the batch's response tokens, ``total`` of them, FP32
         on every rank's host."""
-        log_probs = forward_backward.log_probs(self.model, list(micro_batches), self.temperature)
-        return forward_backward.gather_tokens(self.model, list(micro_batches), log_probs, total)
+        return forward_backward.all_log_probs(self.model, micro_batches, total, self.temperature)
 
     # Reference
 

@@ -16,7 +16,7 @@ from megatron_ext import batch as batches
 from megatron_ext import forward_backward
 from megatron_ext.batch import TokenBatch
 from megatron_ext.packing import MicroBatch
-from recipes.algorithms.sequences import Sequences
+from recipes.algorithms.sequences import sequences_of
 from recipes.config import sequence_multiple
 from recipes.data.preference_pairs import chosen_and_rejected
 from recipes.data.processor import PromptProcessor
@@ -85,7 +85,7 @@ def bradley_terry(
     ``values`` [R]: the scores whose tokens are on this context-parallel rank. The margin is that of complete sequences,
     without gradient; each score takes the loss's derivative by it, −σ(−margin), with its sign.
     """
-    sequences = Sequences(batch.lengths, batch.values["loss_mask"] > 0, context_group)
+    sequences = sequences_of(batch, context_group)
     scores = sequences.sum(values)
     margins = scores[0::2] - scores[1::2]
     slopes = -torch.sigmoid(-margins) / pairs
@@ -106,8 +106,7 @@ def evaluate(
     missing = -len(rows) % multiple
     batch = make_batch([*rows, *[rows[0]] * missing])
     micro_batches = policy.micro_batches(batch, together=2)
-    values = forward_backward.values(policy.model, micro_batches)
-    scores = forward_backward.gather_tokens(policy.model, micro_batches, values, len(batch.response_tokens))
+    scores = forward_backward.all_values(policy.model, micro_batches, len(batch.response_tokens))
     scores = scores.double().view(-1, 2)[: len(rows)]
     margins = scores[:, 0] - scores[:, 1]
     ranked_right = (0.5 + 0.5 * margins.sign()).tolist()

@@ -14,7 +14,7 @@ from megatron_ext import batch as batches
 from megatron_ext import checkpoint, forward_backward
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY
-from megatron_ext.packing import MicroBatch
+from megatron_ext.micro_batches import Joined, MicroBatches
 from megatron_ext.routing import everywhere, holders
 from recipes.algorithms import mismatch, objective
 from recipes.algorithms.advantages import AdvantageInputs, at_response_tokens, sample_inputs, trained_inputs
@@ -420,7 +420,7 @@ def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) ->
     return {**policy_metrics(sums, loop.uses_reference(step)), **critic_metrics, **trained}
 
 
-def pack_updates(loop: Loop, batch: TokenBatch) -> tuple[list[TokenBatch], list[list[MicroBatch]]]:
+def pack_updates(loop: Loop, batch: TokenBatch) -> tuple[list[TokenBatch], list[MicroBatches]]:
     """Collective: the responses of each update of a rollout, and this rank's micro-batches of them."""
     algorithm = loop.config.algorithm
     parts = split(batch, algorithm.updates_per_rollout)
@@ -446,20 +446,19 @@ def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -
     return batch.select(nonzero_first[:count])
 
 
-def add_log_probs(loop: Loop, step: int, micro_batches_of_updates: Sequence[Sequence[MicroBatch]]) -> None:
+def add_log_probs(loop: Loop, step: int, micro_batches_of_updates: Sequence[MicroBatches]) -> None:
     """Collective: log-probs under the reference, where this step uses it, and, where the weights move before the last
     update of the rollout, those under the present weights as the old policy's. Each is one pass over the micro-batches
     of all updates. What the KL in the reward took is there already."""
-    micro_batches = [micro_batch for of_update in micro_batches_of_updates for micro_batch in of_update]
-    present = micro_batches[0].values
-    if loop.uses_reference(step) and "reference" not in present:
+    micro_batches = Joined(micro_batches_of_updates)
+    if loop.uses_reference(step) and not micro_batches.has("reference"):
         with loop.policy.reference_weights():
             loop.policy.add_log_probs(micro_batches, "reference")
-    if len(micro_batches_of_updates) > 1 and "old" not in present:
+    if len(micro_batches_of_updates) > 1 and not micro_batches.has("old"):
         loop.policy.add_log_probs(micro_batches, "old")
 
 
-def policy_update(loop: Loop, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+def policy_update(loop: Loop, step: int, micro_batches: MicroBatches) -> dict[str, float]:
     """Collective: one update of the policy; returns the sums of its metrics, none where the update was skipped.
 
     Raises RuntimeError where the engines did not sample from the trainer's weights (``algorithm.max_mismatch``).
@@ -468,7 +467,7 @@ def policy_update(loop: Loop, step: int, micro_batches: Sequence[MicroBatch]) ->
     policy = loop.policy
     metrics = forward_backward.accumulate_gradients(
         policy.model,
-        list(micro_batches),
+        micro_batches,
         objective.loss(algorithm, policy.parallel.context_group),
         policy.temperature,
         entropies="trained" if algorithm.entropy_coefficient > 0 else "measured",

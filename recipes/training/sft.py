@@ -79,9 +79,4 @@ def held_out_loss(policy: Policy, batch: TokenBatch, multiple: int) -> float:
         filler = filler.with_response_columns(weights=np.zeros(len(filler)))
         batch = batches.concatenate([batch, filler])
     micro_batches = policy.micro_batches(batch)
-    log_probs = forward_backward.log_probs(policy.model, micro_batches)
-    sums = []
-    for of_batch, micro_batch in zip(log_probs, micro_batches, strict=False):  # none off the last pipeline stage
-        loss, _ = next_token_loss(of_batch, micro_batch)
-        sums.append({"loss": loss})
-    return forward_backward.reduce_metrics(policy.model, sums)["loss"]
+    return forward_backward.loss_sums(policy.model, micro_batches, next_token_loss)["loss"]

@@ -116,8 +116,7 @@ def evaluate(policy: Policy, batch: TokenBatch, rows: Sequence[Row], principles:
     """Collective: the loss on the batch, whose first responses are those of the ``rows``; for each principle and each
     of ``PERCENTAGES`` the accuracy of the values of these prefixes; and these values."""
     micro_batches = policy.micro_batches(batch)
-    local = forward_backward.values(policy.model, micro_batches)
-    gathered = forward_backward.gather_tokens(policy.model, micro_batches, local, len(batch.response_tokens))
+    gathered = forward_backward.all_values(policy.model, micro_batches, len(batch.response_tokens))
     outputs = gathered.view(-1, len(principles))
 
     end = int(batch.response_offsets[len(rows)])

@@ -104,7 +104,7 @@ def test_log_probs_of_samples_are_the_trainers(
     """The bounds of the CPU test: BF16's 8 bits at logits of order 10 (one rounding of a logit is up to 0.03)."""
     batch = rollout.generate()
     (plan,) = packing.plan(batch.lengths.tolist(), 1, 256)
-    micro_batches = [packing.pack(batch, indices, multiple=1, pad_token=0, device="cuda") for indices in plan]
+    micro_batches = [packing.pack(batch, indices, torch.Tensor.cuda, multiple=1, pad_token=0) for indices in plan]
     responses = plain(batch)
     gaps = []
     log_probs = forward_backward.log_probs(rollout.policy, micro_batches)

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ import torch.distributed as dist
 from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel
 from megatron_ext.blocks import region
 from megatron_ext.host_buffers import HostBuffers
+from megatron_ext.micro_batches import MicroBatches
+from recipes.algorithms import mismatch
+from recipes.algorithms.sequences import sequences_of
 from tests.gpu.conftest import OPTIMIZER, SCHEDULE, TINY
-from tests.sequences import PlainSequence, pack
+from tests.sequences import PlainSequence, pack, token_batch
 from tests.settings import precision_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +66,7 @@ def ours(policy: model.Model) -> torch.Tensor:
     batches = micro_batches()
     by_index: dict[int, torch.Tensor] = {}
     for values, batch in zip(forward_backward.log_probs(policy, batches), batches, strict=True):
-        by_index |= dict(zip(batch.indices, values.cpu().split(batch.lengths), strict=True))
+        by_index |= dict(zip(batch.indices, values.cpu().split(batch.lengths.tolist()), strict=True))
     return torch.cat([by_index[i] for i in sorted(by_index)])
 
 
@@ -118,6 +123,42 @@ def test_gradients_that_products_add_up_are_those_that_are_added_afterwards(
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours - theirs).norm() <= 2**-8 * theirs.norm()
     assert not all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+def test_no_pass_waits_for_the_gpu(policy: model.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With micro-batches that a thread copies from pinned memory, and RL's reductions over sequences and buckets: torch
+    raises where the host would wait. The log-probs are those of micro-batches that were there before, bit for bit."""
+
+    def corrected_loss(
+        log_probs: torch.Tensor, batch: packing.MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        of_batch = sequences_of(batch, None)
+        rollout = batch.values["logprobs"]
+        correction = mismatch.sequence_truncated(log_probs, rollout, of_batch, tis_cap=2.0)
+        value, _ = loss(log_probs * correction, batch)
+        return value, mismatch.sums(log_probs, rollout, of_batch, tis_cap=2.0)
+
+    listed = micro_batches()
+    plan = [batch.indices for batch in listed]
+    streamed = MicroBatches(token_batch(sequences()), plan, partial(packing.pack, multiple=1, pad_token=0))
+    # Kernels load, and tables are made, when they are first needed.
+    expected = forward_backward.log_probs(policy, listed)
+    sums = forward_backward.accumulate_gradients(policy, listed, corrected_loss)
+
+    run = forward_backward._run
+
+    def unwaiting(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(forward_backward, "_run", unwaiting)
+    for ours, theirs in zip(forward_backward.log_probs(policy, streamed), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    again = forward_backward.accumulate_gradients(policy, streamed, corrected_loss)
+    assert again == pytest.approx(sums, rel=1e-6)
 
 
 def test_one_step_of_the_distributed_optimizer_is_adamw(policy: model.Model) -> None:

@@ -238,6 +238,9 @@ CASES = (
     Case("bf16-tp2-sp", tensor=2, sequence=True, precision="bf16"),
 )
 
+# Micro-batches built as they are read, and in a list: with one reader, with several.
+STREAMED = ("tp2-sp-pp2", "pp2-vp2", "cp2-dp2")
+
 # One micro-batch of 40,960 tokens, a response of 32,768 among them, on one rank and divided over four. The twin has one
 # layer and one head, because attention takes half a billion products for each.
 LONG_TOKENS = 40_960

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def batch() -> list[PlainSequence]:
             prompt += [IMAGE_START, *[IMAGE_TOKEN] * (tiles * TOKENS_PER_TILE), IMAGE_END, *text(low=1)]
         response = text(low=2)
         places = [place for place, token in enumerate(prompt) if token == IMAGE_TOKEN]
-        values = {"weight": [1 / (len(TILES) * len(response))] * len(response), "place": list(range(len(response)))}
+        values: dict[str, Sequence[float]] = {"place": list(range(len(response)))}
+        values["weight"] = [1 / (len(TILES) * len(response))] * len(response)
         vision = VisionInputs(pixels(sum(images), n), None, places, None) if images else None
         sequences.append(PlainSequence(prompt, response, values, vision))
     return sequences

@@ -6,7 +6,8 @@ The ranks are one process in fake process groups: collectives give nonsense, siz
 import gc
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,34 @@ def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
         sequences[-1] = PlainSequence(last.prompt, last.response, last.values, seen)
     layout = built.parallel.config
     device = platform.current().device()
-    return pack(sequences, [0, 1, 2], built.token_multiple, 0, device, layout.context, built.parallel.context_rank)
+    return pack(
+        sequences,
+        [0, 1, 2],
+        built.token_multiple,
+        0,
+        device,
+        layout.context,
+        built.parallel.context_rank,
+        tower=built.tower,
+    )
 
 
 def shape_of(batch: packing.MicroBatch) -> Shape:
     starts = batch.packed.cu_seqlens_q
     patches = 0 if batch.vision is None else 4 * len(batch.vision.rows)
     return Shape(batch.tokens.shape[1], len(batch.predict), len(starts) - 1, batch.packed.max_seqlen_q, patches)
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """All that a micro-batch holds."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))
 
 
 @dataclass(eq=False)
@@ -148,6 +170,8 @@ def measure(case: MemoryCase, here: Parallel) -> dict[str, Any]:
     built = build(case, here)
     measured: dict[str, Any] = {"built": new_bytes(before)}
     batch = micro_batch(built, case)
+    measured["inputs"] = memory.storage_bytes(tensors_of(batch))
+    measured["inputs_estimate"] = memory.micro_batch(built, shape_of(batch), len(batch.values))
     measured["saved"], measured["estimate"] = saved_bytes(built, batch), estimate(built, shape_of(batch))
     before = live()
     optim, _ = optimizer.build(built, cases.OPTIMIZER, cases.SCHEDULE, steps=10)

@@ -76,6 +76,13 @@ def test_activations_are_within_five_percent(case: MemoryCase, real: Measured) -
     assert here["estimate"] == pytest.approx(here["saved"], rel=0.05)
 
 
+@every_case
+def test_what_a_micro_batch_holds_is_within_five_percent(case: MemoryCase, real: Measured) -> None:
+    """Ids, positions, indices and columns; on ranks with a tower the images in its precision."""
+    here = real[case.name]
+    assert here["inputs_estimate"] == pytest.approx(here["inputs"], rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["qwen", "internvl"])
 def test_what_a_trained_tower_keeps_is_within_five_percent(name: str, real: Measured) -> None:
     """Beyond the same model with a frozen tower: the language model's share would hide an error."""

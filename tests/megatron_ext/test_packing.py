@@ -323,7 +323,8 @@ def test_pack_lays_sequences_one_after_another_and_pads_with_a_sequence_of_its_o
     assert micro.predict.tolist() == [0, 1, 2, 5]
     assert micro.targets.tolist() == [2, 3, 4, 7]
     assert micro.values["weight"].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.5])
-    assert (micro.lengths, micro.indices) == ([3, 1], [2, 0])
+    assert (micro.lengths.tolist(), micro.indices) == ([3, 1], [2, 0])
+    assert (micro.response_lengths.tolist(), micro.owners.tolist()) == ([3, 1], [0, 0, 0, 1])
 
 
 def test_pack_adds_nothing_when_the_tokens_fit() -> None:
@@ -423,7 +424,8 @@ def test_context_ranks_share_the_tokens_and_predictions_out(
     for rank, places in zip(ranks, slices, strict=True):
         assert torch.equal(rank.tokens[0][rank.predict] + 1, rank.targets)
         assert rank.values["own"].tolist() == rank.targets.tolist()
-        assert sum(rank.lengths) == len(rank.targets)
+        assert rank.owners.bincount(minlength=len(sizes)).tolist() == rank.lengths.tolist()
+        assert rank.response_lengths.tolist() == [r for _, r in sizes]
         begins = np.asarray(starts)[np.searchsorted(starts, places, side="right") - 1]
         assert rank.positions.shape == (3, 1, len(places)) and torch.equal(rank.positions[0, 0], rank.packed.positions)
         # Padding after a sequence counts from 0 again.
@@ -442,6 +444,16 @@ def images(pixels: list[float], places: list[int], positions: list[list[int]] | 
     return VisionInputs(torch.tensor(pixels).unsqueeze(1), torch.tensor([[1, 1, len(pixels)]]), places, positions)
 
 
+class GridTower:
+    """One whose layout is the grid."""
+
+    dtype = torch.bfloat16
+
+    def layout(self, grid: torch.Tensor | None, on_device: packing.OnDevice) -> torch.Tensor:
+        assert grid is not None
+        return on_device(grid)
+
+
 @pytest.mark.parametrize("context", [1, 2])
 def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -> None:
     """A placeholder token has the number of its pixel."""
@@ -452,15 +464,17 @@ def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -
     ]
     token_places = []
     for rank in range(context):
-        micro = pack(sequences, [2, 1, 0], 1, -1, CPU, context, rank)
-        assert micro.vision is not None and micro.vision.grid is not None
+        micro = pack(sequences, [2, 1, 0], 1, -1, CPU, context, rank, tower=GridTower())
+        assert micro.vision is not None
         assert micro.vision.pixels.flatten().tolist() == [3, 4, 5, 1, 2], "in the order of the pack, whole on each rank"
-        assert micro.vision.grid.tolist() == [[1, 1, 3], [1, 1, 2]]
+        assert micro.vision.layout.tolist() == [[1, 1, 3], [1, 1, 2]]
         rows = micro.vision.pixels[micro.vision.rows].flatten()
-        assert torch.equal(rows, micro.tokens[0][micro.vision.places].float())
+        assert rows.dtype is torch.bfloat16, "in the tower's precision"
+        assert torch.equal(rows.float(), micro.tokens[0][micro.vision.places].float())
         token_places += rows.tolist()
     assert sorted(token_places) == [1, 2, 3, 4, 5]
-    assert pack(sequences, [1], 1, -1, CPU).vision is None
+    assert pack(sequences, [1], 1, -1, CPU, tower=GridTower()).vision is None
+    assert pack(sequences, [2, 1, 0], 1, -1, CPU).vision is None, "only where the model has its tower"
 
 
 def test_positions_go_on_after_the_greatest_of_the_prompt() -> None:
@@ -522,12 +536,12 @@ def test_responses_to_a_prompt_are_one_sequence() -> None:
     is a sequence of its own."""
     prompts = [token_batches.Prompt("p", np.array([5, 6, 7])), token_batches.Prompt("q", np.array([8]))]
     batch = token_batches.build(prompts, [[10, 11], [20], [30, 31, 32]], prompt_index=[0, 1, 0])
-    micro = packing.pack(batch, [0, 2, 1], multiple=4, pad_token=0, device="cpu", shared_prompts=True)
+    micro = packing.pack(batch, [0, 2, 1], multiple=4, pad_token=0, shared_prompts=True)
     assert micro.tokens.tolist() == [[5, 6, 7, 10, 11, 30, 31, 32, 8, 20, 0, 0]]
     assert micro.packed.cu_seqlens_q.tolist() == [0, 8, 10, 12]
     assert micro.packed.segments.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 0, 1, 0, 0]
     assert micro.packed.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 0, 1]
     assert micro.predict.tolist() == [2, 3, 2, 5, 6, 8]
     assert micro.targets.tolist() == [10, 11, 30, 31, 32, 20]
-    assert micro.lengths == [2, 3, 1] and micro.indices == [0, 2, 1]
+    assert micro.lengths.tolist() == [2, 3, 1] and micro.indices == [0, 2, 1]
     assert micro.places.tolist() == [0, 1, 3, 4, 5, 2]

@@ -129,6 +129,14 @@ def test_weights_after_a_step_equal_torch_adamw(
 
 
 @every_run
+def test_pixels_are_where_the_tower_is(run: Run, results: Results) -> None:
+    """On the ranks of the first stage alone, in the model's precision."""
+    for rank in results(run.name):
+        seen = {pixels for pixels in rank["pixels"] if pixels is not None}
+        assert seen == ({"torch.float32"} if "rows" in rank else set())
+
+
+@every_run
 def test_padding_stays_zero(run: Run, results: Results) -> None:
     assert all(rank["padding_is_zero"] for rank in results(run.name))
 

@@ -7,8 +7,9 @@ InternVL3's twins are in ``internvl_twins``.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, parallel, platform
+from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel, platform
 from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.layout import ParallelConfig
+from megatron_ext.micro_batches import MicroBatches
 from megatron_ext.models import qwen2_5_vl
 from megatron_ext.packing import VisionInputs
 from recipes.launch.launcher import fork_ranks
 from tests.megatron_ext import cases, internvl_twins
 from tests.megatron_ext.cases import Case
 from tests.megatron_ext.ranks import serve
-from tests.sequences import PlainSequence, pack
+from tests.sequences import PlainSequence, token_batch
 from tests.settings import precision_config
+from tests.te import watched
 
 Results = Callable[[str], list[dict[str, Any]]]
 
@@ -206,7 +209,8 @@ def batch(hf_config: Any) -> list[PlainSequence]:
         for size in sizes:
             prompt += placeholders(hf_config, size) + text(low=1)
         response = text(low=2)
-        values = {"weight": [1 / (len(SIZES) * len(response))] * len(response), "place": list(range(len(response)))}
+        values: dict[str, Sequence[float]] = {"place": list(range(len(response)))}
+        values["weight"] = [1 / (len(SIZES) * len(response))] * len(response)
         vision = None
         if sizes:
             grid = torch.tensor(sizes)
@@ -330,29 +334,29 @@ class Policy:
         self.optimizer, self.schedule = optimizer.build(self.model, OPTIMIZER, cases.SCHEDULE, steps=10)
         self.optimizer.reload_model_params()
         self.sequences = batch_of(run, hf_config)
-        micro_batches = internvl_twins.MICRO_BATCHES if run.is_internvl else MICRO_BATCHES
+        micro_batches: Sequence[list[int]] = internvl_twins.MICRO_BATCHES if run.is_internvl else MICRO_BATCHES
         if run.shared_prompts:
             micro_batches = ([0, 1], [2, 3], [4], list(range(5, len(self.sequences))))
         if run.reduce_early:
-            micro_batches = tuple(sorted(micro_batches, key=lambda chosen: len(chosen) == 1))
-        device, context = platform.current().device(), run.context
-        self.micro = [
-            pack(
-                self.sequences,
-                indices,
-                self.model.token_multiple,
-                0,
-                device,
-                context,
-                here.context_rank,
-                run.shared_prompts,
-            )
-            for indices in micro_batches[here.data_rank :: run.data]
-        ]
+            micro_batches = sorted(micro_batches, key=lambda chosen: len(chosen) == 1)
+        build = partial(
+            packing.pack,
+            multiple=self.model.token_multiple,
+            pad_token=0,
+            context=run.context,
+            context_rank=here.context_rank,
+            shared_prompts=run.shared_prompts,
+            tower=self.model.tower,
+        )
+        batch = token_batch(self.sequences, run.shared_prompts)
+        self.micro = MicroBatches(batch, micro_batches[here.data_rank :: run.data], build)
 
     def gradients(self) -> float:
         """Accumulates them; returns the loss."""
-        loss = lambda log_probs, m: (-(log_probs * m.values["weight"]).sum(), {})  # noqa: E731
+
+        def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return -(log_probs * batch.values["weight"]).sum(), {}
+
         return forward_backward.accumulate_gradients(self.model, self.micro, loss)["loss"]
 
     def step(self) -> float:
@@ -374,6 +378,7 @@ def main() -> None:
     jobs: dict[str, tuple[Case, Callable[..., dict[str, Any]], tuple[Case, ...]]] = {
         **{run.name: (run, _run, ()) for run in RUNS},
         **{f"resume-{run.name}": (run, _resume, ()) for run in RESUMES},
+        **{f"watched-{run.name}": (run, watched.vision, ()) for run in RUNS if run.name in watched.VISION},
         **{f"relayout-{run.name}": (run, _relayout, (saved,)) for saved, run in RELAYOUTS},
         "other-padding": (OTHER_PADDING[1], _other_padding, OTHER_PADDING[:1]),
     }
@@ -394,16 +399,18 @@ def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     if modules[0].vision is not None:
         seen = [s.vision for s in policy.sequences if s.vision is not None]
         grid = None if run.is_internvl else torch.cat([v.grid for v in seen])
-        answer["rows"] = modules[0].vision(torch.cat([v.pixels for v in seen]), grid).detach()
+        layout = modules[0].vision.layout(grid, packing.on_host)
+        answer["rows"] = modules[0].vision(torch.cat([v.pixels for v in seen]), layout).detach()
         state = modules[0].sharded_state_dict()
         answer["whole_shapes"] = {key: list(t.global_shape) for key, t in state.items() if isinstance(t, ShardedTensor)}
     answer["log_probs"] = {
         index: (places.long(), values)
         for log_probs, m in zip(forward_backward.log_probs(policy.model, policy.micro), policy.micro, strict=False)
         for index, places, values in zip(
-            m.indices, m.values["place"].split(m.lengths), log_probs.split(m.lengths), strict=True
+            m.indices, m.values["place"].split(m.lengths.tolist()), log_probs.split(m.lengths.tolist()), strict=True
         )
     }
+    answer["pixels"] = [None if m.vision is None else str(m.vision.pixels.dtype) for m in policy.micro]
     answer["loss"] = policy.gradients()
     parameters = [p for module in modules for p in module.parameters()]
     if cases.has_whole_gradients(run):

@@ -10,9 +10,11 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from megatron_ext import (
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.blocks import Shard, region
 from megatron_ext.host_buffers import HostBuffers
+from megatron_ext.micro_batches import MicroBatches
 from megatron_ext.offload import HostCopy
 from recipes.launch.launcher import fork_ranks
 from recipes.preflight import memory
@@ -50,6 +53,7 @@ from tests.megatron_ext.cases import Case
 from tests.megatron_ext.ranks import serve
 from tests.sequences import token_batch
 from tests.settings import precision_config
+from tests.te import watched
 
 if __name__ == "__main__":
     fork_ranks(cases.WORLD)
@@ -119,22 +123,17 @@ class Policy:
         self.plan = [[[i for unit in chosen for i in units[unit]] for chosen in rank] for rank in of_ranks]
         # Sequence → (places in its response, entropies) of the tokens on this rank.
         self.entropies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        device = platform.current().device()
+        build = partial(
+            packing.pack,
+            multiple=self.model.token_multiple,
+            pad_token=0,
+            length=self.model.pack_tokens,
+            context=case.context,
+            context_rank=layout.context_rank,
+            shared_prompts=case.shared_prompts,
+        )
         indices_of_rank = self.plan[(layout.data_rank + case.swap) % layout.data]
-        self.micro_batches = [
-            packing.pack(
-                batch,
-                indices,
-                multiple=self.model.token_multiple,
-                pad_token=0,
-                device=device,
-                length=self.model.pack_tokens,
-                context=case.context,
-                context_rank=layout.context_rank,
-                shared_prompts=case.shared_prompts,
-            )
-            for indices in indices_of_rank
-        ]
+        self.micro_batches: forward_backward.Batches = MicroBatches(batch, indices_of_rank, build)
 
     def weights(self) -> list[torch.Tensor]:
         return forward_backward.copy_weights(self.model)
@@ -144,16 +143,18 @@ class Policy:
         if not self.case.is_scalar:
             output, entropies = output
             self.entropies |= self.by_sequence(batch, entropies.detach())
-        last_place = max(batch.values["place"].tolist(), default=0.0)
+        places = batch.values["place"]
+        longest = places.amax() + 1 if len(places) else places.new_ones(())
         losses = cases.token_loss(self.case, output) * batch.values["weight"]
-        return losses.sum(), {"longest/max": torch.tensor(last_place + 1)}
+        return losses.sum(), {"longest/max": longest}
 
     def by_sequence(
         self, batch: packing.MicroBatch, values: torch.Tensor
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Sequence → (places in its response, values) of the tokens on this rank."""
-        places = batch.values["place"].long().split(batch.lengths)
-        parts = values.split(batch.lengths)
+        lengths = batch.lengths.tolist()
+        places = batch.values["place"].long().split(lengths)
+        parts = values.split(lengths)
         result = {}
         for i, sequence_places, sequence_values in zip(batch.indices, places, parts, strict=True):
             result[cases.original_index(self.case, i)] = (sequence_places, sequence_values)
@@ -200,7 +201,7 @@ class Policy:
         return checkpoint.load(newest, self.model, self.optimizer, self.schedule)
 
 
-def numbers_read(policy: Policy) -> int:
+def numbers_read(policy: Any) -> int:
     """Load the twin again and count the numbers that safetensors hands out."""
     counted = 0
 
@@ -351,6 +352,21 @@ def run_long(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
         "log_probs": log_probs,
         "loss": sums["loss"],
         "gradients": pieces(policy.model.shards, main_grads),
+    }
+
+
+def run_streamed(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, Any]:
+    """Two steps with micro-batches that are built as they are read, and with the same in a list."""
+    streamed = Policy(folder, case, layout)
+    listed = Policy(folder, case, layout)
+    listed.micro_batches = list(listed.micro_batches)
+    same_log_probs = equal(streamed.log_probs(), listed.log_probs())
+    return {
+        "streamed": streamed.train(2),
+        "listed": listed.train(2),
+        "same_log_probs": same_log_probs,
+        "same_weights": equal(streamed.weights(), listed.weights()),
+        "threads": [thread.name for thread in threading.enumerate() if thread.name == "micro-batches"],
     }
 
 
@@ -604,9 +620,11 @@ def main() -> None:
         "collectives": (Case("collectives", data=4), run_collectives, ()),
         "routing": (Case("routing", data=routes.RANKS), run_routing, ()),
         **{case.name: (case, run_case, ()) for case in cases.CASES},
+        **{f"streamed-{name}": (cases.by_name(name), run_streamed, ()) for name in cases.STREAMED},
         **{f"resume-{case.name}": (case, run_resume, ()) for case in cases.RESUMES},
         **{f"relayout-{case.name}": (case, run_relayout, (saved,)) for saved, case in cases.RELAYOUTS},
         **{case.name: (case, run_long, ()) for case in (cases.LONG_ONE, cases.LONG_CP4)},
+        **{f"watched-{name}": (cases.by_name(name), watched.text, ()) for name in watched.TEXT},
         "not-finite": (cases.TP2_SP_DP2, run_not_finite, ()),
         "damaged": (cases.DAMAGED[1], run_damaged, cases.DAMAGED[:1]),
         "other-padding": (cases.OTHER_PADDING[1], run_other_padding, cases.OTHER_PADDING[:1]),

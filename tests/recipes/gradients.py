@@ -31,6 +31,19 @@ def numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def sequences(
+    lengths: list[int],
+    loss_mask: Tensor,
+    context_group: dist.ProcessGroup | None = None,
+    total_lengths: list[int] | None = None,
+) -> Sequences:
+    """Sequences of these lengths; ``total_lengths`` where other context-parallel ranks have more of their tokens."""
+    on_this_rank = torch.tensor(lengths, dtype=torch.long)
+    on_all_ranks = torch.tensor(total_lengths or lengths, dtype=torch.long)
+    owners = torch.arange(len(lengths)).repeat_interleave(on_this_rank)
+    return Sequences(on_this_rank, on_all_ranks, owners, loss_mask, context_group)
+
+
 def all_trained(lengths: list[int], context_group: dist.ProcessGroup | None = None) -> Sequences:
     """Sequences of which every token is trained on."""
-    return Sequences(lengths, torch.ones(sum(lengths), dtype=torch.bool), context_group)
+    return sequences(lengths, torch.ones(sum(lengths), dtype=torch.bool), context_group)

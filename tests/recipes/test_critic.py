@@ -131,7 +131,7 @@ def test_returns_over_packed_sequences_are_what_is_still_to_come() -> None:
     assert bootstrapped[judged].tolist() == pytest.approx([value for value in nexts if value is not None])
 
     columns = {"old_values": old_values.numpy(), "returns": returns.numpy(), "weights": np.array(weights)}
-    batch = packing.pack(token_batch(sequences).with_columns(**columns), [3, 0], multiple=1, pad_token=0, device="cpu")
+    batch = packing.pack(token_batch(sequences).with_columns(**columns), [3, 0], multiple=1, pad_token=0)
     assert batch.values["returns"].tolist() == pytest.approx([-0.25, -0.25, -0.25, -0.75, 1.3, 1.2, 1.0])
     assert batch.values["old_values"].tolist() == [0.75, 0.875, 1.0, 1.125, 0.0, 0.125, 0.25]
     new_values = torch.zeros(7, requires_grad=True)

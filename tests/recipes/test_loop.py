@@ -417,6 +417,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     count("loads", "load_weights")
     count("swaps", "swapped_weights")
     count("log_probs", "log_probs")
+    count("log_probs", "all_log_probs")
     return counted
 
 

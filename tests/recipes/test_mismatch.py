@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from recipes.algorithms import mismatch
-from recipes.algorithms.sequences import Sequences
-from tests.recipes.gradients import all_trained, draws, numbers
+from tests.recipes.gradients import all_trained, draws, numbers, sequences
 
 # "rollout": log-probs of 16 responses that SmolLM2-135M sampled in BF16. "trainer": log-probs of the same tokens from
 # one pass over the whole text, by the name of the weights: the same ones ("bf16"), the same rounded to FP8 with one
@@ -125,7 +124,16 @@ def test_the_report_depends_on_neither_order_nor_micro_batches() -> None:
 
 def test_a_rank_without_tokens_of_a_micro_batch_has_no_part_in_it() -> None:
     nothing = torch.zeros(0, dtype=torch.float64)
-    assert mismatch.sums(nothing, nothing, all_trained([0, 0]), tis_cap=2.0) == {}
+    mask = torch.zeros(0, dtype=torch.bool)
+    sums = mismatch.sums(nothing, nothing, sequences([0, 0], mask, total_lengths=[30, 70]), tis_cap=2.0)
+    assert {float(value) for value in sums.values()} == {0.0}
+
+
+def test_a_context_parallel_ranks_tokens_are_in_the_bucket_of_the_whole_response() -> None:
+    here = sequences([40, 2], torch.ones(42, dtype=torch.bool), total_lengths=[80, 2000])
+    sums = mismatch.sums(draws(42, 1), draws(42, 2), here, tis_cap=2.0)
+    tokens = {name.split("/")[1]: float(value) for name, value in sums.items() if name.endswith("/tokens") and value}
+    assert tokens == {"tokens": 42, "to_256": 40, "to_4096": 2}
 
 
 def test_the_sums_are_made_in_fp64() -> None:
@@ -170,7 +178,7 @@ def test_the_weight_of_a_sequence_is_the_product_of_its_ratios_up_to_the_cap() -
     trainer = (0.4 * draws(11, 1)).requires_grad_()
     rollout = 0.4 * draws(11, 2)
     mask = torch.tensor([True, False, True, True, True, True, True, False, True, False, False])
-    weights = mismatch.sequence_truncated(trainer, rollout, Sequences(lengths, mask), tis_cap=1.5)
+    weights = mismatch.sequence_truncated(trainer, rollout, sequences(lengths, mask), tis_cap=1.5)
 
     token_ratios = np.exp(trainer.detach().numpy()) / np.exp(rollout.numpy())
     trained_ratios = np.where(mask.numpy(), token_ratios, 1.0)
@@ -231,15 +239,16 @@ def test_tokens_that_are_not_trained_on_count_in_no_sum_and_no_mask() -> None:
     mask[70:73] = False
     rollout[~mask] = 0.0  # as a forced token is recorded
     trainer[~mask] = -9.0
-    masked = Sequences(lengths, mask)
+    masked = sequences(lengths, mask)
     remaining = all_trained([int(sequence_mask.sum()) for sequence_mask in mask.split(lengths)])
 
     sums = mismatch.sums(trainer, rollout, masked, tis_cap=1.2)
     expected = mismatch.sums(trainer[mask], rollout[mask], remaining, tis_cap=1.2)
     of_all_lengths = [name for name in sums if name.count("/") == 1]
     assert {name: sums[name] for name in of_all_lengths} == {name: expected[name] for name in of_all_lengths}
-    buckets = {name.split("/")[1] for name in sums if name not in of_all_lengths}
-    assert buckets == {"to_64", "to_256"}
+    trained = {name.split("/")[1]: int(value) for name, value in sums.items() if name.endswith("/tokens") and value}
+    of_responses = [int(sequence_mask.sum()) for sequence_mask in mask.split(lengths)]
+    assert trained == {"tokens": int(mask.sum()), "to_64": of_responses[2], "to_256": of_responses[0]}
 
     settings: dict[str, Any] = {"sequence_ratio_bounds": [0.98, 1.5], "token_ratio_veto": 0.1}
     keeps = mismatch.kept_sequences(trainer, rollout, masked, **settings)[mask]

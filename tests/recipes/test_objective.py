@@ -61,7 +61,7 @@ def micro_batches(split: list[list[int]]) -> tuple[list[MicroBatch], list[Tensor
         batch = pack(sequences, indices, 1, 0, torch.device("cpu"))
         # Packing rounds them to FP32.
         batch.values = {name: torch.cat([columns[name][i] for i in batch.indices]) for name in packed_names}
-        batch.values["loss_mask"] = torch.ones(sum(batch.lengths), dtype=torch.float64)
+        batch.values["loss_mask"] = torch.ones(len(batch.places), dtype=torch.float64)
         batches.append(batch)
         log_probs.append(torch.cat([columns["now"][i] for i in batch.indices]))
     return batches, log_probs

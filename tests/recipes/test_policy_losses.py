@@ -13,7 +13,7 @@ from torch import Tensor
 from recipes.algorithms import policy_losses
 from recipes.algorithms.aggregation import sequence_mean_token_mean
 from recipes.algorithms.sequences import Sequences
-from tests.recipes.gradients import all_trained, draws, finite_differences, gradient, numbers
+from tests.recipes.gradients import all_trained, draws, finite_differences, gradient, numbers, sequences
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 DRIFT = {"drift_coefficient": 0.1, "drift_cap": 0.2}
@@ -111,7 +111,7 @@ def test_tokens_that_are_not_trained_on_have_no_part_in_a_sequences_ratio(name: 
     are finite, because NaN and infinity times a weight of 0 are NaN."""
     log_probs, old, advantages = case()
     mask = torch.tensor([True, False, True, True, False, True, True, False, True, False, False])
-    losses = LOSSES[name](log_probs, old, advantages, Sequences(LENGTHS, mask))
+    losses = LOSSES[name](log_probs, old, advantages, sequences(LENGTHS, mask))
     assert losses.isfinite().all()
     trained_lengths = [int(sequence_mask.sum()) for sequence_mask in mask.split(LENGTHS)]
     assert trained_lengths == [2, 1, 3, 0]
@@ -290,15 +290,14 @@ def context_rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
     places = torch.tensor([place for part in PARTS[rank] for place in part])
     log_probs, old, advantages = (column[places] for column in case())
-    sequences = all_trained([len(part) for part in PARTS[rank]], dist.group.WORLD)
+    shared = all_trained([len(part) for part in PARTS[rank]], dist.group.WORLD)
     by_loss = {}
     for name, function in LOSSES.items():
         leaf = log_probs.clone().requires_grad_()
-        losses = function(leaf, old, advantages, sequences)
+        losses = function(leaf, old, advantages, shared)
         losses.sum().backward()
         by_loss[name] = (losses.detach(), leaf.grad)
-    sums = {"least": sequences.minimum(log_probs), "lengths": sequences.total_lengths()}
-    torch.save((places, by_loss, sums), folder / f"rank{rank}.pt")
+    torch.save((places, by_loss, shared.minimum(log_probs)), folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -306,11 +305,10 @@ def test_context_parallel_ranks_that_share_a_sequence_get_the_whole_sequence_s_r
     torch.multiprocessing.spawn(context_rank, (tmp_path,), nprocs=2)
     log_probs, old, advantages = case()
     for rank in range(2):
-        places, by_loss, sums = torch.load(tmp_path / f"rank{rank}.pt")
+        places, by_loss, least = torch.load(tmp_path / f"rank{rank}.pt")
         for name, (losses, by_autograd) in by_loss.items():
             whole_losses = loss(name, log_probs, old, advantages, LENGTHS)
             whole_gradient = loss_gradient(name, log_probs, old, advantages, LENGTHS)
             assert losses.tolist() == pytest.approx(whole_losses[places].tolist(), rel=1e-12)
             assert by_autograd.tolist() == pytest.approx(whole_gradient[places].tolist(), rel=1e-12)
-        assert sums["lengths"].tolist() == LENGTHS
-        assert sums["least"].tolist() == [part.min().item() for part in log_probs.split(LENGTHS)]
+        assert least.tolist() == [part.min().item() for part in log_probs.split(LENGTHS)]

@@ -253,11 +253,22 @@ def test_memory_of_a_llama_stage_is_that_counted_by_hand(reports: Reports) -> No
     layer = 8192 * (8192 + 2 * 1024) // 8 + 8192 * 8192 // 8 + 3 * 8192 * 28672 // 8
     assert rank["buffers"] == pytest.approx(2 * layer / 2**30, abs=0.001)
     idle = rank["weights"] + rank["optimizer"] + rank["buffers"] + rank["reserve"]
-    training = idle + rank["gradients"] + rank["activations"] + rank["logits"] + rank["workspace"]
+    passes = rank["activations"] + rank["logits"] + rank["micro_batches"] + rank["workspace"]
+    training = idle + rank["gradients"] + passes
     generating = idle + rank["kv_cache"] + rank["vllm"]
     assert rank["training"] == pytest.approx(training, abs=0.01)
     assert rank["generating"] == pytest.approx(generating, abs=0.01)
     assert rank["total"] == max(rank[phase] for phase in ("generating", "training", "syncing"))
+
+
+def test_the_images_of_three_micro_batches_are_on_the_ranks_with_the_tower(reports: Reports) -> None:
+    """One that is read and two that wait, full of images: of each of 4 x 16,384 patches 3 x 2 x 14 x 14 pixels of two
+    bytes, 80 angles of four, and a quarter of two indices for the windows and two for the rows. Other stages have ids
+    and columns alone."""
+    patch = 2 * 3 * 2 * 14 * 14 + 4 * 80 + 8 * (2 + 2) // 4
+    images = 3 * 4 * 16_384 * patch / 2**30
+    for rank in reports["72b"]["memory_gib"]:
+        assert rank["micro_batches"] == pytest.approx(images if rank["pp"] == 0 else 0.0, abs=0.04)
 
 
 def test_batch_is_alike_on_every_rank(reports: Reports) -> None:

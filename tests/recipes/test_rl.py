@@ -79,13 +79,13 @@ def chosen(
 def test_the_packed_ids_are_the_sampled_ids(batch: TokenBatch) -> None:
     packed: dict[int, tuple[list[int], list[int], list[float]]] = {}
     for indices in packing.plan(batch.lengths.tolist(), 1, 48)[0]:
-        micro_batch = packing.pack(batch, indices, multiple=2, pad_token=0, device="cpu")
+        micro_batch = packing.pack(batch, indices, multiple=2, pad_token=0)
         tokens = micro_batch.tokens[0].tolist()
         starts = micro_batch.packed.cu_seqlens_q.tolist()
         targets = micro_batch.targets.tolist()
         logprobs = micro_batch.values["logprobs"].tolist()
         for place, index in enumerate(micro_batch.indices):
-            n = micro_batch.lengths[place]
+            n = int(micro_batch.lengths[place])
             packed[index] = tokens[starts[place] : starts[place + 1]], targets[:n], logprobs[:n]
             targets = targets[n:]
             logprobs = logprobs[n:]

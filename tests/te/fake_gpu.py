@@ -4,6 +4,7 @@ The platform ``cuda``, Megatron-Core's wrappers and Transformer Engine's Python 
 compiled extension (``fake_extension``), kernels (``fake_kernels``), the device, NCCL (gloo, under its name).
 """
 
+import contextlib
 import functools
 import gc
 import logging
@@ -121,6 +122,8 @@ def patches(device: torch.device) -> Iterator[Patch]:
         "host_memory_stats": lambda: dict(_pinned_stats),
         "mem_get_info": lambda device=None: (MEMORY // 2 + given_back(), MEMORY),
         "Stream": _Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "set_sync_debug_mode": lambda mode: None,
         "Event": _Stream,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
@@ -142,6 +145,7 @@ def patches(device: torch.device) -> Iterator[Patch]:
     yield torch.Tensor, "cuda", lambda self, *args, **kwargs: self
     yield torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self
     yield torch.Tensor, "is_pinned", _is_pinned
+    yield torch.Tensor, "record_stream", lambda self, stream: None
     yield torch.Tensor, "is_cuda", property(lambda self: True)
     yield from _nccl()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.te import fake_extension
+from tests.te import fake_extension, host_waits
 
 Tensor = torch.Tensor
 
@@ -379,7 +379,7 @@ def install(extension: types.ModuleType) -> None:
     """Put the fakes into the fake extension, before Transformer Engine imports it."""
     for kernel in KERNELS:
         assert hasattr(extension, kernel.__name__), f"the extension binds no {kernel.__name__}"
-        setattr(extension, kernel.__name__, kernel)
+        setattr(extension, kernel.__name__, host_waits.as_a_kernel(kernel))
     extension.get_num_cublas_streams = lambda: 4  # type: ignore[attr-defined]
 
 
@@ -397,6 +397,7 @@ def install_attention() -> None:
     utils.get_attention_backend = select_for_twins
     forward = inspect.signature(backends.FusedAttention.forward)
 
+    @host_waits.as_a_kernel
     def attend(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         given = forward.bind(self, *args, **kwargs)
         given.apply_defaults()

@@ -14,6 +14,7 @@ from tests.megatron_ext import cases
 from tests.megatron_ext.ranks import Ranks
 from tests.megatron_ext.reference import all_pieces
 from tests.megatron_ext.test_layouts import above, of_tokens
+from tests.te import watched
 
 Results = list[dict[str, Any]]  # of a job, by rank
 # Every family, with every kind of parallelism among them; of the CPU platform's cases.
@@ -66,6 +67,16 @@ def test_vision_towers_are_the_cpu_platforms(name: str, vision_on_gpu: Ranks, vi
         for index, (_, values) in there["log_probs"].items():
             torch.testing.assert_close(here["log_probs"][index][1], values, rtol=0, atol=2e-5)
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [*watched.TEXT, *watched.VISION])
+def test_the_host_waits_for_no_pass(name: str, request: pytest.FixtureRequest) -> None:
+    """A pass with RL's loss, forward and backward, reads no number and copies nothing that is not pinned. One that
+    does so is found out."""
+    ranks = request.getfixturevalue("on_gpu" if name in watched.TEXT else "vision_on_gpu")
+    for rank in ranks.results(f"watched-{name}"):
+        assert rank["waits"] == [], "\n".join(rank["waits"])
+        assert rank["seen"] == watched.SEEN
 
 
 def test_a_checkpoint_resumes_bit_for_bit(on_gpu: Ranks) -> None:

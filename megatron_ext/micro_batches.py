@@ -1,0 +1,119 @@
+"""A plan's micro-batches, built while earlier ones are computed, so that few are on the device at a time."""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+
+import torch
+
+from megatron_ext import platform
+from megatron_ext.batch import TokenBatch
+from megatron_ext.packing import MicroBatch, OnDevice
+
+# Micro-batches that are built, or being built, before they are asked for. The preflight counts them.
+AHEAD = 2
+# (batch, indices of responses, how tensors get to the device) → their micro-batch, as ``packing.pack`` makes it.
+Build = Callable[[TokenBatch, Sequence[int], OnDevice], MicroBatch]
+
+
+class MicroBatches:
+    """Micro-batches of a batch by a ``plan``, whose entries are the responses of each.
+
+    Each pass over them builds them anew, in a thread and at most ``AHEAD`` of those that are taken. The thread copies
+    them to the device without waiting for it, and so does the caller's. What the thread raises, the caller gets. Their
+    number is known before any is built, and of a column that :meth:`add` added whether it is there.
+    """
+
+    def __init__(self, batch: TokenBatch, plan: Sequence[Sequence[int]], build: Build) -> None:
+        self.batch = batch
+        self.plan = plan
+        self.build = build
+        # Of each micro-batch, [R] on the device.
+        self.added: dict[str, Sequence[torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        upload = platform.current().uploads()
+
+        def build(indices: Sequence[int]) -> tuple[MicroBatch, Callable[[], None]]:
+            return self.build(self.batch, indices, upload), upload.begun()
+
+        with closing(built_ahead(build, self.plan)) as built:
+            for number, (micro_batch, wait) in enumerate(built):
+                wait()
+                micro_batch.values |= {name: columns[number] for name, columns in self.added.items() if columns}
+                yield micro_batch
+
+    def has(self, name: str) -> bool:
+        """Whether ``MicroBatch.values`` has the column."""
+        return name in self.batch.columns or name in self.batch.response_columns or name in self.added
+
+    def add(self, name: str, columns: Sequence[torch.Tensor]) -> None:
+        """A column of ``MicroBatch.values``, [R] for each micro-batch: what a pass over them has computed. Ranks that
+        have none of it (all but the last pipeline stage) give nothing."""
+        self.added[name] = columns
+
+
+class Joined:
+    """The micro-batches of several updates, for one pass over all of them."""
+
+    def __init__(self, parts: Sequence[MicroBatches]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for part in self.parts:
+            yield from part
+
+    def has(self, name: str) -> bool:
+        """As :meth:`MicroBatches.has`, of all parts."""
+        return all(part.has(name) for part in self.parts)
+
+    def add(self, name: str, columns: Sequence[torch.Tensor]) -> None:
+        """As :meth:`MicroBatches.add`, of the micro-batches of all parts in their order."""
+        first = 0
+        for part in self.parts:
+            part.add(name, columns[first : first + len(part)])
+            first += len(part)
+
+
+def built_ahead[Source, Built](build: Callable[[Source], Built], sources: Sequence[Source]) -> Generator[Built]:
+    """What ``build`` makes of each source, made by a thread that is at most ``AHEAD`` of them ahead of the caller.
+
+    Raises what ``build`` raises. The thread has ended when the iterator has, or is closed.
+    """
+    room = threading.Semaphore(AHEAD)
+    done: queue.SimpleQueue[tuple[Built, None] | tuple[None, BaseException]] = queue.SimpleQueue()
+    is_closed = threading.Event()
+
+    def work() -> None:
+        try:
+            for source in sources:
+                room.acquire()
+                if is_closed.is_set():
+                    return
+                done.put((build(source), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    def take() -> Built:
+        built, error = done.get()
+        if error is not None:
+            raise error
+        room.release()
+        return built  # type: ignore[return-value]
+
+    thread = threading.Thread(target=work, name="micro-batches", daemon=True)
+    thread.start()
+    try:
+        for _ in sources:
+            yield take()
+    finally:
+        is_closed.set()
+        room.release()
+        thread.join()
