@@ -268,7 +268,7 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
     hf_config = model_config(config.model.path)
     policy = Policy(
         model=SimpleNamespace(  # type: ignore[arg-type]
-            token_multiple=config.parallel.tensor * config.precision.token_multiple, tower=None
+            token_multiple=config.parallel.tensor * config.precision.token_multiple, pack_tokens=None, tower=None
         ),
         parallel=parallel,
         source=config.model.path,

@@ -31,11 +31,6 @@ class PrecisionConfig:
 
         return getattr(torch, DTYPES[self.name])
 
-    @property
-    def activation_bytes(self) -> int:
-        """Of a weight or activation outside FP8 matrix products."""
-        return 4 if self.name == "fp32" else 2
-
     def transformer_options(self) -> dict[str, Any]:
         """TransformerConfig fields."""
         if self.name != "fp8":

@@ -32,7 +32,7 @@ def job_of(config: Config) -> Job:
         context=config.parallel.context,
         recompute=recomputed_share(config),
         micro_batch_tokens=config.parallel.micro_batch_tokens,
-        activation_bytes=config.precision.activation_bytes,
+        activation_bytes=config.precision.dtype.itemsize,
         prompts=config.algorithm.prompts_per_step,
         samples=config.algorithm.samples_per_prompt,
         updates=config.algorithm.updates_per_rollout,

@@ -197,7 +197,7 @@ def longest(config: Config) -> int:
 
 def kv_cache_element_bytes(config: Config) -> int:
     """Of a key or a value in the engines' cache."""
-    return 1 if config.rollout.kv_cache_dtype == "fp8" else config.precision.activation_bytes
+    return 1 if config.rollout.kv_cache_dtype == "fp8" else config.precision.dtype.itemsize
 
 
 def sequences_per_update(config: Config) -> int:
@@ -329,7 +329,7 @@ def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
         batched_tokens=rollout.max_num_batched_tokens,
         sequences=rollout.max_num_seqs,
         step_tokens=rollout.speculative.step_tokens,
-        size=config.precision.activation_bytes,
+        size=config.precision.dtype.itemsize,
         fp8=rollout.quantization is not None,
     )
 

@@ -365,7 +365,7 @@ def test_a_pack_of_constant_length_has_padding_in_sequences_not_longer_than_its_
         assert micro.packed.positions.max() < longest
         for name in ("predict", "targets", "places"):
             assert torch.equal(getattr(micro, name), getattr(plain, name))
-        assert (micro.lengths, micro.indices) == (plain.lengths, plain.indices)
+        assert torch.equal(micro.lengths, plain.lengths) and micro.indices == plain.indices
 
 
 def test_padding_is_cut_into_pieces_of_the_longest_sequence() -> None:

@@ -79,7 +79,9 @@ class SocketTab:
         """The text of the only answer, once it has ended."""
 
         def has_ended() -> bool:
-            return bool(self.with_class("branch")) and not self.with_class("occupied")
+            # An area that is drawn anew is there twice until the message that removes the former one.
+            is_drawn = len(self.with_class("text", "answer")) == 1
+            return is_drawn and bool(self.with_class("branch")) and not self.with_class("occupied")
 
         async with self.changed:
             await self.changed.wait_for(has_ended)

@@ -136,7 +136,7 @@ def test_measured_values_take_the_place_of_estimates(rung: str, conf: Path, tmp_
 
 def test_the_preflights_estimate_moves_by_what_was_measured(conf: Path, tmp_path: Path) -> None:
     """The 72B recipe's rank is in six groups: of tensor, pipeline, context and gradients, of all, and of the sync. Its
-    engines have 19 graphs."""
+    engines have 35 graphs."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = parse(compose("config", ["recipe=safework_72b"]))
 
@@ -151,7 +151,7 @@ def test_the_preflights_estimate_moves_by_what_was_measured(conf: Path, tmp_path
     after = reserve()
     process = (0.75 - 0.55) + (0.25 - 0.5)
     assert after[0] - before[0] == pytest.approx(process + (2.031 - 1.0) + 6 * (0.55 - 0.3), abs=1e-6)
-    graphs = 19 * (0.0312 - 0.035)
+    graphs = 35 * (0.0312 - 0.035)
     assert after[1] - before[1] == pytest.approx(process + (0.55 - 0.3) + graphs, abs=1e-6)
 
 
