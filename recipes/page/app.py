@@ -80,6 +80,8 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
         client = ui.context.client
         ui.add_head_html(f"<style>{STYLE}</style>")
         await client.connected()
+        if client.is_deleted:
+            return  # fetched by a program that opened no connection within a minute
         # A tab keeps its conversation when it is loaded again. Another browser's tab never has the same key.
         owner = (session_of(request), str(client.tab_id))
         View(writer, conversations.of(owner, setup.person), edits).build()
