@@ -27,16 +27,18 @@ DIFFERENCE, FIRST_DAMPING, MOST_DAMPING, LEAST_GAIN = 0.02, 0.01, 10.0, 0.02
 FITTED = ("hbm_share", "mfu", "decode_ms", "all_reduce_us", "switch_s")
 
 
-def model_of(case: DictConfig) -> str:
-    """The name of the model, with which a published step's name begins."""
-    return str(case.name).partition(",")[0]
+def model_of(name: str) -> str:
+    """The model, with which a published step's name begins."""
+    return name.partition(",")[0]
 
 
-def ratios(values: np.ndarray, machine: Machine, scale: DictConfig) -> dict[str, float]:
-    """Published step → our seconds over the published ones, with these ``values`` of the constants."""
+def ratios(values: np.ndarray, machine: Machine, scale: DictConfig, left_out: str | None = None) -> dict[str, float]:
+    """Published step → our seconds over the published ones, with these ``values`` of the constants; without the steps
+    of the model that is left out."""
     fitted: dict[str, Any] = dict(zip(FITTED, map(float, values), strict=True))
     with_values = replace(machine, **fitted)
-    compared = [compare_with_published(case, with_values, scale) for case in scale.published]
+    cases = [case for case in scale.published if model_of(case.name) != left_out]
+    compared = [compare_with_published(case, with_values, scale) for case in cases]
     return {each["name"]: each["ratio"] for each in compared}
 
 
@@ -46,11 +48,9 @@ def fit(machine: Machine, scale: DictConfig, left_out: str | None) -> np.ndarray
     They are searched as logarithms, so that all stay above 0, from those that conf/scale has, by Levenberg and
     Marquardt's steps: a step that does not lower the sum is tried again with more damping.
     """
-    names = [str(case.name) for case in scale.published if model_of(case) != left_out]
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
-        found = ratios(np.exp(logarithms), machine, scale)
-        return np.log([found[name] for name in names])
+        return np.log(list(ratios(np.exp(logarithms), machine, scale, left_out).values()))
 
     present = np.log([getattr(machine, name) for name in FITTED])
     of_present = residuals(present)
@@ -76,7 +76,7 @@ def fit(machine: Machine, scale: DictConfig, left_out: str | None) -> np.ndarray
 
 def measure(scale: DictConfig, machine: Machine) -> dict[str, Any]:
     """Left-out model, or "none" → its fit's constants and all ratios; "conf" has those of the file's own constants."""
-    models = dict.fromkeys(model_of(case) for case in scale.published)
+    models = dict.fromkeys(model_of(case.name) for case in scale.published)
     stated = np.array([getattr(machine, name) for name in FITTED])
     fits = {"conf": stated, "none": fit(machine, scale, None)}
     fits |= {name: fit(machine, scale, name) for name in models}
@@ -95,7 +95,7 @@ def show(fits: dict[str, Any]) -> None:
         "published", "conf/scale", "fitted to all", "fitted to the other models", title="our seconds / published"
     )
     for name in fits["conf"]["ratios"]:
-        of_others = fits[name.partition(",")[0]]
+        of_others = fits[model_of(name)]
         columns = [f"{each['ratios'][name]:.2f}" for each in (fits["conf"], fits["none"], of_others)]
         table.add_row(name, *columns)
     constants = Table("left out", *FITTED)

@@ -20,9 +20,9 @@ Build = Callable[[TokenBatch, Sequence[int], OnDevice], MicroBatch]
 class MicroBatches:
     """Micro-batches of a batch by a ``plan``, whose entries are the responses of each.
 
-    Each pass over them builds them anew, in a thread and at most ``AHEAD`` of those that are taken. The thread copies
-    them to the device without waiting for it, and so does the caller's. What the thread raises, the caller gets. Their
-    number is known before any is built, and of a column that :meth:`add` added whether it is there.
+    Each pass over them builds them anew, in a thread that is at most ``AHEAD`` of them ahead of the caller. Neither the
+    thread nor the caller waits for the copies to the device. What the thread raises, the caller gets. The number of
+    micro-batches, and whether they have a column, are known before any is built.
     """
 
     def __init__(self, batch: TokenBatch, plan: Sequence[Sequence[int]], build: Build) -> None:

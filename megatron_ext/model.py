@@ -341,17 +341,16 @@ def check_recomputed_mlp(decoder: Any, embedding_is_frozen: bool, frozen: Sequen
     if its input needs one, so only after something that is trained."""
     reached = not embedding_is_frozen
     for layer in decoder.layers:
-        is_trained = {
-            name.startswith("mlp."): p.requires_grad for name, p in layer.named_parameters() if p.requires_grad
-        }
-        reached = reached or False in is_trained
-        if True in is_trained and not reached:
+        trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        of_mlp = [name for name in trained if name.startswith("mlp.")]
+        reached = reached or len(of_mlp) < len(trained)
+        if of_mlp and not reached:
             raise ValueError(
                 f"model.frozen={list(frozen)} with parallel.recompute_modules=[mlp]: a feed-forward layer recomputed "
                 "after frozen layers gets no gradient from Megatron-Core; use parallel.recompute=none, or train the "
                 "attention before it"
             )
-        reached = reached or True in is_trained
+        reached = reached or bool(of_mlp)
 
 
 def pack_tokens(sizes: ParallelConfig, token_multiple: int) -> int | None:

@@ -286,12 +286,14 @@ def layout_overrides(raw: DictConfig, tensor: int, pipeline: int, context: int) 
     new["tp_comm_overlap"] = cut.tp_comm_overlap and tensor > 1
     if pipeline != cut.pipeline:
         new |= {"virtual_pipeline": 1, "first_stage_layers": None, "last_stage_layers": None, "recompute_layers": None}
-    shown = {None: "null", True: "true", False: "false"}
-    return [
-        f"parallel.{name}={value if type(value) is int else shown[value]}"
-        for name, value in new.items()
-        if cut[name] != value
-    ]
+    return [as_override(f"parallel.{name}", value) for name, value in new.items() if cut[name] != value]
+
+
+def as_override(name: str, value: Any) -> str:
+    """The words that give a setting a value on the command line."""
+    if value is None:
+        return f"{name}=null"
+    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def prompts_override(raw: DictConfig, replicas: int) -> list[str]:

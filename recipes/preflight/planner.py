@@ -24,6 +24,7 @@ from recipes.preflight import cost, memory_plan, scale_model
 from recipes.preflight.alternatives import (
     CONTEXT_SIZES,
     Search,
+    as_override,
     layout_overrides,
     prompts_override,
     round_up,
@@ -417,7 +418,17 @@ class Planner:
         of_model = language_config(arch, self.text, sharding, cut, config.precision, stage)
         data = cut.data_parallel(config.cluster.ranks)
         here = Parallel(cut, data, tensor_rank=0, pipeline_rank=stage, context_rank=0, data_rank=0)
-        empty = Model([], of_model, self.search.hf_config, sharding, here, [], cut.tensor, None, 0)
+        empty = Model(
+            chunks=[],
+            config=of_model,
+            hf_config=self.search.hf_config,
+            sharding=sharding,
+            parallel=here,
+            shards=[],
+            token_multiple=cut.tensor,
+            pack_tokens=None,
+            padded_vision_heads=0,
+        )
         pack = cut.micro_batch_tokens
         tokens = round_up(pack // cut.context, cut.tensor)
         longest = memory_plan.longest(config)
@@ -537,8 +548,7 @@ class Planner:
         on_nodes = merged(raw, changed)
         for name, value in wanted.items():
             if OmegaConf.select(on_nodes, name) != value:
-                shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
-                changed.append(f"{name}={shown}")
+                changed.append(as_override(name, value))
         return changed
 
 

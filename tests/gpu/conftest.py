@@ -9,14 +9,21 @@ import pytest
 import torch
 
 from megatron_ext.parallel import Parallel
+from rollout.engine import EngineSettings
 from tests.gpu import record
 from tests.rollout.twins import Twin
-from tests.settings import optimizer_config, parallel_config, precision_config, schedule_config
+from tests.settings import engine_settings, optimizer_config, parallel_config, precision_config, schedule_config
 
 # FP8 with a scale for each block of 128 x 128 needs sizes in multiples of 128, and the kernels of all sizes take these.
 TINY = Twin(heads=8, kv_heads=4, vocab=256, tied=False, bias=False, dtype=torch.bfloat16, intermediate=256)
 OPTIMIZER = optimizer_config(weight_decay=0.1)
 SCHEDULE = schedule_config(0.1)  # far above what BF16 rounds away
+
+
+def tiny_engine(model: Path, **changes: Any) -> EngineSettings:
+    """Settings of an engine for the tiny model in a folder; ``changes`` are of ``rollout``."""
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "kv_cache_gib": 0.5}
+    return engine_settings(model=str(model), dtype="bfloat16", max_model_len=96, platform="cuda", **(sizes | changes))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,10 +12,10 @@ from rollout.engine import Engine, stop_engines
 from rollout.sampler import generate
 from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
-from tests.gpu.conftest import TINY
+from tests.gpu.conftest import TINY, tiny_engine
 from tests.responses import make_prompt, plain
 from tests.rollout.test_vllm import logprobs_of
-from tests.settings import engine_settings, precision_config
+from tests.settings import precision_config
 
 SAMPLING = Sampling(max_tokens=32, stop_token_ids=(2,))
 PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i)]) for i in range(4)]
@@ -26,16 +26,7 @@ def test_samples_are_those_of_rounded_queries_keys_and_values(
 ) -> None:
     """On the host in FP32, with the rounding and without: vLLM is nearer to the first. On an H100 it rounds queries,
     too, and the attention's weights, which the reference does not. Twice the same after a sync, with CUDA graphs."""
-    settings = engine_settings(
-        model=str(folder),
-        dtype="bfloat16",
-        max_model_len=96,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        kv_cache_gib=0.5,
-        platform="cuda",
-        kv_cache_dtype="fp8",
-    )
+    settings = tiny_engine(folder, kv_cache_dtype="fp8")
     engine = Engine(settings, tmp_path / "engine.log")
     try:
         policy = model.build(hf_checkpoint.config(folder), layout, precision_config())

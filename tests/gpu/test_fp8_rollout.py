@@ -11,9 +11,10 @@ from rollout.sampler import generate, make_requests
 from rollout.sampling import Sampling
 from rollout.vllm_platform import QUANTIZATIONS
 from rollout.weight_sync.sync import WeightSync
+from tests.gpu.conftest import tiny_engine
 from tests.responses import make_prompt, plain
 from tests.rollout.test_vllm import fresh_results, start_fresh
-from tests.settings import engine_settings, precision_config
+from tests.settings import precision_config
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
 PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i)]) for i in range(4)]
@@ -28,16 +29,7 @@ def test_a_sync_quantises_as_vllm_does_when_it_loads_the_checkpoint(
     hf_checkpoint.load(policy.shards, folder)
     export = tmp_path / "export"
     hf_checkpoint.export(policy.shards, folder, export, True)
-    settings = engine_settings(
-        model=str(export),
-        dtype="bfloat16",
-        max_model_len=96,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        kv_cache_gib=0.5,
-        platform="cuda",
-        quantization=quantization,
-    )
+    settings = tiny_engine(export, quantization=quantization)
     requests = make_requests(PROMPTS, 2, seed=5, step=0)
     fresh = start_fresh(settings, requests, SAMPLING, tmp_path / "fresh")
     assert fresh.wait(400) == 0

@@ -13,8 +13,9 @@ from rollout.engine import Engine, stop_engines
 from rollout.sampler import generate
 from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
+from tests.gpu.conftest import tiny_engine
 from tests.responses import PlainResponse, make_prompt, plain
-from tests.settings import engine_settings, precision_config
+from tests.settings import precision_config
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
 PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i)]) for i in range(4)]
@@ -33,18 +34,7 @@ def engines(
     home = tmp_path_factory.mktemp("graphs")
     pair = [
         Engine(
-            engine_settings(
-                model=str(folder),
-                dtype="bfloat16",
-                max_model_len=96,
-                max_num_seqs=8,
-                max_num_batched_tokens=256,
-                kv_cache_gib=0.5,
-                platform="cuda",
-                sleep=True,
-                quantization=request.param,
-                cuda_graphs=cuda_graphs,
-            ),
+            tiny_engine(folder, sleep=True, quantization=request.param, cuda_graphs=cuda_graphs),
             home / f"{name}.log",
         )
         for name, cuda_graphs in (("graphs", True), ("eager", False))

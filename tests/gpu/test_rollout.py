@@ -14,9 +14,9 @@ from rollout.sampler import generate
 from rollout.sampling import Sampling
 from rollout.weight_sync.checksum import rectangle_checksum
 from rollout.weight_sync.sync import WeightSync
-from tests.gpu.conftest import TINY
+from tests.gpu.conftest import TINY, tiny_engine
 from tests.responses import PlainResponse, make_prompt, plain
-from tests.settings import engine_settings, precision_config
+from tests.settings import precision_config
 
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
 PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i)]) for i in range(4)]
@@ -44,15 +44,7 @@ class Rollout:
 
 @pytest.fixture(scope="module")
 def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    settings = engine_settings(
-        model=str(folder),
-        dtype="bfloat16",
-        max_model_len=96,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        kv_cache_gib=0.5,
-        platform="cuda",
-    )
+    settings = tiny_engine(folder)
     scratch = tmp_path_factory.mktemp("engine")
     engine = Engine(settings, scratch / "engine_0.log")
     try:

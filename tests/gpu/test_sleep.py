@@ -12,8 +12,9 @@ from rollout.engine import Engine, EngineError, stop_engines
 from rollout.sampler import generate
 from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
+from tests.gpu.conftest import tiny_engine
 from tests.responses import PlainResponse, make_prompt, plain
-from tests.settings import engine_settings, precision_config
+from tests.settings import precision_config
 
 KV_CACHE_GIB = 4.0
 SAMPLING = Sampling(max_tokens=16, stop_token_ids=(2,))
@@ -24,16 +25,7 @@ PROMPTS = [make_prompt(f"p{i}", [3 + (7 * i + j) % 200 for j in range(3 + 10 * i
 def rollout(layout: parallel.Parallel, folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """An engine that may sleep and the weight sync to it, after a sync; what its process keeps of the GPU beside
     weights and cache, in GiB."""
-    settings = engine_settings(
-        model=str(folder),
-        dtype="bfloat16",
-        max_model_len=96,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        kv_cache_gib=KV_CACHE_GIB,
-        platform="cuda",
-        sleep=True,
-    )
+    settings = tiny_engine(folder, kv_cache_gib=KV_CACHE_GIB, sleep=True)
     home = tmp_path_factory.mktemp("sleep")
     policy = model.build(hf_checkpoint.config(folder), layout, precision_config())
     hf_checkpoint.load(policy.shards, folder)

@@ -11,11 +11,11 @@ from rollout.engine import Engine, stop_engines
 from rollout.sampler import generate
 from rollout.sampling import Sampling
 from rollout.weight_sync.sync import WeightSync
-from tests.gpu.conftest import TINY
+from tests.gpu.conftest import TINY, tiny_engine
 from tests.responses import PlainResponse, make_prompt, plain
 from tests.rollout.speculating import LAYERS_SHARE, repeating
 from tests.rollout.test_vllm import logprobs_of
-from tests.settings import engine_settings, precision_config
+from tests.settings import precision_config
 
 TOKENS = 48
 SAMPLING = Sampling(max_tokens=TOKENS, stop_token_ids=(2,), temperature=0.2)
@@ -27,16 +27,8 @@ def test_tokens_of_accepted_drafts_have_the_models_log_probs(
 ) -> None:
     """Within the bounds of trainer and vLLM, over the temperature; a response alone in fewer steps than it has tokens;
     and the same bits after sleep, wake and sync."""
-    settings = engine_settings(
-        model=str(folder),
-        dtype="bfloat16",
-        max_model_len=96,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        kv_cache_gib=0.5,
-        platform="cuda",
-        sleep=True,
-        speculative={"method": "ngram", "draft_tokens": 3, "lookup_min": 1, "lookup_max": 3},
+    settings = tiny_engine(
+        folder, sleep=True, speculative={"method": "ngram", "draft_tokens": 3, "lookup_min": 1, "lookup_max": 3}
     )
     engine = Engine(settings, tmp_path / "engine.log")
 
