@@ -51,7 +51,8 @@ class ParallelConfig:
         "GPU: tensor-parallel communication overlaps with the matrix products; needs sequence and constant_length"
     )
     shared_prompts: bool | None = setting(
-        "in RL the responses to a prompt share its passes in log-probs and training; null: where it can be"
+        "in RL the responses to a prompt share its passes in log-probs and training; null: on a CPU where it can be, "
+        "not on a GPU, where it has never been run"
     )
 
     @property

@@ -361,11 +361,12 @@ def pack_tokens(sizes: ParallelConfig, token_multiple: int) -> int | None:
 
 
 def shares_prompts(sizes: ParallelConfig) -> bool:
-    """Whether responses share their prompt's passes: as ``parallel.shared_prompts`` says, or where it can be."""
+    """Whether responses share their prompt's passes: as ``parallel.shared_prompts`` says; null, as the platform does
+    where the layout can."""
     if sizes.shared_prompts is not None:
         return sizes.shared_prompts
-    possible = platform.capabilities(platform.current().name)
-    return possible.has_shared_prompts and sizes.context == 1
+    usual = platform.capabilities(platform.current().name)
+    return usual.shares_prompts and sizes.context == 1
 
 
 def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layers: int) -> None:

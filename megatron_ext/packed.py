@@ -18,6 +18,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 PROMPT = 0
+# Keys, and queries, of a block of scores that is left out where all of it is hidden (``megatron_ext.flex``).
+BLOCK = 128
 
 
 @dataclass

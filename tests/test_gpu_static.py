@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = ROOT / "megatron_ext" / "platform"
 RUNGS = ("gpu-check", "gpu-check-node", "gpu-check-two-nodes")
 CUDA, CPU = (ast.parse((PLATFORM / f"{name}.py").read_text()) for name in ("cuda", "cpu"))
+ATTENTION = ast.parse((PLATFORM / "cuda_attention.py").read_text())
 
 
 def collect() -> subprocess.CompletedProcess[str]:
@@ -98,7 +99,7 @@ def test_the_platform_documentation_names_every_function() -> None:
 def test_what_the_cuda_side_takes_from_megatron_core_is_there() -> None:
     taken = [
         (node.module, alias.name)
-        for node in ast.walk(CUDA)
+        for node in itertools.chain(ast.walk(CUDA), ast.walk(ATTENTION))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron.core")
         for alias in node.names
     ]

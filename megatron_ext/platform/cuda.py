@@ -63,12 +63,18 @@ def config_options() -> dict[str, Any]:
 
 
 def layer_specs(config: Any, virtual_stage: int | None = None) -> Any:
-    """Transformer Engine layers: fused norm + linear, THD flash attention, FP8 when ``config.fp8`` is set."""
+    """Transformer Engine layers: fused norm + linear, THD flash attention, FP8 when ``config.fp8`` is set.
+
+    Packs with shared prompts have torch's FlexAttention instead (``megatron_ext.flex``).
+    """
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+    from megatron_ext.platform.cuda_attention import DecoderAttention
+
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer.submodules.self_attention.submodules.core_attention = DecoderAttention
     layers = [layer] * get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
 

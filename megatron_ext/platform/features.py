@@ -18,7 +18,7 @@ class Capabilities:
         has_fp8: matrix products in FP8 are possible on the newest devices of the platform.
         has_fp32_context_parallel: attention in FP32 can be divided over context-parallel ranks. Of Transformer Engine's
             kernels the fused one takes 16 bits alone, and the unfused one takes no context parallelism.
-        has_shared_prompts: its attention can hide the other responses to a prompt from a response in the same sequence.
+        shares_prompts: what ``parallel.shared_prompts=null`` means; false where sharing has never been run.
         fused_kernels: Transformer Engine's norms, RoPE, SwiGLU and flash attention, which keep less for the backward
             pass than torch's separate operations.
         can_fork_after_imports: a process that has imported torch and Megatron-Core may fork ranks.
@@ -29,7 +29,7 @@ class Capabilities:
     can_sleep: bool
     has_fp8: bool
     has_fp32_context_parallel: bool
-    has_shared_prompts: bool
+    shares_prompts: bool
     fused_kernels: bool
     can_fork_after_imports: bool
     probe_size: int
@@ -41,7 +41,7 @@ CAPABILITIES = {
         can_sleep=False,
         has_fp8=False,
         has_fp32_context_parallel=True,
-        has_shared_prompts=True,
+        shares_prompts=True,
         fused_kernels=False,
         can_fork_after_imports=True,
         probe_size=192,
@@ -51,7 +51,7 @@ CAPABILITIES = {
         can_sleep=True,
         has_fp8=True,
         has_fp32_context_parallel=False,
-        has_shared_prompts=False,
+        shares_prompts=False,
         fused_kernels=True,
         # Imports may initialise CUDA, and a CUDA context does not survive a fork.
         can_fork_after_imports=False,

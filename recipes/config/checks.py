@@ -31,7 +31,6 @@ def check(config: Config) -> None:
     check_precision(config)
     check_recompute(config)
     check_overlap(config)
-    check_shared_prompts(config)
     check_samples_of_other_weights(config)
     check_shared_memory(config)
     check_critic(config)
@@ -122,15 +121,6 @@ def check_overlap(config: Config) -> None:
 
 def has_fused_kernels(config: Config) -> bool:
     return capabilities(config.cluster.platform).fused_kernels
-
-
-def check_shared_prompts(config: Config) -> None:
-    """The platform's attention can do it."""
-    if config.parallel.shared_prompts and not capabilities(config.cluster.platform).has_shared_prompts:
-        raise ConfigError(
-            "parallel.shared_prompts=true: Transformer Engine's packed attention is causal over a whole sequence, and "
-            "would show a response the others to its prompt; use parallel.shared_prompts=null"
-        )
 
 
 def check_samples_of_other_weights(config: Config) -> None:

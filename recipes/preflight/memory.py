@@ -5,8 +5,8 @@ Megatron-Core's buffers, padding included. A model built without memory (``simul
 
 Activations follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv
 2205.05198), table 2 and section 5, adapted to grouped-query attention, SwiGLU, no dropout, and flash attention, which
-saves its inputs, its output and one number per head and token instead of the scores. ``fused_kernels`` is the
-capability of the platform: without them more is saved.
+saves its inputs, its output and one number per head and token instead of the scores. FlexAttention saves the same, and
+the block mask. ``fused_kernels`` is the capability of the platform: without them more is saved.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,8 +19,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.layout import CORE_ATTENTION, MLP
 from megatron_ext.micro_batches import AHEAD
 from megatron_ext.model import Model, recomputed_modules
+from megatron_ext.packed import BLOCK
 
 FP32 = 4
+INT32 = 4
 INT64 = 8
 
 
@@ -327,7 +329,17 @@ def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: b
         total += in_flight(model, micro_batches) * (shape.tokens * INT64 + tower)
     if any(decoder.post_process for decoder in decoders):
         total += _norm(config, local.cut, config.hidden_size, fused_kernels)
+    if fused_kernels and model.parallel.config.shared_prompts:
+        total += in_flight(model, micro_batches) * block_mask(shape)
     return total
+
+
+def block_mask(shape: Shape) -> int:
+    """What the layers of a pack with shared prompts have in common on a GPU (``megatron_ext.flex``): a number for each
+    key; for each block of queries the needed blocks of keys and their count, and the reverse, both of whole and of
+    partly hidden blocks."""
+    blocks = -(-shape.tokens // BLOCK)
+    return (shape.tokens + 4 * (blocks + blocks**2)) * INT32
 
 
 def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
@@ -381,8 +393,9 @@ def _pixels(tower: Any, shape: Shape) -> int:
 
 def micro_batch(model: Model, shape: Shape, columns: int) -> int:
     """What a micro-batch has on the device: tokens with their positions on three axes, four indices and ``columns``
-    FP32 numbers of each predicted token, and the images where the tower is (``images``)."""
-    per_token = 4 * INT64
+    FP32 numbers of each predicted token, and the images where the tower is (``images``). Where the setting says that
+    prompts are shared, a token has its segment too."""
+    per_token = (5 if model.parallel.config.shared_prompts else 4) * INT64
     per_predicted_token = 4 * INT64 + columns * FP32
     return shape.tokens * per_token + shape.predicting * per_predicted_token + images(model, shape)
 

@@ -592,7 +592,6 @@ def refused(config: Config) -> bool:
         checks.check_precision(config)
         checks.check_recompute(config)
         checks.check_overlap(config)
-        checks.check_shared_prompts(config)
         checks.check_shared_memory(config)
         checks.check_batch(config)
         checks.check_engine_batch(config)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,11 +44,13 @@ def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tens
     return -(log_probs * batch.values["weight"]).sum(), {}
 
 
-def hugging_face(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+def hugging_face(
+    dtype: torch.dtype, of: Sequence[PlainSequence] | None = None
+) -> tuple[torch.nn.Module, list[torch.Tensor]]:
     """transformers' model with the same BF16 weights, computing in ``dtype``, and its log-probs of each response."""
     network = TINY.model(0).to(dtype)
     log_probs = []
-    for s in sequences():
+    for s in of or sequences():
         ids = torch.tensor([s.prompt + s.response])
         scores = network(ids).logits[0].float().log_softmax(-1)
         first = len(s.prompt) - 1
@@ -55,8 +58,8 @@ def hugging_face(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor
     return network, log_probs
 
 
-def gradients_of_hugging_face(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    network, log_probs = hugging_face(dtype)
+def gradients_of_hugging_face(dtype: torch.dtype, of: Sequence[PlainSequence] | None = None) -> dict[str, torch.Tensor]:
+    network, log_probs = hugging_face(dtype, of)
     (-torch.stack([values.mean() for values in log_probs]).mean()).backward()
     return {name: p.grad.float() for name, p in network.named_parameters() if p.grad is not None}
 
@@ -99,6 +102,11 @@ def test_gradients_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: 
     """Every parameter, mapped back to its Hugging Face name; distances relative to the norm of the FP32 gradient."""
     exact, rounded = (gradients_of_hugging_face(dtype) for dtype in (torch.float32, torch.bfloat16))
     forward_backward.accumulate_gradients(policy, micro_batches(), loss)
+    assert_as_near(policy, exact, rounded)
+
+
+def assert_as_near(policy: model.Model, exact: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor]) -> None:
+    """The gradients in the policy's buffers are about as near to the exact ones as the rounded ones are."""
     seen = {name: torch.zeros_like(g) for name, g in exact.items()}
     parameters = [p for chunk in policy.chunks for p in chunk.module.parameters()]
     for shard, parameter in zip(policy.shards, parameters, strict=True):
@@ -108,6 +116,40 @@ def test_gradients_are_as_near_to_fp32_as_those_of_transformers_in_bf16(policy: 
     for name, gradient in exact.items():
         distance, allowed = ((g[name] - gradient).norm() / gradient.norm() for g in (seen, rounded))
         assert distance <= 1.5 * allowed + 0.01, name
+
+
+def of_two_prompts() -> list[PlainSequence]:
+    """Three responses to each of two prompts, which are longer than a block of FlexAttention's. The packs of a prompt
+    have two blocks and three."""
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, TINY.vocab, (n,), generator=draw).tolist() for n in (140, 236)]
+    return [replace(s, prompt=prompts[i // 3]) for i, s in enumerate(sequences())]
+
+
+@pytest.mark.parametrize("length", [None, 512])
+def test_responses_that_share_their_prompt_are_as_near_to_fp32(length: int | None, policy: model.Model) -> None:
+    """``parallel.shared_prompts=true``: FlexAttention's compiled kernels. After packs of two lengths, or of one, no
+    other pack compiles anything."""
+    of = of_two_prompts()
+
+    def packs(order: Sequence[Sequence[int]]) -> list[packing.MicroBatch]:
+        return [pack(of, indices, 1, 0, "cuda", shared_prompts=True, length=length) for indices in order]
+
+    batches = packs([(0, 1, 2), (3, 4, 5)])
+    exact, rounded = (torch.cat(hugging_face(dtype, of)[1]).detach() for dtype in (torch.float32, torch.bfloat16))
+    log_probs = torch.cat(forward_backward.log_probs(policy, batches)).cpu()
+    error, allowed = (log_probs - exact).abs(), (rounded - exact).abs()
+    assert error.mean() <= 1.5 * allowed.mean()
+    assert error.max() <= 2 * allowed.max()
+    forward_backward.accumulate_gradients(policy, batches, loss)
+    assert_as_near(policy, *(gradients_of_hugging_face(dtype, of) for dtype in (torch.float32, torch.bfloat16)))
+
+    stats = torch._dynamo.utils.counters["stats"]
+    compiled = stats["unique_graphs"]
+    others = packs([(0, 1), (4, 5), (2, 3)])
+    forward_backward.log_probs(policy, others)
+    forward_backward.accumulate_gradients(policy, others, loss)
+    assert stats["unique_graphs"] == compiled
 
 
 def test_gradients_that_products_add_up_are_those_that_are_added_afterwards(
@@ -125,7 +167,8 @@ def test_gradients_that_products_add_up_are_those_that_are_added_afterwards(
     assert not all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
-def test_no_pass_waits_for_the_gpu(policy: model.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared_prompts", [False, True])
+def test_no_pass_waits_for_the_gpu(shared_prompts: bool, policy: model.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """With micro-batches that a thread copies from pinned memory, and RL's reductions over sequences and buckets: torch
     raises where the host would wait. The log-probs are those of micro-batches that were there before, bit for bit."""
 
@@ -138,9 +181,11 @@ def test_no_pass_waits_for_the_gpu(policy: model.Model, monkeypatch: pytest.Monk
         value, _ = loss(log_probs * correction, batch)
         return value, mismatch.sums(log_probs, rollout, of_batch, tis_cap=2.0)
 
-    listed = micro_batches()
-    plan = [batch.indices for batch in listed]
-    streamed = MicroBatches(token_batch(sequences()), plan, partial(packing.pack, multiple=1, pad_token=0))
+    of = of_two_prompts() if shared_prompts else sequences()
+    plan = [batch.indices for batch in micro_batches()]
+    listed = [pack(of, indices, 1, 0, "cuda", shared_prompts=shared_prompts) for indices in plan]
+    build = partial(packing.pack, multiple=1, pad_token=0, shared_prompts=shared_prompts)
+    streamed = MicroBatches(token_batch(of, shared_prompts), plan, build)
     # Kernels load, and tables are made, when they are first needed.
     expected = forward_backward.log_probs(policy, listed)
     sums = forward_backward.accumulate_gradients(policy, listed, corrected_loss)

@@ -44,6 +44,7 @@ CASES = (
     MemoryCase("one-both", recompute="selective", modules=("core_attn", "mlp")),
     MemoryCase("one-full", recompute="full"),
     MemoryCase("one-two-layers", {"recompute_layers": [2]}, recompute="full"),
+    MemoryCase("one-shared", {"shared_prompts": True}),
     MemoryCase("one-whole-optimizer", distributed_optimizer=False),
     MemoryCase("tp2", {"tensor": 2}, world=2),
     MemoryCase("tp2-sp", TP2_SP, world=2, rank=1),

@@ -7,7 +7,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
         device,
         layout.context,
         built.parallel.context_rank,
+        shared_prompts=bool(layout.shared_prompts),
         tower=built.tower,
     )
 
@@ -173,6 +174,11 @@ def measure(case: MemoryCase, here: Parallel) -> dict[str, Any]:
     measured["inputs"] = memory.storage_bytes(tensors_of(batch))
     measured["inputs_estimate"] = memory.micro_batch(built, shape_of(batch), len(batch.values))
     measured["saved"], measured["estimate"] = saved_bytes(built, batch), estimate(built, shape_of(batch))
+    measured["sharing_adds"] = {
+        "gpu": sharing_adds(built, shape_of(batch), fused_kernels=True),
+        "cpu": sharing_adds(built, shape_of(batch), fused_kernels=False),
+        "block_mask": memory.block_mask(shape_of(batch)),
+    }
     before = live()
     optim, _ = optimizer.build(built, cases.OPTIMIZER, cases.SCHEDULE, steps=10)
     optim.step()
@@ -194,6 +200,16 @@ def states(built: model.Model) -> dict[str, Any]:
         "in_flight": memory.in_flight(built, 64),
         "warm_up": schedules.get_pp_rank_microbatches(64, len(built.chunks), layout.pipeline)[2],
     }
+
+
+def sharing_adds(built: model.Model, shape: Shape, fused_kernels: bool) -> int:
+    """To the estimate of 64 micro-batches' activations, where prompts are shared."""
+    of_layout = []
+    for shared_prompts in (True, None):
+        sizes = replace(built.parallel.config, shared_prompts=shared_prompts)
+        model_of_layout = replace(built, parallel=replace(built.parallel, config=sizes))
+        of_layout.append(memory.activations(model_of_layout, shape, 64, fused_kernels))
+    return of_layout[0] - of_layout[1]
 
 
 def estimate(built: model.Model, shape: Shape) -> int:

@@ -99,6 +99,15 @@ def test_passes_in_flight_are_megatron_cores(case: MemoryCase, real: Measured) -
     assert here["in_flight"] == here["warm_up"] + 1
 
 
+@every_case
+def test_sharing_prompts_keeps_a_block_mask_for_each_pass_in_flight_on_a_gpu(case: MemoryCase, real: Measured) -> None:
+    """test_flex has what a block mask holds."""
+    here = real[case.name]
+    added = here["sharing_adds"]
+    assert added["gpu"] == here["in_flight"] * added["block_mask"] > 0
+    assert added["cpu"] == 0
+
+
 def test_the_cases_differ(real: Measured) -> None:
     """Else the tests above would say little: recompute keeps less, sequence parallelism and context parallelism too."""
     saved = {name: here["saved"] for name, here in real.items()}

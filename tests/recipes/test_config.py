@@ -223,12 +223,6 @@ IMPOSSIBLE = [
     (["precision.name=fp4"], "precision.name", "fp4", "use one of bf16, fp32, fp8"),
     (["precision=fp8"], "precision.name", "fp8", "precision=bf16 on a CPU"),
     (
-        ["parallel.shared_prompts=true", "cluster.platform=cuda"],
-        "parallel.shared_prompts",
-        "true",
-        "parallel.shared_prompts=null",
-    ),
-    (
         ["parallel.shared_prompts=true", "parallel.context=2", "cluster.ranks=4"],
         "parallel.shared_prompts",
         "parallel.context=2",
@@ -516,6 +510,12 @@ def test_impossible_values_name_field_value_and_remedy(
     assert value in text
     assert remedy in text
     assert "\n" not in text
+
+
+def test_prompts_are_shared_on_a_gpu_where_that_is_said() -> None:
+    """null shares on a CPU alone: tests/megatron_ext/test_flex.py."""
+    config = configured("parallel.shared_prompts=true", "cluster.platform=cuda", "precision=bf16")
+    assert config.parallel.shared_prompts
 
 
 def test_an_fp8_cache_wants_its_rounding_corrected(monkeypatch: pytest.MonkeyPatch) -> None:

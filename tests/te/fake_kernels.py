@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.attention import flex_attention as flex_attention_module
 
 from tests.te import fake_extension, host_waits
 
@@ -251,6 +252,31 @@ def multi_tensor_adam(
         parameter.copy_(parameter.float() - lr * (update + weight_decay * parameter.float()))
 
 
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, scale: float, enable_gqa: bool
+) -> Tensor:
+    """torch's, by the blocks: one that the mask does not list is not computed, one that it lists as full has no mask.
+
+    Query [1, heads, tokens, head_dim], key and value [1, groups, tokens, head_dim] → as the query.
+    """
+    assert enable_gqa
+    tokens = query.shape[2]
+    within = flex_attention_module.create_mask(block_mask.mask_mod, 1, 1, tokens, tokens, query.device)[0, 0]
+    partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.BLOCK_SIZE[0], tokens)
+    full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, block_mask.BLOCK_SIZE[0], tokens)
+    k, v = (rows.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1) for rows in (key, value))
+    scores = (query.float() @ k.transpose(-1, -2) * scale).masked_fill(~(full | partial & within), float("-inf"))
+    return (scores.softmax(-1) @ v).to(query.dtype)
+
+
+def _listed(counts: Tensor, numbers: Tensor, size: int, tokens: int) -> Tensor:
+    """[tokens, tokens]: whether the block with these scores is among those that its row of blocks lists first."""
+    blocks = torch.zeros(numbers.shape[-2:], dtype=torch.bool)
+    for row, (count, of_row) in enumerate(zip(counts[0, 0].tolist(), numbers[0, 0], strict=True)):
+        blocks[row, of_row[:count].long()] = True
+    return blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)[:tokens, :tokens]
+
+
 def get_fused_attn_backend(fused_attn_params: Any) -> tuple[Any, str]:
     """cuDNN's attention for 16 bits. Its conditions on sizes are cuDNN's to say."""
     extension: Any = sys.modules[fake_extension.NAME]
@@ -384,7 +410,8 @@ def install(extension: types.ModuleType) -> None:
 
 
 def install_attention() -> None:
-    """Put attention in the place of Transformer Engine's module for cuDNN's, after it is imported."""
+    """Put attention in the place of Transformer Engine's module for cuDNN's, after it is imported, and of torch's
+    FlexAttention, which has no backward pass on a CPU."""
     from transformer_engine.pytorch.attention.dot_product_attention import backends, utils
 
     select = utils.get_attention_backend
@@ -404,6 +431,7 @@ def install_attention() -> None:
         return _attention(self.softmax_scale, types.SimpleNamespace(**given.arguments))
 
     backends.FusedAttention.forward = attend
+    flex_attention_module.flex_attention = host_waits.as_a_kernel(flex_attention)
 
 
 def _attention(scale: float, given: Any) -> Tensor:

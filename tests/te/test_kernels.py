@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from tests.te import fake_extension, fake_kernels, packages
 
@@ -55,6 +56,27 @@ def test_the_three_products_of_a_linear_layer() -> None:
     found, of_bias, _, _ = product(x, gradient, "NT", out=sum_so_far, bias=bias, grad=True, accumulate=True)
     torch.testing.assert_close((found, of_bias), (expected, gradient.sum((0, 1))))
     assert found is sum_so_far
+
+
+def test_attention_by_blocks_and_its_gradients() -> None:
+    """As torch's own by a mask of all scores; it reads which blocks are listed, and which are full."""
+
+    def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & (key + 200 > query)
+
+    mask = create_block_mask(sees, None, None, 300, 300, "cpu")
+    inputs = [draw(1, heads, 300, 4).requires_grad_() for heads in (6, 2, 2)]
+    everywhere = create_mask(sees, 1, 1, 300, 300, "cpu")
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=everywhere, scale=0.3, enable_gqa=True)
+    gradient = draw(*expected.shape)
+    found = fake_kernels.flex_attention(*inputs, block_mask=mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)
+    )
+    mask.kv_num_blocks = mask.kv_num_blocks - 1
+    others = fake_kernels.flex_attention(*inputs, block_mask=mask, scale=0.3, enable_gqa=True)
+    assert not torch.allclose(others[:, :, 128:256], expected[:, :, 128:256])
 
 
 def test_rotary_embedding_and_its_gradient() -> None:

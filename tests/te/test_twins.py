@@ -18,8 +18,16 @@ from tests.te import watched
 
 Results = list[dict[str, Any]]  # of a job, by rank
 # Every family, with every kind of parallelism among them; of the CPU platform's cases.
-TEXT = ("tp2-sp-recompute-full", "qwen2-tp2-sp-pp2", "qwen3-tp2-sp-cp2", "scalar-one", "overlap-tp2-sp-pp2")
-VISION = ("qwen-cp2", "6b-hf-tp2-sp")
+TEXT = (
+    "tp2-sp-recompute-full",
+    "qwen2-tp2-sp-pp2",
+    "qwen3-tp2-sp-cp2",
+    "scalar-one",
+    "overlap-tp2-sp-pp2",
+    "shared-tp2-sp-recompute-full",
+    "shared-pp2-vp2-dp2",
+)
+VISION = ("qwen-cp2", "6b-hf-tp2-sp", "qwen-shared-one")
 SAVED = cases.TP2_SP_DP2
 CROSSING = f"relayout-{cases.RELAYOUTS[0][1].name}"
 # FP32 sums of a few hundred terms in another order, as between two layouts.

@@ -14,7 +14,7 @@ from megatron_ext.parallel import Parallel
 from tests.settings import CONF
 from tests.te.host_waits import Watch
 
-TEXT = ("qwen3-tp2-sp-cp2",)
+TEXT = ("qwen3-tp2-sp-cp2", "shared-tp2-sp")
 VISION = ("qwen-cp2", "6b-hf-tp2-sp")
 # Parts that reduce over sequences, and metrics of all kinds.
 ALGORITHM = {
