@@ -17,10 +17,18 @@ A measurement begins when the last response is there and judged, and ends with t
 * ``share``: bytes of token id, log-prob and loss mask of the responses that it trains on. ``micro_batches``: of the
   tensors of the largest, times as many as are there at a time.
 
-Case B has 4,096 samples of 16,384 tokens. It is measured with fewer tokens, at two sizes each on 8 and on 64 ranks.
-Through these four goes ``constant + x + tokens x (everywhere + divided / replicas)``, which gives the figures of the
-full case on 8, 64 and 1,024 ranks. ``x`` is in proportion to the ranks for seconds and received bytes (messages of all
-ranks), and to 1 / replicas for sizes (what a replica has of the samples).
+Case B has 4,096 samples of 16,384 tokens. It is measured with fewer tokens, at three sizes each on 8 and on 64 ranks.
+By least squares ``constant + x + tokens x (everywhere + divided / replicas)`` goes through these six, which gives the
+figures of the full case on 8, 64 and 1,024 ranks. ``x`` is in proportion to the ranks for seconds and received bytes
+(messages of all ranks), and to 1 / replicas for sizes (what a replica has of the samples). ``residuals``: by how much
+of a measured figure the sum is off at most.
+
+The image case has 1,024 samples, 16 to a prompt with an image of 4 megapixels of its own, and short responses. The
+image processor is Qwen2.5-VL's with its published limits; the tower is a stand-in that is trained, so that pixels are
+in the micro-batches. What the prompts take before the engines get them is measured too and added; ``share`` has the
+rank's part of the pixels that it trains on. It is measured with fewer prompts, at three numbers on 8 and on 64 ranks,
+through which goes a line for each. ``alone``: what one rank takes that processes all prompts by itself, as every rank
+would without sharing, from a few of them.
 """
 
 import collections
@@ -32,7 +40,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -42,6 +50,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
@@ -57,11 +66,15 @@ from benchmarks import figures  # noqa: E402
 from megatron_ext import batch as batches  # noqa: E402
 from megatron_ext.batch import Prompt, TokenBatch  # noqa: E402
 from megatron_ext.micro_batches import AHEAD  # noqa: E402
+from megatron_ext.models import qwen2_5_vl  # noqa: E402
 from megatron_ext.packing import MicroBatch, cost_of  # noqa: E402
 from megatron_ext.parallel import Parallel  # noqa: E402
 from recipes.algorithms.registry import reference_interval  # noqa: E402
 from recipes.config import Config, parse  # noqa: E402
-from recipes.preflight.architecture import model_config  # noqa: E402
+from recipes.data.processor import ProcessedPrompt, PromptProcessor  # noqa: E402
+from recipes.data.rows import Row  # noqa: E402
+from recipes.data.shared_processing import process  # noqa: E402
+from recipes.preflight.architecture import model_config, published_config  # noqa: E402
 from recipes.run import records  # noqa: E402
 from recipes.run.clock import PhaseClock  # noqa: E402
 from recipes.run.display import Display  # noqa: E402
@@ -89,15 +102,25 @@ FULL_TOKENS = 16384  # of a sample, in case B
 FULL_RANKS = (8, 64, 1024)
 GOALS = {"seconds": 5.0, "received": 1.2, "peak": 2.0}  # at most, at 64 ranks; the latter as multiples of a share
 FIGURES = ("seconds", "received", "peak")
+SIZES = (*FIGURES, "share", "micro_batches")
+IMAGE_SIDE = 2000  # pixels
+IMAGE_SAMPLES = 1024
+IMAGE_MODEL = "conf/model/vqa_tiny"  # a processor of Qwen2.5-VL's class, with limits of its own
+IMAGE_LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}  # pixels, of the published models
+IMAGES_ALONE = 2
+IMAGE = "image.jpg"  # in the run's folder
+UNIT = 28  # pixels of a token's side
 
 
 @dataclass(frozen=True)
 class Case:
-    """``samples`` of ``tokens`` each, prompt included, on ``ranks``."""
+    """``samples`` of ``tokens`` each, prompt included, on ``ranks``. With ``image_side``, in pixels, a prompt has a
+    square image beside these tokens."""
 
     ranks: int
     samples: int
     tokens: int
+    image_side: int = 0
 
     @property
     def replicas(self) -> int:
@@ -115,19 +138,39 @@ class Case:
     def response_tokens(self) -> int:
         return self.tokens - self.tokens // PROMPT_SHARE
 
+    @property
+    def prompt_tokens(self) -> int:
+        """At most: an image has a token for each 28 x 28 pixels, and the chat template's beside it."""
+        text = self.tokens - self.response_tokens
+        return text + (round(self.image_side / UNIT) ** 2 + 64 if self.image_side else 0)
 
-# Two sizes for each of two numbers of ranks.
-CASES = (Case(8, 4096, 512), Case(8, 4096, 1024), Case(64, 4096, 512), Case(64, 4096, 1024))
+
+# Three sizes for each of two numbers of ranks.
+CASES = tuple(Case(ranks, 4096, tokens) for ranks in (8, 64) for tokens in (512, 1024, 2048))
+IMAGE_CASES = (
+    *(Case(8, samples, 256, IMAGE_SIDE) for samples in (128, 256, 384)),
+    *(Case(64, samples, 256, IMAGE_SIDE) for samples in (64, 128, 192)),
+)
 
 
 def main() -> None:
     made_by = figures.source("benchmarks.scale_path")
     measured = [measure(case) for case in CASES]
+    full, residuals = extrapolated(measured)
+    of_images = [measure(case) for case in IMAGE_CASES]
+    full_images, image_residuals = extrapolated_images(of_images, IMAGE_SAMPLES)
     result = {
         **records.environment(platform.current().machine(), max(case.ranks for case in CASES)),
         "goals": GOALS,
-        "full": extrapolated(measured),
+        "full": full,
         "measured": measured,
+        "residuals": residuals,
+        "images": {
+            "full": full_images,
+            "measured": of_images,
+            "residuals": image_residuals,
+            "alone": alone(IMAGE_SIDE, IMAGES_ALONE, IMAGE_SAMPLES // SAMPLES_PER_PROMPT),
+        },
     }
     figures.write(RESULT, "python -m benchmarks.scale_path", made_by, result)
     Console().print(table(result), f"{RESULT} has all numbers", sep="\n")
@@ -233,9 +276,11 @@ def configured(case: Case, run_dir: Path) -> Config:
         f"rollout.engines={case.nodes}",
         f"algorithm.prompts_per_step={case.samples // SAMPLES_PER_PROMPT}",
         f"algorithm.samples_per_prompt={SAMPLES_PER_PROMPT}",
-        f"data.max_prompt_tokens={case.tokens - case.response_tokens}",
+        f"data.max_prompt_tokens={case.prompt_tokens}",
+        f"data.images.max_pixels={max(case.image_side**2, UNIT**2)}",
+        f"data.images.min_pixels={UNIT**2}",
         f"rollout.max_response_tokens={case.response_tokens}",
-        f"parallel.micro_batch_tokens={2 * case.tokens}",
+        f"parallel.micro_batch_tokens={2 * (case.prompt_tokens + case.response_tokens)}",
         "rollout.oversample=1",
         "rollout.sleep=false",
         "rollout.environment.name=null",
@@ -255,7 +300,18 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
     """The loop of a rank as ``rl.prepare`` makes it, without a model."""
     node, local_rank = divmod(rank, RANKS_PER_NODE)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=TOKENIZER, eos_token="<|im_end|>")
-    prompts = make_prompts(case, len(tokenizer))
+    run_dir = Path(config.run_dir)
+    label = next(iter(config.rewards.mix))
+    names = [f"p{n}" for n in range(case.samples // SAMPLES_PER_PROMPT)]
+    rows: dict[str, Row] = {
+        name: {"id": name, "prompt": "a question", "kind": "benign", "label": label} for name in names
+    }
+    tower = None
+    draw: Callable[[int], list[ProcessedPrompt]] = partial(draw_text, case, len(tokenizer))
+    if case.image_side:
+        rows = {name: {**row, "prompt": "<image>", "images": [str(run_dir / IMAGE)]} for name, row in rows.items()}
+        tower = StandInTower(config.precision.dtype)
+        draw = MeasuredDraw(image_processor(config), list(rows.values()), config.precision.dtype, group)
     verifiers: dict[str, Verifier] = {name: verify for weights in config.rewards.mix.values() for name in weights}
     parallel = Parallel(
         config=config.parallel,
@@ -268,7 +324,11 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
     hf_config = model_config(config.model.path)
     policy = Policy(
         model=SimpleNamespace(  # type: ignore[arg-type]
-            token_multiple=config.parallel.tensor * config.precision.token_multiple, pack_tokens=None, tower=None
+            token_multiple=config.parallel.tensor * config.precision.token_multiple,
+            pack_tokens=None,
+            tower=tower,
+            parallel=parallel,
+            config=SimpleNamespace(params_dtype=config.precision.dtype),
         ),
         parallel=parallel,
         source=config.model.path,
@@ -297,7 +357,6 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
         on_restart=lambda name: None,
     )
     watchdog: Any = SimpleNamespace(beat=lambda phase: None)
-    run_dir = Path(config.run_dir)
     run = Run(
         root=run_dir,
         folder=run_dir,
@@ -313,13 +372,8 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
         slow_factor=1e9,
         write_settings=lambda: None,
     )
-    label = next(iter(config.rewards.mix))
-    rows = {
-        prompt.prompt_id: {"id": prompt.prompt_id, "prompt": "a question", "kind": "benign", "label": label}
-        for prompt in prompts
-    }
     buffer = PromptBuffer(
-        lambda draw: [SimpleNamespace(prompt=prompt, vision=None) for prompt in prompts],
+        draw,
         rollouts.sampling(config.rollout.temperature),
         prompts_per_step=config.algorithm.prompts_per_step,
         oversample=config.rollout.oversample,
@@ -343,11 +397,86 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
     )
 
 
-def make_prompts(case: Case, vocabulary: int) -> list[Prompt]:
+def draw_text(case: Case, vocabulary: int, draw: int) -> list[ProcessedPrompt]:
+    """Prompts of random tokens."""
     numbers = np.random.default_rng(SEED)
     length = case.tokens - case.response_tokens
     count = case.samples // SAMPLES_PER_PROMPT
-    return [Prompt(f"p{n}", numbers.integers(3, vocabulary, length, np.int32)) for n in range(count)]
+    prompts = [Prompt(f"p{n}", numbers.integers(3, vocabulary, length, np.int32)) for n in range(count)]
+    return [ProcessedPrompt(prompt, None) for prompt in prompts]
+
+
+class MeasuredDraw:
+    """Collective: the prompts with images, as ``rl.draw_prompts`` makes them. ``used``: what it cost this rank."""
+
+    def __init__(
+        self, processor: PromptProcessor, rows: Sequence[Row], dtype: torch.dtype, group: dist.ProcessGroup
+    ) -> None:
+        self.processor = processor
+        self.rows = rows
+        self.dtype = dtype
+        self.group = group
+        self.used: dict[str, float] = {}
+
+    def __call__(self, draw: int) -> list[ProcessedPrompt]:
+        meter = Meter(self.group)
+        meter.begin()
+        prompts = process(self.processor, self.rows, self.dtype, self.group)
+        self.used = meter.read()
+        return prompts
+
+
+class StandInTower(torch.nn.Module):
+    """A trained vision tower with Qwen2.5-VL's layout, and without layers."""
+
+    layout = qwen2_5_vl.VisionTower.layout
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.hf_config = published_config("Qwen2.5-VL-72B-Instruct").vision_config  # type: ignore[union-attr]
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+
+def image_processor(config: Config) -> PromptProcessor:
+    processor = PromptProcessor(IMAGE_MODEL, config.data.max_prompt_tokens, config.data.images)
+    processor.hf.image_processor.size = dict(IMAGE_LIMITS)
+    return processor
+
+
+def draw_image(path: Path, side: int) -> None:
+    """A photograph's kind of content: smooth shapes with noise, as JPEG."""
+    numbers = np.random.default_rng(SEED)
+    coarse = PIL.Image.fromarray(numbers.integers(0, 256, (side // 50 + 1, side // 50 + 1, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((side, side), PIL.Image.Resampling.BICUBIC), np.int16)
+    noisy = np.clip(smooth + numbers.integers(-8, 9, smooth.shape, np.int16), 0, 255)
+    PIL.Image.fromarray(noisy.astype(np.uint8)).save(path, quality=90)
+
+
+def alone(side: int, count: int, prompts: int) -> dict[str, float]:
+    """``seconds`` and ``bytes`` of pixels of a rank that processes all ``prompts`` by itself, from ``count`` of them.
+
+    Measured in a process of its own.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as name:
+        process_alone = context.Process(target=write_alone, args=(Path(name), side, count))
+        process_alone.start()
+        process_alone.join()
+        used = json.loads((Path(name) / "alone.json").read_text())
+    return {name: value * prompts / count for name, value in used.items()} | {"prompts": prompts, "measured": count}
+
+
+def write_alone(folder: Path, side: int, count: int) -> None:
+    torch.set_num_threads(1)
+    draw_image(folder / IMAGE, side)
+    processor = image_processor(configured(Case(1, SAMPLES_PER_PROMPT, 64, side), folder))
+    row = {"id": "p", "prompt": "<image>", "images": [str(folder / IMAGE)]}
+    begin = time.process_time()
+    kept = [processor(row).vision for _ in range(count)]
+    seconds = time.process_time() - begin
+    pixels = sum(vision.pixels.nbytes for vision in kept if vision is not None)
+    (folder / "alone.json").write_text(json.dumps({"seconds": seconds, "bytes": pixels}))
 
 
 # A step
@@ -369,7 +498,18 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     rl.record(loop, metrics, batch)
     used = meter.read()
     loop.samples.wait()
+    if isinstance(loop.buffer.draw, MeasuredDraw):
+        drawn = loop.buffer.draw.used
+        for each in (used, until_packed):
+            each |= {name: drawn[name] + each[name] for name in ("seconds", "wall", "received")}
+            each["peak"] = max(drawn["peak"], each["peak"])
     micro_batches = [each for of_update in micro_batches_of_updates for each in of_update]
+    pixels = sum(
+        vision.part.rows.nbytes
+        for part in updates
+        for vision in part.vision or []
+        if vision is not None and vision.part is not None
+    )
     trained = sum(
         int(part.response_lengths[each.indices].sum())
         for part, of_update in zip(updates, micro_batches_of_updates, strict=True)
@@ -378,7 +518,7 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     return {
         **used,
         "until_packed": until_packed,
-        "share": 9 * trained,
+        "share": 9 * trained + pixels,
         "micro_batches": (1 + AHEAD) * max(sum(tensor.nbytes for tensor in tensors_of(each)) for each in micro_batches),
         "digest": digest(micro_batches),
     }
@@ -387,6 +527,8 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
 def tensors_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
     """The tensors that do not depend on which other responses this rank holds."""
     named = [micro_batch.values[name] for name in sorted(micro_batch.values)]
+    if micro_batch.vision is not None:
+        named += [micro_batch.vision.images, micro_batch.vision.rows, micro_batch.vision.places]
     return [micro_batch.tokens, micro_batch.positions, micro_batch.predict, micro_batch.targets, *named]
 
 
@@ -396,7 +538,7 @@ def digest(micro_batches: Sequence[MicroBatch]) -> str:
     for micro_batch in micro_batches:
         hashed.update(json.dumps([micro_batch.indices, micro_batch.lengths.tolist()]).encode())
         for tensor in tensors_of(micro_batch):
-            hashed.update(tensor.contiguous().numpy().tobytes())
+            hashed.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()[:16]
 
 
@@ -424,6 +566,8 @@ def measure(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = configured(case, folder)
+        if case.image_side:
+            draw_image(folder / IMAGE, case.image_side)
         processes = [context.Process(target=rank_main, args=(case, config, rank, folder)) for rank in range(case.ranks)]
         for process in processes:
             process.start()
@@ -455,18 +599,46 @@ def digest_of_lines(folder: Path) -> str:
     return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
 
 
-def extrapolated(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of case B for each of ``FULL_RANKS``, from four measurements: see the module's text."""
+def extrapolated(measured: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The figures of case B for each of ``FULL_RANKS``, and the residual of each: see the module's text."""
     samples = measured[0]["samples"]
     full = [Case(ranks, samples, FULL_TOKENS) for ranks in FULL_RANKS]
     cases = [Case(row["ranks"], samples, row["tokens"]) for row in measured]
     rows: list[dict[str, Any]] = [{"ranks": case.ranks, "samples": samples, "tokens": case.tokens} for case in full]
-    for name in (*FIGURES, "share", "micro_batches"):
-        of_measured = [terms(name, case) for case in cases]
-        weights = np.linalg.solve(of_measured, [row[name] for row in measured])
+    residuals = {}
+    for name in SIZES:
+        weights, residuals[name] = fitted([terms(name, case) for case in cases], [row[name] for row in measured])
         for row, case in zip(rows, full, strict=True):
             row[name] = float(weights @ terms(name, case))
-    return rows
+    return rows, residuals
+
+
+def extrapolated_images(
+    measured: Sequence[Mapping[str, Any]], samples: int
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """The figures of ``samples`` for each number of ranks, by a line through those of fewer samples; and the residuals
+    by number of ranks."""
+    rows = []
+    residuals: dict[str, dict[str, float]] = {}
+    for ranks in sorted({row["ranks"] for row in measured}):
+        of_ranks = [row for row in measured if row["ranks"] == ranks]
+        full: dict[str, Any] = {"ranks": ranks, "samples": samples, "tokens": of_ranks[0]["tokens"]}
+        residuals[str(ranks)] = {}
+        for name in SIZES:
+            points = [[1.0, row["samples"]] for row in of_ranks]
+            weights, residuals[str(ranks)][name] = fitted(points, [row[name] for row in of_ranks])
+            full[name] = float(weights @ [1.0, samples])
+        rows.append(full)
+    return rows, residuals
+
+
+def fitted(points: Sequence[Sequence[float]], figures_at: Sequence[float]) -> tuple[np.ndarray, float]:
+    """Weights of the points' terms by least squares, and by how much of a figure their sum is off at most."""
+    of_points = np.asarray(points, np.float64)
+    scale = np.abs(of_points).max(axis=0)
+    weights = np.linalg.lstsq(of_points / scale, np.asarray(figures_at, np.float64))[0] / scale
+    off = np.abs(of_points @ weights - figures_at)
+    return weights, float((off / np.maximum(np.abs(figures_at), 1e-9)).max())
 
 
 def terms(name: str, case: Case) -> list[float]:
@@ -477,12 +649,14 @@ def terms(name: str, case: Case) -> list[float]:
 
 def table(result: Mapping[str, Any]) -> Table:
     """Measured and extrapolated figures, sizes in MB (10^6 bytes)."""
-    shown = Table("ranks", "tokens a sample", "seconds", "received", "share", "peak", "share + micro-batches")
-    for kind in ("measured", "full"):
-        for row in result[kind]:
+    shown = Table("ranks", "samples", "tokens", "seconds", "received", "share", "peak", "share + micro-batches")
+    images = result["images"]
+    for rows in (result["measured"], result["full"], images["measured"], images["full"]):
+        for row in rows:
             sizes = [row["received"], row["share"], row["peak"], row["share"] + row["micro_batches"]]
             cells = [f"{size / 1e6:.1f}" for size in sizes]
-            shown.add_row(str(row["ranks"]), str(row["tokens"]), f"{row['seconds']:.2f}", *cells)
+            counts = [str(row[name]) for name in ("ranks", "samples", "tokens")]
+            shown.add_row(*counts, f"{row['seconds']:.2f}", *cells)
         shown.add_section()
     return shown
 

@@ -22,19 +22,45 @@ from megatron_ext.weight_map import round_up, sharding_of
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows that ``ranks`` tensor-parallel ranks share: this rank's of ``total``.
+
+    Each has as many, one after another; zeros follow the last one.
+    """
+
+    rows: torch.Tensor
+    total: int
+    ranks: int
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, rank: int, ranks: int) -> "Part":
+        """A copy of the rank's rows."""
+        count = -(-len(rows) // ranks)
+        part = rows.new_zeros(count, *rows.shape[1:])
+        own = rows[rank * count : (rank + 1) * count]
+        part[: len(own)] = own
+        return cls(part, len(rows), ranks)
+
+
+@dataclass
 class VisionInputs:
     """Images and video clips of a prompt, in token order, as the model's processor makes them.
 
-    ``pixels``: Qwen2.5-VL [patches, channels x frames x patch x patch]; InternVL3 [tiles, 3, height, width].
+    ``pixels``: Qwen2.5-VL [patches, channels x frames x patch x patch]; InternVL3 [tiles, 3, height, width]. On torch's
+    meta device, which has shapes alone, where another rank has them.
     ``grid``: Qwen2.5-VL [images, 3] (frames, rows, columns of patches); None for InternVL3.
     ``placeholders``: places, in the prompt, of the tokens that the vision tower's output rows replace, in order.
     ``positions``: mRoPE [3][prompt tokens], or None. Response tokens follow the greatest, alike on all three.
+    ``part``: of the pixels, and ``encoded``: of what a frozen encoder has made of them, [placeholders, projector's
+    input width]; on the tensor-parallel ranks that train on them, None before that (``megatron_ext.images``).
     """
 
     pixels: torch.Tensor
     grid: torch.Tensor | None
     placeholders: list[int]
     positions: list[list[int]] | None
+    part: Part | None = None
+    encoded: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +108,8 @@ def cost_of(hf_config: Any, frozen: Sequence[str]) -> Cost:
     backward. Attention is two products forward and five backward (FlashAttention-2, arXiv 2307.08691), half of each
     left out by the causal mask.
 
-    A tower that ``frozen`` names runs forward only. Its attention, mostly within windows or tiles, and its projector
-    are left out: of what a token of an image takes, at most 1 % in the 70B class and 6 % in the 7B model.
+    A tower that ``frozen`` names runs before the passes. A trained one's attention, mostly within windows or tiles, and
+    the projector are left out: of what a token of an image takes, at most 1 % in the 70B class and 6 % in the 7B model.
     """
     text = family(hf_config.architectures[0]).text_config(hf_config)
     sharding = sharding_of(text, 1, 0)
@@ -93,12 +119,13 @@ def cost_of(hf_config: Any, frozen: Sequence[str]) -> Cost:
     projections = 2 * text.hidden_size * (attention + key_or_value)
     feed_forward = 3 * text.hidden_size * text.intermediate_size
     image = 0
-    if vision := getattr(hf_config, "vision_config", None):
+    vision = getattr(hf_config, "vision_config", None)
+    if vision is not None and "vision" not in frozen:
         layers = getattr(vision, "depth", None) or vision.num_hidden_layers
         matrices = 3 if vision.hidden_act == "silu" else 2  # with a gate or without
         vision_feed_forward = matrices * vision.hidden_size * vision.intermediate_size
         patch = layers * (4 * vision.hidden_size**2 + vision_feed_forward)
-        image = 4 * patch * (2 if "vision" in frozen else 6)  # two by two patches are a token
+        image = 4 * 6 * patch  # two by two patches are a token
     return Cost(
         token=6 * text.num_hidden_layers * (projections + feed_forward),
         square=7 * text.num_hidden_layers * attention,
@@ -127,10 +154,16 @@ class Tower(Protocol):
 
 @dataclass(frozen=True)
 class VisionBatch:
-    """``rows`` [N] of the tower's output for ``pixels`` replace this rank's tokens at ``places`` [N]. ``layout`` is
-    what the tower made of the grids (``Tower.layout``)."""
+    """``rows`` [N] of the tower's output for ``images`` replace this rank's tokens at ``places`` [N].
 
-    pixels: torch.Tensor
+    ``images``: pixels, or with ``encoded`` the encoder's output. ``order``: None where they are whole; else they are
+    this tensor-parallel rank's part, and ``order`` says where in the ranks' parts each row of the whole is. ``layout``
+    is what the tower made of the grids (``Tower.layout``), None with ``encoded``.
+    """
+
+    images: torch.Tensor
+    order: torch.Tensor | None
+    encoded: bool
     layout: Any
     rows: torch.Tensor
     places: torch.Tensor
@@ -385,9 +418,10 @@ def pack(
     context_rank: int = 0,
     shared_prompts: bool = False,
     tower: Tower | None = None,
+    encoded: bool = False,
 ) -> MicroBatch:
     """Pack the responses ``indices`` of a batch, each with its prompt. The images go to ranks that have the model's
-    vision tower.
+    vision tower: their pixels, or with ``encoded`` what its encoder has made of them.
 
     Dummy sequences, none longer than the longest real one, pad the tokens of all context-parallel ranks to ``length``,
     or where that is None T to ``multiple``.
@@ -489,7 +523,9 @@ def pack(
         response_lengths=moved(response_lengths[chosen]),
         owners=moved(owners),
         places=moved(column_places),
-        vision=None if tower is None else _pack_vision(batch, sequences, placeholders, local, total, tower, on_device),
+        vision=None
+        if tower is None
+        else _pack_vision(batch, sequences, placeholders, local, total, tower, encoded, on_device),
     )
 
 
@@ -544,9 +580,10 @@ def _pack_vision(
     local: Array,
     total: int,
     tower: Tower,
+    encoded: bool,
     on_device: OnDevice,
 ) -> VisionBatch | None:
-    """The pixels of the sequences' prompts in the tower's precision, and which of its rows replace which local
+    """The images of the sequences' prompts in the tower's precision, and which of its rows replace which local
     tokens."""
     if not placeholders or batch.vision is None:
         return None
@@ -558,10 +595,36 @@ def _pack_vision(
     row_of[places] = np.arange(len(places))
     rows = row_of[local]
     replaced = np.flatnonzero(rows >= 0)
-    grids = [vision.grid for vision in inputs if vision.grid is not None]
+    parts = []
+    for vision in inputs:
+        part = vision.encoded if encoded else vision.part
+        if part is None:
+            assert not encoded, "images.encode comes first"
+            part = Part(vision.pixels, len(vision.pixels), 1)
+        parts.append(part)
+    order = None
+    if parts[0].ranks > 1:
+        order = on_device(torch.from_numpy(order_of_parts(parts)))
+    layout = None
+    if not encoded:
+        grids = [vision.grid for vision in inputs if vision.grid is not None]
+        layout = tower.layout(torch.cat(grids) if grids else None, on_device)
     return VisionBatch(
-        pixels=on_device(torch.cat([vision.pixels.to(tower.dtype) for vision in inputs])),
-        layout=tower.layout(torch.cat(grids) if grids else None, on_device),
+        images=on_device(torch.cat([part.rows.to(tower.dtype) for part in parts])),
+        order=order,
+        encoded=encoded,
+        layout=layout,
         rows=on_device(torch.from_numpy(rows[replaced])),
         places=on_device(torch.from_numpy(replaced)),
     )
+
+
+def order_of_parts(parts: Sequence[Part]) -> Array:
+    """int64 [total rows]: where each row is, of the parts after one another on each rank, and the ranks' after one
+    another."""
+    counts = [len(part.rows) for part in parts]
+    places = []
+    for part, start in zip(parts, offsets(counts).tolist(), strict=False):
+        row = np.arange(part.total)
+        places.append(row // len(part.rows) * sum(counts) + start + row % len(part.rows))
+    return np.concatenate(places)

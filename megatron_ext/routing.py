@@ -18,7 +18,7 @@ def holders(batch: TokenBatch, group: dist.ProcessGroup) -> Array:
 
     Raises ValueError for a response that no rank holds.
     """
-    return _first_holders(_of_ranks(batch.held, group), batch)
+    return _first_holders(of_ranks(batch.held, group), batch)
 
 
 def exchange(batch: TokenBatch, wanted: Array, group: dist.ProcessGroup) -> TokenBatch:
@@ -28,8 +28,8 @@ def exchange(batch: TokenBatch, wanted: Array, group: dist.ProcessGroup) -> Toke
     its part alone. Raises ValueError for a response that no rank holds.
     """
     rank = dist.get_rank(group)
-    held = _of_ranks(batch.held, group)
-    missing = _of_ranks(wanted, group) & ~held
+    held = of_ranks(batch.held, group)
+    missing = of_ranks(wanted, group) & ~held
     source = _first_holders(held, batch)
     sent: list[dist.Work | None] = []
     outgoing: dict[bytes, torch.Tensor] = {}  # by which responses are in it
@@ -68,7 +68,7 @@ def everywhere(batch: TokenBatch, group: dist.ProcessGroup) -> TokenBatch:
     return exchange(batch, np.ones(len(batch), np.bool_), group)
 
 
-def _of_ranks(flags: Array, group: dist.ProcessGroup) -> Array:
+def of_ranks(flags: Array, group: dist.ProcessGroup) -> Array:
     """Collective: bool [ranks, S] from each rank's bool [S]."""
     gathered = all_gather_bytes(np.packbits(flags).tobytes(), group)
     packed = np.stack([np.frombuffer(of_rank, np.uint8) for of_rank in gathered])

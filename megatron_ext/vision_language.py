@@ -20,6 +20,17 @@ from megatron_ext.packing import VisionBatch
 from megatron_ext.weight_map import Sharding
 
 
+def gathered(part: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Collective over the tensor-parallel ranks: the rows of which each has a ``part``, in ``order`` [rows]. ``part``
+    itself where it is all (None)."""
+    if order is None:
+        return part
+    group = mpu.get_tensor_model_parallel_group()
+    parts = part.new_empty(group.size() * len(part), *part.shape[1:])
+    torch.distributed.all_gather_into_tensor(parts, part, group=group)
+    return parts.index_select(0, order)
+
+
 class VisionLanguageModel(MegatronModule):
     """One pipeline stage: a GPTModel ``language``, and on the first stage a tower ``vision``.
 
@@ -67,7 +78,10 @@ class VisionLanguageModel(MegatronModule):
             # Sequence parallelism scatters the rows after the replacement.
             embeddings = self.language.embedding(input_ids=input_ids, position_ids=position_ids)
             if vision is not None:
-                rows = self.vision(vision.pixels, vision.layout).index_select(0, vision.rows)
+                images = gathered(vision.images, vision.order)
+                tower: Any = self.vision
+                of_images = tower.projector(images) if vision.encoded else tower(images, vision.layout)
+                rows = of_images.index_select(0, vision.rows)
                 embeddings = embeddings.index_copy(0, vision.places, rows.unsqueeze(1).to(embeddings.dtype))
             elif self.every_parameter and torch.is_grad_enabled():
                 embeddings = embeddings + self._zero_of_tower()

@@ -53,6 +53,7 @@ def pack(
     shared_prompts: bool = False,
     length: int | None = None,
     tower: packing.Tower | None = None,
+    encoded: bool = False,
 ) -> packing.MicroBatch:
     """``packing.pack`` of plain sequences."""
     return packing.pack(
@@ -66,4 +67,5 @@ def pack(
         context_rank=context_rank,
         shared_prompts=shared_prompts,
         tower=tower,
+        encoded=encoded,
     )

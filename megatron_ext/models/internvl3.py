@@ -279,6 +279,10 @@ class VisionTower(MegatronModule):
         heads = 2 * config.num_attention_heads // config.tensor_model_parallel_size if config.qk_layernorm else 0
         return rows * (2 * config.hidden_size * size + heads * config.kv_channels * (4 + size))
 
+    def pixel_rows(self, patches: int) -> int:
+        """For the memory estimate: rows of the pixels, which tensor-parallel ranks share: a tile each."""
+        return -(-patches // self.side**2)
+
     def layout_bytes(self, patches: int) -> int:
         """For the memory estimate: there is no layout."""
         return 0
@@ -288,6 +292,10 @@ class VisionTower(MegatronModule):
 
     def forward(self, pixels: torch.Tensor, layout: None) -> torch.Tensor:
         """See the class."""
+        return self.projector(self.encode(pixels, layout))
+
+    def encode(self, pixels: torch.Tensor, layout: None) -> torch.Tensor:
+        """What the projector takes: [tokens, 4 x width], the four patches of a token side by side."""
         if pixels.shape[1:] != self.tile:
             raise ValueError(
                 f"tiles of {tuple(pixels.shape[1:])} (channels, height, width): the tower sees {self.tile}"
@@ -309,7 +317,7 @@ class VisionTower(MegatronModule):
         hidden = hidden.view(tiles, tokens, width)[:, 1:]
         # Pixel shuffle: the 2 x 2 patches of each square become one row, squares in row-major order.
         squares = hidden.reshape(tiles, side // 2, 2, side // 2, 2, width).permute(0, 1, 3, 2, 4, 5)
-        return self.projector(squares.reshape(-1, 4 * width))
+        return squares.reshape(-1, 4 * width)
 
 
 class Projector(MegatronModule):

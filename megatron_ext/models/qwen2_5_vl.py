@@ -187,7 +187,7 @@ class VisionTower(MegatronModule):
     """Patches [patches, channels x frames x patch x patch] and their layout → rows [tokens, language hidden size].
 
     The layers in ``fullatt_block_indexes`` attend within a frame, all others within windows of ``window_size`` pixels.
-    The layers see the patches in the order of windows; after the projector the rows are put back in their order.
+    The layers see the patches in the order of windows; before the projector the tokens are put back in their order.
     """
 
     # For the memory estimate: attention has rotary embeddings.
@@ -215,6 +215,10 @@ class VisionTower(MegatronModule):
         """For the memory estimate: bytes that a layer saves beyond Megatron-Core's layer."""
         return 0
 
+    def pixel_rows(self, patches: int) -> int:
+        """For the memory estimate: rows of the pixels, which tensor-parallel ranks share: a patch each."""
+        return patches
+
     def layout_bytes(self, patches: int) -> int:
         """For the memory estimate: of a :class:`TowerLayout`, without the bounds of its sequences."""
         angles = patches * self.config.kv_channels * 4
@@ -241,14 +245,17 @@ class VisionTower(MegatronModule):
 
     def forward(self, pixels: torch.Tensor, layout: "TowerLayout") -> torch.Tensor:
         """See the class."""
+        return self.projector(self.encode(pixels, layout))
+
+    def encode(self, pixels: torch.Tensor, layout: "TowerLayout") -> torch.Tensor:
+        """What the projector takes: [tokens, 4 x width], the four patches of a token side by side."""
         vision = self.hf_config
         hidden = self.patch_embed(pixels)
         hidden = hidden.view(-1, vision.spatial_merge_size**2, hidden.shape[-1])[layout.order]
         hidden = hidden.view(-1, 1, hidden.shape[-1])
         full_attention = vision.fullatt_block_indexes
         packs = [layout.by_frame if n in full_attention else layout.by_window for n in range(len(self.layers))]
-        rows = self.projector(self.layers(hidden, layout.angles, packs))
-        return rows[layout.back]
+        return self.layers(hidden, layout.angles, packs).view(-1, self.projector.width)[layout.back]
 
 
 @dataclass(frozen=True)
@@ -285,7 +292,7 @@ class PatchEmbedding(torch.nn.Module):
 
 
 class Projector(MegatronModule):
-    """Patches [4 N, width] in units of four → rows [N, language model's hidden size].
+    """Four patches of each token side by side, [N, 4 x width] → rows [N, language model's hidden size].
 
     Sharded over the tensor-parallel group: the 72B model's projector has 68 million weights, which with FP32 gradients
     and optimiser states would otherwise take over a GB on every rank.
@@ -294,13 +301,14 @@ class Projector(MegatronModule):
     def __init__(self, config: TransformerConfig, vision: Any) -> None:
         super().__init__(config=config)
         self.width = vision.hidden_size * vision.spatial_merge_size**2
+        self.patch_width = vision.hidden_size
         options = {"config": config, "init_method": config.init_method, "bias": True, "skip_bias_add": False}
         self.norm = torch.nn.RMSNorm(vision.hidden_size, eps=_EPSILON, dtype=config.params_dtype)
         self.linear_fc1 = ColumnParallelLinear(self.width, self.width, gather_output=False, **options)
         self.linear_fc2 = RowParallelLinear(self.width, vision.out_hidden_size, input_is_parallel=True, **options)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        wide, _ = self.linear_fc1(self.norm(hidden).view(-1, self.width))
+        wide, _ = self.linear_fc1(self.norm(hidden.view(-1, self.patch_width)).view(-1, self.width))
         rows, _ = self.linear_fc2(F.gelu(wide))
         return rows
 

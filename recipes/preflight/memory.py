@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ext.images import encoder_is_frozen
 from megatron_ext.layout import CORE_ATTENTION, MLP
 from megatron_ext.micro_batches import AHEAD
 from megatron_ext.model import Model, recomputed_modules
@@ -66,6 +67,7 @@ class Memory:
         critic_asleep: what an offloaded critic then occupies on the host.
         judges: reward servers on the same device.
         judges_asleep: what they occupy while they sleep.
+        images_on_host: what the trainer keeps of a step's images there (``images_on_host``).
     """
 
     weights: int
@@ -84,6 +86,7 @@ class Memory:
     critic_asleep: int
     judges: int
     judges_asleep: int
+    images_on_host: int
 
     def gib(self, phases: Mapping[str, Iterable[str]]) -> dict[str, float]:
         """Each field, the sum of each phase's fields, and the largest sum as ``total``, in GiB."""
@@ -345,22 +348,22 @@ def block_mask(shape: Shape) -> int:
 def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
     """What the vision tower saves for ``shape.patches`` of one image, and what full recompute recomputes at a time.
 
-    A frozen tower saves nothing, because pixels have no gradient. The projector saves, for each token, the input and
-    output of the norm, the first layer's output and the second layer's input.
+    A frozen encoder runs before the passes. The projector saves, for each token, the input and output of the norm, the
+    first layer's output and the second layer's input.
     """
     tower = model.tower
     if tower is None or not shape.patches:
         return 0, 0
     config = tower.config
     size = model.config.params_dtype.itemsize
-    inner, width = next(weight.shape for weight in tower.projector.parameters() if weight.dim() == 2)
+    inner, width = _first_matrix(tower.projector)
     # Both families merge 2 x 2 patches into one token.
     tokens = shape.patches // 4
     norm = tokens * width * size
     if any(isinstance(module, torch.nn.RMSNorm) for module in tower.projector.children()):
         norm = _norm(config, shape.patches, config.hidden_size, fused_kernels)
     kept = norm + tokens * (width + 2 * inner) * size
-    if not _encoder_is_trained(tower):
+    if encoder_is_frozen(tower):
         return kept, 0
     kept += _pixels(tower, shape)
     if fused_kernels:
@@ -380,9 +383,10 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
     return kept + sum(layers), 0
 
 
-def _encoder_is_trained(tower: Any) -> bool:
-    encoder = [weight for name, weight in tower.named_parameters() if not name.startswith("projector.")]
-    return any(weight.requires_grad for weight in encoder)
+def _first_matrix(projector: Any) -> tuple[int, int]:
+    """The projector's first linear layer on this rank: outputs, inputs."""
+    outputs, inputs = next(weight.shape for weight in projector.parameters() if weight.dim() == 2)
+    return outputs, inputs
 
 
 def _pixels(tower: Any, shape: Shape) -> int:
@@ -401,24 +405,60 @@ def micro_batch(model: Model, shape: Shape, columns: int) -> int:
 
 
 def images(model: Model, shape: Shape) -> int:
-    """Pixels, what the tower's layout has beside them, and two indices for each token of an image; 0 where the tower
-    is not."""
+    """What the passes take of the images, a part on each tensor-parallel rank: pixels and what the tower's layout has
+    beside them, of a frozen encoder its output; and two indices for each token of an image. 0 where the tower is not.
+    """
+    tower = model.tower
+    if tower is None:
+        return 0
+    rows = shape.patches // 4 if encoder_is_frozen(tower) else tower.pixel_rows(shape.patches)
+    ranks = model.parallel.tensor
+    part = -(-rows // ranks) * whole_images(model, shape) // max(rows, 1)
+    order = rows * INT64 if ranks > 1 else 0
+    layout = 0 if encoder_is_frozen(tower) else tower.layout_bytes(shape.patches)
+    indices = 2 * INT64 * shape.patches // 4
+    return int(part + order + layout + indices)
+
+
+def whole_images(model: Model, shape: Shape) -> int:
+    """Of all tensor-parallel ranks together: the pixels, or what a frozen encoder has made of them."""
+    if encoder_is_frozen(model.tower):
+        _, width = _first_matrix(model.tower.projector)
+        return shape.patches // 4 * width * model.tower.dtype.itemsize
+    return _pixels(model.tower, shape)
+
+
+def images_on_host(model: Model, tokens: int, ranks: int, size: int) -> int:
+    """What a rank of the first stage keeps on the host of a step's images, of so many ``tokens``: the pixels that it
+    has processed as one of ``ranks``, in ``size`` bytes each; its part of those that its replica trains on, and of what
+    a frozen encoder makes of them. 0 on other stages.
+
+    An upper bound: as if each replica trained on every image.
+    """
     if model.tower is None:
         return 0
-    indices = 2 * INT64 * shape.patches // 4
-    return int(_pixels(model.tower, shape) + model.tower.layout_bytes(shape.patches) + indices)
+    shape = Shape(0, 0, 0, 0, patches=4 * tokens)
+    pixels = _pixels(model.tower, shape)
+    encoded = whole_images(model, shape) if encoder_is_frozen(model.tower) else 0
+    processed = pixels // model.tower.dtype.itemsize * size // ranks
+    return processed + (pixels + encoded) // model.parallel.tensor
 
 
 def micro_batches(model: Model, shape: Shape, columns: int) -> int:
     """The micro-batches that are there at a time: ``AHEAD`` of them wait, and one is read. Virtual stages read in turn
     as many as there are stages, and hold them until the last has read them.
 
-    The pixels that a trained tower's passes hold are among what is saved for the backward pass (``vision``).
+    Tensor-parallel ranks put their parts of the images together in the pass. What it then holds of them for the
+    backward pass is counted there (``vision``), and so are the pixels of one rank alone, where the tower is trained.
     """
     layout = model.parallel.config
     being_read = layout.pipeline if layout.virtual_pipeline > 1 else 1
     total = (AHEAD + being_read) * micro_batch(model, shape, columns)
-    if model.tower is not None and _encoder_is_trained(model.tower):
+    if model.tower is None:
+        return total
+    if model.parallel.tensor > 1:
+        total += whole_images(model, shape)
+    elif not encoder_is_frozen(model.tower):
         total -= being_read * images(model, shape)
     return total
 

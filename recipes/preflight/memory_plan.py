@@ -70,7 +70,7 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
 
     An upper bound: all ranks of the node count as the largest. The trainer keeps its memory there: that of the
     reference and of the policy's weights while the reference replaces them, of states that are offloaded in some
-    phases, and of the copies from which a checkpoint is written.
+    phases, of the copies from which a checkpoint is written, and of a step's images.
     """
     gpus = config.cluster.ranks // config.cluster.nodes
     weights = max(rank["weights"] for rank in ranks)
@@ -84,6 +84,7 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
         "optimizer": optimizer if offloads else 0.0,
         "critic": critic,
         "checkpoint": weights + optimizer + critic,
+        "images": max(rank["images_on_host"] for rank in ranks),
     }
     host: dict[str, dict[str, float]] = {}
     for phase in on_device(config):
@@ -171,6 +172,7 @@ class TrainerSizes:
     micro_batches: int
     workspace: int
     buffers: int
+    images_on_host: int
     critic: dict[bool, tuple[int, int, int]]
 
 
@@ -209,6 +211,25 @@ def sequences_per_update(config: Config) -> int:
         "value_model": config.stage.value_model.rollouts_per_step,
     }
     return max(sizes[name] for name in config.stage.trains)
+
+
+def image_tokens(config: Config) -> int:
+    """Tokens of the prompts of a step, all ranks together and those in flight included, as if all were of images."""
+    prompts = {
+        "rl": math.ceil(config.algorithm.prompts_per_step * config.rollout.oversample),
+        "sft": config.stage.sft.rows_per_step,
+        "reward_model": config.stage.reward_model.pairs_per_step,
+        "value_model": config.stage.value_model.rollouts_per_step,
+    }
+    return max(prompts[name] for name in config.stage.trains) * config.data.max_prompt_tokens
+
+
+def image_processing(config: Config) -> tuple[int, int]:
+    """How many ranks process a step's images between them, and the bytes of a pixel's number that they keep: only RL
+    shares the work, in the trainer's precision."""
+    if config.stage.trains == ["rl"]:
+        return config.cluster.ranks, config.precision.dtype.itemsize
+    return 1, FP32
 
 
 def micro_batches(config: Config) -> int:
@@ -260,6 +281,7 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
         + (kept_log_probs(config) if built.parallel.is_last_stage else 0),
         workspace=sizes.workspace(built, shape),
         buffers=sizes.buffers(built),
+        images_on_host=sizes.images_on_host(built, image_tokens(config), *image_processing(config)),
         critic={offload: sizes.critic_bytes(built, critic, offload) for offload in (False, True)},
     )
 
@@ -313,6 +335,7 @@ def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Se
         critic_asleep=critic_asleep,
         judges=judges.awake,
         judges_asleep=judges.asleep,
+        images_on_host=trainer.images_on_host,
     )
 
 

@@ -460,6 +460,7 @@ class Planner:
             micro_batches=0,
             workspace=memory.workspace(empty, shape),
             buffers=0,
+            images_on_host=0,
             critic={False: (0, 0, 0), True: (0, 0, 0)},
         )
 

@@ -15,7 +15,17 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ext import checkpoint, forward_backward, hf_checkpoint, optimizer, packing, platform, scalar_head
+from megatron_ext import (
+    checkpoint,
+    forward_backward,
+    hf_checkpoint,
+    images,
+    optimizer,
+    packing,
+    parallel,
+    platform,
+    scalar_head,
+)
 from megatron_ext.batch import Array, TokenBatch
 from megatron_ext.checkpoint import POLICY, Snapshot
 from megatron_ext.host_buffers import HostBuffers
@@ -212,8 +222,11 @@ class Policy:
         return [[i for unit in chosen for i in units[unit]] for chosen in of_ranks[self.parallel.data_rank]]
 
     def pack(self, batch: TokenBatch, plan: Sequence[Sequence[int]], model: Model, together: int = 1) -> MicroBatches:
-        """The micro-batches of a plan for a model in the policy's layout; their tokens are held here."""
+        """Collective: the micro-batches of a plan for a model in the policy's layout; their tokens are held here. The
+        policy's vision encoder, where it is frozen, runs on what it has not seen yet."""
         layout = self.parallel.config
+        encoded = model is self.model and model.tower is not None and images.encoder_is_frozen(model.tower)
+        self.prepare_images(batch, plan, model, encoded)
         build = partial(
             packing.pack,
             multiple=model.token_multiple,
@@ -223,8 +236,26 @@ class Policy:
             context_rank=self.parallel.context_rank,
             shared_prompts=shares_prompts(layout) and together == 1,
             tower=model.tower,
+            encoded=encoded,
         )
         return MicroBatches(batch, plan, build)
+
+    def prepare_images(self, batch: TokenBatch, plan: Sequence[Sequence[int]], model: Model, encoded: bool) -> None:
+        """Collective: the images of the plan's prompts come to the ranks of the first pipeline stage, those that are
+        not there yet. ``encoded``: the model's encoder runs on them."""
+        if batch.vision is None:
+            return
+        in_plan = np.zeros(len(batch.prompts), np.bool_)
+        in_plan[batch.prompt_index[[i for indices in plan for i in indices]]] = model.tower is not None
+        seen = [(vision, has) for vision, has in zip(batch.vision, in_plan.tolist(), strict=True) if vision is not None]
+        if not seen:
+            return
+        lacking = [has and not (encoded and vision.encoded is not None) for vision, has in seen]
+        wanted = [lacks and vision.part is None for (vision, _), lacks in zip(seen, lacking, strict=True)]
+        inputs = [vision for vision, _ in seen]
+        images.exchange(inputs, np.array(wanted, np.bool_), model, parallel.control_group())
+        if encoded:
+            images.encode(model, [vision for vision, lacks in zip(inputs, lacking, strict=True) if lacks])
 
     def divisible_prefix(self, lengths: Array, wanted: int) -> int:
         """How many of the first sequences, at least ``wanted``, :meth:`micro_batches` can share out over all ranks.
@@ -250,8 +281,19 @@ class Policy:
     # Reference
 
     def load_reference(self, folder: Path) -> None:
-        """Keep the weights of a Hugging Face folder on the host, in this rank's layout."""
+        """Keep the weights of a Hugging Face folder on the host, in this rank's layout.
+
+        Raises ValueError where a frozen vision encoder is not the policy's: the passes under the reference take what
+        the policy's has made of the images.
+        """
         self.reference = forward_backward.load_weights(self.model, folder)
+        if self.model.tower is not None and images.encoder_is_frozen(self.model.tower):
+            for shard, weight in zip(self.model.shards, self.reference, strict=True):
+                if images.is_of_encoder(shard.name) and not torch.equal(shard.tensor.cpu(), weight):
+                    raise ValueError(
+                        f"{folder}: {shard.name} is not the policy's, whose vision encoder is frozen "
+                        "(model.frozen): train both from the same encoder"
+                    )
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:

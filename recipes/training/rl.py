@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_ext import batch as batches
 from megatron_ext import checkpoint, forward_backward
@@ -25,6 +26,7 @@ from recipes.config import Config
 from recipes.data.processor import ProcessedPrompt, PromptProcessor
 from recipes.data.row_order import curriculum_phases, scheduled
 from recipes.data.rows import Row, load_rows
+from recipes.data.shared_processing import process
 from recipes.data.sources import RowsById
 from recipes.evaluation import rates
 from recipes.run import records
@@ -151,7 +153,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
     rows = load_rows(config.data.prompts)
     by_id = RowsById(rows)
     buffer = PromptBuffer(
-        partial(draw_prompts, config, training.processor, rows),
+        partial(draw_prompts, config, training.processor, rows, rollouts.control),
         rollouts.sampling(config.rollout.temperature, config.rollout.partial_rollout_tokens),
         prompts_per_step=algorithm.prompts_per_step,
         oversample=config.rollout.oversample,
@@ -177,11 +179,13 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
     )
 
 
-def draw_prompts(config: Config, processor: PromptProcessor, rows: Sequence[Row], draw: int) -> list[ProcessedPrompt]:
-    """The prompts of the data's ``draw``-th step."""
+def draw_prompts(
+    config: Config, processor: PromptProcessor, rows: Sequence[Row], group: dist.ProcessGroup, draw: int
+) -> list[ProcessedPrompt]:
+    """Collective over a gloo group: the prompts of the data's ``draw``-th step."""
     phases = curriculum_phases(config.data)
     batch = scheduled(rows, phases, draw, config.algorithm.prompts_per_step, config.seed)
-    return [processor(row) for row in batch]
+    return process(processor, batch, config.precision.dtype, group)
 
 
 def resume(loop: Loop, folder: Path) -> int:

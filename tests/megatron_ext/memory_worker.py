@@ -23,7 +23,7 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from transformers import InternVLConfig, LlamaConfig, Qwen2_5_VLConfig  # noqa: E402
 
-from megatron_ext import forward_backward, model, optimizer, packing  # noqa: E402
+from megatron_ext import forward_backward, images, model, optimizer, packing  # noqa: E402
 from megatron_ext.parallel import Parallel  # noqa: E402
 from recipes.preflight import memory, simulated_ranks  # noqa: E402
 from recipes.preflight.memory import Shape  # noqa: E402
@@ -93,6 +93,10 @@ def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
             placeholders=list(range(16)),
             positions=[list(range(len(last.prompt)))] * 3 if qwen else None,
         )
+        here = built.parallel
+        seen.part = packing.Part.of(seen.pixels, here.tensor_rank, here.tensor)
+        if case.frozen and built.tower is not None:
+            images.encode(built, [seen])
         sequences[-1] = PlainSequence(last.prompt, last.response, last.values, seen)
     layout = built.parallel.config
     device = platform.current().device()
@@ -106,6 +110,7 @@ def micro_batch(built: model.Model, case: MemoryCase) -> packing.MicroBatch:
         built.parallel.context_rank,
         shared_prompts=bool(layout.shared_prompts),
         tower=built.tower,
+        encoded=case.frozen,
     )
 
 

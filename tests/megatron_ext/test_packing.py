@@ -27,6 +27,7 @@ from megatron_ext import forward_backward, hf_checkpoint, model, packing, parall
 from megatron_ext.blocks import region  # noqa: E402
 from megatron_ext.packing import (  # noqa: E402
     Cost,
+    Part,
     VisionInputs,
     context_slices,
     cost_of,
@@ -213,7 +214,7 @@ def test_costs_of_the_recipes_models_are_those_of_their_parameters(file: Path) -
     assert trained.token == 6 * sum(decoder.values())
     assert trained.response == 6 * text.hidden_size * text.vocab_size
     assert trained.image == 4 * 6 * sum(tower.values()), "four patches are a token"
-    assert frozen == Cost(trained.token, trained.square, trained.response, trained.image // 3)
+    assert frozen == Cost(trained.token, trained.square, trained.response, 0), "it runs before the passes"
 
 
 def test_cost_equals_the_operations_that_torch_counts() -> None:
@@ -466,15 +467,34 @@ def test_each_row_of_the_tower_goes_to_the_token_it_was_made_for(context: int) -
     for rank in range(context):
         micro = pack(sequences, [2, 1, 0], 1, -1, CPU, context, rank, tower=GridTower())
         assert micro.vision is not None
-        assert micro.vision.pixels.flatten().tolist() == [3, 4, 5, 1, 2], "in the order of the pack, whole on each rank"
+        assert micro.vision.images.flatten().tolist() == [3, 4, 5, 1, 2], "in the order of the pack, whole on each rank"
         assert micro.vision.layout.tolist() == [[1, 1, 3], [1, 1, 2]]
-        rows = micro.vision.pixels[micro.vision.rows].flatten()
+        rows = micro.vision.images[micro.vision.rows].flatten()
         assert rows.dtype is torch.bfloat16, "in the tower's precision"
         assert torch.equal(rows.float(), micro.tokens[0][micro.vision.places].float())
         token_places += rows.tolist()
     assert sorted(token_places) == [1, 2, 3, 4, 5]
     assert pack(sequences, [1], 1, -1, CPU, tower=GridTower()).vision is None
     assert pack(sequences, [2, 1, 0], 1, -1, CPU).vision is None, "only where the model has its tower"
+
+
+def test_what_the_encoder_made_comes_from_the_ranks_parts() -> None:
+    """Of three prompts' rows, 5, 1 and 2 of them, on three ranks: together and in order they are the whole."""
+    whole = [torch.arange(10.0 * n, 10.0 * n + count).unsqueeze(1) for n, count in enumerate((5, 1, 2))]
+    packed = []
+    for rank in range(3):
+        sequences = [
+            PlainSequence([9] * len(rows), [1], vision=images([0.0] * len(rows), list(range(len(rows)))))
+            for rows in whole
+        ]
+        for sequence, rows in zip(sequences, whole, strict=True):
+            sequence.vision.encoded = Part.of(rows, rank, 3)
+        packed.append(pack(sequences, [2, 0, 1], 1, -1, CPU, tower=GridTower(), encoded=True).vision)
+    assert [len(rank.images) for rank in packed] == [1 + 2 + 1] * 3
+    gathered = torch.cat([rank.images for rank in packed])
+    for rank in packed:
+        assert gathered[rank.order].flatten().tolist() == [20, 21, 0, 1, 2, 3, 4, 10]
+        assert rank.encoded and rank.layout is None
 
 
 def test_positions_go_on_after_the_greatest_of_the_prompt() -> None:

@@ -136,6 +136,27 @@ def test_pixels_are_where_the_tower_is(run: Run, results: Results) -> None:
         assert seen == ({"torch.float32"} if "rows" in rank else set())
 
 
+@pytest.mark.parametrize("run", vl_twins.KEPT, ids=lambda run: run.name)
+def test_a_frozen_encoder_runs_once_for_each_prompt_and_step(run: Run, results: Results) -> None:
+    """With the bits of an encoder that runs in each pass over each micro-batch."""
+    for rank in results(f"kept-{run.name}"):
+        assert rank["seen"] == (rank["images"] if rank["has_tower"] else [])
+        assert rank["kept_rows"] == [-(-rows // run.tensor) if rank["has_tower"] else 0 for rows in rank["rows"]]
+        assert sum(rank["seen_without"]) >= 3 * sum(rank["seen"]), "in three passes"
+        assert rank["log_probs"]
+        assert rank["loss"][0] == rank["loss"][1]
+        assert rank["gradients"] and rank["greatest"] > 0
+
+
+def test_a_step_of_the_policy_runs_a_frozen_encoder_once_for_each_prompt(results: Results) -> None:
+    """Under the reference's projector and its own, whose log-probs are the same before the first update, and in the
+    micro-batches of both updates. Another encoder in the reference is refused."""
+    (rank,) = results(f"policy-{vl_twins.KEPT[0].name}")
+    assert rank["seen"] == rank["images"] and len(rank["seen"]) == 4
+    assert rank["kl"] == 0
+    assert re.search(r"vision\.\S+ is not the policy's, whose vision encoder is frozen", rank["error"])
+
+
 @every_run
 def test_padding_stays_zero(run: Run, results: Results) -> None:
     assert all(rank["padding_is_zero"] for rank in results(run.name))

@@ -13,12 +13,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from megatron_ext import checkpoint, forward_backward, hf_checkpoint, model, optimizer, packing, parallel, platform
+from megatron_ext import (
+    checkpoint,
+    forward_backward,
+    hf_checkpoint,
+    images,
+    model,
+    optimizer,
+    packing,
+    parallel,
+    platform,
+)
+from megatron_ext.batch import TokenBatch
 from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.layout import ParallelConfig
 from megatron_ext.micro_batches import MicroBatches
@@ -85,6 +98,8 @@ RUNS = (
     qwen("tp2-sp-recompute-full", recompute="full", **TP2_SP),
     qwen("tied-pp2", pipeline=2, twin="qwen-tied"),
     qwen("shared-one", shared_prompts=True),
+    qwen("shared-tp2-sp-frozen", frozen=VISION, shared_prompts=True, **TP2_SP),
+    qwen("pp2-frozen-projector", frozen=(*VISION, "vision.projector"), pipeline=2),
     qwen("shared-tp2-sp-pp2", pipeline=2, shared_prompts=True, **TP2_SP),
     internvl("6b-hf", "one"),
     internvl("6b-hf", "tp2", tensor=2),
@@ -130,7 +145,13 @@ EARLIER["other-padding"] = f"resume-{TP2_DP2_FROZEN.name}"
 # Adam divides by a gradient's size: a greater epsilon keeps rounding out of the step where there is next to none.
 OPTIMIZER = replace(cases.OPTIMIZER, epsilon=1e-4, clip_grad_norm=0.1)
 # Prefixes of frozen parameters → tensors of the checkpoint.
-FROZEN_TENSORS = {"vision": r"visual\.(?!merger\.)|vision_", "vision.patch_embed": r"visual\.patch_embed\."}
+FROZEN_TENSORS = {
+    "vision": r"visual\.(?!merger\.)|vision_",
+    "vision.patch_embed": r"visual\.patch_embed\.",
+    "vision.projector": r"visual\.merger\.",
+}
+# The encoder is frozen, so that it runs before the passes.
+KEPT = tuple(run for run in RUNS if "vision" in run.frozen)
 
 TEXT_TOKENS = 120  # of the vocabulary; the special tokens come after them
 SECONDS = 0.75  # between the frames of every clip's grid
@@ -339,7 +360,8 @@ class Policy:
             micro_batches = ([0, 1], [2, 3], [4], list(range(5, len(self.sequences))))
         if run.reduce_early:
             micro_batches = sorted(micro_batches, key=lambda chosen: len(chosen) == 1)
-        build = partial(
+        self.plan = micro_batches[here.data_rank :: run.data]
+        self.build = partial(
             packing.pack,
             multiple=self.model.token_multiple,
             pad_token=0,
@@ -348,16 +370,27 @@ class Policy:
             shared_prompts=run.shared_prompts,
             tower=self.model.tower,
         )
-        batch = token_batch(self.sequences, run.shared_prompts)
-        self.micro = MicroBatches(batch, micro_batches[here.data_rank :: run.data], build)
+        self.batch = token_batch(self.sequences, run.shared_prompts)
+        self.micro = self.micro_batches(self.batch, encoded=run in KEPT)
 
-    def gradients(self) -> float:
+    def micro_batches(self, batch: TokenBatch, encoded: bool) -> MicroBatches:
+        """One rank has a prompt's pixels at first, another one the next prompt's."""
+        vision = [v and on_one_rank(v, i % dist.get_world_size()) for i, v in enumerate(batch.vision or [])]
+        in_plan = {int(batch.prompt_index[i]) for indices in self.plan for i in indices}
+        inputs = [v for v in vision if v is not None]
+        wanted = [i in in_plan and self.model.tower is not None for i, v in enumerate(vision) if v is not None]
+        images.exchange(inputs, np.array(wanted, np.bool_), self.model, parallel.control_group())
+        if encoded:
+            images.encode(self.model, [v for v, is_wanted in zip(inputs, wanted, strict=True) if is_wanted])
+        return MicroBatches(replace(batch, vision=vision), self.plan, partial(self.build, encoded=encoded))
+
+    def gradients(self, micro_batches: MicroBatches | None = None) -> float:
         """Accumulates them; returns the loss."""
 
         def loss(log_probs: torch.Tensor, batch: packing.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return -(log_probs * batch.values["weight"]).sum(), {}
 
-        return forward_backward.accumulate_gradients(self.model, self.micro, loss)["loss"]
+        return forward_backward.accumulate_gradients(self.model, micro_batches or self.micro, loss)["loss"]
 
     def step(self) -> float:
         """Returns the gradients' norm."""
@@ -372,11 +405,18 @@ class Policy:
         return checkpoint.load(newest, self.model, self.optimizer, self.schedule)
 
 
+def on_one_rank(vision: VisionInputs, rank: int) -> VisionInputs:
+    """As the other ranks have it, which know the shape of the pixels."""
+    return replace(vision, pixels=vision.pixels if dist.get_rank() == rank else vision.pixels.to("meta"))
+
+
 def main() -> None:
     platform.activate("cpu")
     fork_ranks(cases.WORLD)
     jobs: dict[str, tuple[Case, Callable[..., dict[str, Any]], tuple[Case, ...]]] = {
         **{run.name: (run, _run, ()) for run in RUNS},
+        **{f"kept-{run.name}": (run, _kept, ()) for run in KEPT},
+        **{f"policy-{run.name}": (run, _policy, ()) for run in KEPT[:1]},
         **{f"resume-{run.name}": (run, _resume, ()) for run in RESUMES},
         **{f"watched-{run.name}": (run, watched.vision, ()) for run in RUNS if run.name in watched.VISION},
         **{f"relayout-{run.name}": (run, _relayout, (saved,)) for saved, run in RELAYOUTS},
@@ -410,7 +450,7 @@ def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
             m.indices, m.values["place"].split(m.lengths.tolist()), log_probs.split(m.lengths.tolist()), strict=True
         )
     }
-    answer["pixels"] = [None if m.vision is None else str(m.vision.pixels.dtype) for m in policy.micro]
+    answer["pixels"] = [None if m.vision is None else str(m.vision.images.dtype) for m in policy.micro]
     answer["loss"] = policy.gradients()
     parameters = [p for module in modules for p in module.parameters()]
     if cases.has_whole_gradients(run):
@@ -421,6 +461,111 @@ def _run(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     answer["padded"] = [s.name for s in shards if sum(math.prod(b.shape) for b in s.blocks) < s.tensor.numel()]
     answer["padding_is_zero"] = all(worker.padding_is_zero(s) for s in shards)
     return answer
+
+
+def count_encoded(tower: Any) -> list[int]:
+    """Patches or tiles of each run of the tower's encoder from now on; none without a tower."""
+    seen: list[int] = []
+    if tower is None:
+        return seen
+    encode = tower.encode
+
+    def counting(pixels: torch.Tensor, layout: Any) -> torch.Tensor:
+        seen.append(len(pixels))
+        return encode(pixels, layout)
+
+    tower.encode = counting
+    return seen
+
+
+def _kept(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
+    """Two responses to each prompt, whether they share its pass or not: the encoder's output made once for a step, and
+    made again in each pass, from whole pixels on every rank. A micro-batch has one prompt, so that products have the
+    same shapes and with them the same rounding."""
+    from tests.megatron_ext import worker
+
+    policy = Policy(folder, run, here)
+    first_of_pairs = [policy.sequences[n - n % 2] for n in range(len(policy.sequences))]
+    sequences = [
+        replace(s, prompt=first.prompt, vision=first.vision)
+        for s, first in zip(policy.sequences, first_of_pairs, strict=True)
+    ]
+    batch = token_batch(sequences, shared_prompts=True)
+    together = 2 if run.shared_prompts else 1
+    units = [list(range(first, first + together)) for first in range(0, len(sequences), together)]
+    policy.plan = units[here.data_rank :: run.data]
+    tower = policy.model.tower
+    seen = count_encoded(tower)
+    of_step: list[VisionInputs | None] = []
+    results: list[dict[str, Any]] = []
+    for kept in (True, False):
+        seen.clear()
+        micro_batches = policy.micro_batches(batch, kept) if kept else MicroBatches(batch, policy.plan, policy.build)
+        if kept:
+            of_step = micro_batches.batch.vision or []
+        # As in a step: log-probs under the reference and as the old policy's, and a pass with gradients.
+        passes = [forward_backward.log_probs(policy.model, micro_batches) for _ in range(2)]
+        loss = policy.gradients(micro_batches)
+        trained = [p for chunk in policy.model.chunks for p in chunk.parameters() if p.requires_grad]
+        results.append({"seen": sorted(seen), "passes": passes, "loss": loss})
+        results[-1]["gradients"] = [p.main_grad.clone() for p in trained]
+    of_rank = {int(batch.prompt_index[i]) for indices in policy.plan for i in indices}
+    with_images = [vision for p in sorted(of_rank) if (vision := of_step[p]) is not None]
+    once, fresh = results
+    return {
+        "has_tower": tower is not None,
+        "images": sorted(len(vision.pixels) for vision in with_images),
+        "kept_rows": [0 if vision.encoded is None else len(vision.encoded.rows) for vision in with_images],
+        "rows": [len(vision.placeholders) for vision in with_images],
+        "seen": once["seen"],
+        "seen_without": fresh["seen"],
+        "log_probs": all(worker.equal(a, b) for a, b in zip(once["passes"], fresh["passes"], strict=True)),
+        "loss": [once["loss"], fresh["loss"]],
+        "gradients": worker.equal(once["gradients"], fresh["gradients"]),
+        "greatest": max((float(g.abs().max()) for g in once["gradients"]), default=0.0),
+    }
+
+
+def _policy(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
+    """A step of the recipes' policy with two responses to each prompt: log-probs under the reference and its own for
+    the KL in the reward, and the micro-batches of two updates."""
+    from recipes.training.policy import Policy as RecipesPolicy
+    from tests.megatron_ext import worker
+
+    twin = Policy(folder, run, here)
+    policy = RecipesPolicy(
+        model=twin.model,
+        parallel=replace(here, config=replace(here.config, micro_batch_tokens=160)),
+        source=str(twin.twin),
+        cost=packing.cost_of(twin.model.hf_config, run.frozen),
+        pad_token=0,
+        temperature=1.0,
+        optimizer_config=OPTIMIZER,
+        guard=None,  # type: ignore[arg-type]
+        states=None,  # type: ignore[arg-type]
+    )
+    first_of_pairs = [twin.sequences[n - n % 2] for n in range(len(twin.sequences))]
+    sequences = [
+        replace(s, prompt=first.prompt, vision=first.vision)
+        for s, first in zip(twin.sequences, first_of_pairs, strict=True)
+    ]
+    batch = token_batch(sequences, shared_prompts=True)
+    seen = count_encoded(twin.model.tower)
+    policy.load_reference(twin.twin)
+    micro_batches = policy.micro_batches(batch)
+    with policy.reference_weights():
+        reference = policy.all_log_probs(micro_batches, len(batch.response_tokens))
+    own = policy.all_log_probs(micro_batches, len(batch.response_tokens))
+    for part in (range(4), range(4, 8)):
+        policy.add_log_probs(policy.micro_batches_of_own(batch.select(part), parallel.control_group()), "old")
+    another = next(shard for shard in twin.model.shards if images.is_of_encoder(shard.name))
+    another.tensor.add_(1e-3)
+    return {
+        "seen": sorted(seen),
+        "images": sorted(len(v.pixels) for v in batch.vision or [] if v is not None),
+        "kl": float((reference - own).abs().max()),
+        "error": worker.error_text(lambda: policy.load_reference(twin.twin)),
+    }
 
 
 def _resume(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:

@@ -262,11 +262,11 @@ def test_memory_of_a_llama_stage_is_that_counted_by_hand(reports: Reports) -> No
 
 
 def test_the_images_of_three_micro_batches_are_on_the_ranks_with_the_tower(reports: Reports) -> None:
-    """One that is read and two that wait, full of images: of each of 4 x 16,384 patches 3 x 2 x 14 x 14 pixels of two
-    bytes, 80 angles of four, and a quarter of two indices for the windows and two for the rows. Other stages have ids
-    and columns alone."""
-    patch = 2 * 3 * 2 * 14 * 14 + 4 * 80 + 8 * (2 + 2) // 4
-    images = 3 * 4 * 16_384 * patch / 2**30
+    """One that is read and two that wait, full of images: of each of 16,384 tokens an eighth of what the frozen encoder
+    makes of four patches, 1,280 numbers of two bytes each, and three indices. Of the one that is read there is the
+    whole besides. Other stages have ids and columns alone."""
+    token = 4 * 1280 * 2
+    images = 16_384 * (3 * (token / 8 + 3 * 8) + token) / 2**30
     for rank in reports["72b"]["memory_gib"]:
         assert rank["micro_batches"] == pytest.approx(images if rank["pp"] == 0 else 0.0, abs=0.04)
 
@@ -338,13 +338,18 @@ def test_each_phase_has_what_is_awake_in_it_and_the_rest_sleeps_on_the_host(repo
     judges = room * SHARES["safety"] + 8 * room * SHARES["value"] + 2 * PUBLISHED["72b"][1] / 2**30
     fullest = {name: max(r[name] for r in report["memory_gib"]) for name in ("weights", "optimizer")}
     weights, optimizer = 8 * fullest["weights"], 8 * fullest["optimizer"]
-    # Kept in all phases: the reference beside the policy's own weights, and what a checkpoint is written from.
-    kept = {"reference": 2 * weights, "optimizer": optimizer, "checkpoint": weights + optimizer}
+    # Kept in all phases: the reference beside the policy's own weights, what a checkpoint is written from, and images.
+    # Of these a rank has a 64th of the pixels that all process, and half of what its replica trains on with what the
+    # frozen encoder makes of them: of each of 128 prompts' 8,192 tokens four patches.
+    pixels, encoded = 3 * 2 * 14 * 14 * 2, 1280 * 2
+    images = 8 * 128 * 8192 * 4 * (pixels / 64 + (pixels + encoded) / 2) / 2**30
+    kept = {"reference": 2 * weights, "optimizer": optimizer, "checkpoint": weights + optimizer, "images": images}
     assert report["host_gib"]["judging"] == pytest.approx(kept, abs=0.01)
     for phase in ("generating", "training", "syncing"):
         assert report["host_gib"][phase] == pytest.approx(kept | {"judges": judges}, abs=0.01), phase
     assert "judging" not in reports["7b"]["phases"]
-    assert list(reports["7b"]["host_gib"]["generating"]) == ["reference", "checkpoint"]
+    assert list(reports["7b"]["host_gib"]["generating"]) == ["reference", "checkpoint", "images"]
+    assert "images" not in reports["70b"]["host_gib"]["generating"], "a model of text"
 
 
 def test_every_phase_that_does_not_fit_the_gpu_or_the_host_is_named(reports: Reports) -> None:

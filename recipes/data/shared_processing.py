@@ -1,0 +1,91 @@
+"""Prompts that the ranks process between them: each image and clip on one rank, which keeps its pixels.
+
+Between the ranks they are one safetensors block, with the prompts as in ``megatron_ext.batch``.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load, save
+
+from megatron_ext import batch as batches
+from megatron_ext.batch import Array, TokenBatch
+from megatron_ext.collectives import on_all_ranks_bytes
+from megatron_ext.packing import VisionInputs
+from recipes.data.processor import ProcessedPrompt, PromptProcessor
+from recipes.data.rows import Row, media_files
+
+PROMPTS = "prompts"  # the block's entry with the prompts themselves
+SHAPES = "shapes"  # that with the shapes of the pixels, JSON
+
+
+def process(
+    processor: PromptProcessor, rows: Sequence[Row], dtype: torch.dtype, group: dist.ProcessGroup
+) -> list[ProcessedPrompt]:
+    """Collective over a gloo group: the prompts of the rows, in order, with pixels in ``dtype``.
+
+    Rows with images or clips are dealt to the ranks; the pixels stay with the rank that made them, and are on the meta
+    device elsewhere. A text is processed by every rank. Raises what ``processor`` raises, on the other ranks
+    RuntimeError with its text.
+    """
+    with_media = [i for i, row in enumerate(rows) if media_files(row)]
+    prompts = {i: processor(row) for i, row in enumerate(rows) if i not in with_media}
+    if with_media:
+        rank = dist.get_rank(group)
+        ranks = dist.get_world_size(group)
+        own: list[ProcessedPrompt] = []
+
+        def of_this_rank() -> bytes:
+            own.extend(in_precision(processor(rows[i]), dtype) for i in with_media[rank::ranks])
+            return to_bytes(own)
+
+        for source, block in enumerate(on_all_ranks_bytes(of_this_rank, group)):
+            of_rank = own if source == rank else from_bytes(block, dtype)
+            prompts |= dict(zip(with_media[source::ranks], of_rank, strict=True))
+    return [prompts[i] for i in range(len(rows))]
+
+
+def in_precision(processed: ProcessedPrompt, dtype: torch.dtype) -> ProcessedPrompt:
+    """With pixels in the precision in which the vision tower takes them."""
+    assert processed.vision is not None  # of a row with media
+    return replace(processed, vision=replace(processed.vision, pixels=processed.vision.pixels.to(dtype)))
+
+
+def to_bytes(processed: Sequence[ProcessedPrompt]) -> bytes:
+    """All but the pixels; inverse of :func:`from_bytes`."""
+    responses: list[Array] = [np.empty(0, np.int32)] * len(processed)
+    prompts = batches.build([each.prompt for each in processed], responses).to_bytes()
+    tensors: dict[str, Array] = {PROMPTS: np.frombuffer(prompts, np.uint8)}
+    shapes = []
+    for i, each in enumerate(processed):
+        assert each.vision is not None  # of a row with media
+        shapes.append(list(each.vision.pixels.shape))
+        tensors[f"placeholders {i}"] = np.array(each.vision.placeholders, np.int32)
+        if each.vision.grid is not None:
+            tensors[f"grid {i}"] = each.vision.grid.numpy()
+        if each.vision.positions is not None:
+            tensors[f"positions {i}"] = np.array(each.vision.positions, np.int32)
+    tensors[SHAPES] = np.frombuffer(json.dumps(shapes).encode(), np.uint8)
+    return save(tensors)
+
+
+def from_bytes(block: bytes, dtype: torch.dtype) -> list[ProcessedPrompt]:
+    """Pixels are on the meta device."""
+    tensors = load(block)
+    prompts = TokenBatch.from_bytes(tensors[PROMPTS].tobytes()).prompts
+    processed = []
+    for i, (prompt, shape) in enumerate(zip(prompts, json.loads(tensors[SHAPES].tobytes()), strict=True)):
+        grid = tensors.get(f"grid {i}")
+        positions = tensors.get(f"positions {i}")
+        vision = VisionInputs(
+            pixels=torch.empty(shape, dtype=dtype, device="meta"),
+            grid=None if grid is None else torch.from_numpy(grid),
+            placeholders=tensors[f"placeholders {i}"].tolist(),
+            positions=None if positions is None else positions.tolist(),
+        )
+        processed.append(ProcessedPrompt(prompt, vision))
+    return processed
