@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from recipes.config import Config, parse
+from recipes.config import Config, nodes_with_engines, parse
 from recipes.data.processor import PromptProcessor
 from recipes.data.rows import load_rows
 from recipes.evaluation import evaluate
@@ -95,7 +95,7 @@ def open_rollouts(config: Config, logs: Path, display: Display) -> Iterator[tupl
             judging.turns.environment.check()
         engines: list[Engine] = []
         stack.callback(stop_engines, engines)
-        for number, of_engine in enumerate(engine_settings(config, config.cluster.nodes)):
+        for number, of_engine in enumerate(engine_settings(config, nodes_with_engines(config))):
             log = logs.with_name(f"{logs.name}_engine_{number}.log")
             engines.append(Engine(replace(of_engine, loads_weights=True), log))
         # A group of this process alone.

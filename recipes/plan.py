@@ -102,10 +102,11 @@ def check(raw: DictConfig, settings: Settings, goal: str) -> None:
         raise ConfigError(
             f"cluster.platform={str(raw.cluster.platform)!r}: layouts are of GPUs; use cluster=slurm_h100"
         )
-    if raw.rollout.staleness or settings.engines != COLOCATED:
+    if raw.cluster.engine_nodes or raw.rollout.staleness or settings.engines != COLOCATED:
         raise ConfigError(
-            f"rollout.staleness={raw.rollout.staleness}, preflight.engines={settings.engines!r}: engines on nodes of "
-            "their own can't be started yet; use rollout.staleness=0 and preflight.engines=colocated"
+            f"cluster.engine_nodes={raw.cluster.engine_nodes}, rollout.staleness={raw.rollout.staleness}, "
+            f"preflight.engines={settings.engines!r}: the planner knows engines on the trainer's nodes that generate "
+            "while it waits; use cluster.engine_nodes=0, rollout.staleness=0 and preflight.engines=colocated"
         )
     if settings.costs is None:
         raise ConfigError(

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from megatron_ext.platform import capabilities
 from megatron_ext.processes import die_with
 from recipes.command_line import from_command_line
-from recipes.config import Config, parse
+from recipes.config import Config, job_processes, parse
 from recipes.errors import ConfigError
 from recipes.launch import launcher
 from recipes.launch.claim import claimed, held_by_rank, wait_for_mark
@@ -45,6 +45,7 @@ def main(raw: DictConfig) -> None:
             return
         with contextlib.ExitStack() as stack:
             lock = None
+            check_processes(config)
             if "RANK" not in os.environ:
                 launch(config)
             elif os.environ["RANK"] == "0":
@@ -70,13 +71,37 @@ def launch(config: Config) -> None:
         if capabilities(config.cluster.platform).can_fork_after_imports:
             load(config)
         try:
-            launcher.fork_ranks(config.cluster.ranks)
+            # Engines' nodes are other processes of this machine.
+            nodes = config.cluster.nodes + config.cluster.engine_nodes if config.cluster.engine_nodes else 1
+            launcher.fork_ranks(job_processes(config), nodes)
         except SystemExit as ended:
             # In the launcher: the ranks have ended.
             message = failure.from_logs(Path(config.run_dir) / "logs") if ended.code else None
             if message is not None:
                 print(f"error: {message}", flush=True)
             raise
+
+
+def check_processes(config: Config) -> None:
+    """Raises ConfigError where the job has other nodes or processes than ``cluster.engine_nodes`` takes for granted."""
+    engine_nodes = config.cluster.engine_nodes
+    if not engine_nodes:
+        return
+    wanted = (config.cluster.nodes + engine_nodes, job_processes(config))
+    if "RANK" not in os.environ:
+        if capabilities(config.cluster.platform).has_gpus:
+            raise ConfigError(
+                f"cluster.engine_nodes={engine_nodes}: on GPUs engines' nodes are machines of their own: start the job "
+                "with sbatch or torchrun, or use cluster.engine_nodes=0"
+            )
+        return
+    given = (int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"]))
+    if given != wanted:
+        raise ConfigError(
+            f"cluster.nodes={config.cluster.nodes}, cluster.engine_nodes={engine_nodes}, cluster.ranks="
+            f"{config.cluster.ranks}: these are {wanted[1]} processes on {wanted[0]} nodes, the job has {given[1]} on "
+            f"{given[0]}; give cluster.engine_nodes to the job script as an argument, so that it counts the trainer's"
+        )
 
 
 def load(config: Config) -> None:
@@ -106,12 +131,16 @@ def run(config: Config, lock: Path | None = None) -> None:
         (Path(config.run_dir) / "logs" / failure.FAILED).unlink(missing_ok=True)
     load(config)
 
+    from recipes.training import engine_node
     from recipes.training.setup import open_training
     from recipes.training.stages import run_stage
 
-    # open_training redirects the output of all ranks but one to their logs; errors go to the terminal.
+    # The output of all ranks but one is redirected to their logs; errors go to the terminal.
     terminal = os.fdopen(os.dup(1), "w")
     try:
+        if int(os.environ["RANK"]) >= config.cluster.ranks:
+            engine_node.serve(config)
+            return
         with open_training(config) as training:
             run_stage(training)
     except preemption.Preempted as preempted:

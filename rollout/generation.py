@@ -5,7 +5,7 @@ Tokens stay where they were made: the other ranks get what is said of each respo
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,15 @@ from megatron_ext.batch import UNFINISHED, Prompt, TokenBatch
 from megatron_ext.collectives import on_all_ranks, on_all_ranks_bytes
 from rollout import sampler
 from rollout.engine import EngineDied
+from rollout.engine_nodes import COLLECT, GENERATE, EngineNodes
 from rollout.environment import Turns
 from rollout.sampler import Key
 from rollout.sampling import Sampling
 
 # Gives the verdicts on a batch of one response: verifier name → plain JSON.
 OnResponse = Callable[[TokenBatch], dict[str, Any]]
+
+TRAINING, HELD_OUT = "training", "held out"  # whose rows the prompts are
 
 MAX_CONCURRENT_VERDICTS = 32  # calls of ``on_response`` that may wait for a verifier at the same time
 MAX_CONCURRENT_REPLIES = 32  # of an environment
@@ -32,13 +35,15 @@ class Fleet:
     """The engines of all nodes as one rank sees them.
 
     ``engines``: those of this rank; on each node one rank has all, the others none. ``node`` of ``nodes``: every node
-    has as many engines. ``turns``: the environment that takes part, on ranks that have engines.
+    has as many engines. ``turns``: the environment that takes part, on ranks that have engines. ``engine_nodes``: where
+    the engines are on nodes of their own.
     """
 
     engines: Sequence[sampler.Generator]
     node: int = 0
     nodes: int = 1
     turns: Turns | None = None
+    engine_nodes: EngineNodes | None = None
 
 
 class Generation:
@@ -51,6 +56,9 @@ class Generation:
 
     With an environment the responses are made in rounds, one turn of each that is not finished: what runs side by
     side, and with it every bit, depends on the requests alone, not on how long the environment takes.
+
+    Where the engines are on nodes of their own, the processes there make one too, and theirs is the ``on_response`` of
+    the data of ``rows`` that gives the verdicts.
     """
 
     def __init__(
@@ -60,7 +68,12 @@ class Generation:
         sampling: Sampling,
         on_response: OnResponse | None = None,
         num_complete: int | None = None,
+        rows: str = TRAINING,
     ) -> None:
+        self.engine_nodes = fleet.engine_nodes
+        if self.engine_nodes is not None:
+            asked = {"sampling": asdict(sampling), "num_complete": num_complete, "rows": rows}
+            self.engine_nodes.order(GENERATE, requests, **asked)
         self.engines = fleet.engines
         self.turns = fleet.turns
         self.keys = requests.keys
@@ -89,7 +102,13 @@ class Generation:
         When a node has no engine left, every rank calls ``resync``, which starts and syncs them, and what is missing is
         asked again: same seeds, by the weights of that sync. Raises on every rank what an engine or ``on_response``
         raised, and EngineDied when a node's engines all die a second time without having finished anything.
+
+        Where the engines are on nodes of their own, the processes there take part, and hand the tokens to ranks of the
+        trainer; ``group`` is not used.
         """
+        if self.engine_nodes is not None:
+            group = self.engine_nodes.group
+            self.engine_nodes.order(COLLECT)
         while any(on_all_ranks(self._lost_all_engines, group)):
             resync()
             self._start()
@@ -104,7 +123,8 @@ class Generation:
         self.replies.shutdown()
         parts = [self._with_prompts(TokenBatch.from_bytes(share)) for share in shares]
         parts[dist.get_rank(group)] = finished[0]
-        return sampler.in_order(self.keys, parts)
+        batch = sampler.in_order(self.keys, parts)
+        return batch if self.engine_nodes is None else self.engine_nodes.to_trainers(batch)
 
     def _start(self) -> None:
         """Start a thread that generates the missing responses."""

@@ -64,7 +64,7 @@ class VllmPlatform:
     current_device: Callable[[], "torch.device"]
     """Where this process keeps its tensors."""
     network_group: Callable[["dist.ProcessGroup"], "dist.ProcessGroup"]
-    """gloo group of all ranks → group over which packed weights cross the network. Collective."""
+    """gloo group of all processes that sync → group over which packed weights cross the network. Collective."""
     synchronize_device: Callable[["torch.device"], None]
     """Waits for all kernels on the device."""
     synchronize_stream: Callable[["torch.device"], None]
@@ -375,7 +375,9 @@ def _nccl_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
     import torch
     import torch.distributed as dist
 
-    nccl_group = dist.new_group(backend="nccl")
+    from megatron_ext import worlds
+
+    nccl_group = worlds.like(group, "nccl")
     # The first operation of a group connects all its ranks. A round of the weight sync would wait for ever then,
     # because ranks without a message in it call nothing.
     dist.all_reduce(torch.zeros(1, device=_cuda_device()), group=nccl_group)

@@ -30,10 +30,10 @@ read_site() {
   unset CUDA_HOME CUDA_PATH
 }
 
-# Sorts the command line into hydra (for every program), checks (the preflight's own), node_checks (those of the node check)
-# and nodes (cluster.nodes).
+# Sorts the command line into hydra (for every program), checks (the preflight's own), node_checks (those of the node check),
+# nodes (cluster.nodes) and engine_nodes (cluster.engine_nodes, for every program too).
 read_arguments() {
-  hydra=() checks=() nodes=
+  hydra=() checks=() nodes='' engine_nodes=0
   local argument flags=()
   read -ra node_checks <<< "${NODE_CHECK:-}"
   for argument in "$@"; do
@@ -42,6 +42,7 @@ read_arguments() {
       preflight=* | preflight.*) checks+=("$argument") ;;
       node_check=* | node_check.*) node_checks+=("$argument") ;;
       cluster.nodes=*) nodes=${argument#*=} ;;
+      cluster.engine_nodes=*) engine_nodes=${argument#*=} hydra+=("$argument") ;;
       *) hydra+=("$argument") ;;
     esac
   done
@@ -97,10 +98,10 @@ read_restarts() {
 resubmit() {
   local script name job=$SLURM_JOB_ID colon=${SLURM_HET_SIZE:+:}
   local gpus=${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_PER_NODE:-}}
-  local size=(--nodes="$nodes" --ntasks-per-node="$per_node" --cpus-per-task="$cpus")
+  local size=(--nodes="$((nodes + engine_nodes))" --ntasks-per-node="$per_node" --cpus-per-task="$cpus")
   size+=(--partition="$SLURM_JOB_PARTITION" ${gpus:+--gpus-per-node="$gpus"})
   script=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o ' Command=[^ ]*' | sed -n '1s/ Command=//p')
-  echo "cluster.nodes=$nodes, the job has $SLURM_JOB_NUM_NODES: submitted again (sbatch --nodes=$nodes saves this)"
+  echo "cluster.nodes=$nodes, the job has $SLURM_JOB_NUM_NODES: submitted again (sbatch --nodes=$((nodes + engine_nodes)) saves this)"
   cd "$SLURM_SUBMIT_DIR" # for its log
   for name in $(compgen -e SLURM_); do # the new job would inherit this job's variables
     [[ $name == SLURM_CONF ]] || unset "$name"
@@ -350,10 +351,10 @@ run_job() {
   read_site
   read_arguments "$@"
   read_job
-  if [[ -n $nodes && $nodes != "$SLURM_JOB_NUM_NODES" ]]; then
+  if [[ -n $nodes && $((nodes + engine_nodes)) != "$SLURM_JOB_NUM_NODES" ]]; then
     resubmit "$@"
   fi
-  hydra+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.ranks=$tasks")
+  hydra+=("cluster.nodes=$((SLURM_JOB_NUM_NODES - engine_nodes))" "cluster.ranks=$((tasks - engine_nodes * per_node))")
   read_restarts
   read_container
   servers=() training='' timer='' bad_nodes=''

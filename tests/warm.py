@@ -58,6 +58,8 @@ MODULES = {
     "tests.megatron_ext.memory_worker",
     "tests.megatron_ext.vl_twins",
     "tests.megatron_ext.worker",
+    "tests.recipes.apart_jobs",
+    "tests.recipes.engine_node_job",
     "tests.recipes.ppo_worker",
     "tests.recipes.steps",
     "tests.rollout.family_twins",

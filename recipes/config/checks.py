@@ -33,6 +33,7 @@ def check(config: Config) -> None:
     check_overlap(config)
     check_samples_of_other_weights(config)
     check_shared_memory(config)
+    check_engine_nodes(config)
     check_critic(config)
     check_batch(config)
     check_engine_batch(config)
@@ -158,6 +159,32 @@ def check_shared_memory(config: Config) -> None:
             raise ConfigError(f"{field}: needs rollout.staleness=0 (with 1 it generates while it trains)")
     if colocated and capabilities(config.cluster.platform).can_sleep and not rollout.sleep:
         raise ConfigError("rewards.placement=colocated: engines make room for judges: needs rollout.sleep=true")
+
+
+def check_engine_nodes(config: Config) -> None:
+    """Engines with nodes of their own share their memory with nobody."""
+    nodes = config.cluster.engine_nodes
+    if not nodes:
+        return
+    for field, chosen, remedy in (
+        ("rollout.sleep=true", config.rollout.sleep, "false"),
+        ("optimizer.offload=true", config.optimizer.offload, "false"),
+        (
+            "rewards.placement=colocated",
+            config.rewards.placement == reward_settings.COLOCATED,
+            reward_settings.DISAGGREGATED,
+        ),
+    ):
+        if chosen:
+            raise ConfigError(
+                f"{field}: makes room on the trainer's nodes for engines or judges, and with cluster.engine_nodes="
+                f"{nodes} the engines are on other nodes; use {field.split('=')[0]}={remedy}"
+            )
+    if config.cluster.ranks % config.cluster.nodes:
+        raise ConfigError(
+            f"cluster.ranks={config.cluster.ranks}, cluster.nodes={config.cluster.nodes}: with cluster.engine_nodes "
+            "every node has as many processes; use a multiple"
+        )
 
 
 def check_critic(config: Config) -> None:

@@ -32,8 +32,13 @@ class ClusterConfig:
     """Machines and processes."""
 
     platform: str = setting("what the trainer and the engines run on", choices=PLATFORMS, on_resume=KEPT)
-    nodes: int = setting("machines", range="[1, 1e5]")
-    ranks: int = setting("trainer processes, all nodes together; on GPUs one per GPU", range="[1, 1e6]")
+    nodes: int = setting("machines of the trainer", range="[1, 1e5]")
+    engine_nodes: int = setting(
+        "further machines, after the trainer's, that have engines and no part of the model; with 0 the engines are on "
+        "the trainer's",
+        range="[0, 1e5]",
+    )
+    ranks: int = setting("trainer processes, all its nodes together; on GPUs one per GPU", range="[1, 1e6]")
     threads: int = setting("CPU threads of each rank; under srun --cpus-per-task counts", range="[1, 1e5]")
     timeout: float = setting("longest wait of a collective, generation included", range=SECONDS, unit="seconds")
     watchdog: float = setting(

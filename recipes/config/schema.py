@@ -78,16 +78,36 @@ def generates(config: Config) -> bool:
     return config.stage.evaluates or "rl" in config.stage.trains
 
 
+def job_processes(config: Config) -> int:
+    """Processes of a job: the trainer's ranks, and as many on each of the engines' nodes as on one of the trainer's."""
+    cluster = config.cluster
+    return cluster.ranks + cluster.engine_nodes * (cluster.ranks // cluster.nodes)
+
+
+def nodes_with_engines(config: Config) -> int:
+    """The engines' own nodes, or else the trainer's."""
+    return config.cluster.engine_nodes or config.cluster.nodes
+
+
 def engines_of_a_node(config: Config, nodes: int) -> int:
-    """Engines on each of ``nodes``. Raises ConfigError where they do not share them evenly, or one has too few GPUs."""
+    """Engines on each of ``nodes`` that have some. Raises ConfigError where they do not share them evenly, or one has
+    too few GPUs."""
     engines = config.rollout.engines
     if engines % nodes:
-        raise ConfigError(f"rollout.engines={engines}: the job has {nodes} nodes; use a multiple, each gets as many")
+        where = "cluster.engine_nodes is" if config.cluster.engine_nodes else "the job has"
+        unit = "" if config.cluster.engine_nodes else " nodes"
+        raise ConfigError(f"rollout.engines={engines}: {where} {nodes}{unit}; use a multiple, each gets as many")
     count = engines // nodes
-    gpus = config.cluster.ranks // nodes  # one rank per GPU
+    gpus = gpus_of_a_node(config, nodes)
     if capabilities(config.cluster.platform).has_gpus and count * config.rollout.tensor > gpus:
         raise ConfigError(
             f"rollout.engines={engines}, rollout.tensor={config.rollout.tensor}: {count} engines of so many GPUs do "
             f"not fit on a node's {gpus}"
         )
     return count
+
+
+def gpus_of_a_node(config: Config, nodes: int) -> int:
+    """Of each of ``nodes`` that have engines: there is a process for each GPU."""
+    trainers = config.cluster.nodes if config.cluster.engine_nodes else nodes
+    return config.cluster.ranks // trainers

@@ -39,13 +39,13 @@ def run_in_child(work: Callable[[], object]) -> None:
         sys.exit(code)
 
 
-def fork_ranks(count: int) -> None:
+def fork_ranks(count: int, nodes: int = 1) -> None:
     """Fork ``count`` ranks. The function returns in each rank; this process waits for them and exits.
 
-    A rank has torchrun's environment variables. When a rank fails, or this process gets a termination signal, all ranks
-    get SIGTERM, and SIGKILL after ``GRACE_SECONDS``. The exit code of this process is that of the first rank that
-    failed, or 128 + the number of the signal. When this process dies, the kernel kills the ranks. The preemption signal
-    (``recipes.run.preemption``) is passed on to the ranks.
+    A rank has torchrun's environment variables, in which this machine counts as ``nodes`` nodes. When a rank fails, or
+    this process gets a termination signal, all ranks get SIGTERM, and SIGKILL after ``GRACE_SECONDS``. The exit code of
+    this process is that of the first rank that failed, or 128 + the number of the signal. When this process dies, the
+    kernel kills the ranks. The preemption signal (``recipes.run.preemption``) is passed on to the ranks.
 
     Call it in the main thread, before other threads run and before CUDA is initialised: both make a fork unsafe.
     """
@@ -53,9 +53,8 @@ def fork_ranks(count: int) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     os.environ |= {
         "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "GROUP_RANK": "0",
-        "GROUP_WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": str(count // nodes),
+        "GROUP_WORLD_SIZE": str(nodes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(listening.getsockname()[1]),
         # This process holds the store, as torchrun does.
@@ -77,7 +76,8 @@ def fork_ranks(count: int) -> None:
             os.setsid()
             signal.pthread_sigmask(signal.SIG_SETMASK, former_mask)
             listening.close()
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            node, local_rank = divmod(rank, count // nodes)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(node)}
             return
         ranks[pid] = rank
 

@@ -3,7 +3,7 @@
 import os
 
 from megatron_ext.platform.features import capabilities
-from recipes.config import Config, engines_of_a_node, generates
+from recipes.config import Config, engines_of_a_node, generates, nodes_with_engines
 from recipes.config.stages import learned_principles
 from recipes.errors import ConfigError
 
@@ -72,14 +72,14 @@ def check_memory(config: Config) -> None:
     """On CPUs: the engines of a node fit into this machine's memory. Raises ConfigError."""
     if capabilities(config.cluster.platform).has_gpus or not generates(config):
         return
-    engines = engines_of_a_node(config, config.cluster.nodes)
+    engines = engines_of_a_node(config, nodes_with_engines(config))
     each = config.rollout.kv_cache_gib + ENGINE_GIB
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if engines * each > memory:
         raise ConfigError(
             f"rollout.engines={config.rollout.engines}: {engines} on a node need more than {engines * each:.0f} GiB "
             f"(rollout.kv_cache_gib={config.rollout.kv_cache_gib:g} and vLLM's {ENGINE_GIB:g} each, beside weights), "
-            f"this machine has {memory:.0f}: use at most {int(memory / each) * config.cluster.nodes}"
+            f"this machine has {memory:.0f}: use at most {int(memory / each) * nodes_with_engines(config)}"
         )
 
 

@@ -271,7 +271,10 @@ def model(config: Config, settings: Settings, expected: str) -> str:
 def nodes(config: Config) -> str:
     """The machines of the job."""
     judges = alternatives.judge_nodes(config)
-    return f"{config.cluster.nodes} for trainer and engines, {judges} for the judges alone"
+    trainer = f"{config.cluster.nodes} for trainer and engines"
+    if config.cluster.engine_nodes:
+        trainer = f"{config.cluster.nodes} for the trainer, {config.cluster.engine_nodes} for engines"
+    return f"{trainer}, {judges} for the judges alone"
 
 
 def has_tokenizer(config: Config) -> bool:

@@ -1,7 +1,7 @@
 """GPU hours of a stage of RL, from ``scale_model`` and the costs of conf/scale: an estimate."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext.layout import stage_layers
 from megatron_ext.platform import capabilities
-from recipes.config import Config
+from recipes.config import Config, job_processes
 from recipes.preflight import memory_plan, scale_model
 from recipes.preflight.alternatives import judge_nodes
 from recipes.preflight.architecture import config_file
@@ -82,8 +82,8 @@ def gpu_hours(config: Config, settings: Settings) -> list[str]:
     scale = OmegaConf.load(CONF / "scale" / f"{settings.costs}.yaml")
     links = OmegaConf.load(CONF / "simulate" / f"{settings.costs}.yaml")
     assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
-    gpus = config.cluster.ranks
-    judges = judge_nodes(config) * (gpus // config.cluster.nodes)
+    gpus = job_processes(config)
+    judges = judge_nodes(config) * (config.cluster.ranks // config.cluster.nodes)
     steps = config.algorithm.steps
     used = f"{gpus} GPUs and {judges} for the judges" if judges else f"{gpus} GPUs"
     lines = []
@@ -116,6 +116,12 @@ def step_seconds(config: Config, scale: DictConfig, machine: Machine, lengths: D
     model = model_shape(config.model.path)
     plain: Any = OmegaConf.to_container(lengths)
     batches = [scale_model.draw_batch(job, job.prompts, plain, scale.seed + i) for i in range(scale.draws)]
-    sync = scale_model.sync_seconds(job, model, machine, disaggregated=False)
-    gpus = config.cluster.ranks
-    return scale_model.estimate_step(job, model, machine, batches, "colocated", gpus, gpus, sync).seconds
+    apart = config.cluster.engine_nodes > 0
+    sync = scale_model.sync_seconds(job, model, machine, disaggregated=apart)
+    schedule = "colocated"
+    if apart:
+        schedule = "asynchronous" if config.rollout.staleness else "split"
+        machine = replace(machine, disaggregated_kv_cache_gib=config.rollout.kv_cache_gib)
+    gpus = job_processes(config)
+    trainers = config.cluster.ranks
+    return scale_model.estimate_step(job, model, machine, batches, schedule, gpus, trainers, sync).seconds

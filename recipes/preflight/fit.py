@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import platform
-from recipes.config import Config, engines_of_a_node, generates
+from recipes.config import Config, engines_of_a_node, generates, nodes_with_engines
 from recipes.errors import ConfigError
 from recipes.preflight import memory_plan
 from recipes.preflight.report import Report, Settings
@@ -211,7 +211,7 @@ def rollout(config: Config, hf_config: Any, text: Any) -> str:
             "needs that; use a divisor"
         )
     fp8_blocks(config, hf_config, text)
-    engines_of_a_node(config, config.cluster.nodes)
+    engines_of_a_node(config, nodes_with_engines(config))
     longest = memory_plan.longest(config)
     token_bytes = sizes.kv_bytes_per_token(text, c.tensor, memory_plan.kv_cache_element_bytes(config))
     tokens = int(c.kv_cache_gib * 2**30 / token_bytes)
@@ -319,6 +319,7 @@ def ranks(
         memory = memory_plan.rank_memory(config, sizes, engine, settings, judges_memory)
         report.memory_gib.append({"pp": place["pp"], "tp": place["tp"], **memory.gib(report.phases)})
     _, engine_reserve = memory_plan.reserve(config, settings)
+    engine_reserve += memory_plan.receiver(config, settings)
     report.engine_gib = {
         "vllm": round(engine / memory_plan.GIB, 3),
         "kv_cache": config.rollout.kv_cache_gib,

@@ -54,7 +54,8 @@ def on_device(config: Config) -> dict[str, list[str]]:
     asleep = ["judges_asleep", "reserve"]
     trained = ["weights", "buffers", "gradients", "optimizer", "critic"]
     trained += ["activations", "logits", "micro_batches", "workspace"]
-    if not generates(config):
+    # Engines on nodes of their own take nothing of the trainer's, which keeps its memory.
+    if not generates(config) or config.cluster.engine_nodes:
         return {"training": [*trained, "reserve"]}
     phases = {"generating": [*idle, *engine, *asleep]}
     if colocated:
@@ -302,7 +303,7 @@ def reserve(config: Config, settings: Settings) -> tuple[int, int]:
     if generates(config):
         # All ranks once more, for the weight sync.
         groups += 1
-        slots = 2 * config.rollout.sync_bucket_mib << 20 if config.cluster.nodes > 1 else 0
+        slots = slot_bytes(config) if config.cluster.nodes + config.cluster.engine_nodes > 1 else 0
     process = settings.context_gib + settings.workspace_gib
     trainer = process + settings.fragmentation_gib + groups * settings.communicator_gib
     vllm = vllm_platform.of(config.cluster.platform)
@@ -311,11 +312,28 @@ def reserve(config: Config, settings: Settings) -> tuple[int, int]:
     return int(trainer * GIB) + slots, int(engine * GIB)
 
 
+def slot_bytes(config: Config) -> int:
+    """A rank's two slots of a weight sync between nodes."""
+    return 2 * config.rollout.sync_bucket_mib << 20
+
+
+def receiver(config: Config, settings: Settings) -> int:
+    """Bytes of the process that receives weights on each GPU of ``cluster.engine_nodes``; 0 without such nodes."""
+    if not config.cluster.engine_nodes:
+        return 0
+    return int((settings.context_gib + settings.communicator_gib) * GIB) + slot_bytes(config)
+
+
+def engines_apart(config: Config, settings: Settings) -> bool:
+    """Whether the engines have devices of their own."""
+    return config.cluster.engine_nodes > 0 or settings.engines != rewards.COLOCATED
+
+
 def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Settings, judges: Judges) -> Any:
     """``memory.Memory`` of a rank. ``engine``: bytes of an engine's device without the KV cache."""
     from recipes.preflight import memory as sizes
 
-    colocated = settings.engines == rewards.COLOCATED and generates(config)
+    colocated = not engines_apart(config, settings) and generates(config)
     critic, critic_idle, critic_asleep = trainer.critic[config.critic.offload]
     trainer_reserve, engine_reserve = reserve(config, settings)
     return sizes.Memory(
@@ -375,7 +393,7 @@ def device_memory(config: Config, settings: Settings, report: Report) -> str:
         raise ConfigError(f"{settings.device} has {room} GiB, too few for {', '.join(too_large)}")
     assert report.engine_gib is not None
     apart = sum(report.engine_gib.values())
-    if settings.engines != rewards.COLOCATED and apart > room:
+    if engines_apart(config, settings) and apart > room:
         raise ConfigError(
             f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: "
             "lower rollout.kv_cache_gib or raise rollout.tensor"

@@ -219,7 +219,7 @@ def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) 
     tables = trainer_tables(hf_config, sizes, world, precision, say)
     say("vLLM's workers")
     layouts = engine_layouts(hf_config, dtype, rollout.tensor)
-    disaggregated = simulation.engines == "disaggregated"
+    disaggregated = simulation.engines == "disaggregated" or raw.cluster.engine_nodes > 0
     where = topology(world, rollout.engines, rollout.tensor, simulation.gpus_per_node, disaggregated)
     # The ranks on the engines' nodes hold nothing.
     tables += [[] for _ in range(len(where.ranks) - world)]

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from megatron_ext.platform import capabilities
 from megatron_ext.precision import DTYPES
-from recipes.config import Config, engines_of_a_node
+from recipes.config import Config, engines_of_a_node, gpus_of_a_node
 from recipes.errors import ConfigError
 from recipes.run import records
 from rewards import registry, settings
@@ -60,7 +60,7 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
     )
     if not capabilities(config.cluster.platform).has_gpus:
         return [shared] * count
-    gpus = range(config.cluster.ranks // nodes)
+    gpus = range(gpus_of_a_node(config, nodes))
     engines = []
     for i in range(count):
         # The GPUs of the engine's workers come first; it sees the others to read trainer weights there.

@@ -1,11 +1,13 @@
 """The answers of the engines' weights to the held-out prompts."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from megatron_ext.batch import TokenBatch
 from recipes.config import Config
 from recipes.data.processor import PromptProcessor
-from recipes.data.rows import load_rows
+from recipes.data.rows import Row, load_rows
 from recipes.data.sources import RowsById
 from recipes.evaluation import evaluate
 from recipes.evaluation.evaluate import Answers
@@ -16,12 +18,8 @@ from rewards.verdict import from_json
 def held_out_answers(config: Config, rollouts: Rollouts, processor: PromptProcessor) -> Answers:
     """Collective: the answers of the engines' present weights to the held-out prompts."""
     rows = load_rows(config.data.evaluation)
-    by_id = RowsById(rows)
     prompts = [processor(row).prompt for row in rows]
-
-    def judge(response: TokenBatch) -> dict[str, Any]:
-        row = by_id[response.prompt(0).prompt_id]
-        return rollouts.judge(row, response, evaluate.score_names(row, config.data.scores))
+    judge = partial(judge_response, config, rollouts, RowsById(rows))
 
     def encode(text: str) -> list[int]:
         return rollouts.tokenizer.encode(text, add_special_tokens=False)
@@ -38,3 +36,9 @@ def held_out_answers(config: Config, rollouts: Rollouts, processor: PromptProces
         return responses
 
     return evaluate.answer(generate, config.data.evaluation_samples, config.rollout.temperature)
+
+
+def judge_response(config: Config, rollouts: Rollouts, rows: Mapping[str, Row], response: TokenBatch) -> dict[str, Any]:
+    """The scores of a batch of one answer. Called from several threads."""
+    row = rows[response.prompt(0).prompt_id]
+    return rollouts.judge(row, response, evaluate.score_names(row, config.data.scores))

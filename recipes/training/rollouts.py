@@ -19,8 +19,9 @@ from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
 from rollout import sampler
 from rollout.engine import Engine
+from rollout.engine_nodes import SERVER_COUNTS, SYNC, EngineNodes
 from rollout.environment import Turns, segments
-from rollout.generation import Fleet, Generation, OnResponse
+from rollout.generation import HELD_OUT, Fleet, Generation, OnResponse
 from rollout.sampling import Sampling
 from rollout.settings import RolloutConfig
 from rollout.weight_sync.sync import WeightSync
@@ -30,6 +31,9 @@ from rollout.weight_sync.sync import WeightSync
 class Rollouts:
     """``engines``, ``verifiers``, ``client`` and ``turns`` (an environment's) exist on the first rank of each node;
     ``node`` of ``nodes``. ``control`` is a gloo group of all ranks.
+
+    ``engine_nodes``: where the engines are on nodes of their own. Each process there has a Rollouts too, with ``node``
+    of ``nodes`` among these, and calls the same methods by order of the trainer's rank 0 (``engine_node``).
 
     ``judges_share_gpus``: the judges' servers sleep while engines and trainer work, and judge a complete batch.
     ``make_room`` frees the trainer's memory for engines. ``heartbeat`` gets the name of a phase that makes progress,
@@ -55,8 +59,19 @@ class Rollouts:
     make_room: Callable[[], None]
     heartbeat: Callable[[str], None]
     on_restart: Callable[[str], None]
+    engine_nodes: EngineNodes | None = None
     version: int = 0
     asleep: bool = False
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The gloo group of all processes that take part in rollouts: of the trainer, and of nodes of engines alone."""
+        return self.control if self.engine_nodes is None else self.engine_nodes.group
+
+    def order(self, name: str, **arguments: Any) -> None:
+        """Have the processes of the engines' nodes, where there are any, call the same (``EngineNodes.order``)."""
+        if self.engine_nodes is not None:
+            self.engine_nodes.order(name, **arguments)
 
     # Weights and sleep
 
@@ -67,8 +82,9 @@ class Rollouts:
         one. Engines that died are started again first.
         """
         self.heartbeat("sync")
-        on_all_ranks(self.make_room, self.control)
-        restarted = on_all_ranks(self._prepare_engines, self.control)
+        self.order(SYNC, version=version)
+        on_all_ranks(self.make_room, self.group)
+        restarted = on_all_ranks(self._prepare_engines, self.group)
         placed = 0
         if self.weight_sync is not None:
             if any(restarted):
@@ -76,7 +92,7 @@ class Rollouts:
             placed = self.weight_sync.sync(version)["bytes"]
         self.version = version
         self.asleep = False
-        on_all_ranks(lambda: self._call_sleepers("/wake", ["kv_cache"]), self.control)
+        on_all_ranks(lambda: self._call_sleepers("/wake", ["kv_cache"]), self.group)
         return placed
 
     def sleep(self) -> None:
@@ -109,7 +125,7 @@ class Rollouts:
     @property
     def fleet(self) -> Fleet:
         """This rank's engines as ``rollout.generation`` takes them."""
-        return Fleet(self.engines, self.node, self.nodes, self.turns)
+        return Fleet(self.engines, self.node, self.nodes, self.turns, self.engine_nodes)
 
     def sampling(self, temperature: float, round_tokens: int | None = None) -> Sampling:
         """The run's sampling settings at a temperature; greedy decoding takes no top-p."""
@@ -131,13 +147,13 @@ class Rollouts:
         temperature: float,
         on_response: OnResponse,
     ) -> TokenBatch:
-        """Collective: responses by prompt, then sample index, with the verdicts that ``on_response`` gives; all tokens
-        on every rank. ``step`` decides the noise."""
+        """Collective: responses to held-out prompts, by prompt and then sample index, with the verdicts that
+        ``on_response`` gives; all tokens on every rank. ``step`` decides the noise."""
         self.heartbeat("generate")
         self.wake()
         requests = sampler.make_requests(prompts, samples_per_prompt, self.seed, step)
         streamed = None if self.judges_share_gpus else on_response
-        generation = Generation(self.fleet, requests, self.sampling(temperature), streamed)
+        generation = Generation(self.fleet, requests, self.sampling(temperature), streamed, rows=HELD_OUT)
         batch = generation.collect(self.control, partial(self.sync_weights, self.version))
         judged = self.judge_together(batch, on_response) if self.judges_share_gpus else batch
         return everywhere(judged, self.control)
@@ -184,9 +200,10 @@ class Rollouts:
 
     def server_counts(self) -> dict[str, int]:
         """Collective: what became of the requests of all nodes to each verifier's server since the last call."""
+        self.order(SERVER_COUNTS)
         total: Counter[str] = Counter()
         counts: Mapping[str, int] = self.client.take_counts() if self.client else {}
-        for of_rank in all_gather_json(counts, self.control):
+        for of_rank in all_gather_json(counts, self.group):
             total.update(of_rank)
         return {f"servers/{name}": count for name, count in total.items()}
 

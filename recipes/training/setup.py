@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_ext import hf_checkpoint, parallel, platform
+from megatron_ext import hf_checkpoint, parallel, platform, worlds
 from megatron_ext import model as models
+from megatron_ext.blocks import Shard
 from megatron_ext.checkpoint import Saver
 from megatron_ext.collectives import from_rank_zero, on_all_ranks
 from megatron_ext.offload import HostCopy, release_gradients
@@ -28,16 +30,21 @@ from recipes.run.clock import PhaseClock
 from recipes.run.display import Display
 from recipes.run.exports import trained_head
 from recipes.run.loggers import open_loggers
+from recipes.run.preemption import Preempted
 from recipes.run.run import Run
 from recipes.run.watchdog import NOTICE, Watchdog
 from recipes.training.engines import Judging, engine_settings, open_judging, record_restart
 from recipes.training.policy import Policy, UpdateGuard
 from recipes.training.rollouts import Rollouts, wait_until_ready
 from rewards import mixing, settings
-from rollout.engine import Engine, stop_engines
+from rollout.engine import Engine, EngineSettings, stop_engines
+from rollout.engine_nodes import END, EngineNodes
 from rollout.weight_sync.sync import WeightSync
 
 PLANS = Path("build/weight_sync")  # plans of weight syncs, by the hash of what they were made from
+# Of messages between the trainer and the engines' nodes, where a process waits for as long as the trainer's step takes.
+# What hangs ends by the watchdog of a rank of the trainer, and with it the connections.
+WAITS = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -56,31 +63,33 @@ def open_training(config: Config) -> Iterator[Training]:
     """Collective: build the trainer, start engines while its weights are read, then join them by the weight sync."""
     run_dir = Path(config.run_dir)
     rank = int(os.environ["RANK"])
-    node = int(os.environ["GROUP_RANK"])
-    nodes = int(os.environ["GROUP_WORLD_SIZE"])
     logs.redirect_output(run_dir / "logs", rank)
+    node, nodes = node_with_engines(config)
+    apart = config.cluster.engine_nodes > 0
     # The first rank of a node starts the node's engines, and responses are judged where the engines are.
-    starts_engines = generates(config) and int(os.environ["LOCAL_RANK"]) == 0
+    starts_engines = generates(config) and not apart and int(os.environ["LOCAL_RANK"]) == 0
     engines_to_start = engine_settings(config, nodes) if starts_engines else []
 
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=rank == 0))
-        names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
-        judging = open_judging(config, names, stack) if starts_engines else Judging(None, {}, None)
+        judging = open_judging(config, names_of_verifiers(config), stack) if starts_engines else Judging(None, {}, None)
 
         with display.stage("trainer: process groups, Megatron-Core model"):
             torch.set_num_threads(config.cluster.threads)
+            engine_nodes = join_engine_nodes(config) if apart else None
             groups = parallel.initialize(config.parallel, config.seed, config.cluster.timeout)
             stack.callback(parallel.destroy)
+            if engine_nodes is not None:
+                stack.push(
+                    partial(end_engine_nodes, engine_nodes)
+                )  # last: Slurm ends a job whose first process has ended
             control = parallel.control_group()
+            # Before the watchdogs of the engines' nodes, too.
+            from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
             model = build_model(config, groups)
 
         # Only now, for their memory may be that of the gradients.
-        engines: list[Engine] = []
-        stack.callback(stop_engines, engines)
-        for i, engine_config in enumerate(engines_to_start):
-            number = node * len(engines_to_start) + i
-            engines.append(Engine(engine_config, run_dir / "logs" / f"engine_{number}.log"))
+        engines = start_engines(engines_to_start, node, run_dir, stack)
 
         with display.stage("trainer: weights"):
             hf_checkpoint.load(model.shards, config.model.path)
@@ -88,18 +97,8 @@ def open_training(config: Config) -> Iterator[Training]:
 
         weight_sync = None
         if generates(config):
-            with display.stage("vLLM: engines ready"):
-                deadline = time.monotonic() + config.rollout.startup_timeout
-                on_all_ranks(partial(wait_until_ready, engines, deadline), control)
-            with display.stage("weight sync: plan from trainer shards to vLLM's layout"):
-                weight_sync = WeightSync(
-                    model.shards,
-                    engines,
-                    control,
-                    bucket_bytes=config.rollout.sync_bucket_mib << 20,
-                    verify_every=config.rollout.sync_verify_every,
-                    plans=PLANS,
-                )
+            syncing = control if engine_nodes is None else engine_nodes.group
+            weight_sync = open_weight_sync(config, model.shards, engines, syncing, display)
 
         run = open_run(config, rank, control, display, stack)
         policy = make_policy(config, groups, model, processor, run)
@@ -118,12 +117,72 @@ def open_training(config: Config) -> Iterator[Training]:
                 client=judging.client,
                 turns=judging.turns,
                 judges_share_gpus=config.rewards.placement == settings.COLOCATED,
-                make_room=policy.release_memory,
+                make_room=keep_memory if apart else policy.release_memory,
                 heartbeat=run.clock.watchdog.beat,
                 on_restart=partial(record_restart, run_dir),
+                engine_nodes=engine_nodes,
             )
             rollouts.sleep()  # until the first sync: optimiser and critic are made meanwhile
         yield Training(config, policy, rollouts, run, processor)
+
+
+def node_with_engines(config: Config) -> tuple[int, int]:
+    """This process's node among those that have engines, and how many these are. With ``cluster.engine_nodes`` they
+    follow the trainer's, whose ranks count as on the first of them."""
+    node = int(os.environ["GROUP_RANK"])
+    if config.cluster.engine_nodes:
+        return max(0, node - config.cluster.nodes), config.cluster.engine_nodes
+    return node, int(os.environ["GROUP_WORLD_SIZE"])
+
+
+def names_of_verifiers(config: Config) -> set[str]:
+    """Those of the rewards, and those that score held-out answers."""
+    return {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
+
+
+def join_engine_nodes(config: Config) -> EngineNodes:
+    """Collective over all processes of the job: make the world of the trainer's ranks, that of the others, and the
+    group of all."""
+    worlds.join(config.cluster.ranks, config.cluster.timeout)
+    return EngineNodes(worlds.job_group("gloo", WAITS), config.cluster.ranks)
+
+
+def start_engines(chosen: Sequence[EngineSettings], node: int, run_dir: Path, stack: ExitStack) -> list[Engine]:
+    """Start this node's engines, without waiting for them; the stack stops them."""
+    engines: list[Engine] = []
+    stack.callback(stop_engines, engines)
+    for i, engine_config in enumerate(chosen):
+        number = node * len(chosen) + i
+        engines.append(Engine(engine_config, run_dir / "logs" / f"engine_{number}.log"))
+    return engines
+
+
+def open_weight_sync(
+    config: Config, shards: Sequence[Shard], engines: Sequence[Engine], group: dist.ProcessGroup, display: Display
+) -> WeightSync:
+    """Collective over ``group``: wait for the engines and plan the weight sync."""
+    with display.stage("vLLM: engines ready"):
+        deadline = time.monotonic() + config.rollout.startup_timeout
+        on_all_ranks(partial(wait_until_ready, engines, deadline), group)
+    with display.stage("weight sync: plan from trainer shards to vLLM's layout"):
+        return WeightSync(
+            shards,
+            engines,
+            group,
+            bucket_bytes=config.rollout.sync_bucket_mib << 20,
+            verify_every=config.rollout.sync_verify_every,
+            plans=PLANS,
+        )
+
+
+def keep_memory() -> None:
+    """The engines have nodes of their own: nothing of the trainer's memory is theirs."""
+
+
+def end_engine_nodes(engine_nodes: EngineNodes, kind: type[BaseException] | None, *unused: object) -> None:
+    """Tell the processes of the engines' nodes that the run is over. After a failure they notice that it is gone."""
+    if kind is None or issubclass(kind, Preempted):
+        engine_nodes.order(END)
 
 
 def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
@@ -173,7 +232,6 @@ def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Dis
         records.write_json(run_dir / "environment.json", {"run": {"id": run_id}, **machine})
         stack.enter_context(records.launch(run_dir, config.resume, [str(change) for change in changes]))
     loggers = open_loggers(config, run_dir, run_id, stack) if rank == 0 else []
-    from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
     watchdog = Watchdog(run_dir / "logs", rank, config.cluster.watchdog)
     stack.callback(watchdog.stop)
     run = Run(

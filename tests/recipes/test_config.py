@@ -439,6 +439,21 @@ IMPOSSIBLE = [
     (["rewards=search", "rewards.constraint.update=x"], "rewards.constraint.update", "x", "use one of dual_ascent"),
     (["rewards=search", "rewards.constraint.initial=0"], "rewards.constraint.initial", "0.0", "use more"),
     (["rollout.sleep=true"], "rollout.sleep", "true", "needs a GPU"),
+    (["cluster.engine_nodes=-1"], "cluster.engine_nodes", "-1", "use 0 or more"),
+    (
+        ["cluster.engine_nodes=1", "cluster.platform=cuda", "rollout.sleep=true"],
+        "rollout.sleep",
+        "true",
+        "use rollout.sleep=false",
+    ),
+    (["cluster.engine_nodes=1", "optimizer.offload=true"], "optimizer.offload", "true", "use optimizer.offload=false"),
+    (
+        ["cluster.engine_nodes=1", "rewards.placement=colocated"],
+        "rewards.placement",
+        "colocated",
+        "use rewards.placement=disaggregated",
+    ),
+    (["cluster.engine_nodes=1", "cluster.nodes=3", "cluster.ranks=4"], "cluster.ranks", "4", "use a multiple"),
     (
         ["optimizer.offload=true", "rollout.staleness=1", "algorithm.importance_sampling=token_truncated"],
         "optimizer.offload",

@@ -145,6 +145,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted = {size: [f"recipe=safework_{size}"] for size in RECIPES}
     wanted["128"] = ["recipe=safework_7b", "cluster.nodes=16"]
     wanted["disaggregated"] = ["recipe=safework_7b", "preflight.engines=disaggregated"]
+    wanted["72b_async"] = ["recipe=safework_72b_async"]
     wanted["without graphs"] = ["recipe=safework_7b", "rollout.cuda_graphs=false"]
     wanted["fp8 keys and values"] = [
         "recipe=safework_7b", "rollout.kv_cache_dtype=fp8", "algorithm.importance_sampling=token_truncated",
@@ -313,6 +314,20 @@ def test_disaggregated_engines_leave_their_memory_to_the_trainer(reports: Report
     assert failed(report) == {}
     assert all(rank["kv_cache"] == rank["vllm"] == 0 for rank in report["memory_gib"])
     assert report["engine_gib"]["vllm"] > 15  # 8.3 billion parameters of 2 bytes
+
+
+def test_engines_with_nodes_of_their_own_have_what_the_trainer_has_not(reports: Reports) -> None:
+    """Beside an engine's worker is the process that receives weights: a context, a communicator and two slots."""
+    report, colocated = reports["72b_async"], reports["72b"]
+    assert failed(report) == {}
+    for rank, beside_an_engine in zip(report["memory_gib"], colocated["memory_gib"], strict=True):
+        assert rank["kv_cache"] == rank["vllm"] == 0
+        for name in ("weights", "gradients", "optimizer", "activations"):
+            assert rank[name] == beside_an_engine[name]
+    engine, receiver = 0.55 + 0.5 + 35 * 0.035 + 0.3, 0.55 + 0.3 + 1.0
+    assert report["engine_gib"]["reserve"] == pytest.approx(engine + receiver, abs=0.01)
+    (nodes,) = (check["detail"] for check in report["checks"] if check["name"] == "nodes")
+    assert nodes == "8 for the trainer, 8 for engines, 3 for the judges alone"
 
 
 def test_fp8_keeps_less_of_a_layer_and_more_of_its_weights(reports: Reports) -> None:

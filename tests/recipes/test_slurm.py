@@ -148,6 +148,13 @@ def test_the_script_prepares_once_and_starts_the_same_entry_point_on_every_task(
     ]
 
 
+def test_the_engines_nodes_are_the_jobs_last_and_the_trainer_has_the_others(tmp_path: Path) -> None:
+    status, calls = run_script(tmp_path, "recipe=demo", "cluster.engine_nodes=1", **JOB)
+    assert status == 7
+    hydra = "recipe=demo cluster.engine_nodes=1 cluster.nodes=1 cluster.ranks=8"
+    assert calls.splitlines()[-1] == f"node7 10007 {RANKS} .venv/bin/python -m recipes.train {hydra}"
+
+
 # Slurm signals the script alone, which ignores the signal until it has started the ranks.
 PREEMPTED = "trap 'exit 75' USR1; while true; do kill -USR1 $PPID; sleep 0.1; done"
 SAVES = {"STATE": "RUNNING", "SAVED": "0"}
@@ -245,13 +252,17 @@ def test_an_unknown_container_is_refused(tmp_path: Path) -> None:
 
 def test_the_safework_scripts_differ_in_their_recipe_and_sizes_only() -> None:
     scripts = sorted((ROOT / "slurm").glob("safework_*.sh"))
-    sizes = ("70b", "72b", "72b_long", "78b", "7b")
+    sizes = ("70b", "72b", "72b_async", "72b_long", "78b", "7b")
     assert [script.stem for script in scripts] == [f"safework_{size}" for size in sizes]
     shared = set()
     for script in scripts:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            nodes = compose("config", [f"recipe={script.stem}"]).cluster.nodes
+            cluster = compose("config", [f"recipe={script.stem}"]).cluster
+        nodes = cluster.nodes + cluster.engine_nodes
         text = script.read_text()
+        if cluster.engine_nodes:
+            assert f"cluster.engine_nodes={cluster.engine_nodes} " in text
+            text = text.replace(f" cluster.engine_nodes={cluster.engine_nodes}", "")
         assert f"\n#SBATCH --nodes={nodes} " in text
         text = text.replace(f"on {nodes} nodes", "on NODES nodes")
         lines = text.replace(script.stem, "RECIPE").splitlines()
