@@ -363,6 +363,7 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
         run_id="scale_path",
         rank=rank,
         control=group,
+        processes=dist.get_world_size(),
         device=torch.device("cpu"),
         display=Display(active=False),
         clock=PhaseClock(watchdog),

@@ -12,11 +12,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_ext.packed import BLOCK, PROMPT, Pack
 
-# Without ``fullgraph`` what can't be compiled would compute all scores of a pack, which is too slow to be of use. With
-# torch's own choice of ``dynamic``, packs of one length have one kernel; where lengths differ, one serves all from the
-# second or third length on, but for packs of a single block. Passes with and without gradients have kernels of their
-# own, and so have other numbers of heads. That is more than torch's limit of 8 where there is a critic.
-_attend = torch.compile(flex_attention, fullgraph=True, recompile_limit=64)  # type: ignore[call-overload]
+# How torch compiles it. Without ``fullgraph``, what can't be compiled would compute all scores of a pack, which is too
+# slow to be of use. With torch's own choice of ``dynamic``, packs of one length have one kernel; where lengths differ,
+# one serves all from the second or third length on, but for packs of a single block. Passes with and without gradients
+# have kernels of their own, and so have other numbers of heads. That is more than torch's limit of 8 where there is a
+# critic.
+COMPILING = {"fullgraph": True, "recompile_limit": 64}
+_attend = torch.compile(flex_attention, **COMPILING)  # type: ignore[call-overload]
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Pack, scale: float) -> torch.Tensor:

@@ -600,8 +600,10 @@ def _pack_vision(
         part = vision.encoded if encoded else vision.part
         if part is None:
             assert not encoded, "images.encode comes first"
+            assert not vision.pixels.is_meta, "images.exchange comes first"
             part = Part(vision.pixels, len(vision.pixels), 1)
         parts.append(part)
+    assert len({part.ranks for part in parts}) == 1, "images.exchange divides all images of a step or none"
     order = None
     if parts[0].ranks > 1:
         order = on_device(torch.from_numpy(order_of_parts(parts)))

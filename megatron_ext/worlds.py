@@ -54,11 +54,11 @@ def join(trainers: int, timeout_seconds: float) -> None:
     _job = Job(store, rank, size, first, timeout)
 
 
-def job_group(backend: str, timeout: timedelta | None = None) -> dist.ProcessGroup:
+def job_group(backend: str) -> dist.ProcessGroup:
     """Collective over all processes of the job, after :func:`join`: a group of them, in the order of their numbers.
 
-    Its ranks are named as the group's own (``group_src``, ``group_dst``, ``group_peer``). ``timeout``: another than
-    that of :func:`join`.
+    Its ranks are named as the group's own (``group_src``, ``group_dst``, ``group_peer``). Its timeout is that of
+    :func:`join`.
     """
     assert _job is not None, "worlds.join comes first"
     group, _ = distributed_c10d._new_process_group_helper(
@@ -68,7 +68,7 @@ def job_group(backend: str, timeout: timedelta | None = None) -> dist.ProcessGro
         backend,
         _job.store,
         group_name=distributed_c10d.GroupName(f"job {next(_job.numbers)}"),
-        timeout=timeout or _job.timeout,
+        timeout=_job.timeout,
     )
     # torch asks for a process's rank in a group by its rank in its world, and for no other world's rank.
     distributed_c10d._world.pg_group_ranks[group] = {(rank - _job.first) % _job.size: rank for rank in range(_job.size)}

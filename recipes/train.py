@@ -95,6 +95,13 @@ def check_processes(config: Config) -> None:
                 "with sbatch or torchrun, or use cluster.engine_nodes=0"
             )
         return
+    rank = int(os.environ["RANK"])
+    node = int(os.environ["GROUP_RANK"])
+    if rank // int(os.environ["LOCAL_WORLD_SIZE"]) != node:
+        raise ConfigError(
+            f"cluster.engine_nodes={engine_nodes}: rank {rank} is on node {node}, but the trainer's ranks have to be "
+            "on the first nodes, in order; use srun --distribution=block (SLURM_DISTRIBUTION)"
+        )
     given = (int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"]))
     if given != wanted:
         raise ConfigError(

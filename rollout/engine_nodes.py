@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ import torch.distributed as dist
 from megatron_ext.batch import TokenBatch
 from megatron_ext.routing import exchange, holders
 from rollout.frames import BATCH, JSON, frame, read_frames
+
+# A process waits for an order for as long as the trainer's step takes. A trainer that hangs is ended by the watchdogs
+# of its ranks, and with it the connections.
+LONGEST_WAIT = timedelta(days=30)
 
 # Names of orders. SYNC has the ``version``; GENERATE has ``sampling``, ``num_complete`` and ``rows``, and requests.
 SYNC, GENERATE, COLLECT, SERVER_COUNTS, END = "sync", "generate", "collect", "server counts", "end"
@@ -32,7 +37,8 @@ class Order:
 
 @dataclass(frozen=True)
 class EngineNodes:
-    """``group``: gloo, of the ``trainers`` ranks of the trainer and after them the processes of the engines' nodes."""
+    """``group``: gloo, of the ``trainers`` ranks of the trainer and after them the processes of the engines' nodes. Its
+    timeout is that of every message but :meth:`next_order`."""
 
     group: dist.ProcessGroup
     trainers: int
@@ -58,13 +64,19 @@ class EngineNodes:
     def next_order(self) -> Order:
         """On a process of an engines' node: wait for the next order. Raises RuntimeError when the trainer has ended."""
         size = torch.zeros(1, dtype=torch.int64)
-        dist.recv(size, group=self.group, group_src=0)
+        receiving = dist.irecv(size, group=self.group, group_src=0)
+        assert receiving is not None  # it is for a rank outside the group
+        receiving.wait(LONGEST_WAIT)
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, group=self.group, group_src=0)
         frames = dict(read_frames(io.BytesIO(data.numpy().tobytes()).read))
         header = json.loads(frames[JSON])
         requests = TokenBatch.from_bytes(frames[BATCH]) if BATCH in frames else None
         return Order(header["name"], header["arguments"], requests)
+
+    def part(self) -> None:
+        """Collective: wait until every process of the job has called it."""
+        dist.barrier(group=self.group)
 
     def to_trainers(self, batch: TokenBatch) -> TokenBatch:
         """Collective: the batch whose tokens the trainer's ranks hold in place of the processes that made them.

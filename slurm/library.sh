@@ -254,11 +254,12 @@ grace_timer() {
 }
 
 # Starts the ranks and waits for them, the servers and the timer. Tasks are not bound to cores: the engines are children of
-# the ranks and use all cores of the node. One dead rank ends the step.
+# the ranks and use all cores of the node. The ranks fill one node after another, whatever the site's default: those of the
+# engines' nodes are the last. One dead rank ends the step.
 train() {
   local status pid
   srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --cpus-per-task="$cpus" --cpu-bind=none \
-    --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
+    --distribution=block --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
   training=$!
   while true; do
     wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # a signal interrupts it too

@@ -554,14 +554,21 @@ FAULTS = (
         "recipes/run/utilisation.py",
         '        metrics["throughput/mfu"] = flops / train_seconds / ranks / peak_flops\n',
         "        pass\n",
-        "tests/recipes/test_utilisation.py::test_throughput_is_of_the_step_and_mfu_of_its_training_phase",
+        "tests/recipes/test_utilisation.py::test_throughput_is_of_the_step_and_all_processes_and_mfu_of_its_training_phase_and_ranks",
         "throughput/mfu",
     ),
     Fault(
         "no tokens per second",
         "No MFU, tokens per second",
         "recipes/run/run.py",
-        "            **utilisation.throughput(self.tokens, self.flops, seconds, len(of_ranks), peak_flops),\n",
+        "            **utilisation.throughput(\n"
+        "                self.tokens,\n"
+        "                self.flops,\n"
+        "                seconds,\n"
+        "                ranks=len(of_ranks),\n"
+        "                processes=self.processes,\n"
+        "                peak_flops=peak_flops,\n"
+        "            ),\n",
         "",
         "tests/recipes/test_run_records.py::"
         "test_a_step_s_line_has_the_seconds_of_its_phases_and_the_next_one_only_its_own",

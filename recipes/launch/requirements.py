@@ -44,6 +44,7 @@ def check_parts(config: Config) -> None:
     from rollout.environment import open_environment
 
     check_memory(config)
+    check_compiler(config)
     for name in REGISTRY:
         resolve(name, config.algorithm)
     rows = load_rows(config.data.prompts)
@@ -65,6 +66,19 @@ def check_parts(config: Config) -> None:
             raise ConfigError(
                 f"data.scores.{name}={wanted}: {source_names(config.data.evaluation)} has rows of the kinds "
                 f"{sorted(held_out.kinds)} only; name one of these or drop the score"
+            )
+
+
+def check_compiler(config: Config) -> None:
+    """On GPUs attention with shared prompts is compiled. Raises ConfigError where the environment forbids it, because
+    torch would compute all scores of a pack one by one."""
+    if not (config.parallel.shared_prompts and capabilities(config.cluster.platform).has_gpus):
+        return
+    for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(variable, "0") == "1":
+            raise ConfigError(
+                f"parallel.shared_prompts=true: needs torch.compile, which {variable}=1 in the environment turns off; "
+                "unset it, or use parallel.shared_prompts=null"
             )
 
 

@@ -29,9 +29,10 @@ class Run:
     """``folder`` is where records and checkpoints go; ``root`` is the run's own folder, for events. They differ in a
     part of the run that another part follows (:meth:`part`).
 
-    ``control`` is a gloo group of all ranks. ``loggers`` are rank 0's. ``run_id`` of a resumed run is the one that it
-    began with. ``write_settings`` makes this launch's settings those of the run, on rank 0. ``savers`` collects what
-    writes checkpoints, so that the way out can wait for them.
+    ``control`` is a gloo group of all ranks. The job has ``processes``, those of the engines' nodes included.
+    ``loggers`` are rank 0's. ``run_id`` of a resumed run is the one that it began with. ``write_settings`` makes this
+    launch's settings those of the run, on rank 0. ``savers`` collects what writes checkpoints, so that the way out can
+    wait for them.
     """
 
     root: Path
@@ -39,6 +40,7 @@ class Run:
     run_id: str
     rank: int
     control: dist.ProcessGroup
+    processes: int
     device: torch.device
     display: Display
     clock: PhaseClock
@@ -97,7 +99,14 @@ class Run:
         peak_flops = platform.current().peak_flops()
         row = {
             **metrics,
-            **utilisation.throughput(self.tokens, self.flops, seconds, len(of_ranks), peak_flops),
+            **utilisation.throughput(
+                self.tokens,
+                self.flops,
+                seconds,
+                ranks=len(of_ranks),
+                processes=self.processes,
+                peak_flops=peak_flops,
+            ),
             **utilisation.memory([memory for _, _, _, memory in of_ranks]),
             "time/step": sum(seconds.values()),
             **times,

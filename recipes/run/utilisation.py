@@ -11,7 +11,13 @@ KIB = 2**10
 
 
 def throughput(
-    tokens: int, flops: float, seconds: Mapping[str, float], ranks: int, peak_flops: float | None
+    tokens: int,
+    flops: float,
+    seconds: Mapping[str, float],
+    *,
+    ranks: int,
+    processes: int,
+    peak_flops: float | None,
 ) -> dict[str, float]:
     """Metrics of a step; without ``peak_flops`` no MFU, and none of what was not counted.
 
@@ -19,13 +25,14 @@ def throughput(
         tokens: of prompts and responses that the step is about, all ranks together.
         flops: model FLOPs of the training phase, all ranks together.
         seconds: of each phase.
-        ranks: that share the work.
+        ranks: of the trainer, which share its FLOPs.
+        processes: of the job, on GPUs one for each: the trainer's ranks and those of the engines' nodes.
         peak_flops: of a rank's device, per second.
     """
     metrics = {}
     step_seconds = sum(seconds.values())
     if tokens and step_seconds:
-        metrics["throughput/tokens_per_second_per_rank"] = tokens / step_seconds / ranks
+        metrics["throughput/tokens_per_second_per_rank"] = tokens / step_seconds / processes
     train_seconds = seconds.get("train", 0.0)
     if flops and train_seconds and peak_flops is not None:
         metrics["throughput/mfu"] = flops / train_seconds / ranks / peak_flops

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from megatron_ext import parallel
 from recipes.config import Config, generates
 from recipes.data.rows import load_rows
 from recipes.data.sources import RowsById
@@ -22,15 +21,16 @@ from recipes.training import held_out, rl
 from recipes.training.engines import Judging, engine_settings, open_judging, record_restart
 from recipes.training.rollouts import Rollouts
 from recipes.training.setup import (
-    WAITS,
+    end_engine_nodes,
     join_engine_nodes,
     keep_memory,
+    leave_groups,
     names_of_verifiers,
     node_with_engines,
     open_weight_sync,
     start_engines,
 )
-from rollout.engine_nodes import COLLECT, END, GENERATE, SERVER_COUNTS, SYNC, EngineNodes, Order
+from rollout.engine_nodes import COLLECT, END, GENERATE, LONGEST_WAIT, SERVER_COUNTS, SYNC, EngineNodes, Order
 from rollout.generation import HELD_OUT, TRAINING, Generation, OnResponse
 from rollout.sampling import Sampling
 
@@ -46,9 +46,12 @@ def serve(config: Config) -> None:
     with ExitStack() as stack:
         display = stack.enter_context(Display(active=False))
         engine_nodes = join_engine_nodes(config)
-        stack.callback(parallel.destroy)
+        stack.push(leave_groups)
+        stack.push(partial(end_engine_nodes, engine_nodes))
         if not generates(config):
-            assert engine_nodes.next_order().name == END
+            order = engine_nodes.next_order()
+            if order.name != END:
+                raise RuntimeError(f"order {order.name!r} in a run that generates nothing")
             return
         judging = Judging(None, {}, None)
         if owns_engines:
@@ -56,7 +59,8 @@ def serve(config: Config) -> None:
         chosen = engine_settings(config, nodes) if owns_engines else []
         engines = start_engines(chosen, node, run_dir, stack)
         weight_sync = open_weight_sync(config, [], engines, engine_nodes.group, display)
-        watchdog = Watchdog(run_dir / "logs", rank, WAITS.total_seconds())
+        # It ends this process when one of the trainer has made no progress.
+        watchdog = Watchdog(run_dir / "logs", rank, LONGEST_WAIT.total_seconds())
         stack.callback(watchdog.stop)
         rollouts = Rollouts(
             config=config.rollout,
@@ -113,7 +117,8 @@ def begin(order: Order, rollouts: Rollouts, judges_of_rows: dict[str, OnResponse
     assert order.requests is not None
     arguments = order.arguments
     sampling = Sampling(**arguments["sampling"])
-    on_response = judges_of_rows.get(arguments["rows"])
+    # Other processes of the node have no responses to judge.
+    on_response = judges_of_rows[arguments["rows"]] if rollouts.engines else None
     return Generation(rollouts.fleet, order.requests, sampling, on_response, arguments["num_complete"])
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from megatron_ext.collectives import from_rank_zero, on_all_ranks
 from megatron_ext.offload import HostCopy, release_gradients
 from megatron_ext.packing import cost_of
 from megatron_ext.scalar_head import scalar_config
-from recipes.config import Config, generates
+from recipes.config import Config, generates, job_processes
 from recipes.config.resume import differences
 from recipes.data.processor import PromptProcessor
 from recipes.run import folder as run_folder
@@ -42,9 +41,6 @@ from rollout.engine_nodes import END, EngineNodes
 from rollout.weight_sync.sync import WeightSync
 
 PLANS = Path("build/weight_sync")  # plans of weight syncs, by the hash of what they were made from
-# Of messages between the trainer and the engines' nodes, where a process waits for as long as the trainer's step takes.
-# What hangs ends by the watchdog of a rank of the trainer, and with it the connections.
-WAITS = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -78,11 +74,9 @@ def open_training(config: Config) -> Iterator[Training]:
             torch.set_num_threads(config.cluster.threads)
             engine_nodes = join_engine_nodes(config) if apart else None
             groups = parallel.initialize(config.parallel, config.seed, config.cluster.timeout)
-            stack.callback(parallel.destroy)
+            stack.push(leave_groups)
             if engine_nodes is not None:
-                stack.push(
-                    partial(end_engine_nodes, engine_nodes)
-                )  # last: Slurm ends a job whose first process has ended
+                stack.push(partial(end_engine_nodes, engine_nodes))
             control = parallel.control_group()
             # Before the watchdogs of the engines' nodes, too.
             from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
@@ -144,7 +138,7 @@ def join_engine_nodes(config: Config) -> EngineNodes:
     """Collective over all processes of the job: make the world of the trainer's ranks, that of the others, and the
     group of all."""
     worlds.join(config.cluster.ranks, config.cluster.timeout)
-    return EngineNodes(worlds.job_group("gloo", WAITS), config.cluster.ranks)
+    return EngineNodes(worlds.job_group("gloo"), config.cluster.ranks)
 
 
 def start_engines(chosen: Sequence[EngineSettings], node: int, run_dir: Path, stack: ExitStack) -> list[Engine]:
@@ -179,10 +173,25 @@ def keep_memory() -> None:
     """The engines have nodes of their own: nothing of the trainer's memory is theirs."""
 
 
+def ends_well(kind: type[BaseException] | None) -> bool:
+    """Whether a block that ends with an exception of this kind, or None, ends so on all ranks."""
+    return kind is None or issubclass(kind, Preempted)
+
+
 def end_engine_nodes(engine_nodes: EngineNodes, kind: type[BaseException] | None, *unused: object) -> None:
-    """Tell the processes of the engines' nodes that the run is over. After a failure they notice that it is gone."""
-    if kind is None or issubclass(kind, Preempted):
+    """Collective over the job: the trainer tells the processes of the engines' nodes that the run is over, and all wait
+    until the engines have ended, because Slurm ends a job soon after its first process has ended. After a failure they
+    notice that the trainer is gone."""
+    if ends_well(kind):
         engine_nodes.order(END)
+        engine_nodes.part()
+
+
+def leave_groups(kind: type[BaseException] | None, *unused: object) -> None:
+    """Destroy the process groups. Not after a failure, when others may wait in a collective of one: NCCL would wait for
+    them, and the error would not be seen."""
+    if ends_well(kind):
+        parallel.destroy()
 
 
 def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
@@ -240,6 +249,7 @@ def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Dis
         run_id=run_id,
         rank=rank,
         control=control,
+        processes=job_processes(config),
         device=platform.current().device(),
         display=display,
         clock=PhaseClock(watchdog),

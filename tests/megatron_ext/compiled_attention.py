@@ -23,7 +23,7 @@ def main() -> None:
     for name, lengths in LENGTHS.items():
         torch._dynamo.reset()
         backend = CompileCounterWithBackend("aot_eager")
-        flex._attend = torch.compile(torchs.flex_attention, fullgraph=True, backend=backend)
+        flex._attend = torch.compile(torchs.flex_attention, **flex.COMPILING, backend=backend)
         graphs = []
         for number, length in enumerate(lengths):
             prompts = [(40 + number, [30, 20 + number]), (17, [9, 8, 7 + number])]

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ PROMPTS = [make_prompt(f"p{i}", [i] * (1 + i)) for i in range(5)]
 REQUESTS = sampler.make_requests(PROMPTS, 2, seed=1, step=2)
 BYTES = 11
 GONE = "gone"
+TIMEOUT = 8.0  # seconds, of the group in which the trainer gives its order later than that
 
 
 class Engine:
@@ -170,8 +172,27 @@ def main() -> None:
             found["error"] = str(error)
         found |= {"world": dist.get_world_size(), "restarts": shared.restarts}  # type: ignore[attr-defined]
         found["attached"] = shared.weight_sync.attached  # type: ignore[union-attr]
+    if end:
+        found |= end_late(number < TRAINERS)
     (folder / f"{number}.json").write_text(json.dumps(found))
     parallel.destroy()
+
+
+def end_late(is_trainer: bool) -> dict[str, Any]:
+    """The last order comes after the group's timeout, and the processes of the engines' nodes end a second after it."""
+    assert worlds._job is not None
+    worlds._job = replace(worlds._job, timeout=timedelta(seconds=TIMEOUT))
+    engine_nodes = EngineNodes(worlds.job_group("gloo"), TRAINERS)
+    found: dict[str, Any] = {}
+    if is_trainer:
+        time.sleep(TIMEOUT + 1)
+        setup.end_engine_nodes(engine_nodes, None)
+    else:
+        found["late"] = engine_nodes.next_order().name
+        time.sleep(1)
+        found["ready"] = time.monotonic()
+        setup.end_engine_nodes(engine_nodes, None)
+    return found | {"ended": time.monotonic()}
 
 
 def verdict(response: TokenBatch) -> dict[str, Any]:

@@ -533,6 +533,20 @@ def test_prompts_are_shared_on_a_gpu_where_that_is_said() -> None:
     assert config.parallel.shared_prompts
 
 
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_prompts_are_not_shared_on_a_gpu_where_torch_may_not_compile(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process has the first of them, for the CPU platform."""
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    on_gpu = ["cluster.platform=cuda", "precision=bf16"]
+    requirements.check_compiler(configured("parallel.shared_prompts=true", *on_gpu))
+    monkeypatch.setenv(variable, "1")
+    requirements.check_compiler(configured(*on_gpu))
+    with pytest.raises(ConfigError, match=rf"parallel.shared_prompts=true: .* {variable}=1 .* unset it, or use"):
+        requirements.check_compiler(configured("parallel.shared_prompts=true", *on_gpu))
+
+
 def test_an_fp8_cache_wants_its_rounding_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor that has it."""
     monkeypatch.setattr("rollout.vllm_platform.processor_flags", lambda cpuinfo: FP8_CACHE_INSTRUCTIONS)

@@ -79,6 +79,14 @@ def test_verdicts_and_counts_come_from_the_engines_nodes(job: list[dict[str, Any
         assert found["held_out_held"] == [True, True]
 
 
+def test_a_process_of_an_engines_node_waits_for_an_order_beyond_any_timeout_and_the_trainer_waits_for_its_end(
+    job: list[dict[str, Any]],
+) -> None:
+    assert [found["late"] for found in job[TRAINERS:]] == ["end"] * (NODES * PER_NODE)
+    last_ready = max(found["ready"] for found in job[TRAINERS:])
+    assert all(found["ended"] >= last_ready for found in job)
+
+
 def test_a_process_of_an_engines_node_ends_when_it_is_told_or_the_trainer_is_gone(
     job: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -97,10 +105,21 @@ def test_a_job_of_other_nodes_or_of_one_machine_with_gpus_is_refused(monkeypatch
     check_processes(config)
     with pytest.raises(ConfigError, match=r"cluster\.engine_nodes=1: on GPUs .* start the job with sbatch"):
         check_processes(on_gpus)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3"}.items():
+    sizes_and_places = {
+        "WORLD_SIZE": "6",
+        "GROUP_WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": "5",
+        "GROUP_RANK": "2",
+    }
+    for name, value in sizes_and_places.items():
         monkeypatch.setenv(name, value)
     check_processes(config)
     check_processes(on_gpus)
+    monkeypatch.setenv("GROUP_RANK", "0")
+    with pytest.raises(ConfigError, match=r"engine_nodes=1: rank 5 is on node 0, .* use srun --distribution=block"):
+        check_processes(config)
+    monkeypatch.setenv("GROUP_RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"cluster\.engine_nodes=1.* are 6 processes on 3 nodes, the job has 4 on 2;"):

@@ -33,6 +33,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         run_id="id",
         rank=0,
         control=dist.group.WORLD,
+        processes=1,
         device=torch.device("cpu"),
         display=Display(active=False),
         clock=PhaseClock(watchdog),

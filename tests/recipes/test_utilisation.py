@@ -53,17 +53,17 @@ def test_the_flops_of_an_update_are_those_of_the_pass() -> None:
     assert training_flops(policy, two) == 2 * training_flops(policy, all_are_responses)
 
 
-def test_throughput_is_of_the_step_and_mfu_of_its_training_phase() -> None:
+def test_throughput_is_of_the_step_and_all_processes_and_mfu_of_its_training_phase_and_ranks() -> None:
     seconds = {"generate": 6.0, "train": 4.0}
-    metrics = utilisation.throughput(tokens=800, flops=8e12, seconds=seconds, ranks=4, peak_flops=1e12)
-    assert metrics == {"throughput/tokens_per_second_per_rank": 20.0, "throughput/mfu": 0.5}
+    metrics = utilisation.throughput(tokens=800, flops=8e12, seconds=seconds, ranks=4, processes=8, peak_flops=1e12)
+    assert metrics == {"throughput/tokens_per_second_per_rank": 10.0, "throughput/mfu": 0.5}
 
 
 def test_nothing_is_made_up_where_the_peak_is_not_known_or_nothing_was_counted() -> None:
     seconds = {"train": 4.0}
-    unknown = utilisation.throughput(tokens=800, flops=8e12, seconds=seconds, ranks=1, peak_flops=None)
+    unknown = utilisation.throughput(tokens=800, flops=8e12, seconds=seconds, ranks=1, processes=1, peak_flops=None)
     assert list(unknown) == ["throughput/tokens_per_second_per_rank"]
-    assert utilisation.throughput(tokens=0, flops=0, seconds=seconds, ranks=1, peak_flops=1e12) == {}
+    assert utilisation.throughput(0, 0, seconds, ranks=1, processes=1, peak_flops=1e12) == {}
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ def record(plan: Plan, rank: int, patch: pytest.MonkeyPatch) -> list[Event]:
         P2POp=operation, isend=True, irecv=False, batch_isend_irecv=call_group, Work=Any, ProcessGroup=Any
     )
     with patch.context() as within:
+        # All engines are on nodes of the trainer.
+        within.setattr(dist, "get_world_size", lambda group=None: len(plan.slot_bytes))
         within.setattr(dist, "new_group", lambda backend: group)
         within.setattr(dist, "all_reduce", all_reduce)
         within.setattr(vllm_platform, "_cuda_device", lambda: torch.device("cpu"))
