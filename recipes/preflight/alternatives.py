@@ -329,13 +329,17 @@ def judge_nodes(config: Config) -> int:
 
 
 def use_of_nodes(search: Search, raw: DictConfig, config: Config, nodes: int) -> tuple[str, list[Proposal]]:
-    """A title, and layouts for as many of ``nodes`` as possible, those of the judges left out."""
+    """A title, and layouts for as many of ``nodes`` as possible, those of the judges and of engines alone left out."""
     judges = judge_nodes(config)
+    engines = config.cluster.engine_nodes
+    others = f"{judges} for the judges"
+    if engines:
+        others += f" and {engines} for the engines"
     per_node = raw.cluster.ranks // raw.cluster.nodes
-    for count in range(nodes - judges, 0, -1):
+    for count in range(nodes - judges - engines, 0, -1):
         more = [f"cluster.nodes={count}"]
         proposals = list(islice(nearest_layouts(search, raw, count * per_node, more), MOST_PROPOSALS))
         if proposals:
-            title = f"Of {nodes} nodes, {judges} for the judges, most are used with"
+            title = f"Of {nodes} nodes, {others}, most are used with"
             return title, proposals
-    return f"Of {nodes} nodes, {judges} for the judges, none is used by a layout that fits", []
+    return f"Of {nodes} nodes, {others}, none is used by a layout that fits", []

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from megatron_ext.models import family
 from recipes.config import Config, parse
-from recipes.preflight import checks, cost, fit, stages
+from recipes.preflight import alternatives, checks, cost, fit, stages
 from recipes.preflight.architecture import model_config, published_file
 from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Report, Settings
 from recipes.run import folder as run_folder
@@ -423,6 +423,15 @@ def test_a_number_of_nodes_that_does_not_fit_is_answered_with_what_does(reports:
     (title,) = proposed(reports["five nodes in all"])
     assert title.startswith("Of 5 nodes, 3 for the judges")
     assert proposed(reports["five nodes in all"])[title][0] == "cluster.nodes=2", "the recipe's own layout, on all"
+
+
+def test_nodes_of_engines_are_among_those_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alternatives, "nearest_layouts", lambda search, raw, ranks, more: iter([more]))
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        raw = compose("config", ["recipe=safework_72b_async"])
+    title, proposals = alternatives.use_of_nodes(None, raw, parse(raw), 20)  # type: ignore[arg-type]
+    assert title == "Of 20 nodes, 3 for the judges and 8 for the engines, most are used with"
+    assert proposals == [["cluster.nodes=9"]]
 
 
 def test_models_that_ship_need_no_folder(reports: Reports) -> None:
