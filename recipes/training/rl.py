@@ -153,7 +153,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
     rows = load_rows(config.data.prompts)
     by_id = RowsById(rows)
     buffer = PromptBuffer(
-        partial(draw_prompts, config, training.processor, rows, rollouts.control),
+        partial(draw_prompts, config, training.processor, rows, group=rollouts.control),
         rollouts.sampling(config.rollout.temperature, config.rollout.partial_rollout_tokens),
         prompts_per_step=algorithm.prompts_per_step,
         oversample=config.rollout.oversample,
@@ -180,7 +180,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
 
 
 def draw_prompts(
-    config: Config, processor: PromptProcessor, rows: Sequence[Row], group: dist.ProcessGroup, draw: int
+    config: Config, processor: PromptProcessor, rows: Sequence[Row], draw: int, *, group: dist.ProcessGroup
 ) -> list[ProcessedPrompt]:
     """Collective over a gloo group: the prompts of the data's ``draw``-th step."""
     phases = curriculum_phases(config.data)
