@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from hydra.errors import HydraException, OverrideParseException
 
@@ -15,6 +16,21 @@ APPEND = "To append to your config use +"
 MERGING = "Error merging override "
 # Fields whose values are not printed.
 SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
+CONF = Path(__file__).resolve().parents[1] / "conf"
+# Groups of a run's settings, in the order in which a user meets them.
+GROUPS = (
+    "recipe",
+    "model",
+    "algorithm",
+    "stage",
+    "data",
+    "rewards",
+    "parallel",
+    "precision",
+    "rollout",
+    "cluster",
+    "logger",
+)
 
 
 def one_line(error: HydraException) -> str:
@@ -45,8 +61,12 @@ def quoted(text: str) -> str:
 def from_command_line(hydra_main: Callable[[], None]) -> None:
     """Call a Hydra main. An error of the command line is printed in one line, with exit code 1.
 
-    Overrides in free-form mappings may name new keys.
+    Overrides in free-form mappings may name new keys. ``--help`` prints the program's docstring and what can be chosen;
+    Hydra's own help would need a recipe first.
     """
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        print(help_text(sys.modules["__main__"].__doc__ or ""))
+        return
     sys.argv[1:] = with_new_keys(sys.argv[1:], mappings(Config))
     # Hydra then raises instead of printing several lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -55,6 +75,24 @@ def from_command_line(hydra_main: Callable[[], None]) -> None:
     except HydraException as error:
         print(f"error: {one_line(error)}", flush=True)
         sys.exit(1)
+
+
+def help_text(program: str) -> str:
+    """``program``: what it does and how it is called."""
+    choices = []
+    for group in GROUPS:
+        names = sorted(file.stem for file in (CONF / group).glob("*.yaml") if file.stem != "base")
+        choices.append(f"  {group}={'|'.join(names)}")
+    return "\n".join(
+        [
+            program.strip(),
+            "",
+            "Choices:",
+            *choices,
+            "",
+            "Every setting is in docs/configuration.md. --cfg job after a recipe prints its settings.",
+        ]
+    )
 
 
 def with_group(arguments: Sequence[str], group: str, default: str) -> list[str]:

@@ -714,6 +714,29 @@ def main_s_configuration(overrides: list[str], monkeypatch: pytest.MonkeyPatch) 
     return lambda *path: reduce(getitem, path, configs[0])
 
 
+def test_help_needs_no_recipe_and_names_all_that_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise AssertionError("the program is not called")
+
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "What the program does.\n")
+    for flag in ("--help", "-h"):
+        monkeypatch.setattr(sys, "argv", ["program", flag])
+        command_line.from_command_line(main)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "What the program does."
+        choices = dict(line.strip().split("=", 1) for line in lines if line.startswith("  "))
+        groups = {
+            name for default in yaml.safe_load((CONF / "config.yaml").read_text())["defaults"] for name in default
+        }
+        assert set(choices) == {
+            name for name in groups if (CONF / name).is_dir() and name in Config.__annotations__
+        } | {"recipe"}
+        for group, names in choices.items():
+            assert {*names.split("|"), "base"} >= {file.stem for file in (CONF / group).glob("*.yaml")}
+
+
 def test_other_fields_are_no_free_form_mappings() -> None:
     assert with_new_keys(["algorithm.steps=1", "rewards.gate=x", "recipe=demo"], mappings(Config)) == [
         "algorithm.steps=1",
