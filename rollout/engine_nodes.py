@@ -23,7 +23,7 @@ from rollout.frames import BATCH, JSON, frame, read_frames
 LONGEST_WAIT = timedelta(days=30)
 
 # Names of orders. SYNC has the ``version``; GENERATE has ``sampling``, ``num_complete`` and ``rows``, and requests.
-SYNC, GENERATE, COLLECT, SERVER_COUNTS, END = "sync", "generate", "collect", "server counts", "end"
+ALIVE, SYNC, GENERATE, COLLECT, SERVER_COUNTS, END = "alive", "sync", "generate", "collect", "server counts", "end"
 
 
 @dataclass(frozen=True)

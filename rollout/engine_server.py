@@ -26,14 +26,13 @@ import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_ext.batch import UNFINISHED, Prompt, TokenBatch, build
+from megatron_ext.batch import UNFINISHED, Prompt, TokenBatch, build, offsets
 from megatron_ext.processes import die_with
 from rollout import vllm_platform
 from rollout.engine import EngineSettings
@@ -130,7 +129,6 @@ class Batch:
     sink: Callable[[bytes], Any]
     requests: TokenBatch
     sampling: Sampling
-    version: int
     remaining: Counter[str]
     num_complete: int | None
 
@@ -143,9 +141,9 @@ class EngineLoop:
         self.llm = llm_engine
         self.weights = WeightReceiver(llm_engine)
         if settings.loads_weights:
-            self.weights.version = 0
+            self.weights.arrived(0)
         self.commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self.sinks: dict[str, Callable[[Any], None]] = {}
+        self.unfinished: dict[str, tuple[Batch, int]] = {}  # by vLLM's id: the batch, and which of its requests
         self.next_id = 0
         self.progress = 0
         self.asleep: set[str] = set()
@@ -178,7 +176,7 @@ class EngineLoop:
             "weight_version": self.weights.version,
             "stale": self.weights.stale,
             "workers": self.settings.rollout.tensor,
-            "unfinished_requests": len(self.sinks),
+            "unfinished_requests": len(self.unfinished),
             # Steps, accepted requests and executed commands so far.
             "progress": self.progress,
             "asleep": sorted(self.asleep),
@@ -198,7 +196,7 @@ class EngineLoop:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        version = self._usable_version()
+        self._check_usable()
         if sampling.thinking_budget is not None and self.settings.thinking is None:
             raise Refused(
                 f"sampling.thinking_budget={sampling.thinking_budget}: this engine has no thinking marks; set "
@@ -227,7 +225,7 @@ class EngineLoop:
             self.llm.reset_encoder_cache()
         ids: list[str] = []
         remaining = Counter(prompt_id for prompt_id, _ in requests.keys)
-        batch = Batch(ids, sink, requests, sampling, version, remaining, num_complete)
+        batch = Batch(ids, sink, requests, sampling, remaining, num_complete)
         try:
             for i in range(len(requests)):
                 ids.append(str(self.next_id))
@@ -251,7 +249,7 @@ class EngineLoop:
                 tokens = requests.prompt(i).token_ids.tolist() + earlier_tokens
                 engine_request = inputs[requests.prompt_index[i]] | {"prompt_token_ids": tokens}
                 self.llm.add_request(ids[-1], engine_request, params)
-                self.sinks[ids[-1]] = partial(self._finish, batch, i)
+                self.unfinished[ids[-1]] = (batch, i)
         except Exception:  # vLLM refused one: none of the batch may run
             self.abort(ids)
             raise
@@ -259,7 +257,7 @@ class EngineLoop:
 
     def abort(self, ids: list[str]) -> None:
         """Drop requests nobody waits for any more."""
-        unfinished = [request_id for request_id in ids if self.sinks.pop(request_id, None)]
+        unfinished = [request_id for request_id in ids if self.unfinished.pop(request_id, None)]
         if unfinished:
             self.llm.abort_request(unfinished)
 
@@ -269,10 +267,25 @@ class EngineLoop:
             raise Refused('the weights are asleep: POST /wake {"tags": ["weights"]} before a sync')
         return self.between_batches(function, body)
 
+    def update_weights(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
+        """Take new weights. With ``rollout.in_flight_updates`` also while samples are generated, between two steps: the
+        requests go on by the new weights, with the keys and values that they have of the old ones.
+
+        Where the weights do not arrive whole, the requests end in an error.
+        """
+        if not self.settings.rollout.in_flight_updates:
+            return self.change_weights(function, body)
+        self._finish_scheduled_steps()
+        try:
+            return function(body)
+        finally:
+            if self.weights.stale:
+                self._fail_all("the weights changed in the middle of the response, and did not arrive whole")
+
     def between_batches(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
         """Run a change of weights or memory; refused while samples are generated."""
         if self.llm.has_unfinished_requests():
-            raise Refused(f"{len(self.sinks)} requests are still running: weights change only between batches")
+            raise Refused(f"{len(self.unfinished)} requests are still running: weights change only between batches")
         return function(body)
 
     def sleep(self, _: Any) -> dict[str, Any]:
@@ -295,7 +308,7 @@ class EngineLoop:
             self.weights.zero_cache()
         return {}
 
-    def _usable_version(self) -> int:
+    def _check_usable(self) -> None:
         if self.asleep:
             raise Refused(f"asleep: {', '.join(sorted(self.asleep))}: wake and sync before generating")
         if self.weights.stale:
@@ -304,7 +317,6 @@ class EngineLoop:
             )
         if self.weights.version is None:
             raise Refused("no weights yet: sync once before generating")
-        return self.weights.version
 
     def _execute(self, function: Callable[[], Any], future: "Future[Any]") -> None:
         try:
@@ -318,9 +330,7 @@ class EngineLoop:
         self.prompt_tokens += len(output.prompt_token_ids)
         self.cached_prompt_tokens += output.num_cached_tokens
         try:
-            response = finished_response(
-                batch.requests, i, batch.sampling, output, batch.version, self.settings.thinking
-            )
+            response = finished_response(batch.requests, i, batch.sampling, output, self.settings.thinking)
         except Refused as error:
             batch.sink(frame(ERROR, str(error).encode()))
         else:
@@ -332,9 +342,26 @@ class EngineLoop:
 
     def _step(self) -> None:
         for output in self.llm.step():
-            if output.finished and output.request_id in self.sinks:
-                self.sinks.pop(output.request_id)(output)
+            if output.finished and output.request_id in self.unfinished:
+                self._finish(*self.unfinished.pop(output.request_id), output)
         self.progress += 1
+
+    def _finish_scheduled_steps(self) -> None:
+        """With ``rollout.async_scheduling`` a step is under way between two calls of vLLM: have its tokens come out,
+        without a further step."""
+        core = self.llm.engine_core.engine_core
+        if core.batch_queue is None:
+            return
+        core.pause_scheduler("keep", clear_cache=False)
+        while core.batch_queue:
+            self._step()
+        core.resume_scheduler()
+
+    def _fail_all(self, reason: str) -> None:
+        """End all requests with an error."""
+        for batch, _ in self.unfinished.values():
+            batch.sink(frame(ERROR, reason.encode()))
+        self.abort(list(self.unfinished))
 
 
 def engine_input(renderer: Any, prompt: Prompt) -> Any:
@@ -370,10 +397,10 @@ def engine_input(renderer: Any, prompt: Prompt) -> Any:
     return rendered
 
 
-def finished_response(
-    requests: TokenBatch, i: int, sampling: Sampling, output: Any, version: int, thinking: Any
-) -> TokenBatch:
+def finished_response(requests: TokenBatch, i: int, sampling: Sampling, output: Any, thinking: Any) -> TokenBatch:
     """A finished ``RequestOutput`` of vLLM as a batch of one, without the tokens that request i went on from.
+
+    vLLM says which tokens each version of the weights sampled (``WeightReceiver.arrived``).
 
     Raises Refused for a log-probability that is not finite, which means broken weights or a broken kernel, and for a
     forced token (``rollout.thinking``, the module) that vLLM sampled.
@@ -399,14 +426,20 @@ def finished_response(
     num_earlier_tokens = int(requests.response_lengths[i])
     if reason == "length" and num_earlier_tokens + len(tokens) < sampling.max_tokens:
         reason = UNFINISHED
-    return build(
+    response = build(
         [Prompt(prompt.prompt_id, np.empty(0, np.int32))],  # the client has the prompt
         [tokens],
         sample_index=requests.sample_index[[i]],
         logprobs=[logprobs],
         loss_mask=[sampled],
-        version=version,
         finish_reasons=[reason],
+    )
+    runs = completion.weight_versions
+    return replace(
+        response,
+        version_offsets=offsets([len(runs)]),
+        versions=np.array([int(run.version) for run in runs], np.int32),
+        version_lengths=np.array([run.end - run.start for run in runs], np.int32),
     )
 
 
@@ -481,7 +514,7 @@ async def serve(loop: EngineLoop, listener: UserSocket) -> None:
             web.post("/generate", generate),
             web.post("/weights/layout", weights(loop.weights.layout)),
             web.post("/weights/plan", weights(loop.weights.set_plan)),
-            web.post("/weights/update", weights(loop.weights.update)),
+            web.post("/weights/update", weights(loop.weights.update, loop.update_weights)),
             web.get("/weights/checksum", weights(lambda _: loop.weights.checksum())),
             web.get("/weights/digest", weights(lambda _: loop.weights.digest())),
             web.post("/sleep", weights(loop.sleep, loop.between_batches)),

@@ -70,6 +70,11 @@ class RolloutConfig:
         range="[0, 1]",
         unit="updates",
     )
+    in_flight_updates: bool = setting(
+        "with staleness: an update's weights go to the engines in the middle of generating. A response goes on by the "
+        "new weights, with the keys and values of the old; where in it they change depends on time, so that no run "
+        "repeats another's bits"
+    )
     oversample: float = setting(
         "prompts in flight for each prompt of a step; above 1 a step takes the groups that are complete first",
         range="[1, 1e3]",
@@ -155,6 +160,11 @@ def check(settings: RolloutConfig, platform: str) -> None:
     if settings.sleep and (settings.staleness or not capabilities(platform).can_sleep):
         raise ValueError(
             "rollout.sleep=true: needs a GPU and rollout.staleness=0 (it generates while the trainer works)"
+        )
+    if settings.in_flight_updates and not settings.staleness:
+        raise ValueError(
+            "rollout.in_flight_updates=true: only with rollout.staleness=1 do the engines generate while the trainer "
+            "updates; use that, or rollout.in_flight_updates=false"
         )
     for flag in ("async_scheduling", "model_runner_v2"):
         if getattr(settings, flag) and not capabilities(platform).has_gpus:

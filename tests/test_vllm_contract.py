@@ -299,6 +299,7 @@ RETURNS = {
     "has_unfinished_requests": "bool",
     "reset_encoder_cache": None,
     "reset_prefix_cache": "bool",
+    "set_weight_version": None,
     "sleep": None,
     "step": "list[RequestOutput | PoolingRequestOutput]",
     "wake_up": None,
@@ -322,6 +323,27 @@ def test_calls_of_the_engine_fit_its_methods() -> None:
     assert refused(called, len(render.args), set()) == []
     returned = next(n for n in ast.walk(called) if isinstance(n, ast.Return))
     assert isinstance(returned.value, ast.ListComp), "one for each prompt"
+
+
+def test_weights_may_change_between_two_steps() -> None:
+    """``rollout.in_flight_updates``: a step that is under way can be finished alone, a token has the version that was
+    set when it came out, and blocks in use can be made unknown to other requests."""
+    core = "vllm/v1/engine/core.py"
+    assert {"batch_queue", "scheduler"} <= own_attributes(core, "EngineCore")
+    assert "engine_core" in own_attributes("vllm/v1/engine/core_client.py", "InprocClient")
+    for name, call in calls("core."):
+        called = method(core, "EngineCore", name)
+        assert refused(called, len(call.args), {str(keyword.arg) for keyword in call.keywords}) == [], name
+    assert {name for name, _ in calls("core.")} == {"pause_scheduler", "resume_scheduler"}
+    scheduler = ast.unparse(method("vllm/v1/core/sched/scheduler.py", "Scheduler", "schedule"))
+    assert "if self._pause_state == PauseState.PAUSED_ALL:" in scheduler
+    for step in ("step", "step_with_batch_queue"):
+        assert "self._attach_weight_version(engine_core_outputs)" in ast.unparse(method(core, "EngineCore", step))
+    assert {"version", "start", "end"} == fields("vllm/outputs.py", "WeightVersionSpan")
+    assert "kv_cache_manager" in own_attributes("vllm/v1/core/sched/scheduler.py", "Scheduler")
+    evict = method("vllm/v1/core/kv_cache_manager.py", "KVCacheManager", "evict_blocks")
+    assert refused(evict, 1, set()) == []
+    assert {"num_gpu_blocks"} <= own_attributes("vllm/v1/core/block_pool.py", "BlockPool")
 
 
 # (file, class, method) in the order in which vLLM hands sleep, wake and our calls down to a worker.
@@ -423,7 +445,8 @@ def test_what_comes_back_has_what_we_read() -> None:
     outputs = "vllm/outputs.py"
     read = {"finished", "request_id", "outputs", "prompt_token_ids", "num_cached_tokens"}
     assert read <= own_attributes(outputs, "RequestOutput")
-    assert {"token_ids", "logprobs", "finish_reason", "stop_reason"} <= fields(outputs, "CompletionOutput")
+    read = {"token_ids", "logprobs", "finish_reason", "stop_reason", "weight_versions"}
+    assert read <= fields(outputs, "CompletionOutput")
     assert {"token_ids", "logprobs"} <= fields("vllm/logprobs.py", "FlatLogprobs")
 
 

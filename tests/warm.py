@@ -64,6 +64,7 @@ MODULES = {
     "tests.recipes.steps",
     "tests.rollout.family_twins",
     "tests.rollout.grid_twins",
+    "tests.rollout.in_flight_engine",
     "tests.rollout.shipped",
     "tests.rollout.sleeping_engine",
     "tests.rollout.speculating",

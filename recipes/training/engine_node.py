@@ -30,7 +30,7 @@ from recipes.training.setup import (
     open_weight_sync,
     start_engines,
 )
-from rollout.engine_nodes import COLLECT, END, GENERATE, LONGEST_WAIT, SERVER_COUNTS, SYNC, EngineNodes, Order
+from rollout.engine_nodes import ALIVE, COLLECT, END, GENERATE, LONGEST_WAIT, SERVER_COUNTS, SYNC, EngineNodes, Order
 from rollout.generation import HELD_OUT, TRAINING, Generation, OnResponse
 from rollout.sampling import Sampling
 
@@ -105,6 +105,8 @@ def obey(rollouts: Rollouts, engine_nodes: EngineNodes, judges_of_rows: dict[str
             assert generation is not None, "an order to generate comes first"
             rollouts.heartbeat("generate")
             generation.collect(rollouts.group, lambda: sync(engine_nodes.next_order(), rollouts))
+        elif order.name == ALIVE:
+            rollouts.engines_alive()
         elif order.name == SERVER_COUNTS:
             rollouts.server_counts()
         else:

@@ -82,6 +82,11 @@ class Loop:
         (``rollout.staleness``)."""
         return self.config.rollout.staleness > 0
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether an update's weights go to the engines in the middle of generating (``rollout.in_flight_updates``)."""
+        return self.config.rollout.in_flight_updates
+
     def uses_reference(self, step: int) -> bool:
         """Whether this step makes a pass under the reference."""
         return self.reference_every is not None and (step + 1) % self.reference_every == 0
@@ -109,12 +114,16 @@ def fit(training: Training, run: Run, reference: Path) -> None:
         batch = generate(loop, step, generating)
         generating = loop.ahead and step + 1 < last_step
         if generating:
-            placed_bytes = sync(loop, step)
+            if not (loop.in_flight and loop.rollouts.version == step):
+                placed_bytes = sync(loop, step)
             loop.rollout.start(first_draw(config, step + 1))
 
         batch, score_metrics = score(loop, batch)
         batch, inputs = compute_advantages(loop, batch)
         update_metrics = update(loop, step, batch, inputs)
+        # An engine that has died is started again by a sync, but no request may reach it before that sync has ended.
+        if generating and loop.in_flight and loop.rollouts.engines_alive():
+            placed_bytes = sync(loop, step + 1)
 
         metrics = {
             "step": step + 1,
@@ -511,6 +520,7 @@ def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, An
         "response_length/mean": tokens / len(batch),
         "masked_fraction": float(1 - batch.trained_lengths.sum() / tokens),
         "staleness/max": step - int(batch.versions.min()),
+        "staleness/mean": float(np.average(step - batch.versions, weights=batch.version_lengths)),
         records.TOKENS_PER_SECOND: tokens / loop.run.clock.seconds["generate"],
     }
 

@@ -19,7 +19,7 @@ from rewards.client import Client
 from rewards.verdict import Failure, Row, Verifier, to_json
 from rollout import sampler
 from rollout.engine import Engine
-from rollout.engine_nodes import SERVER_COUNTS, SYNC, EngineNodes
+from rollout.engine_nodes import ALIVE, SERVER_COUNTS, SYNC, EngineNodes
 from rollout.environment import Turns, segments
 from rollout.generation import HELD_OUT, Fleet, Generation, OnResponse
 from rollout.sampling import Sampling
@@ -95,10 +95,15 @@ class Rollouts:
         on_all_ranks(lambda: self._call_sleepers("/wake", ["kv_cache"]), self.group)
         return placed
 
+    def engines_alive(self) -> bool:
+        """Collective: whether every engine lives."""
+        self.order(ALIVE)
+        return all(on_all_ranks(lambda: all(engine.alive for engine in self.engines), self.group))
+
     def sleep(self) -> None:
         """Collective: with ``rollout.sleep`` the engines' GPU memory is the trainer's until the next sync."""
         on_all_ranks(lambda: self._call_sleepers("/sleep", ["weights", "kv_cache"]), self.control)
-        self.asleep = True
+        self.asleep = self.config.sleep
 
     def wake(self) -> None:
         """Collective: engines that were put to sleep get the weights again that they had."""

@@ -29,6 +29,9 @@ class WeightReceiver:
 
     ``version``: of the last good sync (None before the first). ``stale``: true from the start of an update until it is
     verified; the engine generates only while it is false. All methods raise RuntimeError with the workers' errors.
+
+    Requests that are running when an update comes keep their keys and values of the old weights, as in PipelineRL
+    (arXiv 2509.19128), and what an encoder has made of their images.
     """
 
     def __init__(self, llm_engine: Any) -> None:
@@ -67,15 +70,28 @@ class WeightReceiver:
                 f"{wrong[0]}: vLLM's checksum {actual.get(wrong[0])} after the copy is not the trainer's "
                 f"{expected.get(wrong[0])} ({len(wrong)} of {len(expected)} tensors differ)"
             )
-        if not self.llm.reset_prefix_cache():
+        if self.llm.has_unfinished_requests():
+            self._forget_prefixes()
+        elif not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
-        if self.llm.model_config.is_multimodal_model:
+        elif self.llm.model_config.is_multimodal_model:
             # Not for other models, because it is one more call on all workers.
             self.llm.reset_encoder_cache()
-        self.version = body["version"]
-        self.stale = False
+        self.arrived(body["version"])
         slowest = max(answers, key=lambda answer: answer["copying_seconds"] + answer["packing_seconds"])
         return {name: slowest[name] for name in ("copying_seconds", "packing_seconds")}
+
+    def arrived(self, version: int) -> None:
+        """The weights are whole: vLLM notes with each token from now on that they have this version."""
+        self.llm.set_weight_version(str(version))
+        self.version = version
+        self.stale = False
+
+    def _forget_prefixes(self) -> None:
+        """No request that begins from now on finds a block of the old weights by its tokens. Running requests keep
+        their blocks, for which vLLM refuses to reset its prefix cache."""
+        cache = self.llm.engine_core.engine_core.scheduler.kv_cache_manager
+        cache.evict_blocks(set(range(cache.block_pool.num_gpu_blocks)))
 
     def zero_cache(self) -> None:
         """Define the key-value cache's memory, once it has woken."""

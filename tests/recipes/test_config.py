@@ -372,6 +372,7 @@ IMPOSSIBLE = [
     (["rollout.temperature=0"], "rollout.temperature", "0.0", "0.01"),
     (["rollout.top_p=1.1"], "rollout.top_p", "1.1", "in (0, 1]"),
     (["rollout.staleness=2"], "rollout.staleness", "2", "use 0 or 1"),
+    (["rollout.in_flight_updates=true"], "rollout.in_flight_updates", "true", "rollout.staleness=1"),
     (["rollout.staleness=1"], "rollout.staleness", "1", "algorithm.importance_sampling=token_truncated"),
     (["rollout.oversample=0.5"], "rollout.oversample", "0.5", "use 1"),
     (["rollout.max_num_batched_tokens=100"], "rollout.max_num_batched_tokens", "100", "use at least 128"),

@@ -1,5 +1,5 @@
 """A complete run that generates one step ahead, oversamples, carries partial rollouts over, and loses its only
-engine."""
+engine; and one whose updates reach the engines in flight."""
 
 import os
 import signal
@@ -78,3 +78,15 @@ def test_the_multiplier_rises_by_what_safety_lacks(run_dir: Path) -> None:
         expected = max(0.0, expected + 0.1 * (0.9 - row.get("reward/safety", 0.9)))
         assert row["constraint/multiplier"] == pytest.approx(expected)
     assert expected > 0
+
+
+def test_a_run_whose_updates_reach_the_engines_in_flight(tmp_path: Path) -> None:
+    """Also a tiny model's weights come while the next step's batch is the engine's, which may have ended it by then."""
+    tiny.make(tmp_path)
+    options = (*OPTIONS, *CORRECTED, "rollout.in_flight_updates=true", "algorithm.steps=3")
+    tiny.complete(tiny.overrides(tmp_path, tmp_path / "run", *options))
+    rows = list(records.read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["staleness/max"] == rows[0]["staleness/mean"] == 0
+    assert all(0 <= row["staleness/mean"] <= row["staleness/max"] <= 1 for row in rows)
+    assert all(row["sync/bytes"] == rows[0]["sync/bytes"] > 0 for row in rows)

@@ -7,7 +7,9 @@ import json
 import os
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ class Llm:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.busy = False
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(batch_queue=None))
 
     def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[str]:
         if method == "weight_sync_zero_cache":
@@ -38,6 +41,9 @@ class Llm:
         return True
 
     def reset_encoder_cache(self) -> None:
+        pass
+
+    def set_weight_version(self, version: str) -> None:
         pass
 
     def sleep(self, level: int) -> None:
@@ -87,7 +93,8 @@ def test_weights_wake_before_the_sync_and_the_cache_after_it(loop: EngineLoop) -
     loop.wake({"tags": ["kv_cache"]})
     loop.wake({"tags": ["weights", "kv_cache"]})  # nothing is asleep: nothing happens
     assert loop.llm.calls == [("sleep", 2), ("wake", ["weights"]), ("wake", ["kv_cache"]), ("zero", ["kv_cache"])]
-    assert loop.health()["asleep"] == [] and loop._usable_version() == 1
+    assert loop.health()["asleep"] == []
+    loop._check_usable()
 
 
 def test_weights_that_slept_are_stale_until_a_sync(loop: EngineLoop) -> None:
@@ -101,6 +108,18 @@ def test_an_engine_falls_asleep_between_batches_only(loop: EngineLoop) -> None:
     with pytest.raises(Refused, match="requests are still running"):
         loop.between_batches(loop.sleep, {})
     assert loop.llm.calls == [] and loop.health()["asleep"] == []
+
+
+def test_weights_change_in_the_middle_of_a_batch_only_where_that_is_asked_for(loop: EngineLoop) -> None:
+    loop.llm.busy = True
+    changes: list[Any] = []
+    with pytest.raises(Refused, match="weights change only between batches"):
+        loop.update_weights(lambda body: changes.append(body) or {}, "refused")
+    loop.settings = replace(loop.settings, rollout=replace(loop.settings.rollout, in_flight_updates=True))
+    loop.update_weights(lambda body: changes.append(body) or {}, "taken")
+    assert changes == ["taken"]
+    with pytest.raises(Refused, match="weights change only between batches"):
+        loop.change_weights(lambda body: changes.append(body) or {}, "a plan")
 
 
 @pytest.fixture

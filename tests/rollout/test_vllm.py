@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def settings_of(twin: Twin, folder: Path, tp: int) -> EngineSettings:
         max_num_batched_tokens=96,  # less than the prompts of a batch: they enter over several steps
         kv_cache_gib=0.02,
         tensor=tp,
+        staleness=1,
+        in_flight_updates=True,
     )
 
 
@@ -329,6 +332,69 @@ def test_a_transfer_that_corrupts_a_bit_makes_the_engine_refuse_until_a_good_syn
     world.trainer.do("load", "tied", 0)
     world.trainer.do("sync", "tied", 5)
     assert {version for r in sample(world.tied) for version in r.versions} == {5}
+
+
+LONG = Sampling(max_tokens=60, stop_token_ids=(2,))
+STEPS_BEFORE = 5
+
+
+def sync_in_the_middle(world: World, generating: "Future[Any]", version: int) -> None:
+    """A sync that finds the engine after some steps of a batch. It stands still until the sync has been asked for."""
+    while world.tied.health()["unfinished_requests"] == 0:
+        assert not generating.done()
+    first = world.tied.health()["progress"]
+    while world.tied.health()["progress"] < first + STEPS_BEFORE:
+        assert not generating.done()
+    process = psutil.Process(world.tied.pid)
+    process.suspend()
+    threading.Timer(1.0, process.resume).start()
+    world.trainer.do("sync", "tied", version)
+
+
+def test_new_weights_reach_an_engine_in_the_middle_of_a_batch(world: World) -> None:
+    world.trainer.do("load", "tied", 0)
+    world.trainer.do("sync", "tied", 6)
+    undisturbed = sample(world.tied, LONG)
+    world.trainer.do("load", "tied", 1)
+    with ThreadPoolExecutor(1) as threads:
+        generating = threads.submit(sample, world.tied, LONG)
+        sync_in_the_middle(world, generating, 7)
+        updated = generating.result()
+    assert [r.key for r in updated] == [r.key for r in undisturbed]
+    for r, before in zip(updated, undisturbed, strict=True):
+        old = r.versions.count(6)
+        assert r.versions == [6] * old + [7] * (len(r.tokens) - old) and old > 0
+        assert (r.tokens[:old], r.logprobs[:old]) == (before.tokens[:old], before.logprobs[:old])
+        assert r.logprobs[old : old + 1] != before.logprobs[old : old + 1] or len(r.tokens) == old
+    assert any(7 in r.versions for r in updated)
+    assert world.tied.health().items() >= {"weight_version": 7, "stale": False, "unfinished_requests": 0}.items()
+    assert {version for r in sample(world.tied) for version in r.versions} == {7}, "without a second sync"
+
+
+def test_a_sync_that_fails_in_the_middle_of_a_batch_ends_in_an_error_on_every_side(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both ranks of the trainer, and for who waits for the responses."""
+    weight_sync = world.trainer.rank_zero.weight_syncs["tied"]
+    checksums = weight_sync._checksums
+
+    def checksums_then_corrupt() -> Any:
+        before = checksums()
+        weight_sync.local_pieces[0][2][0] += 1
+        return before
+
+    monkeypatch.setattr(weight_sync, "_checksums", checksums_then_corrupt)
+    with ThreadPoolExecutor(1) as threads:
+        generating = threads.submit(sample, world.tied, LONG)
+        with pytest.raises(WeightSyncError, match="vLLM's checksum"):
+            sync_in_the_middle(world, generating, 8)
+        with pytest.raises(EngineError, match="in the middle of the response, and did not arrive whole"):
+            generating.result()
+    assert world.tied.health().items() >= {"stale": True, "unfinished_requests": 0}.items()
+    monkeypatch.undo()
+    world.trainer.do("load", "tied", 0)
+    world.trainer.do("sync", "tied", 9)
+    assert len(sample(world.tied)) == 8
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name_and_the_batch_with_it(world: World) -> None:

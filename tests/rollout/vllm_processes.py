@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,20 @@ def fresh(settings: str, sampling: str, folder: str) -> None:
     Path(folder, DIGESTS).write_text(json.dumps(loop.weights.digest()["workers"]))
 
 
-def generate(loop: engine_server.EngineLoop, requests: TokenBatch, sampling: Sampling) -> TokenBatch:
+def generate(
+    loop: engine_server.EngineLoop,
+    requests: TokenBatch,
+    sampling: Sampling,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> TokenBatch:
     """The responses in the order of the requests, by an engine in this process."""
     messages: list[bytes] = []
     loop.add_batch(requests, sampling, None, messages.append)
+    step = 0
     while loop.llm.has_unfinished_requests():
+        before_step(step)
         loop._step()
+        step += 1
     responses = []
     for message in messages:
         ((kind, payload),) = read_frames(io.BytesIO(message).read)
