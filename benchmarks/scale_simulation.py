@@ -52,8 +52,10 @@ def sync_seconds(raw: DictConfig, job: Job, model: ModelShape, machine: Machine)
     from recipes.preflight.weight_sync import simulate as simulate_sync
 
     seconds = {}
-    for placement in ("colocated", "disaggregated"):
-        config = OmegaConf.merge(raw, {"simulate": {"engines": placement}})
+    # As many nodes of their own as the engines would fill among the trainer's, and as many engines.
+    for placement, engine_nodes in (("colocated", 0), ("disaggregated", raw.cluster.nodes)):
+        places = {"cluster": {"engine_nodes": engine_nodes}, "rollout": {"engines": raw.rollout.engines}}
+        config = OmegaConf.merge(raw, places)
         assert isinstance(config, DictConfig)
         seconds[placement] = simulate_sync(config)["seconds"]
     return seconds

@@ -1,12 +1,16 @@
 """``python -m recipes.plan recipe=… cluster.nodes=N [goal=step_time|gpus|context] [overrides…]``: which layout is best?
 
 Searches tensor, pipeline, virtual, context and data parallelism, recomputation, the optimiser's offload, the engines'
-tensor-parallel size and their KV cache. Prints at most ten layouts, each with the memory of its fullest GPU, the
-seconds of a step by phase, what bounds it, and the overrides to paste. Of layouts with the same parallel sizes and
-recomputation it prints the fastest.
+tensor-parallel size and their KV cache, with the engines on the trainer's nodes and *apart*: on nodes of their own,
+where they generate one step ahead. Prints at most ten layouts, each with the memory of its fullest GPU, the seconds of
+a step by phase, what bounds it, and the overrides to paste. Of layouts with the same parallel sizes and recomputation
+it prints the fastest of each kind, and half of each kind where there are as many.
+
+The nodes are those that the run has in all, trainer's and engines' (``cluster.nodes`` + ``cluster.engine_nodes``), but
+for the judges': a recipe with colocated engines on ``cluster.nodes=16`` is also divided into 8 + 8.
 
 - ``goal=step_time``, the default: the shortest step on the nodes;
-- ``goal=gpus``: the fewest nodes, at most ``cluster.nodes``, and on them the shortest step;
+- ``goal=gpus``: the fewest nodes, at most the run's, and on them the shortest step;
 - ``goal=context``: the longest responses, of the run's ``rollout.max_response_tokens`` and its doubles, and for them
   the shortest step.
 
@@ -40,10 +44,14 @@ from recipes.preflight.architecture import model_config
 from recipes.preflight.checks import check_settings
 from recipes.preflight.report import Settings
 from recipes.run.logs import quiet
-from rewards.settings import COLOCATED
 
 WIDTH = 200  # of the table, also in a file or pipe
 EXCHANGES = ("tensor latency", "context exchange", "pipeline exchange")
+APART = (
+    "apart: on the nodes of the trainer + those of the engines, which generate one step ahead (rollout.staleness=1). "
+    "This is another algorithm: samples are one update old, and algorithm.importance_sampling corrects for it. A step "
+    "is the longer of generation with judges and of log-probs, training and exchange; the sync comes on top."
+)
 
 
 def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[str], say: Any) -> dict[str, Any]:
@@ -58,6 +66,7 @@ def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[s
 
     Returns:
         ``plans``: the best first; ``own``: the run's own layout as a plan, or None and ``own_refused`` why;
+        ``apart_refused``: why none has engines on nodes of their own, or ""; ``nodes``: those of the run;
         ``lengths``: the name of the lengths that the seconds are for.
 
     Raises:
@@ -73,12 +82,11 @@ def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[s
         raw = OmegaConf.merge(raw, {"model": {"path": base_model}})  # type: ignore[assignment]
     simulated_ranks.activate()
     hf_config = model_config(str(raw.model.path))
-    scale = OmegaConf.load(cost.CONF / "scale" / f"{settings.costs}.yaml")
-    links = OmegaConf.load(cost.CONF / "simulate" / f"{settings.costs}.yaml")
-    assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
+    assert settings.costs is not None
+    scale, machine = cost.read(settings.costs)
     limits = (int(raw.data.max_prompt_tokens), int(raw.rollout.max_response_tokens))
-    costs = planner.Costs(
-        machine=cost.machine_of(scale, links),
+    costs = cost.Costs(
+        machine=machine,
         model=cost.model_shape(str(raw.model.path)),
         scale=scale,
         limits=limits,
@@ -86,7 +94,15 @@ def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[s
     )
     planned = planner.Planner(Search(raw, settings, hf_config, say), costs)
     own, why = planned.own()
-    return {"lengths": costs.lengths, "own": own, "own_refused": why, "plans": planned.plans(goal)}
+    plans = planned.plans(goal)
+    return {
+        "lengths": costs.lengths,
+        "nodes": planned.nodes,
+        "own": own,
+        "own_refused": why,
+        "apart_refused": planned.apart_refused,
+        "plans": plans,
+    }
 
 
 def check(raw: DictConfig, settings: Settings, goal: str) -> None:
@@ -102,12 +118,6 @@ def check(raw: DictConfig, settings: Settings, goal: str) -> None:
         raise ConfigError(
             f"cluster.platform={str(raw.cluster.platform)!r}: layouts are of GPUs; use cluster=slurm_h100"
         )
-    if raw.cluster.engine_nodes or raw.rollout.staleness or settings.engines != COLOCATED:
-        raise ConfigError(
-            f"cluster.engine_nodes={raw.cluster.engine_nodes}, rollout.staleness={raw.rollout.staleness}, "
-            f"preflight.engines={settings.engines!r}: the planner knows engines on the trainer's nodes that generate "
-            "while it waits; use cluster.engine_nodes=0, rollout.staleness=0 and preflight.engines=colocated"
-        )
     if settings.costs is None:
         raise ConfigError(
             f"preflight.costs=null: conf/scale has no file for {settings.device}; use preflight.costs=h100"
@@ -117,10 +127,9 @@ def check(raw: DictConfig, settings: Settings, goal: str) -> None:
 def show(found: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, seconds: float) -> None:
     """Print the layouts as a table, and below it the overrides of each."""
     out = Console(highlight=False, markup=False, emoji=False, width=max(Console().width, WIDTH))
-    gpus = raw.cluster.ranks
-    out.print(
-        Text(f"{raw.recipe.name}, goal={goal}: {raw.cluster.nodes} nodes, {gpus} GPUs, {settings.device}", "bold")
-    )
+    nodes = found["nodes"]
+    gpus = nodes * (raw.cluster.ranks // raw.cluster.nodes)
+    out.print(Text(f"{raw.recipe.name}, goal={goal}: {nodes} nodes, {gpus} GPUs, {settings.device}", "bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     columns = (
         "", "nodes", "layout", "recompute", "offload", "engines", "KV GiB", "fullest GPU, GiB", "step s", "generate",
@@ -141,12 +150,15 @@ def show(found: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, 
             out.print(Text(f"     {plan.note}"), soft_wrap=True)
     if not found["plans"]:
         out.print(Text("No layout fits.", "bold red"))
+    if any(plan.apart for plan in found["plans"]):
+        out.print(Text(APART), soft_wrap=True)
+    if found["apart_refused"]:
+        out.print(Text(f"None has engines apart: {found['apart_refused']}"), soft_wrap=True)
     out.print(
         Text(
             f"Seconds are an estimate for the order, with the costs and the lengths ({found['lengths']}) of conf/scale/"
             f"{settings.costs}.yaml; an exchange counts as if nothing were computed meanwhile. Left out: a vision "
-            "tower's and a critic's work. Engines are colocated, because apart they can't be started yet; models with "
-            f"experts are not supported. In {seconds:.0f} s"
+            f"tower's and a critic's work. In {seconds:.0f} s"
         ),
         soft_wrap=True,
     )
@@ -161,16 +173,21 @@ def cells(plan: Any) -> list[str]:
         phases["generate"],
         phases["judge"],
         phases["logprobs"],
-        phases["train"] + phases["selective recompute"],
+        phases["train"] + phases["selective recompute"] + phases["uneven stages"],
         sum(phases[name] for name in EXCHANGES),
         phases["sync"] + phases["offload"],
     ]
+    nodes = str(config.cluster.nodes)
+    engines = f"{config.rollout.engines} of {config.rollout.tensor}"
+    if plan.apart:
+        nodes += f" + {config.cluster.engine_nodes}"
+        engines += ", apart"
     return [
-        str(config.cluster.nodes),
+        nodes,
         plan.layout,
         config.parallel.recompute,
         "yes" if config.optimizer.offload else "no",
-        f"{config.rollout.engines} of {config.rollout.tensor}",
+        engines,
         f"{config.rollout.kv_cache_gib:g}",
         f"{plan.fullest_gib:.1f}, {plan.fullest_phase}",
         *(f"{value:.1f}" for value in seconds),

@@ -30,7 +30,7 @@ from recipes.preflight.fit import SHAPES, fit
 from recipes.preflight.report import ELSEWHERE, HERE, NotChecked, Report, Settings, size
 from rewards import mixing, registry
 from rewards.client import Client
-from rewards.settings import PLACEMENTS, Server
+from rewards.settings import Server
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # The folder that the files of conf/ name; below it is no name of the hub.
@@ -125,9 +125,8 @@ def examine_parsed(
 
 def check_settings(settings: Settings) -> None:
     """Raises ConfigError for an impossible value of the group ``preflight``."""
-    for name, allowed in (("engines", PLACEMENTS), ("files", (HERE, ELSEWHERE))):
-        if getattr(settings, name) not in allowed:
-            raise ConfigError(f"preflight.{name}={getattr(settings, name)!r}: use one of {', '.join(allowed)}")
+    if settings.files not in (HERE, ELSEWHERE):
+        raise ConfigError(f"preflight.files={settings.files!r}: use one of {HERE}, {ELSEWHERE}")
     if settings.nodes is not None and settings.nodes < 1:
         raise ConfigError(f"preflight.nodes={settings.nodes}: use 1 or more, or null")
 

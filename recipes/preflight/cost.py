@@ -1,8 +1,11 @@
-"""GPU hours of a stage of RL, from ``scale_model`` and the costs of conf/scale: an estimate."""
+"""Seconds of a step of RL and GPU hours of a stage, from ``scale_model``, ``layout_seconds`` and the costs of
+conf/scale: an estimate. The planner and the preflight have both from here."""
 
 import json
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,8 +16,9 @@ from recipes.config import Config, job_processes
 from recipes.preflight import memory_plan, scale_model
 from recipes.preflight.alternatives import judge_nodes
 from recipes.preflight.architecture import config_file
+from recipes.preflight.layout_seconds import Training, layout_seconds
 from recipes.preflight.report import Settings
-from recipes.preflight.scale_model import Job, Machine, ModelShape
+from recipes.preflight.scale_model import BatchSize, Engine, Generation, Group, Job, Machine, ModelShape, StepEstimate
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -73,23 +77,143 @@ def model_shape(path: str) -> ModelShape:
     return scale_model.model_shape(json.loads(config_file(path).read_text()))
 
 
+def read(costs: str) -> tuple[DictConfig, Machine]:
+    """The file of conf/scale with this name, and the machine that it and the file of conf/simulate describe."""
+    scale = OmegaConf.load(CONF / "scale" / f"{costs}.yaml")
+    links = OmegaConf.load(CONF / "simulate" / f"{costs}.yaml")
+    assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
+    return scale, machine_of(scale, links)
+
+
+@dataclass
+class Costs:
+    """The cost model for one model and one assumption about the lengths of responses.
+
+    What is computed once is kept: the batches that a step is the mean of, and the generation by each kind of engine.
+
+    Attributes:
+        machine: the costs.
+        model: the model's shape.
+        scale: the file of conf/scale.
+        limits: longest prompt and response in tokens, at which the lengths are cut. A search for a longer context
+            keeps those of the run, because nobody knows how long the answers would become.
+        lengths: the name of the lengths in ``scale``.
+        batches: by number of prompts.
+        sizes: of these batches.
+        generations: by engine, number of engines and batch.
+    """
+
+    machine: Machine
+    model: ModelShape
+    scale: DictConfig
+    limits: tuple[int, int]
+    lengths: str
+    batches: dict[int, list[list[Group]]] = field(default_factory=dict)
+    sizes: dict[int, list[BatchSize]] = field(default_factory=dict)
+    generations: dict[tuple[Any, ...], Generation] = field(default_factory=dict)
+
+    def of_prompts(self, job: Job) -> list[list[Group]]:
+        """Batches of as many prompts."""
+        if job.prompts not in self.batches:
+            lengths: Any = OmegaConf.to_container(self.scale.lengths[self.lengths])
+            seeds = range(self.scale.seed, self.scale.seed + self.scale.draws)
+            self.batches[job.prompts] = [scale_model.draw_batch(job, job.prompts, lengths, seed) for seed in seeds]
+            self.sizes[job.prompts] = [scale_model.batch_size(batch) for batch in self.batches[job.prompts]]
+        return self.batches[job.prompts]
+
+    def simulate(self, engine: Engine, engines: int, groups: Sequence[Group], response_limit: int) -> Generation:
+        """:func:`recipes.preflight.scale_model.simulate_generation`, once for each kind of engine: layouts share it."""
+        key = (engine, engines, id(groups), response_limit)
+        if key not in self.generations:
+            self.generations[key] = scale_model.simulate_generation(engine, engines, groups, response_limit)
+        return self.generations[key]
+
+    def job(self, config: Config) -> Job:
+        """Of the configuration, with the limits at which the lengths are cut."""
+        prompt_limit, response_limit = self.limits
+        return replace(job_of(config), prompt_limit=prompt_limit, response_limit=response_limit)
+
+    def machine_for(self, config: Config) -> Machine:
+        """The machine; of engines on nodes of their own it has the KV cache."""
+        return replace(self.machine, disaggregated_kv_cache_gib=config.rollout.kv_cache_gib)
+
+    def estimate(self, config: Config) -> StepEstimate:
+        """A step with what its layout adds. Raises ValueError if the limits exclude the lengths."""
+        job = self.job(config)
+        machine = self.machine_for(config)
+        apart = config.cluster.engine_nodes > 0
+        schedule = "colocated"
+        if apart:
+            schedule = "asynchronous" if config.rollout.staleness else "split"
+
+        def added(batch: BatchSize) -> dict[str, float]:
+            return layout_seconds(
+                Training(
+                    sizes=config.parallel,
+                    offload=config.optimizer.offload,
+                    job=job,
+                    model=self.model,
+                    machine=machine,
+                    batch=batch,
+                    gpus=config.cluster.ranks,
+                )
+            )
+
+        return scale_model.estimate_step(
+            job=job,
+            model=self.model,
+            machine=machine,
+            batches=self.of_prompts(job),
+            schedule=schedule,
+            gpus=job_processes(config),
+            trainers=config.cluster.ranks,
+            sync=scale_model.sync_seconds(job, self.model, machine, disaggregated=apart),
+            simulate=self.simulate,
+            added=added,
+        )
+
+    def least(self, config: Config, simulated: bool) -> tuple[float, float]:
+        """Lower bounds of the seconds of a step and of its training, of engines on nodes of their own that generate one
+        step ahead, under any layout of the trainer.
+
+        ``simulated``: with the whole generation, which takes a second; otherwise with its longest response alone.
+        """
+        job = self.job(config)
+        machine = self.machine_for(config)
+        engine = scale_model.engine_of(job, self.model, machine, disaggregated=True)
+        engines = (job_processes(config) - config.cluster.ranks) // job.engine_tensor
+        sync = scale_model.sync_seconds(job, self.model, machine, disaggregated=True)
+        trained = []
+        steps = []
+        batches = self.of_prompts(job)
+        for batch, size in zip(batches, self.sizes[job.prompts], strict=True):
+            training = scale_model.least_training_seconds(job, self.model, size, machine, config.cluster.ranks)
+            if simulated:
+                generating = self.simulate(engine, engines, batch, job.response_limit).seconds
+            else:
+                generating = scale_model.longest_alone_seconds(engine, batch)
+            trained.append(training)
+            steps.append(sync + max(generating, training))
+        return fmean(steps), fmean(trained)
+
+
 def gpu_hours(config: Config, settings: Settings) -> list[str]:
     """Lines with the seconds of a step and the GPU hours of all, for each assumption about the lengths of responses."""
     if "rl" not in config.stage.trains or not capabilities(config.cluster.platform).has_gpus:
         return []
     if settings.costs is None:
         return [f"not made: conf/scale has no costs of {settings.device}"]
-    scale = OmegaConf.load(CONF / "scale" / f"{settings.costs}.yaml")
-    links = OmegaConf.load(CONF / "simulate" / f"{settings.costs}.yaml")
-    assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
+    scale, machine = read(settings.costs)
+    limits = (config.data.max_prompt_tokens, config.rollout.max_response_tokens)
     gpus = job_processes(config)
     judges = judge_nodes(config) * (config.cluster.ranks // config.cluster.nodes)
     steps = config.algorithm.steps
     used = f"{gpus} GPUs and {judges} for the judges" if judges else f"{gpus} GPUs"
     lines = []
     for name, lengths in scale.lengths.items():
+        costs = Costs(machine, model_shape(config.model.path), scale, limits, str(name))
         try:
-            seconds = step_seconds(config, scale, machine_of(scale, links), lengths)
+            seconds = costs.estimate(config).seconds
         except ValueError as error:
             lines.append(f"{name}: not estimated: {error}")
             continue
@@ -108,20 +232,3 @@ def gpu_hours(config: Config, settings: Settings) -> list[str]:
         f"{', '.join(left_out)}"
     )
     return lines
-
-
-def step_seconds(config: Config, scale: DictConfig, machine: Machine, lengths: DictConfig) -> float:
-    """Seconds of a step with responses of these lengths. Raises ValueError if the run's limits exclude them."""
-    job = job_of(config)
-    model = model_shape(config.model.path)
-    plain: Any = OmegaConf.to_container(lengths)
-    batches = [scale_model.draw_batch(job, job.prompts, plain, scale.seed + i) for i in range(scale.draws)]
-    apart = config.cluster.engine_nodes > 0
-    sync = scale_model.sync_seconds(job, model, machine, disaggregated=apart)
-    schedule = "colocated"
-    if apart:
-        schedule = "asynchronous" if config.rollout.staleness else "split"
-        machine = replace(machine, disaggregated_kv_cache_gib=config.rollout.kv_cache_gib)
-    gpus = job_processes(config)
-    trainers = config.cluster.ranks
-    return scale_model.estimate_step(job, model, machine, batches, schedule, gpus, trainers, sync).seconds

@@ -318,13 +318,7 @@ def ranks(
     for place, sizes in zip(built.counts, built.sizes, strict=True):
         memory = memory_plan.rank_memory(config, sizes, engine, settings, judges_memory)
         report.memory_gib.append({"pp": place["pp"], "tp": place["tp"], **memory.gib(report.phases)})
-    _, engine_reserve = memory_plan.reserve(config, settings)
-    engine_reserve += memory_plan.receiver(config, settings)
-    report.engine_gib = {
-        "vllm": round(engine / memory_plan.GIB, 3),
-        "kv_cache": config.rollout.kv_cache_gib,
-        "reserve": round(engine_reserve / memory_plan.GIB, 3),
-    }
+    report.engine_gib = memory_plan.engine_gib(config, settings, engine)
     report.host_gib = memory_plan.on_host(config, report.memory_gib, judges_memory)
     shown = " | ".join(" + ".join(map(str, chunks)) for chunks in built.layers.values())
     return f"{len(built.counts)} distinct ones; layers on the pipeline's stages {shown}"

@@ -1,5 +1,6 @@
 """Seconds that a layout adds to a step of ``scale_model``, which knows its pipeline's idle time, the bytes that its
-tensor-parallel groups exchange, the layers that are recomputed in full, and its gradients.
+tensor-parallel groups exchange, the layers that are recomputed in full, and its gradients. It knows no stages of
+unequal numbers of layers, and no modules that are recomputed alone.
 
 An exchange counts as if nothing were computed meanwhile, so the sums are for an order of layouts: they are above the
 model's own, whose constants were fitted to whole steps.
@@ -7,7 +8,7 @@ model's own, whose constants were fitted to whole steps.
 
 from dataclasses import dataclass
 
-from megatron_ext.layout import CORE_ATTENTION, MLP, ParallelConfig
+from megatron_ext.layout import CORE_ATTENTION, MLP, ParallelConfig, stage_layers
 from recipes.preflight import scale_model
 from recipes.preflight.scale_model import FP32_BYTES, BatchSize, Job, Machine, ModelShape
 
@@ -67,6 +68,7 @@ def layout_seconds(training: Training) -> dict[str, float]:
     """What the layout adds to ``scale_model.training_seconds`` of the batch, in seconds by cause."""
     return {
         "selective recompute": recompute_seconds(training),
+        "uneven stages": uneven_seconds(training),
         "tensor latency": latency_seconds(training),
         "context exchange": context_seconds(training),
         "pipeline exchange": pipeline_seconds(training),
@@ -90,6 +92,22 @@ def recompute_seconds(training: Training) -> float:
         of_layers = scale_model.tensor_parallel_seconds(training.job, model, training.batch, machine, training.gpus)
         collectives = of_layers / 2
     return flops / (training.gpus * machine.peak_tflops * 1e12 * machine.mfu) + collectives
+
+
+def uneven_seconds(training: Training) -> float:
+    """Of the layers that the stage with most of them has beyond an even share: the other stages wait for it."""
+    sizes = training.sizes
+    model = training.model
+    job = training.job
+    batch = training.batch
+    most_layers = max(stage_layers(sizes, model.layers, stage) for stage in range(sizes.pipeline))
+    beyond_even_share = most_layers / training.layers - 1
+    forward_flops = model.forward_flops(batch.tokens, batch.squares, output_tokens=0)
+    flops = (job.passes + job.recompute) * forward_flops
+    flops += model.training_flops(batch.tokens, batch.squares, output_tokens=0)
+    of_operations = flops / (training.gpus * training.machine.peak_tflops * 1e12 * training.machine.mfu)
+    collectives = scale_model.tensor_parallel_seconds(job, model, batch, training.machine, training.gpus)
+    return beyond_even_share * (of_operations + (job.passes + job.recompute + 2) * collectives)
 
 
 def latency_seconds(training: Training) -> float:

@@ -324,16 +324,11 @@ def receiver(config: Config, settings: Settings) -> int:
     return int((settings.context_gib + settings.communicator_gib) * GIB) + slot_bytes(config)
 
 
-def engines_apart(config: Config, settings: Settings) -> bool:
-    """Whether the engines have devices of their own."""
-    return config.cluster.engine_nodes > 0 or settings.engines != rewards.COLOCATED
-
-
 def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Settings, judges: Judges) -> Any:
     """``memory.Memory`` of a rank. ``engine``: bytes of an engine's device without the KV cache."""
     from recipes.preflight import memory as sizes
 
-    colocated = not engines_apart(config, settings) and generates(config)
+    colocated = not config.cluster.engine_nodes and generates(config)
     critic, critic_idle, critic_asleep = trainer.critic[config.critic.offload]
     trainer_reserve, engine_reserve = reserve(config, settings)
     return sizes.Memory(
@@ -375,6 +370,16 @@ def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
     )
 
 
+def engine_gib(config: Config, settings: Settings, engine: int) -> dict[str, float]:
+    """GiB of an engine's device without what it shares with a trainer. ``engine``: bytes without the KV cache."""
+    _, engine_reserve = reserve(config, settings)
+    return {
+        "vllm": round(engine / GIB, 3),
+        "kv_cache": config.rollout.kv_cache_gib,
+        "reserve": round((engine_reserve + receiver(config, settings)) / GIB, 3),
+    }
+
+
 def device_memory(config: Config, settings: Settings, report: Report) -> str:
     """Compare the largest rank of each phase with the device. Raises ConfigError naming all phases that do not fit."""
     room = settings.device_memory_gib
@@ -393,7 +398,7 @@ def device_memory(config: Config, settings: Settings, report: Report) -> str:
         raise ConfigError(f"{settings.device} has {room} GiB, too few for {', '.join(too_large)}")
     assert report.engine_gib is not None
     apart = sum(report.engine_gib.values())
-    if engines_apart(config, settings) and apart > room:
+    if config.cluster.engine_nodes and apart > room:
         raise ConfigError(
             f"an engine's device needs {apart:.1f} GiB, {settings.device} has {room}: "
             "lower rollout.kv_cache_gib or raise rollout.tensor"

@@ -4,13 +4,16 @@ A layout is tried if the settings' own checks accept it and a lower bound of its
 the largest KV cache that could fit, and with it a lower bound of the seconds, by which the layouts are queued. The
 first in the queue then gets models of its ranks without memory, the largest KV cache that really fits, and its seconds,
 and goes back to its place; if it is first again, it is a result. So only layouts near the best are built.
+
+Engines apart have nodes of their own and generate one step ahead. A division of the nodes waits in a queue of its own
+with a bound that needs no layout: first the longest response or the trainer's operations, then the whole generation.
+Its trainer's layouts are made when it is first.
 """
 
 import heapq
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext import layout
 from megatron_ext.layout import RECOMPUTE, ParallelConfig, stage_layers
-from recipes.config import Config, checks, parse
+from recipes.config import Config, checks, job_processes, parse
 from recipes.errors import ConfigError
-from recipes.preflight import cost, memory_plan, scale_model
+from recipes.preflight import memory_plan, scale_model
 from recipes.preflight.alternatives import (
     CONTEXT_SIZES,
     Search,
@@ -30,11 +33,10 @@ from recipes.preflight.alternatives import (
     round_up,
     text_config,
 )
+from recipes.preflight.cost import Costs
 from recipes.preflight.fit import CORNERS, STAGES, fit
-from recipes.preflight.layout_seconds import Training, layout_seconds
 from recipes.preflight.memory_plan import GIB, Judges, TrainerSizes
 from recipes.preflight.report import FAILS, Report
-from recipes.preflight.scale_model import BatchSize, Generation, Group, Machine, ModelShape, StepEstimate
 
 STEP_TIME, GPUS, CONTEXT = "step_time", "gpus", "context"
 GOALS = (STEP_TIME, GPUS, CONTEXT)
@@ -42,7 +44,9 @@ MOST_RESULTS = 10
 MOST_VIRTUAL = 5  # model chunks on a pipeline rank
 # Of a GPU: what processes keep is an estimate (docs/layouts.md).
 KEPT_FREE_GIB = 6.0
-# One rank holds the model: a layout of which only the rest of the settings can be wrong.
+# Of samples that are one update old, where the run corrects for none.
+CORRECTION = "token_truncated"
+# One rank holds the model and there is an engine: a layout of which only the rest of the settings can be wrong.
 WHOLE = (
     "parallel.tensor=1",
     "parallel.pipeline=1",
@@ -53,6 +57,8 @@ WHOLE = (
     "parallel.sequence=false",
     "parallel.recompute_layers=null",
     "parallel.tp_comm_overlap=false",
+    # What a run derives from the engines' nodes can be 0 without them.
+    "rollout.engines=1",
 )
 
 
@@ -64,21 +70,28 @@ class Plan:
         config: of the run with it.
         overrides: what it changes of the run.
         seconds: of a step.
+        training: those of its trainer.
         phases: seconds by phase: ``scale_model``'s, and those of ``layout_seconds``.
         bound: what bounds the step.
         fullest_gib: on the fullest GPU.
-        fullest_phase: the phase in which it is.
+        fullest_phase: the phase in which it is; "engine" for a GPU of the engines' own nodes.
         note: for what the batch is too small, or "".
     """
 
     config: Config
     overrides: tuple[str, ...]
     seconds: float
+    training: float
     phases: Mapping[str, float]
     bound: str
     fullest_gib: float
     fullest_phase: str
     note: str
+
+    @property
+    def apart(self) -> bool:
+        """Whether the engines have nodes of their own."""
+        return self.config.cluster.engine_nodes > 0
 
     @property
     def layout(self) -> str:
@@ -87,78 +100,6 @@ class Plan:
         virtual = f", VP {cut.virtual_pipeline}" if cut.virtual_pipeline > 1 else ""
         data = cut.data_parallel(self.config.cluster.ranks)
         return f"TP {cut.tensor}, PP {cut.pipeline}{virtual}, CP {cut.context}, DP {data}"
-
-
-@dataclass
-class Costs:
-    """The cost model for one run: constants, the model's shape and the batches that a step is the mean of.
-
-    ``limits``: longest prompt and response in tokens, at which the lengths are cut. A search for a longer context keeps
-    them, because nobody knows how long the answers would become. ``lengths``: the name of the lengths in ``scale``.
-    """
-
-    machine: Machine
-    model: ModelShape
-    scale: DictConfig
-    limits: tuple[int, int]
-    lengths: str
-    batches: dict[int, list[list[Group]]] = field(default_factory=dict)
-    sizes: dict[int, list[BatchSize]] = field(default_factory=dict)
-    generations: dict[tuple[Any, ...], Generation] = field(default_factory=dict)
-
-    def of_prompts(self, job: scale_model.Job) -> list[list[Group]]:
-        """Batches of as many prompts."""
-        if job.prompts not in self.batches:
-            lengths: Any = OmegaConf.to_container(self.scale.lengths[self.lengths])
-            seeds = range(self.scale.seed, self.scale.seed + self.scale.draws)
-            self.batches[job.prompts] = [scale_model.draw_batch(job, job.prompts, lengths, seed) for seed in seeds]
-            self.sizes[job.prompts] = [scale_model.batch_size(batch) for batch in self.batches[job.prompts]]
-        return self.batches[job.prompts]
-
-    def simulate(
-        self, engine: scale_model.Engine, engines: int, groups: Sequence[Group], response_limit: int
-    ) -> Generation:
-        """:func:`recipes.preflight.scale_model.simulate_generation`, once for each kind of engine: layouts share it."""
-        key = (engine, engines, id(groups), response_limit)
-        if key not in self.generations:
-            self.generations[key] = scale_model.simulate_generation(engine, engines, groups, response_limit)
-        return self.generations[key]
-
-    def estimate(self, config: Config) -> tuple[StepEstimate, dict[str, float]]:
-        """The colocated step, and what the layout adds to it."""
-        prompt_limit, response_limit = self.limits
-        job = replace(cost.job_of(config), prompt_limit=prompt_limit, response_limit=response_limit)
-        gpus = config.cluster.ranks
-        batches = self.of_prompts(job)
-        sync = scale_model.sync_seconds(job, self.model, self.machine, disaggregated=False)
-        step = scale_model.estimate_step(
-            job=job,
-            model=self.model,
-            machine=self.machine,
-            batches=batches,
-            schedule="colocated",
-            gpus=gpus,
-            trainers=gpus,
-            sync=sync,
-            simulate=self.simulate,
-        )
-        added: dict[str, float] = defaultdict(float)
-        for size in self.sizes[job.prompts]:
-            for cause, seconds in layout_seconds(self.training(config, job, size)).items():
-                added[cause] += seconds / len(batches)
-        return step, dict(added)
-
-    def training(self, config: Config, job: scale_model.Job, batch: BatchSize) -> Training:
-        """The training of a batch under the configuration's layout."""
-        return Training(
-            sizes=config.parallel,
-            offload=config.optimizer.offload,
-            job=job,
-            model=self.model,
-            machine=self.machine,
-            batch=batch,
-            gpus=config.cluster.ranks,
-        )
 
 
 def lengths_within(scale: DictConfig, limits: tuple[int, int]) -> str:
@@ -177,35 +118,23 @@ def lengths_within(scale: DictConfig, limits: tuple[int, int]) -> str:
     )
 
 
-def total_seconds(step: StepEstimate, added: Mapping[str, float]) -> float:
-    """Of the step with what its layout adds."""
-    return step.seconds + sum(added.values())
-
-
-def bound_of(step: StepEstimate, added: Mapping[str, float]) -> str:
-    """The longer of generation and training, and the cause that takes most of it."""
-    layout_added = sum(added.values())
-    training = scale_model.trainer_seconds(step.phases)
-    if scale_model.generating_seconds(step.phases) >= training + layout_added:
-        return step.bound
-    causes = {cause: step.phases[cause] for cause in scale_model.TRAINING_PARTS}
-    causes["arithmetic"] = training - sum(causes.values())
-    causes |= added
-    return f"training: {max(causes, key=lambda cause: causes[cause])}"
-
-
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """A layout in the queue, ordered by ``seconds`` for as many prompts as the run has; ``number`` breaks ties.
+    """One or several layouts in the queue, in the order of lower bounds of their seconds.
 
-    ``shape``: what its models depend on. ``plan`` is set when it has been built.
+    Attributes:
+        seconds: of a step, for as many prompts as the run has.
+        training: of its trainer, which decides where generation takes longer under all layouts.
+        shape: what the layout's models depend on; "" for several layouts.
+        refine: what takes the place of a candidate that is first in the queue.
+        plan: set when it has been built.
     """
 
     seconds: float
-    number: int
+    training: float
     shape: str = field(compare=False)
-    config: Config = field(compare=False)
-    plan: Plan | None = field(compare=False)
+    refine: Callable[[], Iterable["Candidate"]] = field(compare=False)
+    plan: Plan | None = field(compare=False, default=None)
 
 
 class Planner:
@@ -216,6 +145,7 @@ class Planner:
         costs: of a step.
         parameters: of the complete model.
         without_models: layouts of which Megatron-Core builds no model.
+        apart_refused: why no engines on nodes of their own can be had, or "".
     """
 
     def __init__(self, search: Search, costs: Costs) -> None:
@@ -228,6 +158,13 @@ class Planner:
         self.parameters = sum(map(math.prod, tensors.values()))
         self.without_models: set[str] = set()
         self.judges: list[Judges] = []
+        self.apart_refused = ""
+
+    @property
+    def nodes(self) -> int:
+        """Of the run, the trainer's and the engines'."""
+        cluster = self.search.raw.cluster
+        return int(cluster.nodes) + int(cluster.engine_nodes)
 
     @property
     def room(self) -> float:
@@ -235,108 +172,184 @@ class Planner:
         return self.search.settings.device_memory_gib - KEPT_FREE_GIB
 
     def plans(self, goal: str) -> list[Plan]:
-        """The best layouts for a goal, at most ``MOST_RESULTS``, the best first."""
-        raw = self.search.raw
+        """The best layouts for a goal, at most ``MOST_RESULTS``, the best first.
+
+        Of a number of nodes and a length, half are colocated and half have engines apart, or more of one kind where
+        there are fewer of the other: the two are no longer the same algorithm, so neither hides the other.
+        """
         results: list[Plan] = []
-        for nodes, response in targets(goal, raw, self.text):
+        for nodes, response in targets(goal, self.nodes, self.search.raw, self.text):
             self.search.say(f"{nodes} nodes, responses of {response} tokens")
             wanted = MOST_RESULTS - len(results)
-            results += itertools.islice(self.in_order(self.whole(nodes, response)), wanted)
+            colocated = self.in_order(self.colocated(nodes, response))
+            apart = self.in_order(self.divisions(nodes, response))
+            found = [*itertools.islice(colocated, wanted - wanted // 2), *itertools.islice(apart, wanted // 2)]
+            found += itertools.islice(itertools.chain(colocated, apart), wanted - len(found))
+            results += sorted(found, key=lambda plan: (self.per_prompts(plan.seconds, plan.config), plan.training))
             if len(results) == MOST_RESULTS:
                 break
         return results
 
-    def whole(self, nodes: int, response: int) -> Config:
+    def colocated(self, nodes: int, response: int) -> Iterator[Candidate]:
+        """The layouts with engines on the trainer's nodes."""
+        return self.candidates(self.whole(nodes, 0, response), divisors(self.gpus_of_node))
+
+    def divisions(self, nodes: int, response: int) -> Iterator[Candidate]:
+        """The divisions of the nodes between trainer and engines, each with every size of an engine; none if the run's
+        settings exclude them."""
+        for trainers in range(1, nodes):
+            try:
+                whole = self.whole(trainers, nodes - trainers, response)
+            except ConfigError as error:
+                self.apart_refused = str(error)
+                return
+            for engine_tensor in divisors(self.gpus_of_node):
+                if self.text.num_attention_heads % engine_tensor == 0:
+                    yield from self.division(whole, engine_tensor)
+
+    def division(self, whole: Config, engine_tensor: int) -> Iterator[Candidate]:
+        """All layouts of the trainer beside engines of this size; nothing if these do not fit on their GPUs."""
+        config = self.with_cache(with_engines(whole, engine_tensor, offload=False), [])
+        if config is None:
+            return
+
+        def bound(simulated: bool, refine: Callable[[], Iterable[Candidate]]) -> Candidate:
+            step, training = self.costs.least(config, simulated)
+            return Candidate(step, training, "", refine)
+
+        def simulate() -> Iterator[Candidate]:
+            yield bound(True, lambda: self.candidates(whole, [engine_tensor]))
+
+        yield bound(False, simulate)
+
+    def whole(self, nodes: int, engine_nodes: int, response: int) -> Config:
         """The configuration on so many nodes with responses of so many tokens, under a layout that fits any of them.
 
         Raises ConfigError for what no layout makes possible.
         """
         raw = self.search.raw
-        overrides = [*WHOLE, f"cluster.nodes={nodes}", f"rollout.max_response_tokens={response}"]
-        on_nodes = merged(raw, overrides)
-        if on_nodes.cluster.ranks * raw.cluster.nodes != raw.cluster.ranks * nodes:
-            raise ConfigError(
-                f"cluster.ranks={raw.cluster.ranks}: goal={GPUS} wants it to follow from cluster.nodes; leave it out"
-            )
+        changed = [*self.placement(nodes, engine_nodes), f"rollout.max_response_tokens={response}"]
+        on_nodes = merged(raw, [*WHOLE, *changed])
         longest = round_up(raw.data.max_prompt_tokens + response, layout.token_multiple(CONTEXT_SIZES[-1]))
         tokens = max(raw.parallel.micro_batch_tokens, longest)
         prompts = prompts_override(on_nodes, on_nodes.cluster.ranks)
         config = parse(merged(on_nodes, [f"parallel.micro_batch_tokens={tokens}", *prompts]))
         return with_prompts(config, raw.algorithm.prompts_per_step)
 
-    def in_order(self, whole: Config) -> Iterator[Plan]:
+    def placement(self, nodes: int, engine_nodes: int) -> list[str]:
+        """Overrides for so many nodes of the trainer and of engines, which without nodes of their own wait for the
+        trainer, and with them generate one step ahead."""
+        raw = self.search.raw
+        wanted: dict[str, Any] = {"cluster.nodes": nodes, "cluster.engine_nodes": engine_nodes}
+        if engine_nodes:
+            wanted |= {"rollout.staleness": 1, "rollout.sleep": False, "optimizer.offload": False}
+            if raw.algorithm.importance_sampling == "none":
+                wanted["algorithm.importance_sampling"] = CORRECTION
+        elif raw.cluster.engine_nodes or raw.rollout.staleness:
+            wanted |= {"rollout.staleness": 0, "rollout.sleep": True}
+        changed = changes(raw, wanted)
+        ranks = nodes * self.gpus_of_node
+        return changed + changes(merged(raw, changed), {"cluster.ranks": ranks})
+
+    def in_order(self, candidates: Iterator[Candidate]) -> Iterator[Plan]:
         """Layouts that fit, the fastest first; one for each trainer's layout, with its best offload and engines."""
-        queue = list(self.candidates(whole))
+        numbers = itertools.count()
+        queue = [(candidate, next(numbers)) for candidate in candidates]
         heapq.heapify(queue)
-        numbers = itertools.count(len(queue))
         done: set[str] = set()
         while queue:
-            candidate = heapq.heappop(queue)
+            candidate, _ = heapq.heappop(queue)
             if candidate.shape in done | self.without_models:
                 continue
             if candidate.plan is not None:
                 done.add(candidate.shape)
                 yield candidate.plan
                 continue
-            plan = self.build(candidate.config)
-            if plan is not None:
-                seconds = plan.seconds * self.run_prompts / plan.config.algorithm.prompts_per_step
-                heapq.heappush(queue, replace(candidate, seconds=seconds, number=next(numbers), plan=plan))
+            for refined in candidate.refine():
+                heapq.heappush(queue, (refined, next(numbers)))
 
     @property
     def run_prompts(self) -> int:
         """Prompts of a step as the run has them."""
         return int(self.search.raw.algorithm.prompts_per_step)
 
+    def per_prompts(self, seconds: float, config: Config) -> float:
+        """Seconds of a step of the configuration, for as many prompts as the run has."""
+        return seconds * self.run_prompts / config.algorithm.prompts_per_step
+
     # What is tried
 
-    def candidates(self, whole: Config) -> Iterator[Candidate]:
+    def candidates(self, whole: Config, engine_tensors: Sequence[int]) -> Iterator[Candidate]:
         """Layouts whose memory may suffice, with a lower bound of their seconds."""
-        number = itertools.count()
+        offloads = [False] if whole.cluster.engine_nodes else [False, True]
         for config in self.layouts(whole):
             stages = sorted({0, config.parallel.pipeline - 1})
             least = [self.least(config, stage) for stage in stages]
-            for offload, engine_tensor in itertools.product((False, True), divisors(self.gpus_of_node(whole))):
+            for offload, engine_tensor in itertools.product(offloads, engine_tensors):
                 tried = with_engines(config, engine_tensor, offload)
                 if self.text.num_attention_heads % engine_tensor or refused(tried):
                     continue
                 bounded = self.bounded(tried, least)
-                if bounded is None:
-                    continue
-                step, added = self.costs.estimate(bounded)
-                seconds = total_seconds(step, added) * self.run_prompts / bounded.algorithm.prompts_per_step
-                yield Candidate(seconds, next(number), repr(bounded.parallel), bounded, None)
+                if bounded is not None:
+                    step = self.costs.estimate(bounded)
+                    yield self.candidate(step.seconds, step.training, bounded, None)
+
+    def candidate(self, seconds: float, training: float, config: Config, plan: Plan | None) -> Candidate:
+        """A layout in the queue, built if there is a plan."""
+
+        def build() -> Iterator[Candidate]:
+            built = self.build(config)
+            if built is not None:
+                yield self.candidate(built.seconds, built.training, built.config, built)
+
+        seconds = self.per_prompts(seconds, config)
+        training = self.per_prompts(training, config)
+        return Candidate(seconds, training, repr(config.parallel), build, plan)
 
     def layouts(self, whole: Config) -> Iterator[Config]:
-        """The run with each layout that the settings' checks and the model's accept."""
+        """The run with each layout that the settings' checks and the model's accept.
+
+        Beside engines apart, those whose replicas share the run's prompts evenly: another division of the nodes has
+        other replicas, so that none has to change the batch.
+        """
         from megatron_ext import model
 
         raw = self.search.raw
         ranks = whole.cluster.ranks
         layers = self.text.num_hidden_layers
         pipelines = sorted({*divisors(layers), raw.parallel.pipeline})
-        for tensor, pipeline, context in itertools.product(
-            divisors(self.gpus_of_node(whole)), pipelines, CONTEXT_SIZES
-        ):
+        for tensor, pipeline, context in itertools.product(divisors(self.gpus_of_node), pipelines, CONTEXT_SIZES):
             if ranks % (tensor * pipeline * context):
                 continue
             for virtual in range(1, MOST_VIRTUAL + 1 if pipeline > 1 else 2):
-                for recompute in RECOMPUTE:
+                for recompute, outer in itertools.product(RECOMPUTE, self.outer_stages(pipeline, virtual)):
+                    first, last = outer
                     sizes = self.sizes(whole.parallel, tensor, pipeline, virtual, context, recompute)
+                    sizes = replace(sizes, first_stage_layers=first, last_stage_layers=last)
                     try:
                         model.check(self.search.hf_config, sizes)
                     except ValueError:
                         continue
                     config = self.with_sizes(whole, sizes)
+                    changes_batch = config.algorithm.prompts_per_step != self.run_prompts
+                    if whole.cluster.engine_nodes and changes_batch:
+                        continue
                     if not refused(config):
                         yield config
+
+    def outer_stages(self, pipeline: int, virtual: int) -> list[tuple[int | None, int | None]]:
+        """Layers of the first and the last stage: an even share, and the run's own numbers with its own pipeline."""
+        own = self.search.raw.parallel
+        even = (None, None)
+        numbers = (own.first_stage_layers, own.last_stage_layers)
+        if numbers == even or (pipeline, virtual) != (own.pipeline, own.virtual_pipeline):
+            return [even]
+        return [even, numbers]
 
     def sizes(
         self, parallel: ParallelConfig, tensor: int, pipeline: int, virtual: int, context: int, recompute: str
     ) -> ParallelConfig:
-        """The layout; the outer stages' own numbers of layers stay with the run's own pipeline."""
-        own = self.search.raw.parallel
-        keeps = (pipeline, virtual) == (own.pipeline, own.virtual_pipeline)
+        """The layout."""
         return replace(
             parallel,
             tensor=tensor,
@@ -344,11 +357,9 @@ class Planner:
             virtual_pipeline=virtual,
             context=context,
             sequence=tensor > 1,
-            tp_comm_overlap=own.tp_comm_overlap and tensor > 1,
+            tp_comm_overlap=self.search.raw.parallel.tp_comm_overlap and tensor > 1,
             recompute=recompute,
             recompute_layers=None,
-            first_stage_layers=own.first_stage_layers if keeps else None,
-            last_stage_layers=own.last_stage_layers if keeps else None,
         )
 
     def with_sizes(self, whole: Config, sizes: ParallelConfig) -> Config:
@@ -358,8 +369,9 @@ class Planner:
         prompts = int(changed[0].partition("=")[2]) if changed else self.run_prompts
         return with_prompts(replace(whole, parallel=sizes), prompts)
 
-    def gpus_of_node(self, config: Config) -> int:
-        return config.cluster.ranks // config.cluster.nodes
+    @property
+    def gpus_of_node(self) -> int:
+        return int(self.search.raw.cluster.ranks) // int(self.search.raw.cluster.nodes)
 
     # Memory
 
@@ -381,16 +393,20 @@ class Planner:
         return self.judges[0]
 
     def with_cache(self, config: Config, ranks: Sequence[Mapping[str, float]]) -> Config | None:
-        """The configuration with the largest KV cache, in whole GiB, that fits beside the memory of ``ranks``; None if
-        they do not fit, or it would hold less than one sequence.
+        """The configuration with the largest KV cache, in whole GiB, that fits beside the memory of ``ranks``, or on
+        the engines' own GPUs; None if something does not fit, or it would hold less than one sequence.
 
         ``ranks``: GiB by phase, without a KV cache. No more than all sequences of an engine need.
         """
         from recipes.preflight import memory
 
         largest = math.inf
+        if config.cluster.engine_nodes:
+            engine = memory_plan.engine_bytes(config, self.search.hf_config, self.parameters)
+            gib = memory_plan.engine_gib(config, self.search.settings, engine)
+            largest = self.room - gib["vllm"] - gib["reserve"]
         for phase, names in memory_plan.on_device(config).items():
-            free = self.room - max(rank[phase] for rank in ranks)
+            free = self.room - max((rank[phase] for rank in ranks), default=0.0)
             if free < 0:
                 return None
             if "kv_cache" in names:
@@ -486,15 +502,21 @@ class Planner:
     def plan_of(self, config: Config, overrides: Sequence[str], report: Report) -> Plan:
         """The plan of a configuration whose checks hold."""
         fullest = max(report.memory_gib, key=lambda rank: rank["total"])
-        step, added = self.costs.estimate(config)
+        phase = max(report.phases, key=lambda phase: fullest[phase])
+        gib = fullest["total"]
+        if config.cluster.engine_nodes:
+            assert report.engine_gib is not None
+            gib, phase = max((gib, phase), (sum(report.engine_gib.values()), "engine"))
+        step = self.costs.estimate(config)
         return Plan(
             config=config,
             overrides=tuple(overrides),
-            seconds=total_seconds(step, added),
-            phases={**step.phases, **added},
-            bound=bound_of(step, added),
-            fullest_gib=fullest["total"],
-            fullest_phase=max(report.phases, key=lambda phase: fullest[phase]),
+            seconds=step.seconds,
+            training=step.training,
+            phases={**step.phases, **step.added},
+            bound=step.bound,
+            fullest_gib=gib,
+            fullest_phase=phase,
             note=step.note,
         )
 
@@ -504,6 +526,11 @@ class Planner:
             config = parse(self.search.raw)
         except ConfigError as error:
             return None, str(error)
+        if config.rollout.staleness and not config.cluster.engine_nodes:
+            return None, (
+                "rollout.staleness=1 with cluster.engine_nodes=0: the cost model knows no engines that generate on the "
+                "GPUs of a trainer that works"
+            )
         report = self.report(config)
         if not report.ok:
             return None, "; ".join(check.detail for check in report.checks if check.state == FAILS)
@@ -524,17 +551,13 @@ class Planner:
         """What a configuration changes of the run."""
         raw = self.search.raw
         cut = config.parallel
-        changed = []
-        if config.cluster.nodes != raw.cluster.nodes:
-            changed.append(f"cluster.nodes={config.cluster.nodes}")
+        changed = self.placement(config.cluster.nodes, config.cluster.engine_nodes)
         changed += layout_overrides(raw, cut.tensor, cut.pipeline, cut.context)
-        own = (raw.parallel.pipeline, raw.parallel.virtual_pipeline)
-        if cut.pipeline == own[0] and cut.virtual_pipeline != own[1]:
-            outer = ("first_stage_layers", "last_stage_layers")
-            changed += [f"parallel.{name}=null" for name in outer if raw.parallel[name] is not None]
         changed = [override for override in changed if not override.startswith("parallel.virtual_pipeline=")]
         wanted = {
             "parallel.virtual_pipeline": cut.virtual_pipeline,
+            "parallel.first_stage_layers": cut.first_stage_layers,
+            "parallel.last_stage_layers": cut.last_stage_layers,
             "parallel.recompute": cut.recompute,
             "parallel.recompute_layers": cut.recompute_layers,
             "parallel.micro_batch_tokens": cut.micro_batch_tokens,
@@ -546,16 +569,11 @@ class Planner:
             "rollout.max_response_tokens": config.rollout.max_response_tokens,
         }
         # On its nodes: the number of engines may follow from them.
-        on_nodes = merged(raw, changed)
-        for name, value in wanted.items():
-            if OmegaConf.select(on_nodes, name) != value:
-                changed.append(as_override(name, value))
-        return changed
+        return changed + changes(merged(raw, changed), wanted)
 
 
-def targets(goal: str, raw: DictConfig, text: Any) -> Iterator[tuple[int, int]]:
-    """Numbers of nodes and tokens of a response in the order in which a goal prefers them."""
-    nodes = int(raw.cluster.nodes)
+def targets(goal: str, nodes: int, raw: DictConfig, text: Any) -> Iterator[tuple[int, int]]:
+    """Numbers of nodes, at most ``nodes``, and tokens of a response in the order in which a goal prefers them."""
     response = int(raw.rollout.max_response_tokens)
     if goal == STEP_TIME:
         yield nodes, response
@@ -567,6 +585,11 @@ def targets(goal: str, raw: DictConfig, text: Any) -> Iterator[tuple[int, int]]:
         doublings = int(math.log2(longest / response)) if longest >= response else 0
         for doubling in range(doublings, -1, -1):
             yield nodes, response * 2**doubling
+
+
+def changes(raw: DictConfig, wanted: Mapping[str, Any]) -> list[str]:
+    """An override for each setting that has another value than is wanted."""
+    return [as_override(name, value) for name, value in wanted.items() if OmegaConf.select(raw, name) != value]
 
 
 def merged(raw: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -582,7 +605,8 @@ def with_prompts(config: Config, count: int) -> Config:
 
 def with_engines(config: Config, tensor: int, offload: bool) -> Config:
     """The configuration with as many engines of ``tensor`` GPUs as there is room for."""
-    rollout = replace(config.rollout, tensor=tensor, engines=config.cluster.ranks // tensor)
+    apart = job_processes(config) - config.cluster.ranks
+    rollout = replace(config.rollout, tensor=tensor, engines=(apart or config.cluster.ranks) // tensor)
     return replace(config, rollout=rollout, optimizer=replace(config.optimizer, offload=offload))
 
 
@@ -594,6 +618,7 @@ def refused(config: Config) -> bool:
         checks.check_recompute(config)
         checks.check_overlap(config)
         checks.check_shared_memory(config)
+        checks.check_engine_nodes(config)
         checks.check_batch(config)
         checks.check_engine_batch(config)
     except ValueError:

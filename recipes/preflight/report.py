@@ -42,7 +42,6 @@ class Settings:
         workspace_gib: device memory of a process's libraries.
         graph_gib: device memory of one of an engine's CUDA graphs.
         fragmentation_gib: device memory that the trainer's allocator can't use.
-        engines: "colocated" with the trainer's ranks or "disaggregated", on devices of their own.
         host_memory_gib: memory of one node's host for offloaded tensors.
         asleep_gib: device memory that a sleeping judge's process still holds.
         costs: the files of conf/scale and conf/simulate with the device's speed, None if there are none.
@@ -59,7 +58,6 @@ class Settings:
     workspace_gib: float
     graph_gib: float
     fragmentation_gib: float
-    engines: str
     host_memory_gib: float
     asleep_gib: float
     costs: str | None

@@ -421,17 +421,21 @@ def simulate_generation(engine: Engine, engines: int, groups: Sequence[Group], r
         heapq.heappush(loads, (load + most_tokens, number))
     generations = [simulate_engine(engine, share) for share in assigned if share]
     slowest = max(generations, key=lambda generation: generation.seconds)
+    return Generation(
+        seconds=slowest.seconds,
+        longest_alone=longest_alone_seconds(engine, groups),
+        end_times=sorted(end for generation in generations for end in generation.end_times),
+        seconds_by_cause=slowest.seconds_by_cause,
+    )
 
+
+def longest_alone_seconds(engine: Engine, groups: Sequence[Group]) -> float:
+    """Seconds of the longest response if an engine decoded nothing else: a lower bound of any generation."""
     group_of_longest = max(groups, key=lambda group: max(group.response_tokens))
     prompt = group_of_longest.prompt_tokens
     longest = max(group_of_longest.response_tokens)
     mean_step_seconds = sum(engine.step_seconds(1, prompt + (longest - 1) / 2).values())
-    return Generation(
-        seconds=slowest.seconds,
-        longest_alone=engine.prefill_seconds(prompt) + longest * mean_step_seconds,
-        end_times=sorted(end for generation in generations for end in generation.end_times),
-        seconds_by_cause=slowest.seconds_by_cause,
-    )
+    return engine.prefill_seconds(prompt) + longest * mean_step_seconds
 
 
 def judge_seconds(end_times: Sequence[float], samples_per_second: float, latency: float) -> float:
@@ -502,6 +506,13 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
         "tensor parallel": forward_collectives + update_collectives,
         "gradients": gradients,
     }
+
+
+def least_training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Machine, gpus: int) -> float:
+    """Of :func:`training_seconds` the operations alone, without recomputation: a lower bound under any layout."""
+    size = (batch.tokens, batch.squares, batch.response_tokens)
+    flops = job.passes * model.forward_flops(*size) + model.training_flops(*size)
+    return flops / (gpus * machine.peak_tflops * 1e12 * machine.mfu)
 
 
 def tensor_parallel_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Machine, gpus: int) -> float:
@@ -583,9 +594,9 @@ def daly_interval(save: float, mtbf: float) -> float:
 class StepEstimate:
     """The estimate of a step for one schedule and number of GPUs. All times are in seconds.
 
-    ``trainers`` and ``generators`` are numbers of GPUs; colocated, both are the same GPUs. ``save`` is what a
-    checkpoint adds to a step, and ``copy`` the copy of the training state to the hosts' memory. ``note`` says why there
-    is no estimate, or for what the batch is too small.
+    ``trainers`` and ``generators`` are numbers of GPUs; colocated, both are the same GPUs. ``added`` is what the layout
+    adds to the training of ``phases``, by cause. ``save`` is what a checkpoint adds to a step, and ``copy`` the copy of
+    the training state to the hosts' memory. ``note`` says why there is no estimate, or for what the batch is too small.
     """
 
     gpus: int
@@ -593,6 +604,7 @@ class StepEstimate:
     trainers: int = 0
     generators: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    added: dict[str, float] = field(default_factory=dict)
     generation_causes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     longest_alone: float = 0.0
     seconds: float = math.inf
@@ -603,19 +615,24 @@ class StepEstimate:
     note: str = ""
 
     @property
+    def training(self) -> float:
+        """Of the trainer, with what its layout adds."""
+        return trainer_seconds(self.phases) + sum(self.added.values())
+
+    @property
     def bound(self) -> str:
         """The longer of generation and training, and the cause that takes most of it."""
         if not self.phases:
             return ""
         generating = generating_seconds(self.phases)
-        training = trainer_seconds(self.phases)
-        if generating >= training:
+        if generating >= self.training:
             if self.longest_alone >= LONGEST_RESPONSE_SHARE * generating:
                 return "generation: the longest response"
             causes = {**self.generation_causes, "judges": self.phases["judge"]}
             return f"generation: {max(causes, key=lambda cause: causes[cause])}"
         causes = {name: self.phases[name] for name in TRAINING_PARTS}
-        causes["arithmetic"] = training - sum(causes.values())
+        causes["arithmetic"] = trainer_seconds(self.phases) - sum(causes.values())
+        causes |= self.added
         return f"training: {max(causes, key=lambda cause: causes[cause])}"
 
 
@@ -625,6 +642,10 @@ def generating_seconds(phases: Mapping[str, float]) -> float:
 
 def trainer_seconds(phases: Mapping[str, float]) -> float:
     return phases["logprobs"] + phases["train"]
+
+
+def nothing_added(batch: BatchSize) -> dict[str, float]:
+    return {}
 
 
 def estimate_step(
@@ -637,12 +658,14 @@ def estimate_step(
     trainers: int,
     sync: float,
     simulate: Callable[[Engine, int, Sequence[Group], int], Generation] = simulate_generation,
+    added: Callable[[BatchSize], Mapping[str, float]] = nothing_added,
 ) -> StepEstimate:
     """The mean step over ``batches`` when ``trainers`` of the ``gpus`` train; colocated, all GPUs do both.
 
     The asynchronous schedule is ``rollout.staleness=1``: after the weight sync the engines generate the next batch
     while the trainer works on this one. ``sync`` are the seconds of a weight sync.
     ``simulate``: :func:`simulate_generation`, or one that remembers its results for a caller that asks again.
+    ``added``: seconds that a layout adds to the training of a batch, by cause (``layout_seconds``).
     """
     disaggregated = schedule != "colocated"
     generators = gpus - trainers if disaggregated else gpus
@@ -653,6 +676,7 @@ def estimate_step(
     sizes = [batch_size(batch) for batch in batches]
     estimate = StepEstimate(gpus, schedule, trainers, generators, seconds=0.0)
     phase_means: dict[str, float] = defaultdict(float)
+    added_means: dict[str, float] = defaultdict(float)
     for batch, size in zip(batches, sizes, strict=True):
         generation = simulate(engine, engines, batch, job.response_limit)
         phases = {
@@ -661,10 +685,14 @@ def estimate_step(
             "sync": sync + (0 if disaggregated else machine.switch_s),
             **training_seconds(job, model, size, machine, trainers),
         }
+        more = added(size)
+        training = trainer_seconds(phases) + sum(more.values())
         if schedule == "asynchronous":
-            both = max(generating_seconds(phases), trainer_seconds(phases))
+            both = max(generating_seconds(phases), training)
         else:
-            both = generating_seconds(phases) + trainer_seconds(phases)
+            both = generating_seconds(phases) + training
+        for cause, seconds in more.items():
+            added_means[cause] += seconds / len(batches)
         for name, seconds in phases.items():
             phase_means[name] += seconds / len(batches)
         estimate.seconds += (phases["sync"] + both) / len(batches)
@@ -673,6 +701,7 @@ def estimate_step(
             estimate.generation_causes[cause] += seconds / len(batches)
         estimate.longest_alone += generation.longest_alone / len(batches)
     estimate.phases = dict(phase_means)
+    estimate.added = dict(added_means)
 
     state_bytes = CHECKPOINT_BYTES_PER_PARAMETER * model.parameters
     estimate.save = machine.storage_seconds(state_bytes, trainers, writing=True)
@@ -680,7 +709,7 @@ def estimate_step(
     estimate.restart = machine.restart_s + machine.storage_seconds(state_bytes, trainers, writing=False)
     if schedule == "asynchronous":
         # The trainer writes while it would wait for the engines.
-        idle = phase_means["generate"] + phase_means["judge"] - phase_means["logprobs"] - phase_means["train"]
+        idle = generating_seconds(phase_means) - estimate.training
         estimate.save = max(0.0, estimate.save - max(0.0, idle))
         estimate.restart += phase_means["generate"]  # after a restart the trainer waits for its first batch
     smallest = min(sizes, key=lambda size: size.tokens)

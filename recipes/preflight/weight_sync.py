@@ -208,8 +208,6 @@ def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) 
     simulation = raw.simulate
     rollout = raw.rollout
     speeds = Links(**{field.name: float(simulation[field.name]) for field in fields(Links)})
-    if simulation.engines not in ("colocated", "disaggregated"):
-        raise ConfigError(f"simulate.engines={simulation.engines!r}: use colocated or disaggregated")
     sizes = settings.read(ParallelConfig, "parallel", raw.parallel, {"recompute": "none"})
     precision = settings.read(PrecisionConfig, "precision", raw.precision, {"name": "bf16"})
     hf_config = model_config(raw.model.path)
@@ -219,8 +217,8 @@ def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) 
     tables = trainer_tables(hf_config, sizes, world, precision, say)
     say("vLLM's workers")
     layouts = engine_layouts(hf_config, dtype, rollout.tensor)
-    disaggregated = simulation.engines == "disaggregated" or raw.cluster.engine_nodes > 0
-    where = topology(world, rollout.engines, rollout.tensor, simulation.gpus_per_node, disaggregated)
+    apart = raw.cluster.engine_nodes > 0
+    where = topology(world, rollout.engines, rollout.tensor, simulation.gpus_per_node, apart)
     # The ranks on the engines' nodes hold nothing.
     tables += [[] for _ in range(len(where.ranks) - world)]
     say("the plan")

@@ -14,9 +14,26 @@ from omegaconf import OmegaConf
 
 from benchmarks import plan_order
 from recipes.preflight.layout_seconds import Training, layout_seconds
-from recipes.preflight.scale_model import TRAINING_PARTS, BatchSize, Machine, model_shape, tensor_parallel_seconds
+from recipes.preflight.scale_model import (
+    TRAINING_PARTS,
+    BatchSize,
+    Group,
+    Machine,
+    batch_size,
+    draw_batch,
+    engine_of,
+    estimate_step,
+    generating_seconds,
+    least_training_seconds,
+    longest_alone_seconds,
+    model_shape,
+    simulate_generation,
+    tensor_parallel_seconds,
+    trainer_seconds,
+    training_seconds,
+)
 from tests import warm
-from tests.benchmarks.test_scale_simulation import JOB, MACHINE, MODEL
+from tests.benchmarks.test_scale_simulation import JOB, LENGTHS, MACHINE, MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -29,10 +46,26 @@ SMALL = (
     "preflight.device_memory_gib=120",
     "preflight.files=elsewhere",
 )
+THREE_NODES = (*SMALL, "cluster.nodes=3", "cluster.ranks=6")
+# Two nodes in all, already divided.
+DIVIDED = (
+    *SMALL,
+    "cluster.engine_nodes=1",
+    "rollout.staleness=1",
+    "rollout.sleep=false",
+    "rollout.engines=${cluster.engine_nodes}",
+    "rollout.tensor=2",
+    "rollout.kv_cache_gib=20",
+    "parallel.context=1",
+    "parallel.recompute=full",
+    "algorithm.importance_sampling=token_truncated",
+)
 CASES = {
     "small": (SMALL, "step_time", 10),
-    "fewest": (("recipe=safework_7b", "cluster.nodes=2", "preflight.files=elsewhere"), "gpus", 3),
+    "fewest": (("recipe=safework_7b", "cluster.nodes=2", "cluster.ranks=16", "preflight.files=elsewhere"), "gpus", 3),
     "longest": (SMALL, "context", 3),
+    "three nodes": (THREE_NODES, "step_time", 20),
+    "divided": (DIVIDED, "step_time", 2),
 }
 # What can't be planned → overrides, and what it must say.
 IMPOSSIBLE = {
@@ -40,10 +73,6 @@ IMPOSSIBLE = {
     "platform": (("recipe=demo", "stage=rl"), "step_time", ["cluster.platform='cpu'", "cluster=slurm_h100"]),
     "stage": (("recipe=safework_7b", "stage=sft"), "step_time", ["stage.trains=['sft']", "stage=rl"]),
     "costs": (("recipe=safework_7b", "preflight=h200"), "step_time", ["preflight.costs=null", "preflight.costs=h100"]),
-    "engines": (
-        ("recipe=safework_7b", "preflight.engines=disaggregated"), "step_time",
-        ["preflight.engines='disaggregated'", "colocated"],
-    ),
     "setting": (
         ("recipe=safework_7b", "parallel.recompute=half"), "step_time",
         ["parallel.recompute='half'", "none, selective, full"],
@@ -52,9 +81,6 @@ IMPOSSIBLE = {
     "lengths": (
         ("recipe=safework_7b", "rollout.max_response_tokens=512"), "step_time",
         ["rollout.max_response_tokens=512", "reasoning: mean=4383", "answers: mean=1128"],
-    ),
-    "ranks": (
-        ("recipe=safework_7b", "cluster.nodes=2", "cluster.ranks=16"), "gpus", ["cluster.ranks=16", "leave it out"],
     ),
 }  # fmt: skip
 PROGRAM = """
@@ -95,9 +121,14 @@ def checked(overrides, everything):
     else:
         report = Report("", "", "", "", settings.device_memory_gib)
         fit.fit(parse(run), planners[-1].search.hf_config, settings, report)
+    config = parse(run)
     # The judges' servers need a node of eight GPUs.
     return {"failed": [asdict(check) for check in report.checks if check.state == "fails" and check.name != "nodes"],
-            "total": max((rank["total"] for rank in report.memory_gib), default=None)}
+            "total": max((rank["total"] for rank in report.memory_gib), default=None),
+            "engine": sum(report.engine_gib.values()) if config.cluster.engine_nodes else 0.0,
+            "ahead": [config.rollout.staleness, config.rollout.sleep, config.optimizer.offload,
+                      config.algorithm.importance_sampling],
+            "costs": plan.cost.gpu_hours(config, settings) if config.cluster.ranks % 8 == 0 else []}
 
 def exhaustive(whole, planned):
     "Every layout that the configuration accepts and whose models fit: the fastest of each, the fastest first."
@@ -109,6 +140,42 @@ def exhaustive(whole, planned):
                 shape = repr(config.parallel)
                 best[shape] = min(best.get(shape, built.seconds), built.seconds)
     return sorted(best.values())
+
+def exhaustive_apart(nodes, response, planned):
+    "The same of every division of the nodes."
+    best = {}
+    for trainers in range(1, nodes):
+        whole = planned.whole(trainers, nodes - trainers, response)
+        for config in planned.layouts(whole):
+            for tensor in (1, 2):
+                built = planned.build(planner.with_engines(config, tensor, False))
+                if built is not None:
+                    shape = repr(config.parallel)
+                    best[shape] = min(best.get(shape, built.seconds), built.seconds)
+    return sorted(best.values())
+
+def refusals_of(planned):
+    "What a planner says of a run whose engines generate on the GPUs of a trainer that works, and of colocated judges."
+    raw = planned.search.raw
+    ahead = ["parallel.context=1", "rollout.staleness=1", "rollout.sleep=false"]
+    ahead.append("algorithm.importance_sampling=token_truncated")
+    planned.search.raw = planner.merged(raw, ahead)
+    _, own = planned.own()
+    planned.search.raw = planner.merged(raw, ["rewards.placement=colocated"])
+    divisions = list(planned.divisions(2, 8192))
+    planned.search.raw = raw
+    return {"own": own, "divisions": len(divisions), "apart": planned.apart_refused}
+
+def outer_stages(planned):
+    "Layers of the first and last stage that are tried for a run with 12 on the first of two."
+    raw = planned.search.raw
+    planned.search.raw = planner.merged(raw, ["parallel.pipeline=2", "parallel.first_stage_layers=12"])
+    tried = {str(sizes): planned.outer_stages(*sizes) for sizes in ((2, 1), (2, 2), (4, 1))}
+    whole = planned.whole(1, 0, 8192)
+    even = planner.replace(whole, parallel=planned.sizes(whole.parallel, 1, 2, 1, 1, "none"))
+    tried["even"] = planned.overrides(even)
+    planned.search.raw = raw
+    return tried
 
 def bounds(whole, planned):
     "Layout, the lower bound, and what the built model has."
@@ -134,7 +201,9 @@ with initialize_config_dir(folder, version_base="1.3"):
             "own": plan.as_json(answer["own"]),
             "own_refused": answer["own_refused"],
             "plans": [plan.as_json(entry) for entry in answer["plans"]],
-            "nodes": [entry.config.cluster.nodes for entry in answer["plans"]],
+            "all_nodes": answer["nodes"],
+            "nodes": [entry.config.cluster.nodes + entry.config.cluster.engine_nodes for entry in answer["plans"]],
+            "apart": [entry.apart for entry in answer["plans"]],
             "responses": [entry.config.rollout.max_response_tokens for entry in answer["plans"]],
         }
         for n, entry in enumerate(found[name]["plans"]):
@@ -142,9 +211,14 @@ with initialize_config_dir(folder, version_base="1.3"):
             given = [word for word in overrides if word.partition("=")[0] not in changed]
             entry["preflight"] = checked([*given, *entry["overrides"]], everything=n == 0)
         if name == "small":
-            whole = planners[-1].whole(1, answer["plans"][0].config.rollout.max_response_tokens)
+            whole = planners[-1].whole(1, 0, answer["plans"][0].config.rollout.max_response_tokens)
             found[name]["exhaustive"] = exhaustive(whole, planners[-1])
             found[name]["bounds"] = bounds(whole, planners[-1])
+            found[name]["refusals"] = refusals_of(planners[-1])
+            found[name]["outer stages"] = outer_stages(planners[-1])
+        if name == "three nodes":
+            response = answer["plans"][0].config.rollout.max_response_tokens
+            found[name]["exhaustive"] = exhaustive_apart(3, response, planners[-1])
     refusals = {}
     for name, (overrides, goal, words) in impossible.items():
         try:
@@ -179,8 +253,14 @@ def found(answers: dict[str, Any]) -> dict[str, Any]:
 def test_each_layout_passes_the_preflight_and_has_the_memory_that_is_printed(case: str, found: dict[str, Any]) -> None:
     assert found[case]["plans"]
     for plan in found[case]["plans"]:
-        assert plan["preflight"]["failed"] == [], plan["overrides"]
-        assert plan["preflight"]["total"] == pytest.approx(plan["fullest_gib"], abs=0.001)
+        preflight = plan["preflight"]
+        assert preflight["failed"] == [], plan["overrides"]
+        assert max(preflight["total"], preflight["engine"]) == pytest.approx(plan["fullest_gib"], abs=0.001)
+        assert plan["fullest_phase"] in ("engine", "generating", "judging", "training", "syncing")
+        assert (plan["fullest_phase"] == "engine") == (preflight["engine"] > preflight["total"])
+        # The preflight's GPU hours are of the same step.
+        for line in preflight["costs"][:1]:
+            assert f"steps of {plan['seconds']:.0f} s" in line
 
 
 def test_the_order_is_that_of_an_exhaustive_search(found: dict[str, Any]) -> None:
@@ -191,6 +271,68 @@ def test_the_order_is_that_of_an_exhaustive_search(found: dict[str, Any]) -> Non
     assert len(seconds) == min(10, len(small["exhaustive"]))
     layouts = [(plan["layout"], [word for word in plan["overrides"] if "recompute" in word]) for plan in small["plans"]]
     assert len({str(layout) for layout in layouts}) == len(layouts)
+
+
+def test_engines_apart_are_ordered_as_by_an_exhaustive_search_of_all_divisions(found: dict[str, Any]) -> None:
+    three = found["three nodes"]
+    apart = [plan["seconds"] for plan, is_apart in zip(three["plans"], three["apart"], strict=True) if is_apart]
+    assert len(apart) == 10
+    assert apart == pytest.approx(three["exhaustive"][:10])
+    # Layouts of both divisions.
+    trainers = {word for plan in three["plans"] for word in plan["overrides"] if word.startswith("cluster.nodes=")}
+    assert trainers == {"cluster.nodes=1", "cluster.nodes=2"}
+
+
+def test_both_kinds_are_found_and_only_engines_apart_are_one_step_ahead(found: dict[str, Any]) -> None:
+    for name, nodes in (("three nodes", 3), ("divided", 2)):
+        case = found[name]
+        assert case["all_nodes"] == nodes and set(case["nodes"]) == {nodes}
+        half = len(case["plans"]) // 2
+        assert case["apart"].count(True) == case["apart"].count(False) == half > 0
+        seconds = [plan["seconds"] for plan in case["plans"]]
+        if all("prompts_per_step" not in word for plan in case["plans"] for word in plan["overrides"]):
+            assert seconds == sorted(seconds)
+        for plan, apart in zip(case["plans"], case["apart"], strict=True):
+            staleness, sleep, offload, correction = plan["preflight"]["ahead"]
+            assert (staleness, sleep) == ((1, False) if apart else (0, True))
+            if apart:
+                assert not offload and correction == "token_truncated"
+
+
+def test_a_run_that_is_divided_is_planned_in_both_ways(found: dict[str, Any]) -> None:
+    divided = found["divided"]
+    assert divided["own"] is not None and divided["own"]["overrides"] == []
+    back = next(plan for plan, apart in zip(divided["plans"], divided["apart"], strict=True) if not apart)
+    wanted = {
+        "cluster.nodes=2",
+        "cluster.engine_nodes=0",
+        "cluster.ranks=4",
+        "rollout.staleness=0",
+        "rollout.sleep=true",
+    }
+    assert wanted <= set(back["overrides"])
+
+
+def test_engines_apart_have_the_largest_cache_that_their_gpus_leave_room_for(found: dict[str, Any]) -> None:
+    """Within a GiB of what is left of 120 GiB, less the 6 that stay free."""
+    for plan, apart in zip(found["three nodes"]["plans"], found["three nodes"]["apart"], strict=True):
+        if apart:
+            assert 113 < plan["preflight"]["engine"] <= 114
+
+
+def test_what_excludes_engines_apart_or_the_own_layout_is_said(found: dict[str, Any]) -> None:
+    refusals = found["small"]["refusals"]
+    assert "rollout.staleness=1" in refusals["own"] and "cluster.engine_nodes=0" in refusals["own"]
+    assert refusals["divisions"] == 0
+    assert "rewards.placement=colocated" in refusals["apart"]
+
+
+def test_a_runs_own_numbers_of_layers_are_tried_beside_an_even_share(found: dict[str, Any]) -> None:
+    tried = found["small"]["outer stages"]
+    assert tried["(2, 1)"] == [[None, None], [12, None]]
+    assert tried["(2, 2)"] == tried["(4, 1)"] == [[None, None]]
+    assert "parallel.first_stage_layers=null" in tried["even"]
+    assert not any("pipeline" in word for word in tried["even"])
 
 
 def test_the_bound_of_memory_is_below_the_models_and_near_them(found: dict[str, Any]) -> None:
@@ -206,11 +348,19 @@ def test_the_bound_of_memory_is_below_the_models_and_near_them(found: dict[str, 
 
 def test_seconds_are_the_sum_of_the_phases(found: dict[str, Any]) -> None:
     for case in found.values():
-        for plan in case["plans"]:
+        for plan, apart in zip(case["plans"], case["apart"], strict=True):
             phases = dict(plan["phases"])
             parts = [phases.pop(name) for name in TRAINING_PARTS]
             assert min(parts) >= 0
-            assert sum(phases.values()) == pytest.approx(plan["seconds"])
+            if not apart:
+                assert sum(phases.values()) == pytest.approx(plan["seconds"])
+                continue
+            sync = phases.pop("sync")
+            generating = phases.pop("generate") + phases.pop("judge")
+            training = sum(phases.values())
+            # The mean of the longer one of each batch.
+            assert sync + max(generating, training) <= plan["seconds"] + 1e-6
+            assert plan["seconds"] < 0.9 * (sync + generating + training)
 
 
 def test_the_goal_of_few_gpus_wants_the_fewest_nodes_first(found: dict[str, Any]) -> None:
@@ -219,7 +369,9 @@ def test_the_goal_of_few_gpus_wants_the_fewest_nodes_first(found: dict[str, Any]
     plans = found["fewest"]["plans"]
     on_one = [plan["seconds"] for plan, count in zip(plans, nodes, strict=True) if count == 1]
     assert on_one == sorted(on_one)
-    assert all("cluster.nodes=1" in plan["overrides"] for plan, count in zip(plans, nodes, strict=True) if count == 1)
+    for plan, count in zip(plans, nodes, strict=True):
+        if count == 1:
+            assert {"cluster.nodes=1", "cluster.ranks=8"} <= set(plan["overrides"])
 
 
 def test_the_goal_of_a_long_context_wants_the_longest_responses_first(found: dict[str, Any]) -> None:
@@ -243,6 +395,46 @@ def training(**changes: Any) -> Training:
 
 def test_a_plain_layout_adds_nothing() -> None:
     assert set(layout_seconds(training(tensor=1, pipeline=1, sequence=False)).values()) == {0.0}
+
+
+GROUPS = [Group(100, (300, 20)), Group(50, (150, 150))]
+
+
+def test_one_step_ahead_a_step_is_the_longer_of_generation_and_training_with_what_the_layout_adds() -> None:
+    job = replace(JOB, prompts=2, samples=2)
+    sync = 7.0
+    for added in (0.0, 1.0, 1000.0):
+        step = estimate_step(
+            job, MODEL, MACHINE, [GROUPS], "asynchronous", 32, 16, sync, added=lambda batch, more=added: {"why": more}
+        )
+        training = trainer_seconds(training_seconds(job, MODEL, batch_size(GROUPS), MACHINE, 16)) + added
+        assert step.training == pytest.approx(training)
+        assert step.seconds == pytest.approx(sync + max(generating_seconds(step.phases), training))
+    assert step.bound == "training: why"
+
+
+def test_the_bounds_of_a_division_are_below_every_layout() -> None:
+    batch = draw_batch(JOB, 8, LENGTHS, seed=3)
+    size = batch_size(batch)
+    least = least_training_seconds(JOB, MODEL, size, MACHINE, 16)
+    assert least > 0
+    for tensor, pipeline, recompute in ((1, 1, 0.0), (2, 2, 0.0), (8, 1, 1.0)):
+        job = replace(JOB, tensor=tensor, pipeline=pipeline, recompute=recompute)
+        assert least <= trainer_seconds(training_seconds(job, MODEL, size, MACHINE, 16))
+    engine = engine_of(JOB, MODEL, MACHINE, disaggregated=True)
+    for engines in (1, 4):
+        generation = simulate_generation(engine, engines, batch, JOB.response_limit)
+        assert longest_alone_seconds(engine, batch) == generation.longest_alone <= generation.seconds
+
+
+def test_stages_wait_for_the_one_with_most_layers() -> None:
+    """4 and 6 of 10 layers: a fifth of all passes through layers once more."""
+    passes = MODEL.forward_flops(16_000, 4_000_000, 0) + MODEL.training_flops(16_000, 4_000_000, 0)
+    # Of the pass for log-probs, the forward pass and the backward pass.
+    collectives = 3 * tensor_parallel_seconds(training().job, MODEL, BATCH, MACHINE, 16)
+    uneven = layout_seconds(training(first_stage_layers=4))["uneven stages"]
+    assert uneven == pytest.approx(0.2 * (passes / (16 * 1000e12 * 0.5) + collectives))
+    assert layout_seconds(training(first_stage_layers=5))["uneven stages"] == 0
 
 
 def test_selective_recompute_is_that_of_its_modules_in_a_forward_pass() -> None:

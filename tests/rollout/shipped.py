@@ -6,7 +6,7 @@ every engine worker; both build without memory. :func:`plan` joins them. ``… i
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,6 @@ def small(raw: Any) -> tuple[Any, ParallelConfig]:
 
     layout = settings.read(ParallelConfig, "parallel", raw.parallel, {"recompute": "none"})
     layers = layout.pipeline
-    if layout.first_stage_layers is not None:
-        layout = replace(layout, first_stage_layers=1)
     fields = model_config(raw.model.path).to_dict()
     text = fields.get("text_config") or fields
     text["num_hidden_layers"] = layers

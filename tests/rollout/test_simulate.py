@@ -23,7 +23,7 @@ SPEEDS = Links(network_gb_s=50, pcie_gb_s=40, nvlink_gb_s=400, copy_gb_s=1000, o
 
 def test_engines_on_two_nodes_of_their_own_receive_the_model_once_each(tmp_path: Path) -> None:
     """16 trainer GPUs and 16 engines of one GPU: what crosses is twice the model, by all adapters alike."""
-    sizes = ("cluster.ranks=16", "rollout.engines=16", "simulate.engines=disaggregated", "simulate.order_ms=0")
+    sizes = ("cluster.ranks=16", "rollout.engines=16", "cluster.engine_nodes=2", "simulate.order_ms=0")
     command = [sys.executable, "-m", "recipes.preflight.weight_sync", "recipe=safework_7b", *sizes]
     output = tmp_path / "sync.json"
     # As on a terminal. Torch writes a line about a CUDA that it does not find.

@@ -14,7 +14,7 @@ PUBLISHED = {
     "Qwen2.5-VL-7B-Instruct": ("tp2_cp2", 4),
     "DeepSeek-R1-Distill-Llama-70B": ("tp8_pp4_cp2", 64),
     "Qwen2.5-VL-72B-Instruct": ("tp8_pp4_cp2", 64),
-    "InternVL3-78B-hf": ("tp8_pp4_cp2_tower", 64),
+    "InternVL3-78B-hf": ("tp8_pp4_cp2", 64),
 }
 # Of Transformer Engine's matrices, for communication that overlaps with their products.
 UB_SWITCHES = (
