@@ -328,7 +328,6 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
             pack_tokens=None,
             tower=tower,
             parallel=parallel,
-            config=SimpleNamespace(params_dtype=config.precision.dtype),
         ),
         parallel=parallel,
         source=config.model.path,

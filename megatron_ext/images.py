@@ -66,8 +66,7 @@ def exchange(inputs: Sequence[VisionInputs], wanted: Array, model: Model, group:
             sent.append(dist.irecv(block, group=group, group_src=sender))
             incoming.append((chosen, block))
     for i in np.flatnonzero(wanted & held[rank]).tolist():
-        pixels = inputs[i].pixels.to(model.config.params_dtype)  # where every rank has made its own, in FP32
-        inputs[i].part = Part.of(pixels, model.parallel.tensor_rank, ranks)
+        inputs[i].part = Part.of(inputs[i].pixels, model.parallel.tensor_rank, ranks)
     for work in sent:
         assert work is not None  # it is for a rank outside the group
         work.wait()

@@ -1,30 +1,32 @@
 """Preference pairs: rows with ``prompt`` or ``messages`` and two answers, ``chosen`` and ``rejected``."""
 
+from typing import Any
+
 import numpy as np
 
 from megatron_ext import batch as batches
 from megatron_ext.batch import Prompt, TokenBatch
-from recipes.data.processor import PromptProcessor
+from recipes.data.processor import ProcessedPrompt
 from recipes.data.rows import Row, messages
 from recipes.errors import ConfigError
 from rewards.verifiers.text import without_thinking
 
 
-def scored_conversation(processor: PromptProcessor, row: Row, answer: str) -> TokenBatch:
+def scored_conversation(tokenizer: Any, row: Row, processed: ProcessedPrompt | None, answer: str) -> TokenBatch:
     """The conversation with the row's ``answer`` ("chosen" or "rejected", without its thinking) as the chat template
     writes it, the same text that a server of the reward model gets (``rewards.verifiers.judges.Scalar``).
 
     The answer's score is the model's value after the last token. So the conversation is the prompt, and one
     end-of-turn token the response: its value is that score.
+
+    ``processed``: the prompt of a row with images or clips, None for a text.
     """
-    tokenizer = processor.tokenizer
     name = f"{row['id']}/{answer}"
     turns = [*messages(row), {"role": "assistant", "content": without_thinking(row[answer])}]
     appended = [[tokenizer.eos_token_id]]
-    if not row.get("images") and not row.get("videos"):
+    if processed is None:
         tokens = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         return batches.build([Prompt(name, np.array(tokens, np.int32))], appended, vision=[None])
-    processed = processor(row)
     prompt_text = tokenizer.apply_chat_template(messages(row), add_generation_prompt=True, tokenize=False)
     answer_text = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(prompt_text)
     answer_ids = np.array(tokenizer.encode(answer_text, add_special_tokens=False), np.int32)
@@ -32,10 +34,12 @@ def scored_conversation(processor: PromptProcessor, row: Row, answer: str) -> To
     return batches.build([prompt], appended, vision=[processed.vision])
 
 
-def chosen_and_rejected(processor: PromptProcessor, row: Row, max_tokens: int) -> TokenBatch:
-    """Both answers, chosen first. They go through the model in one micro-batch: raises ConfigError naming a row whose
-    answers have more than ``max_tokens`` tokens together."""
-    pair = batches.concatenate([scored_conversation(processor, row, answer) for answer in ("chosen", "rejected")])
+def chosen_and_rejected(tokenizer: Any, row: Row, processed: ProcessedPrompt | None, max_tokens: int) -> TokenBatch:
+    """Both answers, chosen first, each as :func:`scored_conversation`. They go through the model in one micro-batch:
+    raises ConfigError naming a row whose answers have more than ``max_tokens`` tokens together."""
+    pair = batches.concatenate(
+        [scored_conversation(tokenizer, row, processed, answer) for answer in ("chosen", "rejected")]
+    )
     tokens = int(pair.lengths.sum())
     if tokens > max_tokens:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ext.batch import Prompt
 from megatron_ext.packing import VisionInputs
 from recipes.data.judge_sft import find_judge, load_judge_rows
-from recipes.data.processor import PromptProcessor
+from recipes.data.processor import ProcessedPrompt, PromptProcessor
 from recipes.data.rows import SFT_FIELDS, Row, load_rows, messages
 from recipes.data.source_spec import source_names
 from recipes.data.sources import Rows
@@ -82,15 +82,27 @@ def check_examples(
     rows = load_sft_rows(source, judge_template)
     for row in rows:
         try:
-            tokenize_example(processor, row, think_begin, max_tokens)
+            tokenize_example(processor.tokenizer, row, processor(prompt_row(row)), think_begin, max_tokens)
         except ConfigError as error:
             raise ConfigError(f"{source_names(source)}: {error}") from error
     return len(rows)
 
 
-def tokenize_example(processor: PromptProcessor, row: Row, think_begin: str, max_tokens: int) -> Example:
+def prompt_row(row: Row) -> Row:
+    """The row without what follows the request to which the assistant's first answer is. Raises ConfigError as
+    :func:`conversation`."""
+    turns = conversation(row)
+    if "messages" not in row:
+        return row
+    roles = [turn["role"] for turn in turns]
+    return {**row, "messages": turns[: roles.index(ASSISTANT)]}
+
+
+def tokenize_example(
+    tokenizer: Any, row: Row, processed: ProcessedPrompt, think_begin: str, max_tokens: int
+) -> Example:
     """The token ids of a row as an engine would see them: the prompt ends where generation starts, and each answer ends
-    with the end-of-turn token.
+    with the end-of-turn token. ``processed`` is the prompt of its :func:`prompt_row`.
 
     Some chat templates end the prompt with ``think_begin``. An answer that begins with it too then continues after the
     template's.
@@ -98,11 +110,8 @@ def tokenize_example(processor: PromptProcessor, row: Row, think_begin: str, max
     Raises ConfigError naming the row: for messages in an order that no chat has, an image after the first answer, a
     chat template that shows an answer differently once the conversation continues, and more than ``max_tokens`` tokens.
     """
-    tokenizer = processor.tokenizer
     turns = conversation(row)
     answer_places = [place for place, turn in enumerate(turns) if turn["role"] == ASSISTANT]
-    prompt_row = {**row, "messages": turns[: answer_places[0]]} if "messages" in row else row
-    processed = processor(prompt_row)
     prompt = processed.prompt
     template_opens_thinking = tokenizer.decode(prompt.token_ids[-16:].tolist()).rstrip().endswith(think_begin)
     response: list[int] = []

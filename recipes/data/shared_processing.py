@@ -24,35 +24,43 @@ SHAPES = "shapes"  # that with the shapes of the pixels, JSON
 
 
 def process(
-    processor: PromptProcessor, rows: Sequence[Row], dtype: torch.dtype, group: dist.ProcessGroup
+    processor: PromptProcessor,
+    rows: Sequence[Row],
+    dtype: torch.dtype,
+    group: dist.ProcessGroup,
+    keep_pixels: bool = True,
 ) -> list[ProcessedPrompt]:
-    """Collective over a gloo group: the prompts of the rows, in order, with pixels in ``dtype``.
+    """Collective over a gloo group: the prompts of the rows, in order, with pixels in ``dtype``. A row that occurs
+    again, by its id, has the same prompt.
 
     Rows with images or clips are dealt to the ranks; the pixels stay with the rank that made them, and are on the meta
-    device elsewhere. A text is processed by every rank. Raises what ``processor`` raises, on the other ranks
-    RuntimeError with its text.
+    device elsewhere. Without ``keep_pixels`` they are there on every rank: the engines make their own. A text is
+    processed by every rank. Raises what ``processor`` raises, on the other ranks RuntimeError with its text.
     """
-    with_media = [i for i, row in enumerate(rows) if media_files(row)]
-    prompts = {i: processor(row) for i, row in enumerate(rows) if i not in with_media}
+    by_id = {row["id"]: row for row in rows}
+    with_media = [row_id for row_id, row in by_id.items() if media_files(row)]
+    prompts = {row_id: processor(row) for row_id, row in by_id.items() if not media_files(row)}
     if with_media:
         rank = dist.get_rank(group)
         ranks = dist.get_world_size(group)
+        device = "cpu" if keep_pixels else "meta"
         own: list[ProcessedPrompt] = []
 
         def of_this_rank() -> bytes:
-            own.extend(in_precision(processor(rows[i]), dtype) for i in with_media[rank::ranks])
+            own.extend(with_pixels_as(processor(by_id[row_id]), dtype, device) for row_id in with_media[rank::ranks])
             return to_bytes(own)
 
         for source, block in enumerate(on_all_ranks_bytes(of_this_rank, group)):
             of_rank = own if source == rank else from_bytes(block, dtype)
             prompts |= dict(zip(with_media[source::ranks], of_rank, strict=True))
-    return [prompts[i] for i in range(len(rows))]
+    return [prompts[row["id"]] for row in rows]
 
 
-def in_precision(processed: ProcessedPrompt, dtype: torch.dtype) -> ProcessedPrompt:
+def with_pixels_as(processed: ProcessedPrompt, dtype: torch.dtype, device: str) -> ProcessedPrompt:
     """With pixels in the precision in which the vision tower takes them."""
     assert processed.vision is not None  # of a row with media
-    return replace(processed, vision=replace(processed.vision, pixels=processed.vision.pixels.to(dtype)))
+    pixels = processed.vision.pixels.to(device, dtype)
+    return replace(processed, vision=replace(processed.vision, pixels=pixels))
 
 
 def to_bytes(processed: Sequence[ProcessedPrompt]) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_ext import batch as batches
 from megatron_ext.batch import Array, TokenBatch
-from recipes.data.processor import PromptProcessor
+from recipes.data.processor import ProcessedPrompt
 from recipes.data.rows import without_nulls
 from recipes.data.source_spec import parse_sources, source_names
 from recipes.data.sources import Row, Rows, RowsById, open_source
@@ -164,9 +164,9 @@ def _hash(text: str) -> int:
 
 
 def prefix_batch(
-    processor: PromptProcessor,
-    prompts: Mapping[str, Row],
+    tokenizer: Any,
     rows: Sequence[Row],
+    prompts: Sequence[ProcessedPrompt],
     *,
     principles: Sequence[str],
     thinking_marks: Sequence[str],
@@ -174,7 +174,8 @@ def prefix_batch(
     seed: int,
     max_tokens: int,
 ) -> TokenBatch:
-    """The responses of the rows, each with one token more: the value of a prefix is that before the next token.
+    """The responses of the rows to their ``prompts``, each with one token more: the value of a prefix is that before
+    the next token.
 
     The column :data:`WEIGHT` chooses the prefixes that are trained on. Within a response their weights are equal, and
     they sum to 1 / (number of scores in the batch): so each score counts alike, however long its response is. The
@@ -184,10 +185,9 @@ def prefix_batch(
     """
     parts = []
     num_scores = sum(len(row["scores"]) for row in rows)
-    for row in rows:
-        processed = processor(prompts[row["prompt_id"]])
-        encoded = processor.tokenizer(row["response"], add_special_tokens=False, return_offsets_mapping=True)
-        tokens = np.array([*encoded["input_ids"], processor.tokenizer.eos_token_id], np.int32)
+    for row, processed in zip(rows, prompts, strict=True):
+        encoded = tokenizer(row["response"], add_special_tokens=False, return_offsets_mapping=True)
+        tokens = np.array([*encoded["input_ids"], tokenizer.eos_token_id], np.int32)
         total = len(processed.prompt.token_ids) + len(tokens)
         if total > max_tokens:
             raise ConfigError(

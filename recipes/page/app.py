@@ -3,11 +3,12 @@
 import asyncio
 import secrets
 import uuid
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import PlainTextResponse, Response
-from nicegui import ui
+from nicegui import Client, ui
 from starlette.middleware.sessions import SessionMiddleware
 
 from recipes.page.conversation import Refused
@@ -23,6 +24,7 @@ from rollout.environment import Unavailable
 
 WATCH_SECONDS = 1.0
 SHUTDOWN_SECONDS = 3
+SENT_SECONDS = 0.1  # after which it looks again whether messages are sent
 
 # NiceGUI asks each tab for a sign of life every four fifths of this time, and waits two fifths for it. A busy machine
 # or a sleeping phone takes longer than its default of 3 s allows.
@@ -70,6 +72,20 @@ def session_of(request: Request) -> str:
     return str(request.session.setdefault("id", str(uuid.uuid4())))
 
 
+async def send_again(client: Client) -> None:
+    """What a tab shows that has connected again: all its elements, as they are now.
+
+    NiceGUI sends the tab what it missed, but behind newer states of the same elements, which waited for the connection.
+    And it leaves out the message that it was sending when the tab connected (``nicegui.outbox``).
+    """
+    while client.outbox.messages:  # what the tab missed
+        if not client.has_socket_connection:
+            return  # the next connection calls again
+        await asyncio.sleep(SENT_SECONDS)
+    for element in client.elements.values():
+        element.update()
+
+
 def make_app(setup: Setup, writer: Writer) -> FastAPI:
     """The application. NiceGUI has one of each process."""
     conversations = Conversations(setup.page.max_conversations)
@@ -82,6 +98,7 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
         await client.connected()
         if client.is_deleted:
             return  # fetched by a program that opened no connection within a minute
+        client.on_connect(partial(send_again, client))
         # A tab keeps its conversation when it is loaded again. Another browser's tab never has the same key.
         owner = (session_of(request), str(client.tab_id))
         View(writer, conversations.of(owner, setup.person), edits).build()

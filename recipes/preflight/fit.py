@@ -341,7 +341,6 @@ def key(config: Config, part: str) -> str:
             memory_plan.columns(config),
             memory_plan.kept_log_probs(config),
             memory_plan.image_tokens(config),
-            memory_plan.image_processing(config),
             part,
         )
     )

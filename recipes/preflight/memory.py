@@ -428,10 +428,10 @@ def whole_images(model: Model, shape: Shape) -> int:
     return _pixels(model.tower, shape)
 
 
-def images_on_host(model: Model, tokens: int, ranks: int, size: int) -> int:
+def images_on_host(model: Model, tokens: int, ranks: int) -> int:
     """What a rank of the first stage keeps on the host of a step's images, of so many ``tokens``: the pixels that it
-    has processed as one of ``ranks``, in ``size`` bytes each; its part of those that its replica trains on, and of what
-    a frozen encoder makes of them. 0 on other stages.
+    has processed as one of ``ranks``; its part of those that its replica trains on, and of what a frozen encoder makes
+    of them. 0 on other stages.
 
     An upper bound: as if each replica trained on every image.
     """
@@ -440,8 +440,7 @@ def images_on_host(model: Model, tokens: int, ranks: int, size: int) -> int:
     shape = Shape(0, 0, 0, 0, patches=4 * tokens)
     pixels = _pixels(model.tower, shape)
     encoded = whole_images(model, shape) if encoder_is_frozen(model.tower) else 0
-    processed = pixels // model.tower.dtype.itemsize * size // ranks
-    return processed + (pixels + encoded) // model.parallel.tensor
+    return pixels // ranks + (pixels + encoded) // model.parallel.tensor
 
 
 def micro_batches(model: Model, shape: Shape, columns: int) -> int:

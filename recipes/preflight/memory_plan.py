@@ -225,14 +225,6 @@ def image_tokens(config: Config) -> int:
     return max(prompts[name] for name in config.stage.trains) * config.data.max_prompt_tokens
 
 
-def image_processing(config: Config) -> tuple[int, int]:
-    """How many ranks process a step's images between them, and the bytes of a pixel's number that they keep: only RL
-    shares the work, in the trainer's precision."""
-    if config.stage.trains == ["rl"]:
-        return config.cluster.ranks, config.precision.dtype.itemsize
-    return 1, FP32
-
-
 def micro_batches(config: Config) -> int:
     """Micro-batches of an update on one rank at most, no more than the pipeline can have in flight."""
     parallel = config.parallel
@@ -282,7 +274,7 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
         + (kept_log_probs(config) if built.parallel.is_last_stage else 0),
         workspace=sizes.workspace(built, shape),
         buffers=sizes.buffers(built),
-        images_on_host=sizes.images_on_host(built, image_tokens(config), *image_processing(config)),
+        images_on_host=sizes.images_on_host(built, image_tokens(config), config.cluster.ranks),
         critic={offload: sizes.critic_bytes(built, critic, offload) for offload in (False, True)},
     )
 

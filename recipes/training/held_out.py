@@ -8,6 +8,7 @@ from megatron_ext.batch import TokenBatch
 from recipes.config import Config
 from recipes.data.processor import PromptProcessor
 from recipes.data.rows import Row, load_rows
+from recipes.data.shared_processing import process
 from recipes.data.sources import RowsById
 from recipes.evaluation import evaluate
 from recipes.evaluation.evaluate import Answers
@@ -18,7 +19,8 @@ from rewards.verdict import from_json
 def held_out_answers(config: Config, rollouts: Rollouts, processor: PromptProcessor) -> Answers:
     """Collective: the answers of the engines' present weights to the held-out prompts."""
     rows = load_rows(config.data.evaluation)
-    prompts = [processor(row).prompt for row in rows]
+    processed = process(processor, rows, config.precision.dtype, rollouts.control, keep_pixels=False)
+    prompts = [each.prompt for each in processed]
     judge = partial(judge_response, config, rollouts, RowsById(rows))
 
     def encode(text: str) -> list[int]:

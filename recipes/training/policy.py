@@ -33,7 +33,7 @@ from megatron_ext.micro_batches import Joined, MicroBatches
 from megatron_ext.model import Model, shares_prompts
 from megatron_ext.offload import HostCopy, release_gradients
 from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
-from megatron_ext.packing import Cost
+from megatron_ext.packing import Cost, VisionInputs
 from megatron_ext.parallel import Parallel
 from megatron_ext.routing import exchange
 from megatron_ext.weight_map import round_up
@@ -247,7 +247,12 @@ class Policy:
             return
         in_plan = np.zeros(len(batch.prompts), np.bool_)
         in_plan[batch.prompt_index[[i for indices in plan for i in indices]]] = model.tower is not None
-        seen = [(vision, has) for vision, has in zip(batch.vision, in_plan.tolist(), strict=True) if vision is not None]
+        distinct: dict[int, tuple[VisionInputs, bool]] = {}  # both answers of a pair have the same
+        for vision, has in zip(batch.vision, in_plan.tolist(), strict=True):
+            if vision is not None:
+                _, had = distinct.get(id(vision), (vision, False))
+                distinct[id(vision)] = (vision, has or had)
+        seen = list(distinct.values())
         if not seen:
             return
         lacking = [has and not (encoded and vision.encoded is not None) for vision, has in seen]

@@ -4,7 +4,7 @@ The probability that an answer is preferred is σ(r_chosen − r_rejected) (Brad
 loss is its negative logarithm, the mean over pairs (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,9 @@ from megatron_ext.packing import MicroBatch
 from recipes.algorithms.sequences import sequences_of
 from recipes.config import sequence_multiple
 from recipes.data.preference_pairs import chosen_and_rejected
-from recipes.data.processor import PromptProcessor
-from recipes.data.rows import PAIR_FIELDS, load_rows, messages
+from recipes.data.processor import ProcessedPrompt
+from recipes.data.rows import PAIR_FIELDS, load_rows, media_files, messages
+from recipes.data.shared_processing import process
 from recipes.data.sources import Row
 from recipes.evaluation.statistics import mean_interval
 from recipes.run import records
@@ -44,7 +45,10 @@ def fit(training: Training, run: Run) -> None:
     report: dict[str, Any] = {}
 
     def make_batch(rows: Sequence[Row]) -> TokenBatch:
-        return pairs_batch(processor, rows, config.parallel.micro_batch_tokens)
+        with_media = [row for row in rows if media_files(row)]
+        prompts = process(processor, with_media, config.precision.dtype, run.control)
+        by_id = {row["id"]: processed for row, processed in zip(with_media, prompts, strict=True)}
+        return pairs_batch(processor.tokenizer, rows, by_id, config.parallel.micro_batch_tokens)
 
     def held_out() -> dict[str, float]:
         report.update(evaluate(policy, make_batch, held_out_rows, sequence_multiple(config)))
@@ -72,9 +76,14 @@ def fit(training: Training, run: Run) -> None:
         records.write_json(run.folder / "reward_model.json", report)
 
 
-def pairs_batch(processor: PromptProcessor, rows: Sequence[Row], max_tokens: int) -> TokenBatch:
-    """The chosen and then the rejected answer of each row. Raises ConfigError naming a row that is too long."""
-    return batches.concatenate([chosen_and_rejected(processor, row, max_tokens) for row in rows])
+def pairs_batch(
+    tokenizer: Any, rows: Sequence[Row], prompts: Mapping[str, ProcessedPrompt], max_tokens: int
+) -> TokenBatch:
+    """The chosen and then the rejected answer of each row. ``prompts``: of the rows with images or clips, by id. Raises
+    ConfigError naming a row that is too long."""
+    return batches.concatenate(
+        [chosen_and_rejected(tokenizer, row, prompts.get(row["id"]), max_tokens) for row in rows]
+    )
 
 
 def bradley_terry(

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: next-token loss on the assistant's tokens only, packed, with images, in any layout."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from megatron_ext.batch import TokenBatch
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms.aggregation import AGGREGATIONS, Aggregation, token_weights
 from recipes.config import Config, sequence_multiple
-from recipes.data.processor import PromptProcessor
-from recipes.data.sft_examples import load_sft_rows, tokenize_example
+from recipes.data.processor import ProcessedPrompt
+from recipes.data.sft_examples import load_sft_rows, prompt_row, tokenize_example
+from recipes.data.shared_processing import process
 from recipes.data.sources import Row
 from recipes.run.run import Run
 from recipes.training import supervised
@@ -24,12 +26,12 @@ def fit(training: Training, run: Run) -> None:
     """Collective: the steps of ``stage.sft`` over ``data.sft``."""
     config = training.config
     policy = training.policy
-    processor = training.processor
     settings = config.stage.sft
     held_out_rows = [] if settings.held_out is None else load_sft_rows(settings.held_out, settings.judge)
 
     def make_batch(rows: Sequence[Row], aggregation: Aggregation = AGGREGATIONS[settings.aggregation]) -> TokenBatch:
-        return sft_batch(config, processor, rows, aggregation)
+        prompts = process(training.processor, [prompt_row(row) for row in rows], config.precision.dtype, run.control)
+        return sft_batch(config, training.processor.tokenizer, rows, prompts, aggregation)
 
     def held_out() -> dict[str, float]:
         batch = make_batch(held_out_rows, AGGREGATIONS["token_mean"])
@@ -49,13 +51,19 @@ def fit(training: Training, run: Run) -> None:
     supervised.fit(task, policy, run, config.seed)
 
 
-def sft_batch(config: Config, processor: PromptProcessor, rows: Sequence[Row], aggregation: Aggregation) -> TokenBatch:
-    """The rows' prompts and answers, with the column ``weights`` of the update's loss.
+def sft_batch(
+    config: Config, tokenizer: Any, rows: Sequence[Row], prompts: Sequence[ProcessedPrompt], aggregation: Aggregation
+) -> TokenBatch:
+    """The rows' prompts, as they are processed, and answers, with the column ``weights`` of the update's loss.
 
     Raises ConfigError naming a row that can't be used.
     """
     think_begin = config.rollout.thinking_marks[0]
-    examples = [tokenize_example(processor, row, think_begin, config.parallel.micro_batch_tokens) for row in rows]
+    max_tokens = config.parallel.micro_batch_tokens
+    examples = [
+        tokenize_example(tokenizer, row, processed, think_begin, max_tokens)
+        for row, processed in zip(rows, prompts, strict=True)
+    ]
     batch = batches.build(
         [example.prompt for example in examples],
         [example.response for example in examples],

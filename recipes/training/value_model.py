@@ -26,6 +26,7 @@ from recipes.config import sequence_multiple
 from recipes.config.stages import learned_principles
 from recipes.data.row_order import shuffled
 from recipes.data.rows import load_rows
+from recipes.data.shared_processing import process
 from recipes.data.sources import Row, RowsById
 from recipes.data.value_examples import WEIGHT, load_rollouts, prefix_batch, score_column
 from recipes.evaluation import value_accuracy
@@ -48,23 +49,28 @@ def fit(training: Training, run: Run) -> None:
     policy = training.policy
     settings = config.stage.value_model
     principles = learned_principles(settings.principles)
+    processor = training.processor
     prompts = load_rows(config.data.prompts)
     rollouts = load_rollouts(settings.rollouts, prompts, principles, settings.held_out_share, config.seed)
     num_held_out = min(settings.held_out_rollouts, len(rollouts.held_out))
     held_out_rows = shuffled(rollouts.held_out, 0, num_held_out, config.seed)
     # The first row fills them up to a multiple of what the ranks share.
     filled = [*held_out_rows, *held_out_rows[:1] * (-num_held_out % sequence_multiple(config))]
-    make_batch = partial(
-        prefix_batch,
-        training.processor,
-        RowsById(prompts),
-        principles=list(principles),
-        thinking_marks=config.rollout.thinking_marks,
-        random_prefixes=settings.random_prefixes,
-        seed=config.seed,
-        max_tokens=config.parallel.micro_batch_tokens,
-    )
+    by_id = RowsById(prompts)
     report: dict[str, Any] = {}
+
+    def make_batch(rows: Sequence[Row]) -> TokenBatch:
+        answered = [by_id[row["prompt_id"]] for row in rows]
+        return prefix_batch(
+            processor.tokenizer,
+            rows,
+            process(processor, answered, config.precision.dtype, run.control),
+            principles=list(principles),
+            thinking_marks=config.rollout.thinking_marks,
+            random_prefixes=settings.random_prefixes,
+            seed=config.seed,
+            max_tokens=config.parallel.micro_batch_tokens,
+        )
 
     def held_out() -> dict[str, Any]:
         report.update(evaluate(policy, make_batch(filled), held_out_rows, list(principles)))

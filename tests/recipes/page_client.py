@@ -2,69 +2,137 @@
 
 import ast
 import asyncio
+import contextlib
+import html
 import json
 import re
+import uuid
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
 import aiohttp
 import socketio
 
+ACK_SECONDS = 3.0
+RELOAD = "window.location.reload()"
+
 
 class SocketTab:
-    """The elements of one client, as the server has them; ``elements``: by id, with tag, class, text and children."""
+    """The elements of a tab, kept as NiceGUI's ``nicegui.js`` keeps them: by id, with tag, class, text and children.
+
+    It numbers messages, asks for those that it missed when it connects again, and loads the page again where the server
+    has them no more. As there, a message that comes before one with a smaller number ends the wait for that one.
+    ``offline``: it does not connect again. ``deaf``: what the server sends is ``lost``.
+    ``loads`` of the page and ``connections`` count those so far. ``is_whole``: since the connection was lost the page
+    has sent all elements again, the root among them.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
+        self.tab_id = str(uuid.uuid4())
         self.elements: dict[str, dict[str, Any]] = {}
         self.changed = asyncio.Condition()
+        self.offline = False
+        self.deaf = False
+        self.lost: list[dict[str, Any]] = []
+        self.loads = self.connections = 0
 
     async def __aenter__(self) -> "SocketTab":
         self.http = aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), headers={"Origin": self.address})
-        async with self.http.get(f"{self.address}/") as reply:
-            query = re.search(r"query: (\{.*\}),\n", await reply.text())
-        assert query is not None
-        # Written as Python has it. A tab's own handshake follows the connection.
-        self.query = ast.literal_eval(query[1]) | {"document_id": "document", "tab_id": "tab", "old_tab_id": ""}
-        del self.query["implicit_handshake"]
-        self.client_id = self.query["client_id"]
-        self.socket = socketio.AsyncClient(http_session=self.http, reconnection_delay=0.1)
-        self.socket.on("update", self._update)
-        url = f"{self.address}?{urlencode(self.query)}"
-        await self.socket.connect(url, socketio_path="/_nicegui_ws/socket.io", transports=["websocket"])
-        await self._handshake()
-        # The server closes the connection of a tab that answers too late, and the tab connects again.
-        self.socket.on("connect", self._handshake)
+        await self._load()
+        self.acks = asyncio.create_task(self._acknowledge())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.socket.disconnect()
+        self.acks.cancel()
+        await self.socket.shutdown()
         await self.http.close()
 
-    async def _handshake(self) -> None:
-        """Tell the server which message is the next. It sends those again that were lost with the connection."""
-        assert await self.socket.call("handshake", self.query)
+    async def _load(self) -> None:
+        """The page with its first elements, and the connection, by which the server knows tab and next message."""
+        self.loads += 1
+        async with self.http.get(f"{self.address}/") as reply:
+            text = await reply.text()
+        elements = re.search(r"parseElements\(String\.raw`(.*?)`\)", text, re.DOTALL)
+        query = re.search(r"query: (\{.*\}),\n", text)
+        assert elements is not None and query is not None
+        self.elements = json.loads(html.unescape(elements[1]))
+        self.is_whole = True
+        self.query = ast.literal_eval(query[1])  # written as Python has it
+        self.query |= {"implicit_handshake": "true", "tab_id": self.tab_id, "old_tab_id": ""}
+        self.query["document_id"] = str(uuid.uuid4())
+        self.socket = socketio.AsyncClient(http_session=self.http, reconnection_delay=0.1, reconnection_delay_max=0.2)
+        self.socket.on("*", self._receive)
+        self.socket.on("connect", self._connected)
+        self.socket.on("disconnect", self._disconnected)
+        self.socket.on("connect_error", self._refused)
+        await self.socket.connect(self._url, socketio_path="/_nicegui_ws/socket.io", transports=["websocket"])
+
+    def _url(self) -> str:
+        """Of every attempt to connect."""
+        if self.offline:
+            raise socketio.exceptions.ConnectionError("no network")
+        return f"{self.address}?{urlencode(self.query)}"
+
+    async def _connected(self) -> None:
+        self.connections += 1
+
+    async def _disconnected(self, _: str) -> None:
+        self.is_whole = False
+
+    async def _refused(self, reason: Any) -> None:
+        """The server does not know the tab any more."""
+        if "Implicit handshake failed" in str(reason):
+            self.reload = asyncio.create_task(self._reload())
+
+    async def _reload(self) -> None:
+        await self.socket.shutdown()
+        await self._load()
+
+    async def _acknowledge(self) -> None:
+        """The server forgets what has been received."""
+        while True:
+            await asyncio.sleep(ACK_SECONDS)
+            ack = {name: self.query[name] for name in ("client_id", "next_message_id")}
+            with contextlib.suppress(socketio.exceptions.BadNamespaceError):  # not connected
+                await self.socket.emit("ack", ack)
 
     async def lose_connection(self) -> None:
         await self.socket.eio.ws.close()
 
-    async def _update(self, elements: dict[str, Any]) -> None:
-        async with self.changed:
-            if elements["_id"] < self.query["next_message_id"]:
+    async def _receive(self, event: str, message: Any) -> None:
+        if self.deaf:
+            self.lost.append(message)
+            return
+        number = message.pop("_id", None)
+        if number is not None:
+            if number < self.query["next_message_id"]:
                 return
-            self.query["next_message_id"] = elements["_id"] + 1
-            for name, element in elements.items():
+            self.query["next_message_id"] = number + 1
+        if event == "update":
+            self.is_whole = self.is_whole or "0" in message
+            for name, element in message.items():
                 if element is None:
                     self.elements.pop(name, None)
-                elif not name.startswith("_"):
+                else:
                     self.elements[name] = element
+        elif event == "try_reconnect" or (event == "run_javascript" and RELOAD in message["code"]):
+            self.reload = asyncio.create_task(self._reload())
+        async with self.changed:
             self.changed.notify_all()
+
+    def drawn(self, name: str = "0") -> Iterator[tuple[str, dict[str, Any]]]:
+        """An element and what is in it, in order, with ids. What is in none is not drawn."""
+        if name in self.elements:
+            element = self.elements[name]
+            yield name, element
+            for child in element.get("children", []):
+                yield from self.drawn(str(child))
 
     def with_class(self, *classes: str) -> list[tuple[str, dict[str, Any]]]:
         """The elements that have all these classes, with their ids."""
-        return [
-            (name, element) for name, element in self.elements.items() if set(classes) <= set(element.get("class", []))
-        ]
+        return [(name, element) for name, element in self.drawn() if set(classes) <= set(element.get("class", []))]
 
     async def ask(self, message: str) -> None:
         """Press Enter in the field with the message."""
@@ -72,18 +140,21 @@ class SocketTab:
             await self.changed.wait_for(lambda: self.with_class("message"))
         ((name, field),) = self.with_class("message")
         (listener,) = (each["listener_id"] for each in field["events"] if each["type"] == "keydown")
-        event = {"id": int(name), "client_id": self.client_id, "listener_id": listener, "args": [json.dumps(message)]}
+        arguments = [json.dumps(message)]
+        event = {"id": int(name), "client_id": self.query["client_id"], "listener_id": listener, "args": arguments}
         await self.socket.emit("event", event)
 
     async def answer(self) -> str:
         """The text of the only answer, once it has ended."""
-
-        def has_ended() -> bool:
-            # An area that is drawn anew is there twice until the message that removes the former one.
-            is_drawn = len(self.with_class("text", "answer")) == 1
-            return is_drawn and bool(self.with_class("branch")) and not self.with_class("occupied")
-
         async with self.changed:
-            await self.changed.wait_for(has_ended)
-        ((_, area),) = self.with_class("text", "answer")
-        return "".join(self.elements[str(child)]["text"] for child in area.get("children", []))
+            await self.changed.wait_for(self._has_ended)
+        return self.text("answer")
+
+    def _has_ended(self) -> bool:
+        is_drawn = bool(self.with_class("text", "answer") and self.with_class("branch"))
+        return self.is_whole and is_drawn and not self.with_class("occupied")
+
+    def text(self, part: str) -> str:
+        """What is shown of the only answer's ``thinking`` or ``answer``."""
+        ((name, _),) = self.with_class("text", part)
+        return "".join(element.get("text", "") for _, element in self.drawn(name))

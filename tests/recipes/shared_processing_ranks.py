@@ -12,10 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_ext import batch as batches
 from megatron_ext import images
+from megatron_ext.batch import Prompt, TokenBatch
 from recipes.data.processor import PromptProcessor
 from recipes.data.rows import load_rows
 from recipes.data.shared_processing import process
+from recipes.training import held_out
 from tests.recipes.test_processor import LIMITS
 
 RANKS = 4
@@ -42,7 +45,9 @@ def rank_main(folder: Path, rank: int) -> None:
 
 def answer(folder: Path, name: str, rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
     """``prompts`` as this rank has them; ``alone``: as it makes them by itself; ``seen``: how often it processed the
-    media of each row; ``received``: bytes of pixels; ``error``: of a row whose file is damaged."""
+    media of each row; ``held_out``: prompts that the engines are asked, where the rows are the held-out ones, and what
+    this rank processed for that; ``kept``: whether it has pixels that nobody needs; ``received``: bytes of pixels;
+    ``error``: of a row whose file is damaged."""
     processor = PromptProcessor(str(folder / name), 1000, LIMITS)
     rows = list(load_rows(str(folder / f"{name}.jsonl")))
     seen: Counter[str] = Counter()
@@ -50,6 +55,11 @@ def answer(folder: Path, name: str, rank: int, group: dist.ProcessGroup) -> dict
     processor._with_media = lambda row, loaded: seen.update([row["id"]]) or with_media(row, loaded)  # type: ignore[method-assign]
     prompts = process(processor, rows, torch.bfloat16, group)
     counted = dict(seen)
+    seen.clear()
+    without_pixels = process(processor, rows, torch.bfloat16, group, keep_pixels=False)
+    seen.clear()
+    asked = held_out_prompts(folder / f"{name}.jsonl", processor, group)
+    counted_held_out = dict(seen)
     inputs = [prompt.vision for prompt in prompts if prompt.vision is not None]
     wanted = np.array([wants(i, rank) for i in range(len(inputs))])
     received = []
@@ -60,10 +70,7 @@ def answer(folder: Path, name: str, rank: int, group: dist.ProcessGroup) -> dict
         return irecv(block, **arguments)
 
     dist.irecv = counting
-    model: Any = SimpleNamespace(
-        parallel=SimpleNamespace(tensor=TENSOR, tensor_rank=rank % TENSOR),
-        config=SimpleNamespace(params_dtype=torch.bfloat16),
-    )
+    model: Any = SimpleNamespace(parallel=SimpleNamespace(tensor=TENSOR, tensor_rank=rank % TENSOR))
     images.exchange(inputs, wanted, model, group)
     dist.irecv = irecv
     error = ""
@@ -75,9 +82,30 @@ def answer(folder: Path, name: str, rank: int, group: dist.ProcessGroup) -> dict
         "prompts": [vars(each.prompt) | {"vision": each.vision and vars(each.vision)} for each in prompts],
         "alone": [vars(each.prompt) | {"vision": each.vision and vars(each.vision)} for each in map(processor, rows)],
         "seen": counted,
+        "held_out": [vars(prompt) for prompt in asked],
+        "held_out_seen": counted_held_out,
+        "kept": [each.vision is not None and not each.vision.pixels.is_meta for each in without_pixels],
         "received": sum(received),
         "error": error,
     }
+
+
+def held_out_prompts(file: Path, processor: PromptProcessor, group: dist.ProcessGroup) -> list[Prompt]:
+    """What the engines are asked when the rows of a file are the held-out ones."""
+    asked: list[Prompt] = []
+
+    def generate(prompts: list[Prompt], *_: Any, **__: Any) -> TokenBatch:
+        asked.extend(prompts)
+        return batches.build([], [])
+
+    config: Any = SimpleNamespace(
+        data=SimpleNamespace(evaluation=str(file), evaluation_samples=0),
+        precision=SimpleNamespace(dtype=torch.bfloat16),
+        rollout=SimpleNamespace(temperature=1.0),
+    )
+    rollouts: Any = SimpleNamespace(control=group, tokenizer=None, generate=generate)
+    held_out.held_out_answers(config, rollouts, processor)
+    return asked
 
 
 def main() -> None:

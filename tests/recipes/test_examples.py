@@ -16,6 +16,7 @@ from recipes.data.settings import ImagesConfig
 from recipes.data.sft_examples import (
     load_conversations,
     load_sft_rows,
+    prompt_row,
     tokenize_example,
 )
 from recipes.errors import ConfigError
@@ -39,7 +40,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> PromptProcessor:
 def tokenized(processor: PromptProcessor, row: dict[str, Any], template: str = tiny.TEMPLATE) -> tuple[str, str]:
     """The text of the row's prompt, and of its response with the trained tokens in brackets."""
     processor.tokenizer.chat_template = template
-    example = tokenize_example(processor, row, "<think>", 200)
+    example = tokenize_example(processor.tokenizer, row, processor(prompt_row(row)), "<think>", 200)
     decode = processor.tokenizer.decode
     response = ""
     tokens = zip(example.response, example.loss_mask, strict=True)

@@ -25,7 +25,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from recipes.data.preference_pairs import chosen_and_rejected
 from recipes.data.processor import PromptProcessor
 from recipes.data.rows import PAIR_FIELDS, load_rows
-from recipes.data.sft_examples import load_sft_rows, tokenize_example
+from recipes.data.sft_examples import load_sft_rows, prompt_row, tokenize_example
 from recipes.errors import ConfigError
 from recipes.page.conversation import (
     PERSON,
@@ -463,10 +463,10 @@ def test_saved_edits_are_rows_of_sft_and_pairs_of_a_reward_model(
     assert [(turn["role"], turn["content"]) for turn in sft[0]["messages"]] == expected
     assert [turn["content"] for turn in pairs[0]["messages"]] == ["Hi", "Hello.", QUESTION]
     assert pairs[0]["chosen"] == chosen and pairs[0]["rejected"] == f"<think>{mark}{THOUGHT}</think>{ANSWER}"
-    example = tokenize_example(processor, sft[0], "<think>", 2000)
+    example = tokenize_example(processor.tokenizer, sft[0], processor(prompt_row(sft[0])), "<think>", 2000)
     learned = [token for token, counts in zip(example.response, example.loss_mask, strict=True) if counts]
     assert processor.tokenizer.decode(learned) == f"Hello.<|im_end|>{chosen}<|im_end|>"
-    both = chosen_and_rejected(processor, pairs[0], 2000)
+    both = chosen_and_rejected(processor.tokenizer, pairs[0], None, 2000)
     assert len(both.lengths) == 2
     for row in (sft[0], pairs[0]):
         assert (row["who"], row["model"], row["when"][:2]) == ("Ann B", "a-model", "20")

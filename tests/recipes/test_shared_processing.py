@@ -37,11 +37,12 @@ def with_media(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_media_of_a_row_are_processed_once(model: str, answers: dict[str, Answers]) -> None:
+@pytest.mark.parametrize("what", ["seen", "held_out_seen"])
+def test_the_media_of_a_row_are_processed_once(what: str, model: str, answers: dict[str, Answers]) -> None:
     seen: dict[str, int] = {}
     for answer in answers[model]:
-        assert len(answer["seen"]) <= -(-len(with_media(answer["alone"])) // RANKS), "an even share"
-        for row, count in answer["seen"].items():
+        assert len(answer[what]) <= -(-len(with_media(answer["alone"])) // RANKS), "an even share"
+        for row, count in answer[what].items():
             seen[row] = seen.get(row, 0) + count
     rows = [prompt["prompt_id"] for prompt in answers[model][0]["alone"] if prompt["vision"] is not None]
     assert seen == dict.fromkeys(rows, 1)
@@ -65,6 +66,20 @@ def test_every_rank_has_the_prompts_that_it_would_make_alone(model: str, answers
             assert ours["pixels"].shape == expected["pixels"].shape and ours["pixels"].dtype is torch.bfloat16
     for of_prompt in zip(*(with_media(answer["prompts"]) for answer in answers[model]), strict=True):
         assert [vision["pixels"].is_meta for vision in of_prompt].count(False) == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_engines_are_asked_the_held_out_prompts_and_nobody_keeps_their_pixels(
+    model: str, answers: dict[str, Answers]
+) -> None:
+    for answer in answers[model]:
+        for ours, expected in zip(answer["held_out"], answer["alone"], strict=True):
+            assert np.array_equal(ours["marked_token_ids"], expected["marked_token_ids"])
+            assert np.array_equal(ours["token_ids"], expected["token_ids"])
+            assert [ours[name] for name in ("prompt_id", "images", "videos")] == [
+                expected[name] for name in ("prompt_id", "images", "videos")
+            ]
+        assert len(answer["kept"]) == len(answer["alone"]) and not any(answer["kept"])
 
 
 @pytest.mark.parametrize("model", MODELS)

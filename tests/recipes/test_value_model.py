@@ -5,7 +5,7 @@ import json
 import re
 import time
 import urllib.request
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from megatron_ext.batch import TokenBatch
 from recipes.config.stages import learned_principles
 from recipes.data import value_examples
 from recipes.data.processor import PromptProcessor
@@ -101,7 +102,12 @@ def make_batch(twin: Path) -> Any:
     processor = PromptProcessor(str(twin / "model"), 40, None)  # type: ignore[arg-type]
     prompts = RowsById(load_rows(str(twin / "rl.jsonl")))
     options: dict[str, Any] = {"thinking_marks": MARKS, "random_prefixes": 2, "seed": SEED, "max_tokens": 256}
-    return partial(prefix_batch, processor, prompts, principles=list(LEARNED), **options)
+
+    def make(rows: Sequence[Row], **more: Any) -> TokenBatch:
+        processed = [processor(prompts[row["prompt_id"]]) for row in rows]
+        return prefix_batch(processor.tokenizer, rows, processed, principles=list(LEARNED), **options | more)
+
+    return make
 
 
 def trained_prefixes(make_batch: Any, row: Row) -> list[list[int]]:
