@@ -341,6 +341,7 @@ def key(config: Config, part: str) -> str:
             memory_plan.columns(config),
             memory_plan.kept_log_probs(config),
             memory_plan.image_tokens(config),
+            memory_plan.processed_image_tokens(config),
             part,
         )
     )

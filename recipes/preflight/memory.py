@@ -428,19 +428,20 @@ def whole_images(model: Model, shape: Shape) -> int:
     return _pixels(model.tower, shape)
 
 
-def images_on_host(model: Model, tokens: int, ranks: int) -> int:
-    """What a rank of the first stage keeps on the host of a step's images, of so many ``tokens``: the pixels that it
-    has processed as one of ``ranks``; its part of those that its replica trains on, and of what a frozen encoder makes
-    of them. 0 on other stages.
+def images_on_host(model: Model, tokens: int, processed_tokens: int, ranks: int) -> int:
+    """What a rank of the first stage keeps on the host of images: the pixels that it has processed as one of ``ranks``,
+    of ``processed_tokens`` in all; its part of those that its replica trains on in a step, of ``tokens``, and of what a
+    frozen encoder makes of them. 0 on other stages.
 
     An upper bound: as if each replica trained on every image.
     """
     if model.tower is None:
         return 0
-    shape = Shape(0, 0, 0, 0, patches=4 * tokens)
-    pixels = _pixels(model.tower, shape)
-    encoded = whole_images(model, shape) if encoder_is_frozen(model.tower) else 0
-    return pixels // ranks + (pixels + encoded) // model.parallel.tensor
+    processed = _pixels(model.tower, Shape(0, 0, 0, 0, patches=4 * processed_tokens))
+    trained = Shape(0, 0, 0, 0, patches=4 * tokens)
+    pixels = _pixels(model.tower, trained)
+    encoded = whole_images(model, trained) if encoder_is_frozen(model.tower) else 0
+    return processed // ranks + (pixels + encoded) // model.parallel.tensor
 
 
 def micro_batches(model: Model, shape: Shape, columns: int) -> int:

@@ -215,14 +215,24 @@ def sequences_per_update(config: Config) -> int:
 
 
 def image_tokens(config: Config) -> int:
-    """Tokens of the prompts of a step, all ranks together and those in flight included, as if all were of images."""
+    """Tokens of the prompts that a step trains on, all ranks together, as if all were of images."""
     prompts = {
-        "rl": math.ceil(config.algorithm.prompts_per_step * config.rollout.oversample),
+        "rl": config.algorithm.prompts_per_step,
         "sft": config.stage.sft.rows_per_step,
         "reward_model": config.stage.reward_model.pairs_per_step,
         "value_model": config.stage.value_model.rollouts_per_step,
     }
     return max(prompts[name] for name in config.stage.trains) * config.data.max_prompt_tokens
+
+
+def processed_image_tokens(config: Config) -> int:
+    """Tokens of all prompts whose pixels are kept at a time, as :func:`image_tokens`: in RL those of the step's further
+    rounds of dynamic sampling, of prompts in flight, and of the next step where it is generated ahead, too."""
+    if "rl" not in config.stage.trains:
+        return image_tokens(config)
+    rounds = config.algorithm.max_generation_batches + config.rollout.staleness
+    prompts = rounds * math.ceil(config.algorithm.prompts_per_step * config.rollout.oversample)
+    return max(image_tokens(config), prompts * config.data.max_prompt_tokens)
 
 
 def micro_batches(config: Config) -> int:
@@ -274,7 +284,9 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
         + (kept_log_probs(config) if built.parallel.is_last_stage else 0),
         workspace=sizes.workspace(built, shape),
         buffers=sizes.buffers(built),
-        images_on_host=sizes.images_on_host(built, image_tokens(config), config.cluster.ranks),
+        images_on_host=sizes.images_on_host(
+            built, image_tokens(config), processed_image_tokens(config), config.cluster.ranks
+        ),
         critic={offload: sizes.critic_bytes(built, critic, offload) for offload in (False, True)},
     )
 

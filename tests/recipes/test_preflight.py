@@ -323,6 +323,11 @@ def test_engines_with_nodes_of_their_own_have_what_the_trainer_has_not(reports: 
     assert report["engine_gib"]["reserve"] == pytest.approx(engine + receiver, abs=0.01)
     (nodes,) = (check["detail"] for check in report["checks"] if check["name"] == "nodes")
     assert nodes == "8 for the trainer, 8 for engines, 3 for the judges alone"
+    # The pixels of two steps, one of them generated ahead: a rank has processed a 64th. The rest is of the one that is
+    # trained on, an eighth on each of a replica's tensor-parallel ranks.
+    pixels, encoded = 3 * 2 * 14 * 14 * 2, 1280 * 2
+    images = 8 * 128 * 8192 * 4 * (2 * pixels / 64 + (pixels + encoded) / 8) / 2**30
+    assert report["host_gib"]["training"]["images"] == pytest.approx(images, abs=0.01)
 
 
 def test_fp8_keeps_less_of_a_layer_and_more_of_its_weights(reports: Reports) -> None:
