@@ -64,7 +64,7 @@ CASES = {
     "small": (SMALL, "step_time", 10),
     "fewest": (("recipe=safework_7b", "cluster.nodes=2", "cluster.ranks=16", "preflight.files=elsewhere"), "gpus", 3),
     "longest": (SMALL, "context", 3),
-    "three nodes": (THREE_NODES, "step_time", 20),
+    "three nodes": (THREE_NODES, "step_time", 14),
     "divided": (DIVIDED, "step_time", 2),
 }
 # What can't be planned → overrides, and what it must say.
@@ -276,8 +276,8 @@ def test_the_order_is_that_of_an_exhaustive_search(found: dict[str, Any]) -> Non
 def test_engines_apart_are_ordered_as_by_an_exhaustive_search_of_all_divisions(found: dict[str, Any]) -> None:
     three = found["three nodes"]
     apart = [plan["seconds"] for plan, is_apart in zip(three["plans"], three["apart"], strict=True) if is_apart]
-    assert len(apart) == 10
-    assert apart == pytest.approx(three["exhaustive"][:10])
+    assert len(apart) == 7
+    assert apart == pytest.approx(three["exhaustive"][:7])
     # Layouts of both divisions.
     trainers = {word for plan in three["plans"] for word in plan["overrides"] if word.startswith("cluster.nodes=")}
     assert trainers == {"cluster.nodes=1", "cluster.nodes=2"}
