@@ -14,7 +14,10 @@ from urllib.parse import urlencode
 import aiohttp
 import socketio
 
+# As nicegui.js and socket.io have them.
 ACK_SECONDS = 3.0
+CONNECT_SECONDS = 20.0
+CONNECT_AGAIN_SECONDS = 0.1  # sooner
 RELOAD = "window.location.reload()"
 
 
@@ -42,11 +45,13 @@ class SocketTab:
         self.http = aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), headers={"Origin": self.address})
         await self._load()
         self.acks = asyncio.create_task(self._acknowledge())
+        self.connecting = asyncio.create_task(asyncio.sleep(0))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.acks.cancel()
-        await self.socket.shutdown()
+        self.connecting.cancel()
+        await self.socket.disconnect()
         await self.http.close()
 
     async def _load(self) -> None:
@@ -62,24 +67,36 @@ class SocketTab:
         self.query = ast.literal_eval(query[1])  # written as Python has it
         self.query |= {"implicit_handshake": "true", "tab_id": self.tab_id, "old_tab_id": ""}
         self.query["document_id"] = str(uuid.uuid4())
-        self.socket = socketio.AsyncClient(http_session=self.http, reconnection_delay=0.1, reconnection_delay_max=0.2)
+        # Its own way to connect again gives the server one second to answer.
+        self.socket = socketio.AsyncClient(http_session=self.http, reconnection=False)
         self.socket.on("*", self._receive)
         self.socket.on("connect", self._connected)
         self.socket.on("disconnect", self._disconnected)
         self.socket.on("connect_error", self._refused)
-        await self.socket.connect(self._url, socketio_path="/_nicegui_ws/socket.io", transports=["websocket"])
+        await self._connect()
 
-    def _url(self) -> str:
-        """Of every attempt to connect."""
-        if self.offline:
-            raise socketio.exceptions.ConnectionError("no network")
-        return f"{self.address}?{urlencode(self.query)}"
+    async def _connect(self) -> None:
+        url = f"{self.address}?{urlencode(self.query)}"
+        path = "/_nicegui_ws/socket.io"
+        await self.socket.connect(url, socketio_path=path, transports=["websocket"], wait_timeout=CONNECT_SECONDS)
 
     async def _connected(self) -> None:
         self.connections += 1
 
-    async def _disconnected(self, _: str) -> None:
+    async def _disconnected(self, reason: str) -> None:
         self.is_whole = False
+        if reason != self.socket.reason.CLIENT_DISCONNECT:
+            self.connecting = asyncio.create_task(self._connect_again())
+
+    async def _connect_again(self) -> None:
+        is_connected = False
+        while not is_connected:
+            await asyncio.sleep(CONNECT_AGAIN_SECONDS)
+            # ValueError: the former connection has not been closed yet.
+            with contextlib.suppress(socketio.exceptions.ConnectionError, ValueError):
+                if not self.offline:
+                    await self._connect()
+                    is_connected = True
 
     async def _refused(self, reason: Any) -> None:
         """The server does not know the tab any more."""
@@ -87,7 +104,8 @@ class SocketTab:
             self.reload = asyncio.create_task(self._reload())
 
     async def _reload(self) -> None:
-        await self.socket.shutdown()
+        self.connecting.cancel()
+        await self.socket.disconnect()
         await self._load()
 
     async def _acknowledge(self) -> None:
