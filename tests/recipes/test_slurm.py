@@ -113,7 +113,7 @@ JOB = {
 }
 EACH = "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=0"
 ONCE = "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --cpu-bind=none"
-RANKS = "--nodes=2 --ntasks=16 --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60"
+RANKS = "--nodes=2 --ntasks=16 --cpus-per-task=1 --cpu-bind=none --distribution=block --kill-on-bad-exit=1 --wait=60"
 
 
 @pytest.mark.parametrize(
