@@ -58,7 +58,7 @@ def test_no_prompt_occurs_twice() -> None:
     ("split", "least"),
     [
         ("sft", (70, 60, 60, 24)),
-        ("rl", (75, 50, 50, 96)),
+        ("rl", (160, 140, 140, 192)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 96)),
     ],
@@ -88,11 +88,11 @@ def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings()
         used.append({word for row in tasks for word in task_words(row)})
         assert used[-1] <= set(TASK_WORDS)
         wordings = {re.sub(r"[A-Za-z]+, [a-z]+, [a-z]+", "…", row["prompt"]) for row in tasks}
-        assert len(wordings) == 3 * (2 if split in ("development", "test") else 4)
+        assert len(wordings) == 3 * {"sft": 4, "rl": 5}.get(split, 2)
         wordings_of_sides.setdefault("training" if split in ("sft", "rl") else split, set()).update(wordings)
     assert sum(map(len, used)) == len(set().union(*used))
-    assert [len(wordings) for wordings in wordings_of_sides.values()] == [12, 6, 6]
-    assert len(set().union(*wordings_of_sides.values())) == 24
+    assert [len(wordings) for wordings in wordings_of_sides.values()] == [15, 6, 6]
+    assert len(set().union(*wordings_of_sides.values())) == 27
 
 
 def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:

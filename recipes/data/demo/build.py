@@ -23,7 +23,15 @@ SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
 MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
-TASK_ROWS = {"sft": 8, "rl": 32, "development": 16, "test": 32}  # of each family
+# File, the wordings that are used, and how many rows of each family, in the order in which they are drawn. Half of rl's
+# come last: they were added later, and no other row changed.
+TASK_ROWS: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("sft", ("training",), 8),
+    ("rl", ("training",), 32),
+    ("development", ("development",), 16),
+    ("test", ("test",), 32),
+    ("rl", ("training", "rl"), 32),
+)
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -42,6 +50,7 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Read these words: {}. Write down only the last one.",
             "{}: name the word at the end.",
         ),
+        "rl": ("From {}, keep the last word and drop the rest.",),
         "development": ("Someone calls out {}. What do you hear at the very end?", "The row {} stops with which item?"),
         "test": (
             "Of {}, tell me the final one.",
@@ -55,6 +64,7 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Read these words: {}. Write down only the second one.",
             "{}: name the word in the middle.",
         ),
+        "rl": ("From {}, keep the second word and drop the rest.",),
         "development": ("Someone calls out {}. What follows the first?", "The row {} has which item in second place?"),
         "test": (
             "Of {}, tell me the one between the two others.",
@@ -68,6 +78,7 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Read these words: {}. Write them from the last to the first.",
             "{}: say them backwards.",
         ),
+        "rl": ("From {}, make a list that runs the other way.",),
         "development": (
             "Someone calls out {}. Repeat it the other way round.",
             "The row {} gives what when you go from its end to its start?",
@@ -157,17 +168,17 @@ def numbered(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
     draw = random.Random(SEED)
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
-    for split in SPLITS:
-        split_words = [words.pop() for _ in range(TASK_WORD_COUNTS[split])]
-        for place in range(TASK_ROWS[split]):
-            drawn = draw.sample(split_words, 3)
+    words_of = {split: [words.pop() for _ in range(TASK_WORD_COUNTS[split])] for split in SPLITS}
+    for split, used, rows in TASK_ROWS:
+        for place in range(rows):
+            drawn = draw.sample(words_of[split], 3)
             listed = ", ".join(drawn)
             for family, answer, response in (
                 ("last", drawn[2], drawn[2]),
                 ("second", drawn[1], drawn[1]),
                 ("reverse", " ".join(drawn[::-1]), ", ".join(drawn[::-1])),
             ):
-                wordings = TASK_WORDINGS[family][split if split in ("development", "test") else "training"]
+                wordings = [wording for name in used for wording in TASK_WORDINGS[family][name]]
                 prompt = wordings[place % len(wordings)].format(listed)
                 prompt = prompt[0].upper() + prompt[1:]
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
