@@ -60,7 +60,7 @@ def test_no_prompt_occurs_twice() -> None:
         ("sft", (70, 60, 60, 24)),
         ("rl", (160, 140, 140, 192)),
         ("development", (30, 30, 30, 48)),
-        ("test", (60, 50, 50, 96)),
+        ("test", (60, 50, 50, 192)),
     ],
 )
 def test_there_is_enough_of_each_kind(split: str, least: tuple[int, ...]) -> None:
@@ -88,11 +88,11 @@ def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings()
         used.append({word for row in tasks for word in task_words(row)})
         assert used[-1] <= set(TASK_WORDS)
         wordings = {re.sub(r"[A-Za-z]+, [a-z]+, [a-z]+", "…", row["prompt"]) for row in tasks}
-        assert len(wordings) == 3 * {"sft": 4, "rl": 5}.get(split, 2)
+        assert len(wordings) == 3 * {"development": 2, "test": 4}.get(split, 8)
         wordings_of_sides.setdefault("training" if split in ("sft", "rl") else split, set()).update(wordings)
     assert sum(map(len, used)) == len(set().union(*used))
-    assert [len(wordings) for wordings in wordings_of_sides.values()] == [15, 6, 6]
-    assert len(set().union(*wordings_of_sides.values())) == 27
+    assert [len(wordings) for wordings in wordings_of_sides.values()] == [24, 6, 12]
+    assert len(set().union(*wordings_of_sides.values())) == 42
 
 
 def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:

@@ -23,15 +23,7 @@ SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
 MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
-# File, the wordings that are used, and how many rows of each family, in the order in which they are drawn. Half of rl's
-# come last: they were added later, and no other row changed.
-TASK_ROWS: tuple[tuple[str, tuple[str, ...], int], ...] = (
-    ("sft", ("training",), 8),
-    ("rl", ("training",), 32),
-    ("development", ("development",), 16),
-    ("test", ("test",), 32),
-    ("rl", ("training", "rl"), 32),
-)
+TASK_ROWS = {"sft": 8, "rl": 64, "development": 16, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -49,12 +41,17 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Here is a list: {}. Which word comes last?",
             "Read these words: {}. Write down only the last one.",
             "{}: name the word at the end.",
+            "From {}, keep the last word and drop the rest.",
+            "A sign says {}. Which word stands furthest to the right?",
+            "Three words: {}. Say the third.",
+            "I typed {}. Which word did I type after the others?",
         ),
-        "rl": ("From {}, keep the last word and drop the rest.",),
         "development": ("Someone calls out {}. What do you hear at the very end?", "The row {} stops with which item?"),
         "test": (
             "Of {}, tell me the final one.",
             "My bag holds {}, packed in that order. Which thing went in after all others?",
+            "Echo just the concluding word: {}.",
+            "Shopping for {}: what do we buy when the rest is in the cart?",
         ),
     },
     "second": {
@@ -63,12 +60,17 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Here is a list: {}. Which word is number two?",
             "Read these words: {}. Write down only the second one.",
             "{}: name the word in the middle.",
+            "From {}, keep the second word and drop the rest.",
+            "A sign says {}. Which word has one on either side?",
+            "Three words: {}. Say number two.",
+            "I typed {}. Which word did I type after the first?",
         ),
-        "rl": ("From {}, keep the second word and drop the rest.",),
         "development": ("Someone calls out {}. What follows the first?", "The row {} has which item in second place?"),
         "test": (
             "Of {}, tell me the one between the two others.",
             "My bag holds {}, packed in that order. Which thing went in second?",
+            "Echo just the central word: {}.",
+            "Shopping for {}: what do we buy neither at the start nor at the end?",
         ),
     },
     "reverse": {
@@ -77,8 +79,11 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Here is a list: {}. Turn it around.",
             "Read these words: {}. Write them from the last to the first.",
             "{}: say them backwards.",
+            "From {}, make a list that runs the other way.",
+            "A sign says {}. Read it from right to left.",
+            "Three words: {}. Say the third, then the second, then the first.",
+            "I typed {}. Type it with the last word at the front.",
         ),
-        "rl": ("From {}, make a list that runs the other way.",),
         "development": (
             "Someone calls out {}. Repeat it the other way round.",
             "The row {} gives what when you go from its end to its start?",
@@ -86,6 +91,8 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "test": (
             "Of {}, make a row that begins with the tail.",
             "My bag holds {}, packed in that order. I take out the top thing first; what comes out, one by one?",
+            "Echo these, flipped: {}.",
+            "Shopping for {}: repeat what we buy, but let the end of the trip be the start.",
         ),
     },
 }
@@ -168,17 +175,17 @@ def numbered(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
     draw = random.Random(SEED)
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
-    words_of = {split: [words.pop() for _ in range(TASK_WORD_COUNTS[split])] for split in SPLITS}
-    for split, used, rows in TASK_ROWS:
-        for place in range(rows):
-            drawn = draw.sample(words_of[split], 3)
+    for split in SPLITS:
+        split_words = [words.pop() for _ in range(TASK_WORD_COUNTS[split])]
+        for place in range(TASK_ROWS[split]):
+            drawn = draw.sample(split_words, 3)
             listed = ", ".join(drawn)
             for family, answer, response in (
                 ("last", drawn[2], drawn[2]),
                 ("second", drawn[1], drawn[1]),
                 ("reverse", " ".join(drawn[::-1]), ", ".join(drawn[::-1])),
             ):
-                wordings = [wording for name in used for wording in TASK_WORDINGS[family][name]]
+                wordings = TASK_WORDINGS[family][split if split in ("development", "test") else "training"]
                 prompt = wordings[place % len(wordings)].format(listed)
                 prompt = prompt[0].upper() + prompt[1:]
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
