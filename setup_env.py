@@ -64,11 +64,11 @@ def read_pins() -> dict[str, str]:
 
 def other_extra(environment: Path, extra: str) -> str | None:
     """An environment of another extra is not replaced. Also one whose making was broken off has its record."""
-    made = [path.name.partition("-")[2] for path in environment.glob(".install*-*")]
-    if not made or made == [extra]:
+    extras = [path.name.partition("-")[2] for path in environment.glob(".install*-*")]
+    if not extras or extras == [extra]:
         return None
     return (
-        f"{environment} was made with EXTRA={made[0]}, and EXTRA={extra} would replace it; remove it first: "
+        f"{environment} was made with EXTRA={extras[0]}, and EXTRA={extra} would replace it; remove it first: "
         f"rm -r {environment}"
     )
 

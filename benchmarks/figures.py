@@ -54,14 +54,14 @@ def importable(module: str, root: Path) -> set[Path]:
 
     A string that is a module's name counts as its import: another process runs it, or a setting names it.
     """
-    found: set[Path] = set()
+    dependencies: set[Path] = set()
     to_read = files(module, root)
     while to_read:
         path = to_read.pop()
-        if path not in found:
-            found.add(path)
+        if path not in dependencies:
+            dependencies.add(path)
             to_read += [file for name in module_names(path.read_text()) for file in files(name, root)]
-    return found
+    return dependencies
 
 
 @functools.cache
@@ -133,9 +133,9 @@ def main() -> None:
     paths = sorted(RESULTS.rglob("*.json"))
     for path in paths:
         results = json.loads(path.read_text())
-        found = state(path)
-        stale += found != CURRENT
-        table.add_row(str(path.relative_to(RESULTS)), results.get("date", "")[:10], results.get("command", ""), found)
+        code = state(path)
+        stale += code != CURRENT
+        table.add_row(str(path.relative_to(RESULTS)), results.get("date", "")[:10], results.get("command", ""), code)
     console = Console()
     console.print(table)
     console.print(f"{stale} of {len(paths)} files are stale: not, or not provably, of the present code")

@@ -569,12 +569,13 @@ def measure(case: Case) -> dict[str, Any]:
         if case.image_side:
             draw_image(folder / IMAGE, case.image_side)
         processes = [context.Process(target=rank_main, args=(case, config, rank, folder)) for rank in range(case.ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"{case}: ranks ended with {[process.exitcode for process in processes]}")
+        for forked in processes:
+            forked.start()
+        for forked in processes:
+            forked.join()
+        exit_codes = [forked.exitcode for forked in processes]
+        if any(exit_codes):
+            raise RuntimeError(f"{case}: ranks ended with {exit_codes}")
         ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(case.ranks)]
         return {**asdict(case), **summary(ranks), "lines": digest_of_lines(folder)}
 

@@ -501,6 +501,9 @@ def pack(
     def moved(array: Array) -> torch.Tensor:
         return on_device(torch.from_numpy(array))
 
+    vision = None
+    if tower is not None:
+        vision = _pack_vision(batch, sequences, placeholders, local, total, tower, encoded, on_device)
     cu_seqlens = moved(starts.astype(np.int32))
     local_positions = moved(positions)
     return MicroBatch(
@@ -523,9 +526,7 @@ def pack(
         response_lengths=moved(response_lengths[chosen]),
         owners=moved(owners),
         places=moved(column_places),
-        vision=None
-        if tower is None
-        else _pack_vision(batch, sequences, placeholders, local, total, tower, encoded, on_device),
+        vision=vision,
     )
 
 

@@ -19,7 +19,7 @@ import hydra
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.command_line import from_command_line, split_arguments
+from recipes.command_line import CONF, from_command_line, split_arguments
 from recipes.config import Config, parse
 from recipes.config.stages import WITH_HEAD
 from recipes.errors import ConfigError
@@ -28,7 +28,6 @@ from recipes.run.display import Display
 from recipes.run.logs import quiet
 from rewards.serve import ServerDied
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 OWN = ("run", "step", "model", "against", "to")
 USAGE = """usage: python -m recipes.evaluate run=FOLDER [step=N] [against=FOLDER] [to=FOLDER] [field=value …]
        python -m recipes.evaluate model=FOLDER run=FOLDER [against=FOLDER] [to=FOLDER] [field=value …]

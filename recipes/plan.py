@@ -124,10 +124,10 @@ def check(raw: DictConfig, settings: Settings, goal: str) -> None:
         )
 
 
-def show(found: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, seconds: float) -> None:
+def show(answered: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, seconds: float) -> None:
     """Print the layouts as a table, and below it the overrides of each."""
     out = Console(highlight=False, markup=False, emoji=False, width=max(Console().width, WIDTH))
-    nodes = found["nodes"]
+    nodes = answered["nodes"]
     gpus = nodes * (raw.cluster.ranks // raw.cluster.nodes)
     out.print(Text(f"{raw.recipe.name}, goal={goal}: {nodes} nodes, {gpus} GPUs, {settings.device}", "bold"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -137,28 +137,28 @@ def show(found: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, 
     )  # fmt: skip
     for name in columns:
         table.add_column(name, overflow="fold", no_wrap=name == "layout")
-    if found["own"] is not None:
-        table.add_row("own", *cells(found["own"]), end_section=True)
-    for n, plan in enumerate(found["plans"]):
+    if answered["own"] is not None:
+        table.add_row("own", *cells(answered["own"]), end_section=True)
+    for n, plan in enumerate(answered["plans"]):
         table.add_row(str(n + 1), *cells(plan))
     out.print(table)
-    if found["own"] is None:
-        out.print(Text(f"The run's own layout does not fit: {found['own_refused']}"), soft_wrap=True)
-    for n, plan in enumerate(found["plans"]):
+    if answered["own"] is None:
+        out.print(Text(f"The run's own layout does not fit: {answered['own_refused']}"), soft_wrap=True)
+    for n, plan in enumerate(answered["plans"]):
         out.print(Text(f"{n + 1:>3}  {' '.join(plan.overrides) or '(the run as it is)'}"), soft_wrap=True)
         if plan.note:
             out.print(Text(f"     {plan.note}"), soft_wrap=True)
-    if not found["plans"]:
+    if not answered["plans"]:
         out.print(Text("No layout fits.", "bold red"))
-    if any(plan.apart for plan in found["plans"]):
+    if any(plan.apart for plan in answered["plans"]):
         out.print(Text(APART), soft_wrap=True)
-    if found["apart_refused"]:
-        out.print(Text(f"None has engines apart: {found['apart_refused']}"), soft_wrap=True)
+    if answered["apart_refused"]:
+        out.print(Text(f"None has engines apart: {answered['apart_refused']}"), soft_wrap=True)
     out.print(
         Text(
-            f"Seconds are an estimate for the order, with the costs and the lengths ({found['lengths']}) of conf/scale/"
-            f"{settings.costs}.yaml; an exchange counts as if nothing were computed meanwhile. Left out: a vision "
-            f"tower's and a critic's work. In {seconds:.0f} s"
+            f"Seconds are an estimate for the order, with the costs and the lengths ({answered['lengths']}) of "
+            f"conf/scale/{settings.costs}.yaml; an exchange counts as if nothing were computed meanwhile. Left out: a "
+            f"vision tower's and a critic's work. In {seconds:.0f} s"
         ),
         soft_wrap=True,
     )
@@ -221,22 +221,22 @@ def main(raw: DictConfig) -> None:
     given = [word for word in HydraConfig.get().overrides.task if not stages.OWN.match(word) and word[:6] != "+goal="]
     try:
         with view.progress() as say, quiet():
-            found = answer(run, settings, goal, given, say)
+            answered = answer(run, settings, goal, given, say)
     except (ConfigError, ValueError) as error:
         sys.exit(f"error: {error}")
     seconds = time.monotonic() - started
     if settings.output:
         content = {
-            "lengths": found["lengths"],
-            "own": as_json(found["own"]),
-            "own_refused": found["own_refused"],
-            "plans": [as_json(plan) for plan in found["plans"]],
+            "lengths": answered["lengths"],
+            "own": as_json(answered["own"]),
+            "own_refused": answered["own_refused"],
+            "plans": [as_json(plan) for plan in answered["plans"]],
             "seconds": seconds,
         }
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.output).write_text(json.dumps(content, indent=2) + "\n")
-    show(found, run, settings, goal, seconds)
-    sys.exit(0 if found["plans"] else 1)
+    show(answered, run, settings, goal, seconds)
+    sys.exit(0 if answered["plans"] else 1)
 
 
 if __name__ == "__main__":

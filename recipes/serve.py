@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext import settings as house_settings
-from recipes.command_line import one_line, split_arguments
+from recipes.command_line import CONF, one_line, split_arguments
 from recipes.errors import ConfigError
 from recipes.evaluate import run_model
 from recipes.page import settings
@@ -40,7 +40,6 @@ from rollout.guidance.clients import GeneratorFailed, ValuesUnavailable
 from rollout.guidance.settings import MONITOR, GuidanceConfig
 from rollout.settings import RolloutConfig
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 OWN = ("run", "step", "model", "generator", "values", "search")
 SOURCES = (["run"], ["model"], ["generator"], ["run", "generator"])
 ENVIRONMENT = "rollout.environment."

@@ -71,8 +71,10 @@ def launch(config: Config) -> None:
         if capabilities(config.cluster.platform).can_fork_after_imports:
             load(config)
         try:
-            # Engines' nodes are other processes of this machine.
-            nodes = config.cluster.nodes + config.cluster.engine_nodes if config.cluster.engine_nodes else 1
+            nodes = 1
+            if config.cluster.engine_nodes:
+                # The ranks are forked as those of as many nodes as the job has, all on this machine.
+                nodes = config.cluster.nodes + config.cluster.engine_nodes
             launcher.fork_ranks(job_processes(config), nodes)
         except SystemExit as ended:
             # In the launcher: the ranks have ended.

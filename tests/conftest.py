@@ -18,8 +18,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; a run or an
 ROOT = Path(__file__).resolve().parents[1]
 DURATIONS = Path(__file__).with_name("durations.json")
 # A file whose tests take longer is not part of make test-fast, but for these; one that has no record yet is.
-FAST_SECONDS = 8
-ALWAYS_FAST = ("tests/recipes/test_config.py", "tests/recipes/test_config_fuzz.py")
+FAST_SECONDS = 3
+ALWAYS_FAST = (
+    "tests/data/test_demo_data.py",
+    "tests/recipes/test_config.py",
+    "tests/recipes/test_engine_settings.py",
+    "tests/recipes/test_policy_losses.py",
+    "tests/recipes/test_ppo_step.py",
+    "tests/rewards/test_red_team.py",
+    "tests/rewards/test_rules.py",
+)
 NEVER_FAST = "tests/te/"  # fetches packages, and one process computes for all files
 SLURM = "tests/slurm/"
 # Files that share a Slurm cluster, or what ranks computed. A process takes all of them.

@@ -192,8 +192,8 @@ def write_results(folder: Path, stages: Sequence[str], evaluation: str) -> None:
     verifiers = dict.fromkeys(
         name for of_stage in answers.values() for row in of_stage["greedy"] for name in row["scores"]
     )
-    measured, found = rates.with_rates(answers, verifiers, kinds)
-    names = [*(name for name in found if "/" in name), *MEASURES]
+    measured, measure_names = rates.with_rates(answers, verifiers, kinds)
+    names = [*(name for name in measure_names if "/" in name), *MEASURES]
     rows = [{"stage": name, **measures(of_stage, names)} for name, of_stage in measured.items()]
     for row, (before, after) in zip(rows[1:], pairwise(measured.values()), strict=True):
         row |= changes(before, after, names)

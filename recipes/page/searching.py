@@ -63,17 +63,18 @@ class SearchArea:
             if episode.failure:
                 with sample:
                     plain(f"no vote: {episode.failure}", "li", "notice")
-        found = self.deliberation.chosen if self.deliberation.is_complete else None
-        if found is None:
+        conclusion = self.deliberation.chosen if self.deliberation.is_complete else None
+        if conclusion is None:
             return
-        stated = "no confidence stated" if found.confidence is None else f"confidence {found.confidence:.1f} of 10"
+        confidence = conclusion.confidence
+        stated = "no confidence stated" if confidence is None else f"confidence {confidence:.1f} of 10"
         with ui.element("div").classes("head"):
-            plain(f"{stated}: {'certain' if found.is_certain else 'not certain'}", "span", "chip")
+            plain(f"{stated}: {'certain' if conclusion.is_certain else 'not certain'}", "span", "chip")
             for weighted, how in ((True, "weighted by confidence"), (False, "by majority")):
                 of_vote = self.deliberation.conclusion(weighted)
                 assert of_vote is not None  # both votes have an answer, or none has
                 plain(f"{how}: {of_vote.answer} ({of_vote.share:.0%} of the votes)", "span", "chip")
-        sources(found)
+        sources(conclusion)
 
 
 def step_element(shown: ShownStep) -> None:
@@ -89,12 +90,12 @@ def step_element(shown: ShownStep) -> None:
             source_link(document_id)
 
 
-def sources(found: Conclusion) -> None:
+def sources(conclusion: Conclusion) -> None:
     """The documents that the samples with the answer were shown."""
-    if found.sources:
+    if conclusion.sources:
         plain("Sources", "h4")
     with ui.element("ul").classes("sources"):
-        for source in found.sources:
+        for source in conclusion.sources:
             with ui.element("li"):
                 source_link(source.id)
                 if source.has_answer:

@@ -222,12 +222,12 @@ class View:
         if number == turn.chosen and place == len(self.shown) - 1:
             self.last = (turn, branch, areas, search)
         with ui.element("div").classes("head choices"):
-            found = sections_of(turn, branch, self.marks)
+            sections = sections_of(turn, branch, self.marks)
             # The answer of a vote is no text that the model could go on from.
             if search is None:
-                if found.thinking is not None:
+                if sections.thinking is not None:
                     button("Edit thinking", lambda: self._edit(place, number, THINKING))
-                if found.answer is not None:
+                if sections.answer is not None:
                     button("Edit answer", lambda: self._edit(place, number, ANSWER))
                 if branch.finish_reason == STOPPED and branch.following is None:
                     button("Let it go on", lambda: self._tried(self.writer.go_on(self.conversation, place, number)))
@@ -273,8 +273,8 @@ class View:
 
     def _section(self, turn: Turn, branch: Branch, part: str) -> tuple[int, int]:
         """Where a part that can be edited stands in the branch's text."""
-        found = sections_of(turn, branch, self.marks)
-        section = found.thinking if part == THINKING else found.answer
+        sections = sections_of(turn, branch, self.marks)
+        section = sections.thinking if part == THINKING else sections.answer
         assert section is not None  # there is no button otherwise
         return section
 
@@ -390,8 +390,8 @@ class View:
                 search.fill()
 
     def _fill_branch(self, turn: Turn, branch: Branch, areas: Mapping[str, Area]) -> None:
-        found = sections_of(turn, branch, self.marks)
-        for part, section in ((THINKING, found.thinking), (ANSWER, found.answer)):
+        sections = sections_of(turn, branch, self.marks)
+        for part, section in ((THINKING, sections.thinking), (ANSWER, sections.answer)):
             if part in areas:
                 areas[part].fill(within(branch, section))
 

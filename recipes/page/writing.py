@@ -220,11 +220,11 @@ class Writer:
         async with aclosing(branch.deliberation.steps()) as steps:
             async for _ in steps:
                 pass
-        found = branch.deliberation.chosen
-        if found is None:
+        conclusion = branch.deliberation.chosen
+        if conclusion is None:
             branch.notice = "none of the samples came to an answer"
         else:
-            branch.add(Passage(found.answer, ()))
+            branch.add(Passage(conclusion.answer, ()))
         branch.finish_reason = "stop"
 
     async def _prefix(self, conversation: Conversation, branch: Branch, longest: int) -> tuple[tuple[int, ...], int]:

@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from megatron_ext.platform.features import peak_flops
+from recipes.command_line import CONF
 from recipes.errors import ConfigError
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 SIGNIFICANT_DIGITS = 4
 
 # (check, figure) → what was measured

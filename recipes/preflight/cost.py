@@ -4,7 +4,6 @@ conf/scale: an estimate. The planner and the preflight have both from here."""
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_ext.layout import stage_layers
 from megatron_ext.platform import capabilities
+from recipes.command_line import CONF
 from recipes.config import Config, job_processes
 from recipes.preflight import memory_plan, scale_model
 from recipes.preflight.alternatives import judge_nodes
@@ -19,8 +19,6 @@ from recipes.preflight.architecture import config_file
 from recipes.preflight.layout_seconds import Training, layout_seconds
 from recipes.preflight.report import Settings
 from recipes.preflight.scale_model import BatchSize, Engine, Generation, Group, Job, Machine, ModelShape, StepEstimate
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def job_of(config: Config) -> Job:

@@ -56,17 +56,15 @@ def print_votes(deliberation: Deliberation, console: Console) -> None:
     """Both votes, and the sources of the one that the configuration asks for."""
     count = len(deliberation.episodes)
     for name, weighted in (("by majority", False), ("by confidence", True)):
-        found = deliberation.conclusion(weighted)
-        if found is None:
+        conclusion = deliberation.conclusion(weighted)
+        if conclusion is None:
             console.print(Text(f"{name}: no answer"))
             continue
-        stated = "states no confidence" if found.confidence is None else f"confidence {found.confidence:.1f} of 10"
-        certain = "certain" if found.is_certain else "not certain"
-        console.print(
-            Text(f"{name}: {found.answer}", style="bold").append(
-                f"  ({len(found.samples)} of {count} answers, {found.share:.0%} of the votes; {stated}, {certain})"
-            )
-        )
+        confidence = conclusion.confidence
+        stated = "states no confidence" if confidence is None else f"confidence {confidence:.1f} of 10"
+        certain = "certain" if conclusion.is_certain else "not certain"
+        agreeing = f"{len(conclusion.samples)} of {count} answers, {conclusion.share:.0%} of the votes"
+        console.print(Text(f"{name}: {conclusion.answer}", style="bold").append(f"  ({agreeing}; {stated}, {certain})"))
     if deliberation.chosen is not None:
         for source in deliberation.chosen.sources:
             console.print(source_text(source))

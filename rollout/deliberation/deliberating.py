@@ -155,7 +155,7 @@ class Deliberation:
         return {
             "id": self.id,
             "vote": WEIGHTED if self.config.weighted else MAJORITY,
-            "votes": {name: None if found is None else asdict(found) for name, found in votes.items()},
+            "votes": {name: None if conclusion is None else asdict(conclusion) for name, conclusion in votes.items()},
             "samples": [
                 {
                     "answer": episode.answer,
@@ -178,8 +178,8 @@ def sources(episodes: list[Episode], answer: str) -> list[Source]:
         for step in episode.shown:
             for document in step.documents:
                 shown[document.id] = max(shown.get(document.id, ""), document.text, key=len)
-    found = [Source(name, text, _contains(text, answer), link(name)) for name, text in shown.items()]
-    return sorted(found, key=lambda source: not source.has_answer)  # stable
+    documents = [Source(name, text, _contains(text, answer), link(name)) for name, text in shown.items()]
+    return sorted(documents, key=lambda source: not source.has_answer)  # stable
 
 
 def link(document_id: str) -> str | None:

@@ -112,10 +112,10 @@ class Topic:
 
 def topics(kind: str) -> list[Topic]:
     """The hand-written prompts of a kind, in order."""
-    found = []
+    of_kind = []
     for split, keywords, prompt, response in lines(FOLDER / "topics" / f"{kind}.tsv"):
-        found.append(Topic(split, kind, tuple(keywords.split(",")), prompt, response))
-    return found
+        of_kind.append(Topic(split, kind, tuple(keywords.split(",")), prompt, response))
+    return of_kind
 
 
 def lines(path: Path) -> list[list[str]]:

@@ -73,17 +73,17 @@ def asked(kind: str, splits: tuple[str, ...]) -> list[tuple[Topic, str]]:
     """Topic and prompt: every harmful topic as it is or, for kind "jailbreak", in a wrapper; every harmless one as it
     is, and every second one in a role as well."""
     side = side_of(splits[0])
-    found = topics(kind, splits)
-    plain = [(topic, topic.prompt) for topic in found]
+    of_splits = topics(kind, splits)
+    plain = [(topic, topic.prompt) for topic in of_splits]
     if kind == "harmful":
         return plain
     if kind == "jailbreak":
-        return _wrapped(found, JAILBREAKS[side])
-    return plain + _wrapped(found[::2], ROLES[side])
+        return _wrapped(of_splits, JAILBREAKS[side])
+    return plain + _wrapped(of_splits[::2], ROLES[side])
 
 
-def _wrapped(found: list[Topic], wrappers: tuple[str, ...]) -> list[tuple[Topic, str]]:
-    return [(topic, wrappers[place % len(wrappers)].format(topic.prompt)) for place, topic in enumerate(found)]
+def _wrapped(asked_topics: list[Topic], wrappers: tuple[str, ...]) -> list[tuple[Topic, str]]:
+    return [(topic, wrappers[place % len(wrappers)].format(topic.prompt)) for place, topic in enumerate(asked_topics)]
 
 
 def answers(label: str, side: str) -> list[str]:
