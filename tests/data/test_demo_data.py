@@ -57,8 +57,8 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (70, 60, 60, 24)),
-        ("rl", (160, 140, 140, 192)),
+        ("sft", (155, 150, 150, 48)),
+        ("rl", (75, 50, 50, 192)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 192)),
     ],

@@ -23,7 +23,7 @@ SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
 MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
-TASK_ROWS = {"sft": 8, "rl": 64, "development": 16, "test": 64}  # of each family
+TASK_ROWS = {"sft": 16, "rl": 64, "development": 16, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
