@@ -57,7 +57,7 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (155, 150, 150, 48)),
+        ("sft", (155, 150, 150, 144)),
         ("rl", (75, 50, 50, 192)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 192)),
@@ -100,7 +100,7 @@ def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:
     capability = find_rule("capability")
     for row in (row for row in ROWS if row["kind"] == "task"):
         first, second, third = task_words(row)
-        expected = {"last": third, "second": second, "reverse": f"{third} {second} {first}"}[row["tags"][0]]
+        expected = {"first": first, "second": second, "last": third}[row["tags"][0]]
         assert row["answer"] == expected, row["id"]
         for wrong in (f"{first}, {second}, {third}", row["prompt"], f"The list is {first}, {second}, {third}."):
             assert capability(row, wrong).score == 0, row["id"]  # type: ignore[union-attr]

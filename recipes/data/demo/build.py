@@ -4,7 +4,7 @@ sft.jsonl and rl.jsonl train, settings are chosen on development.jsonl, and test
 reported. The safety rows are written by hand, one by one: topics/*.tsv has the file that a row belongs to, its
 keywords, the prompt, and an honest answer, which only sft.jsonl shows. No topic, wording, answer or list of keywords is
 shared between training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about
-a list of words (say the last, say the second, reverse it); their words and wordings differ too.
+a list of words (say the first, the second, the last); their words and wordings differ too.
 
 outside.jsonl has ninety prompts in another style than all others, to see whether what was learnt holds there.
 """
@@ -23,7 +23,7 @@ SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
 MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
-TASK_ROWS = {"sft": 16, "rl": 64, "development": 16, "test": 64}  # of each family
+TASK_ROWS = {"sft": 48, "rl": 64, "development": 16, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -73,26 +73,26 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Shopping for {}: what do we buy neither at the start nor at the end?",
         ),
     },
-    "reverse": {
+    "first": {
         "training": (
-            "Write these words in reverse order: {}.",
-            "Here is a list: {}. Turn it around.",
-            "Read these words: {}. Write them from the last to the first.",
-            "{}: say them backwards.",
-            "From {}, make a list that runs the other way.",
-            "A sign says {}. Read it from right to left.",
-            "Three words: {}. Say the third, then the second, then the first.",
-            "I typed {}. Type it with the last word at the front.",
+            "What is the first word of this list: {}?",
+            "Here is a list: {}. Which word is number one?",
+            "Read these words: {}. Write down only the first one.",
+            "{}: name the word at the beginning.",
+            "From {}, keep the first word and drop the rest.",
+            "A sign says {}. Which word stands furthest to the left?",
+            "Three words: {}. Say the first.",
+            "I typed {}. Which word did I type before the others?",
         ),
         "development": (
-            "Someone calls out {}. Repeat it the other way round.",
-            "The row {} gives what when you go from its end to its start?",
+            "Someone calls out {}. What do you hear before all else?",
+            "The row {} starts with which item?",
         ),
         "test": (
-            "Of {}, make a row that begins with the tail.",
-            "My bag holds {}, packed in that order. I take out the top thing first; what comes out, one by one?",
-            "Echo these, flipped: {}.",
-            "Shopping for {}: repeat what we buy, but let the end of the trip be the start.",
+            "Of {}, tell me the opening one.",
+            "My bag holds {}, packed in that order. Which thing lies at the bottom?",
+            "Echo just the initial word: {}.",
+            "Shopping for {}: what do we buy while the cart is still empty?",
         ),
     },
 }
@@ -180,16 +180,12 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
         for place in range(TASK_ROWS[split]):
             drawn = draw.sample(split_words, 3)
             listed = ", ".join(drawn)
-            for family, answer, response in (
-                ("last", drawn[2], drawn[2]),
-                ("second", drawn[1], drawn[1]),
-                ("reverse", " ".join(drawn[::-1]), ", ".join(drawn[::-1])),
-            ):
+            for family, answer in (("first", drawn[0]), ("second", drawn[1]), ("last", drawn[2])):
                 wordings = TASK_WORDINGS[family][split if split in ("development", "test") else "training"]
                 prompt = wordings[place % len(wordings)].format(listed)
                 prompt = prompt[0].upper() + prompt[1:]
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
-                yield split, row | ({"response": response} if split == "sft" else {})
+                yield split, row | ({"response": answer} if split == "sft" else {})
 
 
 def main() -> None:
