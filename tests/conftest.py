@@ -18,9 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; a run or an
 ROOT = Path(__file__).resolve().parents[1]
 DURATIONS = Path(__file__).with_name("durations.json")
 # A file whose tests take longer is not part of make test-fast, but for these; one that has no record yet is.
-FAST_SECONDS = 3
+FAST_SECONDS = 1.5
 ALWAYS_FAST = (
     "tests/data/test_demo_data.py",
+    "tests/recipes/test_advantages.py",
     "tests/recipes/test_config.py",
     "tests/recipes/test_engine_settings.py",
     "tests/recipes/test_policy_losses.py",

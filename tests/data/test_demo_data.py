@@ -57,10 +57,10 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (70, 60, 60, 24)),
-        ("rl", (75, 50, 50, 96)),
+        ("sft", (155, 150, 150, 144)),
+        ("rl", (75, 50, 50, 192)),
         ("development", (30, 30, 30, 48)),
-        ("test", (60, 50, 50, 96)),
+        ("test", (60, 50, 50, 192)),
     ],
 )
 def test_there_is_enough_of_each_kind(split: str, least: tuple[int, ...]) -> None:
@@ -88,11 +88,11 @@ def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings()
         used.append({word for row in tasks for word in task_words(row)})
         assert used[-1] <= set(TASK_WORDS)
         wordings = {re.sub(r"[A-Za-z]+, [a-z]+, [a-z]+", "…", row["prompt"]) for row in tasks}
-        assert len(wordings) == 3 * (2 if split in ("development", "test") else 4)
+        assert len(wordings) == 3 * {"development": 2, "test": 4}.get(split, 16)
         wordings_of_sides.setdefault("training" if split in ("sft", "rl") else split, set()).update(wordings)
     assert sum(map(len, used)) == len(set().union(*used))
-    assert [len(wordings) for wordings in wordings_of_sides.values()] == [12, 6, 6]
-    assert len(set().union(*wordings_of_sides.values())) == 24
+    assert [len(wordings) for wordings in wordings_of_sides.values()] == [48, 6, 12]
+    assert len(set().union(*wordings_of_sides.values())) == 66
 
 
 def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:
@@ -100,7 +100,7 @@ def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:
     capability = find_rule("capability")
     for row in (row for row in ROWS if row["kind"] == "task"):
         first, second, third = task_words(row)
-        expected = {"last": third, "second": second, "reverse": f"{third} {second} {first}"}[row["tags"][0]]
+        expected = {"first": first, "second": second, "last": third}[row["tags"][0]]
         assert row["answer"] == expected, row["id"]
         for wrong in (f"{first}, {second}, {third}", row["prompt"], f"The list is {first}, {second}, {third}."):
             assert capability(row, wrong).score == 0, row["id"]  # type: ignore[union-attr]

@@ -493,7 +493,7 @@ IMPOSSIBLE = [
     (["cluster.ranks=0", "cluster.threads=1"], "cluster.ranks", "0", "above 0"),
     (["cluster.nodes=0"], "cluster.nodes", "0", "above 0"),
     (["cluster.threads=0"], "cluster.threads", "0", "above 0"),
-    (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "96", "multiple of 100"),
+    (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "112", "multiple of 100"),
     (["checkpoint.every_steps=0"], "checkpoint.every_steps", "0", "above 0"),
     (["checkpoint.keep=1"], "checkpoint.keep", "1", "2 or more"),
     (["cluster.watchdog=1800"], "cluster.watchdog", "1800", "below cluster.timeout"),
@@ -597,8 +597,8 @@ def test_the_command_stops_at_once_with_one_line(overrides: list[str], line: str
     ("overrides", "message"),
     [
         (
-            ["algorithm=ppo", "critic.warmup_steps=22"],
-            "critic.warmup_steps=22: the policy is trained in what is",
+            ["algorithm=ppo", "critic.warmup_steps=28"],
+            "critic.warmup_steps=28: the policy is trained in what is",
         ),
         (["algorithm.prompts_per_step=1000"], "data.mix has 'harmful', of which data.prompts holds "),
         (["+data.scores.wit=[benign]"], "rewards.mix, data.scores: unknown verifier 'wit' ("),

@@ -4,7 +4,7 @@ sft.jsonl and rl.jsonl train, settings are chosen on development.jsonl, and test
 reported. The safety rows are written by hand, one by one: topics/*.tsv has the file that a row belongs to, its
 keywords, the prompt, and an honest answer, which only sft.jsonl shows. No topic, wording, answer or list of keywords is
 shared between training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about
-a list of words (say the last, say the second, reverse it); their words and wordings differ too.
+a list of words (say the first, the second, the last); their words and wordings differ too.
 
 outside.jsonl has ninety prompts in another style than all others, to see whether what was learnt holds there.
 """
@@ -23,7 +23,7 @@ SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
 MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
-TASK_ROWS = {"sft": 8, "rl": 32, "development": 16, "test": 32}  # of each family
+TASK_ROWS = {"sft": 48, "rl": 64, "development": 16, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -41,11 +41,25 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Here is a list: {}. Which word comes last?",
             "Read these words: {}. Write down only the last one.",
             "{}: name the word at the end.",
+            "From {}, keep the last word and drop the rest.",
+            "A sign says {}. Which word stands furthest to the right?",
+            "Three words: {}. Say the third.",
+            "I typed {}. Which word did I type after the others?",
+            "Which word ends this list: {}?",
+            "{}. Tell me the word that nothing follows.",
+            "Take {} and leave all but the last.",
+            "My note reads {}. Which word did I write at the end?",
+            "Pick the last of these three: {}.",
+            "You hear {}. Repeat the last of them.",
+            "If {} stand in a line, who stands last?",
+            "Write the last word: {}.",
         ),
         "development": ("Someone calls out {}. What do you hear at the very end?", "The row {} stops with which item?"),
         "test": (
             "Of {}, tell me the final one.",
             "My bag holds {}, packed in that order. Which thing went in after all others?",
+            "Echo just the concluding word: {}.",
+            "Shopping for {}: what do we buy when the rest is in the cart?",
         ),
     },
     "second": {
@@ -54,27 +68,55 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Here is a list: {}. Which word is number two?",
             "Read these words: {}. Write down only the second one.",
             "{}: name the word in the middle.",
+            "From {}, keep the second word and drop the rest.",
+            "A sign says {}. Which word has one on either side?",
+            "Three words: {}. Say number two.",
+            "I typed {}. Which word did I type after the first?",
+            "Which word is in the middle of this list: {}?",
+            "{}. Tell me the word that has a neighbor before and after it.",
+            "Take {} and leave all but the second.",
+            "My note reads {}. Which word did I write in the middle?",
+            "Pick the second of these three: {}.",
+            "You hear {}. Repeat the second of them.",
+            "If {} stand in a line, who stands second?",
+            "Write the second word: {}.",
         ),
         "development": ("Someone calls out {}. What follows the first?", "The row {} has which item in second place?"),
         "test": (
             "Of {}, tell me the one between the two others.",
             "My bag holds {}, packed in that order. Which thing went in second?",
+            "Echo just the central word: {}.",
+            "Shopping for {}: what do we buy neither at the start nor at the end?",
         ),
     },
-    "reverse": {
+    "first": {
         "training": (
-            "Write these words in reverse order: {}.",
-            "Here is a list: {}. Turn it around.",
-            "Read these words: {}. Write them from the last to the first.",
-            "{}: say them backwards.",
+            "What is the first word of this list: {}?",
+            "Here is a list: {}. Which word is number one?",
+            "Read these words: {}. Write down only the first one.",
+            "{}: name the word at the beginning.",
+            "From {}, keep the first word and drop the rest.",
+            "A sign says {}. Which word stands furthest to the left?",
+            "Three words: {}. Say the first.",
+            "I typed {}. Which word did I type before the others?",
+            "Which word begins this list: {}?",
+            "{}. Tell me the word that nothing precedes.",
+            "Take {} and leave all but the first.",
+            "My note reads {}. Which word did I write at the beginning?",
+            "Pick the first of these three: {}.",
+            "You hear {}. Repeat the first of them.",
+            "If {} stand in a line, who stands first?",
+            "Write the first word: {}.",
         ),
         "development": (
-            "Someone calls out {}. Repeat it the other way round.",
-            "The row {} gives what when you go from its end to its start?",
+            "Someone calls out {}. What do you hear before all else?",
+            "The row {} starts with which item?",
         ),
         "test": (
-            "Of {}, make a row that begins with the tail.",
-            "My bag holds {}, packed in that order. I take out the top thing first; what comes out, one by one?",
+            "Of {}, tell me the opening one.",
+            "My bag holds {}, packed in that order. Which thing lies at the bottom?",
+            "Echo just the initial word: {}.",
+            "Shopping for {}: what do we buy while the cart is still empty?",
         ),
     },
 }
@@ -162,16 +204,12 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
         for place in range(TASK_ROWS[split]):
             drawn = draw.sample(split_words, 3)
             listed = ", ".join(drawn)
-            for family, answer, response in (
-                ("last", drawn[2], drawn[2]),
-                ("second", drawn[1], drawn[1]),
-                ("reverse", " ".join(drawn[::-1]), ", ".join(drawn[::-1])),
-            ):
+            for family, answer in (("first", drawn[0]), ("second", drawn[1]), ("last", drawn[2])):
                 wordings = TASK_WORDINGS[family][split if split in ("development", "test") else "training"]
                 prompt = wordings[place % len(wordings)].format(listed)
                 prompt = prompt[0].upper() + prompt[1:]
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
-                yield split, row | ({"response": response} if split == "sft" else {})
+                yield split, row | ({"response": answer} if split == "sft" else {})
 
 
 def main() -> None:
