@@ -183,9 +183,9 @@ class Planner:
             wanted = MOST_RESULTS - len(results)
             colocated = self.in_order(self.colocated(nodes, response))
             apart = self.in_order(self.divisions(nodes, response))
-            ordered = [*itertools.islice(colocated, wanted - wanted // 2), *itertools.islice(apart, wanted // 2)]
-            ordered += itertools.islice(itertools.chain(colocated, apart), wanted - len(ordered))
-            results += sorted(ordered, key=lambda plan: (self.per_prompts(plan.seconds, plan.config), plan.training))
+            taken = [*itertools.islice(colocated, wanted - wanted // 2), *itertools.islice(apart, wanted // 2)]
+            taken += itertools.islice(itertools.chain(colocated, apart), wanted - len(taken))
+            results += sorted(taken, key=lambda plan: (self.per_prompts(plan.seconds, plan.config), plan.training))
             if len(results) == MOST_RESULTS:
                 break
         return results
