@@ -133,7 +133,9 @@ def test_a_ladder_whose_jobs_meet_a_limit_lose_a_node_and_are_preempted_equals_p
     twin = project / "twin"
     sft, rl = twin / "sft", twin / "rl"
     two_nodes, train = ("--nodes=2", "--ntasks-per-node=1"), "slurm/train.sh"
-    first = sbatch(slurm, project, *two_nodes, train, *tiny.overrides(twin, sft, *SFT), SLURM_WAIT="1")
+    # Shorter than the default, for the lost node. Long enough for rank 0 to end after rank 1 on a busy machine: srun
+    # kills what is left then.
+    first = sbatch(slurm, project, *two_nodes, train, *tiny.overrides(twin, sft, *SFT), SLURM_WAIT="20")
     after_sft = (f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
     job = sbatch(
         slurm, project, *after_sft, *two_nodes, ":", *after_sft, "--nodes=1", "--ntasks-per-node=1", train,
@@ -163,7 +165,7 @@ def test_a_ladder_whose_jobs_meet_a_limit_lose_a_node_and_are_preempted_equals_p
     assert checkpoint_steps(rl) == [2, RL_STEPS]
     for number in (first, job):
         printed = log(project, number)
-        assert printed.count("Exited with exit code 75") == 1
+        assert printed.count("Exited with exit code 75") == 1, printed
         requeued = re.findall(r"requeued \(restart (\d) of at most 20\): (.*)", printed)
         assert requeued == [("1", "preemption was requested")], "Slurm itself requeues after it lost a node"
     assert list(project.glob("*.prepared")) == []
