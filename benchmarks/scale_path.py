@@ -8,8 +8,10 @@ between the micro-batches and the record are left out. Eight ranks are a replica
 
 A measurement begins when the last response is there and judged, and ends with the step's record. Each rank says:
 
-* ``seconds``: CPU time of all its threads. Processes that share this machine's cores do not count each other's. Copying
-  to and from the sockets is in it, the network's own time is not. The step takes as long as the rank with the most.
+* ``seconds``: CPU time of all its threads until a pass can begin, and of the record. Processes that share the cores of
+  this machine do not count each other's. Copying to and from the sockets is in it, the network's own time is not. The
+  step takes as long as the rank with the most.
+* ``streamed``: CPU time of a pass's micro-batches after the first, which a thread builds while the device computes.
 * ``received``: bytes that its TCP sockets received (the kernel's count).
 * ``peak``: the most memory that it took, above what it had before the engines answered. What an engine's rank holds of
   its engine's answers is in it, and so are the micro-batches, which on a GPU are on the device: they are read once, as
@@ -101,8 +103,7 @@ TCP_INFO_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux's struct
 FULL_TOKENS = 16384  # of a sample, in case B
 FULL_RANKS = (8, 64, 1024)
 GOALS = {"seconds": 5.0, "received": 1.2, "peak": 2.0}  # at most, at 64 ranks; the latter as multiples of a share
-FIGURES = ("seconds", "received", "peak")
-SIZES = (*FIGURES, "share", "micro_batches")
+SIZES = ("seconds", "streamed", "received", "peak", "share", "micro_batches")
 IMAGE_SIDE = 2000  # pixels
 IMAGE_SAMPLES = 1024
 IMAGE_MODEL = "conf/model/vqa_tiny"  # a processor of Qwen2.5-VL's class, with limits of its own
@@ -490,19 +491,23 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     batch, score_metrics = rl.score(loop, batch)
     batch, _ = rl.compute_advantages(loop, batch)
     updates, micro_batches_of_updates = rl.pack_updates(loop, batch)
+    streamed = 0.0
     for of_update in micro_batches_of_updates:
-        collections.deque(of_update, maxlen=0)  # as a pass reads them, each for a moment
-    until_packed = meter.read()
+        of_pass = iter(of_update)
+        next(of_pass)  # the pass waits for it
+        after_first = time.process_time()
+        collections.deque(of_pass, maxlen=0)  # as a pass reads them, each for a moment
+        streamed += time.process_time() - after_first
     policy_metrics = rl.policy_metrics({}, loop.uses_reference(0))
     metrics = {"step": 1, **score_metrics, **policy_metrics, **rl.generation_metrics(loop, 0, batch)}
     rl.record(loop, metrics, batch)
     used = meter.read()
+    used["seconds"] -= streamed
     loop.samples.wait()
     if isinstance(loop.buffer.draw, MeasuredDraw):
         drawn = loop.buffer.draw.used
-        for each in (used, until_packed):
-            each |= {name: drawn[name] + each[name] for name in ("seconds", "wall", "received")}
-            each["peak"] = max(drawn["peak"], each["peak"])
+        used |= {name: drawn[name] + used[name] for name in ("seconds", "wall", "received")}
+        used["peak"] = max(drawn["peak"], used["peak"])
     micro_batches = [each for of_update in micro_batches_of_updates for each in of_update]
     pixels = sum(
         vision.part.rows.nbytes
@@ -517,7 +522,7 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     )
     return {
         **used,
-        "until_packed": until_packed,
+        "streamed": streamed,
         "share": 9 * trained + pixels,
         "micro_batches": (1 + AHEAD) * max(sum(tensor.nbytes for tensor in tensors_of(each)) for each in micro_batches),
         "digest": digest(micro_batches),
@@ -582,12 +587,8 @@ def measure(case: Case) -> dict[str, Any]:
 
 def summary(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The most of any rank, and the ratios of the goals, each of the rank where it is worst."""
-    most = {name: max(rank[name] for rank in ranks) for name in ("seconds", "wall", "received", "peak")}
     return {
-        **most,
-        "seconds_until_packed": max(rank["until_packed"]["seconds"] for rank in ranks),
-        "share": max(rank["share"] for rank in ranks),
-        "micro_batches": max(rank["micro_batches"] for rank in ranks),
+        **{name: max(rank[name] for rank in ranks) for name in ("wall", *SIZES)},
         "received_to_share": max(rank["received"] / rank["share"] for rank in ranks),
         "peak_to_share": max(rank["peak"] / (rank["share"] + rank["micro_batches"]) for rank in ranks),
         "digests": sorted({rank["digest"] for rank in ranks}),
@@ -644,20 +645,22 @@ def fitted(points: Sequence[Sequence[float]], figures_at: Sequence[float]) -> tu
 
 def terms(name: str, case: Case) -> list[float]:
     """What a figure is a weighted sum of."""
-    changing = case.ranks if name in ("seconds", "received") else 1 / case.replicas
+    changing = case.ranks if name in ("seconds", "streamed", "received") else 1 / case.replicas
     return [1.0, changing, case.tokens, case.tokens / case.replicas]
 
 
 def table(result: Mapping[str, Any]) -> Table:
     """Measured and extrapolated figures, sizes in MB (10^6 bytes)."""
-    shown = Table("ranks", "samples", "tokens", "seconds", "received", "share", "peak", "share + micro-batches")
+    shown = Table(
+        "ranks", "samples", "tokens", "seconds", "streamed", "received", "share", "peak", "share + micro-batches"
+    )
     images = result["images"]
     for rows in (result["measured"], result["full"], images["measured"], images["full"]):
         for row in rows:
             sizes = [row["received"], row["share"], row["peak"], row["share"] + row["micro_batches"]]
             cells = [f"{size / 1e6:.1f}" for size in sizes]
             counts = [str(row[name]) for name in ("ranks", "samples", "tokens")]
-            shown.add_row(*counts, f"{row['seconds']:.2f}", *cells)
+            shown.add_row(*counts, f"{row['seconds']:.2f}", f"{row['streamed']:.2f}", *cells)
         shown.add_section()
     return shown
 

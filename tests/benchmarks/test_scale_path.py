@@ -70,7 +70,7 @@ def test_the_full_case_is_on_the_surface_through_the_measurements() -> None:
 
     rows = [
         {"ranks": case.ranks, "samples": 64, "tokens": case.tokens}
-        | dict.fromkeys(("seconds", "received"), figure(case.ranks, case.tokens))
+        | dict.fromkeys(("seconds", "streamed", "received"), figure(case.ranks, case.tokens))
         | dict.fromkeys(("peak", "share", "micro_batches"), size(case.ranks, case.tokens))
         for case in cases
     ]
