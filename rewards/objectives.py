@@ -51,8 +51,8 @@ def _score(result: VerifierResult) -> float:
 
 
 def initial_state(constraint: ConstraintConfig) -> dict[str, Any]:
-    """The multiplier before the first step."""
-    return {"multiplier": constraint.initial}
+    """The multiplier before the first step, and as it was "applied" to the rewards of the newest one."""
+    return {"multiplier": constraint.initial, "applied": constraint.initial}
 
 
 def constrained_weights(
@@ -74,6 +74,19 @@ def constrained_weights(
     return {name: weight / (1 + multiplier) for name, weight in raised.items()}
 
 
+def advantage_scale(weights: Mapping[str, float], constraint: ConstraintConfig, state: Mapping[str, Any]) -> float:
+    """What the advantages of a label's samples have to be multiplied by: 1 + λ where its mix has the constrained
+    verifier, with λ as applied to their rewards, and 1 elsewhere.
+
+    It puts back what :func:`constrained_weights` divides by and what normalisation over a group would cancel: else a
+    constraint on a verifier that not all labels have would not make these labels count for more. With multiplicative
+    weights it is 1: that reward is as in its paper.
+    """
+    if constraint.verifier not in weights or constraint.update == MULTIPLICATIVE_WEIGHTS:
+        return 1.0
+    return 1.0 + state["applied"]
+
+
 def next_state(
     state: Mapping[str, Any], constraint: ConstraintConfig, results: Sequence[Mapping[str, VerifierResult]]
 ) -> dict[str, Any]:
@@ -83,11 +96,13 @@ def next_state(
     maximum). Multiplicative weights: λ ← min(λ · exp(rate · v), maximum) (Arora, Hazan, Kale 2012; Deliberative
     Searcher updates λ in this way, the rate and the bounds are our choice). A step without a verdict leaves λ as it is.
     """
+    multiplier = state["multiplier"]
     mean = mixing.verifier_means(results).get(constraint.verifier or "")
     if mean is None:
-        return dict(state)
+        return {"multiplier": multiplier, "applied": multiplier}
     violation = constraint.floor - mean
     if constraint.update == MULTIPLICATIVE_WEIGHTS:
-        return {"multiplier": min(state["multiplier"] * math.exp(constraint.rate * violation), constraint.maximum)}
-    unclipped = state["multiplier"] + constraint.rate * violation
-    return {"multiplier": min(max(unclipped, 0.0), constraint.maximum)}
+        raised = multiplier * math.exp(constraint.rate * violation)
+    else:
+        raised = multiplier + constraint.rate * violation
+    return {"multiplier": min(max(raised, 0.0), constraint.maximum), "applied": multiplier}

@@ -3,6 +3,8 @@
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from megatron_ext import batch as batches
 from megatron_ext import packing
 from megatron_ext.batch import Array, Prompt, TokenBatch
 from recipes.algorithms.aggregation import sequence_mean_token_mean, token_weights
-from recipes.training.rl import contributing, join_rounds, split
+from recipes.training.rl import constraint_scale, contributing, join_rounds, split
 from tests.recipes import tiny
 
 
@@ -154,3 +156,19 @@ def test_groups_of_several_rounds_are_told_apart_though_a_prompt_comes_again(bat
     assert joined.group_index.tolist() == [1, 1, 2, 2, 3, 3]
     assert [prompt_id for prompt_id, _ in joined.keys] == ["p1", "p1", "p2", "p2", "p2", "p2"]
     assert len(joined.prompts) == 2
+
+
+def test_responses_of_a_constrained_label_count_for_more_and_all_together_as_before(batch: TokenBatch) -> None:
+    mix = {"harmful": {"refusal": 1.0}, "harmless": {"complies": 0.5, "helpful": 0.5}}
+    labels = {"p0": "harmful", "p1": "harmless", "p2": "harmful"}
+    constraint = SimpleNamespace(verifier="complies", update="dual_ascent")
+    loop: Any = SimpleNamespace(
+        config=SimpleNamespace(rewards=SimpleNamespace(mix=mix, constraint=constraint)),
+        rows={name: {"id": name, "label": label} for name, label in labels.items()},
+        constraint={"multiplier": 2.0, "applied": 0.5},
+    )
+    scale = constraint_scale(loop, batch)
+    assert scale == pytest.approx(np.array([1, 1, 1.5, 1.5, 1, 1]) * 6 / 7)
+    assert constraint_scale(loop, batch.select([3, 0])) == pytest.approx(np.array([1.5, 1]) * 2 / 2.5)
+    constraint.verifier = None
+    assert constraint_scale(loop, batch).tolist() == [1.0] * 6

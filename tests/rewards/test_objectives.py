@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.algorithms.advantages import AdvantageInputs, dr_grpo
-from rewards.objectives import constrained_weights, group_rewards, initial_state, next_state
+from recipes.algorithms.advantages import AdvantageInputs, dr_grpo, grpo
+from rewards.objectives import advantage_scale, constrained_weights, group_rewards, initial_state, next_state
 from rewards.settings import ConstraintConfig
 from rewards.verdict import Failure, Verdict, VerifierResult
 
@@ -68,6 +68,29 @@ def test_the_constrained_mix_has_the_lagrangian_s_advantages() -> None:
     assert advantages(mixed) == pytest.approx(advantages(lagrangian), abs=1e-12)
 
 
+def test_scaled_advantages_of_normalised_groups_are_the_lagrangian_s_between_labels() -> None:
+    """A group's advantages are divided by its standard deviation, so that a multiplier in its rewards changes nothing.
+    The scale puts it back for the label that has the verifier."""
+    state = {"multiplier": 0.9, "applied": 0.6}
+    constrained, free = {"safety": 1.0}, {"help": 1.0}
+    scores = [0.1, 1.0, 0.0, 1.0]
+
+    def advantages(weights: dict[str, float], multiplier: float) -> torch.Tensor:
+        (name,) = weights
+        group = [verdicts(**{name: score}) for score in scores]
+        mixed = group_rewards(group, constrained_weights(weights, CONSTRAINT, {"multiplier": multiplier}), "none")
+        lengths = torch.ones(1, 4, dtype=torch.long)
+        inputs = AdvantageInputs(torch.tensor([mixed], dtype=torch.float64), lengths, torch.zeros(4))
+        return grpo(inputs, advantage_epsilon=1e-9)
+
+    for weights, expected in ((constrained, 1.6), (free, 1.0)):
+        torch.testing.assert_close(advantages(weights, 0.6), advantages(weights, 0.0))
+        assert advantage_scale(weights, CONSTRAINT, state) == pytest.approx(expected)
+    multiplicative = replace(CONSTRAINT, update="multiplicative_weights")
+    assert advantage_scale(constrained, multiplicative, state) == 1.0
+    assert advantage_scale(constrained, replace(CONSTRAINT, verifier=None), state) == 1.0
+
+
 def test_a_multiplier_of_zero_and_a_mix_without_the_verifier_change_nothing() -> None:
     weights = {"safety": 1.0, "help": 0.5}
     assert constrained_weights(weights, CONSTRAINT, {"multiplier": 0.0}) == weights
@@ -76,14 +99,15 @@ def test_a_multiplier_of_zero_and_a_mix_without_the_verifier_change_nothing() ->
 
 def test_the_multiplier_rises_below_the_floor_falls_above_it_and_stays_in_its_bounds() -> None:
     state = initial_state(CONSTRAINT)
-    assert state == {"multiplier": 0.25}
+    assert state == {"multiplier": 0.25, "applied": 0.25}
     below = [verdicts(safety=0.5), verdicts(safety=0.7), verdicts(safety=None), verdicts(help=0.0)]
     state = next_state(state, CONSTRAINT, below)
-    assert state["multiplier"] == pytest.approx(0.25 + 0.5 * (0.9 - 0.6))
+    assert state == {"multiplier": pytest.approx(0.25 + 0.5 * (0.9 - 0.6)), "applied": 0.25}
     state = json.loads(json.dumps(state))
     above = next_state(state, CONSTRAINT, [verdicts(safety=1.0)])
     assert above["multiplier"] == pytest.approx(0.4 - 0.5 * 0.1)
-    assert next_state(state, CONSTRAINT, [verdicts(help=1.0)]) == state
+    unjudged = next_state(state, CONSTRAINT, [verdicts(help=1.0)])
+    assert unjudged == {"multiplier": state["multiplier"], "applied": state["multiplier"]}
     for score, bound in ((0.0, 1.0), (1.0, 0.0)):
         for _ in range(40):
             state = next_state(state, CONSTRAINT, [verdicts(safety=score)])
@@ -109,8 +133,8 @@ def test_multiplicative_weights_are_the_closed_form() -> None:
         for _ in range(steps):
             state = next_state(state, limit, [verdicts(safety=score), verdicts(safety=score), verdicts(other=1.0)])
         assert state["multiplier"] == pytest.approx(0.25 * math.exp(steps * 0.5 * (0.9 - score)), rel=1e-12)
-    assert next_state(state, limit, [verdicts(other=1.0)]) == state
-    assert next_state({"multiplier": 9.9}, limit, [verdicts(safety=0.0)]) == {"multiplier": 10.0}
+    assert next_state(state, limit, [verdicts(other=1.0)])["multiplier"] == state["multiplier"]
+    assert next_state({"multiplier": 9.9}, limit, [verdicts(safety=0.0)])["multiplier"] == 10.0
     assert json.loads(json.dumps(state)) == state
 
 
