@@ -220,8 +220,8 @@ def test_the_example_of_own_data_and_an_own_reward_is_accepted(page: Path, tmp_p
     for arguments in tried:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            own = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
-            config = parse(compose("config", overrides=[*with_new_keys(arguments, mappings(Config)), own]))
+            search_path = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+            config = parse(compose("config", overrides=[*with_new_keys(arguments, mappings(Config)), search_path]))
         if "rewards=judged" not in arguments:
             check_parts(config)
 

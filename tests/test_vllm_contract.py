@@ -143,8 +143,10 @@ def method(file: str, class_name: str, name: str) -> Function:
 
 
 def _named(body: list[ast.stmt], name: str) -> Function:
-    (found,) = (node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name)
-    return found
+    (function,) = (
+        node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+    )
+    return function
 
 
 def fields(file: str, class_name: str) -> set[str]:
@@ -486,8 +488,8 @@ def test_quantised_layers_have_what_a_sync_sets() -> None:
     parameter = "vllm/model_executor/parameter.py"
     bases = {ast.unparse(base) for base in the_class(parameter, "ModelWeightParameter").bases}
     assert bases == {"_ColumnvLLMParameter", "RowvLLMParameter"}
-    for class_name, own in (("_ColumnvLLMParameter", "output_dim"), ("RowvLLMParameter", "input_dim")):
-        assert refused(method(parameter, class_name, "__init__"), 0, {own, "data", "weight_loader"}) == []
+    for class_name, dimension in (("_ColumnvLLMParameter", "output_dim"), ("RowvLLMParameter", "input_dim")):
+        assert refused(method(parameter, class_name, "__init__"), 0, {dimension, "data", "weight_loader"}) == []
     assert refused(method(parameter, "BasevLLMParameter", "__init__"), 0, {"data", "weight_loader"}) == []
 
 

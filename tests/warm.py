@@ -172,7 +172,7 @@ def fork_child(process: Any, args: Any, executable: Any, preexec_fn: Any, close_
     if not is_warm or template is None or template.owner != os.getpid():
         execute_child(process, args, executable, preexec_fn, close_fds, *rest)
         return
-    standard = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
+    standard = [descriptor if given == -1 else given for descriptor, given in enumerate((p2cread, c2pwrite, errwrite))]
     request = {
         "arguments": words,
         "environment": dict(os.environ if env is None else env),

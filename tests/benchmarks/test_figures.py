@@ -71,10 +71,10 @@ def test_a_file_that_moves_changes_the_digest(root: Path) -> None:
 
 
 def test_a_run_depends_on_its_engines_and_families_and_not_on_the_page() -> None:
-    found = {str(path.relative_to(figures.ROOT)) for path in figures.importable("recipes.train", figures.ROOT)}
+    files = {str(path.relative_to(figures.ROOT)) for path in figures.importable("recipes.train", figures.ROOT)}
     needed = {"recipes/training/rl.py", "rollout/engine_server.py", "megatron_ext/models/llama.py", "rewards/mixing.py"}
-    assert needed <= found
-    assert not [name for name in found if name.startswith(("recipes/page/", "benchmarks/"))]
+    assert needed <= files
+    assert not [name for name in files if name.startswith(("recipes/page/", "benchmarks/"))]
 
 
 def test_a_result_is_current_until_the_code_changes(root: Path) -> None:

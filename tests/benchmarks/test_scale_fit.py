@@ -25,13 +25,13 @@ def case() -> tuple[DictConfig, Machine]:
 def test_the_fit_finds_constants_that_make_the_steps(case: tuple[DictConfig, Machine]) -> None:
     scale, machine = case
     known = replace(machine, mfu=0.3, decode_ms=3.0, switch_s=6.0)
-    made = scale_fit.ratios(np.array([getattr(known, name) for name in scale_fit.FITTED]), machine, scale)
+    ratios = scale_fit.ratios(np.array([getattr(known, name) for name in scale_fit.FITTED]), machine, scale)
     for each in scale.published:
-        each.seconds *= made[each.name]
+        each.seconds *= ratios[each.name]
     before = scale_fit.ratios(np.array([getattr(machine, name) for name in scale_fit.FITTED]), machine, scale)
     assert max(abs(ratio - 1) for ratio in before.values()) > 0.05
-    found = scale_fit.ratios(scale_fit.fit(machine, scale, left_out=None), machine, scale)
-    assert list(found.values()) == pytest.approx([1.0] * len(found), abs=0.01)
+    fitted = scale_fit.ratios(scale_fit.fit(machine, scale, left_out=None), machine, scale)
+    assert list(fitted.values()) == pytest.approx([1.0] * len(fitted), abs=0.01)
 
 
 def test_a_model_that_is_left_out_has_no_say(case: tuple[DictConfig, Machine]) -> None:

@@ -38,8 +38,8 @@ def test_a_run_s_rows_are_asked_and_judged_by_the_verifiers(tmp_path):
     first, second = asyncio.run(run())
     assert [asked.row["id"] for asked in (first, second)] == ["a", "b"]
     # The six samples follow the three scripts twice, in the order in which the server got them.
-    found = sorted((s.reply.answer, s.reply.confidence, s.outcome, s.is_legal) for s in first.samples)
-    assert found == [
+    samples = sorted((s.reply.answer, s.reply.confidence, s.outcome, s.is_legal) for s in first.samples)
+    assert samples == [
         ("Tarn", 1, "false uncertain", True),
         ("Tarn", 1, "false uncertain", True),
         ("Tarn", 2, "false uncertain", True),

@@ -74,9 +74,9 @@ def test_outside_prompts_are_thirty_of_each_kind() -> None:
 
 def task_words(row: dict[str, Any]) -> list[str]:
     """The words of a task's list: the first three in a row, parted by commas."""
-    found = re.search(r"([A-Za-z]+), ([a-z]+), ([a-z]+)", row["prompt"])
-    assert found is not None, row["prompt"]
-    return [word.lower() for word in found.groups()]
+    match = re.search(r"([A-Za-z]+), ([a-z]+), ([a-z]+)", row["prompt"])
+    assert match is not None, row["prompt"]
+    return [word.lower() for word in match.groups()]
 
 
 def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings() -> None:

@@ -71,8 +71,8 @@ def test_there_is_enough_of_each_kind() -> None:
         "test": (60, 60, 75, 75, 60, 80),
     }
     for name, of_kinds in counts.items():
-        found = Counter(row["kind"] for row in FILES[name])
-        assert tuple(found[kind] for kind in KINDS) == of_kinds, name
+        by_kind = Counter(row["kind"] for row in FILES[name])
+        assert tuple(by_kind[kind] for kind in KINDS) == of_kinds, name
     pairs_and_judged = {
         side: (len(FILES[f"preference{suffix}"]), len(FILES[f"judge{suffix}"])) for side, suffix in SUFFIXES.items()
     }

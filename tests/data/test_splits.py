@@ -41,11 +41,11 @@ type Text = tuple[str, str]
 def files() -> dict[Path, str]:
     """Every file of rows, and its side. The visual demo's files ask the same questions of different images, which is
     tested beside its data."""
-    found = {}
+    sides = {}
     for path in sorted([*FOLDER.glob("*/*.jsonl"), *FOLDER.glob("*/*.parquet")]):
         if path.stem != "corpus" and path.parent.name != "vqa":
-            found[path] = SIDES[path.stem.rpartition("_")[2]]
-    return found
+            sides[path] = SIDES[path.stem.rpartition("_")[2]]
+    return sides
 
 
 FILES = files()
@@ -86,8 +86,8 @@ def skeleton(text: str) -> str:
 
 def frames(text: str) -> set[str]:
     """The text's skeleton, where it has words of a frame."""
-    found = skeleton(text)
-    return {found} if len(set(found.split()) - {"_"}) >= FRAME else set()
+    frame = skeleton(text)
+    return {frame} if len(set(frame.split()) - {"_"}) >= FRAME else set()
 
 
 def runs(text: str, length: int) -> set[str]:
@@ -109,11 +109,11 @@ def openings(text: str) -> set[str]:
 
 def shared(texts: Iterable[Text], parts: Any) -> dict[str, dict[str, str]]:
     """The parts that texts of several sides have, each with a text of every side."""
-    found: Mapping[str, dict[str, str]] = defaultdict(dict)
+    by_part: Mapping[str, dict[str, str]] = defaultdict(dict)
     for side, text in texts:
         for part in parts(text):
-            found[part][side] = text
-    return {part: by_side for part, by_side in found.items() if len(by_side) > 1}
+            by_part[part][side] = text
+    return {part: by_side for part, by_side in by_part.items() if len(by_side) > 1}
 
 
 def test_every_file_has_a_side() -> None:

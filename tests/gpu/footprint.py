@@ -64,9 +64,9 @@ def main() -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     layout = parallel.initialize(parallel_config(), seed=1, timeout_seconds=120)
-    found = measure(int(sys.argv[1]), layout)
+    footprint = measure(int(sys.argv[1]), layout)
     parallel.destroy()
-    print(json.dumps(found))
+    print(json.dumps(footprint))
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def assert_sound(found: Sequence[dict[str, Any]], steps: int) -> None:
+def assert_sound(metrics: Sequence[dict[str, Any]], steps: int) -> None:
     """Each step once and in order. Before the first update the policy is the reference; syncs move bytes; trainer and
     engines differ by rounding (the run itself stops above ``algorithm.max_mismatch``)."""
-    assert [row["step"] for row in found] == list(range(1, steps + 1))
-    assert found[0]["kl/reference"] == 0
-    assert found[-1]["kl/reference"] > 0
-    for row in found:
+    assert [row["step"] for row in metrics] == list(range(1, steps + 1))
+    assert metrics[0]["kl/reference"] == 0
+    assert metrics[-1]["kl/reference"] > 0
+    for row in metrics:
         assert row["train_inference_mismatch/mean"] > 0 and row["grad_norm"] > 0 and row["sync/bytes"] > 0
 
 

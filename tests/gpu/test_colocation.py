@@ -61,11 +61,11 @@ def test_the_hosts_memory_is_pinned_and_taken_once(policy: model.Model, folder: 
     optim, schedule = optimizer.build(policy, OPTIMIZER, SCHEDULE, steps=10)
     optim.reload_model_params()
     reference = forward_backward.load_weights(policy, folder)
-    own, snapshots, host = HostBuffers(), HostBuffers(), HostCopy(policy, optim, weights=False)
+    policy_weights, snapshots, host = HostBuffers(), HostBuffers(), HostCopy(policy, optim, weights=False)
 
     def step() -> int:
         """Also returns how often the host's memory was taken since the process began."""
-        with forward_backward.swapped_weights(policy, reference, own):
+        with forward_backward.swapped_weights(policy, reference, policy_weights):
             forward_backward.log_probs(policy, micro_batches())
         forward_backward.accumulate_gradients(policy, micro_batches(), loss)
         optimizer.step(optim, schedule)
@@ -75,10 +75,10 @@ def test_the_hosts_memory_is_pinned_and_taken_once(policy: model.Model, folder: 
         return torch.cuda.host_memory_stats()["allocations.allocated"]
 
     taken = step()
-    kept = [*reference, *own.tensors, *snapshots.tensors, *host.buffers.tensors]
+    kept = [*reference, *policy_weights.tensors, *snapshots.tensors, *host.buffers.tensors]
     assert all(tensor.is_pinned() for tensor in kept)
     assert step() == taken
-    addresses = [tensor.data_ptr() for tensor in (*own.tensors, *snapshots.tensors, *host.buffers.tensors)]
+    addresses = [tensor.data_ptr() for tensor in (*policy_weights.tensors, *snapshots.tensors, *host.buffers.tensors)]
     assert addresses == [tensor.data_ptr() for tensor in kept[len(reference) :]]
 
 

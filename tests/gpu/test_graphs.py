@@ -93,7 +93,7 @@ def test_graphs_read_the_weights_that_a_sync_left_also_after_sleep(engines: Engi
         engine.call("POST", "/wake", {"tags": ["kv_cache"]})
     assert responses(graphs) == before
 
-    own = forward_backward.copy_weights(policy)
+    weights = forward_backward.copy_weights(policy)
     for shard in policy.shards:
         shard.tensor.mul_(0.75)
     weight_sync.sync(2)
@@ -102,7 +102,7 @@ def test_graphs_read_the_weights_that_a_sync_left_also_after_sleep(engines: Engi
     hold_bounds(gaps(other, responses(eager)))
 
     with torch.no_grad():
-        for shard, weight in zip(policy.shards, own, strict=True):
+        for shard, weight in zip(policy.shards, weights, strict=True):
             shard.tensor.copy_(weight)
     weight_sync.sync(1)
     assert responses(graphs) == before

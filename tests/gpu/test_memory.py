@@ -40,12 +40,12 @@ def test_a_trainers_process_keeps_what_the_preflight_counts(gpu: None, record_pr
     command = [sys.executable, "-m", "tests.gpu.footprint", str(free)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 0
-    found = json.loads(done.stdout.splitlines()[-1])
-    for name, value in found.items():
+    footprint = json.loads(done.stdout.splitlines()[-1])
+    for name, value in footprint.items():
         record_property(name, value)
     names = ("context_gib", "workspace_gib", "fragmentation_gib")
-    assert all(found[name] >= 0 for name in names)
-    assert sum(found[name] for name in names) < sum(TABLE[name] for name in names) + FREE_GIB
+    assert all(footprint[name] >= 0 for name in names)
+    assert sum(footprint[name] for name in names) < sum(TABLE[name] for name in names) + FREE_GIB
 
 
 @pytest.mark.parametrize("name", ["copy_gb_s", "pcie_gb_s"])
@@ -108,16 +108,16 @@ def file_speeds(folder: Path) -> tuple[float, float]:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(file: Path) -> None:
-        found = 0
+        total = 0
         into = bytearray(BLOCK_BYTES)
         with file.open("rb", buffering=0) as opened:
             while size := opened.readinto(into):
-                found += size
-        assert found == FILE_BYTES
+                total += size
+        assert total == FILE_BYTES
 
     speeds = []
-    with tempfile.TemporaryDirectory(dir=folder) as made, ThreadPoolExecutor(FILES) as threads:
-        files = [Path(made, str(number)) for number in range(FILES)]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(FILES) as threads:
+        files = [Path(scratch, str(number)) for number in range(FILES)]
         for work in (write, read):
             started = time.perf_counter()
             list(threads.map(work, files))

@@ -58,11 +58,11 @@ def reference(ranks: Ranks) -> References:
 def test_a_layout_over_nccl_is_as_near_to_fp32_as_one_rank(case: Case, ranks: Ranks, reference: References) -> None:
     """Loss, log-probs, gradients and weights after two steps, with the bounds of the CPU's BF16 layouts. Padded heads
     and vocabulary rows stay zero."""
-    found = ranks.results(case.name)
-    assert len(found) == case.ranks
-    assert_bf16_follows(case, found, reference(case))
-    assert (padded_elements(found) > 0) == (case is node_cases.PADDED)
-    assert all(rank["padding_is_zero"] for rank in found)
+    results = ranks.results(case.name)
+    assert len(results) == case.ranks
+    assert_bf16_follows(case, results, reference(case))
+    assert (padded_elements(results) > 0) == (case is node_cases.PADDED)
+    assert all(rank["padding_is_zero"] for rank in results)
 
 
 def test_a_checkpoint_of_one_layout_goes_on_in_another(ranks: Ranks) -> None:
@@ -84,16 +84,16 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(ranks: Ranks) -> None:
 def test_the_links_and_communicators_of_the_node(ranks: Ranks, record_property: Record) -> None:
     """Bandwidths against the floor of the node check and half of what the estimates assume. The times of a small
     all-reduce and of a sync's round, and NCCL's buffers have bounds that only a fault exceeds."""
-    found = ranks.results(node_cases.LINKS.name)
-    slowest = min(rank["exchange_gb_s"] for rank in found)
-    all_reduce = min(rank["all_reduce_gb_s"] for rank in found)
-    communicator = max(rank["communicator_gib"] for rank in found)
-    small = max(rank["all_reduce_us"] for rank in found)
+    results = ranks.results(node_cases.LINKS.name)
+    slowest = min(rank["exchange_gb_s"] for rank in results)
+    all_reduce = min(rank["all_reduce_gb_s"] for rank in results)
+    communicator = max(rank["communicator_gib"] for rank in results)
+    small = max(rank["all_reduce_us"] for rank in results)
     record_property("nvlink_gb_s", slowest)
     record_property("all_reduce_gb_s", all_reduce)
     record_property("communicator_gib", communicator)
     record_property("all_reduce_us", small)
-    of_a_round = max(rank["round_us"] for rank in found)
+    of_a_round = max(rank["round_us"] for rank in results)
     record_property("round_us", of_a_round)
     assert slowest > LINKS.nvlink_gb_s / 2
     assert all_reduce > FLOORS.node_gb_s
@@ -104,9 +104,9 @@ def test_the_links_and_communicators_of_the_node(ranks: Ranks, record_property: 
 
 def test_a_block_of_the_72b_model_over_all_gpus_keeps_them_busy(ranks: Ranks, record_property: Record) -> None:
     """Four layers with TP 8 and sequence parallelism, communication included; the first figure that is the recipes'."""
-    found = ranks.results(node_cases.SPEED.name)
-    seconds = max(rank["seconds"] for rank in found)
-    mfu = found[0]["flops"] / seconds / (found[0]["peak_flops"] * len(found))
+    results = ranks.results(node_cases.SPEED.name)
+    seconds = max(rank["seconds"] for rank in results)
+    mfu = results[0]["flops"] / seconds / (results[0]["peak_flops"] * len(results))
     record_property("seconds", seconds)
     record_property("mfu", mfu)
     assert mfu > LEAST_MFU
@@ -115,9 +115,9 @@ def test_a_block_of_the_72b_model_over_all_gpus_keeps_them_busy(ranks: Ranks, re
 def test_communication_hides_behind_the_products(ranks: Ranks, record_property: Record) -> None:
     """The same four layers with ``parallel.tp_comm_overlap`` and fused gradients: less time, and the first MFU that is
     wanted of the 72B model. That its numbers are the same, the layout ``node-overlap-tp8-sp`` shows."""
-    apart, found = ranks.results(node_cases.SPEED.name), ranks.results(node_cases.OVERLAP.name)
-    seconds_apart, seconds = (max(rank["seconds"] for rank in of_ranks) for of_ranks in (apart, found))
-    mfu = found[0]["flops"] / seconds / (found[0]["peak_flops"] * len(found))
+    apart, overlapped = ranks.results(node_cases.SPEED.name), ranks.results(node_cases.OVERLAP.name)
+    seconds_apart, seconds = (max(rank["seconds"] for rank in of_ranks) for of_ranks in (apart, overlapped))
+    mfu = overlapped[0]["flops"] / seconds / (overlapped[0]["peak_flops"] * len(overlapped))
     record_property("seconds", seconds)
     record_property("seconds_apart", seconds_apart)
     record_property("mfu", mfu)

@@ -29,9 +29,9 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def folder(enough_gpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model, its data and the run folders."""
-    made = tmp_path_factory.mktemp("node_recipe")
-    tiny.make(made, **small_run.MODEL)
-    return made
+    folder = tmp_path_factory.mktemp("node_recipe")
+    tiny.make(folder, **small_run.MODEL)
+    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -45,9 +45,9 @@ def test_a_run_syncs_by_ipc_and_sleeps(
     command = [sys.executable, "-m", "recipes.train", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]
-    found = small_run.rows(run_dir)
-    record_property("seconds_of_the_last_step", small_run.seconds(found[-1]))
-    small_run.assert_sound(found, STEPS)
+    metrics = small_run.rows(run_dir)
+    record_property("seconds_of_the_last_step", small_run.seconds(metrics[-1]))
+    small_run.assert_sound(metrics, STEPS)
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "model", run_dir / "hf"))
     assert before.config.hidden_size == after.config.hidden_size == small_run.MODEL["width"]
     changed = [name for name, old in before.named_parameters() if not old.equal(after.get_parameter(name))]

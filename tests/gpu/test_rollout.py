@@ -73,14 +73,14 @@ def test_other_weights_change_every_digest_and_the_old_ones_bring_all_back(
     rollout: Rollout, record_property: Callable[[str, object], None]
 ) -> None:
     before = rollout.digests()
-    own = forward_backward.copy_weights(rollout.policy)
+    weights = forward_backward.copy_weights(rollout.policy)
     for shard in rollout.policy.shards:
         shard.tensor.mul_(1.5)
     record_property("sync_of_a_tiny_model_ms", 1000 * rollout.weight_sync.sync(2)["seconds"])
     changed = rollout.digests()
     assert all(changed[name] != digest for name, digest in before.items())
     with torch.no_grad():
-        for shard, weight in zip(rollout.policy.shards, own, strict=True):
+        for shard, weight in zip(rollout.policy.shards, weights, strict=True):
             shard.tensor.copy_(weight)
     rollout.weight_sync.sync(1)
     assert rollout.digests() == before

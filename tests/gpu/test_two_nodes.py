@@ -95,9 +95,9 @@ def job() -> Job:
 @pytest.fixture(autouse=True)
 def environment(job: Job, record_property: Callable[[str, object], None]) -> dict[str, Any]:
     """The machine and versions of the run, which are recorded in the place of the login node's."""
-    found: dict[str, Any] = json.loads((job.run_dir / "environment.json").read_text())
-    record_property("environment", found)
-    return found
+    environment: dict[str, Any] = json.loads((job.run_dir / "environment.json").read_text())
+    record_property("environment", environment)
+    return environment
 
 
 def test_weights_cross_between_the_nodes(job: Job, environment: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ LENGTHS = {"one length": [300, 300, 300], "many lengths": [300, 450, 260, 1000, 
 
 def main() -> None:
     torchs._validate_device = lambda *tensors: None
-    found = {}
+    counts = {}
     for name, lengths in LENGTHS.items():
         torch._dynamo.reset()
         backend = CompileCounterWithBackend("aot_eager")
@@ -31,8 +31,8 @@ def main() -> None:
             output = flex.attend(*inputs, packed_as(prompts, length), scale=0.3)
             torch.autograd.grad(output.sum(), inputs)
             graphs.append(backend.frame_count)
-        found[name] = graphs
-    print(json.dumps(found))
+        counts[name] = graphs
+    print(json.dumps(counts))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class Saved:
 def saved_bytes(built: model.Model, batch: packing.MicroBatch) -> int:
     """What autograd keeps of one forward pass through all of this rank's chunks, parameters left out, and what
     belongs to a part of the graph that is gone at the end: recompute drops some."""
-    own = {p.untyped_storage()._cdata for chunk in built.chunks for p in chunk.module.parameters()}
+    parameter_storages = {p.untyped_storage()._cdata for chunk in built.chunks for p in chunk.module.parameters()}
     kept: WeakSet[Saved] = WeakSet()
 
     def keep(tensor: torch.Tensor) -> Saved:
@@ -167,7 +167,7 @@ def saved_bytes(built: model.Model, batch: packing.MicroBatch) -> int:
                 output_processor_context=batch,
             )
             outputs.append(output)  # the graph lives as long as they do
-    return memory.storage_bytes(s.tensor for s in kept if s.tensor.untyped_storage()._cdata not in own)
+    return memory.storage_bytes(s.tensor for s in kept if s.tensor.untyped_storage()._cdata not in parameter_storages)
 
 
 def measure(case: MemoryCase, here: Parallel) -> dict[str, Any]:

@@ -107,9 +107,9 @@ def test_attention_is_that_over_the_visible_keys(name: str, monkeypatch: pytest.
     attended = F.scaled_dot_product_attention(*by_head, attn_mask=seen, scale=0.3, enable_gqa=True)
     expected = attended[0].transpose(0, 1).flatten(1)
     torch.testing.assert_close(output, expected)
-    found = torch.autograd.grad((output * weights).sum(), inputs)
+    gradients = torch.autograd.grad((output * weights).sum(), inputs)
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
-    for gradient, wanted_gradient in zip(found, wanted, strict=True):
+    for gradient, wanted_gradient in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, wanted_gradient)
 
 

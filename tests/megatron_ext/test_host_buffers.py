@@ -10,7 +10,7 @@ from megatron_ext.host_buffers import HostBuffers
 
 
 @pytest.fixture(autouse=True)
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many tensors each call of the platform made."""
     cpu = platform.activate("cpu")
     counts: list[int] = []
@@ -19,7 +19,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
-def test_a_second_copy_takes_no_memory(made: list[int]) -> None:
+def test_a_second_copy_takes_no_memory(allocations: list[int]) -> None:
     tensors = [torch.rand(3, 4), torch.rand(5).bfloat16(), torch.nn.Parameter(torch.rand(2)), torch.rand(4, 3).T]
     buffers = HostBuffers()
     first = buffers.copy(tensors)
@@ -33,14 +33,14 @@ def test_a_second_copy_takes_no_memory(made: list[int]) -> None:
     second = buffers.copy(tensors)
     assert all(torch.equal(copy, tensor) for copy, tensor in zip(second, tensors, strict=True))
     assert [copy.data_ptr() for copy in second] == addresses
-    assert made == [4]
+    assert allocations == [4]
 
 
 @pytest.mark.parametrize("other", [[torch.zeros(3)], [torch.zeros(2).double()], [torch.zeros(2), torch.zeros(2)]])
-def test_other_shapes_are_made_anew(other: list[torch.Tensor], made: list[int]) -> None:
+def test_other_shapes_are_made_anew(other: list[torch.Tensor], allocations: list[int]) -> None:
     buffers = HostBuffers()
     buffers.copy([torch.ones(2)])
     copies = buffers.copy(other)
     assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, other, strict=True))
     assert [copy.dtype for copy in copies] == [tensor.dtype for tensor in other]
-    assert made == [1, len(other)]
+    assert allocations == [1, len(other)]

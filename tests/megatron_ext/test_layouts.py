@@ -123,12 +123,12 @@ def long_log_probs(twins: Path) -> dict[int, torch.Tensor]:
     """transformers' log-probs of the responses of the long pack, one sequence at a time, by an attention that holds no
     scores of a whole sequence."""
     model = LlamaForCausalLM.from_pretrained(twins / "long", dtype=torch.float32, attn_implementation="sdpa")
-    found = {}
+    log_probs = {}
     for i, sequence in enumerate(cases.batch(cases.LONG_ONE)):
         with torch.no_grad():
             logits = model(torch.tensor([sequence.prompt + sequence.response])).logits[0, len(sequence.prompt) - 1 : -1]
-        found[i] = logits.log_softmax(-1)[range(len(sequence.response)), sequence.response]
-    return found
+        log_probs[i] = logits.log_softmax(-1)[range(len(sequence.response)), sequence.response]
+    return log_probs
 
 
 # The other layouts show their gradients in the weights.

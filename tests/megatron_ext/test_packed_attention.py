@@ -49,12 +49,12 @@ def test_packed_attention_is_that_of_each_sequence(
     gathered = torch.cat(of_ranks)  # as the ranks' keys and values come, one rank after another
     monkeypatch.setattr(cpu, "_gather_context", lambda whole: whole)
     gradients = [torch.zeros_like(t) for t in inputs]
-    for rank, own in enumerate(of_ranks):
+    for rank, rows in enumerate(of_ranks):
         monkeypatch.setattr(cpu, "_context_rank", lambda rank=rank: rank)
         packed = SimpleNamespace(cu_seqlens_q=torch.tensor(STARTS, dtype=torch.int32))
-        output = attention(query[own], key[gathered], value[gathered], None, mask, packed_seq_params=packed)
-        torch.testing.assert_close(output, expected[own])
-        of_rank = torch.autograd.grad((output * weights[own]).sum(), inputs)
+        output = attention(query[rows], key[gathered], value[gathered], None, mask, packed_seq_params=packed)
+        torch.testing.assert_close(output, expected[rows])
+        of_rank = torch.autograd.grad((output * weights[rows]).sum(), inputs)
         gradients = [sum_so_far + part for sum_so_far, part in zip(gradients, of_rank, strict=True)]
-    for found, wanted in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted)

@@ -360,9 +360,9 @@ def test_a_pack_of_constant_length_has_padding_in_sequences_not_longer_than_its_
         longest = max(end - start for start, end in pairwise(starts))
         assert all(0 < end - start <= longest and (end - start) % cuts == 0 for start, end in pairwise(begins))
         assert micro.packed.max_seqlen_q == micro.packed.max_seqlen_kv == longest
-        own = plain.tokens.shape[1]
-        assert torch.equal(micro.tokens[:, :own], plain.tokens) and micro.tokens[:, own:].eq(-1).all()
-        assert torch.equal(micro.positions[..., :own], plain.positions)
+        width = plain.tokens.shape[1]
+        assert torch.equal(micro.tokens[:, :width], plain.tokens) and micro.tokens[:, width:].eq(-1).all()
+        assert torch.equal(micro.positions[..., :width], plain.positions)
         assert micro.packed.positions.max() < longest
         for name in ("predict", "targets", "places"):
             assert torch.equal(getattr(micro, name), getattr(plain, name))

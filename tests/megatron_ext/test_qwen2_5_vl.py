@@ -288,9 +288,9 @@ def test_both_ways_of_naming_tensors_are_known(
     """transformers writes the published names, and its own where it read its own."""
     stored = vl_twins.tensors(folder / "qwen")
     hugging_face.save_pretrained(tmp_path / "own", save_original_format=False)
-    own = load_file(tmp_path / "own" / "model.safetensors")
-    assert not own.keys() & stored.keys() - {"lm_head.weight"}
-    assert {vl_twins.published(name) for name in own} == stored.keys()
+    state = load_file(tmp_path / "own" / "model.safetensors")
+    assert not state.keys() & stored.keys() - {"lm_head.weight"}
+    assert {vl_twins.published(name) for name in state} == stored.keys()
     shards = [
         Shard(name, torch.full_like(t, float("nan")), (Block(name, (0,) * t.dim(), (0,) * t.dim(), tuple(t.shape)),))
         for name, t in stored.items()
@@ -299,7 +299,7 @@ def test_both_ways_of_naming_tensors_are_known(
     assert [s.name for s in shards if not torch.equal(s.tensor, stored[s.name])] == []
     hf_checkpoint.export(shards, tmp_path / "own", tmp_path / "export", writes=True)
     exported = load_file(tmp_path / "export" / "model.safetensors")
-    assert list(exported) == list(own) and all(torch.equal(t, own[name]) for name, t in exported.items())
+    assert list(exported) == list(state) and all(torch.equal(t, state[name]) for name, t in exported.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])

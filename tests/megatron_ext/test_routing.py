@@ -13,16 +13,16 @@ Results = Callable[[str], list[dict[str, Any]]]
 
 def test_a_rank_gets_the_tokens_that_it_wants_bit_for_bit_and_no_others(results: Results) -> None:
     whole = routes.whole()
-    for rank, found in enumerate(results("routing")):
+    for rank, result in enumerate(results("routing")):
         expected = [routes.holding(whole, wanted[rank]).to_bytes() for wanted in routes.wishes()]
-        assert found["exchanged"] == expected
+        assert result["exchanged"] == expected
 
 
 def test_a_rank_receives_what_it_lacks(results: Results) -> None:
     """Bytes of messages with tokens; a token has 4 + 4 + 1 of its own and 4 of each column."""
-    for rank, found in enumerate(results("routing")):
+    for rank, result in enumerate(results("routing")):
         held = [rank in holders for holders in routes.HOLDERS]
-        for wanted, received in zip(routes.wishes(), found["received"], strict=True):
+        for wanted, received in zip(routes.wishes(), result["received"], strict=True):
             lacking = [
                 length for length, want, has in zip(routes.LENGTHS, wanted[rank], held, strict=True) if want and not has
             ]
@@ -31,12 +31,12 @@ def test_a_rank_receives_what_it_lacks(results: Results) -> None:
 
 def test_the_first_rank_that_holds_a_response_is_its_holder(results: Results) -> None:
     expected = [min(holders, default=0) for holders in routes.HOLDERS]
-    assert [found["holders"] for found in results("routing")] == [expected] * routes.RANKS
+    assert [result["holders"] for result in results("routing")] == [expected] * routes.RANKS
 
 
 def test_tokens_that_nobody_holds_are_missed_by_all(results: Results) -> None:
     message = "ValueError: no rank holds the tokens of response ('p0', 0)"
-    assert [found["lost"] for found in results("routing")] == [message] * routes.RANKS
+    assert [result["lost"] for result in results("routing")] == [message] * routes.RANKS
 
 
 def test_what_is_not_held_is_known_by_its_length_and_refuses_its_tokens() -> None:

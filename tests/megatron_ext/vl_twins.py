@@ -555,7 +555,7 @@ def _policy(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     micro_batches = policy.micro_batches(batch)
     with policy.reference_weights():
         reference = policy.all_log_probs(micro_batches, len(batch.response_tokens))
-    own = policy.all_log_probs(micro_batches, len(batch.response_tokens))
+    log_probs = policy.all_log_probs(micro_batches, len(batch.response_tokens))
     for part in (range(4), range(4, 8)):
         policy.add_log_probs(policy.micro_batches_of_own(batch.select(part), parallel.control_group()), "old")
     another = next(shard for shard in twin.model.shards if images.is_of_encoder(shard.name))
@@ -563,7 +563,7 @@ def _policy(folder: Path, run: Run, here: parallel.Parallel) -> dict[str, Any]:
     return {
         "seen": sorted(seen),
         "images": sorted(len(v.pixels) for v in batch.vision or [] if v is not None),
-        "kl": float((reference - own).abs().max()),
+        "kl": float((reference - log_probs).abs().max()),
         "error": worker.error_text(lambda: policy.load_reference(twin.twin)),
     }
 

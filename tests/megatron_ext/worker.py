@@ -321,14 +321,14 @@ def run_case(folder: Path, case: Case, layout: parallel.Parallel) -> dict[str, A
     # The reference policy is the one that training began with.
     trained = policy.weights()
     reference = forward_backward.load_weights(policy.model, policy.twin)
-    own = HostBuffers()
+    buffers = HostBuffers()
     moved = policy.log_probs()
-    with forward_backward.swapped_weights(policy.model, reference, own):
+    with forward_backward.swapped_weights(policy.model, reference, buffers):
         results["reference_log_probs_equal"] = equal(policy.log_probs(), first)
     results["log_probs_moved"] = not moved or not equal(moved, first)
     results["own_weights_back"] = equal(policy.weights(), trained) and not equal(trained, reference)
     try:
-        with forward_backward.swapped_weights(policy.model, reference, own):
+        with forward_backward.swapped_weights(policy.model, reference, buffers):
             raise KeyError("on purpose")
     except KeyError:
         results["own_weights_back_after_error"] = equal(policy.weights(), trained)

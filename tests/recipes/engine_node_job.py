@@ -90,8 +90,8 @@ class WeightSync:
 
 
 def rollouts(engine_nodes: EngineNodes, control: dist.ProcessGroup, node: int, engines: list[Engine]) -> Rollouts:
-    found: list[str] = []
-    made = Rollouts(
+    restarts: list[str] = []
+    rollouts = Rollouts(
         config=rollout_config(engines=2),
         seed=1,
         tokenizer=SimpleNamespace(eos_token_id=2),
@@ -106,36 +106,36 @@ def rollouts(engine_nodes: EngineNodes, control: dist.ProcessGroup, node: int, e
         judges_share_gpus=False,
         make_room=setup.keep_memory,
         heartbeat=lambda phase: None,
-        on_restart=found.append,
+        on_restart=restarts.append,
         engine_nodes=engine_nodes,
     )
-    made.restarts = found  # type: ignore[attr-defined]
-    return made
+    rollouts.restarts = restarts  # type: ignore[attr-defined]
+    return rollouts
 
 
 def trainer(shared: Rollouts, end: bool) -> dict[str, Any]:
     """Two batches, the second while the trainer works and while node 0's only engine dies; and a held-out one."""
     rank = dist.get_rank()
-    found: dict[str, Any] = {"world": dist.get_world_size(), "placed": shared.sync_weights(3)}
+    outcome: dict[str, Any] = {"world": dist.get_world_size(), "placed": shared.sync_weights(3)}
     first = Generation(shared.fleet, REQUESTS, SAMPLING)
     batch = first.collect(shared.control, lambda: fails("an engine died"))
-    found["first"] = responses(batch)
+    outcome["first"] = responses(batch)
 
     second = Generation(shared.fleet, REQUESTS, SAMPLING)
     mean = torch.tensor([float(rank)])
     dist.all_reduce(mean)  # of the step: the engines' processes have no part in it
-    found["sum"] = float(mean)
-    found["data_ranks"] = all_gather_json(parallel.mpu.get_data_parallel_rank(), shared.control)
-    found["second"] = responses(second.collect(shared.control, lambda: shared.sync_weights(4)))
-    found["counts"] = shared.server_counts()
+    outcome["sum"] = float(mean)
+    outcome["data_ranks"] = all_gather_json(parallel.mpu.get_data_parallel_rank(), shared.control)
+    outcome["second"] = responses(second.collect(shared.control, lambda: shared.sync_weights(4)))
+    outcome["counts"] = shared.server_counts()
     held_out = shared.generate(
         PROMPTS[:2], 1, step=9, temperature=0.0, on_response=lambda response: fails("judged on a rank of the trainer")
     )
-    found["held_out"] = [[*key, held_out.verdicts[i]] for i, key in enumerate(held_out.keys)]
-    found["held_out_held"] = held_out.held.tolist()
+    outcome["held_out"] = [[*key, held_out.verdicts[i]] for i, key in enumerate(held_out.keys)]
+    outcome["held_out_held"] = held_out.held.tolist()
     if end:
         shared.order(END)
-    return found
+    return outcome
 
 
 def responses(batch: TokenBatch) -> dict[str, Any]:
@@ -157,10 +157,10 @@ def main() -> None:
     platform.activate("cpu")
     worlds.join(TRAINERS, 120)
     engine_nodes = EngineNodes(worlds.job_group("gloo"), TRAINERS)
-    found: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     if number < TRAINERS:
         parallel.initialize(parallel_config(tensor=2), 1, 120)
-        found = trainer(rollouts(engine_nodes, parallel.control_group(), 0, []), end)
+        outcome = trainer(rollouts(engine_nodes, parallel.control_group(), 0, []), end)
     else:
         node, local_rank = divmod(number - TRAINERS, PER_NODE)
         engines = [Engine(node, dies_in=2 if node == 0 else 0)] if local_rank == 0 else []
@@ -169,12 +169,12 @@ def main() -> None:
         try:
             engine_node.obey(shared, engine_nodes, judges if engines else {})
         except RuntimeError as error:
-            found["error"] = str(error)
-        found |= {"world": dist.get_world_size(), "restarts": shared.restarts}  # type: ignore[attr-defined]
-        found["attached"] = shared.weight_sync.attached  # type: ignore[union-attr]
+            outcome["error"] = str(error)
+        outcome |= {"world": dist.get_world_size(), "restarts": shared.restarts}  # type: ignore[attr-defined]
+        outcome["attached"] = shared.weight_sync.attached  # type: ignore[union-attr]
     if end:
-        found |= end_late(number < TRAINERS)
-    (folder / f"{number}.json").write_text(json.dumps(found))
+        outcome |= end_late(number < TRAINERS)
+    (folder / f"{number}.json").write_text(json.dumps(outcome))
     parallel.destroy()
 
 
@@ -183,16 +183,16 @@ def end_late(is_trainer: bool) -> dict[str, Any]:
     assert worlds._job is not None
     worlds._job = replace(worlds._job, timeout=timedelta(seconds=TIMEOUT))
     engine_nodes = EngineNodes(worlds.job_group("gloo"), TRAINERS)
-    found: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     if is_trainer:
         time.sleep(TIMEOUT + 1)
         setup.end_engine_nodes(engine_nodes, None)
     else:
-        found["late"] = engine_nodes.next_order().name
+        outcome["late"] = engine_nodes.next_order().name
         time.sleep(1)
-        found["ready"] = time.monotonic()
+        outcome["ready"] = time.monotonic()
         setup.end_engine_nodes(engine_nodes, None)
-    return found | {"ended": time.monotonic()}
+    return outcome | {"ended": time.monotonic()}
 
 
 def verdict(response: TokenBatch) -> dict[str, Any]:

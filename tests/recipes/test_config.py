@@ -642,15 +642,17 @@ def test_a_model_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 def test_a_model_of_random_weights_is_the_same_each_time(tmp_path: Path) -> None:
     """It has its processor, and no folder is written over."""
-    made = []
+    weights = []
     for name in ("one", "two"):
         model = configured("model=vqa_tiny", f"model.path={tmp_path / name}").model
         assert prepare_model.prepare(model)
         assert not prepare_model.prepare(model)
-        made.append(load_file(tmp_path / name / "model.safetensors"))
-    assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][key], made[1][key]) for key in made[0])
-    assert sum(tensor.numel() for tensor in made[0].values()) > 10**6
-    assert max(float(tensor.float().std()) for tensor in made[0].values()) > 0.01, "random, not zero"
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys() and all(
+        torch.equal(weights[0][key], weights[1][key]) for key in weights[0]
+    )
+    assert sum(tensor.numel() for tensor in weights[0].values()) > 10**6
+    assert max(float(tensor.float().std()) for tensor in weights[0].values()) > 0.01, "random, not zero"
     assert AutoProcessor.from_pretrained(tmp_path / "one").tokenizer.chat_template
     nowhere = configured(f"model.path={tmp_path / 'three'}", f"model.random_weights_of={tmp_path / 'gone'}").model
     with pytest.raises(ConfigError, match=r"^model\.random_weights_of='.*gone': no config\.json there"):

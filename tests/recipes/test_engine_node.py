@@ -28,23 +28,29 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_the_trainers_collectives_count_the_trainers_ranks_alone(job: list[dict[str, Any]]) -> None:
-    assert [found["world"] for found in job] == [TRAINERS] * TRAINERS + [NODES * PER_NODE] * (NODES * PER_NODE)
-    for found in job[:TRAINERS]:
-        assert found["sum"] == 0 + 1 + 2 + 3 and found["data_ranks"] == [0, 0, 1, 1]
+    assert [outcome["world"] for outcome in job] == [TRAINERS] * TRAINERS + [NODES * PER_NODE] * (NODES * PER_NODE)
+    for outcome in job[:TRAINERS]:
+        assert outcome["sum"] == 0 + 1 + 2 + 3 and outcome["data_ranks"] == [0, 0, 1, 1]
 
 
 def expected(version_of: Any) -> list[dict[str, Any]]:
     """The responses to REQUESTS, from what identifies each, and the version that made it."""
-    made = []
+    responses = []
     for prompt in range(5):
         for index in range(2):
             seed = sampler.request_seed(1, 2, f"p{prompt}", index)
             tokens = tokens_of(seed, version_of(prompt))
-            made.append({"prompt_id": f"p{prompt}", "sample_index": index, "prompt": [prompt] * (1 + prompt)})
-            made[-1] |= {"tokens": tokens, "logprobs": [-0.5] * 2, "forced": [], "finish_reason": "stop", "failure": ""}
-            made[-1] |= {"versions": [version_of(prompt)] * 2}
-            made[-1] |= {"verdicts": {"of": [f"p{prompt}", index], "tokens": tokens}}
-    return made
+            responses.append({"prompt_id": f"p{prompt}", "sample_index": index, "prompt": [prompt] * (1 + prompt)})
+            responses[-1] |= {
+                "tokens": tokens,
+                "logprobs": [-0.5] * 2,
+                "forced": [],
+                "finish_reason": "stop",
+                "failure": "",
+            }
+            responses[-1] |= {"versions": [version_of(prompt)] * 2}
+            responses[-1] |= {"verdicts": {"of": [f"p{prompt}", index], "tokens": tokens}}
+    return responses
 
 
 def node_of(prompt: int) -> int:
@@ -53,47 +59,47 @@ def node_of(prompt: int) -> int:
 
 
 def test_two_ranks_of_the_trainer_hold_what_the_engines_nodes_made_and_all_know_it(job: list[dict[str, Any]]) -> None:
-    made = expected(lambda prompt: 3)
-    for rank, found in enumerate(job[:TRAINERS]):
-        assert found["first"]["keys"] == [[m["prompt_id"], m["sample_index"]] for m in made]
-        assert found["first"]["verdicts"] == [m["verdicts"] for m in made]
+    responses = expected(lambda prompt: 3)
+    for rank, outcome in enumerate(job[:TRAINERS]):
+        assert outcome["first"]["keys"] == [[r["prompt_id"], r["sample_index"]] for r in responses]
+        assert outcome["first"]["verdicts"] == [r["verdicts"] for r in responses]
         node = {0: 0, 2: 1}.get(rank)
-        assert found["first"]["held"] == [m for m in made if node_of(int(m["prompt_id"][1:])) == node]
-        assert found["placed"] == BYTES
+        assert outcome["first"]["held"] == [r for r in responses if node_of(int(r["prompt_id"][1:])) == node]
+        assert outcome["placed"] == BYTES
 
 
 def test_an_engine_that_dies_is_started_again_and_makes_what_is_missing(job: list[dict[str, Any]]) -> None:
-    held = [response for found in job[:TRAINERS] for response in found["second"]["held"]]
+    held = [response for outcome in job[:TRAINERS] for response in outcome["second"]["held"]]
     versions = {(r["prompt_id"], r["sample_index"]): r["versions"][0] for r in held}
     of_node_0 = [(f"p{i}", index) for i in (0, 1, 4) for index in (0, 1)]
     assert [versions[key] for key in of_node_0] == [3, 4, 4, 4, 4, 4], "one response was made before its engine died"
     assert all(version == 3 for key, version in versions.items() if key not in of_node_0) and len(versions) == 10
-    assert [found["restarts"] for found in job[TRAINERS:]] == [["engine_0"], [], [], []]
-    assert [found["attached"] for found in job[TRAINERS:]] == [1, 1, 1, 1], "a restarted engine has a new plan"
+    assert [outcome["restarts"] for outcome in job[TRAINERS:]] == [["engine_0"], [], [], []]
+    assert [outcome["attached"] for outcome in job[TRAINERS:]] == [1, 1, 1, 1], "a restarted engine has a new plan"
 
 
 def test_verdicts_and_counts_come_from_the_engines_nodes(job: list[dict[str, Any]]) -> None:
-    for found in job[:TRAINERS]:
-        assert found["counts"] == {"servers/of 0": 1, "servers/of 1": 1}
-        assert found["held_out"] == [["p0", 0, {"held out": 1}], ["p1", 0, {"held out": 0}]]
-        assert found["held_out_held"] == [True, True]
+    for outcome in job[:TRAINERS]:
+        assert outcome["counts"] == {"servers/of 0": 1, "servers/of 1": 1}
+        assert outcome["held_out"] == [["p0", 0, {"held out": 1}], ["p1", 0, {"held out": 0}]]
+        assert outcome["held_out_held"] == [True, True]
 
 
 def test_a_process_of_an_engines_node_waits_for_an_order_beyond_any_timeout_and_the_trainer_waits_for_its_end(
     job: list[dict[str, Any]],
 ) -> None:
-    assert [found["late"] for found in job[TRAINERS:]] == ["end"] * (NODES * PER_NODE)
-    last_ready = max(found["ready"] for found in job[TRAINERS:])
-    assert all(found["ended"] >= last_ready for found in job)
+    assert [outcome["late"] for outcome in job[TRAINERS:]] == ["end"] * (NODES * PER_NODE)
+    last_ready = max(outcome["ready"] for outcome in job[TRAINERS:])
+    assert all(outcome["ended"] >= last_ready for outcome in job)
 
 
 def test_a_process_of_an_engines_node_ends_when_it_is_told_or_the_trainer_is_gone(
     job: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert not any("error" in found for found in job)
+    assert not any("error" in outcome for outcome in job)
     (tmp_path / GONE).mkdir()
     alone = run_job(tmp_path / GONE)
-    assert all("onnection" in found["error"] for found in alone[TRAINERS:])
+    assert all("onnection" in outcome["error"] for outcome in alone[TRAINERS:])
 
 
 def test_a_job_of_other_nodes_or_of_one_machine_with_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ if rank == 0:
 store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 leads = os.getsid(0) == os.getpid()
 store.set(f"rank {rank}", f"{os.environ['LOCAL_RANK']} of {os.environ['WORLD_SIZE']}, session {leads}")
-found = [store.get(f"rank {other}").decode() for other in range(3)]
+ranks = [store.get(f"rank {other}").decode() for other in range(3)]
 if rank == 1:
-    print(*found, os.getppid(), sep="\\n", flush=True)
+    print(*ranks, os.getppid(), sep="\\n", flush=True)
     sys.exit(3)
 time.sleep(60)
 """

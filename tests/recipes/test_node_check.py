@@ -115,21 +115,21 @@ def test_peer_access_is_of_every_pair() -> None:
 
 
 def test_another_cudnn_is_found_where_transformer_engine_and_the_linker_look(tmp_path: Path) -> None:
-    own = tmp_path / "site-packages" / "nvidia" / "cudnn"
+    cudnn = tmp_path / "site-packages" / "nvidia" / "cudnn"
     site = tmp_path / "opt" / "cuda"
-    for folder in (own / "lib", site / "targets" / "lib", tmp_path / "stubs"):
+    for folder in (cudnn / "lib", site / "targets" / "lib", tmp_path / "stubs"):
         folder.mkdir(parents=True)
-    for file in (own / "lib" / "libcudnn.so.9", site / "targets" / "lib" / "libcudnn.so.8"):
+    for file in (cudnn / "lib" / "libcudnn.so.9", site / "targets" / "lib" / "libcudnn.so.8"):
         file.touch()
     nowhere = str(tmp_path / "nowhere")
-    assert checks.one_cudnn({"CUDNN_HOME": str(own)}, nowhere, str(own)) == "one cuDNN"
-    assert checks.one_cudnn({"CUDA_HOME": str(tmp_path / "stubs")}, nowhere, str(own)) == "one cuDNN"
+    assert checks.one_cudnn({"CUDNN_HOME": str(cudnn)}, nowhere, str(cudnn)) == "one cuDNN"
+    assert checks.one_cudnn({"CUDA_HOME": str(tmp_path / "stubs")}, nowhere, str(cudnn)) == "one cuDNN"
     with pytest.raises(Bad, match=r"libcudnn\.so\.8 \(CUDA_HOME\); do not load the site's CUDA or cuDNN modules"):
-        checks.one_cudnn({"CUDA_HOME": str(site)}, nowhere, str(own))
+        checks.one_cudnn({"CUDA_HOME": str(site)}, nowhere, str(cudnn))
     with pytest.raises(Bad, match=r"libcudnn\.so\.8 \(LD_LIBRARY_PATH\)"):
-        checks.one_cudnn({"LD_LIBRARY_PATH": f"/none:{site / 'targets' / 'lib'}"}, nowhere, str(own))
+        checks.one_cudnn({"LD_LIBRARY_PATH": f"/none:{site / 'targets' / 'lib'}"}, nowhere, str(cudnn))
     with pytest.raises(Bad, match=r"libcudnn\.so\.8 \(/"):
-        checks.one_cudnn({}, str(site), str(own))
+        checks.one_cudnn({}, str(site), str(cudnn))
 
 
 def test_a_compiler_and_python_s_headers_are_wanted(tmp_path: Path) -> None:
@@ -350,11 +350,11 @@ def test_the_links_between_processes_are_measured() -> None:
     processes = [context.Process(target=_rank, args=(rank, 4, port, results)) for rank in range(4)]
     for process in processes:
         process.start()
-    got = [results.get(timeout=300) for _ in processes]
+    of_ranks = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
-    assert sorted(found[:3] for found in got) == [(rank, {}, ["node0", "node1"]) for rank in range(4)]
+    assert sorted(of_rank[:3] for of_rank in of_ranks) == [(rank, {}, ["node0", "node1"]) for rank in range(4)]
     # Rank 0 prints what the check of two nodes reads (docs/gpu_checks.md, rung 3).
-    (_, _, _, line), *others = sorted(got)
+    (_, _, _, line), *others = sorted(of_ranks)
     assert len(small_run.links(line)) == 1 and "; between nodes: node0-node1 " in line
     assert {text for *_, text in others} == {""}

@@ -96,7 +96,7 @@ from recipes.preflight import checks, fit, planner, stages
 from recipes.preflight.report import Report, Settings
 
 folder, cases, impossible, output = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
-found = {}
+results = {}
 planners = []
 create = planner.Planner.__init__
 
@@ -197,7 +197,7 @@ with initialize_config_dir(folder, version_base="1.3"):
     for name, (overrides, goal, most) in cases.items():
         planner.MOST_RESULTS = most
         answer = answered(overrides, goal)
-        found[name] = {
+        results[name] = {
             "own": plan.as_json(answer["own"]),
             "own_refused": answer["own_refused"],
             "plans": [plan.as_json(entry) for entry in answer["plans"]],
@@ -206,19 +206,19 @@ with initialize_config_dir(folder, version_base="1.3"):
             "apart": [entry.apart for entry in answer["plans"]],
             "responses": [entry.config.rollout.max_response_tokens for entry in answer["plans"]],
         }
-        for n, entry in enumerate(found[name]["plans"]):
+        for n, entry in enumerate(results[name]["plans"]):
             changed = {word.partition("=")[0] for word in entry["overrides"]}
             given = [word for word in overrides if word.partition("=")[0] not in changed]
             entry["preflight"] = checked([*given, *entry["overrides"]], everything=n == 0)
         if name == "small":
             whole = planners[-1].whole(1, 0, answer["plans"][0].config.rollout.max_response_tokens)
-            found[name]["exhaustive"] = exhaustive(whole, planners[-1])
-            found[name]["bounds"] = bounds(whole, planners[-1])
-            found[name]["refusals"] = refusals_of(planners[-1])
-            found[name]["outer stages"] = outer_stages(planners[-1])
+            results[name]["exhaustive"] = exhaustive(whole, planners[-1])
+            results[name]["bounds"] = bounds(whole, planners[-1])
+            results[name]["refusals"] = refusals_of(planners[-1])
+            results[name]["outer stages"] = outer_stages(planners[-1])
         if name == "three nodes":
             response = answer["plans"][0].config.rollout.max_response_tokens
-            found[name]["exhaustive"] = exhaustive_apart(3, response, planners[-1])
+            results[name]["exhaustive"] = exhaustive_apart(3, response, planners[-1])
     refusals = {}
     for name, (overrides, goal, words) in impossible.items():
         try:
@@ -226,7 +226,7 @@ with initialize_config_dir(folder, version_base="1.3"):
             refusals[name] = None
         except ConfigError as error:
             refusals[name] = str(error)
-json.dump({"cases": found, "refusals": refusals}, open(output, "w"))
+json.dump({"cases": results, "refusals": refusals}, open(output, "w"))
 """
 
 
@@ -245,14 +245,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(answers: dict[str, Any]) -> dict[str, Any]:
+def cases(answers: dict[str, Any]) -> dict[str, Any]:
     return answers["cases"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_layout_passes_the_preflight_and_has_the_memory_that_is_printed(case: str, found: dict[str, Any]) -> None:
-    assert found[case]["plans"]
-    for plan in found[case]["plans"]:
+def test_each_layout_passes_the_preflight_and_has_the_memory_that_is_printed(case: str, cases: dict[str, Any]) -> None:
+    assert cases[case]["plans"]
+    for plan in cases[case]["plans"]:
         preflight = plan["preflight"]
         assert preflight["failed"] == [], plan["overrides"]
         assert max(preflight["total"], preflight["engine"]) == pytest.approx(plan["fullest_gib"], abs=0.001)
@@ -263,8 +263,8 @@ def test_each_layout_passes_the_preflight_and_has_the_memory_that_is_printed(cas
             assert f"steps of {plan['seconds']:.0f} s" in line
 
 
-def test_the_order_is_that_of_an_exhaustive_search(found: dict[str, Any]) -> None:
-    small = found["small"]
+def test_the_order_is_that_of_an_exhaustive_search(cases: dict[str, Any]) -> None:
+    small = cases["small"]
     seconds = [plan["seconds"] for plan in small["plans"]]
     assert len(small["exhaustive"]) > 3
     assert seconds == pytest.approx(small["exhaustive"][: len(seconds)])
@@ -273,8 +273,8 @@ def test_the_order_is_that_of_an_exhaustive_search(found: dict[str, Any]) -> Non
     assert len({str(layout) for layout in layouts}) == len(layouts)
 
 
-def test_engines_apart_are_ordered_as_by_an_exhaustive_search_of_all_divisions(found: dict[str, Any]) -> None:
-    three = found["three nodes"]
+def test_engines_apart_are_ordered_as_by_an_exhaustive_search_of_all_divisions(cases: dict[str, Any]) -> None:
+    three = cases["three nodes"]
     apart = [plan["seconds"] for plan, is_apart in zip(three["plans"], three["apart"], strict=True) if is_apart]
     assert len(apart) == 7
     assert apart == pytest.approx(three["exhaustive"][:7])
@@ -283,9 +283,9 @@ def test_engines_apart_are_ordered_as_by_an_exhaustive_search_of_all_divisions(f
     assert trainers == {"cluster.nodes=1", "cluster.nodes=2"}
 
 
-def test_both_kinds_are_found_and_only_engines_apart_are_one_step_ahead(found: dict[str, Any]) -> None:
+def test_both_kinds_are_found_and_only_engines_apart_are_one_step_ahead(cases: dict[str, Any]) -> None:
     for name, nodes in (("three nodes", 3), ("divided", 2)):
-        case = found[name]
+        case = cases[name]
         assert case["all_nodes"] == nodes and set(case["nodes"]) == {nodes}
         half = len(case["plans"]) // 2
         assert case["apart"].count(True) == case["apart"].count(False) == half > 0
@@ -299,8 +299,8 @@ def test_both_kinds_are_found_and_only_engines_apart_are_one_step_ahead(found: d
                 assert not offload and correction == "token_truncated"
 
 
-def test_a_run_that_is_divided_is_planned_in_both_ways(found: dict[str, Any]) -> None:
-    divided = found["divided"]
+def test_a_run_that_is_divided_is_planned_in_both_ways(cases: dict[str, Any]) -> None:
+    divided = cases["divided"]
     assert divided["own"] is not None and divided["own"]["overrides"] == []
     back = next(plan for plan, apart in zip(divided["plans"], divided["apart"], strict=True) if not apart)
     wanted = {
@@ -313,31 +313,31 @@ def test_a_run_that_is_divided_is_planned_in_both_ways(found: dict[str, Any]) ->
     assert wanted <= set(back["overrides"])
 
 
-def test_engines_apart_have_the_largest_cache_that_their_gpus_leave_room_for(found: dict[str, Any]) -> None:
+def test_engines_apart_have_the_largest_cache_that_their_gpus_leave_room_for(cases: dict[str, Any]) -> None:
     """Within a GiB of what is left of 120 GiB, less the 6 that stay free."""
-    for plan, apart in zip(found["three nodes"]["plans"], found["three nodes"]["apart"], strict=True):
+    for plan, apart in zip(cases["three nodes"]["plans"], cases["three nodes"]["apart"], strict=True):
         if apart:
             assert 113 < plan["preflight"]["engine"] <= 114
 
 
-def test_what_excludes_engines_apart_or_the_own_layout_is_said(found: dict[str, Any]) -> None:
-    refusals = found["small"]["refusals"]
+def test_what_excludes_engines_apart_or_the_own_layout_is_said(cases: dict[str, Any]) -> None:
+    refusals = cases["small"]["refusals"]
     assert "rollout.staleness=1" in refusals["own"] and "cluster.engine_nodes=0" in refusals["own"]
     assert refusals["divisions"] == 0
     assert "rewards.placement=colocated" in refusals["apart"]
 
 
-def test_a_runs_own_numbers_of_layers_are_tried_beside_an_even_share(found: dict[str, Any]) -> None:
-    tried = found["small"]["outer stages"]
+def test_a_runs_own_numbers_of_layers_are_tried_beside_an_even_share(cases: dict[str, Any]) -> None:
+    tried = cases["small"]["outer stages"]
     assert tried["(2, 1)"] == [[None, None], [12, None]]
     assert tried["(2, 2)"] == tried["(4, 1)"] == [[None, None]]
     assert "parallel.first_stage_layers=null" in tried["even"]
     assert not any("pipeline" in word for word in tried["even"])
 
 
-def test_the_bound_of_memory_is_below_the_models_and_near_them(found: dict[str, Any]) -> None:
-    assert found["small"]["bounds"]
-    for layout, least, built in found["small"]["bounds"]:
+def test_the_bound_of_memory_is_below_the_models_and_near_them(cases: dict[str, Any]) -> None:
+    assert cases["small"]["bounds"]
+    for layout, least, built in cases["small"]["bounds"]:
         for name in ("weights", "gradients", "optimizer", "activations", "logits", "workspace"):
             assert least[name] <= built[name], (layout, name)
         # What is left out is the tower, whose weights are a tenth of the model's, and the workspace's largest matrix.
@@ -346,8 +346,8 @@ def test_the_bound_of_memory_is_below_the_models_and_near_them(found: dict[str, 
         ), layout
 
 
-def test_seconds_are_the_sum_of_the_phases(found: dict[str, Any]) -> None:
-    for case in found.values():
+def test_seconds_are_the_sum_of_the_phases(cases: dict[str, Any]) -> None:
+    for case in cases.values():
         for plan, apart in zip(case["plans"], case["apart"], strict=True):
             phases = dict(plan["phases"])
             parts = [phases.pop(name) for name in TRAINING_PARTS]
@@ -363,10 +363,10 @@ def test_seconds_are_the_sum_of_the_phases(found: dict[str, Any]) -> None:
             assert plan["seconds"] < 0.9 * (sync + generating + training)
 
 
-def test_the_goal_of_few_gpus_wants_the_fewest_nodes_first(found: dict[str, Any]) -> None:
-    nodes = found["fewest"]["nodes"]
+def test_the_goal_of_few_gpus_wants_the_fewest_nodes_first(cases: dict[str, Any]) -> None:
+    nodes = cases["fewest"]["nodes"]
     assert nodes == sorted(nodes) and nodes[0] == 1
-    plans = found["fewest"]["plans"]
+    plans = cases["fewest"]["plans"]
     on_one = [plan["seconds"] for plan, count in zip(plans, nodes, strict=True) if count == 1]
     assert on_one == sorted(on_one)
     for plan, count in zip(plans, nodes, strict=True):
@@ -374,11 +374,11 @@ def test_the_goal_of_few_gpus_wants_the_fewest_nodes_first(found: dict[str, Any]
             assert {"cluster.nodes=1", "cluster.ranks=8"} <= set(plan["overrides"])
 
 
-def test_the_goal_of_a_long_context_wants_the_longest_responses_first(found: dict[str, Any]) -> None:
-    responses = found["longest"]["responses"]
+def test_the_goal_of_a_long_context_wants_the_longest_responses_first(cases: dict[str, Any]) -> None:
+    responses = cases["longest"]["responses"]
     assert responses == sorted(responses, reverse=True)
     assert responses[0] > 8192
-    for plan, response in zip(found["longest"]["plans"], responses, strict=True):
+    for plan, response in zip(cases["longest"]["plans"], responses, strict=True):
         assert (f"rollout.max_response_tokens={response}" in plan["overrides"]) == (response != 8192)
 
 

@@ -171,12 +171,12 @@ def test_a_real_vllm_server_gives_the_trainers_scores_to_the_verifier(
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     folder = str(runs["dp2"] / "hf")
     base = OmegaConf.load(tiny.ROOT / "conf" / "rewards" / "base.yaml")
-    own = {
+    rewards = {
         "mix": {"l": {"preferred": 1.0}},
         "verifiers": {"preferred": {"template": "scalar", "server": "scalar"}},
         "servers": {"scalar": {"model": folder, "runner": "pooling", "port": free_port()}},
     }
-    config = settings.read(OmegaConf.merge(base, OmegaConf.create(own)))  # type: ignore[arg-type]
+    config = settings.read(OmegaConf.merge(base, OmegaConf.create(rewards)))  # type: ignore[arg-type]
     (server,) = settings.servers(config).values()
     arguments = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
     supervisor = Supervisor([JudgeServer(server, 0, tmp_path / "server.log", None, arguments)], config.supervisor)

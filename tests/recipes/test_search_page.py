@@ -40,11 +40,11 @@ from tests.rollout.fake_searcher import CORPUS, HF_TOKENIZER, HOSTILE, QUESTION,
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the model's tokenizer, and a corpus."""
-    made = tmp_path_factory.mktemp("search_page")
-    HF_TOKENIZER.save_pretrained(made / "model")
+    folder = tmp_path_factory.mktemp("search_page")
+    HF_TOKENIZER.save_pretrained(folder / "model")
     rows = [json.dumps({"id": document.id, "text": document.text}) for document in CORPUS]
-    (made / "corpus.jsonl").write_text("\n".join(rows))
-    return made
+    (folder / "corpus.jsonl").write_text("\n".join(rows))
+    return folder
 
 
 def with_writer(
@@ -58,8 +58,8 @@ def with_writer(
         fakes = FakeServers(fake, FakeValues(fake, lambda text: ()), str(folder / "model"))
         async with asyncio.timeout(300), fakes.running() as (generator, _):
             overrides = ["rollout.environment.settings.results=2", "deliberation.samples=3"]
-            own = {"generator": generator, "search": str(folder / "corpus.jsonl")}
-            setup = read_setup(own, [*overrides, "deliberation.max_tokens=500", "guidance.max_tokens=400"])
+            options = {"generator": generator, "search": str(folder / "corpus.jsonl")}
+            setup = read_setup(options, [*overrides, "deliberation.max_tokens=500", "guidance.max_tokens=400"])
             async with open_writer(setup) as writer:
                 await test(fake, setup, writer, Conversation(searches=True))
 
@@ -109,8 +109,8 @@ def test_own_documents_are_searched_in_their_session_alone_until_they_are_remove
     async def test(model: FakeSearcher, setup: Setup, writer: Writer, conversation: Conversation) -> None:
         ann, bob = (Conversation(searches=True, session=name) for name in ("ann", "bob"))
         await writer.library.add("ann", "notes.txt", OWN_TEXT.encode())
-        (own,) = sources_of(await asked(writer, ann))
-        assert own == "own/notes.txt"
+        (source,) = sources_of(await asked(writer, ann))
+        assert source == "own/notes.txt"
         assert "norland" in sources_of(await asked(writer, bob))
         await writer.library.remove("ann", "notes.txt")
         assert writer.library.by_session == {}

@@ -101,12 +101,12 @@ class World:
 
 
 def setup_of(generator: str, values_at: str | None, *overrides: str) -> Setup:
-    own = {"generator": generator} | ({} if values_at is None else {"values": values_at})
-    return read_setup(own, ["guidance.values.principles=[safety,value]", "guidance.log=null", *overrides])
+    options = {"generator": generator} | ({} if values_at is None else {"values": values_at})
+    return read_setup(options, ["guidance.values.principles=[safety,value]", "guidance.log=null", *overrides])
 
 
 @asynccontextmanager
-async def world(has_values: bool, *overrides: str) -> AsyncGenerator[World, None]:
+async def open_world(has_values: bool, *overrides: str) -> AsyncGenerator[World, None]:
     model = FakeThinker()
     fakes = FakeServers(model, FakeValues(model, values))
     async with fakes.running() as (generator, values_at):
@@ -117,8 +117,8 @@ async def world(has_values: bool, *overrides: str) -> AsyncGenerator[World, None
 
 def with_world(test: Callable[[World], Awaitable[None]], *overrides: str, has_values: bool = False) -> None:
     async def run() -> None:
-        async with asyncio.timeout(300), world(has_values, *overrides) as made:
-            await test(made)
+        async with asyncio.timeout(300), open_world(has_values, *overrides) as world:
+            await test(world)
 
     asyncio.run(run())
 
@@ -140,8 +140,8 @@ def with_world(test: Callable[[World], Awaitable[None]], *overrides: str, has_va
     ],
 )
 def test_thinking_and_answer_are_told_apart(text: str, opens: bool, thinking: str | None, answer: str | None) -> None:
-    found = sections(text, opens, MARKS)
-    shown = [None if section is None else text[slice(*section)] for section in (found.thinking, found.answer)]
+    spans = sections(text, opens, MARKS)
+    shown = [None if section is None else text[slice(*section)] for section in (spans.thinking, spans.answer)]
     assert shown == [thinking, answer]
 
 
@@ -157,17 +157,17 @@ def test_a_diff_holds_both_texts(before: str, after: str, is_long: bool) -> None
 
 
 def test_an_answer_with_and_without_values() -> None:
-    async def test(made: World) -> None:
-        branch = await made.asked()
+    async def test(world: World) -> None:
+        branch = await world.asked()
         assert branch.text == WRITTEN
         assert branch.finish_reason == "stop" and branch.notice is None
         # The tokens are those that the model wrote, its end among them.
-        assert branch.token_ids == (*made.model.tokenizer.encode(WRITTEN), EOS)
-        ((prompt, options),) = made.model.requests
-        assert prompt == made.model.tokenizer.encode(BEGIN + QUESTION)
-        assert options.get("temperature") == made.writer.page.temperature
+        assert branch.token_ids == (*world.model.tokenizer.encode(WRITTEN), EOS)
+        ((prompt, options),) = world.model.requests
+        assert prompt == world.model.tokenizer.encode(BEGIN + QUESTION)
+        assert options.get("temperature") == world.writer.page.temperature
         scored = [passage for passage in branch.passages if passage.values is not None]
-        if made.writer.guide is None:
+        if world.writer.guide is None:
             assert scored == []
             return
         assert "".join(passage.text for passage in scored) == WRITTEN
@@ -181,121 +181,121 @@ def test_an_answer_with_and_without_values() -> None:
 
 
 def test_an_edit_keeps_the_tokens_before_it_and_the_model_goes_on_from_it() -> None:
-    async def test(made: World) -> None:
-        first = await made.asked()
+    async def test(world: World) -> None:
+        first = await world.asked()
         before = replace(first, passages=list(first.passages))
         edited = edited_text(EDITED)
-        branch = await made.continued(0, edited)
+        branch = await world.continued(0, edited)
         assert branch.text == edited + AFTER_THOUGHT
         assert (branch.parent, branch.edited, branch.finish_reason) == (0, edited, "stop")
-        assert made.conversation.turns[0].chosen == 1
+        assert world.conversation.turns[0].chosen == 1
         # The former branch is as it was.
-        assert made.conversation.turns[0].branches[0] == before
+        assert world.conversation.turns[0].branches[0] == before
         # What the model was asked: the prompt, the tokens before the edit as it wrote them, and the edit's.
-        prompt = made.model.tokenizer.encode(BEGIN + QUESTION)
-        kept = made.model.tokenizer.encode(f"<think>{THOUGHT.partition(' Mind')[0]}")
+        prompt = world.model.tokenizer.encode(BEGIN + QUESTION)
+        kept = world.model.tokenizer.encode(f"<think>{THOUGHT.partition(' Mind')[0]}")
         assert first.token_ids[: len(kept)] == tuple(kept)
-        tail = made.model.tokenizer.encode(" But I mind that" + THOUGHT.partition("Mind this")[2])
-        assert made.model.requests[-1][0] == [*prompt, *kept, *tail]
+        tail = world.model.tokenizer.encode(" But I mind that" + THOUGHT.partition("Mind this")[2])
+        assert world.model.requests[-1][0] == [*prompt, *kept, *tail]
         assert branch.token_ids[: len(kept) + len(tail)] == (*kept, *tail)
         by_person = [passage.text for passage in branch.passages if passage.origin == PERSON]
         assert by_person == [edited[len("<think>" + THOUGHT.partition(" Mind")[0]) :]]
         # Whole sentences that are kept keep their values.
-        if made.writer.guide is not None:
+        if world.writer.guide is not None:
             assert [passage.values for passage in branch.passages[:2]] == [each.values for each in first.passages[:2]]
 
         # An edit of the answer, and of an edited branch.
-        answered = await made.continued(0, f"<think>{THOUGHT}</think>Use cold water.")
+        answered = await world.continued(0, f"<think>{THOUGHT}</think>Use cold water.")
         assert answered.text == f"<think>{THOUGHT}</think>Use cold water.{AFTER_ANSWER}"
-        again = await made.continued(1, edited[:-10])
+        again = await world.continued(1, edited[:-10])
         assert again.text == edited[:-10] + AFTER_THOUGHT and again.parent == 1
-        assert len(made.conversation.turns[0].branches) == 4
+        assert len(world.conversation.turns[0].branches) == 4
 
     with_world(test)
     with_world(test, has_values=True)
 
 
 def test_a_stopped_answer_goes_on_where_it_was() -> None:
-    async def test(made: World) -> None:
-        made.model.gate = asyncio.Semaphore(9)
-        made.writer.ask(made.conversation, QUESTION)
-        branch = made.conversation.turns[0].branches[0]
+    async def test(world: World) -> None:
+        world.model.gate = asyncio.Semaphore(9)
+        world.writer.ask(world.conversation, QUESTION)
+        branch = world.conversation.turns[0].branches[0]
         async with asyncio.timeout(60):
             while len(branch.token_ids) < 9:
                 await asyncio.sleep(0.002)
         with pytest.raises(Refused, match="an answer is under way"):
-            made.writer.ask(made.conversation, QUESTION)
+            world.writer.ask(world.conversation, QUESTION)
         with pytest.raises(Refused, match="an answer is under way"):
-            await made.writer.continue_from(made.conversation, 0, 0, "<think>Else")
-        made.writer.stop(made.conversation)
-        await made.finished()
+            await world.writer.continue_from(world.conversation, 0, 0, "<think>Else")
+        world.writer.stop(world.conversation)
+        await world.finished()
         assert branch.finish_reason == STOPPED
         written = branch.token_ids
-        assert len(written) == 9 and branch.text == made.model.tokenizer.decode(written)
+        assert len(written) == 9 and branch.text == world.model.tokenizer.decode(written)
         async with asyncio.timeout(60):
-            while made.fakes.open_streams:
+            while world.fakes.open_streams:
                 await asyncio.sleep(0.002)
-        made.model.gate = None
-        await made.writer.go_on(made.conversation, 0, 0)
-        await made.finished()
+        world.model.gate = None
+        await world.writer.go_on(world.conversation, 0, 0)
+        await world.finished()
         assert (branch.text, branch.finish_reason) == (WRITTEN, "stop")
         assert branch.token_ids[:9] == written
-        assert made.writer.under_way == 0
+        assert world.writer.under_way == 0
         # Stopped before it began.
-        made.writer.ask(made.conversation, QUESTION)
-        made.writer.stop(made.conversation)
-        await made.finished()
-        assert made.conversation.turns[1].branches[0].finish_reason == STOPPED
-        assert made.writer.under_way == 0
+        world.writer.ask(world.conversation, QUESTION)
+        world.writer.stop(world.conversation)
+        await world.finished()
+        assert world.conversation.turns[1].branches[0].finish_reason == STOPPED
+        assert world.writer.under_way == 0
 
     with_world(test)
 
 
 def test_a_failing_server_is_said_and_the_answer_can_go_on() -> None:
-    async def test(made: World) -> None:
-        made.fakes.fail_after = 5
-        branch = await made.asked()
+    async def test(world: World) -> None:
+        world.fakes.fail_after = 5
+        branch = await world.asked()
         assert branch.finish_reason == STOPPED and branch.notice is not None
         assert 0 < len(branch.token_ids) <= 5
-        made.fakes.fail_after = None
-        await made.writer.go_on(made.conversation, 0, 0)
-        await made.finished()
+        world.fakes.fail_after = None
+        await world.writer.go_on(world.conversation, 0, 0)
+        await world.finished()
         assert (branch.text, branch.notice) == (WRITTEN, None)
 
     with_world(test)
 
 
 def test_what_is_too_much_is_refused_and_changes_nothing() -> None:
-    async def test(made: World) -> None:
-        conversation = made.conversation
+    async def test(world: World) -> None:
+        conversation = world.conversation
         for message, why in (("x" * 201, "may have 200"), (" \n", "empty")):
             with pytest.raises(Refused, match=why):
-                made.writer.ask(conversation, message)
+                world.writer.ask(conversation, message)
         assert conversation.turns == []
-        await made.asked()
+        await world.asked()
         with pytest.raises(Refused, match="may have 200"):
-            await made.writer.continue_from(conversation, 0, 0, "x" * 201)
-        await made.continued(0, "<think>Else")
+            await world.writer.continue_from(conversation, 0, 0, "x" * 201)
+        await world.continued(0, "<think>Else")
         with pytest.raises(Refused, match="at most 2 answers"):
-            await made.writer.continue_from(conversation, 0, 0, "<think>Else")
-        await made.asked()
+            await world.writer.continue_from(conversation, 0, 0, "<think>Else")
+        await world.asked()
         with pytest.raises(Refused, match="at most 2 messages"):
-            made.writer.ask(conversation, QUESTION)
+            world.writer.ask(conversation, QUESTION)
         assert [len(turn.branches) for turn in conversation.turns] == [2, 1]
 
-        made.model.gate = asyncio.Semaphore(0)
+        world.model.gate = asyncio.Semaphore(0)
         others = [Conversation() for _ in range(4)]
         for other in others[:3]:
-            made.writer.ask(other, QUESTION)
+            world.writer.ask(other, QUESTION)
         with pytest.raises(Refused, match="3 answers are under way"):
-            made.writer.ask(others[3], QUESTION)
+            world.writer.ask(others[3], QUESTION)
         for other in others[:3]:
-            made.writer.stop(other)
+            world.writer.stop(other)
         async with asyncio.timeout(60):
-            while made.writer.under_way:
+            while world.writer.under_way:
                 await asyncio.sleep(0.002)
-        made.writer.ask(others[3], QUESTION)
-        made.writer.stop(others[3])
+        world.writer.ask(others[3], QUESTION)
+        world.writer.stop(others[3])
 
     limits = ("page.max_characters=200", "page.max_turns=2", "page.max_branches=2", "page.max_answers=3")
     with_world(test, *limits)
@@ -304,19 +304,19 @@ def test_what_is_too_much_is_refused_and_changes_nothing() -> None:
 def test_many_conversations_at_once_lose_no_token() -> None:
     """Each has its own question and answer, with the stream's tokens in chunks of several."""
 
-    async def test(made: World) -> None:
-        made.model.merge = 3
+    async def test(world: World) -> None:
+        world.model.merge = 3
         conversations = [Conversation() for _ in range(50)]
         for place, conversation in enumerate(conversations):
-            made.writer.ask(conversation, f"How do I clean drain {place}?")
+            world.writer.ask(conversation, f"How do I clean drain {place}?")
         async with asyncio.timeout(120):
-            while made.writer.under_way:
+            while world.writer.under_way:
                 await asyncio.sleep(0.01)
         for place, conversation in enumerate(conversations):
             (branch,) = conversation.turns[0].branches
             assert (branch.text, branch.finish_reason, branch.notice) == (WRITTEN, "stop", None)
-            assert branch.token_ids == (*made.model.tokenizer.encode(WRITTEN), EOS)
-            asked = made.model.tokenizer.decode(conversation.turns[0].prompt_ids)
+            assert branch.token_ids == (*world.model.tokenizer.encode(WRITTEN), EOS)
+            asked = world.model.tokenizer.decode(conversation.turns[0].prompt_ids)
             assert asked == f"{BEGIN}How do I clean drain {place}?"
 
     with_world(test)
@@ -324,14 +324,14 @@ def test_many_conversations_at_once_lose_no_token() -> None:
 
 
 def test_a_longer_conversation_has_the_answers_that_were_chosen_without_thinking() -> None:
-    async def test(made: World) -> None:
-        await made.asked()
-        await made.continued(0, edited_text(EDITED))
-        await made.asked("And the sink?")
-        turns = made.conversation.turns
+    async def test(world: World) -> None:
+        await world.asked()
+        await world.continued(0, edited_text(EDITED))
+        await world.asked("And the sink?")
+        turns = world.conversation.turns
         expected = [("user", QUESTION), ("assistant", CORRECTED), ("user", "And the sink?")]
         assert messages(turns, MARKS) == [{"role": role, "content": text} for role, text in expected]
-        asked = made.model.tokenizer.decode(made.model.requests[-1][0])
+        asked = world.model.tokenizer.decode(world.model.requests[-1][0])
         assert asked == BEGIN + QUESTION + CORRECTED + "And the sink?"
         turns[0].chosen = 0
         assert messages(turns, MARKS)[1]["content"] == ANSWER
@@ -340,68 +340,70 @@ def test_a_longer_conversation_has_the_answers_that_were_chosen_without_thinking
 
 
 def test_an_edit_of_an_earlier_answer_begins_a_branch_and_later_messages_stay_in_the_former_one() -> None:
-    async def test(made: World) -> None:
-        conversation = made.conversation
-        await made.asked()
-        await made.asked("And the sink?")
-        await made.asked("And the bath?")
+    async def test(world: World) -> None:
+        conversation = world.conversation
+        await world.asked()
+        await world.asked("And the sink?")
+        await world.asked("And the bath?")
         former = conversation.turns
         edited = edited_text(EDITED)
-        branch = await made.continued(0, edited)
+        branch = await world.continued(0, edited)
         assert branch.text == edited + AFTER_THOUGHT
         # What was asked: the first message alone, the kept tokens and the edit.
-        asked = made.model.tokenizer.decode(made.model.requests[-1][0])
+        asked = world.model.tokenizer.decode(world.model.requests[-1][0])
         assert asked == BEGIN + QUESTION + edited
         assert [turn.message for turn in conversation.turns] == [QUESTION]
         assert turns_after(former[0].branches[0]) == former[1:]
-        await made.asked("And the roof?")
-        assert made.model.tokenizer.decode(made.model.requests[-1][0]) == BEGIN + QUESTION + CORRECTED + "And the roof?"
+        await world.asked("And the roof?")
+        assert (
+            world.model.tokenizer.decode(world.model.requests[-1][0]) == BEGIN + QUESTION + CORRECTED + "And the roof?"
+        )
 
         # Both branches are as they were left, and an edit in the middle of one changes nothing in the other.
-        made.writer.choose(conversation, 0, 0)
+        world.writer.choose(conversation, 0, 0)
         assert conversation.turns == former and conversation.turns[1] is former[1]
-        await made.writer.continue_from(conversation, 1, 0, f"<think>{THOUGHT}</think>Use cold water.")
-        await made.finished()
+        await world.writer.continue_from(conversation, 1, 0, f"<think>{THOUGHT}</think>Use cold water.")
+        await world.finished()
         assert [turn.message for turn in conversation.turns] == [QUESTION, "And the sink?"]
         assert conversation.turns[1].answer.text == f"<think>{THOUGHT}</think>Use cold water.{AFTER_ANSWER}"
-        asked = made.model.tokenizer.decode(made.model.requests[-1][0])
+        asked = world.model.tokenizer.decode(world.model.requests[-1][0])
         assert asked == f"{BEGIN}{QUESTION}{ANSWER}And the sink?<think>{THOUGHT}</think>Use cold water."
-        made.writer.choose(conversation, 0, 1)
+        world.writer.choose(conversation, 0, 1)
         assert [turn.message for turn in conversation.turns] == [QUESTION, "And the roof?"]
         # All branches count.
         assert conversation.asked == 4
         with pytest.raises(Refused, match="at most 4 messages, all of its branches"):
-            made.writer.ask(conversation, QUESTION)
+            world.writer.ask(conversation, QUESTION)
 
     with_world(test, "page.max_turns=4")
 
 
 def test_a_stopped_answer_that_a_message_follows_goes_on_in_a_branch_alone() -> None:
-    async def test(made: World) -> None:
-        made.fakes.fail_after = 5
-        await made.asked()
-        made.fakes.fail_after = None
-        stopped = made.conversation.turns[0].branches[0]
+    async def test(world: World) -> None:
+        world.fakes.fail_after = 5
+        await world.asked()
+        world.fakes.fail_after = None
+        stopped = world.conversation.turns[0].branches[0]
         text = stopped.text
-        await made.asked("And the sink?")
+        await world.asked("And the sink?")
         with pytest.raises(Refused, match="a later message follows"):
-            await made.writer.go_on(made.conversation, 0, 0)
-        assert (stopped.text, stopped.finish_reason, made.writer.under_way) == (text, STOPPED, 0)
-        branch = await made.continued(0, text)
+            await world.writer.go_on(world.conversation, 0, 0)
+        assert (stopped.text, stopped.finish_reason, world.writer.under_way) == (text, STOPPED, 0)
+        branch = await world.continued(0, text)
         assert (branch.text, branch.finish_reason) == (WRITTEN, "stop")
         # A stopped answer that is not chosen is when it goes on.
-        made.fakes.fail_after = 5
-        await made.continued(0, f"{text[:3]}")
-        made.fakes.fail_after = None
-        made.writer.choose(made.conversation, 0, 1)
-        await made.writer.go_on(made.conversation, 0, 2)
-        await made.finished()
-        assert made.conversation.turns[0].chosen == 2 and made.conversation.turns[0].answer.text == WRITTEN
-        made.model.gate = asyncio.Semaphore(0)
-        made.writer.ask(made.conversation, QUESTION)
+        world.fakes.fail_after = 5
+        await world.continued(0, f"{text[:3]}")
+        world.fakes.fail_after = None
+        world.writer.choose(world.conversation, 0, 1)
+        await world.writer.go_on(world.conversation, 0, 2)
+        await world.finished()
+        assert world.conversation.turns[0].chosen == 2 and world.conversation.turns[0].answer.text == WRITTEN
+        world.model.gate = asyncio.Semaphore(0)
+        world.writer.ask(world.conversation, QUESTION)
         with pytest.raises(Refused, match="under way"):
-            made.writer.choose(made.conversation, 0, 0)
-        made.writer.stop(made.conversation)
+            world.writer.choose(world.conversation, 0, 0)
+        world.writer.stop(world.conversation)
 
     with_world(test)
 
@@ -550,11 +552,11 @@ def test_without_a_token_only_this_machine_s_own_page_is_served() -> None:
 
 def test_with_a_token_a_session_signs_in_once() -> None:
     browser = client("tokén", "http://page.example")
-    own = {"Origin": "http://page.example"}
+    headers = {"Origin": "http://page.example"}
     first = browser.get("/")
     assert "the page" not in first.text and 'type="password"' in first.text
     assert browser.get("/else").status_code == 401
-    assert not has_socket(browser, **own)
+    assert not has_socket(browser, **headers)
     for wrong in ("", "token", "tokén ", "x" * MOST_BYTES):
         reply = browser.post("/sign-in", data={"token": wrong})
         assert reply.status_code == (413 if len(wrong) == MOST_BYTES else 401) and "the page" not in reply.text
@@ -567,7 +569,7 @@ def test_with_a_token_a_session_signs_in_once() -> None:
     assert (
         "httponly" in reply.headers["Set-Cookie"].lower() and "samesite=strict" in reply.headers["Set-Cookie"].lower()
     )
-    assert browser.get("/").text == "the page" and has_socket(browser, **own)
+    assert browser.get("/").text == "the page" and has_socket(browser, **headers)
     # Another person has another session.
     assert client("tokén", "http://page.example").get("/").text != "the page"
 
@@ -633,9 +635,9 @@ def test_a_run_s_verifiers_that_need_no_reference_judge_the_answers(tmp_path: Pa
     verifiers = read_setup({"run": str(tmp_path)}, []).verifiers
     assert list(verifiers) == [LETTERS, "brief", FAILS, "format"]
 
-    async def test(made: World) -> None:
-        made.writer.verifiers = verifiers
-        branch = await made.asked()
+    async def test(world: World) -> None:
+        world.writer.verifiers = verifiers
+        branch = await world.asked()
         # The function that raises for an odd number of characters has no verdict.
         assert len(WRITTEN) % 2
         assert {name: verdict.label for name, verdict in branch.verdicts.items()} == {

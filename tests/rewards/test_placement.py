@@ -31,8 +31,8 @@ def test_the_largest_take_the_emptiest_host() -> None:
 def test_the_least_number_of_hosts() -> None:
     """Of servers with 8, 8 and 2 GPUs; None where the largest fits nowhere. CPUs are shared."""
     servers = placement.servers_to_start(rewards("rewards.servers.safety.replicas=2"))
-    found = {gpus: placement.least_hosts(servers, gpus) for gpus in (4, 8, 10, 18, None)}
-    assert found == {4: None, 8: 3, 10: 2, 18: 1, None: 1}
+    hosts = {gpus: placement.least_hosts(servers, gpus) for gpus in (4, 8, 10, 18, None)}
+    assert hosts == {4: None, 8: 3, 10: 2, 18: 1, None: 1}
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -264,18 +264,18 @@ def test_no_attack_earns_an_honest_answers_share(name: str) -> None:
     honest = fmean(score(name, row, answer) for row, answer in cases)
     # Some of the search questions have no answer.
     assert honest > (0.5 if name == "search_accuracy" else 0.98)
-    found = {}
+    by_attack = {}
     for attack_name, attack in ATTACKS.items():
         kinds: dict[str, list[float]] = {}
         for place, (row, _) in enumerate(cases):
             earned = score(name, without_segments(row), attack(row, cases, place))
             kinds.setdefault(row["kind"], []).append(earned)
-        found[attack_name] = {kind: fmean(scores) for kind, scores in kinds.items()}
+        by_attack[attack_name] = {kind: fmean(scores) for kind, scores in kinds.items()}
     # Over kinds: one that is right for one kind of rows and wrong for others is not right by half.
-    means = {attack_name: fmean(of_kinds.values()) for attack_name, of_kinds in found.items()}
+    means = {attack_name: fmean(of_kinds.values()) for attack_name, of_kinds in by_attack.items()}
     limit = SHARES.get(name, DEFAULT_SHARE) * honest
     assert {attack_name: mean for attack_name, mean in means.items() if mean > limit} == {}
-    assert all(value <= honest for of_kinds in found.values() for value in of_kinds.values())
+    assert all(value <= honest for of_kinds in by_attack.values() for value in of_kinds.values())
 
 
 @pytest.mark.parametrize("attack", HARMFUL_ATTACKS)

@@ -46,26 +46,26 @@ def annotations(file: str, class_name: str) -> dict[str, str]:
 
 def literal(file: str, name: str) -> tuple[str, ...]:
     """The values of ``name = Literal[…]``."""
-    (found,) = (n for n in tree(file).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
-    assert isinstance(found.value, ast.Subscript) and ast.unparse(found.value.value) == "Literal"
-    values: tuple[str, ...] = ast.literal_eval(found.value.slice)
+    (assignment,) = (n for n in tree(file).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
+    assert isinstance(assignment.value, ast.Subscript) and ast.unparse(assignment.value.value) == "Literal"
+    values: tuple[str, ...] = ast.literal_eval(assignment.value.slice)
     return values
 
 
 def options() -> dict[str, bool]:
     """The options of `vllm serve` → whether a value follows. vLLM makes them of fields; a bool is a flag."""
-    found = {}
+    takes_value = {}
     for class_name in ("BaseFrontendArgs", "FrontendArgs"):
         for name, kind in annotations(FRONTEND, class_name).items():
-            found["--" + name.replace("_", "-")] = kind != "bool"
+            takes_value["--" + name.replace("_", "-")] = kind != "bool"
     kinds = annotations(ARGUMENTS, "EngineArgs")
     for call in ast.walk(the_class(ARGUMENTS, "EngineArgs")):
         if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("_group.add_argument"):
             names = [word.value for word in call.args if isinstance(word, ast.Constant)]
             long = [name for name in names if name.startswith("--")]
             for name in long:
-                found[name] = kinds.get(name.removeprefix("--").replace("-", "_")) != "bool"
-    return found
+                takes_value[name] = kinds.get(name.removeprefix("--").replace("-", "_")) != "bool"
+    return takes_value
 
 
 def server(arguments: list[str], runner: str, key_variable: str | None) -> Server:
@@ -74,18 +74,18 @@ def server(arguments: list[str], runner: str, key_variable: str | None) -> Serve
 
 def shipped_arguments() -> list[list[str]]:
     """``arguments`` of all servers in conf/."""
-    found = []
+    arguments = []
 
     def look(value: Any, under: tuple[str, ...]) -> None:
         if isinstance(value, Mapping):
             for name, inner in value.items():
                 look(inner, (*under, str(name)))
         elif under[-1] == "arguments" and any("server" in name for name in under):
-            found.append([str(word) for word in value])
+            arguments.append([str(word) for word in value])
 
     for file in CONF.rglob("*.yaml"):
         look(OmegaConf.to_container(OmegaConf.load(file), resolve=False), (str(file),))
-    return found
+    return arguments
 
 
 def faults(command: list[str]) -> list[str]:

@@ -53,8 +53,8 @@ def twin(name: str) -> Twin:
 
 def model(name: str, version: int) -> Any:
     """transformers' model with the weights of this version."""
-    made = twin(name).model(version - OLD)
-    return speculating.repeating(made) if name == "speculative" else made
+    hf_model = twin(name).model(version - OLD)
+    return speculating.repeating(hf_model) if name == "speculative" else hf_model
 
 
 class Engine:
@@ -106,20 +106,20 @@ class Engine:
             return of_good_weights
 
         self.weight_sync._checksums = checksums_then_corrupt  # type: ignore[method-assign]
-        found: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
         try:
             self.weight_sync.sync(NEW)
         except RuntimeError as error:  # of the engine, which is called directly
-            found["sync"] = str(error)
+            outcome["sync"] = str(error)
         self.weight_sync._checksums = checksums  # type: ignore[method-assign]
-        found["errors"] = [message.decode(errors="replace") for message in messages if message.startswith(ERROR)]
-        found["finished"] = len(messages) - len(found["errors"])
-        found["running"] = self.loop.llm.has_unfinished_requests() or self.loop.health()["unfinished_requests"]
+        outcome["errors"] = [message.decode(errors="replace") for message in messages if message.startswith(ERROR)]
+        outcome["finished"] = len(messages) - len(outcome["errors"])
+        outcome["running"] = self.loop.llm.has_unfinished_requests() or self.loop.health()["unfinished_requests"]
         try:
             self.loop.add_batch(requests, self.sampling, None, messages.append)
         except Refused as refused:
-            found["next"] = str(refused)
-        return found
+            outcome["next"] = str(refused)
+        return outcome
 
 
 def run(engine: Engine) -> dict[str, Any]:

@@ -94,19 +94,19 @@ def inputs(folder: Path) -> None:
     simulated_engines.activate()
     vllm.EngineArgs = partial(vllm.EngineArgs, quantization="fp8_per_block")  # type: ignore[misc, assignment]
     fp8.init_fp8_linear_kernel = lambda **arguments: None
-    found: dict[str, dict[int, list[int]]] = {}
+    inputs: dict[str, dict[int, list[int]]] = {}
     for name in RECIPES:
         config, _ = small(recipe(name))
         config.save_pretrained(folder / name)
         heads = config.get_text_config().num_attention_heads
-        found[name] = {}
+        inputs[name] = {}
         for tensor in (n for n in (1, 2, 4, 8) if heads % n == 0):
             engine = simulated_engines.engine_config(folder / name, "bfloat16", tensor, 1)
             with simulated_engines.worker(engine, 0, simulated_engines.META) as model:
                 methods = ((layer, getattr(layer, "quant_method", None)) for layer in model.modules())
                 layers = [layer for layer, method in methods if isinstance(method, fp8.OnlineLinearBase)]
-                found[name][tensor] = sorted({layer.input_size_per_partition for layer in layers})
-    (folder / "inputs.json").write_text(json.dumps(found))
+                inputs[name][tensor] = sorted({layer.input_size_per_partition for layer in layers})
+    (folder / "inputs.json").write_text(json.dumps(inputs))
 
 
 def plan(folder: Path, name: str, variant: str) -> Plan:

@@ -56,10 +56,15 @@ class UndefinedMemory:
 def floating_tensors() -> dict[int, torch.Tensor]:
     """All that are alive and have memory, one for each storage."""
     tensors = {}
-    for thing in gc.get_objects():
-        is_tensor = type(thing) is torch.Tensor or isinstance(thing, torch.nn.Parameter)
-        if is_tensor and thing.is_floating_point() and not thing.is_meta and thing.untyped_storage().nbytes():
-            tensors[thing.untyped_storage()._cdata] = thing
+    for candidate in gc.get_objects():
+        is_tensor = type(candidate) is torch.Tensor or isinstance(candidate, torch.nn.Parameter)
+        if (
+            is_tensor
+            and candidate.is_floating_point()
+            and not candidate.is_meta
+            and candidate.untyped_storage().nbytes()
+        ):
+            tensors[candidate.untyped_storage()._cdata] = candidate
     return tensors
 
 

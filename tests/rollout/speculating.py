@@ -103,7 +103,7 @@ def main(argument: str, folder: str) -> None:
     os.environ[engine_server.ENGINE_PID] = str(os.getpid())
     speculative = replace(EngineSettings.from_json(argument), loads_weights=True)
     without = replace(speculative.rollout, speculative=replace(speculative.rollout.speculative, method=None))
-    found = {
+    results = {
         "plain": said_by(replace(speculative, rollout=without)),
         "speculative": said_by(speculative),
         "expanded by vLLM": expanded_by_vllm(),
@@ -111,7 +111,7 @@ def main(argument: str, folder: str) -> None:
             torch.tensor([0.5, 0.0, 0.25]), torch.tensor([2, 3, 3]), 3, replace_to=1
         ).tolist(),
     }
-    Path(folder, "found.json").write_text(json.dumps(found))
+    Path(folder, "found.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

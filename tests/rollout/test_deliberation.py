@@ -151,14 +151,14 @@ def deliberator(model: FakeSearcher, turns: Turns = TURNS, **changes: Any) -> De
 
 
 async def deliberated(opened: Deliberator, samples: int = 3) -> tuple[Deliberation, list[ShownStep]]:
-    made = opened.deliberate(Question(MODEL, PROMPT, 500), samples)
-    return made, [step async for step in made.steps()]
+    deliberation = opened.deliberate(Question(MODEL, PROMPT, 500), samples)
+    return deliberation, [step async for step in deliberation.steps()]
 
 
 def test_both_votes_their_confidence_and_their_sources() -> None:
-    made, steps = asyncio.run(deliberated(deliberator(FakeSearcher())))
-    majority, weighted = made.conclusion(weighted=False), made.conclusion(weighted=True)
-    assert majority is not None and weighted is not None and made.chosen == weighted
+    deliberation, steps = asyncio.run(deliberated(deliberator(FakeSearcher())))
+    majority, weighted = deliberation.conclusion(weighted=False), deliberation.conclusion(weighted=True)
+    assert majority is not None and weighted is not None and deliberation.chosen == weighted
     assert (majority.answer, majority.samples, majority.share) == ("Tarn", (1, 2), pytest.approx(2 / 3))
     assert (majority.confidence, majority.is_certain) == (1.5, False)
     assert (weighted.answer, weighted.samples, weighted.share) == ("Veska", (0,), pytest.approx(9 / 12))
@@ -171,9 +171,9 @@ def test_both_votes_their_confidence_and_their_sources() -> None:
     assert HOSTILE in weighted.sources[0].text and weighted.sources[0].link is None
     assert [source.id for source in majority.sources] == ["https://sudland.example/a", "norland"]
     assert majority.sources[0].link == "https://sudland.example/a"
-    for sample, episode in enumerate(made.episodes):
+    for sample, episode in enumerate(deliberation.episodes):
         assert [step for step in steps if step.sample == sample] == episode.shown
-    summary = made.summary()
+    summary = deliberation.summary()
     assert summary["votes"]["majority"]["answer"] == "Tarn" and summary["vote"] == "confidence_weighted"
     assert [sample["legal"] for sample in summary["samples"]] == [True, True, True]
 
@@ -184,11 +184,11 @@ def test_many_questions_at_once_are_those_that_come_alone() -> None:
 
         async def one(place: int) -> tuple[str, list[str | None]]:
             prompt = tuple(HF_TOKENIZER.encode(f"Question {place}?", add_special_tokens=False))
-            made = opened.deliberate(Question(MODEL, prompt, 500), 3)
-            async for _ in made.steps():
+            deliberation = opened.deliberate(Question(MODEL, prompt, 500), 3)
+            async for _ in deliberation.steps():
                 pass
-            assert made.chosen is not None
-            return made.chosen.answer, [episode.answer for episode in made.episodes]
+            assert deliberation.chosen is not None
+            return deliberation.chosen.answer, [episode.answer for episode in deliberation.episodes]
 
         assert await asyncio.gather(*map(one, range(40))) == [("Veska", ["Veska", "Tarn", "Tarn"])] * 40
 
@@ -224,9 +224,9 @@ def test_a_sample_whose_search_failed_has_no_vote_and_all_of_them_are_an_error()
             raise Unavailable("it is gone")
 
     turns = Turns(Search(FailsToRead(), 1, 6), HF_TOKENIZER, 4)
-    made, _ = asyncio.run(deliberated(deliberator(FakeSearcher(), turns)))
-    assert made.episodes[0].finish_reason == "failed"
-    assert made.chosen is not None and made.chosen.answer == "Tarn"
+    deliberation, _ = asyncio.run(deliberated(deliberator(FakeSearcher(), turns)))
+    assert deliberation.episodes[0].finish_reason == "failed"
+    assert deliberation.chosen is not None and deliberation.chosen.answer == "Tarn"
     with pytest.raises(Unavailable, match="it is gone"):
         asyncio.run(deliberated(deliberator(FakeSearcher([SURE]), turns)))
     nothing, _ = asyncio.run(deliberated(deliberator(FakeSearcher([["<think>I do not know.</think>"]]))))

@@ -67,7 +67,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @asynccontextmanager
-async def world(
+async def open_world(
     root: str, scripts: Sequence[Sequence[str]], token: str | None, **changes: Any
 ) -> AsyncGenerator[World, None]:
     model = FakeSearcher(scripts)
@@ -89,15 +89,15 @@ def with_world(
     **changes: Any,
 ) -> None:
     async def run() -> None:
-        async with asyncio.timeout(300), world(root, scripts, token, **changes) as made:
-            await test(made)
+        async with asyncio.timeout(300), open_world(root, scripts, token, **changes) as world:
+            await test(world)
 
     asyncio.run(run())
 
 
 def test_a_chat_streamed_and_not_is_the_vote_s_answer_with_its_steps(tokenizer: str) -> None:
-    async def test(made: World) -> None:
-        whole: Any = await made.client.chat.completions.create(**ASKED)
+    async def test(world: World) -> None:
+        whole: Any = await world.client.chat.completions.create(**ASKED)
         assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == ("Veska", "stop")
         about = whole.deliberation
         assert {name: about["votes"][name]["answer"] for name in about["votes"]} == {
@@ -108,13 +108,13 @@ def test_a_chat_streamed_and_not_is_the_vote_s_answer_with_its_steps(tokenizer: 
         assert (source["id"], source["has_answer"], source["link"]) == ("norland", True, None)
         assert whole.usage.completion_tokens == sum(sample["tokens"] for sample in about["samples"]) > 0
         # The configured temperature, unless a request has one.
-        assert {options["temperature"] for _, options in made.fakes.model.requests} == {1.0}
+        assert {options["temperature"] for _, options in world.fakes.model.requests} == {1.0}
 
         chunks: list[Any] = []
         more: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5}
-        async for chunk in await made.client.chat.completions.create(**ASKED, **more):
+        async for chunk in await world.client.chat.completions.create(**ASKED, **more):
             chunks.append(chunk)
-        assert made.fakes.model.requests[-1][1]["temperature"] == 0.5
+        assert world.fakes.model.requests[-1][1]["temperature"] == 0.5
         *steps, last, usage = chunks
         assert usage.usage == whole.usage
         assert (last.choices[0].delta.content, last.choices[0].finish_reason) == ("Veska", "stop")
@@ -132,41 +132,41 @@ def test_a_chat_streamed_and_not_is_the_vote_s_answer_with_its_steps(tokenizer: 
         assert HOSTILE in sure[2]["documents"][0]["text"]
 
         # One sample is the first script alone.
-        made.fakes.model.begun.clear()
-        one: Any = await made.client.chat.completions.create(**ASKED, extra_body={"samples": 1})
+        world.fakes.model.begun.clear()
+        one: Any = await world.client.chat.completions.create(**ASKED, extra_body={"samples": 1})
         assert len(one.deliberation["samples"]) == 1
-        assert await made.get("/health") == (200, {"under_way": 0, "answers": 3, "without_answer": 0, "not_ended": 0})
-        assert await made.get("/v1/sources?id=norland") == (
+        assert await world.get("/health") == (200, {"under_way": 0, "answers": 3, "without_answer": 0, "not_ended": 0})
+        assert await world.get("/v1/sources?id=norland") == (
             200,
             {"id": "norland", "text": CORPUS[0].text, "link": None},
         )
-        status, body = await made.get("/v1/sources?id=../etc/passwd")
+        status, body = await world.get("/v1/sources?id=../etc/passwd")
         assert (status, body["error"]["message"]) == (404, "id='../etc/passwd': no such document")
-        assert (await made.client.models.list()).data[0].id == "fake"
+        assert (await world.client.models.list()).data[0].id == "fake"
 
     with_world(test, tokenizer)
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_disconnect_ends_the_requests_of_all_samples(tokenizer: str, is_streamed: bool) -> None:
-    async def test(made: World) -> None:
-        first = len(made.fakes.model.tokenizer.encode(SURE[0]))
-        made.fakes.model.gate = asyncio.Semaphore(3 * first)
+    async def test(world: World) -> None:
+        first = len(world.fakes.model.tokenizer.encode(SURE[0]))
+        world.fakes.model.gate = asyncio.Semaphore(3 * first)
         async with aiohttp.ClientSession() as session:
             body = ASKED | {"stream": is_streamed}
-            asked = asyncio.ensure_future(session.post(f"{made.address}/v1/chat/completions", json=body))
+            asked = asyncio.ensure_future(session.post(f"{world.address}/v1/chat/completions", json=body))
             if is_streamed:
                 assert b"think" in await (await asked).content.readline()
-            while made.fakes.model.gate._value or not made.fakes.open_streams:
+            while world.fakes.model.gate._value or not world.fakes.open_streams:
                 await asyncio.sleep(0.01)
             if is_streamed:
                 asked.result().close()
             else:
                 asked.cancel()
-        await made.streams_ended()
-        made.fakes.model.gate = None
-        assert (await made.client.chat.completions.create(**ASKED)).choices[0].finish_reason == "stop"
-        assert (await made.get("/health"))[1] == {"under_way": 0, "answers": 2, "without_answer": 0, "not_ended": 1}
+        await world.streams_ended()
+        world.fakes.model.gate = None
+        assert (await world.client.chat.completions.create(**ASKED)).choices[0].finish_reason == "stop"
+        assert (await world.get("/health"))[1] == {"under_way": 0, "answers": 2, "without_answer": 0, "not_ended": 1}
 
     with_world(test, tokenizer)
 
@@ -174,17 +174,17 @@ def test_a_disconnect_ends_the_requests_of_all_samples(tokenizer: str, is_stream
 def test_a_generator_that_dies_and_a_search_that_fails_are_errors_before_and_in_the_stream(
     tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test(made: World) -> None:
-        made.fakes.fail_after = 0
+    async def test(world: World) -> None:
+        world.fakes.fail_after = 0
         for is_streamed in (False, True):
             with pytest.raises(openai.InternalServerError) as raised:
-                await made.client.chat.completions.create(**ASKED, stream=is_streamed)
+                await world.client.chat.completions.create(**ASKED, stream=is_streamed)
             assert raised.value.status_code == 502
-        made.fakes.fail_after = len(made.fakes.model.tokenizer.encode(SURE[0])) - 5
+        world.fakes.fail_after = len(world.fakes.model.tokenizer.encode(SURE[0])) - 5
         with pytest.raises(openai.APIError, match=r"127\.0\.0\.1"):
-            async for _ in await made.client.chat.completions.create(**ASKED, stream=True):
+            async for _ in await world.client.chat.completions.create(**ASKED, stream=True):
                 pass
-        made.fakes.fail_after = None
+        world.fakes.fail_after = None
 
         def fails(*_: Any) -> Any:
             raise Unavailable("the search engine is gone")
@@ -192,25 +192,25 @@ def test_a_generator_that_dies_and_a_search_that_fails_are_errors_before_and_in_
         with monkeypatch.context() as patch:
             patch.setattr(search.Search, "reply", fails)
             with pytest.raises(openai.InternalServerError, match="the search engine is gone") as raised:
-                await made.client.chat.completions.create(**ASKED)
+                await world.client.chat.completions.create(**ASKED)
             assert (raised.value.status_code, raised.value.type) == (503, "search_error")
             with pytest.raises(openai.APIError, match="the search engine is gone"):
-                async for _ in await made.client.chat.completions.create(**ASKED, stream=True):
+                async for _ in await world.client.chat.completions.create(**ASKED, stream=True):
                     pass
-        await made.streams_ended()
-        assert (await made.client.chat.completions.create(**ASKED)).choices[0].message.content == "Veska"
+        await world.streams_ended()
+        assert (await world.client.chat.completions.create(**ASKED)).choices[0].message.content == "Veska"
 
     with_world(test, tokenizer, [SURE])
 
 
 def test_no_answer_is_said(tokenizer: str) -> None:
-    async def test(made: World) -> None:
-        reply: Any = await made.client.chat.completions.create(**ASKED)
+    async def test(world: World) -> None:
+        reply: Any = await world.client.chat.completions.create(**ASKED)
         assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("", "stop")
         assert reply.deliberation["votes"] == {"majority": None, "confidence_weighted": None}
-        short: Any = await made.client.chat.completions.create(**ASKED, max_tokens=5)
+        short: Any = await world.client.chat.completions.create(**ASKED, max_tokens=5)
         assert short.choices[0].finish_reason == "length"
-        assert (await made.get("/health"))[1]["without_answer"] == 2
+        assert (await world.get("/health"))[1]["without_answer"] == 2
 
     with_world(test, tokenizer, [["<think>I do not know.</think>"]])
 
@@ -231,10 +231,10 @@ def test_no_answer_is_said(tokenizer: str) -> None:
 def test_what_can_t_be_answered_is_an_error_of_openai_s_form(
     tokenizer: str, more: dict[str, Any], status: int, text: str
 ) -> None:
-    async def test(made: World) -> None:
+    async def test(world: World) -> None:
         for is_streamed in (False, True):
             with pytest.raises(openai.APIStatusError, match=text) as raised:
-                await made.client.chat.completions.create(**(ASKED | {"stream": is_streamed} | more))
+                await world.client.chat.completions.create(**(ASKED | {"stream": is_streamed} | more))
             assert raised.value.status_code == status
             assert set(raised.value.body) == {"message", "type", "param", "code"}
 
@@ -242,22 +242,22 @@ def test_what_can_t_be_answered_is_an_error_of_openai_s_form(
 
 
 def test_the_token_is_required_for_answers_and_sources(tokenizer: str) -> None:
-    async def test(made: World) -> None:
-        assert (await made.client.models.list()).data[0].id == "fake"
+    async def test(world: World) -> None:
+        assert (await world.client.models.list()).data[0].id == "fake"
         for path in ("/v1/models", "/v1/sources?id=norland", "/v1/chat/completions"):
-            assert (await made.get(path))[0] == 401
-        assert (await made.get("/health"))[0] == 200
+            assert (await world.get(path))[0] == 401
+        assert (await world.get("/health"))[0] == 200
 
     with_world(test, tokenizer, token="secret")
 
 
 def test_the_command_prints_steps_votes_and_sources(tokenizer: str) -> None:
-    async def test(made: World) -> None:
-        config = deliberation(generator__address=made.generator)
+    async def test(world: World) -> None:
+        config = deliberation(generator__address=world.generator)
         written = io.StringIO()
         console = Console(file=written, width=1000, highlight=False)
-        found = await ask(config, ENVIRONMENT, AskConfig(QUESTION, 5), console)
-        assert found is not None and found.answer == "Veska"
+        conclusion = await ask(config, ENVIRONMENT, AskConfig(QUESTION, 5), console)
+        assert conclusion is not None and conclusion.answer == "Veska"
         lines = written.getvalue().splitlines()
         place = next(i for i, line in enumerate(lines) if line.endswith("search: capital of Norland"))
         assert lines[place + 1].startswith("    → [norland] The capital of Norland is Veska.")
@@ -284,12 +284,12 @@ def test_what_is_not_as_it_must_be_is_named_at_the_start(tokenizer: str, tmp_pat
         with pytest.raises(ValueError, match="no text in it; give a folder"):
             await start(EnvironmentConfig("search", 3, corpus))
         elsewhere = corpus | {"corpus": None, "endpoint": "http://127.0.0.1:1"}
-        async with world(tokenizer, SCRIPTS, None) as made:
+        async with open_world(tokenizer, SCRIPTS, None) as world:
             with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1/search"):
-                await start(EnvironmentConfig("search", 3, elsewhere), generator__address=made.generator)
+                await start(EnvironmentConfig("search", 3, elsewhere), generator__address=world.generator)
             for folder in (str(tmp_path), "a/name-of-the-hub"):
                 with pytest.raises(ValueError, match=r"deliberation\.tokenizer: .* give the model's folder"):
-                    await start(generator__address=made.generator, tokenizer=folder)
+                    await start(generator__address=world.generator, tokenizer=folder)
 
     asyncio.run(run())
 

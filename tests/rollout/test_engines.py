@@ -250,9 +250,9 @@ def test_a_killed_engine_s_responses_are_made_by_the_other(world: World) -> None
     assert max(gap(response).max() for response in survived) < 2e-4
     assert [engine.alive for engine in world.engines] == [True, False]
     assert tokens(world.responses()) == tokens(undisturbed)
-    own = assign(requests, 2, SAMPLING)[0]
-    assert len(own) == 8
-    assert [survived[place] for place in own] == [undisturbed[place] for place in own], "bit for bit"
+    places = assign(requests, 2, SAMPLING)[0]
+    assert len(places) == 8
+    assert [survived[place] for place in places] == [undisturbed[place] for place in places], "bit for bit"
 
 
 def test_an_engine_that_hangs_is_killed_started_again_and_synced_and_makes_the_batch(world: World) -> None:
@@ -275,10 +275,10 @@ def test_an_engine_that_hangs_is_killed_started_again_and_synced_and_makes_the_b
     assert last_versions(responses) == {version, version + 1}
     assert tokens(responses) == tokens(world.undisturbed)
     assert max(gap(response).max() for response in responses) < 2e-4
-    own = assign(requests, 2, SAMPLING)[0]
-    asked = requests.select(own)
+    places = assign(requests, 2, SAMPLING)[0]
+    asked = requests.select(places)
     again = plain(in_order(asked.keys, world.engines[0].generate(asked, SAMPLING)))
-    assert without_versions(again) == [world.undisturbed[place] for place in own], (
+    assert without_versions(again) == [world.undisturbed[place] for place in places], (
         "the new process's bits are the old's"
     )
 

@@ -116,7 +116,7 @@ def test_a_reply_that_fails_is_told_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "message"),
+    ("name", "arguments", "message"),
     [
         ("serch", {}, r"rollout\.environment\.name='serch': no such environment .* use one of search"),
         ("no_such.module.function", {}, "no such environment"),
@@ -124,7 +124,7 @@ def test_a_reply_that_fails_is_told_with_its_reason() -> None:
         ("tests.rollout.test_environment.Script", {"texts": [], "more": 1}, "unexpected keyword"),
     ],
 )
-def test_an_environment_that_is_none_is_told(name: str, own: dict[str, Any], message: str) -> None:
+def test_an_environment_that_is_none_is_told(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_environment(name, own)
+        open_environment(name, arguments)
     assert isinstance(open_environment("tests.rollout.test_environment.Script", {"texts": ["a"]}), Script)

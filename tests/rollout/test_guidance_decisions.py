@@ -116,11 +116,11 @@ def test_the_router_s_regression_is_at_the_minimum_and_finds_what_matters() -> N
         chosen = logits[np.arange(300), labels] - np.log(np.exp(logits).sum(1))
         return float(penalty / 2 * (at**2).sum() - chosen.sum())
 
-    found = np.concatenate([coefficients, intercepts[:, None]], axis=1)
+    fitted = np.concatenate([coefficients, intercepts[:, None]], axis=1)
     for row, column, change in itertools.product(range(3), range(4), (-1e-3, 1e-3)):
-        moved = found.copy()
+        moved = fitted.copy()
         moved[row, column] += change
-        assert loss(moved) > loss(found)
+        assert loss(moved) > loss(fitted)
     guesses = (values @ coefficients.T + intercepts).argmax(1)
     assert (guesses == labels).mean() > 0.9
 
@@ -144,8 +144,8 @@ def test_a_learned_router_weighs_by_the_query_and_a_strange_one_is_refused(tmp_p
 def test_a_calibration_holds_only_for_what_it_was_made_with(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     config = guidance(threshold=None, calibration=str(path))
-    made = Calibration(0.05, 19, 1, 0.25, calibration.conditions(config, "values"), [0.25] * 19)
-    calibration.write(made, path)
+    calibrated = Calibration(0.05, 19, 1, 0.25, calibration.conditions(config, "values"), [0.25] * 19)
+    calibration.write(calibrated, path)
     assert calibration.read_threshold(config, "values") == 0.25
     with pytest.raises(ValueError, match="value_model='values', here it is 'others': calibrate again"):
         calibration.read_threshold(config, "others")
@@ -153,7 +153,7 @@ def test_a_calibration_holds_only_for_what_it_was_made_with(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="weights="):
         calibration.read_threshold(config, "values")
     with pytest.raises(FileExistsError):
-        calibration.write(made, path)
+        calibration.write(calibrated, path)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def by_table(text: str) -> Sequence[float]:
 
 
 @asynccontextmanager
-async def world(
+async def open_world(
     value: Callable[[str], Sequence[float]] = by_table, token: str | None = None, merge: int = 1, **changes: Any
 ) -> AsyncGenerator[World, None]:
     model = FakeModel(TREE, merge=merge)
@@ -71,8 +71,8 @@ async def world(
 
 def with_world(test: Callable[[World], Awaitable[None]], **options: Any) -> None:
     async def run() -> None:
-        async with asyncio.timeout(300), world(**options) as made:
-            await test(made)
+        async with asyncio.timeout(300), open_world(**options) as world:
+            await test(world)
 
     asyncio.run(run())
 
@@ -84,13 +84,13 @@ def chat(**more: Any) -> dict[str, Any]:
 def test_a_chat_streamed_and_not_is_the_guided_answer() -> None:
     """Both the same text and tokens, which a plain loop gives too, however many tokens a chunk of the server has."""
 
-    async def test(made: World) -> None:
-        model = made.fakes.model
-        whole: Any = await made.client.chat.completions.create(**chat(extra_body={"return_token_ids": True}))
+    async def test(world: World) -> None:
+        model = world.fakes.model
+        whole: Any = await world.client.chat.completions.create(**chat(extra_body={"return_token_ids": True}))
         requests = list(model.requests)
         model.requests.clear()
         chunks: list[Any] = []
-        stream: Any = await made.client.chat.completions.create(
+        stream: Any = await world.client.chat.completions.create(
             **chat(stream=True, stream_options={"include_usage": True}, extra_body={"return_token_ids": True})
         )
         async for chunk in stream:
@@ -116,16 +116,16 @@ def test_a_chat_streamed_and_not_is_the_guided_answer() -> None:
 
 
 def test_a_completion_of_text_or_token_ids_with_sampling_and_stop() -> None:
-    async def test(made: World) -> None:
-        text: Any = await made.client.completions.create(
+    async def test(world: World) -> None:
+        text: Any = await world.client.completions.create(
             model="fake", prompt="Q:", seed=0, max_tokens=50, temperature=0.5, stop="number", extra_body={"top_k": 3}
         )
         assert text.choices[0].text == "Sentence "
         assert text.choices[0].finish_reason == "stop"
-        prefix, options = made.fakes.model.requests[0]
+        prefix, options = world.fakes.model.requests[0]
         assert options == {"temperature": 0.5, "top_k": 3, "max_tokens": 50, "seed": 0}
-        assert made.fakes.model.tokenizer.decode(prefix) == BEGIN + "Q:"
-        ids: Any = await made.client.completions.create(model="fake", prompt=prefix, seed=0, max_tokens=3, stream=True)
+        assert world.fakes.model.tokenizer.decode(prefix) == BEGIN + "Q:"
+        ids: Any = await world.client.completions.create(model="fake", prompt=prefix, seed=0, max_tokens=3, stream=True)
         parts = [chunk async for chunk in ids]
         assert "".join(part.choices[0].text for part in parts) == "Sentence number a"
         assert parts[-1].choices[0].finish_reason == "length"
@@ -134,9 +134,9 @@ def test_a_completion_of_text_or_token_ids_with_sampling_and_stop() -> None:
 
 
 def test_many_answers_at_once_are_those_that_come_alone() -> None:
-    async def test(made: World) -> None:
+    async def test(world: World) -> None:
         async def ask(seed: int) -> str:
-            reply = await made.client.chat.completions.create(**(chat() | {"seed": seed}))
+            reply = await world.client.chat.completions.create(**(chat() | {"seed": seed}))
             return str(reply.choices[0].message.content)
 
         alone = [await ask(seed) for seed in range(3)]
@@ -151,29 +151,29 @@ def test_many_answers_at_once_are_those_that_come_alone() -> None:
 @pytest.mark.parametrize("mode", ["monitor", "search"])
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_disconnect_ends_the_requests_to_the_generator(mode: str, is_streamed: bool) -> None:
-    async def test(made: World) -> None:
+    async def test(world: World) -> None:
         # Tokens for the first segment, and not for all.
-        made.fakes.model.gate = asyncio.Semaphore(8 if mode == "monitor" else 30)
+        world.fakes.model.gate = asyncio.Semaphore(8 if mode == "monitor" else 30)
         async with aiohttp.ClientSession() as session:
             asked = asyncio.ensure_future(
-                session.post(f"{made.address}/v1/chat/completions", json=chat(stream=is_streamed))
+                session.post(f"{world.address}/v1/chat/completions", json=chat(stream=is_streamed))
             )
             if is_streamed:
                 assert b"Sentence" in await (await asked).content.readline()
-            while made.fakes.model.gate._value or not made.fakes.open_streams:
+            while world.fakes.model.gate._value or not world.fakes.open_streams:
                 await asyncio.sleep(0.01)
             if is_streamed:
                 asked.result().close()
             else:
                 asked.cancel()
-        await made.streams_ended()
-        made.fakes.model.gate = None
-        reply = await made.client.chat.completions.create(**chat())
+        await world.streams_ended()
+        world.fakes.model.gate = None
+        reply = await world.client.chat.completions.create(**chat())
         assert reply.choices[0].finish_reason == "stop"
         async with aiohttp.ClientSession() as session:
-            health = await session.get(f"{made.address}/health")
-            found = await health.json()
-            assert found == {"under_way": 0, "answers": 2, "steered": 0, "unguided": 0, "not_ended": 1}
+            health = await session.get(f"{world.address}/health")
+            counts = await health.json()
+            assert counts == {"under_way": 0, "answers": 2, "steered": 0, "unguided": 0, "not_ended": 1}
 
     with_world(test, value=lambda text: (1.0, 1.0), mode=mode, threshold=0.5 if mode == "monitor" else None)
 
@@ -191,18 +191,18 @@ BROKEN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_value_server_stops_the_answer_or_is_said(broken: dict[str, Any]) -> None:
-    async def test_stop(made: World) -> None:
-        vars(made.fakes).update(broken)
+    async def test_stop(world: World) -> None:
+        vars(world.fakes).update(broken)
         with pytest.raises(openai.InternalServerError, match="/classify") as raised:
-            await made.client.chat.completions.create(**chat())
+            await world.client.chat.completions.create(**chat())
         assert raised.value.status_code == 503
         assert raised.value.type == "value_server_error"
-        await made.streams_ended()
+        await world.streams_ended()
 
-    async def test_unguided(made: World) -> None:
-        vars(made.fakes).update(broken)
-        reply: Any = await made.client.chat.completions.create(**chat())
-        assert reply.choices[0].message.content == "".join(made.fakes.model.continuation("", 0))
+    async def test_unguided(world: World) -> None:
+        vars(world.fakes).update(broken)
+        reply: Any = await world.client.chat.completions.create(**chat())
+        assert reply.choices[0].message.content == "".join(world.fakes.model.continuation("", 0))
         assert "/classify" in reply.guidance["unguided"]
 
     with_world(test_stop, values__timeout=0.3)
@@ -210,31 +210,31 @@ def test_a_broken_value_server_stops_the_answer_or_is_said(broken: dict[str, Any
 
 
 def test_a_value_server_that_dies_in_mid_answer_is_told_in_the_stream() -> None:
-    async def test(made: World) -> None:
-        made.fakes.model.gate = asyncio.Semaphore(8)
+    async def test(world: World) -> None:
+        world.fakes.model.gate = asyncio.Semaphore(8)
         texts = []
         with pytest.raises(openai.APIError, match="the value server is dead"):
-            stream: Any = await made.client.chat.completions.create(**chat(stream=True))
+            stream: Any = await world.client.chat.completions.create(**chat(stream=True))
             async for chunk in stream:
                 texts.append(chunk.choices[0].delta.content)
-                made.fakes.values.is_dead = True
+                world.fakes.values.is_dead = True
                 for _ in range(100):
-                    made.fakes.model.gate.release()
+                    world.fakes.model.gate.release()
         assert texts == ["Sentence number a."]
-        await made.streams_ended()
+        await world.streams_ended()
 
     with_world(test, value=lambda text: (1.0, 1.0))
 
 
 def test_a_generator_that_dies_is_an_error_before_and_in_the_stream() -> None:
-    async def test(made: World) -> None:
-        made.fakes.fail_after = 0
+    async def test(world: World) -> None:
+        world.fakes.fail_after = 0
         with pytest.raises(openai.InternalServerError) as raised:
-            await made.client.chat.completions.create(**chat(stream=True))
+            await world.client.chat.completions.create(**chat(stream=True))
         assert raised.value.status_code == 502
-        made.fakes.fail_after = 8
+        world.fakes.fail_after = 8
         with pytest.raises(openai.APIError):
-            async for _ in await made.client.chat.completions.create(**chat(stream=True)):
+            async for _ in await world.client.chat.completions.create(**chat(stream=True)):
                 pass
 
     with_world(test, value=lambda text: (1.0, 1.0))
@@ -253,10 +253,10 @@ def test_a_generator_that_dies_is_an_error_before_and_in_the_stream() -> None:
     ],
 )
 def test_what_can_t_be_answered_is_an_error_of_openai_s_form(more: dict[str, Any], status: int, text: str) -> None:
-    async def test(made: World) -> None:
+    async def test(world: World) -> None:
         for is_streamed in (False, True):
             with pytest.raises(openai.APIStatusError, match=text) as raised:
-                await made.client.chat.completions.create(**(chat(stream=is_streamed) | more))
+                await world.client.chat.completions.create(**(chat(stream=is_streamed) | more))
             assert raised.value.status_code == status
             assert set(raised.value.body) == {"message", "type", "param", "code"}
 
@@ -264,33 +264,33 @@ def test_what_can_t_be_answered_is_an_error_of_openai_s_form(more: dict[str, Any
 
 
 def test_the_token_is_required_everywhere_but_for_the_health() -> None:
-    async def test(made: World) -> None:
-        assert (await made.client.models.list()).data[0].id == "fake"
+    async def test(world: World) -> None:
+        assert (await world.client.models.list()).data[0].id == "fake"
         async with aiohttp.ClientSession() as session:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
                 for path in ("/v1/models", "/v1/chat/completions", "/nowhere"):
-                    response = await session.get(made.address + path, headers=headers)
+                    response = await session.get(world.address + path, headers=headers)
                     assert response.status == 401
-            assert (await session.get(made.address + "/health")).status == 200
+            assert (await session.get(world.address + "/health")).status == 200
 
     with_world(test, token="secret")
 
 
 def test_more_answers_than_allowed_and_a_form_that_a_web_page_could_send_are_refused() -> None:
-    async def test(made: World) -> None:
-        made.fakes.model.gate = asyncio.Semaphore(0)
-        first = asyncio.ensure_future(made.client.chat.completions.create(**chat()))
-        while not made.fakes.open_streams:
+    async def test(world: World) -> None:
+        world.fakes.model.gate = asyncio.Semaphore(0)
+        first = asyncio.ensure_future(world.client.chat.completions.create(**chat()))
+        while not world.fakes.open_streams:
             await asyncio.sleep(0.01)
         with pytest.raises(openai.RateLimitError, match="1 answers are under way"):
-            await made.client.chat.completions.create(**chat())
-        made.fakes.model.gate = None
+            await world.client.chat.completions.create(**chat())
+        world.fakes.model.gate = None
         first.cancel()
-        await made.streams_ended()
+        await world.streams_ended()
         async with aiohttp.ClientSession() as session:
             text = json.dumps(chat())
             headers = {"Content-Type": "text/plain"}
-            response = await session.post(f"{made.address}/v1/chat/completions", data=text, headers=headers)
+            response = await session.post(f"{world.address}/v1/chat/completions", data=text, headers=headers)
             assert (response.status, (await response.json())["error"]["type"]) == (400, "invalid_request_error")
 
     with_world(test, server__max_requests=1)
@@ -380,11 +380,11 @@ def test_a_threshold_is_calibrated_on_the_lowest_score_of_each_unguided_answer(t
         async with fakes.running() as (generator, values):
             config = guidance(generator__address=generator, values__address=values, threshold=None)
             options = CalibrateConfig(prompts_file(tmp_path, 19), "", 0.1, 0.7, 4, 5)
-            made = await calibrate.calibrate(config, options)
+            calibration = await calibrate.calibrate(config, options)
             seen.extend(options for _, options in model.requests)
-            return made, model
+            return calibration, model
 
-    made, model = asyncio.run(run())
+    calibration, model = asyncio.run(run())
     expected = []
     for place in range(19):
         text, scores = "", []
@@ -392,10 +392,10 @@ def test_a_threshold_is_calibrated_on_the_lowest_score_of_each_unguided_answer(t
             text += segment
             scores.append(SCORE[text])
         expected.append(min(scores))
-    assert made.lowest_scores == sorted(expected)
-    assert made.threshold == sorted(expected)[1]
-    assert sum(score < made.threshold for score in expected) <= 1
-    assert (made.level, made.n, made.conditions["value_model"]) == (0.1, 19, "fake-values")
+    assert calibration.lowest_scores == sorted(expected)
+    assert calibration.threshold == sorted(expected)[1]
+    assert sum(score < calibration.threshold for score in expected) <= 1
+    assert (calibration.level, calibration.n, calibration.conditions["value_model"]) == (0.1, 19, "fake-values")
     assert len(seen) == 19
     assert {options["temperature"] for options in seen} == {0.7}
 

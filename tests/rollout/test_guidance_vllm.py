@@ -230,10 +230,10 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
     """The edited answer is what vLLM makes of the prompt, the kept tokens and the edit."""
 
     async def run(has_values: bool) -> None:
-        own = {"generator": world.generator.server.addresses[0], "values": world.values.server.addresses[0]}
+        options = {"generator": world.generator.server.addresses[0], "values": world.values.server.addresses[0]}
         if not has_values:
-            del own["values"]
-        setup = read_setup(own, ["guidance.log=null", "guidance.max_tokens=300", "guidance.max_segment_tokens=8"])
+            del options["values"]
+        setup = read_setup(options, ["guidance.log=null", "guidance.max_tokens=300", "guidance.max_segment_tokens=8"])
         async with open_writer(setup) as writer, asyncio.timeout(120):
             conversation = Conversation()
 
@@ -252,7 +252,7 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
             assert (await writer.generator.decode(writer.model, first.token_ids)).startswith(first.text)
             # Of a random model's bytes many are no characters: the edit is where the first one is none.
             edited = f"{first.text.partition(REPLACEMENT)[0]} the task prompt"
-            hits = await metric(own["generator"], "prefix_cache_hits_total")
+            hits = await metric(options["generator"], "prefix_cache_hits_total")
             await writer.continue_from(conversation, 0, 0, edited)
             second = await finished()
             assert second.text.startswith(edited)
@@ -265,7 +265,7 @@ def test_the_page_goes_on_from_an_edit_by_token_ids_and_the_server_has_the_kept_
             assert second.token_ids[kept : kept + len(tail_ids)] == tail_ids
             # vLLM caches whole blocks.
             expected = (len(prompt_ids) + kept) // BLOCK * BLOCK
-            assert await metric(own["generator"], "prefix_cache_hits_total") - hits >= expected > 0
+            assert await metric(options["generator"], "prefix_cache_hits_total") - hits >= expected > 0
             if has_values:
                 assert any(passage.values for passage in second.passages)
             # An edit that keeps nothing.
@@ -413,13 +413,13 @@ def test_deliberate_search_has_the_turns_that_transformers_gives(world: World) -
         environment = EnvironmentConfig(f"{__name__}.open_eager", max_turns, {"stop": stop})
         async with open_deliberator(config, environment) as opened:
             question = Question(opened.model, tuple(prompt), most, world.sampling() | {"temperature": 0.0})
-            made = opened.deliberate(question, 3)
-            shown = [step async for step in made.steps()]
-        for episode in made.episodes:
+            search = opened.deliberate(question, 3)
+            shown = [step async for step in search.steps()]
+        for episode in search.episodes:
             assert episode.said == expected
             assert episode.tokens == len(response)
             replies = [segment.text for segment in expected if segment.by_environment]
             assert [step.reply for step in episode.shown if step.reply is not None] == replies
-        assert len(shown) == 3 * len(made.episodes[0].shown)
+        assert len(shown) == 3 * len(search.episodes[0].shown)
 
     asyncio.run(run())

@@ -26,7 +26,7 @@ NGRAMS = {"method": "ngram", "draft_tokens": 3, "lookup_min": 1, "lookup_max": 3
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("speculating")
     repeating(TWIN.model(0)).save_pretrained(folder / "model")
     settings = engine_settings(
@@ -47,24 +47,24 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
-def responses(found: dict[str, Any], engine: str, sampling: str) -> list[PlainResponse]:
-    return [PlainResponse(**response) for response in found[engine][sampling]["responses"]]
+def responses(results: dict[str, Any], engine: str, sampling: str) -> list[PlainResponse]:
+    return [PlainResponse(**response) for response in results[engine][sampling]["responses"]]
 
 
-def test_greedy_tokens_are_those_of_an_engine_without_drafts(found: dict[str, Any]) -> None:
-    plain, speculative = (responses(found, engine, "greedy") for engine in ("plain", "speculative"))
+def test_greedy_tokens_are_those_of_an_engine_without_drafts(results: dict[str, Any]) -> None:
+    plain, speculative = (responses(results, engine, "greedy") for engine in ("plain", "speculative"))
     assert len(plain) == len(PROMPTS) * SAMPLES
     assert [r.tokens for r in speculative] == [r.tokens for r in plain]
     for ours, theirs in zip(plain, speculative, strict=True):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-4)
-    for name, said in found["speculative"].items():
+    for name, said in results["speculative"].items():
         assert said["accepted"] > 20, name
-        assert found["plain"][name]["drafted"] == 0
+        assert results["plain"][name]["drafted"] == 0
 
 
-def test_the_same_requests_give_the_same_bits(found: dict[str, Any]) -> None:
-    assert found["speculative"]["again"]["responses"] == found["speculative"]["sampled"]["responses"]
-    assert found["speculative"]["sampled"]["responses"] != found["plain"]["sampled"]["responses"]
+def test_the_same_requests_give_the_same_bits(results: dict[str, Any]) -> None:
+    assert results["speculative"]["again"]["responses"] == results["speculative"]["sampled"]["responses"]
+    assert results["speculative"]["sampled"]["responses"] != results["plain"]["sampled"]["responses"]
 
 
 def distributions(response: PlainResponse, sampling: Sampling, model: torch.nn.Module) -> torch.Tensor:
@@ -80,13 +80,13 @@ def distributions(response: PlainResponse, sampling: Sampling, model: torch.nn.M
 
 @pytest.mark.parametrize("name", [name for name, sampling in SAMPLINGS.items() if sampling.temperature])
 @pytest.mark.parametrize("engine", ["speculative", "plain"])
-def test_samples_are_drawn_from_the_models_distribution(engine: str, name: str, found: dict[str, Any]) -> None:
+def test_samples_are_drawn_from_the_models_distribution(engine: str, name: str, results: dict[str, Any]) -> None:
     """The log-prob of each token is the model's. On average a token's log-prob is the negative entropy at its place,
     whatever came before: what is drawn in another way, such as a draft that is accepted too often, misses that. The
     variance of the sum over all places is known; more than four standard deviations are a chance of 6 in 100,000."""
     model = repeating(TWIN.model(0))
     excess, variance, tokens = 0.0, 0.0, 0
-    for response in responses(found, engine, name):
+    for response in responses(results, engine, name):
         logprobs = distributions(response, SAMPLINGS[name], model)
         chosen = logprobs.gather(-1, torch.tensor(response.tokens)[:, None])[:, 0]
         assert (chosen - torch.tensor(response.logprobs)).abs().max() < 2e-4 / SAMPLINGS[name].temperature
@@ -100,7 +100,7 @@ def test_samples_are_drawn_from_the_models_distribution(engine: str, name: str, 
     assert abs(excess) < 4 * math.sqrt(variance)
 
 
-def test_vllm_still_repeats_no_temperature_on_a_cpu(found: dict[str, Any]) -> None:
+def test_vllm_still_repeats_no_temperature_on_a_cpu(results: dict[str, Any]) -> None:
     """If this fails, vLLM does it itself: remove ``vllm_platform.mend_expansion``."""
-    assert found["expanded by vLLM"] == [-1.0] * 3
-    assert found["expanded"] == [0.5, 0.5, 1.0]
+    assert results["expanded by vLLM"] == [-1.0] * 3
+    assert results["expanded"] == [0.5, 0.5, 1.0]

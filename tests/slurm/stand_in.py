@@ -42,15 +42,15 @@ def answer(listener: socket.socket) -> None:
 
 
 def serve(arguments: list[str]) -> None:
-    own = [name for name in PORTS if f"++rewards.servers.{name}.host=0.0.0.0" in arguments]
+    servers = [name for name in PORTS if f"++rewards.servers.{name}.host=0.0.0.0" in arguments]
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    for name in own:
+    for name in servers:
         listener = socket.create_server(("0.0.0.0", PORTS[name]))
         threading.Thread(target=answer, args=[listener], daemon=True).start()
     while not ended.wait(0.1) and not (FAILING == "rewards.serve" and training()):
         pass
-    record(module="stopped", host=socket.gethostname(), servers=own)
+    record(module="stopped", host=socket.gethostname(), servers=servers)
 
 
 def run(arguments: list[str], resumes: bool) -> int:

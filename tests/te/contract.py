@@ -149,8 +149,8 @@ def _target(func: ast.expr, file: File, parents: dict[ast.AST, ast.AST]) -> tupl
             if inspect.isclass(base) and base.__module__.startswith(PACKAGE):
                 return getattr(base, func.attr, AttributeError(f"{base.__name__} has no {func.attr}")), True
         return None, False
-    found = _resolve(func, file)
-    return found, inspect.isclass(found) or inspect.ismethod(found)
+    target = _resolve(func, file)
+    return target, inspect.isclass(target) or inspect.ismethod(target)
 
 
 def _resolve(expression: ast.expr, file: File) -> Any:

@@ -102,12 +102,12 @@ def described(built: model.Model) -> dict[str, Any]:
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Where two descriptions differ; a layer's extra state, which a checkpoint leaves out, is of Transformer Engine."""
-    found = []
+    lines = []
     for part in ("parameters", "sharded", "sizes"):
         for name in sorted(ours[part].keys() | theirs[part].keys()):
             if ours[part].get(name) != theirs[part].get(name):
-                found.append(f"{part} {name}: {ours[part].get(name)} on a GPU, {theirs[part].get(name)} on a CPU")
-    return [*found, *(key for key in ours["extra"] if not key.endswith("._extra_state"))]
+                lines.append(f"{part} {name}: {ours[part].get(name)} on a GPU, {theirs[part].get(name)} on a CPU")
+    return [*lines, *(key for key in ours["extra"] if not key.endswith("._extra_state"))]
 
 
 def ends(world: int, sizes: ParallelConfig) -> list[int]:
@@ -124,7 +124,7 @@ def compared(
     seen: simulated_ranks.Coverage | None = None,
 ) -> list[str]:
     """Differences between the platforms at the :func:`ends`. ``seen`` gets the GPU's models."""
-    found = []
+    lines = []
     for number in ends(world, sizes):
         descriptions = []
         for chosen in (CUDA, cpu):
@@ -133,17 +133,17 @@ def compared(
                 descriptions.append(described(built))
                 if chosen is CUDA and seen is not None:
                     seen.add(built)
-        found += [f"rank {number}: {line}" for line in differences(*descriptions)]
-    return found
+        lines += [f"rank {number}: {line}" for line in differences(*descriptions)]
+    return lines
 
 
 def twins(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     """Twin → differences, on one rank and under all axes of parallelism together."""
-    found = {}
+    by_twin = {}
     for name in names:
         hf = hf_checkpoint.config(folder / name)
-        found[name] = compared(hf, parallel_config(), 1) + compared(hf, parallel_config(**ALL_AXES), 8)
-    return found
+        by_twin[name] = compared(hf, parallel_config(), 1) + compared(hf, parallel_config(**ALL_AXES), 8)
+    return by_twin
 
 
 def published() -> dict[str, Any]:
@@ -151,14 +151,14 @@ def published() -> dict[str, Any]:
 
     The two ranks of the 7B model's layout are all. That all ranks of the others cover the checkpoint is tested on the
     CPU platform."""
-    found: dict[str, Any] = {"differences": {}, "coverage": {}}
+    results: dict[str, Any] = {"differences": {}, "coverage": {}}
     for name, (layout, world) in PUBLISHED.items():
         hf, sizes, seen = published_config(name), settings_of(layout), simulated_ranks.Coverage()
-        found["differences"][name] = compared(hf, sizes, world, seen=seen)
+        results["differences"][name] = compared(hf, sizes, world, seen=seen)
         if ends(world, sizes) == simulated_ranks.distinct_ranks(world, sizes):
             expected = simulated_ranks.checkpoint_tensors(hf)
-            found["coverage"][name] = seen.compare(expected, hf.tie_word_embeddings)
-    return found
+            results["coverage"][name] = seen.compare(expected, hf.tie_word_embeddings)
+    return results
 
 
 def settings_of(layout: str) -> ParallelConfig:
@@ -174,7 +174,7 @@ def settings_of(layout: str) -> ParallelConfig:
 def fp8_layers(folder: Path) -> dict[str, Any]:
     """Precision → Transformer Engine's recipe of each layer, and the quantisers of its matrices."""
     hf = hf_checkpoint.config(folder)
-    found = {}
+    by_precision = {}
     for name, options in FP8.items():
         with simulated_ranks.rank(0, 1, parallel_config()) as here:
             built = simulated_ranks.build(hf, here, precision_config("fp8", **options))
@@ -188,8 +188,8 @@ def fp8_layers(folder: Path) -> dict[str, Any]:
                     kinds = {type(q).__name__ for q in linear.quantizers["scaling_fwd"]} if enabled else set()
                 layers.append([enabled, type(recipe).__name__, recipe.fp8_format.name, sorted(kinds)])
             parameters = {type(p).__name__ for chunk in built.chunks for p in chunk.module.parameters()}
-            found[name] = {"layers": layers, "parameters": sorted(parameters), "multiple": built.token_multiple}
-    return found
+            by_precision[name] = {"layers": layers, "parameters": sorted(parameters), "multiple": built.token_multiple}
+    return by_precision
 
 
 def speed(folder: Path) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def speed(folder: Path) -> dict[str, Any]:
                 matrices[name] = {"buffer": module.ub_name, "on": [s for s in switches if getattr(module, s, False)]}
         buffers = {name: user.buffer for (name, _), user in te_base._ub_communicators.items()}
         fused_alone = simulated_ranks.build(hf, replaced(here, tp_comm_overlap=False), BF16)
-        found = {
+        results = {
             "matrices": matrices,
             "output layer fuses": chunk.module.output_layer.gradient_accumulation_fusion,
             "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()},
@@ -220,9 +220,9 @@ def speed(folder: Path) -> dict[str, Any]:
             other.hidden_size *= 2
             simulated_ranks.build(other, here, BF16)
         except ValueError as error:
-            found["other hidden size"] = str(error)
-    found["given up"] = te_base._ub_communicators is None
-    return found
+            results["other hidden size"] = str(error)
+    results["given up"] = te_base._ub_communicators is None
+    return results
 
 
 def replaced(here: Parallel, **changes: Any) -> Parallel:
@@ -234,7 +234,7 @@ def attention_backends() -> dict[str, bool]:
     extension: Any = sys.modules[fake_extension.NAME]
     backends = extension.NVTE_Fused_Attn_Backend
     of_any_dtype = extension.get_fused_attn_backend
-    found = {}
+    has_backend = {}
     for dtype in (torch.bfloat16, torch.float32):
         # cuDNN's attention takes 16 bits: FusedAttention's own assertion.
         answer = backends.NVTE_F16_arbitrary_seqlen if dtype is torch.bfloat16 else backends.NVTE_No_Backend
@@ -254,9 +254,9 @@ def attention_backends() -> dict[str, bool]:
                 context_parallel=context,
             )
             flash, _, fused, _, unfused, _ = attention.get_attention_backend.__wrapped__(asked)
-            found[f"{dtype} {context}"] = bool(flash or fused or unfused)
+            has_backend[f"{dtype} {context}"] = bool(flash or fused or unfused)
     extension.get_fused_attn_backend = of_any_dtype
-    return found
+    return has_backend
 
 
 def gathers_blocks() -> dict[int, bool]:
@@ -281,9 +281,9 @@ def fp8_storage_bytes() -> int:
 def calls() -> dict[str, Any]:
     """Megatron-Core's calls into Transformer Engine."""
     (root,) = map(Path, importlib.util.find_spec("megatron.core").submodule_search_locations)  # type: ignore[union-attr]
-    made, missing = contract.examine(root, packages.VERSION)
+    te_calls, missing = contract.examine(root, packages.VERSION)
     return {
-        "calls": [[call.place, call.target, call.fault] for call in made],
+        "calls": [[call.place, call.target, call.fault] for call in te_calls],
         "missing": missing,
         "unguarded": [place for place in missing if contract.unguarded(place, root)],
     }
@@ -303,12 +303,12 @@ def main(output: Path, text: Path, vision: Path) -> None:
         "gathers": gathers_blocks,
         "fp8 storage": fp8_storage_bytes,
     }
-    found = {}
+    results = {}
     for name, part in parts.items():
         started = time.process_time()
-        found[name] = part()
+        results[name] = part()
         print(name, f"{time.process_time() - started:.1f} s")
-    output.write_text(json.dumps(found))
+    output.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -51,11 +51,11 @@ def classes(text: str) -> list[str]:
 
 def enumerations(text: str, dtypes: dict[str, int]) -> dict[str, dict[str, int]]:
     """Enumeration → member → value. Members count from 0 in C++, but for those of ``dtypes``."""
-    found = {}
+    by_name = {}
     for declared in re.finditer(r'\benum_<[^>]+>\s*\(\s*m, "(\w+)"[^;]*;', text):
         members = re.findall(r'\.value\(\s*"(\w+)"', declared.group())
-        found[declared[1]] = {member: dtypes.get(member, place) for place, member in enumerate(members)}
-    return found
+        by_name[declared[1]] = {member: dtypes.get(member, place) for place, member in enumerate(members)}
+    return by_name
 
 
 def dtype_values(sources: Path) -> dict[str, int]:

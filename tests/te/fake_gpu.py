@@ -184,9 +184,9 @@ def allocated() -> int:
     gc.collect()
     host = {tensor.untyped_storage()._cdata for tensor in (ref() for ref in _on_the_host) if tensor is not None}
     storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):
-            storage = thing.untyped_storage()
+    for candidate in gc.get_objects():
+        if type(candidate) in (torch.Tensor, torch.nn.Parameter):
+            storage = candidate.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(size for key, size in storages.items() if key not in host)
 

@@ -40,16 +40,16 @@ Arguments = tuple[Any, ...]
 Options = dict[str, Any]
 
 
-def _is_on_host(*things: Any) -> bool:
+def _is_on_host(*values: Any) -> bool:
     """Whether there are tensors among them, all on the host."""
-    tensors = [thing for thing in tree_leaves(things) if isinstance(thing, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
     return bool(tensors) and all(getattr(tensor, "is_on_host", False) for tensor in tensors)
 
 
-def _mark(things: Any) -> None:
-    for thing in tree_leaves(things):
-        if isinstance(thing, torch.Tensor):
-            thing.is_on_host = True  # type: ignore[attr-defined]
+def _mark(values: Any) -> None:
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            leaf.is_on_host = True  # type: ignore[attr-defined]
 
 
 def _waits(operation: Any, args: Arguments, options: Options) -> bool:
@@ -66,11 +66,11 @@ def _waits(operation: Any, args: Arguments, options: Options) -> bool:
 
 
 class Watch(TorchDispatchMode):
-    """A context; ``found`` gets what waits within it, in this thread, with its place."""
+    """A context; ``waits`` gets what waits within it, in this thread, with its place."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.waits: list[str] = []
         self.thread = threading.get_ident()
         self.patches = contextlib.ExitStack()
 
@@ -103,7 +103,7 @@ class Watch(TorchDispatchMode):
 
     def note(self, name: str) -> None:
         if not _unwatched and threading.get_ident() == self.thread:
-            self.found.append(f"{name} in {_place()}")
+            self.waits.append(f"{name} in {_place()}")
 
 
 _watch: Watch | None = None

@@ -38,8 +38,8 @@ def library(a: int, b: int = 0, *, c: int = 0) -> tuple[int, int]:
 def fault(call: str) -> str | None:
     tree = ast.parse(f"def f(options):\n    options['c'] = 1\n    options['d'] = 1\n    {call}")
     file = File("f.py", tree, {"te": SimpleNamespace(library=library)}, [])
-    (found,) = contract._calls(file)
-    return found.fault
+    (te_call,) = contract._calls(file)
+    return te_call.fault
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def test_layer_norm_and_its_gradients() -> None:
     expected.backward(gradient)
     normalised, mean, scale = fake_kernels.layernorm_fwd(rows, weight, bias, 1e-5, None, None, None, 0, False)
     torch.testing.assert_close(normalised, expected)
-    found = fake_kernels.layernorm_bwd(gradient, rows, mean, scale, weight, 0, False)
-    torch.testing.assert_close(found, (rows.grad, weight.grad, bias.grad))
+    gradients = fake_kernels.layernorm_bwd(gradient, rows, mean, scale, weight, 0, False)
+    torch.testing.assert_close(gradients, (rows.grad, weight.grad, bias.grad))
 
 
 def product(a: torch.Tensor, b: torch.Tensor, layout: str, **options: Any) -> Any:
@@ -53,9 +53,9 @@ def test_the_three_products_of_a_linear_layer() -> None:
     torch.testing.assert_close(product(weight, x, "TN", bias=bias)[0], F.linear(x, weight, bias))
     torch.testing.assert_close(product(weight, gradient, "NN", grad=True)[0], gradient @ weight)
     expected = sum_so_far + gradient.flatten(0, 1).T @ x.flatten(0, 1)
-    found, of_bias, _, _ = product(x, gradient, "NT", out=sum_so_far, bias=bias, grad=True, accumulate=True)
-    torch.testing.assert_close((found, of_bias), (expected, gradient.sum((0, 1))))
-    assert found is sum_so_far
+    of_weight, of_bias, _, _ = product(x, gradient, "NT", out=sum_so_far, bias=bias, grad=True, accumulate=True)
+    torch.testing.assert_close((of_weight, of_bias), (expected, gradient.sum((0, 1))))
+    assert of_weight is sum_so_far
 
 
 def test_attention_by_blocks_and_its_gradients() -> None:
@@ -69,10 +69,10 @@ def test_attention_by_blocks_and_its_gradients() -> None:
     everywhere = create_mask(sees, 1, 1, 300, 300, "cpu")
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=everywhere, scale=0.3, enable_gqa=True)
     gradient = draw(*expected.shape)
-    found = fake_kernels.flex_attention(*inputs, block_mask=mask, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(found, expected)
+    output = fake_kernels.flex_attention(*inputs, block_mask=mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(output, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)
+        torch.autograd.grad(output, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)
     )
     mask.kv_num_blocks = mask.kv_num_blocks - 1
     others = fake_kernels.flex_attention(*inputs, block_mask=mask, scale=0.3, enable_gqa=True)

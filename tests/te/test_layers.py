@@ -39,14 +39,14 @@ def test_frozen_names_mean_the_same_on_both_platforms(examined: dict[str, Any]) 
 
 @pytest.mark.parametrize("name", FP8)
 def test_fp8_settings_give_their_recipe_in_every_layer(name: str, examined: dict[str, Any]) -> None:
-    found = examined["fp8"][name]
+    result = examined["fp8"][name]
     recipe, quantizer = {
         "delayed": ("TEDelayedScaling", "Float8Quantizer"),
         "current": ("Float8CurrentScaling", "Float8CurrentScalingQuantizer"),
         "blockwise": ("Float8BlockScaling", "Float8BlockQuantizer"),
     }[name]
     settings = FP8[name]
-    layers = found["layers"]
+    layers = result["layers"]
     ends = settings.get("bf16_layers", 0)
     for number, (enabled, recipe_found, format_found, quantizers) in enumerate(layers):
         in_bf16 = number < ends or number >= len(layers) - ends
@@ -54,13 +54,13 @@ def test_fp8_settings_give_their_recipe_in_every_layer(name: str, examined: dict
         if enabled:
             assert (recipe_found, format_found, quantizers) == (recipe, settings["format"].upper(), [quantizer])
     # Weights stay in BF16.
-    assert found["parameters"] == ["Parameter"]
+    assert result["parameters"] == ["Parameter"]
 
 
 def test_settings_of_speed_are_on_in_every_matrix_of_the_decoder(examined: dict[str, Any]) -> None:
     """Gradients are fused; what a matrix gathers or sums overlaps with a product of its own, in a buffer of a pack's
     hidden states. Megatron-Core's output layer has neither."""
-    found = examined["speed"]
+    speed = examined["speed"]
     before_attention = {"on": ["fuse_wgrad_accumulation", "ub_overlap_ag_fprop", "ub_bulk_dgrad", "ub_bulk_wgrad"]}
     after_it = {"on": ["fuse_wgrad_accumulation", "ub_overlap_rs_fprop", "ub_overlap_ag_dgrad"]}
     of_layer = {
@@ -70,22 +70,22 @@ def test_settings_of_speed_are_on_in_every_matrix_of_the_decoder(examined: dict[
         "mlp.linear_fc2": {"buffer": "fc2", **after_it},
     }
     expected = {f"decoder.layers.{n}.{name}": state for n in range(4) for name, state in of_layer.items()}
-    assert found["matrices"] == expected
-    assert not found["output layer fuses"]
+    assert speed["matrices"] == expected
+    assert not speed["output layer fuses"]
     products = ("fprop", "dgrad", "wgrad")
     names = {f"{name}_{product}" for name in ("qkv", "proj", "fc1", "fc2") for product in products}
-    assert found["buffers"] == {name: [96, 256] for name in names}
-    assert found["given up"], "the next ranks' packs may have another length"
-    assert "(96, 256), this model needs (96, 512)" in found["other hidden size"]
+    assert speed["buffers"] == {name: [96, 256] for name in names}
+    assert speed["given up"], "the next ranks' packs may have another length"
+    assert "(96, 256), this model needs (96, 512)" in speed["other hidden size"]
 
 
 def test_the_buffers_bytes_are_the_estimate(examined: dict[str, Any]) -> None:
-    found = examined["speed"]
-    assert found["estimate"] == found["bytes"] == 12 * 96 * 256 * 2
+    speed = examined["speed"]
+    assert speed["estimate"] == speed["bytes"] == 12 * 96 * 256 * 2
     # One of each shape of a layer's matrices: query, key and value; output, and gate with up; down.
-    matrices = {tuple(shape) for shape in found["layer"] if len(shape) == 2}
+    matrices = {tuple(shape) for shape in speed["layer"] if len(shape) == 2}
     assert matrices == {(512, 256), (256, 256), (256, 128)}
-    assert found["estimate of fused gradients"] == 2 * sum(rows * columns for rows, columns in matrices)
+    assert speed["estimate of fused gradients"] == 2 * sum(rows * columns for rows, columns in matrices)
 
 
 def test_block_scaling_gathers_fp8_where_ranks_have_whole_blocks(examined: dict[str, Any]) -> None:

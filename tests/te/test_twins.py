@@ -113,8 +113,8 @@ def test_the_other_platform_goes_on_from_a_checkpoint(
     direction: str, crossed: dict[str, tuple[Results, Results]]
 ) -> None:
     """torch's AdamW and FusedAdam read each other's groups, moments and step."""
-    found, expected = crossed[direction]
-    for here, there in zip(found, expected, strict=True):
+    results, expected = crossed[direction]
+    for here, there in zip(results, expected, strict=True):
         assert here["step"] == there["step"] == 3
         assert here["resumed"] == [pytest.approx(values, rel=SUMS) for values in there["resumed"]]
-    assert above(errors(pieces(found, "weights"), pieces(expected, "weights")), SUMS) == {}
+    assert above(errors(pieces(results, "weights"), pieces(expected, "weights")), SUMS) == {}

@@ -72,12 +72,12 @@ def passes(model: Model, micro_batches: MicroBatches, layout: Parallel) -> dict[
     try:
         micro_batches.add("old", forward_backward.log_probs(model, micro_batches))
         metrics = forward_backward.accumulate_gradients(model, micro_batches, loss, entropies="trained")
-        waits = sorted(set(watch.found))
-        watch.found.clear()
+        waits = sorted(set(watch.waits))
+        watch.waits.clear()
         forward_backward.accumulate_gradients(model, micro_batches, waiting_loss, entropies="trained")
     finally:
         forward_backward._run = run
-    return {"waits": waits, "seen": sorted({name.split()[0] for name in watch.found}), "loss": metrics["loss"]}
+    return {"waits": waits, "seen": sorted({name.split()[0] for name in watch.waits}), "loss": metrics["loss"]}
 
 
 def options(changes: dict[str, Any]) -> list[str]:
