@@ -51,8 +51,9 @@ def _score(result: VerifierResult) -> float:
 
 
 def initial_state(constraint: ConstraintConfig) -> dict[str, Any]:
-    """The multiplier before the first step, and as it was "applied" to the rewards of the newest one."""
-    return {"multiplier": constraint.initial, "applied": constraint.initial}
+    """The "multiplier" before the first step; as it was "applied" to the rewards of the newest step; and its
+    "integral", the part that remembers former steps."""
+    return dict.fromkeys(("multiplier", "applied", "integral"), constraint.initial)
 
 
 def constrained_weights(
@@ -92,17 +93,21 @@ def next_state(
 ) -> dict[str, Any]:
     """The multiplier after a step. ``results``: one mapping per sample of the step.
 
-    v = floor − mean score of the constrained verifier is the step's violation. Dual ascent: λ ← clip(λ + rate · v, 0,
-    maximum). Multiplicative weights: λ ← min(λ · exp(rate · v), maximum) (Arora, Hazan, Kale 2012; Deliberative
-    Searcher updates λ in this way, the rate and the bounds are our choice). A step without a verdict leaves λ as it is.
+    v = floor − mean score of the constrained verifier is the step's violation. Dual ascent: the integral I ← clip(I +
+    rate · v, 0, maximum), and λ = clip(I + proportional · v, 0, maximum): what is proportional to the violation damps
+    the oscillations that the integral alone makes (PID Lagrangian, arXiv 2007.03964). Multiplicative weights: λ ← min(λ
+    · exp(rate · v), maximum) (Arora, Hazan, Kale 2012; Deliberative Searcher updates λ in this way, the rate and the
+    bounds are our choice). A step without a verdict leaves λ as it is.
     """
-    multiplier = state["multiplier"]
+    applied = state["multiplier"]
     mean = mixing.verifier_means(results).get(constraint.verifier or "")
     if mean is None:
-        return {"multiplier": multiplier, "applied": multiplier}
+        return {**state, "applied": applied}
     violation = constraint.floor - mean
     if constraint.update == MULTIPLICATIVE_WEIGHTS:
-        raised = multiplier * math.exp(constraint.rate * violation)
+        integral = state["integral"] * math.exp(constraint.rate * violation)
     else:
-        raised = multiplier + constraint.rate * violation
-    return {"multiplier": min(max(raised, 0.0), constraint.maximum), "applied": multiplier}
+        integral = state["integral"] + constraint.rate * violation
+    integral = min(max(integral, 0.0), constraint.maximum)
+    multiplier = min(max(integral + constraint.proportional * violation, 0.0), constraint.maximum)
+    return {"multiplier": multiplier, "applied": applied, "integral": integral}

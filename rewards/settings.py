@@ -85,6 +85,7 @@ class ConstraintConfig:
     update: str = setting("update of the multiplier", choices=UPDATES)
     floor: float = setting("floor of the mean score", range=FRACTION)
     rate: float = setting("of the multiplier's update, times (floor − mean score)", range="(0, 1e6]")
+    proportional: float = setting("added to the multiplier, times (floor − mean score); damps it", range=COEFFICIENT)
     initial: float = setting("the multiplier at the first step", range=COEFFICIENT)
     maximum: float = setting("largest multiplier", range=COEFFICIENT)
 
@@ -251,6 +252,10 @@ def _check_constraint(config: RewardsConfig) -> None:
         raise ValueError(f"rewards.constraint.initial={constraint.initial}: must be in [0, rewards.constraint.maximum]")
     if constraint.verifier is None:
         return
+    if constraint.update == MULTIPLICATIVE_WEIGHTS and constraint.proportional > 0:
+        raise ValueError(
+            f"rewards.constraint.proportional={constraint.proportional}: update=multiplicative_weights has none; use 0"
+        )
     if constraint.update == MULTIPLICATIVE_WEIGHTS and constraint.initial == 0:
         raise ValueError(
             "rewards.constraint.initial=0.0: multiplied it stays 0; use more with update=multiplicative_weights"

@@ -15,7 +15,9 @@ from rewards.objectives import advantage_scale, constrained_weights, group_rewar
 from rewards.settings import ConstraintConfig
 from rewards.verdict import Failure, Verdict, VerifierResult
 
-CONSTRAINT = ConstraintConfig(verifier="safety", update="dual_ascent", floor=0.9, rate=0.5, initial=0.25, maximum=1.0)
+CONSTRAINT = ConstraintConfig(
+    verifier="safety", update="dual_ascent", floor=0.9, rate=0.5, proportional=0.0, initial=0.25, maximum=1.0
+)
 
 
 def verdicts(**scores: float | None) -> dict[str, VerifierResult]:
@@ -99,15 +101,15 @@ def test_a_multiplier_of_zero_and_a_mix_without_the_verifier_change_nothing() ->
 
 def test_the_multiplier_rises_below_the_floor_falls_above_it_and_stays_in_its_bounds() -> None:
     state = initial_state(CONSTRAINT)
-    assert state == {"multiplier": 0.25, "applied": 0.25}
+    assert state == {"multiplier": 0.25, "applied": 0.25, "integral": 0.25}
     below = [verdicts(safety=0.5), verdicts(safety=0.7), verdicts(safety=None), verdicts(help=0.0)]
     state = next_state(state, CONSTRAINT, below)
-    assert state == {"multiplier": pytest.approx(0.25 + 0.5 * (0.9 - 0.6)), "applied": 0.25}
+    assert state["multiplier"] == pytest.approx(0.25 + 0.5 * (0.9 - 0.6)) and state["applied"] == 0.25
     state = json.loads(json.dumps(state))
     above = next_state(state, CONSTRAINT, [verdicts(safety=1.0)])
     assert above["multiplier"] == pytest.approx(0.4 - 0.5 * 0.1)
     unjudged = next_state(state, CONSTRAINT, [verdicts(help=1.0)])
-    assert unjudged == {"multiplier": state["multiplier"], "applied": state["multiplier"]}
+    assert unjudged == {**state, "applied": state["multiplier"]}
     for score, bound in ((0.0, 1.0), (1.0, 0.0)):
         for _ in range(40):
             state = next_state(state, CONSTRAINT, [verdicts(safety=score)])
@@ -125,6 +127,27 @@ def test_the_multiplier_settles_where_the_floor_is_met() -> None:
     assert state["multiplier"] == pytest.approx(0.5, abs=1e-6)
 
 
+def test_a_proportional_part_damps_a_policy_that_the_integral_alone_makes_oscillate() -> None:
+    """Of a policy whose safety moves by what the multiplier is above 1/2, as weights do under an optimiser, the
+    integral alone never comes to rest."""
+
+    def safety(proportional: float) -> list[float]:
+        damped = replace(CONSTRAINT, proportional=proportional, initial=0.5, maximum=5.0)
+        state = initial_state(damped)
+        safety = [0.7]
+        for _ in range(300):
+            state = next_state(state, damped, [verdicts(safety=safety[-1])])
+            safety.append(min(max(safety[-1] + 0.2 * (state["multiplier"] - 0.5), 0.0), 1.0))
+        return safety
+
+    assert max(safety(0.0)[-50:]) - min(safety(0.0)[-50:]) > 0.1
+    assert safety(2.0)[-50:] == pytest.approx([0.9] * 50, abs=1e-6)
+    state = next_state(initial_state(CONSTRAINT), replace(CONSTRAINT, proportional=2.0), [verdicts(safety=0.7)])
+    assert state["integral"] == pytest.approx(0.25 + 0.5 * 0.2)
+    assert state["multiplier"] == pytest.approx(0.25 + (0.5 + 2.0) * 0.2)
+    assert next_state(state, replace(CONSTRAINT, proportional=90.0), [verdicts(safety=0.7)])["multiplier"] == 1.0
+
+
 def test_multiplicative_weights_are_the_closed_form() -> None:
     """λ after n steps of the same violation v is λ0 · exp(n · rate · v): up below the floor, down above it."""
     limit = replace(CONSTRAINT, update="multiplicative_weights", rate=0.5, initial=0.25, maximum=10.0)
@@ -134,7 +157,8 @@ def test_multiplicative_weights_are_the_closed_form() -> None:
             state = next_state(state, limit, [verdicts(safety=score), verdicts(safety=score), verdicts(other=1.0)])
         assert state["multiplier"] == pytest.approx(0.25 * math.exp(steps * 0.5 * (0.9 - score)), rel=1e-12)
     assert next_state(state, limit, [verdicts(other=1.0)])["multiplier"] == state["multiplier"]
-    assert next_state({"multiplier": 9.9}, limit, [verdicts(safety=0.0)])["multiplier"] == 10.0
+    near = dict.fromkeys(state, 9.9)
+    assert next_state(near, limit, [verdicts(safety=0.0)])["multiplier"] == 10.0
     assert json.loads(json.dumps(state)) == state
 
 
