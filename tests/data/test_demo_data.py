@@ -57,8 +57,8 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (155, 150, 150, 144)),
-        ("rl", (75, 50, 50, 192)),
+        ("sft", (105, 150, 150, 144)),
+        ("rl", (203, 114, 99, 192)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 192)),
     ],
