@@ -57,8 +57,8 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (105, 150, 150, 144)),
-        ("rl", (203, 114, 99, 192)),
+        ("sft", (155, 150, 150, 144)),
+        ("rl", (153, 114, 99, 192)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 192)),
     ],

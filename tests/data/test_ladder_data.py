@@ -65,8 +65,8 @@ def test_the_held_out_prompts_are_those_of_the_data_s_name(data: str) -> None:
 
 def test_there_is_enough_of_each_kind() -> None:
     counts = {
-        "sft": (105, 105, 225, 225, 56, 120),
-        "rl": (203, 203, 171, 149, 128, 220),
+        "sft": (155, 155, 225, 225, 56, 120),
+        "rl": (153, 153, 171, 149, 128, 220),
         "development": (30, 30, 45, 45, 36, 50),
         "test": (60, 60, 75, 75, 60, 80),
     }
@@ -157,7 +157,7 @@ def test_sft_responses_are_well_formed_and_right(verifiers: Any, config: Any) ->
         assert "well-formed" in row_labels, row["id"]
         labels.update(row_labels - {"well-formed"})
         assert mix(results, weights) == 2.0, row["id"]
-    assert labels == {"safe with warning": 210, "safe without risk": 450, "correct": 176}
+    assert labels == {"safe with warning": 310, "safe without risk": 450, "correct": 176}
 
 
 def test_half_of_the_thinking_is_verbose_and_says_no_more() -> None:
