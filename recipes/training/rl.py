@@ -379,19 +379,22 @@ def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, Advan
         weights = np.concatenate([token_weights(aggregation, part) for part in updates])
         batch = batch.with_response_columns(weights=weights)
         advantages = advantage(inputs)
-        scale = constraint_scale(loop, batch)
+        is_constrained = loop.config.rewards.constraint.verifier is not None
         if advantages.dim() == 2:
-            return batch.with_response_columns(advantages=advantages.flatten().numpy() * scale), inputs
+            of_responses = advantages.flatten().numpy()
+            if is_constrained:
+                of_responses = of_responses * constraint_scale(loop, batch)
+            return batch.with_response_columns(advantages=of_responses), inputs
         batch = everywhere(batch, loop.rollouts.control)
-        of_tokens = at_response_tokens(advantages, torch.from_numpy(batch.loss_mask))
-        return batch.with_columns(advantages=of_tokens.numpy() * batch.broadcast(scale)), inputs
+        of_tokens = at_response_tokens(advantages, torch.from_numpy(batch.loss_mask)).numpy()
+        if is_constrained:
+            of_tokens = of_tokens * batch.broadcast(constraint_scale(loop, batch))
+        return batch.with_columns(advantages=of_tokens), inputs
 
 
 def constraint_scale(loop: Loop, batch: TokenBatch) -> Array:
     """float64 [S]: what the constraint multiplies each response's advantages by, on average 1."""
     rewarding = loop.config.rewards
-    if rewarding.constraint.verifier is None:
-        return np.ones(len(batch))
     mixes = [mixing.label_weights(loop.rows[prompt.prompt_id], rewarding.mix) for prompt in batch.prompts]
     of_prompts = [objectives.advantage_scale(weights, rewarding.constraint, loop.constraint) for weights in mixes]
     scale = np.array(of_prompts)[batch.prompt_index]

@@ -439,6 +439,7 @@ IMPOSSIBLE = [
     (["rewards=search", "rewards.normalise=group"], "rewards.gate", "search_format", "must be none"),
     (["rewards=search", "rewards.constraint.update=x"], "rewards.constraint.update", "x", "use one of dual_ascent"),
     (["rewards=search", "rewards.constraint.initial=0"], "rewards.constraint.initial", "0.0", "use more"),
+    (["rewards=search", "rewards.constraint.proportional=1"], "rewards.constraint.proportional", "1.0", "use 0"),
     (["rollout.sleep=true"], "rollout.sleep", "true", "needs a GPU"),
     (["cluster.engine_nodes=-1"], "cluster.engine_nodes", "-1", "use 0 or more"),
     (

@@ -74,7 +74,8 @@ def test_scaled_advantages_of_normalised_groups_are_the_lagrangian_s_between_lab
     """A group's advantages are divided by its standard deviation, so that a multiplier in its rewards changes nothing.
     The scale puts it back for the label that has the verifier."""
     state = {"multiplier": 0.9, "applied": 0.6}
-    constrained, free = {"safety": 1.0}, {"help": 1.0}
+    constrained = {"safety": 1.0}
+    free = {"help": 1.0}
     scores = [0.1, 1.0, 0.0, 1.0]
 
     def advantages(weights: dict[str, float], multiplier: float) -> torch.Tensor:
@@ -134,11 +135,11 @@ def test_a_proportional_part_damps_a_policy_that_the_integral_alone_makes_oscill
     def safety(proportional: float) -> list[float]:
         damped = replace(CONSTRAINT, proportional=proportional, initial=0.5, maximum=5.0)
         state = initial_state(damped)
-        safety = [0.7]
+        scores = [0.7]
         for _ in range(300):
-            state = next_state(state, damped, [verdicts(safety=safety[-1])])
-            safety.append(min(max(safety[-1] + 0.2 * (state["multiplier"] - 0.5), 0.0), 1.0))
-        return safety
+            state = next_state(state, damped, [verdicts(safety=scores[-1])])
+            scores.append(min(max(scores[-1] + 0.2 * (state["multiplier"] - 0.5), 0.0), 1.0))
+        return scores
 
     assert max(safety(0.0)[-50:]) - min(safety(0.0)[-50:]) > 0.1
     assert safety(2.0)[-50:] == pytest.approx([0.9] * 50, abs=1e-6)
