@@ -58,7 +58,7 @@ def test_no_prompt_occurs_twice() -> None:
     ("split", "least"),
     [
         ("sft", (155, 150, 150, 144)),
-        ("rl", (153, 114, 99, 192)),
+        ("rl", (301, 114, 99, 192)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 192)),
     ],

@@ -66,7 +66,7 @@ def test_the_held_out_prompts_are_those_of_the_data_s_name(data: str) -> None:
 def test_there_is_enough_of_each_kind() -> None:
     counts = {
         "sft": (155, 155, 225, 225, 56, 120),
-        "rl": (153, 153, 171, 149, 128, 220),
+        "rl": (301, 301, 171, 149, 128, 220),
         "development": (30, 30, 45, 45, 36, 50),
         "test": (60, 60, 75, 75, 60, 80),
     }

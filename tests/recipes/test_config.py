@@ -598,8 +598,8 @@ def test_the_command_stops_at_once_with_one_line(overrides: list[str], line: str
     ("overrides", "message"),
     [
         (
-            ["algorithm=ppo", "critic.warmup_steps=28"],
-            "critic.warmup_steps=28: the policy is trained in what is",
+            ["algorithm=ppo", "critic.warmup_steps=56"],
+            "critic.warmup_steps=56: the policy is trained in what is",
         ),
         (["algorithm.prompts_per_step=1000"], "data.mix has 'harmful', of which data.prompts holds "),
         (["+data.scores.wit=[benign]"], "rewards.mix, data.scores: unknown verifier 'wit' ("),

@@ -45,7 +45,7 @@ CROSSED = [
     ("demo", "rollout.sleep=true"),
     ("demo", "rollout.thinking_budget=8,rollout.thinking_marks=[a]"),
     ("demo", "data.images.min_pixels=100,data.images.max_pixels=10"),
-    ("demo", "critic.warmup_steps=28"),
+    ("demo", "critic.warmup_steps=56"),
     ("demo", "parallel.virtual_pipeline=2"),
     ("demo", "parallel.first_stage_layers=4"),
     ("demo", "parallel.distributed_optimizer=false"),

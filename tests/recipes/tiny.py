@@ -120,6 +120,7 @@ def overrides(folder: Path, run_dir: Path, *more: str) -> list[str]:
         "algorithm.prompts_per_step=4",
         "algorithm.samples_per_prompt=4",
         "algorithm.learning_rate=1e-3",
+        "optimizer.betas=[0.9,0.95]",
         "checkpoint.every_steps=1",
         *more,
     ]
