@@ -95,7 +95,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configured(twin: Path, run_dir: Path, mix: Mapping[str, Mapping[str, float]], *more: str) -> Config:
     _, recipe, _, *small = tiny.overrides(twin, run_dir)
     overrides = [*small, *COMMON, "~rewards.mix", f"+rewards.mix={json.dumps(mix).replace('"', '')}", *more]
-    return parse(overridden(composed(recipe, "precision=fp32"), overrides))
+    return parse(overridden(composed(recipe, "rewards=base", "precision=fp32"), overrides))
 
 
 def train(twin: Path, run_dir: Path, *more: str, mix: Mapping[str, Mapping[str, float]] = MIX) -> Path:

@@ -184,7 +184,7 @@ def configured(twin: Path, run_dir: Path, ranks: int, choice: Choice) -> Config:
         "rewards.functions.processes=1",  # whose start takes as long as a third of such a run
         *choice,
     ]
-    config = parse(overridden(composed(recipe, "precision=fp32"), overrides))
+    config = parse(overridden(composed(recipe, "rewards=base", "precision=fp32"), overrides))
     check_parts(config)
     return config
 
