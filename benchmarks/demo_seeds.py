@@ -3,14 +3,12 @@
 ``python -m benchmarks.demo_seeds 1 2 3`` runs the command of ``make demo`` once per seed into ``runs/demo_seed_<n>``,
 writes ``benchmarks/results/demo_seeds.json`` and prints a table. ``--repeat 1`` runs that seed a second time and
 compares the two runs. ``--reuse`` keeps complete runs of an earlier command with the same code, data and overrides.
+``--recipe demo_vision`` does all this with the visual demo, in folders and a file of its name.
 """
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,17 +17,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import figures
+from benchmarks import figures, seeded
 from recipes.run import records, sample_files
 
-RESULT = Path("benchmarks/results/demo_seeds.json")
-FINISHED = "finished.json"  # written last into a run's folder: overrides, source digests and minutes
+RECIPES = ("demo", "demo_vision")
 EDGE_STEPS = 3  # the "first" and "last" response lengths are means over this many steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__)
     parser.add_argument("seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0])
     parser.add_argument("--repeat", type=int, metavar="SEED", help="run this seed a second time and compare")
     parser.add_argument("--reuse", action="store_true", help="keep runs that are complete")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="Hydra override of a run")
@@ -37,48 +35,29 @@ def main() -> None:
     if arguments.repeat is not None and arguments.repeat not in arguments.seeds:
         parser.error(f"--repeat {arguments.repeat}: name it among the seeds as well")
     made_by = figures.source("benchmarks.demo_seeds")
-    runs = {seed: run(seed, f"runs/demo_seed_{seed}", arguments) for seed in arguments.seeds}
+
+    def trained(seed: int, suffix: str = "") -> Path:
+        run_dir = Path(f"runs/{arguments.recipe}_seed_{seed}{suffix}")
+        seeded.run(run_dir, arguments.recipe, seed, more=arguments.override, reuse=arguments.reuse)
+        return run_dir
+
+    runs = {seed: trained(seed) for seed in arguments.seeds}
     first_run = runs[arguments.seeds[0]]
     result = {
         **json.loads((first_run / "environment.json").read_text()),
         "seeds": {str(seed): collect(run_dir) for seed, run_dir in runs.items()},
     }
     if arguments.repeat is not None:
-        repeated_run = run(arguments.repeat, f"runs/demo_seed_{arguments.repeat}_again", arguments)
+        repeated_run = trained(arguments.repeat, "_again")
         result["repeat"] = {"seed": arguments.repeat, **compare(runs[arguments.repeat], repeated_run)}
-    figures.write(RESULT, " ".join(["python -m benchmarks.demo_seeds", *sys.argv[1:]]), made_by, result)
+    path = figures.RESULTS / f"{arguments.recipe}_seeds.json"
+    figures.write(path, " ".join(["python -m benchmarks.demo_seeds", *sys.argv[1:]]), made_by, result)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(result["seeds"]))
     if "repeat" in result:
         same = "identical" if result["repeat"]["identical"] else f"not identical: {result['repeat']['differences']}"
         console.print(f"seed {result['repeat']['seed']} run twice: {same}")
-    console.print(f"{RESULT} has the curves")
-
-
-def run(seed: int, folder: str, arguments: argparse.Namespace) -> Path:
-    """Run the demo in an empty ``folder``, or keep its complete run if ``arguments.reuse`` allows it.
-
-    Returns the folder. Raises CalledProcessError when the run fails, and RuntimeError when a source file changed during
-    the run.
-    """
-    run_dir = Path(folder)
-    finished_file = run_dir / FINISHED
-    source_before = figures.source("recipes.train", Path("."))
-    overrides = ["recipe=demo", f"seed={seed}", f"run_dir={folder}", *arguments.override]
-    provenance = {"overrides": overrides, "source": source_before}
-    if arguments.reuse and finished_file.is_file():
-        finished = json.loads(finished_file.read_text())
-        if provenance.items() <= finished.items():
-            return run_dir
-        print(f"{folder} is from other code, data or overrides: running it again", flush=True)
-    shutil.rmtree(run_dir, ignore_errors=True)
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "recipes.train", *overrides], check=True)
-    minutes = (time.monotonic() - started) / 60
-    if figures.source("recipes.train", Path(".")) != source_before:
-        raise RuntimeError(f"code or data changed during the run {folder}, which makes it worthless: run it again")
-    records.write_json(finished_file, {**provenance, "minutes": minutes})
-    return run_dir
+    console.print(f"{path} has the curves")
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -87,7 +66,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     rows = list(records.read_rows(run_dir / "metrics.jsonl"))
     lengths = [row["response_length/mean"] for row in rows]
     return {
-        **json.loads((run_dir / FINISHED).read_text()),
+        **json.loads((run_dir / seeded.FINISHED).read_text()),
         "evaluation": {name: part for name, part in evaluation.items() if name != "transcripts"},
         "response_length": {"first": fmean(lengths[:EDGE_STEPS]), "last": fmean(lengths[-EDGE_STEPS:])},
         "seconds_per_step": fmean(row["time/step"] for row in rows),

@@ -1,12 +1,12 @@
-"""The arithmetic of ``benchmarks.loop``, ``demo_seeds`` and ``value_serving``. No test measures time."""
+"""The arithmetic of ``benchmarks.loop``, ``demo_seeds``, ``ladder`` and ``value_serving``. No test measures time."""
 
-import argparse
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from benchmarks import demo_seeds, loop, value_serving
+from benchmarks import demo_seeds, ladder, loop, seeded, value_serving
 from benchmarks.yardsticks import padded_batches
 
 SCORE = {"mean": 0.25, "interval": [0.1, 0.4], "n": 20}
@@ -156,9 +156,9 @@ def test_reuse_keeps_a_finished_run_of_the_same_code_and_overrides_only(tmp_path
         trainings.append(command[3:])
 
     def run(reuse, override):
-        demo_seeds.run(7, "runs/demo_seed_7", argparse.Namespace(reuse=reuse, override=[override]))
+        seeded.run(Path("runs/demo_seed_7"), "demo", 7, more=[override], reuse=reuse)
 
-    monkeypatch.setattr(demo_seeds.subprocess, "run", train)
+    monkeypatch.setattr(seeded.subprocess, "run", train)
     run(reuse=True, override="algorithm.steps=2")
     run(reuse=True, override="algorithm.steps=2")
     run(reuse=False, override="algorithm.steps=2")
@@ -173,10 +173,39 @@ def test_a_run_whose_code_changed_meanwhile_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf").mkdir()
     monkeypatch.setattr(
-        demo_seeds.subprocess, "run", lambda command, check: (tmp_path / "conf" / "a.yaml").write_text("seed: 2")
+        seeded.subprocess, "run", lambda command, check: (tmp_path / "conf" / "a.yaml").write_text("seed: 2")
     )
     with pytest.raises(RuntimeError, match="changed during the run runs/demo_seed_7"):
-        demo_seeds.run(7, "runs/demo_seed_7", argparse.Namespace(reuse=False, override=[]))
+        seeded.run(Path("runs/demo_seed_7"), "demo", 7)
+
+
+def ladder_run(folder, change):
+    """The files that ``benchmarks.ladder`` reads: of each stage, and of all."""
+    stages = [{"stage": "base"}]
+    for seconds, (stage, aims) in enumerate(ladder.AIMS.items(), start=1):
+        (folder / stage).mkdir(parents=True)
+        (folder / stage / "finished.json").write_text(json.dumps({"stage": stage, "seconds": seconds}))
+        measures = dict.fromkeys(aims, 0.5)
+        changes = {f"{aim}_change": change for aim in aims}
+        intervals = {f"{aim}_change_interval": [change - 0.1, change + 0.1] for aim in aims}
+        stages.append({"stage": stage, **measures, **changes, **intervals})
+    (folder / "judge").mkdir()
+    (folder / "judge" / "judge.json").write_text(json.dumps({"accuracy": SCORE}))
+    (folder / "ladder.json").write_text(json.dumps({"stages": stages}))
+    (folder / "finished.json").write_text(json.dumps({"minutes": 7.5}))
+    return folder
+
+
+def test_the_ladder_s_table_has_what_each_stage_is_for_with_every_seed(tmp_path):
+    seeds = {seed: ladder.collect(ladder_run(tmp_path / seed, change)) for seed, change in (("1", 0.2), ("2", -0.3))}
+    assert seeds["1"]["stage_seconds"] == {"sft": 1, "rl_general": 2, "rl_safety": 3, "rl_efficient": 4, "rl_search": 5}
+    assert seeds["1"]["minutes"] == 7.5
+    shown = text_of(ladder.table(seeds))
+    of_shares = [aim for aims in ladder.AIMS.values() for aim in aims if aim != "reasoning_length"]
+    assert shown.count("0.50, +0.20 [+0.10, +0.30]") == len(of_shares)
+    assert shown.count("0.50, -0.30 [-0.40, -0.20]") == len(of_shares)
+    assert "0.5, -0.3 [-0.4, -0.2]" in shown
+    assert shown.count("0.25 [0.10, 0.40]") == 2
 
 
 def test_value_serving_asks_for_growing_prefixes_and_counts_what_is_computed():

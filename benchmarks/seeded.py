@@ -1,0 +1,38 @@
+"""Runs of a recipe with several seeds, of which complete ones of the same code and data can be kept."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import figures
+from recipes.run import records
+
+FINISHED = "finished.json"  # written last into a run's folder: overrides, source digests and minutes
+
+
+def run(run_dir: Path, recipe: str, seed: int, *, more: Sequence[str] = (), reuse: bool = False) -> None:
+    """Train ``recipe`` with ``seed`` in an empty ``run_dir``; with ``reuse`` its complete run is kept.
+
+    ``more``: Hydra overrides. A run is complete if it ended with the code, the data and the overrides that it
+    would have now. Raises CalledProcessError when the run fails, and RuntimeError when a source file changed meanwhile.
+    """
+    source_before = figures.source("recipes.train", Path("."))
+    overrides = [f"recipe={recipe}", f"seed={seed}", f"run_dir={run_dir}", *more]
+    provenance = {"overrides": overrides, "source": source_before}
+    finished_file = run_dir / FINISHED
+    if reuse and finished_file.is_file():
+        finished = json.loads(finished_file.read_text())
+        if provenance.items() <= finished.items():
+            return
+        print(f"{run_dir} is from other code, data or overrides: running it again", flush=True)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", "recipes.train", *overrides], check=True)
+    minutes = (time.monotonic() - started) / 60
+    if figures.source("recipes.train", Path(".")) != source_before:
+        raise RuntimeError(f"code or data changed during the run {run_dir}, which makes it worthless: run it again")
+    records.write_json(finished_file, {**provenance, "minutes": minutes})
