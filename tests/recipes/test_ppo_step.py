@@ -32,8 +32,7 @@ LEARNING_RATE, CRITIC_LEARNING_RATE, TEMPERATURE = 1e-3, 2e-3, 0.8
 EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.01, 1.0
 SETTINGS = (
     "stage.trains=[rl]", "stage.evaluates=false", "precision=fp32", "parallel=tp1", "cluster.threads=1",
-    "parallel.micro_batch_tokens=64", "rewards.constraint.verifier=null", "algorithm=ppo",
-    f"algorithm.steps={STEPS}", "algorithm.updates_per_rollout=2",
+    "parallel.micro_batch_tokens=64", "algorithm=ppo", f"algorithm.steps={STEPS}", "algorithm.updates_per_rollout=2",
     f"algorithm.kl_coefficient={BETA}", f"algorithm.discount={DISCOUNT}", f"algorithm.gae_lambda={LAMBDA}",
     f"algorithm.clip_low={CLIP_LOW}", f"algorithm.clip_high={CLIP_HIGH}", f"algorithm.entropy_coefficient={ENTROPY}",
     f"algorithm.learning_rate={LEARNING_RATE}", "algorithm.min_lr_ratio=0.1", "algorithm.warmup_fraction=0.0",
@@ -87,7 +86,7 @@ def run(folder: Path, request: pytest.FixtureRequest) -> Run:
     count = 2 if request.param == "two ranks" else 1
     # Without the folder of a user's own configuration, which compose has no argument for.
     overrides = [argument for argument in tiny.overrides(folder, folder / "run") if not argument.startswith("--")]
-    overrides.remove("rewards=letters")
+    overrides[overrides.index("rewards=letters")] = "rewards=base"
     (folder / "overrides.json").write_text(json.dumps([*overrides, *SETTINGS, f"cluster.ranks={count}"]))
     for step in range(1, STEPS + 1):
         (folder / f"step_{step}.safetensors").write_bytes(responses(step).to_bytes())
