@@ -88,11 +88,11 @@ def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings()
         used.append({word for row in tasks for word in task_words(row)})
         assert used[-1] <= set(TASK_WORDS)
         wordings = {re.sub(r"[A-Za-z]+, [a-z]+, [a-z]+", "…", row["prompt"]) for row in tasks}
-        assert len(wordings) == 3 * {"development": 2, "test": 4}.get(split, 16)
+        assert len(wordings) == 3 * {"sft": 8, "rl": 24, "development": 2, "test": 4}[split]
         wordings_of_sides.setdefault("training" if split in ("sft", "rl") else split, set()).update(wordings)
     assert sum(map(len, used)) == len(set().union(*used))
-    assert [len(wordings) for wordings in wordings_of_sides.values()] == [48, 6, 12]
-    assert len(set().union(*wordings_of_sides.values())) == 66
+    assert [len(wordings) for wordings in wordings_of_sides.values()] == [72, 6, 12]
+    assert len(set().union(*wordings_of_sides.values())) == 90
 
 
 def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:

@@ -33,7 +33,9 @@ TASK_WORDS = (
     "village violin wagon water whale wheel window winter wolf wood yard yellow zebra"
 ).split()
 TASK_WORD_COUNTS = {"sft": 12, "rl": 30, "development": 18, "test": 26}
-# Wordings of a family by the files that have them. Each family is asked in every one in turn.
+# Wordings of a family by the files that have them. Each family is asked in every one in turn, but for SFT, which shows the
+# first ones alone.
+SFT_WORDINGS = 8
 TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "last": {
         "training": (
@@ -53,6 +55,14 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "You hear {}. Repeat the last of them.",
             "If {} stand in a line, who stands last?",
             "Write the last word: {}.",
+            "Among {} the last word counts. Which is it?",
+            "Copy the last of these words: {}.",
+            "A parrot says {}. Say its last word.",
+            "{}. Only the last, please.",
+            "On the shelf stand {}. Name the last item.",
+            "Answer with one word, the last of {}.",
+            "My password is made of {}. What is its last word?",
+            "Three boxes hold {}. What is in the last box?",
         ),
         "development": ("Someone calls out {}. Which one came last?", "The row {} has which item in last place?"),
         "test": (
@@ -80,6 +90,14 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "You hear {}. Repeat the second of them.",
             "If {} stand in a line, who stands second?",
             "Write the second word: {}.",
+            "Among {} the second word counts. Which is it?",
+            "Copy the second of these words: {}.",
+            "A parrot says {}. Say its second word.",
+            "{}. Only the second, please.",
+            "On the shelf stand {}. Name the second item.",
+            "Answer with one word, the second of {}.",
+            "My password is made of {}. What is its second word?",
+            "Three boxes hold {}. What is in the second box?",
         ),
         "development": ("Someone calls out {}. Which one came second?", "The row {} has which item in second place?"),
         "test": (
@@ -107,6 +125,14 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "You hear {}. Repeat the first of them.",
             "If {} stand in a line, who stands first?",
             "Write the first word: {}.",
+            "Among {} the first word counts. Which is it?",
+            "Copy the first of these words: {}.",
+            "A parrot says {}. Say its first word.",
+            "{}. Only the first, please.",
+            "On the shelf stand {}. Name the first item.",
+            "Answer with one word, the first of {}.",
+            "My password is made of {}. What is its first word?",
+            "Three boxes hold {}. What is in the first box?",
         ),
         "development": ("Someone calls out {}. Which one came first?", "The row {} has which item in first place?"),
         "test": (
@@ -203,6 +229,8 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
             listed = ", ".join(drawn)
             for family, answer in (("first", drawn[0]), ("second", drawn[1]), ("last", drawn[2])):
                 wordings = TASK_WORDINGS[family][split if split in ("development", "test") else "training"]
+                if split == "sft":
+                    wordings = wordings[:SFT_WORDINGS]
                 prompt = wordings[place % len(wordings)].format(listed)
                 prompt = prompt[0].upper() + prompt[1:]
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
