@@ -4,9 +4,9 @@
 rank has SmolLM2's weights in BF16 and computes the log-probs of each engine's samples. ``fp8_per_channel`` is vLLM's
 own FP8 for weights and activations, which its CPU build supports, and ``fp8_cache`` its own cache of keys and values,
 where the processor has AVX-512. The other weight formats are emulated by a BF16 engine whose weights were rounded to
-FP8 and back, so they show the effect of rounding the weights alone. ``emulated_cache`` is transformers' score of the
-BF16 engine's samples with rounded keys and values, ``emulated_cache_and_queries`` with rounded queries too, as vLLM has
-them on an H100.
+FP8 and back, so they show the effect of rounding the weights alone. The other caches are emulated too, as transformers'
+score of the BF16 engine's samples: ``emulated_cache`` rounds keys and values to the nearest, ``emulated_cache_on_cpu``
+toward zero, as vLLM's CPU kernel does, and ``emulated_cache_and_queries`` rounds queries too, as vLLM does on an H100.
 """
 
 import itertools
@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-MODEL = Path("build/models/SmolLM2-135M-Instruct")
 PROMPTS = Path("recipes/data/demo/test.jsonl")
 RESULT = Path("benchmarks/results/fp8_gap.json")
 PROMPT_STRIDE = 8  # every eighth prompt of the file
@@ -45,6 +44,20 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), 
 def through_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``weight`` (FP32) rounded to FP8 with ``scale`` and back."""
     return (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def nearest(values: torch.Tensor) -> torch.Tensor:
+    """``values`` (FP32) rounded to the nearest number of FP8 and back. What is above its largest becomes that."""
+    return through_fp8(values, torch.ones(()))
+
+
+def toward_zero(values: torch.Tensor) -> torch.Tensor:
+    """``values`` (FP32) truncated to FP8 and back, as vLLM's CPU kernel does (``float_to_fp8e4m3_scalar``)."""
+    rounded = values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    is_too_large = rounded.float().abs() > values.abs()
+    # FP8's numbers of one sign have the order of their bytes.
+    next_below = (rounded.view(torch.uint8) - 1).view(torch.float8_e4m3fn)
+    return torch.where(is_too_large, next_below.float(), rounded.float())
 
 
 def per_tensor(weight: torch.Tensor) -> torch.Tensor:
@@ -73,6 +86,7 @@ ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 # Attention implementations of transformers.
 ROUNDED_CACHE = "rounded_cache"
+TRUNCATED_CACHE = "truncated_cache"
 ROUNDED_ATTENTION = "rounded_attention"
 
 
@@ -84,6 +98,7 @@ def attend_to_a_rounded_cache(
     attention_mask: None,
     *,
     scaling: float,
+    rounding: Callable[[torch.Tensor], torch.Tensor] = nearest,
     rounds_queries: bool = False,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -92,21 +107,22 @@ def attend_to_a_rounded_cache(
     ``query`` is [1, heads, tokens, head_dim], ``key`` and ``value`` are [1, groups, tokens, head_dim]; returns
     [1, tokens, heads, head_dim].
     """
-    no_scale = torch.ones(())
-    key, value = (through_fp8(tensor.float(), no_scale).to(tensor.dtype) for tensor in (key, value))
+    key = rounding(key.float()).to(key.dtype)
+    value = rounding(value.float()).to(value.dtype)
     if rounds_queries:
-        query = through_fp8(query.float(), no_scale).to(query.dtype)
+        query = rounding(query.float()).to(query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ROUNDED_CACHE, attend_to_a_rounded_cache)
+AttentionInterface.register(TRUNCATED_CACHE, partial(attend_to_a_rounded_cache, rounding=toward_zero))
 AttentionInterface.register(ROUNDED_ATTENTION, partial(attend_to_a_rounded_cache, rounds_queries=True))
 
 
-def rounded_model(rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
+def rounded_model(model_path: str, rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
     """Write the model with rounded weights of its linear layers to ``folder``. Fused layers are rounded together."""
-    network = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    network = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     for layer in network.model.layers:
         modules = dict(layer.self_attn.named_modules()) | dict(layer.mlp.named_modules())
         for names in FUSED:
@@ -131,6 +147,7 @@ def main() -> None:
     from recipes.algorithms import mismatch
     from recipes.algorithms.sequences import sequences_of
     from recipes.config import parse
+    from recipes.launch.prepare_model import prepare
     from recipes.run import records
     from rollout import vllm_platform
     from rollout.engine import Engine, EngineSettings, stop_engines
@@ -141,19 +158,21 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    made_by = figures.source("benchmarks.fp8_gap")
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        demo = parse(compose("config", ["recipe=demo"]))
+    prepare(demo.model)
+    model_path = demo.model.path
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
 
     def make_prompt(prompt_id: str, text: str) -> Prompt:
         message = [{"role": "user", "content": text}]
         token_ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         return Prompt(prompt_id, np.array(token_ids, np.int32))
 
-    made_by = figures.source("benchmarks.fp8_gap")
     started = time.monotonic()
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::PROMPT_STRIDE]]
     prompts = [make_prompt(row["id"], row["prompt"]) for row in rows]
-    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        demo = parse(compose("config", ["recipe=demo"]))
     rollout = replace(
         demo.rollout,
         max_num_seqs=64,
@@ -161,7 +180,7 @@ def main() -> None:
         kv_cache_gib=0.5,
         threads=len(os.sched_getaffinity(0)),
     )
-    plain = EngineSettings(rollout, str(MODEL), dtype="bfloat16", max_model_len=256, platform="cpu")
+    plain = EngineSettings(rollout, model_path, dtype="bfloat16", max_model_len=256, platform="cpu")
     changed: dict[str, dict[str, Any]] = {"bf16": {}, "fp8_per_channel": {"quantization": "fp8_per_channel"}}
     lacking = vllm_platform.CPU.lacks_for_fp8_cache()
     if not lacking:
@@ -174,7 +193,7 @@ def main() -> None:
         ]
         try:
             layout = parallel.initialize(replace(demo.parallel, tensor=1, sequence=False), SEED, 600)
-            policy = model.build(hf_checkpoint.config(MODEL), layout, replace(demo.precision, name="bf16"))
+            policy = model.build(hf_checkpoint.config(Path(model_path)), layout, replace(demo.precision, name="bf16"))
             for engine in engines:
                 engine.wait_until_ready(time.monotonic() + 600)
             group = parallel.control_group()
@@ -194,7 +213,7 @@ def main() -> None:
 
             def by_the_trainer(batch: TokenBatch, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
                 """Log-probs of the response tokens of each micro-batch."""
-                hf_checkpoint.load(policy.shards, MODEL)
+                hf_checkpoint.load(policy.shards, Path(model_path))
                 return forward_backward.log_probs(policy, micro_batches)
 
             def by_transformers(
@@ -202,7 +221,7 @@ def main() -> None:
             ) -> list[torch.Tensor]:
                 """The same of transformers with another attention."""
                 network = AutoModelForCausalLM.from_pretrained(
-                    MODEL, dtype=torch.bfloat16, attn_implementation=attention
+                    model_path, dtype=torch.bfloat16, attn_implementation=attention
                 )
                 return [torch.cat([scores(network, batch, i) for i in micro.indices]) for micro in micro_batches]
 
@@ -236,15 +255,16 @@ def main() -> None:
                 return {"tokens": totals[f"{mismatch.NAME}/tokens"], **metrics}
 
             versions = itertools.count(1)
-            samples = {name: sample(number, MODEL) for number, name in enumerate(changed)}
+            samples = {name: sample(number, Path(model_path)) for number, name in enumerate(changed)}
             results = {name: gaps(batch) for name, batch in samples.items()}
             for name, attention in (
                 ("emulated_cache", ROUNDED_CACHE),
+                ("emulated_cache_on_cpu", TRUNCATED_CACHE),
                 ("emulated_cache_and_queries", ROUNDED_ATTENTION),
             ):
                 results[name] = gaps(samples["bf16"], partial(by_transformers, attention))
             for name, rounding in ROUNDINGS.items():
-                results[name] = gaps(sample(0, rounded_model(rounding, home / name)))
+                results[name] = gaps(sample(0, rounded_model(model_path, rounding, home / name)))
         finally:
             stop_engines(engines)
             parallel.destroy()

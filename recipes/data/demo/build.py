@@ -33,8 +33,8 @@ TASK_WORDS = (
     "village violin wagon water whale wheel window winter wolf wood yard yellow zebra"
 ).split()
 TASK_WORD_COUNTS = {"sft": 12, "rl": 30, "development": 18, "test": 26}
-# Wordings of a family by the files that have them. Each family is asked in every one in turn, but for SFT, which shows the
-# first ones alone.
+# Wordings of a family by the files that have them. Each family is asked in every one in turn, but SFT shows only the
+# first ones.
 SFT_WORDINGS = 8
 TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "last": {
