@@ -66,7 +66,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     rows = list(records.read_rows(run_dir / "metrics.jsonl"))
     lengths = [row["response_length/mean"] for row in rows]
     return {
-        **json.loads((run_dir / seeded.FINISHED).read_text()),
+        **json.loads((run_dir / seeded.PROVENANCE).read_text()),
         "evaluation": {name: part for name, part in evaluation.items() if name != "transcripts"},
         "response_length": {"first": fmean(lengths[:EDGE_STEPS]), "last": fmean(lengths[-EDGE_STEPS:])},
         "seconds_per_step": fmean(row["time/step"] for row in rows),

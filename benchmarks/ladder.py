@@ -57,7 +57,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     """A run's measures and seconds of each stage, its judge's accuracy, its overrides, digests and minutes."""
     finished_stages = [json.loads(path.read_text()) for path in run_dir.glob(f"*/{records.FINISHED}")]
     return {
-        **json.loads((run_dir / seeded.FINISHED).read_text()),
+        **json.loads((run_dir / seeded.PROVENANCE).read_text()),
         "stage_seconds": {stage["stage"]: stage["seconds"] for stage in finished_stages},
         "judge_accuracy": json.loads((run_dir / "judge" / "judge.json").read_text())["accuracy"],
         **json.loads((run_dir / "ladder.json").read_text()),

@@ -73,6 +73,9 @@ FILLER_SIZE = 256  # of the matrices that fill a core's idle time
 
 def main() -> None:
     made_by = figures.source("benchmarks.plan_order")
+    cores = len(os.sched_getaffinity(0))
+    if cores < RANKS:
+        sys.exit(f"error: {cores} core here: each of the {RANKS} ranks needs one of its own")
     wanted = layouts_wanted(sys.argv[1:])
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         config = parse(compose("config", ["recipe=demo"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import figures
 from recipes.run import records
 
-FINISHED = "finished.json"  # written last into a run's folder: overrides, source digests and minutes
+PROVENANCE = "provenance.json"  # written last into a run's folder: overrides, source digests and minutes
 
 
 def run(run_dir: Path, recipe: str, seed: int, *, more: Sequence[str] = (), reuse: bool = False) -> None:
@@ -22,11 +22,11 @@ def run(run_dir: Path, recipe: str, seed: int, *, more: Sequence[str] = (), reus
     """
     source_before = figures.source("recipes.train", Path("."))
     overrides = [f"recipe={recipe}", f"seed={seed}", f"run_dir={run_dir}", *more]
-    provenance = {"overrides": overrides, "source": source_before}
-    finished_file = run_dir / FINISHED
-    if reuse and finished_file.is_file():
-        finished = json.loads(finished_file.read_text())
-        if provenance.items() <= finished.items():
+    made_by = {"overrides": overrides, "source": source_before}
+    provenance_file = run_dir / PROVENANCE
+    if reuse and provenance_file.is_file():
+        kept = json.loads(provenance_file.read_text())
+        if made_by.items() <= kept.items():
             return
         print(f"{run_dir} is from other code, data or overrides: running it again", flush=True)
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -35,4 +35,4 @@ def run(run_dir: Path, recipe: str, seed: int, *, more: Sequence[str] = (), reus
     minutes = (time.monotonic() - started) / 60
     if figures.source("recipes.train", Path(".")) != source_before:
         raise RuntimeError(f"code or data changed during the run {run_dir}, which makes it worthless: run it again")
-    records.write_json(finished_file, {**provenance, "minutes": minutes})
+    records.write_json(provenance_file, {**made_by, "minutes": minutes})

@@ -107,7 +107,7 @@ def demo_run(folder, rewards, response="hello", speed=1.0):
     difference = {"safety": GAIN, "sampled": {"safety": GAIN}}
     evaluation = {"base": stage, "before": stage, "after": stage, "difference": difference, "transcripts": ["long"]}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    (folder / "finished.json").write_text(json.dumps({"minutes": 7.5, "overrides": ["seed=1"]}))
+    (folder / "provenance.json").write_text(json.dumps({"minutes": 7.5, "overrides": ["seed=1"]}))
     return folder
 
 
@@ -192,7 +192,7 @@ def ladder_run(folder, change):
     (folder / "judge").mkdir()
     (folder / "judge" / "judge.json").write_text(json.dumps({"accuracy": SCORE}))
     (folder / "ladder.json").write_text(json.dumps({"stages": stages}))
-    (folder / "finished.json").write_text(json.dumps({"minutes": 7.5}))
+    (folder / "provenance.json").write_text(json.dumps({"minutes": 7.5}))
     return folder
 
 

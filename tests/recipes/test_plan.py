@@ -512,6 +512,12 @@ def test_the_measured_layouts_are_those_that_are_predicted_for_and_differ() -> N
         plan_order.layouts_wanted(["layouts=2"])
 
 
+def test_a_machine_with_a_single_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_order.os, "sched_getaffinity", lambda process: {3})
+    with pytest.raises(SystemExit, match="1 core here: each of the 2 ranks needs one of its own"):
+        plan_order.main()
+
+
 # The benchmark with a smaller twin and few tokens.
 SMALL_BENCHMARK = """
 import sys
