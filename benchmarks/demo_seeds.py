@@ -34,7 +34,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeat is not None and arguments.repeat not in arguments.seeds:
         parser.error(f"--repeat {arguments.repeat}: name it among the seeds as well")
-    made_by = figures.source("benchmarks.demo_seeds")
+    # An override may take any configuration.
+    recipes = [] if arguments.override else [arguments.recipe]
+    made_by = figures.source("benchmarks.demo_seeds", recipes=recipes)
 
     def trained(seed: int, suffix: str = "") -> Path:
         run_dir = Path(f"runs/{arguments.recipe}_seed_{seed}{suffix}")

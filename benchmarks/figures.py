@@ -1,9 +1,10 @@
 """Which figures are of the present code: ``make figures`` lists the files of ``benchmarks/results``.
 
-Every file is written by the one command that it names, and carries digests of the code that made it
-(:func:`source`, :func:`write`): of the modules that the command can import, of all configuration and of all data, but
-for the bounds that ``recipes.check`` compares a finished run with. A file is stale when any of these has changed since,
-however little, or when it has no digest.
+Every file is written by the one command that it names, and carries digests of what made it (:func:`source`,
+:func:`write`): of the modules that the command can import, of the configuration, and of the data. Where the command
+says which recipes it takes, the configuration is what they compose, and the data is the files that this or the code
+names; otherwise it is all of both, but for the bounds that ``recipes.check`` compares a finished run with. A file is
+stale when any of these has changed since, however little, or when it has no digest.
 """
 
 import ast
@@ -11,11 +12,13 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -29,24 +32,47 @@ BOUNDS = Path("conf/bounds")  # no run and no benchmark reads them
 # A module's name, or a package's with the dot after which an f-string goes on with the module's.
 MODULE_NAME = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)*\.?")
 GPU_CHECKS = "gpu"  # the folder of files with an entry for each check, which has its own digests
+OF_RECIPES = "of_recipes"  # beside the rooms' digests: the recipes that a command takes
 CURRENT = "current"
 NO_DIGEST = "no digest"
 
 
-def source(module: str | None, root: Path = ROOT) -> dict[str, str]:
-    """Room → digest of what a program depends on: the files that it can import, all configuration and all data.
+def source(module: str | None, root: Path = ROOT, recipes: Sequence[str] = ()) -> dict[str, Any]:
+    """Room → digest of what a program depends on: its code, configuration and data.
 
-    ``module``: the program's name ("benchmarks.loop"). None for all files of the rooms: a check on a GPU.
+    ``module``: the program's name ("benchmarks.loop"), which depends on the files that it can import. None for all
+    files of the rooms: a check on a GPU.
+    ``recipes``: the recipes that the program takes, if it takes no other configuration. They stand beside the digests,
+    as ``of_recipes``, for :func:`state`. Without any, all configuration and all data count.
     """
     present = {path for room in ROOMS for path in (root / room).rglob("*") if path.parent != root / BOUNDS}
     code = {path for path in present if path.suffix == ".py"} if module is None else importable(module, root)
+    others = {path for path in present if path.suffix in NOT_CODE}
     digests = {room: hashlib.sha256() for room in ROOMS}
-    for path in sorted(code | {path for path in present if path.suffix in NOT_CODE}):
+    if recipes:
+        configuration = "\n".join(composed(recipe, root) for recipe in recipes)
+        digests["conf"].update(configuration.encode())
+        texts = [configuration, *(path.read_text() for path in code)]
+        others = {
+            path
+            for path in others
+            if root / "conf" not in path.parents and any(str(path.relative_to(root)) in text for text in texts)
+        }
+    for path in sorted(code | others):
         name = path.relative_to(root)
         digest = digests[name.parts[0]]
         digest.update(f"{name}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return {room: digest.hexdigest()[:16] for room, digest in digests.items()}
+    by_room = {room: digest.hexdigest()[:16] for room, digest in digests.items()}
+    return {**by_room, OF_RECIPES: list(recipes)} if recipes else by_room
+
+
+def composed(recipe: str, root: Path) -> str:
+    """The configuration of a recipe, and of each stage of its ladder, as YAML."""
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        complete = compose("config", [f"recipe={recipe}"])
+        stages = [compose("config", [f"recipe={recipe}", f"stage={stage}"]) for stage in complete.stage.ladder]
+    return "\n".join(OmegaConf.to_yaml(config) for config in (complete, *stages))
 
 
 def importable(module: str, root: Path) -> set[Path]:
@@ -91,7 +117,7 @@ def files(name: str, root: Path) -> list[Path]:
     return [file for file in candidates if file.is_file()]
 
 
-def write(path: Path, command: str, made_by: Mapping[str, str], result: Mapping[str, Any]) -> None:
+def write(path: Path, command: str, made_by: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write a file of results with its date and its command.
 
     ``command``: "python -m MODULE …".
@@ -110,7 +136,8 @@ def state(path: Path, root: Path = ROOT) -> str:
         return NO_DIGEST
     changed: set[str] = set()
     for part in parts:
-        present = source(program(part["command"]) if "command" in part else None, root)
+        module = program(part["command"]) if "command" in part else None
+        present = source(module, root, part["source"].get(OF_RECIPES, ()))
         changed |= {room for room in ROOMS if part["source"].get(room) != present[room]}
     return f"changed since: {', '.join(room for room in ROOMS if room in changed)}" if changed else CURRENT
 

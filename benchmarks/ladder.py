@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--reuse", action="store_true", help="keep runs that are complete")
     arguments = parser.parse_args()
-    made_by = figures.source("benchmarks.ladder")
+    made_by = figures.source("benchmarks.ladder", recipes=["ladder_demo"])
     runs = {seed: Path(f"runs/ladder_seed_{seed}") for seed in arguments.seeds}
     for seed, run_dir in runs.items():
         seeded.run(run_dir, "ladder_demo", seed, reuse=arguments.reuse)

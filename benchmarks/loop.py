@@ -45,8 +45,10 @@ SETTINGS = (
 
 
 def main() -> None:
-    made_by = figures.source("benchmarks.loop")
-    overrides = [*SETTINGS, *sys.argv[1:], f"run_dir={RUN_DIR}", "resume=false"]
+    changes = sys.argv[1:]
+    # A change may take any configuration.
+    made_by = figures.source("benchmarks.loop", recipes=[] if changes else ["demo"])
+    overrides = [*SETTINGS, *changes, f"run_dir={RUN_DIR}", "resume=false"]
     try:
         with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
             config = parse(compose("config", overrides))

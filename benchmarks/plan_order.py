@@ -72,7 +72,7 @@ FILLER_SIZE = 256  # of the matrices that fill a core's idle time
 
 
 def main() -> None:
-    made_by = figures.source("benchmarks.plan_order")
+    made_by = figures.source("benchmarks.plan_order", recipes=["demo"])
     cores = len(os.sched_getaffinity(0))
     if cores < RANKS:
         sys.exit(f"error: {cores} core here: each of the {RANKS} ranks needs one of its own")

@@ -216,7 +216,7 @@ def main() -> None:
     if options.fake:
         die_with(int(options.fake[0]))
         asyncio.run(fake_server(0, float(options.fake[1]), float(options.fake[2])))
-    made_by = figures.source("benchmarks.rewards")
+    made_by = figures.source("benchmarks.rewards", recipes=["demo"])
     load = os.getloadavg()[0]
     demo = demo_config()
     settings = demo.rewards.client

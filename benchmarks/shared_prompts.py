@@ -40,7 +40,7 @@ GOALS = {"demo": 1.8, "vision": 2.5}  # at least: seconds without / seconds with
 
 
 def main() -> None:
-    made_by = figures.source("benchmarks.shared_prompts")
+    made_by = figures.source("benchmarks.shared_prompts", recipes=["demo"])
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         config = parse(compose("config", ["recipe=demo"]))
     prepare(config.model)

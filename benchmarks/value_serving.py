@@ -56,7 +56,7 @@ MEASURED = {
 
 
 def main() -> None:
-    made_by = figures.source("benchmarks.value_serving")
+    made_by = figures.source("benchmarks.value_serving", recipes=["demo"])
     load = os.getloadavg()[0]
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         demo = parse(compose("config", ["recipe=demo"]))

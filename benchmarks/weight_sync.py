@@ -86,7 +86,7 @@ def cases(demo_folder: str) -> list[Case]:
 
 
 def main() -> None:
-    made_by = figures.source("benchmarks.weight_sync")
+    made_by = figures.source("benchmarks.weight_sync", recipes=["demo"])
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         demo = parse(compose("config", ["recipe=demo"])).model
     peers = ("megatron_bridge", "mbridge")

@@ -64,6 +64,53 @@ def test_other_code_text_and_results_do_not_change_it_and_a_new_module_of_a_load
     assert figures.source(PROGRAM, root) != before
 
 
+# Two recipes, one with a ladder of stages. `small` names a file of data, and so does code.
+RECIPES = {
+    "conf/config.yaml": "defaults:\n- _self_\n- stage: rl\n- recipe: ???\nrows: null",
+    "conf/recipe/small.yaml": "# @package _global_\nrows: recipes/data/small.jsonl",
+    "conf/recipe/ladder.yaml": "# @package _global_\ndefaults: [{override /stage: all}]",
+    "conf/stage/rl.yaml": "ladder: []",
+    "conf/stage/sft.yaml": "ladder: []\nepochs: 2",
+    "conf/stage/all.yaml": "ladder: [sft]",
+    "recipes/data/small.jsonl": "",
+    "recipes/data/by_code.jsonl": "",
+    "recipes/data/other.jsonl": "",
+    "recipes/further.py": "PROMPTS = 'recipes/data/by_code.jsonl'",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "text", "of_small", "of_ladder"),
+    [
+        ("conf/config.yaml", "\nsteps: 1", ["conf"], ["conf"]),
+        ("conf/config.yaml", "\n# a comment", [], []),
+        ("conf/recipe/small.yaml", "\nsteps: 3", ["conf"], []),
+        ("conf/stage/sft.yaml", "\nsteps: 3", [], ["conf"]),
+        ("conf/stage/unused.yaml", "a: 1", [], []),
+        ("recipes/data/small.jsonl", "{}", ["recipes"], []),
+        ("recipes/data/by_code.jsonl", "{}", ["recipes"], ["recipes"]),
+        ("recipes/data/other.jsonl", "{}", [], []),
+        ("rollout/server.py", "a = 1", ["rollout"], ["rollout"]),
+    ],
+)
+def test_of_a_recipe_counts_what_it_composes_and_the_data_that_it_or_the_code_names(
+    root: Path, changed: str, text: str, of_small: list[str], of_ladder: list[str]
+) -> None:
+    for name, content in RECIPES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    before = {recipe: figures.source(PROGRAM, root, [recipe]) for recipe in ("small", "ladder")}
+    path = root / "benchmarks" / "results" / "x.json"
+    figures.write(path, f"python -m {PROGRAM}", before["small"], {})
+    assert figures.state(path, root) == figures.CURRENT
+    (root / changed).write_text((root / changed).read_text() + text if (root / changed).exists() else text)
+    for recipe, rooms in (("small", of_small), ("ladder", of_ladder)):
+        after = figures.source(PROGRAM, root, [recipe])
+        assert [room for room in figures.ROOMS if after[room] != before[recipe][room]] == rooms
+        assert after[figures.OF_RECIPES] == [recipe]
+    assert figures.state(path, root) == (f"changed since: {of_small[0]}" if of_small else figures.CURRENT)
+
+
 def test_a_file_that_moves_changes_the_digest(root: Path) -> None:
     before = figures.source(PROGRAM, root)
     (root / "rewards" / "data" / "rows.jsonl").rename(root / "rewards" / "rows.jsonl")
