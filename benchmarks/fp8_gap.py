@@ -120,7 +120,7 @@ AttentionInterface.register(TRUNCATED_CACHE, partial(attend_to_a_rounded_cache, 
 AttentionInterface.register(ROUNDED_ATTENTION, partial(attend_to_a_rounded_cache, rounds_queries=True))
 
 
-def rounded_model(model_path: str, rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
+def rounded_model(model_path: Path, rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
     """Write the model with rounded weights of its linear layers to ``folder``. Fused layers are rounded together."""
     network = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     for layer in network.model.layers:
@@ -162,7 +162,7 @@ def main() -> None:
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         demo = parse(compose("config", ["recipe=demo"]))
     prepare(demo.model)
-    model_path = demo.model.path
+    model_path = Path(demo.model.path)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
 
     def make_prompt(prompt_id: str, text: str) -> Prompt:
@@ -180,7 +180,7 @@ def main() -> None:
         kv_cache_gib=0.5,
         threads=len(os.sched_getaffinity(0)),
     )
-    plain = EngineSettings(rollout, model_path, dtype="bfloat16", max_model_len=256, platform="cpu")
+    plain = EngineSettings(rollout, str(model_path), dtype="bfloat16", max_model_len=256, platform="cpu")
     changed: dict[str, dict[str, Any]] = {"bf16": {}, "fp8_per_channel": {"quantization": "fp8_per_channel"}}
     lacking = vllm_platform.CPU.lacks_for_fp8_cache()
     if not lacking:
@@ -193,7 +193,7 @@ def main() -> None:
         ]
         try:
             layout = parallel.initialize(replace(demo.parallel, tensor=1, sequence=False), SEED, 600)
-            policy = model.build(hf_checkpoint.config(Path(model_path)), layout, replace(demo.precision, name="bf16"))
+            policy = model.build(hf_checkpoint.config(model_path), layout, replace(demo.precision, name="bf16"))
             for engine in engines:
                 engine.wait_until_ready(time.monotonic() + 600)
             group = parallel.control_group()
@@ -213,7 +213,7 @@ def main() -> None:
 
             def by_the_trainer(batch: TokenBatch, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
                 """Log-probs of the response tokens of each micro-batch."""
-                hf_checkpoint.load(policy.shards, Path(model_path))
+                hf_checkpoint.load(policy.shards, model_path)
                 return forward_backward.log_probs(policy, micro_batches)
 
             def by_transformers(
@@ -255,7 +255,7 @@ def main() -> None:
                 return {"tokens": totals[f"{mismatch.NAME}/tokens"], **metrics}
 
             versions = itertools.count(1)
-            samples = {name: sample(number, Path(model_path)) for number, name in enumerate(changed)}
+            samples = {name: sample(number, model_path) for number, name in enumerate(changed)}
             results = {name: gaps(batch) for name, batch in samples.items()}
             for name, attention in (
                 ("emulated_cache", ROUNDED_CACHE),
