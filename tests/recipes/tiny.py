@@ -108,6 +108,7 @@ def overrides(folder: Path, run_dir: Path, *more: str) -> list[str]:
         "~data.scores.refusal",  # whose prompts these are not
         f"run_dir={run_dir}",
         "data.mix={" + ",".join(f"{kind}:1" for kind in KINDS) + "}",
+        "data.evaluation_samples=1",
         "data.max_prompt_tokens=40",
         "rollout.max_response_tokens=8",
         "rollout.kv_cache_gib=0.05",
