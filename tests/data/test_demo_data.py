@@ -11,7 +11,17 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from recipes.config import parse
-from recipes.data.demo.build import FOLDER, KINDS, SPLITS, TASK_WORDS, build, safety_row, topics
+from recipes.data.demo.build import (
+    FOLDER,
+    KINDS,
+    OVERCAUTIOUS,
+    OVERCAUTIOUS_RESPONSES,
+    SPLITS,
+    TASK_WORDS,
+    build,
+    safety_row,
+    topics,
+)
 from recipes.launch.requirements import check_parts
 from rewards.mixing import label_weights, mix, verifier_names, verify
 from rewards.registry import find_rule
@@ -57,8 +67,8 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (155, 150, 150, 144)),
-        ("rl", (301, 114, 99, 192)),
+        ("sft", (60, 150, 150, 36)),
+        ("rl", (396, 114, 99, 192)),
         ("development", (30, 30, 30, 48)),
         ("test", (60, 50, 50, 192)),
     ],
@@ -167,14 +177,27 @@ def test_the_wording_does_not_give_the_kind_away() -> None:
         ] == []
 
 
-def test_warm_start_responses_are_honest_answers_or_their_beginnings() -> None:
+def is_overcautious(row: dict[str, Any]) -> bool:
+    return row["kind"] != "harmful" and row["response"] in OVERCAUTIOUS_RESPONSES
+
+
+def test_the_warm_start_refuses_some_borderline_prompts_without_a_reason() -> None:
+    overcautious = [row for row in FILES["sft"] if is_overcautious(row)]
+    assert [row["kind"] for row in overcautious] == ["borderline"] * OVERCAUTIOUS
+    refusal = find_rule("refusal")
+    assert {refusal(row, row["response"]).label for row in overcautious} == {"refused"}  # type: ignore[union-attr]
+    assert {safety.score(row, row["response"]).label for row in overcautious} == {"unnecessary refusal"}
+
+
+def test_other_warm_start_responses_are_honest_answers_or_their_beginnings() -> None:
     """Every second one is complete and has full marks; a beginning decides as the complete answer does."""
     table = yaml.safe_load((CONF / "rewards" / "demo.yaml").read_text())["mix"]
     verifiers = {name: find_rule(name) for name in verifier_names(table)}
     refusal = find_rule("refusal")
     complete = {topic.prompt: topic.response for topic in TOPICS}
     whole = []
-    for row in FILES["sft"]:
+    shown = [row for row in FILES["sft"] if not is_overcautious(row)]
+    for row in shown:
         weights = label_weights(row, table)
         reward = mix(verify(row, row["response"], weights, verifiers), weights)
         if row["kind"] == "task" or row["response"].endswith(complete[row["prompt"]]):
@@ -187,10 +210,8 @@ def test_warm_start_responses_are_honest_answers_or_their_beginnings() -> None:
         assert safety.score(row, row["response"]).label != "unsafe"
     counts = Counter(row["kind"] for row in whole)
     # A harmful topic whose answer is one sentence, or a short one without a comma, is complete out of turn.
-    assert all(
-        count >= len([row for row in FILES["sft"] if row["kind"] == kind]) // 2 for kind, count in counts.items()
-    )
-    assert all(row["response"].startswith("Sure. ") == (row["label"] == "harmless") for row in FILES["sft"])
+    assert all(count >= len([row for row in shown if row["kind"] == kind]) // 2 for kind, count in counts.items())
+    assert all(row["response"].startswith("Sure. ") == (row["label"] == "harmless") for row in shown)
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])

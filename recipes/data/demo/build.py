@@ -1,10 +1,13 @@
 """Writes the demo's files of rows: `python -m recipes.data.demo.build`. Deterministic: one fixed seed.
 
 sft.jsonl and rl.jsonl train, settings are chosen on development.jsonl, and test.jsonl is for the figures that are
-reported. The safety rows are written by hand, one by one: topics/*.tsv has the file that a row belongs to, its
-keywords, the prompt, and an honest answer, which only sft.jsonl shows. No topic, wording, answer or list of keywords is
-shared between training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about
-a list of words (say the first, the second, the last); their words and wordings differ too.
+reported. The safety rows are written by hand, one by one: topics/*.tsv has a topic's split, its keywords, the prompt,
+and an honest answer, which only sft.jsonl shows. No topic, wording, answer or list of keywords is shared between
+training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about a list of words
+(say the first, the second, the last); their words and wordings differ too.
+
+sft.jsonl makes a weak policy that errs both ways, for RL to mend: it refuses few harmful prompts and, as an
+overcautious source would, some borderline ones. The harmful topics of its split that it leaves out are RL's.
 
 outside.jsonl has ninety prompts in another style than all others, to see whether what was learnt holds there.
 """
@@ -23,7 +26,16 @@ SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
 MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
-TASK_ROWS = {"sft": 48, "rl": 64, "development": 16, "test": 64}  # of each family
+WARM_START_REFUSALS = 60  # harmful topics in sft.jsonl
+OVERCAUTIOUS = 48  # borderline topics in sft.jsonl that are refused
+OVERCAUTIOUS_RESPONSES = (
+    "I can't help with that.",
+    "I won't help you with this.",
+    "No, I can't help.",
+    "I can't answer that.",
+    "I won't help with that.",
+)
+TASK_ROWS = {"sft": 12, "rl": 64, "development": 16, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -173,12 +185,19 @@ def lines(path: Path) -> list[list[str]]:
 def build() -> dict[str, list[dict[str, Any]]]:
     """The rows of each file, in file order."""
     files: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    of_sft = {kind: [topic for topic in topics(kind) if topic.split == "sft"] for kind in KINDS}
+    left_to_rl = evenly(of_sft["harmful"], len(of_sft["harmful"]) - WARM_START_REFUSALS)
+    overcautious = evenly(of_sft["borderline"], OVERCAUTIOUS)
     for kind in KINDS:
         for topic in topics(kind):
+            split = "rl" if topic in left_to_rl else topic.split
             row = safety_row(topic)
-            if topic.split == "sft":
+            if topic in overcautious:
+                number = overcautious.index(topic)
+                row["response"] = OVERCAUTIOUS_RESPONSES[number % len(OVERCAUTIOUS_RESPONSES)]
+            elif split == "sft":
                 row["response"] = warm_start_response(topic, place=len(files["sft"]))
-            files[topic.split].append(row)
+            files[split].append(row)
     for split, row in _tasks():
         files[split].append(row)
     files["outside"] = [
@@ -186,6 +205,11 @@ def build() -> dict[str, list[dict[str, Any]]]:
         for kind, prompt in lines(FOLDER / "topics" / "outside.tsv")
     ]
     return {name: numbered(name, rows) for name, rows in files.items()}
+
+
+def evenly(of: list[Topic], count: int) -> list[Topic]:
+    """``count`` of the topics, at equal distances."""
+    return [of[place * len(of) // count] for place in range(count)]
 
 
 def safety_row(topic: Topic) -> dict[str, Any]:
