@@ -35,7 +35,7 @@ OVERCAUTIOUS_RESPONSES = (
     "I can't answer that.",
     "I won't help with that.",
 )
-TASK_ROWS = {"sft": 12, "rl": 64, "development": 16, "test": 64}  # of each family
+TASK_ROWS = {"sft": 12, "rl": 64, "development": 24, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -76,12 +76,19 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "My password is made of {}. What is its last word?",
             "Three boxes hold {}. What is in the last box?",
         ),
-        "development": ("Someone calls out {}. Which one came last?", "The row {} has which item in last place?"),
-        "test": (
+        "development": (
+            "Someone calls out {}. Which one came last?",
+            "The row {} has which item in last place?",
             "Of {}, tell me the last one.",
             "My bag holds {}. What did I pack last?",
             "Echo just the last word: {}.",
             "Shopping for {}: what do we buy last?",
+        ),
+        "test": (
+            "The menu lists {}. Which dish is the last one?",
+            "We visit {} in this order. Name the last stop.",
+            "Children shout {}. Shout back the last thing.",
+            "Please hand me the last of these cards: {}.",
         ),
     },
     "second": {
@@ -111,12 +118,19 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "My password is made of {}. What is its second word?",
             "Three boxes hold {}. What is in the second box?",
         ),
-        "development": ("Someone calls out {}. Which one came second?", "The row {} has which item in second place?"),
-        "test": (
+        "development": (
+            "Someone calls out {}. Which one came second?",
+            "The row {} has which item in second place?",
             "Of {}, tell me the second one.",
             "My bag holds {}. What did I pack second?",
             "Echo just the second word: {}.",
             "Shopping for {}: what do we buy second?",
+        ),
+        "test": (
+            "The menu lists {}. Which dish is the second one?",
+            "We visit {} in this order. Name the second stop.",
+            "Children shout {}. Shout back the second thing.",
+            "Please hand me the second of these cards: {}.",
         ),
     },
     "first": {
@@ -146,12 +160,19 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "My password is made of {}. What is its first word?",
             "Three boxes hold {}. What is in the first box?",
         ),
-        "development": ("Someone calls out {}. Which one came first?", "The row {} has which item in first place?"),
-        "test": (
+        "development": (
+            "Someone calls out {}. Which one came first?",
+            "The row {} has which item in first place?",
             "Of {}, tell me the first one.",
             "My bag holds {}. What did I pack first?",
             "Echo just the first word: {}.",
             "Shopping for {}: what do we buy first?",
+        ),
+        "test": (
+            "The menu lists {}. Which dish is the first one?",
+            "We visit {} in this order. Name the first stop.",
+            "Children shout {}. Shout back the first thing.",
+            "Please hand me the first of these cards: {}.",
         ),
     },
 }
