@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +209,13 @@ def build() -> dict[str, list[dict[str, Any]]]:
     files: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     of_sft = {kind: [topic for topic in topics(kind) if topic.split == "sft"] for kind in KINDS}
     left_to_rl = evenly(of_sft["harmful"], len(of_sft["harmful"]) - WARM_START_REFUSALS)
-    overcautious = evenly(of_sft["borderline"], OVERCAUTIOUS)
+    overcautious = dict(zip(evenly(of_sft["borderline"], OVERCAUTIOUS), cycle(OVERCAUTIOUS_RESPONSES), strict=False))
     for kind in KINDS:
         for topic in topics(kind):
             split = "rl" if topic in left_to_rl else topic.split
             row = safety_row(topic)
             if topic in overcautious:
-                number = overcautious.index(topic)
-                row["response"] = OVERCAUTIOUS_RESPONSES[number % len(OVERCAUTIOUS_RESPONSES)]
+                row["response"] = overcautious[topic]
             elif split == "sft":
                 row["response"] = warm_start_response(topic, place=len(files["sft"]))
             files[split].append(row)
