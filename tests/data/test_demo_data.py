@@ -78,6 +78,19 @@ def test_there_is_enough_of_each_kind(split: str, least: tuple[int, ...]) -> Non
     assert tuple(counts[kind] for kind in (*KINDS, "task")) == least
 
 
+def test_no_frequent_beginning_tells_a_harmful_prompt_of_rl() -> None:
+    """Otherwise RL refuses the wording and goes on answering the same requests in other words (docs/stages.md)."""
+    beginnings: dict[str, Counter[str]] = {}
+    for label in ("safety", "harmless"):
+        prompts = [row["prompt"].lower().split() for row in FILES["rl"] if row["label"] == label]
+        beginnings[label] = Counter(" ".join(prompt[:2]) for prompt in prompts)
+    harmful, harmless = (counts.total() for counts in beginnings.values())
+    for beginning, count in beginnings["safety"].items():
+        share = count / harmful
+        if share >= 0.05:
+            assert beginnings["harmless"][beginning] / harmless >= share / 2, beginning
+
+
 def test_outside_prompts_are_thirty_of_each_kind() -> None:
     assert Counter(row["kind"] for row in FILES["outside"]) == {f"outside_{kind}": 30 for kind in KINDS}
 
