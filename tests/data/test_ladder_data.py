@@ -67,7 +67,7 @@ def test_there_is_enough_of_each_kind() -> None:
     counts = {
         "sft": (155, 155, 225, 225, 56, 120),
         "rl": (301, 301, 171, 149, 128, 220),
-        "development": (90, 90, 120, 120, 36, 50),
+        "development": (150, 150, 195, 195, 36, 50),
         "test": (60, 60, 75, 75, 60, 80),
     }
     for name, of_kinds in counts.items():

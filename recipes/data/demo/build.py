@@ -36,7 +36,7 @@ OVERCAUTIOUS_RESPONSES = (
     "I can't answer that.",
     "I won't help with that.",
 )
-TASK_ROWS = {"sft": 12, "rl": 64, "development": 24, "test": 64}  # of each family
+TASK_ROWS = {"sft": 12, "rl": 64, "development": 30, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -84,12 +84,16 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "My bag holds {}. What did I pack last?",
             "Echo just the last word: {}.",
             "Shopping for {}: what do we buy last?",
-        ),
-        "test": (
             "The menu lists {}. Which dish is the last one?",
             "We visit {} in this order. Name the last stop.",
             "Children shout {}. Shout back the last thing.",
             "Please hand me the last of these cards: {}.",
+        ),
+        "test": (
+            "Three doors are marked {}. Which mark is on the last door?",
+            "The teacher dictates {}, and I missed the last word. What was it?",
+            "Out of {} I only need the last.",
+            "This receipt shows {}. Please read me the last entry.",
         ),
     },
     "second": {
@@ -126,12 +130,16 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "My bag holds {}. What did I pack second?",
             "Echo just the second word: {}.",
             "Shopping for {}: what do we buy second?",
-        ),
-        "test": (
             "The menu lists {}. Which dish is the second one?",
             "We visit {} in this order. Name the second stop.",
             "Children shout {}. Shout back the second thing.",
             "Please hand me the second of these cards: {}.",
+        ),
+        "test": (
+            "Three doors are marked {}. Which mark is on the second door?",
+            "The teacher dictates {}, and I missed the second word. What was it?",
+            "Out of {} I only need the second.",
+            "This receipt shows {}. Please read me the second entry.",
         ),
     },
     "first": {
@@ -168,12 +176,16 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "My bag holds {}. What did I pack first?",
             "Echo just the first word: {}.",
             "Shopping for {}: what do we buy first?",
-        ),
-        "test": (
             "The menu lists {}. Which dish is the first one?",
             "We visit {} in this order. Name the first stop.",
             "Children shout {}. Shout back the first thing.",
             "Please hand me the first of these cards: {}.",
+        ),
+        "test": (
+            "Three doors are marked {}. Which mark is on the first door?",
+            "The teacher dictates {}, and I missed the first word. What was it?",
+            "Out of {} I only need the first.",
+            "This receipt shows {}. Please read me the first entry.",
         ),
     },
 }
