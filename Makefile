@@ -30,12 +30,13 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(STAMP)
 	@exec $(PY) -m recipes.train recipe=demo $(ARGS)
 
+PYTEST := $(PY) -m pytest -q --no-loadscope-reorder --ignore=tests/gpu
 # Three processes on two cores: the one with Slurm's tests mostly waits.
-PYTEST := $(PY) -m pytest -q -n 3 --no-loadscope-reorder --ignore=tests/gpu
+ALL_TESTS := $(PYTEST) -n 3
 
 test: lint
 	@echo "==> pytest"
-	exec $(PYTEST) --durations=15
+	exec $(ALL_TESTS) --durations=15
 
 # What a change of an algorithm, a verifier or a setting touches: no run, no engine, no ranks. Each process imports
 # everything, so two on two cores are faster than three.
@@ -44,7 +45,7 @@ test-fast: $(STAMP)
 
 # The tests' seconds, by which both share them out. On an idle machine.
 test-durations: $(STAMP)
-	@exec $(PYTEST) --record-durations
+	@exec $(ALL_TESTS) --record-durations
 
 # Mutants of the algorithms, the verifiers and the loop that no test fails on; hours for all. A part:
 # ARGS="recipes.algorithms.*"; drawn by chance: ARGS="$$(.venv/bin/python -m tests.mutation_sample 600 1)".
