@@ -16,7 +16,16 @@ from recipes.run import records
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-RECIPES = ("demo", "ladder_demo", "safework_7b", "safework_70b", "safework_72b", "safework_72b_long", "safework_78b")
+RECIPES = (
+    "demo",
+    "ladder_demo",
+    "safework_7b",
+    "safework_70b",
+    "safework_72b",
+    "safework_72b_async",
+    "safework_72b_long",
+    "safework_78b",
+)
 STAGES = {"ladder_demo": ("sft", "judge", "rl_general", "rl_safety", "rl_efficient", "rl_search")}
 EVERY_BOUND = [
     (recipe, stage, number)
