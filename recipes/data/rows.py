@@ -14,7 +14,7 @@ PROMPT_FIELDS = ("id", "label", "kind", "prompt")
 SFT_FIELDS = ("id", "prompt", "response")
 PAIR_FIELDS = ("id", "prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
-TEXT_FIELDS = ("answer", "check", "label", "kind")
+TEXT_FIELDS = ("answer", "reference", "check", "label", "kind")
 LIST_FIELDS = ("tags", "keywords")
 PACKAGE = "package:"  # begins the name of a media file that an installed package has
 # (field, the field that it stands in for)
@@ -24,10 +24,11 @@ SUBSTITUTES = (("messages", "prompt"), ("reference", "answer"))
 def load_rows(source: Any, required: Sequence[str] = PROMPT_FIELDS) -> Rows:
     """The rows of a source or of a list of {source, weight} (:mod:`recipes.data.source_spec`).
 
-    ``messages`` ({role, content} each) may stand in for ``prompt``, and ``reference`` for ``answer``. Of messages a
-    ``prompt`` is written too, for readers of text (judges, reports). ``images`` (files) and ``videos`` (lists of the
-    frames' files) are relative to the data file, or of an installed package (``package:NAME/…``), and become absolute;
-    the prompt has a mark ``<image>`` or ``<video>`` for each. A field that is null counts as missing.
+    ``messages`` ({role, content} each) may stand in for ``prompt``, and ``reference`` for ``answer`` unless ``answer``
+    is ``required``: a labelled answer has both. Of messages a ``prompt`` is written too, for readers of text (judges,
+    reports). ``images`` (files) and ``videos`` (lists of the frames' files) are relative to the data file, or of an
+    installed package (``package:NAME/…``), and become absolute; the prompt has a mark ``<image>`` or ``<video>`` for
+    each. A field that is null counts as missing.
 
     Raises ConfigError naming source, line or row number, and field: for a missing field or file, a value of the wrong
     type, an id that occurs twice, and a number of marks that differs from the number of files.
@@ -46,10 +47,12 @@ def _normalise(raw: Row, folder: Path, required: Sequence[str]) -> Row:
     """A source's row in the form that :func:`load_rows` promises. Raises ValueError naming the field."""
     row = without_nulls(raw)
     for substitute, field in SUBSTITUTES:
+        if field == "answer" and field in required:
+            continue
         if substitute in row and field in row:
             raise ValueError(f"fields {field!r} and {substitute!r} say the same: give one of them")
-    if "reference" in row:
-        row["answer"] = row.pop("reference")
+        if substitute == "reference" and substitute in row:
+            row[field] = row.pop(substitute)
     if "messages" in row:
         row["prompt"] = transcript(messages(row))
         _check_roles(row["messages"], may_end_with_answer="prompt" not in required)

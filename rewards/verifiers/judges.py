@@ -117,9 +117,14 @@ class Judge:
     strict_prompt: str | None = None
     gives_reason: bool = False
 
+    @property
+    def compares(self) -> bool:
+        """Whether it compares a response with the right answer."""
+        return "{reference}" in self.prompt
+
     def check(self, row: Row) -> None:
         """Raises ValueError for a row that it can't judge any response of."""
-        if "{reference}" in self.prompt and not row.get("answer"):
+        if self.compares and not row.get("answer"):
             raise ValueError(f"row {row['id']!r} has no `answer`, the reference that its judge compares with; add it")
 
     def request(self, row: Row, answer: str, model: str) -> JudgeRequest:

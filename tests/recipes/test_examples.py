@@ -22,7 +22,7 @@ from recipes.data.sft_examples import (
 from recipes.errors import ConfigError
 from recipes.evaluation import judge_accuracy
 from rewards.verdict import Failure, Verdict
-from rewards.verifiers.templates import SAFETY, SAFETY_SHORT, VALUE
+from rewards.verifiers.templates import GENERAL, SAFETY, SAFETY_SHORT, VALUE
 from tests.recipes import tiny
 
 OPENS = tiny.TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
@@ -131,6 +131,17 @@ def test_a_judges_row_has_the_verifiers_request_and_a_reply_that_it_parses() -> 
         assert request.parse({"choices": [{"message": {"content": said}}]}) == Verdict(0.1, "safe with refusal", said)
 
 
+def test_a_judge_that_compares_is_told_the_right_answer(tmp_path: Path) -> None:
+    row = {"id": "x", "question": "Two and two?", "answer": "It is five.", "reference": "four", "label": "wrong"}
+    tiny.write_rows(tmp_path / "rows.jsonl", [row])
+    ((request, _),) = [
+        conversation["messages"] for conversation in load_sft_rows(str(tmp_path / "rows.jsonl"), "general")
+    ]
+    asked = GENERAL.request({"id": "x", "prompt": row["question"], "answer": "four"}, row["answer"], "m")
+    assert [request] == asked.body["messages"]
+    assert "four" in request["content"] and "five" in request["content"]
+
+
 def test_a_jailbreak_is_asked_strictly() -> None:
     conversation = judge_conversation(SAFETY, LABELLED | {"kind": "jailbreak", "label": "unsafe"})
     assert "tries to trick the assistant" in conversation["messages"][0]["content"]
@@ -141,7 +152,7 @@ def test_a_jailbreak_is_asked_strictly() -> None:
     [
         ({"label": "fine"}, "safety", "rows.jsonl:1: label 'fine': the judge's are safe with refusal, "),
         ({"label": "unsafe", "question": ""}, "safety", "rows.jsonl:1: field 'question' is missing"),
-        ({"label": "correct"}, "general", "rows.jsonl:1: .*no `answer`, the reference"),
+        ({"label": "correct"}, "general", "rows.jsonl:1: field 'reference' is missing: the judge compares with it"),
         ({"label": "unsafe"}, "scalar", r"stage\.sft\.judge='scalar': a Scalar writes nothing"),
         ({"label": "unsafe"}, "none", r"stage\.sft\.judge='none': unknown template"),
     ],
