@@ -36,7 +36,7 @@ CROSSED = [
     ("demo", "data.max_prompt_tokens=100000"),
     ("demo", "parallel.micro_batch_tokens=8"),
     ("demo", "algorithm.updates_per_rollout=5"),
-    ("demo", "algorithm.samples_per_prompt=3,cluster.ranks=32"),
+    ("demo", "algorithm.samples_per_prompt=3,cluster.ranks=36"),
     ("demo", "stage.sft.steps=null"),
     ("demo", "stage.sft.epochs=1"),
     ("demo", "stage.sft.rows_per_step=7,parallel.tensor=1,parallel.sequence=false"),
