@@ -30,7 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_ext import optimizer_shards, platform, shard_files
+from megatron_ext import optimizer_shards, platform, shard_files, worlds
 from megatron_ext.collectives import all_gather_json, from_rank_zero, on_all_ranks
 from megatron_ext.host_buffers import HostBuffers
 from megatron_ext.model import Model
@@ -112,7 +112,7 @@ class Saver:
         self.folder = folder
         self.keep = keep
         # The writing thread needs a group of its own: collectives of two threads must not mix.
-        self.group = dist.new_group(backend="gloo")
+        self.group = worlds.new_group("gloo")
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
@@ -305,7 +305,7 @@ def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler
     restored only into the same one.
 
     Raises:
-        ValueError: the paddings or the learning rates differ; the message names both values.
+        ValueError: the paddings differ; the message names both values.
     """
     written = progress(checkpoint)["layout"]
     now = _layout(model)
@@ -339,7 +339,7 @@ def read(
         rng: whether to restore the RNG states of the ranks too; the layout must be the same.
 
     Raises:
-        ValueError: a tensor is missing or has another shape, or the learning rates differ.
+        ValueError: a tensor is missing or has another shape.
     """
     state = _model_state(model)
     if rng:
@@ -352,18 +352,13 @@ def read(
         merge(loaded, progress(checkpoint)["models"][name])
         merge(loaded, sharded)
         loaded = apply_factory_merges(loaded, factories)
-        # Megatron-Core matches parameter groups by their learning rates.
-        for field in ("max_lr", "min_lr"):
-            if loaded["scheduler"][field] != getattr(scheduler, field):
-                raise ValueError(
-                    f"{checkpoint}: written with {field}={loaded['scheduler'][field]}, this run has "
-                    f"{getattr(scheduler, field)}: resume with the learning rate the run began with"
-                )
         for i, chunk in enumerate(model.chunks):
             chunk.module.load_state_dict(loaded[f"model{i}"])
-        _load_groups(optimizer, loaded["optimizer"])
+        _load_groups(optimizer, scheduler, loaded["optimizer"])
         optimizer_shards.load_state(_distributed(optimizer), _model_state(model), reader, f"{name}/")
-    scheduler.load_state_dict(loaded["scheduler"])
+    # The updates that were made; how long and how high the schedule is stands in the settings, which may have changed.
+    scheduler.num_steps = loaded["scheduler"]["num_steps"]
+    scheduler.step(0)
     if rng:
         _set_rng_tensors(loaded["rng"])
 
@@ -429,8 +424,8 @@ def _create_moments(optimizer: MegatronOptimizer) -> None:
                 moment.zero_()
 
 
-def _load_groups(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Load the parameter groups and create moments.
+def _load_groups(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, loaded: dict[str, Any]) -> None:
+    """Load the parameter groups and create moments. The groups keep what this run's settings gave them.
 
     Torch's AdamW writes the checkpoint of a CPU run, Transformer Engine's FusedAdam that of a GPU run. A field of a
     group that the writer does not have keeps the reader's default. FusedAdam has no ``step`` before the first update,
@@ -444,6 +439,9 @@ def _load_groups(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     for group in loaded["optimizer"]["param_groups"]:
         for field, default in inner.defaults.items():
             group.setdefault(field, default)
+        group.update(betas=inner.defaults["betas"], eps=inner.defaults["eps"])
+        # Megatron-Core matches groups by these two. All groups of this project have the schedule's.
+        group.update(max_lr=scheduler.max_lr, min_lr=scheduler.min_lr)
         group["step"] = int(group.get("step", 0))
     _distributed(optimizer).load_state_dict(loaded)
     for state in inner.state.values():

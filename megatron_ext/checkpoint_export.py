@@ -26,7 +26,7 @@ def export(checkpoint: Path, layout: Layout, folder: Path) -> None:
     """Write the policy of a complete checkpoint into an empty folder, with the bits of ``hf_checkpoint.export``.
 
     At any moment a few pieces of ``hf_checkpoint.PIECE_BYTES`` are in memory: one that was read, and the mapped pages
-    of the files that it comes from and goes to. The files that hold weights are first compared with their checksums.
+    of the file that it comes from. The files that hold weights are first compared with their checksums.
 
     Args:
         checkpoint: the folder ``step_…``.

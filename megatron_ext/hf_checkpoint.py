@@ -1,11 +1,12 @@
 """Load and export Hugging Face checkpoints: a rank reads and writes only the rectangles that it holds."""
 
+import itertools
 import json
 import math
-import mmap
+import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -196,8 +197,9 @@ def create(folder: Path, layout: Layout) -> None:
 def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
     """Write the parameters' values into the files that :func:`create` made.
 
-    Values are read and written in pieces of at most ``PIECE_BYTES`` (or one row of a tensor), and no page of a file
-    stays mapped after its piece.
+    Values are read in pieces of at most ``PIECE_BYTES`` (or one row of a tensor), and only their own bytes are written.
+    A client of NFS that stored through a map of the file would write whole pages, and with them its older copy of what
+    another node has written beside them.
     """
     parts: dict[str, list[tuple[Block, Parameter]]] = defaultdict(list)
     for parameter in parameters:
@@ -205,11 +207,11 @@ def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
             parts[block.hf_name].append((block, parameter))
     published = published_name(layout.source)
     for file, header in layout.headers.items():
-        with (folder / file.name).open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as memory:
-            data_start = 8 + int.from_bytes(memory[:8], "little")
+        with (folder / file.name).open("r+b", buffering=0) as stream:
+            data_start = 8 + int.from_bytes(stream.read(8), "little")
             for name, entry in header.items():
                 for block, parameter in parts.get(published(name), ()):
-                    _fill(memory, data_start, entry, block, parameter)
+                    _fill(stream.fileno(), data_start, entry, block, parameter)
 
 
 def _with_dtype(header: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -250,21 +252,35 @@ def _create(file: Path, header: dict[str, Any]) -> None:
         stream.truncate(8 + len(text) + tensor_bytes(header))
 
 
-def _fill(memory: mmap.mmap, data_start: int, entry: dict[str, Any], block: Block, parameter: Parameter) -> None:
-    """Write a block of a parameter into the mapped file. ``entry``: the header's, of the block's tensor."""
-    first, last = entry["data_offsets"]
+def _fill(file: int, data_start: int, entry: dict[str, Any], block: Block, parameter: Parameter) -> None:
+    """Write a block of a parameter into an open file. ``entry``: the header's, of the block's tensor."""
     dtype = _DTYPES[entry["dtype"]]
-    count = (last - first) // dtype.itemsize
+    tensor_start = data_start + entry["data_offsets"][0]
     row_bytes = math.prod(block.shape[1:]) * dtype.itemsize
     rows = max(1, PIECE_BYTES // row_bytes)
     for row in range(0, block.shape[0], rows):
         shape = (min(rows, block.shape[0] - row), *block.shape[1:])
         values = parameter.read((block.local_start[0] + row, *block.local_start[1:]), shape)
-        stored = torch.frombuffer(memory, dtype=dtype, count=count, offset=data_start + first).view(entry["shape"])
-        stored[region((block.hf_start[0] + row, *block.hf_start[1:]), shape)].copy_(values)
-        # The tensor holds the buffer, and the map can't be closed before it is released.
-        del stored
-        memory.madvise(mmap.MADV_DONTNEED)
+        stored = values.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
+        remaining = memoryview(stored.numpy())
+        for first, count in _runs((block.hf_start[0] + row, *block.hf_start[1:]), shape, entry["shape"]):
+            run = remaining[: count * dtype.itemsize]
+            if os.pwrite(file, run, tensor_start + first * dtype.itemsize) != len(run):
+                raise OSError(f"{len(run)} bytes of a tensor could not be written: is the disk full?")
+            remaining = remaining[len(run) :]
+
+
+def _runs(start: tuple[int, ...], shape: tuple[int, ...], whole: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first element, number of elements) of each contiguous run of a rectangle in a row-major tensor, in order.
+    ``whole``: the tensor's shape."""
+    strides = [math.prod(whole[axis + 1 :]) for axis in range(len(whole))]
+    # The dimensions behind this one are complete.
+    last_partial = max((axis for axis in range(len(whole)) if shape[axis] != whole[axis]), default=0)
+    count = math.prod(shape[last_partial:])
+    outer = [range(start[axis], start[axis] + shape[axis]) for axis in range(last_partial)]
+    for index in itertools.product(*outer):
+        place = (*index, *start[last_partial:])
+        yield sum(i * stride for i, stride in zip(place, strides, strict=True)), count
 
 
 def _values(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:

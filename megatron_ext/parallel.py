@@ -1,14 +1,14 @@
 """Process groups: torch.distributed and Megatron-Core's model-parallel state."""
 
+import math
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ext import layout as layouts
-from megatron_ext import platform
+from megatron_ext import platform, worlds
 from megatron_ext.layout import ParallelConfig
 
 _control: dist.ProcessGroup | None = None
@@ -63,8 +63,7 @@ def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Par
     Raises:
         ValueError: the sizes do not fit the number of ranks.
     """
-    if not dist.is_initialized():
-        dist.init_process_group(platform.current().backend, timeout=timedelta(seconds=timeout_seconds))
+    worlds.begin(timeout_seconds)
     layouts.check(dist.get_world_size(), config)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -72,6 +71,7 @@ def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Par
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     model_parallel_cuda_manual_seed(seed)
     return Parallel(
@@ -88,7 +88,7 @@ def control_group() -> dist.ProcessGroup:
     """Collective on the first call: a gloo group of all ranks, for small messages on every platform."""
     global _control
     if _control is None:
-        _control = dist.new_group(backend="gloo")
+        _control = worlds.new_group("gloo")
     return _control
 
 

@@ -30,6 +30,23 @@ class Job:
 
 
 _job: Job | None = None
+# Of the collectives of every group of this process's world.
+_timeout: timedelta | None = None
+
+
+def begin(timeout_seconds: float) -> None:
+    """Collective over torchrun's processes: one world of all of them, if :func:`join` has not made two.
+    ``timeout_seconds``: of every collective."""
+    global _timeout
+    _timeout = timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized():
+        dist.init_process_group(platform.current().backend, timeout=_timeout)
+
+
+def new_group(backend: str) -> dist.ProcessGroup:
+    """Collective: a group of all ranks of this world, with the world's timeout, which torch's own function does not
+    take over: it gives every group half an hour."""
+    return dist.new_group(backend=backend, timeout=_timeout)
 
 
 def join(trainers: int, timeout_seconds: float) -> None:
@@ -38,8 +55,8 @@ def join(trainers: int, timeout_seconds: float) -> None:
     The first ``trainers`` of them are the trainer's ranks, the others a world of their own. ``timeout_seconds``: of
     every collective.
     """
-    global _job
-    timeout = timedelta(seconds=timeout_seconds)
+    global _job, _timeout
+    _timeout = timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     trains = rank < trainers
@@ -78,5 +95,5 @@ def job_group(backend: str) -> dist.ProcessGroup:
 def like(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     """Collective over a group of all ranks of this world, or of the job: another of the same processes."""
     if dist.get_world_size(group) == dist.get_world_size():
-        return dist.new_group(backend=backend)
+        return new_group(backend)
     return job_group(backend)

@@ -9,14 +9,17 @@
 script=$(realpath "${1:?which script, such as slurm/safework_72b.sh}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/library.sh
-read_arguments "${@:2}"
+# What the script itself gives to the run comes before what is given here.
+of_script=$(sed -n 's/^run_job \(.*\) "\$@"$/\1/p' "$script")
+read -ra of_script <<< "$of_script"
+read_arguments "${of_script[@]}" "${@:2}"
 size=()
 if [[ -n $nodes ]]; then
-  size=(--nodes="$nodes")
+  size=(--nodes=$((nodes + engine_nodes)))
   # --nodes is of the trainer's component alone
   if grep -q '^#SBATCH hetjob' "$script"; then size+=(:); fi
 fi
-recipe=$(sed -n 's/^run_job .*recipe=\([^ ]*\).*/\1/p' "$script")
+recipe=''
 for argument in "${hydra[@]}"; do
   [[ $argument != recipe=* ]] || recipe=${argument#*=}
 done

@@ -28,7 +28,13 @@ def scored_conversation(tokenizer: Any, row: Row, processed: ProcessedPrompt | N
         tokens = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         return batches.build([Prompt(name, np.array(tokens, np.int32))], appended, vision=[None])
     prompt_text = tokenizer.apply_chat_template(messages(row), add_generation_prompt=True, tokenize=False)
-    answer_text = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(prompt_text)
+    conversation_text = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not conversation_text.startswith(prompt_text):
+        raise ConfigError(
+            f"row {row['id']!r}: the chat template shows the prompt differently once it is answered (it opens the "
+            "thinking, for example), so that the prompt's images have no place in the conversation: use another template"
+        )
+    answer_text = conversation_text.removeprefix(prompt_text)
     answer_ids = np.array(tokenizer.encode(answer_text, add_special_tokens=False), np.int32)
     prompt = Prompt(name, np.concatenate([processed.prompt.token_ids, answer_ids]))
     return batches.build([prompt], appended, vision=[processed.vision])

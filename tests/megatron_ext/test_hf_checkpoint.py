@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_ext import hf_checkpoint, scalar_head
-from megatron_ext.blocks import Block, Shard
+from megatron_ext.blocks import Block, Shard, region
 from tests.megatron_ext import cases
 from tests.megatron_ext.cases import Case
 from tests.megatron_ext.ranks import Ranks
@@ -119,6 +119,30 @@ def test_export_replaces_an_older_export_and_leaves_folders_out(twins: Path, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
     assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in source.iterdir() if p.is_file())
     assert all(torch.equal(t, stored[name] + 1) for name, t in load_file(target / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("whole_shape", "start", "shape"),
+    [
+        ((7,), (2,), (3,)),
+        ((4, 6), (0, 0), (4, 6)),
+        ((4, 6), (1, 0), (2, 6)),
+        ((4, 6), (1, 2), (3, 4)),
+        ((3, 4, 5), (1, 0, 0), (2, 4, 5)),
+        ((3, 4, 5), (0, 1, 0), (3, 2, 5)),
+        ((3, 4, 5), (1, 1, 3), (2, 2, 2)),
+        ((2, 3, 2, 2, 3), (0, 1, 0, 0, 0), (2, 2, 2, 2, 3)),
+    ],
+)
+def test_the_elements_that_an_export_writes_are_the_rectangles_alone(
+    whole_shape: tuple[int, ...], start: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    """In order and in as few runs as there can be: another node may write what lies between them."""
+    numbered = torch.arange(math.prod(whole_shape)).view(whole_shape)
+    inside = numbered[region(start, shape)].flatten()
+    runs = list(hf_checkpoint._runs(start, shape, whole_shape))
+    assert [element for first, count in runs for element in range(first, first + count)] == inside.tolist()
+    assert len(runs) == 1 + int((inside.diff() != 1).sum()) or shape == whole_shape
 
 
 def test_an_export_of_a_scalar_head_gives_the_same_scores(launched: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_ext import batch as batches
 from megatron_ext.batch import Prompt
 from recipes.algorithms.aggregation import AGGREGATIONS, token_weights
 from recipes.data.judge_sft import judge_conversation
+from recipes.data.preference_pairs import scored_conversation
 from recipes.data.processor import PromptProcessor
 from recipes.data.settings import ImagesConfig
 from recipes.data.sft_examples import (
@@ -180,3 +182,17 @@ def test_accuracy_counts_the_unreadable_as_wrong() -> None:
     assert report["unreadable"] == 1
     assert report["labels"]["unsafe"] == {"n": 2, "right": 1, "said": {"unsafe": 1, "unreadable": 1}}
     assert report["labels"]["illogical"] == {"n": 2, "right": 1, "said": {"illogical": 1, "unsafe": 1}}
+
+
+def test_a_template_that_shows_an_answered_prompt_differently_is_refused_for_pairs_with_images() -> None:
+    """As one that opens the thinking at the end of the prompt: the image's place would be lost."""
+
+    def apply_chat_template(turns: list[dict[str, str]], add_generation_prompt: bool = False, **options: Any) -> str:
+        text = " ".join(turn["content"] for turn in turns)
+        return f"{text} <think>" if add_generation_prompt else text
+
+    tokenizer = SimpleNamespace(apply_chat_template=apply_chat_template, eos_token_id=0)
+    row = {"id": "7", "prompt": "<image> What is it?", "chosen": "A bridge.", "rejected": "A boat."}
+    processed: Any = SimpleNamespace(prompt=Prompt("7", np.array([1], np.int32)), vision=None)
+    with pytest.raises(ConfigError, match="row '7': the chat template shows the prompt differently"):
+        scored_conversation(tokenizer, row, processed, "chosen")

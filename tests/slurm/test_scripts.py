@@ -173,13 +173,14 @@ def test_other_nodes_by_hydra_are_other_nodes_of_slurm(slurm: Cluster, project: 
 
 
 def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster, project: Path) -> None:
+    """Each job has a node for the trainer, as the command line says, and one for an engine, as the script does."""
     script = project / "small.sh"
     script.write_text(
         "#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=1 --output=slurm-%j.log\n"
         "[[ $1 == stage=rl_general ]] && export STAND_IN_EXIT=recipes.prepare=3\n"
-        'source slurm/library.sh\nrun_job recipe=ladder_demo "$@"\n'
+        'source slurm/library.sh\nrun_job recipe=ladder_demo cluster.engine_nodes=1 "$@"\n'
     )
-    done = submit(slurm, project, "bash", "slurm/ladder.sh", "small.sh", "seed=5", "cluster.nodes=2")
+    done = submit(slurm, project, "bash", "slurm/ladder.sh", "small.sh", "seed=5", "cluster.nodes=1")
     assert done.returncode == 0, done.stderr
     jobs = [line.split(": job ") for line in done.stdout.splitlines()]
     *jobs, (last, report) = jobs
@@ -191,8 +192,9 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     reported = [call["arguments"] for call in calls(project) if call["module"] == "recipes.launch.pipeline"]
     assert (last, reported) == ("report", [["runs/ladder_demo"]])
     trained = [call["arguments"] for call in calls(project) if call["module"] == "recipes.train"]
-    assert trained[0][:3] == ["recipe=ladder_demo", "stage=sft", "seed=5"]
-    assert {argument for call in trained for argument in call if "nodes" in argument} == {"cluster.nodes=2"}
+    assert trained[0][:4] == ["recipe=ladder_demo", "cluster.engine_nodes=1", "stage=sft", "seed=5"]
+    nodes = {argument for call in trained for argument in call if "nodes" in argument}
+    assert nodes == {"cluster.nodes=1", "cluster.engine_nodes=1"}
 
 
 def starts(folder: Path, job: str) -> list[tuple[int, bool, list[str]]]:
