@@ -32,7 +32,7 @@ def scored_conversation(tokenizer: Any, row: Row, processed: ProcessedPrompt | N
     if not conversation_text.startswith(prompt_text):
         raise ConfigError(
             f"row {row['id']!r}: the chat template shows the prompt differently once it is answered (it opens the "
-            "thinking, for example), so that the prompt's images have no place in the conversation: use another template"
+            "thinking, for example), so that the prompt's images have no place in it: use another template"
         )
     answer_text = conversation_text.removeprefix(prompt_text)
     answer_ids = np.array(tokenizer.encode(answer_text, add_special_tokens=False), np.int32)
