@@ -111,7 +111,8 @@ def fit(training: Training, run: Run, reference: Path) -> None:
         checkpoints.check()
         if not generating:
             placed_bytes = sync(loop, step)
-        batch, all_rounds = generate(loop, step, generating)
+        generated_ahead = generating
+        batch, all_rounds = generate(loop, step, generated_ahead)
         generating = loop.ahead and step + 1 < last_step
         if generating:
             if not (loop.in_flight and loop.rollouts.version == step):
@@ -130,6 +131,7 @@ def fit(training: Training, run: Run, reference: Path) -> None:
             **score_metrics,
             **update_metrics,
             **generation_metrics(loop, step, batch),
+            records.TOKENS_PER_SECOND: None if generated_ahead else generation_speed(loop, all_rounds),
             "sync/bytes": placed_bytes,
             "skipped_updates": policy.guard.take_skipped(),
         }
@@ -534,15 +536,20 @@ def policy_metrics(sums: Mapping[str, float], with_reference: bool) -> dict[str,
 
 
 def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, Any]:
-    """Lengths, what is not trained on, age of the weights, and speed."""
+    """Lengths, what is not trained on, and age of the weights."""
     tokens = int(batch.response_lengths.sum())
     return {
         "response_length/mean": tokens / len(batch),
         "masked_fraction": float(1 - batch.trained_lengths.sum() / tokens),
         "staleness/max": step - int(batch.versions.min()),
         "staleness/mean": float(np.average(step - batch.versions, weights=batch.version_lengths)),
-        records.TOKENS_PER_SECOND: tokens / loop.run.clock.seconds["generate"],
     }
+
+
+def generation_speed(loop: Loop, all_rounds: TokenBatch) -> float:
+    """Response tokens a second of a step whose rounds were all begun in its own phase "generate". Where the engines
+    began before, nothing tells when the last of them had ended."""
+    return int(all_rounds.response_lengths.sum()) / loop.run.clock.seconds["generate"]
 
 
 def record(loop: Loop, metrics: dict[str, Any], batch: TokenBatch) -> None:

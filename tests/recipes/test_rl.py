@@ -15,7 +15,7 @@ from megatron_ext import batch as batches
 from megatron_ext import packing
 from megatron_ext.batch import Array, Prompt, TokenBatch
 from recipes.algorithms.aggregation import sequence_mean_token_mean, token_weights
-from recipes.training.rl import constraint_scale, contributing, generate, join_rounds, score, split
+from recipes.training.rl import constraint_scale, contributing, generate, generation_speed, join_rounds, score, split
 from rewards.verdict import Failure, Verdict, to_json
 from tests.recipes import tiny
 
@@ -255,3 +255,10 @@ def test_groups_that_failed_altogether_count_for_the_failed_share() -> None:
     loop = sampling_loop(max_failed=0.1)
     with pytest.raises(RuntimeError, match=r"2 of 12 samples have no reward, rewards\.client\.max_failed=0\.1"):
         score(loop, *generate(loop, 0, False))
+
+
+def test_the_speed_is_that_of_all_rounds() -> None:
+    loop = sampling_loop()
+    loop.run.clock = SimpleNamespace(seconds={"generate": 6.0})
+    _, all_rounds = generate(loop, 0, False)
+    assert generation_speed(loop, all_rounds) == 6 * (3 + 4) / 6.0
