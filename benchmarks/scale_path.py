@@ -487,8 +487,8 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     """Collective: what this rank used for one step."""
     assert isinstance(loop.rollout, MeasuredRollout)
     meter = loop.rollout.meter = Meter(group)
-    batch = rl.generate(loop, 0, False)
-    batch, score_metrics = rl.score(loop, batch)
+    batch, all_rounds = rl.generate(loop, 0, False)
+    batch, score_metrics = rl.score(loop, batch, all_rounds)
     batch, _ = rl.compute_advantages(loop, batch)
     updates, micro_batches_of_updates = rl.pack_updates(loop, batch)
     streamed = 0.0

@@ -111,14 +111,15 @@ def fit(training: Training, run: Run, reference: Path) -> None:
         checkpoints.check()
         if not generating:
             placed_bytes = sync(loop, step)
-        batch = generate(loop, step, generating)
+        generated_ahead = generating
+        batch, all_rounds = generate(loop, step, generated_ahead)
         generating = loop.ahead and step + 1 < last_step
         if generating:
             if not (loop.in_flight and loop.rollouts.version == step):
                 placed_bytes = sync(loop, step)
             loop.rollout.start(first_draw(config, step + 1))
 
-        batch, score_metrics = score(loop, batch)
+        batch, score_metrics = score(loop, batch, all_rounds)
         batch, inputs = compute_advantages(loop, batch)
         update_metrics = update(loop, step, batch, inputs)
         # An engine that has died is started again by a sync, but no request may reach it before that sync has ended.
@@ -130,6 +131,7 @@ def fit(training: Training, run: Run, reference: Path) -> None:
             **score_metrics,
             **update_metrics,
             **generation_metrics(loop, step, batch),
+            records.TOKENS_PER_SECOND: None if generated_ahead else generation_speed(loop, all_rounds),
             "sync/bytes": placed_bytes,
             "skipped_updates": policy.guard.take_skipped(),
         }
@@ -233,9 +235,10 @@ def first_draw(config: Config, step: int) -> int:
     return step * config.algorithm.max_generation_batches
 
 
-def generate(loop: Loop, step: int, started: bool) -> TokenBatch:
-    """Collective: the step's groups with their verdicts and rewards. ``started``: the engines are generating already.
-    Afterwards they sleep.
+def generate(loop: Loop, step: int, started: bool) -> tuple[TokenBatch, TokenBatch]:
+    """Collective: the step's groups with their verdicts and rewards; and the responses of all its rounds, of which
+    these were chosen, without tokens and vision inputs. ``started``: the engines are generating already. Afterwards
+    they sleep.
 
     Dynamic sampling (``algorithm.max_generation_batches`` above 1): further prompts are asked until enough groups have
     differing rewards; where the rounds do not give as many, other groups fill up.
@@ -258,7 +261,8 @@ def generate(loop: Loop, step: int, started: bool) -> TokenBatch:
     with loop.run.phase("sync"):  # the next sync wakes the engines
         loop.rollouts.sleep()
     groups = select_groups(rewards, algorithm.prompts_per_step)
-    return join_rounds(rounds, groups, algorithm.samples_per_prompt)
+    all_rounds = batches.concatenate([replace(done.without_tokens(), vision=None) for done in rounds])
+    return join_rounds(rounds, groups, algorithm.samples_per_prompt), all_rounds
 
 
 def join_rounds(rounds: Sequence[TokenBatch], groups: Sequence[int], samples_per_prompt: int) -> TokenBatch:
@@ -304,30 +308,33 @@ def results_of(verdicts: Mapping[str, Any]) -> dict[str, VerifierResult]:
     return {name: from_json(verdict) for name, verdict in verdicts.items()}
 
 
-def score(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
+def score(loop: Loop, batch: TokenBatch, all_rounds: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
     """Collective: the batch without a loss on responses that have no reward, and the metrics of the rewards. The
     constraint's multiplier moves on.
+
+    Rewards, verdicts and the multiplier are about ``all_rounds``: dynamic sampling leaves groups out of ``batch``
+    because of their rewards, so that its means are biased.
 
     Raises RuntimeError where more verdicts failed than ``rewards.client.max_failed`` allows.
     """
     server_counts = loop.rollouts.server_counts()
     with loop.run.phase("reward"):  # in which no rank waits for another: one that is slow here is told
         rewarding = loop.config.rewards
-        judged = [results_of(verdicts) for verdicts in batch.verdicts]
-        failures = mixing.failures(judged, [row_id for row_id, _ in batch.keys])
+        judged = [results_of(verdicts) for verdicts in all_rounds.verdicts]
+        failures = mixing.failures(judged, [row_id for row_id, _ in all_rounds.keys])
         for line in map(str, failures[: mixing.SHOWN]):
             loop.run.log(line)
         failed = mixing.failed_share(judged, failures, rewarding.client.max_failed)
         loop.constraint = objectives.next_state(loop.constraint, rewarding.constraint, judged)
         multiplier = loop.constraint["multiplier"]
         metrics = {
-            "reward/mean": float(torch.from_numpy(batch.rewards).nanmean()),
+            "reward/mean": float(torch.from_numpy(all_rounds.rewards).nanmean()),
             "reward_failed": failed,
             **server_counts,
             "constraint/multiplier": multiplier,
             **{f"reward/{name}": mean for name, mean in mixing.verifier_means(judged).items()},
             **search.metrics(judged, multiplier),
-            **rates.metrics(judged, kinds_of(loop, batch)),
+            **rates.metrics(judged, kinds_of(loop, all_rounds)),
             "forced_tokens": int((batch.response_lengths - batch.trained_lengths).sum()),
         }
         return batch.without_loss(np.isnan(batch.rewards)), metrics
@@ -529,15 +536,20 @@ def policy_metrics(sums: Mapping[str, float], with_reference: bool) -> dict[str,
 
 
 def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, Any]:
-    """Lengths, what is not trained on, age of the weights, and speed."""
+    """Lengths, what is not trained on, and age of the weights."""
     tokens = int(batch.response_lengths.sum())
     return {
         "response_length/mean": tokens / len(batch),
         "masked_fraction": float(1 - batch.trained_lengths.sum() / tokens),
         "staleness/max": step - int(batch.versions.min()),
         "staleness/mean": float(np.average(step - batch.versions, weights=batch.version_lengths)),
-        records.TOKENS_PER_SECOND: tokens / loop.run.clock.seconds["generate"],
     }
+
+
+def generation_speed(loop: Loop, all_rounds: TokenBatch) -> float:
+    """Response tokens a second of a step whose rounds were all begun in its own phase "generate". Where the engines
+    began before, nothing tells when the last of them had ended."""
+    return int(all_rounds.response_lengths.sum()) / loop.run.clock.seconds["generate"]
 
 
 def record(loop: Loop, metrics: dict[str, Any], batch: TokenBatch) -> None:

@@ -62,7 +62,8 @@ def main(folder: Path) -> None:
     metrics = []
     for step in range(STEPS):
         file = folder / f"step_{step + 1}.safetensors"
-        batch, _ = rl.score(loop, TokenBatch.from_bytes(file.read_bytes()))
+        given = TokenBatch.from_bytes(file.read_bytes())
+        batch, _ = rl.score(loop, given, given)
         batch, inputs = rl.compute_advantages(loop, batch)
         metrics.append(rl.update(loop, step, batch, inputs))
         if os.environ["RANK"] == "0":

@@ -553,7 +553,9 @@ def test_a_checkpoint_is_written_before_its_memory_takes_the_next(
 def test_one_step_ahead_samples_come_from_the_weights_before(twin: Path) -> None:
     ahead = ("rollout.staleness=1", "algorithm.importance_sampling=token_truncated", "algorithm.max_mismatch=5")
     run_dir = train(twin, twin / "ahead", *ahead)
-    assert [row["staleness/max"] for row in rows(run_dir, "metrics.jsonl")] == [0, 1, 1]
+    metrics = rows(run_dir, "metrics.jsonl")
+    assert [row["staleness/max"] for row in metrics] == [0, 1, 1]
+    assert [row["tokens_per_second"] is None for row in metrics] == [False, True, True]
     versions = {(line["step"], line["weight_version"]) for line in list(sample_files.read(run_dir))}
     assert versions == {(1, 0), (2, 0), (3, 1)}
     in_turn = train(twin, twin / "in_turn")

@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,8 @@ from megatron_ext import batch as batches
 from megatron_ext import packing
 from megatron_ext.batch import Array, Prompt, TokenBatch
 from recipes.algorithms.aggregation import sequence_mean_token_mean, token_weights
-from recipes.training.rl import constraint_scale, contributing, join_rounds, split
+from recipes.training.rl import constraint_scale, contributing, generate, generation_speed, join_rounds, score, split
+from rewards.verdict import Failure, Verdict, to_json
 from tests.recipes import tiny
 
 
@@ -172,3 +175,90 @@ def test_responses_of_a_constrained_label_count_for_more_and_all_together_as_bef
     assert constraint_scale(loop, batch.select([3, 0])) == pytest.approx(np.array([1.5, 1]) * 2 / 2.5)
     constraint.verifier = None
     assert constraint_scale(loop, batch).tolist() == [1.0] * 6
+
+
+VERDICTS = {  # of two samples a prompt, by prompt
+    "p0": ["safe", "safe"],
+    "p1": ["safe", "unsafe"],
+    "p2": ["failed", "failed"],
+    "p3": ["safe", "safe"],
+    "p4": ["safe", "unsafe"],
+    "p5": ["safe", "safe"],
+}
+RESULTS = {
+    "safe": Verdict(1.0, "safe without risk"),
+    "unsafe": Verdict(0.0, "unsafe"),
+    "failed": Failure("no answer"),
+}
+
+
+def round_of(names: Sequence[str]) -> TokenBatch:
+    """A round's responses, of 3 and 4 tokens, judged."""
+    batch = batches.build(
+        [Prompt(name, np.array([5], np.int32)) for name in names],
+        [[7] * (3 + i % 2) for i in range(2 * len(names))],
+        prompt_index=[i // 2 for i in range(2 * len(names))],
+        sample_index=[0, 1] * len(names),
+        version=0,
+        finish_reasons=["stop"] * 2 * len(names),
+    )
+    results = [RESULTS[verdict] for name in names for verdict in VERDICTS[name]]
+    return replace(batch, verdicts=[{"safety": to_json(result)} for result in results], vision=[None] * len(names))
+
+
+def sampling_loop(max_failed: float = 1.0) -> Any:
+    """A loop whose step takes two groups of up to three rounds."""
+    rounds = iter([round_of(["p0", "p1"]), round_of(["p2", "p3"]), round_of(["p4", "p5"])])
+    constraint = SimpleNamespace(
+        verifier="safety", update="dual_ascent", floor=0.5, rate=1.0, proportional=0.0, initial=1.0, maximum=9.0
+    )
+    rewards = SimpleNamespace(
+        mix={"safety": {"safety": 1.0}},
+        constraint=constraint,
+        normalise="none",
+        gate=None,
+        client=SimpleNamespace(max_failed=max_failed),
+    )
+    algorithm = SimpleNamespace(prompts_per_step=2, samples_per_prompt=2, max_generation_batches=3)
+    rollouts = SimpleNamespace(
+        wake=lambda: None,
+        sleep=lambda: None,
+        sync_weights=lambda step: None,
+        server_counts=dict,
+        judges_share_gpus=False,
+    )
+    return SimpleNamespace(
+        config=SimpleNamespace(algorithm=algorithm, rewards=rewards),
+        rows={name: {"id": name, "label": "safety", "kind": "harmful"} for name in VERDICTS},
+        constraint={"multiplier": 1.0, "applied": 1.0, "integral": 1.0},
+        rollouts=rollouts,
+        rollout=SimpleNamespace(start=lambda draw: None, collect=lambda resync: next(rounds)),
+        run=SimpleNamespace(phase=lambda name: nullcontext(), log=lambda line: None),
+    )
+
+
+def test_groups_that_dynamic_sampling_leaves_out_count_for_the_multiplier_and_the_metrics() -> None:
+    """Of the ten verdicts eight say safe; of those on the two chosen groups half do."""
+    loop = sampling_loop()
+    chosen_groups, all_rounds = generate(loop, 0, False)
+    trained, metrics = score(loop, chosen_groups, all_rounds)
+    assert trained.keys == [("p1", 0), ("p1", 1), ("p4", 0), ("p4", 1)]
+    assert [trained.tokens_of(i).stop - trained.tokens_of(i).start for i in range(4)] == [3, 4, 3, 4]
+    assert loop.constraint["multiplier"] == pytest.approx(1.0 + (0.5 - 0.8))
+    assert metrics["constraint/multiplier"] == loop.constraint["multiplier"]
+    assert metrics["reward/safety"] == metrics["reward/mean"] == pytest.approx(0.8)
+    assert metrics["unsafe/harmful"] == pytest.approx(0.2)
+    assert metrics["reward_failed"] == pytest.approx(2 / 12)
+
+
+def test_groups_that_failed_altogether_count_for_the_failed_share() -> None:
+    loop = sampling_loop(max_failed=0.1)
+    with pytest.raises(RuntimeError, match=r"2 of 12 samples have no reward, rewards\.client\.max_failed=0\.1"):
+        score(loop, *generate(loop, 0, False))
+
+
+def test_the_speed_is_that_of_all_rounds() -> None:
+    loop = sampling_loop()
+    loop.run.clock = SimpleNamespace(seconds={"generate": 6.0})
+    _, all_rounds = generate(loop, 0, False)
+    assert generation_speed(loop, all_rounds) == 6 * (3 + 4) / 6.0
