@@ -14,6 +14,7 @@ import numpy as np
 from megatron_ext import batch as batches
 from megatron_ext import dotted_path
 from megatron_ext.batch import UNFINISHED, TokenBatch
+from rollout.thinking import whole_text
 
 ENVIRONMENTS = {"search": "rollout.search.open_search"}
 
@@ -67,9 +68,10 @@ def open_environment(name: str, settings: Mapping[str, Any]) -> Environment:
         raise ValueError(f"rollout.environment.settings of {name!r}: {error}") from error
 
 
-def segments(tokenizer: Any, response: TokenBatch) -> list[Segment]:
-    """The text of a batch of one response in pieces, the environment's apart from the model's."""
-    pieces = []
+def segments(tokenizer: Any, response: TokenBatch, think_begin: str) -> list[Segment]:
+    """The text of a batch of one response in pieces, the environment's apart from the model's. The first begins with
+    ``think_begin`` where the prompt ends with it."""
+    pieces: list[Segment] = []
     by_environment = ~response.loss_mask
     changes = np.flatnonzero(np.diff(by_environment)) + 1
     for tokens, mask in zip(
@@ -77,17 +79,23 @@ def segments(tokenizer: Any, response: TokenBatch) -> list[Segment]:
     ):
         if len(tokens):
             text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+            if not pieces:
+                text = whole_text(tokenizer, response.prompt(0).token_ids, text, think_begin)
             pieces.append(Segment(text, bool(mask[0])))
     return pieces
 
 
 @dataclass(frozen=True)
 class Turns:
-    """An environment and the tokenizer for its replies; it replies at most ``max_turns`` times to one response."""
+    """An environment and the tokenizer for its replies; it replies at most ``max_turns`` times to one response.
+
+    ``think_begin`` begins the thinking, in the prompt or in the response.
+    """
 
     environment: Environment
     tokenizer: Any
     max_turns: int
+    think_begin: str
 
     def reply(self, response: TokenBatch, max_tokens: int) -> TokenBatch:
         """A response (a batch of one) whose turn has ended, with the environment's reply appended: "unfinished".
@@ -95,7 +103,7 @@ class Turns:
         It is finished where the environment has replied ``max_turns`` times already ("turns"), where the reply leaves
         no room in ``max_tokens`` ("length"), and where there is none ("failed", with the reason in ``failures``).
         """
-        said = segments(self.tokenizer, response)
+        said = segments(self.tokenizer, response, self.think_begin)
         if sum(segment.by_environment for segment in said) >= self.max_turns:
             return replace(response, finish_reasons=["turns"])
         try:

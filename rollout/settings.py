@@ -181,7 +181,7 @@ def check(settings: RolloutConfig, platform: str) -> None:
             f"rollout.kv_cache_dtype='fp8': vLLM's attention on a {platform} needs {', '.join(lacking)}, which this "
             "processor lacks; use rollout.kv_cache_dtype=auto"
         )
-    if settings.thinking_budget is not None and len(settings.thinking_marks) != 2:
+    if len(settings.thinking_marks) != 2 or not all(settings.thinking_marks):
         raise ValueError(
             f"rollout.thinking_marks={settings.thinking_marks}: give what begins and what ends the thinking"
         )

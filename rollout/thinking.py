@@ -1,10 +1,38 @@
-"""A bound on thinking: vLLM forces the end mark after it; :func:`forced_positions` finds the forced tokens."""
+"""Thinking that the prompt has begun, in texts; and a bound on thinking: vLLM forces the end mark after it, and
+:func:`forced_positions` finds the forced tokens."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ext.batch import Array
+
 Marks = tuple[Sequence[int], Sequence[int]]
 """Token ids of the mark that begins the thinking, and of the mark that ends it."""
+
+PROMPT_END = 16  # tokens of a prompt in which the mark stands that a chat template ends with
+
+
+def opens_thinking(tokenizer: Any, prompt: Array, begin: str) -> bool:
+    """Whether a prompt, int [tokens], ends with the mark that begins the thinking, as some chat templates do."""
+    end = tokenizer.decode(prompt[-PROMPT_END:].tolist())
+    return end.rstrip().endswith(begin)
+
+
+def with_opening(text: str, begin: str) -> str:
+    """The text of a response whose thinking the prompt has begun, after the mark that begins it."""
+    return text if text.lstrip().startswith(begin) else f"{begin}\n{text}"
+
+
+def without_opening(text: str, begin: str) -> str:
+    """What follows a prompt that has begun the thinking, of a text that may begin with the mark too."""
+    if not text.lstrip().startswith(begin):
+        return text
+    return text.lstrip().removeprefix(begin).lstrip("\n")
+
+
+def whole_text(tokenizer: Any, prompt: Array, text: str, begin: str) -> str:
+    """The text of a response to a prompt, int [tokens], with the mark of thinking where the prompt ends with it."""
+    return with_opening(text, begin) if opens_thinking(tokenizer, prompt, begin) else text
 
 
 def reasoning_config(thinking: Marks) -> Any:

@@ -15,6 +15,7 @@ from recipes.data.rows import SFT_FIELDS, Row, load_rows, messages
 from recipes.data.source_spec import source_names
 from recipes.data.sources import Rows
 from recipes.errors import ConfigError
+from rollout.thinking import opens_thinking, without_opening
 
 ASSISTANT = "assistant"
 
@@ -113,7 +114,7 @@ def tokenize_example(
     turns = conversation(row)
     answer_places = [place for place, turn in enumerate(turns) if turn["role"] == ASSISTANT]
     prompt = processed.prompt
-    template_opens_thinking = tokenizer.decode(prompt.token_ids[-16:].tolist()).rstrip().endswith(think_begin)
+    template_opens_thinking = opens_thinking(tokenizer, prompt.token_ids, think_begin)
     response: list[int] = []
     loss_mask: list[bool] = []
     text_so_far = ""  # as the chat template has it, up to the end of the last answer
@@ -124,9 +125,7 @@ def tokenize_example(
             response += between_ids
             loss_mask += [False] * len(between_ids)
         answer = turns[place]["content"]
-        text = answer
-        if template_opens_thinking and text.lstrip().startswith(think_begin):
-            text = text.lstrip().removeprefix(think_begin).lstrip("\n")
+        text = without_opening(answer, think_begin) if template_opens_thinking else answer
         spans = row.get("environment", []) if place == answer_places[-1] else []
         # What was removed, the mark of thinking, stood before the first span.
         removed = len(answer) - len(text)

@@ -22,6 +22,7 @@ from recipes.data.sources import Row, Rows, RowsById, open_source
 from recipes.errors import ConfigError
 from rewards.verdict import is_score
 from rollout.guidance.segments import segment_ends
+from rollout.thinking import opens_thinking, without_opening
 
 FIELDS = ("step", "prompt_id", "sample_index", "prompt", "response", "verdicts")
 SETTINGS = "stage.value_model"
@@ -175,7 +176,7 @@ def prefix_batch(
     max_tokens: int,
 ) -> TokenBatch:
     """The responses of the rows to their ``prompts``, each with one token more: the value of a prefix is that before
-    the next token.
+    the next token. Where a prompt ends with the mark that begins the thinking, its response goes on after that.
 
     The column :data:`WEIGHT` chooses the prefixes that are trained on. Within a response their weights are equal, and
     they sum to 1 / (number of scores in the batch): so each score counts alike, however long its response is. The
@@ -186,7 +187,10 @@ def prefix_batch(
     parts = []
     num_scores = sum(len(row["scores"]) for row in rows)
     for row, processed in zip(rows, prompts, strict=True):
-        encoded = tokenizer(row["response"], add_special_tokens=False, return_offsets_mapping=True)
+        response = row["response"]
+        if opens_thinking(tokenizer, processed.prompt.token_ids, thinking_marks[0]):
+            response = without_opening(response, thinking_marks[0])
+        encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
         tokens = np.array([*encoded["input_ids"], tokenizer.eos_token_id], np.int32)
         total = len(processed.prompt.token_ids) + len(tokens)
         if total > max_tokens:
@@ -195,7 +199,7 @@ def prefix_batch(
                 "drop the row"
             )
         token_starts = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
-        ends = segment_ends(row["response"], thinking_marks, complete=True)
+        ends = segment_ends(response, thinking_marks, complete=True)
         chance = np.random.default_rng([seed, _hash(row["sample"])])
         lengths = prefix_lengths(token_starts, ends, chance.integers(0, len(tokens), random_prefixes))
         weights = np.zeros(len(tokens), np.float32)

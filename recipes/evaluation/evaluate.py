@@ -94,14 +94,15 @@ def score_names(row: Row, scores: Mapping[str, Sequence[str]]) -> list[str]:
     return [name for name, kinds in scores.items() if row["kind"] in kinds]
 
 
-def thinking_tokens(text: str, tokens: int, encode: Callable[[str], Sequence[int]]) -> int:
+def thinking_tokens(text: str, written: str, tokens: int, encode: Callable[[str], Sequence[int]]) -> int:
     """The number of tokens up to the end of the thinking, of a response with ``tokens`` tokens.
 
-    0 for a response without thinking, all of them when the thinking does not end. ``encode``: text → token ids, without
+    0 for a response without thinking, all of them when the thinking does not end. ``written`` is what these tokens say;
+    before it ``text`` may have the mark of a thinking that the prompt has begun. ``encode``: text → token ids, without
     special tokens.
     """
-    if THINK_END in text:
-        return len(encode(text.partition(THINK_END)[0]))
+    if THINK_END in written:
+        return len(encode(written.partition(THINK_END)[0]))
     return tokens if THINK_BEGIN in text else 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from rewards.verdict import Verdict
 from rollout.deliberation.deliberating import Deliberation
 from rollout.guidance.edits import Edit
+from rollout.thinking import with_opening
 
 MODEL, PERSON = "model", "person"
 STOPPED = "stopped"
@@ -193,11 +194,7 @@ def messages(turns: Sequence[Turn], marks: Sequence[str]) -> list[dict[str, str]
 
 def whole_response(turn: Turn, branch: Branch, marks: Sequence[str]) -> str:
     """A branch's text, after the mark of thinking where the chat template has written that into the prompt."""
-    text = branch.text
-    begin, _ = marks
-    if not turn.opens_thinking or text.lstrip().startswith(begin):
-        return text
-    return f"{begin}\n{text}"
+    return with_opening(branch.text, marks[0]) if turn.opens_thinking else branch.text
 
 
 def after_edit(passages: Sequence[Passage], kept_text: str, edit: Edit) -> list[Passage]:

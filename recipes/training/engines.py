@@ -38,7 +38,7 @@ def open_judging(config: Config, names: Collection[str], stack: ExitStack) -> Ju
     if environment.name is not None:
         replies = open_environment(environment.name, environment.settings)
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        turns = Turns(replies, tokenizer, environment.max_turns)
+        turns = Turns(replies, tokenizer, environment.max_turns, config.rollout.thinking_marks[0])
     return Judging(client, registry.open_verifiers(names, config.rewards, client), turns)
 
 

@@ -23,21 +23,25 @@ def held_out_answers(config: Config, rollouts: Rollouts, processor: PromptProces
     prompts = [each.prompt for each in processed]
     judge = partial(judge_response, config, rollouts, RowsById(rows))
 
-    def encode(text: str) -> list[int]:
-        return rollouts.tokenizer.encode(text, add_special_tokens=False)
-
     def generate(samples_per_prompt: int, temperature: float) -> list[evaluate.Response]:
         step = evaluate.EVALUATION_STEP
         batch = rollouts.generate(prompts, samples_per_prompt, step=step, temperature=temperature, on_response=judge)
-        responses = []
-        for i, (row_id, _) in enumerate(batch.keys):
-            text = rollouts.text(batch, i)
-            thinking = evaluate.thinking_tokens(text, int(batch.response_lengths[i]), encode)
-            results = {name: from_json(verdict) for name, verdict in batch.verdicts[i].items()}
-            responses.append(evaluate.Response(row_id, text, thinking, results))
-        return responses
+        return [response_of(rollouts, batch, i) for i in range(len(batch))]
 
     return evaluate.answer(generate, config.data.evaluation_samples, config.rollout.temperature)
+
+
+def response_of(rollouts: Rollouts, batch: TokenBatch, i: int) -> evaluate.Response:
+    """Response i of a batch as the evaluation takes it."""
+
+    def encode(text: str) -> list[int]:
+        return rollouts.tokenizer.encode(text, add_special_tokens=False)
+
+    text = rollouts.text(batch, i)
+    num_tokens = int(batch.response_lengths[i])
+    thinking = evaluate.thinking_tokens(text, rollouts.written(batch, i), num_tokens, encode)
+    results = {name: from_json(verdict) for name, verdict in batch.verdicts[i].items()}
+    return evaluate.Response(batch.prompt(i).prompt_id, text, thinking, results)
 
 
 def judge_response(config: Config, rollouts: Rollouts, rows: Mapping[str, Row], response: TokenBatch) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rollout.environment import Turns, segments
 from rollout.generation import HELD_OUT, Fleet, Generation, OnResponse
 from rollout.sampling import Sampling
 from rollout.settings import RolloutConfig
+from rollout.thinking import whole_text
 from rollout.weight_sync.sync import WeightSync
 
 
@@ -164,7 +165,13 @@ class Rollouts:
         return everywhere(judged, self.control)
 
     def text(self, batch: TokenBatch, i: int) -> str:
-        """Response i as a reader sees it. For verifiers and people only: training uses the token ids."""
+        """Response i as a reader sees it: after the mark of thinking where the chat template has written that into the
+        prompt. For verifiers and people only: training uses the token ids."""
+        prompt = batch.prompt(i).token_ids
+        return whole_text(self.tokenizer, prompt, self.written(batch, i), self.config.thinking_marks[0])
+
+    def written(self, batch: TokenBatch, i: int) -> str:
+        """The text of response i's own tokens."""
         tokens = batch.response_tokens[batch.tokens_of(i)]  # of a list, transformers would look at each
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
@@ -181,7 +188,7 @@ class Rollouts:
         if failure:
             return {name: to_json(Failure(failure)) for name in names}
         if self.turns is not None:
-            row = {**row, "segments": segments(self.tokenizer, response)}
+            row = {**row, "segments": segments(self.tokenizer, response, self.turns.think_begin)}
         results = mixing.verify(row, self.text(response, 0), names, self.verifiers)
         return {name: to_json(result) for name, result in results.items()}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rewards.verifiers.text import THINK_BEGIN
 from rollout.deliberation.episodes import Episode, ShownStep
 from rollout.deliberation.settings import DeliberationConfig
 from rollout.deliberation.voting import Vote, vote
@@ -229,7 +230,9 @@ async def make_deliberator(
     """A deliberator over what is open already. Raises ValueError and Unavailable as :func:`open_deliberator`."""
     await asyncio.to_thread(environment.check)
     folder = config.tokenizer or str(models[0].get("root"))
-    return Deliberator(generator, models, config, Turns(environment, read_tokenizer(folder), max_turns))
+    # The grammar of a search is written with this mark, whatever a configuration says of others.
+    turns = Turns(environment, read_tokenizer(folder), max_turns, THINK_BEGIN)
+    return Deliberator(generator, models, config, turns)
 
 
 def open_search_environment(config: EnvironmentConfig) -> Search:

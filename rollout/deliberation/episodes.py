@@ -22,6 +22,7 @@ from rollout.guidance.decoding import Question
 from rollout.retrieval import Document
 from rollout.sampler import request_seed
 from rollout.search import Step
+from rollout.thinking import whole_text
 
 # Steps at the end of what has come that are not complete: they may become something else, or wait for a reply.
 OPEN = ("text", "end", "search", "read")
@@ -71,7 +72,7 @@ class Episode:
         prompt = Prompt("", np.array(self.question.prompt_ids, np.int32))
         response = batches.build([prompt], [[]], finish_reasons=[UNFINISHED])
         while response.finish_reasons == [UNFINISHED]:
-            said = environment.segments(self.turns.tokenizer, response)
+            said = self._segments(response)
             tokens: list[int] = []
             reason: str | None = None
             tail = ""
@@ -82,6 +83,8 @@ class Episode:
                     tail = tail[-LONGEST_END:] + piece.text
                     if reason is None and any(end in tail for end in ENDS):
                         text = self.turns.tokenizer.decode(tokens, skip_special_tokens=True)
+                        if not said:
+                            text = whole_text(self.turns.tokenizer, prompt.token_ids, text, self.turns.think_begin)
                         for shown in self._complete([*said, Segment(text, by_environment=False)]):
                             yield shown
             turn = batches.build([prompt], [tokens], version=0, finish_reasons=[str(reason)])
@@ -93,6 +96,9 @@ class Episode:
                 yield shown
         self.finish_reason = response.finish_reasons[0]
         self.failure = response.failures[0]
+
+    def _segments(self, response: TokenBatch) -> list[Segment]:
+        return environment.segments(self.turns.tokenizer, response, self.turns.think_begin)
 
     def _stream(self, response: TokenBatch) -> AsyncGenerator[Any, None]:
         """The next turn's tokens."""
@@ -116,7 +122,7 @@ class Episode:
 
     def _after_turn(self, response: TokenBatch) -> list[ShownStep]:
         """The new steps once a turn has ended and was answered."""
-        self.said = said = environment.segments(self.turns.tokenizer, response)
+        self.said = said = self._segments(response)
         self.answer, self.confidence = search.stated(said)
         self.tokens = len(response.response_tokens)
         steps = search.steps(said)

@@ -43,7 +43,7 @@ CROSSED = [
     ("demo", "rollout.staleness=1"),
     ("demo", "rollout.partial_rollout_tokens=16"),
     ("demo", "rollout.sleep=true"),
-    ("demo", "rollout.thinking_budget=8,rollout.thinking_marks=[a]"),
+    ("demo", "rollout.thinking_marks=[a]"),
     ("demo", "data.images.min_pixels=100,data.images.max_pixels=10"),
     ("demo", "critic.warmup_steps=56"),
     ("demo", "parallel.virtual_pipeline=2"),

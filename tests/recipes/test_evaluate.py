@@ -62,12 +62,23 @@ def test_only_the_verifiers_of_a_kind_score_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [("a b", 0), ("<think>a b</think>c", 2), ("a b</think>c", 2), ("<think>a b c", 9)],
+    ("opening", "written", "expected"),
+    [
+        ("", "a b", 0),
+        ("", "<think>a b</think>c", 2),
+        ("", "a b</think>c", 2),
+        ("", "<think>a b c", 9),
+        ("<think>\n", "a b</think>c", 2),
+        ("<think>\n", "a b c", 9),
+    ],
 )
-def test_thinking_tokens_end_with_the_thinking(text: str, expected: int) -> None:
-    """A word is a token here."""
-    assert evaluate.thinking_tokens(text, 9, lambda piece: [0] * len(piece.split())) == expected
+def test_thinking_tokens_end_with_the_thinking(opening: str, written: str, expected: int) -> None:
+    """A word is a token here. The tokens of the prompt do not count."""
+
+    def encode(text: str) -> list[int]:
+        return [0] * len(text.split())
+
+    assert evaluate.thinking_tokens(opening + written, written, 9, encode) == expected
 
 
 def test_an_answer_without_a_verdict_is_in_no_mean_and_its_pair_in_no_difference() -> None:

@@ -27,7 +27,6 @@ from rewards.verdict import Failure, Verdict
 from rewards.verifiers.templates import GENERAL, SAFETY, SAFETY_SHORT, VALUE
 from tests.recipes import tiny
 
-OPENS = tiny.TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 FORGETS = tiny.TEMPLATE.replace("message['content'] }}", "message['content'].split('</think>')[-1] }}")
 
 
@@ -73,8 +72,8 @@ def test_the_loss_mask_has_the_assistants_turns_and_nothing_else(processor: Prom
 
 def test_thinking_that_the_template_has_begun_is_not_begun_twice(processor: PromptProcessor) -> None:
     row = {"id": "x", "prompt": "the prompt", "response": "<think>\nso</think>yes"}
-    assert tokenized(processor, row, OPENS)[0].endswith("assistant\n<think>\n")
-    assert tokenized(processor, row, OPENS)[1] == "[so</think>yes<|im_end|>]"
+    assert tokenized(processor, row, tiny.OPENS_THINKING)[0].endswith("assistant\n<think>\n")
+    assert tokenized(processor, row, tiny.OPENS_THINKING)[1] == "[so</think>yes<|im_end|>]"
     assert tokenized(processor, row)[1] == "[<think>\nso</think>yes<|im_end|>]"
 
 

@@ -152,6 +152,21 @@ def test_the_trained_prefixes_end_with_segments_or_anywhere(loaded: Split, make_
     assert (more > 0).all(), "every prefix can be drawn, the prompt alone and the complete response too"
 
 
+def test_thinking_that_the_template_has_begun_is_not_begun_twice(twin: Path) -> None:
+    processor = PromptProcessor(str(twin / "model"), 60, None)  # type: ignore[arg-type]
+    processor.tokenizer.chat_template = tiny.OPENS_THINKING
+    processed = processor({"id": "x", "prompt": "the prompt"})
+    options: dict[str, Any] = {"thinking_marks": MARKS, "random_prefixes": 0, "seed": SEED, "max_tokens": 256}
+    row = {"sample": "1/x/0", "response": "<think>\nI think so.</think>Yes.", "scores": {"safety": 1.0}}
+    batch = prefix_batch(processor.tokenizer, [row], [processed], principles=["safety"], **options)
+    decode = processor.tokenizer.decode
+    assert decode(batch.prompts[0].token_ids).endswith("assistant\n<think>\n")
+    assert decode(batch.response_tokens) == "I think so.</think>Yes.<|im_end|>"
+    ends = np.flatnonzero(batch.columns[value_examples.WEIGHT])
+    prefixes = [decode(batch.response_tokens[:end]) for end in ends]
+    assert prefixes == ["", "I think so.</think>", "I think so.</think>Yes."]
+
+
 def test_a_score_that_a_response_lacks_gives_no_loss_and_no_gradient() -> None:
     nan = float("nan")
     scores = torch.tensor([[0.0, nan], [1.0, 0.25], [nan, 1.0]])

@@ -19,6 +19,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+OPENS_THINKING = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 KINDS = {"harmful": "safety", "borderline": "safety", "benign": "safety", "task": "general_rule"}
 LETTERS = "tests.recipes.letters.letters"
 

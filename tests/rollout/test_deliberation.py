@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rewards.verifiers.text import THINK_BEGIN
 from rollout import search
 from rollout.deliberation.deliberating import Deliberation, Deliberator
 from rollout.deliberation.episodes import Episode, ShownStep
@@ -31,7 +32,7 @@ from tests.rollout.fake_searcher import (
 )
 
 PROMPT = tuple(HF_TOKENIZER.encode(QUESTION, add_special_tokens=False))
-TURNS = Turns(SEARCH, HF_TOKENIZER, max_turns=4)
+TURNS = Turns(SEARCH, HF_TOKENIZER, 4, THINK_BEGIN)
 
 
 def followed(model: FakeSearcher, turns: Turns = TURNS, max_tokens: int = 500, **more: Any) -> Episode:
@@ -79,6 +80,22 @@ def test_an_episode_is_that_of_training_token_by_token(merge: int) -> None:
     assert (episode.answer, episode.confidence, episode.finish_reason) == ("Veska", 9, "stop")
 
 
+@pytest.mark.parametrize("merge", [1, 1000])
+def test_an_episode_whose_thinking_the_prompt_has_begun_has_the_same_steps(merge: int) -> None:
+    model = FakeSearcher([[SURE[0].removeprefix(THINK_BEGIN), *SURE[1:]]], merge)
+    model.prompt = f"{QUESTION}{THINK_BEGIN}\n"
+    prompt = tuple(HF_TOKENIZER.encode(model.prompt, add_special_tokens=False))
+
+    async def run() -> Episode:
+        episode = Episode(model, TURNS, Question(MODEL, prompt, 500), 0)
+        assert [step async for step in episode.steps()] == episode.shown
+        return episode
+
+    episode = asyncio.run(run())
+    assert [shown.step for shown in episode.shown] == search.steps(expected_segments(SURE))
+    assert not any(shown.step.fault for shown in episode.shown)
+
+
 def test_a_step_is_shown_as_soon_as_it_is_complete() -> None:
     async def run() -> None:
         model = FakeSearcher([["<think>One.</think> <think>Two.</think><confidence>3</confidence><answer>x</answer>"]])
@@ -123,7 +140,7 @@ def test_a_step_is_shown_as_soon_as_it_is_complete() -> None:
 def test_how_an_episode_ends_and_what_its_steps_are(
     script: list[str], max_turns: int, max_tokens: int, reason: str, last: tuple[str, str]
 ) -> None:
-    episode = followed(FakeSearcher([script], merge=2), Turns(SEARCH, HF_TOKENIZER, max_turns), max_tokens)
+    episode = followed(FakeSearcher([script], merge=2), Turns(SEARCH, HF_TOKENIZER, max_turns, THINK_BEGIN), max_tokens)
     assert episode.finish_reason == reason
     shown = [shown.step for shown in episode.shown]
     if reason == "stop":
@@ -140,7 +157,7 @@ def test_a_search_engine_that_fails_ends_its_sample_with_the_reason() -> None:
         def search(self, query: str, count: int) -> list[Document]:
             raise Unavailable("no answer in time")
 
-    turns = Turns(Search(Fails(), 1, 6), HF_TOKENIZER, 4)  # type: ignore[arg-type]
+    turns = Turns(Search(Fails(), 1, 6), HF_TOKENIZER, 4, THINK_BEGIN)  # type: ignore[arg-type]
     episode = followed(FakeSearcher([SURE]), turns)
     assert (episode.finish_reason, episode.failure, episode.answer) == ("failed", "no answer in time", None)
     assert episode.shown[1].step.fault == "without a result"
@@ -223,7 +240,7 @@ def test_a_sample_whose_search_failed_has_no_vote_and_all_of_them_are_an_error()
         def read(self, document_id: str) -> str | None:
             raise Unavailable("it is gone")
 
-    turns = Turns(Search(FailsToRead(), 1, 6), HF_TOKENIZER, 4)
+    turns = Turns(Search(FailsToRead(), 1, 6), HF_TOKENIZER, 4, THINK_BEGIN)
     deliberation, _ = asyncio.run(deliberated(deliberator(FakeSearcher(), turns)))
     assert deliberation.episodes[0].finish_reason == "failed"
     assert deliberation.chosen is not None and deliberation.chosen.answer == "Tarn"

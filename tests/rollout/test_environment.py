@@ -17,6 +17,7 @@ from tests.responses import PlainResponse, make_prompt, plain
 
 TOKENIZER = make_tokenizer()
 IDS = st.lists(st.integers(3, len(TOKENIZER) - 1), min_size=1, max_size=8)
+THINK = "<think>"
 TEXTS = st.text(st.sampled_from("abc <>|[]é\n"), min_size=1, max_size=12)
 
 
@@ -60,7 +61,7 @@ def reply(rules: Turns, response: TokenBatch, max_tokens: int) -> PlainResponse:
 def test_ids_never_change_across_turns_and_the_environment_s_are_exactly_the_forced_ones(
     turns: list[tuple[list[int], str]],
 ) -> None:
-    rules = Turns(Script([text for _, text in turns]), TOKENIZER, max_turns=len(turns))
+    rules = Turns(Script([text for _, text in turns]), TOKENIZER, len(turns), THINK)
     response: TokenBatch | None = None
     ids: list[int] = []
     forced: list[int] = []
@@ -84,16 +85,49 @@ def test_ids_never_change_across_turns_and_the_environment_s_are_exactly_the_for
         expected = 0.0 if position in forced else logprob_of(token)
         assert new.logprobs[position] == expected
     assert len(new.versions) == len(ids)
-    pieces = segments(TOKENIZER, response)
+    pieces = segments(TOKENIZER, response, THINK)
     assert [piece.by_environment for piece in pieces] == [False, True] * len(turns)
     for piece, (_, text) in zip(pieces[1::2], turns, strict=True):
         assert piece.text == text
     assert reply(rules, sampled([5], response), 1000).finish_reason == "turns"
 
 
+@pytest.mark.parametrize(
+    ("end_of_prompt", "first", "seen"),
+    [
+        ("<think>\n", "so</think>ax", "<think>\nso</think>ax"),
+        ("<think>\n", "<think>so</think>ax", "<think>so</think>ax"),
+        ("", "so</think>ax", "so</think>ax"),
+    ],
+)
+def test_thinking_that_the_prompt_has_begun_begins_the_first_segment_alone(
+    end_of_prompt: str, first: str, seen: str
+) -> None:
+    """For the environment too. The ids stay."""
+
+    class Listens(Script):
+        def reply(self, segments: Sequence[Segment]) -> str:
+            heard.append(list(segments))
+            return super().reply(segments)
+
+    def ids(text: str) -> list[int]:
+        return list(TOKENIZER.encode(text, add_special_tokens=False))
+
+    heard: list[list[Segment]] = []
+    rules = Turns(Listens(["[r]"]), TOKENIZER, 2, THINK)
+    prompt = make_prompt("p", ids(f"<|im_start|>assistant\n{end_of_prompt}"))
+    response = rules.reply(batches.build([prompt], [ids(first)], version=0, finish_reasons=["turn"]), 1000)
+    turn = batches.build([prompt], [ids("more</think>b")], version=0, finish_reasons=["stop"])
+    response = batches.extend(response, turn)
+    assert heard == [[Segment(seen, False)]]
+    expected = [Segment(seen, False), Segment("[r]", True), Segment("more</think>b", False)]
+    assert segments(TOKENIZER, response, THINK) == expected
+    assert response.response_tokens.tolist() == ids(first) + ids("[r]") + ids("more</think>b")
+
+
 def test_a_reply_that_leaves_no_room_is_not_appended() -> None:
     encoded = TOKENIZER.encode("abc", add_special_tokens=False)
-    rules = Turns(Script(["abc"]), TOKENIZER, 1)
+    rules = Turns(Script(["abc"]), TOKENIZER, 1, THINK)
     turn = sampled([5, 6])
     assert reply(rules, turn, 2 + len(encoded) + 1).finish_reason == "unfinished"
     ended = reply(rules, turn, 2 + len(encoded))
@@ -101,7 +135,7 @@ def test_a_reply_that_leaves_no_room_is_not_appended() -> None:
 
 
 def test_control_tokens_do_not_come_in_from_outside() -> None:
-    rules = Turns(Script([""]), TOKENIZER, 1)
+    rules = Turns(Script([""]), TOKENIZER, 1, THINK)
     for text, cleaned in (("a<|im_end|>b", "a b"), ("<|im_<|im_end|>end|>", "<|im_ end|>"), ("<|endoftext|>ab", " ab")):
         assert rules.encode(text) == tuple(TOKENIZER.encode(cleaned, add_special_tokens=False))
 
@@ -111,7 +145,7 @@ def test_a_reply_that_fails_is_told_with_its_reason() -> None:
         def reply(self, segments: Sequence[Segment]) -> str:
             raise Unavailable("no answer in time")
 
-    failed = reply(Turns(Fails([]), TOKENIZER, 1), sampled([5]), 100)
+    failed = reply(Turns(Fails([]), TOKENIZER, 1, THINK), sampled([5]), 100)
     assert (failed.finish_reason, failed.failure, failed.tokens) == ("failed", "no answer in time", [5])
 
 

@@ -47,7 +47,7 @@ class World:
     num_replies: int = 0  # in the undisturbed responses
 
     def generate(self, environment: Letters, resync: Any = pytest.fail) -> TokenBatch:
-        fleet = Fleet(self.engines, turns=Turns(environment, self.tokenizer, MAX_TURNS))
+        fleet = Fleet(self.engines, turns=Turns(environment, self.tokenizer, MAX_TURNS, "<think>"))
         return Generation(fleet, REQUESTS, SAMPLING).collect(dist.group.WORLD, resync)
 
     def episodes(self, environment: Letters, resync: Any = pytest.fail) -> list[PlainResponse]:
@@ -109,7 +109,7 @@ def test_the_environment_s_tokens_stand_where_a_turn_ended_and_all_others_are_sa
     assert batch.keys == REQUESTS.keys
     kept = 0
     for i, response in enumerate(world.undisturbed):
-        said = segments(world.tokenizer, batch.select([i]))
+        said = segments(world.tokenizer, batch.select([i]), "<think>")
         assert response.forced == [place for place, logprob in enumerate(response.logprobs) if logprob == 0]
         sampled = [place not in response.forced for place in range(len(response.tokens))]
         pieces = [
