@@ -76,13 +76,24 @@ class EndpointPool:
         self.counts: Counter[str] = Counter()
         self.reply_seconds: deque[float] = deque(maxlen=256)
         self.usual_seconds = float("inf")  # the median of reply_seconds
-        # When all endpoints were paused. None while one is in use, and after any response.
-        self.lost_since: float | None = None
-        self.pause_reason = ""  # of the last endpoint that was paused
+        self.pending = 0  # requests without a result
+        # The first try, by time.monotonic(), that did not reach the endpoint, in this order. Empty after any response,
+        # and when nothing is pending: time in which nobody asks is no outage.
+        self.unreached_since: dict[JudgeEndpoint, float] = {}
+        self.unreached_reason = ""  # of the last such try
 
     async def request(self, request: JudgeRequest, data: bytes) -> VerifierResult:
         """Send a request until there is a verdict or no try is left. ``data`` is its encoded body."""
         self.counts["asked"] += 1
+        self.pending += 1
+        try:
+            return await self._ask(request, data)
+        finally:
+            self.pending -= 1
+            if self.pending == 0:
+                self.unreached_since.clear()
+
+    async def _ask(self, request: JudgeRequest, data: bytes) -> VerifierResult:
         tries = 0
         endpoint: JudgeEndpoint | None = None
         while True:
@@ -155,7 +166,7 @@ class EndpointPool:
                 headers=self._headers(),
                 timeout=aiohttp.ClientTimeout(total=self.settings.timeout),
             ) as response:
-                self.lost_since = None
+                self.unreached_since.clear()
                 text = await response.text(errors="replace")
                 if response.status != 200:
                     raise RequestFailed(
@@ -166,13 +177,14 @@ class EndpointPool:
             reply = json.loads(text)
         except TimeoutError:
             reason = f"{url}: no reply in {self.settings.timeout:g} s"
-            self._pause(endpoint, reason)
+            self._note_unreached(endpoint, reason)
             raise RequestFailed(reason) from None
         except aiohttp.ClientError as error:
             reason = f"{url}: {self._excerpt(f'{type(error).__name__}: {error}')}"
             unreached = isinstance(error, aiohttp.ClientConnectorError)
             if unreached:
-                self._pause(endpoint, reason)
+                self._note_unreached(endpoint, reason)
+                self._raise_if_lost()
             raise RequestFailed(reason, unreached=unreached) from None
         except ValueError as error:
             raise RequestFailed(f"{url}: not JSON ({error}): {self._excerpt(text)}") from None
@@ -198,12 +210,9 @@ class EndpointPool:
 
     async def _acquire(self, avoid: JudgeEndpoint | None) -> JudgeEndpoint:
         """The endpoint with the fewest requests in flight, which then counts one more. Waits while all are full or
-        paused. Raises RequestFailed when no endpoint has been reached for ``outage`` seconds."""
+        paused. Raises RequestFailed when the pool is lost."""
         while (endpoint := self._free_endpoint(avoid)) is None:
-            if self._is_lost():
-                raise RequestFailed(
-                    f"no replica of {self.server.name} could be reached: {self.pause_reason}", retry=False
-                )
+            self._raise_if_lost()
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.waiting.append(waiter)
             await waiter
@@ -211,14 +220,17 @@ class EndpointPool:
         return endpoint
 
     def _free_endpoint(self, avoid: JudgeEndpoint | None) -> JudgeEndpoint | None:
-        """An endpoint that can take a request now. ``avoid`` only if there is no other."""
+        """An endpoint that can take a request now. ``avoid`` only if there is no other. Of equally busy ones that whose
+        pause is the longest ago, so that a request comes to every endpoint."""
         now = time.monotonic()
         free = [
             endpoint
             for endpoint in self.endpoints
             if endpoint.in_flight < self.settings.concurrency and endpoint.paused_until <= now
         ]
-        return min(free, key=lambda endpoint: (endpoint is avoid, endpoint.in_flight), default=None)
+        return min(
+            free, key=lambda endpoint: (endpoint is avoid, endpoint.in_flight, endpoint.paused_until), default=None
+        )
 
     def _wake_waiting(self, count: int) -> None:
         """Have the first ``count`` waiting requests look for an endpoint again."""
@@ -228,28 +240,45 @@ class EndpointPool:
                 waiter.set_result(None)
                 count -= 1
 
-    def _pause(self, endpoint: JudgeEndpoint, reason: str) -> None:
+    def _note_unreached(self, endpoint: JudgeEndpoint, reason: str) -> None:
+        """A try did not reach the endpoint: pause it. Once the pool is lost, wake all waiting requests."""
+        self.unreached_reason = reason
+        if not self.unreached_since:
+            # The pauses may be longer than the outage.
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.settings.outage + 0.001, self._wake_all_if_lost)
+        self.unreached_since.setdefault(endpoint, time.monotonic())
+        self._pause(endpoint)
+        self._wake_all_if_lost()
+
+    def _pause(self, endpoint: JudgeEndpoint) -> None:
         """Send nothing to the endpoint for ``cooldown`` seconds. Then wake as many requests as it can take."""
         now = time.monotonic()
         if endpoint.paused_until > now:
             return
         cooldown = self.settings.cooldown
         endpoint.paused_until = now + cooldown
-        self.pause_reason = reason
         loop = asyncio.get_running_loop()
         loop.call_later(cooldown + 0.001, self._wake_waiting, self.settings.concurrency)
-        if self.lost_since is None and self._all_paused(now):
-            self.lost_since = now
-        if self._is_lost():
-            self._wake_waiting(len(self.waiting))
-
-    def _all_paused(self, now: float) -> bool:
-        return all(endpoint.paused_until > now for endpoint in self.endpoints)
 
     def _is_lost(self) -> bool:
-        """Whether no endpoint has been reached for ``outage`` seconds."""
+        """Whether nothing was reached for ``outage`` seconds since the first try in vain, and no endpoint is left: each
+        was tried in vain since then, or is paused."""
+        if not self.unreached_since:
+            return False
         now = time.monotonic()
-        return self._all_paused(now) and self.lost_since is not None and now - self.lost_since >= self.settings.outage
+        is_left = any(e not in self.unreached_since and e.paused_until <= now for e in self.endpoints)
+        first = next(iter(self.unreached_since.values()))
+        return not is_left and now - first >= self.settings.outage
+
+    def _raise_if_lost(self) -> None:
+        if self._is_lost():
+            reason = f"no replica of {self.server.name} could be reached: {self.unreached_reason}"
+            raise RequestFailed(reason, retry=False)
+
+    def _wake_all_if_lost(self) -> None:
+        if self._is_lost():
+            self._wake_waiting(len(self.waiting))
 
     async def post_to_all(self, path: str, connect_seconds: float) -> None:
         """POST to every endpoint, for sleep and wake. Raises RuntimeError naming an endpoint that refuses, or that

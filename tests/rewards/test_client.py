@@ -255,6 +255,51 @@ def test_a_server_killed_in_mid_batch() -> None:
         process.wait()
 
 
+@pytest.mark.parametrize(
+    ("replicas", "cooldown"), [(8, 0.1), (1, 0.0), (1, 60.0)], ids=["never all paused", "no pause", "a longer pause"]
+)
+def test_a_server_that_is_gone_is_waited_for_as_long_as_an_outage_may_last(replicas: int, cooldown: float) -> None:
+    gone = [f"http://127.0.0.1:{free_port()}" for _ in range(replicas)]
+    with asking(*gone, outage=1.0, cooldown=cooldown, backoff=0.1, retries=0) as (_, verifier):
+        started = time.monotonic()
+        result = verifier.submit(ROW, "answer").result(20)
+        seconds = time.monotonic() - started
+    assert isinstance(result, Failure)
+    assert "no replica of judge could be reached: http://127.0.0.1:" in result.reason
+    assert 1.0 <= seconds < 10
+
+
+def test_time_without_requests_is_no_outage() -> None:
+    port = free_port()
+    with asking(f"http://127.0.0.1:{port}", outage=1.0, timeout=0.2, retries=0) as (_, verifier):
+        with FakeServer(fake_server.never, port):
+            assert isinstance(verifier.submit(ROW, "answer").result(20), Failure)
+        time.sleep(1.1)
+        for _ in range(2):
+            started = time.monotonic()
+            result = verifier.submit(ROW, "answer").result(20)
+            assert isinstance(result, Failure)
+            assert "no replica of judge could be reached" in result.reason
+            assert time.monotonic() - started >= 1.0
+
+
+def test_a_request_comes_to_the_only_replica_that_runs_before_the_server_counts_as_lost() -> None:
+    gone = [f"http://127.0.0.1:{free_port()}" for _ in range(7)]
+    with FakeServer(fake_server.prompt_answer) as fake, asking(*gone, fake.address, cooldown=0.0) as (_, verifier):
+        assert verifier.submit(ROW, "answer").result(20) == GOOD
+
+
+def test_a_replica_that_is_paused_for_longer_than_the_outage_does_not_delay_its_end() -> None:
+    gone = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
+    with asking(gone, f"http://127.0.0.1:{port}", outage=0.5, cooldown=60.0) as (_, verifier):
+        with FakeServer(fake_server.prompt_answer, port):
+            assert verifier.submit(ROW, "answer").result(20) == GOOD
+        result = verifier.submit(ROW, "answer").result(20)
+    assert isinstance(result, Failure)
+    assert f"no replica of judge could be reached: http://127.0.0.1:{port}" in result.reason
+
+
 def test_a_missing_server_stops_the_run_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeServer(fake_server.prompt_answer) as fake:
         with Client({"judge": server(fake.address)}, settings()) as client:
