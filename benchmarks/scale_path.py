@@ -74,6 +74,7 @@ from megatron_ext.parallel import Parallel  # noqa: E402
 from recipes.algorithms.registry import reference_interval  # noqa: E402
 from recipes.config import Config, parse  # noqa: E402
 from recipes.data.processor import ProcessedPrompt, PromptProcessor  # noqa: E402
+from recipes.data.row_order import Curriculum  # noqa: E402
 from recipes.data.rows import Row  # noqa: E402
 from recipes.data.shared_processing import process  # noqa: E402
 from recipes.preflight.architecture import model_config, published_config  # noqa: E402
@@ -389,6 +390,7 @@ def open_loop(case: Case, config: Config, rank: int, group: dist.ProcessGroup) -
         rollouts=rollouts,
         run=run,
         rows=rows,
+        curriculum=Curriculum([(0, {})]),
         reference_every=reference_interval(config.algorithm),
         buffer=buffer,
         rollout=MeasuredRollout(buffer, rollouts.fleet, group, judge),

@@ -1,13 +1,17 @@
 """Which rows a step gets.
 
-The order is a pure function of (seed, position), so a resumed run needs no state of it.
+The order is a pure function of (seed, position), so a resumed run needs no state of it but the draws at which the
+phases of a curriculum began.
 """
 
 import hashlib
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ ROUNDS = 12
 
 # The phases of a curriculum, as (first step, mix). First steps ascend from 0; a mix has the share of each kind.
 type Phases = Sequence[tuple[int, Mapping[str, int]]]
+NEVER = sys.maxsize  # the first draw of a phase that has not begun
 
 
 def permuted(place: int, size: int, key: str) -> int:
@@ -100,24 +105,45 @@ def curriculum_phases(data: Any) -> list[tuple[int, dict[str, int]]]:
     return [(first_step, {kind: share for kind, share in mix.items() if share}) for first_step, mix in phases]
 
 
-def scheduled(rows: Sequence[Row], phases: Phases, step: int, count: int, seed: int) -> list[Row]:
-    """The ``count`` prompts of ``step`` (from 0): kinds interleaved by their shares in the step's phase.
+@dataclass
+class Curriculum:
+    """The ``phases`` of the steps, and ``first_draws`` of those that have begun, which a checkpoint holds: how many
+    draws of prompts a step makes depends on the run (dynamic sampling, oversampling)."""
+
+    phases: Phases
+    first_draws: list[int] = field(default_factory=list)
+
+    def reach(self, step: int, draws: int) -> None:
+        """The next draw is for ``step`` (from 0), after ``draws`` ones in all. Steps never descend."""
+        begun = sum(first_step <= step for first_step, _ in self.phases)
+        self.first_draws += [draws] * (begun - len(self.first_draws))
+
+    def of_draws(self) -> list[tuple[int, Mapping[str, int]]]:
+        """The :data:`Phases` with first draws in place of first steps. A phase in which nothing was drawn begins with
+        the next one's first draw."""
+        first_draws = chain(self.first_draws, repeat(NEVER))
+        return [(first_draw, mix) for (_, mix), first_draw in zip(self.phases, first_draws, strict=False)]
+
+
+def scheduled(rows: Sequence[Row], phases: Phases, draw: int, count: int, seed: int) -> list[Row]:
+    """The ``count`` prompts of a draw (from 0): kinds interleaved by their shares in the draw's phase. The ``phases``
+    are those of draws (:meth:`Curriculum.of_draws`).
 
     Each kind is a stream of its own and continues across phases. Within a kind the sources take turns by their weights,
-    and each source is a shuffled stream. No prompt occurs twice in a step: raises ConfigError when the data has too few
+    and each source is a shuffled stream. No prompt occurs twice in a draw: raises ConfigError when the data has too few
     prompts of a kind for that.
     """
     streams = _streams(rows)
     windows = _windows(phases, count)
     _check_enough(streams, windows, "data.curriculum" if len(phases) > 1 else "data.mix")
-    first_step, mix, drawn_before = _phase_of(phases, step, count)
+    first_draw, mix, drawn_before = _phase_of(phases, draw, count)
     kind_cycle = interleaved(mix)
     source_cycles = {}
     for kind in mix:
         weights = {source: weight for source, (weight, _) in enumerate(streams[kind])}
         source_cycles[kind] = interleaved(weights)
     batch = []
-    first_place = (step - first_step) * count
+    first_place = (draw - first_draw) * count
     for place in range(first_place, first_place + count):
         kind, drawn_in_phase = _turn(kind_cycle, place)
         source, position = _turn(source_cycles[kind], drawn_before[kind] + drawn_in_phase)
@@ -139,7 +165,7 @@ def _streams(rows: Sequence[Row]) -> Mapping[str, Sequence[tuple[int, np.ndarray
 
 
 def _windows(phases: Phases, count: int) -> dict[str, int]:
-    """Kind → the most prompts of it that a step may need, in any phase."""
+    """Kind → the most prompts of it that a draw may need, in any phase."""
     windows: dict[str, int] = {}
     for _, mix in phases:
         for kind, share in mix.items():
@@ -170,19 +196,19 @@ def _check_enough(
                 )
 
 
-def _phase_of(phases: Phases, step: int, count: int) -> tuple[int, Mapping[str, int], Counter[str]]:
-    """The first step and the mix of the step's phase, and how many prompts of each kind earlier phases drew."""
+def _phase_of(phases: Phases, draw: int, count: int) -> tuple[int, Mapping[str, int], Counter[str]]:
+    """The first draw and the mix of the draw's phase, and how many prompts of each kind earlier phases drew."""
     drawn: Counter[str] = Counter()
-    first_step, mix = phases[0]
-    for next_first_step, next_mix in phases[1:]:
-        if next_first_step > step:
+    first_draw, mix = phases[0]
+    for next_first_draw, next_mix in phases[1:]:
+        if next_first_draw > draw:
             break
-        cycles, rest = divmod((next_first_step - first_step) * count, sum(mix.values()))
+        cycles, rest = divmod((next_first_draw - first_draw) * count, sum(mix.values()))
         drawn.update({kind: cycles * share for kind, share in mix.items()})
         drawn.update(interleaved(mix)[:rest])
-        first_step = next_first_step
+        first_draw = next_first_draw
         mix = next_mix
-    return first_step, mix, drawn
+    return first_draw, mix, drawn
 
 
 def _turn[T](cycle: Sequence[T], place: int) -> tuple[T, int]:

@@ -24,7 +24,7 @@ from recipes.algorithms.registry import reference_interval, requirements, resolv
 from recipes.algorithms.shaping import has_reward_variance, overlong_penalty, select_groups
 from recipes.config import Config
 from recipes.data.processor import ProcessedPrompt, PromptProcessor
-from recipes.data.row_order import curriculum_phases, scheduled
+from recipes.data.row_order import Curriculum, curriculum_phases, scheduled
 from recipes.data.rows import Row, load_rows
 from recipes.data.shared_processing import process
 from recipes.data.sources import RowsById
@@ -58,10 +58,11 @@ POLICY_METRICS = (
 
 @dataclass
 class Loop:
-    """What the steps of the loop share. ``rows`` are the data's rows by id; ``constraint`` is the state of the Lagrange
-    multiplier (``rewards.objectives``); ``critic`` is None for an algorithm without values; ``judge`` gives the
-    verdicts on a batch of one response; ``samples`` writes the responses down; ``reference_every``: steps from one that
-    makes a pass under the reference to the next, None without a reference."""
+    """What the steps of the loop share. ``rows`` are the data's rows by id; ``curriculum`` says of which phase a draw
+    is; ``constraint`` is the state of the Lagrange multiplier (``rewards.objectives``); ``critic`` is None for an
+    algorithm without values; ``judge`` gives the verdicts on a batch of one response; ``samples`` writes the responses
+    down; ``reference_every``: steps from one that makes a pass under the reference to the next, None without a
+    reference."""
 
     config: Config
     policy: Policy
@@ -69,6 +70,7 @@ class Loop:
     rollouts: Rollouts
     run: Run
     rows: Mapping[str, Row]
+    curriculum: Curriculum
     reference_every: int | None
     buffer: PromptBuffer
     rollout: Rollout
@@ -117,7 +119,7 @@ def fit(training: Training, run: Run, reference: Path) -> None:
         if generating:
             if not (loop.in_flight and loop.rollouts.version == step):
                 placed_bytes = sync(loop, step)
-            loop.rollout.start(first_draw(config, step + 1))
+            start(loop, step + 1, 0)
 
         batch, score_metrics = score(loop, batch, all_rounds)
         batch, inputs = compute_advantages(loop, batch)
@@ -163,8 +165,9 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
         policy.load_reference(reference)
     rows = load_rows(config.data.prompts)
     by_id = RowsById(rows)
+    curriculum = Curriculum(curriculum_phases(config.data))
     buffer = PromptBuffer(
-        partial(draw_prompts, config, training.processor, rows, group=rollouts.control),
+        partial(draw_prompts, config, training.processor, rows, curriculum, group=rollouts.control),
         rollouts.sampling(config.rollout.temperature, config.rollout.partial_rollout_tokens),
         prompts_per_step=algorithm.prompts_per_step,
         oversample=config.rollout.oversample,
@@ -181,6 +184,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
         rollouts=rollouts,
         run=run,
         rows=by_id,
+        curriculum=curriculum,
         reference_every=reference_every,
         buffer=buffer,
         rollout=Rollout(buffer, rollouts.fleet, rollouts.control, on_response),
@@ -191,11 +195,16 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
 
 
 def draw_prompts(
-    config: Config, processor: PromptProcessor, rows: Sequence[Row], draw: int, *, group: dist.ProcessGroup
+    config: Config,
+    processor: PromptProcessor,
+    rows: Sequence[Row],
+    curriculum: Curriculum,
+    draw: int,
+    *,
+    group: dist.ProcessGroup,
 ) -> list[ProcessedPrompt]:
-    """Collective over a gloo group: the prompts of the data's ``draw``-th step."""
-    phases = curriculum_phases(config.data)
-    batch = scheduled(rows, phases, draw, config.algorithm.prompts_per_step, config.seed)
+    """Collective over a gloo group: the prompts of the run's ``draw``-th draw."""
+    batch = scheduled(rows, curriculum.of_draws(), draw, config.algorithm.prompts_per_step, config.seed)
     return process(processor, batch, config.precision.dtype, group)
 
 
@@ -205,6 +214,7 @@ def resume(loop: Loop, folder: Path) -> int:
     if loop.critic is not None:
         loop.critic.load(folder)
     progress = checkpoint.progress(folder)
+    loop.curriculum.first_draws[:] = progress["curriculum"]
     loop.buffer.load(progress["prompt_buffer"], read_responses(folder))
     loop.constraint = progress["constraint"]
     return finished
@@ -217,7 +227,12 @@ def training_state(loop: Loop) -> TrainingState:
     if loop.critic is not None:
         models |= loop.critic.snapshot()
     in_flight, responses = loop.buffer.state()
-    progress = {**loop.policy.progress(), "prompt_buffer": in_flight, "constraint": loop.constraint}
+    progress = {
+        **loop.policy.progress(),
+        "curriculum": [*loop.curriculum.first_draws],
+        "prompt_buffer": in_flight,
+        "constraint": loop.constraint,
+    }
     return TrainingState(models, progress, responses)
 
 
@@ -230,9 +245,11 @@ def sync(loop: Loop, step: int) -> int:
         return loop.rollouts.sync_weights(step)
 
 
-def first_draw(config: Config, step: int) -> int:
-    """The number of a step's first round of prompts: a step has up to ``algorithm.max_generation_batches``."""
-    return step * config.algorithm.max_generation_batches
+def start(loop: Loop, step: int, round_number: int) -> None:
+    """Collective: have the engines begin a step's round of prompts (from 0); a step has up to
+    ``algorithm.max_generation_batches``."""
+    loop.curriculum.reach(step, loop.buffer.draws)
+    loop.rollout.start(step * loop.config.algorithm.max_generation_batches + round_number)
 
 
 def generate(loop: Loop, step: int, started: bool) -> tuple[TokenBatch, TokenBatch]:
@@ -245,11 +262,11 @@ def generate(loop: Loop, step: int, started: bool) -> tuple[TokenBatch, TokenBat
     """
     algorithm = loop.config.algorithm
     rounds: list[TokenBatch] = []
-    for draw in range(first_draw(loop.config, step), first_draw(loop.config, step + 1)):
+    for round_number in range(algorithm.max_generation_batches):
         with loop.run.phase("generate"):  # verifiers judge each response while others are being generated
             if rounds or not started:
                 loop.rollouts.wake()
-                loop.rollout.start(draw)
+                start(loop, step, round_number)
             batch = loop.rollout.collect(partial(loop.rollouts.sync_weights, step))
         if loop.rollouts.judges_share_gpus:
             with loop.run.phase("judge"):

@@ -581,6 +581,20 @@ def test_prompts_are_drawn_again_for_groups_whose_rewards_are_equal(twin: Path) 
     assert len({line["prompt_id"] for line in lines if line["advantage"] != 0}) == 4, "each round has rows of its own"
 
 
+def test_a_phase_begins_with_its_step_though_the_steps_before_drew_twice(twin: Path) -> None:
+    """No reward differs, so that each step draws as often as it may. A run resumed from its checkpoint is the same."""
+    mix = {label: {"tests.recipes.letters.always_right": 1.0} for label in MIX}
+    phases = "[{from_step:0,mix:{harmful:1,benign:1}},{from_step:2,mix:{borderline:1,task:1}}]"
+    options = ("algorithm.max_generation_batches=2", f"data.curriculum={phases}", *NO_KL)
+    run_dir = train(twin, twin / "phases", *options, mix=mix)
+    kinds = {(line["step"], line["prompt_id"].partition("-")[0]) for line in sample_files.read(run_dir)}
+    first, second = ("harmful", "benign"), ("borderline", "task")
+    assert kinds == {(step, kind) for step, of_step in ((1, first), (2, first), (3, second)) for kind in of_step}
+    train(twin, twin / "phases_resumed", *options, "algorithm.steps=2", mix=mix)
+    train(twin, twin / "phases_resumed", *options, "resume=true", mix=mix)
+    same_run(twin / "phases_resumed", run_dir)
+
+
 def test_a_mismatch_above_the_bound_stops_the_run_before_its_update(twin: Path) -> None:
     with pytest.raises(RuntimeError, match=r"is above algorithm\.max_mismatch=1e-09: the engine did not sample from"):
         train(twin, twin / "alarm", "algorithm.max_mismatch=1e-9")

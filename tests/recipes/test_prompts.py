@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipes.data.processor import prompt_tokens
-from recipes.data.row_order import interleaved, ordered, permuted, scheduled, shuffled
+from recipes.data.row_order import Curriculum, interleaved, ordered, permuted, scheduled, shuffled
 from recipes.data.rows import SFT_FIELDS, load_rows
 from recipes.data.sft_examples import episode_tokens
 from recipes.errors import ConfigError
@@ -145,6 +145,7 @@ def test_no_prompt_occurs_twice_in_a_step(count: int, step: int, seed: int) -> N
     assert len(set(ids(batch))) == count
 
 
+KIND_SIZES = {"harmful": 23, "benign": 19, "task": 21}
 PHASES = [(0, {"harmful": 1, "task": 3}), (4, {"harmful": 2, "benign": 2, "task": 1}), (9, {"benign": 1})]
 
 
@@ -152,13 +153,12 @@ PHASES = [(0, {"harmful": 1, "task": 3}), (4, {"harmful": 2, "benign": 2, "task"
 def test_a_curriculum_changes_the_mix_and_skips_nothing(count: int, seed: int, cut: int) -> None:
     """Each kind's stream goes on where it stopped: whatever the phases, its rows come in the order of one stream. A
     step depends on its number alone, so a resumed run needs no state."""
-    sizes = {"harmful": 23, "benign": 19, "task": 21}
-    rows = rows_of(sizes)
+    rows = rows_of(KIND_SIZES)
     steps = [ids(scheduled(rows, PHASES, step, count, seed)) for step in range(15)]
     assert steps[cut:] == [ids(scheduled(rows, PHASES, step, count, seed)) for step in range(cut, 15)]
     drawn = [name for step in steps for name in step]
-    window = {kind: max(-(-count // sum(m.values())) * m[kind] for _, m in PHASES if kind in m) for kind in sizes}
-    for kind, size in sizes.items():
+    window = {kind: max(-(-count // sum(m.values())) * m[kind] for _, m in PHASES if kind in m) for kind in KIND_SIZES}
+    for kind, size in KIND_SIZES.items():
         of_kind = [name for name in drawn if name.startswith(kind)]
         expected = [f"{kind}{ordered(position, size, seed, window[kind])}" for position in range(len(of_kind))]
         assert of_kind == expected
@@ -168,6 +168,40 @@ def test_a_curriculum_changes_the_mix_and_skips_nothing(count: int, seed: int, c
         for cycle in range(len(kinds) // total):
             assert Counter(kinds[cycle * total : (cycle + 1) * total]) == mix
     assert all(len(set(step)) == count for step in steps)
+
+
+@given(data=st.data(), count=st.integers(1, 9), seed=st.integers(0, 3))
+def test_a_phase_begins_with_the_first_draw_for_its_step(data: st.DataObject, count: int, seed: int) -> None:
+    """However many draws a step makes, also none. No kind's stream skips a row, and a curriculum that goes on from a
+    checkpoint's draws gives what the undisturbed one gives, for the draws before the checkpoint too."""
+    rows = rows_of(KIND_SIZES)
+    draws_of_steps = data.draw(st.lists(st.integers(0, 3), min_size=12, max_size=12))
+    cut = data.draw(st.integers(0, 12))
+    curriculum = Curriculum(PHASES)
+    drawn: list[list[str]] = []
+    resumed: list[Curriculum] = []
+    for step, draws in enumerate([*draws_of_steps, 1]):
+        if step == cut:
+            resumed.append(Curriculum(PHASES, [*curriculum.first_draws]))
+        for each in (curriculum, *resumed):
+            each.reach(step, len(drawn))
+        mix = [mix for first_step, mix in PHASES if first_step <= step][-1]
+        for _ in range(draws):
+            drawn.append(ids(scheduled(rows, curriculum.of_draws(), len(drawn), count, seed)))
+            assert {name.rstrip("0123456789") for name in drawn[-1]} <= mix.keys()
+    again = [ids(scheduled(rows, resumed[0].of_draws(), draw, count, seed)) for draw in range(len(drawn))]
+    assert again == drawn
+    for kind, size in KIND_SIZES.items():
+        of_kind = [name for of_draw in drawn for name in of_draw if name.startswith(kind)]
+        window = max(-(-count // sum(mix.values())) * mix[kind] for _, mix in PHASES if kind in mix)
+        assert of_kind == [f"{kind}{ordered(place, size, seed, window)}" for place in range(len(of_kind))]
+
+
+def test_one_draw_a_step_begins_the_phases_with_their_steps() -> None:
+    curriculum = Curriculum(PHASES)
+    for step in range(12):
+        curriculum.reach(step, step)
+    assert curriculum.of_draws() == PHASES
 
 
 def test_one_phase_is_the_mix() -> None:

@@ -15,6 +15,7 @@ from megatron_ext import batch as batches
 from megatron_ext import packing
 from megatron_ext.batch import Array, Prompt, TokenBatch
 from recipes.algorithms.aggregation import sequence_mean_token_mean, token_weights
+from recipes.data.row_order import Curriculum
 from recipes.training.rl import constraint_scale, contributing, generate, generation_speed, join_rounds, score, split
 from rewards.verdict import Failure, Verdict, to_json
 from tests.recipes import tiny
@@ -232,6 +233,8 @@ def sampling_loop(max_failed: float = 1.0) -> Any:
         rows={name: {"id": name, "label": "safety", "kind": "harmful"} for name in VERDICTS},
         constraint={"multiplier": 1.0, "applied": 1.0, "integral": 1.0},
         rollouts=rollouts,
+        curriculum=Curriculum([(0, {}), (1, {})]),
+        buffer=SimpleNamespace(draws=0),
         rollout=SimpleNamespace(start=lambda draw: None, collect=lambda resync: next(rounds)),
         run=SimpleNamespace(phase=lambda name: nullcontext(), log=lambda line: None),
     )
