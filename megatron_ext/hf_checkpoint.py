@@ -261,7 +261,8 @@ def _fill(file: int, data_start: int, entry: dict[str, Any], block: Block, param
     for row in range(0, block.shape[0], rows):
         shape = (min(rows, block.shape[0] - row), *block.shape[1:])
         values = parameter.read((block.local_start[0] + row, *block.local_start[1:]), shape)
-        stored = values.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
+        # A copy: a tensor that has given its memory to numpy can't be resized any more, as an offloaded parameter is.
+        stored = values.detach().to("cpu", dtype, copy=True).contiguous().flatten().view(torch.uint8)
         remaining = memoryview(stored.numpy())
         for first, count in _runs((block.hf_start[0] + row, *block.hf_start[1:]), shape, entry["shape"]):
             run = remaining[: count * dtype.itemsize]
