@@ -5,11 +5,21 @@ import re
 from rewards.verdict import Row, Verdict
 from rewards.verifiers.text import without_thinking
 
-# From the most explicit form to the least explicit; within a form the last match counts. In no form can a run of spaces
-# match in several ways, or start at each of its places: the time on a long run would grow with its length squared.
+_NAME = r"(?i:answer|choice|option)\b"
+_MARKS = r"[\s*(\[:]*"
+# A word or a comma after a bare "I" makes it the pronoun: "the answer I would choose".
+_LETTER = r"(?!I(?:[^\S\n]+\w|[^\S\n]*,|['’]))([A-Z])\b"
+# "answer:", "**Answer**:", "answer is", "answer to question 3 is:", "answer that I would choose is"
+_STATED = rf"{_NAME}\**(?:\s*:|(?:\s+(?!not\b)(?:I|[a-z0-9'’]+)){{0,6}}?\s+(?i:is)\b)"
+_BOX = r"\\boxed\{\s*(?:\\text\{\s*)?\(?(?=[A-Z]\)?\s*\})"
+# From the most explicit form to the least explicit; within a form the last match counts. What is said of an option,
+# even that it is right, may be what others think of it, so it gives way to a stated answer. In no form can a run of
+# spaces match in several ways, or start at each of its places: the time on a long run would grow with its length
+# squared.
 _STATEMENTS = (
-    re.compile(r"\\boxed\{\s*(?:\\text\{\s*)?\(?([A-Z])\)?\s*\}"),
-    re.compile(r"(?i:answer|choice|option)\b(?i:\s+is)?\s*(?::\s*)?\**\(?([A-Z])\b"),
+    re.compile(rf"(?:{_BOX}|{_STATED}{_MARKS}(?:(?i:option|choice|letter)\b{_MARKS})?){_LETTER}"),
+    re.compile(rf"(?:\*\*[(\[]?|[(\[]|{_NAME}\s+\**[(\[]?){_LETTER}[)\]*]*\s+is\s+(?:the\s+)?(?:right|correct|best)\b"),
+    re.compile(rf"{_NAME}\s*\**[(\[]?{_LETTER}"),
     re.compile(r"^[^\S\n]*\**\(?([A-Z])(?:[).:]|\**\s*$)", re.MULTILINE),
 )
 

@@ -24,13 +24,15 @@ settings = {"length": {"limit": 9}, "repetition": {"words": 4}, "search_reliabil
 settings["false_certain"] = {"certain_from": 5}
 units = [" ", "\\n", "\\n ", "answer ", "A", "a ", "*", "|", "|-", "- ", "1. ", "[", "(", ". ", "\\\\boxed{ ", "`", "İ"]
 units += [begin + name + ">" for begin in ("<", "</") for name in ("think", "search", "read", "confidence", "answer")]
+units += ["answer a ", "answer:", "**A", "(A) ", "1,", "1,000,", "1."]
 units += ["<search>a</search>", "<think>a</think>", "<search>capital </search>", "capital of Norland "]
-lead = ["", "answer", "```", "\\\\boxed{", "<think>a</think>A", "|a|b|\\n|", "A"]
+lead = ["", "answer", "answer is", "(A)", "```", "\\\\boxed{", "<think>a</think>A", "|a|b|\\n|", "A"]
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
 for unit in units:
     for begin in lead if unit.isspace() else [""]:
-        text = begin + unit * (SIZE // len(unit))
+        # Without an end the rules would strip the run.
+        text = begin + unit * (SIZE // len(unit)) + ("." if unit.isspace() else "")
         for name, verifier in verifiers.items():
             print(name, repr(begin), repr(unit), flush=True)
             part = text[: len(text) // (20 if name in ("safety", "helpfulness") else 1)]  # every window

@@ -126,10 +126,47 @@ def test_exact(response: str, score: float) -> None:
         ("I like Bananas", "no choice"),
         ("A good question.", "no choice"),
         ("", "no choice"),
+        # What is said of other options, before and after, is no choice.
+        ("The correct answer is B. Option A is wrong because it melts. Option C is wrong too.", "correct"),
+        ("The answer is B.\n\nWhy the others fail: option A ignores friction.", "correct"),
+        ("The answer is option B. Choice A ignores friction.", "correct"),
+        ("**Answer:** B\n\nOption C is too small.", "correct"),
+        ("**Answer**: [B]. Answer A is too small.", "correct"),
+        ("The answer to question 3 is:\n\n**(B)**\n\nOption A ignores friction.", "correct"),
+        ("So $\\boxed{B}$. Option A ignores friction.", "correct"),
+        ("\\boxed{\\text{B}} No, I was wrong: the answer is C.", "wrong"),
+        ("The answer is C. No, it is \\boxed{B}", "correct"),
+        ("The answer is B. Option A is right about friction, and no more.", "correct"),
+        ("Option B is correct. Option A is wrong.", "correct"),
+        ("**B** is right.", "correct"),
+        ("(B) is the correct one, because option A ignores friction.", "correct"),
+        ("**B** is wrong.", "no choice"),
+        ("I take option B.", "correct"),
+        ("The answer is not B.", "no choice"),
+        ("The answer choices: B is small, C is large.", "no choice"),
     ],
 )
 def test_choice(response: str, label: str) -> None:
     assert choice.score(row(answer="B"), response) == Verdict(float(label == "correct"), label)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("I think the answer I would choose is B.", "B"),
+        ("That is the answer I gave.", None),
+        ("My answer: I don't know.", None),
+        ("My choice: I, for one, don't know.", None),
+        ("My answer is I’m not sure.", None),
+        ("The answer is (I).", "I"),
+        ("The answer is **I** because it melts.", "I"),
+        ("\\boxed{I}", "I"),
+        ("Answer: I", "I"),
+        ("The answer is I.\nAll others melt.", "I"),
+    ],
+)
+def test_the_pronoun_is_no_letter(text: str, letter: str | None) -> None:
+    assert choice.chosen(text) == letter
 
 
 def test_choice_needs_a_letter() -> None:
