@@ -127,12 +127,13 @@ def _from_folder(folder: Path) -> list[Document]:
 
 def _from_file(path: Path) -> list[Document]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            documents.append(_document(row))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                documents.append(_document(row))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
     return documents
 
 

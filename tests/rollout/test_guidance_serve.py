@@ -276,6 +276,14 @@ def test_the_token_is_required_everywhere_but_for_the_health() -> None:
     with_world(test, token="secret")
 
 
+def test_a_line_of_prompts_ends_at_its_line_break_alone(tmp_path: Path) -> None:
+    """JSON has these three as they are; str.splitlines() takes them for line breaks."""
+    rows = [{"prompt": "a\u2028b\u2029c\x85d"}, {"prompt": "e"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert calibrate.read_rows(str(path)) == rows
+
+
 def test_more_answers_than_allowed_and_a_form_that_a_web_page_could_send_are_refused() -> None:
     async def test(world: World) -> None:
         world.fakes.model.gate = asyncio.Semaphore(0)

@@ -65,6 +65,14 @@ def test_a_corpus_that_can_t_be_used_is_told(tmp_path: Path, lines: str, message
     assert message in str(caught.value)
 
 
+def test_a_line_ends_at_its_line_break_alone(tmp_path: Path) -> None:
+    """JSON has these three as they are; str.splitlines() takes them for line breaks."""
+    documents = [Document("a", "red\u2028apple\u2029tree\x85end"), Document("b", "green apple")]
+    rows = [json.dumps({"id": each.id, "text": each.text}, ensure_ascii=False) for each in documents]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert Bm25.load(str(tmp_path / "corpus.jsonl")).documents == documents
+
+
 def test_a_folder_of_texts_is_searched_by_passages(tmp_path: Path) -> None:
     folder = tmp_path / "notes"
     (folder / "deep").mkdir(parents=True)
