@@ -276,6 +276,32 @@ def test_the_token_is_required_everywhere_but_for_the_health() -> None:
     with_world(test, token="secret")
 
 
+def test_without_a_token_a_request_must_name_the_loopback() -> None:
+    """A web page reaches the loopback by a name of its own that it points there."""
+
+    async def test(world: World) -> None:
+        async with aiohttp.ClientSession() as session:
+            for host in ("evil.example", "evil.example:8100", "127.0.0.1.evil.example", "", "[::1"):
+                for path in ("/v1/models", "/health", "/nowhere"):
+                    response = await session.get(world.address + path, headers={"Host": host})
+                    error = (await response.json())["error"]
+                    assert (response.status, error["type"], error["code"]) == (403, "permission_error", 403)
+            for host in ("127.0.0.1", "localhost:9", "LOCALHOST", "[::1]:8100", "127.0.0.2"):
+                response = await session.get(f"{world.address}/v1/models", headers={"Host": host})
+                assert response.status == 200
+
+    with_world(test)
+
+
+def test_with_a_token_the_endpoint_may_have_any_name() -> None:
+    async def test(world: World) -> None:
+        async with aiohttp.ClientSession() as session:
+            headers = {"Host": "models.example", "Authorization": "Bearer secret"}
+            assert (await session.get(f"{world.address}/v1/models", headers=headers)).status == 200
+
+    with_world(test, token="secret")
+
+
 def test_a_line_of_prompts_ends_at_its_line_break_alone(tmp_path: Path) -> None:
     """JSON has these three as they are; str.splitlines() takes them for line breaks."""
     rows = [{"prompt": "a\u2028b\u2029c\x85d"}, {"prompt": "e"}]
