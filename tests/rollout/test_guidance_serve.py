@@ -11,9 +11,10 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from aiohttp import web
 
 from rollout.guidance import calibrate
-from rollout.guidance.clients import ServedValues, ValuesUnavailable
+from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ServedValues, ValuesUnavailable
 from rollout.guidance.fit_router import fit_held_out, labels_of, query_values
 from rollout.guidance.openai_form import BadRequest, parse
 from rollout.guidance.opening import open_guide
@@ -300,6 +301,44 @@ def test_with_a_token_the_endpoint_may_have_any_name() -> None:
             assert (await session.get(f"{world.address}/v1/models", headers=headers)).status == 200
 
     with_world(test, token="secret")
+
+
+def test_servers_on_this_machine_are_asked_without_the_environment_s_proxy_and_others_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def test(world: World) -> None:
+        assert (await world.client.chat.completions.create(**chat())).choices[0].finish_reason == "stop"
+
+    async def ask_another(address: str) -> None:
+        generator = ServedGenerator(guidance(generator__address=address).generator)
+        with pytest.raises(GeneratorFailed, match=r"a proxy was asked for http://models\.invalid/v1/models"):
+            await generator.models()
+        await generator.close()
+
+    async def run() -> None:
+        async def refuse(request: web.Request) -> web.Response:
+            return web.json_response({"error": {"message": f"a proxy was asked for {request.url}"}}, status=404)
+
+        proxy = web.Application()
+        proxy.router.add_route("*", "/{path:.*}", refuse)
+        async with asyncio.timeout(300), listening(proxy) as address:
+            monkeypatch.setenv("http_proxy", address)
+            await ask_another("http://models.invalid")
+            async with open_world() as world:
+                # The client of the test is no part of what is tested.
+                world.client = openai.AsyncOpenAI(
+                    base_url=f"{world.address}/v1",
+                    api_key="none",
+                    max_retries=0,
+                    http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+                )
+                async with world.client:
+                    await test(world)
+
+    asyncio.run(run())
 
 
 def test_a_line_of_prompts_ends_at_its_line_break_alone(tmp_path: Path) -> None:

@@ -197,6 +197,21 @@ def test_an_endpoint_searches_and_reads(serving: Any) -> None:
     ]
 
 
+def test_a_search_engine_on_this_machine_is_asked_without_the_environment_s_proxy_and_others_with_it(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, proxy = serving(FOUND), serving(FOUND)
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy.address)
+    port = server.server_address[1]
+    for name in ("127.0.0.1", "localhost"):
+        assert Endpoint(f"http://{name}:{port}", timeout=5, retries=0).search("x", 1)[0].id == "n"
+    assert (len(server.asked), proxy.asked) == (2, [])
+    assert Endpoint("http://search.invalid", timeout=5, retries=0).search("x", 1)[0].id == "n"
+    assert [path for path, _ in proxy.asked] == ["http://search.invalid/search"]
+
+
 def test_an_endpoint_is_asked_again(serving: Any) -> None:
     server = serving(503, b"no json", [1], FOUND)
     assert Endpoint(server.address, timeout=5, retries=3).search("x", 2)[0].id == "n"
