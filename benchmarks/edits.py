@@ -156,11 +156,12 @@ def write_unedited(edits: Sequence[Edited], saved: Path, path: Path) -> None:
     """The rows of ``saved`` with the answers that were edited in the place of the edited ones."""
     before = {edit.row["prompt"]: edit.before for edit in edits}
     lines = []
-    for line in saved.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        asked, _ = row["messages"]
-        answer = {"role": "assistant", "content": before[asked["content"]]}
-        lines.append(json.dumps({"id": row["id"], "messages": [asked, answer]}, ensure_ascii=False) + "\n")
+    with saved.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            asked, _ = row["messages"]
+            answer = {"role": "assistant", "content": before[asked["content"]]}
+            lines.append(json.dumps({"id": row["id"], "messages": [asked, answer]}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 

@@ -171,7 +171,8 @@ def main() -> None:
         return Prompt(prompt_id, np.array(token_ids, np.int32))
 
     started = time.monotonic()
-    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[::PROMPT_STRIDE]]
+    with PROMPTS.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in list(file)[::PROMPT_STRIDE]]
     prompts = [make_prompt(row["id"], row["prompt"]) for row in rows]
     rollout = replace(
         demo.rollout,

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from rollout.environment import Unavailable
 from rollout.folder import read_folder
+from rollout.guidance.settings import is_loopback
 
 # Bytes. An endpoint's longer reply is an error.
 LONGEST_REPLY = 1 << 20
@@ -127,12 +129,13 @@ def _from_folder(folder: Path) -> list[Document]:
 
 def _from_file(path: Path) -> list[Document]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            documents.append(_document(row))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                documents.append(_document(row))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
     return documents
 
 
@@ -188,7 +191,10 @@ class Endpoint:
         """The reply's body. Raises OSError, HTTPException, and ValueError for a body that is too long."""
         deadline = time.monotonic() + self.timeout
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+        # A proxy of the environment does not reach this machine's loopback.
+        proxies = {} if is_loopback(urlsplit(address).netloc) else urllib.request.getproxies()
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+        with opener.open(request, timeout=self.timeout) as reply:
             data = bytearray()
             while True:
                 part = reply.read1(1 << 16)

@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recipes.report import markup
-from rollout.guidance.settings import LOOPBACK
+from rollout.guidance.settings import is_loopback
 
 SIGN_IN = "/sign-in"
 ICON = "/favicon.ico"  # a browser asks for it beside the form
@@ -56,11 +56,11 @@ class Guard:
         host = headers.get("host", "")
         origin = headers.get("origin")
         try:
-            host_name = urlsplit(f"//{host}").hostname
+            is_local = is_loopback(host)
             is_foreign = scope["type"] == "websocket" if origin is None else urlsplit(origin).netloc != host
         except ValueError as error:
             return PlainTextResponse(str(error), 400)
-        if self.token is None and host_name not in LOOPBACK:
+        if self.token is None and not is_local:
             return PlainTextResponse("this page is for http://127.0.0.1 alone", 403)
         if is_foreign:
             return PlainTextResponse("the request comes from another page", 403)

@@ -6,11 +6,11 @@ from rewards.verdict import Row, Verdict
 from rewards.verifiers.text import without_thinking
 
 _NAME = r"(?i:answer|choice|option)\b"
-_MARKS = r"[\s*(\[]*"
+_MARKS = r"[\s*(\[:]*"
 # A word or a comma after a bare "I" makes it the pronoun: "the answer I would choose".
 _LETTER = r"(?!I(?:[^\S\n]+\w|[^\S\n]*,|['’]))([A-Z])\b"
 # "answer:", "**Answer**:", "answer is", "answer to question 3 is:", "answer that I would choose is"
-_STATED = rf"{_NAME}\**(?:\s*:|(?:\s+(?!not\b)(?:I|[a-z0-9'’]+)){{0,6}}?\s+(?i:is)\b\**\s*:?)"
+_STATED = rf"{_NAME}\**(?:\s*:|(?:\s+(?!not\b)(?:I|[a-z0-9'’]+)){{0,6}}?\s+(?i:is)\b)"
 _BOX = r"\\boxed\{\s*(?:\\text\{\s*)?\(?(?=[A-Z]\)?\s*\})"
 # From the most explicit form to the least explicit; within a form the last match counts. What is said of an option,
 # even that it is right, may be what others think of it, so it gives way to a stated answer. In no form can a run of

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
-_NUMBER_OR_WORD = re.compile(r"-?\d+|[a-z]+(?:'[a-z]+)?")
+_NUMBER_OR_WORD = re.compile(
+    r"(?P<number>-?(?:\d{1,3}(?:,\d{3}(?!\d))+(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+))|[a-z]+(?:'[a-z]+)?"
+)
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _REFUSAL = re.compile(
     r"\b(?:i|we) (?:(?:really |simply |just )?(?:can't|cannot|can not|won't|will not|couldn't|must not|refuse)"
@@ -60,6 +62,22 @@ def words(text: str) -> list[str]:
     return _WORD.findall(normalize(text))
 
 
+def numbers_and_words(text: str) -> list[str]:
+    """The numbers and words of ``text`` in order: words in lower case, numbers as their value is written shortest, so
+    "1,000.0" is "1000". A comma belongs to a number before each three of its digits ("10,000", not "11,12")."""
+    matches = _NUMBER_OR_WORD.finditer(normalize(text))
+    return [match[0] if match["number"] is None else _shortest(match["number"]) for match in matches]
+
+
+def _shortest(number: str) -> str:
+    # By its digits: a float or a decimal would round long numbers to equal ones.
+    whole, _, fraction = number.replace(",", "").removeprefix("-").partition(".")
+    whole = whole.lstrip("0") or "0"
+    fraction = fraction.rstrip("0")
+    size = f"{whole}.{fraction}" if fraction else whole
+    return f"-{size}" if number.startswith("-") and size != "0" else size
+
+
 def hits(text: str, stems: Iterable[str]) -> list[str]:
     """The stems that begin at least one word of `text` ("steal" is found in "stealing", not in "unsteal")."""
     text_words = set(words(text))
@@ -73,10 +91,10 @@ def subject_stems(request: str) -> list[str]:
 
 
 def without_quotes(text: str, quoted: str, run: int = QUOTE) -> str:
-    """The words and numbers of ``text`` in lower case, without those in a row of ``run`` or more that stands in
-    ``quoted``: what a response copies from the request it does not say itself."""
-    tokens = _NUMBER_OR_WORD.findall(normalize(text))
-    source = _NUMBER_OR_WORD.findall(normalize(quoted))
+    """The :func:`numbers_and_words` of ``text``, without those in a row of ``run`` or more that stands in ``quoted``:
+    what a response copies from the request it does not say itself."""
+    tokens = numbers_and_words(text)
+    source = numbers_and_words(quoted)
     runs = {tuple(source[start : start + run]) for start in range(len(source) - run + 1)}
     is_copied = [False] * len(tokens)
     for start in range(len(tokens) - run + 1):

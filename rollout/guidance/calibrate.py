@@ -28,14 +28,15 @@ from rollout.guidance.settings import check as check_guidance
 def read_rows(path: str) -> list[Any]:
     """The rows of a JSON-lines file. Raises ValueError naming a line that is none."""
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-            messages_of(row, f"{path}:{number}")
-            rows.append(row)
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+                messages_of(row, f"{path}:{number}")
+                rows.append(row)
     return rows
 
 

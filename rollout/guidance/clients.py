@@ -9,10 +9,11 @@ import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import openai
 
-from rollout.guidance.settings import GeneratorConfig, ValuesConfig, key
+from rollout.guidance.settings import GeneratorConfig, ValuesConfig, is_loopback, key
 
 EXCERPT_CHARACTERS = 500
 
@@ -66,10 +67,12 @@ class Values(Protocol):
 
 
 def open_client(address: str, token: str | None, timeout: float, retries: int) -> openai.AsyncOpenAI:
+    # A proxy of the environment does not reach this machine's loopback. None makes the client's own, which heeds it.
+    direct = openai.DefaultAsyncHttpxClient(trust_env=False) if is_loopback(urlsplit(address).netloc) else None
     # Without a token the client would take OPENAI_API_KEY, a key to another server.
     client = openai.AsyncOpenAI(
         base_url=f"{address}/v1", api_key=token or "none", timeout=timeout, max_retries=retries, organization="",
-        project="",
+        project="", http_client=direct,
     )  # fmt: skip
     return client
 

@@ -19,7 +19,7 @@ from rollout.environment import Unavailable
 from rollout.guidance.clients import GeneratorFailed, Served, ValuesUnavailable
 from rollout.guidance.decoding import Question
 from rollout.guidance.openai_form import BadRequest, GuidedRequest
-from rollout.guidance.settings import ServerConfig
+from rollout.guidance.settings import ServerConfig, is_loopback
 
 # Of the answers since the start, by name.
 COUNTS = web.AppKey("counts", Counter[str])
@@ -153,7 +153,8 @@ def make_app[T: Served](
 ) -> web.Application:
     """The application. What ``open_served`` opens stays open while it serves, at the application's key ``opened``; its
     models are listed. ``answers``: path → what answers a POST to it, at most ``max_requests`` at once. ``token`` of
-    clients, None for no token. ``counts``: the names of :data:`COUNTS`, with the first numbers."""
+    clients, None for no token; then a request must name the loopback as its host. ``counts``: the names of
+    :data:`COUNTS`, with the first numbers."""
     required = None if token is None else f"Bearer {token}".encode()
     under_way = 0
 
@@ -162,6 +163,9 @@ def make_app[T: Served](
         given = request.headers.get("Authorization", "").encode(errors="replace")
         if required is not None and request.path not in OPEN_PATHS and not secrets.compare_digest(given, required):
             return refusal(401, "authentication_error", "no token, or a wrong one: send Authorization: Bearer TOKEN")
+        if required is None and not names_loopback(request):
+            message = "without a token this server is for http://127.0.0.1 alone: set key_variable for other names"
+            return refusal(403, "permission_error", message)
         try:
             return await handler(request)
         except Exception as error:
@@ -202,6 +206,14 @@ def make_app[T: Served](
     app.add_routes([web.get("/health", health), web.get("/v1/models", list_models)])
     app.add_routes([web.post(path, limited(answer)) for path, answer in answers.items()])
     return app
+
+
+def names_loopback(request: web.Request) -> bool:
+    """Whether the Host header has a name of the loopback. A web page that reaches it by DNS rebinding has its own."""
+    try:
+        return is_loopback(request.headers.get("Host", ""))
+    except ValueError:
+        return False
 
 
 def refusal(status: int, kind: str, message: str) -> web.Response:

@@ -4,8 +4,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_ext import settings
 from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
@@ -156,6 +158,18 @@ def check(config: GuidanceConfig) -> None:
     if len(config.thinking_marks) != 2 or not all(config.thinking_marks):
         raise ValueError(f"guidance.thinking_marks={config.thinking_marks}: give what begins and what ends thinking")
     check_server("guidance.server", config.server, max(config.candidates, 1) * config.beams, "candidates and beams")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, a name or an address with a port or without as a URL and a Host header have it, is this
+    machine's loopback. Raises ValueError for what is no host."""
+    name = urlsplit(f"//{host}").hostname
+    if name is None or name == "localhost":
+        return name is not None
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def check_address(field: str, address: str) -> None:

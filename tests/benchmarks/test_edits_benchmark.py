@@ -1,11 +1,22 @@
 """``benchmarks.edits`` before a fake generator: faults, edits, saved rows, and the comparison of two SFT runs."""
 
 import asyncio
+import json
 
 import pytest
 
 from benchmarks import edits as benchmark
-from benchmarks.edits import BARE, OVER_REFUSAL, UNSAFE, edit_answers, edited_text, held_out, kept, write_unedited
+from benchmarks.edits import (
+    BARE,
+    OVER_REFUSAL,
+    UNSAFE,
+    Edited,
+    edit_answers,
+    edited_text,
+    held_out,
+    kept,
+    write_unedited,
+)
 from recipes import serve
 from recipes.data.sft_examples import load_sft_rows
 from recipes.evaluation.statistics import paired_difference
@@ -62,6 +73,16 @@ def test_both_files_of_sft_rows_ask_the_same_and_are_read_by_sft(tmp_path):
     assert asked[0] == asked[1]
     assert {row["messages"][1]["content"] for row in rows[unedited]} == {REFUSAL}
     assert {row["messages"][1]["content"] for row in rows[saved]} == {edit.after for edit in edits}
+
+
+def test_a_saved_row_ends_at_its_line_break_alone(tmp_path):
+    asked = {"role": "user", "content": "a\u2028b\u2029c\x85d"}
+    row = {"id": "r", "messages": [asked, {"role": "assistant", "content": "after"}]}
+    saved, unedited = tmp_path / "sft.jsonl", tmp_path / "unedited.jsonl"
+    saved.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_unedited([Edited({"prompt": asked["content"]}, UNSAFE, "before", "after", UNSAFE, True)], saved, unedited)
+    (written,) = load_sft_rows(str(unedited), None)
+    assert [message["content"] for message in written["messages"]] == [asked["content"], "before"]
 
 
 @pytest.mark.parametrize("fault", [UNSAFE, OVER_REFUSAL])

@@ -31,7 +31,8 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
 for unit in units:
     for begin in lead if unit.isspace() else [""]:
-        text = begin + unit * (SIZE // len(unit))
+        # Without an end the rules would strip the run.
+        text = begin + unit * (SIZE // len(unit)) + ("." if unit.isspace() else "")
         for name, verifier in verifiers.items():
             print(name, repr(begin), repr(unit), flush=True)
             part = text[: len(text) // (20 if name in ("safety", "helpfulness") else 1)]  # every window

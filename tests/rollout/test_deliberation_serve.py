@@ -241,6 +241,15 @@ def test_what_can_t_be_answered_is_an_error_of_openai_s_form(
     with_world(test, tokenizer)
 
 
+def test_a_web_page_can_t_read_the_sources_by_a_name_of_its_own(tokenizer: str) -> None:
+    async def test(world: World) -> None:
+        async with aiohttp.ClientSession() as session:
+            response = await session.get(f"{world.address}/v1/sources?id=norland", headers={"Host": "evil.example"})
+            assert (response.status, (await response.json())["error"]["type"]) == (403, "permission_error")
+
+    with_world(test, tokenizer)
+
+
 def test_the_token_is_required_for_answers_and_sources(tokenizer: str) -> None:
     async def test(world: World) -> None:
         assert (await world.client.models.list()).data[0].id == "fake"

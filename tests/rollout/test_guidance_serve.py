@@ -11,9 +11,10 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from aiohttp import web
 
 from rollout.guidance import calibrate
-from rollout.guidance.clients import ServedValues, ValuesUnavailable
+from rollout.guidance.clients import GeneratorFailed, ServedGenerator, ServedValues, ValuesUnavailable
 from rollout.guidance.fit_router import fit_held_out, labels_of, query_values
 from rollout.guidance.openai_form import BadRequest, parse
 from rollout.guidance.opening import open_guide
@@ -274,6 +275,78 @@ def test_the_token_is_required_everywhere_but_for_the_health() -> None:
             assert (await session.get(world.address + "/health")).status == 200
 
     with_world(test, token="secret")
+
+
+def test_without_a_token_a_request_must_name_the_loopback() -> None:
+    """A web page reaches the loopback by a name of its own that it points there."""
+
+    async def test(world: World) -> None:
+        async with aiohttp.ClientSession() as session:
+            for host in ("evil.example", "evil.example:8100", "127.0.0.1.evil.example", "", "[::1"):
+                for path in ("/v1/models", "/health", "/nowhere"):
+                    response = await session.get(world.address + path, headers={"Host": host})
+                    error = (await response.json())["error"]
+                    assert (response.status, error["type"], error["code"]) == (403, "permission_error", 403)
+            for host in ("127.0.0.1", "localhost:9", "LOCALHOST", "[::1]:8100", "127.0.0.2"):
+                response = await session.get(f"{world.address}/v1/models", headers={"Host": host})
+                assert response.status == 200
+
+    with_world(test)
+
+
+def test_with_a_token_the_endpoint_may_have_any_name() -> None:
+    async def test(world: World) -> None:
+        async with aiohttp.ClientSession() as session:
+            headers = {"Host": "models.example", "Authorization": "Bearer secret"}
+            assert (await session.get(f"{world.address}/v1/models", headers=headers)).status == 200
+
+    with_world(test, token="secret")
+
+
+def test_servers_on_this_machine_are_asked_without_the_environment_s_proxy_and_others_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def test(world: World) -> None:
+        assert (await world.client.chat.completions.create(**chat())).choices[0].finish_reason == "stop"
+
+    async def ask_another(address: str) -> None:
+        generator = ServedGenerator(guidance(generator__address=address).generator)
+        with pytest.raises(GeneratorFailed, match=r"a proxy was asked for http://models\.invalid/v1/models"):
+            await generator.models()
+        await generator.close()
+
+    async def run() -> None:
+        async def refuse(request: web.Request) -> web.Response:
+            return web.json_response({"error": {"message": f"a proxy was asked for {request.url}"}}, status=404)
+
+        proxy = web.Application()
+        proxy.router.add_route("*", "/{path:.*}", refuse)
+        async with asyncio.timeout(300), listening(proxy) as address:
+            monkeypatch.setenv("http_proxy", address)
+            await ask_another("http://models.invalid")
+            async with open_world() as world:
+                # The client of the test is no part of what is tested.
+                world.client = openai.AsyncOpenAI(
+                    base_url=f"{world.address}/v1",
+                    api_key="none",
+                    max_retries=0,
+                    http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+                )
+                async with world.client:
+                    await test(world)
+
+    asyncio.run(run())
+
+
+def test_a_line_of_prompts_ends_at_its_line_break_alone(tmp_path: Path) -> None:
+    """JSON has these three as they are; str.splitlines() takes them for line breaks."""
+    rows = [{"prompt": "a\u2028b\u2029c\x85d"}, {"prompt": "e"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert calibrate.read_rows(str(path)) == rows
 
 
 def test_more_answers_than_allowed_and_a_form_that_a_web_page_could_send_are_refused() -> None:

@@ -65,6 +65,14 @@ def test_a_corpus_that_can_t_be_used_is_told(tmp_path: Path, lines: str, message
     assert message in str(caught.value)
 
 
+def test_a_line_ends_at_its_line_break_alone(tmp_path: Path) -> None:
+    """JSON has these three as they are; str.splitlines() takes them for line breaks."""
+    documents = [Document("a", "red\u2028apple\u2029tree\x85end"), Document("b", "green apple")]
+    rows = [json.dumps({"id": each.id, "text": each.text}, ensure_ascii=False) for each in documents]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert Bm25.load(str(tmp_path / "corpus.jsonl")).documents == documents
+
+
 def test_a_folder_of_texts_is_searched_by_passages(tmp_path: Path) -> None:
     folder = tmp_path / "notes"
     (folder / "deep").mkdir(parents=True)
@@ -187,6 +195,21 @@ def test_an_endpoint_searches_and_reads(serving: Any) -> None:
         ("/read", {"id": "n"}),
         ("/read", {"id": "z"}),
     ]
+
+
+def test_a_search_engine_on_this_machine_is_asked_without_the_environment_s_proxy_and_others_with_it(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, proxy = serving(FOUND), serving(FOUND)
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy.address)
+    port = server.server_address[1]
+    for name in ("127.0.0.1", "localhost"):
+        assert Endpoint(f"http://{name}:{port}", timeout=5, retries=0).search("x", 1)[0].id == "n"
+    assert (len(server.asked), proxy.asked) == (2, [])
+    assert Endpoint("http://search.invalid", timeout=5, retries=0).search("x", 1)[0].id == "n"
+    assert [path for path, _ in proxy.asked] == ["http://search.invalid/search"]
 
 
 def test_an_endpoint_is_asked_again(serving: Any) -> None:
