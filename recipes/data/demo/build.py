@@ -88,12 +88,16 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the last stop.",
             "Children shout {}. Shout back the last thing.",
             "Please hand me the last of these cards: {}.",
-        ),
-        "test": (
             "Three doors are marked {}. Which mark is on the last door?",
             "The teacher dictates {}, and I missed the last word. What was it?",
             "Out of {} I only need the last.",
             "This receipt shows {}. Please read me the last entry.",
+        ),
+        "test": (
+            "Three horses called {} finish a race in that order. Which horse is last?",
+            "Type the last of {} and nothing more.",
+            "The wizard mumbles {}. Which word does he mumble last?",
+            "The code for the gate is {}. Remind me of its last part.",
         ),
     },
     "second": {
@@ -134,12 +138,16 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the second stop.",
             "Children shout {}. Shout back the second thing.",
             "Please hand me the second of these cards: {}.",
-        ),
-        "test": (
             "Three doors are marked {}. Which mark is on the second door?",
             "The teacher dictates {}, and I missed the second word. What was it?",
             "Out of {} I only need the second.",
             "This receipt shows {}. Please read me the second entry.",
+        ),
+        "test": (
+            "Three horses called {} finish a race in that order. Which horse is second?",
+            "Type the second of {} and nothing more.",
+            "The wizard mumbles {}. Which word does he mumble second?",
+            "The code for the gate is {}. Remind me of its second part.",
         ),
     },
     "first": {
@@ -180,12 +188,16 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the first stop.",
             "Children shout {}. Shout back the first thing.",
             "Please hand me the first of these cards: {}.",
-        ),
-        "test": (
             "Three doors are marked {}. Which mark is on the first door?",
             "The teacher dictates {}, and I missed the first word. What was it?",
             "Out of {} I only need the first.",
             "This receipt shows {}. Please read me the first entry.",
+        ),
+        "test": (
+            "Three horses called {} finish a race in that order. Which horse is first?",
+            "Type the first of {} and nothing more.",
+            "The wizard mumbles {}. Which word does he mumble first?",
+            "The code for the gate is {}. Remind me of its first part.",
         ),
     },
 }
