@@ -76,8 +76,6 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Answer with one word, the last of {}.",
             "My password is made of {}. What is its last word?",
             "Three boxes hold {}. What is in the last box?",
-        ),
-        "development": (
             "Someone calls out {}. Which one came last?",
             "The row {} has which item in last place?",
             "Of {}, tell me the last one.",
@@ -88,6 +86,8 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the last stop.",
             "Children shout {}. Shout back the last thing.",
             "Please hand me the last of these cards: {}.",
+        ),
+        "development": (
             "Three doors are marked {}. Which mark is on the last door?",
             "The teacher dictates {}, and I missed the last word. What was it?",
             "Out of {} I only need the last.",
@@ -126,8 +126,6 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Answer with one word, the second of {}.",
             "My password is made of {}. What is its second word?",
             "Three boxes hold {}. What is in the second box?",
-        ),
-        "development": (
             "Someone calls out {}. Which one came second?",
             "The row {} has which item in second place?",
             "Of {}, tell me the second one.",
@@ -138,6 +136,8 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the second stop.",
             "Children shout {}. Shout back the second thing.",
             "Please hand me the second of these cards: {}.",
+        ),
+        "development": (
             "Three doors are marked {}. Which mark is on the second door?",
             "The teacher dictates {}, and I missed the second word. What was it?",
             "Out of {} I only need the second.",
@@ -176,8 +176,6 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "Answer with one word, the first of {}.",
             "My password is made of {}. What is its first word?",
             "Three boxes hold {}. What is in the first box?",
-        ),
-        "development": (
             "Someone calls out {}. Which one came first?",
             "The row {} has which item in first place?",
             "Of {}, tell me the first one.",
@@ -188,6 +186,8 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the first stop.",
             "Children shout {}. Shout back the first thing.",
             "Please hand me the first of these cards: {}.",
+        ),
+        "development": (
             "Three doors are marked {}. Which mark is on the first door?",
             "The teacher dictates {}, and I missed the first word. What was it?",
             "Out of {} I only need the first.",
