@@ -16,6 +16,8 @@ from recipes.algorithms.registry import function_of, resolve
 from recipes.algorithms.sequences import sequences_of
 from recipes.algorithms.settings import AlgorithmConfig
 
+LOG_PROBS = ("old", "logprobs", "reference")  # the values of a micro-batch that are log-probs
+
 
 def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> LossFunction:
     """([2, R], log-probs and below them the entropies; micro-batch) → (loss, sums of metrics).
@@ -35,12 +37,16 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
     kl_in_loss = config.kl_in == "loss" and config.kl_coefficient > 0
 
     def micro_batch_loss(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        log_probs, entropies = outputs
-        values = batch.values
+        sequences = sequences_of(batch, context_group)
+        # The other tokens' weights are 0. Their ratios may overflow, though, and 0 × infinity is NaN.
+        log_probs, entropies = outputs.masked_fill(~sequences.loss_mask, 0.0)
+        values = {
+            name: column.masked_fill(~sequences.loss_mask, 0.0) if name in LOG_PROBS else column
+            for name, column in batch.values.items()
+        }
         advantages = values["advantages"]
         old = values.get("old", log_probs.detach())
         rollout = values["logprobs"]
-        sequences = sequences_of(batch, context_group)
 
         further: dict[str, Any] = {}
         if needed.sequences:

@@ -209,11 +209,19 @@ def draw_prompts(
 
 
 def resume(loop: Loop, folder: Path) -> int:
-    """Collective: go on from a checkpoint; returns how many steps it has finished."""
+    """Collective: go on from a checkpoint; returns how many steps it has finished.
+
+    Raises ValueError for a checkpoint of a version that wrote down less.
+    """
     finished = loop.policy.load(folder)
     if loop.critic is not None:
         loop.critic.load(folder)
     progress = checkpoint.progress(folder)
+    if missing := {"curriculum", "prompt_buffer", "constraint"} - progress.keys():
+        raise ValueError(
+            f"{folder}: progress.json has no {', '.join(sorted(missing))}: another version wrote this checkpoint. "
+            "Resume with that version, or begin a new run from its exported weights"
+        )
     loop.curriculum.first_draws[:] = progress["curriculum"]
     loop.buffer.load(progress["prompt_buffer"], read_responses(folder))
     loop.constraint = progress["constraint"]

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from megatron_ext import forward_backward
+from megatron_ext.forward_backward import LossFunction
 from megatron_ext.packing import MicroBatch
 from recipes.algorithms import advantages, aggregation, kl, objective, policy_losses
 from recipes.algorithms.advantages import AdvantageInputs
@@ -201,6 +202,31 @@ def test_a_forced_token_counts_in_no_measure() -> None:
     assert sums == expected_sums
     batch.values["loss_mask"][forced] = 1.0
     assert loss(outputs(log_probs), batch)[1]["kl/reference"] > expected_sums["kl/reference"]
+
+
+@pytest.mark.parametrize("far", [-200.0, 200.0])
+def test_a_forced_token_that_no_policy_would_write_leaves_loss_and_gradient_finite(far: float) -> None:
+    """Its ratio to the reference, to the old policy or to the engine overflows FP32."""
+    loss = objective.loss(configured(kl_coefficient=0.1), None)
+    batch, log_probs = whole_batch()
+    forced = 4
+    batch.values["loss_mask"][forced] = 0.0
+    batch.values["weights"][forced] = 0.0
+    expected, expected_gradient = with_gradient(loss, log_probs, batch)
+    for name in ("reference", "old", "logprobs"):
+        batch.values[name][forced] = log_probs[forced] + far
+    batch.values = {name: column.float() for name, column in batch.values.items()}
+    value, gradient = with_gradient(loss, log_probs.float(), batch)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def with_gradient(loss: LossFunction, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """A loss, and its gradient by the log-probs."""
+    leaf = log_probs.detach().requires_grad_()
+    value, _ = loss(outputs(leaf), batch)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
 
 
 @needs(values=True)
