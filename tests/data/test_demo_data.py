@@ -67,8 +67,8 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (64, 150, 150, 36)),
-        ("rl", (632, 384, 179, 192)),
+        ("sft", (60, 150, 150, 36)),
+        ("rl", (636, 384, 179, 192)),
         ("development", (120, 90, 100, 90)),
         ("test", (60, 50, 50, 192)),
     ],
