@@ -5,6 +5,7 @@ import json
 import os
 import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,9 @@ from rollout.guidance.edits import shared_start
 
 KEPT, REMOVED, ADDED = "kept", "removed", "added"
 SFT_FILE, PAIRS_FILE = "sft.jsonl", "pairs.jsonl"
-LONGEST_COMPARED = 20_000  # characters of a changed part that is compared word by word: the time grows with the square
+# A changed part is compared word by word where it has at most so many pairs of equal words, an old and a new one: the
+# time grows with them, and the page waits for it.
+MOST_PAIRS = 1_000_000
 LONGEST_NAME = 100  # characters of a person's name
 MEDIA_MARKS = ("<image>", "<video>")
 
@@ -30,10 +33,12 @@ def diff(before: str, after: str) -> Diff:
     start = shared_start(before, after)
     old, new = before[start:], after[start:]
     parts: Diff = [(KEPT, before[:start])]
-    if max(len(old), len(new)) > LONGEST_COMPARED:
+    old_words, new_words = (re.findall(r"\s*\S+|\s+", text) for text in (old, new))
+    new_counts = Counter(new_words)
+    pairs = sum(count * new_counts[word] for word, count in Counter(old_words).items())
+    if pairs > MOST_PAIRS:
         parts += [(REMOVED, old), (ADDED, new)]
     else:
-        old_words, new_words = (re.findall(r"\s*\S+|\s+", text) for text in (old, new))
         matcher = difflib.SequenceMatcher(None, old_words, new_words, autojunk=False)
         for operation, first, last, new_first, new_last in matcher.get_opcodes():
             if operation == "equal":
