@@ -198,8 +198,8 @@ def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
     """Write the parameters' values into the files that :func:`create` made.
 
     Values are read in pieces of at most ``PIECE_BYTES`` (or one row of a tensor), and only their own bytes are written.
-    A client of NFS that stored through a map of the file would write whole pages, and with them its older copy of what
-    another node has written beside them.
+    A client of NFS that has a copy of a page, as a map of the file or a file opened for reading gives it, would write
+    the whole page, and with it its older copy of what another node has written beside them.
     """
     parts: dict[str, list[tuple[Block, Parameter]]] = defaultdict(list)
     for parameter in parameters:
@@ -207,11 +207,15 @@ def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
             parts[block.hf_name].append((block, parameter))
     published = published_name(layout.source)
     for file, header in layout.headers.items():
-        with (folder / file.name).open("r+b", buffering=0) as stream:
-            data_start = 8 + int.from_bytes(stream.read(8), "little")
+        data_start = len(_header_bytes(header))
+        # A client of NFS that could read a page would first do so, and then write all of it.
+        opened = os.open(folder / file.name, os.O_WRONLY)
+        try:
             for name, entry in header.items():
                 for block, parameter in parts.get(published(name), ()):
-                    _fill(stream.fileno(), data_start, entry, block, parameter)
+                    _fill(opened, data_start, entry, block, parameter)
+        finally:
+            os.close(opened)
 
 
 def _with_dtype(header: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -245,11 +249,21 @@ def tensor_bytes(header: dict[str, Any]) -> int:
 
 def _create(file: Path, header: dict[str, Any]) -> None:
     """Write the header and reserve the space of the tensors, all zero."""
+    written = _header_bytes(header)
+    with file.open("wb") as stream:
+        stream.write(written)
+        stream.truncate(len(written) + tensor_bytes(header))
+        stream.flush()
+        os.fsync(stream.fileno())
+        # So that this node keeps no copy of the header's last page (see :func:`fill`).
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _header_bytes(header: dict[str, Any]) -> bytes:
+    """What a file has before its tensors: the header's length, and the header, padded to eight bytes."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + tensor_bytes(header))
+    return len(text).to_bytes(8, "little") + text
 
 
 def _fill(file: int, data_start: int, entry: dict[str, Any], block: Block, parameter: Parameter) -> None:

@@ -58,7 +58,7 @@ def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Par
     Args:
         config: the parallel sizes.
         seed: of Megatron-Core's RNG tracker.
-        timeout_seconds: of every collective.
+        timeout_seconds: of every collective; Megatron-Core takes whole minutes, so its groups have it rounded up.
 
     Raises:
         ValueError: the sizes do not fit the number of ranks.

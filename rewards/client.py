@@ -18,7 +18,8 @@ from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from functools import partial
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import aiohttp
@@ -61,6 +62,13 @@ class JudgeEndpoint:
     address: str
     in_flight: int = 0
     paused_until: float = 0.0  # time.monotonic()
+    hangs: bool = False  # the last try had a connection, perhaps, and no reply in time
+
+
+async def _tell_connected(session: aiohttp.ClientSession, context: SimpleNamespace, event: Any) -> None:
+    """aiohttp has made a connection for a request, whose ``trace_request_ctx`` is told."""
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx()
 
 
 class EndpointPool:
@@ -165,8 +173,10 @@ class EndpointPool:
                 data=data,
                 headers=self._headers(),
                 timeout=aiohttp.ClientTimeout(total=self.settings.timeout),
+                trace_request_ctx=partial(self._note_connected, endpoint),
             ) as response:
                 self.unreached_since.clear()
+                endpoint.hangs = False
                 text = await response.text(errors="replace")
                 if response.status != 200:
                     raise RequestFailed(
@@ -177,12 +187,14 @@ class EndpointPool:
             reply = json.loads(text)
         except TimeoutError:
             reason = f"{url}: no reply in {self.settings.timeout:g} s"
+            endpoint.hangs = True
             self._note_unreached(endpoint, reason)
             raise RequestFailed(reason) from None
         except aiohttp.ClientError as error:
             reason = f"{url}: {self._excerpt(f'{type(error).__name__}: {error}')}"
             unreached = isinstance(error, aiohttp.ClientConnectorError)
             if unreached:
+                endpoint.hangs = False
                 self._note_unreached(endpoint, reason)
                 self._raise_if_lost()
             raise RequestFailed(reason, unreached=unreached) from None
@@ -243,13 +255,19 @@ class EndpointPool:
     def _note_unreached(self, endpoint: JudgeEndpoint, reason: str) -> None:
         """A try did not reach the endpoint: pause it. Once the pool is lost, wake all waiting requests."""
         self.unreached_reason = reason
-        if not self.unreached_since:
+        if endpoint not in self.unreached_since:
+            now = time.monotonic()
+            self.unreached_since[endpoint] = now
             # The pauses may be longer than the outage.
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.settings.outage + 0.001, self._wake_all_if_lost)
-        self.unreached_since.setdefault(endpoint, time.monotonic())
+            asyncio.get_running_loop().call_at(now + self.settings.outage + 0.001, self._wake_all_if_lost)
         self._pause(endpoint)
         self._wake_all_if_lost()
+
+    def _note_connected(self, endpoint: JudgeEndpoint) -> None:
+        """A server that was away is there again, however long its first reply takes. One that hangs takes connections
+        too."""
+        if not endpoint.hangs:
+            self.unreached_since.pop(endpoint, None)
 
     def _pause(self, endpoint: JudgeEndpoint) -> None:
         """Send nothing to the endpoint for ``cooldown`` seconds. Then wake as many requests as it can take."""
@@ -442,7 +460,9 @@ class Client:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     async def _open_session(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_create_end.append(_tell_connected)
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trace_configs=[tracing])
 
     async def _close_session(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -118,6 +118,25 @@ class Curriculum:
         begun = sum(first_step <= step for first_step, _ in self.phases)
         self.first_draws += [draws] * (begun - len(self.first_draws))
 
+    def state(self) -> list[tuple[int, int]]:
+        """The first step and the first draw of each phase that has begun: what :meth:`resume` takes."""
+        return [(first_step, draw) for (first_step, _), draw in zip(self.phases, self.first_draws, strict=False)]
+
+    def resume(self, state: Sequence[tuple[int, int]], finished: int, draws: int) -> None:
+        """Go on after ``finished`` steps and ``draws`` draws, with the :meth:`state` of that time.
+
+        The phases may be others than then. One that would have begun in the meantime has had no draw: it begins with
+        the next phase's first one, or now.
+        """
+        known = dict(state)
+        first_draw = draws
+        self.first_draws = []
+        for first_step, _ in reversed(self.phases):
+            has_begun = first_step in known or first_step < finished
+            if has_begun:
+                first_draw = known.get(first_step, first_draw)
+                self.first_draws.insert(0, first_draw)
+
     def of_draws(self) -> list[tuple[int, Mapping[str, int]]]:
         """The :data:`Phases` with first draws in place of first steps. A phase in which nothing was drawn begins with
         the next one's first draw."""

@@ -18,9 +18,10 @@ from rollout.guidance.edits import shared_start
 
 KEPT, REMOVED, ADDED = "kept", "removed", "added"
 SFT_FILE, PAIRS_FILE = "sft.jsonl", "pairs.jsonl"
-# A changed part is compared word by word where it has at most so many pairs of equal words, an old and a new one: the
-# time grows with them, and the page waits for it.
-MOST_PAIRS = 1_000_000
+# A changed part is compared word by word where it has at most so many words, before and after, and so many pairs of
+# equal words, an old and a new one: the time grows with the square of both, and the page waits for it.
+MOST_WORDS = 2_000
+MOST_PAIRS = 50_000
 LONGEST_NAME = 100  # characters of a person's name
 MEDIA_MARKS = ("<image>", "<video>")
 
@@ -36,7 +37,7 @@ def diff(before: str, after: str) -> Diff:
     old_words, new_words = (re.findall(r"\s*\S+|\s+", text) for text in (old, new))
     new_counts = Counter(new_words)
     pairs = sum(count * new_counts[word] for word, count in Counter(old_words).items())
-    if pairs > MOST_PAIRS:
+    if pairs > MOST_PAIRS or max(len(old_words), len(new_words)) > MOST_WORDS:
         parts += [(REMOVED, old), (ADDED, new)]
     else:
         matcher = difflib.SequenceMatcher(None, old_words, new_words, autojunk=False)

@@ -222,8 +222,8 @@ def resume(loop: Loop, folder: Path) -> int:
             f"{folder}: progress.json has no {', '.join(sorted(missing))}: another version wrote this checkpoint. "
             "Resume with that version, or begin a new run from its exported weights"
         )
-    loop.curriculum.first_draws[:] = progress["curriculum"]
     loop.buffer.load(progress["prompt_buffer"], read_responses(folder))
+    loop.curriculum.resume(progress["curriculum"], finished, loop.buffer.draws)
     loop.constraint = progress["constraint"]
     return finished
 
@@ -237,7 +237,7 @@ def training_state(loop: Loop) -> TrainingState:
     in_flight, responses = loop.buffer.state()
     progress = {
         **loop.policy.progress(),
-        "curriculum": [*loop.curriculum.first_draws],
+        "curriculum": loop.curriculum.state(),
         "prompt_buffer": in_flight,
         "constraint": loop.constraint,
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 
 from rollout.guidance.settings import GeneratorConfig, ValuesConfig, is_loopback, key
@@ -68,7 +69,10 @@ class Values(Protocol):
 
 def open_client(address: str, token: str | None, timeout: float, retries: int) -> openai.AsyncOpenAI:
     # A proxy of the environment does not reach this machine's loopback. None makes the client's own, which heeds it.
-    direct = openai.DefaultAsyncHttpxClient(trust_env=False) if is_loopback(urlsplit(address).netloc) else None
+    direct = None
+    if is_loopback(urlsplit(address).netloc):
+        # The environment's certificates hold, though.
+        direct = openai.DefaultAsyncHttpxClient(trust_env=False, verify=httpx.create_ssl_context())
     # Without a token the client would take OPENAI_API_KEY, a key to another server.
     client = openai.AsyncOpenAI(
         base_url=f"{address}/v1", api_key=token or "none", timeout=timeout, max_retries=retries, organization="",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipes.data.processor import prompt_tokens
-from recipes.data.row_order import Curriculum, interleaved, ordered, permuted, scheduled, shuffled
+from recipes.data.row_order import NEVER, Curriculum, interleaved, ordered, permuted, scheduled, shuffled
 from recipes.data.rows import SFT_FIELDS, load_rows
 from recipes.data.sft_examples import episode_tokens
 from recipes.errors import ConfigError
@@ -182,7 +182,8 @@ def test_a_phase_begins_with_the_first_draw_for_its_step(data: st.DataObject, co
     resumed: list[Curriculum] = []
     for step, draws in enumerate([*draws_of_steps, 1]):
         if step == cut:
-            resumed.append(Curriculum(PHASES, [*curriculum.first_draws]))
+            resumed.append(Curriculum(PHASES))
+            resumed[0].resume(curriculum.state(), step, len(drawn))
         for each in (curriculum, *resumed):
             each.reach(step, len(drawn))
         mix = [mix for first_step, mix in PHASES if first_step <= step][-1]
@@ -195,6 +196,23 @@ def test_a_phase_begins_with_the_first_draw_for_its_step(data: st.DataObject, co
         of_kind = [name for of_draw in drawn for name in of_draw if name.startswith(kind)]
         window = max(-(-count // sum(mix.values())) * mix[kind] for _, mix in PHASES if kind in mix)
         assert of_kind == [f"{kind}{ordered(place, size, seed, window)}" for place in range(len(of_kind))]
+
+
+def test_a_curriculum_that_was_changed_goes_by_its_present_steps() -> None:
+    """Between phases that have begun another one has had no draw; one that is put off has not begun."""
+    first, second = {"a": 1}, {"b": 1}
+    state = [(0, 0), (10, 25)]
+    for phases, expected in [
+        ([(0, first), (10, second)], [0, 25]),
+        ([(0, first), (100, second)], [0, NEVER]),
+        ([(0, first), (5, second), (10, first)], [0, 25, 25]),
+        ([(0, first), (10, second), (15, first), (20, second)], [0, 25, 40, NEVER]),
+    ]:
+        curriculum = Curriculum(phases)
+        curriculum.resume(state, finished=20, draws=40)
+        assert [draw for draw, _ in curriculum.of_draws()] == expected
+    curriculum.reach(20, 40)
+    assert [draw for draw, _ in curriculum.of_draws()] == [0, 25, 40, 40]
 
 
 def test_one_draw_a_step_begins_the_phases_with_their_steps() -> None:

@@ -269,6 +269,21 @@ def test_a_server_that_is_gone_is_waited_for_as_long_as_an_outage_may_last(repli
     assert 1.0 <= seconds < 10
 
 
+def test_a_server_that_is_there_again_may_take_longer_for_a_reply_than_the_outage() -> None:
+    """Also for those that wait, because it takes one request at a time."""
+    port = free_port()
+    with asking(f"http://127.0.0.1:{port}", outage=1.0, cooldown=0.1, backoff=0.1, concurrency=1) as (_, verifier):
+        asked = [verifier.submit(ROW, f"{i}") for i in range(2)]
+        time.sleep(0.6)
+        with FakeServer(late_answer, port):
+            assert [future.result(20) for future in asked] == [GOOD] * 2
+
+
+async def late_answer(number: int, request: web.Request, body: dict[str, Any]) -> web.Response:
+    await asyncio.sleep(1.5)
+    return fake_server.good()
+
+
 def test_time_without_requests_is_no_outage() -> None:
     port = free_port()
     with asking(f"http://127.0.0.1:{port}", outage=1.0, timeout=0.2, retries=0) as (_, verifier):
