@@ -167,7 +167,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
     by_id = RowsById(rows)
     curriculum = Curriculum(curriculum_phases(config.data))
     buffer = PromptBuffer(
-        partial(draw_prompts, config, training.processor, rows, curriculum, group=rollouts.control),
+        partial(draw_prompts, config, training.processor, rows, curriculum=curriculum, group=rollouts.control),
         rollouts.sampling(config.rollout.temperature, config.rollout.partial_rollout_tokens),
         prompts_per_step=algorithm.prompts_per_step,
         oversample=config.rollout.oversample,
@@ -198,9 +198,9 @@ def draw_prompts(
     config: Config,
     processor: PromptProcessor,
     rows: Sequence[Row],
-    curriculum: Curriculum,
     draw: int,
     *,
+    curriculum: Curriculum,
     group: dist.ProcessGroup,
 ) -> list[ProcessedPrompt]:
     """Collective over a gloo group: the prompts of the run's ``draw``-th draw."""

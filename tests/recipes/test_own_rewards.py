@@ -58,12 +58,12 @@ def test_failed_verdicts_are_logged_with_their_row_and_their_tokens_are_masked()
     )
     batch = replace(batch, verdicts=verdicts, rewards=np.array([1.0, np.nan, np.nan, 0.0]))
     logged: list[str] = []
-    scored, metrics = score(scoring(0.5, logged), batch)
+    scored, metrics = score(scoring(0.5, logged), batch, batch)
     assert logged == ["2 x verifier mine: it raised KeyError: 'gone' (own.py:5); first on row 'a'"]
     assert scored.loss_mask.tolist() == [True, True, False, False, False, False, True, True]
     assert (metrics["reward_failed"], metrics["reward/mean"], metrics["reward/mine"]) == (0.5, 0.5, 0.5)
     with pytest.raises(RuntimeError, match=r"^2 of 4 samples have no reward, .*on row 'a'.*\nTraceback\nKeyError"):
-        score(scoring(0.4, logged), batch)
+        score(scoring(0.4, logged), batch, batch)
 
 
 def test_it_is_a_failed_verdict_and_the_run_goes_on(folder: Path) -> None:

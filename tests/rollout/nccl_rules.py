@@ -133,7 +133,7 @@ def record(plan: Plan, rank: int, patch: pytest.MonkeyPatch) -> list[Event]:
     with patch.context() as within:
         # All engines are on nodes of the trainer.
         within.setattr(dist, "get_world_size", lambda group=None: len(plan.slot_bytes))
-        within.setattr(dist, "new_group", lambda backend: group)
+        within.setattr(dist, "new_group", lambda backend, timeout: group)
         within.setattr(dist, "all_reduce", all_reduce)
         within.setattr(vllm_platform, "_cuda_device", lambda: torch.device("cpu"))
         within.setattr(network, "dist", fake_nccl)
