@@ -222,8 +222,10 @@ def resume(loop: Loop, folder: Path) -> int:
             f"{folder}: progress.json has no {', '.join(sorted(missing))}: another version wrote this checkpoint. "
             "Resume with that version, or begin a new run from its exported weights"
         )
-    loop.buffer.load(progress["prompt_buffer"], read_responses(folder))
-    loop.curriculum.resume(progress["curriculum"], finished, loop.buffer.draws)
+    prompt_buffer = progress["prompt_buffer"]
+    # The buffer draws the prompts in flight again, by the curriculum.
+    loop.curriculum.resume(progress["curriculum"], finished, prompt_buffer["draws"])
+    loop.buffer.load(prompt_buffer, read_responses(folder))
     loop.constraint = progress["constraint"]
     return finished
 

@@ -5,10 +5,12 @@
 
 import asyncio
 import json
+import secrets
 import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,8 +23,11 @@ JUDGE = Judge("{question}\n{answer}", {"good": 1.0, "bad": 0.0}, written_label, 
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """A free port below those that the kernel gives out by itself, so that nobody gets it in the meantime."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def choice(text: str) -> dict[str, Any]:
