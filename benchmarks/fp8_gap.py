@@ -172,7 +172,7 @@ def main() -> None:
 
     started = time.monotonic()
     with PROMPTS.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in list(file)[::PROMPT_STRIDE]]
+        rows = [json.loads(line) for line in itertools.islice(file, 0, None, PROMPT_STRIDE)]
     prompts = [make_prompt(row["id"], row["prompt"]) for row in rows]
     rollout = replace(
         demo.rollout,

@@ -78,19 +78,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A prompt, how many tokens an answer may have, and the mark of thinking that ends the prompt, None for others."""
-
-    token_ids: tuple[int, ...]
-    max_tokens: int
-    begun: str | None
-
-    def whole(self, text: str) -> str:
-        """The text of an answer as verifiers read it: after the mark that the chat template has written already."""
-        return text if self.begun is None else with_opening(text, self.begun)
-
-
-@dataclass(frozen=True)
 class Answer:
     """What a method answers to a prompt; ``tokens``: generated for it, those that were dropped or not chosen too."""
 
@@ -197,16 +184,17 @@ async def compare(
 async def answered(config: GuidanceConfig, options: CalibrateConfig, rows: Sequence[Row]) -> Method:
     """The guided answers."""
     async with open_guide(config) as opened:
+        opening = await opening_mark(opened, rows[0])
 
         async def answer(place: int) -> Answer:
-            question = await encoded(opened, rows[place])
+            prompt, max_tokens = await encoded(opened, rows[place])
             seed = seed_of(options, place)
             sampling = {"temperature": options.temperature}
-            under_way = opened.guide.answer(
-                Question(opened.model, question.token_ids, question.max_tokens, sampling, seed=seed)
+            under_way = opened.guide.answer(Question(opened.model, tuple(prompt), max_tokens, sampling, seed=seed))
+            text = "".join([step.text async for step in under_way.steps()])
+            return Answer(
+                whole_answer(text, opening), under_way.generated_tokens, under_way.steered > 0, under_way.unguided
             )
-            text = question.whole("".join([step.text async for step in under_way.steps()]))
-            return Answer(text, under_way.generated_tokens, under_way.steered > 0, under_way.unguided)
 
         answers, seconds = await all_of(answer, len(rows), options.concurrency)
     return Method(answers, seconds, seconds)
@@ -223,15 +211,17 @@ class Drawn:
 async def draw(config: GuidanceConfig, options: CalibrateConfig, rows: Sequence[Row], budgets: Sequence[int]) -> Drawn:
     """Plain answers to each prompt, one after the other, until they have at least as many tokens as its budget."""
     async with open_guide(config) as opened:
+        opening = await opening_mark(opened, rows[0])
 
         async def samples(place: int) -> list[Sample]:
-            question = await encoded(opened, rows[place])
+            prompt, max_tokens = await encoded(opened, rows[place])
             of_prompt: list[Sample] = []
             while sum(len(sample.token_ids) for sample in of_prompt) < budgets[place]:
                 # The first answer to a prompt is the plain one.
                 seed = seed_of(options, place) + len(of_prompt)
-                fields = {"temperature": options.temperature, "max_tokens": question.max_tokens, "seed": seed}
-                of_prompt.append(await one_sample(opened, question, fields))
+                fields = {"temperature": options.temperature, "max_tokens": max_tokens, "seed": seed}
+                sample = await one_sample(opened, prompt, fields)
+                of_prompt.append(replace(sample, text=whole_answer(sample.text, opening)))
             return of_prompt
 
         return Drawn(*await all_of(samples, len(rows), options.concurrency))
@@ -249,8 +239,8 @@ async def choose(
 
         async def chosen(place: int) -> Answer:
             samples = drawn.by_prompt[place]
-            question = await encoded(opened, rows[place])
-            best = await choice(opened, place, question.token_ids, samples)
+            prompt, _ = await encoded(opened, rows[place])
+            best = await choice(opened, place, prompt, samples)
             return Answer(samples[best].text, sum(len(sample.token_ids) for sample in samples))
 
         answers, seconds = await all_of(chosen, len(rows), options.concurrency)
@@ -280,33 +270,44 @@ def best_outcome(rows: Sequence[Row], verifying: Verifying) -> Choice:
     return choice
 
 
-async def one_sample(opened: OpenGuide, question: Encoded, fields: Mapping[str, Any]) -> Sample:
+async def one_sample(opened: OpenGuide, prompt: Sequence[int], fields: Mapping[str, Any]) -> Sample:
     """One plain answer."""
 
     async def decode(token_ids: Sequence[int]) -> str:
         return await opened.generator.decode(opened.model, token_ids)
 
     buffer = Buffer(decode)
-    pieces: AsyncGenerator[Piece, None] = opened.generator.stream(opened.model, question.token_ids, fields)
+    pieces: AsyncGenerator[Piece, None] = opened.generator.stream(opened.model, prompt, fields)
     async with aclosing(pieces) as stream:
         async for piece in stream:
             buffer.add(piece)
     visible = len(buffer.text.rstrip())
     scored = (await buffer.reach(visible))[1] if visible else 0
-    return Sample(question.whole(buffer.text), tuple(buffer.token_ids), scored)
+    return Sample(buffer.text, tuple(buffer.token_ids), scored)
 
 
-async def encoded(opened: OpenGuide, row: Row) -> Encoded:
-    """A row's prompt. Raises ValueError for one that leaves no room for an answer."""
-    token_ids = await opened.generator.encode_chat(opened.model, messages(row), {})
+async def encoded(opened: OpenGuide, row: Row) -> tuple[list[int], int]:
+    """A row's prompt, and how long an answer may be. Raises ValueError for a prompt that leaves no room."""
+    prompt = await opened.generator.encode_chat(opened.model, messages(row), {})
     longest = opened.guide.config.max_tokens
     context = opened.context(opened.model)
-    room = longest if context is None else min(longest, context - len(token_ids))
+    room = longest if context is None else min(longest, context - len(prompt))
     if room < 1:
-        raise ValueError(f"row {row['id']!r}: its prompt has {len(token_ids)} tokens, and the model takes {context}")
-    begin = opened.guide.config.thinking_marks[0]
+        raise ValueError(f"row {row['id']!r}: its prompt has {len(prompt)} tokens, and the model takes {context}")
+    return prompt, room
+
+
+async def opening_mark(opened: OpenGuide, row: Row) -> str | None:
+    """The mark of thinking with which the chat template ends a prompt, that of ``row`` as any other; None without."""
+    token_ids = await opened.generator.encode_chat(opened.model, messages(row), {})
     prompt = await opened.generator.decode(opened.model, token_ids)
-    return Encoded(tuple(token_ids), room, begin if prompt.rstrip().endswith(begin) else None)
+    begin = opened.guide.config.thinking_marks[0]
+    return begin if prompt.rstrip().endswith(begin) else None
+
+
+def whole_answer(text: str, opening: str | None) -> str:
+    """An answer as verifiers read it: after the mark that the chat template has written already."""
+    return text if opening is None else with_opening(text, opening)
 
 
 def seed_of(options: CalibrateConfig, place: int) -> int:

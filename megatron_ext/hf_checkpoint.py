@@ -209,13 +209,13 @@ def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
     for file, header in layout.headers.items():
         data_start = len(_header_bytes(header))
         # A client of NFS that could read a page would first do so, and then write all of it.
-        opened = os.open(folder / file.name, os.O_WRONLY)
+        descriptor = os.open(folder / file.name, os.O_WRONLY)
         try:
             for name, entry in header.items():
                 for block, parameter in parts.get(published(name), ()):
-                    _fill(opened, data_start, entry, block, parameter)
+                    _fill(descriptor, data_start, entry, block, parameter)
         finally:
-            os.close(opened)
+            os.close(descriptor)
 
 
 def _with_dtype(header: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class JudgeEndpoint:
     address: str
     in_flight: int = 0
     paused_until: float = 0.0  # time.monotonic()
-    hangs: bool = False  # the last try had a connection, perhaps, and no reply in time
+    hangs: bool = False  # the last try ended without a reply in ``timeout`` seconds
 
 
 async def _tell_connected(session: aiohttp.ClientSession, context: SimpleNamespace, event: Any) -> None:
@@ -85,8 +85,9 @@ class EndpointPool:
         self.reply_seconds: deque[float] = deque(maxlen=256)
         self.usual_seconds = float("inf")  # the median of reply_seconds
         self.pending = 0  # requests without a result
-        # The first try, by time.monotonic(), that did not reach the endpoint, in this order. Empty after any response,
-        # and when nothing is pending: time in which nobody asks is no outage.
+        # The first try, by time.monotonic(), that did not reach the endpoint, in this order. An endpoint that takes a
+        # connection again is left out. Empty after any response, and when nothing is pending: time in which nobody asks
+        # is no outage.
         self.unreached_since: dict[JudgeEndpoint, float] = {}
         self.unreached_reason = ""  # of the last such try
 

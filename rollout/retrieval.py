@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -187,14 +188,18 @@ class Endpoint:
                 reason = str(error) or type(error).__name__
         raise Unavailable(f"{self.address}/{path}: {reason} ({self.retries + 1} tries)")
 
+    @cached_property
+    def _opener(self) -> urllib.request.OpenerDirector:
+        """Made once: it reads the machine's certificates."""
+        # A proxy of the environment does not reach this machine's loopback.
+        proxies = {} if is_loopback(urlsplit(self.address).netloc) else urllib.request.getproxies()
+        return urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+
     def _post(self, address: str, body: dict[str, Any]) -> bytes:
         """The reply's body. Raises OSError, HTTPException, and ValueError for a body that is too long."""
         deadline = time.monotonic() + self.timeout
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        # A proxy of the environment does not reach this machine's loopback.
-        proxies = {} if is_loopback(urlsplit(address).netloc) else urllib.request.getproxies()
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
-        with opener.open(request, timeout=self.timeout) as reply:
+        with self._opener.open(request, timeout=self.timeout) as reply:
             data = bytearray()
             while True:
                 part = reply.read1(1 << 16)

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -107,20 +106,21 @@ def curriculum_phases(data: Any) -> list[tuple[int, dict[str, int]]]:
 
 @dataclass
 class Curriculum:
-    """The ``phases`` of the steps, and ``first_draws`` of those that have begun, which a checkpoint holds: how many
+    """The ``phases`` of the steps, and the first draw of those that have begun, which a checkpoint holds: how many
     draws of prompts a step makes depends on the run (dynamic sampling, oversampling)."""
 
     phases: Phases
-    first_draws: list[int] = field(default_factory=list)
+    first_draws: dict[int, int] = field(default_factory=dict, init=False)  # by a phase's first step
 
     def reach(self, step: int, draws: int) -> None:
         """The next draw is for ``step`` (from 0), after ``draws`` ones in all. Steps never descend."""
-        begun = sum(first_step <= step for first_step, _ in self.phases)
-        self.first_draws += [draws] * (begun - len(self.first_draws))
+        for first_step, _ in self.phases:
+            if first_step <= step:
+                self.first_draws.setdefault(first_step, draws)
 
     def state(self) -> list[tuple[int, int]]:
         """The first step and the first draw of each phase that has begun: what :meth:`resume` takes."""
-        return [(first_step, draw) for (first_step, _), draw in zip(self.phases, self.first_draws, strict=False)]
+        return sorted(self.first_draws.items())
 
     def resume(self, state: Sequence[tuple[int, int]], finished: int, draws: int) -> None:
         """Go on after ``finished`` steps and ``draws`` draws, with the :meth:`state` of that time.
@@ -130,18 +130,17 @@ class Curriculum:
         """
         known = dict(state)
         first_draw = draws
-        self.first_draws = []
+        self.first_draws = {}
         for first_step, _ in reversed(self.phases):
             has_begun = first_step in known or first_step < finished
             if has_begun:
                 first_draw = known.get(first_step, first_draw)
-                self.first_draws.insert(0, first_draw)
+                self.first_draws[first_step] = first_draw
 
     def of_draws(self) -> list[tuple[int, Mapping[str, int]]]:
         """The :data:`Phases` with first draws in place of first steps. A phase in which nothing was drawn begins with
         the next one's first draw."""
-        first_draws = chain(self.first_draws, repeat(NEVER))
-        return [(first_draw, mix) for (_, mix), first_draw in zip(self.phases, first_draws, strict=False)]
+        return [(self.first_draws.get(first_step, NEVER), mix) for first_step, mix in self.phases]
 
 
 def scheduled(rows: Sequence[Row], phases: Phases, draw: int, count: int, seed: int) -> list[Row]:

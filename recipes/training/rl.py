@@ -213,15 +213,16 @@ def resume(loop: Loop, folder: Path) -> int:
 
     Raises ValueError for a checkpoint of a version that wrote down less.
     """
-    finished = loop.policy.load(folder)
-    if loop.critic is not None:
-        loop.critic.load(folder)
     progress = checkpoint.progress(folder)
-    if missing := {"curriculum", "prompt_buffer", "constraint"} - progress.keys():
+    missing = {"curriculum", "prompt_buffer", "constraint"} - progress.keys()
+    if missing:
         raise ValueError(
             f"{folder}: progress.json has no {', '.join(sorted(missing))}: another version wrote this checkpoint. "
             "Resume with that version, or begin a new run from its exported weights"
         )
+    finished = loop.policy.load(folder)
+    if loop.critic is not None:
+        loop.critic.load(folder)
     prompt_buffer = progress["prompt_buffer"]
     # The buffer draws the prompts in flight again, by the curriculum.
     loop.curriculum.resume(progress["curriculum"], finished, prompt_buffer["draws"])

@@ -164,8 +164,10 @@ def is_loopback(host: str) -> bool:
     """Whether ``host``, a name or an address with a port or without as a URL and a Host header have it, is this
     machine's loopback. Raises ValueError for what is no host."""
     name = urlsplit(f"//{host}").hostname
-    if name is None or name == "localhost":
-        return name is not None
+    if name is None:
+        return False
+    if name == "localhost":
+        return True
     try:
         return ip_address(name).is_loopback
     except ValueError:
