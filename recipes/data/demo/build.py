@@ -86,6 +86,10 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the last stop.",
             "Children shout {}. Shout back the last thing.",
             "Please hand me the last of these cards: {}.",
+            "Three horses called {} finish a race in that order. Which horse is last?",
+            "Type the last of {} and nothing more.",
+            "The wizard mumbles {}. Which word does he mumble last?",
+            "The code for the gate is {}. Remind me of its last part.",
         ),
         "development": (
             "Three doors are marked {}. Which mark is on the last door?",
@@ -94,10 +98,10 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "This receipt shows {}. Please read me the last entry.",
         ),
         "test": (
-            "Three horses called {} finish a race in that order. Which horse is last?",
-            "Type the last of {} and nothing more.",
-            "The wizard mumbles {}. Which word does he mumble last?",
-            "The code for the gate is {}. Remind me of its last part.",
+            "A train pulls wagons named {}. What is the last wagon called?",
+            "From left to right we hang up {}. What hangs last?",
+            "Give back the last word of {} and stop there.",
+            "The singer lists {}. Which of them did she list last?",
         ),
     },
     "second": {
@@ -136,6 +140,10 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the second stop.",
             "Children shout {}. Shout back the second thing.",
             "Please hand me the second of these cards: {}.",
+            "Three horses called {} finish a race in that order. Which horse is second?",
+            "Type the second of {} and nothing more.",
+            "The wizard mumbles {}. Which word does he mumble second?",
+            "The code for the gate is {}. Remind me of its second part.",
         ),
         "development": (
             "Three doors are marked {}. Which mark is on the second door?",
@@ -144,10 +152,10 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "This receipt shows {}. Please read me the second entry.",
         ),
         "test": (
-            "Three horses called {} finish a race in that order. Which horse is second?",
-            "Type the second of {} and nothing more.",
-            "The wizard mumbles {}. Which word does he mumble second?",
-            "The code for the gate is {}. Remind me of its second part.",
+            "A train pulls wagons named {}. What is the second wagon called?",
+            "From left to right we hang up {}. What hangs second?",
+            "Give back the second word of {} and stop there.",
+            "The singer lists {}. Which of them did she list second?",
         ),
     },
     "first": {
@@ -186,6 +194,10 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "We visit {} in this order. Name the first stop.",
             "Children shout {}. Shout back the first thing.",
             "Please hand me the first of these cards: {}.",
+            "Three horses called {} finish a race in that order. Which horse is first?",
+            "Type the first of {} and nothing more.",
+            "The wizard mumbles {}. Which word does he mumble first?",
+            "The code for the gate is {}. Remind me of its first part.",
         ),
         "development": (
             "Three doors are marked {}. Which mark is on the first door?",
@@ -194,10 +206,10 @@ TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "This receipt shows {}. Please read me the first entry.",
         ),
         "test": (
-            "Three horses called {} finish a race in that order. Which horse is first?",
-            "Type the first of {} and nothing more.",
-            "The wizard mumbles {}. Which word does he mumble first?",
-            "The code for the gate is {}. Remind me of its first part.",
+            "A train pulls wagons named {}. What is the first wagon called?",
+            "From left to right we hang up {}. What hangs first?",
+            "Give back the first word of {} and stop there.",
+            "The singer lists {}. Which of them did she list first?",
         ),
     },
 }
