@@ -67,8 +67,8 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (60, 150, 150, 36)),
-        ("rl", (636, 384, 179, 192)),
+        ("sft", (54, 150, 150, 36)),
+        ("rl", (702, 434, 229, 192)),
         ("development", (120, 90, 100, 90)),
         ("test", (60, 50, 50, 192)),
     ],
@@ -111,11 +111,11 @@ def test_every_split_has_its_own_words_of_tasks_and_each_side_its_own_wordings()
         used.append({word for row in tasks for word in task_words(row)})
         assert used[-1] <= set(TASK_WORDS)
         wordings = {re.sub(r"[A-Za-z]+, [a-z]+, [a-z]+", "…", row["prompt"]) for row in tasks}
-        assert len(wordings) == 3 * {"sft": 8, "rl": 34, "development": 4, "test": 4}[split]
+        assert len(wordings) == 3 * {"sft": 8, "rl": 38, "development": 4, "test": 4}[split]
         wordings_of_sides.setdefault("training" if split in ("sft", "rl") else split, set()).update(wordings)
     assert sum(map(len, used)) == len(set().union(*used))
-    assert [len(wordings) for wordings in wordings_of_sides.values()] == [102, 12, 12]
-    assert len(set().union(*wordings_of_sides.values())) == 126
+    assert [len(wordings) for wordings in wordings_of_sides.values()] == [114, 12, 12]
+    assert len(set().union(*wordings_of_sides.values())) == 138
 
 
 def test_task_answers_are_right_and_neither_a_list_nor_an_echo_is() -> None:

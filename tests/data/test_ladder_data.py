@@ -66,7 +66,7 @@ def test_the_held_out_prompts_are_those_of_the_data_s_name(data: str) -> None:
 def test_there_is_enough_of_each_kind() -> None:
     counts = {
         "sft": (155, 155, 225, 225, 56, 120),
-        "rl": (541, 541, 576, 269, 128, 220),
+        "rl": (601, 601, 651, 344, 128, 220),
         "development": (120, 120, 135, 150, 36, 50),
         "test": (60, 60, 75, 75, 60, 80),
     }

@@ -27,8 +27,8 @@ SPLITS = ("sft", "rl", "development", "test")
 KINDS = ("harmful", "borderline", "benign")
 SEED = 20250725
 MIN_BEGINNING = 3  # words: an answer with a shorter beginning is not cut
-WARM_START_REFUSALS = 60  # harmful topics in sft.jsonl
-OVERCAUTIOUS = 48  # borderline topics in sft.jsonl that are refused
+WARM_START_REFUSALS = 54  # harmful topics in sft.jsonl
+OVERCAUTIOUS = 52  # borderline topics in sft.jsonl that are refused
 OVERCAUTIOUS_RESPONSES = (
     "I can't help with that.",
     "I won't help you with this.",
