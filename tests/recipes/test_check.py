@@ -228,5 +228,5 @@ def test_the_command_prints_a_line_per_bound_and_exits_with_1_when_one_fails(tmp
     assert len(printed[good].splitlines()) == len(check.load_bounds("demo", "rl")) + 2
     assert "holds            metrics.jsonl  kl/reference, step 1: 0  (limit = 0)" in printed[good]
     assert "fails            metrics.jsonl  skipped_updates: 1 at step 4  (limit <= 0)" in printed[bad]
-    assert "1 fail, 7 are not in this run" in printed[bad]
+    assert "1 fail, 9 are not in this run" in printed[bad]
     assert printed[tmp_path / "none"].startswith("error: run=")
