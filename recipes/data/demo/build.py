@@ -1,13 +1,14 @@
 """Writes the demo's files of rows: `python -m recipes.data.demo.build`. Deterministic: one fixed seed.
 
 sft.jsonl and rl.jsonl train, settings are chosen on development.jsonl, and test.jsonl is for the figures that are
-reported. The safety rows are written by hand, one by one: topics/*.tsv has a topic's split, its keywords, the prompt,
-and an honest answer, which only sft.jsonl shows. No topic, wording, answer or list of keywords is shared between
-training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about a list of words
-(say the first, the second, the last); their words and wordings differ too.
+reported. The safety rows are written by hand, one by one: topics/<kind>.tsv has a topic's split, its keywords, the
+prompt, and an honest answer, which only sft.jsonl shows. No topic, wording, answer or list of keywords is shared
+between training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about a list
+of words (say the first, the second, the last); their words and wordings (topics/tasks.tsv) differ too.
 
-sft.jsonl makes a weak policy that errs both ways, for RL to mend: it refuses few harmful prompts and, as an
-overcautious source would, some borderline ones. The harmful topics of its split that it leaves out are RL's.
+sft.jsonl makes a weak policy that errs both ways, for RL to mend: it declines a part of the harmful prompts and, as an
+overcautious source would, about as large a part of the borderline ones. The harmful topics of its split that it leaves
+out are RL's.
 
 outside.jsonl has ninety prompts in another style than all others, to see whether what was learnt holds there.
 """
@@ -46,173 +47,9 @@ TASK_WORDS = (
     "village violin wagon water whale wheel window winter wolf wood yard yellow zebra"
 ).split()
 TASK_WORD_COUNTS = {"sft": 12, "rl": 30, "development": 18, "test": 26}
-# Wordings of a family by the files that have them. Each family is asked in every one in turn, but SFT shows only the
-# first ones.
+FAMILIES = ("first", "second", "last")  # of tasks: which word of the list is asked for
+# Each family is asked in every wording in turn, but SFT shows only the first ones.
 SFT_WORDINGS = 8
-TASK_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "last": {
-        "training": (
-            "What is the last word of this list: {}?",
-            "Here is a list: {}. Which word comes last?",
-            "Read these words: {}. Write down only the last one.",
-            "{}: name the word at the end.",
-            "From {}, keep the last word and drop the rest.",
-            "A sign says {}. Which word stands furthest to the right?",
-            "Three words: {}. Say the third.",
-            "I typed {}. Which word did I type after the others?",
-            "Which word ends this list: {}?",
-            "{}. Tell me the word that nothing follows.",
-            "Take {} and leave all but the last.",
-            "My note reads {}. Which word did I write at the end?",
-            "Pick the last of these three: {}.",
-            "You hear {}. Repeat the last of them.",
-            "If {} stand in a line, who stands last?",
-            "Write the last word: {}.",
-            "Among {} the last word counts. Which is it?",
-            "Copy the last of these words: {}.",
-            "A parrot says {}. Say its last word.",
-            "{}. Only the last, please.",
-            "On the shelf stand {}. Name the last item.",
-            "Answer with one word, the last of {}.",
-            "My password is made of {}. What is its last word?",
-            "Three boxes hold {}. What is in the last box?",
-            "Someone calls out {}. Which one came last?",
-            "The row {} has which item in last place?",
-            "Of {}, tell me the last one.",
-            "My bag holds {}. What did I pack last?",
-            "Echo just the last word: {}.",
-            "Shopping for {}: what do we buy last?",
-            "The menu lists {}. Which dish is the last one?",
-            "We visit {} in this order. Name the last stop.",
-            "Children shout {}. Shout back the last thing.",
-            "Please hand me the last of these cards: {}.",
-            "Three horses called {} finish a race in that order. Which horse is last?",
-            "Type the last of {} and nothing more.",
-            "The wizard mumbles {}. Which word does he mumble last?",
-            "The code for the gate is {}. Remind me of its last part.",
-        ),
-        "development": (
-            "Three doors are marked {}. Which mark is on the last door?",
-            "The teacher dictates {}, and I missed the last word. What was it?",
-            "Out of {} I only need the last.",
-            "This receipt shows {}. Please read me the last entry.",
-        ),
-        "test": (
-            "A train pulls wagons named {}. What is the last wagon called?",
-            "From left to right we hang up {}. What hangs last?",
-            "Give back the last word of {} and stop there.",
-            "The singer lists {}. Which of them did she list last?",
-        ),
-    },
-    "second": {
-        "training": (
-            "What is the second word of this list: {}?",
-            "Here is a list: {}. Which word is number two?",
-            "Read these words: {}. Write down only the second one.",
-            "{}: name the word in the middle.",
-            "From {}, keep the second word and drop the rest.",
-            "A sign says {}. Which word has one on either side?",
-            "Three words: {}. Say number two.",
-            "I typed {}. Which word did I type after the first?",
-            "Which word is in the middle of this list: {}?",
-            "{}. Tell me the word that has a neighbor before and after it.",
-            "Take {} and leave all but the second.",
-            "My note reads {}. Which word did I write in the middle?",
-            "Pick the second of these three: {}.",
-            "You hear {}. Repeat the second of them.",
-            "If {} stand in a line, who stands second?",
-            "Write the second word: {}.",
-            "Among {} the second word counts. Which is it?",
-            "Copy the second of these words: {}.",
-            "A parrot says {}. Say its second word.",
-            "{}. Only the second, please.",
-            "On the shelf stand {}. Name the second item.",
-            "Answer with one word, the second of {}.",
-            "My password is made of {}. What is its second word?",
-            "Three boxes hold {}. What is in the second box?",
-            "Someone calls out {}. Which one came second?",
-            "The row {} has which item in second place?",
-            "Of {}, tell me the second one.",
-            "My bag holds {}. What did I pack second?",
-            "Echo just the second word: {}.",
-            "Shopping for {}: what do we buy second?",
-            "The menu lists {}. Which dish is the second one?",
-            "We visit {} in this order. Name the second stop.",
-            "Children shout {}. Shout back the second thing.",
-            "Please hand me the second of these cards: {}.",
-            "Three horses called {} finish a race in that order. Which horse is second?",
-            "Type the second of {} and nothing more.",
-            "The wizard mumbles {}. Which word does he mumble second?",
-            "The code for the gate is {}. Remind me of its second part.",
-        ),
-        "development": (
-            "Three doors are marked {}. Which mark is on the second door?",
-            "The teacher dictates {}, and I missed the second word. What was it?",
-            "Out of {} I only need the second.",
-            "This receipt shows {}. Please read me the second entry.",
-        ),
-        "test": (
-            "A train pulls wagons named {}. What is the second wagon called?",
-            "From left to right we hang up {}. What hangs second?",
-            "Give back the second word of {} and stop there.",
-            "The singer lists {}. Which of them did she list second?",
-        ),
-    },
-    "first": {
-        "training": (
-            "What is the first word of this list: {}?",
-            "Here is a list: {}. Which word is number one?",
-            "Read these words: {}. Write down only the first one.",
-            "{}: name the word at the beginning.",
-            "From {}, keep the first word and drop the rest.",
-            "A sign says {}. Which word stands furthest to the left?",
-            "Three words: {}. Say the first.",
-            "I typed {}. Which word did I type before the others?",
-            "Which word begins this list: {}?",
-            "{}. Tell me the word that nothing precedes.",
-            "Take {} and leave all but the first.",
-            "My note reads {}. Which word did I write at the beginning?",
-            "Pick the first of these three: {}.",
-            "You hear {}. Repeat the first of them.",
-            "If {} stand in a line, who stands first?",
-            "Write the first word: {}.",
-            "Among {} the first word counts. Which is it?",
-            "Copy the first of these words: {}.",
-            "A parrot says {}. Say its first word.",
-            "{}. Only the first, please.",
-            "On the shelf stand {}. Name the first item.",
-            "Answer with one word, the first of {}.",
-            "My password is made of {}. What is its first word?",
-            "Three boxes hold {}. What is in the first box?",
-            "Someone calls out {}. Which one came first?",
-            "The row {} has which item in first place?",
-            "Of {}, tell me the first one.",
-            "My bag holds {}. What did I pack first?",
-            "Echo just the first word: {}.",
-            "Shopping for {}: what do we buy first?",
-            "The menu lists {}. Which dish is the first one?",
-            "We visit {} in this order. Name the first stop.",
-            "Children shout {}. Shout back the first thing.",
-            "Please hand me the first of these cards: {}.",
-            "Three horses called {} finish a race in that order. Which horse is first?",
-            "Type the first of {} and nothing more.",
-            "The wizard mumbles {}. Which word does he mumble first?",
-            "The code for the gate is {}. Remind me of its first part.",
-        ),
-        "development": (
-            "Three doors are marked {}. Which mark is on the first door?",
-            "The teacher dictates {}, and I missed the first word. What was it?",
-            "Out of {} I only need the first.",
-            "This receipt shows {}. Please read me the first entry.",
-        ),
-        "test": (
-            "A train pulls wagons named {}. What is the first wagon called?",
-            "From left to right we hang up {}. What hangs first?",
-            "Give back the first word of {} and stop there.",
-            "The singer lists {}. Which of them did she list first?",
-        ),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -238,6 +75,14 @@ def topics(kind: str) -> list[Topic]:
 def lines(path: Path) -> list[list[str]]:
     """The lines of a file, split into columns."""
     return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def task_wordings(family: str, split: str) -> list[str]:
+    """The wordings of topics/tasks.tsv, whose columns are a split and the families, with braces where the list goes."""
+    of_split = split if split in ("development", "test") else "training"
+    column = 1 + FAMILIES.index(family)
+    wordings = [line[column] for line in lines(FOLDER / "topics" / "tasks.tsv") if line[0] == of_split]
+    return wordings[:SFT_WORDINGS] if split == "sft" else wordings
 
 
 def build() -> dict[str, list[dict[str, Any]]]:
@@ -308,10 +153,8 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
         for place in range(TASK_ROWS[split]):
             drawn = draw.sample(split_words, 3)
             listed = ", ".join(drawn)
-            for family, answer in (("first", drawn[0]), ("second", drawn[1]), ("last", drawn[2])):
-                wordings = TASK_WORDINGS[family][split if split in ("development", "test") else "training"]
-                if split == "sft":
-                    wordings = wordings[:SFT_WORDINGS]
+            for family, answer in zip(FAMILIES, drawn, strict=True):
+                wordings = task_wordings(family, split)
                 prompt = wordings[place % len(wordings)].format(listed)
                 prompt = prompt[0].upper() + prompt[1:]
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
