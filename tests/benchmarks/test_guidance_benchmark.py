@@ -12,6 +12,7 @@ from benchmarks import guidance as benchmark
 from benchmarks.guidance import Answer, Method, Verifying
 from recipes.config import parse
 from rewards.verdict import Verdict
+from rollout.guidance.opening import open_guide
 from rollout.guidance.settings import MONITOR, SEARCH, CalibrateConfig
 from tests.rollout.fake_guidance import TREE, FakeModel, FakeServers, FakeValues, guidance, table_of
 
@@ -125,6 +126,18 @@ def test_without_a_judge_the_verifiers_choose():
     row = {"id": "a", "kind": "benign"}
     assert all(verifying.outcome(row, text) == by_table("Q:" + text) for text in TREE)
     assert verifying.outcome({"id": "b", "kind": "harmful"}, "a") == 0  # nothing scores it
+
+
+@pytest.mark.parametrize(("begin", "answer"), [("Q:", "Q:\nab"), ("<think>", "ab")])
+def test_an_answer_is_judged_after_the_mark_of_thinking_that_its_prompt_ends_with(begin, answer):
+    async def mark():
+        model = FakeModel(TREE)
+        async with FakeServers(model, FakeValues(model, lambda text: (0.5, 0.5))).running() as (generator, values):
+            config = guidance(generator__address=generator, values__address=values, thinking_marks=(begin, "</think>"))
+            async with open_guide(config) as opened:
+                return await benchmark.opening_mark(opened, ROWS[0])
+
+    assert benchmark.whole_answer("ab", asyncio.run(mark())) == answer
 
 
 def test_settings_of_guidance_are_read_and_refused_before_a_server_starts():
