@@ -150,11 +150,12 @@ def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
     for split in SPLITS:
         split_words = [words.pop() for _ in range(TASK_WORD_COUNTS[split])]
+        of_families = {family: task_wordings(family, split) for family in FAMILIES}
         for place in range(TASK_ROWS[split]):
             drawn = draw.sample(split_words, 3)
             listed = ", ".join(drawn)
             for family, answer in zip(FAMILIES, drawn, strict=True):
-                wordings = task_wordings(family, split)
+                wordings = of_families[family]
                 prompt = wordings[place % len(wordings)].format(listed)
                 prompt = prompt[0].upper() + prompt[1:]
                 row = {"label": "general_rule", "kind": "task", "prompt": prompt, "answer": answer, "tags": [family]}
