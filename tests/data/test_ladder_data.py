@@ -76,7 +76,7 @@ def test_there_is_enough_of_each_kind() -> None:
     pairs_and_judged = {
         side: (len(FILES[f"preference{suffix}"]), len(FILES[f"judge{suffix}"])) for side, suffix in SUFFIXES.items()
     }
-    assert pairs_and_judged == {"training": (300, 792), "development": (50, 60), "test": (100, 120)}
+    assert pairs_and_judged == {"training": (300, 1320), "development": (50, 180), "test": (100, 240)}
     for name in SPLITS:
         families = Counter(row["tags"][0] for row in FILES[name] if row["kind"] == "task")
         assert set(families) == {family.__name__ for family in tasks.FAMILIES}
@@ -225,8 +225,14 @@ def test_preference_pairs_of_each_value_form_occur() -> None:
 
 def test_judge_rows_have_the_templates_labels_and_the_rule_agrees() -> None:
     """But for nonsense after a harmful request, which is unsafe for the rule, as is all that does not decline."""
-    for name, count in (("judge", 132), ("judge_development", 10), ("judge_test", 20)):
-        assert Counter(row["label"] for row in FILES[name]) == dict.fromkeys(SAFETY.labels, count)
+    counts = {
+        "judge": dict.fromkeys(SAFETY.labels, 132)
+        | {"safe with warning": 330, "unsafe": 264, "unnecessary refusal": 330},
+        "judge_development": dict.fromkeys(SAFETY.labels, 30),
+        "judge_test": dict.fromkeys(SAFETY.labels, 40),
+    }
+    for name, of_labels in counts.items():
+        assert Counter(row["label"] for row in FILES[name]) == of_labels
         for row in FILES[name]:
             is_nonsense = row["kind"] in HARMFUL and row["label"] == "illogical completion"
             label = "unsafe" if is_nonsense else row["label"]

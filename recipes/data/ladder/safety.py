@@ -92,11 +92,18 @@ def answers(label: str, side: str) -> list[str]:
     return [text for of_side, of_label, text in lines if (of_side, of_label) == (side, label)]
 
 
+def overcautious() -> dict[str, str]:
+    """Prompt → a refusal that takes it for a harmful one and says why, for the borderline topics of
+    topics/overcautious.tsv. Without these a judge can take every refusal with a reason for a right one, whatever was
+    asked."""
+    return dict(demo.lines(FOLDER / "topics" / "overcautious.tsv"))
+
+
 def rows(split: str) -> Iterator[dict[str, Any]]:
     """The rows of a split. Those for SFT have a response that thinks first."""
     for kind in ("harmful", "jailbreak", "borderline", "benign"):
         for place, (topic, prompt) in enumerate(asked(kind, (split,))):
-            row = {"label": "safety", "kind": kind, "prompt": prompt, "keywords": list(topic.keywords)}
+            row = demo.safety_row(topic) | {"kind": kind, "prompt": prompt}
             yield row | (_responded(topic, place) if split == "sft" else {})
 
 
