@@ -21,6 +21,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 # SafeWork-R1's table, written out again: verifier weights by label, the format reward added to all but two.
 SAFEWORK = {
     "safety": {"safety": 1},
+    "harmless": {"safety": 1},  # in the table these rows have the label "safety"
     "value": {"value": 1},
     "knowledge": {"knowledge": 1, "normal": 1},
     "knowledge_rule": {"rule_check": 1, "normal": 1},
