@@ -234,7 +234,7 @@ def draw(result: dict[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + side + 24} {top + side + 52}" '
         'font-family="sans-serif" font-size="12" fill="#333">',
         '<rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="{left}" y="20" font-weight="bold">Accuracy of the answers that state a confidence</text>',
+        f'<text x="{left}" y="20" font-weight="bold">Accuracy by stated confidence</text>',
         f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="#bbb"/>',
         f'<path d="M{left} {top + side}L{left + side} {top}" stroke="#999" stroke-dasharray="4 4"/>',
     ]
