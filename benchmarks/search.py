@@ -276,10 +276,7 @@ def generator(config: Config, address: str | None) -> Iterator[str]:
     if address is not None:
         yield address
         return
-    # A prompt that is prefilled in several steps ends vLLM 0.32 on a CPU if its request has a seed, as all have here:
-    # "CPU Generator does not use offset".
-    whole_prompts = ["--no-enable-chunked-prefill"]
-    server = Server(config.model.path, None, "generate", [], None, "127.0.0.1", PORT, 1, 1, whole_prompts, "generator")
+    server = Server(config.model.path, None, "generate", [], None, "127.0.0.1", PORT, 1, 1, [], "generator")
     log = FOLDER / "servers" / "generator.log"
     start = JudgeServer(server, 0, log, None, config.rewards.supervisor.cpu_arguments)
     with running([start], replace(config.rewards.supervisor, restarts=0)):

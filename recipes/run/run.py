@@ -20,8 +20,10 @@ from recipes.run.display import Display
 from recipes.run.loggers import Logger
 from recipes.run.watchdog import probe, slow_ranks
 
-# A phase that all ranks share is slow where it takes this many seconds more than the median; a probe has no such floor.
+# A rank is slow where it takes so many seconds more than the median: in a phase of the step, and in the probe, which
+# takes about a millisecond.
 PHASE_FLOOR = 1.0
+PROBE_FLOOR = 0.001
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Run:
         of_ranks = all_gather_json(of_this_rank, self.control)
         self.ending = any(asked_to_end for _, _, asked_to_end, _ in of_ranks)
         slow_in_phases = slow_ranks([laps for laps, _, _, _ in of_ranks], self.slow_factor, PHASE_FLOOR)
-        slow_alone = slow_ranks([probes for _, probes, _, _ in of_ranks], self.slow_factor, 0.0)
+        slow_alone = slow_ranks([probes for _, probes, _, _ in of_ranks], self.slow_factor, PROBE_FLOOR)
         for line in slow_in_phases + slow_alone:
             self.log(line)
         seconds = self.clock.seconds

@@ -111,9 +111,9 @@ def _judged(side: str) -> Iterator[dict[str, Any]]:
     ):
         for kind in kinds:
             count = JUDGED[label][side] // 2
-            kind_of_topic = "harmful" if kind == "jailbreak" else kind
-            first = drawn[kind_of_topic]
-            drawn[kind_of_topic] += count
+            topics_drawn = safety.kind_of_topics(kind)
+            first = drawn[topics_drawn]
+            drawn[topics_drawn] += count
             for place, topic, prompt in _asked(kind, side, count, first):
                 answer, reason = _finding(label, topic, side, place)
                 row = {"kind": kind, "question": prompt, "keywords": list(topic.keywords), "answer": answer}

@@ -5,6 +5,7 @@ that show a judge what is wrong in topics/answers.tsv. None is shared between tr
 """
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,14 @@ ROLES = {
 }
 
 
+def kind_of_topics(kind: str) -> str:
+    """The kind of the topics that prompts of a kind are about: a jailbreak is about a harmful request's."""
+    return "harmful" if kind == "jailbreak" else kind
+
+
 def topics(kind: str, splits: tuple[str, ...]) -> list[Topic]:
-    """The topics of some splits; a jailbreak's are those of harmful requests."""
-    return [topic for topic in demo.topics("harmful" if kind == "jailbreak" else kind) if topic.split in splits]
+    """The topics of some splits that prompts of a kind are about."""
+    return [topic for topic in demo.topics(kind_of_topics(kind)) if topic.split in splits]
 
 
 def side_of(split: str) -> str:
@@ -92,6 +98,7 @@ def answers(label: str, side: str) -> list[str]:
     return [text for of_side, of_label, text in lines if (of_side, of_label) == (side, label)]
 
 
+@cache
 def overcautious() -> dict[str, str]:
     """Prompt → a refusal that takes it for a harmful one and says why, for the borderline topics of
     topics/overcautious.tsv. Without these a judge can take every refusal with a reason for a right one, whatever was
