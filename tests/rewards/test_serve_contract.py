@@ -53,19 +53,22 @@ def literal(file: str, name: str) -> tuple[str, ...]:
 
 
 def options() -> dict[str, bool]:
-    """The options of `vllm serve` → whether a value follows. vLLM makes them of fields; a bool is a flag."""
+    """The options of `vllm serve` → whether a value follows. vLLM makes them of fields. A bool is a flag, and has
+    a second one that begins with "--no-"."""
+    flags = ("bool", "bool | None")
     takes_value = {}
     for class_name in ("BaseFrontendArgs", "FrontendArgs"):
         for name, kind in annotations(FRONTEND, class_name).items():
-            takes_value["--" + name.replace("_", "-")] = kind != "bool"
+            takes_value["--" + name.replace("_", "-")] = kind not in flags
     kinds = annotations(ARGUMENTS, "EngineArgs")
     for call in ast.walk(the_class(ARGUMENTS, "EngineArgs")):
         if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("_group.add_argument"):
             names = [word.value for word in call.args if isinstance(word, ast.Constant)]
             long = [name for name in names if name.startswith("--")]
             for name in long:
-                takes_value[name] = kinds.get(name.removeprefix("--").replace("-", "_")) != "bool"
-    return takes_value
+                takes_value[name] = kinds.get(name.removeprefix("--").replace("-", "_")) not in flags
+    negated = {name.replace("--", "--no-", 1): False for name, has_value in takes_value.items() if not has_value}
+    return takes_value | negated
 
 
 def server(arguments: list[str], runner: str, key_variable: str | None) -> Server:
