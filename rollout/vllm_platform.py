@@ -334,12 +334,19 @@ def _all_cores() -> int:
 # GPU
 
 
+# vLLM's sums over 4 to 8 workers in NVLink's switch (multimem), whose bits may differ from call to call. Its own mode
+# of fixed bits, VLLM_BATCH_INVARIANT, turns them off too. NCCL's (NCCL_NVLS_ENABLE) are the site's to set, for the
+# trainer as well: processes that share a communicator must agree.
+SUMS_IN_THE_SWITCH = "VLLM_ALLREDUCE_USE_SYMM_MEM"
+
+
 def _cuda_environment(threads: int, devices: Sequence[int]) -> dict[str, str]:
+    environment = {SUMS_IN_THE_SWITCH: os.environ.get(SUMS_IN_THE_SWITCH, "0")}
     if not devices:
-        return {}
+        return environment
     all_devices = ",".join(str(index) for index in range(len(devices)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_devices).split(",")
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[index] for index in devices)}
+    return environment | {"CUDA_VISIBLE_DEVICES": ",".join(visible[index] for index in devices)}
 
 
 def decoding_graph_sizes(sequences: int) -> list[int]:

@@ -6,6 +6,8 @@
 # It prints the numbers of the jobs. When a stage fails, Slurm cancels the jobs after it; then, or at the end, a small job
 # writes the report of all stages. STAGES="rl_safety rl_search" names other stages than conf/stage/ladder.yaml. Options of
 # sbatch go into its own variables (SBATCH_PARTITION, …: slurm/sites/template.sh).
+#
+# A stage that continues from another one starts from what that one leaves in runs/RECIPE; model.path holds for the others.
 script=$(realpath "${1:?which script, such as slurm/safework_72b.sh}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/library.sh
@@ -22,18 +24,27 @@ fi
 recipe=''
 for argument in "${hydra[@]}"; do
   [[ $argument != recipe=* ]] || recipe=${argument#*=}
+  [[ $argument != run_dir=* ]] || stop "$argument: a ladder's stages have the folders runs/RECIPE/STAGE; leave run_dir out"
 done
-previous=()
+dependency=()
+policy='' # the last stage before that trains a policy
 stages=${STAGES:-$(sed -n 's/^stage: .*ladder: \[\(.*\)\].*/\1/p' conf/stage/ladder.yaml | tr -d ,)}
 for stage in $stages; do
+  after=$(sed -n 's/^stage: .*after: \([a-z_]*\).*/\1/p' "conf/stage/$stage.yaml")
+  [[ -z $after ]] || after=${policy:-$after}
   arguments=()
   for argument in "${@:2}"; do
-    # A stage that has not begun has nothing to go on from.
-    [[ $argument == resume=true && ! -e runs/$recipe/$stage/run.json ]] || arguments+=("$argument")
+    case $argument in
+      resume=true) [[ ! -e runs/$recipe/$stage/run.json ]] || arguments+=("$argument") ;; # else there is nothing to go on from
+      model.path=*) [[ -n $after ]] || arguments+=("$argument") ;;
+      *) arguments+=("$argument") ;;
+    esac
   done
-  job=$(sbatch --parsable --kill-on-invalid-dep=yes "${previous[@]}" "${size[@]}" "$script" "stage=$stage" "${arguments[@]}")
+  [[ -z $after ]] || arguments+=("stage.after=$after" "model.path=runs/$recipe/$after/hf")
+  job=$(sbatch --parsable --kill-on-invalid-dep=yes "${dependency[@]}" "${size[@]}" "$script" "stage=$stage" "${arguments[@]}")
   echo "$stage: job $job"
-  previous=(--dependency="afterok:$job")
+  dependency=(--dependency="afterok:$job")
+  grep -q '^stage: .*evaluates: false' "conf/stage/$stage.yaml" || policy=$stage
 done
 job=$(sbatch --parsable --dependency="afterany:$job" slurm/report.sh "runs/$recipe")
 echo "report: job $job"

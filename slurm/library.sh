@@ -22,10 +22,14 @@ stop() {
 
 # Module systems read variables that are not set.
 read_site() {
-  set +u
-  # shellcheck disable=SC1090  # the site's own file
-  [[ -z ${SITE_FILE:-} ]] || source "$SITE_FILE"
-  set -u
+  if [[ -n ${SITE_FILE:-} ]]; then
+    set +u
+    # shellcheck disable=SC1090  # the site's own file
+    source "$SITE_FILE"
+    set -u
+  else
+    echo "no site file: this cluster's network, disks and container are not set (source slurm/sites/SITE.sh before sbatch)"
+  fi
   # pip brings CUDA's libraries. Transformer Engine would load another cuDNN from there first, and vLLM compile with its nvcc.
   unset CUDA_HOME CUDA_PATH
 }
@@ -196,7 +200,11 @@ healthy() {
 start_servers() {
   local plan host words timeout addresses address pid
   plan=$(run_once -m rewards.placement "${server_hosts// /,}" "$first_free" "$gpus" "${hydra[@]}")
-  [[ -n $plan ]] || return 0
+  if [[ -z $plan ]]; then
+    [[ -z ${SLURM_HET_SIZE:-} ]] || stop "this run starts no reward servers, and the job's second component would stand idle:" \
+      "submit slurm/train.sh with --nodes, --ntasks-per-node and --gpus-per-node of the first one"
+    return 0
+  fi
   REWARDS_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # in the environment: command lines can be read by others
   export REWARDS_TOKEN
   while read -r host words; do

@@ -83,6 +83,17 @@ def test_where_torch_brings_no_cudnn_the_sites_own_is_found(absent: str, monkeyp
     assert os.environ["CUDNN_HOME"] == "/opt/site/cudnn"
 
 
+def test_torch_rounds_all_pinned_memory_that_it_keeps() -> None:
+    """Else torch 2.13 gives a kept block to a request that is larger than the block."""
+    import torch
+
+    from megatron_ext.platform import cuda
+
+    torch._C._accelerator_setAllocatorSettings(cuda.ALLOCATOR_SETTING)
+    settings = dict(part.split(":") for part in torch._C._accelerator_getAllocatorSettings().split(","))
+    assert settings.keys() == {"pinned_max_cached_size_mb"}, "by default all that is kept is rounded"
+
+
 def test_both_platforms_have_the_same_functions() -> None:
     assert public_functions(CUDA) == public_functions(CPU)
     assert constants(CUDA).keys() >= {"name", "backend"}

@@ -15,13 +15,16 @@ backend = "nccl"
 _overlap_shape: tuple[int, int] | None = None
 
 ALLOCATOR_OPTIONS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second is torch's former name
+# Larger pinned tensors take their own size, which the preflight counts, and go back to the host when they are freed.
+# torch rounds the smaller ones up to a power of two and keeps them for others. It must round all that it keeps: torch
+# 2.13 gives a kept block to any request with the same next power of two, a larger one too (pytorch #192722).
+ALLOCATOR_SETTING = "pinned_max_cached_size_mb:64"
 
 
 def activate() -> None:
     """Bind this process to its GPU. Raises RuntimeError when there is none or the local rank has no device."""
-    # Pinned tensors take their own size, which the preflight counts; torch would round it up to a power of two.
     if not ALLOCATOR_OPTIONS & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:1"
+        os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTING
     # Megatron-Core overlaps tensor-parallel communication correctly only with a single hardware queue. CUDA reads the
     # variable when it starts, which the next call may do.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

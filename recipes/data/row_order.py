@@ -206,6 +206,12 @@ def _check_enough(
         for weight, numbers in sources:
             source_window = _most_turns(window, weight, total_weight)
             needed = max(source_window, 2 * source_window - 2)
+            if not len(numbers):
+                known = ", ".join(sorted(streams)) or "none"
+                raise ConfigError(
+                    f"{field} has {kind!r}, of which data.prompts holds 0 rows; its kinds are {known}: give your own "
+                    "mix in a file of conf/data/, or leave the kind out, as ~data.mix.KIND does on the command line"
+                )
             if len(numbers) < needed:
                 one = " in one of its sources" if len(sources) > 1 else ""
                 raise ConfigError(

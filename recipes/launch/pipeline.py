@@ -102,14 +102,15 @@ def plan_launches(
 def stage_launch(name: str, arguments: Sequence[str], folder: Path, previous: str | None) -> tuple[list[str], Config]:
     """The arguments and the configuration of one stage.
 
-    A stage that continues from another one starts from the model of ``previous``. ``model.path`` on the command line
-    holds only for stages that do not.
+    A stage that continues from another one starts from the model of ``previous``. ``model.path`` on the command line or
+    in the recipe holds only for stages that do not.
     """
     stage_arguments = common_arguments(name, arguments, folder)
     config = compose_config(stage_arguments)
     if config.stage.after is not None and previous is not None:
         stage_arguments = [argument for argument in stage_arguments if not argument.startswith("model.path=")]
         stage_arguments.append(f"stage.after={previous}")
+        stage_arguments.append(f"model.path={quoted(str(folder / previous / 'hf'))}")
         config = compose_config(stage_arguments)
     return stage_arguments, config
 

@@ -32,8 +32,9 @@ def main(raw: DictConfig) -> None:
     settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
     reports = []
     with view.progress() as say, quiet():
-        for arguments in stages.launches(raw, HydraConfig.get().overrides.task):
-            reports.append(report_of(arguments, settings, say))
+        command_line = HydraConfig.get().overrides.task
+        for arguments in stages.launches(raw, command_line):
+            reports.append(report_of(arguments, command_line, settings, say))
     if settings.output:
         content = asdict(reports[0]) if len(reports) == 1 else {r.stage: asdict(r) for r in reports}
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
@@ -42,11 +43,11 @@ def main(raw: DictConfig) -> None:
     sys.exit(0 if all(report.ok for report in reports) else 1)
 
 
-def report_of(arguments: list[str], settings: Settings, say: Callable[[str], None]) -> Report:
-    """The checks of one launch."""
+def report_of(arguments: list[str], command_line: list[str], settings: Settings, say: Callable[[str], None]) -> Report:
+    """The checks of one launch, which ``arguments`` make, of those that the command line makes."""
     started = time.monotonic()
     run = compose("config", overrides=arguments)
-    report = examine(run, settings, say, stages.base_model(run, arguments))
+    report = examine(run, settings, say, stages.base_model(run, command_line))
     report.seconds = round(time.monotonic() - started, 1)
     return report
 

@@ -342,16 +342,19 @@ def images(config: Config, hf_config: Any) -> str:
     # InternVL3: tiles, and one more of the complete image.
     if hasattr(hf_config, "image_seq_length"):
         limit = f"max_patches={processor['max_patches']}"
+        remedy = "lower max_patches in that file"
         tokens = (processor["max_patches"] + 1) * hf_config.image_seq_length
     else:
         vision = hf_config.vision_config
         pixels = min(processor["max_pixels"], config.data.images.max_pixels)
         limit = f"max_pixels={processor['max_pixels']}, data.images.max_pixels={config.data.images.max_pixels}"
-        tokens = pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+        token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2
+        tokens = pixels // token_pixels
+        remedy = f"use data.images.max_pixels={config.data.max_prompt_tokens // 2 * token_pixels}"
     if tokens >= config.data.max_prompt_tokens:
         raise ConfigError(
             f"an image can have {tokens} tokens ({limit}; {file}), data.max_prompt_tokens="
-            f"{config.data.max_prompt_tokens}: lower the first or raise the second"
+            f"{config.data.max_prompt_tokens}: {remedy}, or raise data.max_prompt_tokens"
         )
     return f"the largest image has {tokens} of {config.data.max_prompt_tokens} prompt tokens"
 

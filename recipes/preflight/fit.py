@@ -32,8 +32,9 @@ SHAPES = (
 )
 # Transformer Engine needs both sides of a matrix to be multiples of it.
 FP8_MULTIPLE = 16
-# vLLM's ``fp8_per_block`` gives this many neighbours in a token a scale, and takes no rest.
-FP8_BLOCK = 128
+# What the inputs of an engine worker's matrix must be a multiple of, by ``rollout.quantization``.
+PER_CHANNEL = "fp8_per_channel"
+FP8_MULTIPLES = {"fp8_per_tensor": 16, PER_CHANNEL: 16, "fp8_per_block": 128}
 # Which of a replica's distinct ranks are built: all; one of each pipeline stage, whose tensor-parallel ranks have equal
 # sizes; one of the first and of the last stage.
 ALL, STAGES, CORNERS = "all", "stages", "corners"
@@ -210,7 +211,7 @@ def rollout(config: Config, hf_config: Any, text: Any) -> str:
             f"rollout.tensor={c.tensor} does not divide the model's {text.num_attention_heads} attention heads: vLLM "
             "needs that; use a divisor"
         )
-    fp8_blocks(config, hf_config, text)
+    fp8_matrices(config, hf_config, text)
     engines_of_a_node(config, nodes_with_engines(config))
     longest = memory_plan.longest(config)
     token_bytes = sizes.kv_bytes_per_token(text, c.tensor, memory_plan.kv_cache_element_bytes(config))
@@ -227,27 +228,36 @@ def rollout(config: Config, hf_config: Any, text: Any) -> str:
     )
 
 
-def fp8_blocks(config: Config, hf_config: Any, text: Any) -> None:
-    """Raises ConfigError if the inputs of a matrix of an engine's worker are no multiple of ``FP8_BLOCK``.
+def fp8_matrices(config: Config, hf_config: Any, text: Any) -> None:
+    """Raises ConfigError if the inputs of a matrix of an engine's worker are no multiple of what vLLM 0.32 needs.
 
-    vLLM 0.32 says so in a worker's first pass only (``per_token_group_quant_fp8``).
+    For blocks it says so in a worker's first pass only (``per_token_group_quant_fp8``). For a scale of each tensor or
+    channel its kernel for H100 pads such a matrix and fails while it loads the model ("Overwriting existing tensor
+    attribute: weight_loader", vLLM's issue #47005).
     """
     c = config.rollout
-    if c.quantization != "fp8_per_block":
+    multiple = FP8_MULTIPLES.get(c.quantization or "")
+    if multiple is None or not platform.capabilities(config.cluster.platform).has_gpus:
         return
-    uneven = uneven_inputs(hf_config, text, c.tensor)
-    if uneven:
-        fitting = [n for n in range(1, c.tensor) if c.tensor % n == 0 and not uneven_inputs(hf_config, text, n)]
-        smaller = f", or rollout.tensor={fitting[-1]}" if fitting else ""
-        shown = ", ".join(f"{name} {size:g}" for name, size in uneven.items())
-        raise ConfigError(
-            f"rollout.quantization='fp8_per_block', rollout.tensor={c.tensor}: a worker's matrices have inputs that "
-            f"blocks of {FP8_BLOCK} do not divide ({shown}): use rollout.quantization=fp8_per_channel{smaller}"
-        )
+    uneven = uneven_inputs(hf_config, text, c.tensor, multiple)
+    if not uneven:
+        return
+    remedies = []
+    per_channel = FP8_MULTIPLES[PER_CHANNEL]
+    if multiple > per_channel and not uneven_inputs(hf_config, text, c.tensor, per_channel):
+        remedies.append(f"rollout.quantization={PER_CHANNEL}")
+    smaller = [n for n in range(1, c.tensor) if c.tensor % n == 0]
+    if fitting := [n for n in smaller if not uneven_inputs(hf_config, text, n, multiple)]:
+        remedies.append(f"rollout.tensor={fitting[-1]}")
+    shown = ", ".join(f"{name} {size:g}" for name, size in uneven.items())
+    raise ConfigError(
+        f"rollout.quantization={c.quantization!r}, rollout.tensor={c.tensor}: a worker's matrices have inputs that are "
+        f"no multiples of {multiple} ({shown}): use {', or '.join(remedies or ['rollout.quantization=null'])}"
+    )
 
 
-def uneven_inputs(hf_config: Any, text: Any, tensor: int) -> dict[str, float]:
-    """The inputs of an engine worker's matrices that are no multiple of ``FP8_BLOCK``, by what they are."""
+def uneven_inputs(hf_config: Any, text: Any, tensor: int, multiple: int) -> dict[str, float]:
+    """The inputs of an engine worker's matrices that are no multiples of ``multiple``, by what they are."""
     from megatron_ext.models import family
 
     heads = text.num_attention_heads
@@ -265,7 +275,7 @@ def uneven_inputs(hf_config: Any, text: Any, tensor: int) -> dict[str, float]:
         # vLLM leaves attention whole whose heads the size does not divide.
         if heads % tensor == 0:
             sizes["tower's attention"] = tower.hidden_size / tensor
-    return {name: size for name, size in sizes.items() if size % FP8_BLOCK}
+    return {name: size for name, size in sizes.items() if size % multiple}
 
 
 def colocated_judges(config: Config, settings: Settings, judges: list[memory_plan.Judges]) -> str:

@@ -54,12 +54,13 @@ def base_model(raw: DictConfig, arguments: Sequence[str]) -> str | None:
     """The model that the first of the stages before this one starts from; None if this stage has no predecessor.
 
     Args:
-        raw: the composed configuration of ``arguments``.
-        arguments: the overrides of the stage.
+        raw: the composed configuration of the stage.
+        arguments: the overrides of the command line, whose ``model.path`` is that of the first stage.
     """
     if raw.stage.after is None:
         return None
-    common = [argument for argument in arguments if not argument.startswith(OF_A_STAGE)]
+    of_the_run = [argument for argument in arguments if not OWN.match(argument)]
+    common = [argument for argument in of_the_run if not argument.startswith(OF_A_STAGE)]
     seen = set()
     while raw.stage.after is not None and raw.stage.after not in seen:
         seen.add(raw.stage.after)

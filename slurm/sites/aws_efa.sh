@@ -27,6 +27,6 @@ export TMPDIR=/scratch
 export TRITON_CACHE_DIR=/scratch/$USER-triton
 export VLLM_CACHE_ROOT=/scratch/$USER-vllm
 
-# /opt/amazon holds the plug-in; a container needs it too.
+# /opt/amazon holds the plug-in and /scratch the caches above; a container needs both.
 # export CONTAINER=pyxis:/fsx/safework.sqsh
-# export CONTAINER_MOUNTS=/fsx,/opt/amazon
+# export CONTAINER_MOUNTS=/fsx,/opt/amazon,/scratch

@@ -32,6 +32,7 @@ def test_each_node_has_as_many_and_an_engines_own_gpus_come_first(configured, mo
     engines = engine_settings(configured("rollout.engines=16", "rollout.tensor=4"), nodes=8)
     assert [engine.devices for engine in engines] == [(0, 1, 2, 3, 4, 5, 6, 7), (4, 5, 6, 7, 0, 1, 2, 3)]
     assert environment(engines[1])["CUDA_VISIBLE_DEVICES"] == "4,5,6,7,0,1,2,3"
+    assert environment(engines[1])["VLLM_ALLREDUCE_USE_SYMM_MEM"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b,c,d,e,f,g,h")
     assert environment(engines[1])["CUDA_VISIBLE_DEVICES"] == "e,f,g,h,a,b,c,d"
     assert len(engine_settings(configured(), nodes=8)) == 1

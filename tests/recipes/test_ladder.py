@@ -213,13 +213,23 @@ def test_a_pipeline_neither_overwrites_nor_skips_what_it_did_not_make(
         assert len(launched) == 1
         with pytest.raises(ConfigError, match="stage rl_safety: it ended with code 1"):
             begin("resume=true")
-        assert "stage=rl_safety" in launched[1] and launched[1][-1].startswith("stage.after=sft")
+        assert "stage=rl_safety" in launched[1]
+        assert launched[1][-2:] == ["stage.after=sft", f"model.path={quoted(str(run_dir / 'sft' / 'hf'))}"]
         assert [argument for argument in launched[1] if argument.startswith("resume=")][-1] == "resume=False"
         with pytest.raises(ConfigError, match="stage sft: it ended with code 1"):
             begin("overwrite=true")
     assert (tmp_path / "a 'run' (1).1" / "sft" / records.FINISHED).is_file() and not finished.exists()
     assert not any(argument.startswith("overwrite=") for argument in launched[2])
     assert list(tmp_path.rglob("lock.*")) == []
+
+
+def test_model_path_is_that_of_the_first_stage_alone(tmp_path: Path) -> None:
+    """Also in a recipe, whose settings otherwise take precedence over a stage's."""
+    arguments = ["recipe=ladder_demo", "stage.ladder=[sft,rl_general,rl_safety]", "model.path=models/own"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        launches = pipeline.plan_launches(["sft", "rl_general", "rl_safety"], arguments, tmp_path, resume=False)
+    paths = [config.model.path for _, config in launches.values()]
+    assert paths == ["models/own", str(tmp_path / "sft" / "hf"), str(tmp_path / "rl_general" / "hf")]
 
 
 def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(pipeline_folder: Path) -> None:

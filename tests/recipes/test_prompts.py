@@ -232,7 +232,7 @@ def test_a_kind_with_too_few_rows_is_refused() -> None:
     rows = rows_of({**dict.fromkeys(MIX, 6), "task": 3})
     with pytest.raises(ConfigError, match=r"'task', of which data\.prompts holds 3 rows; 4 are needed"):
         mixed(rows, MIX, 0, 10, 1)
-    with pytest.raises(ConfigError, match=r"'joke', of which data\.prompts holds 0 rows"):
+    with pytest.raises(ConfigError, match=r"'joke', of which data\.prompts holds 0 rows; its kinds are .*task"):
         mixed(rows, {"joke": 1}, 0, 1, 1)
     with pytest.raises(ConfigError, match=r"data\.curriculum has 'joke', of which data\.prompts holds 0 rows"):
         scheduled(rows, [(0, {"task": 1}), (7, {"joke": 1})], 0, 1, 1)

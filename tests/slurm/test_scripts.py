@@ -180,7 +180,11 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
         "[[ $1 == stage=rl_general ]] && export STAND_IN_EXIT=recipes.prepare=3\n"
         'source slurm/library.sh\nrun_job recipe=ladder_demo cluster.engine_nodes=1 "$@"\n'
     )
-    done = submit(slurm, project, "bash", "slurm/ladder.sh", "small.sh", "seed=5", "cluster.nodes=1")
+    given = ("seed=5", "model.path=a/base", "cluster.nodes=1")
+    elsewhere = submit(slurm, project, "bash", "slurm/ladder.sh", "small.sh", *given, "run_dir=runs/mine")
+    assert (elsewhere.returncode, elsewhere.stdout) == (1, "")
+    assert "run_dir=runs/mine: a ladder's stages have the folders runs/RECIPE/STAGE" in elsewhere.stderr
+    done = submit(slurm, project, "bash", "slurm/ladder.sh", "small.sh", *given)
     assert done.returncode == 0, done.stderr
     jobs = [line.split(": job ") for line in done.stdout.splitlines()]
     *jobs, (last, report) = jobs
@@ -192,7 +196,21 @@ def test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails(slurm: Cluster
     reported = [call["arguments"] for call in calls(project) if call["module"] == "recipes.launch.pipeline"]
     assert (last, reported) == ("report", [["runs/ladder_demo"]])
     trained = [call["arguments"] for call in calls(project) if call["module"] == "recipes.train"]
-    assert trained[0][:4] == ["recipe=ladder_demo", "cluster.engine_nodes=1", "stage=sft", "seed=5"]
+    assert trained[0][:5] == [
+        "recipe=ladder_demo",
+        "cluster.engine_nodes=1",
+        "stage=sft",
+        "seed=5",
+        "model.path=a/base",
+    ]
+    # A later stage starts from what the stage before it leaves, whatever model the recipe or the command line names.
+    (second,) = (
+        call["arguments"]
+        for call in calls(project)
+        if call["module"] == "recipes.prepare" and "stage=rl_general" in call["arguments"]
+    )
+    assert "model.path=a/base" not in second
+    assert {"stage.after=sft", "model.path=runs/ladder_demo/sft/hf"} <= set(second)
     nodes = {argument for call in trained for argument in call if "nodes" in argument}
     assert nodes == {"cluster.nodes=1", "cluster.engine_nodes=1"}
 
