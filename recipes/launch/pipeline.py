@@ -206,8 +206,13 @@ def write_results(folder: Path, stages: Sequence[str], evaluation: str) -> None:
 def stages_with_answers(folder: Path) -> tuple[list[str], str]:
     """The stages below ``folder`` that have answers, in order, and the held-out prompts of the last one.
 
-    Raises ConfigError when there are none.
+    Raises ConfigError when there are none, and for the folder of one run, whose report would be overwritten.
     """
+    if (folder / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"{folder}: is the folder of one run, and the report of stages would replace its report.html; move the run "
+            "away, or the folders of the stages, and write the report again"
+        )
     stage_folders = [path.parent for path in sorted(folder.glob("*/answers.json"))]
     configs = {stage.name: yaml.safe_load((stage / "config.yaml").read_text()) for stage in stage_folders}
     if not configs:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from megatron_ext import platform
 from recipes.config import Config, generates, parse, samples_per_step
 from recipes.data.rows import PROMPT_FIELDS
-from recipes.data.source_spec import source_names
+from recipes.data.source_spec import parse_sources, source_names
 from recipes.errors import ConfigError
 from recipes.launch.claim import check_folder
 from recipes.launch.requirements import check_parts, check_supervised
@@ -35,6 +35,7 @@ from rewards.settings import Server
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # The folder that the files of conf/ name; below it is no name of the hub.
 MODELS_FOLDER = "models"
+SHIPPED_DATA = Path(__file__).resolve().parents[1] / "data"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Of a trained parameter: its BF16 weight, FP32 master and two moments.
 CHECKPOINT_BYTES = 14
@@ -375,7 +376,17 @@ def every_prompt(config: Config) -> str:
         judge = config.stage.sft.judge
         for source in filter(None, (config.data.sft, config.stage.sft.held_out)):
             counts.append(f"{check_examples(processor, source, judge, mark, longest)} of {source_names(source)}")
-    return f"prompts are made: {', '.join(counts)}"
+    return f"prompts are made: {', '.join(counts)}{stand_in(config)}"
+
+
+def stand_in(config: Config) -> str:
+    """A remark on a GPU job that trains on the demos' data."""
+    fields = {"rl": config.data.prompts, "sft": config.data.sft}
+    sources = [spec.name for stage in config.stage.trains if stage in fields for spec in parse_sources(fields[stage])]
+    shipped = [name for name in sources if Path(name).resolve().is_relative_to(SHIPPED_DATA)]
+    if not shipped or not platform.capabilities(config.cluster.platform).has_gpus:
+        return ""
+    return f". A STAND-IN: {', '.join(shipped)} are the demos' data, for trying out a job; name your own with data=…"
 
 
 def disk_space(config: Config, settings: Settings, report: Report) -> str:

@@ -118,6 +118,9 @@ def test_the_report_shows_every_stage_and_model_text_stays_text(
     pipeline.main()
     with pytest.raises(ConfigError, match=r"rl_safety: no stage has answers\.json"):
         pipeline.stages_with_answers(tmp_path / "rl_safety")
+    (tmp_path / "rl_safety" / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"rl_safety: is the folder of one run.*would replace its report\.html"):
+        pipeline.stages_with_answers(tmp_path / "rl_safety")
     stages = json.loads((tmp_path / "ladder.json").read_text())["stages"]
     rate = f"over_refusal/{HOSTILE}"
     assert [(stage["stage"], stage[rate]) for stage in stages] == [("base", 1.0), ("sft", 0.0), ("rl_safety", 0.0)]

@@ -783,3 +783,17 @@ def test_a_failing_run_writes_its_report_and_exits_with_one(tmp_path: Path) -> N
     unknown = len(report["checks"]) - 1
     assert unknown == len(not_checked(report)) > 10
     assert f"0 hold, 1 fail, {unknown} not checked" in done.stdout
+
+
+def test_the_demos_data_is_called_a_stand_in_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = tmp_path / "rows.jsonl"
+    own.write_text("{}\n")
+    for fields, said in (
+        (("recipe=safework_7b",), "recipes/data/ladder/rl.jsonl"),
+        (("recipe=safework_7b", f"data.prompts={own}"), ""),
+        (("recipe=safework_7b", "stage=sft", f"data.prompts={own}"), "recipes/data/ladder/sft.jsonl"),
+        (("recipe=safework_7b", "stage=sft", f"data.sft={own}"), ""),
+        (("recipe=demo",), ""),
+    ):
+        config, _ = run(monkeypatch, *fields)
+        assert (said in checks.stand_in(config)) and bool(said) == ("STAND-IN" in checks.stand_in(config))

@@ -139,6 +139,13 @@ def test_servers_without_room_are_refused(slurm: Cluster, project: Path) -> None
     assert "recipes.train" not in [call["module"] for call in calls(project)]
 
 
+def test_nodes_for_servers_that_are_not_needed_are_refused(slurm: Cluster, project: Path) -> None:
+    job = sbatch(slurm, project, "--nodes=1", ":", "--nodes=1", "slurm/safework_7b.sh", "rewards=rules")
+    assert slurm.wait_for_end(job, SECONDS) == ("FAILED", "1:0"), log(project, job)
+    assert "this run starts no reward servers" in log(project, job)
+    assert "recipes.train" not in [call["module"] for call in calls(project)]
+
+
 def test_a_server_that_ends_in_the_middle_ends_the_job(slurm: Cluster, project: Path) -> None:
     script = ("--nodes=1", ":", "--nodes=3", "slurm/safework_7b.sh")
     job = sbatch(slurm, project, *script, STAND_IN_EXIT="rewards.serve=4")
