@@ -56,6 +56,9 @@ NOT_TRIED = {
     "tests/slurm/test_scripts.py::test_the_rung_of_two_nodes_submits_signals_judges_and_records": (
         "minutes of a real Slurm; tests/test_gpu_rehearsal.py has the same faults with a fake sbatch"
     ),
+    "tests/slurm/test_scripts.py::test_the_ladder_is_a_job_a_stage_and_ends_with_one_that_fails": (
+        "a real Slurm; test_ladder has the same fault in one launch"
+    ),
     "tests/slurm/test_small_recipe.py": "ten minutes of a real Slurm; test_slurm has the same fault with a fake one",
     "tests/te/test_layers.py::test_fp8_tensors_have_an_empty_storage": (
         "what Transformer Engine does; the remedy's test is in test_network"
@@ -131,7 +134,7 @@ FAULTS = (
         "uneven FP8 blocks",
         "A recipe's model could have such sizes too",
         "recipes/preflight/fit.py",
-        "    fp8_blocks(config, hf_config, text)\n",
+        "    fp8_matrices(config, hf_config, text)\n",
         "",
         "tests/recipes/test_preflight.py::test_fp8_blocks_that_do_not_divide_a_workers_matrices_are_refused[72b]",
         "assert [1, 2",
@@ -756,6 +759,42 @@ FAULTS = (
         "            answer(connection)\n",
         "tests/recipes/test_node_check.py::test_strangers_are_not_counted_and_nobody_waits_for_them",
         "assert ",
+    ),
+    Fault(
+        "kept pinned memory is not rounded",
+        "Pinned memory of more than 1 MiB was not rounded",
+        "megatron_ext/platform/cuda.py",
+        'ALLOCATOR_SETTING = "pinned_max_cached_size_mb:64"',
+        'ALLOCATOR_SETTING = "pinned_max_round_threshold_mb:1"',
+        "tests/test_gpu_static.py::test_torch_rounds_all_pinned_memory_that_it_keeps",
+        "by default all that is kept is rounded",
+    ),
+    Fault(
+        "FP8 matrices that vLLM pads",
+        "FP8 engines of Qwen2.5-VL-7B could not start",
+        "recipes/preflight/fit.py",
+        '{"fp8_per_tensor": 16, PER_CHANNEL: 16, "fp8_per_block": 128}',
+        '{PER_CHANNEL: 1, "fp8_per_block": 128}',
+        "tests/recipes/test_preflight.py::test_inputs_that_vllm_s_kernel_for_h100_would_pad_are_refused",
+        "no multiples of 16",
+    ),
+    Fault(
+        "sums in the switch",
+        "Engines of four to eight GPUs summed in NVLink's switch",
+        "rollout/vllm_platform.py",
+        '    environment = {SUMS_IN_THE_SWITCH: os.environ.get(SUMS_IN_THE_SWITCH, "0")}\n',
+        "    environment: dict[str, str] = {}\n",
+        "tests/recipes/test_engine_settings.py::test_each_node_has_as_many_and_an_engines_own_gpus_come_first",
+        "VLLM_ALLREDUCE_USE_SYMM_MEM",
+    ),
+    Fault(
+        "every stage from the base model",
+        "A recipe's or a command line's `model.path` held for every stage",
+        "recipes/launch/pipeline.py",
+        """        stage_arguments.append(f"model.path={quoted(str(folder / previous / 'hf'))}")\n""",
+        "",
+        "tests/recipes/test_ladder.py::test_model_path_is_that_of_the_first_stage_alone",
+        "models/own",
     ),
 )  # fmt: skip
 

@@ -227,12 +227,16 @@ def test_a_pipeline_neither_overwrites_nor_skips_what_it_did_not_make(
 
 
 def test_model_path_is_that_of_the_first_stage_alone(tmp_path: Path) -> None:
-    """Also in a recipe, whose settings otherwise take precedence over a stage's."""
-    arguments = ["recipe=ladder_demo", "stage.ladder=[sft,rl_general,rl_safety]", "model.path=models/own"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        launches = pipeline.plan_launches(["sft", "rl_general", "rl_safety"], arguments, tmp_path, resume=False)
-    paths = [config.model.path for _, config in launches.values()]
-    assert paths == ["models/own", str(tmp_path / "sft" / "hf"), str(tmp_path / "rl_general" / "hf")]
+    """Also where the recipe gives it, whose settings take precedence over a stage's."""
+    own = tmp_path / "conf" / "recipe" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults: [ladder_demo]\nmodel: {path: models/own}\n")
+    search = f"hydra.searchpath=[file://{tmp_path}/conf]"
+    for arguments in (["recipe=ladder_demo", "model.path=models/own"], ["recipe=own", search]):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            launches = pipeline.plan_launches(["sft", "rl_general", "rl_safety"], arguments, tmp_path, resume=False)
+        paths = [config.model.path for _, config in launches.values()]
+        assert paths == ["models/own", str(tmp_path / "sft" / "hf"), str(tmp_path / "rl_general" / "hf")]
 
 
 def test_the_reference_of_a_stage_is_the_model_that_it_starts_from(pipeline_folder: Path) -> None:
