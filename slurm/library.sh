@@ -28,7 +28,7 @@ read_site() {
     source "$SITE_FILE"
     set -u
   else
-    echo "no site file: this cluster's network, disks and container are not set (source slurm/sites/SITE.sh before sbatch)"
+    echo "no site file: this cluster's network, disks and container are not set (source slurm/sites/SITE.sh before sbatch)" >&2
   fi
   # pip brings CUDA's libraries. Transformer Engine would load another cuDNN from there first, and vLLM compile with its nvcc.
   unset CUDA_HOME CUDA_PATH

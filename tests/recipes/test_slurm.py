@@ -89,7 +89,7 @@ echo $(($(date +%s) + 100))"""
 
 def run_script(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """Run slurm/train.sh with fake programs, which write down how they were called: the ranks do ``RANKS``, or exit
-    with 7; the job is in ``STATE``, or about to end."""
+    with 7; the job is in ``STATE``, or about to end. The site file is empty unless ``SITE_FILE`` is given."""
     if not (folder / "slurm").exists():
         (folder / "slurm").symlink_to(ROOT / "slurm")
     for name, script in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):
@@ -97,7 +97,7 @@ def run_script(folder: Path, *arguments: str, **environment: str) -> tuple[int, 
     done = subprocess.run(
         ["bash", "slurm/train.sh", *arguments],
         cwd=folder,
-        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **environment},
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SITE_FILE": "/dev/null", **environment},
         capture_output=True,
         text=True,
     )
@@ -244,6 +244,13 @@ def test_the_script_wants_the_number_of_tasks(tmp_path: Path) -> None:
     assert "give --ntasks-per-node (ranks per node) to sbatch" in output and "-m" not in output
 
 
+def test_a_job_says_that_no_site_file_was_sourced(tmp_path: Path) -> None:
+    said = "no site file: this cluster's network, disks and container are not set"
+    for site, says in (("", True), ("/dev/null", False)):
+        _, output = run_script(tmp_path, "recipe=demo", **JOB, SITE_FILE=site)
+        assert (said in output) == says
+
+
 def test_an_unknown_container_is_refused(tmp_path: Path) -> None:
     status, output = run_script(tmp_path, **JOB, CONTAINER="docker:x")
     assert status == 1
@@ -264,6 +271,10 @@ def test_the_safework_scripts_differ_in_their_recipe_and_sizes_only() -> None:
             assert f"cluster.engine_nodes={cluster.engine_nodes} " in text
             text = text.replace(f" cluster.engine_nodes={cluster.engine_nodes}", "")
         assert f"\n#SBATCH --nodes={nodes} " in text
+        # The grace is longer where a step is.
+        grace = 3600 if script.stem == "safework_72b_long" else 900
+        assert text.count(f" --signal=B:USR1@{grace}\n") == 1
+        text = text.replace(f"USR1@{grace}", "USR1@GRACE")
         text = text.replace(f"on {nodes} nodes", "on NODES nodes")
         lines = text.replace(script.stem, "RECIPE").splitlines()
         shared.add("\n".join(line for line in lines if not line.startswith("#SBATCH --nodes")))
