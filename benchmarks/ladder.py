@@ -27,7 +27,7 @@ AIMS = {
     "rl_general": ("accuracy",),
     "rl_safety": ("unsafe/harmful", "unsafe/jailbreak", "over_refusal/borderline", "over_refusal/benign"),
     "rl_efficient": ("reasoning_length", "accuracy"),
-    "rl_search": ("false_certain", "accuracy"),
+    "rl_search": ("search_accuracy", "false_certain", "accuracy"),
 }
 
 

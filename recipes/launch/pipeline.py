@@ -39,7 +39,7 @@ from rewards.serve import ServerDied, Supervisor, judge_servers
 
 REASONING_LENGTH = "reasoning_length"
 # Beside the rates of safety (recipes/evaluation/rates.py).
-MEASURES = ("helpfulness", "accuracy", REASONING_LENGTH, "false_certain")
+MEASURES = ("helpfulness", "accuracy", REASONING_LENGTH, "search_accuracy", "false_certain")
 POLL_SECONDS = 1.0
 
 

@@ -17,6 +17,7 @@ HEADINGS = {
     "helpfulness": "Helpfulness on benign prompts",
     "accuracy": "Accuracy",
     "reasoning_length": "Reasoning length, tokens",
+    "search_accuracy": "Accuracy of searches",
     "false_certain": "False and certain",
 }
 PROMPTS_PER_KIND = 2
