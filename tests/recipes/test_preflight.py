@@ -785,6 +785,20 @@ def test_a_failing_run_writes_its_report_and_exits_with_one(tmp_path: Path) -> N
     assert f"0 hold, 1 fail, {unknown} not checked" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ((), "8 for trainer and engines, 3 for the judges alone"),
+        (("rewards=rules",), "8 for trainer and engines, none for judges alone: submit slurm/train.sh"),
+    ],
+)
+def test_a_job_without_judges_is_sent_to_the_script_of_one_component(
+    fields: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = run(monkeypatch, "recipe=safework_72b", *fields)
+    assert checks.nodes(config).startswith(says)
+
+
 def test_the_demos_data_is_called_a_stand_in_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = tmp_path / "rows.jsonl"
     own.write_text("{}\n")
