@@ -18,6 +18,11 @@ OWN = re.compile(r"\+*preflight[.=]")
 OF_A_STAGE = ("stage=", "stage.after=", "stage.ladder=", "run_dir=")
 
 
+def of_the_run(arguments: Sequence[str]) -> list[str]:
+    """The overrides without the preflight's own."""
+    return [argument for argument in arguments if not OWN.match(argument)]
+
+
 def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     """The command line of each launch, without the preflight's own overrides. Finished stages of a resumed ladder are
     not launched.
@@ -26,16 +31,16 @@ def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
         raw: the composed configuration of ``arguments``.
         arguments: the overrides of the command line.
     """
-    of_the_run = [argument for argument in arguments if not OWN.match(argument)]
+    run_arguments = of_the_run(arguments)
     if not raw.stage.ladder:
-        return [of_the_run]
+        return [run_arguments]
     folder = Path(raw.run_dir)
     stage_launches = []
     previous = None
     for name in raw.stage.ladder:
         begun = raw.resume and is_run(folder / name)
         finished = raw.resume and (folder / name / records.FINISHED).is_file()
-        given = [*of_the_run, f"resume={begun}"]
+        given = [*run_arguments, f"resume={begun}"]
         try:
             stage_arguments, _ = stage_launch(name, given, folder, previous)
         except ConfigError:
@@ -59,8 +64,7 @@ def base_model(raw: DictConfig, arguments: Sequence[str]) -> str | None:
     """
     if raw.stage.after is None:
         return None
-    of_the_run = [argument for argument in arguments if not OWN.match(argument)]
-    common = [argument for argument in of_the_run if not argument.startswith(OF_A_STAGE)]
+    common = [argument for argument in of_the_run(arguments) if not argument.startswith(OF_A_STAGE)]
     seen = set()
     while raw.stage.after is not None and raw.stage.after not in seen:
         seen.add(raw.stage.after)

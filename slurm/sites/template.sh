@@ -25,7 +25,7 @@ export SBATCH_TIMELIMIT=24:00:00
 # export EXCLUDE_BAD_NODES=true
 # export NODE_CHECK="node_check.neighbour_gb_s=10"
 
-# NCCL sums in NVLink's switch without a fixed order (docs/determinism.md). For the same bits every time:
+# NCCL's all-reduce inside the NVLink switch (NVLS) has no fixed order (docs/determinism.md). For the same bits every time:
 # export NCCL_NVLS_ENABLE=0
 
 # The network interface between nodes (`ip -brief address` on a node), for torch.distributed's two backends.
