@@ -39,6 +39,8 @@ GENERATION_GOAL = 0.95  # at least: our tokens/s / bare vLLM's tokens/s
 SETTINGS = (
     "recipe=demo",
     f"algorithm.steps={1 + REPETITIONS}",
+    # The yardstick makes one update of all samples.
+    "algorithm.updates_per_rollout=1",
     "algorithm.learning_rate=1e-30",
     f"checkpoint.every_steps={1 + REPETITIONS}",
 )

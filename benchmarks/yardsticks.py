@@ -2,6 +2,7 @@
 
 They use neither the trainer nor the rollout engine, with two exceptions: the algorithm's loss function, so that both
 sides minimise the same loss, and the engine's environment variables, so that both vLLMs run under the same conditions.
+How idle threads wait is left to PyTorch: the engine shares its cores with the ranks, a yardstick runs while all wait.
 For each repetition a yardstick reads one JSON line from standard input and writes one as its answer. It blocks in the
 read between repetitions and uses no CPU time there.
 """
@@ -29,10 +30,14 @@ TRAINING = (
     "every core. Timed: forward, loss, backward, clipping, update; not timed: padding. Ours is the full train phase."
 )
 GENERATION = (
-    "Bare vLLM: LLM.generate in one process; same prompts, seeds, sampling, log-probs, dtype, threads, limits and "
-    "environment, no detokenisation on either side; weights from the same checkpoint, without the weight sync. "
+    "Bare vLLM: LLM.generate in one process; same prompts, seeds, sampling, log-probs, dtype, threads and limits, "
+    "PyTorch's default for how threads wait, no detokenisation on either side; weights from the same checkpoint, "
+    "without the weight sync. "
     "Timed: LLM.generate alone. Ours is the full generate phase: with tokenisation, HTTP and broadcast to the ranks."
 )
+
+# How the engine's idle threads wait.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 class Yardstick:
@@ -85,14 +90,17 @@ def training(config: Config, engine: EngineSettings, folder: Path, log: Path) ->
         "optimizer": asdict(config.optimizer),
         "algorithm": asdict(config.algorithm),
     }
-    env = {**environment(engine), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    env.pop("OMP_WAIT_POLICY", None)  # PyTorch's default is best for a process that shares no cores
+    env = {**yardstick_environment(engine), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     return Yardstick("training", settings, env, log)
 
 
 def generation(engine: EngineSettings, folder: Path, log: Path) -> Yardstick:
     """Start bare vLLM with the model in ``folder`` and the settings of ``engine``."""
-    return Yardstick("generation", {**asdict(engine), "model": str(folder)}, environment(engine), log)
+    return Yardstick("generation", {**asdict(engine), "model": str(folder)}, yardstick_environment(engine), log)
+
+
+def yardstick_environment(engine: EngineSettings) -> dict[str, str]:
+    return {name: value for name, value in environment(engine).items() if name not in WAITING}
 
 
 def padded_batches(lengths: Sequence[tuple[int, int]], limit: int) -> list[list[int]]:

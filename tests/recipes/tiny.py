@@ -121,6 +121,7 @@ def overrides(folder: Path, run_dir: Path, *more: str) -> list[str]:
         "algorithm.steps=4",
         "algorithm.prompts_per_step=4",
         "algorithm.samples_per_prompt=4",
+        "algorithm.updates_per_rollout=1",
         "algorithm.learning_rate=1e-3",
         "optimizer.betas=[0.9,0.95]",
         "checkpoint.every_steps=1",
