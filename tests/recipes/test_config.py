@@ -494,7 +494,7 @@ IMPOSSIBLE = [
     (["cluster.ranks=0", "cluster.threads=1"], "cluster.ranks", "0", "above 0"),
     (["cluster.nodes=0"], "cluster.nodes", "0", "above 0"),
     (["cluster.threads=0"], "cluster.threads", "0", "above 0"),
-    (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "128", "multiple of 100"),
+    (["cluster.ranks=200", "cluster.threads=1"], "algorithm.prompts_per_step", "72", "multiple of 100"),
     (["checkpoint.every_steps=0"], "checkpoint.every_steps", "0", "above 0"),
     (["checkpoint.keep=1"], "checkpoint.keep", "1", "2 or more"),
     (["cluster.watchdog=1800"], "cluster.watchdog", "1800", "below cluster.timeout"),
