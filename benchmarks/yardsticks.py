@@ -32,12 +32,12 @@ TRAINING = (
 GENERATION = (
     "Bare vLLM: LLM.generate in one process; same prompts, seeds, sampling, log-probs, dtype, threads and limits, "
     "PyTorch's default for how threads wait, no detokenisation on either side; weights from the same checkpoint, "
-    "without the weight sync. "
-    "Timed: LLM.generate alone. Ours is the full generate phase: with tokenisation, HTTP and broadcast to the ranks."
+    "without the weight sync. Timed: LLM.generate alone. Ours is the full generate phase: with tokenisation, HTTP and "
+    "broadcast to the ranks."
 )
 
-# How the engine's idle threads wait.
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# Variables of the engine's environment that say how idle OpenMP threads wait.
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 class Yardstick:
@@ -100,7 +100,8 @@ def generation(engine: EngineSettings, folder: Path, log: Path) -> Yardstick:
 
 
 def yardstick_environment(engine: EngineSettings) -> dict[str, str]:
-    return {name: value for name, value in environment(engine).items() if name not in WAITING}
+    """The engine's environment, with PyTorch's default for how idle threads wait."""
+    return {name: value for name, value in environment(engine).items() if name not in WAIT_VARIABLES}
 
 
 def padded_batches(lengths: Sequence[tuple[int, int]], limit: int) -> list[list[int]]:

@@ -136,9 +136,9 @@ def _cpu_environment(threads: int, devices: Sequence[int]) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # An idle engine then uses no core.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # A thread polls for some 20 µs before it sleeps, because a small model's kernels follow each other that
-        # closely, and waking it takes longer. Generation takes 0.7 of the time. Beside a busy process it takes 1.2
-        # times as long, and with ten times the count 3 times.
+        # A thread polls for a moment before it sleeps, because a small model's kernels follow each other closely, and
+        # waking a thread takes longer. Generation takes 0.7 of the time. Beside a busy process it takes 1.2 times as
+        # long, and with ten times the count 3 times.
         "GOMP_SPINCOUNT": "2000",
         # Copies of 32 KiB and more use non-temporal stores (1.4 times as fast: the weights do not fit into the caches)
         # into huge pages where the kernel gives them (0.9 of the time).
