@@ -4,19 +4,24 @@ Every file is written by the one command that it names, and carries digests of w
 :func:`write`): of the modules that the command can import, of the configuration, and of the data. Where the command
 says which recipes it takes, the configuration is what they compose, and the data is the files that this or the code
 names; otherwise it is all of both, but for the bounds that ``recipes.check`` compares a finished run with. A file is
-stale when any of these has changed since, however little, or when it has no digest.
+stale when any of these has changed since, however little, or when it has no digest. Comments and docstrings do not
+count: a program does the same without them.
 """
 
 import ast
 import functools
 import hashlib
+import io
+import itertools
 import json
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -28,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROOMS = ("recipes", "megatron_ext", "rollout", "rewards", "conf", "benchmarks")
 NOT_CODE = (".yaml", ".jsonl", ".parquet")  # configuration and data
+PACKAGE_DIRECTIVE = re.compile(r"^# @package .*", re.MULTILINE)  # a comment that Hydra reads
 BOUNDS = Path("conf/bounds")  # no run and no benchmark reads them
 # A module's name, or a package's with the dot after which an f-string goes on with the module's.
 MODULE_NAME = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)*\.?")
@@ -62,9 +68,35 @@ def source(module: str | None, root: Path = ROOT, recipes: Sequence[str] = ()) -
         name = path.relative_to(root)
         digest = digests[name.parts[0]]
         digest.update(f"{name}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(effective(path)).digest())
     by_room = {room: digest.hexdigest()[:16] for room, digest in digests.items()}
     return {**by_room, OF_RECIPES: list(recipes)} if recipes else by_room
+
+
+def effective(path: Path) -> bytes:
+    """What of a file has an effect: all of it but comments and docstrings."""
+    if path.suffix == ".py":
+        return statements(path.read_text()).encode()
+    if path.suffix == ".yaml":
+        text = path.read_text()
+        return repr((PACKAGE_DIRECTIVE.findall(text), yaml.safe_load(text))).encode()
+    return path.read_bytes()
+
+
+def statements(code: str) -> str:
+    """The tokens of code, one a line, without comments, docstrings, and line breaks inside a statement."""
+    passed_over = (tokenize.COMMENT, tokenize.NL)
+    kept: list[tokenize.TokenInfo] = []
+    docstring = False  # whether the last token was one, whose end of line goes with it
+    for token, following in itertools.pairwise(tokenize.generate_tokens(io.StringIO(code).readline)):
+        if token.type in passed_over or docstring:
+            docstring = False
+            continue
+        begins = not kept or kept[-1].type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        docstring = begins and token.type == tokenize.STRING and following.type == tokenize.NEWLINE
+        if not docstring:
+            kept.append(token)
+    return "\n".join(token.string for token in kept)
 
 
 def composed(recipe: str, root: Path) -> str:

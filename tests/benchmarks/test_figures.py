@@ -47,9 +47,53 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", DEPENDED_ON)
 def test_a_change_of_what_a_program_depends_on_changes_the_digest_of_its_room_alone(root: Path, name: str) -> None:
     before = figures.source(PROGRAM, root)
-    (root / name).write_text((root / name).read_text() + "\n")
+    added = {".py": "\na = 1\n", ".yaml": "\na: 1\n", ".jsonl": "\n"}[Path(name).suffix]
+    (root / name).write_text((root / name).read_text() + added)
     after = figures.source(PROGRAM, root)
     assert [room for room in figures.ROOMS if after[room] != before[room]] == [name.partition("/")[0]]
+
+
+CODE = """
+def total(
+    values: list[int],
+) -> int:
+    name = "#"
+    return sum(values)
+"""
+SAME = [
+    '"""A module."""\n' + CODE,
+    CODE.replace("    name", '    """A docstring."""\n    name'),
+    CODE.replace("sum(values)", "sum(values)  # a comment\n# another\n"),
+    CODE.replace("(\n    values: list[int],\n)", "(values: list[int],)"),
+]
+OTHER = [
+    CODE.replace('"#"', '"# "'),
+    CODE.replace("sum", "max"),
+    CODE.replace("    return", "return"),
+    CODE.replace('    name = "#"\n', '    """#"""\n'),
+]
+
+
+@pytest.mark.parametrize("code", SAME)
+def test_comments_docstrings_and_line_breaks_of_code_do_not_count(code: str) -> None:
+    assert figures.statements(code) == figures.statements(CODE)
+
+
+@pytest.mark.parametrize("code", OTHER)
+def test_every_statement_of_code_counts(code: str) -> None:
+    assert code != CODE
+    assert figures.statements(code) != figures.statements(CODE)
+
+
+def test_comments_of_configuration_do_not_count_but_the_one_that_hydra_reads(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    contents = ["a: '# 1'", "# one\na: '# 1'  # two", "a: 1", "# @package _global_\na: '# 1'"]
+    effects = []
+    for content in contents:
+        path.write_text(content)
+        effects.append(figures.effective(path))
+    assert effects[0] == effects[1]
+    assert len(set(effects)) == 3
 
 
 def test_other_code_text_and_results_do_not_change_it_and_a_new_module_of_a_loaded_package_does(root: Path) -> None:
