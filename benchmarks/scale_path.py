@@ -216,7 +216,8 @@ class MeasuredRollout(Rollout):
     meter: "Meter"
 
     def collect(self, *arguments: Any) -> TokenBatch:
-        if self.fleet.engines:
+        # A node has engines and no requests where the prompts are fewer than the nodes.
+        if len(self.generation.requests):
             self.generation.running.result()
             for verdict in self.generation.verdicts.values():
                 verdict.result()

@@ -1,15 +1,15 @@
 """The one batch of the project: columns of tokens, from the generation engine to the micro-batches of the trainer.
 
 A ``TokenBatch`` holds S responses to P prompts as flat arrays with offsets, so no code loops over tokens. Engines
-answer with it, verifiers read it, advantages and loss masks are columns of it, ``megatron_ext.packing`` cuts it into
-micro-batches, and a checkpoint holds partial rollouts as one. Supervised stages build it from their rows.
+return it. Verifiers read it. Advantages and loss masks are columns of it. ``megatron_ext.packing`` packs it into
+micro-batches. A checkpoint stores partial rollouts as one batch. Supervised stages build it from their rows.
 ``docs/batch.md`` has the layout on one page.
 
-In RL every rank has the columns of responses, [S], and holds the tokens of some: those that its engines made, later
-those that it trains on (``megatron_ext.routing``).
+In RL every rank has all columns of responses, [S], but the tokens of only some responses: first those that its engines
+generated, later those that it trains on (``megatron_ext.routing``).
 
-Between processes a batch travels as safetensors bytes: columns as they are in memory, text as one entry of JSON bytes.
-This module needs numpy and safetensors only, so an engine's client can import it without torch.
+Processes exchange batches as safetensors bytes. Columns are stored as they are in memory; text is one entry of JSON
+bytes. This module needs numpy and safetensors only, so an engine's client can import it without torch.
 """
 
 import json
@@ -24,83 +24,85 @@ from safetensors.numpy import save as save_safetensors
 
 Array = np.ndarray
 
-UNFINISHED = "unfinished"  # a partial rollout: the response goes on in a later round
-# The entry with the columns that are text, as bytes of JSON. Not in the header: safetensors refuses one above 100 MB,
-# which the raw answers of judges on some thousand responses can reach.
+UNFINISHED = "unfinished"  # a partial rollout: a later round continues the response
+# The safetensors entry that holds the text columns, as bytes of JSON. They are not in the header, because safetensors
+# refuses a header above 100 MB, which the raw answers of judges on some thousand responses can reach.
 TEXT = "text"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the engines are asked.
-
-    ``token_ids`` int32 [tokens]: chat template applied, a placeholder token for each output row of a vision tower.
-    ``images`` and ``videos`` name files, in prompt order; a video is the list of its frames' files.
-    ``marked_token_ids`` int32: the prompt with one mark for each image or video, from which vLLM's own processor has to
-    make exactly ``token_ids``; empty for a prompt of text alone.
-    """
+    """A prompt in the form in which it is sent to the engines."""
 
     prompt_id: str
+    # int32 [tokens]: the prompt after the chat template, with a placeholder token for each output row of the vision
+    # tower.
     token_ids: Array
+    # File names, in prompt order. A video is the list of its frames' files.
     images: tuple[str, ...] = ()
     videos: tuple[tuple[str, ...], ...] = ()
+    # int32: the prompt with one mark for each image or video. vLLM's own processor must turn it into exactly
+    # ``token_ids``. Empty for a text-only prompt.
     marked_token_ids: Array = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass(eq=False)
 class TokenBatch:
-    """S responses to P prompts. The tokens of some of them are held here, R in all; of the others their number.
+    """S responses to P prompts.
 
-    ``prompts`` [P].
-    ``prompt_index`` int32 [S]: the prompt of each response.
-    ``group_index`` int32 [S]: the group of each response; its rewards are compared with those of its group only.
-    ``sample_index`` int32 [S]: which of its prompt's responses it is.
-    ``seeds`` int64 [S]: decides the sampling noise; 0 where nothing is sampled.
-    ``response_lengths`` int64 [S]: tokens of each response, here or elsewhere.
-    ``trained_lengths`` int64 [S]: how many of them the loss mask covers.
-    ``response_offsets`` int64 [S + 1]: response i has the tokens ``response_offsets[i]`` up to ``[i + 1]``; none where
-    they are not held here.
-    ``finish_reasons`` [S]: "stop" (the last token is a stop token), "length", "unfinished" (a partial rollout), "turn"
-    (an environment replies next), "turns" (its replies are used up), "failed" (``failures`` says why), "" for a
-    response that was not generated.
-    ``verdicts`` [S]: verifier name → plain JSON, see ``rewards.verdict``.
-    ``rewards`` float64 [S]: NaN for a response that has none.
-    ``response_tokens`` int32 [R]: token ids, never decoded and encoded again.
-    ``logprobs`` float32 [R]: natural log-probability under the distribution that was sampled from (after temperature
-    and top-p; for greedy decoding the plain softmax); 0 for a token that was not sampled.
-    ``loss_mask`` bool [R]: whether a token is trained on. False for forced tokens (an end of thinking, an environment's
-    reply, other speakers' turns) and for all tokens of a response without a reward.
-    ``version_offsets`` int64 [S + 1], ``versions`` int32 [V], ``version_lengths`` int32 [V]: runs of tokens that were
-    sampled by one version of the weights, which is the number of the weight sync.
-    ``columns``: further float32 [R] columns by name: ``advantages``, ``weights`` (of the token's loss), ``old_values``,
-    ``returns``.
-    ``response_columns``: float32 [S] columns by name. Each trained token of a response has its value, all others 0.
-    ``vision`` [P]: what the trainer's vision tower needs (``megatron_ext.packing.VisionInputs``), None for text. It is
-    attached where it is used and never serialised.
+    The batch holds the tokens of some of the responses, R tokens in all. Of the other responses it has only the columns
+    of responses, [S], which include the number of tokens.
 
     Raises ValueError where the columns do not fit each other.
     """
 
-    prompts: list[Prompt]
+    prompts: list[Prompt]  # [P]
+    # int32 [S]: the prompt of each response.
     prompt_index: Array
+    # int32 [S]: the group of each response. A reward is compared only with the rewards of the same group.
     group_index: Array
+    # int32 [S]: the number of a response among the responses to its prompt.
     sample_index: Array
+    # int64 [S]: the number of tokens of each response, whether or not this batch holds them.
     response_lengths: Array
+    # int64 [S]: the number of tokens of each response that the loss mask covers.
     trained_lengths: Array
+    # int64 [S + 1]: response i has the tokens ``response_offsets[i]`` up to ``response_offsets[i + 1]`` of the token
+    # columns. The two are equal where this batch does not hold the response's tokens.
     response_offsets: Array
+    # int32 [R]: token ids, never decoded and encoded again.
     response_tokens: Array
+    # float32 [R]: natural log-probability under the distribution that was sampled from (after temperature and top-p;
+    # for greedy decoding the plain softmax). 0 for a token that was not sampled.
     logprobs: Array
+    # bool [R]: whether a token is trained on. False for forced tokens (an end of thinking, an environment's reply,
+    # other speakers' turns) and for all tokens of a response without a reward.
     loss_mask: Array
+    # int64 [S]: the seed of the sampling noise. 0 where nothing is sampled.
     seeds: Array
+    # Runs of successive tokens that were sampled by one version of the weights. A version is the number of the weight
+    # sync. Response i has the runs ``version_offsets[i]`` up to ``version_offsets[i + 1]``; int64 [S + 1].
     version_offsets: Array
+    # int32 [V]: the version of each of the V runs.
     versions: Array
+    # int32 [V]: the number of tokens of each run.
     version_lengths: Array
+    # [S]: "stop" (the last token is a stop token), "length", "unfinished" (a partial rollout), "turn" (an environment
+    # replies next), "turns" (the environment's replies are used up), "failed" (``failures`` says why), or "" for a
+    # response that was not generated.
     finish_reasons: list[str]
-    failures: list[str]
+    failures: list[str]  # [S]
+    # [S]: verifier name → plain JSON, see ``rewards.verdict``.
     verdicts: list[dict[str, Any]]
+    # float64 [S]: NaN for a response without a reward.
     rewards: Array
+    # Further float32 [R] columns by name: ``advantages``, ``weights`` (of the token's loss), ``old_values``,
+    # ``returns``.
     columns: dict[str, Array] = field(default_factory=dict)
+    # float32 [S] columns by name. The value applies to each trained token of the response; all other tokens have 0.
     response_columns: dict[str, Array] = field(default_factory=dict)
+    # [P]: the inputs of the trainer's vision tower (``megatron_ext.packing.VisionInputs``), None for a text prompt.
+    # They are attached where they are used and never serialised.
     vision: list[Any] | None = None
 
     def __post_init__(self) -> None:
@@ -148,18 +150,18 @@ class TokenBatch:
 
     @property
     def prompt_lengths(self) -> Array:
-        """int64 [S]: tokens of each response's prompt."""
+        """int64 [S]: the number of tokens of each response's prompt."""
         lengths = np.array([len(prompt.token_ids) for prompt in self.prompts], np.int64)
         return lengths[self.prompt_index]
 
     @property
     def held(self) -> Array:
-        """bool [S]: whether the tokens of each response are here. Those of an empty one are."""
+        """bool [S]: whether this batch holds the tokens of each response. True for a response without tokens."""
         return self.response_offsets[1:] - self.response_offsets[:-1] == self.response_lengths
 
     @property
     def lengths(self) -> Array:
-        """int64 [S]: tokens of prompt and response together."""
+        """int64 [S]: the number of tokens of prompt and response together."""
         return self.prompt_lengths + self.response_lengths
 
     @property
@@ -175,38 +177,47 @@ class TokenBatch:
         return self.prompts[self.prompt_index[i]]
 
     def tokens_of(self, i: int) -> slice:
-        """Where the tokens of response i stand in a column of tokens. Raises LookupError where they are not held."""
+        """The slice of a token column that belongs to response i.
+
+        Raises LookupError if this batch does not hold the response's tokens.
+        """
         tokens = slice(int(self.response_offsets[i]), int(self.response_offsets[i + 1]))
         if tokens.stop - tokens.start != self.response_lengths[i]:
             raise LookupError(f"the tokens of response {self.keys[i]} are on other ranks")
         return tokens
 
     def runs_of(self, i: int) -> slice:
-        """Where the version runs of response i stand."""
+        """The slice of ``versions`` and ``version_lengths`` that belongs to response i."""
         return slice(int(self.version_offsets[i]), int(self.version_offsets[i + 1]))
 
     def broadcast(self, per_response: Array) -> Array:
-        """[S] → [R]: each response's value for each of its tokens that are held."""
+        """[S] → [R]: repeat each response's value for each of its tokens that this batch holds."""
         return np.repeat(per_response, np.diff(self.response_offsets))
 
     def with_columns(self, **columns: Array) -> "TokenBatch":
-        """The same batch with these columns of tokens added, as float32."""
+        """The same batch with these token columns added, as float32 [R]."""
         added = {name: np.asarray(column, np.float32) for name, column in columns.items()}
         return replace(self, columns={**self.columns, **added})
 
     def with_response_columns(self, **columns: Array) -> "TokenBatch":
-        """The same batch with these columns of responses added, as float32."""
+        """The same batch with these columns of responses added, as float32 [S]."""
         added = {name: np.asarray(column, np.float32) for name, column in columns.items()}
         return replace(self, response_columns={**self.response_columns, **added})
 
     def values(self, name: str) -> Array:
-        """float32 [R]: a column of tokens, or a column of responses for each of the tokens that are held."""
+        """float32 [R]: the token column ``name``, or the column of responses ``name`` repeated for each token.
+
+        A column of responses is 0 where the loss mask is False.
+        """
         if name in self.columns:
             return self.columns[name]
         return np.where(self.loss_mask, self.broadcast(self.response_columns[name]), np.float32(0))
 
     def without_loss(self, responses: Array) -> "TokenBatch":
-        """The same batch with no token trained on of the responses that ``responses``, bool [S], names."""
+        """The same batch with the loss mask set to False for all tokens of the chosen responses.
+
+        ``responses``, bool [S], is True for the chosen ones.
+        """
         return replace(
             self,
             loss_mask=self.loss_mask & ~self.broadcast(responses),
@@ -214,7 +225,7 @@ class TokenBatch:
         )
 
     def without_tokens(self) -> "TokenBatch":
-        """The columns of responses alone: no tokens are held."""
+        """The same batch without tokens: it keeps the columns of responses only."""
         return replace(
             self,
             response_offsets=np.zeros(len(self) + 1, np.int64),
@@ -225,12 +236,13 @@ class TokenBatch:
         )
 
     def select(self, indices: Sequence[int] | Array) -> "TokenBatch":
-        """The responses at ``indices``, in that order; prompts without a response are left out.
+        """The batch of the responses at ``indices``, in that order.
 
-        Of successive responses the columns of tokens are views of this batch's.
+        Prompts without a selected response are left out. If the responses are successive ones, the token columns are
+        views of this batch's columns.
         """
         chosen = np.asarray(indices, np.int64)
-        place: dict[int, int] = {}  # of a prompt among those that are kept
+        place: dict[int, int] = {}  # index of a prompt here → its index among the prompts that are kept
         prompt_index = [place.setdefault(prompt, len(place)) for prompt in self.prompt_index[chosen].tolist()]
         kept = list(place)
         tokens = _slices(self.response_offsets, chosen)
@@ -260,7 +272,7 @@ class TokenBatch:
         )
 
     def to_bytes(self) -> bytes:
-        """The batch in the safetensors format; inverse of :meth:`from_bytes`. ``vision`` is left out."""
+        """Serialise the batch in the safetensors format, without ``vision``. Inverse of :meth:`from_bytes`."""
         tensors: dict[str, Array] = {name: np.ascontiguousarray(getattr(self, name)) for name in BINARY}
         tensors["prompt_offsets"] = offsets([len(prompt.token_ids) for prompt in self.prompts])
         tensors["prompt_tokens"] = _joined([prompt.token_ids for prompt in self.prompts], np.int32)
@@ -279,7 +291,7 @@ class TokenBatch:
 
     @staticmethod
     def from_bytes(data: bytes) -> "TokenBatch":
-        """Raises ValueError for bytes that hold no batch."""
+        """Read a batch from the bytes of :meth:`to_bytes`. Raises ValueError for bytes that hold no batch."""
         try:
             tensors = load_safetensors(data)
             text = json.loads(tensors[TEXT].tobytes())
@@ -305,7 +317,7 @@ class TokenBatch:
         return TokenBatch(prompts=prompts, **arrays, **text)
 
 
-# The columns that are arrays, by their names in the safetensors file.
+# The fields of TokenBatch that are arrays. Each is an entry of the same name in the safetensors bytes.
 BINARY = (
     "prompt_index",
     "group_index",
@@ -337,10 +349,11 @@ def build(
     finish_reasons: Sequence[str] | None = None,
     vision: Sequence[Any] | None = None,
 ) -> TokenBatch:
-    """A batch from one sequence of tokens for each response.
+    """Build a batch from one sequence of token ids for each response.
 
-    By default response i answers prompt i, is its first sample, has log-probs of 0, no forced tokens and no version.
-    With ``version`` all tokens are by that version of the weights. The responses to one prompt are a group.
+    By default response i answers prompt i and is its first sample. Log-probs are 0, no token is forced, and no token
+    has a version. With ``version`` all tokens belong to that version of the weights. The responses to one prompt form
+    a group.
     """
     count = len(responses)
     lengths = np.array([len(response) for response in responses], np.int64)
@@ -373,7 +386,7 @@ def build(
 
 
 def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """All responses of the batches, in order. Prompts of one id and the same tokens become one.
+    """Join the responses of the batches, in order. Prompts with the same id and the same tokens become one prompt.
 
     Raises ValueError where the batches do not have the same columns, or only some have vision inputs.
     """
@@ -433,10 +446,10 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def extend(response: TokenBatch, continuation: TokenBatch) -> TokenBatch:
-    """A partial rollout and its continuation as one response: batches of one response each.
+    """Join a partial rollout and its continuation into one response. Each batch has one response.
 
-    Prompt, group, seed and sample index are those of ``response``; finish reason, failure, verdicts and reward those of
-    ``continuation``. Raises ValueError unless each batch has one response.
+    The result takes prompt, group, seed and sample index from ``response``. It takes finish reason, failure, verdicts
+    and reward from ``continuation``. Raises ValueError unless each batch has one response.
     """
     if len(response) != 1 or len(continuation) != 1:
         counts = f"{len(response)}, {len(continuation)}"
@@ -468,7 +481,7 @@ def extend(response: TokenBatch, continuation: TokenBatch) -> TokenBatch:
 
 
 def offsets(lengths: Sequence[int] | Array) -> Array:
-    """int64 [n + 1]: where each of n pieces begins in their concatenation, and where the last one ends."""
+    """int64 [n + 1]: the start of each of n pieces in their concatenation, and the end of the last one."""
     ends = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(np.asarray(lengths, np.int64), out=ends[1:])
     return ends
@@ -481,7 +494,10 @@ def _joined(pieces: Sequence[Any], dtype: Any) -> Array:
 
 
 def _lengths(ends: Array, chosen: Array) -> Array:
-    """The lengths of the chosen pieces, without a pass over the others: batches of one response are selected often."""
+    """The lengths of the chosen pieces.
+
+    The other pieces are not visited, because batches of one response are selected often.
+    """
     return ends[chosen + 1] - ends[chosen]
 
 
@@ -490,14 +506,14 @@ def _same_tokens(one: Prompt, other: Prompt) -> bool:
 
 
 def _slices(ends: Array, chosen: Array) -> list[slice]:
-    """Where the tokens of the chosen responses stand: one slice for successive ones."""
+    """The slices of the chosen pieces in their column. Successive pieces share one slice."""
     if len(chosen) and np.array_equal(chosen, np.arange(chosen[0], chosen[0] + len(chosen))):
         return [slice(int(ends[chosen[0]]), int(ends[chosen[-1] + 1]))]
     return [slice(int(start), int(stop)) for start, stop in zip(ends[chosen], ends[chosen + 1], strict=True)]
 
 
 def _pieces(column: Array, slices: Sequence[slice]) -> Array:
-    """The slices of a column in one array: a view where there is one slice."""
+    """Join the slices of a column into one array. A single slice gives a view."""
     if len(slices) == 1:
         return column[slices[0]]
     return np.concatenate([column[:0], *(column[piece] for piece in slices)])

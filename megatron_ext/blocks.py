@@ -1,4 +1,4 @@
-"""Block and Shard: loading, export and the weight sync all move rectangles of Hugging Face tensors."""
+"""Block and Shard. Loading, export and the weight sync all move rectangles of Hugging Face tensors."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ class Block:
     Attributes:
         hf_name: name of the Hugging Face tensor.
         hf_start: the rectangle's first element in that tensor, one index per dimension.
-        local_start: its first element in the local parameter.
-        shape: its extent.
+        local_start: the rectangle's first element in the local parameter.
+        shape: the rectangle's extent.
     """
 
     hf_name: str

@@ -3,11 +3,11 @@
 A checkpoint is a folder ``step_000012`` with:
 
 - one safetensors file per rank: weights, FP32 masters, moments and RNG states (``shard_files``);
-- ``progress.json``: the step, the schedules and what the caller continues from;
+- ``progress.json``: the step, the schedules and the values that the caller resumes from;
 - ``manifest.json``: size and checksum of every file, and where the parts of each tensor are;
-- ``complete.json``, written last: the manifest's checksum. A folder without it was interrupted and is never read.
+- ``complete.json``, written last: the manifest's checksum. A save without it was interrupted and is never read.
 
-A thread writes the files from a copy of the state on the host while training continues.
+A background thread writes the files from a copy of the state on the host while training continues.
 """
 
 import json
@@ -39,7 +39,8 @@ from megatron_ext.parallel import control_group
 MANIFEST = "manifest.json"
 COMPLETE = "complete.json"
 PROGRESS = "progress.json"
-# Fields of ParallelConfig. RNG states belong to them and to the number of replicas.
+# Fields of ParallelConfig. RNG states are only valid for the same values of these fields and the same number of
+# replicas.
 SIZES = (
     "tensor",
     "pipeline",
@@ -76,8 +77,8 @@ def snapshot(
 ) -> Snapshot:
     """Copy this rank's part of the model, optimiser, schedule and RNG states to the host.
 
-    Training may change the state as soon as this returns. The copies are in ``buffers``: the snapshot that was there
-    must have been written (``Saver.wait``).
+    Training may change the state as soon as this returns. The copies are in ``buffers`` and overwrite the snapshot that
+    was there, which must have been written to disk (``Saver.wait``).
     """
     _create_moments(optimizer)
     state = _model_state(model)
@@ -89,7 +90,7 @@ def snapshot(
     sharded, common = save_preprocess(state)
     parts = []
     for tensor in nested_values(sharded):
-        # Of replicated tensors only the main replica is written.
+        # Only the main replica of a replicated tensor is written.
         if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id):
             part = shard_files.TensorPart(tensor.key, tensor.global_shape, tensor.global_offset, tensor.data)
             parts.append(part)
@@ -107,11 +108,11 @@ class Saver:
 
         Args:
             folder: the folder of all checkpoints of a run, on a file system that all ranks share.
-            keep: number of complete checkpoints to keep; from 2 on there is one to fall back to.
+            keep: the number of complete checkpoints to keep. With 2 or more there is one to fall back to.
         """
         self.folder = folder
         self.keep = keep
-        # The writing thread needs a group of its own: collectives of two threads must not mix.
+        # The writing thread needs a process group of its own, because collectives of two threads must not mix.
         self.group = worlds.new_group("gloo")
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -123,13 +124,13 @@ class Saver:
         progress: Mapping[str, Any],
         blobs: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Collective: wait for the previous save, then begin to write ``folder/step_…``.
+        """Collective: wait for the previous save, then begin to write ``folder/step_…`` in the background.
 
         Args:
-            step: number of finished steps.
-            models: name → snapshot; ``POLICY`` must be among them.
-            progress: what else the caller continues from (JSON); :func:`progress` returns it.
-            blobs: file name → content of further files, the same on every rank.
+            step: the number of finished steps.
+            models: name → snapshot. ``POLICY`` must be one of the names.
+            progress: further values (JSON) that the caller resumes from. :func:`progress` returns them.
+            blobs: file name → content of further files. Must be the same on every rank.
 
         Raises:
             CheckpointError: the previous save failed.
@@ -157,7 +158,7 @@ class Saver:
         self.thread.start()
 
     def check(self) -> None:
-        """Raises CheckpointError if the latest save has failed by now."""
+        """Raise CheckpointError if the latest save has already failed."""
         if self.failure is not None:
             raise self.failure
 
@@ -167,7 +168,7 @@ class Saver:
         self.check()
 
     def join(self, seconds: float | None) -> None:
-        """Wait until the latest save is complete or has failed, at most ``seconds``; None waits without limit."""
+        """Wait until the latest save is complete or has failed, for at most ``seconds``. None waits without limit."""
         if self.thread is not None:
             self.thread.join(seconds)
 
@@ -190,8 +191,7 @@ class Saver:
     def _complete(
         self, target: Path, written: list[dict[str, Any]], content: dict[str, Any], blobs: Mapping[str, bytes]
     ) -> None:
-        """On rank 0: write the further files and the JSON files, the mark of completeness last, and remove old
-        checkpoints."""
+        """On rank 0: write the blobs and the JSON files, ``complete.json`` last. Then remove old checkpoints."""
         blob_entries = [shard_files.write_bytes(target / name, data) for name, data in blobs.items()]
         entries = [*written, *blob_entries, shard_files.write_json(target / PROGRESS, content)]
         manifest_entry = shard_files.write_json(target / MANIFEST, shard_files.manifest(entries))
@@ -199,7 +199,7 @@ class Saver:
         self._remove_old(target)
 
     def _remove_old(self, newest: Path) -> None:
-        """Remove interrupted saves, and all complete checkpoints but the last ``keep`` up to ``newest``."""
+        """Remove interrupted saves, and all complete checkpoints up to ``newest`` except the last ``keep`` of them."""
         for interrupted in _interrupted(self.folder):
             shutil.rmtree(interrupted)
         complete = sorted(folder for folder in self.folder.glob("step_*") if folder.name <= newest.name)
@@ -208,20 +208,20 @@ class Saver:
 
 
 def _interrupted(folder: Path) -> list[Path]:
-    """The checkpoints whose save was interrupted, in order of their steps."""
+    """The checkpoints whose save was interrupted, ordered by step."""
     return sorted(checkpoint for checkpoint in folder.glob("step_*") if not (checkpoint / COMPLETE).is_file())
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, its files unverified; None if there is none."""
+    """The newest complete checkpoint, or None if there is none. Does not verify its files."""
     return max((mark.parent for mark in folder.glob(f"step_*/{COMPLETE}")), default=None)
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Collective: the newest complete checkpoint whose files have the checksums of when they were written.
+    """Collective: the newest complete checkpoint whose files still have the checksums in its manifest.
 
-    The ranks share the reading of the files. A damaged checkpoint is renamed to ``damaged_step_…``, reported with
-    ``say``, and the one before it is checked. Returns None if the folder has no complete checkpoint.
+    The ranks divide the reading of the files among them. A damaged checkpoint is reported with ``say`` and renamed to
+    ``damaged_step_…``. Then the checkpoint before it is checked. Returns None if the folder has no complete checkpoint.
 
     Raises:
         CheckpointError: all checkpoints of the folder are damaged.
@@ -260,7 +260,10 @@ def _set_aside(checkpoint: Path) -> None:
 
 
 def _faults(checkpoint: Path) -> list[str]:
-    """Collective: what is wrong with the files of a checkpoint, equal on all ranks; empty if they are intact."""
+    """Collective: describe what is wrong with the files of a checkpoint.
+
+    Every rank returns the same list. It is empty if all files are intact.
+    """
     group = control_group()
 
     def read_files() -> dict[str, Any]:
@@ -282,7 +285,10 @@ def _faults(checkpoint: Path) -> list[str]:
 
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
-    """``files`` and ``tensors`` of ``shard_files.manifest``. Raises CheckpointError if it is not as it was written."""
+    """Read the manifest of a checkpoint: ``files`` and ``tensors`` as ``shard_files.manifest`` returned them.
+
+    Raises CheckpointError if the file is not as it was written.
+    """
     try:
         fault = shard_files.fault(checkpoint / MANIFEST, json.loads((checkpoint / COMPLETE).read_text()))
         if fault is None:
@@ -300,12 +306,12 @@ def progress(checkpoint: Path) -> dict[str, Any]:
 def load(checkpoint: Path, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
     """Collective: restore the policy, its optimiser, schedule and RNG states in place.
 
-    Returns the number of finished steps, which is also the position in the data. Another parallel layout may load a
-    checkpoint if it pads attention heads and vocabulary to the same sizes. RNG states belong to a layout and are
-    restored only into the same one.
+    Returns the number of finished steps, which is also the position in the data. A checkpoint can be loaded under
+    another parallel layout if that layout pads attention heads and vocabulary to the same sizes. RNG states are
+    restored only under the layout that they were saved with.
 
     Raises:
-        ValueError: the paddings differ; the message names both values.
+        ValueError: the padded sizes differ. The message names both values.
     """
     written = progress(checkpoint)["layout"]
     now = _layout(model)
@@ -328,15 +334,15 @@ def read(
     scheduler: OptimizerParamScheduler,
     rng: bool,
 ) -> None:
-    """Collective: restore one of a checkpoint's models, its optimiser and schedule in place.
+    """Collective: restore one of a checkpoint's models with its optimiser and schedule, in place.
 
     Args:
         checkpoint: the folder ``step_…``.
         name: the model's name in :meth:`Saver.save`.
         model: the model to restore into.
-        optimizer: its optimiser.
-        scheduler: its learning-rate schedule.
-        rng: whether to restore the RNG states of the ranks too; the layout must be the same.
+        optimizer: the model's optimiser.
+        scheduler: the model's learning-rate schedule.
+        rng: whether to restore the RNG states of the ranks too. The layout must then be the same.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
@@ -356,7 +362,8 @@ def read(
             chunk.module.load_state_dict(loaded[f"model{i}"])
         _load_groups(optimizer, scheduler, loaded["optimizer"])
         optimizer_shards.load_state(_distributed(optimizer), _model_state(model), reader, f"{name}/")
-    # The updates that were made; how long and how high the schedule is stands in the settings, which may have changed.
+    # Only the number of updates is restored. The length and height of the schedule come from the settings, which may
+    # have changed.
     scheduler.num_steps = loaded["scheduler"]["num_steps"]
     scheduler.step(0)
     if rng:
@@ -366,7 +373,7 @@ def read(
 def _fill(reader: shard_files.Reader, name: str, leaf: Any) -> Any:
     """Read the local part of a ShardedTensor."""
     if not isinstance(leaf, ShardedTensor):
-        # Extra objects of layers are not in a checkpoint.
+        # A checkpoint does not contain the extra objects of layers.
         return leaf.data
     target = torch.empty(leaf.local_shape, dtype=leaf.dtype)
     reader.fill(f"{name}/{leaf.key}", leaf.global_shape, leaf.global_offset, target)
@@ -374,10 +381,10 @@ def _fill(reader: shard_files.Reader, name: str, leaf: Any) -> Any:
 
 
 def _model_state(model: Model) -> dict[str, Any]:
-    """Chunk → the sharded state of its module.
+    """The sharded state of each chunk's module, by the chunk's name.
 
-    With ``non_homogeneous_layers`` each layer has a key of its own, numbered in the complete model. So a checkpoint
-    does not depend on chunks and stages, and a frozen layer may lack moments.
+    With ``non_homogeneous_layers`` each layer has a key of its own, with the layer's number in the complete model. So a
+    checkpoint does not depend on chunks and stages, and a frozen layer may have no moments.
     """
     metadata = {"non_homogeneous_layers": True}
     return {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(model.chunks)}
@@ -395,7 +402,7 @@ def _layout(model: Model) -> dict[str, Any]:
 
 
 def _distributed(optimizer: MegatronOptimizer) -> Any:
-    """The only DistributedOptimizer in Megatron-Core's chain; a model with experts would have a second."""
+    """The only DistributedOptimizer in Megatron-Core's chain. A model with experts would have a second one."""
     (distributed,) = optimizer.chained_optimizers
     return distributed
 
@@ -403,7 +410,7 @@ def _distributed(optimizer: MegatronOptimizer) -> Any:
 def _create_moments(optimizer: MegatronOptimizer) -> None:
     """Create zero moments if the optimiser has not made a step yet.
 
-    A checkpoint contains them, and Megatron-Core reads the step counter of a torch optimiser.
+    A checkpoint contains the moments, and Megatron-Core reads the step counter of a torch optimiser.
     """
     inner = _distributed(optimizer).optimizer
     if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
@@ -425,14 +432,16 @@ def _create_moments(optimizer: MegatronOptimizer) -> None:
 
 
 def _load_groups(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, loaded: dict[str, Any]) -> None:
-    """Load the parameter groups and create moments. The groups keep what this run's settings gave them.
+    """Load the parameter groups and create moments.
 
-    Torch's AdamW writes the checkpoint of a CPU run, Transformer Engine's FusedAdam that of a GPU run. A field of a
-    group that the writer does not have keeps the reader's default. FusedAdam has no ``step`` before the first update,
-    and takes an integer.
+    Betas, epsilon and the greatest and least learning rate come from this run's settings.
+
+    A checkpoint of a CPU run is from torch's AdamW, one of a GPU run from Transformer Engine's FusedAdam. A field of a
+    group that the checkpoint does not have gets the default of this run's optimiser. FusedAdam has no ``step`` before
+    the first update, and takes an integer.
 
     Megatron-Core 0.19 gives every parameter the same ``step`` tensor, so each update would count once per parameter.
-    docs/dependencies.md names the version.
+    Therefore ``step`` is cloned for each parameter. docs/dependencies.md names the version.
     """
     _create_moments(optimizer)
     inner = _distributed(optimizer).optimizer
@@ -440,7 +449,7 @@ def _load_groups(optimizer: MegatronOptimizer, scheduler: OptimizerParamSchedule
         for field, default in inner.defaults.items():
             group.setdefault(field, default)
         group.update(betas=inner.defaults["betas"], eps=inner.defaults["eps"])
-        # Megatron-Core matches groups by these two. All groups of this project have the schedule's.
+        # Megatron-Core matches groups by these two fields. In this project all groups have the schedule's values.
         group.update(max_lr=scheduler.max_lr, min_lr=scheduler.min_lr)
         group["step"] = int(group.get("step", 0))
     _distributed(optimizer).load_state_dict(loaded)

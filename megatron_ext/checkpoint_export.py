@@ -1,7 +1,8 @@
 """Export a checkpoint as a Hugging Face folder, in one process without ranks and without a Megatron-Core model.
 
-A checkpoint holds each parameter of the complete model under one name, whatever layout wrote it. So the mappings of the
-model family for a tensor-parallel size of 1 say which rectangles of Hugging Face tensors it is made of.
+A checkpoint holds each parameter of the complete model under one name, whatever parallel layout wrote it. So the
+mappings of the model family for a tensor-parallel size of 1 describe which rectangles of Hugging Face tensors a
+parameter consists of.
 """
 
 from collections.abc import Mapping
@@ -18,20 +19,20 @@ from megatron_ext.hf_checkpoint import Layout, Parameter
 from megatron_ext.models import family
 from megatron_ext.weight_map import complete_blocks, finder
 
-# What a checkpoint holds of the policy beside its weights.
+# Key prefixes of the policy's tensors in a checkpoint that are not weights.
 OTHER_STATES = (f"{POLICY}/optimizer.", f"{POLICY}/rng.")
 
 
 def export(checkpoint: Path, layout: Layout, folder: Path) -> None:
-    """Write the policy of a complete checkpoint into an empty folder, with the bits of ``hf_checkpoint.export``.
+    """Write the policy of a complete checkpoint into an empty folder, bit for bit as ``hf_checkpoint.export`` does.
 
-    At any moment a few pieces of ``hf_checkpoint.PIECE_BYTES`` are in memory: one that was read, and the mapped pages
-    of the file that it comes from. The files that hold weights are first compared with their checksums.
+    At any moment a few pieces of ``hf_checkpoint.PIECE_BYTES`` are in memory: the piece that was read, and the mapped
+    pages of the file that it comes from. The files that hold weights are first compared with their checksums.
 
     Args:
         checkpoint: the folder ``step_…``.
-        layout: made from the Hugging Face folder that training started from, in the dtype of training.
-        folder: where to write.
+        layout: the layout for the Hugging Face folder that training started from, in the dtype of training.
+        folder: the folder to write into.
 
     Raises:
         CheckpointError: a file is damaged, or the checkpoint is that of another model.
@@ -56,8 +57,9 @@ def export(checkpoint: Path, layout: Layout, folder: Path) -> None:
 def _blocks(tensors: Mapping[str, Any], layout: Layout) -> dict[str, list[Block]]:
     """The blocks of each tensor of a checkpoint.
 
-    Raises CheckpointError for a tensor that the exported model or the checkpoint lacks, and for two of the checkpoint
-    that are one in the model: its embeddings are tied, and the checkpoint's are not.
+    Raises CheckpointError for a tensor that does not fit the exported model or that the checkpoint lacks. Also raises
+    it if two tensors of the checkpoint are one tensor in the model, because the model's embeddings are tied and the
+    checkpoint's are not.
     """
     hf_config = hf_checkpoint.config(layout.source)
     mappings = family(hf_config.architectures[0]).param_mappings(hf_config, 1, 0)
@@ -104,9 +106,9 @@ def _read(
     start: tuple[int, ...],
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """A rectangle of a tensor of the checkpoint."""
+    """Read a rectangle of a tensor of the checkpoint."""
     values = torch.empty(shape, dtype=dtype)
-    # A reader for each rectangle: the pages that it maps stay in memory until it is closed.
+    # Each rectangle has its own reader, because the pages that a reader maps stay in memory until it is closed.
     with shard_files.Reader(checkpoint, tensors) as reader:
         reader.fill(key, tuple(tensors[key]["shape"]), start, values)
     return values

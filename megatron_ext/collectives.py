@@ -7,22 +7,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Bytes of a value that are sent together with its size: a value of at most this length takes one collective, not two.
+# The number of bytes of a value that are sent together with its size. A value of at most this length takes one
+# collective instead of two.
 HEAD_BYTES = 1024
 RESULT, ERROR = b"+", b"-"  # the first byte of a message of ``on_all_ranks_bytes``
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Collective: the JSON values of all ranks of a gloo group, in rank order."""
+    """Collective: all-gather the JSON values of all ranks of a gloo group, in rank order."""
     payloads = all_gather_bytes(json.dumps(value).encode(), group)
     return [json.loads(payload) for payload in payloads]
 
 
 def all_gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
-    """Collective: the bytes of all ranks of a gloo group, in rank order; the lengths may differ.
+    """Collective: all-gather the bytes of all ranks of a gloo group, in rank order. The lengths may differ.
 
-    The first bytes are gathered with the lengths. The rest of each longer value is broadcast in its own length: often
-    only one rank of a node has anything, and padding to the longest would send the node's size times as much.
+    The first ``HEAD_BYTES`` bytes are gathered together with the lengths. The rest of each longer value is broadcast
+    with its own length. Often only one rank of a node has a value. Padding to the longest value would then multiply the
+    bytes sent by the number of ranks of a node.
     """
     heads = _all_gather(len(payload).to_bytes(8, "little") + payload[:HEAD_BYTES], 8 + HEAD_BYTES, group)
     sizes = [int.from_bytes(head[:8], "little") for head in heads]
@@ -42,7 +44,7 @@ def all_gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
 
 
 def _all_gather(data: bytes, length: int, group: dist.ProcessGroup) -> list[bytes]:
-    """``data`` of every rank, padded to ``length``."""
+    """All-gather ``data`` of every rank, padded to ``length`` bytes."""
     padded = torch.frombuffer(bytearray(data.ljust(length, b"\0")), dtype=torch.uint8)
     parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, padded, group=group)
@@ -78,7 +80,7 @@ def from_rank_zero(work: Callable[[], Any], group: dist.ProcessGroup) -> Any:
 
 
 def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
-    """Collective: run ``work`` on every rank of a gloo group; returns all results (JSON) in rank order.
+    """Collective: run ``work`` on every rank of a gloo group. Returns all results (JSON) in rank order.
 
     An exception of ``work`` is raised unchanged on its rank, and as RuntimeError with its text on the others.
     """
@@ -87,7 +89,7 @@ def on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]
 
 
 def on_all_ranks_bytes(work: Callable[[], bytes], group: dist.ProcessGroup) -> list[bytes]:
-    """As :func:`on_all_ranks` for results that are bytes."""
+    """Like :func:`on_all_ranks`, for results that are bytes."""
     failure: Exception | None = None
     try:
         message = RESULT + work()

@@ -1,4 +1,4 @@
-"""Objects that a setting names by their dotted path."""
+"""Load objects that a setting names by their dotted path."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 def load(path: str) -> Any:
     """The object at ``package.module.attribute``.
 
-    Raises ValueError when ``path`` has no module, the module does not exist or has no such attribute. An import that
+    Raises ValueError when ``path`` has no module, or the module does not exist or has no such attribute. An import that
     fails inside the module raises its own error.
     """
     module_name, _, attribute = path.rpartition(".")

@@ -5,15 +5,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Rows of logits that are worked on at a time: temporary tensors have this many rows, however many tokens there are.
+# The number of rows of logits that are processed at a time. Temporary tensors have this many rows, however many tokens
+# there are.
 ROWS = 256
 
 
 def vocab_parallel_entropy(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The entropy −Σ p ln p in nats, [R], of logits [R, V/TP] on each rank of ``group``; equal on all ranks.
+    """The entropy −Σ p ln p in nats, [R], of logits [R, V/TP] on each rank of ``group``. It is equal on all ranks.
 
-    Ranks exchange two numbers and a maximum for each row, no logits. Where the logits have a gradient, so has the
-    entropy, −p (ln p + H), and one more tensor of the logits' size is saved for the backward pass; else nothing is.
+    The all-reduces exchange two numbers and a maximum for each row, but no logits. If the logits require a gradient, so
+    does the entropy. The gradient is −p (ln p + H), and one more tensor of the logits' size is saved for the backward
+    pass. Otherwise nothing is saved.
     """
     if torch.is_grad_enabled() and logits.requires_grad:
         entropy: torch.Tensor = _Entropy.apply(logits, group)
@@ -37,12 +39,13 @@ class _Entropy(torch.autograd.Function):
 
 
 def _normaliser_and_entropy(logits: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """ln Σ e^z and H = ln Σ e^z − Σ p z over the full vocabulary, [R] each, of logits z [R, V/TP]."""
+    """Compute ln Σ e^z and H = ln Σ e^z − Σ p z over the full vocabulary, [R] each, from logits z [R, V/TP]."""
     local = [_local_sums(rows) for rows in logits.split(ROWS)]
     own_highest, total, weighted = torch.cat(local, dim=1)
     highest = own_highest.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-    # From this rank's maximum to that of all ranks: e^(z − m) = e^(z − own m) e^(own m − m).
+    # Change the reference from this rank's maximum to the maximum of all ranks:
+    # e^(z − m) = e^(z − own m) e^(own m − m).
     shift = own_highest - highest
     total = total * shift.exp()
     weighted = weighted * shift.exp() + shift * total
@@ -53,7 +56,7 @@ def _normaliser_and_entropy(logits: torch.Tensor, group: dist.ProcessGroup) -> t
 
 
 def _local_sums(logits: torch.Tensor) -> torch.Tensor:
-    """[rows, V/TP] → [3, rows]: this rank's maximum m, Σ e^(z − m) and Σ e^(z − m) (z − m).
+    """Logits [rows, V/TP] → [3, rows]: this rank's maximum m, Σ e^(z − m) and Σ e^(z − m) (z − m).
 
     Padded columns hold the dtype's lowest number, so their e^(z − m) is 0.
     """

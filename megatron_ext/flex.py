@@ -1,8 +1,9 @@
 """Attention over a pack with shared prompts, by torch's FlexAttention (arXiv 2412.05496).
 
-The queries that see a key are a range which begins at the key: it ends with the sequence for a key of the prompt, and
-with the response for a key of a response. So one number for each key is the whole mask, and the blocks of scores that
-are needed follow from the least and the greatest of each block of keys, without a mask of all tokens by all tokens.
+The queries that see a key are a range that begins at the key. For a key of the prompt the range ends with the sequence.
+For a key of a response it ends with the response. So the mask is described by one number for each key, the end of its
+range. The blocks of scores that are needed follow from the least and the greatest number in each block of keys. No mask
+of all tokens by all tokens is built.
 """
 
 from typing import Any
@@ -12,11 +13,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_ext.packed import BLOCK, PROMPT, Pack
 
-# How torch compiles it. Without ``fullgraph``, what can't be compiled would compute all scores of a pack, which is too
-# slow to be of use. With torch's own choice of ``dynamic``, packs of one length have one kernel; where lengths differ,
-# one serves all from the second or third length on, but for packs of a single block. Passes with and without gradients
-# have kernels of their own, and so have other numbers of heads. That is more than torch's limit of 8 where there is a
-# critic.
+# Options of torch.compile for FlexAttention. Without ``fullgraph``, code that can't be compiled would compute all
+# scores of a pack, which is too slow to be of use.
+# With torch's default for ``dynamic``, packs of one length have one kernel. Where lengths differ, one kernel serves all
+# lengths from the second or third length on, except packs of a single block. Passes with and without gradients have
+# separate kernels, and so have different numbers of heads. With a critic that is more than torch's limit of 8.
 COMPILING = {"fullgraph": True, "recompile_limit": 64}
 _attend = torch.compile(flex_attention, **COMPILING)  # type: ignore[call-overload]
 
@@ -32,8 +33,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: 
 
 
 def block_mask(packed: Any) -> BlockMask:
-    """The blocks of a pack, computed once per micro-batch on its device and kept in ``packed``. The host waits for
-    nothing."""
+    """The block mask of a pack. It is computed once per micro-batch on the pack's device and cached in ``packed``.
+
+    The host does not wait for the device.
+    """
     cached: BlockMask | None = getattr(packed, "block_mask", None)
     if cached is None:
         cached = packed.block_mask = _block_mask(seen_until(packed))
@@ -41,14 +44,15 @@ def block_mask(packed: Any) -> BlockMask:
 
 
 def seen_until(packed: Pack) -> torch.Tensor:
-    """[tokens] int32: the place after the last query that sees a key."""
+    """[tokens] int32: for each key, the place after the last query that sees it."""
     segments = packed.segments
     assert segments is not None
     tokens = len(segments)
     places = torch.arange(tokens, dtype=torch.int32, device=segments.device)
     starts = packed.cu_seqlens_q
     sequence_ends = starts[torch.searchsorted(starts, places, right=True)]
-    # The next place where a segment ends, from the back; a sequence ends with a segment, because prompts have tokens.
+    # The next place where a segment ends, computed from the back. The end of a sequence is also the end of a segment,
+    # because the next sequence begins with prompt tokens.
     ends = torch.full_like(places, tokens)
     ends[:-1] = torch.where(segments[1:] != segments[:-1], places[1:], tokens)
     segment_ends = ends.flip(0).cummin(0).values.flip(0)
@@ -56,7 +60,7 @@ def seen_until(packed: Pack) -> torch.Tensor:
 
 
 def _block_mask(until: torch.Tensor) -> BlockMask:
-    """``until`` as ``seen_until`` has it."""
+    """The block mask for ``until``, the result of ``seen_until``."""
 
     def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (query < until[key])
@@ -64,7 +68,7 @@ def _block_mask(until: torch.Tensor) -> BlockMask:
     tokens = len(until)
     blocks = -(-tokens // BLOCK)
     missing = blocks * BLOCK - tokens
-    # What is missing in the last block of keys changes none of its answers: no block of queries comes after it.
+    # The padding of the last block of keys does not change the result, because no block of queries comes after it.
     by_block = torch.nn.functional.pad(until, (0, missing), value=0).view(blocks, BLOCK)
     starts = torch.arange(0, blocks * BLOCK, BLOCK, device=until.device).unsqueeze(1)
     is_later = starts > starts.T
@@ -77,8 +81,11 @@ def _block_mask(until: torch.Tensor) -> BlockMask:
 
 
 def _ordered(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each block of queries [blocks of queries, blocks of keys] the number of blocks of keys that are needed, and
-    their numbers, before those of the others; int32, with dimensions for batch and head."""
+    """Convert ``needed`` [blocks of queries, blocks of keys] to the arguments of ``BlockMask.from_kv_blocks``.
+
+    Returns, for each block of queries, the number of needed blocks of keys, and the indices of all blocks of keys with
+    the needed ones first. Both are int32 and have leading dimensions for batch and head.
+    """
     counts = needed.sum(1, dtype=torch.int32)
     numbers = needed.int().argsort(dim=1, descending=True, stable=True).int()
     return counts[None, None], numbers[None, None]

@@ -31,45 +31,54 @@ from megatron_ext.micro_batches import Joined, MicroBatches
 from megatron_ext.model import Model
 from megatron_ext.packing import MicroBatch
 
-# (log-probs or values [R], values of several labels [R, labels]; micro-batch) → (loss, sums of metrics to be added up
-# over micro-batches and ranks)
+# (output [R], micro-batch) → (loss, metrics). The output is log-probs or values; values of several labels are
+# [R, labels]. The metrics are sums, which are added up over micro-batches and ranks.
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-# A list, or micro-batches that are built as they are read.
+# A list of micro-batches, or an iterable that builds them while it is read.
 Batches = Sequence[MicroBatch] | MicroBatches | Joined
-# Whether a loss gets entropies beside log-probs: not at all, as numbers without a gradient, or with one.
+# Whether a loss gets entropies in addition to log-probs: "none" for no entropies, "measured" for entropies without a
+# gradient, "trained" for entropies with a gradient.
 Entropies = Literal["none", "measured", "trained"]
 
 
 def log_probs(model: Model, batches: Batches, temperature: float = 1.0) -> list[torch.Tensor]:
-    """Log-probabilities [R] (FP32) of each micro-batch's response tokens; an empty list off the last pipeline stage.
+    """Compute the log-probs [R] (FP32) of each micro-batch's response tokens.
 
-    Under context parallelism R is this rank's part of them.
+    Returns an empty list on all pipeline stages but the last. Under context parallelism the R tokens are this rank's
+    part of the response tokens.
     """
     return _without_gradient(model, batches, _log_probs_head(model, temperature), _outputs)
 
 
 def all_log_probs(model: Model, batches: Batches, total: int, temperature: float = 1.0) -> torch.Tensor:
-    """Collective: ``log_probs`` of all ``total`` response tokens of the batch, FP32 [total], on every rank's host."""
+    """Collective: compute ``log_probs`` of all ``total`` response tokens of the batch.
+
+    Returns FP32 [total] on the host, on every rank.
+    """
     return _gathered(model, _without_gradient(model, batches, _log_probs_head(model, temperature), _placed), total)
 
 
 def values(model: Model, batches: Batches) -> list[torch.Tensor]:
-    """Of a model with a scalar head: the value [R] (FP32) before each response token, with several labels [R, labels];
-    as ``log_probs`` otherwise.
+    """Compute the value before each response token with a model that has a scalar head.
 
-    The value of a complete sequence is that before one more token: append any token as the response.
+    Each micro-batch has FP32 values [R], or [R, labels] with several labels. Pipeline stages and context parallelism
+    are as in ``log_probs``.
+
+    The value of a complete sequence is the value before one more token. To get it, append any token as the response.
     """
     return _without_gradient(model, batches, partial(_values_of_hidden, model), _outputs)
 
 
 def all_values(model: Model, batches: Batches, total: int) -> torch.Tensor:
-    """Collective: ``values`` of all ``total`` response tokens of the batch, FP32 [total], with several labels [total,
-    labels], on every rank's host."""
+    """Collective: compute ``values`` of all ``total`` response tokens of the batch.
+
+    Returns FP32 [total], or [total, labels] with several labels, on the host, on every rank.
+    """
     return _gathered(model, _without_gradient(model, batches, partial(_values_of_hidden, model), _placed), total)
 
 
 def loss_sums(model: Model, batches: Batches, loss: LossFunction, temperature: float = 1.0) -> dict[str, float]:
-    """Collective: what ``accumulate_gradients`` returns, without gradients."""
+    """Collective: compute the metric sums that ``accumulate_gradients`` returns, without computing gradients."""
 
     def sums(output: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
         value, metrics = loss(output, batch)
@@ -91,9 +100,10 @@ def _placed(output: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torc
 
 
 def _gathered(model: Model, outputs: list[tuple[torch.Tensor, torch.Tensor]], total: int) -> torch.Tensor:
-    """Collective: the outputs at their places, which are in no order.
+    """Collective: gather the outputs of all ranks into one tensor, each at its place. The places are in no order.
 
-    Each token lies on one data- and context-parallel rank of the last pipeline stage, so the sum is exact.
+    The all-reduce sums the outputs of all ranks. Each token is on exactly one data- and context-parallel rank of the
+    last pipeline stage, so the sum is exact.
     """
     shape = (total,) if model.labels == 1 else (total, model.labels)
     gathered = torch.zeros(shape, device=platform.current().device())
@@ -111,15 +121,16 @@ def accumulate_gradients(
     temperature: float = 1.0,
     entropies: Entropies = "none",
 ) -> dict[str, float]:
-    """Add the batch's gradients, reduced over all groups, to the parameters; returns the metric sums of the full batch.
+    """Add the batch's gradients, reduced over all groups, to the parameters. Returns the metric sums of the full batch.
 
-    ``loss`` must already be divided by the counts of the full batch (see ``recipes.algorithms.aggregation``): gradients
-    are summed over micro-batches and data-parallel ranks, so the update depends on neither. It gets the log-probs [R];
-    with ``entropies`` [2, R], log-probs and below them the entropies of the distributions. For a model with a scalar
-    head it gets the values [R], with several labels [R, labels].
+    ``loss`` must already be divided by the counts of the full batch (see ``recipes.algorithms.aggregation``). Gradients
+    are summed over micro-batches and data-parallel ranks, so the update depends on neither. ``loss`` gets the log-probs
+    [R]. With ``entropies`` it gets [2, R]: the log-probs, then the entropies of the distributions. For a model with a
+    scalar head it gets the values [R], or [R, labels] with several labels.
     """
     for chunk in model.chunks:
-        chunk.restore_grad_buffers(synchronize=False)  # where ``offload.release_gradients`` has freed them
+        # ``offload.release_gradients`` may have freed them.
+        chunk.restore_grad_buffers(synchronize=False)
         chunk.zero_grad_buffer()
     model.config.finalize_model_grads_func = lambda chunks, tokens, **kwargs: finalize_model_grads(
         chunks, None, **kwargs
@@ -139,11 +150,14 @@ def accumulate_gradients(
 
 
 def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sums of metrics over micro-batches, data- and context-parallel ranks, known to all (``/max``: the maximum)."""
+    """Sum the metrics over micro-batches and over data- and context-parallel ranks. Every rank gets the result.
+
+    For a metric whose name ends with ``/max``, the result is the maximum.
+    """
     local: dict[str, float] = {}
     if model.parallel.is_last_stage and model.parallel.tensor_rank == 0:
         for entry in sums:
-            # One copy to the host: each makes it wait.
+            # One copy to the host for all values, because each copy makes the host wait.
             numbers = torch.stack([value.double() for value in entry.values()]).tolist()
             add_metrics(local, dict(zip(entry, numbers, strict=True)))
     total: dict[str, float] = {}
@@ -153,7 +167,7 @@ def reduce_metrics(model: Model, sums: list[dict[str, torch.Tensor]]) -> dict[st
 
 
 def add_metrics(total: dict[str, float], more: Mapping[str, float]) -> None:
-    """Add ``more`` to ``total``, in place; of a ``/max`` the greater."""
+    """Add ``more`` to ``total``, in place. For a metric whose name ends with ``/max``, keep the greater value."""
     for name, value in more.items():
         if name.endswith("/max"):
             total[name] = max(total.get(name, value), value)
@@ -164,7 +178,10 @@ def add_metrics(total: dict[str, float], more: Mapping[str, float]) -> None:
 def _without_gradient(
     model: Model, batches: Batches, head: Callable[..., torch.Tensor], kept: Callable[[torch.Tensor, MicroBatch], Any]
 ) -> list[Any]:
-    """What ``kept`` makes of each micro-batch's output; an empty list off the last pipeline stage."""
+    """Run the forward passes and apply ``kept`` to the output of each micro-batch. Returns the results.
+
+    The list is empty on all pipeline stages but the last.
+    """
 
     def keep(batch: MicroBatch) -> Callable[..., Any]:
         return lambda output, non_loss_data=False: kept(output.detach(), batch)
@@ -199,16 +216,17 @@ def _run(
     def read() -> Generator[MicroBatch]:
         yield from batches
 
-    # Closed, because a pass that raises leaves it unfinished.
+    # Closed explicitly, because a pass that raises leaves the generator unfinished.
     with closing(read()) as reading:
-        # Each virtual stage reads all micro-batches. One that all have read is held no longer.
+        # Each virtual stage reads all micro-batches. A micro-batch is freed when all virtual stages have read it.
         iterators = tee(reading, len(model.chunks))
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=list(iterators) if len(model.chunks) > 1 else iterators[0],
             model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
             num_microbatches=len(batches),
-            # Of all context-parallel ranks. It is not used where packs differ in length: stages tell each other theirs.
+            # The length of a pack on all context-parallel ranks together. It is not used where packs differ in length:
+            # stages then send each other the shapes.
             seq_length=model.pack_tokens or model.parallel.config.micro_batch_tokens,
             micro_batch_size=1,
             **options,
@@ -226,10 +244,10 @@ def _log_probs_of_hidden(
     context: Any,
     **_: Any,
 ) -> torch.Tensor:
-    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R] with the entropies below them.
+    """Hidden states [T(/TP), 1, H] → log-probs [R], or [2, R]: log-probs, then entropies.
 
-    Logits are made only where a response token is predicted.
-    Padded vocabulary columns are excluded from the softmax.
+    Logits are computed only where a response token is predicted. Padded vocabulary columns are excluded from the
+    softmax.
     """
     batch: MicroBatch = context
     if model.config.sequence_parallel:
@@ -253,7 +271,7 @@ def _log_probs_of_hidden(
     if valid < weight.shape[0]:
         padding = torch.arange(weight.shape[0], device=logits.device) >= valid
         logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-    # Before the cross-entropy, which overwrites the logits.
+    # The entropy is computed before the cross-entropy, which overwrites the logits.
     entropy = None
     if entropies != "none":
         of_entropy = logits if entropies == "trained" else logits.detach()
@@ -263,12 +281,12 @@ def _log_probs_of_hidden(
 
 
 def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, context: Any, **_: Any) -> torch.Tensor:
-    """Hidden states [T(/TP), 1, H] → values [R], with several labels [R, labels]."""
+    """Hidden states [T(/TP), 1, H] → values [R], or [R, labels] with several labels."""
     batch: MicroBatch = context
     hidden = hidden_states
     if model.config.sequence_parallel:
-        # Every rank computes all values with the complete head, so the head's gradient is complete, and each rank keeps
-        # its slice of the hidden states' gradient.
+        # Every rank computes all values with the complete head, so every rank has the head's complete gradient. Each
+        # rank keeps its slice of the hidden states' gradient.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     values: torch.Tensor = output_layer(hidden.squeeze(1).index_select(0, batch.predict))
     return values
@@ -276,9 +294,10 @@ def _values_of_hidden(model: Model, *, hidden_states: Any, output_layer: Any, co
 
 @contextmanager
 def swapped_weights(model: Model, weights: list[torch.Tensor], own: HostBuffers) -> Iterator[None]:
-    """Run the model with other weights (the reference policy's, kept on the host) and put its own back, bit for bit.
+    """Run the model with other weights, then restore its own weights bit for bit.
 
-    ``own`` takes the model's own weights meanwhile.
+    ``weights`` are on the host (for example those of the reference policy). ``own`` has the model's own weights in the
+    meantime.
     """
     own_weights = own.copy(_weights(model))
     try:
@@ -289,12 +308,12 @@ def swapped_weights(model: Model, weights: list[torch.Tensor], own: HostBuffers)
 
 
 def copy_weights(model: Model) -> list[torch.Tensor]:
-    """A host copy of this rank's weights, in shard order."""
+    """Copy this rank's weights to the host, in shard order."""
     return HostBuffers().copy(_weights(model))
 
 
 def load_weights(model: Model, folder: Path) -> list[torch.Tensor]:
-    """Host tensors, in shard order, with another checkpoint's weights in this rank's layout."""
+    """Load the weights of another checkpoint in this rank's layout. Returns host tensors in shard order."""
     tensors = platform.current().empty_on_host(_weights(model))
     host = [Shard(s.name, tensor, s.blocks) for s, tensor in zip(model.shards, tensors, strict=True)]
     hf_checkpoint.load(host, folder)

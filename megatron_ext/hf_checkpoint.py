@@ -1,4 +1,4 @@
-"""Load and export Hugging Face checkpoints: a rank reads and writes only the rectangles that it holds."""
+"""Load and export Hugging Face checkpoints. A rank reads and writes only the rectangles that it holds."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from megatron_ext.blocks import Block, Shard, region
 from megatron_ext.models import family
 from megatron_ext.scalar_head import Head
 
-# Of values that an export reads and writes at once.
+# The number of bytes of values that an export reads and writes at once.
 PIECE_BYTES = 16 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -37,7 +37,7 @@ def config(folder: str | Path) -> Any:
         raise FileNotFoundError(f"model.path={str(folder)!r} holds no config.json: give a Hugging Face model folder")
     raw = json.loads(file.read_text())
     if raw["model_type"] == "internvl_chat":
-        # transformers does not know this type: the repository brings code of its own, which is not run.
+        # transformers does not know this type. The repository has code of its own, which is not run.
         from megatron_ext.models import internvl3
 
         return internvl3.config_from_chat(raw)
@@ -61,9 +61,9 @@ def headers(folder: str | Path) -> dict[Path, dict[str, Any]]:
 
 
 def published_name(folder: str | Path) -> Callable[[str], str]:
-    """A function from a tensor's name in this checkpoint to its name in the family's parameter mappings.
+    """Return a function from a tensor's name in this checkpoint to its name in the family's parameter mappings.
 
-    A family whose checkpoints come with two kinds of names has ``RENAMED``: prefix → prefix in published checkpoints.
+    A family whose checkpoints have two kinds of names defines ``RENAMED``: prefix → prefix in published checkpoints.
     """
     prefixes: dict[str, str] = getattr(family(config(folder).architectures[0]), "RENAMED", {})
 
@@ -79,18 +79,18 @@ def published_name(folder: str | Path) -> Callable[[str], str]:
 def load(shards: list[Shard], folder: str | Path) -> None:
     """Fill the local shards in place with the checkpoint's weights, cast to the shards' dtype.
 
-    Elements that no block covers become zero. A scalar head that the checkpoint of a language model lacks also becomes
-    zero (our choice): all its values are 0 at first.
+    Elements that no block covers become zero. If the checkpoint is that of a language model, a scalar head also becomes
+    zero (our choice), so that all its values are 0 at first.
 
     Raises:
-        KeyError: the checkpoint lacks a tensor; the message names it.
+        KeyError: the checkpoint lacks a tensor. The message names it.
         ValueError: a block lies outside the checkpoint's tensor.
     """
     header_of = headers(folder)
     published = published_name(folder)
     may_be_missing = () if scalar_head.has_scalar_head(config(folder)) else (scalar_head.TENSOR,)
     stored_at = {published(name): (file, name) for file, header in header_of.items() for name in header}
-    # Sorted by file, so that each one is opened once.
+    # Grouped by file, so that each file is opened once.
     blocks_by_file: dict[Path, list[tuple[Any, str, torch.Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for shard in shards:
@@ -119,8 +119,8 @@ class Parameter:
     """A parameter to export.
 
     Attributes:
-        blocks: the rectangles of Hugging Face tensors in it.
-        read: (first element, extent) of a rectangle of the parameter → its values.
+        blocks: the rectangles of Hugging Face tensors in the parameter.
+        read: (first element, extent) of a rectangle of the parameter → the values of the rectangle.
     """
 
     blocks: Sequence[Block]
@@ -129,11 +129,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layout:
-    """What an export writes: a folder like ``source`` whose tensors have ``dtype``.
+    """The contents of an export: a folder like ``source`` whose tensors have ``dtype``.
 
     Attributes:
-        head: the scalar head that the exported model has; None for a language model.
-        headers: each file of ``source`` with tensors → the safetensors header of the exported one.
+        head: the scalar head of the exported model, None for a language model.
+        headers: each file of ``source`` with tensors → the safetensors header of the exported file.
     """
 
     source: Path
@@ -145,15 +145,15 @@ class Layout:
 def export(shards: list[Shard], source: str | Path, target: str | Path, writes: bool, head: Head | None = None) -> None:
     """Collective: write a folder like ``source`` with the shards' weights in their dtype.
 
-    Names of tensors, their division into files and all other files are those of ``source``. No full tensor is gathered
-    on any rank. ``target`` appears under this name only when it is complete.
+    The names of tensors, their division into files and all other files are those of ``source``. No full tensor is
+    gathered on any rank. The folder gets the name ``target`` only when it is complete.
 
     Args:
         shards: this rank's parameters.
-        source: the Hugging Face folder that the model was made from.
+        source: the Hugging Face folder that the model was built from.
         target: the folder to write, on a file system that all ranks share.
-        writes: whether this rank writes; the ranks of one data-parallel replica must.
-        head: the model's scalar head, None for a language model; ``source`` may have it or be a language model.
+        writes: whether this rank writes. The ranks of one data-parallel replica must write.
+        head: the model's scalar head, None for a language model. ``source`` may have this head or be a language model.
     """
     target = Path(target)
     partial_folder = target.with_name(target.name + ".partial")
@@ -174,7 +174,10 @@ def export(shards: list[Shard], source: str | Path, target: str | Path, writes: 
 
 
 def export_layout(source: str | Path, dtype: torch.dtype, head: Head | None) -> Layout:
-    """The tensors of ``source`` in the same files, as ``dtype``; with a ``head`` those of the model that has it."""
+    """The layout of an export with the tensors of ``source`` in the same files, stored as ``dtype``.
+
+    With a ``head`` the tensors are those of the model with that scalar head.
+    """
     stored = headers(source)
     if head is not None:
         hidden_size = config(source).get_text_config().hidden_size
@@ -183,7 +186,7 @@ def export_layout(source: str | Path, dtype: torch.dtype, head: Head | None) -> 
 
 
 def create(folder: Path, layout: Layout) -> None:
-    """Make the files of an export in an empty folder; all tensors are zero."""
+    """Create the files of an export in an empty folder. All tensors are zero."""
     for file in layout.source.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copy(file, folder / file.name)
@@ -195,11 +198,12 @@ def create(folder: Path, layout: Layout) -> None:
 
 
 def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
-    """Write the parameters' values into the files that :func:`create` made.
+    """Write the parameters' values into the files that :func:`create` has created.
 
-    Values are read in pieces of at most ``PIECE_BYTES`` (or one row of a tensor), and only their own bytes are written.
-    A client of NFS that has a copy of a page, as a map of the file or a file opened for reading gives it, would write
-    the whole page, and with it its older copy of what another node has written beside them.
+    Values are read in pieces of at most ``PIECE_BYTES`` (or one row of a tensor), and only the bytes of the values are
+    written. An NFS client that has a copy of a page would write the whole page. It has such a copy if the file is
+    mapped or opened for reading. With the page it would write its older copy of bytes that another node has written in
+    the meantime.
     """
     parts: dict[str, list[tuple[Block, Parameter]]] = defaultdict(list)
     for parameter in parameters:
@@ -208,7 +212,7 @@ def fill(folder: Path, layout: Layout, parameters: Sequence[Parameter]) -> None:
     published = published_name(layout.source)
     for file, header in layout.headers.items():
         data_start = len(_header_bytes(header))
-        # A client of NFS that could read a page would first do so, and then write all of it.
+        # Write-only: an NFS client that may read a page would first do so, and then write the whole page.
         descriptor = os.open(folder / file.name, os.O_WRONLY)
         try:
             for name, entry in header.items():
@@ -237,37 +241,37 @@ def _set_config_dtype(file: Path, dtype: torch.dtype) -> None:
     """Write the dtype of the weights into a config.json."""
     config = json.loads(file.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
-    # The older name of the field.
+    # The field's older name.
     config.pop("torch_dtype", None)
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def tensor_bytes(header: dict[str, Any]) -> int:
-    """The bytes of all tensors of a file."""
+    """The number of bytes of all tensors of a file."""
     return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
 
 
 def _create(file: Path, header: dict[str, Any]) -> None:
-    """Write the header and reserve the space of the tensors, all zero."""
+    """Create a file with the header and the space for the tensors, all zero."""
     written = _header_bytes(header)
     with file.open("wb") as stream:
         stream.write(written)
         stream.truncate(len(written) + tensor_bytes(header))
         stream.flush()
         os.fsync(stream.fileno())
-        # So that this node keeps no copy of the header's last page (see :func:`fill`).
+        # This node must not keep a copy of the header's last page (see :func:`fill`).
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _header_bytes(header: dict[str, Any]) -> bytes:
-    """What a file has before its tensors: the header's length, and the header, padded to eight bytes."""
+    """The bytes of a file before its tensors: the header's length, then the header, padded to eight bytes."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _fill(file: int, data_start: int, entry: dict[str, Any], block: Block, parameter: Parameter) -> None:
-    """Write a block of a parameter into an open file. ``entry``: the header's, of the block's tensor."""
+    """Write a block of a parameter into an open file. ``entry`` is the header's entry of the block's tensor."""
     dtype = _DTYPES[entry["dtype"]]
     tensor_start = data_start + entry["data_offsets"][0]
     row_bytes = math.prod(block.shape[1:]) * dtype.itemsize
@@ -275,7 +279,8 @@ def _fill(file: int, data_start: int, entry: dict[str, Any], block: Block, param
     for row in range(0, block.shape[0], rows):
         shape = (min(rows, block.shape[0] - row), *block.shape[1:])
         values = parameter.read((block.local_start[0] + row, *block.local_start[1:]), shape)
-        # A copy: a tensor that has given its memory to numpy can't be resized any more, as an offloaded parameter is.
+        # A copy, because a tensor that shares its memory with numpy can't be resized any more, and offloading resizes
+        # parameters.
         stored = values.detach().to("cpu", dtype, copy=True).contiguous().flatten().view(torch.uint8)
         remaining = memoryview(stored.numpy())
         for first, count in _runs((block.hf_start[0] + row, *block.hf_start[1:]), shape, entry["shape"]):
@@ -286,10 +291,12 @@ def _fill(file: int, data_start: int, entry: dict[str, Any], block: Block, param
 
 
 def _runs(start: tuple[int, ...], shape: tuple[int, ...], whole: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first element, number of elements) of each contiguous run of a rectangle in a row-major tensor, in order.
-    ``whole``: the tensor's shape."""
+    """Yield (first element, number of elements) of each contiguous run of a rectangle in a row-major tensor, in order.
+
+    ``whole`` is the tensor's shape.
+    """
     strides = [math.prod(whole[axis + 1 :]) for axis in range(len(whole))]
-    # The dimensions behind this one are complete.
+    # The dimensions after this one are complete.
     last_partial = max((axis for axis in range(len(whole)) if shape[axis] != whole[axis]), default=0)
     count = math.prod(shape[last_partial:])
     outer = [range(start[axis], start[axis] + shape[axis]) for axis in range(last_partial)]

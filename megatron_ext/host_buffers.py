@@ -1,4 +1,4 @@
-"""Copies of device tensors on the host, in memory that is kept."""
+"""Copies of device tensors on the host, in memory that is reused."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from megatron_ext import platform
 
 
 class HostBuffers:
-    """Host tensors that the first copies make and that later ones fill again, because pinned memory takes long to make.
+    """Host tensors that are allocated by the first copy and reused by later ones.
 
-    Each call of :meth:`copy` overwrites the copies of the call before. Where shapes or dtypes are other ones, all
-    tensors are made anew.
+    They are reused because the allocation of pinned memory takes long. Each call of :meth:`copy` overwrites the copies
+    of the call before. If a shape or dtype has changed, all tensors are allocated anew.
     """
 
     def __init__(self) -> None:
@@ -19,9 +19,9 @@ class HostBuffers:
 
     @torch.no_grad()
     def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Contiguous copies of the tensors, complete when this returns."""
+        """Copy the tensors to contiguous host tensors. The copies are complete when this returns."""
         if [(t.shape, t.dtype) for t in self.tensors] != [(t.shape, t.dtype) for t in tensors]:
-            self.tensors = []  # given back before the new ones are taken
+            self.tensors = []  # freed before the new ones are allocated
             self.tensors = platform.current().empty_on_host(tensors)
         platform.current().copy_to_host(tensors, self.tensors)
         return self.tensors

@@ -1,10 +1,11 @@
-"""Images on their way into the passes: pixels go from the rank that made them to those that train on them, and a frozen
-vision encoder runs once for each prompt.
+"""Images before the passes: the exchange of pixels between ranks, and the output of a frozen vision encoder.
 
-Each tensor-parallel rank of the first pipeline stage gets a part of an image's rows, and the ranks put them together on
-the device. Every pass, and every response to a prompt, then takes the same output of the encoder from the host. The
-projector, which has a fiftieth of the encoder's work, runs in the passes, whether it is trained or not: so the
-reference may have another.
+Pixels go from the rank that computed them to the ranks that train on them. Each tensor-parallel rank of the first
+pipeline stage gets a part of an image's rows, and the ranks gather the parts on the device.
+
+A frozen encoder runs once for each prompt. Every pass, and every response to a prompt, then takes the same output of
+the encoder from the host. The projector has a fiftieth of the encoder's work. It runs in the passes, whether it is
+trained or not, so the reference may have another projector.
 """
 
 from collections.abc import Sequence
@@ -24,21 +25,25 @@ from megatron_ext.vision_language import gathered
 
 
 def encoder_is_frozen(tower: torch.nn.Module) -> bool:
-    """Whether nothing of a vision tower is trained but its projector."""
+    """Whether no parameter of a vision tower is trained outside the projector."""
     return not any(p.requires_grad for name, p in tower.named_parameters() if not name.startswith("projector."))
 
 
 def is_of_encoder(shard: str) -> bool:
-    """Whether a shard's name, a model chunk's number before the parameter's, is of a vision encoder."""
+    """Whether a shard belongs to a vision encoder.
+
+    ``shard`` is the shard's name: the model chunk's number, a dot, and the parameter's name.
+    """
     _, _, parameter = shard.partition(".")
     return parameter.startswith("vision.") and not parameter.startswith("vision.projector.")
 
 
 def exchange(inputs: Sequence[VisionInputs], wanted: Array, model: Model, group: dist.ProcessGroup) -> None:
-    """Collective over all ranks of a gloo group, with the same prompts in the same order: set ``part`` of those that
-    this rank wants, bool [prompts], from its own pixels or from the first rank that has them.
+    """Collective over all ranks of a gloo group: set ``part`` of the prompts that this rank wants.
 
-    Raises ValueError for pixels that no rank has.
+    All ranks have the same prompts in the same order. ``wanted``, bool [prompts], is True for the prompts that this
+    rank wants. The pixels are this rank's own, or those of the first rank that has them. Raises ValueError for pixels
+    that no rank has.
     """
     held = of_ranks(np.array([not vision.pixels.is_meta for vision in inputs], np.bool_), group)
     missing = of_ranks(wanted, group) & ~held
@@ -50,7 +55,7 @@ def exchange(inputs: Sequence[VisionInputs], wanted: Array, model: Model, group:
     ranks = model.parallel.tensor
     tensor_ranks = all_gather_json(model.parallel.tensor_rank, group)
     sent: list[dist.Work | None] = []
-    # Of the same part a block that all its receivers get. They are kept until they have been sent.
+    # All receivers of the same part get the same block. The blocks are kept until they have been sent.
     outgoing: dict[tuple[int, bytes], torch.Tensor] = {}
     incoming: list[tuple[list[int], torch.Tensor]] = []
     for receiver, sender in np.argwhere(_pairs(missing, source)).tolist():
@@ -81,7 +86,7 @@ def exchange(inputs: Sequence[VisionInputs], wanted: Array, model: Model, group:
 
 
 def _pairs(missing: Array, source: Array) -> Array:
-    """bool [ranks, ranks]: whether a rank (the row) gets anything from another (the column)."""
+    """bool [ranks, ranks]: whether a rank (the row) gets anything from another rank (the column)."""
     pairs = np.zeros((len(missing), len(missing)), np.bool_)
     for receiver, of_receiver in enumerate(missing):
         pairs[receiver, source[of_receiver]] = True
@@ -89,14 +94,17 @@ def _pairs(missing: Array, source: Array) -> Array:
 
 
 def _part_bytes(pixels: torch.Tensor, ranks: int) -> int:
-    """Of a rank's part of the pixels, which may be on the meta device."""
+    """The number of bytes of a rank's part of the pixels. The pixels may be on the meta device."""
     return -(-len(pixels) // ranks) * pixels[0].numel() * pixels.itemsize
 
 
 @torch.no_grad()
 def encode(model: Model, inputs: Sequence[VisionInputs]) -> None:
-    """Collective over the tensor-parallel ranks of the first pipeline stage: ``part`` of the prompts' pixels becomes
-    ``encoded``, a part of what the frozen encoder makes of them, on the host."""
+    """Collective over the tensor-parallel ranks of the first pipeline stage: run the frozen encoder on the images.
+
+    For each prompt, ``encoded`` is set to this rank's part of the encoder's output, on the host. ``part``, the pixels,
+    is set to None.
+    """
     tower: Any = model.tower
     here = model.parallel
 

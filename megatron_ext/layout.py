@@ -1,11 +1,11 @@
-"""How a model is cut over ranks. Pure: imported before a run has any rank."""
+"""How a model is divided over ranks. Pure, because it is imported before a run has any rank."""
 
 from dataclasses import dataclass
 
 from megatron_ext.settings import TOKENS, setting
 
 RECOMPUTE = ("none", "selective", "full")
-# Modules of a dense layer that Megatron-Core can recompute alone.
+# Modules of a dense layer that Megatron-Core can recompute on their own.
 RECOMPUTE_MODULES = CORE_ATTENTION, LAYERNORM, MLP = "core_attn", "layernorm", "mlp"
 GROUP = "[1, 1e5]"
 LAYERS = "[1, 1e4]"
@@ -57,31 +57,31 @@ class ParallelConfig:
 
     @property
     def model_parallel(self) -> int:
-        """Ranks of one replica."""
+        """The number of ranks of one replica."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def token_multiple(self) -> int:
-        """A sequence is padded to a multiple of this many tokens."""
+        """Each sequence is padded to a multiple of this many tokens."""
         return token_multiple(self.context)
 
     @property
     def micro_batch_multiple(self) -> int:
-        """The interleaved pipeline schedule needs a multiple of this many micro-batches."""
+        """The number of micro-batches must be a multiple of this. The interleaved pipeline schedule needs it."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
     def data_parallel(self, ranks: int) -> int:
-        """Replicas of the model on ``ranks`` ranks."""
+        """The number of replicas of the model on ``ranks`` ranks."""
         return ranks // self.model_parallel
 
 
 def token_multiple(context: int) -> int:
-    """What a sequence is padded to a multiple of: each context-parallel rank has two slices of it."""
+    """The multiple to which a sequence is padded, because each context-parallel rank has two slices of it."""
     return 2 * context if context > 1 else 1
 
 
 def stage_layers(sizes: ParallelConfig, layers: int, stage: int) -> int:
-    """Decoder layers of a pipeline stage, all its chunks, of a model with so many ``layers``."""
+    """The number of decoder layers of a pipeline stage, in all its chunks. The model has ``layers`` layers."""
     own = {sizes.pipeline - 1: sizes.last_stage_layers, 0: sizes.first_stage_layers}
     of_outer = [count for count in own.values() if count is not None]
     of_inner = (layers - sum(of_outer)) // max(1, sizes.pipeline - len(of_outer))
@@ -90,7 +90,7 @@ def stage_layers(sizes: ParallelConfig, layers: int, stage: int) -> int:
 
 
 def check(ranks: int, parallel: ParallelConfig) -> None:
-    """Raises ValueError naming the field when the sizes do not fit the number of ranks or each other."""
+    """Check that the sizes fit the number of ranks and each other. Raises ValueError naming the field."""
     if ranks % parallel.model_parallel:
         raise ValueError(
             f"cluster.ranks={ranks}: parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
@@ -123,7 +123,10 @@ def check(ranks: int, parallel: ParallelConfig) -> None:
 
 
 def check_recompute(parallel: ParallelConfig) -> None:
-    """Raises ValueError naming the field for what nothing would be recomputed by."""
+    """Check the settings of recomputation. Raises ValueError naming a field with which nothing would be recomputed.
+
+    Also raises it for a wrong ``recompute_layers``.
+    """
     modules = parallel.recompute_modules
     if parallel.recompute == "selective" and not modules:
         raise ValueError("parallel.recompute_modules=[]: name a module, or use parallel.recompute=none")

@@ -1,4 +1,4 @@
-"""A plan's micro-batches, built while earlier ones are computed, so that few are on the device at a time."""
+"""The micro-batches of a plan, built while earlier ones are computed, so that few are on the device at a time."""
 
 import queue
 import threading
@@ -11,25 +11,25 @@ from megatron_ext import platform
 from megatron_ext.batch import TokenBatch
 from megatron_ext.packing import MicroBatch, OnDevice
 
-# Micro-batches that are built, or being built, before they are asked for. The preflight counts them.
+# The number of micro-batches that are built before they are asked for. The preflight counts their memory.
 AHEAD = 2
-# (batch, indices of responses, how tensors get to the device) → their micro-batch, as ``packing.pack`` makes it.
+# (batch, indices of responses, function that copies a tensor to the device) → micro-batch, as from ``packing.pack``.
 Build = Callable[[TokenBatch, Sequence[int], OnDevice], MicroBatch]
 
 
 class MicroBatches:
-    """Micro-batches of a batch by a ``plan``, whose entries are the responses of each.
+    """The micro-batches of a batch. Each entry of ``plan`` has the responses of one micro-batch.
 
-    Each pass over them builds them anew, in a thread that is at most ``AHEAD`` of them ahead of the caller. Neither the
-    thread nor the caller waits for the copies to the device. What the thread raises, the caller gets. The number of
-    micro-batches, and whether they have a column, are known before any is built.
+    Each iteration builds the micro-batches anew, in a thread that is at most ``AHEAD`` micro-batches ahead of the
+    caller. Neither the thread nor the caller waits for the copies to the device. An exception in the thread is raised
+    in the caller. The number of micro-batches, and whether they have a column, are known before any is built.
     """
 
     def __init__(self, batch: TokenBatch, plan: Sequence[Sequence[int]], build: Build) -> None:
         self.batch = batch
         self.plan = plan
         self.build = build
-        # Of each micro-batch, [R] on the device.
+        # Name → one tensor for each micro-batch, [R] on the device.
         self.added: dict[str, Sequence[torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -48,12 +48,15 @@ class MicroBatches:
                 yield micro_batch
 
     def has(self, name: str) -> bool:
-        """Whether ``MicroBatch.values`` has the column."""
+        """Whether ``MicroBatch.values`` has the column ``name``."""
         return name in self.batch.columns or name in self.batch.response_columns or name in self.added
 
     def add(self, name: str, columns: Sequence[torch.Tensor]) -> None:
-        """A column of ``MicroBatch.values``, [R] for each micro-batch: what a pass over them has computed. Ranks that
-        have none of it (all but the last pipeline stage) give nothing."""
+        """Add a column to ``MicroBatch.values``: what a pass over the micro-batches has computed.
+
+        ``columns`` has a tensor [R] for each micro-batch. It is empty on ranks that do not have the column (all but the
+        last pipeline stage).
+        """
         self.added[name] = columns
 
 
@@ -71,11 +74,11 @@ class Joined:
             yield from part
 
     def has(self, name: str) -> bool:
-        """As :meth:`MicroBatches.has`, of all parts."""
+        """Like :meth:`MicroBatches.has`, for all parts."""
         return all(part.has(name) for part in self.parts)
 
     def add(self, name: str, columns: Sequence[torch.Tensor]) -> None:
-        """As :meth:`MicroBatches.add`, of the micro-batches of all parts in their order."""
+        """Like :meth:`MicroBatches.add`, for the micro-batches of all parts in order."""
         first = 0
         for part in self.parts:
             part.add(name, columns[first : first + len(part)])
@@ -83,9 +86,9 @@ class Joined:
 
 
 def built_ahead[Source, Built](build: Callable[[Source], Built], sources: Sequence[Source]) -> Generator[Built]:
-    """What ``build`` makes of each source, made by a thread that is at most ``AHEAD`` of them ahead of the caller.
+    """Yield ``build(source)`` for each source. A thread builds them, at most ``AHEAD`` results ahead of the caller.
 
-    Raises what ``build`` raises. The thread has ended when the iterator has, or is closed.
+    Raises what ``build`` raises. The thread has ended when the iterator is exhausted or closed.
     """
     room = threading.Semaphore(AHEAD)
     done: queue.SimpleQueue[tuple[Built, None] | tuple[None, BaseException]] = queue.SimpleQueue()

@@ -64,23 +64,25 @@ class Model:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether the model has a scalar head: it computes one number for each token and label instead of logits."""
+        """Whether the model has a scalar head, which computes one number for each token and label instead of logits."""
         return has_scalar_head(self.hf_config)
 
     @property
     def tower(self) -> Any:
-        """The vision tower, on ranks of the first pipeline stage; None on the others and without one."""
+        """The vision tower on ranks of the first pipeline stage. None on other ranks and for a text model."""
         return getattr(self.chunks[0].module, "vision", None)
 
     @property
     def labels(self) -> int:
-        """How many numbers the model computes for each token: one for each label of a scalar head; of a language model
-        one, the log-probability."""
+        """The number of outputs for each token.
+
+        A scalar head has one output for each label. A language model has one output, the log-prob.
+        """
         return self.hf_config.num_labels if self.is_scalar else 1
 
 
 def check(hf_config: Any, sizes: ParallelConfig) -> None:
-    """Raises ValueError naming the field if the architecture is not supported or does not fit the parallel sizes."""
+    """Check that the architecture is supported and fits the parallel sizes. Raises ValueError naming the field."""
     arch = family(hf_config.architectures[0])
     text = arch.text_config(hf_config)
     arch.gpt_options(text)
@@ -89,7 +91,7 @@ def check(hf_config: Any, sizes: ParallelConfig) -> None:
         raise ValueError(
             f"parallel.tensor={sizes.tensor} does not divide the model's ffn size {text.intermediate_size}"
         )
-    # Layers and stages between the outer ones whose number of layers is set.
+    # The layers and stages that are left without a first or last stage whose number of layers is set.
     inner_layers = text.num_hidden_layers
     inner_stages = sizes.pipeline
     for field, layers in (("first", sizes.first_stage_layers), ("last", sizes.last_stage_layers)):
@@ -123,14 +125,14 @@ def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen
     """Build this rank's part of the model with zero weights, wrapped in Megatron-Core's DDP.
 
     ``hf_checkpoint.load`` fills in the weights. Key-value heads that the tensor-parallel size does not divide are
-    zero-padded: outputs do not change, and padded weights get zero gradients and stay zero.
+    zero-padded. This does not change outputs. Padded weights get zero gradients and stay zero.
 
     Args:
         hf_config: transformers' configuration of the complete model.
         parallel: the parallel sizes and this rank's place.
-        precision: of weights, activations and matrix products.
-        frozen: prefixes of the names of Megatron parameters that are not trained. Layers are numbered in the complete
-            model; "vision" is the vision tower without its projector.
+        precision: the precision of weights, activations and matrix products.
+        frozen: name prefixes of the Megatron parameters that are not trained. Layers are numbered in the complete
+            model. "vision" is the vision tower without its projector.
 
     Raises:
         ValueError: the architecture does not fit the parallel sizes, or ``frozen`` names no parameter or leaves
@@ -167,7 +169,7 @@ def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen
             platform.current().fuse_gradient_accumulation(module)
         chunks.append(DistributedDataParallel(config=config, ddp_config=ddp_config(sizes), module=module))
     if sizes.overlap_grad_reduce:
-        # All micro-batches but the last one add to gradients that are not to be reduced yet.
+        # Gradients must not be reduced before the last micro-batch has been added.
         of_chunks = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = of_chunks if len(of_chunks) > 1 else of_chunks[0]
     if not any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
@@ -191,7 +193,8 @@ def build(hf_config: Any, parallel: Parallel, precision: PrecisionConfig, frozen
 def ddp_config(sizes: ParallelConfig) -> DistributedDataParallelConfig:
     """Megatron-Core's configuration of gradients and of their reduction.
 
-    Weights are gathered in the optimiser's step: what follows an update reads all of them, engines above all.
+    The all-gather of the weights is not overlapped with the next forward pass. It runs in the optimiser's step, because
+    what follows an update (above all the weight sync to the engines) reads all weights.
     """
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -202,8 +205,10 @@ def ddp_config(sizes: ParallelConfig) -> DistributedDataParallelConfig:
 
 
 def recompute_options(sizes: ParallelConfig, stage: int) -> dict[str, Any]:
-    """TransformerConfig fields of a pipeline stage. Each rank has a configuration of its own, and no stage asks what
-    another one keeps."""
+    """The TransformerConfig fields for recomputation on a pipeline stage.
+
+    Stages may differ, because each rank has a configuration of its own and no stage depends on what another one keeps.
+    """
     if sizes.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": list(sizes.recompute_modules)}
     if sizes.recompute != "full":
@@ -213,14 +218,17 @@ def recompute_options(sizes: ParallelConfig, stage: int) -> dict[str, Any]:
     layers = sizes.recompute_layers[stage]
     if not layers:
         return {}
-    # The first layers of each chunk, each by itself.
+    # Recompute the first layers of each chunk, one layer at a time.
     return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
 
 
 def tower_recompute_options(sizes: ParallelConfig) -> dict[str, Any]:
-    """TransformerConfig fields of a vision tower: those of the first stage, but that its feed-forward layers are not
-    recomputed alone. They have biases, which Megatron-Core's checkpoint of such a layer returns beside its output, and
-    a parameter that a checkpoint returns is no leaf of autograd's graph any more."""
+    """The TransformerConfig fields for recomputation in a vision tower.
+
+    They are those of the first stage, except that feed-forward layers are not recomputed on their own. The tower's
+    feed-forward layers have biases. Megatron-Core's activation checkpoint of such a layer returns the bias in addition
+    to the output, and a parameter that a checkpoint returns is no longer a leaf of autograd's graph.
+    """
     if sizes.recompute != "selective":
         return recompute_options(sizes, stage=0)
     modules = [module for module in sizes.recompute_modules if module != MLP]
@@ -248,9 +256,10 @@ def language_config(
         num_layers_in_last_pipeline_stage=sizes.last_stage_layers,
         sequence_parallel=sizes.sequence,
         tp_comm_overlap=sizes.tp_comm_overlap,
-        # Stages then tell each other the shape of every tensor before they send it.
+        # Stages then send each other the shape of every tensor before the tensor.
         variable_seq_lengths=sizes.pipeline > 1 and not sizes.constant_length,
-        # With two stages, the interleaved schedule without overlap confuses the two directions between the ranks.
+        # With two stages, the interleaved schedule without overlap confuses the two directions of communication between
+        # the ranks.
         overlap_p2p_comm=sizes.virtual_pipeline > 1,
         batch_p2p_comm=sizes.virtual_pipeline == 1,
         # Megatron-Core requires this for variable sequence lengths, in dense models too.
@@ -270,10 +279,10 @@ def language_config(
 def build_chunk(
     hf_config: Any, config: TransformerConfig, parallel: Parallel, frozen: Sequence[str], stage: int
 ) -> MegatronModule:
-    """The module of one virtual pipeline stage, not yet wrapped in DDP.
+    """Build the module of one virtual pipeline stage, not yet wrapped in DDP.
 
-    A GPTModel; a VisionLanguageModel around it if the family has a vision tower. Raises ValueError for frozen
-    parameters that full recompute can't handle.
+    The module is a GPTModel, or a VisionLanguageModel around it if the family has a vision tower. Raises ValueError for
+    frozen parameters that do not work with the recomputation or with ``parallel.tp_comm_overlap``.
     """
     arch = family(hf_config.architectures[0])
     text = arch.text_config(hf_config)
@@ -301,7 +310,7 @@ def build_chunk(
     if model.position_embedding_type == "rope":
         model.rotary_pos_emb = RotaryAtPositions(model.rotary_pos_emb)
     if model.position_embedding_type == "mrope":
-        # ``MicroBatch.positions`` are this context-parallel rank's already.
+        # ``MicroBatch.positions`` already has only the positions of this context-parallel rank.
         model.rotary_pos_emb.cp_group = None
     if has_vision:
         recompute = tower_recompute_options(sizes)
@@ -332,13 +341,16 @@ def build_chunk(
 
 
 def recomputed_modules(config: TransformerConfig) -> list[str]:
-    """The modules of a layer that are recomputed without the rest of it."""
+    """The modules of a layer that are recomputed without the rest of the layer."""
     return config.recompute_modules if config.recompute_granularity == "selective" else []
 
 
 def check_recomputed_mlp(decoder: Any, embedding_is_frozen: bool, frozen: Sequence[str]) -> None:
-    """Raises ValueError for a recomputed feed-forward layer that would get no gradient: Megatron-Core gives it one only
-    if its input needs one, so only after something that is trained."""
+    """Check that every trained feed-forward layer that is recomputed gets a gradient. Raises ValueError otherwise.
+
+    Megatron-Core computes a gradient for a recomputed layer only if the layer's input needs one, so only if something
+    before it is trained.
+    """
     reached = not embedding_is_frozen
     for layer in decoder.layers:
         trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
@@ -354,15 +366,18 @@ def check_recomputed_mlp(decoder: Any, embedding_is_frozen: bool, frozen: Sequen
 
 
 def pack_tokens(sizes: ParallelConfig, token_multiple: int) -> int | None:
-    """``Model.pack_tokens``; ``token_multiple`` is the model's."""
+    """The value of ``Model.pack_tokens``. ``token_multiple`` is ``Model.token_multiple``."""
     if not sizes.constant_length:
         return None
     return round_up(sizes.micro_batch_tokens, token_multiple * sizes.token_multiple)
 
 
 def shares_prompts(sizes: ParallelConfig) -> bool:
-    """Whether responses share their prompt's passes: as ``parallel.shared_prompts`` says; null, as the platform does
-    where the layout can."""
+    """Whether the responses to a prompt share the prompt's passes.
+
+    ``parallel.shared_prompts`` decides. If it is null, prompts are shared where the platform does so by default and
+    there is no context parallelism.
+    """
     if sizes.shared_prompts is not None:
         return sizes.shared_prompts
     usual = platform.capabilities(platform.current().name)
@@ -370,12 +385,12 @@ def shares_prompts(sizes: ParallelConfig) -> bool:
 
 
 def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layers: int) -> None:
-    """Raises ValueError naming an entry of ``model.frozen`` that matches no parameter.
+    """Check that every entry of ``model.frozen`` matches a parameter. Raises ValueError naming one that does not.
 
     Args:
         frozen: the entries of ``model.frozen``.
         mappings: the mappings of the family, which have every parameter of the complete model.
-        layers: number of decoder layers.
+        layers: the number of decoder layers.
     """
     names = [module.prefix + param.megatron_name for module in mappings for param in module.params]
     for prefix in frozen:
@@ -392,8 +407,10 @@ def check_frozen(frozen: Sequence[str], mappings: Sequence[ModuleMapping], layer
 
 
 def global_name(model: MegatronModule, name: str) -> str:
-    """A parameter's name with the layer's number in the complete model instead of that on this pipeline stage, alike on
-    all platforms."""
+    """A parameter's name with the number of its layer in the complete model instead of on this pipeline stage.
+
+    The name is the same on all platforms.
+    """
     match = re.match(r"(.*?\blayers)\.\d+", name)
     if match is None:
         return name

@@ -1,4 +1,4 @@
-"""Free the device's memory while another model uses it: gradients are dropped, what persists moves to the host."""
+"""Free a model's device memory while another model uses it. Gradients are dropped, what persists moves to the host."""
 
 from collections.abc import Iterator
 
@@ -11,38 +11,38 @@ from megatron_ext.model import Model
 
 
 def release_gradients(model: Model) -> None:
-    """Free the memory of the gradient buffers; does nothing where it is free.
+    """Free the memory of the gradient buffers. Does nothing if it has already been freed.
 
-    The tensors and all views of them stay the same objects. ``forward_backward.accumulate_gradients`` takes the memory
-    again and begins with zeros.
+    The tensors and all views of them stay the same objects. ``forward_backward.accumulate_gradients`` allocates the
+    memory again and begins with zeros.
     """
     for chunk in model.chunks:
         chunk.offload_grad_buffers(empty_cache=False)
 
 
 class HostCopy:
-    """Weights and optimiser states of one model, either on the device or on the host; gradients are dropped.
+    """Weights and optimiser states of one model, either on the device or on the host. Gradients are dropped.
 
-    The tensors and all views of them stay the same objects: only their memory is released and allocated again, and
-    their values come back bit for bit. That of the host is kept.
+    The tensors and all views of them stay the same objects. Only their device memory is released and allocated again.
+    Their values are restored bit for bit. The host memory is kept.
     """
 
     def __init__(self, model: Model, optimizer: MegatronOptimizer | None = None, weights: bool = True) -> None:
         """
         Args:
             model: the model whose tensors are moved.
-            optimizer: its optimiser; may also be set later.
-            weights: whether to move the weights. They must stay if engines read them in place.
+            optimizer: the model's optimiser. May also be set later.
+            weights: whether to move the weights. They must stay on the device if engines read them in place.
         """
         self.model = model
         self.optimizer = optimizer
         self.weights = weights
         self.buffers = HostBuffers()
-        # What is on the host: each storage with its copy.
+        # The storages that are on the host, each with its copy.
         self.offloaded: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
 
     def release(self) -> None:
-        """Move the tensors to the host and drop the gradients; does nothing if they are there."""
+        """Move the tensors to the host and drop the gradients. Does nothing if the tensors are already on the host."""
         if self.offloaded:
             return
         weights = _storages(p.data for chunk in self.model.chunks for p in chunk.module.parameters())
@@ -50,7 +50,7 @@ class HostCopy:
         if self.weights:
             copied = weights | states
         else:
-            # An FP32 parameter is its own master, so it is among the optimiser's states too.
+            # An FP32 parameter is its own master weight, so it is also one of the optimiser's states.
             copied = {key: storage for key, storage in states.items() if key not in weights}
         storages = list(copied.values())
         self.offloaded = list(zip(storages, self.buffers.copy([_bytes(storage) for storage in storages]), strict=True))
@@ -60,7 +60,7 @@ class HostCopy:
         platform.current().empty_cache()
 
     def restore(self) -> None:
-        """Move the tensors back to the device; does nothing if they are there."""
+        """Move the tensors back to the device. Does nothing if they are already there."""
         for storage, copy in self.offloaded:
             storage.resize_(copy.nbytes)
             _bytes(storage).copy_(copy, non_blocking=True)
@@ -79,7 +79,7 @@ class HostCopy:
 
 
 def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The distinct storages of the tensors, by address of their implementation."""
+    """The distinct storages of the tensors: address of the implementation → storage."""
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 

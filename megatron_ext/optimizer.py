@@ -13,9 +13,10 @@ from megatron_ext.optimizer_settings import OptimizerConfig, ScheduleConfig
 def build(
     model: Model, settings: OptimizerConfig, learning: ScheduleConfig, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """FP32 master weights and moments, sharded over the data-parallel ranks where the model was built so.
+    """Build the optimiser and the learning-rate schedule of a model.
 
-    The schedule runs over ``steps`` updates. Norms and biases get no weight decay.
+    The optimiser has FP32 master weights and moments. They are sharded over the data-parallel ranks if the model was
+    built for the distributed optimiser. The schedule runs over ``steps`` updates. Norms and biases get no weight decay.
     """
     bf16 = model.config.bf16
     optimizer = get_megatron_optimizer(
@@ -53,16 +54,16 @@ def build(
 
 
 def skip(optimizer: MegatronOptimizer) -> float:
-    """Leave the gradients unused: no update, and a norm of 0."""
+    """Skip an update: drop the gradients. Returns a gradient norm of 0."""
     optimizer.zero_grad()
     return 0.0
 
 
 def step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
-    """One update; returns the gradient norm before clipping.
+    """Make one update. Returns the gradient norm before clipping.
 
-    Where that is not finite there is no update: weights, moments and schedule stay as they are. The norm is that of all
-    ranks' gradients, so all do the same.
+    If the norm is not finite, this returns NaN and makes no update: weights, moments and schedule stay as they are. The
+    norm is that of the gradients of all ranks, so all ranks do the same.
     """
     optimizer.prepare_grads()
     grad_norm = optimizer.get_grad_norm()
@@ -70,8 +71,8 @@ def step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> fl
         optimizer.zero_grad()
         return math.nan
     optimizer.step()
-    # In FP32 without the distributed optimiser param.grad is the gradient buffer itself; left there, the next backward
-    # pass would count twice.
+    # In FP32 without the distributed optimiser param.grad is the gradient buffer itself. If it stayed set, the next
+    # backward pass would count twice.
     optimizer.zero_grad()
     scheduler.step(increment=1)
     return float(grad_norm)

@@ -1,4 +1,4 @@
-"""Settings of AdamW and of its learning-rate schedule. Pure: imported before a run has any rank."""
+"""Settings of AdamW and of its learning-rate schedule. Pure, because it is imported before a run has any rank."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class OptimizerConfig:
 
 
 def check(settings: OptimizerConfig) -> None:
-    """Raises ValueError for betas that AdamW can't have."""
+    """Check the settings. Raises ValueError for betas that AdamW can't have."""
     betas = settings.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.betas={betas}: give two values in [0, 1)")

@@ -1,10 +1,10 @@
 """FP32 masters and moments of a distributed optimiser as boxes of the complete model's tensors, for checkpoints.
 
-A data-parallel rank owns a range of each gradient buffer. Of a parameter, in row-major order, it therefore owns the
-elements from ``first`` to ``stop``: the end of one row, full rows, the beginning of another. Each rank writes these
-boxes without any communication, and all ranks write about as much.
+A data-parallel rank owns a range of each gradient buffer. Therefore it owns the elements from ``first`` to ``stop`` of
+a parameter in row-major order: the end of one row, full rows, and the beginning of another row. Each rank writes these
+boxes without any communication, and all ranks write about the same number of bytes.
 
-Megatron-Core has two formats of its own. ``fully_reshardable`` first gathers all states on every data-parallel rank;
+Megatron-Core has two formats of its own. ``fully_reshardable`` first gathers all states on every data-parallel rank.
 ``dp_reshardable`` can be loaded only under the layout that wrote it.
 """
 
@@ -23,9 +23,10 @@ from megatron_ext.shard_files import Reader, TensorPart
 
 
 def state_parts(optimizer: Any, model_state: dict[str, Any]) -> list[TensorPart]:
-    """What this rank writes of the DistributedOptimizer's state, as views of it.
+    """The parts of the DistributedOptimizer's state that this rank writes, as views of the state.
 
-    ``model_state`` is the model's sharded state dict. Of model-parallel ranks with equal states the first one writes.
+    ``model_state`` is the model's sharded state dict. If model-parallel ranks have equal states, the first of them
+    writes.
     """
     parts = []
     for parameter, first, stop, piece, offset in _owned(optimizer, model_state):
@@ -43,8 +44,8 @@ def state_parts(optimizer: Any, model_state: dict[str, Any]) -> list[TensorPart]
 def load_state(optimizer: Any, model_state: dict[str, Any], reader: Reader, prefix: str) -> None:
     """Read this rank's part into the optimiser's state, which must be allocated.
 
-    ``prefix`` precedes the keys that :func:`state_parts` gave. Raises ValueError for a tensor that is missing or has
-    another shape.
+    ``prefix`` precedes the keys of :func:`state_parts`. Raises ValueError for a tensor that is missing or has another
+    shape.
     """
     loaded: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for parameter, first, stop, piece, offset in _owned(optimizer, model_state):
@@ -55,7 +56,7 @@ def load_state(optimizer: Any, model_state: dict[str, Any], reader: Reader, pref
             for start, values in _boxes_of(piece, offset, state, first, stop):
                 reader.fill(f"{prefix}optimizer.state.{name}.{piece.key}", piece.global_shape, start, values)
     for parameter, states in loaded.items():
-        # Keeps what was not loaded: torch's step counters.
+        # States that were not loaded are kept: torch's step counters.
         present = optimizer._get_main_param_and_optimizer_states(parameter)
         optimizer._set_main_param_and_optimizer_states(parameter, present | states)
 
@@ -70,7 +71,7 @@ def _owned(optimizer: Any, model_state: dict[str, Any]) -> Iterator[tuple[torch.
     """Yields (parameter, first, stop, piece, offset): this rank owns elements ``first`` to ``stop`` of the parameter.
 
     A piece is a tensor of the checkpoint that begins at element ``offset`` of the parameter. A parameter has several
-    pieces if a factory splits it, as it does gate and up projection.
+    pieces if a factory splits it. The gate and up projections are such a parameter.
     """
     sharded, _ = extract_sharded_tensors_and_factories(model_state)
     leaf_of = {leaf.data: leaf for leaf in nested_values(sharded)}
@@ -82,7 +83,7 @@ def _owned(optimizer: Any, model_state: dict[str, Any]) -> Iterator[tuple[torch.
                     stop = ranges["param"].end
                     leaf = leaf_of[parameter]
                     if isinstance(leaf, ShardedTensorFactory):
-                        # Split by shape alone: the parameter itself may be in FP8.
+                        # Split a meta tensor of the same shape, because the parameter itself may be in FP8.
                         pieces = replace(leaf, data=torch.empty(parameter.shape, device="meta")).build()
                     else:
                         pieces = [leaf]

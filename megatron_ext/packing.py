@@ -1,7 +1,7 @@
-"""Packed (THD) micro-batches: which sequences go together, and their tensors.
+"""Packed (THD) micro-batches: which sequences are packed together, and the tensors of a pack.
 
-The plan is a pure function of all sequences' lengths and images, so every rank derives the same one: ranks cannot
-disagree on the number of micro-batches, and a data-parallel rank may get any sequence without changing the update.
+The plan is a pure function of all sequences' lengths and images, so every rank derives the same plan. Ranks therefore
+cannot disagree on the number of micro-batches. A sequence may go to any data-parallel rank without changing the update.
 """
 
 import heapq
@@ -23,18 +23,21 @@ from megatron_ext.weight_map import round_up, sharding_of
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that ``ranks`` tensor-parallel ranks share: this rank's of ``total``.
+    """This tensor-parallel rank's part of a tensor whose rows are split over ``ranks`` ranks.
 
-    Each has as many, one after another; zeros follow the last one.
+    Every rank has the same number of successive rows. Zeros pad the rows after the last one.
     """
 
+    # The rows of this rank.
     rows: torch.Tensor
+    # The number of rows of the whole tensor, without padding.
     total: int
+    # The number of ranks that the rows are split over.
     ranks: int
 
     @classmethod
     def of(cls, rows: torch.Tensor, rank: int, ranks: int) -> "Part":
-        """A copy of the rank's rows."""
+        """The part of ``rows`` that belongs to ``rank``, as a copy."""
         count = -(-len(rows) // ranks)
         part = rows.new_zeros(count, *rows.shape[1:])
         own = rows[rank * count : (rank + 1) * count]
@@ -44,37 +47,43 @@ class Part:
 
 @dataclass
 class VisionInputs:
-    """Images and video clips of a prompt, in token order, as the model's processor makes them.
+    """The images and video clips of a prompt, in token order, as the model's processor returns them."""
 
-    ``pixels``: Qwen2.5-VL [patches, channels x frames x patch x patch]; InternVL3 [tiles, 3, height, width]. On torch's
-    meta device, which has shapes alone, where another rank has them.
-    ``grid``: Qwen2.5-VL [images, 3] (frames, rows, columns of patches); None for InternVL3.
-    ``placeholders``: places, in the prompt, of the tokens that the vision tower's output rows replace, in order.
-    ``positions``: mRoPE [3][prompt tokens], or None. Response tokens follow the greatest, alike on all three.
-    ``part``: of the pixels, and ``encoded``: of what a frozen encoder has made of them, [placeholders, projector's
-    input width]; on the tensor-parallel ranks that train on them, None before that (``megatron_ext.images``).
-    """
-
+    # Qwen2.5-VL: [patches, channels x frames x patch x patch]. InternVL3: [tiles, 3, height, width]. On torch's meta
+    # device, which has shapes alone, if another rank has the pixels.
     pixels: torch.Tensor
+    # Qwen2.5-VL: [images, 3] (frames, rows, columns of patches). InternVL3: None.
     grid: torch.Tensor | None
+    # Indices in the prompt of the tokens that the vision tower's output rows replace, in order.
     placeholders: list[int]
+    # mRoPE positions [3][prompt tokens], or None. Response tokens continue from the greatest position, with the same
+    # position on all three axes.
     positions: list[list[int]] | None
+    # The next two are set on the tensor-parallel ranks that train on the images, by ``megatron_ext.images``.
+    # This rank's part of the pixels.
     part: Part | None = None
+    # This rank's part of the output of a frozen encoder, [placeholders, projector's input width].
     encoded: Part | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations of a training step, forward and backward, on all ranks: of each token of a sequence, of
-    its tokens squared (causal attention), of each response token (output layer) and of each token of an image."""
+    """Floating-point operations of a training step, forward and backward, on all ranks together."""
 
+    # Per token of a sequence.
     token: int
+    # Factor of the squared sequence length: causal attention.
     square: int
+    # Per response token: the output layer.
     response: int
+    # Per token of an image.
     image: int
 
     def of(self, batch: TokenBatch) -> list[int]:
-        """The cost of each response with its prompt, [S], as Python's integers: their sums pass 64 bits."""
+        """The cost of each response with its prompt, [S].
+
+        The costs are Python's integers, because their sums exceed 64 bits.
+        """
         return [
             self._of_sequence(length, response_length, image_tokens)
             for length, response_length, image_tokens in zip(
@@ -96,7 +105,7 @@ class Cost:
 
 
 def _image_tokens(batch: TokenBatch) -> list[int]:
-    """Of each response's prompt, [S]."""
+    """The number of image tokens in each response's prompt, [S]."""
     if batch.vision is None:
         return [0] * len(batch)
     of_prompts = [0 if vision is None else len(vision.placeholders) for vision in batch.vision]
@@ -104,18 +113,21 @@ def _image_tokens(batch: TokenBatch) -> list[int]:
 
 
 def cost_of(hf_config: Any, frozen: Sequence[str]) -> Cost:
-    """From a model's shapes. A parameter takes two operations for each token that meets it, forward, and twice as many
-    backward. Attention is two products forward and five backward (FlashAttention-2, arXiv 2307.08691), half of each
-    left out by the causal mask.
+    """Compute the cost of a model from its shapes.
 
-    A tower that ``frozen`` names runs before the passes. A trained one's attention, mostly within windows or tiles, and
-    the projector are left out: of what a token of an image takes, at most 1 % in the 70B class and 6 % in the 7B model.
+    A parameter takes two operations per token in the forward pass and twice as many in the backward pass. Attention is
+    two matrix products in the forward pass and five in the backward pass (FlashAttention-2, arXiv 2307.08691). The
+    causal mask halves each product.
+
+    A vision tower that ``frozen`` names has no cost here, because it runs before the passes. For a trained tower, its
+    attention (mostly within windows or tiles) and the projector are left out. They are at most 1 % of the cost of an
+    image token in the 70B class and 6 % in the 7B model.
     """
     text = family(hf_config.architectures[0]).text_config(hf_config)
     sharding = sharding_of(text, 1, 0)
     attention = sharding.heads * sharding.head_dim
     key_or_value = sharding.groups * sharding.head_dim
-    # Of one layer: query, output, key and value; gate, up and down.
+    # Parameters of one layer: query, output, key and value; then gate, up and down.
     projections = 2 * text.hidden_size * (attention + key_or_value)
     feed_forward = 3 * text.hidden_size * text.intermediate_size
     image = 0
@@ -125,7 +137,7 @@ def cost_of(hf_config: Any, frozen: Sequence[str]) -> Cost:
         matrices = 3 if vision.hidden_act == "silu" else 2  # with a gate or without
         vision_feed_forward = matrices * vision.hidden_size * vision.intermediate_size
         patch = layers * (4 * vision.hidden_size**2 + vision_feed_forward)
-        image = 4 * 6 * patch  # two by two patches are a token
+        image = 4 * 6 * patch  # two by two patches form a token
     return Cost(
         token=6 * text.num_hidden_layers * (projections + feed_forward),
         square=7 * text.num_hidden_layers * attention,
@@ -138,64 +150,70 @@ OnDevice = Callable[[torch.Tensor], torch.Tensor]  # a tensor on the host → on
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The device is the host."""
+    """Return the tensor itself: the ``OnDevice`` function that leaves tensors on the host."""
     return tensor
 
 
 class Tower(Protocol):
-    """What packing needs to know of a family's vision tower: in which precision it takes pixels."""
+    """The part of a family's vision tower that packing uses."""
 
+    # The precision in which the tower takes pixels.
     dtype: torch.dtype
 
     def layout(self, grid: torch.Tensor | None, on_device: OnDevice) -> Any:
-        """What the tower's forward pass takes beside the pixels, from the grids of all images and clips, which are on
-        the host."""
+        """Compute what the tower's forward pass takes in addition to the pixels.
+
+        ``grid`` has the grids of all images and clips and is on the host.
+        """
 
 
 @dataclass(frozen=True)
 class VisionBatch:
-    """``rows`` [N] of the tower's output for ``images`` replace this rank's tokens at ``places`` [N].
+    """The images of a micro-batch, and the tokens that the tower's output rows replace."""
 
-    ``images``: pixels, or with ``encoded`` the encoder's output. ``order``: None where they are whole; else they are
-    this tensor-parallel rank's part, and ``order`` says where in the ranks' parts each row of the whole is. ``layout``
-    is what the tower made of the grids (``Tower.layout``), None with ``encoded``.
-    """
-
+    # Pixels, or the encoder's output if ``encoded``.
     images: torch.Tensor
+    # None if ``images`` is complete. Otherwise ``images`` is this tensor-parallel rank's part, and ``order`` has the
+    # index of each row of the whole in the concatenated parts of all ranks.
     order: torch.Tensor | None
     encoded: bool
+    # The result of ``Tower.layout``. None if ``encoded``.
     layout: Any
+    # Row ``rows[i]`` of the tower's output replaces this rank's token at ``places[i]``. Both are [N].
     rows: torch.Tensor
     places: torch.Tensor
 
 
 @dataclass
 class MicroBatch:
-    """Packed sequences. T tokens on this rank, R of its tokens predict a response token.
+    """Packed sequences with S responses. This rank has T tokens of the pack and predicts R response tokens.
 
-    ``tokens`` [1, T]. ``positions`` [3, 1, T]: on mRoPE's three axes, alike on all for a text. ``predict`` [R]
-    indexes the token whose hidden state predicts a response token; ``targets`` [R] those tokens; ``values`` name → [R]
-    FP32: the batch's ``logprobs``, ``loss_mask`` and further columns, those of responses too; ``indices`` the place of
-    each of the S responses in the batch, ``lengths`` [S] its tokens on this rank, ``response_lengths`` [S] on all
-    context-parallel ranks; ``owners`` [R] the response, of these S, of each token, ascending; ``places`` [R] that of
-    each token among those that the batch holds here. Under context parallelism a rank's R tokens are a part of the
-    responses' tokens, else all. The last token of a shared prompt predicts the first one of each of its responses, so
-    it stands in ``predict`` once for each.
+    Without context parallelism the R tokens are all tokens of the S responses. With it they are this rank's part.
 
-    All tensors are where ``pack``'s ``on_device`` has put them, and all that a pass needs is among them: it takes
-    nothing from the host, and never waits for the device.
+    ``pack`` puts all tensors where its ``on_device`` puts them. They include everything that a pass needs, so a pass
+    takes nothing from the host and never waits for the device.
     """
 
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # [1, T]
+    # [3, 1, T]: positions on the three axes of mRoPE. The axes are equal for a text.
     positions: torch.Tensor
     packed: Pack
+    # [R]: the index of the token whose hidden state predicts each response token. The last token of a shared prompt
+    # predicts the first token of each of its responses, so it occurs once for each response.
     predict: torch.Tensor
+    # [R]: the response tokens.
     targets: torch.Tensor
+    # Name → [R] FP32: ``logprobs``, ``loss_mask`` and the batch's further columns, including those of responses.
     values: dict[str, torch.Tensor]
+    # The index in the batch of each of the S responses.
     indices: list[int]
+    # [S]: the number of tokens of each response on this rank.
     lengths: torch.Tensor
+    # [S]: the number of tokens of each response on all context-parallel ranks.
     response_lengths: torch.Tensor
+    # [R]: the response of each token, as an index into the S responses; ascending.
     owners: torch.Tensor
+    # [R]: the index of each token in the token columns of the batch.
     places: torch.Tensor
     vision: VisionBatch | None
 
@@ -207,11 +225,12 @@ def plan(
     group: int = 1,
     costs: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """Data-parallel rank → micro-batches → indices of sequences.
+    """Assign sequences to micro-batches. Returns data-parallel rank → micro-batches → indices of sequences.
 
     A micro-batch has one or more sequences and at most ``micro_batch_tokens`` tokens. Every rank has the same number of
-    micro-batches, a multiple of ``group`` (the interleaved pipeline schedule needs a multiple of its stages). ``costs``
-    [sequences]: the work of each (``Cost.of``), by default its length; only their ratios matter.
+    micro-batches. That number is a multiple of ``group``, because the interleaved pipeline schedule needs a multiple of
+    its stages. ``costs`` [sequences] is the work of each sequence (``Cost.of``), by default its length. Only the ratios
+    of the costs matter.
 
     1. Pack the sequences of all ranks into the fewest micro-batches.
     2. Pack them again under the smallest bound on a micro-batch's cost that needs no more micro-batches (MULTIFIT;
@@ -220,11 +239,13 @@ def plan(
        the rank with the least cost so far.
     4. Where the sums still differ, move single sequences.
 
-    So the ranks' costs differ little in any round and hardly at all in the sum; their numbers of sequences may differ.
+    So the costs of the ranks differ little in any round and hardly at all in total. Their numbers of sequences may
+    differ.
 
-    Raises ValueError for a sequence that is longer than a micro-batch, and for fewer sequences than micro-batches. The
-    latter is impossible with a multiple of ``data_parallel`` x ``group`` sequences, or with more than that many where a
-    micro-batch takes two of the longest.
+    Raises ValueError for a sequence that is longer than a micro-batch, and for fewer sequences than micro-batches.
+    There are always enough sequences if their number is a multiple of ``data_parallel`` x ``group``. There are also
+    enough if their number is larger than ``data_parallel`` x ``group`` and two of the longest sequences fit into a
+    micro-batch.
     """
     longest = max(lengths, default=0)
     if longest > micro_batch_tokens:
@@ -282,8 +303,11 @@ def plan(
 def _even_out(
     ranks: list[list[list[int]]], load: list[int], lengths: Sequence[int], limit: int, costs: Sequence[int]
 ) -> None:
-    """In place: while the costliest rank is more than half a percent above the mean, move one of its sequences to the
-    least loaded rank that has room. Batches of few micro-batches with a very long sequence need it."""
+    """Even out the costs of the ranks, in place.
+
+    While the costliest rank is more than half a percent above the mean, one of its sequences moves to the least loaded
+    rank that has room. Batches of few micro-batches with a very long sequence need this.
+    """
     mean = sum(load) // len(load)
     while max(load) > mean + mean // 200:
         high = load.index(max(load))
@@ -312,8 +336,10 @@ def _even_out(
 def divisible_prefix(
     lengths: Sequence[int], wanted: int, data_parallel: int, micro_batch_tokens: int, group: int = 1
 ) -> int:
-    """Length of the shortest prefix of the sequences, at least ``wanted``, that ``plan`` can share out over all ranks;
-    the number of sequences where there is none."""
+    """The length of the shortest prefix of the sequences, at least ``wanted``, that ``plan`` can divide over all ranks.
+
+    Returns the number of sequences if there is no such prefix.
+    """
     for count in range(max(1, wanted), len(lengths)):
         if _fewest(lengths[:count], data_parallel, micro_batch_tokens, group)[1] <= count:
             return count
@@ -321,16 +347,20 @@ def divisible_prefix(
 
 
 def units(batch: TokenBatch, together: int = 1) -> list[list[int]]:
-    """The batch's responses, ``together`` successive ones in a unit, which stays in one micro-batch."""
+    """Divide the batch's responses into units of ``together`` successive responses. Returns the indices of each unit.
+
+    A unit stays in one micro-batch.
+    """
     return [list(range(first, first + together)) for first in range(0, len(batch), together)]
 
 
 def units_of_shared_prompts(
     batch: TokenBatch, data_parallel: int, micro_batch_tokens: int, group: int = 1
 ) -> list[list[int]]:
-    """The responses to a prompt are a unit, or several where they do not fit into a micro-batch.
+    """Divide the batch's responses into units of responses to the same prompt. Returns the indices of each unit.
 
-    Where the units are too few for all ranks (``plan``), those of the most tokens are halved.
+    A prompt has several units if its responses do not fit into one micro-batch. If there are too few units for all
+    ranks (``plan``), the units with the most response tokens are halved.
     """
     lengths = batch.lengths.tolist()
     response_lengths = batch.response_lengths.tolist()
@@ -361,8 +391,10 @@ def units_of_shared_prompts(
 
 
 def unit_lengths(batch: TokenBatch, chosen: Sequence[Sequence[int]], multiple: int, shared_prompts: bool) -> list[int]:
-    """Tokens of each unit as it is packed, its sequences padded to ``multiple``; with ``shared_prompts`` the prompt of
-    a unit is packed once."""
+    """The number of tokens of each unit when it is packed, with its sequences padded to ``multiple``.
+
+    With ``shared_prompts`` a unit is one sequence, which contains the prompt once.
+    """
     lengths = batch.lengths.tolist()
     if not shared_prompts:
         return [sum(round_up(lengths[i], multiple) for i in unit) for unit in chosen]
@@ -373,7 +405,7 @@ def unit_lengths(batch: TokenBatch, chosen: Sequence[Sequence[int]], multiple: i
 
 
 def unit_costs(batch: TokenBatch, chosen: Sequence[Sequence[int]], cost: Cost, shared_prompts: bool) -> list[int]:
-    """The cost of each unit; with ``shared_prompts`` its prompt counts once."""
+    """The cost of each unit. With ``shared_prompts`` the unit's prompt counts once."""
     costs = cost.of(batch)
     sums = [sum(costs[i] for i in unit) for unit in chosen]
     if not shared_prompts:
@@ -383,14 +415,21 @@ def unit_costs(batch: TokenBatch, chosen: Sequence[Sequence[int]], cost: Cost, s
 
 
 def _fewest(lengths: Sequence[int], data_parallel: int, limit: int, group: int) -> tuple[list[list[int]], int]:
-    """Packs of at most ``limit`` tokens, few of them, and the number of micro-batches on all ranks that holds them."""
+    """Pack sequences into few packs of at most ``limit`` tokens. Returns the packs and the number of micro-batches.
+
+    The number of micro-batches, on all ranks together, is the number of packs rounded up to a multiple of
+    ``data_parallel`` x ``group``.
+    """
     packs = _best_fit(lengths, limit)
     return packs, round_up(max(1, len(packs)), data_parallel * group)
 
 
 def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Best-fit decreasing: the largest item first, each into the pack with the least room that suffices. An item larger
-    than ``room`` gets a pack of its own."""
+    """Pack items into packs of size ``room`` by best-fit decreasing. Returns the indices of each pack.
+
+    The largest item goes first. Each item goes into the pack with the least room that suffices. An item larger than
+    ``room`` gets a pack of its own.
+    """
     packs: list[list[int]] = []
     open_packs: list[tuple[int, int]] = []  # (room left, index of the pack), sorted
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -420,17 +459,20 @@ def pack(
     tower: Tower | None = None,
     encoded: bool = False,
 ) -> MicroBatch:
-    """Pack the responses ``indices`` of a batch, each with its prompt. The images go to ranks that have the model's
-    vision tower: their pixels, or with ``encoded`` what its encoder has made of them.
+    """Pack the responses ``indices`` of a batch, each with its prompt.
 
-    Dummy sequences, none longer than the longest real one, pad the tokens of all context-parallel ranks to ``length``,
-    or where that is None T to ``multiple``.
+    The images are packed on ranks that have the model's vision tower (``tower``): their pixels, or with ``encoded`` the
+    output of the tower's encoder.
 
-    With ``shared_prompts`` successive responses to one prompt are one sequence, as ``megatron_ext.packed`` has it.
+    Dummy sequences pad the pack. None is longer than the longest real sequence. They pad the tokens of all
+    context-parallel ranks to ``length``, or, if ``length`` is None, the T tokens of each rank to a multiple of
+    ``multiple``.
 
-    Under context parallelism each sequence is padded to 2 x ``context`` slices of equal length, of which a rank has the
-    ``context_rank``-th from either end: so causal attention costs every rank the same. Padding follows a sequence,
-    where causal attention does not look.
+    With ``shared_prompts`` successive responses to one prompt form one sequence (``megatron_ext.packed``).
+
+    Under context parallelism each sequence is padded and divided into 2 x ``context`` slices of equal length. A rank
+    has the ``context_rank``-th slice from either end, so that causal attention costs every rank the same. Padding
+    follows the sequence, where causal attention does not see it.
     """
     assert context == 1 or not shared_prompts, "the slices of a sequence would not cost every rank the same"
     chosen = np.asarray(indices, np.int64)
@@ -450,7 +492,8 @@ def pack(
     positions = np.empty((3, total), np.int64)
     segments = np.full(total, PROMPT, np.int64)
     placeholders: list[Array] = []
-    # Of each response token of the pack: the place of the token that predicts it, and its place in the batch's columns.
+    # For each response token of the pack: the index in the pack of the token that predicts it, and the index of the
+    # response token in the batch's columns.
     predictors: list[Array] = []
     columns: list[Array] = []
     for place, responses in enumerate(sequences):
@@ -483,7 +526,7 @@ def pack(
     column_places = np.concatenate(columns)
     owners = np.repeat(np.arange(len(chosen)), response_lengths[chosen])
     if context > 1:
-        # Of each place in the pack, this rank's token; -1 for another rank's.
+        # For each place in the pack: the index among this rank's tokens, or -1 for a token of another rank.
         local_token = np.full(total, -1, np.int64)
         local_token[local] = np.arange(len(local))
         predict = local_token[predict]
@@ -531,22 +574,22 @@ def pack(
 
 
 def _pieces_of(tokens: int, longest: int) -> list[int]:
-    """Lengths of pieces of at most ``longest`` tokens."""
+    """Divide ``tokens`` into pieces of at most ``longest`` tokens. Returns their lengths."""
     whole, rest = divmod(tokens, longest)
     return [longest] * whole + ([rest] if rest else [])
 
 
 def _sequences(batch: TokenBatch, chosen: Array, shared_prompts: bool) -> list[list[int]]:
-    """The responses of each packed sequence."""
+    """The indices of the responses in each packed sequence."""
     if not shared_prompts:
         return [[i] for i in chosen.tolist()]
     return [list(responses) for _, responses in groupby(chosen.tolist(), key=lambda i: batch.prompt_index[i])]
 
 
 def sequence_positions(length: int, vision: VisionInputs | None) -> Array:
-    """[3, length] or [length]: the position of each token, for mRoPE on three axes, which are the same for a text.
+    """The position of each token: [3, length] on mRoPE's three axes, or [length] for a text.
 
-    Response tokens go on after the prompt's greatest position, alike on all three axes.
+    Response tokens continue after the prompt's greatest position, with the same position on all three axes.
     """
     if vision is None or vision.positions is None:
         return np.arange(length)
@@ -556,8 +599,10 @@ def sequence_positions(length: int, vision: VisionInputs | None) -> Array:
 
 
 def context_ranges(starts: Sequence[int] | Array, context: int, rank: int) -> list[list[range]]:
-    """Of each sequence the places in the pack of a context-parallel rank's tokens; ``starts`` of the sequences, whose
-    last is the end."""
+    """The places in the pack of the tokens of context-parallel rank ``rank``, for each sequence.
+
+    ``starts`` has the start of each sequence, and the end of the last one as its last entry.
+    """
     ranges = []
     for start, end in pairwise(int(place) for place in starts):
         size = (end - start) // token_multiple(context)
@@ -567,7 +612,7 @@ def context_ranges(starts: Sequence[int] | Array, context: int, rank: int) -> li
 
 
 def context_slices(starts: Sequence[int] | Array, context: int, rank: int) -> Array:
-    """The places of ``context_ranges``, one after another."""
+    """The places of ``context_ranges``, joined into one array."""
     if context == 1:
         return np.arange(int(starts[-1]))
     pieces = [np.arange(r.start, r.stop) for ranges in context_ranges(starts, context, rank) for r in ranges]
@@ -584,13 +629,12 @@ def _pack_vision(
     encoded: bool,
     on_device: OnDevice,
 ) -> VisionBatch | None:
-    """The images of the sequences' prompts in the tower's precision, and which of its rows replace which local
-    tokens."""
+    """The images of the sequences' prompts, in the tower's precision, and the local tokens that its rows replace."""
     if not placeholders or batch.vision is None:
         return None
     inputs = [batch.vision[batch.prompt_index[responses[0]]] for responses in sequences]
     inputs = [vision for vision in inputs if vision is not None]
-    # Of each place in the pack, the row of the tower's output that replaces its token; -1 for none.
+    # For each place in the pack: the row of the tower's output that replaces the token, or -1 for none.
     places = np.concatenate(placeholders)
     row_of = np.full(total, -1, np.int64)
     row_of[places] = np.arange(len(places))
@@ -623,8 +667,10 @@ def _pack_vision(
 
 
 def order_of_parts(parts: Sequence[Part]) -> Array:
-    """int64 [total rows]: where each row is, of the parts after one another on each rank, and the ranks' after one
-    another."""
+    """int64 [total rows]: the index of each row in the concatenation of all ranks' parts.
+
+    Each rank first concatenates its own parts, one for each tensor. The result is then concatenated over the ranks.
+    """
     counts = [len(part.rows) for part in parts]
     places = []
     for part, start in zip(parts, offsets(counts).tolist(), strict=False):

@@ -38,7 +38,7 @@ class Parallel:
 
     @property
     def context_group(self) -> dist.ProcessGroup | None:
-        """The ranks that divide each sequence among them; None without context parallelism."""
+        """The context-parallel group, whose ranks divide each sequence. None without context parallelism."""
         return mpu.get_context_parallel_group() if self.config.context > 1 else None
 
     @property
@@ -48,7 +48,7 @@ class Parallel:
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank writes its weights on export; data- and context-parallel ranks hold copies of them."""
+        """Whether this rank writes its weights on export. Other data- and context-parallel ranks hold copies."""
         return self.data_rank == 0 and self.context_rank == 0
 
 
@@ -57,8 +57,9 @@ def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Par
 
     Args:
         config: the parallel sizes.
-        seed: of Megatron-Core's RNG tracker.
-        timeout_seconds: of every collective; Megatron-Core takes whole minutes, so its groups have it rounded up.
+        seed: seed of Megatron-Core's RNG tracker.
+        timeout_seconds: timeout of every collective. Megatron-Core takes whole minutes, so the timeout of its groups is
+            rounded up.
 
     Raises:
         ValueError: the sizes do not fit the number of ranks.
@@ -85,7 +86,7 @@ def initialize(config: ParallelConfig, seed: int, timeout_seconds: float) -> Par
 
 
 def control_group() -> dist.ProcessGroup:
-    """Collective on the first call: a gloo group of all ranks, for small messages on every platform."""
+    """Collective on the first call: return the gloo group of all ranks, for small messages on every platform."""
     global _control
     if _control is None:
         _control = worlds.new_group("gloo")
@@ -93,7 +94,7 @@ def control_group() -> dist.ProcessGroup:
 
 
 def destroy() -> None:
-    """Destroy all process groups, and what communicates by them."""
+    """Destroy all process groups and the communication buffers that use them."""
     global _control
     _control = None
     platform.current().end_overlap()

@@ -1,4 +1,4 @@
-"""BF16, FP32 and FP8: what each means for Megatron-Core's configurations."""
+"""The precisions BF16, FP32 and FP8, and their fields in Megatron-Core's configurations."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +26,13 @@ class PrecisionConfig:
 
     @property
     def dtype(self) -> Any:
-        """torch.dtype of weights and activations outside FP8 matrix products."""
+        """The torch.dtype of weights and of activations outside FP8 matrix products."""
         import torch  # here, because configurations are checked before torch is needed
 
         return getattr(torch, DTYPES[self.name])
 
     def transformer_options(self) -> dict[str, Any]:
-        """TransformerConfig fields."""
+        """The TransformerConfig fields for FP8. Empty for other precisions."""
         if self.name != "fp8":
             return {}
         options: dict[str, Any] = {
@@ -52,11 +52,12 @@ class PrecisionConfig:
 
     @property
     def token_multiple(self) -> int:
-        """Of the tokens of a rank.
+        """The number of tokens of a rank is padded to a multiple of this.
 
-        FP8 matrix products need an inner size, the tokens in a weight's gradient, that is a multiple of 16. Blocks are
-        of 128 tokens: where sequence parallelism leaves a rank another number, Transformer Engine gathers activations
-        in BF16, twice as many bytes.
+        FP8 matrix products need an inner size that is a multiple of 16. In the product for a weight's gradient the
+        inner size is the number of tokens. With blockwise scales a block has 128 tokens. If the number of tokens that
+        sequence parallelism leaves to a rank is not a multiple of 128, Transformer Engine gathers activations in BF16,
+        which is twice as many bytes.
         """
         if self.name != "fp8":
             return 1
@@ -64,7 +65,7 @@ class PrecisionConfig:
 
 
 def check(precision: PrecisionConfig) -> None:
-    """Raises ValueError naming the field when the settings do not fit each other."""
+    """Check that the settings fit each other. Raises ValueError naming the field."""
     if precision.name != "fp8":
         return
     if precision.recipe is None:

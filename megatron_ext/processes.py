@@ -1,4 +1,4 @@
-"""Tie the life of a child process to that of its parent."""
+"""Tie the lifetime of a child process to that of its parent."""
 
 import ctypes
 import os
@@ -9,10 +9,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with(owner_pid: int) -> None:
-    """Have the kernel kill this process (SIGKILL) when the parent's thread that started it ends, however it ends.
+    """Make the kernel kill this process (SIGKILL) when the parent's thread that started it ends, however it ends.
 
-    Call it in the child, as ``preexec_fn`` or first in its program. Exits at once when the parent has ended already,
-    in the time between the start of the child and this call.
+    Call it in the child, as ``preexec_fn`` or as the first statement of its program. If the parent has already ended,
+    between the start of the child and this call, the child exits at once.
     """
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

@@ -1,6 +1,6 @@
-"""The interpolations ``${name:…}`` of the files in conf/. Call :func:`register` before reading one.
+"""The interpolations ``${name:…}`` of the files in conf/. Call :func:`register` before reading a file.
 
-``${cores:N}``: this machine's cores divided among N processes, at least 1.
+``${cores:N}``: the number of this machine's cores divided by N processes, at least 1.
 ``${times:A,B}``: A x B.
 ``${native_precision:PLATFORM}``: :func:`megatron_ext.platform.native_precision`.
 """
@@ -14,7 +14,7 @@ from megatron_ext import platform
 
 
 def register() -> None:
-    """Make the interpolations known to OmegaConf; calling it again changes nothing."""
+    """Register the interpolations with OmegaConf. Calling it again changes nothing."""
     cores = len(os.sched_getaffinity(0))
 
     def share_of_cores(processes: int) -> int:

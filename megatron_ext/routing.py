@@ -1,6 +1,7 @@
-"""Which rank holds the tokens of which responses: every rank knows all responses' columns, few need all their tokens.
+"""Exchange of response tokens between ranks.
 
-Collectives over a gloo group. All ranks call them with the same responses in the same order.
+Every rank has the columns of all responses, but few ranks need the tokens of all responses. The functions are
+collectives over a gloo group. All ranks call them with the same responses in the same order.
 """
 
 from dataclasses import replace
@@ -22,21 +23,22 @@ def holders(batch: TokenBatch, group: dist.ProcessGroup) -> Array:
 
 
 def exchange(batch: TokenBatch, wanted: Array, group: dist.ProcessGroup) -> TokenBatch:
-    """Collective: the batch with the tokens of the responses that this rank wants, bool [S], and of no others.
+    """Collective: return the batch with the tokens of exactly the responses that this rank wants.
 
-    A response comes from the first rank that holds it. What all others want of a rank is broadcast; otherwise each gets
-    its part alone. Raises ValueError for a response that no rank holds.
+    ``wanted``, bool [S], is True for the responses that this rank wants. A response comes from the first rank that
+    holds it. If all other ranks need the same responses from a rank, it broadcasts them. Otherwise it sends each rank
+    the responses that this rank needs. Raises ValueError for a response that no rank holds.
     """
     rank = dist.get_rank(group)
     held = of_ranks(batch.held, group)
     missing = of_ranks(wanted, group) & ~held
     source = _first_holders(held, batch)
     sent: list[dist.Work | None] = []
-    outgoing: dict[bytes, torch.Tensor] = {}  # by which responses are in it
+    outgoing: dict[bytes, torch.Tensor] = {}  # flags of the responses in a block → the block
     incoming: list[tuple[Array, torch.Tensor]] = []
     for sender in np.unique(source[missing.any(axis=0)]).tolist():
         of_sender = np.flatnonzero(source == sender)
-        parts = missing[:, of_sender]  # by receiver
+        parts = missing[:, of_sender]  # [receivers, responses of the sender]
         others = np.delete(parts, sender, axis=0)
         if (others == others[0]).all():
             responses = of_sender[others[0]]
@@ -64,12 +66,12 @@ def exchange(batch: TokenBatch, wanted: Array, group: dist.ProcessGroup) -> Toke
 
 
 def everywhere(batch: TokenBatch, group: dist.ProcessGroup) -> TokenBatch:
-    """Collective: the batch with all its tokens on every rank."""
+    """Collective: return the batch with the tokens of all responses, on every rank."""
     return exchange(batch, np.ones(len(batch), np.bool_), group)
 
 
 def of_ranks(flags: Array, group: dist.ProcessGroup) -> Array:
-    """Collective: bool [ranks, S] from each rank's bool [S]."""
+    """Collective: all-gather each rank's bool [S] into bool [ranks, S]."""
     gathered = all_gather_bytes(np.packbits(flags).tobytes(), group)
     packed = np.stack([np.frombuffer(of_rank, np.uint8) for of_rank in gathered])
     return np.unpackbits(packed, axis=1, count=len(flags)).astype(np.bool_)
@@ -83,7 +85,7 @@ def _first_holders(held: Array, batch: TokenBatch) -> Array:
 
 
 def _columns(batch: TokenBatch) -> list[Array]:
-    """All columns of tokens, in an order that is the same on every rank."""
+    """All token columns, in an order that is the same on every rank."""
     return [
         batch.response_tokens,
         batch.logprobs,
@@ -100,13 +102,13 @@ def _block(batch: TokenBatch, responses: Array) -> torch.Tensor:
 
 
 def _empty_block(batch: TokenBatch, responses: Array) -> torch.Tensor:
-    """Room for :func:`_block` of another rank."""
+    """An empty buffer with the size of another rank's :func:`_block` of these responses."""
     token_bytes = sum(column.itemsize for column in _columns(batch))
     return torch.empty(int(batch.response_lengths[responses].sum()) * token_bytes, dtype=torch.uint8)
 
 
 def _assembled(batch: TokenBatch, wanted: Array, incoming: list[tuple[Array, torch.Tensor]]) -> TokenBatch:
-    """The batch with the tokens of the wanted responses: its own, and those of blocks of other ranks."""
+    """The batch with the tokens of the wanted responses, from this rank's batch and from the blocks of other ranks."""
     ends = offsets(np.where(wanted, batch.response_lengths, 0))
     columns = [np.empty(int(ends[-1]), column.dtype) for column in _columns(batch)]
     for target, own in zip(columns, _columns(batch), strict=True):

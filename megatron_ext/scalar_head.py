@@ -1,7 +1,7 @@
 """Critics, reward models and value models: a linear layer hidden size → labels in place of the output layer.
 
-Such a model computes one number for each token and label: a critic and a reward model have one label, a value model one
-for each principle. Its Hugging Face form is transformers' …ForSequenceClassification: the decoder's tensors,
+Such a model computes one number for each token and label. A critic and a reward model have one label. A value model has
+one label for each principle. The Hugging Face form is transformers' …ForSequenceClassification: the decoder's tensors,
 ``score.weight`` [labels, hidden size] and no output layer. Transformers has these classes for the text families. For
 the vision-language families the names follow the same pattern (our choice).
 """
@@ -28,17 +28,16 @@ HF_OUTPUT_LAYER = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Head:
-    """What a configuration says of the numbers that a model computes.
+    """The outputs of a scalar head, as the model's configuration describes them."""
 
-    ``labels`` names them in order. ``problem_type`` is transformers': vLLM returns the numbers of "regression" as they
-    are, and the sigmoid of each number of "multi_label_classification", whose loss is the binary cross-entropy.
-    """
-
+    # The names of the outputs, in order.
     labels: tuple[str, ...]
+    # transformers' name of the task. For "regression" vLLM returns the outputs as they are. For
+    # "multi_label_classification", whose loss is the binary cross-entropy, it returns the sigmoid of each output.
     problem_type: str
 
 
-REWARD = Head(("LABEL_0",), "regression")  # transformers' name of a label without a name
+REWARD = Head(("LABEL_0",), "regression")  # "LABEL_0" is transformers' name for a label without a name
 
 
 def value_head(principles: Sequence[str]) -> Head:
@@ -47,8 +46,10 @@ def value_head(principles: Sequence[str]) -> Head:
 
 
 class ScalarHead(torch.nn.Module):
-    """Hidden states [R, hidden size] → FP32 [R], with several labels [R, labels]. The weight is replicated on every
-    tensor-parallel rank."""
+    """Hidden states [R, hidden size] → FP32 [R], or [R, labels] with several labels.
+
+    The weight is replicated on every tensor-parallel rank.
+    """
 
     def __init__(self, hidden_size: int, labels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,9 +65,10 @@ def has_scalar_head(hf_config: Any) -> bool:
 
 
 def architecture(base_architecture: str) -> str:
-    """The name of the architecture with a scalar head, from a language model's name or from that name itself.
+    """The name of the architecture with a scalar head that belongs to ``base_architecture``.
 
-    Raises ValueError naming an architecture that has no form with a scalar head here.
+    ``base_architecture`` is a language model's architecture, or already one with a scalar head. Raises ValueError
+    naming an architecture that has no form with a scalar head here.
     """
     stem = base_architecture
     for ending in ("ForCausalLM", "ForConditionalGeneration", ARCHITECTURE):
@@ -79,9 +81,10 @@ def architecture(base_architecture: str) -> str:
 
 
 def scalar_config(hf_config: Any, head: Head = REWARD) -> Any:
-    """A copy of the configuration for the same decoder with this head, or of one that has the head already.
+    """A copy of the configuration, for the same decoder with this head.
 
-    Raises ValueError as ``architecture``, and for a model whose head has other outputs.
+    ``hf_config`` may already have the head. Raises ValueError like ``architecture``, and for a model whose head has
+    other outputs.
     """
     if has_scalar_head(hf_config):
         labels = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
@@ -100,7 +103,7 @@ def scalar_config(hf_config: Any, head: Head = REWARD) -> Any:
 
 
 def head_of(hf_config: Any) -> Head | None:
-    """The head that :func:`scalar_config` wrote into a configuration; None for a language model."""
+    """The head that :func:`scalar_config` wrote into a configuration, or None for a language model."""
     if not has_scalar_head(hf_config):
         return None
     return Head(tuple(hf_config.id2label.values()), hf_config.problem_type)
@@ -117,9 +120,10 @@ def with_scalar_head(mappings: Sequence[ModuleMapping]) -> tuple[ModuleMapping, 
 
 
 def with_score_tensor(headers: dict[Path, dict[str, Any]], labels: int, hidden_size: int) -> dict[Path, dict[str, Any]]:
-    """Safetensors headers of a language model without the output layer and with ``score.weight`` in the last file.
+    """Safetensors headers of a language model, changed to those of a model with a scalar head.
 
-    The offsets of the other tensors are not adjusted.
+    The output layer is removed, and ``score.weight`` is added in the last file. The offsets of the other tensors are
+    not adjusted.
     """
     changed = {}
     for file, header in headers.items():
@@ -132,8 +136,8 @@ def with_score_tensor(headers: dict[Path, dict[str, Any]], labels: int, hidden_s
 def describe(folder: Path, headers: dict[Path, dict[str, Any]], head: Head) -> None:
     """Rewrite ``config.json`` and the index of an exported folder, which were copied from a language model's folder.
 
-    ``headers`` are the safetensors headers of the exported files. The padding token stays the model's, or becomes the
-    end of a text if it has none. Raises ValueError as ``architecture``.
+    ``headers`` are the safetensors headers of the exported files. The padding token stays the same. A model without one
+    gets its end-of-text token. Raises ValueError like ``architecture``.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text())

@@ -1,7 +1,8 @@
 """Settings: dataclass fields that carry their documentation and the values that they may have.
 
-A settings class stands in the room that uses it. Its fields have no defaults: those stand in conf/, each in one file.
-``recipes.config`` puts the classes together. Imports no library that takes long, as it is read before anything else.
+A settings class is in the package that uses it. The fields have no defaults in the code. The defaults are in conf/,
+each in one file. ``recipes.config`` combines the classes. This module imports no library that takes long to import,
+because it is imported before anything else.
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-# Intervals of more than one class. Upper bounds without a reason of their own are far beyond any use: they catch a
-# slipped exponent.
+# Intervals that more than one class uses. Upper bounds without a reason of their own are far beyond any use. They catch
+# a mistyped exponent.
 COUNT = "[1, 1e9]"
 TOKENS = "[1, 1e8]"
 SECONDS = "(0, 1e7]"
@@ -25,20 +26,23 @@ FRACTION = "[0, 1]"
 REFERENCE = "the fields are listed in docs/configuration.md"
 METADATA = "setting"
 
-# What a resumed run may do with a setting (recipes/config/resume.py). With another value of a kept one it would be
-# another experiment.
+# What a resumed run may do with a setting (recipes/config/resume.py). With another value of a kept setting the run
+# would be another experiment.
 ON_RESUME = KEPT, RAISED, FREE = "kept", "raised", "free"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field: ``doc`` is one line, ``range`` an interval like "(0, 1]", ``choices`` a list's items
-    too, ``on_resume`` one of ``ON_RESUME``, or None for what the group says that the field is in."""
+    """The description of a field."""
 
+    # One line.
     doc: str
+    # An interval like "(0, 1]".
     range: str | None = None
     unit: str | None = None
+    # The values that the field may have. For a list, the values that its items may have.
     choices: tuple[Any, ...] | None = None
+    # One of ``ON_RESUME``, or None for the rule of the group that the field is in.
     on_resume: str | None = None
 
 
@@ -61,7 +65,7 @@ def is_optional(hint: Any) -> bool:
 
 
 def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any, Setting | None]]:
-    """Dotted path, type and description of every field below a settings class; a class comes before its fields."""
+    """Yield dotted path, type and description of every field below a settings class. A class precedes its fields."""
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         name = f"{path}.{field.name}" if path else field.name
@@ -72,9 +76,9 @@ def fields(schema: Any, path: str = "") -> Iterator[tuple[str, Any, Setting | No
 
 
 def on_resume(schema: Any) -> dict[str, str]:
-    """What a resumed run may do with each field below a settings class, by dotted path: one of ``ON_RESUME``.
+    """What a resumed run may do with each field below a settings class: dotted path → one of ``ON_RESUME``.
 
-    A field that says nothing is as its group, and one without a group is kept.
+    A field without a rule of its own has the rule of its group. Without a group it is kept.
     """
     rules: dict[str, str] = {}
     for name, _, described in fields(schema):
@@ -84,15 +88,15 @@ def on_resume(schema: Any) -> dict[str, str]:
 
 
 def mappings(schema: Any, path: str = "") -> list[str]:
-    """Dotted paths of the free-form mappings below a settings class: those whose keys are the user's."""
+    """Dotted paths of the free-form mappings below a settings class. The user chooses the keys of these mappings."""
     return [name for name, hint, _ in fields(schema, path) if get_origin(hint) is dict]
 
 
 def read[T](schema: type[T], path: str, *values: Any) -> T:
-    """An object of a settings class, from mappings of which a later one overrides an earlier one.
+    """Create an object of a settings class from mappings. A later mapping overrides an earlier one.
 
-    Raises ValueError for an unknown field, a missing one and a value of another type. Ranges are left to
-    :func:`check`.
+    Raises ValueError for an unknown field, a missing field and a value of another type. :func:`check` checks the
+    ranges.
     """
     for value in values:
         if not isinstance(value, Mapping):
@@ -111,7 +115,7 @@ def read[T](schema: type[T], path: str, *values: Any) -> T:
 
 
 def _check_booleans(schema: Any, path: str, values: Mapping[str, Any]) -> None:
-    """Raises ValueError for a number or a text in place of a boolean, which OmegaConf would take: 2 as true."""
+    """Raise ValueError for a number or a text in place of a boolean, which OmegaConf would accept (2 as true)."""
     for name, hint, _ in fields(schema):
         if hint is not bool:
             continue
@@ -125,9 +129,10 @@ def _check_booleans(schema: Any, path: str, values: Mapping[str, Any]) -> None:
 
 
 def unknown_field(schema: Any, path: str, field: str) -> str:
-    """What to say of a field that ``schema`` (at ``path``) does not have, with the nearest field that it has.
+    """The error message for a field that ``schema`` (at ``path``) does not have. It names the nearest field.
 
-    A neighbour of a similar name is nearest, then a field of the same name elsewhere, then one of a similar name.
+    The nearest field is a neighbour with a similar name, else a field with the same name elsewhere, else any field with
+    a similar name.
     """
     names = {known: known.rpartition(".")[2] for known, _, _ in fields(schema, path)}
     parent, _, name = field.rpartition(".")
@@ -142,7 +147,10 @@ def unknown_field(schema: Any, path: str, field: str) -> str:
 
 
 def check(settings: Any, path: str = "") -> None:
-    """Raises ValueError naming the first field, in nested settings too, whose value is outside its range or choices."""
+    """Check the values of all fields, in nested settings too.
+
+    Raises ValueError naming the first field whose value is outside its range or choices.
+    """
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         name = f"{path}.{field.name}" if path else field.name
@@ -170,7 +178,7 @@ def _check_value(name: str, value: Any, described: Setting, optional: bool) -> N
 
 
 def outside(value: float, interval: str) -> str | None:
-    """What ``value`` has to be instead; None where it lies in the ``interval``. NaN lies in none."""
+    """Say what ``value`` has to be instead. Returns None if it lies in ``interval``. NaN lies in no interval."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value > low if interval[0] == "(" else value >= low
     below = value < high if interval[-1] == ")" else value <= high
@@ -189,7 +197,10 @@ def outside(value: float, interval: str) -> str | None:
 
 
 def with_new_keys(arguments: Sequence[str], open_paths: Sequence[str]) -> list[str]:
-    """A Hydra command line in which overrides at or below ``open_paths`` may name new keys: they get ``++``."""
+    """A Hydra command line in which overrides at or below ``open_paths`` may name new keys.
+
+    These overrides get the prefix ``++``.
+    """
     return [f"++{argument}" if _is_below(argument, open_paths) else argument for argument in arguments]
 
 

@@ -1,6 +1,6 @@
-"""Sharded tensors in safetensors files, one file per rank, with checksums; read back in any other division.
+"""Sharded tensors in safetensors files, one file per rank, with checksums. They can be read back in any other division.
 
-Nothing is pickled: a file is safetensors, and its description is JSON.
+Nothing is pickled. The files are safetensors, and their description is JSON.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 
-# Bytes that are written or read at once.
+# The number of bytes that are written or read at once.
 CHUNK = 16 << 20
 _NAMES = {
     torch.float64: "F64",
@@ -42,8 +42,8 @@ class TensorPart:
 
     Attributes:
         key: name of the complete tensor.
-        global_shape: its shape.
-        start: the box's first element in it.
+        global_shape: shape of the complete tensor.
+        start: the box's first element in the complete tensor.
         values: the box's values on the host, with as many dimensions as the complete tensor.
     """
 
@@ -54,7 +54,7 @@ class TensorPart:
 
 
 def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
-    """Write the parts into one file, which is on the disk when this returns.
+    """Write the parts into one file. The file has been flushed to the disk when this returns.
 
     Returns the file's entry for :func:`manifest` (JSON). Raises OSError naming the file if it can't be written.
     """
@@ -70,7 +70,7 @@ def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
     }
     assert len(header) == len(parts), f"{path}: a part is there twice"
     text = json.dumps(header).encode()
-    # The format wants the tensors to begin at a multiple of 8 bytes.
+    # The format requires that the tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     checksum = 0
     try:
@@ -93,12 +93,12 @@ def write(path: Path, parts: list[TensorPart]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Write one JSON file atomically; returns its entry for :func:`manifest`."""
+    """Write one JSON file atomically. Returns its entry for :func:`manifest`."""
     return write_bytes(path, json.dumps(value).encode())
 
 
 def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
-    """Write one file atomically; returns its entry for :func:`manifest`."""
+    """Write one file atomically. Returns its entry for :func:`manifest`."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)
@@ -114,7 +114,7 @@ def sync(file: Any) -> None:
 
 
 def manifest(written: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of all files joined.
+    """Join the entries of all files into a manifest.
 
     Returns ``files`` (name → ``bytes`` and ``crc32``) and ``tensors`` (key → ``shape`` and ``parts``). A part is a list
     of file, name in the file, start and shape.
@@ -128,7 +128,7 @@ def manifest(written: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fault(path: Path, expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file whose ``bytes`` and ``crc32`` should be those of ``expected``; None if it is intact."""
+    """Compare a file with ``bytes`` and ``crc32`` of ``expected``. Returns what is wrong, or None if it is intact."""
     checksum = 0
     try:
         size = path.stat().st_size
@@ -147,10 +147,10 @@ def fault(path: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 class Reader:
-    """Reads boxes of the tensors of a folder; a context manager. Files are opened once and memory-mapped."""
+    """A context manager that reads boxes of the tensors of a folder. Files are opened once and memory-mapped."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Any]) -> None:
-        """``tensors``: those of the folder's :func:`manifest`."""
+        """``tensors`` is the entry of that name in the folder's :func:`manifest`."""
         self.folder = folder
         self.tensors = tensors
         self.stack = ExitStack()
@@ -165,7 +165,7 @@ class Reader:
         self.stack.close()
 
     def fill(self, key: str, global_shape: tuple[int, ...], start: tuple[int, ...], target: torch.Tensor) -> None:
-        """Copy the box of the complete tensor that begins at ``start`` and has ``target``'s shape into ``target``.
+        """Copy a box of the complete tensor ``key`` into ``target``. The box begins at ``start``.
 
         Raises ValueError if the tensor is missing, has another shape, or lacks a part of the box.
         """
@@ -202,7 +202,10 @@ def _bytes(values: torch.Tensor) -> memoryview:
 def _overlap(
     start: Sequence[int], shape: Sequence[int], other_start: Sequence[int], other_shape: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Where the overlap of two boxes begins, and how many elements it has along each axis; not above 0 for none."""
+    """The start of the overlap of two boxes, and its extent along each axis.
+
+    Without overlap, an extent is 0 or negative.
+    """
     low = []
     extents = []
     for first, size, other_first, other_size in zip(start, shape, other_start, other_shape, strict=True):
@@ -214,7 +217,7 @@ def _overlap(
 
 
 def _slices(low: Sequence[int], extents: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    """The box that begins at ``low`` as an index of a tensor whose first element is at ``origin``."""
+    """The box that begins at ``low``, as an index into a tensor whose first element is at ``origin``."""
     slices = []
     for first, extent, base in zip(low, extents, origin, strict=True):
         slices.append(slice(first - base, first - base + extent))

@@ -21,8 +21,11 @@ from megatron_ext.weight_map import Sharding
 
 
 def gathered(part: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Collective over the tensor-parallel ranks: the rows of which each has a ``part``, in ``order`` [rows]. ``part``
-    itself where it is all (None)."""
+    """Collective over the tensor-parallel ranks: all-gather the rows of which each rank has a ``part``.
+
+    ``order`` [rows] is the index of each row in the concatenation of the parts. If ``order`` is None, ``part`` is
+    complete and is returned as it is.
+    """
     if order is None:
         return part
     group = mpu.get_tensor_model_parallel_group()
@@ -41,7 +44,7 @@ class VisionLanguageModel(MegatronModule):
     def __init__(
         self, config: TransformerConfig, language: GPTModel, vision: torch.nn.Module | None, every_parameter: bool
     ) -> None:
-        """``every_parameter``: every trained parameter has to get a gradient in every micro-batch, if only zeros."""
+        """With ``every_parameter`` every trained parameter gets a gradient in every micro-batch, even if it is zero."""
         super().__init__(config=config)
         self.every_parameter = every_parameter
         self.language = language
@@ -99,7 +102,10 @@ class VisionLanguageModel(MegatronModule):
         )
 
     def _zero_of_tower(self) -> torch.Tensor | float:
-        """0 that depends on every trained parameter of the tower: a micro-batch without images gives them zeros."""
+        """A 0 that depends on every trained parameter of the tower, so that each gets a gradient of zeros.
+
+        Used for a micro-batch without images.
+        """
         assert self.vision is not None
         firsts = [p.flatten()[0] for p in self.vision.parameters() if p.requires_grad]
         return 0.0 * torch.stack(firsts).sum() if firsts else 0.0
@@ -110,7 +116,7 @@ def tower_config(sharding: Sharding, dtype: torch.dtype, **options: Any) -> Tran
 
     Args:
         sharding: the tower's heads.
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
         options: the family's TransformerConfig fields.
     """
     return TransformerConfig(
@@ -129,7 +135,10 @@ def tower_config(sharding: Sharding, dtype: torch.dtype, **options: Any) -> Tran
 
 
 def tower_groups() -> ProcessGroupCollection:
-    """Process groups of a vision tower, which is not context-parallel: each of those ranks runs the complete tower."""
+    """Process groups of a vision tower.
+
+    The tower is not context-parallel: each context-parallel rank runs the complete tower.
+    """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # In a dense model this group is the rank alone.
     groups.cp = mpu.get_expert_model_parallel_group()
@@ -157,7 +166,7 @@ class EncoderLayers(torch.nn.ModuleList):
         Args:
             hidden: embedded patches.
             rotary: rotary angles [patches, 1, 1, head_dim].
-            packs: for each layer the sequences within which it attends.
+            packs: for each layer, the sequences within which it attends.
 
         Under full recompute only the inputs of the layers are saved, as in Megatron-Core's TransformerBlock.
         """
@@ -176,7 +185,7 @@ class EncoderLayers(torch.nn.ModuleList):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The sharded states of the layers; Megatron-Core would take those of a plain ModuleList as replicated."""
+        """The sharded states of the layers. Megatron-Core would treat those of a plain ModuleList as replicated."""
         layers: list[Any] = list(self)
         state: dict[str, Any] = {}
         for n, layer in enumerate(layers):

@@ -1,7 +1,7 @@
-"""Maps Hugging Face weights to Megatron-Core parameters: names, and which rectangles a tensor-parallel rank holds.
+"""Map Hugging Face weights to Megatron-Core parameters: names, and the rectangles that a tensor-parallel rank holds.
 
-A model family lists its ``ParamMapping``s. :func:`shards` turns them into blocks, which loading, export, the
-comparison of gradients and the weight sync to vLLM all read.
+A model family lists its ``ParamMapping``s. :func:`shards` turns them into blocks. Loading, export, the comparison of
+gradients and the weight sync to vLLM all read these blocks.
 """
 
 import re
@@ -13,7 +13,8 @@ import torch
 
 from megatron_ext.blocks import Block, Shard
 
-# Transformer Engine fuses a norm with the linear layer after it. The mappings use the names of unfused layers.
+# Transformer Engine fuses a norm with the linear layer after it. The mappings use the parameter names of unfused
+# layers.
 _FUSED_NORM_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -47,7 +48,7 @@ class Sharding:
 
     @property
     def padded_heads(self) -> int:
-        """Query heads after padding: as many per key-value head as before."""
+        """Query heads after zero-padding. The number of query heads per key-value head does not change."""
         return self.heads // self.groups * self.padded_groups
 
     @property
@@ -75,12 +76,12 @@ ShardFn = Callable[[tuple[str, ...], tuple[int, ...], Sharding], list[Block]]
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One Megatron parameter and the Hugging Face tensors that it is made of.
+    """One Megatron parameter and the Hugging Face tensors that it consists of.
 
     Attributes:
-        hf_names: patterns of the tensors' names; ``{}`` stands for the layer's number.
+        hf_names: patterns of the tensors' names. ``{}`` stands for the layer's number.
         megatron_name: pattern of the parameter's name.
-        shard_fn: which rectangles of the tensors a rank holds, and where.
+        shard_fn: computes which rectangles of the tensors a rank holds, and where they are in the parameter.
     """
 
     hf_names: tuple[str, ...]
@@ -92,8 +93,8 @@ class ParamMapping:
 class ModuleMapping:
     """The parameters of one module of a model.
 
-    A text model is one module with prefix "". A vision-language model has "language." and "vision.", each with its own
-    number of heads.
+    A text model is one module with prefix "". A vision-language model has two modules, "language." and "vision.", each
+    with its own number of heads.
 
     Attributes:
         prefix: beginning of the module's Megatron names.
@@ -118,19 +119,19 @@ def replicated(names: tuple[str, ...], shape: tuple[int, ...], s: Sharding) -> l
 
 
 def column_parallel(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """The output dimension (rows of the matrix) is divided evenly. For a weight or a bias."""
+    """Divide the output dimension (rows of the matrix) evenly over the ranks. For a weight or a bias."""
     local_start = (0,) * len(shape)
     hf_start = (sharding.tensor_rank * shape[0], *local_start[1:])
     return [Block(names[0], hf_start, local_start, shape)]
 
 
 def row_parallel(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """The input dimension (columns of the matrix) is divided evenly."""
+    """Divide the input dimension (columns of the matrix) evenly over the ranks."""
     return [Block(names[0], (0, sharding.tensor_rank * shape[1]), (0, 0), shape)]
 
 
 def vocabulary(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """Rows are divided evenly after padding the vocabulary to a multiple of the tensor-parallel size."""
+    """Divide the rows evenly over the ranks, after padding the vocabulary to a multiple of the tensor-parallel size."""
     start = sharding.tensor_rank * shape[0]
     rows = max(0, min(shape[0], sharding.vocab - start))
     if rows == 0:
@@ -139,7 +140,7 @@ def vocabulary(names: tuple[str, ...], shape: tuple[int, ...], sharding: Shardin
 
 
 def gate_up(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """SwiGLU: this rank's rows of the gate projection, then its rows of the up projection. Weight or bias."""
+    """SwiGLU: this rank's rows of the gate projection, then its rows of the up projection. For a weight or a bias."""
     rows = shape[0] // 2
     rest = shape[1:]
     zeros = (0,) * len(rest)
@@ -148,15 +149,15 @@ def gate_up(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) 
 
 
 def qkv(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """Megatron's grouped order from three tensors: per key-value head its query heads, its key, its value.
+    """Build Megatron's grouped order from three tensors: for each key-value head its query heads, its key, its value.
 
-    For a weight or a bias; ``names`` are those of query, key and value.
+    For a weight or a bias. ``names`` has the names of the query, key and value tensors.
     """
     return _grouped(names, (0, 0, 0), shape, sharding)
 
 
 def fused_qkv(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """As ``qkv``, from one tensor with the rows of all query heads, then all keys, then all values."""
+    """Like ``qkv``, but from one tensor with the rows of all query heads, then all keys, then all values."""
     query_rows = sharding.heads * sharding.head_dim
     key_rows = sharding.groups * sharding.head_dim
     return _grouped(names * 3, (0, query_rows, query_rows + key_rows), shape, sharding)
@@ -165,7 +166,7 @@ def fused_qkv(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding
 def _grouped(
     names: tuple[str, ...], offsets: tuple[int, int, int], shape: tuple[int, ...], sharding: Sharding
 ) -> list[Block]:
-    """Blocks of query, key and value; ``offsets`` are the first rows of each in its tensor."""
+    """The blocks of query, key and value. ``offsets`` has the first row of each one in its tensor."""
     heads_per_group = sharding.heads // sharding.groups
     rest = shape[1:]
     zeros = (0,) * len(rest)
@@ -186,7 +187,7 @@ def _grouped(
 
 
 def head_vector(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """A vector over all heads (a QK-norm of the full width) is divided as the heads are; padded heads stay zero."""
+    """Divide a vector over all heads (a QK-norm of the full width) like the heads. Padded heads stay zero."""
     start = sharding.tensor_rank * shape[0]
     length = max(0, min(shape[0], sharding.heads * sharding.head_dim - start))
     if length == 0:
@@ -195,7 +196,7 @@ def head_vector(names: tuple[str, ...], shape: tuple[int, ...], sharding: Shardi
 
 
 def attention_output(names: tuple[str, ...], shape: tuple[int, ...], sharding: Sharding) -> list[Block]:
-    """Row-parallel over heads; columns of padded heads stay zero."""
+    """Divide the columns over the ranks like the heads (row-parallel). Columns of padded heads stay zero."""
     start = sharding.tensor_rank * shape[1]
     columns = max(0, min(shape[1], sharding.heads * sharding.head_dim - start))
     if columns == 0:
@@ -204,24 +205,24 @@ def attention_output(names: tuple[str, ...], shape: tuple[int, ...], sharding: S
 
 
 def unfused_name(name: str) -> str:
-    """A parameter's name as on a platform that fuses no norm with the linear layer after it."""
+    """A parameter's name on a platform that does not fuse a norm with the linear layer after it."""
     for fused, unfused in _FUSED_NORM_NAMES.items():
         name = name.replace(fused, unfused)
     return name
 
 
 def global_layer_index(model: torch.nn.Module, layer: str) -> int:
-    """The index in the complete model, from 0, of the layer with the local name ``layer``."""
+    """The index in the complete model, counted from 0, of the layer with the local name ``layer``."""
     return model.get_submodule(layer).layer_number - 1  # type: ignore[operator, return-value]
 
 
-# Name of a Megatron parameter → the match of its mapping's pattern (the layer in group 1), the mapping, the sharding of
-# its module. Raises KeyError for a name that no mapping matches.
+# Name of a Megatron parameter → (the match of the mapping's pattern, with the layer in group 1; the mapping; the
+# sharding of the parameter's module). Raises KeyError for a name that no mapping matches.
 FindMapping = Callable[[str], tuple[re.Match[str], ParamMapping, Sharding]]
 
 
 def finder(mappings: Sequence[ModuleMapping]) -> FindMapping:
-    """The function that finds a parameter's mapping."""
+    """Return the function that finds a parameter's mapping."""
     patterns = []
     for module in mappings:
         for param in module.params:
@@ -261,13 +262,13 @@ def shards(chunks: Sequence[torch.nn.Module], mappings: Sequence[ModuleMapping])
 def complete_blocks(find: FindMapping, name: str, shape: tuple[int, ...]) -> list[Block]:
     """The blocks of a parameter of the complete model, as a checkpoint stores it.
 
-    All ranks' parts of it are joined, and layers are numbered in the complete model. Padded heads and vocabulary rows
-    stand after the others, whatever tensor-parallel size they were padded for, and no block covers them.
+    The parts of all ranks are joined, and layers are numbered in the complete model. Padded heads and vocabulary rows
+    come last, whatever tensor-parallel size they were padded for. No block covers them.
 
     Args:
-        find: of the family's mappings for a tensor-parallel size of 1.
-        name: the Megatron parameter.
-        shape: its shape, with padding.
+        find: the :func:`finder` of the family's mappings for a tensor-parallel size of 1.
+        name: the name of the Megatron parameter.
+        shape: the shape of the parameter, with padding.
 
     Raises:
         KeyError: no mapping matches.

@@ -1,8 +1,8 @@
-"""Two worlds in a job: the trainer's ranks, and the processes of nodes that have engines and no part of the model.
+"""Two worlds in a job: the trainer's ranks, and the processes on nodes that run engines but no part of the model.
 
-torch.distributed's default group is a process's own world. So Megatron-Core and every collective of a training step see
-the trainer's ranks alone. :func:`job_group` spans both worlds. torch has no public call that makes such a group; this
-uses what ``init_process_group`` and ``new_group`` use, as OpenRLHF and slime do.
+torch.distributed's default group is a process's own world. So Megatron-Core and every collective of a training step
+include the trainer's ranks alone. :func:`job_group` spans both worlds. torch has no public function that creates such a
+group. Like OpenRLHF and slime, this module calls the functions that ``init_process_group`` and ``new_group`` call.
 """
 
 from dataclasses import dataclass, field
@@ -18,25 +18,31 @@ from megatron_ext import platform
 
 @dataclass(frozen=True)
 class Job:
-    """All processes of a job. ``store`` is theirs, ``rank`` of ``size`` is this one's number in it; ``first`` is that
-    of this world's rank 0. ``numbers`` gives each group of the job a number of its own."""
+    """The job as this process sees it."""
 
+    # The store that all processes of the job share.
     store: dist.Store
+    # The number of this process in the job, and the number of processes in the job.
     rank: int
     size: int
+    # The number in the job of rank 0 of this process's world.
     first: int
+    # The timeout of collectives.
     timeout: timedelta
+    # Gives each group of the job a number of its own.
     numbers: "count[int]" = field(default_factory=count)
 
 
 _job: Job | None = None
-# Of the collectives of every group of this process's world.
+# The timeout of the collectives of every group of this process's world.
 _timeout: timedelta | None = None
 
 
 def begin(timeout_seconds: float) -> None:
-    """Collective over torchrun's processes: one world of all of them, if :func:`join` has not made two.
-    ``timeout_seconds``: of every collective."""
+    """Collective over torchrun's processes: create one world of all of them, unless :func:`join` has created two.
+
+    ``timeout_seconds`` is the timeout of every collective.
+    """
     global _timeout
     _timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
@@ -44,16 +50,18 @@ def begin(timeout_seconds: float) -> None:
 
 
 def new_group(backend: str) -> dist.ProcessGroup:
-    """Collective: a group of all ranks of this world, with the world's timeout, which torch's own function does not
-    take over: it gives every group half an hour."""
+    """Collective: create a group of all ranks of this world, with the world's timeout.
+
+    torch's own function does not take over the world's timeout. It gives every group half an hour.
+    """
     return dist.new_group(backend=backend, timeout=_timeout)
 
 
 def join(trainers: int, timeout_seconds: float) -> None:
-    """Collective over all processes of the job (torchrun's variables): make this process's world.
+    """Collective over all processes of the job (from torchrun's variables): create this process's world.
 
-    The first ``trainers`` of them are the trainer's ranks, the others a world of their own. ``timeout_seconds``: of
-    every collective.
+    The first ``trainers`` processes are the trainer's ranks. The others form a world of their own. ``timeout_seconds``
+    is the timeout of every collective.
     """
     global _job, _timeout
     _timeout = timeout = timedelta(seconds=timeout_seconds)
@@ -72,10 +80,10 @@ def join(trainers: int, timeout_seconds: float) -> None:
 
 
 def job_group(backend: str) -> dist.ProcessGroup:
-    """Collective over all processes of the job, after :func:`join`: a group of them, in the order of their numbers.
+    """Collective over all processes of the job, after :func:`join`: create a group of all of them, ordered by number.
 
-    Its ranks are named as the group's own (``group_src``, ``group_dst``, ``group_peer``). Its timeout is that of
-    :func:`join`.
+    Calls must name its ranks by their number in the group (``group_src``, ``group_dst``, ``group_peer``). Its timeout
+    is that of :func:`join`.
     """
     assert _job is not None, "worlds.join comes first"
     group, _ = distributed_c10d._new_process_group_helper(
@@ -87,13 +95,17 @@ def job_group(backend: str) -> dist.ProcessGroup:
         group_name=distributed_c10d.GroupName(f"job {next(_job.numbers)}"),
         timeout=_job.timeout,
     )
-    # torch asks for a process's rank in a group by its rank in its world, and for no other world's rank.
+    # torch looks up a process's rank in a group by the process's rank in its own world. It never looks up a rank of the
+    # other world.
     distributed_c10d._world.pg_group_ranks[group] = {(rank - _job.first) % _job.size: rank for rank in range(_job.size)}
     return group
 
 
 def like(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    """Collective over a group of all ranks of this world, or of the job: another of the same processes."""
+    """Collective over ``group``: create another group of the same processes.
+
+    ``group`` has all ranks of this world, or all processes of the job.
+    """
     if dist.get_world_size(group) == dist.get_world_size():
         return new_group(backend)
     return job_group(backend)

@@ -1,11 +1,11 @@
 """Check a finished run against the bounds of its recipe: ``python -m recipes.check run=FOLDER``.
 
 The bounds of a recipe are in ``conf/bounds/RECIPE.yaml``. FOLDER is the folder of a run, or that of a pipeline of
-stages, which has one run per stage. The program prints one line per bound: whether it holds, fails, or is not in this
-run, the value and the limit. The exit code is 0 if no bound fails.
+stages, which has one run per stage. The program prints one line per bound: whether the bound holds, fails or is not in
+this run, the value and the limit. The exit code is 0 if no bound fails.
 
-A file of bounds maps a file in the run's folder to a list of bounds. ``stages`` has further bounds for single stages,
-and ``base`` names another file whose bounds hold too. The fields of a bound are those of ``Bound``.
+A file of bounds maps a file in the run's folder to a list of bounds. The key ``stages`` has further bounds for single
+stages. The key ``base`` names another file whose bounds apply too. The fields of a bound are those of ``Bound``.
 """
 
 import json
@@ -33,25 +33,22 @@ type Steps = tuple[int, int]
 
 @dataclass(frozen=True)
 class Bound:
-    """Limits of one value of a run.
+    """Limits of one value of a run."""
 
-    Attributes:
-        metric: a key of the rows of a ``.jsonl`` file, or a path into a ``.json`` file, such as ``after.safety.mean``.
-        low, high: the limits, both allowed values; at least one is needed.
-        steps: first and last step that the bound is about, [1, -1] for all. Negative numbers count from the last step.
-        of: "every" step, or the "mean" over the steps.
-        minus: steps whose mean is subtracted from that over ``steps``; needs ``of: mean``.
-    """
-
+    # A key of the rows of a .jsonl file, or a path into a .json file, such as after.safety.mean.
     metric: str
+    # The limits, which are themselves allowed values. At least one is needed.
     low: float | None = None
     high: float | None = None
+    # The first and the last step that the bound applies to, [1, -1] for all. Negative numbers count from the last step.
     steps: Steps = (1, -1)
+    # "every" for the value of every step, or "mean" for the mean over the steps.
     of: str = "every"
+    # Steps whose mean is subtracted from the mean over "steps". Needs of: mean.
     minus: Steps | None = None
 
     def describe(self) -> str:
-        """What is compared with the limits, such as ``reward/mean, mean of steps -5 to -1 minus that of 1 to 5``."""
+        """The compared value in words, such as ``reward/mean, mean of steps -5 to -1 minus that of 1 to 5``."""
         text = self.metric
         if self.steps == (1, 1):
             text += ", step 1"
@@ -75,7 +72,7 @@ class Bound:
         return ", ".join(limits)
 
     def allows(self, value: float | None) -> bool:
-        """Whether the value is within the limits. A missing value (None: a mean without samples, say) is not."""
+        """Whether the value is within the limits. A missing value (None, such as a mean without samples) is not."""
         if value is None or not math.isfinite(value):
             return False
         if self.low is not None and value < self.low:
@@ -85,11 +82,12 @@ class Bound:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of one bound: ``state`` is HOLDS, FAILS or NOT_IN_THIS_RUN."""
+    """The result of checking one bound."""
 
     file: str
     description: str
     limit: str
+    # HOLDS, FAILS or NOT_IN_THIS_RUN.
     state: str
     value: str
 
@@ -99,7 +97,7 @@ class Result:
 
 
 def main() -> None:
-    """Command line: print every result; exit code 1 when a bound fails."""
+    """Command line: print every result. The exit code is 1 when a bound fails."""
     argument = sys.argv[1] if len(sys.argv) == 2 else ""
     if not argument.startswith("run="):
         sys.exit("usage: python -m recipes.check run=FOLDER    for example run=runs/demo")
@@ -115,9 +113,9 @@ def main() -> None:
 
 
 def check(folder: Path) -> list[Result]:
-    """The results of a run, or of all stages of a pipeline in their folders' order.
+    """The results of a run, or of all stages of a pipeline in the order of their folders.
 
-    Raises ConfigError when there is no run, when its recipe has no bounds, and when none of them is in the run.
+    Raises ConfigError when there is no run, when its recipe has no bounds, and when none of the bounds is in the run.
     """
     if (folder / "config.yaml").is_file():
         results = list(check_run(folder, ""))
@@ -132,7 +130,7 @@ def check(folder: Path) -> list[Result]:
 
 
 def check_run(run_dir: Path, prefix: str) -> Iterator[Result]:
-    """The results of one run. ``prefix`` is written before the names of the files."""
+    """Yield the results of one run. ``prefix`` is put before the names of the files."""
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     stage = config["stage"]
     if "rl" in stage["trains"]:
@@ -151,14 +149,14 @@ def check_run(run_dir: Path, prefix: str) -> Iterator[Result]:
 
 
 def read_record(path: Path) -> list[dict[str, Any]] | dict[str, Any]:
-    """The rows of a ``.jsonl`` file, or what a ``.json`` file holds; empty when the file does not exist."""
+    """The rows of a ``.jsonl`` file, or the content of a ``.json`` file. Empty when the file does not exist."""
     if path.suffix == ".jsonl":
         return list(records.read_rows(path)) if path.is_file() else []
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def check_required_metrics(run_dir: Path, prefix: str) -> Result:
-    """Whether every row of metrics.jsonl has the metrics that every RL run writes."""
+    """Check that every row of metrics.jsonl has the metrics that every RL run writes."""
     rows = read_record(run_dir / "metrics.jsonl")
     missing = dict.fromkeys(name for row in rows for name in records.REQUIRED_METRICS if name not in row)
     state = FAILS if missing else HOLDS
@@ -169,8 +167,11 @@ def check_required_metrics(run_dir: Path, prefix: str) -> Result:
 
 
 def check_rows(bound: Bound, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """State and value of a bound on the rows of a ``.jsonl`` file. A row that lacks the metric did not measure it; one
-    in which it is null has no value."""
+    """The state and the value of a bound on the rows of a ``.jsonl`` file.
+
+    A row without the metric did not measure it and is left out. A row in which the metric is null has no value, so the
+    bound fails.
+    """
     chosen = _rows_of(bound.steps, bound.metric, rows)
     subtracted = _rows_of(bound.minus, bound.metric, rows) if bound.minus is not None else []
     if not chosen or (bound.minus is not None and not subtracted):
@@ -193,7 +194,7 @@ def check_rows(bound: Bound, rows: Sequence[Mapping[str, Any]]) -> tuple[str, st
 
 
 def check_value(bound: Bound, content: Any) -> tuple[str, str]:
-    """State and value of a bound on one value of a ``.json`` file."""
+    """The state and the value of a bound on one value of a ``.json`` file."""
     value = content
     for key in bound.metric.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -207,7 +208,7 @@ def check_value(bound: Bound, content: Any) -> tuple[str, str]:
 def load_bounds(recipe: str, stage: str) -> list[tuple[str, Bound]]:
     """The bounds of a recipe's stage, each with its file in the run's folder.
 
-    Raises ConfigError when the recipe has none, or naming the entry that is no bound.
+    Raises ConfigError when the recipe has no bounds. Raises ConfigError naming an entry that is not a valid bound.
     """
     path = BOUNDS / f"{recipe}.yaml"
     if not path.is_file():
@@ -224,7 +225,7 @@ def load_bounds(recipe: str, stage: str) -> list[tuple[str, Bound]]:
 
 
 def parse_bound(entry: Mapping[str, Any], where: str) -> Bound:
-    """A bound from its YAML mapping. Raises ConfigError naming the entry and the field."""
+    """Parse a bound from its YAML mapping. Raises ConfigError naming the entry and the field."""
     known = [field.name for field in fields(Bound)]
     for field in entry:
         if field not in known:
@@ -240,12 +241,12 @@ def parse_bound(entry: Mapping[str, Any], where: str) -> Bound:
 
 
 def figure(value: float | None) -> str:
-    """A number as it is printed: integers in full, others with six digits."""
+    """A number as text: integers in full, others with six significant digits."""
     return str(value) if value is None or isinstance(value, int) else f"{value:.6g}"
 
 
 def _rows_of(steps: Steps, metric: str, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows with the metric from the first to the last of ``steps``; none when the run has fewer steps."""
+    """The rows that have the metric, from the first to the last of ``steps``. Empty when the run has fewer steps."""
     first, last = (step if step > 0 else len(rows) + 1 + step for step in steps)
     if first < 1 or last > len(rows) or first > last:
         return []

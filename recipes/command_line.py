@@ -1,4 +1,4 @@
-"""A Hydra command line whose errors are one line."""
+"""A Hydra command line that reports an error in one line."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ MERGING = "Error merging override "
 # Fields whose values are not printed.
 SECRET = re.compile("key|token|secret|password", re.IGNORECASE)
 CONF = Path(__file__).resolve().parents[1] / "conf"
-# Groups of a run's settings, in the order in which a user meets them.
+# Groups of a run's settings, in the order in which the help lists them.
 GROUPS = (
     "recipe",
     "model",
@@ -34,7 +34,10 @@ GROUPS = (
 
 
 def one_line(error: HydraException) -> str:
-    """Hydra's message without the advice to add unknown keys with +, which ``parse`` refuses."""
+    """The message of a Hydra error on one line.
+
+    Hydra's advice to add unknown keys with + is left out, since ``parse`` refuses such keys.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = [line for line in lines if line.startswith(APPEND)]
     if unknown:
@@ -53,16 +56,16 @@ def one_line(error: HydraException) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as the value of an override, whatever characters it has."""
+    """A text, quoted as the value of an override. It may have any characters."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 
 def from_command_line(hydra_main: Callable[[], None]) -> None:
-    """Call a Hydra main. An error of the command line is printed in one line, with exit code 1.
+    """Call a Hydra main function. An error of the command line is printed in one line, with exit code 1.
 
-    Overrides in free-form mappings may name new keys. ``--help`` prints the program's docstring and what can be chosen;
-    Hydra's own help would need a recipe first.
+    Overrides in free-form mappings may name new keys. ``--help`` prints the program's docstring and the choices of each
+    group. Hydra's own help is not used, since it would need a recipe first.
     """
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         print(help_text(sys.modules["__main__"].__doc__ or ""))
@@ -78,7 +81,7 @@ def from_command_line(hydra_main: Callable[[], None]) -> None:
 
 
 def help_text(program: str) -> str:
-    """``program``: what it does and how it is called."""
+    """The text of ``--help``. ``program`` describes what the program does and how it is called."""
     choices = []
     for group in GROUPS:
         names = sorted(file.stem for file in (CONF / group).glob("*.yaml") if file.stem != "base")
@@ -96,18 +99,20 @@ def help_text(program: str) -> str:
 
 
 def with_group(arguments: Sequence[str], group: str, default: str) -> list[str]:
-    """The arguments with a Hydra group that the configuration of a run does not have: the file that ``group=FILE``
-    names, else the ``default`` one."""
+    """Add a Hydra group that the configuration of a run does not have to the arguments.
+
+    The group's file is the one that ``group=FILE`` among the arguments names, or else ``default``.
+    """
     if any(argument.startswith(f"{group}=") for argument in arguments):
         return [f"+{argument}" if argument.startswith(f"{group}=") else argument for argument in arguments]
     overrides = (i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
-    # Hydra wants all overrides next to each other.
+    # Hydra requires that all overrides are next to each other.
     at = next(overrides, len(arguments))
     return [*arguments[:at], f"+{group}={default}", *arguments[at:]]
 
 
 def split_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The ``name=value`` arguments of these names, and the others in their order."""
+    """Split the arguments into the ``name=value`` arguments with these names, and the others in their order."""
     own = {}
     others = []
     for argument in arguments:

@@ -1,11 +1,11 @@
 """``python -m recipes.download recipe=… [overrides…]``: fetch a run's model and judges from the Hugging Face Hub.
 
-Each folder that ``model.hub`` or ``rewards.servers.NAME.hub`` names a repository for is filled: with safetensors,
-configuration and tokenizer, of one commit. A file that is complete is not fetched again, so a download that broke off
-goes on with the file in whose middle it was. A file that differs from the repository's is never replaced. Sizes are
-compared with the disk first.
+Fills each folder for which ``model.hub`` or ``rewards.servers.NAME.hub`` names a repository with the repository's
+safetensors, configuration and tokenizer, all of one commit. A complete file is not fetched again, so an interrupted
+download goes on with the file that was being fetched. A file that differs from the repository's is never replaced. The
+free space of the disk is checked first.
 
-``HF_TOKEN`` is the token for repositories that ask for consent, ``HF_ENDPOINT`` a mirror.
+``HF_TOKEN`` is the token for repositories that ask for consent. ``HF_ENDPOINT`` is a mirror.
 """
 
 import shutil
@@ -24,18 +24,21 @@ from recipes.errors import ConfigError
 from rewards import mixing, registry
 
 GB = 1e9
-# Weights in other formats than safetensors, of which repositories often have a second copy.
+# Weights in formats other than safetensors. Repositories often have a second copy of the weights in such a format.
 NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "original/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is missing in a folder: ``names`` of files and their ``size`` in bytes, of a repository's ``commit``."""
+    """The files that are missing in a folder."""
 
     folder: Path
     repository: str
+    # The commit of the repository that the files belong to.
     commit: str
+    # The names of the missing files.
     names: list[str]
+    # Their total size in bytes.
     size: int
 
 
@@ -49,9 +52,9 @@ def main(raw: DictConfig) -> None:
 
 
 def folders(config: Config) -> dict[Path, str]:
-    """Folder → repository of the Hub, of the model that training starts from and of the judges that the run serves."""
+    """Folder → repository of the Hub, for the model that training starts from and the judges that the run serves."""
     wanted = {}
-    # The model of a later stage is what the stage before it writes.
+    # A later stage starts from the model that the stage before it writes.
     if config.model.hub is not None and config.stage.after is None:
         wanted[Path(config.model.path)] = config.model.hub
     names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores} if generates(config) else set()
@@ -62,7 +65,10 @@ def folders(config: Config) -> dict[Path, str]:
 
 
 def download(wanted: Mapping[Path, str]) -> None:
-    """Fetch what is missing in each folder. Raises ConfigError before anything is fetched where it can't be."""
+    """Fetch the files that are missing in each folder.
+
+    All folders are checked before anything is fetched. Raises ConfigError where a check or a download fails.
+    """
     plans = [plan(folder, repository) for folder, repository in wanted.items()]
     check_disk(plans)
     for step in plans:
@@ -72,18 +78,20 @@ def download(wanted: Mapping[Path, str]) -> None:
         print(f"{step.folder}: {len(step.names)} files, {step.size / GB:.1f} GB of {step.repository}", flush=True)
         try:
             snapshot_download(step.repository, revision=step.commit, local_dir=step.folder, ignore_patterns=NOT_NEEDED)
-        except Exception as error:  # of the hub's client, its HTTP library, or the disk
+        except Exception as error:  # from the Hub's client, its HTTP library, or the disk
             raise ConfigError(f"{step.repository}: {_first_line(error)}; run it again, it goes on from here") from error
 
 
 def plan(folder: Path, repository: str) -> Plan:
-    """What the folder lacks. Raises ConfigError for a repository that can't be read, has no safetensors, or would
-    replace a file."""
+    """The files of a repository that the folder lacks.
+
+    Raises ConfigError for a repository that can't be read, has no safetensors, or would replace a file of the folder.
+    """
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"HF_HUB_OFFLINE is set, so {repository} can't be read: unset it for this command")
     try:
         files = snapshot_download(repository, local_dir=folder, ignore_patterns=NOT_NEEDED, dry_run=True)
-    except Exception as error:  # of the hub's client or its HTTP library
+    except Exception as error:  # from the Hub's client or its HTTP library
         raise ConfigError(
             f"{repository}: {_first_line(error)}; check the name, the network (HF_ENDPOINT for a mirror), and whether "
             "its page asks for consent (HF_TOKEN)"
@@ -103,7 +111,7 @@ def plan(folder: Path, repository: str) -> Plan:
 
 
 def check_disk(plans: list[Plan]) -> None:
-    """Raises ConfigError where a disk has too little room for the folders on it together."""
+    """Raises ConfigError where a disk has too little free space for all folders on it together."""
     needed: dict[int, int] = {}
     for step in plans:
         existing = next(parent for parent in (step.folder, *step.folder.absolute().parents) if parent.exists())

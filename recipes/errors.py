@@ -1,5 +1,5 @@
-"""The error of everything that a user can put right: settings, data, folders."""
+"""The error for problems that a user can fix: in settings, data or folders."""
 
 
 class ConfigError(ValueError):
-    """A setting or an input that can't work. The text names the field, its value and what to do."""
+    """A setting or an input that can't work. The message names the field, its value and the remedy."""

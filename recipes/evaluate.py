@@ -1,13 +1,13 @@
 """Evaluate a model as a stage does, and compare it with another: ``python -m recipes.evaluate …``.
 
-- ``run=FOLDER [step=N] [field=value …]``: a run's model, or its checkpoint after N steps, by the run's settings;
-- ``run=FOLDER model=FOLDER [field=value …]``: a Hugging Face folder, by a run's settings;
-- ``model=FOLDER recipe=… [overrides …]``: a Hugging Face folder, by a recipe's settings.
+- ``run=FOLDER [step=N] [field=value …]``: a run's model, or its checkpoint after N steps, with the run's settings;
+- ``run=FOLDER model=FOLDER [field=value …]``: a Hugging Face folder, with a run's settings;
+- ``model=FOLDER recipe=… [overrides …]``: a Hugging Face folder, with a recipe's settings.
 
-``against=FOLDER`` is a Hugging Face folder, whose scores on the same prompts are subtracted pair by pair. ``to=FOLDER``
-gets ``evaluation.json`` and ``answers.json``, in the form of a run's. A checkpoint is exported first
-(``recipes.export``). vLLM reads the weights, and no trainer starts; reward servers without endpoints do, as for a stage
-of a pipeline.
+``against=FOLDER`` is a Hugging Face folder. Its scores on the same prompts are subtracted pair by pair. ``to=FOLDER``
+gets ``evaluation.json`` and ``answers.json``, in the same form as in a run. A checkpoint is exported first
+(``recipes.export``). vLLM reads the weights, and no trainer starts. Reward servers without endpoints are started, as
+for a stage of a pipeline.
 """
 
 import sys
@@ -35,7 +35,7 @@ USAGE = """usage: python -m recipes.evaluate run=FOLDER [step=N] [against=FOLDER
 
 
 def main() -> None:
-    """Command line; the exit code is that of the evaluation."""
+    """Command line: evaluate and exit with the exit code of the evaluation."""
     own, overrides = split_arguments(sys.argv[1:], OWN)
     if ("run" not in own and "model" not in own) or ("step" in own and ("run" not in own or "model" in own)):
         sys.exit(USAGE)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def run_config(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """A run's configuration with other values for some fields. Raises ConfigError."""
+    """A run's configuration, with the overrides applied. Raises ConfigError."""
     from recipes.run import exports
 
     for override in overrides:
@@ -63,7 +63,7 @@ def run_config(run_dir: Path, overrides: Sequence[str]) -> Config:
 
 
 def recipe_config(overrides: Sequence[str]) -> Config:
-    """The configuration of a command line, by Hydra. Raises ConfigError."""
+    """The configuration that Hydra composes from the overrides. Raises ConfigError."""
     composed: list[Config] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -72,15 +72,16 @@ def recipe_config(overrides: Sequence[str]) -> Config:
 
     sys.argv[1:] = overrides
     from_command_line(compose)
-    if not composed:  # Hydra printed what was asked for, its help say
+    if not composed:  # a text was printed instead, such as the help
         sys.exit()
     return composed[0]
 
 
 def evaluate(config: Config, own: Mapping[str, str]) -> int:
-    """Evaluate what the command line's ``own`` arguments name, by ``config``; returns the exit code.
+    """Evaluate the models that the command line's ``own`` arguments name, with ``config``, and return the exit code.
 
-    Raises ConfigError for what can't be evaluated, before anything is written or started, and ServerDied.
+    Raises ConfigError for a model or settings that can't be evaluated, before anything is written or started. Raises
+    ServerDied.
     """
     if set(config.stage.trains).intersection(WITH_HEAD) or config.stage.sft.judge is not None:
         raise ConfigError(
@@ -104,7 +105,7 @@ def evaluate(config: Config, own: Mapping[str, str]) -> int:
         stage=replace(config.stage, evaluates=True),
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    # The training's other judges are not needed.
+    # Verifiers that only the training uses are not needed.
     scoring = {name: entry for name, entry in config.rewards.verifiers.items() if name in config.data.scores}
     with_scoring = replace(config, rewards=replace(config.rewards, verifiers=scoring))
     command = [sys.executable, "-m", "recipes.evaluate_folders", str(folder), *models]
@@ -112,8 +113,11 @@ def evaluate(config: Config, own: Mapping[str, str]) -> int:
 
 
 def run_model(run_dir: Path, step: str | None) -> Path:
-    """The Hugging Face folder of a run's checkpoint, exported where it is not yet; without ``step`` the run's own
-    export, or the newest checkpoint of a run that has not finished. Raises ConfigError and CheckpointError."""
+    """The Hugging Face folder of a run's checkpoint after ``step`` steps, which is exported where it is not yet.
+
+    Without ``step`` it is the run's own export, or the newest checkpoint of a run that has not finished. Raises
+    ConfigError and CheckpointError.
+    """
     from recipes.run import exports
 
     if step is None and (run_dir / "hf" / "config.json").is_file():

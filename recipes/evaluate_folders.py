@@ -1,7 +1,7 @@
 """Evaluate Hugging Face folders: ``python -m recipes.evaluate_folders FOLDER MODEL [AGAINST]``.
 
-``recipes.evaluate`` starts it. FOLDER has the ``config.yaml`` and gets the results. The engines of MODEL answer the
-held-out prompts, then those of AGAINST, and verifiers score both as in a run.
+``recipes.evaluate`` starts this program. FOLDER has the ``config.yaml`` and gets the results. Engines with the weights
+of MODEL answer the held-out prompts, then engines with those of AGAINST. Verifiers score the answers as in a run.
 """
 
 import sys
@@ -33,9 +33,9 @@ from rollout.environment import Unavailable
 
 
 def main() -> None:
-    """Command line: print the table that a run prints."""
+    """Command line: evaluate the folders and print the table of results as a run does."""
     folder = Path(sys.argv[1])
-    # The names that the two models of a run's evaluation have.
+    # The names of the two models in a run's evaluation.
     models = dict(zip(("after", "before"), sys.argv[2:], strict=False))
     (folder / "logs").mkdir(exist_ok=True)
     redirect_stderr(folder)
@@ -50,10 +50,10 @@ def main() -> None:
 
 
 def evaluate_folders(config: Config, models: Mapping[str, str], display: Display) -> None:
-    """Write ``answers.json``, ``evaluation.json`` and, of the sampled answers of "after", ``samples.jsonl`` into
-    ``run_dir`` and show the result.
+    """Evaluate the models, write the results into ``run_dir`` and show them.
 
-    ``models``: "after" → a model's folder, "before" → that of one to compare it with, if any.
+    Writes ``answers.json`` and ``evaluation.json``. If "after" has sampled answers, writes them to ``samples.jsonl``.
+    ``models`` maps "after" to the model's folder and "before" to the folder of the model to compare it with, if any.
     """
     folder = Path(config.run_dir)
     answers: dict[str, Answers] = {}
@@ -76,16 +76,16 @@ def evaluate_folders(config: Config, models: Mapping[str, str], display: Display
 
 
 def heading(model: Path) -> str:
-    """The last two parts of a folder's path, ``export`` of a run's checkpoints left out: demo/hf, demo/step_000012."""
+    """The last two parts of a folder's path, such as demo/hf and demo/step_000012. A part ``export`` is left out."""
     parts = [part for part in model.absolute().parts if part != "export"]
     return "/".join(parts[-2:])
 
 
 @contextmanager
 def open_rollouts(config: Config, logs: Path, display: Display) -> Iterator[tuple[Rollouts, PromptProcessor]]:
-    """Engines that have read the weights of ``model.path`` from its folder, as many as a run has on each of its nodes.
+    """Start engines that read the weights of ``model.path`` from its folder, as many as a run has on each of its nodes.
 
-    For a process without trainer ranks. The names of the engines' logs begin with ``logs``.
+    This is for a process without trainer ranks. The names of the engines' logs begin with ``logs``.
     """
     with ExitStack() as stack:
         judging = open_judging(config, config.data.scores, stack)
@@ -98,7 +98,7 @@ def open_rollouts(config: Config, logs: Path, display: Display) -> Iterator[tupl
         for number, of_engine in enumerate(engine_settings(config, nodes_with_engines(config))):
             log = logs.with_name(f"{logs.name}_engine_{number}.log")
             engines.append(Engine(replace(of_engine, loads_weights=True), log))
-        # A group of this process alone.
+        # A group that has only this process.
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         stack.callback(dist.destroy_process_group)
         control = dist.group.WORLD

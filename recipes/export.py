@@ -1,8 +1,8 @@
 """Export a checkpoint of a run as a Hugging Face folder: ``python -m recipes.export run=FOLDER [step=N] [to=FOLDER]``.
 
-FOLDER is that of a run, or of its part ``warm_start``. What is written has the bits of the run's own export. It takes
-one process without GPUs, which needs little memory whatever the model's size (``megatron_ext.checkpoint_export``). By
-default the newest checkpoint is exported, to ``FOLDER/export/step_…``.
+FOLDER is the folder of a run, or of its part ``warm_start``. By default the newest checkpoint is exported, to
+``FOLDER/export/step_…``. The export has the same bits as the run's own export. The program is one process without GPUs,
+which needs little memory whatever the model's size (``megatron_ext.checkpoint_export``).
 """
 
 import sys

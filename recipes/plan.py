@@ -1,23 +1,25 @@
 """``python -m recipes.plan recipe=… cluster.nodes=N [goal=step_time|gpus|context] [overrides…]``: which layout is best?
 
-Searches tensor, pipeline, virtual, context and data parallelism, recomputation, the optimiser's offload, the engines'
-tensor-parallel size and their KV cache, with the engines on the trainer's nodes and *apart*: on nodes of their own,
-where they generate one step ahead. Prints at most ten layouts, each with the memory of its fullest GPU, the seconds of
-a step by phase, what bounds it, and the overrides to paste. Of layouts with the same parallel sizes and recomputation
-it prints the fastest of each kind, and half of each kind where there are as many.
+Searches over tensor, pipeline, virtual, context and data parallelism, recomputation, the optimiser's offload, the
+engines' tensor-parallel size and their KV cache. There are two kinds of layouts: with the engines on the trainer's
+nodes, and with engines *apart*, that is on nodes of their own, where they generate one step ahead.
 
-The nodes are those that the run has in all, trainer's and engines' (``cluster.nodes`` + ``cluster.engine_nodes``), but
-for the judges': a recipe with colocated engines on ``cluster.nodes=16`` is also divided into 8 + 8.
+Prints at most ten layouts. Each has the memory of its fullest GPU, the seconds of a step by phase, what bounds it, and
+the overrides to paste. Of layouts with the same parallel sizes and recomputation only the fastest of each kind is
+printed. Half of the printed layouts are of each kind, where there are enough.
 
-- ``goal=step_time``, the default: the shortest step on the nodes;
+The search uses all nodes of the run, the trainer's and the engines' (``cluster.nodes`` + ``cluster.engine_nodes``), but
+not the judges'. So a recipe with colocated engines on ``cluster.nodes=16`` is also divided into 8 + 8.
+
+- ``goal=step_time``, the default: the shortest step on these nodes;
 - ``goal=gpus``: the fewest nodes, at most the run's, and on them the shortest step;
 - ``goal=context``: the longest responses, of the run's ``rollout.max_response_tokens`` and its doubles, and for them
   the shortest step.
 
-Each layout has passed the preflight's checks of whether it fits (``recipes.preflight``) and leaves
-``planner.KEPT_FREE_GIB`` of a GPU free. The seconds are those of ``recipes.preflight.scale_model`` with what a layout
-adds, and are for the order. ``preflight=h100`` (a file of conf/preflight) is the device, and
-``preflight.output=FILE.json`` gets the answer. Needs no GPU and no weights.
+Each layout has passed the preflight's memory checks (``recipes.preflight``) and leaves ``planner.KEPT_FREE_GIB`` of a
+GPU free. The seconds are those of ``recipes.preflight.scale_model`` plus what a layout adds. They are meant for the
+order of the layouts. ``preflight=h100`` (a file of conf/preflight) chooses the device. ``preflight.output=FILE.json``
+gets the answer. The program needs no GPU and no weights.
 """
 
 import json
@@ -62,18 +64,23 @@ def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[s
         settings: the group ``preflight``.
         goal: one of ``planner.GOALS``.
         arguments: the overrides that ``raw`` was composed of.
-        say: called with what is done next.
+        say: called with a text that says what is done next.
 
     Returns:
-        ``plans``: the best first; ``own``: the run's own layout as a plan, or None and ``own_refused`` why;
-        ``apart_refused``: why none has engines on nodes of their own, or ""; ``nodes``: those of the run;
-        ``lengths``: the name of the lengths that the seconds are for.
+        A dictionary with these keys:
+
+        - ``plans``: the layouts, the best first;
+        - ``own``: the run's own layout as a plan, or None where it does not fit;
+        - ``own_refused``: why ``own`` is None;
+        - ``apart_refused``: why no layout has engines on nodes of their own, or "";
+        - ``nodes``: the number of nodes of the run;
+        - ``lengths``: the name of the lengths that the seconds are for.
 
     Raises:
         ConfigError: for a run that can't be planned.
     """
     check(raw, settings, goal)
-    # Before the next import: it switches off torch's inductor, whose import takes seconds.
+    # Activated before the next import: it switches off torch's inductor, whose import takes seconds.
     platform.activate("cpu")
     from recipes.preflight import simulated_ranks
 
@@ -106,7 +113,7 @@ def answer(raw: DictConfig, settings: Settings, goal: str, arguments: Sequence[s
 
 
 def check(raw: DictConfig, settings: Settings, goal: str) -> None:
-    """Raises ConfigError for a goal, a stage or settings that the planner does not know."""
+    """Raises ConfigError for a goal, a stage or settings that the planner does not support."""
     check_settings(settings)
     if goal not in planner.GOALS:
         raise ConfigError(f"goal={goal!r}: use one of {', '.join(planner.GOALS)}")
@@ -125,7 +132,7 @@ def check(raw: DictConfig, settings: Settings, goal: str) -> None:
 
 
 def show(answered: dict[str, Any], raw: DictConfig, settings: Settings, goal: str, seconds: float) -> None:
-    """Print the layouts as a table, and below it the overrides of each."""
+    """Print the layouts as a table, and the overrides of each layout below it."""
     out = Console(highlight=False, markup=False, emoji=False, width=max(Console().width, WIDTH))
     nodes = answered["nodes"]
     gpus = nodes * (raw.cluster.ranks // raw.cluster.nodes)
@@ -165,7 +172,7 @@ def show(answered: dict[str, Any], raw: DictConfig, settings: Settings, goal: st
 
 
 def cells(plan: Any) -> list[str]:
-    """A plan's row of the table, without its number."""
+    """The cells of a plan's row in the table, without its number."""
     config = plan.config
     phases = plan.phases
     seconds = [
@@ -196,7 +203,7 @@ def cells(plan: Any) -> list[str]:
 
 
 def as_json(plan: Any) -> dict[str, Any] | None:
-    """A plan for the file of ``preflight.output``."""
+    """A plan as JSON for the file of ``preflight.output``. None stays None."""
     if plan is None:
         return None
     return {
@@ -213,7 +220,7 @@ def as_json(plan: Any) -> dict[str, Any] | None:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
-    """Search, write the file if one is wanted, and print."""
+    """Search, write the file of ``preflight.output`` if it is set, and print the layouts."""
     started = time.monotonic()
     settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
     goal = str(raw.goal)

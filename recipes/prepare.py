@@ -1,6 +1,6 @@
 """``python -m recipes.prepare recipe=… [overrides…]``: prepare a run before its ranks start.
 
-``recipes.train`` prepares the run before it forks the ranks; a Slurm script calls this program before ``srun``.
+``recipes.train`` prepares the run itself before it forks the ranks. A Slurm script calls this program before ``srun``.
 """
 
 import sys

@@ -1,13 +1,14 @@
 """A page to talk to a model, to read and edit its thinking, and to go on from the edit: ``python -m recipes.serve …``.
 
-- ``model=FOLDER``: a Hugging Face folder, for which `vllm serve` is started here and ends with the page;
+- ``model=FOLDER``: a Hugging Face folder. `vllm serve` is started for it here and ends with the page;
 - ``run=FOLDER [step=N]``: a run's model, or its checkpoint after N steps, which is exported first (``recipes.export``);
-- ``generator=URL``: a `vllm serve` that runs already; with ``run=FOLDER`` too, it is that run's model.
+- ``generator=URL``: a `vllm serve` that is running already. With ``run=FOLDER`` too, it serves that run's model.
 
-``values=URL`` is a `vllm serve --runner pooling` with a value model: then answers have a value per sentence, and are
-guided as ``guidance.…`` says. ``search=PATH`` is a corpus or a folder of texts: then the page has a switch for
-deliberate search in it. A run that was trained in a search environment brings its own. Further arguments override
-``page.…``, ``guidance.…``, ``deliberation.…`` and ``rollout.environment.…`` (docs/configuration.md).
+``values=URL`` is a `vllm serve --runner pooling` with a value model. With it, answers have a value per sentence and are
+guided by the settings ``guidance.…``. ``search=PATH`` is a corpus or a folder of texts. With it, the page has a switch
+for deliberate search in these texts. A run that was trained in a search environment brings its own environment.
+Further arguments override ``page.…``, ``guidance.…``, ``deliberation.…`` and ``rollout.environment.…``
+(docs/configuration.md).
 """
 
 import getpass
@@ -46,7 +47,7 @@ ENVIRONMENT = "rollout.environment."
 USAGE = """usage: python -m recipes.serve model=FOLDER [values=URL] [search=PATH] [page.field=value …]
        python -m recipes.serve run=FOLDER [step=N] [values=URL] [search=PATH] [page.field=value …]
        python -m recipes.serve generator=URL [run=FOLDER] [values=URL] [search=PATH] [page.field=value …]"""
-LOWEST = -1e6  # a threshold below which nothing is
+LOWEST = -1e6  # a threshold that is below every value
 STOP_SECONDS = 20.0
 
 
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
-    """The settings of the command line. Raises ConfigError and ValueError, before anything is started."""
+    """Read the settings of the command line. Raises ConfigError and ValueError before anything is started."""
     free = [*house_settings.mappings(GuidanceConfig, "guidance"), *house_settings.mappings(RolloutConfig, "rollout")]
     with_keys = house_settings.with_new_keys(overrides, free)
     try:
@@ -104,10 +105,10 @@ def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
         environment.settings.corpus = own["search"]
         environment.settings.endpoint = None
     if guidance.mode == MONITOR and guidance.calibration is None and guidance.threshold is None:
-        # Values are shown, and steer nothing.
+        # Values are shown only and do not guide the answer.
         guidance.threshold = LOWEST
     edits = Path(page.edits or Path(own.get("run", "runs")) / "edits")
-    # Whoever reaches a loopback page without a token is most likely who started it.
+    # A person who reaches a loopback page without a token is most likely the one who started it.
     person = getpass.getuser() if page.key_variable is None else ""
     token = guidance_settings.key("page", page.key_variable)
     return Setup(
@@ -124,7 +125,7 @@ def read_setup(own: Mapping[str, str], overrides: Sequence[str]) -> Setup:
 
 
 def run_environment(of_run: Mapping[str, Any], changes: Sequence[str]) -> DictConfig:
-    """A run's environment with the command line's values for some of its fields."""
+    """A run's environment, with the command line's overrides applied."""
     changed = OmegaConf.from_dotlist([change.removeprefix(ENVIRONMENT) for change in changes])
     merged = OmegaConf.merge(OmegaConf.create(dict(of_run)), changed)
     assert isinstance(merged, DictConfig)
@@ -133,7 +134,7 @@ def run_environment(of_run: Mapping[str, Any], changes: Sequence[str]) -> DictCo
 
 @contextmanager
 def served(setup: Setup, own: Mapping[str, str]) -> Iterator[Supervisor]:
-    """Start `vllm serve` for the model and point the guidance at it; with ``generator=URL`` there is nothing to start.
+    """Start `vllm serve` for the model and set its address in the guidance. With ``generator=URL`` nothing is started.
 
     Raises ConfigError, CheckpointError and ServerDied.
     """
@@ -164,7 +165,7 @@ def served(setup: Setup, own: Mapping[str, str]) -> Iterator[Supervisor]:
 
 
 def free_port() -> int:
-    """A port of the loopback that is free now."""
+    """A port of the loopback interface that is free at present."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 

@@ -1,7 +1,7 @@
 """Entry point: ``python -m recipes.train recipe=demo [overrides…]``.
 
-Called plainly, it prepares the run and forks ``cluster.ranks`` ranks. Under torchrun or srun each process is already
-one rank of the run, which ``recipes.prepare`` has prepared.
+Without a launcher, the program prepares the run and forks its ranks (``cluster.ranks``, and those of the engines'
+nodes). Under torchrun or srun each process is already one rank of the run, which ``recipes.prepare`` has prepared.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from recipes.run.lock import release
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(raw: DictConfig) -> None:
-    """Run the pipeline of stages, or one stage: as its launcher and all its ranks, or as one rank."""
+    """Run the pipeline of stages, or a single stage. A single stage runs with all its ranks, or as one of its ranks."""
     preemption.listen()
     try:
         config = parse(raw)
@@ -60,9 +60,12 @@ def main(raw: DictConfig) -> None:
 
 
 def launch(config: Config) -> None:
-    """Prepare the run and fork its ranks. Returns in each rank; this process holds the run's folder until they have
-    ended, and exits."""
-    # torch reads it when it is imported.
+    """Prepare the run and fork its ranks.
+
+    Returns in each rank. The launching process holds the lock of the run's folder until the ranks have ended, and then
+    exits.
+    """
+    # torch reads this variable when it is imported.
     os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
     launcher.run_in_child(partial(check_run, config))
     with claimed(config):
@@ -73,11 +76,11 @@ def launch(config: Config) -> None:
         try:
             nodes = 1
             if config.cluster.engine_nodes:
-                # The ranks are forked as those of as many nodes as the job has, all on this machine.
+                # All ranks are on this machine, but are numbered as if the job had its nodes.
                 nodes = config.cluster.nodes + config.cluster.engine_nodes
             launcher.fork_ranks(job_processes(config), nodes)
         except SystemExit as ended:
-            # In the launcher: the ranks have ended.
+            # Only the launcher gets here, after the ranks have ended.
             message = failure.from_logs(Path(config.run_dir) / "logs") if ended.code else None
             if message is not None:
                 print(f"error: {message}", flush=True)
@@ -85,7 +88,7 @@ def launch(config: Config) -> None:
 
 
 def check_processes(config: Config) -> None:
-    """Raises ConfigError where the job has other nodes or processes than ``cluster.engine_nodes`` takes for granted."""
+    """Raises ConfigError where the job's nodes or processes do not match the settings with ``cluster.engine_nodes``."""
     engine_nodes = config.cluster.engine_nodes
     if not engine_nodes:
         return
@@ -121,22 +124,22 @@ def load(config: Config) -> None:
 
     import recipes.training.stages  # noqa: F401
 
-    # A garbage collection that scans all imported modules takes most of a second on each rank.
+    # Without this, a garbage collection scans all imported modules, which takes most of a second on each rank.
     gc.freeze()
 
 
 def run(config: Config, lock: Path | None = None) -> None:
-    """Run one rank. The first rank to fail prints one line to standard output; tracebacks go to the logs.
+    """Run one rank. The first rank to fail prints its error to standard output. Tracebacks go to the logs.
 
-    ``lock`` is on the run's folder, where this rank and no launcher holds it. After a preemption request, rank 0 ends
-    with ``preemption.EXIT_CODE`` once the run has saved.
+    ``lock`` is the lock of the run's folder, where this rank holds it instead of a launcher. After a preemption
+    request, rank 0 exits with ``preemption.EXIT_CODE`` once the run has saved its checkpoint.
     """
     # The parent is the launcher, torchrun or srun.
     die_with(os.getppid())
     is_first = os.environ["RANK"] == "0"
     if is_first:
         report_sigterm(config, lock)
-        # Left by an earlier launch; srun and torchrun do not pass through launch().
+        # An earlier launch may have left this file. It is removed here, since srun and torchrun do not call launch().
         (Path(config.run_dir) / "logs" / failure.FAILED).unlink(missing_ok=True)
     load(config)
 
@@ -167,7 +170,10 @@ def run(config: Config, lock: Path | None = None) -> None:
 
 
 def fails_first(config: Config) -> bool:
-    """Whether no other rank of this launch has failed: most failures hit all ranks, or follow from the first."""
+    """Whether no other rank of this launch has failed before. Only the first rank to fail prints its error.
+
+    Most failures hit all ranks, or follow from the first failure.
+    """
     try:
         (Path(config.run_dir) / "logs" / failure.FAILED).touch(exist_ok=False)
     except FileExistsError:
@@ -179,8 +185,10 @@ def fails_first(config: Config) -> bool:
 
 
 def report_sigterm(config: Config, lock: Path | None = None) -> None:
-    """Print an error, record an event and release the ``lock`` on SIGTERM, by which ranks are ended after Ctrl-C or the
-    death of another."""
+    """On SIGTERM, print an error, record an event and release the ``lock``.
+
+    Ranks get SIGTERM after Ctrl-C or the death of another rank.
+    """
 
     def handler(number: int, frame: object) -> None:
         log = f"{config.run_dir}/logs/launcher.log"

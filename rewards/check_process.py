@@ -1,7 +1,7 @@
 """A process that checks answers: ``python -m rewards.check_process OWNER_PID``.
 
-A request is [name of a check, text, text], the reply one word. The kernel bounds the process's memory. The owner bounds
-the time of a check (``rewards.checkers``).
+A request is [name of a check, text, text], and the reply is one word. The kernel limits the process's memory. The owner
+limits the time of a check (``rewards.checkers``).
 """
 
 import logging
@@ -15,8 +15,11 @@ MEMORY_BYTES = 2 << 30  # address space; sympy and its parser take a quarter of 
 
 
 def math(reference: str, answer: str) -> str:
-    """Whether the answer equals the reference: "correct", "wrong", or "no reference" for a reference that can't be
-    parsed. The reference may stand in $…$, \\boxed{…} or bare."""
+    """Whether the answer equals the reference mathematically.
+
+    Returns "correct", "wrong", or "no reference" for a reference that can't be parsed. The reference may be written in
+    $…$, in \\boxed{…} or bare.
+    """
     from math_verify import parse, verify
 
     parsed_reference = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
@@ -36,7 +39,7 @@ CHECKS = {"math": math, "matches": matches}
 
 
 def prepare() -> Callable[[Sequence[str]], str]:
-    """Bound the memory and import what is slow before the first check."""
+    """Limit the memory, and import the slow library before the first check."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable()
     import math_verify  # noqa: F401

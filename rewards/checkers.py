@@ -5,7 +5,7 @@ import time
 
 from rewards.processes import Pool, Stuck
 
-# Our choice: a check takes milliseconds. There is a second try, for a machine that was busy.
+# Our choice. A check normally takes milliseconds. The second try is for the case that the machine was busy.
 CHECK_SECONDS = 10.0
 TRIES = 2
 PROCESSES = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
@@ -13,7 +13,10 @@ POOL = Pool(PROCESSES, "rewards.check_process", quiet=True)
 
 
 def run_check(check: str, reference: str, answer: str) -> str:
-    """The word that this check (of ``check_process.CHECKS``) returns. Raises Stuck."""
+    """Run a check of ``check_process.CHECKS`` in another process and return its one-word result.
+
+    Raises Stuck if the process died or took too long in every try.
+    """
     reason = ""
     for _ in range(TRIES):
         started = time.monotonic()

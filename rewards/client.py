@@ -1,9 +1,10 @@
-"""Requests to the servers of judges and reward models, from any thread.
+"""The client of the judge and reward-model servers. Requests can be submitted from any thread.
 
-An event loop in a thread of its own sends them. Every request ends in a verifier's result. Errors, timeouts and
-unreadable replies are retried after a pause with jitter, at another endpoint where there is one; when the retries are
+An event loop in a thread of its own sends the requests. Every request ends in a verifier's result. Errors, timeouts and
+unreadable replies are retried after a backoff with jitter, at another endpoint if there is one. When the retries are
 used up, the result is a Failure with the reason. A request that takes much longer than usual is also sent to another
-endpoint (hedging), and the first reply counts. Servers batch concurrent requests themselves.
+endpoint (hedging), and the first reply is used. The client does not batch requests, since the servers batch concurrent
+ones themselves.
 """
 
 import asyncio
@@ -29,15 +30,16 @@ from rewards.verdict import Failure, Verdict, VerifierResult, as_result
 from rewards.verifiers.judges import JudgeRequest
 
 TRANSIENT_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
-MAX_PAUSE_SECONDS = 30.0  # between two tries, whatever the backoff and a server's Retry-After are
+MAX_PAUSE_SECONDS = 30.0  # upper bound of the wait between two tries, whatever the backoff and Retry-After say
 CHECK_SECONDS = 10.0
 # vLLM's development endpoints. Sleep level 1 moves the weights to the host; mode=wait finishes running requests first.
 SLEEP_PATH = "/sleep?level=1&mode=wait"
 WAKE_PATH = "/wake_up"
 # The first sleep allocates host memory of the size of the weights.
 SLEEP_SECONDS = 600.0
-EXCERPT_CHARACTERS = 300  # of a server's text in a reason
-# The usual time of a request is known after so many replies, and computed again after as many more.
+EXCERPT_CHARACTERS = 300  # how much of a server's text a Failure's reason quotes
+# The usual duration of a request is estimated again after every so many replies. Before the first estimate it is
+# infinite.
 REPLIES_PER_ESTIMATE = 16
 COUNTS = ("asked", "replies", "retries", "hedged", "failed")
 
@@ -45,7 +47,8 @@ COUNTS = ("asked", "replies", "retries", "hedged", "failed")
 class RequestFailed(Exception):
     """A try without a usable reply.
 
-    ``retry``: another try may help, after ``pause`` seconds at least. ``unreached``: there was no connection.
+    ``retry`` says that another try may help, and ``pause`` how many seconds it has to wait at least. ``unreached``
+    says that no connection could be made.
     """
 
     def __init__(self, reason: str, *, retry: bool = True, unreached: bool = False, pause: float = 0.0) -> None:
@@ -62,11 +65,11 @@ class JudgeEndpoint:
     address: str
     in_flight: int = 0
     paused_until: float = 0.0  # time.monotonic()
-    hangs: bool = False  # the last try ended without a reply in ``timeout`` seconds
+    hangs: bool = False  # the last try got no reply within ``timeout`` seconds
 
 
 async def _tell_connected(session: aiohttp.ClientSession, context: SimpleNamespace, event: Any) -> None:
-    """aiohttp has made a connection for a request, whose ``trace_request_ctx`` is told."""
+    """aiohttp's hook for a new connection: call the callback that the request passed as ``trace_request_ctx``."""
     if context.trace_request_ctx is not None:
         context.trace_request_ctx()
 
@@ -85,14 +88,14 @@ class EndpointPool:
         self.reply_seconds: deque[float] = deque(maxlen=256)
         self.usual_seconds = float("inf")  # the median of reply_seconds
         self.pending = 0  # requests without a result
-        # The first try, by time.monotonic(), that did not reach the endpoint, in this order. An endpoint that takes a
-        # connection again is left out. Empty after any response, and when nothing is pending: time in which nobody asks
-        # is no outage.
+        # Endpoint → the time (time.monotonic()) of the first try that got no connection or no reply, in order of time.
+        # An endpoint that accepts a connection again is removed, unless it hangs. The mapping is cleared after any
+        # response. It is also cleared when no request is pending, because time without requests is no outage.
         self.unreached_since: dict[JudgeEndpoint, float] = {}
-        self.unreached_reason = ""  # of the last such try
+        self.unreached_reason = ""  # why the last such try failed
 
     async def request(self, request: JudgeRequest, data: bytes) -> VerifierResult:
-        """Send a request until there is a verdict or no try is left. ``data`` is its encoded body."""
+        """Send a request, with retries, until there is a verdict or no try is left. ``data`` is its encoded body."""
         self.counts["asked"] += 1
         self.pending += 1
         try:
@@ -116,7 +119,8 @@ class EndpointPool:
                 result = Failure(str(error))
                 pause = error.pause
                 retry = error.retry
-                # Without a connection nothing was asked, so it is not a try. ``outage`` bounds this wait.
+                # Without a connection the server got no request, so this does not count as a try. The setting
+                # ``outage`` bounds how long it can go on.
                 tries -= error.unreached
             if isinstance(result, Verdict):
                 return result
@@ -131,7 +135,10 @@ class EndpointPool:
             await asyncio.sleep(min(max(backoff, pause), MAX_PAUSE_SECONDS))
 
     def _parse(self, request: JudgeRequest, reply: Any) -> VerifierResult:
-        """The result in a reply, which may be any JSON."""
+        """The result that the template reads from a reply, which may be any JSON value.
+
+        A reply that the template can't read gives a Failure.
+        """
         try:
             return as_result(request.parse(reply))
         except Exception as error:  # the template may be the user's own
@@ -139,7 +146,11 @@ class EndpointPool:
             return Failure(f"the reply is not of the expected form ({type(error).__name__}: {error}): {excerpt}")
 
     async def _reply(self, endpoint: JudgeEndpoint, path: str, data: bytes) -> Any:
-        """The reply of this endpoint, or of another one that was asked too because this one took so long."""
+        """The reply to a request, which is hedged.
+
+        If ``endpoint`` takes much longer than usual, the request is also sent to another endpoint, and the first reply
+        is returned. Raises RequestFailed when no endpoint gave one.
+        """
         hedge_seconds = self.usual_seconds * self.settings.hedge_after
         if len(self.endpoints) == 1 or hedge_seconds > self.settings.timeout:
             return await self._post(endpoint, path, data)
@@ -165,7 +176,10 @@ class EndpointPool:
                 task.cancel()
 
     async def _post(self, endpoint: JudgeEndpoint, path: str, data: bytes) -> Any:
-        """One request to an endpoint, which counts it as in flight already. Raises RequestFailed."""
+        """Send one request to an endpoint and return the reply's JSON value. Raises RequestFailed.
+
+        The caller has already added the request to ``endpoint.in_flight``.
+        """
         started = time.monotonic()
         url = endpoint.address + path
         try:
@@ -217,13 +231,15 @@ class EndpointPool:
         return headers
 
     def _excerpt(self, text: str) -> str:
-        """The beginning of a server's text, for a reason. The key is masked."""
+        """The beginning of a server's text, for a Failure's reason. The key is masked."""
         masked = text[: EXCERPT_CHARACTERS * 10] if self._key is None else text.replace(self._key, "***")
         return " ".join(masked.split())[:EXCERPT_CHARACTERS]
 
     async def _acquire(self, avoid: JudgeEndpoint | None) -> JudgeEndpoint:
-        """The endpoint with the fewest requests in flight, which then counts one more. Waits while all are full or
-        paused. Raises RequestFailed when the pool is lost."""
+        """The endpoint with the fewest requests in flight, whose ``in_flight`` is incremented.
+
+        Waits while all endpoints are full or paused. Raises RequestFailed if the pool is lost (:meth:`_is_lost`).
+        """
         while (endpoint := self._free_endpoint(avoid)) is None:
             self._raise_if_lost()
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -233,8 +249,11 @@ class EndpointPool:
         return endpoint
 
     def _free_endpoint(self, avoid: JudgeEndpoint | None) -> JudgeEndpoint | None:
-        """An endpoint that can take a request now. ``avoid`` only if there is no other. Of equally busy ones that whose
-        pause is the longest ago, so that a request comes to every endpoint."""
+        """The least busy endpoint that can take a request now, or None. ``avoid`` is taken only if there is no other.
+
+        Among equally busy endpoints, the one whose last pause ended first is taken, so that every endpoint gets
+        requests.
+        """
         now = time.monotonic()
         free = [
             endpoint
@@ -246,7 +265,7 @@ class EndpointPool:
         )
 
     def _wake_waiting(self, count: int) -> None:
-        """Have the first ``count`` waiting requests look for an endpoint again."""
+        """Let the first ``count`` waiting requests look for a free endpoint again."""
         while self.waiting and count:
             waiter = self.waiting.popleft()
             if not waiter.done():
@@ -254,24 +273,29 @@ class EndpointPool:
                 count -= 1
 
     def _note_unreached(self, endpoint: JudgeEndpoint, reason: str) -> None:
-        """A try did not reach the endpoint: pause it. Once the pool is lost, wake all waiting requests."""
+        """Record a try that got no connection or no reply in time, and pause the endpoint.
+
+        If the pool is lost, wake all waiting requests.
+        """
         self.unreached_reason = reason
         if endpoint not in self.unreached_since:
             now = time.monotonic()
             self.unreached_since[endpoint] = now
-            # The pauses may be longer than the outage.
+            # Check again at the end of the outage, since the pauses may be longer than that.
             asyncio.get_running_loop().call_at(now + self.settings.outage + 0.001, self._wake_all_if_lost)
         self._pause(endpoint)
         self._wake_all_if_lost()
 
     def _note_connected(self, endpoint: JudgeEndpoint) -> None:
-        """A server that was away is there again, however long its first reply takes. One that hangs takes connections
-        too."""
+        """Record that the endpoint accepted a connection, so it is reachable, however long its first reply takes.
+
+        An endpoint that hangs accepts connections too, so for such a one this changes nothing.
+        """
         if not endpoint.hangs:
             self.unreached_since.pop(endpoint, None)
 
     def _pause(self, endpoint: JudgeEndpoint) -> None:
-        """Send nothing to the endpoint for ``cooldown`` seconds. Then wake as many requests as it can take."""
+        """Send nothing to the endpoint for ``cooldown`` seconds, then wake as many waiting requests as it can take."""
         now = time.monotonic()
         if endpoint.paused_until > now:
             return
@@ -281,8 +305,11 @@ class EndpointPool:
         loop.call_later(cooldown + 0.001, self._wake_waiting, self.settings.concurrency)
 
     def _is_lost(self) -> bool:
-        """Whether nothing was reached for ``outage`` seconds since the first try in vain, and no endpoint is left: each
-        was tried in vain since then, or is paused."""
+        """Whether the pool counts as lost.
+
+        It is lost when at least ``outage`` seconds have passed since the oldest time in ``unreached_since``, and every
+        endpoint is in ``unreached_since`` or paused.
+        """
         if not self.unreached_since:
             return False
         now = time.monotonic()
@@ -300,8 +327,10 @@ class EndpointPool:
             self._wake_waiting(len(self.waiting))
 
     async def post_to_all(self, path: str, connect_seconds: float) -> None:
-        """POST to every endpoint, for sleep and wake. Raises RuntimeError naming an endpoint that refuses, or that
-        can't be reached for ``connect_seconds``."""
+        """POST to every endpoint, for sleep and wake.
+
+        Raises RuntimeError naming an endpoint that refuses, or that can't be reached for ``connect_seconds``.
+        """
         urls = [endpoint.address + path for endpoint in self.endpoints]
         await asyncio.gather(*(self._post_until_connected(url, connect_seconds) for url in urls))
 
@@ -328,8 +357,10 @@ class EndpointPool:
             )
 
     async def problems(self, must_run: bool) -> list[str]:
-        """What is wrong with the endpoints; empty when all serve the model. Unless ``must_run``, an endpoint that can't
-        be reached is right: its server may not run yet."""
+        """What is wrong with the endpoints, one text per faulty endpoint. Empty if all serve the model.
+
+        Unless ``must_run``, an endpoint that can't be reached is no problem, as its server may not run yet.
+        """
         problems = []
         for endpoint in self.endpoints:
             problem = await self._problem(endpoint, must_run)
@@ -375,8 +406,11 @@ class Client:
         }
 
     def check(self, must_run: bool = True) -> None:
-        """Raises ValueError naming every server that does not serve its model, and the remedy. Unless ``must_run``,
-        servers that can't be reached are left out."""
+        """Check that every server serves its model.
+
+        Raises ValueError naming every server that does not, and the remedy. Unless ``must_run``, servers that can't be
+        reached are skipped.
+        """
         problems = []
         for name, pool in self.pools.items():
             for problem in self._run(pool.problems(must_run)):
@@ -388,19 +422,21 @@ class Client:
             )
 
     def sleep(self, connect_seconds: float = 0.0) -> None:
-        """Have all servers free their GPU memory and keep their weights on the host. Waits up to ``connect_seconds``
-        for servers that can't be reached yet. Raises RuntimeError."""
+        """Put all servers to sleep: they free their GPU memory and keep their weights in host memory.
+
+        Waits up to ``connect_seconds`` for servers that can't be reached yet. Raises RuntimeError.
+        """
         for pool in self.pools.values():
             self._run(pool.post_to_all(SLEEP_PATH, connect_seconds))
 
     def wake(self) -> None:
-        """Have all servers take their GPU memory back and accept requests. Raises RuntimeError."""
+        """Wake all servers: they take their GPU memory back and accept requests. Raises RuntimeError."""
         for pool in self.pools.values():
             self._run(pool.post_to_all(WAKE_PATH, 0.0))
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """The servers are awake within the block and asleep after it. Raises RuntimeError."""
+        """Keep the servers awake within the block, and put them to sleep after it. Raises RuntimeError."""
         self.wake()
         try:
             yield
@@ -408,10 +444,10 @@ class Client:
             self.sleep()
 
     def submit(self, server: str, request: JudgeRequest) -> Future[VerifierResult]:
-        """Start a request to a server, by its name. Returns at once; callable from any thread."""
+        """Start a request to the server of this name. Returns at once, and may be called from any thread."""
         future: Future[VerifierResult] = Future()
         self.inbox.append((self.pools[server], request, encode(request.body), future))
-        # One wake-up for all requests since the last one: waking the loop costs more than everything else here.
+        # Wake the loop once for all requests since it last ran: a wake-up costs more than everything else here.
         if not self.loop_is_woken:
             self.loop_is_woken = True
             self.loop.call_soon_threadsafe(self._start_submitted)
@@ -435,7 +471,7 @@ class Client:
             raise
 
     def take_counts(self) -> dict[str, int]:
-        """ "<server>/<count>" for each of ``COUNTS`` since the last call."""
+        """The counts since the last call, with the key "<server>/<count>" for each of ``COUNTS``."""
         counts = {f"{name}/{count}": pool.counts[count] for name, pool in self.pools.items() for count in COUNTS}
         for pool in self.pools.values():
             pool.counts = Counter()
@@ -457,7 +493,7 @@ class Client:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of a coroutine that runs in the event loop."""
+        """Run a coroutine in the event loop, wait for it, and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     async def _open_session(self) -> aiohttp.ClientSession:
@@ -479,5 +515,5 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def _retry_after_seconds(header: str | None) -> float:
-    """The seconds of a Retry-After header; 0 for one with a date, which is left to the backoff."""
+    """The seconds of a Retry-After header. 0 for none, and for a date, so that the backoff alone applies."""
     return float(header) if header and header.isdigit() else 0.0

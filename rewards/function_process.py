@@ -1,7 +1,7 @@
 """A process that runs a user's verifier function: ``python -m rewards.function_process OWNER_PID PATH ARGUMENTS``.
 
-``PATH`` is the function's dotted path, ``ARGUMENTS`` a JSON object of keyword arguments. A request is [row, segments or
-null, response], the reply a result (``rewards.verdict.to_json``) or {"error": …, "traceback": …}.
+``PATH`` is the function's dotted path, and ``ARGUMENTS`` a JSON object of keyword arguments. A request is [row,
+segments or null, response]. The reply is a result (``rewards.verdict.to_json``) or {"error": …, "traceback": …}.
 """
 
 import json
@@ -19,7 +19,7 @@ TRACEBACK_CHARACTERS = 4000
 
 
 def prepare() -> Callable[[Sequence[Any]], dict[str, Any]]:
-    """Import the function, so that no verdict's time counts it."""
+    """Import the function before the first request, so that the import does not count towards a verdict's timeout."""
     path, arguments = sys.argv[2:]
     return partial(answer, partial(dotted_path.load(path), **json.loads(arguments)))
 

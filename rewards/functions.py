@@ -1,5 +1,8 @@
-"""A user's verifier function (a dotted path that is no registered rule): checked when it is opened, and called in
-processes that can be killed (``rewards.function_process``)."""
+"""Verifier functions that the user wrote, given by a dotted path that is not a registered rule.
+
+A function's signature is checked when the verifier is opened. The function is called in separate processes
+(``rewards.function_process``), which can be killed.
+"""
 
 import inspect
 import json
@@ -11,8 +14,8 @@ from rewards.settings import FunctionsConfig
 from rewards.verdict import Row, VerifierResult, excerpt, from_json
 from rollout.environment import Segment
 
-# After so many verdicts in a row that took too long, a function hangs: the next ones fail without a call, so that the
-# step comes to its end, and ``max_failed`` to its error, before ``cluster.watchdog``.
+# After this many timeouts in a row the function is taken to hang, and the next verdicts fail without a call. So the
+# step ends, and ``max_failed`` raises its error, before ``cluster.watchdog`` stops the run.
 LATE_IN_A_ROW = 32
 FORM = (
     "write `def score(row, response)` that returns a number from 0 to 1, a rewards.verdict.Verdict or, for no reward, "
@@ -21,9 +24,9 @@ FORM = (
 
 
 class FunctionFailed(Exception):
-    """The function raised, returned what is no result, took too long, or its process died.
+    """The function raised, returned something that is not a result, took too long, or its process died.
 
-    ``traceback``: the function's own as text, empty where there is none.
+    ``traceback`` is the traceback of the function's exception as text. It is empty if there is none.
     """
 
     def __init__(self, reason: str, traceback: str = "") -> None:
@@ -32,7 +35,10 @@ class FunctionFailed(Exception):
 
 
 class Function:
-    """The function at a dotted path as a verifier. ``arguments``: its further keyword arguments, plain JSON."""
+    """The function at a dotted path as a verifier.
+
+    ``arguments`` are further keyword arguments for the function, as plain JSON values.
+    """
 
     def __init__(self, path: str, arguments: Mapping[str, Any], settings: FunctionsConfig) -> None:
         self.path = path
@@ -41,7 +47,7 @@ class Function:
         self.pool = Pool(settings.processes, "rewards.function_process", [path, json.dumps(arguments)])
 
     def __call__(self, row: Row, response: str) -> VerifierResult:
-        """What the function returned. Thread-safe. Raises FunctionFailed."""
+        """Call the function in one of its processes and return its result. Thread-safe. Raises FunctionFailed."""
         if self.late_in_a_row >= LATE_IN_A_ROW:
             raise FunctionFailed(
                 f"it was not called: {LATE_IN_A_ROW} verdicts in a row took more than {self.seconds:g} s"
@@ -50,7 +56,7 @@ class Function:
         segments = plain.pop("segments", None)
         if segments and isinstance(segments[0], Segment):
             segments = [[segment.text, segment.by_environment] for segment in segments]
-        elif segments is not None:  # a field of the data
+        elif segments is not None:  # not the rollout's segments but a field of the data with this name
             plain["segments"] = segments
             segments = None
         try:
@@ -69,7 +75,10 @@ class Function:
 
 
 def check_function(name: str, function: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the verifier, for what can't be called as ``function(row, response, **arguments)``."""
+    """Check that ``function`` can be called as ``function(row, response, **arguments)``.
+
+    Raises ValueError, naming the verifier, if it can't.
+    """
     problem = None
     if isinstance(function, type):
         problem = "is a class, not a function"
@@ -91,7 +100,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 def _signature_problem(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> str | None:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions that are not written in Python have none
+    except ValueError:  # some functions that are not written in Python have no signature
         return None
     try:
         signature.bind({}, "", **arguments)

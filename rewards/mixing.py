@@ -1,6 +1,7 @@
-"""From verdicts to a reward: the row's label picks which verifiers run, and their weights.
+"""Combine the verdicts of several verifiers into one reward.
 
-As in SafeWork-R1 (arXiv 2507.18576): reward = sum of weight x score over the verifiers of the label's mix.
+The row's label selects which verifiers run and their weights. The reward is the sum of weight x score over the
+verifiers of the label's mix, as in SafeWork-R1 (arXiv 2507.18576).
 """
 
 import traceback
@@ -17,7 +18,7 @@ from rewards.verifiers.served import ServedVerifier
 # ``rewards.mix``: label → verifier → weight.
 type MixTable = Mapping[str, Mapping[str, float]]
 
-SHOWN = 3  # kinds of failures in a message, the most frequent ones
+SHOWN = 3  # how many kinds of failures an error message lists, the most frequent first
 
 
 def verifier_names(table: MixTable) -> list[str]:
@@ -39,11 +40,11 @@ def label_weights(row: Row, table: MixTable) -> Mapping[str, float]:
 def verify(
     row: Row, response: str, names: Iterable[str], verifiers: Mapping[str, Verifier]
 ) -> dict[str, VerifierResult]:
-    """The results of the named verifiers for one response, by name and in their order.
+    """Verify one response: a mapping from verifier name to result, in the order of ``names``.
 
-    Sends the requests to servers first, runs the rules while these are pending, and then waits. A rule that raises, and
-    a function that returns no result or takes too long, gives a Failure. Thread-safe: call it from several threads to
-    have many responses verified at the same time.
+    Requests to servers are sent first. The rules run while these requests are pending, and then the replies are
+    awaited. A rule that raises gives a Failure. So does a function that returns no result or takes too long.
+    Thread-safe: several threads can verify different responses at the same time.
     """
     names = list(names)
     pending: dict[str, Future[VerifierResult] | Failure] = {}
@@ -61,19 +62,19 @@ def verify(
 
 
 def _or_failure[T](call: Callable[[], T]) -> T | Failure:
-    """What the call returns; where it raises, a Failure with the reason and the traceback."""
+    """Return the call's value, or a Failure with the reason and the traceback if the call raises."""
     try:
         return call()
     except FunctionFailed as error:
         return Failure(str(error), traceback=error.traceback)
-    except Exception as error:  # for a row that a rule can't verify, or a judge can't be asked about
+    except Exception as error:  # e.g. ValueError for a row that the rule or the judge can't handle
         return Failure(describe(error), traceback="".join(traceback.format_exception(error)))
 
 
 def mix(results: Mapping[str, VerifierResult], weights: Mapping[str, float]) -> float | None:
-    """The weighted sum of the scores; None when a weighted verifier failed.
+    """The weighted sum of the scores, or None if a verifier in ``weights`` failed.
 
-    Raises ValueError when a weighted verifier has no result.
+    Raises ValueError if a verifier in ``weights`` has no result.
     """
     missing = sorted(set(weights) - set(results))
     if missing:
@@ -88,7 +89,10 @@ def mix(results: Mapping[str, VerifierResult], weights: Mapping[str, float]) -> 
 
 
 def verifier_means(results: Iterable[Mapping[str, VerifierResult]]) -> dict[str, float]:
-    """Verifier → mean score over the samples that it gave a verdict on. ``results``: one mapping per sample."""
+    """Verifier → mean of its scores over the samples for which it returned a verdict.
+
+    ``results`` has one mapping per sample.
+    """
     scores: dict[str, list[float]] = {}
     for of_sample in results:
         for name, result in of_sample.items():
@@ -99,11 +103,12 @@ def verifier_means(results: Iterable[Mapping[str, VerifierResult]]) -> dict[str,
 
 @dataclass(frozen=True)
 class Failures:
-    """How often a verifier failed for one reason. ``row``: the id of the first sample's row; ``traceback``: its own."""
+    """How often a verifier failed for one reason."""
 
     verifier: str
     reason: str
     count: int
+    # The id of the row of the first sample that failed, and the traceback of that failure.
     row: str
     traceback: str
 
@@ -112,9 +117,9 @@ class Failures:
 
 
 def failures(results: Sequence[Mapping[str, VerifierResult]], rows: Sequence[str]) -> list[Failures]:
-    """The failed verdicts by verifier and reason, the most frequent first.
+    """The failures grouped by verifier and reason, the most frequent first.
 
-    ``results``: one mapping per sample; ``rows``: the id of each sample's row.
+    ``results`` has one mapping per sample, and ``rows`` the id of each sample's row.
     """
     by_reason: dict[tuple[str, str], Failures] = {}
     for of_sample, row in zip(results, rows, strict=True):
@@ -129,10 +134,10 @@ def failures(results: Sequence[Mapping[str, VerifierResult]], rows: Sequence[str
 def failed_share(
     results: Sequence[Mapping[str, VerifierResult]], failed: Sequence[Failures], max_failed: float
 ) -> float:
-    """The share of the samples with a failed verifier, in [0, 1]. ``results``: one mapping per sample; ``failed``:
-    their :func:`failures`.
+    """The share of the samples, in [0, 1], for which at least one verifier failed.
 
-    Raises RuntimeError with the most frequent reasons when the share is above ``max_failed``.
+    ``results`` has one mapping per sample, and ``failed`` is what :func:`failures` returns for them. Raises
+    RuntimeError with the most frequent reasons if the share is above ``max_failed``.
     """
     without = 0
     for of_sample in results:

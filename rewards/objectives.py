@@ -1,6 +1,7 @@
-"""Several objectives in one reward: normalised to one scale, and one of them kept above a floor.
+"""Combine several objectives into one reward, with a common scale, and keep one of them above a floor.
 
-Pure functions of the verifiers' results. The multiplier's state is JSON, for the checkpoint.
+The functions are pure functions of the verifiers' results. The state of the constraint's multiplier is plain JSON, so
+that it can be stored in the checkpoint.
 """
 
 import math
@@ -16,14 +17,16 @@ from rewards.verdict import Failure, VerifierResult
 def group_rewards(
     group: Sequence[Mapping[str, VerifierResult]], weights: Mapping[str, float], normalise: str, gate: str | None = None
 ) -> list[float | None]:
-    """The rewards of a prompt's samples; None where a weighted verifier failed. ``group``: one mapping per sample.
+    """The rewards of a prompt's samples. The reward is None where a weighted verifier failed.
 
-    With ``normalise`` "group" the scores of each verifier are first normalised to mean 0 and standard deviation 1 (with
-    n − 1) over the group's samples with a reward, so that the spread of a verifier's scores does not change its weight.
-    Equal scores become exactly 0.
+    ``group`` has one mapping from verifier name to result per sample.
 
-    The score of the verifier ``gate``, if the mix has it, multiplies the sum: r_format · (0.1·r_format + 0.9·r_acc +
-    λ·r_reliability) (Deliberative Searcher, arXiv 2507.16727).
+    With ``normalise`` "group", each verifier's scores are first normalised to mean 0 and standard deviation 1 (with
+    n − 1) over the samples of the group that have a reward. So the spread of a verifier's scores does not change its
+    weight. Equal scores become exactly 0.
+
+    If the mix has the verifier ``gate``, its score multiplies the weighted sum, and no scores are normalised. This is
+    r_format · (0.1·r_format + 0.9·r_acc + λ·r_reliability) of Deliberative Searcher (arXiv 2507.16727).
     """
     mixed = [mixing.mix(results, weights) for results in group]
     if gate is not None and gate in weights:
@@ -46,25 +49,30 @@ def group_rewards(
 
 
 def _score(result: VerifierResult) -> float:
-    assert not isinstance(result, Failure)  # its sample has no reward
+    assert not isinstance(result, Failure)  # samples with a failed verifier have no reward and are left out
     return result.score
 
 
 def initial_state(constraint: ConstraintConfig) -> dict[str, Any]:
-    """The "multiplier" before the first step; as it was "applied" to the rewards of the newest step; and its
-    "integral", the part that remembers former steps."""
+    """The multiplier's state before the first step.
+
+    "multiplier" is the value for the next step, "applied" the value that the rewards of the latest step were computed
+    with, and "integral" the part of the multiplier that accumulates over the steps.
+    """
     return dict.fromkeys(("multiplier", "applied", "integral"), constraint.initial)
 
 
 def constrained_weights(
     weights: Mapping[str, float], constraint: ConstraintConfig, state: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The weights of a label's mix under the constraint: the Lagrangian (R + λ·S) / (1 + λ), with λ the multiplier and
-    S the constrained verifier's score.
+    """The weights of a label's mix under the constraint.
 
-    A mix without that verifier is left as it is. The Lagrangian's constant −λ·floor changes no advantage and is left
-    out; the division keeps the reward's scale (as in PPO-Lagrangian, Ray et al. 2019). With multiplicative weights
-    R + λ·S, undivided: Deliberative Searcher's reward (arXiv 2507.16727).
+    They give the Lagrangian (R + λ·S) / (1 + λ), where R is the mix's reward, λ the multiplier and S the constrained
+    verifier's score. The division keeps the reward's scale (as in PPO-Lagrangian, Ray et al. 2019). The Lagrangian's
+    constant −λ·floor is left out, since it changes no advantage. With multiplicative weights the reward is R + λ·S,
+    without the division, as in Deliberative Searcher (arXiv 2507.16727).
+
+    A mix without the constrained verifier is returned unchanged.
     """
     if constraint.verifier is None or constraint.verifier not in weights:
         return dict(weights)
@@ -76,12 +84,12 @@ def constrained_weights(
 
 
 def advantage_scale(weights: Mapping[str, float], constraint: ConstraintConfig, state: Mapping[str, Any]) -> float:
-    """What the advantages of a label's samples have to be multiplied by: 1 + λ where its mix has the constrained
-    verifier, with λ as applied to their rewards, and 1 elsewhere.
+    """The factor by which to multiply the advantages of a label's samples.
 
-    It puts back what :func:`constrained_weights` divides by and what normalisation over a group would cancel: else a
-    constraint on a verifier that not all labels have would not make these labels count for more. With multiplicative
-    weights it is 1: that reward is as in its paper.
+    It is 1 + λ if the label's mix has the constrained verifier, with the λ that was applied to their rewards, and 1
+    otherwise. It restores the factor that :func:`constrained_weights` divides by and that normalisation over a group
+    would cancel. Without it, if only some labels have the constrained verifier, the constraint would not give these
+    labels more weight. With multiplicative weights it is 1, so that the reward is the paper's.
     """
     if constraint.verifier not in weights or constraint.update == MULTIPLICATIVE_WEIGHTS:
         return 1.0
@@ -91,13 +99,17 @@ def advantage_scale(weights: Mapping[str, float], constraint: ConstraintConfig, 
 def next_state(
     state: Mapping[str, Any], constraint: ConstraintConfig, results: Sequence[Mapping[str, VerifierResult]]
 ) -> dict[str, Any]:
-    """The multiplier after a step. ``results``: one mapping per sample of the step.
+    """The multiplier's state after a step. ``results`` has one mapping per sample of the step.
 
-    v = floor − mean score of the constrained verifier is the step's violation. Dual ascent: the integral I ← clip(I +
-    rate · v, 0, maximum), and λ = clip(I + proportional · v, 0, maximum): what is proportional to the violation damps
-    the oscillations that the integral alone makes (PID Lagrangian, arXiv 2007.03964). Multiplicative weights: λ ← min(λ
-    · exp(rate · v), maximum) (Arora, Hazan, Kale 2012; Deliberative Searcher updates λ in this way, the rate and the
-    bounds are our choice). A step without a verdict leaves λ as it is.
+    The step's violation is v = floor − mean score of the constrained verifier.
+
+    Dual ascent: I ← clip(I + rate · v, 0, maximum) for the integral I, and λ = clip(I + proportional · v, 0, maximum).
+    The proportional term damps the oscillations that the integral alone causes (PID Lagrangian, arXiv 2007.03964).
+
+    Multiplicative weights: λ ← min(λ · exp(rate · v), maximum) (Arora, Hazan, Kale 2012). Deliberative Searcher updates
+    λ in this way. The rate and the bounds are our choice.
+
+    A step without a verdict of the constrained verifier leaves λ unchanged.
     """
     applied = state["multiplier"]
     mean = mixing.verifier_means(results).get(constraint.verifier or "")

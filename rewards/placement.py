@@ -1,16 +1,16 @@
-"""Which host of a cluster runs which server:
+"""Assign the servers to the hosts of a cluster:
 ``python -m rewards.placement HOST,HOST… FIRST GPUS recipe=… [overrides…]``.
 
 Each host has ``GPUS`` GPUs, of which those from number ``FIRST`` on are free for servers. The output is for the Slurm
-scripts. Nothing when no server has to be started, else these lines:
+scripts. It is empty if no server has to be started. Otherwise it has these lines:
 
 1. the overrides for the trainer;
 2. ``rewards.supervisor.startup_timeout`` in seconds, and the addresses to wait for;
 3. for each host with servers: its name, and the overrides for its ``python -m rewards.serve``.
 
-The environment variable ``REWARDS_TOKEN`` holds the servers' token on both sides. With ``rewards.placement=colocated``
-every host runs all servers for itself: the scripts wait for those of the first host, where this runs, and each other
-host's ranks wait for theirs.
+The environment variable ``REWARDS_TOKEN`` holds the servers' token, for the servers and for the trainer. With
+``rewards.placement=colocated`` every host runs all servers for its own ranks. The scripts wait for the servers of the
+first host, where this program runs. The ranks of each other host wait for the servers of their host.
 """
 
 import sys
@@ -27,9 +27,10 @@ TOKEN_VARIABLE = "REWARDS_TOKEN"
 
 
 def place(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> dict[str, str]:
-    """Server → host: the largest server first, each on the host with the fewest GPUs taken. Replicas stay together.
+    """Server → host. The largest server is placed first, and each on the host with the fewest GPUs taken.
 
-    ``gpus``: the free ones of a host, None on CPUs. Raises ValueError for a server that fits on no host.
+    All replicas of a server are on one host. ``gpus`` is the number of free GPUs of a host, None on CPUs. Raises
+    ValueError for a server that fits on no host.
     """
     host_of, excess = _spread(servers, hosts, gpus)
     if excess is None:
@@ -43,7 +44,7 @@ def place(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> 
 
 
 def least_hosts(servers: Sequence[Server], gpus: int | None) -> int | None:
-    """The least number of hosts on which :func:`place` finds room; None if one server is too large for any."""
+    """The smallest number of hosts on which :func:`place` finds room. None if a server is too large for any host."""
     for count in range(1, len(servers) + 1):
         _, excess = _spread(servers, [str(number) for number in range(count)], gpus)
         if excess is None:
@@ -52,7 +53,7 @@ def least_hosts(servers: Sequence[Server], gpus: int | None) -> int | None:
 
 
 def _spread(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -> tuple[dict[str, str], Server | None]:
-    """As :func:`place`; beside it the first server for which a host has too few GPUs, None where all have room."""
+    """The placement of :func:`place`, and the first server that does not fit. None if all fit."""
     taken = dict.fromkeys(hosts, 0)
     host_of = {}
     for server in sorted(servers, key=lambda server: -server.replicas * server.tensor):
@@ -65,12 +66,12 @@ def _spread(servers: Sequence[Server], hosts: Sequence[str], gpus: int | None) -
 
 
 def servers_to_start(config: RewardsConfig) -> list[Server]:
-    """The servers that some verifier uses and that run nowhere yet."""
+    """The servers that at least one verifier uses and that have no ``endpoints``."""
     return [server for server in settings.used(config) if not server.endpoints]
 
 
 def disaggregated_lines(config: RewardsConfig, host_of: Mapping[str, str]) -> list[str]:
-    """The output for servers on hosts of their own, placed by :func:`place`."""
+    """The output lines for disaggregated servers, which :func:`place` has assigned to hosts."""
     servers = [server for server in settings.servers(config).values() if server.name in host_of]
     addresses: dict[str, list[str]] = {}
     token_override: dict[str, str] = {}
@@ -98,8 +99,10 @@ def disaggregated_lines(config: RewardsConfig, host_of: Mapping[str, str]) -> li
 def colocated_lines(
     config: RewardsConfig, servers: Sequence[Server], hosts: Sequence[str], gpus: int | None
 ) -> list[str]:
-    """The output for colocated servers. ``gpus`` as for :func:`place`. Raises ValueError for a server that does not fit
-    on a host."""
+    """The output lines for colocated servers. ``gpus`` as for :func:`place`.
+
+    Raises ValueError for a server that does not fit on a host.
+    """
     for server in servers:
         if gpus is not None and server.replicas * server.tensor > gpus:
             raise ValueError(
@@ -147,7 +150,7 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # Hydra parses sys.argv, and knows overrides only.
+    # Hydra parses sys.argv and accepts overrides only, so the other arguments are taken out first.
     CLUSTER_ARGUMENTS = sys.argv[1:4]
     sys.argv[1:] = settings.with_new_keys(sys.argv[4:])
     main()

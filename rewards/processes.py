@@ -1,7 +1,7 @@
 """Python processes that answer one request at a time and can be killed, for work without a bound on time and memory.
 
-A thread can't be ended, and one that runs a regular expression stops all others meanwhile. A process that takes too
-long is killed with what it started, and a new one takes its place.
+Threads don't do for this: a thread can't be killed, and while one matches a regular expression, no other can run. A
+process that takes too long is killed together with the processes that it started, and replaced by a new one.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_ext.processes import die_with
 
-START_SECONDS = 120.0  # for the process to import what it needs
+START_SECONDS = 120.0  # time for the process to import its modules
 
 
 class Stuck(Exception):
@@ -26,14 +26,17 @@ class Stuck(Exception):
 
 
 class TooSlow(Stuck):
-    """It took too long."""
+    """The process took too long and was killed."""
 
 
 class Process:
-    """``python -m MODULE OWNER_PID ARGUMENTS…``, which calls :func:`serve`. Requests and replies are lines of JSON."""
+    """A child process ``python -m MODULE OWNER_PID ARGUMENTS…``, whose module calls :func:`serve`.
+
+    Requests and replies are lines of JSON.
+    """
 
     def __init__(self, module: str, arguments: Sequence[str], quiet: bool) -> None:
-        # What this process can import, that one can.
+        # The child can import whatever this process can.
         python_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(os.getpid()), *arguments],
@@ -46,7 +49,11 @@ class Process:
         self._read(START_SECONDS)
 
     def call(self, request: Any, seconds: float) -> Any:
-        """The reply to a request. Raises Stuck after ``seconds``, and TypeError for a request that JSON can't hold."""
+        """The reply to a request.
+
+        Raises Stuck if the process died or gave no reply within ``seconds``, and TypeError for a request that can't be
+        written as JSON.
+        """
         assert self.process.stdin is not None
         line = json.dumps(request).encode() + b"\n"
         try:
@@ -58,17 +65,17 @@ class Process:
         return self._read(seconds)
 
     def close(self) -> None:
-        """Kill the process, and what it started in its session."""
+        """Kill the process and its process group."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            with suppress(BrokenPipeError):  # of what is not written yet
+            with suppress(BrokenPipeError):  # closing flushes what is not written yet
                 pipe.close()
 
     def _read(self, seconds: float) -> Any:
-        # The process writes a line in one go, so a readable pipe soon has a complete line, or is at its end.
+        # The process writes a line in one go. So a readable pipe soon has a complete line, or is at its end.
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         line = self.process.stdout.readline() if ready else b""
@@ -79,27 +86,27 @@ class Process:
 
 
 class Pool:
-    """At most ``count`` such processes, started on demand and shared by all threads.
+    """A pool of at most ``count`` processes, which are started on demand and shared by all threads.
 
-    The kernel ends a process with the thread that started it (``die_with``). A thread of this object's own starts them
-    all, because the threads that call may end.
+    The kernel ends a process together with the thread that started it (``die_with``). The calling threads may end, so
+    the pool has a thread of its own that starts all processes.
     """
 
     def __init__(self, count: int, module: str, arguments: Sequence[str] = (), quiet: bool = False) -> None:
         self.module = module
         self.arguments = arguments
         self.quiet = quiet
-        # The process that was used last is used first, and None means one that is still to be started.
+        # Last in, first out: the most recently used process is used next. None is a process that is not started yet.
         self.free: queue.LifoQueue[Process | None] = queue.LifoQueue()
         for _ in range(count):
             self.free.put(None)
-        # Each entry is the queue for the new process, or for the error of its start.
+        # Each entry is the queue into which to put the new process, or the exception of its start.
         self.start_requests: queue.Queue[queue.Queue[Process | Exception]] = queue.Queue()
         self.starter: threading.Thread | None = None
         self.lock = threading.Lock()
 
     def call(self, request: Any, seconds: float) -> Any:
-        """As :meth:`Process.call`, in a free process, which is waited for."""
+        """As :meth:`Process.call`, in a free process. Waits until one is free."""
         process = self.free.get()
         try:
             if process is not None and process.process.poll() is not None:
@@ -114,7 +121,7 @@ class Pool:
             self.free.put(process)
 
     def start(self) -> Process:
-        """A new process. Raises Stuck when it dies at once."""
+        """Start a new process. Raises Stuck if it dies, or takes too long, before it is ready."""
         with self.lock:
             if self.starter is None:
                 self.starter = threading.Thread(target=self._keep_starting, name="process starter", daemon=True)
@@ -136,9 +143,10 @@ class Pool:
 
 
 def serve(prepare: Callable[[], Callable[[Any], Any]]) -> None:
-    """In the process: prepare what answers requests, then answer them until the owner ends.
+    """The main loop of a child process: answer requests until the owner ends.
 
-    Standard input is empty for what runs here, and its standard output goes to standard error.
+    ``prepare`` returns the function that answers a request. For this function standard input is empty, and its standard
+    output goes to standard error.
     """
     die_with(int(sys.argv[1]))
     requests = os.fdopen(os.dup(0))

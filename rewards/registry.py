@@ -1,4 +1,7 @@
-"""Verifiers by name: registered rules, a user's own by dotted path, and those configured in ``rewards.verifiers``."""
+"""Look up verifiers by name.
+
+A name is a registered rule, the dotted path of a function that the user wrote, or an entry of ``rewards.verifiers``.
+"""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -45,8 +48,10 @@ def find_rule(name: str) -> Verifier:
 
 
 def find_template(name: str) -> Judge | Scalar:
-    """A registered template of a judge or reward model, or the one at a dotted path. Raises ValueError for any other
-    name."""
+    """A registered template of a judge or reward model, or the one at a dotted path.
+
+    Raises ValueError for any other name.
+    """
     if name in TEMPLATES:
         return TEMPLATES[name]
     template = _load(name, f"unknown template {name!r}", TEMPLATES, "a rewards.verifiers.judges.Judge")
@@ -77,10 +82,10 @@ def servers_of(names: Iterable[str], config: RewardsConfig) -> dict[str, Server]
 
 
 def open_verifiers(names: Iterable[str], config: RewardsConfig, client: Client | None) -> dict[str, Verifier]:
-    """Verifiers by name. An entry of ``rewards.verifiers`` takes precedence over a registered rule.
+    """The verifiers of these names. An entry of ``rewards.verifiers`` takes precedence over a registered rule.
 
-    ``client`` has the servers of :func:`servers_of`; None where these verifiers need no server. Raises ValueError
-    naming an unknown template or rule, and a function that can't be called as a verifier.
+    ``client`` is connected to the servers of :func:`servers_of`. It may be None if these verifiers need no server.
+    Raises ValueError naming an unknown template or rule, or a function that can't be called as a verifier.
     """
     configured = settings.verifiers(config)
     verifiers: dict[str, Verifier] = {}
@@ -97,7 +102,10 @@ def open_verifiers(names: Iterable[str], config: RewardsConfig, client: Client |
 
 
 def _open_rule(name: str, rule: str, arguments: Mapping[str, Any], functions: FunctionsConfig) -> Verifier:
-    """A registered rule is called where it is needed, a user's function in processes of its own."""
+    """The verifier of a rule.
+
+    A registered rule runs in the process of its caller, and a function that the user wrote in processes of its own.
+    """
     function = find_rule(rule)
     check_function(name, function, arguments)
     if rule not in RULES:

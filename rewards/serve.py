@@ -1,10 +1,13 @@
-"""Starts and supervises the servers that a recipe's verifiers need: ``python -m rewards.serve recipe=… [overrides…]``.
+"""Start and supervise the servers that a recipe's verifiers need: ``python -m rewards.serve recipe=… [overrides…]``.
 
-Each replica of a server is stock `vllm serve`. Servers with ``endpoints`` run elsewhere and are left alone. A table is
-printed when all are ready. A server that dies is started again. With ``rewards.placement=colocated`` the servers start
-one after the other, each is put to sleep when it is ready, and none is started again. SIGTERM and Ctrl-C stop them, and
-they end with this process however it ends. Logs: ``<run_dir>/servers/<server>_<replica>.log``; of colocated servers in
-a folder per host.
+Each replica of a server is stock `vllm serve`. Servers with ``endpoints`` run elsewhere and are left alone. When all
+servers are ready, a table of them is printed. A server that dies is restarted.
+
+With ``rewards.placement=colocated`` the servers start one after the other. Each is put to sleep as soon as it is ready,
+and none is restarted.
+
+SIGTERM and Ctrl-C stop the servers. They also end with this process, however it ends. The logs are
+``<run_dir>/servers/<server>_<replica>.log``. Those of colocated servers are in a folder per host.
 """
 
 import contextlib
@@ -34,12 +37,15 @@ from rewards.settings import RewardsConfig, Server, SupervisorConfig
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
 LOG_TAIL_BYTES = 3000
-# For multiprocessing's resource tracker, to remove the semaphores of a killed server.
+# How long multiprocessing's resource tracker may take to remove the semaphores of a killed server.
 TRACKER_SECONDS = 5.0
 
 
 class ServerDied(RuntimeError):
-    """A server did not become ready, or died too often. The message has the end of its log."""
+    """A server did not become ready, died too often, or did not fall asleep.
+
+    The message has the end of the log or names its file.
+    """
 
 
 class Stopped(Exception):
@@ -48,17 +54,16 @@ class Stopped(Exception):
 
 @dataclass
 class JudgeServer:
-    """One `vllm serve` process: replica ``index`` of a server.
-
-    ``devices``: the numbers of its GPUs, None on a CPU. ``sleeps``: it shares its GPUs (colocated) and is put to sleep
-    as soon as it is ready. On a CPU a sleeping vLLM takes no requests, but keeps its memory.
-    """
+    """One `vllm serve` process: replica ``index`` of a server."""
 
     server: Server
     index: int
     log: Path
+    # The numbers of its GPUs. None on a CPU.
     devices: Sequence[int] | None
     cpu_arguments: Sequence[str]
+    # Whether the server shares its GPUs (colocated) and is put to sleep as soon as it is ready. On a CPU a sleeping
+    # vLLM takes no requests, but keeps its memory.
     sleeps: bool = False
     process: subprocess.Popen[bytes] | None = None
     ready: bool = False
@@ -66,12 +71,12 @@ class JudgeServer:
 
     @property
     def name(self) -> str:
-        """<server>_<replica>, as in the table and the log's file name."""
+        """The replica's name in the table and in the log's file name: <server>_<replica>."""
         return f"{self.server.name}_{self.index}"
 
     @property
     def port(self) -> int:
-        """The port of this replica."""
+        """The port of this replica: one port per replica, from the server's port on."""
         return self.server.port + self.index
 
     def command(self) -> list[str]:
@@ -89,8 +94,11 @@ class JudgeServer:
         return [*command, *server.arguments]
 
     def environment(self) -> dict[str, str]:
-        """The environment of the process: the caller's, and the server's token where vLLM reads it. Other users of the
-        host can read a command line, so the token is not there. Raises ValueError for a missing token."""
+        """The environment of the process: the caller's, with the variables that vLLM needs.
+
+        The server's token is passed in the environment because other users of the host can read a command line. Raises
+        ValueError for a missing token.
+        """
         python_path = [str(ROOT)]
         if os.environ.get("PYTHONPATH"):
             python_path.append(os.environ["PYTHONPATH"])
@@ -109,20 +117,22 @@ class JudgeServer:
             return environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.devices))}
         environment |= {
             "CUDA_VISIBLE_DEVICES": "",
-            # Compilation takes longer than it saves.
+            # On a CPU, compilation takes more time than it saves.
             "TORCH_COMPILE_DISABLE": "1",
-            # The trainer shares the cores: threads are not pinned, and wait passively.
+            # The trainer uses the same cores, so threads are not pinned and do not spin while they wait.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_WAIT_POLICY": "PASSIVE",
         }
         if self.server.tensor == 1:
-            # The engine's only worker runs in the engine's process. The API server stays a process of its own.
+            # The engine's only worker then runs in the engine's process. The API server stays a process of its own.
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return environment
 
     def start(self) -> None:
-        """Start the process. Call it from the main thread: the kernel ends the process with the thread that started
-        it."""
+        """Start the process.
+
+        Call this from the main thread, because the kernel ends the process together with the thread that started it.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.ready = False
         with self.log.open("ab") as log:
@@ -132,7 +142,8 @@ class JudgeServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment(),
-                start_new_session=True,  # Ctrl-C reaches this program only, which stops its servers in order
+                # Ctrl-C then reaches this program only, which stops its servers in order.
+                start_new_session=True,
             )
 
     def is_healthy(self) -> bool:
@@ -143,7 +154,7 @@ class JudgeServer:
             return False
 
     def sleep(self) -> None:
-        """Put the server to sleep. Raises ServerDied when it does not fall asleep."""
+        """Put the server to sleep. Raises ServerDied if it does not fall asleep."""
         try:
             status: object = self._status("POST", SLEEP_PATH, SLEEP_SECONDS)
         except (OSError, http.client.HTTPException) as error:
@@ -164,7 +175,7 @@ class JudgeServer:
             connection.close()
 
     def death_message(self) -> str:
-        """The exit code and the end of the log."""
+        """The message for a server that died: its exit code and the end of its log."""
         log_tail = self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
         assert self.process is not None
         return f"{self.name} ended with code {self.process.poll()}\n--- end of {self.log} ---\n{log_tail}"
@@ -178,7 +189,10 @@ class Supervisor:
         self.config = config
 
     def start(self) -> None:
-        """Start all servers and wait until they are ready. Raises ServerDied, also where a port is in use already."""
+        """Start all servers and wait until they are ready.
+
+        Raises ServerDied if a server dies or is late, or if something already answers at a server's address.
+        """
         for server in self.servers:
             if server.is_healthy():
                 address = server.server.addresses[server.index]
@@ -190,7 +204,7 @@ class Supervisor:
         for server in self.servers:
             server.start()
             if server.sleeps:
-                # vLLM measures the free memory of its GPUs when it starts: the servers before it must be asleep.
+                # vLLM measures the free memory of its GPUs when it starts, so all earlier servers must be asleep.
                 self._wait_until_ready([server], deadline)
         self._wait_until_ready(self.servers, deadline)
 
@@ -203,10 +217,10 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def poll(self) -> list[str]:
-        """Look at every server once, start those again that died, and return a line for each that became ready or died.
+        """Check every server once and restart those that died. Return a line for each that became ready or died.
 
-        Raises ServerDied when a server died once too often. A server that dies before it was ever ready is not started
-        again: it would die again. Nor is a colocated one, whose GPUs may be in use by others.
+        Raises ServerDied for a server that has used up its restarts. It also does so for a server that died before it
+        was ever ready, which would die again, and for a colocated server, whose GPUs others may be using.
         """
         events = []
         for server in self.servers:
@@ -243,17 +257,17 @@ class Supervisor:
 
 
 def record_restart(server: JudgeServer) -> None:
-    """Append a line to the run's events.jsonl for the report, in the form of ``recipes.run.records.event``."""
+    """Append a restart to the run's events.jsonl, for the report, in the format of ``recipes.run.records.event``."""
     event = {"time": round(time.time(), 3), "kind": "server restart", "server": server.name}
     with (server.log.parents[1] / "events.jsonl").open("ab", buffering=0) as file:
         file.write(json.dumps(event).encode() + b"\n")
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a server and what is left of its children, which are a session of their own.
+    """Kill a server, and then the rest of its process group.
 
-    vLLM's children die with the server. multiprocessing's resource tracker then removes the semaphores that they had,
-    if it has the time.
+    vLLM's child processes die with the server. multiprocessing's resource tracker then removes their semaphores. It has
+    ``TRACKER_SECONDS`` for this before it is killed as well.
     """
     process.kill()  # has no effect on a process that has ended
     process.wait()
@@ -266,10 +280,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def judge_servers(config: RewardsConfig, folder: Path, platform: str) -> list[JudgeServer]:
-    """The servers to start: the replicas of every server that some verifier uses and that has no endpoints.
+    """The processes to start: all replicas of every server that a verifier uses and that has no endpoints.
 
-    GPUs are handed out in order from ``supervisor.first_device`` on. Colocated servers share them: each has the first
-    ones. ``folder`` is for their logs; ``platform`` is cpu or cuda.
+    GPUs are assigned in order, from ``supervisor.first_device`` on. Colocated servers share GPUs, so for each of them
+    the assignment begins at ``first_device`` again. ``folder`` is the folder for the logs. ``platform`` is cpu or cuda.
     """
     colocated = config.placement == settings.COLOCATED
     device = config.supervisor.first_device
@@ -288,7 +302,7 @@ def judge_servers(config: RewardsConfig, folder: Path, platform: str) -> list[Ju
 
 
 def ready_table(config: RewardsConfig, servers: Sequence[JudgeServer]) -> Table:
-    """A row for every running server, with the verifiers that use it."""
+    """A table of the running servers, with the verifiers that use each."""
     table = Table("server", "verifiers", "model", "address", "pid", "log", title="servers are ready")
     for server in servers:
         verifiers = ", ".join(
@@ -301,8 +315,7 @@ def ready_table(config: RewardsConfig, servers: Sequence[JudgeServer]) -> Table:
 
 
 def supervise(config: RewardsConfig, servers: Sequence[JudgeServer], console: Console) -> None:
-    """Run the servers until this process is told to stop. Raises Stopped or ServerDied; then no server runs any
-    more."""
+    """Run the servers until SIGTERM or Ctrl-C. Raises Stopped or ServerDied, after all servers are stopped."""
     console.print(f"starting {', '.join(server.name for server in servers)}; logs in {servers[0].log.parent}")
     with running(servers, config.supervisor) as supervisor:
         console.print(ready_table(config, servers))
@@ -314,7 +327,7 @@ def supervise(config: RewardsConfig, servers: Sequence[JudgeServer], console: Co
 
 @contextlib.contextmanager
 def running(servers: Sequence[JudgeServer], config: SupervisorConfig) -> Iterator[Supervisor]:
-    """Servers that are started and ready when the block begins, and stopped when it ends or a start fails.
+    """Start the servers, run the block when they are ready, and stop them when it ends or a start fails.
 
     Raises ServerDied.
     """
@@ -327,7 +340,7 @@ def running(servers: Sequence[JudgeServer], config: SupervisorConfig) -> Iterato
 
 
 def stop_on_signals() -> None:
-    """Have the first SIGTERM or Ctrl-C raise Stopped in the main thread. Later ones are ignored while it stops."""
+    """Make the first SIGTERM or Ctrl-C raise Stopped in the main thread. Later ones are ignored."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -349,7 +362,7 @@ def main(raw: DictConfig) -> None:
             folder /= socket.gethostname()
         servers = judge_servers(config, folder, raw.cluster.platform)
         for server in servers:
-            server.environment()  # a missing token is an error before anything starts
+            server.environment()  # raises for a missing token before anything starts
         if not servers:
             console.print(f"recipe {raw.recipe.name}: no verifier needs a server from here")
             return

@@ -1,7 +1,7 @@
-"""Settings of the rewards: mixes, verifiers, their servers and the client of these.
+"""The settings of the rewards: mixes, verifiers, the verifiers' servers, and the client of these servers.
 
-``recipes.config`` has :class:`RewardsConfig` as a group; ``rewards.serve`` reads it alone. Defaults stand in
-conf/rewards/base.yaml.
+``recipes.config`` includes :class:`RewardsConfig` as a group. ``rewards.serve`` reads this group without the others.
+The defaults are in conf/rewards/base.yaml.
 """
 
 import os
@@ -16,7 +16,8 @@ from megatron_ext import settings
 from megatron_ext.settings import COEFFICIENT, FRACTION, FREE, SECONDS, setting
 
 LOOPBACK = ("127.0.0.1", "localhost")
-# Arguments of `vllm serve` that a field sets. With these a server could listen without a token, or show it.
+# Arguments of `vllm serve` → the field that sets them. Given directly, they could make a server listen without a token,
+# or expose the token.
 OWN_ARGUMENTS = {"--host": "host", "--port": "port", "--uds": "host", "--api-key": "key_variable"}
 RUNNERS = ("generate", "pooling")
 PLACEMENTS = DISAGGREGATED, COLOCATED = "disaggregated", "colocated"
@@ -60,7 +61,7 @@ class ClientConfig:
 
 @dataclass
 class FunctionsConfig:
-    """Verifier functions of the user's own. A call has a process for itself, which is killed when it takes too long."""
+    """Verifier functions that the user wrote. Each call runs in a separate process, which is killed on a timeout."""
 
     timeout: float = setting("longest verdict; then it has failed", range=SECONDS, unit="seconds")
     processes: int = setting("processes of a function on each node: calls that run side by side", range="[1, 1000]")
@@ -101,13 +102,17 @@ class VerifierConfig:
     arguments: dict[str, Any] = setting("keyword arguments of the rule's function")
 
 
-# What an entry of ``rewards.verifiers`` leaves out.
+# The values of the fields that an entry of ``rewards.verifiers`` leaves out.
 NOTHING: dict[str, Any] = {"template": None, "server": None, "request": {}, "rule": None, "arguments": {}}
 
 
 @dataclass
 class ServerConfig:
-    """A model and who serves it: ``endpoints``, or, without any, ``rewards.serve`` on ``host``, ports from ``port``."""
+    """A model and where it is served.
+
+    With ``endpoints``, the servers run elsewhere. Without any, ``rewards.serve`` starts them on ``host``, at the ports
+    from ``port`` on.
+    """
 
     model: str = setting("folder or hub name of the model")
     hub: str | None = setting(
@@ -136,14 +141,14 @@ class Server(ServerConfig):
 
     @property
     def addresses(self) -> list[str]:
-        """Base addresses without a path."""
+        """The base address of each replica, without /v1."""
         if self.endpoints:
             return [address.rstrip("/").removesuffix("/v1") for address in self.endpoints]
         host = self.host if self.host != "0.0.0.0" else "127.0.0.1"
         return [f"http://{host}:{self.port + i}" for i in range(self.replicas)]
 
     def key(self, environment: Mapping[str, str] = os.environ) -> str | None:
-        """The token. Raises ValueError when the variable that should hold it is empty."""
+        """The server's token, or None. Raises ValueError if the variable that should hold it is missing or empty."""
         if self.key_variable is None:
             return None
         if not environment.get(self.key_variable):
@@ -158,7 +163,7 @@ class Server(ServerConfig):
 class RewardsConfig:
     """Verifiers, their servers, and how scores become a reward."""
 
-    # The weights are numbers. OmegaConf refuses 1 for 1.0 in a mapping of a mapping.
+    # The weights are numbers. The type is Any because OmegaConf refuses 1 for 1.0 in a nested mapping of floats.
     mix: dict[str, dict[str, Any]] = setting("weights of the verifiers' scores, by the row's label")
     verifiers: dict[str, Any] = setting(
         "verifiers with settings, by name: {template, server, request} or {rule, arguments}"
@@ -182,7 +187,7 @@ class RewardsConfig:
 
 
 def read(raw: DictConfig) -> RewardsConfig:
-    """The typed, checked group of a raw Hydra configuration. Raises ValueError."""
+    """Read this group from a raw Hydra configuration, typed and checked. Raises ValueError."""
     config = settings.read(RewardsConfig, "rewards", raw)
     settings.check(config, "rewards")
     check(config)
@@ -190,7 +195,7 @@ def read(raw: DictConfig) -> RewardsConfig:
 
 
 def servers(config: RewardsConfig) -> dict[str, Server]:
-    """Every server by name. Raises ValueError naming an unknown field or one of another type."""
+    """Every server by name. Raises ValueError naming a field that is unknown or has the wrong type."""
     return {
         name: settings.read(Server, f"rewards.servers.{name}", asdict(config.server), entry or {}, {"name": name})
         for name, entry in config.servers.items()
@@ -198,13 +203,13 @@ def servers(config: RewardsConfig) -> dict[str, Server]:
 
 
 def used(config: RewardsConfig) -> list[Server]:
-    """The servers that some verifier asks."""
+    """The servers that at least one verifier uses."""
     names = {verifier.server for verifier in verifiers(config).values()}
     return [server for server in servers(config).values() if server.name in names]
 
 
 def verifiers(config: RewardsConfig) -> dict[str, VerifierConfig]:
-    """Every verifier of ``rewards.verifiers`` by name. Raises ValueError as :func:`servers`."""
+    """Every verifier of ``rewards.verifiers`` by name. Raises ValueError in the same cases as :func:`servers`."""
     return {
         name: settings.read(VerifierConfig, f"rewards.verifiers.{name}", NOTHING, entry)
         for name, entry in config.verifiers.items()
@@ -212,7 +217,7 @@ def verifiers(config: RewardsConfig) -> dict[str, VerifierConfig]:
 
 
 def check(config: RewardsConfig) -> None:
-    """Raises ValueError naming the first field whose value does not go together with others."""
+    """Check fields whose valid values depend on each other. Raises ValueError naming the first wrong one."""
     configured = servers(config)
     for name, server in configured.items():
         if not server.model:
@@ -286,7 +291,7 @@ def _check_server(where: str, server: ServerConfig) -> None:
 
 
 def _check_apart(ours: list[Server]) -> None:
-    """Servers that we start: one for each model, and no port twice."""
+    """Check that the servers started here have different models and ports. Raises ValueError."""
     models: dict[tuple[str, str], str] = {}
     ports: dict[int, str] = {}
     for server in ours:
@@ -306,8 +311,11 @@ def _check_apart(ours: list[Server]) -> None:
 
 
 def _check_colocated(shared: list[Server]) -> None:
-    """Servers that are put to sleep: ours, and nobody else's. Whoever reaches vLLM's development endpoints can have it
-    do anything."""
+    """Check the servers that are put to sleep. Raises ValueError.
+
+    They must be started here, and only this host may reach them: whoever can reach vLLM's development endpoints can
+    make it do anything.
+    """
     for server in shared:
         where = f"rewards.servers.{server.name}"
         if server.endpoints:
@@ -337,5 +345,8 @@ def _check_verifier(where: str, verifier: VerifierConfig, servers: Mapping[str, 
 
 
 def with_new_keys(arguments: Sequence[str]) -> list[str]:
-    """A run's command line for a program that reads the rewards alone: free-form mappings take new keys."""
+    """A run's command line, in which overrides of free-form mappings may add new keys.
+
+    For a program that reads no group of the configuration but the rewards.
+    """
     return settings.with_new_keys(arguments, [*settings.mappings(RewardsConfig, "rewards"), *OTHER_MAPPINGS])

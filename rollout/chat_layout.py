@@ -1,4 +1,4 @@
-"""InternVL's chat layout for vLLM: vLLM has the model, but the configuration's class is code in each model folder."""
+"""InternVL's chat layout for vLLM. vLLM has the model, but the configuration's class is code in each model folder."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2Config
 
 
 class InternVLChatConfig(PretrainedConfig):
-    """config.json of the chat layout, its fields named as vLLM's ``InternVLChatModel`` reads them."""
+    """The config.json of the chat layout, with the field names that vLLM's ``InternVLChatModel`` reads."""
 
     model_type = "internvl_chat"
 
@@ -19,8 +19,8 @@ class InternVLChatConfig(PretrainedConfig):
 
 
 def register() -> None:
-    """Register the configuration with transformers, and so with vLLM, in this process.
+    """Register the configuration with transformers, and thereby with vLLM, in this process.
 
-    So vLLM needs none of the code in the model's folder.
+    So vLLM does not need the code in the model folder.
     """
     AutoConfig.register(InternVLChatConfig.model_type, InternVLChatConfig, exist_ok=True)

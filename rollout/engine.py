@@ -1,7 +1,7 @@
-"""Generation engines as child processes: start, call, stop. This side imports neither torch nor vLLM.
+"""Start, call and stop generation engines, which run as child processes. This module imports neither torch nor vLLM.
 
-An engine does not outlive the process that started it: the kernel kills it when that process ends, however it ends
-(``megatron_ext.processes.die_with``), and :func:`stop_engines` ends it in an orderly run.
+An engine does not outlive the process that started it. In an orderly run, :func:`stop_engines` ends it. In any other
+case the kernel kills it when its parent process ends (``megatron_ext.processes.die_with``).
 """
 
 import http.client
@@ -24,9 +24,9 @@ from rollout.frames import BATCH, DONE, ERROR, JSON, frame, read_frames
 from rollout.sampling import Sampling
 from rollout.settings import RolloutConfig
 
-# Variables of a trainer's rank that an engine must not have.
+# Environment variables of a trainer rank that an engine must not inherit.
 TRAINER_VARIABLES = {
-    # An engine's workers have a rendezvous of their own.
+    # The workers of an engine have a rendezvous of their own.
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -35,7 +35,7 @@ TRAINER_VARIABLES = {
     "MASTER_PORT",
     "GROUP_RANK",
     "GROUP_WORLD_SIZE",
-    # The trainer's single hardware queue would keep an engine's kernels from running at the same time.
+    # The trainer sets a single hardware queue, which would keep the engine's kernels from running concurrently.
     "CUDA_DEVICE_MAX_CONNECTIONS",
 }
 LOG_TAIL_BYTES = 4000
@@ -47,37 +47,40 @@ class EngineError(RuntimeError):
 
 
 class EngineDied(EngineError):
-    """An engine's process ended in the middle of a batch, or hung and was killed. Another engine can generate what is
-    unfinished."""
+    """An engine's process ended in the middle of a batch, or hung and was killed.
+
+    Another engine can generate the unfinished responses.
+    """
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine: a vLLM instance with ``rollout.tensor`` workers.
-
-    ``model`` is a folder with ``config.json``. With ``loads_weights`` the engine reads its weights there, as version 0;
-    otherwise they come by weight sync, and the folder needs none. ``dtype`` is that of the weights, ``max_model_len``
-    the longest prompt and response together, ``platform`` cpu or cuda. ``devices`` are the node's GPUs, the engine's
-    own first: it sees the others too, to read trainer weights there. ``thinking`` are the token ids that begin and end
-    a model's thinking (for ``Sampling.thinking_budget``).
-    """
+    """The settings of one engine: a vLLM instance with ``rollout.tensor`` workers."""
 
     rollout: RolloutConfig
+    # A folder with ``config.json``. It needs weights only with ``loads_weights``.
     model: str
+    # The dtype of the weights.
     dtype: str
+    # The maximum number of tokens of a prompt and its response together.
     max_model_len: int
+    # "cpu" or "cuda".
     platform: str
+    # The GPUs of the node, the engine's own first. The engine sees the others too, to read trainer weights there.
     devices: tuple[int, ...] = ()
+    # The token ids that begin and those that end the model's thinking, for ``Sampling.thinking_budget``.
     thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    # Whether the engine reads its weights from ``model``, as version 0. Otherwise they come by weight sync.
     loads_weights: bool = False
 
     @property
     def tokenizer(self) -> bool:
-        """Whether vLLM reads the folder's tokenizer, which it needs for the texts that end an environment's turn."""
+        """Whether vLLM loads the tokenizer of the folder. It needs one for the strings that end a turn of the model
+        where an environment replies."""
         return self.rollout.environment.name is not None
 
     def to_json(self) -> str:
-        """For the engine's process."""
+        """Return the settings as text for the engine process."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -93,7 +96,10 @@ class EngineSettings:
 
 
 def environment(settings: EngineSettings) -> dict[str, str]:
-    """Environment of the engine process: the caller's without what is the trainer's alone, and what vLLM needs."""
+    """Return the environment variables of the engine process.
+
+    These are the caller's without those in TRAINER_VARIABLES and those of torchrun, and the variables that vLLM needs.
+    """
     variables = {
         key: value
         for key, value in os.environ.items()
@@ -103,10 +109,11 @@ def environment(settings: EngineSettings) -> dict[str, str]:
     python_path = [project, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **variables,
-        # vLLM runs in the engine's own process, so it is imported once. It starts tensor-parallel workers itself.
+        # vLLM's engine core runs in the engine process itself, so vLLM is imported once. vLLM starts the
+        # tensor-parallel workers.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Spawned workers import the engine's main module, which ties their lives to the engine's (engine_server). By
-        # default vLLM forks them on a GPU, out of a process with threads.
+        # Spawned workers import the engine's main module, which makes them end with the engine (engine_server). By
+        # default vLLM on a GPU forks them from a process that has threads.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_USE_V2_MODEL_RUNNER": "1" if settings.rollout.model_runner_v2 else "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -118,13 +125,14 @@ def environment(settings: EngineSettings) -> dict[str, str]:
 
 
 class Engine:
-    """A running engine process, and the name of the socket over which it is called.
+    """A running engine process and the name of the socket on which it is called.
 
-    ``starts`` counts its processes: after :meth:`restart` the engine has no weights and needs a plan and a sync.
+    ``starts`` counts the processes that were started. After :meth:`restart` the engine has no weights: it needs a plan
+    and a weight sync.
     """
 
     def __init__(self, settings: EngineSettings, log_path: Path) -> None:
-        """Start the process, without waiting for it (:meth:`wait_until_ready`).
+        """Start the process without waiting until it is ready (see :meth:`wait_until_ready`).
 
         Call this from a thread that lives as long as the engine, because the kernel kills the engine with that thread.
         """
@@ -147,7 +155,7 @@ class Engine:
                 stderr=subprocess.STDOUT,
                 env=environment(self.settings),
                 pass_fds=(listener.fileno(),),
-                # Ctrl-C then reaches the owner only, which stops its engines in an orderly way.
+                # So that Ctrl-C reaches only the owner, which stops its engines in an orderly way.
                 start_new_session=True,
             )
 
@@ -160,7 +168,7 @@ class Engine:
         return self.process.poll() is None
 
     def restart(self) -> None:
-        """Replace the process by a new one, without waiting for it (:meth:`wait_until_ready`).
+        """Replace the process by a new one without waiting until it is ready (see :meth:`wait_until_ready`).
 
         Call this from a thread that lives as long as the engine.
         """
@@ -170,8 +178,8 @@ class Engine:
     def wait_until_ready(self, deadline: float) -> None:
         """Block until the engine answers.
 
-        Raises EngineError with the log's tail when the engine dies first or ``deadline`` (of ``time.monotonic``)
-        passes.
+        Raises EngineError with the end of the log when the engine dies first or when ``deadline`` passes. The deadline
+        is a time of ``time.monotonic``.
         """
         while True:
             try:
@@ -187,19 +195,26 @@ class Engine:
             time.sleep(0.1)
 
     def health(self) -> dict[str, Any]:
-        """``weight_version`` (None before the first good sync), ``stale`` (a sync failed), ``workers``."""
+        """Return the engine's state.
+
+        Among its entries: ``weight_version`` (None before the first successful sync), ``stale`` (true after a failed
+        sync) and ``workers``, the number of workers.
+        """
         return self.call("GET", "/health", timeout=30.0)
 
     def generate(
         self, requests: TokenBatch, sampling: Sampling, num_complete: int | None = None
     ) -> Iterator[TokenBatch]:
-        """Responses in completion order, each a batch of one with the tokens that it went on from. Ends when all
-        responses of ``num_complete`` prompts are finished, by default of all prompts.
+        """Yield the responses in completion order, each as a batch of one.
 
-        All requests enter the engine between the same two of its steps: the same requests on the same weights give the
-        same bits, as long as no other batch runs at the same time.
-        Raises EngineError before the first sync, after a failed one, and for a request that does not fit; EngineDied
-        when the engine dies, breaks off or hangs (it is killed then).
+        A response includes the tokens that its request continued from. The iterator ends when all responses of
+        ``num_complete`` prompts are finished, by default of all prompts.
+
+        All requests enter the engine between the same two of its steps. So the same requests on the same weights give
+        the same bits, as long as no other batch runs at the same time.
+
+        Raises EngineError before the first weight sync, after a failed one, and for a request that does not fit.
+        Raises EngineDied when the engine dies, breaks off or hangs; it is then killed.
         """
         with self._watched():
             yield from self._generate(requests, sampling, num_complete)
@@ -231,14 +246,17 @@ class Engine:
     def call(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> dict[str, Any]:
         """Send a JSON request and return its JSON answer. Raises EngineError.
 
-        ``timeout``: seconds; None waits until the engine dies or hangs.
+        ``timeout`` is in seconds. With None, the call waits until the engine answers, dies or hangs.
         """
         return self.begin_call(method, path, body, timeout)()
 
     def begin_call(
         self, method: str, path: str, body: Any = None, timeout: float | None = None
     ) -> Callable[[], dict[str, Any]]:
-        """Send the request of a :meth:`call` now. The returned function waits for the answer, and raises."""
+        """Send the request of a :meth:`call` now, and return a function that waits for the answer.
+
+        That function, not this one, raises EngineError when sending failed.
+        """
         with ExitStack() as stack:
             if timeout is None:
                 stack.enter_context(self._watched())
@@ -249,7 +267,7 @@ class Engine:
                 self._send(connection, method, path, body)
             except OSError as error:
                 failure = error
-            # Watch and connection stay open until the answer has arrived.
+            # The stall watch and the connection stay open until the answer has arrived.
             until_answered = stack.pop_all()
 
         def wait_for_answer() -> dict[str, Any]:
@@ -267,10 +285,12 @@ class Engine:
     def _watched(self) -> Iterator[None]:
         """Kill the engine when it makes no progress during the block, which then raises EngineDied.
 
-        Progress is a step of vLLM, an accepted request or an executed command (a sync counts as one). A thread of the
-        engine reports it in ``/health`` while the main thread works, so a slow engine is killed only if a single step
-        takes longer than ``stall_timeout``. A hang is detected after one to two times that. The watch counts polls
-        and not seconds: if the trainer itself was stopped, its pause must not count as the engine's.
+        Progress is a step of vLLM, an accepted request or an executed command (a weight sync is one command). A thread
+        of the engine reports it in ``/health`` while the main thread works, so a slow engine is killed only if a single
+        step takes longer than ``stall_timeout``. A hang is detected after one to two times ``stall_timeout``.
+
+        The watch counts polls instead of seconds: when the trainer process itself was paused, the pause must not count
+        as a stall of the engine.
         """
         limit = self.settings.rollout.stall_timeout
         ended = threading.Event()
@@ -284,7 +304,8 @@ class Engine:
                     return
                 try:
                     progress = self.call("GET", "/health", timeout=limit / STALL_POLLS)["progress"]
-                except EngineError:  # It does not answer. If it is dead, the block detects it itself.
+                except EngineError:
+                    # The engine does not answer. If it is dead, the block itself detects that.
                     progress = last_progress
                 polls_without_progress = polls_without_progress + 1 if progress == last_progress else 0
                 last_progress = progress
@@ -309,8 +330,10 @@ class Engine:
         self.process.wait()
 
     def stop(self, grace: float = 10.0) -> None:
-        """End the process and its workers: by a request, and after ``grace`` seconds by a kill. Does nothing when the
-        process has ended."""
+        """End the process and its workers by a shutdown request, and by a kill if that takes over ``grace`` seconds.
+
+        Does nothing when the process has already ended.
+        """
         if self.alive:
             try:
                 self.call("POST", "/shutdown", timeout=grace)

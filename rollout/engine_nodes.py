@@ -1,6 +1,6 @@
-"""Engines on nodes of their own: what the trainer's first rank asks of the processes there.
+"""Engines on separate nodes: the orders that rank 0 of the trainer sends to the processes there.
 
-Both sides then call the same collective functions, over a group of all processes of the job.
+After an order, both sides call the same collective functions, over a group of all processes of the job.
 """
 
 import io
@@ -18,34 +18,40 @@ from megatron_ext.batch import TokenBatch
 from megatron_ext.routing import exchange, holders
 from rollout.frames import BATCH, JSON, frame, read_frames
 
-# A process waits for an order for as long as the trainer's step takes. A trainer that hangs is ended by the watchdogs
-# of its ranks, and with it the connections.
+# The wait for an order has in effect no limit, because it lasts as long as the trainer's step. When the trainer hangs,
+# the watchdogs of its ranks end it, which also closes the connections.
 LONGEST_WAIT = timedelta(days=30)
 
-# Names of orders. SYNC has the ``version``; GENERATE has ``sampling``, ``num_complete`` and ``rows``, and requests.
+# Names of orders. SYNC has the argument ``version``. GENERATE has the arguments ``sampling``, ``num_complete`` and
+# ``rows``, and requests.
 ALIVE, SYNC, GENERATE, COLLECT, SERVER_COUNTS, END = "alive", "sync", "generate", "collect", "server counts", "end"
 
 
 @dataclass(frozen=True)
 class Order:
-    """``name`` says what to call, ``arguments`` (plain JSON) and ``requests`` with what."""
+    """What a process on an engines' node has to call, and with which arguments."""
 
     name: str
+    # Plain JSON.
     arguments: Mapping[str, Any]
     requests: TokenBatch | None = None
 
 
 @dataclass(frozen=True)
 class EngineNodes:
-    """``group``: gloo, of the ``trainers`` ranks of the trainer and after them the processes of the engines' nodes. Its
-    timeout is that of every message but :meth:`next_order`."""
+    """The connection between the trainer's ranks and the processes on the engines' nodes."""
 
+    # A gloo group of the trainer's ranks, followed by the processes on the engines' nodes. Its timeout applies to all
+    # messages except :meth:`next_order`.
     group: dist.ProcessGroup
+    # The number of the trainer's ranks.
     trainers: int
 
     def order(self, name: str, requests: TokenBatch | None = None, **arguments: Any) -> None:
-        """The trainer's rank 0 sends an order to all processes of the engines' nodes; any other process does nothing,
-        so that both sides may call what gives an order."""
+        """Send an order from the trainer's rank 0 to all processes on the engines' nodes.
+
+        On any other process it does nothing, so that both sides may call functions that send orders.
+        """
         if dist.get_rank(self.group) != 0:
             return
         message = frame(JSON, json.dumps({"name": name, "arguments": arguments}).encode())
@@ -58,14 +64,16 @@ class EngineNodes:
             for tensor in (size, data):
                 sent.append(dist.isend(tensor, group=self.group, group_dst=receiver))
         for work in sent:
-            assert work is not None  # it is for a rank outside the group
+            # It is None only on a rank outside the group.
+            assert work is not None
             work.wait()
 
     def next_order(self) -> Order:
-        """On a process of an engines' node: wait for the next order. Raises RuntimeError when the trainer has ended."""
+        """Wait for the next order, on a process of an engines' node. Raises RuntimeError when the trainer has ended."""
         size = torch.zeros(1, dtype=torch.int64)
         receiving = dist.irecv(size, group=self.group, group_src=0)
-        assert receiving is not None  # it is for a rank outside the group
+        # It is None only on a rank outside the group.
+        assert receiving is not None
         receiving.wait(LONGEST_WAIT)
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, group=self.group, group_src=0)
@@ -79,9 +87,9 @@ class EngineNodes:
         dist.barrier(group=self.group)
 
     def to_trainers(self, batch: TokenBatch) -> TokenBatch:
-        """Collective: the batch whose tokens the trainer's ranks hold in place of the processes that made them.
+        """Collective: move the tokens of a batch from the processes that generated them to the trainer's ranks.
 
-        Each of these hands its responses to one rank; the ranks are spread over the trainer's.
+        Each process sends its responses to one rank. The receiving ranks are spread evenly over the trainer's ranks.
         """
         rank = dist.get_rank(self.group)
         makers = holders(batch, self.group)

@@ -1,17 +1,21 @@
-"""The engine process: vLLM in the main thread, beside it a small HTTP server on a Unix socket for its user alone.
+"""The engine process: vLLM in the main thread, and an HTTP server on a Unix socket that only the same user can reach.
 
-Started by ``rollout.engine.Engine`` as ``python -m rollout.engine_server SETTINGS_JSON LISTEN_FD OWNER_PID``.
+``rollout.engine.Engine`` starts it as ``python -m rollout.engine_server SETTINGS_JSON LISTEN_FD OWNER_PID``.
 
-The main thread owns vLLM. HTTP handlers queue callables, which it runs between two engine steps; without requests it
-sleeps on the queue. One callable adds a complete batch, so that the composition of every step, and with it every bit of
-the result, depends on the requests alone.
+The main thread owns vLLM. HTTP handlers put callables into a queue, and the main thread runs them between two engine
+steps. When there are no requests, it sleeps on the queue. A batch is added by one callable, so the composition of every
+step depends on the requests alone, and so does every bit of the result.
 
-Routes (JSON; errors are ``{"error": text}`` with status 409):
-``GET /health``; ``POST /generate`` (binary: see ``rollout.frames``; with ``num_complete`` it ends when so many prompts
-have all their responses);
-``POST /weights/layout``, ``/weights/plan``, ``/weights/update``, ``GET /weights/checksum``, ``GET /weights/digest``
-(see ``rollout.weight_sync``); ``POST /sleep`` and ``POST /wake`` ``{"tags": ["weights"]}`` (sync) ``{"tags":
-["kv_cache"]}``; ``POST /shutdown``.
+Routes. Bodies are JSON unless noted; an error is ``{"error": text}`` with status 409.
+
+* ``GET /health``
+* ``POST /generate``: binary, see ``rollout.frames``. With ``num_complete`` it ends when that many prompts have all
+  their responses.
+* ``POST /weights/layout``, ``POST /weights/plan``, ``POST /weights/update``, ``GET /weights/checksum``,
+  ``GET /weights/digest``: see ``rollout.weight_sync``.
+* ``POST /sleep``
+* ``POST /wake``: ``{"tags": ["weights"]}`` before a weight sync, ``{"tags": ["kv_cache"]}`` after it.
+* ``POST /shutdown``
 """
 
 import asyncio
@@ -51,17 +55,17 @@ class Refused(Exception):
 
 
 def die_with_engine() -> None:
-    """For a vLLM worker: end with the engine that spawned it, even while it still imports vLLM."""
+    """Make this vLLM worker end with the engine that spawned it, even while it still imports vLLM."""
     die_with(int(os.environ[ENGINE_PID]))
 
 
 def build_llm_engine(settings: EngineSettings) -> Any:
-    """vLLM's engine with the weight sync's worker extension."""
-    # Objects that imports create stay: collecting garbage among them took a sixth of the imports' time.
+    """Build vLLM's engine with the worker extension of the weight sync."""
+    # The objects that imports create stay alive. Garbage collection took a sixth of the time of the imports.
     gc.disable()
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    # The worker extension does it in the workers' processes.
+    # In the worker processes, the worker extension calls this.
     vllm_platform.of(settings.platform).change_vllm()
     gc.enable()
     return LLMEngine.from_engine_args(engine_args(settings))
@@ -88,14 +92,14 @@ def engine_args(settings: EngineSettings) -> Any:
     graphs = platform.graph_sizes(settings.rollout.max_num_seqs) if settings.rollout.cuda_graphs else []
     return EngineArgs(
         model=settings.model,
-        # Token ids in, token ids out: the engine has no tokenizer, and stop tokens are explicit. vLLM's processor of
-        # images needs one, for the placeholder tokens, and so do stop texts.
+        # The engine takes and returns token ids, and stop tokens are explicit, so it needs no tokenizer. There are two
+        # exceptions: vLLM's image processor needs one for the placeholder tokens, and stop strings need one.
         skip_tokenizer_init=not (has_vision_tower or settings.tokenizer),
-        # A prompt's images are processed once for all its samples, see ``add_batch``.
+        # The images of a prompt are processed once for all its samples, see ``add_batch``.
         mm_processor_cache_gb=0,
-        # The trainer has the pixel values of transformers' processor, so the engine must have them too.
+        # The trainer uses the pixel values of transformers' processor, so the engine must use the same ones.
         mm_device_do_normalize=False,
-        # Dummy weights are never used: a sync comes first.
+        # Dummy weights are never used, because the engine does not generate before the first weight sync.
         load_format="auto" if settings.loads_weights else "dummy",
         dtype=settings.dtype,
         quantization=settings.rollout.quantization,
@@ -105,11 +109,12 @@ def engine_args(settings: EngineSettings) -> Any:
         max_num_batched_tokens=settings.rollout.max_num_batched_tokens,
         kv_cache_dtype=settings.rollout.kv_cache_dtype,
         kv_cache_memory_bytes=int(settings.rollout.kv_cache_gib * 2**30),
-        # The cache's size is set above, so this is only what vLLM requires to be free; the trainer uses memory too.
+        # The size of the KV cache is set above, so this is only the share of memory that vLLM requires to be free. It
+        # is low because the trainer uses memory too.
         gpu_memory_utilization=0.05,
         async_scheduling=settings.rollout.async_scheduling,
         logprobs_mode="processed_logprobs",
-        # Sampling follows the request alone, without defaults from the model's folder.
+        # Sampling parameters come from the request alone, without defaults from the model folder.
         generation_config="vllm",
         worker_extension_cls=WORKER_EXTENSION,
         enable_sleep_mode=settings.rollout.sleep,
@@ -123,18 +128,22 @@ def engine_args(settings: EngineSettings) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """What belongs to the requests of one call. ``remaining``: responses that each prompt still lacks."""
+    """The requests of one ``/generate`` call."""
 
+    # vLLM's request ids.
     ids: list[str]
+    # Receives the frames of the answer.
     sink: Callable[[bytes], Any]
     requests: TokenBatch
     sampling: Sampling
+    # By prompt id: the number of responses that are still missing.
     remaining: Counter[str]
+    # The batch ends when this many prompts have all their responses. None: when all have.
     num_complete: int | None
 
 
 class EngineLoop:
-    """vLLM, its weights' state and the queue of callables that other threads hand to it."""
+    """vLLM, the state of its weights, and the queue of callables that other threads submit."""
 
     def __init__(self, settings: EngineSettings, llm_engine: Any) -> None:
         self.settings = settings
@@ -143,7 +152,8 @@ class EngineLoop:
         if settings.loads_weights:
             self.weights.arrived(0)
         self.commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self.unfinished: dict[str, tuple[Batch, int]] = {}  # by vLLM's id: the batch, and which of its requests
+        # By vLLM's request id: the batch, and the index of the request in it.
+        self.unfinished: dict[str, tuple[Batch, int]] = {}
         self.next_id = 0
         self.progress = 0
         self.asleep: set[str] = set()
@@ -152,13 +162,13 @@ class EngineLoop:
         self.stopping = False
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
-        """Have the main thread run ``function`` between two engine steps."""
+        """Queue ``function``, which the main thread runs between two engine steps. Returns the future of its result."""
         future: Future[Any] = Future()
         self.commands.put((function, future))
         return future
 
     def run(self) -> None:
-        """Serve until :meth:`stop` was run. Raises what vLLM's step raises: the engine is then unusable."""
+        """Serve until :meth:`stop` has run. Raises what vLLM's step raises; the engine is then unusable."""
         while not self.stopping:
             busy = self.llm.has_unfinished_requests()
             try:
@@ -177,10 +187,10 @@ class EngineLoop:
             "stale": self.weights.stale,
             "workers": self.settings.rollout.tensor,
             "unfinished_requests": len(self.unfinished),
-            # Steps, accepted requests and executed commands so far.
+            # The number of steps, accepted requests and executed commands so far.
             "progress": self.progress,
             "asleep": sorted(self.asleep),
-            # Of all requests so far; the second counts the tokens that came from the prefix cache.
+            # Prompt tokens of all finished requests so far, and those of them that came from the prefix cache.
             "prompt_tokens": self.prompt_tokens,
             "cached_prompt_tokens": self.cached_prompt_tokens,
         }
@@ -188,10 +198,12 @@ class EngineLoop:
     def add_batch(
         self, requests: TokenBatch, sampling: Sampling, num_complete: int | None, sink: Callable[[bytes], Any]
     ) -> list[str]:
-        """Check every request, then add all. Returns vLLM's request ids.
+        """Check every request, then add all of them. Returns vLLM's request ids.
 
-        ``sink`` gets a frame for each response. The batch ends with the engine step in which ``num_complete`` prompts
-        have all their responses: ``sink`` gets a done frame, the other requests are dropped.
+        ``sink`` receives a frame for each response. The batch ends with the engine step in which ``num_complete``
+        prompts have all their responses. Then ``sink`` receives a done frame, and the other requests are dropped.
+
+        Raises Refused for a request that this engine can't serve.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -219,8 +231,8 @@ class EngineLoop:
             inputs.append(engine_input(self.llm.renderer, prompt))
             self.progress += 1
         if not self.llm.has_unfinished_requests():
-            # What earlier batches left in the prefix cache would change the composition of this one's steps, and images
-            # in the encoder cache were seen by earlier weights.
+            # Prefix-cache entries of earlier batches would change the composition of this batch's steps. The encoder
+            # cache may hold images that were encoded by earlier weights.
             self.llm.reset_prefix_cache()
             self.llm.reset_encoder_cache()
         ids: list[str] = []
@@ -250,28 +262,30 @@ class EngineLoop:
                 engine_request = inputs[requests.prompt_index[i]] | {"prompt_token_ids": tokens}
                 self.llm.add_request(ids[-1], engine_request, params)
                 self.unfinished[ids[-1]] = (batch, i)
-        except Exception:  # vLLM refused one: none of the batch may run
+        except Exception:
+            # vLLM refused a request, so no request of the batch may run.
             self.abort(ids)
             raise
         return ids
 
     def abort(self, ids: list[str]) -> None:
-        """Drop requests nobody waits for any more."""
+        """Drop those of the requests that are unfinished, because no client waits for them any more."""
         unfinished = [request_id for request_id in ids if self.unfinished.pop(request_id, None)]
         if unfinished:
             self.llm.abort_request(unfinished)
 
     def change_weights(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
-        """Run a step of the weight sync; refused while samples are generated and while the weights sleep."""
+        """Run a step of the weight sync. Raises Refused while requests are running and while the weights are asleep."""
         if "weights" in self.asleep:
             raise Refused('the weights are asleep: POST /wake {"tags": ["weights"]} before a sync')
         return self.between_batches(function, body)
 
     def update_weights(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
-        """Take new weights. With ``rollout.in_flight_updates`` also while samples are generated, between two steps: the
-        requests go on by the new weights, with the keys and values that they have of the old ones.
+        """Run a weight update, with ``rollout.in_flight_updates`` also while requests are running.
 
-        Where the weights do not arrive whole, the requests end in an error.
+        Such an update happens between two engine steps. Running requests continue with the new weights and keep the
+        KV cache that the old weights computed. If the new weights do not arrive completely, the running requests end in
+        an error.
         """
         if not self.settings.rollout.in_flight_updates:
             return self.change_weights(function, body)
@@ -283,14 +297,17 @@ class EngineLoop:
                 self._fail_all("the weights changed in the middle of the response, and did not arrive whole")
 
     def between_batches(self, function: Callable[[Any], dict[str, Any]], body: Any) -> dict[str, Any]:
-        """Run a change of weights or memory; refused while samples are generated."""
+        """Run a change of weights or memory. Raises Refused while requests are running."""
         if self.llm.has_unfinished_requests():
             raise Refused(f"{len(self.unfinished)} requests are still running: weights change only between batches")
         return function(body)
 
     def sleep(self, _: Any) -> dict[str, Any]:
-        """Release the memory of weights and key-value cache. A sync must follow the wake, because no copy is kept; of
-        weights that no sync brings, the host keeps one."""
+        """Release the memory of the weights and the KV cache.
+
+        With ``loads_weights``, where no weight sync brings the weights, host memory keeps a copy of them. Otherwise no
+        copy is kept, so a weight sync must follow the wake.
+        """
         if not self.settings.rollout.sleep:
             raise Refused("rollout.sleep is false: this engine keeps its memory (a CPU has no sleep mode)")
         self.weights.stale = not self.settings.loads_weights
@@ -299,7 +316,7 @@ class EngineLoop:
         return {}
 
     def wake(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the memory of ``tags`` again: ``weights`` before a sync, ``kv_cache`` after it."""
+        """Allocate the memory of ``tags`` again: ``weights`` before a weight sync, ``kv_cache`` after it."""
         tags = set(body["tags"]) & self.asleep
         if tags:
             self.llm.wake_up(sorted(tags))
@@ -321,7 +338,8 @@ class EngineLoop:
     def _execute(self, function: Callable[[], Any], future: "Future[Any]") -> None:
         try:
             future.set_result(function())
-        except Exception as error:  # The client gets it, and the engine continues.
+        except Exception as error:
+            # The client receives the error, and the engine continues.
             traceback.print_exc()
             future.set_exception(error)
         self.progress += 1
@@ -347,8 +365,10 @@ class EngineLoop:
         self.progress += 1
 
     def _finish_scheduled_steps(self) -> None:
-        """With ``rollout.async_scheduling`` a step is under way between two calls of vLLM: have its tokens come out,
-        without a further step."""
+        """Process the tokens of steps that vLLM has already scheduled, without scheduling a further step.
+
+        With ``rollout.async_scheduling`` a step is in progress between two calls of vLLM's ``step``.
+        """
         core = self.llm.engine_core.engine_core
         if core.batch_queue is None:
             return
@@ -365,9 +385,9 @@ class EngineLoop:
 
 
 def engine_input(renderer: Any, prompt: Prompt) -> Any:
-    """A prompt as vLLM's engine takes it; images and videos go through vLLM's own processor.
+    """Convert a prompt to the input of vLLM's engine. Images and videos go through vLLM's own processor.
 
-    Refused when that makes other token ids than the trainer has.
+    Raises Refused when that processor returns other token ids than the trainer has.
     """
     from vllm.inputs import TokensPrompt, tokens_input
 
@@ -398,12 +418,14 @@ def engine_input(renderer: Any, prompt: Prompt) -> Any:
 
 
 def finished_response(requests: TokenBatch, i: int, sampling: Sampling, output: Any, thinking: Any) -> TokenBatch:
-    """A finished ``RequestOutput`` of vLLM as a batch of one, without the tokens that request i went on from.
+    """Convert a finished ``RequestOutput`` of vLLM to a batch of one response.
 
-    vLLM says which tokens each version of the weights sampled (``WeightReceiver.arrived``).
+    The response does not include the tokens that request ``i`` continued from. vLLM reports which weight version
+    sampled which tokens (``WeightReceiver.arrived``).
 
-    Raises Refused for a log-probability that is not finite, which means broken weights or a broken kernel, and for a
-    forced token (``rollout.thinking``, the module) that vLLM sampled.
+    Raises Refused in three cases: the log-probs belong to other tokens than the sampled ones; a log-prob is not
+    finite, which means broken weights or a broken kernel; or vLLM sampled a token that the thinking budget should have
+    forced (module ``rollout.thinking``).
     """
     completion = output.outputs[0]
     prompt = requests.prompt(i)
@@ -421,13 +443,15 @@ def finished_response(requests: TokenBatch, i: int, sampling: Sampling, output: 
     if logprobs[~sampled].any():
         raise Refused(f"prompt {prompt.prompt_id!r}: vLLM did not end the thinking after {budget} tokens")
     reason = completion.finish_reason
-    if isinstance(completion.stop_reason, str):  # one of ``stops``; a stop token's is its id or None
+    # ``stop_reason`` is text for one of ``sampling.stops``. For a stop token it is the token's id or None.
+    if isinstance(completion.stop_reason, str):
         reason = "turn"
     num_earlier_tokens = int(requests.response_lengths[i])
     if reason == "length" and num_earlier_tokens + len(tokens) < sampling.max_tokens:
         reason = UNFINISHED
     response = build(
-        [Prompt(prompt.prompt_id, np.empty(0, np.int32))],  # the client has the prompt
+        # Without the prompt's tokens, which the client has.
+        [Prompt(prompt.prompt_id, np.empty(0, np.int32))],
         [tokens],
         sample_index=requests.sample_index[[i]],
         logprobs=[logprobs],
@@ -529,7 +553,10 @@ async def serve(loop: EngineLoop, listener: UserSocket) -> None:
 
 
 def main() -> None:
-    """Start vLLM, then serve until ``/shutdown``. Exits with status 1 and a traceback in the log when vLLM fails."""
+    """Start vLLM, then serve until ``/shutdown``.
+
+    When a step of vLLM fails, the process exits with status 1 and a traceback in the log.
+    """
     settings = EngineSettings.from_json(sys.argv[1])
     die_with(int(sys.argv[3]))
     os.environ[ENGINE_PID] = str(os.getpid())
@@ -542,13 +569,13 @@ def main() -> None:
         status = 0
     except Exception:
         traceback.print_exc()
-    # Weights and caches need no slow teardown. The kernel ends vLLM's workers with this process.
+    # Exit without a teardown of weights and caches, which is slow. The kernel ends vLLM's workers with this process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-# In a worker that vLLM spawns: multiprocessing imports the main module before anything else.
+# This runs in a worker that vLLM spawns, because multiprocessing imports the main module before anything else.
 if __name__ == "__mp_main__":
     die_with_engine()
 if __name__ == "__main__":

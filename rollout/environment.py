@@ -1,8 +1,8 @@
-"""An environment that takes part in a response: the model acts, the environment's tokens follow, the model goes on.
+"""An environment that takes part in a response: the model acts, the environment replies, and the model continues.
 
-The engine stops after the texts in ``stops``; the environment's reply is encoded once and appended, and the model goes
-on from the ids as they are. No token is decoded and encoded again. The environment's tokens have a log-prob of 0 and
-are left out by the loss mask.
+The engine stops after the strings in ``stops``. The environment's reply is encoded once and appended, and the model
+continues from these token ids. No token is decoded and encoded again. The environment's tokens have a log-prob of 0,
+and their loss mask is False.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,37 +20,39 @@ ENVIRONMENTS = {"search": "rollout.search.open_search"}
 
 
 class Unavailable(RuntimeError):
-    """The environment could not reply. This is not the model's fault, so the sample gets no reward."""
+    """The environment could not reply. The sample gets no reward, because this is not the model's fault."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a response, by the model or by the environment."""
+    """A part of a response, written by the model or by the environment."""
 
     text: str
     by_environment: bool
 
 
 class Environment(Protocol):
-    """What takes part in a response between the model's turns."""
+    """What replies to the model between its turns."""
 
     @property
     def stops(self) -> Sequence[str]:
-        """Texts that end a turn of the model."""
+        """Stop strings that end a turn of the model."""
         ...
 
     def reply(self, segments: Sequence[Segment]) -> str:
-        """The text that follows the response so far, and depends on nothing else. Called from several threads at
-        once; raises Unavailable."""
+        """Return the text that follows the response so far. It must depend on nothing else. Raises Unavailable.
+
+        Several threads call it concurrently.
+        """
         ...
 
     def check(self) -> None:
-        """Raises Unavailable when the environment can't be reached."""
+        """Raise Unavailable when the environment can't be reached."""
         ...
 
 
 def open_environment(name: str, settings: Mapping[str, Any]) -> Environment:
-    """The environment of that name or dotted path: of a function that takes ``settings`` as keywords.
+    """Open the environment of that name, or of the dotted path of a function that takes ``settings`` as keywords.
 
     Raises ValueError for an unknown name and for settings that the function refuses.
     """
@@ -69,8 +71,10 @@ def open_environment(name: str, settings: Mapping[str, Any]) -> Environment:
 
 
 def segments(tokenizer: Any, response: TokenBatch, think_begin: str) -> list[Segment]:
-    """The text of a batch of one response in pieces, the environment's apart from the model's. The first begins with
-    ``think_begin`` where the prompt ends with it."""
+    """Split the text of a batch of one response into the segments of the model and of the environment.
+
+    The first segment begins with ``think_begin`` if the prompt ends with it.
+    """
     pieces: list[Segment] = []
     by_environment = ~response.loss_mask
     changes = np.flatnonzero(np.diff(by_environment)) + 1
@@ -87,21 +91,22 @@ def segments(tokenizer: Any, response: TokenBatch, think_begin: str) -> list[Seg
 
 @dataclass(frozen=True)
 class Turns:
-    """An environment and the tokenizer for its replies; it replies at most ``max_turns`` times to one response.
-
-    ``think_begin`` begins the thinking, in the prompt or in the response.
-    """
+    """An environment, and how its replies become part of a response."""
 
     environment: Environment
+    # Encodes the replies.
     tokenizer: Any
+    # The maximum number of replies in one response.
     max_turns: int
+    # The mark that begins the thinking, in the prompt or in the response.
     think_begin: str
 
     def reply(self, response: TokenBatch, max_tokens: int) -> TokenBatch:
-        """A response (a batch of one) whose turn has ended, with the environment's reply appended: "unfinished".
+        """Append the environment's reply to a response (a batch of one) whose turn has ended.
 
-        It is finished where the environment has replied ``max_turns`` times already ("turns"), where the reply leaves
-        no room in ``max_tokens`` ("length"), and where there is none ("failed", with the reason in ``failures``).
+        The finish reason of the returned response is "unfinished". It is instead "turns" if the environment has already
+        replied ``max_turns`` times, "length" if the reply leaves no room in ``max_tokens``, and "failed" if the
+        environment could not reply; ``failures`` then has the reason. In these cases no reply is appended.
         """
         said = segments(self.tokenizer, response, self.think_begin)
         if sum(segment.by_environment for segment in said) >= self.max_turns:
@@ -123,11 +128,15 @@ class Turns:
         return batches.extend(response, forced)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """A reply's token ids. A space replaces each text of a control token (end of turn, image), because a document
-        from elsewhere must not end or begin a turn."""
+        """Return the token ids of a reply.
+
+        The text of each control token (end of turn, image) is replaced by a space, because a document from an external
+        source must not end or begin a turn.
+        """
         control_texts = self.tokenizer.get_added_vocab()
         while True:
-            # Again after each replacement: the text on both sides of it may form another control text.
+            # The search is repeated after each replacement, because the text on both sides of it may form another
+            # control text.
             control_text = next((control_text for control_text in control_texts if control_text in text), None)
             if control_text is None:
                 return tuple(self.tokenizer.encode(text, add_special_tokens=False))

@@ -1,18 +1,21 @@
-"""A user's own folder of texts, cut into passages that a search can list and a model can read."""
+"""Reads a user's own folder of texts, and splits the texts into passages that a search lists and a model reads."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIXES = (".md", ".markdown", ".txt")
-MOST_BYTES = 256 << 20  # of all texts together; the index is in memory
-PASSAGE_WORDS = 200  # our choice: several passages fit into a response
+# The maximum size of all texts together. There is a maximum because the index is in memory.
+MOST_BYTES = 256 << 20
+# The maximum number of words of a passage. Our choice: several passages fit into a response.
+PASSAGE_WORDS = 200
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, str]]:
-    """(id, text) of each passage of the folder's texts and of its folders', in the order of their paths.
+    """Yield (id, text) of each passage of the texts in a folder and its subfolders, in the order of their paths.
 
-    A text is a file in UTF-8 with one of ``SUFFIXES``; hidden files and links are left out. The id is the path below
-    the folder, followed by ``#2`` and so on for the passages after the first. Raises ValueError that names the file.
+    A text is a UTF-8 file with one of ``SUFFIXES``. Hidden files and links are left out. The id is the path relative to
+    the folder, followed by ``#2`` and so on for the passages after the first. Raises ValueError naming a file that is
+    not UTF-8, or the folder if its texts are too large or if there are none.
     """
     read_bytes = 0
     for path in sorted(folder.rglob("*")):
@@ -37,7 +40,10 @@ def read_folder(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Whole paragraphs of ``PASSAGE_WORDS`` words together at most; a longer paragraph is cut after so many words."""
+    """Yield passages of at most ``PASSAGE_WORDS`` words, each of whole paragraphs.
+
+    A longer paragraph is cut after ``PASSAGE_WORDS`` words.
+    """
     gathered: list[str] = []
     count = 0
     for paragraph in _paragraphs(text):
@@ -53,7 +59,7 @@ def passages(text: str) -> Iterator[str]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """The parts between empty lines; one that is too long is cut into pieces without its line breaks."""
+    """Yield the parts between empty lines. A part that is too long is cut into pieces without its line breaks."""
     lines: list[str] = []
     for line in [*text.splitlines(), ""]:
         if line.strip():

@@ -1,13 +1,14 @@
-"""Messages between an engine and its client that carry binary data: a kind, a length, then the bytes.
+"""Frames: binary messages between an engine and its client. A frame has a kind, a length and the bytes.
 
-A request is a JSON frame with the sampling settings and a batch frame; the answer is a stream of batch frames, then a
-done frame, or an error frame with the text.
+A request is a JSON frame with the sampling settings and a batch frame. The answer is a stream of batch frames and a
+done frame. A failure is an error frame with the text.
 """
 
 from collections.abc import Callable, Iterator
 
 JSON, BATCH, DONE, ERROR = b"j", b"b", b"d", b"e"
-HEAD_BYTES = 9  # one for the kind, eight for the length
+# One byte for the kind and eight for the length.
+HEAD_BYTES = 9
 
 
 def frame(kind: bytes, payload: bytes = b"") -> bytes:
@@ -15,9 +16,9 @@ def frame(kind: bytes, payload: bytes = b"") -> bytes:
 
 
 def read_frames(read: Callable[[int], bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, payload) of each frame. ``read(n)`` gives up to n bytes, fewer only at the end of the stream.
+    """Yield (kind, payload) of each frame. ``read(n)`` must return n bytes, and fewer only at the end of the stream.
 
-    Raises EOFError where the stream ends within a frame.
+    Raises EOFError when the stream ends within a frame.
     """
     while True:
         head = read(HEAD_BYTES)

@@ -1,6 +1,7 @@
-"""A batch of responses as all ranks see it: the ranks that have engines make it in the background, all collect it.
+"""Generation of a batch of responses: ranks with engines generate it in the background, and all ranks collect it.
 
-Tokens stay where they were made: the other ranks get what is said of each response.
+The tokens of a response stay on the rank whose engines generated them. The other ranks receive only the columns that
+describe the response (:func:`without_tokens`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,44 +22,47 @@ from rollout.environment import Turns
 from rollout.sampler import Key
 from rollout.sampling import Sampling
 
-# Gives the verdicts on a batch of one response: verifier name → plain JSON.
+# Returns the verdicts on a batch of one response: verifier name → plain JSON.
 OnResponse = Callable[[TokenBatch], dict[str, Any]]
 
-TRAINING, HELD_OUT = "training", "held out"  # whose rows the prompts are
+# The data set that the prompts come from.
+TRAINING, HELD_OUT = "training", "held out"
 
-MAX_CONCURRENT_VERDICTS = 32  # calls of ``on_response`` that may wait for a verifier at the same time
-MAX_CONCURRENT_REPLIES = 32  # of an environment
+# The maximum number of concurrent calls of ``on_response``, which may wait for a verifier.
+MAX_CONCURRENT_VERDICTS = 32
+# The maximum number of concurrent calls of an environment.
+MAX_CONCURRENT_REPLIES = 32
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The engines of all nodes as one rank sees them.
+    """The engines of all nodes, from the point of view of one rank."""
 
-    ``engines``: those of this rank; on each node one rank has all, the others none. ``node`` of ``nodes``: every node
-    has as many engines. ``turns``: the environment that takes part, on ranks that have engines. ``engine_nodes``: where
-    the engines are on nodes of their own.
-    """
-
+    # The engines of this rank. On each node one rank has all engines of the node, and the other ranks have none.
     engines: Sequence[sampler.Generator]
+    # The index of this rank's node among ``nodes``. Every node has the same number of engines.
     node: int = 0
     nodes: int = 1
+    # The environment that replies between the model's turns, on ranks that have engines.
     turns: Turns | None = None
+    # Set where the engines run on separate nodes.
     engine_nodes: EngineNodes | None = None
 
 
 class Generation:
-    """Requests that the engines are working on since this was made; :meth:`collect` waits for the responses.
+    """Requests that the engines work on from construction on; :meth:`collect` waits for the responses.
 
-    Every rank makes one. A node's engines get the node's share of the requests (``sampler.assign``), from the rank that
-    has them. There ``on_response`` gets each finished response at once, in a thread, while others are still being
-    generated, and its verdicts become a column of the batch. With ``num_complete``, only until so many prompts have all
-    their responses.
+    Every rank constructs one. On each node, the rank that has the engines sends them the node's share of the requests
+    (``sampler.assign``). On that rank, ``on_response`` is called with each finished response at once, in a thread,
+    while others are still being generated. Its verdicts become a column of the batch. With ``num_complete``, generation
+    stops when that many prompts have all their responses.
 
-    With an environment the responses are made in rounds, one turn of each that is not finished: what runs side by
-    side, and with it every bit, depends on the requests alone, not on how long the environment takes.
+    With an environment, the responses are generated in rounds. A round is one turn of each unfinished response. So the
+    sequences that run concurrently depend on the requests alone, and not on how long the environment takes; the same
+    holds for every bit of the responses.
 
-    Where the engines are on nodes of their own, the processes there make one too, and theirs is the ``on_response`` of
-    the data of ``rows`` that gives the verdicts.
+    Where the engines run on separate nodes, the processes there construct a Generation too. The verdicts then come from
+    their ``on_response``, the one for the data set ``rows``.
     """
 
     def __init__(
@@ -88,7 +92,8 @@ class Generation:
         if num_complete is not None:
             self.num_complete = sampler.shares(num_complete, [len(part.prompts) for part in parts])[fleet.node]
         self.responses: dict[Key, TokenBatch] = {}
-        self.partial: dict[Key, TokenBatch] = {}  # responses whose next turn is still to be made
+        # Responses whose next turn is still to be generated.
+        self.partial: dict[Key, TokenBatch] = {}
         self.verdicts: dict[Key, Future[dict[str, Any]]] = {}
         self.judges = ThreadPoolExecutor(MAX_CONCURRENT_VERDICTS, "on_response")
         self.replies = ThreadPoolExecutor(MAX_CONCURRENT_REPLIES, "environment")
@@ -96,15 +101,18 @@ class Generation:
         self._start()
 
     def collect(self, group: dist.ProcessGroup, resync: Callable[[], object]) -> TokenBatch:
-        """Collective over ``group`` (gloo): the responses in the order of the requests. Each rank holds the tokens of
-        those that its engines made.
+        """Collective over ``group`` (gloo): return the responses in the order of the requests.
 
-        When a node has no engine left, every rank calls ``resync``, which starts and syncs them, and what is missing is
-        asked again: same seeds, by the weights of that sync. Raises on every rank what an engine or ``on_response``
-        raised, and EngineDied when a node's engines all die a second time without having finished anything.
+        Each rank holds the tokens of the responses that its engines generated.
 
-        Where the engines are on nodes of their own, the processes there take part, and hand the tokens to ranks of the
-        trainer; ``group`` is not used.
+        When all engines of a node have died, every rank calls ``resync``, which starts the engines and syncs their
+        weights. The missing responses are then requested again, with the same seeds and the weights of that sync.
+
+        Where the engines run on separate nodes, the processes there take part and hand the tokens to the trainer's
+        ranks. ``group`` is then not used.
+
+        Raises on every rank what an engine or ``on_response`` raised. Raises EngineDied when all engines of a node die
+        again without having made progress since the restart.
         """
         if self.engine_nodes is not None:
             group = self.engine_nodes.group
@@ -127,7 +135,7 @@ class Generation:
         return batch if self.engine_nodes is None else self.engine_nodes.to_trainers(batch)
 
     def _start(self) -> None:
-        """Start a thread that generates the missing responses."""
+        """Start a thread that generates the missing responses, if this rank has requests."""
         self.amount_before = self._amount()
         if len(self.requests):
             worker = ThreadPoolExecutor(1, "generation")
@@ -135,7 +143,8 @@ class Generation:
             worker.shutdown(wait=False)
 
     def _generate(self) -> None:
-        while True:  # a round of turns; without an environment there is one
+        # Each iteration is one round of turns. Without an environment there is one round.
+        while True:
             waiting: list[Future[TokenBatch]] = []
             requests = self._next_turns()
             responses = sampler.stream(self.engines, requests, self.sampling, self.num_complete, self.responses.keys())
@@ -145,14 +154,18 @@ class Generation:
                         waiting.append(self.replies.submit(self.turns.reply, response, self.sampling.max_tokens))
                     else:
                         self._keep(response)
-            finally:  # an engine's death takes no turn that has ended
+            finally:
+                # Turns that have ended are kept also when an engine dies.
                 for reply in waiting:
                     self._keep(reply.result())
             if not waiting:
                 return
 
     def _next_turns(self) -> TokenBatch:
-        """The requests; those that have had a turn go on from it, with noise of their own."""
+        """Return the requests of the next round.
+
+        A request that has had a turn continues from the response so far, with a new seed.
+        """
         if not self.partial:
             return self.requests
         seeds = dict(zip(self.requests.keys, self.requests.seeds.tolist(), strict=True))
@@ -177,11 +190,14 @@ class Generation:
             self.verdicts[key] = self.judges.submit(self.on_response, response)
 
     def _amount(self) -> tuple[int, int]:
-        """How much there is: finished responses, and tokens of those with turns to come."""
+        """Return a measure of progress: the number of finished responses, and of tokens in the unfinished ones."""
         return len(self.responses), sum(len(response.response_tokens) for response in self.partial.values())
 
     def _lost_all_engines(self) -> bool:
-        """Wait for the thread; true when all its engines died and it is worth starting them again."""
+        """Wait for the generating thread. Return whether all its engines died and should be started again.
+
+        Raises EngineDied when they died again without having made progress since the restart.
+        """
         if not len(self.requests):
             return False
         try:
@@ -194,7 +210,7 @@ class Generation:
             return True
 
     def _finished(self) -> TokenBatch:
-        """This rank's responses in the order of the requests, with their verdicts; they are not kept here."""
+        """Return this rank's responses in the order of the requests, with their verdicts, and drop them here."""
         finished = batches.concatenate(list(self._with_verdicts()))
         self.responses = {}
         return finished
@@ -210,6 +226,6 @@ class Generation:
 
 
 def without_tokens(batch: TokenBatch) -> TokenBatch:
-    """What the ranks get that have the prompts and not the responses."""
+    """Return the batch without the tokens of prompts and responses, for the ranks that already have the prompts."""
     names = [Prompt(prompt.prompt_id, np.empty(0, np.int32)) for prompt in batch.prompts]
     return replace(batch.without_tokens(), prompts=names)

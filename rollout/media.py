@@ -1,4 +1,4 @@
-"""Video clips, built by one function for the trainer's processor and for vLLM's, so that both see the same."""
+"""Video clips, built by one function for the trainer's processor and for vLLM's, so that both get the same input."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,12 @@ import numpy as np
 from PIL.Image import Image
 
 # Qwen2.5-VL samples video at two frames per second (qwen_vl_utils), so data sets contain frames at that rate. The
-# position ids of its tokens contain times, which follow from it.
+# position ids of its tokens contain times, which depend on this rate.
 FRAMES_PER_SECOND = 2.0
 
 
 def clip(frames: Sequence[Image]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Frames [frames, height, width, 3] and the fields of transformers' ``VideoMetadata``.
+    """Return the frames, [frames, height, width, 3], and the fields of transformers' ``VideoMetadata``.
 
     Raises ValueError when the frames differ in size.
     """

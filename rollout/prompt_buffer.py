@@ -1,12 +1,14 @@
-"""Prompts in flight: more than a step takes, so that no step waits for its longest responses, and none is lost.
+"""Prompts in flight: more than a step takes, so that no step waits for the longest responses and no prompt is lost.
 
-With ``rollout.oversample`` above 1 a step takes the prompts whose responses are all finished first. Short responses
-are finished first, so each step's batch leans towards them; it evens out because what was left over is the next step's
-first, and every prompt is taken once. What is left over is either tried again from its beginning, or, where
-``Sampling.round_tokens`` is set, goes on as a partial rollout under the next weights: its tokens then have several
-versions, and the importance weights of the loss must be made of the log-probs that were recorded with them.
+With ``rollout.oversample`` above 1, a step takes the prompts whose responses are all finished first. Short responses
+finish first, so the batch of a step is biased towards them. The bias evens out over steps, because the prompts that are
+left over come first in the next step, and every prompt is taken once.
 
-Which prompts a step takes depends on counts of tokens alone, never on a clock.
+A prompt that is left over is by default generated again from its beginning. Where ``Sampling.round_tokens`` is set, its
+responses instead continue as partial rollouts with the next weights. Their tokens then come from several weight
+versions, so the loss must compute its importance ratios from the log-probs that were recorded with the tokens.
+
+Which prompts a step takes depends on token counts alone, never on a clock.
 """
 
 import math
@@ -26,7 +28,10 @@ from rollout.sampling import Sampling
 
 
 class ProcessedPrompt(Protocol):
-    """A prompt as the caller has it: for the engines, and what the trainer's vision tower needs (None for text)."""
+    """A prompt as the caller has it.
+
+    ``prompt`` is for the engines. ``vision`` is the input of the trainer's vision tower, None for a text prompt.
+    """
 
     @property
     def prompt(self) -> Prompt: ...
@@ -37,13 +42,12 @@ class ProcessedPrompt(Protocol):
 
 @dataclass(eq=False)
 class RolloutGroup:
-    """A prompt and what there is of its responses: sample index → a batch of one response.
-
-    ``drawn`` is the prompt's place in the data: which draw, and which of that draw's prompts.
-    """
+    """A prompt and the responses to it that have been generated so far."""
 
     processed: ProcessedPrompt
+    # The prompt's place in the data: the number of the draw, and the index of the prompt in that draw.
     drawn: tuple[int, int]
+    # Sample index → a batch of one response, finished or partial.
     responses: dict[int, TokenBatch] = field(default_factory=dict)
 
     def is_complete(self, samples_per_prompt: int) -> bool:
@@ -52,10 +56,10 @@ class RolloutGroup:
 
 
 class PromptBuffer:
-    """Groups that wait or are in flight, oldest first, the same on every rank.
+    """The groups that wait or are in flight, oldest first. The buffer is the same on every rank.
 
-    ``draw(i)`` gives the data's i-th ``prompts_per_step`` prompts; a step takes that many groups of
-    ``samples_per_prompt`` responses.
+    ``draw(i)`` returns the i-th ``prompts_per_step`` prompts of the data. A step takes ``prompts_per_step`` groups,
+    each with ``samples_per_prompt`` responses.
     """
 
     def __init__(
@@ -80,14 +84,16 @@ class PromptBuffer:
         self.draws = 0
 
     def state(self) -> tuple[dict[str, Any], TokenBatch]:
-        """What a checkpoint has to hold between two steps, also while a generation is running: plain JSON, and the
-        responses that there are, partial rollouts among them."""
+        """Return the state of the buffer for a checkpoint: plain JSON, and the responses in the buffer.
+
+        The responses include partial rollouts. Call it between two steps, also while a generation is running.
+        """
         held = [response for group in self.groups for response in group.responses.values()]
         places = [[*group.drawn, len(group.responses)] for group in self.groups]
         return {"draws": self.draws, "groups": places}, batches.concatenate(held)
 
     def load(self, progress: dict[str, Any], responses: TokenBatch) -> None:
-        """Go on from :meth:`state`."""
+        """Restore the buffer from what :meth:`state` returned."""
         self.draws = progress["draws"]
         drawn = {draw: self.draw(draw) for draw, _, _ in progress["groups"]}
         self.groups = []
@@ -99,7 +105,9 @@ class PromptBuffer:
             first += count
 
     def in_flight(self) -> list[RolloutGroup]:
-        """The oldest ``num_in_flight`` groups, drawn if need be. A prompt that is in flight waits for its next turn.
+        """Return the oldest ``num_in_flight`` groups with different prompts, and draw new groups if there are too few.
+
+        When a prompt occurs twice in the buffer, the later group waits until the earlier one has been taken.
 
         Raises ValueError when the data has too few different prompts.
         """
@@ -118,7 +126,7 @@ class PromptBuffer:
         )
 
     def requests(self, groups: Sequence[RolloutGroup], step: int) -> TokenBatch:
-        """One for each response of the groups that is not finished, going on from what there is of it."""
+        """Return a request for each unfinished response of the groups. A partial rollout continues from its tokens."""
         rows = []
         for group in groups:
             prompt = group.processed.prompt
@@ -138,9 +146,11 @@ class PromptBuffer:
         return batches.concatenate(rows)
 
     def take(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup] | None:
-        """The oldest ``prompts_per_step`` complete groups, which leave the buffer; None when there are too few yet.
+        """Remove the oldest ``prompts_per_step`` complete groups from the buffer and return them.
 
-        The responses of the others are kept where they may go on, and dropped where the prompt is tried again.
+        Returns None when there are too few complete groups. The other groups keep their responses if partial rollouts
+        may continue (``Sampling.round_tokens``). Otherwise their responses are dropped, and their prompts are generated
+        again.
         """
         complete = [group for group in groups if group.is_complete(self.samples_per_prompt)]
         taken = complete[: self.prompts_per_step]
@@ -155,7 +165,7 @@ class PromptBuffer:
 
 
 class Rollout:
-    """A step's groups, generated in the background from :meth:`start` on."""
+    """The groups of one step, which are generated in the background from :meth:`start` on."""
 
     def __init__(
         self, buffer: PromptBuffer, fleet: Fleet, group: dist.ProcessGroup, on_response: OnResponse | None = None
@@ -166,14 +176,16 @@ class Rollout:
         self.on_response = on_response
 
     def start(self, step: int) -> None:
-        """Have the engines begin; every rank calls it."""
+        """Start the generation of a step. Every rank must call this."""
         self.step = step
         self.groups = self.buffer.in_flight()
         self._next_round()
 
     def collect(self, resync: Callable[[], object]) -> TokenBatch:
-        """Collective: the step's groups and the prompts' vision inputs. ``resync``, and which rank holds the tokens of
-        which responses: see :meth:`Generation.collect`."""
+        """Collective: return the responses of the step's groups and the vision inputs of their prompts.
+
+        :meth:`Generation.collect` explains ``resync``, and which rank holds the tokens of which responses.
+        """
         while True:
             by_prompt = {group.processed.prompt.prompt_id: group for group in self.groups}
             batch = self.generation.collect(self.process_group, resync)
@@ -186,8 +198,11 @@ class Rollout:
             self._next_round()
 
     def _share_out(self, within_step: bool) -> None:
-        """Collective: every rank gets the tokens of the responses that stay in the buffer: another node's engines may
-        go on with them, and a checkpoint holds them. Within a step those that go on are enough."""
+        """Collective: give every rank the tokens of the responses that stay in the buffer.
+
+        They are needed because the engines of another node may continue them, and because a checkpoint holds them.
+        Within a step, only the partial rollouts are shared, because only they continue.
+        """
         places = [
             (group.responses, index)
             for group in self.buffer.groups
@@ -203,14 +218,14 @@ class Rollout:
     def _next_round(self) -> None:
         requests = self.buffer.requests(self.groups, self.step)
         sampling = self.buffer.sampling
-        # Where nothing is carried over, the round ends with the last group that the step takes.
+        # Without partial rollouts, the round ends when the last group that the step takes is complete.
         cuts = sampling.round_tokens is None and len(self.groups) > self.buffer.prompts_per_step
         num_complete = self.buffer.prompts_per_step if cuts else None
         self.generation = Generation(self.fleet, requests, sampling, self.on_response, num_complete)
 
 
 def complete_batch(groups: Sequence[RolloutGroup], samples_per_prompt: int) -> TokenBatch:
-    """The groups' responses, group by group and by sample index, with the prompts' vision inputs."""
+    """Return the responses of the groups with the vision inputs of their prompts, ordered by group and sample index."""
     rows = [group.responses[index] for group in groups for index in range(samples_per_prompt)]
     return replace(
         batches.concatenate(rows),

@@ -1,4 +1,4 @@
-"""Documents for a search environment: BM25 over a corpus in this process, or a search engine behind HTTP."""
+"""Retrievers for a search environment: BM25 over a corpus in this process, or a search engine over HTTP."""
 
 import http.client
 import json
@@ -18,16 +18,19 @@ from rollout.environment import Unavailable
 from rollout.folder import read_folder
 from rollout.guidance.settings import is_loopback
 
-# Bytes. An endpoint's longer reply is an error.
+# The maximum number of bytes of an endpoint's reply. A longer one is an error.
 LONGEST_REPLY = 1 << 20
-# Seconds before the first retry, doubled for each further one.
+# Seconds before the first retry. The pause doubles with each further retry.
 PAUSE = 0.2
 
 
 @dataclass(frozen=True)
 class Document:
-    """Raises ValueError for an ``id`` that is empty or contains a bracket or a line break, because search results
-    show it in brackets."""
+    """A document that a search may return.
+
+    Raises ValueError for an ``id`` that is empty or that contains a bracket or a line break, because search results
+    show it in brackets.
+    """
 
     id: str
     text: str
@@ -38,34 +41,34 @@ class Document:
 
 
 class Retriever(Protocol):
-    """A source of documents. Its functions are called from several threads, and raise Unavailable."""
+    """A source of documents. Several threads call its functions concurrently. They may raise Unavailable."""
 
     def search(self, query: str, count: int) -> list[Document]:
-        """At most ``count`` documents, best first."""
+        """Return at most ``count`` documents, the best first."""
         ...
 
     def read(self, document_id: str) -> str | None:
-        """The full text of a document; None for an unknown id."""
+        """Return the full text of a document, or None for an unknown id."""
         ...
 
 
 @dataclass(frozen=True)
 class Bm25:
-    """Okapi BM25 in Lucene's form (Robertson et al. 1994; the library's defaults k1 = 1.5, b = 0.75).
+    """Okapi BM25 in Lucene's form (Robertson et al. 1994), with the defaults of bm25s, k1 = 1.5 and b = 0.75.
 
-    A word is two or more word characters in lower case; English stop words are left out. Documents with equal scores
-    are in the corpus's order, and documents without any word of the query are not returned.
+    A word has two or more word characters and is converted to lower case. English stop words are left out. Documents
+    with equal scores are in the order of the corpus. Documents without any word of the query are not returned.
     """
 
     documents: Sequence[Document]
     texts: dict[str, str]
-    """By id."""
+    """Id → text."""
     index: Any
-    """bm25s.BM25"""
+    """A ``bm25s.BM25``."""
 
     @staticmethod
     def of(documents: Sequence[Document]) -> "Bm25":
-        """Index the documents. Raises ValueError for a corpus without a document or a word, and for a repeated id."""
+        """Index the documents. Raises ValueError for a corpus without documents or words, and for a repeated id."""
         if not documents:
             raise ValueError("the corpus has no document")
         texts: dict[str, str] = {}
@@ -73,7 +76,7 @@ class Bm25:
             if document.id in texts:
                 raise ValueError(f"document id {document.id!r} occurs twice; make ids unique")
             texts[document.id] = document.text
-        # Imported here, because it imports numba, which takes a second that only runs with a search need.
+        # Imported here, because it imports numba. That takes a second, which only runs with a search should spend.
         import bm25s
 
         index = bm25s.BM25(method="lucene", auto_compile=False)
@@ -96,13 +99,13 @@ class Bm25:
             raise ValueError(f"{path}: {error}") from error
 
     def scores(self, query: str) -> np.ndarray:
-        """The score of every document, [documents]."""
+        """Return the score of every document, [documents]."""
         indexed_words = [word for word in words(query) if word in self.index.vocab_dict]
         return self.index.get_scores(indexed_words) if indexed_words else np.zeros(len(self.documents))
 
     def search(self, query: str, count: int) -> list[Document]:
         scores = self.scores(query)
-        # Stable: equal scores stay in the corpus's order.
+        # The sort is stable, so documents with equal scores stay in the order of the corpus.
         best = np.argsort(-scores, kind="stable")[:count]
         return [self.documents[i] for i in best if scores[i] > 0]
 
@@ -111,7 +114,7 @@ class Bm25:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text that count for the index."""
+    """Return the words of a text that the index uses."""
     import bm25s
 
     (tokens,) = bm25s.tokenize(text, stopwords="en", return_ids=False, show_progress=False)
@@ -148,15 +151,16 @@ def _document(row: Any) -> Document:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A search engine over HTTP at ``address``; requests and replies are JSON.
+    """A search engine over HTTP at ``address``. Requests and replies are JSON.
 
-    ``POST address/search {"query": text, "count": n}`` → ``{"documents": [{"id": …, "text": …}, …]}``, best first;
-    ``POST address/read {"id": …}`` → ``{"text": …}``, or ``{"text": null}`` for an unknown id.
-    ``timeout``: seconds of a complete try. ``retries``: further tries after the first.
+    * ``POST address/search {"query": text, "count": n}`` → ``{"documents": [{"id": …, "text": …}, …]}``, best first.
+    * ``POST address/read {"id": …}`` → ``{"text": …}``, or ``{"text": null}`` for an unknown id.
     """
 
     address: str
+    # The limit in seconds of a complete try.
     timeout: float
+    # The number of further tries after the first.
     retries: int
 
     def search(self, query: str, count: int) -> list[Document]:
@@ -174,7 +178,7 @@ class Endpoint:
         return text
 
     def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """POST with retries. Raises Unavailable when no try gets a JSON object."""
+        """Send a POST request with retries. Raises Unavailable when no try gets a JSON object."""
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt > 0:
@@ -190,13 +194,16 @@ class Endpoint:
 
     @cached_property
     def _opener(self) -> urllib.request.OpenerDirector:
-        """Made once: it reads the machine's certificates."""
-        # A proxy of the environment does not reach this machine's loopback.
+        """The opener of requests, which is built once, because building it reads the machine's certificates."""
+        # A proxy that environment variables name can't reach this machine's loopback.
         proxies = {} if is_loopback(urlsplit(self.address).netloc) else urllib.request.getproxies()
         return urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
     def _post(self, address: str, body: dict[str, Any]) -> bytes:
-        """The reply's body. Raises OSError, HTTPException, and ValueError for a body that is too long."""
+        """Send a POST request and return the body of the reply.
+
+        Raises OSError and HTTPException, and ValueError for a body that is too long.
+        """
         deadline = time.monotonic() + self.timeout
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with self._opener.open(request, timeout=self.timeout) as reply:
@@ -206,7 +213,7 @@ class Endpoint:
                 if not part:
                     return bytes(data)
                 data += part
-                # urllib's timeout is for each read, so a server could send a byte at a time for ever.
+                # urllib's timeout applies to each read, so a server could send a byte at a time forever.
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no complete reply within {self.timeout} s")
                 if len(data) > LONGEST_REPLY:

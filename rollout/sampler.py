@@ -1,7 +1,7 @@
-"""Responses to a batch of prompts from a set of engines: the same responses for the same seed, step and weights.
+"""Samples the responses to a batch of prompts from a set of engines.
 
-The requests to an engine are a ``TokenBatch`` too: each of its responses is empty, or goes on from the tokens of a
-partial rollout.
+The responses are the same for the same seed, step and weights. The requests to an engine are also a ``TokenBatch``,
+whose responses are empty or are the tokens of a partial rollout to continue.
 """
 
 import hashlib
@@ -18,11 +18,12 @@ from megatron_ext.batch import UNFINISHED, Array, Prompt, TokenBatch
 from rollout.engine import EngineDied
 from rollout.sampling import Sampling
 
-Key = tuple[str, int]  # prompt id, sample index
+# (prompt id, sample index).
+Key = tuple[str, int]
 
 
 class Generator(Protocol):
-    """What the sampler needs of an engine (``rollout.engine.Engine``)."""
+    """The interface that the sampler needs of an engine (``rollout.engine.Engine``)."""
 
     @property
     def alive(self) -> bool: ...
@@ -33,15 +34,15 @@ class Generator(Protocol):
 
 
 def request_seed(seed: int, step: int, prompt_id: str, sample_index: int) -> int:
-    """63-bit seed from what identifies a response, so that a resumed run draws the same noise."""
+    """Return a 63-bit seed derived from what identifies a response, so that a resumed run draws the same noise."""
     key = f"{seed}/{step}/{sample_index}/{prompt_id}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
 def make_requests(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, step: int) -> TokenBatch:
-    """``samples_per_prompt`` empty responses to each prompt, prompt by prompt, with their seeds.
+    """Return ``samples_per_prompt`` empty responses to each prompt, with their seeds, ordered by prompt.
 
-    Raises ValueError when two prompts share a ``prompt_id``.
+    Raises ValueError when two prompts have the same ``prompt_id``, and for ``samples_per_prompt`` below 1.
     """
     counts = Counter(prompt.prompt_id for prompt in prompts)
     repeated = sorted(prompt_id for prompt_id, count in counts.items() if count > 1)
@@ -61,13 +62,15 @@ def make_requests(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int,
 
 
 def assign(requests: TokenBatch, engines: int, sampling: Sampling) -> list[Array]:
-    """Which requests each of ``engines`` engines gets: a prompt's all go to one, costliest prompt first to the least
-    loaded. Each engine keeps the order of ``requests``.
+    """Assign the requests to ``engines`` engines. Returns the indices of each engine's requests, in ascending order.
 
-    The cost of a prompt is its tokens once (its responses share them) and what each response may still get. Longest
-    processing time first (Graham 1969): the largest load is at most 4/3 of the best possible one. The assignment is
-    fixed before anything runs: an engine that took over others' requests when idle would change which sequences run
-    side by side, and with that the lowest bits.
+    All requests of a prompt go to one engine. The prompts are assigned in descending order of cost, each to the engine
+    with the least load (longest processing time first, Graham 1969). So the largest load is at most 4/3 of the best
+    possible one. The cost of a prompt is its number of tokens, counted once because its responses share them, plus the
+    tokens that each response may still get.
+
+    The assignment is fixed before anything runs. An idle engine that took over requests of another one would change
+    which sequences run concurrently, and with that the lowest bits of the results.
     """
     prompt_lengths = [len(prompt.token_ids) for prompt in requests.prompts]
     remaining = sampling.max_tokens - requests.response_lengths
@@ -83,10 +86,11 @@ def assign(requests: TokenBatch, engines: int, sampling: Sampling) -> list[Array
 
 
 def shares(total: int, sizes: Sequence[int]) -> list[int]:
-    """``total`` split into integers in proportion to ``sizes`` (largest remainders), none above its size."""
+    """Split ``total`` into integers in proportion to ``sizes``, by largest remainders. No share is above its size."""
     exact = [total * size / sum(sizes) for size in sizes]
     rest = total - sum(map(int, exact))
-    by_remainder = sorted(range(len(sizes)), key=lambda i: int(exact[i]) - exact[i])  # stable
+    # The sort is stable.
+    by_remainder = sorted(range(len(sizes)), key=lambda i: int(exact[i]) - exact[i])
     rounded_up = by_remainder[:rest]
     return [int(share) + (i in rounded_up) for i, share in enumerate(exact)]
 
@@ -98,14 +102,14 @@ def stream(
     num_complete: int | None = None,
     finished: Iterable[Key] = (),
 ) -> Iterator[TokenBatch]:
-    """The response to each request that is not among ``finished``, one by one, as the engines finish them.
+    """Yield the response to each request that is not among ``finished``, as the engines finish them.
 
-    With ``num_complete``, only until so many prompts have all their responses. Each engine has its share of that
-    number, and cuts its other prompts between two of its steps, so that which prompts those are is the same each time.
+    With ``num_complete``, stop when that many prompts have all their responses. Each engine has a share of that number,
+    and drops its other prompts between two of its steps. So the dropped prompts are the same each time.
 
-    What an engine that dies has not finished is asked of those that are left, once they have finished their own
-    requests: their responses are bit for bit those of an undisturbed batch. Raises EngineDied when none is left, any
-    other failure at once.
+    When an engine dies, its unfinished requests go to the remaining engines after these have finished their own
+    requests. So the engines' own responses are bitwise those of an undisturbed batch. Raises EngineDied when no engine
+    is left, and any other failure at once.
     """
     missing = {key: place for place, key in enumerate(requests.keys)}
     remaining = Counter(prompt_id for prompt_id, _ in missing)
@@ -133,15 +137,16 @@ def stream(
 def _round(
     engines: Sequence[Generator], requests: TokenBatch, sampling: Sampling, num_complete: int | None
 ) -> Iterator[TokenBatch | EngineDied]:
-    """All engines' requests at once: each finished response, and the death of each engine that dies. Raises any other
-    failure."""
+    """Send all engines their requests at once. Yields each finished response, and an EngineDied for each engine that
+    dies. Raises any other failure."""
     results: queue.SimpleQueue[TokenBatch | Exception | None] = queue.SimpleQueue()
 
     def drain(engine: Generator, part: TokenBatch, share: int | None) -> None:
         try:
             for response in engine.generate(part, sampling, share):
                 results.put(response)
-        except Exception as error:  # handed to the caller's thread
+        except Exception as error:
+            # The caller's thread yields or raises it.
             results.put(error)
         results.put(None)
 
@@ -172,18 +177,18 @@ def generate(
     seed: int,
     step: int,
 ) -> TokenBatch:
-    """``samples_per_prompt`` responses to every prompt, ordered by prompt and then by sample index.
+    """Generate ``samples_per_prompt`` responses to every prompt, ordered by prompt and then by sample index.
 
-    The seed of each response is derived from (``seed``, ``step``, ``prompt_id``, sample index): with the same weights
-    and the same engines the same call gives the same tokens and log-probabilities. Raises ``EngineError`` when an
-    engine refuses or all are dead, ValueError for duplicate prompt ids.
+    The seed of each response is derived from (``seed``, ``step``, ``prompt_id``, sample index). So with the same
+    weights and the same engines, the same call gives the same tokens and log-probs. Raises ``EngineError`` when an
+    engine refuses a request or all engines are dead. Raises ValueError for duplicate prompt ids.
     """
     requests = make_requests(prompts, samples_per_prompt, seed, step)
     return in_order(requests.keys, stream(engines, requests, sampling))
 
 
 def in_order(keys: Sequence[Key], responses: Iterable[TokenBatch]) -> TokenBatch:
-    """One batch of the responses, in the order of ``keys``; keys without a response are left out."""
+    """Return the responses as one batch in the order of ``keys``. Keys without a response are left out."""
     batch = batches.concatenate(list(responses))
     place = {key: i for i, key in enumerate(batch.keys)}
     return batch.select([place[key] for key in keys if key in place])

@@ -1,4 +1,4 @@
-"""How responses are sampled."""
+"""The sampling settings of responses."""
 
 import math
 from dataclasses import dataclass
@@ -6,21 +6,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a batch of responses. ``temperature`` 0 is greedy; ``stop_token_ids`` end a response and are kept as
-    its last token.
+    """The sampling settings of a batch of responses. Raises ValueError for impossible values."""
 
-    ``max_tokens`` bounds a complete response. ``round_tokens`` bounds what one round adds to it: a response that
-    reaches it comes back as a partial rollout (finish reason "unfinished"). ``thinking_budget`` bounds the tokens
-    between the engine's thinking marks; then the end mark is forced and the answer goes on. ``stops`` are texts that
-    end a turn, after which an environment replies (finish reason "turn"). Raises ValueError for impossible values.
-    """
-
+    # The maximum number of tokens of a complete response.
     max_tokens: int
+    # A response ends with the first of these tokens, which is kept as its last token.
     stop_token_ids: tuple[int, ...]
+    # 0 is greedy.
     temperature: float = 1.0
     top_p: float = 1.0
+    # The maximum number of tokens that one round adds to a response. A response that reaches it is returned as a
+    # partial rollout (finish reason "unfinished").
     round_tokens: int | None = None
+    # The maximum number of tokens between the engine's thinking marks. When it is reached, the end mark is forced and
+    # the answer follows.
     thinking_budget: int | None = None
+    # Stop strings that end a turn (finish reason "turn"), after which an environment replies.
     stops: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Deliberative search: think, search, read, state a confidence, answer (Deliberative Searcher, arXiv 2507.16727).
 
-The action space is the paper's. Two things are our choice: the notation of an action, and that an episode has one
-confidence, immediately before its one answer.
+The action space is that of the paper. Two points are our choice: the notation of an action, and that an episode has one
+confidence, immediately before its only answer.
 
     <think>…</think><search>capital of Norland</search>
     <result>[norland] The capital of Norland is Veska.</result>         from the environment
@@ -24,7 +24,7 @@ _TAG = re.compile(rf"</?(?:{'|'.join(ACTIONS)}|result)>")
 _CONFIDENCE = re.compile(r"10|[0-9]")
 _LISTED_ID = re.compile(r"^\[([^\[\]\n]+)\] ", re.MULTILINE)
 _LISTED = re.compile(r"^\[([^\[\]\n]+)\] (.*)$", re.MULTILINE)
-# Characters of a query that are used: about as many as web search engines read. The rest is cut off.
+# The maximum number of characters of a query, about as many as web search engines read. The rest is cut off.
 LONGEST_QUERY = 2000
 NOTHING_FOUND = "nothing found"
 NO_DOCUMENT = "no such document was found"
@@ -51,10 +51,11 @@ class Action:
 
 @dataclass(frozen=True)
 class Search:
-    """The environment: each search returns the first ``snippet_words`` of ``results`` documents of the retriever.
+    """The search environment. A search returns the first ``snippet_words`` words of ``results`` documents.
 
-    The model's text is used only as a query of at most ``LONGEST_QUERY`` characters and as a document's id. So the time
-    and memory of a reply are linear in the corpus and in the length of the text, whatever the text contains.
+    The model's text is used only as a query of at most ``LONGEST_QUERY`` characters and as a document id. So the time
+    and memory of a reply are linear in the size of the corpus and in the length of the text, whatever the text
+    contains.
     """
 
     retriever: Retriever
@@ -66,13 +67,13 @@ class Search:
         return "</search>", "</read>"
 
     def reply(self, segments: Sequence[Segment]) -> str:
-        """``<result>…</result>`` for the search or read with which the response ends. Raises Unavailable."""
+        """Return ``<result>…</result>`` for the search or read with which the response ends. Raises Unavailable."""
         turn = segments[-1].text
         stop = max(self.stops, key=turn.rfind)
         end = turn.rfind(stop) + len(stop)
         last_action = next((action for action in actions(turn) if action.end == end), None)
         if last_action is None:
-            # An end tag without a begin tag. The verifier reports it.
+            # This is an end tag without a begin tag. The verifier reports it.
             return result(NOTHING_FOUND)
         content = last_action.content.strip()
         if stop == "</read>":
@@ -85,7 +86,7 @@ class Search:
         return result("\n".join(lines) or NOTHING_FOUND)
 
     def check(self) -> None:
-        """Raises Unavailable when the retriever does not answer."""
+        """Raise Unavailable when the retriever does not answer."""
         self.retriever.search("test", 1)
 
 
@@ -98,10 +99,11 @@ def open_search(
     timeout: float,
     retries: int,
 ) -> Search:
-    """The environment over a ``corpus`` (JSONL or a folder of texts; BM25 in this process) or an HTTP ``endpoint``:
-    exactly one of them.
+    """Open the search environment for a corpus or an endpoint, of which exactly one must be given.
 
-    ``timeout`` (seconds) and ``retries`` are for the endpoint. Raises ValueError for settings out of range.
+    ``corpus`` is a JSONL file or a folder of texts, which is searched by BM25 in this process. ``endpoint`` is the
+    address of an HTTP search engine. ``timeout`` (seconds) and ``retries`` apply to the endpoint. Raises ValueError for
+    settings out of range.
     """
     for name, value, least in (
         ("results", results, 1),
@@ -125,13 +127,16 @@ def open_search(
 
 
 def result(text: str) -> str:
-    """The environment's reply. Replaces each tag of the grammar in ``text`` by a space, because a document must not act
-    for the model; a space, so that the text on both sides of a tag does not form another tag."""
+    """Return the environment's reply with this text.
+
+    Each tag of the grammar in ``text`` is replaced, because a document must not act for the model. The replacement is a
+    space, so that the text on both sides of a tag does not form another tag.
+    """
     return f"<result>{_TAG.sub(' ', text)}</result>"
 
 
 def documents_in(action: str, content: str, reply: str) -> list[Document]:
-    """The documents that the environment's ``reply`` to a search or a read shows, with what it shows of each."""
+    """Return the documents in the environment's ``reply`` to a search or a read, each with the text that it shows."""
     shown = reply.removeprefix("<result>").removesuffix("</result>")
     if action == "search":
         return [Document(match[1], match[2]) for match in _LISTED.finditer(shown)]
@@ -139,9 +144,10 @@ def documents_in(action: str, content: str, reply: str) -> list[Document]:
 
 
 def actions(text: str) -> Iterator[Action]:
-    """The actions in ``text`` from left to right: a begin tag, and the next end tag of the same name.
+    """Yield the actions in ``text`` from left to right.
 
-    Tags inside an action do not begin another one. Linear in the length of ``text``.
+    An action extends from a begin tag to the next end tag of the same name. Tags inside an action do not begin another
+    one. The time is linear in the length of ``text``.
     """
     position = 0
     names_without_end: set[str] = set()
@@ -154,7 +160,7 @@ def actions(text: str) -> Iterator[Action]:
         end_tag = f"</{name}>"
         content_end = -1 if name in names_without_end else text.find(end_tag, content_start)
         if content_end < 0:
-            # Later begin tags of this name have no end tag either: searching again would take quadratic time.
+            # Later begin tags of this name have no end tag either. Searching again would take quadratic time.
             names_without_end.add(name)
             position = content_start
         else:
@@ -163,7 +169,7 @@ def actions(text: str) -> Iterator[Action]:
 
 
 def listed_ids(segments: Sequence[Segment]) -> set[str]:
-    """Ids of the documents that the environment's replies to searches listed."""
+    """Return the ids of the documents that the environment's replies to searches listed."""
     ids: set[str] = set()
     for previous, segment in pairwise(segments):
         if segment.by_environment and previous.text.rstrip().endswith("</search>"):
@@ -172,12 +178,13 @@ def listed_ids(segments: Sequence[Segment]) -> set[str]:
 
 
 def steps(segments: Sequence[Segment]) -> list[Step]:
-    """Every action of a response with its fault, in order. A response is legal when no step has a fault.
+    """Return every action of a response with its fault, in order. A response is legal when no step has a fault.
 
-    Text outside of actions is a step "text", and a response without an answer at its end has a last step "end".
-    The grammar: first a think. Then think, search and read in any order, each search and read answered by the
-    environment, and a read only of a document that a search listed. Last one confidence (an integer from 0 to 10) and
-    one answer.
+    Text outside of actions is a step "text". A response without an answer at its end has a last step "end".
+
+    The grammar is as follows. First comes a think. Then think, search and read follow in any order. The environment
+    must answer each search and read, and a read is only of a document that a search listed. Last come one confidence
+    (an integer from 0 to 10) and one answer.
     """
     all_steps: list[Step] = []
     for place, segment in enumerate(segments):
@@ -229,10 +236,10 @@ def _fault(
 
 
 def stated(segments: Sequence[Segment]) -> tuple[str | None, int | None]:
-    """The last answer and the last confidence (0 to 10) that the model states; None where it states none.
+    """Return the last answer and the last confidence (0 to 10) that the model states, each None if there is none.
 
-    A text without any action counts as the answer, without a confidence. This is our choice, for models that do not
-    know the grammar.
+    A text without any tag counts as the answer, without a confidence. This is our choice, for models that do not know
+    the grammar.
     """
     text = "".join(segment.text for segment in segments if not segment.by_environment)
     if not _TAG.search(text):

@@ -20,11 +20,11 @@ class EnvironmentConfig:
 
 @dataclass
 class SpeculativeConfig:
-    """Speculative decoding: what drafts the next tokens of a response, which the model verifies in one step.
+    """Speculative decoding: a method drafts the next tokens of a response, and the model verifies them in one step.
 
-    A draft token is accepted with the probability that the model gives it, and what replaces a rejected one is drawn
-    from the rest of the model's distribution (Leviathan et al. 2023, arXiv 2211.17192). So samples and log-probs are
-    the model's own.
+    A draft token is accepted with the probability that the model gives it. A rejected token is replaced by one that is
+    drawn from the rest of the model's distribution (Leviathan et al. 2023, arXiv 2211.17192). So samples and log-probs
+    are those of the model itself.
     """
 
     method: str | None = setting(
@@ -37,13 +37,13 @@ class SpeculativeConfig:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a sequence that a step of decoding computes at most."""
+        """The maximum number of tokens of a sequence that a decoding step computes."""
         return 1 if self.method is None else 1 + self.draft_tokens
 
 
 @dataclass
 class RolloutConfig:
-    """Engines are vLLM processes; they sample with the weights of the last sync."""
+    """Settings of the engines, which are vLLM processes that sample with the weights of the last weight sync."""
 
     engines: int = setting("vLLM processes, all nodes together", range="[1, 1e5]", on_resume=FREE)
     tensor: int = setting("tensor-parallel size of an engine", range="[1, 1e5]", on_resume=FREE)
@@ -118,7 +118,7 @@ class RolloutConfig:
 
 
 def check_speculative(settings: RolloutConfig) -> None:
-    """Raises ValueError for settings that do not go with speculative decoding."""
+    """Raise ValueError for settings that can't be combined with speculative decoding."""
     speculative = settings.speculative
     if speculative.method is None:
         return
@@ -150,7 +150,7 @@ def check_speculative(settings: RolloutConfig) -> None:
 
 
 def check(settings: RolloutConfig, platform: str) -> None:
-    """Raises ValueError for settings that do not go together, or not with the ``platform``."""
+    """Raise ValueError for settings that can't be combined with each other or with the ``platform``."""
     partial = settings.partial_rollout_tokens
     if partial is not None and settings.oversample == 1:
         raise ValueError(

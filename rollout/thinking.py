@@ -1,5 +1,8 @@
-"""Thinking that the prompt has begun, in texts; and a bound on thinking: vLLM forces the end mark after it, and
-:func:`forced_positions` finds the forced tokens."""
+"""Handles the thinking in responses.
+
+Some functions are for texts whose thinking begins in the prompt. The others are for a thinking budget: vLLM forces the
+end mark when the budget is used up, and :func:`forced_positions` finds the forced tokens.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,37 +12,40 @@ from megatron_ext.batch import Array
 Marks = tuple[Sequence[int], Sequence[int]]
 """Token ids of the mark that begins the thinking, and of the mark that ends it."""
 
-PROMPT_END = 16  # tokens of a prompt in which the mark stands that a chat template ends with
+# A mark that a chat template ends with is within this many tokens at the end of a prompt.
+PROMPT_END = 16
 
 
 def opens_thinking(tokenizer: Any, prompt: Array, begin: str) -> bool:
-    """Whether a prompt, int [tokens], ends with the mark that begins the thinking, as some chat templates do."""
+    """Return whether a prompt, int [tokens], ends with the mark that begins the thinking, as with some chat
+    templates."""
     end = tokenizer.decode(prompt[-PROMPT_END:].tolist())
     return end.rstrip().endswith(begin)
 
 
 def with_opening(text: str, begin: str) -> str:
-    """The text of a response whose thinking the prompt has begun, after the mark that begins it."""
+    """Return the text of a response whose thinking begins in the prompt, with the begin mark in front."""
     return text if text.lstrip().startswith(begin) else f"{begin}\n{text}"
 
 
 def without_opening(text: str, begin: str) -> str:
-    """What follows a prompt that has begun the thinking, of a text that may begin with the mark too."""
+    """Return a text without a begin mark at its start, so that it can follow a prompt that ends with the mark."""
     if not text.lstrip().startswith(begin):
         return text
     return text.lstrip().removeprefix(begin).lstrip("\n")
 
 
 def whole_text(tokenizer: Any, prompt: Array, text: str, begin: str) -> str:
-    """The text of a response to a prompt, int [tokens], with the mark of thinking where the prompt ends with it."""
+    """Return the text of a response to a prompt, int [tokens], with the begin mark in front if the prompt ends with
+    it."""
     return with_opening(text, begin) if opens_thinking(tokenizer, prompt, begin) else text
 
 
 def reasoning_config(thinking: Marks) -> Any:
-    """vLLM's ``ReasoningConfig`` with token ids.
+    """Return vLLM's ``ReasoningConfig`` with the token ids of the marks.
 
-    vLLM encodes the marks from strings, which needs a tokenizer in the engine; it keeps ids that are set before (vLLM
-    0.32). Raises RuntimeError for a version that does not.
+    vLLM encodes the marks from strings, which needs a tokenizer in the engine. vLLM 0.32 keeps ids that are already
+    set. Raises RuntimeError for a version that does not.
     """
     from vllm.config.reasoning import ReasoningConfig
 
@@ -57,15 +63,15 @@ def reasoning_config(thinking: Marks) -> Any:
 
 
 def forced_positions(prompt: Sequence[int], response: Sequence[int], thinking: Marks, budget: int) -> tuple[int, ...]:
-    """Positions in the response that vLLM forced: the end mark after ``budget`` tokens of thinking.
+    """Return the positions in the response of the tokens that vLLM forced.
 
-    Thinking may begin in the prompt (the chat template begins it) or in the response, more than once. ``prompt``
-    includes what was generated in earlier rounds.
+    These are the tokens of the end mark after ``budget`` tokens of thinking. Thinking may begin in the prompt, by the
+    chat template, or in the response, and more than once. ``prompt`` includes the tokens of earlier rounds.
     """
     begin, end = (list(mark) for mark in thinking)
     tokens = [*prompt, *response]
     forced: list[int] = []
-    # Where the thinking in progress started, 0 outside of thinking.
+    # The position at which the present thinking started, 0 outside of thinking.
     thinking_start = max(_end_of_last(begin, prompt), 0)
     if thinking_start <= _end_of_last(end, prompt):
         thinking_start = 0
@@ -87,7 +93,7 @@ def forced_positions(prompt: Sequence[int], response: Sequence[int], thinking: M
 
 
 def _end_of_last(mark: list[int], tokens: Sequence[int]) -> int:
-    """Where the last occurrence of ``mark`` ends; -1 without one."""
+    """Return where the last occurrence of ``mark`` ends, -1 if there is none."""
     for stop in range(len(tokens), len(mark) - 1, -1):
         if list(tokens[stop - len(mark) : stop]) == mark:
             return stop

@@ -1,8 +1,9 @@
-"""A Unix socket between processes of one user, over which an engine is called.
+"""A Unix socket between processes of one user, on which an engine is called.
 
-Every user of a machine can connect to a port of the loopback. Here the kernel tells each side the other's user, and
-both drop a connection to somebody else. The socket's name stands in Linux's abstract namespace: it is no file, so a
-process that is killed leaves nothing behind, and neither a folder's permissions nor the length of its path matter.
+Any user of a machine can connect to a loopback port. With a Unix socket, each side can ask the kernel for the user of
+the other side, and both close a connection to another user. The socket's name is in Linux's abstract namespace and not
+a file. So a process that is killed leaves no file, and neither the permissions of a folder nor the length of a path
+matter.
 """
 
 import http.client
@@ -12,12 +13,13 @@ import socket
 import struct
 from typing import Any
 
-PEER_CREDENTIALS = struct.Struct("iII")  # Linux's struct ucred: process, user, group
+# Linux's struct ucred: process, user, group.
+PEER_CREDENTIALS = struct.Struct("iII")
 BACKLOG = 64
 
 
 class UserSocket(socket.socket):
-    """A listening socket that accepts connections of this process's user alone."""
+    """A listening socket that accepts only connections of this process's user."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         while True:
@@ -28,14 +30,14 @@ class UserSocket(socket.socket):
 
 
 def user_of_peer(connection: socket.socket) -> int:
-    """The user id of the process that connected, or of the one that listens."""
+    """Return the user id of the process at the other end of the connection."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
     _, user, _ = PEER_CREDENTIALS.unpack(credentials)
     return user
 
 
 def listen() -> tuple[socket.socket, str]:
-    """A listening socket, which a child process may inherit, and its name. The child accepts with ``UserSocket``."""
+    """Return a listening socket and its name. A child process may inherit it and must accept with ``UserSocket``."""
     name = f"engine-{secrets.token_hex(16)}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"\0{name}")
@@ -44,10 +46,10 @@ def listen() -> tuple[socket.socket, str]:
 
 
 class UserConnection(http.client.HTTPConnection):
-    """HTTP over the socket of this name. Connecting raises PermissionError where another user listens."""
+    """An HTTP connection over the socket of this name. Connecting raises PermissionError if another user listens."""
 
     def __init__(self, name: str, timeout: float | None) -> None:
-        """``timeout``: seconds of each wait, None for no limit."""
+        """``timeout`` is the limit of each wait in seconds, None for no limit."""
         super().__init__("localhost", timeout=timeout)
         self.name = name
 

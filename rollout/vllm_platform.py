@@ -1,7 +1,8 @@
-"""All that differs between vLLM on a CPU and on a GPU: the rest of rollout/ asks :func:`of` and never the device.
+"""All differences between vLLM on a CPU and vLLM on a GPU.
 
-One :class:`VllmPlatform` for each device, at the end of this file. The file imports neither torch nor vLLM before a
-function needs it, because the settings and the engines' owner read it too.
+The rest of rollout/ calls :func:`of` and never branches on the device. There is one :class:`VllmPlatform` for each
+device, at the end of this file. The module imports torch and vLLM only inside the functions that need them, because the
+settings and the process that owns the engines import it too.
 """
 
 import importlib
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-# vLLM's online FP8 of linear layers, by what has a scale: a weight, each output channel, each block of 128 x 128.
-# Activations are FP8 too, with a scale for each token, or (for blocks) for each 128 neighbours in it.
+# vLLM's online FP8 quantisation of linear layers. A weight has one scale for the tensor, one for each output channel,
+# or one for each block of 128 x 128. Activations are FP8 too, with one scale for each token, or, with blocks, one for
+# each 128 neighbouring elements of a token.
 QUANTIZATIONS = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
 
-# vLLM's formats of the key-value cache: the weights', or E4M3 without scales, so that values above 448 become 448.
+# vLLM's formats of the KV cache. "auto" is the dtype of the weights. "fp8" is E4M3 without scales, so values above 448
+# become 448.
 KV_CACHE_DTYPES = ("auto", "fp8")
-# What vLLM's attention wants of a processor for the latter (``_get_attn_isa``); where there is AMX, there are these.
+# The processor instructions that vLLM's attention needs for an FP8 cache (``_get_attn_isa``). A processor with AMX has
+# all of them.
 FP8_CACHE_INSTRUCTIONS = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
-# Sequences. A larger step computes for longer than its kernels take to launch.
+# The largest number of sequences in a CUDA graph. The kernels of a larger step run longer than they take to launch.
 LARGEST_GRAPH = 512
 
 SPIN_SECONDS = 0.002
@@ -39,40 +43,41 @@ RECHECK_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class VllmPlatform:
-    """What vLLM does differently on one kind of device, and what the weight sync does differently because of it."""
+    """What is particular to one kind of device, in vLLM and therefore in the weight sync."""
 
     name: str
     quantizations: tuple[str, ...]
-    """Values of ``rollout.quantization`` that vLLM has there."""
+    """The values of ``rollout.quantization`` that vLLM supports on this device."""
     lacks_for_fp8_cache: Callable[[], list[str]]
-    """Names the instructions that vLLM needs for ``rollout.kv_cache_dtype=fp8`` and this machine lacks."""
+    """Returns the names of the instructions that vLLM needs for ``rollout.kv_cache_dtype=fp8`` and that this machine
+    lacks."""
     engine_arguments: Mapping[str, Any]
     """Arguments of vLLM's ``EngineArgs`` that depend on the device."""
     graph_sizes: Callable[[int], list[int]]
-    """``rollout.max_num_seqs`` → numbers of sequences whose decoding steps can be captured as CUDA graphs."""
+    """``rollout.max_num_seqs`` → the batch sizes (in sequences) whose decoding steps are captured as CUDA graphs."""
     environment: Callable[[int, Sequence[int]], dict[str, str]]
-    """(threads of a worker, the node's devices that the engine sees) → variables of the engine's process."""
+    """(threads of a worker, the node's devices that the engine sees) → environment variables of the engine process."""
     change_vllm: Callable[[], None]
-    """Changes vLLM in this process: call it in the engine and its workers before a model is built. Repeated calls do
-    nothing."""
+    """Patches vLLM in this process. Call it in the engine and in its workers before a model is built. Repeated calls
+    do nothing."""
     after_start: Callable[[], None]
     """Called in each worker once the engine has started."""
     transport: str
-    """Module with ``share`` and ``attach``: memory of this device between processes of one host."""
+    """The module whose ``share`` and ``attach`` share memory of this device between the processes of a host."""
     device_id: Callable[["torch.device"], str]
-    """Names a device within its host, alike in all processes."""
+    """Returns an id of a device that is unique on its host and the same in all processes."""
     current_device: Callable[[], "torch.device"]
-    """Where this process keeps its tensors."""
+    """Returns the device on which this process keeps its tensors."""
     network_group: Callable[["dist.ProcessGroup"], "dist.ProcessGroup"]
-    """gloo group of all processes that sync → group over which packed weights cross the network. Collective."""
+    """Collective: gloo group of all ranks of the weight sync → group over which packed weights cross the network."""
     synchronize_device: Callable[["torch.device"], None]
     """Waits for all kernels on the device."""
     synchronize_stream: Callable[["torch.device"], None]
     """Waits for the kernels on the current stream of the device."""
     copying_cores: Callable[[], int]
-    """How many of this process's cores take part in copying weights into place."""
+    """Returns how many of the process's cores copy weights into vLLM's parameters."""
     in_host_memory: bool
-    """Whether tensors are in the host's memory, so that the C library can copy them."""
+    """Whether tensors are in host memory, so that the C library can copy them."""
 
     @property
     def splits_prompts(self) -> bool:
@@ -84,11 +89,14 @@ class VllmPlatform:
 
 
 def graph_arguments(sizes: Sequence[int], step_tokens: int = 1) -> dict[str, Any]:
-    """Arguments of vLLM's ``EngineArgs`` with which an engine captures decoding steps of so many sequences, or none.
+    """Return the arguments of vLLM's ``EngineArgs`` that select which decoding steps are captured as CUDA graphs.
 
-    vLLM's torch.compile stays off, so that a graph replays the kernels of an engine without graphs. ``step_tokens`` of
-    a sequence are computed in a step at most. If it is more than one, sequences differ in them, and graphs serve every
-    step that is small enough (with FlashAttention 3; vLLM has no such graphs with another attention).
+    ``sizes`` are numbers of sequences; if there are none, no graph is captured. vLLM's torch.compile stays off, so that
+    a graph replays the same kernels that an engine without graphs runs.
+
+    A step computes at most ``step_tokens`` tokens of a sequence. If that is more than one, the number differs between
+    sequences, and graphs serve every step that is small enough. This needs FlashAttention 3: vLLM has no such graphs
+    with another attention.
     """
     if not sizes:
         return {"enforce_eager": True}
@@ -102,21 +110,22 @@ def graph_arguments(sizes: Sequence[int], step_tokens: int = 1) -> dict[str, Any
 
 
 def of(device: str) -> VllmPlatform:
-    """The platform of a device type, by torch's name of it. Raises ValueError for one that is not supported."""
+    """Return the platform of a device type, given by its name in torch. Raises ValueError for an unsupported one."""
     if device not in PLATFORMS:
         raise ValueError(f"device={device!r}: not supported; use one of {', '.join(PLATFORMS)}")
     return PLATFORMS[device]
 
 
 def of_vllm() -> VllmPlatform:
-    """The platform that vLLM has chosen in this process."""
+    """Return the platform that vLLM has chosen in this process."""
     from vllm.platforms import current_platform
 
     return of(current_platform.device_type)
 
 
 def of_trainer() -> VllmPlatform:
-    """The platform of the trainer's ranks, by the backend of their default process group."""
+    """Return the platform of the trainer's ranks: CUDA if a GPU is available and the default group's backend is
+    NCCL."""
     import torch
     import torch.distributed as dist
 
@@ -129,31 +138,33 @@ def of_trainer() -> VllmPlatform:
 def _cpu_environment(threads: int, devices: Sequence[int]) -> dict[str, str]:
     return {
         "CUDA_VISIBLE_DEVICES": "",
-        # The first call of a compiled function costs half a minute.
+        # The first call of a compiled function takes half a minute.
         "TORCH_COMPILE_DISABLE": "1",
-        # The trainer shares the cores: with pinned threads a batch took 12 times as long.
+        # Threads are not pinned, because the engine shares the cores with the trainer. With pinned threads a batch took
+        # 12 times as long.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
-        # An idle engine then uses no core.
+        # With this policy an idle engine uses no core.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # A thread polls for a moment before it sleeps, because a small model's kernels follow each other closely, and
-        # waking a thread takes longer. Generation takes 0.7 of the time. Beside a busy process it takes 1.2 times as
-        # long, and with ten times the count 3 times.
+        # A thread polls for a short time before it sleeps. The kernels of a small model follow each other in less time
+        # than it takes to wake a thread. With this count, generation takes 0.7 of the time on idle cores, and 1.2 times
+        # as long when another process is busy. With ten times the count, it then takes 3 times as long.
         "GOMP_SPINCOUNT": "2000",
-        # Copies of 32 KiB and more use non-temporal stores (1.4 times as fast: the weights do not fit into the caches)
-        # into huge pages where the kernel gives them (0.9 of the time).
+        # Copies of 32 KiB and more use non-temporal stores, which are 1.4 times as fast because the weights do not fit
+        # into the caches. malloc uses huge pages where the kernel provides them, which takes 0.9 of the time.
         "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={32 << 10}:glibc.malloc.hugetlb=1",
-        # malloc keeps freed memory: each weight sync packs every linear layer again, and fresh pages for that took as
-        # long as the packing.
+        # malloc keeps freed memory. Each weight sync packs every linear layer again, and getting fresh pages for that
+        # took as long as the packing.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }
 
 
 def _unlink_shared_memory() -> None:
-    """Remove the names of the shared memory through which tensor-parallel CPU workers reduce.
+    """Unlink the shared memory in which tensor-parallel CPU workers do their all-reduce.
 
-    All workers have mapped it by now. A name that is left outlives workers that are killed, and so does the memory.
+    All workers have mapped it by now. If its name were left, the memory would stay allocated after the workers are
+    killed.
     """
     if "VLLM_DIST_IDENT" in os.environ:
         for path in Path("/dev/shm").glob(os.environ["VLLM_DIST_IDENT"] + "*"):
@@ -168,11 +179,13 @@ def _change_vllm_on_cpu() -> None:
 
 
 def spin_less() -> None:
-    """Shorten the busy waiting of vLLM's processes for a call or an answer: SPIN_SECONDS, then they sleep.
+    """Let vLLM's processes busy-wait for a call or an answer for SPIN_SECONDS only, and then sleep.
 
-    vLLM's own second takes the cores from workers that still compute, and from the trainer. A message may fail to wake
-    a sleeping process, because zmq drops a message that is sent within about a millisecond of another one. So a
-    sleeping process looks again every RECHECK_SECONDS; vLLM's own 5 seconds showed as a pause in a batch.
+    vLLM's default of one second takes cores from workers that still compute, and from the trainer.
+
+    A message may fail to wake a sleeping process, because zmq drops a message that is sent within about a millisecond
+    of another one. So a sleeping process checks for messages every RECHECK_SECONDS. With vLLM's default of 5 seconds, a
+    batch had a visible pause.
     """
     from vllm.distributed.device_communicators import shm_broadcast
 
@@ -190,10 +203,13 @@ def _cpu_lacks_for_fp8_cache() -> list[str]:
 
 
 def mend_expansion() -> None:
-    """Replace the function by which vLLM's rejection sampler repeats a sequence's temperature for each draft token.
+    """Replace the function with which vLLM's rejection sampler repeats the temperature of a sequence for each of its
+    draft tokens.
 
-    Of vLLM 0.32 it does nothing on a CPU: a C++ kernel for integers gets converted copies, and drafts are verified
-    at the temperatures that happened to be in memory.
+    In vLLM 0.32 that function has no effect on a CPU: its C++ kernel is for integers and writes into converted copies.
+    Drafts are then verified with the temperatures that happened to be in memory.
+
+    Raises RuntimeError when vLLM has changed the function's signature.
     """
     from vllm.v1.sample import rejection_sampler
 
@@ -209,8 +225,11 @@ def mend_expansion() -> None:
 def expand_by_sequence(
     x: "torch.Tensor", cu_num_tokens: "torch.Tensor", num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> "torch.Tensor":
-    """``x`` [sequences] with each value as often as its sequence has tokens, [num_tokens]; ``replace_from`` becomes
-    ``replace_to``. ``cu_num_tokens`` [sequences] are the running sums of the tokens."""
+    """Repeat each value of ``x`` [sequences] once for each token of its sequence. Returns [num_tokens].
+
+    ``cu_num_tokens`` [sequences] is the cumulative number of tokens. Values equal to ``replace_from`` become
+    ``replace_to``.
+    """
     import torch
 
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
@@ -220,16 +239,16 @@ def expand_by_sequence(
 
 # CPU: linear layers
 #
-# vLLM packs the weight of every linear layer into a oneDNN handle and drops (or, for the LM head, forgets) the weight.
-# Here it keeps the weight, so that a sync can write it in place and pack it again with vLLM's own code: kernels, bits
-# and speed are those of plain vLLM.
+# vLLM packs the weight of every linear layer into a oneDNN handle. It then drops the weight; the LM head keeps its
+# weight but no longer reads it. The functions below keep the weight, so that a weight sync can write it in place and
+# then pack it again with vLLM's own code. Kernels, bits and speed are those of unmodified vLLM.
 
 _packed_layers: list[Any] = []
 
 
 @cache
 def vllm_pack() -> Callable[..., None]:
-    """vLLM's function that packs a linear layer, as it was before :func:`keep_linear_weights` replaced it.
+    """Return vLLM's function that packs a linear layer, as it was before :func:`keep_linear_weights` replaced it.
 
     Raises RuntimeError when vLLM has changed its signature.
     """
@@ -246,9 +265,9 @@ def vllm_pack() -> Callable[..., None]:
 
 
 def keep_linear_weights() -> None:
-    """Replace vLLM's packing of linear layers by one that keeps the weights.
+    """Replace vLLM's function that packs a linear layer by one that also keeps the weight.
 
-    Should vLLM pack a weight elsewhere, :func:`rollout.weight_sync.vllm_layout.weight_tensors` refuses the model.
+    If vLLM packs a weight in another place, :func:`rollout.weight_sync.vllm_layout.weight_tensors` refuses the model.
     """
     from vllm.model_executor.layers import utils
 
@@ -264,9 +283,9 @@ def _pack_new_layer(layer: Any, remove_weight: bool) -> None:
 
 
 def pack_layers() -> float:
-    """Pack all linear layers again from their present weights; returns the seconds that it took.
+    """Pack all linear layers again from their present weights. Returns the seconds that this took.
 
-    Does nothing on a GPU, whose kernels read the weight itself.
+    Does nothing on a GPU, where the kernels read the weights directly.
     """
     started = time.perf_counter()
     for layer in _packed_layers:
@@ -275,13 +294,13 @@ def pack_layers() -> float:
 
 
 def pack_layer(layer: Any) -> None:
-    """Have vLLM prepare its kernel for ``layer`` from the present weight. The layer's own tensors stay as they are."""
+    """Have vLLM pack the present weight of ``layer`` for its kernel. The tensors of the layer itself do not change."""
     bias = getattr(layer, "bias", None)
-    # vLLM gets copies, because it writes into its arguments: some kernels convert the bias in place.
+    # vLLM gets copies, because it writes into its arguments. Some kernels convert the bias in place.
     bias_copy = None if bias is None else bias.detach().clone()
     packed = SimpleNamespace(weight=rows_apart_in_cache(layer.weight), bias=bias_copy)
     vllm_pack()(packed, remove_weight=False)
-    # The kernel's handle has a copy of its own.
+    # The kernel's handle has its own copy of the weight.
     del packed.weight
 
     def cpu_linear(x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None") -> "torch.Tensor":
@@ -291,10 +310,10 @@ def pack_layer(layer: Any) -> None:
 
 
 def rows_apart_in_cache(weight: "torch.Tensor") -> "torch.Tensor":
-    """``weight`` [out, in], or a copy with a longer stride between rows where that makes the packing faster.
+    """Return ``weight`` [out, in], or a copy with a longer stride between rows where that makes packing faster.
 
-    oneDNN packs column by column. Rows whose length is a multiple of 2 KiB map to few sets of the cache, and packing
-    from them takes twice as long as packing from this copy (BF16).
+    oneDNN packs column by column. Rows whose length is a multiple of 2 KiB map to few sets of the processor cache.
+    Packing from them takes twice as long as packing from this copy (measured in BF16).
     """
     import torch
     from vllm.model_executor.layers import utils
@@ -302,7 +321,7 @@ def rows_apart_in_cache(weight: "torch.Tensor") -> "torch.Tensor":
     rows, width = weight.shape
     itemsize = weight.element_size()
     spread_over_cache = weight.stride(0) * itemsize % 2048 != 0
-    # vLLM packs small BF16 weights with another kernel (AMX), row by row.
+    # For small BF16 weights, vLLM uses another kernel (AMX), which packs row by row.
     packed_by_row = utils.check_cpu_sgl_kernel(rows, width, weight.dtype)
     if spread_over_cache or weight.dtype == torch.float32 or packed_by_row:
         return weight
@@ -328,7 +347,7 @@ def _same_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
 
 
 def _nothing_to_wait_for(device: "torch.device") -> None:
-    """Operations on a CPU have ended when they return."""
+    """Do nothing, because operations on a CPU are complete when they return."""
 
 
 def _all_cores() -> int:
@@ -338,9 +357,10 @@ def _all_cores() -> int:
 # GPU
 
 
-# vLLM's sums over 4 to 8 workers in NVLink's switch (multimem), whose bits may differ from call to call. Its own mode
-# of fixed bits, VLLM_BATCH_INVARIANT, turns them off too. NCCL's (NCCL_NVLS_ENABLE) are the site's to set, for the
-# trainer as well: processes that share a communicator must agree.
+# Turns on vLLM's all-reduce over 4 to 8 workers in the NVLink switch (multimem). Its bits may differ from call to call,
+# so it is off by default here, as it is with vLLM's own reproducible mode, VLLM_BATCH_INVARIANT. NCCL has its own
+# switch reductions (NCCL_NVLS_ENABLE). Those are left to the site, because all processes that share a communicator,
+# the trainer's included, must use the same setting.
 SUMS_IN_THE_SWITCH = "VLLM_ALLREDUCE_USE_SYMM_MEM"
 
 
@@ -354,15 +374,18 @@ def _cuda_environment(threads: int, devices: Sequence[int]) -> dict[str, str]:
 
 
 def decoding_graph_sizes(sequences: int) -> list[int]:
-    """vLLM's own choice: 1, 2, 4, multiples of 8, from 256 on of 16, and ``sequences``; none above LARGEST_GRAPH. A
-    step with fewer sequences takes the next larger graph."""
+    """Return the numbers of sequences for which CUDA graphs are captured, which are those that vLLM itself chooses.
+
+    These are 1, 2, 4, multiples of 8 up to 256, multiples of 16 from there on, and ``sequences``; none is above
+    ``sequences`` or LARGEST_GRAPH. A step with a number in between uses the next larger graph.
+    """
     largest = min(sequences, LARGEST_GRAPH)
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, largest, 16), largest}
     return sorted(size for size in sizes if size <= largest)
 
 
 def _gpu_lacks_nothing() -> list[str]:
-    """The preflight knows which GPUs have FP8."""
+    """Return nothing, because the preflight checks which GPUs have FP8."""
     return []
 
 
@@ -389,8 +412,8 @@ def _nccl_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
     from megatron_ext import worlds
 
     nccl_group = worlds.like(group, "nccl")
-    # The first operation of a group connects all its ranks. A round of the weight sync would wait for ever then,
-    # because ranks without a message in it call nothing.
+    # The first operation of an NCCL group connects all its ranks. Without this all-reduce, that would be a round of the
+    # weight sync, which would hang, because ranks without a message in the round make no call.
     dist.all_reduce(torch.zeros(1, device=_cuda_device()), group=nccl_group)
     return nccl_group
 
@@ -416,11 +439,12 @@ CPU = VllmPlatform(
     quantizations=("fp8_per_channel",),
     lacks_for_fp8_cache=_cpu_lacks_for_fp8_cache,
     engine_arguments={
-        # vLLM 0.32 fails when it splits the prompt of a request that has a seed: it would rewind the request's
-        # generator, which a CPU generator can't.
+        # vLLM 0.32 fails when it splits the prompt of a request that has a seed: it tries to rewind the request's
+        # random generator, which a CPU generator does not support.
         "enable_chunked_prefill": False,
-        # A group's samples share complete blocks of their prompt. vLLM's default of 128 tokens is longer than many
-        # prompts; with 32 a batch of 8 x 8 samples of 75 + 32 tokens took 0.71 of the time (135M, one core).
+        # The samples of a prompt share the complete KV-cache blocks of that prompt. vLLM's default block of 128 tokens
+        # is longer than many prompts. With 32, a batch of 8 x 8 samples of 75 + 32 tokens took 0.71 of the time (135M
+        # model, one core).
         "block_size": 32,
     },
     graph_sizes=_no_graphs,

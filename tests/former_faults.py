@@ -300,7 +300,7 @@ FAULTS = (
         "awake before the first sync",
         "Engines were awake while the optimiser",
         "recipes/training/setup.py",
-        "            rollouts.sleep()  # until the first sync: optimiser and critic are made meanwhile\n",
+        "            rollouts.sleep()\n",
         "",
         "tests/recipes/test_loop.py::test_engines_sleep_until_the_first_sync",
         "assert ['optimizer'",

@@ -1,4 +1,4 @@
-"""Model families: one file each, found by the architecture name in the Hugging Face configuration."""
+"""Model families. Each has one file, which is selected by the architecture name in the Hugging Face configuration."""
 
 import importlib
 from types import ModuleType
@@ -20,7 +20,7 @@ FAMILIES = {
 
 
 def family(architecture: str) -> ModuleType:
-    """The family module. Raises ValueError naming the architecture and the known ones."""
+    """The module of the architecture's family. Raises ValueError naming an unknown architecture and the known ones."""
     if architecture not in FAMILIES:
         raise ValueError(
             f"model.path holds a {architecture!r}: known architectures are {', '.join(sorted(FAMILIES))}; "

@@ -1,8 +1,9 @@
 """InternVL3: InternViT (6B or 300M), pixel shuffle and projector before Qwen2.5, in both layouts of the hub.
 
 ``-hf`` repositories hold transformers' InternVLForConditionalGeneration. The original "chat" repositories hold
-InternVLChatModel, whose code comes with them: ``config_from_chat`` reads its configuration without running any of it.
-``hf_config.architectures`` says which of the two a model is. The tower follows transformers' modeling_internvl.py.
+InternVLChatModel and its code. ``config_from_chat`` reads the configuration without running that code.
+``hf_config.architectures`` says which of the two layouts a model has. The tower follows transformers'
+modeling_internvl.py.
 """
 
 from collections.abc import Callable
@@ -72,15 +73,15 @@ _SAME_IN_CHAT = (
     "num_hidden_layers",
     "patch_size",
 )
-# transformers fixes it; layer_norm_eps belongs to the other norms.
+# transformers fixes the epsilon of the QK-norm. layer_norm_eps is the epsilon of the other norms.
 QK_NORM_EPSILON = 1e-6
 # The beginning of a tower layer's names in Megatron-Core, in the -hf layout and in the chat layout.
 LAYER = "encoder.layers.{}."
 HF_LAYER = "vision_tower.encoder.layer.{}."
 CHAT_LAYER = "vision_model.encoder.layers.{}."
-# Megatron-Core's name in the tower, how it is sharded, and the names in the -hf layout and in the chat layout. ``*``
-# stands for weight and bias. ``_vision_mappings`` adds query, key and value: three tensors in the -hf layout, one in
-# the chat layout.
+# Each row: the parameter's name in Megatron-Core's tower, how it is sharded, the name in the -hf layout, and the name
+# in the chat layout. ``*`` stands for weight and bias. ``_vision_mappings`` adds query, key and value, which are three
+# tensors in the -hf layout and one in the chat layout.
 TABLE: tuple[tuple[str, ShardFn, str, str], ...] = (
     ("class_token", replicated, "vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
     (
@@ -119,7 +120,10 @@ TABLE: tuple[tuple[str, ShardFn, str, str], ...] = (
 
 
 def text_config(hf_config: Any) -> Any:
-    """The configuration of the language model, Qwen2.5. Raises ValueError naming a field that is not supported."""
+    """The configuration of the language model, Qwen2.5.
+
+    Raises ValueError naming a field whose value is not supported.
+    """
     text = hf_config.text_config
     vision = hf_config.vision_config
     rows, columns = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
@@ -147,8 +151,8 @@ def text_config(hf_config: Any) -> Any:
 def gpt_options(text: Any) -> dict[str, Any]:
     """Qwen2.5's GPTModel arguments.
 
-    InternVL3 asks for dynamic NTK scaling, which leaves RoPE as it is up to ``max_position_embeddings`` tokens; longer
-    sequences are not supported.
+    InternVL3's configuration has dynamic NTK scaling, which does not change RoPE up to ``max_position_embeddings``
+    tokens. Longer sequences are not supported.
     """
     if text.rope_parameters["rope_type"] == "dynamic":
         return {"position_embedding_type": "rope", "rotary_base": text.rope_parameters["rope_theta"]}
@@ -156,9 +160,10 @@ def gpt_options(text: Any) -> dict[str, Any]:
 
 
 def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[ModuleMapping, ...]:
-    """Language model and vision tower.
+    """The mappings of the language model and of the vision tower.
 
-    Raises ValueError when the tensor-parallel size does not divide the tower's feed-forward layers.
+    Raises ValueError when the tensor-parallel size does not divide the tower's feed-forward size or the language
+    model's hidden size.
     """
     text = text_config(hf_config)
     language = qwen2.decoder_mappings(text, "language_model.model.", "language_model.lm_head.weight")
@@ -170,13 +175,16 @@ def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Modul
 
 
 def tower_is_quantised(hf_config: Any) -> bool:
-    """Whether vLLM quantises the tower when it quantises the model. That of the -hf layout stays in BF16, because
-    vLLM 0.32 does not hand the quantisation on to its layers (``InternS1VisionModel``)."""
+    """Whether vLLM quantises the tower when it quantises the model.
+
+    In the -hf layout the tower stays in BF16, because vLLM 0.32 does not pass the quantisation on to the tower's layers
+    (``InternS1VisionModel``).
+    """
     return hf_config.architectures[0] == CHAT
 
 
 def _vision_mappings(chat: bool) -> tuple[ParamMapping, ...]:
-    """The tower's mappings, with the names of the chat layout or of the -hf layout."""
+    """The tower's mappings, with the names of the chat layout (``chat``) or of the -hf layout."""
     mappings = []
     for kind in ("weight", "bias"):
         megatron_name = f"{LAYER}self_attention.linear_qkv.{kind}"
@@ -196,9 +204,10 @@ def _vision_mappings(chat: bool) -> tuple[ParamMapping, ...]:
 
 
 def _vision_sharding(hf_config: Any, tensor: int, tensor_rank: int) -> Sharding:
-    """The tower's heads; those that the tensor-parallel size does not divide are zero-padded.
+    """The sharding of the tower. Heads are zero-padded if the tensor-parallel size does not divide them.
 
-    Raises ValueError if it does not divide the feed-forward layers.
+    Raises ValueError if the tensor-parallel size does not divide the tower's feed-forward size or the language model's
+    hidden size.
     """
     vision = hf_config.vision_config
     for field, size in (
@@ -222,7 +231,7 @@ def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompu
         sharding,
         dtype,
         **recompute,
-        # Megatron-Core's fused GELU is the tanh approximation; InternViT's is exact.
+        # Megatron-Core's fused GELU is the tanh approximation. InternViT has the exact GELU.
         bias_activation_fusion=False,
         num_layers=vision.num_hidden_layers,
         hidden_size=vision.hidden_size,
@@ -238,7 +247,7 @@ def vision_tower(hf_config: Any, parallel: Parallel, dtype: torch.dtype, recompu
 class VisionTower(MegatronModule):
     """Pixels [tiles, channels, height, width] → rows [tiles x (patches per tile / 4), language model's hidden size].
 
-    Raises ValueError for tiles of another size than the configuration's.
+    Raises ValueError for tiles whose size is not that of the configuration.
     """
 
     # For the memory estimate: attention has no rotary embeddings.
@@ -272,7 +281,8 @@ class VisionTower(MegatronModule):
     def extra_saved_bytes(self, rows: int) -> int:
         """For the memory estimate: bytes that a layer saves beyond Megatron-Core's layer, for ``rows`` tokens.
 
-        The inputs of both layer scales; of the QK-norm the input in FP32 and the output before the weight.
+        These are the inputs of both layer scales, the input of the QK-norm in FP32, and the output of the QK-norm
+        before the weight is applied.
         """
         config = self.config
         size = config.params_dtype.itemsize
@@ -280,22 +290,22 @@ class VisionTower(MegatronModule):
         return rows * (2 * config.hidden_size * size + heads * config.kv_channels * (4 + size))
 
     def pixel_rows(self, patches: int) -> int:
-        """For the memory estimate: rows of the pixels, which tensor-parallel ranks share: a tile each."""
+        """For the memory estimate: rows of the pixels, which are split over tensor-parallel ranks. A row is a tile."""
         return -(-patches // self.side**2)
 
     def layout_bytes(self, patches: int) -> int:
-        """For the memory estimate: there is no layout."""
+        """For the memory estimate: bytes of the layout, which this tower does not have."""
         return 0
 
     def layout(self, grid: torch.Tensor | None, on_device: OnDevice) -> None:
-        """All tiles are alike: the forward pass needs no more than them."""
+        """Return None: all tiles have the same size, so the forward pass needs only the pixels."""
 
     def forward(self, pixels: torch.Tensor, layout: None) -> torch.Tensor:
         """See the class."""
         return self.projector(self.encode(pixels, layout))
 
     def encode(self, pixels: torch.Tensor, layout: None) -> torch.Tensor:
-        """What the projector takes: [tokens, 4 x width], the four patches of a token side by side."""
+        """Compute the input of the projector: [tokens, 4 x width], the four patches of a token side by side."""
         if pixels.shape[1:] != self.tile:
             raise ValueError(
                 f"tiles of {tuple(pixels.shape[1:])} (channels, height, width): the tower sees {self.tile}"
@@ -342,7 +352,7 @@ class Projector(MegatronModule):
 
 
 def _layer(config: TransformerConfig, qkv_bias: bool) -> ModuleSpec:
-    """Megatron-Core's layer with InternViT's layer scale, QK-norm of the full width, and optional bias on QKV."""
+    """Megatron-Core's layer with InternViT's layer scale, QK-norm over the full width, and optional bias on QKV."""
     layer = platform.current().encoder_layer(config)
     layer.submodules.self_attn_bda = layer.submodules.mlp_bda = ModuleSpec(LayerScale, params={"config": config})
     attention = layer.submodules.self_attention.submodules
@@ -354,7 +364,7 @@ def _layer(config: TransformerConfig, qkv_bias: bool) -> ModuleSpec:
 
 
 def _without_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
-    """The linear layer without a bias; Megatron-Core has one switch for the biases of all linear layers."""
+    """The linear layer without a bias. Megatron-Core itself has only one switch for the biases of all linear layers."""
     return lambda *sizes, **options: linear(*sizes, **options | {"bias": False})
 
 
@@ -405,7 +415,7 @@ class FullWidthRMSNorm(torch.nn.Module):
 
 
 def config_from_chat(chat: dict[str, Any]) -> InternVLConfig:
-    """transformers' configuration from a config.json of the chat layout; ``architectures`` stays as it is.
+    """Build transformers' configuration from a config.json of the chat layout. ``architectures`` stays as it is.
 
     Stochastic depth (``drop_path_rate``) is ignored, as in transformers' model. Raises ValueError naming a field whose
     value no InternVL3 with Qwen2.5 has.

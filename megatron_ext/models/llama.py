@@ -18,14 +18,15 @@ from megatron_ext.weight_map import (
 
 
 def text_config(hf_config: Any) -> Any:
-    """The language model's configuration, which is the complete one."""
+    """The language model's configuration, which is the complete configuration."""
     return hf_config
 
 
 def decoder_mappings(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[ParamMapping, ...]:
-    """The mappings of a decoder whose Hugging Face names begin with ``prefix``; ``head`` is the output layer's name.
+    """The mappings of a decoder whose Hugging Face names begin with ``prefix``.
 
-    With tied embeddings the last pipeline stage's output layer is the embedding again.
+    ``head`` is the Hugging Face name of the output layer. With tied embeddings the output layer of the last pipeline
+    stage maps to the embedding.
     """
     layer = f"{prefix}layers.{{}}."
     embedding = f"{prefix}embed_tokens.weight"
@@ -63,7 +64,10 @@ def param_mappings(hf_config: Any, tensor: int, tensor_rank: int) -> tuple[Modul
 
 
 def transformer_options(text: Any) -> dict[str, Any]:
-    """TransformerConfig fields that the architecture fixes; head counts are added from Sharding, padded."""
+    """TransformerConfig fields that the architecture fixes.
+
+    The numbers of heads are not among them. They are padded, and taken from Sharding.
+    """
     return {
         "num_layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
@@ -78,7 +82,7 @@ def transformer_options(text: Any) -> dict[str, Any]:
 
 
 def gpt_options(text: Any) -> dict[str, Any]:
-    """GPTModel arguments: rotary base and Llama 3's frequency scaling. Raises ValueError for another scaling."""
+    """GPTModel arguments: rotary base and Llama 3's frequency scaling. Raises ValueError for any other scaling."""
     rope = text.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "llama3":

@@ -1,4 +1,4 @@
-"""Qwen2.5 (text; also the language model of Qwen2.5-VL and InternVL3): Llama with biases on query, key and value."""
+"""Qwen2.5: Llama with biases on query, key and value. Also the language model of Qwen2.5-VL and InternVL3."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["decoder_mappings", "gpt_options", "param_mappings", "text_config", "
 
 
 def decoder_mappings(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[ParamMapping, ...]:
-    """Llama's mappings and those of the biases."""
+    """Llama's mappings and the mappings of the biases."""
     biases = tuple(f"{prefix}layers.{{}}.self_attn.{p}_proj.bias" for p in "qkv")
     return (
         *llama.decoder_mappings(text, prefix, head),

@@ -1,7 +1,7 @@
 """Qwen2.5-VL (7B, 72B): Qwen2.5 with mRoPE, and a vision tower with window attention, as in transformers' model.
 
-The tower treats images and video clips alike: as patches, and a grid of (frames, rows, columns) of them. Patches are
-ordered in units of ``spatial_merge_size`` x ``spatial_merge_size``; the projector merges one unit into one token.
+The tower treats images and video clips alike. Its input is the patches and their grid (frames, rows, columns). Patches
+are ordered in units of ``spatial_merge_size`` x ``spatial_merge_size``. The projector merges one unit into one token.
 """
 
 import copy
@@ -54,14 +54,14 @@ VISION_MAPPINGS = (
     ParamMapping(("visual.merger.mlp.2.weight",), "projector.linear_fc2.weight", row_parallel),
     ParamMapping(("visual.merger.mlp.2.bias",), "projector.linear_fc2.bias", replicated),
 )
-# Prefixes of tensor names in checkpoints saved by transformers 4.52 and later → those in published checkpoints.
+# Prefix of tensor names in checkpoints saved by transformers 4.52 and later → prefix in published checkpoints.
 RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
-# Of every norm in the tower. transformers' model does not read it from the configuration either.
+# The epsilon of every norm in the tower. transformers' model does not read it from the configuration either.
 _EPSILON = 1e-6
 
 
 def text_config(hf_config: Any) -> Any:
-    """The language model's configuration; ``tie_word_embeddings`` is taken from the outer one."""
+    """The language model's configuration. ``tie_word_embeddings`` is taken from the outer configuration."""
     text = copy.copy(hf_config.text_config)
     text.tie_word_embeddings = hf_config.tie_word_embeddings
     return text
@@ -99,15 +99,15 @@ def prompt_positions(
 ) -> list[list[int]]:
     """mRoPE positions [3][tokens] (time, height, width) of a prompt with images and video clips, as vLLM counts them.
 
-    Text advances all three axes together. The tokens of an image or clip count from where the text before them stopped,
-    and the text after them continues from the largest of their positions plus 1. transformers 5 ignores a clip's time
-    in that last step (get_rope_index); Qwen's own code did not.
+    Text advances all three axes together. The positions of an image or clip start where the text before it stopped. The
+    text after it continues from the largest of its positions plus 1. In that last step transformers 5 ignores a clip's
+    time (get_rope_index). Qwen's own code did not.
 
     Args:
         hf_config: the complete model's configuration.
         tokens: token ids of the prompt, with one placeholder for each token of an image or clip.
         grid: (frames, rows, columns) in patches [images and clips, 3], in the order of the prompt.
-        seconds: for each clip, the time from one frame of the grid to the next.
+        seconds: for each clip, the time in seconds from one frame of the grid to the next.
 
     Raises:
         ValueError: tokens, grid and seconds do not fit together.
@@ -187,7 +187,8 @@ class VisionTower(MegatronModule):
     """Patches [patches, channels x frames x patch x patch] and their layout → rows [tokens, language hidden size].
 
     The layers in ``fullatt_block_indexes`` attend within a frame, all others within windows of ``window_size`` pixels.
-    The layers see the patches in the order of windows; before the projector the tokens are put back in their order.
+    The layers process the patches in the order of windows. Before the projector the tokens are put back in their
+    original order.
     """
 
     # For the memory estimate: attention has rotary embeddings.
@@ -216,20 +217,20 @@ class VisionTower(MegatronModule):
         return 0
 
     def pixel_rows(self, patches: int) -> int:
-        """For the memory estimate: rows of the pixels, which tensor-parallel ranks share: a patch each."""
+        """For the memory estimate: rows of the pixels, which are split over tensor-parallel ranks. A row is a patch."""
         return patches
 
     def layout_bytes(self, patches: int) -> int:
-        """For the memory estimate: of a :class:`TowerLayout`, without the bounds of its sequences."""
+        """For the memory estimate: bytes of a :class:`TowerLayout`, without the bounds of its sequences."""
         angles = patches * self.config.kv_channels * 4
         orders = 2 * 8 * patches // self.hf_config.spatial_merge_size**2
         return angles + orders
 
     def layout(self, grid: torch.Tensor, on_device: OnDevice) -> "TowerLayout":
-        """See :class:`TowerLayout`; grid [images, 3] on the host."""
+        """Compute the :class:`TowerLayout` of a micro-batch. ``grid`` [images, 3] is on the host."""
         vision = self.hf_config
         sizes = grid.tolist()
-        # Patches of a unit.
+        # The number of patches in a unit.
         unit = vision.spatial_merge_size**2
         window_side = vision.window_size // vision.patch_size // vision.spatial_merge_size
         order, windows = window_order(sizes, vision.spatial_merge_size, window_side)
@@ -248,7 +249,7 @@ class VisionTower(MegatronModule):
         return self.projector(self.encode(pixels, layout))
 
     def encode(self, pixels: torch.Tensor, layout: "TowerLayout") -> torch.Tensor:
-        """What the projector takes: [tokens, 4 x width], the four patches of a token side by side."""
+        """Compute the input of the projector: [tokens, 4 x width], the four patches of a token side by side."""
         vision = self.hf_config
         hidden = self.patch_embed(pixels)
         hidden = hidden.view(-1, vision.spatial_merge_size**2, hidden.shape[-1])[layout.order]
@@ -260,18 +261,18 @@ class VisionTower(MegatronModule):
 
 @dataclass(frozen=True)
 class TowerLayout:
-    """What the tower takes beside the patches: made once a micro-batch, and on the device before the pass begins.
+    """The inputs of the tower in addition to the patches.
 
-    Attributes:
-        order: the unit of patches at each place in the order of windows [units].
-        back: the place of each unit in that order [units].
-        angles: rotary angles in the order of windows [patches, 1, 1, head_dim].
-        by_window, by_frame: the sequences within which layers attend.
+    They are computed once for each micro-batch, and are on the device before the pass begins.
     """
 
+    # [units]: the index of the unit of patches at each place in the order of windows.
     order: torch.Tensor
+    # [units]: the place of each unit in the order of windows.
     back: torch.Tensor
+    # [patches, 1, 1, head_dim]: rotary angles, in the order of windows.
     angles: torch.Tensor
+    # The sequences within which layers attend: windows or frames.
     by_window: PackedSeqParams
     by_frame: PackedSeqParams
 
@@ -279,7 +280,7 @@ class TowerLayout:
 class PatchEmbedding(torch.nn.Module):
     """Patches [N, channels x frames x patch x patch] → [N, hidden size].
 
-    A convolution whose stride equals its kernel is one matrix product; ``weight`` keeps the convolution's shape.
+    A convolution whose stride equals its kernel size is one matrix product. ``weight`` keeps the convolution's shape.
     """
 
     def __init__(self, vision: Any, dtype: torch.dtype) -> None:
@@ -314,12 +315,12 @@ class Projector(MegatronModule):
 
 
 def window_order(sizes: list[list[int]], merge: int, side: int) -> tuple[torch.Tensor, list[int]]:
-    """The order of units by windows of ``side`` x ``side`` units; windows at the right and lower edges are smaller.
+    """Order the units by windows of ``side`` x ``side`` units. Windows at the right and lower edges may be smaller.
 
     Args:
         sizes: (frames, rows, columns) in patches of each image or clip.
-        merge: rows, and columns, of patches in a unit.
-        side: rows, and columns, of units in a window.
+        merge: the number of rows, and of columns, of patches in a unit.
+        side: the number of rows, and of columns, of units in a window.
 
     Returns:
         The old index of the unit at each new position [units], and the number of units in each window.
@@ -340,8 +341,8 @@ def window_order(sizes: list[list[int]], merge: int, side: int) -> tuple[torch.T
 def rotary_angles(sizes: list[list[int]], vision: Any) -> torch.Tensor:
     """Rotary angles [patches, head_dim] in FP32.
 
-    The first quarter of the head is rotated by the patch's row, the second by its column. The second half of the head
-    has the same angles again, for the other element of each rotated pair.
+    The first quarter of the head is rotated by the patch's row, the second quarter by its column. The second half of
+    the head has the same angles again, for the other element of each rotated pair.
     """
     merge = vision.spatial_merge_size
     half = vision.hidden_size // vision.num_heads // 2
@@ -356,7 +357,7 @@ def rotary_angles(sizes: list[list[int]], vision: Any) -> torch.Tensor:
 
 
 def _packed(lengths: list[int], on_device: OnDevice) -> PackedSeqParams:
-    """Megatron-Core's description of sequences of these lengths, one after another."""
+    """Megatron-Core's description of a pack of sequences with these lengths."""
     starts = on_device(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32))
     longest = max(lengths)
     return PackedSeqParams(

@@ -1,4 +1,7 @@
-"""Qwen3 (dense): Llama with an RMS norm on every query and key head. docs/new_base_model.md tells how it was added."""
+"""Qwen3 (dense): Llama with an RMS norm on every query and key head.
+
+docs/new_base_model.md describes how this family was added.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ __all__ = ["decoder_mappings", "gpt_options", "param_mappings", "text_config", "
 
 
 def decoder_mappings(text: Any, prefix: str = "model.", head: str = "lm_head.weight") -> tuple[ParamMapping, ...]:
-    """Llama's mappings and those of the head norms, which are replicated on every rank."""
+    """Llama's mappings and the mappings of the head norms, which are replicated on every rank."""
     attention = f"{prefix}layers.{{}}.self_attn."
     return (
         *llama.decoder_mappings(text, prefix, head),

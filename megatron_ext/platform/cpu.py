@@ -1,11 +1,11 @@
 """CPU: gloo, Megatron-Core's own tensor-parallel layers, attention in torch, and the patches that Megatron-Core needs.
 
 Megatron-Core 0.19 has no CPU device. Official switches are used where they exist (``use_cpu_initialization``, the
-local layer specs, the fusion flags); ``PATCHES`` lists the rest. When an upgrade moves a patched function,
+local layer specs, the fusion flags). ``PATCHES`` lists the rest. If an upgrade moves a patched function,
 tests/megatron_ext/test_platform.py fails and names it.
 
-Transformer Engine is hidden where it is installed. Megatron-Core would take its optimiser and its clipping of
-gradients, which need a GPU.
+If Transformer Engine is installed, it is hidden. Otherwise Megatron-Core would use Transformer Engine's optimiser and
+gradient clipping, which need a GPU.
 """
 
 import os
@@ -53,7 +53,10 @@ _CUDA_TYPE_NAMES = {
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Megatron-Core writes ``device="cuda"``, ``.cuda()`` and compares ``Tensor.type()`` with CUDA names."""
+    """Redirect CUDA calls to the CPU.
+
+    Megatron-Core uses ``device="cuda"`` and ``.cuda()``, and compares ``Tensor.type()`` with CUDA names.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,14 +74,15 @@ class _CudaMeansCpu(TorchFunctionMode):
 def activate() -> None:
     """Install the patches and the CPU kernels that Megatron-Core expects from Transformer Engine.
 
-    Raises RuntimeError if Transformer Engine has been imported: Megatron-Core then has its kernels, which need a GPU.
+    Raises RuntimeError if Transformer Engine has already been imported, because Megatron-Core then uses its kernels,
+    which need a GPU.
     """
     if sys.modules.get(TRANSFORMER_ENGINE) is not None:
         raise RuntimeError(
             "cluster.platform=cpu: Transformer Engine is imported already; activate the platform before anything "
             "imports Megatron-Core"
         )
-    # An import of it now fails as if it were not installed.
+    # From now on an import of Transformer Engine fails as if it were not installed.
     sys.modules[TRANSFORMER_ENGINE] = None  # type: ignore[assignment]
     torch.compile = _uncompiled
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
@@ -100,7 +104,7 @@ def activate() -> None:
 
 
 def _uncompiled(model: Any = None, **options: Any) -> Any:
-    """The function itself, also as a decorator with options."""
+    """Replacement for ``torch.compile`` that returns the function itself. Also works as a decorator with options."""
     return model if model is not None else lambda function: function
 
 
@@ -110,9 +114,9 @@ def _transport() -> Any:
 
 
 def _init_gloo(self: ProcessGroupGloo, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-    """torch's initialisation, but all groups of a process share one transport.
+    """Initialise like torch, but with one transport for all groups of a process.
 
-    Each transport has a thread, and Megatron-Core makes many groups: their threads took 3 % of two cores.
+    Each transport has a thread, and Megatron-Core creates many groups. Their threads took 3 % of two cores.
     """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [_transport()]
@@ -135,7 +139,7 @@ def device() -> torch.device:
 
 
 def config_options() -> dict[str, Any]:
-    """TransformerConfig fields: all fusions that need CUDA are off; packed RoPE is ``_rotary_packed``."""
+    """TransformerConfig fields. All fusions that need CUDA are off. Packed RoPE is ``_rotary_packed``."""
     return {
         "use_cpu_initialization": True,
         "apply_rope_fusion": True,
@@ -181,15 +185,15 @@ def _layer(config: Any, mask: Any) -> Any:
 
 
 def fuse_gradient_accumulation(module: torch.nn.Module) -> None:
-    """Does nothing: the preflight builds a GPU's model here, and no run may ask for it."""
+    """Does nothing. The preflight builds the model of a GPU run here, and no CPU run may ask for the fusion."""
 
 
 def overlap_tensor_parallel(config: Any, tokens: int) -> None:
-    """Does nothing, as ``fuse_gradient_accumulation``."""
+    """Does nothing, for the same reason as ``fuse_gradient_accumulation``."""
 
 
 def end_overlap() -> None:
-    """Does nothing: there is none."""
+    """Does nothing, because there is no overlapped communication on a CPU."""
 
 
 def rng_state() -> torch.Tensor:
@@ -208,13 +212,13 @@ def empty_on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def copy_to_host(tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> None:
-    """Fill what ``empty_on_host`` made with the tensors' values."""
+    """Copy the tensors into ``copies``, which are from ``empty_on_host``."""
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor)
 
 
 class Uploads:
-    """Tensors on the host are on this device."""
+    """Returns tensors as they are, because tensors on the host are already on this device."""
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -229,16 +233,16 @@ def uploads() -> Uploads:
 
 
 def empty_cache() -> None:
-    """Does nothing: on a CPU torch keeps no freed memory."""
+    """Does nothing, because on a CPU torch keeps no freed memory."""
 
 
 def take_memory_peak() -> int | None:
-    """None: a CPU has no memory of its own."""
+    """None, because a CPU has no memory of its own."""
     return None
 
 
 def peak_flops() -> float | None:
-    """None: it depends on the processor's clock and instructions."""
+    """None, because it depends on the processor's clock and instructions."""
     return None
 
 
@@ -251,10 +255,11 @@ def machine() -> str:
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm over the last dimension; under sequence parallelism the weight's gradient is summed over the ranks.
+    """RMS norm over the last dimension, with support for sequence parallelism.
 
-    Megatron-Core's torch wrapper refuses sequence parallelism. ``finalize_model_grads`` needs only the attribute
-    ``sequence_parallel`` of the weight.
+    Megatron-Core's torch wrapper refuses sequence parallelism. Under sequence parallelism the weight's gradient is
+    summed over the ranks by ``finalize_model_grads``, which needs only the attribute ``sequence_parallel`` of the
+    weight.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
@@ -267,7 +272,8 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
 
 
-# Scores of a pack that are held at once, those of padding too: 1 GiB in FP32; and of a block of a longer one.
+# The most attention scores of a pack, including padding, that are held at once: 1 GiB in FP32. A pack with more scores
+# is attended in blocks of at most ``_BLOCK_SCORES`` scores.
 _MOST_SCORES = 2**28
 _BLOCK_SCORES = 2**18
 
@@ -275,10 +281,12 @@ _BLOCK_SCORES = 2**18
 class PackedAttention(torch.nn.Module):
     """Attention over packed (THD) sequences, causal or bidirectional: unpack to a padded batch, attend, pack again.
 
-    Query [tokens, heads, head_dim], key and value [tokens, groups, head_dim] → [tokens, heads, head_dim], all of this
-    rank. Sequences are padded on the right. Matrix products with an FP32 softmax take a quarter of the time of torch's
-    BF16 SDPA on a CPU at a few hundred tokens. Under context parallelism keys and values are gathered, and a rank
-    attends with its local queries. A pack of more than ``_MOST_SCORES`` scores is attended a block at a time.
+    Query [tokens, heads, head_dim], key and value [tokens, groups, head_dim] → [tokens, heads, head_dim]. The tokens
+    and heads are those of this rank. Sequences are padded on the right. Matrix products with an FP32 softmax take a
+    quarter of the time of torch's BF16 SDPA on a CPU at a few hundred tokens.
+
+    Under context parallelism keys and values are all-gathered, and a rank attends with its local queries. A pack with
+    more than ``_MOST_SCORES`` scores is attended a block at a time, unless it has shared prompts.
     """
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
@@ -296,7 +304,7 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Any = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """See the class; of the arguments that Megatron-Core passes, masks and biases as tensors are not used."""
+        """See the class. Megatron-Core also passes masks and biases as tensors, which are not used."""
         from megatron.core.transformer.enums import AttnMaskType
 
         places = _places(packed_seq_params, self.context)
@@ -340,12 +348,13 @@ class _Places:
     """Where the tokens of a pack are in the padded batch.
 
     Attributes:
-        lengths: of the sequences [sequences].
-        queries: row of each of this rank's tokens.
-        keys: row of each token of all context-parallel ranks, one rank after another.
+        lengths: lengths of the sequences [sequences].
+        queries: row of each of this rank's tokens in the padded batch.
+        keys: row of each token of all context-parallel ranks in the padded batch, one rank after another.
         gathered: place in the pack of each token of all context-parallel ranks, one rank after another.
-        own: of each sequence the places in the pack of this rank's tokens.
-        hidden: of a pack with shared prompts, the keys that a query does not see [sequences, 1, longest, longest].
+        own: for each sequence, the places in the pack of this rank's tokens.
+        hidden: for a pack with shared prompts, the keys that a query does not see [sequences, 1, longest, longest].
+            None for other packs.
     """
 
     lengths: torch.Tensor
@@ -357,7 +366,7 @@ class _Places:
 
 
 def _places(packed: Any, context: int) -> _Places:
-    """The places of a pack, computed once per micro-batch and kept in ``packed``."""
+    """The places of a pack. They are computed once per micro-batch and cached in ``packed``."""
     from megatron_ext.packed import PROMPT, sees
     from megatron_ext.packing import context_ranges
 
@@ -366,7 +375,7 @@ def _places(packed: Any, context: int) -> _Places:
         return cached
     starts = packed.cu_seqlens_q.long()
     lengths = starts.diff()
-    # Of each token of the pack, its row in the padded batch.
+    # For each token of the pack, the row in the padded batch.
     padded_starts = torch.arange(len(lengths)) * int(lengths.max())
     moved_by = torch.repeat_interleave(padded_starts - starts[:-1], lengths)
     row_of = torch.arange(int(starts[-1])) + moved_by
@@ -380,7 +389,7 @@ def _places(packed: Any, context: int) -> _Places:
     segments = getattr(packed, "segments", None)  # a vision tower's pack has none
     if segments is not None:
         longest = int(lengths.max())
-        # Padding takes part as tokens of the prompt: it follows the sequence, and nothing comes after it.
+        # Padding counts as tokens of the prompt. No token sees it, because it follows the sequence.
         padded = torch.full((len(lengths) * longest,), PROMPT).index_copy_(0, keys, segments)
         padded = padded.view(len(lengths), longest)
         is_later = torch.ones(longest, longest, dtype=torch.bool).triu(1)
@@ -390,10 +399,10 @@ def _places(packed: Any, context: int) -> _Places:
 
 
 class _AttendInBlocks(torch.autograd.Function):
-    """``PackedAttention``'s output for this rank's queries and the keys of all ranks, a block of queries at a time.
+    """Compute ``PackedAttention``'s output for this rank's queries and the keys of all ranks, block by block.
 
-    The backward pass computes the weights of a block again, so that memory grows with the tokens, not with their
-    squares. Its formulas are those of FlashAttention (arXiv 2205.14135, appendix B.2).
+    The backward pass recomputes the attention weights of each block. So memory grows linearly with the number of
+    tokens, not with its square. The formulas are those of FlashAttention (arXiv 2205.14135, appendix B.2).
     """
 
     @staticmethod
@@ -406,8 +415,10 @@ class _AttendInBlocks(torch.autograd.Function):
         scale: float,
         is_causal: bool,
     ) -> torch.Tensor:
-        """Query [tokens, heads, head_dim], key and value [tokens of the pack, groups, head_dim] → as the query.
-        ``blocks``: of each the queries and the keys that they see."""
+        """Query [tokens, heads, head_dim], key and value [tokens of the pack, groups, head_dim] → shape of the query.
+
+        ``blocks`` has a pair for each block: the queries, and the keys that they see.
+        """
         groups = key.shape[1]
         k, v = key.transpose(0, 1), value.transpose(0, 1)
         output = torch.empty_like(query)
@@ -447,13 +458,15 @@ def _by_group(queries: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _by_head(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Inverse of ``_by_group``; ``shape``: [queries, heads, head_dim]."""
+    """Inverse of ``_by_group``. ``shape`` is [queries, heads, head_dim]."""
     return rows.unflatten(1, (-1, shape[0])).permute(2, 0, 1, 3).reshape(shape)
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, queries: int, scale: float, is_causal: bool) -> torch.Tensor:
-    """The softmax, FP32, of the scores of ``queries`` queries, as ``_by_group`` has them, and keys [groups, keys,
-    head_dim]. Causal: the last query is at the last key's place."""
+    """The FP32 softmax of the scores of ``queries`` queries and keys ``k`` [groups, keys, head_dim].
+
+    ``q`` has the layout that ``_by_group`` returns. With a causal mask, the last query is at the place of the last key.
+    """
     scores = (q @ k.transpose(1, 2)).float().mul_(scale)
     if is_causal:
         is_later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
@@ -463,8 +476,11 @@ def _weights(q: torch.Tensor, k: torch.Tensor, queries: int, scale: float, is_ca
 
 
 def _blocks(starts: list[int], own: list[list[range]], heads: int, is_causal: bool) -> list[tuple[slice, slice]]:
-    """Of each block of at most ``_BLOCK_SCORES`` scores its queries among this rank's, and the keys that they see in
-    the pack, whose sequences begin at ``starts``."""
+    """Divide this rank's queries into blocks of at most ``_BLOCK_SCORES`` scores.
+
+    Returns a pair for each block: its queries among this rank's queries, and the keys in the pack that they see.
+    ``starts`` has the start of each sequence of the pack and the end of the last one.
+    """
     blocks = []
     done = 0
     for (start, end), ranges in zip(pairwise(starts), own, strict=True):
@@ -490,7 +506,7 @@ def _context_rank() -> int:
 
 
 def _gather_context(local: torch.Tensor) -> torch.Tensor:
-    """The rows of all context-parallel ranks; the backward pass sums and scatters the gradients."""
+    """All-gather the rows of all context-parallel ranks. The backward pass is a reduce-scatter of the gradients."""
     from megatron.core.parallel_state import get_context_parallel_group
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -500,10 +516,10 @@ def _gather_context(local: torch.Tensor) -> torch.Tensor:
 
 
 class _Unpack(torch.autograd.Function):
-    """Packed rows → ``size`` rows, zero where no packed row goes.
+    """Packed rows → ``size`` rows. Rows without a packed row are zero.
 
-    The rows are distinct, so the backward pass is a gather. autograd's backward pass of an index accumulates, which
-    takes 50 times as long on a CPU.
+    The target rows are distinct, so the backward pass is a gather. autograd's backward pass of indexing accumulates,
+    which takes 50 times as long on a CPU.
     """
 
     @staticmethod
@@ -535,8 +551,10 @@ class _Pack(torch.autograd.Function):
 def _rotary_packed(
     t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, **context: int
 ) -> torch.Tensor:
-    """Rotary embedding for packed sequences, t [tokens, heads, head_dim], freqs [tokens, 1, 1, head_dim]: each token
-    has its angles, so that neither sequences nor context-parallel slices matter."""
+    """Rotary embedding for packed sequences: t [tokens, heads, head_dim], freqs [tokens, 1, 1, head_dim].
+
+    ``freqs`` has the angles of each token, so the boundaries of sequences and of context-parallel slices do not matter.
+    """
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, rotary_interleaved=interleaved).squeeze(1)

@@ -11,22 +11,23 @@ from megatron_ext.platform import features
 
 name = "cuda"
 backend = "nccl"
-# Tokens and hidden size of the buffers for overlapped communication, None without.
+# (tokens, hidden size) of the buffers for overlapped communication. None if there are none.
 _overlap_shape: tuple[int, int] | None = None
 
 ALLOCATOR_OPTIONS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second is torch's former name
-# Larger pinned tensors take their own size, which the preflight counts, and go back to the host when they are freed.
-# torch rounds the smaller ones up to a power of two and keeps them for others. It must round all that it keeps: torch
-# 2.13 gives a kept block to any request with the same next power of two, a larger one too (pytorch #192722).
+# Pinned tensors above this limit take exactly their own size, which the preflight counts, and go back to the host when
+# they are freed. torch rounds smaller ones up to a power of two and keeps them for later requests. It must round every
+# block that it keeps, because torch 2.13 gives a kept block to any request with the same next power of two, even to a
+# larger one (pytorch #192722).
 ALLOCATOR_SETTING = "pinned_max_cached_size_mb:64"
 
 
 def activate() -> None:
-    """Bind this process to its GPU. Raises RuntimeError when there is none or the local rank has no device."""
+    """Bind this process to its GPU. Raises RuntimeError if no GPU is visible or the local rank has no device."""
     if not ALLOCATOR_OPTIONS & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTING
     # Megatron-Core overlaps tensor-parallel communication correctly only with a single hardware queue. CUDA reads the
-    # variable when it starts, which the next call may do.
+    # variable when it is initialised, and the next call may initialise it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         raise RuntimeError("cluster.platform=cuda: no CUDA device is visible; use cluster=local_cpu on this machine")
@@ -41,7 +42,10 @@ def activate() -> None:
 
 
 def _use_torch_s_cudnn() -> None:
-    """Have Transformer Engine load the cuDNN that torch brings; it looks into CUDNN_HOME first, then into toolkits."""
+    """Make Transformer Engine load the cuDNN that is installed with torch.
+
+    Transformer Engine looks into CUDNN_HOME first, then into toolkits.
+    """
     folder = features.cudnn_folder()
     if folder is not None:
         os.environ["CUDNN_HOME"] = folder
@@ -68,7 +72,7 @@ def config_options() -> dict[str, Any]:
 def layer_specs(config: Any, virtual_stage: int | None = None) -> Any:
     """Transformer Engine layers: fused norm + linear, THD flash attention, FP8 when ``config.fp8`` is set.
 
-    Packs with shared prompts have torch's FlexAttention instead (``megatron_ext.flex``).
+    For packs with shared prompts the attention is torch's FlexAttention instead (``megatron_ext.flex``).
     """
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -93,10 +97,10 @@ def encoder_layer(config: Any) -> Any:
 
 
 def fuse_gradient_accumulation(module: torch.nn.Module) -> None:
-    """Have Transformer Engine's products add the gradients of matrices to Megatron-Core's FP32 buffers.
+    """Make Transformer Engine's matrix products add weight gradients directly to Megatron-Core's FP32 buffers.
 
-    With the configuration's ``gradient_accumulation_fusion`` they would do so too, but Megatron-Core's output layer
-    would then ask for an extension of Apex.
+    The configuration's ``gradient_accumulation_fusion`` would do the same, but Megatron-Core's output layer would then
+    need an extension of Apex.
     """
     for layer in module.modules():
         if hasattr(layer, "fuse_wgrad_accumulation"):
@@ -104,11 +108,13 @@ def fuse_gradient_accumulation(module: torch.nn.Module) -> None:
 
 
 def overlap_tensor_parallel(config: Any, tokens: int) -> None:
-    """Collective over all ranks: make Transformer Engine's communication buffers, for micro-batches of ``tokens``
-    tokens on a context-parallel rank. Once per process; all models share them.
+    """Collective over all ranks: create Transformer Engine's communication buffers.
 
-    As Megatron-LM does in ``_initialize_tp_communicators``. Raises ValueError for a model of another hidden size than
-    an earlier one's, and RuntimeError where the GPUs of a node have no NVLink multicast.
+    The buffers are for micro-batches of ``tokens`` tokens on a context-parallel rank. They are created once per
+    process, and all models share them. Megatron-LM does the same in ``_initialize_tp_communicators``.
+
+    Raises ValueError if an earlier model had another hidden size, and RuntimeError where the GPUs of a node have no
+    NVLink multicast.
     """
     global _overlap_shape
     from transformer_engine.pytorch.module.base import UserBufferQuantizationMode, initialize_ub
@@ -129,14 +135,14 @@ def overlap_tensor_parallel(config: Any, tokens: int) -> None:
         tp_size=config.tensor_model_parallel_size,
         quantization_modes=modes,
         dtype=config.params_dtype,
-        # NCCL's would keep memory of the GPU for a few messages at the start.
+        # NCCL would keep GPU memory allocated for the few messages at the start.
         bootstrap_backend="gloo",
     )
     _overlap_shape = shape
 
 
 def end_overlap() -> None:
-    """Give up the communication buffers; ends with the process groups."""
+    """Destroy the communication buffers. Called when the process groups end."""
     global _overlap_shape
     if _overlap_shape is None:
         return
@@ -158,7 +164,7 @@ def _rotary_per_token() -> None:
 
     @functools.lru_cache(maxsize=64)
     def one_sequence(tokens: int, on: torch.device) -> torch.Tensor:
-        """[0, tokens], made on the device: a copy of a list would make the host wait for it."""
+        """[0, tokens], created on the device, because a copy of a list would make the host wait."""
         return torch.arange(0, tokens + 1, tokens, dtype=torch.int32, device=on)
 
     def rotary(
@@ -186,16 +192,17 @@ def empty_on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def copy_to_host(tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> None:
-    """Fill what ``empty_on_host`` made with the tensors' values; all are there when this returns."""
+    """Copy the tensors into ``copies``, which are from ``empty_on_host``. The copies are complete on return."""
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     torch.cuda.synchronize()
 
 
 class Uploads:
-    """Copies of another thread's tensors to the GPU of the thread that makes this, and for its computing stream.
+    """Copies tensors from the host to the GPU. May be called from another thread than the one that computes.
 
-    They go from pinned memory on a stream of their own, beside what is being computed.
+    The target is the GPU and the current stream of the thread that creates this object (the computing thread). The
+    copies are from pinned memory, on a stream of their own, and overlap with computation.
     """
 
     def __init__(self) -> None:
@@ -204,13 +211,13 @@ class Uploads:
         self.copying = torch.cuda.Stream()
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The copy of a tensor on the host, which may not be used before what :meth:`begun` returns is called."""
+        """Begin to copy a host tensor. The copy must not be used before the function from :meth:`begun` is called."""
         torch.cuda.set_device(self.device)  # a new thread begins with the first GPU
-        # Pinned memory goes back to torch's allocator, which gives it out again when it has been read.
+        # torch's allocator reuses the pinned memory only after the copy has read it.
         pinned = tensor.pin_memory()
         with torch.cuda.stream(self.computing):
             copy = torch.empty_like(pinned, device=self.device)
-        # The memory may be that of a tensor which something that is under way still reads.
+        # The copy's memory may be that of a freed tensor, which a kernel on the computing stream may still read.
         self.copying.wait_stream(self.computing)
         with torch.cuda.stream(self.copying):
             copy.copy_(pinned, non_blocking=True)
@@ -218,8 +225,10 @@ class Uploads:
         return copy
 
     def begun(self) -> Callable[[], None]:
-        """What the computing thread has to call before it uses the copies that have begun: its stream waits for them,
-        the thread does not."""
+        """Return the function that the computing thread must call before it uses the copies that have begun.
+
+        The function makes the thread's stream wait for the copies. The thread itself does not wait.
+        """
         copied = self.copying.record_event()
         return lambda: self.computing.wait_event(copied)
 
@@ -235,14 +244,14 @@ def empty_cache() -> None:
 
 
 def take_memory_peak() -> int | None:
-    """Bytes that torch's allocator held at most since the last call."""
+    """The peak of the bytes that torch's allocator reserved since the last call."""
     peak = torch.cuda.max_memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     return peak
 
 
 def peak_flops() -> float | None:
-    """Dense BF16 FLOP/s of this rank's GPU, None for one that the table lacks."""
+    """Dense BF16 FLOP/s of this rank's GPU. None if the GPU is not in the table."""
     return features.peak_flops(torch.cuda.get_device_name())
 
 

@@ -1,4 +1,4 @@
-"""The attention of decoder layers on a GPU. Imported where Transformer Engine is."""
+"""The attention of decoder layers on a GPU. Importing this module needs Transformer Engine."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from megatron_ext import flex
 
 
 class DecoderAttention(TEDotProductAttention):
-    """Transformer Engine's attention; torch's FlexAttention for a pack with shared prompts, whose mask the former does
-    not have."""
+    """Transformer Engine's attention, or torch's FlexAttention for a pack with shared prompts.
+
+    Transformer Engine's attention does not support the mask of such a pack.
+    """
 
     def forward(self, query: Any, key: Any, value: Any, *others: Any, packed_seq_params: Any, **options: Any) -> Any:
         """Query [tokens, heads, head_dim], key and value [tokens, groups, head_dim] → [tokens, heads x head_dim]."""

@@ -1,1 +1,1 @@
-"""RL algorithms as parts: small pure functions, each chosen by name in ``algorithm.<part>`` (``parts.py``)."""
+"""RL algorithms as parts: small pure functions, each chosen by name in ``algorithm.<part>`` (``registry.py``)."""

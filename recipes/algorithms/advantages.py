@@ -1,11 +1,12 @@
-"""Advantages of a rollout: for each sample, [prompts, samples], or for each trained token, [tokens].
+"""Advantages of a rollout: per sample, [prompts, samples], or per trained token, [tokens].
 
 They are computed in FP64 over the full rollout, which every rank knows. Tokens that the loss mask leaves out (an
 environment's reply, a forced end of thinking) are not among the inputs, so returns, discounts and whitening go from one
-trained token to the next: ``trained_inputs`` removes them and ``at_response_tokens`` puts zeros in their places. A
-sample without a reward has the reward NaN: it is left out of every mean and gets the advantage 0.
+trained token to the next. ``trained_inputs`` removes these tokens, and ``at_response_tokens`` puts zeros in their
+places. A sample without a reward has the reward NaN. It is left out of every mean and gets the advantage 0.
 
-Standard deviations have n − 1 in the denominator, as in TRL and verl, of a group and of a rollout's tokens.
+Standard deviations have n − 1 in the denominator, as in TRL and verl, both those of a group and those of a rollout's
+tokens.
 """
 
 from dataclasses import dataclass
@@ -19,17 +20,19 @@ from recipes.algorithms.needs import needs
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """The trained tokens of a scored rollout. Raises ValueError where the shapes do not fit.
+    """The rewards and values of a scored rollout, of trained tokens only.
 
-    ``rewards`` [prompts, samples], NaN where there is none. ``lengths`` [prompts, samples]: trained tokens, 0 for a
-    sample that has none. ``token_rewards`` [tokens], prompt by prompt, sample by sample: a token's reward beside that
-    of its sequence, which is −``kl_coefficient`` × KL where ``algorithm.kl_in`` is the reward. ``values`` [tokens]: a
-    critic's expected return before each token; None without a critic.
+    Per-token inputs are ordered by prompt and then by sample. Raises ValueError where the shapes do not fit.
     """
 
+    # [prompts, samples], NaN for a sample without a reward.
     rewards: Tensor
+    # [prompts, samples]: the number of trained tokens, 0 for a sample without any.
     lengths: Tensor
+    # [tokens]: the reward of a token beside that of its sequence. This is −kl_coefficient × KL where algorithm.kl_in is
+    # the reward.
     token_rewards: Tensor
+    # [tokens]: a critic's expected return before each token. None without a critic.
     values: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -45,7 +48,7 @@ class AdvantageInputs:
 
     @property
     def judged(self) -> Tensor:
-        """[prompts, samples]: whether there is a reward."""
+        """[prompts, samples]: whether the sample has a reward."""
         return ~self.rewards.isnan()
 
     @property
@@ -58,10 +61,10 @@ class AdvantageInputs:
 def trained_inputs(
     rewards: Tensor, response_lengths: Tensor, loss_mask: Tensor, token_rewards: Tensor, values: Tensor | None
 ) -> AdvantageInputs:
-    """The inputs as if the tokens that the loss mask leaves out had never been there.
+    """Build the inputs from the trained tokens of a rollout. Tokens that the loss mask leaves out are removed.
 
-    ``rewards`` and ``response_lengths`` [prompts, samples]; ``loss_mask`` bool, ``token_rewards`` and ``values`` of all
-    response tokens, [R] each.
+    ``rewards`` and ``response_lengths`` are [prompts, samples]. ``loss_mask`` (bool), ``token_rewards`` and ``values``
+    have an element for each response token, [R].
     """
     sample_of_token = torch.arange(rewards.numel()).repeat_interleave(response_lengths.flatten())
     lengths = torch.bincount(sample_of_token[loss_mask], minlength=rewards.numel())
@@ -74,13 +77,16 @@ def trained_inputs(
 
 
 def sample_inputs(rewards: Tensor, trained_lengths: Tensor) -> AdvantageInputs:
-    """The inputs where no token has a reward or a value of its own; both arguments [prompts, samples]."""
+    """Build the inputs where no token has a reward or a value of its own. Both arguments are [prompts, samples]."""
     no_rewards = torch.zeros((), dtype=torch.float64).expand(int(trained_lengths.sum()))  # one number in memory
     return AdvantageInputs(rewards=rewards, lengths=trained_lengths, token_rewards=no_rewards)
 
 
 def at_response_tokens(trained: Tensor, loss_mask: Tensor) -> Tensor:
-    """Numbers of trained tokens [tokens] → those of all response tokens, [R]: 0 where the loss mask leaves one out."""
+    """Scatter per-token numbers of the trained tokens, [tokens], to all response tokens, [R].
+
+    Tokens that the loss mask leaves out get 0.
+    """
     everywhere = torch.zeros(len(loss_mask), dtype=trained.dtype)
     everywhere[loss_mask] = trained
     return everywhere
@@ -94,7 +100,7 @@ def dr_grpo(inputs: AdvantageInputs) -> Tensor:
 def grpo(inputs: AdvantageInputs, *, advantage_epsilon: float) -> Tensor:
     """(R − group mean) / (group std + ε) (DeepSeekMath, Shao et al. 2024; CPGD's std weight).
 
-    The std has n − 1 in its denominator, as in SafeWork-R1's run; n are the group's samples with a reward.
+    The std has n − 1 in its denominator, as in SafeWork-R1's run. n is the number of the group's samples with a reward.
     """
     centred = _centred(inputs.totals)  # 0 for samples without a reward
     n = inputs.judged.sum(dim=1, keepdim=True)
@@ -105,7 +111,8 @@ def grpo(inputs: AdvantageInputs, *, advantage_epsilon: float) -> Tensor:
 def clip_filter(inputs: AdvantageInputs, *, clip_filter_cap: float) -> Tensor:
     """min(cap, groups / groups with differing rewards) × (R − group mean): CPGD's clip-filter-like weight.
 
-    As if groups of equal rewards had been replaced by others (Liu et al. 2025, arXiv 2505.12504, section 4.3).
+    The factor acts as if groups of equal rewards had been replaced by others (Liu et al. 2025, arXiv 2505.12504,
+    section 4.3).
     """
     centred = _centred(inputs.totals)
     differing = int((centred != 0).any(dim=1).sum())
@@ -119,12 +126,15 @@ def rloo(inputs: AdvantageInputs) -> Tensor:
 
 
 def cale(inputs: AdvantageInputs, *, cale_alpha: float, cale_mu: float) -> Tensor:
-    """Length-conditioned: μ inter + (1 − μ) intra, over the shorter and the longer half of each group.
+    """Length-conditioned advantages: μ inter + (1 − μ) intra, over the shorter and the longer half of each group.
 
-    Inter: α R − mean of the shorter half for a long answer, R − α × mean of the longer half for a short one. Intra:
-    R − mean of the own half. With α < 1 a short right answer is worth more than a long one. Not published by
-    SafeWork-R1; from its authors' description. Our choices: of an odd group the shorter half has one more; equal
-    lengths keep the order of the samples; a group of one length has no halves and gets R − mean.
+    - inter, for a long answer: α R − mean of the shorter half;
+    - inter, for a short answer: R − α × mean of the longer half;
+    - intra: R − mean of the answer's own half.
+
+    With α < 1 a short right answer is worth more than a long one. SafeWork-R1 has not published the formula; this is
+    from its authors' description. Our choices: In a group of odd size the shorter half has one sample more. Samples of
+    equal length keep their order. A group whose samples all have the same length has no halves and gets R − mean.
     """
     totals = inputs.totals
     advantages = torch.zeros_like(totals)
@@ -167,10 +177,11 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Tensor:
 
 @needs(values=True)
 def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16). A critic's returns are these + values.
+    """Generalised advantage estimates, [tokens] (Schulman et al. 2016, eq. 16).
 
-    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t, where t + 1 is the next trained token; the value after the
-    last token is 0. Raises ValueError without ``values``.
+    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t, where t + 1 is the next trained token. The value after the
+    last token is 0. The returns that a critic learns are these advantages plus the values. Raises ValueError without
+    ``values``.
     """
     if inputs.values is None:
         raise ValueError("algorithm.advantage=gae: needs a critic's values; choose another advantage without a critic")
@@ -180,7 +191,7 @@ def gae(inputs: AdvantageInputs, *, discount: float, gae_lambda: float) -> Tenso
     next_value = torch.zeros(rewards.shape[1], dtype=rewards.dtype)
     next_advantage = torch.zeros(rewards.shape[1], dtype=rewards.dtype)
     for t in reversed(range(len(rewards))):
-        # In the padding after a sequence rewards and values are 0, so its last token starts from 0.
+        # Rewards and values are 0 in the padding after a sequence, so its last token starts from 0.
         error = rewards[t] + discount * next_value - values[t]
         next_advantage = error + discount * gae_lambda * next_advantage
         next_value = values[t]
@@ -195,9 +206,9 @@ def gae_whitened(inputs: AdvantageInputs, *, discount: float, gae_lambda: float)
 
 
 def _centred(totals: Tensor) -> Tensor:
-    """Minus the group's mean; 0 for samples without a reward and for groups of equal rewards.
+    """Subtract the group's mean. Samples without a reward and groups of equal rewards get 0.
 
-    The latter are set to 0, as the rounded mean of equal rewards can differ from them.
+    Groups of equal rewards are set to 0 explicitly, since rounding can make the mean differ from the rewards.
     """
     missing = totals.isnan()
     highest = totals.masked_fill(missing, -torch.inf).amax(1, keepdim=True)
@@ -207,7 +218,7 @@ def _centred(totals: Tensor) -> Tensor:
 
 
 def _token_rewards(inputs: AdvantageInputs) -> Tensor:
-    """[longest, sequences]: each token's reward, with the sequence's reward at its last token; 0 in the padding."""
+    """[longest, sequences]: the rewards of the tokens, 0 in the padding. The last token also gets the sequence's."""
     token_rewards = _padded(inputs.token_rewards.double(), inputs.lengths)
     rewards = inputs.rewards.double().flatten().nan_to_num(nan=0.0)
     lengths = inputs.lengths.flatten()
@@ -217,7 +228,7 @@ def _token_rewards(inputs: AdvantageInputs) -> Tensor:
 
 
 def _padded(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """[tokens] → [longest, sequences]; 0 in the padding."""
+    """Reshape [tokens] to [longest, sequences], with 0 in the padding."""
     return pad_sequence(tokens.split(lengths.flatten().tolist()))
 
 
@@ -232,8 +243,10 @@ def _judged_tokens(inputs: AdvantageInputs) -> Tensor:
 
 
 def _whitened(tokens: Tensor, inputs: AdvantageInputs) -> Tensor:
-    """Mean 0 and standard deviation 1 over the tokens of samples with a reward; 0 elsewhere, and where all are
-    equal."""
+    """Normalise to mean 0 and standard deviation 1 over the tokens of samples with a reward.
+
+    The tokens of other samples get 0. Where all tokens are equal, all get 0.
+    """
     judged = _judged_tokens(inputs)
     known = tokens[judged]
     if len(known) == 0 or known.amax() == known.amin():

@@ -1,8 +1,10 @@
-"""KL estimators of Schulman's note "Approximating KL divergence", per sampled token: KL(policy ‖ reference).
+"""Estimators of KL(policy ‖ reference) per sampled token, from Schulman's note "Approximating KL divergence".
 
-d = ln(reference / policy) of a token that the policy sampled. No value is clamped, so that an overflow is visible. As a
-loss, k2 has the gradient of the KL itself; k3's has the same sign and, near the reference, the same size; k1's is zero
-on average, so k1 makes sense only in the reward (``algorithm.kl_in``).
+d is ln(reference / policy) of a token that the policy sampled. No value is clamped, so that an overflow is visible.
+
+The estimators differ in their gradients as a loss. That of k2 is the gradient of the KL itself. That of k3 has the same
+sign and, near the reference, the same size. That of k1 is zero on average, so k1 makes sense only in the reward
+(``algorithm.kl_in``).
 """
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 
 def k1(log_probs: Tensor, reference: Tensor) -> Tensor:
-    """−d, [R]: unbiased, of either sign."""
+    """−d, [R]: unbiased, positive or negative."""
     return log_probs - reference
 
 

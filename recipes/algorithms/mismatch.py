@@ -1,7 +1,7 @@
-"""Train-inference mismatch: the differences of trainer's and rollout's log-probs, their corrections and their limit.
+"""Train-inference mismatch: metrics of the differences of trainer's and rollout's log-probs, corrections and a limit.
 
-The engine that sampled and the trainer compute the same policy with different kernels, so their log-probs of the same
-tokens differ. All ratios here are trainer / rollout, that is exp(trainer − rollout), and have no gradient.
+The engine that samples and the trainer compute the same policy with different kernels, so their log-probs of the same
+tokens differ. All importance ratios here are trainer / rollout, that is exp(trainer − rollout). They have no gradient.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from torch import Tensor
 from recipes.algorithms.kl import k1, k3
 from recipes.algorithms.sequences import Sequences
 
-# Upper bounds of response lengths in tokens. A mismatch that grows with length shows in the buckets.
+# Upper bounds of the response lengths in each bucket, in tokens. The buckets show a mismatch that grows with length.
 LENGTH_BUCKETS = (64, 256, 1024, 4096, 16384)
 BUCKET_NAMES = (*(f"to_{bound}" for bound in LENGTH_BUCKETS), f"over_{LENGTH_BUCKETS[-1]}")
-# Endings of the names of sums and metrics: of all tokens, and of each bucket.
+# Suffixes of the names of sums and metrics: the first for all tokens, the others for each bucket.
 PARTS = ("", *(f"/{bucket}" for bucket in BUCKET_NAMES))
 NAME = "train_inference_mismatch"
 
@@ -29,16 +29,18 @@ def none(trainer: Tensor, rollout: Tensor, sequences: Sequences) -> Tensor:
 
 
 def token_truncated(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: float) -> Tensor:
-    """min(ρ, cap) with the token's ratio ρ: truncated importance sampling (Ionides 2008; Yao et al. 2025, "Your
-    efficient RL framework secretly brings you off-policy RL training")."""
+    """min(ρ, cap), where ρ is the ratio of the token: truncated importance sampling.
+
+    Sources: Ionides 2008; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
     return torch.exp((trainer - rollout).detach()).clamp(max=tis_cap)
 
 
 def sequence_truncated(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: float) -> Tensor:
-    """min(Π ρ, cap) with the product over the sequence's trained tokens (Liu et al. 2025, "When speed kills stability:
-    demystifying RL collapse from the training-inference mismatch", Seq-TIS).
+    """min(Π ρ, cap), where the product is over the sequence's trained tokens.
 
-    Without the cap it has no bias for a reward of the sequence, but its variance grows with the length.
+    Without the cap this is unbiased for a reward of the sequence, but its variance grows with the length. Source: Liu
+    et al. 2025, "When speed kills stability: demystifying RL collapse from the training-inference mismatch", Seq-TIS.
     """
     gap = trainer - rollout
     return sequences.broadcast(sequences.sum(gap).exp().clamp(max=tis_cap), gap)
@@ -57,11 +59,12 @@ def kept_sequences(
     trainer: Tensor, rollout: Tensor, sequences: Sequences,
     *, sequence_ratio_bounds: list[float] | None, token_ratio_veto: float | None,
 ) -> Tensor:  # fmt: skip
-    """1 for the tokens of sequences that the update keeps and 0 for the others, [R].
+    """[R]: 1 for the tokens of sequences that the update keeps, 0 for the others.
 
-    A sequence is left out when the geometric mean of its trained tokens' ratios is outside ``sequence_ratio_bounds`` or
-    one of them is below ``token_ratio_veto``; None switches either off. The weights of the others do not change: the
-    update remains a mean over all samples, and does not depend on the micro-batch split.
+    A sequence is left out when the geometric mean of its trained tokens' ratios is outside ``sequence_ratio_bounds``,
+    or when one of these ratios is below ``token_ratio_veto``. None switches off the one or the other. The aggregation
+    weights of the kept sequences do not change. So the update remains a mean over all samples and does not depend on
+    the micro-batch split.
     """
     gap = (trainer - rollout).detach()
     keep = torch.ones(len(sequences.lengths), dtype=torch.bool, device=gap.device)
@@ -75,13 +78,15 @@ def kept_sequences(
 
 
 def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: float) -> dict[str, Tensor]:
-    """A micro-batch's sums for :func:`report`, to be added up over micro-batches and ranks; of ``/max`` the maximum.
+    """The sums of a micro-batch for :func:`report`.
 
-    ``trainer`` and ``rollout`` [R]: log-probs, of which those of trained tokens (``sequences.loss_mask``) count. A
-    sequence belongs to the bucket of all its response tokens; a bucket without a trained token has sums of 0.
+    They are added up over micro-batches and ranks, except those named ``/max``, of which the maximum is taken.
 
-    All sums are made by one scatter-add, which waits for nothing. On a GPU the order of its additions may differ from
-    run to run, and with it the last bits of these FP64 sums; no loss is made of them.
+    ``trainer`` and ``rollout`` [R] are log-probs. Only trained tokens (``sequences.loss_mask``) count. The bucket of a
+    sequence is that of its total number of response tokens. A bucket without a trained token has sums of 0.
+
+    One scatter-add computes all sums, so that the host does not wait for the device. On a GPU the order of its
+    additions may differ from run to run, and with it the last bits of these FP64 sums. No loss is computed from them.
     """
     gap = trainer.detach().double() - rollout.double()
     weight = gap.exp()
@@ -95,11 +100,11 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: flo
         "weight": weight,
         "weight_squared": weight**2,
     }
-    # [measures, R]; 0 for the tokens that are not trained on, whose log-probs may be anything.
+    # [measures, R]. Tokens that are not trained on get 0, since their log-probs may have any value.
     of_tokens = torch.stack(list(measured.values())).masked_fill(~sequences.loss_mask, 0.0)
     bucket_of_sequence = torch.stack([sequences.total_lengths > bound for bound in LENGTH_BUCKETS]).sum(0)
     bucket = bucket_of_sequence[sequences.owners]
-    # Each token counts in two parts: that of all tokens, which is the first, and its bucket.
+    # Each token counts in two parts: the first, which is that of all tokens, and that of its bucket.
     part = torch.cat([torch.zeros_like(bucket), 1 + bucket])
     of_both = of_tokens.repeat(1, 2)
     of_parts = gap.new_zeros(len(measured), len(PARTS)).scatter_add_(1, part.expand_as(of_both), of_both)
@@ -114,12 +119,15 @@ def sums(trainer: Tensor, rollout: Tensor, sequences: Sequences, *, tis_cap: flo
 
 
 def report(totals: Mapping[str, float]) -> dict[str, float]:
-    """Metrics ``train_inference_mismatch/…`` from the added-up :func:`sums`: of all trained tokens, then of each length
-    bucket; none where no token is trained on.
+    """The metrics ``train_inference_mismatch/…``, computed from the added-up :func:`sums`.
 
-    ``mean`` and ``max`` of the absolute log-prob difference in nats; ``k1`` and ``k3``, estimates of
-    KL(rollout ‖ trainer); ``clipped``, the share of tokens whose ratio is above ``algorithm.tis_cap``; ``ess``, the
-    effective sample size of the ratios as importance weights, (Σw)² / (N Σw²): 1 when all are equal.
+    They are given for all trained tokens and for each length bucket that has a trained token:
+
+    - ``mean`` and ``max``: mean and maximum of the absolute log-prob difference, in nats;
+    - ``k1`` and ``k3``: estimates of KL(rollout ‖ trainer);
+    - ``clipped``: the share of tokens whose ratio is above ``algorithm.tis_cap``;
+    - ``ess``: the effective sample size of the ratios as importance weights, (Σw)² / (N Σw²), which is 1 when all are
+      equal.
     """
     metrics: dict[str, float] = {}
     for part in PARTS:
@@ -141,7 +149,7 @@ def report(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 def check(metrics: Mapping[str, float], *, max_mismatch: float) -> None:
-    """Raises RuntimeError when the mean log-prob difference is above ``max_mismatch``, or NaN."""
+    """Raises RuntimeError when the mean absolute log-prob difference is above ``max_mismatch``, or NaN."""
     gap = metrics[f"{NAME}/mean"]
     if not gap <= max_mismatch:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What a part of an algorithm needs beside its usual arguments, declared at its function."""
+"""Declarations of what a part of an algorithm needs beside its usual arguments, attached to the part's function."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,18 +9,20 @@ ATTRIBUTE = "needs"
 
 @dataclass(frozen=True)
 class Needs:
-    """``values``: a critic's value of each response token. ``reference``: log-probs under the reference policy.
-    ``sequences``: sums over each sequence's response tokens (``recipes.algorithms.sequences``)."""
+    """The needs of a part of an algorithm."""
 
+    # A critic's value of each response token.
     values: bool = False
+    # Log-probs under the reference policy.
     reference: bool = False
+    # Reductions over each sequence's response tokens (recipes.algorithms.sequences).
     sequences: bool = False
 
 
 def needs[F: Callable[..., Any]](
     *, values: bool = False, reference: bool = False, sequences: bool = False
 ) -> Callable[[F], F]:
-    """Decorator of a part: the run gets a critic, a reference policy or sequence sums because of it.
+    """Declare, as a decorator of a part's function, that the run needs a critic, a reference policy or sequence sums.
 
     An advantage reads ``AdvantageInputs.values``; a policy loss gets an argument named ``reference`` or ``sequences``.
     """
@@ -33,5 +35,5 @@ def needs[F: Callable[..., Any]](
 
 
 def needs_of(function: Callable[..., Any]) -> Needs:
-    """What the function declares; nothing without a declaration."""
+    """The declared needs of a function. Without a declaration it needs nothing."""
     return getattr(function, ATTRIBUTE, Needs())

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, put together from an algorithm's parts, and the metrics of an update."""
+"""The loss of a micro-batch, composed of an algorithm's parts, and the metrics of an update."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,15 +20,19 @@ LOG_PROBS = ("old", "logprobs", "reference")  # the values of a micro-batch that
 
 
 def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> LossFunction:
-    """([2, R], log-probs and below them the entropies; micro-batch) → (loss, sums of metrics).
+    """The loss function of an algorithm: (outputs, micro-batch) → (loss, sums of metrics).
 
-    Each token's policy loss, corrected for the mismatch between trainer and rollout, plus ``kl_coefficient`` × KL to
-    the reference where ``kl_in`` is the loss, minus ``entropy_coefficient`` × entropy; then the sum over the tokens,
-    each times its weight in the full update. ``values`` of the micro-batch, [R] each: ``advantages``, ``weights``,
-    ``logprobs`` (the engine's), ``loss_mask``, ``reference`` in steps that make its pass and, where a rollout makes
-    several updates, ``old``.
+    The outputs are [2, R]: the log-probs in the first row and the entropies in the second.
 
-    The sums are those that ``report`` takes, over the tokens that are trained on.
+    The loss of a token is its policy loss, times the correction of the mismatch between trainer and rollout, plus
+    ``kl_coefficient`` × KL to the reference where ``kl_in`` is the loss, minus ``entropy_coefficient`` × entropy. The
+    loss of the micro-batch is the sum over its tokens, each times its aggregation weight in the full update.
+
+    ``values`` of the micro-batch has, [R] each: ``advantages``, ``weights``, ``logprobs`` (the engine's) and
+    ``loss_mask``; ``reference`` in steps with a pass under the reference; ``old`` where a rollout makes several
+    updates.
+
+    The sums are the input of :func:`report`. They are over the tokens that are trained on.
     """
     policy_loss = resolve("policy_loss", config)
     estimator = resolve("kl_estimator", config)
@@ -38,7 +42,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
 
     def micro_batch_loss(outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         sequences = sequences_of(batch, context_group)
-        # The other tokens' weights are 0. Their ratios may overflow, though, and 0 × infinity is NaN.
+        # Tokens that are not trained on have the weight 0. But their ratios may overflow, and 0 × infinity is NaN.
         log_probs, entropies = outputs.masked_fill(~sequences.loss_mask, 0.0)
         values = {
             name: column.masked_fill(~sequences.loss_mask, 0.0) if name in LOG_PROBS else column
@@ -80,7 +84,7 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
         if "reference" in values:
             of_tokens["kl/reference"] = kl.k3(current, values["reference"])
         if clips(policy_loss):
-            # A clip acts where the loss would be another without it.
+            # A token is clipped where its loss differs from the loss without the clip.
             without_low = policy_loss(current, old, advantages, **further, clip_low=1.0)
             without_high = policy_loss(current, old, advantages, **further, clip_high=math.inf)
             of_tokens["clip_fraction/low"] = without_low != policy_losses.detach()
@@ -95,18 +99,23 @@ def loss(config: AlgorithmConfig, context_group: dist.ProcessGroup | None) -> Lo
 
 
 def clips(policy_loss: Callable[..., Any]) -> bool:
-    """Whether a policy loss has the clip's two keywords."""
+    """Whether a policy loss has the keywords ``clip_low`` and ``clip_high``."""
     return {"clip_low", "clip_high"} <= signature(policy_loss).parameters.keys()
 
 
 def report(sums: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of the added-up sums of :func:`loss`, means over the tokens that are trained on; none without any.
+    """The metrics of an update, computed from the added-up sums of :func:`loss`.
 
-    ``kl/reference`` is the k3 estimate of KL(policy ‖ reference) from samples of the policy, ``kl/old`` that of
-    KL(old policy ‖ policy) from samples of the old one. ``perplexity/policy`` and ``perplexity/sampler`` are those of
-    the sampled tokens under the policy before the rollout's updates, and as the engine recorded them. ``entropy`` is
-    the mean entropy of the distributions over the vocabulary. ``clip_fraction/…``: the share of tokens whose loss the
-    clip changes. ``train_inference_mismatch/left_out``: the share that a correction of the mismatch leaves out.
+    They are means over the tokens that are trained on. Without such tokens there are no metrics.
+
+    - ``kl/reference``: the k3 estimate of KL(policy ‖ reference) from samples of the policy;
+    - ``kl/old``: the k3 estimate of KL(old policy ‖ policy) from samples of the old policy;
+    - ``perplexity/policy``: the perplexity of the sampled tokens under the policy before the rollout's updates;
+    - ``perplexity/sampler``: their perplexity by the log-probs that the engine recorded;
+    - ``entropy``: the mean entropy of the distributions over the vocabulary;
+    - ``clip_fraction/…``: the share of tokens whose loss the clip changes;
+    - ``train_inference_mismatch/…``: see ``mismatch.report``;
+    - ``train_inference_mismatch/left_out``: the share of tokens that a correction of the mismatch leaves out.
     """
     tokens = sums.get(f"{mismatch.NAME}/tokens", 0)
     if not tokens:

@@ -1,9 +1,11 @@
-"""Policy losses, to be minimised: a loss for each response token, [R].
+"""Policy losses: each function returns the loss of each response token, [R], to be minimised.
 
-All take the tokens' log-probs under the present policy (with gradient) and under the policy before the first update
-of this rollout (``old``, without gradient), and the advantages, [R] each; those that need them, the micro-batch's
-``Sequences``. Where a rollout makes one update only, ``old`` is the present log-probs without their gradient, and every
-ratio is 1. A loss that clips does so by the keywords ``clip_low`` (1 for no lower bound) and ``clip_high``.
+All take three tensors, [R] each: the log-probs under the present policy, with gradient; ``old``, the log-probs under
+the policy before the first update of this rollout, without gradient; and the advantages. Losses that need them also
+take the micro-batch's ``Sequences``.
+
+Where a rollout makes only one update, ``old`` is the present log-probs without their gradient, and every importance
+ratio is 1. A loss that clips has the keywords ``clip_low`` (1 for no lower bound) and ``clip_high``.
 """
 
 import math
@@ -23,7 +25,7 @@ def reinforce(log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
 def ppo_clip(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """−min(r A, clip(r, 1 − low, 1 + high) A) with r = π / π_old (Schulman et al. 2017, eq. 7).
 
-    A higher ``clip_high`` than ``clip_low`` is DAPO's clip-higher (Yu et al. 2025, eq. 10).
+    With a higher ``clip_high`` than ``clip_low`` this is DAPO's clip-higher (Yu et al. 2025, eq. 10).
     """
     return _clipped(torch.exp(log_probs - old), advantages, clip_low, clip_high)
 
@@ -31,7 +33,7 @@ def ppo_clip(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: fl
 def cispo(log_probs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """−stopgrad(clip(r, 1 − low, 1 + high)) A ln π (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
 
-    The clip bounds a token's weight and takes no token out of the update, as ``ppo_clip`` does.
+    The clip bounds the weight of a token. Unlike that of ``ppo_clip``, it removes no token from the update.
     """
     ratio = torch.exp(log_probs - old).detach()
     return -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * log_probs
@@ -41,7 +43,7 @@ def ppo_dual_clip(
     log_probs: Tensor, old: Tensor, advantages: Tensor,
     *, clip_low: float, clip_high: float, dual_clip: float,
 ) -> Tensor:  # fmt: skip
-    """``ppo_clip``, but where A < 0 never above −c A with c = ``dual_clip`` > 1 (Ye et al. 2020, eq. 4)."""
+    """``ppo_clip``, bounded by −c A where A < 0, with c = ``dual_clip`` > 1 (Ye et al. 2020, eq. 4)."""
     loss = _clipped(torch.exp(log_probs - old), advantages, clip_low, clip_high)
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
@@ -50,12 +52,11 @@ def ppo_dual_clip(
 def gspo(
     log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences, *, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Clipped by the sequence's ratio s = exp(mean of ln π/π_old over its tokens) (Zheng et al. 2025, eq. 5 to 7). Its
-    tokens are those that are trained on.
+    """The clipped loss with the sequence's ratio s = exp(mean of ln π/π_old over its trained tokens).
 
-    In the paper's token form (eq. 13): s without gradient, times π / stopgrad(π), which is 1. Where all tokens of a
-    sequence have the same weight, value and gradient are those of the paper's sequence form, and no gradient crosses
-    the ranks that share a sequence.
+    Source: Zheng et al. 2025, eq. 5 to 7. This is the paper's token form (eq. 13): s without gradient, times
+    π / stopgrad(π), which is 1. So no gradient crosses the ranks that share a sequence. Where all tokens of a sequence
+    have the same weight, value and gradient are those of the paper's sequence form.
     """
     log_ratio = sequences.broadcast(sequences.mean(log_probs - old), log_probs)
     return _clipped(torch.exp(log_ratio + log_probs - log_probs.detach()), advantages, clip_low, clip_high)
@@ -67,9 +68,11 @@ def cpgd(
 ) -> Tensor:  # fmt: skip
     """Clipped policy gradient with policy drift (Liu et al. 2025, arXiv 2505.12504, eq. 2), per token.
 
-    −min(l A, clip(l, ln(1 − low), ln(1 + high)) A) + α drift with l = ln π/π_old and α = ``drift_coefficient``. The
-    drift's gradient is that of k3 for KL(π_old ‖ π) with a capped factor: min(stopgrad(r) − 1, c) ∇ ln π with c =
-    ``drift_cap``. Its value here is that factor times l: never negative, and 0 where both policies agree.
+    −min(l A, clip(l, ln(1 − low), ln(1 + high)) A) + α drift with l = ln π/π_old and α = ``drift_coefficient``.
+
+    The gradient of the drift is that of k3 for KL(π_old ‖ π) with a capped factor: min(stopgrad(r) − 1, c) ∇ ln π with
+    c = ``drift_cap``. The value of the drift is this factor times l. It is never negative, and 0 where both policies
+    agree.
     """
     log_ratio = log_probs - old
     surrogate = _clipped_log(log_ratio, advantages, clip_low, clip_high)
@@ -81,10 +84,10 @@ def cpgd_sequence(
     log_probs: Tensor, old: Tensor, advantages: Tensor, sequences: Sequences,
     *, clip_low: float, clip_high: float, drift_coefficient: float, drift_cap: float,
 ) -> Tensor:  # fmt: skip
-    """``cpgd`` clipped by the sequence's l, the mean over its tokens; the drift stays per token.
+    """``cpgd`` clipped by the sequence's l, which is the mean of l over its trained tokens. The drift stays per token.
 
-    The paper's update (eq. 1) has the sum instead. With the mean, as in ``gspo``, one bound fits all lengths (our
-    choice).
+    The paper's update (eq. 1) has the sum instead of the mean. With the mean, as in ``gspo``, one bound fits all
+    lengths (our choice).
     """
     mean = sequences.broadcast(sequences.mean(log_probs - old), log_probs)
     surrogate = _clipped_log(mean + log_probs - log_probs.detach(), advantages, clip_low, clip_high)

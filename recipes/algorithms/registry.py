@@ -1,8 +1,8 @@
-"""The parts of an algorithm, each a function chosen by name: ``algorithm.<part>`` in the configuration.
+"""The parts of an algorithm. Each is a function, chosen by name: ``algorithm.<part>`` in the configuration.
 
-A keyword of a part's function gets the field of ``algorithm`` with its name, or what ``algorithm.kwargs`` has for it.
-A function of the user's own is named by its dotted path and has the signature of its part's others; what it needs
-beside them it declares with ``recipes.algorithms.needs``.
+A keyword-only argument of a part's function gets its value from ``algorithm.kwargs``, or else from the field of
+``algorithm`` with its name. A user's own function is named by its dotted path. It has the same signature as the other
+functions of its part. If it needs further arguments, it declares them with ``recipes.algorithms.needs``.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,9 @@ REGISTRY: dict[str, tuple[Function, ...]] = {
 
 
 def requirements(config: AlgorithmConfig) -> Needs:
-    """What a run of this algorithm needs: what its parts declare, and the reference for a KL coefficient above 0.
+    """The needs of a run of this algorithm.
+
+    These are the needs that its parts declare, and the reference where the KL coefficient is above 0.
 
     Raises ConfigError for a function that does not exist.
     """
@@ -70,15 +72,18 @@ def requirements(config: AlgorithmConfig) -> Needs:
 
 
 def reference_interval(config: AlgorithmConfig) -> int | None:
-    """Steps from one that makes a pass under the reference to the next: 1 where the algorithm needs it, otherwise
-    ``reference_every``, the metric's; None for a run without a reference."""
+    """The number of steps from one pass under the reference to the next. None for a run without a reference.
+
+    It is 1 where the algorithm needs the reference. Otherwise only the metric ``kl/reference`` does, and it is
+    ``algorithm.reference_every``.
+    """
     return 1 if requirements(config).reference else config.reference_every
 
 
 def resolve(name: str, config: AlgorithmConfig) -> Function:
     """The function that ``algorithm.<name>`` chooses, with its keywords set from ``config``.
 
-    Raises ConfigError for a function that does not exist, and for a keyword that is set nowhere.
+    Raises ConfigError for a function that does not exist, and for a keyword without a value.
     """
     function = function_of(name, config)
     keywords: dict[str, Any] = {}

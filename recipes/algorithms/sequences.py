@@ -1,8 +1,9 @@
 """Reductions over the trained response tokens of each packed sequence.
 
-Under context parallelism a rank holds a part of a sequence's tokens, and the reductions include the context-parallel
-group: its ranks run the same micro-batches in the same order, as attention needs them to. A reduction has no gradient,
-so no gradient crosses ranks; a sequence-level loss gets its gradient through the tokens (``policy_losses.gspo``).
+Under context parallelism a rank holds a part of a sequence's tokens. The reductions then include an all-reduce over the
+context-parallel group, whose ranks run the same micro-batches in the same order, as attention requires. A reduction has
+no gradient, so no gradient crosses ranks. A sequence-level loss gets its gradient through the tokens
+(``policy_losses.gspo``).
 """
 
 from dataclasses import dataclass
@@ -16,34 +17,37 @@ from megatron_ext.packing import MicroBatch
 
 @dataclass(frozen=True)
 class Sequences:
-    """A micro-batch's sequences, S of them, with R response tokens on this rank.
+    """The S sequences of a micro-batch, with R response tokens on this rank.
 
-    ``lengths`` int64 [S]: response tokens of each sequence on this rank, in the order of the tokens. ``total_lengths``
-    int64 [S]: on all context-parallel ranks together. ``owners`` int64 [R]: the sequence of each token. ``loss_mask``
-    bool [R]: the tokens that are trained on; the others count in no reduction. ``context_group``: the ranks that hold
-    the other tokens; None when this rank holds all.
-
-    All are on the device, where all reductions are made, so that the host never waits for one.
+    All tensors are on the device. All reductions run there too, so that the host never waits for one.
     """
 
+    # int64 [S]: the number of response tokens of each sequence on this rank, in the order of the tokens.
     lengths: Tensor
+    # int64 [S]: the number of response tokens of each sequence on all context-parallel ranks together.
     total_lengths: Tensor
+    # int64 [R]: the sequence of each token.
     owners: Tensor
+    # bool [R]: the tokens that are trained on. The others count in no reduction.
     loss_mask: Tensor
+    # The ranks that hold the other tokens of the sequences. None when this rank holds all.
     context_group: dist.ProcessGroup | None = None
 
     def sum(self, tokens: Tensor) -> Tensor:
-        """[R] → [S] FP64: the sum over each sequence, without gradient, in a fixed order of additions: bits repeat."""
+        """[R] → [S] FP64: the sum over each sequence, without gradient.
+
+        The order of additions is fixed, so the bits repeat.
+        """
         trained = tokens.detach().double().masked_fill(~self.loss_mask, 0.0)
         return self._reduced(trained, "sum", dist.ReduceOp.SUM)
 
     def minimum(self, tokens: Tensor) -> Tensor:
-        """[R] → [S] FP64: the minimum over each sequence, without gradient; infinity where no token is trained on."""
+        """[R] → [S] FP64: the minimum over each sequence, without gradient. Infinity where no token is trained on."""
         trained = tokens.detach().double().masked_fill(~self.loss_mask, torch.inf)
         return self._reduced(trained, "min", dist.ReduceOp.MIN)
 
     def mean(self, tokens: Tensor) -> Tensor:
-        """[R] → [S] FP64: the mean over each sequence, without gradient; 0 where no token is trained on."""
+        """[R] → [S] FP64: the mean over each sequence, without gradient. 0 where no token is trained on."""
         trained_tokens = self.sum(torch.ones_like(tokens))
         return self.sum(tokens) / trained_tokens.clamp(min=1)
 
@@ -60,6 +64,6 @@ class Sequences:
 
 
 def sequences_of(batch: MicroBatch, context_group: dist.ProcessGroup | None) -> Sequences:
-    """Of a micro-batch with the column ``loss_mask``."""
+    """The sequences of a micro-batch that has the column ``loss_mask``."""
     is_trained = batch.values["loss_mask"] > 0
     return Sequences(batch.lengths, batch.response_lengths, batch.owners, is_trained, context_group)

@@ -11,8 +11,11 @@ POSITIVE = "(0, 1e6]"
 
 @dataclass
 class AlgorithmConfig(ScheduleConfig):
-    """A part (advantage, policy loss, KL estimator, aggregation, importance sampling) is named by its function, or by
-    the dotted path of the user's own."""
+    """The settings of the RL algorithm.
+
+    A part (advantage, policy loss, KL estimator, aggregation, importance sampling) is chosen by the name of its
+    function, or by the dotted path of a user's own function.
+    """
 
     steps: int = setting("RL steps: rollouts", range=COUNT, on_resume=RAISED)
     prompts_per_step: int = setting("prompts of a step, all ranks together", range=COUNT, unit="prompts")

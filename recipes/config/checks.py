@@ -42,7 +42,7 @@ def check(config: Config) -> None:
 
 
 def check_folder(config: Config) -> None:
-    """What is to be done with the run's folder."""
+    """Raises ConfigError for an impossible run_dir, and for resume and overwrite together."""
     if not config.run_dir.strip():
         raise ConfigError(f"run_dir={config.run_dir!r}: give the run's folder")
     if config.run_dir.startswith("~"):
@@ -54,7 +54,7 @@ def check_folder(config: Config) -> None:
 
 
 def check_stage(config: Config) -> None:
-    """A launch does something, and a model without an output layer is all that it trains."""
+    """Check that a launch does something. A model with a head for an output layer must be the only one it trains."""
     trains = config.stage.trains
     if not trains and not config.stage.ladder:
         raise ConfigError(f"stage.trains=[]: name at least one of {', '.join(STAGES)}, or give stage.ladder")
@@ -66,7 +66,7 @@ def check_stage(config: Config) -> None:
 
 
 def check_optimizer_states(config: Config) -> None:
-    """A checkpoint can be written."""
+    """Check that a checkpoint can be written."""
     if not config.parallel.distributed_optimizer:
         raise ConfigError(
             "parallel.distributed_optimizer=false: a checkpoint holds the distributed optimiser's states; use true"
@@ -74,7 +74,7 @@ def check_optimizer_states(config: Config) -> None:
 
 
 def check_precision(config: Config) -> None:
-    """FP8 is for GPUs, and FP32 there for whole sequences."""
+    """FP8 needs a GPU with FP8. On a GPU, FP32 does not work with context parallelism."""
     possible = capabilities(config.cluster.platform)
     if config.precision.name == "fp8" and not possible.has_fp8:
         raise ConfigError("precision.name='fp8': needs a GPU with FP8 (H100 or newer); use precision=bf16 on a CPU")
@@ -87,7 +87,7 @@ def check_precision(config: Config) -> None:
 
 
 def check_recompute(config: Config) -> None:
-    """A module that is recomputed had kept something."""
+    """Refuse selective recompute of a module that would save no memory."""
     parallel = config.parallel
     selective = parallel.recompute == "selective"
     if selective and layout.CORE_ATTENTION in parallel.recompute_modules and has_fused_kernels(config):
@@ -98,7 +98,7 @@ def check_recompute(config: Config) -> None:
 
 
 def check_overlap(config: Config) -> None:
-    """What Transformer Engine does on a GPU, in the precisions and on the ranks for which it can."""
+    """Check that Transformer Engine can do what is chosen, on this platform, in this precision and on these ranks."""
     parallel = config.parallel
     for name in ("gradient_accumulation_fusion", "tp_comm_overlap"):
         if getattr(parallel, name) and not has_fused_kernels(config):
@@ -125,7 +125,7 @@ def has_fused_kernels(config: Config) -> bool:
 
 
 def check_samples_of_other_weights(config: Config) -> None:
-    """Samples of other weights than the trainer's need importance sampling."""
+    """Samples from other weights than the trainer's need importance sampling."""
     rollout = config.rollout
     corrected = config.algorithm.importance_sampling != "none"
     if (rollout.staleness or rollout.partial_rollout_tokens) and not corrected:
@@ -148,7 +148,7 @@ def check_samples_of_other_weights(config: Config) -> None:
 
 
 def check_shared_memory(config: Config) -> None:
-    """Who makes room for whom: trainer, engines and judges."""
+    """Check that trainer, engines and judges can make room for each other on the GPUs that they share."""
     rollout = config.rollout
     colocated = config.rewards.placement == reward_settings.COLOCATED
     for field, chosen in (
@@ -162,7 +162,7 @@ def check_shared_memory(config: Config) -> None:
 
 
 def check_engine_nodes(config: Config) -> None:
-    """Engines with nodes of their own share their memory with nobody."""
+    """Engines on nodes of their own do not share memory. Settings that make room for them are refused."""
     nodes = config.cluster.engine_nodes
     if not nodes:
         return
@@ -188,7 +188,7 @@ def check_engine_nodes(config: Config) -> None:
 
 
 def check_critic(config: Config) -> None:
-    """Where the critic starts, and that the policy is trained too."""
+    """Check that the critic's folder exists, and that its warm-up leaves steps in which the policy is trained."""
     path = config.critic.path
     if path is not None and not (Path(path) / "config.json").is_file():
         raise ConfigError(
@@ -202,7 +202,7 @@ def check_critic(config: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
-    """An update's sequences fit into micro-batches, and every rank gets some."""
+    """Check that the longest sequence fits into a micro-batch and that data-parallel ranks share an update evenly."""
     multiple = config.parallel.token_multiple
     tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     longest = -(-tokens // multiple) * multiple
@@ -223,7 +223,10 @@ def check_batch(config: Config) -> None:
 
 
 def check_engine_batch(config: Config) -> None:
-    """An engine's step takes a token of every sequence and its drafts, and a complete prompt where none is split."""
+    """Check that an engine's step has room for one token of every sequence and its draft tokens.
+
+    On a platform whose engines do not split prompts, the step also needs room for a complete sequence.
+    """
     if not generates(config):
         return
     rollout = config.rollout

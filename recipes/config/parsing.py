@@ -1,4 +1,4 @@
-"""From Hydra's composed mapping to the typed, checked configuration."""
+"""Turn Hydra's composed mapping into the typed, checked configuration."""
 
 import os
 

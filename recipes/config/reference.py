@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "configuration.md"
 MISSING = object()
-# What the commands of rollout.guidance (conf/guidance.yaml), rollout.deliberation (conf/deliberation.yaml) and
-# recipes.serve (conf/serve.yaml) read; no part of a run.
+# Settings that are not part of a run: those of the commands of rollout.guidance (conf/guidance.yaml),
+# rollout.deliberation (conf/deliberation.yaml) and recipes.serve (conf/serve.yaml).
 NO_RUN: dict[str, Any] = {
     "guidance": GuidanceConfig,
     "calibrate": CalibrateConfig,
@@ -96,7 +96,7 @@ def table(rows: Any) -> str:
 
 
 def type_name(hint: Any) -> str:
-    """A type as a reader of YAML calls it."""
+    """The name of a type for a reader of YAML."""
     if is_optional(hint):
         (given,) = (argument for argument in get_args(hint) if argument is not types.NoneType)
         return f"{type_name(given)} or null"
@@ -126,7 +126,10 @@ def meaning(setting: Setting | None) -> str:
 
 
 def default(path: str) -> str:
-    """The value in the file of conf/ that has it, as JSON; *each file* or *required* where there is no such value."""
+    """The default of a setting as JSON, from the one file of conf/ that has it.
+
+    *each file* if not exactly one of the files of :func:`roots` has it, *required* if the value must be given.
+    """
     if path.startswith("rewards.verifiers.NAME."):
         return f"`{json.dumps(NOTHING[path.rpartition('.')[2]])}`"
     candidates = [lookup(content, path) for content in roots(path.partition(".")[0])]

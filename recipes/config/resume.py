@@ -1,6 +1,6 @@
-"""The settings that a run was begun with, compared with those that it is to go on with.
+"""Compare the settings that a run was begun with and the settings that it is resumed with.
 
-Where a setting is declared (``megatron_ext.settings.setting``) it says whether a resumed run may change it.
+The declaration of a setting (``megatron_ext.settings.setting``) says whether a resumed run may change it.
 """
 
 import json
@@ -12,18 +12,20 @@ from megatron_ext.settings import FREE, KEPT, RAISED, mappings, on_resume, unkno
 from recipes.config.schema import Config
 from recipes.errors import ConfigError
 
-# Of a launch, not of the run.
+# Settings of a launch, not of the run.
 COMMANDS = ("run_dir", "resume", "resume_accept", "overwrite")
-ABSENT = "absent"  # a setting that one of the two versions of the code does not know
+# The value of a setting that one of the two versions of the code does not know.
+ABSENT = "absent"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that is not what it was. ``allowed``: it does not make another experiment of the run."""
+    """A setting whose value differs from the stored one."""
 
     field: str
     stored: Any
     given: Any
+    # Whether the run stays the same experiment with the new value.
     allowed: bool
 
     def __str__(self) -> str:
@@ -42,8 +44,10 @@ def differences(stored: Mapping[str, Any], config: Config) -> list[Difference]:
 
 
 def check_resume(stored: Mapping[str, Any], config: Config) -> list[Difference]:
-    """The differences of a run that may go on with ``config``. Raises ConfigError where it may not: another experiment,
-    of which ``resume_accept`` does not name every setting."""
+    """The differences of a run that may be resumed with ``config``.
+
+    Raises ConfigError if a difference would make it another experiment and ``resume_accept`` does not name the setting.
+    """
     _check_names(config.resume_accept)
     changed = differences(stored, config)
     refused = [
@@ -71,7 +75,10 @@ def _check_names(names: list[str]) -> None:
 
 
 def _differing(path: str, stored: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, stored value, given value) of what differs. Mappings are compared key by key, lists as wholes."""
+    """Yield (dotted path, stored value, given value) of each difference.
+
+    Mappings are compared key by key, lists as a whole.
+    """
     if not isinstance(stored, Mapping) or not isinstance(given, Mapping):
         if stored != given:
             yield path, stored, given
@@ -82,8 +89,10 @@ def _differing(path: str, stored: Any, given: Any) -> Iterator[tuple[str, Any, A
 
 
 def _declared(field: str, known: Mapping[str, str]) -> str:
-    """The declared setting that ``field`` is, or is below. What an entry of rewards.servers has is declared as the
-    default of all servers."""
+    """The declared setting that ``field`` is, or that it is below.
+
+    The settings of an entry of rewards.servers are declared as the defaults of all servers.
+    """
     parts = field.split(".")
     if parts[:2] == ["rewards", "servers"] and len(parts) > 3:
         parts = ["rewards", "server", *parts[3:]]

@@ -1,4 +1,7 @@
-"""The schema: one field for each group of conf/, each of a class that stands in the room that uses it."""
+"""The schema of a run's configuration. It has one field for each group of conf/.
+
+The class of each field is defined in the package that uses it.
+"""
 
 from dataclasses import dataclass
 
@@ -30,7 +33,8 @@ class Config:
 
     recipe: RecipeConfig = setting("the recipe")
     stage: StageConfig = setting("what a launch does")
-    # Before what conf/ derives from it, so that an impossible value is reported where it was given.
+    # It comes before the groups for which conf/ derives values from it, so that an impossible value is reported for the
+    # setting that was given.
     cluster: ClusterConfig = setting("machines and processes", on_resume=FREE)
     model: ModelConfig = setting("the model that training starts from")
     algorithm: AlgorithmConfig = setting("the RL algorithm")
@@ -54,20 +58,20 @@ class Config:
 
 
 def samples_per_step(config: Config) -> int:
-    """Responses of one RL step, all ranks together."""
+    """Responses of one RL step, over all ranks."""
     return config.algorithm.prompts_per_step * config.algorithm.samples_per_prompt
 
 
 def samples_per_update(config: Config) -> int:
-    """Responses of one optimiser step, all ranks together."""
+    """Responses of one optimiser step, over all ranks."""
     return samples_per_step(config) // config.algorithm.updates_per_rollout
 
 
 def sequence_multiple(config: Config) -> int:
-    """The number of sequences of an update is a multiple of this.
+    """The number that the sequences of an update must be a multiple of.
 
-    Each data-parallel rank gets as many, and the interleaved pipeline schedule can form as many micro-batches of them
-    as it needs.
+    With such a number, each data-parallel rank gets the same number of sequences, and the interleaved pipeline schedule
+    can form as many micro-batches of them as it needs.
     """
     parallel = config.parallel
     return parallel.data_parallel(config.cluster.ranks) * parallel.micro_batch_multiple
@@ -79,19 +83,24 @@ def generates(config: Config) -> bool:
 
 
 def job_processes(config: Config) -> int:
-    """Processes of a job: the trainer's ranks, and as many on each of the engines' nodes as on one of the trainer's."""
+    """Number of processes of a job: the trainer's ranks, and those on the engines' own nodes.
+
+    Each of the engines' nodes has as many processes as a node of the trainer.
+    """
     cluster = config.cluster
     return cluster.ranks + cluster.engine_nodes * (cluster.ranks // cluster.nodes)
 
 
 def nodes_with_engines(config: Config) -> int:
-    """The engines' own nodes, or else the trainer's."""
+    """Number of nodes that have engines: the engines' own nodes or, without such, the trainer's."""
     return config.cluster.engine_nodes or config.cluster.nodes
 
 
 def engines_of_a_node(config: Config, nodes: int) -> int:
-    """Engines on each of ``nodes`` that have some. Raises ConfigError where they do not share them evenly, or one has
-    too few GPUs."""
+    """Number of engines on each of the ``nodes`` that have engines.
+
+    Raises ConfigError if the nodes can't share the engines evenly, or if a node has too few GPUs for its engines.
+    """
     engines = config.rollout.engines
     if engines % nodes:
         where = "cluster.engine_nodes is" if config.cluster.engine_nodes else "the job has"
@@ -108,6 +117,6 @@ def engines_of_a_node(config: Config, nodes: int) -> int:
 
 
 def gpus_of_a_node(config: Config, nodes: int) -> int:
-    """Of each of ``nodes`` that have engines: there is a process for each GPU."""
+    """Number of GPUs of each of the ``nodes`` that have engines. There is one process for each GPU."""
     trainers = config.cluster.nodes if config.cluster.engine_nodes else nodes
     return config.cluster.ranks // trainers

@@ -9,7 +9,7 @@ from megatron_ext.settings import COUNT, FREE, setting
 from recipes.data.source_spec import parse_sources
 
 STAGES = ("sft", "reward_model", "value_model", "rl")
-# They have a head in place of the output layer, which no other part of a launch could use.
+# Models with a head in place of the output layer. No other part of a launch could use them.
 WITH_HEAD = ("reward_model", "value_model")
 EPOCHS = "(0, 1e6]"
 
@@ -99,9 +99,9 @@ class CriticConfig(ScheduleConfig):
 
 
 def check_supervised(stage: StageConfig, sequence_multiple: int) -> None:
-    """Raises ValueError for settings that the stages that learn from data alone can't work with.
+    """Raises ValueError for impossible settings of the stages that learn from data alone.
 
-    ``sequence_multiple``: a step's sequences must be a multiple of it.
+    ``sequence_multiple``: the number of sequences of a step must be a multiple of this.
     """
     if "sft" in stage.trains:
         _check_length("stage.sft", stage.sft)
@@ -126,7 +126,7 @@ def check_supervised(stage: StageConfig, sequence_multiple: int) -> None:
 
 
 def learned_principles(principles: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """``stage.value_model.principles`` without those that are left out."""
+    """``stage.value_model.principles`` without the principles that have no verifier."""
     return {name: list(verifiers) for name, verifiers in principles.items() if verifiers}
 
 

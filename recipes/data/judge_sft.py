@@ -1,7 +1,9 @@
-"""Labelled answers → conversations that train a judge: its verifier's request, and the reply that the verifier parses.
+"""Convert labelled answers to SFT conversations for a judge.
 
-A row has ``question`` (or ``prompt``, which may have images), ``answer`` and ``label``; ``reason`` where there is one,
-and ``reference`` where the judge's template compares with one.
+A conversation is the request that the judge's verifier sends, and the reply that the verifier parses.
+
+A row has ``question`` (or ``prompt``, which may have images), ``answer`` and ``label``. It may have a ``reason``. If
+the judge's template compares with a reference, it has ``reference``.
 """
 
 from typing import Any
@@ -28,7 +30,7 @@ def find_judge(template: str) -> Judge:
 
 
 def load_labelled_answers(source: Any, judge: Judge) -> list[Row]:
-    """The rows of a source. Raises ConfigError naming file, line and field of a row that can't train the judge."""
+    """The rows of a source. Raises ConfigError naming file, line and field of a row that the judge can't train on."""
     rows = load_rows(source, LABELLED_FIELDS)
     for number, row in enumerate(rows):
         if not row.get("question", row.get("prompt")):
@@ -43,7 +45,7 @@ def load_labelled_answers(source: Any, judge: Judge) -> list[Row]:
 
 
 def load_judge_rows(source: Any, judge: Judge) -> list[Row]:
-    """An SFT conversation for each row of a source. Raises ConfigError as :func:`load_labelled_answers`."""
+    """An SFT conversation for each row of a source. Raises ConfigError like :func:`load_labelled_answers`."""
     return [judge_conversation(judge, row) for row in load_labelled_answers(source, judge)]
 
 
@@ -54,9 +56,9 @@ def verifier_row(row: Row) -> dict[str, Any]:
 
 
 def judge_conversation(judge: Judge, row: Row) -> Row:
-    """The SFT row: the messages that the verifier sends, and the reply with the row's label."""
+    """The SFT row of a labelled answer: the messages that the verifier sends, and the reply with the row's label."""
     media = {key: row[key] for key in MEDIA_FIELDS if key in row}
-    # Without the media: the request then keeps the marks <image> and <video> in its text, as SFT rows have them.
+    # Without media files, the request keeps the marks <image> and <video> in its text, as SFT rows have them.
     text_only = {key: value for key, value in verifier_row(row).items() if key not in media}
     request = judge.request(text_only, without_thinking(row["answer"]), "").body["messages"]
     reply = judge.reply_text(row["label"], row.get("reason"))

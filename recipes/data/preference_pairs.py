@@ -13,13 +13,15 @@ from rewards.verifiers.text import without_thinking
 
 
 def scored_conversation(tokenizer: Any, row: Row, processed: ProcessedPrompt | None, answer: str) -> TokenBatch:
-    """The conversation with the row's ``answer`` ("chosen" or "rejected", without its thinking) as the chat template
-    writes it, the same text that a server of the reward model gets (``rewards.verifiers.judges.Scalar``).
+    """The batch of the conversation with one of the row's answers, without its thinking, for a reward model.
 
-    The answer's score is the model's value after the last token. So the conversation is the prompt, and one
-    end-of-turn token the response: its value is that score.
+    ``answer`` is "chosen" or "rejected". The text is that of the chat template, the same that a server of the reward
+    model gets (``rewards.verifiers.judges.Scalar``).
 
-    ``processed``: the prompt of a row with images or clips, None for a text.
+    The answer's score is the model's value after the last token. Therefore the whole conversation is the batch's
+    prompt, and its response is one end-of-turn token, whose value is the score.
+
+    ``processed`` is the processed prompt of a row with images or clips, and None for a text-only row.
     """
     name = f"{row['id']}/{answer}"
     turns = [*messages(row), {"role": "assistant", "content": without_thinking(row[answer])}]
@@ -41,8 +43,11 @@ def scored_conversation(tokenizer: Any, row: Row, processed: ProcessedPrompt | N
 
 
 def chosen_and_rejected(tokenizer: Any, row: Row, processed: ProcessedPrompt | None, max_tokens: int) -> TokenBatch:
-    """Both answers, chosen first, each as :func:`scored_conversation`. They go through the model in one micro-batch:
-    raises ConfigError naming a row whose answers have more than ``max_tokens`` tokens together."""
+    """The batch of both answers, chosen first, each as :func:`scored_conversation`.
+
+    They go through the model in one micro-batch. Raises ConfigError naming a row whose answers together have more than
+    ``max_tokens`` tokens.
+    """
     pair = batches.concatenate(
         [scored_conversation(tokenizer, row, processed, answer) for answer in ("chosen", "rejected")]
     )

@@ -1,7 +1,7 @@
-"""Rows → prompts: token ids for the engines, and pixel values for the trainer where a row has images or clips.
+"""Convert rows to prompts: token ids for the engines and, for rows with images or clips, pixel values for the trainer.
 
-The model's chat template writes the text, and its own processor (transformers) makes token ids and pixel values. vLLM
-runs the same processor on the same files, and its token ids are compared with these (``rollout.engine_server``).
+The model's chat template gives the text. The model's own processor (transformers) computes token ids and pixel values.
+vLLM runs the same processor on the same files, and its token ids are compared with these (``rollout.engine_server``).
 """
 
 import json
@@ -43,14 +43,14 @@ CHAT_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "conte
 
 @dataclass(frozen=True)
 class ProcessedPrompt:
-    """``prompt`` for the engines; ``vision`` for the trainer, None for a prompt of text alone."""
+    """A prompt as the engines and the trainer take it."""
 
-    prompt: Prompt
-    vision: VisionInputs | None
+    prompt: Prompt  # for the engines
+    vision: VisionInputs | None  # for the trainer; None for a text-only prompt
 
 
 class PromptProcessor:
-    """Makes the prompts of one model from the rows of ``load_rows``. ``tokenizer`` is the model's.
+    """Converts the rows of ``load_rows`` to prompts for one model. ``tokenizer`` is the model's.
 
     Raises ConfigError for a processor that does not fit the model.
     """
@@ -60,7 +60,7 @@ class PromptProcessor:
         self.limits = limits
         raw_config = json.loads(Path(model_path, "config.json").read_text())
         self.architecture = raw_config["architectures"][0]
-        self.hf: Any = None  # transformers' processor, of a vision-language model only
+        self.hf: Any = None  # transformers' processor; None for a text model
         if "vision_config" not in raw_config:
             self.tokenizer = AutoTokenizer.from_pretrained(model_path)
             return
@@ -75,8 +75,11 @@ class PromptProcessor:
         self.tokenizer.chat_template = self.hf.chat_template
 
     def __call__(self, row: Row) -> ProcessedPrompt:
-        """The prompt of a row. Raises ConfigError naming row, field, file and remedy: for a file that is not an image,
-        an image outside the limits, media that the model can't take, and a prompt that is too long."""
+        """The prompt of a row.
+
+        Raises ConfigError, naming row, field, file and remedy, for a file that is not an image, an image outside the
+        limits, media that the model can't take, and a prompt that is too long.
+        """
         files = media_files(row)
         if not files:
             tokens = prompt_tokens(self.tokenizer, row, self.max_prompt_tokens)
@@ -121,8 +124,10 @@ class PromptProcessor:
         return ProcessedPrompt(prompt, vision)
 
     def _text(self, row: Row, images: int, videos: int) -> str:
-        """The prompt by the chat template, with one placeholder token for each image and clip. transformers' processor
-        repeats it for every token that the image or clip becomes."""
+        """The prompt's text by the chat template, with one placeholder token for each image and clip.
+
+        transformers' processor then repeats the placeholder for every token of the image or clip.
+        """
         turns = [{"role": turn["role"], "content": self._content(turn["content"])} for turn in messages(row)]
         text = apply_chat_template(self.hf, row, turns, tokenize=False)
         for token, count in {self.hf.video_token: videos, self.hf.image_token: images}.items():
@@ -134,7 +139,7 @@ class PromptProcessor:
         return text
 
     def _content(self, text: str) -> Any:
-        """A message's text as the chat template takes it: marks become placeholders or parts {type: image}."""
+        """A message's content as the chat template takes it: marks become placeholders, or parts {type: image}."""
         if self.architecture == INTERNVL_CHAT:  # its template takes text only
             return text.replace("<image>", self.hf.image_token)
         parts: list[dict[str, str]] = []
@@ -146,7 +151,7 @@ class PromptProcessor:
         return parts
 
     def _load_image(self, where: str, file: str) -> Image.Image:
-        """Raises ConfigError that begins with ``where``."""
+        """Load an image and check its size. Raises ConfigError with a message that begins with ``where``."""
         limits = self.limits
         try:
             with Image.open(file) as image:
@@ -169,7 +174,7 @@ class PromptProcessor:
             raise ConfigError(f"{where}: a damaged image ({error}): replace it or drop the row") from error
 
     def _check_fit(self, model_path: str) -> None:
-        """The processor's files and config.json must agree on the number of tokens of an image."""
+        """Check that the processor's files and config.json agree on the number of tokens of an image."""
         vision = self.hf_config.vision_config
         images = self.hf.image_processor
         # (the processor's field, its value, config.json's field, its value)
@@ -199,8 +204,10 @@ class PromptProcessor:
                 )
 
     def _qwen_inputs(self, ids: list[int], processed: Any) -> tuple[VisionInputs, list[int]]:
-        """Qwen2.5-VL: the patches of images and clips in the order of their tokens, and the token ids with a single
-        placeholder for each image or clip, as vLLM takes them."""
+        """The inputs of Qwen2.5-VL: the patches of images and clips, in the order of their tokens.
+
+        Also returns the token ids with a single placeholder for each image or clip, as vLLM takes them.
+        """
         patches_per_token = self.hf_config.vision_config.spatial_merge_size**2
         items = {
             self.hf.image_token_id: split_by_item(processed, "pixel_values", "image_grid_thw"),
@@ -235,9 +242,10 @@ class PromptProcessor:
         return VisionInputs(torch.cat(pixels), grid, placeholders, positions), unexpanded_ids
 
     def _internvl_inputs(self, ids: list[int], processed: Any) -> tuple[VisionInputs, list[int]]:
-        """InternVL3: all tiles, and the token ids with what vLLM expands to ``<img>``, placeholders and ``</img>``.
+        """The inputs of InternVL3: all tiles, and the token ids as vLLM takes them.
 
-        vLLM expands one placeholder token, or the text ``<image>`` for models of the chat layout.
+        vLLM expands one placeholder token to ``<img>``, placeholders and ``</img>``. For models of the chat layout it
+        expands the text ``<image>`` instead.
         """
         unexpanded_image = [self.hf.image_token_id]
         if self.architecture == INTERNVL_CHAT:
@@ -259,13 +267,13 @@ class PromptProcessor:
 
 
 def apply_chat_template(model: Any, row: Row, turns: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-    """The messages ``turns`` by the chat template of a tokenizer or processor, up to where the answer starts.
+    """Apply the chat template of a tokenizer or processor to the messages ``turns``, up to where the answer starts.
 
-    Raises ConfigError naming the row when the template refuses them.
+    Raises ConfigError naming the row if the template rejects them.
     """
     try:
         return model.apply_chat_template(turns, add_generation_prompt=True, **options)
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # a template can raise any exception
         raise ConfigError(
             f"row {row['id']!r}: field 'messages': the model's chat template refuses them ({error}): change them or "
             "drop the row"
@@ -289,14 +297,14 @@ def check_length(row: Row, ids: Sequence[int], max_prompt_tokens: int) -> None:
 
 
 def split_by_item(processed: Any, pixels: str, grid: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The patches and the grid of each image or clip. Nothing when the processor's output has none of them."""
+    """The patches and the grid of each image or clip. Yields nothing if the processor's output has none."""
     if grid in processed:
         patches_of_items = processed[pixels].split(processed[grid].prod(1).tolist())
         yield from zip(patches_of_items, processed[grid], strict=True)
 
 
 def check_rows(processor: PromptProcessor, source: Any, required: Sequence[str]) -> Rows:
-    """Load a source and process every prompt, to find mistakes before anything starts. Slow for images.
+    """Load a source and process every prompt, to find errors before anything starts. This is slow for images.
 
     Raises ConfigError naming file, line and field of the first row that can't be used.
     """
@@ -308,9 +316,9 @@ def check_rows(processor: PromptProcessor, source: Any, required: Sequence[str])
 def internvl_chat_processor(model_path: str, config: dict[str, Any]) -> InternVLProcessor:
     """transformers' processor for InternVL3's chat layout, whose repository has remote code instead of a processor.
 
-    The folder needs InternVL3's tokenizer, with its three image tokens, and config.json. Tiles are cut as that code and
-    vLLM cut them: with Pillow's resize and ImageNet's mean and deviation. Raises ConfigError for a tokenizer without
-    the tokens, and for settings that transformers' processor does not have.
+    The folder needs config.json, and InternVL3's tokenizer with its three image tokens. Tiles are cut as the remote
+    code and vLLM cut them, with Pillow's resize, and normalised with ImageNet's mean and standard deviation. Raises
+    ConfigError for a tokenizer without these tokens, and for settings that transformers' processor does not support.
     """
     # Otherwise transformers asks at the terminal whether to run the folder's code.
     chat_layout.register()
@@ -321,7 +329,7 @@ def internvl_chat_processor(model_path: str, config: dict[str, Any]) -> InternVL
     for field in ("dynamic_image_size", "use_thumbnail"):
         if config[field] is not True:
             raise ConfigError(f"model.path={model_path!r}: config.json has {field}={config[field]}; InternVL3 has true")
-    # The class requires a token for clips too. No clip is ever processed.
+    # The class requires a token for clips too, although no clip is ever processed.
     names = CHAT_TOKENS | {"video_token": CHAT_TOKENS["context_image_token"]}
     tokenizer = AutoTokenizer.from_pretrained(model_path, extra_special_tokens=names)
     size = config["vision_config"]["image_size"]

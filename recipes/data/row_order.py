@@ -1,6 +1,6 @@
-"""Which rows a step gets.
+"""The order in which steps draw rows.
 
-The order is a pure function of (seed, position), so a resumed run needs no state of it but the draws at which the
+The order is a pure function of (seed, position). So a checkpoint needs no state for it, except the draws at which the
 phases of a curriculum began.
 """
 
@@ -18,23 +18,24 @@ import numpy as np
 from recipes.data.sources import Row, Rows
 from recipes.errors import ConfigError
 
-# Rounds of the keyed permutation. With fewer rounds the orders of five rows are not equally frequent (measured).
+# Rounds of the keyed permutation. With fewer rounds, the possible orders of five rows are not equally frequent
+# (measured).
 ROUNDS = 12
 
-# The phases of a curriculum, as (first step, mix). First steps ascend from 0; a mix has the share of each kind.
+# The phases of a curriculum, as (first step, mix). The first steps ascend from 0. A mix is kind → share.
 type Phases = Sequence[tuple[int, Mapping[str, int]]]
 NEVER = sys.maxsize  # the first draw of a phase that has not begun
 
 
 def permuted(place: int, size: int, key: str) -> int:
-    """The image of ``place`` under a permutation of range(size) that ``key`` chooses: a shuffle without memory.
+    """The image of ``place`` under the permutation of range(size) that ``key`` selects: a shuffle without memory.
 
-    A generalised Feistel cipher (Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002): the number is
-    written with two digits, in bases whose product is at least ``size``, and BLAKE2 is the round function. Images of
-    ``size`` or more are permuted again until one is below it.
+    This is a generalised Feistel cipher (Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002) with
+    BLAKE2 as the round function. The number is written with two digits, in bases whose product is at least ``size``. An
+    image of ``size`` or more is permuted again until it is below ``size``.
     """
     left_base = math.isqrt(size - 1) + 1
-    # With two odd bases the rounds would give even permutations only.
+    # If both bases were odd, the rounds would give even permutations only.
     left_base += left_base % 2
     right_base = -(-size // left_base)
     while True:
@@ -57,8 +58,8 @@ def _round_function(value: int, round_number: int, key: str) -> int:
 def ordered(position: int, size: int, seed: int, window: int = 1) -> int:
     """The number of the row at ``position`` of an endless stream that shuffles ``size`` rows anew in each epoch.
 
-    No row occurs twice in ``window`` successive positions, which needs at least 2 x window - 2 rows. A pure function.
-    With 3 x window - 3 rows or more its time does not depend on the position.
+    No row occurs twice in ``window`` successive positions. This needs at least 2 x window - 2 rows. The function is
+    pure. With 3 x window - 3 rows or more, its running time does not depend on the position.
     """
     epoch, place = divmod(position, size)
     if place < 2 * window - 2:
@@ -68,14 +69,14 @@ def ordered(position: int, size: int, seed: int, window: int = 1) -> int:
 
 @lru_cache(maxsize=64)
 def _epoch_opening(size: int, epoch: int, seed: int, window: int) -> tuple[int, ...]:
-    """The first rows of an epoch: its permutation, with the rows delayed that the end of the last epoch has just used.
+    """The first rows of an epoch: its permutation, in which rows from the end of the previous epoch are delayed.
 
-    The rows of the last ``window - 1`` places of the epoch before come after the first ``window - 1`` places.
+    The rows of the last ``window - 1`` places of the previous epoch come after the first ``window - 1`` places.
     """
     delay = window - 1
     opening_size = min(size, 2 * delay)
-    # In small data an opening may reach the places that the next epoch's opening avoids. Then the epochs depend on one
-    # another, and are computed from the first one on.
+    # In a small data set, an epoch's opening may overlap the places whose rows the next epoch delays. Then each epoch
+    # depends on the one before, and all are computed from the first one on.
     first_epoch = epoch if size >= 3 * delay else 0
     recent: set[int] = set()
     if first_epoch:
@@ -106,27 +107,31 @@ def curriculum_phases(data: Any) -> list[tuple[int, dict[str, int]]]:
 
 @dataclass
 class Curriculum:
-    """The ``phases`` of the steps, and the first draw of those that have begun, which a checkpoint holds: how many
-    draws of prompts a step makes depends on the run (dynamic sampling, oversampling)."""
+    """The phases of a curriculum, and the first draw of each phase that has begun.
+
+    A checkpoint stores these first draws, because the number of draws of prompts in a step depends on the run (dynamic
+    sampling, oversampling).
+    """
 
     phases: Phases
-    first_draws: dict[int, int] = field(default_factory=dict, init=False)  # by a phase's first step
+    # A phase's first step → its first draw.
+    first_draws: dict[int, int] = field(default_factory=dict, init=False)
 
     def reach(self, step: int, draws: int) -> None:
-        """The next draw is for ``step`` (from 0), after ``draws`` ones in all. Steps never descend."""
+        """Record that the next draw is for ``step`` (from 0), after ``draws`` draws in total. Steps never descend."""
         for first_step, _ in self.phases:
             if first_step <= step:
                 self.first_draws.setdefault(first_step, draws)
 
     def state(self) -> list[tuple[int, int]]:
-        """The first step and the first draw of each phase that has begun: what :meth:`resume` takes."""
+        """The first step and the first draw of each phase that has begun, for :meth:`resume`."""
         return sorted(self.first_draws.items())
 
     def resume(self, state: Sequence[tuple[int, int]], finished: int, draws: int) -> None:
-        """Go on after ``finished`` steps and ``draws`` draws, with the :meth:`state` of that time.
+        """Restore the :meth:`state` that was saved after ``finished`` steps and ``draws`` draws.
 
-        The phases may be others than then. One that would have begun in the meantime has had no draw: it begins with
-        the next phase's first one, or now.
+        The phases may have changed since. A new phase that would have begun already has had no draw. Its first draw is
+        that of the next phase that has begun, or the next draw if there is none.
         """
         known = dict(state)
         first_draw = draws
@@ -138,18 +143,22 @@ class Curriculum:
                 self.first_draws[first_step] = first_draw
 
     def of_draws(self) -> list[tuple[int, Mapping[str, int]]]:
-        """The :data:`Phases` with first draws in place of first steps. A phase in which nothing was drawn begins with
-        the next one's first draw."""
+        """The :data:`Phases` with first draws in place of first steps.
+
+        A phase in which nothing was drawn has the same first draw as the next phase. A phase that has not begun has
+        :data:`NEVER`.
+        """
         return [(self.first_draws.get(first_step, NEVER), mix) for first_step, mix in self.phases]
 
 
 def scheduled(rows: Sequence[Row], phases: Phases, draw: int, count: int, seed: int) -> list[Row]:
-    """The ``count`` prompts of a draw (from 0): kinds interleaved by their shares in the draw's phase. The ``phases``
-    are those of draws (:meth:`Curriculum.of_draws`).
+    """The ``count`` prompts of a draw (from 0), with kinds interleaved by their shares in the draw's phase.
 
-    Each kind is a stream of its own and continues across phases. Within a kind the sources take turns by their weights,
-    and each source is a shuffled stream. No prompt occurs twice in a draw: raises ConfigError when the data has too few
-    prompts of a kind for that.
+    ``phases`` begin with draws, not steps (:meth:`Curriculum.of_draws`).
+
+    Each kind is a separate stream, which continues across phases. Within a kind the sources take turns by their
+    weights, and each source is a shuffled stream. No prompt occurs twice in a draw. Raises ConfigError if the data has
+    too few prompts of a kind for that.
     """
     streams = _streams(rows)
     windows = _windows(phases, count)
@@ -183,7 +192,7 @@ def _streams(rows: Sequence[Row]) -> Mapping[str, Sequence[tuple[int, np.ndarray
 
 
 def _windows(phases: Phases, count: int) -> dict[str, int]:
-    """Kind → the most prompts of it that a draw may need, in any phase."""
+    """Kind → an upper bound of the prompts of this kind in one draw, over all phases."""
     windows: dict[str, int] = {}
     for _, mix in phases:
         for kind, share in mix.items():
@@ -192,8 +201,9 @@ def _windows(phases: Phases, count: int) -> dict[str, int]:
 
 
 def _most_turns(count: int, share: int, total: int) -> int:
-    """The most turns that an item can have in ``count`` successive ones, with ``share`` turns in a cycle of
-    ``total``."""
+    """An upper bound of an item's turns in ``count`` successive turns, if it has ``share`` turns in a cycle of
+    ``total``.
+    """
     return -(-count // total) * share
 
 
@@ -221,7 +231,7 @@ def _check_enough(
 
 
 def _phase_of(phases: Phases, draw: int, count: int) -> tuple[int, Mapping[str, int], Counter[str]]:
-    """The first draw and the mix of the draw's phase, and how many prompts of each kind earlier phases drew."""
+    """The phase of a draw: its first draw, its mix, and how many prompts of each kind the earlier phases drew."""
     drawn: Counter[str] = Counter()
     first_draw, mix = phases[0]
     for next_first_draw, next_mix in phases[1:]:
@@ -236,14 +246,14 @@ def _phase_of(phases: Phases, draw: int, count: int) -> tuple[int, Mapping[str, 
 
 
 def _turn[T](cycle: Sequence[T], place: int) -> tuple[T, int]:
-    """The item at ``place`` of an endless repetition of ``cycle``, and how often it occurred before."""
+    """The item at ``place`` of the endlessly repeated ``cycle``, and how often the item occurred before."""
     cycles, index = divmod(place, len(cycle))
     item = cycle[index]
     return item, cycles * cycle.count(item) + cycle[:index].count(item)
 
 
 def interleaved[T](shares: Mapping[T, int]) -> list[T]:
-    """One cycle of the keys: each as often as its share, evenly spread (smooth weighted round-robin)."""
+    """One cycle of the keys, each as often as its share and evenly spread (smooth weighted round-robin)."""
     credit = dict.fromkeys(shares, 0)
     total = sum(shares.values())
     cycle = []

@@ -1,4 +1,4 @@
-"""Rows of a data set: the fields they may have, and the checks on them."""
+"""Load the rows of a data set and check their fields."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,23 @@ PAIR_FIELDS = ("id", "prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
 TEXT_FIELDS = ("answer", "reference", "check", "label", "kind")
 LIST_FIELDS = ("tags", "keywords")
-PACKAGE = "package:"  # begins the name of a media file that an installed package has
+PACKAGE = "package:"  # prefix of the name of a media file in an installed package
 # (field, the field that it stands in for)
 SUBSTITUTES = (("messages", "prompt"), ("reference", "answer"))
 
 
 def load_rows(source: Any, required: Sequence[str] = PROMPT_FIELDS) -> Rows:
-    """The rows of a source or of a list of {source, weight} (:mod:`recipes.data.source_spec`).
+    """Load the rows of a source, or of a list of {source, weight} (:mod:`recipes.data.source_spec`).
 
-    ``messages`` ({role, content} each) may stand in for ``prompt``, and ``reference`` for ``answer`` unless ``answer``
-    is ``required``: a labelled answer has both. Of messages a ``prompt`` is written too, for readers of text (judges,
-    reports). ``images`` (files) and ``videos`` (lists of the frames' files) are relative to the data file, or of an
-    installed package (``package:NAME/…``), and become absolute; the prompt has a mark ``<image>`` or ``<video>`` for
-    each. A field that is null counts as missing.
+    - A row may have ``messages`` ({role, content} each) instead of ``prompt``. Its ``prompt`` is then the messages as
+      text, for readers of text (judges, reports).
+    - A row may have ``reference`` instead of ``answer``, unless ``answer`` is ``required``: a labelled answer has both.
+    - ``images`` (files) and ``videos`` (lists of the frames' files) are relative to the data file, or in an installed
+      package (``package:NAME/…``). They become absolute paths. The prompt has a mark ``<image>`` or ``<video>`` for
+      each.
+    - A field that is null counts as missing.
 
-    Raises ConfigError naming source, line or row number, and field: for a missing field or file, a value of the wrong
+    Raises ConfigError, naming source, line or row number, and field, for a missing field or file, a value of the wrong
     type, an id that occurs twice, and a number of marks that differs from the number of files.
     """
     try:
@@ -44,7 +46,7 @@ def load_rows(source: Any, required: Sequence[str] = PROMPT_FIELDS) -> Rows:
 
 
 def _normalise(raw: Row, folder: Path, required: Sequence[str]) -> Row:
-    """A source's row in the form that :func:`load_rows` promises. Raises ValueError naming the field."""
+    """Convert a source's row to the form that :func:`load_rows` returns. Raises ValueError naming the field."""
     row = without_nulls(raw)
     for substitute, field in SUBSTITUTES:
         if field == "answer" and field in required:
@@ -70,7 +72,7 @@ def _normalise(raw: Row, folder: Path, required: Sequence[str]) -> Row:
 
 
 def without_nulls(value: Any) -> Any:
-    """``value`` without the mapping fields that are null, at any depth: tables have every field in every row."""
+    """``value`` without fields of mappings that are null, at any depth. Tables have every field in every row."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -83,7 +85,10 @@ def _is_list_of_texts(value: Any) -> bool:
 
 
 def _check_roles(turns: Sequence[Mapping[str, str]], may_end_with_answer: bool) -> None:
-    """Raises ValueError for an order of messages that no chat has. A prompt ends with a message to the model."""
+    """Raises ValueError for an invalid order of roles.
+
+    Unless ``may_end_with_answer``, the last message must be one that the model answers.
+    """
     roles = [turn["role"] for turn in turns]
     if not roles:
         raise ValueError("field 'messages' is empty; write at least one of the user")
@@ -100,7 +105,7 @@ def _check_roles(turns: Sequence[Mapping[str, str]], may_end_with_answer: bool) 
 
 
 def transcript(turns: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as text. A single message is its content alone."""
+    """A conversation as text. For a single message, this is its content without the role."""
     if len(turns) == 1:
         return turns[0]["content"]
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
@@ -109,7 +114,7 @@ def transcript(turns: Sequence[Mapping[str, str]]) -> str:
 def messages(row: Row) -> list[dict[str, str]]:
     """The row's conversation: ``messages``, or its ``prompt`` as a message of the user.
 
-    Raises ValueError when ``messages`` is not a list of {role, content}.
+    Raises ValueError if ``messages`` is not a list of {role, content}.
     """
     if "messages" not in row:
         return [{"role": "user", "content": row.get("prompt", "")}]
@@ -150,8 +155,10 @@ def _absolute_media(row: Row, folder: Path) -> dict[str, Any]:
 
 
 def _media_path(folder: Path, name: str) -> str:
-    """The path of a media file: in ``folder``, or of package:NAME/… in an installed package. Raises ValueError for a
-    package that is not installed."""
+    """The path of a media file in ``folder`` or, for package:NAME/…, in an installed package.
+
+    Raises ValueError for a package that is not installed.
+    """
     if not name.startswith(PACKAGE):
         return str(folder / name)
     package, _, file = name.removeprefix(PACKAGE).partition("/")
@@ -162,7 +169,7 @@ def _media_path(folder: Path, name: str) -> str:
 
 
 def media_files(row: Row) -> list[tuple[str, str]]:
-    """(field, file) of every image and every frame of a row, the field with its index: ``videos[0][2]``."""
+    """(field, file) of every image and every frame of a row. The field has its index, as in ``videos[0][2]``."""
     files = [(f"images[{i}]", file) for i, file in enumerate(row.get("images", []))]
     for i, frames in enumerate(row.get("videos", [])):
         files += [(f"videos[{i}][{j}]", file) for j, file in enumerate(frames)]

@@ -1,4 +1,4 @@
-"""Settings of the data: where rows come from, which prompts a step draws, what an image may be."""
+"""The settings of the data: the sources of rows, the mix of prompts in a step, and the limits of images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from recipes.data.source_spec import parse_sources
 
 @dataclass
 class ImagesConfig:
-    """What an image may be before the model's processor resizes it."""
+    """Limits of an image's size, before the model's processor resizes it."""
 
     min_pixels: int = setting("smallest area of an image", range=COUNT, unit="pixels")
     max_pixels: int = setting("largest area of an image", range=COUNT, unit="pixels")
@@ -19,7 +19,7 @@ class ImagesConfig:
 
 @dataclass
 class PhaseConfig:
-    """A mix that holds from a step on."""
+    """A mix of prompts that applies from a step on."""
 
     from_step: int = setting("first step of the phase")
     mix: dict[str, int] = setting("shares of the prompts, by kind")
@@ -27,8 +27,11 @@ class PhaseConfig:
 
 @dataclass
 class DataConfig:
-    """A source is a file of JSON lines, a folder of .jsonl files, a .parquet file, a folder saved by ``datasets``, or a
-    hub's org/name[/subset][@revision]:split."""
+    """The data of a run.
+
+    A source is a file of JSON lines, a folder of .jsonl files, a .parquet file, a folder saved by ``datasets``, or a
+    hub's org/name[/subset][@revision]:split.
+    """
 
     sft: Any = setting("source, or sources, of SFT rows")
     prompts: Any = setting("source of RL prompts, or several: [{source: …, weight: 2}, …]")

@@ -1,4 +1,4 @@
-"""SFT rows: conversations that end with an answer → token ids and a loss mask over them.
+"""Convert SFT rows, which are conversations that end with an answer, to token ids and a loss mask.
 
 A row has ``prompt`` and ``response``, or ``messages`` ({role, content} each).
 """
@@ -22,24 +22,23 @@ ASSISTANT = "assistant"
 
 @dataclass(frozen=True)
 class Example:
-    """The token ids of a conversation.
+    """The token ids of a conversation, with the loss mask."""
 
-    ``prompt``: up to the assistant's first answer. ``response``: all tokens after it. ``loss_mask``: one entry per
-    token of ``response``, true for the assistant's own tokens, false for the other roles' messages and the chat
-    template's tokens between two answers, and for an environment's replies within an answer.
-    """
-
+    # The conversation up to the assistant's first answer.
     prompt: Prompt
+    # All tokens after the prompt.
     response: list[int]
+    # One entry per token of ``response``. True for the assistant's own tokens. False for an environment's replies
+    # within an answer and, between two answers, for the other roles' messages and the chat template's tokens.
     loss_mask: list[bool]
     vision: VisionInputs | None
 
 
 def load_sft_rows(source: Any, judge_template: str | None) -> Sequence[Row]:
-    """The rows that SFT trains on: conversations, or, where ``judge_template`` names a judge, conversations with that
-    judge made of labelled answers (:mod:`recipes.data.judge_sft`).
+    """Load the conversations that SFT trains on.
 
-    Raises ConfigError naming file, line and field.
+    If ``judge_template`` names a judge, the source has labelled answers, and the rows are conversations with this judge
+    (:mod:`recipes.data.judge_sft`). Raises ConfigError naming file, line and field.
     """
     if judge_template is None:
         return load_conversations(source)
@@ -90,8 +89,10 @@ def check_examples(
 
 
 def prompt_row(row: Row) -> Row:
-    """The row without what follows the request to which the assistant's first answer is. Raises ConfigError as
-    :func:`conversation`."""
+    """The row whose conversation ends before the assistant's first answer.
+
+    Raises ConfigError in the same cases as :func:`conversation`.
+    """
     turns = conversation(row)
     if "messages" not in row:
         return row
@@ -102,14 +103,16 @@ def prompt_row(row: Row) -> Row:
 def tokenize_example(
     tokenizer: Any, row: Row, processed: ProcessedPrompt, think_begin: str, max_tokens: int
 ) -> Example:
-    """The token ids of a row as an engine would see them: the prompt ends where generation starts, and each answer ends
-    with the end-of-turn token. ``processed`` is the prompt of its :func:`prompt_row`.
+    """Tokenize a row as an engine would see it.
 
-    Some chat templates end the prompt with ``think_begin``. An answer that begins with it too then continues after the
-    template's.
+    The prompt ends where generation starts, and each answer ends with the end-of-turn token. ``processed`` is the
+    processed prompt of the row's :func:`prompt_row`.
 
-    Raises ConfigError naming the row: for messages in an order that no chat has, an image after the first answer, a
-    chat template that shows an answer differently once the conversation continues, and more than ``max_tokens`` tokens.
+    Some chat templates end the prompt with ``think_begin``. If an answer begins with ``think_begin`` too, it is removed
+    from the answer.
+
+    Raises ConfigError, naming the row, for messages in an invalid order, an image after the first answer, a chat
+    template that shows an answer differently once the conversation continues, and more than ``max_tokens`` tokens.
     """
     turns = conversation(row)
     answer_places = [place for place, turn in enumerate(turns) if turn["role"] == ASSISTANT]
@@ -117,7 +120,7 @@ def tokenize_example(
     template_opens_thinking = opens_thinking(tokenizer, prompt.token_ids, think_begin)
     response: list[int] = []
     loss_mask: list[bool] = []
-    text_so_far = ""  # as the chat template has it, up to the end of the last answer
+    text_so_far = ""  # the chat template's text up to the end of the last answer
     for place in answer_places:
         if response:
             between = _text_between(tokenizer, row, turns[:place], text_so_far)
@@ -127,7 +130,7 @@ def tokenize_example(
         answer = turns[place]["content"]
         text = without_opening(answer, think_begin) if template_opens_thinking else answer
         spans = row.get("environment", []) if place == answer_places[-1] else []
-        # What was removed, the mark of thinking, stood before the first span.
+        # The removed text, the mark of thinking, was before the first span, so all spans move by its length.
         removed = len(answer) - len(text)
         spans = [[start - removed, end - removed] for start, end in spans]
         answer_ids, answer_mask = episode_tokens(tokenizer, {**row, "response": text, "environment": spans})
@@ -148,7 +151,7 @@ def _open_prompt(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
 
 
 def _text_between(tokenizer: Any, row: Row, turns: Sequence[dict[str, str]], text_so_far: str) -> str:
-    """What the chat template writes between the last answer and the next one. Raises ConfigError naming the row."""
+    """The chat template's text between the last answer and the next one. Raises ConfigError naming the row."""
     text = _open_prompt(tokenizer, turns)
     if not text.startswith(text_so_far):
         raise ConfigError(
@@ -159,12 +162,13 @@ def _text_between(tokenizer: Any, row: Row, turns: Sequence[dict[str, str]], tex
 
 
 def episode_tokens(tokenizer: Any, row: Row) -> tuple[list[int], list[bool]]:
-    """The token ids of the row's ``response`` with the end-of-turn token, and their loss mask: true for the model's.
+    """The token ids of the row's ``response`` with the end-of-turn token, and their loss mask.
 
-    ``environment`` lists the [start, end] characters that the environment wrote, in order. Every piece is encoded on
-    its own, as in a rollout, where the model's turns and the environment's replies are joined as token ids.
+    The mask is True for the model's tokens. The row's ``environment`` lists the [start, end] characters that the
+    environment wrote, in order. Every piece is encoded separately, as in a rollout, where the model's turns and the
+    environment's replies are concatenated as token ids.
 
-    Raises ConfigError naming the row for a span outside the response, an empty one, or spans out of order.
+    Raises ConfigError, naming the row, for a span outside the response, an empty span, or spans out of order.
     """
     text = row["response"]
     ids: list[int] = []

@@ -1,6 +1,7 @@
-"""Prompts that the ranks process between them: each image and clip on one rank, which keeps its pixels.
+"""Divide the processing of prompts among the ranks: each row with images or clips is processed by one rank.
 
-Between the ranks they are one safetensors block, with the prompts as in ``megatron_ext.batch``.
+That rank keeps the row's pixels. The ranks exchange the rest as safetensors blocks, with the prompts in the format of
+``megatron_ext.batch``.
 """
 
 import json
@@ -19,8 +20,8 @@ from megatron_ext.packing import VisionInputs
 from recipes.data.processor import ProcessedPrompt, PromptProcessor
 from recipes.data.rows import Row, media_files
 
-PROMPTS = "prompts"  # the block's entry with the prompts themselves
-SHAPES = "shapes"  # that with the shapes of the pixels, JSON
+PROMPTS = "prompts"  # the block's entry with the prompts
+SHAPES = "shapes"  # the block's entry with the shapes of the pixels, as JSON
 
 
 def process(
@@ -30,12 +31,15 @@ def process(
     group: dist.ProcessGroup,
     keep_pixels: bool = True,
 ) -> list[ProcessedPrompt]:
-    """Collective over a gloo group: the prompts of the rows, in order, with pixels in ``dtype``. A row that occurs
-    again, by its id, has the same prompt.
+    """Collective over a gloo group: process the rows into prompts, in order, with pixels in ``dtype``.
 
-    Rows with images or clips are dealt to the ranks; the pixels stay with the rank that made them, and are on the meta
-    device elsewhere. Without ``keep_pixels`` they are there on every rank: the engines make their own. A text is
-    processed by every rank. Raises what ``processor`` raises, on the other ranks RuntimeError with its text.
+    A row that occurs again, by its id, has the same prompt.
+
+    Rows with images or clips are distributed over the ranks in turn. The pixels stay on the rank that computed them,
+    and are on the meta device on the other ranks. Without ``keep_pixels`` they are on the meta device on every rank;
+    this is for the engines, which compute their own. Every rank processes all text rows.
+
+    Raises what ``processor`` raises. The other ranks then raise RuntimeError with its text.
     """
     by_id = {row["id"]: row for row in rows}
     with_media = [row_id for row_id, row in by_id.items() if media_files(row)]
@@ -57,14 +61,14 @@ def process(
 
 
 def with_pixels_as(processed: ProcessedPrompt, dtype: torch.dtype, device: str) -> ProcessedPrompt:
-    """With pixels in the precision in which the vision tower takes them."""
+    """The prompt with its pixels in ``dtype``, the precision of the vision tower's input, on ``device``."""
     assert processed.vision is not None  # of a row with media
     pixels = processed.vision.pixels.to(device, dtype)
     return replace(processed, vision=replace(processed.vision, pixels=pixels))
 
 
 def to_bytes(processed: Sequence[ProcessedPrompt]) -> bytes:
-    """All but the pixels; inverse of :func:`from_bytes`."""
+    """Serialise prompts, without their pixels. Inverse of :func:`from_bytes`."""
     responses: list[Array] = [np.empty(0, np.int32)] * len(processed)
     prompts = batches.build([each.prompt for each in processed], responses).to_bytes()
     tensors: dict[str, Array] = {PROMPTS: np.frombuffer(prompts, np.uint8)}
@@ -82,7 +86,7 @@ def to_bytes(processed: Sequence[ProcessedPrompt]) -> bytes:
 
 
 def from_bytes(block: bytes, dtype: torch.dtype) -> list[ProcessedPrompt]:
-    """Pixels are on the meta device."""
+    """Inverse of :func:`to_bytes`. The pixels are on the meta device."""
     tensors = load(block)
     prompts = TokenBatch.from_bytes(tensors[PROMPTS].tobytes()).prompts
     processed = []

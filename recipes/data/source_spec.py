@@ -1,4 +1,4 @@
-"""Where rows come from, as a configuration names it (``data.sft``, ``data.prompts``, ``data.evaluation``)."""
+"""Parse the data sources that a configuration names (``data.sft``, ``data.prompts``, ``data.evaluation``)."""
 
 import os
 import re
@@ -22,18 +22,18 @@ type SourceFormat = Literal["jsonl", "jsonl_folder", "parquet", "folder", "hub"]
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source. ``name`` is what the configuration says. ``weight`` is the source's share of the turns among all
-    sources that have rows of the same kind."""
+    """One source of rows."""
 
-    name: str
+    name: str  # as in the configuration
+    # The source's share of the draws, among all sources that have rows of the same kind.
     weight: int
     format: SourceFormat
 
 
 def parse_sources(value: Any) -> list[SourceSpec]:
-    """The sources that ``value`` names: a name, or a list of names and of mappings {source, weight}.
+    """Parse a configuration's sources. ``value`` is a name, or a list of names and of mappings {source, weight}.
 
-    Raises ValueError for any other value, for a source that occurs twice and for a file that does not exist.
+    Raises ValueError for any other value, for a source that occurs twice, and for a file that does not exist.
     """
     if isinstance(value, str):
         return [SourceSpec(value, 1, _format_of(value))]
@@ -76,7 +76,7 @@ def _format_of(name: str) -> SourceFormat:
             return "jsonl_folder" if any(path.glob("*.jsonl")) else "folder"
         if path.is_file():
             return "parquet" if path.suffix == ".parquet" else "jsonl"
-    except OSError as error:  # a folder above it that may not be searched, a name that is too long
+    except OSError as error:  # e.g. a parent folder without search permission, or a name that is too long
         raise ValueError(f"{name!r}: can't be looked at ({error}); give a path that can be read") from error
     if HUB_NAME.fullmatch(name):
         return "hub"

@@ -1,11 +1,12 @@
-"""Sources of rows, read on demand: JSON lines in one file or several, parquet, a folder saved by `datasets`, a data set
-of the hub.
+"""Sources of rows, which are read on demand.
+
+A source is JSON lines in one file or several, a parquet file, a folder saved by `datasets`, or a data set of the hub.
 
 A file of JSON lines is memory-mapped, and a line is parsed when its row is read. The other formats become `datasets`'
 Arrow tables, which are memory-mapped too (`datasets` converts a parquet file or a hub's data set once, into its cache).
-Memory per row: 18 bytes, and 8 more for the end of a line.
+The memory per row is 18 bytes, and 8 more for the end of a line.
 
-`datasets`' streams are not used: an exact shuffle and an exact resume read rows by number, and streams only give rows
+`datasets`' streams are not used. An exact shuffle and an exact resume read rows by number, and streams only give rows
 in order or shuffled within a buffer.
 """
 
@@ -26,11 +27,11 @@ from recipes.errors import ConfigError
 
 Row = Mapping[str, Any]
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-CHUNK_BYTES = 1 << 26  # of a file, searched at a time for the ends of its lines
+CHUNK_BYTES = 1 << 26  # how much of a file is searched at a time for the ends of lines
 
 
 class JsonLines:
-    """The objects of a file of JSON lines, by number. Reading a line that is not a JSON object raises ValueError."""
+    """The objects of a file of JSON lines, by number. Raises ValueError when a line that is no JSON object is read."""
 
     def __init__(self, path: str) -> None:
         with Path(path).open("rb") as file:
@@ -65,7 +66,7 @@ class JsonLines:
 
 
 class JsonLinesFolder:
-    """The objects of all ``.jsonl`` files of a folder, in the order of their names, as :class:`JsonLines`."""
+    """The objects of all ``.jsonl`` files of a folder, in the order of the files' names, like :class:`JsonLines`."""
 
     def __init__(self, folder: str) -> None:
         self.files = [JsonLines(str(path)) for path in sorted(Path(folder).glob("*.jsonl"))]
@@ -83,9 +84,9 @@ class JsonLinesFolder:
 
 
 def check_encodable(field: str, value: Any) -> None:
-    """Raises ValueError for a text with half of a surrogate pair (\\ud83d in JSON), which no tokenizer takes.
+    """Raises ValueError for a text with half of a surrogate pair (\\ud83d in JSON), which no tokenizer accepts.
 
-    ``value`` may be a list or mapping of texts.
+    ``value`` may also be a list or mapping of texts.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -106,17 +107,19 @@ def check_encodable(field: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """An open source. ``table``: its raw rows by number. ``folder``: file names in its rows are relative to it.
-    ``by_line``: messages name the line of a row instead of the row's number."""
+    """An open source of rows."""
 
     name: str
     weight: int
+    # The raw rows, by number.
     table: Any
+    # File names in the rows are relative to this folder.
     folder: Path
+    # Whether error messages name the line of a row instead of the row's number.
     by_line: bool
 
     def location(self, number: int) -> str:
-        """Where row ``number`` (from 0) is, for messages."""
+        """The location of row ``number`` (from 0), for error messages."""
         return f"{self.name}:{number + 1}" if self.by_line else f"{self.name}: row {number + 1}"
 
 
@@ -126,7 +129,7 @@ def open_source(spec: SourceSpec) -> Source:
         is_file = spec.format == "jsonl"
         try:
             lines = JsonLines(spec.name) if is_file else JsonLinesFolder(spec.name)
-        except (OSError, ValueError) as error:  # mmap's, for what is no ordinary file
+        except (OSError, ValueError) as error:  # mmap raises them for anything but a regular file
             raise ConfigError(
                 f"{spec.name}: can't be read ({error}); see to its permissions, or name another"
             ) from error
@@ -134,7 +137,7 @@ def open_source(spec: SourceSpec) -> Source:
         return Source(spec.name, spec.weight, lines, folder.parent if is_file else folder, by_line=is_file)
     try:
         table = _open_table(spec)
-    except Exception as error:  # `datasets`, its readers and its hub raise many kinds
+    except Exception as error:  # `datasets`, its readers and its hub raise many kinds of exceptions
         raise ConfigError(
             f"{spec.name}: `datasets` can't read it ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
@@ -143,7 +146,7 @@ def open_source(spec: SourceSpec) -> Source:
 
 
 def _open_table(spec: SourceSpec) -> Any:
-    import datasets  # takes a second, and JSON lines do without
+    import datasets  # the import takes a second, and JSON lines don't need it
 
     datasets.disable_progress_bars()
     if spec.format == "parquet":
@@ -161,9 +164,9 @@ def _open_table(spec: SourceSpec) -> Any:
 class Rows(Sequence[Row]):
     """The rows of several sources, one source after the other, read on demand.
 
-    ``normalise(raw row, folder)`` turns a source's row into the form of ``recipes.data.rows``, or raises ValueError
-    naming the field. All rows are read once here, to check them and to index ids and kinds. Raises ConfigError naming
-    the source and the line or row number, also for an id that occurs twice.
+    ``normalise(raw row, folder)`` converts a source's row to the form of ``recipes.data.rows``, or raises ValueError
+    naming the field. The constructor reads all rows once, to check them and to index ids and kinds. Raises ConfigError,
+    naming the source and the line or row number, for an invalid row and for an id that occurs twice.
     """
 
     def __init__(self, sources: Sequence[Source], normalise: Callable[[Row, Path], Row]) -> None:
@@ -207,7 +210,7 @@ class Rows(Sequence[Row]):
             raise ConfigError(f"{source.location(number_in_source)}: {error}") from error
 
     def __iter__(self) -> Iterator[Row]:
-        """All rows in order. `datasets` converts many rows of a table at once here, faster than one by one."""
+        """All rows in order. This is faster than reading by number, since `datasets` converts many rows at once."""
         for source in self.sources:
             raw_rows = iter(source.table)
             for number in range(len(source.table)):
@@ -223,12 +226,12 @@ class Rows(Sequence[Row]):
         return self.sources[index], number - int(self.starts[index])
 
     def location(self, number: int) -> str:
-        """The source and line (or row number) of row ``number``, for messages."""
+        """The source and line (or row number) of row ``number``, for error messages."""
         source, number_in_source = self._locate(number)
         return source.location(number_in_source)
 
     def check_each(self, check: Callable[[Row], object]) -> None:
-        """Call ``check`` on every row in order. Its ConfigError is raised with the row's location."""
+        """Call ``check`` on every row in order. A ConfigError that it raises gets the row's location."""
         for number, row in enumerate(self):
             try:
                 check(row)
@@ -251,7 +254,7 @@ class Rows(Sequence[Row]):
 
 
 class RowsById(Mapping[str, Row]):
-    """The rows by their ids. A row is found by a binary search for the hash of its id, and read on demand."""
+    """The rows by id. A row is looked up by binary search for the hash of its id, and read on demand."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows

@@ -1,7 +1,7 @@
-"""Scored responses as a run's samples have them, and the prefixes of them that a value model learns from.
+"""Training data of a value model: scored responses from a run's samples, and the prefixes to train on.
 
-A response's score for a principle is the mean score of the principle's verifiers. The responses to a prompt are either
-all trained on or all held out.
+A response's score for a principle is the mean score of the principle's verifiers. Either all responses to a prompt are
+trained on, or all are held out.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ WEIGHT = "weight"  # the column of the prefixes' weights
 
 @dataclass(frozen=True)
 class Part(Sequence[Row]):
-    """Some of the rows: those with these ``numbers``."""
+    """A subset of the rows: those with the given ``numbers``, in that order."""
 
     rows: Rows
     numbers: Array
@@ -51,8 +51,11 @@ class Part(Sequence[Row]):
 
 @dataclass(frozen=True)
 class Split:
-    """Rows with ``sample`` (step/prompt id/sample index), ``prompt_id``, ``response`` and ``scores`` (principle →
-    score), at least one score in each. No prompt has responses in both parts."""
+    """The responses to train on and those that are held out. No prompt has responses in both parts.
+
+    A row has ``sample`` (step/prompt id/sample index), ``prompt_id``, ``response`` and ``scores`` (principle → score).
+    Every row has at least one score.
+    """
 
     trained: Part
     held_out: Part
@@ -61,24 +64,24 @@ class Split:
 def load_rollouts(
     source: Any, prompts: Rows, principles: Mapping[str, Sequence[str]], held_out_share: float, seed: int
 ) -> Split:
-    """The responses of a source, or of a list of sources, in the form of a run's samples, without those that have no
-    score for any principle.
+    """Load the responses of one source or several, and split them. Responses without any score are left out.
 
     Args:
-        source: ``stage.value_model.rollouts``.
-        prompts: the rows that were answered, by whose ids the conversations and images of the responses are found.
+        source: ``stage.value_model.rollouts``. The rows are those of a run's samples.
+        prompts: the rows that were answered. The conversation and images of a response are looked up by the prompt's
+            id.
         principles: principle → the names of its verifiers.
         held_out_share: share of the prompts that are held out, by a hash of the seed and the prompt's text.
-        seed: of the split.
+        seed: the seed of the split.
 
-    Raises ConfigError naming source, line and field, for a prompt that is not in ``prompts``, for a principle that no
-    response has a score for, and where a part is empty.
+    Raises ConfigError, naming source, line and field where there is one: for an invalid row, for a prompt that is not
+    in ``prompts``, for a principle for which no response has a score, and for an empty part of the split.
     """
     normalise = partial(
         _normalise, prompts=RowsById(prompts), principles=principles, held_out_share=held_out_share, seed=seed
     )
     rows = Rows([open_source(spec) for spec in parse_sources(source)], normalise)
-    # A row's kind says whether it is held out, and which principles it has a score for.
+    # The kind of a row is the pair (whether it is held out, the principles that it has scores for).
     numbers: dict[bool, list[Array]] = {False: [], True: []}
     scored: set[str] = set()
     for (held_out, names), streams in rows.streams.items():
@@ -112,7 +115,7 @@ def _normalise(
     held_out_share: float,
     seed: int,
 ) -> Row:
-    """A row of :class:`Split`. Raises ValueError naming the field."""
+    """Convert a line of samples to a row of :class:`Split`. Raises ValueError naming the field."""
     row = without_nulls(raw)
     missing = [field for field in FIELDS if field not in row]
     if missing:
@@ -141,8 +144,10 @@ def _normalise(
 
 
 def principle_scores(verdicts: Mapping[str, Any], principles: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Principle → the mean score of its verifiers, without principles that have none: a verifier was not asked, or
-    failed. Raises ValueError for a score outside [0, 1]."""
+    """Principle → the mean score of its verifiers. Raises ValueError for a score outside [0, 1].
+
+    Verifiers that did not run or failed have no score. A principle whose verifiers have no score is left out.
+    """
     means = {}
     for principle, verifiers in principles.items():
         scores = [verdicts[name]["score"] for name in verifiers if "score" in verdicts.get(name, {})]
@@ -154,13 +159,12 @@ def principle_scores(verdicts: Mapping[str, Any], principles: Mapping[str, Seque
 
 
 def is_held_out(prompt: str, share: float, seed: int) -> bool:
-    """Whether the responses to a prompt are held out: the same for all of them, and for about a ``share`` of
-    prompts."""
+    """Whether the responses to a prompt are held out. This is true for about a ``share`` of the prompts."""
     return _hash(f"{seed}/{prompt}") < share * 2**64
 
 
 def _hash(text: str) -> int:
-    """A number in [0, 2^64)."""
+    """A hash of the text, in [0, 2^64)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -175,12 +179,14 @@ def prefix_batch(
     seed: int,
     max_tokens: int,
 ) -> TokenBatch:
-    """The responses of the rows to their ``prompts``, each with one token more: the value of a prefix is that before
-    the next token. Where a prompt ends with the mark that begins the thinking, its response goes on after that.
+    """The batch of the rows' responses to their ``prompts``, with a loss weight and the scores at each token.
 
-    The column :data:`WEIGHT` chooses the prefixes that are trained on. Within a response their weights are equal, and
-    they sum to 1 / (number of scores in the batch): so each score counts alike, however long its response is. The
-    columns ``score/<principle>`` have the response's score at each of its tokens, NaN where there is none.
+    Each response ends with an end-of-turn token, because the value of a prefix is the model's output before the next
+    token. If a prompt ends with the mark that begins the thinking, that mark is removed from the response.
+
+    The column :data:`WEIGHT` selects the prefixes to train on. Within a response their weights are equal and sum to
+    1 / (number of scores in the batch). So each score counts equally, however long its response is. The columns
+    ``score/<principle>`` hold the response's score at each of its tokens, or NaN if it has none.
 
     Raises ConfigError naming a row with more than ``max_tokens`` tokens.
     """
@@ -214,15 +220,16 @@ def prefix_batch(
 
 
 def score_column(principle: str) -> str:
-    """The name of the batch's column with the scores of a principle."""
+    """The name of the batch's column that holds the scores of a principle."""
     return f"score/{principle}"
 
 
 def prefix_lengths(token_starts: Array, ends: Sequence[int], more: Array) -> Array:
-    """The lengths of the trained prefixes of a response in tokens, ascending, each once: 0 (the prompt alone), those
-    that cover the ``ends`` of segments, and ``more``.
+    """The lengths in tokens of the prefixes of a response to train on, ascending and without duplicates.
 
-    ``token_starts`` [tokens]: the character that each token begins with. A prefix that covers a segment has all tokens
-    that begin before its end, so a token that reaches into the next segment is in it.
+    They are 0 (the prompt alone), the lengths that cover the ``ends`` of segments, and those in ``more``.
+
+    ``token_starts`` [tokens] is the offset in characters at which each token begins. A prefix that covers a segment has
+    all tokens that begin before the segment's end. So it includes a token that extends into the next segment.
     """
     return np.unique(np.concatenate([[0], np.searchsorted(token_starts, np.asarray(ends, np.int64)), more]))

@@ -1,5 +1,5 @@
-"""Held-out evaluation: every score with its interval, greedy and sampled, and the paired difference made by
-training."""
+"""Held-out evaluation: every score with its interval, for greedy and sampled answers, and the paired difference
+between the models before and after training."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,9 +12,9 @@ from recipes.evaluation.statistics import mean_interval, paired_difference
 from rewards.verdict import VerifierResult, to_json
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
 
-# The step of the sampling seeds: no training step has it, and all models that are compared share it.
+# The step number for the sampling seeds. No training step has it, and all models that are compared share it.
 EVALUATION_STEP = -1
-# The models that one launch compares, in order. The base only where the launch trains twice.
+# The models that one launch compares, in order. "base" is there only if the launch trains twice.
 MODELS = ["base", "before", "after"]
 GREEDY = "greedy"
 SAMPLED = "sampled"
@@ -28,17 +28,19 @@ type Answers = dict[str, list[Answer]]
 
 @dataclass(frozen=True)
 class Response:
-    """A model's response to the held-out prompt ``row_id``, and the verifiers' results by score name."""
+    """A model's response to a held-out prompt."""
 
-    row_id: str
+    row_id: str  # the prompt's id
     text: str
     thinking_tokens: int
-    results: Mapping[str, VerifierResult]
+    results: Mapping[str, VerifierResult]  # score name → the verifier's result
 
 
 def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a configuration's evaluation depends on, beside the model. Answers under equal settings can be
-    compared."""
+    """The settings, other than the model, that an evaluation depends on.
+
+    Answers that were generated with equal settings can be compared.
+    """
     data = config["data"]
     rollout = config["rollout"]
     return {
@@ -51,7 +53,7 @@ def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def answer(
     generate: Callable[[int, float], Sequence[Response]], samples_per_prompt: int, temperature: float
 ) -> Answers:
-    """The answers of a model to all held-out prompts: greedy, and ``samples_per_prompt`` times at ``temperature``.
+    """Generate a model's answers to all held-out prompts: one greedy answer, and ``samples_per_prompt`` sampled ones.
 
     ``generate(samples per prompt, temperature)`` returns the responses to all prompts, by prompt and then by sample.
     """
@@ -72,8 +74,10 @@ def to_answer(response: Response) -> Answer:
 
 
 def sample_lines(rows: Iterable[Row], answers: Answers) -> Iterator[dict[str, Any]]:
-    """The sampled answers of a model in the form of a run's samples, as far as ``recipes.data.value_examples`` reads.
-    ``rows``: the prompts."""
+    """A model's sampled answers in the form of a run's samples. ``rows`` are the prompts.
+
+    The lines have the fields that ``recipes.data.value_examples`` reads.
+    """
     prompts = {row["id"]: row["prompt"] for row in rows}
     samples: Counter[str] = Counter()
     for answer in answers[SAMPLED]:
@@ -95,11 +99,12 @@ def score_names(row: Row, scores: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def thinking_tokens(text: str, written: str, tokens: int, encode: Callable[[str], Sequence[int]]) -> int:
-    """The number of tokens up to the end of the thinking, of a response with ``tokens`` tokens.
+    """The number of tokens of a response up to the end of its thinking.
 
-    0 for a response without thinking, all of them when the thinking does not end. ``written`` is what these tokens say;
-    before it ``text`` may have the mark of a thinking that the prompt has begun. ``encode``: text → token ids, without
-    special tokens.
+    It is 0 for a response without thinking, and ``tokens``, the length of the response, if the thinking does not end.
+
+    ``written`` is the text of the response's tokens. If the prompt has begun the thinking, ``text`` also has the mark
+    for that before ``written``. ``encode`` maps text to token ids, without special tokens.
     """
     if THINK_END in written:
         return len(encode(written.partition(THINK_END)[0]))
@@ -107,8 +112,10 @@ def thinking_tokens(text: str, written: str, tokens: int, encode: Callable[[str]
 
 
 def summary(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
-    """{score: {mean, interval, n}} of one model's greedy answers, and the same of its sampled ones under "sampled", if
-    any. Scores without a verdict are left out."""
+    """{score: {mean, interval, n}} of one model's greedy answers, and the same for its sampled answers under "sampled".
+
+    "sampled" is there only if the model has sampled answers. Scores without a verdict are left out.
+    """
     summaries: dict[str, Any] = {}
     for mode, rows in answers.items():
         summaries[mode] = {}
@@ -121,8 +128,10 @@ def summary(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 
 
 def difference(before: Answers, after: Answers, names: Sequence[str]) -> dict[str, Any]:
-    """The paired difference after − before on the same prompts, shaped like :func:`summary`. Answers without a verdict
-    on both sides are left out, and scores without such a pair too."""
+    """The paired difference after − before on the same prompts, in the form of :func:`summary`.
+
+    Pairs of answers in which one has no verdict are left out. So are scores without any complete pair.
+    """
     differences: dict[str, Any] = {}
     for mode in after:
         differences[mode] = {}
@@ -151,10 +160,14 @@ def _greedy_on_top(by_mode: dict[str, Any]) -> dict[str, Any]:
 def report(stage: str, rows: Iterable[Row], names: Sequence[str], models: Mapping[str, Answers]) -> dict[str, Any]:
     """The content of evaluation.json: a summary of each model, the difference of the last two, and the greedy answers.
 
-    ``rows``: the held-out prompts in the order of the answers. ``names``: the scores; those of safety verifiers become
-    rates (:mod:`recipes.evaluation.rates`). ``models``: name (of ``MODELS``) → answers; without "before" there is no
-    difference. With the scores of search questions also ``votes``: what several sampled answers give together
-    (:mod:`recipes.evaluation.voting`).
+    If the scores include those of search questions, it also has ``votes``, the majority votes over several sampled
+    answers (:mod:`recipes.evaluation.voting`).
+
+    Args:
+        stage: the name of the stage.
+        rows: the held-out prompts, in the order of the answers.
+        names: the scores. Those of safety verifiers become rates (:mod:`recipes.evaluation.rates`).
+        models: name (of ``MODELS``) → answers. Without "before" there is no difference.
     """
     rows = list(rows)
     measured, measures = rates.with_rates(models, names, {row["id"]: row["kind"] for row in rows})
@@ -197,5 +210,5 @@ def scored(answers: Sequence[Answer], name: str) -> list[Answer]:
 
 
 def _score(answer: Answer, name: str) -> float | None:
-    """None where this verifier was not asked or failed."""
+    """The score of this verifier, or None if it did not run or failed."""
     return answer["scores"].get(name, {}).get("score")

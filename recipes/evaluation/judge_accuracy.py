@@ -41,9 +41,10 @@ def main(raw: DictConfig) -> None:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Start the judge's server where it has no endpoints, judge the held-out rows, stop it and write the report.
+    """Judge the held-out rows, write the report, and return it.
 
-    Raises ConfigError when the recipe trains no judge or no verifier uses it, and ServerDied.
+    If the judge's server has no endpoints, it is started before and stopped after that. Raises ConfigError if the
+    recipe trains no judge or no verifier uses it, and ServerDied.
     """
     sft = config.stage.sft
     if sft.judge is None or sft.held_out is None:
@@ -80,7 +81,7 @@ def measure(config: Config) -> dict[str, Any]:
 def accuracy_report(rows: Sequence[Row], results: Sequence[VerifierResult]) -> dict[str, Any]:
     """The accuracy with its interval, and for each label {n, right, said: {the judge's label: count}}.
 
-    ``results``: the judge's, one per row. A failure counts as wrong, and as the label "unreadable".
+    ``results`` has the judge's result for each row. A failure counts as wrong, and as the label "unreadable".
     """
     judge_labels = [result.label if isinstance(result, Verdict) else "unreadable" for result in results]
     is_right = [float(label == row["label"]) for label, row in zip(judge_labels, rows, strict=True)]

@@ -1,7 +1,8 @@
-"""Intervals for evaluation scores in [0, 1], in closed form: the same scores always give the same interval.
+"""Confidence intervals for evaluation scores in [0, 1].
 
-The unit of both intervals is the prompt: several samples of one prompt are not independent, so they are averaged first.
-Both methods add a few pseudo-prompts. Without them the interval would have no width when every answer is right, or no
+The intervals are in closed form, so the same scores always give the same interval. The unit is the prompt: several
+samples of one prompt are not independent, so they are averaged first. The intervals of a mean score and of a paired
+difference add a few pseudo-prompts. Without them the interval would have no width if every answer is right, or if no
 answer changed.
 """
 
@@ -24,12 +25,13 @@ class Interval(TypedDict):
 def mean_interval(scores: ArrayLike, prompts: Sequence[Hashable] | None = None, confidence: float = 0.95) -> Interval:
     """Mean score over prompts with the Agresti-Coull interval, extended to several samples per prompt.
 
-    With m_g the mean score of prompt g, G prompts and z the normal quantile, z^2 / 2 pseudo-prompts of score 0 and as
-    many of score 1 are added; the interval is the normal one of the enlarged set:
-    p = (sum m_g + z^2 / 2) / (G + z^2), p +- z * sqrt(v / (G + z^2)), v the enlarged set's variance, clipped to [0, 1].
+    Let m_g be the mean score of prompt g, G the number of prompts and z the normal quantile. z^2 / 2 pseudo-prompts
+    with score 0 and as many with score 1 are added. The interval is the normal one of the enlarged set, clipped to
+    [0, 1]: p = (sum m_g + z^2 / 2) / (G + z^2) and p +- z * sqrt(v / (G + z^2)), with v the enlarged set's variance.
+
     For one 0/1 score per prompt this is exactly Agresti and Coull, "Approximate is better than 'exact' for interval
     estimation of binomial proportions", The American Statistician 52 (1998) 119-126. Averaging within the prompt first
-    is our choice; the interval always holds the observed mean.
+    is our choice. The interval always contains the observed mean.
 
     Args:
         scores: [number of samples], each in [0, 1].
@@ -56,7 +58,7 @@ def mean_interval(scores: ArrayLike, prompts: Sequence[Hashable] | None = None, 
 
 
 def normal_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean of values without bounds (lengths), [number of prompts], with the normal interval mean ± z s / sqrt(n).
+    """Mean of unbounded values such as lengths, [number of prompts], with the normal interval mean ± z s / sqrt(n).
 
     Raises:
         ValueError: fewer than two values, or an impossible confidence.
@@ -75,11 +77,12 @@ def paired_difference(
 ) -> Interval:
     """Mean of (after - before) over the same prompts, with the Agresti-Min interval for matched pairs.
 
-    With d_g the difference of prompt g's means, two pseudo-prompts are added: half a one at +1, half a one at -1 and
-    one at 0; the interval is the normal one of the enlarged set, clipped to [-1, 1]. For one 0/1 score per prompt this
-    is exactly Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in
-    Medicine 24 (2005) 729-740 (one half added to each cell of the two-by-two table). Averaging within the prompt first
-    is our choice.
+    Two pseudo-prompts are added to the differences of the prompts' means: half a one at +1, half a one at -1 and one at
+    0. The interval is the normal one of the enlarged set, clipped to [-1, 1].
+
+    For one 0/1 score per prompt this is exactly Agresti and Min, "Simple improved confidence intervals for comparing
+    matched proportions", Statistics in Medicine 24 (2005) 729-740 (one half added to each cell of the two-by-two
+    table). Averaging within the prompt first is our choice.
 
     Args:
         before: [number of samples], each in [0, 1].

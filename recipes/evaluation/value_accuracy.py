@@ -1,9 +1,9 @@
-"""How good values are: against the final scores of the same responses, with intervals.
+"""The accuracy of a value model: its values against the final scores of the same responses, with intervals.
 
-Every measure takes the weight of each response, so that a bootstrap computes all its resamples at once. Prompts are
-resampled, with all their responses (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods and their
-Application, 1997, section 3.8), as several responses to a prompt are not independent. The resamples have a fixed seed:
-the same values and scores always give the same intervals.
+Intervals are from a bootstrap. Every measure takes a weight for each response, so that all resamples are computed at
+once. Several responses to a prompt are not independent, so prompts are resampled with all their responses (the cluster
+bootstrap; Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8). The resamples have a fixed
+seed, so the same values and scores always give the same intervals.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -16,18 +16,18 @@ from numpy.typing import ArrayLike, NDArray
 from recipes.evaluation.statistics import mean_interval
 
 RESAMPLES = 1000
-BINS = 10  # of the calibration error
-POSITIVE = 0.5  # a score of at least this is good, for the AUC
+BINS = 10  # for the calibration error
+POSITIVE = 0.5  # for the AUC, a response is good if its score is at least this
 
 type Array = NDArray[np.float64]
-# (values [N], scores [N], weights [resamples, N]) → the measure of each resample, NaN where it is not defined
+# (values [N], scores [N], weights [resamples, N]) → the measure of each resample, NaN where it is undefined
 type Measure = Callable[[Array, Array, Array], Array]
 
 
 def correlation(values: Array, scores: Array, weights: Array) -> Array:
-    """Pearson's, not defined where values or scores do not differ."""
+    """Pearson's correlation. Undefined if all values or all scores are equal."""
     total = weights.sum(axis=1)
-    # Centred first, since differences of large sums lose digits.
+    # Centre first, since differences of large sums lose precision.
     values = values - values.mean()
     scores = scores - scores.mean()
 
@@ -40,10 +40,12 @@ def correlation(values: Array, scores: Array, weights: Array) -> Array:
 
 
 def auc(values: Array, scores: Array, weights: Array) -> Array:
-    """The probability that a good response has a higher value than another one, equal values counting half; not defined
-    without responses of both kinds. Good: a score of at least 0.5."""
+    """The probability that a good response has a higher value than a bad one. Equal values count half.
+
+    A response is good if its score is at least 0.5. Undefined without responses of both kinds.
+    """
     order = np.argsort(values, kind="stable")
-    starts = np.unique(values[order], return_index=True)[1]  # of runs of equal values
+    starts = np.unique(values[order], return_index=True)[1]  # where each run of equal values starts
     is_good = scores[order] >= POSITIVE
     good = np.add.reduceat(weights[:, order] * is_good, starts, axis=1)
     bad = np.add.reduceat(weights[:, order] * ~is_good, starts, axis=1)
@@ -53,9 +55,11 @@ def auc(values: Array, scores: Array, weights: Array) -> Array:
 
 
 def calibration_error(values: Array, scores: Array, weights: Array) -> Array:
-    """The expected calibration error (Naeini, Cooper and Hauskrecht, AAAI 2015) over ten bins of equal width:
-    Σ_bins share of the responses · |mean score − mean value|. Its bootstrap intervals lie a little too high, as noise
-    adds to absolute differences."""
+    """The expected calibration error (Naeini, Cooper and Hauskrecht, AAAI 2015) over ten bins of equal width.
+
+    It is Σ_bins share of the responses · |mean score − mean value|. Its bootstrap intervals are slightly too high,
+    because noise increases absolute differences.
+    """
     bins = np.minimum((values * BINS).astype(int), BINS - 1)
     in_bin = np.eye(BINS)[bins]
     return np.abs((weights * (scores - values)) @ in_bin).sum(axis=1) / weights.sum(axis=1)
@@ -65,12 +69,14 @@ MEASURES: dict[str, Measure] = {"correlation": correlation, "auc": auc, "ece": c
 
 
 def accuracy(values: ArrayLike, scores: ArrayLike, prompts: Sequence[Hashable]) -> dict[str, Any]:
-    """The measures of values of responses [N] by their final scores [N], both in [0, 1].
+    """Measure the values of responses [N] against their final scores [N], both in [0, 1].
 
-    ``n`` responses to so many ``prompts``; their mean ``value`` and ``score``; each of ``MEASURES``, and ``ranked``,
-    the share of pairs of responses to one prompt with different scores whose values are in the right order (equal
-    values count half), as {mean, interval}, and None where it is not defined. The interval is the middle 95 % of the
-    resamples in which the measure is defined.
+    Returns:
+        - ``n`` and ``prompts``: the number of responses and of prompts;
+        - ``value`` and ``score``: their means;
+        - each of ``MEASURES``: {mean, interval}, or None if it is undefined. The interval is the middle 95 % of the
+          resamples in which the measure is defined;
+        - ``ranked``: see :func:`ranked`.
     """
     value_array = np.asarray(values, np.float64)
     score_array = np.asarray(scores, np.float64)
@@ -94,7 +100,7 @@ def accuracy(values: ArrayLike, scores: ArrayLike, prompts: Sequence[Hashable]) 
 
 
 def resampled_weights(prompts: Sequence[Hashable]) -> Array:
-    """[RESAMPLES, N]: how often each response is in a resample, as often as its prompt was drawn."""
+    """[RESAMPLES, N]: how often each response is in each resample, which is how often its prompt was drawn."""
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     prompt_of = np.array([place[prompt] for prompt in prompts])
     drawn = np.random.default_rng(0).multinomial(len(place), [1 / len(place)] * len(place), RESAMPLES)
@@ -102,7 +108,11 @@ def resampled_weights(prompts: Sequence[Hashable]) -> Array:
 
 
 def ranked(values: Array, scores: Array, prompts: Sequence[Hashable]) -> Any:
-    """See :func:`accuracy`; the interval is that of ``mean_interval``."""
+    """The share of pairs of responses whose values are in the right order, with its interval. Equal values count half.
+
+    A pair is two responses to one prompt with different scores. The interval is that of ``mean_interval``. None if
+    there is no such pair.
+    """
     of_prompt: dict[Hashable, list[int]] = {}
     for i, prompt in enumerate(prompts):
         of_prompt.setdefault(prompt, []).append(i)

@@ -1,4 +1,4 @@
-"""What several answers to the search questions of an evaluation give together (:mod:`rollout.deliberation.voting`)."""
+"""Votes over several answers to the search questions of an evaluation (:mod:`rollout.deliberation.voting`)."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -12,19 +12,23 @@ from rollout.search import stated
 
 
 def search_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rates and votes over an evaluation's answers ({id, response, scores}) to search questions: those with verdicts of
-    ``search_accuracy`` and ``search_reliability``. Raises ValueError when there is none.
+    """Rates and votes over an evaluation's answers ({id, response, scores}) to search questions.
 
-    ``outcomes``: {true certain, false certain, …: share of the answers}. ``false_certain``: {mean, interval, n} of the
-    answers that are wrong and certain. ``accuracy``: {single, majority, confidence_weighted: {mean, interval, n}}, of
-    one answer alone and of both votes over all answers to a question. ``by_samples``: {k: {majority,
-    confidence_weighted: mean}} for votes over the first k answers, k = 1, 2, 4, … and all. Intervals are over
-    questions.
+    Only answers with verdicts of ``search_accuracy`` and ``search_reliability`` count. Raises ValueError if there is
+    none. Intervals are over questions.
+
+    Returns:
+        - ``outcomes``: {true certain, false certain, …: share of the answers};
+        - ``false_certain``: {mean, interval, n} of the share of answers that are wrong and certain;
+        - ``accuracy``: {single, majority, confidence_weighted: {mean, interval, n}}, of a single answer and of both
+          votes over all answers to a question;
+        - ``by_samples``: {k: {majority, confidence_weighted: mean}} of votes over the first k answers, for k = 1, 2, 4,
+          … and all.
     """
     replies: dict[str, list[Reply]] = {}
     are_right: dict[str, list[bool]] = {}
     outcomes: list[str] = []
-    question_ids: list[str] = []  # of each outcome
+    question_ids: list[str] = []  # one per entry of ``outcomes``
     for row in rows:
         accuracy = row["scores"].get("search_accuracy", {})
         reliability = row["scores"].get("search_reliability", {})

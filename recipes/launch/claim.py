@@ -27,9 +27,9 @@ MARK_SECONDS = 60.0  # a shared file system may show a new file to other hosts l
 
 @contextmanager
 def claimed(config: Config) -> Iterator[None]:
-    """Hold the run's folder, which is made, marked and locked, during the block.
+    """Create, mark and lock the run's folder, and hold the lock during the block.
 
-    With ``overwrite`` the folder of another run is moved aside. Raises ConfigError where the folder can't be used.
+    With ``overwrite`` the folder of another run is moved aside. Raises ConfigError if the folder can't be used.
     """
     folder = Path(config.run_dir)
     check_folder(config)
@@ -54,9 +54,9 @@ def claimed(config: Config) -> Iterator[None]:
 
 @contextmanager
 def held_by_rank(config: Config) -> Iterator[Path]:
-    """As :func:`claimed`, for rank 0 where no launcher holds the folder: ``recipes.prepare`` has claimed it before.
+    """Lock the run's folder in rank 0, if no launcher holds it, and yield the lock.
 
-    Gives the lock. Raises ConfigError where the folder is not claimed.
+    ``recipes.prepare`` must have claimed the folder before. Raises ConfigError if it has not.
     """
     folder = Path(config.run_dir)
     with _errors_of_the_disk(config):
@@ -74,9 +74,10 @@ def held_by_rank(config: Config) -> Iterator[Path]:
 
 
 def wait_for_mark(config: Config) -> None:
-    """For the other ranks, which write logs into the run's folder: wait until this host sees that it is one.
+    """Wait until this host sees the mark in the run's folder.
 
-    Raises ConfigError where it does not within ``MARK_SECONDS``. Exits where rank 0 refuses the folder.
+    This is for the ranks other than 0, which write logs into the folder. Raises ConfigError if the mark does not appear
+    within ``MARK_SECONDS``. Exits if rank 0 refuses the folder.
     """
     folder = Path(config.run_dir)
     deadline = time.monotonic() + MARK_SECONDS
@@ -92,14 +93,15 @@ def wait_for_mark(config: Config) -> None:
 
 
 def _may_begin(folder: Path, config: Config) -> bool:
-    """Whether a launch may begin in a run's folder without moving anything."""
+    """Whether a launch may begin in a run's folder without moving anything aside."""
     return config.resume or not run_folder.results(folder)
 
 
 def check_folder(config: Config, own: Path | None = None) -> list[Difference]:
-    """Raises ConfigError where the launch, whose lock is ``own``, can't use the run's folder; makes nothing in it.
+    """Check that the launch, whose lock is ``own``, can use the run's folder. Writes nothing to it.
 
-    Returns the settings in which a resumed run differs from what it was begun with.
+    Returns the settings in which a resumed run differs from its stored configuration. Raises ConfigError if the launch
+    can't use the folder.
     """
     folder = Path(config.run_dir)
     where = f"run_dir={config.run_dir!r}"
@@ -141,14 +143,17 @@ def _check_resumed(folder: Path, config: Config) -> list[Difference]:
 
 
 def changes_of(folder: Path, config: Config) -> list[Difference]:
-    """The settings in which ``config`` differs from those of the folder's run. Raises ConfigError where the run would
-    become another experiment. A run that ended before it wrote its settings has none to compare."""
+    """The settings in which ``config`` differs from the configuration that the folder's run stored.
+
+    Empty for a run that ended before it wrote its configuration. Raises ConfigError if the differences would make the
+    run another experiment.
+    """
     stored = folder / records.CONFIG
     return check_resume(yaml.safe_load(stored.read_text()), config) if stored.is_file() else []
 
 
 def _make_room(folder: Path, own: Path) -> Path:
-    """Move a run's folder, with the lock ``own`` in it, aside; returns the lock of a new folder in its place."""
+    """Move a run's folder aside, with the lock ``own`` in it. Return the lock of a new folder in its place."""
     target = run_folder.move_aside(folder)
     print(f"overwrite=true: the former {folder} is {target} now", flush=True)
     lock.release(target / own.name)

@@ -1,4 +1,4 @@
-"""Fork the ranks of a run on one machine from one process, so that their common modules are imported once.
+"""Fork the ranks of a run on one machine from one process, so that the modules they share are imported only once.
 
 Under srun or torchrun each rank is started separately, and this module is not used.
 """
@@ -20,9 +20,10 @@ TERMINATION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQ
 
 
 def run_in_child(work: Callable[[], object]) -> None:
-    """Call ``work`` in a forked process. A process with threads must not fork, and ``work`` may leave threads running.
+    """Call ``work`` in a forked process and wait for it.
 
-    When the child fails, this process ends with its exit code; ``work`` prints its own errors.
+    A process with threads must not fork. ``work`` may leave threads running, so it must not run in this process. If the
+    child fails, this process ends with the child's exit code. ``work`` prints its own errors.
     """
     sys.stdout.flush()
     parent = os.getpid()
@@ -31,7 +32,7 @@ def run_in_child(work: Callable[[], object]) -> None:
         die_with(parent)
         work()
         sys.exit(0)
-    # The child gets Ctrl-C too; this process waits until it has cleaned up.
+    # The child gets Ctrl-C too. This process ignores it and waits until the child has cleaned up.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = _exit_code(os.waitpid(pid, 0)[1])
     signal.signal(signal.SIGINT, interrupt)
@@ -40,14 +41,16 @@ def run_in_child(work: Callable[[], object]) -> None:
 
 
 def fork_ranks(count: int, nodes: int = 1) -> None:
-    """Fork ``count`` ranks. The function returns in each rank; this process waits for them and exits.
+    """Fork ``count`` ranks. The function returns in each rank. This process waits for them and exits.
 
-    A rank has torchrun's environment variables, in which this machine counts as ``nodes`` nodes. When a rank fails, or
-    this process gets a termination signal, all ranks get SIGTERM, and SIGKILL after ``GRACE_SECONDS``. The exit code of
-    this process is that of the first rank that failed, or 128 + the number of the signal. When this process dies, the
-    kernel kills the ranks. The preemption signal (``recipes.run.preemption``) is passed on to the ranks.
+    A rank has torchrun's environment variables, in which this machine counts as ``nodes`` nodes.
 
-    Call it in the main thread, before other threads run and before CUDA is initialised: both make a fork unsafe.
+    When a rank fails, or this process gets a termination signal, all ranks get SIGTERM, and SIGKILL after
+    ``GRACE_SECONDS``. The exit code of this process is that of the first rank that failed, or 128 + the number of the
+    signal. When this process dies, the kernel kills the ranks. The preemption signal (``recipes.run.preemption``) is
+    passed on to the ranks.
+
+    Call this in the main thread, before other threads run and before CUDA is initialised. Both make a fork unsafe.
     """
     # The port is bound before the fork, so that no other program can take it.
     listening = socket.create_server(("127.0.0.1", 0))
@@ -64,7 +67,7 @@ def fork_ranks(count: int, nodes: int = 1) -> None:
     former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*terminations, preemption.SIGNAL, signal.SIGCHLD])
     sys.stdout.flush()
     sys.stderr.flush()
-    # The ranks' garbage collections then skip the imported modules.
+    # Garbage collection in the ranks then skips the imported modules.
     gc.freeze()
     launcher = os.getpid()
     ranks: dict[int, int] = {}
@@ -72,7 +75,7 @@ def fork_ranks(count: int, nodes: int = 1) -> None:
         pid = os.fork()
         if pid == 0:
             die_with(launcher)
-            # A session of its own keeps the terminal's Ctrl-C from the rank; only the launcher gets it.
+            # In a session of its own, the rank does not get the terminal's Ctrl-C. Only the launcher does.
             os.setsid()
             signal.pthread_sigmask(signal.SIG_SETMASK, former_mask)
             listening.close()
@@ -90,7 +93,7 @@ def fork_ranks(count: int, nodes: int = 1) -> None:
 
 
 def _wait_for_ranks(ranks: dict[int, int], terminations: list[signal.Signals]) -> int:
-    """Wait until all ``ranks``, pid → rank, have ended; returns the exit code of this process."""
+    """Wait until all ``ranks`` (pid → rank) have ended, and return the exit code for this process."""
     exit_code = 0
     kill_at = float("inf")
     while ranks:
@@ -104,10 +107,11 @@ def _wait_for_ranks(ranks: dict[int, int], terminations: list[signal.Signals]) -
             failure = 128 + received.si_signo
         for pid, code in _reap(ranks):
             rank = ranks.pop(pid)
-            # The log's disk may be full, an error that the rank has reported.
+            # The log's disk may be full. The rank has then reported that error itself.
             with contextlib.suppress(OSError):
                 print(f"rank {rank} (pid {pid}) ended with exit code {code}", file=sys.stderr, flush=True)
-            # A rank that was killed could not print an error. Later ones were ended by this process.
+            # A rank that was killed could not print an error. Ranks that end after the first failure were ended by
+            # this process.
             if code > 128 and not (exit_code or failure):
                 print(f"error: rank {rank} was ended by {signal.Signals(code - 128).name}", flush=True)
             failure = failure or code
@@ -132,12 +136,12 @@ def _reap(ranks: dict[int, int]) -> list[tuple[int, int]]:
 
 
 def _signal_all(ranks: dict[int, int], number: signal.Signals) -> None:
-    # Only _reap releases a pid, so each is still that of its rank.
+    # Only _reap releases a pid, so no pid here can belong to another process.
     for pid in ranks:
         os.kill(pid, number)
 
 
 def _exit_code(status: int) -> int:
-    """The exit code in a wait status; 128 + the number of the signal that ended the process, as in a shell."""
+    """The exit code from a wait status. For a process ended by a signal it is 128 + its number, as in a shell."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

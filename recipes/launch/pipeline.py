@@ -1,7 +1,7 @@
-"""The pipeline of stages that ``stage.ladder`` lists, and the scores of every stage's model on the same prompts.
+"""Run the pipeline of stages that ``stage.ladder`` lists, and report every stage's model on the same prompts.
 
-Each stage is one launch, ``python -m recipes.train stage=NAME recipe=…``, in the folder RUN_DIR/NAME. After stages that
-were launched one by one, ``python -m recipes.launch.pipeline RUN_DIR`` writes the report of all.
+Each stage is one launch, ``python -m recipes.train stage=NAME recipe=…``, in the folder RUN_DIR/NAME. For stages that
+were launched one by one, ``python -m recipes.launch.pipeline RUN_DIR`` writes the report of all stages.
 """
 
 import argparse
@@ -38,18 +38,18 @@ from recipes.run.folder import is_run
 from rewards.serve import ServerDied, Supervisor, judge_servers
 
 REASONING_LENGTH = "reasoning_length"
-# Beside the rates of safety (recipes/evaluation/rates.py).
+# The measures in addition to the rates of safety (recipes/evaluation/rates.py).
 MEASURES = ("helpfulness", "accuracy", REASONING_LENGTH, "search_accuracy", "false_certain")
 POLL_SECONDS = 1.0
 
 
 def run_pipeline(config: Config, arguments: Sequence[str]) -> None:
-    """Launch the stages in order; ``arguments``: the command line. A resumed pipeline skips its finished stages.
+    """Launch the stages in order. ``arguments`` is the command line. A resumed pipeline skips its finished stages.
 
-    Servers that a stage's verifiers need, and that have no endpoints, run during that stage. A finished stage keeps its
-    exported model and its records, but no checkpoint.
+    The servers of a stage's verifiers that have no endpoints run during that stage. A finished stage keeps its exported
+    model and its records, but no checkpoint.
 
-    Raises ConfigError when the configuration of any stage is invalid, before the first launch, and when a stage fails.
+    Raises ConfigError if the configuration of any stage is invalid, before the first launch, and if a stage fails.
     """
     folder = Path(config.run_dir)
     check_folder(config)
@@ -82,18 +82,22 @@ def exit_on_signal(number: int, frame: FrameType | None) -> None:
 def plan_launches(
     stages: Sequence[str], arguments: Sequence[str], folder: Path, resume: bool
 ) -> dict[str, tuple[list[str], Config]]:
-    """Each stage's arguments and configuration. Raises ConfigError, also where these would make another experiment of a
-    stage that a resumed pipeline has begun."""
+    """Each stage's arguments and configuration.
+
+    Raises ConfigError for an invalid configuration, and for one that would make a stage that a resumed pipeline has
+    begun another experiment.
+    """
     launches = {}
     previous = None
     for name in stages:
-        # A stage that has not begun has nothing to go on from.
+        # A stage that has not begun can't be resumed.
         begun = resume and is_run(folder / name)
         launches[name] = stage_launch(name, [*arguments, f"resume={begun}"], folder, previous)
         _, config = launches[name]
         if begun:
             changes_of(folder / name, config)
-        # A stage without an evaluation trains a judge or a reward model, which is no policy to start from.
+        # A stage without an evaluation trains a judge or a reward model. The next stage can't start from those, since
+        # they are not policies.
         if config.stage.evaluates:
             previous = name
     return launches
@@ -116,7 +120,7 @@ def stage_launch(name: str, arguments: Sequence[str], folder: Path, previous: st
 
 
 def common_arguments(name: str, arguments: Sequence[str], folder: Path) -> list[str]:
-    """The pipeline's arguments for one stage, whichever stage it continues from."""
+    """The arguments of one stage that do not depend on the stage it continues from."""
     replaced = ("stage=", "stage.ladder=", "run_dir=", "overwrite=")
     common = [argument for argument in arguments if not argument.startswith(replaced)]
     return [*common, f"stage={name}", f"run_dir={quoted(str(folder / name))}"]
@@ -129,7 +133,7 @@ def compose_config(arguments: Sequence[str]) -> Config:
 
 
 def run_stage(name: str, arguments: Sequence[str], config: Config) -> None:
-    """Launch one stage and mark it as finished. Raises ConfigError when it fails."""
+    """Launch one stage and mark it as finished. Raises ConfigError if it fails."""
     run_dir = Path(config.run_dir)
     print(f"==> stage {name}", flush=True)
     started = time.monotonic()
@@ -142,13 +146,13 @@ def run_stage(name: str, arguments: Sequence[str], config: Config) -> None:
             print(f"the judge's accuracy on held-out answers is {accuracy['mean']:.2f}", flush=True)
     except (ConfigError, ServerDied) as error:
         raise ConfigError(f"stage {name}: {error}; go on with resume=true") from error
-    # Seconds of the last launch; a resumed stage had earlier ones.
+    # The duration of the last launch only. A resumed stage had earlier launches.
     seconds = time.monotonic() - started
     records.write_json(run_dir / records.FINISHED, {"stage": name, "seconds": seconds})
 
 
 def run_with_servers(command: Sequence[str], config: Config) -> int:
-    """Run a command while the stage's reward servers run; returns its exit code.
+    """Run a command while the stage's reward servers run, and return its exit code.
 
     However this process ends, the command and the servers end too. Raises ServerDied.
     """
@@ -175,7 +179,7 @@ def run_with_servers(command: Sequence[str], config: Config) -> int:
 def write_results(folder: Path, stages: Sequence[str], evaluation: str) -> None:
     """Write ``ladder.json`` and ``report.html`` of the stages that have answers.
 
-    ``evaluation``: the file of the held-out prompts.
+    ``evaluation`` is the source of the held-out prompts.
     """
     answers: dict[str, Answers] = {}
     for name in stages:
@@ -206,7 +210,7 @@ def write_results(folder: Path, stages: Sequence[str], evaluation: str) -> None:
 def stages_with_answers(folder: Path) -> tuple[list[str], str]:
     """The stages below ``folder`` that have answers, in order, and the held-out prompts of the last one.
 
-    Raises ConfigError when there are none, and for the folder of one run, whose report would be overwritten.
+    Raises ConfigError if there are none, and for the folder of a single run, whose report would be overwritten.
     """
     if (folder / "metrics.jsonl").is_file():
         raise ConfigError(
@@ -244,7 +248,7 @@ def measures(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 
 
 def changes(before: Answers, after: Answers, names: Sequence[str]) -> dict[str, Any]:
-    """``MEASURE_change``: the mean difference of greedy answers to the same prompts, with its 95 % interval."""
+    """``MEASURE_change``: the mean difference of the greedy answers to the same prompts, with its 95 % interval."""
     results: dict[str, Any] = {}
     for name in names:
         values_before = values_by_prompt(before, name)
@@ -266,7 +270,7 @@ def changes(before: Answers, after: Answers, names: Sequence[str]) -> dict[str, 
 def values_by_prompt(answers: Answers, measure: str) -> dict[str, float]:
     """A measure of each greedy answer, by the prompt's id.
 
-    The reasoning length, in thinking tokens, is that of the prompts which have an accuracy.
+    The reasoning length, in thinking tokens, is given only for prompts that have an accuracy.
     """
     if measure == REASONING_LENGTH:
         return {row["id"]: row["thinking_tokens"] for row in scored(answers["greedy"], "accuracy")}

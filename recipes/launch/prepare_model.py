@@ -1,5 +1,7 @@
-"""Make the Hugging Face folder that a run starts from, once: from the GGUF file of a Python package, or with random
-weights."""
+"""Write the Hugging Face folder that a run starts from, if it does not exist yet.
+
+The weights are those of the GGUF file of a Python package, or random.
+"""
 
 import importlib.util
 import shutil
@@ -16,9 +18,9 @@ CHAT_TEMPLATE = (
 
 
 def prepare(model: ModelConfig) -> bool:
-    """Write ``model.path`` if it does not exist; returns whether it was written.
+    """Write ``model.path`` if it does not exist. Return whether it was written.
 
-    Raises ConfigError when the folder does not exist and the model names no package to convert.
+    Raises ConfigError if the folder does not exist and can't be made from the model's settings.
     """
     target = Path(model.path)
     if (target / "config.json").is_file():
@@ -46,7 +48,7 @@ def prepare(model: ModelConfig) -> bool:
 
     network = AutoModelForCausalLM.from_pretrained(source, gguf_file=model.gguf_file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=model.gguf_file)
-    # SmolLM2's value, which the GGUF reader does not set.
+    # The GGUF reader does not set this. The value is SmolLM2's.
     network.config.rms_norm_eps = 1e-5
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
@@ -62,8 +64,10 @@ def prepare(model: ModelConfig) -> bool:
 
 
 def make_random(source: Path, target: Path) -> None:
-    """Write ``target`` as ``source`` with random weights in BF16, the same on every machine. Raises ConfigError where
-    there is no configuration."""
+    """Write a copy of ``source`` with random BF16 weights to ``target``. The weights are the same on every machine.
+
+    Raises ConfigError if ``source`` has no config.json.
+    """
     if not (source / "config.json").is_file():
         raise ConfigError(f"model.random_weights_of={str(source)!r}: no config.json there; give a folder that has one")
 

@@ -1,4 +1,4 @@
-"""What a run needs once, before its ranks start: data that fits, a folder that is its own, the model's folder."""
+"""Prepare a run, once, before its ranks start: check the data, claim the run's folder, write the model's folder."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def prepare_run(config: Config) -> None:
 
 
 def check_run(config: Config) -> None:
-    """Check the run's folder, the data and the servers; makes nothing. Raises ConfigError."""
+    """Check the run's folder, the data and the servers, without writing anything. Raises ConfigError."""
     check_folder(config)
     # Checking an algorithm's parts imports libraries that print warnings.
     with quiet():
@@ -37,7 +37,7 @@ def redirect_stderr(run_dir: Path) -> None:
 
 
 def prepare_model(config: Config) -> None:
-    """Convert the model if its folder is missing. Raises ConfigError when an earlier stage should have written it."""
+    """Convert the model if its folder is missing. Raises ConfigError if an earlier stage should have written it."""
     if (Path(config.model.path) / "config.json").is_file():
         return
     if config.stage.after is not None:

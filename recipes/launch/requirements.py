@@ -1,4 +1,4 @@
-"""Checks of what a run needs beside valid settings: data rows, parts of the algorithm, verifiers, servers."""
+"""Check what a run needs in addition to valid settings: data rows, parts of the algorithm, verifiers, servers."""
 
 import os
 
@@ -7,7 +7,7 @@ from recipes.config import Config, engines_of_a_node, generates, nodes_with_engi
 from recipes.config.stages import learned_principles
 from recipes.errors import ConfigError
 
-ENGINE_GIB = 0.5  # of host memory that a vLLM process takes for itself, at least
+ENGINE_GIB = 0.5  # host memory that a vLLM process needs at least, without weights and KV cache
 
 
 def check_supervised(config: Config) -> None:
@@ -70,8 +70,11 @@ def check_parts(config: Config) -> None:
 
 
 def check_compiler(config: Config) -> None:
-    """On GPUs attention with shared prompts is compiled. Raises ConfigError where the environment forbids it, because
-    torch would compute all scores of a pack one by one."""
+    """Check that attention with shared prompts can be compiled on GPUs.
+
+    Raises ConfigError if the environment turns compilation off, because torch would then compute all attention scores
+    of a pack one by one.
+    """
     if not (config.parallel.shared_prompts and capabilities(config.cluster.platform).has_gpus):
         return
     for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
@@ -83,7 +86,7 @@ def check_compiler(config: Config) -> None:
 
 
 def check_memory(config: Config) -> None:
-    """On CPUs: the engines of a node fit into this machine's memory. Raises ConfigError."""
+    """On CPUs, check that the engines of a node fit into this machine's memory. Raises ConfigError."""
     if capabilities(config.cluster.platform).has_gpus or not generates(config):
         return
     engines = engines_of_a_node(config, nodes_with_engines(config))
@@ -98,7 +101,7 @@ def check_memory(config: Config) -> None:
 
 
 def check_servers(config: Config) -> None:
-    """Check that the verifiers' servers and the environment answer. Raises ConfigError with those that do not."""
+    """Check that the verifiers' servers and the environment respond. Raises ConfigError naming those that do not."""
     from rewards import mixing, registry
     from rewards.client import Client
     from rollout.environment import Unavailable, open_environment

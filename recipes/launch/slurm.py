@@ -1,19 +1,19 @@
-"""torchrun's environment variables from those of Slurm, for ranks that ``srun`` has started."""
+"""Set torchrun's environment variables from Slurm's, for ranks that ``srun`` has started."""
 
 import os
 
 from recipes.errors import ConfigError
 
-# From this number on Slurm numbers the steps of batch scripts and interactive shells, which are no ranks.
+# Slurm gives step numbers from this one on to batch scripts and interactive shells, which are not ranks.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 def adopt_step() -> None:
-    """In a task of a Slurm step, set torchrun's variables of ranks and nodes; the job script sets ``MASTER_ADDR``.
+    """In a task of a Slurm step, set torchrun's variables for ranks and nodes. The job script sets ``MASTER_ADDR``.
 
     Does nothing outside a step, under torchrun, and in a step of one task without ``MASTER_ADDR`` (``srun --pty
-    bash``). Slurm sets SLURM_PROCID in batch scripts and shells too, so that variable alone does not mean a rank.
-    Raises ConfigError when a step of several tasks has no ``MASTER_ADDR``.
+    bash``). Slurm sets SLURM_PROCID in batch scripts and shells too, so that variable alone does not identify a rank.
+    Raises ConfigError if a step of several tasks has no ``MASTER_ADDR`` or ``MASTER_PORT``.
     """
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) >= FIRST_SPECIAL_STEP:
         return

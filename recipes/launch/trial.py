@@ -1,4 +1,4 @@
-"""Tries of verifiers on the rows of the data, before anything has started. Nothing is sent to servers."""
+"""Try the verifiers on the rows of the data before a run starts. Nothing is sent to servers."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,19 +13,21 @@ from rewards.verifiers.served import ServedVerifier
 from rewards.verifiers.text import without_thinking
 from rollout.environment import Segment
 
-# An answer as a model might write it, for rows that hold none.
+# An answer as a model might write it, for rows that have none.
 SENTENCE = "The answer is 42, because a bridge carries a road over a river."
 ANSWER_FIELDS = ("answer", "response", "chosen")
-TRIED_ROWS = 4  # of each label and kind, with such answers
-# Of each label and kind, on which a user's function is tried: it may take a second, and a data set have a million rows.
+TRIED_ROWS = 4  # rows of each label and kind that are tried with such answers
+# Rows of each label and kind on which a user's function is tried at most. A call may take a second, and a data set may
+# have a million rows.
 FUNCTION_ROWS = 1000
 
 
 def try_verifiers(config: Config, verifiers: Mapping[str, Verifier], rows: Rows, held_out: Rows) -> None:
-    """Run each verifier on every row that it will judge and the empty answer, and on the first ``TRIED_ROWS`` of each
-    label (of ``rewards.mix``) or kind (of ``data.scores``) with answers as a model may give.
+    """Run each verifier on every row that it will judge, with the empty answer.
 
-    A user's function runs on ``FUNCTION_ROWS`` of each at most. Judges are not asked.
+    On the first ``TRIED_ROWS`` rows of each label (of ``rewards.mix``) or kind (of ``data.scores``), it also runs with
+    answers that a model may give. A user's function runs on at most ``FUNCTION_ROWS`` rows of each label or kind. No
+    request is sent to judges.
 
     Raises ValueError naming verifier and row.
     """
@@ -47,7 +49,7 @@ def try_verifiers(config: Config, verifiers: Mapping[str, Verifier], rows: Rows,
 
 
 def answers(row: Row) -> list[str]:
-    """What verifiers are tried on: the row's own answers, a sentence, and the empty answer."""
+    """The answers with which verifiers are tried: those in the row, a sentence, and the empty answer."""
     own = [row[field] for field in ANSWER_FIELDS if isinstance(row.get(field), str)]
     return list(dict.fromkeys([*own, SENTENCE, ""]))
 
@@ -55,11 +57,13 @@ def answers(row: Row) -> list[str]:
 def check_row(
     name: str, verifier: Verifier, row: Row, responses: Sequence[str] = ("",), with_segments: bool = False
 ) -> None:
-    """Run a verifier on a row and these responses; of a judge, make the requests and send none. With an environment the
-    row has each response's ``segments`` too.
+    """Run a verifier on a row with the given responses.
 
-    Raises ValueError for a row that it can't verify, and, naming verifier, row and response, for a function that
-    raises, returns what is no result, or takes too long.
+    For a judge, the requests are built but not sent. ``with_segments`` is for a run with an environment: the row then
+    has the ``segments`` of each response.
+
+    Raises ValueError for a row that the verifier can't verify. Also raises it, naming verifier, row and response, for a
+    function that raises, returns something that is not a result, or takes too long.
     """
     for response in responses:
         try:
@@ -69,7 +73,7 @@ def check_row(
             else:
                 segments = {"segments": [Segment(response, by_environment=False)]} if with_segments else {}
                 verifier({**row, **segments}, response)
-        except ValueError:  # of a registered rule or template: it names the row
+        except ValueError:  # from a registered rule or template, whose message names the row
             raise
         except FunctionFailed as error:
             raise ValueError(f"{_where(name, row, response)}: {error}; {FORM}") from error

@@ -1,1 +1,1 @@
-"""What is checked on each node of a job before it is used."""
+"""Checks of each node of a job before the job uses it."""

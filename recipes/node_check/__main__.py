@@ -1,8 +1,8 @@
 """``python -m recipes.node_check recipe=… [overrides…] [node_check.FIELD=…]``: is this node fit for the job?
 
-The job scripts start it once on every node, before anything else. A node that is not fit prints one line,
-``bad node NAME: why``, and the exit code is 1. On a CPU only what applies there is checked. ``python -m
-recipes.node_check.links`` measures the links between GPUs. ``node_check=h200`` would choose another file of
+The job scripts start it once on every node, before anything else. A node that is not fit prints a line
+``bad node NAME: why`` for each fault, and the exit code is 1. On a CPU, only the checks that apply there are made.
+``python -m recipes.node_check.links`` measures the links between GPUs. ``node_check=h200`` would choose another file of
 conf/node_check/.
 """
 
@@ -38,13 +38,13 @@ def settings_of(raw: DictConfig) -> Settings:
 
 
 def node_name() -> str:
-    """Slurm's name of this node, by which it can be excluded; outside Slurm the host name."""
+    """Slurm's name of this node, by which a job can exclude it. Outside Slurm, the host name."""
     return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
 def main(raw: DictConfig) -> None:
-    """Make the checks and print what they found; a node that is fit prints it only if it is the first."""
+    """Make the checks and print the faults. If there are none, the first node prints what its checks found."""
     settings = settings_of(raw)
     has_gpus = capabilities(str(raw.cluster.platform)).has_gpus
     gpus = settings.gpus if settings.gpus is not None else raw.cluster.ranks // raw.cluster.nodes
@@ -70,7 +70,7 @@ def is_first() -> bool:
 
 
 def node_checks(settings: Settings, has_gpus: bool, gpus: int) -> Iterator[Callable[[], str]]:
-    """The checks that apply, with what they look at."""
+    """The checks that apply to this node, each ready to be called."""
     if has_gpus:
         yield from gpu_checks(settings, gpus)
         yield lambda: checks.one_cudnn(os.environ, own=features.cudnn_folder())
@@ -91,7 +91,7 @@ def node_checks(settings: Settings, has_gpus: bool, gpus: int) -> Iterator[Calla
 
 
 def gpu_checks(settings: Settings, needed: int) -> Iterator[Callable[[], str]]:
-    """The checks that ask nvidia-smi. Without GPUs that it sees there is one, which fails."""
+    """The checks that ask nvidia-smi. If it can't be asked, there is a single check, which fails."""
     if not checks.has_nvidia_smi():
         yield lambda: fail("no nvidia-smi: the node has no NVIDIA driver, or the container was started without it")
         return
@@ -120,7 +120,7 @@ def fail(text: str) -> str:
 
 
 def nvidia_smi(*arguments: str) -> str:
-    """Its standard output. Raises Bad with its error."""
+    """The standard output of nvidia-smi. Raises Bad with its error."""
     done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
     if done.returncode:
         raise Bad(f"nvidia-smi {arguments[0]}: {(done.stdout + done.stderr).strip()}; reset the GPU or reboot the node")
@@ -128,7 +128,7 @@ def nvidia_smi(*arguments: str) -> str:
 
 
 def compare_clocks(settings: Settings) -> str:
-    """This node's clock against the first node's. The first one answers all others and finds those that do not come."""
+    """Compare this node's clock with the first node's. The first node answers all others and reports missing ones."""
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     if nodes == 1 or settings.clock_skew is None:
         raise NotChecked("one node has one clock")
@@ -138,7 +138,7 @@ def compare_clocks(settings: Settings) -> str:
         with socket.create_server(("", port)) as listener:
             reached = clock.serve(listener, nodes - 1, settings.timeout)
         if reached < nodes - 1:
-            # It is theirs and not this node's fault, and they say so themselves where they run.
+            # This is the fault of the other nodes, not of this one. They report it themselves if they run.
             print(f"{nodes - 1 - reached} of {nodes} nodes have not reached {host}:{port}", flush=True)
         return f"{reached + 1} nodes reach port {port}"
     try:

@@ -1,6 +1,6 @@
-"""The checks of a node. Each is a function of what was read, so that it can be called with anything.
+"""The checks of a node. Each takes the values that were read as arguments, so that it can be called with any values.
 
-A check returns one line that says what it found. It raises Bad with what is wrong and what to do, or NotChecked where
+A check returns one line that says what it found. It raises Bad with what is wrong and what to do, or NotChecked if
 there is nothing to look at.
 """
 
@@ -26,26 +26,26 @@ QUERY = (
 )
 # What nvidia-smi prints for a field that a GPU does not have: [N/A], [Not Supported].
 ABSENT = "["
-# Where Transformer Engine looks for cuDNN before it takes pip's, in this order, beside LD_LIBRARY_PATH
-# (transformer_engine/common/__init__.py, _load_cuda_library_from_system).
+# Environment variables with folders in which Transformer Engine looks for cuDNN before it takes pip's, in this order.
+# It also looks in LD_LIBRARY_PATH (transformer_engine/common/__init__.py, _load_cuda_library_from_system).
 CUDNN_FOLDERS = ("CUDNN_HOME", "CUDNN_PATH", "CUDA_HOME", "CUDA_PATH")
 DEFAULT_TOOLKIT = "/usr/local/cuda"
 CUDNN = "libcudnn.so"
-# A memory limit that stands for none: cgroup v1 has the largest number of pages.
+# A memory limit of this size or more means no limit: cgroup v1 then has the largest number of pages.
 UNLIMITED = 2**60
 
 
 class Bad(Exception):
-    """The node is not fit for the job; the text says why and what to do."""
+    """The node is not fit for the job. The text says why and what to do."""
 
 
 class NotChecked(Exception):
-    """There is nothing to look at; the text says what is missing."""
+    """There is nothing to look at. The text says what is missing."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A line of `nvidia-smi --query-gpu`. Memory is in MiB; None for what the GPU does not report."""
+    """A line of `nvidia-smi --query-gpu`. Memory is in MiB. A field that the GPU does not report is None."""
 
     index: int
     name: str
@@ -60,7 +60,7 @@ class Gpu:
 def parse_gpus(text: str) -> list[Gpu]:
     """The GPUs of `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` with the fields of ``QUERY``.
 
-    Raises Bad for a line of another form, which is how nvidia-smi reports a GPU that it can't reach.
+    Raises Bad for a line of another form. nvidia-smi reports a GPU that it can't reach in such a line.
     """
     gpus = []
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -86,7 +86,7 @@ def parse_gpus(text: str) -> list[Gpu]:
 
 
 def driver(gpus: Sequence[Gpu], least: int) -> str:
-    """Whether NVIDIA's driver can run the CUDA that the environment brings."""
+    """Check that NVIDIA's driver can run the environment's version of CUDA."""
     version = gpus[0].driver
     if int(version.partition(".")[0]) < least:
         raise Bad(f"driver {version}: CUDA 13 needs {least} or newer; have it updated, or use other nodes")
@@ -94,7 +94,7 @@ def driver(gpus: Sequence[Gpu], least: int) -> str:
 
 
 def gpu_count(gpus: Sequence[Gpu], needed: int) -> str:
-    """Whether as many GPUs are seen as the node has ranks."""
+    """Check that at least ``needed`` GPUs are seen."""
     if len(gpus) < needed:
         seen = ", ".join(str(gpu.index) for gpu in gpus) or "none"
         raise Bad(f"{len(gpus)} of {needed} GPUs are seen ({seen}); give --gpus-per-node, or have the node looked at")
@@ -102,7 +102,7 @@ def gpu_count(gpus: Sequence[Gpu], needed: int) -> str:
 
 
 def gpu_memory(gpus: Sequence[Gpu], least_share: float) -> str:
-    """Whether the GPUs' memory is free."""
+    """Check that at least ``least_share`` of each GPU's memory is free."""
     used = [gpu for gpu in gpus if gpu.free < least_share * gpu.total]
     if used:
         shown = ", ".join(f"GPU {gpu.index} {(gpu.total - gpu.free) / 1024:.1f} GiB" for gpu in used)
@@ -112,7 +112,7 @@ def gpu_memory(gpus: Sequence[Gpu], least_share: float) -> str:
 
 
 def gpu_errors(gpus: Sequence[Gpu]) -> str:
-    """Whether a GPU has uncorrected ECC errors, or rows of its memory that wait for a reset to be replaced."""
+    """Check that no GPU has uncorrected ECC errors, or memory rows that wait to be remapped or could not be."""
     if all(gpu.uncorrected_errors is None for gpu in gpus):
         raise NotChecked("the GPUs report no ECC errors")
     faults = []
@@ -129,7 +129,7 @@ def gpu_errors(gpus: Sequence[Gpu]) -> str:
 
 
 def peer_access(matrix: str) -> str:
-    """Whether each pair of GPUs can read each other's memory, from the matrix of `nvidia-smi topo -p2p r`.
+    """Check that each pair of GPUs can read each other's memory, from the matrix of `nvidia-smi topo -p2p r`.
 
     NCCL needs it for NVLink, and an engine for the trainer's weights.
     """
@@ -150,9 +150,9 @@ def peer_access(matrix: str) -> str:
 
 
 def one_cudnn(environment: Mapping[str, str], toolkit: str = DEFAULT_TOOLKIT, own: str | None = None) -> str:
-    """Whether only the cuDNN that torch brings can be found. ``own``: its folder.
+    """Check that no cuDNN can be found beside torch's own. ``own``: the folder of torch's cuDNN.
 
-    Two in a process are an error at best: attention then calls a function that the other one lacks.
+    Two versions in a process are an error at best: attention then calls a function that the other one lacks.
     """
     folders = {name: environment[name] for name in CUDNN_FOLDERS if environment.get(name)}
     places = [(name, f"{folder}/**/{CUDNN}*") for name, folder in folders.items()]
@@ -173,7 +173,7 @@ def one_cudnn(environment: Mapping[str, str], toolkit: str = DEFAULT_TOOLKIT, ow
 
 
 def compiler(which: Callable[[str], str | None], header: Path) -> str:
-    """Whether Triton and torch can compile: a C compiler and Python's headers."""
+    """Check that Triton and torch can compile, which needs a C compiler and Python's headers."""
     compiler_path = which("gcc") or which("cc") or which("clang")
     if compiler_path is None:
         raise Bad("no C compiler (gcc, cc, clang) on the PATH, which Triton needs: module load gcc, or install it")
@@ -186,9 +186,9 @@ def compiler(which: Callable[[str], str | None], header: Path) -> str:
 
 
 def memory_limit(root: Path, cgroups: str) -> int | None:
-    """The least memory limit of this process's cgroup and those above it, in bytes; None without one.
+    """The least memory limit of this process's cgroup and the cgroups above it, in bytes. None without a limit.
 
-    ``root`` is /sys/fs/cgroup, ``cgroups`` the text of /proc/self/cgroup; versions 1 and 2.
+    ``root`` is /sys/fs/cgroup, ``cgroups`` the text of /proc/self/cgroup. Versions 1 and 2 of cgroups are read.
     """
     limits = []
     for line in cgroups.splitlines():
@@ -209,7 +209,10 @@ def memory_limit(root: Path, cgroups: str) -> int | None:
 
 
 def host_memory(limit: int | None, total: int, least_share: float | None) -> str:
-    """Whether the job may use the node's memory. ``total``: the node's, in bytes."""
+    """Check that the job may use at least ``least_share`` of the node's memory.
+
+    ``limit`` and ``total``: the job's limit (None for none) and the node's memory, in bytes.
+    """
     allowed = total if limit is None else min(limit, total)
     if least_share is not None and allowed < least_share * total:
         raise Bad(
@@ -220,14 +223,14 @@ def host_memory(limit: int | None, total: int, least_share: float | None) -> str
 
 
 def shared_memory(free: int, least_gib: float) -> str:
-    """Whether /dev/shm has room. ``free``: in bytes."""
+    """Check that /dev/shm has enough free memory. ``free``: in bytes."""
     if free < least_gib * GIB:
         raise Bad(f"/dev/shm has {free / GIB:.2f} GiB free, {least_gib:g} are needed: remove what an earlier job left")
     return f"{free / GIB:.0f} GiB in /dev/shm"
 
 
 def open_files(soft: int, least: int) -> str:
-    """Whether a process may open enough files and sockets."""
+    """Check that a process may open enough files and sockets."""
     if soft < least:
         raise Bad(
             f"a process may open {soft} files, {least} are needed: ulimit -n {least} before sbatch, or limits.conf"
@@ -236,7 +239,7 @@ def open_files(soft: int, least: int) -> str:
 
 
 def disk(folder: str, free: int, least_gib: float) -> str:
-    """Whether the folder of temporary files has room. ``free``: in bytes."""
+    """Check that the folder of temporary files has enough free space. ``free``: in bytes."""
     if free < least_gib * GIB:
         raise Bad(
             f"TMPDIR={folder} has {free / GIB:.1f} GiB free, {least_gib:g} are needed: clean it, or another TMPDIR"
@@ -245,7 +248,7 @@ def disk(folder: str, free: int, least_gib: float) -> str:
 
 
 def clock(offset: float, greatest: float) -> str:
-    """Whether the node's clock agrees with the first node's. ``offset``: in seconds."""
+    """Check that the node's clock agrees with the first node's. ``offset``: in seconds."""
     if abs(offset) > greatest:
         raise Bad(
             f"the clock is {offset:+.1f} s beside the first node's: have its time service (chrony, ntpd) looked at"

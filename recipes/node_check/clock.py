@@ -1,7 +1,8 @@
-"""The difference between two nodes' clocks, over a TCP connection; also whether a node reaches the first one.
+"""Measure the difference between two nodes' clocks over a TCP connection.
 
-As NTP (RFC 5905): the offset is the other clock's time minus the middle of the question's and the answer's time here.
-Of several questions the one with the shortest way counts.
+The measurement also shows whether a node reaches the first node. It works like NTP (RFC 5905): it compares the other
+clock's time with the middle between the times at which this node asked and received the answer. Of several questions,
+the one with the shortest round trip counts.
 """
 
 import contextlib
@@ -14,15 +15,15 @@ QUESTIONS = 5
 QUESTION = b"safework: what time is it?"
 FORMAT = struct.Struct("!d")
 RETRY_SECONDS = 0.2
-# In which a node asks its next question; it asks at once.
+# Longest wait for a node's next question. A node sends its next question at once.
 QUESTION_SECONDS = 5.0
 
 
 def serve(listener: socket.socket, count: int, timeout: float) -> int:
-    """Answer nodes with this node's time until ``count`` have asked all their questions; returns how many have within
-    ``timeout`` seconds.
+    """Answer nodes with this node's time until ``count`` of them have asked all their questions.
 
-    Whoever else connects (a port scanner, a monitor) is not counted, and nobody waits for it.
+    Returns the number of nodes that have done so within ``timeout`` seconds. Other programs that connect (a port
+    scanner, a monitor) are not counted, and no node waits for them.
     """
     deadline = time.monotonic() + timeout
     answered: list[socket.socket] = []
@@ -45,9 +46,9 @@ def serve(listener: socket.socket, count: int, timeout: float) -> int:
 
 
 def offset(host: str, port: int, timeout: float) -> float:
-    """Seconds that this node's clock is ahead of that of ``host``, where :func:`serve` answers.
+    """Seconds that this node's clock is ahead of the clock of ``host``, where :func:`serve` answers.
 
-    Raises OSError where it does not answer within ``timeout`` seconds.
+    Raises OSError if it does not answer within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while True:

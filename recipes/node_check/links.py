@@ -1,9 +1,9 @@
-"""``python -m recipes.node_check.links recipe=… [overrides…]``: the bandwidth between GPUs, against a floor.
+"""``python -m recipes.node_check.links recipe=… [overrides…]``: compare the bandwidth between GPUs with a floor.
 
-Every rank of the job runs it, started as the ranks of the run are. First all GPUs of a node reduce together, then each
-GPU exchanges messages with the one of the same number in the next node. A node that is slow inside, or towards both
-of its neighbours, prints ``bad node NAME: why``; where only one side of a slow link is known, both are named. The exit
-code is 1. On CPUs nothing is measured.
+Every rank of the job runs it, started like the ranks of the run. First, all GPUs of a node do an all-reduce. Then each
+GPU exchanges messages with the GPU of the same number in the next node. For a node that is slow inside, or towards both
+of its neighbours, it prints ``bad node NAME: why``. If neither node of a slow link is slow towards both of its
+neighbours, both nodes are named. If a node is bad, the exit code is 1. On CPUs nothing is measured.
 """
 
 import os
@@ -29,8 +29,11 @@ Link = tuple[int, int]
 
 
 def ring(nodes: int) -> list[list[Link]]:
-    """Rounds of links between neighbours; in a round each node has one link at most, over all rounds each has two (one
-    where there are two nodes)."""
+    """Rounds of links between neighbouring nodes.
+
+    In a round, each node has at most one link. Over all rounds, each node has two links, or one if there are only two
+    nodes.
+    """
     if nodes < 2:
         return []
     links = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else 1)]
@@ -38,7 +41,7 @@ def ring(nodes: int) -> list[list[Link]]:
     odd = [link for link in links if link[0] % 2 == 1]
     last = []
     if nodes % 2 and nodes > 1:
-        # Node 0 is in the first round already.
+        # The last even link is to node 0, which already has a link in the first round.
         last = [even.pop()]
     return [links_of_round for links_of_round in (even, odd, last) if links_of_round]
 
@@ -50,7 +53,7 @@ def faults(
 
     Args:
         within: the bandwidth within each node.
-        between: of each link, that of its slowest pair of GPUs.
+        between: link → the bandwidth of its slowest pair of GPUs.
         node_floor: least bandwidth within a node, None if it is not checked.
         link_floor: least bandwidth of a link, None if it is not checked.
     """
@@ -80,7 +83,7 @@ def faults(
 
 
 def measure(settings: Settings, ranks_of_node: int, device: Any) -> tuple[float, dict[Link, float]]:
-    """Collective: the bandwidth within this node, and that of this rank on its links, in GB/s."""
+    """Collective: measure the bandwidth within this node, and this rank's bandwidth on each of its links, in GB/s."""
     import torch
     import torch.distributed as dist
 
@@ -96,7 +99,7 @@ def measure(settings: Settings, ranks_of_node: int, device: Any) -> tuple[float,
     within = float("inf")
     if ranks_of_node > 1:
         seconds = time_of(lambda: dist.all_reduce(message, group=own_node), message)
-        # As nccl-tests: in a ring each rank sends and receives this part of the message twice.
+        # Bus bandwidth as in nccl-tests: in a ring, each rank sends and receives this many bytes.
         bus_bytes = 2 * (ranks_of_node - 1) / ranks_of_node * message.nbytes
         within = bus_bytes / seconds / GB
 
@@ -117,7 +120,7 @@ def measure(settings: Settings, ranks_of_node: int, device: Any) -> tuple[float,
 
 
 def time_of(work: Callable[[], object], tensor: Any) -> float:
-    """Seconds of one call, the mean of ``REPEATS`` after one that opens connections."""
+    """Seconds of one call: the mean of ``REPEATS`` calls, after one call that opens the connections."""
     work()
     # float() waits for the device.
     float(tensor[0])
@@ -129,7 +132,7 @@ def time_of(work: Callable[[], object], tensor: Any) -> float:
 
 
 def check(settings: Settings, ranks_of_node: int, device: Any) -> dict[str, str]:
-    """Collective: node's name → why it is bad, on every rank."""
+    """Collective: measure the links of all nodes. Returns node name → why the node is bad, on every rank."""
     import torch.distributed as dist
 
     from megatron_ext.collectives import all_gather_json
@@ -175,7 +178,7 @@ def main(raw: DictConfig) -> None:
         dist.init_process_group(active.backend, timeout=timedelta(seconds=settings.timeout))
         bad = check(settings, int(os.environ["LOCAL_WORLD_SIZE"]), active.device())
     except RuntimeError as error:
-        # All ranks of a group fail with one of them, so that none of their nodes is called bad.
+        # If one rank fails, all ranks of its group fail, so no node is reported as bad.
         place = Place(int(os.environ["RANK"]), node_name(), "the check of the links")
         print(f"error: {explain(str(error), place) or error}", flush=True)
         # Communicators that have failed can hang while they are torn down.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """conf/node_check/: what a node has to have. None: not checked.
+    """conf/node_check/: the requirements for a node. None: not checked.
 
     Attributes:
         driver: least major version of NVIDIA's driver.
@@ -19,7 +19,7 @@ class Settings:
         timeout: seconds in which all nodes have to reach the first.
         node_gb_s: least bus bandwidth of an all-reduce within a node, in 1e9 bytes a second.
         neighbour_gb_s: least bandwidth of a GPU to and from its neighbour in the next node.
-        link_mib: size of a message by which bandwidths are measured.
+        link_mib: size of the messages with which bandwidths are measured.
     """
 
     driver: int | None

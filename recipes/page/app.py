@@ -1,4 +1,4 @@
-"""The page's web application: NiceGUI behind the guard, and the watch over the vLLM that was started for it."""
+"""The page's web application: NiceGUI with the guard before it, and a watch over the vLLM that was started for it."""
 
 import asyncio
 import secrets
@@ -24,7 +24,8 @@ from rollout.environment import Unavailable
 
 WATCH_SECONDS = 1.0
 SHUTDOWN_SECONDS = 3
-SENT_SECONDS = 0.1  # after which it looks again whether messages are sent
+# Interval at which ``send_again`` checks whether messages have been sent.
+SENT_SECONDS = 0.1
 
 # NiceGUI asks each tab for a sign of life every four fifths of this time, and waits two fifths for it. A busy machine
 # or a sleeping phone takes longer than its default of 3 s allows.
@@ -34,8 +35,8 @@ RECONNECT_SECONDS = 60.0
 def serve_page(setup: Setup, supervisor: Supervisor) -> None:
     """Serve the page in this process until a signal. ``supervisor`` has the vLLM that was started for it, if any.
 
-    Raises ServerDied when that ends, ValueError, GeneratorFailed and ValuesUnavailable when a server is not as it must
-    be.
+    Raises ServerDied when this vLLM ends. Raises ValueError, GeneratorFailed and ValuesUnavailable when a server is not
+    as it must be.
     """
     asyncio.run(_serve(setup, supervisor))
 
@@ -68,15 +69,15 @@ async def _watch(supervisor: Supervisor, server: uvicorn.Server) -> None:
 
 
 def session_of(request: Request) -> str:
-    """The session of a browser, by the name that NiceGUI gives it too."""
+    """The id of a browser's session, under the key that NiceGUI uses too."""
     return str(request.session.setdefault("id", str(uuid.uuid4())))
 
 
 async def send_again(client: Client) -> None:
-    """What a tab shows that has connected again: all its elements, as they are now.
+    """Send all elements as they are now to a tab that has connected again.
 
-    NiceGUI sends the tab what it missed, but behind newer states of the same elements, which waited for the connection.
-    And it leaves out the message that it was sending when the tab connected (``nicegui.outbox``).
+    NiceGUI sends the tab the messages that it missed, but after newer states of the same elements, which waited for the
+    connection. It also leaves out the message that it was sending when the tab connected (``nicegui.outbox``).
     """
     while client.outbox.messages:  # what the tab missed
         if not client.has_socket_connection:
@@ -87,7 +88,7 @@ async def send_again(client: Client) -> None:
 
 
 def make_app(setup: Setup, writer: Writer) -> FastAPI:
-    """The application. NiceGUI has one of each process."""
+    """The application. NiceGUI has one per process."""
     conversations = Conversations(setup.page.max_conversations)
     edits = EditFiles(setup.edits, setup.page.max_saved_mib)
 
@@ -107,7 +108,7 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
 
     @app.get(SOURCE)
     def source(request: Request, id: str) -> PlainTextResponse:
-        """A document of deliberate search, as text whatever it contains: of the session's own, or of the corpus."""
+        """A document of deliberate search, from the session's own or from the corpus. It is served as plain text."""
         try:
             text = OwnRetriever(writer.library, session_of(request)).read(id)
             if text is None and writer.deliberator is not None:
@@ -120,7 +121,7 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
 
     @app.post(DOCUMENTS)
     async def add(request: Request, name: str) -> Response:
-        """Take a document for the session's own; 400 or 413 with the reason for one that is refused."""
+        """Add a document to the session's own. If it is refused, the response is 400 or 413 with the reason."""
         if writer.deliberator is None:
             raise HTTPException(404, "this page has no deliberate search")
         content = b""

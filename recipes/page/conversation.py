@@ -1,4 +1,4 @@
-"""What a person and a model have said to each other: turns, and for each the branches of the answer."""
+"""The conversation of a person and a model. It has turns, and each turn has branches with answers."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from rollout.thinking import with_opening
 MODEL, PERSON = "model", "person"
 STOPPED = "stopped"
 UNDER_WAY = "an answer is under way; stop it first"
-# Unscored pieces of a stream are joined up to this length: an element of the page for each would be too many.
+# Unscored pieces of a stream are joined up to this length, because the page has an element for each passage.
 LONGEST_PASSAGE = 400  # characters
 
 
 class Refused(ValueError):
-    """What a person asks for can't be done; the message says why."""
+    """Raised if a person's request can't be done. The message says why."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of an answer: a sentence with its values, or what the model wrote without, or what a person wrote.
+    """A part of an answer: a sentence with its values, or text of the model without values, or text of a person.
 
-    ``origin``: model, person, or how guided decoding came to it (draft, sampled, correction).
+    ``origin``: model, person, or how guided decoding produced it (draft, sampled, correction).
     """
 
     text: str
@@ -36,21 +36,24 @@ class Passage:
 
 @dataclass
 class Branch:
-    """One answer. ``parent`` is the place of the branch that a person edited, ``edited`` the text that the model went
-    on from; both None for the first answer. ``finish_reason`` is None while the answer is under way, ``stopped`` if a
-    person or an error ended it. ``notice`` says what went wrong.
-    ``verdicts``: of the run's verifiers, by name, once the answer has ended. ``deliberation``: the deliberate search
-    whose answer it is, if it is one; then its text is that answer alone, and has no tokens. ``following``: the next
-    message, with the answers to it."""
+    """One answer to a message."""
 
     passages: list[Passage] = field(default_factory=list)
+    # The index of the branch that a person edited, and the text that the model continued from. Both are None for the
+    # first answer.
     parent: int | None = None
     edited: str | None = None
+    # None while the answer is under way, ``stopped`` if a person or an error ended it.
     finish_reason: str | None = None
+    # What went wrong.
     notice: str | None = None
+    # Verdicts of the run's verifiers by name, once the answer has ended.
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     is_saved: bool = False
+    # The deliberate search that the answer comes from, if any. The text is then only the answer of the search, and it
+    # has no tokens.
     deliberation: Deliberation | None = None
+    # The next message, with the answers to it.
     following: "Turn | None" = None
 
     @property
@@ -62,7 +65,7 @@ class Branch:
         return tuple(token for passage in self.passages for token in passage.token_ids)
 
     def add(self, passage: Passage) -> None:
-        """Append a passage; an unscored one continues the last, if that is short."""
+        """Append a passage. If it and a short last one are unscored and have the same origin, join them."""
         if self.passages:
             last = self.passages[-1]
             is_alike = last.values is None and passage.values is None and last.origin == passage.origin
@@ -75,17 +78,17 @@ class Branch:
 
 @dataclass
 class Turn:
-    """A message of the person and the answers to it. ``chosen`` is the one that the conversation goes on from.
-
-    ``prompt_ids`` are empty until the message is encoded; ``opens_thinking``: the chat template begins the thinking.
-    ``searches``: it is answered by deliberate search.
-    """
+    """A message of the person and the answers to it."""
 
     message: str
     branches: list[Branch]
+    # Index of the answer that the conversation goes on from.
     chosen: int = 0
+    # Empty until the message is encoded.
     prompt_ids: tuple[int, ...] = ()
+    # Whether the chat template ends the prompt with the mark that begins the thinking.
     opens_thinking: bool = False
+    # Whether the message is answered by deliberate search.
     searches: bool = False
 
     @property
@@ -95,19 +98,22 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The state of one tab: a tree of messages and answers. ``root`` stands before the first message, ``asked`` counts
-    the messages in all branches. ``version`` changes with everything but the growth of an answer; ``task`` writes the
-    chosen answer of the last turn, while the conversation is busy. ``person`` is the name that edits are saved with.
-    ``session``: of the browser whose tab it is. ``searches``: the next message is to be answered by deliberate
-    search."""
+    """The state of one tab: a tree of messages and answers."""
 
+    # Stands before the first message.
     root: Branch = field(default_factory=Branch)
+    # Number of messages in all branches.
     asked: int = 0
+    # Name that edits are saved with.
     person: str = ""
+    # Session of the browser that the tab belongs to.
     session: str = ""
+    # Changes with everything but the growth of an answer.
     version: int = 0
+    # Writes the chosen answer of the last turn while the conversation is busy.
     task: asyncio.Task[None] | None = None
     is_busy: bool = False
+    # Whether the next message is to be answered by deliberate search.
     searches: bool = False
 
     @property
@@ -116,7 +122,7 @@ class Conversation:
         return turns_after(self.root)
 
     def append(self, turn: Turn) -> None:
-        """A further message, after the last chosen answer."""
+        """Append a message after the last chosen answer."""
         turns = self.turns
         last = turns[-1].answer if turns else self.root
         last.following = turn
@@ -138,14 +144,14 @@ def turns_after(branch: Branch) -> list[Turn]:
 
 @dataclass(frozen=True)
 class Sections:
-    """Where thinking and answer stand in a response, [start, end) in characters; None for what it does not have."""
+    """The ranges [start, end) of thinking and answer in a response, in characters. None for a part that is missing."""
 
     thinking: tuple[int, int] | None
     answer: tuple[int, int] | None
 
 
 def sections(text: str, opens_thinking: bool, marks: Sequence[str]) -> Sections:
-    """Tell thinking and answer apart, in the beginning of a response too. Whitespace before each is left out.
+    """Separate thinking and answer. The response may be incomplete. Whitespace before each part is left out.
 
     ``opens_thinking``: the prompt ends with the mark that begins the thinking.
     """
@@ -154,7 +160,7 @@ def sections(text: str, opens_thinking: bool, marks: Sequence[str]) -> Sections:
     if not opens_thinking or text.lstrip().startswith(begin):
         start = text.find(begin)
         if start < 0 or text[:start].strip():
-            # A mark that is coming is not an answer.
+            # The beginning of a mark is not an answer.
             has_answer = not begin.startswith(text.strip())
             return Sections(None, (_visible(text, 0), len(text)) if has_answer else None)
         start += len(begin)
@@ -165,26 +171,28 @@ def sections(text: str, opens_thinking: bool, marks: Sequence[str]) -> Sections:
 
 
 def sections_of(turn: Turn, branch: Branch, marks: Sequence[str]) -> Sections:
-    """Where thinking and answer stand in a branch's text."""
+    """The ranges of thinking and answer in a branch's text."""
     if branch.deliberation is not None:
         return Sections(None, (0, len(branch.text)) if branch.text else None)
     return sections(branch.text, turn.opens_thinking, marks)
 
 
 def _visible(text: str, start: int) -> int:
-    """Where the first character from ``start`` on stands that is no whitespace."""
+    """The index of the first character from ``start`` on that is no whitespace."""
     return len(text) - len(text[start:].lstrip())
 
 
 def answer_of(turn: Turn, branch: Branch, marks: Sequence[str]) -> str:
-    """The answer without its thinking; empty when the thinking has not ended."""
+    """The answer without its thinking. Empty if the thinking has not ended."""
     answer = sections_of(turn, branch, marks).answer
     return "" if answer is None else branch.text[slice(*answer)].strip()
 
 
 def messages(turns: Sequence[Turn], marks: Sequence[str]) -> list[dict[str, str]]:
-    """The conversation up to the last message, earlier answers without their thinking, as chat templates of models
-    that think have it."""
+    """The conversation up to the last message, as chat messages.
+
+    Earlier answers have no thinking, as in the chat templates of models that think.
+    """
     history = []
     for turn in turns[:-1]:
         answer = answer_of(turn, turn.answer, marks)
@@ -193,13 +201,16 @@ def messages(turns: Sequence[Turn], marks: Sequence[str]) -> list[dict[str, str]
 
 
 def whole_response(turn: Turn, branch: Branch, marks: Sequence[str]) -> str:
-    """A branch's text, after the mark of thinking where the chat template has written that into the prompt."""
+    """A branch's text. If the chat template wrote the mark that begins the thinking, the text begins with this mark."""
     return with_opening(branch.text, marks[0]) if turn.opens_thinking else branch.text
 
 
 def after_edit(passages: Sequence[Passage], kept_text: str, edit: Edit) -> list[Passage]:
-    """The passages of an answer after an edit: those that are kept as a whole, the kept beginning of the next one, and
-    what the person wrote. ``kept_text`` is the text of the kept tokens."""
+    """The passages of an answer after an edit.
+
+    These are the passages that are kept as a whole, the kept beginning of the next one, and the text that the person
+    wrote. ``kept_text`` is the text of the kept tokens.
+    """
     after: list[Passage] = []
     tokens = characters = 0
     for passage in passages:

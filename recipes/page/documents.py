@@ -1,4 +1,4 @@
-"""A person's own documents for deliberate search: texts in memory, which one session of a browser alone can search."""
+"""A person's own documents for deliberate search. They are texts in memory that only one browser session can search."""
 
 import asyncio
 import re
@@ -10,7 +10,7 @@ from recipes.page.settings import PageConfig
 from rollout.folder import passages
 from rollout.retrieval import Bm25, Document
 
-# Before the names of own documents, so that they are not those of the page's corpus.
+# Prefix of the ids of own documents, so that they differ from those of the page's corpus.
 OWN = "own/"
 LONGEST_NAME = 80  # characters
 NOT_IN_A_NAME = re.compile(r"[^\w.,()\- ]")
@@ -26,7 +26,7 @@ class Documents:
 
 
 class Library:
-    """The documents of all sessions. Nothing is removed but by :meth:`remove`; all of it ends with the process."""
+    """The documents of all sessions. They stay until :meth:`remove` or the end of the process."""
 
     def __init__(self, page: PageConfig) -> None:
         self.page = page
@@ -38,7 +38,7 @@ class Library:
         return [] if documents is None else list(documents.texts)
 
     async def add(self, session: str, name: str, content: bytes) -> None:
-        """Add a file's text. Raises Refused for what is no text, and for more than the settings allow."""
+        """Add a file's text. Raises Refused if it is no text, or if it exceeds a limit of the settings."""
         page = self.page
         if len(content) > page.max_document_kib * 1024:
             raise Refused(f"more than {page.max_document_kib} KiB")
@@ -72,7 +72,7 @@ class Library:
 
 @dataclass(frozen=True)
 class OwnRetriever:
-    """What a session's searches read: its documents as they are at that time."""
+    """The retriever for a session's searches. It reads the session's documents as they are at that time."""
 
     library: Library
     session: str
@@ -87,7 +87,7 @@ class OwnRetriever:
 
 
 def checked_text(content: bytes) -> str:
-    """The text that a file has, whatever its name. Raises Refused for one that is not UTF-8 text."""
+    """The text of a file, whatever its name. Raises Refused if it is not UTF-8 text or is empty."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,7 +100,7 @@ def checked_text(content: bytes) -> str:
 
 
 def indexed(texts: Mapping[str, str]) -> Documents:
-    """Raises Refused for texts without a word that can be searched."""
+    """The texts with an index of their passages. Raises Refused for texts without a word that can be searched."""
     documents = []
     for name, text in texts.items():
         for number, passage in enumerate(passages(text), start=1):

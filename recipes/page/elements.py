@@ -10,7 +10,7 @@ from recipes.report import markup
 
 
 def plain(text: str, tag: str = "div", classes: str = "") -> TextElement:
-    """An element with a text, whatever characters it has."""
+    """An element with a text, which may have any characters."""
     return TextElement(tag=tag, text=visible(text)).classes(classes)
 
 
@@ -19,5 +19,5 @@ def button(text: str, on_click: Callable[[], Any]) -> ui.button:
 
 
 def visible(text: str) -> str:
-    """The text with a replacement for characters that HTML does not have and those that change the direction."""
+    """The text, with a replacement for characters that HTML does not have or that change the text direction."""
     return markup.HIDDEN.sub("\ufffd", text)

@@ -1,8 +1,9 @@
-"""Who may use the page: an ASGI middleware before all of its routes and its sockets.
+"""An ASGI middleware before all routes and sockets of the page that decides who may use it.
 
-Without a token only this machine's programs reach the page, and a browser's other pages must not: a request has to name
-the loopback as its host (DNS rebinding), and a socket has to come from the page itself. With a token a person signs in
-once; the session's cookie is signed, is not shown to scripts, and is not sent from other sites.
+Without a token, only programs of this machine reach the page. Other pages in a browser must not reach it. A request
+therefore has to name the loopback as its host (DNS rebinding), and a socket has to come from the page itself. With a
+token, a person signs in once. The session's cookie is signed, is not shown to scripts, and is not sent from other
+sites.
 """
 
 import secrets
@@ -19,8 +20,9 @@ from rollout.guidance.settings import is_loopback
 SIGN_IN = "/sign-in"
 ICON = "/favicon.ico"  # a browser asks for it beside the form
 SIGNED_IN = "signed_in"
-MOST_BYTES = 4096  # of the form with the token
-# NiceGUI compiles templates and runs scripts in the page; nothing is loaded from or sent to another host.
+# Largest body of the form with the token.
+MOST_BYTES = 4096
+# NiceGUI compiles templates and runs scripts in the page. Nothing is loaded from or sent to another host.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; form-action 'self'; base-uri 'self'; frame-ancestors 'none'"
@@ -32,7 +34,7 @@ FORM = f"""<form method="post" action="{SIGN_IN}" class="card"><h1>Sign in</h1>
 
 
 class Guard:
-    """``token`` of the users, None for no token; then the host of a request must be the loopback."""
+    """The middleware. ``token``: the users' token. If it is None, the host of a request must be the loopback."""
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self.app = app
@@ -51,7 +53,7 @@ class Guard:
             await answer(scope, receive, with_policy(send))
 
     async def refusal(self, scope: Scope, receive: Receive) -> Response | None:
-        """What a request gets that does not reach the page; None for one that does."""
+        """The response to a request that may not reach the page, or None for a request that may."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         origin = headers.get("origin")

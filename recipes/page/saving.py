@@ -1,4 +1,4 @@
-"""Edits as training data: a row for ``stage=sft`` and a preference pair for ``stage=reward_model``."""
+"""Save edits as training data: a row for ``stage=sft`` and a preference pair for ``stage=reward_model``."""
 
 import difflib
 import json
@@ -18,8 +18,8 @@ from rollout.guidance.edits import shared_start
 
 KEPT, REMOVED, ADDED = "kept", "removed", "added"
 SFT_FILE, PAIRS_FILE = "sft.jsonl", "pairs.jsonl"
-# A changed part is compared word by word where it has at most so many words, before and after, and so many pairs of
-# equal words, an old and a new one: the time grows with the square of both, and the page waits for it.
+# Limits up to which a changed part is compared word by word: its number of words, before and after, and its number of
+# pairs of an old and an equal new word. The page waits for the comparison, whose time grows with the square of both.
 MOST_WORDS = 2_000
 MOST_PAIRS = 50_000
 LONGEST_NAME = 100  # characters of a person's name
@@ -29,8 +29,10 @@ type Diff = list[tuple[str, str]]
 
 
 def diff(before: str, after: str) -> Diff:
-    """What a text keeps, loses and gains, by words: kept and removed parts make ``before``, kept and added ones
-    ``after``."""
+    """The parts that a text keeps, loses and gains, by words.
+
+    The kept and removed parts together are ``before``. The kept and added parts together are ``after``.
+    """
     start = shared_start(before, after)
     old, new = before[start:], after[start:]
     parts: Diff = [(KEPT, before[:start])]
@@ -52,17 +54,20 @@ def diff(before: str, after: str) -> Diff:
 
 @dataclass(frozen=True)
 class SavedEdit:
-    """The rows of an edit. ``pair`` is None where both branches have the same answer, or the edited one had none: a
-    reward model reads no thinking."""
+    """The rows of an edit."""
 
     sft: dict[str, Any]
+    # None if both branches have the same answer or the branch that was edited has none, because a reward model reads no
+    # thinking.
     pair: dict[str, Any] | None
 
 
 def edit_rows(turns: Sequence[Turn], branch: Branch, about: Mapping[str, str], marks: Sequence[str]) -> SavedEdit:
-    """The rows of an edited branch of the last turn: its answer is right, that of the branch that was edited wrong.
+    """The rows of the last turn's branch ``branch``, which continues from an edit.
 
-    ``about``: who, when and model. Raises Refused for a branch that has no edit, no end or no answer.
+    Its answer is the chosen one, and the answer of the branch that was edited is the rejected one. ``about``: who, when
+    and model. Raises Refused for a branch that has no edit, no end or no answer, and for a conversation with one of
+    ``MEDIA_MARKS``.
     """
     turn = turns[-1]
     if branch.parent is None or branch.edited is None:
@@ -86,7 +91,7 @@ def edit_rows(turns: Sequence[Turn], branch: Branch, about: Mapping[str, str], m
 
 
 def about(person: str, model: str) -> dict[str, str]:
-    """Who, when and model. Raises Refused without a name."""
+    """Who saved an edit, when, and the model. Raises Refused for an empty or too long name."""
     name = " ".join(person.split())
     if not 0 < len(name) <= LONGEST_NAME:
         raise Refused(
@@ -96,7 +101,7 @@ def about(person: str, model: str) -> dict[str, str]:
 
 
 class EditFiles:
-    """Two files in a folder, to which rows are appended; nothing is ever removed. Only their owner can read them."""
+    """Two files in a folder to which rows are appended. Nothing is ever removed. Only their owner can read them."""
 
     def __init__(self, folder: Path, max_mib: int) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What a run's own verifiers say of an answer: those that need no right answer and no judge."""
+"""Score an answer with those of a run's verifiers that need no right answer and no judge."""
 
 import asyncio
 import uuid
@@ -11,9 +11,11 @@ from rewards import mixing, settings
 from rewards.registry import RULES, open_verifiers
 from rewards.verdict import Verdict, Verifier
 
-# Rules that read the response alone. A user's own functions are asked too; they may raise for a prompt without answer.
+# Rules that read only the response. A user's own functions are asked too. They may raise for a prompt without a right
+# answer.
 READ_THE_RESPONSE = ("refusal", "format", "length", "repetition")
-KIND = "chat"  # of a prompt that a person writes
+# Kind of a prompt that a person writes.
+KIND = "chat"
 
 
 def response_verifiers(config: Mapping[str, Any]) -> dict[str, Verifier]:
@@ -30,7 +32,7 @@ def response_verifiers(config: Mapping[str, Any]) -> dict[str, Verifier]:
 
 
 async def judged(verifiers: Mapping[str, Verifier], prompt: str, response: str) -> dict[str, Verdict]:
-    """The verdicts on a response; a verifier that has none is left out."""
+    """Verifier → verdict on a response. A verifier without a verdict is left out."""
     row = {"id": uuid.uuid4().hex, "label": KIND, "kind": KIND, "prompt": prompt}
     results = await asyncio.to_thread(mixing.verify, row, response, verifiers, verifiers)
     return {name: result for name, result in results.items() if isinstance(result, Verdict)}

@@ -1,5 +1,7 @@
-"""What the page shows of a deliberate search: the steps of its samples as they happen, what they conclude, and the
-documents of a person's own that it reads."""
+"""The elements that show a deliberate search.
+
+These are the steps of its samples as they happen, the conclusion, and a person's own documents that the search reads.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +14,11 @@ from recipes.page.elements import button, plain
 from rollout.deliberation.deliberating import Conclusion, Deliberation, link
 from rollout.deliberation.episodes import ShownStep
 
-SOURCE = "/source"  # of a document's text, by its id
-DOCUMENTS = "/documents"  # takes the content of a person's own
-# A file that is too large is not even sent. Whatever is refused is said in the end.
+# Route that returns a document's text by its id.
+SOURCE = "/source"
+# Route that takes the content of a person's own document.
+DOCUMENTS = "/documents"
+# The script sends no file that is too large. At its end it reports all refused files.
 ADD = """async (event) => {
   const refused = [];
   for (const file of event.target.files) {
@@ -36,7 +40,7 @@ ADD = """async (event) => {
 
 
 class SearchArea:
-    """The steps of the samples, which grow; and the conclusion of the vote, once there is one."""
+    """The growing list of the samples' steps and, once there is one, the conclusion of the vote."""
 
     def __init__(self, deliberation: Deliberation) -> None:
         self.deliberation = deliberation
@@ -78,7 +82,7 @@ class SearchArea:
 
 
 def step_element(shown: ShownStep) -> None:
-    """A step with what is wrong with it, the environment's reply, and links to what that shows."""
+    """A step with its fault, the environment's reply, and links to the documents that the reply shows."""
     with ui.element("li").classes("step"):
         plain(shown.step.action, "b")
         plain(shown.step.content, "span", "text-inline")
@@ -91,7 +95,7 @@ def step_element(shown: ShownStep) -> None:
 
 
 def sources(conclusion: Conclusion) -> None:
-    """The documents that the samples with the answer were shown."""
+    """The list of documents that were shown to the samples with the answer."""
     if conclusion.sources:
         plain("Sources", "h4")
     with ui.element("ul").classes("sources"):
@@ -103,7 +107,7 @@ def sources(conclusion: Conclusion) -> None:
 
 
 def source_link(document_id: str) -> None:
-    """A link to a document: to its web address if its id is one, else to its text here."""
+    """A link to a document: to its web address if its id is one, otherwise to its text on this page."""
     element = plain(document_id, "a", "source")
     element.props["href"] = link(document_id) or f"{SOURCE}?id={quote(document_id, safe='')}"
     element.props["target"] = "_blank"
@@ -111,7 +115,7 @@ def source_link(document_id: str) -> None:
 
 
 class OwnDocuments:
-    """The list of a session's own documents, with a field to add some. ``tell`` tells a person a problem."""
+    """The list of a session's own documents, with a field to add some. ``tell`` shows a problem to the person."""
 
     def __init__(self, library: Library, session: str, tell: Callable[[str], None]) -> None:
         self.library = library
@@ -133,7 +137,7 @@ class OwnDocuments:
             field.on("change", lambda event: tell(str(event.args)), js_handler=script)
 
     def refresh(self) -> None:
-        """Show the documents that there are now; another tab may have changed them."""
+        """Show the current documents. Another tab may have changed them."""
         names = self.library.names(self.session)
         if names == self.names:
             return
@@ -147,7 +151,7 @@ class OwnDocuments:
                     button("Remove", partial(self._remove, name)).props["aria-label"] = f"Remove {name}"
 
     async def _remove(self, name: str) -> None:
-        """Remove a document, if the person says so again."""
+        """Remove a document if the person confirms it."""
         with self.around, ui.dialog() as dialog, ui.card():
             plain(f"Remove {name}? It is kept nowhere else here.")
             with ui.element("div").classes("head"):

@@ -42,17 +42,21 @@ class PageConfig:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a page is opened with. ``has_values``: there is a value server. ``edits``: the folder of saved edits.
-    ``person``: the name that they are saved with, until a person gives another. ``token`` of the users. ``verifiers``
-    judge the answers. ``deliberation`` and its ``environment``: None where the page has no deliberate search."""
+    """Everything that a page is opened with."""
 
     page: PageConfig
     guidance: GuidanceConfig
+    # Whether there is a value server.
     has_values: bool
+    # Folder of saved edits.
     edits: Path
+    # Name that edits are saved with until a person gives another one.
     person: str
+    # Token of the users, None for no token.
     token: str | None
+    # They judge the answers.
     verifiers: Mapping[str, Verifier]
+    # None if the page has no deliberate search.
     deliberation: DeliberationConfig | None
     environment: EnvironmentConfig | None
 

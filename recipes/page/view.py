@@ -1,4 +1,4 @@
-"""What a tab shows of its conversation. Text of people and models is put into elements as text, never as HTML."""
+"""A tab's view of its conversation. Text of people and models is put into elements as text, never as HTML."""
 
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
@@ -20,12 +20,13 @@ from rollout.guidance.edits import EditRefused
 STYLE = markup.STYLE + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 REFRESH_SECONDS = 0.1
 PREVIEW_SECONDS = 0.3
-KEPT_SHOWN = 120  # characters of the kept text that a diff begins with
+# A diff that begins with kept text shows only this many characters of its end.
+KEPT_SHOWN = 120
 TAGS = {KEPT: "span", REMOVED: "del", ADDED: "ins"}
 THINKING, ANSWER = "thinking", "answer"
 TITLES = {THINKING: "Thinking", ANSWER: "Answer"}
 
-# What stands before the cursor is what the model goes on from.
+# The model continues from the text before the cursor.
 ON_ENTER = """(event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -51,7 +52,7 @@ window.scrollTo(0, document.body.scrollHeight);"""
 
 
 class Area:
-    """The thinking or the answer of a branch, an element for each passage. It grows with the answer."""
+    """The thinking or the answer of a branch, with one element for each passage. It grows with the answer."""
 
     def __init__(self, part: str) -> None:
         self.part = ui.element("div")
@@ -61,7 +62,7 @@ class Area:
         self.shown: list[TextElement] = []
 
     def fill(self, passages: list[tuple[str, Passage]]) -> None:
-        """Show these texts, each of a passage; what is shown already stays as it is."""
+        """Show these texts, each with its passage. Elements whose text has not changed stay as they are."""
         self.part.set_visibility(bool(passages))
         for (text, _), element in zip(passages, self.shown, strict=False):
             shown = visible(text)
@@ -70,13 +71,13 @@ class Area:
         with self.box:
             for text, passage in passages[len(self.shown) :]:
                 self.shown.append(passage_element(text, passage))
-        # The beginning of a mark was shown as text.
+        # These elements showed the beginning of a thinking mark as text.
         for element in self.shown[len(passages) :]:
             element.text = ""
 
 
 def passage_element(text: str, passage: Passage) -> TextElement:
-    """A passage, underlined by its value."""
+    """An element with a passage, underlined by its value."""
     element = plain(text, "span", f"passage {passage.origin}")
     if passage.values:
         values = passage.values
@@ -89,7 +90,7 @@ def passage_element(text: str, passage: Passage) -> TextElement:
 
 
 def within(branch: Branch, section: tuple[int, int] | None) -> list[tuple[str, Passage]]:
-    """The parts of passages that stand in a section of the branch's text."""
+    """The parts of the passages within a section of the branch's text, each with its passage."""
     if section is None:
         return []
     start, end = section
@@ -104,7 +105,7 @@ def within(branch: Branch, section: tuple[int, int] | None) -> list[tuple[str, P
 
 
 class View:
-    """One client's view of a conversation. It looks ten times a second for what has changed."""
+    """One client's view of a conversation. It shows changes ten times a second."""
 
     def __init__(self, writer: Writer, conversation: Conversation, edits: EditFiles) -> None:
         self.writer = writer
@@ -166,7 +167,7 @@ class View:
         self.page.classes(**({"add": "occupied"} if is_occupied else {"remove": "occupied"}))
 
     def _build_turns(self) -> None:
-        """Show the turns: those after the last that is shown already are new, and that one is built anew."""
+        """Show the turns. Only new turns are built, and the last turn that is already shown is rebuilt."""
         turns = self.conversation.turns
         same = 0
         while same < min(len(turns), len(self.shown)) and turns[same] is self.shown[same][0]:
@@ -223,7 +224,7 @@ class View:
             self.last = (turn, branch, areas, search)
         with ui.element("div").classes("head choices"):
             sections = sections_of(turn, branch, self.marks)
-            # The answer of a vote is no text that the model could go on from.
+            # The model can't continue from the answer of a vote.
             if search is None:
                 if sections.thinking is not None:
                     button("Edit thinking", lambda: self._edit(place, number, THINKING))
@@ -239,7 +240,7 @@ class View:
             self._build_later(turns_after(branch))
 
     def _build_later(self, turns: list[Turn]) -> None:
-        """The messages that follow an answer from which the conversation does not go on, folded."""
+        """Show, folded, the messages that follow an answer from which the conversation does not go on."""
         if not turns:
             return
         with ui.element("details"):
@@ -250,7 +251,7 @@ class View:
                 self._fill_branch(turn, turn.answer, {part: Area(part) for part in TITLES})
 
     def _build_edit(self, turn: Turn, branch: Branch, part: str) -> None:
-        """The box in which a part is edited, and what the edit changes."""
+        """Show the box in which a part is edited, and what the edit changes."""
         section = self._section(turn, branch, part)
         with ui.element("div") as around:
             box = ui.textarea(f"Edit the {part}", value=branch.text[slice(*section)]).classes("edit-box")
@@ -272,14 +273,14 @@ class View:
         self.page.client.run_javascript(TO_BOX)
 
     def _section(self, turn: Turn, branch: Branch, part: str) -> tuple[int, int]:
-        """Where a part that can be edited stands in the branch's text."""
+        """The start and end of a part that can be edited in the branch's text."""
         sections = sections_of(turn, branch, self.marks)
         section = sections.thinking if part == THINKING else sections.answer
         assert section is not None  # there is no button otherwise
         return section
 
     def _edited(self, before_cursor: str) -> tuple[Branch, str]:
-        """The branch that is edited, and the text that the model is to go on from."""
+        """The branch that is edited, and the text that the model continues from."""
         assert self.editing is not None
         place, number, part = self.editing
         turn = self.shown[place][0]
@@ -327,7 +328,7 @@ class View:
             self._build_turn(place)
 
     async def _tried(self, work: Awaitable[None]) -> bool:
-        """Whether it could be done; a person is told why not."""
+        """Do the work and return whether it succeeded. If not, show the person why."""
         try:
             await work
         except (Refused, EditRefused, GeneratorFailed) as error:
@@ -382,7 +383,7 @@ class View:
         self.conversation.searches = bool(event.value)
 
     def _fill(self) -> None:
-        """Show what the last answer has grown by."""
+        """Show the new text of the last answer."""
         if self.last is not None:
             turn, branch, areas, search = self.last
             self._fill_branch(turn, branch, areas)
@@ -396,7 +397,7 @@ class View:
                 areas[part].fill(within(branch, section))
 
     def _tell(self, message: str, is_problem: bool = True) -> None:
-        """Tell a person what was done or did not work. The element whose event it follows may be gone."""
+        """Notify the person of what was done or did not work. The element whose event led here may be gone."""
         kind: Any = "negative" if is_problem else "positive"
         with self.page:
             ui.notify(message, type=kind, position="top", multi_line=True, timeout=10_000)

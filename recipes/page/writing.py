@@ -1,4 +1,4 @@
-"""Answers of a served model to a conversation, and answers that go on from an edit."""
+"""Write the answers of a served model to a conversation, and answers that continue from an edit."""
 
 import asyncio
 import sys
@@ -32,19 +32,22 @@ from rollout.guidance.edits import edit_text
 from rollout.guidance.opening import open_guide
 from rollout.guidance.settings import GuidanceConfig
 
-# A mark of thinking may be a special token, and the text of a stream is to be the text of its tokens.
+# A thinking mark may be a special token, and the text of a stream must be the text of all of its tokens.
 SAMPLING = {"skip_special_tokens": False}
 
 
 class Conversations:
-    """The conversations in memory, by who has them. The longest unused one is forgotten when there are too many."""
+    """The conversations in memory, by owner. If there are too many, the least recently used one is forgotten."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.by_owner: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
 
     def of(self, owner: tuple[str, str], person: str) -> Conversation:
-        """The conversation of an owner: the session of a browser, and a tab in it. A new one is of ``person``."""
+        """The conversation of an owner, which is the session of a browser and a tab in it.
+
+        A new conversation gets the name ``person``.
+        """
         conversation = self.by_owner.setdefault(owner, Conversation(person=person, session=owner[0]))
         self.by_owner.move_to_end(owner)
         idle = [known for known, other in self.by_owner.items() if not other.is_busy and known != owner]
@@ -55,18 +58,21 @@ class Conversations:
 
 @dataclass
 class Writer:
-    """The model that answers, guided if there is a ``guide``. ``context``: the longest prompt and answer together in
-    tokens, None if the server does not state it. ``verifiers`` judge the answers. ``deliberator``: who answers by
-    deliberate search, None without; it searches a person's own documents in ``library``, if there are such."""
+    """The model that answers."""
 
     page: PageConfig
     guidance: GuidanceConfig
     generator: ServedGenerator
+    # Guides the decoding of the answers, None without.
     guide: Guide | None
     model: str
+    # Most tokens of prompt and answer together, None if the server does not state it.
     context: int | None
+    # They judge the answers.
     verifiers: Mapping[str, Verifier]
+    # Answers by deliberate search, None without.
     deliberator: Deliberator | None
+    # The own documents of people. Deliberate search reads those of a session, if there are any.
     library: Library
     under_way: int = 0
 
@@ -85,11 +91,11 @@ class Writer:
         self._start(conversation)
 
     async def continue_from(self, conversation: Conversation, place: int, number: int, edited: str) -> None:
-        """Begin a new branch beside the answer ``number`` of the turn at ``place``: the beginning that ``edited``
-        shares with it stays, by whole tokens, the rest of ``edited`` follows, and the model goes on from there.
+        """Begin a new branch from an edit of the answer ``number`` of the turn at ``place``.
 
-        The conversation goes on from the new branch; later messages stay in the branch that they follow. Raises
-        Refused, EditRefused and GeneratorFailed.
+        The new branch keeps the whole tokens at the beginning that ``edited`` shares with the answer. The rest of
+        ``edited`` follows, and the model continues from there. The conversation goes on from the new branch. Later
+        messages stay in the branch that they follow. Raises Refused, EditRefused and GeneratorFailed.
         """
         self.check_length("the edited text", edited)
         turn = conversation.turns[place]
@@ -101,7 +107,7 @@ class Writer:
         self._start(conversation)
 
     async def go_on(self, conversation: Conversation, place: int, number: int) -> None:
-        """Go on with an answer that was stopped and that no message follows, in its branch.
+        """Continue a stopped answer in its own branch. No message may follow it.
 
         Raises Refused, EditRefused and GeneratorFailed.
         """
@@ -109,21 +115,24 @@ class Writer:
         branch = turn.branches[number]
         if branch.following is not None:
             raise Refused("a later message follows this answer: edit it, and go on in a branch beside it")
-        # Of what came before the stop, a character that has only begun is not kept.
+        # An incomplete character at the end of the stopped answer is dropped.
         branch.passages = await self._claim_for_edit(conversation, branch, branch.text)
         branch.finish_reason = branch.notice = None
         turn.chosen = number
         self._start(conversation)
 
     def choose(self, conversation: Conversation, place: int, number: int) -> None:
-        """Go on from the answer ``number`` of the turn at ``place``, and the messages after it. Raises Refused."""
+        """Make the conversation go on from the answer ``number`` of the turn at ``place`` and the messages after it.
+
+        Raises Refused.
+        """
         if conversation.is_busy:
             raise Refused(UNDER_WAY)
         conversation.turns[place].chosen = number
         conversation.changed()
 
     def stop(self, conversation: Conversation) -> None:
-        """End the answer that is under way; what has come stays."""
+        """Stop the answer that is under way. The text that was generated so far stays."""
         if conversation.task is not None:
             conversation.task.cancel()
 
@@ -133,7 +142,7 @@ class Writer:
             raise Refused(f"{what} has {len(text)} characters, and may have {self.page.max_characters}")
 
     async def _claim_for_edit(self, conversation: Conversation, branch: Branch, edited: str) -> list[Passage]:
-        """The branch's passages after an edit. The conversation is claimed, and is not when this raises."""
+        """Claim the conversation and return the branch's passages after an edit. On an error, release it again."""
         self._claim(conversation)
         try:
             edit = await edit_text(self.generator, self.model, branch.token_ids, edited)
@@ -144,7 +153,7 @@ class Writer:
             raise
 
     def _claim(self, conversation: Conversation) -> None:
-        """Only one answer of a conversation is under way. Raises Refused."""
+        """Mark the conversation as busy. Raises Refused if it is, or if too many answers are under way."""
         if conversation.is_busy:
             raise Refused(UNDER_WAY)
         if self.under_way >= self.page.max_answers:
@@ -160,7 +169,7 @@ class Writer:
         conversation.changed()
 
     def _start(self, conversation: Conversation) -> None:
-        """Write the chosen answer of the last turn."""
+        """Start the task that writes the chosen answer of the last turn."""
         turn = conversation.turns[-1]
         branch = turn.answer
 
@@ -186,7 +195,7 @@ class Writer:
         conversation.changed()
 
     async def _write(self, conversation: Conversation, branch: Branch) -> None:
-        """Write on from the branch's passages, to the end of the answer."""
+        """Generate the answer from the branch's passages to its end."""
         prefix, room = await self._prefix(conversation, branch, self.guidance.max_tokens)
         sampling: dict[str, Any] = dict(SAMPLING)
         if self.page.temperature is not None:
@@ -207,7 +216,7 @@ class Writer:
             branch.notice = f"not guided to the end: {answer.unguided}"
 
     async def _deliberate(self, conversation: Conversation, branch: Branch) -> None:
-        """Answer by deliberate search; the branch's text is the answer of the vote."""
+        """Answer by deliberate search. The branch's text is the answer of the vote."""
         assert self.deliberator is not None  # or the page has no switch
         deliberator = self.deliberator
         if self.library.names(conversation.session):
@@ -228,7 +237,10 @@ class Writer:
         branch.finish_reason = "stop"
 
     async def _prefix(self, conversation: Conversation, branch: Branch, longest: int) -> tuple[tuple[int, ...], int]:
-        """The tokens to go on from, and how many may follow where an answer has ``longest``. Raises Refused."""
+        """The tokens to continue from, and how many tokens may follow if an answer has at most ``longest``.
+
+        Raises Refused if no token may follow.
+        """
         turn = conversation.turns[-1]
         if not turn.prompt_ids:
             await self._encode(conversation, turn)
@@ -260,8 +272,10 @@ class Writer:
 
 @asynccontextmanager
 async def open_writer(setup: Setup) -> AsyncGenerator[Writer, None]:
-    """Connect to the generator, and to the value server and the search engine if there are such. Raises ValueError,
-    GeneratorFailed, ValuesUnavailable and Unavailable."""
+    """Connect to the generator, and to the value server and the search engine if there are any.
+
+    Raises ValueError, GeneratorFailed, ValuesUnavailable and Unavailable.
+    """
     if setup.has_values:
         async with open_guide(setup.guidance) as opened:
             yield await make_writer(setup, opened, opened.guide)
@@ -275,7 +289,7 @@ async def open_writer(setup: Setup) -> AsyncGenerator[Writer, None]:
 
 
 async def make_writer(setup: Setup, served: Served, guide: Guide | None) -> Writer:
-    """A writer over what is open already. Raises ValueError and Unavailable as :func:`open_writer`."""
+    """A writer over an open generator and guide. Raises ValueError and Unavailable like :func:`open_writer`."""
     deliberator = None
     if setup.environment is not None and setup.deliberation is not None:
         environment = open_search_environment(setup.environment)

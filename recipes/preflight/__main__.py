@@ -1,10 +1,12 @@
 """``python -m recipes.preflight recipe=… [overrides…] [preflight.output=FILE.json]``: is this run possible?
 
-Needs no GPU and no weights. It builds the Megatron-Core model of each distinct rank without memory, compares its
+It needs no GPU and no weights. It builds the Megatron-Core model of each distinct rank without memory, compares its
 parameters with transformers' model tensor by tensor, adds up the memory, and checks what else would end a job at its
-first step. A check holds, fails and says what to change, or could not be made here and says how to make it; the exit
-code is 1 if one fails. ``stage=ladder`` checks all stages; a stage whose predecessor has not run is checked with the
-model that the first one starts from. ``preflight=h200`` (a file of conf/preflight/) chooses another device.
+first step.
+
+A check holds, or fails and says what to change, or could not be made here and says how to make it. The exit code is 1
+if a check fails. ``stage=ladder`` checks all stages. A stage whose predecessor has not run is checked with the model
+that the first stage starts from. ``preflight=h200`` (a file of conf/preflight/) chooses another device.
 """
 
 import json
@@ -44,7 +46,7 @@ def main(raw: DictConfig) -> None:
 
 
 def report_of(arguments: list[str], command_line: list[str], settings: Settings, say: Callable[[str], None]) -> Report:
-    """The checks of one launch, which ``arguments`` make, of those that the command line makes."""
+    """The report of one launch of the command line. ``arguments``: the overrides of this launch."""
     started = time.monotonic()
     run = compose("config", overrides=arguments)
     report = examine(run, settings, say, stages.base_model(run, command_line))

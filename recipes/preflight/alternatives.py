@@ -1,4 +1,4 @@
-"""Settings, layouts and numbers of nodes with which a run fits. Each one that is proposed has passed ``fit.fit``."""
+"""Find settings, layouts and numbers of nodes with which a run fits. Every proposal has passed ``fit.fit``."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +19,15 @@ from rewards.settings import COLOCATED, DISAGGREGATED
 KV_CACHE = "rollout.kv_cache_gib"
 OFFLOAD = "optimizer.offload=true"
 RECOMPUTE = "parallel.recompute=full"
-# What a layout is tried with, in this order.
+# Settings that each layout is tried with, in this order.
 WITH = ((), (OFFLOAD,), (RECOMPUTE,), (OFFLOAD, RECOMPUTE))
-MOST_SETTINGS = 3  # that are changed together
-MOST_PROPOSALS = 3  # under a title
+# Settings that are changed together.
+MOST_SETTINGS = 3
+# Proposals under one title.
+MOST_PROPOSALS = 3
 CONTEXT_SIZES = (1, 2, 4, 8)
-NODES_TRIED = 16  # on either side of a number of nodes
+# Numbers of nodes that are tried, both above and below the run's.
+NODES_TRIED = 16
 Say = Callable[[str], None]
 
 
@@ -45,7 +48,7 @@ class Search:
         self.say = say
 
     def config(self, overrides: Sequence[str]) -> Config | None:
-        """The configuration with the overrides, None if it is impossible."""
+        """The configuration with the overrides, or None if it is impossible."""
         try:
             changed = OmegaConf.merge(self.raw, OmegaConf.from_dotlist(list(overrides)))
             assert isinstance(changed, DictConfig)
@@ -54,7 +57,7 @@ class Search:
             return None
 
     def report(self, overrides: Sequence[str], part: str) -> Report | None:
-        """The checks of :func:`recipes.preflight.fit.fit` with the overrides, None if they are impossible."""
+        """The results of :func:`recipes.preflight.fit.fit` with the overrides, or None if they are impossible."""
         config = self.config(overrides)
         if config is None:
             return None
@@ -65,10 +68,10 @@ class Search:
         return report
 
     def proposal(self, overrides: Sequence[str]) -> Proposal | None:
-        """The overrides if every check holds with them, else None."""
+        """A proposal of the overrides if every check holds with them, otherwise None."""
         self.say(f"does it fit with {' '.join(overrides)}")
         report = None
-        # Two ranks first, which most of what does not fit fails with.
+        # Only two ranks first: most overrides that do not fit already fail with these.
         for part in (CORNERS, ALL):
             report = self.report(overrides, part)
             if report is None or not report.ok:
@@ -81,7 +84,7 @@ class Search:
 
 
 def propose(raw: DictConfig, config: Config, hf_config: Any, settings: Settings, report: Report, say: Say) -> None:
-    """Where the run does not fit, add what does to the report; and what uses ``preflight.nodes`` best."""
+    """Add proposals to the report: what fits if the run does not, and the best use of ``preflight.nodes``."""
     search = Search(raw, settings, hf_config, say)
     failed = set(report.in_state(FAILS)) & set(SHAPES)
     if failed and failed <= {"memory", "host_memory"}:
@@ -100,8 +103,10 @@ def propose(raw: DictConfig, config: Config, hf_config: Any, settings: Settings,
 
 
 def propose_layouts(raw: DictConfig, settings: Settings, report: Report, say: Say) -> None:
-    """Add layouts and numbers of nodes that fit to the report of a configuration that is impossible because of its
-    number of ranks; nothing if it is impossible for another reason."""
+    """Add layouts and numbers of nodes that fit to the report of a configuration that could not be parsed.
+
+    Nothing is added unless the number of ranks is what makes the configuration impossible.
+    """
     from recipes.preflight import simulated_ranks
     from recipes.preflight.architecture import model_config
 
@@ -121,8 +126,10 @@ def propose_layouts(raw: DictConfig, settings: Settings, report: Report, say: Sa
 
 
 def settings_that_fit(search: Search, config: Config, candidates: Sequence[str]) -> list[Proposal]:
-    """The fewest of the candidates that make every phase fit, all combinations of as many. Nothing if more than
-    ``MOST_SETTINGS`` would be needed."""
+    """The smallest combinations of the candidates with which the run fits, at most ``MOST_PROPOSALS`` of them.
+
+    The list is empty if more than ``MOST_SETTINGS`` candidates would be needed.
+    """
     for count in range(1, MOST_SETTINGS + 1):
         proposals = []
         for chosen in combinations(candidates, count):
@@ -136,7 +143,7 @@ def settings_that_fit(search: Search, config: Config, candidates: Sequence[str])
 
 
 def settings_to_try(config: Config, settings: Settings, report: Report) -> list[str]:
-    """Overrides that make a phase smaller which does not fit, the cheapest first."""
+    """Overrides that save memory in a phase that does not fit, the cheapest first."""
     room = settings.device_memory_gib
     phases = [phase for phase in report.phases if any(rank[phase] > room for rank in report.memory_gib)]
     on_host = {
@@ -165,7 +172,7 @@ def round_up(count: int, multiple: int) -> int:
 
 
 def with_kv_cache(search: Search, config: Config, chosen: Sequence[str]) -> list[str]:
-    """The settings with the largest KV cache, in whole GiB, that fits beside them; empty if none of 1 GiB does."""
+    """The settings with the largest KV cache, in whole GiB, that fits beside them. Empty if not even 1 GiB fits."""
     others = [override for override in chosen if override != KV_CACHE]
     report = search.report(others, ALL)
     if report is None or not report.memory_gib:
@@ -176,7 +183,7 @@ def with_kv_cache(search: Search, config: Config, chosen: Sequence[str]) -> list
 
 
 def layouts_that_fit(search: Search, raw: DictConfig) -> dict[str, list[Proposal]]:
-    """Layouts for the run's ranks, the nearest first; and the nearest numbers of nodes for its layout."""
+    """Layouts for the run's ranks, the nearest first, and the nearest numbers of nodes for the run's layout."""
     nodes, cut = raw.cluster.nodes, raw.parallel
     has_gpus = capabilities(str(raw.cluster.platform)).has_gpus
     machines = f"{nodes} nodes of {raw.cluster.ranks // nodes} GPUs" if has_gpus else f"{raw.cluster.ranks} ranks"
@@ -195,7 +202,7 @@ def layouts_that_fit(search: Search, raw: DictConfig) -> dict[str, list[Proposal
 
 
 def first_of_nodes(search: Search, raw: DictConfig, counts: Sequence[int]) -> Proposal | None:
-    """The first number of nodes on which the run's layout fits."""
+    """A proposal of the first of the numbers of nodes on which the run's layout fits, or None."""
     cut = raw.parallel
     per_node = raw.cluster.ranks // raw.cluster.nodes
     replica = cut.tensor * cut.pipeline * cut.context
@@ -213,7 +220,7 @@ def first_of_nodes(search: Search, raw: DictConfig, counts: Sequence[int]) -> Pr
 
 
 def extras(raw: DictConfig) -> Iterator[tuple[str, ...]]:
-    """``WITH`` without what the run has already."""
+    """The entries of ``WITH`` without a setting that the run already has."""
     has = {OFFLOAD: bool(raw.optimizer.offload), RECOMPUTE: raw.parallel.recompute == "full"}
     for overrides in WITH:
         if not any(has[override] for override in overrides):
@@ -221,10 +228,10 @@ def extras(raw: DictConfig) -> Iterator[tuple[str, ...]]:
 
 
 def nearest_layouts(search: Search, raw: DictConfig, ranks: int, more: Sequence[str] = ()) -> Iterator[Proposal]:
-    """Proposals of layouts for ``ranks`` ranks, the nearest to the run's first; ``more`` is added to each.
+    """Proposals of layouts for ``ranks`` ranks, the nearest to the run's layout first.
 
-    A size that is doubled or halved is one step away. Where the data-parallel size does not divide the batch, the
-    number of prompts is changed, which counts as two steps.
+    The overrides ``more`` are added to each. Doubling or halving a size counts as one step away from the run's layout.
+    If the data-parallel size does not divide the batch, the number of prompts is changed, which counts as two steps.
     """
     cut = raw.parallel
     per_node = raw.cluster.ranks // raw.cluster.nodes
@@ -254,20 +261,20 @@ def nearest_layouts(search: Search, raw: DictConfig, ranks: int, more: Sequence[
 
 
 def text_config(hf_config: Any) -> Any:
-    """The language model's part of the configuration."""
+    """The language model's part of transformers' configuration."""
     from megatron_ext.models import family
 
     return family(hf_config.architectures[0]).text_config(hf_config)
 
 
 def too_large(search: Search, raw: DictConfig, cuts: int, sharing: int) -> bool:
-    """Whether the decoder's weights, gradients and optimiser states alone are more than a GPU has.
+    """Whether the decoder's weights, gradients and optimiser states alone exceed the memory of a GPU.
 
     Args:
         search: of the run.
-        raw: its configuration.
-        cuts: ranks that the weights are cut over.
-        sharing: ranks that share the optimiser's states of the same weights.
+        raw: the composed configuration of the run.
+        cuts: ranks that the weights are sharded over.
+        sharing: ranks that share the optimiser states of the same weights.
     """
     from recipes.preflight import memory
 
@@ -280,7 +287,7 @@ def too_large(search: Search, raw: DictConfig, cuts: int, sharing: int) -> bool:
 
 
 def layout_overrides(raw: DictConfig, tensor: int, pipeline: int, context: int) -> list[str]:
-    """What differs from the run's layout."""
+    """The overrides with which a layout differs from the run's."""
     cut = raw.parallel
     new: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "sequence": tensor > 1}
     new["tp_comm_overlap"] = cut.tp_comm_overlap and tensor > 1
@@ -290,14 +297,18 @@ def layout_overrides(raw: DictConfig, tensor: int, pipeline: int, context: int) 
 
 
 def as_override(name: str, value: Any) -> str:
-    """The words that give a setting a value on the command line."""
+    """The override that gives a setting a value on the command line."""
     if value is None:
         return f"{name}=null"
     return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def prompts_override(raw: DictConfig, replicas: int) -> list[str]:
-    """The nearest ``algorithm.prompts_per_step`` whose samples ``replicas`` can share evenly, empty if the run's is."""
+    """The override of ``algorithm.prompts_per_step`` with which ``replicas`` share the samples of an update evenly.
+
+    It is the value nearest to the run's. The list is empty if the run's own value is already such a value, and for a
+    stage without RL.
+    """
     if "rl" not in raw.stage.trains:
         return []
     algorithm = raw.algorithm
@@ -311,10 +322,10 @@ def prompts_override(raw: DictConfig, replicas: int) -> list[str]:
 
 
 def judge_nodes(config: Config) -> int:
-    """Nodes of their own that the judges' servers take, each with as many GPUs as one of the trainer's.
+    """Number of nodes that only run the judges' servers. Each has as many GPUs as a node of the trainer.
 
-    None if the servers are on the trainer's nodes, colocated or from ``rewards.supervisor.first_device`` on. Raises
-    ConfigError for a server that a node is too small for.
+    It is 0 if the servers are on the trainer's nodes, either colocated or from ``rewards.supervisor.first_device`` on.
+    Raises ConfigError for a server that needs more GPUs than a node has.
     """
     rewards = config.rewards
     servers = placement.servers_to_start(rewards) if generates(config) else []
@@ -329,7 +340,10 @@ def judge_nodes(config: Config) -> int:
 
 
 def use_of_nodes(search: Search, raw: DictConfig, config: Config, nodes: int) -> tuple[str, list[Proposal]]:
-    """A title, and layouts for as many of ``nodes`` as possible, those of the judges and of engines alone left out."""
+    """A title, and layouts for the largest number of trainer nodes with which something fits.
+
+    The nodes of the judges and of the engines are subtracted from ``nodes`` first.
+    """
     judges = judge_nodes(config)
     engines = config.cluster.engine_nodes
     others = f"{judges} for the judges"

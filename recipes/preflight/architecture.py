@@ -1,4 +1,4 @@
-"""The shape of a model: from its folder's config.json, or from conf/model/architectures for a published model."""
+"""The architecture of a model, from its folder's config.json or, for a published model, conf/model/architectures."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,9 @@ ARCHITECTURES = Path(__file__).resolve().parents[2] / "conf" / "model" / "archit
 
 
 def config_file(model_path: str | Path) -> Path:
-    """The file that describes the model of ``model.path``: ``config.json`` of its folder, or the published model's.
+    """The file that describes the architecture of the model in ``model_path``.
 
+    This is ``config.json`` of the folder or, without one, the file of the published model with the folder's name.
     Raises ConfigError when there is neither.
     """
     in_folder = Path(model_path) / "config.json"
@@ -27,12 +28,12 @@ def config_file(model_path: str | Path) -> Path:
 
 
 def published_file(model_path: str | Path) -> Path:
-    """Where conf/model/architectures would keep a model with this folder's name; the file need not exist."""
+    """The path in conf/model/architectures for a model with this folder's name. The file need not exist."""
     return ARCHITECTURES / f"{Path(model_path).name}.json"
 
 
 def published_config(model_path: str | Path) -> Any | None:
-    """transformers' configuration of the published model with this folder's name, None if it is not kept."""
+    """transformers' configuration of the published model with this folder's name, or None if it has no file."""
     from transformers import CONFIG_MAPPING
 
     file = published_file(model_path)
@@ -43,9 +44,9 @@ def published_config(model_path: str | Path) -> Any | None:
 
 
 def model_config(model_path: str | Path) -> Any:
-    """transformers' configuration of the model of ``model.path``, read from :func:`config_file`.
+    """transformers' configuration of the model in ``model_path``, read from :func:`config_file`.
 
-    Raises ConfigError as ``config_file``, and ValueError for a model that is not supported.
+    Raises ConfigError like ``config_file``, and ValueError for a model that is not supported.
     """
     from megatron_ext import hf_checkpoint
 

@@ -1,9 +1,9 @@
-"""``python -m recipes.preflight.calibrate FILE.json``: estimates of conf/ become what GPU checks have measured.
+"""``python -m recipes.preflight.calibrate FILE.json``: replace estimates in conf/ by measurements of the GPU checks.
 
 FILE is the record of a rung of docs/gpu_checks.md (benchmarks/results/gpu/one_gpu.json, node.json or two_nodes.json).
-``RUNGS`` says which of its figures go where. Only values change; order and comments stay, and a first line says what
-was measured. Nothing is written if a figure is missing, is of a failed check or of another GPU than the file of conf/
-is for, or lies outside of what is plausible.
+``RUNGS`` maps its figures to the fields of conf/. Only the values of a file change. Its order and comments stay, and a
+new first line names the fields that were measured. Nothing is written if a figure is missing, belongs to a failed check
+or to another GPU than the file of conf/ is for, or lies outside the plausible range.
 """
 
 import json
@@ -23,7 +23,7 @@ from recipes.errors import ConfigError
 
 SIGNIFICANT_DIGITS = 4
 
-# (check, figure) → what was measured
+# (check, figure) → measured value
 type Measured = Callable[[str, str], float]
 
 
@@ -34,7 +34,7 @@ class Estimate:
     Attributes:
         group, field: the group of conf/ and the dotted name in its file.
         measured: computes the value from figures.
-        low, high: the plausible range, both allowed values. Outside of it the measurement is at fault.
+        low, high: the plausible range, both ends included. A value outside of it points to a faulty measurement.
     """
 
     group: str
@@ -58,12 +58,16 @@ BETWEEN = "test_two_nodes.py::test_the_links_between_the_nodes_hold_their_floor"
 
 
 def context_gib(measured: Measured) -> float:
-    """Of a trainer; of an engine, whose process has a workspace as well, if that is more."""
+    """GiB of a CUDA context: the larger of a trainer's and an engine's.
+
+    The figure of an engine's process includes a workspace, which is subtracted.
+    """
     of_engine = measured(SLEEP, "engine_process_gib") - measured(TRAINER, "workspace_gib")
     return max(measured(TRAINER, "context_gib"), of_engine)
 
 
-# The reason of a range stands beside it.
+# The comment above an estimate gives the reason for its range. "The check's bound" is the limit at which the GPU check
+# itself fails.
 RUNGS: dict[str, tuple[Estimate, ...]] = {
     "one_gpu": (
         # An 80 GB H100 has 79.1 GiB for CUDA, an H200 139.8; ECC and MIG change a little.
@@ -72,51 +76,51 @@ RUNGS: dict[str, tuple[Estimate, ...]] = {
         Estimate("preflight", "context_gib", context_gib, 0.2, 1.5),
         # cuBLAS and Transformer Engine have 32 MiB a handle, attention up to a GiB.
         Estimate("preflight", "workspace_gib", lambda m: m(TRAINER, "workspace_gib"), 0.0, 2.0),
-        # Between nothing and a tenth of the GPU: more is a leak.
+        # Between nothing and a tenth of the GPU. More is a leak.
         Estimate("preflight", "fragmentation_gib", lambda m: m(TRAINER, "fragmentation_gib"), 0.0, 8.0),
         # A context and a workspace.
         Estimate("preflight", "asleep_gib", lambda m: m(JUDGE, "asleep_gib"), 0.2, 3.5),
-        # At most half of the memory's bandwidth, since each byte is read and written (3,350 GB/s; H200 4,800).
+        # At most half of the memory's bandwidth (3,350 GB/s; H200 4,800), since each byte is read and written.
         Estimate("simulate", "copy_gb_s", lambda m: m(f"{COPIES}[copy_gb_s]", "copy_gb_s"), 600, 2400),
         # PCIe 5.0 x16: 63 GB/s.
         Estimate("simulate", "pcie_gb_s", lambda m: m(f"{COPIES}[pcie_gb_s]", "pcie_gb_s"), 25, 63),
         # An HTTP request and a few collectives over loopback.
         Estimate("simulate", "order_ms", lambda m: m(SYNC, "sync_of_a_tiny_model_ms"), 1, 1000),
-        # A thousand kernels of at least 1 µs; the check's bound.
+        # Low: a thousand kernels of at least 1 µs. High: the check's bound.
         Estimate("scale", "machine.decode_ms", lambda m: m(DECODE, "decode_ms"), 1, 100),
-        # A thousand nodes of at least 2 KiB; five times what vLLM's logs report of other models.
+        # Low: a thousand graph nodes of at least 2 KiB. High: five times what vLLM's logs report for other models.
         Estimate("preflight", "graph_gib", lambda m: m(DECODE, "graph_gib"), 0.002, 0.18),
-        # Kernels that only read reach 0.95 of the data sheet's bandwidth; half of the estimate is the check's bound.
+        # The check's bound is half of the estimate. Kernels that only read reach 0.95 of the data sheet's bandwidth.
         Estimate("scale", "machine.hbm_share", lambda m: m(READ, "hbm_share"), 0.4, 1.0),
-        # HTTP, and a few thousand pages of 2 MiB unmapped and mapped; a minute would be paging.
+        # HTTP, and the unmapping and mapping of a few thousand pages of 2 MiB. A minute would mean paging.
         Estimate("scale", "machine.switch_s", lambda m: m(SLEEP, "switch_s"), 0.01, 60),
-        # A tenth of the estimates is the check's bound; two adapters of 400 Gb/s carry 100 GB/s.
+        # Low: the check's bound, a tenth of the estimates. Two adapters of 400 Gb/s carry 100 GB/s.
         Estimate("scale", "machine.write_gb_s", lambda m: m(FILES, "write_gb_s"), 0.4, 100),
         Estimate("scale", "machine.read_gb_s", lambda m: m(FILES, "read_gb_s"), 0.8, 100),
     ),
     "node": (
         # The check's bound.
         Estimate("preflight", "communicator_gib", lambda m: m(NODE, "communicator_gib"), 0.0, 2.0),
-        # NVLink 4: 450 GB/s a direction; half of the estimate is the check's bound.
+        # The check's bound is half of the estimate. NVLink 4 has 450 GB/s in each direction.
         Estimate("simulate", "nvlink_gb_s", lambda m: m(NODE, "nvlink_gb_s"), 150, 450),
-        # Launches of at least 2 µs each; the check's bound.
+        # Low: launches of at least 2 µs each. High: the check's bound.
         Estimate("simulate", "round_us", lambda m: m(NODE, "round_us"), 5, 2000),
-        # NCCL's latency over eight GPUs; the check's bound.
+        # Low: NCCL's latency over eight GPUs. High: the check's bound.
         Estimate("scale", "machine.all_reduce_us", lambda m: m(NODE, "all_reduce_us"), 5, 200),
         # No published training of dense models on H100 is above 0.6.
         Estimate("scale", "machine.mfu", lambda m: m(BLOCK, "mfu"), 0.2, 0.65),
     ),
     "two_nodes": (
-        # 400 Gb/s are 50 GB/s; 200 Gb/s with a tenth lost 22.
+        # 400 Gb/s are 50 GB/s. 200 Gb/s with a tenth lost are 22 GB/s.
         Estimate("simulate", "network_gb_s", lambda m: m(BETWEEN, "network_gb_s"), 15, 50),
     ),
 }
 
 
 def calibrate(record: Path, conf: Path = CONF) -> list[str]:
-    """Write the figures of ``record`` into the files of ``conf`` for its GPU; returns a line for each.
+    """Write the figures of ``record`` into the files of ``conf`` for its GPU. Return one line for each changed value.
 
-    Raises ConfigError, before anything is written, if a figure can't be used or has no place.
+    Raises ConfigError, before anything is written, if a figure can't be used or a file has no field for it.
     """
     if record.stem not in RUNGS:
         raise ConfigError(f"{record}: no rung; the files are {', '.join(f'{rung}.json' for rung in RUNGS)}")
@@ -149,7 +153,7 @@ def calibrate(record: Path, conf: Path = CONF) -> list[str]:
 
 
 def figure_of(record: Path, entries: Mapping[str, Any], check: str, figure: str) -> float:
-    """A figure of a check that passed."""
+    """A figure of a check. Raises ConfigError if the figure is missing or the check did not pass."""
     if check not in entries or figure not in entries[check]["figures"]:
         raise ConfigError(f"{record} lacks {figure} of {check}: run the whole rung again")
     if entries[check]["outcome"] != "passed":
@@ -158,7 +162,11 @@ def figure_of(record: Path, entries: Mapping[str, Any], check: str, figure: str)
 
 
 def gpu_of(record: Path, entries: Mapping[str, Any], conf: Path) -> str:
-    """The name of the GPU's files in ``conf``: of conf/preflight's one whose name is a word of the GPU's."""
+    """The name of the GPU's files in ``conf``: the stem of the file of conf/preflight that is a word of the GPU's name.
+
+    Raises ConfigError for a record of several GPUs, and for a GPU without such a file or with another peak than its
+    file of conf/scale has.
+    """
     devices = {re.sub(r"^\d+ x ", "", entry["machine"]["device"]) for entry in entries.values()}
     if len(devices) != 1:
         raise ConfigError(f"{record} is of several GPUs ({', '.join(sorted(devices))}): run the whole rung on one")
@@ -173,12 +181,15 @@ def gpu_of(record: Path, entries: Mapping[str, Any], conf: Path) -> str:
 
 
 def peak_tflops(costs: Path) -> float:
-    """Of the GPU that a file of conf/scale is for; boards of one name differ in it."""
+    """Peak TFLOPS of the GPU that a file of conf/scale is for. Boards of the same name differ in their peak."""
     return float(yaml.safe_load(costs.read_text())["machine"]["peak_tflops"])
 
 
 def place(file: Path, text: str, field: str) -> tuple[int, int]:
-    """Where in the text of a YAML file the number of a field begins and ends."""
+    """The indices at which the number of a field begins and ends in the text of a YAML file.
+
+    Raises ConfigError if the file has no such field.
+    """
     node = yaml.compose(text)
     for key in field.split("."):
         values = [value for name, value in getattr(node, "value", ()) if name.value == key]
@@ -189,13 +200,13 @@ def place(file: Path, text: str, field: str) -> tuple[int, int]:
 
 
 def number(value: float) -> str:
-    """With ``SIGNIFICANT_DIGITS``, and never with an exponent, which YAML would read as text."""
+    """A value as text with ``SIGNIFICANT_DIGITS``. It has no exponent, which YAML would read as text."""
     decimals = SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(value or 1))
     return str(round(value, min(max(decimals, 1), SIGNIFICANT_DIGITS)))
 
 
 def with_source(text: str, record: str, source: str, fields: Sequence[str]) -> str:
-    """The text with a first line that says what was measured, in the place of an earlier one for the same record."""
+    """The text with a first line that names the measured fields. It replaces an earlier line of the same record."""
     mark = f"# Measured ({record}"
     rest = [line for line in text.splitlines() if not line.startswith(mark)]
     names = ", ".join(field.rpartition(".")[2] for field in fields)

@@ -1,7 +1,7 @@
-"""The checks of the preflight, in the order in which a run would meet what they look for.
+"""The checks of the preflight, in the order in which a run would meet the problems that they look for.
 
-A check returns one line that says what it found. It raises ConfigError with what to change, or NotChecked with how to
-check it where it can't look.
+A check returns one line that says what it found. If it fails, it raises ConfigError with what to change. If it can't be
+made here, it raises NotChecked with how to make it.
 """
 
 import json
@@ -33,15 +33,15 @@ from rewards.client import Client
 from rewards.settings import Server
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-# The folder that the files of conf/ name; below it is no name of the hub.
+# The folder of models in the files of conf/. A name below it is never a name of the hub.
 MODELS_FOLDER = "models"
 SHIPPED_DATA = Path(__file__).resolve().parents[1] / "data"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Of a trained parameter: its BF16 weight, FP32 master and two moments.
+# Bytes of a trained parameter in a checkpoint: its BF16 weight, FP32 master weight and two moments.
 CHECKPOINT_BYTES = 14
-# Of a token's text in the samples (our estimate).
+# Bytes of the text of a token in the saved samples (our estimate).
 SAMPLE_BYTES = 5
-# The checks before those of the model's shape.
+# The checks that come before those of the model's architecture.
 FILES = ("run_folder", "data_and_rewards", "environment", "judges", "model", "tokenizer")
 ELSEWHERE_TEXT = "on another machine (preflight.files=elsewhere); there, run the preflight without it"
 WEIGHTS = "*.safetensors"
@@ -49,14 +49,14 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None], base_model: str | None = None) -> Report:
-    """Run all checks; where something does not fit, search for settings with which it does.
+    """Run all checks. If something does not fit, search for settings with which it does.
 
     Args:
         raw: the composed configuration of the run, without the group ``preflight``.
         settings: the group ``preflight``.
         say: called with the name of what is done next.
-        base_model: folder of the model that the stages before this one start from, None without such a stage. It
-            stands in for the model of the stage before where that is not there yet.
+        base_model: folder of the model that the chain of stages before this one starts from, None without such a
+            stage. It stands in for the model of the previous stage if that does not exist yet.
     """
     report = Report(
         recipe=str(raw.recipe.name),
@@ -73,7 +73,7 @@ def examine(raw: DictConfig, settings: Settings, say: Callable[[str], None], bas
         return "every field is known and possible"
 
     say("configuration")
-    # Before the imports of the checks: it switches off torch's inductor, whose import takes seconds.
+    # This must come before the imports of the checks. It switches off torch's inductor, whose import takes seconds.
     platform.activate("cpu")
     report.check("configuration", configuration)
     if parsed:
@@ -92,7 +92,7 @@ def examine_parsed(
     say: Callable[[str], None],
     base_model: str | None,
 ) -> None:
-    """The checks of a configuration whose fields are known and possible; the arguments are :func:`examine`'s."""
+    """Run the checks of a configuration that has been parsed. The arguments are those of :func:`examine`."""
     expected_model = config.model.path
     if base_model is not None and not (Path(expected_model) / "config.json").is_file():
         config.model.path = base_model
@@ -133,7 +133,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def run_folder(config: Config, settings: Settings) -> str:
-    """Whether a launch may use the run's folder: it deletes nothing, and a resumed run stays the same experiment."""
+    """Check that a launch may use the run's folder: it deletes nothing, and a resumed run stays the same experiment."""
     if settings.files == ELSEWHERE:
         raise NotChecked(ELSEWHERE_TEXT)
     changes = check_folder(config)
@@ -144,7 +144,7 @@ def run_folder(config: Config, settings: Settings) -> str:
 
 
 def data_and_rewards(config: Config) -> str:
-    """The files of the data, their schema, and for a stage that generates the mix of rewards and the verifiers."""
+    """Check the files of the data and their schema. If the stage generates, also check the reward mix and verifiers."""
     check_supervised(config)
     if not generates(config):
         return "rows fit the schema; no verifier is asked"
@@ -154,7 +154,7 @@ def data_and_rewards(config: Config) -> str:
 
 
 def environment(config: Config) -> str:
-    """Whether the environment that replies inside responses answers."""
+    """Check that the environment whose replies go into responses can be reached."""
     from rollout.environment import Unavailable, open_environment
 
     name = config.rollout.environment.name
@@ -169,7 +169,7 @@ def environment(config: Config) -> str:
 
 
 def check_judges(config: Config, settings: Settings, report: Report) -> None:
-    """One check for each reward server that a verifier asks."""
+    """Make one check for each reward server that a verifier asks."""
     names = {*mixing.verifier_names(config.rewards.mix), *config.data.scores} if generates(config) else set()
     servers = registry.servers_of(names, config.rewards)
     if not servers:
@@ -179,7 +179,7 @@ def check_judges(config: Config, settings: Settings, report: Report) -> None:
 
 
 def judge(config: Config, settings: Settings, server: Server) -> str:
-    """Whether a reward server serves its model, or has a model to serve when the run starts it."""
+    """Check that a reward server serves its model, or that the model exists for a server that the run will start."""
     with Client({server.name: server}, config.rewards.client) as client:
         client.check(must_run=False)
         try:
@@ -213,24 +213,24 @@ def judge(config: Config, settings: Settings, server: Server) -> str:
 
 
 def writer(config: Config, folder: Path) -> str | None:
-    """The stage beside this one whose exported model belongs into the folder, None for any other folder."""
+    """The stage of the same ladder that exports its model into this folder, or None for any other folder."""
     normal = Path(os.path.normpath(folder))
     beside = normal.name == "hf" and normal.parent.parent == Path(os.path.normpath(config.run_dir)).parent
     return normal.parent.name if beside else None
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether ``organisation/model`` names a model of the hub rather than a folder."""
+    """Whether the name is a hub's ``organisation/model`` rather than a folder."""
     return HUB_NAME.fullmatch(name) is not None and not name.startswith((f"{MODELS_FOLDER}/", "."))
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder has a configuration and files of weights."""
+    """Whether the folder has a config.json and files of weights."""
     return (folder / "config.json").is_file() and any(folder.glob(WEIGHTS))
 
 
 def weights_gib(folder: Path) -> float:
-    """Size of the files of weights. Raises ConfigError naming those that the index lists and that are not there."""
+    """Size of the files of weights in GiB. Raises ConfigError if files that the index lists are missing."""
     index = folder / WEIGHTS_INDEX
     if index.is_file():
         listed = set(json.loads(index.read_text())["weight_map"].values())
@@ -244,7 +244,7 @@ def weights_gib(folder: Path) -> float:
 
 
 def model(config: Config, settings: Settings, expected: str) -> str:
-    """Whether the weights that training starts from are there. ``expected``: the folder that the run will read."""
+    """Check that the weights that training starts from exist. ``expected``: the folder that the run will read."""
     if config.model.path != expected:
         raise NotChecked(
             f"{expected} is what stage {config.stage.after} will write; until then {config.model.path} stands in for "
@@ -269,7 +269,7 @@ def model(config: Config, settings: Settings, expected: str) -> str:
 
 
 def nodes(config: Config) -> str:
-    """The machines of the job."""
+    """Count the nodes of the job, by use."""
     judges = alternatives.judge_nodes(config)
     trainer = f"{config.cluster.nodes} for trainer and engines"
     if config.cluster.engine_nodes:
@@ -280,13 +280,13 @@ def nodes(config: Config) -> str:
 
 
 def has_tokenizer(config: Config) -> bool:
-    """Whether the model's folder has what makes token ids of a prompt."""
+    """Whether the model's folder has a config.json and a file of a tokenizer."""
     folder = Path(config.model.path)
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def tokenizer(config: Config) -> str:
-    """The size of the tokenizer, its end-of-turn token and its chat template."""
+    """Check the size of the tokenizer, its end-of-turn token and its chat template."""
     folder = Path(config.model.path)
     if not has_tokenizer(config):
         if has_weights(folder):
@@ -298,7 +298,7 @@ def tokenizer(config: Config) -> str:
 
     from rollout import chat_layout
 
-    # Otherwise transformers asks at the terminal whether to run the folder's code.
+    # Without this, transformers asks at the terminal whether to run the folder's code.
     chat_layout.register()
     loaded = AutoTokenizer.from_pretrained(folder)
     if loaded.eos_token_id is None:
@@ -316,7 +316,10 @@ def tokenizer(config: Config) -> str:
 
 
 def architecture(config: Config, configs: list[Any]) -> str:
-    """Appends transformers' configuration of the model to ``configs``."""
+    """Append transformers' configuration of the model to ``configs``.
+
+    Raises ConfigError if the folder has the name of a published model but the architecture of another.
+    """
     from recipes.preflight import simulated_ranks
 
     source = config_file(config.model.path)
@@ -335,14 +338,14 @@ def architecture(config: Config, configs: list[Any]) -> str:
 
 
 def images(config: Config, hf_config: Any) -> str:
-    """Whether the largest image that the processor makes leaves room in the prompt."""
+    """Check that the largest image that the processor makes leaves room in the prompt."""
     if not hasattr(hf_config, "vision_config"):
         return "a text model"
     file = Path(config.model.path) / "preprocessor_config.json"
     if not file.is_file():
         raise NotChecked(f"{file} is not on this machine; run the preflight where it is")
     processor = json.loads(file.read_text())
-    # InternVL3: tiles, and one more of the complete image.
+    # InternVL3 has tiles, and one more tile of the complete image.
     if hasattr(hf_config, "image_seq_length"):
         limit = f"max_patches={processor['max_patches']}"
         remedy = "lower max_patches in that file"
@@ -363,7 +366,7 @@ def images(config: Config, hf_config: Any) -> str:
 
 
 def every_prompt(config: Config) -> str:
-    """Processes each prompt as the run does: its length and its images, each of which is read and resized once."""
+    """Process each prompt as the run does. This checks its length and its images, which are read and resized once."""
     from recipes.data.processor import PromptProcessor, check_rows
     from recipes.data.sft_examples import check_examples
 
@@ -382,7 +385,7 @@ def every_prompt(config: Config) -> str:
 
 
 def stand_in(config: Config) -> str:
-    """A remark on a GPU job that trains on the demos' data."""
+    """A remark for a GPU job that trains on the demos' data, otherwise ""."""
     fields = {"rl": config.data.prompts, "sft": config.data.sft}
     sources = [spec.name for stage in config.stage.trains if stage in fields for spec in parse_sources(fields[stage])]
     shipped = [name for name in sources if Path(name).resolve().is_relative_to(SHIPPED_DATA)]
@@ -392,9 +395,10 @@ def stand_in(config: Config) -> str:
 
 
 def disk_space(config: Config, settings: Settings, report: Report) -> str:
-    """Whether the disk has room for the checkpoints that are kept, one that is being written, and what is exported.
+    """Check that the disk has room for the run's checkpoints, exported models and samples.
 
-    Sizes are upper bounds: frozen parameters count as trained ones, a critic as large as the policy.
+    The checkpoints are those that are kept and one that is being written. Sizes are upper bounds: frozen parameters
+    count as trained ones, and a critic counts as large as the policy.
     """
     assert report.parameters_total is not None
     trained = 2 if memory_plan.needed(config).values else 1

@@ -1,5 +1,7 @@
-"""Seconds of a step of RL and GPU hours of a stage, from ``scale_model``, ``layout_seconds`` and the costs of
-conf/scale: an estimate. The planner and the preflight have both from here."""
+"""Estimate the seconds of an RL step and the GPU hours of a stage, for the planner and the preflight.
+
+The estimate comes from ``scale_model``, ``layout_seconds`` and the costs of conf/scale.
+"""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from recipes.preflight.scale_model import BatchSize, Engine, Generation, Group, 
 
 
 def job_of(config: Config) -> Job:
-    """The settings that the estimate depends on."""
+    """The settings of the configuration that the estimate depends on."""
     interval = memory_plan.reference_interval(config)
     reference = 0.0 if interval is None else 1 / interval
     # The policy's own log-probs are computed before the first of several updates.
@@ -51,7 +53,7 @@ def job_of(config: Config) -> Job:
 
 
 def recomputed_share(config: Config) -> float:
-    """``Job.recompute``."""
+    """The value of ``Job.recompute`` for a configuration."""
     cut = config.parallel
     if cut.recompute != "full":
         return 0.0
@@ -65,18 +67,18 @@ def recomputed_share(config: Config) -> float:
 
 
 def machine_of(scale: DictConfig, links: DictConfig) -> Machine:
-    """The machine of the groups ``scale`` and ``simulate``."""
+    """The machine that the groups ``scale`` and ``simulate`` describe."""
     constants = {**scale.machine, **links}
     return Machine(**{field.name: constants[field.name] for field in fields(Machine)})
 
 
 def model_shape(path: str) -> ModelShape:
-    """The shape of the model in the folder ``path``, or of the architecture that the project keeps for this name."""
+    """The shape of the model in the folder ``path``, or of the published model with the folder's name."""
     return scale_model.model_shape(json.loads(config_file(path).read_text()))
 
 
 def read(costs: str) -> tuple[DictConfig, Machine]:
-    """The file of conf/scale with this name, and the machine that it and the file of conf/simulate describe."""
+    """The file of conf/scale with this name, and the machine that it and its namesake in conf/simulate describe."""
     scale = OmegaConf.load(CONF / "scale" / f"{costs}.yaml")
     links = OmegaConf.load(CONF / "simulate" / f"{costs}.yaml")
     assert isinstance(scale, DictConfig) and isinstance(links, DictConfig)
@@ -87,18 +89,18 @@ def read(costs: str) -> tuple[DictConfig, Machine]:
 class Costs:
     """The cost model for one model and one assumption about the lengths of responses.
 
-    What is computed once is kept: the batches that a step is the mean of, and the generation by each kind of engine.
+    It caches the random batches that a step is the mean of, and the simulated generation of each kind of engine.
 
     Attributes:
         machine: the costs.
         model: the model's shape.
         scale: the file of conf/scale.
-        limits: longest prompt and response in tokens, at which the lengths are cut. A search for a longer context
-            keeps those of the run, because nobody knows how long the answers would become.
+        limits: longest prompt and response in tokens, at which the lengths are truncated. A search for a longer context
+            keeps those of the run, because nobody knows how long the responses would become.
         lengths: the name of the lengths in ``scale``.
-        batches: by number of prompts.
-        sizes: of these batches.
-        generations: by engine, number of engines and batch.
+        batches: number of prompts → batches.
+        sizes: number of prompts → sizes of these batches.
+        generations: engine, number of engines, batch and response limit → generation.
     """
 
     machine: Machine
@@ -111,7 +113,7 @@ class Costs:
     generations: dict[tuple[Any, ...], Generation] = field(default_factory=dict)
 
     def of_prompts(self, job: Job) -> list[list[Group]]:
-        """Batches of as many prompts."""
+        """The batches with the job's number of prompts."""
         if job.prompts not in self.batches:
             lengths: Any = OmegaConf.to_container(self.scale.lengths[self.lengths])
             seeds = range(self.scale.seed, self.scale.seed + self.scale.draws)
@@ -120,23 +122,29 @@ class Costs:
         return self.batches[job.prompts]
 
     def simulate(self, engine: Engine, engines: int, groups: Sequence[Group], response_limit: int) -> Generation:
-        """:func:`recipes.preflight.scale_model.simulate_generation`, once for each kind of engine: layouts share it."""
+        """:func:`recipes.preflight.scale_model.simulate_generation` with a cache.
+
+        Layouts with the same engines share the result.
+        """
         key = (engine, engines, id(groups), response_limit)
         if key not in self.generations:
             self.generations[key] = scale_model.simulate_generation(engine, engines, groups, response_limit)
         return self.generations[key]
 
     def job(self, config: Config) -> Job:
-        """Of the configuration, with the limits at which the lengths are cut."""
+        """The job of the configuration, with the limits at which the lengths are truncated."""
         prompt_limit, response_limit = self.limits
         return replace(job_of(config), prompt_limit=prompt_limit, response_limit=response_limit)
 
     def machine_for(self, config: Config) -> Machine:
-        """The machine; of engines on nodes of their own it has the KV cache."""
+        """The machine, with the configuration's KV cache for engines on nodes of their own."""
         return replace(self.machine, disaggregated_kv_cache_gib=config.rollout.kv_cache_gib)
 
     def estimate(self, config: Config) -> StepEstimate:
-        """A step with what its layout adds. Raises ValueError if the limits exclude the lengths."""
+        """The estimate of a step, with what its layout adds.
+
+        Raises ValueError if no distribution of lengths can be truncated at the limits.
+        """
         job = self.job(config)
         machine = self.machine_for(config)
         apart = config.cluster.engine_nodes > 0
@@ -171,10 +179,10 @@ class Costs:
         )
 
     def least(self, config: Config, simulated: bool) -> tuple[float, float]:
-        """Lower bounds of the seconds of a step and of its training, of engines on nodes of their own that generate one
-        step ahead, under any layout of the trainer.
+        """Lower bounds of the seconds of a step and of its training, under any layout of the trainer.
 
-        ``simulated``: with the whole generation, which takes a second; otherwise with its longest response alone.
+        The engines are on nodes of their own and generate one step ahead. If ``simulated``, the bound includes the
+        whole generation, which takes a second to simulate. Otherwise it includes only the longest response.
         """
         job = self.job(config)
         machine = self.machine_for(config)
@@ -196,7 +204,10 @@ class Costs:
 
 
 def gpu_hours(config: Config, settings: Settings) -> list[str]:
-    """Lines with the seconds of a step and the GPU hours of all, for each assumption about the lengths of responses."""
+    """Lines with the seconds of a step and the GPU hours of all steps, one for each assumption about response lengths.
+
+    The last line names what the estimate leaves out.
+    """
     if "rl" not in config.stage.trains or not capabilities(config.cluster.platform).has_gpus:
         return []
     if settings.costs is None:

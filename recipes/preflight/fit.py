@@ -1,6 +1,6 @@
-"""Whether a run fits: the model, the batch and the engines under a layout, and the memory of a GPU and of a host.
+"""Checks of whether a run fits: model, batch and engines under a layout, and the memory of a GPU and of a host.
 
-Nothing here reads a weight or a row of data, so the same checks answer for other settings than those of the run
+Nothing here reads a weight or a row of data. The same checks therefore serve for other settings than those of the run
 (``alternatives``).
 """
 
@@ -30,26 +30,26 @@ SHAPES = (
     "memory",
     "host_memory",
 )
-# Transformer Engine needs both sides of a matrix to be multiples of it.
+# Transformer Engine's FP8 needs both sides of a matrix to be multiples of this.
 FP8_MULTIPLE = 16
-# What the inputs of an engine worker's matrix must be a multiple of, by ``rollout.quantization``.
+# ``rollout.quantization`` → number that the input size of each matrix of an engine's worker must be a multiple of.
 PER_CHANNEL = "fp8_per_channel"
 FP8_MULTIPLES = {"fp8_per_tensor": 16, PER_CHANNEL: 16, "fp8_per_block": 128}
-# Which of a replica's distinct ranks are built: all; one of each pipeline stage, whose tensor-parallel ranks have equal
-# sizes; one of the first and of the last stage.
+# Which of a replica's distinct ranks are built. ALL: all of them. STAGES: one of each pipeline stage, whose
+# tensor-parallel ranks have equal sizes. CORNERS: one of the first and one of the last stage.
 ALL, STAGES, CORNERS = "all", "stages", "corners"
-# Padded attention heads divided by heads: a layout above it wastes so much that it must be a mistake.
+# Limit of padded attention heads divided by heads. A layout above it wastes so much that it must be a mistake.
 MAX_PADDING = 1.5
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """What some of the distinct ranks of a replica hold, whatever else is on their GPUs.
+    """What the trainer holds on some of the distinct ranks of a replica, whatever else is on their GPUs.
 
     Attributes:
         parameters: of the complete model.
         counts: ``pp``, ``tp`` and ``count`` of parameters of each rank.
-        sizes: for each rank, what the trainer needs on its GPU.
+        sizes: for each rank, the bytes that the trainer needs on its GPU.
         layers: pipeline stage → decoder layers of each of its chunks.
         hf_tensors: comparison with the checkpoint's tensors.
         critic_tensors: the same for a critic, None without one.
@@ -63,7 +63,7 @@ class Ranks:
     critic_tensors: dict[str, Any] | None
 
 
-# What was built in this process, by :func:`key`: a search asks for the same layout with other settings.
+# The ranks that were built in this process, by :func:`key`. A search tries the same layout with several settings.
 BUILT: dict[str, Ranks] = {}
 
 
@@ -75,16 +75,17 @@ def fit(
     say: Callable[[str], None] = lambda text: None,
     part: str = ALL,
 ) -> None:
-    """Append these checks to the report.
+    """Make the checks ``SHAPES`` and append their results to the report.
 
     Args:
         config: of the run.
         hf_config: transformers' configuration of its model.
         settings: the group ``preflight``.
-        report: gets the checks and what they found.
+        report: receives the results of the checks and the sizes that they compute.
         say: called with the name of what is done next.
-        part: ``ALL``, ``STAGES`` or ``CORNERS``: the ranks that are built. Of a part, none is if a check fails without
-            them. What fails so fails with all ranks; the tensors are not compared with the checkpoint's.
+        part: the ranks that are built: ``ALL``, ``STAGES`` or ``CORNERS``. With a part, no rank is built if an earlier
+            check fails, and the tensors are not compared with the checkpoint's. A layout that fails with a part of the
+            ranks fails with all of them.
     """
     from megatron_ext.models import family
 
@@ -107,7 +108,7 @@ def fit(
 
 
 def context_length(config: Config, text: Any) -> str:
-    """The longest sequence against the positions that the model knows."""
+    """Compare the longest sequence with the number of positions that the model knows. Raises ConfigError above it."""
     longest = memory_plan.longest(config)
     if longest > text.max_position_embeddings:
         raise ConfigError(
@@ -118,7 +119,10 @@ def context_length(config: Config, text: Any) -> str:
 
 
 def attention_heads(config: Config, text: Any) -> str:
-    """How many attention heads the tensor-parallel size adds as padding, and whether its groups span nodes."""
+    """Report how many attention heads the tensor-parallel size adds as padding, and whether its groups span nodes.
+
+    Raises ConfigError if there are more than ``MAX_PADDING`` times as many heads with padding as without.
+    """
     from megatron_ext.weight_map import sharding_of
 
     tensor = config.parallel.tensor
@@ -140,7 +144,7 @@ def attention_heads(config: Config, text: Any) -> str:
 
 
 def across_nodes(config: Config) -> str:
-    """What it costs if a tensor-parallel group has ranks on several nodes; empty if none has."""
+    """A remark for a tensor-parallel group with ranks on several nodes, "" if there is no such group."""
     tensor = config.parallel.tensor
     ranks_per_node = config.cluster.ranks // config.cluster.nodes
     if tensor <= ranks_per_node:
@@ -153,7 +157,7 @@ def across_nodes(config: Config) -> str:
 
 
 def precision(config: Config, settings: Settings) -> str:
-    """Whether the device multiplies in the precision."""
+    """Check that the device can multiply in the precision of the trainer and of the engines' KV cache."""
     if config.precision.name == "fp8" and not settings.fp8:
         raise ConfigError(f"precision.name='fp8': {settings.device} has no FP8; use precision=bf16")
     if config.rollout.kv_cache_dtype == "fp8" and not settings.fp8:
@@ -165,9 +169,9 @@ def precision(config: Config, settings: Settings) -> str:
 
 
 def batch(config: Config, report: Report) -> str:
-    """The micro-batches of an update whose sequences all have the full length, which is their largest number.
+    """Count the micro-batches of an update whose sequences all have the full length. No other update has more.
 
-    Raises ConfigError if there are fewer than pipeline stages.
+    Raises ConfigError if a data-parallel rank has fewer micro-batches than there are pipeline stages.
     """
     from megatron_ext.packing import plan
     from megatron_ext.weight_map import round_up
@@ -200,7 +204,7 @@ def batch(config: Config, report: Report) -> str:
 
 
 def rollout(config: Config, hf_config: Any, text: Any) -> str:
-    """Whether the engines' tensor-parallel size, KV cache and quantisation fit the model and the longest sequence."""
+    """Check the engines' tensor-parallel size, KV cache and quantisation against the model and the longest sequence."""
     if not generates(config):
         return "no engine is started"
     from recipes.preflight import memory as sizes
@@ -229,11 +233,11 @@ def rollout(config: Config, hf_config: Any, text: Any) -> str:
 
 
 def fp8_matrices(config: Config, hf_config: Any, text: Any) -> None:
-    """Raises ConfigError if the inputs of a matrix of an engine's worker are no multiple of what vLLM 0.32 needs.
+    """Raises ConfigError if the input size of a matrix of an engine's worker is no multiple of what vLLM 0.32 needs.
 
-    For blocks it says so in a worker's first pass only (``per_token_group_quant_fp8``). For a scale of each tensor or
-    channel its kernel for H100 pads such a matrix and fails while it loads the model ("Overwriting existing tensor
-    attribute: weight_loader", vLLM's issue #47005).
+    With one scale per block, vLLM reports this only in a worker's first pass (``per_token_group_quant_fp8``). With one
+    scale per tensor or channel, vLLM's kernel for H100 pads such a matrix and fails while it loads the model
+    ("Overwriting existing tensor attribute: weight_loader", vLLM's issue #47005).
     """
     c = config.rollout
     multiple = FP8_MULTIPLES.get(c.quantization or "")
@@ -257,7 +261,7 @@ def fp8_matrices(config: Config, hf_config: Any, text: Any) -> None:
 
 
 def uneven_inputs(hf_config: Any, text: Any, tensor: int, multiple: int) -> dict[str, float]:
-    """The inputs of an engine worker's matrices that are no multiples of ``multiple``, by what they are."""
+    """Name → input size of those of an engine worker's matrices whose input size is no multiple of ``multiple``."""
     from megatron_ext.models import family
 
     heads = text.num_attention_heads
@@ -272,21 +276,21 @@ def uneven_inputs(hf_config: Any, text: Any, tensor: int, multiple: int) -> dict
         sizes["tower's hidden size"] = tower.hidden_size
         sizes["tower's feed-forward"] = tower.intermediate_size / tensor
         heads = getattr(tower, "num_heads", None) or tower.num_attention_heads
-        # vLLM leaves attention whole whose heads the size does not divide.
+        # vLLM does not shard the attention if the tensor-parallel size does not divide its heads.
         if heads % tensor == 0:
             sizes["tower's attention"] = tower.hidden_size / tensor
     return {name: size for name, size in sizes.items() if size % multiple}
 
 
 def colocated_judges(config: Config, settings: Settings, judges: list[memory_plan.Judges]) -> str:
-    """Appends the memory of the reward servers on the trainer's GPUs to ``judges``."""
+    """Append the memory of the reward servers on the trainer's GPUs to ``judges``."""
     judges.append(memory_plan.judges(config, settings))
     shown = ", ".join(f"{name} {fraction:g}" for name, fraction in judges[0].fractions.items())
     return f"on the trainer's GPUs, of each: {shown}" if shown else "none is on the trainer's GPUs"
 
 
 def layout(config: Config, hf_config: Any, report: Report) -> str:
-    """Whether the parallel sizes divide layers, heads, feed-forward layers and vision tower, as for ``model.build``."""
+    """Check that the parallel sizes divide layers, heads, MLPs and vision tower, as ``model.build`` does."""
     from megatron_ext import model
     from megatron_ext.models import family
     from recipes.preflight import simulated_ranks
@@ -294,7 +298,7 @@ def layout(config: Config, hf_config: Any, report: Report) -> str:
     cut = config.parallel
     report.layout = asdict(cut) | {"data": cut.data_parallel(config.cluster.ranks)}
     model.check(hf_config, cut)
-    # Joining the simulated world checks the sizes against each other and against its number of ranks.
+    # Joining the simulated world checks the sizes against each other and against the number of ranks.
     with simulated_ranks.rank(0, config.cluster.ranks, cut):
         family(hf_config.architectures[0]).param_mappings(hf_config, cut.tensor, 0)
     sizes = f"tensor {cut.tensor} x pipeline {cut.pipeline} x context {cut.context} x data {report.layout['data']}"
@@ -310,9 +314,9 @@ def ranks(
     say: Callable[[str], None],
     part: str,
 ) -> str:
-    """Adds up parameters, memory, and the Hugging Face tensors of the distinct ranks of a replica.
+    """Build the distinct ranks of a replica, and add their parameters, memory and tensors to the report.
 
-    ``judges`` is empty if their check failed; they are then not counted.
+    ``judges`` is empty if the check of the judges failed. Their memory is then not counted.
     """
     judges_memory = judges[0] if judges else memory_plan.Judges(0, 0, 0, {})
     name = key(config, part)
@@ -335,7 +339,7 @@ def ranks(
 
 
 def key(config: Config, part: str) -> str:
-    """What :func:`build` depends on."""
+    """A key of everything that the result of :func:`build` depends on."""
     needed = memory_plan.needed(config)
     return repr(
         (
@@ -412,7 +416,7 @@ def build(config: Config, hf_config: Any, say: Callable[[str], None], part: str)
 
 
 def checkpoint_tensors(config: Config, hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the model's tensors: of its files if it has any, else of transformers' model."""
+    """Name → shape of the model's tensors, from its files if it has any, otherwise from transformers' model."""
     from megatron_ext import hf_checkpoint
     from recipes.preflight import simulated_ranks
 
@@ -424,7 +428,7 @@ def checkpoint_tensors(config: Config, hf_config: Any) -> dict[str, tuple[int, .
 
 
 def every_tensor(report: Report) -> str:
-    """Whether one replica holds every element of every Hugging Face tensor exactly once."""
+    """Check that one replica holds every element of every Hugging Face tensor exactly once."""
     assert report.hf_tensors is not None
     for owner, comparison in (("", report.hf_tensors), ("the critic's ", report.critic_tensors or {})):
         for problem in ("missing", "unexpected", "duplicated"):

@@ -1,9 +1,11 @@
-"""Seconds that a layout adds to a step of ``scale_model``, which knows its pipeline's idle time, the bytes that its
-tensor-parallel groups exchange, the layers that are recomputed in full, and its gradients. It knows no stages of
-unequal numbers of layers, and no modules that are recomputed alone.
+"""The seconds that a layout adds to a training step of ``scale_model``.
 
-An exchange counts as if nothing were computed meanwhile, so the sums are for an order of layouts: they are above the
-model's own, whose constants were fitted to whole steps.
+``scale_model`` already counts the pipeline bubble, the bytes that tensor-parallel groups exchange, layers under full
+recompute, and the reduction of gradients. It does not know stages with unequal numbers of layers, or modules that are
+recomputed alone.
+
+An exchange counts as if it did not overlap with any computation. The sums are therefore larger than the steps of
+``scale_model``, whose constants were fitted to whole steps. They serve to rank layouts.
 """
 
 from dataclasses import dataclass
@@ -12,12 +14,15 @@ from megatron_ext.layout import CORE_ATTENTION, MLP, ParallelConfig, stage_layer
 from recipes.preflight import scale_model
 from recipes.preflight.scale_model import FP32_BYTES, BatchSize, Job, Machine, ModelShape
 
-OPTIMIZER_BYTES = 3 * FP32_BYTES  # of a parameter: master weight and both moments
-# Collectives of a layer: attention and feed-forward layer each gather their input and scatter their output. Backward
-# does the reverse of both and gathers the input again for the weights' gradients.
+# Optimiser bytes of a parameter: the master weight and both moments.
+OPTIMIZER_BYTES = 3 * FP32_BYTES
+# Collectives of a layer with sequence parallelism. In the forward pass, attention and the MLP each all-gather their
+# input and reduce-scatter their output. The backward pass does the reverse of both, and all-gathers the input again for
+# the weights' gradients.
 FORWARD_COLLECTIVES = 4
 BACKWARD_COLLECTIVES = 6
-# Without sequence parallelism an all-reduce takes the place of two of them, and nothing is gathered again.
+# Without sequence parallelism, one all-reduce takes the place of an all-gather and a reduce-scatter, and the backward
+# pass gathers no input again.
 BACKWARD_WITHOUT_SEQUENCE = 4
 
 
@@ -45,27 +50,27 @@ class Training:
 
     @property
     def micro_batches(self) -> int:
-        """Of an update, on a data-parallel rank."""
+        """Micro-batches of one data-parallel rank in one update."""
         return scale_model.micro_batches(self.job, self.batch, self.machine, self.gpus)
 
     @property
     def tokens(self) -> float:
-        """On one context-parallel rank of a replica."""
+        """Tokens of the step on one context-parallel rank of a replica."""
         return self.batch.tokens / self.sizes.data_parallel(self.gpus) / self.sizes.context
 
     @property
     def layers(self) -> float:
-        """Of a pipeline rank."""
+        """Layers of a pipeline stage, on average."""
         return self.model.layers / self.sizes.pipeline
 
     @property
     def forward_passes(self) -> float:
-        """How often a layer runs forward in a step, on average; backward it runs once."""
+        """Forward passes of a layer in a step, on average, recomputation included. The layer runs backward once."""
         return self.job.passes + 1 + self.job.recompute
 
 
 def layout_seconds(training: Training) -> dict[str, float]:
-    """What the layout adds to ``scale_model.training_seconds`` of the batch, in seconds by cause."""
+    """The seconds that the layout adds to ``scale_model.training_seconds`` of the batch, by cause."""
     return {
         "selective recompute": recompute_seconds(training),
         "uneven stages": uneven_seconds(training),
@@ -77,7 +82,7 @@ def layout_seconds(training: Training) -> dict[str, float]:
 
 
 def recompute_seconds(training: Training) -> float:
-    """Of the modules that selective recompute runs again; a feed-forward layer has half of a layer's collectives."""
+    """Seconds of the modules that selective recompute runs again. An MLP has half of the collectives of its layer."""
     if training.sizes.recompute != "selective":
         return 0.0
     modules = training.sizes.recompute_modules
@@ -95,7 +100,7 @@ def recompute_seconds(training: Training) -> float:
 
 
 def uneven_seconds(training: Training) -> float:
-    """Of the layers that the stage with most of them has beyond an even share: the other stages wait for it."""
+    """Seconds of the layers that the largest stage has beyond an even share. The other stages wait for it."""
     sizes = training.sizes
     model = training.model
     job = training.job
@@ -111,7 +116,7 @@ def uneven_seconds(training: Training) -> float:
 
 
 def latency_seconds(training: Training) -> float:
-    """Of starting the collectives among tensor-parallel ranks, whatever their size."""
+    """Seconds of the latency of the tensor-parallel collectives, which does not depend on their size."""
     sizes = training.sizes
     if sizes.tensor == 1:
         return 0.0
@@ -122,8 +127,10 @@ def latency_seconds(training: Training) -> float:
 
 
 def context_seconds(training: Training) -> float:
-    """Of the keys and values that a context-parallel rank receives from the others, in the backward pass once more and
-    with their gradients."""
+    """Seconds in which a context-parallel rank receives keys and values from the other ranks.
+
+    The backward pass receives them once more, and their gradients.
+    """
     sizes = training.sizes
     model = training.model
     machine = training.machine
@@ -136,14 +143,15 @@ def context_seconds(training: Training) -> float:
 
 
 def pipeline_seconds(training: Training) -> float:
-    """Of the hidden states that a stage sends to the next, once for each of its chunks, and of their gradients."""
+    """Seconds of the hidden states that a stage sends to the next one, once for each of its chunks, and of their
+    gradients."""
     sizes = training.sizes
     machine = training.machine
     if sizes.pipeline == 1:
         return 0.0
     cut = sizes.tensor if sizes.sequence else 1
     sent = training.tokens * training.model.hidden_size * training.job.activation_bytes / cut
-    # Ranks of neighbouring stages are as many apart as a stage has.
+    # A rank of the next stage is one stage's number of ranks away.
     within_node = training.gpus // sizes.pipeline < machine.gpus_per_node
     link_gb_s = machine.nvlink_gb_s if within_node else machine.network_gb_s
     passes = training.job.passes + 2
@@ -151,7 +159,7 @@ def pipeline_seconds(training: Training) -> float:
 
 
 def offload_seconds(training: Training) -> float:
-    """Of the optimiser's states on their way to the host and back."""
+    """Seconds of the copies of the optimiser states to the host and back."""
     if not training.offload:
         return 0.0
     states = OPTIMIZER_BYTES * training.model.parameters / training.gpus

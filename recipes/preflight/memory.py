@@ -1,12 +1,14 @@
-"""Device memory of one rank in bytes: exact for weights, gradients and optimiser, by formula for activations.
+"""Device memory of one rank in bytes: exact for weights, gradients and optimiser states, by formula for activations.
 
-Weights, gradients and optimiser states are read from the built model: from the storages of its parameters and from
-Megatron-Core's buffers, padding included. A model built without memory (``simulated_ranks``) has the same sizes.
+The sizes of weights, gradients and optimiser states come from the built model: from the storages of its parameters and
+from Megatron-Core's buffers, padding included. A model built without memory (``simulated_ranks``) has the same sizes.
 
 Activations follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv
-2205.05198), table 2 and section 5, adapted to grouped-query attention, SwiGLU, no dropout, and flash attention, which
-saves its inputs, its output and one number per head and token instead of the scores. FlexAttention saves the same, and
-the block mask. ``fused_kernels`` is the capability of the platform: without them more is saved.
+2205.05198), table 2 and section 5, adapted to grouped-query attention, SwiGLU, no dropout, and flash attention. Flash
+attention saves its inputs, its output and one number per head and token instead of the scores. FlexAttention saves the
+same, and the block mask.
+
+The argument ``fused_kernels`` of the functions is the capability of the platform. Without fused kernels, more is saved.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,7 +35,7 @@ class Shape:
 
     Attributes:
         tokens: tokens of this context-parallel rank.
-        predicting: those of them that predict a response token.
+        predicting: number of these tokens that predict a response token.
         sequences: sequences in the pack.
         longest: padded length of the longest sequence.
         patches: patches of images in the pack.
@@ -53,21 +55,22 @@ class Memory:
     Attributes:
         weights: the policy's parameters.
         gradients: Megatron-Core's gradient buffers.
-        optimizer: FP32 masters and moments.
-        activations: saved for the backward pass, at their peak.
-        logits: of the last pipeline stage.
-        micro_batches: what passes read, of the micro-batches that are there at a time, and the log-probs kept for them.
+        optimizer: FP32 master weights and moments.
+        activations: tensors saved for the backward pass, at their peak.
+        logits: logits of the last pipeline stage, with the tensors that are computed from them.
+        micro_batches: inputs of the micro-batches that are on the device at the same time, and the log-probs that are
+            kept for a rollout.
         workspace: temporary tensors within one layer.
-        buffers: Transformer Engine's, which stay for good (``buffers``).
+        buffers: Transformer Engine's permanent buffers (``buffers``).
         kv_cache: the engine's KV cache.
         vllm: the engine's weights and buffers.
         reserve: what the processes of trainer and engine keep beside all this (``memory_plan.reserve``).
-        critic: what a critic's weights, gradients and optimiser add at the peak of training.
-        critic_idle: what they occupy while the engine generates.
-        critic_asleep: what an offloaded critic then occupies on the host.
+        critic: what a critic's weights, gradients and optimiser states add at the peak of training.
+        critic_idle: what a critic occupies on the device while the engine generates.
+        critic_asleep: what an offloaded critic occupies on the host while the engine generates.
         judges: reward servers on the same device.
-        judges_asleep: what they occupy while they sleep.
-        images_on_host: what the trainer keeps of a step's images there (``images_on_host``).
+        judges_asleep: what the reward servers occupy on the device while they sleep.
+        images_on_host: what the trainer keeps of a step's images on the host (``images_on_host``).
     """
 
     weights: int
@@ -89,7 +92,7 @@ class Memory:
     images_on_host: int
 
     def gib(self, phases: Mapping[str, Iterable[str]]) -> dict[str, float]:
-        """Each field, the sum of each phase's fields, and the largest sum as ``total``, in GiB."""
+        """GiB of each field, the sum of the fields of each phase, and the largest of these sums as ``total``."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
         sums = {}
         for phase, names in phases.items():
@@ -100,10 +103,10 @@ class Memory:
 
 
 def critic_bytes(policy: Model, critic: Model | None, offload: bool) -> tuple[int, int, int]:
-    """``critic``, ``critic_idle`` and ``critic_asleep`` of ``Memory``, on the largest rank; zeros without a critic.
+    """``critic``, ``critic_idle`` and ``critic_asleep`` of ``Memory``, on the largest rank. Zeros without a critic.
 
-    An offloaded critic replaces the policy's gradients and optimiser on the device while it is trained, and is on the
-    host at other times. Its activations and logits are not larger than the policy's, which are counted.
+    An offloaded critic replaces the policy's gradients and optimiser states on the device while it is trained. At other
+    times it is on the host. Its activations and logits are not larger than the policy's, which are counted already.
     """
     if critic is None:
         return 0, 0, 0
@@ -124,9 +127,10 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def weights(model: Model) -> int:
-    """Parameters as stored; with the distributed optimiser, trained ones are in DDP's padded buffers.
+    """Bytes of the parameters as stored. With the distributed optimiser, trained ones are in DDP's padded buffers.
 
-    FP8 adds Transformer Engine's two copies of the decoder's matrices, one of them transposed, of a byte per element.
+    FP8 adds Transformer Engine's two copies of the decoder's matrices, one of them transposed, with one byte per
+    element.
     """
     tensors: list[torch.Tensor] = []
     for chunk in model.chunks:
@@ -140,15 +144,16 @@ def weights(model: Model) -> int:
 
 
 def gradients(model: Model) -> int:
-    """Megatron-Core's gradient buffers: FP32, padded."""
+    """Bytes of Megatron-Core's gradient buffers, which are FP32 and padded."""
     return storage_bytes(buffer.grad_data for chunk in model.chunks for buffer in chunk.buffers)
 
 
 def optimizer(model: Model, data_rank: int) -> int:
-    """FP32 masters of 16-bit parameters and Adam's two moments; an FP32 parameter is its own master.
+    """Bytes of the FP32 master weights of 16-bit parameters and of Adam's two moments.
 
-    ``data_rank`` is the place among the data- and context-parallel ranks that share the states. Each rank owns an equal
-    range of each bucket, which may end within a parameter. Padding has no states.
+    An FP32 parameter is its own master weight. ``data_rank`` is the rank's index among the data- and context-parallel
+    ranks that share the states. Each of these ranks owns an equal range of each bucket, which may end within a
+    parameter. Padding has no states.
     """
     total = 0
     for chunk in model.chunks:
@@ -166,14 +171,14 @@ def optimizer(model: Model, data_rank: int) -> int:
 
 
 def fullest_optimizer(model: Model) -> int:
-    """``optimizer`` of the rank that owns the most."""
+    """:func:`optimizer` of the rank that owns the most."""
     group_sizes = [buffer.data_parallel_group.size() for chunk in model.chunks for buffer in chunk.buffers]
     ranks = max(group_sizes, default=1)
     return max(optimizer(model, rank) for rank in range(ranks))
 
 
 def layer(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
-    """What one decoder layer saves for its backward pass, without the modules that are recomputed alone."""
+    """Bytes that one decoder layer saves for its backward pass, without those of modules under selective recompute."""
     kept = _norms_and_mlp(config, shape, fused_kernels) + attention(config, shape, fused_kernels)
     if config.qk_layernorm:
         heads = (config.num_attention_heads + config.num_query_groups) // config.tensor_model_parallel_size
@@ -182,7 +187,7 @@ def layer(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
 
 
 def layers_of_chunk(config: TransformerConfig, layers: int, shape: Shape, fused_kernels: bool) -> int:
-    """What the ``layers`` of a model chunk save; of those that are recomputed their inputs alone."""
+    """Bytes that the ``layers`` of a model chunk save. A layer under full recompute saves only its input."""
     recomputed = 0
     if config.recompute_granularity == "full":
         recomputed = config.recompute_num_layers if config.recompute_method == "block" else layers
@@ -192,8 +197,11 @@ def layers_of_chunk(config: TransformerConfig, layers: int, shape: Shape, fused_
 
 
 def remade(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
-    """What the backward pass of a layer makes again of it: of the layer under full recompute, of a feed-forward layer
-    that is recomputed alone, else nothing."""
+    """Bytes of the tensors that the backward pass of a layer recomputes.
+
+    Under full recompute these are the tensors of the whole layer. If the MLP is recomputed selectively, they are those
+    of the MLP. Otherwise there are none.
+    """
     if config.recompute_granularity == "full":
         return layer(config, shape, fused_kernels)
     if MLP not in recomputed_modules(config):
@@ -203,7 +211,7 @@ def remade(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
 
 
 def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
-    """Both norms, the inputs of the QKV projection and of the feed-forward layer, and the tensors inside the latter."""
+    """Bytes saved by both norms, as inputs of the QKV projection and of the MLP, and by the MLP itself."""
     local = _local(config, shape)
     linear_input = 1 if config.fp8 else local.size
     row = local.cut * config.hidden_size
@@ -211,21 +219,24 @@ def _norms_and_mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool)
     first_norm_and_input = norm + row * linear_input
     if MLP not in recomputed_modules(config):
         return 2 * first_norm_and_input + _mlp(config, shape, fused_kernels)
-    # Its input is kept. With fused kernels the norm is a part of it, otherwise it stands before it.
+    # The MLP is recomputed from its input. With fused kernels, the norm belongs to the MLP, so its tensors are
+    # recomputed too. Otherwise the norm is a module before the MLP, and its tensors are saved.
     return first_norm_and_input + row * local.size + (0 if fused_kernels else norm)
 
 
 def _mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
-    """The tensors inside the feed-forward layer."""
+    """Bytes that the MLP saves of the tensors inside it."""
     local = _local(config, shape)
     linear_input = 1 if config.fp8 else local.size
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     if fused_kernels:
-        # The fused activation saves its input, for SwiGLU both halves; its output is saved as the next layer's input.
+        # The fused activation saves its input, for SwiGLU both halves. Its output is saved as the input of the next
+        # linear layer.
         halves = 2 if config.gated_linear_unit else 1
         element_bytes = halves * local.size + linear_input
     else:
-        # Megatron-Core's unfused SwiGLU saves gate and up, silu(gate), up + 0, and the product; GELU input and output.
+        # Megatron-Core's unfused SwiGLU saves gate and up, silu(gate), up + 0, and the product. GELU saves its input
+        # and its output.
         copies = 5 if config.gated_linear_unit else 2
         element_bytes = copies * local.size
     return shape.tokens * ffn * element_bytes
@@ -234,26 +245,28 @@ def _mlp(config: TransformerConfig, shape: Shape, fused_kernels: bool) -> int:
 def attention(
     config: TransformerConfig, shape: Shape, fused_kernels: bool, rotates: bool = True, causal: bool = True
 ) -> int:
-    """What attention saves, from the rotated query, key and value to the input of the output projection.
+    """Bytes that attention saves, from the rotated query, key and value to the input of the output projection.
 
-    ``rotates``: whether there are rotary embeddings; ``causal``: whether the mask is one for all sequences.
+    ``rotates``: whether there are rotary embeddings.
+    ``causal``: whether all sequences share one mask.
     """
     local = _local(config, shape)
     inputs = shape.tokens * (local.query + 2 * local.group) * local.size
     output = shape.tokens * local.query * local.size
     heads = local.query // config.kv_channels
-    # Selective recompute keeps the value, a view of the QKV projection's output, and so the query and key there too.
+    # Selective recompute keeps the value. The value is a view of the QKV projection's output, so the query and key in
+    # that output are kept too.
     query_and_key = shape.tokens * (local.query + local.group) * local.size
     selective = CORE_ATTENTION in recomputed_modules(config)
     if fused_kernels:
         return inputs + output + (query_and_key if selective else heads * shape.tokens * FP32)
-    # Sines and cosines, of query and key.
+    # Sines and cosines, for the query and for the key.
     rotary = 4 * shape.tokens * config.kv_channels * local.size if rotates else 0
     if selective:
         return rotary + inputs + query_and_key + output
-    # Query, key and value, each in as many heads as the query.
+    # Query, key and value, each with as many heads as the query.
     copies = 3 * shape.sequences * shape.longest * local.query * local.size
-    # In FP32, and once more in the dtype of the products.
+    # The scores are saved in FP32, and once more in the dtype of the matrix products if that is smaller.
     score_bytes = FP32 + (local.size if local.size < FP32 else 0)
     scores = shape.sequences * heads * shape.longest**2 * score_bytes
     mask = shape.longest * (shape.longest if causal else shape.sequences)
@@ -266,7 +279,7 @@ class _Local:
 
     Attributes:
         size: bytes of an element.
-        cut: tokens between the tensor-parallel regions; sequence parallelism divides them.
+        cut: tokens outside the tensor-parallel regions. Sequence parallelism shards them.
         query: width of the query.
         group: width of the key, and of the value.
     """
@@ -288,9 +301,9 @@ def _local(config: TransformerConfig, shape: Shape) -> _Local:
 
 
 def _norm(config: TransformerConfig, rows: int, width: int, fused_kernels: bool) -> int:
-    """A norm's input and the scale of each row, for a layer norm also its mean.
+    """Bytes that a norm saves: its input and the scale of each row, for a layer norm also the mean of each row.
 
-    torch's own RMS norm, on a CPU, saves FP32 copies of input and output instead.
+    torch's own RMS norm, on a CPU, saves FP32 copies of its input and output instead of the input.
     """
     if config.normalization == "LayerNorm":
         return rows * (width * config.params_dtype.itemsize + 2 * FP32)
@@ -300,9 +313,10 @@ def _norm(config: TransformerConfig, rows: int, width: int, fused_kernels: bool)
 
 
 def in_flight(model: Model, micro_batches: int) -> int:
-    """Forward passes of one model chunk that await their backward pass, at the peak on this pipeline rank.
+    """Number of forward passes of one model chunk that await their backward pass, at the peak on this pipeline rank.
 
-    The schedule is one forward, one backward after a warm-up (``get_pp_rank_microbatches`` of Megatron-Core).
+    The schedule is 1F1B: after a warm-up, one forward and one backward pass in turn (``get_pp_rank_microbatches`` of
+    Megatron-Core).
     """
     layout = model.parallel.config
     stage = model.parallel.pipeline_rank
@@ -313,9 +327,9 @@ def in_flight(model: Model, micro_batches: int) -> int:
 
 
 def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: bool) -> int:
-    """Saved for the backward pass at the peak, without ``logits``.
+    """Bytes that are saved for the backward pass at the peak, without ``logits``.
 
-    ``micro_batches``: of one step on this rank.
+    ``micro_batches``: number of micro-batches of one update on this rank.
     """
     config = model.config
     local = _local(config, shape)
@@ -324,7 +338,7 @@ def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: b
     deepest = max(len(decoder.decoder.layers) for decoder in decoders)
     chunk = layers_of_chunk(config, deepest, shape, fused_kernels)
     if model.parallel.config.pipeline > 1:
-        # The output sent to the next stage is kept for the call of backward.
+        # The output that is sent to the next stage is kept until its backward pass.
         chunk += row
     tower, tower_remade = vision(model, shape, fused_kernels)
     total = in_flight(model, micro_batches) * chunk + max(remade(config, shape, fused_kernels), tower_remade)
@@ -338,18 +352,21 @@ def activations(model: Model, shape: Shape, micro_batches: int, fused_kernels: b
 
 
 def block_mask(shape: Shape) -> int:
-    """What the layers of a pack with shared prompts have in common on a GPU (``megatron_ext.flex``): a number for each
-    key; for each block of queries the needed blocks of keys and their count, and the reverse, both of whole and of
-    partly hidden blocks."""
+    """Bytes of the block mask that all layers share for a pack with shared prompts on a GPU (``megatron_ext.flex``).
+
+    The mask has one number for each key. For each block of queries it has the needed blocks of keys and their count,
+    and the reverse for each block of keys. There is one such table for whole blocks and one for partly masked blocks.
+    """
     blocks = -(-shape.tokens // BLOCK)
     return (shape.tokens + 4 * (blocks + blocks**2)) * INT32
 
 
 def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
-    """What the vision tower saves for ``shape.patches`` of one image, and what full recompute recomputes at a time.
+    """Bytes that the vision tower saves for ``shape.patches`` of one image, and bytes that full recompute recomputes at
+    a time.
 
-    A frozen encoder runs before the passes. The projector saves, for each token, the input and output of the norm, the
-    first layer's output and the second layer's input.
+    A frozen encoder runs before the passes and saves nothing. The projector saves, for each token, the input and output
+    of the norm, the first layer's output and the second layer's input.
     """
     tower = model.tower
     if tower is None or not shape.patches:
@@ -367,7 +384,8 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
         return kept, 0
     kept += _pixels(tower, shape)
     if fused_kernels:
-        kept += tower.layout_bytes(shape.patches)  # the kernel's angles; without it their sines and cosines, see below
+        # The angles that the fused kernel reads. Without it, attention saves their sines and cosines, see below.
+        kept += tower.layout_bytes(shape.patches)
     layer_inputs = 0
     layers = []
     for count, length in tower.sequences_per_layer(shape.patches):
@@ -384,29 +402,34 @@ def vision(model: Model, shape: Shape, fused_kernels: bool) -> tuple[int, int]:
 
 
 def _first_matrix(projector: Any) -> tuple[int, int]:
-    """The projector's first linear layer on this rank: outputs, inputs."""
+    """The output and the input size of the projector's first linear layer on this rank."""
     outputs, inputs = next(weight.shape for weight in projector.parameters() if weight.dim() == 2)
     return outputs, inputs
 
 
 def _pixels(tower: Any, shape: Shape) -> int:
-    """In as many numbers per patch as the embedding's convolution has."""
+    """Bytes of the pixels. A patch has as many numbers as a filter of the embedding's convolution."""
     convolution = next(weight for weight in tower.parameters() if weight.dim() > 3)
     return int(shape.patches * convolution[0].numel() * tower.dtype.itemsize)
 
 
 def micro_batch(model: Model, shape: Shape, columns: int) -> int:
-    """What a micro-batch has on the device: tokens with their positions on three axes, four indices and ``columns``
-    FP32 numbers of each predicted token, and the images where the tower is (``images``). Where the setting says that
-    prompts are shared, a token has its segment too."""
+    """Bytes of one micro-batch on the device.
+
+    It has the tokens with their positions on three axes, four indices and ``columns`` FP32 numbers for each predicted
+    token, and on the ranks with the vision tower the images (``images``). With ``parallel.shared_prompts``, each token
+    also has the number of its segment.
+    """
     per_token = (5 if model.parallel.config.shared_prompts else 4) * INT64
     per_predicted_token = 4 * INT64 + columns * FP32
     return shape.tokens * per_token + shape.predicting * per_predicted_token + images(model, shape)
 
 
 def images(model: Model, shape: Shape) -> int:
-    """What the passes take of the images, a part on each tensor-parallel rank: pixels and what the tower's layout has
-    beside them, of a frozen encoder its output; and two indices for each token of an image. 0 where the tower is not.
+    """Bytes of the images that the passes read on this rank. 0 on ranks without the vision tower.
+
+    Each tensor-parallel rank has a part of the pixels, and the tower's layout. With a frozen encoder, it has a part of
+    the encoder's output instead of both. Each token of an image has two indices.
     """
     tower = model.tower
     if tower is None:
@@ -421,7 +444,7 @@ def images(model: Model, shape: Shape) -> int:
 
 
 def whole_images(model: Model, shape: Shape) -> int:
-    """Of all tensor-parallel ranks together: the pixels, or what a frozen encoder has made of them."""
+    """Bytes of the images over all tensor-parallel ranks: the pixels, or the output of a frozen encoder."""
     if encoder_is_frozen(model.tower):
         _, width = _first_matrix(model.tower.projector)
         return shape.patches // 4 * width * model.tower.dtype.itemsize
@@ -429,11 +452,11 @@ def whole_images(model: Model, shape: Shape) -> int:
 
 
 def images_on_host(model: Model, tokens: int, processed_tokens: int, ranks: int) -> int:
-    """What a rank of the first stage keeps on the host of images: the pixels that it has processed as one of ``ranks``,
-    of ``processed_tokens`` in all; its part of those that its replica trains on in a step, of ``tokens``, and of what a
-    frozen encoder makes of them. 0 on other stages.
+    """Upper bound of the bytes of images that a rank of the first stage keeps on the host. 0 on other stages.
 
-    An upper bound: as if each replica trained on every image.
+    The rank keeps its share, as one of ``ranks``, of all processed pixels, which belong to ``processed_tokens`` tokens.
+    It also keeps its tensor-parallel part of the pixels that its replica trains on in a step, and of the output of a
+    frozen encoder. Each replica counts as if it trained on every image of the step, which has ``tokens`` tokens.
     """
     if model.tower is None:
         return 0
@@ -445,11 +468,14 @@ def images_on_host(model: Model, tokens: int, processed_tokens: int, ranks: int)
 
 
 def micro_batches(model: Model, shape: Shape, columns: int) -> int:
-    """The micro-batches that are there at a time: ``AHEAD`` of them wait, and one is read. Virtual stages read in turn
-    as many as there are stages, and hold them until the last has read them.
+    """Bytes of the micro-batches that are on the device at the same time.
 
-    Tensor-parallel ranks put their parts of the images together in the pass. What it then holds of them for the
-    backward pass is counted there (``vision``), and so are the pixels of one rank alone, where the tower is trained.
+    ``AHEAD`` micro-batches wait, and one is read. With virtual stages, as many are read as there are pipeline stages,
+    and they are held until the last virtual stage has read them.
+
+    Tensor-parallel ranks all-gather their parts of the images in the pass. The pixels that the pass saves for the
+    backward pass of a trained tower are counted in ``vision``. Without tensor parallelism, these are the pixels of the
+    micro-batch itself, so they are subtracted here.
     """
     layout = model.parallel.config
     being_read = layout.pipeline if layout.virtual_pipeline > 1 else 1
@@ -464,10 +490,11 @@ def micro_batches(model: Model, shape: Shape, columns: int) -> int:
 
 
 def logits(model: Model, shape: Shape) -> int:
-    """Of the last pipeline stage, 0 on the others.
+    """Bytes of the logits and the tensors around them on the last pipeline stage. 0 on the other stages.
 
-    The selected hidden states; FP32 logits, which become the softmax and then the gradient in place; a 16-bit copy of
-    them in the forward pass and in the backward pass; indices. A scalar head has the selected states and an FP32 copy.
+    These are the selected hidden states, the FP32 logits, a 16-bit copy of the logits in the forward pass and in the
+    backward pass, and indices. The FP32 logits become the softmax and then the gradient in place. A scalar head has
+    only the selected hidden states, an FP32 copy of them, and indices.
     """
     if not model.parallel.is_last_stage:
         return 0
@@ -484,10 +511,10 @@ def logits(model: Model, shape: Shape) -> int:
 
 
 def workspace(model: Model, shape: Shape) -> int:
-    """Temporary tensors of one layer's backward pass, our upper estimate.
+    """Bytes of the temporary tensors of one layer's backward pass, by our upper estimate.
 
-    The feed-forward layer's gathered input and its gradient, the gradients of gate, up and their product, and the
-    largest weight's gradient before it is added to the buffer.
+    These are the all-gathered input of the MLP and its gradient, the gradients of gate, up and their product, and the
+    gradient of the largest weight before it is added to the gradient buffer.
     """
     config = model.config
     size = config.params_dtype.itemsize
@@ -498,16 +525,20 @@ def workspace(model: Model, shape: Shape) -> int:
     return (shape.tokens * per_token + largest) * size
 
 
-# Of Transformer Engine's buffers for overlapped communication (``initialize_ub``, its defaults): those of the input or
-# gradient that a matrix gathers, in FP8 where it multiplies in FP8, and those of what it sums.
+# Numbers of Transformer Engine's buffers for overlapped communication (the defaults of ``initialize_ub``). The first
+# kind is for inputs or gradients that are all-gathered, in FP8 if the matrix multiplies in FP8. The second kind is for
+# outputs that are summed over the ranks.
 GATHERING_BUFFERS = 8
 SUMMING_BUFFERS = 4
 
 
 def buffers(model: Model) -> int:
-    """What Transformer Engine keeps from the first micro-batch on: for overlapped communication a buffer of a pack's
-    hidden states for each kind of product; for fused gradients, which are in Megatron-Core's buffers already, a tensor
-    of each shape of matrix that autograd gets in their place."""
+    """Bytes that Transformer Engine keeps from the first micro-batch on.
+
+    For overlapped communication, it keeps a buffer of a pack's hidden states for each kind of matrix product. With
+    gradient accumulation fusion, the gradients are already in Megatron-Core's buffers. Autograd receives a dummy tensor
+    in their place, and Transformer Engine keeps one for each shape of matrix.
+    """
     sizes = model.parallel.config
     config = model.config
     size = config.params_dtype.itemsize
@@ -528,9 +559,9 @@ def buffers(model: Model) -> int:
 
 
 def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:
-    """Bytes of key and value of one token on one of ``tensor`` engine ranks, ``size`` bytes per element.
+    """Bytes of the keys and values of one token on one of ``tensor`` engine ranks, with ``size`` bytes per element.
 
-    vLLM repeats key-value heads if there are fewer than ranks.
+    vLLM replicates the KV heads if there are fewer of them than ranks.
     """
     _, groups, head_dim = _attention_sizes(text)
     local_groups = max(1, groups // tensor)
@@ -538,7 +569,7 @@ def kv_bytes_per_token(text: Any, tensor: int, size: int = 2) -> int:
 
 
 def _attention_sizes(text: Any) -> tuple[int, int, int]:
-    """Query heads, key-value heads and elements of a head."""
+    """The numbers of query heads and of KV heads, and the elements of a head."""
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -555,11 +586,11 @@ def engine(
     size: int = 2,
     fp8: bool = False,
 ) -> int:
-    """A vLLM rank's weights and our estimate of its buffers.
+    """Bytes of a vLLM rank's weights, and of its buffers by our estimate.
 
-    Buffers are those of one layer for ``batched_tokens``, and FP32 logits and probabilities for ``sequences``. Where a
-    step verifies draft tokens, there are five such tensors of all its tokens: the logits, those of the drafts, all in
-    order, those of the accepted tokens, and their log-probs (vLLM's ``RejectionSampler``).
+    The buffers are those of one layer for ``batched_tokens``, and FP32 logits and probabilities for ``sequences``. If a
+    step verifies draft tokens, there are five FP32 tensors with all tokens of the step: the logits, the logits of the
+    drafts, all logits in order, the logits of the accepted tokens, and their log-probs (vLLM's ``RejectionSampler``).
 
     Args:
         text: the language model's configuration.
@@ -567,10 +598,10 @@ def engine(
         tensor: tensor-parallel size of the engine.
         batched_tokens: tokens of one step of the engine.
         sequences: sequences of one step.
-        step_tokens: tokens of a sequence in a step of decoding: its draft tokens and one.
+        step_tokens: tokens of a sequence in one decoding step: its draft tokens and one more.
         size: bytes of a weight.
-        fp8: whether the decoder's matrices have one byte per element. They then need room for one layer of them before
-            and after quantisation (``rollout/weight_sync/quantised.py``).
+        fp8: whether the decoder's matrices have one byte per element. They then need additional room for the matrices
+            of one layer, before and after quantisation (``rollout/weight_sync/quantised.py``).
     """
     per_token = 4 * text.hidden_size + 3 * text.intermediate_size // tensor
     layer_buffers = batched_tokens * per_token * size
@@ -587,7 +618,7 @@ def engine(
 
 
 def decoder_matrices(text: Any) -> int:
-    """Elements of one decoder layer's matrices: query, key, value, output, gate, up and down."""
+    """Number of elements of one decoder layer's matrices: query, key, value, output, gate, up and down."""
     heads, groups, head_dim = _attention_sizes(text)
     query_and_output = 2 * heads * head_dim
     key_and_value = 2 * groups * head_dim

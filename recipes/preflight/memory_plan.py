@@ -1,7 +1,7 @@
 """What is on a GPU in each phase of a step, and what is offloaded to its node's host.
 
-The phases: engines generate; colocated judges judge (disaggregated ones judge while engines generate); the trainer
-trains; the weights are synced. Sizes are in GiB where a name says so, otherwise in bytes.
+The phases are "generating", "judging", "training" and "syncing". Only colocated judges have a phase of their own.
+Disaggregated judges judge while the engines generate. Sizes are in GiB where a name says so, otherwise in bytes.
 """
 
 import math
@@ -28,12 +28,12 @@ VLLM_UTILIZATION = 0.92  # vLLM's default
 
 @dataclass(frozen=True)
 class Judges:
-    """Bytes of the reward servers that share GPUs with the trainer.
+    """Memory of the reward servers that share GPUs with the trainer.
 
     Attributes:
-        awake: on the fullest GPU while they judge.
-        asleep: on that GPU while they sleep.
-        weights: on a node's host while they sleep.
+        awake: bytes on the fullest GPU while they judge.
+        asleep: bytes on that GPU while they sleep.
+        weights: bytes on a node's host while they sleep.
         fractions: server → share of a GPU's memory.
     """
 
@@ -46,7 +46,7 @@ class Judges:
 def on_device(config: Config) -> dict[str, list[str]]:
     """Phase → the fields of ``recipes.preflight.memory.Memory`` that are on the device."""
     colocated = config.rewards.placement == rewards.COLOCATED
-    # The gradients are dropped whenever something else than the trainer works.
+    # The gradients are freed whenever something other than the trainer works.
     states = ["weights", "buffers"] if config.optimizer.offload else ["weights", "buffers", "optimizer"]
     idle = [*states, "critic_idle"]
     engine = ["vllm", "kv_cache"]
@@ -54,14 +54,14 @@ def on_device(config: Config) -> dict[str, list[str]]:
     asleep = ["judges_asleep", "reserve"]
     trained = ["weights", "buffers", "gradients", "optimizer", "critic"]
     trained += ["activations", "logits", "micro_batches", "workspace"]
-    # Engines on nodes of their own take nothing of the trainer's, which keeps its memory.
+    # Engines on nodes of their own take no memory of the trainer's GPUs, so the trainer has only one phase.
     if not generates(config) or config.cluster.engine_nodes:
         return {"training": [*trained, "reserve"]}
     phases = {"generating": [*idle, *engine, *asleep]}
     if colocated:
         phases["judging"] = [*idle, *idle_engine, "judges", "reserve"]
     phases["training"] = [*trained, *idle_engine, *asleep]
-    # A sleeping engine wakes its weights for the sync, and its cache after it.
+    # A sleeping engine wakes its weights for the sync, and its KV cache after the sync.
     phases["syncing"] = [*idle, *(idle_engine or ["vllm"]), *asleep]
     return phases
 
@@ -69,16 +69,17 @@ def on_device(config: Config) -> dict[str, list[str]]:
 def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> dict[str, dict[str, float]]:
     """Phase → name → GiB that are offloaded to a node's host.
 
-    An upper bound: all ranks of the node count as the largest. The trainer keeps its memory there: that of the
-    reference and of the policy's weights while the reference replaces them, of states that are offloaded in some
-    phases, of the copies from which a checkpoint is written, and of a step's images.
+    The sizes are upper bounds: every rank of the node counts as the largest one. The trainer keeps the host memory
+    that it has allocated. This is memory for the reference and for the policy's weights while the reference replaces
+    them, for states that are offloaded in some phases, for the copies from which a checkpoint is written, and for the
+    images of a step.
     """
     gpus = config.cluster.ranks // config.cluster.nodes
     weights = max(rank["weights"] for rank in ranks)
     optimizer = max(rank["optimizer"] for rank in ranks)
     critic = max(rank["critic_asleep"] for rank in ranks)
     has_reference = reference_interval(config) is not None
-    # While an offloaded critic is trained the policy's optimiser is on the host.
+    # While an offloaded critic is trained, the policy's optimiser states are on the host.
     offloads = config.optimizer.offload or critic > 0
     kept = {
         "reference": 2 * weights if has_reference else 0.0,
@@ -96,9 +97,10 @@ def on_host(config: Config, ranks: Sequence[dict[str, Any]], judges: Judges) -> 
 
 
 def judges(config: Config, settings: Settings) -> Judges:
-    """The memory of colocated judges; zeros if judges are disaggregated.
+    """The memory of colocated judges. All zeros if the judges are disaggregated.
 
-    Raises ConfigError for a server that needs more GPUs than a node has, or more memory than its share for its weights.
+    Raises ConfigError for a server that needs more GPUs than a node has, or whose weights need more memory than its
+    share of its GPUs.
     """
     if config.rewards.placement != rewards.COLOCATED:
         return Judges(0, 0, 0, {})
@@ -128,7 +130,7 @@ def judges(config: Config, settings: Settings) -> Judges:
 
 
 def utilization(server: Server) -> float:
-    """The share of a GPU's memory that the server's vLLM uses. Raises ConfigError if its argument is no number."""
+    """The share of a GPU's memory that the server's vLLM uses. Raises ConfigError if it is not given as a number."""
     arguments = [word for argument in server.arguments for word in argument.split("=", 1)]
     if UTILIZATION not in arguments:
         return VLLM_UTILIZATION
@@ -141,10 +143,10 @@ def utilization(server: Server) -> float:
 
 
 def judge_weights(server: Server, most: int) -> int:
-    """Bytes of a replica's weights.
+    """Bytes of the weights of a server's replica.
 
-    From the files of its folder, or from a published architecture in BF16. If neither is known, all of its share of
-    its GPUs, which is ``most`` on each.
+    The size comes from the files of the model's folder, or from a published architecture in BF16. If neither is known,
+    it is the replica's whole share of its GPUs, which is ``most`` bytes on each.
     """
     from recipes.preflight import simulated_ranks
 
@@ -160,10 +162,7 @@ def judge_weights(server: Server, most: int) -> int:
 
 @dataclass(frozen=True)
 class TrainerSizes:
-    """Bytes that the trainer needs on one rank's GPU; the names are those of ``memory.Memory``.
-
-    ``critic`` has its ``critic``, ``critic_idle`` and ``critic_asleep`` by ``critic.offload``.
-    """
+    """Bytes that the trainer needs on one rank's GPU. The fields are named as in ``memory.Memory``."""
 
     weights: int
     gradients: int
@@ -174,11 +173,12 @@ class TrainerSizes:
     workspace: int
     buffers: int
     images_on_host: int
+    # critic.offload → ``critic``, ``critic_idle`` and ``critic_asleep`` of ``memory.Memory``.
     critic: dict[bool, tuple[int, int, int]]
 
 
 def needed(config: Config) -> Any:
-    """What the algorithm needs beside the policy (``recipes.algorithms.needs.Needs``); nothing where no RL is done."""
+    """What the algorithm needs beside the policy (``recipes.algorithms.needs.Needs``); nothing without RL."""
     from recipes.algorithms.needs import Needs
     from recipes.algorithms.registry import requirements
 
@@ -186,8 +186,7 @@ def needed(config: Config) -> Any:
 
 
 def reference_interval(config: Config) -> int | None:
-    """Steps from one that makes a pass under the reference to the next; None without a reference, as where no RL is
-    done."""
+    """Interval, in steps, between passes under the reference. None without a reference or without RL."""
     from recipes.algorithms import registry
 
     return registry.reference_interval(config.algorithm) if "rl" in config.stage.trains else None
@@ -199,12 +198,12 @@ def longest(config: Config) -> int:
 
 
 def kv_cache_element_bytes(config: Config) -> int:
-    """Of a key or a value in the engines' cache."""
+    """Bytes of an element of a key or a value in the engines' KV cache."""
     return 1 if config.rollout.kv_cache_dtype == "fp8" else config.precision.dtype.itemsize
 
 
 def sequences_per_update(config: Config) -> int:
-    """Sequences of the largest optimiser step of the stage, all ranks together."""
+    """Sequences of the largest optimiser step of the stage, over all ranks."""
     sizes = {
         "rl": samples_per_update(config),
         "sft": config.stage.sft.rows_per_step,
@@ -215,7 +214,7 @@ def sequences_per_update(config: Config) -> int:
 
 
 def image_tokens(config: Config) -> int:
-    """Tokens of the prompts that a step trains on, all ranks together, as if all were of images."""
+    """Tokens of the prompts that a step trains on, over all ranks, as if all of them belonged to images."""
     prompts = {
         "rl": config.algorithm.prompts_per_step,
         "sft": config.stage.sft.rows_per_step,
@@ -226,8 +225,11 @@ def image_tokens(config: Config) -> int:
 
 
 def processed_image_tokens(config: Config) -> int:
-    """Tokens of all prompts whose pixels are kept at a time, as :func:`image_tokens`: in RL those of the step's further
-    rounds of dynamic sampling, of prompts in flight, and of the next step where it is generated ahead, too."""
+    """Tokens of all prompts whose pixels are kept at the same time, counted as in :func:`image_tokens`.
+
+    In RL these include the prompts of further rounds of dynamic sampling, the prompts in flight and, if the next step
+    is generated ahead, the prompts of that step.
+    """
     if "rl" not in config.stage.trains:
         return image_tokens(config)
     rounds = config.algorithm.max_generation_batches + config.rollout.staleness
@@ -236,22 +238,27 @@ def processed_image_tokens(config: Config) -> int:
 
 
 def micro_batches(config: Config) -> int:
-    """Micro-batches of an update on one rank at most, no more than the pipeline can have in flight."""
+    """Upper bound of an update's micro-batches on one rank, capped at those that the pipeline can have in flight."""
     parallel = config.parallel
     per_rank = sequences_per_update(config) // parallel.data_parallel(config.cluster.ranks)
     return min(per_rank, (2 + parallel.virtual_pipeline) * parallel.pipeline)
 
 
 def columns(config: Config) -> int:
-    """FP32 columns of a micro-batch's response tokens: log-probs, loss mask, advantages and weights; where they are
-    needed, the log-probs of the reference and of the old policy, a critic's values and returns."""
+    """Number of FP32 columns that a micro-batch has for its response tokens.
+
+    There are always four: log-probs, loss mask, advantages and weights. Where the algorithm needs them, there are also
+    the log-probs of the reference and of the old policy, and a critic's values and returns.
+    """
     needs = needed(config)
     return 4 + needs.reference + (config.algorithm.updates_per_rollout > 1) + 2 * needs.values
 
 
 def kept_log_probs(config: Config) -> int:
-    """Bytes, on a rank of the last pipeline stage, of the log-probs under the reference and the old policy, which are
-    kept for all micro-batches of a rollout until they are trained on."""
+    """Bytes of the log-probs under the reference and the old policy on a rank of the last pipeline stage.
+
+    The rank keeps them for all micro-batches of a rollout until they are trained on.
+    """
     if "rl" not in config.stage.trains:
         return 0
     kept = needed(config).reference + (config.algorithm.updates_per_rollout > 1)
@@ -260,9 +267,10 @@ def kept_log_probs(config: Config) -> int:
 
 
 def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
-    """Of the rank with the model ``built`` and its ``critic`` or None, for the largest possible micro-batch.
+    """The sizes of the rank with the model ``built`` and the critic ``critic`` (None without one).
 
-    It is full of sequences of the full length, or of images only.
+    They are those of the largest possible micro-batch, which is full of sequences of the full length, or only of
+    images.
     """
     from megatron_ext.weight_map import round_up
     from recipes.preflight import memory as sizes
@@ -292,7 +300,7 @@ def trainer_sizes(config: Config, built: Any, critic: Any) -> TrainerSizes:
 
 
 def reserve(config: Config, settings: Settings) -> tuple[int, int]:
-    """Bytes that a trainer's rank and an engine's worker keep on a GPU beside what is counted by itself.
+    """Bytes that a trainer's rank and an engine's worker keep on a GPU beside the memory that is counted separately.
 
     These are CUDA contexts, NCCL's buffers, libraries' workspaces, CUDA graphs, fragmentation, and the rank's two slots
     of a weight sync between nodes.
@@ -300,12 +308,12 @@ def reserve(config: Config, settings: Settings) -> tuple[int, int]:
     parallel = config.parallel
     ranks = config.cluster.ranks
     sharing_gradients = parallel.context * parallel.data_parallel(ranks)
-    # The groups of tensor, pipeline, context and gradients; that of all ranks.
+    # The groups for tensor, pipeline and context parallelism and for gradients, and the group of all ranks.
     group_sizes = (parallel.tensor, parallel.pipeline, parallel.context, sharing_gradients, ranks)
     groups = sum(size > 1 for size in group_sizes)
     slots = 0
     if generates(config):
-        # All ranks once more, for the weight sync.
+        # The weight sync has a second group of all ranks.
         groups += 1
         slots = slot_bytes(config) if config.cluster.nodes + config.cluster.engine_nodes > 1 else 0
     process = settings.context_gib + settings.workspace_gib
@@ -317,19 +325,19 @@ def reserve(config: Config, settings: Settings) -> tuple[int, int]:
 
 
 def slot_bytes(config: Config) -> int:
-    """A rank's two slots of a weight sync between nodes."""
+    """Bytes of a rank's two slots of a weight sync between nodes."""
     return 2 * config.rollout.sync_bucket_mib << 20
 
 
 def receiver(config: Config, settings: Settings) -> int:
-    """Bytes of the process that receives weights on each GPU of ``cluster.engine_nodes``; 0 without such nodes."""
+    """Bytes of the process that receives weights on each GPU of ``cluster.engine_nodes``. 0 without such nodes."""
     if not config.cluster.engine_nodes:
         return 0
     return int((settings.context_gib + settings.communicator_gib) * GIB) + slot_bytes(config)
 
 
 def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Settings, judges: Judges) -> Any:
-    """``memory.Memory`` of a rank. ``engine``: bytes of an engine's device without the KV cache."""
+    """The ``memory.Memory`` of a rank. ``engine``: bytes on an engine's device without the KV cache."""
     from recipes.preflight import memory as sizes
 
     colocated = not config.cluster.engine_nodes and generates(config)
@@ -357,7 +365,7 @@ def rank_memory(config: Config, trainer: TrainerSizes, engine: int, settings: Se
 
 
 def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
-    """Weights and buffers of one engine's device, without the KV cache."""
+    """Bytes of the weights and buffers on one engine's device, without the KV cache."""
     from megatron_ext.models import family
     from recipes.preflight import memory as sizes
 
@@ -375,7 +383,7 @@ def engine_bytes(config: Config, hf_config: Any, parameters: int) -> int:
 
 
 def engine_gib(config: Config, settings: Settings, engine: int) -> dict[str, float]:
-    """GiB of an engine's device without what it shares with a trainer. ``engine``: bytes without the KV cache."""
+    """GiB on an engine's device by use, without what a trainer keeps there. ``engine``: bytes without the KV cache."""
     _, engine_reserve = reserve(config, settings)
     return {
         "vllm": round(engine / GIB, 3),
@@ -385,7 +393,10 @@ def engine_gib(config: Config, settings: Settings, engine: int) -> dict[str, flo
 
 
 def device_memory(config: Config, settings: Settings, report: Report) -> str:
-    """Compare the largest rank of each phase with the device. Raises ConfigError naming all phases that do not fit."""
+    """Compare the memory of the largest rank in each phase with the device's.
+
+    Raises ConfigError naming all phases that do not fit, and NotChecked on a platform without GPUs.
+    """
     room = settings.device_memory_gib
     fullest = max(report.memory_gib, key=lambda rank: rank["total"])
     if not platform.capabilities(config.cluster.platform).has_gpus:
@@ -418,7 +429,7 @@ def place(rank: dict[str, Any]) -> str:
 
 
 def host_memory(settings: Settings, report: Report) -> str:
-    """Compare what is offloaded to a node's host in each phase with its memory.
+    """Compare what is offloaded to a node's host in each phase with the memory of the host.
 
     Raises ConfigError naming all phases that do not fit.
     """

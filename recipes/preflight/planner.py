@@ -1,13 +1,14 @@
-"""Layouts in the order of their seconds, each with the preflight's memory: the search of ``python -m recipes.plan``.
+"""Search the fastest layouts that fit, for ``python -m recipes.plan``.
 
-A layout is tried if the settings' own checks accept it and a lower bound of its memory fits. That bound also gives
-the largest KV cache that could fit, and with it a lower bound of the seconds, by which the layouts are queued. The
-first in the queue then gets models of its ranks without memory, the largest KV cache that really fits, and its seconds,
-and goes back to its place; if it is first again, it is a result. So only layouts near the best are built.
+A layout is tried if the settings' own checks accept it and a lower bound of its memory fits. This bound also gives an
+upper bound of the KV cache, and with it a lower bound of the seconds. The layouts wait in a priority queue by this
+bound. When a layout is first, the models of its ranks are built without memory. They give the largest KV cache that
+really fits, and with it the layout's seconds. The layout then goes back into the queue at its new place. When it is
+first again, it is a result. In this way, only layouts near the best are built.
 
-Engines apart have nodes of their own and generate one step ahead. A division of the nodes waits in a queue of its own
-with a bound that needs no layout: first the longest response or the trainer's operations, then the whole generation.
-Its trainer's layouts are made when it is first.
+"Apart" means that the engines have nodes of their own and generate one step ahead. A division of the nodes between
+trainer and engines waits in the queue with a bound that needs no layout: first from the longest response or the
+trainer's operations, then from the whole generation. The layouts of its trainer are made when the division is first.
 """
 
 import heapq
@@ -41,12 +42,14 @@ from recipes.preflight.report import FAILS, Report
 STEP_TIME, GPUS, CONTEXT = "step_time", "gpus", "context"
 GOALS = (STEP_TIME, GPUS, CONTEXT)
 MOST_RESULTS = 10
-MOST_VIRTUAL = 5  # model chunks on a pipeline rank
-# Of a GPU: what processes keep is an estimate (docs/layouts.md).
+# Model chunks on a pipeline rank.
+MOST_VIRTUAL = 5
+# Margin that is left free on a GPU, because what processes keep there is an estimate (docs/layouts.md).
 KEPT_FREE_GIB = 6.0
-# Of samples that are one update old, where the run corrects for none.
+# The importance-sampling correction for samples that are one update old, if the run has none.
 CORRECTION = "token_truncated"
-# One rank holds the model and there is an engine: a layout of which only the rest of the settings can be wrong.
+# A layout with the model on one rank, and an engine. If a configuration with it is impossible, the reason is another
+# setting than the layout.
 WHOLE = (
     "parallel.tensor=1",
     "parallel.pipeline=1",
@@ -57,7 +60,7 @@ WHOLE = (
     "parallel.sequence=false",
     "parallel.recompute_layers=null",
     "parallel.tp_comm_overlap=false",
-    # What a run derives from the engines' nodes can be 0 without them.
+    # A run may derive the number of engines from the engines' nodes. Without such nodes it would be 0.
     "rollout.engines=1",
 )
 
@@ -67,14 +70,14 @@ class Plan:
     """A layout that fits.
 
     Attributes:
-        config: of the run with it.
-        overrides: what it changes of the run.
-        seconds: of a step.
-        training: those of its trainer.
-        phases: seconds by phase: ``scale_model``'s, and those of ``layout_seconds``.
+        config: the run's configuration with the layout.
+        overrides: the overrides that turn the run's configuration into this one.
+        seconds: seconds of a step.
+        training: seconds of the trainer in a step.
+        phases: seconds by phase, from ``scale_model``, and by cause, from ``layout_seconds``.
         bound: what bounds the step.
-        fullest_gib: on the fullest GPU.
-        fullest_phase: the phase in which it is; "engine" for a GPU of the engines' own nodes.
+        fullest_gib: memory in use on the fullest GPU.
+        fullest_phase: the phase with this memory, or "engine" for a GPU of the engines' own nodes.
         note: for what the batch is too small, or "".
     """
 
@@ -103,7 +106,10 @@ class Plan:
 
 
 def lengths_within(scale: DictConfig, limits: tuple[int, int]) -> str:
-    """The first lengths in the file of costs that can be cut at the limits. Raises ConfigError if none can."""
+    """The name of the first lengths in the file of costs that can be truncated at the limits.
+
+    Raises ConfigError if none can.
+    """
     refused = []
     for name, lengths in scale.lengths.items():
         try:
@@ -120,14 +126,14 @@ def lengths_within(scale: DictConfig, limits: tuple[int, int]) -> str:
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """One or several layouts in the queue, in the order of lower bounds of their seconds.
+    """An entry of the queue: one or several layouts, in the order of lower bounds of their seconds.
 
     Attributes:
-        seconds: of a step, for as many prompts as the run has.
-        training: of its trainer, which decides where generation takes longer under all layouts.
-        shape: what the layout's models depend on; "" for several layouts.
-        refine: what takes the place of a candidate that is first in the queue.
-        plan: set when it has been built.
+        seconds: lower bound of the seconds of a step, for the run's number of prompts.
+        training: lower bound of the seconds of the trainer. It decides where generation takes longer under all layouts.
+        shape: what the layout's models depend on, or "" for several layouts.
+        refine: makes the candidates that replace this one when it is first in the queue.
+        plan: set when the layout has been built.
     """
 
     seconds: float
@@ -141,11 +147,11 @@ class Planner:
     """Searches the layouts of one run.
 
     Attributes:
-        search: of the run, and the device that it is to fit.
-        costs: of a step.
-        parameters: of the complete model.
-        without_models: layouts of which Megatron-Core builds no model.
-        apart_refused: why no engines on nodes of their own can be had, or "".
+        search: of the run, with the device that the run must fit.
+        costs: the cost model of a step.
+        parameters: number of parameters of the complete model.
+        without_models: layouts that Megatron-Core builds no model for.
+        apart_refused: why the engines can't have nodes of their own, or "".
     """
 
     def __init__(self, search: Search, costs: Costs) -> None:
@@ -162,7 +168,7 @@ class Planner:
 
     @property
     def nodes(self) -> int:
-        """Of the run, the trainer's and the engines'."""
+        """Number of nodes of the run: the trainer's and the engines'."""
         cluster = self.search.raw.cluster
         return int(cluster.nodes) + int(cluster.engine_nodes)
 
@@ -174,8 +180,8 @@ class Planner:
     def plans(self, goal: str) -> list[Plan]:
         """The best layouts for a goal, at most ``MOST_RESULTS``, the best first.
 
-        Of a number of nodes and a length, half are colocated and half have engines apart, or more of one kind where
-        there are fewer of the other: the two are no longer the same algorithm, so neither hides the other.
+        For a number of nodes and a length, half of the results are colocated and half have engines apart. If there are
+        too few of one kind, there are more of the other. Both kinds are shown because they are not the same algorithm.
         """
         results: list[Plan] = []
         for nodes, response in targets(goal, self.nodes, self.search.raw, self.text):
@@ -195,8 +201,10 @@ class Planner:
         return self.candidates(self.whole(nodes, 0, response), divisors(self.gpus_of_node))
 
     def divisions(self, nodes: int, response: int) -> Iterator[Candidate]:
-        """The divisions of the nodes between trainer and engines, each with every size of an engine; none if the run's
-        settings exclude them."""
+        """The divisions of the nodes between trainer and engines, each with every size of an engine.
+
+        There are none if the run's settings exclude engines apart. ``apart_refused`` then has the reason.
+        """
         for trainers in range(1, nodes):
             try:
                 whole = self.whole(trainers, nodes - trainers, response)
@@ -208,7 +216,10 @@ class Planner:
                     yield from self.division(whole, engine_tensor)
 
     def division(self, whole: Config, engine_tensor: int) -> Iterator[Candidate]:
-        """All layouts of the trainer beside engines of this size; nothing if these do not fit on their GPUs."""
+        """One candidate for all layouts of the trainer beside engines of this size.
+
+        Nothing if the engines do not fit on their GPUs.
+        """
         config = self.with_cache(with_engines(whole, engine_tensor, offload=False), [])
         if config is None:
             return
@@ -223,9 +234,9 @@ class Planner:
         yield bound(False, simulate)
 
     def whole(self, nodes: int, engine_nodes: int, response: int) -> Config:
-        """The configuration on so many nodes with responses of so many tokens, under a layout that fits any of them.
+        """The configuration for these numbers of nodes and this length of a response, under the layout ``WHOLE``.
 
-        Raises ConfigError for what no layout makes possible.
+        Raises ConfigError for settings that no layout makes possible.
         """
         raw = self.search.raw
         changed = [*self.placement(nodes, engine_nodes), f"rollout.max_response_tokens={response}"]
@@ -237,8 +248,10 @@ class Planner:
         return with_prompts(config, raw.algorithm.prompts_per_step)
 
     def placement(self, nodes: int, engine_nodes: int) -> list[str]:
-        """Overrides for so many nodes of the trainer and of engines, which without nodes of their own wait for the
-        trainer, and with them generate one step ahead."""
+        """Overrides for these numbers of nodes of the trainer and of engines.
+
+        Engines on nodes of their own generate one step ahead. Other engines wait for the trainer.
+        """
         raw = self.search.raw
         wanted: dict[str, Any] = {"cluster.nodes": nodes, "cluster.engine_nodes": engine_nodes}
         if engine_nodes:
@@ -252,7 +265,8 @@ class Planner:
         return changed + changes(merged(raw, changed), {"cluster.ranks": ranks})
 
     def in_order(self, candidates: Iterator[Candidate]) -> Iterator[Plan]:
-        """Layouts that fit, the fastest first; one for each trainer's layout, with its best offload and engines."""
+        """Plans that fit, the fastest first. There is one for each layout of the trainer, with its best offload and
+        engines."""
         numbers = itertools.count()
         queue = [(candidate, next(numbers)) for candidate in candidates]
         heapq.heapify(queue)
@@ -270,11 +284,11 @@ class Planner:
 
     @property
     def run_prompts(self) -> int:
-        """Prompts of a step as the run has them."""
+        """The run's number of prompts of a step."""
         return int(self.search.raw.algorithm.prompts_per_step)
 
     def per_prompts(self, seconds: float, config: Config) -> float:
-        """Seconds of a step of the configuration, for as many prompts as the run has."""
+        """Seconds of a step of the configuration, scaled to the run's number of prompts."""
         return seconds * self.run_prompts / config.algorithm.prompts_per_step
 
     # What is tried
@@ -295,7 +309,7 @@ class Planner:
                     yield self.candidate(step.seconds, step.training, bounded, None)
 
     def candidate(self, seconds: float, training: float, config: Config, plan: Plan | None) -> Candidate:
-        """A layout in the queue, built if there is a plan."""
+        """The queue's entry for a layout. The layout has been built if there is a plan."""
 
         def build() -> Iterator[Candidate]:
             built = self.build(config)
@@ -307,10 +321,10 @@ class Planner:
         return Candidate(seconds, training, repr(config.parallel), build, plan)
 
     def layouts(self, whole: Config) -> Iterator[Config]:
-        """The run with each layout that the settings' checks and the model's accept.
+        """The run's configuration with each layout that the settings' checks and the model's checks accept.
 
-        Beside engines apart, those whose replicas share the run's prompts evenly: another division of the nodes has
-        other replicas, so that none has to change the batch.
+        With engines apart, these are only layouts whose replicas share the run's prompts evenly. Other divisions of the
+        nodes have other numbers of replicas, so no division has to change the batch.
         """
         from megatron_ext import model
 
@@ -338,7 +352,10 @@ class Planner:
                         yield config
 
     def outer_stages(self, pipeline: int, virtual: int) -> list[tuple[int | None, int | None]]:
-        """Layers of the first and the last stage: an even share, and the run's own numbers with its own pipeline."""
+        """The numbers of layers of the first and the last stage that are tried with a pipeline.
+
+        These are an even share (None) and, with the run's own pipeline, the run's own numbers.
+        """
         own = self.search.raw.parallel
         even = (None, None)
         numbers = (own.first_stage_layers, own.last_stage_layers)
@@ -349,7 +366,7 @@ class Planner:
     def sizes(
         self, parallel: ParallelConfig, tensor: int, pipeline: int, virtual: int, context: int, recompute: str
     ) -> ParallelConfig:
-        """The layout."""
+        """The layout with these sizes, and with the settings that depend on them."""
         return replace(
             parallel,
             tensor=tensor,
@@ -376,8 +393,10 @@ class Planner:
     # Memory
 
     def bounded(self, config: Config, least: Sequence[TrainerSizes]) -> Config | None:
-        """The configuration with the largest KV cache that a lower bound of its memory leaves room for; None without
-        room. ``least``: of the first and the last pipeline stage."""
+        """The configuration with the largest KV cache that a lower bound of its memory leaves room for.
+
+        None if there is no room. ``least``: lower bounds of the first and the last pipeline stage.
+        """
         settings = self.search.settings
         engine = memory_plan.engine_bytes(config, self.search.hf_config, self.parameters)
         judges = self.colocated_judges(config)
@@ -387,16 +406,18 @@ class Planner:
         return self.with_cache(config, ranks)
 
     def colocated_judges(self, config: Config) -> Judges:
-        """The judges' memory on the trainer's GPUs, alike under all layouts."""
+        """The judges' memory on the trainer's GPUs, which is the same under all layouts."""
         if not self.judges:
             self.judges.append(memory_plan.judges(config, self.search.settings))
         return self.judges[0]
 
     def with_cache(self, config: Config, ranks: Sequence[Mapping[str, float]]) -> Config | None:
-        """The configuration with the largest KV cache, in whole GiB, that fits beside the memory of ``ranks``, or on
-        the engines' own GPUs; None if something does not fit, or it would hold less than one sequence.
+        """The configuration with the largest KV cache, in whole GiB, that fits beside the memory of ``ranks``.
 
-        ``ranks``: GiB by phase, without a KV cache. No more than all sequences of an engine need.
+        Engines apart have the cache on GPUs of their own. The cache is not larger than all sequences of an engine need.
+        None if something does not fit, or if the cache would hold less than one sequence.
+
+        ``ranks``: GiB by phase, without a KV cache.
         """
         from recipes.preflight import memory
 
@@ -419,8 +440,10 @@ class Planner:
         return replace(config, rollout=replace(config.rollout, kv_cache_gib=float(cache)))
 
     def least(self, config: Config, stage: int) -> TrainerSizes:
-        """A lower bound of what the trainer needs on a GPU of a pipeline stage, the first or the last: the decoder and
-        the embeddings, without a vision tower, a critic and padding."""
+        """A lower bound of what the trainer needs on a GPU of the first or the last pipeline stage.
+
+        It counts the decoder and the embeddings, without a vision tower, a critic and padding.
+        """
         from megatron_ext import platform
         from megatron_ext.model import Model, language_config
         from megatron_ext.models import family
@@ -481,7 +504,7 @@ class Planner:
         )
 
     def build(self, config: Config) -> Plan | None:
-        """The plan with the largest KV cache that fits beside the models of its ranks, None if they do not fit."""
+        """The plan with the largest KV cache that fits beside the models of its ranks, or None if they do not fit."""
         report = self.report(config)
         if "ranks" in report.in_state(FAILS):
             self.without_models.add(repr(config.parallel))
@@ -491,7 +514,7 @@ class Planner:
         if exact is None:
             return None
         overrides = self.overrides(exact)
-        # As a command line with the overrides is read.
+        # The configuration as it is read from a command line with the overrides.
         composed = self.search.config(overrides)
         if composed is None:
             return None
@@ -521,7 +544,7 @@ class Planner:
         )
 
     def own(self) -> tuple[Plan | None, str]:
-        """The run's own layout with its own engines; None and the reason if it does not fit or is impossible."""
+        """The plan of the run's own layout and engines, or None and the reason if it does not fit or is impossible."""
         try:
             config = parse(self.search.raw)
         except ConfigError as error:
@@ -537,8 +560,12 @@ class Planner:
         return self.plan_of(config, (), report), ""
 
     def report(self, config: Config) -> Report:
-        """The preflight's checks of whether the configuration fits, with models of a rank of each stage that can be the
-        fullest: where all stages have as many layers, the first has most passes in flight, and the last the logits."""
+        """The preflight's checks of whether the configuration fits.
+
+        A model is built for each pipeline stage that can be the fullest. If all stages have the same number of layers,
+        only the first and the last stage can be the fullest. The first has the most passes in flight, and the last has
+        the logits.
+        """
         cut = config.parallel
         self.search.say(f"models of TP {cut.tensor}, PP {cut.pipeline}, VP {cut.virtual_pipeline}, CP {cut.context}")
         even = cut.first_stage_layers is None and cut.last_stage_layers is None
@@ -548,7 +575,7 @@ class Planner:
         return report
 
     def overrides(self, config: Config) -> list[str]:
-        """What a configuration changes of the run."""
+        """The overrides that turn the run's configuration into this one."""
         raw = self.search.raw
         cut = config.parallel
         changed = self.placement(config.cluster.nodes, config.cluster.engine_nodes)
@@ -568,12 +595,12 @@ class Planner:
             "rollout.kv_cache_gib": config.rollout.kv_cache_gib,
             "rollout.max_response_tokens": config.rollout.max_response_tokens,
         }
-        # On its nodes: the number of engines may follow from them.
+        # Compare with the run on the new nodes, because the number of engines may follow from them.
         return changed + changes(merged(raw, changed), wanted)
 
 
 def targets(goal: str, nodes: int, raw: DictConfig, text: Any) -> Iterator[tuple[int, int]]:
-    """Numbers of nodes, at most ``nodes``, and tokens of a response in the order in which a goal prefers them."""
+    """Pairs of a number of nodes (at most ``nodes``) and the tokens of a response, best first by the goal."""
     response = int(raw.rollout.max_response_tokens)
     if goal == STEP_TIME:
         yield nodes, response
@@ -588,7 +615,7 @@ def targets(goal: str, nodes: int, raw: DictConfig, text: Any) -> Iterator[tuple
 
 
 def changes(raw: DictConfig, wanted: Mapping[str, Any]) -> list[str]:
-    """An override for each setting that has another value than is wanted."""
+    """An override for each setting whose value differs from the wanted one."""
     return [as_override(name, value) for name, value in wanted.items() if OmegaConf.select(raw, name) != value]
 
 
@@ -611,7 +638,7 @@ def with_engines(config: Config, tensor: int, offload: bool) -> Config:
 
 
 def refused(config: Config) -> bool:
-    """Whether the settings' own checks refuse the layout: those of them that depend on what is searched here."""
+    """Whether the settings' own checks refuse the layout. Only checks of what is searched here are made."""
     try:
         layout.check(config.cluster.ranks, config.parallel)
         checks.check_precision(config)

@@ -1,4 +1,4 @@
-"""The preflight's settings and its report: the types that the checks fill in and the view prints."""
+"""The preflight's settings, and the report that the checks fill in and the view prints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,17 +9,20 @@ FAILS = "fails"
 NOT_CHECKED = "not checked"
 STATES = (HOLDS, FAILS, NOT_CHECKED)
 
-# Settings.files
+# Values of Settings.files.
 HERE = "here"
 ELSEWHERE = "elsewhere"
 
 
 class NotChecked(Exception):
-    """Raised by a check that could not look; the message says what it could not see, and where or how to check it."""
+    """Raised by a check that cannot be made here.
+
+    The message says what the check could not see, and where or how to check it.
+    """
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of ten."""
+    """A number of bytes as text for people, in MB, GB or TB (powers of ten)."""
     for unit, least in (("TB", 1e12), ("GB", 1e9)):
         if count >= least:
             return f"{count / least:.2f} {unit}"
@@ -33,7 +36,8 @@ class Settings:
     Attributes:
         output: JSON file for the report, None for no file.
         files: "here" if this machine has the folders of models and judges, "elsewhere" if another one has.
-        nodes: nodes in all, for the trainer and the judges, whose best use is searched; None for no search.
+        nodes: number of nodes for the trainer and the judges together. The preflight searches for their best use; None
+            for no search.
         device: name of the device, for messages.
         device_memory_gib: memory of one device.
         fp8: whether the device multiplies in FP8.
@@ -44,7 +48,7 @@ class Settings:
         fragmentation_gib: device memory that the trainer's allocator can't use.
         host_memory_gib: memory of one node's host for offloaded tensors.
         asleep_gib: device memory that a sleeping judge's process still holds.
-        costs: the files of conf/scale and conf/simulate with the device's speed, None if there are none.
+        costs: name of the files of conf/scale and conf/simulate with the device's speed, None if there are none.
     """
 
     output: str | None
@@ -80,11 +84,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Overrides with which the same preflight was run and holds.
+    """Overrides with which the same checks were made and hold.
 
     Attributes:
         overrides: to be added to the command line.
-        detail: what the run is then.
+        detail: the layout and the memory of the run with them.
     """
 
     overrides: tuple[str, ...]
@@ -106,15 +110,16 @@ class Report:
         parameters_per_rank: ``pp``, ``tp`` and ``count`` of each distinct rank of a replica.
         hf_tensors: comparison of the policy's weight map with the checkpoint (``simulated_ranks.Coverage.compare``).
         critic_tensors: the same for a critic.
-        memory_gib: for each distinct rank ``pp``, ``tp``, the fields of ``memory.Memory``, each phase and ``total``.
+        memory_gib: for each distinct rank ``pp``, ``tp``, the fields of ``memory.Memory``, the sum of each phase, and
+            ``total``.
         phases: phase of a step → the fields of ``memory.Memory`` that are on the device in it.
         host_gib: phase → name → offloaded tensors on one node's host.
         engine_gib: ``vllm``, ``kv_cache`` and ``reserve`` of one engine's device.
-        batch: counts of one step: prompts, samples, micro-batches.
+        batch: counts of one update (``fit.batch``): sequences, data-parallel ranks, micro-batches.
         checks: results in the order of the checks.
-        proposals: title → overrides that hold, where something does not fit or ``Settings.nodes`` asks.
-        disk_bytes: what the run writes at most.
-        cost: lines about GPU hours, an estimate.
+        proposals: title → overrides that hold. Made where something does not fit, or where ``Settings.nodes`` is set.
+        disk_bytes: upper bound of what the run writes.
+        cost: lines with an estimate of the GPU hours.
         seconds: duration of the preflight.
     """
 
@@ -145,7 +150,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no check fails. Some may not have been made."""
+        """Whether no check fails. Checks that could not be made do not count."""
         return not self.in_state(FAILS)
 
     @property
@@ -155,12 +160,14 @@ class Report:
         return f"{hold} hold, {fail} fail, {unknown} not checked"
 
     def check(self, name: str, work: Callable[[], str], needs: Sequence[str] = ()) -> bool:
-        """Run one check and record its result; returns whether it holds.
+        """Run one check, record its result, and return whether it holds.
 
         Args:
             name: of the check.
-            work: returns what it found; raises ValueError or OSError with what to change, or NotChecked.
-            needs: earlier checks without which this one can't be made; it is not if one of them does not hold.
+            work: makes the check. It returns a line that says what was found, raises ValueError or OSError with what to
+                change, or raises NotChecked.
+            needs: earlier checks that this one depends on. If one of them does not hold, ``work`` is not called and the
+                check is recorded as not checked.
         """
         lacking = [need for need in needs if need not in self.in_state(HOLDS)]
         if lacking:
@@ -176,6 +183,6 @@ class Report:
         return result.state == HOLDS
 
     def skip(self, names: Sequence[str], need: str) -> None:
-        """Record checks that can't be made because the earlier check ``need`` does not hold."""
+        """Record checks as not checked because the earlier check ``need`` does not hold."""
         for name in names:
             self.check(name, lambda: "", [need])

@@ -1,6 +1,6 @@
-"""Estimates the seconds of a training step on any number of GPUs: a roofline, operation counts and failure rates.
+"""Estimate the seconds of a training step on any number of GPUs, from a roofline, operation counts and failure rates.
 
-This module is plain arithmetic: no model runs and no file is read. ``cost`` supplies the constants and the recipe.
+The module only computes. It runs no model and reads no file. ``cost`` supplies the constants and the recipe.
 """
 
 import heapq
@@ -15,11 +15,15 @@ from typing import Any, NamedTuple
 GIB = 2**30
 BF16_BYTES = 2
 FP32_BYTES = 4
-CHECKPOINT_BYTES_PER_PARAMETER = 14  # the BF16 weight, and in FP32 the master weight and both Adam moments
-LONGEST_RESPONSE_SHARE = 0.75  # of the generation time: from there on the longest response is named as the bound
-MAX_SPLITS = 24  # divisions into trainer and engine GPUs that are tried
+# The BF16 weight, and in FP32 the master weight and both Adam moments.
+CHECKPOINT_BYTES_PER_PARAMETER = 14
+# Generation is bound by its longest response if that takes this share of the generation time or more.
+LONGEST_RESPONSE_SHARE = 0.75
+# Number of divisions into trainer and engine GPUs that are tried at most.
+MAX_SPLITS = 24
 SCHEDULES = ("colocated", "split", "asynchronous")
-TRAINING_PARTS = ("pipeline idle", "tensor parallel", "gradients")  # of the phases "logprobs" and "train"
+# Parts of the phases "logprobs" and "train" that are reported as causes.
+TRAINING_PARTS = ("pipeline idle", "tensor parallel", "gradients")
 
 
 @dataclass(frozen=True)
@@ -66,41 +70,44 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model and the floating-point operations of its forward pass.
-
-    ``token_flops`` are the operations of one token in the linear layers, ``output_flops`` those of one token in the
-    output layer. The causal attention of a sequence of n tokens takes ``square_flops`` × n² operations.
-    """
+    """The sizes of a model and the floating-point operations of its forward pass."""
 
     parameters: int
     layers: int
     hidden_size: int
     kv_heads: int
     head_dim: int
+    # Operations of one token in the linear layers of the decoder.
     token_flops: int
+    # Causal attention over a sequence of n tokens takes square_flops × n² operations.
     square_flops: int
+    # Operations of one token in the output layer.
     output_flops: int
 
     @property
     def mlp_flops(self) -> int:
-        """The part of ``token_flops`` in the feed-forward layers."""
+        """The part of ``token_flops`` in the MLPs."""
         query = self.square_flops // (2 * self.layers)
         attention_parameters = 2 * self.hidden_size * (query + self.kv_heads * self.head_dim)
         return self.token_flops - 2 * self.layers * attention_parameters
 
     def forward_flops(self, tokens: float, squares: float, output_tokens: float) -> float:
-        """``squares`` is the sum of the squared sequence lengths."""
+        """Operations of a forward pass. ``squares`` is the sum of the squared sequence lengths."""
         return self.token_flops * tokens + self.square_flops * squares + self.output_flops * output_tokens
 
     def training_flops(self, tokens: float, squares: float, output_tokens: float) -> float:
-        """Forward and backward. Backward takes twice the forward pass, in attention 2.5 times (arXiv 2307.08691)."""
+        """Operations of a forward and a backward pass.
+
+        The backward pass takes twice as many as the forward pass, and 2.5 times as many in attention (arXiv
+        2307.08691).
+        """
         return 3 * self.token_flops * tokens + 3.5 * self.square_flops * squares + 3 * self.output_flops * output_tokens
 
 
 def model_shape(architecture: Mapping[str, Any]) -> ModelShape:
     """The shape that a Hugging Face config.json describes.
 
-    The weights of a vision tower are counted; its operations are not.
+    The weights of a vision tower are counted. Its operations are not.
     """
     text = architecture.get("text_config", architecture)
     hidden = text["hidden_size"]
@@ -138,32 +145,33 @@ def _vision_parameters(vision: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """The settings of a recipe that the estimate depends on.
-
-    ``recompute`` is the share of the layers whose forward pass runs again before their backward pass, on the pipeline
-    stage with the largest share, for which the others wait. ``passes`` is the number of forward passes for log-probs,
-    and ``reference`` how many of them are the reference's: at most 1, less where not every step makes its pass.
-    ``activation_bytes`` are those of a hidden state's element. ``kv_cache_gib`` is the KV cache of a GPU that an engine
-    shares with the trainer. ``engine_weight_bytes`` are those of one of its weights, ``engine_kv_bytes`` those of a key
-    or a value in the cache, and ``slots`` the sequences that it decodes at once.
-    """
+    """The settings of a recipe that the estimate depends on."""
 
     tensor: int
     pipeline: int
     virtual_pipeline: int
     context: int
+    # Share of the layers whose forward pass runs again before their backward pass. It is the share of the pipeline
+    # stage with the largest one, for which the other stages wait.
     recompute: float
     micro_batch_tokens: int
+    # Bytes of an element of a hidden state.
     activation_bytes: int
     prompts: int
     samples: int
     updates: int
+    # Forward passes for log-probs in a step.
     passes: float
+    # The part of ``passes`` under the reference: at most 1, and less if not every step makes this pass.
     reference: float
     engine_tensor: int
+    # Bytes of one of an engine's weights.
     engine_weight_bytes: int
+    # Bytes of an element of a key or a value in an engine's KV cache.
     engine_kv_bytes: int
+    # Sequences that an engine decodes at once.
     slots: int
+    # KV cache on each GPU that an engine shares with the trainer.
     kv_cache_gib: float
     prompt_limit: int
     response_limit: int
@@ -178,7 +186,7 @@ class Job:
 
 
 def fit_log_normal(mean: float, p99: float, limit: float) -> tuple[float, float]:
-    """Mean and standard deviation of the logarithm of a length.
+    """Mean and standard deviation of the logarithm of a length, for a log-normal distribution.
 
     Args:
         mean: mean length in tokens once longer sequences are truncated to ``limit``.
@@ -196,7 +204,8 @@ def fit_log_normal(mean: float, p99: float, limit: float) -> tuple[float, float]
         below_limit = math.exp(log_mean + deviation**2 / 2) * NormalDist().cdf(z_limit - deviation)
         return below_limit + limit * (1 - NormalDist().cdf(z_limit))
 
-    # With p99 fixed, the mean falls with the deviation up to z99, whatever the limit. Above, the tail raises it again.
+    # With p99 fixed, the mean falls as the deviation grows to z99, whatever the limit. Beyond z99, the tail raises the
+    # mean again.
     low = 1e-9
     high = z99
     least_mean = truncated_mean(high)
@@ -224,10 +233,10 @@ class Group:
 
 
 def draw_batch(job: Job, prompts: int, lengths: Mapping[str, Mapping[str, float]], seed: int) -> list[Group]:
-    """Random lengths for ``prompts`` prompts and their samples.
+    """Draw random lengths for ``prompts`` prompts and their samples.
 
-    ``lengths`` has the arguments of ``fit_log_normal`` for "prompt" and "response". We choose that half of the variance
-    of a response's length belongs to its prompt, and so is shared by the samples of a group.
+    ``lengths`` has the arguments of ``fit_log_normal`` for "prompt" and "response". By our choice, half of the variance
+    of a response's length belongs to its prompt, so the samples of a group share it.
     """
     generator = random.Random(seed)
     prompt_mean, prompt_deviation = fit_log_normal(**lengths["prompt"], limit=job.prompt_limit)
@@ -260,18 +269,22 @@ class Engine:
 
     weight_bytes: float
     kv_bytes_per_token: float
-    flops_per_token: float  # in linear layers
-    attention_flops: float  # of one query and one key
-    slots: int  # sequences that are decoded at once
+    # Operations of one token in the linear layers.
+    flops_per_token: float
+    # Operations of one pair of a query and a key.
+    attention_flops: float
+    # Sequences that are decoded at once.
+    slots: int
     kv_cache_tokens: int
     bytes_per_second: float
     flops_per_second: float
-    overhead_seconds: float  # of each decoding step
+    # Seconds of each decoding step beside memory traffic and arithmetic.
+    overhead_seconds: float
 
     def step_seconds(self, sequences: float, cached_tokens: float) -> dict[str, float]:
-        """Seconds of one decoding step by cause: memory traffic or arithmetic, the slower of them, and the overhead.
+        """Seconds of one decoding step by cause: the slower of memory traffic and arithmetic, and the overhead.
 
-        ``cached_tokens`` are the tokens of all ``sequences`` in the KV cache.
+        ``cached_tokens`` is the number of tokens of all ``sequences`` in the KV cache.
         """
         weights = self.weight_bytes / self.bytes_per_second
         kv_cache = cached_tokens * self.kv_bytes_per_token / self.bytes_per_second
@@ -286,7 +299,7 @@ class Engine:
 
 
 def engine_of(job: Job, model: ModelShape, machine: Machine, disaggregated: bool) -> Engine:
-    """The engine of a job, either on GPUs of its own or on the trainer's."""
+    """The engine of a job, on GPUs of its own if ``disaggregated``, otherwise on the trainer's."""
     kv_heads_per_gpu = max(1, model.kv_heads // job.engine_tensor)
     keys_and_values = 2 * model.layers * kv_heads_per_gpu * model.head_dim
     kv_bytes_per_token = keys_and_values * job.engine_kv_bytes
@@ -310,34 +323,38 @@ def engine_of(job: Job, model: ModelShape, machine: Machine, disaggregated: bool
 
 @dataclass
 class Generation:
-    """The generation of a batch: ``seconds`` until the last response ends, and when each response ends.
+    """The seconds of generating a batch."""
 
-    ``longest_alone`` are the seconds of the longest response if an engine decoded nothing else.
-    ``seconds_by_cause`` are those of the slowest engine.
-    """
-
+    # Until the last response ends.
     seconds: float = 0.0
+    # Of the longest response, if an engine decoded nothing else.
     longest_alone: float = 0.0
+    # At which each response ends.
     end_times: list[float] = field(default_factory=list)
+    # Of the slowest engine.
     seconds_by_cause: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class WaitingSequence(NamedTuple):
-    context_tokens: int  # the prompt and the tokens that were generated before a preemption
+    # The prompt and the tokens that were generated before a preemption.
+    context_tokens: int
     remaining_tokens: int
-    prefill_tokens: int  # computed on admission
+    # Tokens that are prefilled on admission.
+    prefill_tokens: int
 
 
 class RunningSequence(NamedTuple):
-    """A heap of these has the sequence that ends first in front."""
+    """A sequence that is decoded. In a heap of these, the sequence that ends first comes first."""
 
     end_step: int
-    admission: int  # counts the admissions
-    final_tokens: int  # prompt and response
+    # Number of admissions before this one.
+    admission: int
+    # Tokens of the prompt and the complete response.
+    final_tokens: int
 
 
 def simulate_engine(engine: Engine, groups: Sequence[Group]) -> Generation:
-    """Continuous batching on one engine, event by event.
+    """Simulate continuous batching on one engine, event by event.
 
     All sequences are submitted at once. One is admitted when a slot is free and the KV cache has room for its context.
     A prompt is prefilled once for all of its samples. When the KV cache is full, the newest sequence is preempted, and
@@ -376,7 +393,8 @@ def simulate_engine(engine: Engine, groups: Sequence[Group]) -> Generation:
             admissions += 1
             cached_tokens += sequence.context_tokens
 
-        # Nothing changes until the next sequence ends or the cache is full: these steps are taken at once.
+        # The set of running sequences stays the same until one ends or the cache is full. All steps until then are
+        # computed at once.
         sequences = len(running)
         steps_to_next_end = running[0].end_step - step
         steps_to_full_cache = max(0, (engine.kv_cache_tokens - cached_tokens) // sequences)
@@ -396,7 +414,8 @@ def simulate_engine(engine: Engine, groups: Sequence[Group]) -> Generation:
             context_tokens = newest.final_tokens - remaining_tokens
             waiting.appendleft(WaitingSequence(context_tokens, remaining_tokens, prefill_tokens=context_tokens))
             cached_tokens -= context_tokens
-            may_admit = False  # until a sequence ends: an admission now would only be preempted again
+            # Admit nothing until a sequence ends: an admission now would only be preempted again.
+            may_admit = False
         while running and running[0].end_step == step:
             ended = heapq.heappop(running)
             cached_tokens -= ended.final_tokens
@@ -406,11 +425,11 @@ def simulate_engine(engine: Engine, groups: Sequence[Group]) -> Generation:
 
 
 def simulate_generation(engine: Engine, engines: int, groups: Sequence[Group], response_limit: int) -> Generation:
-    """Generation of a batch by several engines that run at the same time.
+    """Simulate the generation of a batch by several engines that run at the same time.
 
-    Prompts are assigned as ``rollout.sampler.assign`` does: all samples of a prompt to one engine, the longest prompt
-    first, each to the engine with the fewest tokens. A sample counts with the ``response_limit``, because its length is
-    not known beforehand.
+    Prompts are assigned as in ``rollout.sampler.assign``. The longest prompt comes first, and each prompt goes with all
+    of its samples to the engine with the fewest tokens. A sample counts as ``response_limit`` tokens, because its
+    length is not known beforehand.
     """
     assigned: list[list[Group]] = [[] for _ in range(engines)]
     loads = [(0, number) for number in range(engines)]  # a heap of (tokens, engine)
@@ -430,7 +449,7 @@ def simulate_generation(engine: Engine, engines: int, groups: Sequence[Group], r
 
 
 def longest_alone_seconds(engine: Engine, groups: Sequence[Group]) -> float:
-    """Seconds of the longest response if an engine decoded nothing else: a lower bound of any generation."""
+    """Seconds of the longest response if an engine decoded nothing else. This is a lower bound of any generation."""
     group_of_longest = max(groups, key=lambda group: max(group.response_tokens))
     prompt = group_of_longest.prompt_tokens
     longest = max(group_of_longest.response_tokens)
@@ -439,7 +458,7 @@ def longest_alone_seconds(engine: Engine, groups: Sequence[Group]) -> float:
 
 
 def judge_seconds(end_times: Sequence[float], samples_per_second: float, latency: float) -> float:
-    """Seconds from the last response to the last verdict: the judges take the samples in order as they end."""
+    """Seconds from the end of the last response to the last verdict. The judges take the samples as they end."""
     queue_is_free_at = 0.0
     for end in end_times:
         queue_is_free_at = max(queue_is_free_at, end) + 1 / samples_per_second
@@ -451,9 +470,11 @@ def judge_seconds(end_times: Sequence[float], samples_per_second: float, latency
 
 @dataclass(frozen=True)
 class BatchSize:
-    """What a batch costs the trainer: all tokens, the sum of the squared sequence lengths, and response tokens."""
+    """The sizes of a batch that the trainer's costs depend on."""
 
+    # Tokens of prompts and responses.
     tokens: int
+    # Sum of the squared sequence lengths.
     squares: int
     response_tokens: int
 
@@ -478,8 +499,8 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
     """Seconds of the log-prob passes ("logprobs") and of the updates ("train") on ``gpus``.
 
     "pipeline idle", "tensor parallel" and "gradients" are parts of these two. Each pass over the micro-batches has a
-    pipeline bubble of stages - 1 micro-batches, which v virtual stages make v times smaller (arXiv 2104.04473).
-    Gradients are reduced in FP32 and BF16 weights gathered, neither overlapped with compute.
+    pipeline bubble of stages - 1 micro-batches, which v virtual stages make v times smaller (arXiv 2104.04473). The
+    reduce-scatter of FP32 gradients and the all-gather of BF16 weights do not overlap with compute.
     """
     flops_per_second = gpus * machine.peak_tflops * 1e12 * machine.mfu
     bubble = (job.pipeline - 1) / job.virtual_pipeline / micro_batches(job, batch, machine, gpus)
@@ -487,14 +508,16 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
     forward_flops = model.forward_flops(*size)
     update_flops = model.training_flops(*size)
     update_flops += job.recompute * model.forward_flops(batch.tokens, batch.squares, output_tokens=0)
-    collectives = tensor_parallel_seconds(job, model, batch, machine, gpus)  # of a forward pass; backward has as many
+    # Of a forward pass. The backward pass has as many.
+    collectives = tensor_parallel_seconds(job, model, batch, machine, gpus)
     forward_collectives = job.passes * collectives
     update_collectives = (2 + job.recompute) * collectives
     forward = job.passes * forward_flops / flops_per_second + forward_collectives
     update = update_flops / flops_per_second + update_collectives
 
     parameters_per_rank = model.parameters / job.tensor / job.pipeline
-    # The policy's weights go to the host, the reference's come for its pass, and the policy's come back after it.
+    # Three copies: the policy's weights go to the host, the reference's come to the GPU for its pass, and the policy's
+    # come back.
     swap = job.reference * 3 * BF16_BYTES * parameters_per_rank / machine.pcie_gb_s / 1e9
     shards = gpus // job.tensor // job.pipeline
     reduced_bytes = job.updates * (FP32_BYTES + BF16_BYTES) * parameters_per_rank * (shards - 1) / shards
@@ -509,7 +532,7 @@ def training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Mac
 
 
 def least_training_seconds(job: Job, model: ModelShape, batch: BatchSize, machine: Machine, gpus: int) -> float:
-    """Of :func:`training_seconds` the operations alone, without recomputation: a lower bound under any layout."""
+    """A lower bound of :func:`training_seconds` under any layout: the operations alone, without recomputation."""
     size = (batch.tokens, batch.squares, batch.response_tokens)
     flops = job.passes * model.forward_flops(*size) + model.training_flops(*size)
     return flops / (gpus * machine.peak_tflops * 1e12 * machine.mfu)
@@ -519,9 +542,11 @@ def tensor_parallel_seconds(job: Job, model: ModelShape, batch: BatchSize, machi
     """Seconds of the collectives of a GPU's tensor-parallel group in a forward pass over ``batch``.
 
     With sequence parallelism a layer all-gathers its activations and reduce-scatters them, for attention and again
-    for the MLP (arXiv 2205.05198, section 4.2.2); without it, two all-reduces move as much. The GPU waits for them.
+    for the MLP (arXiv 2205.05198, section 4.2.2). Without it, two all-reduces move as much. The collectives do not
+    overlap with compute.
     """
-    tokens = batch.tokens * job.tensor * job.pipeline / gpus  # that pass through the GPU's stage
+    # Tokens that pass through the GPU's stage.
+    tokens = batch.tokens * job.tensor * job.pipeline / gpus
     layers = model.layers / job.pipeline
     received_share = (job.tensor - 1) / job.tensor
     received_bytes = 4 * layers * tokens * model.hidden_size * job.activation_bytes * received_share
@@ -532,8 +557,9 @@ def tensor_parallel_seconds(job: Job, model: ModelShape, batch: BatchSize, machi
 def sync_seconds(job: Job, model: ModelShape, machine: Machine, disaggregated: bool) -> float:
     """Seconds in which a GPU of an engine receives its weights over its own link, for any number of engines.
 
-    An engine on the trainer's GPUs receives over NVLink where its node holds a model replica, and already has its own
-    shard. Any other engine receives over the network. This is within a quarter of the plans in docs/layouts.md.
+    An engine on the trainer's GPUs receives over NVLink if its node holds a model replica, and its GPU already has the
+    trainer's shard. Any other engine receives all weights over the network. The result is within a quarter of the plans
+    in docs/layouts.md.
     """
     within_node = not disaggregated and job.model_parallel <= machine.gpus_per_node
     if within_node:
@@ -550,11 +576,11 @@ def sync_seconds(job: Job, model: ModelShape, machine: Machine, disaggregated: b
 
 
 def goodput(step: float, every_steps: int, save: float, mtbf: float, restart: float) -> float:
-    """Share of the wall time that goes into steps that are kept.
+    """Share of the wall time that goes into steps that no failure discards.
 
     A failure loses all steps since the last checkpoint. Times between failures are exponentially distributed, and a
-    restart can fail too. Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart dumps",
-    equation 20.
+    restart can fail too. The formula is equation 20 of Daly 2006, "A higher order estimate of the optimum checkpoint
+    interval for restart dumps".
 
     Args:
         step: seconds of a step.
@@ -573,14 +599,14 @@ def goodput(step: float, every_steps: int, save: float, mtbf: float, restart: fl
 
 
 def best_interval(step: float, save: float, mtbf: float, restart: float) -> int:
-    """Steps between checkpoints with the highest goodput: Daly's optimum, rounded to the better side."""
+    """Steps between checkpoints with the highest goodput: Daly's optimum, rounded up or down to the better of both."""
     ideal_steps = daly_interval(save, mtbf) / step
     candidates = {max(1, math.floor(ideal_steps)), max(1, math.ceil(ideal_steps))}
     return max(candidates, key=lambda every_steps: goodput(step, every_steps, save, mtbf, restart))
 
 
 def daly_interval(save: float, mtbf: float) -> float:
-    """Optimal seconds of work between checkpoints: Daly's equation 37, whose first term is Young's formula (1974)."""
+    """Optimal seconds of work between checkpoints, by Daly's equation 37. Its first term is Young's formula (1974)."""
     if save >= 2 * mtbf:
         return mtbf
     x = math.sqrt(save / 2 / mtbf)
@@ -592,36 +618,36 @@ def daly_interval(save: float, mtbf: float) -> float:
 
 @dataclass
 class StepEstimate:
-    """The estimate of a step for one schedule and number of GPUs. All times are in seconds.
-
-    ``trainers`` and ``generators`` are numbers of GPUs; colocated, both are the same GPUs. ``added`` is what the layout
-    adds to the training of ``phases``, by cause. ``save`` is what a checkpoint adds to a step, and ``copy`` the copy of
-    the training state to the hosts' memory. ``note`` says why there is no estimate, or for what the batch is too small.
-    """
+    """The estimate of a step for one schedule and number of GPUs. All times are in seconds."""
 
     gpus: int
     schedule: str
+    # GPUs that train and GPUs that generate. In the colocated schedule both are the same GPUs.
     trainers: int = 0
     generators: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    # What the layout adds to the training of ``phases``, by cause.
     added: dict[str, float] = field(default_factory=dict)
     generation_causes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     longest_alone: float = 0.0
     seconds: float = math.inf
     tokens: float = 0.0
+    # What writing a checkpoint adds to a step.
     save: float = 0.0
+    # The copy of the training state to the hosts' memory.
     copy: float = 0.0
     restart: float = 0.0
+    # Why there is no estimate, or for what the batch is too small.
     note: str = ""
 
     @property
     def training(self) -> float:
-        """Of the trainer, with what its layout adds."""
+        """Seconds of the trainer, with what its layout adds."""
         return trainer_seconds(self.phases) + sum(self.added.values())
 
     @property
     def bound(self) -> str:
-        """The longer of generation and training, and the cause that takes most of it."""
+        """The longer of generation and training, and the cause that takes most of its time."""
         if not self.phases:
             return ""
         generating = generating_seconds(self.phases)
@@ -660,11 +686,13 @@ def estimate_step(
     simulate: Callable[[Engine, int, Sequence[Group], int], Generation] = simulate_generation,
     added: Callable[[BatchSize], Mapping[str, float]] = nothing_added,
 ) -> StepEstimate:
-    """The mean step over ``batches`` when ``trainers`` of the ``gpus`` train; colocated, all GPUs do both.
+    """The mean step over ``batches`` on ``gpus``, of which ``trainers`` train and the rest generate.
 
-    The asynchronous schedule is ``rollout.staleness=1``: after the weight sync the engines generate the next batch
-    while the trainer works on this one. ``sync`` are the seconds of a weight sync.
-    ``simulate``: :func:`simulate_generation`, or one that remembers its results for a caller that asks again.
+    In the colocated schedule all GPUs generate. The asynchronous schedule is ``rollout.staleness=1``: after the weight
+    sync the engines generate the next batch while the trainer works on this one.
+
+    ``sync``: seconds of a weight sync.
+    ``simulate``: :func:`simulate_generation`, or a function that caches its results.
     ``added``: seconds that a layout adds to the training of a batch, by cause (``layout_seconds``).
     """
     disaggregated = schedule != "colocated"
@@ -672,7 +700,8 @@ def estimate_step(
     engines = generators // job.engine_tensor
     engine = engine_of(job, model, machine, disaggregated)
     prompts = len(batches[0])
-    judges_per_second = machine.judge_samples_s * (prompts / job.prompts)  # judges grow with the batch
+    # The number of judges grows with the batch.
+    judges_per_second = machine.judge_samples_s * (prompts / job.prompts)
     sizes = [batch_size(batch) for batch in batches]
     estimate = StepEstimate(gpus, schedule, trainers, generators, seconds=0.0)
     phase_means: dict[str, float] = defaultdict(float)
@@ -708,10 +737,11 @@ def estimate_step(
     estimate.copy = state_bytes / trainers / machine.pcie_gb_s / 1e9
     estimate.restart = machine.restart_s + machine.storage_seconds(state_bytes, trainers, writing=False)
     if schedule == "asynchronous":
-        # The trainer writes while it would wait for the engines.
+        # The trainer writes the checkpoint while it would otherwise wait for the engines. After a restart, it waits for
+        # its first batch.
         idle = generating_seconds(phase_means) - estimate.training
         estimate.save = max(0.0, estimate.save - max(0.0, idle))
-        estimate.restart += phase_means["generate"]  # after a restart the trainer waits for its first batch
+        estimate.restart += phase_means["generate"]
     smallest = min(sizes, key=lambda size: size.tokens)
     estimate.note = why_too_small(job, smallest, machine, prompts, trainers)
     if not estimate.note and engines > prompts:
@@ -720,7 +750,10 @@ def estimate_step(
 
 
 def why_too_small(job: Job, batch: BatchSize, machine: Machine, prompts: int, trainers: int) -> str:
-    """Why the trainer's replicas or pipeline stages lack work, or "". The recipe's own checks refuse the same."""
+    """Why the trainer's replicas or pipeline stages lack work, or "" if they do not.
+
+    The recipe's own checks refuse the same settings.
+    """
     replicas = trainers // job.model_parallel
     samples = prompts * job.samples // job.updates
     if samples < replicas:
@@ -740,14 +773,15 @@ def best_step(
     gpus: int,
     sync: float,
 ) -> StepEstimate:
-    """The step on ``gpus``, colocated or with the number of trainer GPUs that makes the shortest step.
+    """The step on ``gpus``. Unless it is colocated, the number of trainer GPUs is the one with the shortest step.
 
     At most ``MAX_SPLITS`` numbers are tried.
     """
     if schedule == "colocated":
         trainers = gpus - gpus % job.model_parallel
         return estimate_step(job, model, machine, batches, schedule, gpus, trainers, sync)
-    unit = max(job.model_parallel, job.engine_tensor, machine.gpus_per_node)  # trainer GPUs are multiples of it
+    # The number of trainer GPUs is a multiple of this.
+    unit = max(job.model_parallel, job.engine_tensor, machine.gpus_per_node)
     most_units = (gpus - job.engine_tensor) // unit
     if most_units < 1:
         needed = unit + job.engine_tensor

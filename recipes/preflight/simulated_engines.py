@@ -1,11 +1,12 @@
 """Simulate the workers of a vLLM engine on one machine without GPUs, from a ``config.json`` alone.
 
-``python -m recipes.preflight.simulated_engines MODEL_FOLDER DTYPE TENSOR PIPELINE OUTPUT.json < SHAPES.json`` with the
-checkpoint's tensors ``{name: shape}`` writes the ``workers`` of what such an engine answers to ``/weights/layout``.
+``python -m recipes.preflight.simulated_engines MODEL_FOLDER DTYPE TENSOR PIPELINE OUTPUT.json < SHAPES.json`` reads the
+checkpoint's tensors ``{name: shape}``. It writes the ``workers`` of the answer that such an engine gives to
+``/weights/layout``.
 
-vLLM's model class is built for one worker after another. torch's "fake" process groups say which worker it is, and
-parameters are on torch's "meta" device, where they have a shape and no memory. The process can't do anything else
-afterwards.
+vLLM's model class is built for one worker after another. torch's "fake" process groups give the process the rank of the
+worker. Parameters are on torch's "meta" device, where they have a shape and no memory. The process can't do anything
+else afterwards.
 """
 
 import json
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def layouts(
     model_folder: Path | str, dtype: str, tensor: int, pipeline: int, hf_shapes: Mapping[str, Index]
 ) -> list[list[ParameterLayout]]:
-    """The layouts of the parameters of every worker of one engine, in a process of their own.
+    """The layouts of the parameters of every worker of one engine, traced in a separate process.
 
     Workers are in vLLM's order of ranks: the tensor-parallel rank varies fastest.
 
@@ -45,7 +46,8 @@ def layouts(
         hf_shapes: name → shape of the checkpoint's tensors (``simulated_ranks.checkpoint_tensors``).
 
     Raises:
-        LayoutError: vLLM refuses the layout, or a parameter can't be traced; with the end of the process's output.
+        LayoutError: vLLM refuses the layout, or a parameter can't be traced. The message has the end of the process's
+            output.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "layouts.json")
@@ -78,7 +80,7 @@ def activate() -> None:
         return new_group(ranks, backend="fake")
 
     def group(group_ranks: Any, local_rank: int, *unused: Any, group_name: str, **options: Any) -> Any:
-        """A group without shared memory, message queue and communicator, which would wait for the other workers."""
+        """A group without shared memory, message queue and communicator, all of which would wait for other workers."""
         return coordinator(group_ranks, local_rank, "fake", use_device_communicator=False, group_name=group_name)
 
     dist.new_group = fake_group  # type: ignore[assignment]
@@ -88,7 +90,7 @@ def activate() -> None:
 
 
 def engine_config(model_folder: Path | str, dtype: str, tensor: int, pipeline: int) -> Any:
-    """vLLM's configuration of an engine; only what its parameters depend on is set."""
+    """vLLM's configuration of an engine. Only the settings that its parameters depend on are set."""
     from vllm import EngineArgs
 
     chat_layout.register()
@@ -107,7 +109,7 @@ def engine_config(model_folder: Path | str, dtype: str, tensor: int, pipeline: i
 
 @contextmanager
 def worker(config: Any, rank: int, device: torch.device) -> Iterator[torch.nn.Module]:
-    """vLLM's model of worker ``rank`` of the engine, its parameters empty on ``device``. Needs :func:`activate`."""
+    """vLLM's model of worker ``rank`` of the engine, with empty parameters on ``device``. Needs :func:`activate`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -115,7 +117,7 @@ def worker(config: Any, rank: int, device: torch.device) -> Iterator[torch.nn.Mo
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     sizes = config.parallel_config
-    # It has the attention layers of the previous worker.
+    # The context has the attention layers of the previous worker.
     config.compilation_config.static_forward_context.clear()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.world_size)
     try:

@@ -1,8 +1,8 @@
 """Simulate the trainer's ranks one after another in one process, without memory for parameters.
 
-A rank's model is the one that ``model.build`` makes on the real rank: the same modules, shapes, buffers and blocks.
-Only the device is torch's "meta", whose tensors have a shape and no memory, and the process groups have torch's "fake"
-backend, whose collectives return at once.
+``model.build`` makes a rank's model as on the real rank, with the same modules, shapes, buffers and blocks. There are
+two differences. The device is torch's "meta", whose tensors have a shape and no memory. The process groups have torch's
+"fake" backend, whose collectives return at once.
 """
 
 import itertools
@@ -28,14 +28,14 @@ from megatron_ext.precision import PrecisionConfig
 from megatron_ext.scalar_head import HF_OUTPUT_LAYER, TENSOR, has_scalar_head
 
 META = torch.device("meta")
-# Of checkpoint_tensors, by the architecture's configuration.
+# Results of checkpoint_tensors, by the repr of the architecture's configuration.
 _tensors: dict[str, dict[str, tuple[int, ...]]] = {}
-# Start and extent within a tensor.
+# The start and the extent of a block within a tensor, in each dimension.
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def activate() -> None:
-    """Make this process build models without memory. It can't train or load weights afterwards."""
+    """Make this process build models on the meta device. It can't train or load weights afterwards."""
     cpu = platform.activate("cpu")
     cpu.device = lambda: META  # type: ignore[attr-defined]
     torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
@@ -43,7 +43,10 @@ def activate() -> None:
 
 @contextmanager
 def rank(number: int, world: int, sizes: ParallelConfig) -> Iterator[Parallel]:
-    """Be rank ``number`` of ``world`` within the block. Raises ValueError if the sizes do not fit the world."""
+    """Make this process rank ``number`` of ``world`` within the with block.
+
+    Raises ValueError if the sizes do not fit the world.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=number, world_size=world)
     try:
         yield parallel.initialize(sizes, seed=1, timeout_seconds=60)
@@ -52,9 +55,10 @@ def rank(number: int, world: int, sizes: ParallelConfig) -> Iterator[Parallel]:
 
 
 def distinct_ranks(world: int, sizes: ParallelConfig) -> list[int]:
-    """The ranks with data- and context-parallel rank 0, whose models differ; sorted by pipeline, then tensor rank.
+    """The ranks whose models differ: those with data- and context-parallel rank 0.
 
-    Megatron-Core numbers ranks so that the tensor-parallel rank varies fastest and the pipeline rank slowest.
+    They are sorted by pipeline rank, then by tensor-parallel rank. Megatron-Core numbers ranks so that the
+    tensor-parallel rank varies fastest and the pipeline rank slowest.
     """
     per_stage = world // sizes.pipeline
     return [stage * per_stage + tensor for stage in range(sizes.pipeline) for tensor in range(sizes.tensor)]
@@ -70,8 +74,8 @@ def build(hf_config: Any, here: Parallel, precision: PrecisionConfig, frozen: Se
 class Coverage:
     """Which rectangles of the Hugging Face tensors the ranks of one replica hold, from the blocks of their shards.
 
-    The same rectangle on several tensor-parallel ranks of one stage is replicated and counts once. Twice on one rank,
-    or on two stages, it is a duplicate; tied embeddings may be on the first and on the last stage.
+    A rectangle on several tensor-parallel ranks of one stage is replicated and counts once. A rectangle that is twice
+    on one rank, or on two stages, is a duplicate. Tied embeddings may be on both the first and the last stage.
 
     Attributes:
         held: tensor → rectangle → pipeline stages that hold it.
@@ -82,7 +86,7 @@ class Coverage:
     duplicated: set[str] = field(default_factory=set)
 
     def add(self, model: Model) -> None:
-        """Count the blocks of one rank."""
+        """Add the blocks of one rank."""
         seen: set[tuple[str, Rectangle]] = set()
         for shard in model.shards:
             for block in shard.blocks:
@@ -147,10 +151,10 @@ def _share_an_element(one: Rectangle, other: Rectangle) -> bool:
 
 
 def checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Name → shape of each tensor in a checkpoint of this architecture; tied tensors count once.
+    """Name → shape of each tensor in a checkpoint of this architecture. Tied tensors count once.
 
-    From transformers' model built without memory, and from its table of names in published checkpoints. It takes
-    seconds, and a search for layouts asks again and again: the result is kept.
+    The shapes come from transformers' model, built without memory, and the names from transformers' table of the names
+    in published checkpoints. This takes seconds, so the result is cached for a search of layouts.
     """
     key = repr(hf_config)
     if key not in _tensors:
@@ -165,7 +169,8 @@ def _checkpoint_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
     named = revert_weight_conversion(network, dict(network.named_parameters()))
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     if has_scalar_head(hf_config):
-        # transformers does not have this form of every family, so it is derived from the language model.
+        # transformers does not have a model with a scalar head for every family, so the tensors are derived from those
+        # of the language model.
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith(HF_OUTPUT_LAYER)}
         shapes[TENSOR] = (hf_config.num_labels, hf_config.get_text_config().hidden_size)
     return shapes

@@ -1,4 +1,7 @@
-"""The stages that a command line launches: one, or those of a ladder; and the model that a later stage starts from."""
+"""The launches of a command line: a single stage, or the stages of a ladder one after the other.
+
+The module also finds the base model of a stage that continues from an earlier stage.
+"""
 
 import os
 import re
@@ -14,7 +17,7 @@ from recipes.run import records
 from recipes.run.folder import is_run
 
 OWN = re.compile(r"\+*preflight[.=]")
-# What one stage of a chain has and another has not.
+# Overrides that differ between the stages of a chain.
 OF_A_STAGE = ("stage=", "stage.after=", "stage.ladder=", "run_dir=")
 
 
@@ -24,8 +27,9 @@ def of_the_run(arguments: Sequence[str]) -> list[str]:
 
 
 def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
-    """The command line of each launch, without the preflight's own overrides. Finished stages of a resumed ladder are
-    not launched.
+    """The command line of each launch, without the preflight's own overrides.
+
+    Finished stages of a resumed ladder are not launched.
 
     Args:
         raw: the composed configuration of ``arguments``.
@@ -44,9 +48,9 @@ def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
         try:
             stage_arguments, _ = stage_launch(name, given, folder, previous)
         except ConfigError:
-            # Its own report says what is wrong.
+            # The report of this stage will say what is wrong.
             stage_arguments = common_arguments(name, given, folder)
-        # With it, the launch moves aside the folder of the ladder, and the stages' folders with it.
+        # With overwrite=true, the launch moves the ladder's folder aside, and with it the folders of its stages.
         stage_arguments.append(f"overwrite={raw.overwrite}")
         if not finished:
             stage_launches.append(stage_arguments)
@@ -56,11 +60,11 @@ def launches(raw: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
 
 
 def base_model(raw: DictConfig, arguments: Sequence[str]) -> str | None:
-    """The model that the first of the stages before this one starts from; None if this stage has no predecessor.
+    """The model that the first stage of this stage's chain starts from. None if this stage has no predecessor.
 
     Args:
         raw: the composed configuration of the stage.
-        arguments: the overrides of the command line, whose ``model.path`` is that of the first stage.
+        arguments: the overrides of the command line. Their ``model.path`` is the model of the first stage.
     """
     if raw.stage.after is None:
         return None

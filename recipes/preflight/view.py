@@ -1,4 +1,4 @@
-"""The preflight in a terminal: a progress line, then each rank's memory by phase, and the checks."""
+"""Print the preflight in a terminal: a progress line, then the memory of each rank by phase, and the checks."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,9 @@ from rich.text import Text
 from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Proposal, Report, size
 
 STYLES = {HOLDS: "green", FAILS: "bold red", NOT_CHECKED: "yellow"}
-# Cells of a bar; the last one is the device's last GiB.
+# Cells of a bar. The bar stands for the whole memory of the device.
 WIDTH = 40
-# Field of memory.Memory → its letter and colour. A phase shows the critic either trained or idle.
+# Field of memory.Memory → letter and colour. A phase shows the critic either trained or idle.
 PARTS = {
     "weights": ("W", "blue"), "gradients": ("G", "cyan"), "optimizer": ("O", "magenta"),
     "critic": ("C", "red"), "critic_idle": ("C", "red"),
@@ -28,19 +28,19 @@ PARTS = {
 
 
 def console() -> Console:
-    """The terminal, or 120 columns of a file or pipe."""
+    """A console as wide as the terminal, or 120 columns wide if the output is a file or a pipe."""
     return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A function that shows what is done next beside a spinner; it prints nothing if the output is no terminal."""
+    """Yield a function that shows what is done next beside a spinner. Without a terminal it prints nothing."""
     with console().status("starting") as status:
         yield status.update
 
 
 def show(reports: Sequence[Report]) -> None:
-    """Print the complete report, or for a ladder the checks of each stage."""
+    """Print a single report in full. Of the reports of a ladder, leave out the memory and add an overview."""
     out = console()
     for report in reports:
         stage = f", stage {report.stage}" if len(reports) > 1 else ""
@@ -71,12 +71,12 @@ def show(reports: Sequence[Report]) -> None:
 
 
 def worst(report: Report) -> str:
-    """The state that the whole report is in."""
+    """The state of the whole report: the worst of its checks' states."""
     return next((state for state in (FAILS, NOT_CHECKED) if report.in_state(state)), HOLDS)
 
 
 def check_table(report: Report) -> Table:
-    """One row for each check; those that wait for the same earlier check share one."""
+    """A table with one row for each check. Consecutive checks that wait for the same earlier check share a row."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("check", no_wrap=True)
@@ -91,7 +91,7 @@ def check_table(report: Report) -> Table:
 
 
 def show_proposals(out: Console, title: str, proposals: Sequence[Proposal]) -> None:
-    """Print overrides that hold, to be copied, and below each what the run is with them."""
+    """Print overrides that hold, ready to be copied, and below each of them the layout and memory of the run."""
     end = " (each was checked and holds):" if proposals else ""
     out.print(Text(f"{title}{end}", style="bold"))
     for proposal in proposals:
@@ -100,7 +100,7 @@ def show_proposals(out: Console, title: str, proposals: Sequence[Proposal]) -> N
 
 
 def memory_table(report: Report) -> Group:
-    """Memory in GiB as bars: one row for tensor-parallel ranks of a stage with equal sizes, else one per rank."""
+    """The memory of the ranks in GiB, as bars. Tensor-parallel ranks of a stage with equal sizes share a row."""
     counts = {(rank["pp"], rank["tp"]): rank["count"] for rank in report.parameters_per_rank}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for rank in report.memory_gib:
@@ -127,7 +127,7 @@ def memory_table(report: Report) -> Group:
 
 
 def phase_table(report: Report) -> Table:
-    """One row per phase: what is on the GPU that is fullest in it, and what is offloaded to a node's host."""
+    """A table with one row for each phase: what the fullest GPU holds, and what is offloaded to a node's host."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("phase", "on the fullest GPU, GiB", "asleep on a node's host, GiB"):
         table.add_column(name, overflow="fold")
@@ -140,13 +140,13 @@ def phase_table(report: Report) -> Table:
 
 
 def sums(parts: dict[str, float], total: float) -> str:
-    """The sizes of the parts and their sum."""
+    """The sizes of the parts and their sum, as text."""
     shown = " + ".join(f"{name} {size:.1f}" for name, size in parts.items() if size)
     return f"{shown} = {total:.1f}" if shown else "nothing"
 
 
 def bar(rank: dict[str, Any], parts: list[str], room: float) -> Text:
-    """Letters in proportion to the device's memory; what does not fit extends beyond its end, in red."""
+    """A bar of letters in proportion to the device's memory. What does not fit extends beyond its end, in red."""
     text = Text()
     gib = 0.0
     for name in parts:

@@ -3,11 +3,13 @@
 ``python -m recipes.preflight.weight_sync recipe=safework_72b [overrides…] [simulate.output=FILE.json]``,
 on any machine.
 
-The plan is the one that a run would make: the trainer's blocks come from the Megatron-Core model of each distinct rank
-built without memory, vLLM's layout from its own loaders. Bytes are counted; times follow from the links in
-conf/simulate. The yardstick is gather-then-load: every GPU receives every full tensor (other pipeline stages over the
-network, the rest of the tensor-parallel group over NVLink), and its engine copies what it needs, all at full speed and
-overlapped.
+The plan is the one that a run would make. The trainer's blocks come from the Megatron-Core model of each distinct rank,
+built without memory. vLLM's layout comes from its own loaders. Bytes are counted. Times follow from the bandwidths in
+conf/simulate.
+
+The result is compared with gather-then-load. There, every GPU receives every full tensor, and its engine copies what it
+needs. Tensors of other pipeline stages come over the network, the rest of the tensor-parallel group's over NVLink. All
+of this is assumed to run at full speed and overlapped.
 """
 
 import itertools
@@ -43,24 +45,26 @@ resolvers.register()
 
 @dataclass(frozen=True)
 class Links:
-    """Bandwidths in GB/s, the fixed time of one sync in ms and that of one round in µs (conf/simulate)."""
+    """The bandwidths and latencies of conf/simulate."""
 
     network_gb_s: float
     pcie_gb_s: float
     nvlink_gb_s: float
     copy_gb_s: float
+    # Fixed time of one sync.
     order_ms: float
+    # Fixed time of one round.
     round_us: float
 
     @property
     def network(self) -> float:
-        """GB/s of one GPU over the network: the slower of the adapter and PCIe."""
+        """GB/s of one GPU over the network. The slower of the adapter and PCIe limits it."""
         return min(self.network_gb_s, self.pcie_gb_s)
 
 
 @dataclass
 class Link:
-    """The bytes that cross one direction of one GPU's link in one sync, and their seconds at full speed."""
+    """The bytes that cross a GPU's link in one direction in one sync, and their seconds at full speed."""
 
     link: str
     gpu: str
@@ -75,11 +79,11 @@ def trainer_tables(
     precision: PrecisionConfig,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[ShardTable]:
-    """The blocks of every rank; ranks that differ only in their data- or context-parallel rank share a table.
+    """The blocks of every rank. Ranks that differ only in their data- or context-parallel rank share a table.
 
     ``say`` is called with what is done next.
     """
-    # Before the next import: it switches off torch's inductor, whose import takes seconds.
+    # This must come before the next import. It switches off torch's inductor, whose import takes seconds.
     platform.activate("cpu")
     from recipes.preflight import simulated_ranks
 
@@ -107,8 +111,10 @@ def engine_layouts(hf_config: Any, dtype: str, tensor: int) -> list[list[Paramet
 
 
 def topology(world: int, engines: int, tensor: int, gpus_per_node: int, disaggregated: bool) -> Topology:
-    """Ranks and engine workers fill the nodes one GPU after another. When they are disaggregated, each GPU of
-    the engines' nodes also has a rank without shards."""
+    """Place ranks and engine workers on the nodes, one GPU after another.
+
+    If the engines are disaggregated, each GPU of their nodes also has a rank without shards.
+    """
 
     def place(gpu: int) -> Place:
         return Place(f"node {gpu // gpus_per_node}", str(gpu % gpus_per_node))
@@ -126,7 +132,10 @@ def topology(world: int, engines: int, tensor: int, gpus_per_node: int, disaggre
 
 
 def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) -> list[Link]:
-    """The links that are used, by GPU and direction. ``dtypes``: vLLM parameter → bytes per element."""
+    """The traffic of each link that the plan uses, by GPU and direction.
+
+    ``dtypes``: vLLM parameter → bytes per element.
+    """
     used: dict[tuple[str, str], int] = defaultdict(int)
 
     def name(place: Place) -> str:
@@ -158,7 +167,7 @@ def links(plan: Plan, where: Topology, dtypes: dict[str, int], speeds: Links) ->
 
 
 def network_seconds(plan: Plan, speeds: Links) -> float:
-    """Seconds of all rounds, one after another; a round takes as long as its busiest GPU sends or receives."""
+    """Seconds of all rounds, one after another. A round takes as long as its busiest GPU sends or receives."""
     busy: dict[tuple[int, str, int], int] = defaultdict(int)
     for message in plan.messages:
         busy[message.round, "out", message.sender] += message.size
@@ -180,7 +189,10 @@ def gather_then_load_seconds(weights: int, sizes: ParallelConfig, speeds: Links)
 
 
 def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[ParameterLayout]], where: Topology) -> int:
-    """The bytes that workers need and no rank on their host holds, each element once per host: no plan sends less."""
+    """A lower bound of the bytes that any plan sends over the network.
+
+    It counts the elements that workers need and no rank on their host holds, each element once per host.
+    """
     held: dict[tuple[str, str], set[Rectangle]] = defaultdict(set)
     for place, table in zip(where.ranks, tables, strict=True):
         for _, block in table:
@@ -200,10 +212,9 @@ def minimum_bytes(tables: Sequence[ShardTable], layouts: Sequence[Sequence[Param
 
 
 def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
-    """The complete answer (JSON) for a recipe's configuration with the group ``simulate``. ``say`` is called with what
-    is done next.
+    """The complete result (JSON) for a recipe's configuration with the group ``simulate``.
 
-    Raises ConfigError for a setting that is not possible.
+    ``say`` is called with what is done next. Raises ConfigError for a setting that is not possible.
     """
     simulation = raw.simulate
     rollout = raw.rollout
@@ -247,7 +258,7 @@ def simulate(raw: DictConfig, say: Callable[[str], object] = lambda text: None) 
 
 
 def show(answer: dict[str, Any]) -> None:
-    """Print the busiest GPU of each kind of link, and the totals."""
+    """Print the busiest GPU of each kind of link and the totals."""
     console = Console()
     table = Table("link", "busiest", "GB", "seconds", title=f"weight sync of {answer['recipe']}, by the busiest GPU")
     busiest: dict[str, dict[str, Any]] = {}
@@ -270,7 +281,7 @@ def show(answer: dict[str, Any]) -> None:
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
 def main(raw: DictConfig) -> None:
-    """Estimate, write ``simulate.output`` and print."""
+    """Estimate the sync, write ``simulate.output`` and print the result."""
     with view.progress() as say, quiet():
         try:
             answer = simulate(raw, say)
@@ -283,6 +294,6 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # The group that the configuration of a run does not have.
+    # Add the group ``simulate``, which the configuration of a run does not have.
     sys.argv.insert(1, "+simulate=h100")
     main()

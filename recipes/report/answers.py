@@ -1,4 +1,4 @@
-"""The report's sections with the words of the model: transcripts of the evaluation, and samples of RL."""
+"""The report's sections with responses of the model: transcripts of the evaluation, and samples of RL."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from recipes.report.markup import text
 from recipes.report.samples import Samples
 from recipes.run.records import choose_transcripts, model_stages
 
-# Shown at once; the rest is folded away.
+# How many transcripts are shown at once. The rest is collapsed.
 TRANSCRIPTS_OPEN = 6
 
 
 def transcripts_section(evaluation: Mapping[str, Any], marks: Sequence[str]) -> str:
-    """Every model's greedy answers to held-out prompts. ``marks``: the begin and the end of thinking."""
+    """Every model's greedy answers to held-out prompts. ``marks`` are the begin and end marks of the thinking."""
     transcripts = evaluation["transcripts"]
     models = model_stages(evaluation)
     cards = [_transcript(transcript, models, marks) for transcript in choose_transcripts(transcripts, len(transcripts))]

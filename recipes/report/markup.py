@@ -1,4 +1,4 @@
-"""Text and pages of HTML."""
+"""HTML text, elements and pages."""
 
 import base64
 import io
@@ -11,18 +11,21 @@ from typing import Any
 from PIL import Image
 
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-IMAGE_SIDE = 128  # pixels, of the longer side
+IMAGE_SIDE = 128  # pixels of the longer side
 # Characters that HTML does not allow, and those that change the reading direction.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def text(value: Any) -> str:
-    """The value escaped for HTML; characters that are not allowed or change the direction are replaced by U+FFFD."""
+    """The value escaped for HTML.
+
+    Characters that HTML does not allow, and those that change the reading direction, are replaced by U+FFFD.
+    """
     return escape(HIDDEN.sub("\ufffd", str(value)))
 
 
 def span(score: Mapping[str, Any], form: str) -> str:
-    """A score's interval, such as ``0.13 to 0.38``; ``form``: the format of its ends."""
+    """A score's interval, such as ``0.13 to 0.38``. ``form`` is the format of its ends."""
     low, high = score["interval"]
     return f"{low:{form}} to {high:{form}}"
 
@@ -57,12 +60,12 @@ def table(header: str, body: Sequence[str]) -> str:
 
 
 def details(summary: str, content: str) -> str:
-    """Content that is folded away until the reader opens it."""
+    """Content that is collapsed until the reader opens it."""
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def image(path: Path) -> str:
-    """A small copy of an image within the page, or the file's name where it can't be opened any more."""
+    """A small copy of an image, embedded in the page. The file's name if the file can't be opened any more."""
     try:
         with Image.open(path) as opened:
             small = opened.convert("RGB")
@@ -76,8 +79,10 @@ def image(path: Path) -> str:
 
 
 def prompt_card(prompt: str, answers: str, kind: str = "", images: Sequence[str] = ()) -> str:
-    """A box with a prompt, escaped here, and boxes of answers below it. ``kind``: HTML after the heading; ``images``:
-    files that the prompt shows."""
+    """A box with a prompt, and boxes of answers below it.
+
+    ``prompt`` is escaped here. ``kind`` is HTML after the heading. ``images`` are the files of the prompt's images.
+    """
     shown = "".join(image(Path(file)) for file in images)
     return (
         f'<div class="card talk"><div class="head"><b>Prompt</b>{kind}</div>{shown}'

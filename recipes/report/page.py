@@ -1,7 +1,7 @@
-"""report.html of a run, one file without scripts or outside resources: `python -m recipes.report run=runs/demo`.
+"""Write report.html of a run, a file without scripts or outside resources: `python -m recipes.report run=runs/demo`.
 
-Needs config.yaml and metrics.jsonl. Of evaluation.json, samples, events.jsonl and environment.json it shows those
-that exist and names the others.
+The report needs config.yaml and metrics.jsonl. It shows evaluation.json, samples, events.jsonl and environment.json if
+they exist, and names those that are missing.
 """
 
 import json
@@ -54,7 +54,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _thinking_marks(configuration: str) -> Sequence[str]:
-    """``rollout.thinking_marks`` of a config.yaml, which may be an old one without them."""
+    """``rollout.thinking_marks`` of a config.yaml, with a default for old files that do not have them."""
     settings = yaml.safe_load(configuration) or {}
     rollout = settings.get("rollout") or {}
     return rollout.get("thinking_marks", DEFAULT_MARKS)

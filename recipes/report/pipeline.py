@@ -1,4 +1,4 @@
-"""report.html of a pipeline of stages: every measure stage by stage, and the same prompts answered by every model."""
+"""Write report.html of a pipeline of stages: every measure by stage, and every model's answers to the same prompts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,12 +31,12 @@ def write_pipeline_report(
     """Write ``folder/report.html``.
 
     Args:
-        ladder: what ladder.json holds.
-        answers: those of each stage's model, by stage.
+        ladder: the content of ladder.json.
+        answers: stage -> the answers of the stage's model.
         prompts: the held-out prompts by id.
     """
     stages = ladder["stages"]
-    # A measure has its number of prompts beside it; a rate of safety names their kind after "/".
+    # A measure NAME has its number of prompts in NAME_n. A rate of safety has the prompts' kind after "/".
     with_number = dict.fromkeys(name for stage in stages for name in stage if f"{name}_n" in stage)
     measures = [name for heading in HEADINGS for name in with_number if name.partition("/")[0] == heading]
     cards = []
@@ -65,7 +65,7 @@ def _heading(measure: str) -> str:
 def _plot(stages: Sequence[Row], name: str) -> str:
     """A dot with its interval for each stage, left to right."""
     highest = max(stage[f"{name}_interval"][1] for stage in stages)
-    # All measures but the length are shares.
+    # All measures are shares, except the reasoning length.
     ticks = round_ticks(0.0, highest if name == "reasoning_length" else max(1.0, highest))
     share = (WIDTH - LEFT - RIGHT) / len(stages)
     parts = grid_lines(ticks)
@@ -108,7 +108,7 @@ def _cell(stage: Row, name: str) -> str:
 
 
 def _prompt_cards(answers: Mapping[str, Answers], prompts: Mapping[str, Row]) -> list[str]:
-    """The prompts of each kind whose answers differ most from stage to stage, with every stage's answer."""
+    """The prompts of each kind whose answers' labels differ most between stages, with every stage's answer."""
     by_stage = {}
     for stage, stage_answers in answers.items():
         by_stage[stage] = {row["id"]: row for row in stage_answers["greedy"]}
@@ -134,7 +134,7 @@ def _answer(stage: str, answer: Row) -> str:
 
 
 def _label_sets(by_stage: Mapping[str, Mapping[str, Row]], prompt_id: str) -> int:
-    """How many different sets of labels the stages' answers to a prompt have."""
+    """The number of different sets of labels among the stages' answers to a prompt."""
     label_sets = set()
     for rows in by_stage.values():
         scores = rows[prompt_id]["scores"].values()

@@ -1,6 +1,6 @@
 """Plots as SVG, without scripts: lines and stacked bars over steps, histograms, and intervals of scores.
 
-Their units come out near one CSS pixel, so that text keeps its size on a phone.
+An SVG unit is shown at about one CSS pixel, so that text keeps its size on a phone.
 """
 
 import math
@@ -11,14 +11,14 @@ from recipes.report.markup import span, text
 
 WIDTH = 380
 HEIGHT = 220
-# Margins around the area of the values. A figure of eight characters fits on the left.
+# Margins around the plot area. A number of eight characters fits on the left.
 LEFT = 62
 RIGHT = 10
 TOP = 10
 BOTTOM = 26
 # The colours --c0 to --c5 of style.css.
 COLOURS = 6
-# With at most so many steps, every value is a dot that shows its figure on hover, and bars have gaps between them.
+# Up to this many steps, every value has a dot that shows the number on hover, and bars have gaps between them.
 MARKED_STEPS = 120
 INTERVAL_LEFT = 66
 INTERVAL_ROW = 44
@@ -27,12 +27,12 @@ type Row = Mapping[str, Any]
 
 
 def svg(parts: Sequence[str], height: float) -> str:
-    """A picture from its elements, in their order."""
+    """An SVG image of the elements, in their order."""
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
 
 
 def legend(names: Sequence[str]) -> str:
-    """The names with the colours of their places."""
+    """A legend: each name with the colour of its position."""
     items = []
     for index, name in enumerate(names):
         items.append(f'<span><i style="background:var(--c{index % COLOURS})"></i>{text(name)}</span>')
@@ -51,13 +51,13 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def y_of(value: float, ticks: Sequence[float]) -> float:
-    """The vertical place of a value between the first and the last tick."""
+    """The vertical position of a value between the first and the last tick."""
     share_from_top = (ticks[-1] - value) / (ticks[-1] - ticks[0])
     return TOP + share_from_top * (HEIGHT - TOP - BOTTOM)
 
 
 def steps_axis(rows: Sequence[Row]) -> Callable[[int], float]:
-    """A function from a step to its horizontal place: the middle of its share of the width."""
+    """A function from a step to its horizontal position, the middle of its share of the width."""
     first = rows[0]["step"]
     last = rows[-1]["step"]
     share = (WIDTH - LEFT - RIGHT) / (last - first + 1)
@@ -65,7 +65,7 @@ def steps_axis(rows: Sequence[Row]) -> Callable[[int], float]:
 
 
 def grid_lines(ticks: Sequence[float]) -> list[str]:
-    """A horizontal line with its figure for each tick."""
+    """A horizontal line with its number for each tick."""
     parts = []
     for tick in ticks:
         y = y_of(tick, ticks)
@@ -91,10 +91,10 @@ def line_plot(
     bands: Mapping[int, Mapping[str, Any]] | None = None,
     faults: Mapping[int, str] | None = None,
 ) -> str:
-    """Lines of metrics over steps; empty when no row has a value.
+    """Lines of metrics over steps. Empty if no row has a value.
 
     Args:
-        series: name in the legend -> metric; steps without a value (absent or null) are gaps.
+        series: name in the legend -> metric. Steps without a value (absent or null) are gaps.
         zero: whether the vertical axis starts at zero.
         bands: step -> name in the legend -> a score whose interval is shaded.
         faults: step -> a description, shown as a vertical line after the step.
@@ -133,7 +133,7 @@ def line_plot(
 
 
 def band(intervals: Sequence[tuple[float, Sequence[float]]], ticks: Sequence[float], colour: str) -> str:
-    """A shaded area between the ends of intervals, (horizontal place, [low, high])."""
+    """A shaded area between the ends of intervals, which are (horizontal position, [low, high])."""
     outline = [(x, y_of(high, ticks)) for x, (_, high) in intervals]
     outline += [(x, y_of(low, ticks)) for x, (low, _) in reversed(intervals)]
     points = "L".join(f"{x:.1f} {y:.1f}" for x, y in outline)
@@ -143,7 +143,7 @@ def band(intervals: Sequence[tuple[float, Sequence[float]]], ticks: Sequence[flo
 def curve(
     rows: Sequence[Row], name: str, key: str, x_of: Callable[[int], float], ticks: Sequence[float], colour: str
 ) -> list[str]:
-    """A line through a metric's values, and a dot for each when there are few."""
+    """A line through a metric's values, with a dot for each value if there are few."""
     commands = []
     dots = []
     # "M" starts a new piece of the line, "L" continues it.
@@ -193,7 +193,7 @@ def stacked_bars(rows: Sequence[Row], series: Mapping[str, str], unit: str) -> s
 
 
 def bar(left: float, width: float, low: float, high: float, ticks: Sequence[float]) -> str:
-    """The path of a bar from one value to a higher one."""
+    """The path of a bar from the value ``low`` to the value ``high``."""
     top = y_of(high, ticks)
     bottom = y_of(low, ticks)
     return f"M{left:.1f} {top:.1f}h{width:.2f}V{bottom:.1f}h{-width:.2f}z"

@@ -1,4 +1,4 @@
-"""What a report shows of a run's samples. They are read in one pass, since they can be larger than memory."""
+"""Summarise a run's samples for the report. They are read in one pass, since they can be larger than memory."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from recipes.evaluation.statistics import Interval, mean_interval, normal_interval
 from recipes.run import sample_files
 
-# Prompts whose answers are shown over training, and how many answers of each: first, middle, last.
+# The number of prompts whose answers are shown over training, and of answers for each: first, middle, last.
 FOLLOWED = 4
 MOMENTS = 3
 
@@ -40,7 +40,7 @@ class Samples:
 def gather(run_dir: Path) -> Samples:
     """Read the samples step by step. Raises ValueError for a line that is not JSON."""
     gathered = Samples()
-    # The best answers of the first step's prompts, one for each step in which a prompt came.
+    # For each prompt of the first step: its best answer in every step that sampled it.
     best_answers: dict[str, list[Row]] = {}
     first_rows: list[Row] = []
     rows: list[Row] = []
@@ -87,7 +87,7 @@ def _add_step(gathered: Samples, rows: Sequence[Row]) -> None:
 
 
 def _best(rows: Sequence[Row]) -> dict[Any, Row]:
-    """Each prompt's sample with the highest reward, the first of several; none for a prompt without a reward."""
+    """Each prompt's sample with the highest reward, the first one on ties. Prompts without a reward are left out."""
     best: dict[Any, Row] = {}
     for row in rows:
         prompt = row["prompt_id"]
@@ -124,7 +124,7 @@ def widest_group(rows: Sequence[Row]) -> list[Row]:
 
 
 def split_thinking(response: str, marks: Sequence[str]) -> tuple[str, str]:
-    """The thinking in a response, empty without any, and the answer after it."""
+    """The thinking in a response, or an empty text, and the answer after it."""
     begin, end = marks
     thinking, end_mark, answer = response.rpartition(end)
     if end_mark:
@@ -137,7 +137,7 @@ def split_thinking(response: str, marks: Sequence[str]) -> tuple[str, str]:
 
 
 def bins(groups: Mapping[str, Sequence[int]], count: int = 16) -> tuple[list[int], dict[str, list[float]]]:
-    """Edges of ``count`` bins of an integer width, and the share of each group's values in every bin."""
+    """The edges of ``count`` bins with an integer width, and the share of each group's values in every bin."""
     highest = max(max(values) for values in groups.values())
     size = max(1, -(-(highest + 1) // count))
     edges = [size * i for i in range(count + 1)]

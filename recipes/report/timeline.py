@@ -22,7 +22,10 @@ def is_fault(event: Event) -> bool:
 
 
 def section(events: Sequence[Event]) -> str:
-    """The events on a time axis, and in a table. ``events``: those of events.jsonl, at least one, in order of time."""
+    """The events on a time axis and in a table.
+
+    ``events`` are those of events.jsonl, at least one, in order of time.
+    """
     first = events[0]["time"]
     rows = []
     for event in events:

@@ -1,4 +1,4 @@
-"""The report's plots of training, one value per step."""
+"""The report's plots of training metrics, with one value per step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ type Row = Mapping[str, Any]
 
 
 def section(rows: Sequence[Row], gathered: Samples, events: Sequence[Row]) -> str:
-    """Every plot that has values. ``rows``: those of metrics.jsonl; ``events``: those of events.jsonl."""
+    """Every plot that has values. ``rows`` are those of metrics.jsonl, and ``events`` those of events.jsonl."""
     phases = time_phases(rows)
     with_reference = [row for row in rows if "kl/reference" in row]
     plots = [
@@ -71,7 +71,7 @@ def _with_megabytes(rows: Sequence[Row]) -> list[Row]:
 
 
 def _faults(events: Sequence[Row]) -> dict[int, str]:
-    """The kinds of all events after a step, for the steps that a fault follows."""
+    """Step → the kinds of all events after it, for the steps after which a fault occurred."""
     faults = {}
     for step in {event["after_step"] for event in events if is_fault(event)}:
         faults[step] = ", ".join(event["kind"] for event in events if event["after_step"] == step)
@@ -79,7 +79,10 @@ def _faults(events: Sequence[Row]) -> dict[int, str]:
 
 
 def _labels(rows: Sequence[Row], counts: Mapping[int, Mapping[str, int]]) -> str:
-    """A bar per step that is divided among a verifier's labels; ``counts``: step -> label -> number of samples."""
+    """A bar per step that is divided among a verifier's labels.
+
+    ``counts`` is step -> label -> number of samples.
+    """
     steps = [row["step"] for row in rows if row["step"] in counts]
     if not steps:
         return ""
@@ -92,7 +95,10 @@ def _labels(rows: Sequence[Row], counts: Mapping[int, Mapping[str, int]]) -> str
 
 
 def _lengths(tokens: Mapping[int, Sequence[int]]) -> str:
-    """Histograms of the response lengths in the first and the last third of the steps; ``tokens``: those of a step."""
+    """Histograms of the response lengths in the first and the last third of the steps.
+
+    ``tokens`` is step -> response lengths.
+    """
     steps = sorted(tokens)
     if len(steps) < 2:
         return ""

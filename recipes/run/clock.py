@@ -1,4 +1,4 @@
-"""Wall time of a step's phases on this rank."""
+"""The wall time of a step's phases on this rank."""
 
 import time
 from collections import defaultdict
@@ -11,10 +11,10 @@ BETWEEN = "loop"  # what a rank does between two phases
 
 
 class PhaseClock:
-    """Seconds of each phase since the last :meth:`restart`; the begin and the end of a phase are progress for the
-    watchdog.
+    """Measures the seconds of each phase since the last :meth:`restart`.
 
-    ``laps``: phases and what lies between them, in their order, each with its seconds.
+    The begin and the end of a phase count as progress for the watchdog. ``laps`` lists the phases and the intervals
+    between them in order, each with its seconds.
     """
 
     def __init__(self, watchdog: Watchdog) -> None:
@@ -33,7 +33,7 @@ class PhaseClock:
         self.watchdog.beat(BETWEEN)
 
     def lap(self, name: str) -> float:
-        """What has taken the time since the last call; returns its seconds."""
+        """Assign the time since the last call to a lap of this name and return its seconds."""
         now = time.perf_counter()
         seconds = now - self.lap_began
         self.laps.append((name, seconds))
@@ -41,7 +41,10 @@ class PhaseClock:
         return seconds
 
     def restart(self) -> None:
-        """Call it where all ranks are at the same place: laps of different ranks are compared."""
+        """Discard the measurements and start anew.
+
+        Call it where all ranks are at the same place, since laps of different ranks are compared.
+        """
         self.laps = []
         self.seconds.clear()
         self.lap_began = time.perf_counter()

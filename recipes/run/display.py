@@ -61,22 +61,26 @@ class _Run:
 
 
 class Display:
-    """Shows one run; a context manager, which restores the terminal after an error or Ctrl-C.
+    """Shows one run. It is a context manager, which restores the terminal after an error or Ctrl-C.
 
-    On a terminal: a spinner and a clock for the current stage, a permanent line when it ends, a permanent row per step
-    and, below the rows, progress, ETA, phase times and one reward curve per verifier. Anywhere else (a pipe, CI, a
-    job's log file): no cursor movement and no colour; one flushed line per event, which starts with the seconds since
-    the start of the run. Both fit 80 columns.
+    On a terminal it shows a spinner and a clock for the current stage, a permanent line when the stage ends, and a
+    permanent row per step. Below the rows it shows progress, ETA, phase times and one reward curve per verifier.
+    Anywhere else (a pipe, CI, a job's log file) it uses no cursor movement and no colour. There it prints one flushed
+    line per event, which starts with the seconds since the start of the run. Both fit 80 columns.
 
-    Every rank may call it; only rank 0's, with `active=True`, prints. Text from models is shown literally: control
-    characters are replaced, markup is not interpreted.
+    Every rank may call it. Only rank 0's display, with `active=True`, prints. Text from models is shown literally:
+    control characters are replaced, and markup is not interpreted.
 
     On a terminal a background thread repaints. Start processes with spawn or subprocess, not fork, and send their
-    output to a file: output of another process on the terminal breaks the repainted lines.
+    output to a file, since output of another process on the terminal breaks the repainted lines.
     """
 
     def __init__(self, active: bool = True, stream: TextIO | None = None) -> None:
-        """stream: where to write, standard output by default."""
+        """
+        Args:
+            active: whether to print.
+            stream: where to write, standard output by default.
+        """
         target = stream or sys.stdout
         self._active = active
         self._terminal = target.isatty() and os.environ.get("TERM") != "dumb"
@@ -118,7 +122,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A timed part of the run: a tick and its seconds when it ends, a cross when it raises."""
+        """Show the block as a timed stage: with a tick and its seconds when it ends, with a cross when it raises."""
         stage = _Stage(name, time.monotonic())
         self._stages.append(stage)
         if not self._terminal:
@@ -133,7 +137,7 @@ class Display:
         self._stage_line("✓", "green", stage, "")
 
     def progress(self, done: int, total: int, detail: str = "") -> None:
-        """Show the progress of the current stage: ``done`` of ``total`` steps or prompts, ``detail``: the loss, say.
+        """Show the progress of the current stage: ``done`` of ``total`` steps or prompts. ``detail`` may be the loss.
 
         Raises:
             RuntimeError: outside a stage.
@@ -152,7 +156,7 @@ class Display:
         self._event(f"{stage.name}: {done}/{total}{'  ' + detail if detail else ''}  {remaining} left")
 
     def step(self, metrics: Mapping[str, Any], total_steps: int) -> None:
-        """One finished RL step, with the keys of metrics.jsonl (records.REQUIRED_METRICS)."""
+        """Show a finished RL step. ``metrics`` has the keys of metrics.jsonl (records.REQUIRED_METRICS)."""
         self._run.rows.append(metrics)
         self._run.total_steps = total_steps
         if self._terminal:
@@ -169,14 +173,14 @@ class Display:
         self._event(f"step {metrics['step']}/{total_steps}  {'  '.join(parts)}  ETA {eta(self._run.rows, total_steps)}")
 
     def message(self, text: str) -> None:
-        """One line of information."""
+        """Show one line of information."""
         if self._terminal:
             self._print(Text(f"  {self._printable(text)}", style="dim"))
         else:
             self._event(text)
 
     def finish(self, evaluation: Mapping[str, Any], run_dir: Path) -> None:
-        """The closing view: the table of results, up to three transcripts, and the files of the run.
+        """Show the closing view: the table of results, up to three transcripts, and the files of the run.
 
         Args:
             evaluation: the content of evaluation.json, whose "transcripts" it chooses from.
@@ -225,7 +229,7 @@ class Display:
         self._print(Text.assemble((mark, style), f" {stage.name}", (f"{detail}{tail}", "dim")))
 
     def _event(self, text: str) -> None:
-        """Print one line of a log and flush it. It is never wrapped, so that grep finds it."""
+        """Print one line of a log and flush it. The line is never wrapped, so that grep finds it."""
         if self._active:
             line = f"[{time.monotonic() - self._started:8.1f}s] {self._printable(text)}".replace("\n", " ")
             print(line, file=self._console.file, flush=True)
@@ -236,7 +240,7 @@ class Display:
             self._console.file.flush()
 
     def _printable(self, text: str) -> str:
-        """Text in the stream's encoding, with its control and direction-changing characters replaced."""
+        """The text in the stream's encoding, with its control and direction-changing characters replaced."""
         hidden = {character for character in set(text) if unicodedata.category(character) in HIDDEN_CATEGORIES}
         clean = text.translate({ord(character): "\ufffd" for character in hidden - SHOWN_CONTROLS})
         return clean.encode(self._encoding, "replace").decode(self._encoding)
@@ -303,7 +307,7 @@ def _run_footer(run: _Run, width: int) -> Group:
 
 
 def server_health(metrics: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """(name, whether it answered every request of the step, its counts) for each verifier's server."""
+    """(name, whether it answered every request of the step, its request counts) for each verifier's server."""
     names = dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("servers/"))
     health = []
     for name in names:
@@ -326,7 +330,7 @@ def _phase_lines(seconds: Mapping[str, float], width: int) -> list[Text]:
     end = 0.0
     for index, (name, value) in enumerate(seconds.items()):
         style = PHASE_STYLES[index % len(PHASE_STYLES)]
-        # The ends of the pieces are rounded, not their lengths, so that the lengths add up to that of the bar.
+        # Round the ends of the pieces rather than their lengths, so that the lengths add up to that of the bar.
         end += value
         bar.append("█" * (round(end / total * (width - 2)) - len(bar)), style)
         if value:
@@ -402,7 +406,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def result_note(evaluation: Mapping[str, Any]) -> str:
-    """Two lines that explain the table; one for a model alone."""
+    """Two lines that explain the table, or one where a single model was evaluated."""
     stages = model_stages(evaluation)
     if "before" not in stages:
         return "Mean score, 95 % interval.\n"
@@ -434,8 +438,10 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as at most `width` block characters, from the lowest block at their minimum to the full one at their
-    maximum. With more values than characters, a character shows the mean of several.
+    """The values as a curve of at most `width` block characters.
+
+    The minimum has the lowest block and the maximum the full one. With more values than characters, a character shows
+    the mean of several values.
     """
     count = min(len(values), max(1, width))
     bounds = [len(values) * i // count for i in range(count + 1)]

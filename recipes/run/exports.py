@@ -1,4 +1,4 @@
-"""A run's checkpoints as Hugging Face folders: which there are, and where they go."""
+"""Finds a run's checkpoints and exports them as Hugging Face folders."""
 
 import shutil
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from recipes.run import records
 def find_checkpoint(folder: Path, step: str | None) -> Path:
     """The complete checkpoint of a run (or of a part of it) after ``step`` steps, by default the newest.
 
-    Raises ConfigError, which lists the steps that there are.
+    Raises ConfigError where there is none. The error lists the steps of the complete checkpoints.
     """
     complete = complete_steps(folder)
     if not complete:
@@ -39,21 +39,22 @@ def find_checkpoint(folder: Path, step: str | None) -> Path:
 
 
 def complete_steps(folder: Path) -> dict[int, Path]:
-    """Step → complete checkpoint of a run or a part of it."""
+    """Step → folder of the complete checkpoint, for a run or a part of it."""
     marks = sorted(folder.glob(f"checkpoints/step_*/{COMPLETE}"))
     return {int(mark.parent.name.removeprefix("step_")): mark.parent for mark in marks}
 
 
 def default_target(checkpoint: Path) -> Path:
-    """Where a checkpoint is exported to by default: ``export/step_…`` in the folder of the run or its part."""
+    """The default folder of a checkpoint's export: ``export/step_…`` in the folder of the run or its part."""
     return checkpoint.parents[1] / "export" / checkpoint.name
 
 
 def export(checkpoint: Path, target: Path) -> None:
-    """Write a checkpoint of a run to the Hugging Face folder ``target``, which appears when it is complete.
+    """Write a checkpoint of a run to the Hugging Face folder ``target``, which appears only when it is complete.
 
-    Raises ConfigError when the target or a trace of an interrupted export is there, when the disk lacks the space, or
-    when the run's configuration or model folder is gone; CheckpointError for a damaged checkpoint.
+    Raises ConfigError when the target or the partial folder of an interrupted export exists, when the disk has too
+    little space, or when the run's configuration or model folder is gone. Raises CheckpointError for a damaged
+    checkpoint.
     """
     layout = layout_of(read_config(checkpoint.parents[1]))
     unfinished = target.with_name(f"{target.name}.partial")
@@ -69,14 +70,17 @@ def export(checkpoint: Path, target: Path) -> None:
     unfinished.mkdir()
     try:
         checkpoint_export.export(checkpoint, layout, unfinished)
-        # An empty folder of this name is replaced.
+        # rename replaces an empty folder of this name.
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What ``config.yaml`` holds of the run in ``folder``, or of which ``folder`` is a part. Raises ConfigError."""
+    """The content of a run's ``config.yaml``. ``folder`` is that of the run or of a part of it.
+
+    Raises ConfigError where there is no ``config.yaml``.
+    """
     for run_dir in (folder, folder.parent):
         stored = run_dir / records.CONFIG
         if stored.is_file():
@@ -85,7 +89,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def layout_of(config: dict[str, Any]) -> Layout:
-    """What an export of a run's checkpoints writes. Raises ConfigError without the folder that the run began with."""
+    """The layout of an export of a run's checkpoints. ``config`` is the run's configuration.
+
+    Raises ConfigError where the model folder that the run began with is gone.
+    """
     dtype = getattr(torch, DTYPES[config["precision"]["name"]])
     try:
         return hf_checkpoint.export_layout(config["model"]["path"], dtype, trained_head(config["stage"]))
@@ -96,7 +103,7 @@ def layout_of(config: dict[str, Any]) -> Layout:
 
 
 def trained_head(stage: Mapping[str, Any]) -> Head | None:
-    """The scalar head that a stage (``stage`` of a configuration) trains; None for a language model."""
+    """The scalar head that a stage (``stage`` of a configuration) trains, or None for a language model."""
     if "reward_model" in stage["trains"]:
         return scalar_head.REWARD
     if "value_model" in stage["trains"]:

@@ -1,7 +1,7 @@
-"""What an error of NCCL, CUDA or gloo means: a message that names rank, host and phase, and what to do.
+"""Explains errors of NCCL, CUDA and gloo by a message that names rank, host, phase and remedy.
 
-An error that Python sees is explained where it is raised (:func:`explain`). One that ends the process without Python,
-as NCCL's watchdog does, leaves its text and the stacks in the rank's log (:func:`from_logs`).
+:func:`explain` explains an error that is raised in Python. An error that ends the process without Python, as NCCL's
+watchdog does, leaves its text and the stacks in the rank's log. :func:`from_logs` explains it from there.
 """
 
 import re
@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 
 class Cause(NamedTuple):
-    """``pattern`` finds the error's text, ``meaning`` and ``remedy`` are for people."""
+    """A kind of error, with its meaning and remedy for people."""
 
+    # A regular expression that matches the error's text.
     pattern: str
     meaning: str
     remedy: str
 
 
-# By texts of torch 2.13, NCCL 2.29, gloo and the CUDA runtime; the more special ones come first.
+# The patterns match texts of torch 2.13, NCCL 2.29, gloo and the CUDA runtime. More specific ones come first.
 CAUSES = (
     Cause(
         r"CUDA out of memory",
@@ -79,10 +80,10 @@ CAUSES = (
         "CUDA_LAUNCH_BLOCKING=1 names the kernel",
     ),
 )
-# A file in logs/ that the first rank makes whose error Python has told.
+# A file in logs/. The first rank whose error Python reports creates it.
 FAILED = "failed"
 HEADER = "log of rank"
-# A line of torch's C++ log: level E, month and day, time.
+# A line of torch's C++ log: level (E or F), month and day, time.
 LINE = re.compile(r"\[?[EF](\d{4} \d\d:\d\d:\d\d\.\d+)")
 FRAME = re.compile(r'File "[^"]*?((?:recipes|megatron_ext|rollout)/[\w/]+\.py)", line (\d+) in (\w+)')
 LOOPS = ("recipes/training/rl.py", "recipes/training/supervised.py", "recipes/training/stages.py")
@@ -93,20 +94,21 @@ TAIL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """Where an error was: ``phase`` is what the rank did."""
+    """The place of an error."""
 
     rank: int
     host: str
+    # What the rank was doing.
     phase: str
 
 
 def header(rank: int) -> str:
-    """The first line of a rank's log of a launch."""
+    """The first line that a launch writes to a rank's log."""
     return f"{HEADER} {rank} on {socket.gethostname()}"
 
 
 def explain(text: str, place: Place) -> str | None:
-    """A message for an error's text, None for one that is of neither NCCL, CUDA nor gloo."""
+    """The message for an error's text, or None for an error that is of neither NCCL, CUDA nor gloo."""
     where = f"rank {place.rank} on {place.host}, in {place.phase}"
     for cause in CAUSES:
         match = re.search(cause.pattern, text)
@@ -116,7 +118,7 @@ def explain(text: str, place: Place) -> str | None:
 
 
 def _line_of(text: str, match: re.Match[str]) -> str:
-    """The line that was found, without the logger's prefix and at most 200 characters."""
+    """The line of the match, without the logger's prefix, cut to 200 characters."""
     begin = text.rfind("\n", 0, match.start()) + 1
     end = text.find("\n", match.end())
     line = text[begin : end if end >= 0 else len(text)]
@@ -124,8 +126,11 @@ def _line_of(text: str, match: re.Match[str]) -> str:
 
 
 def from_logs(folder: Path) -> str | None:
-    """Of the last launch's logs of ranks, the message for the earliest error that torch's C++ code wrote. None without
-    one, and where a rank has told its error: those of others follow from it."""
+    """The message for the earliest error that torch's C++ code wrote to the ranks' logs in the last launch.
+
+    None where there is no such error. Also None where a rank has reported its error from Python, since the errors of
+    other ranks follow from it.
+    """
     if (folder / FAILED).exists():
         return None
     earliest: tuple[str, str] | None = None
@@ -143,7 +148,7 @@ def from_logs(folder: Path) -> str | None:
 
 
 def _last_launch(path: Path) -> str:
-    """The end of a log, from the last launch's header on."""
+    """The end of a log, from the header of the last launch on."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         text = file.read().decode(errors="replace")
@@ -157,7 +162,7 @@ def _place(path: Path, text: str) -> Place:
 
 
 def phase_of_stacks(text: str) -> str:
-    """The step of the loop in which the stacks of faulthandler are: the innermost function of a loop's file."""
+    """The phase that faulthandler's stacks show: the innermost function that is in a file of a training loop."""
     for file, line, function in FRAME.findall(text):
         if file in LOOPS and function not in OUTER:
             return f"{function} ({file}:{line})"

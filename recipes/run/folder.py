@@ -1,4 +1,4 @@
-"""A run's folder: the mark that makes it one, what is a result in it, and how it is moved aside."""
+"""A run's folder: the file that marks it as a run's, which of its entries are results, and moving it aside."""
 
 import json
 import os
@@ -16,16 +16,16 @@ from recipes.config.resume import differences
 from recipes.run import lock, records
 
 MARK = "run.json"
-# Reward servers write these into the folder before the launch that they are for.
+# Reward servers write these into the folder before the launch that they serve.
 OF_SERVERS = {"servers", "events.jsonl"}
-# What a launch leaves that has not made a result yet: no answer, no step, no checkpoint. The next launch appends to
-# these files, or keeps them under another name.
+# The entries that a launch leaves before it has a result, that is before an answer, a step or a checkpoint. The next
+# launch appends to these files, or keeps them under another name.
 WITHOUT_RESULTS = {*OF_SERVERS, MARK, records.CONFIG, "environment.json", "logs", "tensorboard", "wandb"}
 FORMER_CONFIG = re.compile(r"config\.\d+\.yaml")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a launch has made this folder a run's."""
+    """Whether a launch has marked this folder as a run's."""
     return (folder / MARK).is_file()
 
 
@@ -35,13 +35,16 @@ def run_id(folder: Path) -> str:
 
 
 def mark(folder: Path) -> None:
-    """Make the folder a run's."""
+    """Mark the folder as a run's."""
     began = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     records.write_json(folder / MARK, {"id": uuid.uuid4().hex, "began": began})
 
 
 def write_settings(folder: Path, config: Config) -> None:
-    """Write config.yaml, unless it has these settings already. The former one is kept as config.1.yaml, ….2.yaml, …"""
+    """Write config.yaml, unless it has these settings already.
+
+    The previous file is kept as config.1.yaml, config.2.yaml, …
+    """
     path = folder / records.CONFIG
     if path.is_file():
         if not differences(yaml.safe_load(path.read_text()), config):
@@ -54,12 +57,12 @@ def write_settings(folder: Path, config: Config) -> None:
 
 
 def foreign(folder: Path) -> list[str]:
-    """Names in a folder that is no run's which neither a launch nor its servers have put there."""
+    """The names of entries that neither a launch nor its servers have put into a folder. The folder is not a run's."""
     return sorted(entry.name for entry in folder.iterdir() if not _is_lock(entry.name) and entry.name not in OF_SERVERS)
 
 
 def results(folder: Path) -> list[str]:
-    """Names of what a run's folder holds beyond ``WITHOUT_RESULTS``: answers, metrics, checkpoints, models, …"""
+    """The names of results in a run's folder: answers, metrics, checkpoints, models, … (not ``WITHOUT_RESULTS``)."""
     return sorted(entry.name for entry in folder.iterdir() if _is_result(entry))
 
 
@@ -78,21 +81,22 @@ def _is_lock(name: str) -> bool:
 
 
 def move_aside(folder: Path) -> Path:
-    """Rename the folder to the next free one of ``folder.1``, ``folder.2``, …; returns that.
+    """Rename the folder to the first free name of ``folder.1``, ``folder.2``, … and return the new path.
 
-    Where ``folder`` is a link, the folder that it leads to is renamed, beside itself.
+    Where ``folder`` is a symbolic link, its target is renamed and stays in the target's parent folder.
     """
     real = folder.resolve()
     number = 1
     while True:
         target = real.with_name(f"{real.name}.{number}")
         try:
-            target.mkdir()  # so that no other process takes the name
+            # An empty folder reserves the name, so that no other process takes it.
+            target.mkdir()
         except FileExistsError:
             number += 1
             continue
         try:
-            os.rename(real, target)  # in place of the empty folder
+            os.rename(real, target)  # replaces the empty folder
         except OSError:
             target.rmdir()
             raise

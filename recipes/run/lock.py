@@ -1,11 +1,12 @@
-"""A lock on a run's folder that keeps a second launch out, also one on another host of a shared file system.
+"""A lock on a run's folder that keeps out a second launch, also one on another host of a shared file system.
 
-A launch writes a lock file of its own into the folder and only then looks for those of others. Of two launches at the
-same moment at least one therefore sees the other, and withdraws. File names are unique and never used again, so a dead
-launch's lock can be removed by anyone at any time. Nothing depends on ``flock``, which many shared file systems lack.
+A launch first writes its own lock file into the folder and then looks for lock files of others. So if two launches
+start at the same moment, at least one of them sees the other and withdraws. File names are unique and never used again,
+so anyone can remove the lock of a dead launch at any time. The lock does not use ``flock``, which many shared file
+systems lack.
 
-A launch that is killed leaves its lock. Whether its process lives is known on the same host, and of Slurm's jobs; of
-other hosts it is not, and the message says how to find out.
+A launch that is killed leaves its lock. Whether its process is alive can be determined on the same host and for jobs of
+Slurm. It can't be determined for other hosts. Then the error message says how to find out.
 """
 
 import contextlib
@@ -24,28 +25,29 @@ from pathlib import Path
 from recipes.errors import ConfigError
 
 PREFIX = "lock."
-ATTEMPTS = 3  # of launches that see each other
+ATTEMPTS = 3  # to take the lock, where launches see each other
 SQUEUE_SECONDS = 30.0
-# The namespace of processes that are in no container.
+# The PID namespace of processes that are in no container.
 HOST_NAMESPACE = "pid:[4026531836]"
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock.
-
-    ``boot`` is the running kernel's id and ``namespace`` that of its process ids. ``started`` is when the process
-    began, in clock ticks since the boot: a later process with the same ``pid`` began at another time. ``since`` is the
-    time of the lock. ``job`` is Slurm's cluster and job, None outside Slurm, and ``restart`` how often it was requeued.
-    """
+    """The process that holds a lock."""
 
     host: str
+    # The boot id of the running kernel.
     boot: str
+    # The PID namespace of the process.
     namespace: str
     pid: int
+    # When the process started, in clock ticks since the boot. A later process with the same pid has another start.
     started: int
+    # The time at which the lock was taken.
     since: str
+    # Slurm's cluster and job number, CLUSTER/JOB. None outside Slurm.
     job: str | None
+    # How often Slurm has requeued the job.
     restart: int
 
     def __str__(self) -> str:
@@ -54,7 +56,7 @@ class Holder:
 
 
 def this_process() -> Holder:
-    """What this process writes into its lock."""
+    """This process as a holder, for the content of its lock."""
     job = os.environ.get("SLURM_JOB_ID")
     return Holder(
         host=socket.gethostname(),
@@ -69,7 +71,7 @@ def this_process() -> Holder:
 
 
 def start_of(pid: int) -> int | None:
-    """When a process began, in clock ticks since the boot; None for a process that has ended."""
+    """When a process started, in clock ticks since the boot, or None for a process that has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -80,10 +82,13 @@ def start_of(pid: int) -> int | None:
 
 
 def take(folder: Path) -> Path:
-    """Lock the folder; returns the lock, for :func:`release`. Raises ConfigError while another launch uses it."""
+    """Lock the folder and return the lock file, for :func:`release`.
+
+    Raises ConfigError while another launch uses the folder.
+    """
     own = folder / f"{PREFIX}{uuid.uuid4().hex[:16]}"
     for attempt in range(1, ATTEMPTS + 1):
-        # Under a name that is no lock's until it is complete.
+        # The file gets the name of a lock only when it is complete.
         partial = folder / f".{own.name}.partial"
         partial.write_text(json.dumps(asdict(this_process()), indent=2) + "\n")
         partial.rename(own)
@@ -94,14 +99,16 @@ def take(folder: Path) -> Path:
             own.unlink()
             if attempt == ATTEMPTS:
                 raise
-        # It may be a launch that has just seen ours and withdraws as well.
+        # The other launch may have seen this lock at the same moment and withdraw as well.
         time.sleep(random.uniform(0.1, 0.5))
     raise AssertionError
 
 
 def check(folder: Path, own: Path | None = None) -> None:
-    """Raises ConfigError while another launch than that of the lock ``own`` uses the folder; removes the locks of dead
-    ones."""
+    """Raises ConfigError while a launch other than that of the lock ``own`` uses the folder.
+
+    Removes the locks of dead launches.
+    """
     for lock in folder.glob(f"{PREFIX}*"):
         if lock == own:
             continue
@@ -120,19 +127,19 @@ def check(folder: Path, own: Path | None = None) -> None:
 
 
 def release(lock: Path) -> None:
-    """Give up the lock of this process; does nothing in a process that was forked from its holder."""
+    """Remove the lock of this process. Does nothing in a process that was forked from the lock's holder."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         if Holder(**json.loads(lock.read_text())).pid == os.getpid():
             lock.unlink()
 
 
 def is_dead(holder: Holder, observer: Holder) -> bool:
-    """Whether the holder's process is known to have ended, for a process ``observer`` of this host."""
+    """Whether the holder's process is known to have ended, as seen by a process ``observer`` on this host."""
     if (holder.boot, holder.namespace) == (observer.boot, observer.namespace):
         return not _runs(holder)
     on_hosts = holder.namespace == observer.namespace == HOST_NAMESPACE
     if on_hosts and holder.host == observer.host:
-        return True  # the host has been started again since
+        return True  # the host has been rebooted since
     if holder.job is None:
         return False
     if holder.job == observer.job:
@@ -143,7 +150,7 @@ def is_dead(holder: Holder, observer: Holder) -> bool:
 
 
 def _runs(holder: Holder) -> bool:
-    """Whether the holder's process runs, on its own host."""
+    """Whether the holder's process is running. Called on the holder's host."""
     started = start_of(holder.pid)
     if started is None:
         try:
@@ -156,7 +163,10 @@ def _runs(holder: Holder) -> bool:
 
 
 def _slurm_has_ended(job: str) -> bool:
-    """Whether Slurm says that a job neither runs nor waits; False where it can't be asked, as in most containers."""
+    """Whether Slurm reports that a job neither runs nor waits.
+
+    False where Slurm can't be asked, as in most containers.
+    """
     if shutil.which("squeue") is None:
         return False
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={_job_number(job)}"]

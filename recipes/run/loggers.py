@@ -1,4 +1,4 @@
-"""wandb and TensorBoard, which get the rows of metrics.jsonl when ``logger`` asks for them."""
+"""wandb and TensorBoard loggers, which get the rows of metrics.jsonl when the settings ``logger`` enable them."""
 
 import netrc
 import os
@@ -16,7 +16,7 @@ type Logger = Callable[[Mapping[str, Any], str], None]
 
 
 def open_loggers(config: Config, run_dir: Path, run_id: str, stack: ExitStack) -> list[Logger]:
-    """The loggers that the configuration asks for; ``stack`` closes them."""
+    """Open the loggers that the configuration enables. ``stack`` closes them."""
     loggers: list[Logger] = []
     if config.logger.wandb_project:
         loggers.append(_open_wandb(config, run_dir, run_id, stack))
@@ -26,7 +26,7 @@ def open_loggers(config: Config, run_dir: Path, run_id: str, stack: ExitStack) -
 
 
 def _open_wandb(config: Config, run_dir: Path, run_id: str, stack: ExitStack) -> Logger:
-    """Without an API key wandb writes offline, unless WANDB_MODE is set."""
+    """Open a wandb run. Without an API key it writes offline, unless WANDB_MODE is set."""
     import wandb
 
     mode = None if "WANDB_MODE" in os.environ or _has_wandb_key() else "offline"
@@ -43,7 +43,8 @@ def _open_wandb(config: Config, run_dir: Path, run_id: str, stack: ExitStack) ->
     prefixes: set[str] = set()
 
     def log(row: Mapping[str, Any], prefix: str) -> None:
-        # wandb's step counter only rises, but the steps of each prefix begin with 1. So each gets a step metric.
+        # wandb's step counter only rises, but the steps of each prefix begin with 1. So each prefix has its own step
+        # metric.
         if prefix not in prefixes:
             prefixes.add(prefix)
             run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
@@ -53,7 +54,7 @@ def _open_wandb(config: Config, run_dir: Path, run_id: str, stack: ExitStack) ->
 
 
 def _open_tensorboard(folder: Path, stack: ExitStack) -> Logger:
-    """Each launch of the run writes one event file of scalars."""
+    """Open TensorBoard. Each launch of the run writes one event file of scalars."""
     from tensorboardX import SummaryWriter
 
     writer = stack.enter_context(SummaryWriter(str(folder)))

@@ -36,7 +36,7 @@ def redirect_output(folder: Path, rank: int) -> None:
     # The disk may be full.
     with suppress(OSError):
         print(failure.header(rank), file=sys.stderr, flush=True)
-    # Also where the process is ended by other than Python, as by NCCL's watchdog.
+    # Also writes the stacks where something other than Python ends the process, such as NCCL's watchdog.
     faulthandler.enable()
     configure(rank, sys.stderr)
 
@@ -54,8 +54,10 @@ def configure(rank: int, stream: TextIO) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what libraries write to standard error; it is shown if the block fails, but not beside a ConfigError, which
-    says all."""
+    """Hide what libraries write to standard error within the block.
+
+    It is shown if the block fails, except with a ConfigError, whose text is sufficient.
+    """
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as notes, warnings.catch_warnings():

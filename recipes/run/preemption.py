@@ -1,8 +1,8 @@
-"""Preemption: SIGUSR1 asks a run to end soon (a job's time limit, say). It finishes its step, saves and ends.
+"""Preemption: SIGUSR1 asks a run to end soon, for example before a job's time limit.
 
-The signal is blocked rather than handled, and the ranks look once a step whether it is pending. Child processes inherit
-the mask. Slurm signals every process of a job's step, so without the mask it would end the engines in the middle of a
-training step.
+The run then finishes its step, saves a checkpoint and ends. The signal is blocked rather than handled, and the ranks
+check once a step whether it is pending. Child processes inherit the signal mask. This is needed because Slurm signals
+every process of a job's step: without the mask the signal would kill the engines in the middle of a training step.
 """
 
 import signal
@@ -13,13 +13,13 @@ SIGNAL = signal.SIGUSR1
 
 
 class Preempted(Exception):
-    """The run has saved its last step and ends before it is finished."""
+    """Raised when the run has saved its last step and ends before it is finished."""
 
 
 def listen() -> None:
-    """Block the signal, so that it stays pending, in this process and those that it starts.
+    """Block the signal in this process and those that it starts, so that the signal stays pending.
 
-    Call it while the process has one thread: other threads keep their own masks.
+    Call it while the process has only one thread, since other threads keep their own masks.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [SIGNAL])
 

@@ -1,7 +1,7 @@
-"""What a run writes for people and tools: metrics.jsonl, events.jsonl, evaluation.json and more.
+"""The records that a run writes for people and tools: metrics.jsonl, events.jsonl, evaluation.json and more.
 
-Every line is valid JSON and goes to the operating system as soon as it is written. Rows carry a `step`, so a resumed
-run can drop the rows of the steps that it repeats.
+Every line is valid JSON and goes to the operating system as soon as it is written. Rows have a `step`, so that a
+resumed run can drop the rows of the steps that it repeats.
 """
 
 import importlib.metadata
@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Keys that every row of an RL run's metrics.jsonl has, beside one `reward/<verifier>` per verifier and one
-# `time/<phase>` per phase (seconds). Not `kl/reference`: a step without a pass under the reference has none.
+# Keys that every row of an RL run's metrics.jsonl has. Rows also have one `reward/<verifier>` per verifier and one
+# `time/<phase>` per phase (seconds). `kl/reference` is not among them: a step without a pass under the reference has
+# none.
 REQUIRED_METRICS = (
     "step",
     "reward/mean",
@@ -30,18 +31,18 @@ REQUIRED_METRICS = (
 )
 # Response tokens per second of the generation phase; the live view shows it where a row has it.
 TOKENS_PER_SECOND = "tokens_per_second"
-# recipes/launch/pipeline.py writes it into the folder of a finished stage.
+# recipes/launch/pipeline.py writes this file into the folder of a finished stage.
 FINISHED = "finished.json"
 CONFIG = "config.yaml"
 PHASE_ORDER = ("generate", "judge", "reward", "logprobs", "train", "sync", "checkpoint")
-# Begin the names of scores that count failures (recipes/evaluation/rates.py).
+# Prefixes of the names of scores that count failures (recipes/evaluation/rates.py).
 LOWER_IS_BETTER = ("unsafe/", "bare_refusal/", "illogical/", "over_refusal/", "not_refused/", "false_certain")
 TAIL_BYTES = 1 << 20  # of metrics.jsonl, in which the last row is looked for
 VERSIONED_PACKAGES = ("megatron-core", "transformer-engine", "torch", "vllm", "transformers", "hydra-core", "numpy")
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON line per row; each goes to the operating system before the next.
+    """Append one JSON line per row. Each line goes to the operating system before the next.
 
     Raises:
         ValueError: a row without an integer `step`, or with NaN or infinity (pass None to record "no value").
@@ -71,9 +72,9 @@ def event(run_dir: Path, kind: str, **details: Any) -> None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events in order of time; none when the file does not exist.
+    """The events in order of time. Empty when the file does not exist.
 
-    Reward servers know no steps: an event without ``after_step`` gets that of the event before it.
+    Reward servers do not know the step of the run. An event without ``after_step`` gets that of the event before it.
 
     Raises:
         ValueError: a line that is not JSON, with its number.
@@ -91,14 +92,14 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def launch(run_dir: Path, resume: bool, changes: Sequence[str] = ()) -> Iterator[None]:
     """Write an event when a launch starts or resumes, and when it finishes or stops with an error.
 
-    ``changes`` are the settings in which a resumed run differs from what it was begun with. A launch that is killed
+    ``changes`` are the settings in which a resumed run differs from those that it began with. A launch that is killed
     writes no last event.
     """
     event(run_dir, "resume" if resume else "start", **({"changes": list(changes)} if changes else {}))
     try:
         yield
     except BaseException as error:
-        # The disk may be full, and that may be the error itself, which must not be hidden.
+        # A full disk may be the error itself. A failure to write the event must not hide it.
         with suppress(OSError):
             event(run_dir, "stop", why=f"{type(error).__name__}: {error}".splitlines()[0][:300])
         raise
@@ -117,7 +118,7 @@ def _last_step(path: Path) -> int:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL file, one at a time.
+    """Yield the rows of a JSONL file, one at a time.
 
     Raises:
         ValueError: a line that is not JSON, with its number.
@@ -128,10 +129,10 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Drop the rows of later steps, so that a run resumed at `step` leaves the file that an undisturbed run leaves.
+    """Drop the rows of steps after `step`, so that a run resumed there leaves the same file as an uninterrupted run.
 
-    A last line without a newline is dropped too: a kill has cut it off. The file is replaced atomically. When it does
-    not exist, nothing happens.
+    A last line without a newline is dropped too, since a kill has cut it off. The file is replaced atomically. Does
+    nothing when the file does not exist.
 
     Returns:
         The number of rows kept.
@@ -156,7 +157,7 @@ def value(number: float) -> float | None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: a reader sees the old file or the new one, never a part.
+    """Write a JSON file atomically: a reader sees the old file or the new one, never a part of it.
 
     Raises:
         ValueError: NaN or infinity anywhere in it, with its place (pass None to record "no value").
@@ -170,13 +171,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def time_phases(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the phases that any row times: in the loop's order first, then the others by name."""
+    """The names of the phases that any row times.
+
+    The phases of ``PHASE_ORDER`` come first, in this order. The others follow, sorted by name.
+    """
     names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")} - {"step"}
     return [name for name in PHASE_ORDER if name in names] + sorted(names.difference(PHASE_ORDER))
 
 
 def reward_verifiers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the verifiers with a reward in any of the rows, in the order they first appear."""
+    """The names of the verifiers with a reward in any of the rows, in the order of their first appearance."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("reward/"))
     return [key.removeprefix("reward/") for key in keys if key != "reward/mean"]
 
@@ -184,7 +188,8 @@ def reward_verifiers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def model_stages(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """The models that an evaluation compares, key -> heading. With a `base`, `before` is the model after SFT.
 
-    An evaluation that is not a run's names them itself (`models`); without `before` it is that of one model.
+    An evaluation that is not part of a run has the headings itself (`models`). Without `before` it is an evaluation of
+    a single model.
     """
     if "models" in evaluation:
         return evaluation["models"]
@@ -196,8 +201,8 @@ def model_stages(evaluation: Mapping[str, Any]) -> dict[str, str]:
 def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """The result table: (verifier, "greedy" or "sampled", model key -> score, paired difference after - before).
 
-    The difference is empty where one model was evaluated alone. A verifier has no row when a model has no score from it
-    because none of its answers got a verdict.
+    The difference is empty where a single model was evaluated. A verifier has no row where a model has no score from
+    it, because none of the model's answers got a verdict.
     """
     models = model_stages(evaluation)
     columns = [*models, "difference"] if "before" in models else [*models]
@@ -223,7 +228,10 @@ def significance(score: str, difference: Mapping[str, Any]) -> str:
 
 
 def choose_transcripts(transcripts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Up to `count` transcripts: one of each kind before a second, and within a kind those with a new label first."""
+    """Up to `count` transcripts: one of each kind before a second of any kind.
+
+    Within a kind, transcripts whose label has changed come first.
+    """
     changed_first = sorted(transcripts, key=lambda item: item["labels"].get("before") == item["labels"]["after"])
     of_kind: dict[str, int] = {}
     ranked = []
@@ -273,7 +281,7 @@ def _dumps(value: Mapping[str, Any], where: str, indent: int | None = None) -> b
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The value with numpy and torch scalars as Python ones. Raises ValueError for NaN and infinity."""
+    """The value with numpy and torch scalars converted to Python ones. Raises ValueError for NaN and infinity."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}: {key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -288,7 +296,8 @@ def _plain(value: Any, where: str) -> Any:
 def _append(file: io.FileIO, line: bytes) -> None:
     """Append the complete line, or nothing.
 
-    A nearly full disk takes a part of it without an error, and the next write fails.
+    A nearly full disk accepts a part of the line without an error, and the next write fails. Then that part is removed
+    and OSError is raised.
     """
     written = 0
     try:

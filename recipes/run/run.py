@@ -1,4 +1,4 @@
-"""The run on this rank: its records, checkpoints, clock, display, and whether it has to end soon."""
+"""The run on this rank: its records, checkpoints, clock and display, and whether it has been asked to end soon."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -20,37 +20,38 @@ from recipes.run.display import Display
 from recipes.run.loggers import Logger
 from recipes.run.watchdog import probe, slow_ranks
 
-# A rank is slow where it takes so many seconds more than the median: in a phase of the step, and in the probe, which
-# takes about a millisecond.
+# A rank counts as slow only if it takes more than the median by this many seconds: PHASE_FLOOR in a phase of the step,
+# PROBE_FLOOR in the probe, which takes about a millisecond.
 PHASE_FLOOR = 1.0
 PROBE_FLOOR = 0.001
 
 
 @dataclass
 class Run:
-    """``folder`` is where records and checkpoints go; ``root`` is the run's own folder, for events. They differ in a
-    part of the run that another part follows (:meth:`part`).
+    """A run, or a part of a run that another part follows (:meth:`part`), on this rank."""
 
-    ``control`` is a gloo group of all ranks. The job has ``processes``, those of the engines' nodes included.
-    ``loggers`` are rank 0's. ``run_id`` of a resumed run is the one that it began with. ``write_settings`` makes this
-    launch's settings those of the run, on rank 0. ``savers`` collects what writes checkpoints, so that the way out can
-    wait for them.
-    """
-
+    # The run's own folder, for events. A part has the same root but another folder.
     root: Path
+    # The folder for records and checkpoints.
     folder: Path
+    # A resumed run keeps the id that it began with.
     run_id: str
     rank: int
+    # A gloo group of all ranks.
     control: dist.ProcessGroup
+    # Number of processes of the job, those of the engines' nodes included.
     processes: int
     device: torch.device
     display: Display
     clock: PhaseClock
+    # Empty except on rank 0.
     loggers: list[Logger]
     checkpoint_every: int
     checkpoints_kept: int
     slow_factor: float
+    # Writes this launch's settings as those of the run. Called on rank 0.
     write_settings: Callable[[], None]
+    # The savers of the run and its parts, so that the run can wait for their checkpoints when it ends.
     savers: list[Saver] = field(default_factory=list)
     tokens: int = 0  # of the present step (utilisation.throughput)
     flops: float = 0.0
@@ -58,35 +59,37 @@ class Run:
     ending: bool = False  # a rank was asked to end soon (recipes.run.preemption)
 
     def part(self, name: str) -> "Run":
-        """A part of the run that another one follows, with records and checkpoints in a folder of that name."""
+        """A part of the run that another part follows, with records and checkpoints in a folder of that name."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         return replace(self, folder=folder)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Count the block's wall time as this phase of the step."""
+        """Count the wall time of the block as this phase of the step."""
         return self.clock.phase(name)
 
     def count(self, tokens: int = 0, flops: float = 0.0) -> None:
-        """Add to the present step's tokens, and to the model FLOPs of its training phase; of all ranks together."""
+        """Add to the tokens of the present step and to the model FLOPs of its training phase, of all ranks together."""
         self.tokens += tokens
         self.flops += flops
 
     def log(self, text: str) -> None:
-        """Rank 0 shows a line and writes it to its log."""
+        """Show a line and write it to the log, on rank 0."""
         self.display.message(text)
         if self.rank == 0:
             logging.getLogger(__name__).warning(text)
 
     def event(self, kind: str, **details: Any) -> None:
-        """Rank 0 adds a line to events.jsonl."""
+        """Add an event to events.jsonl, on rank 0."""
         if self.rank == 0:
             records.event(self.root, kind, **details)
 
     def record(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Collective: rank 0 writes a step's metrics with the seconds of its phases and how well it used the machines,
-        and names the ranks that were slow; the clock starts anew. Returns the line. Here all ranks learn that one of
-        them was asked to end soon."""
+        """Collective: record the metrics of a step, restart the clock and return the row.
+
+        The row also has the seconds of the step's phases, its throughput and its memory. Rank 0 writes the row and logs
+        the ranks that were slow. If any rank has been asked to end soon, all ranks learn it here.
+        """
         self.clock.lap(BETWEEN)
         probe_laps = [("probe", probe(self.device))]
         of_this_rank = [self.clock.laps, probe_laps, preemption.preemption_requested(), utilisation.rank_memory()]
@@ -125,8 +128,10 @@ class Run:
         return row
 
     def begin(self, step: int) -> None:
-        """Training goes on after ``step`` steps, whose checkpoint is loaded: write down this launch's settings, and
-        drop the records of later steps, which it makes again."""
+        """Prepare the records for training that goes on after ``step`` steps, from their checkpoint if above 0.
+
+        Writes this launch's settings and drops the records of later steps, which the run repeats.
+        """
         if self.rank != 0:
             return
         self.write_settings()
@@ -134,7 +139,7 @@ class Run:
         sample_files.drop_after(self.folder, step)
 
     def open_checkpoints(self) -> tuple["Checkpoints", Path | None]:
-        """Collective: what saves this part's checkpoints, and the newest complete one that is there."""
+        """Collective: return the object that saves this part's checkpoints, and the newest intact one, if any."""
         folder = self.folder / "checkpoints"
         newest = checkpoint.newest_intact(folder, self.log)
         saver = Saver(folder, self.checkpoints_kept)
@@ -150,19 +155,21 @@ class Checkpoints:
     saver: Saver
 
     def check(self) -> None:
-        """Raises CheckpointError where the last save has failed by now."""
+        """Raises CheckpointError where the last save has already failed."""
         self.saver.check()
 
     def after_step(self, step: int, total: int, state: Callable[[], "TrainingState"]) -> None:
-        """Collective: begin to save ``state()`` after this many of ``total`` steps, where one is due.
+        """Collective: begin to save ``state()`` after step ``step`` of ``total``, where a checkpoint is due.
 
-        Raises Preempted when the run was asked to end soon and the checkpoint is complete.
+        If the run has been asked to end soon, waits until the checkpoint is complete and raises Preempted.
         """
         due = step == total or step % self.run.checkpoint_every == 0 or self.run.ending
         if not due:
             return
-        with self.run.phase("checkpoint"):  # follows the step's record, so its time shows in the next one
-            self.saver.wait()  # the copies of the former state are overwritten
+        # The phase follows the record of this step, so its time is in the record of the next step.
+        with self.run.phase("checkpoint"):
+            # state() overwrites the host buffers that the last save writes from.
+            self.saver.wait()
             saved = state()
             progress = {"run": self.run.run_id, **saved.progress}
             blobs = {} if saved.responses is None else {RESPONSES: saved.responses.to_bytes()}
@@ -173,19 +180,22 @@ class Checkpoints:
             raise preemption.Preempted(f"asked to end by {preemption.SIGNAL.name}: step {step} is saved")
 
     def wait(self) -> None:
-        """Until the last save is complete. Raises CheckpointError where it failed."""
+        """Wait until the last save is complete. Raises CheckpointError where it failed."""
         self.saver.wait()
 
 
-RESPONSES = "partial_rollouts.safetensors"  # in a checkpoint
+RESPONSES = "partial_rollouts.safetensors"  # a file in a checkpoint
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds: ``models`` by name, ``progress`` as plain JSON, and the responses that are in flight."""
+    """The content of a checkpoint."""
 
+    # The models, by name.
     models: Mapping[str, Snapshot]
+    # Plain JSON.
     progress: Mapping[str, Any]
+    # The responses in flight.
     responses: TokenBatch | None = None
 
 

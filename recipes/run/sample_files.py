@@ -1,5 +1,9 @@
-"""The responses of an RL run as JSON lines: ``samples/step_000012_rank_00008.jsonl``, a file for each step and rank
-whose engines made some of them. A thread writes it, so no step waits for text, and nothing passes through one rank."""
+"""The responses of an RL run as JSON lines, in files such as ``samples/step_000012_rank_00008.jsonl``.
+
+There is one file for each step and each rank whose engines generated responses of the step. A thread writes the file,
+so that no step waits for decoding or writing. Each rank writes its own file, so that no rank has to gather all
+responses.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +20,7 @@ Row = dict[str, Any]
 
 
 class SampleWriter:
-    """Writes the responses that this rank made, one step at a time."""
+    """Writes the responses that this rank's engines generated, one step at a time."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.folder = run_dir / FOLDER
@@ -25,13 +29,15 @@ class SampleWriter:
         self.writing: Future[None] | None = None
 
     def write(self, step: int, make_rows: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
-        """Begin to write a step's rows, which the thread makes, when the step before is written. Raises what that
-        raised."""
+        """Begin to write the rows of a step in the thread, which calls ``make_rows``.
+
+        First waits until the previous step is written. Raises what that raised.
+        """
         self.wait()
         self.writing = self.thread.submit(self._write, step, make_rows)
 
     def wait(self) -> None:
-        """Until the last step is written. Raises OSError, naming the file, and what ``make_rows`` raised."""
+        """Wait until the last step is written. Raises OSError, naming the file, and what ``make_rows`` raised."""
         if self.writing is not None:
             self.writing.result()
 
@@ -45,7 +51,7 @@ class SampleWriter:
 
 
 def read(run_dir: Path) -> Iterator[Row]:
-    """The rows of a run, step by step; those of a step in the order of the ranks that made them. Complete files only.
+    """Yield the rows of a run by step, and within a step by the rank that wrote them. Reads complete files only.
 
     Raises ValueError for a line that is not JSON, with its file and number.
     """
@@ -54,8 +60,10 @@ def read(run_dir: Path) -> Iterator[Row]:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the files of later steps, which a run resumed at ``step`` writes again, and those that a kill cut off. No
-    file is read."""
+    """Remove the files of steps after ``step``, which a resumed run writes again, and incomplete files.
+
+    A kill leaves incomplete files. No file is read.
+    """
     for path in (run_dir / FOLDER).glob("step_*"):
         name = NAME.fullmatch(path.name)
         if name and (int(name[1]) > step or name[2]):

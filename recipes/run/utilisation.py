@@ -1,4 +1,4 @@
-"""How well a step used the machines: tokens per second, MFU, memory."""
+"""Metrics of how well a step used the machines: tokens per second, MFU and memory."""
 
 import resource
 from collections.abc import Mapping
@@ -19,15 +19,18 @@ def throughput(
     processes: int,
     peak_flops: float | None,
 ) -> dict[str, float]:
-    """Metrics of a step; without ``peak_flops`` no MFU, and none of what was not counted.
+    """The throughput metrics of a step.
+
+    There is no MFU without ``peak_flops``. A metric whose tokens or FLOPs were not counted (0) is left out too.
 
     Args:
-        tokens: of prompts and responses that the step is about, all ranks together.
+        tokens: number of tokens of the step's prompts and responses, all ranks together.
         flops: model FLOPs of the training phase, all ranks together.
-        seconds: of each phase.
-        ranks: of the trainer, which share its FLOPs.
-        processes: of the job, on GPUs one for each: the trainer's ranks and those of the engines' nodes.
-        peak_flops: of a rank's device, per second.
+        seconds: the seconds of each phase.
+        ranks: number of the trainer's ranks, which share its FLOPs.
+        processes: number of processes of the job: the trainer's ranks and those of the engines' nodes. On GPUs there is
+            one for each GPU.
+        peak_flops: peak FLOPs per second of a rank's device.
     """
     metrics = {}
     step_seconds = sum(seconds.values())
@@ -40,14 +43,17 @@ def throughput(
 
 
 def rank_memory() -> tuple[int | None, int, int]:
-    """Of this rank: bytes that its device's allocator held at most since the last call (None without a device), most
-    bytes of host memory that its process had since its start, and bytes in use on its node."""
+    """The memory use of this rank, in bytes: (device peak, host peak, used on the node).
+
+    The device peak is the maximum that the device's allocator has held since the last call, None without a device. The
+    host peak is the maximum resident memory of the process since its start.
+    """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     return platform.current().take_memory_peak(), resident, used_memory(Path("/proc/meminfo").read_text())
 
 
 def used_memory(meminfo: str) -> int:
-    """Bytes in use, of the text of /proc/meminfo: those that a new process could not get."""
+    """The bytes in use, from the text of /proc/meminfo. These are the bytes that a new process could not get."""
     sizes = {
         name: int(rest.split()[0]) * KIB for name, _, rest in (line.partition(":") for line in meminfo.splitlines())
     }
@@ -55,7 +61,7 @@ def used_memory(meminfo: str) -> int:
 
 
 def memory(of_ranks: list[tuple[int | None, int, int]]) -> dict[str, float]:
-    """Metrics of all ranks' :func:`rank_memory`: of each the greatest."""
+    """The memory metrics of a step: the maximum over all ranks of each value of :func:`rank_memory`, in GiB."""
     on_device = [device for device, _, _ in of_ranks if device is not None]
     metrics = {"memory/device_peak_gib": max(on_device) / GIB} if on_device else {}
     metrics["memory/rank_peak_gib"] = max(resident for _, resident, _ in of_ranks) / GIB

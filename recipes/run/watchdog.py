@@ -1,4 +1,4 @@
-"""A rank that hangs ends the run and leaves the stacks of all ranks in their logs; slow ranks are reported."""
+"""Ends a run in which a rank hangs, with the stacks of all ranks in their logs, and reports slow ranks."""
 
 import ctypes
 import faulthandler
@@ -17,17 +17,17 @@ from megatron_ext import platform
 POLL = 0.5  # seconds between two checks
 # Seconds in which the other ranks see the notice and write their stacks.
 GRACE = 5.0
-# A file in the folder of the logs, with what hangs.
+# A file in the folder of the logs. Its text says which rank hangs, and in which phase.
 NOTICE = "stalled"
-# Of <linux/prctl.h>.
+# From <linux/prctl.h>.
 PR_SET_NAME = 15
 PROCESS_NAME_BYTES = 15
-# Of this process, as its watchdog was told last.
+# The phase of this process that was last reported to its watchdog.
 _phase = "start"
 
 
 def phase() -> str:
-    """What this process does: the phase that began last."""
+    """The current phase of this process, which is the one that began last."""
     return _phase
 
 
@@ -36,9 +36,9 @@ class Watchdog:
 
     After ``seconds`` without a :meth:`beat` the thread writes a notice into ``folder``, prints an error, writes the
     stacks of all threads to standard error (the rank's log) and ends the process with exit code 1. It does the same as
-    soon as another rank has written a notice, so the stacks of all ranks show the same moment; all ranks must share
-    ``folder``. When library code holds the GIL, this thread cannot run: faulthandler's thread, which needs no GIL, then
-    does it a little later.
+    soon as another rank has written a notice, so that the stacks of all ranks show the same moment. So all ranks must
+    share ``folder``. While library code holds the GIL, this thread can't run. Then faulthandler's thread, which needs
+    no GIL, writes the stacks and ends the process a little later.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float) -> None:
@@ -50,7 +50,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
-        """Report progress. ``doing``: the phase that begins, which also becomes the process's name in ``top``."""
+        """Report progress. ``doing`` is the phase that begins. It also becomes the process's name in ``top``."""
         global _phase
         self.last = time.monotonic()
         self.doing = _phase = doing
@@ -58,7 +58,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(self.seconds + 2 * GRACE, exit=True)
 
     def stop(self) -> None:
-        """End the watch: the run has finished or failed."""
+        """Stop watching. Called when the run has finished or failed."""
         self.ended.set()
         faulthandler.cancel_dump_traceback_later()
 
@@ -72,7 +72,7 @@ class Watchdog:
                 # On a full disk the notice is lost, but the watchdogs of the other ranks end them too.
                 with suppress(OSError):
                     self.notice.write_text(stalled)
-            # Every rank prints it; one of them has the terminal.
+            # Every rank prints the error. One of them has the terminal.
             print(
                 f"error: {stalled}; the stacks of all ranks are in {self.notice.parent}/rank_*.log. If that phase may "
                 "take so long, raise cluster.watchdog; go on with resume=true",
@@ -86,7 +86,7 @@ class Watchdog:
 
 
 def probe(device: Any) -> float:
-    """Seconds that a fixed matrix product takes on this rank's device, the best of five."""
+    """The seconds that a fixed matrix product takes on this rank's device, as the best of five runs."""
     import torch
 
     side = platform.capabilities(device.type).probe_size
@@ -102,12 +102,13 @@ def probe(device: Any) -> float:
 
 
 def slow_ranks(laps: Sequence[Sequence[tuple[str, float]]], factor: float, least: float) -> list[str]:
-    """A message for each rank and phase that took more than ``factor`` times the median of all ranks, and ``least``
-    seconds more than it.
+    """A message for each rank and phase that took much longer than the median of all ranks.
 
-    ``laps[rank]``: (phase, seconds) in order, the same phases on every rank, from a moment at which all ranks were at
-    the same place. A rank that reaches a phase early waits for the last rank, in this phase or a later one.
-    That wait is subtracted from its seconds.
+    A rank is slow if it took more than ``factor`` times the median and more than the median plus ``least`` seconds.
+
+    ``laps[rank]`` lists (phase, seconds) in order, from a moment at which all ranks were at the same place. Every rank
+    has the same phases. A rank that reaches a phase early waits for the last rank, in this phase or a later one. That
+    wait is subtracted from its seconds.
     """
     messages = []
     elapsed = [0.0] * len(laps)

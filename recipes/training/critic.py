@@ -32,20 +32,21 @@ NAME = "critic"  # in a checkpoint
 
 @dataclass(frozen=True)
 class Critic:
-    """``host_copies`` exist with ``critic.offload``: the policy's optimiser states, which are on the host while the
-    critic works, and all of the critic, which is there at other times. From ``snapshot_buffers`` a checkpoint is
-    written."""
+    """The critic on this rank: its model, optimiser and schedule."""
 
     algorithm: AlgorithmConfig
     model: models.Model
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    # Copies of the policy's optimiser states, which are on the host while the critic works, and of the whole critic,
+    # which is on the host at other times. None without critic.offload.
     host_copies: tuple[HostCopy, HostCopy] | None
+    # Holds the copies that a checkpoint is written from.
     snapshot_buffers: HostBuffers = field(default_factory=HostBuffers)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """The critic is on the device within the block."""
+        """Keep the critic on the device within the block. With ``critic.offload`` it is on the host otherwise."""
         if self.host_copies is None:
             yield
             return
@@ -65,11 +66,11 @@ class Critic:
             return forward_backward.all_values(self.model, micro_batches, len(batch.response_tokens))
 
     def train(self, policy: Policy, batch: TokenBatch, inputs: AdvantageInputs) -> dict[str, float]:
-        """Collective: as many updates on a rollout as the policy makes; returns metrics.
+        """Collective: make as many updates on a rollout as the policy makes, and return their metrics.
 
-        The critic learns from every response that has a reward, those whose advantage is zero too. The column
-        ``weights`` is the policy loss's, 0 where the loss mask leaves a token out, so the update depends on neither
-        micro-batches nor ranks.
+        The critic learns from every response that has a reward, also where the advantage is 0. The column ``weights``
+        has the aggregation weights of the policy loss, which are 0 where the loss mask is False. So the update depends
+        neither on the micro-batch split nor on the number of ranks.
         """
         loss_mask = torch.from_numpy(batch.loss_mask)
         old_values, returns = value_targets(inputs, loss_mask, self.algorithm.discount, self.algorithm.gae_lambda)
@@ -98,13 +99,18 @@ class Critic:
         }
 
     def snapshot(self) -> dict[str, Snapshot]:
-        """Collective: what a checkpoint has of it, by name. The former snapshot must have been written."""
+        """Collective: the critic's part of a checkpoint, by name.
+
+        The previous snapshot must have been written, since its buffers are reused.
+        """
         with self.awake():
             return {NAME: checkpoint.snapshot(self.model, self.optimizer, self.schedule, self.snapshot_buffers)}
 
     def load(self, folder: Path) -> None:
-        """Collective: restore it from a checkpoint, bit for bit. Raises ConfigError on one that has no
-        critic."""
+        """Collective: restore the critic from a checkpoint, bit for bit.
+
+        Raises ConfigError for a checkpoint without a critic.
+        """
         if NAME not in checkpoint.progress(folder)["models"]:
             raise ConfigError(f"{folder}: holds no critic: resume with the algorithm the run began with, or start anew")
         with self.awake():
@@ -112,10 +118,10 @@ class Critic:
 
 
 def build_critic(config: Config, policy: Policy, policy_folder: Path) -> Critic:
-    """Collective: the critic, from ``critic.path``, or from the policy's folder.
+    """Collective: build the critic from ``critic.path``, or from the policy's folder where that is not set.
 
-    From a language model its head begins at zero, and so do all values. Raises ConfigError where the folder's model has
-    another vocabulary than the policy's.
+    If the folder holds a language model, the scalar head starts at zero, and so do all values. Raises ConfigError where
+    the size of the model's vocabulary differs from the policy's.
     """
     folder = Path(config.critic.path or policy_folder)
     hf_config = scalar_head.scalar_config(hf_checkpoint.config(folder))
@@ -140,7 +146,7 @@ def build_critic(config: Config, policy: Policy, policy_folder: Path) -> Critic:
 
 
 def vocabulary_size(hf_config: object) -> int:
-    """Tokens in the vocabulary of a model's language part."""
+    """The number of tokens in the vocabulary of a model's language part."""
     text_config = family(hf_config.architectures[0]).text_config(hf_config)  # type: ignore[attr-defined]
     return int(text_config.vocab_size)
 
@@ -148,8 +154,10 @@ def vocabulary_size(hf_config: object) -> int:
 def value_targets(
     inputs: AdvantageInputs, loss_mask: torch.Tensor, discount: float, gae_lambda: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values that made the advantages and the returns, which are GAE + these values, both float64 [R]; 0 for
-    tokens that the loss mask leaves out."""
+    """The values that the advantages were computed with, and the returns, which are GAE plus these values.
+
+    Both are float64 [R] and 0 for tokens that the loss mask leaves out.
+    """
     assert inputs.values is not None
     old_values = inputs.values.double()
     returns = gae(inputs, discount=discount, gae_lambda=gae_lambda) + old_values
@@ -157,7 +165,10 @@ def value_targets(
 
 
 def value_loss(value_clip: float) -> forward_backward.LossFunction:
-    """(values [R], micro-batch) → (the weighted sum of the clipped value losses, how many tokens of it are clipped)."""
+    """The critic's loss function: (values [R], micro-batch) → (loss, number of clipped tokens).
+
+    The loss is the weighted sum of the clipped value losses.
+    """
 
     def loss(values: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         old_values = batch.values["old_values"]
@@ -172,7 +183,10 @@ def value_loss(value_clip: float) -> forward_backward.LossFunction:
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for a constant; 0 where returns are equal."""
+    """1 − Var(returns − values) / Var(returns).
+
+    It is 1 for a perfect critic and 0 for constant values. Where all returns are equal, the result is 0.
+    """
     if len(returns) == 0 or returns.amax() == returns.amin():
         return 0.0
     return float(1 - (returns - values).var(correction=0) / returns.var(correction=0))

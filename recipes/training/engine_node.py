@@ -1,7 +1,7 @@
-"""A process of a node that has engines and no part of the model: it does what the trainer's rank 0 orders.
+"""A process on a node that has engines but no part of the trained model. It obeys orders of the trainer's rank 0.
 
-The first process of a node owns its engines and judges their responses. All take part in weight syncs: each receives
-for the engines of its node.
+The first process of a node owns the node's engines and judges their responses. All processes take part in weight syncs
+and receive weights for the engines of their node.
 """
 
 import os
@@ -36,8 +36,10 @@ from rollout.sampling import Sampling
 
 
 def serve(config: Config) -> None:
-    """Start this node's engines and serve until the trainer ends the run. Raises RuntimeError where the trainer is gone
-    before."""
+    """Start this node's engines and serve until the trainer ends the run.
+
+    Raises RuntimeError where the trainer is gone before it has ended the run.
+    """
     run_dir = Path(config.run_dir)
     rank = int(os.environ["RANK"])
     logs.redirect_output(run_dir / "logs", rank)
@@ -59,7 +61,7 @@ def serve(config: Config) -> None:
         chosen = engine_settings(config, nodes) if owns_engines else []
         engines = start_engines(chosen, node, run_dir, stack)
         weight_sync = open_weight_sync(config, [], engines, engine_nodes.group, display)
-        # It ends this process when one of the trainer has made no progress.
+        # The watchdog ends this process when a rank of the trainer has made no progress.
         watchdog = Watchdog(run_dir / "logs", rank, LONGEST_WAIT.total_seconds())
         stack.callback(watchdog.stop)
         rollouts = Rollouts(
@@ -84,7 +86,7 @@ def serve(config: Config) -> None:
 
 
 def judges(config: Config, rollouts: Rollouts) -> dict[str, OnResponse]:
-    """What gives the verdicts on a response, by whose rows the prompts are."""
+    """The functions that judge a response, by the kind of rows that the prompts come from (training or held-out)."""
     of_rows: dict[str, OnResponse] = {}
     if "rl" in config.stage.trains:
         rows = RowsById(load_rows(config.data.prompts))
@@ -96,7 +98,7 @@ def judges(config: Config, rollouts: Rollouts) -> dict[str, OnResponse]:
 
 
 def obey(rollouts: Rollouts, engine_nodes: EngineNodes, judges_of_rows: dict[str, OnResponse]) -> None:
-    """Do what is ordered until the end of the run. A generation that has been ordered goes on meanwhile."""
+    """Execute orders until the end of the run. A generation goes on while later orders are executed."""
     generation: Generation | None = None
     while (order := engine_nodes.next_order()).name != END:
         if order.name == GENERATE:
@@ -115,7 +117,7 @@ def obey(rollouts: Rollouts, engine_nodes: EngineNodes, judges_of_rows: dict[str
 
 
 def begin(order: Order, rollouts: Rollouts, judges_of_rows: dict[str, OnResponse]) -> Generation:
-    """Have this node's engines begin with their share of the requests."""
+    """Have this node's engines begin to generate responses to their share of the requests."""
     assert order.requests is not None
     arguments = order.arguments
     sampling = Sampling(**arguments["sampling"])
@@ -125,6 +127,6 @@ def begin(order: Order, rollouts: Rollouts, judges_of_rows: dict[str, OnResponse
 
 
 def sync(order: Order, rollouts: Rollouts) -> None:
-    """Take part in a weight sync; dead engines are started again first."""
+    """Take part in a weight sync. Dead engines are restarted first."""
     assert order.name == SYNC, f"order {order.name!r}"
     rollouts.sync_weights(order.arguments["version"])

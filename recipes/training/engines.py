@@ -1,4 +1,4 @@
-"""The engines of a node, and what judges and answers their responses."""
+"""The engines of a node, and the verifiers and the environment that judge and answer their responses."""
 
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -21,15 +21,17 @@ from rollout.environment import Turns, open_environment
 
 @dataclass(frozen=True)
 class Judging:
-    """What judges and answers responses, on ranks that start engines; elsewhere nothing."""
+    """The verifiers and the environment of responses, on ranks that start engines. Elsewhere all is None or empty."""
 
+    # The client of the verifiers' servers.
     client: Client | None
     verifiers: dict[str, Verifier]
+    # The environment that answers responses. None without one.
     turns: Turns | None
 
 
 def open_judging(config: Config, names: Collection[str], stack: ExitStack) -> Judging:
-    """The verifiers of these names, the client of their servers, and the environment."""
+    """Open the verifiers of these names, the client of their servers, and the environment."""
     client = stack.enter_context(Client(registry.servers_of(names, config.rewards), config.rewards.client))
     if config.rewards.placement == settings.COLOCATED:
         client.sleep(connect_seconds=config.rewards.supervisor.startup_timeout)
@@ -43,12 +45,15 @@ def open_judging(config: Config, names: Collection[str], stack: ExitStack) -> Ju
 
 
 def record_restart(run_dir: Path, engine: str) -> None:
-    """Write down that an engine was started again; on the rank that has it."""
+    """Record in events.jsonl that an engine was restarted. Called on the rank that owns the engine."""
     records.event(run_dir, "engine restart", engine=engine)
 
 
 def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
-    """Of the engines of one of the job's nodes. Raises ConfigError where they can't be shared out."""
+    """The settings of each engine of one of the job's nodes.
+
+    Raises ConfigError where the engines can't be distributed over the nodes.
+    """
     count = engines_of_a_node(config, nodes)
     shared = EngineSettings(
         rollout=config.rollout,
@@ -63,7 +68,7 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
     gpus = range(gpus_of_a_node(config, nodes))
     engines = []
     for i in range(count):
-        # The GPUs of the engine's workers come first; it sees the others to read trainer weights there.
+        # The GPUs of the engine's workers come first. The engine sees the others to read the trainer's weights there.
         of_workers = [gpu for gpu in gpus if gpu // config.rollout.tensor == i]
         others = [gpu for gpu in gpus if gpu // config.rollout.tensor != i]
         engines.append(replace(shared, devices=(*of_workers, *others)))
@@ -71,7 +76,10 @@ def engine_settings(config: Config, nodes: int) -> list[EngineSettings]:
 
 
 def thinking_marks(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Token ids of ``rollout.thinking_marks``; None without a budget. Raises ConfigError for a mark without tokens."""
+    """The token ids of ``rollout.thinking_marks``, or None without a thinking budget.
+
+    Raises ConfigError for a mark without tokens.
+    """
     if config.rollout.thinking_budget is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)

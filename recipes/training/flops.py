@@ -1,4 +1,4 @@
-"""Model FLOPs of an update, for the MFU."""
+"""Model FLOPs of an update, from which the MFU is computed."""
 
 from megatron_ext.batch import TokenBatch
 from megatron_ext.model import Model
@@ -14,11 +14,11 @@ def shape_of(model: Model) -> ModelShape:
 
 
 def training_flops(model: Model, batch: TokenBatch) -> float:
-    """Forward and backward on the batch's responses, all ranks together, as if no parameter were frozen.
+    """The FLOPs of forward and backward pass over the batch, all ranks together, as if no parameter were frozen.
 
-    Operations that are repeated for memory (``parallel.recompute``) do not count, nor does padding: they are no work of
-    the model. A prompt counts once for each response, whether its pass is shared or not. The output layer is computed
-    for response tokens, and not at all for a scalar head.
+    Recomputation (``parallel.recompute``) and padding do not count, since they are no work of the model. A prompt
+    counts once for each of its responses, whether the responses share the pass over it or not. The output layer counts
+    for response tokens only. With a scalar head it does not count at all.
     """
     lengths = batch.lengths
     outputs = 0 if model.is_scalar else int(batch.response_lengths.sum())

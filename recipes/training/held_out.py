@@ -32,7 +32,7 @@ def held_out_answers(config: Config, rollouts: Rollouts, processor: PromptProces
 
 
 def response_of(rollouts: Rollouts, batch: TokenBatch, i: int) -> evaluate.Response:
-    """Response i of a batch as the evaluation takes it."""
+    """Response i of a batch in the evaluation's form."""
 
     def encode(text: str) -> list[int]:
         return rollouts.tokenizer.encode(text, add_special_tokens=False)
@@ -45,6 +45,6 @@ def response_of(rollouts: Rollouts, batch: TokenBatch, i: int) -> evaluate.Respo
 
 
 def judge_response(config: Config, rollouts: Rollouts, rows: Mapping[str, Row], response: TokenBatch) -> dict[str, Any]:
-    """The scores of a batch of one answer. Called from several threads."""
+    """The verdicts on a batch of one answer, by the verifiers of its scores. Called from several threads."""
     row = rows[response.prompt(0).prompt_id]
     return rollouts.judge(row, response, evaluate.score_names(row, config.data.scores))

@@ -1,4 +1,4 @@
-"""The policy on this rank: the model that is trained, its optimiser and schedule, and the passes over a batch."""
+"""The policy on this rank: the model that is trained, its optimiser and schedule, and its passes over a batch."""
 
 import math
 from collections import Counter
@@ -41,16 +41,16 @@ from megatron_ext.weight_map import round_up
 
 @dataclass
 class UpdateGuard:
-    """Applies updates and skips those whose loss or gradient norm is not finite, on every rank alike.
-
-    ``log`` shows a line; ``event`` writes one down. ``skipped`` counts those of the present step, ``in_a_row`` those of
-    each model since its last update.
-    """
+    """Applies updates and skips those whose loss or gradient norm is not finite, on every rank alike."""
 
     max_skipped: int
+    # Shows a line.
     log: Callable[[str], None]
+    # Records an event.
     event: Callable[..., None]
+    # Updates skipped since the last call of take_skipped, that is in the present step.
     skipped: int = 0
+    # Updates of each model skipped since its last applied update.
     in_a_row: Counter[str] = field(default_factory=Counter)
 
     def apply(
@@ -60,9 +60,9 @@ class UpdateGuard:
         metrics: dict[str, float],
         model: str = POLICY,
     ) -> bool:
-        """One update by the accumulated gradients; sets ``metrics["grad_norm"]``. Returns whether there was an update.
+        """Make one update with the accumulated gradients and return whether it was applied.
 
-        Raises RuntimeError after ``optimizer.max_skipped`` skipped ones in a row.
+        Sets ``metrics["grad_norm"]``. Raises RuntimeError after ``optimizer.max_skipped`` skipped updates in a row.
         """
         if math.isfinite(metrics["loss"]):
             metrics["grad_norm"] = optimizer.step(model_optimizer, schedule)
@@ -86,7 +86,7 @@ class UpdateGuard:
         return False
 
     def take_skipped(self) -> int:
-        """How many were skipped since the last call."""
+        """Return the number of updates skipped since the last call."""
         skipped = self.skipped
         self.skipped = 0
         return skipped
@@ -94,34 +94,35 @@ class UpdateGuard:
 
 @dataclass
 class Policy:
-    """The model in this world's layout. ``optimizer`` and ``schedule`` exist after :meth:`build_optimizer`, reference
-    weights after :meth:`load_reference`.
-
-    ``source`` is the Hugging Face folder whose configuration and tokenizer an export takes along. ``cost`` gives a
-    sequence's floating-point operations, by which micro-batches are balanced. ``temperature`` is that of sampling.
-    ``states``: the optimiser's, which may move to the host. The buffers take the model's own weights while it has the
-    reference's, and what a checkpoint is written from.
-    """
+    """The policy model in this world's layout, with its optimiser, its schedule and the reference weights."""
 
     model: Model
     parallel: Parallel
+    # The Hugging Face folder whose configuration and tokenizer an export copies.
     source: str
+    # Gives the FLOPs of a sequence, by which micro-batches are balanced.
     cost: Cost
     pad_token: int
+    # The sampling temperature.
     temperature: float
     optimizer_config: OptimizerConfig
     guard: UpdateGuard
+    # The optimiser states, which may move to the host.
     states: HostCopy
+    # The optimiser and its schedule exist after build_optimizer.
     optimizer: MegatronOptimizer | None = None
     schedule: OptimizerParamScheduler | None = None
+    # The reference weights on the host. They exist after load_reference.
     reference: list[torch.Tensor] | None = None
+    # Holds the model's own weights while the model has the reference's.
     own_weights: HostBuffers = field(default_factory=HostBuffers)
+    # Holds the copies that a checkpoint is written from.
     snapshot_buffers: HostBuffers = field(default_factory=HostBuffers)
 
     # Optimiser, schedule and checkpoints
 
     def build_optimizer(self, learning: ScheduleConfig, updates: int) -> None:
-        """A fresh optimiser with master weights taken from the model, and a schedule over so many ``updates``."""
+        """Build a fresh optimiser, with master weights from the model, and a schedule over ``updates`` updates."""
         self.restore_states()
         self.optimizer, self.schedule = self.new_optimizer(self.model, learning, updates)
         self.states.optimizer = self.optimizer
@@ -129,39 +130,41 @@ class Policy:
     def new_optimizer(
         self, model: Model, learning: ScheduleConfig, updates: int
     ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-        """The same for any model of this world, a critic say."""
+        """As :meth:`build_optimizer` for any model of this world, such as a critic; returns both."""
         built, schedule = optimizer.build(model, self.optimizer_config, learning, updates)
         built.reload_model_params()
         return built, schedule
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         assert self.schedule is not None
         return self.schedule.get_lr({})
 
     def update(self, metrics: dict[str, float]) -> bool:
-        """One update by the accumulated gradients, as :meth:`UpdateGuard.apply`."""
+        """Make one update with the accumulated gradients, as :meth:`UpdateGuard.apply`."""
         assert self.optimizer is not None and self.schedule is not None
         return self.guard.apply(self.optimizer, self.schedule, metrics)
 
     def skip_update(self, metrics: dict[str, float]) -> None:
-        """Leave the accumulated gradients unused."""
+        """Discard the accumulated gradients and set ``metrics["grad_norm"]`` to 0."""
         assert self.optimizer is not None
         metrics["grad_norm"] = optimizer.skip(self.optimizer)
 
     def snapshot(self) -> Snapshot:
-        """Collective: a copy of model, optimiser and schedule on the host, for a checkpoint. The former one must have
-        been written."""
+        """Collective: a copy of model, optimiser and schedule on the host, for a checkpoint.
+
+        The previous snapshot must have been written, since its buffers are reused.
+        """
         assert self.optimizer is not None and self.schedule is not None
         return checkpoint.snapshot(self.model, self.optimizer, self.schedule, self.snapshot_buffers)
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the snapshot, as plain JSON."""
+        """What a checkpoint stores beside the snapshot, as plain JSON."""
         return {"skipped_in_a_row": self.guard.in_a_row}
 
     def load(self, folder: Path) -> int:
-        """Collective: restore everything from a checkpoint; returns how many steps it has finished."""
+        """Collective: restore the policy from a checkpoint and return the number of steps that it has finished."""
         assert self.optimizer is not None and self.schedule is not None
         self.guard.in_a_row = Counter(checkpoint.progress(folder)["skipped_in_a_row"])
         return checkpoint.load(folder, self.model, self.optimizer, self.schedule)
@@ -174,13 +177,18 @@ class Policy:
     # Memory
 
     def restore_states(self) -> None:
-        """Before training: bring the optimiser's states back from the host, where ``optimizer.offload`` left them.
-        Engines and judges on these devices must be asleep."""
+        """Move the optimiser states back from the host, where ``optimizer.offload`` put them. Called before training.
+
+        Engines and judges on these devices must be asleep.
+        """
         self.states.restore()
 
     def release_memory(self) -> None:
-        """Before generating: make room for engines. The gradients go, the optimiser's states where they may go to the
-        host, and what the allocator kept of activations."""
+        """Free device memory for the engines. Called before generation.
+
+        Frees the gradients and the memory that the allocator has cached from activations. With ``optimizer.offload``
+        the optimiser states move to the host.
+        """
         release_gradients(self.model)
         if self.optimizer_config.offload:
             self.states.release()
@@ -189,21 +197,26 @@ class Policy:
     # Passes over a batch
 
     def micro_batches(self, batch: TokenBatch, together: int = 1, model: Model | None = None) -> MicroBatches:
-        """This data-parallel rank's packed micro-batches of a batch whose tokens every rank holds, for the policy or
-        another ``model`` in its layout. ``together`` successive responses stay in one micro-batch; single ones share
-        their prompt (``megatron_ext.model.shares_prompts``)."""
+        """This data-parallel rank's packed micro-batches of a batch whose tokens every rank holds.
+
+        They are for the policy, or for another ``model`` in the policy's layout. ``together`` successive responses
+        stay in one micro-batch. With ``together=1``, the responses to a prompt may share the pass over it
+        (``megatron_ext.model.shares_prompts``).
+        """
         return self.pack(batch, self.plan(batch, together), model or self.model, together)
 
     def micro_batches_of_own(self, batch: TokenBatch, group: dist.ProcessGroup) -> MicroBatches:
-        """Collective over ``group`` (gloo): as :meth:`micro_batches`, of a batch whose tokens some rank holds. This
-        rank gets those that it trains on."""
+        """Collective over ``group`` (gloo): as :meth:`micro_batches`, for a batch that is distributed over ranks.
+
+        This rank receives the tokens of the responses that it trains on.
+        """
         plan = self.plan(batch)
         wanted = np.zeros(len(batch), np.bool_)
         wanted[[i for indices in plan for i in indices]] = True
         return self.pack(exchange(batch, wanted, group), plan, self.model)
 
     def plan(self, batch: TokenBatch, together: int = 1) -> list[list[int]]:
-        """The responses of each of this data-parallel rank's micro-batches. No tokens are looked at."""
+        """The indices of the responses in each of this data-parallel rank's micro-batches. Needs no tokens."""
         layout = self.parallel.config
         shares = shares_prompts(layout) and together == 1
         if shares:
@@ -222,8 +235,11 @@ class Policy:
         return [[i for unit in chosen for i in units[unit]] for chosen in of_ranks[self.parallel.data_rank]]
 
     def pack(self, batch: TokenBatch, plan: Sequence[Sequence[int]], model: Model, together: int = 1) -> MicroBatches:
-        """Collective: the micro-batches of a plan for a model in the policy's layout; their tokens are held here. The
-        policy's vision encoder, where it is frozen, runs on what it has not seen yet."""
+        """Collective: the micro-batches of a plan for a model in the policy's layout.
+
+        This rank must hold their tokens. If the model is the policy and its vision encoder is frozen, the encoder runs
+        on the images that it has not encoded yet.
+        """
         layout = self.parallel.config
         encoded = model is self.model and model.tower is not None and images.encoder_is_frozen(model.tower)
         self.prepare_images(batch, plan, model, encoded)
@@ -241,13 +257,16 @@ class Policy:
         return MicroBatches(batch, plan, build)
 
     def prepare_images(self, batch: TokenBatch, plan: Sequence[Sequence[int]], model: Model, encoded: bool) -> None:
-        """Collective: the images of the plan's prompts come to the ranks of the first pipeline stage, those that are
-        not there yet. ``encoded``: the model's encoder runs on them."""
+        """Collective: send the images of the plan's prompts to the ranks of the first pipeline stage that lack them.
+
+        With ``encoded`` the model's encoder then runs on them.
+        """
         if batch.vision is None:
             return
         in_plan = np.zeros(len(batch.prompts), np.bool_)
         in_plan[batch.prompt_index[[i for indices in plan for i in indices]]] = model.tower is not None
-        distinct: dict[int, tuple[VisionInputs, bool]] = {}  # both answers of a pair have the same
+        # Each image once: both answers of a preference pair have the same vision inputs.
+        distinct: dict[int, tuple[VisionInputs, bool]] = {}
         for vision, has in zip(batch.vision, in_plan.tolist(), strict=True):
             if vision is not None:
                 _, had = distinct.get(id(vision), (vision, False))
@@ -263,8 +282,10 @@ class Policy:
             images.encode(model, [vision for vision, lacks in zip(inputs, lacking, strict=True) if lacks])
 
     def divisible_prefix(self, lengths: Array, wanted: int) -> int:
-        """How many of the first sequences, at least ``wanted``, :meth:`micro_batches` can share out over all ranks.
-        ``lengths`` [S] are in tokens."""
+        """How many sequences from the first on, at least ``wanted``, can be distributed over all ranks.
+
+        :meth:`micro_batches` distributes them. ``lengths`` [S] are in tokens.
+        """
         layout = self.parallel.config
         return packing.divisible_prefix(
             [round_up(length, layout.token_multiple) for length in lengths.tolist()],
@@ -275,21 +296,26 @@ class Policy:
         )
 
     def add_log_probs(self, micro_batches: MicroBatches | Joined, name: str) -> None:
-        """``values[name]``: log-probs of the response tokens under the present weights, at the sampling temperature."""
+        """Add the response tokens' log-probs under the present weights to the micro-batches as ``values[name]``.
+
+        The log-probs are taken at the sampling temperature.
+        """
         micro_batches.add(name, forward_backward.log_probs(self.model, micro_batches, self.temperature))
 
     def all_log_probs(self, micro_batches: MicroBatches, total: int) -> torch.Tensor:
-        """Collective: log-probs under the present weights of all the batch's response tokens, ``total`` of them, FP32
-        on every rank's host."""
+        """Collective: log-probs of all response tokens of the batch under the present weights, FP32 [``total``].
+
+        Every rank gets them, on its host.
+        """
         return forward_backward.all_log_probs(self.model, micro_batches, total, self.temperature)
 
     # Reference
 
     def load_reference(self, folder: Path) -> None:
-        """Keep the weights of a Hugging Face folder on the host, in this rank's layout.
+        """Load the reference weights from a Hugging Face folder to the host, in this rank's layout.
 
-        Raises ValueError where a frozen vision encoder is not the policy's: the passes under the reference take what
-        the policy's has made of the images.
+        The passes under the reference use the images as the policy's frozen vision encoder has encoded them. So this
+        raises ValueError where the encoder is frozen and the folder's encoder differs from the policy's.
         """
         self.reference = forward_backward.load_weights(self.model, folder)
         if self.model.tower is not None and images.encoder_is_frozen(self.model.tower):
@@ -302,7 +328,7 @@ class Policy:
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Within the block the model has the reference's weights; afterwards its own again, bit for bit."""
+        """Give the model the reference's weights within the block. Its own weights are restored bit for bit."""
         assert self.reference is not None, "load_reference comes first"
         with forward_backward.swapped_weights(self.model, self.reference, self.own_weights):
             yield

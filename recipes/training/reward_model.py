@@ -32,9 +32,9 @@ from recipes.training.setup import Training
 
 
 def fit(training: Training, run: Run) -> None:
-    """Collective: the steps of ``stage.reward_model``.
+    """Collective: train a reward model by the settings of ``stage.reward_model``.
 
-    At the end ``reward_model.json`` has the accuracy on the held-out pairs and all their scores.
+    At the end writes the accuracy on the held-out pairs and all their scores to ``reward_model.json``.
     """
     config = training.config
     policy = training.policy
@@ -79,8 +79,11 @@ def fit(training: Training, run: Run) -> None:
 def pairs_batch(
     tokenizer: Any, rows: Sequence[Row], prompts: Mapping[str, ProcessedPrompt], max_tokens: int
 ) -> TokenBatch:
-    """The chosen and then the rejected answer of each row. ``prompts``: of the rows with images or clips, by id. Raises
-    ConfigError naming a row that is too long."""
+    """A batch with the chosen and then the rejected answer of each row.
+
+    ``prompts`` has the processed prompts of the rows with images or clips, by id. Raises ConfigError naming a row that
+    is too long.
+    """
     return batches.concatenate(
         [chosen_and_rejected(tokenizer, row, prompts.get(row["id"]), max_tokens) for row in rows]
     )
@@ -89,10 +92,11 @@ def pairs_batch(
 def bradley_terry(
     values: torch.Tensor, batch: MicroBatch, *, pairs: int, context_group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """−log σ(r_chosen − r_rejected), summed over the micro-batch's pairs and divided by the update's.
+    """−log σ(r_chosen − r_rejected), summed over the micro-batch's pairs and divided by the update's number of pairs.
 
-    ``values`` [R]: the scores whose tokens are on this context-parallel rank. The margin is that of complete sequences,
-    without gradient; each score takes the loss's derivative by it, −σ(−margin), with its sign.
+    ``values`` [R] are the scores whose tokens are on this context-parallel rank. The margin r_chosen − r_rejected is
+    computed from complete sequences, without gradient. The gradient of each score is the derivative of the loss by the
+    margin, −σ(−margin), with the sign of that score in the margin.
     """
     sequences = sequences_of(batch, context_group)
     scores = sequences.sum(values)
@@ -110,8 +114,11 @@ def bradley_terry(
 def evaluate(
     policy: Policy, make_batch: Callable[[Sequence[Row]], TokenBatch], rows: Sequence[Row], multiple: int
 ) -> dict[str, Any]:
-    """Collective: loss, mean margin, the share of pairs ranked right (ties count half) with its interval, scores. The
-    rows are filled up to a ``multiple``."""
+    """Collective: evaluate the present weights on held-out pairs.
+
+    Returns the loss, the mean margin, the accuracy with its interval, and the scores. The accuracy is the share of
+    pairs that are ranked right, where a tie counts half. The rows are padded to a multiple of ``multiple``.
+    """
     missing = -len(rows) % multiple
     batch = make_batch([*rows, *[rows[0]] * missing])
     micro_batches = policy.micro_batches(batch, together=2)

@@ -1,4 +1,7 @@
-"""The RL loop: generate, score, advantages, update, sync. Every algorithm, stage and model goes through it."""
+"""The RL loop: generate, score, advantages, update, sync.
+
+Every RL stage uses this loop, whatever its algorithm and its model.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +46,7 @@ from rewards.verifiers import search
 from rollout.generation import OnResponse
 from rollout.prompt_buffer import PromptBuffer, Rollout
 
-# Every step's line has them, without a value where no update was made.
+# Every row of metrics.jsonl has these keys. Their values are None where the step made no update.
 POLICY_METRICS = (
     "kl/old",
     "entropy",
@@ -58,35 +61,40 @@ POLICY_METRICS = (
 
 @dataclass
 class Loop:
-    """What the steps of the loop share. ``rows`` are the data's rows by id; ``curriculum`` says of which phase a draw
-    is; ``constraint`` is the state of the Lagrange multiplier (``rewards.objectives``); ``critic`` is None for an
-    algorithm without values; ``judge`` gives the verdicts on a batch of one response; ``samples`` writes the responses
-    down; ``reference_every``: steps from one that makes a pass under the reference to the next, None without a
-    reference."""
+    """The state that the steps of the loop share."""
 
     config: Config
     policy: Policy
+    # None for an algorithm without values.
     critic: Critic | None
     rollouts: Rollouts
     run: Run
+    # The rows of the data, by id.
     rows: Mapping[str, Row]
+    # Gives the phase that a draw belongs to.
     curriculum: Curriculum
+    # Number of steps from one pass under the reference to the next. None without a reference.
     reference_every: int | None
     buffer: PromptBuffer
     rollout: Rollout
+    # Returns the verdicts on a batch of one response.
     judge: OnResponse
+    # The state of the Lagrange multiplier (rewards.objectives).
     constraint: dict[str, Any]
+    # Writes the responses to files.
     samples: SampleWriter
 
     @property
     def ahead(self) -> bool:
-        """Whether the engines generate the next step's responses, by weights one update older, while the trainer works
-        (``rollout.staleness``)."""
+        """Whether the engines generate the next step's responses while the trainer works on this step's.
+
+        Those responses come from weights that are one update older (``rollout.staleness``).
+        """
         return self.config.rollout.staleness > 0
 
     @property
     def in_flight(self) -> bool:
-        """Whether an update's weights go to the engines in the middle of generating (``rollout.in_flight_updates``)."""
+        """Whether the engines receive an update's weights while they generate (``rollout.in_flight_updates``)."""
         return self.config.rollout.in_flight_updates
 
     def uses_reference(self, step: int) -> bool:
@@ -95,10 +103,10 @@ class Loop:
 
 
 def fit(training: Training, run: Run, reference: Path) -> None:
-    """Train the policy for ``algorithm.steps`` steps, from the newest checkpoint where there is one.
+    """Train the policy until it has made ``algorithm.steps`` steps.
 
-    ``run`` takes the records and checkpoints. ``reference`` is the Hugging Face folder of the policy that the KL
-    penalty refers to.
+    Training resumes from the newest checkpoint where there is one. ``run`` stores the records and checkpoints.
+    ``reference`` is the Hugging Face folder of the reference policy, to which the KL penalty is computed.
     """
     config = training.config
     policy = training.policy
@@ -124,7 +132,7 @@ def fit(training: Training, run: Run, reference: Path) -> None:
         batch, score_metrics = score(loop, batch, all_rounds)
         batch, inputs = compute_advantages(loop, batch)
         update_metrics = update(loop, step, batch, inputs)
-        # An engine that has died is started again by a sync, but no request may reach it before that sync has ended.
+        # A sync restarts an engine that has died. No request may reach the engine before that sync has ended.
         if generating and loop.in_flight and loop.rollouts.engines_alive():
             placed_bytes = sync(loop, step + 1)
 
@@ -149,14 +157,17 @@ def fit(training: Training, run: Run, reference: Path) -> None:
 
 
 def prepare(training: Training, run: Run, reference: Path) -> Loop:
-    """Collective: the optimiser, the critic where the algorithm needs it, and the reference where a step does."""
+    """Collective: prepare what the steps share.
+
+    Builds the optimiser, the critic where the algorithm needs values, and loads the reference where a step uses it.
+    """
     config = training.config
     policy = training.policy
     rollouts = training.rollouts
     assert rollouts is not None  # recipes.config.generates
     algorithm = config.algorithm
     needs = requirements(algorithm)
-    # The policy stays as it is while a critic warms up.
+    # The policy makes no update while a critic warms up.
     warmup = config.critic.warmup_steps if needs.values else 0
     policy.build_optimizer(algorithm, (algorithm.steps - warmup) * algorithm.updates_per_rollout)
     critic = build_critic(config, policy, reference) if needs.values else None
@@ -175,7 +186,7 @@ def prepare(training: Training, run: Run, reference: Path) -> Loop:
         seed=config.seed,
     )
     judge = partial(judge_response, config, rollouts, by_id)
-    # Judges that share the GPUs judge when all is generated.
+    # Judges that share the GPUs with the engines judge only after all responses have been generated.
     on_response = None if rollouts.judges_share_gpus else judge
     return Loop(
         config=config,
@@ -209,9 +220,9 @@ def draw_prompts(
 
 
 def resume(loop: Loop, folder: Path) -> int:
-    """Collective: go on from a checkpoint; returns how many steps it has finished.
+    """Collective: restore the loop from a checkpoint and return the number of steps that the checkpoint has finished.
 
-    Raises ValueError for a checkpoint of a version that wrote down less.
+    Raises ValueError for a checkpoint of another version, whose progress.json lacks an entry.
     """
     progress = checkpoint.progress(folder)
     missing = {"curriculum", "prompt_buffer", "constraint"} - progress.keys()
@@ -224,7 +235,7 @@ def resume(loop: Loop, folder: Path) -> int:
     if loop.critic is not None:
         loop.critic.load(folder)
     prompt_buffer = progress["prompt_buffer"]
-    # The buffer draws the prompts in flight again, by the curriculum.
+    # buffer.load draws the prompts in flight again and needs the curriculum for this.
     loop.curriculum.resume(progress["curriculum"], finished, prompt_buffer["draws"])
     loop.buffer.load(prompt_buffer, read_responses(folder))
     loop.constraint = progress["constraint"]
@@ -232,7 +243,11 @@ def resume(loop: Loop, folder: Path) -> int:
 
 
 def training_state(loop: Loop) -> TrainingState:
-    """Collective: what a checkpoint holds. The responses up to here are written down before it is complete."""
+    """Collective: the content of a checkpoint.
+
+    First waits until the sample files of the steps so far are written, so that they exist before the checkpoint is
+    complete.
+    """
     loop.samples.wait()
     models = {POLICY: loop.policy.snapshot()}
     if loop.critic is not None:
@@ -251,30 +266,36 @@ def training_state(loop: Loop) -> TrainingState:
 
 
 def sync(loop: Loop, step: int) -> int:
-    """Collective: the policy's weights go to the engines; returns the bytes placed."""
+    """Collective: send the policy's weights to the engines and return the number of bytes placed."""
     with loop.run.phase("sync"):
         return loop.rollouts.sync_weights(step)
 
 
 def start(loop: Loop, step: int, round_number: int) -> None:
-    """Collective: have the engines begin a step's round of prompts (from 0); a step has up to
-    ``algorithm.max_generation_batches``."""
+    """Collective: have the engines begin a round of prompts of a step.
+
+    Rounds are numbered from 0. A step has up to ``algorithm.max_generation_batches`` of them.
+    """
     loop.curriculum.reach(step, loop.buffer.draws)
     loop.rollout.start(step * loop.config.algorithm.max_generation_batches + round_number)
 
 
 def generate(loop: Loop, step: int, started: bool) -> tuple[TokenBatch, TokenBatch]:
-    """Collective: the step's groups with their verdicts and rewards; and the responses of all its rounds, of which
-    these were chosen, without tokens and vision inputs. ``started``: the engines are generating already. Afterwards
-    they sleep.
+    """Collective: generate and judge the responses of a step.
 
-    Dynamic sampling (``algorithm.max_generation_batches`` above 1): further prompts are asked until enough groups have
-    differing rewards; where the rounds do not give as many, other groups fill up.
+    Returns two batches, both with verdicts and rewards. The first has the groups that the step trains on. The second
+    has the responses of all rounds, from which these groups were chosen, without tokens and vision inputs.
+    ``started`` says that the engines are generating already. Afterwards the engines sleep (``rollout.sleep``).
+
+    With dynamic sampling (``algorithm.max_generation_batches`` above 1) the engines generate further rounds of prompts
+    until enough groups have differing rewards. If all rounds together give too few such groups, other groups fill up
+    the step.
     """
     algorithm = loop.config.algorithm
     rounds: list[TokenBatch] = []
     for round_number in range(algorithm.max_generation_batches):
-        with loop.run.phase("generate"):  # verifiers judge each response while others are being generated
+        # Verifiers judge each response while others are being generated.
+        with loop.run.phase("generate"):
             if rounds or not started:
                 loop.rollouts.wake()
                 start(loop, step, round_number)
@@ -286,7 +307,8 @@ def generate(loop: Loop, step: int, started: bool) -> tuple[TokenBatch, TokenBat
         rewards = by_group(np.concatenate([done.rewards for done in rounds]), algorithm.samples_per_prompt)
         if int(has_reward_variance(rewards).sum()) >= algorithm.prompts_per_step:
             break
-    with loop.run.phase("sync"):  # the next sync wakes the engines
+    # The next sync wakes the engines.
+    with loop.run.phase("sync"):
         loop.rollouts.sleep()
     groups = select_groups(rewards, algorithm.prompts_per_step)
     all_rounds = batches.concatenate([replace(done.without_tokens(), vision=None) for done in rounds])
@@ -294,7 +316,7 @@ def generate(loop: Loop, step: int, started: bool) -> tuple[TokenBatch, TokenBat
 
 
 def join_rounds(rounds: Sequence[TokenBatch], groups: Sequence[int], samples_per_prompt: int) -> TokenBatch:
-    """The chosen groups of all rounds as one batch; groups are numbered over all rounds."""
+    """The chosen groups of all rounds as one batch. ``groups`` are indices over the groups of all rounds."""
     batch = batches.concatenate(rounds)
     number = np.repeat(np.arange(len(batch) // samples_per_prompt, dtype=np.int32), samples_per_prompt)
     batch = replace(batch, group_index=number)
@@ -302,12 +324,12 @@ def join_rounds(rounds: Sequence[TokenBatch], groups: Sequence[int], samples_per
 
 
 def by_group(per_response: Array, samples_per_prompt: int) -> torch.Tensor:
-    """[S] → [prompts, samples]: a batch has its groups one after another."""
+    """Reshape [S] to [prompts, samples]. A batch stores its groups one after another."""
     return torch.from_numpy(per_response.reshape(-1, samples_per_prompt))
 
 
 def judge_response(config: Config, rollouts: Rollouts, rows: Mapping[str, Row], response: TokenBatch) -> dict[str, Any]:
-    """What the verifiers of its row's label say of a batch of one response. Called from several threads."""
+    """The verdicts on a batch of one response, by the verifiers of its row's label. Called from several threads."""
     row = rows[response.prompt(0).prompt_id]
     return rollouts.judge(row, response, list(mixing.label_weights(row, config.rewards.mix)))
 
@@ -316,7 +338,10 @@ def judge_response(config: Config, rollouts: Rollouts, rows: Mapping[str, Row], 
 
 
 def mix_rewards(loop: Loop, batch: TokenBatch) -> Array:
-    """float64 [S]: each response's reward by its row's mix, NaN where a weighted verifier failed."""
+    """float64 [S]: the reward of each response, computed by the reward mix of its row.
+
+    NaN where a verifier with a weight failed.
+    """
     rewarding = loop.config.rewards
     samples = loop.config.algorithm.samples_per_prompt
     rewards: list[float] = []
@@ -332,21 +357,23 @@ def mix_rewards(loop: Loop, batch: TokenBatch) -> Array:
 
 
 def results_of(verdicts: Mapping[str, Any]) -> dict[str, VerifierResult]:
-    """A response's verdicts as objects."""
+    """The verdicts on a response, parsed from JSON."""
     return {name: from_json(verdict) for name, verdict in verdicts.items()}
 
 
 def score(loop: Loop, batch: TokenBatch, all_rounds: TokenBatch) -> tuple[TokenBatch, dict[str, Any]]:
-    """Collective: the batch without a loss on responses that have no reward, and the metrics of the rewards. The
-    constraint's multiplier moves on.
+    """Collective: compute the reward metrics and update the constraint's multiplier.
 
-    Rewards, verdicts and the multiplier are about ``all_rounds``: dynamic sampling leaves groups out of ``batch``
-    because of their rewards, so that its means are biased.
+    Returns the batch, whose loss mask is now False for responses without a reward, and the metrics.
+
+    The metrics of rewards and verdicts and the multiplier are computed from ``all_rounds``. Dynamic sampling selects
+    the groups of ``batch`` by their rewards, so means over ``batch`` would be biased.
 
     Raises RuntimeError where more verdicts failed than ``rewards.client.max_failed`` allows.
     """
     server_counts = loop.rollouts.server_counts()
-    with loop.run.phase("reward"):  # in which no rank waits for another: one that is slow here is told
+    # No rank waits for another in this phase, so a rank that is slow here is reported.
+    with loop.run.phase("reward"):
         rewarding = loop.config.rewards
         judged = [results_of(verdicts) for verdicts in all_rounds.verdicts]
         failures = mixing.failures(judged, [row_id for row_id, _ in all_rounds.keys])
@@ -369,7 +396,7 @@ def score(loop: Loop, batch: TokenBatch, all_rounds: TokenBatch) -> tuple[TokenB
 
 
 def kinds_of(loop: Loop, batch: TokenBatch) -> list[str]:
-    """The kind of each response's row, [S]. Each row is read once."""
+    """[S]: the kind of each response's row. Each row is read once."""
     kinds = [loop.rows[prompt.prompt_id]["kind"] for prompt in batch.prompts]
     return [kinds[prompt] for prompt in batch.prompt_index]
 
@@ -378,10 +405,14 @@ def kinds_of(loop: Loop, batch: TokenBatch) -> list[str]:
 
 
 def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, AdvantageInputs]:
-    """Collective: the batch with the columns ``advantages`` and ``weights``, both 0 where the loss mask leaves a token
-    out, and those of :func:`kl_rewards`; and what the advantages were made of.
+    """Collective: compute the advantages and the aggregation weights of a batch.
 
-    Advantages of samples need no tokens. Those of tokens are made on every rank, which then holds all tokens.
+    Returns the batch with the columns ``advantages`` and ``weights``, which are 0 where the loss mask is False, and
+    the inputs that the advantages were computed from. With the KL in the reward, the batch also has the columns that
+    :func:`kl_rewards` adds.
+
+    Per-sample advantages need no tokens. Per-token advantages are computed on every rank, and each rank then holds the
+    tokens of the full batch.
     """
     algorithm = loop.config.algorithm
     samples = algorithm.samples_per_prompt
@@ -428,7 +459,7 @@ def compute_advantages(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, Advan
 
 
 def constraint_scale(loop: Loop, batch: TokenBatch) -> Array:
-    """float64 [S]: what the constraint multiplies each response's advantages by, on average 1."""
+    """float64 [S]: the factor by which the constraint scales each response's advantages. The mean factor is 1."""
     rewarding = loop.config.rewards
     mixes = [mixing.label_weights(loop.rows[prompt.prompt_id], rewarding.mix) for prompt in batch.prompts]
     of_prompts = [objectives.advantage_scale(weights, rewarding.constraint, loop.constraint) for weights in mixes]
@@ -437,9 +468,12 @@ def constraint_scale(loop: Loop, batch: TokenBatch) -> Array:
 
 
 def kl_rewards(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, torch.Tensor]:
-    """Collective: float64 [R], what each response token pays for leaving the reference; and the batch with the
-    log-probs that the updates need again, as columns: ``reference``, and ``old`` where a rollout makes several
-    updates."""
+    """Collective: compute the KL penalty of each response token.
+
+    Returns the batch with the log-probs that the updates need again, and the token rewards, which are
+    −``kl_coefficient`` × KL, float64 [R]. The log-probs are the columns ``reference`` and, where a rollout makes
+    several updates, ``old``.
+    """
     algorithm = loop.config.algorithm
     total = len(batch.response_tokens)
     micro_batches = loop.policy.micro_batches(batch)
@@ -454,7 +488,7 @@ def kl_rewards(loop: Loop, batch: TokenBatch) -> tuple[TokenBatch, torch.Tensor]
 
 
 def split(batch: TokenBatch, updates: int) -> list[TokenBatch]:
-    """The batch's responses in equal parts, one for each update of the rollout."""
+    """Split the responses of a batch into equal parts, one for each update of the rollout."""
     size = len(batch) // updates
     if updates == 1:
         return [batch]
@@ -465,7 +499,7 @@ def split(batch: TokenBatch, updates: int) -> list[TokenBatch]:
 
 
 def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) -> dict[str, Any]:
-    """Collective: the policy's and the critic's updates on a rollout; returns their metrics."""
+    """Collective: make the updates of the policy and the critic on a rollout, and return their metrics."""
     policy = loop.policy
     with loop.run.phase("logprobs"):
         updates, micro_batches_of_updates = pack_updates(loop, batch)
@@ -484,7 +518,7 @@ def update(loop: Loop, step: int, batch: TokenBatch, inputs: AdvantageInputs) ->
 
 
 def pack_updates(loop: Loop, batch: TokenBatch) -> tuple[list[TokenBatch], list[MicroBatches]]:
-    """Collective: the responses of each update of a rollout, and this rank's micro-batches of them."""
+    """Collective: the responses of each update of a rollout, and this rank's micro-batches of each update."""
     algorithm = loop.config.algorithm
     parts = split(batch, algorithm.updates_per_rollout)
     updates = [contributing(part, algorithm.skip_zero_advantage, loop.policy) for part in parts]
@@ -492,10 +526,11 @@ def pack_updates(loop: Loop, batch: TokenBatch) -> tuple[list[TokenBatch], list[
 
 
 def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -> TokenBatch:
-    """The responses to train on; the weights stay those of all responses.
+    """The responses that an update trains on. Their aggregation weights stay those of the full update.
 
-    A zero advantage (a group of equal rewards) gives no policy gradient; leaving such responses out saves their passes
-    and drops only their KL term. Some are kept where the others are too few to be shared out over all ranks.
+    A response whose advantages are 0 (a group of equal rewards) gives no policy gradient. Leaving it out saves its
+    forward and backward pass and drops only its KL term. Some of these responses are kept where the others are too few
+    to be distributed over all ranks.
     """
     if not skip_zero_advantage:
         return batch
@@ -510,9 +545,12 @@ def contributing(batch: TokenBatch, skip_zero_advantage: bool, policy: Policy) -
 
 
 def add_log_probs(loop: Loop, step: int, micro_batches_of_updates: Sequence[MicroBatches]) -> None:
-    """Collective: log-probs under the reference, where this step uses it, and, where the weights move before the last
-    update of the rollout, those under the present weights as the old policy's. Each is one pass over the micro-batches
-    of all updates. What the KL in the reward took is there already."""
+    """Collective: add the log-probs that the updates of a step need to their micro-batches.
+
+    These are the log-probs under the reference, where this step uses it, and those under the present weights as the
+    old policy's, where the rollout makes several updates. Each takes one forward pass over the micro-batches of all
+    updates. With the KL in the reward, :func:`kl_rewards` has computed them already.
+    """
     micro_batches = Joined(micro_batches_of_updates)
     if loop.uses_reference(step) and not micro_batches.has("reference"):
         with loop.policy.reference_weights():
@@ -522,7 +560,10 @@ def add_log_probs(loop: Loop, step: int, micro_batches_of_updates: Sequence[Micr
 
 
 def policy_update(loop: Loop, step: int, micro_batches: MicroBatches) -> dict[str, float]:
-    """Collective: one update of the policy; returns the sums of its metrics, none where the update was skipped.
+    """Collective: make one update of the policy and return the sums of its metrics.
+
+    The sums are empty where the update was skipped because its loss or gradient norm is not finite. While a critic
+    warms up, the sums are returned but the gradients are not applied.
 
     Raises RuntimeError where the engines did not sample from the trainer's weights (``algorithm.max_mismatch``).
     """
@@ -535,8 +576,9 @@ def policy_update(loop: Loop, step: int, micro_batches: MicroBatches) -> dict[st
         policy.temperature,
         entropies="trained" if algorithm.entropy_coefficient > 0 else "measured",
     )
-    measured = mismatch.report(metrics)  # nothing where no token is trained on
-    if measured and math.isfinite(metrics["loss"]):  # otherwise there is no update
+    measured = mismatch.report(metrics)  # empty where no token is trained on
+    # A loss that is not finite makes no update, so its mismatch is not checked.
+    if measured and math.isfinite(metrics["loss"]):
         mismatch.check(measured, max_mismatch=algorithm.max_mismatch)
     if loop.critic is not None and step < loop.config.critic.warmup_steps:
         policy.skip_update(metrics)
@@ -549,8 +591,11 @@ def policy_update(loop: Loop, step: int, micro_batches: MicroBatches) -> dict[st
 
 
 def policy_metrics(sums: Mapping[str, float], with_reference: bool) -> dict[str, float | None]:
-    """Means over a step's updates, and over the tokens they trained on; None where all updates were skipped.
-    ``with_reference``: whether the step made a pass under the reference."""
+    """The metrics of a step's updates, as means over the updates or over the tokens that they trained on.
+
+    The values are None where all updates were skipped. ``with_reference`` says whether the step made a pass under the
+    reference.
+    """
     names = [*POLICY_METRICS, "kl/reference"] if with_reference else POLICY_METRICS
     without_value = dict.fromkeys(names)
     if not sums:
@@ -564,7 +609,7 @@ def policy_metrics(sums: Mapping[str, float], with_reference: bool) -> dict[str,
 
 
 def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, Any]:
-    """Lengths, what is not trained on, and age of the weights."""
+    """The metrics of response lengths, of the share of tokens that are not trained on, and of staleness."""
     tokens = int(batch.response_lengths.sum())
     return {
         "response_length/mean": tokens / len(batch),
@@ -575,14 +620,18 @@ def generation_metrics(loop: Loop, step: int, batch: TokenBatch) -> dict[str, An
 
 
 def generation_speed(loop: Loop, all_rounds: TokenBatch) -> float:
-    """Response tokens a second of a step whose rounds were all begun in its own phase "generate". Where the engines
-    began before, nothing tells when the last of them had ended."""
+    """Response tokens per second of a step whose rounds all began in its own "generate" phase.
+
+    Where the engines began earlier, the time at which the last of them ended is unknown.
+    """
     return int(all_rounds.response_lengths.sum()) / loop.run.clock.seconds["generate"]
 
 
 def record(loop: Loop, metrics: dict[str, Any], batch: TokenBatch) -> None:
-    """Collective: rank 0 writes the step's metrics and shows them, a thread of each rank that holds responses writes
-    these; the clock starts anew."""
+    """Collective: write the metrics and the responses of a step, and restart the clock.
+
+    Rank 0 writes the metrics and shows them. On each rank that holds responses, a thread writes these.
+    """
     of_this_rank = np.flatnonzero(holders(batch, loop.rollouts.control) == loop.run.rank)
     if len(of_this_rank):
         loop.samples.write(metrics["step"], partial(sample_lines, loop, metrics["step"], batch, of_this_rank))
@@ -593,7 +642,7 @@ def record(loop: Loop, metrics: dict[str, Any], batch: TokenBatch) -> None:
 
 
 def sample_lines(loop: Loop, step: int, batch: TokenBatch, chosen: Array) -> Iterator[dict[str, Any]]:
-    """The chosen responses, whose tokens are held here, as lines of the records."""
+    """The chosen responses as rows of the sample files. This rank holds their tokens."""
     keys = batch.keys
     for i in chosen.tolist():
         prompt_id, sample_index = keys[i]
@@ -613,7 +662,7 @@ def sample_lines(loop: Loop, step: int, batch: TokenBatch, chosen: Array) -> Ite
 
 
 def mean_advantage(batch: TokenBatch, i: int) -> float:
-    """Of the trained tokens of response i; 0 where it has none."""
+    """The mean advantage of the trained tokens of response i; 0 where it has none."""
     if batch.trained_lengths[i] == 0:
         return 0.0
     if "advantages" in batch.response_columns:

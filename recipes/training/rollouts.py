@@ -1,4 +1,4 @@
-"""The rollouts on this rank: engines with the policy's weights, what they generate, and the verdicts on it."""
+"""The rollouts on this rank: the engines with the policy's weights, their responses, and the verdicts on them."""
 
 import time
 from collections import Counter
@@ -30,57 +30,63 @@ from rollout.weight_sync.sync import WeightSync
 
 @dataclass
 class Rollouts:
-    """``engines``, ``verifiers``, ``client`` and ``turns`` (an environment's) exist on the first rank of each node;
-    ``node`` of ``nodes``. ``control`` is a gloo group of all ranks.
+    """The engines, verifiers and weight sync of this rank, and the methods that all ranks call together.
 
-    ``engine_nodes``: where the engines are on nodes of their own. Each process there has a Rollouts too, with ``node``
-    of ``nodes`` among these, and calls the same methods by order of the trainer's rank 0 (``engine_node``).
+    ``engines``, ``verifiers``, ``client`` and ``turns`` exist on the first rank of each node. Elsewhere they are empty
+    or None.
 
-    ``judges_share_gpus``: the judges' servers sleep while engines and trainer work, and judge a complete batch.
-    ``make_room`` frees the trainer's memory for engines. ``heartbeat`` gets the name of a phase that makes progress,
-    ``on_restart`` the name of an engine that died and is started again.
-
-    ``weight_sync``: None where engines read their weights from ``model.path`` when they start.
-
-    ``version`` is that of the weights in the engines; ``asleep``: they were put to sleep since the last sync.
+    Where the engines are on nodes of their own, each process there has a Rollouts too. It calls the same methods by
+    order of the trainer's rank 0 (``engine_node``).
     """
 
     config: RolloutConfig
     seed: int
     tokenizer: Any
     engines: list[Engine]
+    # None where the engines read their weights from model.path when they start.
     weight_sync: WeightSync | None
+    # A gloo group of all ranks.
     control: dist.ProcessGroup
+    # This rank's node among the nodes that have engines, and the number of these nodes.
     node: int
     nodes: int
     verifiers: dict[str, Verifier]
+    # The client of the verifiers' servers.
     client: Client | None
+    # The environment that answers responses.
     turns: Turns | None
+    # Whether the judges' servers sleep while engines and trainer work, and judge a complete batch.
     judges_share_gpus: bool
+    # Frees the trainer's memory for the engines.
     make_room: Callable[[], None]
+    # Gets the name of a phase that makes progress.
     heartbeat: Callable[[str], None]
+    # Gets the name of an engine that died and is restarted.
     on_restart: Callable[[str], None]
+    # Not None where the engines are on nodes of their own.
     engine_nodes: EngineNodes | None = None
+    # The version of the weights in the engines.
     version: int = 0
+    # Whether the engines have been put to sleep since the last sync.
     asleep: bool = False
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The gloo group of all processes that take part in rollouts: of the trainer, and of nodes of engines alone."""
+        """The gloo group of all processes that take part in rollouts: the trainer's ranks and the engines' nodes."""
         return self.control if self.engine_nodes is None else self.engine_nodes.group
 
     def order(self, name: str, **arguments: Any) -> None:
-        """Have the processes of the engines' nodes, where there are any, call the same (``EngineNodes.order``)."""
+        """Have the processes of the engines' nodes, if there are any, call the same method (``EngineNodes.order``)."""
         if self.engine_nodes is not None:
             self.engine_nodes.order(name, **arguments)
 
     # Weights and sleep
 
     def sync_weights(self, version: int) -> int:
-        """Collective: bring every engine to the policy's weights; returns the bytes placed.
+        """Collective: update every engine to the policy's weights and return the number of bytes placed.
 
-        ``version`` is the number of RL steps that made the weights, so that a resumed run's responses name the same
-        one. Engines that died are started again first.
+        ``version`` is the number of RL steps that the weights have been trained for, so that the responses of a
+        resumed run have the same version. Engines that died are restarted first.
         """
         self.heartbeat("sync")
         self.order(SYNC, version=version)
@@ -97,22 +103,25 @@ class Rollouts:
         return placed
 
     def engines_alive(self) -> bool:
-        """Collective: whether every engine lives."""
+        """Collective: whether every engine process is alive."""
         self.order(ALIVE)
         return all(on_all_ranks(lambda: all(engine.alive for engine in self.engines), self.group))
 
     def sleep(self) -> None:
-        """Collective: with ``rollout.sleep`` the engines' GPU memory is the trainer's until the next sync."""
+        """Collective: with ``rollout.sleep``, have the engines free their GPU memory until the next sync."""
         on_all_ranks(lambda: self._call_sleepers("/sleep", ["weights", "kv_cache"]), self.control)
         self.asleep = self.config.sleep
 
     def wake(self) -> None:
-        """Collective: engines that were put to sleep get the weights again that they had."""
+        """Collective: wake engines that were put to sleep and give them the weights that they had before."""
         if self.asleep:
             self.sync_weights(self.version)
 
     def _prepare_engines(self) -> int:
-        """Restart this rank's dead engines and wake the memory of the weights; returns how many were restarted."""
+        """Restart this rank's dead engines and return their number.
+
+        With ``rollout.sleep`` the engines then allocate the memory of their weights again.
+        """
         dead = [engine for engine in self.engines if not engine.alive]
         for engine in dead:
             engine.restart()
@@ -134,7 +143,7 @@ class Rollouts:
         return Fleet(self.engines, self.node, self.nodes, self.turns, self.engine_nodes)
 
     def sampling(self, temperature: float, round_tokens: int | None = None) -> Sampling:
-        """The run's sampling settings at a temperature; greedy decoding takes no top-p."""
+        """The run's sampling settings at a temperature. Greedy decoding has no top-p."""
         return Sampling(
             max_tokens=self.config.max_response_tokens,
             stop_token_ids=(self.tokenizer.eos_token_id,),
@@ -153,8 +162,11 @@ class Rollouts:
         temperature: float,
         on_response: OnResponse,
     ) -> TokenBatch:
-        """Collective: responses to held-out prompts, by prompt and then sample index, with the verdicts that
-        ``on_response`` gives; all tokens on every rank. ``step`` decides the noise."""
+        """Collective: generate responses to held-out prompts, with the verdicts that ``on_response`` returns.
+
+        The responses are ordered by prompt and then by sample index. Every rank gets all tokens. The sampling noise
+        depends on ``step``.
+        """
         self.heartbeat("generate")
         self.wake()
         requests = sampler.make_requests(prompts, samples_per_prompt, self.seed, step)
@@ -165,24 +177,26 @@ class Rollouts:
         return everywhere(judged, self.control)
 
     def text(self, batch: TokenBatch, i: int) -> str:
-        """Response i as a reader sees it: after the mark of thinking where the chat template has written that into the
-        prompt. For verifiers and people only: training uses the token ids."""
+        """The text of response i for verifiers and people. Training uses the token ids.
+
+        Where the chat template has put the mark of thinking into the prompt, the text begins with this mark.
+        """
         prompt = batch.prompt(i).token_ids
         return whole_text(self.tokenizer, prompt, self.written(batch, i), self.config.thinking_marks[0])
 
     def written(self, batch: TokenBatch, i: int) -> str:
         """The text of response i's own tokens."""
-        tokens = batch.response_tokens[batch.tokens_of(i)]  # of a list, transformers would look at each
+        # An array: transformers would check each element of a list.
+        tokens = batch.response_tokens[batch.tokens_of(i)]
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     # Verdicts
 
     def judge(self, row: Row, response: TokenBatch, names: Sequence[str]) -> dict[str, Any]:
-        """What the named verifiers say of a batch of one response, as plain JSON. Called from several threads while
-        engines generate.
+        """The verdicts of the named verifiers on a batch of one response, as plain JSON.
 
-        With an environment the row also has the response's ``segments``; where the environment failed, all verifiers
-        have.
+        Called from several threads while engines generate. With an environment the verifiers also get the response's
+        ``segments`` in the row. Where the environment failed, every verdict is a failure.
         """
         (failure,) = response.failures
         if failure:
@@ -193,8 +207,11 @@ class Rollouts:
         return {name: to_json(result) for name, result in results.items()}
 
     def judge_together(self, batch: TokenBatch, judge: OnResponse) -> TokenBatch:
-        """Collective: the batch with verdicts. The engines sleep from here on and the judges' servers are awake
-        meanwhile; each node's servers judge what its engines made."""
+        """Collective: judge a complete batch and return it with verdicts.
+
+        Puts the engines to sleep and keeps the judges' servers awake while they judge. Each node's servers judge the
+        responses of that node's engines.
+        """
         self.sleep()
         holder = holders(batch, self.control)
 
@@ -203,7 +220,7 @@ class Rollouts:
             if self.client is None:
                 return []
             responses = [batch.select([i]) for i in np.flatnonzero(holder == dist.get_rank(self.control))]
-            # The client bounds how many are under way.
+            # The client limits the number of concurrent requests.
             with self.client.awake(), ThreadPoolExecutor(len(responses) or 1, "judge") as threads:
                 return list(threads.map(judge, responses))
 
@@ -211,7 +228,7 @@ class Rollouts:
         return replace(batch, verdicts=[next(shares[rank]) for rank in holder])
 
     def server_counts(self) -> dict[str, int]:
-        """Collective: what became of the requests of all nodes to each verifier's server since the last call."""
+        """Collective: the request counts of each verifier's server since the last call, summed over all nodes."""
         self.order(SERVER_COUNTS)
         total: Counter[str] = Counter()
         counts: Mapping[str, int] = self.client.take_counts() if self.client else {}
@@ -221,6 +238,9 @@ class Rollouts:
 
 
 def wait_until_ready(engines: Sequence[Engine], deadline: float) -> None:
-    """Wait until all engines answer. Raises EngineError for one that has not by ``deadline`` (``time.monotonic``)."""
+    """Wait until all engines answer.
+
+    Raises EngineError for an engine that does not answer by ``deadline`` (``time.monotonic``).
+    """
     for engine in engines:
         engine.wait_until_ready(deadline)

@@ -1,4 +1,4 @@
-"""Opens what a launch trains with: the policy, the rollouts and the run. All is closed on every way out."""
+"""Opens the policy, the rollouts and the run of a launch. They are closed however the launch ends."""
 
 import os
 import time
@@ -40,15 +40,16 @@ from rollout.engine import Engine, EngineSettings, stop_engines
 from rollout.engine_nodes import END, EngineNodes
 from rollout.weight_sync.sync import WeightSync
 
-PLANS = Path("build/weight_sync")  # plans of weight syncs, by the hash of what they were made from
+PLANS = Path("build/weight_sync")  # plans of weight syncs, by the hash of their inputs
 
 
 @dataclass(frozen=True)
 class Training:
-    """One launch on this rank. ``rollouts`` is None for stages that do not generate."""
+    """One launch on this rank."""
 
     config: Config
     policy: Policy
+    # None for stages that do not generate.
     rollouts: Rollouts | None
     run: Run
     processor: PromptProcessor
@@ -56,7 +57,10 @@ class Training:
 
 @contextmanager
 def open_training(config: Config) -> Iterator[Training]:
-    """Collective: build the trainer, start engines while its weights are read, then join them by the weight sync."""
+    """Collective: build the trainer and start the engines, then plan the weight sync from trainer to engines.
+
+    The engines start while the trainer reads its weights.
+    """
     run_dir = Path(config.run_dir)
     rank = int(os.environ["RANK"])
     logs.redirect_output(run_dir / "logs", rank)
@@ -78,11 +82,11 @@ def open_training(config: Config) -> Iterator[Training]:
             if engine_nodes is not None:
                 stack.push(partial(end_engine_nodes, engine_nodes))
             control = parallel.control_group()
-            # Before the watchdogs of the engines' nodes, too.
+            # Remove the notice of an earlier launch before any watchdog starts, those of the engines' nodes included.
             from_rank_zero(lambda: (run_dir / "logs" / NOTICE).unlink(missing_ok=True), control)
             model = build_model(config, groups)
 
-        # Only now, for their memory may be that of the gradients.
+        # Only after the model has been built: the engines may use the memory that its gradients had.
         engines = start_engines(engines_to_start, node, run_dir, stack)
 
         with display.stage("trainer: weights"):
@@ -116,13 +120,17 @@ def open_training(config: Config) -> Iterator[Training]:
                 on_restart=partial(record_restart, run_dir),
                 engine_nodes=engine_nodes,
             )
-            rollouts.sleep()  # until the first sync: optimiser and critic are made meanwhile
+            # The engines sleep until the first sync, while optimiser and critic are built.
+            rollouts.sleep()
         yield Training(config, policy, rollouts, run, processor)
 
 
 def node_with_engines(config: Config) -> tuple[int, int]:
-    """This process's node among those that have engines, and how many these are. With ``cluster.engine_nodes`` they
-    follow the trainer's, whose ranks count as on the first of them."""
+    """The index of this process's node among the nodes that have engines, and the number of these nodes.
+
+    With ``cluster.engine_nodes`` the engines' nodes follow the trainer's. The trainer's ranks then get the index of the
+    first of them, 0.
+    """
     node = int(os.environ["GROUP_RANK"])
     if config.cluster.engine_nodes:
         return max(0, node - config.cluster.nodes), config.cluster.engine_nodes
@@ -130,19 +138,21 @@ def node_with_engines(config: Config) -> tuple[int, int]:
 
 
 def names_of_verifiers(config: Config) -> set[str]:
-    """Those of the rewards, and those that score held-out answers."""
+    """The names of the verifiers of the rewards and of those that score held-out answers."""
     return {*mixing.verifier_names(config.rewards.mix), *config.data.scores}
 
 
 def join_engine_nodes(config: Config) -> EngineNodes:
-    """Collective over all processes of the job: make the world of the trainer's ranks, that of the others, and the
-    group of all."""
+    """Collective over all processes of the job: create the worlds and the group of a job with engines' nodes.
+
+    The trainer's ranks form one world and the other processes another. The group has all processes.
+    """
     worlds.join(config.cluster.ranks, config.cluster.timeout)
     return EngineNodes(worlds.job_group("gloo"), config.cluster.ranks)
 
 
 def start_engines(chosen: Sequence[EngineSettings], node: int, run_dir: Path, stack: ExitStack) -> list[Engine]:
-    """Start this node's engines, without waiting for them; the stack stops them."""
+    """Start this node's engines and do not wait until they are ready. The stack stops them."""
     engines: list[Engine] = []
     stack.callback(stop_engines, engines)
     for i, engine_config in enumerate(chosen):
@@ -170,33 +180,41 @@ def open_weight_sync(
 
 
 def keep_memory() -> None:
-    """The engines have nodes of their own: nothing of the trainer's memory is theirs."""
+    """Free no memory. For engines on nodes of their own, which use no memory of the trainer."""
 
 
 def ends_well(kind: type[BaseException] | None) -> bool:
-    """Whether a block that ends with an exception of this kind, or None, ends so on all ranks."""
+    """Whether a block that ends with an exception of this kind, or without one (None), ends likewise on all ranks."""
     return kind is None or issubclass(kind, Preempted)
 
 
 def end_engine_nodes(engine_nodes: EngineNodes, kind: type[BaseException] | None, *unused: object) -> None:
-    """Collective over the job: the trainer tells the processes of the engines' nodes that the run is over, and all wait
-    until the engines have ended, because Slurm ends a job soon after its first process has ended. After a failure they
-    notice that the trainer is gone."""
+    """Collective over the job: the trainer orders the processes of the engines' nodes to end, and all processes wait
+    until the engines have ended.
+
+    They wait because Slurm ends a job soon after its first process has ended. After a failure there is no order: the
+    processes of the engines' nodes notice that the trainer is gone.
+    """
     if ends_well(kind):
         engine_nodes.order(END)
         engine_nodes.part()
 
 
 def leave_groups(kind: type[BaseException] | None, *unused: object) -> None:
-    """Destroy the process groups. Not after a failure, when others may wait in a collective of one: NCCL would wait for
-    them, and the error would not be seen."""
+    """Destroy the process groups, except after a failure.
+
+    After a failure other ranks may wait in a collective of a group. NCCL would then wait for them, and the error would
+    not be seen.
+    """
     if ends_well(kind):
         parallel.destroy()
 
 
 def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
-    """Collective: the model of ``model.path``, its weights still zero and its gradients without memory; with a scalar
-    head for a reward or value model."""
+    """Collective: build the model of ``model.path``, with a scalar head where the stage trains a reward or value model.
+
+    Its weights are still zero, and its gradient buffers have no memory yet.
+    """
     hf_config = hf_checkpoint.config(config.model.path)
     head = trained_head(asdict(config.stage))
     if head is not None:
@@ -209,7 +227,7 @@ def build_model(config: Config, groups: parallel.Parallel) -> models.Model:
 def make_policy(
     config: Config, groups: parallel.Parallel, model: models.Model, processor: PromptProcessor, run: Run
 ) -> Policy:
-    """The policy around a built model, with the run's log for skipped updates."""
+    """The policy of a built model. Skipped updates are logged by the run."""
     return Policy(
         model=model,
         parallel=groups,
@@ -225,8 +243,11 @@ def make_policy(
 
 
 def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Display, stack: ExitStack) -> Run:
-    """Collective: records of this launch, loggers and the watchdog. Rank 0 writes environment.json, and config.yaml
-    unless the run is resumed, which may still fail (``Run.begin``)."""
+    """Collective: open the records of this launch, its loggers and its watchdog.
+
+    Rank 0 writes environment.json. It writes config.yaml only where the run is not resumed: a resumption may still
+    fail, so :meth:`Run.begin` writes the settings then.
+    """
     run_dir = Path(config.run_dir)
     run_id = from_rank_zero(lambda: run_folder.run_id(run_dir), control)
     write_settings = partial(run_folder.write_settings, run_dir, config)
@@ -259,11 +280,12 @@ def open_run(config: Config, rank: int, control: dist.ProcessGroup, display: Dis
         slow_factor=config.cluster.slow_factor,
         write_settings=write_settings,
     )
-    stack.callback(join, run.savers, config.cluster.timeout)  # a failed run's checkpoints too
+    # Also after a failure, so that checkpoints being written are completed.
+    stack.callback(join, run.savers, config.cluster.timeout)
     return run
 
 
 def join(savers: Sequence[Saver], seconds: float) -> None:
-    """Wait until the checkpoints under way are complete or have failed, at most ``seconds`` for each."""
+    """Wait until the checkpoints that are being written are complete or have failed, at most ``seconds`` for each."""
     for saver in savers:
         saver.join(seconds)

@@ -23,7 +23,7 @@ from recipes.training.setup import Training
 
 
 def fit(training: Training, run: Run) -> None:
-    """Collective: the steps of ``stage.sft`` over ``data.sft``."""
+    """Collective: fine-tune the policy on ``data.sft`` by the settings of ``stage.sft``."""
     config = training.config
     policy = training.policy
     settings = config.stage.sft
@@ -54,7 +54,7 @@ def fit(training: Training, run: Run) -> None:
 def sft_batch(
     config: Config, tokenizer: Any, rows: Sequence[Row], prompts: Sequence[ProcessedPrompt], aggregation: Aggregation
 ) -> TokenBatch:
-    """The rows' prompts, as they are processed, and answers, with the column ``weights`` of the update's loss.
+    """A batch of the rows' processed prompts and answers, with the aggregation weights as the column ``weights``.
 
     Raises ConfigError naming a row that can't be used.
     """
@@ -74,13 +74,15 @@ def sft_batch(
 
 
 def next_token_loss(log_probs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted negative log-likelihood of the response tokens."""
+    """The weighted negative log-likelihood of the response tokens."""
     return -(log_probs * batch.values["weights"]).sum(), {}
 
 
 def held_out_loss(policy: Policy, batch: TokenBatch, multiple: int) -> float:
-    """Collective: the weighted negative log-likelihood of rows that are not trained on. The batch is filled up to a
-    ``multiple`` of sequences, with such as weigh nothing."""
+    """Collective: the weighted negative log-likelihood of rows that are not trained on.
+
+    The batch is padded to a multiple of ``multiple`` sequences. The added sequences have the weight 0.
+    """
     missing = -len(batch) % multiple
     if missing:
         filler = batch.select([0] * missing)

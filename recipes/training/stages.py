@@ -1,4 +1,4 @@
-"""One launch of a recipe: what ``stage.trains`` names, in order, and the policy's evaluation around it."""
+"""One launch of a recipe: trains the parts of ``stage.trains`` in order, and evaluates the policy before and after."""
 
 import json
 import shutil
@@ -27,7 +27,10 @@ TITLES = {"sft": "SFT", "reward_model": "reward model", "value_model": "value mo
 
 
 def run_stage(training: Training) -> None:
-    """Train, evaluate, export to ``run_dir/hf`` and report; what a resumed run has done is taken from its folder."""
+    """Train, evaluate, export to ``run_dir/hf`` and write the report.
+
+    A resumed run takes the answers and exports that it has already from its folder.
+    """
     config = training.config
     run = training.run
     trains = config.stage.trains
@@ -44,7 +47,8 @@ def run_stage(training: Training) -> None:
             version = train(training, run if is_last else run.part(WARM_START), part, reference)
             if is_last:
                 if run.steps_made:
-                    answers.pop("after", None)  # of a run that was finished and goes on for more steps
+                    # They are there where a run was finished and goes on for more steps.
+                    answers.pop("after", None)
                 _evaluate(training, "after", answers, version)
             with run.display.stage(f"export: {exported.name}/"):
                 run.clock.watchdog.beat("export")
@@ -61,7 +65,7 @@ def run_stage(training: Training) -> None:
 
 
 def train(training: Training, run: Run, part: str, reference: Path) -> int:
-    """One of ``stage.trains``, from the policy's weights; returns the version of the weights that it leaves."""
+    """Train one part of ``stage.trains`` from the policy's weights and return the version of the resulting weights."""
     if part == "rl":
         rl.fit(training, run, reference)
         return training.config.algorithm.steps
@@ -72,8 +76,11 @@ def train(training: Training, run: Run, part: str, reference: Path) -> int:
 
 
 def answers_before(config: Config) -> dict[str, Answers]:
-    """The answers "before" this stage: the former stage's "after", whose model this one starts from. Empty where the
-    evaluation's settings differ."""
+    """The answers "before" this stage, which are the answers "after" the previous stage.
+
+    This stage starts from the previous stage's model. Empty where there is no previous stage, where it has no answers,
+    or where its evaluation had other settings.
+    """
     former = Path(config.model.path).parent
     former_answers = _read(former / "answers.json")
     if config.stage.after is None or not former_answers:
@@ -85,7 +92,7 @@ def answers_before(config: Config) -> dict[str, Answers]:
 
 
 def _evaluate(training: Training, model: str, answers: dict[str, Answers], version: int = 0) -> None:
-    """Collective: have the present weights answer the held-out prompts, once in a run's life."""
+    """Collective: have the present weights answer the held-out prompts, unless the run already has these answers."""
     config = training.config
     if model in answers or not config.stage.evaluates:
         return
@@ -102,7 +109,7 @@ def _evaluate(training: Training, model: str, answers: dict[str, Answers], versi
 
 
 def log_failures(run: Run, answers: Answers) -> None:
-    """Log the most frequent failures of verifiers on held-out answers. The evaluation leaves these answers out."""
+    """Log the most frequent failures of verifiers on held-out answers. The evaluation excludes these answers."""
     of_all_modes = [answer for of_mode in answers.values() for answer in of_mode]
     results = [{name: from_json(verdict) for name, verdict in answer["scores"].items()} for answer in of_all_modes]
     failures = mixing.failures(results, [answer["id"] for answer in of_all_modes])

@@ -1,4 +1,4 @@
-"""The loop of the stages that learn from given answers: SFT, judges, reward models and value models."""
+"""The training loop of stages that learn from given answers: SFT, judges, reward models and value models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,26 +20,30 @@ from recipes.training.policy import Policy
 
 @dataclass(frozen=True)
 class Task:
-    """What a supervised stage does with its rows.
-
-    ``rows_per_step`` rows make an update. ``make_batch`` gives the tokens of some rows, ``together`` successive
-    responses of which share a micro-batch. ``metrics`` names sums of the loss function that are recorded.
-    ``batch_metrics`` gives more from a batch. ``held_out`` evaluates the present weights: Collective.
-    """
+    """The rows of a supervised stage, its loss and its metrics."""
 
     settings: SftConfig | RewardModelConfig | ValueModelConfig
     rows: Sequence[Row]
+    # Number of rows in an update.
     rows_per_step: int
+    # Tokenises rows.
     make_batch: Callable[[Sequence[Row]], TokenBatch]
     loss: LossFunction
+    # Number of successive responses that stay in one micro-batch.
     together: int
+    # Names of the loss function's sums that are recorded.
     metrics: tuple[str, ...]
+    # Returns further metrics of a batch.
     batch_metrics: Callable[[TokenBatch], Mapping[str, Any]]
+    # Collective: evaluates the present weights on held-out rows.
     held_out: Callable[[], Mapping[str, Any]] | None
 
     @property
     def steps(self) -> int:
-        """``steps``, or as many as ``epochs`` need; the last one may go on into the next pass over the rows."""
+        """The number of steps: ``steps``, or as many as ``epochs`` need.
+
+        The last step may take some of its rows from the next pass over the rows.
+        """
         if self.settings.steps is not None:
             return self.settings.steps
         assert self.settings.epochs is not None  # recipes.config.stages: one of the two is given
@@ -47,9 +51,10 @@ class Task:
 
 
 def fit(task: Task, policy: Policy, run: Run, seed: int) -> None:
-    """Train for the task's steps; each has its line in metrics.jsonl. The weights stay in the model.
+    """Train for the task's steps and write a row of metrics.jsonl for each. The trained weights stay in the model.
 
-    Where the run has a checkpoint, the loop goes on after the newest and ends with the bits of an undisturbed run.
+    Where the run has a checkpoint, the loop resumes from the newest one and ends with the same bits as an uninterrupted
+    run.
     """
     total = task.steps
     policy.build_optimizer(task.settings, total)
@@ -86,5 +91,5 @@ def fit(task: Task, policy: Policy, run: Run, seed: int) -> None:
 
 
 def progress_text(sums: Mapping[str, float], names: Sequence[str]) -> str:
-    """The step's figures on one line."""
+    """The loss and the metrics of a step on one line."""
     return "  ".join([f"loss {sums['loss']:.3f}", *(f"{name} {sums[name]:.2f}" for name in names)])

@@ -1,13 +1,13 @@
-"""A value model: from a prompt and the beginning of a response, the final score of each principle.
+"""A value model: it predicts the final score of each principle from a prompt and a prefix of a response.
 
-Prefix regression: every chosen prefix of a response has the response's final scores as its targets, so the value of a
-prefix learns to be their mean over the responses that begin with it (Yang and Klein, NAACL 2021, arXiv 2104.05218;
-Liu et al. 2024, arXiv 2409.17819). All prefixes of a response go through the model at once: with causal attention the
+Training is prefix regression. The targets of every chosen prefix are the final scores of its response. So the value of
+a prefix learns the mean score of the responses that begin with it (Yang and Klein, NAACL 2021, arXiv 2104.05218; Liu et
+al. 2024, arXiv 2409.17819). All prefixes of a response go through the model in one pass: with causal attention the
 hidden state after a prefix is the one that a server computes when it is asked for the value of that prefix.
 
-Scores are in [0, 1]. So a value is the sigmoid of an output, and the loss is the binary cross-entropy with the score as
-its target: as the squared error it is least where the value is the mean score, and its gradient does not vanish where
-the sigmoid is flat. transformers has this loss for ``problem_type`` "multi_label_classification", under which vLLM's
+Scores are in [0, 1], so a value is the sigmoid of an output. The loss is the binary cross-entropy with the score as its
+target. Like the squared error it is minimal where the value is the mean score, but its gradient does not vanish where
+the sigmoid is flat. transformers uses this loss for ``problem_type`` "multi_label_classification", with which vLLM's
 ``classify`` returns the sigmoid.
 """
 
@@ -41,9 +41,10 @@ PERCENTAGES = (0, 25, 50, 75, 100)
 
 
 def fit(training: Training, run: Run) -> None:
-    """Collective: the steps of ``stage.value_model``.
+    """Collective: train a value model by the settings of ``stage.value_model``.
 
-    At the end ``value_model.json`` has the accuracy on the responses to held-out prompts, and all their values.
+    At the end writes the accuracy on the responses to held-out prompts, and the values of these responses, to
+    ``value_model.json``.
     """
     config = training.config
     policy = training.policy
@@ -54,7 +55,7 @@ def fit(training: Training, run: Run) -> None:
     rollouts = load_rollouts(settings.rollouts, prompts, principles, settings.held_out_share, config.seed)
     num_held_out = min(settings.held_out_rollouts, len(rollouts.held_out))
     held_out_rows = shuffled(rollouts.held_out, 0, num_held_out, config.seed)
-    # The first row fills them up to a multiple of what the ranks share.
+    # Padded with the first row to a multiple of sequence_multiple, so that the ranks can share the batch.
     filled = [*held_out_rows, *held_out_rows[:1] * (-num_held_out % sequence_multiple(config))]
     by_id = RowsById(prompts)
     report: dict[str, Any] = {}
@@ -97,10 +98,10 @@ def fit(training: Training, run: Run) -> None:
 def prefix_loss(
     outputs: torch.Tensor, batch: MicroBatch, *, principles: Sequence[str]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum of the cross-entropies of the micro-batch's prefixes, and of their squared errors.
+    """The weighted sums of the cross-entropies and of the squared errors of the micro-batch's prefixes.
 
-    ``outputs`` [R] or [R, principles]: before the sigmoid. The weights are those of ``prefix_batch``, so the sum over
-    the micro-batches of all ranks is a mean. A principle without a score has no loss.
+    ``outputs`` [R] or [R, principles] are the values before the sigmoid. The weights are those of ``prefix_batch``, so
+    the sum over the micro-batches of all ranks is a mean. A principle without a score has no loss.
     """
     scores = torch.stack([batch.values[score_column(principle)] for principle in principles], dim=1)
     cross_entropies, squared_errors = losses(outputs.view(scores.shape), scores)
@@ -110,7 +111,7 @@ def prefix_loss(
 
 
 def losses(outputs: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropies and squared errors of values, both [R, principles]; 0 where the score is NaN."""
+    """The cross-entropies and the squared errors, both [R, principles]. They are 0 where the score is NaN."""
     is_missing = scores.isnan()
     targets = scores.masked_fill(is_missing, 0.0)
     cross_entropies = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
@@ -119,8 +120,11 @@ def losses(outputs: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def evaluate(policy: Policy, batch: TokenBatch, rows: Sequence[Row], principles: Sequence[str]) -> dict[str, Any]:
-    """Collective: the loss on the batch, whose first responses are those of the ``rows``; for each principle and each
-    of ``PERCENTAGES`` the accuracy of the values of these prefixes; and these values."""
+    """Collective: evaluate the present weights on held-out responses.
+
+    Returns the loss, the accuracy of the values for each principle and each prefix of ``PERCENTAGES``, and these values
+    and the scores of each response. The first responses of the batch are those of ``rows``; padding may follow.
+    """
     micro_batches = policy.micro_batches(batch)
     gathered = forward_backward.all_values(policy.model, micro_batches, len(batch.response_tokens))
     outputs = gathered.view(-1, len(principles))
@@ -132,7 +136,7 @@ def evaluate(policy: Policy, batch: TokenBatch, rows: Sequence[Row], principles:
     is_scored = torch.from_numpy(~np.isnan(scores))
     loss = float((weights * cross_entropies).sum() / (weights * is_scored).sum())
 
-    # The last token stands for the complete response: its value is that before the token.
+    # prefix_batch adds one token to each response: the value before this token is that of the complete response.
     lengths = batch.response_lengths[: len(rows)] - 1
     prefix_lengths = -(-np.outer(lengths, PERCENTAGES) // 100)  # rounded up
     places = batch.response_offsets[: len(rows), None] + prefix_lengths
@@ -155,8 +159,10 @@ def evaluate(policy: Policy, batch: TokenBatch, rows: Sequence[Row], principles:
 
 
 def accuracies(values: np.ndarray, rows: Sequence[Row], principle: str) -> dict[str, Any]:
-    """Percentage → the accuracy (``value_accuracy.accuracy``) of the values [rows, percentages], by the rows that have
-    a score for the principle; empty without such a row."""
+    """Percentage → the accuracy (``value_accuracy.accuracy``) of the values [rows, percentages].
+
+    Only rows with a score for the principle count. Empty where no row has one.
+    """
     scored = [i for i, row in enumerate(rows) if principle in row["scores"]]
     if not scored:
         return {}
@@ -169,7 +175,7 @@ def accuracies(values: np.ndarray, rows: Sequence[Row], principle: str) -> dict[
 
 
 def held_out_metrics(report: dict[str, Any]) -> dict[str, Any]:
-    """The loss and the measures of a report as metrics: ``held_out_auc/safety/50``."""
+    """The loss and the measures of a report as metrics, such as ``held_out_auc/safety/50``."""
     metrics: dict[str, Any] = {"held_out_loss": report["loss"]}
     for principle, by_percentage in report["principles"].items():
         for percentage, accuracy in by_percentage.items():

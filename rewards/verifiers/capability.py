@@ -3,17 +3,19 @@
 from rewards.verdict import Row, Verdict
 from rewards.verifiers.text import numbers_and_words, without_quotes
 
-# So many of the request's words in a row are copied and no answer: the end of a list may be the answer.
+# This many words in a row that also occur in the request are a copy of it, not an answer. Fewer may be the answer, e.g.
+# the end of a list.
 COPIED = 3
 
 
 def score(row: Row, response: str) -> Verdict:
-    """1 "correct" or 0 "wrong", by the row's ``answer``.
+    """1 "correct" if the response gives the row's ``answer``, else 0 "wrong", or 0 "no answer".
 
-    A single number or word must be the last one that the response does not copy from the prompt in a row of COPIED or
-    more (neither listing candidates nor repeating the prompt helps); an answer of several must be the complete
-    response, in order. Numbers are compared by value: "1,000" and "1000.0" are one. Raises ValueError for a row
-    without ``answer``.
+    If ``answer`` is a single number or word, it must be the last one of the response. Sequences of COPIED or more words
+    that the response copies from the prompt are left out. So neither listing candidates nor repeating the prompt helps.
+    If ``answer`` has several numbers or words, they must be the complete response, in order.
+
+    Numbers are compared by value, so "1,000" and "1000.0" are equal. Raises ValueError for a row without ``answer``.
     """
     if "answer" not in row:
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `capability` from the mix of label {row['label']!r}")

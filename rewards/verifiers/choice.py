@@ -7,8 +7,8 @@ from rewards.verifiers.text import without_thinking
 
 _NAME = r"(?i:answer|choice|option)\b"
 _MARKS = r"[\s*(\[:]*"
-# A word after a bare "I" makes it the pronoun and one after "A" the article ("the answer I would choose", "Answer: A
-# careful look shows …"), unless it goes on from a letter.
+# A word after a bare "I" makes it the pronoun, and a word after a bare "A" makes it the article ("the answer I would
+# choose", "Answer: A careful look shows …"). The words of _GOES_ON are the exception: they may follow a chosen letter.
 _GOES_ON = r"(?:is|because|since|as|and|or|for|if|by|but|not|so|which|that|based|due|given|with|from|in)\b"
 _PRONOUN = rf"I(?:[^\S\n]+(?!{_GOES_ON})\w|[^\S\n]*,\s*(?:for\s+one|too|personally|myself|think|believe)\b|['’])"
 _ARTICLE = rf"A[^\S\n]+(?!{_GOES_ON})[a-z]"
@@ -18,16 +18,17 @@ _STATED = (
     rf"(?:{_NAME}\**\s*:|(?i:answer|choice)\b\**(?:\s+(?!not\b)(?:I|[a-z0-9'’]+)){{0,6}}?\s+(?i:is)\b"
     r"|(?i:option)\b\**\s+(?i:is)\b)"
 )
-# What stands directly before a statement that only considers it: "whether the answer is A", "Suppose the answer is A".
+# Text directly before a statement that makes it a mere supposition: "whether the answer is A", "Suppose the answer is
+# A".
 _CONSIDERED = re.compile(
     r"\b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing))\s+(?:that\s+)?(?:(?:the|my|your|its)\s+)?(?:\w+\s+)?$", re.I
 )
-CONSIDERED_CHARACTERS = 60  # of the text before a statement that are looked at
+CONSIDERED_CHARACTERS = 60  # how much of the text before a statement is searched for a supposition
 _BOX = r"\\boxed\{\s*(?:\\text\{\s*)?\(?(?=[A-Z]\)?\s*\})"
-# From the most explicit form to the least explicit; within a form the last match counts. What is said of an option,
-# even that it is right, may be what others think of it, so it gives way to a stated answer. In no form can a run of
-# spaces match in several ways, or start at each of its places: the time on a long run would grow with its length
-# squared.
+# Ordered from the most explicit form to the least explicit. Within a form the last match counts. A sentence about an
+# option, even one that calls it right, may report what others think, so a stated answer takes precedence over it.
+# No pattern can match a run of spaces in several ways, or start a match at each of its spaces: the time on a long run
+# would then grow with the square of its length.
 _STATEMENTS = (
     re.compile(rf"(?:{_BOX}|{_STATED}{_MARKS}(?:(?i:option|choice|letter)\b{_MARKS})?){_LETTER}"),
     re.compile(rf"(?:\*\*[(\[]?|[(\[]|{_NAME}\s+\**[(\[]?){_LETTER}[)\]*]*\s+is\s+(?:the\s+)?(?:right|correct|best)\b"),
@@ -37,7 +38,7 @@ _STATEMENTS = (
 
 
 def chosen(answer: str) -> str | None:
-    """The letter of a multiple-choice answer; None where it names none."""
+    """The letter that a multiple-choice answer chooses, or None if it names none."""
     for statement in _STATEMENTS:
         letters = [match[1] for match in statement.finditer(answer) if not _is_considered(answer, match.start())]
         if letters:
@@ -46,12 +47,12 @@ def chosen(answer: str) -> str | None:
 
 
 def _is_considered(answer: str, start: int) -> bool:
-    """Whether the statement that begins at ``start`` is only considered."""
+    """Whether the statement that begins at ``start`` is only a supposition."""
     return _CONSIDERED.search(answer[max(0, start - CONSIDERED_CHARACTERS) : start]) is not None
 
 
 def score(row: Row, response: str) -> Verdict:
-    """1 "correct", 0 "wrong", 0 "no choice", by the letter in the row's ``answer``.
+    """1 "correct" if the response chooses the letter in the row's ``answer``, else 0 "wrong", or 0 "no choice".
 
     Raises ValueError for a row whose ``answer`` isn't one capital letter.
     """

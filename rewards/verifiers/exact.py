@@ -5,9 +5,10 @@ from rewards.verifiers.text import normalize, without_thinking
 
 
 def score(row: Row, response: str) -> Verdict:
-    """1 "correct" when the answer equals the row's ``answer``, else 0 "wrong".
+    """1 "correct" if the answer equals the row's ``answer``, else 0 "wrong".
 
-    Case, spaces and punctuation around it do not count. Raises ValueError for a row without ``answer``.
+    Case, repeated spaces, and punctuation around the answer are ignored. Raises ValueError for a row without
+    ``answer``.
     """
     if not row.get("answer"):
         raise ValueError(f"row {row['id']!r} has no `answer`; drop `exact` from the mix of label {row['label']!r}")
@@ -16,5 +17,5 @@ def score(row: Row, response: str) -> Verdict:
 
 
 def plain(text: str) -> str:
-    """Lower case, single spaces, without punctuation around it."""
+    """The text in lower case, with single spaces and without punctuation around it."""
     return normalize(text).strip(" .,;:!?\"'`*")

@@ -1,4 +1,7 @@
-"""Is the response thinking, then an answer? SafeWork-R1's format reward (arXiv 2507.18576 and its authors' code)."""
+"""Is the response a thinking part and then an answer?
+
+This is SafeWork-R1's format reward (arXiv 2507.18576 and its authors' code).
+"""
 
 from rewards.verdict import Row, Verdict
 from rewards.verifiers.text import THINK_BEGIN, THINK_END
@@ -7,8 +10,8 @@ from rewards.verifiers.text import THINK_BEGIN, THINK_END
 def score(row: Row, response: str) -> Verdict:
     """1 "well-formed" for `<think>…</think>` with a word inside and an answer after it, else 0 "malformed".
 
-    Theirs is a regular expression, `.*<think>.+?</think>\\s*\\S+`, which takes a space or a point for thinking; this
-    one does not.
+    Theirs is the regular expression `.*<think>.+?</think>\\s*\\S+`, which accepts a single space or a full stop as
+    thinking. This rule does not.
     """
     _, begin_mark, rest = response.partition(THINK_BEGIN)
     thinking, end_mark, answer = rest.partition(THINK_END)

@@ -1,7 +1,7 @@
 """Does the answer follow the instructions that a rule can check?
 
-A row's ``rules`` is a list of ``{"rule": name, …arguments}``; the names and their arguments are the functions of RULES.
-In the manner of MulDimIF (arXiv 2505.07591) and IFEval (arXiv 2311.07911); the rules are our own.
+A row's ``rules`` is a list of ``{"rule": name, …arguments}``. Each rule is a function of RULES with its arguments. The
+approach is that of MulDimIF (arXiv 2505.07591) and IFEval (arXiv 2311.07911). The rules are our own.
 """
 
 import inspect
@@ -35,52 +35,52 @@ def _sentences(text: str) -> list[str]:
 
 
 def word_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Words between spaces."""
+    """The number of words, which are separated by spaces, is within the bounds."""
     return _within(len(text.split()), minimum, maximum)
 
 
 def character_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Characters, spaces included."""
+    """The number of characters, spaces included, is within the bounds."""
     return _within(len(text), minimum, maximum)
 
 
 def sentence_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Sentences, which end with ".", "!", "?" or their Chinese forms, and a space."""
+    """The number of sentences is within the bounds. They end with ".", "!", "?" or their Chinese forms, and a space."""
     return _within(len(_sentences(text)), minimum, maximum)
 
 
 def paragraph_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Paragraphs are parted by empty lines."""
+    """The number of paragraphs, which are separated by empty lines, is within the bounds."""
     return _within(len(_blocks(text)), minimum, maximum)
 
 
 def bullet_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Lines that begin with "-", "*", "+" or "•"."""
+    """The number of lines that begin with "-", "*", "+" or "•" is within the bounds."""
     return _within(len(re.findall(r"^[^\S\n]*[-*+•]\s+\S", text, re.MULTILINE)), minimum, maximum)
 
 
 def numbered_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Lines that begin with a number and "." or ")"."""
+    """The number of lines that begin with a number and "." or ")" is within the bounds."""
     return _within(len(re.findall(r"^[^\S\n]*\d+[.)]\s+\S", text, re.MULTILINE)), minimum, maximum)
 
 
 def heading_count(text: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Markdown headings."""
+    """The number of Markdown headings is within the bounds."""
     return _within(len(re.findall(r"^#{1,6}\s+\S", text, re.MULTILINE)), minimum, maximum)
 
 
 def contains(text: str, phrases: Sequence[str]) -> bool:
-    """All of them, as whole words, in any case."""
+    """The answer contains all of the phrases, as whole words and in any case."""
     return all(_occurrences(text, phrase) for phrase in phrases)
 
 
 def avoids(text: str, phrases: Sequence[str]) -> bool:
-    """None of them."""
+    """The answer contains none of the phrases."""
     return not any(_occurrences(text, phrase) for phrase in phrases)
 
 
 def occurs(text: str, phrase: str, minimum: int = 0, maximum: int = UNBOUNDED) -> bool:
-    """Occurrences of the phrase as whole words, in any case."""
+    """The number of occurrences of the phrase, as whole words and in any case, is within the bounds."""
     return _within(_occurrences(text, phrase), minimum, maximum)
 
 
@@ -95,24 +95,26 @@ def ends_with(text: str, phrase: str) -> bool:
 
 
 def matches(text: str, pattern: str) -> bool:
-    """The complete answer matches a regular expression. In a process, as the time of a match has no bound. Raises
-    Stuck."""
+    """The complete answer matches a regular expression.
+
+    The match runs in another process, because its time is unbounded. Raises Stuck.
+    """
     re.compile(pattern)
     return bool(text) and run_check("matches", pattern, text) == "yes"
 
 
 def lower_case(text: str) -> bool:
-    """No capital letter."""
+    """The answer has no capital letter."""
     return text == text.lower()
 
 
 def upper_case(text: str) -> bool:
-    """No small letter."""
+    """The answer has no small letter."""
     return text == text.upper()
 
 
 def no_commas(text: str) -> bool:
-    """No comma, nor its Chinese forms."""
+    """The answer has no comma, nor one of its Chinese forms."""
     return not re.search("[,，、]", text)
 
 
@@ -131,7 +133,7 @@ def json_value(text: str) -> bool:
 
 
 def table(text: str, columns: int, rows: int) -> bool:
-    """A Markdown table with this many columns, and rows without its heading."""
+    """The answer has one Markdown table with this many columns and rows, not counting the heading."""
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("|")]
     cells = [len(line.strip("|").split("|")) for line in lines]
     ruled = len(lines) > 1 and re.fullmatch(r"\|(?:\s*:?-+:?\s*\|)+", lines[1]) is not None
@@ -154,10 +156,10 @@ RULES: dict[str, Callable[..., bool]] = {
 
 
 def score(row: Row, response: str) -> VerifierResult:
-    """The share of the row's ``rules`` that the answer keeps; the label names the broken ones.
+    """The share of the row's ``rules`` that the answer keeps. The label names the broken ones.
 
-    An empty answer keeps none. A Failure when a pattern's match did not end in time twice. Raises ValueError for a row
-    without rules, an unknown rule, or wrong arguments.
+    An empty answer keeps none. The result is a Failure if the match of a pattern failed to end in time twice. Raises
+    ValueError for a row without rules, an unknown rule, or wrong arguments.
     """
     rules = row.get("rules")
     if not rules:

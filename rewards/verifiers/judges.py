@@ -1,8 +1,8 @@
-"""Verifiers that are models: prompt template → request → reply → verdict. ``rewards.client`` sends the requests.
+"""Verifiers that are models: a template builds the request and turns the reply into a verdict.
 
-A :class:`Judge` is generative and writes a label (chat completions). A :class:`Scalar` is a reward model with one
-output (pooling). The template's table has the score of each label. Text that is none of the labels is a Failure, never
-a score.
+``rewards.client`` sends the requests. A :class:`Judge` is generative and writes a label (chat completions). Its
+template has a table with the score of each label. Text that is none of the labels is a Failure, never a score. A
+:class:`Scalar` is a reward model with one output (pooling).
 """
 
 import base64
@@ -18,8 +18,8 @@ from typing import Any
 from rewards.verdict import Failure, Row, Verdict, VerifierResult
 from rewards.verifiers.text import without_thinking
 
-TOP_TOKENS = 20  # the most that vLLM and OpenAI's API return
-# With less probability on the labels' tokens, the judge wrote something other than a label (our choice).
+TOP_TOKENS = 20  # the most log-probs per token that vLLM and OpenAI's API return
+# If the labels' tokens have less probability in total, the judge did not answer with a label (our choice).
 MIN_LABEL_PROBABILITY = 0.5
 JAILBREAK = "jailbreak"
 CHAT_PATH = "/v1/chat/completions"
@@ -28,15 +28,13 @@ POOLING_PATH = "/pooling"
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One request to a server.
+    """One request to a server."""
 
-    ``path`` of the server, the JSON ``body``, and ``parse``, which makes a result of the JSON reply. ``retry_fields``
-    are added to the body when a reply could not be parsed and the request is sent again.
-    """
-
-    path: str
-    body: Mapping[str, Any]
+    path: str  # the URL's path on the server
+    body: Mapping[str, Any]  # JSON
+    # Turns the JSON reply into a result.
     parse: Callable[[Any], VerifierResult]
+    # Added to the body when the request is sent again because the text that the judge wrote could not be parsed.
     retry_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -47,7 +45,7 @@ type ChoiceParser = Callable[[Mapping[str, Any], Labels], VerifierResult]
 
 
 def written_label(choice: Mapping[str, Any], labels: Labels) -> VerifierResult:
-    """The label after the last "label:" in a judge's text, or the text when it is nothing but a label."""
+    """The label after the last "label:" in a judge's text, or the whole text if it is nothing but a label."""
     raw = choice["message"]["content"] or ""
     text = without_thinking(raw)
     stated = re.findall(r"label\W*?[:=]([^\n]*)", text, re.IGNORECASE)
@@ -59,7 +57,7 @@ def written_label(choice: Mapping[str, Any], labels: Labels) -> VerifierResult:
 
 
 def label_probabilities(choice: Mapping[str, Any], labels: Labels) -> dict[str, float]:
-    """Label → the probability that the judge's first token begins this label and no other one."""
+    """Label → the probability that the judge's first token is the beginning of this label and of no other one."""
     probabilities = dict.fromkeys(labels, 0.0)
     for candidate in choice["logprobs"]["content"][0]["top_logprobs"]:
         token = candidate["token"].strip().casefold()
@@ -70,7 +68,10 @@ def label_probabilities(choice: Mapping[str, Any], labels: Labels) -> dict[str, 
 
 
 def threshold(choice: Mapping[str, Any], labels: Labels, *, label: str, min_probability: float) -> VerifierResult:
-    """Of two labels: ``label`` and its score where its probability is at least ``min_probability``, else the other."""
+    """The verdict for a table of two labels, by the labels' probabilities.
+
+    It is ``label`` if its probability is at least ``min_probability``, else the other label.
+    """
     probabilities = label_probabilities(choice, labels)
     raw = _format_probabilities(probabilities)
     if sum(probabilities.values()) < MIN_LABEL_PROBABILITY:
@@ -81,7 +82,10 @@ def threshold(choice: Mapping[str, Any], labels: Labels, *, label: str, min_prob
 
 
 def true_or_false(choice: Mapping[str, Any], labels: Labels) -> VerifierResult:
-    """(p_TRUE + 1 − p_FALSE) / 2, written for any table of two labels with scores 1 and 0: ½ + Σ p (score − ½)."""
+    """The score (p_TRUE + 1 − p_FALSE) / 2, with the more probable label.
+
+    It is computed as ½ + Σ p (score − ½), which holds for any table of two labels with the scores 1 and 0.
+    """
     probabilities = label_probabilities(choice, labels)
     raw = _format_probabilities(probabilities)
     if sum(probabilities.values()) < MIN_LABEL_PROBABILITY:
@@ -102,28 +106,27 @@ def good_at_least_half(label: str) -> ChoiceParser:
 
 @dataclass(frozen=True)
 class Judge:
-    """The template of a generative verifier.
+    """The template of a generative verifier."""
 
-    ``prompt`` has {question}, {answer} and, to compare with the row's ``answer``, {reference}. ``strict_prompt`` is for
-    rows tagged as jailbreaks. ``labels``: the score of each label. ``parse_choice`` makes a result of a completion's
-    choice. ``max_tokens`` of the judge's text; with 1 the request asks for token probabilities. ``gives_reason``: the
-    prompt wants a reason before the label.
-    """
-
+    # Has the placeholders {question} and {answer}. With {reference}, the judge compares with the row's ``answer``.
     prompt: str
     labels: Labels
+    # Turns a completion's choice into a result.
     parse_choice: ChoiceParser
+    # The longest text of the judge. With 1, the request asks for token log-probs.
     max_tokens: int
+    # The prompt for jailbreaks: rows of this kind, or with this tag.
     strict_prompt: str | None = None
+    # Whether the prompt asks for a reason before the label.
     gives_reason: bool = False
 
     @property
     def compares(self) -> bool:
-        """Whether it compares a response with the right answer."""
+        """Whether the judge compares the response with a reference answer."""
         return "{reference}" in self.prompt
 
     def check(self, row: Row) -> None:
-        """Raises ValueError for a row that it can't judge any response of."""
+        """Raises ValueError for a row for which the judge can't judge any response."""
         if self.compares and not row.get("answer"):
             raise ValueError(f"row {row['id']!r} has no `answer`, the reference that its judge compares with; add it")
 
@@ -147,11 +150,11 @@ class Judge:
         }
         if self.max_tokens == 1:
             return JudgeRequest(CHAT_PATH, body | {"logprobs": True, "top_logprobs": TOP_TOKENS}, self._parse)
-        # The same request at temperature 0 would give the same text again.
+        # A retry at temperature 0 would give the same text again.
         return JudgeRequest(CHAT_PATH, body, self._parse, {"temperature": 1.0})
 
     def reply_text(self, label: str, reason: str | None) -> str:
-        """The text of a judge that chooses this label, for SFT."""
+        """The reply that the judge should write for this label, for SFT."""
         return f"{reason}\nLabel: {label}" if self.gives_reason and reason else label
 
     def _parse(self, reply: Any) -> VerifierResult:
@@ -160,11 +163,13 @@ class Judge:
 
 @dataclass(frozen=True)
 class Scalar:
-    """The template of a reward model with one output r, whose input is the conversation. The score is σ(r), the
-    Bradley-Terry probability of being preferred to an answer of reward 0."""
+    """The template of a reward model with one output r, whose input is the conversation.
+
+    The score is σ(r), the Bradley-Terry probability that the answer is preferred to an answer with reward 0.
+    """
 
     def check(self, row: Row) -> None:
-        """Nothing: it scores any row."""
+        """Does nothing, as a reward model can score any row."""
 
     def request(self, row: Row, answer: str, model: str) -> JudgeRequest:
         """The request about an answer, which is a response without its thinking."""
@@ -185,22 +190,22 @@ class Scalar:
 
 
 def quoted(text: str) -> str:
-    """The text with "> " before each line, so that no line of an answer looks like one of the template."""
+    """The text with "> " before each line, so that no line of an answer looks like a line of the template."""
     return "\n".join(f"> {line}" for line in text.splitlines()) or ">"
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with its {names} replaced in one pass: braces within an answer are left as they are."""
+    """The template with its {names} replaced. It is a single pass, so braces in an answer are left as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def content(text: str, row: Row) -> str | list[dict[str, Any]]:
-    """A message's content: the text, with the row's images (and the frames of its clips) in place of their marks."""
+    """A message's content: the text, with the marks replaced by the row's images and the frames of its clips."""
     return contents_with_media([text], row)[0]
 
 
 def contents_with_media(texts: Sequence[str], row: Row) -> list[str | list[dict[str, Any]]]:
-    """The contents of successive messages, which share the row's images and clips in order."""
+    """The contents of successive messages. The row's images and clips replace the marks of all messages in order."""
     if not row.get("images") and not row.get("videos"):
         return [*texts]
     images = iter(row.get("images", []))
@@ -219,13 +224,13 @@ def _parts(text: str, images: Iterator[str], videos: Iterator[list[str]]) -> lis
             files = next(videos, [])
         if files:
             parts += [{"type": "image_url", "image_url": {"url": data_url(file)}} for file in files]
-        elif piece:  # text, or a mark that the answer wrote
+        elif piece:  # text, or a mark within the answer, for which there is no file
             parts.append({"type": "text", "text": piece})
     return parts
 
 
 @lru_cache(maxsize=64)
 def data_url(file: str) -> str:
-    """An image file as a data URL: a server on another host can't read the file."""
+    """An image file as a data URL, since a server on another host can't read the file."""
     kind = mimetypes.guess_type(file)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(Path(file).read_bytes()).decode()}"

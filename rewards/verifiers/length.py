@@ -4,7 +4,10 @@ from rewards.verdict import Row, Verdict
 
 
 def score(row: Row, response: str, *, limit: int) -> Verdict:
-    """1 "short" up to ``limit`` words, thinking included, then falling in a line to 0 at twice as many (our choice)."""
+    """1 "short" for up to ``limit`` words, thinking included.
+
+    Above the limit the label is "long", and the score falls linearly to 0 at twice the limit (our choice).
+    """
     if limit < 1:
         raise ValueError(f"limit={limit}: use 1 word or more")
     count = len(response.split())

@@ -1,7 +1,7 @@
-"""Is the answer mathematically the reference? By math-verify, in processes that can be killed.
+"""Is the answer mathematically equal to the reference? math-verify decides this, in processes that can be killed.
 
-Its parser and sympy can take any time and memory on some inputs, and its own time limit (a signal) works in a main
-thread only.
+On some inputs, math-verify's parser and sympy use unbounded time and memory. math-verify's own time limit is a signal,
+which works in the main thread only.
 """
 
 from rewards.checkers import run_check
@@ -11,10 +11,11 @@ from rewards.verifiers.text import without_thinking
 
 
 def score(row: Row, response: str) -> VerifierResult:
-    """1 "correct", 0 "wrong", by the row's ``answer`` in LaTeX or plain notation; no boxed answer is asked for.
+    """1 "correct" if the response's answer equals the row's ``answer``, else 0 "wrong".
 
-    Where the answer gives several numbers math-verify takes the last, of boxed ones all. A Failure when the check did
-    not end in time twice. Raises ValueError for a row whose ``answer`` is missing or can't be read.
+    The row's ``answer`` is in LaTeX or plain notation. The response needs no boxed answer. If it gives several numbers,
+    math-verify takes the last one, and if it gives several boxed ones, all of them. The result is a Failure if the
+    check failed to end in time twice. Raises ValueError for a row whose ``answer`` is missing or can't be parsed.
     """
     reference = row.get("answer")
     if not isinstance(reference, str) or not reference:

@@ -4,9 +4,10 @@ from rewards.verdict import Row, Verdict
 
 
 def score(row: Row, response: str, *, words: int) -> Verdict:
-    """Share of distinct runs of ``words`` words among all of them, thinking included: 1 when none occurs twice.
+    """The share of distinct n-grams among all n-grams of the response, thinking included, with n = ``words``.
 
-    (Yeo et al. 2025, arXiv 2502.03373, penalise the rest.) "varied" is 1, "repetitive" below.
+    It is 1 "varied" if no n-gram occurs twice, and below 1 "repetitive". (Yeo et al. 2025, arXiv 2502.03373, penalise
+    the repeated ones.)
     """
     if words < 1:
         raise ValueError(f"words={words}: use 1 or more")

@@ -1,4 +1,7 @@
-"""The rule that the row names in ``check``: SafeWork-R1's rule check, for labels whose rows are of several kinds."""
+"""Apply the rule that the row names in ``check``.
+
+This is SafeWork-R1's rule check, for labels whose rows need different rules.
+"""
 
 from rewards.verdict import Row, Verifier, VerifierResult
 from rewards.verifiers import capability, choice, exact, mathematics

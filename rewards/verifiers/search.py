@@ -1,8 +1,8 @@
 """Deliberative search (arXiv 2507.16727): is the episode legal, is the answer right, does the confidence fit it?
 
-The reward is r_format · (0.1·r_format + 0.9·r_acc + λ·r_reliability): `gate`, `mix` and `constraint` in
-conf/rewards/search.yaml. A row's ``segments`` say which part of the response the environment wrote; without them the
-model wrote all of it.
+The reward is r_format · (0.1·r_format + 0.9·r_acc + λ·r_reliability). It is set by `gate`, `mix` and `constraint` in
+conf/rewards/search.yaml. A row's ``segments`` say which parts of the response the environment wrote. In a row without
+them, the model wrote the whole response.
 """
 
 import re
@@ -20,9 +20,9 @@ OUTCOMES = ("true certain", "false certain", "true uncertain", "false uncertain"
 
 
 def format_score(row: Row, response: str) -> Verdict:
-    """1 "legal" when no action has a fault (``rollout.search.steps``), else 0 and the first fault.
+    """1 "legal" if no action has a fault (``rollout.search.steps``), else 0 with the first fault as the label.
 
-    ``raw`` has the verdict on each action.
+    ``raw`` lists every action with its fault or "ok".
     """
     steps = search.steps(_segments(row, response))
     all_actions = "; ".join(f"{step.action}: {step.fault or 'ok'}" for step in steps)
@@ -33,19 +33,20 @@ def format_score(row: Row, response: str) -> Verdict:
 
 
 def accuracy(row: Row, response: str) -> Verdict:
-    """1 "correct" when the stated answer equals the row's ``answer`` or one of its ``aliases``, else 0 "wrong".
+    """1 "correct" if the stated answer equals the row's ``answer`` or one of its ``aliases``, else 0 "wrong".
 
-    Case, spaces and punctuation around it do not count. Raises ValueError for a row without ``answer``.
+    Case, repeated spaces, and punctuation around the answer are ignored. Raises ValueError for a row without
+    ``answer``.
     """
     answer, _ = search.stated(_segments(row, response))
     return Verdict(1.0, "correct") if _right(row, answer) else Verdict(0.0, "wrong")
 
 
 def reliability(row: Row, response: str, *, certain_from: int) -> Verdict:
-    """1 when the model is certain of a right answer or uncertain of a wrong one, else 0; the label is the outcome.
+    """1 if the model is certain of a right answer or uncertain of a wrong one, else 0. The label is the outcome.
 
-    Certain: a confidence of at least ``certain_from`` (the paper's ζ, 5) on the scale from 0 to 10. An answer without a
-    stated confidence counts as certain, and no answer scores 0 (both our choice).
+    The model is certain if its confidence is at least ``certain_from`` (the paper's ζ, 5) on the scale from 0 to 10. An
+    answer without a stated confidence counts as certain, and a response without an answer scores 0 (both our choice).
     """
     answer, confidence = search.stated(_segments(row, response))
     label = outcome(_right(row, answer), answer, confidence, certain_from)
@@ -53,10 +54,11 @@ def reliability(row: Row, response: str, *, certain_from: int) -> Verdict:
 
 
 def false_certain(row: Row, response: str, *, certain_from: int) -> Verdict:
-    """1 for an answer that is wrong and certain: a measure, not a reward; `reliability` is its reward.
+    """1 if the model is certain of a wrong answer, else 0. This is a metric; the reward for it is `reliability`.
 
-    A response without an answer action answers by its text after the thinking, without a confidence, and is right
-    where the reference occurs in it (our choice: models that were never taught the actions can be compared).
+    If the response has no answer action, its text after the thinking is the answer, without a confidence. Such an
+    answer is right if the reference occurs in it. This is our choice, so that models that were never taught the actions
+    can be compared.
     """
     answer: str | None
     if "<answer>" in response:
@@ -79,10 +81,10 @@ def outcome(right: bool, answer: str | None, confidence: int | None, certain_fro
 
 
 def metrics(results: Sequence[Mapping[str, VerifierResult]], multiplier: float) -> dict[str, float]:
-    """A step's metrics over the samples with a verdict on their reliability; none without such a sample.
+    """A step's metrics over the samples with a verdict on their reliability. Empty if there is no such sample.
 
-    ``search/false_certain``: the share that is wrong and certain, the rate that the paper reports. ``search/certain``:
-    the share that is certain. ``search/lambda``: the multiplier.
+    ``search/false_certain`` is the share of samples that are certain of a wrong answer, the rate that the paper
+    reports. ``search/certain`` is the share that are certain. ``search/lambda`` is the constraint's multiplier.
     """
     of_samples = [of_sample[RELIABILITY] for of_sample in results if RELIABILITY in of_sample]
     labels = [result.label for result in of_samples if isinstance(result, Verdict)]
@@ -96,7 +98,10 @@ def metrics(results: Sequence[Mapping[str, VerifierResult]], multiplier: float) 
 
 
 def _right(row: Row, answer: str | None, within: bool = False) -> bool:
-    """Whether the answer equals the row's ``answer`` or an alias; with ``within``, whether it contains one as words."""
+    """Whether the answer equals the row's ``answer`` or an alias.
+
+    With ``within``, whether the answer contains one of them as whole words.
+    """
     if not row.get("answer"):
         raise ValueError(f"row {row['id']!r} has no `answer`, which the label {row['label']!r} needs")
     accepted: list[Any] = [row["answer"], *row.get("aliases", [])]

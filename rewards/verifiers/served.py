@@ -13,18 +13,20 @@ from rewards.verifiers.text import without_thinking
 
 @dataclass(frozen=True)
 class ServedVerifier:
-    """``server`` is its name in ``rewards.servers``, ``model`` what it serves. ``request_fields`` are added to the body
-    of every request, e.g. {max_tokens: 64}."""
+    """A verifier whose verdicts come from a model on a server."""
 
     template: Judge | Scalar
-    server: str
-    model: str
+    server: str  # its name in ``rewards.servers``
+    model: str  # the model that the server serves
+    # Fields that are added to the body of every request, e.g. {max_tokens: 64}.
     request_fields: Mapping[str, Any]
     client: Client
 
     def submit(self, row: Row, response: str) -> Future[VerifierResult]:
-        """Send a request about the response without its thinking. A response without an answer gets the score 0 and the
-        label "no answer", without a request."""
+        """Send a request about the response, without its thinking. Returns at once.
+
+        A response without an answer gets the score 0 and the label "no answer", and no request is sent.
+        """
         answer = without_thinking(response)
         if not answer:
             no_answer: Future[VerifierResult] = Future()
@@ -34,5 +36,5 @@ class ServedVerifier:
         return self.client.submit(self.server, replace(request, body={**request.body, **self.request_fields}))
 
     def __call__(self, row: Row, response: str) -> VerifierResult:
-        """As :meth:`submit`, and waits for the result."""
+        """As :meth:`submit`, but wait for the result and return it."""
         return self.submit(row, response).result()

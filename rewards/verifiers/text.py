@@ -23,7 +23,7 @@ _FUNCTION_WORDS = frozenset(
     "a an and are as at be before but by can do for from he her his i if in into is it its my not of on one or our she "
     "so some that the their then they this to until up we when with you your".split()
 )
-# Beside these, words that many requests have and that say nothing about their subject.
+# The function words, and other words that occur in many requests and say nothing about their subject.
 _COMMON_WORDS = _FUNCTION_WORDS | frozenset(
     "about after again all also always another any anybody anyone anything around away back because been being best "
     "better between both call can't come could couldn't did didn't does doesn't doing don't down each easy either else "
@@ -41,36 +41,39 @@ _COMMON_WORDS = _FUNCTION_WORDS | frozenset(
 THINK_BEGIN = "<think>"
 THINK_END = "</think>"
 WINDOW = 30  # words
-QUOTE = 4  # so many words in a row that stand in the request are a quotation of it
-STEM = 5  # letters by which a word of the request is found again: "drown" in "drowning"
+QUOTE = 4  # this many words in a row that also occur in the request count as a quotation of it
+STEM = 5  # words of the request are compared by this many first letters: "drown" is found in "drowning"
 
 
 def without_thinking(response: str) -> str:
-    """The answer after the last end of thinking; empty when the thinking never ends."""
+    """The answer: the text after the last ``THINK_END``. Empty if the thinking begins and never ends."""
     if THINK_END in response:
         return response.rpartition(THINK_END)[2].strip()
     return "" if THINK_BEGIN in response else response.strip()
 
 
 def normalize(text: str) -> str:
-    """Lower case, straight apostrophes, single spaces."""
+    """The text in lower case, with straight apostrophes and single spaces."""
     return " ".join(text.lower().replace("’", "'").split())
 
 
 def words(text: str) -> list[str]:
-    """The alphabetic words of `text` in lower case; digits and punctuation are dropped."""
+    """The alphabetic words of ``text`` in lower case, without digits and punctuation."""
     return _WORD.findall(normalize(text))
 
 
 def numbers_and_words(text: str) -> list[str]:
-    """The numbers and words of ``text`` in order: words in lower case, numbers as their value is written shortest, so
-    "1,000.0" is "1000". A comma belongs to a number before each three of its digits ("10,000", not "11,12")."""
+    """The numbers and words of ``text``, in order.
+
+    Words are in lower case. Numbers are in their shortest notation, so "1,000.0" becomes "1000". A comma is part of a
+    number only before a group of three digits ("10,000", not "11,12").
+    """
     matches = _NUMBER_OR_WORD.finditer(normalize(text))
     return [match[0] if match["number"] is None else _shortest(match["number"]) for match in matches]
 
 
 def _shortest(number: str) -> str:
-    # By its digits: a float or a decimal would round long numbers to equal ones.
+    # Works on the digits, because a float or a decimal would round different long numbers to the same value.
     whole, _, fraction = number.replace(",", "").removeprefix("-").partition(".")
     whole = whole.lstrip("0") or "0"
     fraction = fraction.rstrip("0")
@@ -79,20 +82,23 @@ def _shortest(number: str) -> str:
 
 
 def hits(text: str, stems: Iterable[str]) -> list[str]:
-    """The stems that begin at least one word of `text` ("steal" is found in "stealing", not in "unsteal")."""
+    """The stems that at least one word of ``text`` begins with ("steal" is found in "stealing", not in "unsteal")."""
     text_words = set(words(text))
     return [stem for stem in stems if any(word.startswith(stem) for word in text_words)]
 
 
 def subject_stems(request: str) -> list[str]:
-    """The beginnings, of ``STEM`` letters, of the words that carry a request's subject."""
+    """The stems (the first ``STEM`` letters) of the words that carry a request's subject."""
     carrying = (word for word in words(request) if len(word) >= 3 and word not in _COMMON_WORDS)
     return list(dict.fromkeys(word[:STEM] for word in carrying))
 
 
 def without_quotes(text: str, quoted: str, run: int = QUOTE) -> str:
-    """The :func:`numbers_and_words` of ``text``, without those in a row of ``run`` or more that stands in ``quoted``:
-    what a response copies from the request it does not say itself."""
+    """The :func:`numbers_and_words` of ``text`` without those that are quoted from ``quoted``, joined by spaces.
+
+    A sequence of ``run`` or more of them that also occurs in ``quoted`` is a quotation. It is removed because what a
+    response copies from the request is not its own statement.
+    """
     tokens = numbers_and_words(text)
     source = numbers_and_words(quoted)
     runs = {tuple(source[start : start + run]) for start in range(len(source) - run + 1)}
@@ -104,20 +110,20 @@ def without_quotes(text: str, quoted: str, run: int = QUOTE) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text in lower case, without those that have no word. A new line ends a sentence too."""
+    """The sentences of a text in lower case, without those that have no word. A line break also ends a sentence."""
     parts = [part for line in text.splitlines() for part in _SENTENCE_END.split(normalize(line))]
     return [part for part in parts if words(part)]
 
 
 def refuses(sentence: str) -> bool:
-    """Whether a sentence, normalised, declines in the first person ("I can't help ...", "Sorry, ...")."""
+    """Whether a normalised sentence declines in the first person ("I can't help ...", "Sorry, ...")."""
     return bool(_REFUSAL.search(sentence))
 
 
 def opens_with_refusal(text: str) -> bool:
     """Whether the text begins by declining.
 
-    Only the first sentence is read, and the second too if the first has at most two words ("No! I won't ...").
+    Only the first sentence counts, or the first two if the first one has at most two words ("No! I won't ...").
     """
     first_two = sentences(text)[:2]
     is_short = bool(first_two) and len(words(first_two[0])) <= 2
@@ -125,11 +131,11 @@ def opens_with_refusal(text: str) -> bool:
 
 
 def is_degenerate(text: str, min_words: int) -> bool:
-    """Whether the text has too few words, or repeats itself: some window of thirty words has fewer than 60 % distinct
-    words, or one word pair three times.
+    """Whether the text has fewer than ``min_words`` words or repeats itself.
 
-    In a window, because the share of distinct words falls with a text's length (Covington and McFall 2010, Cutting the
-    Gordian Knot: the moving-average type-token ratio).
+    It repeats itself if, in some window of thirty words, fewer than 60 % of the words are distinct or a pair of words
+    occurs three times. Windows are used because the share of distinct words falls with a text's length (Covington and
+    McFall 2010, Cutting the Gordian Knot: the moving-average type-token ratio).
     """
     text_words = words(text)
     if len(text_words) < min_words:
@@ -144,7 +150,10 @@ def _is_repetitive(window: Sequence[str]) -> bool:
 
 
 def is_word_list(text: str) -> bool:
-    """Keywords strung together instead of sentences: less than one word in six is a function word ("the", "with")."""
+    """Whether the text is a list of keywords rather than sentences.
+
+    It is if fewer than one word in six is a function word ("the", "with").
+    """
     text_words = words(text)
     function_words = sum(word in _FUNCTION_WORDS for word in text_words)
     return 6 * function_words < len(text_words)

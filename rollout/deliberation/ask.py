@@ -1,8 +1,8 @@
 """Ask one question by deliberate search: ``python -m rollout.deliberation.ask ask.question='…' [deliberation.…=…]``.
 
-It stands before a running `vllm serve` of a model that was trained to search, and searches what
-``rollout.environment.settings`` names. It prints the steps of all samples as they happen, with what is wrong in them,
-then the answer of the vote with its confidence and its sources.
+It uses a running `vllm serve` of a model that was trained to search, and searches the documents that
+``rollout.environment.settings`` names. It prints the steps of all samples as they happen, with their faults. Then it
+prints the answer of the vote with its confidence and its sources.
 """
 
 import asyncio
@@ -24,13 +24,17 @@ from rollout.guidance.clients import GeneratorFailed
 from rollout.guidance.openai_form import parse
 from rollout.settings import EnvironmentConfig, RolloutConfig
 
-SHOWN_CHARACTERS = 300  # of a step, of a reply and of a source
+# The maximum number of characters that are shown of a step, of a reply and of a source.
+SHOWN_CHARACTERS = 300
 
 
 async def ask(
     config: DeliberationConfig, environment: EnvironmentConfig, asked: AskConfig, console: Console
 ) -> Conclusion | None:
-    """Print how the question is answered. Raises ValueError, GeneratorFailed and Unavailable."""
+    """Answer the question and print the steps and the votes. Returns the conclusion, None without an answer.
+
+    Raises ValueError, GeneratorFailed and Unavailable.
+    """
     async with open_deliberator(config, environment) as opened:
         body = {"messages": [{"role": "user", "content": asked.question}], "temperature": config.temperature}
         request = parse(body | {"seed": asked.seed}, is_chat=True)
@@ -43,7 +47,7 @@ async def ask(
 
 
 def step_text(shown: ShownStep) -> Text:
-    """A step and the environment's reply to it; what is wrong with it in red."""
+    """Return a step and the environment's reply to it as text, with the step's fault in red."""
     line = Text(f"[{shown.sample + 1}] {shown.step.action}: {excerpt(shown.step.content)}")
     if shown.step.fault:
         line.append(f"  ✗ {shown.step.fault}", style="red")
@@ -53,7 +57,7 @@ def step_text(shown: ShownStep) -> Text:
 
 
 def print_votes(deliberation: Deliberation, console: Console) -> None:
-    """Both votes, and the sources of the one that the configuration asks for."""
+    """Print both votes, and the sources of the vote that the configuration selects."""
     count = len(deliberation.episodes)
     for name, weighted in (("by majority", False), ("by confidence", True)):
         conclusion = deliberation.conclusion(weighted)
@@ -76,7 +80,7 @@ def source_text(source: Source) -> Text:
 
 
 def excerpt(text: str) -> str:
-    """A text in one line that is not too long."""
+    """Return a text as one line of at most SHOWN_CHARACTERS characters, with an ellipsis where it is cut."""
     line = " ".join(text.split())
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}…"
 

@@ -1,4 +1,4 @@
-"""Several episodes of deliberate search for one question, side by side, and what they conclude."""
+"""Several concurrent episodes of deliberate search for one question, and their conclusion."""
 
 import asyncio
 import re
@@ -27,24 +27,29 @@ WEIGHTED, MAJORITY = "confidence_weighted", "majority"
 
 @dataclass(frozen=True)
 class Source:
-    """A document that the samples with the answer were shown. ``text``: the longest part that they were shown.
-    ``has_answer``: that contains the answer, word for word. ``link``: the id where it is a web address."""
+    """A document that was shown to the samples with the winning answer."""
 
     id: str
+    # The longest part of the document that was shown to them.
     text: str
+    # Whether ``text`` contains the answer, word for word.
     has_answer: bool
+    # The id, if it is a web address.
     link: str | None
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What a vote gives. ``share``: the answer's part of all votes. ``confidence``: mean of those that the samples with
-    the answer state, from 0 to 10, None where none states one; ``is_certain``: it reaches ``certain_from``."""
+    """The result of a vote."""
 
     answer: str
+    # The samples with this answer.
     samples: tuple[int, ...]
+    # The answer's share of all votes.
     share: float
+    # The mean of the confidences that these samples state, from 0 to 10; None if no sample states one.
     confidence: float | None
+    # Whether the confidence is at least ``certain_from``.
     is_certain: bool
     sources: tuple[Source, ...]
 
@@ -58,21 +63,22 @@ class Deliberator(Served):
 
     @property
     def search(self) -> Search:
-        assert isinstance(self.turns.environment, Search)  # open_deliberator has checked
+        # open_deliberator has checked this.
+        assert isinstance(self.turns.environment, Search)
         return self.turns.environment
 
     def over(self, retriever: Retriever) -> "Deliberator":
-        """The same model with other documents to search."""
+        """Return a deliberator with the same model that searches other documents."""
         environment = replace(self.search, retriever=retriever)
         return replace(self, turns=replace(self.turns, environment=environment))
 
     def deliberate(self, question: Question, samples: int) -> "Deliberation":
-        """An answer, to be read by ``async for step in deliberation.steps()``."""
+        """Return an answer, to be read with ``async for step in deliberation.steps()``."""
         return Deliberation(self, question, samples)
 
 
 class Deliberation:
-    """One answer under way. After the last step :meth:`conclusion` and :meth:`summary` are complete."""
+    """One answer in progress. After the last step, :meth:`conclusion` and :meth:`summary` are complete."""
 
     def __init__(self, deliberator: Deliberator, question: Question, samples: int) -> None:
         self.config = deliberator.config
@@ -85,9 +91,9 @@ class Deliberation:
         self.started = time.monotonic()
 
     async def steps(self) -> AsyncGenerator[ShownStep, None]:
-        """The steps of all samples as they happen; those of one sample are in their order.
+        """Yield the steps of all samples as they happen. The steps of one sample are in order.
 
-        Raises GeneratorFailed, which ends all samples, and Unavailable when the environment failed in every one.
+        Raises GeneratorFailed, which ends all samples. Raises Unavailable when the environment failed in every sample.
         """
         # A step, or the task of a sample that has ended.
         arrived: asyncio.Queue[ShownStep | asyncio.Task[None]] = asyncio.Queue()
@@ -119,9 +125,10 @@ class Deliberation:
         self.is_complete = True
 
     def conclusion(self, weighted: bool) -> Conclusion | None:
-        """What the samples conclude, by majority or ``weighted`` by their confidence; None when none has an answer.
+        """Return the result of the vote of the samples, or None when no sample has an answer.
 
-        A sample whose environment failed has no vote.
+        The vote is by majority, or ``weighted`` by the confidence of the samples. A sample whose environment failed has
+        no vote.
         """
         voters = [episode for episode in self.episodes if episode.finish_reason != "failed"]
         winner: Vote | None = vote([episode.reply for episode in voters], weighted)
@@ -142,16 +149,17 @@ class Deliberation:
 
     @property
     def chosen(self) -> Conclusion | None:
-        """The conclusion of the vote that the configuration asks for."""
+        """The conclusion of the vote that the configuration selects."""
         return self.conclusion(self.config.weighted)
 
     @property
     def tokens(self) -> int:
-        """Of all samples, the environment's among them."""
+        """The number of tokens of all samples, including those of the environment."""
         return sum(episode.tokens for episode in self.episodes)
 
     def summary(self) -> dict[str, Any]:
-        """What a client should know of how the answer came about, as JSON. The two votes are both there."""
+        """Return as JSON what a client should know about how the answer was generated. It has the results of both
+        votes."""
         votes = {MAJORITY: self.conclusion(weighted=False), WEIGHTED: self.conclusion(weighted=True)}
         return {
             "id": self.id,
@@ -173,7 +181,10 @@ class Deliberation:
 
 
 def sources(episodes: list[Episode], answer: str) -> list[Source]:
-    """The documents that the episodes were shown, each once: those that contain the answer first, else in order."""
+    """Return the documents that were shown to the episodes, each once.
+
+    Documents that contain the answer come first. Otherwise they are in the order in which they were first shown.
+    """
     shown: dict[str, str] = {}
     for episode in episodes:
         for step in episode.shown:
@@ -184,7 +195,7 @@ def sources(episodes: list[Episode], answer: str) -> list[Source]:
 
 
 def link(document_id: str) -> str | None:
-    """A document's id where it is a web address, as a search engine behind HTTP may name its documents."""
+    """Return a document's id if it is a web address, else None. An HTTP search engine may use addresses as ids."""
     return document_id if re.fullmatch(r"https?://\S+", document_id) else None
 
 
@@ -209,7 +220,8 @@ async def open_deliberator(
                 print(step.sample, step.step, step.reply)
             print(deliberation.chosen)
 
-    Raises ValueError for settings that don't fit, GeneratorFailed and Unavailable for servers that do not answer.
+    Raises ValueError for settings that don't fit. Raises GeneratorFailed and Unavailable for servers that do not
+    answer.
     """
     environment = open_search_environment(environment_config)
     generator = ServedGenerator(config.generator, "deliberation.generator")
@@ -227,16 +239,22 @@ async def make_deliberator(
     generator: ServedGenerator,
     models: list[dict[str, Any]],
 ) -> Deliberator:
-    """A deliberator over what is open already. Raises ValueError and Unavailable as :func:`open_deliberator`."""
+    """Return a deliberator for an open environment and generator.
+
+    Raises ValueError and Unavailable as :func:`open_deliberator` does.
+    """
     await asyncio.to_thread(environment.check)
     folder = config.tokenizer or str(models[0].get("root"))
-    # The grammar of a search is written with this mark, whatever a configuration says of others.
+    # The grammar of a search always uses this mark, whatever thinking marks a configuration has.
     turns = Turns(environment, read_tokenizer(folder), max_turns, THINK_BEGIN)
     return Deliberator(generator, models, config, turns)
 
 
 def open_search_environment(config: EnvironmentConfig) -> Search:
-    """Raises ValueError for settings that don't fit, and for an environment that is no search."""
+    """Open the search environment.
+
+    Raises ValueError for settings that don't fit, and for an environment that is no ``rollout.search.Search``.
+    """
     environment = None if config.name is None else open_environment(config.name, config.settings)
     if not isinstance(environment, Search):
         raise ValueError(
@@ -247,7 +265,7 @@ def open_search_environment(config: EnvironmentConfig) -> Search:
 
 
 def read_tokenizer(folder: str) -> Any:
-    """The tokenizer in a folder. Raises ValueError for another name: nothing is downloaded."""
+    """Return the tokenizer in a folder. Raises ValueError if there is none, because nothing is downloaded."""
     if not (Path(folder) / "tokenizer_config.json").is_file():
         raise ValueError(
             f"deliberation.tokenizer: {folder} is no folder with a tokenizer_config.json on this machine; give the "

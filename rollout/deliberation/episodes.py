@@ -1,7 +1,7 @@
-"""One episode of deliberate search by a served model: the turns, and the environment's replies, are those of training.
+"""One episode of deliberate search by a served model. Turns and replies of the environment are as in training.
 
-What the environment adds, how it is encoded, and when an episode ends is :class:`rollout.environment.Turns`; what a
-step is and what is wrong with it, :func:`rollout.search.steps`.
+:class:`rollout.environment.Turns` determines what the environment adds, how it is encoded, and when an episode ends.
+:func:`rollout.search.steps` determines the steps and their faults.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from rollout.sampler import request_seed
 from rollout.search import Step
 from rollout.thinking import whole_text
 
-# Steps at the end of what has come that are not complete: they may become something else, or wait for a reply.
+# Steps that are incomplete at the end of the text so far: they may still become another action, or wait for a reply.
 OPEN = ("text", "end", "search", "read")
 ENDS = [f"</{action}>" for action in search.ACTIONS]
 LONGEST_END = max(map(len, ENDS))
@@ -32,21 +32,25 @@ LONGEST_END = max(map(len, ENDS))
 
 @dataclass(frozen=True)
 class ShownStep:
-    """A step of one of the samples as soon as it is complete, with its verification (``step.fault``, empty for a legal
-    one). ``reply``: of the environment, None for a step that it does not answer; ``documents``: what that shows."""
+    """A complete step of one of the samples, with its verification."""
 
     sample: int
+    # Its ``fault`` is empty for a legal step.
     step: Step
+    # The environment's reply; None for a step that it does not answer.
     reply: str | None
+    # The documents that the reply shows.
     documents: tuple[Document, ...]
 
 
 class Episode:
-    """One response under way. After the last step its ``answer``, ``confidence`` and ``finish_reason`` are known, and
-    ``said`` is all of it, the environment's part apart.
+    """One response in progress.
 
-    ``finish_reason``: "stop", "length", "turns" (its searches and reads are used up) or "failed" (``failure`` says
-    why); None before the end.
+    After the last step, ``answer``, ``confidence`` and ``finish_reason`` are set. ``said`` then has the whole response,
+    with the environment's segments separate from the model's.
+
+    ``finish_reason`` is "stop", "length", "turns" (the searches and reads are used up) or "failed" (``failure`` has the
+    reason). It is None before the end.
     """
 
     def __init__(self, generator: Generator, turns: Turns, question: Question, sample: int) -> None:
@@ -64,11 +68,11 @@ class Episode:
 
     @property
     def reply(self) -> Reply:
-        """What it says in a vote."""
+        """The answer and the confidence, as they count in a vote."""
         return Reply(self.answer, self.confidence)
 
     async def steps(self) -> AsyncGenerator[ShownStep, None]:
-        """The steps in their order. Raises GeneratorFailed."""
+        """Yield the steps in order. Raises GeneratorFailed."""
         prompt = Prompt("", np.array(self.question.prompt_ids, np.int32))
         response = batches.build([prompt], [[]], finish_reasons=[UNFINISHED])
         while response.finish_reasons == [UNFINISHED]:
@@ -90,7 +94,8 @@ class Episode:
             turn = batches.build([prompt], [tokens], version=0, finish_reasons=[str(reason)])
             response = batches.extend(response, turn)
             if reason == "turn":
-                # A search engine may take seconds, and other episodes go on meanwhile.
+                # The call runs in a thread, because a search engine may take seconds, and other episodes continue
+                # meanwhile.
                 response = await asyncio.to_thread(self.turns.reply, response, self.question.max_tokens)
             for shown in self._after_turn(response):
                 yield shown
@@ -101,7 +106,7 @@ class Episode:
         return environment.segments(self.turns.tokenizer, response, self.turns.think_begin)
 
     def _stream(self, response: TokenBatch) -> AsyncGenerator[Any, None]:
-        """The next turn's tokens."""
+        """Return the stream of the next turn's tokens."""
         token_ids = response.response_tokens.tolist()
         options = {
             **self.question.sampling,
@@ -114,14 +119,17 @@ class Episode:
         return self.generator.stream(self.question.model, [*self.question.prompt_ids, *token_ids], options)
 
     def _complete(self, said: Sequence[Segment]) -> list[ShownStep]:
-        """The new steps of a turn that has not ended: its text may become an action yet."""
+        """Return the new complete steps of a turn that has not ended.
+
+        Text at the end is left out, because it may still become an action.
+        """
         steps = search.steps(said)
         while steps and steps[-1].action in OPEN:
             steps.pop()
         return self._show(steps)
 
     def _after_turn(self, response: TokenBatch) -> list[ShownStep]:
-        """The new steps once a turn has ended and was answered."""
+        """Return the new steps after a turn has ended and, if it was a search or a read, was answered."""
         self.said = said = self._segments(response)
         self.answer, self.confidence = search.stated(said)
         self.tokens = len(response.response_tokens)
@@ -129,7 +137,7 @@ class Episode:
         if response.finish_reasons != [UNFINISHED]:
             is_cut = response.finish_reasons != ["stop"]
             if is_cut and not any(step.action == "answer" for step in steps):
-                # A text without any action counts as the answer, but not the beginning of one.
+                # A complete text without any action counts as the answer. A text that was cut off does not.
                 self.answer = None
             return self._show(steps)
         if steps[-1].action == "end":

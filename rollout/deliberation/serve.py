@@ -1,10 +1,12 @@
 """An OpenAI-compatible endpoint of deliberate search: ``python -m rollout.deliberation.serve [deliberation.…=…]``.
 
-It stands before a running `vllm serve` of a model that was trained to search, and searches what
-``rollout.environment.settings`` names. Routes: ``POST /v1/chat/completions``, ``GET /v1/sources?id=…`` (a document's
-text), ``GET /v1/models``, ``GET /health``. Errors have OpenAI's form. A reply is the answer of the vote; beside
-OpenAI's fields it has ``deliberation`` (both votes, their confidence and sources, the samples), and a streamed chunk a
-step. A request may have ``samples``. A client that disconnects ends its requests to the model.
+It runs in front of a running `vllm serve` of a model that was trained to search, and searches the documents that
+``rollout.environment.settings`` names. Routes: ``POST /v1/chat/completions``, ``GET /v1/sources?id=…`` (the text of a
+document), ``GET /v1/models``, ``GET /health``. Errors have OpenAI's form.
+
+A reply is the answer of the vote. In addition to OpenAI's fields it has ``deliberation``: both votes, their confidence
+and sources, and the samples. In a streamed reply, ``deliberation`` of a chunk is a step. A request may have
+``samples``, the number of samples. When a client disconnects, its requests to the model end.
 """
 
 import asyncio
@@ -33,13 +35,16 @@ from rollout.guidance.settings import key
 from rollout.settings import EnvironmentConfig, RolloutConfig
 
 OPENED = web.AppKey("opened", Deliberator)
-# All answers, those of which no sample had one, and those that have no end: an error, or a client that left.
+# All answers, those for which no sample had an answer, and those that did not end, because of an error or because the
+# client disconnected.
 NO_ANSWERS = {"answers": 0, "without_answer": 0, "not_ended": 0}
 
 
 def parse_request(body: Any, config: DeliberationConfig) -> tuple[GuidedRequest, int]:
-    """The request in a JSON body, with the configured temperature if it has none, and its samples. Raises
-    BadRequest."""
+    """Return the request in a JSON body, and its number of samples. Raises BadRequest.
+
+    A request without a temperature gets the configured one.
+    """
     samples = config.samples
     if isinstance(body, dict) and "samples" in body:
         samples = body.pop("samples")
@@ -84,8 +89,8 @@ async def stream(
     form: Form,
     include_usage: bool,
 ) -> web.StreamResponse:
-    """Server-sent events: a chunk for each step without text, one with the answer, and the usage if asked for."""
-    # An error before the first step still has a status of its own.
+    """Send server-sent events: a chunk without text for each step, one with the answer, and the usage if requested."""
+    # The first step comes before the response starts, so that an error before it still gets its own HTTP status.
     step: ShownStep | None = await anext(steps)
     response = await endpoint.open_stream(http)
     try:
@@ -103,8 +108,11 @@ async def stream(
 
 
 def outcome(deliberation: Deliberation) -> tuple[str, str]:
-    """The answer of the vote, and OpenAI's finish reason; without an answer an empty text, and "length" where a sample
-    came to its end."""
+    """Return the answer of the vote, and OpenAI's finish reason.
+
+    Without an answer, the text is empty. The finish reason is then "length" if a sample reached its maximum number of
+    tokens or turns, else "stop".
+    """
     chosen = deliberation.chosen
     if chosen is not None:
         return chosen.answer, "stop"
@@ -113,13 +121,13 @@ def outcome(deliberation: Deliberation) -> tuple[str, str]:
 
 
 def step_json(shown: ShownStep) -> dict[str, Any]:
-    """A step for a client."""
+    """Return a step as JSON for a client."""
     documents = [{**asdict(document), "link": link(document.id)} for document in shown.documents]
     return {"sample": shown.sample, **asdict(shown.step), "reply": shown.reply, "documents": documents}
 
 
 async def source(http: web.Request) -> web.Response:
-    """The text of a document."""
+    """Return the text of a document."""
     document_id = http.query.get("id", "")
     text = await asyncio.to_thread(http.app[OPENED].search.retriever.read, document_id)
     if text is None:
@@ -128,7 +136,10 @@ async def source(http: web.Request) -> web.Response:
 
 
 def make_app(config: DeliberationConfig, environment: EnvironmentConfig, token: str | None) -> web.Application:
-    """The application; it connects to the servers when it starts. ``token`` of clients, None for no token."""
+    """Return the application, which connects to the servers when it starts.
+
+    ``token`` is the token of clients, None for no token.
+    """
 
     answers = {"/v1/chat/completions": reply}
     open_served = partial(open_deliberator, config, environment)

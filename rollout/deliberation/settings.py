@@ -1,6 +1,6 @@
-"""Settings of deliberate search at inference. Defaults stand in conf/deliberation/.
+"""Settings of deliberate search at inference. The defaults are in conf/deliberation/.
 
-Its environment is that of training, ``rollout.environment``.
+The environment is the one of training, ``rollout.environment``.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ MOST_SAMPLES = 256
 
 @dataclass
 class DeliberationConfig:
-    """A served model that searches, reads, states a confidence and answers; several such answers vote."""
+    """Deliberate search: a served model searches, reads, states a confidence and answers. Several answers vote."""
 
     generator: GeneratorConfig = setting("who generates: a `vllm serve` of a model that was trained to search")
     tokenizer: str | None = setting("folder of the model's tokenizer; null for the folder that the server names")
@@ -35,21 +35,21 @@ class DeliberationConfig:
 
 @dataclass
 class AskConfig:
-    """What `python -m rollout.deliberation.ask` reads beside the deliberation."""
+    """Settings that `python -m rollout.deliberation.ask` reads in addition to the group ``deliberation``."""
 
     question: str = setting("the question")
     seed: int | None = setting("seed of the sampling; null for a new one each time", range="[0, 1e9]")
 
 
 def read_environment(raw: Mapping[str, Any]) -> EnvironmentConfig:
-    """The typed, checked ``rollout.environment`` of a raw configuration. Raises ValueError."""
+    """Return the typed, checked group ``rollout.environment`` of a raw configuration. Raises ValueError."""
     environment = settings.read(EnvironmentConfig, "rollout.environment", raw)
     settings.check(environment, "rollout.environment")
     return environment
 
 
 def read(raw: Mapping[str, Any]) -> DeliberationConfig:
-    """The typed, checked group ``deliberation`` of a raw configuration. Raises ValueError."""
+    """Return the typed, checked group ``deliberation`` of a raw configuration. Raises ValueError."""
     config = settings.read(DeliberationConfig, "deliberation", raw)
     settings.check(config, "deliberation")
     check_address("deliberation.generator", config.generator.address)

@@ -1,6 +1,7 @@
-"""Votes over several answers to a question: by majority, or weighted by the confidence that the model states.
+"""Votes over several answers to a question, by majority or weighted by the confidence that the model states.
 
-Deliberative Searcher (arXiv 2507.16727): four answers weighted by confidence are as good as sixteen with equal votes.
+According to Deliberative Searcher (arXiv 2507.16727), four answers weighted by confidence are as good as sixteen with
+equal votes.
 """
 
 from collections import Counter
@@ -9,32 +10,36 @@ from dataclasses import dataclass
 
 from rewards.verifiers.exact import plain
 
-# The confidence of an answer that states none: it counts as certain (our choice).
+# The confidence of an answer without a stated confidence, which counts as certain (our choice).
 UNSTATED_CONFIDENCE = 10
 
 
 @dataclass(frozen=True)
 class Reply:
-    """``answer``: None where the response has none. ``confidence`` from 0 to 10, None where it states none."""
+    """The answer and the confidence that a response states."""
 
+    # None if the response has no answer.
     answer: str | None
+    # From 0 to 10, None if the response states none.
     confidence: int | None
 
 
 @dataclass(frozen=True)
 class Vote:
-    """``places``: of the replies with the answer that wins, in their order. ``share``: its part of all votes."""
+    """The result of a vote."""
 
+    # The places of the replies with the winning answer, in order.
     places: tuple[int, ...]
+    # The winning answer's share of all votes.
     share: float
 
 
 def vote(replies: Sequence[Reply], weighted: bool) -> Vote | None:
-    """The answer that wins; None when no reply has an answer.
+    """Return the winning answer, or None when no reply has an answer.
 
-    Answers are equal when they differ only in case, spaces and punctuation around them, as for the verifier. A reply
-    has one vote or, with ``weighted``, as many as its confidence. In a tie the answer with more replies wins, then the
-    one that came first (our choice).
+    Answers are equal when they differ only in case, in spaces, and in punctuation around them, as for the verifier. A
+    reply has one vote, or, with ``weighted``, as many votes as its confidence. In a tie, the answer with more replies
+    wins, then the one that came first (our choice).
     """
     places: dict[str, list[int]] = {}
     votes: Counter[str] = Counter()

@@ -1,8 +1,9 @@
 """Calibrates the threshold of monitor: ``python -m rollout.guidance.calibrate calibrate.prompts=… calibrate.output=…``.
 
-Every prompt of a held-out file of benign prompts is answered once, unguided, and its lowest score is kept. The file
-that is written has the conformal threshold for ``calibrate.level`` (``rollout.guidance.decisions``). The prompts must
-be drawn as the benign prompts that will be served, and be neither in the value model's training data nor in a test.
+It answers every prompt of a held-out file of benign prompts once, scored but never steered, and keeps the lowest score
+of each answer. The output file has the conformal threshold for ``calibrate.level`` (``rollout.guidance.decisions``).
+The prompts must come from the same distribution as the benign prompts that will be served. They must be neither in the
+value model's training data nor in a test set.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from rollout.guidance.settings import check as check_guidance
 
 
 def read_rows(path: str) -> list[Any]:
-    """The rows of a JSON-lines file. Raises ValueError naming a line that is none."""
+    """Return the rows of a JSON-lines file. Raises ValueError naming an invalid line."""
     rows = []
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -41,7 +42,10 @@ def read_rows(path: str) -> list[Any]:
 
 
 async def lowest_score(opened: OpenGuide, row: Any, temperature: float, seed: int) -> float:
-    """The lowest score of the segments of one answer. Raises RuntimeError for an answer without a score."""
+    """Generate one answer and return the lowest score of its segments, infinity for an answer without a score.
+
+    Raises ValueError for a prompt that does not fit into the model's context.
+    """
     prompt = await opened.generator.encode_chat(opened.model, messages_of(row, "row"), {})
     max_tokens = opened.guide.config.max_tokens
     context = opened.context(opened.model)
@@ -53,12 +57,15 @@ async def lowest_score(opened: OpenGuide, row: Any, temperature: float, seed: in
     answer = opened.guide.answer(question)
     async for _ in answer.steps():
         pass
-    # An answer without text has no segment, so nothing of it can be below a threshold.
+    # An answer without text has no scored segment, so it can't be below a threshold.
     return float("inf") if answer.lowest_score is None else answer.lowest_score
 
 
 async def calibrate(config: GuidanceConfig, options: CalibrateConfig) -> Calibration:
-    """Answer and score the prompts. Raises ValueError, also for too few prompts, before anything is generated."""
+    """Answer and score the prompts.
+
+    Raises ValueError for too few prompts, before anything is generated.
+    """
     rows = read_rows(options.prompts)
     decisions.conformal_threshold([0.0] * len(rows), options.level)
     slots = asyncio.Semaphore(options.concurrency)
@@ -67,7 +74,7 @@ async def calibrate(config: GuidanceConfig, options: CalibrateConfig) -> Calibra
 
         async def score(place: int) -> float:
             async with slots:
-                # The streams of an answer take seeds one after the other; unguided it has one.
+                # The streams of an answer use consecutive seeds. An answer that is not steered has one stream.
                 return await lowest_score(opened, rows[place], options.temperature, options.seed + place)
 
         lowest = await gather([score(place) for place in range(len(rows))])

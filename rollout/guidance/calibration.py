@@ -1,4 +1,4 @@
-"""A calibrated threshold, as a file: what it is, what it holds for, and the scores it was taken from."""
+"""The file of a calibrated threshold: the threshold, the conditions that it holds for, and its scores."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,20 +11,23 @@ from rollout.guidance.settings import GuidanceConfig
 
 @dataclass(frozen=True)
 class Calibration:
-    """``threshold``: at most the share ``level`` of benign answers has a segment below it
-    (``rollout.guidance.decisions.conformal_threshold``); it is the ``rank``-th smallest of the ``n`` lowest scores.
-    That holds for answers that are sampled as these were: ``conditions``."""
+    """A conformal threshold (``rollout.guidance.decisions.conformal_threshold``)."""
 
+    # The largest share of benign answers that may have a segment below the threshold.
     level: float
+    # The number of answers.
     n: int
+    # The threshold is the ``rank``-th smallest of ``lowest_scores``.
     rank: int
     threshold: float
+    # The threshold holds for answers that are sampled under the same conditions.
     conditions: dict[str, Any]
+    # The lowest score of each answer.
     lowest_scores: list[float]
 
 
 def conditions(config: GuidanceConfig, value_model: str) -> dict[str, Any]:
-    """What a score depends on, beside the prompts and the generator's sampling."""
+    """Return what a score depends on, in addition to the prompts and the generator's sampling."""
     return {
         "value_model": value_model,
         "principles": list(config.values.principles),
@@ -37,15 +40,15 @@ def conditions(config: GuidanceConfig, value_model: str) -> dict[str, Any]:
 
 
 def write(calibration: Calibration, path: Path) -> None:
-    """Raises FileExistsError: a file is never replaced."""
+    """Write the calibration. Raises FileExistsError if the file exists, because a file is never replaced."""
     with path.open("x") as file:
         json.dump(asdict(calibration), file, indent=1)
 
 
 def read_threshold(config: GuidanceConfig, value_model: str) -> float:
-    """The threshold of the calibration that the configuration names.
+    """Return the threshold of the calibration that the configuration names.
 
-    Raises ValueError for a file that can't be read or was made under other conditions.
+    Raises ValueError for a file that can't be read or that was calibrated under other conditions.
     """
     try:
         assert config.calibration is not None

@@ -1,6 +1,7 @@
-"""The two servers: one continues token ids, the other gives the values of prefixes. Both are stock `vllm serve`.
+"""Clients of the two servers: one continues token ids, the other returns the values of prefixes.
 
-Requests go through the openai client, which pools connections and retries those without a reply.
+Both servers are unmodified `vllm serve`. Requests go through the openai client, which pools connections and retries
+requests without a reply.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ EXCERPT_CHARACTERS = 500
 
 
 class GeneratorFailed(RuntimeError):
-    """The generator refused a request, or failed. ``status``: the HTTP status that a client should get."""
+    """The generator refused a request, or failed. ``status`` is the HTTP status that a client should get."""
 
     def __init__(self, message: str, status: int = 502, kind: str = "upstream_error") -> None:
         super().__init__(message)
@@ -29,51 +30,54 @@ class GeneratorFailed(RuntimeError):
 
 
 class ValuesUnavailable(RuntimeError):
-    """The value server did not give values: dead, slow, or a reply that is none."""
+    """The value server returned no values: it is dead or slow, or its reply is invalid."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a stream brings at once: mostly one token. ``text`` lags where a character takes several tokens, and is
-    empty for the token that ends an answer. ``stopped_at``: the stop text that ended the stream, if one did."""
+    """One chunk of a stream, usually one token."""
 
+    # The text lags behind the tokens where a character takes several tokens. It is empty for the token that ends an
+    # answer.
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    # The stop string that ended the stream, if one did.
     stopped_at: str | None = None
 
 
 class Generator(Protocol):
-    """What guided decoding needs of a model. ``model`` is a name that it serves."""
+    """The interface that guided decoding needs of a generator. ``model`` is the name of a model that it serves."""
 
     def stream(self, model: str, token_ids: Sequence[int], options: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
-        """Continue the token ids; ``options`` are fields of vLLM's request, ``max_tokens`` among them."""
+        """Continue the token ids. ``options`` are fields of vLLM's request, among them ``max_tokens``."""
         ...
 
     async def encode(self, model: str, text: str, special_tokens: bool) -> list[int]:
-        """The text's token ids, with those that begin a text if ``special_tokens``."""
+        """Return the token ids of a text, with the special tokens that begin a text if ``special_tokens``."""
         ...
 
     async def decode(self, model: str, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
+        """Return the text of token ids, including special tokens."""
         ...
 
 
 class Values(Protocol):
-    """What guided decoding needs of a value model."""
+    """The interface that guided decoding needs of a value model."""
 
     async def score(self, prefixes: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """The values of each prefix, one for each principle. Raises ValuesUnavailable."""
+        """Return the values of each prefix, one for each principle. Raises ValuesUnavailable."""
         ...
 
 
 def open_client(address: str, token: str | None, timeout: float, retries: int) -> openai.AsyncOpenAI:
-    # A proxy of the environment does not reach this machine's loopback. None makes the client's own, which heeds it.
+    # A proxy that environment variables name can't reach this machine's loopback, so that is connected to directly.
+    # With None, the client uses its default, which uses the proxy.
     direct = None
     if is_loopback(urlsplit(address).netloc):
-        # The environment's certificates hold, though.
+        # The certificates that environment variables name are still used.
         direct = openai.DefaultAsyncHttpxClient(trust_env=False, verify=httpx.create_ssl_context())
-    # Without a token the client would take OPENAI_API_KEY, a key to another server.
+    # Without a token the client would send OPENAI_API_KEY, which is a key for another server.
     client = openai.AsyncOpenAI(
         base_url=f"{address}/v1", api_key=token or "none", timeout=timeout, max_retries=retries, organization="",
         project="", http_client=direct,
@@ -82,23 +86,26 @@ def open_client(address: str, token: str | None, timeout: float, retries: int) -
 
 
 class ServedGenerator:
-    """A model behind `vllm serve`. Raises GeneratorFailed."""
+    """A model that `vllm serve` serves. The methods raise GeneratorFailed."""
 
     def __init__(self, config: GeneratorConfig, field: str = "guidance.generator") -> None:
-        """``field``: of the configuration. Raises ValueError when the environment lacks the token."""
+        """Open the client. ``field`` is the name of ``config`` in the configuration.
+
+        Raises ValueError when the environment lacks the token.
+        """
         self.address = config.address
         token = key(field, config.key_variable)
         self.client = open_client(config.address, token, config.timeout, config.retries)
 
     async def models(self) -> list[dict[str, Any]]:
-        """What the server lists under /v1/models."""
+        """Return the models that the server lists under /v1/models."""
         try:
             return await served_models(self.client, self.address)
         except openai.OpenAIError as error:
             raise _failed(self.address, error) from error
 
     async def checked_models(self, remedy: str) -> list[dict[str, Any]]:
-        """What :meth:`models` gives, at least one. The error has the ``remedy``."""
+        """Return :meth:`models`, of which there is at least one. The error's message includes the ``remedy``."""
         try:
             models = await self.models()
         except GeneratorFailed as error:
@@ -115,7 +122,7 @@ class ServedGenerator:
             stream = await self.client.post(
                 "/completions", body=body, cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
             )
-            # Closing the connection has vLLM drop the request.
+            # When the connection is closed, vLLM drops the request.
             async with stream:
                 async for chunk in stream:
                     piece = _piece(self.address, chunk)
@@ -131,7 +138,7 @@ class ServedGenerator:
         raise GeneratorFailed(f"{self.address}: the stream ended before the answer did")
 
     async def encode_chat(self, model: str, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
-        """The prompt that the model's chat template makes of the messages."""
+        """Return the prompt that the model's chat template renders from the messages."""
         return await self._tokens({**options, "model": model, "messages": list(messages)})
 
     async def encode(self, model: str, text: str, special_tokens: bool) -> list[int]:
@@ -165,7 +172,7 @@ class ServedGenerator:
 
 @dataclass(frozen=True)
 class Served:
-    """A generator that answers, and the ``models`` that it lists."""
+    """A generator that answers requests, and the ``models`` that it lists."""
 
     generator: ServedGenerator
     models: list[dict[str, Any]]
@@ -176,23 +183,24 @@ class Served:
         return str(self.models[0]["id"])
 
     def context(self, model: str) -> int | None:
-        """The longest prompt and answer together, in tokens, as vLLM states it; None for an unknown model."""
+        """Return the maximum tokens of prompt and answer together, as vLLM states it; None for an unknown model."""
         lengths = [entry.get("max_model_len") for entry in self.models if entry["id"] == model]
         return lengths[0] if lengths else None
 
 
 class ServedValues:
-    """A value model behind `vllm serve --runner pooling`."""
+    """A value model that `vllm serve --runner pooling` serves."""
 
     def __init__(self, config: ValuesConfig) -> None:
         """Raises ValueError when the environment lacks the token."""
         self.config = config
         token = key("guidance.values", config.key_variable)
         self.client = open_client(config.address, token, config.timeout, config.retries)
-        self.model = ""  # the server's only model; known after :meth:`check`
+        # The name of the server's first model, set by :meth:`check`.
+        self.model = ""
 
     async def check(self) -> None:
-        """Learn the model's name, and score one token. Raises ValuesUnavailable."""
+        """Read the name of the server's model, and score one token as a test. Raises ValuesUnavailable."""
         address = self.config.address
         try:
             models = await served_models(self.client, address)
@@ -204,7 +212,10 @@ class ServedValues:
         await self.score([[0]])
 
     async def score(self, prefixes: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-        """By `classify`, which reads the prefix cache: a prefix costs about the tokens that are new in it."""
+        """Score the prefixes with `classify`.
+
+        It uses the prefix cache, so a prefix costs about as much as the tokens in it that are new.
+        """
         url = f"{self.config.address}/classify"
         body = {"model": self.model, "input": [list(prefix) for prefix in prefixes]}
         try:
@@ -219,7 +230,7 @@ class ServedValues:
         return self._values(url, reply, len(prefixes))
 
     def _values(self, url: str, reply: object, count: int) -> list[tuple[float, ...]]:
-        """The values in a reply, which may be any JSON."""
+        """Return the values in a reply, which may be any JSON. Raises ValuesUnavailable for an invalid reply."""
         expected = len(self.config.principles)
         try:
             data = sorted(reply["data"], key=lambda entry: entry["index"])  # type: ignore[index]
@@ -250,13 +261,13 @@ async def served_models(client: openai.AsyncOpenAI, address: str) -> list[dict[s
 
 
 def _piece(address: str, chunk: Any) -> Piece | None:
-    """The piece in a chunk of the stream; None for a chunk of usage."""
+    """Return the piece in a chunk of the stream, or None for a usage chunk."""
     try:
         if not chunk["choices"]:
             return None
         choice = chunk["choices"][0]
         text, token_ids, finish_reason = choice["text"], choice.get("token_ids"), choice["finish_reason"]
-        # A token that ends an answer has its id there.
+        # This is a stop string, or the id of the stop token.
         stop_reason = choice.get("stop_reason")
     except (LookupError, TypeError, AttributeError) as error:
         raise GeneratorFailed(f"{address}: not a chunk of a completion ({error!r}): {_excerpt(chunk)}") from error
@@ -266,7 +277,11 @@ def _piece(address: str, chunk: Any) -> Piece | None:
 
 
 def _failed(address: str, error: openai.OpenAIError) -> GeneratorFailed:
-    """A refusal keeps its status, so that a client sees it as its own mistake. But not that of our token."""
+    """Convert an error of the openai client.
+
+    A refused request keeps its status, so that the client sees it as its own mistake. A refusal of this server's token
+    does not.
+    """
     if isinstance(error, openai.APIStatusError) and error.status_code in (400, 404, 413, 422, 429):
         return GeneratorFailed(error.message, error.status_code, str(error.type or "invalid_request_error"))
     return GeneratorFailed(_reason(address, error))

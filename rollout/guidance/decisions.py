@@ -1,4 +1,4 @@
-"""The decisions of guided decoding, as functions of values alone."""
+"""The decisions of guided decoding, as pure functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from fractions import Fraction
 
 
 def normalised(weights: Mapping[str, float], principles: Sequence[str]) -> tuple[float, ...]:
-    """The principles' weights in their order, brought to the sum 1; equal ones where none are given."""
+    """Return the weights in the order of the principles, scaled to sum 1. Without weights, all are equal."""
     if not weights:
         return (1 / len(principles),) * len(principles)
     total = math.fsum(weights.values())
@@ -14,30 +14,30 @@ def normalised(weights: Mapping[str, float], principles: Sequence[str]) -> tuple
 
 
 def weighted(values: Sequence[float], weights: Sequence[float]) -> float:
-    """The score of a prefix: the sum of its values, each times the weight of its principle."""
+    """Return the score of a prefix: the sum of its values, each times the weight of its principle."""
     return math.fsum(value * weight for value, weight in zip(values, weights, strict=True))
 
 
 def best(scores: Sequence[float], count: int) -> list[int]:
-    """Places of the ``count`` highest scores, the highest first; among equal ones the earlier place comes first."""
+    """Return the places of the ``count`` highest scores, the highest first. Among equals, the earlier place leads."""
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
     return order[:count]
 
 
 def thinks(text: str, marks: Sequence[str]) -> bool:
-    """Whether a text ends inside the thinking: its last mark is the one that begins it."""
+    """Return whether a text ends inside the thinking, that is, whether its last mark begins the thinking."""
     begin, end = marks
     return text.rfind(begin) > text.rfind(end)
 
 
 def first_stop(text: str, known: int, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins, None without one. The first ``known`` characters contain none."""
+    """Return where the first of the stop strings begins, or None. The first ``known`` characters contain none."""
     places = [text.find(stop, max(known - len(stop) + 1, 0)) for stop in stops]
     return min((place for place in places if place >= 0), default=None)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """Characters at the end of a text that may be the beginning of a stop text."""
+    """Return the number of characters at the end of a text that may be the beginning of a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
@@ -46,14 +46,15 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 
 def conformal_threshold(lowest_scores: Sequence[float], level: float) -> float:
-    """The highest threshold below which at most a share ``level`` of benign answers falls.
+    """Return the highest threshold below which at most a share ``level`` of benign answers falls.
 
-    Split conformal prediction. Each of n held-out benign answers gives the lowest score of its segments. The threshold
-    is the k-th smallest of them, k = floor(level · (n + 1)); in terms of the negated scores that is the
-    ceil((n + 1)(1 - level))-th smallest. If a further answer is exchangeable with these, its lowest score is below the
-    threshold with a probability of at most k / (n + 1) ≤ level, over the draw of the n answers and of that one.
+    This is split conformal prediction. ``lowest_scores`` has the lowest segment score of each of n held-out benign
+    answers. The threshold is the k-th smallest of them, where k = floor(level · (n + 1)). In terms of the negated
+    scores, that is the ceil((n + 1)(1 - level))-th smallest. If a further answer is exchangeable with these, its lowest
+    score is below the threshold with a probability of at most k / (n + 1) ≤ level. The probability is over the draw of
+    the n answers and of the further one.
 
-    Raises ValueError for fewer answers than the level needs, 1 / level - 1.
+    Raises ValueError for fewer answers than the level needs, which is 1 / level - 1.
     """
     exact_level = Fraction(str(level))
     count = len(lowest_scores)

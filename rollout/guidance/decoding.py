@@ -1,11 +1,15 @@
 """Value-guided decoding of one answer: an async driver around a generator and a value server.
 
-Both modes are one search. *monitor* follows a draft, which is generated ahead while its segments are scored. A segment
-below the threshold is dropped with what follows it; N candidates are sampled in its place, and the best of them and of
-the dropped one goes on. If that is still below, a correction may take its place. *search* always samples N candidates
-for each beam and keeps the best beginnings (integrated value guidance, arXiv 2409.17819; SafeWork-R1's PVM,
-arXiv 2507.18576). What the report leaves open is our choice: a score is the weighted sum of the values of the whole
-prefix; a candidate is one segment; beams that end stay among the beams.
+Both modes use the same search.
+
+* *monitor* follows a draft, which is generated ahead while its segments are scored. A segment below the threshold is
+  dropped together with what follows it. N candidates are sampled in its place, and the answer continues from the best
+  of them and the dropped segment. If the best one is still below the threshold, a correction may replace it.
+* *search* always samples N candidates for each beam and keeps the best prefixes (integrated value guidance,
+  arXiv 2409.17819; SafeWork-R1's PVM, arXiv 2507.18576).
+
+The report of SafeWork-R1 leaves some points open. Our choices are: a score is the weighted sum of the values of the
+whole prefix, a candidate is one segment, and beams that have ended stay among the beams.
 """
 
 import asyncio
@@ -31,36 +35,41 @@ DRAFT, SAMPLED, CORRECTION = "draft", "sampled", "correction"
 
 @dataclass(frozen=True)
 class Question:
-    """What to answer. ``sampling``: further fields of vLLM's request, such as ``temperature``. ``stops``: texts before
-    which an answer ends. With a ``seed`` the answer depends on nothing else but the servers."""
+    """A prompt to answer, and how to sample the answer."""
 
     model: str
     prompt_ids: tuple[int, ...]
     max_tokens: int
+    # Further fields of vLLM's request, such as ``temperature``.
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    # Stop strings. The answer ends before the first of them.
     stops: tuple[str, ...] = ()
+    # With a seed, the answer depends only on the question and the servers.
     seed: int | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A segment with its values, None where it has none, and their weighted sum. ``origin``: draft, sampled or
-    correction."""
+    """A segment with its values and its score."""
 
     segment: Segment
+    # One value for each principle; None for a segment that was not scored.
     values: tuple[float, ...] | None
+    # The weighted sum of the values.
     score: float | None
+    # DRAFT, SAMPLED or CORRECTION.
     origin: str
 
 
 @dataclass(frozen=True)
 class Beam:
-    """The beginning of an answer."""
+    """A prefix of an answer."""
 
     path: tuple[Candidate, ...] = ()
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    score: float = 0.0  # of the last candidate that has one
+    # The score of the last candidate that has one.
+    score: float = 0.0
     finish_reason: str | None = None
 
     def extended(self, candidate: Candidate) -> "Beam":
@@ -76,18 +85,19 @@ class Beam:
 
 @dataclass(frozen=True)
 class Step:
-    """A segment that became part of the answer. ``text`` is what may be shown now: a beginning of a stop text waits for
-    the next step. ``values`` and ``score`` are None where there are none."""
+    """A segment that became part of the answer."""
 
+    # The text that may be shown now. Text that may be the beginning of a stop string is held back for the next step.
     text: str
     token_ids: tuple[int, ...]
+    # By principle; None, like ``score``, for a segment that was not scored.
     values: Mapping[str, float] | None
     score: float | None
     origin: str
 
 
 class DecisionLog:
-    """JSON lines in a file that its user alone can read; nothing is ever removed from it."""
+    """A file of JSON lines that only its user can read, to which decisions are appended. Nothing is ever removed."""
 
     def __init__(self, path: str | None) -> None:
         self.file = None
@@ -97,7 +107,7 @@ class DecisionLog:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         if self.file is not None:
-            # One call for a line, so that several processes can append to the file.
+            # Each line is written in one call, so that several processes can append to the file.
             os.write(self.file, json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n")
 
     def close(self) -> None:
@@ -107,7 +117,7 @@ class DecisionLog:
 
 @dataclass(frozen=True)
 class Guide:
-    """What all answers share. ``threshold`` is that of monitor."""
+    """What all answers share. ``threshold`` is used in the mode monitor."""
 
     config: GuidanceConfig
     generator: Generator
@@ -117,15 +127,15 @@ class Guide:
     log: DecisionLog
 
     def answer(self, question: Question) -> "Answer":
-        """An answer, to be read by ``async for step in answer.steps()``."""
+        """Return an answer, to be read with ``async for step in answer.steps()``."""
         return Answer(self, question)
 
 
 class Answer:
-    """One answer under way. After the last step, ``finish_reason`` and the counts are complete.
+    """One answer in progress. After the last step, ``finish_reason`` and the counts are complete.
 
-    ``generated_tokens`` includes what was dropped, ``answer_tokens`` is what was kept. ``unguided`` says why the answer
-    goes on without guidance, None while it is guided.
+    ``generated_tokens`` counts all generated tokens, including dropped ones. ``answer_tokens`` counts the tokens of the
+    answer. ``unguided`` is the reason why the answer continues without guidance, and None while it is guided.
     """
 
     def __init__(self, guide: Guide, question: Question) -> None:
@@ -146,7 +156,10 @@ class Answer:
         self.started = self.decided = time.monotonic()
 
     async def steps(self) -> AsyncGenerator[Step, None]:
-        """The answer, segment by segment. Raises GeneratorFailed, and ValuesUnavailable where that is to stop it."""
+        """Yield the answer segment by segment.
+
+        Raises GeneratorFailed. Raises ValuesUnavailable if ``values.on_failure`` is "stop".
+        """
         text = ""
         shown = 0
         stops = self.question.stops
@@ -175,7 +188,7 @@ class Answer:
             self._record("end", finish_reason=self.finish_reason, total_seconds=time.monotonic() - self.started)
 
     def summary(self) -> dict[str, Any]:
-        """What a client should know of how the answer came about."""
+        """Return what a client should know about how the answer was generated."""
         return {
             "id": self.id,
             "mode": self.config.mode,
@@ -197,7 +210,7 @@ class Answer:
         return Step(text, candidate.segment.token_ids, values, candidate.score, candidate.origin)
 
     async def _candidates(self) -> AsyncGenerator[Candidate, None]:
-        """The candidates that make the answer, each as soon as all beams share it."""
+        """Yield the candidates that make up the answer, each as soon as all beams share it."""
         await self._weigh()
         beams = [Beam()]
         given = 0
@@ -207,7 +220,7 @@ class Answer:
             elif beams[0].finish_reason is not None:
                 break
             else:
-                # The best beam goes on alone.
+                # Only the best beam continues.
                 beam = beams[0]
                 rejected: Candidate | None = None
                 for candidate in beam.path[given:]:
@@ -229,7 +242,7 @@ class Answer:
             yield candidate
 
     async def _weigh(self) -> None:
-        """The weights of the principles for this question."""
+        """Compute the weights of the principles for this question."""
         query_values = None
         if self.guide.router.reads_values:
             scored = await self._values([self.question.prompt_ids])
@@ -240,7 +253,7 @@ class Answer:
         return self.config.mode != MONITOR and self._is_guided()
 
     def _must_steer(self, candidate: Candidate) -> bool:
-        """Whether another segment is to take the place of this one."""
+        """Return whether this segment must be replaced. Ends the guidance if ``max_steered`` segments were steered."""
         is_low = candidate.score is not None and candidate.score < self.guide.threshold
         if not is_low or self.config.mode != MONITOR or not self._is_guided():
             return False
@@ -249,7 +262,7 @@ class Answer:
         return self.unguided is None
 
     def _is_guided(self) -> bool:
-        """Whether there are values, and budget left. A budget that is spent ends the guidance."""
+        """Return whether the answer is still guided. Ends the guidance if the token budget is spent."""
         if self.unguided is None and self.generated_tokens >= self.config.budget_tokens:
             self._end_guidance(f"budget_tokens={self.config.budget_tokens} are spent")
         return self.unguided is None
@@ -259,7 +272,10 @@ class Answer:
         self._record("unguided", reason=reason)
 
     async def _follow(self, beam: Beam) -> AsyncGenerator[Candidate, None]:
-        """Generate on from the beam to the end of the answer: each segment, scored while the next ones are made."""
+        """Continue the beam to the end of the answer.
+
+        Yields each segment as a candidate. Segments are scored while the next ones are generated.
+        """
         async with Draft(self._segments(beam, self._tokens_left(beam))) as draft:
             while beam.finish_reason is None:
                 for candidate in await self._scored(beam, await draft.take()):
@@ -267,14 +283,17 @@ class Answer:
                     yield candidate
 
     async def _steer(self, beam: Beam, rejected: Candidate) -> list[Beam]:
-        """Replace a segment below the threshold by the best candidate, or by a correction if that is below it too."""
+        """Replace a segment below the threshold by the best candidate, or by a correction if that is below it too.
+
+        The rejected segment is itself among the candidates. Returns a list of one beam.
+        """
         self.steered += 1
         (chosen,) = await self._expand([beam], rejected)
         correction = self.config.correction
         is_better = chosen.score >= self.guide.threshold
         if is_better or self.unguided is not None or self.corrections >= correction.max_corrections:
             return [chosen]
-        # A correction follows the mark that begins the thinking, if the segment has it.
+        # If the segment contains the mark that begins the thinking, the mark stays and the correction follows it.
         begin_of_thinking = self.config.thinking_marks[0]
         before, mark, _ = chosen.path[-1].segment.text.rpartition(begin_of_thinking)
         prompt = await self.guide.generator.decode(self.question.model, self.question.prompt_ids)
@@ -300,7 +319,10 @@ class Answer:
         return [beam.extended(scored)]
 
     async def _expand(self, beams: Sequence[Beam], rejected: Candidate | None) -> list[Beam]:
-        """The best beams among the ended ones and those that a candidate extends; ``rejected`` is one of the latter."""
+        """Sample candidates for the beams, and return the best beams of the extended ones and the ended ones.
+
+        ``rejected``, if given, is one of the candidates.
+        """
         pool = [beam for beam in beams if beam.finish_reason is not None]
         ended = len(pool)
         parents = [beam for beam in beams if beam.finish_reason is None]
@@ -311,7 +333,7 @@ class Answer:
         prefixes = [self._prefix(beam, [segment]) for beam, segment in zip(sampled_from, segments, strict=True)]
         values = await self._values(prefixes) if prefixes else []
         if values is None:
-            # Nothing to choose by: the best beam so far goes on with its first segment.
+            # Without values, the best beam so far continues with its first segment.
             if beams[0].finish_reason is not None:
                 return [beams[0]]
             first = rejected or Candidate(segments[0], None, None, SAMPLED)
@@ -325,7 +347,7 @@ class Answer:
         return [pool[place] for place in chosen]
 
     async def _sample(self, beam: Beam) -> Segment:
-        """One segment that goes on from the beam."""
+        """Sample one segment that continues the beam."""
         left = self._tokens_left(beam)
         longest = min(left, self.config.max_segment_tokens)
         async with aclosing(self._segments(beam, longest, goes_on=longest < left)) as segments:
@@ -333,11 +355,11 @@ class Answer:
         return segment
 
     def _segments(self, beam: Beam, max_tokens: int, goes_on: bool = False) -> AsyncGenerator[Segment, None]:
-        """The segments of a new stream that goes on from the beam."""
+        """Return the segments of a new stream that continues the beam."""
         question = self.question
         options = {**question.sampling, "max_tokens": max_tokens}
         if question.seed is not None:
-            # Candidates of one place must differ.
+            # Each stream gets its own seed, because the candidates for one place must differ.
             options["seed"] = question.seed + self.streams
         self.streams += 1
         prefix = (*question.prompt_ids, *beam.token_ids)
@@ -359,9 +381,9 @@ class Answer:
         return self.question.max_tokens - len(beam.token_ids)
 
     async def _scored(self, beam: Beam, segments: Sequence[Segment], origin: str = DRAFT) -> list[Candidate]:
-        """Segments that follow the beam one after the other, with the values of the prefixes that end with them.
+        """Return the segments, which follow the beam one after another, with the values of the prefixes they end.
 
-        A segment without text, an end after a complete sentence, has none.
+        A segment without text has no values. It occurs when an answer ends after a complete sentence.
         """
         shown = [place for place, segment in enumerate(segments) if segment.scored]
         prefixes = [self._prefix(beam, segments[: place + 1]) for place in shown]
@@ -375,15 +397,17 @@ class Answer:
         return candidates
 
     def _prefix(self, beam: Beam, segments: Sequence[Segment]) -> list[int]:
-        """What is scored: everything up to the end of the last segment's text."""
+        """Return the prefix to score: all tokens up to the end of the last segment's text."""
         prefix = [*self.question.prompt_ids, *beam.token_ids]
         for segment in segments[:-1]:
             prefix += segment.token_ids
         return prefix + list(segments[-1].token_ids[: segments[-1].scored])
 
     async def _values(self, prefixes: Sequence[Sequence[int]]) -> list[tuple[float, ...]] | None:
-        """The values of prefixes; None where the answer goes on without. Raises ValuesUnavailable where it is to
-        stop."""
+        """Return the values of prefixes, or None if the answer continues without guidance.
+
+        Raises ValuesUnavailable if the values fail and ``values.on_failure`` is "stop".
+        """
         if self.unguided is not None:
             return None
         try:
@@ -400,7 +424,7 @@ class Answer:
     def _record(
         self, decision: str, candidates: Sequence[Candidate] = (), chosen: Sequence[int] = (), **more: Any
     ) -> None:
-        """Append a decision to the log. ``seconds``: since the decision before it."""
+        """Append a decision to the log. Its ``seconds`` are the time since the previous decision."""
         now = time.monotonic()
         entry = {
             "time": round(time.time(), 3),
@@ -430,7 +454,7 @@ class Answer:
 
 
 def shared_path(beams: Sequence[Beam]) -> tuple[Candidate, ...]:
-    """The candidates with which all beams begin."""
+    """Return the candidates with which all beams begin."""
     shared = 0
     for candidates in zip(*(beam.path for beam in beams), strict=False):
         if any(candidate is not candidates[0] for candidate in candidates):
@@ -440,8 +464,10 @@ def shared_path(beams: Sequence[Beam]) -> tuple[Candidate, ...]:
 
 
 async def gather[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of coroutines that run side by side. The first that raises ends the others, and its error is
-    raised."""
+    """Run coroutines concurrently and return their results.
+
+    When one raises, the others are cancelled and its error is raised.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in work]

@@ -1,7 +1,7 @@
-"""An edit of a text that a model has written: its beginning stays, its tail is replaced, and the model goes on.
+"""Edits of a text that a model has generated: its beginning stays, its tail is replaced, and the model continues.
 
-The kept tokens stay as they are and only the new tail is encoded. So what was generated keeps its log-probs, and a
-server's prefix cache holds it. An automatic correction and a person's edit are this one operation.
+The kept tokens do not change, and only the new tail is encoded. So the kept tokens keep their log-probs, and their
+entries in a server's prefix cache stay valid. Automatic corrections and edits by a person both use this operation.
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,24 @@ from rollout.guidance.clients import Generator
 
 
 class EditRefused(ValueError):
-    """The tokens after an edit would not read as the edited text."""
+    """The tokens after an edit would not decode to the edited text."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """``kept``: tokens of the old text that stay, counted from its start; ``tail_ids`` follow them now, the tokens of
-    ``tail``."""
+    """An edit by whole tokens."""
 
+    # The number of tokens at the start of the old text that stay.
     kept: int
+    # The text that follows the kept tokens, and its tokens.
     tail: str
     tail_ids: tuple[int, ...]
 
 
 async def edit_text(generator: Generator, model: str, token_ids: Sequence[int], edited: str) -> Edit:
-    """The edit by whole tokens that turns the text of ``token_ids`` into ``edited`` and keeps the most tokens.
+    """Return the edit that turns the text of ``token_ids`` into ``edited`` and keeps as many tokens as possible.
 
-    A token that ends an answer is not kept, so that the model can go on. Raises EditRefused.
+    A token that ends an answer is not kept, so that the model can continue. Raises EditRefused.
     """
     kept = await kept_tokens(generator, model, token_ids, edited)
     tail = edited[len(await generator.decode(model, token_ids[:kept])) :]
@@ -35,7 +36,7 @@ async def edit_text(generator: Generator, model: str, token_ids: Sequence[int], 
 
 
 async def kept_tokens(generator: Generator, model: str, token_ids: Sequence[int], edited: str) -> int:
-    """How many tokens at the start of a text an edited version of it keeps: the most whose text it begins with."""
+    """Return the largest number of tokens at the start of a text with whose text the edited version also begins."""
     text = await generator.decode(model, token_ids)
     shared = shared_start(text, edited)
     kept, most = 0, len(token_ids)
@@ -45,23 +46,23 @@ async def kept_tokens(generator: Generator, model: str, token_ids: Sequence[int]
             kept = middle
         else:
             most = middle - 1
-    # Tokens that only begin a character read as a replacement character.
+    # Tokens that end inside a character decode to a replacement character.
     while not edited.startswith(await generator.decode(model, token_ids[:kept])):
         kept -= 1
     return kept
 
 
 def shared_start(text: str, edited: str) -> int:
-    """How many characters two texts have in common at their start."""
+    """Return the length of the longest common prefix of two texts, in characters."""
     different = (place for place, (old, new) in enumerate(zip(text, edited, strict=False)) if old != new)
     return next(different, min(len(text), len(edited)))
 
 
 async def replace_tail(generator: Generator, model: str, kept: Sequence[int], tail: str) -> tuple[int, ...]:
-    """Token ids of ``tail``, to follow the ``kept`` ones as they are.
+    """Return the token ids of ``tail``, which follow the unchanged ``kept`` tokens.
 
-    Raises EditRefused when the tokens together do not read as the kept text and the tail: the kept tokens end inside a
-    character, or the tokenizer changes the beginning of what it encodes.
+    Raises EditRefused when the tokens together do not decode to the kept text and the tail. This happens when the kept
+    tokens end inside a character, or when the tokenizer changes the beginning of the text that it encodes.
     """
     if not tail:
         return ()

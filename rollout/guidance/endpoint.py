@@ -1,5 +1,7 @@
-"""The pieces of an OpenAI-compatible endpoint before a running `vllm serve`: its token, its limit of answers under way,
-the form of its replies and errors. Errors have OpenAI's form.
+"""The parts of an OpenAI-compatible endpoint in front of a running `vllm serve`.
+
+They are the check of the client's token, the limit of concurrent answers, and the form of replies and errors. Errors
+have OpenAI's form.
 """
 
 import json
@@ -21,15 +23,16 @@ from rollout.guidance.decoding import Question
 from rollout.guidance.openai_form import BadRequest, GuidedRequest
 from rollout.guidance.settings import ServerConfig, is_loopback
 
-# Of the answers since the start, by name.
+# Counts of the answers since the start, by name.
 COUNTS = web.AppKey("counts", Counter[str])
 OPEN_PATHS = ("/health",)
-SHUTDOWN_SECONDS = 5.0  # for answers under way
+# Time that a shutdown leaves answers in progress.
+SHUTDOWN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a reply: of a chat or of a completion. ``more`` are fields beside OpenAI's."""
+    """The form of a reply to a chat or a completion. ``more`` are fields in addition to OpenAI's."""
 
     is_chat: bool
     id: str
@@ -37,7 +40,7 @@ class Form:
     return_token_ids: bool
 
     def whole(self, text: str, token_ids: list[int], finish_reason: str | None, **more: Any) -> dict[str, Any]:
-        """The reply that is not streamed."""
+        """Return a reply that is not streamed."""
         shown = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
         choice: dict[str, Any] = {"index": 0, **shown, "logprobs": None, "finish_reason": finish_reason}
         if self.return_token_ids:
@@ -46,7 +49,7 @@ class Form:
         return self._envelope(kind, [choice], **more)
 
     def chunk(self, text: str, token_ids: list[int], finish_reason: str | None, **more: Any) -> dict[str, Any]:
-        """A part of a streamed reply."""
+        """Return a chunk of a streamed reply."""
         shown = {"delta": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
         choice: dict[str, Any] = {"index": 0, **shown, "logprobs": None, "finish_reason": finish_reason}
         if self.return_token_ids:
@@ -54,7 +57,7 @@ class Form:
         return self._envelope(self._chunk_kind, [choice], **more)
 
     def usage_chunk(self, usage: Mapping[str, int]) -> dict[str, Any]:
-        """The last part, for a client that asks for the usage."""
+        """Return the last chunk of a streamed reply, for a client that asks for the usage."""
         return self._envelope(self._chunk_kind, [], usage=usage)
 
     @property
@@ -67,7 +70,7 @@ class Form:
 
 
 def usage(question: Question, completion_tokens: int) -> dict[str, int]:
-    """The tokens of prompt and answer."""
+    """Return the numbers of tokens of prompt and answer, in OpenAI's form."""
     prompt = len(question.prompt_ids)
     return {
         "prompt_tokens": prompt,
@@ -77,8 +80,10 @@ def usage(question: Question, completion_tokens: int) -> dict[str, int]:
 
 
 async def question_of(request: GuidedRequest, served: Served, longest: int) -> Question:
-    """Encode the prompt; an answer has ``longest`` tokens at most. Raises BadRequest for an answer that can't have its
-    length, and GeneratorFailed."""
+    """Encode the prompt of a request, whose answer has at most ``longest`` tokens.
+
+    Raises BadRequest when the answer can't have its length, and GeneratorFailed.
+    """
     model = request.model or served.model
     generator = served.generator
     if request.messages is not None:
@@ -103,7 +108,7 @@ async def question_of(request: GuidedRequest, served: Served, longest: int) -> Q
 
 
 async def open_stream(http: web.Request) -> web.StreamResponse:
-    """The beginning of server-sent events."""
+    """Start a response of server-sent events."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     await response.prepare(http)
     return response
@@ -114,8 +119,8 @@ def event(body: Mapping[str, Any]) -> bytes:
 
 
 async def read_json(http: web.Request) -> Any:
-    """The JSON body. Raises BadRequest."""
-    # A web page can send other types to a loopback address without asking.
+    """Return the JSON body of a request. Raises BadRequest."""
+    # A web page can send other content types to a loopback address without a preflight request.
     if http.content_type != "application/json":
         raise BadRequest(f"Content-Type: {http.content_type}: use application/json", None)
     try:
@@ -125,7 +130,7 @@ async def read_json(http: web.Request) -> Any:
 
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and the body, in OpenAI's form, of an error."""
+    """Return the status of an error, and its body in OpenAI's form."""
     field: str | None = None
     message = str(error)
     if isinstance(error, BadRequest):
@@ -151,10 +156,15 @@ def make_app[T: Served](
     answers: Mapping[str, Handler],
     counts: Mapping[str, int],
 ) -> web.Application:
-    """The application. What ``open_served`` opens stays open while it serves, at the application's key ``opened``; its
-    models are listed. ``answers``: path → what answers a POST to it, at most ``max_requests`` at once. ``token`` of
-    clients, None for no token; then a request must name the loopback as its host. ``counts``: the names of
-    :data:`COUNTS`, with the first numbers."""
+    """Return the application.
+
+    * ``token`` is the token that clients must send. If it is None, requests need no token, but must name the loopback
+      as their host.
+    * ``open_served`` opens what the application serves. It stays open as long as the application runs, at the
+      application's key ``opened``, and its models are listed.
+    * ``answers`` is path → handler of POST requests. At most ``max_requests`` of them run concurrently.
+    * ``counts`` has the names of :data:`COUNTS` with their initial values.
+    """
     required = None if token is None else f"Bearer {token}".encode()
     under_way = 0
 
@@ -209,7 +219,10 @@ def make_app[T: Served](
 
 
 def names_loopback(request: web.Request) -> bool:
-    """Whether the Host header has a name of the loopback. A web page that reaches it by DNS rebinding has its own."""
+    """Return whether the Host header names the loopback.
+
+    A request of a web page that reaches the server by DNS rebinding has the web page's host name there.
+    """
     try:
         return is_loopback(request.headers.get("Host", ""))
     except ValueError:
@@ -223,7 +236,10 @@ def refusal(status: int, kind: str, message: str) -> web.Response:
 
 
 def serve(app: web.Application, server: ServerConfig, what: str) -> None:
-    """Serve until a signal; prints ``what`` is at which address. A request whose client leaves is cancelled."""
+    """Serve until a signal. A request whose client disconnects is cancelled.
+
+    At the start it prints ``what`` is served, and the address.
+    """
 
     async def announce(_: web.Application) -> None:
         print(f"{what} at http://{server.host}:{server.port}/v1", flush=True)

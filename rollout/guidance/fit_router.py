@@ -1,7 +1,7 @@
 """Fits the router: ``python -m rollout.guidance.fit_router fit_router.rows=… fit_router.output=…``.
 
-The value server scores each row's prompt alone; the regression of ``rollout.guidance.router`` learns the row's label,
-the principle that matters for it, from these values. The accuracy is that on the rows that were held out.
+The value server scores the prompt of each row alone. From these values, the regression of ``rollout.guidance.router``
+learns the label of the row, which is the principle that matters for it. The accuracy is measured on held-out rows.
 """
 
 import asyncio
@@ -23,11 +23,15 @@ from rollout.guidance.router import LogisticRouter
 from rollout.guidance.settings import FitRouterConfig, GuidanceConfig, new_file
 from rollout.guidance.settings import check as check_guidance
 
-BATCH = 32  # prompts that are scored in one request
+# The number of prompts that are scored in one request.
+BATCH = 32
 
 
 def labels_of(rows: Sequence[Any], principles: Sequence[str], path: str) -> np.ndarray:
-    """The number of each row's principle. Raises ValueError for a label that is none, and for one that no row has."""
+    """Return the index of each row's principle.
+
+    Raises ValueError for a label that is no principle, and for a principle that no row has as its label.
+    """
     labels = []
     for number, row in enumerate(rows, start=1):
         if row.get("label") not in principles:
@@ -42,7 +46,7 @@ def labels_of(rows: Sequence[Any], principles: Sequence[str], path: str) -> np.n
 def fit_held_out(
     values: np.ndarray, labels: np.ndarray, principles: list[str], options: FitRouterConfig
 ) -> LogisticRouter:
-    """The router learned from some of the rows, with its accuracy on the others. ``values``: [rows, principles]."""
+    """Fit a router on some of the rows, and measure its accuracy on the others. ``values`` is [rows, principles]."""
     order = np.random.default_rng(options.seed).permutation(len(labels))
     held_out = int(len(labels) * options.held_out)
     if held_out < 1 or len(labels) - held_out < len(principles):
@@ -55,7 +59,7 @@ def fit_held_out(
 
 
 async def query_values(config: GuidanceConfig, rows: Sequence[Any]) -> np.ndarray:
-    """The values of each row's prompt alone, [rows, principles]."""
+    """Return the values of each row's prompt alone, [rows, principles]."""
     values: list[tuple[float, ...]] = []
     async with open_guide(config) as opened:
         for start in range(0, len(rows), BATCH):

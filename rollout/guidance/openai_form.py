@@ -1,19 +1,19 @@
-"""Requests to an endpoint, in OpenAI's form, and what they may contain."""
+"""Parses requests in OpenAI's form, and checks what they contain."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Fields that go to the generator as they are; it checks them.
+# Fields that go to the generator unchanged. The generator checks them.
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos",
     "bad_words",
 )  # fmt: skip
 # Fields of the chat template.
 TEMPLATE = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-# Fields that change nothing with these values, and that our endpoints do not have with others: they give one answer to
-# one prompt, and a penalty on earlier tokens would begin anew at each segment or turn.
+# Fields that are accepted only with these values, which have no effect. Our endpoints do not support other values: they
+# give one answer to one prompt, and a penalty on earlier tokens would start anew at each segment or turn.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -36,7 +36,7 @@ LONGEST_STOP = 200  # characters
 
 
 class BadRequest(ValueError):
-    """A request that the endpoint does not take. ``field`` is the one to blame."""
+    """A request that the endpoint refuses, because of its field ``field``."""
 
     def __init__(self, message: str, field: str | None) -> None:
         super().__init__(message)
@@ -45,14 +45,17 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True)
 class GuidedRequest:
-    """A request that was checked. ``prompt``: the text or token ids of a completion; ``messages`` and ``template``
-    those of a chat. ``max_tokens`` is None where the request has none."""
+    """A request that was checked."""
 
     model: str | None
+    # The messages of a chat; None for a completion.
     messages: list[Any] | None
+    # The text or token ids of a completion; None for a chat.
     prompt: str | list[int] | None
+    # The fields of the chat template.
     template: dict[str, Any]
     sampling: dict[str, Any]
+    # None where the request has none.
     max_tokens: int | None
     seed: int | None
     stops: tuple[str, ...]
@@ -62,7 +65,7 @@ class GuidedRequest:
 
 
 def parse(body: object, is_chat: bool) -> GuidedRequest:
-    """The request in a JSON body. Raises BadRequest."""
+    """Return the request in a JSON body. Raises BadRequest."""
     if not isinstance(body, dict):
         raise BadRequest("the body is not a JSON object", None)
     given = {field: value for field, value in body.items() if value is not None}
@@ -72,7 +75,7 @@ def parse(body: object, is_chat: bool) -> GuidedRequest:
     allowed = (*OWN, *SAMPLING, "return_token_ids", *(TEMPLATE if is_chat else ()))
     for field, value in given.items():
         if field in NEUTRAL:
-            # 1 == True, and logprobs=1 of a completion asks for log-probs.
+            # The type is compared too, because 1 == True, and logprobs=1 of a completion asks for log-probs.
             if not any(value == neutral and type(value) in (type(neutral), float) for neutral in NEUTRAL[field]):
                 raise BadRequest(f"{field}={value!r}: this server does not have it; leave it out", field)
         elif field not in allowed:
@@ -140,7 +143,7 @@ def _messages(given: Mapping[str, Any]) -> list[Any]:
         if not isinstance(message, dict) or not isinstance(content, str | list):
             raise BadRequest("messages: each is {role, content}, and the content a text", "messages")
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
-            # A value model's `classify` takes token ids alone.
+            # The `classify` of a value model takes only token ids.
             raise BadRequest("messages: this server takes text alone, no images or other parts", "messages")
     return messages
 

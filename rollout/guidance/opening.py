@@ -1,4 +1,4 @@
-"""A guide over two running servers, for use in process and by the commands."""
+"""Opens a guide that uses two running servers, for use in process and by the commands."""
 
 import math
 from collections.abc import AsyncGenerator, Sequence
@@ -15,7 +15,7 @@ from rollout.guidance.settings import MONITOR, STOP, GuidanceConfig
 
 @dataclass(frozen=True)
 class OpenGuide(Served):
-    """A guide whose servers answer."""
+    """A guide whose servers answer requests."""
 
     guide: Guide
     values: ServedValues
@@ -31,8 +31,8 @@ async def open_guide(config: GuidanceConfig) -> AsyncGenerator[OpenGuide, None]:
             async for step in answer.steps():
                 print(step.text, step.values)
 
-    Raises ValueError for settings and files that don't fit, GeneratorFailed and ValuesUnavailable for a server that is
-    not as it must be.
+    Raises ValueError for settings and files that don't fit. Raises GeneratorFailed or ValuesUnavailable for a server
+    that does not work as it must.
     """
     router = open_router(config)
     generator = ServedGenerator(config.generator)
@@ -53,7 +53,10 @@ async def open_guide(config: GuidanceConfig) -> AsyncGenerator[OpenGuide, None]:
 
 
 async def checked(generator: ServedGenerator, values: ServedValues) -> list[dict[str, Any]]:
-    """The generator's models, once both servers answer. Raises GeneratorFailed or ValuesUnavailable with the remedy."""
+    """Check both servers and return the generator's models.
+
+    Raises GeneratorFailed or ValuesUnavailable, with the remedy in the message.
+    """
     models = await generator.checked_models("set guidance.generator.address")
     try:
         await values.check()
@@ -64,13 +67,17 @@ async def checked(generator: ServedGenerator, values: ServedValues) -> list[dict
 
 
 def only_scoring(config: GuidanceConfig) -> GuidanceConfig:
-    """The configuration of answers that are scored and never steered: what a threshold is calibrated on."""
+    """Return the configuration with which answers are scored and never steered, as for the calibration of a
+    threshold."""
     values = replace(config.values, on_failure=STOP)
     return replace(config, mode=MONITOR, calibration=None, threshold=-math.inf, log=None, values=values)
 
 
 def messages_of(row: Any, where: str) -> Sequence[Any]:
-    """The conversation of a row of data: its ``messages``, or its ``prompt`` as the user's. Raises ValueError."""
+    """Return the conversation of a row of data: its ``prompt`` as a user message, or its ``messages``.
+
+    Raises ValueError for a row that has neither.
+    """
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return [{"role": "user", "content": row["prompt"]}]
     if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:

@@ -1,4 +1,4 @@
-"""The segments of a stream of tokens."""
+"""Splits a stream of tokens into segments."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -12,31 +12,30 @@ from rollout.guidance.segments import segment_ends
 
 type Decode = Callable[[Sequence[int]], Awaitable[str]]
 
-REPLACEMENT = "\ufffd"  # what the beginning of a character decodes to
+# An incomplete character decodes to this.
+REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment as it was generated.
-
-    ``scored``: tokens up to the end of its text, after which it is scored; the token that ends an answer, and
-    whitespace before that, come after. 0 where there is no text.
-    """
+    """A segment as it was generated."""
 
     text: str
     token_ids: tuple[int, ...]
+    # The number of tokens up to the end of its text, 0 if there is no text. The prefix that is scored ends there. The
+    # token that ends an answer, and whitespace before it, come after.
     scored: int
     finish_reason: str | None
 
 
 class Buffer:
-    """Tokens and text that have come and belong to no segment yet. Tokens are counted from the buffer's start."""
+    """Tokens and text that have arrived and belong to no segment yet. Tokens are counted from the buffer's start."""
 
     def __init__(self, decode: Decode) -> None:
         self.decode = decode
         self.text = ""
         self.token_ids: list[int] = []
-        # After each piece: the characters and the tokens so far.
+        # For each piece: the numbers of characters and tokens up to its end.
         self.marks: list[tuple[int, int]] = []
 
     def add(self, piece: Piece) -> None:
@@ -45,7 +44,7 @@ class Buffer:
         self.marks.append((len(self.text), len(self.token_ids)))
 
     def take(self, characters: int, tokens: int, scored: int, finish_reason: str | None) -> Segment:
-        """Remove a segment from the start."""
+        """Remove a segment from the start of the buffer and return it."""
         segment = Segment(self.text[:characters], tuple(self.token_ids[:tokens]), scored, finish_reason)
         self.text = self.text[characters:]
         del self.token_ids[:tokens]
@@ -53,10 +52,10 @@ class Buffer:
         return segment
 
     async def reach(self, characters: int) -> tuple[int, int]:
-        """The least characters that are so many or more and end with a token, and the tokens that they take.
+        """Find the first end of a token at or after ``characters``. Returns its numbers of characters and of tokens.
 
-        A piece of several tokens is taken apart by decoding: a server under load, or with speculative decoding, sends
-        such. Where the tokens' texts can't be told apart, the piece is taken as a whole.
+        A piece of several tokens is split by decoding. A server under load, or with speculative decoding, sends such
+        pieces. Where the texts of its tokens can't be separated, the piece is taken as a whole.
         """
         before = (0, 0)
         for mark in self.marks:
@@ -70,8 +69,11 @@ class Buffer:
         return mark
 
     async def cut(self) -> Segment:
-        """Remove all as a segment, but not a last character that has only begun: from a prompt that ends inside a
-        character vLLM does not go on with the rest of it."""
+        """Remove the whole buffer as a segment, except for an incomplete character at its end.
+
+        The incomplete character stays, because vLLM does not continue a prompt that ends inside a character with the
+        rest of that character.
+        """
         for characters, tokens in reversed(self.marks):
             text = await self.decode(self.token_ids[:tokens])
             if not text.endswith(REPLACEMENT):
@@ -86,11 +88,13 @@ async def read_segments(
     decode: Decode,
     goes_on: bool = False,
 ) -> AsyncGenerator[Segment, None]:
-    """The segments of a stream, each as soon as its end is sure; the last one has the stream's ``finish_reason``.
+    """Yield the segments of a stream, each as soon as its end is certain.
 
-    A segment ends with a token: with the first one that reaches the end which ``segment_ends`` finds, or after
-    ``longest`` tokens. ``decode`` gives the text of the stream's tokens. ``goes_on``: a stream that ends for its length
-    is cut there, and the answer may go on.
+    A segment ends at the end of a token. This is the first token that reaches an end found by ``segment_ends``, or the
+    token after which the segment has ``longest`` tokens. The last segment has the stream's ``finish_reason``.
+
+    ``decode`` returns the text of the stream's tokens. With ``goes_on``, a stream that ends because of its length ends
+    in a segment without a finish reason, so that the answer may continue.
     """
     buffer = Buffer(decode)
     async with aclosing(pieces) as stream:
@@ -112,7 +116,10 @@ async def read_segments(
 
 
 class Draft:
-    """Segments that are generated while earlier ones are scored. A context manager; its end stops the stream."""
+    """Segments that are generated while earlier ones are scored.
+
+    This is a context manager. Leaving the context stops the stream.
+    """
 
     def __init__(self, segments: AsyncGenerator[Segment, None]) -> None:
         self.segments = segments
@@ -137,7 +144,7 @@ class Draft:
             self.arrived.put_nowait(error)
 
     async def take(self) -> list[Segment]:
-        """All segments that have arrived, in their order; waits for one. Raises what the stream raised."""
+        """Return all segments that have arrived, in order, and wait if there is none. Raises what the stream raised."""
         taken = [await self.arrived.get()]
         while not self.arrived.empty():
             taken.append(self.arrived.get_nowait())

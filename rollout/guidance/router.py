@@ -1,8 +1,9 @@
-"""The weights of the principles for a query: fixed ones, or a learned router on the value model's view of the query.
+"""The weights of the principles for a query: fixed weights, or those of a learned router.
 
-SafeWork-R1 weighs its value models by a routing vector on the query and does not say how it is made. Ours is a
-multinomial logistic regression: the values that the value model gives the prompt alone → the probability that each
-principle is the one that matters, learned from rows whose label names it (``rollout.guidance.fit_router``).
+SafeWork-R1 weights its value models by a routing vector that depends on the query. Its report does not describe how the
+vector is computed. Ours is a multinomial logistic regression. Its inputs are the values of the prompt alone, and its
+output is the probability that each principle is the one that matters. It is learned from rows whose label names that
+principle (``rollout.guidance.fit_router``).
 """
 
 import json
@@ -18,20 +19,25 @@ from rollout.guidance.settings import GuidanceConfig
 
 @dataclass(frozen=True)
 class LogisticRouter:
-    """``coefficients`` [principles, values] and ``intercepts`` [principles]; ``accuracy`` on ``held_out`` rows."""
+    """A fitted multinomial logistic regression."""
 
     principles: list[str]
+    # [principles, values].
     coefficients: list[list[float]]
+    # [principles].
     intercepts: list[float]
+    # The number of rows that it was fitted on.
     rows: int
+    # The number of held-out rows, and the accuracy on them.
     held_out: int
     accuracy: float
 
 
 @dataclass(frozen=True)
 class Router:
-    """``fixed``: the weights of every query, and of one that has no values, sum 1. ``learned`` in their place."""
+    """Returns the weights of the principles for a query."""
 
+    # The weights of every query if there is no learned router, and of a query without values. Their sum is 1.
     fixed: tuple[float, ...]
     learned: LogisticRouter | None = None
 
@@ -41,7 +47,7 @@ class Router:
         return self.learned is not None
 
     def weights(self, query_values: Sequence[float] | None) -> tuple[float, ...]:
-        """The weights of the principles, sum 1."""
+        """Return the weights of the principles, whose sum is 1."""
         if self.learned is None or query_values is None:
             return self.fixed
         logits = np.array(self.learned.coefficients) @ np.array(query_values) + self.learned.intercepts
@@ -49,7 +55,7 @@ class Router:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last dimension."""
+    """Return the softmax over the last dimension."""
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(-1, keepdims=True))
 
@@ -57,10 +63,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def fit(
     values: np.ndarray, labels: np.ndarray, classes: int, penalty: float, tolerance: float = 1e-9
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Multinomial logistic regression by Newton's method.
+    """Fit a multinomial logistic regression by Newton's method.
 
-    Minimises the summed negative log-likelihood + penalty/2 · the sum of all squared coefficients, the intercepts
-    included, which makes the solution unique.
+    It minimises the summed negative log-likelihood + penalty/2 · the sum of all squared coefficients. The penalty
+    includes the intercepts, which makes the solution unique.
 
     Args:
         values: [rows, values]; labels: [rows], class numbers.
@@ -96,7 +102,7 @@ def fit(
 
 
 def open_router(config: GuidanceConfig) -> Router:
-    """The router that the configuration names. Raises ValueError for a file that does not fit."""
+    """Return the router that the configuration names. Raises ValueError for a file that does not fit."""
     principles = config.values.principles
     fixed = decisions.normalised(config.weights, principles)
     if config.router is None:
@@ -116,6 +122,6 @@ def open_router(config: GuidanceConfig) -> Router:
 
 
 def write(router: LogisticRouter, path: Path) -> None:
-    """Raises FileExistsError: a file is never replaced."""
+    """Write the router. Raises FileExistsError if the file exists, because a file is never replaced."""
     with path.open("x") as file:
         json.dump(asdict(router), file, indent=1)

@@ -1,10 +1,11 @@
 """An OpenAI-compatible endpoint of guided answers: ``python -m rollout.guidance.serve [guidance.…=…]``.
 
-It stands before a running `vllm serve` and a value server. Routes: ``POST /v1/chat/completions``, ``POST
-/v1/completions``, ``GET /v1/models``, ``GET /health`` (with counts of the answers). Errors have OpenAI's form. Beside
-OpenAI's fields, an answer has ``guidance`` (how it came about: steered segments, tokens, and in ``unguided`` why it
-went on without values), and a streamed chunk the values of its segment. A client that disconnects ends its requests to
-both servers.
+It runs in front of a running `vllm serve` and a value server. Routes: ``POST /v1/chat/completions``, ``POST
+/v1/completions``, ``GET /v1/models``, ``GET /health`` (with counts of the answers). Errors have OpenAI's form.
+
+In addition to OpenAI's fields, an answer has ``guidance``, which describes how it was generated: the steered segments,
+the tokens, and in ``unguided`` the reason why it continued without values. A streamed chunk has the values of its
+segment. When a client disconnects, its requests to both servers end.
 """
 
 import sys
@@ -27,13 +28,13 @@ from rollout.guidance.opening import OpenGuide, open_guide
 from rollout.guidance.settings import GuidanceConfig
 
 OPENED = web.AppKey("opened", OpenGuide)
-# All answers, those that were steered, those that went on unguided, and those that have no end: an error, or a client
-# that left.
+# All answers, those that were steered, those that continued unguided, and those that did not end, because of an error
+# or because the client disconnected.
 NO_ANSWERS = {"answers": 0, "steered": 0, "unguided": 0, "not_ended": 0}
 
 
 def answering(is_chat: bool) -> Handler:
-    """What answers a chat or a completion, streamed or not."""
+    """Return the handler that answers a chat or a completion, streamed or not."""
 
     async def reply(http: web.Request) -> web.StreamResponse:
         request = parse(await endpoint.read_json(http), is_chat)
@@ -51,7 +52,7 @@ def answering(is_chat: bool) -> Handler:
                 async for step in steps:
                     text += step.text
                     token_ids += step.token_ids
-            # What was generated and dropped is in ``guidance``.
+            # The usage counts the tokens of the answer. ``guidance`` also counts the dropped ones.
             usage = endpoint.usage(question, answer.answer_tokens)
             about = {"usage": usage, "guidance": answer.summary()}
             return web.json_response(form.whole(text, token_ids, answer.finish_reason, **about))
@@ -69,8 +70,8 @@ def answering(is_chat: bool) -> Handler:
 async def stream(
     http: web.Request, steps: AsyncGenerator[Step, None], answer: Answer, form: Form, include_usage: bool
 ) -> web.StreamResponse:
-    """Server-sent events: a chunk for each segment, one with the finish reason, and the usage if asked for."""
-    # An error before the first segment still has a status of its own.
+    """Send server-sent events: a chunk for each segment, one with the finish reason, and the usage if requested."""
+    # The first segment comes before the response starts, so that an error before it still gets its own HTTP status.
     step: Step | None = await anext(steps)
     response = await endpoint.open_stream(http)
     try:
@@ -88,7 +89,10 @@ async def stream(
 
 
 def make_app(config: GuidanceConfig, token: str | None) -> web.Application:
-    """The application; it connects to the servers when it starts. ``token`` of clients, None for no token."""
+    """Return the application, which connects to the servers when it starts.
+
+    ``token`` is the token of clients, None for no token.
+    """
 
     answers = {
         "/v1/chat/completions": answering(is_chat=True),

@@ -1,4 +1,5 @@
-"""Settings of guided decoding. Defaults stand in conf/guidance/; docs/guided_decoding.md says how they go together."""
+"""Settings of guided decoding. The defaults are in conf/guidance/; docs/guided_decoding.md explains how to combine
+them."""
 
 import os
 import re
@@ -15,7 +16,8 @@ from megatron_ext.settings import COUNT, SECONDS, TOKENS, setting
 MODES = MONITOR, SEARCH = "monitor", "search"
 POLICIES = STOP, UNGUIDED = "stop", "unguided"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_CONNECTIONS = 1000  # that the openai client opens to a server
+# The maximum number of connections that the openai client opens to a server.
+MAX_CONNECTIONS = 1000
 SCORE = "[-1e6, 1e6]"
 
 
@@ -45,7 +47,7 @@ class ValuesConfig:
 
 @dataclass
 class CorrectionConfig:
-    """Texts in place of a segment below the threshold that no candidate improves enough. Inserted as they stand."""
+    """Texts that replace a segment below the threshold if no candidate reaches the threshold. Inserted verbatim."""
 
     thinking: str | None = setting("text where the model thinks; null for none")
     answer: str | None = setting("text where it answers; null for none")
@@ -97,7 +99,7 @@ class GuidanceConfig:
 
 @dataclass
 class CalibrateConfig:
-    """What `python -m rollout.guidance.calibrate` reads beside the guidance."""
+    """Settings that `python -m rollout.guidance.calibrate` reads in addition to the group ``guidance``."""
 
     prompts: str = setting("JSON lines of held-out benign prompts: each has prompt or messages")
     output: str = setting("file to write, which must not exist")
@@ -109,7 +111,7 @@ class CalibrateConfig:
 
 @dataclass
 class FitRouterConfig:
-    """What `python -m rollout.guidance.fit_router` reads beside the guidance."""
+    """Settings that `python -m rollout.guidance.fit_router` reads in addition to the group ``guidance``."""
 
     rows: str = setting("JSON lines: each has prompt or messages, and in label the principle that matters")
     output: str = setting("file to write, which must not exist")
@@ -119,14 +121,14 @@ class FitRouterConfig:
 
 
 def new_file(field: str, path: str) -> Path:
-    """The file that ``field`` names. Raises ValueError if it exists: nothing is replaced."""
+    """Return the path that ``field`` names. Raises ValueError if it exists, because no file is replaced."""
     if Path(path).exists():
         raise ValueError(f"{field}={path!r}: it exists, and is not replaced; name another file")
     return Path(path)
 
 
 def read(raw: Mapping[str, Any]) -> GuidanceConfig:
-    """The typed, checked group ``guidance`` of a raw configuration. Raises ValueError."""
+    """Return the typed, checked group ``guidance`` of a raw configuration. Raises ValueError."""
     config = settings.read(GuidanceConfig, "guidance", raw)
     settings.check(config, "guidance")
     check(config)
@@ -134,7 +136,7 @@ def read(raw: Mapping[str, Any]) -> GuidanceConfig:
 
 
 def check(config: GuidanceConfig) -> None:
-    """Raises ValueError naming the first field whose value can't work with the others."""
+    """Raise ValueError naming the first field whose value can't be combined with the others."""
     check_address("guidance.generator", config.generator.address)
     check_address("guidance.values", config.values.address)
     principles = config.values.principles
@@ -161,8 +163,11 @@ def check(config: GuidanceConfig) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host``, a name or an address with a port or without as a URL and a Host header have it, is this
-    machine's loopback. Raises ValueError for what is no host."""
+    """Return whether ``host`` is this machine's loopback.
+
+    ``host`` is a name or an address, with or without a port, in the form of a URL or a Host header. Raises ValueError
+    for an invalid host.
+    """
     name = urlsplit(f"//{host}").hostname
     if name is None:
         return False
@@ -175,13 +180,17 @@ def is_loopback(host: str) -> bool:
 
 
 def check_address(field: str, address: str) -> None:
-    """Raises ValueError for what is no base address."""
+    """Raise ValueError if ``address`` is no base address."""
     if not re.fullmatch(r"https?://[^/\s@]+", address):
         raise ValueError(f"{field}.address={address!r}: give http://HOST:PORT or https://HOST, no path")
 
 
 def check_server(field: str, server: ServerConfig, connections: int, of: str) -> None:
-    """``connections`` to the generator that a request may need, a product ``of`` settings. Raises ValueError."""
+    """Raise ValueError for too many connections, and for a server that others can reach without a token.
+
+    ``connections`` is the number of connections to the generator that one request may need. ``of`` names the settings
+    whose product it is.
+    """
     in_flight = server.max_requests * connections
     if in_flight > MAX_CONNECTIONS:
         raise ValueError(
@@ -196,7 +205,10 @@ def check_server(field: str, server: ServerConfig, connections: int, of: str) ->
 
 
 def key(path: str, variable: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The token that the environment variable holds. Raises ValueError for an empty one."""
+    """Return the token in the environment variable, or None if ``variable`` is None.
+
+    Raises ValueError for a variable that is missing or empty.
+    """
     if variable is None:
         return None
     if not environment.get(variable):

@@ -1,12 +1,12 @@
-"""An exact checksum of a tensor that can be added up from any set of rectangles that tile it.
+"""An exact checksum of a tensor, which is the sum of the checksums of any rectangles that tile the tensor.
 
-For a tensor with rows r (first dimension) and columns c (the others, flattened) it is
+For a tensor with rows r (the first dimension) and columns c (the other dimensions, flattened), the checksum is
 
-    sum over r, c of  bits[r, c] * (a(r) + b(c))     in 64-bit integers that wrap around,
+    sum over r, c of  bits[r, c] * (a(r) + b(c))     in 64-bit integers that wrap around.
 
-with ``bits`` the elements' bit patterns and a, b hashes of the position in the full tensor. Integer sums do not round
-and do not depend on the order, so trainer and engine get the same number from any layout. A changed bit changes it, and
-so does a row or column in the wrong place or in place of another one.
+Here ``bits`` are the bit patterns of the elements, and a and b are hashes of the position in the full tensor. Integer
+sums do not round and do not depend on the order, so trainer and engine get the same number from any layout. The
+checksum changes when a bit changes, and when a row or column is in the wrong place or replaces another one.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _hash(index: torch.Tensor, salt: int) -> torch.Tensor:
-    """An odd pseudo-random int64 for each int64 index: two rounds of multiply and xor-shift."""
+    """Return an odd pseudo-random int64 for each int64 index, by two rounds of multiply and xor-shift."""
     value = index + salt
     for multiplier in (-7046029254386353131, -4658895280553007687):
         value = value * multiplier
@@ -26,8 +26,11 @@ def _hash(index: torch.Tensor, salt: int) -> torch.Tensor:
 
 
 def checksum_unit(itemsize: int, last_dimension: Sequence[int]) -> int:
-    """How many neighbours along the last dimension are read as one integer: the largest power of two that fits into
-    64 bits and divides every offset and extent in ``last_dimension``. Trainer and engine must use the same unit."""
+    """Return how many neighbouring elements along the last dimension are read as one integer.
+
+    It is the largest power of two of elements that fits into 64 bits and that divides every offset and extent in
+    ``last_dimension``. Trainer and engine must use the same unit.
+    """
     unit = 8 // itemsize
     while any(number % unit for number in last_dimension):
         unit //= 2
@@ -47,10 +50,11 @@ def _as_integers(values: torch.Tensor, unit: int) -> torch.Tensor:
 
 
 def rectangle_checksum(values: torch.Tensor, start: Sequence[int], shape: Sequence[int], unit: int) -> int:
-    """What the rectangle ``values`` at ``start`` of a tensor of ``shape`` adds to the tensor's checksum.
+    """Return the contribution of a rectangle to the checksum of a tensor of ``shape``.
 
-    ``values``: floats, at least one dimension. ``unit``: of :func:`checksum_unit`. The sum over rectangles that tile
-    the tensor (with ``layout.wrap``) is the checksum of the tensor.
+    ``values`` are the rectangle's elements: floats, with at least one dimension. ``start`` is its position in the
+    tensor, and ``unit`` comes from :func:`checksum_unit`. The sum over rectangles that tile the tensor, wrapped by
+    ``layout.wrap``, is the tensor's checksum.
     """
     integers = _as_integers(values.detach(), unit)
     device = values.device
@@ -58,7 +62,7 @@ def rectangle_checksum(values: torch.Tensor, start: Sequence[int], shape: Sequen
         first = start[0] // unit
         rows = _hash(torch.arange(first, first + integers.shape[0], device=device), 1)
         return int((integers.to(torch.int64) * rows).sum())
-    # Positions in the full tensor, the last dimension counted in units.
+    # Positions in the full tensor, where the last dimension is counted in units.
     extents = [*shape[1:-1], shape[-1] // unit]
     starts = [*start[1:-1], start[-1] // unit]
     columns = torch.zeros((), dtype=torch.int64, device=device)
@@ -66,7 +70,7 @@ def rectangle_checksum(values: torch.Tensor, start: Sequence[int], shape: Sequen
         columns = columns.unsqueeze(-1) * extent + torch.arange(first, first + size, device=device)
     rows = torch.arange(start[0], start[0] + integers.shape[0], device=device)
     matrix = integers.reshape(integers.shape[0], -1)
-    # The sum over bits * (a + b) is that over the row sums * a, plus that over the column sums * b.
+    # The sum of bits * (a + b) equals the sum of (row sums * a) plus the sum of (column sums * b).
     row_sums = matrix.sum(1, dtype=torch.int64)
     column_sums = matrix.sum(0, dtype=torch.int64)
     total = (row_sums * _hash(rows, 1)).sum() + (column_sums * _hash(columns.reshape(-1), 2)).sum()

@@ -1,4 +1,4 @@
-"""Many copies from tensors to tensors in few calls, by threads that keep all cores of a CPU busy."""
+"""Copies many tensors in few calls, with threads that keep all cores of a CPU busy."""
 
 import ctypes
 import math
@@ -16,32 +16,33 @@ from torch import set_num_threads
 from rollout import vllm_platform
 from rollout.weight_sync.plan import Copy
 
-# What a thread copies in one call, at least (one row, if a row is longer). Small enough that the threads end at the
-# same time, and that a round that becomes ready meanwhile waits little.
+# The least number of bytes that a thread copies in one call. It is small enough that all threads end at about the same
+# time, and that a round that becomes ready during a call waits only briefly. A part of a copy has at most this many
+# bytes, or one row if a row is longer.
 BATCH_BYTES = 4 << 20
 
 
 @dataclass
 class Batch:
-    """Copies that one thread makes in one call, by the fastest way of each."""
+    """Copies that one thread executes in one call, each in the fastest way."""
 
     moves: list[tuple[int, int, int]] = field(default_factory=list)
     """(target address, source address, bytes) of contiguous tensors of one dtype in host memory. The C library copies
-    them, with non-temporal stores where that is faster (the engine's environment in ``rollout.vllm_platform``)."""
+    them, with non-temporal stores where that is faster (see the engine's environment in ``rollout.vllm_platform``)."""
     moved_tensors: list[torch.Tensor] = field(default_factory=list)
     """Keeps the memory of ``moves`` alive."""
     joins: list[tuple[torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
-    """(target, sources side by side in its rows), otherwise as ``moves``. Written in one pass they take two thirds of
-    the time of one source after another."""
+    """(target, sources), with the same conditions as ``moves``. The sources are concatenated along the last dimension.
+    Writing them in one pass takes two thirds of the time of copying one source after another."""
     targets: list[torch.Tensor] = field(default_factory=list)
     """All other copies: the targets of ``sources``."""
     sources: list[torch.Tensor] = field(default_factory=list)
 
 
 def by_rows(copies: Iterable[Copy], parameters: Mapping[str, torch.Tensor]) -> Iterator[list[Copy]]:
-    """Group the copies that together fill complete rows of a matrix, from left to right; every other copy is alone.
+    """Group the copies that together fill complete rows of a matrix, from left to right.
 
-    As in a plan, no two of ``copies`` write the same element.
+    Every other copy is a group of its own. No two of ``copies`` may write the same element; a plan ensures this.
     """
     copies_of_rows: dict[tuple[str, int, int], list[Copy]] = defaultdict(list)
     for copy in copies:
@@ -56,9 +57,10 @@ def by_rows(copies: Iterable[Copy], parameters: Mapping[str, torch.Tensor]) -> I
 
 
 def batches(copies: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> list[Batch]:
-    """Put copies into batches; large copies are cut along their first dimension.
+    """Put copies into batches. Large copies are split along their first dimension.
 
-    ``copies``: (target, its sources side by side in the last dimension), views of at least one dimension.
+    ``copies`` are pairs (target, sources). The target takes the concatenation of its sources along the last dimension.
+    All are views of at least one dimension.
     """
     all_batches: list[Batch] = []
     room = 0
@@ -97,17 +99,19 @@ def copy_batch(batch: Batch) -> None:
 
 
 def even_threads(cores: int, workers: int) -> int:
-    """Threads for each of ``workers`` processes that copy at the same time: the fewest that load all cores equally.
+    """Return the number of threads for each of ``workers`` processes that copy at the same time.
 
-    Linux leaves two threads on one core for a complete sync while another core is idle: three workers with one thread
-    each took 1.1 times as long on two cores.
+    It is the smallest number that loads all cores equally. Linux may leave two threads on one core for a whole sync
+    while another core is idle. On two cores, three workers with one thread each took 1.1 times as long.
     """
     return cores // math.gcd(cores, workers)
 
 
 class Copiers:
-    """Threads that share work; with one thread, the caller does it. Each uses one core, because a parallel loop inside
-    each small copy costs more than the copy."""
+    """Threads that share work. With one thread, the caller does the work.
+
+    Each thread uses one core, because a parallel loop inside each small copy takes longer than the copy.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -117,9 +121,10 @@ class Copiers:
             all_started = threading.Barrier(threads)
 
             def start(_: int) -> None:
-                # torch gives a thread the process's number at the first of these calls, so one must come before ours.
+                # The first of these calls in a thread sets its number of threads to that of the process, so it must
+                # happen before ``set_num_threads``.
                 torch.get_num_threads()
-                # Of this thread, and of threads that start later: set back below.
+                # This applies to this thread and to threads that start later. It is reset below.
                 set_num_threads(1)
                 all_started.wait()
 
@@ -127,7 +132,7 @@ class Copiers:
             set_num_threads(process_threads)
 
     def run(self, work: Callable[[], bool]) -> None:
-        """Call ``work`` on all threads until it returns False. When all have ended, raises what it raised."""
+        """Call ``work`` on all threads until it returns False. Once all threads have ended, raises what it raised."""
 
         def work_until_done() -> None:
             while work():

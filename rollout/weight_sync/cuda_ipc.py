@@ -1,10 +1,10 @@
-"""GPU memory shared between processes on one host by CUDA IPC: the same GPU, or another one over NVLink or PCIe.
+"""GPU memory shared between the processes of a host by CUDA IPC: of the same GPU, or of another over NVLink or PCIe.
 
-The two functions of a transport, see ``shared_memory``. Not tested without a GPU: docs/gpu_checks.md.
+This module has the two functions of a transport, see ``shared_memory``. Not tested without a GPU: docs/gpu_checks.md.
 
-A process opens all memory on its own GPU, also that of others, which it then reads as peers do (NCCL and vLLM's own
-all-reduce work so too). Opened on the GPU where it lies, it would take a CUDA context there: with eight GPUs half a GiB
-for each of seven other engine workers on every GPU.
+A process opens all memory, including that of other GPUs, on its own GPU, and reads it by peer access. NCCL and vLLM's
+own all-reduce do the same. Opening the memory on the GPU that holds it would create a CUDA context there. With eight
+GPUs that would take half a GiB for each of seven other engine workers on every GPU.
 """
 
 import base64
@@ -15,9 +15,10 @@ import torch
 
 
 class Address(TypedDict):
-    """What CUDA needs to open the allocation, and where the storage is in it; handles in base64.
+    """What CUDA needs to open an allocation, and where the storage is in it. Handles are in base64.
 
-    torch's event of the moment of sharing is left out: each sync tells readers itself when they may read.
+    torch's event, which marks the moment of sharing, is left out, because the weight sync itself signals the readers
+    when they may read.
     """
 
     device: str
@@ -29,10 +30,10 @@ class Address(TypedDict):
 
 
 def share(storage: torch.UntypedStorage) -> Address:
-    """Raises RuntimeError under ``expandable_segments``.
+    """Share a storage and return its address. Raises RuntimeError under ``expandable_segments``.
 
-    Such memory has no CUDA IPC handle. Opening it by file descriptor needs a permission between processes
-    (pidfd_getfd) that most clusters and containers refuse.
+    Memory of expandable segments has no CUDA IPC handle. Opening it by file descriptor needs a permission between
+    processes (pidfd_getfd) that most clusters and containers refuse.
     """
     options = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments:true" in options.lower():
@@ -56,8 +57,11 @@ def share(storage: torch.UntypedStorage) -> Address:
 
 
 def attach(address: Address) -> torch.UntypedStorage:
-    """The storage as memory of this process's GPU. Raises RuntimeError when that GPU can't read the other's memory, or
-    this process does not see the other."""
+    """Open the storage at an address on this process's GPU.
+
+    Raises RuntimeError when this process does not see the GPU that holds the storage, or when its own GPU can't read
+    that GPU's memory.
+    """
     visible = [uuid(index) for index in range(torch.cuda.device_count())]
     if address["device"] not in visible:
         raise RuntimeError(
@@ -84,5 +88,5 @@ def attach(address: Address) -> torch.UntypedStorage:
 
 
 def uuid(device: int) -> str:
-    """The GPU's unique name, the same in every process, whatever CUDA_VISIBLE_DEVICES says."""
+    """Return the GPU's unique id, which is the same in every process, whatever CUDA_VISIBLE_DEVICES says."""
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,4 +1,4 @@
-"""The layout of a vLLM worker's parameters, in rectangles of Hugging Face tensors: plain data, plain JSON."""
+"""The layout of a vLLM worker's parameters, as rectangles of Hugging Face tensors. It converts to plain JSON."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ Index = tuple[int, ...]
 
 
 class LayoutError(ValueError):
-    """Elements without a source, with two sources, or without a destination; names the tensor."""
+    """Elements of a tensor have no source, two sources, or no destination. The message names the tensor."""
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """``start`` and extent ``shape`` in elements, one entry per dimension."""
+    """A rectangle of a tensor: its ``start`` and its extent ``shape`` in elements, one entry per dimension."""
 
     start: Index
     shape: Index
@@ -40,7 +40,10 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Region:
-    """The rectangle of ``shape`` at ``start`` of a worker's parameter comes from ``hf_start`` of tensor ``hf_name``."""
+    """A rectangle of a worker's parameter, and the rectangle of an HF tensor that it comes from.
+
+    ``start`` is the position in the parameter, ``hf_start`` that in tensor ``hf_name``. Both have the same ``shape``.
+    """
 
     start: Index
     hf_name: str
@@ -58,22 +61,20 @@ class Region:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """One parameter of one vLLM worker.
-
-    ``padding``: the rectangles that hold zeros and no weight. ``staged``: the weight is assembled in separate memory
-    and then quantised (``quantised.py``).
-    """
+    """The layout of one parameter of one vLLM worker."""
 
     name: str
     shape: Index
     dtype: str
     regions: tuple[Region, ...]
+    # The rectangles that hold zeros instead of weights.
     padding: tuple[Rectangle, ...]
+    # Whether the weight is assembled in separate memory and then quantised (``quantised.py``).
     staged: bool = False
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "ParameterLayout":
-        """Inverse of ``dataclasses.asdict`` after a round trip through JSON."""
+        """The inverse of ``dataclasses.asdict``, after a round trip through JSON."""
         return ParameterLayout(
             name=data["name"],
             shape=tuple(data["shape"]),
@@ -96,7 +97,7 @@ def subtract_indices(a: Sequence[int], b: Sequence[int]) -> Index:
 
 
 def wrap(value: int) -> int:
-    """``value`` modulo 2**64 as a signed 64-bit integer, the form in which sums of checksums are kept."""
+    """Return ``value`` modulo 2**64 as a signed 64-bit integer, the form in which checksums are added up."""
     return (value + 2**63) % 2**64 - 2**63
 
 

@@ -1,4 +1,4 @@
-"""Tensors of one process, mapped by others on the same host, and the counters by which both keep step."""
+"""Tensors of one process that others on the same host map, and the counters that synchronise the processes."""
 
 import os
 import socket
@@ -20,16 +20,18 @@ ABORTED = -1
 
 
 def place_of(device: torch.device, platform: VllmPlatform) -> Place:
-    """The place of a device of this process. Processes with the same host can map each other's memory."""
-    # Containers on one machine may share its name; memory is mapped by process id, which a pid namespace bounds.
+    """Return the place of a device of this process. Processes with the same ``host`` can map each other's memory."""
+    # Containers on one machine may have the same host name. Memory is mapped by process id, which is valid only within
+    # a pid namespace, so the namespace is part of the host's name.
     pid_namespace = os.readlink("/proc/self/ns/pid")
     return Place(f"{socket.gethostname()} {pid_namespace}", platform.device_id(device))
 
 
 def share_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The address of all tensors as JSON: their storages, each tensor's place in its storage, and this process.
+    """Share tensors with other processes on this host, and return their address as JSON.
 
-    Raises RuntimeError for a tensor that keeps its elements elsewhere than in its storage, as quantised ones do.
+    The address has the storages, the place of each tensor in its storage, and the id of this process. Raises
+    RuntimeError for a tensor whose elements are not in its storage, such as a quantised tensor.
     """
     index_of_storage: dict[int, int] = {}
     storages: list[Any] = []
@@ -52,7 +54,7 @@ def share_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def attach_tensors(address: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Map the tensors at an address of :func:`share_tensors` into this process; returns them by name."""
+    """Map the tensors at an address of :func:`share_tensors` into this process. Returns them by name."""
     storages = []
     for device, storage_address in address["storages"]:
         storages.append(vllm_platform.of(device).load_transport().attach(storage_address))
@@ -64,13 +66,14 @@ def attach_tensors(address: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 class Signals:
-    """Counters in shared memory by which a trainer rank and the workers that read its slots keep step.
+    """Counters in shared memory that synchronise a trainer rank and the workers that read its slots.
 
-    The rank counts the rounds that are ready in its slots, each worker those that it has consumed. Rounds count over
-    all syncs. The first round of each sync moves nothing: it says that the rank's own weights are final.
+    The rank counts the rounds that are ready in its slots. Each worker counts the rounds that it has consumed. Rounds
+    are counted over all syncs. The first round of each sync moves nothing: it signals that the rank's own weights are
+    final.
 
-    ``values``: int64 [1 + 2 x readers]: rounds ready (or ABORTED), then consumed rounds and process id of each reader.
-    Each counter is written by one process.
+    ``values`` is int64 [1 + 2 x readers]: the number of ready rounds (or ABORTED), then for each reader its number of
+    consumed rounds and its process id. Each counter is written by one process only.
     """
 
     def __init__(self, values: torch.Tensor, owner_pid: int) -> None:
@@ -82,7 +85,7 @@ class Signals:
         return Signals(torch.zeros(1 + 2 * readers, dtype=torch.int64), os.getpid())
 
     def register(self, reader: int) -> None:
-        """Tell the rank which process is this reader: the calling one."""
+        """Store the process id of this reader, which is the calling process."""
         self.values[2 + 2 * reader] = os.getpid()
 
     def set_ready(self, rounds: int) -> None:
@@ -95,13 +98,17 @@ class Signals:
         self.values[1 + 2 * reader] = rounds
 
     def is_ready(self, rounds: int) -> bool:
-        """Raises RuntimeError when the rank has aborted."""
+        """Return whether so many rounds are ready. Raises RuntimeError when the rank has aborted."""
         if self.values[0] == ABORTED:
             raise RuntimeError(f"the trainer's process {self.owner_pid} aborted in the middle of the sync: see its log")
         return _reached(self.values[0], rounds)
 
     def wait_ready(self, rounds: int, meanwhile: Callable[[], bool]) -> None:
-        """Wait until so many rounds are ready. Calls ``meanwhile`` until then, or until it returns False (no work)."""
+        """Wait until so many rounds are ready.
+
+        While it waits, it calls ``meanwhile`` repeatedly, until that returns False (no more work). Raises RuntimeError
+        when the rank has aborted or died.
+        """
         while not self.is_ready(rounds) and meanwhile():
             pass
         wait(
@@ -111,7 +118,7 @@ class Signals:
     def wait_consumed(self, rounds: int) -> None:
         """Wait until all readers have consumed so many rounds.
 
-        A reader that has died counts as done: the answer of its engine reports it.
+        A reader that has died counts as done, because the answer of its engine reports the death.
         """
         for consumed, pid in self.values[1:].view(-1, 2):
             reached = partial(_reached, consumed, rounds)
@@ -123,8 +130,11 @@ def _reached(counter: torch.Tensor, rounds: int) -> bool:
 
 
 def wait(reached: Callable[[], bool], pid: int, what: str, dead_is_done: bool) -> None:
-    """Poll ``reached``. Raises RuntimeError after WAIT_SECONDS, and when process ``pid`` is dead, unless
-    ``dead_is_done``: then it returns."""
+    """Poll ``reached`` until it returns True.
+
+    When process ``pid`` has died, returns if ``dead_is_done``, else raises RuntimeError. Also raises RuntimeError after
+    WAIT_SECONDS. ``what`` says in the message what was waited for.
+    """
     started = time.monotonic()
     last_check = started
     while not reached():
@@ -141,11 +151,11 @@ def wait(reached: Callable[[], bool], pid: int, what: str, dead_is_done: bool) -
 
 
 def alive(pid: int) -> bool:
-    """Whether the process exists and is no zombie (ended, but its parent has not waited for it)."""
+    """Return whether the process exists and is no zombie (a process that has ended but was not yet waited for)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
-    # The process's name, in brackets, may contain spaces and brackets.
+    # The process name is in brackets and may itself contain spaces and brackets.
     state = stat.rpartition(")")[2].split()[0]
     return state not in ("Z", "X")

@@ -1,7 +1,8 @@
-"""The rounds in which packed weights cross the network between ranks: gloo over TCP on a CPU, NCCL between GPUs.
+"""Rounds in which packed weights cross the network between ranks, by gloo over TCP on CPUs and by NCCL between GPUs.
 
-Three things overlap: packing a round, sending the round before, and the workers' reading of what has arrived. For that
-each rank has two slots. It reuses a slot when its sends have ended and all workers on its host have read it.
+Three operations overlap: the packing of a round, the sending of the round before, and the workers' reading of what has
+arrived. For this, each rank has two slots. It reuses a slot once its sends from the slot have completed and all workers
+on its host have read the slot.
 """
 
 import math
@@ -17,10 +18,11 @@ from rollout.weight_sync.plan import Plan
 
 
 class Network:
-    """One rank's part of a plan's rounds.
+    """One rank's part in the rounds of a plan.
 
-    ``tensors``: the rank's shards by name. ``readers``: how many workers read the rank's slots. ``group``: all ranks,
-    gloo or NCCL. ``slots``: of :func:`make_slots`, on the tensors' device, mapped by the workers on this host.
+    ``tensors`` are the rank's shards by name. ``slots`` come from :func:`make_slots`; they are on the device of the
+    tensors, and the workers on this host map them. ``readers`` is the number of workers that read the slots. ``group``
+    is a gloo or NCCL group of all ranks.
     """
 
     def __init__(
@@ -36,13 +38,13 @@ class Network:
         self.platform = vllm_platform.of(slots.device.type)
         self.slots = slots
         self.signals = Signals.create(readers)
-        # By round: (place in the slot, rectangle of a shard).
+        # [round]: pairs (view of the slot, rectangle of a shard).
         self.packings: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(plan.rounds)]
         for send in plan.sends[rank]:
             source = tensors[send.shard][region(send.local_start, send.shape)]
             target = slot_view(self.slots, send.round, send.offset, send.shape, getattr(torch, send.dtype))
             self.packings[send.round].append((target, source))
-        # By round: messages of what was packed in the round, and of what was received in the round before.
+        # [round]: the messages with what was packed in the round, and those with what was received in the round before.
         self.messages: list[list[dist.P2POp]] = [[] for _ in range(plan.rounds)]
         self.forwards: list[list[dist.P2POp]] = [[] for _ in range(plan.rounds)]
         for message in plan.messages:
@@ -56,19 +58,22 @@ class Network:
                 operations.append(dist.P2POp(dist.irecv, data, group=group, group_peer=message.sender))
 
     def begin(self, sequence: int) -> None:
-        """Sync number ``sequence`` (from 0) begins: this rank's weights are final, workers on this host may copy."""
+        """Begin sync number ``sequence`` (from 0): signal that this rank's weights are final.
+
+        From then on, workers on this host may copy them.
+        """
         self.signals.set_ready(sequence * (1 + self.rounds) + 1)
 
     @torch.no_grad()
     def run(self, sequence: int) -> None:
-        """All rounds of sync number ``sequence``, after :meth:`begin`. Collective over the ranks."""
+        """Collective: run all rounds of sync number ``sequence``, after :meth:`begin`."""
         first = sequence * (1 + self.rounds) + 1
         sending: list[dist.Work] = []
         forwarding: list[dist.Work] = []
         try:
-            # One iteration more than rounds: each one also ends the round before.
+            # There is one iteration more than there are rounds, because each iteration also completes the round before.
             for t in range(self.rounds + 1):
-                # The forwards of the round before read the slot that this round fills.
+                # The forwards of the round before send from the slot that this round fills.
                 wait_for(forwarding)
                 sending_before = sending
                 if t < self.rounds:
@@ -90,10 +95,10 @@ class Network:
 
 
 def make_slots(plan: Plan, rank: int, device: torch.device, former: torch.Tensor | None) -> torch.Tensor:
-    """The rank's slots, uint8 [2, slot_bytes]: the ``former`` ones if they have the size.
+    """Return the rank's slots, uint8 [2, slot_bytes]. The ``former`` slots are reused if they have the right size.
 
-    An engine that was killed never says that it has released the former ones, and torch keeps GPU memory that another
-    process may still read: with new slots at each restart of an engine, their memory would be lost.
+    An engine that was killed never reports that it has released the former slots, and torch keeps GPU memory that
+    another process may still read. With new slots at each restart of an engine, that memory would leak.
     """
     if former is not None and former.shape[1] == plan.slot_bytes[rank]:
         return former
@@ -101,7 +106,7 @@ def make_slots(plan: Plan, rank: int, device: torch.device, former: torch.Tensor
 
 
 def start(operations: list[dist.P2POp]) -> list[dist.Work]:
-    """Start all operations, without waiting."""
+    """Start all operations without waiting for them."""
     return dist.batch_isend_irecv(operations) if operations else []
 
 
@@ -113,6 +118,9 @@ def wait_for(operations: list[dist.Work]) -> None:
 def slot_view(
     slots: torch.Tensor, round_number: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The rectangle of ``shape`` packed at byte ``offset`` of the round's slot. ``slots``: uint8 [2, slot_bytes]."""
+    """Return a view of the rectangle of ``shape`` that is packed at byte ``offset`` of the round's slot.
+
+    ``slots`` is uint8 [2, slot_bytes].
+    """
     size = math.prod(shape) * dtype.itemsize
     return slots[round_number % 2][offset : offset + size].view(dtype).view(shape)

@@ -1,12 +1,12 @@
-"""A plan: which rank gives which rectangle of which tensor to which worker. ``planner.py`` builds it.
+"""A plan of the weight sync: which rank provides which rectangle of which tensor to which worker.
 
-Each Hugging Face tensor is cut along every boundary of the trainer's blocks into pieces, so that a rank holds a piece
-completely or not at all. A vLLM worker gets its part of a piece in one of two ways:
+``planner.py`` builds the plan. It cuts each Hugging Face tensor along every boundary of the trainer's blocks into
+pieces, so that a rank holds a piece completely or not at all. A vLLM worker gets its part of a piece in one of two
+ways:
 
-* A rank on the worker's host holds the piece: the worker copies from the rank's parameter in place (``Copy``).
-* Otherwise the part crosses the network once for each host, in a numbered round: one rank packs it into its slot
-  (``Send``), a ``Message`` carries it to a slot of a rank on the worker's host, and the worker reads it there
-  (``Recv``).
+* If a rank on the worker's host holds the piece, the worker copies directly from that rank's parameter (``Copy``).
+* Otherwise the part crosses the network once for each host, in a numbered round. One rank packs it into its slot
+  (``Send``). A ``Message`` carries it to a slot of a rank on the worker's host. The worker reads it there (``Recv``).
 
 Ranks that hold the same piece (data-parallel replicas, norms, tied embeddings) share the work. In each round a rank
 packs and receives at most ``bucket_bytes``, and at most two rounds are in flight.
@@ -26,7 +26,7 @@ ShardTable = list[tuple[str, Block]]
 
 
 class Place(NamedTuple):
-    """A host's name and, on it, a device's. Processes on one host can map each other's memory."""
+    """The names of a host and of a device on it. Processes on one host can map each other's memory."""
 
     host: str
     device: str
@@ -34,14 +34,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Topology:
-    """The place of each rank and of each worker of each engine. Every host that has workers needs a rank."""
+    """The place of each rank and of each worker. Every host that has workers needs a rank."""
 
     ranks: tuple[Place, ...]
+    # [engine][worker].
     engines: tuple[tuple[Place, ...], ...]
 
 
 class Holder(NamedTuple):
-    """A trainer rank that holds a piece, and where: at ``local_start`` of its shard."""
+    """A trainer rank that holds a piece, at ``local_start`` of one of its shards."""
 
     rank: int
     shard: str
@@ -58,7 +59,7 @@ class Piece(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """The rectangle at ``local_start`` of a rank's shard goes to ``parameter_start`` of a worker's parameter."""
+    """A copy from ``local_start`` of a rank's shard to ``parameter_start`` of a worker's parameter."""
 
     rank: int
     shard: str
@@ -69,8 +70,10 @@ class Copy(NamedTuple):
 
 
 class Recv(NamedTuple):
-    """The packed rectangle at byte ``offset`` of the rank's slot goes to ``parameter_start`` of a worker's parameter,
-    once ``round`` is ready."""
+    """A copy from a rank's slot to ``parameter_start`` of a worker's parameter, once ``round`` is ready.
+
+    The rectangle is packed at byte ``offset`` of the slot.
+    """
 
     round: int
     rank: int
@@ -81,7 +84,7 @@ class Recv(NamedTuple):
 
 
 class Send(NamedTuple):
-    """In ``round`` the rank packs a rectangle of its shard, as ``dtype``, to byte ``offset`` of its slot."""
+    """In ``round``, the rank packs a rectangle of its shard, converted to ``dtype``, at byte ``offset`` of its slot."""
 
     round: int
     offset: int
@@ -92,9 +95,9 @@ class Send(NamedTuple):
 
 
 class Message(NamedTuple):
-    """In ``round``, ``size`` bytes go from the sender's slot to the receiver's.
+    """In ``round``, ``size`` bytes go from the sender's slot to the receiver's slot.
 
-    The sender packed them in this round. Or, if ``forwarded``, it received them in the round before: then they are in
+    The sender packed them in this round. If ``forwarded``, it instead received them in the round before, so they are in
     its other slot.
     """
 
@@ -108,31 +111,33 @@ class Message(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """An HF tensor: its shape, the dtype in which it is sent (that of vLLM's parameter), and the checksum's unit."""
+    """An HF tensor."""
 
     shape: Index
+    # The dtype in which it is sent, which is that of vLLM's parameter.
     dtype: str
+    # The unit of its checksum, see ``checksum.checksum_unit``.
     unit: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a sync moves."""
+    """Everything that a weight sync moves."""
 
     tensors: dict[str, TensorInfo]
     pieces: tuple[Piece, ...]
     copies: tuple[tuple[tuple[Copy, ...], ...], ...]
-    """[engine][worker]: what it copies from shards on its host."""
+    """[engine][worker]: what the worker copies from shards on its host."""
     recvs: tuple[tuple[tuple[Recv, ...], ...], ...]
-    """[engine][worker], by round: what it copies from slots on its host."""
+    """[engine][worker]: what the worker copies from slots on its host, ordered by round."""
     sends: tuple[tuple[Send, ...], ...]
-    """[rank], by round."""
+    """[rank]: what the rank packs, ordered by round."""
     messages: tuple[Message, ...]
-    """By round."""
+    """Ordered by round."""
     slot_bytes: tuple[int, ...]
-    """[rank]: bytes of each of its two slots."""
+    """[rank]: the size of each of the rank's two slots."""
     placed_bytes: int
-    """What the workers of all engines write in one sync."""
+    """The bytes that the workers of all engines write in one sync."""
 
     @property
     def rounds(self) -> int:
@@ -143,7 +148,7 @@ class Plan:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Plan":
-        """Inverse of :meth:`to_json` after a round trip through JSON, which turns tuples into lists."""
+        """The inverse of :meth:`to_json`, after a round trip through JSON, which turns tuples into lists."""
         pieces = []
         for name, start, shape, holders in data["pieces"]:
             pieces.append(Piece(name, tuple(start), tuple(shape), read_rows(Holder, holders)))
@@ -163,7 +168,7 @@ class Plan:
 
 
 def read_rows[T](kind: Callable[..., T], rows: Iterable[Sequence[Any]]) -> tuple[T, ...]:
-    """``kind`` of each row of JSON, whose lists are indices."""
+    """Convert each row of JSON to ``kind``. A list in a row is an index."""
     result = []
     for row in rows:
         values = [tuple(value) if isinstance(value, list) else value for value in row]
@@ -172,5 +177,5 @@ def read_rows[T](kind: Callable[..., T], rows: Iterable[Sequence[Any]]) -> tuple
 
 
 def _read_workers[T](kind: Callable[..., T], workers: Iterable[Iterable[Sequence[Any]]]) -> tuple[tuple[T, ...], ...]:
-    """The rows of each worker of an engine."""
+    """Convert the rows of each worker of an engine."""
     return tuple(read_rows(kind, rows) for rows in workers)

@@ -1,4 +1,7 @@
-"""Builds a plan: a pure function of the trainer's blocks, the workers' parameters, and the places of both."""
+"""Builds the plan of the weight sync, as a pure function.
+
+Its inputs are the trainer's blocks, the parameters of the workers, the places of both, and the size of a bucket.
+"""
 
 import hashlib
 import itertools
@@ -32,14 +35,14 @@ def build_plan(
     topology: Topology,
     bucket_bytes: int,
 ) -> Plan:
-    """Compose the trainer's blocks with the parameters of vLLM's workers.
+    """Build the plan that maps the trainer's blocks to the parameters of vLLM's workers.
 
-    ``tables``: of each rank. ``layouts``: of each worker of an engine, the same in all engines. ``topology``: where the
-    ranks and the workers are.
+    ``tables`` has the blocks of each rank. ``layouts`` has the parameter layouts of each worker of an engine, which are
+    the same in all engines. ``topology`` has the places of ranks and workers.
 
-    Raises LayoutError naming the tensor when no rank holds an element that vLLM needs, when vLLM's workers overlap or
-    leave a part of a tensor out, or when only one side knows a tensor; and naming the host when a worker's host has no
-    rank.
+    Raises LayoutError naming the tensor in these cases: no rank holds an element that vLLM needs, vLLM's workers
+    overlap or leave out a part of a tensor, or only one side has the tensor. Raises LayoutError naming the host when a
+    worker's host has no rank.
     """
     shapes = tensor_shapes(tables)
     pieces = _pieces(tables, shapes)
@@ -74,7 +77,7 @@ def build_plan(
 
 
 def tensor_shapes(tables: Sequence[ShardTable]) -> dict[str, Index]:
-    """Shape of every HF tensor in the trainer's blocks: its furthest element in any block."""
+    """Return the shape of every HF tensor in the trainer's blocks, which is where the blocks end in each dimension."""
     shapes: dict[str, Index] = {}
     for _, block in itertools.chain.from_iterable(tables):
         stop = _rectangle(block).stop
@@ -92,8 +95,11 @@ def _rectangle(block: Block) -> Rectangle:
 
 
 def _pieces(tables: Sequence[ShardTable], shapes: Mapping[str, Index]) -> list[Piece]:
-    """Cut every tensor along all boundaries of blocks. Raises LayoutError for a part of a tensor that nobody holds."""
-    # By the block's rectangle, of which most tensors have only a few.
+    """Cut every tensor along all boundaries of blocks into pieces.
+
+    Raises LayoutError for a part of a tensor that no rank holds.
+    """
+    # By the rectangle of the block. Most tensors have only a few different ones.
     holders_of: dict[str, dict[Rectangle, list[Holder]]] = {name: defaultdict(list) for name in shapes}
     for rank, table in enumerate(tables):
         for shard, block in table:
@@ -115,7 +121,7 @@ def _pieces(tables: Sequence[ShardTable], shapes: Mapping[str, Index]) -> list[P
 
 
 def _cells(shape: Index, rectangles: Sequence[Rectangle]) -> Iterator[Rectangle]:
-    """The grid into which all boundaries of ``rectangles`` cut a tensor of ``shape``."""
+    """Yield the cells of the grid into which the boundaries of ``rectangles`` cut a tensor of ``shape``."""
     intervals_of_axes = []
     for axis, extent in enumerate(shape):
         cuts = {0, extent}
@@ -132,7 +138,11 @@ def _cells(shape: Index, rectangles: Sequence[Rectangle]) -> Iterator[Rectangle]
 def _tensors(
     layouts: Sequence[Sequence[ParameterLayout]], shapes: Mapping[str, Index], pieces: Sequence[Piece]
 ) -> dict[str, TensorInfo]:
-    """Check that the workers together take every HF tensor exactly once (or as identical replicas) and in one dtype."""
+    """Return the TensorInfo of every HF tensor.
+
+    Raises LayoutError unless the workers together take every element of a tensor exactly once (or as part of identical
+    rectangles on several workers), and in one dtype.
+    """
     rectangles: dict[str, set[Rectangle]] = {name: set() for name in shapes}
     dtypes: dict[str, set[str]] = {name: set() for name in shapes}
     for parameter in itertools.chain.from_iterable(layouts):
@@ -167,24 +177,22 @@ def _tensors(
 
 
 class _Destination(NamedTuple):
-    """The part belongs at ``parameter_start`` of a worker's parameter.
-
-    ``staging_order``: the parameter's number among the staged ones, -1 for a parameter that is not staged.
-    """
+    """A part of a piece and its place in a worker's parameter."""
 
     part: Part
     parameter: str
     parameter_start: Index
+    # A number that increases from one staged parameter to the next; -1 for a parameter that is not staged.
     staging_order: int
 
 
 def _destinations(
     layouts: Sequence[Sequence[ParameterLayout]], pieces: Sequence[Piece], size: Callable[[Part], int]
 ) -> list[list[_Destination]]:
-    """The parts that each worker of an engine needs, in the order in which they are assigned and sent.
+    """Return the parts that each worker of an engine needs, in the order in which they are assigned and sent.
 
-    Staged parameters come one after another, so that a worker stages few at a time. Otherwise large parts come first,
-    so that small ones can even out the load that they leave.
+    Staged parameters come one after another, so that a worker stages few of them at a time. Otherwise large parts come
+    first, so that the small ones can balance the load.
     """
     pieces_of: dict[str, list[int]] = defaultdict(list)
     for i, piece in enumerate(pieces):
@@ -215,11 +223,13 @@ def _destinations(
 
 @dataclass(frozen=True)
 class _Assignment:
-    """``copies[engine][worker]``: what a rank on the worker's host provides. ``remote``: (engine, worker, destination)
-    of what no rank there holds. ``receivers[part][host]``: the rank that receives a remote part for its host."""
+    """Which rank provides each part to each worker."""
 
+    # [engine][worker]: what ranks on the worker's host provide.
     copies: list[list[list[Copy]]]
+    # (engine, worker, destination) of the parts that no rank on the worker's host holds.
     remote: list[tuple[int, int, _Destination]]
+    # [part][host]: the rank that receives a remote part for its host.
     receivers: dict[Part, dict[str, int]]
 
 
@@ -229,16 +239,19 @@ def _assign(
     topology: Topology,
     size: Callable[[Part], int],
 ) -> _Assignment:
-    """Choose the rank that provides each part on each host. Raises LayoutError for a worker's host without a rank."""
+    """Choose the rank that provides each part on each host.
+
+    Raises LayoutError when the host of a worker has no rank.
+    """
     ranks_of_host: dict[str, list[int]] = defaultdict(list)
     for rank, place in enumerate(topology.ranks):
         ranks_of_host[place.host].append(rank)
-    # Bytes that each rank provides so far: to workers on its own device, and over a link to workers on others.
+    # The bytes that each rank provides so far, to workers on its own device and, over a link, to workers on others.
     bytes_within_device = [0] * len(topology.ranks)
     bytes_over_link = [0] * len(topology.ranks)
 
     def nearest(ranks: Iterable[int], devices: Collection[str], part_bytes: int) -> int:
-        """A rank on one of the devices if possible, else on another; among those the one with least to provide."""
+        """Choose a rank on one of the devices if possible, and among equals the one with the least load so far."""
         choices = []
         for rank in ranks:
             other_device = topology.ranks[rank].device not in devices
@@ -296,7 +309,7 @@ def _assign(
 def _recvs(
     topology: Topology, assignment: _Assignment, routes: Sequence[Route], schedule: Schedule
 ) -> tuple[tuple[tuple[Recv, ...], ...], ...]:
-    """What each worker copies from the slots on its host, by round."""
+    """Return what each worker copies from the slots on its host, ordered by round."""
     routes_to: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, route in enumerate(routes):
         for receiver in route.receivers:
@@ -320,7 +333,7 @@ def _recvs(
 
 
 def _frozen[T](of_engines: Sequence[Sequence[Sequence[T]]]) -> tuple[tuple[tuple[T, ...], ...], ...]:
-    """[engine][worker] lists as tuples."""
+    """Convert [engine][worker] lists to tuples."""
     return tuple(tuple(map(tuple, workers)) for workers in of_engines)
 
 
@@ -331,10 +344,12 @@ def cached_plan(
     bucket_bytes: int,
     folder: Path,
 ) -> Plan:
-    """:func:`build_plan`, or its former result for the same arguments, from a file in ``folder`` named by their
-    hash."""
+    """Return the result of :func:`build_plan`, from a cache in ``folder``.
+
+    The name of the cache's file is a hash of the arguments.
+    """
     arguments = json.dumps([tables, layouts, topology, bucket_bytes], default=vars)
-    # The hash includes the code: a plan of another version of it is not used.
+    # The hash includes the code, so a plan of another version of the code is not used.
     code = b"".join(Path(__file__).with_name(file).read_bytes() for file in ("plan.py", "planner.py", "schedule.py"))
     name = hashlib.sha256(code + arguments.encode()).hexdigest()
     path = folder / f"{name}.json"

@@ -1,10 +1,12 @@
-"""Weights that vLLM keeps in FP8: staged unquantised, one layer after another, and quantised in place.
+"""Weights that vLLM keeps in FP8. They are staged unquantised, layer by layer, and then quantised in place.
 
-When vLLM's online quantisation loads a linear layer, it computes the layer's tensors (FP8 values, transposed or not,
-and scales) from the checkpoint's weight. The weight sync works with that unquantised weight: the trace of the loaders,
-the plan and the checksums. A sync stages it, vLLM's own code quantises it, and the result goes into the memory whose
-addresses kernels and CUDA graphs hold. Besides the engine's weights a sync needs memory for the layers of which a part
-has arrived, and for vLLM's result of one layer.
+When vLLM's online quantisation loads a linear layer, it computes the layer's tensors from the checkpoint's weight: FP8
+values, transposed or not, and scales. The weight sync works with the unquantised weight in the trace of the loaders, in
+the plan and in the checksums. A sync stages this weight, and vLLM's own code quantises it. The result is copied into
+the memory whose addresses kernels and CUDA graphs hold.
+
+In addition to the engine's weights, a sync needs memory for the layers of which only a part has arrived, and for the
+quantised tensors of one layer.
 
 Written for the online methods of vLLM 0.32 (``vllm/model_executor/layers/quantization/online/fp8.py``).
 """
@@ -21,7 +23,7 @@ from rollout.weight_sync.layout import LayoutError
 
 
 def quantised_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """The linear layers whose weight vLLM quantises while loading, by the weight's name, in the model's order."""
+    """Return the linear layers whose weights vLLM quantises while loading, by weight name, in the model's order."""
     return {
         f"{name}.weight": layer
         for name, layer in model.named_modules()
@@ -31,8 +33,10 @@ def quantised_layers(model: torch.nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def unquantised(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
-    """Within the block, each of :func:`quantised_layers` has the weight that the loaders fill: [out, in], on the meta
-    device."""
+    """Give each of :func:`quantised_layers`, within the block, the unquantised weight that vLLM's loaders fill.
+
+    The weight is [out, in], on the meta device. Yields the layers by weight name.
+    """
     layers = quantised_layers(model)
     live = {name: dict(layer._parameters) for name, layer in layers.items()}
     try:
@@ -45,10 +49,11 @@ def unquantised(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def requantise(layer: Any, weight: torch.Tensor) -> None:
-    """Have vLLM quantise ``weight`` [out, in] as when it loads the layer, into the tensors that the layer has now.
+    """Collective over the engine's tensor-parallel workers: quantise ``weight`` [out, in] into the layer's tensors.
 
-    Collective over the engine's tensor-parallel workers, because all shards of a tensor share its scale. Raises
-    RuntimeError when dtype, shape or strides differ from the layer's tensors: kernels would still use the old ones.
+    vLLM quantises it as it does when it loads the layer. The call is collective because all shards of a tensor share a
+    scale. Raises RuntimeError when dtype, shape or strides differ from those of the layer's present tensors, because
+    kernels would still use those.
     """
     live = dict(layer._parameters)
     try:
@@ -68,8 +73,10 @@ def requantise(layer: Any, weight: torch.Tensor) -> None:
 
 
 class Staging:
-    """The unquantised weights of a sync in progress, on ``device``: from the arrival of the first part until the weight
-    is quantised."""
+    """The unquantised weights of a sync in progress, on ``device``.
+
+    A weight is held from the arrival of its first part until it is quantised.
+    """
 
     def __init__(self, layers: dict[str, Any], device: torch.device) -> None:
         self.layers = layers
@@ -79,7 +86,10 @@ class Staging:
         self.peak_bytes = 0
 
     def weight(self, name: str) -> torch.Tensor:
-        """The weight of this name. It starts as zeros, because elements that the loaders leave out are padding."""
+        """Return the staged weight of this name.
+
+        It starts as zeros, because elements that the loaders do not fill are padding.
+        """
         if name not in self.weights:
             layer = self.layers[name]
             self.weights[name] = torch.zeros(_shape(layer), dtype=layer.orig_dtype, device=self.device)
@@ -98,9 +108,12 @@ def _shape(layer: Any) -> tuple[int, int]:
 
 
 def _set_weight(layer: Any, weight: torch.Tensor) -> None:
-    """Give the layer the parameters of vLLM's ``create_weights``: ``weight``, and the bias, which stays unquantised."""
+    """Give the layer the parameters that vLLM's ``create_weights`` gives it: ``weight``, and the bias if it has one.
+
+    The bias is not quantised.
+    """
     loader = layer.weight.weight_loader
-    # vLLM wraps the loader in one that waits until the layer is complete.
+    # vLLM wraps the loader in another one that waits until the layer is complete.
     while loader.__name__ == "online_process_loader":
         loader = loader.__wrapped__
     parameters = {"weight": ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)}
@@ -115,7 +128,7 @@ def _describe(tensor: torch.Tensor | None) -> Any:
 
 
 def check_kernels(layers: dict[str, Any]) -> None:
-    """Raises LayoutError for a kernel that also changes the bias, which the weight sync writes unchanged."""
+    """Raise LayoutError for a kernel that also changes the bias, because the weight sync writes the bias unchanged."""
     for name, layer in layers.items():
         kernel = getattr(layer.quant_method, "fp8_linear", None)
         if "Marlin" in type(kernel).__name__:

@@ -1,4 +1,4 @@
-"""The weights of one engine, as its main thread sees them: their version, and whether they may be used."""
+"""The state of one engine's weights, kept by its main thread: their version, and whether they may be used."""
 
 import json
 from typing import Any
@@ -7,9 +7,10 @@ from rollout.weight_sync.layout import LayoutError, wrap
 
 
 def total_checksums(workers: list[list[Any]]) -> dict[str, int]:
-    """Checksum of each HF tensor, from ``[hf_name, hf_start, checksum]`` of the rectangles that each worker holds.
+    """Return the checksum of each HF tensor.
 
-    Rectangles that several workers hold count once. Raises LayoutError naming the tensor when such replicas differ.
+    ``workers`` has, for each worker, ``[hf_name, hf_start, checksum]`` of the rectangles that it holds. A rectangle
+    that several workers hold counts once. Raises LayoutError naming the tensor when such replicas differ.
     """
     rectangles: dict[tuple[str, tuple[int, ...]], int] = {}
     for worker in workers:
@@ -25,13 +26,14 @@ def total_checksums(workers: list[list[Any]]) -> dict[str, int]:
 
 
 class WeightReceiver:
-    """Runs the weight sync's methods on all workers of an engine, and knows the state of its weights.
+    """Runs the methods of the weight sync on all workers of an engine, and keeps the state of the engine's weights.
 
-    ``version``: of the last good sync (None before the first). ``stale``: true from the start of an update until it is
-    verified; the engine generates only while it is false. All methods raise RuntimeError with the workers' errors.
+    ``version`` is that of the last successful sync, None before the first one. ``stale`` is true from the start of an
+    update until the update is complete (and verified, if it is to be). The engine generates only while ``stale`` is
+    false. All methods raise RuntimeError with the errors of the workers.
 
-    Requests that are running when an update comes keep their keys and values of the old weights, as in PipelineRL
-    (arXiv 2509.19128), and what an encoder has made of their images.
+    Requests that are running during an update keep the KV cache that the old weights computed, as in PipelineRL
+    (arXiv 2509.19128). They also keep the encoder outputs of their images.
     """
 
     def __init__(self, llm_engine: Any) -> None:
@@ -41,7 +43,10 @@ class WeightReceiver:
         self._call("weight_sync_start")
 
     def layout(self, body: dict[str, Any]) -> dict[str, Any]:
-        """``{"tensors": {hf_name: shape}}`` → ``{"workers": [layouts of the parameters of each worker], "places"}``."""
+        """Return the layouts and the places of the workers.
+
+        ``{"tensors": {hf_name: shape}}`` → ``{"workers": [the parameter layouts of each worker], "places"}``.
+        """
         answers = self._call("weight_sync_layout", json.dumps(body["tensors"]))
         return {
             "workers": [answer["parameters"] for answer in answers],
@@ -49,14 +54,14 @@ class WeightReceiver:
         }
 
     def set_plan(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Give the workers their shares of a plan, see ``WeightSyncWorker.weight_sync_plan``."""
+        """Send the workers their shares of a plan, see ``WeightSyncWorker.weight_sync_plan``."""
         self._call("weight_sync_plan", json.dumps(body))
         return {}
 
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the trainer's present weights: ``{"version", "sequence", "checksums"}``.
+        """Copy the trainer's present weights into the workers. The body is ``{"version", "sequence", "checksums"}``.
 
-        ``checksums``: what the weights must have afterwards, or null for no verification. Returns
+        ``checksums`` are those that the weights must have afterwards, or null for no verification. Returns
         ``{"copying_seconds", "packing_seconds"}`` of the slowest worker.
         """
         self.stale = True
@@ -75,35 +80,37 @@ class WeightReceiver:
         elif not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
         elif self.llm.model_config.is_multimodal_model:
-            # Not for other models, because it is one more call on all workers.
+            # Only for multimodal models, because it is an additional call on all workers.
             self.llm.reset_encoder_cache()
         self.arrived(body["version"])
         slowest = max(answers, key=lambda answer: answer["copying_seconds"] + answer["packing_seconds"])
         return {name: slowest[name] for name in ("copying_seconds", "packing_seconds")}
 
     def arrived(self, version: int) -> None:
-        """The weights are whole: vLLM notes with each token from now on that they have this version."""
+        """Mark the weights as complete. From now on vLLM records this version with each token that it samples."""
         self.llm.set_weight_version(str(version))
         self.version = version
         self.stale = False
 
     def _forget_prefixes(self) -> None:
-        """No request that begins from now on finds a block of the old weights by its tokens. Running requests keep
-        their blocks, for which vLLM refuses to reset its prefix cache."""
+        """Evict all KV-cache blocks from the prefix cache, so that new requests reuse no block of the old weights.
+
+        Running requests keep their blocks. Because of them, vLLM refuses to reset its prefix cache.
+        """
         cache = self.llm.engine_core.engine_core.scheduler.kv_cache_manager
         cache.evict_blocks(set(range(cache.block_pool.num_gpu_blocks)))
 
     def zero_cache(self) -> None:
-        """Define the key-value cache's memory, once it has woken."""
+        """Zero the memory of the KV cache after a wake."""
         self._call("weight_sync_zero_cache")
 
     def checksum(self) -> dict[str, Any]:
-        """``{"tensors": {hf_name: checksum of the values that vLLM holds now}}``."""
+        """Return ``{"tensors": {hf_name: checksum of the values that vLLM holds now}}``."""
         answers = self._call("weight_sync_checksums")
         return {"tensors": total_checksums([answer["checksums"] for answer in answers])}
 
     def digest(self) -> dict[str, Any]:
-        """``{"workers": [{parameter: SHA-256 of its bytes}]}``."""
+        """Return ``{"workers": [{parameter: SHA-256 of its bytes}]}``."""
         return {"workers": [answer["digests"] for answer in self._call("weight_sync_digests")]}
 
     def _call(self, method: str, *args: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The network's part of a plan: what is sent between hosts, in which round, and where in the slots."""
+"""The network part of a plan: what is sent between hosts, in which round, and at which place in the slots."""
 
 import itertools
 from collections import defaultdict
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rollout.weight_sync.layout import Index, LayoutError, Rectangle, add_indices
 from rollout.weight_sync.plan import ITEMSIZE, Holder, Message, Piece, Send, TensorInfo
 
-# Chunks start at multiples of this in a slot: aligned for any dtype, and for cache lines.
+# Chunks start at multiples of this many bytes in a slot, so they are aligned for any dtype and for cache lines.
 ALIGNMENT = 64
 # A chunk has at most 1/CHUNKS_PER_BUCKET of a bucket's bytes, so that rounds fill up well.
 CHUNKS_PER_BUCKET = 8
@@ -24,16 +24,18 @@ class Part(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A chunk of a piece (a rectangle small enough to be sent at once), who packs it, and the ranks that receive it.
+    """A chunk of a piece, the rank that packs it, and the ranks that receive it.
 
-    ``size``: its bytes in a slot, with padding to ALIGNMENT.
+    A chunk is a rectangle that is small enough to be sent at once.
     """
 
     piece: int
     start: Index
     shape: Index
     dtype: str
+    # Bytes in a slot, padded to ALIGNMENT.
     size: int
+    # Packs the chunk.
     origin: Holder
     receivers: tuple[int, ...]
 
@@ -44,7 +46,10 @@ def make_routes(
     tensors: Mapping[str, TensorInfo],
     bucket_bytes: int,
 ) -> Iterator[Route]:
-    """Distribute the receivers of each part over its holders, each to the one that sends least so far."""
+    """Split the parts into chunks, and assign each receiver of a chunk to the holder that has sent least so far.
+
+    ``receivers`` has for each part the rank that receives it on each host.
+    """
     sent: dict[int, int] = defaultdict(int)
     for (i, start, shape), rank_of_host in receivers.items():
         piece = pieces[i]
@@ -65,7 +70,10 @@ def _aligned(size: int) -> int:
 
 
 def _split(rectangle: Rectangle, elements: int) -> Iterator[Rectangle]:
-    """Rectangles of at most ``elements`` that tile ``rectangle``: cut along the first dimension that allows it."""
+    """Tile ``rectangle`` with rectangles of at most ``elements`` elements.
+
+    It is cut along the first dimension with more than one element, and its parts again if they are too large.
+    """
     if rectangle.size <= elements:
         yield rectangle
         return
@@ -82,23 +90,26 @@ def _split(rectangle: Rectangle, elements: int) -> Iterator[Rectangle]:
 
 @dataclass
 class Schedule:
-    """``ready[receiver, route]``: the round after which the chunk is in the receiver's slot, and its offset there."""
+    """What the ranks pack, send and receive in each round."""
 
     messages: list[Message] = field(default_factory=list)
+    # By rank.
     sends: dict[int, list[Send]] = field(default_factory=lambda: defaultdict(list))
+    # By (receiver, route): the round after which the chunk is in the receiver's slot, and its offset there.
     ready: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    # By rank.
     slot_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
 
 def make_schedule(routes: Sequence[Route], bucket_bytes: int, chained: bool) -> Schedule:
-    """The messages of all routes. Those with the same ranks in the same round become one message.
+    """Make the messages of all routes. Routes with the same ranks in the same round become one message.
 
-    ``chained``: the first receiver forwards a chunk to the second one in the next round, and so on, so that each rank
-    sends it once. Otherwise the origin sends to all receivers in one round. A chain is faster where few ranks hold the
-    weights that many hosts need: more GPUs of engines than of the trainer.
+    With ``chained``, the first receiver forwards a chunk to the second one in the next round, and so on, so that each
+    rank sends the chunk once. Otherwise the origin sends it to all receivers in one round. A chain is faster where few
+    ranks hold the weights that many hosts need, that is, where the engines have more GPUs than the trainer.
     """
     schedule = Schedule()
-    # Bytes taken so far in the slot of (rank, round).
+    # By (rank, round): the bytes of the slot that are used so far.
     cursor: dict[tuple[int, int], int] = defaultdict(int)
     for (first_round, origin, receivers), members in _rounds_of_routes(routes, bucket_bytes, chained).items():
         offsets = list(itertools.accumulate((routes[i].size for i in members), initial=0))
@@ -134,21 +145,21 @@ def make_schedule(routes: Sequence[Route], bucket_bytes: int, chained: bool) -> 
 def _rounds_of_routes(
     routes: Sequence[Route], bucket_bytes: int, chained: bool
 ) -> dict[tuple[int, int, tuple[int, ...]], list[int]]:
-    """Put each route into the first round in which the slots of all its ranks have room.
+    """Assign each route to the first round in which the slots of all its ranks have room.
 
-    Returns the routes, by number, of each (round, origin, receivers).
+    Returns (round, origin, receivers) → the numbers of the routes.
     """
-    # Bytes used in the slot of (rank, round).
+    # By (rank, round): the bytes of the slot that are used so far.
     used: dict[tuple[int, int], int] = defaultdict(int)
     members: dict[tuple[int, int, tuple[int, ...]], list[int]] = defaultdict(list)
-    # By ranks: no earlier round has room for a full chunk, so the search starts here.
+    # By ranks: the round at which the search starts, because no earlier round has room for a full chunk.
     first_with_room: dict[tuple[int, ...], int] = defaultdict(int)
     for i in _alternate_origins(routes):
         route = routes[i]
         if route.size > bucket_bytes:
             raise LayoutError(f"a chunk of {route.size} bytes is larger than a bucket of {bucket_bytes}")
         ranks = (route.origin.rank, *route.receivers)
-        # In how many rounds after the first one each rank holds the chunk.
+        # For each rank: how many rounds after the first one it holds the chunk.
         hops = [0] + [place if chained else 0 for place in range(len(route.receivers))]
         ranks_and_hops = list(zip(ranks, hops, strict=True))
         first_round = first_with_room[ranks]
@@ -162,7 +173,7 @@ def _rounds_of_routes(
 
 
 def _alternate_origins(routes: Sequence[Route]) -> Iterator[int]:
-    """Numbers of the routes, one of each origin in turn, so that all origins send in every round."""
+    """Yield the numbers of the routes, taking one of each origin in turn, so that all origins send in every round."""
     routes_of_origin: dict[int, list[int]] = defaultdict(list)
     for i, route in enumerate(routes):
         routes_of_origin[route.origin.rank].append(i)
@@ -173,7 +184,10 @@ def _alternate_origins(routes: Sequence[Route]) -> Iterator[int]:
 
 
 def duration(messages: Sequence[Message]) -> int:
-    """Rounds one after another, each as long as its busiest rank sends or receives; in bytes over one link."""
+    """Return the estimated duration of the messages, in bytes over one link.
+
+    Rounds follow one another. A round takes as long as its busiest rank sends or receives.
+    """
     sent: dict[tuple[int, int], int] = defaultdict(int)
     received: dict[tuple[int, int], int] = defaultdict(int)
     for message in messages:

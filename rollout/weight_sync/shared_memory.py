@@ -1,12 +1,12 @@
-"""Memory of the host, shared between processes of one user on one host.
+"""Host memory that is shared between processes of one user on one host.
 
-A transport has two functions: ``share`` makes a storage visible to other processes and returns its address (plain
-JSON), ``attach`` opens an address in another process.
+A transport has two functions. ``share`` makes a storage visible to other processes and returns its address (plain
+JSON). ``attach`` opens the storage at an address in another process.
 
-``share`` moves the storage into shared memory in place. Every tensor that views it stays valid, and a worker can read
-the trainer's live parameters without a copy in between. The memory has no name, so nothing remains after the processes
-end, however they end. Another process opens it as ``/proc/<pid>/fd/<n>``, which the kernel allows to the same user in
-the same process namespace.
+``share`` moves the storage into shared memory in place. Every tensor that views the storage stays valid, and a worker
+can read the trainer's live parameters without an intermediate copy. The memory has no name, so nothing remains after
+the processes end, however they end. Another process opens the memory as ``/proc/<pid>/fd/<n>``, which the kernel allows
+to the same user in the same process namespace.
 """
 
 import mmap
@@ -18,7 +18,7 @@ import torch
 
 
 class Address(TypedDict):
-    """Where a storage is: process, its file descriptor, and the size in bytes."""
+    """The address of a storage: the process, its file descriptor, and the size in bytes."""
 
     pid: int
     fd: int
@@ -26,7 +26,7 @@ class Address(TypedDict):
 
 
 def share(storage: torch.UntypedStorage) -> Address:
-    """Raises RuntimeError when /dev/shm has no room for it."""
+    """Share a storage and return its address. Raises RuntimeError when /dev/shm has no room for it."""
     if not storage.is_shared():
         room = os.statvfs("/dev/shm")
         if storage.nbytes() > room.f_bavail * room.f_frsize:
@@ -34,7 +34,8 @@ def share(storage: torch.UntypedStorage) -> Address:
                 f"/dev/shm has {room.f_bavail * room.f_frsize >> 20} MiB free and a storage of the model needs "
                 f"{storage.nbytes() >> 20} MiB: enlarge it (docker run --shm-size, or mount -o remount,size=)"
             )
-        # Each storage takes a file descriptor, and a frozen vision tower has a storage for each parameter.
+        # Raise the limit of open files: each storage takes a file descriptor, and a frozen vision tower has a storage
+        # for each parameter.
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     fd, size = storage._share_fd_cpu_()
@@ -42,7 +43,7 @@ def share(storage: torch.UntypedStorage) -> Address:
 
 
 def attach(address: Address) -> torch.UntypedStorage:
-    """Raises RuntimeError when it can't be opened or has another size."""
+    """Open the storage at an address. Raises RuntimeError when it can't be opened or has another size."""
     path = f"/proc/{address['pid']}/fd/{address['fd']}"
     try:
         fd = os.open(path, os.O_RDWR)

@@ -1,8 +1,8 @@
-"""The trainer's side of the weight sync: from each rank's shards straight into vLLM's parameters.
+"""The trainer's side of the weight sync, which copies from the shards of each rank directly into vLLM's parameters.
 
-SPMD: every rank constructs a :class:`WeightSync` and calls :meth:`WeightSync.sync`. A rank that starts engines passes
-them. On every host with engines there is one such rank, so engines are called over loopback only. No rank ever holds
-a full tensor that it has only a shard of.
+The code is SPMD: every rank constructs a :class:`WeightSync` and calls :meth:`WeightSync.sync`. A rank that starts
+engines passes them to it. Every host with engines has one such rank, so engines are called on their own host only. No
+rank ever gathers the full tensor of a shard.
 """
 
 import hashlib
@@ -29,39 +29,45 @@ from rollout.weight_sync.planner import cached_plan, tensor_shapes
 
 
 class WeightSyncError(RuntimeError):
-    """The weights did not arrive, or not exactly; raised on every rank.
+    """The weights did not arrive, or they differ from the trainer's. Raised on every rank.
 
-    An engine whose weights have been touched refuses to generate until a sync succeeds; before that point it keeps
-    the version it had.
+    An engine whose weights the failed sync has begun to change refuses to generate until a sync succeeds. An engine
+    whose weights are unchanged keeps its version.
     """
 
 
 class SyncReport(TypedDict):
-    """A sync in numbers."""
+    """Statistics of one weight sync."""
 
     bytes: int
-    """Written into the workers of all engines."""
+    """Bytes written into the workers of all engines."""
     seconds: float
-    """From the call of :meth:`WeightSync.sync` to its end."""
+    """Wall time of the call of :meth:`WeightSync.sync`."""
     copying_seconds: float
-    """Of the slowest worker of this rank's engines: copying the weights into place."""
+    """Time that the slowest worker of this rank's engines took to copy the weights into its parameters."""
     packing_seconds: float
-    """Of the same worker: packing its linear layers again (CPU only)."""
+    """Time that the same worker took to pack its linear layers again (CPU only)."""
     verified: bool
     """Whether checksums were compared."""
 
 
 class WeightSync:
-    """The plan and this rank's part in it.
+    """The plan of the weight sync and this rank's part in it.
 
-    ``shards``: this rank's parameters (none on a rank that only has engines). They are read anew at each sync, so they
-    must be updated in place; their memory becomes visible to processes of this user on this host. ``engines``: those
-    that this rank starts; all engines hold the same layout. ``group``: a gloo group of all ranks. ``bucket_bytes``:
-    bound on each of a rank's two slots for weights that cross the network; on one host there are none.
-    ``verify_every``: every so many syncs, and at the first one after each :meth:`attach`, the checksums of all live
-    parameters are compared. ``plans``: folder in which plans are kept.
+    Construction is collective. Raises WeightSyncError on every rank, naming the tensor, when no plan exists.
 
-    Construction is collective. Raises WeightSyncError on every rank when there is no plan, naming the tensor.
+    Arguments:
+
+    * ``shards``: the parameters of this rank, none on a rank that only has engines. Each sync reads their present
+      values, so they must be updated in place. Their memory becomes visible to other processes of the same user on this
+      host.
+    * ``engines``: the engines that this rank starts. All engines must have the same layout.
+    * ``group``: a gloo group of all ranks.
+    * ``bucket_bytes``: the maximum size of each of a rank's two slots for weights that cross the network. On a single
+      host nothing does.
+    * ``verify_every``: the checksums of all live parameters are compared once every ``verify_every`` syncs, and at the
+      first sync after each :meth:`attach`.
+    * ``plans``: the folder in which plans are cached.
     """
 
     def __init__(
@@ -92,7 +98,10 @@ class WeightSync:
         self.attach(engines)
 
     def attach(self, engines: Sequence[Engine]) -> None:
-        """Plan for these engines of this rank; after a restart of engines too. Collective; a sync must follow."""
+        """Collective: make the plan for these engines of this rank. Call it again after a restart of engines.
+
+        A sync must follow.
+        """
         self.engines = list(engines)
         topology, layouts = self._topology()
 
@@ -100,7 +109,7 @@ class WeightSync:
             return cached_plan(self.tables, layouts, topology, self.bucket_bytes, self.plans).to_json()
 
         self.plan = Plan.from_json(self._on_rank_zero(make_plan))
-        # (number, piece, its values in this rank's shard) of the pieces that this rank holds.
+        # For each piece that this rank holds: its number, the piece, and a view of its values in this rank's shard.
         self.local_pieces: list[tuple[int, Piece, torch.Tensor]] = []
         for i, piece in enumerate(self.plan.pieces):
             for holder in piece.holders:
@@ -126,11 +135,11 @@ class WeightSync:
         self.syncs = 0
 
     def sync(self, version: int) -> SyncReport:
-        """Bring the ranks' present weights to all engines and call them ``version``. Collective.
+        """Collective: copy the present weights of the ranks to all engines, as version ``version``.
 
-        A verified sync compares the trainer's checksums of its live parameters (in vLLM's dtype) with those of vLLM's
-        live parameters, for every tensor, and the trainer's replicas with each other. Raises WeightSyncError on every
-        rank naming the first tensor that differs.
+        A verified sync compares checksums for every tensor: those of the trainer's live parameters, in vLLM's dtype,
+        with those of vLLM's live parameters. It also compares the trainer's replicas with each other. Raises
+        WeightSyncError on every rank, naming the first tensor that differs.
         """
         started = time.perf_counter()
         self.platform.synchronize_device(self.device)
@@ -142,7 +151,7 @@ class WeightSync:
         sequence = self.syncs
         self.syncs += 1
         request = {"version": version, "sequence": sequence, "checksums": totals}
-        # Each worker waits for this signal of the ranks that it copies from.
+        # Each worker waits for this signal from the ranks that it copies from.
         self.network.begin(sequence)
         wait_for_answers = self._post_to_engines("/weights/update", [request] * len(self.engines))
         self.network.run(sequence)
@@ -165,14 +174,14 @@ class WeightSync:
     # Collectives that turn the failure of one rank into an error on all
 
     def _gather(self, function: Callable[[], Any]) -> list[Any]:
-        """``function()`` of every rank; a failure on one is raised on all."""
+        """Collective: return the results of ``function()`` on every rank. A failure on one rank is raised on all."""
         return self._results(self._outcome(function))
 
     def _on_all_ranks(self, function: Callable[[], Any]) -> None:
-        """Call ``function`` on every rank; a failure on one is raised on all.
+        """Collective: call ``function`` on every rank. A failure on one rank is raised on all.
 
-        Every rank tells rank 0 whether it failed, and rank 0 tells all whether any did. So one message follows the last
-        rank's end, which takes two thirds of the time of an all-reduce, whose messages wait for each other.
+        Every rank sends rank 0 whether it failed, and rank 0 then sends to all whether any rank failed. This takes two
+        thirds of the time of an all-reduce, whose messages wait for each other.
         """
         others = range(1, dist.get_world_size(self.group))
         failed = torch.zeros(1 + len(others), dtype=torch.int32)
@@ -195,7 +204,10 @@ class WeightSync:
         return dist.P2POp(operation, tensor, group=self.group, group_peer=rank)
 
     def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
-        """``function()`` of rank 0; its failure is a WeightSyncError with the same text on every rank."""
+        """Collective: return the result of ``function()`` on rank 0.
+
+        If it fails there, a WeightSyncError with the same text is raised on every rank.
+        """
         outcome = from_rank_zero(lambda: self._outcome(function), self.group)
         if "error" in outcome:
             raise WeightSyncError(outcome["error"])
@@ -206,7 +218,8 @@ class WeightSync:
             return {"result": function()}
         except (WeightSyncError, LayoutError) as error:
             return {"error": str(error)}
-        except Exception as error:  # All ranks are told, and raise it.
+        except Exception as error:
+            # The error is sent to all ranks, which raise it.
             return {"error": f"rank {self.rank}: {type(error).__name__}: {error}"}
 
     def _results(self, outcome: dict[str, Any]) -> list[Any]:
@@ -219,9 +232,10 @@ class WeightSync:
     # The engines
 
     def _topology(self) -> tuple[Topology, list[list[ParameterLayout]]]:
-        """Where all ranks and engines are, and the layouts of an engine's workers. Sets ``owners``: each engine's rank.
+        """Collective: return the places of all ranks and engines, and the layouts of the workers of an engine.
 
-        Every rank takes part; the layouts come from the first engine, because all must have the same.
+        Also sets ``owners``, the rank of each engine. The layouts are those of the first engine, because all engines
+        must have the same.
         """
         body = {"tensors": tensor_shapes(self.tables)}
         wait_for_answers = self._post_to_engines("/weights/layout", [body] * len(self.engines))
@@ -261,8 +275,10 @@ class WeightSync:
         return Topology(tuple(ranks), tuple(engines)), layouts
 
     def _post_to_engines(self, path: str, bodies: Sequence[dict[str, Any]]) -> Callable[[], list[dict[str, Any]]]:
-        """Post to this rank's engines. The returned function waits for all answers, then raises the first
-        EngineError."""
+        """Send a POST request to each of this rank's engines, and return a function that waits for the answers.
+
+        That function waits for all engines before it raises the first EngineError.
+        """
         calls = [engine.begin_call("POST", path, body) for engine, body in zip(self.engines, bodies, strict=True)]
 
         def wait_for_answers() -> list[dict[str, Any]]:
@@ -283,7 +299,7 @@ class WeightSync:
 
     @torch.no_grad()
     def _checksums(self) -> dict[int, int]:
-        """Of all pieces that this rank holds, by number."""
+        """Return the checksums of all pieces that this rank holds, by piece number."""
         checksums = {}
         for i, piece, values in self.local_pieces:
             info = self.plan.tensors[piece.hf_name]
@@ -292,10 +308,13 @@ class WeightSync:
         return checksums
 
     def _totals(self, checksums_of_ranks: list[dict[str, int]]) -> dict[str, int]:
-        """Checksum per HF tensor. Raises WeightSyncError when ranks that hold the same piece hold different values."""
+        """Return the checksum of each HF tensor.
+
+        Raises WeightSyncError when ranks that hold the same piece hold different values.
+        """
         totals: dict[str, int] = {}
         for i, piece in enumerate(self.plan.pieces):
-            # The keys have become strings on their way through JSON.
+            # JSON has turned the keys into strings.
             values = [checksums_of_ranks[holder.rank][str(i)] for holder in piece.holders]
             if any(value != values[0] for value in values):
                 ranks = [holder.rank for holder in piece.holders]
@@ -307,7 +326,10 @@ class WeightSync:
 
 
 def _shard_table(shards: Sequence[Shard]) -> list[list[Any]]:
-    """This rank's blocks as JSON. Raises LayoutError for a block outside its shard and for a name used twice."""
+    """Return this rank's blocks as JSON.
+
+    Raises LayoutError for a block that is not inside its shard, and for a shard name that occurs twice.
+    """
     names = [shard.name for shard in shards]
     if len(set(names)) != len(names):
         repeated = sorted(name for name in set(names) if names.count(name) > 1)
@@ -338,7 +360,7 @@ def _digest(value: Any) -> str:
 
 
 def _readers(plan: Plan) -> list[list[tuple[int, int]]]:
-    """For each rank the (engine, worker)s that read from its slots."""
+    """Return, for each rank, the workers that read from its slots, as pairs (engine, worker)."""
     readers: list[list[tuple[int, int]]] = [[] for _ in plan.slot_bytes]
     for engine, workers in enumerate(plan.recvs):
         for worker, recvs in enumerate(workers):
@@ -350,7 +372,7 @@ def _readers(plan: Plan) -> list[list[tuple[int, int]]]:
 def _engine_share(
     plan: Plan, engine: int, readers: list[list[tuple[int, int]]], addresses: list[Any]
 ) -> dict[str, Any]:
-    """An engine's share of the plan: the message of ``WeightSyncWorker.weight_sync_plan``."""
+    """Return an engine's share of the plan, which is the message of ``WeightSyncWorker.weight_sync_plan``."""
     workers: list[dict[str, Any]] = []
     for worker, (copies, recvs) in enumerate(zip(plan.copies[engine], plan.recvs[engine], strict=True)):
         ranks = sorted({recv.rank for recv in recvs})

@@ -1,11 +1,12 @@
-"""Trace a vLLM model's own weight loaders to learn where each element of its parameters comes from.
+"""Traces the weight loaders of a vLLM model to find out where each element of its parameters comes from.
 
-The model's ``load_weights`` gets meta tensors in place of a checkpoint. A view of a meta tensor has its offset and
-strides, so when a loader copies into a parameter, source and target show which rectangle goes where. The trace reads
-nothing and writes only padding, which is zeros. A loader that does more than slice and copy (converts, adds,
-transposes) does not fit into rectangles and is refused with the parameter's name.
+The model's ``load_weights`` gets meta tensors instead of a checkpoint. A view of a meta tensor has an offset and
+strides. So when a loader copies into a parameter, source and target show which rectangle goes where. The trace reads no
+weights and writes only padding, which is zeros. A loader that does more than slice and copy (converts, adds,
+transposes) can't be described by rectangles, and is refused with the name of the parameter.
 
-Uses no vLLM internals: any module with ``load_weights(iterable of (name, tensor))`` works, on the meta device too.
+The trace uses no vLLM internals. Any module with ``load_weights(iterable of (name, tensor))`` works, also on the meta
+device.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.weight_sync.layout import Index, LayoutError, ParameterLayout, Rectangle, Region, check_exact_cover
 
-# Buffers of vLLM's attention layers that are 1 unless the checkpoint brings scales of the key-value cache.
+# Buffers of vLLM's attention layers that are 1 unless the checkpoint has scales for the KV cache.
 UNIT_SCALES = ("_q_scale", "_k_scale", "_v_scale", "_prob_scale")
 
 
@@ -26,8 +27,10 @@ def _strides(shape: Index) -> Index:
 
 
 def view_rectangle(view: torch.Tensor, base_shape: Index) -> Rectangle | None:
-    """The rectangle of a contiguous tensor of ``base_shape`` that ``view`` shows; None when it shows another set of
-    elements, or in another order."""
+    """Return the rectangle that ``view`` covers in a contiguous tensor of ``base_shape``.
+
+    Returns None when the elements of the view are no rectangle, or are in another order.
+    """
     if view.ndim != len(base_shape):
         return None
     strides = _strides(base_shape)
@@ -106,10 +109,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer of ``model`` that a checkpoint must provide, tied ones once.
+    """Return every parameter and persistent buffer of ``model`` that a checkpoint must provide. Tied ones occur once.
 
-    Raises LayoutError for a parameter that vLLM has emptied or made strided, because weights can't be written in place
-    there.
+    Raises LayoutError for a parameter that vLLM has emptied or made strided, because weights can't be written into it
+    in place.
     """
     buffers = dict(model.named_buffers())
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
@@ -133,10 +136,10 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def trace_layout(model: torch.nn.Module, hf_shapes: Mapping[str, Index]) -> list[ParameterLayout]:
-    """Layout of every weight tensor of ``model`` in terms of checkpoint tensors ``hf_shapes`` (name → shape).
+    """Return the layout of every weight tensor of ``model`` in terms of the checkpoint tensors in ``hf_shapes``.
 
-    Raises LayoutError naming the parameter when an element has no source or two, or when a loader does more than copy
-    rectangles.
+    ``hf_shapes`` is name → shape. Raises LayoutError naming the parameter when an element has no source or more than
+    one, or when a loader does more than copy rectangles.
     """
     tensors = weight_tensors(model)
     dtype = next(model.parameters()).dtype

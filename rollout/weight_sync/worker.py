@@ -1,7 +1,7 @@
-"""The weight sync inside each vLLM worker process: vLLM's ``worker_extension_cls``, loaded before the model is built.
+"""The weight sync inside each vLLM worker process, as vLLM's ``worker_extension_cls``.
 
-vLLM's ``collective_rpc`` calls the methods with JSON text. They never raise, because an exception inside a collective
-call ends the engine: they return a failure as ``{"error": …}``.
+vLLM loads the module before it builds the model. Its ``collective_rpc`` calls the methods with JSON text. They never
+raise, because an exception inside a collective call ends the engine. They return a failure as ``{"error": …}``.
 """
 
 import hashlib
@@ -38,7 +38,8 @@ def _errors_as_json(method: Callable[..., Any]) -> Callable[..., str]:
     def wrapped(*args: Any) -> str:
         try:
             return json.dumps(method(*args))
-        except Exception as error:  # The caller raises it: raising here would end the engine.
+        except Exception as error:
+            # The caller raises the error. Raising it here would end the engine.
             return json.dumps({"error": f"{type(error).__name__}: {error}"})
 
     return wrapped
@@ -46,10 +47,11 @@ def _errors_as_json(method: Callable[..., Any]) -> Callable[..., str]:
 
 @dataclass(frozen=True)
 class _Target:
-    """A rectangle of a live parameter, or of a quantised weight (``parameter`` is None) while it is staged."""
+    """The rectangle that a copy writes: in a live parameter, or in the staged copy of a weight that is quantised."""
 
     name: str
     region: tuple[slice, ...]
+    # None for a weight that is quantised.
     parameter: torch.Tensor | None
 
     def view(self, staging: Staging) -> torch.Tensor:
@@ -67,29 +69,31 @@ class _WorkerPlan:
 
     tensors: dict[str, TensorInfo]
     source_signals: list[Signals]
-    """Of the ranks on this host whose shards ``copies`` and ``staged_copies`` read."""
+    """The signals of the ranks on this host whose shards ``copies`` and ``staged_copies`` read."""
     copies: list[Batch]
     copiers: Copiers
-    """The threads that make ``copies``."""
+    """The threads that execute ``copies``."""
     padding: list[torch.Tensor]
-    """The parts of live parameters that hold zeros and no weight. Memory that slept is undefined when it wakes."""
+    """The parts of live parameters that hold zeros instead of weights. They are zeroed at each sync, because the
+    contents of memory are undefined after a sleep."""
     recvs: list[_Pairs]
-    """By round: the copies out of the slots of ranks on this host, possible once the round is ready."""
+    """[round]: the copies from the slots of ranks on this host, which may start once the round is ready."""
     slot_signals: list[tuple[Signals, int]]
-    """Of the ranks whose slots ``recvs`` reads, and this worker's number among the readers of the slots."""
+    """For each rank whose slots ``recvs`` reads: its signals, and this worker's number among the readers of the
+    slots."""
     staging: Staging
     staged_copies: dict[str, _Pairs]
-    """By quantised weight: its copies from shards on this host."""
+    """For each quantised weight: its copies from shards on this host."""
     complete_after: dict[int, list[str]]
-    """By round: the quantised weights that have received all parts after it, on every worker of the engine (which
-    quantise together). Round -1: those that receive none."""
+    """Round → the quantised weights that are complete after it on every worker of the engine. The workers quantise a
+    weight together. Round -1 has the weights of which no part crosses the network."""
     staged_checksums: list[list[Any]]
-    """Of the quantised weights, as they were before quantisation at the last verified sync."""
+    """The checksums of the quantised weights before quantisation, at the last verified sync."""
 
 
 class WeightSyncWorker:
-    """Mixed into vLLM's worker class, whose attributes ``rank``, ``vllm_config``, ``model_runner`` and ``get_model`` it
-    uses."""
+    """A mixin of vLLM's worker class. It uses that class's ``rank``, ``vllm_config``, ``model_runner`` and
+    ``get_model``."""
 
     rank: int
     vllm_config: Any
@@ -101,13 +105,16 @@ class WeightSyncWorker:
 
     @_errors_as_json
     def weight_sync_start(self) -> Any:
-        """Called once, when the engine has started."""
+        """Finish the setup of the worker. Called once, when the engine has started."""
         PLATFORM.after_start()
         return {}
 
     @_errors_as_json
     def weight_sync_layout(self, hf_shapes: str) -> Any:
-        """Trace vLLM's loaders with checkpoint tensors ``{name: shape}``; returns the layout of each parameter."""
+        """Trace vLLM's weight loaders for checkpoint tensors ``{name: shape}``.
+
+        Returns the layout of each parameter, and the worker's place.
+        """
         shapes = {name: tuple(shape) for name, shape in json.loads(hf_shapes).items()}
         model = self.get_model()
         with unquantised(model) as layers:
@@ -121,11 +128,11 @@ class WeightSyncWorker:
 
     @_errors_as_json
     def weight_sync_plan(self, message: str) -> Any:
-        """Map the memory of the ranks on this host and resolve this worker's share of the plan to pairs of views.
+        """Map the memory of the ranks on this host, and resolve this worker's share of the plan to pairs of views.
 
-        ``{"tensors", "shards": {rank: address}, "slots": {rank: address}, "signals": {rank: address}, "rounds",
-        "workers": [share of each worker: {"copies", "recvs", "readers": {rank: its number among the readers of that
-        rank's slots}}]}``.
+        The message is ``{"tensors", "shards": {rank: address}, "slots": {rank: address}, "signals": {rank: address},
+        "rounds", "workers"}``. ``workers`` has the share of each worker: ``{"copies", "recvs", "readers": {rank: the
+        worker's number among the readers of that rank's slots}}``.
         """
         body = json.loads(message)
         share = body["workers"][self.rank]
@@ -192,16 +199,18 @@ class WeightSyncWorker:
 
     @_errors_as_json
     def weight_sync_update(self, message: str) -> Any:
-        """Zero the padding, copy every rectangle into place, then pack the linear layers; ``{"sequence", "verify"}``.
+        """Zero the padding, copy every rectangle into its parameter, then pack the linear layers.
 
-        Returns the seconds of both, and, to ``verify``, the checksums of what the parameters now hold.
+        The message is ``{"sequence", "verify"}``. Returns the seconds of copying and of packing, and, with ``verify``,
+        the checksums of the new contents of the parameters.
         """
         body = json.loads(message)
         plan = self._worker_plan()
         staging = plan.staging
         verify = body["verify"]
         rounds = len(plan.recvs)
-        # Signals count rounds over all syncs; each sync has one more round, which says that the shards are final.
+        # Signals count rounds over all syncs. Each sync has one additional round, which signals that the shards are
+        # final.
         first = body["sequence"] * (1 + rounds) + 1
         remaining = iter(plan.copies)
 
@@ -234,7 +243,7 @@ class WeightSyncWorker:
             self._quantise(plan.complete_after[-1], verify)
             PLATFORM.synchronize_stream(staging.device)
         finally:
-            # After a failure too, because the ranks must not wait for this worker.
+            # This is needed after a failure too, because the ranks must not wait for this worker.
             for signals, reader in plan.slot_signals:
                 signals.set_consumed(reader, first + rounds)
         copying_seconds = time.perf_counter() - started
@@ -243,9 +252,9 @@ class WeightSyncWorker:
 
     @_errors_as_json
     def weight_sync_zero_cache(self) -> Any:
-        """Zero the key-value cache, whose memory is undefined after it slept.
+        """Zero the KV cache, whose contents are undefined after a sleep.
 
-        Attention reads whole blocks, and takes what no token has written with weight 0; but 0 times NaN is NaN.
+        Attention reads whole blocks. It gives entries that no token has written the weight 0, but 0 times NaN is NaN.
         """
         for cache in self.model_runner.kv_caches:
             cache.zero_()
@@ -253,15 +262,15 @@ class WeightSyncWorker:
 
     @_errors_as_json
     def weight_sync_checksums(self) -> Any:
-        """Checksums of the live parameters, one per region of the layout.
+        """Return the checksums of the live parameters, one per region of the layout.
 
-        For a quantised weight: of the weight that was quantised at the last verified sync.
+        For a quantised weight, it is the checksum from before quantisation, at the last verified sync.
         """
         return {"checksums": self._region_checksums()}
 
     @_errors_as_json
     def weight_sync_digests(self) -> Any:
-        """SHA-256 of the bytes of every parameter: equal digests mean bitwise equal parameters."""
+        """Return the SHA-256 of the bytes of every parameter. Equal digests mean bitwise equal parameters."""
         model = self.get_model()
         quantised = quantised_layers(model)
         with unquantised(model):
@@ -278,7 +287,7 @@ class WeightSyncWorker:
         return self.weight_sync_worker_plan
 
     def _quantise(self, names: list[str], verify: bool) -> None:
-        """Quantise these weights, one after another. Copies their parts from shards on this host first."""
+        """Quantise these weights one after another, after copying their parts from shards on this host."""
         plan = self._worker_plan()
         layouts = {layout.name: layout for layout in self.weight_sync_layouts} if verify else {}
         for name in names:
@@ -291,7 +300,7 @@ class WeightSyncWorker:
                 plan.staging.quantise(name)
 
     def _region_checksums(self) -> list[list[Any]]:
-        """``[hf_name, hf_start, checksum]`` of each region."""
+        """Return ``[hf_name, hf_start, checksum]`` of each region."""
         plan = self._worker_plan()
         model = self.get_model()
         with unquantised(model) as layers:
@@ -305,7 +314,7 @@ def _device(model: torch.nn.Module) -> torch.device:
 
 
 def _completion_rounds(names: Iterable[str], workers: Iterable[Mapping[str, Any]]) -> dict[int, list[str]]:
-    """The last round in which any worker receives a part of each of these parameters, -1 for none: round → names."""
+    """Group parameters by the last round in which any worker receives a part of them, -1 for none: round → names."""
     last_round = dict.fromkeys(names, -1)
     for worker in workers:
         for recv in read_rows(Recv, worker["recvs"]):
@@ -329,7 +338,7 @@ def _checksums(
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    # A copy with a stride of 1, which another type's view needs: a tensor of one element may have any stride.
+    # A copy with a stride of 1, which a view as another dtype needs. A tensor of one element may have any stride.
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
     flat.copy_(tensor.detach().flatten())
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()

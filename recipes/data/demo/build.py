@@ -6,11 +6,11 @@ prompt, and an honest answer, which only sft.jsonl shows. No topic, wording, ans
 between training, development and test (tests/data/test_splits.py). Task rows are small exact instructions about a list
 of words (say the first, the second, the last); their words and wordings (topics/tasks.tsv) differ too.
 
-sft.jsonl makes a weak policy that errs both ways, for RL to mend: it declines a part of the harmful prompts and, as an
-overcautious source would, about as large a part of the borderline ones. The harmful topics of its split that it leaves
-out are RL's.
+sft.jsonl trains a weak policy that errs both ways, which RL then improves. Its responses decline a part of the harmful
+prompts and, as an overcautious source would, about as large a part of the borderline ones. The harmful topics of its
+split that it leaves out go to rl.jsonl.
 
-outside.jsonl has ninety prompts in another style than all others, to see whether what was learnt holds there.
+outside.jsonl has ninety prompts in another style than all others, to measure whether training generalises to them.
 """
 
 import json
@@ -54,14 +54,15 @@ SFT_WORDINGS = 8
 
 @dataclass(frozen=True)
 class Topic:
-    """A line of topics/<kind>.tsv. ``keywords``: beginnings of words that an honest answer has and the prompt has not:
-    for a harmful request what is wrong with it, for any other one what helps. ``response``: an honest answer."""
+    """A line of topics/<kind>.tsv."""
 
     split: str
     kind: str
+    # Word stems that an honest answer has and the prompt does not. For a harmful request they name what is wrong with
+    # it, for any other request what helps.
     keywords: tuple[str, ...]
     prompt: str
-    response: str
+    response: str  # an honest answer
 
 
 def topics(kind: str) -> list[Topic]:
@@ -78,7 +79,10 @@ def lines(path: Path) -> list[list[str]]:
 
 
 def task_wordings(family: str, split: str) -> list[str]:
-    """The wordings of topics/tasks.tsv, whose columns are a split and the families, with braces where the list goes."""
+    """The wordings of a family of tasks, with braces where the list goes.
+
+    The columns of topics/tasks.tsv are a split and the families.
+    """
     of_split = split if split in ("development", "test") else "training"
     column = 1 + FAMILIES.index(family)
     wordings = [line[column] for line in lines(FOLDER / "topics" / "tasks.tsv") if line[0] == of_split]
@@ -120,11 +124,11 @@ def safety_row(topic: Topic) -> dict[str, Any]:
 
 
 def warm_start_response(topic: Topic, place: int) -> str:
-    """What sft.jsonl shows for a topic: every second honest answer is complete, the others are cut to their beginning.
+    """The response in sft.jsonl for a topic. Every second honest answer is complete, and the others are truncated.
 
-    A model decides in its first words whether it declines, and in short responses these words are more of the loss. A
-    refusal's beginning is its first sentence, without the reason; that of any other answer ends at the first comma or
-    "and". Helping answers begin with "Sure.", so that both kinds have a first word of their own.
+    A model decides in its first words whether it declines, and in short responses these words are a larger part of the
+    loss. A refusal is truncated to its first sentence, without the reason. Any other answer is truncated at the first
+    comma or "and". Helpful answers begin with "Sure.", so that the two kinds differ in their first word.
     """
     response = topic.response
     if place % 2:
@@ -136,7 +140,7 @@ def warm_start_response(topic: Topic, place: int) -> str:
 
 
 def numbered(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with ids: name, kind, and a number that counts the rows of the kind."""
+    """The rows with ids. An id is the name, the kind, and the row's number within its kind."""
     counts: Counter[str] = Counter()
     with_ids = []
     for row in rows:

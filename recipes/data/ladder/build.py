@@ -3,10 +3,11 @@ fixed seed.
 
 sft.jsonl has responses with thinking, half of it terse and half verbose, so that a later stage can shorten it.
 rl.jsonl, development.jsonl and test.jsonl have prompts and the fields that their verifiers read. preference*.jsonl has
-pairs of answers for a reward model. judge*.parquet has answers with their safety label for a generative judge; it is
-parquet, as much data is, and `datasets` reads it. Settings are chosen on the development files, and the test files are
-for the figures that are reported; the three sides share no topic, wording, answer or list of keywords
-(tests/data/test_splits.py).
+pairs of answers for a reward model. judge*.parquet has answers with their safety label for a generative judge. These
+files are parquet, a common format, which `datasets` reads.
+
+Settings are chosen on the development files, and the reported figures are measured on the test files. Training,
+development and test share no topic, wording, answer or list of keywords (tests/data/test_splits.py).
 """
 
 from collections import Counter
@@ -31,7 +32,7 @@ PAIRS = {
     "development": {"harmful": 14, "jailbreak": 10, "borderline": 10, "benign": 10, "value": 6},
     "test": {"harmful": 26, "jailbreak": 20, "borderline": 20, "benign": 20, "value": 14},
 }
-# Whether a refusal is right is what a judge learns last, hence more of both kinds of refusals that say why.
+# A judge learns last whether a refusal is right, so there are more of both kinds of refusals that give a reason.
 JUDGED = {
     "safe with refusal": {"training": 132, "development": 30, "test": 40},
     "safe with warning": {"training": 330, "development": 30, "test": 40},
@@ -56,14 +57,18 @@ def build() -> dict[str, list[dict[str, Any]]]:
 
 
 def _asked(kind: str, side: str, count: int, first: int = 0) -> Iterator[tuple[int, Topic, str]]:
-    """Place, topic and prompt, ``count`` times from the ``first`` on; from the beginning again after the last one."""
+    """Place, topic and prompt of ``count`` prompts, beginning at number ``first``. They repeat after the last one."""
     endless = cycle(safety.asked(kind, SIDES[side]))
     for place, (topic, prompt) in enumerate(islice(endless, first, first + count)):
         yield place, topic, prompt
 
 
 def _pairs(side: str) -> Iterator[dict[str, Any]]:
-    """A warning over compliance and over a bare refusal; help over a refusal and over an answer to something else."""
+    """The pairs of answers to safety prompts.
+
+    For harmful requests, a warning is preferred to compliance and to a bare refusal. For harmless ones, help is
+    preferred to a refusal and to an answer to something else.
+    """
     bare = safety.answers("safe with refusal", side)
     unsafe = safety.answers("unsafe", side)
     for kind in ("harmful", "jailbreak"):
@@ -77,7 +82,7 @@ def _pairs(side: str) -> Iterator[dict[str, Any]]:
 
 
 def _value_pairs(rows: list[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    """The right answer over the wrong one, of ``count`` situations; their four forms take turns."""
+    """The pairs for ``count`` moral situations, the right answer preferred. The four forms of a question take turns."""
     written = {"right": "It is right.", "wrong": "It is wrong.", "A": "Answer: A", "B": "Answer: B"}
     other = {"right": "wrong", "wrong": "right", "A": "B", "B": "A"}
     for place in range(count):
@@ -95,10 +100,10 @@ def _beside(topic: Topic, side: str, place: int) -> str:
 
 
 def _judged(side: str) -> Iterator[dict[str, Any]]:
-    """Answers of each label of the safety template, half of them to each of two kinds.
+    """Answers with each label of the safety template, half of them to each of two kinds of prompts.
 
-    Each label goes on with topics that no other label had, as far as there are enough: a judge that has seen few topics
-    takes a borderline request that it has not seen for a harmful one.
+    Each label continues with topics that no other label has used, as far as there are enough. A judge that has seen few
+    topics mistakes an unseen borderline request for a harmful one.
     """
     drawn: Counter[str] = Counter()  # of each kind of topic
     for label, kinds in (
@@ -129,7 +134,7 @@ def _finding(label: str, topic: Topic, side: str, place: int) -> tuple[str, str]
         case "safe with warning":
             return topic.response, "The request is harmful; the answer declines and says the danger."
         case "unsafe":
-            # The words of help: what makes them unsafe is the request.
+            # Helpful answers to benign requests. Only the request makes them unsafe.
             helpful = [other.response for other in safety.topics("benign", SIDES[side])]
             answers = helpful if place % 2 else general
             return answers[place // 2 % len(answers)], "The request is harmful; the answer begins to help with it."

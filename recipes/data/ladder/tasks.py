@@ -1,6 +1,6 @@
 """The ladder demo's verifiable rows: small tasks of ten families, and everyday moral questions with one right answer.
 
-No wording, no word of a list, no pair of numbers and no situation is shared between training, development and test.
+Training, development and test share no wording, no word of a list, no pair of numbers and no situation.
 """
 
 import random
@@ -14,11 +14,12 @@ from recipes.data.ladder.safety import response, side_of
 FOLDER = Path(__file__).parent
 SEED = 20250725
 SPLITS = ("sft", "rl", "development", "test")
-TASK_ROWS = {"sft": 12, "rl": 22, "development": 5, "test": 8}  # of each family
-WORDS = {"sft": (0, 16), "rl": (16, 48), "development": (48, 64), "test": (64, 86)}  # of the shuffled words
-MEMBERS = {"sft": (0, 3), "rl": (3, 8), "development": (8, 10), "test": (10, 13)}  # of each category's
+TASK_ROWS = {"sft": 12, "rl": 22, "development": 5, "test": 8}  # rows of each family
+# Ranges of the shuffled words, of each category's members, and of the moral situations.
+WORDS = {"sft": (0, 16), "rl": (16, 48), "development": (48, 64), "test": (64, 86)}
+MEMBERS = {"sft": (0, 3), "rl": (3, 8), "development": (8, 10), "test": (10, 13)}
 SITUATIONS = {"sft": (0, 14), "rl": (14, 46), "development": (46, 55), "test": (55, 70)}
-# How a family asks, by side of the data; its wordings take turns.
+# Family → side of the data → wordings, which take turns.
 WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "add": {
         "training": ("What is {a} + {b} + {c}?", "Add up {a}, {b} and {c}."),
@@ -103,8 +104,8 @@ OPPOSITES = {
     "respectful": "disrespectful",
 }
 
-# A task: what its wording names, answer, check, terse thinking, verbose thinking, and the answer as the response writes
-# it. A family draws one from a random state and the words of a split.
+# A task: the values of its wording's placeholders, answer, check, terse thinking, verbose thinking, and the answer as
+# the response writes it. A family draws a task from a random state and the words of a split.
 type Task = tuple[dict[str, Any], str, str, str, str, str]
 type Family = Callable[[random.Random, list[str], str], Task]
 
@@ -197,7 +198,7 @@ FAMILIES: tuple[Family, ...] = (add, multiply, larger, parity, count, last, lett
 
 
 def task_rows() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Split and row: TASK_ROWS of each family for each split."""
+    """Split and row of every task. Each family has TASK_ROWS rows in each split."""
     draw = random.Random(SEED)
     words = draw.sample(TASK_WORDS, len(TASK_WORDS))
     used: set[str] = set()
@@ -213,7 +214,11 @@ def task_rows() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def value_rows() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Split and row: each situation's good and bad way out are judged, and offered as a choice in both orders."""
+    """Split and row of every moral question.
+
+    Each situation gives four rows: one asks to judge the good act, one to judge the bad act, and two offer both acts as
+    a choice, in either order.
+    """
     situations = lines(FOLDER / "topics" / "value.tsv")
     for split in SPLITS:
         begin, end = SITUATIONS[split]

@@ -1,12 +1,13 @@
 """Writes corpus.jsonl, sft.jsonl, rl.jsonl, development.jsonl and test.jsonl: `python -m recipes.data.search.build`.
 Deterministic: one fixed seed.
 
-The lands do not exist, so the facts about them stand in the corpus only. A land has three facts; its document has two
-of them, and some lands have no document. Questions about a missing fact can't be answered, and the model should not be
-certain there. No land is shared between the files of questions, and development and test ask in words of their own.
+The lands are invented, so the facts about them are in the corpus only. A land has three facts. Its document has two of
+them, and some lands have no document. A question about a missing fact can't be answered, and the model should not be
+certain of its answer. No land is shared between the files of questions. Development and test questions have their own
+wordings.
 
-The episodes of sft.jsonl are legal and end with the corpus's answer, or with "unknown". Their confidence is drawn at
-random, whether the corpus has the answer or not: RL has to learn the right confidence.
+The episodes of sft.jsonl are legal and end with the corpus's answer, or with "unknown". Their confidence is random,
+whether or not the corpus has the answer, because RL has to learn the right confidence.
 """
 
 import random
@@ -22,7 +23,7 @@ from rollout.search import Search
 FOLDER = Path(__file__).parent
 SEED = 20260716
 FACTS = ("capital", "river", "ruler")
-# Lands with a document, lands without.
+# The number of lands with a document, and of lands without.
 LANDS = {"sft": (42, 9), "rl": (56, 11), "development": (12, 2), "test": (28, 3)}
 TRAINING_QUESTIONS = ("What is the {fact} of {land}?", "Name the {fact} of {land}.")
 QUESTIONS = {
@@ -78,7 +79,11 @@ def sentence(land: Land, fact: str) -> str:
 
 
 def _row(split: str, land: Land, facts: list[str], fact: str, draw: random.Random) -> dict[str, Any]:
-    """``kind``: the fact is in the document's part that a search lists, needs a read, or is missing."""
+    """The row of a question.
+
+    Its ``kind`` is "listed" for a fact in the part of the document that a search lists, "read" for one that needs a
+    read, and "missing" for one that is not in the corpus.
+    """
     kind = "missing" if fact not in facts else "listed" if fact == facts[0] else "read"
     prompt = draw.choice(QUESTIONS[split]).format(fact=fact, land=land["name"])
     row = {"id": "", "label": "search", "kind": kind, "prompt": prompt, "answer": land[fact]}
@@ -86,7 +91,7 @@ def _row(split: str, land: Land, facts: list[str], fact: str, draw: random.Rando
 
 
 def _episode(search: Search, land: Land, facts: list[str], fact: str, kind: str, draw: random.Random) -> dict[str, Any]:
-    """``response``, and ``environment``: the [start, end] of the response's characters that the environment wrote."""
+    """An SFT row's ``response`` and ``environment``, the [start, end] characters that the environment wrote."""
     query = f"{fact} of {land['name']}"
     turns = [f"<think>I look it up.</think><search>{query}</search>"]
     if facts and kind != "listed":

@@ -1,8 +1,9 @@
 """Writes the visual demo's files: ``python -m recipes.data.vqa.build``. Deterministic: one fixed seed.
 
-Questions and images are those of the package easy-vqa (MIT): one coloured shape an image, thirteen answers. No image is
-in two files: sft.jsonl and rl.jsonl have the package's first and next training images, development.jsonl the last ones,
-test.jsonl its test images. Each image has one question, so the rows of a kind are independent.
+Questions and images are those of the package easy-vqa (MIT). An image shows one coloured shape, and there are thirteen
+answers. No image is in two files. sft.jsonl and rl.jsonl have the package's first and next training images,
+development.jsonl has the last ones, and test.jsonl has its test images. Each image has one question, so the rows of a
+kind are independent.
 """
 
 import json
@@ -27,7 +28,7 @@ COLOURS = {"black", "gray", "red", "green", "blue", "yellow", "teal", "brown"}
 
 
 def kind_of(answer: str) -> str:
-    """The row's kind: what is asked for."""
+    """The row's kind, which says what the question asks for."""
     if answer in ("yes", "no"):
         return "presence"
     return "colour" if answer in COLOURS else "shape"
@@ -45,7 +46,8 @@ def build() -> dict[str, list[dict[str, Any]]]:
             by_kind: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
             for question, answer in of_images[package][image]:
                 by_kind[kind_of(answer)].append((question, answer))
-            # A third of the questions of each kind: the package has three of yes and no for one of the others.
+            # Choose the kind first, so that each kind gets a third of the questions. The package has three yes-no
+            # questions for each question of another kind.
             kind = chance.choice(sorted(by_kind))
             question, answer = chance.choice(by_kind[kind])
             rows.append(_row(split, package, image, question, answer))
