@@ -186,10 +186,17 @@ def train(settings: dict[str, Any]) -> Any:
             if settings["temperature"] != 1.0:
                 logits = logits / settings["temperature"]
             log_probs = -F.cross_entropy(logits, tokens[:, -width:][response_mask], reduction="none")
-            response_lengths = response_mask.sum(dim=1).tolist()
+            response_lengths = response_mask.sum(dim=1)
+            # What the loss reads of a micro-batch.
+            micro_batch = SimpleNamespace(
+                values=values,
+                lengths=response_lengths,
+                response_lengths=response_lengths,
+                owners=torch.arange(len(response_lengths)).repeat_interleave(response_lengths),
+            )
             # Entropies are a metric of ours alone.
             outputs = torch.stack([log_probs, torch.zeros_like(log_probs)])
-            loss, _ = loss_of(outputs, SimpleNamespace(values=values, lengths=response_lengths))
+            loss, _ = loss_of(outputs, micro_batch)
             loss.backward()
             total += loss.item()
         if has_master_weights:

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import demo_seeds, ladder, loop, seeded, value_serving
+from benchmarks import demo_seeds, ladder, loop, seeded, value_serving, yardsticks
 from benchmarks.yardsticks import padded_batches
+from tests.recipes.test_config import composed
 
 SCORE = {"mean": 0.25, "interval": [0.1, 0.4], "n": 20}
 GAIN = {"mean": 0.5, "interval": [0.2, 0.7], "n": 20}
@@ -228,3 +232,49 @@ def test_value_serving_asks_for_growing_prefixes_and_counts_what_is_computed():
     assert case["milliseconds_last"] == pytest.approx(300)
     assert case["seconds_response"] == pytest.approx(4.0)
     assert "75%" in text_of(value_serving.table({"classify": case}))
+
+
+def test_plain_transformers_makes_the_update_of_the_runs_loss(tmp_path):
+    """With the sampler's log-probs the model's own, all ratios are 1, and the loss is minus the weighted advantages."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    settings = {
+        "model": str(tmp_path),
+        "precision": "fp32",
+        "temperature": 1.0,
+        "micro_batch_tokens": 24,
+        "optimizer": {"betas": [0.9, 0.95], "epsilon": 1e-8, "weight_decay": 0.0, "clip_grad_norm": 1.0},
+        "algorithm": OmegaConf.to_container(composed("recipe=demo", "algorithm.kl_coefficient=0").algorithm),
+    }
+    sequences = []
+    expected = torch.zeros(())
+    for prompt_tokens, response_tokens, advantage in ((3, 5, 1.0), (6, 2, -0.5), (4, 7, 2.0)):
+        prompt = torch.randint(50, (prompt_tokens,))
+        response = torch.randint(50, (response_tokens,))
+        logits = model(torch.cat([prompt, response]).unsqueeze(0)).logits[0, prompt_tokens - 1 : -1]
+        log_probs = logits.log_softmax(-1).gather(1, response.unsqueeze(1)).squeeze(1)
+        expected = expected - advantage * log_probs.sum() / 14
+        values = {
+            "logprobs": log_probs.tolist(),
+            "loss_mask": [1.0] * response_tokens,
+            "advantages": [advantage] * response_tokens,
+            "weights": [1 / 14] * response_tokens,
+        }
+        sequences.append({"prompt": prompt.tolist(), "response": response.tolist(), "values": values})
+    expected.backward()  # the gradient of the ratio, where it is 1, is that of the log-prob
+    answer = yardsticks.train(settings)({"sequences": sequences})
+    advantages = sum(sum(sequence["values"]["advantages"]) for sequence in sequences)
+    assert answer["micro_batches"] == 2
+    assert answer["loss"] == pytest.approx(-advantages / 14, rel=1e-5)
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert answer["grad_norm"] == pytest.approx(float(gradients.norm()), rel=1e-4)
