@@ -1,9 +1,9 @@
-"""Runs the demo with several seeds: what RL changes with each, and whether a repeated seed gives the same run.
+"""Runs the demo with several seeds. Shows what RL changes with each seed, and whether a repeated seed repeats the run.
 
 ``python -m benchmarks.demo_seeds 1 2 3`` runs the command of ``make demo`` once per seed into ``runs/demo_seed_<n>``,
 writes ``benchmarks/results/demo_seeds.json`` and prints a table. ``--repeat 1`` runs that seed a second time and
 compares the two runs. ``--reuse`` keeps complete runs of an earlier command with the same code, data and overrides.
-``--recipe demo_vision`` does all this with the visual demo, in folders and a file of its name.
+``--recipe demo_vision`` does the same with the visual demo. Its name is then in the names of the folders and the file.
 """
 
 import argparse
@@ -77,8 +77,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Metric → its value at each step, for all metrics except those of a clock."""
-    names = dict.fromkeys(name for row in rows for name in row)  # without repetition, in order
+    """Metric → its value at each step, for all metrics except times."""
+    names = dict.fromkeys(name for row in rows for name in row)  # unique, in order
     clock_metrics = {name for name in names if name.startswith("time/")} | {records.TOKENS_PER_SECOND}
     return {name: [row.get(name) for row in rows] for name in names if name not in clock_metrics}
 
@@ -86,7 +86,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def compare(first: Path, second: Path) -> dict[str, Any]:
     """Whether two runs have bitwise equal metrics (except times), samples and evaluation.
 
-    "differences" names what differs: a metric with its first differing step, or a file.
+    "differences" lists what differs: a metric with its first differing step, or a file.
     """
     first_curves = curves(list(records.read_rows(first / "metrics.jsonl")))
     second_curves = curves(list(records.read_rows(second / "metrics.jsonl")))
@@ -113,7 +113,7 @@ def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def table(seeds: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each seed and score: base, before and after RL, and the paired difference with its interval."""
+    """A row per seed and score: base, before RL, after RL, and the paired difference with its interval."""
     first_evaluation = next(iter(seeds.values()))["evaluation"]
     stages = records.model_stages(first_evaluation)
     scores = Table("seed", "score", *stages.values(), "RL's difference", "length", "minutes")

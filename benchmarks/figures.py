@@ -1,11 +1,14 @@
-"""Which figures are of the present code: ``make figures`` lists the files of ``benchmarks/results``.
+"""Tells which results are from the present code: ``make figures`` lists the files of ``benchmarks/results``.
 
-Every file is written by the one command that it names, and carries digests of what made it (:func:`source`,
-:func:`write`): of the modules that the command can import, of the configuration, and of the data. Where the command
-says which recipes it takes, the configuration is what they compose, and the data is the files that this or the code
-names; otherwise it is all of both, but for the bounds that ``recipes.check`` compares a finished run with. A file is
-stale when any of these has changed since, however little, or when it has no digest. Comments and docstrings do not
-count: a program does the same without them.
+Every file is written by the one command that it names. It carries digests of what the command depends on
+(:func:`source`, :func:`write`): the modules that it can import, the configuration, and the data.
+
+* If the command states which recipes it takes, the configuration is what they compose, and the data is the files that
+  this configuration or the code names.
+* Otherwise all configuration and all data count, except the bounds that ``recipes.check`` compares a finished run with.
+
+A file is stale if any of these has changed since, however little, or if it has no digest. Comments and docstrings do
+not count, because they do not change what a program does.
 """
 
 import ast
@@ -35,10 +38,10 @@ ROOMS = ("recipes", "megatron_ext", "rollout", "rewards", "conf", "benchmarks")
 NOT_CODE = (".yaml", ".jsonl", ".parquet")  # configuration and data
 PACKAGE_DIRECTIVE = re.compile(r"^# @package .*", re.MULTILINE)  # a comment that Hydra reads
 BOUNDS = Path("conf/bounds")  # no run and no benchmark reads them
-# A module's name, or a package's with the dot after which an f-string goes on with the module's.
+# A module's name, or a package's name with a dot, which an f-string completes to a module's name.
 MODULE_NAME = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)*\.?")
-GPU_CHECKS = "gpu"  # the folder of files with an entry for each check, which has its own digests
-OF_RECIPES = "of_recipes"  # beside the rooms' digests: the recipes that a command takes
+GPU_CHECKS = "gpu"  # the folder of files with an entry for each check. Each entry has its own digests
+OF_RECIPES = "of_recipes"  # key for the recipes that a command takes, next to the rooms' digests
 CURRENT = "current"
 NO_DIGEST = "no digest"
 
@@ -46,10 +49,10 @@ NO_DIGEST = "no digest"
 def source(module: str | None, root: Path = ROOT, recipes: Sequence[str] = ()) -> dict[str, Any]:
     """Room → digest of what a program depends on: its code, configuration and data.
 
-    ``module``: the program's name ("benchmarks.loop"), which depends on the files that it can import. None for all
-    files of the rooms: a check on a GPU.
-    ``recipes``: the recipes that the program takes, if it takes no other configuration. They stand beside the digests,
-    as ``of_recipes``, for :func:`state`. Without any, all configuration and all data count.
+    ``module``: the program's name ("benchmarks.loop"). It depends on the files that it can import. None stands for a
+    check on a GPU, which depends on all files of the rooms.
+    ``recipes``: the recipes that the program takes, if it takes no other configuration. They are returned with the
+    digests, as ``of_recipes``, for :func:`state`. Without recipes, all configuration and all data count.
     """
     present = {path for room in ROOMS for path in (root / room).rglob("*") if path.parent != root / BOUNDS}
     code = {path for path in present if path.suffix == ".py"} if module is None else importable(module, root)
@@ -74,7 +77,7 @@ def source(module: str | None, root: Path = ROOT, recipes: Sequence[str] = ()) -
 
 
 def effective(path: Path) -> bytes:
-    """What of a file has an effect: all of it but comments and docstrings."""
+    """The part of a file that has an effect: everything except comments and docstrings."""
     if path.suffix == ".py":
         return statements(path.read_text()).encode()
     if path.suffix == ".yaml":
@@ -84,10 +87,10 @@ def effective(path: Path) -> bytes:
 
 
 def statements(code: str) -> str:
-    """The tokens of code, one a line, without comments, docstrings, and line breaks inside a statement."""
+    """The tokens of code, one per line, without comments, docstrings, and line breaks inside a statement."""
     passed_over = (tokenize.COMMENT, tokenize.NL)
     kept: list[tokenize.TokenInfo] = []
-    docstring = False  # whether the last token was one, whose end of line goes with it
+    docstring = False  # whether the last token was a docstring. Its end of line is skipped too
     for token, following in itertools.pairwise(tokenize.generate_tokens(io.StringIO(code).readline)):
         if token.type in passed_over or docstring:
             docstring = False
@@ -108,9 +111,9 @@ def composed(recipe: str, root: Path) -> str:
 
 
 def importable(module: str, root: Path) -> set[Path]:
-    """The rooms' files that a module is, imports (also in a function), or names, and those that these import or name.
+    """The module's own file and the files of the rooms that it imports (also in a function) or names, recursively.
 
-    A string that is a module's name counts as its import: another process runs it, or a setting names it.
+    A string with a module's name counts as an import, because another process may run it, or a setting may name it.
     """
     dependencies: set[Path] = set()
     to_read = files(module, root)
@@ -124,7 +127,7 @@ def importable(module: str, root: Path) -> set[Path]:
 
 @functools.cache
 def module_names(code: str) -> tuple[str, ...]:
-    """What code imports or names of the rooms' modules, and what else has the form of such a name."""
+    """The modules of the rooms that code imports or names, and any other string in the form of such a name."""
     names = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -137,9 +140,9 @@ def module_names(code: str) -> tuple[str, ...]:
 
 
 def files(name: str, root: Path) -> list[Path]:
-    """The files that an import of ``name`` reads: a module's and its packages'.
+    """The files that an import of ``name`` reads: those of the module and of its packages.
 
-    What is no module at the end of a name is one of the module's objects. "package." stands for all its modules.
+    If the end of a name is no module, it is an object of the module. "package." stands for all modules of the package.
     """
     if name.endswith("."):
         return sorted((root / name.replace(".", "/")).glob("*.py"))
@@ -161,7 +164,7 @@ def write(path: Path, command: str, made_by: Mapping[str, Any], result: Mapping[
 
 
 def state(path: Path, root: Path = ROOT) -> str:
-    """``CURRENT``, ``NO_DIGEST``, or the rooms in which what the file depends on has changed since it was made."""
+    """``CURRENT``, ``NO_DIGEST``, or the rooms in which dependencies of the file have changed since it was written."""
     results = json.loads(path.read_text())
     parts = list(results.values()) if path.parent.name == GPU_CHECKS else [results]
     if any("source" not in part for part in parts):

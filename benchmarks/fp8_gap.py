@@ -1,12 +1,15 @@
-"""Measures the log-prob difference between the BF16 trainer and vLLM with FP8 weights, an FP8 cache, and neither.
+"""Measures the log-prob difference between the BF16 trainer and vLLM with FP8 weights, an FP8 KV cache, and neither.
 
 ``python -m benchmarks.fp8_gap`` writes ``benchmarks/results/fp8_gap.json`` and prints its table. Megatron-Core on one
-rank has SmolLM2's weights in BF16 and computes the log-probs of each engine's samples. ``fp8_per_channel`` is vLLM's
-own FP8 for weights and activations, which its CPU build supports, and ``fp8_cache`` its own cache of keys and values,
-where the processor has AVX-512. The other weight formats are emulated by a BF16 engine whose weights were rounded to
-FP8 and back, so they show the effect of rounding the weights alone. The other caches are emulated too, as transformers'
-score of the BF16 engine's samples: ``emulated_cache`` rounds keys and values to the nearest, ``emulated_cache_on_cpu``
-toward zero, as vLLM's CPU kernel does, and ``emulated_cache_and_queries`` rounds queries too, as vLLM does on an H100.
+rank has SmolLM2's weights in BF16 and computes the log-probs of each engine's samples.
+
+* ``fp8_per_channel`` is vLLM's own FP8 for weights and activations, which its CPU build supports.
+* ``fp8_cache`` is vLLM's own FP8 KV cache. It is measured if the processor has AVX-512.
+* The other weight formats are emulated by a BF16 engine whose weights were rounded to FP8 and back. They show the
+  effect of rounding the weights only.
+* The other caches are emulated too: transformers scores the BF16 engine's samples. ``emulated_cache`` rounds keys and
+  values to the nearest FP8 number. ``emulated_cache_on_cpu`` rounds them toward zero, as vLLM's CPU kernel does.
+  ``emulated_cache_and_queries`` rounds queries too, as vLLM does on an H100.
 """
 
 import itertools
@@ -47,7 +50,7 @@ def through_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(values: torch.Tensor) -> torch.Tensor:
-    """``values`` (FP32) rounded to the nearest number of FP8 and back. What is above its largest becomes that."""
+    """``values`` (FP32) rounded to the nearest FP8 number and back. Values above the largest become the largest."""
     return through_fp8(values, torch.ones(()))
 
 
@@ -55,7 +58,7 @@ def toward_zero(values: torch.Tensor) -> torch.Tensor:
     """``values`` (FP32) truncated to FP8 and back, as vLLM's CPU kernel does (``float_to_fp8e4m3_scalar``)."""
     rounded = values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     is_too_large = rounded.float().abs() > values.abs()
-    # FP8's numbers of one sign have the order of their bytes.
+    # FP8 numbers of one sign have the same order as their bytes.
     next_below = (rounded.view(torch.uint8) - 1).view(torch.float8_e4m3fn)
     return torch.where(is_too_large, next_below.float(), rounded.float())
 
@@ -121,7 +124,7 @@ AttentionInterface.register(ROUNDED_ATTENTION, partial(attend_to_a_rounded_cache
 
 
 def rounded_model(model_path: Path, rounding: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
-    """Write the model with rounded weights of its linear layers to ``folder``. Fused layers are rounded together."""
+    """Write the model to ``folder``, with rounded weights in linear layers. Fused layers are rounded together."""
     network = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
     for layer in network.model.layers:
         modules = dict(layer.self_attn.named_modules()) | dict(layer.mlp.named_modules())
@@ -204,7 +207,7 @@ def main() -> None:
             ]
 
             def sample(number: int, weights: Path) -> TokenBatch:
-                """Of engine ``number`` with ``weights``."""
+                """Samples of engine ``number`` with ``weights``."""
                 hf_checkpoint.load(policy.shards, weights)
                 weight_syncs[number].sync(next(versions))
                 sampling = Sampling(max_tokens=MAX_RESPONSE_TOKENS, stop_token_ids=(tokenizer.eos_token_id,))
@@ -220,7 +223,7 @@ def main() -> None:
             def by_transformers(
                 attention: str, batch: TokenBatch, micro_batches: list[MicroBatch]
             ) -> list[torch.Tensor]:
-                """The same of transformers with another attention."""
+                """The same by transformers with another attention."""
                 network = AutoModelForCausalLM.from_pretrained(
                     model_path, dtype=torch.bfloat16, attn_implementation=attention
                 )

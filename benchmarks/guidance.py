@@ -1,22 +1,24 @@
-"""Guided decoding against sampling the same number of tokens: ``python -m benchmarks.guidance --run FOLDER --values
-FOLDER --benign FILE [--judge VERIFIER] [field=value …]``.
+"""Compares guided decoding with sampling the same number of tokens: ``python -m benchmarks.guidance --run FOLDER
+--values FOLDER --benign FILE [--judge VERIFIER] [field=value …]``.
 
-It writes ``benchmarks/results/guidance.json`` and prints its table; all answers are in ``build/benchmarks/guidance/``.
-The run's exported model answers its held-out prompts (``data.evaluation``; change it and other settings by
-``field=value``), and the run's verifiers (``data.scores``) score the answers. The other run trained the value model.
-Settings of both modes are ``guidance.field=value``, such as ``'guidance.weights={safety: 1, knowledge: 0}'``.
+It writes ``benchmarks/results/guidance.json`` and prints its table. All answers are in ``build/benchmarks/guidance/``.
+The exported model of ``--run`` answers the run's held-out prompts (``data.evaluation``). The run's verifiers
+(``data.scores``) score the answers. ``--values`` is the run that trained the value model. ``field=value`` changes
+settings of the run. ``guidance.field=value`` changes both modes, such as
+``'guidance.weights={safety: 1, knowledge: 0}'``.
 
 - ``plain``: one sampled answer.
-- ``guided``: monitor and steer, with a threshold that is calibrated on the benign prompts of ``--benign`` first.
-- ``best_of_n``: plain answers to a prompt until they have as many tokens as ``guided`` took for it, dropped ones too;
-  of these the one whose complete text has the best value. So it never has fewer tokens than ``guided``.
-- ``best_of_n_judge``: of the same answers the one with the best score of ``--judge``, a verifier of the run; a judge
-  or a reward model is started as for a run. Without ``--judge`` the verifiers that score the answers choose, by the
-  mean of their scores: the best choice there is, which no judge surpasses.
+- ``guided``: monitor and steer. The threshold is first calibrated on the benign prompts of ``--benign``.
+- ``best_of_n``: plain answers to a prompt are sampled until they have as many tokens as ``guided`` took for it, dropped
+  tokens included. The answer whose complete text has the best value is chosen. So this method never has fewer tokens
+  than ``guided``.
+- ``best_of_n_judge``: chooses among the same answers by the score of ``--judge``, a verifier of the run. A judge or a
+  reward model is started as for a run. Without ``--judge`` the mean score of the verifiers that score the answers
+  decides. That is the best possible choice, which no judge surpasses.
 - ``search``: the same three for the mode search.
 
-Both vLLM servers are started on this machine's CPU, or run elsewhere: ``--servers GENERATOR VALUES``, two addresses.
-Test prompts that the value model or the calibration saw are refused.
+Both vLLM servers are started on this machine's CPU. ``--servers GENERATOR VALUES`` gives the addresses of servers that
+run elsewhere. Test prompts that the value model or the calibration saw are refused.
 """
 
 import argparse
@@ -63,14 +65,14 @@ from rollout.thinking import with_opening
 RESULT = Path("benchmarks/results/guidance.json")
 FOLDER = Path("build/benchmarks/guidance")
 PORTS = {"generate": 8371, "pooling": 8372}
-MOST_TIME = 1.3  # of guided decoding, against sampling as many tokens: the goal
+MOST_TIME = 1.3  # goal: time per token of guided decoding / that of sampling, at most
 METHODS = ("plain", "best_of_n", "best_of_n_judge", "guided")
-BENIGN = "benign"  # the kind of rows that the level is about
+BENIGN = "benign"  # the kind of rows that the calibration's level applies to
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A plain answer. ``scored``: its tokens up to the end of its text."""
+    """A plain answer. ``scored``: number of tokens up to the end of its text."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -79,7 +81,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method answers to a prompt; ``tokens``: generated for it, those that were dropped or not chosen too."""
+    """A method's answer to a prompt. ``tokens``: number generated for it, including those dropped or not chosen."""
 
     text: str
     tokens: int
@@ -89,8 +91,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Method:
-    """The answers of a method to all prompts, and the seconds that they took together; ``sampling_seconds``: without
-    the choice among samples."""
+    """A method's answers to all prompts, and the seconds for all of them.
+
+    ``sampling_seconds`` leaves out the choice among samples.
+    """
 
     answers: list[Answer]
     seconds: float
@@ -99,14 +103,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Verifying:
-    """Scores answers by the verifiers of ``data.scores``, and by the outcome judge; without one, by their mean."""
+    """Scores answers by the verifiers of ``data.scores``, and by the outcome judge or, without one, by their mean."""
 
     scores: Mapping[str, Sequence[str]]
     verifiers: Mapping[str, Verifier]
     judge: str | None
 
     def of_answer(self, row: Row, text: str) -> dict[str, VerifierResult]:
-        """The results of the verifiers that score such rows."""
+        """The results of the verifiers that score rows of this kind."""
         return mixing.verify(row, text, evaluate.score_names(row, self.scores), self.verifiers)
 
     def outcome(self, row: Row, text: str) -> float:
@@ -120,7 +124,7 @@ class Verifying:
 
 
 def mean_score(results: Mapping[str, VerifierResult]) -> float | None:
-    """The mean score of the results that are verdicts, None without any."""
+    """The mean score of the results that are verdicts, or None if there are none."""
     scores = [result.score for result in results.values() if isinstance(result, Verdict)]
     return sum(scores) / len(scores) if scores else None
 
@@ -151,8 +155,11 @@ def at(config: GuidanceConfig, generator: str, values: str) -> GuidanceConfig:
 async def compare(
     configs: Mapping[str, GuidanceConfig], options: CalibrateConfig, rows: Sequence[Row], verifying: Verifying
 ) -> dict[str, Any]:
-    """All methods on all rows. ``configs``: of both modes. ``options``: of the calibration, whose temperature, seed
-    and concurrency are those of all answers."""
+    """Run all methods on all rows.
+
+    ``configs`` has the settings of both modes. ``options`` has those of the calibration. Its temperature, seed and
+    concurrency apply to all answers.
+    """
     calibration = await calibrate(configs[MONITOR], options)
     monitor = replace(configs[MONITOR], threshold=calibration.threshold)
     results: dict[str, Any] = {
@@ -202,14 +209,14 @@ async def answered(config: GuidanceConfig, options: CalibrateConfig, rows: Seque
 
 @dataclass(frozen=True)
 class Drawn:
-    """Plain answers, by prompt, and the seconds that they took together."""
+    """Plain answers, by prompt, and the seconds for all of them."""
 
     by_prompt: list[list[Sample]]
     seconds: float
 
 
 async def draw(config: GuidanceConfig, options: CalibrateConfig, rows: Sequence[Row], budgets: Sequence[int]) -> Drawn:
-    """Plain answers to each prompt, one after the other, until they have at least as many tokens as its budget."""
+    """Sample plain answers to each prompt, one after the other, until they reach the prompt's budget of tokens."""
     async with open_guide(config) as opened:
         opening = await opening_mark(opened, rows[0])
 
@@ -217,7 +224,7 @@ async def draw(config: GuidanceConfig, options: CalibrateConfig, rows: Sequence[
             prompt, max_tokens = await encoded(opened, rows[place])
             of_prompt: list[Sample] = []
             while sum(len(sample.token_ids) for sample in of_prompt) < budgets[place]:
-                # The first answer to a prompt is the plain one.
+                # The first answer to a prompt is that of the method "plain".
                 seed = seed_of(options, place) + len(of_prompt)
                 fields = {"temperature": options.temperature, "max_tokens": max_tokens, "seed": seed}
                 sample = await one_sample(opened, prompt, fields)
@@ -227,14 +234,14 @@ async def draw(config: GuidanceConfig, options: CalibrateConfig, rows: Sequence[
         return Drawn(*await all_of(samples, len(rows), options.concurrency))
 
 
-# (guide, place of the row, its prompt, answers to it) → the place of the best answer
+# (guide, index of the row, its prompt, answers to it) → the index of the best answer
 type Choice = Callable[[OpenGuide, int, Sequence[int], Sequence[Sample]], Awaitable[int]]
 
 
 async def choose(
     config: GuidanceConfig, options: CalibrateConfig, rows: Sequence[Row], drawn: Drawn, choice: Choice
 ) -> Method:
-    """The chosen of the plain answers to each prompt."""
+    """Choose one of the plain answers to each prompt."""
     async with open_guide(config) as opened:
 
         async def chosen(place: int) -> Answer:
@@ -248,12 +255,12 @@ async def choose(
 
 
 async def first(opened: OpenGuide, place: int, prompt: Sequence[int], samples: Sequence[Sample]) -> int:
-    """The place of the plain answer."""
+    """The index of the answer of the method "plain"."""
     return 0
 
 
 async def best_value(opened: OpenGuide, place: int, prompt: Sequence[int], samples: Sequence[Sample]) -> int:
-    """The place of the sample whose complete text has the best value, by the weights of guided decoding."""
+    """The index of the sample whose complete text has the best value, with guided decoding's weights."""
     values = await opened.values.score([[*prompt, *sample.token_ids[: sample.scored]] for sample in samples])
     weights = opened.guide.router.weights(None)
     scores = [weighted(row, weights) for row in values]
@@ -261,7 +268,7 @@ async def best_value(opened: OpenGuide, place: int, prompt: Sequence[int], sampl
 
 
 def best_outcome(rows: Sequence[Row], verifying: Verifying) -> Choice:
-    """The place of the sample with the judge's best score."""
+    """Chooses the index of the sample with the judge's best score."""
 
     async def choice(opened: OpenGuide, place: int, prompt: Sequence[int], samples: Sequence[Sample]) -> int:
         scores = [await asyncio.to_thread(verifying.outcome, rows[place], sample.text) for sample in samples]
@@ -287,7 +294,7 @@ async def one_sample(opened: OpenGuide, prompt: Sequence[int], fields: Mapping[s
 
 
 async def encoded(opened: OpenGuide, row: Row) -> tuple[list[int], int]:
-    """A row's prompt, and how long an answer may be. Raises ValueError for a prompt that leaves no room."""
+    """A row's prompt and the token limit of an answer. Raises ValueError if the prompt leaves no room for one."""
     prompt = await opened.generator.encode_chat(opened.model, messages(row), {})
     longest = opened.guide.config.max_tokens
     context = opened.context(opened.model)
@@ -298,7 +305,7 @@ async def encoded(opened: OpenGuide, row: Row) -> tuple[list[int], int]:
 
 
 async def opening_mark(opened: OpenGuide, row: Row) -> str | None:
-    """The mark of thinking with which the chat template ends a prompt, that of ``row`` as any other; None without."""
+    """The thinking mark with which the chat template ends every prompt (here that of ``row``), or None."""
     token_ids = await opened.generator.encode_chat(opened.model, messages(row), {})
     prompt = await opened.generator.decode(opened.model, token_ids)
     begin = opened.guide.config.thinking_marks[0]
@@ -306,17 +313,17 @@ async def opening_mark(opened: OpenGuide, row: Row) -> str | None:
 
 
 def whole_answer(text: str, opening: str | None) -> str:
-    """An answer as verifiers read it: after the mark that the chat template has written already."""
+    """An answer as verifiers read it: with the mark that the chat template has already written in front."""
     return text if opening is None else with_opening(text, opening)
 
 
 def seed_of(options: CalibrateConfig, place: int) -> int:
-    """The first seed of a row's answers; its further ones are the next ones."""
+    """The seed of a row's first answer. Further answers have the following seeds."""
     return options.seed + 10_000 * (place + 1)
 
 
 async def all_of[T](work: Callable[[int], Awaitable[T]], count: int, concurrency: int) -> tuple[list[T], float]:
-    """``work`` of 0 to ``count`` − 1, at most ``concurrency`` at once, and the seconds of all."""
+    """The results of ``work`` for 0 to ``count`` − 1, at most ``concurrency`` at once, and the total seconds."""
     slots = asyncio.Semaphore(concurrency)
 
     async def one(place: int) -> T:
@@ -329,8 +336,11 @@ async def all_of[T](work: Callable[[int], Awaitable[T]], count: int, concurrency
 
 
 def report(method: Method, rows: Sequence[Row], verifying: Verifying) -> dict[str, Any]:
-    """A method's figures. ``mean``: over the prompts with a verdict, of the mean of their scores; ``labels``: kind of
-    prompts → verifier: label → share; ``tokens``: generated for a prompt, mean."""
+    """A method's figures.
+
+    ``mean``: average over the prompts with a verdict, each with the mean of its scores. ``labels``: kind of prompts →
+    verifier: label → share. ``tokens``: mean number generated for a prompt.
+    """
     results = [verifying.of_answer(row, answer.text) for row, answer in zip(rows, method.answers, strict=True)]
     means = {}
     labels: dict[str, Counter[str]] = {}
@@ -403,7 +413,7 @@ def goals(
     level: float,
     mode: str,
 ) -> dict[str, Any]:
-    """What the mode is to reach, and whether it does. ``time``: seconds for a token, against those of sampling."""
+    """The goals of the mode, and whether they are met. ``time``: seconds per token / those of sampling."""
     seconds = guided.seconds / sum(answer.tokens for answer in guided.answers)
     of_sampling = best_of_n.sampling_seconds / sum(answer.tokens for answer in best_of_n.answers)
     reached: dict[str, Any] = {
@@ -413,14 +423,14 @@ def goals(
     benign = [answer for row, answer in zip(rows, guided.answers, strict=True) if row["kind"] == BENIGN]
     if mode == MONITOR and benign:
         touched = mean_interval([float(answer.was_steered) for answer in benign])
-        # The level bounds the mean over draws of prompts, so the interval has to hold it.
+        # The level bounds the mean over draws of prompts, so the goal is met unless the interval lies above the level.
         reached["benign_touched"] = {**touched, "level": level, "met": touched["interval"][0] <= level}
     return reached
 
 
 def check_prompts(rows: Sequence[Row], benign_file: str, trained_on: Sequence[Row]) -> None:
-    """Raises ValueError for a test prompt that the calibration or the value model saw, and for a prompt of the
-    calibration that the value model saw."""
+    """Raises ValueError if the calibration or the value model saw a test prompt, or if the value model saw a prompt of
+    the calibration."""
     test = {row["prompt"] for row in rows}
     benign = {messages_of(row, benign_file)[-1]["content"] for row in read_rows(benign_file)}
     trained = {row["prompt"] for row in trained_on}
@@ -431,7 +441,10 @@ def check_prompts(rows: Sequence[Row], benign_file: str, trained_on: Sequence[Ro
 
 @contextmanager
 def servers(config: Config, values: Path, judge: str | None, running: Sequence[str] | None) -> Iterator[list[str]]:
-    """The addresses of generator and value server, ready, and so are the servers that the verifiers need."""
+    """Start the servers that the verifiers need, and also generator and value server unless they are ``running``.
+
+    Yields the addresses of generator and value server when all are ready.
+    """
     to_start = judge_servers(scoring_rewards(config, judge), FOLDER / "servers", config.cluster.platform)
     addresses = list(running or ())
     if running is None:
@@ -449,7 +462,7 @@ def servers(config: Config, values: Path, judge: str | None, running: Sequence[s
 
 
 def scoring_rewards(config: Config, judge: str | None) -> RewardsConfig:
-    """The rewards with the verifiers that are asked here, and no others."""
+    """The rewards settings with only the verifiers that this benchmark asks."""
     asked = {*config.data.scores, *([judge] if judge else [])}
     needed = {name: entry for name, entry in config.rewards.verifiers.items() if name in asked}
     return replace(config.rewards, verifiers=needed)
@@ -523,7 +536,7 @@ def table(results: Mapping[str, Any]) -> Table:
     shown = Table("method", "score", "n", "guided − it", "tokens", "seconds", title="answers to held-out prompts")
     for mode, of_mode in ((MONITOR, results), (SEARCH, results[SEARCH])):
         for name in METHODS:
-            if name not in of_mode:  # plain stands once
+            if name not in of_mode:  # plain is listed once
                 continue
             method = of_mode[name]
             shown.add_row(

@@ -1,9 +1,9 @@
-"""Runs the demo of the ladder, all stages, with several seeds: ``python -m benchmarks.ladder 1 2 3``.
+"""Runs all stages of the ladder demo with several seeds: ``python -m benchmarks.ladder 1 2 3``.
 
-It runs ``python -m recipes.train recipe=ladder_demo`` once per seed into ``runs/ladder_seed_<n>``, writes
-``benchmarks/results/ladder_demo.json`` and prints what each stage is for and how much of it each seed gave. A seed's
-entry has each stage's measures and seconds, the judge's accuracy and the total time. ``--reuse`` keeps complete runs of
-an earlier command with the same code and data.
+It runs ``python -m recipes.train recipe=ladder_demo`` once per seed into ``runs/ladder_seed_<n>`` and writes
+``benchmarks/results/ladder_demo.json``. It prints each stage's target measures and how much each seed changed them. A
+seed's entry has each stage's measures and seconds, the judge's accuracy and the total time. ``--reuse`` keeps complete
+runs of an earlier command with the same code and data.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks import figures, seeded
 from recipes.run import records
 
 RESULT = figures.RESULTS / "ladder_demo.json"
-# What each stage is for: a measure of ladder.json that it is to change.
+# Each stage's target: a measure of ladder.json that it should change.
 AIMS = {
     "sft": ("accuracy", "unsafe/harmful", "unsafe/jailbreak"),
     "rl_general": ("accuracy",),
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
-    """A run's measures and seconds of each stage, its judge's accuracy, its overrides, digests and minutes."""
+    """A run's measures and seconds per stage, its judge's accuracy, its overrides, digests and minutes."""
     finished_stages = [json.loads(path.read_text()) for path in run_dir.glob(f"*/{records.FINISHED}")]
     return {
         **json.loads((run_dir / seeded.PROVENANCE).read_text()),
@@ -65,7 +65,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
 
 def table(seeds: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each stage and measure that it is for, a column for each seed: the value and the change."""
+    """A row for each stage and target measure, a column for each seed: the value and the change."""
     shown = Table("stage", "measure", *(f"seed {seed}" for seed in seeds))
     for stage, measures in AIMS.items():
         for measure in measures:
@@ -78,7 +78,7 @@ def table(seeds: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _cell(stages: list[dict[str, Any]], name: str, measure: str) -> str:
-    """A stage's measure, and its change from the stage before with the interval over the same prompts."""
+    """A stage's measure, and its change from the previous stage with the interval over the same prompts."""
     (stage,) = (stage for stage in stages if stage["stage"] == name)
     digits = ".1f" if measure == "reasoning_length" else ".2f"
     change = {"mean": stage[f"{measure}_change"], "interval": stage[f"{measure}_change_interval"]}

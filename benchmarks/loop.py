@@ -1,4 +1,4 @@
-"""Times the phases of the demo's RL step, and compares them with plain transformers and bare vLLM.
+"""Times the phases of the demo's RL step and compares them with plain transformers and bare vLLM.
 
 ``python -m benchmarks.loop [Hydra overrides]`` writes ``benchmarks/results/loop.json`` and prints its tables. It times
 ``recipes.training.rl.fit`` itself. After the generate and the train phase, while the clock is stopped and the ranks
@@ -28,7 +28,7 @@ from recipes.config import Config, parse
 from recipes.errors import ConfigError
 from recipes.run import records
 
-REPETITIONS = 3  # RL steps that count, after one that warms both sides up
+REPETITIONS = 3  # measured RL steps, after one warm-up step of both sides
 RUN_DIR = Path("runs/benchmark_loop")
 RESULT = Path("benchmarks/results/loop.json")
 TRAINING_GOAL = 1.0  # at most: our seconds / plain transformers' seconds
@@ -39,7 +39,7 @@ GENERATION_GOAL = 0.95  # at least: our tokens/s / bare vLLM's tokens/s
 SETTINGS = (
     "recipe=demo",
     f"algorithm.steps={1 + REPETITIONS}",
-    # The yardstick makes one update of all samples.
+    # The yardstick makes one update with all samples.
     "algorithm.updates_per_rollout=1",
     "algorithm.learning_rate=1e-30",
     f"checkpoint.every_steps={1 + REPETITIONS}",
@@ -84,7 +84,7 @@ def main() -> None:
             **summarise(list(records.read_rows(RUN_DIR / "metrics.jsonl")), answers),
         }
         figures.write(RESULT, " ".join(["python -m benchmarks.loop", *sys.argv[1:]]), made_by, result)
-        shutil.rmtree(RUN_DIR / "checkpoints")  # gigabytes that nobody needs
+        shutil.rmtree(RUN_DIR / "checkpoints")  # gigabytes that are not needed
         Console().print(*tables(result), f"{RESULT} has the raw times", sep="\n")
 
 

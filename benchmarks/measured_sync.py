@@ -1,4 +1,4 @@
-"""One trainer rank of ``benchmarks.weight_sync``: times weight syncs, and with each a memcpy and a peer's load.
+"""One trainer rank of ``benchmarks.weight_sync``: times weight syncs, each next to a memcpy and a peer's load.
 
 Run ``python -m benchmarks.measured_sync SETTINGS_JSON`` with torchrun's variables. Rank 0 starts the engine and writes
 the answer to the file that the setting ``output`` names.
@@ -26,14 +26,14 @@ from rollout import engine as engines
 from rollout.engine import Engine, EngineSettings
 
 BUCKET_BYTES = 512 << 20
-NEVER = 2**62  # verify_every: more syncs than there are
+NEVER = 2**62  # as verify_every, larger than any number of syncs
 POLL_SECONDS = 0.02
-IDLE_SECONDS = 0.5  # before a measurement: in a run a training step precedes a sync, so all processes are idle by then
+IDLE_SECONDS = 0.5  # before a measurement, because in a run all processes are idle when a sync follows a training step
 
 
 @cache
 def demo() -> Config:
-    """The demo's configuration, for all settings that a benchmark leaves alone."""
+    """The demo's configuration, for all settings that the benchmark does not change."""
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
         return parse(compose("config", ["recipe=demo"]))
 
@@ -162,9 +162,9 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
     """Collective. All raw times, in seconds, of one tensor-parallel size of the engine, which exists on rank 0 only.
 
     The engine starts with random weights. A peer's load writes the checkpoint's weights first. Our syncs then write
-    their negatives and the weights themselves in turn. The last sync writes the weights themselves after a sync of the
-    negatives: if the digests are then equal to those after the peer's load, both sides wrote the same bits everywhere.
-    Each repetition makes a new plan with a first sync; the sync without packing is the plan's second one.
+    their negatives and the weights themselves in turn. The last sync writes the weights after a sync of the negatives.
+    If the digests then equal those after the peer's load, both sides wrote the same bits everywhere. Each repetition
+    makes a new plan with a first sync. The sync without packing is the plan's second one.
     """
     import torch
 
@@ -182,14 +182,14 @@ def measure(trainer: Trainer, engine: Engine | None, settings: dict[str, Any], p
         return update_engine({"exported": settings["exported"]})
 
     def set_packing(packs: bool) -> None:
-        """Whether later syncs pack the linear layers."""
+        """Set whether later syncs pack the linear layers."""
         update_engine({"packs": packs})
 
     def digests() -> list[dict[str, str]]:
         return trainer.on_rank_zero(lambda: engine.call("GET", "/weights/digest"))["workers"]  # type: ignore[union-attr]
 
     def empty_sync() -> None:
-        """What a sync does besides its copies: a barrier of the ranks and a call to each worker of the engine."""
+        """Do what a sync does besides its copies: a barrier of the ranks and a call to each engine worker."""
         torch.distributed.barrier(trainer.control)
         if engine:
             engine.call("POST", "/weights/update", {"nothing": True})

@@ -1,4 +1,4 @@
-"""The training that ``benchmarks.loop`` times: a usual run in which a yardstick repeats the work of a timed phase.
+"""The training that ``benchmarks.loop`` times: a normal run in which a yardstick repeats the work of a timed phase.
 
 Import this module after ``megatron_ext.platform.activate``.
 """

@@ -1,8 +1,8 @@
 """Measures how full and how balanced packed micro-batches are, compared with first-fit and with peers' methods.
 
-``python -m benchmarks.packing`` writes ``benchmarks/results/packing.json`` and prints its tables. No model runs: each
+``python -m benchmarks.packing`` writes ``benchmarks/results/packing.json`` and prints its tables. No model runs. Each
 method packs sequences of random lengths, and its plan is examined. The peers' methods are reimplemented here from their
-descriptions. All methods use our estimate of a sequence's cost, also where a peer has its own.
+descriptions. All methods use our estimate of a sequence's cost, even if a peer has its own.
 """
 
 import heapq
@@ -42,7 +42,7 @@ SEEDS = 10
 USEFUL_GOAL = 0.98  # at least: tokens / computed tokens, padding included
 IMBALANCE_GOAL = 0.02  # at most: cost of the costliest rank / mean cost of a rank - 1
 RECIPES = {"safework_72b": (1, 2, 4, 8), "safework_7b": (16, 32)}  # recipe → data-parallel ranks
-LARGE = 16384  # sequences of the plan whose time alone is measured
+LARGE = 16384  # sequences of the plan of which only the time is measured
 
 Plan = list[list[list[int]]]  # rank → micro-batch → indices of its sequences
 Packs = list[list[int]]  # micro-batch → indices of its sequences
@@ -53,8 +53,8 @@ Partition = list[tuple[int, list[int]]]  # (sum, indices) of each part, the larg
 class Lengths:
     """Log-normal lengths: (median in tokens, standard deviation of the logarithm).
 
-    ``images`` is the share of prompts with an image. Half of the variance of a response's length belongs to its prompt,
-    and so is shared by the samples of a group.
+    ``images`` is the share of prompts with an image. Half of the variance of a response's length comes from its prompt,
+    so the samples of a group share it.
     """
 
     description: str
@@ -83,7 +83,7 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of one step, and what a plan of them needs."""
+    """The sequences of one step and the limits for packing them."""
 
     lengths: list[int]  # in tokens, padded
     costs: list[int]
@@ -258,22 +258,31 @@ def examine(batch: Batch, plan: Plan) -> dict[str, float]:
 
 
 def ours(batch: Batch) -> Plan:
-    """``megatron_ext.packing.plan``: MULTIFIT under the token limit; rounds of micro-batches of similar cost; in each
-    round the costliest micro-batch goes to the rank with the least cost."""
+    """``megatron_ext.packing.plan``.
+
+    MULTIFIT packs under the token limit. A round has micro-batches of similar cost. In each round the costliest
+    micro-batch goes to the rank with the least cost.
+    """
     return packing.plan(batch.lengths, batch.ranks, batch.limit, 1, batch.costs)
 
 
 def first_fit(batch: Batch) -> Plan:
-    """Equally many sequences for every rank, in their order; first-fit on each rank; a rank with fewer micro-batches
-    splits its largest."""
+    """Every rank gets equally many sequences, in their order, and packs them by first-fit.
+
+    A rank with fewer micro-batches than another splits its largest.
+    """
     sequences_per_rank = len(batch.lengths) // batch.ranks
     ranks = [list(range(rank * sequences_per_rank, (rank + 1) * sequences_per_rank)) for rank in range(batch.ranks)]
     return pack_each_rank(ranks, batch)
 
 
 def first_fit_decreasing(batch: Batch) -> Plan:
-    """The former plan of this project: the longest sequence first to the rank with the fewest tokens, equally many
-    sequences for every rank; first-fit by length; a rank with fewer micro-batches splits its largest."""
+    """The former plan of this project.
+
+    The sequences go to the ranks by length, the longest first, each to the rank with the fewest tokens. Every rank gets
+    equally many sequences and packs them by first-fit in the order of length. A rank with fewer micro-batches than
+    another splits its largest.
+    """
     sequences_per_rank = len(batch.lengths) // batch.ranks
     ranks: Packs = [[] for _ in range(batch.ranks)]
     tokens = [0] * batch.ranks
@@ -286,7 +295,7 @@ def first_fit_decreasing(batch: Batch) -> Plan:
 
 
 def pack_each_rank(ranks: Packs, batch: Batch) -> Plan:
-    """First-fit of each rank's sequences; a rank with fewer micro-batches than another splits its largest."""
+    """Pack each rank's sequences by first-fit. A rank with fewer micro-batches than another splits its largest."""
     plan = [fit_first(sequences, batch.lengths, batch.limit) for sequences in ranks]
     most_micro_batches = max(len(packs) for packs in plan)
     for packs in plan:
@@ -295,9 +304,12 @@ def pack_each_rank(ranks: Packs, batch: Batch) -> Plan:
 
 
 def verl(batch: Batch) -> Plan:
-    """verl's balance_batch and rearrange_micro_batches, by our reading: Karmarkar-Karp on the sequences' costs, equally
-    many sequences for every rank; on each rank Karmarkar-Karp again, into as many micro-batches as the tokens of the
-    fullest rank need, sorted by the squares of the lengths. The token limit can be exceeded."""
+    """verl's balance_batch and rearrange_micro_batches, by our reading.
+
+    Karmarkar-Karp on the sequences' costs gives every rank equally many sequences. On each rank Karmarkar-Karp again
+    makes as many micro-batches as the tokens of the fullest rank need. They are sorted by the squares of the lengths.
+    The token limit can be exceeded.
+    """
     ranks = differencing(batch.costs, batch.ranks, equal=True)
     count = max(-(-sum(batch.lengths[i] for i in rank) // batch.limit) for rank in ranks)
     plan = []
@@ -310,9 +322,11 @@ def verl(batch: Batch) -> Plan:
 
 
 def slime(batch: Batch) -> Plan:
-    """slime's build_dp_schedule with balance_data, by our reading: first-fit of all sequences in their order; the
-    largest micro-batches are split until their number is a multiple of the ranks; Karmarkar-Karp on their costs,
-    equally many micro-batches for every rank."""
+    """slime's build_dp_schedule with balance_data, by our reading.
+
+    First-fit packs all sequences in their order. The largest micro-batches are split until their number is a multiple
+    of the ranks. Karmarkar-Karp on their costs gives every rank equally many micro-batches.
+    """
     packs = fit_first(range(len(batch.lengths)), batch.lengths, batch.limit)
     split_largest(packs, batch.lengths, round_up(len(packs), batch.ranks))
     costs = [sum(batch.costs[i] for i in pack) for pack in packs]
@@ -320,9 +334,12 @@ def slime(batch: Batch) -> Plan:
 
 
 def nemo_rl(batch: Batch) -> Plan:
-    """NeMo-RL's sequence packing, by our reading: modified first-fit decreasing (Johnson and Garey 1985) of all
-    sequences; single sequences move to new micro-batches until their number is a multiple of the ranks; the
-    micro-batches go to the ranks in turn."""
+    """NeMo-RL's sequence packing, by our reading.
+
+    Modified first-fit decreasing (Johnson and Garey 1985) packs all sequences. Single sequences move to new
+    micro-batches until the number of micro-batches is a multiple of the ranks. The micro-batches go to the ranks in
+    turn.
+    """
     packs = modified_first_fit_decreasing(batch.lengths, batch.limit)
     count = round_up(len(packs), batch.ranks)
     donors = sorted((pack for pack in packs if len(pack) > 1), key=len, reverse=True)
@@ -374,8 +391,8 @@ def differencing(values: Sequence[int], parts: int, equal: bool) -> Packs:
     """Partition the indices of ``values`` by Karmarkar and Karp's largest differencing method.
 
     With ``equal`` all ``parts`` get equally many values. The method starts with one partial solution for each value (or
-    for each ``parts`` values of similar size). It repeatedly takes the two with the widest gap between their parts and
-    combines them, the largest part of one with the smallest of the other.
+    for each ``parts`` values of similar size). It repeatedly takes the two solutions with the widest gap between their
+    parts. It combines them, the largest part of one with the smallest of the other.
     """
     order = sorted(range(len(values)), key=lambda i: values[i])
     chunk_size = parts if equal else 1
@@ -401,9 +418,11 @@ def differencing(values: Sequence[int], parts: int, equal: bool) -> Packs:
 def modified_first_fit_decreasing(lengths: Sequence[int], limit: int) -> Packs:
     """Johnson and Garey, Journal of Complexity 1 (1985).
 
-    Each sequence above half of the limit opens a pack. In descending order of their size these packs get one sequence
-    above a third where it fits; in ascending order those without one get two above a sixth; then all get the largest
-    sequences that fit. The others go into new packs by first-fit decreasing.
+    1. Each sequence above half of the limit opens a pack.
+    2. In descending order of their size, these packs get one sequence above a third of the limit if it fits.
+    3. In ascending order, the packs without such a sequence get two above a sixth.
+    4. All packs get the largest sequences that fit.
+    5. The remaining sequences go into new packs by first-fit decreasing.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     packs = [[i] for i in order if 2 * lengths[i] > limit]

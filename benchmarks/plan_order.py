@@ -1,13 +1,17 @@
-"""Whether the planner's order of layouts is that of measured seconds.
+"""Checks whether the planner orders layouts as their measured seconds do.
 
-``python -m benchmarks.plan_order [layouts=N]`` measures what computing and exchanging costs on this machine, writes it
-as a file in the form of conf/scale (``runs/plan_order/scale.yaml``), and predicts a training step of a small twin under
-36 layouts on two ranks by the functions that order layouts in ``recipes.plan``: the cost model and what a layout adds
-to it. Then it makes the steps, with Megatron-Core over gloo: log-probs under a reference whose weights come from the
-host, gradients, and the optimiser's update. It writes ``benchmarks/results/plan_order.json`` with Spearman's
-correlation of predicted and measured seconds, and prints the table. Use an idle machine with two cores or more: a rank
-has a core of its own, because another rank would use the time in which a pipeline's stage is idle. Engines are not
-measured.
+``python -m benchmarks.plan_order [layouts=N]`` has three steps:
+
+1. It measures the costs of computation and communication on this machine and writes them in the form of conf/scale
+   (``runs/plan_order/scale.yaml``).
+2. It predicts a training step of a small twin under 36 layouts on two ranks. The functions are those that order layouts
+   in ``recipes.plan``: the cost model and a layout's additions to it.
+3. It runs these steps with Megatron-Core over gloo: log-probs under a reference whose weights come from the host,
+   gradients, and the optimiser's update.
+
+It writes ``benchmarks/results/plan_order.json`` with Spearman's correlation of predicted and measured seconds, and
+prints the table. Use an idle machine with two cores or more. Each rank has its own core, because on a shared core
+another rank would use the time in which a pipeline stage is idle. Engines are not measured.
 """
 
 import math
@@ -41,16 +45,16 @@ from recipes.run import records
 
 RESULT = Path("benchmarks/results/plan_order.json")
 SCALE = Path("runs/plan_order/scale.yaml")
-GOAL = 0.9  # of the correlation, at least
+GOAL = 0.9  # at least: the correlation
 RANKS = 2
-REPETITIONS = 3  # that count, after one that warms up; the fastest one is taken
+REPETITIONS = 3  # after one warm-up. The fastest one counts
 SEED = 0
 SEQUENCES = 16
 PROMPT_TOKENS = 32
 RESPONSE_TOKENS = (96, 224)
-# Tensor, pipeline, virtual and context size; the data-parallel size is what is left of the ranks.
+# Tensor, pipeline, virtual and context size. The remaining ranks are data-parallel.
 SIZES = ((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 2, 2, 1), (1, 2, 4, 1), (1, 1, 1, 2))
-# They change a pipeline's idle time, and of other layouts nothing that is predicted: these have the middle one.
+# They change a pipeline's idle time. Without a pipeline they change no prediction, so such layouts use the middle one.
 MICRO_BATCH_TOKENS = (512, 1024, 2048)
 USUAL_TOKENS = MICRO_BATCH_TOKENS[1]
 TWIN: dict[str, Any] = {
@@ -67,7 +71,7 @@ TWIN: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": False,
 }
-PLAIN = (1, 1, 1, 1)  # that the share of the peak is measured with
+PLAIN = (1, 1, 1, 1)  # the layout that measures the share of the peak
 FILLER_SIZE = 256  # of the matrices that fill a core's idle time
 
 
@@ -112,10 +116,10 @@ def main() -> None:
 
 
 def occupy_core(rank: int) -> None:
-    """Bind this rank to a core, and have a process of idle priority compute on it whenever the rank waits.
+    """Bind this rank to a core. A process of idle priority computes on this core whenever the rank waits.
 
-    Two cores of a virtual machine may be two hardware threads of one: while a rank waits, the other would be faster,
-    and a pipeline's idle time would cost less than it does on GPUs, which share nothing.
+    Two cores of a virtual machine may be two hardware threads of one core. While one rank waits, the other would be
+    faster. A pipeline's idle time would then cost less than on GPUs, which share nothing.
     """
     import torch
 
@@ -172,7 +176,7 @@ def layout(sizes: tuple[int, int, int, int], recompute: str, micro_batch_tokens:
 
 
 def described(sizes: ParallelConfig) -> dict[str, Any]:
-    """A layout for the file of results."""
+    """A layout as the results file describes it."""
     names = ("tensor", "pipeline", "virtual_pipeline", "context", "recompute", "micro_batch_tokens")
     return {name: getattr(sizes, name) for name in names} | {"data": sizes.data_parallel(RANKS)}
 
@@ -185,7 +189,7 @@ def lengths(seed: int) -> list[Group]:
 
 
 def job_of(sizes: ParallelConfig, element_bytes: int) -> Job:
-    """The settings that the cost model of training reads; those of engines are not read."""
+    """The settings that the cost model of training reads. It does not read those of engines."""
     return Job(
         tensor=sizes.tensor,
         pipeline=sizes.pipeline,
@@ -233,14 +237,14 @@ def predict(sizes: ParallelConfig, machine: Machine, element_bytes: int) -> dict
 
 
 def write_scale(path: Path, machine: Machine) -> None:
-    """The costs in the form of conf/scale, with those of its links; what training does not read is .nan."""
+    """Write the costs in the form of conf/scale, together with those of links. Costs that training ignores are .nan."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.create({"machine": vars(machine)}))
     path.write_text(f"# Written by benchmarks.plan_order: this machine, {RANKS} ranks of one core each.\n{text}")
 
 
 class Bench:
-    """A rank of the measurement. All methods but :meth:`batch` are collective."""
+    """A rank of the measurement. All methods except :meth:`batch` are collective."""
 
     def __init__(self, config: Config) -> None:
         import torch
@@ -257,7 +261,7 @@ class Bench:
         self.worlds = 0
 
     def batch(self, seed: int) -> Any:
-        """Random tokens of the lengths that are predicted for, with weights as of a loss's mean over tokens."""
+        """Random tokens with the lengths of the prediction. The weights are those of a token-mean loss."""
         from megatron_ext import batch as batches
         from megatron_ext.batch import Prompt
 
@@ -274,7 +278,7 @@ class Bench:
         return batch.with_columns(weights=np.full(total, 1 / total))
 
     def join(self) -> None:
-        """A world of its own for a layout: Megatron-Core's groups are those of one layout."""
+        """Start a new world for a layout, because Megatron-Core's groups belong to one layout."""
         import torch.distributed as dist
 
         self.worlds += 1
@@ -287,8 +291,10 @@ class Bench:
         )
 
     def measure(self, sizes: ParallelConfig, batch: Any, repetitions: int) -> dict[str, list[float]]:
-        """Seconds of each repetition: of the complete "step", and of its "gradients" alone. "packed": the part of the
-        micro-batches that is used."""
+        """Seconds of each repetition: of the complete "step", and of its "gradients" alone.
+
+        "packed" is the used share of the micro-batches.
+        """
         import torch
         import torch.distributed as dist
 
@@ -344,7 +350,7 @@ class Bench:
         return seconds
 
     def measure_machine(self) -> Machine:
-        """What computing and exchanging costs here, alike on all ranks: each waits for the slowest."""
+        """The costs of computation and communication on this machine. All ranks return those of rank 0."""
         import torch
         import torch.distributed as dist
 
@@ -358,7 +364,7 @@ class Bench:
         whole = torch.zeros(tokens, hidden, dtype=self.dtype)
         gather = self.together(lambda: dist.all_gather_into_tensor(whole, share))
         scatter = self.together(lambda: dist.reduce_scatter_tensor(share, whole))
-        # As many as the twin has: the seconds of its gradients' reduction are subtracted below.
+        # As many elements as the twin has. The seconds of its gradients' reduction are subtracted below.
         elements = scale_model.model_shape(TWIN).parameters // RANKS * RANKS
         gradients = torch.zeros(elements, dtype=torch.float32)
         gradients_share = torch.zeros(elements // RANKS, dtype=torch.float32)
@@ -384,7 +390,7 @@ class Bench:
             "packed": 1.0,
         }
         machine = Machine(**costs)
-        # The share of the peak, with other lengths than those that are predicted.
+        # The share of the peak, measured with other lengths than those of the prediction.
         plain = layout(PLAIN, "none", tokens)
         measured = self.measure(plain, self.batch(SEED + 1), REPETITIONS)
         training = training_of(plain, machine, self.element_bytes, SEED + 1)
@@ -398,7 +404,7 @@ class Bench:
         share_of_peak = (at_peak["train"] - at_peak["gradients"]) / computing
         agreed = [share_of_peak, measured["packed"][0], *vars(machine).values()]
         self.join()
-        # The ranks' clocks differ, their predictions must not.
+        # The ranks' clocks differ, but their predictions must be equal.
         values = torch.tensor(agreed, dtype=torch.float64)
         dist.broadcast(values, 0)
         dist.destroy_process_group()
@@ -408,7 +414,7 @@ class Bench:
         return Machine(**costs)
 
     def together(self, work: Callable[[], Any], repetitions: int = 20) -> float:
-        """Median seconds of ``work``, which all ranks do at the same time."""
+        """Median seconds of ``work``, which all ranks run at the same time."""
         import torch.distributed as dist
 
         seconds = []

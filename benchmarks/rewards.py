@@ -1,10 +1,10 @@
 """Compares the throughput of the verifiers' client with a bare loop that sends the same requests to the same server.
 
 ``python -m benchmarks.rewards`` writes ``benchmarks/results/rewards.json`` and prints its table. The goal applies to a
-real server: `vllm serve` of the demo's model on this machine's CPU, started as `rewards.serve` starts it, or with
-``--server URL MODEL`` a server that runs elsewhere. Fake servers, each in its own process, show the cost of the client:
-"instant" replies at once; "slow" takes 5 to 45 ms for each of 64 concurrent requests, faster than any judge. A
-repetition is the bare loop, then the client. The first repetition warms up.
+real server: `vllm serve` of the demo's model on this machine's CPU, started as `rewards.serve` starts it. ``--server
+URL MODEL`` uses a server that runs elsewhere instead. Fake servers, each in its own process, show the cost of the
+client. "instant" replies at once. "slow" takes 5 to 45 ms for each of 64 concurrent requests, which is faster than any
+judge. A repetition runs the bare loop, then the client. The first repetition is a warm-up.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def our_seconds(verifier: ServedVerifier, count: int, fake: bool) -> float:
 
 
 def measure(address: str, model: str, count: int, settings: ClientConfig, judge: Judge, fake: bool) -> dict[str, Any]:
-    """The bare loop and our client in turn: requests per second of each repetition after the first."""
+    """Run the bare loop and our client in turn. Returns requests per second of each repetition after the first."""
     server = Server(model, None, "generate", [address], None, "127.0.0.1", 1, 1, 1, [], "judge")
     bodies = [judge.request(row, answer_without_reasoning(i), model).body for i, row in enumerate(rows(count))]
     raw: dict[str, list[float]] = {"bare_per_second": [], "ours_per_second": []}
@@ -142,7 +142,7 @@ def measure(address: str, model: str, count: int, settings: ClientConfig, judge:
 
 
 def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
-    """Measure with a `vllm serve` of the demo's model, which this starts and stops."""
+    """Measure with `vllm serve` of the demo's model. Starts and stops the server."""
     prepare(demo.model)
     arguments = ["--max-model-len", "512"]
     server = Server(demo.model.path, None, "generate", [], None, "127.0.0.1", REAL_PORT, 1, 1, arguments, "judge")
@@ -156,7 +156,7 @@ def with_vllm(demo: Config, settings: ClientConfig) -> dict[str, Any]:
 
 
 def with_server(address: str, model: str, settings: ClientConfig) -> dict[str, Any]:
-    """Measure with a server that runs."""
+    """Measure with a running server."""
     judge = Judge(SAFETY.prompt, SAFETY.labels, written_label, 16)
     # The demo's model is no judge and often writes no label. Without retries both sides still send the same requests.
     without_retries = replace(settings, retries=0)

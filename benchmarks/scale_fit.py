@@ -1,9 +1,9 @@
-"""How well the cost model predicts published steps of models that its constants were not fitted to.
+"""Measures how well the cost model predicts published steps of models that its constants were not fitted to.
 
 ``python -m benchmarks.scale_fit`` fits the constants :data:`FITTED` of conf/scale/h100.yaml to the steps that the file
-lists as ``published``, to all of them and to those of all models but one, and writes
-``benchmarks/results/scale_fit.json``: for each fit its constants, and for each step our seconds over the published
-ones. The ratios of the model that was left out are predictions. It takes some minutes on one core.
+lists as ``published``. One fit uses all steps. Each other fit leaves one model out, and its ratios for this model are
+predictions. ``benchmarks/results/scale_fit.json`` has each fit's constants, and for each step the ratio of our seconds
+to the published ones. The program takes some minutes on one core.
 """
 
 from dataclasses import replace
@@ -21,20 +21,22 @@ from recipes.preflight.cost import CONF, machine_of
 from recipes.preflight.scale_model import Machine
 
 RESULT = figures.RESULTS / "scale_fit.json"
-# Of the search: the difference of logarithms that a derivative is taken over, the damping at first and at most, and the
-# share by which a step has to lower the sum for a next one.
+# Options of the search: the difference of logarithms for a derivative, the damping at first and at most, and the least
+# relative decrease of the sum with which the search continues.
 DIFFERENCE, FIRST_DAMPING, MOST_DAMPING, LEAST_GAIN = 0.02, 0.01, 10.0, 0.02
 FITTED = ("hbm_share", "mfu", "decode_ms", "all_reduce_us", "switch_s")
 
 
 def model_of(name: str) -> str:
-    """The model, with which a published step's name begins."""
+    """The model of a published step, with which the step's name begins."""
     return name.partition(",")[0]
 
 
 def ratios(values: np.ndarray, machine: Machine, scale: DictConfig, left_out: str | None = None) -> dict[str, float]:
-    """Published step → our seconds over the published ones, with these ``values`` of the constants; without the steps
-    of the model that is left out."""
+    """Published step → our seconds / the published ones, with these ``values`` of the constants.
+
+    The steps of the model ``left_out`` are not included.
+    """
     fitted: dict[str, Any] = dict(zip(FITTED, map(float, values), strict=True))
     with_values = replace(machine, **fitted)
     cases = [case for case in scale.published if model_of(case.name) != left_out]
@@ -43,10 +45,10 @@ def ratios(values: np.ndarray, machine: Machine, scale: DictConfig, left_out: st
 
 
 def fit(machine: Machine, scale: DictConfig, left_out: str | None) -> np.ndarray:
-    """The constants with the smallest sum of squared log ratios of the published steps, but for those of a model.
+    """The constants with the smallest sum of squared log ratios over the published steps, except those of ``left_out``.
 
-    They are searched as logarithms, so that all stay above 0, from those that conf/scale has, by Levenberg and
-    Marquardt's steps: a step that does not lower the sum is tried again with more damping.
+    The search starts from the constants of conf/scale and varies their logarithms, so that all stay above 0. It makes
+    Levenberg-Marquardt steps: a step that does not lower the sum is tried again with more damping.
     """
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
@@ -75,7 +77,7 @@ def fit(machine: Machine, scale: DictConfig, left_out: str | None) -> np.ndarray
 
 
 def measure(scale: DictConfig, machine: Machine) -> dict[str, Any]:
-    """Left-out model, or "none" → its fit's constants and all ratios; "conf" has those of the file's own constants."""
+    """Left-out model, or "none" → the fit's constants and all ratios. "conf" has those of the file's own constants."""
     models = dict.fromkeys(model_of(case.name) for case in scale.published)
     stated = np.array([getattr(machine, name) for name in FITTED])
     fits = {"conf": stated, "none": fit(machine, scale, None)}
@@ -90,7 +92,7 @@ def measure(scale: DictConfig, machine: Machine) -> dict[str, Any]:
 
 
 def show(fits: dict[str, Any]) -> None:
-    """Print the ratios of the stated constants and of the predictions."""
+    """Print the ratios of the file's constants and of the predictions."""
     table = Table(
         "published", "conf/scale", "fitted to all", "fitted to the other models", title="our seconds / published"
     )

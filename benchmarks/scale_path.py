@@ -1,36 +1,37 @@
-"""Measures the host's path of an RL step: from what the engines answer to the micro-batches and the records.
+"""Measures the host's part of an RL step: from the engines' responses to the micro-batches and the records.
 
 ``python -m benchmarks.scale_path`` writes ``benchmarks/results/scale_path.json`` and prints its table. Ranks are
-processes over gloo, eight on a node, and call the functions that a step of ``recipes/training/rl.py`` calls: generate,
-score, advantages, micro-batches, record. There is no model: the engines' answers are random tokens, and the passes
+processes over gloo, eight on a node. They call the functions that a step of ``recipes/training/rl.py`` calls: generate,
+score, advantages, micro-batches, record. There is no model. The engines' responses are random tokens, and the passes
 between the micro-batches and the record are left out. Eight ranks are a replica of the trainer (tensor parallel), so
 ``ranks / 8`` replicas share the responses.
 
-A measurement begins when the last response is there and judged, and ends with the step's record. Each rank says:
+A measurement begins when the last response has arrived and is judged. It ends with the step's record. Each rank
+reports:
 
-* ``seconds``: CPU time of all its threads until a pass can begin, and of the record. Processes that share the cores of
-  this machine do not count each other's. Copying to and from the sockets is in it, the network's own time is not. The
-  step takes as long as the rank with the most.
-* ``streamed``: CPU time of a pass's micro-batches after the first, which a thread builds while the device computes.
+* ``seconds``: CPU time of all its threads until a pass can begin, and of the record. It excludes other processes on the
+  same cores. It includes copying to and from the sockets, but not the network's own time. The step takes as long as the
+  rank with the most.
+* ``streamed``: CPU time of a pass's micro-batches after the first. A thread builds them while the device computes.
 * ``received``: bytes that its TCP sockets received (the kernel's count).
-* ``peak``: the most memory that it took, above what it had before the engines answered. What an engine's rank holds of
-  its engine's answers is in it, and so are the micro-batches, which on a GPU are on the device: they are read once, as
-  a pass reads them, so that few are there at a time.
-* ``share``: bytes of token id, log-prob and loss mask of the responses that it trains on. ``micro_batches``: of the
-  tensors of the largest, times as many as are there at a time.
+* ``peak``: peak memory above the memory before the engines responded. It includes the responses that an engine's rank
+  holds, and the micro-batches, which are on the device when there is a GPU. The micro-batches are read once, as a pass
+  reads them, so that few exist at a time.
+* ``share``: bytes of token ids, log-probs and loss mask of the responses that it trains on.
+* ``micro_batches``: bytes of the largest micro-batch's tensors, times the number of micro-batches that exist at a time.
 
 Case B has 4,096 samples of 16,384 tokens. It is measured with fewer tokens, at three sizes each on 8 and on 64 ranks.
-By least squares ``constant + x + tokens x (everywhere + divided / replicas)`` goes through these six, which gives the
-figures of the full case on 8, 64 and 1,024 ranks. ``x`` is in proportion to the ranks for seconds and received bytes
-(messages of all ranks), and to 1 / replicas for sizes (what a replica has of the samples). ``residuals``: by how much
-of a measured figure the sum is off at most.
+A least-squares fit of ``constant + x + tokens x (everywhere + divided / replicas)`` to these six measurements gives the
+figures of the full case on 8, 64 and 1,024 ranks. For seconds and received bytes, ``x`` is proportional to the ranks
+(messages of all ranks). For sizes it is proportional to 1 / replicas (a replica's part of the samples). ``residuals``
+has the largest relative error of the fit.
 
-The image case has 1,024 samples, 16 to a prompt with an image of 4 megapixels of its own, and short responses. The
-image processor is Qwen2.5-VL's with its published limits; the tower is a stand-in that is trained, so that pixels are
-in the micro-batches. What the prompts take before the engines get them is measured too and added; ``share`` has the
-rank's part of the pixels that it trains on. It is measured with fewer prompts, at three numbers on 8 and on 64 ranks,
-through which goes a line for each. ``alone``: what one rank takes that processes all prompts by itself, as every rank
-would without sharing, from a few of them.
+The image case has 1,024 samples with short responses. Each prompt has 16 samples and its own image of 4 megapixels. The
+image processor is Qwen2.5-VL's with its published limits. The tower is a stand-in that is trained, so that pixels are
+in the micro-batches. The figures also include processing the prompts before the engines get them. ``share`` includes
+the rank's part of the pixels that it trains on. The case is measured with fewer prompts, at three numbers on 8 and on
+64 ranks, and extrapolated by a line for each number of ranks. ``alone`` estimates, from a few prompts, the cost of one
+rank that processes all prompts by itself, as every rank would without sharing.
 """
 
 import collections
@@ -95,20 +96,20 @@ RESULT = Path("benchmarks/results/scale_path.json")
 RANKS_PER_NODE = 8
 REPLICA = 8  # ranks, tensor parallel
 SAMPLES_PER_PROMPT = 16
-PROMPT_SHARE = 32  # of a sample's tokens one in so many is its prompt's: 512 of 16,384
+PROMPT_SHARE = 32  # one in this many of a sample's tokens belongs to the prompt: 512 of 16,384
 SEED = 0
-SECONDS = 1800  # of a collective
+SECONDS = 1800  # timeout of a collective
 TOKENIZER = "conf/model/vqa_tiny/tokenizer.json"
 JUDGE_TEXT = "The response refuses, says why and offers help. " * 20  # what a judge writes on a response
 TCP_INFO_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in Linux's struct tcp_info
-FULL_TOKENS = 16384  # of a sample, in case B
+FULL_TOKENS = 16384  # per sample of case B
 FULL_RANKS = (8, 64, 1024)
-GOALS = {"seconds": 5.0, "received": 1.2, "peak": 2.0}  # at most, at 64 ranks; the latter as multiples of a share
+GOALS = {"seconds": 5.0, "received": 1.2, "peak": 2.0}  # at most, at 64 ranks. The last two are multiples of a share
 SIZES = ("seconds", "streamed", "received", "peak", "share", "micro_batches")
 IMAGE_SIDE = 2000  # pixels
 IMAGE_SAMPLES = 1024
-IMAGE_MODEL = "conf/model/vqa_tiny"  # a processor of Qwen2.5-VL's class, with limits of its own
-IMAGE_LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}  # pixels, of the published models
+IMAGE_MODEL = "conf/model/vqa_tiny"  # a processor of Qwen2.5-VL's class, with other limits
+IMAGE_LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}  # pixels, for the published models
 IMAGES_ALONE = 2
 IMAGE = "image.jpg"  # in the run's folder
 UNIT = 28  # pixels of a token's side
@@ -116,8 +117,10 @@ UNIT = 28  # pixels of a token's side
 
 @dataclass(frozen=True)
 class Case:
-    """``samples`` of ``tokens`` each, prompt included, on ``ranks``. With ``image_side``, in pixels, a prompt has a
-    square image beside these tokens."""
+    """``samples`` of ``tokens`` each, prompt included, on ``ranks``.
+
+    With ``image_side``, in pixels, a prompt also has a square image, whose tokens are not counted in ``tokens``.
+    """
 
     ranks: int
     samples: int
@@ -142,7 +145,7 @@ class Case:
 
     @property
     def prompt_tokens(self) -> int:
-        """At most: an image has a token for each 28 x 28 pixels, and the chat template's beside it."""
+        """An upper limit. An image has a token for each 28 x 28 pixels, plus the chat template's."""
         text = self.tokens - self.response_tokens
         return text + (round(self.image_side / UNIT) ** 2 + 64 if self.image_side else 0)
 
@@ -182,7 +185,7 @@ def main() -> None:
 
 
 class Engine:
-    """Answers each request with random tokens, as vLLM's client yields them: read from the bytes of a frame."""
+    """Answers each request with random tokens. They are read from the bytes of a frame, as vLLM's client does."""
 
     alive = True
 
@@ -196,7 +199,7 @@ class Engine:
             yield TokenBatch.from_bytes(self.respond(requests.select([i]), sampling, seed))
 
     def respond(self, request: TokenBatch, sampling: Sampling, seed: int) -> bytes:
-        """Up to a sixteenth shorter than allowed; the first eighth is as if it had been forced."""
+        """Responses up to a sixteenth shorter than the limit. The first eighth counts as forced tokens."""
         numbers = np.random.default_rng(seed)
         length = int(sampling.max_tokens - numbers.integers(0, sampling.max_tokens // 16 + 1))
         continuation = batches.build(
@@ -211,12 +214,12 @@ class Engine:
 
 
 class MeasuredRollout(Rollout):
-    """Begins to measure when all responses are there and judged."""
+    """Begins to measure when all responses have arrived and are judged."""
 
     meter: "Meter"
 
     def collect(self, *arguments: Any) -> TokenBatch:
-        # A node has engines and no requests where the prompts are fewer than the nodes.
+        # If there are fewer prompts than nodes, some nodes have engines without requests.
         if len(self.generation.requests):
             self.generation.running.result()
             for verdict in self.generation.verdicts.values():
@@ -226,14 +229,14 @@ class MeasuredRollout(Rollout):
 
 
 class Meter:
-    """What this rank has used since :meth:`begin`, a collective."""
+    """What this rank has used since :meth:`begin`, which is collective."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.memory_before = status_bytes("VmRSS")
 
     def begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         self.received = received_bytes()
         dist.barrier(group=self.group)
         self.wall = time.perf_counter()
@@ -256,7 +259,7 @@ def status_bytes(name: str) -> int:
 
 
 def received_bytes() -> int:
-    """What this process's TCP sockets have received so far."""
+    """Bytes that this process's TCP sockets have received so far."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # no socket, or one without a connection
@@ -294,7 +297,7 @@ def configured(case: Case, run_dir: Path) -> Config:
 
 
 def verify(row: Mapping[str, Any], response: str) -> Verdict:
-    """A score that the response's text decides, with as much text as a judge writes."""
+    """A score that depends on the response's text, with as much text as a judge writes."""
     digest = hashlib.blake2b(response.encode(), digest_size=4).digest()
     return Verdict(digest[0] / 255, "scored", JUDGE_TEXT)
 
@@ -411,7 +414,7 @@ def draw_text(case: Case, vocabulary: int, draw: int) -> list[ProcessedPrompt]:
 
 
 class MeasuredDraw:
-    """Collective: the prompts with images, as ``rl.draw_prompts`` makes them. ``used``: what it cost this rank."""
+    """Collective. Draws prompts with images as ``rl.draw_prompts`` does. ``used``: the cost for this rank."""
 
     def __init__(
         self, processor: PromptProcessor, rows: Sequence[Row], dtype: torch.dtype, group: dist.ProcessGroup
@@ -431,7 +434,7 @@ class MeasuredDraw:
 
 
 class StandInTower(torch.nn.Module):
-    """A trained vision tower with Qwen2.5-VL's layout, and without layers."""
+    """A trained vision tower with Qwen2.5-VL's layout but without layers."""
 
     layout = qwen2_5_vl.VisionTower.layout
 
@@ -449,7 +452,7 @@ def image_processor(config: Config) -> PromptProcessor:
 
 
 def draw_image(path: Path, side: int) -> None:
-    """A photograph's kind of content: smooth shapes with noise, as JPEG."""
+    """Write a JPEG with content like a photograph's: smooth shapes with noise."""
     numbers = np.random.default_rng(SEED)
     coarse = PIL.Image.fromarray(numbers.integers(0, 256, (side // 50 + 1, side // 50 + 1, 3), np.uint8))
     smooth = np.asarray(coarse.resize((side, side), PIL.Image.Resampling.BICUBIC), np.int16)
@@ -458,9 +461,9 @@ def draw_image(path: Path, side: int) -> None:
 
 
 def alone(side: int, count: int, prompts: int) -> dict[str, float]:
-    """``seconds`` and ``bytes`` of pixels of a rank that processes all ``prompts`` by itself, from ``count`` of them.
+    """Estimates ``seconds`` and ``bytes`` of pixels of a rank that processes all ``prompts`` by itself.
 
-    Measured in a process of its own.
+    It measures ``count`` of them, in a separate process.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
@@ -487,7 +490,7 @@ def write_alone(folder: Path, side: int, count: int) -> None:
 
 
 def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
-    """Collective: what this rank used for one step."""
+    """Collective. Runs one step and returns what this rank used."""
     assert isinstance(loop.rollout, MeasuredRollout)
     meter = loop.rollout.meter = Meter(group)
     batch, all_rounds = rl.generate(loop, 0, False)
@@ -497,7 +500,7 @@ def step(loop: rl.Loop, group: dist.ProcessGroup) -> dict[str, Any]:
     streamed = 0.0
     for of_update in micro_batches_of_updates:
         of_pass = iter(of_update)
-        next(of_pass)  # the pass waits for it
+        next(of_pass)  # the pass waits for the first one
         after_first = time.process_time()
         collections.deque(of_pass, maxlen=0)  # as a pass reads them, each for a moment
         streamed += time.process_time() - after_first
@@ -541,7 +544,7 @@ def tensors_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
 
 
 def digest(micro_batches: Sequence[MicroBatch]) -> str:
-    """Of all bits that the passes get."""
+    """A digest of all bits that the passes get."""
     hashed = hashlib.sha256()
     for micro_batch in micro_batches:
         hashed.update(json.dumps([micro_batch.indices, micro_batch.lengths.tolist()]).encode())
@@ -551,7 +554,7 @@ def digest(micro_batches: Sequence[MicroBatch]) -> str:
 
 
 def rank_main(case: Case, config: Config, rank: int, folder: Path) -> None:
-    """One rank, in a process of its own: its figures go into a file."""
+    """Run one rank in its own process and write its figures to a file."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -569,7 +572,7 @@ def rank_main(case: Case, config: Config, rank: int, folder: Path) -> None:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Fork the ranks and put their figures together. Raises RuntimeError where a rank fails."""
+    """Fork the ranks and combine their figures. Raises RuntimeError if a rank fails."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -589,7 +592,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def summary(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The most of any rank, and the ratios of the goals, each of the rank where it is worst."""
+    """Each figure's maximum over the ranks, and the goals' ratios, each from the rank where it is worst."""
     return {
         **{name: max(rank[name] for rank in ranks) for name in ("wall", *SIZES)},
         "received_to_share": max(rank["received"] / rank["share"] for rank in ranks),
@@ -599,13 +602,13 @@ def summary(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def digest_of_lines(folder: Path) -> str:
-    """Of the records of the step's samples, in any order."""
+    """A digest of the records of the step's samples, independent of their order."""
     lines = sorted(line for path in folder.rglob("step_*.jsonl") for line in path.read_bytes().splitlines())
     return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
 
 
 def extrapolated(measured: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The figures of case B for each of ``FULL_RANKS``, and the residual of each: see the module's text."""
+    """The figures of case B for each of ``FULL_RANKS``, and each figure's residual (see the module's docstring)."""
     samples = measured[0]["samples"]
     full = [Case(ranks, samples, FULL_TOKENS) for ranks in FULL_RANKS]
     cases = [Case(row["ranks"], samples, row["tokens"]) for row in measured]
@@ -621,8 +624,10 @@ def extrapolated(measured: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
 def extrapolated_images(
     measured: Sequence[Mapping[str, Any]], samples: int
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """The figures of ``samples`` for each number of ranks, by a line through those of fewer samples; and the residuals
-    by number of ranks."""
+    """The figures of ``samples`` for each number of ranks, and the residuals by number of ranks.
+
+    The figures are extrapolated by a line through those of fewer samples.
+    """
     rows = []
     residuals: dict[str, dict[str, float]] = {}
     for ranks in sorted({row["ranks"] for row in measured}):
@@ -638,7 +643,7 @@ def extrapolated_images(
 
 
 def fitted(points: Sequence[Sequence[float]], figures_at: Sequence[float]) -> tuple[np.ndarray, float]:
-    """Weights of the points' terms by least squares, and by how much of a figure their sum is off at most."""
+    """Least-squares weights of the points' terms, and the largest relative error of their sum."""
     of_points = np.asarray(points, np.float64)
     scale = np.abs(of_points).max(axis=0)
     weights = np.linalg.lstsq(of_points / scale, np.asarray(figures_at, np.float64))[0] / scale
@@ -647,13 +652,13 @@ def fitted(points: Sequence[Sequence[float]], figures_at: Sequence[float]) -> tu
 
 
 def terms(name: str, case: Case) -> list[float]:
-    """What a figure is a weighted sum of."""
+    """The terms whose weighted sum is a figure."""
     changing = case.ranks if name in ("seconds", "streamed", "received") else 1 / case.replicas
     return [1.0, changing, case.tokens, case.tokens / case.replicas]
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """Measured and extrapolated figures, sizes in MB (10^6 bytes)."""
+    """Measured and extrapolated figures, with sizes in MB (10^6 bytes)."""
     shown = Table(
         "ranks", "samples", "tokens", "seconds", "streamed", "received", "share", "peak", "share + micro-batches"
     )

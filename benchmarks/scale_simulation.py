@@ -48,11 +48,11 @@ def sync_seconds(raw: DictConfig, job: Job, model: ModelShape, machine: Machine)
             "colocated": scale_model.sync_seconds(job, model, machine, disaggregated=False),
             "disaggregated": scale_model.sync_seconds(job, model, machine, disaggregated=True),
         }
-    # Imports PyTorch and Megatron-Core, which only this choice needs.
+    # This import loads PyTorch and Megatron-Core, which only this choice needs.
     from recipes.preflight.weight_sync import simulate as simulate_sync
 
     seconds = {}
-    # As many nodes of their own as the engines would fill among the trainer's, and as many engines.
+    # The engines get as many separate nodes as they would fill among the trainer's. Their number stays the same.
     for placement, engine_nodes in (("colocated", 0), ("disaggregated", raw.cluster.nodes)):
         places = {"cluster": {"engine_nodes": engine_nodes}, "rollout": {"engines": raw.rollout.engines}}
         config = OmegaConf.merge(raw, places)
@@ -143,7 +143,7 @@ def compare_with_published(case: DictConfig, machine: Machine, scale: DictConfig
     job = Job(**settings["job"])
     model = scale_model.model_shape(settings["architecture"])
     schedule = settings["schedule"]
-    # These runs have rules as rewards, whose time is negligible.
+    # These runs have rule rewards, whose time is negligible.
     machine = replace(machine, judge_samples_s=math.inf, judge_latency_s=0)
     seeds = range(scale.seed, scale.seed + scale.draws)
     batches = [scale_model.draw_batch(job, job.prompts, settings, seed) for seed in seeds]
@@ -164,7 +164,7 @@ def show(answer: Mapping[str, Any]) -> None:
     """Print one table for each distribution of lengths, and one of the published steps."""
     console = Console(width=max(Console().width, 190))
     every_steps = answer["every_steps"]
-    distributions = dict.fromkeys(row["lengths"] for row in answer["rows"])  # without repetition, in order
+    distributions = dict.fromkeys(row["lengths"] for row in answer["rows"])  # unique, in order
     for lengths in distributions:
         table = Table(
             "GPUs",

@@ -1,4 +1,4 @@
-"""Runs of a recipe with several seeds, of which complete ones of the same code and data can be kept."""
+"""Runs a recipe with several seeds. Complete runs of the same code and data can be kept."""
 
 import json
 import shutil
@@ -15,10 +15,10 @@ PROVENANCE = "provenance.json"  # written last into a run's folder: overrides, s
 
 
 def run(run_dir: Path, recipe: str, seed: int, *, more: Sequence[str] = (), reuse: bool = False) -> None:
-    """Train ``recipe`` with ``seed`` in an empty ``run_dir``; with ``reuse`` its complete run is kept.
+    """Train ``recipe`` with ``seed`` in an empty ``run_dir``. With ``reuse`` a complete run there is kept.
 
-    ``more``: Hydra overrides. A run is complete if it ended with the code, the data and the overrides that it
-    would have now. Raises CalledProcessError when the run fails, and RuntimeError when a source file changed meanwhile.
+    ``more``: Hydra overrides. A run is complete if it ended with the code, the data and the overrides that a new run
+    would have. Raises CalledProcessError if the run fails, and RuntimeError if a source file changed meanwhile.
     """
     source_before = figures.source("recipes.train", Path("."))
     overrides = [f"recipe={recipe}", f"seed={seed}", f"run_dir={run_dir}", *more]

@@ -4,11 +4,11 @@
 sides of a ratio run the functions of an RL step on the same responses, in turns, on two tensor-parallel ranks as in the
 demo:
 
-* ``demo``: SmolLM2-135M with the demo's frozen embeddings, and as many prompts of its training data and responses to
-  each as a step of the demo has. The lengths of the responses are drawn evenly from 2 to 26 tokens, about the demo's.
+* ``demo``: SmolLM2-135M with the demo's frozen embeddings. It has as many prompts of the demo's training data, and
+  responses to each, as a step of the demo. Response lengths are uniform from 2 to 26 tokens, about the demo's.
 * ``demo, eight responses``: the same with half of the prompts and twice the responses to each.
-* ``vision``: a twin of Qwen2.5-VL with random weights, twelve prompts of an image of 224 x 224 pixels (64 tokens) and a
-  question of 20 tokens, with eight responses of 2 to 26 tokens each.
+* ``vision``: a twin of Qwen2.5-VL with random weights. There are twelve prompts, each with an image of 224 x 224 pixels
+  (64 tokens), a question of 20 tokens and eight responses of 2 to 26 tokens.
 """
 
 import os
@@ -30,7 +30,7 @@ from recipes.run import records
 
 RESULT = Path("benchmarks/results/shared_prompts.json")
 RANKS = 2
-REPETITIONS = 3  # that count, after one that warms both sides up
+REPETITIONS = 3  # measured, after one warm-up of both sides
 VISION_PROMPTS = 12
 VISION_SAMPLES = 8
 RESPONSE_TOKENS = (2, 26)
@@ -149,7 +149,7 @@ def vision_case() -> tuple[Any, Any]:
 
 
 def batch_of(prompts: list[Any], samples: int, images: list[Any] | None, vocabulary: int) -> Any:
-    """A batch of so many random responses to each prompt, with weights as of a loss's mean over tokens."""
+    """A batch with ``samples`` random responses to each prompt. The weights are those of a token-mean loss."""
     from megatron_ext import batch as batches
 
     random = np.random.default_rng(SEED)
@@ -165,7 +165,7 @@ def batch_of(prompts: list[Any], samples: int, images: list[Any] | None, vocabul
 
 
 def measure(hf_config: Any, batch: Any, groups: Any, config: Any, frozen: list[str]) -> dict[str, Any]:
-    """Collective: seconds of log-probs and of training, with and without shared prompts, and how far apart they are."""
+    """Collective. Times log-probs and training with and without shared prompts. Also returns both losses."""
     import torch
     import torch.distributed as dist
 

@@ -1,11 +1,13 @@
-"""What it costs to ask a value server after every segment of a response: ``python -m benchmarks.value_serving``.
+"""Measures the cost of asking a value server after every segment of a response: ``python -m benchmarks.value_serving``.
 
 It writes ``benchmarks/results/value_serving.json`` and prints its table. The servers are stock `vllm serve --runner
-pooling` of the demo's base model with a random head of three values (the cost does not depend on the weights), started
-as `rewards.serve` starts one: ``classify`` with vLLM's prefix cache, which is on by default, ``classify`` without it,
-and ``token_classify``. One client asks one server after the other, by token ids, for the values of the prompt and of
-each beginning of ``RESPONSES`` random responses that ends with a segment, one request after another. A segment
-``alone`` is a request that has its tokens and nothing before them: what it would cost if all before it were free.
+pooling` with the demo's base model and a random head of three values. The cost does not depend on the weights. They are
+started as `rewards.serve` starts a server: ``classify`` with vLLM's prefix cache, which is on by default, ``classify``
+without it, and ``token_classify``.
+
+One client measures one server after the other and sends token ids, one request after another. It asks for the values of
+the prompt and of each prefix of ``RESPONSES`` random responses that ends with a segment. A segment ``alone`` is a
+request with only the segment's tokens. Its seconds are the cost of the segment if all tokens before it were free.
 """
 
 import json
@@ -36,11 +38,11 @@ from rewards.settings import Server
 RESULT = Path("benchmarks/results/value_serving.json")
 MODEL = Path("build/benchmarks/value_model")
 LOGS = Path("build/benchmarks")
-PORT = 8370  # of the first server
+PORT = 8370  # port of the first server
 RESPONSES, SEGMENTS = 2, 24
 PROMPT_TOKENS = 64
-SEGMENT_TOKENS = (8, 40)  # least and most; drawn uniformly
-BLOCK_TOKENS = 32  # of the prefix cache: the least on a CPU; vLLM's default is 16 on a GPU and 128 on a CPU
+SEGMENT_TOKENS = (8, 40)  # least and most, drawn uniformly
+BLOCK_TOKENS = 32  # block size of the prefix cache, the least on a CPU. vLLM's default is 16 on a GPU and 128 on a CPU
 SERVERS: dict[str, Sequence[str]] = {
     "classify": [],
     "classify, no prefix cache": ["--no-enable-prefix-caching"],
@@ -86,8 +88,7 @@ def main() -> None:
 
 
 def make_model(demo: Config) -> int:
-    """The base model with a random head of the demo's principles in ``MODEL``; returns the number of tokens it
-    knows."""
+    """Write the base model with a random head for the demo's principles to ``MODEL``. Returns the vocabulary's size."""
     prepare(demo.model)
     principles = list(demo.stage.value_model.principles)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -102,7 +103,7 @@ def make_model(demo: Config) -> int:
 
 
 def random_responses(vocabulary: int) -> list[list[list[int]]]:
-    """For each response the prefixes that are asked for: the prompt, and the prompt with 1, 2, … segments."""
+    """For each response, the prefixes whose values are requested: the prompt, and the prompt with 1, 2, … segments."""
     chance = random.Random(0)
     responses = []
     for _ in range(RESPONSES):
@@ -139,7 +140,7 @@ def measure_servers(demo: Config, responses: Sequence[Sequence[list[int]]]) -> d
 
 
 def measure(server: Server, responses: Sequence[Sequence[list[int]]]) -> dict[str, Any]:
-    """The figures of ``MEASURED``, the tokens that were asked for and found in the prefix cache, and all seconds."""
+    """The figures of ``MEASURED``, the requests' tokens, those found in the prefix cache, and all seconds."""
     (address,) = server.addresses
     path = "/classify" if server.name.startswith("classify") else "/pooling"
     segments = segments_of(responses)
@@ -158,7 +159,7 @@ def measure(server: Server, responses: Sequence[Sequence[list[int]]]) -> dict[st
 
 
 def summarise(asked: int, hits: int, alone: Sequence[float], seconds: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The case of a server: ``asked`` tokens in the requests, of which its cache had ``hits``."""
+    """The results of a server. The requests had ``asked`` tokens, of which its prefix cache had ``hits``."""
     requests = sum(map(len, seconds))
     return {
         "tokens_asked": asked,
@@ -185,7 +186,7 @@ def seconds_of(address: str, path: str, tokens: Sequence[int]) -> float:
 
 def cache_hits(address: str) -> int:
     """Tokens that were found in the server's prefix cache so far."""
-    time.sleep(1)  # the last request's are written after its reply
+    time.sleep(1)  # the last request's hits are written after its reply
     with urllib.request.urlopen(f"{address}/metrics", timeout=60) as reply:
         lines = reply.read().decode().splitlines()
     return int(sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total")))

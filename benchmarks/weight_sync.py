@@ -1,10 +1,10 @@
 """Compares the weight sync on the CPU with two peers, Megatron-Bridge and mbridge, and with a memcpy.
 
 A peer's sync is its export followed by vLLM's load. ``python -m benchmarks.weight_sync`` writes
-``benchmarks/results/weight_sync.json`` and prints its tables. The first run creates an environment for each peer with
-uv in ``build/benchmarks``, and the models. For each model, first each peer exports from its own trainer ranks. Then our
-trainer ranks and one vLLM run. One repetition has a load of the peer's tensors, a call that does nothing, a memcpy of
-the same bytes, a sync without packing, a complete sync, and a sync with verification.
+``benchmarks/results/weight_sync.json`` and prints its tables. The first run uses uv to create an environment for each
+peer in ``build/benchmarks``. It also creates the models. For each model, first each peer exports from its own trainer
+ranks. Then our trainer ranks and one vLLM run. One repetition has a load of the peer's tensors, a call that does
+nothing, a memcpy of the same bytes, a sync without packing, a complete sync, and a sync with verification.
 """
 
 import json
@@ -76,7 +76,7 @@ class Case:
 
 def cases(demo_folder: str) -> list[Case]:
     layers = {n: str(FOLDER / f"models/qwen2_{n}_layers") for n in (5, 10, 20)}
-    # SmolLM2 has 9 heads in 3 groups: the peers cannot shard it over 2 ranks, so all shard it over 3.
+    # SmolLM2 has 9 heads in 3 groups. The peers cannot shard it over 2 ranks, so all shard it over 3.
     return [
         Case("smollm2_135m", demo_folder, 3, (3, 1), 24, peers=True),
         Case("qwen2_20_layers", layers[20], 2, (2, 1), 8, peers=True),
@@ -130,7 +130,7 @@ def environment(peer: str, folder: Path) -> Path:
     log(f"creating the environment of {peer} in {folder} (minutes the first time)")
     uv = str(Path(sys.executable).with_name("uv"))
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-    # --no-deps, because both depend on packages that need a CUDA compiler; the list of packages is complete.
+    # --no-deps, because both depend on packages that need a CUDA compiler. The list of packages is complete.
     # --no-config, because the project's own uv settings take torch's version from its pins.
     command = [uv, "pip", "install", "--quiet", "--no-config", "--python", str(python), "--no-deps", "-r", str(pins)]
     subprocess.run(command, check=True)

@@ -1,10 +1,12 @@
-"""The two yardsticks of ``benchmarks.loop``, each in a process of its own: plain transformers and bare vLLM.
+"""The two yardsticks of ``benchmarks.loop``, each in its own process: plain transformers and bare vLLM.
 
-They use neither the trainer nor the rollout engine, with two exceptions: the algorithm's loss function, so that both
-sides minimise the same loss, and the engine's environment variables, so that both vLLMs run under the same conditions.
-How idle threads wait is left to PyTorch: the engine shares its cores with the ranks, a yardstick runs while all wait.
-For each repetition a yardstick reads one JSON line from standard input and writes one as its answer. It blocks in the
-read between repetitions and uses no CPU time there.
+They use neither the trainer nor the rollout engine, with two exceptions. The algorithm's loss function is shared, so
+that both sides minimise the same loss. The engine's environment variables are shared, so that both vLLMs run under the
+same conditions. Only the waiting of idle threads is left to PyTorch's default, because the engine shares its cores with
+the ranks, while a yardstick runs when all of them wait.
+
+For each repetition a yardstick reads one JSON line from standard input and writes one as its answer. Between
+repetitions it blocks in the read and uses no CPU time.
 """
 
 import json
@@ -26,8 +28,9 @@ TRAINING = (
     "Plain transformers: AutoModelForCausalLM.from_pretrained, SDPA attention, weights, activations and gradients in "
     "the run's precision; torch.optim.AdamW(fused=True) on FP32 master weights, clip_grad_norm_, update copied back. "
     "Samples in the order of the batch, prompts padded left and responses right, in micro-batches of at most "
-    "parallel.micro_batch_tokens padded tokens; logits of the response part only (logits_to_keep). One process, "
-    "every core. Timed: forward, loss, backward, clipping, update; not timed: padding. Ours is the full train phase."
+    "parallel.micro_batch_tokens padded tokens; logits of the response part only (logits_to_keep). What the run "
+    "freezes is frozen. One process, every core. Timed: forward, loss, backward, clipping, update; not timed: padding. "
+    "Ours is the full train phase."
 )
 GENERATION = (
     "Bare vLLM: LLM.generate in one process; same prompts, seeds, sampling, log-probs, dtype, threads and limits, "
@@ -89,6 +92,7 @@ def training(config: Config, engine: EngineSettings, folder: Path, log: Path) ->
         "micro_batch_tokens": config.parallel.micro_batch_tokens,
         "optimizer": asdict(config.optimizer),
         "algorithm": asdict(config.algorithm),
+        "frozen": config.model.frozen,
     }
     env = {**yardstick_environment(engine), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     return Yardstick("training", settings, env, log)
@@ -137,7 +141,11 @@ def train(settings: dict[str, Any]) -> Any:
     loss_of: Any = objective.loss(options, None)  # type: ignore[arg-type]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["precision"]]
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).train()
-    weights = list(model.parameters())
+    if settings["frozen"] not in ([], ["embedding"]):
+        raise ValueError(f"model.frozen={settings['frozen']}: plain transformers freezes nothing or ['embedding']")
+    if settings["frozen"]:
+        model.get_input_embeddings().requires_grad_(False)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     has_master_weights = dtype is not torch.float32
     masters = weights
     if has_master_weights:
@@ -187,14 +195,14 @@ def train(settings: dict[str, Any]) -> Any:
                 logits = logits / settings["temperature"]
             log_probs = -F.cross_entropy(logits, tokens[:, -width:][response_mask], reduction="none")
             response_lengths = response_mask.sum(dim=1)
-            # What the loss reads of a micro-batch.
+            # The part of a micro-batch that the loss reads.
             micro_batch = SimpleNamespace(
                 values=values,
                 lengths=response_lengths,
                 response_lengths=response_lengths,
                 owners=torch.arange(len(response_lengths)).repeat_interleave(response_lengths),
             )
-            # Entropies are a metric of ours alone.
+            # Only our side computes entropies, as a metric.
             outputs = torch.stack([log_probs, torch.zeros_like(log_probs)])
             loss, _ = loss_of(outputs, micro_batch)
             loss.backward()

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Submits the stages of the ladder, a job each, which starts when the job before it has succeeded:
+# Submits one job for each stage of the ladder. A job starts when the job before it has succeeded:
 #
 #   slurm/ladder.sh slurm/safework_72b.sh [overrides…]
 #
-# It prints the numbers of the jobs. When a stage fails, Slurm cancels the jobs after it; then, or at the end, a small job
-# writes the report of all stages. STAGES="rl_safety rl_search" names other stages than conf/stage/ladder.yaml. Options of
-# sbatch go into its own variables (SBATCH_PARTITION, …: slurm/sites/template.sh).
+# It prints the job ids. When a stage fails, Slurm cancels the jobs after it. After a failure, or after the last stage,
+# a small job writes the report of all stages. STAGES="rl_safety rl_search" replaces the stages of
+# conf/stage/ladder.yaml. Set sbatch's options through its own variables (SBATCH_PARTITION, …: slurm/sites/template.sh).
 #
-# A stage that continues from another one starts from what that one leaves in runs/RECIPE; model.path holds for the others.
+# A stage that continues an earlier one starts from that stage's model in runs/RECIPE. model.path is for the others.
 script=$(realpath "${1:?which script, such as slurm/safework_72b.sh}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/library.sh
-# What the script itself gives to the run comes before what is given here.
+# The script's own arguments to the run come before those given here.
 of_script=$(sed -n 's/^run_job \(.*\) "\$@"$/\1/p' "$script")
 read -ra of_script <<< "$of_script"
 read_arguments "${of_script[@]}" "${@:2}"
 size=()
 if [[ -n $nodes ]]; then
   size=(--nodes=$((nodes + engine_nodes)))
-  # --nodes is of the trainer's component alone
+  # --nodes applies to the trainer's component only
   if grep -q '^#SBATCH hetjob' "$script"; then size+=(:); fi
 fi
 recipe=''
@@ -27,7 +27,7 @@ for argument in "${hydra[@]}"; do
   [[ $argument != run_dir=* ]] || stop "$argument: a ladder's stages have the folders runs/RECIPE/STAGE; leave run_dir out"
 done
 dependency=()
-policy='' # the last stage before that trains a policy
+policy='' # the latest earlier stage that trains a policy
 stages=${STAGES:-$(sed -n 's/^stage: .*ladder: \[\(.*\)\].*/\1/p' conf/stage/ladder.yaml | tr -d ,)}
 for stage in $stages; do
   after=$(sed -n 's/^stage: .*after: \([a-z_]*\).*/\1/p' "conf/stage/$stage.yaml")
@@ -35,7 +35,7 @@ for stage in $stages; do
   arguments=()
   for argument in "${@:2}"; do
     case $argument in
-      resume=true) [[ ! -e runs/$recipe/$stage/run.json ]] || arguments+=("$argument") ;; # else there is nothing to go on from
+      resume=true) [[ ! -e runs/$recipe/$stage/run.json ]] || arguments+=("$argument") ;; # else there is nothing to resume
       model.path=*) [[ -n $after ]] || arguments+=("$argument") ;;
       *) arguments+=("$argument") ;;
     esac

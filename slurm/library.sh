@@ -1,26 +1,26 @@
 # shellcheck shell=bash
-# What the job scripts share. A script has its #SBATCH lines, goes to the repository's root, sources this file and calls
-# `run_job recipe=NAME "$@"`, which checks the nodes, runs the preflight, reward servers where the recipe needs them, and
-# one task per rank. Everything after the script's name goes to Hydra:
+# Functions that the job scripts share. A script has its #SBATCH lines, changes to the repository's root, sources this
+# file and calls `run_job recipe=NAME "$@"`. run_job checks the nodes, runs the preflight, starts reward servers if the
+# recipe needs them, and starts one task per rank. Everything after the script's name goes to Hydra:
 #
 #   sbatch slurm/safework_72b.sh algorithm=cpgd stage=rl_safety
 #   sbatch slurm/safework_72b.sh cluster.nodes=16      # or, without a second wait in the queue:
-#   sbatch --nodes=16 : slurm/safework_72b.sh          # before the colon: of the trainer's component alone
+#   sbatch --nodes=16 : slurm/safework_72b.sh          # options before the colon: only for the trainer's component
 #
-# The job's exit code is that of the first part that failed. A failed job is requeued where that may help, and resumes
-# (on_exit).
+# The job's exit code is that of the first part that failed. A failed job is requeued where that may help, and then
+# resumes (on_exit).
 #
-# A heterogeneous job has the ranks in component 0 and the servers in component 1; in a job of one component the servers
-# share its nodes. A site's variables are in slurm/sites/template.sh. docs/slurm.md starts from zero.
+# A heterogeneous job has the ranks in component 0 and the servers in component 1. In a job with one component, the
+# servers share its nodes. slurm/sites/template.sh has a site's variables. docs/slurm.md is the introduction.
 set -euo pipefail
-NODE_CHECK_SECONDS=600 # longest check of the nodes
+NODE_CHECK_SECONDS=600 # time limit of a node check
 
 stop() {
   echo "error: $*" >&2
   exit 1
 }
 
-# Module systems read variables that are not set.
+# set +u, because module systems read unset variables.
 read_site() {
   if [[ -n ${SITE_FILE:-} ]]; then
     set +u
@@ -30,19 +30,24 @@ read_site() {
   else
     echo "no site file: this cluster's network, disks and container are not set (source slurm/sites/SITE.sh before sbatch)" >&2
   fi
-  # pip brings CUDA's libraries. Transformer Engine would load another cuDNN from there first, and vLLM compile with its nvcc.
+  # pip installs CUDA's libraries. With these variables, Transformer Engine would prefer another cuDNN, and vLLM would
+  # compile with that CUDA's nvcc.
   unset CUDA_HOME CUDA_PATH
 }
 
-# Sorts the command line into hydra (for every program), checks (the preflight's own), node_checks (those of the node check),
-# nodes (cluster.nodes) and engine_nodes (cluster.engine_nodes, for every program too).
+# Sorts the command line into
+#   hydra         arguments of every program
+#   checks        the preflight's own overrides
+#   node_checks   the node check's own overrides
+#   nodes         cluster.nodes
+#   engine_nodes  cluster.engine_nodes, which every program gets too
 read_arguments() {
   hydra=() checks=() nodes='' engine_nodes=0
   local argument flags=()
   read -ra node_checks <<< "${NODE_CHECK:-}"
   for argument in "$@"; do
     case $argument in
-      --*) flags+=("$argument") ;; # Hydra wants overrides in one row
+      --*) flags+=("$argument") ;; # Hydra needs all overrides in one row
       preflight=* | preflight.*) checks+=("$argument") ;;
       node_check=* | node_check.*) node_checks+=("$argument") ;;
       cluster.nodes=*) nodes=${argument#*=} ;;
@@ -53,7 +58,7 @@ read_arguments() {
   hydra=(${flags[@]+"${flags[@]}"} "${hydra[@]}")
 }
 
-# Sets from Slurm's variables: hosts, tasks and GPUs of the trainer, and where servers go.
+# Sets the trainer's hosts, tasks and GPUs and the servers' hosts from Slurm's variables.
 read_job() {
   per_node=${SLURM_NTASKS_PER_NODE_HET_GROUP_0:-${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node (ranks per node) to sbatch}}
   tasks=$((per_node * SLURM_JOB_NUM_NODES))
@@ -80,8 +85,8 @@ read_job() {
   export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 }
 
-# A requeued job resumes what its earlier start prepared; it does not resume what an older job left in the run's folder.
-# The modification time of the file $prepared is that of the last start of the ranks.
+# A requeued job resumes the run that its earlier start prepared. It does not resume what an older job left in the run's
+# folder. The modification time of the file $prepared is the time when the ranks were last started.
 read_restarts() {
   resumes=false
   restarts=${SLURM_RESTART_COUNT:-0}
@@ -92,13 +97,14 @@ read_restarts() {
     rm -f "$prepared"
   elif [[ -e $prepared ]]; then
     resumes=true
-    hydra+=(resume=true overwrite=false) # the first start has moved aside what overwrite=true asks for
+    hydra+=(resume=true overwrite=false) # overwrite=true was for the first start, which has moved the old run aside
     echo "restart $restarts of at most $max_restarts: resumes"
   fi
 }
 
-# Slurm allocates the nodes before Hydra reads cluster.nodes. A job with another number of nodes submits itself again, with
-# the tasks, CPUs, GPUs and partition of its trainer, and is cancelled, so that jobs that depend on it do not start.
+# Slurm allocates the nodes before Hydra reads cluster.nodes. A job with another number of nodes submits itself again,
+# with the tasks, CPUs, GPUs and partition of its trainer. Then it is cancelled, so that jobs that depend on it do not
+# start.
 resubmit() {
   local script name job=$SLURM_JOB_ID colon=${SLURM_HET_SIZE:+:}
   local gpus=${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_PER_NODE:-}}
@@ -115,8 +121,8 @@ resubmit() {
   wait_to_be_ended
 }
 
-# Slurm ends this job in a moment. The shell becomes the sleep: a child that is forked while Slurm collects the job's
-# processes can be missed, and would outlive the job.
+# Slurm ends this job in a moment. The shell replaces itself by sleep instead of forking it. Slurm could miss a child
+# that is forked while it collects the job's processes, and the child would outlive the job.
 wait_to_be_ended() {
   trap '' USR1
   exec sleep 60
@@ -140,7 +146,7 @@ read_container() {
   esac
 }
 
-# One process on each of $1 nodes, which all run even where one fails; the other arguments up to -- are srun's.
+# Runs one process on each of $1 nodes, all of them even if one fails. The other arguments up to -- are srun's.
 on_each_node() {
   local nodes=$1 options=()
   shift
@@ -152,7 +158,7 @@ on_each_node() {
     --cpus-per-task=1 --cpu-bind=none --kill-on-bad-exit=0 "${in_container[@]}" "${python[@]}" "${@:2}"
 }
 
-# Whether each node is fit: first each for itself, then the links between the GPUs of the ranks.
+# Whether the nodes are fit. First each node is checked by itself, then the links between the ranks' GPUs.
 nodes_are_fit() {
   local check=(-m recipes.node_check "${hydra[@]}" "${node_checks[@]}")
   on_each_node "$SLURM_JOB_NUM_NODES" "${trainer[@]}" -- "${check[@]}" || return
@@ -166,7 +172,7 @@ nodes_are_fit() {
     -m recipes.node_check.links "${hydra[@]}" "${node_checks[@]}"
 }
 
-# Sets bad_nodes, by which on_exit decides, and fails where a node is not fit.
+# Sets bad_nodes, which on_exit reads, and fails if a node is not fit.
 check_nodes() {
   local status=0 verdicts=slurm-$SLURM_JOB_ID.nodes
   nodes_are_fit | tee "$verdicts" || status=$?
@@ -175,14 +181,14 @@ check_nodes() {
   return "$status"
 }
 
-# Keeps the job, which has been requeued, off the bad nodes, and off those that it avoids already.
+# Adds the bad nodes to the nodes that the requeued job excludes.
 exclude_bad_nodes() {
   local avoided
   avoided=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/ExcNodeList=(null)/!s/.* ExcNodeList=\([^ ]*\).*/\1,/p' | sed -n 1p)
   scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$avoided$bad_nodes"
 }
 
-# One process on the trainer's first node.
+# Runs one process on the trainer's first node.
 run_once() {
   srun "${trainer[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" --cpu-bind=none \
     "${in_container[@]}" "${python[@]}" "$@"
@@ -205,7 +211,7 @@ start_servers() {
       "submit slurm/train.sh with --nodes, --ntasks-per-node and --gpus-per-node of the first one"
     return 0
   fi
-  REWARDS_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # in the environment: command lines can be read by others
+  REWARDS_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # in the environment: others can read command lines
   export REWARDS_TOKEN
   while read -r host words; do
     read -ra words <<< "$words"
@@ -228,18 +234,18 @@ start_servers() {
   hydra+=("${words[@]}")
 }
 
-# Shuts the servers down cleanly: SIGTERM goes to their steps, since a signal to srun would kill them.
+# Shuts the servers down cleanly. SIGTERM goes to their steps, because a signal to srun would kill them.
 stop_servers() {
   local steps
   ((${#servers[@]})) || return 0
   steps=$(squeue --noheader --steps --jobs="$server_job" --format='%i %j' | sed -n 's/ rewards$//p')
   # shellcheck disable=SC2086  # one word a step
-  [[ -z $steps ]] || scancel --signal=TERM $steps || true # scancel fails for a step that ends at this moment
+  [[ -z $steps ]] || scancel --signal=TERM $steps || true # scancel fails if the step is just ending
   wait "${servers[@]}" || true
 }
 
-# Slurm sends SIGUSR1 when the job has to end soon. It is passed on to the ranks, which finish their step and save a
-# checkpoint; a timer bounds how long they may take.
+# Slurm sends SIGUSR1 when the job has to end soon. The signal is passed on to the ranks, which finish their step and
+# save a checkpoint. A timer limits how long they may take.
 on_sigusr1() {
   if [[ -z ${training:-} ]]; then
     echo "SIGUSR1 before training began is ignored: --time must be longer than the seconds of --signal"
@@ -253,7 +259,7 @@ on_sigusr1() {
   kill -USR1 "$training" 2> /dev/null || true # srun passes it on
 }
 
-# Sleeps for nine tenths of the time that the job has left.
+# Sleeps for nine tenths of the job's remaining time.
 grace_timer() {
   local end
   end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | sed -n 1p) || true
@@ -261,16 +267,17 @@ grace_timer() {
   exec sleep $(((end - $(date +%s)) * 9 / 10))
 }
 
-# Starts the ranks and waits for them, the servers and the timer. Tasks are not bound to cores: the engines are children of
-# the ranks and use all cores of the node. The ranks fill one node after another, whatever the site's default: those of the
-# engines' nodes are the last. One dead rank ends the step.
+# Starts the ranks and watches them, the servers and the timer.
+# - Tasks are not bound to cores, because the engines are children of the ranks and use all cores of the node.
+# - The ranks fill one node after another, whatever the site's default. The last ranks are on the engines' nodes.
+# - If a rank dies, the step ends.
 train() {
   local status pid
   srun "${trainer[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --cpus-per-task="$cpus" --cpu-bind=none \
     --distribution=block --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" "${in_container[@]}" "${python[@]}" -m recipes.train "${hydra[@]}" &
   training=$!
   while true; do
-    wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # a signal interrupts it too
+    wait -n "$training" "${servers[@]}" ${timer:+"$timer"} || true # a signal also interrupts it
     if ! kill -0 "$training" 2> /dev/null; then
       status=0
       wait "$training" || status=$?
@@ -290,7 +297,7 @@ train() {
   done
 }
 
-# Whether a task starts on each of $1 nodes; the other arguments are srun's.
+# Whether a task starts on each of $1 nodes. The other arguments are srun's.
 tasks_start() {
   timeout 120 srun "${@:2}" --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpus-per-task=1 true
 }
@@ -300,20 +307,20 @@ nodes_respond() {
   [[ -z ${SLURM_HET_SIZE:-} ]] || tasks_start "$(wc -w <<< "$server_hosts")" "${rewards[@]}"
 }
 
-# Whether Slurm wants the nodes for another job; its grace may begin with a SIGTERM to the ranks.
+# Whether Slurm preempts this job. Its grace time may begin with a SIGTERM to the ranks.
 preempted() {
   scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
 }
 
-# Whether Slurm requeues the preempted job by itself when it ends. Another `scontrol requeue` would start it once more, after
-# it has finished.
+# Whether Slurm itself requeues the preempted job when it ends. An additional `scontrol requeue` would start the job
+# once more after it has finished.
 slurm_requeues() {
   preempted && scontrol show partition --oneliner "$SLURM_JOB_PARTITION" | grep -q ' PreemptMode=[^ ]*REQUEUE'
 }
 
-# Ends the servers, whatever ends the script. A job that failed is requeued where that may help; the log says why, or why
-# not. A job that is not RUNNING any more was ended by Slurm (cancelled, preempted, a lost node), which requeues it itself in
-# the last two cases. After its time limit a job may be RUNNING for a while, but no step starts.
+# Stops the servers, whatever ends the script, and requeues a failed job where that may help. The log says why, or why
+# not. Slurm has ended a job that is no longer RUNNING: it was cancelled or preempted, or lost a node. In the last two
+# cases Slurm requeues it itself. After its time limit a job may be RUNNING for a while, but no step starts.
 on_exit() {
   local status=$? state end why ended=''
   trap - EXIT
@@ -349,7 +356,7 @@ on_exit() {
   slurm_requeues && exit "$status"
   [[ -z $bad_nodes ]] || trap 'ended=true' TERM
   scontrol requeue "$SLURM_JOB_ID" || exit "$status"
-  # The list of a running job can't be changed; that of a requeued one can, before Slurm has ended this script.
+  # A running job's list can't be changed. A requeued job's can, until Slurm has ended this script.
   [[ -z $bad_nodes ]] || (trap '' TERM && exclude_bad_nodes)
   [[ -z $ended ]] || exit "$status"
   trap - TERM
@@ -370,9 +377,9 @@ run_job() {
   trap on_exit EXIT
   trap on_sigusr1 USR1
   check_nodes
-  # A start that resumes has the settings that the preflight of an earlier start has checked.
+  # When the job resumes, the preflight of an earlier start has already checked these settings.
   [[ $resumes == true ]] || run_once -m recipes.preflight "${hydra[@]}" "${checks[@]}"
-  run_once -m recipes.launch.claim "${hydra[@]}" # before the servers take minutes and write into the run's folder
+  run_once -m recipes.launch.claim "${hydra[@]}" # before the servers, which take minutes and write to the run's folder
   start_servers
   run_once -m recipes.prepare "${hydra[@]}"
   touch "$prepared"

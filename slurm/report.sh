@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes ladder.json and report.html of the stages that have run; slurm/ladder.sh submits this job last:
+# Writes ladder.json and report.html of the stages that have run. slurm/ladder.sh submits this job last:
 #
 #   sbatch slurm/report.sh runs/safework_72b
 #SBATCH --job-name=report --output=slurm-%j.log

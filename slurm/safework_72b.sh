@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# recipe=safework_72b on 8 nodes of 8 H100, and reward servers on 3 more; slurm/library.sh shows how to submit it.
+# recipe=safework_72b on 8 nodes of 8 H100, reward servers on 3 more. slurm/library.sh shows how to submit it.
 #SBATCH --job-name=safework_72b --output=slurm-%j.log --open-mode=append --requeue --signal=B:USR1@900
 #SBATCH --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --exclusive --mem=0
 #SBATCH hetjob
