@@ -258,26 +258,31 @@ def test_plain_transformers_makes_the_update_of_the_runs_loss(tmp_path, frozen):
         "algorithm": OmegaConf.to_container(composed("recipe=demo", "algorithm.kl_coefficient=0").algorithm),
         "frozen": frozen,
     }
+    cases = ((3, 5, 1.0), (6, 2, -0.5), (4, 7, 2.0))  # tokens of prompt and response, advantage
+    weight = 1 / sum(response_tokens for _, response_tokens, _ in cases)
     sequences = []
-    expected = torch.zeros(())
-    for prompt_tokens, response_tokens, advantage in ((3, 5, 1.0), (6, 2, -0.5), (4, 7, 2.0)):
+    policy_gradient_loss = torch.zeros(())
+    for prompt_tokens, response_tokens, advantage in cases:
         prompt = torch.randint(50, (prompt_tokens,))
         response = torch.randint(50, (response_tokens,))
         logits = model(torch.cat([prompt, response]).unsqueeze(0)).logits[0, prompt_tokens - 1 : -1]
         log_probs = logits.log_softmax(-1).gather(1, response.unsqueeze(1)).squeeze(1)
-        expected = expected - advantage * log_probs.sum() / 14
+        policy_gradient_loss = policy_gradient_loss - weight * advantage * log_probs.sum()
         values = {
             "logprobs": log_probs.tolist(),
             "loss_mask": [1.0] * response_tokens,
             "advantages": [advantage] * response_tokens,
-            "weights": [1 / 14] * response_tokens,
+            "weights": [weight] * response_tokens,
         }
         sequences.append({"prompt": prompt.tolist(), "response": response.tolist(), "values": values})
-    expected.backward()  # the gradient of the ratio, where it is 1, is that of the log-prob
+    # Where an importance ratio is 1, its gradient is that of the log-prob.
+    policy_gradient_loss.backward()
     answer = yardsticks.train(settings)({"sequences": sequences})
-    advantages = sum(sum(sequence["values"]["advantages"]) for sequence in sequences)
+    weighted_advantages = sum(weight * response_tokens * advantage for _, response_tokens, advantage in cases)
     assert answer["micro_batches"] == 2
-    assert answer["loss"] == pytest.approx(-advantages / 14, rel=1e-5)
-    trained = [weight for name, weight in model.named_parameters() if not (frozen and "embed_tokens" in name)]
-    gradients = torch.cat([weight.grad.flatten() for weight in trained])
+    assert answer["loss"] == pytest.approx(-weighted_advantages, rel=1e-5)
+    parameters = dict(model.named_parameters())
+    if frozen:
+        del parameters["model.embed_tokens.weight"]
+    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters.values()])
     assert answer["grad_norm"] == pytest.approx(float(gradients.norm()), rel=1e-4)
