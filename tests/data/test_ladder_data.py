@@ -137,6 +137,16 @@ def test_task_answers_are_right_and_the_checks_read_them() -> None:
         assert rule_check.score(row, "<think>x</think>\nAnswer: Z").score == 0, row["id"]
 
 
+def test_rl_meets_each_family_of_tasks_in_many_wordings() -> None:
+    """Otherwise the policy learns the wordings, and its accuracy on others does not rise (docs/stages.md)."""
+    for family in tasks.FAMILIES:
+        name = family.__name__
+        counts = {split: len(set(tasks.wordings(name, split))) for split in SPLITS}
+        assert counts == {"sft": 2, "rl": 10, "development": 4, "test": 4}
+        in_training, in_development, in_test = (set(tasks.wordings(name, split)) for split in SPLITS[1:])
+        assert not (in_training & in_development | in_training & in_test | in_development & in_test)
+
+
 def test_no_category_has_anothers_word() -> None:
     words = [word for members in tasks.CATEGORIES.values() for word in members.split()]
     assert len(set(words)) == len(words)

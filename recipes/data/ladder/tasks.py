@@ -19,7 +19,7 @@ TASK_ROWS = {"sft": 12, "rl": 22, "development": 5, "test": 8}  # rows of each f
 WORDS = {"sft": (0, 16), "rl": (16, 48), "development": (48, 64), "test": (64, 86)}
 MEMBERS = {"sft": (0, 3), "rl": (3, 8), "development": (8, 10), "test": (10, 13)}
 SITUATIONS = {"sft": (0, 14), "rl": (14, 46), "development": (46, 55), "test": (55, 70)}
-# Family → side of the data → wordings, which take turns.
+# Family → side of the data → wordings, which take turns. topics/wordings.tsv has more of them for all splits but SFT's.
 WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "add": {
         "training": ("What is {a} + {b} + {c}?", "Add up {a}, {b} and {c}."),
@@ -237,11 +237,21 @@ def value_rows() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield split, _row("value", "value", "dilemma", split, place + turn, task)
 
 
+def wordings(family: str, split: str) -> tuple[str, ...]:
+    """The wordings of a family of tasks or questions in a split.
+
+    RL has many, because a policy that sees two wordings of a task learns these two and not the task.
+    """
+    more = lines(FOLDER / "topics" / "wordings.tsv")
+    own = (wording for of_split, name, wording in more if (of_split, name) == (split, family))
+    return (*WORDINGS[family][side_of(split)], *own)
+
+
 def _row(kind: str, label: str, family: str, split: str, place: int, task: Task) -> dict[str, Any]:
     named, answer, check, terse, verbose, written = task
-    wordings = WORDINGS[family][side_of(split)]
+    of_family = wordings(family, split)
     # The style of an SFT row's thinking changes with every row, the wording with every second one.
-    prompt = wordings[place // 2 % len(wordings)].format(**named)
+    prompt = of_family[place // 2 % len(of_family)].format(**named)
     prompt = prompt[0].upper() + prompt[1:]
     row: dict[str, Any] = {"label": label, "kind": kind, "prompt": prompt, "answer": answer, "check": check}
     if split != "sft":
