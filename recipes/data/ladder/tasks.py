@@ -5,6 +5,7 @@ Training, development and test share no wording, no word of a list, no pair of n
 
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +20,8 @@ TASK_ROWS = {"sft": 12, "rl": 22, "development": 5, "test": 8}  # rows of each f
 WORDS = {"sft": (0, 16), "rl": (16, 48), "development": (48, 64), "test": (64, 86)}
 MEMBERS = {"sft": (0, 3), "rl": (3, 8), "development": (8, 10), "test": (10, 13)}
 SITUATIONS = {"sft": (0, 14), "rl": (14, 46), "development": (46, 55), "test": (55, 70)}
-# Family → side of the data → wordings, which take turns. topics/wordings.tsv has more of them for all splits but SFT's.
-WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "add": {
-        "training": ("What is {a} + {b} + {c}?", "Add up {a}, {b} and {c}."),
-        "development": ("Someone pays {a}, {b} and {c} coins. How many coins are paid?",),
-        "test": ("{a} birds sit on a roof, {b} more arrive, then {c} more. How many sit there now?",),
-    },
-    "multiply": {
-        "training": ("What is {a} x {b} + {c}?", "Multiply {a} by {b} and add {c}."),
-        "development": ("{a} bags hold {b} nuts each, and {c} nuts lie beside them. How many nuts are there?",),
-        "test": ("In {a} rows stand {b} chairs each; {c} stand apart. Count all chairs.",),
-    },
-    "larger": {
-        "training": ("Which number is larger, {a} or {b}?", "Name the greater one of {a} and {b}."),
-        "development": ("Tom has {a} stamps and Eva has {b}. How many has the one with more?",),
-        "test": ("Between {a} and {b}, pick whichever is higher.",),
-    },
-    "parity": {
-        "training": ("Is {a} odd or even?", "Say whether {a} is an even or an odd number."),
-        "development": ("Can {a} be halved without a rest? Call it even if so and odd if not.",),
-        "test": ("Odd, even: which of these describes {a}?",),
-    },
-    "count": {
-        "training": ("How many words are in this list: {words}?", "Count these words: {words}."),
-        "development": ("On the note stands {words}. The note has how many entries?",),
-        "test": ("{words}. That makes how many things in all?",),
-    },
-    "last": {
-        "training": ("What is the last word of this list: {words}?", "Read {words}. Which word comes at the end?"),
-        "development": ("On the note stands {words}. Which entry is lowest if they are written downwards?",),
-        "test": ("A queue from front to back: {words}. Who is at the back?",),
-    },
-    "letter": {
-        "training": ('What is the last letter of the word "{word}"?', 'With which letter does "{word}" end?'),
-        "development": ('Write "{word}" and keep only its final letter.',),
-        "test": ('The sign reads "{word}". Its rightmost letter glows; which one is it?',),
-    },
-    "sort": {
-        "training": ("Sort these numbers from small to large: {numbers}.", "Put {numbers} in rising order."),
-        "development": ("Three children are {numbers} years old. List the ages, youngest first.",),
-        "test": ("Prices: {numbers}. Arrange them so that the cheapest leads.",),
-    },
-    "reverse": {
-        "training": (
-            "Write these words in reverse order: {words}.",
-            "Read {words}. Say them from the last to the first.",
-        ),
-        "development": ("On the note stands {words}. Copy it starting at the bottom.",),
-        "test": ("A queue from front to back: {words}. Now all turn round; who stands in which order?",),
-    },
-    "choose": {
-        "training": (
-            "Which of these is {name}? {options}. Answer with one letter.",
-            "{options}. Give the letter of {name}.",
-        ),
-        "development": ("One thing below is {name}; write its letter. {options}.",),
-        "test": ("Looking for {name} here: {options}. Under what letter is it found?",),
-    },
-    "judgement": {
-        "training": ("{situation} Is it right or wrong to {act}?",),
-        "development": ("{situation} To {act}: would you call that right, or else wrong?",),
-        "test": ("{situation} One word, wrong or right: to {act}.",),
-    },
-    "dilemma": {
-        "training": ("{situation} What is right? A: {first}. B: {second}.",),
-        "development": ("{situation} Choose what you would defend, A ({first}) or B ({second}).",),
-        "test": ("{situation} A means to {first}, B means to {second}; which letter stands for the good way?",),
-    },
-}
+# RL has more wordings of a task than SFT shows. A policy that sees two wordings learns these two and not the task.
+SFT_WORDINGS = 2
 CATEGORIES = {
     "an animal": "goat fox bear camel otter pigeon donkey hamster squirrel badger lizard moose ferret",
     "a fruit": "pear plum grape mango banana apricot papaya melon kiwi fig raspberry peach lime",
@@ -237,14 +171,15 @@ def value_rows() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield split, _row("value", "value", "dilemma", split, place + turn, task)
 
 
-def wordings(family: str, split: str) -> tuple[str, ...]:
-    """The wordings of a family of tasks or questions in a split.
+@cache
+def wordings(family: str, split: str) -> list[str]:
+    """The wordings of a family of tasks or questions, which take turns, with braces where a task's values go.
 
-    RL has many, because a policy that sees two wordings of a task learns these two and not the task.
+    The columns of topics/wordings.tsv are a side (:func:`side_of`), a family and a wording.
     """
-    more = lines(FOLDER / "topics" / "wordings.tsv")
-    own = (wording for of_split, name, wording in more if (of_split, name) == (split, family))
-    return (*WORDINGS[family][side_of(split)], *own)
+    wanted = (side_of(split), family)
+    of_family = [wording for side, name, wording in lines(FOLDER / "topics" / "wordings.tsv") if (side, name) == wanted]
+    return of_family[:SFT_WORDINGS] if split == "sft" else of_family
 
 
 def _row(kind: str, label: str, family: str, split: str, place: int, task: Task) -> dict[str, Any]:
