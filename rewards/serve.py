@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -356,6 +356,8 @@ def main(raw: DictConfig) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     stop_on_signals()
     try:
+        # A server's model may be a folder of the run. "run_dir" stands outside of "rewards", which is read alone.
+        OmegaConf.resolve(raw.rewards)
         config = settings.read(raw.rewards)
         folder = Path(raw.run_dir) / "servers"
         if config.placement == settings.COLOCATED:

@@ -271,7 +271,9 @@ def test_a_real_vllm_server_judges_is_killed_in_mid_batch_started_again_and_stop
     make_judge(tmp_path / "judge")
     (tmp_path / "conf" / "rewards").mkdir(parents=True)
     written = rewards_file(tmp_path / "judge", port)
-    (tmp_path / "conf" / "rewards" / "judges.yaml").write_text(json.dumps(written))
+    # As in the ladder, the model is named relative to the run, which stands outside of the rewards group.
+    of_the_run = json.dumps(written).replace(str(tmp_path / "judge"), "${run_dir}/judge")
+    (tmp_path / "conf" / "rewards" / "judges.yaml").write_text(of_the_run)
     monkeypatch.setenv("TEST_JUDGE_KEY", "sesame-4711")
     output = tmp_path / "output"
     with output.open("wb") as out:
