@@ -4,7 +4,7 @@
 
 1. It measures the costs of computation and communication on this machine and writes them in the form of conf/scale
    (``runs/plan_order/scale.yaml``).
-2. It predicts a training step of a small twin under 36 layouts on two ranks. The functions are those that order layouts
+2. It predicts a training step of a small twin under 54 layouts on two ranks. The functions are those that order layouts
    in ``recipes.plan``: the cost model and a layout's additions to it.
 3. It runs these steps with Megatron-Core over gloo: log-probs under a reference whose weights come from the host,
    gradients, and the optimiser's update.
@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -39,7 +39,7 @@ from recipes.command_line import split_arguments
 from recipes.config import Config, parse
 from recipes.launch.launcher import fork_ranks
 from recipes.preflight import scale_model
-from recipes.preflight.layout_seconds import Training, layout_seconds
+from recipes.preflight.layout_seconds import Training, layout_seconds, weights_seconds
 from recipes.preflight.scale_model import Group, Job, Machine
 from recipes.run import records
 
@@ -54,9 +54,10 @@ PROMPT_TOKENS = 32
 RESPONSE_TOKENS = (96, 224)
 # Tensor, pipeline, virtual and context size. The remaining ranks are data-parallel.
 SIZES = ((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 2, 2, 1), (1, 2, 4, 1), (1, 1, 1, 2))
-# They change a pipeline's idle time. Without a pipeline they change no prediction, so such layouts use the middle one.
-MICRO_BATCH_TOKENS = (512, 1024, 2048)
-USUAL_TOKENS = MICRO_BATCH_TOKENS[1]
+# From a sequence or two in a micro-batch to all of a replica's sequences in one.
+MICRO_BATCH_TOKENS = (256, 1024, 4096)
+USUAL_TOKENS = 1024
+SMALL_TOKENS = 256  # with the usual tokens, they tell what a micro-batch costs apart from its tokens
 TWIN: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -71,7 +72,7 @@ TWIN: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": False,
 }
-PLAIN = (1, 1, 1, 1)  # the layout that measures the share of the peak
+PLAIN = (1, 1, 1, 1)  # the layout that measures the share of the peak and the memory's bandwidth
 FILLER_SIZE = 256  # of the matrices that fill a core's idle time
 
 
@@ -141,9 +142,7 @@ def layouts_wanted(arguments: Sequence[str]) -> list[ParallelConfig]:
     if others:
         sys.exit(f"error: {' '.join(others)}: give layouts=N, or nothing")
     layouts = [
-        layout(sizes, recompute, tokens)
-        for sizes, recompute, tokens in product(SIZES, RECOMPUTE, MICRO_BATCH_TOKENS)
-        if sizes[1] > 1 or tokens == USUAL_TOKENS
+        layout(sizes, recompute, tokens) for sizes, recompute, tokens in product(SIZES, RECOMPUTE, MICRO_BATCH_TOKENS)
     ]
     count = own.get("layouts", str(len(layouts)))
     if not count.isdigit() or not 3 <= int(count) <= len(layouts):
@@ -293,7 +292,7 @@ class Bench:
     def measure(self, sizes: ParallelConfig, batch: Any, repetitions: int) -> dict[str, list[float]]:
         """Seconds of each repetition: of the complete "step", and of its "gradients" alone.
 
-        "packed" is the used share of the micro-batches.
+        "micro_batches" is their number, and "packed" their used share.
         """
         import torch
         import torch.distributed as dist
@@ -345,6 +344,7 @@ class Bench:
                 seconds["step"].append(time.perf_counter() - started)
                 seconds["gradients"].append(after_gradients - before_gradients)
         used = sum(micro_batch.tokens.shape[1] for micro_batch in micro_batches)
+        seconds["micro_batches"] = [len(micro_batches)]
         seconds["packed"] = [used / len(micro_batches) / sizes.micro_batch_tokens * sizes.context]
         parallel.destroy()
         return seconds
@@ -388,29 +388,38 @@ class Bench:
             "pcie_gb_s": 4 * elements / copied / 1e9,
             "mfu": 1.0,
             "packed": 1.0,
+            "hbm_gb_s": 1.0,
+            "hbm_share": 1.0,
         }
+        # The share of the peak and the memory's bandwidth, measured with other lengths than those of the prediction.
+        # The same gradients in more micro-batches differ in what a micro-batch costs apart from its tokens.
         machine = Machine(**costs)
-        # The share of the peak, measured with other lengths than those of the prediction.
         plain = layout(PLAIN, "none", tokens)
-        measured = self.measure(plain, self.batch(SEED + 1), REPETITIONS)
+        usual = self.measure(plain, self.batch(SEED + 1), REPETITIONS)
+        small = self.measure(layout(PLAIN, "none", SMALL_TOKENS), self.batch(SEED + 1), REPETITIONS)
+        more_micro_batches = small["micro_batches"][0] - usual["micro_batches"][0]
+        of_micro_batch = (min(small["gradients"]) - min(usual["gradients"])) / more_micro_batches
+
         training = training_of(plain, machine, self.element_bytes, SEED + 1)
-        at_peak = scale_model.training_seconds(training.job, training.model, training.batch, machine, RANKS)
-        computing = min(measured["gradients"]) - at_peak["gradients"]
-        if computing <= 0:
+        update = replace(training, job=replace(training.job, passes=0, reference=0))
+        at_peak = scale_model.training_seconds(update.job, update.model, update.batch, machine, RANKS)
+        computing = min(usual["gradients"]) - at_peak["gradients"] - usual["micro_batches"][0] * of_micro_batch
+        if of_micro_batch <= 0 or computing <= 0:
             raise RuntimeError(
-                f"gradients took {min(measured['gradients']):.3f} s, of which {at_peak['gradients']:.3f} s were to be "
-                "their reduction: the machine is too busy for a measurement"
+                f"gradients took {min(usual['gradients']):.3f} s, and {min(small['gradients']):.3f} s with "
+                f"{more_micro_batches:.0f} more micro-batches: the machine is too busy for a measurement"
             )
         share_of_peak = (at_peak["train"] - at_peak["gradients"]) / computing
-        agreed = [share_of_peak, measured["packed"][0], *vars(machine).values()]
+        bandwidth = weights_seconds(update) / update.micro_batches / of_micro_batch
+        agreed = [share_of_peak, usual["packed"][0], bandwidth, *vars(machine).values()]
         self.join()
         # The ranks' clocks differ, but their predictions must be equal.
         values = torch.tensor(agreed, dtype=torch.float64)
         dist.broadcast(values, 0)
         dist.destroy_process_group()
-        mfu, packed, *rest = values.tolist()
+        mfu, packed, bandwidth, *rest = values.tolist()
         costs = dict(zip(vars(machine), rest, strict=True))
-        costs |= {"gpus_per_node": RANKS, "mfu": mfu, "packed": packed}
+        costs |= {"gpus_per_node": RANKS, "mfu": mfu, "packed": packed, "hbm_gb_s": bandwidth}
         return Machine(**costs)
 
     def together(self, work: Callable[[], Any], repetitions: int = 20) -> float:

@@ -47,8 +47,9 @@ from recipes.preflight.checks import check_settings
 from recipes.preflight.report import Settings
 from recipes.run.logs import quiet
 
+TRAINING = ("train", "selective recompute", "uneven stages", "weights")
 WIDTH = 200  # of the table, also in a file or pipe
-EXCHANGES = ("tensor latency", "context exchange", "pipeline exchange")
+EXCHANGES = ("tensor latency", "tensor gather", "context exchange", "pipeline exchange")
 APART = (
     "apart: on the nodes of the trainer + those of the engines, which generate one step ahead (rollout.staleness=1). "
     "This is another algorithm: samples are one update old, and algorithm.importance_sampling corrects for it. A step "
@@ -180,7 +181,7 @@ def cells(plan: Any) -> list[str]:
         phases["generate"],
         phases["judge"],
         phases["logprobs"],
-        phases["train"] + phases["selective recompute"] + phases["uneven stages"],
+        sum(phases[name] for name in TRAINING),
         sum(phases[name] for name in EXCHANGES),
         phases["sync"] + phases["offload"],
     ]

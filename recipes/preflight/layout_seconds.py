@@ -1,8 +1,8 @@
 """The seconds that a layout adds to a training step of ``scale_model``.
 
 ``scale_model`` already counts the pipeline bubble, the bytes that tensor-parallel groups exchange, layers under full
-recompute, and the reduction of gradients. It does not know stages with unequal numbers of layers, or modules that are
-recomputed alone.
+recompute, and the reduction of gradients. It does not know stages with unequal numbers of layers, modules that are
+recomputed alone, or what a micro-batch costs apart from its tokens.
 
 An exchange counts as if it did not overlap with any computation. The sums are therefore larger than the steps of
 ``scale_model``, whose constants were fitted to whole steps. They serve to rank layouts.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ext.layout import CORE_ATTENTION, MLP, ParallelConfig, stage_layers
 from recipes.preflight import scale_model
-from recipes.preflight.scale_model import FP32_BYTES, BatchSize, Job, Machine, ModelShape
+from recipes.preflight.scale_model import BF16_BYTES, FP32_BYTES, BatchSize, Job, Machine, ModelShape
 
 # Optimiser bytes of a parameter: the master weight and both moments.
 OPTIMIZER_BYTES = 3 * FP32_BYTES
@@ -24,6 +24,8 @@ BACKWARD_COLLECTIVES = 6
 # Without sequence parallelism, one all-reduce takes the place of an all-gather and a reduce-scatter, and the backward
 # pass gathers no input again.
 BACKWARD_WITHOUT_SEQUENCE = 4
+# The collectives among them that scale_model counts bytes for. The two others gather the inputs again.
+COUNTED_BACKWARD_COLLECTIVES = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def layout_seconds(training: Training) -> dict[str, float]:
     return {
         "selective recompute": recompute_seconds(training),
         "uneven stages": uneven_seconds(training),
+        "weights": weights_seconds(training),
         "tensor latency": latency_seconds(training),
+        "tensor gather": gather_seconds(training),
         "context exchange": context_seconds(training),
         "pipeline exchange": pipeline_seconds(training),
         "offload": offload_seconds(training),
@@ -115,6 +119,25 @@ def uneven_seconds(training: Training) -> float:
     return beyond_even_share * (of_operations + (job.passes + job.recompute + 2) * collectives)
 
 
+def weights_seconds(training: Training) -> float:
+    """Seconds in which a GPU moves its weights and their gradients through its memory, once per micro-batch.
+
+    A forward pass reads the BF16 weights, and so does the backward pass. Its products are added to FP32 gradients,
+    which are read and written. If Transformer Engine does not fuse this addition, each product is written first, in
+    BF16, and read again. A pipeline's idle time is longer by the same share as the passes.
+    """
+    job = training.job
+    machine = training.machine
+    read = (job.passes + job.recompute + 2) * BF16_BYTES
+    accumulated = 2 * FP32_BYTES
+    if not training.sizes.gradient_accumulation_fusion:
+        accumulated += 2 * BF16_BYTES
+    parameters = training.model.parameters / job.tensor / job.pipeline
+    bubble = (job.pipeline - 1) / job.virtual_pipeline / training.micro_batches
+    micro_batches = job.updates * training.micro_batches * (1 + bubble)
+    return micro_batches * parameters * (read + accumulated) / machine.hbm_gb_s / machine.hbm_share / 1e9
+
+
 def latency_seconds(training: Training) -> float:
     """Seconds of the latency of the tensor-parallel collectives, which does not depend on their size."""
     sizes = training.sizes
@@ -124,6 +147,17 @@ def latency_seconds(training: Training) -> float:
     collectives = training.forward_passes * FORWARD_COLLECTIVES + of_backward
     micro_batches = training.job.updates * training.micro_batches
     return training.layers * collectives * micro_batches * training.machine.all_reduce_us / 1e6
+
+
+def gather_seconds(training: Training) -> float:
+    """Seconds of the all-gathers that repeat a layer's inputs in the backward pass, for the weights' gradients."""
+    if not training.sizes.sequence:
+        return 0.0
+    of_forward = scale_model.tensor_parallel_seconds(
+        training.job, training.model, training.batch, training.machine, training.gpus
+    )
+    repeated = BACKWARD_COLLECTIVES - COUNTED_BACKWARD_COLLECTIVES
+    return of_forward * repeated / FORWARD_COLLECTIVES
 
 
 def context_seconds(training: Training) -> float:
@@ -144,7 +178,7 @@ def context_seconds(training: Training) -> float:
 
 def pipeline_seconds(training: Training) -> float:
     """Seconds of the hidden states that a stage sends to the next one, once for each of its chunks, and of their
-    gradients."""
+    gradients. Each message has a latency."""
     sizes = training.sizes
     machine = training.machine
     if sizes.pipeline == 1:
@@ -155,7 +189,9 @@ def pipeline_seconds(training: Training) -> float:
     within_node = training.gpus // sizes.pipeline < machine.gpus_per_node
     link_gb_s = machine.nvlink_gb_s if within_node else machine.network_gb_s
     passes = training.job.passes + 2
-    return sizes.virtual_pipeline * passes * sent / link_gb_s / 1e9
+    messages = training.job.updates * training.micro_batches * passes
+    of_chunk = passes * sent / link_gb_s / 1e9 + messages * machine.all_reduce_us / 1e6
+    return sizes.virtual_pipeline * of_chunk
 
 
 def offload_seconds(training: Training) -> float:

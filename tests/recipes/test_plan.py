@@ -390,11 +390,14 @@ def training(**changes: Any) -> Training:
     sizes = replace(plan_order.layout((2, 2, 1, 1), "none", 100), **changes)
     recompute = float(sizes.recompute == "full")
     job = replace(JOB, tensor=sizes.tensor, pipeline=sizes.pipeline, context=sizes.context, recompute=recompute)
+    job = replace(job, virtual_pipeline=sizes.virtual_pipeline)
     return Training(sizes, False, job, MODEL, MACHINE, BATCH, gpus=16)
 
 
 def test_a_plain_layout_adds_nothing() -> None:
-    assert set(layout_seconds(training(tensor=1, pipeline=1, sequence=False)).values()) == {0.0}
+    added = layout_seconds(training(tensor=1, pipeline=1, sequence=False))
+    assert added.pop("weights") > 0
+    assert set(added.values()) == {0.0}
 
 
 GROUPS = [Group(100, (300, 20)), Group(50, (150, 150))]
@@ -465,6 +468,30 @@ def test_the_feed_forward_layers_part_of_the_operations() -> None:
     assert shape.mlp_flops == 2 * 3 * (3 * 64 * 96)
 
 
+def test_every_micro_batch_moves_weights_and_gradients_through_memory() -> None:
+    """A quarter of the weights on a rank, 40 micro-batches, and one more for the pipeline's bubble.
+
+    In bytes of a parameter: three passes read 2, and the FP32 gradient is read and written.
+    """
+    bytes_of_parameter = 3 * 2 + 8
+    fused = training(gradient_accumulation_fusion=True)
+    assert layout_seconds(fused)["weights"] == pytest.approx(41 * 1e9 / 4 * bytes_of_parameter / 1e12)
+    # The product is written in BF16, and read again.
+    assert layout_seconds(training())["weights"] == pytest.approx(41 * 1e9 / 4 * (bytes_of_parameter + 4) / 1e12)
+    # Layers under full recompute run forward once more. Virtual stages make the bubble smaller.
+    again = training(gradient_accumulation_fusion=True, recompute="full")
+    assert layout_seconds(again)["weights"] == pytest.approx(41 * 1e9 / 4 * (bytes_of_parameter + 2) / 1e12)
+    halves = training(gradient_accumulation_fusion=True, virtual_pipeline=2)
+    assert layout_seconds(halves)["weights"] == pytest.approx(40.5 * 1e9 / 4 * bytes_of_parameter / 1e12)
+
+
+def test_a_backward_pass_gathers_a_layers_inputs_again() -> None:
+    """Two of four collectives that are all as large, if the sequence is cut between tensor-parallel ranks."""
+    forward = tensor_parallel_seconds(training().job, MODEL, BATCH, MACHINE, 16)
+    assert layout_seconds(training())["tensor gather"] == pytest.approx(forward / 2)
+    assert layout_seconds(training(sequence=False))["tensor gather"] == 0
+
+
 def test_every_collective_of_a_tensor_parallel_group_has_a_start() -> None:
     # Forward for log-probs and for training four collectives each, backward six; 5 layers; 40 micro-batches of 100.
     machine = replace(MACHINE, all_reduce_us=20)
@@ -482,6 +509,9 @@ def test_exchanges_are_bytes_over_the_link_that_they_cross() -> None:
     # A stage has 8 GPUs, a node: the next stage is on another one. Log-probs, forward, backward; cut by tensor ranks.
     assert plain["pipeline exchange"] == pytest.approx(3 * 4000 * row / 2 / 45e9)
     assert layout_seconds(training(virtual_pipeline=2))["pipeline exchange"] == pytest.approx(3 * 4000 * row / 45e9)
+    # 40 micro-batches are three messages each.
+    slow = replace(training(), machine=replace(MACHINE, all_reduce_us=20))
+    assert layout_seconds(slow)["pipeline exchange"] - plain["pipeline exchange"] == pytest.approx(3 * 40 * 20e-6)
     # Of four context ranks one receives three shares of two heads' keys and values, of 4,000 tokens: a replica of 16.
     split = layout_seconds(training(context=4))
     key_and_value = 2 * 2 * 64 * 2
@@ -505,9 +535,9 @@ def test_rank_correlation_of_known_orders() -> None:
 
 def test_the_measured_layouts_are_those_that_are_predicted_for_and_differ() -> None:
     layouts = plan_order.layouts_wanted([])
-    assert len(layouts) == 36 and len({str(sizes) for sizes in layouts}) == 36
+    assert len(layouts) == 54 and len({str(sizes) for sizes in layouts}) == 54
     predicted = [plan_order.predict(sizes, MACHINE, 2)["predicted"] for sizes in layouts]
-    assert len(set(predicted)) > 30
+    assert len(set(predicted)) > 50
     with pytest.raises(SystemExit, match="layouts=2"):
         plan_order.layouts_wanted(["layouts=2"])
 
@@ -530,6 +560,7 @@ plan_order.TWIN |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_
 plan_order.SEQUENCES = 8
 plan_order.PROMPT_TOKENS = 8
 plan_order.RESPONSE_TOKENS = (16, 32)
+plan_order.SMALL_TOKENS = 48
 plan_order.REPETITIONS = 1
 plan_order.RESULT = folder / "plan_order.json"
 plan_order.SCALE = folder / "scale.yaml"
