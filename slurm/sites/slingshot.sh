@@ -5,7 +5,7 @@
 # A node has 4 GPUs: engines and judges of 8 do not fit, and beside an engine's larger part of the weights the optimiser's
 # states do not either. The preflight holds with:
 #   make preflight RECIPE=safework_72b ARGS="cluster.nodes=16 cluster.ranks=64 rollout.tensor=4 optimizer.offload=true \
-#     rewards.servers.value.tensor=4 rewards.servers.knowledge.tensor=4"
+#     rewards.servers.knowledge.tensor=4"
 #   sbatch --nodes=16 --ntasks-per-node=4 --gpus-per-node=4 : --nodes=3 --gpus-per-node=4 slurm/safework_72b.sh …
 # GH200 has Arm processors: pins.txt is resolved for x86-64 only, so a GH200 needs pins and an image of its own.
 SITE_FILE=$(realpath "${BASH_SOURCE[0]}")

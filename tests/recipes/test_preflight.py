@@ -69,7 +69,7 @@ IMPOSSIBLE = {
         ("precision=fp8", "parallel.tensor=32", "parallel.context=1", "parallel.pipeline=2"), "attention_heads",
         ["parallel.tensor=8"],
     ),
-    "judge's node": (("rewards.servers.value.replicas=2", *WHOLE), "nodes", ["more than a node's 8 GPUs"]),
+    "judge's node": (("rewards.servers.knowledge.replicas=2", *WHOLE), "nodes", ["more than a node's 8 GPUs"]),
     "data": (("data.prompts=none.jsonl",), "configuration", ["data.prompts='none.jsonl'", "no such file"]),
     "rewards": (("~rewards.mix.general_rule", *WHOLE), "data_and_rewards", ["rewards.mix", "general_rule"]),
     "model": (("model.path=models/nobody",), "architecture", ["model.path='models/nobody'", "no config.json"]),
@@ -97,6 +97,7 @@ SHARES = {"safety": 0.25, "value": 0.28, "knowledge": 0.28}  # of a GPU's memory
 COLOCATED = [
     "recipe=safework_7b",
     "rewards.placement=colocated",
+    "rewards.servers.value.tensor=8",
     *(f"+rewards.servers.{name}.arguments=[--gpu-memory-utilization,'{share}']" for name, share in SHARES.items()),
 ]
 # A layout that can't be ends before models are built.
@@ -161,7 +162,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     wanted["two phases"] = ["recipe=safework_7b", "algorithm=ppo", "rollout.sleep=false"]
     wanted["no room"] = ["recipe=safework_7b", "preflight.device_memory_gib=6"]
     wanted["three nodes"] = ["recipe=safework_7b", "parallel.tensor=4", "parallel.pipeline=4", "cluster.nodes=3"]
-    wanted["five nodes in all"] = ["recipe=safework_7b", "preflight.nodes=5"]
+    wanted["four nodes in all"] = ["recipe=safework_7b", "preflight.nodes=4"]
     wanted["qwen3"] = ["recipe=safework_7b", "model=qwen3_8b"]
     wanted["smollm2"] = ["recipe=demo", "model.path=nowhere/SmolLM2-135M-Instruct"]
     wanted["later stage"] = ["recipe=safework_7b", "stage=rl_search"]
@@ -322,7 +323,7 @@ def test_engines_with_nodes_of_their_own_have_what_the_trainer_has_not(reports: 
     engine, receiver = 0.55 + 0.5 + 35 * 0.035 + 0.3, 0.55 + 0.3 + 1.0
     assert report["engine_gib"]["reserve"] == pytest.approx(engine + receiver, abs=0.01)
     (nodes,) = (check["detail"] for check in report["checks"] if check["name"] == "nodes")
-    assert nodes == "8 for the trainer, 8 for engines, 3 for the judges alone"
+    assert nodes == "8 for the trainer, 8 for engines, 2 for the judges alone"
     # The pixels of two steps, one of them generated ahead: a rank has processed a 64th. The rest is of the one that is
     # trained on, an eighth on each of a replica's tensor-parallel ranks.
     pixels, encoded = 3 * 2 * 14 * 14 * 2, 1280 * 2
@@ -420,9 +421,9 @@ def test_a_number_of_nodes_that_does_not_fit_is_answered_with_what_does(reports:
         layout = reports[f"three nodes {overrides}"]["layout"]
         assert layout["tensor"] * layout["pipeline"] * layout["context"] * layout["data"] == 24
     assert nodes == ["cluster.nodes=4"]
-    (title,) = proposed(reports["five nodes in all"])
-    assert title.startswith("Of 5 nodes, 3 for the judges")
-    assert proposed(reports["five nodes in all"])[title][0] == "cluster.nodes=2", "the recipe's own layout, on all"
+    (title,) = proposed(reports["four nodes in all"])
+    assert title.startswith("Of 4 nodes, 2 for the judges")
+    assert proposed(reports["four nodes in all"])[title][0] == "cluster.nodes=2", "the recipe's own layout, on all"
 
 
 def test_nodes_of_engines_are_among_those_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,8 +431,8 @@ def test_nodes_of_engines_are_among_those_to_use(monkeypatch: pytest.MonkeyPatch
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         raw = compose("config", ["recipe=safework_72b_async"])
     title, proposals = alternatives.use_of_nodes(None, raw, parse(raw), 20)  # type: ignore[arg-type]
-    assert title == "Of 20 nodes, 3 for the judges and 8 for the engines, most are used with"
-    assert proposals == [["cluster.nodes=9"]]
+    assert title == "Of 20 nodes, 2 for the judges and 8 for the engines, most are used with"
+    assert proposals == [["cluster.nodes=10"]]
 
 
 def test_models_that_ship_need_no_folder(reports: Reports) -> None:
@@ -740,7 +741,7 @@ def test_gpu_hours_are_those_of_the_recorded_simulation_and_of_the_layout(monkey
             training = Training(config.parallel, False, job, model, machine, batch, gpus=64)
             added.append(sum(layout_seconds(training).values()))
         seconds += sum(added) / len(added)
-        hours = config.algorithm.steps * seconds * (64 + 24) / 3600  # three nodes of judges
+        hours = config.algorithm.steps * seconds * (64 + 16) / 3600  # two nodes of judges
         assert line.startswith(name) and line.endswith(f"about {hours:,.0f} GPU hours"), line
     assert "conf/scale/h100.yaml, not measured" in lines[-1]
     demo, settings = run(monkeypatch, "recipe=demo")
@@ -788,7 +789,7 @@ def test_a_failing_run_writes_its_report_and_exits_with_one(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ((), "8 for trainer and engines, 3 for the judges alone"),
+        ((), "8 for trainer and engines, 2 for the judges alone"),
         (("rewards=rules",), "8 for trainer and engines, none for judges alone: submit slurm/train.sh"),
     ],
 )

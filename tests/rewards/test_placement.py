@@ -19,27 +19,25 @@ def rewards(*overrides: str) -> RewardsConfig:
 def test_the_largest_take_the_emptiest_host() -> None:
     config = rewards("rewards.servers.safety.replicas=2")
     placed = placement.place(placement.servers_to_start(config), ["a", "b", "c"], 8)
-    assert placed == {"value": "a", "knowledge": "b", "safety": "c"}
-    assert placement.place(placement.servers_to_start(config), ["a", "b"], 10) == {
-        "value": "a",
-        "knowledge": "b",
-        "safety": "a",
+    assert placed == {"knowledge": "a", "value": "b", "safety": "c"}
+    assert placement.place(placement.servers_to_start(config), ["a", "b"], 8) == {
+        "knowledge": "a",
+        "value": "b",
+        "safety": "b",
     }
     assert set(placement.place(placement.servers_to_start(config), ["a"], None).values()) == {"a"}, "CPUs are shared"
 
 
 def test_the_least_number_of_hosts() -> None:
-    """Of servers with 8, 8 and 2 GPUs; None where the largest fits nowhere. CPUs are shared."""
+    """Of servers with 8, 4 and 2 GPUs; None where the largest fits nowhere. CPUs are shared."""
     servers = placement.servers_to_start(rewards("rewards.servers.safety.replicas=2"))
-    hosts = {gpus: placement.least_hosts(servers, gpus) for gpus in (4, 8, 10, 18, None)}
-    assert hosts == {4: None, 8: 3, 10: 2, 18: 1, None: 1}
+    hosts = {gpus: placement.least_hosts(servers, gpus) for gpus in (4, 8, 13, 14, None)}
+    assert hosts == {4: None, 8: 2, 13: 2, 14: 1, None: 1}
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"rewards.servers.safety: replicas=1 x tensor=1 GPUs are not free on one of 2"
-    ):
-        placement.place(placement.servers_to_start(rewards()), ["a", "b"], 8)
+    with pytest.raises(ValueError, match=r"rewards.servers.value: replicas=1 x tensor=4 GPUs are not free on one of 1"):
+        placement.place(placement.servers_to_start(rewards()), ["a"], 8)
 
 
 def test_the_remedy_is_more_nodes_where_they_would_do() -> None:
@@ -62,7 +60,7 @@ def test_both_sides_read_their_overrides() -> None:
     config = rewards("rewards.servers.safety.replicas=2")
     placed = placement.place(placement.servers_to_start(config), ["a", "b", "c"], 8)
     trainer, ready, *hosts = placement.disaggregated_lines(config, placed)
-    assert ready == "1800 http://c:8100 http://c:8101 http://a:8110 http://b:8120"
+    assert ready == "1800 http://c:8100 http://c:8101 http://b:8110 http://a:8120"
     theirs = settings.servers(rewards("rewards.servers.safety.replicas=2", *trainer.split()))
     assert [address for server in theirs.values() for address in server.addresses] == ready.split()[1:]
     for line in hosts:
@@ -82,5 +80,5 @@ def test_colocated_servers_are_all_on_every_host_for_itself() -> None:
     assert [(server.name, server.host, server.key_variable) for server in theirs] == [
         (name, "127.0.0.1", placement.TOKEN_VARIABLE) for name in ("safety", "value", "knowledge")
     ]
-    with pytest.raises(ValueError, match=r"rewards\.servers\.value: replicas=1 x tensor=8 GPUs, a node has 4"):
+    with pytest.raises(ValueError, match=r"rewards\.servers\.knowledge: replicas=1 x tensor=8 GPUs, a node has 4"):
         placement.colocated_lines(config, placement.servers_to_start(config), ["a", "b"], 4)

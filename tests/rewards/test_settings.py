@@ -100,7 +100,7 @@ def test_replicas_get_ports_gpus_and_only_those_that_run_here_are_started(tmp_pa
 def test_colocated_replicas_share_gpus_and_may_sleep(tmp_path: Path) -> None:
     config = read("rewards.placement=colocated", "rewards.servers.safety.replicas=2")
     servers = judge_servers(config, tmp_path, "cuda")
-    assert [list(server.devices or ()) for server in servers] == [[0], [1], list(range(8)), list(range(8))]
+    assert [list(server.devices or ()) for server in servers] == [[0], [1], list(range(4)), list(range(8))]
     for server in servers:
         assert "--enable-sleep-mode" in server.command()
         assert server.environment()["VLLM_SERVER_DEV_MODE"] == "1"
