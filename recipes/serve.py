@@ -12,6 +12,8 @@ Further arguments override ``page.…``, ``guidance.…``, ``deliberation.…`` 
 """
 
 import getpass
+import os
+import secrets
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +49,7 @@ ENVIRONMENT = "rollout.environment."
 USAGE = """usage: python -m recipes.serve model=FOLDER [values=URL] [search=PATH] [page.field=value …]
        python -m recipes.serve run=FOLDER [step=N] [values=URL] [search=PATH] [page.field=value …]
        python -m recipes.serve generator=URL [run=FOLDER] [values=URL] [search=PATH] [page.field=value …]"""
+MODEL_TOKEN = "SAFEWORK_PAGE_MODEL_TOKEN"  # environment variable with the token of the model's server
 LOWEST = -1e6  # a threshold that is below every value
 STOP_SECONDS = 20.0
 
@@ -136,18 +139,21 @@ def run_environment(of_run: Mapping[str, Any], changes: Sequence[str]) -> DictCo
 def served(setup: Setup, own: Mapping[str, str]) -> Iterator[Supervisor]:
     """Start `vllm serve` for the model and set its address in the guidance. With ``generator=URL`` nothing is started.
 
+    The server has a random token, so that other users of this machine can't use the model without the page's token.
+
     Raises ConfigError, CheckpointError and ServerDied.
     """
     servers = []
     page = setup.page
     if "generator" not in own:
+        os.environ[MODEL_TOKEN] = secrets.token_hex(32)
         model = Path(own["model"]) if "model" in own else run_model(Path(own["run"]), own.get("step"))
         server = Server(
             model=str(model.absolute()),
             hub=None,
             runner="generate",
             endpoints=[],
-            key_variable=None,
+            key_variable=MODEL_TOKEN,
             host="127.0.0.1",
             port=free_port(),
             replicas=1,
@@ -158,6 +164,7 @@ def served(setup: Setup, own: Mapping[str, str]) -> Iterator[Supervisor]:
         log = setup.edits.parent / "servers" / "page.log"
         servers.append(JudgeServer(server, 0, log, page.devices or None, []))
         setup.guidance.generator.address = server.addresses[0]
+        setup.guidance.generator.key_variable = MODEL_TOKEN
         print(f"starting vLLM with {model}; its log is {log}", flush=True)
     limits = SupervisorConfig(page.startup_timeout, STOP_SECONDS, restarts=0, first_device=0, cpu_arguments=[])
     with running(servers, limits) as supervisor:

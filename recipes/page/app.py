@@ -136,8 +136,15 @@ def make_app(setup: Setup, writer: Writer) -> FastAPI:
         return Response(status_code=204)
 
     app.add_middleware(Guard, token=setup.token)
-    # Sessions end with this process.
-    app.add_middleware(SessionMiddleware, secret_key=secrets.token_hex(32), same_site="strict", max_age=None)
+    # Sessions end with this process. Browsers send a host's cookies to all of its ports, so the name has the port:
+    # otherwise two pages would overwrite each other's session.
+    app.add_middleware(
+        SessionMiddleware,
+        secret_key=secrets.token_hex(32),
+        session_cookie=f"session_{setup.page.port}",
+        same_site="strict",
+        max_age=None,
+    )
     ui.run_with(
         app,
         title="SafeWork",

@@ -213,10 +213,22 @@ def first_of_nodes(search: Search, raw: DictConfig, counts: Sequence[int]) -> Pr
             continue
         prompts = prompts_override(raw, ranks // replica)
         for more in extras(raw):
-            proposal = search.proposal([f"cluster.nodes={count}", *prompts, *more])
+            proposal = search.proposal([*of_nodes(raw, count), *prompts, *more])
             if proposal is not None:
                 return proposal
     return None
+
+
+def of_nodes(raw: DictConfig, count: int) -> list[str]:
+    """Overrides for ``count`` nodes of the trainer.
+
+    The recipes' ``cluster.ranks`` follows ``cluster.nodes``. A number on the command line, which a job always has, does
+    not.
+    """
+    overrides = [f"cluster.nodes={count}"]
+    ranks = raw.cluster.ranks // raw.cluster.nodes * count
+    follows = OmegaConf.merge(raw, {"cluster": {"nodes": count}}).cluster.ranks == ranks
+    return overrides if follows else [*overrides, f"cluster.ranks={ranks}"]
 
 
 def extras(raw: DictConfig) -> Iterator[tuple[str, ...]]:
@@ -351,8 +363,7 @@ def use_of_nodes(search: Search, raw: DictConfig, config: Config, nodes: int) ->
         others += f" and {engines} for the engines"
     per_node = raw.cluster.ranks // raw.cluster.nodes
     for count in range(nodes - judges - engines, 0, -1):
-        more = [f"cluster.nodes={count}"]
-        proposals = list(islice(nearest_layouts(search, raw, count * per_node, more), MOST_PROPOSALS))
+        proposals = list(islice(nearest_layouts(search, raw, count * per_node, of_nodes(raw, count)), MOST_PROPOSALS))
         if proposals:
             title = f"Of {nodes} nodes, {others}, most are used with"
             return title, proposals

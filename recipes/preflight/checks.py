@@ -27,7 +27,7 @@ from recipes.preflight import alternatives, memory_plan
 from recipes.preflight.architecture import config_file, model_config, published_config, published_file
 from recipes.preflight.cost import gpu_hours
 from recipes.preflight.fit import SHAPES, fit
-from recipes.preflight.report import ELSEWHERE, HERE, NotChecked, Report, Settings, size
+from recipes.preflight.report import ELSEWHERE, FAILS, HERE, NotChecked, Report, Settings, size
 from rewards import mixing, registry
 from rewards.client import Client
 from rewards.settings import Server
@@ -121,7 +121,9 @@ def examine_parsed(
     report.check("disk_space", lambda: disk_space(config, settings, report), ["ranks"])
     if report.check("nodes", lambda: nodes(config)) and configs:
         alternatives.propose(raw, config, configs[0], settings, report, say)
-        report.cost = gpu_hours(config, settings)
+        # Without room for the engines there is no step.
+        if "rollout" not in report.in_state(FAILS):
+            report.cost = gpu_hours(config, settings)
 
 
 def check_settings(settings: Settings) -> None:

@@ -165,6 +165,10 @@ class Costs:
                 )
             )
 
+        def simulate(engine: Engine, all_gpus: int, groups: Sequence[Group], response_limit: int) -> Generation:
+            """With the run's engines, which may be fewer than fit on ``all_gpus``."""
+            return self.simulate(engine, config.rollout.engines, groups, response_limit)
+
         return scale_model.estimate_step(
             job=job,
             model=self.model,
@@ -174,7 +178,7 @@ class Costs:
             gpus=job_processes(config),
             trainers=config.cluster.ranks,
             sync=scale_model.sync_seconds(job, self.model, machine, disaggregated=apart),
-            simulate=self.simulate,
+            simulate=simulate,
             added=added,
         )
 

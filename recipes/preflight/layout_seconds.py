@@ -67,8 +67,13 @@ class Training:
 
     @property
     def forward_passes(self) -> float:
-        """Forward passes of a layer in a step, on average, recomputation included. The layer runs backward once."""
+        """Forward passes of a layer in a step, on average, with full recomputation. The layer runs backward once."""
         return self.job.passes + 1 + self.job.recompute
+
+    @property
+    def recomputes_mlp(self) -> bool:
+        """Whether the MLPs are recomputed without the rest of their layers."""
+        return self.sizes.recompute == "selective" and MLP in self.sizes.recompute_modules
 
 
 def layout_seconds(training: Training) -> dict[str, float]:
@@ -127,12 +132,16 @@ def weights_seconds(training: Training) -> float:
     BF16, and read again. A pipeline's idle time is longer by the same share as the passes.
     """
     job = training.job
+    model = training.model
     machine = training.machine
-    read = (job.passes + job.recompute + 2) * BF16_BYTES
+    passes = job.passes + job.recompute + 2
+    if training.recomputes_mlp:
+        passes += model.mlp_flops / model.token_flops
+    read = passes * BF16_BYTES
     accumulated = 2 * FP32_BYTES
     if not training.sizes.gradient_accumulation_fusion:
         accumulated += 2 * BF16_BYTES
-    parameters = training.model.parameters / job.tensor / job.pipeline
+    parameters = model.parameters / job.tensor / job.pipeline
     bubble = (job.pipeline - 1) / job.virtual_pipeline / training.micro_batches
     micro_batches = job.updates * training.micro_batches * (1 + bubble)
     return micro_batches * parameters * (read + accumulated) / machine.hbm_gb_s / machine.hbm_share / 1e9
@@ -144,7 +153,10 @@ def latency_seconds(training: Training) -> float:
     if sizes.tensor == 1:
         return 0.0
     of_backward = BACKWARD_COLLECTIVES if sizes.sequence else BACKWARD_WITHOUT_SEQUENCE
-    collectives = training.forward_passes * FORWARD_COLLECTIVES + of_backward
+    forward_passes = training.forward_passes
+    if training.recomputes_mlp:
+        forward_passes += 0.5  # half of a layer's collectives are its MLP's
+    collectives = forward_passes * FORWARD_COLLECTIVES + of_backward
     micro_batches = training.job.updates * training.micro_batches
     return training.layers * collectives * micro_batches * training.machine.all_reduce_us / 1e6
 

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +327,7 @@ class Answer:
         ended = len(pool)
         parents = [beam for beam in beams if beam.finish_reason is None]
         if rejected is not None:
-            pool.append(parents[0].extended(rejected))
+            pool.append(self._extended(parents[0], rejected))
         sampled_from = [beam for beam in parents for _ in range(self.config.candidates)]
         segments = await gather([self._sample(beam) for beam in sampled_from])
         prefixes = [self._prefix(beam, [segment]) for beam, segment in zip(sampled_from, segments, strict=True)]
@@ -338,13 +338,24 @@ class Answer:
                 return [beams[0]]
             first = rejected or Candidate(segments[0], None, None, SAMPLED)
             self._record("accept", [first], [0])
-            return [beams[0].extended(first)]
+            return [self._extended(beams[0], first)]
         for beam, segment, row in zip(sampled_from, segments, values, strict=True):
-            pool.append(beam.extended(Candidate(segment, row, decisions.weighted(row, self.weights), SAMPLED)))
+            candidate = Candidate(segment, row, decisions.weighted(row, self.weights), SAMPLED)
+            pool.append(self._extended(beam, candidate))
         width = self.config.beams if self.config.mode != MONITOR else 1
         chosen = decisions.best([beam.score for beam in pool], width)
         self._record("choose", [beam.path[-1] for beam in pool], chosen, ended_beams=ended)
         return [pool[place] for place in chosen]
+
+    def _extended(self, beam: Beam, candidate: Candidate) -> Beam:
+        """Return the beam with the candidate. The answer's last token ends it.
+
+        The stream says so only after the segment, if the segment ends with this token.
+        """
+        segment = candidate.segment
+        if segment.finish_reason is None and len(segment.token_ids) == self._tokens_left(beam):
+            candidate = replace(candidate, segment=replace(segment, finish_reason="length"))
+        return beam.extended(candidate)
 
     async def _sample(self, beam: Beam) -> Segment:
         """Sample one segment that continues the beam."""

@@ -124,9 +124,16 @@ async def read_json(http: web.Request) -> Any:
     if http.content_type != "application/json":
         raise BadRequest(f"Content-Type: {http.content_type}: use application/json", None)
     try:
-        return json.loads(await http.read())
+        body = json.loads(await http.read(), parse_constant=refuse_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError: half of a surrogate pair
+        return body
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}", None) from None
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and infinities, which Python's parser takes and JSON does not have."""
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:

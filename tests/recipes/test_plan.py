@@ -479,8 +479,12 @@ def test_every_micro_batch_moves_weights_and_gradients_through_memory() -> None:
     # The product is written in BF16, and read again.
     assert layout_seconds(training())["weights"] == pytest.approx(41 * 1e9 / 4 * (bytes_of_parameter + 4) / 1e12)
     # Layers under full recompute run forward once more. Virtual stages make the bubble smaller.
-    again = training(gradient_accumulation_fusion=True, recompute="full")
-    assert layout_seconds(again)["weights"] == pytest.approx(41 * 1e9 / 4 * (bytes_of_parameter + 2) / 1e12)
+    full = training(gradient_accumulation_fusion=True, recompute="full")
+    assert layout_seconds(full)["weights"] == pytest.approx(41 * 1e9 / 4 * (bytes_of_parameter + 2) / 1e12)
+    # The MLPs alone read their part of the weights once more.
+    mlp = training(gradient_accumulation_fusion=True, recompute="selective", recompute_modules=["mlp"])
+    again = bytes_of_parameter + 2 * MODEL.mlp_flops / MODEL.token_flops
+    assert layout_seconds(mlp)["weights"] == pytest.approx(41 * 1e9 / 4 * again / 1e12)
     halves = training(gradient_accumulation_fusion=True, virtual_pipeline=2)
     assert layout_seconds(halves)["weights"] == pytest.approx(40.5 * 1e9 / 4 * bytes_of_parameter / 1e12)
 
@@ -500,6 +504,8 @@ def test_every_collective_of_a_tensor_parallel_group_has_a_start() -> None:
     # Full recompute runs the layers forward once more: four collectives more.
     again = replace(training(recompute="full"), machine=machine)
     assert layout_seconds(again)["tensor latency"] == pytest.approx(5 * 18 * 40 * 20e-6)
+    mlp = replace(training(recompute="selective", recompute_modules=["mlp"]), machine=machine)
+    assert layout_seconds(mlp)["tensor latency"] == pytest.approx(5 * 16 * 40 * 20e-6)
     assert layout_seconds(replace(training(tensor=1, sequence=False), machine=machine))["tensor latency"] == 0
 
 

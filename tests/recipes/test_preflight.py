@@ -706,6 +706,15 @@ def test_a_resumed_ladder_is_checked_from_its_first_unfinished_stage(
     ]
 
 
+def test_ranks_of_the_command_line_follow_the_nodes_of_a_proposal() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        of_recipe = compose("config", ["recipe=safework_72b"])
+        of_job = compose("config", ["recipe=safework_72b", "cluster.nodes=8", "cluster.ranks=64"])
+    assert alternatives.of_nodes(of_recipe, 16) == ["cluster.nodes=16"]
+    assert alternatives.of_nodes(of_job, 16) == ["cluster.nodes=16", "cluster.ranks=128"]
+    assert alternatives.of_nodes(of_job, 8) == ["cluster.nodes=8"]
+
+
 def test_disk_space_counts_checkpoints_exports_and_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A billion parameters: 14 GB a checkpoint, three of them, 2 GB of exports, 5 bytes a token of samples."""
     config, settings = run(
@@ -744,6 +753,12 @@ def test_gpu_hours_are_those_of_the_recorded_simulation_and_of_the_layout(monkey
         hours = config.algorithm.steps * seconds * (64 + 16) / 3600  # two nodes of judges
         assert line.startswith(name) and line.endswith(f"about {hours:,.0f} GPU hours"), line
     assert "conf/scale/h100.yaml, not measured" in lines[-1]
+    fewer, settings = run(monkeypatch, "recipe=safework_72b", "rollout.engines=4")
+    costs = cost.Costs(
+        machine, model, scale, (config.data.max_prompt_tokens, config.rollout.max_response_tokens), "reasoning"
+    )
+    generating = [costs.estimate(of_run).phases["generate"] for of_run in (config, fewer)]
+    assert generating[1] > 1.1 * generating[0], "half of the GPUs have no engine"
     demo, settings = run(monkeypatch, "recipe=demo")
     assert cost.gpu_hours(demo, settings) == []
 

@@ -124,8 +124,9 @@ def test_a_session_adds_documents_over_http_and_no_other_session_reads_them(fold
         app = make_app(setup, writer)
         ann, bob = (TestClient(app, base_url="http://127.0.0.1:8200") for _ in range(2))
         for browser_of in (ann, bob):
-            # The first request gets the session's cookie.
+            # The first request gets the session's cookie. Browsers send it to a host's other ports too.
             browser_of.get("/source", params={"id": "norland"})
+            assert list(browser_of.cookies) == [f"session_{setup.page.port}"]
         assert ann.post("/documents", params={"name": "notes.txt"}, content=OWN_TEXT.encode()).status_code == 204
         reply = ann.get("/source", params={"id": "own/notes.txt"})
         assert (reply.status_code, reply.text) == (200, OWN_TEXT)

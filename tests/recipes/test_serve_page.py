@@ -3,6 +3,7 @@ fake."""
 
 import asyncio
 import json
+import os
 import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -43,7 +44,7 @@ from recipes.page.guard import MOST_BYTES, Guard
 from recipes.page.saving import ADDED, KEPT, REMOVED, EditFiles, about, diff, edit_rows
 from recipes.page.settings import Setup
 from recipes.page.writing import Conversations, Writer, open_writer
-from recipes.serve import read_setup, served
+from recipes.serve import MODEL_TOKEN, read_setup, served
 from rewards.serve import ServerDied
 from tests.recipes import tiny
 from tests.recipes.fake_thinker import (
@@ -597,6 +598,7 @@ def test_a_model_s_server_starts_on_the_loopback_and_ends_with_the_page(
     (tmp_path / "config.json").write_text("{}")
     setup = read_setup({"model": str(tmp_path)}, [f"page.edits={tmp_path / 'runs' / 'edits'}", "page.devices=[2,3]"])
     monkeypatch.setattr("recipes.serve.JudgeServer", LightServer)
+    monkeypatch.setenv(MODEL_TOKEN, "replaced")
     with served(setup, {"model": str(tmp_path)}) as supervisor:
         (server,) = supervisor.servers
         command = server.command()
@@ -605,6 +607,11 @@ def test_a_model_s_server_starts_on_the_loopback_and_ends_with_the_page(
         assert server.environment()["CUDA_VISIBLE_DEVICES"] == "2,3"
         assert command[-len(setup.page.arguments) :] == setup.page.arguments
         assert setup.guidance.generator.address == server.server.addresses[0]
+        # Who has no token can't use it.
+        assert setup.guidance.generator.key_variable == MODEL_TOKEN
+        assert server.environment()["VLLM_API_KEY"] == os.environ[MODEL_TOKEN]
+        assert len(os.environ[MODEL_TOKEN]) == 64 and os.environ[MODEL_TOKEN] not in command
+        assert "rewards.token_guard.require_token" in command
         assert server.is_healthy() and server.process is not None and server.process.poll() is None
     assert server.process.poll() is not None
     assert (tmp_path / "runs" / "servers" / "page.log").is_file()

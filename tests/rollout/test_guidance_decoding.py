@@ -444,6 +444,35 @@ def test_an_answer_is_never_longer_than_it_may_be(mode: str, max_tokens: int) ->
     assert result.answer.finish_reason == "length"
 
 
+class LineTokenizer(FakeTokenizer):
+    """A line's last colon and its line break are one token."""
+
+    def encode(self, text: str) -> list[int]:
+        pieces = [piece for line in text.splitlines(keepends=True) for piece in line.partition(":\n") if piece]
+        return [token for piece in pieces for token in self.tokens(piece)]
+
+    def tokens(self, piece: str) -> list[int]:
+        if piece != ":\n":
+            return super().encode(piece)
+        if piece not in self.pieces:
+            self.pieces.append(piece)
+        return [self.pieces.index(piece)]
+
+
+@pytest.mark.parametrize("mode", ["monitor", "search"])
+@pytest.mark.parametrize("max_tokens", range(1, 9))
+def test_an_answer_s_last_token_may_end_a_line(mode: str, max_tokens: int) -> None:
+    """vLLM says "length" with this token, and the reader only after the segment that the token ends."""
+    first, second = "First we add:\n", "Then we take:\n"
+    model = FakeModel({"": [first], first: [second]})
+    model.tokenizer = LineTokenizer()
+    assert len(model.tokenizer.encode(first + second)) == 8
+    config = guidance(mode=mode, threshold=0.5 if mode == "monitor" else None, max_steered=2)
+    result = decode(config, model, lambda text: (0.1, 0.1), max_tokens=max_tokens)
+    assert result.answer.answer_tokens == max_tokens
+    assert result.answer.finish_reason == "length"
+
+
 def test_a_stop_text_ends_the_answer_also_across_segments() -> None:
     tree = {"": ["The first one is here."], "The first one is here.": [" Then the rest is here."]}
     model = FakeModel(tree)

@@ -264,6 +264,25 @@ def test_what_can_t_be_answered_is_an_error_of_openai_s_form(more: dict[str, Any
     with_world(test)
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (r'{"model": "fake", "messages": [{"role": "user", "content": "a\ud800"}]}', "surrogates not allowed"),
+        ('{"model": "fake", "messages": [], "temperature": NaN}', "NaN is no number in JSON"),
+        ('{"model": "fake", "messages": [], "temperature": -Infinity}', "-Infinity is no number in JSON"),
+    ],
+)
+def test_what_python_s_parser_takes_and_json_does_not_have_is_refused(body: str, text: str) -> None:
+    async def test(world: World) -> None:
+        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+        async with aiohttp.ClientSession() as session:
+            response = await session.post(world.address + "/v1/chat/completions", data=body, headers=headers)
+            assert response.status == 400
+            assert text in (await response.json())["error"]["message"]
+
+    with_world(test)
+
+
 def test_the_token_is_required_everywhere_but_for_the_health() -> None:
     async def test(world: World) -> None:
         assert (await world.client.models.list()).data[0].id == "fake"
