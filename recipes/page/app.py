@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import uuid
+import warnings
 from functools import partial
 
 import uvicorn
@@ -38,6 +39,8 @@ def serve_page(setup: Setup, supervisor: Supervisor) -> None:
     Raises ServerDied when this vLLM ends. Raises ValueError, GeneratorFailed and ValuesUnavailable when a server is not
     as it must be.
     """
+    # NiceGUI looks at all objects of the process for its server, and an old one of torch's warns when it is looked at.
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
     asyncio.run(_serve(setup, supervisor))
 
 
