@@ -1,7 +1,7 @@
 # `make demo` trains a real model on this machine; `make test` checks everything. Both make their environment first.
 #
 #   make demo ARGS="seed=2"    Hydra overrides for the run
-#   make preflight RECIPE=safework_72b ARGS="algorithm=cpgd"     is this run possible? On a login node: would Slurm take it?
+#   make preflight RECIPE=safework_72b ARGS="algorithm=cpgd"     is this run possible, and would Slurm take it?
 #   make preflight RECIPE=safework_72b ARGS="stage=ladder"       all stages, before the first has run
 #   make env EXTRA=gpu         the environment of a GPU machine: .[gpu] in place of .[cpu]; all targets then keep it
 #   make env-rehearsal         the same beside .venv, on any machine
@@ -97,16 +97,10 @@ REHEARSAL += tests/test_gpu_rehearsal.py
 gpu-rehearsal: $(STAMP)
 	@exec $(PY) -m pytest -q $(REHEARSAL)
 
-NODES = $(patsubst cluster.nodes=%,--nodes=% :,$(filter cluster.nodes=%,$(ARGS)))
-
 # Takes the environment that is there, which on a cluster may be another than EXTRA's.
 preflight:
 	@[[ -x $(PY) ]] || { echo "error: no $(PY); make it first: make env EXTRA=gpu" >&2; exit 1; }
-	$(PY) -m recipes.preflight recipe=$(RECIPE) $(ARGS)
-	if [[ -f slurm/$(RECIPE).sh ]] && command -v sbatch > /dev/null; then
-	  echo "==> sbatch --test-only $(NODES) slurm/$(RECIPE).sh"
-	  sbatch --test-only $(NODES) slurm/$(RECIPE).sh
-	fi
+	exec $(PY) -m recipes.preflight recipe=$(RECIPE) $(ARGS)
 
 env: $(STAMP)
 

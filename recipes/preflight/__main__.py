@@ -22,9 +22,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.command_line import from_command_line, with_group
-from recipes.preflight import stages, view
+from recipes.config import Config, parse
+from recipes.preflight import stages, submission, view
 from recipes.preflight.checks import examine
-from recipes.preflight.report import Report, Settings
+from recipes.preflight.report import HOLDS, Report, Settings
 from recipes.run.logs import quiet
 
 
@@ -50,8 +51,27 @@ def report_of(arguments: list[str], command_line: list[str], settings: Settings,
     started = time.monotonic()
     run = compose("config", overrides=arguments)
     report = examine(run, settings, say, stages.base_model(run, command_line))
+    if "nodes" in report.in_state(HOLDS):
+        add_submission(report, parse(run), command_line, say)
     report.seconds = round(time.monotonic() - started, 1)
     return report
+
+
+def add_submission(report: Report, config: Config, command_line: list[str], say: Callable[[str], None]) -> None:
+    """Add the command that submits the run, and check that Slurm would take it. A run without GPUs needs none."""
+    if not submission.needs_slurm(config):
+        return
+    arguments = [argument for argument in stages.of_the_run(command_line) if argument != "stage=ladder"]
+    if len(arguments) < len(stages.of_the_run(command_line)):
+        arguments.append(f"stage={report.stage}")
+
+    def slurm() -> str:
+        command = submission.submission(config, report.recipe, arguments)
+        report.submit = str(command)
+        return submission.ask_slurm(command)
+
+    say("Slurm")
+    report.check("slurm", slurm)
 
 
 if __name__ == "__main__":

@@ -276,8 +276,6 @@ def nodes(config: Config) -> str:
     trainer = f"{config.cluster.nodes} for trainer and engines"
     if config.cluster.engine_nodes:
         trainer = f"{config.cluster.nodes} for the trainer, {config.cluster.engine_nodes} for engines"
-    if judges == 0 and platform.capabilities(config.cluster.platform).has_gpus:
-        return f"{trainer}, none for judges alone: submit slurm/train.sh; the recipes' own scripts ask for such nodes"
     return f"{trainer}, {judges} for the judges alone"
 
 

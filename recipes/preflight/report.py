@@ -120,6 +120,7 @@ class Report:
         proposals: title → overrides that hold. Made where something does not fit, or where ``Settings.nodes`` is set.
         disk_bytes: upper bound of what the run writes.
         cost: lines with an estimate of the GPU hours.
+        submit: the command that submits the run to Slurm. None for a run without GPUs, and in a job.
         seconds: duration of the preflight.
     """
 
@@ -142,6 +143,7 @@ class Report:
     proposals: dict[str, list[Proposal]] = field(default_factory=dict)
     disk_bytes: int = 0
     cost: list[str] = field(default_factory=list)
+    submit: str | None = None
     seconds: float = 0.0
 
     def in_state(self, state: str) -> list[str]:

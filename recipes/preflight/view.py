@@ -56,6 +56,9 @@ def show(reports: Sequence[Report]) -> None:
             out.print(Text(f"    {line}"), soft_wrap=True)
         for title, proposals in report.proposals.items():
             show_proposals(out, title, proposals)
+        if report.submit and report.ok:
+            out.print(Text("To submit it:", style="bold"))
+            out.print(Text(f"    {report.submit}"), soft_wrap=True)
         out.print(Text(f"{report.verdict}, in {report.seconds:.0f} s", style=STYLES[worst(report)]))
         out.print()
     if len(reports) > 1:

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from megatron_ext.models import family
 from recipes.config import Config, parse
-from recipes.preflight import alternatives, checks, cost, fit, stages
+from recipes.errors import ConfigError
+from recipes.preflight import alternatives, checks, cost, fit, stages, submission
 from recipes.preflight.architecture import model_config, published_file
 from recipes.preflight.layout_seconds import Training, layout_seconds
 from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Report, Settings
@@ -801,18 +802,58 @@ def test_a_failing_run_writes_its_report_and_exits_with_one(tmp_path: Path) -> N
     assert f"0 hold, 1 fail, {unknown} not checked" in done.stdout
 
 
+SIZE = "--ntasks-per-node=8 --gpus-per-node=8"
+NO_JUDGES = "--cpus-per-task=8 --exclusive --mem=0 slurm/train.sh"
+
+
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("recipe", "given", "command"),
     [
-        ((), "8 for trainer and engines, 2 for the judges alone"),
-        (("rewards=rules",), "8 for trainer and engines, none for judges alone: submit slurm/train.sh"),
+        ("safework_72b", "algorithm=cpgd", "sbatch slurm/safework_72b.sh algorithm=cpgd"),
+        ("safework_72b", "cluster.nodes=16 cluster.ranks=128", f"sbatch --nodes=16 {SIZE} : slurm/safework_72b.sh"),
+        (
+            "safework_72b",
+            "rewards.servers.value.tensor=8",
+            f"sbatch --nodes=8 {SIZE} : --nodes=3 slurm/safework_72b.sh rewards.servers.value.tensor=8",
+        ),
+        ("safework_72b", "rewards=rules", f"sbatch --nodes=8 {SIZE} {NO_JUDGES} recipe=safework_72b rewards=rules"),
+        (
+            "safework_72b_async",
+            "rewards=rules",
+            f"sbatch --nodes=16 {SIZE} {NO_JUDGES} recipe=safework_72b_async cluster.engine_nodes=8 rewards=rules",
+        ),
     ],
 )
-def test_a_job_without_judges_is_sent_to_the_script_of_one_component(
-    fields: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+def test_the_command_that_submits_a_run_asks_for_the_nodes_that_it_uses(
+    recipe: str, given: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, _ = run(monkeypatch, "recipe=safework_72b", *fields)
-    assert checks.nodes(config).startswith(says)
+    overrides = [f"recipe={recipe}", *given.split()]
+    config, _ = run(monkeypatch, *overrides)
+    assert str(submission.submission(config, recipe, overrides)) == command
+
+
+def test_a_machine_without_slurm_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = submission.Submission((), "slurm/safework_72b.sh", ())
+    state, detail = result("slurm", lambda: submission.ask_slurm(command))
+    assert (state, detail) == (NOT_CHECKED, "this machine has no sbatch; run the preflight on a login node")
+
+
+def test_a_recipe_without_a_script_is_told_to_copy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = run(monkeypatch, "recipe=safework_72b")
+    with pytest.raises(
+        ConfigError, match=r"slurm/mine.sh does not exist: copy slurm/safework_72b.sh, with recipe=mine"
+    ):
+        submission.submission(config, "mine", ["recipe=mine"])
+
+
+def test_slurm_is_asked_for_a_run_on_gpus_that_is_in_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    on_gpus, _ = run(monkeypatch, "recipe=safework_72b")
+    on_cpus, _ = run(monkeypatch, "recipe=demo")
+    assert submission.needs_slurm(on_gpus) and not submission.needs_slurm(on_cpus)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert not submission.needs_slurm(on_gpus)
 
 
 def test_the_demos_data_is_called_a_stand_in_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -352,12 +352,47 @@ def test_jobs_that_lose_a_node_begin_again_on_others(slurm: Cluster, project: Pa
     assert [log(project, job).count("requeued (restart") for job in jobs] == [0, 1]
 
 
-def test_slurm_says_what_it_would_not_take(slurm: Cluster, project: Path) -> None:
-    """The second half of `make preflight`: the scripts' own sizes (10 nodes) on this cluster of four, and fewer."""
-    for size in ("72b", "78b", "70b", "7b"):
-        for options, code in ((["--nodes=1", ":", "--nodes=2"], 0), ([], 1)):
-            done = submit(slurm, project, "sbatch", "--test-only", *options, f"slurm/safework_{size}.sh")
-            assert done.returncode == code, done.stderr
+ASK_SLURM = """
+import sys
+from hydra import compose, initialize_config_dir
+from recipes.config import parse
+from recipes.preflight import submission
+with initialize_config_dir(sys.argv[1], version_base="1.3"):
+    config = parse(compose("config", sys.argv[2:]))
+command = submission.submission(config, "safework_7b", sys.argv[2:])
+print(command)
+print(submission.ask_slurm(command))
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "script"),
+    [
+        ((), "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8 :", "slurm/safework_7b.sh"),
+        (
+            ("rewards=rules",),
+            "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --exclusive --mem=0",
+            "slurm/train.sh recipe=safework_7b rewards=rules",
+        ),
+    ],
+)
+def test_the_preflight_asks_slurm_for_the_nodes_of_the_run(
+    overrides: tuple[str, ...], options: str, script: str, slurm: Cluster
+) -> None:
+    """A run on one node fits this cluster of four, judges included. One on eight nodes does not."""
+
+    def ask(nodes: int) -> subprocess.CompletedProcess[str]:
+        size = (f"cluster.nodes={nodes}", f"cluster.ranks={8 * nodes}")
+        arguments = (str(ROOT / "conf"), "recipe=safework_7b", *size, *overrides)
+        return slurm.run(sys.executable, "-c", ASK_SLURM, *arguments, folder=ROOT)
+
+    fits = ask(nodes=1)
+    assert fits.returncode == 0, fits.stderr
+    command, said = fits.stdout.splitlines()
+    assert command == f"sbatch {options} {script}"
+    assert said.startswith("Job ") and " to start at " in said
+    too_large = ask(nodes=8)
+    assert too_large.returncode == 1 and "ConfigError: sbatch refuses this" in too_large.stderr
 
 
 def test_a_site_file_reaches_submission_and_job(slurm: Cluster, project: Path) -> None:
