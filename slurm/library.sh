@@ -176,6 +176,10 @@ nodes_are_fit() {
 check_nodes() {
   local status=0 verdicts=slurm-$SLURM_JOB_ID.nodes
   nodes_are_fit | tee "$verdicts" || status=$?
+  if ((status == 124)); then # of timeout
+    echo "error: the check of the nodes did not end within $NODE_CHECK_SECONDS s: a node named above without a verdict, or" \
+      "the network between them, hangs; submit with --exclude=NODE" >&2
+  fi
   bad_nodes=$(sed -n 's/^bad node \([^:]*\): .*/\1/p' "$verdicts" | sort -u | paste -sd,)
   rm -f "$verdicts"
   return "$status"
@@ -364,6 +368,10 @@ on_exit() {
 }
 
 run_job() {
+  local argument
+  for argument in "$@"; do
+    [[ $argument != stage=ladder ]] || stop "$argument: a job runs one stage; slurm/ladder.sh SCRIPT submits a job for each"
+  done
   read_site
   read_arguments "$@"
   read_job

@@ -10,10 +10,11 @@ that the first stage starts from. ``preflight=h200`` (a file of conf/preflight/)
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import hydra
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipes.command_line import from_command_line, with_group
 from recipes.config import Config, parse
-from recipes.preflight import stages, submission, view
+from recipes.preflight import memory_plan, stages, submission, view
 from recipes.preflight.checks import examine
 from recipes.preflight.report import HOLDS, Report, Settings
 from recipes.run.logs import quiet
@@ -33,6 +34,9 @@ from recipes.run.logs import quiet
 def main(raw: DictConfig) -> None:
     """Run the checks of each stage, write the report and print it."""
     settings = Settings(**OmegaConf.to_container(raw.preflight))  # type: ignore[arg-type]
+    if submission.in_job():
+        node_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / memory_plan.GIB
+        settings = replace(settings, host_memory_gib=min(settings.host_memory_gib, node_gib))
     reports = []
     with view.progress() as say, quiet():
         command_line = HydraConfig.get().overrides.task
@@ -50,7 +54,9 @@ def report_of(arguments: list[str], command_line: list[str], settings: Settings,
     """The report of one launch of the command line. ``arguments``: the overrides of this launch."""
     started = time.monotonic()
     run = compose("config", overrides=arguments)
-    report = examine(run, settings, say, stages.base_model(run, command_line))
+    # In a job, the model of an earlier stage has to exist. Before, the base model stands in for it.
+    stand_in = None if submission.in_job() else stages.base_model(run, command_line)
+    report = examine(run, settings, say, stand_in)
     if "nodes" in report.in_state(HOLDS):
         add_submission(report, parse(run), command_line, say)
     report.seconds = round(time.monotonic() - started, 1)
@@ -61,13 +67,11 @@ def add_submission(report: Report, config: Config, command_line: list[str], say:
     """Add the command that submits the run, and check that Slurm would take it. A run without GPUs needs none."""
     if not submission.needs_slurm(config):
         return
-    arguments = [argument for argument in stages.of_the_run(command_line) if argument != "stage=ladder"]
-    if len(arguments) < len(stages.of_the_run(command_line)):
-        arguments.append(f"stage={report.stage}")
 
     def slurm() -> str:
-        command = submission.submission(config, report.recipe, arguments)
-        report.submit = str(command)
+        command = submission.submission(config, report.recipe, command_line)
+        of_ladder = "stage=ladder" in command_line
+        report.submit = submission.ladder_command(command, report.recipe, command_line) if of_ladder else str(command)
         return submission.ask_slurm(command)
 
     say("Slurm")

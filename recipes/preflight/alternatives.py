@@ -348,7 +348,12 @@ def judge_nodes(config: Config) -> int:
     count = placement.least_hosts(servers, gpus)
     if count is not None:
         return count
-    raise ConfigError(f"rewards.servers: one of them needs more than a node's {gpus} GPUs; use fewer replicas")
+    largest = max(servers, key=lambda server: server.replicas * server.tensor)
+    field = f"rewards.servers.{largest.name}"
+    raise ConfigError(
+        f"{field}: replicas={largest.replicas} x tensor={largest.tensor} is more than a node's {gpus} GPUs; use fewer "
+        f"replicas, or {field}.tensor={gpus}"
+    )
 
 
 def use_of_nodes(search: Search, raw: DictConfig, config: Config, nodes: int) -> tuple[str, list[Proposal]]:

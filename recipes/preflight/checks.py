@@ -4,6 +4,8 @@ A check returns one line that says what it found. If it fails, it raises ConfigE
 made here, it raises NotChecked with how to make it.
 """
 
+import functools
+import itertools
 import json
 import os
 import re
@@ -18,8 +20,10 @@ from omegaconf import DictConfig
 
 from megatron_ext import platform
 from recipes.config import Config, generates, parse, samples_per_step
-from recipes.data.rows import PROMPT_FIELDS
+from recipes.config.stages import learned_principles
+from recipes.data.rows import PAIR_FIELDS, PROMPT_FIELDS, load_rows, media_files
 from recipes.data.source_spec import parse_sources, source_names
+from recipes.data.sources import RowsById
 from recipes.errors import ConfigError
 from recipes.launch.claim import check_folder
 from recipes.launch.requirements import check_parts, check_supervised
@@ -44,6 +48,11 @@ SAMPLE_BYTES = 5
 # The checks that come before those of the model's architecture.
 FILES = ("run_folder", "data_and_rewards", "environment", "judges", "model", "tokenizer")
 ELSEWHERE_TEXT = "on another machine (preflight.files=elsewhere); there, run the preflight without it"
+# A remark on a judge that starts for nothing.
+NOT_ASKED = (
+    ". NO ROW ASKS IT: no label of data.prompts has a verifier of this server. Its GPUs would be idle. A file of "
+    "conf/rewards with defaults: [base] and the other servers leaves it out"
+)
 WEIGHTS = "*.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -176,12 +185,24 @@ def check_judges(config: Config, settings: Settings, report: Report) -> None:
     servers = registry.servers_of(names, config.rewards)
     if not servers:
         report.check("judges", lambda: "no verifier asks a server")
+    asked = registry.servers_of(asked_verifiers(config), config.rewards) if servers else {}
     for server in servers.values():
-        report.check(f"judge {server.name}", partial(judge, config, settings, server))
+        remark = "" if server.name in asked else NOT_ASKED
+        report.check(f"judge {server.name}", partial(judge, config, settings, server, remark))
 
 
-def judge(config: Config, settings: Settings, server: Server) -> str:
-    """Check that a reward server serves its model, or that the model exists for a server that the run will start."""
+def asked_verifiers(config: Config) -> set[str]:
+    """The verifiers of the labels that the prompts have, and those of ``data.scores``."""
+    labels = {row["label"] for row in load_rows(config.data.prompts)}
+    mix = {label: weights for label, weights in config.rewards.mix.items() if label in labels}
+    return {*mixing.verifier_names(mix), *config.data.scores}
+
+
+def judge(config: Config, settings: Settings, server: Server, remark: str = "") -> str:
+    """Check that a reward server serves its model, or that the model exists for a server that the run will start.
+
+    ``remark`` is added to the line about a server that the run will start.
+    """
     with Client({server.name: server}, config.rewards.client) as client:
         client.check(must_run=False)
         try:
@@ -196,12 +217,12 @@ def judge(config: Config, settings: Settings, server: Server) -> str:
         )
     folder = Path(server.model)
     if has_weights(folder):
-        return f"{folder} has weights of {weights_gib(folder):.1f} GiB; its server starts with the run"
+        return f"{folder} has weights of {weights_gib(folder):.1f} GiB; its server starts with the run{remark}"
     stage = writer(config, folder)
     if stage is not None:
-        raise NotChecked(f"{server.model} is what stage {stage} will write")
+        raise NotChecked(f"{server.model} is what stage {stage} will write{remark}")
     if settings.files == ELSEWHERE:
-        raise NotChecked(f"{server.model}: {ELSEWHERE_TEXT}")
+        raise NotChecked(f"{server.model}: {ELSEWHERE_TEXT}{remark}")
     if is_hub_name(server.model):
         raise NotChecked(
             f"{server.model} is no folder here; if it is a name of the hub, its server downloads it at its start, or: "
@@ -264,6 +285,11 @@ def model(config: Config, settings: Settings, expected: str) -> str:
         return f"{folder} is made with random weights from {config.model.random_weights_of} by the first launch"
     if settings.files == ELSEWHERE:
         raise NotChecked(f"{folder}: {ELSEWHERE_TEXT}")
+    if config.stage.after is not None:
+        raise ConfigError(
+            f"model.path={expected!r}: stage {config.stage.after} has not written its model there; run that stage "
+            "first, or give the folder of another model"
+        )
     raise ConfigError(
         f"model.path={expected!r}: no config.json with weights ({WEIGHTS}) there; download the model into this folder, "
         "or give another. If another machine has it: preflight.files=elsewhere"
@@ -381,7 +407,52 @@ def every_prompt(config: Config) -> str:
         judge = config.stage.sft.judge
         for source in filter(None, (config.data.sft, config.stage.sft.held_out)):
             counts.append(f"{check_examples(processor, source, judge, mark, longest)} of {source_names(source)}")
+    if "reward_model" in config.stage.trains:
+        settings = config.stage.reward_model
+        for source in (settings.pairs, settings.held_out):
+            counts.append(f"{check_pairs(processor, source, config)} of {source_names(source)}")
+    if "value_model" in config.stage.trains:
+        count = check_rollouts(processor, config)
+        counts.append(f"{count} of {source_names(config.stage.value_model.rollouts)}")
     return f"prompts are made: {', '.join(counts)}{stand_in(config)}"
+
+
+def check_pairs(processor: Any, source: Any, config: Config) -> int:
+    """Tokenize both answers of each preference pair. Returns the number of pairs."""
+    from recipes.data.preference_pairs import chosen_and_rejected
+
+    rows = load_rows(source, PAIR_FIELDS)
+    for row in rows:
+        processed = processor(row) if media_files(row) else None
+        chosen_and_rejected(processor.tokenizer, row, processed, config.parallel.micro_batch_tokens)
+    return len(rows)
+
+
+def check_rollouts(processor: Any, config: Config) -> int:
+    """Tokenize each response that a value model learns from. Returns the number of responses."""
+    from recipes.data.value_examples import load_rollouts, prefix_batch
+
+    settings = config.stage.value_model
+    principles = learned_principles(settings.principles)
+    prompts = load_rows(config.data.prompts)
+    rollouts = load_rollouts(settings.rollouts, prompts, principles, settings.held_out_share, config.seed)
+    by_id = RowsById(prompts)
+    # The responses to a prompt are near each other.
+    processed = functools.lru_cache(maxsize=64)(lambda prompt_id: processor(by_id[prompt_id]))
+    count = 0
+    for row in itertools.chain(rollouts.trained, rollouts.held_out):
+        prefix_batch(
+            processor.tokenizer,
+            [row],
+            [processed(row["prompt_id"])],
+            principles=list(principles),
+            thinking_marks=config.rollout.thinking_marks,
+            random_prefixes=settings.random_prefixes,
+            seed=config.seed,
+            max_tokens=config.parallel.micro_batch_tokens,
+        )
+        count += 1
+    return count
 
 
 def stand_in(config: Config) -> str:

@@ -165,8 +165,8 @@ class Costs:
                 )
             )
 
-        def simulate(engine: Engine, all_gpus: int, groups: Sequence[Group], response_limit: int) -> Generation:
-            """With the run's engines, which may be fewer than fit on ``all_gpus``."""
+        def simulate(engine: Engine, engines_that_fit: int, groups: Sequence[Group], response_limit: int) -> Generation:
+            """With the run's engines, which may be fewer than those that fit on its GPUs."""
             return self.simulate(engine, config.rollout.engines, groups, response_limit)
 
         return scale_model.estimate_step(

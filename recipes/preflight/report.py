@@ -120,7 +120,8 @@ class Report:
         proposals: title → overrides that hold. Made where something does not fit, or where ``Settings.nodes`` is set.
         disk_bytes: upper bound of what the run writes.
         cost: lines with an estimate of the GPU hours.
-        submit: the command that submits the run to Slurm. None for a run without GPUs, and in a job.
+        submit: the command that submits the run, or all stages of its ladder, to Slurm. None for a run without GPUs,
+            and in a job.
         seconds: duration of the preflight.
     """
 

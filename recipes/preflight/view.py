@@ -56,9 +56,8 @@ def show(reports: Sequence[Report]) -> None:
             out.print(Text(f"    {line}"), soft_wrap=True)
         for title, proposals in report.proposals.items():
             show_proposals(out, title, proposals)
-        if report.submit and report.ok:
-            out.print(Text("To submit it:", style="bold"))
-            out.print(Text(f"    {report.submit}"), soft_wrap=True)
+        if len(reports) == 1:
+            show_submission(out, reports)
         out.print(Text(f"{report.verdict}, in {report.seconds:.0f} s", style=STYLES[worst(report)]))
         out.print()
     if len(reports) > 1:
@@ -71,6 +70,15 @@ def show(reports: Sequence[Report]) -> None:
         if all(report.disk_bytes for report in reports):
             on_disk = size(sum(report.disk_bytes for report in reports))
             out.print(Text(f"On disk the stages take at most {on_disk} together, if each keeps its checkpoints"))
+        show_submission(out, reports)
+
+
+def show_submission(out: Console, reports: Sequence[Report]) -> None:
+    """Print the command that submits the run, or all stages of a ladder, unless a check fails."""
+    command = reports[0].submit
+    if command and all(report.ok for report in reports):
+        out.print(Text("To submit it:", style="bold"))
+        out.print(Text(f"    {command}"), soft_wrap=True)
 
 
 def worst(report: Report) -> str:

@@ -22,7 +22,7 @@ from recipes.errors import ConfigError
 from recipes.preflight import alternatives, checks, cost, fit, stages, submission
 from recipes.preflight.architecture import model_config, published_file
 from recipes.preflight.layout_seconds import Training, layout_seconds
-from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Report, Settings
+from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, NotChecked, Report, Settings
 from recipes.preflight.scale_model import batch_size, draw_batch
 from recipes.run import folder as run_folder
 from recipes.run import records
@@ -70,7 +70,7 @@ IMPOSSIBLE = {
         ("precision=fp8", "parallel.tensor=32", "parallel.context=1", "parallel.pipeline=2"), "attention_heads",
         ["parallel.tensor=8"],
     ),
-    "judge's node": (("rewards.servers.knowledge.replicas=2", *WHOLE), "nodes", ["more than a node's 8 GPUs"]),
+    "judge's node": (("rewards.servers.knowledge.replicas=2", *WHOLE), "nodes", ["is more than a node's 8 GPUs"]),
     "data": (("data.prompts=none.jsonl",), "configuration", ["data.prompts='none.jsonl'", "no such file"]),
     "rewards": (("~rewards.mix.general_rule", *WHOLE), "data_and_rewards", ["rewards.mix", "general_rule"]),
     "model": (("model.path=models/nobody",), "architecture", ["model.path='models/nobody'", "no config.json"]),
@@ -803,33 +803,105 @@ def test_a_failing_run_writes_its_report_and_exits_with_one(tmp_path: Path) -> N
 
 
 SIZE = "--ntasks-per-node=8 --gpus-per-node=8"
-NO_JUDGES = "--cpus-per-task=8 --exclusive --mem=0 slurm/train.sh"
+WHOLE_NODES = "--cpus-per-task=8 --exclusive --mem=0"
+SUBMISSIONS = {
+    "as it is": ("safework_72b", "algorithm=cpgd", "sbatch slurm/safework_72b.sh algorithm=cpgd"),
+    "more nodes": (
+        "safework_72b",
+        "cluster.nodes=16 cluster.ranks=128",
+        f"sbatch --nodes=16 {SIZE} : slurm/safework_72b.sh",
+    ),
+    "more nodes of judges": (
+        "safework_72b",
+        "rewards.servers.value.tensor=8",
+        f"sbatch --nodes=8 {SIZE} : --nodes=3 slurm/safework_72b.sh rewards.servers.value.tensor=8",
+    ),
+    "nodes of four GPUs": (
+        "safework_72b",
+        "cluster.nodes=16 cluster.ranks=64 rollout.tensor=4 rewards.servers.knowledge.tensor=4",
+        "sbatch --nodes=16 --ntasks-per-node=4 --gpus-per-node=4 : --nodes=3 --gpus-per-node=4 slurm/safework_72b.sh "
+        "rollout.tensor=4 rewards.servers.knowledge.tensor=4",
+    ),
+    "no judges": (
+        "safework_72b",
+        "rewards=rules",
+        f"sbatch --nodes=8 {SIZE} {WHOLE_NODES} --signal=B:USR1@900 slurm/train.sh recipe=safework_72b rewards=rules",
+    ),
+    "no judges, engines apart": (
+        "safework_72b_async",
+        "rewards=rules",
+        f"sbatch --nodes=16 {SIZE} {WHOLE_NODES} --signal=B:USR1@900 slurm/train.sh recipe=safework_72b_async "
+        "cluster.engine_nodes=8 rewards=rules",
+    ),
+    "no judges, long steps": (
+        "safework_72b_long",
+        "rewards=rules",
+        f"sbatch --nodes=16 {SIZE} {WHOLE_NODES} --signal=B:USR1@3600 slurm/train.sh recipe=safework_72b_long "
+        "rewards=rules",
+    ),
+    "judges beside the ranks": (
+        "safework_7b",
+        "cluster.nodes=4 cluster.ranks=16 rewards.supervisor.first_device=4 rewards.servers.knowledge.tensor=4",
+        f"sbatch --nodes=4 --ntasks-per-node=4 --gpus-per-node=8 {WHOLE_NODES} --signal=B:USR1@900 slurm/train.sh "
+        "recipe=safework_7b rewards.supervisor.first_device=4 rewards.servers.knowledge.tensor=4",
+    ),
+    "no script": (
+        "demo",
+        "cluster=slurm_h100 cluster.ranks=8 parallel=tp8_sp",
+        f"sbatch --nodes=1 {SIZE} {WHOLE_NODES} slurm/train.sh recipe=demo cluster=slurm_h100 parallel=tp8_sp",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "given", "command"),
-    [
-        ("safework_72b", "algorithm=cpgd", "sbatch slurm/safework_72b.sh algorithm=cpgd"),
-        ("safework_72b", "cluster.nodes=16 cluster.ranks=128", f"sbatch --nodes=16 {SIZE} : slurm/safework_72b.sh"),
-        (
-            "safework_72b",
-            "rewards.servers.value.tensor=8",
-            f"sbatch --nodes=8 {SIZE} : --nodes=3 slurm/safework_72b.sh rewards.servers.value.tensor=8",
-        ),
-        ("safework_72b", "rewards=rules", f"sbatch --nodes=8 {SIZE} {NO_JUDGES} recipe=safework_72b rewards=rules"),
-        (
-            "safework_72b_async",
-            "rewards=rules",
-            f"sbatch --nodes=16 {SIZE} {NO_JUDGES} recipe=safework_72b_async cluster.engine_nodes=8 rewards=rules",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("recipe", "given", "command"), SUBMISSIONS.values(), ids=SUBMISSIONS)
 def test_the_command_that_submits_a_run_asks_for_the_nodes_that_it_uses(
     recipe: str, given: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = [f"recipe={recipe}", *given.split()]
     config, _ = run(monkeypatch, *overrides)
-    assert str(submission.submission(config, recipe, overrides)) == command
+    assert str(submission.submission(config, recipe, [*overrides, "+preflight=h100"])) == command
+
+
+def test_the_job_is_checked_against_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["recipe=safework_72b", "+preflight=h200", "preflight.graph_gib=1", "preflight.output=report.json"]
+    config, _ = run(monkeypatch, "recipe=safework_72b")
+    command = submission.submission(config, "safework_72b", overrides)
+    assert str(command) == "sbatch slurm/safework_72b.sh preflight=h200 preflight.graph_gib=1"
+
+
+def test_a_ladder_is_submitted_by_its_own_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["recipe=safework_72b", "stage=ladder", "data.seed=1", "cluster.nodes=16"]
+    config, _ = run(monkeypatch, "recipe=safework_72b", "cluster.nodes=16", "cluster.ranks=128")
+    command = submission.submission(config, "safework_72b", given)
+    of_ladder = submission.ladder_command(command, "safework_72b", given)
+    assert of_ladder == "slurm/ladder.sh slurm/safework_72b.sh cluster.nodes=16 data.seed=1"
+    for refused in ("run_dir=runs/mine", "stage.ladder=[sft]"):
+        with pytest.raises(ConfigError, match=re.escape(f"{refused}: slurm/ladder.sh")):
+            submission.ladder_command(command, "safework_72b", [*given, refused])
+    without_judges, _ = run(monkeypatch, "recipe=safework_72b", "rewards=rules")
+    command = submission.submission(without_judges, "safework_72b", given)
+    with pytest.raises(NotChecked, match=r"a copy of slurm/safework_72b\.sh without the line #SBATCH hetjob"):
+        submission.ladder_command(command, "safework_72b", given)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "says"),
+    [
+        ("safework_7b", ("rewards.supervisor.first_device=4",), "the 8 ranks of a node have the GPUs below 8"),
+        (
+            "safework_7b",
+            ("cluster.nodes=4", "cluster.ranks=16", "rewards.supervisor.first_device=4"),
+            r"rewards\.servers\.knowledge: replicas=1 x tensor=8 GPUs are not free",
+        ),
+        ("mine", (), r"no slurm/mine\.sh: copy slurm/safework_72b\.sh, with recipe=mine"),
+    ],
+)
+def test_a_job_that_would_end_before_its_first_step_is_not_submitted(
+    recipe: str, fields: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = run(monkeypatch, "recipe=safework_7b", *fields)
+    with pytest.raises(ConfigError, match=says):
+        submission.submission(config, recipe, fields)
 
 
 def test_a_machine_without_slurm_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -837,14 +909,6 @@ def test_a_machine_without_slurm_is_not_asked(monkeypatch: pytest.MonkeyPatch, t
     command = submission.Submission((), "slurm/safework_72b.sh", ())
     state, detail = result("slurm", lambda: submission.ask_slurm(command))
     assert (state, detail) == (NOT_CHECKED, "this machine has no sbatch; run the preflight on a login node")
-
-
-def test_a_recipe_without_a_script_is_told_to_copy_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, _ = run(monkeypatch, "recipe=safework_72b")
-    with pytest.raises(
-        ConfigError, match=r"slurm/mine.sh does not exist: copy slurm/safework_72b.sh, with recipe=mine"
-    ):
-        submission.submission(config, "mine", ["recipe=mine"])
 
 
 def test_slurm_is_asked_for_a_run_on_gpus_that_is_in_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
