@@ -371,7 +371,7 @@ print(submission.ask_slurm(command))
         ((), "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8 :", "slurm/safework_7b.sh"),
         (
             ("rewards=rules",),
-            "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --exclusive --mem=0",
+            "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --exclusive --mem=0 --signal=B:USR1@900",
             "slurm/train.sh recipe=safework_7b rewards=rules",
         ),
     ],
