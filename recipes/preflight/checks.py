@@ -31,7 +31,7 @@ from recipes.preflight import alternatives, memory_plan
 from recipes.preflight.architecture import config_file, model_config, published_config, published_file
 from recipes.preflight.cost import gpu_hours
 from recipes.preflight.fit import SHAPES, fit
-from recipes.preflight.report import ELSEWHERE, FAILS, HERE, NotChecked, Report, Settings, size
+from recipes.preflight.report import ELSEWHERE, FAILS, HERE, HOLDS, NotChecked, Report, Settings, size
 from rewards import mixing, registry
 from rewards.client import Client
 from rewards.settings import Server
@@ -185,7 +185,11 @@ def check_judges(config: Config, settings: Settings, report: Report) -> None:
     servers = registry.servers_of(names, config.rewards)
     if not servers:
         report.check("judges", lambda: "no verifier asks a server")
-    asked = registry.servers_of(asked_verifiers(config), config.rewards) if servers else {}
+    # Rows that do not fit the schema cannot be read. The check of the data has said so.
+    if servers and "data_and_rewards" in report.in_state(HOLDS):
+        asked = registry.servers_of(asked_verifiers(config), config.rewards)
+    else:
+        asked = servers
     for server in servers.values():
         remark = "" if server.name in asked else NOT_ASKED
         report.check(f"judge {server.name}", partial(judge, config, settings, server, remark))
@@ -439,7 +443,6 @@ def check_rollouts(processor: Any, config: Config) -> int:
     by_id = RowsById(prompts)
     # The responses to a prompt are near each other.
     processed = functools.lru_cache(maxsize=64)(lambda prompt_id: processor(by_id[prompt_id]))
-    count = 0
     for row in itertools.chain(rollouts.trained, rollouts.held_out):
         prefix_batch(
             processor.tokenizer,
@@ -451,8 +454,7 @@ def check_rollouts(processor: Any, config: Config) -> int:
             seed=config.seed,
             max_tokens=config.parallel.micro_batch_tokens,
         )
-        count += 1
-    return count
+    return len(rollouts.trained) + len(rollouts.held_out)
 
 
 def stand_in(config: Config) -> str:

@@ -109,18 +109,18 @@ def submission(config: Config, recipe: str, arguments: Sequence[str]) -> Submiss
     if of_judges is not None and not judges:
         others = [*of_trainer["others"].split(), *SIGNAL.findall(text)[:1]]
         return Submission((*size, *others), WITHOUT_JUDGES, with_those_of_script(script, text, overrides))
-    options: list[str] = []
-    if size != options_of_size(of_trainer["nodes"], of_trainer["ranks"], of_trainer["gpus"]):
-        options = [*size]
     for_judges = []
     if of_judges is not None and str(judges) != of_judges["nodes"]:
         for_judges.append(f"--nodes={judges}")
     if of_judges is not None and str(ranks) != of_judges["gpus"]:
         for_judges.append(f"--gpus-per-node={ranks}")
-    if for_judges:
-        options = [*size, ":", *for_judges]
-    elif of_judges is not None and options:
-        options.append(":")
+    size_of_script = options_of_size(of_trainer["nodes"], of_trainer["ranks"], of_trainer["gpus"])
+    options: list[str] = []
+    if for_judges or size != size_of_script:
+        options = [*size]
+        # The options of the second component, the judges' nodes, stand after the colon.
+        if of_judges is not None:
+            options += [":", *for_judges]
     return Submission(tuple(options), script, tuple(word for word in overrides if word != f"recipe={recipe}"))
 
 
