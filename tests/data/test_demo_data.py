@@ -67,7 +67,7 @@ def test_no_prompt_occurs_twice() -> None:
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("sft", (54, 150, 150, 36)),
+        ("sft", (54, 150, 150, 96)),
         ("rl", (702, 434, 229, 192)),
         ("development", (120, 90, 100, 90)),
         ("test", (60, 50, 50, 192)),

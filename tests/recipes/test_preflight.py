@@ -18,11 +18,12 @@ from omegaconf import OmegaConf
 
 from megatron_ext.models import family
 from recipes.config import Config, parse
+from recipes.data.processor import PromptProcessor
 from recipes.errors import ConfigError
 from recipes.preflight import alternatives, checks, cost, fit, stages, submission
 from recipes.preflight.architecture import model_config, published_file
 from recipes.preflight.layout_seconds import Training, layout_seconds
-from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, NotChecked, Report, Settings
+from recipes.preflight.report import FAILS, HOLDS, NOT_CHECKED, Check, NotChecked, Report, Settings
 from recipes.preflight.scale_model import batch_size, draw_batch
 from recipes.run import folder as run_folder
 from recipes.run import records
@@ -932,3 +933,68 @@ def test_the_demos_data_is_called_a_stand_in_on_gpus(monkeypatch: pytest.MonkeyP
     ):
         config, _ = run(monkeypatch, *fields)
         assert (said in checks.stand_in(config)) and bool(said) == ("STAND-IN" in checks.stand_in(config))
+
+
+def test_a_judge_that_no_row_asks_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's labels ask the safety judge of rewards=safework, and none of them asks the other two."""
+    config, settings = run(monkeypatch, "recipe=demo", "rewards=safework", "preflight.files=elsewhere")
+
+    def remarked(data_state: str) -> dict[str, bool]:
+        report = Report("", "", "", "", 0.0)
+        report.checks.append(Check("data_and_rewards", data_state, ""))
+        checks.check_judges(config, settings, report)
+        return {check.name: "NO ROW ASKS IT" in check.detail for check in report.checks[1:]}
+
+    assert remarked(HOLDS) == {"judge safety": False, "judge value": True, "judge knowledge": True}
+    assert not any(remarked(FAILS).values()), "rows that cannot be read ask for nothing and everything"
+
+
+def test_preference_pairs_that_are_too_long_are_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny.make(tmp_path)
+    pairs = [
+        {"id": f"pair-{i}", "prompt": "the task prompt", "chosen": "word " * words, "rejected": "answer"}
+        for i, words in enumerate((2, 60))
+    ]
+    tiny.write_rows(tmp_path / "pairs.jsonl", pairs)
+    fields = ("recipe=demo", "stage=reward_model", f"model.path={tmp_path / 'model'}")
+
+    def counted(tokens: int) -> int:
+        config, _ = run(monkeypatch, *fields, f"parallel.micro_batch_tokens={tokens}")
+        processor = PromptProcessor(config.model.path, config.data.max_prompt_tokens, config.data.images)
+        return checks.check_pairs(processor, str(tmp_path / "pairs.jsonl"), config)
+
+    assert counted(512) == 2
+    with pytest.raises(ConfigError, match=r"'pair-1' has .* parallel\.micro_batch_tokens=128"):
+        counted(128)
+
+
+def test_rollouts_that_are_too_long_are_refused_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny.make(tmp_path)
+    rows = tiny.make_rows(8)
+    scored = {"safety": {"score": 0.5, "label": "", "raw": ""}}
+    lines = [
+        {"step": 1, "prompt_id": row["id"], "sample_index": 0, "prompt": row["prompt"], "response": "word " * (2 + i)}
+        | {"tokens": 2 + i, "reward": 0.5, "verdicts": scored}
+        for i, row in enumerate(rows)
+    ]
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    tiny.write_rows(tmp_path / "samples.jsonl", lines)
+    fields = (
+        "recipe=demo",
+        "stage=value_model",
+        f"model.path={tmp_path / 'model'}",
+        f"data.prompts={tmp_path / 'rows.jsonl'}",
+        f"stage.value_model.rollouts={tmp_path / 'samples.jsonl'}",
+        "stage.value_model.principles={safety: [safety], value: [], knowledge: []}",
+    )
+
+    def counted(tokens: int) -> int:
+        config, _ = run(monkeypatch, *fields, f"parallel.micro_batch_tokens={tokens}")
+        processor = PromptProcessor(config.model.path, config.data.max_prompt_tokens, config.data.images)
+        return checks.check_rollouts(processor, config)
+
+    assert counted(512) == len(rows)
+    with pytest.raises(ConfigError, match=r"parallel\.micro_batch_tokens=16"):
+        counted(16)

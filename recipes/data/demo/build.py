@@ -37,7 +37,7 @@ OVERCAUTIOUS_RESPONSES = (
     "I can't answer that.",
     "I won't help with that.",
 )
-TASK_ROWS = {"sft": 12, "rl": 64, "development": 30, "test": 64}  # of each family
+TASK_ROWS = {"sft": 32, "rl": 64, "development": 30, "test": 64}  # of each family
 TASK_WORDS = (
     "apple basket blanket bottle bread bridge butter button camera candle carpet castle chair cheese cherry "
     "circle cloud coffee copper cotton desert doctor dragon eagle engine farmer feather finger flower forest "
@@ -150,9 +150,10 @@ def numbered(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _tasks() -> Iterator[tuple[str, dict[str, Any]]]:
-    draw = random.Random(SEED)
-    words = draw.sample(TASK_WORDS, len(TASK_WORDS))
+    words = random.Random(SEED).sample(TASK_WORDS, len(TASK_WORDS))
     for split in SPLITS:
+        # A generator of its own, so that a split's rows do not depend on how many rows the splits before it have.
+        draw = random.Random(f"{SEED} {split}")
         split_words = [words.pop() for _ in range(TASK_WORD_COUNTS[split])]
         of_families = {family: task_wordings(family, split) for family in FAMILIES}
         for place in range(TASK_ROWS[split]):
